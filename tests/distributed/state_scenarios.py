@@ -1,0 +1,49 @@
+"""What runs inside the ranks of test_state.py."""
+
+from pathlib import Path
+
+import small
+
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, Position
+from trainer.run import Run
+
+
+def _name(case) -> str:
+    return "-".join(map(str, case))
+
+
+def save(cases, folder):
+    """Train three steps and save, for each case; then three steps more. Returns those losses."""
+    return {_name(case): _save(case, Path(folder)) for case in cases}
+
+
+def _save(case, folder):
+    engine = small.build(*case[:3], None, case[3], seed=1)
+    small.train(engine, range(3))
+    run = Run(folder / f"{_name(case)}-w{engine.world.size}")
+    checkpoint.save(run, 1, Position(3, 24, 0), engine, {})
+    return small.train(engine, range(3, 6))
+
+
+def load(cases, sources, folder):
+    """Load every source into an engine of every case, that has trained on other weights; save it
+    again; then three steps. Returns the losses by "case<source"."""
+    results = {}
+    for case in cases:
+        engine = small.build(*case[:3], None, case[3], seed=2)
+        small.train(engine, range(10, 12))
+        for source in sources:
+            checkpoint.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
+            key = f"{_name(case)}-w{engine.world.size}<{source}"
+            run = Run(Path(folder) / "again" / key)
+            checkpoint.save(run, 1, Position(3, 24, 0), engine, {})
+            results[key] = small.train(engine, range(3, 6))
+    return results
+
+
+def load_weights(case, source, folder):
+    engine = small.build(*case[:3], None, case[3], seed=2)
+    path = Path(folder) / source / "checkpoints/step-00000003"
+    checkpoint.load(Checkpoint(path), engine, weights_only=True)
+    return small.train(engine, range(3, 6))

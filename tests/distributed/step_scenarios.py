@@ -1,0 +1,54 @@
+"""What runs inside the ranks of test_step.py."""
+
+import small
+
+
+def losses(cases, steps):
+    """For each [stage, optimizer, precision, clip, offload]: [loss, norm] of every step."""
+    _newton_schulz_in_fp32()
+    return [
+        small.train(small.build(stage, optimizer, precision, clip, offload), range(steps))
+        for stage, optimizer, precision, clip, offload in cases
+    ]
+
+
+def dropped(cases):
+    """For each case, the losses of six steps: plain, and with backwards that are dropped."""
+    results = []
+    for stage, optimizer, precision, clip, offload in cases:
+        plain = small.train(small.build(stage, optimizer, precision, clip, offload), range(6))
+        engine = small.build(stage, optimizer, precision, clip, offload)
+        told = []
+        for step in range(6):
+            for sick in (100, 101):
+                engine.backward(small.batch(sick + step, engine.world.rank, engine.world.size))
+                engine.gradient_norm()
+                engine.drop()
+            told += small.train(engine, range(step, step + 1))
+        results.append([plain, told])
+    return results
+
+
+def not_finite(cases):
+    """For each case, [losses before, facts of a sick step, losses after] and the same without."""
+    results = []
+    for stage, optimizer, precision in cases:
+        engine = small.build(stage, optimizer, precision)
+        before = small.train(engine, range(2))
+        sick = small.batch(50, engine.world.rank, engine.world.size)
+        handle = engine.module.norm.register_forward_hook(lambda *a: a[2] * float("nan"))
+        facts = engine.train_step(sick, 1.0)
+        handle.remove()
+        after = small.train(engine, range(2, 4))
+        plain = small.train(small.build(stage, optimizer, precision), range(4))
+        results.append([before + after, plain, facts.applied])
+    return results
+
+
+def _newton_schulz_in_fp32():
+    """DeepSpeed iterates in fp16 or bf16, which turns the last bits of a gradient into 1e-4 of a
+    loss; in fp32 what remains is the algorithm, which must agree."""
+    import torch
+    from deepspeed.runtime.zero.muon import original_muon
+
+    original_muon.ns_compute_dtype = lambda method="gram": torch.float32

@@ -1,0 +1,1 @@
+"""forescale: everything between a config and a trained model."""

@@ -1,0 +1,178 @@
+"""Files that are whole or absent: stage, hash, fsync, rename; and the table of files with hashes.
+
+Datasets and checkpoints are directories published the same way: everything is written to a stage
+directory beside the final one, hashed while written, fsynced; the table of files goes in last; one
+rename gives the directory its name. So a name never stands for something half-written, and what
+a name stands for can be checked, byte for byte, for ever after.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+
+TABLE = "files.json"
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+class HashingFile:
+    """A new file that is hashed while it is written; `finish` makes it durable."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._file = open(self.path, "wb")  # noqa: SIM115 - closed in finish
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += memoryview(data).nbytes
+        return self.size
+
+    def finish(self) -> FileEntry:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(self.size, self._hash.hexdigest())
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._file.close()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable (renames are not, until this)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> FileEntry:
+    """Replace `path` by `data`, atomically and durably."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with HashingFile(temporary) as f:
+            f.write(data)
+            entry = f.finish()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+    return entry
+
+
+def write_json(path: Path, value: Any) -> FileEntry:
+    """Replace `path` by `value` as JSON; keys keep their order: equal values, equal bytes."""
+    return write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where the file is missing or isn't JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(str(path), "no such file", "check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(str(path), f"not valid JSON ({e})", "restore the file or rebuild it") from e
+
+
+def write_table(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """Write the table of files, the last thing that goes into a stage directory."""
+    table = {name: vars(entry) for name, entry in sorted(entries.items())}
+    write_json(Path(directory) / TABLE, table)
+
+
+def read_table(directory: Path) -> dict[str, FileEntry]:
+    """Raises UserError where the table is missing, damaged or names files outside the directory."""
+    path = Path(directory) / TABLE
+    raw = read_json(path)
+    try:
+        table = {name: FileEntry(int(e["size"]), str(e["sha256"])) for name, e in raw.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(str(path), "not a table of files", "restore it or rebuild") from e
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in table):
+        raise UserError(str(path), "names a file outside its directory", "restore it or rebuild")
+    return table
+
+
+def hash_file(path: Path, tick: Callable[[int], None] = lambda n: None) -> FileEntry:
+    """Size and sha256 of a file; `tick` is told of every block read, in bytes."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as f:
+        while block := f.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+            tick(len(block))
+    return FileEntry(size, digest.hexdigest())
+
+
+def check_table(directory: Path, tick: Callable[[int], None] = lambda n: None) -> list[str]:
+    """Compare a published directory with its table; one sentence a fault, none if it is whole."""
+    directory = Path(directory)
+    try:
+        table = read_table(directory)
+    except UserError as e:
+        return [str(e)]
+
+    def fault(item: tuple[str, FileEntry]) -> str | None:
+        name, want = item
+        path = directory / name
+        if not path.is_file():
+            return f"{path}: missing"
+        if (size := path.stat().st_size) != want.size:
+            return f"{path}: {size:,} bytes where the table says {want.size:,}"
+        if hash_file(path, tick).sha256 != want.sha256:
+            return f"{path}: its sha256 differs from the table's (damaged)"
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [f for f in pool.map(fault, table.items()) if f]
+
+
+def publish(stage: Path, final: Path) -> None:
+    """Give a finished stage directory its name. Raises OSError if the name is taken."""
+    stage, final = Path(stage), Path(final)
+    fsync_directory(stage)
+    os.rename(stage, final)
+    fsync_directory(final.parent)
+
+
+@contextmanager
+def staged(final: Path, tag: str = "new") -> Iterator[Path]:
+    """A clean stage directory for `final`; published if the block ends well, removed if not.
+
+    Leftovers of an earlier, killed try under the same tag are removed first.
+    """
+    final = Path(final)
+    stage = final.with_name(f".{final.name}.{tag}.stage")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        publish(stage, final)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise

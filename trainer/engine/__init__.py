@@ -1,0 +1,1 @@
+"""The engine: DeepSpeed and Accelerate behind one door. No other package imports either."""

@@ -1,0 +1,244 @@
+"""Parameters and moments as portable fragments: out of DeepSpeed into files, and back.
+
+A fragment is one contiguous range of one parameter's row-major state: the fp32 weight, or a moment
+of the base optimizer. Its key in a safetensors file is `name|state|start`. Invariant: the union of
+all ranks' fragments holds every element exactly once, whatever the stage and the world size, so any
+other stage and world size can pick its own ranges from it. No collective moves tensor data: each
+rank writes what it owns, and reads what it needs.
+
+Exact but for one thing: Muon's momentum is kept in bf16 by stages 1 to 3 in bf16, and in fp32 by
+stage 0 and in fp32, so going from the latter to the former rounds it.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from trainer.durable import FileEntry, HashingFile
+from trainer.engine.layout import Layout, Piece, Unit
+from trainer.engine.step import Engine
+
+WEIGHT, MOMENTUM = "weight", "momentum_buffer"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`data` is the 1-D view of `state` of parameter `name` (of `shape`) from `start`."""
+
+    name: str
+    shape: tuple[int, ...]
+    state: str
+    start: int
+    data: Tensor
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}|{self.state}|{self.start}"
+
+
+def shape_of(param) -> tuple[int, ...]:
+    """A parameter's full shape, partitioned by ZeRO-3 or not."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) -> Fragment:
+    """Everything of a piece's `state` that lies in `tensor`, the unit's."""
+    slot = (piece.start, piece.at, piece.size)
+    if state == MOMENTUM:
+        slot = engine.layout.momentum_slot(unit, piece) or slot
+    start, at, size = slot
+    data = tensor.detach().view(-1)[at : at + size]
+    return Fragment(engine.names[piece.param], shape_of(piece.param), state, start, data)
+
+
+def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
+    """The part of a held fragment that this rank writes."""
+    first, end = piece.start, piece.start + piece.size
+    if engine.layout.replicated:
+        part = -(-piece.size // engine.world.size)
+        first = min(piece.size, engine.world.rank * part)
+        end = min(piece.size, first + part)
+    if first == end:
+        return None
+    data = held.data[first - held.start : end - held.start]
+    return Fragment(held.name, held.shape, held.state, first, data)
+
+
+def owned_fragments(engine: Engine) -> Iterator[Fragment]:
+    """What this rank writes: views, not copies. Buffers and frozen parameters are rank 0's
+    (under stage 3 each rank's own part)."""
+    base = engine.layout.base
+    for unit in engine.layout.units():
+        states = {WEIGHT: unit.master}
+        states |= {k: v for k, v in base.state.get(unit.master, {}).items() if _is_moment(v)}
+        for piece in unit.pieces:
+            for state, tensor in states.items():
+                if own := _owned(engine, piece, _held(engine, unit, piece, state, tensor)):
+                    yield own
+    yield from _untrained(engine, writing=True)
+
+
+def _is_moment(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dim() > 0
+
+
+def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
+    """Persistent buffers and frozen parameters."""
+    main = engine.world.is_main or not writing
+    kept = engine.module.state_dict(keep_vars=True)
+    for name, buffer in engine.module.named_buffers():
+        if main and name in kept:
+            yield Fragment(name, tuple(buffer.shape), WEIGHT, 0, buffer.detach().view(-1))
+    for param, name in engine.names.items():
+        if param.requires_grad:
+            continue
+        if hasattr(param, "ds_tensor"):
+            part = param.ds_tensor.numel()
+            start = engine.world.rank * part
+            size = max(0, min(part, param.ds_numel - start))
+            if size:
+                data = param.ds_tensor.detach().view(-1)[:size]
+                yield Fragment(name, shape_of(param), WEIGHT, start, data)
+        elif main:
+            yield Fragment(name, shape_of(param), WEIGHT, 0, param.detach().view(-1))
+
+
+def scalars(engine: Engine) -> dict[str, Any]:
+    """What isn't a tensor range: each group's step count (by group name) and the loss scaler.
+
+    The base optimizer's own count is kept: it need not equal the run's step.
+    """
+    layout, steps = engine.layout, {}
+    for unit in layout.units():
+        step = layout.base.state.get(unit.master, {}).get("step")
+        if step is not None:
+            steps[layout.base.param_groups[unit.group]["name"]] = int(step)
+    return {"optimizer_steps": steps, "loss_scaler": _scaler(layout)}
+
+
+def _scaler_object(layout: Layout) -> Any:
+    optimizer = layout.optimizer
+    return getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _scaler(layout: Layout) -> dict[str, Any]:
+    scaler = _scaler_object(layout)
+    return {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)} if scaler else {}
+
+
+def write_fragments(path: Path, fragments: list[Fragment]) -> tuple[FileEntry, list[list[Any]]]:
+    """Write a safetensors file, one tensor at a time, hashed and fsynced.
+
+    Returns its entry for the table of files and its rows [name, state, start, size].
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for f in fragments:
+        end = offset + f.data.numel() * f.data.element_size()
+        header[f.key] = {
+            "dtype": _DTYPES[f.data.dtype],
+            "shape": [f.data.numel()],
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with HashingFile(path) as out:
+        out.write(struct.pack("<Q", len(raw)) + raw)
+        for f in fragments:
+            out.write(memoryview(f.data.contiguous().cpu().view(torch.uint8).numpy()))
+        entry = out.finish()
+    return entry, [[f.name, f.state, f.start, f.data.numel()] for f in fragments]
+
+
+class FragmentReader:
+    """Ranges of parameters' states from the files of one checkpoint.
+
+    rows: {file name: [[name, state, start, size], ...]}. Opens only the files that it reads.
+    """
+
+    def __init__(self, directory: Path, rows: dict[str, list[list[Any]]]):
+        self.directory = Path(directory)
+        self._where: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        for file, entries in rows.items():
+            for name, state, start, size in entries:
+                self._where.setdefault((name, state), []).append((start, size, file))
+        self._open: dict[str, Any] = {}
+
+    def states(self, name: str) -> list[str]:
+        """The states that are stored of a parameter."""
+        return [state for stored, state in self._where if stored == name]
+
+    def read_into(self, name: str, state: str, start: int, out: Tensor) -> None:
+        """Fill `out` (1-D) with the range from `start`. Raises KeyError if it isn't all there."""
+        filled = 0
+        for first, size, file in self._where.get((name, state), []):
+            a, b = max(start, first), min(start + out.numel(), first + size)
+            if a < b:
+                part = self._file(file).get_slice(f"{name}|{state}|{first}")
+                out[a - start : b - start].copy_(part[a - first : b - first])
+                filled += b - a
+        if filled != out.numel():
+            raise KeyError(f"{name}: {filled:,} of {out.numel():,} elements of its {state}")
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(str(self.directory / name), "pt")
+        return self._open[name]
+
+
+@torch.no_grad()
+def load_fragments(engine: Engine, reader: FragmentReader, stored: dict[str, Any] | None) -> None:
+    """Set this rank's part of weights, buffers and, with `stored` (of `scalars`), moments.
+
+    Without `stored` the optimizer starts anew: a branch that takes the weights only.
+    """
+    layout = engine.layout
+    layout.before_load()
+    for unit in layout.units():
+        tensors = {WEIGHT: unit.master}
+        if stored is not None:
+            tensors |= _moments(engine, unit, reader, stored["optimizer_steps"])
+        for piece in unit.pieces:
+            for state, tensor in tensors.items():
+                held = _held(engine, unit, piece, state, tensor)
+                reader.read_into(held.name, state, held.start, held.data)
+    for held in _untrained(engine, writing=False):
+        reader.read_into(held.name, held.state, held.start, held.data)
+    layout.after_load()
+    if stored is not None and (scaler := _scaler_object(layout)):
+        for key, value in stored["loss_scaler"].items():
+            setattr(scaler, key, value)
+
+
+def _moments(engine: Engine, unit: Unit, reader: FragmentReader, steps: dict) -> dict[str, Tensor]:
+    """The unit's moments, created as zeros for the states that the checkpoint holds."""
+    layout = engine.layout
+    group = layout.base.param_groups[unit.group]
+    names = {engine.names[piece.param] for piece in unit.pieces}
+    keys = {state for name in names for state in reader.states(name) if state != WEIGHT}
+    if not keys:
+        layout.base.state.pop(unit.master, None)
+        return {}
+    state = layout.base.state[unit.master]
+    for key in keys:
+        if key not in state:
+            size = layout.momentum_size(unit) if key == MOMENTUM else unit.master.numel()
+            shape = unit.master.shape if size == unit.master.numel() else (size,)
+            state[key] = torch.zeros(shape, dtype=torch.float32, device=unit.master.device)
+    if group["name"] in steps:
+        # As torch's fused AdamW keeps it: an fp32 scalar beside the parameter.
+        state["step"] = torch.tensor(float(steps[group["name"]]), device=unit.master.device)
+    return {key: state[key] for key in keys}

@@ -1,0 +1,164 @@
+"""The engine: one model under DeepSpeed, and a training step with a stop before the update.
+
+`backward` leaves the averaged gradient; `gradient_norm` is its true norm (before clipping, before
+Muon's orthogonalisation); then `apply` or `drop`. The stop holds at ZeRO stages 0 to 3 with AdamW
+and Muon, with and without optimizer offload.
+
+Invariant: what a micro-batch computes depends on the weights, the micro-batch and (seed, step,
+index of the micro-batch), so dropout is the same at any world size and after any restart, and no
+random state has to be saved.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.engine.layout import Layout, fp32_square_sum, layout_of
+from trainer.engine.world import World
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one step on this rank. losses: sum of nats a micro-batch, shape (n,); grad_norm: global;
+    applied: False where the update was dropped, because the gradient was not finite."""
+
+    losses: Tensor
+    grad_norm: float
+    applied: bool
+
+
+class Engine:
+    """`model` under ZeRO. Its parameters are `optimizer`'s, in groups with a "name" and a
+    "peak_learning_rate" each.
+
+    model: `forward(tokens_BL, targets_BL)` returns each window's summed loss in nats, shape (B,),
+    or that and a scalar penalty. Attributes: `module` the model, `layout` where its state lies.
+    """
+
+    def __init__(self, world: World, model: nn.Module, optimizer, *, seed: int, clip: float | None):
+        self.world, self.seed, self.clip = world, seed, clip
+        # Stage 0 in bf16 steps once while it is built: with a zero rate, nothing moves.
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        self._deepspeed, _ = world.accelerator.prepare(model, optimizer)
+        self.module: nn.Module = self._deepspeed.module
+        self.layout: Layout = layout_of(self._deepspeed)
+        self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The base optimizer's groups, as DeepSpeed keeps them."""
+        return self.layout.base.param_groups
+
+    def compile(self) -> None:
+        """Compile the model's forward (and so its backward) in place."""
+        self._deepspeed.compile()
+
+    def train_step(self, batch, multiplier: float) -> Facts:
+        """One optimizer step over this rank's micro-batches of `batch` (a data.stream.Batch).
+
+        multiplier: of every group's peak learning rate.
+        """
+        losses = self.backward(batch)
+        norm = self.gradient_norm()
+        if not math.isfinite(norm) and self.layout.loss_scale == 1.0:
+            self.drop()
+            return Facts(losses, norm, False)
+        clipped = self.clip is not None and norm > self.clip
+        applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0)
+        return Facts(losses, norm, applied)
+
+    def backward(self, batch) -> Tensor:
+        """Accumulate the gradient of the step's mean loss per target; returns the micro-batches'
+        summed losses, fp32 of shape (n,)."""
+        self.module.train()
+        # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
+        scale = self.world.size / batch.targets
+        losses = []
+        for micro in batch.micro:
+            torch.manual_seed(_mix(self.seed, batch.step, micro.index))
+            last = micro is batch.micro[-1]
+            self._deepspeed.set_gradient_accumulation_boundary(last)
+            tokens = micro.tokens.to(self.world.device, non_blocking=True)
+            targets = micro.targets.to(self.world.device, non_blocking=True)
+            loss, penalty = split_penalty(self._deepspeed(tokens, targets))
+            total = loss.sum()
+            self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
+            losses.append(total.detach().float())
+        return torch.stack(losses)
+
+    def gradient_norm(self) -> float:
+        """The global L2 norm of the averaged gradient: one scalar all-reduce.
+
+        Not finite where a gradient isn't. In fp16 the loss scale is divided out.
+        """
+        with torch.no_grad():
+            square = fp32_square_sum(self.layout.gradients(), self.world.device)
+        if not self.layout.replicated:
+            self.world.sum(square)
+        return math.sqrt(square.item()) / self.layout.loss_scale
+
+    def apply(self, multiplier: float, factor: float = 1.0) -> bool:
+        """Update the weights. factor: multiplies the gradient (clipping). Returns False where
+        DeepSpeed's fp16 loss scaler skipped the update."""
+        for group in self.param_groups:
+            group["lr"] = group["peak_learning_rate"] * multiplier
+        with torch.no_grad():
+            self.layout.prepare_step(factor)
+        self._deepspeed.step()
+        return not getattr(self.layout.optimizer, "overflow", False)
+
+    def drop(self) -> None:
+        """Forget the gradient: weights, moments and Muon's momentum stay as they are."""
+        self.layout.discard()
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Summed nats of each window, fp32 of shape (B,), without dropout or gradient.
+
+        At stage 3 every rank must call it equally often: weights are gathered as it runs.
+        """
+        self.module.eval()
+        loss, _ = split_penalty(
+            self._deepspeed(tokens.to(self.world.device), targets.to(self.world.device))
+        )
+        return loss.float()
+
+
+def split_penalty(output) -> tuple[Tensor, Tensor | float]:
+    """A model's losses and its penalty (0.0 where it returns none)."""
+    return output if isinstance(output, tuple) else (output, 0.0)
+
+
+def _mix(seed: int, step: int, index: int) -> int:
+    """A 63-bit seed from three numbers (splitmix64's finaliser over their sum of odd multiples)."""
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return (x ^ (x >> 31)) >> 1
+
+
+def build_optimizer(kind: str, groups: list[dict], **settings) -> torch.optim.Optimizer:
+    """AdamW, or DeepSpeed's Muon with AdamW for the groups that aren't `use_muon`.
+
+    groups: dicts with "params", "name", "peak_learning_rate", "weight_decay", "use_muon".
+    settings: betas, eps, momentum. The class is DeepSpeed's own and its auxiliary half torch's: a
+    config-made Muon compiles FusedAdam (half a minute, and nothing without a compiler).
+    """
+    adam = {"betas": settings["betas"], "eps": settings["eps"]}
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=1.0, fused=True, **adam)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        group["lr"] = group["peak_learning_rate"]
+        group |= {"momentum": settings["momentum"]} if group["use_muon"] else adam
+        for p in group["params"]:
+            p.use_muon = group["use_muon"]
+
+    def auxiliary(aux_groups: list[dict], **_) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(aux_groups, fused=True)
+
+    return MuonWithAuxAdam(groups, adam_optimizer=auxiliary)

@@ -1,0 +1,164 @@
+"""The run directory: its names, its attempts and their lineage. The only file that knows them.
+
+    runs/<name>/
+      config.yaml  run.json         the frozen config; identity (versions, data)
+      metrics.jsonl  events.jsonl   links to the newest attempt's
+      checkpoints/step-00001000/    published whole, see checkpoint.py
+      attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
+
+Invariant: an attempt writes only inside its own directory, and one process writes a file. So an old
+attempt that wakes up while a newer one runs can't damage it; whether a checkpoint counts is judged
+by lineage, when it is loaded.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trainer.durable import read_json, write_file, write_json
+from trainer.errors import UserError
+
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint that an attempt started from; step 0 and no name where it started anew."""
+
+    step: int
+    checkpoint: str | None = None
+
+
+class Run:
+    """One training trajectory, however many attempts it took."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.identity = self.path / "run.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def existing(cls, target: str | Path, root: str | Path = "runs") -> "Run":
+        """The run at a path, or of a name under `root`. Raises UserError where there is none."""
+        for path in (Path(target), Path(root) / target):
+            if (path / "config.yaml").is_file():
+                return cls(path)
+        names = sorted(p.parent.name for p in Path(root).glob("*/config.yaml"))
+        known = f"the runs under {root} are: {', '.join(names)}" if names else "train one first"
+        raise UserError(str(target), f"no run of this name or path (looked in {root} too)", known)
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"{_PREFIX}{step:08d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the published checkpoints, oldest first, eligible or not."""
+        paths = self.checkpoints.glob(f"{_PREFIX}*") if self.checkpoints.is_dir() else []
+        return sorted(int(p.name.removeprefix(_PREFIX)) for p in paths if p.is_dir())
+
+    def attempts(self) -> list["Attempt"]:
+        """Oldest first."""
+        root = self.path / "attempts"
+        names = sorted(p.name for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+        return [Attempt(root / name) for name in names]
+
+    def new_attempt(self) -> "Attempt":
+        """Take the next number, by an exclusive mkdir: two launches never share one."""
+        root = self.path / "attempts"
+        root.mkdir(parents=True, exist_ok=True)
+        number = max((a.number for a in self.attempts()), default=0)
+        while True:
+            number += 1
+            try:
+                (root / f"{number:04d}").mkdir()
+            except FileExistsError:
+                continue
+            return Attempt(root / f"{number:04d}")
+
+    def is_eligible(self, attempt: int, step: int) -> bool:
+        """Whether a checkpoint of `attempt` at `step` lies on the trajectory that goes on: no later
+        attempt started from before it."""
+        later = (a.parent for a in self.attempts() if a.number > attempt)
+        return all(parent is None or step <= parent.step for parent in later)
+
+    def point_to(self, attempt: "Attempt") -> None:
+        """Make metrics.jsonl and events.jsonl stand for this attempt's."""
+        for link in (self.metrics, self.events):
+            temporary = link.with_name(f".{link.name}.{os.getpid()}")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(attempt.path.relative_to(self.path) / link.name)
+            os.replace(temporary, link)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch of all ranks. `number` is its directory's name."""
+
+    path: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name)
+
+    @cached_property
+    def metrics(self) -> "Rows":
+        return Rows(self.path / "metrics.jsonl")
+
+    @cached_property
+    def events(self) -> "Rows":
+        return Rows(self.path / "events.jsonl")
+
+    @property
+    def parent(self) -> Parent | None:
+        """None for an attempt that never got as far as training."""
+        path = self.path / "parent.json"
+        return Parent(**read_json(path)) if path.exists() else None
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Record that something happened which a reader of the run must know."""
+        self.events.add({"kind": kind, "attempt": self.number, "time": time.time(), **facts})
+
+    def start_from(self, parent: Parent, run: Run) -> None:
+        """Fix the parent, and begin the rows with the valid history up to its step."""
+        kept = [row for row in read_rows(run.metrics) if row.get("step", 0) <= parent.step]
+        text = "".join(json.dumps(row) + "\n" for row in kept if parent.step)
+        write_file(self.metrics.path, text.encode())
+        self.events.path.touch()
+        write_json(self.path / "parent.json", vars(parent))
+        run.point_to(self)
+
+
+class Rows:
+    """A JSONL file with one writer. Each row is one write of a whole line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: Any = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._file.write((json.dumps(row) + "\n").encode())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none where there is no file. A last line that a kill cut short is
+    left out: the step that it was for is not in any checkpoint."""
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [json.loads(line) for line in lines if line]
+    try:
+        return rows + ([json.loads(last)] if last else [])
+    except json.JSONDecodeError:
+        return rows
