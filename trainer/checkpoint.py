@@ -1,9 +1,5 @@
-"""Checkpoints: written by all ranks, published by one rename, chosen by lineage, kept by number.
-
-    checkpoints/step-00001000/
-      rank-00000.safetensors ...   fragments of weights and moments (engine/state.py)
-      state.json                   step, g, who wrote it, which fragment lies where, counters
-      files.json                   the table: size and sha256 of each, written last
+"""Checkpoints, the engine's side: written by all ranks, published by one rename, loaded into any
+engine, kept by number. What lies on disk, and which of them counts, is in stored.py.
 
 Invariant: what bears a checkpoint's name is whole. It is written to a stage directory that carries
 the attempt's number, hashed as it is written, fsynced; rank 0 writes the table after every rank's
@@ -12,73 +8,27 @@ word, and renames. Nothing here runs code while loading: safetensors and JSON on
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, empty, float32
-
-from trainer.durable import check_table, publish, read_json, write_json, write_table
-from trainer.engine.state import WEIGHT, FragmentReader, load_fragments, owned_fragments, scalars
+from trainer.durable import publish, write_json, write_table
+from trainer.engine.state import load_fragments, owned_fragments, scalars
 from trainer.engine.state import write_fragments as write_rank_file
 from trainer.engine.step import Engine
 from trainer.errors import UserError, storage_error
 from trainer.run import Run
+from trainer.stored import (
+    FORMAT,
+    STATE,
+    Checkpoint,
+    Position,
+    at_step,
+    coverage_faults,
+    newest_whole,
+)
 
-FORMAT = 1
-STATE = "state.json"
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is: optimizer steps, the next global sample index, targets trained on."""
-
-    step: int = 0
-    g: int = 0
-    tokens: int = 0
-
-
-class Checkpoint:
-    """One published checkpoint, readable without an engine, tensor by tensor."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.state: dict[str, Any] = read_json(self.path / STATE)
-        if self.state.get("format") != FORMAT:
-            found = self.state.get("format")
-            todo = "load it with the version of forescale that wrote it"
-            raise UserError(str(self.path), f"checkpoint format {found}, not {FORMAT}", todo)
-
-    @property
-    def position(self) -> Position:
-        return Position(**self.state["position"])
-
-    @property
-    def attempt(self) -> int:
-        return self.state["attempt"]
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        """Full shape of each parameter and persistent buffer, by name."""
-        return self.state["shapes"]
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(f.stat().st_size for f in self.path.iterdir())
-
-    def reader(self) -> FragmentReader:
-        return FragmentReader(self.path, self.state["fragments"])
-
-    def tensor(self, name: str, state: str = WEIGHT) -> Tensor:
-        """One whole parameter or moment, fp32, in its shape."""
-        out = empty(self.shapes[name], dtype=float32)
-        self.reader().read_into(name, state, 0, out.view(-1))
-        return out
-
-    def weights(self) -> dict[str, Tensor]:
-        """All parameters and buffers by name, fp32."""
-        return {name: self.tensor(name) for name in self.shapes}
+__all__ = ["Checkpoint", "Position", "at_step", "load", "newest_whole", "retain", "save"]
 
 
 def save(run: Run, attempt: int, position: Position, engine: Engine, facts: dict) -> Path:
@@ -111,7 +61,8 @@ def save(run: Run, attempt: int, position: Position, engine: Engine, facts: dict
             "shapes": {k: v for w in words for k, v in w[3].items()},
             "fragments": {w[0]: w[2] for w in words},
         }
-        _assert_each_element_once(state)
+        # Ours to guarantee, so an assertion.
+        assert not (faults := coverage_faults(state)), faults[0]
         table = {w[0]: w[1] for w in words}
         table[STATE] = write_json(stage / STATE, state)
         write_table(stage, table)
@@ -158,23 +109,6 @@ def _merged_counters(parts: list[dict]) -> dict:
     return {**parts[0], "optimizer_steps": steps}
 
 
-def _assert_each_element_once(state: dict) -> None:
-    """Ours to guarantee, so an assertion: the fragments cover every state exactly."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for rows in state["fragments"].values():
-        for name, kind, start, size in rows:
-            found.setdefault((name, kind), []).append((start, size))
-    for (name, kind), parts in found.items():
-        end = 0
-        for start, size in sorted(parts):
-            assert start == end, f"{kind} of {name}: a gap or an overlap at {end}"
-            end = start + size
-        total = 1
-        for n in state["shapes"][name]:
-            total *= n
-        assert end == total, f"{kind} of {name}: {end} of {total} elements"
-
-
 def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> None:
     """Set every rank's part of the engine; any world size, stage and precision.
 
@@ -187,7 +121,7 @@ def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> 
             what = f"parameter {name} is {stored} there and {ours} in this model"
             raise UserError(str(checkpoint.path), what, "use the model of the run that saved it")
     counters = None if weights_only else checkpoint.state["counters"]
-    load_fragments(engine, checkpoint.reader(), counters)
+    load_fragments(engine, checkpoint.reader, counters)
 
 
 def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -197,49 +131,6 @@ def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     kept = engine.module.state_dict(keep_vars=True)
     shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in kept}
     return shapes
-
-
-def newest_whole(run: Run, tell: Callable[..., None]) -> Checkpoint | None:
-    """The newest eligible checkpoint whose every byte is as it was written, or None for a run that
-    has none. `tell(kind, **facts)` is told of each that is passed over.
-
-    Raises UserError where there are checkpoints but none can be used: never back to step 0.
-    """
-    steps = run.checkpoint_steps()
-    for step in reversed(steps):
-        path = run.checkpoint_path(step)
-        faults = check_table(path)
-        if faults:
-            tell("checkpoint_damaged", step=step, faults=faults)
-            continue
-        checkpoint = Checkpoint(path)
-        if run.is_eligible(checkpoint.attempt, step):
-            return checkpoint
-        tell("checkpoint_passed_over", step=step, reason="a later attempt went on from before it")
-    if steps:
-        raise UserError(
-            str(run.checkpoints),
-            f"none of its {len(steps)} checkpoints can be used",
-            f"`forescale check {run.path}` names the faults; restore one, or give run.name another",
-        )
-    return None
-
-
-def at_step(run: Run, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest whole one; UserError where there is none."""
-    if step is None:
-        checkpoint = newest_whole(run, lambda kind, **facts: None)
-        if checkpoint is None:
-            todo = f"train it: forescale train run.name={run.name}"
-            raise UserError(str(run.path), "this run has no checkpoint yet", todo)
-        return checkpoint
-    path = run.checkpoint_path(step)
-    if not path.is_dir():
-        known = ", ".join(map(str, run.checkpoint_steps())) or "none"
-        raise UserError(str(path), "no such checkpoint", f"choose one of these steps: {known}")
-    if faults := check_table(path):
-        raise UserError(str(path), f"damaged ({faults[0]})", "choose another step")
-    return Checkpoint(path)
 
 
 def retain(run: Run, attempt: int, keep: int) -> list[int]:

@@ -30,6 +30,7 @@ _STORAGE = {
     errno.EACCES: ("permission denied", "choose a directory that you may write to"),
     errno.EPERM: ("operation not permitted", "choose a directory that you may write to"),
     errno.ENOTDIR: ("a file stands where a directory is needed", "move it or choose another path"),
+    errno.EEXIST: ("a file stands where a directory is needed", "move it or choose another path"),
     errno.EIO: ("the storage reports an I/O error", "check the disk, then give the command again"),
 }
 

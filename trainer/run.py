@@ -2,6 +2,7 @@
 
     runs/<name>/
       config.yaml  run.json         the frozen config; identity (versions, data)
+      tokenizer.json                a copy of the dataset's, so that a run explains itself
       metrics.jsonl  events.jsonl   links to the newest attempt's
       checkpoints/step-00001000/    published whole, see checkpoint.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
@@ -40,6 +41,7 @@ class Run:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.identity = self.path / "run.json"
+        self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"

@@ -61,8 +61,8 @@ def assert_same_state(before, after, target):
     assert new.shapes == old.shapes
     assert new.state["counters"]["optimizer_steps"] == old.state["counters"]["optimizer_steps"]
     for parameter in old.shapes:
-        states = sorted(old.reader().states(parameter))
-        assert sorted(new.reader().states(parameter)) == states
+        states = sorted(old.reader.states(parameter))
+        assert sorted(new.reader.states(parameter)) == states
         for state in states:
             x, y = old.tensor(parameter, state), new.tensor(parameter, state)
             rounded = "bf16" in target and (state == MOMENTUM or parameter in ("frozen", "offset"))

@@ -11,6 +11,7 @@ stage 0 and in fp32, so going from the latter to the former rounds it.
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
         if hasattr(param, "ds_tensor"):
             part = param.ds_tensor.numel()
             start = engine.world.rank * part
-            size = max(0, min(part, param.ds_numel - start))
+            size = max(0, min(part, math.prod(shape_of(param)) - start))
             if size:
                 data = param.ds_tensor.detach().view(-1)[:size]
                 yield Fragment(name, shape_of(param), WEIGHT, start, data)
@@ -158,7 +159,7 @@ def write_fragments(path: Path, fragments: list[Fragment]) -> tuple[FileEntry, l
     with HashingFile(path) as out:
         out.write(struct.pack("<Q", len(raw)) + raw)
         for f in fragments:
-            out.write(memoryview(f.data.contiguous().cpu().view(torch.uint8).numpy()))
+            out.write(f.data.contiguous().cpu().view(torch.uint8).numpy().data)
         entry = out.finish()
     return entry, [[f.name, f.state, f.start, f.data.numel()] for f in fragments]
 

@@ -145,20 +145,38 @@ def build_optimizer(kind: str, groups: list[dict], **settings) -> torch.optim.Op
 
     groups: dicts with "params", "name", "peak_learning_rate", "weight_decay", "use_muon".
     settings: betas, eps, momentum. The class is DeepSpeed's own and its auxiliary half torch's: a
-    config-made Muon compiles FusedAdam (half a minute, and nothing without a compiler).
+    config-made Muon compiles FusedAdam (half a minute, and nothing without a compiler). On a CPU
+    it iterates in bf16 ("standard"), which every CPU does alike; "gram" takes fp16 where there is
+    some.
     """
     adam = {"betas": settings["betas"], "eps": settings["eps"]}
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=1.0, fused=True, **adam)
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
+    muon = _import_muon()
+    method = "gram" if torch.cuda.is_available() else "standard"
     for group in groups:
         group["lr"] = group["peak_learning_rate"]
-        group |= {"momentum": settings["momentum"]} if group["use_muon"] else adam
+        if group["use_muon"]:
+            group |= {"momentum": settings["momentum"], "ns_method": method}
+        else:
+            group |= adam
         for p in group["params"]:
             p.use_muon = group["use_muon"]
 
     def auxiliary(aux_groups: list[dict], **_) -> torch.optim.Optimizer:
         return torch.optim.AdamW(aux_groups, fused=True)
 
-    return MuonWithAuxAdam(groups, adam_optimizer=auxiliary)
+    return muon(groups, adam_optimizer=auxiliary)
+
+
+def _import_muon() -> type[torch.optim.Optimizer]:
+    """DeepSpeed's Muon, not compiled. It compiles itself while it is imported, once a shape: half a
+    minute at the first step of a CPU, for iterations that are no faster than eager ones there."""
+    from deepspeed.runtime import compiler
+
+    decorator, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    finally:
+        compiler.compile = decorator
+    return MuonWithAuxAdam

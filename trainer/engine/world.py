@@ -7,6 +7,7 @@ its DeepSpeed switch but no backend every rank gets a world of its own, both sil
 
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,13 +42,14 @@ class Word:
     """What all ranks know of a step, the same on each.
 
     `losses`: sum of nats of each micro-batch, in global order; `tokens_hash`: see data.stream;
-    `stop`: some rank was asked to end.
+    `stop`: some rank was asked to end; `seconds`: rank 0's clock, so that all read the same time.
     """
 
     step: int
     losses: list[float]
     tokens_hash: int
     stop: bool
+    seconds: float
 
 
 class World:
@@ -59,6 +61,7 @@ class World:
         self.size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self._words: deque = deque()
+        self._began = time.monotonic()
 
     @property
     def is_main(self) -> bool:
@@ -94,9 +97,10 @@ class World:
         Each sum has one non-zero term a slot, so it is exact; the hash travels as two halves of 32
         bits, whose sums stay exact in fp64.
         """
-        part = torch.zeros(count + 3, dtype=torch.float64, device=self.device)
+        part = torch.zeros(count + 4, dtype=torch.float64, device=self.device)
         part[first : first + len(losses)] = losses
-        rest = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop)]
+        clock = time.monotonic() - self._began if self.is_main else 0.0
+        rest = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), clock]
         part[count:] = torch.tensor(rest, dtype=torch.float64)
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
         self._words.append((step, part, work))
@@ -107,9 +111,9 @@ class World:
             step, part, work = self._words.popleft()
             if work is not None:
                 work.wait()
-            *losses, high, low, stop = part.tolist()
+            *losses, high, low, stop, clock = part.tolist()
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
-            yield Word(step, losses, tokens_hash, stop > 0)
+            yield Word(step, losses, tokens_hash, stop > 0, clock)
 
     def close(self) -> None:
         """Leave the process group."""

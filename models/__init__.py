@@ -1,0 +1,22 @@
+"""The model: a decoder-only transformer in pure PyTorch, and what its sizes cost.
+
+Knows no files, no ranks, no trainer. `Transformer` is imported on first use, so that reading a
+configuration or counting parameters never loads torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from models.transformer import Transformer
+
+__all__ = ["ModelConfig", "Transformer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Transformer":
+        from models.transformer import Transformer
+
+        return Transformer
+    raise AttributeError(f"module 'models' has no attribute {name!r}")

@@ -1,0 +1,66 @@
+"""Causal self-attention: multi-head and grouped-query, with padding masks and QK-norm."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.init import Linear, output_std, weight_std
+from models.norm import RMSNorm
+from models.position import Rotation, rotate
+
+
+def causal_padding_mask(padding_mask_BL: Tensor) -> Tensor:
+    """(B, L), True for a real token -> (B, 1, L, L), True where query (row) sees key (column).
+
+    A padding token still sees itself: some kernels answer a softmax over nothing with NaN, which
+    would reach the gradients of real tokens.
+    """
+    length = padding_mask_BL.shape[1]
+    causal_LL = torch.ones(length, length, dtype=torch.bool, device=padding_mask_BL.device).tril()
+    own_LL = torch.eye(length, dtype=torch.bool, device=padding_mask_BL.device)
+    return (causal_LL & padding_mask_BL.bool()[:, None, None, :]) | own_LL
+
+
+class Attention(nn.Module):
+    """(B, L, D) -> (B, L, D); H query heads share G key and value heads (Ainslie et al. 2023,
+    arXiv 2305.13245). Query, key and value are matrices of their own: Muon orthogonalises each.
+    QK-norm (Henry et al. 2020, arXiv 2010.04245) comes before the rotation, one weight for all
+    heads, as in Qwen3.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        s = config.sizes
+        self.num_heads, self.num_kv_heads = s.num_heads, s.num_kv_heads
+        self.dropout = config.dropout
+        bias, std = config.bias, weight_std(config)
+        self.query = Linear(s.width, s.width, bias, std)
+        self.key = Linear(s.width, s.kv_width, bias, std)
+        self.value = Linear(s.width, s.kv_width, bias, std)
+        self.output = Linear(s.width, s.width, bias, output_std(config))
+        self.query_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x_BLD: Tensor, rotation: Rotation | None = None, mask_B1LL: Tensor | None = None
+    ) -> Tensor:
+        """Without a mask every token is real; see causal_padding_mask."""
+        B, L, _ = x_BLD.shape
+        q_BLHK = self.query(x_BLD).view(B, L, self.num_heads, -1)
+        k_BLGK = self.key(x_BLD).view(B, L, self.num_kv_heads, -1)
+        v_BLGK = self.value(x_BLD).view(B, L, self.num_kv_heads, -1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
+        if rotation is not None:
+            q_BLHK, k_BLGK = rotate(q_BLHK, rotation), rotate(k_BLGK, rotation)
+        y_BHLK = F.scaled_dot_product_attention(
+            q_BLHK.transpose(1, 2),
+            k_BLGK.transpose(1, 2),
+            v_BLGK.transpose(1, 2),
+            attn_mask=mask_B1LL,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask_B1LL is None,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return self.output(y_BHLK.transpose(1, 2).reshape(B, L, -1))

@@ -1,0 +1,188 @@
+"""The model's schema, its rules, and the one dial that sets all sizes.
+
+Invariant: a ModelConfig without problems() builds; resolved() leaves no size open and changes
+nothing that was given. Imports no torch: a plan reads this file on a login node.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+POSITIONS = ("rotary", "learned", "sinusoidal", "none")
+NORMS = ("rmsnorm", "layernorm")
+MLPS = ("swiglu", "gelu", "relu2")
+
+HEAD_DIM = 64
+WIDTH_PER_LAYER = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A config's sizes, none of them open any more."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_width: int
+    vocab_size: int
+    max_sequence_length: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """All keys (or values) of a token: num_kv_heads * head_dim."""
+        return self.num_kv_heads * self.head_dim
+
+
+Problem = tuple[str, str, str]  # field, what is wrong, what to do
+
+_NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shapes the trajectory
+
+
+@dataclass
+class ModelConfig:
+    """A pre-norm decoder-only transformer.
+
+    Give `depth` alone, or `num_layers` and `width`; what else is given overrides the rule.
+    The rule, where a size is not given:
+
+    1. num_layers = depth.
+    2. width = 64 * depth. nanochat's dial (base_train.py, aspect ratio 64), and GPT-2 small's 12
+       by 768. Doubt: Kaplan et al. 2020 (arXiv 2001.08361, figure 5) find that the ratio of width
+       to depth can vary by a factor of 40 with little change of the loss, so 64 is a habit, not
+       an optimum; large published models are wider (Llama 7B: 128).
+    3. num_heads = width / 64: heads of 64, as in Vaswani et al. 2017 and all of GPT-2. A width
+       that 64 doesn't divide needs num_heads.
+    4. num_kv_heads = num_heads: plain multi-head attention.
+    5. mlp_width = 4 * width (Vaswani et al. 2017, section 3.3); for swiglu 8/3 * width, which with
+       its third matrix holds as many parameters (Shazeer 2020, arXiv 2002.05202, section 2),
+       rounded up to a multiple of 64 for the matrix units.
+    """
+
+    depth: int | None = None  # the dial
+    num_layers: int | None = None
+    width: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention
+    mlp_width: int | None = None
+    vocab_size: int | None = None  # None: the dataset's
+    max_sequence_length: int | None = None  # None: the training's
+
+    position: str = "rotary"  # rotary | learned | sinusoidal | none
+    rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-6
+    mlp: str = "swiglu"  # swiglu | gelu | relu2
+    bias: bool = False  # in every linear layer and in layernorm
+    qk_norm: bool = True  # RMS norm of each query and key head (Qwen3's): tames large steps
+    tie_embeddings: bool = False  # one table for tokens in and logits out
+    dropout: float = 0.0  # after the embedding, in attention, on both residual branches
+    z_loss: float = 0.0  # coefficient of log(Z)^2, PaLM's 1e-4; 0: off
+    loss_chunk: int = field(default=512, metadata=_NUMERICS)  # targets at once; 0: all
+    activation_checkpointing: bool = field(default=False, metadata=_NUMERICS)
+    init_std: float | None = None  # None: see models/init.py
+
+    def problems(
+        self, vocab_size: int | None = None, sequence_length: int | None = None
+    ) -> list[Problem]:
+        """Every rule that is broken, as (field, what, todo); none: the model can be built.
+
+        Args: `vocab_size` and `sequence_length` of the data, where they are known.
+        """
+        found = self._problems_of_values()
+        if found:
+            return found
+        if self.depth is None and (self.num_layers is None or self.width is None):
+            return [("depth", "the model has no size", "give depth, or num_layers and width")]
+        full = self._sized()
+        width, num_heads, num_kv_heads = full.width, full.num_heads, full.num_kv_heads
+        assert width is not None
+        assert num_heads is not None
+        assert num_kv_heads is not None
+        if self.num_heads is None and width % HEAD_DIM:
+            found.append(
+                ("num_heads", f"{HEAD_DIM} does not divide width {width}", "give num_heads")
+            )
+        elif width % num_heads:
+            what = f"{num_heads} heads do not divide width {width}"
+            found.append(("num_heads", what, "choose a divisor of width"))
+        elif full.position == "rotary" and width // num_heads % 2:
+            what = f"rotary position needs even heads, not {width // num_heads} wide"
+            found.append(("num_heads", what, "choose another num_heads or position"))
+        if num_heads % num_kv_heads:
+            what = f"{num_kv_heads} do not divide {num_heads} heads"
+            found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
+        if full.position == "sinusoidal" and width % 2:
+            found.append(("width", "sinusoidal position needs an even width", "make it even"))
+        if self.vocab_size and vocab_size and self.vocab_size < vocab_size:
+            what = f"{self.vocab_size} is less than the tokenizer's {vocab_size}"
+            found.append(("vocab_size", what, "leave it out, or give at least as many"))
+        longest = self.max_sequence_length
+        if longest and sequence_length and longest < sequence_length:
+            what = f"{longest} is less than the sequence length {sequence_length}"
+            found.append(("max_sequence_length", what, "leave it out, or raise it"))
+        return found
+
+    def _problems_of_values(self) -> list[Problem]:
+        found: list[Problem] = []
+        sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
+        for name in (*sizes, "vocab_size", "max_sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append((name, f"{value} is not a size", "give at least 1"))
+        for name, known in (("position", POSITIONS), ("norm", NORMS), ("mlp", MLPS)):
+            value = getattr(self, name)
+            if value not in known:
+                found.append((name, f"unknown value {value!r}", f"choose from {', '.join(known)}"))
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                found.append((name, "must be above 0", "give a positive number"))
+        for name in ("z_loss", "loss_chunk"):
+            if not getattr(self, name) >= 0:
+                found.append((name, "must not be negative", "give 0 to switch it off"))
+        if not 0 <= self.dropout < 1:
+            found.append(("dropout", f"{self.dropout} is not a probability below 1", "give 0 to 1"))
+        if self.init_std is not None and not self.init_std > 0:
+            found.append(("init_std", "must be above 0", "leave it out for the rule"))
+        return found
+
+    def resolved(
+        self, vocab_size: int | None = None, sequence_length: int | None = None
+    ) -> "ModelConfig":
+        """The same model with every size filled in: from the rule, else from the data's numbers.
+
+        Raises ValueError with one sentence where problems() are left or a size stays unknown.
+        """
+        for name, what, todo in self.problems(vocab_size, sequence_length):
+            raise ValueError(f"model.{name}: {what}; {todo}.")
+        full = replace(
+            self._sized(),
+            vocab_size=self.vocab_size or vocab_size,
+            max_sequence_length=self.max_sequence_length or sequence_length,
+        )
+        for name in ("vocab_size", "max_sequence_length"):
+            if getattr(full, name) is None:
+                raise ValueError(f"model.{name}: not known from the data; give it.")
+        return full
+
+    @property
+    def sizes(self) -> Sizes:
+        """Every size as a plain number. Raises ValueError as resolved() does."""
+        full = self.resolved()
+        return Sizes(**{size.name: getattr(full, size.name) for size in fields(Sizes)})
+
+    def _sized(self) -> "ModelConfig":
+        """The rule of the class docstring; needs depth, or num_layers and width."""
+        width = self.width or WIDTH_PER_LAYER * (self.depth or 0)
+        num_heads = self.num_heads or max(1, width // HEAD_DIM)
+        gated = -(-8 * width // (3 * 64)) * 64
+        return replace(
+            self,
+            num_layers=self.num_layers or self.depth,
+            width=width,
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads or num_heads,
+            mlp_width=self.mlp_width or (gated if self.mlp == "swiglu" else 4 * width),
+        )

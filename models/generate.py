@@ -1,0 +1,61 @@
+"""Sampling, one token at a time.
+
+Every step runs the whole context again: no cache, hence no second way to compute attention that
+could differ from training's. For samples and small models that is enough; to serve a model, export
+it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens_BL: Tensor,
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    max_context: int | None = None,
+) -> Tensor:
+    """Continue each row by num_tokens sampled tokens: (B, L) int64 -> (B, L + num_tokens).
+
+    Args: `model` maps tokens (B, L) to logits (B, L, V); `temperature` 0 takes the likeliest token;
+    `top_k` samples among the k likeliest; `generator` makes it repeatable; `max_context`: the model
+    sees at most so many last tokens (default: the model's max_sequence_length, where it has one).
+    The model is put in eval mode and left in the mode it came in.
+    Raises ValueError for an empty prompt, a negative temperature or a top_k below 1.
+    """
+    if tokens_BL.shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one token.")
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is negative; give 0 or more.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} leaves no token; give at least 1.")
+    if max_context is None:
+        max_context = getattr(getattr(model, "config", None), "max_sequence_length", None)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(num_tokens):
+            context = tokens_BL if max_context is None else tokens_BL[:, -max_context:]
+            logits_BV = model(context)[:, -1].float()
+            next_B1 = _sample(logits_BV, temperature, top_k, generator)
+            tokens_BL = torch.cat((tokens_BL, next_B1), dim=1)
+    finally:
+        model.train(was_training)
+    return tokens_BL
+
+
+def _sample(
+    logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """(B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    if top_k is not None and top_k < logits_BV.shape[1]:
+        logits_Bk, index_Bk = logits_BV.topk(top_k)
+        chosen_B1 = _sample(logits_Bk, temperature, None, generator)
+        return index_Bk.gather(1, chosen_B1)
+    return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)

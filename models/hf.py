@@ -1,0 +1,289 @@
+"""The same weights under Hugging Face's names: Llama, Qwen3, Arcee, Apertus, GPT-2, both ways.
+
+Works on plain dicts; transformers is needed only by whoever loads the result. Weights survive
+there and back bit for bit, and so does every architectural field of the config; what only training
+knows (z_loss, loss_chunk, activation_checkpointing, init_std; dropout but for GPT-2) does not.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.config import ModelConfig
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Family:
+    architecture: str
+    fits: dict[str, Any]  # the fields that make a config one of this family
+    outer: dict[str, str]  # our module -> theirs
+    layer: str  # what a block is called, with {} for its number
+    inner: dict[str, str]  # our module within a block -> theirs
+
+
+_LLAMA_INNER = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_GATE = {"mlp.gate": "mlp.gate_proj"}
+_QK_NORM = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
+_LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_ROTARY = {"position": "rotary", "norm": "rmsnorm"}
+
+
+def _llama_like(architecture: str, fits: dict, inner: dict) -> _Family:
+    return _Family(
+        architecture, _ROTARY | fits, _LLAMA_OUTER, "model.layers.{}", _LLAMA_INNER | inner
+    )
+
+
+FAMILIES = {
+    "llama": _llama_like("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False}, _GATE),
+    "qwen3": _llama_like(
+        "Qwen3ForCausalLM", {"mlp": "swiglu", "qk_norm": True, "bias": False}, _GATE | _QK_NORM
+    ),
+    "arcee": _llama_like("ArceeForCausalLM", {"mlp": "relu2", "qk_norm": False}, {}),
+    "apertus": _llama_like(
+        "ApertusForCausalLM",
+        {"mlp": "relu2", "qk_norm": True, "bias": False},
+        _QK_NORM | {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+    ),
+    "gpt2": _Family(
+        "GPT2LMHeadModel",
+        {
+            "position": "learned",
+            "norm": "layernorm",
+            "mlp": "gelu",
+            "bias": True,
+            "qk_norm": False,
+            "num_kv_heads": "num_heads",
+        },
+        {
+            "embedding": "transformer.wte",
+            "position": "transformer.wpe",
+            "norm": "transformer.ln_f",
+            "head": "lm_head",
+        },
+        "transformer.h.{}",
+        {
+            "attention_norm": "ln_1",
+            "attention.qkv": "attn.c_attn",
+            "attention.output": "attn.c_proj",
+            "mlp_norm": "ln_2",
+            "mlp.up": "mlp.c_fc",
+            "mlp.down": "mlp.c_proj",
+        },
+    ),
+}
+
+
+def family_of(config: ModelConfig) -> str:
+    """Which family a resolved config belongs to; ValueError with the nearest one if to none."""
+    differing: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        wanted = dict(family.fits)
+        if "num_kv_heads" in wanted:
+            wanted["num_kv_heads"] = config.num_heads
+        has = {field: getattr(config, field) for field in wanted}
+        differing[name] = [f"{k}={v} ({wanted[k]})" for k, v in has.items() if v != wanted[k]]
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    if not differing[nearest]:
+        return nearest
+    raise ValueError(
+        f"No Hugging Face architecture fits this model; the nearest is "
+        f"{FAMILIES[nearest].architecture}, which differs in {', '.join(differing[nearest])}."
+    )
+
+
+def to_hf(config: ModelConfig, state: State) -> tuple[dict[str, Any], State]:
+    """config.json's content and the weights under Hugging Face's names.
+
+    Args: `config`, and the state_dict of its Transformer. Special tokens are left None: the caller
+    knows the tokenizer. Raises ValueError where no architecture fits.
+    """
+    config = config.resolved()
+    family = family_of(config)
+    names = _names(family, config)
+    if family == "gpt2":
+        state = _fuse(state)
+    hf_state = {}
+    for name, tensor in state.items():
+        module, leaf = name.rsplit(".", 1)
+        hf_state[f"{names[module]}.{leaf}"] = tensor
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    return _hf_config(family, config) | {"dtype": dtype}, hf_state
+
+
+def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, State]:
+    """The inverse of to_hf, also for models that others trained.
+
+    Raises ValueError for another architecture, for a variant that we don't compute (scaled rotary
+    positions, sliding windows, heads that don't add up to the width), and for unknown or missing
+    weights.
+    """
+    family = hf_config.get("model_type", "")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}.")
+    config = _our_config(family, hf_config)
+    ours = {theirs: name for name, theirs in _names(family, config).items()}
+    state = {}
+    for name, tensor in hf_state.items():
+        if re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):
+            continue  # constants that older files carry
+        if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"  # OpenAI's own files leave it out
+        module, _, leaf = name.rpartition(".")
+        if module == "lm_head" and config.tie_embeddings:
+            continue
+        if module not in ours:
+            raise ValueError(f"unexpected weight {name!r} in a {family} model.")
+        state[f"{ours[module]}.{leaf}"] = tensor
+    if missing := set(ours.values()) - {name.rpartition(".")[0] for name in state}:
+        raise ValueError(f"the weights of {', '.join(sorted(missing))} are missing.")
+    return config, _split(state) if family == "gpt2" else state
+
+
+def _names(family: str, config: ModelConfig) -> dict[str, str]:
+    """Our module's name -> theirs, for every module that has weights."""
+    f = FAMILIES[family]
+    outer = dict(f.outer)
+    if config.tie_embeddings:
+        del outer["head"]
+    return outer | {
+        f"blocks.{i}.{ours}": f"{f.layer.format(i)}.{theirs}"
+        for i in range(config.sizes.num_layers)
+        for ours, theirs in f.inner.items()
+    }
+
+
+def _is_gpt2_matrix(name: str, tensor: Tensor) -> bool:
+    return name.startswith("blocks.") and tensor.dim() == 2
+
+
+def _fuse(state: State) -> State:
+    """GPT-2 keeps matrices as (in, out), and query, key and value in one."""
+    fused: State = {}
+    for name, tensor in state.items():
+        if ".query." in name:
+            parts = [state[name.replace(".query.", f".{part}.")] for part in ("key", "value")]
+            name, tensor = name.replace(".query.", ".qkv."), torch.cat([tensor, *parts])
+        elif ".key." in name or ".value." in name:
+            continue
+        fused[name] = tensor.T.contiguous() if _is_gpt2_matrix(name, tensor) else tensor
+    return fused
+
+
+def _split(state: State) -> State:
+    """The inverse of _fuse."""
+    split: State = {}
+    for name, tensor in state.items():
+        tensor = tensor.T.contiguous() if _is_gpt2_matrix(name, tensor) else tensor
+        if ".qkv." in name:
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                split[name.replace(".qkv.", f".{part}.")] = rows.clone()
+        else:
+            split[name] = tensor
+    return split
+
+
+def _hf_config(family: str, c: ModelConfig) -> dict[str, Any]:
+    shared = {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": None,  # each family has defaults that belong to its own tokenizer
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family == "gpt2":
+        return shared | {
+            "n_positions": c.max_sequence_length,
+            "n_embd": c.width,
+            "n_layer": c.num_layers,
+            "n_head": c.num_heads,
+            "n_inner": c.mlp_width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": c.norm_eps,
+            "resid_pdrop": c.dropout,
+            "embd_pdrop": c.dropout,
+            "attn_pdrop": c.dropout,
+        }
+    return shared | {
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.sizes.head_dim,
+        "intermediate_size": c.mlp_width,
+        "hidden_act": _activation(c),
+        "max_position_embeddings": c.max_sequence_length,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,  # transformers 4 reads this and the next key, 5 the third
+        "rope_scaling": None,  # Apertus scales its positions unless told otherwise
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "attention_bias": c.bias,
+        "mlp_bias": c.bias,
+    }
+
+
+def _activation(c: ModelConfig) -> str:
+    return "relu2" if c.mlp == "relu2" else "silu"
+
+
+def _our_config(family: str, hf: dict[str, Any]) -> ModelConfig:
+    fits = {k: v for k, v in FAMILIES[family].fits.items() if k != "num_kv_heads"}
+    base = replace(
+        ModelConfig(**fits),
+        vocab_size=hf["vocab_size"],
+        tie_embeddings=hf.get("tie_word_embeddings", family == "gpt2"),
+    )
+    if family == "gpt2":
+        _require(hf.get("activation_function", "gelu_new") == "gelu_new", "activation_function")
+        _require(not hf.get("scale_attn_by_inverse_layer_idx"), "scale_attn_by_inverse_layer_idx")
+        return replace(
+            base,
+            num_layers=hf["n_layer"],
+            width=hf["n_embd"],
+            num_heads=hf["n_head"],
+            mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
+            max_sequence_length=hf["n_positions"],
+            norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+            dropout=hf.get("resid_pdrop", 0.1),
+        ).resolved()
+    _require(hf.get("hidden_act", _activation(base)) == _activation(base), "hidden_act")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    _require(rope.get("rope_type", rope.get("type", "default")) == "default", "rope_parameters")
+    _require((hf.get("head_dim") or width // heads) * heads == width, "head_dim")
+    _require(not hf.get("use_sliding_window"), "use_sliding_window")
+    bias = bool(hf.get("attention_bias", False))
+    _require(bias == bool(hf.get("mlp_bias", False)), "attention_bias without mlp_bias")
+    return replace(
+        base,
+        bias=bias,
+        num_layers=hf["num_hidden_layers"],
+        width=width,
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        mlp_width=hf["intermediate_size"],
+        max_sequence_length=hf["max_position_embeddings"],
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+    ).resolved()
+
+
+def _require(true: bool, key: str) -> None:
+    if not true:
+        raise ValueError(f"this model's {key} is a variant that is not supported here.")

@@ -1,0 +1,89 @@
+"""Cross-entropy of the next token without ever holding all logits, and the z-loss.
+
+The head's logits are the largest tensor of a step by far (tokens x vocabulary). Here they exist
+for one chunk of tokens at a time: the backward pass makes a chunk's logits again and turns them
+into gradients in place. That costs one more product with the head (its forward, again), and is
+still faster than the whole on a CPU, where a chunk stays in cache. Targets that fit one chunk keep
+their logits, and nothing is made twice. Softmax and sums are fp32 whatever the dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # a target that is none: padding, or a token whose loss is not wanted
+
+
+def window_losses(
+    hidden_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor, chunk: int = 0, z_loss: float = 0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each window's sum of cross-entropy over its targets: losses (B,) in nats, fp32.
+
+    With z_loss > 0: (losses, penalty), where penalty is z_loss * log(Z)^2 summed over all targets,
+    a scalar that belongs to the training objective only (PaLM, arXiv 2204.02311, section 5).
+    """
+    targets_N = targets_BL.flatten()
+    losses_N, log_z_N = token_losses(hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk)
+    losses_B = losses_N.view(targets_BL.shape).sum(-1)
+    if not z_loss:
+        return losses_B
+    return losses_B, z_loss * log_z_N.square().masked_fill(targets_N == IGNORE, 0.0).sum()
+
+
+def token_losses(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and log-partition of each token.
+
+    Args: hidden (N, D), head weight (V, D), targets (N,) int64, `chunk` tokens at once (0: all).
+    Returns: losses (N,) in nats, 0 where the target is IGNORE, and log Z (N,); both fp32.
+    """
+    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, chunk or len(targets_N))
+
+
+def _index(targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) -> ignored (N,) bool, index (N, 1) of the target's logit, 0 where ignored."""
+    ignored_N = targets_N == IGNORE
+    return ignored_N, targets_N.masked_fill(ignored_N, 0)[:, None]
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Both directions a chunk (C tokens) at a time; differentiable once."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, chunk):
+        losses, log_z = [], []
+        for hidden_CD, targets_C in zip(
+            hidden_ND.split(chunk), targets_N.split(chunk), strict=True
+        ):
+            logits_CV = F.linear(hidden_CD, weight_VD)
+            ignored_C, index_C1 = _index(targets_C)
+            log_z.append(logits_CV.float().logsumexp(-1))
+            target_logit_C = logits_CV.gather(1, index_C1)[:, 0].float()
+            losses.append((log_z[-1] - target_logit_C).masked_fill(ignored_C, 0.0))
+        log_z_N = torch.cat(log_z)
+        whole = logits_CV if len(losses) == 1 else None
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_z_N, whole)
+        ctx.chunk = chunk
+        return torch.cat(losses), log_z_N
+
+    @staticmethod
+    def backward(ctx, grad_losses_N, grad_log_z_N):
+        hidden_ND, weight_VD, targets_N, log_z_N, whole = ctx.saved_tensors
+        ignored_N, index_N1 = _index(targets_N)
+        grad_target_N = grad_losses_N.masked_fill(ignored_N, 0.0)
+        grad_all_N = grad_target_N + grad_log_z_N
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_hidden = []
+        rows = (hidden_ND, index_N1, log_z_N, grad_target_N, grad_all_N)
+        for hidden_CD, index_C1, log_z_C, grad_target_C, grad_all_C in zip(
+            *(x.split(ctx.chunk) for x in rows), strict=True
+        ):
+            logits_CV = F.linear(hidden_CD, weight_VD) if whole is None else whole
+            # d log Z / d logits = softmax; d loss / d logits = softmax - onehot
+            grad_CV = (logits_CV - log_z_C[:, None]).exp_().mul_(grad_all_C[:, None])
+            grad_CV.scatter_add_(1, index_C1, -grad_target_C[:, None])
+            grad_CV = grad_CV.to(weight_VD.dtype)
+            grad_hidden.append(grad_CV @ weight_VD)
+            grad_weight_VD += grad_CV.T @ hidden_CD
+        return torch.cat(grad_hidden), grad_weight_VD.to(weight_VD.dtype), None, None

@@ -1,0 +1,33 @@
+"""The feed-forward half of a block: SwiGLU, GELU or squared ReLU."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.init import Linear, output_std, weight_std
+
+
+class MLP(nn.Module):
+    """(B, L, D) -> (B, L, D) through mlp_width.
+
+    swiglu: down(silu(gate(x)) * up(x)), Shazeer 2020 (arXiv 2002.05202).
+    gelu:   down(gelu(up(x))) with the tanh approximation, as GPT-2 was trained.
+    relu2:  down(relu(up(x))^2), So et al. 2021 (Primer, arXiv 2109.08668).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        s, std = config.sizes, weight_std(config)
+        self.kind = config.mlp
+        if self.kind == "swiglu":
+            self.gate = Linear(s.width, s.mlp_width, config.bias, std)
+        self.up = Linear(s.width, s.mlp_width, config.bias, std)
+        self.down = Linear(s.mlp_width, s.width, config.bias, output_std(config))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        up_BLF = self.up(x_BLD)
+        if self.kind == "swiglu":
+            return self.down(F.silu(self.gate(x_BLD)) * up_BLF)
+        if self.kind == "gelu":
+            return self.down(F.gelu(up_BLF, approximate="tanh"))
+        return self.down(F.relu(up_BLF).square())

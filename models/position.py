@@ -1,0 +1,63 @@
+"""Where a token stands: rotary, sinusoidal, learned (or nothing at all).
+
+Tables are computed in fp32 from the positions at every forward, not kept as buffers: there is
+nothing to save, to cast to bf16 by accident, or to outgrow, and the cost is one row a position.
+Positions count from a row's first real token, so padding on either side changes nothing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.init import weight_std
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K/2)
+
+
+def positions_of(tokens_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor:
+    """Positions (L,), or (B, L) under a padding mask (True: a real token)."""
+    if padding_mask_BL is None:
+        return torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+    return (padding_mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _angles(positions: Tensor, size: int, theta: float) -> Tensor:
+    """positions (...) -> (..., size/2) in fp32: position * theta^(-2i/size)."""
+    even = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
+    return positions[..., None].float() * (1.0 / theta ** (even / size))
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+    """The rotation at each position: (...) -> cos and sin, each (..., 1, head_dim/2), fp32."""
+    angles = _angles(positions, head_dim, theta)[..., None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BLHK: Tensor, by: Rotation) -> Tensor:
+    """Turn each head, (B, L, H, K) -> (B, L, H, K); coordinate i is paired with i + K/2.
+
+    Su et al. 2021 (arXiv 2104.09864), in the pairing of GPT-NeoX and of Llama in transformers.
+    """
+    cos, sin = by
+    a, b = x_BLHK.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BLHK.dtype)
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Vaswani et al. 2017, section 3.5: (...) -> (..., width), fp32, sines and cosines in turn."""
+    angles = _angles(positions, width, 10_000.0)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+class LearnedPosition(nn.Module):
+    """One vector a position: (L,) or (B, L) -> (..., D)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        s = config.sizes
+        self.weight = nn.Parameter(torch.empty(s.max_sequence_length, s.width))
+        nn.init.normal_(self.weight, 0, weight_std(config))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return F.embedding(positions, self.weight)

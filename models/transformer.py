@@ -1,0 +1,131 @@
+"""The decoder-only transformer: embedding, pre-norm blocks, and a head that is also the loss.
+
+Invariant: a parameter is read only inside the forward of the module that owns it, and every module
+is entered by a call. ZeRO-3 gathers a module's parameters around its call, so nothing here needs
+to know that the weights are elsewhere; a tied table is one module that is called twice.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import Attention, causal_padding_mask
+from models.config import ModelConfig
+from models.init import Linear, weight_std
+from models.loss import window_losses
+from models.mlp import MLP
+from models.norm import make_norm
+from models.position import LearnedPosition, Rotation, positions_of, rotation, sinusoids
+
+
+class Vocabulary(nn.Module):
+    """A table (V, D) with both its uses behind one call, so that tying is calling it twice.
+
+    tokens (B, L) int64             -> vectors (B, L, D)
+    hidden (B, L, D)                -> logits (B, L, V)
+    hidden (B, L, D), targets (B, L) -> what window_losses returns
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.chunk, self.z_loss = config.loss_chunk, config.z_loss
+        self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
+        nn.init.normal_(self.weight, 0, weight_std(config))
+
+    def forward(self, x: Tensor, targets_BL: Tensor | None = None):
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight)
+        if targets_BL is None:
+            return F.linear(x, self.weight)
+        return window_losses(x, self.weight, targets_BL, self.chunk, self.z_loss)
+
+
+class Block(nn.Module):
+    """(B, L, D) -> (B, L, D): attention and MLP, each normed first and added to the stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm, self.attention = make_norm(config), Attention(config)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BLD: Tensor, rotation: Rotation | None = None, mask_B1LL: Tensor | None = None
+    ) -> Tensor:
+        y_BLD = self.attention(self.attention_norm(x_BLD), rotation, mask_B1LL)
+        x_BLD = x_BLD + self.dropout(y_BLD)
+        return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
+
+
+class Transformer(nn.Module):
+    """A language model of `config`, whose vocabulary and longest sequence must be known.
+
+    Raises ValueError with one sentence where the config has problems.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config = config.resolved()
+        self.sizes = config.sizes
+        self.embedding = Vocabulary(config)
+        self.position = LearnedPosition(config) if config.position == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(self.sizes.num_layers))
+        self.norm = make_norm(config)
+        self.head = None if config.tie_embeddings else Vocabulary(config)
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor | None = None,
+        padding_mask_BL: Tensor | None = None,
+    ):
+        """Logits, or each window's loss.
+
+        Args: tokens (B, L) int64; targets (B, L) int64, -100 where there is none; padding_mask
+        (B, L), True (or 1) for a real token, on either side. Outputs at padding mean nothing, so
+        their targets must be -100.
+        Returns, without targets: logits (B, L, V). With targets: losses (B,) fp32, each window's
+        sum of cross-entropy in nats over its targets; with z_loss (losses, penalty), where penalty
+        is a scalar, summed over all targets, for the training objective only.
+        Raises ValueError for a sequence that is longer than a learned position table.
+        """
+        x_BLD = self._hidden(tokens_BL, padding_mask_BL)
+        head = self.embedding if self.head is None else self.head
+        return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
+
+    def _hidden(self, tokens_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor:
+        """(B, L) -> (B, L, D), what the head reads."""
+        config, s = self.config, self.sizes
+        positions = positions_of(tokens_BL, padding_mask_BL)
+        x_BLD = self.embedding(tokens_BL)
+        turn = None
+        if config.position == "rotary":
+            turn = rotation(positions, s.head_dim, config.rope_theta)
+        elif config.position == "sinusoidal":
+            # the factor is Vaswani et al. 2017, section 3.4: sinusoids are of size 1
+            x_BLD = x_BLD * math.sqrt(s.width)
+            x_BLD = x_BLD + sinusoids(positions, s.width).to(x_BLD.dtype)
+        elif self.position is not None:
+            if tokens_BL.shape[1] > s.max_sequence_length:
+                raise ValueError(
+                    f"{tokens_BL.shape[1]} tokens are more than the model's learned positions; "
+                    f"give at most max_sequence_length = {s.max_sequence_length}."
+                )
+            x_BLD = x_BLD + self.position(positions)
+        x_BLD = self.dropout(x_BLD)
+        mask_B1LL = None if padding_mask_BL is None else causal_padding_mask(padding_mask_BL)
+        for block in self.blocks:
+            if config.activation_checkpointing and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, turn, mask_B1LL, use_reentrant=False)
+            else:
+                x_BLD = block(x_BLD, turn, mask_B1LL)
+        return self.norm(x_BLD)
+
+    def muon_parameters(self) -> set[str]:
+        """Names of the hidden matrices: all 2-D parameters but embedding, positions and head."""
+        linear = (name for name, module in self.named_modules() if isinstance(module, Linear))
+        return {f"{name}.weight" for name in linear}

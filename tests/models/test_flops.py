@@ -1,0 +1,114 @@
+"""Parameters against the model itself, FLOPs against torch's own counter, to the last one."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import ModelConfig, Transformer
+from models.config import MLPS, NORMS, POSITIONS
+from models.flops import activation_bytes, count, flops_6n, flops_per_token
+
+BASE = ModelConfig(
+    num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16
+)
+VARIANTS = [
+    replace(BASE, position=p, norm=n, mlp=m, bias=b, qk_norm=q, num_kv_heads=g, tie_embeddings=t)
+    for p, n, m, b, q, g, t in product(
+        POSITIONS, NORMS, MLPS, (False, True), (False, True), (None, 1), (False, True)
+    )
+]
+
+
+def test_parameters_of_every_variant():
+    for config in VARIANTS:
+        model, counts = Transformer(config), count(config)
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+
+        def under(prefix, sizes=sizes):
+            return sum(n for name, n in sizes.items() if name.startswith(prefix))
+
+        assert counts.total == sum(sizes.values())
+        assert counts.embedding == under("embedding.")
+        assert counts.position == under("position.")
+        assert counts.blocks == under("blocks.")
+        assert counts.non_embedding == under("blocks.") + under("norm.")
+        assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
+        assert flops_6n(config) == 6 * (counts.blocks + counts.head)
+
+
+def counted(config, B, L):
+    """Forward and backward FLOPs as torch counts them.
+
+    Attention runs as plain matrix products here: torch's counter knows no formula for the CPU's
+    flash kernel, and would count the scores that a flash kernel's backward makes again.
+    """
+    model, x = Transformer(config), torch.zeros(B, L, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, x).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_flops_of_every_variant_exactly(position):
+    B, L = 2, 16
+    for config in VARIANTS:
+        if config.position == position:
+            assert flops_per_token(config, L) * B * L == counted(config, B, L)
+
+
+def test_chunks_of_the_loss_make_the_logits_again():
+    """The one recomputation that a normal step has: the head's forward, a third of its cost."""
+    chunked = replace(BASE, loss_chunk=8)
+    again = 2 * 24 * 70
+    assert (flops_per_token(BASE, 16) + again) * 32 == counted(chunked, 2, 16)
+
+
+def test_causal_flops_are_the_pairs_that_see_each_other():
+    config, L = BASE, 16
+    pairs = sum(1 for query in range(L) for key in range(L) if key <= query)
+    full, causal = flops_per_token(config, L) * L, flops_per_token(config, L, causal=True) * L
+    a_pair = 3 * 2 * (2 * 24) * config.num_layers
+    assert full - causal == (L * L - pairs) * a_pair
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "most"),
+    [
+        (dict(norm="layernorm", mlp="gelu", position="learned", qk_norm=False), 1.02),
+        (dict(norm="layernorm", mlp="swiglu", position="none", qk_norm=False), 1.02),
+        (dict(norm="layernorm", mlp="relu2", num_kv_heads=1, qk_norm=False), 1.02),
+        # on a CPU rms_norm is not one kernel, and keeps its input twice
+        (dict(mlp="swiglu", qk_norm=True), 1.4),
+    ],
+)
+def test_activation_bytes_are_what_autograd_keeps(change, most, dtype):
+    sizes = dict(num_layers=4, width=256, vocab_size=8, max_sequence_length=128)
+    config = ModelConfig(**sizes, **change)
+    model, x = Transformer(config).to(dtype), torch.zeros(2, 128, dtype=torch.long)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x, x)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    estimate = activation_bytes(config, 2, 128, dtype.itemsize)
+    assert estimate * 0.98 <= measured <= estimate * most
+
+
+def test_activation_checkpointing_keeps_one_layer_and_the_inputs():
+    config = ModelConfig(depth=12, vocab_size=8, max_sequence_length=128, loss_chunk=1)
+    whole = activation_bytes(config, 1, 128)
+    kept = activation_bytes(replace(config, activation_checkpointing=True), 1, 128)
+    inputs = 12 * 128 * 768 * 2
+    assert kept - inputs < whole / 8

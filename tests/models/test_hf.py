@@ -1,0 +1,148 @@
+"""Other people's implementations as oracles: same weights, same logits, same gradients."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from models import ModelConfig, Transformer
+from models.hf import from_hf, to_hf
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(num_layers=2, width=32, num_heads=4, vocab_size=61, max_sequence_length=24)
+LLAMA = ModelConfig(**SIZES, num_kv_heads=2, qk_norm=False, rope_theta=500.0, norm_eps=1e-5)
+QWEN3 = ModelConfig(**SIZES, num_kv_heads=2, qk_norm=True, mlp_width=48)
+GPT2 = ModelConfig(
+    **SIZES,
+    position="learned",
+    norm="layernorm",
+    mlp="gelu",
+    bias=True,
+    qk_norm=False,
+    tie_embeddings=True,
+    norm_eps=1e-3,
+)
+ORACLES = {
+    "llama": LLAMA,
+    "llama-bias-tied": replace(LLAMA, bias=True, tie_embeddings=True),
+    "qwen3": QWEN3,
+    "qwen3-tied": replace(QWEN3, tie_embeddings=True),
+    "arcee": replace(LLAMA, mlp="relu2"),
+    "apertus": replace(QWEN3, mlp="relu2"),
+    "gpt2": GPT2,
+    "gpt2-untied": replace(GPT2, tie_embeddings=False),
+}
+PADDINGS = {"none": (0, 0), "left": (7, 0), "right": (0, 5), "both": (3, 2)}
+
+
+def scrambled(config):
+    """A model none of whose weights is at a special value, so that a swapped one shows."""
+    torch.manual_seed(1)
+    model = Transformer(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def exported(model, folder):
+    """The model as a user of transformers loads it."""
+    hf_config, hf_state = to_hf(model.config, model.state_dict())
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    save_file(hf_state, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_logits_and_gradients_equal_transformers(name, tmp_path):
+    ours = scrambled(ORACLES[name])
+    theirs = exported(ours, tmp_path)
+    tokens = torch.randint(0, 61, (3, 20), generator=torch.Generator().manual_seed(2))
+    for left, right in PADDINGS.values():
+        mask = torch.ones_like(tokens)
+        mask[0, :left] = 0
+        mask[0, 20 - right :] = 0
+        real = mask.bool()
+        targets = tokens.roll(-1, 1).masked_fill(~real, -100)
+
+        logits = ours(tokens, padding_mask_BL=real)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        expected = theirs(tokens, attention_mask=mask, position_ids=positions).logits
+        assert expected.abs().max() > 1  # not a comparison of zeros
+        assert (logits - expected)[real].abs().max() < 1e-5
+
+        ours.zero_grad()
+        theirs.zero_grad()
+        ours(tokens, targets, real).sum().backward()
+        F.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+        _, gradients = to_hf(ours.config, {n: p.grad for n, p in ours.named_parameters()})
+        for n, p in theirs.named_parameters():
+            torch.testing.assert_close(gradients[n], p.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_there_and_back_is_exact(name):
+    model = scrambled(ORACLES[name])
+    config, state = from_hf(*to_hf(model.config, model.state_dict()))
+    assert config == model.config
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
+    Transformer(config).load_state_dict(state)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2"])
+def test_a_foreign_model_comes_in(family):
+    """From transformers' own defaults, names and initial weights."""
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    sizes |= dict(num_key_value_heads=2, intermediate_size=40)
+    if family == "GPT2":
+        sizes = dict(n_embd=32, n_layer=2, n_head=4)
+    hf_config = getattr(transformers, f"{family}Config")(vocab_size=50, **sizes)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
+    config, state = from_hf(hf_config.to_dict(), theirs.state_dict())
+    ours = Transformer(config).eval()
+    ours.load_state_dict(state)
+    tokens = torch.arange(12).view(1, 12)
+    assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+
+
+def test_what_no_family_fits_is_refused():
+    config = ModelConfig(**SIZES, position="sinusoidal")
+    with pytest.raises(ValueError, match=r"nearest is Qwen3.* position=sinusoidal \(rotary\)"):
+        to_hf(config, Transformer(config).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "bert"}, "bert"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
+def test_a_variant_that_we_do_not_compute_is_refused(change, word):
+    hf_config, hf_state = to_hf(QWEN3, Transformer(QWEN3).state_dict())
+    with pytest.raises(ValueError, match=word):
+        from_hf(hf_config | change, hf_state)
+
+
+def test_unknown_and_missing_weights_are_named():
+    hf_config, hf_state = to_hf(QWEN3, Transformer(QWEN3).state_dict())
+    with pytest.raises(ValueError, match=r"model\.extra\.weight"):
+        from_hf(hf_config, hf_state | {"model.extra.weight": torch.zeros(1)})
+    del hf_state["model.norm.weight"]
+    with pytest.raises(ValueError, match="norm"):
+        from_hf(hf_config, hf_state)

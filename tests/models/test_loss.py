@@ -1,0 +1,117 @@
+"""The chunked loss is the plain one, in value and gradient, and never holds all logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import ModelConfig, Transformer
+from models.loss import IGNORE, window_losses
+
+B, L, D, V = 3, 10, 8, 50
+
+
+def inputs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, L, D, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (B, L), generator=generator)
+    targets[0, :4] = targets[2, -1] = IGNORE
+    return hidden, weight, targets
+
+
+def plain(hidden, weight, targets, z_loss):
+    logits = hidden @ weight.T
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(-1)
+    log_z = logits.logsumexp(-1)
+    return losses, z_loss * (log_z.square() * (targets != IGNORE)).sum()
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 7, 30, 64])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_value_and_gradient_equal_plain_cross_entropy(chunk, z_loss):
+    weights = torch.tensor([0.5, -2.0, 3.0])  # a gradient that differs from window to window
+    hidden, weight, targets = inputs(torch.float32)
+    found = window_losses(hidden, weight, targets, chunk, z_loss)
+    losses, penalty = found if z_loss else (found, 0.0)
+    assert losses.dtype == torch.float32
+    assert losses.shape == (B,)
+    gradients = torch.autograd.grad((losses * weights).sum() + penalty, (hidden, weight))
+
+    hidden, weight, targets = inputs(torch.float64)
+    expected, expected_penalty = plain(hidden, weight, targets, z_loss)
+    expected_gradients = torch.autograd.grad(
+        (expected * weights).sum() + expected_penalty, (hidden, weight)
+    )
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    if z_loss:
+        torch.testing.assert_close(penalty.double(), expected_penalty, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_but_targets_counts():
+    hidden, weight, targets = inputs(torch.float32)
+    targets[:] = IGNORE
+    losses, penalty = window_losses(hidden, weight, targets, 7, 0.1)
+    (losses.sum() + penalty).backward()
+    assert losses.abs().sum() == 0
+    assert penalty == 0
+    assert hidden.grad.abs().sum() == 0
+    assert weight.grad.abs().sum() == 0
+
+
+def test_a_target_outside_the_vocabulary_is_an_error():
+    hidden, weight, targets = inputs(torch.float32)
+    targets[1, 1] = -1
+    with pytest.raises((RuntimeError, IndexError)):
+        window_losses(hidden, weight, targets, 7)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most values that any single operation's result had."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.values = max(self.values, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_logits_are_never_held(dtype):
+    sizes = dict(num_layers=1, width=16, num_heads=2, vocab_size=5000, max_sequence_length=64)
+    x = torch.zeros(4, 64, dtype=torch.long)
+    largest = {}
+    for chunk in (0, 32):
+        model = Transformer(ModelConfig(**sizes, loss_chunk=chunk, z_loss=0.1)).to(dtype)
+        with Largest() as mode:
+            losses, penalty = model(x, x)
+            (losses.sum() + penalty).backward()
+        largest[chunk] = mode.values
+    assert largest[0] == 4 * 64 * 5000
+    assert largest[32] == 32 * 5000
+
+
+def test_chunks_add_up_their_gradients_in_fp32():
+    """In bf16 600 chunks, each far below their sum, would mostly be rounded away."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    hidden, targets = hidden.repeat(1, 200, 1), targets.repeat(1, 200)
+    window_losses(hidden, weight, targets, 10).sum().backward()
+    exact = weight.detach().double().requires_grad_()
+    plain(hidden.double(), exact, targets, 0.0)[0].sum().backward()
+    error = (weight.grad - exact.grad).norm() / exact.grad.norm()
+    assert error < 4e-3  # one rounding to bf16 is 2e-3
+
+
+def test_bf16_loss_is_summed_in_fp32():
+    """A window's sum is far above where bf16 could still resolve one token's loss."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    hidden, targets = hidden.repeat(1, 200, 1), targets.repeat(1, 200)
+    losses = window_losses(hidden, weight, targets, 64)
+    expected, _ = plain(hidden.double(), weight.double(), targets, 0.0)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-3, atol=0)

@@ -1,0 +1,79 @@
+"""The depth rule, and one sentence for each thing that cannot be built."""
+
+import subprocess
+import sys
+
+import pytest
+
+from models.config import ModelConfig
+
+
+def sizes(**given):
+    c = ModelConfig(**given).resolved(vocab_size=100, sequence_length=32)
+    return c.num_layers, c.width, c.num_heads, c.num_kv_heads, c.mlp_width
+
+
+def test_depth_sets_every_size():
+    assert sizes(depth=12, mlp="gelu") == (12, 768, 12, 12, 3072)  # GPT-2 small
+    assert sizes(depth=12) == (12, 768, 12, 12, 2048)  # swiglu: 8/3 of the width
+    assert sizes(depth=1) == (1, 64, 1, 1, 192)  # 170.7, up to a multiple of 64
+    assert sizes(num_layers=3, width=128) == (3, 128, 2, 2, 384)
+
+
+def test_what_is_given_overrides_the_rule():
+    assert sizes(depth=4, width=128, mlp="relu2") == (4, 128, 2, 2, 512)
+    assert sizes(depth=4, num_layers=2, num_heads=8, num_kv_heads=2, mlp_width=80) == (
+        (2, 256, 8, 2, 80)
+    )
+
+
+def test_the_datas_numbers_fill_in():
+    config = ModelConfig(depth=2).resolved(vocab_size=4096, sequence_length=256)
+    assert (config.vocab_size, config.max_sequence_length) == (4096, 256)
+    assert config.resolved() == config
+    own = ModelConfig(depth=2, vocab_size=5000, max_sequence_length=512)
+    assert own.resolved(4096, 256).vocab_size == 5000
+    assert own.resolved(4096, 256).max_sequence_length == 512
+    with pytest.raises(ValueError, match=r"model\.vocab_size"):
+        ModelConfig(depth=2).resolved(sequence_length=256)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({}, "depth"),
+        ({"width": 64}, "depth"),
+        ({"depth": 0}, "depth"),
+        ({"depth": 2, "num_heads": 3}, "num_heads"),
+        ({"depth": 2, "width": 100}, "num_heads"),
+        ({"depth": 2, "width": 9, "num_heads": 3}, "num_heads"),  # rotary: heads of 3
+        ({"depth": 2, "num_kv_heads": 3}, "num_kv_heads"),
+        ({"depth": 2, "width": 15, "num_heads": 3, "position": "sinusoidal"}, "width"),
+        ({"depth": 2, "position": "alibi"}, "position"),
+        ({"depth": 2, "norm": "batch"}, "norm"),
+        ({"depth": 2, "mlp": "relu"}, "mlp"),
+        ({"depth": 2, "dropout": 1.0}, "dropout"),
+        ({"depth": 2, "norm_eps": 0.0}, "norm_eps"),
+        ({"depth": 2, "z_loss": -1.0}, "z_loss"),
+        ({"depth": 2, "init_std": 0.0}, "init_std"),
+        ({"depth": 2, "vocab_size": 100}, "vocab_size"),  # the tokenizer below has 200
+        ({"depth": 2, "max_sequence_length": 8}, "max_sequence_length"),
+    ],
+)
+def test_each_problem_names_its_field(given, field):
+    config = ModelConfig(**given)
+    found = config.problems(vocab_size=200, sequence_length=16)
+    assert [problem[0] for problem in found] == [field]
+    with pytest.raises(ValueError, match=rf"^model\.{field}: .*; .*\.$"):
+        config.resolved(vocab_size=200, sequence_length=16)
+
+
+def test_all_problems_are_told_at_once():
+    config = ModelConfig(depth=2, position="alibi", norm="batch", dropout=2.0)
+    assert [problem[0] for problem in config.problems()] == ["position", "norm", "dropout"]
+    assert ModelConfig(depth=2).problems() == []
+
+
+def test_reading_a_config_does_not_load_torch():
+    code = "import sys, models, models.flops; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

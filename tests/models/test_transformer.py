@@ -1,0 +1,199 @@
+"""How a model begins, and that every way of running it computes the same."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import ModelConfig, Transformer
+from models.generate import generate
+
+SMALL = ModelConfig(
+    num_layers=3,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=64,
+    max_sequence_length=16,
+    loss_chunk=8,
+)
+
+
+def data(B=4, L=16, V=64):
+    x = torch.randint(0, V, (B, L + 1), generator=torch.Generator().manual_seed(0))
+    return x[:, :-1], x[:, 1:]
+
+
+def gradients(model, seed=0):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    losses = model(*data())
+    losses.sum().backward()
+    return [losses.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def test_weights_begin_as_documented():
+    torch.manual_seed(0)
+    model = Transformer(replace(SMALL, width=256, num_layers=8, vocab_size=512, bias=True))
+    small = math.sqrt(2 / (5 * 256))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert p.eq(0).all(), name
+        elif "norm" in name:
+            assert p.eq(1).all(), name
+        else:
+            to_stream = name.endswith(("attention.output.weight", "mlp.down.weight"))
+            std = small / math.sqrt(2 * 8) if to_stream else small
+            assert abs(p.std() / std - 1) < 0.02, name
+            assert abs(p.mean()) < std * 0.02, name
+    learned = Transformer(replace(SMALL, position="learned", init_std=0.3))
+    assert abs(learned.position.weight.std() / 0.3 - 1) < 0.1
+    assert abs(learned.embedding.weight.std() / 0.3 - 1) < 0.1
+
+
+def test_a_new_model_knows_nothing_and_its_seed_decides():
+    torch.manual_seed(5)
+    model = Transformer(SMALL)
+    spread = 2 / 5 / 2  # half the variance of the logits: width * weight_std^2
+    assert abs(model(*data()).mean() / 16 - math.log(64) - spread) < 0.1
+    torch.manual_seed(5)
+    again = Transformer(SMALL)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_losses_are_the_logits_losses():
+    model = Transformer(SMALL)
+    x, y = data()
+    log_p = model(x).log_softmax(-1)
+    expected = -log_p.gather(-1, y[..., None]).sum((1, 2))
+    torch.testing.assert_close(model(x, y), expected)
+    losses, penalty = Transformer(replace(SMALL, z_loss=1e-4))(x, y)
+    assert losses.shape == (4,)
+    assert penalty.shape == ()
+
+
+def test_muon_gets_the_hidden_matrices_alone():
+    model = Transformer(replace(SMALL, position="learned", bias=True))
+    names = model.muon_parameters()
+    hidden = {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    assert names == hidden
+    assert len(names) == 3 * 7
+
+
+def test_tied_table_is_one_parameter_that_learns_from_both_ends():
+    model = Transformer(replace(SMALL, tie_embeddings=True))
+    assert not any(name.startswith("head") for name, _ in model.named_parameters())
+    x = torch.zeros(1, 4, dtype=torch.long)
+    model(x, x + 1).sum().backward()
+    grad = model.embedding.weight.grad
+    assert grad[0].abs().sum() > 0  # as input
+    assert grad[1:].abs().sum(-1).gt(0).all()  # as output
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_activation_checkpointing_changes_no_gradient(dropout):
+    torch.manual_seed(0)
+    plain = Transformer(replace(SMALL, dropout=dropout))
+    checkpointed = Transformer(replace(SMALL, dropout=dropout, activation_checkpointing=True))
+    checkpointed.load_state_dict(plain.state_dict())
+    for a, b in zip(gradients(plain), gradients(checkpointed), strict=True):
+        assert torch.equal(a, b)
+    if dropout:
+        assert not torch.equal(gradients(plain, 1)[0], gradients(plain, 2)[0])
+        assert torch.equal(gradients(plain.eval(), 1)[0], gradients(plain.eval(), 2)[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tie_embeddings": True, "z_loss": 1e-4},
+        {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
+        {"activation_checkpointing": True, "mlp": "relu2", "position": "sinusoidal"},
+    ],
+)
+def test_compiles_as_one_graph(change):
+    """aot_eager traces forward and backward, and needs no C++ compiler."""
+    torch._dynamo.reset()
+    model = Transformer(replace(SMALL, **change))
+    objective = (lambda out: out[0].sum() + out[1]) if "z_loss" in change else torch.sum
+    objective(model(*data())).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    objective(torch.compile(model, fullgraph=True, backend="aot_eager")(*data())).backward()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal"])
+def test_all_in_bf16_stays_close_to_fp32(position):
+    """The whole module cast, as DeepSpeed does it; also with padding."""
+    torch.manual_seed(0)
+    model = Transformer(replace(SMALL, position=position))
+    x, y = data()
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[0, :5] = False
+    expected = model(x, y.masked_fill(~mask, -100), mask)
+    losses = model.bfloat16()(x, y.masked_fill(~mask, -100), mask)
+    losses.sum().backward()
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=5e-3, atol=0)
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_few_steps_learn():
+    torch.manual_seed(0)
+    model = Transformer(replace(SMALL, tie_embeddings=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, y = data()
+    for _ in range(60):
+        loss = model(x, y).sum() / y.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.5  # from 4.2
+
+
+class Counting(torch.nn.Module):
+    """Likeliest is the last token plus one; remembers how much context it was shown."""
+
+    seen = 0
+
+    def forward(self, x):
+        self.seen = max(self.seen, x.shape[1])
+        return torch.nn.functional.one_hot((x + 1) % 10, 10).float() * 5
+
+
+def test_generation_follows_the_model():
+    out = generate(Counting(), torch.tensor([[3, 4], [8, 9]]), 4, temperature=0)
+    assert out.tolist() == [[3, 4, 5, 6, 7, 8], [8, 9, 0, 1, 2, 3]]
+    out = generate(Counting(), torch.tensor([[3]]), 5, top_k=1)
+    assert out.tolist() == [[3, 4, 5, 6, 7, 8]]
+    model = Counting()
+    generate(model, torch.tensor([[1, 2, 3]]), 9, max_context=4)
+    assert model.seen == 4
+
+
+def test_generation_repeats_with_its_generator_and_samples_the_distribution():
+    model = Transformer(replace(SMALL, dropout=0.5)).train()
+    x = torch.tensor([[1, 2, 3]])
+
+    def sample(seed):
+        return generate(model, x, 40, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+    assert model.training  # as it came
+    start = torch.full((4000, 1), 5)
+    drawn = generate(Counting(), start, 1, generator=torch.Generator().manual_seed(0))[:, 1]
+    p = math.exp(5) / (math.exp(5) + 9)
+    assert abs(drawn.eq(6).float().mean() - p) < 4 * math.sqrt(p * (1 - p) / 4000)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"tokens": 0}])
+def test_generation_refuses_nonsense(wrong):
+    tokens = torch.zeros(1, wrong.pop("tokens", 2), dtype=torch.long)
+    with pytest.raises(ValueError, match="; give"):
+        generate(Counting(), tokens, 1, **wrong)

@@ -1,0 +1,127 @@
+"""A dataset and a run of a few steps, made without an engine: what the small verbs' tests read.
+
+The checkpoints have two ranks' files, written by the product's own writer from a plain module.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from trainer.compose import compose
+from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.text import Files
+from trainer.durable import write_json, write_table
+from trainer.engine.state import WEIGHT, Fragment, write_fragments
+from trainer.model import build_model
+from trainer.run import Attempt, Parent, Run
+from trainer.start import start
+
+LENGTH, BATCH, STEPS = 32, 4, 8
+SHIFT = 0.002
+TEXT = [
+    "def main(argument):\n    return 'naïve' + str(argument)\n",
+    "for name in ('数据', '🙂'):\n    print(name)\n",
+    "class Model:\n    width = 32\n    depth = 1\n",
+]
+
+
+def make_dataset(path: Path, vocab_size: int = 300) -> Path:
+    """40 documents of some hundred bytes each, with multi-byte characters."""
+    folder = path.with_name("text")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(40):
+        (folder / f"{i:02}.py").write_text("".join(TEXT[: 1 + i % 3]) * 3 + f"# {i}\n")
+    config = BuildConfig(vocab_size=vocab_size, validation=0.2)
+    return build_dataset(Files([folder]), path, config)
+
+
+def make_job(dataset: Path, root: Path, name: str = "small", *overrides: str):
+    sizes = ["num_layers=1", "width=32", "num_heads=2"]
+    return compose(
+        "train",
+        [
+            f"run.name={name}",
+            f"run.root={root}",
+            f"data.path={dataset}",
+            f"train.steps={STEPS}",
+            f"train.sequence_length={LENGTH}",
+            f"train.global_batch={BATCH}",
+            f"train.micro_batch={BATCH}",
+            "schedule.warmup=1 steps",
+            *([f"model.{size}" for size in sizes] if not overrides else []),
+            *overrides,
+        ],
+    )
+
+
+def make_run(dataset: Path, root: Path, name: str = "small", *overrides: str) -> Run:
+    """A complete run: one attempt, a row a step, a validation row, checkpoints at 4 and 8.
+
+    Each checkpoint's weights are the initial ones plus SHIFT a step.
+    """
+    started = start(make_job(dataset, root, name, *overrides))
+    run, attempt = started.run, started.run.new_attempt()
+    attempt.start_from(Parent(0), run)
+    module = build_model(started.job, started.dataset.vocab_size)
+    with torch.no_grad():
+        for step in range(1, STEPS + 1):
+            attempt.metrics.add(train_row(attempt, step))
+            if step % 4 == 0:
+                for p in module.parameters():
+                    p += 4 * SHIFT
+                save(run, attempt, step, module)
+    attempt.metrics.add(validation_row(attempt, STEPS))
+    return run
+
+
+def train_row(attempt: Attempt, step: int) -> dict:
+    return {
+        "kind": "train",
+        "step": step,
+        "attempt": attempt.number,
+        "g0": (step - 1) * BATCH,
+        "g1": step * BATCH,
+        "tokens": step * BATCH * LENGTH,
+        "loss": 6.0 / step,
+        "seconds": {"data": 0.5, "compute": 1.5},
+    }
+
+
+def validation_row(attempt: Attempt, step: int) -> dict:
+    row = {"kind": "validation", "step": step, "attempt": attempt.number, "dataset": "validation"}
+    score = {"loss": 3.0, "loss_stderr": 0.1, "bits_per_byte": 2.25, "windows": 7}
+    return {**row, "tokens": step * BATCH * LENGTH, **score}
+
+
+def save(run: Run, attempt: Attempt, step: int, module: torch.nn.Module) -> Path:
+    """A checkpoint as two ranks would write it: each parameter cut at a third."""
+    path = run.checkpoint_path(step)
+    path.mkdir(parents=True)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    table, fragments = {}, {}
+    for rank in range(2):
+        file = f"rank-{rank:05d}.safetensors"
+        owned = [_part(name, p, rank) for name, p in module.named_parameters()]
+        table[file], fragments[file] = write_fragments(path / file, owned)
+    state = {
+        "format": 1,
+        "position": {"step": step, "g": step * BATCH, "tokens": step * BATCH * LENGTH},
+        "attempt": attempt.number,
+        "world_size": 2,
+        "numerics": {"stage": 1},
+        "counters": {},
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "fragments": fragments,
+    }
+    table["state.json"] = write_json(path / "state.json", state)
+    write_table(path, table)
+    attempt.event("checkpoint_saved", step=step)
+    return path
+
+
+def _part(name: str, parameter: torch.Tensor, rank: int) -> Fragment:
+    cut, size = parameter.numel() // 3, math.prod(parameter.shape)
+    first, end = ((0, cut), (cut, size))[rank]
+    data = parameter.detach().reshape(-1)[first:end]
+    return Fragment(name, tuple(parameter.shape), WEIGHT, first, data)

@@ -1,0 +1,148 @@
+"""`forescale status`: derived from files, honest about what they show, and quick."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from small_run import STEPS, make_run, save, train_row
+
+from trainer import open_run
+from trainer.run import Parent, Run
+from trainer.status import Status, ago
+
+
+def test_it_starts_without_torch(trained):
+    code = (
+        "import sys; from trainer.cli import main; "
+        f"main(['status', {str(trained.path)!r}]); main(['status', {f'run.root={trained.path}'!r}]);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'numpy', 'pandas')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "complete" in found.stdout
+
+
+def test_all_runs_in_a_table(own_run, forescale, small_data):
+    make_run(small_data, "runs", "another")
+    code, out, _ = forescale("status")
+    assert code == 0
+    header, *rows = (re.split(r"  +", line.strip()) for line in out.splitlines())
+    assert header == ["run", "state", "step", "done", "tokens", "loss", "bits/byte", "last seen"]
+    assert sorted(row[0] for row in rows) == ["another", "small"]
+    for row in rows:
+        assert row[1:7] == ["complete", "8/8", "100.0%", "1,024", "0.7500", "2.2500"]
+
+
+def test_one_damaged_run_does_not_hide_the_others(own_run, forescale, small_data):
+    bad = make_run(small_data, "runs", "bad")
+    bad.config.write_text("{]")
+    code, out, _ = forescale("status")
+    assert code == 0
+    assert re.search(r"bad +unreadable", out)
+    assert re.search(r"small +complete", out)
+    assert "runs/bad/config.yaml: is damaged" in out
+    bad.metrics.resolve().write_text("x\n")
+    assert forescale("status")[0] == 0
+
+
+def test_one_run_in_full(own_run, forescale):
+    code, out, _ = forescale("status", "small")
+    assert code == 0
+    assert "complete, step 8 of 8 (100.0%), 1,024 tokens, loss 0.7500" in out
+    assert "Validation at step 8: 2.2500 bits per byte, loss 3.0000 ± 0.1000" in out
+    assert re.search(r"^ +4 +512 +\d\.\d +2 +1 +1 +yes", out, re.MULTILINE)
+    assert re.search(r"^ +1 +the beginning", out, re.MULTILINE)
+    assert "Time 16.0 s: compute 12.0 s (75.0%), data 4.0 s (25.0%)" in out
+    assert "Events: 2 checkpoint_saved" in out
+
+
+def age_by(run: Run, seconds: float):
+    for path in run.path.rglob("*"):
+        if not path.is_symlink():
+            os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.fixture
+def unfinished(own_run) -> Run:
+    """Resumed at step 4 of 8, with rows up to step 6."""
+    attempt = own_run.new_attempt()
+    attempt.start_from(Parent(4, str(own_run.checkpoint_path(4))), own_run)
+    for step in (5, 6):
+        attempt.metrics.add(train_row(attempt, step))
+    return own_run
+
+
+def test_states(unfinished):
+    assert Status(unfinished).state == "running"
+    age_by(unfinished, 3600)
+    assert Status(unfinished).state == "crashed"  # steps 5 and 6 are in no checkpoint
+    model = open_run(unfinished.path).model(4)
+    save(unfinished, unfinished.attempts()[-1], 6, model)
+    age_by(unfinished, 3600)
+    assert Status(unfinished).state == "interrupted"
+
+
+def test_a_slow_run_is_running_for_longer(unfinished):
+    age_by(unfinished, 300)
+    assert Status(unfinished).state == "crashed"
+    path = unfinished.metrics.resolve()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[-1]["seconds"]["evaluation"] = 200.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    age_by(unfinished, 300)
+    assert Status(unfinished).state == "running"
+
+
+def test_a_run_that_no_attempt_was_made_of_is_new(own_run):
+    import shutil
+
+    shutil.rmtree(own_run.path / "attempts")
+    shutil.rmtree(own_run.checkpoints)
+    for link in (own_run.metrics, own_run.events):
+        link.unlink()
+    status = Status(own_run)
+    assert (status.state, status.step, status.validation) == ("new", 0, None)
+
+
+def test_what_was_lost_and_what_does_not_count(unfinished, forescale):
+    status = Status(unfinished)
+    assert status.step == 6
+    lost = status.lost()
+    assert (lost.steps, lost.seconds) == (STEPS - 4, 2.0 * (STEPS - 4))
+    assert status.seconds() == {"data": 3.0, "compute": 9.0}
+    code, out, _ = forescale("status", "small")
+    assert code == 0
+    assert "lost 4 steps, 8.0 s" in out
+    assert re.search(r"^ +8 +1,024 .* no ", out, re.MULTILINE)
+    assert re.search(r"^ +2 +step 4 ", out, re.MULTILINE)
+
+
+def test_an_attempt_that_never_trained_is_said(own_run, forescale):
+    own_run.new_attempt()
+    assert "never got as far as training" in forescale("status", "small")[1]
+
+
+def test_checkpoints_that_cannot_be_read_are_counted(own_run, forescale):
+    (own_run.checkpoint_path(8) / "state.json").write_text("{]")
+    code, out, _ = forescale("status", "small")
+    assert code == 0
+    assert "1 more can't be read" in out
+
+
+def test_nothing_there_yet(tmp_path, forescale):
+    code, out, _ = forescale("status", f"run.root={tmp_path}")
+    assert code == 0
+    assert "begin one with: forescale train" in out
+    assert forescale("status", "nope", f"run.root={tmp_path}")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (119, "119 s"), (150, "2 min"), (8000, "2 h"), (1e6, "12 d")],
+)
+def test_spans(seconds, said):
+    assert ago(seconds) == said

@@ -1,0 +1,115 @@
+"""`forescale VERB [TARGET] [key=value ...] [--flag]`: finds the verb, and turns faults into codes.
+
+Invariant: a fault of the user's ends with one sentence and code 2, without a traceback; a fault of
+ours keeps its traceback and ends with code 1.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from trainer.errors import INTERRUPTED, USER, UserError, storage_error
+
+VERBS = {
+    "train": "train a model; on a bare machine, on an embedded corpus",
+    "shards": "make a dataset of your own text",
+    "status": "what runs are doing, what they have reached",
+    "generate": "let a trained model write",
+    "eval": "score a trained model: bits per byte, perplexity",
+    "export": "a directory that Hugging Face transformers loads",
+    "check": "verify a dataset, a checkpoint or a run, byte for byte",
+    "doctor": "what this machine has, and what to mend",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as e:
+        print(f"forescale: {e}", file=sys.stderr)
+        return USER
+    except KeyboardInterrupt:
+        print("forescale: interrupted; the same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe had enough
+        sys.stderr.close()
+        return 0
+    except OSError as e:
+        if (fault := storage_error(e)) is None:
+            raise
+        print(f"forescale: {fault}", file=sys.stderr)
+        return USER
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("forescale"))
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        from trainer.names import nearest_first
+
+        near = nearest_first(verb, VERBS)[0]
+        raise UserError(verb, "no such verb", f"the nearest is `forescale {near}`; see --help")
+    if any(word in ("-h", "--help") for word in rest):
+        from trainer.manual import explain
+
+        print(explain(verb), end="")
+        return 0
+    return importlib.import_module(f"trainer.verbs.{verb}").main(rest)
+
+
+def usage() -> str:
+    """The page of `forescale --help`."""
+    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "forescale VERB [TARGET] [key=value ...]",
+            "",
+            "Pretrain transformers: exact, unlosable, without surprises, predictive.",
+            "",
+            *lines,
+            "",
+            "forescale VERB --help shows a verb's keys, choices and examples.",
+        ]
+    )
+
+
+def overrides_of(verb: str, words: Sequence[str]) -> list[str]:
+    """The words after a verb as overrides: those without `=` name the verb's target."""
+    from trainer.jobs import JOBS
+
+    target: str = JOBS[verb].TARGET
+    bare = [w for w in words if "=" not in w and not w.startswith(("-", "~", "+"))]
+    rest = [w for w in words if w not in bare]
+    if not bare:
+        return rest
+    if not target:
+        raise UserError(" ".join(bare), f"{verb} takes no name", f"see forescale {verb} --help")
+    if target == "input":
+        quoted = ",".join(_quoted(word) for word in bare)
+        return [f"input=[{quoted}]", *rest]
+    if len(bare) > 1:
+        todo = f"give one; other words are key=value (see forescale {verb} --help)"
+        raise UserError(" ".join(bare), f"{verb} takes one name, not {len(bare)}", todo)
+    if target == "run.name" and "/" in bare[0]:
+        root, _, name = bare[0].rstrip("/").rpartition("/")
+        return [f"run.root={_quoted(root or '/')}", f"run.name={_quoted(name)}", *rest]
+    return [f"{target}={_quoted(bare[0])}", *rest]
+
+
+def _quoted(text: str) -> str:
+    """Text as Hydra's grammar reads it back unchanged."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Which window comes when: closed form, for any g, with no state but g itself.
+
+Windows are cut within a shard with stride L and hold L + 1 tokens, so that every token but a
+shard's first is a target exactly once an epoch; a shard's last window may be shorter. Epoch e
+permutes the shards and takes them in blocks of `shuffle_shards`; inside a block a keyed permutation
+picks the window. Both are Feistel networks, keyed by (seed, epoch, block).
+
+Invariant: over any epoch, g -> window is a bijection; it depends on the shards' token counts, L,
+seed and shuffle_shards alone: not on ranks, workers, or where a run was resumed.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.errors import UserError
+
+_ROUNDS = 8
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) over an array of uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Permutation:
+    """A keyed bijection of range(n), n < 2^62: a Feistel network over a grid of a x b >= n cells.
+
+    Halves are added modulo a and b, so the grid is hardly larger than n (by less than its side),
+    and walking the cycle past the few cells beyond n is rare.
+    """
+
+    def __init__(self, n: int, *key: int):
+        a = isqrt(n) + 1
+        self._n, self._a, self._b = np.uint64(n), np.uint64(a), np.uint64(-(-n // a))
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
+        self._keys = np.frombuffer(digest, "<u8").astype(np.uint64)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Where positions go; int64 in [0, n), any shape."""
+        return self._walk(x, self._forward)
+
+    def inverse(self, y: np.ndarray) -> np.ndarray:
+        return self._walk(y, self._backward)
+
+    def _walk(self, x: np.ndarray, step) -> np.ndarray:
+        x = step(np.asarray(x).astype(np.uint64))
+        while (beyond := x >= self._n).any():
+            x[beyond] = step(x[beyond])
+        return x.astype(np.int64)
+
+    def _forward(self, x: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(x, self._b)
+        for i in range(0, _ROUNDS, 2):
+            left = (left + mix64(right + self._keys[i]) % self._a) % self._a
+            right = (right + mix64(left + self._keys[i + 1]) % self._b) % self._b
+        return left * self._b + right
+
+    def _backward(self, x: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(x, self._b)
+        for i in range(_ROUNDS - 2, -1, -2):
+            right = (right + self._b - mix64(left + self._keys[i + 1]) % self._b) % self._b
+            left = (left + self._a - mix64(right + self._keys[i]) % self._a) % self._a
+        return left * self._b + right
+
+
+class Windows(NamedTuple):
+    """Windows as arrays of one length: shard, first token in it, tokens (L + 1, or fewer)."""
+
+    shard: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+
+class Order:
+    """The order of a split's windows.
+
+    shard_tokens: tokens of every shard. Raises UserError where no shard holds two tokens.
+    """
+
+    def __init__(
+        self,
+        shard_tokens: Sequence[int],
+        sequence_length: int,
+        seed: int,
+        shuffle_shards: int,
+    ):
+        if sequence_length < 1 or shuffle_shards < 1:
+            raise UserError(
+                "train.sequence_length, data.shuffle_shards", "must be positive", "take 1 or more"
+            )
+        self.sequence_length, self.seed = sequence_length, seed
+        self.shuffle_shards = shuffle_shards
+        self._tokens = np.array(shard_tokens, np.int64)
+        targets = np.maximum(self._tokens - 1, 0)
+        self._windows = -(-targets // sequence_length)
+        self._short = self._windows * sequence_length - targets  # targets a last window lacks
+        self.windows_per_epoch = int(self._windows.sum())
+        self.targets_per_epoch = int(targets.sum())
+        if not self.windows_per_epoch:
+            raise UserError("the training split", "holds no two tokens in a row", "give more text")
+        self._epoch = lru_cache(4)(self._make_epoch)
+        self._block = lru_cache(16)(self._make_block)
+
+    def window(self, g: int) -> tuple[int, int, int]:
+        """(shard, first token, tokens) of global sample index g."""
+        w = self.windows(g, g + 1)
+        return int(w.shard[0]), int(w.start[0]), int(w.length[0])
+
+    def windows(self, g0: int, g1: int) -> Windows:
+        """Windows of [g0, g1), in order, as int64 arrays of shape (g1 - g0,)."""
+        parts = []
+        while g0 < g1:
+            epoch, position = divmod(g0, self.windows_per_epoch)
+            block, inside = self._epoch(epoch).locate(position)
+            within = self._block(epoch, block)
+            count = min(g1 - g0, within.windows - inside)
+            parts.append(self._cut(within, np.arange(inside, inside + count)))
+            g0 += count
+        if not parts:
+            return Windows(*np.empty((3, 0), np.int64))
+        return (
+            parts[0] if len(parts) == 1 else Windows(*map(np.concatenate, zip(*parts, strict=True)))
+        )
+
+    def targets(self, g0: int, g1: int) -> int:
+        """Targets in windows [g0, g1): (g1 - g0) * L but for the short last windows of shards.
+
+        Costs a look-up in one or two blocks, however far apart g0 and g1 are.
+        """
+        return (g1 - g0) * self.sequence_length - self._lacking(g1) + self._lacking(g0)
+
+    def _lacking(self, g: int) -> int:
+        """Targets that the windows before g lack."""
+        epoch, position = divmod(g, self.windows_per_epoch)
+        whole = self.windows_per_epoch * self.sequence_length - self.targets_per_epoch
+        order = self._epoch(epoch)
+        block, inside = order.locate(position)
+        return epoch * whole + order.lacking[block] + self._block(epoch, block).lacking(inside)
+
+    def _cut(self, block: "_Block", position: np.ndarray) -> Windows:
+        picked = block.permutation(position)
+        at = np.searchsorted(block.firsts, picked, side="right") - 1
+        shard = block.shards[at]
+        start = (picked - block.firsts[at]) * self.sequence_length
+        length = np.minimum(self.sequence_length + 1, self._tokens[shard] - start)
+        return Windows(shard, start, length)
+
+    def _make_epoch(self, epoch: int) -> "_Epoch":
+        shards = np.flatnonzero(self._windows)
+        shards = shards[Permutation(len(shards), self.seed, epoch)(np.arange(len(shards)))]
+        blocks = [
+            shards[i : i + self.shuffle_shards] for i in range(0, len(shards), self.shuffle_shards)
+        ]
+        firsts, lacking = [0], [0]
+        for block in blocks:
+            firsts.append(firsts[-1] + int(self._windows[block].sum()))
+            lacking.append(lacking[-1] + int(self._short[block].sum()))
+        return _Epoch(blocks, firsts, lacking)
+
+    def _make_block(self, epoch: int, block: int) -> "_Block":
+        shards = self._epoch(epoch).blocks[block]
+        return _Block(
+            shards,
+            self._windows[shards],
+            self._short[shards],
+            (self.seed, epoch, block),
+        )
+
+
+class _Epoch(NamedTuple):
+    """The blocks of shards of one epoch; for each the windows and lacking targets before it."""
+
+    blocks: list[np.ndarray]
+    firsts: list[int]
+    lacking: list[int]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """The block that holds a position of the epoch, and the position inside it."""
+        block = bisect_right(self.firsts, position) - 1
+        return block, position - self.firsts[block]
+
+
+class _Block:
+    """The permuted windows of one block of shards."""
+
+    def __init__(
+        self, shards: np.ndarray, windows: np.ndarray, short: np.ndarray, key: tuple[int, ...]
+    ):
+        self.shards, self.windows = shards, int(windows.sum())
+        ends = np.cumsum(windows)
+        self.firsts = ends - windows
+        self.permutation = Permutation(self.windows, *key)
+        # Where the short windows, a shard's last ones, come in the block, and what they lack.
+        positions = self.permutation.inverse(ends - 1)
+        order = np.argsort(positions)
+        self._positions = positions[order]
+        self._lacking = np.concatenate([[0], np.cumsum(short[order])])
+
+    def lacking(self, position: int) -> int:
+        """Targets that the block's windows before a position lack."""
+        return int(self._lacking[np.searchsorted(self._positions, position)])

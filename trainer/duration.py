@@ -1,0 +1,80 @@
+"""Lengths of a run, one type: "500 steps", "2e9 tokens", "30 min", "10 %" (of the run).
+
+Invariant: `Duration.parse(str(d)) == d`, and equal lengths in one unit are equal objects, so that
+"30 min" and "1800 s" are no change between two configs.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+_UNITS: dict[str, tuple[str, int]] = {
+    **dict.fromkeys(("", "step", "steps"), ("steps", 1)),
+    **dict.fromkeys(("token", "tokens"), ("tokens", 1)),
+    **dict.fromkeys(("%", "percent"), ("percent", 1)),
+    **dict.fromkeys(("s", "sec", "second", "seconds"), ("seconds", 1)),
+    **dict.fromkeys(("min", "minute", "minutes"), ("seconds", 60)),
+    **dict.fromkeys(("h", "hour", "hours"), ("seconds", 3600)),
+    **dict.fromkeys(("d", "day", "days"), ("seconds", 86400)),
+}
+_FORM = re.compile(r"\s*([0-9._]+(?:e[+-]?[0-9]+)?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
+EXAMPLES = '"500 steps", "2e9 tokens", "30 min" or "10 %"'
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length that is never negative; steps and tokens are whole numbers."""
+
+    amount: float
+    unit: Literal["steps", "tokens", "seconds", "percent"] = "steps"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.amount < math.inf:
+            raise ValueError("a length is a number of at least 0")
+        if self.unit in ("steps", "tokens") and self.amount != int(self.amount):
+            raise ValueError(f"{self.amount:g} is not a whole number of {self.unit}")
+
+    @classmethod
+    def parse(cls, value: "str | int | float | Duration") -> "Duration":
+        """Read a length; a plain number means steps. Raises ValueError with a sentence."""
+        if isinstance(value, Duration):
+            return value
+        match = _FORM.fullmatch(str(value))
+        if isinstance(value, bool) or not match or match[2].lower() not in _UNITS:
+            raise ValueError(f"expects a length such as {EXAMPLES}, not {value!r}")
+        unit, factor = _UNITS[match[2].lower()]
+        try:
+            return cls(float(match[1]) * factor, unit)  # type: ignore[arg-type]
+        except OverflowError:
+            raise ValueError(f"{value} is too long") from None
+
+    def __str__(self) -> str:
+        amount, name = self.amount, self.unit.replace("percent", "%").replace("seconds", "s")
+        for unit, factor in (("h", 3600), ("min", 60)):
+            if self.unit == "seconds" and amount and amount % factor == 0:
+                amount, name = amount / factor, unit
+                break
+        short = f"{amount:g}".replace("e+0", "e").replace("e+", "e")
+        exact = str(int(amount)) if amount == int(amount) else repr(amount)
+        text = short if float(short) == amount else exact
+        return f"{text} {name[:-1] if amount == 1 and name.endswith('s') and name != 's' else name}"
+
+    def steps(self, tokens_per_step: int, total_steps: int) -> int | None:
+        """Optimizer steps, rounded up to whole ones; None for a length of wall time."""
+        exact = Fraction(repr(float(self.amount)))
+        match self.unit:
+            case "steps":
+                return int(self.amount)
+            case "tokens":
+                return math.ceil(exact / tokens_per_step)
+            case "percent":
+                return math.ceil(exact * total_steps / 100)
+            case _:
+                return None
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time in seconds; None for a length that is counted."""
+        return self.amount if self.unit == "seconds" else None

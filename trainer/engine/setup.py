@@ -1,0 +1,131 @@
+"""An engine from a job: optimizer by recipe, compilation, and what the device can do.
+
+Invariant: whatever a machine lacks (a compiler) is worked around with a notice, never in silence.
+"""
+
+import os
+import shutil
+import sysconfig
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from trainer.config import TrainJob
+from trainer.engine.step import Engine, build_optimizer
+from trainer.engine.world import World
+from trainer.errors import UserError
+from trainer.recipe import parameter_groups
+from trainer.schema import ConfigError, Problem
+
+# Dense peak FLOP/s in bf16, from the vendors' data sheets; MFU is a fraction of these.
+_KNOWN_PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
+
+
+class Compiled(NamedTuple):
+    """Whether the model is compiled, and what to tell the user about it."""
+
+    done: bool
+    notice: str | None
+
+
+def check_world(job: TrainJob, size: int) -> None:
+    """Raises ConfigError where the job doesn't fit the ranks that are really there."""
+    problems = job.problems(world_size=size)
+    if problems:
+        raise ConfigError(Problem(*p) for p in problems)
+
+
+def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
+    """`model` under DeepSpeed, with the parameter groups of the recipe."""
+    names = getattr(model, "muon_parameters", None)
+    groups = parameter_groups(
+        model.named_parameters(), job.optimizer, names() if names is not None else None
+    )
+    settings = {
+        "betas": (job.optimizer.beta1, job.optimizer.beta2),
+        "eps": job.optimizer.eps,
+        "momentum": job.optimizer.momentum,
+    }
+    optimizer = build_optimizer(job.optimizer.kind, [vars(g) for g in groups], **settings)
+    return Engine(world, model, optimizer, seed=job.train.seed, clip=job.optimizer.clip)
+
+
+def be_deterministic() -> None:
+    """Have torch choose kernels whose results don't depend on the timing of threads.
+
+    Needed even on a CPU: the gradient of an embedding is otherwise compiled to atomic additions,
+    and two runs part in the last bits after a few dozen steps.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging; costs a pass
+
+
+def compiler_missing() -> str | None:
+    """What torch.compile lacks here, or None. For a CPU it writes C++ against Python.h."""
+    if torch.cuda.is_available():
+        return None
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) is None:
+        return f"a C++ compiler ({compiler})"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if header.exists() else f"Python's headers ({header})"
+
+
+def prepare_compilation() -> None:
+    """Before torch is imported: without a compiler, nothing may try to compile (Muon would)."""
+    if compiler_missing():
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+
+
+def compile_if_asked(engine: Engine, job: TrainJob) -> Compiled:
+    """Compile by `train.compile`. Raises UserError for `on` on a machine that can't."""
+    missing = compiler_missing()
+    if job.train.compile == "off":
+        return Compiled(False, None)
+    if missing and job.train.compile == "on":
+        what = f"this machine lacks {missing}"
+        raise UserError("train.compile=on", what, "install it, or set train.compile=auto")
+    if missing:
+        return Compiled(False, f"Not compiling the model: this machine lacks {missing}. Slower.")
+    if job.engine.stage == 3 and job.train.compile == "auto":
+        return Compiled(False, None)  # the hooks that gather parameters break the graph apart
+    engine.compile()
+    return Compiled(True, None)
+
+
+def peak_flops(world: World, configured: float | None, precision: str) -> float:
+    """FLOP/s that one device can do in matrix products: configured, known, or measured."""
+    if configured:
+        return configured
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+        for known, peak in _KNOWN_PEAKS.items():
+            if known in name:
+                return peak if precision != "fp32" else peak / 2
+    return measured_peak(world.device, precision)
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """The best of a few products of two square matrices; a tenth of a second on a CPU."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best

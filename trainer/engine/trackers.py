@@ -1,0 +1,71 @@
+"""Weights & Biases and TensorBoard, through Accelerate's trackers.
+
+Invariant: one run of ours is one curve there, over all attempts; and no tracker asks a question or
+needs an account.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+
+
+def open_trackers(logging: Any, run: Path, name: str, config: dict, first_step: int) -> list[Any]:
+    """The trackers that `logging` (LoggingConfig) asks for; each has `log(values, step=...)`.
+
+    Raises UserError where a tracker's package is missing.
+    """
+    trackers: list[Any] = []
+    if logging.tensorboard:
+        trackers.append(_tensorboard(run, first_step))
+    if logging.wandb.enabled:
+        trackers.append(_wandb(logging.wandb, run, name))
+    for tracker in trackers:
+        if hasattr(tracker, "start"):
+            tracker.start()
+        if logging.wandb.enabled and tracker.name == "wandb":
+            tracker.store_init_configuration(config)
+    return trackers
+
+
+def _tensorboard(run: Path, first_step: int) -> Any:
+    from accelerate.tracking import TensorBoardTracker
+    from accelerate.utils import is_tensorboard_available
+
+    if not is_tensorboard_available():
+        todo = 'pip install "forescale[tensorboard]", or set logging.tensorboard=false'
+        raise UserError("logging.tensorboard", "tensorboard is not installed", todo)
+    # What an earlier attempt wrote beyond the step that this one starts from is not drawn.
+    return TensorBoardTracker("tensorboard", logging_dir=run, purge_step=first_step + 1)
+
+
+def _wandb(settings: Any, run: Path, name: str) -> Any:
+    from accelerate.tracking import WandBTracker
+
+    mode = settings.mode
+    if mode == "auto":
+        mode = "online" if has_account() else "offline"
+    identity = hashlib.sha256(f"{settings.project}/{name}".encode()).hexdigest()[:16]
+    return WandBTracker(
+        settings.project,
+        entity=settings.entity,
+        id=identity,
+        name=name,
+        resume="allow",
+        mode=mode,
+        dir=str(run),
+    )
+
+
+def has_account() -> bool:
+    """Whether somebody is logged in to wandb: in the environment, or in ~/.netrc."""
+    import netrc
+
+    if "WANDB_API_KEY" in os.environ:
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,82 @@
+"""A checkpoint as a directory that Hugging Face transformers loads, by models/hf.py's mapping.
+
+Invariant: the directory appears whole, by one rename, or not at all; and its logits are ours.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from models.config import ModelConfig
+from models.hf import FAMILIES, family_of, to_hf
+from trainer.door import RunView
+from trainer.durable import staged
+from trainer.errors import UserError
+from trainer.stored import Checkpoint
+
+
+def family(view: RunView) -> str:
+    """The class of transformers that the run's model is one of.
+
+    Raises UserError, naming the keys in the way, where there is none.
+    """
+    model = view.config.model
+    if not isinstance(model, ModelConfig):
+        what = f"is {model.target}, a class of your own, which transformers doesn't know"
+        raise UserError("model._target_", what, f"load it with trainer.open_run({view.name!r})")
+    try:
+        return FAMILIES[family_of(model)].architecture
+    except ValueError as e:
+        what = str(e).rstrip(".")
+        todo = f"train with such keys, or load it with trainer.open_run({view.name!r})"
+        raise UserError("model", what[0].lower() + what[1:], todo) from None
+
+
+def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
+    """Write the directory `to` (fp32): config.json, generation_config.json, model.safetensors,
+    tokenizer.json, tokenizer_config.json. Raises UserError where no family fits or `to` exists."""
+    family(view)
+    if to.exists():
+        raise UserError(str(to), "exists already", "choose another directory with to=DIR")
+    model = view.config.model
+    assert isinstance(model, ModelConfig)
+    config, state = to_hf(model, checkpoint.weights())
+    end = view.identity["dataset"]["end_of_text"]
+    # The end-of-text token stands before every document in training, so it begins one here too.
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    with staged(to) as stage:
+        files: dict[str, Any] = {
+            "config.json": config | ends,
+            "generation_config.json": ends | {"pad_token_id": end},
+            "tokenizer_config.json": _tokenizer_config(view, end),
+        }
+        for name, content in files.items():
+            (stage / name).write_text(json.dumps(content, indent=2) + "\n")
+        (stage / "tokenizer.json").write_bytes(view.run.tokenizer.read_bytes())
+        save_file(state, stage / "model.safetensors", metadata={"format": "pt"})
+        for path in stage.iterdir():
+            _fsync(path)
+    return to
+
+
+def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:
+    name = view.tokenizer.id_to_token(end)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name,
+        "eos_token": name,
+        "pad_token": name,
+        "clean_up_tokenization_spaces": False,  # it would drop spaces that are in the text
+        "model_max_length": view.config.train.sequence_length,
+    }
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

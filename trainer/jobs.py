@@ -1,0 +1,148 @@
+"""The small verbs' jobs: what `shards`, `generate`, `eval` and the like may be told.
+
+`TARGET` names the key that a bare word after the verb fills.
+
+Invariant: `conf/VERB.yaml` says the same defaults as the class here.
+"""
+
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from trainer.config import CorpusConfig, Problems, TrainJob
+from trainer.schema import key, section
+
+
+@dataclass
+class RootConfig:
+    root: str = key("runs", "the directory that holds the runs")
+
+
+def _needs(target: str | None, verb: str) -> Problems:
+    if target:
+        return []
+    return [("target", "names nothing", f"give a run or a path: forescale {verb} first")]
+
+
+_STEP = "the checkpoint at this step; null: the newest"
+_TRUST = "run the class that the run's config names as its model's _target_"
+
+
+@dataclass
+class GenerateJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory) or a checkpoint")
+    step: int | None = key(None, _STEP, ge=0)
+    prompt: str = key("", "the text to go on from; nothing: the start of a document")
+    num_tokens: int = key(200, "tokens to write", ge=1)
+    temperature: float = key(0.8, "0: always the likeliest token", ge=0)
+    top_k: int | None = key(50, "choose among so many likeliest tokens; null: all", ge=1)
+    seed: int = key(1337, "of the sampling", ge=0)
+    trust: bool = key(False, _TRUST)
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        return _needs(self.target, "generate")
+
+
+@dataclass
+class EvalJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory) or a checkpoint")
+    step: int | None = key(None, _STEP, ge=0)
+    split: Literal["train", "validation"] = key("validation", "which part of the dataset")
+    windows: int | None = key(None, "the first so many windows; null: all", ge=1)
+    micro_batch: int = key(8, "windows at once", ge=1)
+    trust: bool = key(False, _TRUST)
+    data: CorpusConfig = section(
+        CorpusConfig, "what it is scored on; null: what the run trained on"
+    )
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        return _needs(self.target, "eval")
+
+
+@dataclass
+class ExportJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory) or a checkpoint")
+    step: int | None = key(None, _STEP, ge=0)
+    to: str | None = key(None, "the directory to write; null: exports/RUN-STEP")
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        return _needs(self.target, "export")
+
+
+@dataclass
+class ShardsJob:
+    TARGET: ClassVar[str] = "input"
+
+    input: list[str] = key([], "folders of text, or .txt, .jsonl and .jsonl.zst files")
+    output: str | None = key(None, "the directory of the dataset; must not exist yet")
+    text_key: str = key("text", "the field of a JSON line that holds the text")
+    tokenizer: str | None = key(
+        None, "a tokenizer.json, or bytes (one token a byte); null: train a byte-level BPE"
+    )
+    vocab_size: int = key(32_768, "entries of a tokenizer that is trained", ge=257)
+    shard_tokens: int = key(1 << 24, "tokens a tar", ge=1)
+    member_tokens: int = key(1 << 20, "tokens a member of a tar", ge=1)
+    validation_fraction: float = key(0.01, "share of the documents held out", ge=0, le=0.5)
+    seed: int = key(1337, "of the shuffle of documents", ge=0)
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        if not self.input:
+            found.append(
+                ("input", "names no text", "give a path: forescale shards TEXT output=DIR")
+            )
+        if not self.output:
+            found.append(("output", "names no directory", "write output=DIR"))
+        if self.shard_tokens < self.member_tokens:
+            what = f"{self.shard_tokens} is less than member_tokens={self.member_tokens}"
+            found.append(("shard_tokens", what, "make it a multiple of member_tokens"))
+        return found
+
+
+@dataclass
+class CheckJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a dataset, a checkpoint or a run")
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        return _needs(self.target, "check")
+
+
+@dataclass
+class StatusJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory); null: all of them")
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+
+@dataclass
+class DoctorJob:
+    TARGET: ClassVar[str] = ""
+
+    run: RootConfig = section(RootConfig, "where the runs would live")
+    data: CorpusConfig = section(CorpusConfig, "where the corpus would be kept")
+
+
+JOBS: dict[str, Any] = {
+    "train": TrainJob,
+    "shards": ShardsJob,
+    "generate": GenerateJob,
+    "eval": EvalJob,
+    "export": ExportJob,
+    "check": CheckJob,
+    "status": StatusJob,
+    "doctor": DoctorJob,
+}

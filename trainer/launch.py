@@ -1,0 +1,172 @@
+"""Starts local ranks and watches them; joins where torchrun, accelerate or srun started them.
+
+Invariant: ranks never outlive their launcher, and restart by one policy, `after`, a pure function.
+A signal to the launcher reaches every rank as a wish: they save and end with code 75.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from trainer.errors import DONE, GAVE_UP, INTERRUPTED, USER
+
+WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MOST_CRASHES = 3  # in a row, without a new checkpoint
+ATTEMPT = "FORESCALE_ATTEMPT"
+
+
+def joined() -> bool:
+    """Whether a launcher (ours, torchrun, accelerate, srun) has started this process as a rank."""
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        _adopt_slurm()
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _adopt_slurm() -> None:
+    """srun's names in torch's words; the batch script sets MASTER_ADDR and MASTER_PORT."""
+    words = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
+    for ours, theirs in words.items():
+        os.environ.setdefault(ours, os.environ[f"SLURM_{theirs}"])
+
+
+@dataclass
+class Wish:
+    """Set by a signal, polled at every step. The first is a wish, the second is a command."""
+
+    signal: int | None = None
+    _previous: list = field(default_factory=list)
+
+    def listen(self) -> "Wish":
+        for number in WISHES:
+            signal.signal(number, self._hear)
+        return self
+
+    def _hear(self, number: int, frame) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = number
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+def after(code: int, crashes: int) -> Literal["end", "give up", "restart"]:
+    """What to do when an attempt ended with `code`, the `crashes`-th crash in a row without a new
+    checkpoint (0: there was a new one, or it is none). Serves this launcher and the batch script.
+    """
+    if code in (DONE, USER, INTERRUPTED):
+        return "end"
+    return "give up" if crashes >= MOST_CRASHES else "restart"
+
+
+def start_ranks(command: list[str], processes: int, attempt: Path, tell: Callable) -> int:
+    """Run `command` as ranks 0 to processes - 1 of a world of their own; the code of the attempt.
+
+    Rank 0 speaks to this terminal, the others to attempt/rank-N.log. When one fails the others are
+    ended: nobody waits in a collective for the dead.
+    """
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        ATTEMPT: str(attempt),
+    }
+    threads = max(1, (len(os.sched_getaffinity(0))) // processes)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # Threads that wait for each other spin for 16 ms before they sleep. One busy process beside us
+    # then costs a factor of seven; with a shorter spin 2.8, and nothing on a quiet machine.
+    environment.setdefault("GOMP_SPINCOUNT", "10000")
+    ranks: list[subprocess.Popen] = []
+    wish = Wish()
+
+    def pass_on(number: int, frame) -> None:
+        again = wish.signal is not None
+        wish.signal = number
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGKILL if again and number == signal.SIGINT else number)
+
+    for number in WISHES:
+        signal.signal(number, pass_on)
+    for rank in range(processes):
+        log = open(attempt / f"rank-{rank}.log", "ab") if rank else None  # noqa: SIM115
+        ranks.append(
+            subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        )
+    code = _watch(ranks)
+    failed = next((i for i, r in enumerate(ranks) if r.returncode == code), 0)
+    if code not in (DONE, USER, INTERRUPTED):
+        where = f"see {attempt / f'rank-{failed}.log'}" if failed else "its message is above"
+        tell(f"rank {failed} ended with {_spoken(code)}; {where}")
+    # A signal that came before the rank could listen ends it there: nothing is lost by that.
+    return INTERRUPTED if wish and code != DONE else code
+
+
+def _watch(ranks: list[subprocess.Popen]) -> int:
+    """Wait for all; 0 only if all ended well, else the code of the first that failed."""
+    code = None
+    while any(r.poll() is None for r in ranks):
+        code = next((r.returncode for r in ranks if r.returncode), None)
+        if code is not None:
+            _end(ranks, grace=5.0 if code in (USER, INTERRUPTED) else 0.0)
+        time.sleep(0.05)
+    return code or next((r.returncode for r in ranks if r.returncode), DONE)
+
+
+def _end(ranks: list[subprocess.Popen], grace: float) -> None:
+    deadline = time.monotonic() + grace
+    while time.monotonic() < deadline and any(r.poll() is None for r in ranks):
+        time.sleep(0.05)
+    for r in ranks:
+        if r.poll() is None:
+            r.kill()
+        r.wait()
+
+
+def _spoken(code: int) -> str:
+    if code >= 0:
+        return f"code {code}"
+    name = signal.Signals(-code).name
+    return name + (" (the kernel kills so when memory runs out)" if -code == 9 else "")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel kills this process when its parent dies, however that was."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def default_processes() -> int:
+    """One rank a GPU, else one; without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+def give_up_code(code: int) -> int:
+    """What the launcher ends with when it gives up on an attempt that ended with `code`."""
+    return GAVE_UP if code not in (DONE, USER, INTERRUPTED) else code

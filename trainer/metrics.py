@@ -1,0 +1,196 @@
+"""What is told of a step: rows for programs, a line for people, and sinks such as wandb.
+
+Invariant: metrics.jsonl holds one `train` row a step, with all digits, whatever the sinks do.
+"""
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trainer.engine.world import Word
+from trainer.evaluate import Score
+from trainer.loop import Step
+from trainer.parts import Every
+from trainer.run import Attempt
+
+
+class Sink(Protocol):
+    """Somebody who wants the numbers of the rows: wandb, TensorBoard."""
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a token costs, in FLOPs (forward and backward), and what the devices can do a second.
+
+    full: attention over the square, no recomputation (PaLM, appendix B), which MFU is counted
+    with; causal: exactly what a causal model needs; six_n: 6N.
+    """
+
+    full: float
+    causal: float
+    six_n: float
+    peak: float  # FLOP/s, all devices
+
+
+class Metrics:
+    """Writes the rows of this attempt and shows progress; on ranks but 0 it does nothing."""
+
+    phase = "logging"
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        prices: Prices,
+        peak_rates: dict[str, float],
+        line: "Line",
+        sinks: list[Sink],
+        memory: Callable[[], int],
+        is_main: bool,
+    ):
+        self.attempt, self.prices, self.peak_rates = attempt, prices, peak_rates
+        self.line, self.sinks, self.memory, self.is_main = line, sinks, memory, is_main
+        self.spent = 0.0
+
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def see(self, step: Step, word: Word) -> None:
+        if not self.is_main:
+            return
+        row = self._row(step, word)
+        self.attempt.metrics.add(row)
+        if not step.facts.applied:
+            self.attempt.event(
+                "update_dropped", step=row["step"], reason="the gradient is not finite"
+            )
+        self.line.show(row, word)
+        self._send(row)
+
+    def _row(self, step: Step, word: Word) -> dict[str, Any]:
+        p, tokens, seconds = step.position, step.targets, step.seconds
+        busy = seconds.get("compute", 0.0) + seconds.get("data", 0.0)
+        rate = tokens / busy if busy else 0.0
+        return {
+            "kind": "train",
+            "step": p.step,
+            "attempt": self.attempt.number,
+            "g0": step.g0,
+            "g1": p.g,
+            "tokens": p.tokens,
+            "tokens_hash": word.tokens_hash,
+            "flops_causal": self.prices.causal * p.tokens,
+            "flops_full": self.prices.full * p.tokens,
+            "flops_6nd": self.prices.six_n * p.tokens,
+            "loss": sum(word.losses) / tokens,  # added in the global order of micro-batches
+            "grad_norm": step.facts.grad_norm,
+            "applied": step.facts.applied,
+            "learning_rate": {k: v * step.learning_rate for k, v in self.peak_rates.items()},
+            "tokens_per_second": rate,
+            "mfu": self.prices.full * rate / self.prices.peak,
+            "memory_bytes": self.memory(),
+            "seconds": {k: round(v, 6) for k, v in seconds.items()},
+        }
+
+    def validated(self, step: Step, score: Score) -> None:
+        """Record a score of the held-out split."""
+        if not self.is_main:
+            return
+        row = {
+            "kind": "validation",
+            "step": step.position.step,
+            "attempt": self.attempt.number,
+            "tokens": step.position.tokens,
+            "dataset": "validation",
+            **vars(score),
+        }
+        self.attempt.metrics.add(row)
+        self.line.say(
+            f"step {row['step']:,}: validation loss {score.loss:.4f} ± {score.loss_stderr:.4f}, "
+            f"{score.bits_per_byte:.4f} bits per byte over {score.windows:,} windows"
+        )
+        self._send(row)
+
+    def _send(self, row: dict[str, Any]) -> None:
+        numbers = {f"{row['kind']}/{name}": value for name, value in _numbers(row)}
+        for sink in self.sinks:
+            sink.log(numbers, step=row["step"])
+
+
+def _numbers(row: dict[str, Any]):
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{k}", v) for k, v in value.items())
+        elif isinstance(value, int | float) and name not in ("step", "attempt", "tokens_hash"):
+            yield name, value
+
+
+class Line:
+    """Progress: a live line on a terminal, a plain one at intervals elsewhere."""
+
+    def __init__(self, due: Every, total: int, done: int, active: bool):
+        self.due, self.total = due, total
+        self._recent: deque[tuple[int, float]] = deque(maxlen=50)
+        self._live = None
+        if active and sys.stdout.isatty():
+            self._live, self._task = _live_progress(total, done)
+
+    def show(self, row: dict[str, Any], word: Word) -> None:
+        """Of a train row."""
+        tokens = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
+        self._recent.append((row["step"], word.seconds))
+        text = self._text(row, tokens)
+        due = self.due.hear(row["step"], word)
+        if self._live:
+            self._live.update(self._task, completed=row["step"], text=text)
+        elif due:
+            print(text, flush=True)
+
+    def _text(self, row: dict[str, Any], mfu_per_rate: float) -> str:
+        (first, since), (last, now) = self._recent[0], self._recent[-1]
+        pace = (now - since) / (last - first) if last > first else 0.0
+        tokens = row["tokens"] / row["step"]
+        rate = tokens / pace if pace else row["tokens_per_second"]
+        eta = clock((self.total - row["step"]) * pace) if pace else "--:--"
+        width = len(str(self.total))
+        return (
+            f"step {row['step']:>{width}}/{self.total} ({row['step'] / self.total:6.1%}) | "
+            f"loss {row['loss']:.4f} | {rate:,.0f} tokens/s | "
+            f"mfu {rate * mfu_per_rate:.1%} | eta {eta}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        if self._live:
+            self._live.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+def _live_progress(total: int, done: int):
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    progress = Progress(
+        BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), refresh_per_second=4
+    )
+    task = progress.add_task("", total=total, completed=done, text="starting")
+    progress.start()
+    return progress, task
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 4:05 or 2:03:09."""
+    if not math.isfinite(seconds):
+        return "--:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

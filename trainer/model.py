@@ -1,0 +1,85 @@
+"""The model of a job: ours from its config, or a class of the user's; and what a token costs in it.
+
+The protocol for a class of the user's own, named by `model._target_=mypackage.Model`:
+
+    __init__(**kwargs): the other keys under `model`; `vocab_size` and `sequence_length` are added
+        where the signature has them.
+    forward(tokens_BL, targets_BL=None): int64 each, -100 where there is no target. With targets it
+        returns each window's summed cross-entropy in nats, (B,), or that and a scalar penalty for
+        the objective only; without, logits (B, L, V) (for `generate`).
+    muon_parameters() -> names, optional: the matrices for Muon; see recipe.parameter_groups.
+    flops_per_token(sequence_length) -> int, optional: forward and backward; without it 6N counts.
+"""
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.config import ModelConfig
+from models.flops import count, flops_6n, flops_per_token
+from trainer.config import TrainJob
+from trainer.errors import UserError
+from trainer.schema import TargetConfig
+
+
+def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
+    """The model with its initial weights, which `train.seed` decides.
+
+    Raises UserError where a class of the user's can't be imported or made.
+    """
+    torch.manual_seed(job.train.seed)
+    if isinstance(job.model, ModelConfig):
+        from models import Transformer
+
+        return Transformer(job.model)
+    return _build_target(job.model, vocab_size, job.train.sequence_length)
+
+
+def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -> nn.Module:
+    module, _, name = config.target.rpartition(".")
+    where = f"model._target_={config.target}"
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        todo = "install the package, or run from the directory that it is in"
+        raise UserError(where, f"can't be imported ({e})", todo) from e
+    offered = {"vocab_size": vocab_size, "sequence_length": sequence_length}
+    try:
+        parameters = inspect.signature(cls).parameters
+        added = {k: v for k, v in offered.items() if k in parameters and k not in config.arguments}
+        model = cls(**config.arguments, **added)
+    except TypeError as e:
+        raise UserError(where, f"can't be made ({e})", "check the keys under model") from e
+    if not isinstance(model, nn.Module):
+        raise UserError(where, f"is a {type(model).__name__}", "name a torch.nn.Module")
+    return model
+
+
+def prices_of(job: TrainJob, model: nn.Module) -> dict[str, float]:
+    """FLOPs of one token, forward and backward, under each convention of metrics.Prices."""
+    length = job.train.sequence_length
+    if isinstance(job.model, ModelConfig):
+        config = job.model
+        full = flops_per_token(config, length)
+        causal = flops_per_token(config, length, causal=True)
+        return {"full": full, "causal": causal, "six_n": flops_6n(config)}
+    six_n = 6 * num_parameters(model)
+    own = getattr(model, "flops_per_token", None)
+    full = own(length) if own else six_n
+    return {"full": full, "causal": full, "six_n": six_n}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trainable parameters, each once; whole ones, even where ZeRO-3 has cut them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def describe(job: TrainJob, model: nn.Module) -> dict[str, Any]:
+    """Parameters under every convention: total, and for our models by part."""
+    if isinstance(job.model, ModelConfig):
+        counts = count(job.model)
+        return {**vars(counts), "blocks_and_head": counts.blocks_and_head}
+    return {"total": num_parameters(model)}

@@ -1,0 +1,145 @@
+"""From a typed job to a run directory: settle what the data decides, freeze, or compare and go on.
+
+Invariant: a run directory belongs to one frozen config and one dataset. What would change its
+trajectory is refused with the list; what costs the last bits is told; the rest is taken. Imports no
+torch, so that a refusal comes in a second.
+"""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig
+from trainer.config import DataConfig, TrainJob
+from trainer.data.corpus import prepare_embedded
+from trainer.data.progress import console
+from trainer.data.shards import TOKENIZER, Dataset
+from trainer.durable import read_json, write_file, write_json
+from trainer.errors import UserError
+from trainer.frozen import freeze, may_resume, thaw
+from trainer.run import Run
+
+PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that is ready to be trained: its job as it holds from now on."""
+
+    run: Run
+    job: TrainJob
+    dataset: Dataset
+
+
+def start(job: TrainJob) -> Start:
+    """Prepare the data, then open or make the run directory of `job`.
+
+    Raises UserError where the directory belongs to another config or dataset.
+    """
+    run = Run(job.run.directory)
+    _check_resume(job, run)
+    dataset = open_data(job.data)
+    job = settle(job, dataset)
+    if run.config.exists():
+        _check_data(run, dataset)
+        old = thaw("train", run.config, trust=True)  # compared, not run: the typed job is
+        refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
+        if refusals:
+            raise UserError(
+                str(run.path),
+                "the run was begun with another config: " + "; ".join(map(str, refusals)),
+                "take those back, or choose another run.name",
+            )
+        if any(taken):
+            write_file(run.config, freeze(job).encode())
+    else:
+        _make(run, job, dataset)
+    return Start(run, job, dataset)
+
+
+def open_data(data: DataConfig) -> Dataset:
+    """The dataset of a job, prepared first if it is the embedded corpus and isn't there yet."""
+    if data.path:
+        return Dataset(Path(data.path).expanduser())
+    with console() as progress:
+        return Dataset(prepare_embedded(data.cache_directory, progress))
+
+
+def settle(job: TrainJob, dataset: Dataset) -> TrainJob:
+    """The job with the model's vocabulary and longest sequence filled in from the data."""
+    if not isinstance(job.model, ModelConfig):
+        return job
+    length = job.train.sequence_length
+    for name, what, todo in job.model.problems(dataset.vocab_size, length):
+        raise UserError(f"model.{name}", what, todo)
+    return replace(job, model=job.model.resolved(dataset.vocab_size, length))
+
+
+def _check_resume(job: TrainJob, run: Run) -> None:
+    exists = run.config.exists()
+    if job.run.resume == "must" and not exists:
+        raise UserError(str(run.path), "there is no run to resume", "check run.name and run.root")
+    if job.run.resume == "never" and exists:
+        todo = "choose another run.name, or run.resume=auto to go on with it"
+        raise UserError(str(run.path), "the run exists already", todo)
+    if run.path.exists() and not exists and any(run.path.iterdir()):
+        what = "is neither empty nor a run (no config.yaml)"
+        raise UserError(str(run.path), what, "choose another run.name or run.root")
+
+
+def _check_data(run: Run, dataset: Dataset) -> None:
+    stored = read_json(run.identity)["dataset"]
+    if stored["identity"] != dataset.identity:
+        raise UserError(
+            str(run.path),
+            f"the run was begun on other data ({stored['path']}) than {dataset.path}",
+            "give the data.path that it was begun on, or choose another run.name",
+        )
+
+
+def _make(run: Run, job: TrainJob, dataset: Dataset) -> None:
+    """Write the run directory; config.yaml comes last, for it makes a directory a run."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    identity = {
+        "name": run.name,
+        "dataset": {
+            "path": str(dataset.path.resolve()),
+            "identity": dataset.identity,
+            "corpus_hash": dataset.corpus_hash,
+            "vocab_size": dataset.vocab_size,
+            "end_of_text": dataset.end_of_text,
+        },
+        "versions": versions(),
+    }
+    shutil.copyfile(dataset.path / TOKENIZER, run.tokenizer)
+    write_json(run.identity, identity)
+    write_file(run.config, freeze(job).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that isn't installed
+            found[package] = "unknown"
+    return found
+
+
+def numerics(job: TrainJob, world_size: int, device: str) -> dict[str, Any]:
+    """All that must be equal for a resumed run to repeat the uninterrupted one bit for bit."""
+    return {
+        "world_size": world_size,
+        "stage": job.engine.stage,
+        "precision": job.precision.kind,
+        "micro_batch": job.train.micro_batch,
+        "compile": job.train.compile,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "device": device,
+        **versions(),
+    }

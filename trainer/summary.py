@@ -1,0 +1,63 @@
+"""What a finished run says: its bits per byte beside what compressors need, a sample, what next."""
+
+from trainer.data import baselines
+from trainer.data.shards import Dataset
+from trainer.door import RunView
+from trainer.run import read_rows
+from trainer.sampling import pieces, prompt_ids, sampled
+from trainer.start import Start
+
+SAMPLE_TOKENS = 120
+PROMPT = "def "
+
+
+def summarize(started: Start) -> None:
+    """Print the summary of a complete run."""
+    run, dataset = started.run, started.dataset
+    scores = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
+    if scores:
+        print(_scores(scores[-1]["bits_per_byte"], dataset))
+    print(f"\nA sample, after {PROMPT!r}:\n")
+    print(_indented(sample(started, PROMPT)))
+    name = run.name
+    print(
+        f"\nNext:\n"
+        f"  forescale status {name}                       what it reached\n"
+        f'  forescale generate {name} prompt="import "    let it write\n'
+        f"  forescale export {name}                       to Hugging Face transformers\n"
+        f"  forescale train bigger model.depth=4          a model of your own\n"
+        f"  forescale shards TEXT output=DIR              a dataset of your own"
+    )
+
+
+def _scores(bits: float, dataset: Dataset) -> str:
+    """The held-out text in bits per byte: this model, and compressors over the same files."""
+    lines = [f"\nHeld-out text, in bits per byte (corpus hash {dataset.corpus_hash[:16]}):"]
+    rows = {"this model": bits, **baselines.bits_per_byte(dataset.manifest)}
+    widest = max(map(len, rows))
+    for name, value in rows.items():
+        other = value and name != "this model"  # of a tiny text conditional xz needs nothing
+        ratio = f"   the model needs {bits / value:.3f} of it" if other else ""
+        lines.append(f"  {name:<{widest}}  {value:.4f}{ratio}")
+    return "\n".join(lines)
+
+
+def sample(started: Start, prompt: str, seed: int = 0) -> str:
+    """Text that the newest checkpoint writes after `prompt`."""
+    view = RunView(started.run)
+    model = view.model(trust=True)  # the class is the one that the user's own command trained
+    before = prompt_ids(view.tokenizer, prompt, started.dataset.end_of_text)
+    ids = sampled(
+        model,
+        before,
+        SAMPLE_TOKENS,
+        temperature=0.7,
+        top_k=50,
+        seed=seed,
+        max_context=started.job.train.sequence_length,
+    )
+    return prompt + "".join(pieces(view.tokenizer, before, ids))
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  | {line}" for line in text.splitlines())

@@ -1,0 +1,96 @@
+"""`forescale check`: verify a dataset, a checkpoint or a run, byte for byte.
+
+Exit codes: 0 whole; 2 with faults, which are named, one a line: what was given is not as it should
+be, as with any bad input.
+"""
+
+import sys
+import time
+from pathlib import Path
+from threading import Lock
+
+from trainer.audit import Findings, check_checkpoint, check_run, size_of
+from trainer.cli import overrides_of
+from trainer.compose import compose
+from trainer.data.progress import console
+from trainer.durable import TABLE, read_table
+from trainer.errors import DONE, USER, UserError
+from trainer.jobs import CheckJob
+from trainer.run import Run
+from trainer.stored import STATE
+
+_MANIFEST = "manifest.json"
+
+
+def main(words: list[str]) -> int:
+    job: CheckJob = compose("check", overrides_of("check", words))
+    kind, path = _what(job)
+    directories = Run(path).checkpoints.glob("step-*") if kind == "run" else [path]
+    total, done, began = sum(map(size_of, directories)), 0, time.monotonic()
+    lock = Lock()
+    with console() as progress:
+
+        def tick(count: int) -> None:  # files are hashed by several threads
+            nonlocal done
+            with lock:
+                done += count
+                progress("read back", done, total, "bytes")
+
+        found = _check(kind, path, tick)
+    for line in found.verified:
+        print(f"  {line}")
+    for line in found.notes:
+        print(f"Note: {line}.")
+    for line in found.faults:
+        print(f"Fault: {line.rstrip('.')}.", file=sys.stderr)
+    seconds = time.monotonic() - began
+    verdict = f"{len(found.faults)} fault{'s' * (len(found.faults) != 1)}"
+    print(
+        f"{kind.capitalize()} {path}: {verdict if found.faults else 'whole'} "
+        f"({done:,} bytes read back in {seconds:.1f} s)."
+    )
+    return USER if found.faults else DONE
+
+
+def _what(job: CheckJob) -> tuple[str, Path]:
+    """Dataset, checkpoint or run, and where it is. A part that is missing may be the fault that is
+    looked for, so the table of files counts too."""
+    path = Path(job.target or "").expanduser()
+    if not (path / "config.yaml").is_file():
+        listed = _listed(path)
+        for kind, mark in (("dataset", _MANIFEST), ("checkpoint", STATE)):
+            if (path / mark).is_file() or mark in listed:
+                return kind, path
+        if path.is_dir() and (path / TABLE).exists():
+            raise UserError(str(path / TABLE), "is damaged", "restore it from a copy")
+    return "run", Run.existing(path, Path(job.run.root).expanduser()).path
+
+
+def _listed(path: Path) -> set[str]:
+    try:
+        return set(read_table(path))
+    except UserError:
+        return set()
+
+
+def _check(kind: str, path: Path, tick) -> Findings:
+    if kind == "run":
+        return check_run(Run(path), tick)
+    if kind == "checkpoint":
+        return check_checkpoint(path, tick)
+    from trainer.data.check import check
+
+    found = Findings(faults=check(path, tick))
+    if not found.faults:
+        from trainer.data.shards import Dataset
+
+        dataset = Dataset(path)
+        for name in dataset.manifest["splits"]:
+            split = dataset.split(name)
+            found.verified.append(
+                f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+                f"{len(split.shard_tokens)} shard{'s' * (len(split.shard_tokens) != 1)}; "
+                f"tars, indexes, token ids and document ends agree"
+            )
+        found.verified.append(f"corpus hash {dataset.corpus_hash[:16]}")
+    return found

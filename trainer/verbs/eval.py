@@ -1,0 +1,58 @@
+"""`forescale eval`: what a trained model's loss is on a dataset, beside what compressors need."""
+
+from trainer.cli import overrides_of
+from trainer.compose import compose
+from trainer.data import baselines
+from trainer.data.progress import console
+from trainer.data.shards import Dataset
+from trainer.door import RunView, open_view
+from trainer.errors import DONE
+from trainer.jobs import EvalJob
+
+
+def main(words: list[str]) -> int:
+    job: EvalJob = compose("eval", overrides_of("eval", words))
+    view = open_view(job.target or "", job.run.root)
+    checkpoint = view.checkpoint(job.step)
+    from trainer.device import best_device
+    from trainer.scoring import dataset_of, score
+
+    dataset = dataset_of(view, job.data.path)
+    model = view.load(checkpoint, job.trust).to(best_device())
+    with console() as progress:
+        found = score(
+            model,
+            dataset,
+            job.split,
+            sequence_length=view.config.train.sequence_length,
+            micro_batch=job.micro_batch,
+            windows=job.windows,
+            progress=progress,
+        )
+    position = checkpoint.position
+    part = "" if job.windows is None else f", its first {found.windows:,} windows"
+    print(
+        f"Run {view.name}, step {position.step:,} ({position.tokens:,} tokens), in fp32, on the "
+        f"{job.split} split of {dataset.path}{part}\n"
+        f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n\n"
+        f"  bits per byte  {found.bits_per_byte:.4f}\n"
+        f"  loss           {found.loss:.4f} ± {found.loss_stderr:.4f} nats a token\n"
+        f"  perplexity     {found.perplexity:.2f} (only comparable under this tokenizer)\n"
+        f"  tokens         {found.targets:,}\n"
+        f"  bytes          {found.bytes:,}"
+    )
+    if job.split == "validation" and (others := baselines.bits_per_byte(dataset.manifest)):
+        print("\nCompressors over the whole split, in bits per byte:\n")
+        widest = max(map(len, others))
+        for name, bits in others.items():
+            compared = bits and job.windows is None  # over the same bytes
+            ratio = f"   the model needs {found.bits_per_byte / bits:.3f} of it" if compared else ""
+            print(f"  {name:<{widest}}  {bits:.4f}{ratio}")
+    return DONE
+
+
+def _seen(view: RunView, dataset: Dataset, split: str) -> str:
+    """How this dataset stands to what the run was trained on."""
+    if view.identity["dataset"]["identity"] != dataset.identity:
+        return "; not what the run was trained on"
+    return "; the run was trained on this split" if split == "train" else ""

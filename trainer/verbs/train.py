@@ -1,0 +1,89 @@
+"""`forescale train`: starts the ranks and restarts them; or, started as a rank, is one.
+
+Invariant: the same command again goes on where the run was, whatever ended it.
+"""
+
+import os
+import sys
+import time
+
+from trainer import launch
+from trainer.cli import overrides_of
+from trainer.compose import compose
+from trainer.config import TrainJob
+from trainer.errors import DONE, GAVE_UP, INTERRUPTED
+from trainer.schema import ConfigError, Problem
+from trainer.start import Start, start
+
+
+def main(words: list[str]) -> int:
+    """Returns 0 when the run is complete, 75 when it was interrupted, 76 when it keeps crashing."""
+    began = time.monotonic()
+    job: TrainJob = compose("train", overrides_of("train", words))
+    if launch.joined():
+        return _rank(job, began)
+    processes = job.launch.processes or launch.default_processes()
+    if problems := job.problems(world_size=processes):
+        raise ConfigError(Problem(*p) for p in problems)
+    for note in job.notes():
+        print(f"Note: {note}")
+    started = start(job)
+    _introduce(started, processes)
+    code = _keep_going(started, words, processes)
+    if code == DONE:
+        from trainer.summary import summarize
+
+        summarize(started)
+    return code
+
+
+def _rank(job: TrainJob, began: float) -> int:
+    from trainer.engine.world import set_environment
+
+    set_environment()
+    from trainer.memory import explained
+    from trainer.rank import run_rank
+
+    with explained(job):
+        code = run_rank(job, began)
+    # Worker threads of the libraries may hold up a normal exit; everything is on disk.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _introduce(started: Start, processes: int) -> None:
+    job, corpus = started.job, started.dataset
+    ranks = f"{processes} rank{'s' if processes > 1 else ''}"
+    print(
+        f"Run {started.run.path}: {job.total_steps:,} steps of {job.tokens_per_step:,} tokens, "
+        f"ZeRO stage {job.engine.stage}, {job.precision.kind}, {ranks}.\n"
+        f"Data {corpus.path} (corpus hash {corpus.corpus_hash[:16]}).",
+        flush=True,
+    )
+
+
+def _keep_going(started: Start, words: list[str], processes: int) -> int:
+    """Attempt after attempt until the run is done, interrupted, or crashes without progress."""
+    command = [sys.executable, "-m", "trainer", "train", *words]
+    crashes = 0
+    while True:
+        before = started.run.checkpoint_steps()
+        attempt = started.run.new_attempt()
+        code = launch.start_ranks(command, processes, attempt.path, print)
+        progress = started.run.checkpoint_steps() != before
+        crashes = 1 if progress else crashes + 1
+        action = launch.after(code, crashes)
+        if action == "end":
+            if code == INTERRUPTED:
+                print("Interrupted. The same command goes on where the run was.")
+            return code
+        if action == "give up":
+            print(
+                f"Gave up after {crashes} crashes without a new checkpoint; the likely cause is "
+                f"in the message above. Attempts: {attempt.path.parent}",
+                file=sys.stderr,
+            )
+            return GAVE_UP
+        time.sleep(2.0**crashes / 2)
+        print(f"Restarting (crash {crashes} of {launch.MOST_CRASHES} without a new checkpoint).")
