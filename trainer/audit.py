@@ -78,7 +78,7 @@ def check_run(run: Run, tick: Tick = lambda n: None) -> Findings:
         if more.faults:
             continue
         checkpoint = Checkpoint(path)
-        if False:
+        if checkpoint.position.step != step:
             found.faults.append(f"{path}: holds step {checkpoint.position.step:,}")
         elif run.is_eligible(checkpoint.attempt, step):
             eligible.append(checkpoint.position)

@@ -100,8 +100,8 @@ def compiler() -> Finding:
     missing = compiler_missing()
     if missing is None:
         return Finding("ok", "compiler", "torch.compile can compile")
-    mend = "apt-get install g++ python3-dev, or the like; without it training takes about twice as"
-    return Finding("note", "compiler", f"no {missing.removeprefix('a ')}", f"{mend} long on a CPU")
+    what = f"this machine lacks {missing}: training takes about twice as long"
+    return Finding("note", "compiler", what, "apt-get install g++ python3-dev, or the like")
 
 
 def ninja() -> Finding:

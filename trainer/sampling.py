@@ -13,7 +13,7 @@ from torch import nn
 from models.generate import generate
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_LONGEST = 4  # bytes of a character in UTF-8, hence tokens that it can be spread over
+_CONTEXT = 4  # tokens that a decoder is shown before new ones
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
@@ -40,7 +40,6 @@ def sampled(
     tokens = torch.tensor([prompt], device=device)
     for _ in range(num_tokens):
         tokens = generate(model, tokens, 1, temperature, top_k, generator, max_context)
-        tokens = tokens[:, -max_context:]
         yield int(tokens[0, -1])
 
 
@@ -55,11 +54,8 @@ def pieces(tokenizer: Tokenizer, before: list[int], ids: Iterable[int]) -> Itera
 
     for token in ids:
         held.append(token)
-        end = len(held)
-        if text(end).endswith(_BROKEN):  # what is older than a character is long is settled
-            end = max(said, end - _LONGEST + 1)
-        if end > said:
-            yield text(end)[len(text(said)) :]
-            forget = max(0, end - _LONGEST)
-            held, said = held[forget:], end - forget
+        if not text(len(held)).endswith(_BROKEN):
+            yield text(len(held))[len(text(said)) :]
+            held = held[-_CONTEXT:]
+            said = len(held)
     yield text(len(held))[len(text(said)) :]

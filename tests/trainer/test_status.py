@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from trainer.status import Status, ago
 def test_it_starts_without_torch(trained):
     code = (
         "import sys; from trainer.cli import main; "
-        f"main(['status', {str(trained.path)!r}]); main(['status', {f'run.root={trained.path}'!r}]);"
+        f"main(['status', {str(trained.path)!r}]); "
+        f"main(['status', {f'run.root={trained.path.parent}'!r}]); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'numpy', 'pandas')))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -98,8 +100,6 @@ def test_a_slow_run_is_running_for_longer(unfinished):
 
 
 def test_a_run_that_no_attempt_was_made_of_is_new(own_run):
-    import shutil
-
     shutil.rmtree(own_run.path / "attempts")
     shutil.rmtree(own_run.checkpoints)
     for link in (own_run.metrics, own_run.events):

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from small_run import make_run
 
+from models import hf
 from trainer import open_run
+from trainer.compose import compose
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,9 +18,9 @@ BASE = ["model.num_layers=2", "model.width=32", "model.num_heads=2"]
 SWIGLU = ["model.mlp=swiglu", "model.qk_norm=false", "model.num_kv_heads=1"]
 GPT2 = ["model.position=learned", "model.norm=layernorm", "model.mlp=gelu", "model.bias=true"]
 FAMILIES = {
-    "ApertusForCausalLM": [],  # the default model: QK-norm and squared ReLU
-    "ArceeForCausalLM": ["model.qk_norm=false"],
-    "Qwen3ForCausalLM": ["model.mlp=swiglu", "model.tie_embeddings=true"],
+    "ApertusForCausalLM": ["model.mlp=relu2", "model.qk_norm=true"],
+    "ArceeForCausalLM": ["model.mlp=relu2", "model.qk_norm=false"],
+    "Qwen3ForCausalLM": ["model.mlp=swiglu", "model.qk_norm=true", "model.tie_embeddings=true"],
     "LlamaForCausalLM": SWIGLU,
     "GPT2LMHeadModel": [*GPT2, "model.qk_norm=false", "model.tie_embeddings=true"],
 }
@@ -59,10 +62,15 @@ def test_the_tokenizer_goes_with_it_and_the_model_writes(trained, tmp_path, fore
 
 def test_the_default_place_is_named_by_run_and_step(own_run, forescale):
     assert forescale("export", "small", "step=4")[0] == 0
-    assert json.loads(open("exports/small-4/config.json").read())["model_type"] == "apertus"
+    config = json.loads(Path("exports/small-4/config.json").read_text())
+    assert config["model_type"] == "apertus"
     code, _, err = forescale("export", "small", "step=4")
     assert code == 2
     assert "exists already" in err
+
+
+def test_the_model_that_trains_by_default_can_leave():
+    assert hf.family_of(compose("train").model.resolved(4096, 256)) in hf.FAMILIES
 
 
 def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_path, forescale):

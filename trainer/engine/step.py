@@ -11,6 +11,7 @@ random state has to be saved.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ def build_optimizer(kind: str, groups: list[dict], **settings) -> torch.optim.Op
     return muon(groups, adam_optimizer=auxiliary)
 
 
-def _import_muon() -> type[torch.optim.Optimizer]:
+def _import_muon() -> Any:
     """DeepSpeed's Muon, not compiled. It compiles itself while it is imported, once a shape: half a
     minute at the first step of a CPU, for iterations that are no faster than eager ones there."""
     from deepspeed.runtime import compiler

@@ -1,0 +1,20 @@
+"""Fixtures for all: a small real dataset, of this project's own source."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """Some 100,000 tokens of Python, a BPE of 512 entries, two splits."""
+    from trainer.data.build import BuildConfig, build_dataset
+    from trainer.data.text import Files
+
+    source = Files([Path(__file__).parents[1] / "trainer"])
+    output = tmp_path_factory.mktemp("data") / "source"
+    config = BuildConfig(vocab_size=512, validation=0.1, shard_tokens=30_000, member_tokens=10_000)
+    return build_dataset(source, output, config)

@@ -1,0 +1,78 @@
+"""The main command on two real ranks: every ZeRO stage goes on to the bit after a kill, and at
+another stage and world size with the same data."""
+
+import signal
+
+import launching
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+LENGTH = ("train.tokens=null", "train.steps=50", "checkpoint.every=10", "validation.every=50")
+TWO = ("launch.processes=2", *LENGTH)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_go_on_to_the_bit(dataset, tmp_path, stage, optimizer):
+    command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
+    command += ("model.dropout=0.1",)  # whose randomness must repeat too
+    launching.train(tmp_path, "run.name=whole", *command)
+    process = launching.start(tmp_path, "run.name=cut", *command)
+    launching.interrupt(process, tmp_path / "cut", 24, signal.SIGKILL)
+    assert "Going on from" in launching.train(tmp_path, "run.name=cut", *command)
+    whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
+    assert len(whole) == 50
+    assert cut == whole
+
+
+def test_it_goes_on_at_other_stages_and_world_sizes(dataset, tmp_path):
+    base = ("run.name=moving", f"data.path={dataset}", *LENGTH)
+    launching.train(tmp_path, "run.name=still", *base[1:], "launch.processes=1", "engine=zero1")
+    run = tmp_path / "moving"
+    places = [("launch.processes=2", "engine=zero3"), ("launch.processes=1", "engine=zero0")]
+    for place, step in zip(places, (14, 28), strict=True):
+        process = launching.start(tmp_path, *base, *place)
+        launching.interrupt(process, run, step, signal.SIGINT)
+    launching.train(tmp_path, *base, "launch.processes=4", "engine=zero2")
+    moving, still = launching.rows(run), launching.rows(tmp_path / "still")
+    for key in ("step", "g0", "g1", "tokens", "tokens_hash"):
+        assert [row[key] for row in moving] == [row[key] for row in still]
+    assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=0.02)
+    assert "numerics_changed" in launching.events(run)
+
+
+def test_a_rank_that_dies_takes_its_attempt_with_it_and_the_run_goes_on(dataset, tmp_path):
+    """The other rank doesn't wait in a collective, and the launcher starts a new attempt."""
+    import os
+    import time
+
+    command = (f"data.path={dataset}", *TWO)
+    launching.train(tmp_path, "run.name=whole", *command)
+    process = launching.start(tmp_path, "run.name=cut", *command)
+    run = tmp_path / "cut"
+    while not any(row["step"] >= 24 for row in launching.rows(run)):
+        assert process.poll() is None
+        time.sleep(0.002)
+    ranks = [int(p) for p in os.popen(f"pgrep -P {process.pid}").read().split()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "Restarting" in output
+    assert len(list((run / "attempts").iterdir())) == 2
+    assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
+
+
+def test_a_decay_branches_off_a_trunk(dataset, tmp_path):
+    """run.from: the branch keeps g, and repeats the trunk until its own decay begins."""
+    trunk = ("run.name=trunk", f"data.path={dataset}", *LENGTH, "schedule=constant")
+    launching.train(tmp_path, *trunk, "checkpoint.keep=5")
+    branch = ("run.name=branch", f"data.path={dataset}", *LENGTH, "train.steps=40")
+    branch += ("schedule=wsd", "schedule.warmup=2", "schedule.decay=15", "run.from.run=trunk")
+    launching.train(tmp_path, *branch, "run.from.step=20", "validation.every=40")
+    rows = launching.rows(tmp_path / "branch")
+    assert [row["step"] for row in rows] == list(range(21, 41))
+    before = launching.trajectory(tmp_path / "trunk")[20:25]
+    assert launching.trajectory(tmp_path / "branch")[:5] == before
+    assert rows[-1]["learning_rate"]["muon"] < rows[0]["learning_rate"]["muon"] / 10

@@ -1,0 +1,74 @@
+"""Runs the real command for a test, in a process of its own, and kills it when told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    *("train.sequence_length=32", "train.global_batch=8", "train.micro_batch=2"),
+    *("train.compile=off", "schedule.warmup=2", "schedule.decay=20%", "validation.windows=8"),
+]
+TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.mlp_width=64"]
+
+
+def start(folder: Path, *overrides: str, model=TINY, **environment: str) -> subprocess.Popen:
+    """`forescale train run.root=FOLDER ...`, with a small model, at one thread a rank."""
+    command = [sys.executable, "-m", "trainer", "train", f"run.root={folder}"]
+    return subprocess.Popen(
+        [*command, *SHORT, *model, *overrides],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+    )
+
+
+def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environment: str) -> str:
+    """Run it to its end; what it printed. Fails unless it ends with `code`."""
+    process = start(folder, *overrides, model=model, **environment)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> str:
+    """Send a signal as soon as the run's rows have reached `step`; what it printed until it ended.
+
+    SIGKILL goes to the launcher alone: its ranks must not outlive it.
+    """
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in rows(run)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in (75, -signal.SIGKILL), output
+    return output
+
+
+def rows(run: Path, kind: str = "train") -> list[dict]:
+    """The run's rows of a kind; those that are whole, if somebody is writing at this moment."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def events(run: Path) -> list[str]:
+    """Kinds of the events of all attempts, in order."""
+    files = sorted(run.glob("attempts/*/events.jsonl"))
+    return [json.loads(line)["kind"] for f in files for line in f.read_text().splitlines()]
+
+
+TRAJECTORY = ("step", "g0", "g1", "tokens", "tokens_hash", "loss", "grad_norm", "learning_rate")
+
+
+def trajectory(run: Path) -> list[dict]:
+    """What an exact resume repeats: every step's data, loss, norm and rate, with all digits."""
+    return [{key: row[key] for key in TRAJECTORY} for row in rows(run)]
