@@ -53,6 +53,13 @@ def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> s
     return output
 
 
+def processes(folder: Path) -> list[int]:
+    """Ids of the processes that train under `folder`, a moment from now."""
+    time.sleep(0.2)
+    found = subprocess.run(["pgrep", "-f", f"run.root={folder}"], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
+
+
 def rows(run: Path, kind: str = "train") -> list[dict]:
     """The run's rows of a kind; those that are whole, if somebody is writing at this moment."""
     path = run / "metrics.jsonl"

@@ -52,6 +52,7 @@ class Rank:
         self.run, self.job, self.dataset = started.run, started.job, started.dataset
         self.attempt = self._attempt()
         self.total = self.job.total_steps
+        self.compilation = setup.compilation(self.job)
 
     def _from_main(self, work) -> Any:
         """Do `work` on rank 0 first, then (it is idempotent) on the others; a UserError of rank 0
@@ -84,9 +85,10 @@ class Rank:
         if position.step >= self.total:
             self._say(f"{self.run.name} is complete: {position.step:,} steps are trained.")
             return DONE
-        compiled = setup.compile_if_asked(self.engine, job)
-        if self.world.is_main and compiled.notice:
-            self._say(compiled.notice)
+        if self.compilation.wanted:
+            self.engine.compile()
+        if self.compilation.notice:
+            self._say(self.compilation.notice)
         parts, line = self._parts(model, position)
         batches = stream(
             self.dataset.split("train"),
@@ -108,9 +110,14 @@ class Rank:
         finally:
             batches.close()
             line.close()
+        stopped = stopped and position.step < self.total
+        if self.world.is_main:
+            reason = "interrupted" if stopped else "complete"
+            seconds = self.pulse.take()  # since the last row
+            self.attempt.event("ended", step=position.step, reason=reason, seconds=seconds)
         if stopped:
             self._say(f"Stopped at step {position.step:,}; saved. The same command goes on there.")
-        return INTERRUPTED if stopped and position.step < self.total else DONE
+        return INTERRUPTED if stopped else DONE
 
     def _asked(self) -> bool:
         return bool(self.wish)
@@ -163,7 +170,8 @@ class Rank:
                 self._say(f"Not exact to the bit from here: {key} was {old[key]}, is {new[key]}.")
 
     def _numerics(self) -> dict[str, Any]:
-        return numerics(self.job, self.world.size, self.world.device.type)
+        world, compiled = self.world, self.compilation.wanted
+        return numerics(self.job, world.size, world.device.type, torch.get_num_threads(), compiled)
 
     def _parts(self, model: torch.nn.Module, position: Position) -> tuple[list[Any], Line]:
         job, main = self.job, self.world.is_main

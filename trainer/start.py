@@ -5,7 +5,6 @@ trajectory is refused with the list; what costs the last bits is told; the rest 
 torch, so that a refusal comes in a second.
 """
 
-import os
 import platform
 import shutil
 from dataclasses import dataclass, replace
@@ -57,6 +56,7 @@ def start(job: TrainJob) -> Start:
         if any(taken):
             write_file(run.config, freeze(job).encode())
     else:
+        _check_origin(job, dataset)
         _make(run, job, dataset)
     return Start(run, job, dataset)
 
@@ -101,6 +101,17 @@ def _check_data(run: Run, dataset: Dataset) -> None:
         )
 
 
+def _check_origin(job: TrainJob, dataset: Dataset) -> None:
+    """A branch that keeps its place in the data needs the same data."""
+    origin = job.run.origin
+    if origin.run is None:
+        return
+    stored = read_json(Run.existing(origin.run, job.run.root).identity)["dataset"]
+    if origin.what == "everything" and stored["identity"] != dataset.identity:
+        what = f"{origin.run} was trained on other data ({stored['path']}) than {dataset.path}"
+        raise UserError("run.from", what, "give its data.path, or run.from.what=weights")
+
+
 def _make(run: Run, job: TrainJob, dataset: Dataset) -> None:
     """Write the run directory; config.yaml comes last, for it makes a directory a run."""
     run.path.mkdir(parents=True, exist_ok=True)
@@ -131,15 +142,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def numerics(job: TrainJob, world_size: int, device: str) -> dict[str, Any]:
+def numerics(
+    job: TrainJob, world_size: int, device: str, threads: int, compiled: bool
+) -> dict[str, Any]:
     """All that must be equal for a resumed run to repeat the uninterrupted one bit for bit."""
     return {
         "world_size": world_size,
         "stage": job.engine.stage,
         "precision": job.precision.kind,
         "micro_batch": job.train.micro_batch,
-        "compile": job.train.compile,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "compiled": compiled,
+        "threads": threads,
         "device": device,
         **versions(),
     }

@@ -7,6 +7,7 @@ Imports neither torch nor deepspeed.
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,12 +95,15 @@ class Status:
 
     @property
     def state(self) -> State:
-        """complete: the last step is saved. running: its files grew lately, by its own pace.
-        interrupted: it ended with its last step saved. crashed: it ended, and steps are lost.
+        """complete: the last step is saved. interrupted: its newest attempt said that it ended, or
+        saved its last step. running: its files grew lately, by its own pace. crashed: neither, and
+        steps are lost.
         """
         saved = max((c.position.step for c in self.checkpoints if self.is_eligible(c)), default=0)
         if saved >= self.job.total_steps:
             return "complete"
+        if self._ended(self.attempts[-1:]):
+            return "interrupted"
         longest = max((sum(row["seconds"].values()) for row in self.train), default=0.0)
         if self.attempts and self.age < _PATIENCE + 2 * longest:
             return "running"
@@ -108,12 +112,17 @@ class Status:
         return "interrupted" if saved and saved == self.step else "crashed"
 
     def seconds(self) -> dict[str, float]:
-        """By bucket, over all steps that count."""
+        """By bucket, over all steps that count, and what attempts did after their last one."""
         sums: dict[str, float] = defaultdict(float)
-        for row in self.train:
+        for row in [*self.train, *self._ended(self.attempts)]:
             for bucket, value in row["seconds"].items():
                 sums[bucket] += value
         return dict(sums)
+
+    def _ended(self, attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
+        """The events by which attempts said that they ended well."""
+        rows = (row for a in attempts for row in read_rows(a.events.path))
+        return [row for row in rows if row["kind"] == "ended"]
 
     def lost(self) -> Lost:
         """What earlier attempts made beyond the step that a later one went on from."""

@@ -67,6 +67,7 @@ def test_a_rank_that_dies_takes_its_attempt_with_it_and_the_run_goes_on(dataset,
 def test_a_decay_branches_off_a_trunk(dataset, tmp_path):
     """run.from: the branch keeps g, and repeats the trunk until its own decay begins."""
     trunk = ("run.name=trunk", f"data.path={dataset}", *LENGTH, "schedule=constant")
+    trunk += ("schedule.decay=null",)
     launching.train(tmp_path, *trunk, "checkpoint.keep=5")
     branch = ("run.name=branch", f"data.path={dataset}", *LENGTH, "train.steps=40")
     branch += ("schedule=wsd", "schedule.warmup=2", "schedule.decay=15", "run.from.run=trunk")

@@ -51,6 +51,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(finished, dataset, tmp_path, numb
     command = ("run.name=cut", f"data.path={dataset}", *LENGTH)
     run = tmp_path / "cut"
     launching.interrupt(launching.start(tmp_path, *command), run, 28, number)
+    assert not launching.processes(tmp_path), "ranks outlive their launcher"
     reached = len(launching.rows(run))
     assert reached < 60
     output = launching.train(tmp_path, *command)
@@ -59,8 +60,6 @@ def test_an_interrupted_run_goes_on_to_the_bit(finished, dataset, tmp_path, numb
     assert "numerics_changed" not in launching.events(run)
     if number == signal.SIGINT:  # it had saved first: nothing was done twice
         assert f"(step {reached:,})" in output
-    ranks = os.popen(f"pgrep -f run.root={tmp_path}").read()
-    assert not ranks, "ranks outlive their launcher"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(finished, dataset, tmp_path):

@@ -33,11 +33,11 @@ _KNOWN_PEAKS = {
 }
 
 
-class Compiled(NamedTuple):
-    """Whether the model is compiled, and what to tell the user about it."""
+class Compilation(NamedTuple):
+    """Whether the model is to be compiled, and what to tell the user about it."""
 
-    done: bool
-    notice: str | None
+    wanted: bool
+    notice: str | None = None
 
 
 def check_world(job: TrainJob, size: int) -> None:
@@ -91,20 +91,19 @@ def prepare_compilation() -> None:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 
-def compile_if_asked(engine: Engine, job: TrainJob) -> Compiled:
-    """Compile by `train.compile`. Raises UserError for `on` on a machine that can't."""
+def compilation(job: TrainJob) -> Compilation:
+    """What `train.compile` means here. Raises UserError for `on` on a machine that can't."""
     missing = compiler_missing()
     if job.train.compile == "off":
-        return Compiled(False, None)
+        return Compilation(False)
     if missing and job.train.compile == "on":
         what = f"this machine lacks {missing}"
         raise UserError("train.compile=on", what, "install it, or set train.compile=auto")
     if missing:
-        return Compiled(False, f"Not compiling the model: this machine lacks {missing}. Slower.")
-    if job.engine.stage == 3 and job.train.compile == "auto":
-        return Compiled(False, None)  # the hooks that gather parameters break the graph apart
-    engine.compile()
-    return Compiled(True, None)
+        notice = f"The model is not compiled, and trains slower: this machine lacks {missing}."
+        return Compilation(False, notice)
+    # At stage 3 the hooks that gather parameters break the graph apart.
+    return Compilation(job.engine.stage < 3 or job.train.compile == "on")
 
 
 def peak_flops(world: World, configured: float | None, precision: str) -> float:

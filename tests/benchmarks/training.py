@@ -1,0 +1,149 @@
+"""The two loops over the same work: ours with all its parts, and DeepSpeed alone.
+
+Both are called with a number of steps and return tokens/s. Only in a process of its own: an engine
+is one a process, and `Rank` takes over the signals.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.compose import compose
+from trainer.config import TrainJob
+from trainer.data.order import Order
+from trainer.data.shards import Dataset
+from trainer.data.stream import Batch, stream
+from trainer.engine import setup
+from trainer.engine.derive import deepspeed_config
+from trainer.engine.step import build_optimizer
+from trainer.loop import train
+from trainer.model import build_model
+from trainer.rank import Rank
+from trainer.recipe import parameter_groups
+from trainer.run import read_rows
+from trainer.start import open_data, settle
+
+NEVER = "1000000 steps"
+
+
+def make_job(folder: Path, *overrides: str) -> TrainJob:
+    """The default job, but for `overrides`, with no evaluation and no checkpoint ever due."""
+    endless = ["train.tokens=null", f"train.steps={NEVER.split()[0]}", f"run.root={folder}"]
+    undue = [f"checkpoint.every={NEVER}", f"validation.every={NEVER}"]
+    return compose("train", [*endless, *undue, *overrides])
+
+
+class Ours:
+    """trainer.loop.train as a rank runs it. `spent`: seconds by part, since `forget`."""
+
+    def __init__(self, job: TrainJob):
+        self.rank = rank = Rank(job, time.monotonic())
+        job = rank.job
+        model = build_model(job, rank.dataset.vocab_size)
+        rank.engine = setup.build_engine(rank.world, model, job)
+        self.position = rank._resume()
+        if rank.compilation.wanted:
+            rank.engine.compile()
+        self.parts, self.line = rank._parts(model, self.position)
+        batch = (job.train.global_batch, job.train.micro_batch)
+        split = rank.dataset.split("train")
+        self.batches = stream(split, rank._order(), 0, *batch, 0, 1, rank.total)
+        self.forget()
+
+    def __call__(self, steps: int) -> float:
+        began, rank, tokens = time.perf_counter(), self.rank, self.position.tokens
+        batches = islice(self.batches, steps)
+        arguments = (rank._rate, self.parts, self.position, rank.pulse, rank._asked)
+        self.position, _ = train(rank.engine, batches, *arguments)
+        return (self.position.tokens - tokens) / (time.perf_counter() - began)
+
+    def forget(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self._from = self.position.step
+
+    def watch(self) -> None:
+        """Time what our loop does beside forward, backward and step, under `spent`."""
+        metrics, *others = self.parts
+        engine, world = self.rank.engine, self.rank.world
+        self._time(self.rank, "_rate", "learning rate")
+        self._time(torch, "manual_seed", "seeding")
+        self._time(engine, "gradient_norm", "gradient norm")
+        self._time(engine.layout, "prepare_step", "flattening and clipping")
+        self._time(world, "share", "word")
+        words = world.words
+        world.words = lambda behind: list(words(behind))
+        self._time(world, "words", "word")
+        self._time(metrics, "see", "metrics row")
+        for part in others:
+            self._time(part, "see", "other parts")
+
+    def _time(self, owner: Any, name: str, label: str) -> None:
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.spent[label] += time.perf_counter() - began
+
+        setattr(owner, name, timed)
+
+    def microseconds(self) -> dict[str, float]:
+        """Of each part, a step; the mean since `forget`."""
+        rows = [r for r in read_rows(self.rank.run.metrics) if r["step"] > self._from]
+        waits = sum(r["seconds"]["data"] for r in rows)
+        spent = {"data wait": waits, **self.spent}
+        return {label: round(1e6 * s / len(rows), 1) for label, s in spent.items()}
+
+
+class Bare:
+    """forward, backward, step on an engine of deepspeed.initialize, and nothing else: no norm, no
+    clipping, no schedule, no look at the loss, the data in memory. The same JSON as ours, but for
+    `extra`."""
+
+    def __init__(self, job: TrainJob, **extra: Any):
+        import deepspeed
+
+        dataset = open_data(job.data)
+        job = settle(job, dataset)
+        self.data = batches(job, dataset, 64)
+        model = build_model(job, dataset.vocab_size)
+        groups = [vars(g) for g in parameter_groups(model.named_parameters(), job.optimizer)]
+        o = job.optimizer
+        settings = {"betas": (o.beta1, o.beta2), "eps": o.eps, "momentum": o.momentum}
+        optimizer = build_optimizer(o.kind, groups, **settings)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_learning_rate"] / 10
+        config = deepspeed_config(job, 1) | extra
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if setup.compilation(job).wanted:
+            self.engine.compile()
+        self.step = 0
+
+    def __call__(self, steps: int) -> float:
+        began, tokens = time.perf_counter(), 0
+        for _ in range(steps):
+            batch = self.data[self.step % len(self.data)]
+            for micro in batch.micro:
+                loss = self.engine(micro.tokens, micro.targets).sum() / batch.targets
+                self.engine.backward(loss)
+                self.engine.step()
+            tokens += batch.targets
+            self.step += 1
+        return tokens / (time.perf_counter() - began)
+
+
+def batches(job: TrainJob, dataset: Dataset, steps: int) -> list[Batch]:
+    """The first batches of a job, in memory."""
+    t, split = job.train, dataset.split("train")
+    order = Order(split.shard_tokens, t.sequence_length, t.seed, job.data.shuffle_shards)
+    return list(stream(split, order, 0, t.global_batch, t.micro_batch, 0, 1, steps))
+
+
+LOOPS: dict[str, Callable[[TrainJob], Any]] = {"ours": Ours, "bare DeepSpeed": Bare}
