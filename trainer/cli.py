@@ -5,10 +5,12 @@ ours keeps its traceback and ends with code 1.
 """
 
 import importlib
+import os
+import re
 import sys
 from collections.abc import Sequence
 
-from trainer.errors import INTERRUPTED, USER, UserError, storage_error
+from trainer.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 
 VERBS = {
     "train": "train a model; on a bare machine, on an embedded corpus",
@@ -33,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("forescale: interrupted; the same command goes on.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe had enough
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:  # the reader of a pipe had enough: no fault, but training isn't done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED if words[:1] == ["train"] else DONE
     except OSError as e:
         if (fault := storage_error(e)) is None:
             raise
@@ -48,9 +50,9 @@ def _dispatch(words: list[str]) -> int:
         print(usage())
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
+        from trainer.start import versions
 
-        print(version("forescale"))
+        print(versions()["forescale"])
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
@@ -107,7 +109,8 @@ def overrides_of(verb: str, words: Sequence[str]) -> list[str]:
 
 def _quoted(text: str) -> str:
     """Text as Hydra's grammar reads it back unchanged."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash is itself there, but before a quote.
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
     return f"'{escaped}'"
 
 

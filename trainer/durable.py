@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,21 +42,35 @@ class HashingFile:
 
     def write(self, data: bytes | memoryview) -> int:
         self._hash.update(data)
-        self._file.write(data)
+        with naming(self.path):
+            self._file.write(data)
         self.size += memoryview(data).nbytes
         return self.size
 
     def finish(self) -> FileEntry:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         return FileEntry(self.size, self._hash.hexdigest())
 
     def __enter__(self) -> "HashingFile":
         return self
 
     def __exit__(self, *exc) -> None:
-        self._file.close()
+        # What a failed write left in the buffer would fail once more, in place of its own error.
+        with suppress(OSError):
+            self._file.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError name its file; those of an open file don't."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
 
 def fsync_directory(path: Path) -> None:
@@ -92,11 +106,18 @@ def write_json(path: Path, value: Any) -> FileEntry:
 def read_json(path: Path) -> Any:
     """Raises UserError where the file is missing or isn't JSON."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise UserError(str(path), "no such file", "check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except ValueError as e:
         raise UserError(str(path), f"not valid JSON ({e})", "restore the file or rebuild it") from e
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A flipped bit can turn a name into its neighbour's, which would then hide it."""
+    if len(made := dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return made
 
 
 def write_table(directory: Path, entries: dict[str, FileEntry]) -> None:
@@ -169,7 +190,8 @@ def staged(final: Path, tag: str = "new") -> Iterator[Path]:
     final = Path(final)
     stage = final.with_name(f".{final.name}.{tag}.stage")
     shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    stage.mkdir()
     try:
         yield stage
         publish(stage, final)

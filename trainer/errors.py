@@ -31,6 +31,8 @@ _STORAGE = {
     errno.EPERM: ("operation not permitted", "choose a directory that you may write to"),
     errno.ENOTDIR: ("a file stands where a directory is needed", "move it or choose another path"),
     errno.EEXIST: ("a file stands where a directory is needed", "move it or choose another path"),
+    errno.EISDIR: ("a directory stands where a file is needed", "move it or choose another path"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
     errno.EIO: ("the storage reports an I/O error", "check the disk, then give the command again"),
 }
 

@@ -47,7 +47,8 @@ def evaluate(
     world_size: int = 1,
     gather: Callable[[list], list] = lambda value: [value],
 ) -> Score:
-    """Score a split, or its first `windows` windows; on several ranks all call it together.
+    """Score a split, or its first `windows` windows; on several ranks all call it together. Of an
+    empty split there is nothing to score: 0 windows, and NaN.
 
     losses: (tokens_BL, targets_BL) -> summed nats of each window, (B,).
     """
@@ -60,12 +61,14 @@ def evaluate(
         rows = zip(sums.tolist(), real.sum(1).tolist(), bytes_.sum(1).tolist(), strict=True)
         mine += [(micro.index, i, *row) for i, row in enumerate(rows) if row[1]]
     every = sorted(row for part in gather(mine) for row in part)
+    if not every:
+        return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)
     nats, targets, count = (np.array([row[k] for row in every]) for k in (2, 3, 4))
-    loss = math.fsum(nats) / targets.sum()
+    loss = math.fsum(nats) / int(targets.sum())
     return Score(
         loss=loss,
         loss_stderr=_ratio_stderr(nats, targets, loss),
-        bits_per_byte=math.fsum(nats) / math.log(2) / count.sum(),
+        bits_per_byte=math.fsum(nats) / math.log(2) / int(count.sum()),
         targets=int(targets.sum()),
         bytes=int(count.sum()),
         windows=len(every),

@@ -11,21 +11,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.errors import DONE, GAVE_UP, INTERRUPTED, USER
+from trainer.errors import DONE, INTERRUPTED, USER
 
 WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MOST_CRASHES = 3  # in a row, without a new checkpoint
-ATTEMPT = "FORESCALE_ATTEMPT"
+ATTEMPT = "FORESCALE_ATTEMPT"  # the directory of the attempt that a rank is started for
 
 
 def joined() -> bool:
     """Whether a launcher (ours, torchrun, accelerate, srun) has started this process as a rank."""
-    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    # The batch script itself has SLURM_PROCID too, but it is no step.
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         _adopt_slurm()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -42,7 +44,6 @@ class Wish:
     """Set by a signal, polled at every step. The first is a wish, the second is a command."""
 
     signal: int | None = None
-    _previous: list = field(default_factory=list)
 
     def listen(self) -> "Wish":
         for number in WISHES:
@@ -71,7 +72,7 @@ def start_ranks(command: list[str], processes: int, attempt: Path, tell: Callabl
     """Run `command` as ranks 0 to processes - 1 of a world of their own; the code of the attempt.
 
     Rank 0 speaks to this terminal, the others to attempt/rank-N.log. When one fails the others are
-    ended: nobody waits in a collective for the dead.
+    ended: nobody waits in a collective for the dead. Afterwards signals mean what they did before.
     """
     environment = {
         **os.environ,
@@ -96,38 +97,64 @@ def start_ranks(command: list[str], processes: int, attempt: Path, tell: Callabl
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if again and number == signal.SIGINT else number)
 
-    for number in WISHES:
-        signal.signal(number, pass_on)
-    for rank in range(processes):
+    def begin(rank: int) -> subprocess.Popen:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = open(attempt / f"rank-{rank}.log", "ab") if rank else None  # noqa: SIM115
-        ranks.append(
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+        made = subprocess.Popen(
+            command,
+            env={**environment, **own},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_prepare_rank,
         )
-    code = _watch(ranks)
-    failed = next((i for i, r in enumerate(ranks) if r.returncode == code), 0)
-    if code not in (DONE, USER, INTERRUPTED):
+        if log:
+            log.close()
+        return made
+
+    with _heard(pass_on):
+        # A signal waits until every rank is there to get it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)
+        try:
+            ranks += map(begin, range(processes))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
+        failed, code = _watch(ranks)
+    if code == USER and failed:
+        tell(_sentence(attempt / f"rank-{failed}.log"))
+    elif code not in (DONE, USER, INTERRUPTED) and not wish:
         where = f"see {attempt / f'rank-{failed}.log'}" if failed else "its message is above"
         tell(f"rank {failed} ended with {_spoken(code)}; {where}")
     # A signal that came before the rank could listen ends it there: nothing is lost by that.
-    return INTERRUPTED if wish and code != DONE else code
+    return INTERRUPTED if wish and code not in (DONE, USER) else code
 
 
-def _watch(ranks: list[subprocess.Popen]) -> int:
-    """Wait for all; 0 only if all ended well, else the code of the first that failed."""
-    code = None
-    while any(r.poll() is None for r in ranks):
-        code = next((r.returncode for r in ranks if r.returncode), None)
-        if code is not None:
-            _end(ranks, grace=5.0 if code in (USER, INTERRUPTED) else 0.0)
+@contextmanager
+def _heard(handler: Callable) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in WISHES}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _watch(ranks: list[subprocess.Popen]) -> tuple[int, int]:
+    """Wait for all: (rank, code) of the first that failed; code 0 only if all ended well.
+
+    Of ranks that failed together a user's fault counts, for the others only lost a peer.
+    """
+    while True:
+        codes = [r.poll() for r in ranks]  # of all: any() would stop at the first that runs
+        failed = {i: code for i, code in enumerate(codes) if code}
+        if failed:
+            first = min(failed)
+            _end(ranks, grace=5.0 if failed[first] in (USER, INTERRUPTED) else 1.0)
+            rank = next((i for i, r in enumerate(ranks) if r.returncode == USER), first)
+            return rank, ranks[rank].returncode
+        if None not in codes:
+            return 0, DONE
         time.sleep(0.05)
-    return code or next((r.returncode for r in ranks if r.returncode), DONE)
 
 
 def _end(ranks: list[subprocess.Popen], grace: float) -> None:
@@ -138,6 +165,12 @@ def _end(ranks: list[subprocess.Popen], grace: float) -> None:
         if r.poll() is None:
             r.kill()
         r.wait()
+
+
+def _sentence(log: Path) -> str:
+    """What a rank said last before it ended with a user's fault."""
+    _, mark, said = log.read_text(errors="replace").rpartition("forescale: ")
+    return (mark + said).strip() if mark else f"see {log}"
 
 
 def _spoken(code: int) -> str:
@@ -153,8 +186,10 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    """Linux: the kernel kills this process when its parent dies, however that was."""
+def _prepare_rank() -> None:
+    """In the new process: hear signals; and on Linux the kernel kills it when its parent dies,
+    however that was."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -165,8 +200,3 @@ def default_processes() -> int:
     if visible is not None:
         return max(1, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
     return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
-
-
-def give_up_code(code: int) -> int:
-    """What the launcher ends with when it gives up on an attempt that ended with `code`."""
-    return GAVE_UP if code not in (DONE, USER, INTERRUPTED) else code

@@ -104,11 +104,18 @@ def _todo(job: TrainJob) -> str:
 
 def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int | None:
     """The largest micro-batch below the present one that divides the batch and should fit in nine
-    tenths of `available` bytes; None where none does or the model isn't ours."""
+    tenths of `available` bytes; None where none does or the model isn't ours.
+
+    The present one did not fit, so nine tenths of its plan are a bound too: for what the plan can't
+    know, such as other processes and fragmentation.
+    """
+    present = bytes_of(job, world_size)
+    if present is None:
+        return None
     for micro in range(job.train.micro_batch - 1, 0, -1):
+        planned = bytes_of(job, world_size, micro)
         divides = job.train.global_batch % (micro * world_size) == 0
-        planned = bytes_of(job, world_size, micro) if divides else None
-        if planned and planned.total <= 0.9 * available:
+        if divides and planned and planned.total <= 0.9 * min(available, present.total):
             return micro
     return None
 

@@ -22,6 +22,8 @@ class Sink(Protocol):
 
     def log(self, values: dict[str, float], step: int) -> None: ...
 
+    def finish(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Prices:
@@ -100,6 +102,10 @@ class Metrics:
         """Record a score of the held-out split."""
         if not self.is_main:
             return
+        if not score.windows:
+            self.attempt.event("nothing_to_validate", step=step.position.step)
+            self.line.say("Nothing is scored: the dataset holds no validation text.")
+            return
         row = {
             "kind": "validation",
             "step": step.position.step,
@@ -116,9 +122,15 @@ class Metrics:
         self._send(row)
 
     def _send(self, row: dict[str, Any]) -> None:
-        numbers = {f"{row['kind']}/{name}": value for name, value in _numbers(row)}
+        numbers = {f"{row['kind']}/{name}": v for name, v in _numbers(row)} if self.sinks else {}
         for sink in self.sinks:
             sink.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        """End the live line, and wait until the sinks have written what they hold."""
+        self.line.close()
+        for sink in self.sinks:
+            sink.finish()
 
 
 def _numbers(row: dict[str, Any]):
@@ -143,12 +155,11 @@ class Line:
         """Of a train row."""
         tokens = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
         self._recent.append((row["step"], word.seconds))
-        text = self._text(row, tokens)
         due = self.due.hear(row["step"], word)
         if self._live:
-            self._live.update(self._task, completed=row["step"], text=text)
+            self._live.update(self._task, completed=row["step"], text=self._text(row, tokens))
         elif due:
-            print(text, flush=True)
+            print(self._text(row, tokens), flush=True)
 
     def _text(self, row: dict[str, Any], mfu_per_rate: float) -> str:
         (first, since), (last, now) = self._recent[0], self._recent[-1]
@@ -178,9 +189,13 @@ class Line:
 
 def _live_progress(total: int, done: int):
     from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
 
     progress = Progress(
-        BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), refresh_per_second=4
+        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),  # the room that the text leaves
+        expand=True,
+        refresh_per_second=4,
     )
     task = progress.add_task("", total=total, completed=done, text="starting")
     progress.start()

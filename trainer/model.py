@@ -43,7 +43,7 @@ def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -
     where = f"model._target_={config.target}"
     try:
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
+    except (ImportError, AttributeError, SyntaxError) as e:
         todo = "install the package, or run from the directory that it is in"
         raise UserError(where, f"can't be imported ({e})", todo) from e
     offered = {"vocab_size": vocab_size, "sequence_length": sequence_length}
@@ -51,7 +51,7 @@ def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -
         parameters = inspect.signature(cls).parameters
         added = {k: v for k, v in offered.items() if k in parameters and k not in config.arguments}
         model = cls(**config.arguments, **added)
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise UserError(where, f"can't be made ({e})", "check the keys under model") from e
     if not isinstance(model, nn.Module):
         raise UserError(where, f"is a {type(model).__name__}", "name a torch.nn.Module")

@@ -21,10 +21,10 @@ class Every:
     def __init__(self, length: Duration, steps: int | None, last: int):
         self.steps, self.seconds, self.last = steps, length.seconds, last
         self._since = 0.0
-        self._overdue = False
+        self._ahead: int | None = None
 
     def __call__(self, step: int) -> bool:
-        if step == self.last or self._overdue:
+        if step in (self.last, self._ahead):
             return True
         return self.steps is not None and step % self.steps == 0
 
@@ -32,9 +32,10 @@ class Every:
         """Whether `step`, with its word, is due; and look ahead by rank 0's clock."""
         due = self(step)
         if due:
-            self._since, self._overdue = word.seconds, False
+            self._since, self._ahead = word.seconds, None
         elif self.seconds is not None and word.seconds - self._since >= self.seconds:
-            self._overdue = True  # the next step is: this one's weights are gone
+            # Words come a step late: the weights are at step + 1, which was not due.
+            self._ahead = self._ahead or step + 2
         return due
 
 
@@ -81,6 +82,7 @@ class Checkpoints:
         """Save now, unless this step is saved. Every rank calls it together."""
         if self.saved == position.step:
             return
+        self.attempt.metrics.sync()  # no checkpoint may know of a step that the rows don't
         checkpoint.save(self.run, self.attempt.number, position, self.engine, self.facts)
         self.saved = position.step
         if self.engine.world.is_main:

@@ -23,7 +23,7 @@ def traced(interval: tuple[int, int] | None, folder: Path, batches: Any) -> Iter
             if batch.step == end and profiler is not None:
                 _write(profiler, folder)
                 profiler = None
-            if batch.step == first:
+            if profiler is None and first <= batch.step < end:  # an attempt may begin inside
                 profiler = torch.profiler.profile()
                 profiler.start()
             yield batch

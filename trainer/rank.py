@@ -43,12 +43,14 @@ class Rank:
     def __init__(self, job: TrainJob, began: float):
         self.pulse = Pulse("startup", began)
         self.wish = Wish().listen()
+        self._process = psutil.Process()
         setup.be_deterministic()
         size = int(os.environ["WORLD_SIZE"])
         setup.check_world(job, size)
         seconds = job.launch.timeout.seconds or 1800.0
         self.world: World = join(deepspeed_config(job, size), size, seconds)
-        started = self._from_main(lambda: start(job))
+        again = ATTEMPT in os.environ or not self.world.is_main
+        started = self._from_main(lambda: start(job, again))
         self.run, self.job, self.dataset = started.run, started.job, started.dataset
         self.attempt = self._attempt()
         self.total = self.job.total_steps
@@ -89,7 +91,7 @@ class Rank:
             self.engine.compile()
         if self.compilation.notice:
             self._say(self.compilation.notice)
-        parts, line = self._parts(model, position)
+        parts = self._parts(model, position)
         batches = stream(
             self.dataset.split("train"),
             self._order(),
@@ -109,7 +111,7 @@ class Rank:
             parts[-1].save(position)
         finally:
             batches.close()
-            line.close()
+            parts[0].close()
         stopped = stopped and position.step < self.total
         if self.world.is_main:
             reason = "interrupted" if stopped else "complete"
@@ -173,7 +175,7 @@ class Rank:
         world, compiled = self.world, self.compilation.wanted
         return numerics(self.job, world.size, world.device.type, torch.get_num_threads(), compiled)
 
-    def _parts(self, model: torch.nn.Module, position: Position) -> tuple[list[Any], Line]:
+    def _parts(self, model: torch.nn.Module, position: Position) -> list[Any]:
         job, main = self.job, self.world.is_main
         line = Line(self._every(job.logging.every), self.total, position.step, main)
         rates = {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups}
@@ -194,7 +196,7 @@ class Rank:
             self.engine,
             facts,
         )
-        return [metrics, validation, saves], line
+        return [metrics, validation, saves]
 
     def _every(self, length) -> Every:
         return Every(length, self.job.steps_of(length), self.total)
@@ -217,7 +219,7 @@ class Rank:
         """Bytes: peak of the GPU's allocator, else resident in this process."""
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return psutil.Process().memory_info().rss
+        return self._process.memory_info().rss
 
     def _say(self, text: str) -> None:
         if self.world.is_main:

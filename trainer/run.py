@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.durable import read_json, write_file, write_json
+from trainer.durable import naming, read_json, write_file, write_json
 from trainer.errors import UserError
 
 _PREFIX = "step-"
@@ -56,7 +56,7 @@ class Run:
         for path in (Path(target), Path(root) / target):
             if (path / "config.yaml").is_file():
                 return cls(path)
-        names = sorted(p.parent.name for p in Path(root).glob("*/config.yaml"))
+        names = sorted(p.parent.name for p in Path(root).glob("[!.]*/config.yaml"))
         known = f"the runs under {root} are: {', '.join(names)}" if names else "train one first"
         raise UserError(str(target), f"no run of this name or path (looked in {root} too)", known)
 
@@ -150,7 +150,15 @@ class Rows:
     def add(self, row: dict[str, Any]) -> None:
         if self._file is None:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        self._file.write((json.dumps(row) + "\n").encode())
+        line = (json.dumps(row) + "\n").encode()
+        with naming(self.path):
+            while line:  # a disk that fills up takes a part of it, and then none
+                line = line[self._file.write(line) :]
+
+    def sync(self) -> None:
+        """Make what was added durable, against a machine that goes down."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

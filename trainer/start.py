@@ -6,7 +6,6 @@ torch, so that a refusal comes in a second.
 """
 
 import platform
-import shutil
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +16,7 @@ from trainer.config import DataConfig, TrainJob
 from trainer.data.corpus import prepare_embedded
 from trainer.data.progress import console
 from trainer.data.shards import TOKENIZER, Dataset
-from trainer.durable import read_json, write_file, write_json
+from trainer.durable import read_json, staged, write_file, write_json
 from trainer.errors import UserError
 from trainer.frozen import freeze, may_resume, thaw
 from trainer.run import Run
@@ -34,13 +33,15 @@ class Start:
     dataset: Dataset
 
 
-def start(job: TrainJob) -> Start:
-    """Prepare the data, then open or make the run directory of `job`.
+def start(job: TrainJob, again: bool = False) -> Start:
+    """Prepare the data, then open or make the run directory of `job`. again: this command has
+    started it before (in the launcher, on rank 0), so that `run.resume` has been obeyed.
 
     Raises UserError where the directory belongs to another config or dataset.
     """
     run = Run(job.run.directory)
-    _check_resume(job, run)
+    if not again:
+        _check_resume(job, run)
     dataset = open_data(job.data)
     job = settle(job, dataset)
     if run.config.exists():
@@ -64,9 +65,12 @@ def start(job: TrainJob) -> Start:
 def open_data(data: DataConfig) -> Dataset:
     """The dataset of a job, prepared first if it is the embedded corpus and isn't there yet."""
     if data.path:
-        return Dataset(Path(data.path).expanduser())
-    with console() as progress:
-        return Dataset(prepare_embedded(data.cache_directory, progress))
+        dataset = Dataset(Path(data.path).expanduser())
+    else:
+        with console() as progress:
+            dataset = Dataset(prepare_embedded(data.cache_directory, progress))
+    _ = dataset.tokenizer  # verified now: scores and samples need it at the end of the run
+    return dataset
 
 
 def settle(job: TrainJob, dataset: Dataset) -> TrainJob:
@@ -83,7 +87,7 @@ def _check_resume(job: TrainJob, run: Run) -> None:
     exists = run.config.exists()
     if job.run.resume == "must" and not exists:
         raise UserError(str(run.path), "there is no run to resume", "check run.name and run.root")
-    if job.run.resume == "never" and exists:
+    if job.run.resume == "never" and any(a.parent for a in run.attempts()):
         todo = "choose another run.name, or run.resume=auto to go on with it"
         raise UserError(str(run.path), "the run exists already", todo)
     if run.path.exists() and not exists and any(run.path.iterdir()):
@@ -92,7 +96,7 @@ def _check_resume(job: TrainJob, run: Run) -> None:
 
 
 def _check_data(run: Run, dataset: Dataset) -> None:
-    stored = read_json(run.identity)["dataset"]
+    stored = _data_of(run)
     if stored["identity"] != dataset.identity:
         raise UserError(
             str(run.path),
@@ -101,20 +105,29 @@ def _check_data(run: Run, dataset: Dataset) -> None:
         )
 
 
+def _data_of(run: Run) -> dict[str, str]:
+    """Path and identity of the dataset that a run was begun on."""
+    stored = read_json(run.identity)
+    try:
+        return {key: stored["dataset"][key] for key in ("path", "identity")}
+    except (KeyError, TypeError):
+        what = "doesn't say which data the run was begun on"
+        raise UserError(str(run.identity), what, "restore the file from a copy") from None
+
+
 def _check_origin(job: TrainJob, dataset: Dataset) -> None:
     """A branch that keeps its place in the data needs the same data."""
     origin = job.run.origin
     if origin.run is None:
         return
-    stored = read_json(Run.existing(origin.run, job.run.root).identity)["dataset"]
+    stored = _data_of(Run.existing(origin.run, job.run.root))
     if origin.what == "everything" and stored["identity"] != dataset.identity:
         what = f"{origin.run} was trained on other data ({stored['path']}) than {dataset.path}"
         raise UserError("run.from", what, "give its data.path, or run.from.what=weights")
 
 
 def _make(run: Run, job: TrainJob, dataset: Dataset) -> None:
-    """Write the run directory; config.yaml comes last, for it makes a directory a run."""
-    run.path.mkdir(parents=True, exist_ok=True)
+    """Publish the run directory, whole: one that a kill or a full disk cut short is no run."""
     identity = {
         "name": run.name,
         "dataset": {
@@ -126,9 +139,11 @@ def _make(run: Run, job: TrainJob, dataset: Dataset) -> None:
         },
         "versions": versions(),
     }
-    shutil.copyfile(dataset.path / TOKENIZER, run.tokenizer)
-    write_json(run.identity, identity)
-    write_file(run.config, freeze(job).encode())
+    with staged(run.path.resolve()) as stage:
+        new = Run(stage)
+        write_file(new.tokenizer, (dataset.path / TOKENIZER).read_bytes())
+        write_json(new.identity, identity)
+        write_file(new.config, freeze(job).encode())
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ Invariant: a ratio is of two neighbours in time on one machine in one run, so wh
 machine does meets both. Absolute numbers are told beside it, and prove nothing elsewhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -20,13 +20,13 @@ class Result:
     name: str
     unit: str
     labels: tuple[str, ...]
-    rows: list[tuple[float, ...]]
+    rows: Sequence[tuple[float, ...]]
     asked: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ratios(self) -> list[float]:
-        return [a / b for a, b in self.rows] if len(self.labels) == 2 else []
+        return [row[0] / row[1] for row in self.rows] if len(self.labels) == 2 else []
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -47,6 +47,9 @@ class Side:
         return value
 
     def close(self) -> None:
+        """End the process: it is told to, and killed where it doesn't listen."""
+        self._pipe.close()
+        self._process.join(10)
         self._process.kill()
         self._process.join()
         self._log.close()
@@ -85,7 +88,6 @@ def _serve(pipe, log: str, function: Callable, arguments: tuple) -> None:
         pass
     except BaseException:
         pipe.send((traceback.format_exc(), None))
-    os._exit(0)
 
 
 def peak_memory() -> int:

@@ -6,7 +6,6 @@ is one a process, and `Rank` takes over the signals.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from trainer.config import TrainJob
 from trainer.data.order import Order
 from trainer.data.shards import Dataset
 from trainer.data.stream import Batch, stream
-from trainer.engine import setup
-from trainer.engine.derive import deepspeed_config
+from trainer.engine import setup, world
+from trainer.engine.derive import deepspeed_config, merged
 from trainer.engine.step import build_optimizer
 from trainer.loop import train
 from trainer.model import build_model
@@ -42,6 +41,7 @@ class Ours:
     """trainer.loop.train as a rank runs it. `spent`: seconds by part, since `forget`."""
 
     def __init__(self, job: TrainJob):
+        world.set_environment()
         self.rank = rank = Rank(job, time.monotonic())
         job = rank.job
         model = build_model(job, rank.dataset.vocab_size)
@@ -49,7 +49,7 @@ class Ours:
         self.position = rank._resume()
         if rank.compilation.wanted:
             rank.engine.compile()
-        self.parts, self.line = rank._parts(model, self.position)
+        self.parts = rank._parts(model, self.position)
         batch = (job.train.global_batch, job.train.micro_batch)
         split = rank.dataset.split("train")
         self.batches = stream(split, rank._order(), 0, *batch, 0, 1, rank.total)
@@ -69,15 +69,17 @@ class Ours:
     def watch(self) -> None:
         """Time what our loop does beside forward, backward and step, under `spent`."""
         metrics, *others = self.parts
-        engine, world = self.rank.engine, self.rank.world
+        engine: Any = self.rank.engine
+        ranks: Any = self.rank.world
         self._time(self.rank, "_rate", "learning rate")
         self._time(torch, "manual_seed", "seeding")
         self._time(engine, "gradient_norm", "gradient norm")
-        self._time(engine.layout, "prepare_step", "flattening and clipping")
-        self._time(world, "share", "word")
-        words = world.words
-        world.words = lambda behind: list(words(behind))
-        self._time(world, "words", "word")
+        self._time(engine.layout, "prepare_step", "flattening, and Muon's iterations")
+        self._time(engine.layout.optimizer, "unscale_and_clip_grads", "clipping")
+        self._time(ranks, "share", "word")
+        words = ranks.words
+        ranks.words = lambda behind: iter(list(words(behind)))
+        self._time(ranks, "words", "word")
         self._time(metrics, "see", "metrics row")
         for part in others:
             self._time(part, "see", "other parts")
@@ -94,33 +96,43 @@ class Ours:
 
         setattr(owner, name, timed)
 
-    def microseconds(self) -> dict[str, float]:
-        """Of each part, a step; the mean since `forget`."""
+    def facts(self) -> dict[str, Any]:
+        """What each part took, and how many of the steps were clipped, since `forget`."""
         rows = [r for r in read_rows(self.rank.run.metrics) if r["step"] > self._from]
-        waits = sum(r["seconds"]["data"] for r in rows)
-        spent = {"data wait": waits, **self.spent}
-        return {label: round(1e6 * s / len(rows), 1) for label, s in spent.items()}
+        spent = {"data wait": sum(r["seconds"]["data"] for r in rows), **self.spent}
+        clip = self.rank.job.optimizer.clip or float("inf")
+        return {
+            "microseconds a step": {k: round(1e6 * s / len(rows)) for k, s in spent.items()},
+            "clipped steps": f"{sum(r['grad_norm'] > clip for r in rows)} of {len(rows)}",
+        }
 
 
 class Bare:
-    """forward, backward, step on an engine of deepspeed.initialize, and nothing else: no norm, no
-    clipping, no schedule, no look at the loss, the data in memory. The same JSON as ours, but for
-    `extra`."""
+    """forward, backward, step on an engine of deepspeed.initialize, and nothing else: no schedule,
+    no look at the loss, the data in memory. The same JSON as ours, so no norm and no clipping,
+    unless DeepSpeed `clips`."""
 
-    def __init__(self, job: TrainJob, **extra: Any):
+    def __init__(self, job: TrainJob, clips: bool = False):
+        world.set_environment()
         import deepspeed
 
+        world._quiet_deepspeed()
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed("gloo")
         dataset = open_data(job.data)
         job = settle(job, dataset)
         self.data = batches(job, dataset, 64)
         model = build_model(job, dataset.vocab_size)
-        groups = [vars(g) for g in parameter_groups(model.named_parameters(), job.optimizer)]
-        o = job.optimizer
+        o, muon = job.optimizer, model.muon_parameters()  # type: ignore[operator]
+        groups = [vars(g) for g in parameter_groups(model.named_parameters(), o, muon)]
         settings = {"betas": (o.beta1, o.beta2), "eps": o.eps, "momentum": o.momentum}
         optimizer = build_optimizer(o.kind, groups, **settings)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_learning_rate"] / 10
-        config = deepspeed_config(job, 1) | extra
+        config = deepspeed_config(job, 1)
+        if clips:
+            zero = {"zero_optimization": {"compute_grad_norm": True}}
+            config = merged(config, {"gradient_clipping": o.clip, **zero})
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if setup.compilation(job).wanted:
             self.engine.compile()
@@ -144,6 +156,3 @@ def batches(job: TrainJob, dataset: Dataset, steps: int) -> list[Batch]:
     t, split = job.train, dataset.split("train")
     order = Order(split.shard_tokens, t.sequence_length, t.seed, job.data.shuffle_shards)
     return list(stream(split, order, 0, t.global_batch, t.micro_batch, 0, 1, steps))
-
-
-LOOPS: dict[str, Callable[[TrainJob], Any]] = {"ours": Ours, "bare DeepSpeed": Bare}

@@ -54,7 +54,8 @@ def _wait(ranks, logs, timeout: float) -> None:
             if failed is not None or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        failed = next((i for i, r in enumerate(ranks) if r.poll() != 0), None)
+        if failed is None:
+            failed = next((i for i, r in enumerate(ranks) if r.poll() != 0), None)
         if failed is not None:
             logs[failed].seek(0)
             text = logs[failed].read().decode(errors="replace")[-4000:]
@@ -81,3 +82,4 @@ if __name__ == "__main__":
     result = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
     if os.environ["RANK"] == "0":
         Path(sys.argv[3]).write_text(json.dumps(result))
+    os._exit(0)  # as the product does: threads of gloo may abort a normal exit

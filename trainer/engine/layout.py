@@ -94,6 +94,11 @@ class Layout:
     def loss_scale(self) -> float:
         return float(getattr(self.optimizer, "loss_scale", 1.0))
 
+    @property
+    def backward_scale(self) -> float:
+        """What the loss must be multiplied with, because DeepSpeed doesn't."""
+        return 1.0
+
     def prepare_step(self, factor: float) -> None:
         """Multiply the gradients by `factor` (clipping), at once or inside DeepSpeed's step."""
         self.factor = factor
@@ -154,6 +159,11 @@ class Unfused(Layout):
         for i, (params, masters) in enumerate(groups):
             for p, master in zip(params, masters, strict=True):
                 yield Unit(i, master, [Piece(p, 0, 0, p.numel())])
+
+    @property
+    def backward_scale(self):
+        # DeepSpeed scales the loss for ZeRO only, but here too it divides the gradients again.
+        return self.loss_scale
 
     def gradients(self):
         for group in self.optimizer.fp16_groups:

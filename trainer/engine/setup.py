@@ -85,12 +85,6 @@ def compiler_missing() -> str | None:
     return None if header.exists() else f"Python's headers ({header})"
 
 
-def prepare_compilation() -> None:
-    """Before torch is imported: without a compiler, nothing may try to compile (Muon would)."""
-    if compiler_missing():
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"
-
-
 def compilation(job: TrainJob) -> Compilation:
     """What `train.compile` means here. Raises UserError for `on` on a machine that can't."""
     missing = compiler_missing()

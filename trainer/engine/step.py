@@ -74,12 +74,13 @@ class Engine:
     def backward(self, batch) -> Tensor:
         """Accumulate the gradient of the step's mean loss per target; returns the micro-batches'
         summed losses, fp32 of shape (n,)."""
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
-        scale = self.world.size / batch.targets
+        scale = self.world.size / batch.targets * self.layout.backward_scale
         losses = []
         for micro in batch.micro:
-            torch.manual_seed(_mix(self.seed, batch.step, micro.index))
+            _seed(_mix(self.seed, batch.step, micro.index))
             last = micro is batch.micro[-1]
             self._deepspeed.set_gradient_accumulation_boundary(last)
             tokens = micro.tokens.to(self.world.device, non_blocking=True)
@@ -131,6 +132,14 @@ class Engine:
 def split_penalty(output) -> tuple[Tensor, Tensor | float]:
     """A model's losses and its penalty (0.0 where it returns none)."""
     return output if isinstance(output, tuple) else (output, 0.0)
+
+
+def _seed(value: int) -> None:
+    """What `torch.manual_seed` does for the devices there are. That one looks at the Python stack
+    for every other kind of device, which costs up to a millisecond."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
 
 
 def _mix(seed: int, step: int, index: int) -> int:

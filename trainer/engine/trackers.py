@@ -8,6 +8,7 @@ import hashlib
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from trainer.errors import UserError
 
@@ -46,7 +47,10 @@ def _wandb(settings: Any, run: Path, name: str) -> Any:
 
     mode = settings.mode
     if mode == "auto":
-        mode = "online" if has_account() else "offline"
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
+    elif mode == "online" and not has_account():
+        todo = "run `wandb login`, or set logging.wandb.mode=offline"
+        raise UserError("logging.wandb.mode=online", "nobody is logged in to wandb here", todo)
     identity = hashlib.sha256(f"{settings.project}/{name}".encode()).hexdigest()[:16]
     return WandBTracker(
         settings.project,
@@ -65,7 +69,8 @@ def has_account() -> bool:
 
     if "WANDB_API_KEY" in os.environ:
         return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

@@ -129,6 +129,10 @@ def join(config: dict, size: int, timeout_seconds: float) -> World:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+    class Plugin(DeepSpeedPlugin):
+        def set_deepspeed_weakref(self) -> None:
+            """Serves models that transformers builds; needs transformers, and we don't."""
+
     _quiet_deepspeed()
     cuda = torch.cuda.is_available()
     group = InitProcessGroupKwargs(
@@ -136,7 +140,7 @@ def join(config: dict, size: int, timeout_seconds: float) -> World:
     )
     accelerator = Accelerator(
         cpu=False,
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        deepspeed_plugin=Plugin(hf_ds_config=config),
         kwargs_handlers=[group],
     )
     kind = accelerator.distributed_type
@@ -151,9 +155,12 @@ def _quiet_deepspeed() -> None:
     build takes over a minute, and a process killed in it leaves a lock that hangs the next one;
     gloo does the same work."""
     import logging
+    import warnings
 
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed calls what newer versions of torch give new names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,32 @@
+"""Our loop's tokens/s against DeepSpeed alone on the same model, batches and optimizer; and what
+each of our parts takes.
+
+Both engines are in one process and take turns, so that they share whatever the machine does. The
+first rivals are the leanest there are: they neither know the gradient's norm nor clip, as we do.
+"""
+
+import tempfile
+from pathlib import Path
+
+from pairing import Result, interleaved
+from processes import isolated
+
+STEPS = 10  # a turn: half a second to a second of the default model
+RIVALS = (("adamw", False), ("muon", False), ("adamw", True))  # whether DeepSpeed clips
+
+
+def measure(rounds: int) -> list[Result]:
+    return [isolated(compare, *rival, rounds) for rival in RIVALS]
+
+
+def compare(optimizer: str, clips: bool, rounds: int) -> Result:
+    from training import Bare, Ours, make_job
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(Path(folder), f"optimizer={optimizer}")
+        ours, bare = Ours(job), Bare(job, clips)
+        ours.watch()
+        rows = interleaved(rounds, lambda: ours(STEPS), lambda: bare(STEPS), ours.forget)
+        facts = ours.facts()
+    labels = ("ours", "DeepSpeed that clips" if clips else "bare DeepSpeed")
+    return Result(f"loop, {optimizer}", "tokens/s", labels, rows, "at least 0.97", facts)

@@ -1,0 +1,97 @@
+"""Cross-entropy in chunks against torch's own over all logits, forward and backward: time, and the
+most memory allocated on the way. Eager, and compiled (as in training) where there is a compiler.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pairing import Result, interleaved
+from processes import isolated
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from models.config import ModelConfig
+from models.loss import token_losses
+from trainer.engine.setup import compiler_missing
+
+# Tokens of a micro-batch, vocabulary, width: the default job's, and a head of a larger model.
+SIZES = ((2048, 4096, 128), (4096, 32768, 256))
+
+
+def measure(rounds: int) -> list[Result]:
+    ways = (True, False) if compiler_missing() is None else (False,)
+    few = max(1, rounds // 2)  # the larger takes seconds
+    return [
+        result
+        for compiled in ways
+        for size, n in zip(SIZES, (rounds, few), strict=True)
+        for result in isolated(compare, n, *size, ModelConfig().loss_chunk, compiled)
+    ]
+
+
+def chunked(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    return token_losses(hidden_ND, weight_VD, targets_N, chunk)[0].sum()
+
+
+def full(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N, reduction="sum")
+
+
+def compare(
+    rounds: int, tokens: int, vocabulary: int, width: int, chunk: int, compiled: bool
+) -> list[Result]:
+    """Of time and of memory, at one size in bf16."""
+    torch.manual_seed(0)
+    hidden_ND = torch.randn(tokens, width).bfloat16().requires_grad_()
+    weight_VD = (torch.randn(vocabulary, width) * width**-0.5).bfloat16().requires_grad_()
+    targets_N = torch.randint(vocabulary, (tokens,))
+
+    def once(function: Callable) -> Callable[[], None]:
+        function = torch.compile(function) if compiled else function
+
+        def run() -> None:
+            hidden_ND.grad = weight_VD.grad = None
+            function(hidden_ND, weight_VD, targets_N, chunk).backward()
+
+        return run
+
+    sides = [once(chunked), once(full)]
+    way = "compiled" if compiled else "eager"
+    where = f"loss, {way}, {tokens:,} tokens, {vocabulary:,} entries, width {width}"
+    labels = (f"chunks of {chunk}", "full")
+    times = interleaved(rounds, *(lambda run=run: _milliseconds(run) for run in sides))
+    memory = [tuple(allocated(run) / 1e6 for run in sides)]
+    return [
+        Result(f"{where}, time", "ms", labels, times),
+        Result(f"{where}, memory", "MB", labels, memory),
+    ]
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """The mean over a fifth of a second or more, so that short calls are measured as well."""
+    began, calls = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < 0.2 or not calls:
+        run()
+        calls += 1
+    return 1e3 * spent / calls
+
+
+def allocated(run: Callable[[], None]) -> int:
+    """Bytes that `run` has allocated on the CPU at most, beside what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [e for e in events if e["name"] == "[memory]"]
+    held = most = 0
+    for event in sorted(changes, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        most = max(most, held)
+    return most

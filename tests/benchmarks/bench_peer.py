@@ -1,0 +1,102 @@
+"""Our loop against transformers' Trainer on the same work: the architecture of the default model
+as transformers has it, the same windows in memory, bf16, fused AdamW, clipping, torch.compile.
+
+Each is in a process of its own (both claim Accelerate's global state); they still take turns.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from pairing import Result, interleaved
+from processes import Side
+
+STEPS = 10  # a turn
+SAME = ("optimizer=adamw",)
+
+
+def measure(rounds: int) -> list[Result]:
+    with Side(ours) as a, Side(theirs, (rounds + 1) * STEPS) as b:
+        rows = interleaved(rounds, a, b)
+    return [Result("peer, adamw", "tokens/s", ("ours", "HF Trainer"), rows)]
+
+
+def ours(turn) -> None:
+    from training import Ours, make_job
+
+    with tempfile.TemporaryDirectory() as folder:
+        loop = Ours(make_job(Path(folder), *SAME))
+        turn()
+        while True:
+            turn(loop(STEPS))
+
+
+def theirs(turn, steps: int) -> None:
+    """transformers.Trainer for so many steps. Weights are fp32 under autocast, as its bf16 is."""
+    import torch
+    from training import batches, make_job
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from models.config import ModelConfig
+    from models.hf import to_hf
+    from trainer.model import build_model
+    from trainer.start import open_data, settle
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(Path(folder), *SAME)
+        dataset = open_data(job.data)
+        job = settle(job, dataset)
+        assert isinstance(job.model, ModelConfig)
+        kept = batches(job, dataset, 64)
+        config, weights = to_hf(job.model, build_model(job, dataset.vocab_size).state_dict())
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        model.load_state_dict(weights)
+        o, batch = job.optimizer, job.train.global_batch
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=True,
+            torch_compile=True,
+            optim="adamw_torch_fused",
+            learning_rate=o.learning_rate,
+            adam_beta1=o.beta1,
+            adam_beta2=o.beta2,
+            adam_epsilon=o.eps,
+            weight_decay=o.weight_decay,
+            max_grad_norm=o.clip or 0.0,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=50,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=job.train.seed,
+        )
+        rows = [row for b in kept for micro in b.micro for row in micro.tokens]
+        windows = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[windows[i % len(windows)] for i in range(steps * batch)],
+            callbacks=[_taking_turns(turn, STEPS * job.tokens_per_step)],
+        )
+        trainer.train()
+
+
+def _taking_turns(turn, tokens: int):
+    from transformers import TrainerCallback
+
+    class TakingTurns(TrainerCallback):
+        """Stops the loop after every so many steps until it is its turn again."""
+
+        def on_train_begin(self, *_, **__):
+            turn()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % STEPS == 0:
+                turn(tokens / (time.perf_counter() - self.began))
+                self.began = time.perf_counter()
+
+    return TakingTurns()

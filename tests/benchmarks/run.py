@@ -1,0 +1,79 @@
+"""The benchmarks: python tests/benchmarks/run.py [NAME ...] [--rounds N] [--json FILE]
+
+Prints each result as it comes (A against B, the median ratio of pairs, its least and greatest, how
+many) and writes all to a file, with what a reader needs to judge them. Timings decide no test.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from pairing import Result  # noqa: E402
+
+from trainer.durable import write_json  # noqa: E402
+from trainer.start import versions  # noqa: E402
+
+NAMES = ("loop", "memory", "loss", "compile", "peer", "startup")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES) + "; all")
+    parser.add_argument("--rounds", type=int, default=8, help="pairs a comparison (8)")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks.json"))
+    wanted = parser.parse_args()
+    if unknown := set(wanted.names) - set(NAMES):
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    # As the launcher sets them for a rank.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    report = new_report(wanted.rounds)
+    print(" | ".join(f"{k} {v}" for k, v in report["machine"].items()), flush=True)
+    for name in wanted.names or NAMES:
+        began, load = time.monotonic(), os.getloadavg()[0]
+        results = importlib.import_module(f"bench_{name}").measure(wanted.rounds)
+        for result in results:
+            print(result, flush=True)
+        seconds, after = time.monotonic() - began, os.getloadavg()[0]
+        print(f"    ({seconds:.0f} s; load average {load:.1f} before, {after:.1f} after)")
+        add(report, name, results, seconds=round(seconds, 1), load_average=[load, after])
+        wanted.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(wanted.json, report)
+    print(f"Written to {wanted.json}.")
+
+
+def new_report(rounds: int) -> dict[str, Any]:
+    """The machine and the versions, with no result yet."""
+    machine = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "system": platform.platform(),
+    }
+    found = {**versions(), "transformers": version("transformers")}
+    return {"machine": machine, "versions": found, "rounds": rounds, "benchmarks": {}}
+
+
+def add(report: dict[str, Any], name: str, results: list[Result], **facts: Any) -> None:
+    report["benchmarks"][name] = {**facts, "results": [r.as_json() for r in results]}
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

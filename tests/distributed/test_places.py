@@ -1,0 +1,83 @@
+"""Real ranks in the places that a cluster has: another launcher, and a disk that fills up."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import disks
+import launching
+import pytest
+
+LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=10", "validation.every=30")
+
+
+@pytest.mark.distributed
+def test_torchrun_starts_the_same_run_as_we_do(dataset, tmp_path):
+    command = (f"data.path={dataset}", *LENGTH)
+    launching.train(tmp_path, "run.name=ours", *command, "launch.processes=2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [*launching.SHORT, *launching.TINY, f"run.root={tmp_path}", "run.name=theirs", *command]
+    process = subprocess.run(
+        [*torchrun, "-m", "trainer", "train", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(launching.ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    ours, theirs = (launching.trajectory(tmp_path / name) for name in ("ours", "theirs"))
+    assert len(ours) == 60
+    assert theirs == ours
+    assert (tmp_path / "theirs" / "attempts" / "0001").is_dir()
+
+
+def checkpoints(run):
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_gets_full_while_saving(dataset, tmp_path, ranks):
+    """One sentence and code 2; the last checkpoint is whole, and with room the run goes on."""
+    from trainer.durable import check_table
+
+    command = (f"data.path={dataset}", *LENGTH, f"launch.processes={ranks}")
+    launching.train(tmp_path, "run.name=whole", *command)
+    with disks.small_disk(tmp_path / "disk", "4m") as disk:
+        run = disk / "cut"
+        process = launching.start(tmp_path, f"run.root={disk}", "run.name=cut", *command)
+        while not (run / "checkpoints" / "step-00000010").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.001)
+        filling = disks.fill(disk, leave=40_000)  # for rows, not for a checkpoint
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, output
+        said = [line for line in output.splitlines() if "the disk is full" in line]
+        assert len(said) == 1, output
+        assert str(run) in said[0]
+        assert "Traceback" not in output
+        assert checkpoints(run) == ["step-00000010"]
+        assert check_table(run / "checkpoints" / "step-00000010") == []
+        filling.unlink()
+        output = launching.train(tmp_path, f"run.root={disk}", "run.name=cut", *command)
+        assert "(step 10)" in output
+        assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_any_moment_of_the_start(dataset, tmp_path):
+    """While ranks are started, import, join, and train: always 75, and then it goes on."""
+    command = ("run.name=early", f"data.path={dataset}", *LENGTH, "launch.processes=2")
+    for delay in (0, 0.1, 0.3, 0.9, 1.5, 2.1):
+        process = launching.start(tmp_path, *command)
+        while "Data" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        assert "Traceback" not in output
+    launching.train(tmp_path, *command)
+    assert [row["step"] for row in launching.rows(tmp_path / "early")] == list(range(1, 61))

@@ -1,0 +1,159 @@
+"""The command line itself: which words are a target, and which codes faults end with."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import cli
+from trainer.compose import compose
+from trainer.errors import INTERRUPTED, USER, UserError
+from trainer.start import versions
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Put a function in the place of a verb's main."""
+
+    def put(name, function):
+        import importlib
+
+        monkeypatch.setattr(importlib.import_module(f"trainer.verbs.{name}"), "main", function)
+
+    return put
+
+
+def failing(error):
+    def main(words):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("a.yaml", "is bad", "mend it"), USER, "forescale: a.yaml: is bad; mend it.\n"),
+        (OSError(errno.ENOSPC, "x", "/d/f"), USER, "forescale: /d/f: the disk is full; free some"),
+        (
+            OSError(errno.EROFS, "x", "/d"),
+            USER,
+            "forescale: /d: the file system is read-only; choose",
+        ),
+        (
+            OSError(errno.ENAMETOOLONG, "x", "/d"),
+            USER,
+            "forescale: /d: the name is too long; choose",
+        ),
+        (KeyboardInterrupt(), INTERRUPTED, "forescale: interrupted; the same command goes on.\n"),
+    ],
+)
+def test_a_fault_that_is_not_ours_is_one_sentence(forescale, verb, error, code, said):
+    verb("status", failing(error))
+    got, out, err = forescale("status")
+    assert (got, out) == (code, "")
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOTCONN, "x")])
+def test_a_fault_of_ours_keeps_its_traceback(forescale, verb, error):
+    verb("status", failing(error))
+    with pytest.raises(type(error)):
+        forescale("status")
+
+
+@pytest.mark.parametrize(("name", "code"), [("status", 0), ("train", INTERRUPTED)])
+def test_a_reader_who_had_enough_is_no_fault(name, code):
+    """As in `forescale status | head`; a training that ends so is not done."""
+    body = (
+        "import sys, trainer.verbs.status as s, trainer.verbs.train as t\n"
+        "from trainer import cli\n"
+        "def main(words):\n"
+        "    while True: print('x' * 10000)\n"
+        "s.main = t.main = main\n"
+        f"sys.exit(cli.main(['{name}']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    process = subprocess.Popen([sys.executable, "-c", body], **pipe)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == code
+
+
+def test_a_wrong_verb_is_answered_with_the_nearest(forescale):
+    code, _, err = forescale("trian")
+    assert code == USER
+    assert err == "forescale: trian: no such verb; the nearest is `forescale train`; see --help.\n"
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
+def test_the_page(forescale, words):
+    code, out, err = forescale(*words)
+    assert (code, err) == (0, "")
+    for name, what in cli.VERBS.items():
+        assert f"{name} " in out
+        assert what in out
+
+
+def test_the_version(forescale):
+    code, out, _ = forescale("--version")
+    assert code == 0
+    assert out == f"{versions()['forescale']}\n"  # "unknown" in a checkout that isn't installed
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_verb_has_a_page_of_its_own(forescale, name):
+    code, out, err = forescale(name, "--help")
+    assert (code, err) == (0, "")
+    assert f"forescale {name}" in out
+
+
+@pytest.mark.parametrize(
+    ("verb_name", "words", "overrides"),
+    [
+        ("train", ["mine"], ["run.name='mine'"]),
+        ("train", ["mine", "train.steps=3"], ["run.name='mine'", "train.steps=3"]),
+        ("train", ["a/b/mine"], ["run.root='a/b'", "run.name='mine'"]),
+        ("train", ["/mine/"], ["run.root='/'", "run.name='mine'"]),
+        ("train", ["optimizer=adamw"], ["optimizer=adamw"]),
+        ("generate", ["runs/a", "prompt=def x"], ["target='runs/a'", "prompt=def x"]),
+        ("shards", ["a.txt", "b's", "output=d"], [r"input=['a.txt','b\'s']", "output=d"]),
+        ("train", ["-m"], ["-m"]),
+    ],
+)
+def test_a_bare_word_is_the_target(verb_name, words, overrides):
+    assert cli.overrides_of(verb_name, words) == overrides
+
+
+@pytest.mark.parametrize(
+    ("verb_name", "words", "said"),
+    [
+        ("train", ["a", "b"], "train takes one name, not 2"),
+        ("doctor", ["a"], "doctor takes no name"),
+    ],
+)
+def test_words_too_many_are_refused(verb_name, words, said):
+    with pytest.raises(UserError, match=said):
+        cli.overrides_of(verb_name, words)
+
+
+@pytest.mark.parametrize(
+    "text", ["it's", "a,b", "{x}", "a b", r"a\b", r"a\'b", "end\\", "ü", "null", "3"]
+)
+def test_any_path_reaches_the_job_unchanged(text):
+    job = compose("shards", [*cli.overrides_of("shards", [text, "other"]), "output=d"])
+    assert job.input == [text, "other"]
+
+
+def test_several_runs_at_once_are_pointed_to_studies(forescale):
+    code, _, err = forescale("train", "-m", "train.seed=1,2")
+    assert code == USER
+    assert "study" in err

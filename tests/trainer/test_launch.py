@@ -1,0 +1,241 @@
+"""The launcher over small commands in place of ranks: codes, signals, and nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trainer import launch
+from trainer.errors import DONE, INTERRUPTED, USER
+from trainer.launch import after, start_ranks
+
+ROOT = Path(__file__).parents[2]
+NAP = "import signal, sys, time\nprint('up', flush=True)\n"
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "crashes", "action"),
+    [
+        *((code, crashes, "end") for code in (DONE, USER, INTERRUPTED) for crashes in (0, 1, 9)),
+        *((code, 1, "restart") for code in (1, 134, -signal.SIGKILL, -signal.SIGSEGV)),
+        (1, 2, "restart"),
+        (-signal.SIGKILL, 2, "restart"),
+        *((code, 3, "give up") for code in (1, 3, 134, -signal.SIGKILL, -signal.SIGBUS)),
+        (1, 4, "give up"),
+    ],
+)
+def test_the_restart_policy(code, crashes, action):
+    assert after(code, crashes) == action
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    """Start ranks that run a snippet, which knows `rank`: (code, what was told)."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+    def run(snippet, processes=2):
+        told = []
+        body = "import os, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(snippet)
+        code = start_ranks([sys.executable, "-c", body], processes, tmp_path, told.append)
+        return code, told
+
+    return run
+
+
+def test_ranks_know_who_they_are(ranks, tmp_path):
+    facts = "'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'FORESCALE_ATTEMPT'"
+    code, told = ranks(
+        f"open('{tmp_path}/' + str(rank), 'w').write(' '.join(map(os.environ.get, ({facts}))))", 3
+    )
+    assert (code, told) == (0, [])
+    for rank in range(3):
+        assert (tmp_path / str(rank)).read_text() == f"3 {rank} 3 127.0.0.1 {tmp_path}"
+
+
+def test_all_ended_well_is_done_and_logs_are_kept(ranks, tmp_path):
+    assert ranks("print('hello from', rank)\ntime.sleep(0.2 * rank)") == (0, [])
+    assert (tmp_path / "rank-1.log").read_text() == "hello from 1\n"
+    assert not (tmp_path / "rank-0.log").exists()  # it speaks to the terminal
+
+
+def test_one_that_crashes_ends_the_others_at_once(ranks, tmp_path):
+    began = time.monotonic()
+    code, (told,) = ranks("if rank == 1: raise SystemExit(1)\ntime.sleep(60)")
+    assert code == 1
+    assert told == f"rank 1 ended with code 1; see {tmp_path / 'rank-1.log'}"
+    assert time.monotonic() - began < 10
+    code, (told,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    assert code == -signal.SIGKILL
+    assert "rank 0 ended with SIGKILL (the kernel kills so when memory runs out)" in told
+
+
+def test_a_users_fault_on_another_rank_is_said_here(ranks):
+    """Rank 1's words are in its log; a user who sees code 2 and no sentence is lost."""
+    said = "forescale: shard.tar: is damaged; restore it."
+    code, told = ranks(
+        f"if rank == 1: print('noise'); print({said!r}); raise SystemExit(2)\ntime.sleep(1)"
+    )
+    assert code == USER
+    assert told == [said]
+
+
+def test_a_users_fault_counts_more_than_its_echo(ranks):
+    """Rank 0 only lost a peer; by its code the launcher would try again and again."""
+    code, told = ranks("raise SystemExit(1 + rank)")
+    assert code == USER
+    assert len(told) == 1
+
+
+def test_an_interrupted_rank_leaves_the_others_time_to_save(ranks, tmp_path):
+    wait = f"time.sleep(1); open('{tmp_path}/saved', 'w')"
+    assert ranks(f"if rank == 0: raise SystemExit(75)\n{wait}\nraise SystemExit(75)") == (75, [])
+    assert (tmp_path / "saved").exists()
+
+
+def test_it_waits_only_so_long_for_one_that_does_not_end(ranks, monkeypatch):
+    monkeypatch.setattr(launch.time, "monotonic", lambda real=time.monotonic: 10 * real())
+    deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    code, _ = ranks(f"{deaf}if rank == 0: raise SystemExit(2)\ntime.sleep(60)")
+    assert code == USER
+
+
+def test_signals_mean_afterwards_what_they_did_before(ranks):
+    before = [signal.getsignal(n) for n in launch.WISHES]
+    ranks("pass")
+    assert [signal.getsignal(n) for n in launch.WISHES] == before
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(launch.WISHES)
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    """Start a launcher of its own over two ranks that run a snippet; ends with the test."""
+    started = []
+
+    def run(snippet, before=""):
+        code = (
+            "import sys\nfrom pathlib import Path\nfrom trainer.launch import start_ranks\n"
+            f"{before}\n"
+            f"command = [sys.executable, '-c', {snippet!r}]\n"
+            f"sys.exit(start_ranks(command, 2, Path({str(tmp_path)!r}), print) % 256)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def children(process, count=2):
+    """The ranks, once they are all up."""
+    assert process.stdout.readline() == "up\n"
+    log = Path(process.args[2].split("Path('")[1].split("'")[0]) / "rank-1.log"
+    deadline = time.monotonic() + 20
+    while not (log.exists() and "up" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    found = psutil.Process(process.pid).children()
+    assert len(found) == count
+    return found
+
+
+def gone(processes):
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    return not alive
+
+
+@pytest.mark.parametrize("number", launch.WISHES, ids=lambda n: n.name)
+def test_a_signal_reaches_every_rank_as_a_wish(launcher, number):
+    listening = f"signal.signal({number:d}, lambda *_: sys.exit(75))\n"
+    process = launcher(NAP.replace("print", listening + "print") + "time.sleep(60)")
+    ranks = children(process)
+    process.send_signal(number)
+    assert process.wait(20) == INTERRUPTED
+    assert gone(ranks)
+
+
+def test_the_ranks_die_with_a_launcher_that_is_killed(launcher):
+    process = launcher(NAP.replace("print", DEAF + "print") + "time.sleep(60)")
+    ranks = children(process)
+    process.kill()
+    process.wait()
+    assert gone(ranks)
+
+
+def test_a_second_interrupt_kills_ranks_that_do_not_listen(launcher):
+    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    process = launcher(NAP.replace("print", deaf + "print") + "time.sleep(60)")
+    ranks = children(process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == INTERRUPTED
+    assert gone(ranks)
+
+
+def test_a_signal_before_the_ranks_can_listen_is_an_interruption_too(launcher):
+    process = launcher(NAP + "time.sleep(60)")  # with Python's own handler
+    children(process)
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=20)
+    assert process.returncode == INTERRUPTED
+    assert "ended with" not in rest  # the user knows why
+
+
+def test_a_signal_while_the_ranks_are_started_reaches_all_of_them(launcher):
+    """Sent between the first and the second; the second doesn't exist yet."""
+    between = (
+        "import os, signal, subprocess, trainer.launch as launch\n"
+        "class Slow(subprocess.Popen):\n"
+        "    def __init__(self, *a, **k):\n"
+        "        super().__init__(*a, **k)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "launch.subprocess.Popen = Slow\n"
+    )
+    began = time.monotonic()
+    process = launcher("import time\ntime.sleep(60)", before=between)
+    assert process.wait(15) == INTERRUPTED
+    assert time.monotonic() - began < 15
+
+
+def test_a_users_fault_after_a_wish_stays_one(launcher):
+    """The disk was full when it wanted to save: to come again is no use."""
+    full = NAP.replace("print", "signal.signal(signal.SIGTERM, lambda *_: sys.exit(2)); print")
+    process = launcher(full + "time.sleep(60)")
+    children(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == USER
+
+
+def test_a_world_is_joined_by_its_environment(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    assert not launch.joined()
+    os.environ.update(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_LOCALID="0")
+    assert not launch.joined(), "a batch script is no rank"
+    os.environ.update(SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_STEP_ID="0")
+    assert launch.joined()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    assert [os.environ[name] for name in names] == ["3", "4", "1"]
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2"})
+    assert launch.joined()
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("", 1), ("-1", 1), ("GPU-a", 1)])
+def test_one_rank_a_visible_gpu(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch.default_processes() == count
