@@ -2,9 +2,11 @@
 
 The head's logits are the largest tensor of a step by far (tokens x vocabulary). Here they exist
 for one chunk of tokens at a time: the backward pass makes a chunk's logits again and turns them
-into gradients in place. That costs one more product with the head (its forward, again), and is
-still faster than the whole on a CPU, where a chunk stays in cache. Targets that fit one chunk keep
-their logits, and nothing is made twice. Softmax and sums are fp32 whatever the dtype.
+into gradients in place. That costs one more product with the head (its forward, again); on a CPU,
+where a chunk stays in cache, it is faster than the whole all the same while the vocabulary is small
+and nothing is compiled, and a tenth to a quarter slower where it is (tests/benchmarks/run.py loss).
+Targets that fit one chunk keep their logits, and nothing is made twice. Softmax and sums are fp32
+whatever the dtype.
 """
 
 import torch

@@ -66,17 +66,20 @@ def save(run: Run, attempt: int, position: Position, engine: Engine, facts: dict
         table = {w[0]: w[1] for w in words}
         table[STATE] = write_json(stage / STATE, state)
         write_table(stage, table)
-        _replace(stage, final)
+        _replace(stage, final, attempt)
 
     _together(world, commit, only_main=True, stage=stage)
     return final
 
 
-def _replace(stage: Path, final: Path) -> None:
+def _replace(stage: Path, final: Path, attempt: int) -> None:
     """Publish; a checkpoint of this step that is there already makes way only now. It was judged
     when this attempt chose its parent: an older one that doesn't count, or one that couldn't be
-    read."""
+    read. Raises UserError where it is of a newer attempt: then this one has been left behind."""
     if final.exists():
+        if (present := _readable(final)) and present.attempt > attempt:
+            what = f"attempt {present.attempt} has saved this step, and this is attempt {attempt}"
+            raise UserError(str(final), what, "nothing: the newer attempt goes on")
         aside = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
@@ -86,6 +89,14 @@ def _replace(stage: Path, final: Path) -> None:
         publish(stage, final)
 
 
+def _readable(path: Path) -> Checkpoint | None:
+    """A checkpoint that says what it is; None for one whose state.json is lost or damaged."""
+    try:
+        return Checkpoint(path)
+    except UserError:
+        return None
+
+
 def _together(world, work: Callable, *, stage: Path, only_main: bool = False) -> Any:
     """Do `work` on every rank (or rank 0); if it fails anywhere, it fails everywhere, at once and
     with the same words, instead of leaving the others in a collective."""
@@ -93,6 +104,8 @@ def _together(world, work: Callable, *, stage: Path, only_main: bool = False) ->
     try:
         if world.is_main or not only_main:
             result = work()
+    except UserError as e:
+        fault = e
     except OSError as e:
         fault = storage_error(e) or UserError(str(stage), f"can't be written ({e})", "check it")
     faults = [f for f in world.gather(fault) if f]
@@ -136,15 +149,13 @@ def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
 def retain(run: Run, attempt: int, keep: int) -> list[int]:
     """Delete all but the newest `keep` eligible checkpoints; the steps deleted. Rank 0 calls it.
 
-    Does nothing unless `attempt` is the newest: an old one that woke up has no say.
+    Does nothing unless `attempt` is the newest: an old one that woke up has no say. What can't be
+    read is left for `check` to name.
     """
     if run.attempts()[-1].number != attempt:
         return []
-    steps = [
-        step
-        for step in run.checkpoint_steps()
-        if run.is_eligible(Checkpoint(run.checkpoint_path(step)).attempt, step)
-    ]
+    readable = {step: _readable(run.checkpoint_path(step)) for step in run.checkpoint_steps()}
+    steps = [s for s, found in readable.items() if found and run.is_eligible(found.attempt, s)]
     old = steps[:-keep]
     for step in old:
         path = run.checkpoint_path(step)

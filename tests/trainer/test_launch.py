@@ -202,9 +202,10 @@ def test_a_signal_while_the_ranks_are_started_reaches_all_of_them(launcher):
     between = (
         "import os, signal, subprocess, trainer.launch as launch\n"
         "class Slow(subprocess.Popen):\n"
-        "    def __init__(self, *a, **k):\n"
-        "        super().__init__(*a, **k)\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    def __init__(self, *a, env, **k):\n"
+        "        super().__init__(*a, env=env, **k)\n"
+        "        if env['RANK'] == '0':\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "launch.subprocess.Popen = Slow\n"
     )
     began = time.monotonic()

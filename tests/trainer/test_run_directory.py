@@ -143,17 +143,18 @@ def test_a_row_that_a_full_disk_cuts_short_is_an_error_and_no_silence(tmp_path):
     with disks.small_disk(tmp_path / "disk", "64k") as disk:
         rows = Rows(disk / "metrics.jsonl")
         rows.add(row(1))
+        written = [1]
         filling = disks.fill(disk)
 
         def write_on():
             for step in range(2, 200):
                 rows.add(row(step, text="x" * 300))
+                written.append(step)
 
         with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
             write_on()
         filling.unlink()
-        steps = [r["step"] for r in read_rows(disk / "metrics.jsonl")]
-        assert steps == list(range(1, len(steps) + 1))
+        assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == written
 
 
 def publish(run, attempt, step):
@@ -178,6 +179,32 @@ def test_retention_keeps_the_newest_that_count(tmp_path):
     publish(run, second, 35)
     assert checkpoint.retain(run, second.number, 2) == [20]
     assert checkpoint.retain(run, second.number, 2) == []
+
+
+def test_retention_leaves_what_it_cannot_read(tmp_path):
+    run = Run(tmp_path)
+    attempt = begin(run, 0)
+    for step in (10, 20, 30):
+        publish(run, attempt, step)
+    (run.checkpoint_path(20) / "state.json").write_text("{")
+    assert checkpoint.retain(run, attempt.number, 2) == []
+    publish(run, attempt, 40)
+    assert checkpoint.retain(run, attempt.number, 2) == [10]
+    assert run.checkpoint_steps() == [20, 30, 40]
+
+
+def test_an_attempt_left_behind_displaces_nothing(tmp_path):
+    """A node that was cut off wakes up and saves a step that the newer attempt has saved too."""
+    run = Run(tmp_path)
+    old, new = begin(run, 0), begin(run, 0)
+    publish(run, new, 10)
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    with pytest.raises(UserError, match="attempt 2 has saved this step"):
+        checkpoint._replace(stage, run.checkpoint_path(10), old.number)
+    assert checkpoint.Checkpoint(run.checkpoint_path(10)).attempt == new.number
+    checkpoint._replace(stage, run.checkpoint_path(20), old.number)
+    assert run.checkpoint_steps() == [10, 20]
 
 
 def test_an_unknown_run_is_answered_with_the_known_ones(tmp_path):
