@@ -48,6 +48,7 @@ class Wish:
     def listen(self) -> "Wish":
         for number in WISHES:
             signal.signal(number, self._hear)
+        hear_wishes()
         return self
 
     def _hear(self, number: int, frame) -> None:
@@ -57,6 +58,12 @@ class Wish:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+def hear_wishes() -> None:
+    """Let in what waited: a signal that met a rank while it imports its libraries could be lost, for
+    some of them catch everything."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
 
 
 def after(code: int, crashes: int) -> Literal["end", "give up", "restart"]:
@@ -93,6 +100,8 @@ def start_ranks(command: list[str], processes: int, attempt: Path, tell: Callabl
     def pass_on(number: int, frame) -> None:
         again = wish.signal is not None
         wish.signal = number
+        if number == signal.SIGINT and not again:
+            tell("Stopping: the ranks save, then end. Once more kills them.")
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if again and number == signal.SIGINT else number)
@@ -187,9 +196,10 @@ def _free_port() -> int:
 
 
 def _prepare_rank() -> None:
-    """In the new process: hear signals; and on Linux the kernel kills it when its parent dies,
-    however that was."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
+    """In the new process: on Linux the kernel kills it when its parent dies, however that was.
+
+    Wishes stay blocked, and so wait, until the rank listens; `hear_wishes` lets them in.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -87,6 +87,8 @@ class Rank:
         if position.step >= self.total:
             self._say(f"{self.run.name} is complete: {position.step:,} steps are trained.")
             return DONE
+        if any(self.world.gather(self._asked())):
+            return INTERRUPTED  # during start-up: there is nothing new to save
         if self.compilation.wanted:
             self.engine.compile()
         if self.compilation.notice:
@@ -228,4 +230,7 @@ class Rank:
 
 def run_rank(job: TrainJob, began: float | None = None) -> int:
     """Be one rank of `job`, as this process's environment says. Returns the exit code."""
-    return Rank(job, time.monotonic() if began is None else began).train()
+    rank = Rank(job, time.monotonic() if began is None else began)
+    code = rank.train()
+    rank.world.close()
+    return code

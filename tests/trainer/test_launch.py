@@ -35,6 +35,9 @@ def test_the_restart_policy(code, crashes, action):
     assert after(code, crashes) == action
 
 
+LISTEN = "from trainer.launch import hear_wishes\nhear_wishes()\n"  # as a rank does
+
+
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
     """Start ranks that run a snippet, which knows `rank`: (code, what was told)."""
@@ -42,7 +45,8 @@ def ranks(tmp_path, monkeypatch):
 
     def run(snippet, processes=2):
         told = []
-        body = "import os, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(snippet)
+        body = f"{LISTEN}import os, time\nrank = int(os.environ['RANK'])\n"
+        body += textwrap.dedent(snippet)
         code = start_ranks([sys.executable, "-c", body], processes, tmp_path, told.append)
         return code, told
 
@@ -122,7 +126,7 @@ def launcher(tmp_path):
         code = (
             "import sys\nfrom pathlib import Path\nfrom trainer.launch import start_ranks\n"
             f"{before}\n"
-            f"command = [sys.executable, '-c', {snippet!r}]\n"
+            f"command = [sys.executable, '-c', {LISTEN + snippet!r}]\n"
             f"sys.exit(start_ranks(command, 2, Path({str(tmp_path)!r}), print) % 256)"
         )
         process = subprocess.Popen(

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -116,9 +117,11 @@ class World:
             yield Word(step, losses, tokens_hash, stop > 0, clock)
 
     def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave together: a rank that is gone resets its connections, and would take from a slower
+        one the answer to the last collective."""
+        if self.size > 1:
+            with suppress(RuntimeError):  # of this one the answer doesn't matter
+                dist.barrier()
 
 
 def join(config: dict, size: int, timeout_seconds: float) -> World:
