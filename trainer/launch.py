@@ -61,8 +61,8 @@ class Wish:
 
 
 def hear_wishes() -> None:
-    """Let in what waited: a signal that met a rank while it imports its libraries could be lost, for
-    some of them catch everything."""
+    """Let in what waited: a signal that met a rank while it imports its libraries could be lost,
+    for some of them catch everything."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
 
 
