@@ -73,8 +73,8 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable (renames are not, until this)."""
+def fsync_path(path: Path) -> None:
+    """Make a written file durable, or the names in a directory (renames are not, until this)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -94,7 +94,7 @@ def write_file(path: Path, data: bytes) -> FileEntry:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync_path(path.parent)
     return entry
 
 
@@ -176,9 +176,9 @@ def check_table(directory: Path, tick: Callable[[int], None] = lambda n: None) -
 def publish(stage: Path, final: Path) -> None:
     """Give a finished stage directory its name. Raises OSError if the name is taken."""
     stage, final = Path(stage), Path(final)
-    fsync_directory(stage)
+    fsync_path(stage)
     os.rename(stage, final)
-    fsync_directory(final.parent)
+    fsync_path(final.parent)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Invariant: the directory appears whole, by one rename, or not at all; and its lo
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from models.config import ModelConfig
 from models.hf import FAMILIES, family_of, to_hf
 from trainer.door import RunView
-from trainer.durable import staged
+from trainer.durable import fsync_path, staged
 from trainer.errors import UserError
 from trainer.stored import Checkpoint
 
@@ -58,7 +57,7 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
         (stage / "tokenizer.json").write_bytes(view.run.tokenizer.read_bytes())
         save_file(state, stage / "model.safetensors", metadata={"format": "pt"})
         for path in stage.iterdir():
-            _fsync(path)
+            fsync_path(path)
     return to
 
 
@@ -72,11 +71,3 @@ def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,  # it would drop spaces that are in the text
         "model_max_length": view.config.train.sequence_length,
     }
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
