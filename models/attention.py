@@ -1,4 +1,6 @@
-"""Causal self-attention: multi-head and grouped-query, with padding masks and QK-norm."""
+"""Causal self-attention: multi-head and grouped-query, over the whole row or within its documents,
+with padding masks and QK-norm.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +12,36 @@ from models.norm import RMSNorm
 from models.position import Rotation, rotate
 
 
-def causal_padding_mask(padding_mask_BL: Tensor) -> Tensor:
-    """(B, L), True for a real token -> (B, 1, L, L), True where query (row) sees key (column).
+def visible_keys(padding_mask_BL: Tensor | None, starts_BL: Tensor | None) -> Tensor:
+    """(B, 1, L, L), True where the query (row) sees the key (column): no later one, no padding, and
+    none from before its document.
 
-    A padding token still sees itself: some kernels answer a softmax over nothing with NaN, which
-    would reach the gradients of real tokens.
+    Args, at least one of them: padding_mask (B, L), True for a real token; starts (B, L), see
+    position.document_starts. A padding token still sees itself: some kernels answer a softmax over
+    nothing with NaN, which would reach the gradients of real tokens.
     """
-    length = padding_mask_BL.shape[1]
-    causal_LL = torch.ones(length, length, dtype=torch.bool, device=padding_mask_BL.device).tril()
-    own_LL = torch.eye(length, dtype=torch.bool, device=padding_mask_BL.device)
-    return (causal_LL & padding_mask_BL.bool()[:, None, None, :]) | own_LL
+    either = starts_BL if padding_mask_BL is None else padding_mask_BL
+    assert either is not None
+    length = either.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=either.device).tril()
+    if starts_BL is not None:
+        columns_L = torch.arange(length, device=either.device)
+        seen = seen & (columns_L >= starts_BL[:, :, None])
+    if padding_mask_BL is not None:
+        own_LL = torch.eye(length, dtype=torch.bool, device=either.device)
+        seen = (seen & padding_mask_BL.bool()[:, None, :]) | own_LL
+    return seen[:, None]
+
+
+def additive_mask(seen_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where a key is seen, else -inf, in the dtype of the queries.
+
+    Costs B * L^2 values (L = 2,048 in bf16: 8 MiB a row; 8,192: 128 MiB), once a forward, until its
+    backward pass is through. Attention would make the same of a boolean mask itself, but anew in
+    every layer, and autograd would keep each. Any mask rules out the kernels that skip what is not
+    seen (flash): every layer scores the whole square, the future and other documents too.
+    """
+    return torch.zeros_like(seen_B1LL, dtype=dtype).masked_fill(~seen_B1LL, -torch.inf)
 
 
 class Attention(nn.Module):
@@ -45,7 +67,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BLD: Tensor, rotation: Rotation | None = None, mask_B1LL: Tensor | None = None
     ) -> Tensor:
-        """Without a mask every token is real; see causal_padding_mask."""
+        """Without a mask a token sees all before it; see additive_mask."""
         B, L, _ = x_BLD.shape
         q_BLHK = self.query(x_BLD).view(B, L, self.num_heads, -1)
         k_BLGK = self.key(x_BLD).view(B, L, self.num_kv_heads, -1)

@@ -57,7 +57,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
 
     causal=False counts attention over the whole square (PaLM's convention, for MFU): a token meets
     L keys. causal=True counts what a causal model needs, exactly: (L + 1) / 2 keys on average.
-    Evaluation and generation (forward only) cost a third.
+    Attention within documents needs fewer; that is not taken off, so that the price of a token does
+    not depend on the data. Evaluation and generation (forward only) cost a third.
     """
     s = config.sizes
     matmul = s.num_layers * _layer_matrices(config) + s.vocab_size * s.width
@@ -73,7 +74,11 @@ def flops_6n(config: ModelConfig) -> int:
 
 
 def activation_bytes(
-    config: ModelConfig, micro_batch: int, sequence_length: int, bytes_per_value: int = 2
+    config: ModelConfig,
+    micro_batch: int,
+    sequence_length: int,
+    bytes_per_value: int = 2,
+    masked: bool = False,
 ) -> int:
     """An estimate of the memory that one micro-batch's forward leaves for its backward.
 
@@ -82,7 +87,8 @@ def activation_bytes(
     of `bytes_per_value` unless fp32 is said: both norms' inputs (fp32) and outputs; queries and
     keys before QK-norm (fp32) and as they enter attention; values; attention's output; and in the
     MLP four tensors of its width for swiglu, two for gelu and relu2. At the end the final norm, and
-    the logits of one chunk, as they come and as fp32 gradients. Dropout adds a byte a value.
+    the logits of one chunk, as they come and as fp32 gradients. Dropout adds a byte a value. A
+    masked forward (documents or padding) has its mask beside it, one for all layers.
     Not in it: parameters, gradients, the allocator's slack. torch.compile keeps less. Attention
     with dropout keeps more where no flash kernel does dropout (CPU).
     """
@@ -100,7 +106,8 @@ def activation_bytes(
         kept = s.num_layers * layer
     final = (4 + b) * s.width
     chunk = min(tokens, config.loss_chunk or tokens)
-    return tokens * (kept + final) + chunk * s.vocab_size * (2 * b + 4)
+    mask = b * tokens * sequence_length if masked else 0
+    return tokens * (kept + final) + chunk * s.vocab_size * (2 * b + 4) + mask
 
 
 def _layer_matrices(config: ModelConfig) -> int:

@@ -2,7 +2,8 @@
 
 Tables are computed in fp32 from the positions at every forward, not kept as buffers: there is
 nothing to save, to cast to bf16 by accident, or to outgrow, and the cost is one row a position.
-Positions count from a row's first real token, so padding on either side changes nothing.
+Positions count from the first real token of a row, or of each of its documents where those are
+given, so neither padding nor what stands before a document changes anything.
 """
 
 import torch
@@ -15,11 +16,26 @@ from models.init import weight_std
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K/2)
 
 
-def positions_of(tokens_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor:
-    """Positions (L,), or (B, L) under a padding mask (True: a real token)."""
+def document_starts(documents_BL: Tensor) -> Tensor:
+    """The column at which each token's document begins, (B, L) int64: the row's first, or the last
+    one up to the token where the number of the document differs from the one before."""
+    columns_L = torch.arange(documents_BL.shape[1], device=documents_BL.device)
+    begins_BL = F.pad(documents_BL.diff(dim=-1).ne(0), (1, 0))  # column 0 is what 0 stands for
+    return torch.where(begins_BL, columns_L, 0).cummax(-1).values
+
+
+def positions_of(
+    tokens_BL: Tensor, padding_mask_BL: Tensor | None = None, starts_BL: Tensor | None = None
+) -> Tensor:
+    """Positions (L,), or (B, L) under a padding mask (True: a real token) or document starts."""
     if padding_mask_BL is None:
-        return torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
-    return (padding_mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+        columns_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        return columns_L if starts_BL is None else columns_L - starts_BL
+    real_BL = padding_mask_BL.long()
+    before_BL = real_BL.cumsum(-1) - real_BL  # real tokens before each
+    if starts_BL is not None:
+        before_BL = before_BL - before_BL.gather(-1, starts_BL)
+    return before_BL
 
 
 def _angles(positions: Tensor, size: int, theta: float) -> Tensor:

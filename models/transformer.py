@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Attention, causal_padding_mask
+from models.attention import Attention, additive_mask, visible_keys
 from models.config import ModelConfig
 from models.init import Linear, weight_std
 from models.loss import window_losses
 from models.mlp import MLP
 from models.norm import make_norm
-from models.position import LearnedPosition, Rotation, positions_of, rotation, sinusoids
+from models.position import (
+    LearnedPosition,
+    Rotation,
+    document_starts,
+    positions_of,
+    rotation,
+    sinusoids,
+)
 
 
 class Vocabulary(nn.Module):
@@ -82,25 +89,33 @@ class Transformer(nn.Module):
         tokens_BL: Tensor,
         targets_BL: Tensor | None = None,
         padding_mask_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
     ):
         """Logits, or each window's loss.
 
         Args: tokens (B, L) int64; targets (B, L) int64, -100 where there is none; padding_mask
         (B, L), True (or 1) for a real token, on either side. Outputs at padding mean nothing, so
-        their targets must be -100.
+        their targets must be -100. documents (B, L), integers: the number of the document that each
+        token belongs to, nondecreasing along the row (another number begins a new document). Then a
+        token attends to its own document alone, and positions count from the document's first token
+        in the row: each document's outputs are those of it alone. Without documents a token attends
+        to all before it. What either mask costs: attention.additive_mask.
         Returns, without targets: logits (B, L, V). With targets: losses (B,) fp32, each window's
         sum of cross-entropy in nats over its targets; with z_loss (losses, penalty), where penalty
         is a scalar, summed over all targets, for the training objective only.
         Raises ValueError for a sequence that is longer than a learned position table.
         """
-        x_BLD = self._hidden(tokens_BL, padding_mask_BL)
+        x_BLD = self._hidden(tokens_BL, padding_mask_BL, documents_BL)
         head = self.embedding if self.head is None else self.head
         return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
 
-    def _hidden(self, tokens_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor:
+    def _hidden(
+        self, tokens_BL: Tensor, padding_mask_BL: Tensor | None, documents_BL: Tensor | None
+    ) -> Tensor:
         """(B, L) -> (B, L, D), what the head reads."""
         config, s = self.config, self.sizes
-        positions = positions_of(tokens_BL, padding_mask_BL)
+        starts_BL = None if documents_BL is None else document_starts(documents_BL)
+        positions = positions_of(tokens_BL, padding_mask_BL, starts_BL)
         x_BLD = self.embedding(tokens_BL)
         turn = None
         if config.position == "rotary":
@@ -117,7 +132,9 @@ class Transformer(nn.Module):
                 )
             x_BLD = x_BLD + self.position(positions)
         x_BLD = self.dropout(x_BLD)
-        mask_B1LL = None if padding_mask_BL is None else causal_padding_mask(padding_mask_BL)
+        mask_B1LL = None
+        if padding_mask_BL is not None or starts_BL is not None:
+            mask_B1LL = additive_mask(visible_keys(padding_mask_BL, starts_BL), x_BLD.dtype)
         for block in self.blocks:
             if config.activation_checkpointing and torch.is_grad_enabled():
                 x_BLD = checkpoint(block, x_BLD, turn, mask_B1LL, use_reentrant=False)

@@ -90,6 +90,30 @@ def test_logits_and_gradients_equal_transformers(name, tmp_path):
             torch.testing.assert_close(gradients[n], p.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_documents_equal_transformers_under_their_mask_and_positions(name, tmp_path):
+    """What Hugging Face computes with position_ids that start again and a mask of four axes."""
+    ours = scrambled(ORACLES[name])
+    theirs = exported(ours, tmp_path)
+    tokens = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(2))
+    lengths = ((5, 1, 14), (9, 11))
+    documents = torch.stack(
+        [torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in lengths]
+    )
+    positions = torch.tensor([[t for n in row for t in range(n)] for row in lengths])
+    seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+    least = torch.finfo(torch.float32).min
+    with torch.no_grad():
+        logits = ours(tokens, documents_BL=documents)
+        expected = theirs(
+            tokens,
+            attention_mask=torch.zeros(seen.shape).masked_fill(~seen, least),
+            position_ids=positions,
+        ).logits
+        assert (logits - expected).abs().max() < 1e-5
+        assert (ours(tokens) - expected).abs().max() > 1e-2  # the documents do matter
+
+
 @pytest.mark.parametrize("name", ORACLES)
 def test_there_and_back_is_exact(name):
     model = scrambled(ORACLES[name])

@@ -1,44 +1,16 @@
 """Causality and padding, for every combination of the architecture's choices."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
+from variants import VARIANTS, L, V, build, named, tokens
 
-from models import ModelConfig, Transformer
-from models.attention import causal_padding_mask
-from models.config import MLPS, NORMS, POSITIONS
-
-VARIANTS = list(product(POSITIONS, NORMS, MLPS, (False, True), (None, 1)))
-L, V = 12, 37
+from models.attention import visible_keys
+from models.config import POSITIONS
 
 
-def build(position, norm, mlp, qk_norm, num_kv_heads):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        num_layers=2,
-        width=16,
-        num_heads=2,
-        num_kv_heads=num_kv_heads,
-        mlp_width=24,
-        vocab_size=V,
-        max_sequence_length=L + 5,
-        position=position,
-        norm=norm,
-        mlp=mlp,
-        qk_norm=qk_norm,
-        bias=norm == "layernorm",
-        init_std=0.3,  # large enough that a leak could not hide in rounding
-    )
-    return Transformer(config).eval()
-
-
-def tokens(rows, length):
-    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v)))
+@pytest.mark.parametrize("variant", VARIANTS, ids=named)
 def test_the_future_never_changes_a_past_logit(variant):
     model = build(*variant)
     x = tokens(1, L).repeat(L, 1)
@@ -51,7 +23,7 @@ def test_the_future_never_changes_a_past_logit(variant):
     assert difference.diagonal().min() > 1e-3  # and the present does change
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v)))
+@pytest.mark.parametrize("variant", VARIANTS, ids=named)
 def test_a_padded_row_equals_the_unpadded_one(variant):
     model = build(*variant)
     row, junk, pad = tokens(1, L), tokens(3, L + 5)[1:], 5
@@ -85,7 +57,7 @@ def test_a_padded_row_equals_the_unpadded_one(variant):
 def test_no_query_is_left_without_a_key():
     """What a kernel makes of a softmax over nothing (0 or NaN) must not matter."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]])
-    seen = causal_padding_mask(mask)[:, 0].int().tolist()
+    seen = visible_keys(mask, None)[:, 0].int().tolist()
     assert seen[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert seen[1] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 

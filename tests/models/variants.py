@@ -1,0 +1,36 @@
+"""Small models of every combination of the architecture's choices, for the tests of masks."""
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from models import ModelConfig, Transformer
+from models.config import MLPS, NORMS, POSITIONS
+
+VARIANTS = list(product(POSITIONS, NORMS, MLPS, (False, True), (None, 1)))
+L, V = 12, 37
+
+
+def named(variant: tuple) -> str:
+    return "-".join(map(str, variant))
+
+
+def build(position, norm, mlp, qk_norm, num_kv_heads, **more) -> Transformer:
+    torch.manual_seed(0)
+    sizes = dict(num_layers=2, width=16, num_heads=2, mlp_width=24, vocab_size=V)
+    config = ModelConfig(
+        **sizes | dict(max_sequence_length=L + 5) | more,
+        num_kv_heads=num_kv_heads,
+        position=position,
+        norm=norm,
+        mlp=mlp,
+        qk_norm=qk_norm,
+        bias=norm == "layernorm",
+        init_std=0.3,  # large enough that a leak could not hide in rounding
+    )
+    return Transformer(config).eval()
+
+
+def tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(3))
