@@ -1,249 +1,205 @@
-"""Documents out of files, and the account of everything that was left out.
+"""Text out of files: what the inputs hold, how it is cut into units, how a unit is read.
 
-Invariant: the same files give the same documents in the same order, on any machine; and every file
-or line that gives no document stands in the Report, with its reason.
+Invariant: the same files give the same units and the same documents in the same order, on any
+machine; and every file or line that gives no document stands in the Report, with its reason.
 """
 
-import glob
-import gzip
-import json
+import hashlib
 import os
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import zstandard
+from trainer.data.documents import Document, Policy, Report, Source, Unit, decoded
+from trainer.data.inputs import InputFile, find_files, input_name, is_hub
+from trainer.data.lines import TextKey, lines_between, read_lines
+from trainer.data.opening import bare, open_stream, reading, shown
+from trainer.data.tables import (
+    hub_parts,
+    load_hub,
+    parquet_parts,
+    read_hub,
+    read_parquet,
+)
+from trainer.data.tars import read_tar
+from trainer.data.transfer import is_url
 
-from trainer.errors import UserError
+__all__ = ["Document", "Files", "Policy", "Report", "Source", "Unit", "decoded"]
 
-PLAIN = (".txt", ".md", ".py")
-LINES = (".jsonl",)
-COMPRESSED = (".gz", ".zst")
-_BLOCK = 1 << 20
-_LISTED = 200  # names kept for each reason; the counts are always exact
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text: a name that is the same on every machine, and UTF-8 that is known to be valid."""
-
-    name: str
-    text: bytes
-
-
-@dataclass
-class Report:
-    """What was left out and why: a count for every reason, and the first 200 names of each."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    listed: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, name: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.listed.setdefault(reason, [])
-        if len(names) < _LISTED:
-            names.append(name)
-
-    def merge(self, other: "Report") -> None:
-        for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            names = self.listed.setdefault(reason, [])
-            names.extend(other.listed[reason][: _LISTED - len(names)])
-
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        return {
-            reason: {"count": count, "first": self.listed[reason]}
-            for reason, count in sorted(self.counts.items())
-        }
-
-
-class Source(Protocol):
-    """Where documents come from. Read several times over, so each pass must give the same."""
-
-    def documents(self, report: Report) -> Iterator[Document]: ...
-
-    def describe(self) -> dict[str, Any]:
-        """What was asked for, as JSON without machine paths; it goes into the manifest."""
-        ...
-
-
-def decoded(name: str, text: bytes, report: Report) -> Iterator[Document]:
-    """The document, or nothing and an entry in the report: the policy for faulty text."""
-    if not text.strip():
-        report.add("empty", name)
-        return
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as e:
-        report.add("undecodable", f"{name} (byte {e.start})")
-        return
-    yield Document(name, text)
+_UNITS, _LEAST, _MOST = 64, 1 << 20, 16 << 20  # units that small inputs are cut into; their bytes
 
 
 class Files:
-    """Documents of folders, globs and single files: .txt .md .py whole, .jsonl a line each.
+    """Documents of files, folders, globs, URLs and Hugging Face data sets, in the order given.
 
-    Any of them may be compressed (.gz, .zst). Folders are walked whole in sorted order, hidden
-    names and other suffixes left out and reported. Text that isn't UTF-8, is empty, or a line
-    without a string under `text_key` gives no document and stands in the report. Raises UserError
-    for a path that isn't there, that holds nothing readable, a damaged compressed file, or a
-    .jsonl file in which no line at all has the key.
+    .txt .md .py      a document each
+    .jsonl            a document a line, the text under `text_key` ("meta.text" looks inside)
+    .parquet          a document a row, the text in the column `text_key`
+    .tar              a webdataset's members: .txt .md .py, .json, and the lines of .jsonl
+    hf://NAME:SPLIT   a document a row, see `load_hub`
+
+    All but .parquet may be compressed (.gz, .zst). Folders are walked whole in sorted order, hidden
+    names and other suffixes left out and reported; what happens to faulty, blank and long text is
+    the policy's. Raises UserError for an input that isn't there, may not be read, is cut off or
+    damaged, holds nothing that is text, or nothing under the key.
     """
 
-    def __init__(self, paths: Sequence[str | Path], text_key: str = "text"):
-        self.text_key = text_key
-        self.names = [Path(p).name or Path(p).resolve().name for p in paths]
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        text_key: str = "text",
+        policy: Policy | None = None,
+        unit_bytes: int | None = None,
+    ):
+        self.text_key, self.policy = text_key, policy or Policy()
+        self.policy.check()
         self._skipped = Report()
-        self._files: list[tuple[str, Path]] = []
-        for path in paths:
-            found = list(self._expand(Path(path).expanduser()))
-            if not found:
-                known = " ".join(PLAIN + LINES)
-                raise UserError(
-                    str(path), "holds no text file", f"expected {known}, also with .gz or .zst"
-                )
-            self._files += found
-        self._bytes = sum(path.stat().st_size for _, path in self._files)
+        self._files: list[InputFile] = []
+        self._tables: dict[str, Any] = {}
+        self._units: list[Unit] = []
+        for index, path in enumerate(map(str, paths)):
+            if is_hub(path):
+                self._tables[path] = load_hub(path)
+                self._files.append(InputFile(input_name(path), path, 0, "table", index))
+            else:
+                self._files += find_files(path, index, self._skipped)
+        self.sources = _distinct([input_name(str(path)) for path in paths])
+        held = sum(file.size for file in self._files)
+        held += sum(table.data.nbytes for table in self._tables.values())
+        self._unit_bytes = unit_bytes or min(max(held // _UNITS, _LEAST), _MOST)
 
     def describe(self) -> dict[str, Any]:
         return {
             "kind": "files",
-            "names": self.names,
+            "names": self.sources,
             "text_key": self.text_key,
+            "policy": asdict(self.policy),
             "files": len(self._files),
-            "bytes": self._bytes,
+            "bytes": sum(file.size for file in self._files),
+            "rows": sum(len(table) for table in self._tables.values()),
+            "listing": self._listing(),
         }
 
+    def _listing(self) -> str:
+        """sha256 of the names and sizes: a file that came, went, was renamed or has grown shows."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(f"{file.name}\0{file.size}\n".encode())
+        return digest.hexdigest()
+
+    def state(self) -> Iterator[tuple[str, str]]:
+        """Names with times of change or fingerprints; of remote files nothing is known."""
+        for file in self._files:
+            yield file.name, self._version(file)
+
+    def _version(self, file: InputFile) -> str:
+        if file.kind == "table":
+            return str(getattr(self._tables[file.where], "_fingerprint", ""))
+        if is_url(file.where):
+            return ""
+        with reading(file.where):
+            return str(os.stat(file.where).st_mtime_ns)
+
+    def units(self) -> list[Unit]:
+        """Big .jsonl files and tables in parts, other files whole, small ones of an input grouped.
+
+        The first call looks into every .parquet file for its row groups.
+        """
+        if not self._units:
+            self._units = list(self._cut())
+        return list(self._units)
+
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        if unit.first == 0 and unit.start == 0:
+            report.merge(self._skipped)
+        for file in self._files[unit.first : unit.last]:
+            yield from self._read(file, unit.start, unit.stop, report)
+
     def documents(self, report: Report) -> Iterator[Document]:
-        report.merge(self._skipped)
-        for name, path in self._files:
-            if _kind(path) in LINES:
-                yield from self._lines(name, path, report)
-            else:
-                yield from decoded(name, b"".join(_blocks(path)), report)
+        """All documents, in plan order."""
+        for unit in self.units():
+            yield from self.read(unit, report)
 
-    def _lines(self, name: str, path: Path, report: Report) -> Iterator[Document]:
-        keys: set[str] = set()
-        count = found = 0
-        for number, line in enumerate(_split_lines(_blocks(path)), 1):
-            if not line.strip():
-                continue
-            count += 1
-            where = f"{name}:{number}"
-            try:
-                row = json.loads(line)
-                text = row.get(self.text_key) if isinstance(row, dict) else None
-                raw = text.encode("utf-8") if isinstance(text, str) else None
-            except UnicodeError:  # bytes that aren't UTF-8, or half a surrogate pair
-                report.add("undecodable", where)
-                continue
-            except ValueError:
-                report.add("malformed", where)
-                continue
-            if raw is None:
-                keys.update(row if isinstance(row, dict) else ())
-                report.add(f"no text under {self.text_key!r}", where)
-            else:
-                found += 1
-                yield from decoded(where, raw, report)
-        if count and not found:
-            have = f"its lines have {', '.join(sorted(keys)[:8])}" if keys else "see its first line"
-            raise UserError(
-                str(path), f"no line has a text under {self.text_key!r}", f"name the key ({have})"
-            )
+    def _read(self, file: InputFile, start: int, stop: int, report: Report) -> Iterator[Document]:
+        name, where, key, policy = file.name, file.where, self.text_key, self.policy
+        match file.kind:
+            case "plain":
+                with open_stream(name, where) as f:
+                    yield from decoded(name, f.read(), report, policy)
+            case "lines":
+                yield from self._read_lines(file, start, stop, report)
+            case "parquet":
+                yield from read_parquet(name, where, start, stop, key, report, policy)
+            case "tar":
+                yield from read_tar(name, where, key, report, policy)
+            case "table":
+                table = self._tables[where]
+                yield from read_hub(name, table, start, stop, key, report, policy)
 
-    def _expand(self, path: Path) -> Iterator[tuple[str, Path]]:
-        if path.is_dir():
-            yield from self._walk(path)
-        elif path.is_file():
-            if _kind(path) is None:
-                known = " ".join(PLAIN + LINES)
-                raise UserError(
-                    str(path), "its suffix says no kind of text", f"rename it to one of {known}"
-                )
-            yield path.name, path
-        elif matches := sorted(glob.glob(str(path), recursive=True)):
-            for match in map(Path, matches):
-                if match.is_dir():
-                    yield from self._walk(match)
-                elif _kind(match):
-                    yield match.name, match
-                else:
-                    self._skipped.add("other suffix", match.name)
+    def _read_lines(
+        self, file: InputFile, start: int, stop: int, report: Report
+    ) -> Iterator[Document]:
+        text_key = TextKey(self.text_key)
+        with open_stream(file.name, file.where, max(0, start - 1)) as f:
+            lines = lines_between(f, start, stop or None)
+            yield from read_lines(file.name, lines, text_key, report, self.policy)
+        if start == 0:  # a later part alone says nothing about the file
+            text_key.check(shown(file.where), "line")
+            if not text_key.rows and not stop:
+                yield from decoded(file.name, b"", report, self.policy)
+
+    def _cut(self) -> Iterator[Unit]:
+        group: list[Unit] = []
+        for index, file in enumerate(self._files):
+            parts = list(self._parts(file))
+            if len(parts) > 1:
+                yield from _joined(group)
+                group = []
+                for number, (start, stop, size) in enumerate(parts, 1):
+                    label = f"{file.name} (part {number} of {len(parts)})"
+                    yield Unit(label, size, file.source, index, index + 1, start, stop)
+                continue
+            size = parts[0][2] if parts else 0
+            whole = Unit(file.name, size, file.source, index, index + 1)
+            held = sum(unit.size for unit in group)
+            if group and (group[0].source != file.source or held + size > self._unit_bytes):
+                yield from _joined(group)
+                group = []
+            group.append(whole)
+        yield from _joined(group)
+
+    def _parts(self, file: InputFile) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, size in bytes) of the parts of a file; a single one is the whole file."""
+        if file.kind == "parquet":
+            yield from parquet_parts(file.where, self.text_key, self._unit_bytes)
+        elif file.kind == "table":
+            table = self._tables[file.where]
+            yield from hub_parts(file.where, table, self.text_key, self._unit_bytes)
+        elif file.kind == "lines" and bare(file.name) == file.name.lower():
+            for start in range(0, file.size, self._unit_bytes):
+                stop = min(start + self._unit_bytes, file.size)
+                yield start, stop, stop - start
         else:
-            raise UserError(str(path), "no such file or folder", "check the path")
-
-    def _walk(self, root: Path) -> Iterator[tuple[str, Path]]:
-        found = []
-        label = root.name or root.resolve().name
-        for folder, subfolders, files in os.walk(root, onerror=_raise):
-            for name in sorted(subfolders + files):
-                path = Path(folder, name)
-                relative = f"{label}/{path.relative_to(root).as_posix()}"
-                if name.startswith("."):
-                    self._skipped.add("hidden", relative)
-                elif path.is_dir():
-                    if path.is_symlink():
-                        self._skipped.add("linked folder", relative)
-                elif _kind(path):
-                    found.append((relative, path))
-                else:
-                    self._skipped.add("other suffix", relative)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from sorted(found)
+            yield 0, 0, file.size
 
 
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that it may not read
+def _joined(group: list[Unit]) -> list[Unit]:
+    """Whole files that follow each other, as one unit."""
+    if not group:
+        return []
+    first, more = group[0], len(group) - 1
+    label = f"{first.label} and {more} more" if more else first.label
+    size = sum(unit.size for unit in group)
+    return [Unit(label, size, first.source, first.first, group[-1].last)]
 
 
-def _kind(path: Path) -> str | None:
-    """The suffix that says how a file is read, compression aside."""
-    if path.suffix in COMPRESSED:
-        path = path.with_suffix("")
-    return path.suffix if path.suffix in PLAIN + LINES else None
-
-
-def _split_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for block in blocks:
-        first, *more = block.split(b"\n")
-        rest.append(first)
-        for line in more:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The uncompressed bytes of a file. Raises UserError where its compression is damaged."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as f:
-                while block := f.read(_BLOCK):
-                    yield block
-        else:
-            with open(path, "rb") as f:
-                yield from (
-                    _unzstd(f) if path.suffix == ".zst" else iter(lambda: f.read(_BLOCK), b"")
-                )
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
-        raise UserError(
-            str(path), f"cut off or damaged ({e})", "restore the file from its source"
-        ) from e
-
-
-def _unzstd(f) -> Iterator[bytes]:
-    # zstandard's own stream reader ends without a word where a file is cut off: count the frames.
-    frame = None
-    while block := f.read(_BLOCK):
-        while block:
-            if frame is None:
-                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            yield frame.decompress(block)
-            block = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the last frame isn't whole")
+def _distinct(names: list[str]) -> list[str]:
+    """Names of inputs, those that were had before with a number."""
+    had = Counter[str]()
+    distinct = []
+    for name in names:
+        had[name] += 1
+        distinct.append(f"{name} ({had[name]})" if had[name] > 1 else name)
+    return distinct

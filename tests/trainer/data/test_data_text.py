@@ -1,113 +1,105 @@
-"""Documents come in one order, and whatever gives none is counted and named."""
+"""Inputs of any kinds as units of work: fixed by the files, and together all of the documents."""
 
 import gzip
-import json
+import io
+import pickle
+import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import zstandard
+from read_files import lines, read
 
-from trainer.data.text import Files, Report
+from trainer.data.text import Files, Policy, Report
 from trainer.errors import UserError
 
 
-def read(*paths, **options):
-    report = Report()
-    return [(d.name, d.text) for d in Files(paths, **options).documents(report)], report
-
-
-def lines(*rows) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def test_a_folder_in_sorted_order_with_an_account_of_the_rest(tmp_path):
+@pytest.fixture
+def corpus(tmp_path):
+    """Every kind of file, with faults to report."""
     root = tmp_path / "corpus"
-    (root / "b").mkdir(parents=True)
-    (root / ".git").mkdir()
-    (root / ".git" / "x.txt").write_text("hidden")
-    (root / ".a").write_text("hidden")
-    (root / "z.txt").write_text("last")
-    (root / "b" / "a.md").write_text("first")
-    (root / "b" / "picture.png").write_bytes(b"png")
-    (root / "c.py").write_bytes(b"\xff\xfe")
-    (root / "d.txt").write_text(" \n")
-    found, report = read(root)
-    assert found == [("corpus/b/a.md", b"first"), ("corpus/z.txt", b"last")]
-    assert report.as_dict() == {
-        "empty": {"count": 1, "first": ["corpus/d.txt"]},
-        "hidden": {"count": 2, "first": ["corpus/.a", "corpus/.git"]},
-        "other suffix": {"count": 1, "first": ["corpus/b/picture.png"]},
-        "undecodable": {"count": 1, "first": ["corpus/c.py (byte 0)"]},
+    root.mkdir()
+    for i in range(40):
+        (root / f"note {i:02d}.txt").write_text(f"note {i} " * (i % 5))
+    rows = lines(*({"text": f"row {i} " * (i % 9)} for i in range(200)))
+    (root / "rows.jsonl").write_bytes(rows)
+    (root / "rows.jsonl.gz").write_bytes(gzip.compress(rows.replace(b"row", b"packed row")))
+    table = pa.table({"text": [f"cell {i}" if i % 10 else None for i in range(100)]})
+    pq.write_table(table, root / "table.parquet", row_group_size=20)
+    with tarfile.open(root / "web.tar", "w") as f:
+        for i in range(20):
+            entry = tarfile.TarInfo(f"{i:03d}.txt")
+            entry.size = 5
+            f.addfile(entry, io.BytesIO(b"%05d" % i))
+    (root / "photo.jpg").write_bytes(b"jpg")
+    return root
+
+
+def test_units_are_fixed_by_the_files(corpus):
+    units = Files([corpus], unit_bytes=1000).units()
+    assert units == Files([corpus], unit_bytes=1000).units()
+    assert next(unit.label for unit in units if "note" in unit.label).endswith("more")
+    assert {"corpus/rows.jsonl (part 1 of 9)", "corpus/rows.jsonl.gz", "corpus/web.tar"} <= {
+        unit.label for unit in units
     }
 
 
-def test_sources_keep_the_order_in_which_they_are_given(tmp_path):
-    for name in ("a.txt", "b.txt", "c.md"):
-        (tmp_path / name).write_text(name)
-    found, _ = read(tmp_path / "c.md", tmp_path / "*.txt")
-    assert [name for name, _ in found] == ["c.md", "a.txt", "b.txt"]
+def test_documents_and_report_are_the_same_for_units_of_any_size(corpus):
+    whole = read(corpus, unit_bytes=1 << 30)
+    assert len(whole[0]) == 32 + 177 * 2 + 90 + 20
+    assert whole[1].counts == {"empty": 8 + 23 * 2, "no text under 'text'": 10, "other suffix": 1}
+    for unit_bytes in (1, 100, 3000):
+        assert read(corpus, unit_bytes=unit_bytes) == whole
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_jsonl_plain_and_compressed(tmp_path, suffix):
-    raw = lines({"text": "one"}, {"text": "zwei ü"}, {"other": 1}, {"text": "", "n": 2})
-    raw += b'{"text": 3}\nnot json\n\n[1]\n{"text": "\\ud800"}\n{"text": "\xff"}\n{"text": "end"}'
-    pack = {
-        "": bytes,
-        ".gz": gzip.compress,
-        # two frames, as parallel compressors write
-        ".zst": lambda b: b"".join(map(zstandard.compress, (b[:30], b[30:]))),
-    }[suffix]
-    path = tmp_path / f"rows.jsonl{suffix}"
-    path.write_bytes(pack(raw))
-    found, report = read(path)
-    name = path.name
-    assert found == [
-        (f"{name}:1", b"one"),
-        (f"{name}:2", "zwei ü".encode()),
-        (f"{name}:11", b"end"),
+def test_units_read_by_others_in_any_order_give_the_same(corpus):
+    files = Files([corpus], unit_bytes=700)
+    whole, report = read(corpus)
+    other = pickle.loads(pickle.dumps(files))
+    found = {}
+    for unit in reversed(pickle.loads(pickle.dumps(files.units()))):
+        part = Report()
+        found[unit] = [(d.name, d.text) for d in other.read(unit, part)], part
+    merged = Report()
+    for unit in files.units():
+        merged.merge(found[unit][1])
+    assert [d for unit in files.units() for d in found[unit][0]] == whole
+    assert merged.as_dict() == report.as_dict()
+
+
+def test_a_unit_holds_files_of_one_input(corpus):
+    files = Files([corpus / "note 0*.txt", corpus / "note 1*.txt"])
+    assert [unit.label for unit in files.units()] == [
+        "note 00.txt and 9 more",
+        "note 10.txt and 9 more",
     ]
-    assert report.counts == {
-        "no text under 'text'": 3,
-        "empty": 1,
-        "malformed": 1,
-        "undecodable": 2,
-    }
-    assert report.listed["malformed"] == [f"{name}:6"]
+    assert [unit.source for unit in files.units()] == [0, 1]
+    assert files.sources == ["note 0*.txt", "note 1*.txt"]
 
 
-def test_long_lines_cross_blocks(tmp_path):
-    text = "word " * 700_000
-    (tmp_path / "long.jsonl.gz").write_bytes(gzip.compress(lines({"t": text}, {"t": "b"}), 1))
-    found, _ = read(tmp_path / "long.jsonl.gz", text_key="t")
-    assert [t.decode() for _, t in found] == [text, "b"]
+def test_small_files_are_grouped_up_to_the_size_of_a_unit(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_bytes(b"x" * 30)
+    (tmp_path / "5.txt").write_bytes(b"x" * 300)
+    sizes = [unit.size for unit in Files([tmp_path], unit_bytes=100).units()]
+    assert sizes == [90, 60, 300, 90, 30]
 
 
-def test_counts_stay_exact_beyond_the_names_that_are_listed(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(lines(*[{"text": ""}] * 1000, {"text": "x"}))
-    _, report = read(tmp_path / "a.jsonl")
-    assert report.counts["empty"] == 1000
-    assert len(report.listed["empty"]) == 200
+def test_what_was_asked_for_tells_requests_apart(corpus):
+    asked = Files([corpus]).describe()
+    assert asked["files"] == 44
+    assert asked["bytes"] == sum(p.stat().st_size for p in corpus.iterdir() if p.suffix != ".jpg")
+    assert Files([corpus], text_key="body").describe() != asked
+    assert Files([corpus], policy=Policy(undecodable="replace")).describe() != asked
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_cut_off_file_is_named(tmp_path, suffix):
-    raw = lines(*({"text": f"{i} and more"} for i in range(2000)))
-    packed = gzip.compress(raw) if suffix == ".gz" else zstandard.compress(raw)
-    path = tmp_path / f"rows.jsonl{suffix}"
-    for size in (len(packed) - 1, len(packed) // 2, 3):
-        path.write_bytes(packed[:size])
-        with pytest.raises(UserError, match=r"rows\.jsonl.*cut off or damaged"):
-            read(path)
+def test_long_documents_of_every_kind(corpus):
+    policy = Policy(long="cut", max_document_bytes=4)
+    found, report = read(corpus, policy=policy)
+    assert {len(text) for _, text in found} == {4}
+    assert report.counts["long, cut"] == len(found)
 
 
-def test_bad_sources_have_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
-        read(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no text file"):
-        read(tmp_path)
-    (tmp_path / "a.pdf").write_bytes(b"pdf")
-    with pytest.raises(UserError, match="suffix says no kind of text"):
-        read(tmp_path / "a.pdf")
-    (tmp_path / "a.jsonl").write_bytes(lines({"body": "x", "id": 1}))
-    with pytest.raises(UserError, match=r"'text'.*its lines have body, id"):
-        read(tmp_path / "a.jsonl")
+def test_nonsense_in_a_policy_is_found_at_once(corpus):
+    with pytest.raises(UserError, match="undecodable: 'ignore' is no policy"):
+        Files([corpus], policy=Policy(undecodable="ignore"))
