@@ -54,7 +54,7 @@ class EvalJob:
     target: str | None = key(None, "a run (name or directory) or a checkpoint")
     step: int | None = key(None, _STEP, ge=0)
     split: Literal["train", "validation"] = key("validation", "which part of the dataset")
-    windows: int | None = key(None, "the first so many windows; null: all", ge=1)
+    windows: int | None = key(None, "so many windows, evenly spread over it; null: all", ge=1)
     micro_batch: int = key(8, "windows at once", ge=1)
     trust: bool = key(False, _TRUST)
     data: CorpusConfig = section(
@@ -83,17 +83,32 @@ class ExportJob:
 class ShardsJob:
     TARGET: ClassVar[str] = "input"
 
-    input: list[str] = key([], "folders of text, or .txt, .jsonl and .jsonl.zst files")
+    input: list[str] = key(
+        [], "folders, globs, files, URLs, hf:// data sets; or corpora that are tokenised already"
+    )
     output: str | None = key(None, "the directory of the dataset; must not exist yet")
-    text_key: str = key("text", "the field of a JSON line that holds the text")
+    text_key: str = key("text", "the field of a JSON line or the column that holds the text")
+    undecodable: Literal["skip", "replace", "fail"] = key("skip", "text that isn't UTF-8")
+    empty: Literal["skip", "fail"] = key("skip", "documents without text")
+    long: Literal["keep", "cut", "skip", "fail"] = key(
+        "keep", "documents of more than max_document_bytes"
+    )
+    max_document_bytes: int | None = key(None, "where `long` isn't keep", ge=1)
     tokenizer: str | None = key(
-        None, "a tokenizer.json, or bytes (one token a byte); null: train a byte-level BPE"
+        None,
+        "a tokenizer.json, a Hugging Face directory with one, or bytes (one token a byte); "
+        "null: train a byte-level BPE",
     )
     vocab_size: int = key(32_768, "entries of a tokenizer that is trained", ge=257)
-    shard_tokens: int = key(1 << 24, "tokens a tar", ge=1)
+    end_of_text: str | None = key(None, "the token that ends a document; null: the usual names")
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = key(
+        None, "of the tokens in a flat .bin that is used in place"
+    )
+    shard_tokens: int = key(1 << 24, "tokens a tar, about", ge=1)
     member_tokens: int = key(1 << 20, "tokens a member of a tar", ge=1)
     validation_fraction: float = key(0.01, "share of the documents held out", ge=0, le=0.5)
     seed: int = key(1337, "of the shuffle of documents", ge=0)
+    workers: int | None = key(None, "processes; null: the CPUs that this one may use", ge=1)
 
     def problems(self) -> Problems:
         found: Problems = []
@@ -106,6 +121,10 @@ class ShardsJob:
         if self.shard_tokens < self.member_tokens:
             what = f"{self.shard_tokens} is less than member_tokens={self.member_tokens}"
             found.append(("shard_tokens", what, "make it a multiple of member_tokens"))
+        if (self.long == "keep") != (self.max_document_bytes is None):
+            what = f"{self.max_document_bytes} doesn't go with long={self.long}"
+            todo = "give both a limit and what happens to longer ones, or neither"
+            found.append(("max_document_bytes", what, todo))
         return found
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 import zstandard
@@ -60,12 +61,39 @@ def test_lines_plain_and_compressed(tmp_path, monkeypatch, forescale):
     files = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
     code, _, err = forescale("shards", *files, "output=data", "tokenizer=bytes")
     assert code == 2
-    assert "name the key (its lines have body)" in err
+    assert "name the key (there are body)" in err
     words = ("text_key=body", "tokenizer=bytes", "validation_fraction=0.3")
     assert forescale("shards", *files, "output=data", *words)[0] == 0
     splits = Dataset("data").manifest["splits"].values()
     assert sum(split["documents"] for split in splits) == 12
     assert open_dataset("data").vocab_size == 257
+
+
+def test_inputs_of_every_kind_and_their_shares(folder, forescale):
+    (folder / "empty.txt").write_text(" ")
+    rows = "".join(json.dumps({"text": f"row {i} " * 40}) + "\n" for i in range(10))
+    (folder.parent / "rows.jsonl").write_text(rows)
+    words = ("books", "rows.jsonl", "*.jsonl", "output=data", "tokenizer=bytes", "workers=2")
+    code, out, _ = forescale("shards", *words)
+    assert code == 0
+    assert "Shares of the inputs:" in out
+    assert re.search(r"55\.\d% +\d,\d+ tokens .* 8 documents  books\n", out)
+    assert re.search(r"44\.\d% +\d,\d+ tokens .* 10 documents  rows.jsonl\n", out)
+    assert re.search(r" 0\.0% +0 tokens .* 0 documents  \*.jsonl\n", out)
+    assert "Duplicates removed, the first of each kept: 11 (" in out
+    assert "1  empty: books/empty.txt\n" in out
+    assert re.search(r"128 to 255 +10  █{40}\n", out)  # the lengths
+    assert "Only 381 tokens are held out" in out
+
+
+def test_a_worker_that_finds_a_fault_says_it_in_one_sentence(folder, forescale):
+    words = ("books", "books", "output=data", "undecodable=fail", "workers=2")
+    code, _, err = forescale("shards", *words)
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "forescale: books/broken.py: isn't UTF-8 (byte 0); "
+        "mend it, or choose undecodable=skip or replace."
+    )
 
 
 def test_the_keys_reach_the_builder(folder, forescale):

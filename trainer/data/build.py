@@ -1,53 +1,58 @@
-"""From documents to a published dataset: plan, tokenizer, tokens, shuffle, shards, manifest.
+"""From documents to a published dataset: hashes, duplicates, tokenizer, tokens, shuffle, shards.
 
-Invariant: the same documents and BuildConfig give the same bytes, whatever the number of threads
+    read and hash      units -> hashes                         (trainer.data.dedupe)
+    find duplicates    ranges of hashes over all units -> what is kept, the bounds of the splits
+    sample             units -> text for the tokenizer and the compressors (sample)
+    tokenise           units -> tokens, sorted by where the shuffle puts them (encode)
+    write shards       ranges of the shuffle over all units -> tars, manifest (assemble)
+
+Invariant: the same documents and BuildConfig give the same bytes, whatever the number of workers
 and of interrupted tries before; and the output either holds all of it or does not exist.
 
-The source is read several times instead of being held: to plan, for the tokenizer, the baselines
-and the tokens. What is held is the token ids of the whole dataset (2 or 4 bytes each), because
-documents are shuffled globally, and some 400 bytes a document: about 0.8 GB for each GB of text.
+The source is read two or three times instead of being held. Memory, for any size of corpus: some
+400 MB a process, the largest document (about 10 bytes for each of its own beyond a megabyte), and
+some hundred bytes for each file and unit of the source. Measured: 5 GB of JSON lines, 1.4 million
+documents, one of them of 10 MB, on 2 workers: 98 MB in the parent, 314 MB in a worker
+(tests/benchmarks/bench_build.py --gigabytes 5 --tokenizer bytes); with a BPE trained on 64 MB of
+the text 139 MB and 312 MB. Disk beside the dataset, while it is made: once the dataset's size
+again, and some 50 bytes a document.
 """
 
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
-
-from trainer.data import baselines
-from trainer.data.plan import SPLITS, Halves, Plan, pieces
-from trainer.data.progress import Progress, silent
+from trainer.data.assemble import AssembleJob, plan_shards
+from trainer.data.dedupe import HashJob, RangeJob, Run, range_edges
+from trainer.data.documents import Report, Source, Unit
+from trainer.data.encode import EncodeJob, TokenRun
+from trainer.data.plan import SPLITS, ChangedError, NoTextError, Plan, choose
+from trainer.data.progress import Meter, Progress, say, silent
+from trainer.data.report import Totals
+from trainer.data.sample import TOKENIZER as TOKENIZER_SAMPLE
+from trainer.data.sample import BaselinesJob, SampleJob, texts
 from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER, Dataset
-from trainer.data.text import Source
-from trainer.data.tokenizer import (
-    byte_tokenizer,
-    end_of_text,
-    load_tokenizer,
-    token_bytes,
-    train_bpe,
-)
-from trainer.data.writing import SplitWriter
-from trainer.durable import staged, write_file, write_json, write_table
+from trainer.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
+from trainer.data.unitfile import UnitWriter, facts, finished
+from trainer.data.work import Work, wanted, work_path
+from trainer.data.workers import Pool, Task
+from trainer.durable import FileEntry, write_file, write_json, write_table
 from trainer.errors import UserError
-
-_BATCH = 2_000_000  # bytes of text that are encoded at a time
-_PIECE = 1 << 20  # a longer document is encoded in pieces
-_COMPARED = 16_000_000  # bytes of held-out text up to which compressors are tried
 
 
 @dataclass(frozen=True)
 class BuildConfig:
     """All that decides a dataset beside its documents; it goes into the manifest."""
 
-    tokenizer: str = "bpe"  # "bpe" (trained on the training split), "bytes", or a tokenizer.json
+    # "bpe" (trained on a sample of the training split), "bytes", or a tokenizer.json or its folder
+    tokenizer: str = "bpe"
     vocab_size: int = 4096  # of a trained BPE
     end_of_text: str | None = None  # of a given tokenizer; None: the usual names are tried
     validation: float = 0.02  # share of the documents, chosen by the hash of their text
@@ -63,6 +68,8 @@ class BuildConfig:
         if not 1 <= self.member_tokens <= self.shard_tokens:
             todo = "take 1 <= member_tokens <= shard_tokens"
             raise UserError("member_tokens, shard_tokens", "don't fit each other", todo)
+        if self.tokenizer_bytes < 1:
+            raise UserError("tokenizer_bytes", f"{self.tokenizer_bytes} is none", "take 1 or more")
 
 
 def build_dataset(
@@ -70,160 +77,225 @@ def build_dataset(
     output: str | Path,
     config: BuildConfig | None = None,
     progress: Progress = silent,
+    workers: int = 1,
 ) -> Path:
     """Build a dataset at `output`, or find it there, finished, made from the same.
 
-    Interrupted or killed at any time it leaves no `output`; the next try starts clean. A second
-    process with the same output waits for the first. Raises UserError for sources without text,
-    and where `output` holds something else.
+    workers: processes; with one all is done in this one, more are started as `python -c` and get a
+    pickled copy of the source. Interrupted or killed at any time it leaves no `output`, but a
+    directory beside it (trainer.data.work) from which the next try goes on. A second process with
+    the same output waits for the first. Raises UserError for sources without text, where a worker
+    is killed, and where `output` holds something else.
     """
     output, config = Path(output), config or BuildConfig()
     config.check()
-    if not output.exists():  # a finished one needs no lock, and may lie where nobody can write
+    if workers < 1:
+        raise UserError("workers", f"{workers} is none", "take 1 or more")
+    given = given_tokenizer(config.tokenizer)
+    if given is not None:
+        vocabulary_of(given, config.tokenizer, config.end_of_text)  # the sentence, before any work
+    request = _request(source, config, given)
+    if not output.exists() or work_path(output).exists():
+        # A finished one needs no lock, and may lie where nobody can write.
         with _lock(output, progress):
             if not output.exists():
-                with staged(output) as stage:
-                    _build(source, stage, config, progress)
-    _expect_same(output, source, config)
+                _build(source, output, config, given, request, progress, workers)
+            elif (left := work_path(output)).exists():  # killed between its name and the clearing
+                shutil.rmtree(left)
+    _expect_same(output, request)
     return output
 
 
-def _build(source: Source, stage: Path, config: BuildConfig, progress: Progress) -> None:
-    plan = Plan(source, config.validation, config.seed, progress)
-    if len(plan.keys) == 1 and config.validation:
-        plan = Plan(Halves(source, config.validation), config.validation, config.seed, progress)
-        plan.held_out = np.arange(len(plan.keys)) == 1
-    if not plan.bytes("train"):
-        raise UserError("the source", "leaves no text to train on", "give more documents")
-    with ThreadPoolExecutor(1) as pool:  # compressing releases the GIL
-        compared = pool.submit(_baselines, plan)
-        tokenizer, raw = _tokenizer(plan, config, progress)
-        entries = {TOKENIZER: write_file(stage / TOKENIZER, raw)}
-        sizes = token_bytes(tokenizer, config.tokenizer)
-        end = end_of_text(tokenizer, config.tokenizer, config.end_of_text)
-        dtype = np.dtype(np.uint16 if len(sizes) <= 1 << 16 else np.uint32)
-        documents = _tokens(plan, tokenizer, sizes, np.array([end], dtype), progress)
-        splits: dict[str, Any] = {}
-        for name in SPLITS:
-            writer = SplitWriter(stage, name, dtype, config.shard_tokens, config.member_tokens)
-            for index in plan.shuffled(name):
-                writer.add(documents[index])
-            writer.finish()
-            splits[name] = {**writer.totals(), "bytes": plan.bytes(name), "shards": writer.rows}
-            entries |= writer.files
-        del documents
+def _build(
+    source: Source,
+    output: Path,
+    config: BuildConfig,
+    given: bytes | None,
+    request: dict[str, Any],
+    progress: Progress,
+    workers: int,
+) -> None:
+    units = source.units()
+    work = Work(output, wanted(request, source, units), progress)
+    try:
+        with Pool(workers) as pool:
+            _Build(source, units, config, given, request, work, pool, progress).run()
+        work.publish()
+    except (ChangedError, NoTextError):
+        work.remove()  # it would be taken up again
+        raise
+    except BaseException:
+        work.remove_if_empty()
+        raise
+
+
+@dataclass
+class _Build:
+    """One build: its phases in their order, each leaving finished units in the work directory."""
+
+    source: Source
+    units: list[Unit]
+    config: BuildConfig
+    given: bytes | None  # a tokenizer.json, where none is trained
+    request: dict[str, Any]
+    work: Work
+    pool: Pool
+    progress: Progress
+
+    def run(self) -> None:
+        runs, sizes = self._hash()
+        plan = self._plan(runs)
+        self._sample(plan)
+        raw = self._tokenizer()
+        vocabulary = vocabulary_of(raw, self.config.tokenizer, self.config.end_of_text)
+        self._encode(plan, vocabulary, sizes)
+        rows, entries = self._assemble(vocabulary)
+        self._finish(plan, vocabulary, rows, entries)
+
+    def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
+        meter = Meter(self.progress, name, total, unit)
+        self.pool.run(tasks, meter)
+        meter.end()
+
+    def _each_unit(self, job: Any, *more: Sequence[Any]) -> list[Task]:
+        items = zip(range(len(self.units)), self.units, *more, strict=True)
+        return [Task(item[1].label, job, item, item[1].size) for item in items]
+
+    def _facts(self, directory: Path) -> Iterator[dict[str, Any]]:
+        for number in range(len(self.units)):
+            yield facts(directory / f"{number:06d}")
+
+    def _hash(self) -> tuple[list[list[Run]], list[int]]:
+        """Runs and bytes of every unit."""
+        total = sum(unit.size for unit in self.units)
+        job = HashJob(self.source, self.work.hashes)
+        self._phase("read and hash", "bytes", total, self._each_unit(job))
+        left_out, runs, sizes = Report(), [], []
+        for found in self._facts(self.work.hashes):
+            runs.append([Run(*run) for run in found["runs"]])
+            sizes.append(found["bytes"])
+            left_out.merge(Report(**found["report"]))
+        if not any(runs):
+            why = ", ".join(f"{count} {reason}" for reason, count in left_out.counts.items())
+            todo = f"left out: {why or 'nothing'}"
+            raise NoTextError("the source", "holds no usable document", todo)
+        return runs, sizes
+
+    def _plan(self, runs: list[list[Run]]) -> Plan:
+        count = sum(run.distinct for unit in runs for run in unit)
+        edges = range_edges(count)
+        job = RangeJob(self.work.hashes, self.work.ranges, runs)
+        tasks = [
+            Task(f"hashes, range {i + 1} of {len(edges) - 1}", job, (i, low, high))
+            for i, (low, high) in enumerate(pairwise(edges))
+        ]
+        self._phase("find duplicates", "documents", count, tasks)
+        ranges = [self.work.ranges / f"{i:04d}" for i in range(len(tasks))]
+        sampled = self.config.tokenizer_bytes if self.given is None else 0
+        bounds = choose(ranges, self.config.validation, sampled)
+        return Plan(self.work.hashes, ranges, bounds, self.config.validation)
+
+    def _sample(self, plan: Plan) -> None:
+        if not (plan.bounds.tokenizer or plan.bounds.compared):
+            return
+        job = SampleJob(self.source, plan, self.work.samples, self.config.tokenizer_bytes)
+        total = sum(unit.size for unit in self.units)
+        self._phase("sample", "bytes", total, self._each_unit(job))
+
+    def _tokenizer(self) -> bytes:
+        """The bytes of its tokenizer.json."""
+        if self.given is not None:
+            return self.given
+        path, done = self.work.tokenizer, 0
+        if found := finished(path):
+            return found["json"].encode()
+
+        def sampled() -> Iterator[str]:
+            nonlocal done
+            for text in texts(self.work.samples, len(self.units), TOKENIZER_SAMPLE):
+                yield text.decode("utf-8")
+                done += len(text)
+                self.progress("train the tokenizer", done, None, "bytes")
+
+        trained = train_bpe(sampled(), self.config.vocab_size).to_str()
+        self.progress("train the tokenizer", done, done, "bytes")
+        with UnitWriter(path) as out:
+            out.finish({"json": trained})
+        return trained.encode()
+
+    def _encode(self, plan: Plan, vocabulary: Vocabulary, sizes: list[int]) -> None:
+        work, seed = self.work, self.config.seed
+        job = EncodeJob(self.source, plan, work.tokens, vocabulary, seed)
+        tasks = self._each_unit(job, sizes)
+        if plan.bounds.compared:
+            compare = BaselinesJob(work.samples, len(self.units))
+            tasks.append(Task("compressors", compare, work.baselines, 1 << 60))
+        self._phase("tokenise", "bytes", sum(sizes), tasks)
+
+    def _assemble(self, vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+        """The manifest's rows of every split, and the files that have been written."""
+        work, dtype, members = self.work, vocabulary.dtype, self.config.member_tokens
+        runs = [[TokenRun(*run) for run in found["runs"]] for found in self._facts(work.tokens)]
+        shards = {s: plan_shards(work.tokens, runs, s, self.config.shard_tokens) for s in SPLITS}
+        job = AssembleJob(work.tokens, runs, work.rows, work.stage, dtype, members)
+        tasks = [Task(s.name, job, (split, s), s.tokens) for split in SPLITS for s in shards[split]]
+        self._phase("write shards", "tokens", sum(task.weight for task in tasks), tasks)
+        rows: dict[str, Any] = {}
+        entries: dict[str, FileEntry] = {}
+        for split in SPLITS:
+            found = [facts(work.rows / shard.name) for shard in shards[split]]
+            rows[split] = [f["row"] for f in found]
+            entries |= {n: FileEntry(**e) for f in found for n, e in f["files"].items()}
+        return rows, entries
+
+    def _finish(
+        self,
+        plan: Plan,
+        vocabulary: Vocabulary,
+        rows: dict[str, Any],
+        entries: dict[str, FileEntry],
+    ) -> None:
+        """Write what speaks of the whole: tokenizer, manifest, the table of files."""
+        totals, corpus, stage = Totals(self.source.sources), hashlib.sha256(), self.work.stage
+        both = (self._facts(self.work.hashes), self._facts(self.work.tokens))
+        for unit, hashed, encoded in zip(self.units, *both, strict=True):
+            totals.add(unit, hashed, encoded)
+            corpus.update(encoded["digest"].encode())
+        entries[TOKENIZER] = write_file(stage / TOKENIZER, vocabulary.raw)
         manifest = {
             "format": FORMAT,
-            "dtype": dtype.name,
+            "dtype": vocabulary.dtype.name,
             "tokenizer": {
                 "file": TOKENIZER,
                 "sha256": entries[TOKENIZER].sha256,
-                "vocab_size": len(sizes),
-                "end_of_text": end,
+                "vocab_size": vocabulary.size,
+                "end_of_text": vocabulary.end,
             },
-            "splits": splits,
-            "corpus": {"sha256": plan.corpus_hash, "documents": len(plan.keys)},
-            "build": _request(source, config),
-            "report": plan.report.as_dict(),
-            "baselines": compared.result(),
+            "splits": {s: {**totals.splits[s], "shards": rows[s]} for s in SPLITS},
+            "corpus": {
+                "sha256": corpus.hexdigest(),
+                "documents": sum(split["documents"] for split in totals.splits.values()),
+            },
+            "build": self.request,
+            "report": totals.as_dict(),
+            "baselines": (facts(self.work.baselines) or None) if plan.bounds.compared else None,
         }
-    entries[MANIFEST] = write_json(stage / MANIFEST, manifest)
-    write_table(stage, entries)
+        entries[MANIFEST] = write_json(stage / MANIFEST, manifest)
+        write_table(stage, entries)
 
 
-def _tokenizer(plan: Plan, config: BuildConfig, progress: Progress) -> tuple[Tokenizer, bytes]:
-    """The tokenizer and the bytes of its tokenizer.json."""
-    if config.tokenizer == "bpe":
-        wanted = plan.sample_bytes(config.tokenizer_bytes)
-        total, done = int(plan.lengths[wanted].sum()), 0
-
-        def texts() -> Iterator[str]:
-            nonlocal done
-            for _, document in plan.documents(wanted):
-                yield document.text.decode("utf-8")
-                done += len(document.text)
-                progress("train the tokenizer", done, total, "bytes")
-
-        tokenizer = train_bpe(texts(), config.vocab_size)
-        return tokenizer, tokenizer.to_str().encode()
-    if config.tokenizer == "bytes":
-        tokenizer = byte_tokenizer()
-        return tokenizer, tokenizer.to_str().encode()
-    tokenizer = load_tokenizer(Path(config.tokenizer))
-    return tokenizer, Path(config.tokenizer).read_bytes()
-
-
-def _tokens(
-    plan: Plan, tokenizer: Tokenizer, sizes: np.ndarray, end: np.ndarray, progress: Progress
-) -> list[np.ndarray]:
-    """The ids of every kept document, its end included, in corpus order, in the dtype of `end`."""
-    # The text "<|endoftext|>" inside a document is text, not an end: it keeps its own bytes.
-    tokenizer.encode_special_tokens = True
-    documents: list[np.ndarray] = []
-    total, done = int(plan.lengths.sum()), 0
-    encoded = (row for batch in _batches(plan) for row in _encode(tokenizer, batch, end.dtype))
-    for (_, name), parts in groupby(encoded, key=lambda row: row[:2]):
-        ids = np.concatenate([*(part for _, _, part in parts), end])
-        size = int(plan.lengths[len(documents)])
-        if int(sizes[ids].sum()) != size:
-            plan.report.add("not lossless in this tokenizer", name)
-        documents.append(ids)
-        done += size
-        progress("tokenise", done, total, "bytes")
-    return documents
-
-
-def _batches(plan: Plan) -> Iterator[list[tuple[int, str, str]]]:
-    """(document's index, its name, a piece of its text) in lists of about _BATCH bytes."""
-    batch: list[tuple[int, str, str]] = []
-    held = 0
-    for index, document in plan.documents():
-        for piece in pieces(document.text, _PIECE):
-            batch.append((index, document.name, piece))
-            held += len(piece)
-            if held >= _BATCH:
-                yield batch
-                batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(
-    tokenizer: Tokenizer, batch: list[tuple[int, str, str]], dtype: np.dtype
-) -> Iterator[tuple[int, str, np.ndarray]]:
-    encodings = tokenizer.encode_batch_fast([t for _, _, t in batch], add_special_tokens=False)
-    for (index, name, _), encoding in zip(batch, encodings, strict=True):
-        yield index, name, np.array(encoding.ids, dtype)
-
-
-def _baselines(plan: Plan) -> dict[str, Any] | None:
-    """None where nothing is held out, or too much to compress in seconds."""
-    if not 0 < plan.bytes("validation") <= _COMPARED:
-        return None
-    sample = plan.sample(baselines.SAMPLE_FILES)
-    if plan.lengths[sample].sum() > _COMPARED:
-        sample = sample[np.cumsum(plan.lengths[sample]) <= _COMPARED]
-    held_out: list[bytes] = []
-    before: list[bytes] = []
-    for index, document in plan.documents(np.concatenate([sample, plan.indices("validation")])):
-        (held_out if plan.held_out[index] else before).append(document.text)
-    return baselines.compress(held_out, before)
-
-
-def _request(source: Source, config: BuildConfig) -> dict[str, Any]:
+def _request(source: Source, config: BuildConfig, given: bytes | None) -> dict[str, Any]:
     """What was asked for, without machine paths: the same request finds the dataset finished."""
     request = {"source": source.describe(), **asdict(config)}
-    if config.tokenizer not in ("bpe", "bytes"):
-        load_tokenizer(Path(config.tokenizer))  # the sentence, where it is missing or bad
-        digest = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
-        request["tokenizer"] = f"{Path(config.tokenizer).name} {digest}"
-    return request
+    if given is not None and config.tokenizer != "bytes":
+        name = Path(config.tokenizer).name
+        request["tokenizer"] = f"{name} {hashlib.sha256(given).hexdigest()}"
+    return json.loads(json.dumps(request))
 
 
-def _expect_same(output: Path, source: Source, config: BuildConfig) -> None:
+def _expect_same(output: Path, request: dict[str, Any]) -> None:
     have = Dataset(output).manifest["build"]
-    want = json.loads(json.dumps(_request(source, config)))
-    if differing := [key for key in want if have.get(key) != want[key]]:
+    if differing := [key for key in request if have.get(key) != request[key]]:
         raise UserError(
             str(output),
             f"holds a dataset that was built otherwise ({', '.join(differing)} differ)",
@@ -239,6 +311,6 @@ def _lock(output: Path, progress: Progress) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress("wait for another process", 0, None, "done")
+            say(progress, f"{output}: another process builds it; waiting for that")
             fcntl.flock(f, fcntl.LOCK_EX)
         yield

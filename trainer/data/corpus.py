@@ -25,18 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.documents import Document, Report, Unit, decoded
 from trainer.data.progress import Progress, silent
-from trainer.data.text import Document, Report, decoded
+from trainer.data.workers import available
 from trainer.errors import UserError
 
 PACKAGES = ("torch", "networkx")
-RECIPE = 1  # raise it whenever a rule below changes: caches of other recipes are not reused
+RECIPE = 2  # raise it whenever a rule below changes: caches of other recipes are not reused
 EMBEDDED = BuildConfig(vocab_size=4096, validation=0.02, shard_tokens=1 << 22)
 
 _FOLDERS = {"test", "tests", "testing", "idle_test", "_testing", "site-packages", "dist-packages"}
 # Written by the build or by the distribution: they differ between installations of one version.
 _STAMPED = {"version.py", "_version.py", "__config__.py", "sitecustomize.py"}
 _MARK = re.compile(rb"do not (edit|modify)|auto-?generated|@generated|gencodec", re.IGNORECASE)
+_UNIT = 4_000_000  # bytes: a share of the work
 _LARGEST = 200_000  # bytes: one file is never more than about a fifth of the held-out text
 _DIGITS = bytes(b for b in range(256) if b not in b"0123456789")
 
@@ -61,6 +63,7 @@ class PythonSource:
 
     def __init__(self, roots: dict[str, Path] | None = None):
         """`roots` maps a name to a folder; by default the interpreter's library and PACKAGES."""
+        self.sources = ["embedded"]
         self._missing: list[str] = []
         self._roots = installed_roots(self._missing) if roots is None else roots
         self.files = list(self._walk())
@@ -72,6 +75,12 @@ class PythonSource:
                 "give a corpus of your own with data.path",
             )
 
+    def state(self) -> Iterator[tuple[str, int, int]]:
+        """What changes where a file does: name, size, time of the last change in nanoseconds."""
+        for name, path in self.files:
+            facts = path.stat()
+            yield name, facts.st_size, facts.st_mtime_ns
+
     def describe(self) -> dict[str, Any]:
         # The local part of a version (+cpu, +cu128) names a build of the same Python source.
         versions = {}
@@ -82,10 +91,23 @@ class PythonSource:
                 versions[name] = platform.python_version()
         return {"kind": "embedded", "recipe": RECIPE, "packages": versions}
 
-    def documents(self, report: Report) -> Iterator[Document]:
-        for name in self._missing:
-            report.add("package not installed", name)
-        for name, path in self.files:
+    def units(self) -> list[Unit]:
+        """Files side by side, some megabytes together."""
+        units: list[Unit] = []
+        first = size = 0
+        for index, (_, path) in enumerate(self.files, 1):
+            size += path.stat().st_size
+            if size >= _UNIT or index == len(self.files):
+                label = f"{self.files[first][0]} and {index - first - 1} more"
+                units.append(Unit(label, size, 0, first, index))
+                first, size = index, 0
+        return units
+
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        if unit.first == 0:
+            for name in self._missing:
+                report.add("package not installed", name)
+        for name, path in self.files[unit.first : unit.last]:
             text = path.read_bytes()
             if name not in self._verdicts:
                 self._verdicts[name] = excluded(text)
@@ -137,7 +159,7 @@ def cache_directory(cache: str | Path | None = None) -> Path:
 def prepare_embedded(cache: str | Path | None = None, progress: Progress = silent) -> Path:
     """The dataset of the embedded corpus, built at the first call, found at every later one."""
     source = PythonSource()
-    return build_dataset(source, embedded_path(source, cache), EMBEDDED, progress)
+    return build_dataset(source, embedded_path(source, cache), EMBEDDED, progress, available())
 
 
 def embedded_path(source: PythonSource, cache: str | Path | None = None) -> Path:

@@ -1,143 +1,159 @@
-"""Which documents a dataset keeps, in which split, in which order: decided once, before encoding.
+"""Which documents a dataset keeps, in which split, in which samples: decided before any is encoded.
 
-Invariant: decided by the documents' text and the config alone. A document is held out because of
-its own hash, so it stays held out whatever else is added to or taken from the corpus.
+Invariant: decided by the documents' hashes and the config alone. A document is held out because of
+its own hash, so it stays held out whatever else is added to or taken from the corpus. Everything
+here is a bound on keys, so that a plan of any corpus is a few numbers.
 """
 
-import hashlib
-from array import array
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
-from trainer.data.order import mix64
-from trainer.data.progress import Progress
-from trainer.data.text import Document, Report, Source
+from trainer.data.baselines import SAMPLE_FILES
+from trainer.data.dedupe import Run, dropped_of, kept_of
+from trainer.data.documents import Document, Report, Source, Unit
+from trainer.data.pieces import cut
+from trainer.data.unitfile import UnitFile
 from trainer.errors import UserError
 
 SPLITS = ("train", "validation")
+COMPARED = 16_000_000  # bytes of held-out text, and of its sample, that compressors are tried on
+_ALL = 1 << 64  # above every key
 
 
-class Plan:
-    """One pass over the source: hashes, exact duplicates (the first is kept), the split.
+class ChangedError(UserError):
+    """The source gave other documents than before: what was made of it is worth nothing."""
 
-    `validation` is the share of documents whose hash holds them out; at least one is, the one with
-    the lowest hash, and of a source with a single document its last part (cut at a line end).
-    Memory: about 200 bytes a document. Raises UserError where no document is left.
+    def __init__(self, where: str, what: str = "changed while it was read", todo: str = ""):
+        super().__init__(where, what, todo or "give the same command again")
+
+
+class NoTextError(UserError):
+    """The source holds nothing to train on."""
+
+
+class Bounds(NamedTuple):
+    """Keys below `held_out` are validation, from there on training. Of the training documents those
+    below `tokenizer` are the sample that a BPE is trained on, those below `compared` the one that
+    compressors see before the held-out text; 0 where there is none.
+
+    is_single: there is one document; its last part (a share of it, cut at a line) is held out.
     """
 
-    def __init__(self, source: Source, validation: float, seed: int, progress: Progress):
-        self.source, self.seed = source, seed
-        self.report = Report()
-        self._flags = bytearray()  # for every document of the source: is it kept?
-        lengths, keys = array("q"), array("Q")
-        corpus, seen = hashlib.sha256(), set()
-        for document in source.documents(self.report):
-            digest = hashlib.sha256(document.text).digest()
-            self._flags.append(digest not in seen)
-            if digest in seen:
-                self.report.add("duplicate", document.name)
-                continue
-            seen.add(digest)
-            lengths.append(len(document.text))
-            keys.append(int.from_bytes(digest[:8], "little"))
-            corpus.update(f"{document.name}\0{digest.hex()}\n".encode())
-            if len(keys) % 64 == 0:
-                progress("read documents", len(keys), None, "documents")
-        self.lengths = np.frombuffer(lengths, np.int64)
-        self.keys = np.frombuffer(keys, np.uint64)
-        self.corpus_hash = corpus.hexdigest()
-        if not len(keys):
-            left_out = ", ".join(f"{n} {why}" for why, n in self.report.counts.items())
-            raise UserError(
-                "the source", "holds no usable document", f"left out: {left_out or 'nothing'}"
-            )
-        progress("read documents", len(keys), len(keys), "documents")
-        self.held_out = self.keys < np.uint64(min(validation * 2**64, 2**64 - 1))
-        if validation and not self.held_out.any():
-            self.held_out[np.argmin(self.keys)] = True
-
-    def indices(self, split: str) -> np.ndarray:
-        """The kept documents of a split, in corpus order."""
-        return np.flatnonzero(self.held_out if split == "validation" else ~self.held_out)
-
-    def shuffled(self, split: str) -> np.ndarray:
-        """The same in the order in which they are written: by a hash of their hash and the seed."""
-        indices = self.indices(split)
-        salt = mix64(np.array([self.seed % 2**64], np.uint64) + np.uint64(1))
-        return indices[np.argsort(mix64(self.keys[indices] ^ salt), kind="stable")]
-
-    def sample(self, documents: int) -> np.ndarray:
-        """A fixed sample of the training documents (lowest hashes), in corpus order."""
-        train = self.indices("train")
-        return np.sort(train[np.argsort(self.keys[train], kind="stable")[:documents]])
-
-    def sample_bytes(self, limit: int) -> np.ndarray:
-        """Training documents by hash until they hold `limit` bytes, in corpus order."""
-        train = self.indices("train")
-        by_hash = train[np.argsort(self.keys[train], kind="stable")]
-        count = np.searchsorted(np.cumsum(self.lengths[by_hash]), limit)
-        return np.sort(by_hash[: count + 1])
-
-    def bytes(self, split: str) -> int:
-        return int(self.lengths[self.indices(split)].sum())
-
-    def documents(self, wanted: np.ndarray | None = None) -> Iterator[tuple[int, Document]]:
-        """Another pass over the kept documents (or the wanted ones of them) with their indices."""
-        chosen = np.ones(len(self.keys), bool)
-        if wanted is not None:
-            chosen[:] = False
-            chosen[wanted] = True
-        index = 0
-        for flag, document in zip(self._flags, self.source.documents(Report()), strict=False):
-            if not flag:
-                continue
-            if index < len(chosen) and chosen[index]:
-                digest = hashlib.sha256(document.text).digest()
-                if int.from_bytes(digest[:8], "little") != int(self.keys[index]):
-                    raise UserError(document.name, "changed while it was read", "try again")
-                yield index, document
-            index += 1
-        if index != len(self.keys):
-            raise UserError("the source", "changed while it was read", "try again")
+    held_out: int
+    tokenizer: int
+    compared: int
+    is_single: bool
 
 
-class Halves:
-    """A source of one document as two: what comes before its last part, and that part."""
+class Part(NamedTuple):
+    """What a document, or a part of one, is to be: text for a split."""
 
-    def __init__(self, source: Source, validation: float):
-        self._source, self._share = source, validation
-
-    def describe(self) -> dict[str, Any]:
-        return self._source.describe()
-
-    def documents(self, report: Report) -> Iterator[Document]:
-        for document in self._source.documents(report):
-            at = cut(document.text, 0, max(1, round(len(document.text) * (1 - self._share))))
-            yield Document(f"{document.name} (first part)", document.text[:at])
-            yield Document(f"{document.name} (last part)", document.text[at:])
+    split: str
+    key: int
+    name: str
+    text: bytes
 
 
-def cut(text: bytes, start: int, size: int) -> int:
-    """The end of a piece of UTF-8 that begins at `start` and holds at most `size` bytes: after a
-    line, or where the second half of the piece has no line end, between two characters."""
-    end = start + size
-    if end >= len(text):
-        return len(text)
-    if (line := text.rfind(b"\n", start + size // 2, end)) >= 0:
-        return line + 1
-    while text[end] & 0xC0 == 0x80 and end > start:
-        end -= 1
-    return end if end > start else len(text)
+@dataclass(frozen=True)
+class Plan:
+    """A plan, picklable: where the hashes and ranges lie, and the bounds on keys."""
+
+    hashes: Path
+    ranges: Sequence[Path]
+    bounds: Bounds
+    validation: float
+
+    def parts(self, source: Source, number: int, unit: Unit, report: Report) -> Iterator[Part]:
+        """A unit's documents that are kept, in their order. Duplicates go into the report.
+
+        Raises ChangedError where a document isn't the one that was hashed.
+        """
+        documents = source.read(unit, Report())
+        with UnitFile(self.hashes / f"{number:06d}") as file:
+            dropped = np.concatenate([dropped_of(path, number) for path in self.ranges])
+            for run in map(Run._make, file.facts["runs"]):
+                keys, is_kept = np.zeros((2, run.documents), np.uint64)
+                places = run.column(file, "document") - np.uint64(run.first)
+                keys[places], is_kept[places] = run.column(file, "key"), 1
+                here = dropped - np.uint64(run.first)  # what lies before wraps round
+                is_kept[here[here < run.documents]] = 0
+                columns = (run.column(file, "raw").tolist(), keys.tolist(), is_kept.tolist())
+                for raw, key, kept in zip(*columns, strict=True):
+                    document = next(documents, None)
+                    if document is None or xxhash.xxh3_64_intdigest(document.text) != raw:
+                        raise ChangedError(unit.label)
+                    if kept:
+                        yield from self._of(key, document)
+                    else:
+                        report.add("duplicate", document.name)
+        if next(documents, None) is not None:
+            raise ChangedError(unit.label)
+
+    def _of(self, key: int, document: Document) -> Iterator[Part]:
+        name, text = document.name, document.text
+        if self.bounds.is_single:
+            at = cut(text, 0, max(1, round(len(text) * (1 - self.validation))))
+            yield Part("train", key, f"{name} (first part)", text[:at])
+            if at < len(text):
+                yield Part("validation", key, f"{name} (last part)", text[at:])
+        else:
+            yield Part("validation" if key < self.bounds.held_out else "train", key, name, text)
 
 
-def pieces(text: bytes, size: int) -> Iterator[str]:
-    """The text in pieces of at most `size` bytes (4 or more); joined they are the text."""
-    start = 0
-    while True:
-        end = cut(text, start, size)
-        yield text[start:end].decode("utf-8")
-        if end == len(text):
-            return
-        start = end
+def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
+    """The bounds for what the files in ranges/ keep.
+
+    validation: the share of documents that is held out; at least one is, the one with the lowest
+    key. sampled: bytes of training text for the tokenizer's sample, 0 for none; both samples take
+    the documents with the lowest keys. Raises UserError where nothing is left to train on.
+    """
+    held_out, held_bytes, count, total = int(validation * _ALL), 0, 0, 0
+    for path in ranges:
+        keys, sizes = kept_of(path)
+        if validation and len(keys) and not count:
+            held_out = max(held_out, int(keys[0]) + 1)
+        count += len(keys)
+        total += int(sizes.sum())
+        held_bytes += int(sizes[: _position(keys, held_out)].sum())
+    if validation and count == 1:
+        return Bounds(0, _ALL if sampled else 0, _ALL if total <= COMPARED else 0, is_single=True)
+    if held_bytes == total:
+        raise NoTextError("the source", "leaves no text to train on", "give more documents")
+    compared = COMPARED if 0 < held_bytes <= COMPARED else 0
+    return Bounds(
+        held_out,
+        _bound(ranges, held_out, sampled, count, inclusive=True),
+        _bound(ranges, held_out, compared, SAMPLE_FILES, inclusive=False),
+        is_single=False,
+    )
+
+
+def _bound(
+    ranges: Sequence[Path], start: int, limit: int, documents: int, *, inclusive: bool
+) -> int:
+    """The end of the keys from `start` on whose documents hold `limit` bytes and are `documents` at
+    most; inclusive: with the document that reaches the limit, else without what goes beyond."""
+    bound = 0
+    for path in ranges if limit else ():
+        keys, sizes = kept_of(path)
+        at = _position(keys, start)
+        keys, totals = keys[at:], np.cumsum(sizes[at:].astype(np.int64))
+        fits = int(np.searchsorted(totals, limit, side="left" if inclusive else "right"))
+        taken = min(fits + inclusive, documents, len(keys))
+        if taken:
+            bound = int(keys[taken - 1]) + 1
+            limit -= int(totals[taken - 1])
+            documents -= taken
+        if taken < len(keys) or not documents or limit <= 0:
+            break
+    return bound
+
+
+def _position(keys: np.ndarray, bound: int) -> int:
+    """How many of the ascending keys are below `bound`, which may be 2^64."""
+    return len(keys) if bound >= _ALL else int(np.searchsorted(keys, np.uint64(bound)))

@@ -8,14 +8,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from trainer.durable import read_json
 from trainer.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_FILE = "tokenizer.json"
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 # Said aloud, because tokenizers warns and turns itself serial where a process forks without it.
@@ -52,30 +55,98 @@ def byte_tokenizer() -> Tokenizer:
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer.json, ready to encode text whole. Raises UserError where it is missing or bad."""
+    return _parsed(_raw(Path(path)), str(path))
+
+
+def given_tokenizer(name: str) -> bytes | None:
+    """The tokenizer.json that a name stands for: "bytes", a file, or a Hugging Face directory with
+    one; None for "bpe", which is to be trained. Raises UserError where there is none."""
+    if name == "bpe":
+        return None
+    if name == "bytes":
+        return byte_tokenizer().to_str().encode()
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / _FILE).is_file():
+        raise UserError(name, f"holds no {_FILE}", "give a directory with one, or the file itself")
+    return _raw(path / _FILE if path.is_dir() else path)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer.json, with what is to be known of it; `end` is the id that ends a document."""
+
+    raw: bytes
+    size: int
+    end: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Little-endian, wide enough for every id."""
+        return np.dtype("<u2" if self.size <= 1 << 16 else "<u4")
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether ids are the bytes of the text: those need no tokenizer."""
+        return self.raw == byte_tokenizer().to_str().encode()
+
+    def load(self) -> Tokenizer:
+        return _parsed(self.raw, _FILE)
+
+
+def vocabulary_of(raw: bytes, where: str, end: str | None = None) -> Vocabulary:
+    """`where`: the name it was given by, where a directory may say how its texts end.
+
+    Raises UserError for one that is no tokenizer.json, has no such end, or loses count of bytes.
+    """
+    tokenizer = _parsed(raw, where)
+    sizes = token_bytes(tokenizer, where)
+    return Vocabulary(raw, len(sizes), end_of_text(tokenizer, where, end))
+
+
+def _raw(path: Path) -> bytes:
     try:
-        tokenizer = Tokenizer.from_str(Path(path).read_text("utf-8"))
+        return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(str(path), "no such tokenizer", "give a tokenizer.json") from None
-    except OSError:
-        raise
+        raise UserError(str(path), "no such tokenizer", f"give a {_FILE}") from None
+
+
+def _parsed(raw: bytes, where: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as e:  # tokenizers raises bare Exceptions for whatever it can't read
-        raise UserError(str(path), f"not a tokenizer.json ({e})", "give a whole one") from e
+        raise UserError(where, f"not a {_FILE} ({e})", "give a whole one") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> int:
-    """The id that ends a document: `name`, or the first usual one that the vocabulary has."""
-    for token in (name,) if name else (END_OF_TEXT, *_OTHER_ENDS):
-        if (found := tokenizer.token_to_id(token)) is not None:
-            return found
-    special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+    """The id that ends a document: `name`, or the first usual one that the vocabulary has, or the
+    one that a Hugging Face directory, `where`, calls so. Raises UserError where there is none, and
+    for a word that stands in texts as well."""
+    added = tokenizer.get_added_tokens_decoder()
+    for token in (name,) if name else (END_OF_TEXT, *_OTHER_ENDS, *_named_in(where)):
+        if (found := tokenizer.token_to_id(token)) is None:
+            continue
+        if found not in added and tokenizer.encode(token, add_special_tokens=False).ids == [found]:
+            what = f"{token!r} ends no document: it is a word of texts"
+            raise UserError(where, what, "name its end-of-text token")
+        return found
+    special = [t.content for t in added.values() if t.special]
     raise UserError(
         where,
         f"the vocabulary has no {name or END_OF_TEXT}",
         f"name its end-of-text token (special tokens: {', '.join(special[:8]) or 'none'})",
     )
+
+
+def _named_in(where: str) -> list[str]:
+    path = Path(where).expanduser() / "tokenizer_config.json"
+    if not path.is_file():
+        return []
+    token = read_json(path).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return [token] if isinstance(token, str) else []
 
 
 def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:

@@ -1,29 +1,47 @@
-"""`forescale shards`: the user's text into a dataset, with an account of what was left out."""
+"""`forescale shards`: the user's text into a dataset, with an account of what was left out.
+
+Corpora that are tokenised already are indexed where they lie; `forescale shards show` looks into
+what came of it.
+"""
 
 from pathlib import Path
+from typing import Any
 
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.documents import Policy
 from trainer.data.progress import console
+from trainer.data.report import printed
 from trainer.data.shards import MANIFEST, Dataset
 from trainer.data.text import Files
+from trainer.data.workers import available
 from trainer.errors import DONE, UserError
 from trainer.jobs import ShardsJob
+from trainer.names import nearest_first
 
-_NAMED = 3  # examples of each reason that are printed; manifest.json has up to 200
+_SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
 
 
 def main(words: list[str]) -> int:
+    if words[:1] == ["show"]:
+        return _show(words[1:])
     job: ShardsJob = compose("shards", overrides_of("shards", words))
     output = Path(job.output or "").expanduser()
     was_there = (output / MANIFEST).is_file()
     if output.exists() and not was_there:
         raise UserError(str(output), "exists, and is not a dataset", "choose another output")
+    make = _index if _are_tokenised(job.input) else _build
     with console() as progress:
-        build_dataset(Files(job.input, job.text_key), output, build_config(job), progress)
-    print(_report(Dataset(output), was_there))
+        make(job, output, progress)
+    print(_told(Dataset(output), was_there))
     return DONE
+
+
+def _build(job: ShardsJob, output: Path, progress: Any) -> None:
+    policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
+    source = Files(job.input, job.text_key, policy)
+    build_dataset(source, output, build_config(job), progress, job.workers or available())
 
 
 def build_config(job: ShardsJob) -> BuildConfig:
@@ -31,6 +49,7 @@ def build_config(job: ShardsJob) -> BuildConfig:
     return BuildConfig(
         tokenizer=job.tokenizer or "bpe",
         vocab_size=job.vocab_size,
+        end_of_text=job.end_of_text,
         validation=job.validation_fraction,
         seed=job.seed,
         shard_tokens=job.shard_tokens,
@@ -38,29 +57,73 @@ def build_config(job: ShardsJob) -> BuildConfig:
     )
 
 
-def _report(dataset: Dataset, was_there: bool) -> str:
+def _are_tokenised(inputs: list[str]) -> bool:
+    """Whether all inputs hold tokens, not text. Raises UserError for a mix of both."""
+    from trainer.data.inplace import in_place_kind
+
+    kinds = {path: in_place_kind(path) for path in inputs}
+    if not any(kinds.values()):
+        return False
+    if text := [path for path, kind in kinds.items() if kind is None]:
+        tokens = next(path for path, kind in kinds.items() if kind)
+        what = f"is text, and {tokens} is tokenised already"
+        raise UserError(text[0], what, "make a dataset of each, and mix them with data.sources")
+    return True
+
+
+def _index(job: ShardsJob, output: Path, progress: Any) -> None:
+    from trainer.data.inplace import index_corpus
+
+    if job.tokenizer is None:
+        what = "a corpus that is tokenised already doesn't say by which one"
+        raise UserError("tokenizer", what, "give its tokenizer.json")
+    index_corpus(
+        job.input,
+        output,
+        job.tokenizer,
+        end_of_text=job.end_of_text,
+        dtype=job.dtype,
+        validation_fraction=job.validation_fraction,
+        shard_tokens=job.shard_tokens,
+        member_tokens=job.member_tokens,
+        progress=progress,
+    )
+    print("The tokens stay where they are: nothing was copied, so don't move or change them.\n")
+
+
+def _told(dataset: Dataset, was_there: bool) -> str:
     head = "was there already, made from the same" if was_there else "is made"
-    lines = [
-        f"Dataset {dataset.path} {head} (corpus hash {dataset.corpus_hash[:16]}; "
-        f"{dataset.vocab_size:,} tokens in the vocabulary):",
-        "",
-    ]
-    for name, split in dataset.manifest["splits"].items():
-        tokens, documents, size = (split[k] for k in ("tokens", "documents", "bytes"))
-        ratio = f"{size / tokens:.2f} bytes a token" if tokens else "empty"
-        lines.append(
-            f"  {name:<11} {documents:>10,} documents  {size:>15,} bytes  {tokens:>13,} tokens  "
-            f"{ratio}, {_shards(len(split['shards']))}"
-        )
-    if left_out := dataset.manifest["report"]:
-        lines += ["", "Left out, or to be known (more names in manifest.json):"]
-        for reason, found in left_out.items():
-            names = ", ".join(found["first"][:_NAMED])
-            more = ", ..." if found["count"] > _NAMED else ""
-            lines.append(f"  {found['count']:>8,}  {reason}: {names}{more}")
-    lines += ["", f"Next: forescale train mine data.path={dataset.path}"]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"Dataset {dataset.path} {head} (corpus hash {dataset.corpus_hash[:16]}; "
+            f"{dataset.vocab_size:,} tokens in the vocabulary):",
+            "",
+            *printed(dataset.manifest),
+            "",
+            f"Next: forescale train mine data.path={dataset.path}",
+        ]
+    )
 
 
-def _shards(count: int) -> str:
-    return "1 shard" if count == 1 else f"{count} shards"
+def _show(words: list[str]) -> int:
+    """`forescale shards show DATASET [windows=N] [sequence_length=N] [seed=N]`."""
+    from trainer.data.show import show
+
+    paths = [word for word in words if "=" not in word or "://" in word]
+    if len(paths) != 1:
+        todo = "write forescale shards show DATASET"
+        raise UserError(" ".join(["show", *paths]), "needs one dataset", todo)
+    asked = dict(_SHOW)
+    for word in words:
+        name, _, value = word.partition("=")
+        if word in paths:
+            continue
+        if name not in asked:
+            near = nearest_first(name, asked)[0]
+            raise UserError(name, "no such key of shards show", f"the nearest is {near}")
+        if not value.isdecimal():
+            raise UserError(name, f"{value!r} is no whole number", f"such as {name}={_SHOW[name]}")
+        asked[name] = int(value)
+    where = paths[0] if "://" in paths[0] else Path(paths[0]).expanduser()
+    print(show(where, **asked))
+    return DONE

@@ -1,10 +1,11 @@
 """A small synthetic corpus for the tests of data/; also imported by processes that tests kill."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 
 from trainer.data.build import BuildConfig
-from trainer.data.text import Document, Report, decoded
+from trainer.data.documents import Document, Report, Unit, decoded
 
 WORDS = ["def", "return", "self", "naïve", "数据", "for", "in", "class\n\t", "🙂", "x0", "=="]
 SMALL = BuildConfig(
@@ -13,17 +14,28 @@ SMALL = BuildConfig(
 
 
 class Texts:
-    """Documents from memory; the policy for faulty text is the product's own."""
+    """Documents from memory, some of them a unit; the policy for faulty text is the product's."""
 
-    def __init__(self, texts: list[bytes]):
-        self.texts = texts
+    def __init__(self, texts: list[bytes], per_unit: int = 1_000_000):
+        self.texts, self.per_unit, self.sources = texts, per_unit, ["texts"]
 
     def describe(self) -> dict:
         return {"kind": "texts", "count": len(self.texts)}
 
-    def documents(self, report: Report) -> Iterator[Document]:
-        for i, text in enumerate(self.texts):
-            yield from decoded(f"text-{i}", text, report)
+    def state(self) -> Iterator[tuple[str]]:
+        yield (hashlib.sha256(b"\0".join(self.texts)).hexdigest(),)
+
+    def units(self) -> list[Unit]:
+        starts = range(0, len(self.texts), self.per_unit)
+        return [self._unit(i, min(i + self.per_unit, len(self.texts))) for i in starts]
+
+    def _unit(self, first: int, last: int) -> Unit:
+        size = sum(map(len, self.texts[first:last]))
+        return Unit(f"texts {first} to {last - 1}", size, 0, first, last)
+
+    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+        for i in range(unit.first, unit.last):
+            yield from decoded(f"text-{i}", self.texts[i], report)
 
 
 def synthetic(count: int = 60, seed: int = 1) -> list[bytes]:

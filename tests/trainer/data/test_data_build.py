@@ -4,11 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +14,13 @@ import numpy as np
 import pytest
 from synthetic_text import SMALL, Texts, synthetic
 
+from trainer.data import assemble, encode
 from trainer.data.build import build_dataset
 from trainer.data.check import check
-from trainer.data.plan import cut, pieces
+from trainer.data.documents import Policy
+from trainer.data.pieces import cut, pieces
 from trainer.data.shards import Dataset
+from trainer.data.text import Files
 from trainer.errors import UserError
 
 
@@ -50,7 +51,15 @@ def test_same_text_same_bytes(texts, dataset, tmp_path):
     assert Dataset(other).corpus_hash == Dataset(dataset).corpus_hash
 
 
-def test_threads_do_not_change_the_bytes(texts, dataset, tmp_path):
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_bytes_depend_on_no_number_of_workers(texts, tmp_path, workers):
+    source = Texts([*texts, b"", *texts[:9], b"\xff"], per_unit=5)
+    alone = build_dataset(source, tmp_path / "alone", SMALL)
+    many = build_dataset(source, tmp_path / "many", SMALL, workers=workers)
+    assert digest(many) == digest(alone)
+
+
+def test_hash_seeds_and_threads_do_not_change_the_bytes(texts, dataset, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from synthetic_text import *;"
         "from trainer.data.build import *; build_dataset(Texts(synthetic()), sys.argv[2], SMALL)"
@@ -58,12 +67,33 @@ def test_threads_do_not_change_the_bytes(texts, dataset, tmp_path):
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "serial")]
     environment = {
         **os.environ,
-        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
         "PYTHONHASHSEED": "7",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     subprocess.run(command, check=True, env=environment)
     assert digest(tmp_path / "serial") == digest(dataset)
+
+
+def test_however_little_is_held_at_a_time_the_bytes_are_the_same(
+    texts, dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(encode, "_RUN", 300)
+    monkeypatch.setattr(encode, "_BATCH", 100)
+    monkeypatch.setattr(assemble, "_GATHERED", 200)
+    monkeypatch.setattr(assemble, "_ROWS", 3)
+    assert digest(build_dataset(Texts(texts), tmp_path / "d", SMALL)) == digest(dataset)
+
+
+def test_the_shuffle_is_global(tmp_path):
+    texts = [b"document %d" % i for i in range(400)]
+    config = replace(SMALL, tokenizer="bytes", validation=0)
+    path = build_dataset(Texts(texts, per_unit=10), tmp_path / "d", config)
+    order = np.array([int(text.split()[1]) for text in texts_of(path, "train")])
+    assert sorted(order) == list(range(400))
+    assert abs(np.corrcoef(order, np.arange(400))[0, 1]) < 0.1
+    first = texts_of(path, "train")[: len(order) // 4]
+    assert len({int(text.split()[1]) // 10 for text in first}) > 30  # of the 40 units
 
 
 def test_every_document_comes_out_once_and_counts_agree(texts, dataset):
@@ -90,12 +120,14 @@ def test_faulty_and_duplicate_documents_are_counted(texts, dataset, tmp_path):
     extra = [b"", b" \n", b"\xff", texts[3], texts[3], texts[5]]
     path = build_dataset(Texts(texts + extra), tmp_path / "d", SMALL)
     report = Dataset(path).manifest["report"]
-    assert {reason: row["count"] for reason, row in report.items()} == {
+    assert {reason: row["count"] for reason, row in report["left_out"].items()} == {
         "duplicate": 3,
         "empty": 2,
         "undecodable": 1,
     }
-    assert report["duplicate"]["first"] == ["text-63", "text-64", "text-65"]
+    assert report["left_out"]["duplicate"]["first"] == ["text-63", "text-64", "text-65"]
+    size = 2 * len(texts[3]) + len(texts[5])
+    assert report["duplicates"] == {"documents": 3, "bytes": size}
     assert Dataset(path).identity == Dataset(dataset).identity
 
 
@@ -103,7 +135,7 @@ def test_the_end_of_text_token_in_a_text_is_text(tmp_path):
     texts = [*synthetic(20), b"a <|endoftext|> b"]
     path = build_dataset(Texts(texts), tmp_path / "d", SMALL)
     assert "a <|endoftext|> b" in texts_of(path, "train") + texts_of(path, "validation")
-    assert "not lossless in this tokenizer" not in Dataset(path).manifest["report"]
+    assert "not lossless in this tokenizer" not in Dataset(path).manifest["report"]["left_out"]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -141,7 +173,7 @@ def test_a_tokenizer_that_loses_text_is_reported(texts, dataset, tmp_path):
     given.write_text(json.dumps(spec))
     lossy = [*texts, b"  space before"]
     path = build_dataset(Texts(lossy), tmp_path / "d", replace(SMALL, tokenizer=str(given)))
-    row = Dataset(path).manifest["report"]["not lossless in this tokenizer"]
+    row = Dataset(path).manifest["report"]["left_out"]["not lossless in this tokenizer"]
     assert "text-60" in row["first"]
 
 
@@ -182,69 +214,67 @@ def test_bad_input_has_a_sentence_and_leaves_nothing(tmp_path, texts):
 
 def test_text_that_changes_while_it_is_read_is_refused(texts, tmp_path):
     class Changing(Texts):
-        def documents(self, report):
-            yield from super().documents(report)
+        def read(self, unit, report):
+            yield from super().read(unit, report)
             self.texts = [*self.texts[:-1], b"other"]
 
     with pytest.raises(UserError, match="changed while it was read"):
         build_dataset(Changing(list(texts)), tmp_path / "d", SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == [".d.lock"]
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from synthetic_text import SMALL, Texts, synthetic
-from trainer.data import build, writing
-left = int(sys.argv[3])
-def counting(self, document, add=writing.SplitWriter.add):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(self, document)
-writing.SplitWriter.add = counting
-def publish(value, *rest, table=build.write_table):
-    table(value, *rest)
-    os.kill(os.getpid(), signal.SIGKILL)
-build.write_table = publish
-build.build_dataset(Texts(synthetic()), sys.argv[2], SMALL)
-"""
+def test_what_is_finished_of_files_that_change_is_not_used(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"the text {name} of before\n")
+    (folder / "d.txt").write_bytes(b"not UTF-8 \xff\n")
+    config = replace(SMALL, tokenizer="bytes", validation=0)
 
+    def build():
+        source = Files([folder], policy=Policy(undecodable="fail"), unit_bytes=1)
+        said = []
+        path = build_dataset(
+            source, tmp_path / "d", config, lambda what, *a, **k: said.append(what)
+        )
+        return path, said[0]
 
-@pytest.mark.parametrize("documents", [1, 40, 10_000], ids=["first", "midway", "before the name"])
-def test_killed_at_any_time_it_starts_clean(texts, dataset, tmp_path, documents):
-    output = tmp_path / "d"
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED, here, str(output), str(documents)]
-    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
-    assert not output.exists()
-    assert any(p.name.endswith(".stage") for p in tmp_path.iterdir())  # it really was in the middle
-    build_dataset(Texts(texts), output, SMALL)
-    assert digest(output) == digest(dataset)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".d.lock", "d"]
+    with pytest.raises(UserError, match=r"in/d\.txt: isn't UTF-8"):
+        build()
+    assert (tmp_path / ".d.building" / "hashes" / "000000").exists()
+    (folder / "a.txt").write_text("the text a, of later\n")  # as long as before
+    (folder / "d.txt").write_bytes(b"now is UTF8\n")
+    path, said = build()
+    assert "begun of inputs that have changed since" in said
+    assert sorted(texts_of(path, "train"))[1] == "the text a, of later\n"
+    (folder / "b.txt").rename(folder / "e.txt")
+    with pytest.raises(UserError, match=r"built otherwise \(source differ"):
+        build()
 
 
 def test_a_second_builder_waits_and_finds_it_done(texts, tmp_path):
-    builds, phases = [], []
+    began, waits, said = threading.Event(), threading.Event(), []
 
     class Slow(Texts):
-        def documents(self, report):
-            builds.append(threading.get_ident())
-            time.sleep(0.05)
-            yield from super().documents(report)
+        def read(self, unit, report):
+            began.set()
+            assert waits.wait(60)
+            yield from super().read(unit, report)
 
-    def build(progress=lambda *a: None):
-        build_dataset(Slow(texts), tmp_path / "d", SMALL, progress)
+    class Unread(Texts):
+        def read(self, unit, report):
+            raise AssertionError("read by the second builder")
 
-    first = threading.Thread(target=build)
+    def second(sentence, *rest, **more):
+        said.append(sentence)
+        waits.set()
+
+    first = threading.Thread(target=build_dataset, args=(Slow(texts), tmp_path / "d", SMALL))
     first.start()
-    while not builds:
-        time.sleep(0.005)
-    build(lambda phase, *rest: phases.append(phase))
+    assert began.wait(60)
+    path = build_dataset(Unread(texts), tmp_path / "d", SMALL, second)
     first.join()
-    assert phases == ["wait for another process"]
-    assert threading.get_ident() not in builds
+    assert said == [f"{path}: another process builds it; waiting for that"]
 
 
 def test_pieces_are_the_text_and_keep_characters_whole():

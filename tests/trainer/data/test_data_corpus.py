@@ -40,7 +40,8 @@ def roots(tmp_path) -> dict[str, Path]:
 
 def test_names_order_and_exclusions(roots):
     report = Report()
-    names = [d.name for d in corpus.PythonSource(roots).documents(report)]
+    source = corpus.PythonSource(roots)
+    names = [d.name for unit in source.units() for d in source.read(unit, report)]
     own = [f"{f}m{i}.py" for f in ("inner/", "") for i in range(4)]
     assert names == [f"{p}/{n}" for p in roots for n in own]
     assert report.listed == {
@@ -70,7 +71,7 @@ def test_prepared_once_and_again_after_an_upgrade(roots, tmp_path, monkeypatch, 
         path = corpus.prepare_embedded(progress=progress)
     assert path.parent == tmp_path / "cache"
     said = capsys.readouterr().err
-    assert "read documents: 16 documents" in said
+    assert "find duplicates: 16 documents" in said
     assert "tokenise: " in said
 
     built = path.stat().st_mtime_ns

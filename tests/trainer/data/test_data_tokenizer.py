@@ -64,6 +64,8 @@ def test_what_cannot_be_used_has_a_sentence(tmp_path):
         token_bytes(Tokenizer(models.WordLevel({"a": 0}, "a")))
     with pytest.raises(UserError, match="257"):
         train_bpe(["x"], 100)
+    with pytest.raises(UserError, match="'a' ends no document"):
+        end_of_text(byte_tokenizer(), "here", "a")
     with pytest.raises(UserError, match=r"no <\|done\|>.*special tokens: <\|endoftext\|>"):
         end_of_text(byte_tokenizer(), "here", "<|done|>")
     assert np.all(token_bytes(byte_tokenizer()) <= 1)
