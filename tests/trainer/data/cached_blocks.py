@@ -1,0 +1,38 @@
+"""A cache of blocks before an origin that counts what it is asked for."""
+
+import random
+from pathlib import Path
+
+from trainer.data.cache import BlockCache
+
+FILE = "0123456789abcdef" * 2  # blocks are named by their file and their number in it
+BLOCK = 10_000
+STORED = BLOCK + 8  # with its checksum
+
+
+class Blocks:
+    """Blocks of `length` bytes, the same for every reader. fetched: numbers of those fetched."""
+
+    def __init__(self, directory: Path, limit: int = 1 << 20, length: int = BLOCK):
+        self.cache, self.length = BlockCache(directory, limit), length
+        self.fetched: list[int] = []
+
+    def origin(self, number: int) -> bytes:
+        return random.Random(number).randbytes(self.length)
+
+    def get(self, number: int, skip: int = 0, stop: int | None = None) -> bytes:
+        """As trainer.data.prefetch reads."""
+        name = f"{FILE}-{number}"
+        data = bytearray((self.length if stop is None else stop) - skip)
+        if self.cache.read(name, self.length, skip, memoryview(data)):
+            return bytes(data)
+
+        def fetch() -> bytearray:
+            self.fetched.append(number)
+            return bytearray(self.origin(number))
+
+        return bytes(self.cache.fill(name, self.length, fetch, 60)[skip:stop])
+
+
+def taken(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.iterdir() if p.name != "usage")

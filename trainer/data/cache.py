@@ -1,0 +1,289 @@
+"""Blocks of remote files on a node's own disk, shared by all processes there.
+
+    NAME              a block: its bytes, then XXH3-64 of every 64 KiB of them, 8 bytes each
+    NAME.part         one that is being fetched; whoever fetches it holds its lock
+    usage             8 bytes: what all blocks take up; its lock guards publishing and eviction
+
+Locks are flock's, which the kernel drops when a process dies: what a killed one leaves is taken
+over by the next that wants the block, or removed by the next eviction.
+
+Invariant: bytes come out of the cache only if their checksum, which covers the block's name too,
+was right in this very read. The blocks never take more than the limit, whoever writes them. A
+block may go away at any time; a read then has all of its bytes or says that there are none.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from trainer.errors import UserError
+
+_PIECE = 1 << 16  # bytes under one checksum
+_NAME = re.compile(r"[0-9a-f]{32}-\d+")
+_POLL = 0.01  # seconds between two looks at a block that another process fetches
+_FRESH = 1.0  # seconds within which a second read of a block doesn't make it any younger
+_SPARE = 0.9  # eviction goes down to this part of the limit, so that it is seldom needed
+
+
+class BlockCache:
+    """Blocks by name (32 hex digits, a dash, a number), at most `limit` bytes altogether.
+
+    Safe between threads and between processes. Raises UserError where the directory can't be used;
+    later, a disk that fails costs speed and a warning, not the run (`failing` says so).
+    """
+
+    def __init__(self, directory: Path, limit: int):
+        self._directory, self._prefix = str(directory), f"{directory}/"
+        self.failing = self._warned = False
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            with self._usage() as usage:
+                _sweep(self._prefix)
+                # Never the whole of a disk: others write to it, and a full one would stop them.
+                taken = self._count(usage)
+                room = shutil.disk_usage(directory).free + taken
+                self.limit = min(limit, int(_SPARE * room))
+                if taken > self.limit:
+                    _set(usage, self._evict(self.limit))
+        except OSError as e:
+            what = f"can't be the cache of remote files ({e.strerror})"
+            todo = "choose a directory on a disk of the node's own that you may write to"
+            raise UserError(str(directory), what, todo) from e
+
+    def read(self, name: str, length: int, skip: int, into: memoryview) -> bool:
+        """Fill `into` with a block's bytes from `skip` on; False if it isn't here, and whole.
+
+        length: bytes of the whole block.
+        """
+        try:
+            fd = os.open(self._prefix + name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            if e.errno != errno.ENOENT:
+                self._fails(e)
+            return False
+        try:
+            good = _read_checked(fd, name, length, skip, into)
+        except OSError as e:
+            self._fails(e)
+            good = False
+        finally:
+            os.close(fd)
+        if not good:
+            self.drop(name)
+        return good
+
+    def fill(
+        self, name: str, length: int, fetch: Callable[[], bytearray], wait: float
+    ) -> bytearray:
+        """All bytes of a block. One process of the node fetches it, the others wait for that one.
+
+        fetch: called under the lock of this block alone; what it raises is raised here. wait:
+        seconds after which a process that is stuck isn't waited for any more.
+        """
+        until, path = time.monotonic() + wait, f"{self._prefix}{name}.part"
+        data = bytearray(length)
+        while True:
+            try:
+                part = _locked(path)
+            except OSError as e:
+                self._fails(e)
+                return fetch()
+            try:  # also with the lock: it may have been published since the last look
+                if self.read(name, length, 0, memoryview(data)):
+                    return data
+                if part is not None:
+                    data = fetch()
+                    self._publish(part, name, data)
+                    return data
+            finally:
+                if part is not None:
+                    _release(part, path)
+            if time.monotonic() > until:
+                return fetch()
+            time.sleep(_POLL)
+
+    def keep(self, name: str, length: int) -> bool:
+        """Whether a block seems to be here (its bytes are judged when they are read); if so, it
+        now counts as read, so that it isn't evicted before it is."""
+        try:
+            facts = os.stat(self._prefix + name)
+            _refresh(self._prefix + name, facts)
+        except OSError as e:
+            if e.errno != errno.ENOENT:
+                self._fails(e)
+            return False
+        return facts.st_size == _stored(length)
+
+    def drop(self, name: str) -> None:
+        """Remove a block, so that the next read fetches it."""
+        try:
+            with self._usage() as usage:
+                _set(usage, self._count(usage) - _remove(self._prefix + name))
+        except OSError as e:
+            self._fails(e)
+
+    def _publish(self, part: int, name: str, data: bytearray) -> None:
+        """Write a fetched block and give it its name."""
+        sums = b"".join(_checksums(name, memoryview(data), 0))
+        size = len(data) + len(sums)
+        try:
+            if size > self.limit:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self._usage() as usage:
+                taken = self._count(usage)
+                if taken + size > self.limit:
+                    taken = self._evict(min(int(_SPARE * self.limit), self.limit - size))
+                # Counted first: what a killed process counts in vain, the next eviction mends.
+                _set(usage, taken + size)
+                if os.pwritev(part, [data, sums], 0) < size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.rename(f"{self._prefix}{name}.part", self._prefix + name)
+            self.failing = False
+        except OSError as e:
+            self._fails(e)
+
+    def _evict(self, target: int) -> int:
+        """Remove the blocks that were read longest ago, until the rest takes up at most `target`.
+
+        Returns what the rest takes up. The caller holds the lock of `usage`.
+        """
+        _sweep(self._prefix)
+        rows = sorted(_blocks(self._prefix))
+        left = sum(size for _, size, _ in rows)
+        for _, size, name in rows:
+            if left <= target:
+                break
+            _remove(self._prefix + name)
+            left -= size
+        return left
+
+    @contextmanager
+    def _usage(self) -> Iterator[int]:
+        fd = os.open(self._prefix + "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            # Closing alone keeps it where a fork has the descriptor too.
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    def _count(self, usage: int) -> int:
+        raw = os.pread(usage, 8, 0)
+        if len(raw) == 8:
+            return int.from_bytes(raw, "little")
+        return sum(size for _, size, _ in _blocks(self._prefix))
+
+    def _fails(self, error: OSError) -> None:
+        self.failing = True
+        if not self._warned:
+            self._warned = True
+            what = f"{self._directory}: the cache of remote files fails ({error.strerror})"
+            warnings.warn(f"{what}; reading goes on without it", RuntimeWarning, stacklevel=2)
+
+
+def _read_checked(fd: int, name: str, length: int, skip: int, into: memoryview) -> bool:
+    """Fill `into` from an open block; False where the block is cut off or a checksum is wrong."""
+    facts = os.fstat(fd)
+    if facts.st_size != _stored(length):
+        return False
+    first, last = skip // _PIECE, (skip + len(into) - 1) // _PIECE
+    data = memoryview(bytearray(min((last + 1) * _PIECE, length) - first * _PIECE))
+    sums = bytearray(8 * (last + 1 - first))
+    if os.preadv(fd, [data], first * _PIECE) < len(data):
+        return False
+    if os.preadv(fd, [sums], length + 8 * first) < len(sums):
+        return False
+    if b"".join(_checksums(name, data, first)) != sums:
+        return False
+    into[:] = data[skip - first * _PIECE :][: len(into)]
+    _refresh(fd, facts)
+    return True
+
+
+def _stored(length: int) -> int:
+    """Bytes that a block of this length takes up with its checksums."""
+    return length + 8 * -(-length // _PIECE)
+
+
+def _refresh(file: int | str, facts: os.stat_result) -> None:
+    if time.time() - facts.st_mtime > _FRESH:
+        os.utime(file)
+
+
+def _checksums(name: str, data: memoryview, first: int) -> Iterator[bytes]:
+    seed = xxhash.xxh3_64_intdigest(name.encode()) + first
+    for i, start in enumerate(range(0, len(data), _PIECE)):
+        yield xxhash.xxh3_64_digest(data[start : start + _PIECE], (seed + i) % 2**64)
+
+
+def _blocks(prefix: str) -> list[tuple[float, int, str]]:
+    """(time of the last read, size, name) of every block."""
+    rows = []
+    with os.scandir(prefix) as entries:
+        for entry in entries:
+            if _NAME.fullmatch(entry.name):
+                with suppress(FileNotFoundError):
+                    facts = entry.stat()
+                    rows.append((facts.st_mtime, facts.st_size, entry.name))
+    return rows
+
+
+def _sweep(prefix: str) -> None:
+    """Remove the parts that nobody fetches: their processes were killed."""
+    for name in os.listdir(prefix):
+        if name.endswith(".part") and _NAME.fullmatch(name[:-5]):
+            path = prefix + name
+            if (part := _locked(path)) is not None:
+                _release(part, path)
+
+
+def _locked(path: str) -> int | None:
+    """A descriptor of this file, made if need be, with its lock; None if another holds it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The name may be another file's by now: its last holder has removed or published it.
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _release(fd: int, path: str) -> None:
+    """Remove the file, unless it has another name by now, and let go of its lock."""
+    try:
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _remove(path: str) -> int:
+    """Remove a block that may be gone already; the bytes that it took up."""
+    try:
+        size = os.stat(path).st_size
+        os.unlink(path)
+    except FileNotFoundError:
+        return 0
+    return size
+
+
+def _set(usage: int, count: int) -> None:
+    os.pwrite(usage, max(0, count).to_bytes(8, "little"), 0)
