@@ -1,4 +1,4 @@
-"""A dataset on disk, read: manifest, index beside every tar, tokens verified before they are used.
+"""A dataset, read: a manifest, shards of tokens, and an index beside every shard.
 
     manifest.json               what the dataset holds and how it was made
     files.json                  size and sha256 of every file, the manifest too (trainer.durable)
@@ -7,74 +7,79 @@
       000000.tok.bin            little-endian uint16, or uint32 above 65,536 entries
       000000.doc.bin            uint32 ends of the documents that end in this member, exclusive,
                                 counted in tokens from the member's first
-    train-000000.index.json     offset, size and sha256 of every member, cumulative tokens
+    train-000000.index.json     offset, size and checksums of every member, cumulative tokens
     validation-000000.tar ...
 
-Invariant: no token of a member is handed out before the member's sha256 has been compared with the
-index's, and the index's with the manifest's, in this process. A shard is one sequence of tokens;
-members are only how it lies in the tar.
+A corpus that is used in place has no tars: the manifest names its files where they lie, and the
+document ends are in train-000000.doc.bin beside the index.
+
+Invariant: what is handed out is what was written. The table of files vouches for the manifest, that
+for each index, and the index for every chunk of tokens (trainer.data.members).
 """
 
 import hashlib
 import json
-import os
-from bisect import bisect_right
 from functools import cached_property, lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from trainer.data.tokenizer import load_tokenizer, token_bytes
-from trainer.durable import TABLE, hash_file, read_json, read_table
+from trainer.data.members import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, Shard
+from trainer.data.remote import CACHE_BYTES, Store, open_store
+from trainer.data.tokenizer import token_bytes
+from trainer.durable import TABLE
 from trainer.errors import UserError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
+__all__ = ["FORMAT", "MANIFEST", "TOKENIZER", "Damaged", "Dataset", "Split"]
+
 _OPEN = 64  # shards of a split that are kept open at a time
-_RESTORE = "restore it from a copy, or build the dataset again"
-
-
-class Member(NamedTuple):
-    """One tok.bin in a tar, with its doc.bin; offsets and sizes in bytes, the rest in tokens."""
-
-    key: str
-    first: int
-    tokens: int
-    documents: int
-    tok: dict[str, Any]  # offset, size, sha256
-    doc: dict[str, Any]
 
 
 class Dataset:
-    """A dataset that was built by `trainer.data.build`. Opening it reads the manifest alone.
+    """A dataset in a directory, or behind a URL. Opening it reads the manifest alone.
 
-    Raises UserError where the path holds no dataset, or a damaged manifest.
+    cache: where parts of a remote one are kept on this machine. Raises UserError where the path
+    holds no dataset, or a damaged manifest.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not (self.path / MANIFEST).is_file():
-            what = f"not a dataset (no {MANIFEST})" if self.path.is_dir() else "no such dataset"
-            raise UserError(str(path), what, "make one with `forescale shards`")
-        self._table = read_table(self.path)
-        self._verify(MANIFEST)
-        self.manifest: dict[str, Any] = read_json(self.path / MANIFEST)
-        if (version := self.manifest["format"]) != FORMAT:
-            raise UserError(
-                str(path), f"format {version} is unknown to this version", "install a newer one"
-            )
+    def __init__(self, path: str | Path, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
+        self._store = open_store(path, cache, cache_bytes)
+        self.where = self._store.where  # as messages name it
+        self.path = Path(self.where)  # of a local one
+        if not self._store.exists(MANIFEST):
+            there = "://" not in self.where and self.path.is_dir()
+            what = f"not a dataset (no {MANIFEST})" if there else "no such dataset"
+            raise UserError(self.where, what, "make one with `forescale shards`")
+        self._table = self._json(TABLE, self._store.read(TABLE))
+        self.manifest: dict[str, Any] = self._json(MANIFEST, self._verified(MANIFEST))
+        version = self.manifest.get("format")
+        if version != FORMAT:
+            older = isinstance(version, int) and version < FORMAT
+            todo = "build it again" if older else "install a newer version"
+            raise UserError(self.where, f"its format {version} is unknown to this version", todo)
 
-    def _verify(self, name: str) -> None:
-        path = self.path / name
-        if name not in self._table:
-            raise UserError(str(path), f"not listed in {TABLE}", _RESTORE)
-        if not path.is_file():
-            raise UserError(str(path), "missing", _RESTORE)
-        if hash_file(path) != self._table[name]:
-            raise UserError(str(path), f"damaged: its sha256 isn't the one in {TABLE}", _RESTORE)
+    def _json(self, name: str, raw: bytes) -> dict[str, Any]:
+        try:
+            value = json.loads(raw)
+        except ValueError as e:
+            where = f"{self.where}/{name}"
+            raise UserError(where, f"damaged: not valid JSON ({e})", RESTORE) from e
+        if not isinstance(value, dict):
+            raise UserError(f"{self.where}/{name}", "damaged: not a JSON object", RESTORE)
+        return value
+
+    def _verified(self, name: str) -> bytes:
+        """A small file, whole, as the table of files has it."""
+        where, entry = f"{self.where}/{name}", self._table.get(name)
+        if not isinstance(entry, dict):
+            raise UserError(where, f"not listed in {TABLE}", RESTORE)
+        raw = self._store.read(name)
+        if len(raw) != entry.get("size") or _sha256(raw) != entry.get("sha256"):
+            raise UserError(where, f"damaged: its sha256 isn't the one in {TABLE}", RESTORE)
+        return raw
 
     @cached_property
     def identity(self) -> str:
@@ -84,11 +89,11 @@ class Dataset:
         """
         m = self.manifest
         shards = {
-            name: [(s["tokens"], s["sha256"]) for s in split["shards"]]
+            name: [(s["tokens"], s["sha256"] or s["content"]) for s in split["shards"]]
             for name, split in m["splits"].items()
         }
         what = [m["format"], m["dtype"], m["tokenizer"]["sha256"], shards]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return _sha256(json.dumps(what, sort_keys=True).encode())
 
     @property
     def corpus_hash(self) -> str:
@@ -105,118 +110,98 @@ class Dataset:
         return self.manifest["tokenizer"]["end_of_text"]
 
     @cached_property
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer's file, verified."""
+        return self._verified(TOKENIZER)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        self._verify(TOKENIZER)
-        return load_tokenizer(self.path / TOKENIZER)
+        tokenizer = Tokenizer.from_buffer(self.tokenizer_json)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each token id, int64 of shape (vocab_size,); special tokens 0."""
-        return token_bytes(self.tokenizer, str(self.path / TOKENIZER))
+        return token_bytes(self.tokenizer, f"{self.where}/{TOKENIZER}")
 
     def split(self, name: str) -> "Split":
         if name not in self.manifest["splits"]:
             have = ", ".join(self.manifest["splits"])
-            raise UserError(str(self.path), f"has no split {name!r}", f"it has {have}")
-        return Split(self.path, name, self.manifest["splits"][name], self.manifest["dtype"])
+            raise UserError(self.where, f"has no split {name!r}", f"it has {have}")
+        return Split(self._store, name, self.manifest["splits"][name], self.manifest["dtype"])
 
 
 class Split:
     """One split of a dataset: shards of tokens, read at any position.
 
     num_tokens (with one end-of-text a document), num_documents, num_bytes (UTF-8 of the documents),
-    shard_tokens. Reading is safe from several threads.
+    shard_tokens; dtype: of the tokens read, in native order. Reading is safe from several threads.
     """
 
-    def __init__(self, path: Path, name: str, manifest: dict[str, Any], dtype: str):
-        self.name, self.dtype = name, np.dtype(dtype).newbyteorder("<")
+    def __init__(self, store: Store, name: str, manifest: dict[str, Any], dtype: str):
+        stored = np.dtype(dtype)
+        self._stored = stored.newbyteorder("<") if dtype == stored.name else stored
+        self.name, self.dtype = name, self._stored.newbyteorder("=")
         self.num_tokens: int = manifest["tokens"]
         self.num_documents: int = manifest["documents"]
         self.num_bytes: int = manifest["bytes"]
         self.shard_tokens: list[int] = [s["tokens"] for s in manifest["shards"]]
-        self._path, self._rows = path, manifest["shards"]
-        self._verified: set[tuple[int, int]] = set()
+        self._store, self._rows = store, manifest["shards"]
+        places = [store.where, *(row["file"] for row in self._rows)]
+        self.is_remote = any("://" in place for place in places)  # then `will_read` is worth a call
         self.shard = lru_cache(_OPEN)(self._open)  # an evicted shard closes with its last reader
 
-    def _open(self, shard: int) -> "Shard":
-        return Shard(self._path, self._rows[shard], self.dtype)
+    def _open(self, shard: int) -> Shard:
+        return Shard(self._store, self._rows[shard], self._stored, self.name, shard)
+
+    def shard_name(self, shard: int) -> str:
+        """The file that holds the shard."""
+        return self._rows[shard]["file"]
 
     def read(self, shard: int, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of a shard, in the dtype of the dataset, shape (length,).
-
-        Raises UserError, naming tar and member, where they can't be read or are damaged.
-        """
-        opened = self.shard(shard)
-        if start < 0 or length < 0 or start + length > opened.num_tokens:
-            raise ValueError(f"[{start}, {start + length}) of {opened.num_tokens} tokens")
+        """Tokens [start, start + length) of a shard, of shape (length,). Raises Damaged, naming
+        file and member, where they can't be read or aren't what was written."""
         tokens = np.empty(length, self.dtype)
-        filled, at = 0, opened.find(start)
-        while filled < length:
-            member = opened.members[at]
-            if (shard, at) not in self._verified:
-                opened.verify(at)
-                self._verified.add((shard, at))
-            skip = start + filled - member.first
-            part = tokens[filled : filled + member.tokens - skip]
-            opened.fill(part, member, skip)
-            filled += len(part)
-            at += 1
+        self.shard(shard).read_into(start, tokens)
         return tokens
 
+    def read_into(self, shard: int, start: int, out: np.ndarray) -> None:
+        """`read` into an array, shape (length,), of any dtype that holds the ids."""
+        self.shard(shard).read_into(start, out)
 
-class Shard:
-    """One tar, open, with its index: where the members lie and what they must hash to."""
+    def read_rows(self, shard: np.ndarray, start: np.ndarray, out: np.ndarray) -> None:
+        """`read` many of one length at a time, the fastest way: window i into row i of `out`,
+        shape (n, length), of any dtype that holds the ids. shard, start: shape (n,)."""
+        rows: dict[int, tuple[list[int], list[int]]] = {}
+        for row, (number, first) in enumerate(zip(shard.tolist(), start.tolist(), strict=True)):
+            group = rows.get(number) or rows.setdefault(number, ([], []))
+            group[0].append(row)
+            group[1].append(first)
+        for number, group in rows.items():
+            self.shard(number).read_rows(*group, out)
 
-    def __init__(self, directory: Path, row: dict[str, Any], dtype: np.dtype):
-        self.path, self.dtype, self.num_tokens = directory / row["tar"], dtype, row["tokens"]
-        index = directory / row["index"]
-        try:
-            raw = index.read_bytes()
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
-            size = os.fstat(self._file.fileno()).st_size
-        except FileNotFoundError as e:
-            raise UserError(e.filename, "missing from the dataset", _RESTORE) from None
-        if hashlib.sha256(raw).hexdigest() != row["index_sha256"]:
-            raise UserError(str(index), "damaged: its sha256 isn't the manifest's", _RESTORE)
-        if size != row["size"]:
-            what = f"{size:,} bytes where the manifest says {row['size']:,}"
-            raise UserError(str(self.path), what, _RESTORE)
-        self.members = [Member(**m) for m in json.loads(raw)["members"]]
-        self._firsts = [m.first for m in self.members]
+    def document_ends(self, shard: int, start: int, length: int) -> np.ndarray:
+        """Where documents end inside [start, start + length): exclusive and relative to start, in
+        (0, length]; int64, ascending. Raises Damaged."""
+        return self.shard(shard).document_ends(start, length)
 
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+    def members(self, shard: int, start: int, length: int) -> list[str]:
+        """Keys of the members that hold these tokens; reads the index alone."""
+        opened = self.shard(shard)
+        return [opened.members[at].key for at in opened.touched(start, length)]
 
-    def find(self, token: int) -> int:
-        return bisect_right(self._firsts, token) - 1
+    def will_read(self, shard: np.ndarray, start: np.ndarray, length: np.ndarray) -> None:
+        """A hint of what is read next, in this order; free where the files are local."""
+        shards = {number: self.shard(number) for number in set(shard.tolist())}
+        if all(opened.is_local for opened in shards.values()):
+            return
+        windows = zip(shard.tolist(), start.tolist(), length.tolist(), strict=True)
+        for number, group in groupby(windows, key=lambda window: window[0]):
+            ranges = [r for window in group for r in shards[number].byte_ranges(*window[1:])]
+            shards[number].file.will_read(ranges)
 
-    def payload(self, member: Member, kind: str) -> bytearray:
-        """The whole of a member's `tok` or `doc` file, verified. Raises UserError."""
-        where = getattr(member, kind)
-        data = bytearray(where["size"])
-        self._pread(memoryview(data), where["offset"], f"{member.key}.{kind}.bin")
-        if hashlib.sha256(data).hexdigest() != where["sha256"]:
-            what = f"member {member.key}.{kind}.bin is damaged: its sha256 isn't the index's"
-            raise UserError(str(self.path), what, _RESTORE)
-        return data
 
-    def verify(self, at: int) -> None:
-        self.payload(self.members[at], "tok")
-
-    def fill(self, tokens: np.ndarray, member: Member, skip: int) -> None:
-        """Read a member's tokens from `skip` on into an array of the shard's dtype."""
-        offset = member.tok["offset"] + skip * self.dtype.itemsize
-        self._pread(memoryview(tokens.view(np.uint8).data), offset, f"{member.key}.tok.bin")
-
-    def _pread(self, into: memoryview, offset: int, name: str) -> None:
-        # Not mmap: a fault of the storage would end the process (SIGBUS) without a sentence.
-        while into.nbytes:
-            try:
-                count = os.preadv(self._file.fileno(), [into], offset)
-            except OSError as e:
-                what = f"member {name} can't be read ({e.strerror})"
-                raise UserError(str(self.path), what, "check the storage, or restore it") from e
-            if not count:
-                raise UserError(str(self.path), f"is cut off in member {name}", _RESTORE)
-            into, offset = into[count:], offset + count
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()

@@ -1,0 +1,208 @@
+"""The stream's int64 batches, order and checks included, against three ways to have the like: a raw
+numpy memmap read in random order, plain webdataset, and litdata. Warm cache, tokens a second.
+
+Ours is what a run reads: a dataset of tars, windows in the order of `data.shuffle_shards` shards,
+inputs and targets of a step as int64. A side counts L tokens a window.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from pairing import Result, interleaved
+
+from trainer.data.feed import Feed
+from trainer.data.mixture import Mixture, Stage
+from trainer.data.order import Order
+from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER, Dataset
+from trainer.data.stream import Share, stream
+from trainer.data.tokenizer import byte_tokenizer
+from trainer.data.writing import ShardWriter
+from trainer.durable import write_file, write_json, write_table
+
+SHARDS, SHARD_TOKENS = 8, 1 << 22
+SHUFFLE_SHARDS = 8  # as conf/data has it
+STEP = 1 << 18  # tokens a step of one rank, its share of a batch of some millions
+END, VOCABULARY = 256, 257
+WINDOW = 2048
+SECONDS = 0.4  # that one turn measures
+SAMPLES = 4096  # members of the tar for webdataset
+
+
+def measure(rounds: int) -> list[Result]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write(root)
+        results = [
+            compare(
+                rounds,
+                root,
+                f"stream against {name}, windows of {length:,}",
+                gather,
+                0,
+                length,
+                "at least 0.8" if gather is rows else "",
+            )
+            for length in (2048, 256)
+            for name, gather in (("a memmap", rows), ("a memmap at numpy's fastest", strided))
+        ]
+        write_members(root)
+        name = f"stream against webdataset's decode() of {WINDOW:,}-token .npy"
+        results.append(compare(rounds, root, name, webdataset, 0, WINDOW, "at least 20"))
+        if find_spec("litdata") is None:
+            print("stream against litdata: not measured, it isn't installed (pip install litdata)")
+            return results
+        for workers in (0, 1):
+            name = f"stream against litdata's StreamingDataset, {workers} workers"
+            write_chunks(root)
+            results.append(compare(rounds, root, name, litdata, workers, WINDOW, "at least 2"))
+    return results
+
+
+def compare(
+    rounds: int, root: Path, name: str, other: Callable, workers: int, length: int, asked: str
+) -> Result:
+    with ExitStack() as stack:
+        sides = []
+        for batches in (ours, other):
+            found = stack.enter_context(closing(batches(root, length, workers)))
+            sides.append(partial(rate, found))
+        read = 0
+        while read < SHARDS * SHARD_TOKENS:  # all that there is, once
+            read += next(sides[0].args[0])
+        rates = interleaved(rounds, *sides)
+    return Result(name, "M tokens/s", ("ours", other.__name__), rates, asked)
+
+
+def rate(batches: Iterator[int]) -> float:
+    """How fast it goes on, in million tokens a second."""
+    next(batches)  # what was made while the other side had its turn
+    began, tokens = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < SECONDS:
+        tokens += next(batches)
+    return tokens / spent / 1e6
+
+
+def ours(root: Path, length: int, workers: int) -> Iterator[int]:
+    split = Dataset(root / "dataset").split("train")
+    order = Order(split.shard_tokens, length, 1, SHUFFLE_SHARDS)
+    feed = Feed({"data": split}, Mixture({"data": order}, [Stage.of(0, [1])], 1), VOCABULARY)
+    windows = STEP // length
+    micro = max(1, windows // 8)
+    for batch in stream(feed, Share(windows, micro), range(1 << 40), 0, workers=workers):
+        yield sum(m.tokens.numel() for m in batch.micro)
+
+
+def memmap(root: Path, length: int) -> tuple[np.memmap, Iterator[np.ndarray]]:
+    """The tokens, and where the windows of a step begin, in random order."""
+    data = np.memmap(root / "tokens.bin", "<u2", "r")
+    firsts = np.random.default_rng(0).permutation((len(data) - 1) // length) * length
+    windows = STEP // length
+    steps = [firsts[at : at + windows] for at in range(0, len(firsts) - windows, windows)]
+    return data, cycle(steps)
+
+
+def rows(root: Path, length: int, workers: int) -> Iterator[int]:
+    """Window by window, as training scripts do, without a copy too many."""
+    data, steps = memmap(root, length)
+    for starts in steps:
+        pair = np.empty((2, len(starts), length), np.int64)
+        for row, start in enumerate(starts.tolist()):
+            window = data[start : start + length + 1]
+            pair[0, row], pair[1, row] = window[:-1], window[1:]
+        yield torch.from_numpy(pair)[0].numel()
+
+
+def strided(root: Path, length: int, workers: int) -> Iterator[int]:
+    """All windows of a step by one index into a strided view of the file, with no check at all."""
+    data, steps = memmap(root, length)
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(data), length + 1)
+    for starts in steps:
+        pair, found = np.empty((2, len(starts), length), np.int64), windows[starts]
+        pair[0], pair[1] = found[:, :-1], found[:, 1:]
+        yield torch.from_numpy(pair)[0].numel()
+
+
+def webdataset(root: Path, length: int, workers: int) -> Iterator[int]:
+    """Members as they come: no shuffle, no batches, no int64."""
+    from webdataset import WebDataset
+
+    while True:
+        for sample in WebDataset(str(root / "members.tar"), shardshuffle=False).decode():
+            yield len(sample["npy"])
+
+
+def litdata(root: Path, length: int, workers: int) -> Iterator[int]:
+    from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
+
+    loader = TokensLoader(block_size=length + 1)
+    data = StreamingDataset(str(root / "chunks"), item_loader=loader, shuffle=True)
+    while True:
+        for batch in StreamingDataLoader(data, batch_size=STEP // length // 8, num_workers=workers):
+            batch = batch.long()
+            yield batch[:, :-1].numel()
+
+
+def write(root: Path) -> None:
+    """A dataset of random tokens, and the same tokens in one flat file."""
+    path, rng = root / "dataset", np.random.default_rng(0)
+    path.mkdir()
+    files = {TOKENIZER: write_file(path / TOKENIZER, byte_tokenizer().to_str().encode())}
+    shards = []
+    with open(root / "tokens.bin", "wb") as flat:
+        for number in range(SHARDS):
+            writer = ShardWriter(path, f"train-{number:06d}", np.dtype("uint16"), 1 << 20)
+            for _ in range(SHARD_TOKENS // 1024):
+                document = np.append(rng.integers(0, 256, 1023), END).astype("<u2")
+                writer.add(document)
+                flat.write(document)
+            row, entries = writer.finish()
+            shards.append(row)
+            files |= entries
+    totals = {key: sum(row[key] for row in shards) for key in ("tokens", "documents")}
+    manifest = {
+        "format": FORMAT,
+        "dtype": "uint16",
+        "tokenizer": {
+            "file": TOKENIZER,
+            "sha256": files[TOKENIZER].sha256,
+            "vocab_size": VOCABULARY,
+            "end_of_text": END,
+        },
+        "splits": {"train": {**totals, "bytes": 0, "shards": shards}},
+    }
+    files[MANIFEST] = write_json(path / MANIFEST, manifest)
+    write_table(path, files)
+
+
+def write_members(root: Path) -> None:
+    from webdataset import TarWriter
+
+    tokens = np.fromfile(root / "tokens.bin", "<u2", SAMPLES * WINDOW).reshape(SAMPLES, WINDOW)
+    with TarWriter(str(root / "members.tar")) as tar:
+        for number, window in enumerate(tokens):
+            tar.write({"__key__": f"{number:06d}", "npy": window})
+
+
+def write_chunks(root: Path) -> None:
+    """The same tokens as litdata keeps them, in chunks of 32 MB."""
+    from litdata import TokensLoader
+    from litdata.streaming.writer import BinaryWriter
+
+    if (root / "chunks").exists():
+        return
+    writer = BinaryWriter(str(root / "chunks"), chunk_bytes=1 << 25, item_loader=TokensLoader())
+    tokens = np.fromfile(root / "tokens.bin", "<u2").astype(np.int32)
+    block = (WINDOW + 1) * 128
+    for number, at in enumerate(range(0, len(tokens) - block, block)):
+        writer[number] = torch.from_numpy(tokens[at : at + block])
+    writer.done()
+    writer.merge()
