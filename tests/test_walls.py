@@ -11,10 +11,11 @@ FILES = sorted(p for top in ("trainer", "models", "conf") for p in (ROOT / top).
 
 # From the ground up; a file imports from its own floor and below.
 FLOORS = [
-    "errors durable duration names schema config jobs frozen compose manual recipe models conf",
-    "data engine run memory start",
+    "errors durable duration names schema config config_data jobs frozen compose manual recipe "
+    "models conf",
+    "data engine run memory feeding start",
     "stored checkpoint evaluate model loop parts pulse metrics profile",
-    "door sampling scoring export audit status doctor device rank summary launch",
+    "door sampling scoring export replay audit status doctor device rank summary launch",
     "__init__ verbs cli __main__",
 ]
 LIGHT = "errors durable duration names schema config jobs frozen compose manual recipe start run"

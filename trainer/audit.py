@@ -6,15 +6,17 @@ of every state exactly once, and agree with the rows. Changes nothing; imports n
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainJob
+from trainer.data.mixture import Interval, without
 from trainer.durable import check_table, read_json, read_table
 from trainer.errors import UserError
 from trainer.frozen import thaw
+from trainer.replay import feed_of_run, replay_faults
 from trainer.run import Run, read_rows
 from trainer.stored import Checkpoint, Position, coverage_faults
 
@@ -60,8 +62,11 @@ def check_checkpoint(path: Path, tick: Tick = lambda n: None) -> Findings:
     return found
 
 
-def check_run(run: Run, tick: Tick = lambda n: None) -> Findings:
-    """Config and identity, every checkpoint, the rows, and how they fit each other."""
+def check_run(run: Run, tick: Tick = lambda n: None, replayed: Tick = lambda n: None) -> Findings:
+    """Config and identity, every checkpoint, the rows, how they fit each other and the data.
+
+    tick hears of bytes of checkpoints read back, replayed of tokens compared with the shards.
+    """
     found = Findings()
     job = _read(found, run.config, lambda path: thaw("train", path, trust=True))
     identity = _read(found, run.identity, read_json)
@@ -86,8 +91,40 @@ def check_run(run: Run, tick: Tick = lambda n: None) -> Findings:
             found.notes.append(f"{path}: doesn't count, a later attempt went on from before it")
     for stage in sorted(run.checkpoints.glob(".*")) if run.checkpoints.is_dir() else []:
         found.notes.append(f"{stage}: left by a save that was cut off; may be removed")
-    _check_rows(found, run, job, eligible)
+    rows = _check_rows(found, run, job, eligible)
+    if job and identity and rows and not found.faults:
+        _replay(found, job, identity, rows, _skipped(run), replayed)
     return found
+
+
+def _replay(found: Findings, job: TrainJob, identity: dict, rows: list, skipped, tick) -> None:
+    """Compare what the rows say with the tokens that the shards hold."""
+    try:
+        feed = feed_of_run(job, identity, skipped)
+    except UserError as e:
+        found.notes.append(f"the tokens themselves were not compared: {str(e).rstrip('.')}")
+        return
+    try:
+        faults = list(replay_faults(rows, feed, tick))
+    except UserError as e:
+        faults = [str(e)]
+    found.faults += faults
+    if not faults:
+        first, last = rows[0]["g0"], rows[-1]["g1"]
+        passed = sum(min(b, last) - max(a, first) for a, b in skipped if a < last and b > first)
+        note = f", {passed:,} of them skipped" if passed else ""
+        found.verified.append(
+            f"samples {first:,} to {last:,}{note}: each step's tokens are those of the shards"
+        )
+
+
+def _skipped(run: Run) -> list[tuple[int, int]]:
+    """Intervals that the run passed over, sorted, as its newest checkpoint that counts has them."""
+    for step in reversed(run.checkpoint_steps()):
+        checkpoint = Checkpoint(run.checkpoint_path(step))
+        if run.is_eligible(checkpoint.attempt, step):
+            return sorted(checkpoint.position.skipped)
+    return []
 
 
 def _read(found: Findings, path: Path, read: Callable[[Path], Any]) -> Any:
@@ -100,10 +137,14 @@ def _read(found: Findings, path: Path, read: Callable[[Path], Any]) -> Any:
     return value
 
 
-def _check_rows(found: Findings, run: Run, job: TrainJob | None, eligible: list[Position]) -> None:
+def _check_rows(
+    found: Findings, run: Run, job: TrainJob | None, eligible: list[Position]
+) -> list[dict[str, Any]]:
+    """The train rows; none where they can't be read."""
+    rows: list[dict[str, Any]] = []
     try:
         rows = [row for row in read_rows(run.metrics) if row["kind"] == "train"]
-        faults = list(row_faults(rows, _origin(run, job), job))
+        faults = list(row_faults(rows, _origin(run, job), job, _skipped(run)))
         faults += _disagreements(rows, eligible)
         steps = f"steps {rows[0]['step']:,} to {rows[-1]['step']:,}" if rows else "none"
     except json.JSONDecodeError as e:
@@ -115,6 +156,7 @@ def _check_rows(found: Findings, run: Run, job: TrainJob | None, eligible: list[
     else:
         found.faults += [f"{run.metrics}: {fault}" for fault in faults]
         found.verified.append(f"{run.metrics.name}: {len(rows):,} train rows, {steps}")
+    return rows
 
 
 def _origin(run: Run, job: TrainJob | None) -> Position:
@@ -129,21 +171,35 @@ def _origin(run: Run, job: TrainJob | None) -> Position:
 
 
 def row_faults(
-    rows: list[dict[str, Any]], origin: Position, job: TrainJob | None = None
+    rows: list[dict[str, Any]],
+    origin: Position,
+    job: TrainJob | None = None,
+    skipped: Sequence[Interval] = (),
 ) -> Iterator[str]:
     """Where train rows don't follow on each other, the first of each kind of fault. Numbers below
-    zero in `origin` are unknown."""
+    zero in `origin` are unknown; skipped: samples that no row may have."""
     said: set[str] = set()
     step, g, tokens = origin.step, origin.g, origin.tokens
     for row in rows:
         here = f"step {row['step']:,}"
+        targets = sum(row["shares"].values())
+        expected = g if g < 0 else without(skipped, g, 1)[0][0]
+        size = job.train.global_batch if job else row["g1"] - row["g0"]
+        end = without(skipped, row["g0"], size)[-1][1]
         checks = {
             "steps": (row["step"] == step + 1, f"{here} follows step {step:,}"),
-            "samples": (g in (-1, row["g0"]), f"{here} begins at sample {row['g0']:,}, not {g:,}"),
-            "tokens": (row["tokens"] > tokens, f"{here} has {row['tokens']:,} tokens in all"),
+            "samples": (
+                expected in (-1, row["g0"]),
+                f"{here} begins at sample {row['g0']:,}, not {expected:,}",
+            ),
+            "tokens": (
+                tokens < 0 or row["tokens"] == tokens + targets,
+                f"{here} counts {row['tokens']:,} tokens in all, {targets:,} more than "
+                f"{row['tokens'] - targets:,} and not than {tokens:,}",
+            ),
             "batch": (
-                job is None or row["g1"] - row["g0"] == job.train.global_batch,
-                f"{here} is of {row['g1'] - row['g0']:,} windows, not train.global_batch",
+                row["g1"] == end,
+                f"{here} ends at sample {row['g1']:,}; train.global_batch makes it {end:,}",
             ),
         }
         for kind, (holds, fault) in checks.items():
@@ -155,10 +211,14 @@ def row_faults(
 
 def _disagreements(rows: list[dict[str, Any]], eligible: list[Position]) -> Iterator[str]:
     """Checkpoints that count, but don't stand where the rows were at their step."""
-    at = {row["step"]: Position(row["step"], row["g1"], row["tokens"]) for row in rows}
+    at = {row["step"]: (row["step"], row["g1"], row["tokens"]) for row in rows}
     for position in eligible:
         row = at.get(position.step)
         if row is None:
             yield f"has no row of step {position.step:,}, of which there is a checkpoint"
-        elif row != position:
-            yield f"has {row}, where the checkpoint has {position}"
+        elif row != position.counts:
+            names = "step {:,}, sample {:,}, {:,} tokens"
+            yield (
+                f"stands at {names.format(*row)}, the checkpoint at "
+                f"{names.format(*position.counts)}"
+            )

@@ -8,10 +8,13 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 
+_python_warning = warnings.formatwarning
 VERBS = {
     "train": "train a model; on a bare machine, on an embedded corpus",
     "shards": "make a dataset of your own text",
@@ -27,11 +30,12 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = _warning
     try:
         return _dispatch(words)
     except UserError as e:
         print(f"forescale: {e}", file=sys.stderr)
-        return USER
+        return e.code
     except KeyboardInterrupt:
         print("forescale: interrupted; the same command goes on.", file=sys.stderr)
         return INTERRUPTED
@@ -66,6 +70,13 @@ def _dispatch(words: list[str]) -> int:
         print(explain(verb), end="")
         return 0
     return importlib.import_module(f"trainer.verbs.{verb}").main(rest)
+
+
+def _warning(message, category, filename, lineno, line=None) -> str:
+    """Ours are for the user, who doesn't ask which line of the source says so."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"forescale: {message}\n"
+    return _python_warning(message, category, filename, lineno, line)
 
 
 def usage() -> str:

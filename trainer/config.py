@@ -8,17 +8,17 @@ key means when nobody mentions it; recipes are the files under `conf/`.
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from models.config import ModelConfig
+from trainer.config_data import CorpusConfig, DataConfig, Problems
 from trainer.duration import Duration
 from trainer.schema import TargetConfig, flatten, key, section
 
-Problems = list[tuple[str, str, str]]
+__all__ = ["CorpusConfig", "DataConfig", "Problems"]
 
 
 def _positive(**lengths: Duration) -> Problems:
@@ -89,26 +89,6 @@ class TrainConfig:
             todo = f"change it or train.micro_batch={self.micro_batch}, so that they divide"
             found.append(("global_batch", f"{what} of {self.micro_batch}", todo))
         return found
-
-
-@dataclass
-class CorpusConfig:
-    path: str | None = key(None, "a dataset built by `shards`; null: the embedded corpus")
-    cache: str | None = key(
-        None, "where the embedded corpus is kept; null: $FORESCALE_CACHE or ~/.cache/forescale"
-    )
-
-    @property
-    def cache_directory(self) -> Path:
-        chosen = self.cache or os.environ.get("FORESCALE_CACHE") or "~/.cache/forescale"
-        return Path(chosen).expanduser()
-
-
-@dataclass
-class DataConfig(CorpusConfig):
-    shuffle_shards: int = key(
-        8, "shards whose windows are shuffled together", kind="identity", ge=1
-    )
 
 
 @dataclass
@@ -367,4 +347,5 @@ class TrainJob:
         if self.profile.interval and self.profile.interval[1] > total:
             what = f"{self.profile.steps} reaches beyond the run's {total} steps"
             found.append(("profile.steps", what, "choose earlier steps"))
-        return found
+        stages = self.data.order_problems(self.steps_of)
+        return found + [(f"data.{name}", what, todo) for name, what, todo in stages]

@@ -7,6 +7,7 @@ code 2, without a traceback; every other exception is ours and keeps its traceba
 import errno
 
 DONE = 0
+CRASHED = 1  # any other fault: retried a few times
 USER = 2  # the config or the input: never retried
 INTERRUPTED = 75  # saved and resumable: the same command goes on
 GAVE_UP = 76  # the same crash again and again, without a new checkpoint
@@ -14,6 +15,8 @@ GAVE_UP = 76  # the same crash again and again, without a new checkpoint
 
 class UserError(Exception):
     """Bad input. `where` names the key or file, `what` the fault, `todo` the mend."""
+
+    code = USER  # that a command ends with
 
     def __init__(self, where: str, what: str, todo: str):
         super().__init__(where, what, todo)

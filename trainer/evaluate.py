@@ -5,7 +5,7 @@ in the order of the windows, so the result is the same at any world size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.shards import Split
-from trainer.data.stream import IGNORED, validation_windows
+from trainer.data.stream import IGNORED, MicroBatch, validation_windows
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,29 @@ class Score:
 
 
 def evaluate(
-    losses: Callable[[Tensor, Tensor], Tensor],
+    losses: Callable[[MicroBatch], Tensor],
     split: Split,
     token_bytes: np.ndarray,
     *,
     sequence_length: int,
     micro_batch: int,
     windows: int | None = None,
+    documents: bool = False,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[list], list] = lambda value: [value],
 ) -> Score:
-    """Score a split, or its first `windows` windows; on several ranks all call it together. Of an
-    empty split there is nothing to score: 0 windows, and NaN.
+    """Score a split, or `windows` of its windows, evenly spread; on several ranks all call it
+    together. Of an empty split there is nothing to score: 0 windows, and NaN.
 
-    losses: (tokens_BL, targets_BL) -> summed nats of each window, (B,).
+    losses: of a micro-batch, the summed nats of each window, (B,); documents: keep them apart.
     """
     mine = []
-    parts = validation_windows(split, sequence_length, micro_batch, rank, world_size, windows)
+    parts = validation_windows(
+        split, sequence_length, micro_batch, rank, world_size, windows, documents
+    )
     for micro in parts:
-        sums = losses(micro.tokens, micro.targets).double().cpu()
+        sums = losses(micro).double().cpu()
         real = micro.targets != IGNORED
         bytes_ = torch.from_numpy(token_bytes)[micro.targets.clamp(min=0)] * real
         rows = zip(sums.tolist(), real.sum(1).tolist(), bytes_.sum(1).tolist(), strict=True)
@@ -72,6 +75,23 @@ def evaluate(
         targets=int(targets.sum()),
         bytes=int(count.sum()),
         windows=len(every),
+    )
+
+
+def pooled(scores: Sequence[Score]) -> Score:
+    """Of several splits together. Each split is a stratum of its own, so the variances of the
+    strata's sums add (Cochran 1977, section 5.3)."""
+    targets, size = sum(s.targets for s in scores), sum(s.bytes for s in scores)
+    if not targets:
+        return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)
+    full = [s for s in scores if s.targets]
+    return Score(
+        loss=math.fsum(s.loss * s.targets for s in full) / targets,
+        loss_stderr=math.sqrt(math.fsum((s.loss_stderr * s.targets) ** 2 for s in full)) / targets,
+        bits_per_byte=math.fsum(s.bits_per_byte * s.bytes for s in full) / size,
+        targets=targets,
+        bytes=size,
+        windows=sum(s.windows for s in full),
     )
 
 

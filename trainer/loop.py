@@ -6,7 +6,7 @@ evaluation, the end), so that a part always sees the step that the weights are a
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from trainer.checkpoint import Position
@@ -18,14 +18,18 @@ from trainer.pulse import Pulse
 @dataclass(frozen=True)
 class Step:
     """A step that was made. `position` is after it, `g0` its first window, `seconds` by phase since
-    the step before; `learning_rate` as a fraction of the peak."""
+    the step before; `shares`: its targets by source; `learning_rate` as a fraction of the peak."""
 
     position: Position
     g0: int
-    targets: int
+    shares: dict[str, int]
     learning_rate: float
     facts: Facts
     seconds: dict[str, float]
+
+    @property
+    def targets(self) -> int:
+        return sum(self.shares.values())
 
 
 class Part(Protocol):
@@ -68,8 +72,14 @@ def train(
         rate = learning_rate(batch.step)
         with pulse("compute"):
             facts = engine.train_step(batch, rate)
-        position = Position(batch.step + 1, batch.g1, position.tokens + batch.targets)
-        made[position.step] = Step(position, batch.g0, batch.targets, rate, facts, pulse.take())
+        position = replace(
+            position,
+            step=batch.step + 1,
+            g=batch.g1,
+            tokens=position.tokens + batch.targets,
+            quarantined=tuple(sorted(batch.quarantine)),
+        )
+        made[position.step] = Step(position, batch.g0, batch.shares, rate, facts, pulse.take())
         first = batch.micro[0].index
         count = len(batch.micro) * world.size
         world.share(position.step, facts.losses, first, count, batch.window_hash, asked_to_stop())

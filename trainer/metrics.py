@@ -6,7 +6,7 @@ Invariant: metrics.jsonl holds one `train` row a step, with all digits, whatever
 import math
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,10 +53,11 @@ class Metrics:
         sinks: list[Sink],
         memory: Callable[[], int],
         is_main: bool,
+        lost: Iterable[tuple[str, int, str]] = (),
     ):
         self.attempt, self.prices, self.peak_rates = attempt, prices, peak_rates
         self.line, self.sinks, self.memory, self.is_main = line, sinks, memory, is_main
-        self.spent = 0.0
+        self.lost = set(lost)  # members whose damage has been told
 
     def is_due(self, step: int) -> bool:
         return False
@@ -66,6 +67,7 @@ class Metrics:
             return
         row = self._row(step, word)
         self.attempt.metrics.add(row)
+        self._tell_lost(step)
         if not step.facts.applied:
             self.attempt.event(
                 "update_dropped", step=row["step"], reason="the gradient is not finite"
@@ -84,6 +86,7 @@ class Metrics:
             "g0": step.g0,
             "g1": p.g,
             "tokens": p.tokens,
+            "shares": step.shares,
             "tokens_hash": word.tokens_hash,
             "flops_causal": self.prices.causal * p.tokens,
             "flops_full": self.prices.full * p.tokens,
@@ -96,27 +99,42 @@ class Metrics:
             "mfu": self.prices.full * rate / self.prices.peak,
             "memory_bytes": self.memory(),
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
+            **({"quarantined": p.quarantined} if p.quarantined else {}),
         }
 
-    def validated(self, step: Step, score: Score) -> None:
-        """Record a score of the held-out split."""
-        if not self.is_main:
-            return
+    def _tell_lost(self, step: Step) -> None:
+        """Say which members count as damaged from this step on, once each."""
+        for source, shard, member in step.position.quarantined:
+            if (source, shard, member) not in self.lost:
+                self.lost.add((source, shard, member))
+                facts = {"source": source, "shard": shard, "member": member}
+                self.attempt.event("member_quarantined", step=step.position.step, **facts)
+                self.line.say(
+                    f"Damaged: member {member or '(all)'} of shard {shard} of {source}; other "
+                    f"windows stand in for its own from step {step.position.step:,} on."
+                )
+
+    def validated(self, step: Step, scores: dict[str, Score]) -> None:
+        """Record scores of held-out splits by their names; "validation" is all of them."""
+        for dataset, score in scores.items() if self.is_main else ():
+            self._validated(step, dataset, score)
+
+    def _validated(self, step: Step, dataset: str, score: Score) -> None:
         if not score.windows:
             self.attempt.event("nothing_to_validate", step=step.position.step)
-            self.line.say("Nothing is scored: the dataset holds no validation text.")
+            self.line.say(f"Nothing is scored: {dataset} holds no held-out text.")
             return
         row = {
             "kind": "validation",
             "step": step.position.step,
             "attempt": self.attempt.number,
             "tokens": step.position.tokens,
-            "dataset": "validation",
+            "dataset": dataset,
             **vars(score),
         }
         self.attempt.metrics.add(row)
         self.line.say(
-            f"step {row['step']:,}: validation loss {score.loss:.4f} ± {score.loss_stderr:.4f}, "
+            f"step {row['step']:,}: {dataset} loss {score.loss:.4f} ± {score.loss_stderr:.4f}, "
             f"{score.bits_per_byte:.4f} bits per byte over {score.windows:,} windows"
         )
         self._send(row)

@@ -7,6 +7,10 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
     forward(tokens_BL, targets_BL=None): int64 each, -100 where there is no target. With targets it
         returns each window's summed cross-entropy in nats, (B,), or that and a scalar penalty for
         the objective only; without, logits (B, L, V) (for `generate`).
+        documents_BL=None, an argument that is optional too, and passed by name, only where
+        attention is to stay within documents: the number of each token's document inside its
+        window, nondecreasing along it. A token must then attend to its own document alone, at
+        positions that count from the document's first token in the window.
     muon_parameters() -> names, optional: the matrices for Muon; see recipe.parameter_groups.
     flops_per_token(sequence_length) -> int, optional: forward and backward; without it 6N counts.
 """

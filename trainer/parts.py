@@ -40,12 +40,15 @@ class Every:
 
 
 class Validation:
-    """Scores the held-out split; `tell` gets the score and the step."""
+    """Scores held-out splits; `tell` gets the step and the scores by the splits' names."""
 
     phase = "evaluation"
 
     def __init__(
-        self, due: Every, score: Callable[[bool], Score], tell: Callable[[Step, Score], None]
+        self,
+        due: Every,
+        score: Callable[[bool], dict[str, Score]],
+        tell: Callable[[Step, dict[str, Score]], None],
     ):
         self.is_due, self._score, self._tell = due, score, tell
 

@@ -5,7 +5,9 @@ others are told.
 """
 
 import os
+import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ import torch
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, Position
 from trainer.config import TrainJob
-from trainer.data.order import Order
-from trainer.data.stream import stream
+from trainer.data.feed import Lost
+from trainer.data.stream import Batch, Share, stream
 from trainer.engine import setup
 from trainer.engine.derive import deepspeed_config
 from trainer.engine.step import Engine
 from trainer.engine.trackers import open_trackers
 from trainer.engine.world import World, join
 from trainer.errors import DONE, INTERRUPTED, UserError
-from trainer.evaluate import Score, evaluate
+from trainer.evaluate import Score, evaluate, pooled
+from trainer.feeding import feed_of
 from trainer.launch import ATTEMPT, Wish
 from trainer.loop import train
 from trainer.metrics import Line, Metrics, Prices
@@ -51,7 +54,7 @@ class Rank:
         self.world: World = join(deepspeed_config(job, size), size, seconds)
         again = ATTEMPT in os.environ or not self.world.is_main
         started = self._from_main(lambda: start(job, again))
-        self.run, self.job, self.dataset = started.run, started.job, started.dataset
+        self.run, self.job, self.sources = started.run, started.job, started.sources
         self.attempt = self._attempt()
         self.total = self.job.total_steps
         self.compilation = setup.compilation(self.job)
@@ -81,7 +84,7 @@ class Rank:
     def train(self) -> int:
         """Train to the end, or until a signal asks to stop. Returns DONE or INTERRUPTED."""
         job = self.job
-        model = build_model(job, self.dataset.vocab_size)
+        model = build_model(job, self.sources.vocab_size)
         self.engine: Engine = setup.build_engine(self.world, model, job)
         position = self._resume()
         if position.step >= self.total:
@@ -94,17 +97,7 @@ class Rank:
         if self.compilation.notice:
             self._say(self.compilation.notice)
         parts = self._parts(model, position)
-        batches = stream(
-            self.dataset.split("train"),
-            self._order(),
-            position.step,
-            job.train.global_batch,
-            job.train.micro_batch,
-            self.world.rank,
-            self.world.size,
-            self.total,
-            first=position.g,
-        )
+        batches = self._batches(position)
         try:
             with traced(job.profile.interval, self.attempt.path / "trace", batches) as batches:
                 position, stopped = train(
@@ -129,10 +122,26 @@ class Rank:
     def _rate(self, step: int) -> float:
         return learning_rate(self.job.schedule, step, self.total, self.job.tokens_per_step)
 
-    def _order(self) -> Order:
-        train_split = self.dataset.split("train")
-        length, seed = self.job.train.sequence_length, self.job.train.seed
-        return Order(train_split.shard_tokens, length, seed, self.job.data.shuffle_shards)
+    def _batches(self, position: Position) -> Generator[Batch, None, None]:
+        job, world = self.job, self.world
+        feed = feed_of(job, self.sources, position.skipped)
+        share = Share(job.train.global_batch, job.train.micro_batch, world.rank, world.size)
+        shared = feed.substitute and world.size > 1
+        return stream(
+            feed,
+            share,
+            range(position.step, self.total),
+            position.g,
+            workers=job.data.workers,
+            quarantine=frozenset(Lost(*lost) for lost in position.quarantined),
+            agree=world.union_in_background() if shared else None,
+            tell=self._tell_stall,
+        )
+
+    def _tell_stall(self, sentence: str) -> None:
+        print(f"Rank {self.world.rank}: {sentence}.", file=sys.stderr, flush=True)
+        if self.world.is_main:
+            self.attempt.event("data_stalled", what=sentence)
 
     def _resume(self) -> Position:
         """Load the newest whole checkpoint, or the origin's, or begin; say which."""
@@ -187,9 +196,10 @@ class Rank:
             sinks = open_trackers(job.logging, self.run.path, self.run.name, config, position.step)
         peak = setup.peak_flops(self.world, job.logging.peak_flops, job.precision.kind)
         prices = Prices(**prices_of(job, model), peak=peak * self.world.size)
-        metrics = Metrics(self.attempt, prices, rates, line, sinks, self._memory, main)
+        lost = position.quarantined
+        metrics = Metrics(self.attempt, prices, rates, line, sinks, self._memory, main, lost)
         validation = Validation(self._every(job.validation.every), self._score, metrics.validated)
-        facts = {"numerics": self._numerics(), "skipped": [], "quarantined": []}
+        facts = {"numerics": self._numerics()}
         saves = Checkpoints(
             self._every(job.checkpoint.every),
             job.checkpoint.keep,
@@ -203,19 +213,24 @@ class Rank:
     def _every(self, length) -> Every:
         return Every(length, self.job.steps_of(length), self.total)
 
-    def _score(self, whole: bool) -> Score:
-        job, world = self.job, self.world
-        return evaluate(
-            self.engine.losses,
-            self.dataset.split("validation"),
-            self.dataset.token_bytes,
-            sequence_length=job.train.sequence_length,
-            micro_batch=job.train.micro_batch,
-            windows=None if whole else job.validation.windows,
-            rank=world.rank,
-            world_size=world.size,
-            gather=world.gather,
-        )
+    def _score(self, whole: bool) -> dict[str, Score]:
+        """The held-out split of each source of a mixture, and of all together."""
+        job, world, scores = self.job, self.world, {}
+        for name, split in self.sources.split("validation").items():
+            scores[name] = evaluate(
+                self.engine.losses,
+                split,
+                self.sources.token_bytes,
+                sequence_length=job.train.sequence_length,
+                micro_batch=job.train.micro_batch,
+                windows=None if whole else job.validation.windows,
+                documents=job.data.document_mask,
+                rank=world.rank,
+                world_size=world.size,
+                gather=world.gather,
+            )
+        together = pooled(list(scores.values()))
+        return {**(scores if len(scores) > 1 else {}), "validation": together}
 
     def _memory(self) -> int:
         """Bytes: peak of the GPU's allocator, else resident in this process."""

@@ -9,29 +9,41 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trainer.config import CorpusConfig
+from trainer.config_data import ONLY
 from trainer.data.progress import Progress, silent
 from trainer.data.shards import Dataset
+from trainer.data.stream import MicroBatch
 from trainer.door import RunView
 from trainer.durable import hash_file
 from trainer.errors import UserError
 from trainer.evaluate import Score, evaluate
+from trainer.start import open_dataset
 
 
-def dataset_of(view: RunView, path: str | None) -> Dataset:
-    """The dataset at `path`, or the one that the run was trained on.
+def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
+    """The dataset at `data.path`, or those that the run was trained on, by their names there.
 
-    Raises UserError where it isn't there, or has another tokenizer than the run.
+    Raises UserError where one isn't there, or has another tokenizer than the run.
     """
-    stored = view.identity["dataset"]["path"]
-    if path is None and not Path(stored).exists():
-        what = f"the dataset that the run was trained on is not at {stored}"
-        raise UserError(str(view.path), what, "say where it is: data.path=DIR")
-    dataset = Dataset(Path(path or stored).expanduser())
+    if data.path is not None:
+        return {ONLY: _checked(view, open_dataset(data.path, data))}
+    found = {}
+    for name, stored in view.identity["dataset"]["sources"].items():
+        path = stored["path"]
+        if "://" not in path and not Path(path).exists():
+            what = f"the dataset that the run was trained on is not at {path}"
+            raise UserError(str(view.path), what, "say where it is: data.path=DIR")
+        found[name] = _checked(view, open_dataset(path, data))
+    return found
+
+
+def _checked(view: RunView, dataset: Dataset) -> Dataset:
     if not view.run.tokenizer.is_file():
         raise UserError(str(view.run.tokenizer), "no such file", "restore the run's tokenizer")
     if hash_file(view.run.tokenizer).sha256 != dataset.manifest["tokenizer"]["sha256"]:
         todo = f"build it with `forescale shards ... tokenizer={view.run.tokenizer}`"
-        raise UserError(str(dataset.path), "has another tokenizer than the run", todo)
+        raise UserError(dataset.where, "has another tokenizer than the run", todo)
     return dataset
 
 
@@ -43,21 +55,23 @@ def score(
     sequence_length: int,
     micro_batch: int,
     windows: int | None = None,
+    documents: bool = False,
     progress: Progress = silent,
 ) -> Score:
     """`evaluate` for a model in hand. Raises UserError for a split without a target."""
     part, done = dataset.split(split), 0
     count = sum(-(-(tokens - 1) // sequence_length) for tokens in part.shard_tokens)
     if not count:
-        raise UserError(str(dataset.path), f"its split {split} is empty", "choose another split")
+        raise UserError(dataset.where, f"its split {split} is empty", "choose another split")
     total = min(count, windows or count)
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def losses(tokens: Tensor, targets: Tensor) -> Tensor:
+    def losses(micro: MicroBatch) -> Tensor:
         nonlocal done
-        found = model(tokens.to(device), targets.to(device))
-        done = min(total, done + len(tokens))
+        positional, named = micro.arguments(device)
+        found = model(*positional, **named)
+        done = min(total, done + len(micro.tokens))
         progress(f"score {split}", done, total, "windows")
         return found[0] if isinstance(found, tuple) else found  # the other is a penalty
 
@@ -68,4 +82,5 @@ def score(
         sequence_length=sequence_length,
         micro_batch=micro_batch,
         windows=windows,
+        documents=documents,
     )

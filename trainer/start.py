@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from models.config import ModelConfig
-from trainer.config import DataConfig, TrainJob
+from trainer.config import CorpusConfig, DataConfig, TrainJob
+from trainer.config_data import ONLY
 from trainer.data.corpus import prepare_embedded
 from trainer.data.progress import console
-from trainer.data.shards import TOKENIZER, Dataset
+from trainer.data.shards import Dataset
+from trainer.data.sources import Sources
 from trainer.durable import read_json, staged, write_file, write_json
 from trainer.errors import UserError
+from trainer.feeding import feed_of
 from trainer.frozen import freeze, may_resume, thaw
 from trainer.run import Run
 
@@ -30,7 +33,7 @@ class Start:
 
     run: Run
     job: TrainJob
-    dataset: Dataset
+    sources: Sources
 
 
 def start(job: TrainJob, again: bool = False) -> Start:
@@ -42,10 +45,11 @@ def start(job: TrainJob, again: bool = False) -> Start:
     run = Run(job.run.directory)
     if not again:
         _check_resume(job, run)
-    dataset = open_data(job.data)
-    job = settle(job, dataset)
+    sources = open_sources(job.data)
+    job = settle(job, sources)
+    feed_of(job, sources)  # what is wrong with the mixture is said before anything is written
     if run.config.exists():
-        _check_data(run, dataset)
+        _check_data(run, sources)
         old = thaw("train", run.config, trust=True)  # compared, not run: the typed job is
         refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
         if refusals:
@@ -57,30 +61,42 @@ def start(job: TrainJob, again: bool = False) -> Start:
         if any(taken):
             write_file(run.config, freeze(job).encode())
     else:
-        _check_origin(job, dataset)
-        _make(run, job, dataset)
-    return Start(run, job, dataset)
+        _check_origin(job, sources)
+        _make(run, job, sources)
+    return Start(run, job, sources)
 
 
-def open_data(data: DataConfig) -> Dataset:
-    """The dataset of a job, prepared first if it is the embedded corpus and isn't there yet."""
-    if data.path:
-        dataset = Dataset(Path(data.path).expanduser())
+def open_sources(data: DataConfig) -> Sources:
+    """The datasets of a job; the embedded corpus is prepared first if it isn't there yet."""
+    if data.sources:
+        opened = {name: open_dataset(path, data) for name, path in data.sources.items()}
+    elif data.path:
+        opened = {ONLY: open_dataset(data.path, data)}
     else:
         with console() as progress:
-            dataset = Dataset(prepare_embedded(data.cache_directory, progress))
-    _ = dataset.tokenizer  # verified now: scores and samples need it at the end of the run
-    return dataset
+            opened = {ONLY: Dataset(prepare_embedded(data.cache_directory, progress))}
+    sources = Sources(opened)
+    _ = sources.tokenizer  # verified now: scores and samples need it at the end of the run
+    return sources
 
 
-def settle(job: TrainJob, dataset: Dataset) -> TrainJob:
-    """The job with the model's vocabulary and longest sequence filled in from the data."""
+def open_dataset(path: str, data: CorpusConfig) -> Dataset:
+    """The dataset in a directory or behind a URL, which is kept in the cache as it is read."""
+    where = path if "://" in path else Path(path).expanduser()
+    return Dataset(where, data.cache_directory / "remote", data.cache_bytes)
+
+
+def settle(job: TrainJob, sources: Sources) -> TrainJob:
+    """The job with all filled in that its data decides: the model's vocabulary and longest
+    sequence, the weights of a mixture."""
+    if sources.is_mixture and not job.data.weights:
+        job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if not isinstance(job.model, ModelConfig):
         return job
     length = job.train.sequence_length
-    for name, what, todo in job.model.problems(dataset.vocab_size, length):
+    for name, what, todo in job.model.problems(sources.vocab_size, length):
         raise UserError(f"model.{name}", what, todo)
-    return replace(job, model=job.model.resolved(dataset.vocab_size, length))
+    return replace(job, model=job.model.resolved(sources.vocab_size, length))
 
 
 def _check_resume(job: TrainJob, run: Run) -> None:
@@ -95,18 +111,18 @@ def _check_resume(job: TrainJob, run: Run) -> None:
         raise UserError(str(run.path), what, "choose another run.name or run.root")
 
 
-def _check_data(run: Run, dataset: Dataset) -> None:
+def _check_data(run: Run, sources: Sources) -> None:
     stored = _data_of(run)
-    if stored["identity"] != dataset.identity:
+    if stored["identity"] != sources.identity:
         raise UserError(
             str(run.path),
-            f"the run was begun on other data ({stored['path']}) than {dataset.path}",
+            f"the run was begun on other data ({stored['path']}) than {sources.where}",
             "give the data.path that it was begun on, or choose another run.name",
         )
 
 
 def _data_of(run: Run) -> dict[str, str]:
-    """Path and identity of the dataset that a run was begun on."""
+    """Where the data that a run was begun on was, and its identity."""
     stored = read_json(run.identity)
     try:
         return {key: stored["dataset"][key] for key in ("path", "identity")}
@@ -115,33 +131,34 @@ def _data_of(run: Run) -> dict[str, str]:
         raise UserError(str(run.identity), what, "restore the file from a copy") from None
 
 
-def _check_origin(job: TrainJob, dataset: Dataset) -> None:
+def _check_origin(job: TrainJob, sources: Sources) -> None:
     """A branch that keeps its place in the data needs the same data."""
     origin = job.run.origin
     if origin.run is None:
         return
     stored = _data_of(Run.existing(origin.run, job.run.root))
-    if origin.what == "everything" and stored["identity"] != dataset.identity:
-        what = f"{origin.run} was trained on other data ({stored['path']}) than {dataset.path}"
+    if origin.what == "everything" and stored["identity"] != sources.identity:
+        what = f"{origin.run} was trained on other data ({stored['path']}) than {sources.where}"
         raise UserError("run.from", what, "give its data.path, or run.from.what=weights")
 
 
-def _make(run: Run, job: TrainJob, dataset: Dataset) -> None:
+def _make(run: Run, job: TrainJob, sources: Sources) -> None:
     """Publish the run directory, whole: one that a kill or a full disk cut short is no run."""
     identity = {
         "name": run.name,
         "dataset": {
-            "path": str(dataset.path.resolve()),
-            "identity": dataset.identity,
-            "corpus_hash": dataset.corpus_hash,
-            "vocab_size": dataset.vocab_size,
-            "end_of_text": dataset.end_of_text,
+            "path": sources.where,
+            "identity": sources.identity,
+            "corpus_hash": sources.corpus_hash,
+            "vocab_size": sources.vocab_size,
+            "end_of_text": sources.end_of_text,
+            "sources": sources.describe(),
         },
         "versions": versions(),
     }
     with staged(run.path.resolve()) as stage:
         new = Run(stage)
-        write_file(new.tokenizer, (dataset.path / TOKENIZER).read_bytes())
+        write_file(new.tokenizer, sources.first.tokenizer_json)
         write_json(new.identity, identity)
         write_file(new.config, freeze(job).encode())
 

@@ -33,11 +33,26 @@ _KEYS = {"position", "attempt", "world_size", "shapes", "fragments", "counters"}
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: optimizer steps, the next global sample index, targets trained on."""
+    """How far a run is: optimizer steps, the next global sample index, targets trained on; which
+    samples were passed over for good (half-open intervals), and which members (source, shard's
+    number, key) count as damaged from here on."""
 
     step: int = 0
     g: int = 0
     tokens: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()
+    quarantined: tuple[tuple[str, int, str], ...] = ()
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> "Position":
+        """From JSON, which knows no tuples."""
+        lists = {k: tuple(map(tuple, v)) for k, v in stored.items() if isinstance(v, list)}
+        return cls(**{**stored, **lists})
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Step, g and tokens, which every row of metrics has too."""
+        return self.step, self.g, self.tokens
 
 
 class Checkpoint:
@@ -59,7 +74,7 @@ class Checkpoint:
 
     @property
     def position(self) -> Position:
-        return Position(**self.state["position"])
+        return Position.of(self.state["position"])
 
     @property
     def attempt(self) -> int:

@@ -2,6 +2,7 @@
 
 from trainer.data import baselines
 from trainer.data.shards import Dataset
+from trainer.data.sources import Sources
 from trainer.door import RunView
 from trainer.run import read_rows
 from trainer.sampling import pieces, prompt_ids, sampled
@@ -13,10 +14,11 @@ PROMPT = "def "
 
 def summarize(started: Start) -> None:
     """Print the summary of a complete run."""
-    run, dataset = started.run, started.dataset
+    run = started.run
     scores = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
     if scores:
-        print(_scores(scores[-1]["bits_per_byte"], dataset))
+        newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
+        print(_scores(newest, started.sources))
     print(f"\nA sample, after {PROMPT!r}:\n")
     print(_indented(sample(started, PROMPT)))
     name = run.name
@@ -30,9 +32,20 @@ def summarize(started: Start) -> None:
     )
 
 
-def _scores(bits: float, dataset: Dataset) -> str:
-    """The held-out text in bits per byte: this model, and compressors over the same files."""
-    lines = [f"\nHeld-out text, in bits per byte (corpus hash {dataset.corpus_hash[:16]}):"]
+def _scores(bits: dict[str, float], sources: Sources) -> str:
+    """The held-out text of every source in bits per byte: this model, and compressors over the same
+    files."""
+    if not sources.is_mixture:
+        return _score(f"corpus hash {sources.corpus_hash[:16]}", bits["validation"], sources.first)
+    return "\n".join(
+        _score(f"{name}, corpus hash {dataset.corpus_hash[:16]}", bits[name], dataset)
+        for name, dataset in sources.datasets.items()
+        if name in bits
+    )
+
+
+def _score(title: str, bits: float, dataset: Dataset) -> str:
+    lines = [f"\nHeld-out text, in bits per byte ({title}):"]
     rows = {"this model": bits, **baselines.bits_per_byte(dataset.manifest)}
     widest = max(map(len, rows))
     for name, value in rows.items():
@@ -46,7 +59,7 @@ def sample(started: Start, prompt: str, seed: int = 0) -> str:
     """Text that the newest checkpoint writes after `prompt`."""
     view = RunView(started.run)
     model = view.model(trust=True)  # the class is the one that the user's own command trained
-    before = prompt_ids(view.tokenizer, prompt, started.dataset.end_of_text)
+    before = prompt_ids(view.tokenizer, prompt, started.sources.end_of_text)
     ids = sampled(
         model,
         before,

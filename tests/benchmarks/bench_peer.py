@@ -40,15 +40,15 @@ def theirs(turn, steps: int) -> None:
     from models.config import ModelConfig
     from models.hf import to_hf
     from trainer.model import build_model
-    from trainer.start import open_data, settle
+    from trainer.start import open_sources, settle
 
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder), *SAME)
-        dataset = open_data(job.data)
-        job = settle(job, dataset)
+        sources = open_sources(job.data)
+        job = settle(job, sources)
         assert isinstance(job.model, ModelConfig)
-        kept = batches(job, dataset, 64)
-        config, weights = to_hf(job.model, build_model(job, dataset.vocab_size).state_dict())
+        kept = batches(job, sources, 64)
+        config, weights = to_hf(job.model, build_model(job, sources.vocab_size).state_dict())
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         model.load_state_dict(weights)
         o, batch = job.optimizer, job.train.global_batch

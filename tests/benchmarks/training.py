@@ -14,18 +14,18 @@ import torch
 
 from trainer.compose import compose
 from trainer.config import TrainJob
-from trainer.data.order import Order
-from trainer.data.shards import Dataset
-from trainer.data.stream import Batch, stream
+from trainer.data.sources import Sources
+from trainer.data.stream import Batch, Share, stream
 from trainer.engine import setup, world
 from trainer.engine.derive import deepspeed_config, merged
 from trainer.engine.step import build_optimizer
+from trainer.feeding import feed_of
 from trainer.loop import train
 from trainer.model import build_model
 from trainer.rank import Rank
 from trainer.recipe import parameter_groups
 from trainer.run import read_rows
-from trainer.start import open_data, settle
+from trainer.start import open_sources, settle
 
 NEVER = "1000000 steps"
 
@@ -44,15 +44,13 @@ class Ours:
         world.set_environment()
         self.rank = rank = Rank(job, time.monotonic())
         job = rank.job
-        model = build_model(job, rank.dataset.vocab_size)
+        model = build_model(job, rank.sources.vocab_size)
         rank.engine = setup.build_engine(rank.world, model, job)
         self.position = rank._resume()
         if rank.compilation.wanted:
             rank.engine.compile()
         self.parts = rank._parts(model, self.position)
-        batch = (job.train.global_batch, job.train.micro_batch)
-        split = rank.dataset.split("train")
-        self.batches = stream(split, rank._order(), 0, *batch, 0, 1, rank.total)
+        self.batches = rank._batches(self.position)
         self.forget()
 
     def __call__(self, steps: int) -> float:
@@ -119,10 +117,10 @@ class Bare:
         world._quiet_deepspeed()
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed("gloo")
-        dataset = open_data(job.data)
-        job = settle(job, dataset)
-        self.data = batches(job, dataset, 64)
-        model = build_model(job, dataset.vocab_size)
+        sources = open_sources(job.data)
+        job = settle(job, sources)
+        self.data = batches(job, sources, 64)
+        model = build_model(job, sources.vocab_size)
         o, muon = job.optimizer, model.muon_parameters()  # type: ignore[operator]
         groups = [vars(g) for g in parameter_groups(model.named_parameters(), o, muon)]
         settings = {"betas": (o.beta1, o.beta2), "eps": o.eps, "momentum": o.momentum}
@@ -151,8 +149,7 @@ class Bare:
         return tokens / (time.perf_counter() - began)
 
 
-def batches(job: TrainJob, dataset: Dataset, steps: int) -> list[Batch]:
+def batches(job: TrainJob, sources: Sources, steps: int) -> list[Batch]:
     """The first batches of a job, in memory."""
-    t, split = job.train, dataset.split("train")
-    order = Order(split.shard_tokens, t.sequence_length, t.seed, job.data.shuffle_shards)
-    return list(stream(split, order, 0, t.global_batch, t.micro_batch, 0, 1, steps))
+    share = Share(job.train.global_batch, job.train.micro_batch)
+    return list(stream(feed_of(job, sources), share, range(steps), 0))

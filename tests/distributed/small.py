@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trainer.data.stream import MicroBatch
+
 VOCABULARY, WIDTH, LENGTH = 101, 24, 16
 
 
@@ -40,17 +42,10 @@ class Model(nn.Module):
 
 
 @dataclass
-class Micro:
-    index: int
-    tokens: torch.Tensor
-    targets: torch.Tensor
-
-
-@dataclass
 class Batch:
     step: int
     targets: int
-    micro: list[Micro] = field(default_factory=list)
+    micro: list[MicroBatch] = field(default_factory=list)
 
 
 def batch(step: int, rank: int, size: int, micro_batches: int = 4) -> Batch:
@@ -62,7 +57,7 @@ def batch(step: int, rank: int, size: int, micro_batches: int = 4) -> Batch:
     part = micro_batches // size
     mine = range(rank * part, (rank + 1) * part)
     count = int((targets != -100).sum())
-    return Batch(step, count, [Micro(i, tokens[i], targets[i]) for i in mine])
+    return Batch(step, count, [MicroBatch(i, tokens[i], targets[i]) for i in mine])
 
 
 def groups(model: nn.Module, optimizer: str) -> list[dict]:

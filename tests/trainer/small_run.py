@@ -4,16 +4,20 @@ The checkpoints have two ranks' files, written by the product's own writer from 
 """
 
 import math
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from trainer.compose import compose
 from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.feed import Feed
 from trainer.data.text import Files
-from trainer.durable import write_json, write_table
+from trainer.durable import read_json, write_json, write_table
 from trainer.engine.state import WEIGHT, Fragment, write_fragments
+from trainer.frozen import thaw
 from trainer.model import build_model
+from trainer.replay import feed_of_run
 from trainer.run import Attempt, Parent, Run
 from trainer.start import start
 
@@ -63,7 +67,7 @@ def make_run(dataset: Path, root: Path, name: str = "small", *overrides: str) ->
     started = start(make_job(dataset, root, name, *overrides))
     run, attempt = started.run, started.run.new_attempt()
     attempt.start_from(Parent(0), run)
-    module = build_model(started.job, started.dataset.vocab_size)
+    module = build_model(started.job, started.sources.vocab_size)
     with torch.no_grad():
         for step in range(1, STEPS + 1):
             attempt.metrics.add(train_row(attempt, step))
@@ -75,14 +79,29 @@ def make_run(dataset: Path, root: Path, name: str = "small", *overrides: str) ->
     return run
 
 
+@cache
+def feed(run: Path) -> Feed:
+    """What a run reads."""
+    return feed_of_run(thaw("train", run / "config.yaml", True), read_json(run / "run.json"), ())
+
+
+def tokens(attempt: Attempt, step: int) -> int:
+    """Targets of the steps so far."""
+    return int(feed(attempt.path.parents[1]).targets([(0, step * BATCH)]).sum())
+
+
 def train_row(attempt: Attempt, step: int) -> dict:
+    samples = ((step - 1) * BATCH, step * BATCH)
+    data = feed(attempt.path.parents[1])
     return {
         "kind": "train",
         "step": step,
         "attempt": attempt.number,
-        "g0": (step - 1) * BATCH,
-        "g1": step * BATCH,
-        "tokens": step * BATCH * LENGTH,
+        "g0": samples[0],
+        "g1": samples[1],
+        "tokens": tokens(attempt, step),
+        "shares": dict(zip(data.names, data.targets([samples]).tolist(), strict=True)),
+        "tokens_hash": data.read([samples]).hash,
         "loss": 6.0 / step,
         "seconds": {"data": 0.5, "compute": 1.5},
     }
@@ -91,7 +110,7 @@ def train_row(attempt: Attempt, step: int) -> dict:
 def validation_row(attempt: Attempt, step: int) -> dict:
     row = {"kind": "validation", "step": step, "attempt": attempt.number, "dataset": "validation"}
     score = {"loss": 3.0, "loss_stderr": 0.1, "bits_per_byte": 2.25, "windows": 7}
-    return {**row, "tokens": step * BATCH * LENGTH, **score}
+    return {**row, "tokens": tokens(attempt, step), **score}
 
 
 def save(run: Run, attempt: Attempt, step: int, module: torch.nn.Module) -> Path:
@@ -106,7 +125,7 @@ def save(run: Run, attempt: Attempt, step: int, module: torch.nn.Module) -> Path
         table[file], fragments[file] = write_fragments(path / file, owned)
     state = {
         "format": 1,
-        "position": {"step": step, "g": step * BATCH, "tokens": step * BATCH * LENGTH},
+        "position": {"step": step, "g": step * BATCH, "tokens": tokens(attempt, step)},
         "attempt": attempt.number,
         "world_size": 2,
         "numerics": {"stage": 1},

@@ -9,7 +9,11 @@ from trainer.errors import UserError
 from trainer.jobs import JOBS, TrainJob
 from trainer.schema import ConfigError, flatten, plain
 
-NEEDS = {"dataset": "data.path=/data/x", "custom": "model._target_=my.Model"}
+NEEDS = {
+    "dataset": "data.path=/data/x",
+    "mixture": "data.sources={web: /data/x, code: /data/y}",
+    "custom": "model._target_=my.Model",
+}
 
 
 def combinations():

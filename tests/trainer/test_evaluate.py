@@ -10,7 +10,7 @@ import torch
 from trainer.data.build import BuildConfig, build_dataset
 from trainer.data.shards import Dataset
 from trainer.data.text import Files
-from trainer.evaluate import evaluate
+from trainer.evaluate import Score, evaluate, pooled
 
 LENGTH = 16
 
@@ -30,7 +30,8 @@ def surprise(previous, token):
     return 0.5 + ((previous * 31 + token * 17) % 97) / 10
 
 
-def losses(tokens, targets):
+def losses(micro):
+    tokens, targets = micro.tokens, micro.targets
     nats = surprise(tokens.double(), targets.double())
     return (nats * (targets != -100)).sum(1).float()
 
@@ -105,8 +106,9 @@ def test_it_is_the_same_at_any_micro_batch(dataset):
     assert score(dataset, micro_batch=1) == score(dataset, micro_batch=1000)
 
 
-def test_a_cap_takes_the_first_windows(dataset):
-    nats, targets, _ = np.array(windows(dataset)[:5]).T
+def test_a_cap_takes_windows_from_all_over_the_split(dataset):
+    every = windows(dataset)
+    nats, targets, _ = np.array([every[i * len(every) // 5] for i in range(5)]).T
     found = score(dataset, windows=5)
     assert (found.windows, found.targets) == (5, targets.sum())
     assert found.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
@@ -124,6 +126,25 @@ def test_of_an_empty_split_there_is_nothing_to_score(tmp_path):
     assert math.isnan(found.loss)
 
 
+def test_pooled_is_what_one_split_of_both_would_give(dataset):
+    split = dataset.split("validation")
+    whole = score(dataset)
+    assert pooled([whole]) == whole
+    both = pooled([whole, whole])
+    assert (both.targets, both.bytes, both.windows) == (
+        2 * whole.targets,
+        2 * whole.bytes,
+        2 * whole.windows,
+    )
+    assert both.loss == pytest.approx(whole.loss)
+    assert both.bits_per_byte == pytest.approx(whole.bits_per_byte)
+    assert both.loss_stderr == pytest.approx(whole.loss_stderr / math.sqrt(2))
+    assert split.num_tokens > whole.targets
+    nothing = Score(math.nan, math.nan, math.nan, 0, 0, 0)
+    assert pooled([nothing, whole]) == whole
+    assert pooled([nothing]).windows == 0
+
+
 def test_perplexity_is_of_the_mean_loss(dataset):
     found = score(dataset)
     assert found.perplexity == math.exp(found.loss)
@@ -135,10 +156,10 @@ def test_ranks_are_asked_equally_often(dataset):
     for rank in range(3):
         calls = 0
 
-        def counted(tokens, targets):
+        def counted(micro):
             nonlocal calls
             calls += 1
-            assert tokens.shape == targets.shape == (3, LENGTH)
+            assert micro.tokens.shape == micro.targets.shape == (3, LENGTH)
             return torch.zeros(3)
 
         evaluate(

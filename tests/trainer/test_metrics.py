@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +49,7 @@ def step(t, loss=30.0, seconds=0.25, applied=True, norm=2.0):
     position = Position(t, 8 * t, 20 * t)
     facts = Facts(torch.tensor([loss]), norm, applied)
     spent = {"data": seconds / 5, "compute": 4 * seconds / 5, "logging": 1.0}
-    return Step(position, 8 * (t - 1), 20, 0.5, facts, spent)
+    return Step(position, 8 * (t - 1), {"data": 20}, 0.5, facts, spent)
 
 
 def word(t, losses=(30.0, 50.0), seconds=0.5):
@@ -68,6 +69,7 @@ def test_a_row_holds_all_and_all_digits(metrics):
         "g0": 32,
         "g1": 40,
         "tokens": 100,
+        "shares": {"data": 20},
         "tokens_hash": 2**63 + 5,
         "flops_causal": 50_000.0,
         "flops_full": 60_000.0,
@@ -91,9 +93,22 @@ def test_a_dropped_update_is_an_event(metrics):
     assert [row["applied"] for row in read_rows(made.attempt.metrics.path)] == [True, False]
 
 
+def test_a_damaged_member_is_told_once(metrics, capsys):
+    made = metrics()
+    for t in (1, 2):
+        lost = replace(step(t), position=Position(t, 8 * t, 20 * t, (), (("web", 3, "000001"),)))
+        made.see(lost, word(t))
+    (event,) = read_rows(made.attempt.events.path)
+    assert (event["kind"], event["step"]) == ("member_quarantined", 1)
+    assert (event["source"], event["shard"], event["member"]) == ("web", 3, "000001")
+    assert capsys.readouterr().out.count("Damaged: member 000001 of shard 3 of web") == 1
+    rows = read_rows(made.attempt.metrics.path)
+    assert rows[1]["quarantined"] == [["web", 3, "000001"]]
+
+
 def test_validation_rows_and_what_is_said(metrics, capsys):
     made = metrics()
-    made.validated(step(7), Score(2.5, 0.125, 1.75, 1000, 2000, 1234))
+    made.validated(step(7), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     (row,) = read_rows(made.attempt.metrics.path)
     assert row["kind"] == "validation"
     assert (row["step"], row["tokens"], row["dataset"]) == (7, 140, "validation")
@@ -104,16 +119,16 @@ def test_validation_rows_and_what_is_said(metrics, capsys):
 
 def test_nothing_to_validate_is_said_and_an_event(metrics, capsys):
     made = metrics()
-    made.validated(step(7), Score(math.nan, math.nan, math.nan, 0, 0, 0))
+    made.validated(step(7), {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
     assert not made.attempt.metrics.path.exists()
     assert [row["kind"] for row in read_rows(made.attempt.events.path)] == ["nothing_to_validate"]
-    assert "holds no validation text" in capsys.readouterr().out
+    assert "web holds no held-out text" in capsys.readouterr().out
 
 
 def test_a_sink_gets_numbers_by_flat_names(metrics):
     made = metrics()
     made.see(step(5), word(5))
-    made.validated(step(5), Score(2.5, 0.125, 1.75, 1000, 2000, 1234))
+    made.validated(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     (first, train), (second, validation) = made.sinks[0].rows
     assert first == second == 5
     assert train["train/loss"] == 4.0
@@ -127,7 +142,7 @@ def test_a_sink_gets_numbers_by_flat_names(metrics):
 def test_other_ranks_write_and_say_nothing(metrics, capsys):
     made = metrics(is_main=False)
     made.see(step(5), word(5))
-    made.validated(step(5), Score(2.5, 0.125, 1.75, 1000, 2000, 1234))
+    made.validated(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     assert not made.attempt.metrics.path.exists()
     assert made.sinks[0].rows == []
     assert capsys.readouterr().out == ""

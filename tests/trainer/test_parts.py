@@ -60,7 +60,14 @@ class Recorder:
 def batches(total, first=0):
     for t in range(first, total):
         yield SimpleNamespace(
-            step=t, g0=t, g1=t + 1, targets=10, window_hash=1, micro=[SimpleNamespace(index=0)]
+            step=t,
+            g0=t,
+            g1=t + 1,
+            targets=10,
+            shares={"data": 10},
+            window_hash=1,
+            micro=[SimpleNamespace(index=0)],
+            quarantine=frozenset(),
         )
 
 

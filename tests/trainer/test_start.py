@@ -40,9 +40,9 @@ def test_a_new_run_explains_itself(job, small_data):
     started = start(job())
     run = started.run
     assert thaw("train", run.config) == started.job
-    assert started.job.model.vocab_size == started.dataset.vocab_size
+    assert started.job.model.vocab_size == started.sources.vocab_size
     identity = json.loads(run.identity.read_text())
-    assert identity["dataset"]["corpus_hash"] == started.dataset.corpus_hash
+    assert identity["dataset"]["corpus_hash"] == started.sources.corpus_hash
     assert identity["versions"]["torch"]
     assert run.tokenizer.read_bytes() == (small_data / "tokenizer.json").read_bytes()
     assert sorted(p.name for p in run.path.iterdir()) == [
@@ -94,7 +94,7 @@ def test_what_does_not_is_taken_and_frozen(job, change):
     run = start(job()).run
     started = start(job(change))
     assert thaw("train", run.config) == started.job
-    assert started.job != start_module.settle(job(), started.dataset)
+    assert started.job != start_module.settle(job(), started.sources)
 
 
 def test_a_schedule_without_decay_may_grow(job):

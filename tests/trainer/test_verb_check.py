@@ -4,13 +4,15 @@ import json
 import shutil
 
 import pytest
-from small_run import make_job, make_run, save, train_row
+from small_run import feed, make_job, make_run, save, train_row
 
 from trainer import open_run
+from trainer.audit import row_faults
 from trainer.durable import read_json, read_table, write_file, write_json, write_table
-from trainer.frozen import freeze
-from trainer.run import Parent
-from trainer.stored import coverage_faults
+from trainer.frozen import freeze, thaw
+from trainer.replay import replay_faults
+from trainer.run import Parent, read_rows
+from trainer.stored import Position, coverage_faults
 
 
 def rewrite_rows(run, change):
@@ -125,12 +127,64 @@ ROWS = {
     "a double": (lambda rows: rows[:3] + rows[2:], "step 3 follows step 3"),
     "a lost head": (lambda rows: rows[1:], "step 2 follows step 0"),
     "samples": (lambda rows: [*rows[:3], rows[3] | {"g0": 13, "g1": 17}, *rows[4:]], "sample 13"),
-    "tokens": (lambda rows: [*rows[:3], rows[3] | {"tokens": 7}, *rows[4:]], "7 tokens in all"),
-    "a batch": (lambda rows: [*rows[:7], rows[7] | {"g1": 30}], "of 2 windows"),
+    "tokens": (lambda rows: [*rows[:3], rows[3] | {"tokens": 7}, *rows[4:]], "counts 7 tokens in"),
+    "a batch": (
+        lambda rows: [*rows[:7], rows[7] | {"g1": 30}],
+        "ends at sample 30; train.global_batch makes it 32",
+    ),
     "a lost tail": (lambda rows: rows[:7], "no row of step 8"),
-    "another step": (lambda rows: [*rows[:7], rows[7] | {"tokens": 1020}], "where the checkpoint"),
+    "another step": (lambda rows: [*rows[:7], rows[7] | {"tokens": 1020}], "checkpoint at step 8"),
     "a lame row": (lambda rows: [{"kind": "train"}, *rows[1:]], "lacks what every row has"),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens_hash": 7}, "step 3 was trained on other tokens than the shards hold now"),
+        ({"shares": {"data": 127}, "tokens": 0}, "step 3 says {'data': 127} targets"),
+    ],
+)
+def test_rows_are_compared_with_the_shards(own_run, change, said):
+    """What the other checks can't see: the tokens themselves."""
+    rows = [row for row in read_rows(own_run.metrics) if row["kind"] == "train"]
+    data = feed(own_run.path)
+    assert list(replay_faults(rows, data)) == []
+    rows[2] |= change
+    (fault,) = replay_faults(rows, data)
+    assert said in fault
+
+
+def test_changed_shards_are_found_and_missing_ones_noted(own_run, forescale, small_data, tmp_path):
+    identity = read_json(own_run.identity)
+    copy = shutil.copytree(small_data, tmp_path / "copy")
+    identity["dataset"]["sources"]["data"]["path"] = str(copy)
+    write_json(own_run.identity, identity)
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "each step's tokens are those of the shards" in out
+    flip(copy / "train-000000.tar")
+    code, _, err = forescale("check", "small")
+    assert code == 2
+    assert "train-000000.tar" in err
+    shutil.rmtree(copy)
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "the tokens themselves were not compared" in out
+
+
+def test_skipped_samples_are_no_gap(own_run):
+    job = thaw("train", own_run.config, True)
+    rows = [row for row in read_rows(own_run.metrics) if row["kind"] == "train"]
+    by = [5 * (row["step"] > 3) for row in rows]
+    moved = [
+        row | {"g0": row["g0"] + n, "g1": row["g1"] + n} for row, n in zip(rows, by, strict=True)
+    ]
+    assert list(row_faults(moved, Position(), job, [(12, 17)])) == []
+    assert "step 4 begins at sample 17, not 12" in list(row_faults(moved, Position(), job))
+    inside = [rows[0] | {"g1": 6}, *[r | {"g0": r["g0"] + 2, "g1": r["g1"] + 2} for r in rows[1:]]]
+    assert list(row_faults(inside, Position(), job, [(1, 3)])) == []
+    assert list(row_faults(rows, Position(), job, [(1, 3)])) != []
 
 
 @pytest.mark.parametrize("name", ROWS)

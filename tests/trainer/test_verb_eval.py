@@ -50,7 +50,7 @@ def test_compressors_stand_beside_it_with_ratios_over_the_whole_split(trained, f
     _, out, _ = forescale("eval", trained.path)
     assert out.count("the model needs") == 3
     _, part, _ = forescale("eval", trained.path, "windows=4")
-    assert "its first 4 windows" in part
+    assert ", 4 windows spread over it" in part
     assert "xz" in part
     assert "the model needs" not in part  # other bytes: no ratio
 
@@ -78,7 +78,7 @@ def test_another_tokenizer_cannot_be_scored(trained, forescale, tmp_path):
 
 def test_data_that_has_moved_is_asked_for(own_run, forescale, small_data):
     identity = json.loads(own_run.identity.read_text())
-    identity["dataset"]["path"] = "/nowhere/data"
+    identity["dataset"]["sources"]["data"]["path"] = "/nowhere/data"
     own_run.identity.write_text(json.dumps(identity))
     code, _, err = forescale("eval", "small")
     assert code == 2

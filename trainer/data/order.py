@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Permutation:
     and walking the cycle past the few cells beyond n is rare.
     """
 
-    def __init__(self, n: int, *key: int):
+    def __init__(self, n: int, *key: int | str):
         a = isqrt(n) + 1
         self._n, self._a, self._b = np.uint64(n), np.uint64(a), np.uint64(-(-n // a))
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
@@ -72,17 +72,51 @@ class Permutation:
 
 
 class Windows(NamedTuple):
-    """Windows as arrays of one length: shard, first token in it, tokens (L + 1, or fewer)."""
+    """Windows as arrays of one length: shard, first token in it (or the number of its bin there),
+    targets + 1 (L + 1, or fewer), which of a window is the number of its tokens."""
 
     shard: np.ndarray
     start: np.ndarray
     length: np.ndarray
 
 
+class Cut(Protocol):
+    """How shards are cut into windows. counts: windows of each shard; targets: what of its tokens
+    is a target in them; int64 of shape (shards,)."""
+
+    counts: np.ndarray
+    targets: np.ndarray
+
+    def short(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these shards' windows, counted side by side, have fewer than L targets,
+        ascending; and how many fewer. int64 each, of one shape."""
+
+    def cut(self, shard: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token, or what stands for it, and targets + 1 of windows by shard and number."""
+
+
+class Strides:
+    """A Cut with stride L; a shard's last window has the rest."""
+
+    def __init__(self, shard_tokens: Sequence[int], sequence_length: int):
+        self._length, self._tokens = sequence_length, np.array(shard_tokens, np.int64)
+        self.targets = np.maximum(self._tokens - 1, 0)
+        self.counts = -(-self.targets // sequence_length)
+
+    def short(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        counts = self.counts[shards]
+        return np.cumsum(counts) - 1, counts * self._length - self.targets[shards]
+
+    def cut(self, shard: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        start = number * self._length
+        return start, np.minimum(self._length + 1, self._tokens[shard] - start)
+
+
 class Order:
     """The order of a split's windows.
 
-    shard_tokens: tokens of every shard. Raises UserError where no shard holds two tokens.
+    shard_tokens: tokens of every shard; bins: packed ones, instead of windows of one stride. Raises
+    UserError where no shard holds two tokens.
     """
 
     def __init__(
@@ -91,6 +125,7 @@ class Order:
         sequence_length: int,
         seed: int,
         shuffle_shards: int,
+        bins: Cut | None = None,
     ):
         if sequence_length < 1 or shuffle_shards < 1:
             raise UserError(
@@ -98,12 +133,11 @@ class Order:
             )
         self.sequence_length, self.seed = sequence_length, seed
         self.shuffle_shards = shuffle_shards
-        self._tokens = np.array(shard_tokens, np.int64)
-        targets = np.maximum(self._tokens - 1, 0)
-        self._windows = -(-targets // sequence_length)
-        self._short = self._windows * sequence_length - targets  # targets a last window lacks
+        self._cut: Cut = bins or Strides(shard_tokens, sequence_length)
+        self._windows = self._cut.counts
+        self._short = self._windows * sequence_length - self._cut.targets  # what its windows lack
         self.windows_per_epoch = int(self._windows.sum())
-        self.targets_per_epoch = int(targets.sum())
+        self.targets_per_epoch = int(self._cut.targets.sum())
         if not self.windows_per_epoch:
             raise UserError("the training split", "holds no two tokens in a row", "give more text")
         self._epoch = lru_cache(4)(self._make_epoch)
@@ -122,7 +156,7 @@ class Order:
             block, inside = self._epoch(epoch).locate(position)
             within = self._block(epoch, block)
             count = min(g1 - g0, within.windows - inside)
-            parts.append(self._cut(within, np.arange(inside, inside + count)))
+            parts.append(self._place(within, np.arange(inside, inside + count)))
             g0 += count
         if not parts:
             return Windows(*np.empty((3, 0), np.int64))
@@ -131,7 +165,7 @@ class Order:
         )
 
     def targets(self, g0: int, g1: int) -> int:
-        """Targets in windows [g0, g1): (g1 - g0) * L but for the short last windows of shards.
+        """Targets in windows [g0, g1): (g1 - g0) * L but for what short ones lack.
 
         Costs a look-up in one or two blocks, however far apart g0 and g1 are.
         """
@@ -145,13 +179,11 @@ class Order:
         block, inside = order.locate(position)
         return epoch * whole + order.lacking[block] + self._block(epoch, block).lacking(inside)
 
-    def _cut(self, block: "_Block", position: np.ndarray) -> Windows:
+    def _place(self, block: "_Block", position: np.ndarray) -> Windows:
         picked = block.permutation(position)
         at = np.searchsorted(block.firsts, picked, side="right") - 1
         shard = block.shards[at]
-        start = (picked - block.firsts[at]) * self.sequence_length
-        length = np.minimum(self.sequence_length + 1, self._tokens[shard] - start)
-        return Windows(shard, start, length)
+        return Windows(shard, *self._cut.cut(shard, picked - block.firsts[at]))
 
     def _make_epoch(self, epoch: int) -> "_Epoch":
         shards = np.flatnonzero(self._windows)
@@ -170,7 +202,7 @@ class Order:
         return _Block(
             shards,
             self._windows[shards],
-            self._short[shards],
+            self._cut.short(shards),
             (self.seed, epoch, block),
         )
 
@@ -192,17 +224,20 @@ class _Block:
     """The permuted windows of one block of shards."""
 
     def __init__(
-        self, shards: np.ndarray, windows: np.ndarray, short: np.ndarray, key: tuple[int, ...]
+        self,
+        shards: np.ndarray,
+        windows: np.ndarray,
+        short: tuple[np.ndarray, np.ndarray],
+        key: tuple[int, ...],
     ):
         self.shards, self.windows = shards, int(windows.sum())
-        ends = np.cumsum(windows)
-        self.firsts = ends - windows
+        self.firsts = np.cumsum(windows) - windows
         self.permutation = Permutation(self.windows, *key)
-        # Where the short windows, a shard's last ones, come in the block, and what they lack.
-        positions = self.permutation.inverse(ends - 1)
+        which, lacks = short  # where those come in the block, and what they lack up to there:
+        positions = self.permutation.inverse(which)
         order = np.argsort(positions)
         self._positions = positions[order]
-        self._lacking = np.concatenate([[0], np.cumsum(short[order])])
+        self._lacking = np.concatenate([[0], np.cumsum(lacks[order])])
 
     def lacking(self, position: int) -> int:
         """Targets that the block's windows before a position lack."""

@@ -35,7 +35,8 @@ class Engine:
     "peak_learning_rate" each.
 
     model: `forward(tokens_BL, targets_BL)` returns each window's summed loss in nats, shape (B,),
-    or that and a scalar penalty. Attributes: `module` the model, `layout` where its state lies.
+    or that and a scalar penalty; where documents are kept apart it is given documents_BL too.
+    Attributes: `module` the model, `layout` where its state lies.
     """
 
     def __init__(self, world: World, model: nn.Module, optimizer, *, seed: int, clip: float | None):
@@ -83,13 +84,16 @@ class Engine:
             _seed(_mix(self.seed, batch.step, micro.index))
             last = micro is batch.micro[-1]
             self._deepspeed.set_gradient_accumulation_boundary(last)
-            tokens = micro.tokens.to(self.world.device, non_blocking=True)
-            targets = micro.targets.to(self.world.device, non_blocking=True)
-            loss, penalty = split_penalty(self._deepspeed(tokens, targets))
+            loss, penalty = split_penalty(self._forward(micro))
             total = loss.sum()
             self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
             losses.append(total.detach().float())
         return torch.stack(losses)
+
+    def _forward(self, micro):
+        """micro: a data.stream.MicroBatch."""
+        positional, named = micro.arguments(self.world.device)
+        return self._deepspeed(*positional, **named)
 
     def gradient_norm(self) -> float:
         """The global L2 norm of the averaged gradient: one scalar all-reduce.
@@ -117,15 +121,14 @@ class Engine:
         self.layout.discard()
 
     @torch.no_grad()
-    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Summed nats of each window, fp32 of shape (B,), without dropout or gradient.
+    def losses(self, micro) -> Tensor:
+        """Summed nats of each window of a micro-batch, fp32 of shape (B,), without dropout or
+        gradient.
 
         At stage 3 every rank must call it equally often: weights are gathered as it runs.
         """
         self.module.eval()
-        loss, _ = split_penalty(
-            self._deepspeed(tokens.to(self.world.device), targets.to(self.world.device))
-        )
+        loss, _ = split_penalty(self._forward(micro))
         return loss.float()
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +76,18 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def union_in_background(self) -> Callable[[frozenset], frozenset]:
+        """A function that unites what the ranks give it, which one other thread may call while this
+        one trains: it has a group of its own."""
+        group = dist.new_group(backend="gloo")
+
+        def union(mine: frozenset) -> frozenset:
+            found: list[Any] = [None] * self.size
+            dist.all_gather_object(found, mine, group=group)
+            return frozenset().union(*found)
+
+        return union
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
@@ -122,6 +134,13 @@ class World:
         if self.size > 1:
             with suppress(RuntimeError):  # of this one the answer doesn't matter
                 dist.barrier()
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether an error says no more than that another rank is gone, or doesn't answer."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def join(config: dict, size: int, timeout_seconds: float) -> World:

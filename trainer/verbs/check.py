@@ -27,6 +27,7 @@ def main(words: list[str]) -> int:
     kind, path = _what(job)
     directories = Run(path).checkpoints.glob("step-*") if kind == "run" else [path]
     total, done, began = sum(map(size_of, directories)), 0, time.monotonic()
+    tokens = 0
     lock = Lock()
     with console() as progress:
 
@@ -36,7 +37,12 @@ def main(words: list[str]) -> int:
                 done += count
                 progress("read back", done, total, "bytes")
 
-        found = _check(kind, path, tick)
+        def replayed(count: int) -> None:
+            nonlocal tokens
+            tokens += count
+            progress("compare tokens", tokens, None, "tokens")
+
+        found = _check(kind, path, tick, replayed)
     for line in found.verified:
         print(f"  {line}")
     for line in found.notes:
@@ -47,7 +53,8 @@ def main(words: list[str]) -> int:
     verdict = f"{len(found.faults)} fault{'s' * (len(found.faults) != 1)}"
     print(
         f"{kind.capitalize()} {path}: {verdict if found.faults else 'whole'} "
-        f"({done:,} bytes read back in {seconds:.1f} s)."
+        f"({done:,} bytes read back{f', {tokens:,} tokens compared' * bool(tokens)} "
+        f"in {seconds:.1f} s)."
     )
     return USER if found.faults else DONE
 
@@ -73,9 +80,9 @@ def _listed(path: Path) -> set[str]:
         return set()
 
 
-def _check(kind: str, path: Path, tick) -> Findings:
+def _check(kind: str, path: Path, tick, replayed) -> Findings:
     if kind == "run":
-        return check_run(Run(path), tick)
+        return check_run(Run(path), tick, replayed)
     if kind == "checkpoint":
         return check_checkpoint(path, tick)
     from trainer.data.check import check

@@ -1,5 +1,7 @@
 """`forescale eval`: what a trained model's loss is on a dataset, beside what compressors need."""
 
+from typing import TYPE_CHECKING
+
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.data import baselines
@@ -8,6 +10,10 @@ from trainer.data.shards import Dataset
 from trainer.door import RunView, open_view
 from trainer.errors import DONE
 from trainer.jobs import EvalJob
+from trainer.stored import Position
+
+if TYPE_CHECKING:
+    from trainer.evaluate import Score
 
 
 def main(words: list[str]) -> int:
@@ -15,25 +21,33 @@ def main(words: list[str]) -> int:
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
     from trainer.device import best_device
-    from trainer.scoring import dataset_of, score
+    from trainer.scoring import datasets_of, score
 
-    dataset = dataset_of(view, job.data.path)
+    datasets = datasets_of(view, job.data)
     model = view.load(checkpoint, job.trust).to(best_device())
-    with console() as progress:
-        found = score(
-            model,
-            dataset,
-            job.split,
-            sequence_length=view.config.train.sequence_length,
-            micro_batch=job.micro_batch,
-            windows=job.windows,
-            progress=progress,
-        )
-    position = checkpoint.position
-    part = "" if job.windows is None else f", its first {found.windows:,} windows"
+    for dataset in datasets.values():
+        with console() as progress:
+            found = score(
+                model,
+                dataset,
+                job.split,
+                sequence_length=view.config.train.sequence_length,
+                micro_batch=job.micro_batch,
+                windows=job.windows,
+                documents=view.config.data.document_mask,
+                progress=progress,
+            )
+        _print(job, view, checkpoint.position, dataset, found)
+    return DONE
+
+
+def _print(
+    job: EvalJob, view: RunView, position: Position, dataset: Dataset, found: "Score"
+) -> None:
+    part = "" if job.windows is None else f", {found.windows:,} windows spread over it"
     print(
         f"Run {view.name}, step {position.step:,} ({position.tokens:,} tokens), in fp32, on the "
-        f"{job.split} split of {dataset.path}{part}\n"
+        f"{job.split} split of {dataset.where}{part}\n"
         f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n\n"
         f"  bits per byte  {found.bits_per_byte:.4f}\n"
         f"  loss           {found.loss:.4f} ± {found.loss_stderr:.4f} nats a token\n"
@@ -48,11 +62,11 @@ def main(words: list[str]) -> int:
             compared = bits and job.windows is None  # over the same bytes
             ratio = f"   the model needs {found.bits_per_byte / bits:.3f} of it" if compared else ""
             print(f"  {name:<{widest}}  {bits:.4f}{ratio}")
-    return DONE
 
 
 def _seen(view: RunView, dataset: Dataset, split: str) -> str:
     """How this dataset stands to what the run was trained on."""
-    if view.identity["dataset"]["identity"] != dataset.identity:
+    known = view.identity["dataset"]["sources"].values()
+    if dataset.identity not in [source["identity"] for source in known]:
         return "; not what the run was trained on"
     return "; the run was trained on this split" if split == "train" else ""

@@ -11,7 +11,8 @@ from trainer import launch
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.config import TrainJob
-from trainer.errors import DONE, GAVE_UP, INTERRUPTED
+from trainer.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED
+from trainer.feeding import epochs, feed_of, notes
 from trainer.schema import ConfigError, Problem
 from trainer.start import Start, start
 
@@ -38,14 +39,22 @@ def main(words: list[str]) -> int:
 
 
 def _rank(job: TrainJob, began: float) -> int:
-    from trainer.engine.world import set_environment
+    from trainer.engine.world import lost_peer, set_environment
 
     set_environment()
     from trainer.memory import explained
     from trainer.rank import run_rank
 
-    with explained(job):
-        code = run_rank(job, began)
+    try:
+        with explained(job):
+            code = run_rank(job, began)
+    except Exception as e:
+        if not lost_peer(e):
+            raise
+        # Where that rank stood says why; where this one waited for it would only hide that.
+        what = f"rank {os.environ['RANK']} has lost another rank ({str(e).splitlines()[0]})"
+        print(f"forescale: {what}; see what that one said last.", file=sys.stderr)
+        code = CRASHED
     # Worker threads of the libraries may hold up a normal exit; everything is on disk.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -53,14 +62,20 @@ def _rank(job: TrainJob, began: float) -> int:
 
 
 def _introduce(started: Start, processes: int) -> None:
-    job, corpus = started.job, started.dataset
+    job, sources = started.job, started.sources
     ranks = f"{processes} rank{'s' if processes > 1 else ''}"
     print(
         f"Run {started.run.path}: {job.total_steps:,} steps of {job.tokens_per_step:,} tokens, "
         f"ZeRO stage {job.engine.stage}, {job.precision.kind}, {ranks}.\n"
-        f"Data {corpus.path} (corpus hash {corpus.corpus_hash[:16]}).",
+        f"Data {sources.where} (corpus hash {sources.corpus_hash[:16]}).",
         flush=True,
     )
+    feed = feed_of(job, sources)
+    if sources.is_mixture:
+        for name, times in epochs(job, feed).items():
+            print(f"  {name}: {times:.2f} epochs of {sources.datasets[name].where}")
+    for note in notes(job, feed):
+        print(f"Note: {note}", flush=True)
 
 
 def _keep_going(started: Start, words: list[str], processes: int) -> int:

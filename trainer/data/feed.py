@@ -1,0 +1,247 @@
+"""The sequence that a run reads: sources, their mixture, what is skipped, what is damaged.
+
+    sample indices -> places (mixture, order) -> substitutes for what is damaged -> tokens
+
+Invariant: the tokens of sample g depend on the data, the configuration and the quarantine alone;
+not on ranks, workers, or where a run was resumed. With the policy `substitute` a window that
+touches a damaged member gives way to another whole one of its source, chosen by (seed, g), of the
+same length; so the targets of a step stay what the order says.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from trainer.data.bins import Bins
+from trainer.data.mixture import Interval, Mixture, Places, without
+from trainer.data.order import mix64
+from trainer.data.shards import Damaged, Split
+from trainer.errors import UserError
+
+_NONE = np.empty(0, np.int64)
+_SPAN = 1024  # samples
+_TRIES = 1000  # candidates for one window, before a source is said to be lost
+
+
+class Lost(NamedTuple):
+    """A damaged member: its source, its shard's number there and its key in the shard."""
+
+    source: str
+    shard: int
+    member: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Windows that were read. tokens: (n, L + 1) in the feed's dtype, 0 beyond a short one's end;
+    sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32, the document of each token,
+    counted in its window, or None; begins: (n, L + 1) bool, True for a packed document's first
+    token, which is no target, or None; hash: the sum mod 2^64 of the windows' hashes; lost: members
+    found damaged on the way."""
+
+    places: Places
+    tokens: np.ndarray
+    sizes: np.ndarray
+    documents: np.ndarray | None
+    begins: np.ndarray | None
+    hash: int
+    lost: frozenset[Lost]
+
+
+def window_hash(g: int, tokens: np.ndarray) -> int:
+    """XXH3-64 of the window's tokens as they lie in memory, unpadded, seeded with g."""
+    return xxhash.xxh3_64_intdigest(tokens.data, g)
+
+
+def narrow_dtype(vocab_size: int) -> np.dtype:
+    """What ids are kept in, whatever the shards hold them in: equal text has equal hashes."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class Feed:
+    """Reads samples by their index.
+
+    splits: the training split of each source, by the mixture's names; skipped: intervals of samples
+    that are passed over; substitute: go on beside damage instead of raising; documents: number the
+    documents of each window; bins: of each source, where windows are packed.
+    """
+
+    def __init__(
+        self,
+        splits: dict[str, Split],
+        mixture: Mixture,
+        vocab_size: int,
+        *,
+        skipped: Sequence[Interval] = (),
+        substitute: bool = False,
+        documents: bool = False,
+        bins: Mapping[str, Bins] | None = None,
+        seed: int = 0,
+    ):
+        self.names, self.splits = list(splits), list(splits.values())
+        self.mixture, self.skipped = mixture, tuple(skipped)
+        self.dtype = narrow_dtype(vocab_size)
+        self.substitute, self.documents, self.seed = substitute, documents, seed
+        self.bins = [bins[name] for name in splits] if bins else None
+        self._span = lru_cache(4)(self._make_span)
+
+    def step(self, g: int, count: int) -> list[Interval]:
+        """The samples of a step of `count` windows that begins at g, skipped ones passed over."""
+        return without(self.skipped, g, count)
+
+    def targets(self, intervals: Iterable[Interval]) -> np.ndarray:
+        """Targets of each source in these samples: int64 of shape (sources,)."""
+        return sum(
+            (self.mixture.targets(*interval) for interval in intervals),
+            start=np.zeros(len(self.names), np.int64),
+        )
+
+    def read(
+        self,
+        intervals: Sequence[Interval],
+        quarantine: frozenset[Lost] = frozenset(),
+        at: Callable[[str, str], None] = lambda source, shard: None,
+    ) -> Rows:
+        """The windows of these samples. at: told of the source and shard about to be read.
+
+        Raises UserError for damage, unless it may be substituted; and then where a source has
+        hardly anything else left.
+        """
+        places = self._places(intervals)
+        samples = np.concatenate([np.arange(*interval) for interval in intervals])
+        length = self.mixture.sequence_length + 1
+        tokens, short = np.empty((len(samples), length), self.dtype), places.length < length
+        tokens[short] = 0
+        documents = np.zeros((len(samples), length), np.int32) if self.documents else None
+        begins = np.zeros((len(samples), length), np.bool_) if self.bins else None
+        sizes, known = places.length.copy(), set(quarantine)
+        one_by_one = bool(known) or self.documents or self.bins is not None
+        if one_by_one or not self._read_all(places, tokens, at):
+            for i, (g, *place) in enumerate(zip(samples.tolist(), *places.lists(), strict=True)):
+                ends = self._read(g, place, known, tokens[i], at)
+                if documents is not None:
+                    documents[i] = np.searchsorted(ends, np.arange(length), side="right")
+                if begins is not None:
+                    sizes[i] = ends[-1]
+                    begins[i, ends[:-1]] = True
+        windows: Iterable[Any] = tokens
+        if short.any():
+            windows = (r[:n] for r, n in zip(tokens, sizes.tolist(), strict=True))
+        digest = sum(
+            map(xxhash.xxh3_64_intdigest, windows, samples.tolist())
+        )  # window_hash of each
+        lost = frozenset(known - quarantine)
+        return Rows(places, tokens, sizes, documents, begins, digest % 2**64, lost)
+
+    def _places(self, intervals: Iterable[Interval]) -> Places:
+        """Where these samples lie; worked out for _SPAN at once, as a few cost nearly as much."""
+        parts = []
+        for g, end in intervals:
+            while g < end:
+                number, first = divmod(g, _SPAN)
+                span = self._span(number)
+                parts.append(Places(*(column[first : first + end - g] for column in span)))
+                g += len(parts[-1].shard)
+        return Places(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _make_span(self, number: int) -> Places:
+        return self.mixture.places(number * _SPAN, (number + 1) * _SPAN)
+
+    def will_read(self, intervals: Iterable[Interval]) -> None:
+        """Have what these samples need fetched, in order, where it lies far away. Only a hint, but
+        it needs the index: raises UserError where that can't be read."""
+        far = [split.is_remote for split in self.splits]
+        for interval in intervals if any(far) else ():
+            places = self.mixture.places(*interval)
+            for source, split in enumerate(self.splits):
+                if far[source]:
+                    mine = places.source == source
+                    split.will_read(*self._runs(source, Places(*(c[mine] for c in places))))
+
+    def _runs(self, source: int, places: Places) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shard, first token and tokens of all that these windows of one source are made of."""
+        if self.bins is None:
+            return places.shard, places.start, places.length
+        pieces = [self._pieces(*place) for place in zip(*places.lists(), strict=True)]
+        shard = np.repeat(places.shard, list(map(len, pieces)))
+        runs = np.array([run for held in pieces for run in held], np.int64).reshape(-1, 2)
+        return shard, runs[:, 0], runs[:, 1]
+
+    def _pieces(self, source: int, shard: int, start: int, size: int) -> list[tuple[int, int]]:
+        """(first token, tokens) of all that a window is made of."""
+        return self.bins[source].pieces(shard, start, size - 1) if self.bins else [(start, size)]
+
+    def _read_all(self, places: Places, tokens: np.ndarray, at) -> bool:
+        """Read whole windows shard by shard, and short ones. False where one has to be substituted:
+        then `tokens` means nothing yet."""
+        short = places.length < tokens.shape[1]
+        any_short = bool(short.any())
+        try:
+            for source, shard, rows in _by_shard(places):
+                split = self.splits[source]
+                at(self.names[source], split.shard_name(shard))
+                for i in rows[short[rows]].tolist() if any_short else ():
+                    split.read_into(shard, int(places.start[i]), tokens[i, : places.length[i]])
+                full = rows[~short[rows]] if any_short else rows
+                split.shard(shard).read_rows(full, places.start[full], tokens)
+        except Damaged:
+            if not self.substitute:
+                raise
+            return False
+        return True
+
+    def _read(self, g: int, place: list[int], known: set[Lost], out: np.ndarray, at) -> np.ndarray:
+        """Read one window or its substitute into `out`; the ends of its pieces where it is packed,
+        else of its documents, if wanted."""
+        source, shard, start, size = place
+        split, name = self.splits[source], self.names[source]
+        for attempt in range(_TRIES):
+            pieces = self._pieces(source, shard, start, size)
+            if not any(self._touches(known, name, split, shard, *piece) for piece in pieces):
+                at(name, split.shard_name(shard))
+                try:
+                    ends = np.cumsum([length for _, length in pieces])
+                    for end, (first, length) in zip(ends.tolist(), pieces, strict=True):
+                        split.read_into(shard, first, out[end - length : end])
+                    if self.bins is not None:
+                        return ends
+                    return split.document_ends(shard, start, size) if self.documents else _NONE
+                except Damaged as e:
+                    if not self.substitute:
+                        raise
+                    known.add(Lost(name, e.shard, e.member))
+            shard, start = self._candidate(g, source, size, attempt)
+        raise UserError(
+            f"source {name}",
+            f"{_TRIES} windows in a row touch damaged members",
+            "restore the dataset from a copy",
+        )
+
+    @staticmethod
+    def _touches(known: set[Lost], name: str, split: Split, shard: int, start: int, size: int):
+        hit = {lost.member for lost in known if lost.source == name and lost.shard == shard}
+        return bool(hit) and ("" in hit or not hit.isdisjoint(split.members(shard, start, size)))
+
+    def _candidate(self, g: int, source: int, size: int, attempt: int) -> tuple[int, int]:
+        """Another window of the source with size - 1 targets, drawn by (seed, g, attempt)."""
+        order = self.mixture.orders[source]
+        drawn = np.array([(self.seed << 32) ^ (attempt << 48) ^ g], np.uint64)
+        while True:
+            drawn = mix64(drawn + np.uint64(0x9E3779B97F4A7C15))
+            shard, start, length = order.window(int(drawn[0]) % order.windows_per_epoch)
+            if length >= size:
+                return shard, start
+
+
+def _by_shard(places: Places) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Source, shard and the rows that lie in it, shard by shard."""
+    rows = np.lexsort((places.shard, places.source))
+    source, shard = places.source[rows], places.shard[rows]
+    turns = np.flatnonzero((source[1:] != source[:-1]) | (shard[1:] != shard[:-1])) + 1
+    for a, b in pairwise([0, *turns.tolist(), len(rows)]):
+        yield int(source[a]), int(shard[a]), rows[a:b]

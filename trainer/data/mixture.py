@@ -1,0 +1,198 @@
+"""Several sources as one sequence: whose window, and which, comes at g. Closed form, as order.py.
+
+A stage holds from its first g on, and gives every source a share. It is laid out in blocks: after k
+windows of a stage each source has had its share of k to within one window (largest remainders), at
+every block's end; inside a block a keyed permutation mixes the sources. A source's own windows come
+in its own order, without a gap, whatever stands between them.
+
+Invariant: g -> (source, its next window) depends on the shares, the sources' orders and the seed
+alone; a source's windows are counted through all stages, so an epoch of it has no window twice.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil, lcm
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.data.order import Order, Permutation
+
+_BLOCK = 1024  # windows at least; more where a share is so small that a block would hold none
+_LEAST = Fraction(1, 1 << 20)
+Interval = tuple[int, int]
+
+
+class Places(NamedTuple):
+    """Windows as int64 arrays of one length: source, shard, first token, tokens (<= L + 1)."""
+
+    source: np.ndarray
+    shard: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+    def lists(self) -> list[list[int]]:
+        """The columns as Python numbers."""
+        return [column.tolist() for column in self]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From sample `first` on, sources are drawn by `weights` (of any sum; 0: not at all)."""
+
+    first: int
+    weights: tuple[Fraction, ...]
+
+    @classmethod
+    def of(cls, first: int, weights: Sequence[float]) -> "Stage":
+        """Decimal numbers are taken as they are written: 0.1 is a tenth. Raises ValueError."""
+        exact = tuple(Fraction(str(w)) for w in weights)
+        total = sum(exact)
+        if total <= 0 or min(exact) < 0:
+            raise ValueError("weights must not be negative, nor all of them 0")
+        if any(0 < w / total < _LEAST for w in exact):
+            raise ValueError("a share is under a millionth; give it more, or 0")
+        return cls(first, exact)
+
+
+class Mixture:
+    """The order of a mixture's windows; `names` of the sources go with `orders`.
+
+    Raises ValueError where stages don't begin at sample 0 or don't follow on each other.
+    """
+
+    def __init__(self, orders: Mapping[str, Order], stages: Sequence[Stage], seed: int):
+        self.names, self.orders = list(orders), list(orders.values())
+        firsts = [stage.first for stage in stages]
+        if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts:
+            raise ValueError("stages begin at sample 0, each after the one before it")
+        self._firsts, self._seed = firsts, seed
+        self._stages = [_Shares(stage.weights) for stage in stages]
+        self._before = [np.zeros(len(orders), np.int64)]  # each source's windows before a stage
+        for shares, a, b in zip(self._stages, firsts, firsts[1:], strict=False):
+            self._before.append(self._before[-1] + shares.counts(b - a))
+        self._block = lru_cache(16)(self._make_block)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.orders[0].sequence_length
+
+    def samples(self, g: int) -> np.ndarray:
+        """Windows that each source has given before g: int64 of shape (sources,)."""
+        block = self._block(*self._locate(g))
+        return block.base + block.counts(g - block.first)
+
+    def places(self, g0: int, g1: int) -> Places:
+        """The windows of [g0, g1), in order."""
+        found = Places(*np.empty((4, g1 - g0), np.int64))
+        at = g0
+        while at < g1:
+            block = self._block(*self._locate(at))
+            end = min(g1, block.first + len(block.labels))
+            labels = block.labels[at - block.first : end - block.first]
+            lows, highs = self.samples(at), self.samples(end)
+            for source, order in enumerate(self.orders):
+                if lows[source] < highs[source]:
+                    where = np.flatnonzero(labels == source) + (at - g0)
+                    windows = order.windows(int(lows[source]), int(highs[source]))
+                    found.source[where] = source
+                    found.shard[where], found.start[where], found.length[where] = windows
+            at = end
+        return found
+
+    def targets(self, g0: int, g1: int) -> np.ndarray:
+        """Targets of each source in the windows of [g0, g1): int64 of shape (sources,)."""
+        spans = zip(self.orders, self.samples(g0).tolist(), self.samples(g1).tolist(), strict=True)
+        return np.array([order.targets(low, high) for order, low, high in spans], np.int64)
+
+    def epochs(self, g: int) -> dict[str, float]:
+        """How often each source has been read before g."""
+        windows = zip(self.names, self.orders, self.samples(g).tolist(), strict=True)
+        return {name: count / order.windows_per_epoch for name, order, count in windows}
+
+    def _locate(self, g: int) -> tuple[int, int]:
+        """The stage and the block in it that hold g."""
+        stage = bisect_right(self._firsts, g) - 1
+        return stage, min((g - self._firsts[stage]) // self._stages[stage].block, self._last(stage))
+
+    def _last(self, stage: int) -> int:
+        """The last block of a stage. It takes in what would be left over: a short block's counts,
+        differences of rounded ones, could fall below 0."""
+        if stage + 1 == len(self._firsts):
+            return 1 << 62
+        length = self._firsts[stage + 1] - self._firsts[stage]
+        return max(0, length // self._stages[stage].block - 1)
+
+    def _make_block(self, stage: int, number: int) -> "_Block":
+        shares = self._stages[stage]
+        low, high = number * shares.block, (number + 1) * shares.block
+        if number == self._last(stage):
+            high = self._firsts[stage + 1] - self._firsts[stage]
+        before = shares.counts(low)
+        counts = shares.counts(high) - before
+        labels = np.repeat(np.arange(len(counts)), counts)
+        if len(counts) > 1:
+            mixed = Permutation(high - low, self._seed, "mixture", stage, number)
+            labels = labels[mixed(np.arange(high - low))]
+        return _Block(self._firsts[stage] + low, self._before[stage] + before, labels)
+
+
+class _Block:
+    """first: its first g; base: each source's windows before it; labels: the source at each g."""
+
+    def __init__(self, first: int, base: np.ndarray, labels: np.ndarray):
+        self.first, self.base, self.labels = first, base, labels
+        self._positions = [np.flatnonzero(labels == s) for s in range(len(base))]
+
+    def counts(self, position: int) -> np.ndarray:
+        """Windows of each source among the block's first `position`."""
+        return np.array([np.searchsorted(p, position) for p in self._positions], np.int64)
+
+
+class _Shares:
+    """Whole windows out of shares: Hamilton's method of largest remainders, in exact integers."""
+
+    def __init__(self, weights: Sequence[Fraction]):
+        denominator = lcm(*(w.denominator for w in weights))
+        self._weights = [int(w * denominator) for w in weights]
+        self._total = sum(self._weights)
+        # Two windows at least of the rarest: then no difference of rounded counts is negative.
+        rarest = min(w for w in self._weights if w)
+        self.block = max(_BLOCK, ceil(Fraction(2 * self._total, rarest)))
+
+    def counts(self, windows: int) -> np.ndarray:
+        """Each source's part of the first `windows`, within one of its share: int64."""
+        parts = [divmod(w * windows, self._total) for w in self._weights]
+        counts = [whole for whole, _ in parts]
+        by_rest = sorted(range(len(parts)), key=lambda i: -parts[i][1])
+        for i in by_rest[: windows - sum(counts)]:
+            counts[i] += 1
+        return np.array(counts, np.int64)
+
+
+def without(skipped: Sequence[Interval], g: int, count: int) -> list[Interval]:
+    """The next `count` samples from g on that lie in no skipped interval, as intervals.
+
+    skipped: half-open, sorted, not overlapping.
+    """
+    found: list[Interval] = []
+    for a, b in _gaps(skipped, g):
+        end = min(b, a + count)
+        if a < end:
+            found.append((a, end))
+            count -= end - a
+        if not count:
+            break
+    return found
+
+
+def _gaps(skipped: Sequence[Interval], g: int) -> Iterator[Interval]:
+    """What is not skipped from g on; the last gap has no end."""
+    for a, b in skipped:
+        if b > g:
+            yield g, max(g, a)
+            g = max(g, b)
+    yield g, 1 << 62
