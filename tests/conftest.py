@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the test
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """Some 100,000 tokens of Python, a BPE of 512 entries, two splits."""
-    from trainer.data.build import BuildConfig, build_dataset
-    from trainer.data.text import Files
+    from trainer.data.build.dataset import BuildConfig, build_dataset
+    from trainer.data.text.files import Files
 
     source = Files([Path(__file__).parents[1] / "trainer"])
     output = tmp_path_factory.mktemp("data") / "source"

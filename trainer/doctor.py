@@ -171,7 +171,7 @@ def disk(key: str, path: Path, needs: int) -> Finding:
 
 def corpus(job: DoctorJob) -> Finding:
     """The data that `forescale train` would read."""
-    from trainer.data.corpus import PythonSource, embedded_path
+    from trainer.data.build.corpus import PythonSource, embedded_path
     from trainer.data.shards import Dataset
 
     try:

@@ -40,6 +40,9 @@ _EXAMPLES = {
     "shards": (
         "shards books/ output=/data/books",
         "shards wiki.jsonl.zst output=w tokenizer=bytes",
+        "shards 's3://bucket/web/*.parquet' output=/data/web text_key=content",
+        "shards corpus.bin output=/data/web tokenizer=tokenizer.json   (token ids, used in place)",
+        "shards show /data/books   (what a dataset holds)",
     ),
     "generate": ('generate first prompt="def main("', "generate first step=500 temperature=0"),
     "eval": ("eval first", "eval first data.path=/data/books"),

@@ -14,7 +14,7 @@ from typing import Any
 from models.config import ModelConfig
 from trainer.config import CorpusConfig, DataConfig, TrainJob
 from trainer.config_data import ONLY
-from trainer.data.corpus import prepare_embedded
+from trainer.data.build.corpus import prepare_embedded
 from trainer.data.progress import console
 from trainer.data.shards import Dataset
 from trainer.data.sources import Sources

@@ -1,6 +1,6 @@
 """What a finished run says: its bits per byte beside what compressors need, a sample, what next."""
 
-from trainer.data import baselines
+from trainer.data.build import baselines
 from trainer.data.shards import Dataset
 from trainer.data.sources import Sources
 from trainer.door import RunView

@@ -28,12 +28,12 @@ from pairing import Result
 from processes import Side, isolated, peak_memory
 from tokenizers import Tokenizer
 
-from trainer.data.build import BuildConfig, build_dataset
-from trainer.data.corpus import PythonSource
-from trainer.data.documents import Report
-from trainer.data.pieces import pieces
+from trainer.data.build.corpus import PythonSource
+from trainer.data.build.dataset import BuildConfig, build_dataset
 from trainer.data.shards import Dataset
-from trainer.data.text import Files
+from trainer.data.text.documents import Report
+from trainer.data.text.files import Files
+from trainer.data.text.pieces import pieces
 from trainer.data.tokenizer import train_bpe
 
 BYTES = 44_000_000

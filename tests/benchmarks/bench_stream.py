@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from pairing import Result, interleaved
 
+from trainer.data.build.writing import ShardWriter
 from trainer.data.feed import Feed
 from trainer.data.mixture import Mixture, Stage
 from trainer.data.order import Order
 from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER, Dataset
 from trainer.data.stream import Share, stream
 from trainer.data.tokenizer import byte_tokenizer
-from trainer.data.writing import ShardWriter
 from trainer.durable import write_file, write_json, write_table
 
 SHARDS, SHARD_TOKENS = 8, 1 << 22

@@ -9,9 +9,9 @@ from pathlib import Path
 import launching
 import pytest
 
-from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.build.dataset import BuildConfig, build_dataset
 from trainer.data.shards import Dataset
-from trainer.data.text import Files
+from trainer.data.text.files import Files
 
 pytestmark = pytest.mark.distributed
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from trainer.compose import compose
-from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.build.dataset import BuildConfig, build_dataset
 from trainer.data.feed import Feed
-from trainer.data.text import Files
+from trainer.data.text.files import Files
 from trainer.durable import read_json, write_json, write_table
 from trainer.engine.state import WEIGHT, Fragment, write_fragments
 from trainer.frozen import thaw

@@ -8,7 +8,7 @@ import disks
 import pytest
 
 import models
-from trainer.data import corpus
+from trainer.data.build import corpus
 
 TRAIN = ("train", "first", "train.tokens=null", "train.steps=4", "schedule=constant")
 SMALL = ("train.sequence_length=32", "schedule.warmup=0", "train.compile=off")

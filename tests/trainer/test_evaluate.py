@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.build.dataset import BuildConfig, build_dataset
 from trainer.data.shards import Dataset
-from trainer.data.text import Files
+from trainer.data.text.files import Files
 from trainer.evaluate import Score, evaluate, pooled
 
 LENGTH = 16

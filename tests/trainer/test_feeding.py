@@ -6,9 +6,9 @@ import pytest
 from data.small_dataset import write_dataset
 
 from trainer.compose import compose
-from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.build.dataset import BuildConfig, build_dataset
 from trainer.data.sources import Sources
-from trainer.data.text import Files
+from trainer.data.text.files import Files
 from trainer.errors import UserError
 from trainer.feeding import epochs, feed_of, notes
 from trainer.start import open_sources, settle

@@ -26,7 +26,7 @@ import xxhash
 
 from trainer.data.packing import Packing, pack
 from trainer.data.progress import Progress, silent
-from trainer.data.remote import LocalFile
+from trainer.data.remote.store import LocalFile
 from trainer.data.shards import Split
 from trainer.durable import HashingFile, fsync_path
 from trainer.errors import UserError

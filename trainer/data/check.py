@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.opening import open_raw
 from trainer.data.shards import Dataset, Shard
-from trainer.data.tokenised import tar_members
+from trainer.data.text.opening import open_raw
+from trainer.data.tokenised.kinds import tar_members
 from trainer.durable import check_table
 from trainer.errors import UserError
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from trainer.data.remote import File, LocalFile, Store
+from trainer.data.remote.store import File, LocalFile, Store
+from trainer.data.remote.transfer import Unreachable
 from trainer.data.resident import MEMORY, Resident
-from trainer.data.transfer import Unreachable
 from trainer.errors import UserError
 
 FORMAT = 2  # of a dataset; the names of its files:

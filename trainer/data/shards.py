@@ -28,7 +28,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trainer.data.members import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, Shard
-from trainer.data.remote import CACHE_BYTES, Store, open_store
+from trainer.data.remote.store import CACHE_BYTES, Store, open_store
 from trainer.data.tokenizer import token_bytes
 from trainer.durable import TABLE
 from trainer.errors import UserError

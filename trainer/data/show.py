@@ -15,12 +15,12 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from trainer.data.corpus import cache_directory
+from trainer.data.build.corpus import cache_directory
+from trainer.data.build.report import printed
 from trainer.data.order import Order
-from trainer.data.report import printed
+from trainer.data.remote.transfer import is_url
 from trainer.data.shards import MANIFEST, Dataset, Split
 from trainer.data.tokenizer import byte_tokenizer
-from trainer.data.transfer import is_url
 from trainer.errors import UserError
 
 SHUFFLE_SHARDS = 8  # data.shuffle_shards, unless a run says otherwise

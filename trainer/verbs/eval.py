@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from trainer.cli import overrides_of
 from trainer.compose import compose
-from trainer.data import baselines
+from trainer.data.build import baselines
 from trainer.data.progress import console
 from trainer.data.shards import Dataset
 from trainer.door import RunView, open_view

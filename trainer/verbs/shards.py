@@ -9,13 +9,13 @@ from typing import Any
 
 from trainer.cli import overrides_of
 from trainer.compose import compose
-from trainer.data.build import BuildConfig, build_dataset
-from trainer.data.documents import Policy
+from trainer.data.build.dataset import BuildConfig, build_dataset
+from trainer.data.build.report import printed
+from trainer.data.build.workers import available
 from trainer.data.progress import console
-from trainer.data.report import printed
 from trainer.data.shards import MANIFEST, Dataset
-from trainer.data.text import Files
-from trainer.data.workers import available
+from trainer.data.text.documents import Policy
+from trainer.data.text.files import Files
 from trainer.errors import DONE, UserError
 from trainer.jobs import ShardsJob
 from trainer.names import nearest_first
@@ -59,7 +59,7 @@ def build_config(job: ShardsJob) -> BuildConfig:
 
 def _are_tokenised(inputs: list[str]) -> bool:
     """Whether all inputs hold tokens, not text. Raises UserError for a mix of both."""
-    from trainer.data.inplace import in_place_kind
+    from trainer.data.tokenised.inplace import in_place_kind
 
     kinds = {path: in_place_kind(path) for path in inputs}
     if not any(kinds.values()):
@@ -72,7 +72,7 @@ def _are_tokenised(inputs: list[str]) -> bool:
 
 
 def _index(job: ShardsJob, output: Path, progress: Any) -> None:
-    from trainer.data.inplace import index_corpus
+    from trainer.data.tokenised.inplace import index_corpus
 
     if job.tokenizer is None:
         what = "a corpus that is tokenised already doesn't say by which one"

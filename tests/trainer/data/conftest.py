@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic_text import SMALL, Texts, synthetic
 
-from trainer.data.build import build_dataset
+from trainer.data.build.dataset import build_dataset
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from hostile_server import HostileServer
 
-from trainer.data.transfer import Patience
+from trainer.data.remote.transfer import Patience
 
 QUICK = Patience(tries=4, seconds=30, timeout=10, pause=0.01)
 HASTY = Patience(tries=2, seconds=30, timeout=0.2, pause=0.01)  # only where the server hangs

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.data.build.writing import ShardWriter
 from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER
 from trainer.data.tokenizer import byte_tokenizer
-from trainer.data.writing import ShardWriter
 from trainer.durable import write_file, write_json, write_table
 
 END = 256  # the byte tokenizer's end-of-text

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from small_dataset import write_dataset
 
 from trainer.data.bins import Bins, open_bins
+from trainer.data.build.writing import ShardWriter
 from trainer.data.packing import pack
-from trainer.data.remote import open_store
+from trainer.data.remote.store import open_store
 from trainer.data.shards import Dataset, Split
-from trainer.data.writing import ShardWriter
 from trainer.errors import UserError
 
 # Uneven shards, down to those without a target; members of 64 tokens cut documents in two.

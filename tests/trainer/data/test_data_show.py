@@ -10,7 +10,7 @@ from small_dataset import write_dataset
 from synthetic_text import SMALL, Texts
 
 from trainer.config_data import DataConfig
-from trainer.data.build import BuildConfig, build_dataset
+from trainer.data.build.dataset import BuildConfig, build_dataset
 from trainer.data.order import Order
 from trainer.data.shards import Dataset
 from trainer.data.show import SHUFFLE_SHARDS, show

@@ -1,0 +1,1 @@
+"""Bytes from elsewhere: servers and buckets, a checked cache on the node, what is where."""

@@ -1,0 +1,184 @@
+"""Inputs of a build at a server: which files there are, and each as a stream.
+
+Invariant: a list is sorted and holds every file of a folder or glob once, or raises; a stream gives
+the bytes of one version of its file, or raises. Both outlast a server's faults as datasets do.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from functools import partial
+from html.parser import HTMLParser
+from typing import BinaryIO
+from urllib.parse import urljoin
+
+from trainer.data.remote.buckets import call
+from trainer.data.remote.store import origin_of
+from trainer.data.remote.transfer import (
+    MIB,
+    PATIENCE,
+    Origin,
+    Patience,
+    is_url,
+    persist,
+    receive,
+    without_secrets,
+)
+from trainer.errors import UserError
+
+_WINDOW = 4 * MIB  # what is asked for at a time once a reader has jumped
+
+
+def list_files(url: str, patience: Patience = PATIENCE) -> list[str]:
+    """The addresses of the files that `url` stands for: a file, a folder (with all below), a glob.
+
+    At a web server a folder is an address that ends in "/"; it is listed where the server shows its
+    folders as pages of links. Raises UserError, also where there is no file.
+    """
+    return [name for name, _ in list_sizes(url, patience)]
+
+
+def list_sizes(url: str, patience: Patience = PATIENCE) -> list[tuple[str, int | None]]:
+    """As list_files, with the bytes of each file; None at a web server, whose pages don't say."""
+    _check(url)
+    web = url.startswith(("http://", "https://"))
+    found = sorted(_web_files(url, patience) if web else _bucket_files(url, patience))
+    if not found:
+        raise UserError(without_secrets(url), "no files there", "check the address")
+    return found
+
+
+def open_input(url: str, patience: Patience = PATIENCE) -> BinaryIO:
+    """A file to read: in one stream, or, after a seek, in ranges. Raises UserError, reading too.
+
+    Its size and version are asked for at once, and hold for all that is read.
+    """
+    _check(url)
+    origin = origin_of(url)
+    persist(origin.shown, patience, partial(origin.ask, patience.timeout))
+    return io.BufferedReader(_Stream(origin, patience), MIB)
+
+
+def _check(url: str) -> None:
+    if not is_url(url):
+        raise UserError(url, "not an address", "give one such as https://... or s3://...")
+
+
+class _Stream(io.RawIOBase):
+    """A file at its origin as Python reads files."""
+
+    def __init__(self, origin: Origin, patience: Patience):
+        self._origin, self._patience = origin, patience
+        self._at, self._jumped = 0, False
+        self._left = memoryview(b"")  # received, not read yet
+        self._pieces: Iterator[bytes] = iter(())
+        self._restart()
+
+    @property
+    def name(self) -> str:
+        return self._origin.shown
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        size = self._origin.size
+        while not self._left and (size is None or self._at < size):
+            piece = next(self._pieces, None)
+            if piece is None:
+                if not self._jumped:
+                    return 0
+                self._restart()
+            else:
+                self._left = memoryview(piece)
+        into = memoryview(buffer).cast("B")
+        count = min(len(into), len(self._left))
+        into[:count] = self._left[:count]
+        self._left = self._left[count:]
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            if self._origin.size is None:
+                raise UserError(self.name, "its server doesn't say how long it is", "copy it here")
+            offset += self._origin.size
+        elif whence == io.SEEK_CUR:
+            offset += self._at
+        if offset < 0:
+            raise ValueError(f"seek to {offset}")
+        if offset != self._at:
+            self._at, self._jumped, self._left = offset, True, memoryview(b"")
+            self._restart()
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._pieces, self._left = iter(()), memoryview(b"")
+        super().close()
+
+    def _restart(self) -> None:
+        """Have the pieces come from here on: all the rest, or a window once a reader jumps about.
+
+        A server that ignores ranges would send all before the place as well, for every jump.
+        """
+        stop, whole = None, not self._jumped
+        if self._jumped and self._origin.size is not None:
+            stop = min(self._at + _WINDOW, self._origin.size)
+        self._pieces = receive(self._origin, self._at, stop, self._patience, whole)
+
+
+def _bucket_files(url: str, patience: Patience) -> Iterator[tuple[str, int | None]]:
+    method = "glob" if re.search(r"[*?\[]", url) else "find"
+    protocol = url.partition("://")[0]
+    shown = without_secrets(url)
+    attempt = partial(call, url, method, patience.seconds, detail=True)
+    for path, info in persist(shown, patience, attempt).items():
+        if info.get("type") == "file":
+            yield f"{protocol}://{path.removeprefix('/')}", info.get("size")
+
+
+def _web_files(url: str, patience: Patience) -> set[tuple[str, int | None]]:
+    from fsspec.utils import glob_translate
+
+    magic = re.search(r"[*\[]", url)
+    if magic is None and not url.endswith("/"):
+        return {(url, None)}
+    folder = url[: url.rindex("/", 0, magic.start()) + 1] if magic else url
+    matches = re.compile(glob_translate(url) if magic else ".*", re.DOTALL).fullmatch
+    deep = "/" in url[len(folder) :] or not magic
+    found: set[tuple[str, int | None]] = set()
+    seen, todo = {folder}, [folder]
+    while todo:
+        for link in _links(todo.pop(), patience):
+            if not link.endswith("/") and matches(link):
+                found.add((link, None))
+            elif link.endswith("/") and deep and link not in seen:
+                seen.add(link)
+                todo.append(link)
+    return found
+
+
+def _links(folder: str, patience: Patience) -> Iterator[str]:
+    """What a folder's page links to inside of it."""
+    page = b"".join(receive(origin_of(folder), 0, None, patience, whole=True))
+    parser = _Anchors()
+    parser.feed(page.decode("utf-8", "replace"))
+    for target in parser.targets:
+        link = urljoin(folder, target).partition("#")[0]
+        if link.startswith(folder) and link != folder and "?" not in link:
+            yield link
+
+
+class _Anchors(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.targets += [value for key, value in attrs if tag == "a" and key == "href" and value]

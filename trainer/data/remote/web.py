@@ -1,0 +1,175 @@
+"""Files behind http and https: ranges by requests, every answer judged before a byte is taken.
+
+Requests and not fsspec's http: where a server ignores ranges that one takes the head of the file
+for the range, it tries nothing twice, and it waits five minutes for a server that hangs.
+
+Invariant: a byte is handed on only under a status and a Content-Range that say that it is the byte
+which was asked for, in a file of the size and version known so far.
+"""
+
+import re
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, IncompleteRead, RemoteDisconnected
+from socket import gaierror
+from typing import Any
+
+from trainer.data.remote.transfer import MIB, Fault, Missing, Origin
+from trainer.errors import UserError
+
+_WHOLE = 8 * MIB  # a file up to this is read even where the server ignores ranges
+_PIECE = 1 << 17
+_sessions = threading.local()  # one a thread: requests doesn't promise that threads may share
+
+
+class HttpOrigin(Origin):
+    """A file at a web server. Proxies, ~/.netrc and certificates are the environment's."""
+
+    def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
+        # For the whole file too: the answer to a range says how long the file is, whatever becomes
+        # of its body.
+        with self._get(f"bytes={start}-{'' if stop is None else stop - 1}", timeout) as answer:
+            skip = self._judge(answer, start, whole)
+            end = self.size if stop is None else stop
+            left = None if end is None else end - start
+            while left is None or left > 0:
+                with _faults(self.shown, timeout):
+                    # One receive at a time, so that a server that trickles is noticed.
+                    piece = answer.raw.read1(_PIECE, decode_content=False)
+                if not piece:
+                    if left:
+                        raise Fault(f"the answer ends {left:,} bytes early")
+                    return
+                passed = min(skip, len(piece))
+                skip -= passed
+                piece = piece[passed:] if left is None else piece[passed : passed + left]
+                if piece:
+                    left = None if left is None else left - len(piece)
+                    yield piece
+
+    def ask(self, timeout: float) -> None:
+        # Not HEAD: a signed address may allow GET alone.
+        with self._get("bytes=0-0", timeout) as answer:
+            self._judge(answer, 0, whole=True)
+
+    def _get(self, spread: str, timeout: float) -> Any:
+        if not hasattr(_sessions, "session"):
+            import requests  # 0.1 s, which most commands needn't pay
+
+            _sessions.session = requests.Session()
+        # Were it compressed on the way, ranges would count other bytes.
+        headers = {"Range": spread, "Accept-Encoding": "identity", "User-Agent": "forescale"}
+        with _faults(self.shown, timeout):
+            return _sessions.session.get(self.url, headers=headers, timeout=timeout, stream=True)
+
+    def _judge(self, answer: Any, start: int, whole: bool) -> int:
+        """Compare an answer with what was asked; how many of its bytes to pass over."""
+        status, headers = answer.status_code, answer.headers
+        tag = headers.get("ETag") or headers.get("Last-Modified") or ""
+        spread = headers.get("Content-Range", "")
+        if status == 206:
+            found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", spread)
+            if not found or int(found[1]) != start:
+                raise Fault(f"asked for the bytes from {start:,} on, the server sends {spread!r}")
+            self.learn(_number(found[2]), tag)
+            return 0
+        if status == 200:
+            self.learn(_number(headers.get("Content-Length", "")), tag)
+            if not whole and (self.size is None or self.size > _WHOLE):
+                what = "the server ignores ranges (it sends the whole file for a part of it)"
+                todo = "use a server that has them (nginx, caddy, S3), or copy the files here"
+                raise UserError(self.shown, what, todo)
+            return start
+        if status == 416:
+            self.learn(_number(spread.removeprefix("bytes */")), tag)
+            if self.size is not None and start >= self.size:
+                return 0  # an empty file has no first byte
+        raise self._refusal(status, answer.reason, headers.get("Retry-After", ""))
+
+    def _refusal(self, status: int, reason: str | None, after: str) -> Exception:
+        said = f"the server answers {status} {reason or ''}".rstrip()
+        if status >= 500 or status in (408, 425, 429):
+            return Fault(said, _seconds(after))
+        if status in (404, 410):
+            return Missing(self.shown, f"no such file ({said})", "check the address")
+        if status in (401, 403, 407):
+            todo = "check the address, and your access to it (user and password go into ~/.netrc)"
+            return UserError(self.shown, f"access is refused ({said})", todo)
+        return UserError(self.shown, said, "check the address and the server")
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _seconds(after: str) -> float:
+    """A Retry-After, which is a number of seconds or a date; 0 for neither."""
+    if _number(after) is not None:
+        return float(after)
+    try:
+        return max(0.0, (parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+@contextmanager
+def _faults(shown: str, timeout: float) -> Iterator[None]:
+    """Turn what requests and urllib3 raise into a Fault, or a UserError where no try can help."""
+    import requests
+    import urllib3
+
+    try:
+        yield
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, HTTPException) as e:
+        causes = list(_causes(e))
+        for cause in causes:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                what = f"its certificate isn't trusted ({cause.verify_message})"
+                todo = "check the address, or name your authority in REQUESTS_CA_BUNDLE"
+                raise UserError(shown, what, todo) from e
+        if isinstance(e, requests.TooManyRedirects):
+            raise UserError(shown, "it redirects without end", "check the address") from e
+        if isinstance(e, ValueError):  # no host, a port that is no number, a scheme unheard of
+            raise UserError(shown, f"not an address ({e})", "check the address") from e
+        raise Fault(_reason(causes, timeout)) from e
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and all that it wraps: urllib3 hides what happened in arguments and reasons."""
+    todo, seen = [error], set()
+    while todo:
+        if id(e := todo.pop()) in seen:
+            continue
+        seen.add(id(e))
+        yield e
+        inner = (e.__cause__, e.__context__, getattr(e, "reason", None), *e.args)
+        todo += [i for i in inner if isinstance(i, BaseException)]
+
+
+def _reason(causes: list[BaseException], timeout: float) -> str:
+    from urllib3.exceptions import ConnectTimeoutError, NewConnectionError, ReadTimeoutError
+
+    def among(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if among(gaierror):
+        return "the name of the server can't be resolved"
+    if among(ConnectionRefusedError):
+        return "the server refuses the connection"
+    if among(RemoteDisconnected):
+        return "the server closes the connection without an answer"
+    if among(ConnectionError):
+        return "the connection breaks"
+    if among(ReadTimeoutError):
+        return f"the server is silent for {timeout:g} s"
+    if among(ConnectTimeoutError) and not among(NewConnectionError):
+        return f"no connection within {timeout:g} s"
+    if among(IncompleteRead):
+        return "the answer breaks off"
+    if among(HTTPException):
+        return "the answer isn't HTTP"
+    return f"the transfer fails ({causes[-1]})"

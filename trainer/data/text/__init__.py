@@ -1,0 +1,1 @@
+"""Text out of a user's files: what the inputs hold, cut into units, read as documents."""

@@ -1,0 +1,191 @@
+"""What an input stands for: the files of a folder, a glob, a path or an address, in a fixed order.
+
+Invariant: names and their order are the same wherever the input lies; they are relative to it,
+with forward slashes. What is left out of a folder or a glob stands in the Report.
+"""
+
+import glob
+import io
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from trainer.data.remote.transfer import is_url
+from trainer.data.text.documents import Report
+from trainer.data.text.opening import bare, open_raw, reading, shown
+from trainer.errors import UserError
+
+HUB = "hf://"
+PLAIN = (".txt", ".md", ".py")
+KNOWN = ".txt .md .py .jsonl (also with .gz or .zst), .parquet, .tar"
+_MAGIC = "*?["
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """`name` is the same on every machine, `where` (a path or an address) opens it, `size` is in
+    bytes, `kind` is plain, lines, parquet, tar or table, `source` the index of its input."""
+
+    name: str
+    where: str
+    size: int
+    kind: str
+    source: int
+
+
+def kind_of(name: str) -> str | None:
+    """How a file is read, by its suffix; None where that says no kind of text."""
+    stem = bare(name)
+    if stem.endswith(PLAIN):
+        return "plain"
+    # C4 and Dolma call compressed lines .json.gz; a plain .json is mostly one object or an array.
+    if stem.endswith(".jsonl") or (len(stem) < len(name) and stem.endswith(".json")):
+        return "lines"
+    if stem.endswith(".tar") or name.lower().endswith(".tgz"):
+        return "tar"
+    return "parquet" if name.lower().endswith(".parquet") else None
+
+
+def is_hub(path: str) -> bool:
+    """Whether this names a data set to load, not files of the hub (hf://datasets/NAME/FILE)."""
+    return path.startswith(HUB) and not path.startswith(f"{HUB}datasets/")
+
+
+def input_name(path: str) -> str:
+    """What an input is called in reports: the last part of its path, or the data set's name."""
+    if is_hub(path):
+        name, colon, split = path.removeprefix(HUB).partition(":")
+        return (Path(name).name if Path(name).expanduser().is_dir() else name) + colon + split
+    if is_url(path):
+        return PurePosixPath(_path_of(path)).name or urlsplit(path).netloc
+    return clean(Path(path).name or Path(path).resolve().name)
+
+
+def find_files(path: str, source: int, skipped: Report) -> list[InputFile]:
+    """All files of an input, sorted by name. Raises UserError where there is none to read."""
+    if not path.strip():
+        raise UserError("input", "an input is empty", "give a file, a folder, a glob or an address")
+    if not is_url(path):
+        path = str(Path(path).expanduser())
+    found = []
+    with reading(path):
+        listed = list(_remote(path, skipped) if is_url(path) else _local(path, skipped))
+    for name, where, size in listed:
+        if kind := kind_of(name):
+            found.append(InputFile(name, where, _known(where, size), kind, source))
+        elif where == path:
+            raise _unknown(path)
+        else:
+            skipped.add("other suffix", name)
+    if not found:
+        raise UserError(shown(path), "holds no text file", f"expected {KNOWN}")
+    return sorted(found, key=lambda file: (file.name, file.where))
+
+
+def _unknown(path: str) -> UserError:
+    if path.lower().endswith(".json"):
+        todo = f"make lines of it: jq -c '.[]' {shown(path)} > rows.jsonl"
+        return UserError(shown(path), "a .json file is no list of documents", todo)
+    return UserError(shown(path), "its suffix says no kind of text", f"expected {KNOWN}")
+
+
+def _local(path: str, skipped: Report) -> Iterator[tuple[str, str, int]]:
+    if os.path.isdir(path):
+        yield from _walk(Path(path), input_name(path), skipped)
+    elif os.path.lexists(path):
+        if not stat.S_ISREG((status := os.stat(path)).st_mode):
+            raise UserError(path, "is no regular file", "give a file or a folder")
+        yield input_name(path), path, status.st_size
+    elif any(c in path for c in _MAGIC) and (matches := glob.glob(path, recursive=True)):
+        root = _fixed_part(path)
+        for match in map(Path, sorted(matches)):
+            name = clean(match.relative_to(root).as_posix())
+            if not match.is_dir():
+                if (size := _regular(match, name, skipped)) is not None:
+                    yield name, str(match), size
+            elif "**" not in path:  # which lists what the folders hold
+                yield from _walk(match, name, skipped)
+    else:
+        raise UserError(path, "no such file or folder", "check the path")
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder that every match of a glob lies in."""
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if any(c in part for c in _MAGIC))
+    return str(Path(*parts[:fixed]))
+
+
+def _walk(root: Path, label: str, skipped: Report) -> Iterator[tuple[str, str, int]]:
+    for folder, subfolders, files in os.walk(root, onerror=_raise):
+        subfolders.sort()
+        for entry in sorted(subfolders + files):
+            path = Path(folder, entry)
+            name = clean(f"{label}/{path.relative_to(root).as_posix()}")
+            if entry.startswith("."):
+                skipped.add("hidden", name)
+            elif path.is_dir():
+                if path.is_symlink():
+                    skipped.add("linked folder", name)
+            elif (size := _regular(path, name, skipped)) is not None:
+                yield name, str(path), size
+        subfolders[:] = [entry for entry in subfolders if not entry.startswith(".")]
+
+
+def _regular(path: Path, name: str, skipped: Report) -> int | None:
+    """The size of a regular file. Opening a pipe would wait for ever."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        skipped.add("broken link", name)
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        skipped.add("no regular file", name)
+        return None
+    return status.st_size
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that it may not read
+
+
+def clean(name: str) -> str:
+    """A file name that isn't UTF-8 would make every text that carries it unwritable."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _remote(url: str, skipped: Report) -> Iterator[tuple[str, str, int | None]]:
+    from trainer.data.remote.listing import list_sizes
+
+    listed = list_sizes(url)
+    path = _path_of(url)
+    if [_path_of(where) for where, _ in listed] == [path]:
+        yield input_name(url), url, listed[0][1]
+        return
+    is_glob = any(c in path for c in _MAGIC)
+    root = _fixed_part(path) if is_glob else path
+    for where, size in listed:
+        name = PurePosixPath(_path_of(where)).relative_to(root).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        name = name if is_glob else f"{input_name(url)}/{name}"
+        if hidden:
+            skipped.add("hidden", name)
+        else:
+            yield name, where, size
+
+
+def _path_of(url: str) -> str:
+    """The path in an address: with the bucket, which stands for a folder, without a query."""
+    scheme, _, rest = url.partition("://")
+    return unquote(urlsplit(url).path) if scheme in ("http", "https") else f"/{rest.strip('/')}"
+
+
+def _known(where: str, size: int | None) -> int:
+    """A size that the list of a web server doesn't give is asked for."""
+    if size is not None:
+        return size
+    with open_raw(where) as f:
+        return f.seek(0, io.SEEK_END)

@@ -1,0 +1,177 @@
+"""Tables: a column of text, of .parquet files by row groups and of Hugging Face data sets by rows.
+
+Invariant: a document is named by its row, counted from 0 in its table, however the table is cut;
+and a cut depends on the table alone. A parquet file is decoded in small batches, a data set stays
+in its memory map: neither is ever held whole.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.data.text.documents import Document, Policy, Report, decoded
+from trainer.data.text.inputs import HUB
+from trainer.data.text.opening import open_raw, reading, shown
+from trainer.errors import UserError
+
+_ROWS = 128  # decoded at once
+_BUFFER = 1 << 20  # bytes of a column that are read at once
+_NAMED = 20  # columns in a message
+_TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+def parquet_parts(where: str, key: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Row groups [first, last) of about `part_bytes`, uncompressed, and how many bytes they hold.
+
+    Raises UserError where the file is damaged or has no column of text under the key.
+    """
+    with _parquet(where) as file:
+        text_path(where, file.schema_arrow, key)
+        first = held = 0
+        for index in range(file.metadata.num_row_groups):
+            # All columns together: looking at one of a damaged file ends the process in pyarrow.
+            held += file.metadata.row_group(index).total_byte_size
+            if held >= part_bytes or index + 1 == file.metadata.num_row_groups:
+                yield first, index + 1, held
+                first, held = index + 1, 0
+
+
+def read_parquet(
+    name: str, where: str, first: int, last: int, key: str, report: Report, policy: Policy
+) -> Iterator[Document]:
+    """The documents of row groups [first, last), named like "a.parquet:17"; last 0: to the end."""
+    with _parquet(where) as file:
+        path = text_path(where, file.schema_arrow, key)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        if not sum(sizes):
+            yield from decoded(name, b"", report, policy)
+        last = last or len(sizes)
+        row, end = sum(sizes[:first]), sum(sizes[:last])
+        for batch in file.iter_batches(_ROWS, range(first, last), [key], use_threads=False):
+            yield from _documents(name, row, _texts(batch, path), key, report, policy)
+            row += len(batch)
+        if row != end or sum(sizes) != file.metadata.num_rows:
+            raise EOFError("its numbers of rows disagree")
+
+
+@contextmanager
+def _parquet(where: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_raw(where) as raw, reading(where):
+        try:
+            # Without pre_buffer a column comes page by page, else a row group of it at once.
+            yield pq.ParquetFile(
+                raw, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+            if getattr(e, "errno", None) is not None:
+                raise
+            reason = str(e).partition("\n")[0].rstrip(".")
+            raise EOFError(reason) from e
+
+
+def load_hub(spec: str) -> Any:
+    """The data set of "hf://NAME[/CONFIG][@REVISION][:SPLIT]", downloaded or found in the cache.
+
+    NAME is one of the hub's or a local folder; the split is train where none is given. Downloaded
+    whole, not streamed: only then is it known how many rows there are, and each can be read by
+    itself. Raises UserError.
+    """
+    try:
+        import datasets
+    except ImportError:
+        todo = "pip install datasets"
+        raise UserError(spec, "needs the package datasets, which isn't installed", todo) from None
+    name, _, split = spec.removeprefix(HUB).partition(":")
+    split, folder = split or "train", Path(name).expanduser()
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            return _split_of(spec, saved, split) if isinstance(saved, dict) else saved
+        if folder.is_dir():
+            return datasets.load_dataset(str(folder), split=split)
+        name, _, revision = name.partition("@")
+        owner, _, rest = name.partition("/")
+        title, _, config = rest.partition("/")
+        name = f"{owner}/{title}" if title else owner
+        return datasets.load_dataset(name, config or None, split=split, revision=revision or None)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        reason = str(e).strip().partition("\n")[0].rstrip(".") or type(e).__name__
+        todo = "check its name, CONFIG and split (hf://NAME/CONFIG:SPLIT) and the network"
+        raise UserError(spec, f"can't be loaded ({reason})", todo) from e
+
+
+def _split_of(spec: str, saved: Any, split: str) -> Any:
+    if split not in saved:
+        raise UserError(spec, f"has no split {split!r}", f"choose one of {', '.join(saved)}")
+    return saved[split]
+
+
+def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Rows [first, last) that hold about `part_bytes` of text, and about how many bytes."""
+    path = text_path(spec, table.features.arrow_schema, key)
+    data = table.select_columns([path[0]]).data
+    mean = max(1.0, data.nbytes / max(1, data.num_rows))
+    rows = max(1, int(part_bytes / mean))
+    for first in range(0, len(table), rows):
+        last = min(first + rows, len(table))
+        yield first, last, int((last - first) * mean)
+
+
+def read_hub(
+    name: str, table: Any, first: int, last: int, key: str, report: Report, policy: Policy
+) -> Iterator[Document]:
+    """The documents of rows [first, last), named like "owner/title:17"; last 0: to the end."""
+    path = text_path(name, table.features.arrow_schema, key)
+    table = table.select_columns([path[0]]).with_format("arrow")
+    last = last or len(table)
+    if not len(table):
+        yield from decoded(name, b"", report, policy)
+    for row in range(first, last, _ROWS):
+        batch = table[row : min(row + _ROWS, last)]
+        yield from _documents(name, row, _texts(batch, path), key, report, policy)
+
+
+def text_path(where: str, schema: Any, key: str) -> list[str]:
+    """The way to a column of text: its name, or names from struct to field for "meta.text"."""
+    import pyarrow as pa
+
+    path = [key] if key in schema.names else key.split(".")
+    kind: Any = pa.struct(schema)
+    for depth, part in enumerate(path):
+        names = [field.name for field in kind] if pa.types.is_struct(kind) else []
+        if part not in names:
+            inside = f" in {'.'.join(path[:depth])}" if depth else ""
+            todo = f"name the key (there are {', '.join(names[:_NAMED]) or 'none'}{inside})"
+            raise UserError(shown(where), f"no column {key!r}", todo)
+        kind = kind.field(part).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(kind) not in _TEXT:
+        raise UserError(shown(where), f"column {key!r} holds {kind} and no text", "name another")
+    return path
+
+
+def _texts(batch: Any, path: list[str]) -> list[bytes | None]:
+    """A column's values as bytes: nothing has checked yet that they are UTF-8."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = batch.column(path[0])
+    if path[1:]:
+        column = pc.struct_field(column, path[1:])
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _documents(
+    name: str, row: int, texts: list[bytes | None], key: str, report: Report, policy: Policy
+) -> Iterator[Document]:
+    for number, text in enumerate(texts, row):
+        if text is None:
+            report.add(f"no text under {key!r}", f"{name}:{number}")
+        else:
+            yield from decoded(f"{name}:{number}", text, report, policy)

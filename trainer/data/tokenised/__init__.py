@@ -1,0 +1,1 @@
+"""Corpora that hold token ids already: indexed where they lie, not copied."""

@@ -1,0 +1,272 @@
+"""Indexes over tokens that stay where they are: documents dealt to splits, splits cut into shards.
+
+The corpus, its files one after the other, is seen as stretches of 2^20 tokens, or of a 16th of it
+where it is small. A document is held out if and only if its first token stands in the last part
+of a stretch, `validation` of its length. So what is held out is spread evenly over the corpus, and
+which documents these are follows from the files alone.
+
+Invariant: the splits' members are disjoint runs of the files that together hold every token once;
+none holds tokens of two files, and the ids in all of them are inside the vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from trainer.data.build.plan import SPLITS
+from trainer.data.build.writing import chunk_sums, write_index
+from trainer.data.text.documents import Report
+from trainer.data.text.opening import open_raw, reading, shown
+from trainer.data.tokenised.kinds import RESTORE, TokenFile
+from trainer.data.tokenizer import Vocabulary, token_bytes
+from trainer.durable import FileEntry, HashingFile
+from trainer.errors import UserError
+
+_STRETCH = 1 << 20
+_BLOCK = 1 << 22  # tokens read at a time
+
+
+class Indexer:
+    """Takes the files of a corpus in order; splits and totals are attributes.
+
+    tokens: of the whole corpus. Memory: some 100 MB, and what TokenFile takes for a file.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        vocabulary: Vocabulary,
+        tokens: int,
+        validation: float,
+        shard_tokens: int,
+        member_tokens: int,
+    ):
+        sizes = token_bytes(vocabulary.load())
+        train, held_out = SPLITS
+        self.splits = {
+            name: _Split(directory, name, sizes, shard_tokens, member_tokens)
+            for name in (train, held_out)
+        }
+        self._parts = [self.splits[train], self.splits[held_out]]
+        self._vocabulary = vocabulary
+        self._stretch = max(1, min(_STRETCH, tokens // 16))
+        self._train = self._stretch - round(validation * self._stretch)
+        self._before = 0  # tokens of the files before this one
+        self.lengths = np.zeros(64, np.int64)
+        self.report = Report()
+
+    def held_out(self, starts: np.ndarray) -> np.ndarray:
+        """Whether documents that begin at these tokens of the corpus are; bool."""
+        return starts % self._stretch >= self._train
+
+    def add(self, file: TokenFile, name: str, tick: Callable[[int, int], None]) -> None:
+        """Read a file whole. name: as reports have it; tick: told of bytes and tokens."""
+        at = begun = 0  # token of the file; where its document began
+        part = bool(self.held_out(np.array([self._before]))[0])
+        ended = unended = 0
+        with open_raw(file.where) as f:
+            for run in file.runs:
+                for skip in range(0, run.tokens, _BLOCK):
+                    offset = run.offset + skip * file.dtype.itemsize
+                    ids = self._read(f, file, offset, min(_BLOCK, run.tokens - skip), at)
+                    ends, found = self._ends(file, ids, at)
+                    ended, unended = ended + found, unended + len(ends) - found
+                    if len(ends):
+                        self._count(np.diff(ends, prepend=begun - at))
+                        begun = at + int(ends[-1])
+                    part = self._deal(file, offset, ids, ends, at, part)
+                    at += len(ids)
+                    tick(ids.nbytes, len(ids))
+        if not file.by_id and unended:
+            self._tell("documents that end without the end-of-text token", name, unended)
+        if file.by_id and len(file.ends) < 2 and not ended:
+            self._tell("files without an end-of-text token, taken for one document", name, 1)
+        self._before += at
+
+    def finish(self) -> None:
+        for split in self.splits.values():
+            split.finish_shard()
+
+    def _read(self, f: BinaryIO, file: TokenFile, offset: int, count: int, at: int) -> np.ndarray:
+        ids = np.empty(count, file.dtype)
+        rest = memoryview(ids.view(np.uint8).data)
+        with reading(file.where):
+            f.seek(offset)
+            while rest:
+                if not (got := f.readinto(rest)):  # type: ignore[attr-defined]
+                    raise UserError(shown(file.where), f"ends {len(rest):,} bytes early", RESTORE)
+                rest = rest[got:]
+        size = self._vocabulary.size
+        if int(ids.max()) >= size or (ids.dtype.kind == "i" and int(ids.min()) < 0):
+            first = int(np.flatnonzero((ids >= size) | (ids < 0))[0])
+            what = f"token {at + first:,} is {int(ids[first])}, and the vocabulary has {size:,}"
+            todo = "give the tokenizer that the corpus was made with, and its dtype"
+            raise UserError(shown(file.where), what, todo)
+        return ids
+
+    def _ends(self, file: TokenFile, ids: np.ndarray, at: int) -> tuple[np.ndarray, int]:
+        """Where documents end in a block, exclusive, and how many of them with the token for it."""
+        a, b = np.searchsorted(file.ends, (at, at + len(ids)), side="right")
+        ends = file.ends[a:b] - at
+        by_id = np.flatnonzero(ids == self._vocabulary.end) + 1
+        found = int((ids[ends - 1] == self._vocabulary.end).sum())
+        if file.by_id:
+            ends, found = np.union1d(ends, by_id), len(by_id)
+        if at + len(ids) == file.tokens and (not len(ends) or ends[-1] < len(ids)):
+            ends = np.append(ends, len(ids))
+        return ends, found
+
+    def _deal(
+        self, file: TokenFile, offset: int, ids: np.ndarray, ends: np.ndarray, at: int, part: bool
+    ) -> bool:
+        """Give a block's documents to their splits; the part of the one that goes on after it."""
+        parts = np.append(part, self.held_out(ends + (at + self._before)))
+        turns = np.flatnonzero(parts[1:] != parts[:-1])
+        bounds = [0, *ends[turns].tolist(), len(ids)]
+        sides = [part, *parts[turns + 1].tolist()]
+        for start, stop, side in zip(bounds, bounds[1:], sides, strict=False):
+            if start < stop:
+                a, b = np.searchsorted(ends, (start, stop), side="right")
+                where = offset + start * file.dtype.itemsize
+                self._parts[side].add(file, where, ids[start:stop], ends[a:b] - start)
+        return bool(parts[-1])
+
+    def _count(self, lengths: np.ndarray) -> None:
+        self.lengths += np.bincount(np.frexp(lengths.astype(float))[1] - 1, minlength=64)
+
+    def _tell(self, reason: str, name: str, count: int) -> None:
+        self.report.merge(Report({reason: count}, {reason: [name]}))
+
+
+class _Split:
+    """Writes `NAME-000000.index.json` and `.doc.bin`, ...; a shard is full once it has
+    `shard_tokens`, and ends there with a document, or with its file."""
+
+    def __init__(
+        self, directory: Path, name: str, sizes: np.ndarray, shard_tokens: int, member_tokens: int
+    ):
+        self._directory, self._name, self._sizes = directory, name, sizes
+        self._shard_tokens, self._member_tokens = shard_tokens, member_tokens
+        self.rows: list[dict[str, Any]] = []  # the manifest's
+        self.files: dict[str, FileEntry] = {}
+        self.totals = {"tokens": 0, "documents": 0, "bytes": 0}
+        self._file: TokenFile | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._members: list[dict[str, Any]] = []
+        self._tokens = self._documents = 0  # of this shard
+        self._ends_file: HashingFile | None = None
+        self._next = -1  # the byte that goes on where the member stops
+        self._empty()
+
+    def _empty(self) -> None:
+        self._held: list[np.ndarray] = []
+        self._ends: list[np.ndarray] = []
+        self._count = 0  # tokens held
+
+    def add(self, file: TokenFile, offset: int, ids: np.ndarray, ends: np.ndarray) -> None:
+        """ids: as they lie at `offset`; ends: of the documents that end among them."""
+        if self._file is not file:
+            self.finish_shard()
+            self._file = file
+        self.totals["tokens"] += len(ids)
+        self.totals["documents"] += len(ends)
+        self.totals["bytes"] += int(self._sizes[ids].sum())
+        while True:
+            room = max(1, self._shard_tokens - self._tokens)
+            full = int(np.searchsorted(ends, room))
+            if full == len(ends):
+                break
+            stop = int(ends[full])
+            self._append(offset, ids[:stop], ends[: full + 1])
+            self.finish_shard()
+            offset += stop * file.dtype.itemsize
+            ids, ends = ids[stop:], ends[full + 1 :] - stop
+        self._append(offset, ids, ends)
+
+    def _append(self, offset: int, ids: np.ndarray, ends: np.ndarray) -> None:
+        if offset != self._next:
+            self._flush()
+        self._next = offset + ids.nbytes
+        while len(ids):
+            if not self._count:
+                self._offset = self._next - ids.nbytes
+            part = ids[: self._member_tokens - self._count]
+            inside = int(np.searchsorted(ends, len(part), side="right"))
+            self._held.append(part)
+            self._ends.append(ends[:inside] + self._count)
+            self._count += len(part)
+            self._tokens += len(part)
+            if self._count == self._member_tokens:
+                self._flush()
+            ids, ends = ids[len(part) :], ends[inside:] - len(part)
+
+    def _flush(self) -> None:
+        if not self._count:
+            return
+        if self._ends_file is None:
+            self._ends_file = HashingFile(self._directory / f"{self._shard_name}.doc.bin")
+        tok = np.concatenate([ids.view(np.uint8) for ids in self._held]).data
+        doc = np.concatenate(self._ends).astype("<u4")
+        sums = {"offset": self._offset, "size": len(tok), "xxh3": chunk_sums(tok)}
+        raw = doc.tobytes()
+        ends = {
+            "file": self._ends_file.path.name,
+            "offset": self._ends_file.size,
+            "size": len(raw),
+            "xxh3": xxhash.xxh3_64_hexdigest(raw),
+        }
+        self._ends_file.write(raw)
+        self._members.append(
+            {
+                "key": f"{len(self._members):06d}",
+                "first": self._tokens - self._count,
+                "tokens": self._count,
+                "documents": len(doc),
+                "doc": ends,
+                "tok": sums,
+            }
+        )
+        self._documents += len(doc)
+        self._empty()
+
+    @property
+    def _shard_name(self) -> str:
+        return f"{self._name}-{len(self.rows):06d}"
+
+    def finish_shard(self) -> None:
+        """Make the index of what there is durable; nothing where there is nothing."""
+        self._flush()
+        if self._file is None or self._ends_file is None:
+            return
+        index = {
+            "file": self._file.where,
+            "dtype": dtype_name(self._file.dtype),
+            "tokens": self._tokens,
+            "documents": self._documents,
+            "members": self._members,
+        }
+        self.files[self._ends_file.path.name] = self._ends_file.finish()
+        row, entry = write_index(self._directory, self._shard_name, index)
+        self.files[row["index"]] = entry
+        place = {"file": self._file.where, "size": self._file.size, "sha256": None}
+        self.rows.append({**place, "content": _content(self._members), **row})
+        self._clear()
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """As a manifest has it: such as "uint16" for little-endian ids, ">u2" for others."""
+    return dtype.str if dtype.str.startswith(">") else dtype.name
+
+
+def _content(members: list[dict[str, Any]]) -> str:
+    """sha256 over what the tokens and document ends of a shard are, wherever they lie."""
+    digest = hashlib.sha256()
+    for m in members:
+        digest.update(f"{m['tokens']} {m['tok']['xxh3']} {m['doc']['xxh3']}\n".encode())
+    return digest.hexdigest()
