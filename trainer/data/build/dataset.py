@@ -84,8 +84,8 @@ def build_dataset(
     workers: processes; with one all is done in this one, more are started as `python -c` and get a
     pickled copy of the source. Interrupted or killed at any time it leaves no `output`, but a
     directory beside it (trainer.data.build.work) from which the next try goes on. A second process
-    with the same output waits for the first. Raises UserError for sources without text, where a worker
-    is killed, and where `output` holds something else.
+    with the same output waits for the first. Raises UserError for sources without text, where a
+    worker is killed, and where `output` holds something else.
     """
     output, config = Path(output), config or BuildConfig()
     config.check()

@@ -34,10 +34,14 @@ sys.stdin.read()
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    pytest.importorskip("moto.server")
+def endpoint(tmp_path_factory):
+    """The server has an environment of its own: its boto3 and the aiobotocore of s3fs each want
+    their own botocore, and pip searches for many minutes for versions that suit both."""
+    root = tmp_path_factory.mktemp("moto")
+    subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
+    subprocess.run([root / "bin" / "pip", "install", "-q", "moto[server]>=5"], check=True)
     quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", SERVES], text=True, **quiet) as process:
+    with subprocess.Popen([root / "bin" / "python", "-c", SERVES], text=True, **quiet) as process:
         port = process.stdout.readline().strip()
         yield f"http://127.0.0.1:{port}"
         process.kill()
