@@ -11,11 +11,13 @@ FILES = sorted(p for top in ("trainer", "models", "conf") for p in (ROOT / top).
 
 # From the ground up; a file imports from its own floor and below.
 FLOORS = [
-    "errors durable duration names schema config config_data jobs frozen compose manual recipe "
-    "models conf",
-    "data engine run memory feeding start",
-    "stored checkpoint evaluate model loop parts pulse metrics profile",
-    "door sampling scoring export replay audit status doctor device rank summary launch",
+    "errors durable duration names schema config config_care config_data jobs frozen compose "
+    "manual recipe faults scenarios models conf",
+    "data engine run memory feeding start guard pulse ranks beats hang stragglers",
+    "stored retention checkpoint saving evaluate model loop parts metrics profile watch watchdog "
+    "heartbeat injector",
+    "door sampling scoring export replay audit goodput status doctor device rank summary ending "
+    "launch verdict drill",
     "__init__ verbs cli __main__",
 ]
 LIGHT = "errors durable duration names schema config jobs frozen compose manual recipe start run"

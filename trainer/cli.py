@@ -23,7 +23,10 @@ VERBS = {
     "eval": "score a trained model: bits per byte, perplexity",
     "export": "a directory that Hugging Face transformers loads",
     "check": "verify a dataset, a checkpoint or a run, byte for byte",
+    "pin": "keep a checkpoint for good",
+    "prune": "delete checkpoints that need not stay",
     "doctor": "what this machine has, and what to mend",
+    "drill": "injected faults, survived before your eyes",
 }
 
 

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from models.config import ModelConfig
+from trainer.config_care import (
+    CheckpointConfig,
+    GuardConfig,
+    LaunchConfig,
+    LoggingConfig,
+    ProfileConfig,
+    PulseConfig,
+    ValidationConfig,
+)
 from trainer.config_data import CorpusConfig, DataConfig, Problems
 from trainer.duration import Duration
+from trainer.faults import problems as faults_problems
 from trainer.schema import TargetConfig, flatten, key, section
 
 __all__ = ["CorpusConfig", "DataConfig", "Problems"]
-
-
-def _positive(**lengths: Duration) -> Problems:
-    return [
-        (name, "must be longer than nothing", f"write {name}='500 steps' or another length")
-        for name, length in lengths.items()
-        if length.amount == 0
-    ]
 
 
 @dataclass
@@ -201,76 +203,6 @@ class PrecisionConfig:
 
 
 @dataclass
-class CheckpointConfig:
-    every: Duration = key(Duration(500), "how often; the last step is always saved")
-    keep: int = key(2, "newest checkpoints kept; two, since one may be damaged", ge=2)
-
-    def problems(self) -> Problems:
-        return _positive(every=self.every)
-
-
-@dataclass
-class ValidationConfig:
-    every: Duration = key(Duration(500), "how often; the last step is always evaluated")
-    windows: int | None = key(
-        None, "windows of a periodic evaluation; null, and at the end: all", ge=1
-    )
-
-    def problems(self) -> Problems:
-        return _positive(every=self.every)
-
-
-@dataclass
-class WandbConfig:
-    enabled: bool = key(False, "send the rows to Weights & Biases")
-    project: str = key("forescale", "the project there")
-    entity: str | None = key(None, "the account or team; null: yours")
-    mode: Literal["auto", "online", "offline"] = key(
-        "auto", "auto: online where an account is logged in, else offline"
-    )
-
-
-@dataclass
-class LoggingConfig:
-    every: Duration = key(Duration(10), "how often a line is printed; metrics.jsonl has every step")
-    tensorboard: bool = key(False, "write TensorBoard files too")
-    peak_flops: float | None = key(
-        None, "peak FLOP/s of a device, for the MFU; null: known or measured", gt=0
-    )
-    wandb: WandbConfig = section(WandbConfig, "Weights & Biases")
-
-    def problems(self) -> Problems:
-        return _positive(every=self.every)
-
-
-@dataclass
-class LaunchConfig:
-    processes: int | None = key(None, "local ranks; null: one a GPU, or one", ge=1)
-    timeout: Duration = key(Duration(1800, "seconds"), "how long a rank waits for the others")
-
-    def problems(self) -> Problems:
-        if self.timeout.unit == "seconds" and self.timeout.amount:
-            return []
-        return [("timeout", "must be a wall time", "write launch.timeout='30 min'")]
-
-
-@dataclass
-class ProfileConfig:
-    steps: str | None = key(None, "FIRST:LAST, such as 100:105: write a trace of these steps")
-
-    @property
-    def interval(self) -> tuple[int, int] | None:
-        """First step traced and the first not traced any more."""
-        match = re.fullmatch(r"(\d+):(\d+)", self.steps or "")
-        return (int(match[1]), int(match[2])) if match else None
-
-    def problems(self) -> Problems:
-        if self.steps is None or (self.interval and self.interval[0] < self.interval[1]):
-            return []
-        return [("steps", f"{self.steps!r} is not FIRST:LAST", "write profile.steps=100:105")]
-
-
-@dataclass
 class TrainJob:
     """A training job, whole. Lengths are counted in optimizer steps, batches in windows."""
 
@@ -286,9 +218,14 @@ class TrainJob:
     precision: PrecisionConfig = section(PrecisionConfig, "number formats", "numerics")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "what is kept", "free")
     validation: ValidationConfig = section(ValidationConfig, "held-out losses", "free")
+    guard: GuardConfig = section(GuardConfig, "steps that are ill", "numerics")
+    pulse: PulseConfig = section(PulseConfig, "ranks that hang or lag", "free")
     logging: LoggingConfig = section(LoggingConfig, "who is told", "free")
     launch: LaunchConfig = section(LaunchConfig, "processes", "free")
     profile: ProfileConfig = section(ProfileConfig, "traces", "free")
+    faults: list[str] = key(
+        [], "faults to inject, each once a run, such as [kill@120:rank1]; see `drill`", kind="free"
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -314,11 +251,14 @@ class TrainJob:
     def problems(self, world_size: int | None = None) -> Problems:
         """Rules over several sections. `world_size`: the ranks that are really there; without it,
         `launch.processes`."""
-        found = self._batch_problems(world_size or self.launch.processes or 1)
+        ranks = world_size or self.launch.processes
+        has_length = (self.train.steps is None) != (self.train.tokens is None)
+        steps = self.total_steps if has_length else None
+        found = self._batch_problems(ranks or 1) + faults_problems(self.faults, ranks, steps)
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
-        if (self.train.steps is None) == (self.train.tokens is None):
+        if not has_length:
             return found  # said by the train section; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"

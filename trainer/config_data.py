@@ -58,6 +58,9 @@ class DataConfig(CorpusConfig):
         "windows: cut from one long sequence; best_fit: whole documents side by side",
         kind="identity",
     )
+    skip: list[list] = key(
+        [], "samples passed over: [[FIRST, END], ...], END not included", kind="identity"
+    )
     workers: int = key(1, "threads that read ahead; 0: read when it is needed", ge=0, le=64)
     damaged: Literal["fail", "substitute"] = key(
         "fail", "substitute: go on with other windows in place of damaged ones, and say so"
@@ -80,7 +83,17 @@ class DataConfig(CorpusConfig):
             if not _is_number(limit) or limit <= 0:
                 what = f"{limit!r} is no number of epochs"
                 found.append((f"max_epochs.{name}", what, "write a number, such as 4"))
-        return found + self._stages()
+        return found + self._skip() + self._stages()
+
+    def _skip(self) -> Problems:
+        end = 0
+        for pair in self.skip:
+            whole = len(pair) == 2 and all(isinstance(n, int) and _is_number(n) for n in pair)
+            if not whole or not end <= pair[0] < pair[1]:
+                todo = "write [[FIRST, END], ...] in whole samples, in order and apart"
+                return [("skip", f"{pair!r} is no interval after {end:,}", todo)]
+            end = pair[1]
+        return []
 
     def stage_starts(self) -> list[Duration]:
         """When each of `stages` begins; raises ValueError for one that has no length."""

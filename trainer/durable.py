@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.errors import UserError
 
 TABLE = "files.json"
 _BLOCK = 1 << 22
+_MOST_UNHASHED = 64  # writes that hashing may lie behind, where it goes on beside them
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,26 @@ class FileEntry:
 
 
 class HashingFile:
-    """A new file that is hashed while it is written; `finish` makes it durable."""
+    """A new file that is hashed while it is written; `finish` makes it durable.
 
-    def __init__(self, path: Path):
+    beside: hash in a thread of its own, beside the writing and the fsync; what is written must
+    then stay as it is until `finish`.
+    """
+
+    def __init__(self, path: Path, beside: bool = False):
         self.path = Path(path)
         self._file = open(self.path, "wb")  # noqa: SIM115 - closed in finish
         self._hash = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(1, "hash") if beside else None
+        self._unhashed: deque[Future] = deque()
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        self._hash.update(data)
+        if self._beside is None:
+            self._hash.update(data)
+        else:
+            self._wait_for_hash(_MOST_UNHASHED)
+            self._unhashed.append(self._beside.submit(self._hash.update, data))
         with naming(self.path):
             self._file.write(data)
         self.size += memoryview(data).nbytes
@@ -52,12 +64,19 @@ class HashingFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+        self._wait_for_hash(0)
         return FileEntry(self.size, self._hash.hexdigest())
+
+    def _wait_for_hash(self, left: int) -> None:
+        while len(self._unhashed) > left:
+            self._unhashed.popleft().result()
 
     def __enter__(self) -> "HashingFile":
         return self
 
     def __exit__(self, *exc) -> None:
+        if self._beside is not None:
+            self._beside.shutdown(wait=True, cancel_futures=True)
         # What a failed write left in the buffer would fail once more, in place of its own error.
         with suppress(OSError):
             self._file.close()
@@ -104,11 +123,13 @@ def write_json(path: Path, value: Any) -> FileEntry:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError where the file is missing or isn't JSON."""
+    """Raises UserError where the file is missing, can't be read or isn't JSON."""
     try:
         return json.loads(Path(path).read_bytes(), object_pairs_hook=_unique)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(str(path), "no such file", "check the path") from None
+    except OSError as e:
+        raise UserError(str(path), f"can't be read ({e.strerror})", "restore the file") from None
     except ValueError as e:
         raise UserError(str(path), f"not valid JSON ({e})", "restore the file or rebuild it") from e
 
@@ -139,10 +160,17 @@ def read_table(directory: Path) -> dict[str, FileEntry]:
     return table
 
 
-def hash_file(path: Path, tick: Callable[[int], None] = lambda n: None) -> FileEntry:
-    """Size and sha256 of a file; `tick` is told of every block read, in bytes."""
+def hash_file(
+    path: Path, tick: Callable[[int], None] = lambda n: None, afresh: bool = False
+) -> FileEntry:
+    """Size and sha256 of a file; `tick` is told of every block read, in bytes.
+
+    afresh: as the storage has it, not the page cache, where the system can be told so.
+    """
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as f:
+    with naming(path), open(path, "rb", buffering=0) as f:
+        if afresh and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := f.read(_BLOCK):
             digest.update(block)
             size += len(block)
@@ -150,27 +178,45 @@ def hash_file(path: Path, tick: Callable[[int], None] = lambda n: None) -> FileE
     return FileEntry(size, digest.hexdigest())
 
 
-def check_table(directory: Path, tick: Callable[[int], None] = lambda n: None) -> list[str]:
-    """Compare a published directory with its table; one sentence a fault, none if it is whole."""
-    directory = Path(directory)
+def check_table(
+    directory: Path,
+    tick: Callable[[int], None] = lambda n: None,
+    *,
+    part: tuple[int, int] = (0, 1),
+    only: str | None = None,
+    afresh: bool = False,
+) -> list[str]:
+    """Compare a published directory with its table; one sentence a fault, none if it is whole.
+
+    part (i, n): of its files the i-th, the one n later, and so on, largest first, so that n who
+    share the work have alike much of it; only: this one; afresh: see `hash_file`.
+    """
+    directory, (first, parts) = Path(directory), part
     try:
         table = read_table(directory)
     except UserError as e:
         return [str(e)]
+    if only is not None and only not in table:
+        return [f"{directory / TABLE}: doesn't list {only}"]
+    ordered = sorted(table.items(), key=lambda item: (-item[1].size, item[0]))
+    chosen = [item for item in ordered[first::parts] if only in (None, item[0])]
 
     def fault(item: tuple[str, FileEntry]) -> str | None:
         name, want = item
         path = directory / name
-        if not path.is_file():
-            return f"{path}: missing"
-        if (size := path.stat().st_size) != want.size:
-            return f"{path}: {size:,} bytes where the table says {want.size:,}"
-        if hash_file(path, tick).sha256 != want.sha256:
-            return f"{path}: its sha256 differs from the table's (damaged)"
+        try:
+            if not path.is_file():
+                return f"{path}: missing"
+            if (size := path.stat().st_size) != want.size:
+                return f"{path}: {size:,} bytes where the table says {want.size:,}"
+            if hash_file(path, tick, afresh).sha256 != want.sha256:
+                return f"{path}: its sha256 differs from the table's (damaged)"
+        except OSError as e:
+            return f"{path}: can't be read ({e.strerror})"
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return [f for f in pool.map(fault, table.items()) if f]
+        return [f for f in pool.map(fault, chosen) if f]
 
 
 def publish(stage: Path, final: Path) -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from trainer.config import CorpusConfig, Problems, TrainJob
+from trainer.duration import Duration
+from trainer.scenarios import BY_NAME
+from trainer.scenarios import problems as problems_of_scenarios
 from trainer.schema import key, section
 
 
@@ -155,6 +158,53 @@ class DoctorJob:
     data: CorpusConfig = section(CorpusConfig, "where the corpus would be kept")
 
 
+@dataclass
+class PinJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory)")
+    step: int | None = key(None, "the checkpoint at this step", ge=0)
+    off: bool = key(False, "keep it no longer than the others")
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        found = _needs(self.target, "pin")
+        if self.step is None:
+            found.append(("step", "names no checkpoint", "write step=500; see forescale status"))
+        return found
+
+
+@dataclass
+class PruneJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory)")
+    keep: int = key(2, "newest checkpoints kept, beside what its config and pins keep", ge=2)
+    yes: bool = key(False, "delete; false: only show what would be")
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        return _needs(self.target, "prune")
+
+
+@dataclass
+class DrillJob:
+    TARGET: ClassVar[str] = ""
+
+    scenarios: list[str] = key([], f"some of {', '.join(BY_NAME)}; none: all")
+    processes: Literal[2, 4] = key(2, "ranks of the tiny run; a fault strikes one of them")
+    limit: Duration = key(Duration(180, "seconds"), "a command that takes longer is ended")
+    to: str | None = key(None, "an empty directory to work in; null: a temporary one")
+    keep: bool = key(False, "keep a temporary directory; it is kept where something failed")
+    json: str | None = key(None, "a file for the results")
+
+    def problems(self) -> Problems:
+        found = problems_of_scenarios(self.scenarios)
+        if self.limit.unit != "seconds" or not self.limit.amount:
+            found.append(("limit", "must be a wall time", "write limit='3 min'"))
+        return found
+
+
 JOBS: dict[str, Any] = {
     "train": TrainJob,
     "shards": ShardsJob,
@@ -164,4 +214,7 @@ JOBS: dict[str, Any] = {
     "check": CheckJob,
     "status": StatusJob,
     "doctor": DoctorJob,
+    "pin": PinJob,
+    "prune": PruneJob,
+    "drill": DrillJob,
 }

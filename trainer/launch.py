@@ -1,15 +1,18 @@
 """Starts local ranks and watches them; joins where torchrun, accelerate or srun started them.
 
 Invariant: ranks never outlive their launcher, and restart by one policy, `after`, a pure function.
-A signal to the launcher reaches every rank as a wish: they save and end with code 75.
+A signal to the launcher reaches every rank as a wish: they save and end with code 75, or, when the
+time for that is over, end without.
 """
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer import ending
+from trainer.beats import node_path
 from trainer.errors import DONE, INTERRUPTED, USER
 
 WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MOST_CRASHES = 3  # in a row, without a new checkpoint
 ATTEMPT = "FORESCALE_ATTEMPT"  # the directory of the attempt that a rank is started for
+_GRACE = 120.0  # seconds that ranks have to save and end, unless `launch.grace` says otherwise
+_LATE = 5.0  # seconds after that, until the launcher ends ranks that can't do it themselves
 
 
 def joined() -> bool:
@@ -45,7 +52,15 @@ class Wish:
 
     signal: int | None = None
 
-    def listen(self) -> "Wish":
+    def listen(self, grace: float = _GRACE) -> "Wish":
+        """Begin to hear. A process that is still there `grace` seconds after a wish ends with code
+        75, wherever its main thread waits."""
+        # Python calls a handler only when the main thread is back from whatever it waits in; the
+        # byte in this pipe is there at once.
+        heard, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        threading.Thread(target=_expire, args=(heard, grace), name="grace", daemon=True).start()
         for number in WISHES:
             signal.signal(number, self._hear)
         hear_wishes()
@@ -58,6 +73,16 @@ class Wish:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+
+def _expire(heard: int, grace: float) -> None:
+    while not set(os.read(heard, 64)) & set(WISHES):
+        pass
+    time.sleep(grace)
+    rank = os.environ.get("RANK", "0")
+    sentence = f"rank {rank} could not save and end in {grace:.0f} s; the checkpoint before stands."
+    print(f"forescale: {sentence}", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
 
 
 def hear_wishes() -> None:
@@ -75,12 +100,17 @@ def after(code: int, crashes: int) -> Literal["end", "give up", "restart"]:
     return "give up" if crashes >= MOST_CRASHES else "restart"
 
 
-def start_ranks(command: list[str], processes: int, attempt: Path, tell: Callable) -> int:
+def start_ranks(
+    command: list[str], processes: int, attempt: Path, tell: Callable, grace: float = _GRACE
+) -> int:
     """Run `command` as ranks 0 to processes - 1 of a world of their own; the code of the attempt.
 
     Rank 0 speaks to this terminal, the others to attempt/rank-N.log. When one fails the others are
-    ended: nobody waits in a collective for the dead. Afterwards signals mean what they did before.
+    ended: nobody waits in a collective for the dead. grace: seconds that they have after a signal.
+    Afterwards signals mean what they did before. How it went stands in launch.json.
     """
+    ending.begin(attempt, command, processes)
+    kills = ending.kills_for_memory()
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -96,12 +126,15 @@ def start_ranks(command: list[str], processes: int, attempt: Path, tell: Callabl
     environment.setdefault("GOMP_SPINCOUNT", "10000")
     ranks: list[subprocess.Popen] = []
     wish = Wish()
+    deadline = [float("inf")]
 
     def pass_on(number: int, frame) -> None:
         again = wish.signal is not None
         wish.signal = number
-        if number == signal.SIGINT and not again:
-            tell("Stopping: the ranks save, then end. Once more kills them.")
+        if not again:
+            deadline[0] = time.monotonic() + grace + _LATE
+            kill = " Once more kills them." if number == signal.SIGINT else ""
+            tell(f"Stopping: the ranks save and end, in at most {grace:.0f} s.{kill}")
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if again and number == signal.SIGINT else number)
@@ -128,14 +161,17 @@ def start_ranks(command: list[str], processes: int, attempt: Path, tell: Callabl
             ranks += map(begin, range(processes))
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
-        failed, code = _watch(ranks)
-    if code == USER and failed:
-        tell(_sentence(attempt / f"rank-{failed}.log"))
-    elif code not in (DONE, USER, INTERRUPTED) and not wish:
-        where = f"see {attempt / f'rank-{failed}.log'}" if failed else "its message is above"
-        tell(f"rank {failed} ended with {_spoken(code)}; {where}")
+        rank, code = _watch(ranks, attempt, lambda: time.monotonic() > deadline[0])
+    shutil.rmtree(node_path(attempt, environment["MASTER_PORT"]), ignore_errors=True)
     # A signal that came before the rank could listen ends it there: nothing is lost by that.
-    return INTERRUPTED if wish and code not in (DONE, USER) else code
+    result = INTERRUPTED if wish and code not in (DONE, USER) else code
+    how, more = ending.how_it_ended(attempt, rank, result, ending.kills_for_memory() > kills)
+    ending.end(attempt, result, how)
+    if result == USER and rank:
+        tell(_last_words(attempt / f"rank-{rank}.log"))
+    elif result not in (DONE, USER, INTERRUPTED):
+        tell(f"{how}; {more}")
+    return result
 
 
 @contextmanager
@@ -148,45 +184,42 @@ def _heard(handler: Callable) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _watch(ranks: list[subprocess.Popen]) -> tuple[int, int]:
-    """Wait for all: (rank, code) of the first that failed; code 0 only if all ended well.
-
-    Of ranks that failed together a user's fault counts, for the others only lost a peer.
-    """
+def _watch(
+    ranks: list[subprocess.Popen], attempt: Path, too_late: Callable[[], bool]
+) -> tuple[int, int]:
+    """Wait for all: (rank, code) of the one whose end explains that of the others; code 0 only if
+    all ended well."""
     while True:
         codes = [r.poll() for r in ranks]  # of all: any() would stop at the first that runs
         failed = {i: code for i, code in enumerate(codes) if code}
-        if failed:
-            first = min(failed)
-            _end(ranks, grace=5.0 if failed[first] in (USER, INTERRUPTED) else 1.0)
-            rank = next((i for i, r in enumerate(ranks) if r.returncode == USER), first)
+        if failed or too_late():
+            patient = not set(failed.values()).isdisjoint((USER, INTERRUPTED)) and not too_late()
+            killed = _end(ranks, grace=5.0 if patient else 1.0)
+            own = {i: r.returncode for i, r in enumerate(ranks) if r.returncode and i not in killed}
+            rank = ending.guilty(attempt, own) if own else min(killed)
             return rank, ranks[rank].returncode
         if None not in codes:
             return 0, DONE
         time.sleep(0.05)
 
 
-def _end(ranks: list[subprocess.Popen], grace: float) -> None:
+def _end(ranks: list[subprocess.Popen], grace: float) -> set[int]:
+    """Wait so long, then kill (SIGKILL ends stopped ones too); those that had to be."""
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(r.poll() is None for r in ranks):
         time.sleep(0.05)
+    left = {i for i, r in enumerate(ranks) if r.poll() is None}
+    for i in left:
+        ranks[i].kill()
     for r in ranks:
-        if r.poll() is None:
-            r.kill()
         r.wait()
+    return left
 
 
-def _sentence(log: Path) -> str:
+def _last_words(log: Path) -> str:
     """What a rank said last before it ended with a user's fault."""
     _, mark, said = log.read_text(errors="replace").rpartition("forescale: ")
     return (mark + said).strip() if mark else f"see {log}"
-
-
-def _spoken(code: int) -> str:
-    if code >= 0:
-        return f"code {code}"
-    name = signal.Signals(-code).name
-    return name + (" (the kernel kills so when memory runs out)" if -code == 9 else "")
 
 
 def _free_port() -> int:

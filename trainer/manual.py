@@ -26,7 +26,10 @@ _PURPOSE = {
     "export": "Write a model as transformers.AutoModelForCausalLM reads it.",
     "check": "Verify a dataset, a checkpoint or a run, byte for byte.",
     "status": "Show what runs are doing.",
+    "pin": "Keep a checkpoint for good, whatever else is deleted.",
+    "prune": "Delete the checkpoints that need not stay; first show them.",
     "doctor": "Show what this machine has, and how to mend what it lacks.",
+    "drill": "Inject faults into a tiny run, and show what it survives and what that costs.",
 }
 _WORD = {"run.name": "RUN", "input": "TEXT", "target": "RUN|PATH", "": ""}
 _EXAMPLES = {
@@ -49,7 +52,10 @@ _EXAMPLES = {
     "export": ("export first to=exports/first",),
     "check": ("check first", "check /data/books"),
     "status": ("status", "status first"),
+    "pin": ("pin first step=500", "pin first step=500 off=true"),
+    "prune": ("prune first keep=2", "prune first keep=2 yes=true"),
     "doctor": ("doctor",),
+    "drill": ("drill", "drill scenarios=[kill,freeze-data]", "drill to=drilled json=drill.json"),
 }
 _MARK = {"identity": "!", "numerics": "~", "free": " "}
 _LEGEND = """\

@@ -43,6 +43,7 @@ class Metrics:
     """Writes the rows of this attempt and shows progress; on ranks but 0 it does nothing."""
 
     phase = "logging"
+    failed = False
 
     def __init__(
         self,
@@ -68,10 +69,7 @@ class Metrics:
         row = self._row(step, word)
         self.attempt.metrics.add(row)
         self._tell_lost(step)
-        if not step.facts.applied:
-            self.attempt.event(
-                "update_dropped", step=row["step"], reason="the gradient is not finite"
-            )
+        self._tell_ill(step, row)
         self.line.show(row, word)
         self._send(row)
 
@@ -101,6 +99,16 @@ class Metrics:
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
             **({"quarantined": p.quarantined} if p.quarantined else {}),
         }
+
+    def _tell_ill(self, step: Step, row: dict[str, Any]) -> None:
+        """Say that an update was dropped, or that a step looked odd."""
+        reason = step.verdict.reason
+        if not step.facts.applied:
+            reason = reason or "the gradient overflowed, and the loss scale is lowered"
+            self.attempt.event("update_dropped", step=row["step"], reason=reason)
+            self.line.say(f"step {row['step']:,}: the update is dropped: {reason}")
+        elif reason:
+            self.attempt.event("spike_noted", step=row["step"], reason=reason)
 
     def _tell_lost(self, step: Step) -> None:
         """Say which members count as damaged from this step on, once each."""

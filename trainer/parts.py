@@ -4,15 +4,18 @@ Invariant: a part decides from the step and the shared word alone, so every rank
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint
+from trainer.checkpoint import Position
 from trainer.duration import Duration
 from trainer.engine.step import Engine
 from trainer.engine.world import Word
 from trainer.evaluate import Score
 from trainer.loop import Step
+from trainer.retention import Keep
 from trainer.run import Attempt, Run
+from trainer.saving import Saver
 
 
 class Every:
@@ -43,6 +46,7 @@ class Validation:
     """Scores held-out splits; `tell` gets the step and the scores by the splits' names."""
 
     phase = "evaluation"
+    failed = False
 
     def __init__(
         self,
@@ -59,8 +63,12 @@ class Validation:
 
 
 class Checkpoints:
-    """Saves, and deletes what is no longer kept. The last of the parts, so that whatever is said
-    about a step is said before it is saved."""
+    """Saves, behind the training, and deletes what is no longer kept. The last of the parts, so
+    that whatever is said about a step is said before it is saved.
+
+    keep, keep_every (steps), keep_best: see retention.Keep; facts, background, midway: see
+    saving.Saver. `saved`: the step that was saved last, or is being saved.
+    """
 
     phase = "checkpoint"
 
@@ -71,24 +79,43 @@ class Checkpoints:
         run: Run,
         attempt: Attempt,
         engine: Engine,
-        facts: dict[str, Any],
+        facts: Callable[[], dict[str, Any]],
+        *,
+        keep_every: int | None = None,
+        keep_best: bool = False,
+        background: bool = True,
+        midway: Callable[[int, Path], None] = lambda step, path: None,
     ):
-        self.is_due, self.keep = due, keep
-        self.run, self.attempt, self.engine, self.facts = run, attempt, engine, facts
-        self.saved: int | None = None
+        self.is_due = due
+        rules = Keep(keep, keep_every, keep_best)
+        self._saver = Saver(run, attempt, engine, facts, rules, background, midway)
+        self._saved: Position | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self._saver.failed
+
+    @property
+    def saved(self) -> int | None:
+        return None if self._saved is None else self._saved.step
 
     def see(self, step: Step, word: Word) -> None:
+        if word.failed:
+            self.finish()
         if self.is_due.hear(step.position.step, word):
-            self.save(step.position)
+            self._begin(step.position)
 
-    def save(self, position: checkpoint.Position) -> None:
-        """Save now, unless this step is saved. Every rank calls it together."""
-        if self.saved == position.step:
-            return
-        self.attempt.metrics.sync()  # no checkpoint may know of a step that the rows don't
-        checkpoint.save(self.run, self.attempt.number, position, self.engine, self.facts)
-        self.saved = position.step
-        if self.engine.world.is_main:
-            self.attempt.event("checkpoint_saved", step=position.step)
-            for step in checkpoint.retain(self.run, self.attempt.number, self.keep):
-                self.attempt.event("checkpoint_deleted", step=step)
+    def save(self, position: Position) -> None:
+        """Save now, unless it is saved or being saved; wait until it is published. Every rank
+        calls it together."""
+        self._begin(position)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until what is being saved is published; raises what made it fail."""
+        self._saver.finish()
+
+    def _begin(self, position: Position) -> None:
+        if self._saved != position:
+            self._saver.begin(position)
+            self._saved = position

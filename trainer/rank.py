@@ -5,9 +5,11 @@ others are told.
 """
 
 import os
+import socket
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,16 @@ from trainer.data.feed import Lost
 from trainer.data.stream import Batch, Share, stream
 from trainer.engine import setup
 from trainer.engine.derive import deepspeed_config
+from trainer.engine.selfcheck import SelfCheck
 from trainer.engine.step import Engine
 from trainer.engine.trackers import open_trackers
 from trainer.engine.world import World, join
 from trainer.errors import DONE, INTERRUPTED, UserError
 from trainer.evaluate import Score, evaluate, pooled
 from trainer.feeding import feed_of
+from trainer.guard import Guard, Ill, Rollback, united
+from trainer.heartbeat import Heart
+from trainer.injector import injector_of
 from trainer.launch import ATTEMPT, Wish
 from trainer.loop import train
 from trainer.metrics import Line, Metrics, Prices
@@ -38,6 +44,7 @@ from trainer.recipe import learning_rate
 from trainer.run import Attempt, Parent, Run
 from trainer.schema import plain
 from trainer.start import numerics, start
+from trainer.watch import Watch
 
 
 class Rank:
@@ -45,7 +52,7 @@ class Rank:
 
     def __init__(self, job: TrainJob, began: float):
         self.pulse = Pulse("startup", began)
-        self.wish = Wish().listen()
+        self.wish = Wish().listen(job.launch.grace.seconds or 0.0)
         self._process = psutil.Process()
         setup.be_deterministic()
         size = int(os.environ["WORLD_SIZE"])
@@ -56,6 +63,10 @@ class Rank:
         started = self._from_main(lambda: start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources
         self.attempt = self._attempt()
+        rank = self.world.rank
+        self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.pulse)
+        self.heart = Heart(self.pulse, self.attempt, rank, size, self.job.pulse).start()
+        self.guard_state: dict[str, Any] | None = None  # of the checkpoint that was loaded
         self.total = self.job.total_steps
         self.compilation = setup.compilation(self.job)
 
@@ -72,9 +83,10 @@ class Rank:
             raise fault
         return value if self.world.is_main else work()
 
-    def _attempt(self) -> Attempt:
-        """The attempt that our launcher numbered; under another launcher rank 0 does."""
-        path = os.environ.get(ATTEMPT)
+    def _attempt(self, new: bool = False) -> Attempt:
+        """The attempt that our launcher numbered; a `new` one, or under another launcher, rank 0
+        does."""
+        path = None if new else os.environ.get(ATTEMPT)
         if path is None:
             path = self.world.from_main(
                 str(self.run.new_attempt().path) if self.world.is_main else None
@@ -83,9 +95,11 @@ class Rank:
 
     def train(self) -> int:
         """Train to the end, or until a signal asks to stop. Returns DONE or INTERRUPTED."""
-        job = self.job
-        model = build_model(job, self.sources.vocab_size)
-        self.engine: Engine = setup.build_engine(self.world, model, job)
+        self.model = build_model(self.job, self.sources.vocab_size)
+        self.engine: Engine = setup.build_engine(self.world, self.model, self.job)
+        self.engine.mark = self.pulse.mark
+        if self.injector:
+            self.engine.disturb = self.injector.disturb
         position = self._resume()
         if position.step >= self.total:
             self._say(f"{self.run.name} is complete: {position.step:,} steps are trained.")
@@ -96,25 +110,81 @@ class Rank:
             self.engine.compile()
         if self.compilation.notice:
             self._say(self.compilation.notice)
-        parts = self._parts(model, position)
-        batches = self._batches(position)
-        try:
-            with traced(job.profile.interval, self.attempt.path / "trace", batches) as batches:
-                position, stopped = train(
-                    self.engine, batches, self._rate, parts, position, self.pulse, self._asked
-                )
-            parts[-1].save(position)
-        finally:
-            batches.close()
-            parts[0].close()
-        stopped = stopped and position.step < self.total
-        if self.world.is_main:
-            reason = "interrupted" if stopped else "complete"
-            seconds = self.pulse.take()  # since the last row
-            self.attempt.event("ended", step=position.step, reason=reason, seconds=seconds)
+        while True:
+            try:
+                position, stopped = self._follow(position)
+                break
+            except Rollback as rollback:
+                with self.pulse("recovery"):
+                    position = self._go_back(rollback)
         if stopped:
             self._say(f"Stopped at step {position.step:,}; saved. The same command goes on there.")
         return INTERRUPTED if stopped else DONE
+
+    def _follow(self, position: Position) -> tuple[Position, bool]:
+        """One attempt, from `position`: to the end or a wish to stop, both of which are saved.
+        Raises guard.Rollback; UserError where the guard stops the run."""
+        metrics, validation, saves = self._parts(position)
+        began = position.step
+        watch = self._watch(began, lambda: began > 0 or saves.saved is not None)
+        self.guard = watch.guard
+        batches = self._batches(position)
+        reason = None
+        try:
+            with traced(self.job.profile.interval, self.attempt.path / "trace", batches) as steps:
+                position, stopped = train(
+                    self.engine,
+                    steps,
+                    self._rate,
+                    [metrics, validation, saves],
+                    position,
+                    self.pulse,
+                    self._asked,
+                    watch,
+                )
+            stopped = stopped and position.step < self.total
+            with self.pulse("checkpoint"):
+                saves.save(position)
+            reason = "interrupted" if stopped else "complete"
+        except Ill as ill:
+            position = ill.position
+            if isinstance(ill, Rollback):
+                saves.finish()
+                reason = "rollback"
+                raise
+            if ill.trusted and position.step > began:
+                saves.save(position)
+            reason = "halted"
+            raise self._stopped_by(ill) from None
+        finally:
+            batches.close()
+            metrics.close()
+            if reason and self.world.is_main:
+                seconds = self.pulse.take()  # since the last row
+                self.attempt.event("ended", step=position.step, reason=reason, seconds=seconds)
+        return position, stopped
+
+    def _stopped_by(self, halt: Ill) -> UserError:
+        todo = (
+            "look at the events and the data there; guard.* says when a run stops, "
+            "run.from and data.skip branch off before it"
+        )
+        return UserError(f"{self.run.path}, step {halt.step:,}", f"stopped: {halt.reason}", todo)
+
+    def _watch(self, began: int, can_go_back: Callable[[], bool]) -> Watch:
+        rules, world = self.job.guard, self.world
+        rollbacks = [a.parent.ill for a in self.run.attempts() if a.parent and a.parent.ill]
+        return Watch(
+            rules,
+            Guard(rules, self.world.from_main(rollbacks), self.guard_state),
+            SelfCheck(self.engine, socket.gethostname()),
+            self.job.steps_of(rules.replay) if rules.replay else None,
+            self.attempt,
+            self.pulse,
+            began,
+            can_go_back,
+            world.is_main,
+        )
 
     def _asked(self) -> bool:
         return bool(self.wish)
@@ -146,28 +216,56 @@ class Rank:
     def _resume(self) -> Position:
         """Load the newest whole checkpoint, or the origin's, or begin; say which."""
         found = self._from_main(lambda: self._choose())
+        asked = tuple(map(tuple, self.job.data.skip))
+        skipped = self.world.from_main(self.run.skipped()) + asked
         if found is None:
-            position, parent = Position(), Parent(0)
-        else:
-            weights_only = found.path.parent.parent != self.run.path and (
-                self.job.run.origin.what == "weights"
-            )
-            checkpoint.load(found, self.engine, weights_only)
-            position = Position() if weights_only else found.position
-            parent = Parent(position.step, str(found.path))
+            return self._set_out(Position(skipped=united(skipped)), None)
+        own = found.path.parent.parent == self.run.path
+        weights_only = not own and self.job.run.origin.what == "weights"
+        checkpoint.load(found, self.engine, weights_only)
+        position = Position() if weights_only else found.position
+        if not weights_only:
+            self.guard_state = found.state.get("guard")
+        position = replace(position, skipped=united((*position.skipped, *skipped)))
+        return self._set_out(position, found)
+
+    def _set_out(
+        self, position: Position, found: Checkpoint | None, ill: int | None = None
+    ) -> Position:
+        """Begin the attempt at `position`, which is that of the checkpoint `found`."""
+        self.heart.move(self.attempt)
+        if self.injector:
+            self.injector.begin(self.attempt, position.step)
         if self.world.is_main:
-            self.attempt.start_from(parent, self.run)
+            name = str(found.path) if found else None
+            self.attempt.start_from(Parent(position.step, name, position.skipped, ill), self.run)
             self._tell_numerics(found)
             if found is not None:
                 self._say(f"Going on from {found.path} (step {position.step:,}).")
         return position
 
-    def _choose(self) -> Checkpoint | None:
+    def _go_back(self, rollback: Rollback) -> Position:
+        """Load a checkpoint before an ill step, in a new attempt that passes over its samples."""
+        found = self._from_main(lambda: self._choose(rollback.newest, rollback.interval is None))
+        more = (rollback.interval,) if rollback.interval else ()
+        skipped = united((*rollback.position.skipped, *more))
+        self.attempt = self._attempt(new=True)
+        checkpoint.load(found, self.engine)
+        self.guard_state = found.state.get("guard")
+        self._say(f"Step {rollback.step:,}: {rollback.reason}. Rolling back.")
+        return self._set_out(replace(found.position, skipped=skipped), found, rollback.step)
+
+    def _choose(self, newest: int | None = None, strictly: bool = False) -> Checkpoint | None:
+        """The checkpoint to go on from; `newest`: of that step or before, which a rollback that
+        isn't for corruption takes less `strictly`: then the oldest there is."""
+
         def tell(kind: str, **facts: Any) -> None:
             if self.world.is_main:
                 self.attempt.event(kind, **facts)
                 self._say(f"Warning: {kind.replace('_', ' ')}: {facts}")
 
+        if newest is not None:
+            return checkpoint.before(self.run, newest, strictly, tell)
         own = checkpoint.newest_whole(self.run, tell)
         origin = self.job.run.origin
         if own is not None or origin.run is None:
@@ -186,7 +284,7 @@ class Rank:
         world, compiled = self.world, self.compilation.wanted
         return numerics(self.job, world.size, world.device.type, torch.get_num_threads(), compiled)
 
-    def _parts(self, model: torch.nn.Module, position: Position) -> list[Any]:
+    def _parts(self, position: Position) -> list[Any]:
         job, main = self.job, self.world.is_main
         line = Line(self._every(job.logging.every), self.total, position.step, main)
         rates = {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups}
@@ -195,18 +293,27 @@ class Rank:
             config = plain(job)
             sinks = open_trackers(job.logging, self.run.path, self.run.name, config, position.step)
         peak = setup.peak_flops(self.world, job.logging.peak_flops, job.precision.kind)
-        prices = Prices(**prices_of(job, model), peak=peak * self.world.size)
+        prices = Prices(**prices_of(job, self.model), peak=peak * self.world.size)
         lost = position.quarantined
         metrics = Metrics(self.attempt, prices, rates, line, sinks, self._memory, main, lost)
         validation = Validation(self._every(job.validation.every), self._score, metrics.validated)
-        facts = {"numerics": self._numerics()}
+        numerics = self._numerics()
+
+        def facts() -> dict[str, Any]:
+            return {"numerics": numerics, "guard": self.guard.state}
+
+        rules = job.checkpoint
         saves = Checkpoints(
-            self._every(job.checkpoint.every),
-            job.checkpoint.keep,
+            self._every(rules.every),
+            rules.keep,
             self.run,
             self.attempt,
             self.engine,
             facts,
+            keep_every=job.steps_of(rules.keep_every) if rules.keep_every else None,
+            keep_best=rules.keep_best,
+            background=rules.background,
+            **({"midway": self.injector.writing} if self.injector else {}),
         )
         return [metrics, validation, saves]
 
@@ -247,5 +354,6 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
     """Be one rank of `job`, as this process's environment says. Returns the exit code."""
     rank = Rank(job, time.monotonic() if began is None else began)
     code = rank.train()
+    rank.heart.stop()
     rank.world.close()
     return code

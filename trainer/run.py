@@ -13,6 +13,7 @@ by lineage, when it is loaded.
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -28,10 +29,21 @@ _PREFIX = "step-"
 
 @dataclass(frozen=True)
 class Parent:
-    """The checkpoint that an attempt started from; step 0 and no name where it started anew."""
+    """The checkpoint that an attempt started from; step 0 and no name where it started anew.
+
+    skipped: samples that it passes over for good; ill: the step that the run rolled back from to
+    begin this attempt, None for any other beginning.
+    """
 
     step: int
     checkpoint: str | None = None
+    skipped: tuple[tuple[int, int], ...] = ()
+    ill: int | None = None
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> "Parent":
+        """From JSON, which knows no tuples."""
+        return cls(**{**stored, "skipped": tuple(map(tuple, stored.get("skipped", ())))})
 
 
 class Run:
@@ -93,6 +105,12 @@ class Run:
         later = (a.parent for a in self.attempts() if a.number > attempt)
         return all(parent is None or step <= parent.step for parent in later)
 
+    def skipped(self) -> tuple[tuple[int, int], ...]:
+        """Samples that some attempt has passed over for good: a checkpoint from before that
+        doesn't know of them yet."""
+        parents = [a.parent for a in self.attempts()]
+        return tuple(interval for p in parents if p for interval in p.skipped)
+
     def point_to(self, attempt: "Attempt") -> None:
         """Make metrics.jsonl and events.jsonl stand for this attempt's."""
         for link in (self.metrics, self.events):
@@ -124,7 +142,7 @@ class Attempt:
     def parent(self) -> Parent | None:
         """None for an attempt that never got as far as training."""
         path = self.path / "parent.json"
-        return Parent(**read_json(path)) if path.exists() else None
+        return Parent.of(read_json(path)) if path.exists() else None
 
     def event(self, kind: str, **facts: Any) -> None:
         """Record that something happened which a reader of the run must know."""
@@ -150,7 +168,7 @@ class Rows:
     def add(self, row: dict[str, Any]) -> None:
         if self._file is None:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        line = (json.dumps(row) + "\n").encode()
+        line = (_strict(row) + "\n").encode()
         with naming(self.path):
             while line:  # a disk that fills up takes a part of it, and then none
                 line = line[self._file.write(line) :]
@@ -159,6 +177,19 @@ class Rows:
         """Make what was added durable, against a machine that goes down."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+
+
+def _strict(row: dict[str, Any]) -> str:
+    """As JSON that every reader takes: it knows no NaN and no infinity, which become null (which of
+    them it was, an event says)."""
+    try:
+        return json.dumps(row, allow_nan=False)
+    except ValueError:
+        return json.dumps({k: None if _no_number(v) else v for k, v in row.items()})
+
+
+def _no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

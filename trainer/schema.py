@@ -194,6 +194,10 @@ def convert(type_: Any, value: Any, bounds: Mapping[str, float] = types.MappingP
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list | tuple) else [value]
         return [convert(typing.get_args(kind)[0], item) for item in items]
+    if kind is list:
+        if isinstance(value, list | tuple):
+            return list(value)
+        raise ValueError(f"expects a list, not {shown(value)}")
     if typing.get_origin(kind) is dict or kind is dict:
         if isinstance(value, Mapping):
             return dict(value)
@@ -244,7 +248,7 @@ def example(type_: Any, f: Field) -> str:
         text = str(typing.get_args(kind)[0])
     else:
         made = {int: "8", float: "0.1", bool: "true", str: "TEXT", Duration: "500 steps"}
-        text = made.get(kind, "{name: value}")
+        text = made.get(kind, "[...]" if "list" in str(kind) else "{name: value}")
     return f"'{text}'" if " " in text else text
 
 

@@ -6,16 +6,21 @@ Imports neither torch nor deepspeed.
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.beats import Seen, shared
 from trainer.config import TrainJob
+from trainer.ending import launch_of
 from trainer.errors import UserError
 from trainer.frozen import thaw
+from trainer.goodput import Goodput
+from trainer.hang import Hang, verdict
+from trainer.retention import is_pinned
 from trainer.run import Attempt, Run, read_rows
 from trainer.stored import Checkpoint
 
@@ -80,6 +85,9 @@ class Status:
     def is_eligible(self, checkpoint: Checkpoint) -> bool:
         return self.run.is_eligible(checkpoint.attempt, checkpoint.position.step)
 
+    def is_pinned(self, checkpoint: Checkpoint) -> bool:
+        return is_pinned(self.run, checkpoint.position.step)
+
     @property
     def last_seen(self) -> float:
         """When the newest attempt last wrote, or the run was made: seconds since the epoch."""
@@ -104,6 +112,8 @@ class Status:
             return "complete"
         if self._ended(self.attempts[-1:]):
             return "interrupted"
+        if self.attempts and "ended" in launch_of(self.attempts[-1].path):
+            return "interrupted" if saved and saved == self.step else "crashed"
         longest = max((sum(row["seconds"].values()) for row in self.train), default=0.0)
         if self.attempts and self.age < _PATIENCE + 2 * longest:
             return "running"
@@ -111,13 +121,25 @@ class Status:
             return "new"
         return "interrupted" if saved and saved == self.step else "crashed"
 
-    def seconds(self) -> dict[str, float]:
-        """By bucket, over all steps that count, and what attempts did after their last one."""
-        sums: dict[str, float] = defaultdict(float)
-        for row in [*self.train, *self._ended(self.attempts)]:
-            for bucket, value in row["seconds"].items():
-                sums[bucket] += value
-        return dict(sums)
+    @cached_property
+    def goodput(self) -> Goodput:
+        return Goodput(self.run, running=self.state == "running")
+
+    def hangs(self) -> dict[int, Hang]:
+        """By attempt: what it hung in."""
+        found = ((a.number, verdict(a.path)) for a in self.attempts)
+        return {number: hang for number, hang in found if hang}
+
+    def faults(self) -> list[str]:
+        """The faults that were injected, in the order of time."""
+        files = (p for a in self.attempts for p in a.path.glob("faults-rank-*.jsonl"))
+        rows = [row for f in files for row in read_rows(f)]
+        return [row["fault"] for row in sorted(rows, key=lambda row: row["time"])]
+
+    def ranks(self) -> list[Seen]:
+        """What the ranks of the newest attempt last said of themselves, while they are there."""
+        seen = shared(self.attempts[-1].path, every=60.0) if self.state == "running" else []
+        return [s for s in seen if not s.beat.has_ended]
 
     def _ended(self, attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
         """The events by which attempts said that they ended well."""

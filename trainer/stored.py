@@ -10,14 +10,15 @@ reading tensors imports torch, so that `status` starts at once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.durable import check_table, read_json
 from trainer.errors import UserError
+from trainer.ranks import ALONE, Ranks
 from trainer.run import Run
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from trainer.engine.state import FragmentReader
 
+Tell = Callable[..., None]
 FORMAT = 1
 STATE = "state.json"
 _RESTORE = "restore the checkpoint, or choose another"
@@ -135,49 +137,104 @@ def coverage_faults(state: dict[str, Any]) -> list[str]:
     return faults
 
 
-def newest_whole(run: Run, tell: Callable[..., None]) -> Checkpoint | None:
+def newest_whole(run: Run, tell: Tell, ranks: Ranks = ALONE) -> Checkpoint | None:
     """The newest eligible checkpoint whose every byte is as it was written, or None for a run that
-    has none. `tell(kind, **facts)` is told of each that is passed over.
+    has none. `tell(kind, **facts)` is told of each that is passed over. Every one of `ranks` calls
+    it together and reads its share of the files; all get the same answer.
 
     Raises UserError where there are checkpoints but none can be used: never back to step 0.
     """
-    steps = run.checkpoint_steps()
-    for step in reversed(steps):
-        path = run.checkpoint_path(step)
-        faults = check_table(path)
-        if faults:
-            tell("checkpoint_damaged", step=step, faults=faults)
-            continue
-        checkpoint = Checkpoint(path)
-        if run.is_eligible(checkpoint.attempt, step):
-            return checkpoint
-        tell("checkpoint_passed_over", step=step, reason="a later attempt went on from before it")
-    if steps:
+    steps = _steps(run, ranks)
+    found = _first_whole(run, reversed(steps), tell, ranks)
+    if found is None and steps:
         raise UserError(
             str(run.checkpoints),
             f"none of its {len(steps)} checkpoints can be used",
             f"`forescale check {run.path}` names the faults; restore one, or give run.name another",
         )
+    return found
+
+
+def before(run: Run, newest: int, strictly: bool, tell: Tell, ranks: Ranks = ALONE) -> Checkpoint:
+    """The newest whole eligible checkpoint of step `newest` or before; where there is none and it
+    is not needed `strictly`, the oldest of those after. Called and told as `newest_whole`.
+
+    Raises UserError where there is none to go to.
+    """
+    steps = _steps(run, ranks)
+    early = [s for s in reversed(steps) if s <= newest]
+    later = [] if strictly else [s for s in steps if s > newest]
+    if found := _first_whole(run, early + later, tell, ranks):
+        return found
+    what = f"has no whole checkpoint of step {newest:,} or before to go back to"
+    raise UserError(str(run.path), what, "keep more with checkpoint.keep or checkpoint.keep_every")
+
+
+def _steps(run: Run, ranks: Ranks) -> list[int]:
+    return ranks.from_main(run.checkpoint_steps, run.checkpoints)
+
+
+def _first_whole(run: Run, steps: Iterable[int], tell: Tell, ranks: Ranks) -> Checkpoint | None:
+    for step in steps:
+        path = run.checkpoint_path(step)
+        # What it says of itself is little, and may make it needless to read the rest.
+        faults, counts = ranks.from_main(partial(_first_look, run, step), path)
+        if not faults and not counts:
+            tell("checkpoint_passed_over", step=step, reason="a later attempt went on before it")
+        elif faults := faults or shared_faults(path, ranks):
+            tell("checkpoint_damaged", step=step, faults=faults)
+        else:
+            return ranks.together(partial(Checkpoint, path), path)[ranks.rank]
     return None
 
 
-def at_step(run: Run, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest whole one; UserError where there is none."""
+def _first_look(run: Run, step: int) -> tuple[list[str], bool]:
+    """The faults of a checkpoint's state.json, and whether the checkpoint is eligible."""
+    path = run.checkpoint_path(step)
+    if faults := check_table(path, only=STATE):
+        return faults, False
+    checkpoint = Checkpoint(path)
+    if (own := checkpoint.position.step) != step:
+        return [f"{path}: holds step {own:,}"], False
+    return [], run.is_eligible(checkpoint.attempt, step)
+
+
+def shared_faults(path: Path, ranks: Ranks, afresh: bool = False) -> list[str]:
+    """Every byte of a published directory against its table, each rank's share of the files read by
+    that rank; the faults that all have found, on every rank. afresh: as durable.hash_file."""
+    mine = partial(check_table, path, part=(ranks.rank, ranks.size), afresh=afresh)
+    found = ranks.together(mine, path)
+    return list(dict.fromkeys(fault for faults in found for fault in faults))
+
+
+def at_step(run: Run, step: int | None, ranks: Ranks = ALONE) -> Checkpoint:
+    """The checkpoint of `step`, or the newest whole one; UserError where there is none. Called as
+    `newest_whole`."""
     if step is None:
-        checkpoint = newest_whole(run, lambda kind, **facts: None)
+        checkpoint = newest_whole(run, lambda kind, **facts: None, ranks)
         if checkpoint is None:
             todo = f"train it: forescale train run.name={run.name}"
             raise UserError(str(run.path), "this run has no checkpoint yet", todo)
         return checkpoint
     path = run.checkpoint_path(step)
-    if not path.is_dir():
-        known = ", ".join(map(str, run.checkpoint_steps())) or "none"
-        raise UserError(str(path), "no such checkpoint", f"choose one of these steps: {known}")
-    return whole(path)
+    known = _steps(run, ranks)
+    if step not in known:
+        steps = ", ".join(map(str, known)) or "none"
+        raise UserError(str(path), "no such checkpoint", f"choose one of these steps: {steps}")
+    return whole(path, ranks)
 
 
-def whole(path: Path | str) -> Checkpoint:
-    """The checkpoint at a path, every byte of it verified; UserError where it is damaged."""
-    if faults := check_table(Path(path)):
+def readable(path: Path) -> Checkpoint | None:
+    """A checkpoint that says what it is; None for one whose state.json is lost or damaged."""
+    try:
+        return Checkpoint(path)
+    except UserError:
+        return None
+
+
+def whole(path: Path | str, ranks: Ranks = ALONE) -> Checkpoint:
+    """The checkpoint at a path, every byte of it verified; UserError where it is damaged. Called
+    as `newest_whole`."""
+    if faults := shared_faults(Path(path), ranks):
         raise UserError(str(path), f"damaged ({faults[0]})", "choose another step")
     return Checkpoint(path)

@@ -11,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer import launch
-from trainer.errors import DONE, INTERRUPTED, USER
+from trainer import ending, launch
+from trainer.durable import read_json
+from trainer.errors import DONE, INTERRUPTED, USER, UserError
+from trainer.hang import Hang, publish
 from trainer.launch import after, start_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,10 @@ def ranks(tmp_path, monkeypatch):
     return run
 
 
+def launched(attempt):
+    return read_json(attempt / ending.LAUNCH)
+
+
 def test_ranks_know_who_they_are(ranks, tmp_path):
     facts = "'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'FORESCALE_ATTEMPT'"
     code, told = ranks(
@@ -75,9 +81,64 @@ def test_one_that_crashes_ends_the_others_at_once(ranks, tmp_path):
     assert code == 1
     assert told == f"rank 1 ended with code 1; see {tmp_path / 'rank-1.log'}"
     assert time.monotonic() - began < 10
+    assert launched(tmp_path)["how"] == "rank 1 ended with code 1"
     code, (told,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
     assert code == -signal.SIGKILL
     assert "rank 0 ended with SIGKILL (the kernel kills so when memory runs out)" in told
+
+
+LEAVE = "from pathlib import Path\nfrom trainer.ending import leave_word\n"
+
+
+def test_how_it_went_is_written_down(ranks, tmp_path):
+    before = time.time()
+    ranks("raise SystemExit(75 * rank)")
+    found = launched(tmp_path)
+    assert before <= found["begun"] <= found["ended"] <= time.time()
+    assert (found["code"], found["how"], found["processes"]) == (75, "interrupted", 2)
+    assert found["command"][0] == sys.executable
+    ranks("pass")
+    assert (launched(tmp_path)["code"], launched(tmp_path)["how"]) == (0, "done")
+
+
+def test_the_cause_is_what_the_rank_itself_died_of(ranks, tmp_path):
+    """Rank 0 only lost its peer, though it ended first."""
+    die = f"leave_word(Path({str(tmp_path)!r}), 1, ValueError('too wide'))"
+    code, (told,) = ranks(f"{LEAVE}if rank == 1:\n    time.sleep(0.5)\n    {die}\nos._exit(1)")
+    assert code == 1
+    assert told == f"rank 1 ended with ValueError: too wide; see {tmp_path / 'rank-1.log'}"
+
+
+def test_a_signal_explains_more_than_an_error(ranks, tmp_path):
+    die = f"leave_word(Path({str(tmp_path)!r}), 0, RuntimeError('connection reset'))"
+    code, (told,) = ranks(f"{LEAVE}if rank: os.kill(os.getpid(), 11)\n{die}\nos._exit(1)")
+    assert code == -signal.SIGSEGV
+    assert told.startswith("rank 1 ended with SIGSEGV")
+
+
+def test_a_hang_is_the_cause_of_all_that_follows(ranks, tmp_path):
+    publish(tmp_path, Hang((1,), "a", "data", 3, 9.0, "rank 1 on host a has been in data for 9 s"))
+    _, (told,) = ranks("os._exit(1)")
+    assert told == f"rank 1 on host a has been in data for 9 s; see {tmp_path}/hang-*.txt"
+
+
+def test_a_kill_for_memory_is_known_for_one(ranks, tmp_path, monkeypatch):
+    kills = iter((4, 5))
+    monkeypatch.setattr(ending, "kills_for_memory", lambda: next(kills))
+    _, (told,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    assert "rank 0 ended with SIGKILL: memory ran out, and the kernel killed it" in told
+
+
+def test_words_of_an_error_name_its_place(tmp_path):
+    try:
+        raise ValueError("one\ntwo")
+    except ValueError as e:
+        ending.leave_word(tmp_path, 3, e)
+    said = (tmp_path / "rank-3.fault").read_text()
+    assert said.startswith(f"ValueError: one ({__file__}, line ")
+    ending.leave_word(tmp_path, 3, UserError("disk", "is full", "free some"))
+    assert (tmp_path / "rank-3.fault").read_text() == "disk: is full; free some.\n"
+    ending.leave_word(tmp_path / "gone", 3, ValueError())  # nothing may hide the fault itself
 
 
 def test_a_users_fault_on_another_rank_is_said_here(ranks):
@@ -122,12 +183,12 @@ def launcher(tmp_path):
     """Start a launcher of its own over two ranks that run a snippet; ends with the test."""
     started = []
 
-    def run(snippet, before=""):
+    def run(snippet, before="", grace=120.0):
         code = (
             "import sys\nfrom pathlib import Path\nfrom trainer.launch import start_ranks\n"
             f"{before}\n"
             f"command = [sys.executable, '-c', {LISTEN + snippet!r}]\n"
-            f"sys.exit(start_ranks(command, 2, Path({str(tmp_path)!r}), print) % 256)"
+            f"sys.exit(start_ranks(command, 2, Path({str(tmp_path)!r}), print, {grace}) % 256)"
         )
         process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -216,6 +277,46 @@ def test_a_signal_while_the_ranks_are_started_reaches_all_of_them(launcher):
     process = launcher("import time\ntime.sleep(60)", before=between)
     assert process.wait(15) == INTERRUPTED
     assert time.monotonic() - began < 15
+
+
+GRACE = "from trainer.launch import Wish\nWish().listen(1.0)\n"
+
+
+def test_a_rank_that_waits_ends_when_its_time_is_over(launcher, tmp_path):
+    """In a call that Python doesn't come back from to run a handler."""
+    # A mutex that is locked twice: its wait goes on after every signal.
+    waits = "import ctypes\nm = ctypes.create_string_buffer(64)\n"
+    waits += "lock = ctypes.CDLL(None).pthread_mutex_lock\nlock(m)\nlock(m)\n"
+    process = launcher(GRACE + NAP + waits, grace=1.0)
+    ranks = children(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == INTERRUPTED
+    assert gone(ranks)
+    assert "Stopping: the ranks save and end, in at most 1 s." in process.stdout.read()
+    log = (tmp_path / "rank-1.log").read_text()
+    assert "rank 1 could not save and end in 1 s; the checkpoint before stands." in log
+
+
+def test_ranks_that_are_stopped_end_when_the_time_is_over(launcher, tmp_path):
+    """They hear no signal but the one that nobody can block."""
+    process = launcher(GRACE + NAP + "time.sleep(600)", grace=0.5)
+    ranks = children(process)
+    for rank in ranks:
+        rank.suspend()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == INTERRUPTED
+    assert gone(ranks)
+    assert launched(tmp_path)["how"] == "interrupted"
+
+
+def test_a_rank_that_saves_in_time_is_left_alone(launcher, tmp_path):
+    save = f"time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w'); sys.exit(75)"
+    waits = "wish = Wish().listen(60.0)\nwhile not wish: time.sleep(0.05)\n"
+    process = launcher("from trainer.launch import Wish\n" + NAP + waits + save)
+    children(process)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == INTERRUPTED
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_users_fault_after_a_wish_stays_one(launcher):

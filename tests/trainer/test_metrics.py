@@ -13,6 +13,7 @@ from trainer.duration import Duration
 from trainer.engine.step import Facts
 from trainer.engine.world import Word
 from trainer.evaluate import Score
+from trainer.guard import Verdict
 from trainer.loop import Step
 from trainer.metrics import Line, Metrics, Prices, clock
 from trainer.parts import Every
@@ -53,7 +54,7 @@ def step(t, loss=30.0, seconds=0.25, applied=True, norm=2.0):
 
 
 def word(t, losses=(30.0, 50.0), seconds=0.5):
-    return Word(t, list(losses), 2**63 + t, False, seconds * t)
+    return Word(t, list(losses), 2**63 + t, False, False, seconds * t)
 
 
 def test_a_row_holds_all_and_all_digits(metrics):
@@ -90,7 +91,22 @@ def test_a_dropped_update_is_an_event(metrics):
     made.see(step(2, applied=False, norm=math.inf), word(2))
     (event,) = read_rows(made.attempt.events.path)
     assert (event["kind"], event["step"]) == ("update_dropped", 2)
-    assert [row["applied"] for row in read_rows(made.attempt.metrics.path)] == [True, False]
+    rows = read_rows(made.attempt.metrics.path)
+    assert [row["applied"] for row in rows] == [True, False]
+    assert rows[1]["grad_norm"] is None  # strict JSON knows no infinity
+
+
+def test_a_verdict_s_reason_is_told(metrics, capsys):
+    made = metrics()
+    made.see(replace(step(1), verdict=Verdict("note", "the loss is odd")), word(1))
+    ill = replace(step(2, applied=False), verdict=Verdict("skip", "the loss is worse"))
+    made.see(ill, word(2))
+    events = [(e["kind"], e["step"], e["reason"]) for e in read_rows(made.attempt.events.path)]
+    assert events == [
+        ("spike_noted", 1, "the loss is odd"),
+        ("update_dropped", 2, "the loss is worse"),
+    ]
+    assert "the update is dropped: the loss is worse" in capsys.readouterr().out
 
 
 def test_a_damaged_member_is_told_once(metrics, capsys):

@@ -12,11 +12,13 @@ from trainer.checkpoint import Position
 from trainer.duration import Duration
 from trainer.engine.step import Facts
 from trainer.engine.world import World
+from trainer.errors import UserError
 from trainer.evaluate import Score
+from trainer.guard import HEALTHY
 from trainer.loop import train
 from trainer.parts import Checkpoints, Every, Validation
 from trainer.pulse import Pulse
-from trainer.run import Parent, Run, read_rows
+from trainer.run import Run
 
 
 class Clock(World):
@@ -38,9 +40,26 @@ class Engine:
     world: World = field(default_factory=Clock)
     made: int = 0
 
-    def train_step(self, batch, rate):
-        self.made += 1
-        return Facts(torch.tensor([1.0]), 1.0, True)
+    def train_step(self, batch, rate, may_apply, before_update):
+        before_update(batch, torch.tensor([1.0]))
+        applied = may_apply(1.0, 1.0)
+        self.made += applied
+        return Facts(torch.tensor([1.0]), 1.0, applied)
+
+
+class Healthy:
+    """A watch that finds nothing."""
+
+    verdict = HEALTHY
+
+    def begin(self, batch): ...
+
+    def before_update(self, batch, losses): ...
+
+    def may_apply(self, loss, norm):
+        return True
+
+    def end(self): ...
 
 
 @dataclass
@@ -50,6 +69,7 @@ class Recorder:
     is_due: Every
     engine: Engine
     phase: str = "test"
+    failed: bool = False
     acted: list = field(default_factory=list)  # (step, what the weights were at)
 
     def see(self, step, word):
@@ -79,7 +99,7 @@ def run_loop(total, *lengths, stop_at=None, per_step=1.0):
         parts.append(Recorder(every, engine))
     asked = (lambda: engine.made >= stop_at) if stop_at else (lambda: False)
     pulse = Pulse("startup")
-    where = train(engine, batches(total), lambda t: 1.0, parts, Position(), pulse, asked)
+    where = train(engine, batches(total), lambda t: 1.0, parts, Position(), pulse, asked, Healthy())
     return where, [part.acted for part in parts], engine
 
 
@@ -136,9 +156,18 @@ def test_a_wish_to_stop_ends_all_within_a_step_where_the_weights_are(total, stop
 
 def test_every_step_is_told_once_in_order_whatever_is_due():
     seen = []
-    watcher = SimpleNamespace(phase="watch", is_due=lambda step: step in (2, 5, 6))
+    watcher = SimpleNamespace(phase="watch", failed=False, is_due=lambda step: step in (2, 5, 6))
     watcher.see = lambda step, word: seen.append((step.position.step, word.step))
-    train(Engine(), batches(9), lambda t: 1.0, [watcher], Position(), Pulse("s"), lambda: False)
+    train(
+        Engine(),
+        batches(9),
+        lambda t: 1.0,
+        [watcher],
+        Position(),
+        Pulse("s"),
+        lambda: False,
+        Healthy(),
+    )
     assert seen == [(t, t) for t in range(1, 10)]
 
 
@@ -151,28 +180,59 @@ def test_the_periodic_score_is_capped_and_the_last_is_whole():
         lambda whole: asked.append(whole) or score,
         lambda step, found: told.append((step.position.step, found)),
     )
-    train(engine, batches(10), lambda t: 1.0, [part], Position(), Pulse("s"), lambda: False)
+    train(
+        engine, batches(10), lambda t: 1.0, [part], Position(), Pulse("s"), lambda: False, Healthy()
+    )
     assert asked == [False, False, True]
     assert told == [(4, score), (8, score), (10, score)]
 
 
-def test_a_step_is_saved_once_and_the_events_say_what_went(tmp_path, monkeypatch):
-    run = Run(tmp_path)
-    attempt = run.new_attempt()
-    attempt.start_from(Parent(0), run)
-    saved = []
-    monkeypatch.setattr(
-        "trainer.checkpoint.save", lambda r, a, position, *_: saved.append(position)
+class Saves:
+    """In place of a Saver: what was begun; and a fault of what goes on behind, where given."""
+
+    def __init__(self, fault=None):
+        self.begun, self.fault, self.failed = [], fault, False
+
+    def begin(self, position):
+        self.begun.append(position)
+        self.failed = self.fault is not None
+
+    def finish(self):
+        if self.failed:
+            raise self.fault
+
+
+def save_along(tmp_path, monkeypatch, total, saves):
+    """Train `total` steps with a part that saves every 4."""
+    run, engine = Run(tmp_path), Engine()
+    monkeypatch.setattr("trainer.parts.Saver", lambda *_: saves)
+    part = Checkpoints(Every(Duration(4), 4, total), 2, run, run.new_attempt(), engine, dict)
+    train(
+        engine,
+        batches(total),
+        lambda t: 1.0,
+        [part],
+        Position(),
+        Pulse("s"),
+        lambda: False,
+        Healthy(),
     )
-    monkeypatch.setattr("trainer.checkpoint.retain", lambda r, a, keep: [saved[-1].step - 4])
-    engine = Engine()
-    part = Checkpoints(Every(Duration(4), 4, 8), 2, run, attempt, engine, {})
-    train(engine, batches(8), lambda t: 1.0, [part], Position(), Pulse("s"), lambda: False)
-    part.save(saved[-1])  # as at the end of every run
-    assert [p.step for p in saved] == [4, 8]
-    assert [p.g for p in saved] == [4, 8]
-    rows = [(row["kind"], row["step"]) for row in read_rows(run.events)]
-    assert rows == [
-        *(("checkpoint_saved", 4), ("checkpoint_deleted", 0)),
-        *(("checkpoint_saved", 8), ("checkpoint_deleted", 4)),
-    ]
+    return part
+
+
+def test_a_step_is_saved_once(tmp_path, monkeypatch):
+    saves = Saves()
+    part = save_along(tmp_path, monkeypatch, 8, saves)
+    assert part.saved == 8
+    part.save(saves.begun[-1])  # as at the end of every run
+    assert [(p.step, p.g) for p in saves.begun] == [(4, 4), (8, 8)]
+    part.save(Position(8, 9))  # the run went back, and came to the step by another way
+    assert len(saves.begun) == 3
+
+
+def test_a_save_that_fails_behind_the_training_ends_it_with_the_next_word(tmp_path, monkeypatch):
+    fault = UserError("disk", "full", "free some space")
+    saves = Saves(fault)
+    with pytest.raises(UserError, match="disk: full"):
+        save_along(tmp_path, monkeypatch, 100, saves)
+    assert [p.step for p in saves.begun] == [4]

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from trainer.pulse import Pulse
+from trainer.pulse import PLACE, Pulse
 
 
 @pytest.fixture
@@ -63,3 +63,29 @@ def test_the_real_clock():
     taken = pulse.take()
     assert sum(taken.values()) == pytest.approx(time.monotonic() - began, abs=0.01)
     assert taken["a"] >= 0.02
+
+
+def test_places_are_counted_apart_and_learnt_from_the_second_step_on(clock):
+    pulse = Pulse("startup")
+    clock(5)
+    for seconds in (20, 2, 7, 1):
+        pulse.step += 1
+        with pulse("compute"):
+            pulse.mark("forward")
+            clock(seconds)
+            pulse.mark("backward")
+            clock(1)
+    assert pulse.spent == {"startup": 5.0, "compute": 0.0, "forward": 30.0, "backward": 4.0}
+    assert pulse.longest == {"startup": 0.0, "compute": 0.0, "forward": 7.0, "backward": 1.0}
+    assert pulse.take() == {"startup": 5.0, "compute": 34.0}
+
+
+def test_others_see_the_place_as_it_changes():
+    pulse = Pulse("startup")
+    pulse.mirror = bytearray(PLACE.size)
+    pulse.step = 12
+    pulse.mark("forward")
+    assert PLACE.unpack(pulse.mirror) == (12, b"forward".ljust(24, b"\0"))
+    with pulse("data"):
+        pass
+    assert PLACE.unpack(pulse.mirror)[1].rstrip(b"\0") == b"startup"

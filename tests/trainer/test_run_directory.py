@@ -1,4 +1,4 @@
-"""Attempts, lineage, rows and retention: what a run directory promises, without an engine."""
+"""Attempts, lineage and rows: what a run directory promises, without an engine."""
 
 import json
 import random
@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import checkpoint
-from trainer.durable import write_json
 from trainer.errors import UserError
 from trainer.run import Attempt, Parent, Rows, Run, read_rows
 
@@ -155,56 +153,6 @@ def test_a_row_that_a_full_disk_cuts_short_is_an_error_and_no_silence(tmp_path):
             write_on()
         filling.unlink()
         assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == written
-
-
-def publish(run, attempt, step):
-    """As little of a checkpoint as retention looks at."""
-    path = run.checkpoint_path(step)
-    path.mkdir(parents=True)
-    keys = ("position", "world_size", "shapes", "fragments", "counters")
-    write_json(path / "state.json", {"format": 1, "attempt": attempt.number, **dict.fromkeys(keys)})
-
-
-def test_retention_keeps_the_newest_that_count(tmp_path):
-    run = Run(tmp_path)
-    first = begin(run, 0)
-    for step in (10, 20, 30, 40):
-        publish(run, first, step)
-    second = begin(run, 20)
-    publish(run, second, 25)
-    assert checkpoint.retain(run, first.number, 2) == [], "an old attempt has a say"
-    assert checkpoint.retain(run, second.number, 2) == [10]
-    # 30 and 40 don't count: no safety lies in them, so they are not among the two.
-    assert run.checkpoint_steps() == [20, 25, 30, 40]
-    publish(run, second, 35)
-    assert checkpoint.retain(run, second.number, 2) == [20]
-    assert checkpoint.retain(run, second.number, 2) == []
-
-
-def test_retention_leaves_what_it_cannot_read(tmp_path):
-    run = Run(tmp_path)
-    attempt = begin(run, 0)
-    for step in (10, 20, 30):
-        publish(run, attempt, step)
-    (run.checkpoint_path(20) / "state.json").write_text("{")
-    assert checkpoint.retain(run, attempt.number, 2) == []
-    publish(run, attempt, 40)
-    assert checkpoint.retain(run, attempt.number, 2) == [10]
-    assert run.checkpoint_steps() == [20, 30, 40]
-
-
-def test_an_attempt_left_behind_displaces_nothing(tmp_path):
-    """A node that was cut off wakes up and saves a step that the newer attempt has saved too."""
-    run = Run(tmp_path)
-    old, new = begin(run, 0), begin(run, 0)
-    publish(run, new, 10)
-    stage = tmp_path / "stage"
-    stage.mkdir()
-    with pytest.raises(UserError, match="attempt 2 has saved this step"):
-        checkpoint._replace(stage, run.checkpoint_path(10), old.number)
-    assert checkpoint.Checkpoint(run.checkpoint_path(10)).attempt == new.number
-    checkpoint._replace(stage, run.checkpoint_path(20), old.number)
-    assert run.checkpoint_steps() == [10, 20]
 
 
 def test_an_unknown_run_is_answered_with_the_known_ones(tmp_path):

@@ -12,7 +12,10 @@ import pytest
 from small_run import STEPS, make_run, save, train_row
 
 from trainer import open_run
-from trainer.run import Parent, Run
+from trainer.beats import Beat, Seen, share
+from trainer.durable import write_json
+from trainer.hang import Hang, publish
+from trainer.run import Parent, Rows, Run
 from trainer.status import Status, ago
 
 
@@ -113,12 +116,89 @@ def test_what_was_lost_and_what_does_not_count(unfinished, forescale):
     assert status.step == 6
     lost = status.lost()
     assert (lost.steps, lost.seconds) == (STEPS - 4, 2.0 * (STEPS - 4))
-    assert status.seconds() == {"data": 3.0, "compute": 9.0}
+    kept = {k: status.goodput.buckets[k] for k in ("data", "compute", "lost")}
+    assert kept == pytest.approx({"data": 3.0, "compute": 9.0, "lost": 8.0}, abs=1.0)
     code, out, _ = forescale("status", "small")
     assert code == 0
-    assert "lost 4 steps, 8.0 s" in out
+    assert "; lost 4 steps" in out
     assert re.search(r"^ +8 +1,024 .* no ", out, re.MULTILINE)
     assert re.search(r"^ +2 +step 4 ", out, re.MULTILINE)
+
+
+def say_how_it_went(attempt, code, how="so", spans=10.0):
+    """As our launcher does."""
+    begun = time.time() - spans
+    facts = {"begun": begun, "command": [], "host": "a", "processes": 2}
+    write_json(
+        attempt.path / "launch.json", facts | {"ended": time.time(), "code": code} | {"how": how}
+    )
+
+
+def test_a_run_whose_launcher_saw_it_end_is_not_running(unfinished, forescale):
+    say_how_it_went(unfinished.attempts()[-1], 1, "rank 1 ended with ValueError: too wide")
+    assert Status(unfinished).state == "crashed"
+    _, out, _ = forescale("status", "small")
+    assert re.search(r"^ +2 +step 4 .* crash *$", out, re.MULTILINE)
+    assert "Attempt 2 ended: rank 1 ended with ValueError: too wide." in out
+
+
+def test_a_hang_is_said(unfinished, forescale):
+    attempt = unfinished.attempts()[-1]
+    publish(attempt.path, Hang((1,), "n7", "data", 6, 12.0, "rank 1 on host n7 has been in data"))
+    say_how_it_went(attempt, 1, "rank 1 on host n7 has been in data")
+    _, out, _ = forescale("status", "small")
+    assert re.search(r"^ +2 +step 4 .* hang *$", out, re.MULTILINE)
+    assert out.count("rank 1 on host n7 has been in data") == 1
+    assert "attempts/0002/hang-*.txt" in out
+
+
+def test_where_the_time_went_and_what_it_asks_for(own_run, forescale):
+    say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
+    rows = [json.loads(line) for line in own_run.metrics.read_text().splitlines()]
+    rows[4]["seconds"]["checkpoint"] = 0.5
+    own_run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out, _ = forescale("status", "small")
+    assert re.search(r"^Time 20.0 s: compute 12.0 s \(60.0%\), data 4.0 s", out, re.MULTILINE)
+    assert "ETTR 0.600" in out
+    assert "0 failures" in out
+    assert "none was seen; three in the time so far are assumed" in out
+    assert re.search(
+        r"Saving stalls 0.25 s, .* checkpoint.every='\d+ steps?' .*; it is 500 steps", out
+    )
+
+
+def test_injected_faults_and_pins_are_said(own_run, forescale):
+    rows = Rows(own_run.attempts()[0].path / "faults-rank-1.jsonl")
+    rows.add({"fault": "kill@3:rank1", "time": 1.0, "at": "forward"})
+    (own_run.checkpoints / "step-00000004.pin").touch()
+    _, out, _ = forescale("status", "small")
+    assert "Injected faults: kill@3:rank1" in out
+    assert re.search(r"^ +4 +512 +\d\.\d +2 +1 +1 +yes +yes", out, re.MULTILINE)
+    assert re.search(r"^ +8 +1,024 +\d\.\d +2 +1 +1 +yes +no", out, re.MULTILINE)
+
+
+def test_the_ranks_of_a_run_that_runs(unfinished, forescale):
+    facts = dict(
+        pid=1, began=0.0, time=time.time(), limit=60.0, quiet=60.0, starting=False, steps=20
+    )
+    pace = {"forward": 0.2, "backward": 9.0}
+    ranks = [
+        Beat(
+            rank=0, host="a", step=6, phase="compute", at="backward", here=4.0, pace=pace, **facts
+        ),
+        Beat(
+            rank=1, host="b", step=5, phase="data", at="data", here=4.5, pace={"data": 0.5}, **facts
+        ),
+    ]
+    for beat in ranks:
+        share(unfinished.attempts()[-1].path, beat.host, [Seen(beat, 0.0)])
+    _, out, _ = forescale("status", "small")
+    assert (
+        "Ranks 2: 1 in backward, 1 in data; the last is rank 1 on b (step 5, data for 4.5 s); "
+        "the slowest rank 1 (500.0 ms a step of its own)"
+    ) in out
+    age_by(unfinished, 3600)
+    assert "Ranks 2" not in forescale("status", "small")[1]
 
 
 def test_an_attempt_that_never_trained_is_said(own_run, forescale):

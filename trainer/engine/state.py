@@ -13,21 +13,23 @@ stage 0 and in fp32, so going from the latter to the former rounds it.
 import json
 import math
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.durable import FileEntry, HashingFile
 from trainer.engine.layout import Layout, Piece, Unit
 from trainer.engine.step import Engine
+from trainer.errors import UserError
 
 WEIGHT, MOMENTUM = "weight", "momentum_buffer"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ALIGNMENT, _BLOCK = 64, 1 << 22  # bytes: of a fragment's copy, of a write
 _DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
 
 
@@ -139,15 +141,59 @@ def _scaler(layout: Layout) -> dict[str, Any]:
     return {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)} if scaler else {}
 
 
-def write_fragments(path: Path, fragments: list[Fragment]) -> tuple[FileEntry, list[list[Any]]]:
-    """Write a safetensors file, one tensor at a time, hashed and fsynced.
+class HostCopy:
+    """Host memory for one copy of what this rank writes, kept from save to save.
 
-    Returns its entry for the table of files and its rows [name, state, start, size].
+    Invariant: what `take` returned stays as it is until the next `take`, whatever the engine does.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    @torch.no_grad()
+    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+        """The same fragments in host memory, page-locked if they come from a GPU.
+
+        Raises UserError where there isn't that much memory.
+        """
+        found, starts, end = list(fragments), [], 0
+        for f in found:
+            starts.append(end)
+            end += -(-f.data.nbytes // _ALIGNMENT) * _ALIGNMENT
+        on_gpu = any(f.data.is_cuda for f in found)
+        memory = self._room(end, on_gpu)
+        copies = []
+        for f, start in zip(found, starts, strict=True):
+            target = memory[start : start + f.data.nbytes].view(f.data.dtype)
+            copies.append(replace(f, data=target.copy_(f.data, non_blocking=True)))
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _room(self, size: int, pinned: bool) -> Tensor:
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = None  # so that never both are held
+            try:
+                self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            except RuntimeError as e:
+                what = f"a copy of the state needs {size:,} bytes of host memory ({e})"
+                todo = "set it to false: training then waits for each save, and copies nothing"
+                raise UserError("checkpoint.background", what, todo) from None
+        return self._memory
+
+
+def write_fragments(
+    path: Path, fragments: list[Fragment], midway: Callable[[], None] = lambda: None
+) -> tuple[FileEntry, list[list[Any]]]:
+    """Write a safetensors file, one tensor at a time, hashed beside it and fsynced.
+
+    midway: called when half of the fragments are written. Returns the file's entry for the table
+    of files and its rows [name, state, start, size].
     """
     header: dict[str, Any] = {}
     offset = 0
     for f in fragments:
-        end = offset + f.data.numel() * f.data.element_size()
+        end = offset + f.data.nbytes
         header[f.key] = {
             "dtype": _DTYPES[f.data.dtype],
             "shape": [f.data.numel()],
@@ -156,10 +202,14 @@ def write_fragments(path: Path, fragments: list[Fragment]) -> tuple[FileEntry, l
         offset = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with HashingFile(path) as out:
+    with HashingFile(path, beside=True) as out:
         out.write(struct.pack("<Q", len(raw)) + raw)
-        for f in fragments:
-            out.write(f.data.contiguous().cpu().view(torch.uint8).numpy().data)
+        for n, f in enumerate(fragments):
+            if n == len(fragments) // 2:
+                midway()
+            data = f.data.contiguous().cpu().view(torch.uint8).numpy().data
+            for start in range(0, len(data), _BLOCK):
+                out.write(data[start : start + _BLOCK])
         entry = out.finish()
     return entry, [[f.name, f.state, f.start, f.data.numel()] for f in fragments]
 
@@ -168,12 +218,16 @@ class FragmentReader:
     """Ranges of parameters' states from the files of one checkpoint.
 
     rows: {file name: [[name, state, start, size], ...]}. Opens only the files that it reads.
+    Raises UserError where one is no safetensors file, or lies elsewhere: nothing is unpickled.
     """
 
     def __init__(self, directory: Path, rows: dict[str, list[list[Any]]]):
         self.directory = Path(directory)
         self._where: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         for file, entries in rows.items():
+            if Path(file).name != file:
+                what = f"names a file outside its directory, {file!r}"
+                raise UserError(str(self.directory), what, "restore it, or choose another")
             for name, state, start, size in entries:
                 self._where.setdefault((name, state), []).append((start, size, file))
         self._open: dict[str, Any] = {}
@@ -196,7 +250,11 @@ class FragmentReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = safe_open(str(self.directory / name), "pt")
+            path = self.directory / name
+            try:
+                self._open[name] = safe_open(str(path), "pt")
+            except SafetensorError as e:
+                raise UserError(str(path), f"not a safetensors file ({e})", "restore it") from None
         return self._open[name]
 
 

@@ -10,6 +10,7 @@ random state has to be saved.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,16 @@ from trainer.engine.world import World
 @dataclass(frozen=True)
 class Facts:
     """Of one step on this rank. losses: sum of nats a micro-batch, shape (n,); grad_norm: global;
-    applied: False where the update was dropped, because the gradient was not finite."""
+    applied: False where the update was dropped."""
 
     losses: Tensor
     grad_norm: float
     applied: bool
+
+
+def is_finite(loss: float, norm: float) -> bool:
+    """The least that must hold of a step: its mean loss and gradient norm are numbers."""
+    return math.isfinite(loss) and math.isfinite(norm)
 
 
 class Engine:
@@ -48,6 +54,9 @@ class Engine:
         self.module: nn.Module = self._deepspeed.module
         self.layout: Layout = layout_of(self._deepspeed)
         self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}
+        self.mark: Callable[[str], None] = lambda at: None  # hears where inside a step the rank is
+        # May spoil the weights before a step, by its number, and give a factor for its gradient.
+        self.disturb: Callable[[int, nn.Module], float] | None = None
 
     @property
     def param_groups(self) -> list[dict]:
@@ -58,17 +67,31 @@ class Engine:
         """Compile the model's forward (and so its backward) in place."""
         self._deepspeed.compile()
 
-    def train_step(self, batch, multiplier: float) -> Facts:
+    def train_step(
+        self,
+        batch,
+        multiplier: float,
+        may_apply: Callable[[float, float], bool] = is_finite,
+        before_update: Callable[[Any, Tensor], None] | None = None,
+    ) -> Facts:
         """One optimizer step over this rank's micro-batches of `batch` (a data.stream.Batch).
 
-        multiplier: of every group's peak learning rate.
+        multiplier: of every group's peak learning rate. may_apply: asked on every rank alike, with
+        the step's mean loss and gradient norm, whether the weights are updated. before_update: gets
+        the batch and the losses while the weights are still those that made them.
         """
         losses = self.backward(batch)
-        norm = self.gradient_norm()
-        if not math.isfinite(norm) and self.layout.loss_scale == 1.0:
+        self.mark("norm")
+        loss, norm = self.measure(losses, batch.targets)
+        if before_update is not None:
+            before_update(batch, losses)
+        # In fp16 an overflow is DeepSpeed's to handle: it lowers the scale and skips the update.
+        scaled = self.layout.loss_scale != 1.0 and not math.isfinite(norm)
+        if not scaled and not may_apply(loss, norm):
             self.drop()
             return Facts(losses, norm, False)
         clipped = self.clip is not None and norm > self.clip
+        self.mark("update")
         applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0)
         return Facts(losses, norm, applied)
 
@@ -79,32 +102,47 @@ class Engine:
             self.module.train()
         # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
         scale = self.world.size / batch.targets * self.layout.backward_scale
+        if self.disturb is not None:
+            scale *= self.disturb(batch.step + 1, self.module)
         losses = []
         for micro in batch.micro:
-            _seed(_mix(self.seed, batch.step, micro.index))
+            self.seed_for(batch.step, micro.index)
             last = micro is batch.micro[-1]
             self._deepspeed.set_gradient_accumulation_boundary(last)
-            loss, penalty = split_penalty(self._forward(micro))
+            self.mark("forward")
+            loss, penalty = split_penalty(self.forward(micro))
             total = loss.sum()
+            self.mark("backward")
             self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
             losses.append(total.detach().float())
         return torch.stack(losses)
 
-    def _forward(self, micro):
-        """micro: a data.stream.MicroBatch."""
+    def seed_for(self, step: int, micro_batch: int) -> None:
+        """Set the random state that a micro-batch is computed with."""
+        _seed(_mix(self.seed, step, micro_batch))
+
+    def forward(self, micro):
+        """The model's output for a micro-batch (a data.stream.MicroBatch)."""
         positional, named = micro.arguments(self.world.device)
         return self._deepspeed(*positional, **named)
 
     def gradient_norm(self) -> float:
-        """The global L2 norm of the averaged gradient: one scalar all-reduce.
+        """The global L2 norm of the averaged gradient, as `measure` gives it."""
+        return self.measure(torch.zeros(1), 1)[1]
 
-        Not finite where a gradient isn't. In fp16 the loss scale is divided out.
+    def measure(self, losses: Tensor, targets: int) -> tuple[float, float]:
+        """The step's mean loss per target and the global L2 norm of the averaged gradient: one
+        all-reduce of two numbers.
+
+        Not finite where a loss or gradient isn't. In fp16 the loss scale is divided out.
         """
         with torch.no_grad():
-            square = fp32_square_sum(self.layout.gradients(), self.world.device)
-        if not self.layout.replicated:
-            self.world.sum(square)
-        return math.sqrt(square.item()) / self.layout.loss_scale
+            square = fp32_square_sum(self.layout.gradients(), self.world.device).double()
+            pair = torch.stack([square, losses.sum().to(self.world.device, torch.float64)])
+        if self.layout.replicated:
+            pair[0] /= self.world.size  # every rank has all of the gradient
+        square_sum, loss_sum = self.world.sum(pair).tolist()
+        return loss_sum / targets, math.sqrt(square_sum) / self.layout.loss_scale
 
     def apply(self, multiplier: float, factor: float = 1.0) -> bool:
         """Update the weights. factor: multiplies the gradient (clipping). Returns False where
@@ -128,7 +166,7 @@ class Engine:
         At stage 3 every rank must call it equally often: weights are gathered as it runs.
         """
         self.module.eval()
-        loss, _ = split_penalty(self._forward(micro))
+        loss, _ = split_penalty(self.forward(micro))
         return loss.float()
 
 

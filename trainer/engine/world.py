@@ -43,13 +43,15 @@ class Word:
     """What all ranks know of a step, the same on each.
 
     `losses`: sum of nats of each micro-batch, in global order; `tokens_hash`: see data.stream;
-    `stop`: some rank was asked to end; `seconds`: rank 0's clock, so that all read the same time.
+    `stop`: some rank was asked to end; `failed`: some rank's save behind the training has failed;
+    `seconds`: rank 0's clock, so that all read the same time.
     """
 
     step: int
     losses: list[float]
     tokens_hash: int
     stop: bool
+    failed: bool
     seconds: float
 
 
@@ -76,17 +78,24 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_in_background(self) -> Callable[[Any], list[Any]]:
+        """As `gather`, for one other thread, which may call it while this one trains: it has a
+        group of its own. Every rank calls this together."""
+        if self.size == 1:
+            return lambda value: [value]
+        group: Any = dist.new_group(backend="gloo")
+
+        def gather(value: Any) -> list[Any]:
+            values: list[Any] = [None] * self.size
+            dist.all_gather_object(values, value, group=group)
+            return values
+
+        return gather
+
     def union_in_background(self) -> Callable[[frozenset], frozenset]:
-        """A function that unites what the ranks give it, which one other thread may call while this
-        one trains: it has a group of its own."""
-        group = dist.new_group(backend="gloo")
-
-        def union(mine: frozenset) -> frozenset:
-            found: list[Any] = [None] * self.size
-            dist.all_gather_object(found, mine, group=group)
-            return frozenset().union(*found)
-
-        return union
+        """A function that unites what the ranks give it, for one other thread."""
+        gather = self.gather_in_background()
+        return lambda mine: frozenset().union(*gather(mine))
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -102,7 +111,14 @@ class World:
         return tensor
 
     def share(
-        self, step: int, losses: torch.Tensor, first: int, count: int, tokens_hash: int, stop: bool
+        self,
+        step: int,
+        losses: torch.Tensor,
+        first: int,
+        count: int,
+        tokens_hash: int,
+        stop: bool,
+        failed: bool = False,
     ) -> None:
         """Send this rank's part of a step's word; never waits.
 
@@ -110,10 +126,10 @@ class World:
         Each sum has one non-zero term a slot, so it is exact; the hash travels as two halves of 32
         bits, whose sums stay exact in fp64.
         """
-        part = torch.zeros(count + 4, dtype=torch.float64, device=self.device)
+        part = torch.zeros(count + 5, dtype=torch.float64, device=self.device)
         part[first : first + len(losses)] = losses
         clock = time.monotonic() - self._began if self.is_main else 0.0
-        rest = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), clock]
+        rest = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), int(failed), clock]
         part[count:] = torch.tensor(rest, dtype=torch.float64)
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
         self._words.append((step, part, work))
@@ -124,9 +140,9 @@ class World:
             step, part, work = self._words.popleft()
             if work is not None:
                 work.wait()
-            *losses, high, low, stop, clock = part.tolist()
+            *losses, high, low, stop, failed, clock = part.tolist()
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
-            yield Word(step, losses, tokens_hash, stop > 0, clock)
+            yield Word(step, losses, tokens_hash, stop > 0, failed > 0, clock)
 
     def close(self) -> None:
         """Leave together: a rank that is gone resets its connections, and would take from a slower

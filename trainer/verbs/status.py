@@ -1,9 +1,9 @@
 """`forescale status`: a table of all runs, or everything about one."""
 
 import time
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,10 +11,14 @@ from rich.table import Table
 
 from trainer.cli import overrides_of
 from trainer.compose import compose
-from trainer.errors import DONE, UserError
+from trainer.duration import Duration
+from trainer.ending import launch_of
+from trainer.errors import DONE, INTERRUPTED, USER, UserError
+from trainer.goodput import Launch
 from trainer.jobs import StatusJob
-from trainer.run import Run
+from trainer.run import Attempt, Run
 from trainer.status import Status, ago, runs_under
+from trainer.stragglers import ALONE
 
 _COLOURS = {"running": "green", "complete": "cyan", "interrupted": "yellow", "crashed": "red"}
 _WIDEST = 120  # where there is no terminal
@@ -81,7 +85,9 @@ def _show_run(s: Status, console: Console) -> None:
         )
     _show_checkpoints(s, console)
     _show_attempts(s, console)
+    _show_ranks(s, console)
     _show_time(s, console)
+    _show_interval(s, console)
     if events := s.events():
         console.print(
             "Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()),
@@ -90,7 +96,8 @@ def _show_run(s: Status, console: Console) -> None:
 
 
 def _show_checkpoints(s: Status, console: Console) -> None:
-    table = _table("checkpoint", "tokens", "MiB", "ranks", "stage", "attempt", "counts", "age")
+    names = ("checkpoint", "tokens", "MiB", "ranks", "stage", "attempt", "counts", "pinned", "age")
+    table = _table(*names)
     for c in s.checkpoints:
         table.add_row(
             f"{c.position.step:,}",
@@ -100,6 +107,7 @@ def _show_checkpoints(s: Status, console: Console) -> None:
             str((c.state.get("numerics") or {}).get("stage", "-")),
             str(c.attempt),
             "yes" if s.is_eligible(c) else "no",
+            "yes" if s.is_pinned(c) else "no",
             ago(s.now - c.path.stat().st_mtime),
         )
     _print(table, console)
@@ -109,7 +117,8 @@ def _show_checkpoints(s: Status, console: Console) -> None:
 
 
 def _show_attempts(s: Status, console: Console) -> None:
-    table = _table("attempt", "went on from", "begun", left=("went on from",))
+    table = _table("attempt", "went on from", "begun", "end", left=("went on from", "end"))
+    ends = {a.number: _end(launch, a, s) for launch in s.goodput.launches for a in launch.attempts}
     for attempt in s.attempts:
         parent = attempt.parent
         if parent is None:
@@ -121,9 +130,48 @@ def _show_attempts(s: Status, console: Console) -> None:
         # The directory's own time changes with every new file in it; parent.json is written once.
         marks = [attempt.path / "parent.json", attempt.path]
         begun = next(p for p in marks if p.exists()).stat().st_mtime
+        begun = launch_of(attempt.path).get("begun", begun)
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
-        table.add_row(str(attempt.number), escape(came), moment)
+        table.add_row(str(attempt.number), escape(came), moment, ends.get(attempt.number, "-"))
     _print(table, console)
+    for launch in s.goodput.launches:
+        numbers = [attempt.number for attempt in launch.attempts]
+        if launch.failed and launch.how and not s.hangs().keys() & set(numbers):
+            console.print(f"Attempt {numbers[-1]} ended: {escape(launch.how)}.", soft_wrap=True)
+    for number, hang in s.hangs().items():
+        files = s.run.path / "attempts" / f"{number:04d}" / "hang-*.txt"
+        line = f"Attempt {number} hung: {hang.sentence}. Stacks: {files}"
+        console.print(escape(line), soft_wrap=True)
+    if faults := s.faults():
+        console.print(f"Injected faults: {escape(', '.join(faults))}", soft_wrap=True)
+
+
+def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
+    """How an attempt ended, in a word."""
+    if attempt is not launch.attempts[-1]:
+        return "rolled back"
+    if s.state == "running" and launch is s.goodput.launches[-1]:
+        return "running"
+    if attempt.number in s.hangs():
+        return "hang"
+    words = {DONE: "done", INTERRUPTED: "interrupted", USER: "stopped", None: "not seen"}
+    return words.get(launch.code, "crash")
+
+
+def _show_ranks(s: Status, console: Console) -> None:
+    """While it runs: where the ranks are, and which is behind."""
+    if not (ranks := s.ranks()):
+        return
+    last = min(ranks, key=lambda r: (r.beat.step, -r.beat.here))
+    own = {r.beat.rank: sum(r.beat.pace.get(at, 0.0) for at in ALONE) for r in ranks}
+    slowest = max(own, key=lambda rank: own[rank])
+    places = Counter(r.beat.at for r in ranks).most_common(4)
+    where = ", ".join(f"{n} in {at}" for at, n in places)
+    line = f"Ranks {len(ranks)}: {where}; the last is rank {last.beat.rank} on {last.beat.host} "
+    line += f"(step {last.beat.step:,}, {last.beat.at} for {last.beat.here:.1f} s)"
+    if own[slowest]:
+        line += f"; the slowest rank {slowest} ({own[slowest] * 1e3:.1f} ms a step of its own)"
+    console.print(escape(line), soft_wrap=True)
 
 
 def _elsewhere(run: Run, checkpoint: str) -> str:
@@ -132,15 +180,39 @@ def _elsewhere(run: Run, checkpoint: str) -> str:
 
 
 def _show_time(s: Status, console: Console) -> None:
-    spent: dict[str, Any] = s.seconds()
-    if not spent:
+    """Where the wall clock went, over all attempts."""
+    goodput, wall = s.goodput, s.goodput.wall
+    if not wall:
         return
-    whole = sum(spent.values())
-    rows = sorted(spent.items(), key=lambda item: -item[1])
-    shares = [f"{bucket} {v:,.1f} s ({v / whole:.1%})" for bucket, v in rows if v / whole >= 5e-4]
-    lost = s.lost()
-    gone = f"; lost {lost.steps:,} steps, {lost.seconds:,.1f} s" if lost.steps else ""
-    console.print(f"Time {whole:,.1f} s: {', '.join(shares)}{gone}", soft_wrap=True)
+    rows = sorted(goodput.buckets.items(), key=lambda item: -item[1])
+    shares = [f"{bucket} {v:,.1f} s ({v / wall:.1%})" for bucket, v in rows if v / wall >= 5e-4]
+    steps = s.lost().steps
+    gone = f"; lost {steps:,} step{'s' if steps > 1 else ''}" if steps else ""
+    console.print(f"Time {wall:,.1f} s: {', '.join(shares)}{gone}", soft_wrap=True)
+    between = f", {_span(goodput.mtbf)} between them" if goodput.mtbf else ""
+    fails = f"{goodput.failures} failure{'' if goodput.failures == 1 else 's'}{between}"
+    console.print(
+        f"ETTR {goodput.ettr:.3f} (compute of steps that count, over the wall clock); {fails}"
+    )
+
+
+def _show_interval(s: Status, console: Console) -> None:
+    """The interval between checkpoints that the run's own numbers ask for."""
+    if (found := s.goodput.interval()) is None:
+        return
+    often = f"a failure every {_span(found.mtbf)}"
+    if found.assumed:
+        often = f"{often} (none was seen; three in the time so far are assumed)"
+    console.print(
+        f"Saving stalls {found.stall:.2f} s, a restart takes {_span(found.restart)}, {often}: "
+        f"checkpoint.every='{Duration(found.steps)}' (about {_span(found.seconds)}; Daly 2006) "
+        f"loses least, {found.waste:.1%}; it is {s.job.checkpoint.every}",
+        soft_wrap=True,
+    )
+
+
+def _span(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else ago(seconds)
 
 
 def _table(*names: str, left: Collection[str] = ()) -> Table:

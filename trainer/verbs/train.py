@@ -6,12 +6,15 @@ Invariant: the same command again goes on where the run was, whatever ended it.
 import os
 import sys
 import time
+import traceback
+from pathlib import Path
 
 from trainer import launch
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.config import TrainJob
-from trainer.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED
+from trainer.ending import launch_of, leave_word
+from trainer.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, UserError, storage_error
 from trainer.feeding import epochs, feed_of, notes
 from trainer.schema import ConfigError, Problem
 from trainer.start import Start, start
@@ -48,17 +51,32 @@ def _rank(job: TrainJob, began: float) -> int:
     try:
         with explained(job):
             code = run_rank(job, began)
-    except Exception as e:
-        if not lost_peer(e):
-            raise
-        # Where that rank stood says why; where this one waited for it would only hide that.
-        what = f"rank {os.environ['RANK']} has lost another rank ({str(e).splitlines()[0]})"
-        print(f"forescale: {what}; see what that one said last.", file=sys.stderr)
-        code = CRASHED
-    # Worker threads of the libraries may hold up a normal exit; everything is on disk.
+    except BaseException as e:
+        code = _last_words(e, isinstance(e, Exception) and lost_peer(e))
+    # Worker threads of the libraries may hold up a normal exit, and peers wait in a collective for
+    # a rank that is slow to die; everything is on disk.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _last_words(error: BaseException, has_lost_peer: bool) -> int:
+    """Say what this rank dies of, to whoever reads its log and to its launcher; its exit code."""
+    rank = os.environ["RANK"]
+    if has_lost_peer:
+        # Where that rank stood says why; where this one waited for it would only hide that.
+        what = f"rank {rank} has lost another rank ({str(error).splitlines()[0]})"
+        print(f"forescale: {what}; see what that one said last.", file=sys.stderr)
+        return CRASHED
+    fault = storage_error(error) if isinstance(error, OSError) else None
+    error = fault or error
+    if launch.ATTEMPT in os.environ:
+        leave_word(Path(os.environ[launch.ATTEMPT]), int(rank), error)
+    if isinstance(error, UserError):
+        print(f"forescale: {error}", file=sys.stderr)
+        return error.code
+    traceback.print_exception(error)
+    return CRASHED
 
 
 def _introduce(started: Start, processes: int) -> None:
@@ -81,12 +99,13 @@ def _introduce(started: Start, processes: int) -> None:
 def _keep_going(started: Start, words: list[str], processes: int) -> int:
     """Attempt after attempt until the run is done, interrupted, or crashes without progress."""
     command = [sys.executable, "-m", "trainer", "train", *words]
+    grace = started.job.launch.grace.seconds or 0.0
     crashes = 0
     while True:
-        before = started.run.checkpoint_steps()
+        before = set(started.run.checkpoint_steps())
         attempt = started.run.new_attempt()
-        code = launch.start_ranks(command, processes, attempt.path, print)
-        progress = started.run.checkpoint_steps() != before
+        code = launch.start_ranks(command, processes, attempt.path, print, grace)
+        progress = set(started.run.checkpoint_steps()) - before
         crashes = 1 if progress else crashes + 1
         action = launch.after(code, crashes)
         if action == "end":
@@ -95,8 +114,8 @@ def _keep_going(started: Start, words: list[str], processes: int) -> int:
             return code
         if action == "give up":
             print(
-                f"Gave up after {crashes} crashes without a new checkpoint; the likely cause is "
-                f"in the message above. Attempts: {attempt.path.parent}",
+                f"Gave up after {crashes} crashes without a new checkpoint. Likely cause: "
+                f"{launch_of(attempt.path)['how']}. Attempts: {attempt.path.parent}",
                 file=sys.stderr,
             )
             return GAVE_UP

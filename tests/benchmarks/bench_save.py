@@ -1,0 +1,154 @@
+"""What a save costs: how long training stands still for one that is written behind it, against one
+that it waits for; and the whole save against plain writing of the same bytes with fsync.
+
+On one rank, on a model whose weights and AdamW moments are over 300 MB, in the directory for
+temporary files. All in one process, in turns, with nothing else going on; what training behind a
+save costs is told beside it.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pairing import Result
+from processes import isolated
+
+MODEL = ("model.num_layers=5", "model.width=640", "model.num_heads=10", "model.mlp_width=2560")
+BATCH = ("train.sequence_length=64", "train.global_batch=8", "train.micro_batch=8")
+_BLOCK = 1 << 22
+_STEPS = 6  # of training, to see what a save behind it costs
+
+
+def measure(rounds: int) -> list[Result]:
+    return isolated(compare, rounds, MODEL)
+
+
+def compare(rounds: int, model: tuple[str, ...]) -> list[Result]:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), model)
+        bench.turn()  # warms up: memory is taken
+        bench.take_data()
+        turns = [bench.turn() for _ in range(rounds)]
+        behind = [bench.training() for _ in range(min(rounds, 3))]
+    facts = {"bytes": bench.bytes, "parameters": bench.parameters}
+    stall = [(t["stall"], t["waited"]) for t in turns]
+    whole = [(t["behind"], t["plain"]) for t in turns]
+    waited = [(t["waited"], t["plain"]) for t in turns]
+    steps = {name: median(t[name] for t in behind) for name in ("alone", "beside a save")}
+    return [
+        Result(
+            "save, the stall of training",
+            "s",
+            ("written behind it", "waited for"),
+            stall,
+            "at most 0.25",
+            facts | {"first copy, which takes the memory (s)": bench.first_stall},
+        ),
+        Result(
+            "save, the whole of it",
+            "s",
+            ("behind training", "plain writing with fsync"),
+            whole,
+            "at most 1.5",
+            {f"seconds a training step, {name}": value for name, value in steps.items()},
+        ),
+        Result("save, waited for", "s", ("ours", "plain writing with fsync"), waited),
+    ]
+
+
+class Bench:
+    """An engine that has trained a step, its two ways to save, and plain writing."""
+
+    def __init__(self, folder: Path, model: tuple[str, ...]):
+        from training import batches, make_job, world
+
+        from trainer.engine import setup
+        from trainer.model import build_model
+        from trainer.rank import Rank
+        from trainer.retention import Keep
+        from trainer.run import Parent
+        from trainer.saving import Saver
+
+        world.set_environment()
+        job = make_job(folder, "optimizer=adamw", "train.compile=off", *model, *BATCH)
+        rank = Rank(job, time.monotonic())
+        job, self.run, self.attempt = rank.job, rank.run, rank.attempt
+        module = build_model(job, rank.sources.vocab_size)
+        self.parameters = sum(p.numel() for p in module.parameters())
+        self.engine = setup.build_engine(rank.world, module, job)
+        self.batches = batches(job, rank.sources, _STEPS)
+        self.engine.train_step(self.batches[0], 1e-3)  # makes the moments
+        self.attempt.start_from(Parent(0), self.run)
+        self.step, self.folder, self.bytes, self.first_stall = 0, folder, 0, 0.0
+        self.data = memoryview(b"")
+        arguments = (self.run, self.attempt, self.engine, dict, Keep(2))
+        self.behind, self.waited = Saver(*arguments), Saver(*arguments, background=False)
+
+    def turn(self) -> dict[str, float]:
+        """Seconds of each, one after the other."""
+        behind, waited = self.save(self.behind), self.save(self.waited)
+        self.bytes = behind["bytes"]
+        self.first_stall = self.first_stall or behind["stall_seconds"]
+        return {
+            "stall": behind["stall_seconds"],
+            "behind": behind["seconds"],
+            "waited": waited["seconds"],
+            "plain": self.plain(),
+        }
+
+    def take_data(self) -> None:
+        """What plain writing writes: the last checkpoint's tensors."""
+        path = self.run.checkpoint_path(self.step) / "rank-00000.safetensors"
+        self.data = memoryview(path.read_bytes())
+
+    def save(self, saver: Any) -> dict[str, Any]:
+        """The event of a save that nothing goes on beside."""
+        from trainer.run import read_rows
+        from trainer.stored import Position
+
+        self.step += 1
+        self._settle()
+        saver.begin(Position(self.step))
+        saver.finish()
+        return [r for r in read_rows(self.run.events) if r["kind"] == "checkpoint_saved"][-1]
+
+    def plain(self) -> float:
+        """Seconds to write the bytes of a checkpoint's tensors from memory, and fsync."""
+        self._settle()
+        copy = self.folder / "plain"
+        began = time.perf_counter()
+        with open(copy, "wb", buffering=0) as f:
+            for start in range(0, len(self.data), _BLOCK):
+                f.write(self.data[start : start + _BLOCK])
+            os.fsync(f.fileno())
+        seconds = time.perf_counter() - began
+        copy.unlink()
+        return seconds
+
+    def _settle(self) -> None:
+        """The same for whoever writes next: nothing waits for the disk, and as much memory as will
+        be written has just been used. A virtual machine may have to ask for it else."""
+        scratch = self.folder / "scratch"
+        scratch.write_bytes(self.data)
+        scratch.unlink()
+        os.sync()
+
+    def training(self) -> dict[str, float]:
+        """Seconds a step, alone and while a save is written behind it."""
+        from trainer.stored import Position
+
+        alone = self._steps()
+        self.step += 1
+        self.behind.begin(Position(self.step))
+        beside = self._steps()
+        self.behind.finish()
+        return {"alone": alone, "beside a save": beside}
+
+    def _steps(self) -> float:
+        began = time.perf_counter()
+        for batch in self.batches:
+            self.engine.train_step(batch, 1e-3)
+        return (time.perf_counter() - began) / len(self.batches)

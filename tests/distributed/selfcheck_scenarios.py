@@ -1,0 +1,62 @@
+"""What ranks do for test_selfcheck.py."""
+
+import os
+
+import small
+import torch
+
+from trainer.engine.selfcheck import SelfCheck, judged
+
+
+def trained(stage: int, optimizer: str, precision: str, checks: bool) -> dict:
+    """Losses and norms of some steps, and what the self-checks between them said."""
+    engine = small.build(stage, optimizer, precision)
+    check, said = SelfCheck(engine, "here"), []
+
+    def before_update(batch, losses):
+        said.append(judged(check(batch, losses)))
+
+    found = []
+    for step in range(6):
+        data = small.batch(step, engine.world.rank, engine.world.size)
+        extra = {"before_update": before_update} if checks and step % 2 else {}
+        facts = engine.train_step(data, 1.0, **extra)
+        found.append([facts.losses.tolist(), facts.grad_norm])
+    return {"facts": found, "said": said, "tolerance": check.tolerance}
+
+
+def corrupt(stage: int, what: str) -> str | None:
+    """What is said after something went wrong on the last rank."""
+    engine = small.build(stage, "adamw", "bf16")
+    check, last = SelfCheck(engine, "here"), int(os.environ["WORLD_SIZE"]) - 1
+    said: list[str | None] = []
+
+    def before_update(batch, losses):
+        if batch.step and engine.world.rank == last:
+            if what == "weight":
+                flip(next(p for p in engine.names if p.dim() == 2))
+            elif what == "loss":
+                losses = losses * (1 + 1e-4)
+            elif what == "compute":
+                wrong_now_and_then(engine)
+        said.append(judged(check(batch, losses)))
+
+    for step in range(2):
+        data = small.batch(step, engine.world.rank, engine.world.size)
+        engine.train_step(data, 1.0, before_update=before_update)
+    assert said[0] is None
+    return said[1]
+
+
+@torch.no_grad()
+def flip(weight: torch.Tensor) -> None:
+    """One bit of one element, the least that can go wrong."""
+    weight.view(-1).view(torch.int16)[5] ^= 1
+
+
+def wrong_now_and_then(engine) -> None:
+    """A device that gets every second product wrong."""
+    calls = iter(range(1000))
+    engine.module.register_forward_hook(
+        lambda module, arguments, losses: losses * (1 + 1e-3 * (next(calls) % 2))
+    )

@@ -1,0 +1,33 @@
+"""Faults that are asked for strike real ranks, once, and the run ends with the same bits."""
+
+import launching
+import pytest
+
+from trainer.injector import records
+from trainer.run import Run
+
+pytestmark = pytest.mark.distributed
+
+TWO = ("launch.processes=2", "train.steps=40", "checkpoint.every=10", "validation.every=40")
+
+
+def test_ranks_are_killed_and_the_run_goes_on_to_the_bit(dataset, tmp_path):
+    command = (f"data.path={dataset}", *TWO)
+    launching.train(tmp_path, "run.name=whole", *command)
+    faults = "faults=[kill@15:rank1:norm,kill@30:write]"
+    output = launching.train(tmp_path, "run.name=struck", faults, *command)
+    assert output.count("ended with SIGKILL") == 2
+    struck = [row["fault"] for row in records(Run(tmp_path / "struck"))]
+    assert struck == ["kill@15:rank1:norm", "kill@30:rank0:write"]
+    assert launching.trajectory(tmp_path / "struck") == launching.trajectory(tmp_path / "whole")
+    assert launching.train(tmp_path, "run.name=struck", faults, *command)  # nothing strikes again
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(dataset, tmp_path):
+    command = ("run.name=full", f"data.path={dataset}", *TWO, "faults=[enospc@20:rank1]")
+    output = launching.train(tmp_path, *command, code=2)
+    assert "the disk is full" in output
+    assert "Traceback" not in output
+    assert Run(tmp_path / "full").checkpoint_steps() == [10]
+    launching.train(tmp_path, *command)
+    assert [row["step"] for row in launching.rows(tmp_path / "full")] == list(range(1, 41))

@@ -1,0 +1,155 @@
+"""A rank that hangs is named while the others wait for it, and the run goes on to the bit."""
+
+import json
+import re
+import signal
+import time
+
+import launching
+import pytest
+
+from trainer import ending
+from trainer.durable import read_json
+from trainer.goodput import Goodput
+from trainer.hang import verdict
+from trainer.run import Run, read_rows
+
+pytestmark = pytest.mark.distributed
+
+TWO = ("launch.processes=2", "train.tokens=null", "train.steps=40", "checkpoint.every=10")
+TWO = (*TWO, "validation.every=40")
+QUICK = ("pulse.patience='3 s'", "pulse.beat='0.3 s'", "pulse.share='1 s'")
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """The trajectory of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("runs")
+    launching.train(folder, "run.name=whole", f"data.path={dataset}", *TWO)
+    return launching.trajectory(folder / "whole")
+
+
+def struck(run):
+    """When the fault struck, in seconds since the epoch."""
+    (path,) = run.glob("attempts/0001/faults-rank-*.jsonl")
+    return read_rows(path)[0]["time"]
+
+
+def wait_for_the_fault(run, process):
+    deadline = time.monotonic() + 120
+    while not list(run.glob("attempts/0001/faults-rank-*.jsonl")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("freeze@25:rank1:data", "rank 1 on host .* not answered .* last seen in data at step 25"),
+        ("freeze@25:rank1:forward", "rank 1 .* last seen in forward at step 25; rank 0 waits in"),
+        ("freeze@25:rank1:backward", "rank 1 .* last seen in backward at step 25; rank 0 waits in"),
+        ("freeze@20:rank1:checkpoint", "rank 1 .* last seen in checkpoint at step 20"),
+        ("freeze@25:rank0:backward", "rank 0 .* last seen in backward at step 25; rank 1 waits in"),
+        ("hang@25:rank1:data", "rank 1 .* been in data for [34] s at step 25; rank 0 waits in"),
+    ],
+)
+def test_a_rank_that_stands_still_is_named_and_the_run_goes_on(
+    dataset, tmp_path, whole, fault, said
+):
+    command = ("run.name=cut", f"data.path={dataset}", *TWO, *QUICK, f"faults=[{fault}]")
+    output = launching.train(tmp_path, *command)
+    run, rank = tmp_path / "cut", int(fault.split("rank")[1][0])
+    found = verdict(run / "attempts/0001")
+    assert found.ranks == (rank,)
+    assert re.search(said, found.sentence), found.sentence
+    assert found.sentence in output
+    assert (run / "attempts/0001/hang.json").stat().st_mtime - struck(run) < 10
+    (report,) = run.glob("attempts/0001/hang-*.txt")
+    stacks = report.read_text().split("Python stacks of rank ")
+    for other in (0, 1):
+        answers = "freeze" not in fault or other != rank
+        assert ("most recent call first" in stacks[1 + other]) == answers
+        assert ("doesn't answer" in stacks[1 + other]) != answers
+    assert ("hang" in launching.events(run)) == (rank != 0), "rank 0 writes the events"
+    assert "Restarting" in output
+    assert not launching.processes(tmp_path)
+    assert launching.trajectory(run) == whole
+
+
+def test_a_rank_that_waits_for_data_ends_when_the_time_to_save_is_over(dataset, tmp_path, whole):
+    """Rank 1 is in data for ever, rank 0 waits for it in backward: neither sees the wish."""
+    command = ("run.name=cut", f"data.path={dataset}", *TWO, "launch.grace='3 s'")
+    run = tmp_path / "cut"
+    process = launching.start(tmp_path, *command, "faults=[hang@25:rank1:data]")
+    wait_for_the_fault(run, process)
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert time.monotonic() - began < 20
+    assert "save and end, in at most 3 s" in output
+    assert not launching.processes(tmp_path)
+    assert Run(run).checkpoint_steps()[-1] == 20
+    launching.train(tmp_path, *command)
+    assert launching.trajectory(run) == whole
+
+
+def test_a_fault_inside_a_collective_leaves_nobody_behind(dataset, tmp_path, whole):
+    command = ("run.name=cut", f"data.path={dataset}", *TWO, "faults=[exit@25:rank1:backward]")
+    output = launching.train(tmp_path, *command)
+    run = tmp_path / "cut"
+    assert "rank 1 ended with Injected: the fault exit@25:rank1:backward" in output
+    facts = read_json(run / "attempts/0001" / ending.LAUNCH)
+    assert facts["ended"] - struck(run) < 20
+    assert not launching.processes(tmp_path)
+    assert launching.trajectory(run) == whole
+
+
+def test_a_crash_loop_gives_up_and_says_why(dataset, tmp_path):
+    faults = "faults=[exit@3:rank1,exit@4:rank1,exit@5:rank1]"
+    command = ("run.name=loop", f"data.path={dataset}", *TWO, faults)
+    output = launching.train(tmp_path, *command, code=76)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("Gave up after 3 crashes without a new checkpoint. Likely cause: rank 1")
+    assert "Injected: the fault exit@5:rank1" in last
+    assert not launching.processes(tmp_path)
+
+
+def test_a_slow_rank_is_told_of(dataset, tmp_path):
+    command = ("run.name=slow", f"data.path={dataset}", *TWO, "pulse.beat='0.1 s'")
+    command = (*command, "pulse.share='0.5 s'", "faults=[slow@8:rank1:data]")
+    output = launching.train(tmp_path, *command)
+    assert re.search(r"rank 1 on host .* is slow: \d+\.\d ms a step in data", output)
+    events = (tmp_path / "slow/attempts/0001/events.jsonl").read_text().splitlines()
+    told = [e for e in map(json.loads, events) if e["kind"] == "straggler"]
+    (slow,) = [e for e in told if (e["rank"], e["at"]) == (1, "data")]
+    assert slow["seconds"] > 1.5 * slow["median"]
+
+
+def test_every_second_falls_in_a_bucket(dataset, tmp_path):
+    """Over a crash, a hang, a launcher that was killed with its ranks, and a wait."""
+    command = ("run.name=cut", f"data.path={dataset}", *TWO, *QUICK)
+    command = (*command, "faults=[kill@15:rank1:backward,freeze@25:rank1:forward]")
+    began = time.time()
+    process = launching.start(tmp_path, *command)
+    launching.interrupt(process, tmp_path / "cut", 33, signal.SIGKILL)
+    launching.train(tmp_path, *command)
+    ended = time.time()
+    found = Goodput(Run(tmp_path / "cut"))
+    assert len(found.launches) == 4
+    assert found.failures == 3
+    wall = found.launches[-1].ended - found.launches[0].begun
+    assert sum(found.buckets.values()) == pytest.approx(wall, rel=0.01)
+    assert began < found.launches[0].begun < found.launches[-1].ended < ended
+    assert min(found.buckets.values()) >= 0
+    assert found.buckets["lost"] > 3, "the hang"
+    assert found.lost_steps >= 4 + 5 + 3
+    assert 0 < found.ettr < 1
+    last = found.launches[-1]
+    assert last.told > 0.5 * (last.ended - last.begun), "what no row tells of is small"
+    rows = launching.rows(tmp_path / "cut")
+    kept = sum(row["seconds"]["compute"] for row in rows)
+    after = sum(launch.after.get("compute", 0.0) for launch in found.launches)
+    assert found.buckets["compute"] == pytest.approx(kept + after)

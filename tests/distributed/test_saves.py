@@ -1,0 +1,183 @@
+"""Saves of real ranks, by the main command: killed at any moment, left behind, moved from world to
+world; always the same losses."""
+
+import json
+import os
+import random
+import struct
+import subprocess
+import time
+
+import launching
+import psutil
+import pytest
+
+from trainer.durable import check_table
+from trainer.run import Run
+from trainer.stored import Checkpoint
+
+pytestmark = pytest.mark.distributed
+
+
+def length(steps, every):
+    undue = f"validation.every={steps}"
+    return ("train.tokens=null", f"train.steps={steps}", f"checkpoint.every={every}", undue)
+
+
+def ranks_of(process):
+    """The ranks of a launcher by their numbers; those that are there at this moment."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        try:
+            if "RANK" in (environment := child.environ()):
+                found[int(environment["RANK"])] = child
+        except psutil.Error:
+            continue
+    return found
+
+
+def newest_attempt(run):
+    """The newest attempt that has made a step."""
+    return max((row["attempt"] for row in launching.rows(run)), default=0)
+
+
+def wait_for(process, holds, what):
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"in vain: {what}"
+        time.sleep(0.002)
+
+
+def expect_whole(run):
+    """Whatever bears a checkpoint's name, while the next one may be in the making."""
+    found = Run(run)
+    for step in found.checkpoint_steps():
+        faults = check_table(found.checkpoint_path(step))
+        assert not faults or not found.checkpoint_path(step).exists(), faults
+
+
+@pytest.mark.timeout(7200)
+def test_killed_at_random_instants_it_ends_with_the_same_bits(dataset, tmp_path):
+    """FORESCALE_JOB_KILLS says how often. Whoever is killed, the launcher or a rank: the run goes
+    on from a whole checkpoint, by itself or by the same command."""
+    kills, seed = int(os.environ.get("FORESCALE_JOB_KILLS", "5")), int.from_bytes(os.urandom(4))
+    rng, run = random.Random(seed), tmp_path / "cut"
+    print(f"seed {seed}")
+    command = (f"data.path={dataset}", "launch.processes=2", *length(40 + 20 * kills, 3))
+    launching.train(tmp_path, "run.name=whole", *command)
+    process, killed, last, victims = None, 0, 0, []
+    while killed < kills:
+        if process is None or process.poll() is not None:
+            process = launching.start(tmp_path, "run.name=cut", *command)
+        this = process
+        wait_for(this, lambda: newest_attempt(run) > last, "a step of a new attempt")  # noqa: B023
+        time.sleep(rng.uniform(0, 0.6))
+        last = newest_attempt(run)
+        victim = rng.choice(["launcher", 0, 1])
+        if victim == "launcher":
+            process.kill()
+            process.communicate(timeout=60)
+            while launching.processes(tmp_path):  # the ranks go with it
+                time.sleep(0.1)
+        elif victim in (there := ranks_of(process)):
+            there[victim].kill()
+        expect_whole(run)
+        killed += 1
+        victims.append(victim)
+    if process.poll() is None:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode in (0, 76), output
+    launching.train(tmp_path, "run.name=cut", *command)
+    whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
+    assert len(whole) == 40 + 20 * kills
+    assert cut == whole
+    expect_whole(run)
+    hidden = [p.name for p in (run / "checkpoints").glob(".*")]
+    assert len(hidden) <= 1, hidden
+    print(f"killed: {victims}; attempts: {len(list((run / 'attempts').iterdir()))}")
+
+
+def test_an_old_attempt_that_wakes_up_does_no_harm(dataset, tmp_path):
+    """A whole attempt, launcher and ranks, sleeps while a newer one goes on, and wakes up in the
+    midst of it: what it still saves is refused or doesn't count, and the run is as undisturbed."""
+    command = (f"data.path={dataset}", "launch.processes=2", *length(120, 5))
+    launching.train(tmp_path, "run.name=whole", *command)
+    old = launching.start(tmp_path, "run.name=cut", *command)
+    run = tmp_path / "cut"
+    wait_for(old, lambda: any(r["step"] >= 12 for r in launching.rows(run)), "step 12")
+    asleep = [psutil.Process(old.pid), *ranks_of(old).values()]
+    assert len(asleep) == 3
+    for process in asleep:
+        process.suspend()
+    new = launching.start(tmp_path, "run.name=cut", *command)
+    try:
+        wait_for(
+            new,
+            lambda: any(r["attempt"] == 2 and r["step"] >= 22 for r in launching.rows(run)),
+            "step 22 of the second attempt",
+        )
+    finally:
+        for process in asleep:
+            process.resume()
+    output, _ = new.communicate(timeout=240)
+    assert new.returncode == 0, output
+    said, _ = old.communicate(timeout=240)
+    assert old.returncode == 2, said
+    assert "attempt 2 has gone on from before step" in said
+    assert "Traceback" not in said
+    assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
+    assert len(list((run / "attempts").iterdir())) == 2
+    kept = [Checkpoint(p) for p in sorted((run / "checkpoints").glob("step-*"))]
+    assert [(c.position.step, c.attempt) for c in kept] == [(115, 2), (120, 2)]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def ulps(a: float, b: float) -> int:
+    """How many fp32 numbers apart two losses are."""
+    x, y = (struct.unpack("<i", struct.pack("<f", value))[0] for value in (a, b))
+    return abs(x - y)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 64), ("bf16", 1 << 18)])
+def test_a_chain_over_worlds_of_4_2_1_and_2_ranks(dataset, tmp_path, precision, bound):
+    """The same tokens at each step, and the same losses within `bound` ULP of fp32 against a run
+    that stays on 4 ranks. To the bit: all steps before the first move, and the one after it, for
+    its loss is of the same weights and the same micro-batches."""
+    base = (f"data.path={dataset}", f"precision={precision}", *length(48, 12), "engine=zero1")
+    launching.train(tmp_path, "run.name=still", *base, "launch.processes=4")
+    run = tmp_path / "moving"
+    moves = [(4, 12), (2, 24), (1, 36), (2, 48)]
+    for ranks, end in moves:
+        command = ("run.name=moving", *base, f"launch.processes={ranks}")
+        if end == 48:
+            launching.train(tmp_path, *command)
+        else:
+            process = launching.start(tmp_path, *command)
+            published = run / "checkpoints" / f"step-{end:08d}"
+            wait_for(process, published.exists, f"the checkpoint at {end}")
+            process.kill()
+            process.communicate(timeout=60)
+            while launching.processes(tmp_path):
+                time.sleep(0.1)
+            keep_only(run, end)
+    moving, still = launching.rows(run), launching.rows(tmp_path / "still")
+    parents = [
+        json.loads((a / "parent.json").read_text())["step"]
+        for a in sorted((run / "attempts").iterdir())
+    ]
+    assert parents == [0, 12, 24, 36]
+    for key in ("step", "g0", "g1", "tokens", "tokens_hash"):
+        assert [row[key] for row in moving] == [row[key] for row in still]
+    apart = [ulps(a["loss"], b["loss"]) for a, b in zip(moving, still, strict=True)]
+    print(f"{precision}: ULP apart, step by step: {apart}")
+    assert apart[:13] == [0] * 13
+    assert [r["loss"] for r in moving[:13]] == [r["loss"] for r in still[:13]]
+    assert max(apart) <= bound
+
+
+def keep_only(run, step):
+    """What was saved after `step`, before the kill came, goes: the next attempt starts there."""
+    for path in (run / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            subprocess.run(["rm", "-r", path], check=True)

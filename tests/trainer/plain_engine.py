@@ -1,0 +1,129 @@
+"""An engine without DeepSpeed, and worlds without processes: the real code of checkpoints on them.
+
+The state is a number: every element of every weight and moment is a function of `step`, so a test
+sees at once which step a checkpoint holds, and whether it is of one piece.
+"""
+
+import threading
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from trainer.checkpoint import Position
+from trainer.engine.layout import Bare
+from trainer.run import Parent, Run
+
+STATES = {"weight": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}  # what is added to the step
+
+
+class Exchange:
+    """All-gather between threads."""
+
+    def __init__(self, size: int):
+        self._slots, self._gate = [None] * size, threading.Barrier(size)
+
+    def gather(self, rank: int, value):
+        self._slots[rank] = value
+        self._gate.wait(60)
+        found = list(self._slots)
+        self._gate.wait(60)
+        return found
+
+
+class World:
+    """One thread among others, as trainer.engine.world.World."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int = 0, size: int = 1, exchanges: list | None = None):
+        self.rank, self.size, self._exchanges = rank, size, exchanges
+        self._groups = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value):
+        return [value] if self.size == 1 else self._exchanges[0].gather(self.rank, value)
+
+    def gather_in_background(self):
+        self._groups += 1
+        if self.size == 1:
+            return lambda value: [value]
+        exchange = self._exchanges[self._groups]
+        return lambda value: exchange.gather(self.rank, value)
+
+
+def worlds(size: int) -> list[World]:
+    exchanges = [Exchange(size) for _ in range(8)]
+    return [World(rank, size, exchanges) for rank in range(size)]
+
+
+def on_all(parts, work):
+    """work(part) in a thread each; what it returned or raised, in order."""
+    found = [None] * len(parts)
+
+    def run(i, part):
+        try:
+            found[i] = work(part)
+        except Exception as e:
+            found[i] = e
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(parts)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+        assert not t.is_alive(), "a rank waits for ever"
+    return found
+
+
+def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
+    """A linear layer, a norm and a buffer under AdamW: what checkpoints know of an engine."""
+    module = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width))
+    module.register_buffer("offset", torch.zeros(3))
+    optimizer = torch.optim.AdamW([{"params": list(module.parameters()), "name": "all"}])
+    made = SimpleNamespace(
+        world=world or World(),
+        module=module,
+        names={p: n for n, p in module.named_parameters()},
+        layout=Bare(SimpleNamespace(optimizer=optimizer, basic_optimizer=optimizer)),
+    )
+    set_step(made, 0)
+    return made
+
+
+@torch.no_grad()
+def set_step(engine, step: int) -> None:
+    """Make the engine's state that of `step`, in place as training does."""
+    engine.module.offset.fill_(step)
+    for p in engine.module.parameters():
+        p.fill_(step + STATES["weight"])
+        state = engine.layout.base.state[p]
+        for name in ("exp_avg", "exp_avg_sq"):
+            state.setdefault(name, torch.zeros_like(p)).fill_(step + STATES[name])
+        state["step"] = torch.tensor(float(step))
+
+
+def position(step: int) -> Position:
+    return Position(step, 4 * step, 128 * step)
+
+
+def step_in(checkpoint) -> int:
+    """The step that a checkpoint's every element says; fails if it isn't of one piece."""
+    step = checkpoint.position.step
+    assert checkpoint.position == position(step)
+    assert checkpoint.state["counters"]["optimizer_steps"] == {"all": step}
+    for name in checkpoint.shapes:
+        for state in checkpoint.reader.states(name):
+            values = set(checkpoint.tensor(name, state).flatten().tolist())
+            assert values == {step + STATES[state]}, (name, state, values)
+    return step
+
+
+def begin(run: Run, step: int = 0):
+    """A new attempt that goes on from `step`."""
+    attempt = run.new_attempt()
+    attempt.start_from(Parent(step), run)
+    return attempt

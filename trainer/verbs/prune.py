@@ -1,0 +1,81 @@
+"""`forescale prune`: delete the checkpoints of a run that need not stay, once it is told yes.
+
+Exit codes: 0 done, or shown; 2 where a checkpoint that stays is damaged, or the run is training.
+"""
+
+import shutil
+from pathlib import Path
+
+from trainer.audit import size_of
+from trainer.cli import overrides_of
+from trainer.compose import compose
+from trainer.errors import DONE, UserError
+from trainer.jobs import PruneJob
+from trainer.retention import (
+    Keep,
+    Losses,
+    delete,
+    leftovers,
+    reasons,
+    relied_on,
+    survey,
+    verify,
+)
+from trainer.run import Run
+from trainer.status import Status
+
+
+def main(words: list[str]) -> int:
+    job: PruneJob = compose("prune", overrides_of("prune", words))
+    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    status = Status(run)
+    config = status.job.checkpoint
+    every = status.job.steps_of(config.keep_every) if config.keep_every else None
+    keep = Keep(job.keep, every, config.keep_best)
+    found = survey(run, Losses(run.metrics)())
+    stay = reasons(found, keep)
+    doomed, left = [f.step for f in found if f.step not in stay], leftovers(run)
+    for step in run.checkpoint_steps():
+        path = run.checkpoint_path(step)
+        why = f"goes ({_megabytes(size_of(path))})" if step in doomed else "stays"
+        reason = stay.get(step, "" if step in doomed else "can't be read: see check")
+        print(f"  {path.name}: {why}{f': {reason}' if reason else ''}")
+    for path in left:
+        print(f"  {path.name}: goes ({_megabytes(_bytes_in(path))}): left by what was cut off")
+    if not doomed and not left:
+        print("Nothing to delete.")
+        return DONE
+    freed = sum(size_of(run.checkpoint_path(s)) for s in doomed) + sum(map(_bytes_in, left))
+    if not job.yes:
+        print(f"Would free {_megabytes(freed)}; nothing is deleted without yes=true.")
+        return DONE
+    _expect_nobody(status)
+    if doomed:
+        _expect_whole(run, relied_on(found, keep))
+    kept = [step for step in doomed if not delete(run, step)]
+    for path in left:
+        shutil.rmtree(path)
+    for step in kept:
+        print(f"Kept {run.checkpoint_path(step)}: it has been pinned meanwhile.")
+    print(f"Deleted {len(doomed) - len(kept)} checkpoints, {_megabytes(freed)} in all.")
+    return DONE
+
+
+def _expect_nobody(status: Status) -> None:
+    if status.state == "running":
+        what = "an attempt seems to be training; it deletes by itself what checkpoint.keep says"
+        raise UserError(str(status.run.path), what, "stop it first, or set checkpoint.keep")
+
+
+def _expect_whole(run: Run, steps: list[int]) -> None:
+    if faults := verify(run, steps):
+        what = f"nothing is deleted, for a newer checkpoint is damaged ({faults[0]})"
+        raise UserError(str(run.path), what, f"see forescale check {run.path}")
+
+
+def _bytes_in(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
