@@ -145,7 +145,7 @@ def test_every_second_falls_in_a_bucket(dataset, tmp_path):
     assert began < found.launches[0].begun < found.launches[-1].ended < ended
     assert min(found.buckets.values()) >= 0
     assert found.buckets["lost"] > 3, "the hang"
-    assert found.lost_steps >= 4 + 5 + 3
+    assert found.lost_steps >= 3 + 3 + 3  # a row is written when its step is known to all
     assert 0 < found.ettr < 1
     last = found.launches[-1]
     assert last.told > 0.5 * (last.ended - last.begun), "what no row tells of is small"
