@@ -5,7 +5,8 @@
       runs/NAME/    a run each, undisturbed ones too
       NAME.log      what its commands printed, with the second of each line
 
-Invariant: nothing outside the directory is written, and no command outlives the drill.
+Invariant: nothing outside the directory is written, and no command outlives the drill, unless that
+itself gets SIGKILL; then the tiny run comes to its end.
 """
 
 import os

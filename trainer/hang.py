@@ -47,9 +47,11 @@ def diagnose(seen: Sequence[Seen], world_size: int, waits: Collection[str] = WAI
     behind, all (the collective itself hangs).
     """
     present = [s for s in seen if not s.beat.has_ended]
-    if silent := [s for s in present if s.is_silent]:
-        return _hang(silent, present, waits, "has not answered for")
     stuck = [s for s in present if s.is_stuck]
+    # A rank that waits for a silent one is stuck a moment before that one has been silent as long.
+    silent = [s for s in present if s.is_silent or (stuck and s.silence > s.beat.quiet / 2)]
+    if silent:
+        return _hang(silent, present, waits, "has not answered for")
     if not stuck:
         return None
     missing = sorted(set(range(world_size)) - {s.beat.rank for s in seen})
@@ -68,9 +70,10 @@ def _step(seen: Seen) -> int:
 
 
 def _hang(guilty: list[Seen], present: list[Seen], waits: Collection[str], how: str) -> Hang:
-    first = max(guilty, key=lambda s: (s.silence if s.is_silent else s.beat.here, -s.beat.rank))
+    silent = how == "has not answered for"
+    first = max(guilty, key=lambda s: (s.silence if silent else s.beat.here, -s.beat.rank))
     beat, step = first.beat, _step(first)
-    seconds = first.silence if first.is_silent else beat.here
+    seconds = first.silence if silent else beat.here
     hosts = sorted({s.beat.host for s in guilty})
     who = _ranks([s.beat.rank for s in guilty])
     where = f"on host{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:4])}"

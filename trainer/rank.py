@@ -31,6 +31,7 @@ from trainer.errors import DONE, INTERRUPTED, UserError
 from trainer.evaluate import Score, evaluate, pooled
 from trainer.feeding import feed_of
 from trainer.guard import Guard, Ill, Rollback, united
+from trainer.hang import waits_of
 from trainer.heartbeat import Heart
 from trainer.injector import injector_of
 from trainer.launch import ATTEMPT, Wish
@@ -65,7 +66,8 @@ class Rank:
         self.attempt = self._attempt()
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.pulse)
-        self.heart = Heart(self.pulse, self.attempt, rank, size, self.job.pulse).start()
+        waits = waits_of(self.job.engine.stage)
+        self.heart = Heart(self.pulse, self.attempt, rank, size, self.job.pulse, waits).start()
         self.guard_state: dict[str, Any] | None = None  # of the checkpoint that was loaded
         self.total = self.job.total_steps
         self.compilation = setup.compilation(self.job)
@@ -149,14 +151,17 @@ class Rank:
         except Ill as ill:
             position = ill.position
             if isinstance(ill, Rollback):
-                saves.finish()
+                with self.pulse("checkpoint"):
+                    saves.finish()
                 reason = "rollback"
                 raise
             if ill.trusted and position.step > began:
-                saves.save(position)
+                with self.pulse("checkpoint"):
+                    saves.save(position)
             reason = "halted"
             raise self._stopped_by(ill) from None
         finally:
+            self.pulse.mark("closing")
             batches.close()
             metrics.close()
             if reason and self.world.is_main:

@@ -25,6 +25,7 @@ from trainer.durable import naming, read_json, write_file, write_json
 from trainer.errors import UserError
 
 _PREFIX = "step-"
+_NUMBERS = {"loss", "grad_norm", "loss_stderr", "bits_per_byte"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Attempt:
     def start_from(self, parent: Parent, run: Run) -> None:
         """Fix the parent, and begin the rows with the valid history up to its step."""
         kept = [row for row in read_rows(run.metrics) if row.get("step", 0) <= parent.step]
-        text = "".join(json.dumps(row) + "\n" for row in kept if parent.step)
+        text = "".join(_strict(row) + "\n" for row in kept if parent.step)
         write_file(self.metrics.path, text.encode())
         self.events.path.touch()
         write_json(self.path / "parent.json", vars(parent))
@@ -188,6 +189,15 @@ def _strict(row: dict[str, Any]) -> str:
         return json.dumps({k: None if _no_number(v) else v for k, v in row.items()})
 
 
+def _read(line: bytes) -> dict[str, Any]:
+    """A row, with the numbers that were none as NaN again."""
+    row = json.loads(line)
+    for name in _NUMBERS & row.keys():
+        if row[name] is None:
+            row[name] = math.nan
+    return row
+
+
 def _no_number(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -198,8 +208,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     *lines, last = path.read_bytes().split(b"\n")
-    rows = [json.loads(line) for line in lines if line]
+    rows = [_read(line) for line in lines if line]
     try:
-        return rows + ([json.loads(last)] if last else [])
+        return rows + ([_read(last)] if last else [])
     except json.JSONDecodeError:
         return rows

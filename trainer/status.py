@@ -112,7 +112,7 @@ class Status:
             return "complete"
         if self._ended(self.attempts[-1:]):
             return "interrupted"
-        if self.attempts and "ended" in launch_of(self.attempts[-1].path):
+        if self._has_launch_ended():
             return "interrupted" if saved and saved == self.step else "crashed"
         longest = max((sum(row["seconds"].values()) for row in self.train), default=0.0)
         if self.attempts and self.age < _PATIENCE + 2 * longest:
@@ -120,6 +120,15 @@ class Status:
         if not self.attempts:
             return "new"
         return "interrupted" if saved and saved == self.step else "crashed"
+
+    def _has_launch_ended(self) -> bool:
+        """Whether our launcher saw the ranks of the newest attempt end."""
+        for attempt in reversed(self.attempts):
+            if told := launch_of(attempt.path):
+                return "ended" in told
+            if attempt.parent is None or attempt.parent.ill is None:
+                return False  # somebody else launched it; after a rollback it is the same launch
+        return False
 
     @cached_property
     def goodput(self) -> Goodput:

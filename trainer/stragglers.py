@@ -1,7 +1,7 @@
 """Which ranks are slow: those that need far longer for their own work than the others do.
 
-Invariant: only places where a rank works alone are compared. Where ranks wait for each other the
-slow one waits least, and all the others would look slow.
+Invariant: only places where ranks do the same work, each alone, are compared. Where they wait for
+each other the slow one waits least, and all the others would look slow; rank 0 alone writes rows.
 """
 
 from collections.abc import Collection, Sequence
@@ -10,7 +10,7 @@ from statistics import median_low
 
 from trainer.beats import Beat
 
-ALONE = ("data", "forward", "logging")
+ALONE = ("data", "forward")
 FEWEST_STEPS = 10  # that a pace is taken of
 _WORTH = 0.05  # of a step's time: less is noise
 

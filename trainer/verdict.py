@@ -5,6 +5,7 @@ with a run that nobody disturbed; no fault is waved through for want of evidence
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -220,8 +221,7 @@ def _after_a_skip(step: int, rows: list[Row], right: list[Row]) -> Iterator[str]
     for row in rows:
         if row["applied"] != (row["step"] != step):
             yield f"the update of step {row['step']} was {'not ' * row['applied']}dropped"
-        # What isn't finite is null in the rows, for JSON has no word for it.
-        if row["step"] != step and None in (row["loss"], row["grad_norm"]):
+        if row["step"] != step and not math.isfinite(row["loss"] + row["grad_norm"]):
             yield f"step {row['step']} is not finite"
 
 

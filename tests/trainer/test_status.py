@@ -142,6 +142,15 @@ def test_a_run_whose_launcher_saw_it_end_is_not_running(unfinished, forescale):
     assert "Attempt 2 ended: rank 1 ended with ValueError: too wide." in out
 
 
+def test_a_rollback_is_part_of_its_launch(unfinished):
+    number = unfinished.attempts()[-1].number
+    again = unfinished.new_attempt()
+    again.start_from(Parent(4, str(unfinished.checkpoint_path(4)), ((20, 24),), ill=6), unfinished)
+    assert Status(unfinished).state == "running"
+    say_how_it_went(unfinished.attempts()[number - 1], 1)
+    assert Status(unfinished).state == "interrupted", "all that counts is saved"
+
+
 def test_a_hang_is_said(unfinished, forescale):
     attempt = unfinished.attempts()[-1]
     publish(attempt.path, Hang((1,), "n7", "data", 6, 12.0, "rank 1 on host n7 has been in data"))

@@ -4,6 +4,8 @@ Exit codes: 0 all was survived; 1 something was not.
 """
 
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ def main(words: list[str]) -> int:
     temporary = job.to is None
     directory = Path(tempfile.mkdtemp(prefix="drill-") if temporary else job.to or "").expanduser()
     verdicts: list[Verdict] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through `finally`
     try:
         drill = Drill(directory, job.processes, job.limit.seconds or 0.0)
         print(f"In {directory}: a run of {STEPS} steps on {job.processes} ranks.", flush=True)
