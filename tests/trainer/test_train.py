@@ -48,7 +48,7 @@ def test_the_same_command_on_a_complete_run_changes_nothing(finished, dataset):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
 def test_an_interrupted_run_goes_on_to_the_bit(finished, dataset, tmp_path, number):
     whole, _ = finished
-    command = ("run.name=cut", f"data.path={dataset}", *LENGTH)
+    command = ("run.name=cut", f"data.path={dataset}", *LENGTH, "checkpoint.background=false")
     run = tmp_path / "cut"
     launching.interrupt(launching.start(tmp_path, *command), run, 28, number)
     assert not launching.processes(tmp_path), "ranks outlive their launcher"
@@ -111,7 +111,7 @@ def test_a_module_of_the_users_own_trains(dataset, tmp_path):
         "        return nn.functional.cross_entropy(\n"
         "            logits.float().transpose(1, 2), targets, reduction='none').sum(1)\n"
     )
-    command = ("run.name=own", f"data.path={dataset}", *LENGTH)
+    command = ("run.name=own", f"data.path={dataset}", *LENGTH, "checkpoint.background=false")
     how = {"model": ["model._target_=mypackage.Bigram", "model.width=24"]}
     how["PYTHONPATH"] = f"{launching.ROOT}{os.pathsep}{tmp_path}"
     run = tmp_path / "own"
