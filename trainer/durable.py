@@ -22,7 +22,7 @@ from trainer.errors import UserError
 
 TABLE = "files.json"
 _BLOCK = 1 << 22
-_MOST_UNHASHED = 64  # writes that hashing may lie behind, where it goes on beside them
+_MOST_UNHASHED = 1 << 30  # bytes that hashing may lie behind, where it goes on beside the writing
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,21 @@ class HashingFile:
         self._file = open(self.path, "wb")  # noqa: SIM115 - closed in finish
         self._hash = hashlib.sha256()
         self._beside = ThreadPoolExecutor(1, "hash") if beside else None
-        self._unhashed: deque[Future] = deque()
+        self._unhashed: deque[tuple[Future, int]] = deque()  # and where each ends
+        self._hashed = 0
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
+        end = self.size + memoryview(data).nbytes
         if self._beside is None:
             self._hash.update(data)
         else:
-            self._wait_for_hash(_MOST_UNHASHED)
-            self._unhashed.append(self._beside.submit(self._hash.update, data))
+            # The disk has its own pace: the sooner it has all, the more of its time is also ours.
+            self._wait_for_hash(end - _MOST_UNHASHED)
+            self._unhashed.append((self._beside.submit(self._hash.update, data), end))
         with naming(self.path):
             self._file.write(data)
-        self.size += memoryview(data).nbytes
+        self.size = end
         return self.size
 
     def finish(self) -> FileEntry:
@@ -64,12 +67,13 @@ class HashingFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        self._wait_for_hash(0)
+        self._wait_for_hash(self.size)
         return FileEntry(self.size, self._hash.hexdigest())
 
-    def _wait_for_hash(self, left: int) -> None:
-        while len(self._unhashed) > left:
-            self._unhashed.popleft().result()
+    def _wait_for_hash(self, end: int) -> None:
+        while self._unhashed and self._hashed < end:
+            done, self._hashed = self._unhashed.popleft()
+            done.result()
 
     def __enter__(self) -> "HashingFile":
         return self

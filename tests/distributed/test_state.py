@@ -13,12 +13,13 @@ import torch
 from trainer.checkpoint import Checkpoint
 from trainer.engine.state import MOMENTUM
 
-pytestmark = pytest.mark.distributed
-
 STATE = "checkpoints/step-00000003"
 SIZES = (1, 2, 4)
 OPTIMIZERS = ("adamw", "muon")
 FULL = os.environ.get("FORESCALE_MATRIX") == "full"
+LIMIT = 5400 if FULL else 280  # seconds of a launch
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(4 * LIMIT)]
+
 CASES = [
     [stage, optimizer, precision, offload]
     for stage, optimizer, precision in itertools.product(range(4), OPTIMIZERS, ("fp32", "bf16"))
@@ -43,7 +44,9 @@ def saved(tmp_path_factory):
     """(folder, the losses of the three steps after each save, by case and world size)"""
     folder, after = tmp_path_factory.mktemp("states"), {}
     for size in SIZES:
-        losses = ranks.run("state_scenarios:save", size, cases=chosen(size), folder=str(folder))
+        losses = ranks.run(
+            "state_scenarios:save", size, LIMIT, cases=chosen(size), folder=str(folder)
+        )
         after |= {f"{case}-w{size}": found for case, found in losses.items()}
     return folder, after
 
@@ -62,7 +65,7 @@ def test_a_checkpoint_loads_anywhere(saved, optimizer, size):
     cases = [c for c in chosen(size) if c[1] == optimizer]
     sources = [source for source in continued if f"-{optimizer}-" in source]
     losses = ranks.run(
-        "state_scenarios:load", size, cases=cases, sources=sources, folder=str(folder)
+        "state_scenarios:load", size, LIMIT, cases=cases, sources=sources, folder=str(folder)
     )
     assert len(losses) == len(cases) * len(sources)
     for key, after in losses.items():

@@ -7,12 +7,16 @@ sees at once which step a checkpoint holds, and whether it is of one piece.
 import threading
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
 from trainer.checkpoint import Position
 from trainer.engine.layout import Bare
-from trainer.run import Parent, Run
+from trainer.retention import Keep
+from trainer.run import Parent, Run, read_rows
+from trainer.saving import Saver
+from trainer.stored import newest_whole
 
 STATES = {"weight": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}  # what is added to the step
 
@@ -127,3 +131,38 @@ def begin(run: Run, step: int = 0):
     attempt = run.new_attempt()
     attempt.start_from(Parent(step), run)
     return attempt
+
+
+class Gate:
+    """Stands in for `midway`: the writer waits half-way until it is opened."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, step, path):
+        self.reached.set()
+        assert self.opened.wait(60)
+
+
+def saver(run, attempt, engine, **more):
+    return Saver(run, attempt, engine, more.pop("facts", dict), Keep(2), **more)
+
+
+def save(saver, engine, step):
+    set_step(engine, step)
+    saver.begin(position(step))
+
+
+def newest(run):
+    """The step of the newest checkpoint, whole and of one piece; 0 if there is none."""
+    found = newest_whole(run, lambda kind, **facts: pytest.fail(f"{kind} {facts}"))
+    return step_in(found) if found else 0
+
+
+def hidden(run):
+    return [p.name for p in run.checkpoints.glob(".*")] if run.checkpoints.exists() else []
+
+
+def events(run, kind):
+    rows = [row for a in run.attempts() for row in read_rows(a.events.path)]
+    return [row for row in rows if row["kind"] == kind]

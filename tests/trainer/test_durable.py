@@ -172,5 +172,28 @@ def test_a_full_disk_is_named_with_its_file(tmp_path):
         assert names(disk) == ["a"]
 
 
+def test_a_file_can_be_read_from_the_storage_and_not_from_the_page_cache(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *what: told.append(what))
+    entry = write_file(tmp_path / "a", b"abc")
+    assert durable.hash_file(tmp_path / "a") == entry
+    assert told == []
+    assert durable.hash_file(tmp_path / "a", afresh=True) == entry
+    assert told == [(0, 0, os.POSIX_FADV_DONTNEED)]  # all of it
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [5_000_000] * 7, [0, 3, 1 << 22, 7]])
+@pytest.mark.parametrize("most", [1, 1 << 23, 1 << 30])
+def test_hashing_beside_the_writing_is_the_same(tmp_path, monkeypatch, sizes, most):
+    monkeypatch.setattr(durable, "_MOST_UNHASHED", most)
+    blocks = [bytes([n % 251]) * size for n, size in enumerate(sizes)]
+    with durable.HashingFile(tmp_path / "a", beside=True) as f:
+        for block in blocks:
+            f.write(block)
+        entry = f.finish()
+    assert entry == durable.hash_file(tmp_path / "a")
+    assert entry.size == sum(sizes)
+
+
 def test_an_error_that_is_not_of_the_storage_gets_no_sentence():
     assert storage_error(OSError(errno.EPIPE, "Broken pipe")) is None
