@@ -15,7 +15,7 @@ FLOORS = [
     "manual recipe faults scenarios models conf",
     "data engine run memory feeding start guard pulse ranks beats hang stragglers",
     "stored retention checkpoint saving evaluate model loop parts metrics profile watch watchdog "
-    "heartbeat injector",
+    "heartbeat injector resume",
     "door sampling scoring export replay audit goodput status doctor device rank summary ending "
     "launch verdict drill",
     "__init__ verbs cli __main__",

@@ -9,14 +9,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, Position
 from trainer.config import TrainJob
 from trainer.data.feed import Lost
@@ -30,7 +28,7 @@ from trainer.engine.world import World, join
 from trainer.errors import DONE, INTERRUPTED, UserError
 from trainer.evaluate import Score, evaluate, pooled
 from trainer.feeding import feed_of
-from trainer.guard import Guard, Ill, Rollback, united
+from trainer.guard import Guard, Ill, Rollback
 from trainer.hang import waits_of
 from trainer.heartbeat import Heart
 from trainer.injector import injector_of
@@ -41,8 +39,10 @@ from trainer.model import build_model, prices_of
 from trainer.parts import Checkpoints, Every, Validation
 from trainer.profile import traced
 from trainer.pulse import Pulse
+from trainer.ranks import Ranks
 from trainer.recipe import learning_rate
-from trainer.run import Attempt, Parent, Run
+from trainer.resume import Departure, go_back, set_out
+from trainer.run import Attempt
 from trainer.schema import plain
 from trainer.start import numerics, start
 from trainer.watch import Watch
@@ -60,6 +60,7 @@ class Rank:
         setup.check_world(job, size)
         seconds = job.launch.timeout.seconds or 1800.0
         self.world: World = join(deepspeed_config(job, size), size, seconds)
+        self.ranks = Ranks(self.world.rank, self.world.size, self.world.gather)
         again = ATTEMPT in os.environ or not self.world.is_main
         started = self._from_main(lambda: start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources
@@ -68,7 +69,6 @@ class Rank:
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.pulse)
         waits = waits_of(self.job.engine.stage)
         self.heart = Heart(self.pulse, self.attempt, rank, size, self.job.pulse, waits).start()
-        self.guard_state: dict[str, Any] | None = None  # of the checkpoint that was loaded
         self.total = self.job.total_steps
         self.compilation = setup.compilation(self.job)
 
@@ -102,7 +102,8 @@ class Rank:
         self.engine.mark = self.pulse.mark
         if self.injector:
             self.engine.disturb = self.injector.disturb
-        position = self._resume()
+        departure = self._begin(set_out(self.run, self.job, self.engine, self.ranks, self._tell))
+        position = departure.position
         if position.step >= self.total:
             self._say(f"{self.run.name} is complete: {position.step:,} steps are trained.")
             return DONE
@@ -114,22 +115,23 @@ class Rank:
             self._say(self.compilation.notice)
         while True:
             try:
-                position, stopped = self._follow(position)
+                position, stopped = self._follow(departure)
                 break
             except Rollback as rollback:
                 with self.pulse("recovery"):
-                    position = self._go_back(rollback)
+                    departure = self._go_back(rollback)
         if stopped:
             self._say(f"Stopped at step {position.step:,}; saved. The same command goes on there.")
         return INTERRUPTED if stopped else DONE
 
-    def _follow(self, position: Position) -> tuple[Position, bool]:
-        """One attempt, from `position`: to the end or a wish to stop, both of which are saved.
-        Raises guard.Rollback; UserError where the guard stops the run."""
-        metrics, validation, saves = self._parts(position)
-        began = position.step
-        watch = self._watch(began, lambda: began > 0 or saves.saved is not None)
-        self.guard = watch.guard
+    def _follow(self, departure: Departure) -> tuple[Position, bool]:
+        """One attempt: to the end or a wish to stop, both of which are saved. Raises
+        guard.Rollback; UserError where the guard stops the run."""
+        position, began = departure.position, departure.position.step
+        rollbacks = self.ranks.from_main(self.run.rollbacks, self.run.path)
+        guard = Guard(self.job.guard, rollbacks, departure.guard)
+        metrics, validation, saves = self._parts(position, guard)
+        watch = self._watch(guard, began, lambda: began > 0 or saves.saved is not None)
         batches = self._batches(position)
         reason = None
         try:
@@ -176,19 +178,18 @@ class Rank:
         )
         return UserError(f"{self.run.path}, step {halt.step:,}", f"stopped: {halt.reason}", todo)
 
-    def _watch(self, began: int, can_go_back: Callable[[], bool]) -> Watch:
-        rules, world = self.job.guard, self.world
-        rollbacks = [a.parent.ill for a in self.run.attempts() if a.parent and a.parent.ill]
+    def _watch(self, guard: Guard, began: int, can_go_back: Callable[[], bool]) -> Watch:
+        replay = self.job.guard.replay
         return Watch(
-            rules,
-            Guard(rules, self.world.from_main(rollbacks), self.guard_state),
+            self.job.guard,
+            guard,
             SelfCheck(self.engine, socket.gethostname()),
-            self.job.steps_of(rules.replay) if rules.replay else None,
+            self.job.steps_of(replay) if replay else None,
             self.attempt,
             self.pulse,
             began,
             can_go_back,
-            world.is_main,
+            self.world.is_main,
         )
 
     def _asked(self) -> bool:
@@ -218,64 +219,30 @@ class Rank:
         if self.world.is_main:
             self.attempt.event("data_stalled", what=sentence)
 
-    def _resume(self) -> Position:
-        """Load the newest whole checkpoint, or the origin's, or begin; say which."""
-        found = self._from_main(lambda: self._choose())
-        asked = tuple(map(tuple, self.job.data.skip))
-        skipped = self.world.from_main(self.run.skipped()) + asked
-        if found is None:
-            return self._set_out(Position(skipped=united(skipped)), None)
-        own = found.path.parent.parent == self.run.path
-        weights_only = not own and self.job.run.origin.what == "weights"
-        checkpoint.load(found, self.engine, weights_only)
-        position = Position() if weights_only else found.position
-        if not weights_only:
-            self.guard_state = found.state.get("guard")
-        position = replace(position, skipped=united((*position.skipped, *skipped)))
-        return self._set_out(position, found)
-
-    def _set_out(
-        self, position: Position, found: Checkpoint | None, ill: int | None = None
-    ) -> Position:
-        """Begin the attempt at `position`, which is that of the checkpoint `found`."""
+    def _begin(self, departure: Departure) -> Departure:
+        """Begin the attempt there, and say so."""
         self.heart.move(self.attempt)
         if self.injector:
-            self.injector.begin(self.attempt, position.step)
+            self.injector.begin(self.attempt, departure.position.step)
         if self.world.is_main:
-            name = str(found.path) if found else None
-            self.attempt.start_from(Parent(position.step, name, position.skipped, ill), self.run)
-            self._tell_numerics(found)
-            if found is not None:
-                self._say(f"Going on from {found.path} (step {position.step:,}).")
-        return position
+            self.attempt.start_from(departure.parent, self.run)
+            self._tell_numerics(departure.found)
+            if departure.found is not None:
+                step = departure.position.step
+                self._say(f"Going on from {departure.found.path} (step {step:,}).")
+        return departure
 
-    def _go_back(self, rollback: Rollback) -> Position:
-        """Load a checkpoint before an ill step, in a new attempt that passes over its samples."""
-        found = self._from_main(lambda: self._choose(rollback.newest, rollback.interval is None))
-        more = (rollback.interval,) if rollback.interval else ()
-        skipped = united((*rollback.position.skipped, *more))
-        self.attempt = self._attempt(new=True)
-        checkpoint.load(found, self.engine)
-        self.guard_state = found.state.get("guard")
+    def _go_back(self, rollback: Rollback) -> Departure:
+        """To a checkpoint before an ill step, in an attempt of its own."""
         self._say(f"Step {rollback.step:,}: {rollback.reason}. Rolling back.")
-        return self._set_out(replace(found.position, skipped=skipped), found, rollback.step)
+        departure = go_back(rollback, self.run, self.engine, self.ranks, self._tell)
+        self.attempt = self._attempt(new=True)
+        return self._begin(departure)
 
-    def _choose(self, newest: int | None = None, strictly: bool = False) -> Checkpoint | None:
-        """The checkpoint to go on from; `newest`: of that step or before, which a rollback that
-        isn't for corruption takes less `strictly`: then the oldest there is."""
-
-        def tell(kind: str, **facts: Any) -> None:
-            if self.world.is_main:
-                self.attempt.event(kind, **facts)
-                self._say(f"Warning: {kind.replace('_', ' ')}: {facts}")
-
-        if newest is not None:
-            return checkpoint.before(self.run, newest, strictly, tell)
-        own = checkpoint.newest_whole(self.run, tell)
-        origin = self.job.run.origin
-        if own is not None or origin.run is None:
-            return own
-        return checkpoint.at_step(Run.existing(origin.run, self.job.run.root), origin.step)
+    def _tell(self, kind: str, **facts: Any) -> None:
+        if self.world.is_main:
+            self.attempt.event(kind, **facts)
+            self._say(f"Warning: {kind.replace('_', ' ')}: {facts}")
 
     def _tell_numerics(self, found: Checkpoint | None) -> None:
         old = (found.state.get("numerics") or {}) if found else {}
@@ -289,7 +256,7 @@ class Rank:
         world, compiled = self.world, self.compilation.wanted
         return numerics(self.job, world.size, world.device.type, torch.get_num_threads(), compiled)
 
-    def _parts(self, position: Position) -> list[Any]:
+    def _parts(self, position: Position, guard: Guard) -> list[Any]:
         job, main = self.job, self.world.is_main
         line = Line(self._every(job.logging.every), self.total, position.step, main)
         rates = {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups}
@@ -305,7 +272,7 @@ class Rank:
         numerics = self._numerics()
 
         def facts() -> dict[str, Any]:
-            return {"numerics": numerics, "guard": self.guard.state}
+            return {"numerics": numerics, "guard": guard.state}
 
         rules = job.checkpoint
         saves = Checkpoints(

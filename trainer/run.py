@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from trainer.durable import naming, read_json, write_file, write_json
@@ -112,6 +113,11 @@ class Run:
         parents = [a.parent for a in self.attempts()]
         return tuple(interval for p in parents if p for interval in p.skipped)
 
+    def rollbacks(self) -> list[int]:
+        """The ill steps that the run has rolled back from, oldest first."""
+        parents = [a.parent for a in self.attempts()]
+        return [p.ill for p in parents if p and p.ill is not None]
+
     def point_to(self, attempt: "Attempt") -> None:
         """Make metrics.jsonl and events.jsonl stand for this attempt's."""
         for link in (self.metrics, self.events):
@@ -160,17 +166,19 @@ class Attempt:
 
 
 class Rows:
-    """A JSONL file with one writer. Each row is one write of a whole line."""
+    """A JSONL file with one writer, of which several threads may add. Each row is one write of a
+    whole line."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file: Any = None
+        self._lock = Lock()
 
     def add(self, row: dict[str, Any]) -> None:
-        if self._file is None:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         line = (_strict(row) + "\n").encode()
-        with naming(self.path):
+        with self._lock, naming(self.path):
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             while line:  # a disk that fills up takes a part of it, and then none
                 line = line[self._file.write(line) :]
 

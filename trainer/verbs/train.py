@@ -16,6 +16,7 @@ from trainer.config import TrainJob
 from trainer.ending import launch_of, leave_word
 from trainer.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, UserError, storage_error
 from trainer.feeding import epochs, feed_of, notes
+from trainer.run import Attempt
 from trainer.schema import ConfigError, Problem
 from trainer.start import Start, start
 
@@ -119,5 +120,16 @@ def _keep_going(started: Start, words: list[str], processes: int) -> int:
                 file=sys.stderr,
             )
             return GAVE_UP
+        if newer := [a for a in started.run.attempts() if a.number > attempt.number]:
+            _leave_to_others(newer)
         time.sleep(2.0**crashes / 2)
         print(f"Restarting (crash {crashes} of {launch.MOST_CRASHES} without a new checkpoint).")
+
+
+def _leave_to_others(newer: list[Attempt]) -> None:
+    """A launcher that slept while another went on must not start against it. An attempt that began
+    with a rollback is of its own ranks, and has no launcher."""
+    for attempt in newer:
+        if launch_of(attempt.path):
+            what = f"attempt {attempt.number} was started elsewhere meanwhile"
+            raise UserError(str(attempt.path), what, "nothing: the newer attempt goes on")
