@@ -1,6 +1,7 @@
 """A small dataset and a small run, made once; tests that change a run take a copy."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,15 @@ def forescale(capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """time.monotonic as a test moves it: clock(seconds)."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def forward(seconds):
+        now[0] += seconds
+
+    return forward

@@ -166,3 +166,11 @@ def hidden(run):
 def events(run, kind):
     rows = [row for a in run.attempts() for row in read_rows(a.events.path)]
     return [row for row in rows if row["kind"] == kind]
+
+
+def harm(run, step):
+    """Flip a bit of a saved tensor."""
+    path = run.checkpoint_path(step) / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)

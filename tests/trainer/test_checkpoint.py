@@ -91,16 +91,9 @@ def test_every_truncation_of_every_file_is_caught(run):
         path.write_bytes(whole)
 
 
-def harm(run, step):
-    path = run.checkpoint_path(step) / "rank-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 def test_without_a_whole_one_it_never_starts_anew(run):
-    harm(run, 10)
-    harm(run, 20)
+    plain.harm(run, 10)
+    plain.harm(run, 20)
     with pytest.raises(UserError, match=r"none of its 2 .* can be used; .*forescale check"):
         newest_whole(run, Told())
     shutil.rmtree(run.checkpoints)
@@ -146,7 +139,7 @@ def test_going_back_takes_the_newest_that_is_early_enough(run):
     assert [back(n) for n in (30, 29, 10, 9)] == [30, 20, 10, 10]
     with pytest.raises(UserError, match="no whole checkpoint of step 9 or before"):
         back(9, strictly=True)
-    harm(run, 20)
+    plain.harm(run, 20)
     assert back(29) == 10
 
 

@@ -31,17 +31,6 @@ def memory(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-    def forward(seconds):
-        now[0] += seconds
-
-    return forward
-
-
-@pytest.fixture
 def attempt(tmp_path):
     path = tmp_path / "run" / "attempts" / "0001"
     path.mkdir(parents=True)

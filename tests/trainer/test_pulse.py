@@ -7,18 +7,6 @@ import pytest
 from trainer.pulse import PLACE, Pulse
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that a test moves: clock(seconds)."""
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-
-    def forward(seconds):
-        now[0] += seconds
-
-    return forward
-
-
 def test_phases_add_up_to_the_wall_clock(clock):
     pulse = Pulse("startup", began=98.0)  # before anything of ours was imported
     clock(1)

@@ -132,27 +132,20 @@ def test_what_cannot_be_read_is_left(run):
     assert run.checkpoint_steps() == [20, 30, 40]
 
 
-def harm(run, step):
-    path = run.checkpoint_path(step) / "rank-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 def test_nothing_goes_before_what_replaces_it_is_read_back(run):
     """The newest is damaged: it is no safety, so the one before the next stays."""
     attempt = plain.begin(run)
     publish(run, attempt, 10, 20, 30)
-    harm(run, 30)
+    plain.harm(run, 30)
     assert retain(run, attempt) == [("damaged", 30)]
     assert run.checkpoint_steps() == [10, 20, 30]
     publish(run, attempt, 40)
     part = Retention(run, 1, Keep(), attempt.metrics.path, lambda *_, **__: None)
     part(ALONE)
     assert run.checkpoint_steps() == [20, 40], "what is damaged was counted among the two"
-    harm(run, 40)
+    plain.harm(run, 40)
     publish(run, attempt, 50, 60)
-    harm(run, 60)
+    plain.harm(run, 60)
     part(ALONE)
     assert run.checkpoint_steps() == [40, 50, 60], "40 was read back before it was harmed"
 
@@ -308,7 +301,7 @@ def test_prune_shows_first_and_deletes_when_told(long_run, forescale):
 
 
 def test_prune_deletes_nothing_where_a_newer_one_is_damaged(long_run, forescale):
-    harm(long_run, 8)
+    plain.harm(long_run, 8)
     code, _, err = forescale("prune", "small", "yes=true")
     assert code == 2
     assert "nothing is deleted, for a newer checkpoint is damaged" in err

@@ -18,18 +18,17 @@ the text 139 MB and 312 MB. Disk beside the dataset, while it is made: once the 
 again, and some 50 bytes a document.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from trainer.data.build.assemble import AssembleJob, plan_shards
+from trainer.data.build.claim import expect_same, held
 from trainer.data.build.dedupe import HashJob, RangeJob, Run, range_edges
 from trainer.data.build.encode import EncodeJob, TokenRun
 from trainer.data.build.plan import SPLITS, ChangedError, NoTextError, Plan, choose
@@ -39,8 +38,8 @@ from trainer.data.build.sample import BaselinesJob, SampleJob, texts
 from trainer.data.build.unitfile import UnitWriter, facts, finished
 from trainer.data.build.work import Work, wanted, work_path
 from trainer.data.build.workers import Pool, Task
-from trainer.data.progress import Meter, Progress, say, silent
-from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER, Dataset
+from trainer.data.progress import Meter, Progress, silent
+from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER
 from trainer.data.text.documents import Report, Source, Unit
 from trainer.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
 from trainer.durable import FileEntry, write_file, write_json, write_table
@@ -97,12 +96,12 @@ def build_dataset(
     request = _request(source, config, given)
     if not output.exists() or work_path(output).exists():
         # A finished one needs no lock, and may lie where nobody can write.
-        with _lock(output, progress):
+        with held(output, progress):
             if not output.exists():
                 _build(source, output, config, given, request, progress, workers)
             elif (left := work_path(output)).exists():  # killed between its name and the clearing
                 shutil.rmtree(left)
-    _expect_same(output, request)
+    expect_same(output, request)
     return output
 
 
@@ -291,26 +290,3 @@ def _request(source: Source, config: BuildConfig, given: bytes | None) -> dict[s
         name = Path(config.tokenizer).name
         request["tokenizer"] = f"{name} {hashlib.sha256(given).hexdigest()}"
     return json.loads(json.dumps(request))
-
-
-def _expect_same(output: Path, request: dict[str, Any]) -> None:
-    have = Dataset(output).manifest["build"]
-    if differing := [key for key in request if have.get(key) != request[key]]:
-        raise UserError(
-            str(output),
-            f"holds a dataset that was built otherwise ({', '.join(differing)} differ)",
-            "choose another output, or remove it",
-        )
-
-
-@contextmanager
-def _lock(output: Path, progress: Progress) -> Iterator[None]:
-    """Held by one process at a time; the kernel lets go when its holder dies, however it does."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output.parent / f".{output.name}.lock", "wb") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(progress, f"{output}: another process builds it; waiting for that")
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield

@@ -13,7 +13,6 @@ Invariant: the same files and the same request give the same dataset; the output
 or does not exist.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -21,16 +20,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trainer.data.build.claim import expect_same, held
 from trainer.data.build.plan import SPLITS
 from trainer.data.progress import Meter, Progress, silent
 from trainer.data.remote.transfer import is_url
-from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER, Dataset
+from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER
 from trainer.data.text.documents import Report
 from trainer.data.text.inputs import HUB, input_name, kind_of
 from trainer.data.text.opening import reading, shown
@@ -101,11 +100,11 @@ def index_corpus(
         "member_tokens": member_tokens,
     }
     if not output.exists():
-        with _lock(output):
+        with held(output, progress):
             if not output.exists():
                 names = [input_name(path) for path in inputs]
                 _build(found, names, output, vocabulary, request, left_out, progress)
-    _expect_same(output, request)
+    expect_same(output, request)
     return output
 
 
@@ -251,19 +250,3 @@ def _size(where: str) -> int | None:
         return None
     with reading(where):
         return os.path.getsize(where)
-
-
-def _expect_same(output: Path, request: dict[str, Any]) -> None:
-    have = Dataset(output).manifest["build"]
-    if differing := [key for key in request if have.get(key) != request[key]]:
-        what = f"holds a dataset that was made otherwise ({', '.join(differing)} differ)"
-        raise UserError(str(output), what, "choose another output, or remove it")
-
-
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    """Held by one process at a time, the others wait; the kernel lets go when its holder dies."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output.parent / f".{output.name}.lock", "wb") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield

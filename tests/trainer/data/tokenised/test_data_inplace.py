@@ -1,100 +1,33 @@
 """Tokenised corpora used where they lie: the same windows as numpy's, and no damage unnoticed."""
 
 import io
-import os
-import re
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from hostile_server import HostileServer
-from small_dataset import END
+from tokenised_files import (
+    END,
+    FLAT,
+    IN_PLACE,
+    KINDS,
+    SIZES,
+    corpus,
+    placed,
+    write,
+    write_megatron,
+)
 
 from trainer.data.check import check
 from trainer.data.shards import Dataset
 from trainer.data.tokenised.inplace import in_place_kind, index_corpus
 from trainer.errors import UserError
 from trainer.verbs import shards as verb
-
-SIZES = {"validation_fraction": 0.1, "shard_tokens": 4000, "member_tokens": 1500}
-CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}  # of Megatron
-
-
-def corpus(seed=0, tokens=20_000) -> list[np.ndarray]:
-    """Documents of bytes, each with its end-of-text."""
-    rng, documents = np.random.default_rng(seed), []
-    while tokens > 0:
-        length = int(rng.integers(1, 400))
-        documents.append(np.append(rng.integers(0, 256, length - 1), END))
-        tokens -= length
-    return documents
-
-
-def write_megatron(path: Path, documents: list[np.ndarray], dtype="uint16", sequences=2) -> Path:
-    """As Megatron's builder does; every document in up to `sequences` sequences."""
-    parts = [np.array_split(d, min(sequences, len(d))) for d in documents]
-    sizes = [len(s) for d in parts for s in d]
-    pointers = (np.cumsum(sizes) - sizes) * np.dtype(dtype).itemsize
-    firsts = np.cumsum([0, *map(len, parts)])
-    np.concatenate(documents).astype(dtype).tofile(path.with_suffix(".bin"))
-    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, CODES[dtype], len(sizes), len(firsts))
-    arrays = [np.array(sizes, "<i4"), pointers.astype("<i8"), firsts.astype("<i8")]
-    path.with_suffix(".idx").write_bytes(head + b"".join(a.tobytes() for a in arrays))
-    return path.with_suffix(".bin")
-
-
-def write_tar(path: Path, windows: np.ndarray, suffix="npy") -> Path:
-    """A webdataset as others write theirs, with the dataset's own writer."""
-    with webdataset.TarWriter(str(path)) as tar:
-        for i, window in enumerate(windows):
-            raw = window.tobytes() if suffix != "npy" else window
-            tar.write({"__key__": f"{i:06d}", suffix: raw, "json": {"i": i}})
-    return path
-
-
-def placed(split) -> list[np.ndarray]:
-    """The tokens of a split by numpy's own memmap, from where its index says that they lie."""
-    found = []
-    for number in range(len(split.shard_tokens)):
-        shard = split.shard(number)
-        data = np.memmap(shard.where, np.uint8, "r")
-        runs = [data[m.tok["offset"] :][: m.tok["size"]] for m in shard.members]
-        found.append(np.concatenate(runs).view(shard.dtype))
-    return found
-
-
-FLAT = np.concatenate(corpus())
-
-
-def write(kind: str, folder: Path) -> tuple[Path, dict]:
-    """A corpus that holds FLAT (or the first part of it, in windows): its path, what to say."""
-    folder.mkdir(exist_ok=True)
-    windows = FLAT[: len(FLAT) // 256 * 256].reshape(-1, 256)
-    if kind in CODES:
-        documents = np.split(FLAT, np.flatnonzero(FLAT == END) + 1)[:-1]
-        documents = [d % 200 for d in documents] if kind == "uint8" else documents
-        return write_megatron(folder / "text_document", documents, kind), {}
-    if kind == "flat":
-        FLAT.astype("<u2").tofile(folder / "tokens.bin")
-        return folder / "tokens.bin", {"dtype": "uint16"}
-    if kind == "tar":
-        return write_tar(folder / "00000.tar", windows.astype("<u2")), {}
-    if kind == "raw tar":
-        return write_tar(folder / "00000.tar", windows.astype("<u2"), "tok"), {"dtype": "uint16"}
-    dtype = {"npy": "<u2", "npy big": ">u2", "npy long": "<i8", "npy rows": "<u4"}[kind]
-    np.save(folder / "tokens.npy", (windows if kind == "npy rows" else FLAT).astype(dtype))
-    return folder / "tokens.npy", {}
-
-
-KINDS = [*CODES, "flat", "npy", "npy big", "npy long", "npy rows", "tar", "raw tar"]
-IN_PLACE = {**dict.fromkeys(CODES, "megatron"), "flat": "flat", "tar": "tar", "raw tar": "tar"}
 
 
 @pytest.fixture(scope="module")
@@ -184,107 +117,13 @@ def test_rows_and_members_of_others_end_documents(made):
             assert set((np.flatnonzero(tokens == END) + 1).tolist()) < ends
 
 
-@pytest.mark.parametrize("kind", ["uint16", "npy", "tar"])
-def test_every_flipped_byte_is_caught_or_is_no_token(kind, tmp_path):
-    """Exhaustive on the ids of a small corpus: reading raises and check names member and file."""
-    path, more = write(kind, tmp_path / "in")
-    if kind == "uint16":
-        path = write_megatron(tmp_path / "in" / "small", corpus(tokens=300))
-    elif kind == "npy":
-        np.save(path, FLAT[:300].astype("<u2"))
-    else:
-        path = write_tar(tmp_path / "in" / "s.tar", FLAT[:96].astype("<u2").reshape(3, 32))
-    sizes = {**SIZES, "validation_fraction": 0.0}
-    output = index_corpus([str(path)], tmp_path / "out", "bytes", **sizes, **more)
-    good = path.read_bytes()
-    dataset = Dataset(output)
-    tokens = placed(dataset.split("train"))[0].copy()
-    inside = {
-        at
-        for m in dataset.split("train").shard(0).members
-        for at in range(m.tok["offset"], m.tok["offset"] + m.tok["size"])
-    }
-    assert len(inside) == 2 * len(tokens)
-    out = np.empty((1, len(tokens)), np.uint16)
-    with open(path, "r+b", buffering=0) as f:
-        for at, byte in enumerate(good):
-            os.pwrite(f.fileno(), bytes([byte ^ 1]), at)
-            split = dataset.split("train")
-            if at in inside:
-                with pytest.raises(UserError, match=re.escape(f"{path}: member 00")):
-                    split.read_rows(np.zeros(1, int), np.zeros(1, int), out)
-            else:
-                split.read_rows(np.zeros(1, int), np.zeros(1, int), out)
-                assert (out[0] == tokens).all()
-            os.pwrite(f.fileno(), bytes([byte]), at)
-    path.write_bytes(good[: (at := min(inside))] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    (fault,) = check(output)
-    assert "member 000000 is damaged" in fault
-
-
-@pytest.mark.parametrize("kind", ["uint16", "flat", "npy", "npy rows", "tar"])
-def test_every_truncation_is_caught_at_indexing_and_at_reading(kind, tmp_path):
-    path, more = write(kind, tmp_path / "in")
-    output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **more)
-    good = path.read_bytes()
-    rng = np.random.default_rng(0)
-    for size in sorted({0, 1, 10, 512, len(good) - 1, *rng.integers(0, len(good), 30).tolist()}):
-        path.write_bytes(good[:size])
-        with pytest.raises(UserError, match=re.escape(f"{path}: {size:,} bytes where")):
-            Dataset(output).split("train").read(0, 0, 1)
-        assert any(str(path) in fault for fault in check(output))
-        if (kind == "flat" and size and size % 2 == 0) or not good[max(size - 1024, 0) :].strip(
-            b"\0"
-        ):
-            continue  # raw ids don't say how many there are; some of the zeros that end a tar do
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            index_corpus([str(path)], tmp_path / "again", "bytes", **SIZES, **more)
-        assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["in", "out"]
-
-
-def test_an_idx_that_is_cut_or_flipped_anywhere_is_caught(tmp_path):
-    documents = corpus(tokens=900)
-    path = write_megatron(tmp_path / "in", documents)
-    output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES)
-    want = Dataset(output).identity
-    idx = path.with_suffix(".idx")
-    good = idx.read_bytes()
-    (sequences,) = struct.unpack_from("<Q", good, 18)
-    variants = [good[:size] for size in range(len(good))]
-    variants += [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(len(good))]
-    variants += [good + b"\0", good + good]
-    for number, raw in enumerate(variants):
-        idx.write_bytes(raw)
-        at = number - len(good)
-        if at >= 34 + 12 * sequences:
-            # Documents that begin with another sequence: nothing else in the files could tell.
-            with suppress(UserError):
-                again = index_corpus([str(path)], tmp_path / f"{number}", "bytes", **SIZES)
-                assert Dataset(again).identity != want
-        else:
-            with pytest.raises(UserError, match=re.escape(str(path.with_suffix("")))):
-                index_corpus([str(path)], tmp_path / f"{number}", "bytes", **SIZES)
-
-
-def test_a_tar_cut_between_members_or_damaged_in_a_header_is_no_shorter_corpus(tmp_path):
-    path = write_tar(tmp_path / "a.tar", FLAT[:512].astype("<u2").reshape(4, 128))
-    good = path.read_bytes()
-    with tarfile.open(path) as tar:
-        cuts = [m.offset for m in tar.getmembers()] + [tar.offset, len(good) - 512]
-    damaged = [good[:cut] + bytes([good[cut] ^ 1]) + good[cut + 1 :] for cut in cuts[:-2]]
-    for raw in [*(good[:cut] for cut in cuts[:-1]), *damaged, good + good]:
-        path.write_bytes(raw)
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            index_corpus([str(path)], tmp_path / "out", "bytes")
-
-
 def test_the_same_again_finds_it_and_another_request_is_refused(tmp_path):
     path, more = write("flat", tmp_path / "in")
     output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **more)
     before = {p.name: p.stat().st_mtime_ns for p in output.iterdir()}
     index_corpus([str(path)], output, "bytes", **SIZES, **more)
     assert {p.name: p.stat().st_mtime_ns for p in output.iterdir()} == before
-    with pytest.raises(UserError, match=r"made otherwise \(validation differ\)"):
+    with pytest.raises(UserError, match=r"built otherwise \(validation differ\)"):
         index_corpus([str(path)], output, "bytes", **{**SIZES, "validation_fraction": 0}, **more)
     other = index_corpus([str(path)], tmp_path / "other", "bytes", **SIZES, **more)
     assert {p.name: p.read_bytes() for p in other.iterdir()} == {
