@@ -119,6 +119,7 @@ class Watchdog:
 
     def _end(self, hang: Hang, seen: list[Seen]) -> None:
         """Report, and end this node's ranks, hard: none of them could leave by itself."""
+        self._waited = 0.0  # the storage has just answered, and has its time for the report too
         print(f"forescale: hang: {hang.sentence}.", file=sys.stderr, flush=True)
         with suppress(OSError):
             if self.rank == 0:
