@@ -11,17 +11,18 @@ FILES = sorted(p for top in ("trainer", "models", "conf") for p in (ROOT / top).
 
 # From the ground up; a file imports from its own floor and below.
 FLOORS = [
-    "errors durable duration names schema config config_care config_data jobs frozen compose "
-    "manual recipe faults scenarios models conf",
-    "data engine run memory feeding start guard pulse ranks beats hang stragglers",
+    "errors durable duration names schema config config_care config_data config_plan jobs frozen "
+    "compose manual recipe faults scenarios models conf",
+    "data engine run memory feeding start guard pulse ranks beats hang stragglers inventory trace "
+    "cost traffic",
     "stored retention checkpoint saving evaluate model loop parts metrics profile watch watchdog "
     "heartbeat injector resume",
-    "door sampling scoring export replay audit goodput status doctor device rank summary ending "
-    "launch verdict drill",
+    "door sampling scoring export replay audit goodput reliability status pace choices plan doctor "
+    "device rank summary ending launch verdict drill",
     "__init__ verbs cli __main__",
 ]
 LIGHT = "errors durable duration names schema config jobs frozen compose manual recipe start run"
-LIGHT_NOW = [*LIGHT.split(), "launch", "cli"]
+LIGHT_NOW = [*LIGHT.split(), "launch", "plan", "cli"]
 
 
 def module_of(path: Path) -> str:

@@ -17,6 +17,7 @@ from trainer.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 _python_warning = warnings.formatwarning
 VERBS = {
     "train": "train a model; on a bare machine, on an embedded corpus",
+    "plan": "all problems and prices of a training job, before the queue",
     "shards": "make a dataset of your own text",
     "status": "what runs are doing, what they have reached",
     "generate": "let a trained model write",

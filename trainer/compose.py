@@ -7,7 +7,7 @@ and let `+new.key=` pass.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
@@ -102,12 +102,8 @@ def groups(verb: str, conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
     """The groups that a verb's config has, with their files; raises UserError for a directory that
     is missing, or that names a choice which exists already (Hydra would silently pick one)."""
     _schema(verb)
-    primary = yaml.safe_load((CONF / f"{verb}.yaml").read_text()) or {}
     found: dict[str, Group] = {}
-    for entry in primary.get("defaults", []):
-        if not isinstance(entry, dict):
-            continue
-        ((name, default),) = entry.items()
+    for name, default in _choices_of(verb):
         files: dict[str, Path] = {}
         for root in (CONF, *(Path(d).expanduser() for d in conf_dirs)):
             if not root.is_dir():
@@ -119,6 +115,17 @@ def groups(verb: str, conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
                 files[path.stem] = path
         found[name] = Group(name, default, files)
     return found
+
+
+def _choices_of(primary: str) -> Iterator[tuple[str, str | None]]:
+    """(group, default choice) of a config's defaults list, those of the configs that it takes in
+    before its own."""
+    tree = yaml.safe_load((CONF / f"{primary}.yaml").read_text()) or {}
+    for entry in tree.get("defaults", []):
+        if isinstance(entry, dict):
+            yield from entry.items()
+        elif entry != "_self_":
+            yield from _choices_of(entry)
 
 
 def _read(

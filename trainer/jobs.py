@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from trainer.config import CorpusConfig, Problems, TrainJob
+from trainer.config_plan import PlanJob
 from trainer.duration import Duration
 from trainer.scenarios import BY_NAME
 from trainer.scenarios import problems as problems_of_scenarios
@@ -207,6 +208,7 @@ class DrillJob:
 
 JOBS: dict[str, Any] = {
     "train": TrainJob,
+    "plan": PlanJob,
     "shards": ShardsJob,
     "generate": GenerateJob,
     "eval": EvalJob,

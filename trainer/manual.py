@@ -20,6 +20,7 @@ from trainer.schema import Leaf, leaves, options
 
 _PURPOSE = {
     "train": "Pretrain a transformer. Without any key: a small one on Python source, in minutes.",
+    "plan": "Before the queue: every problem, memory, traffic, hours, price. Needs no GPU.",
     "shards": "Turn your text into tokenised, checksummed webdataset shards.",
     "generate": "Let a trained model write.",
     "eval": "Score a model on held-out text: loss and bits per byte.",
@@ -39,6 +40,12 @@ _EXAMPLES = {
         "train optimizer=adamw optimizer.learning_rate=1e-3 run.name=slower",
         "train data=dataset data.path=/data/books model=llama-160m train.tokens=3e9",
         "train model._target_=mypackage.Model model.width=256 run.name=mine",
+    ),
+    "plan": (
+        "plan model=llama-7b engine=zero3 plan.gpus=64 train.tokens=1e12   (all keys of train)",
+        "plan machine=a100-80g plan.nodes=4 model=llama-1b data=dataset data.path=/data/books",
+        "plan plan.from_run=first plan.gpu_hour=2.5   (speed as a run measured it)",
+        "plan model=llama-7b plan.gpus=64 plan.deepspeed=true --json",
     ),
     "shards": (
         "shards books/ output=/data/books",

@@ -3,45 +3,23 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 from models.config import ModelConfig
-from models.flops import activation_bytes, count
 from trainer.config import TrainJob
+from trainer.cost import Memory, memory
 from trainer.errors import UserError
+from trainer.inventory import inventory
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """Of one rank: weights and gradients as they are computed with, fp32 masters and moments, and
-    what one micro-batch's forward leaves for its backward."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Bytes | None:
-    """The estimate for one of our models (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section
-    3); None for a class of the user's own, of which we can't know the activations."""
+def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Memory | None:
+    """What a rank of one of our models holds, as trainer.cost has it; None for a class of the
+    user's own, of which we can't know the activations."""
     if not isinstance(job.model, ModelConfig) or job.model.vocab_size is None:
         return None
-    size = 4 if job.precision.kind == "fp32" else 2
-    n, stage = count(job.model).total, job.engine.stage
-    moments = 8 if job.optimizer.kind == "adamw" else 4 + 4  # at most: Muon keeps one
-    masters = 0 if stage == 0 and size == 4 else 4
-    micro = micro_batch or job.train.micro_batch
-    return Bytes(
-        weights=n * size // (world_size if stage == 3 else 1),
-        gradients=n * size // (world_size if stage >= 2 else 1),
-        optimizer=n * (masters + moments) // (world_size if stage >= 1 else 1),
-        activations=activation_bytes(job.model, micro, job.train.sequence_length, size),
-    )
+    if micro_batch is not None:
+        job = replace(job, train=replace(job.train, micro_batch=micro_batch))
+    return memory(job, inventory(job), world_size)
 
 
 @contextmanager
@@ -106,16 +84,19 @@ def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int |
     """The largest micro-batch below the present one that divides the batch and should fit in nine
     tenths of `available` bytes; None where none does or the model isn't ours.
 
-    The present one did not fit, so nine tenths of its plan are a bound too: for what the plan can't
-    know, such as other processes and fragmentation.
+    The present one did not fit, so nine tenths of its activations are a bound too: for what the
+    plan can't know, such as other processes and fragmentation.
     """
     present = bytes_of(job, world_size)
-    if present is None:
+    if present is None or present.activations is None:
         return None
+    most = 0.9 * present.activations.total
     for micro in range(job.train.micro_batch - 1, 0, -1):
         planned = bytes_of(job, world_size, micro)
         divides = job.train.global_batch % (micro * world_size) == 0
-        if divides and planned and planned.total <= 0.9 * min(available, present.total):
+        if not divides or planned is None or planned.activations is None:
+            continue
+        if planned.total <= 0.9 * available and planned.activations.total <= most:
             return micro
     return None
 

@@ -10,7 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import ModelConfig, Transformer
 from models.config import MLPS, NORMS, POSITIONS
-from models.flops import activation_bytes, count, flops_6n, flops_per_token
+from models.flops import (
+    activation_bytes,
+    activations,
+    count,
+    flops_6n,
+    flops_per_token,
+    flops_recomputed,
+    matrices,
+    shapes,
+)
 
 BASE = ModelConfig(
     num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16
@@ -38,6 +47,14 @@ def test_parameters_of_every_variant():
         assert counts.non_embedding == under("blocks.") + under("norm.")
         assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
         assert flops_6n(config) == 6 * (counts.blocks + counts.head)
+
+
+def test_shapes_are_those_of_the_model_in_its_order():
+    for config in VARIANTS:
+        model = Transformer(config)
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        assert list(shapes(config).items()) == list(expected.items())
+        assert matrices(config) == model.muon_parameters()
 
 
 def counted(config, B, L):
@@ -74,21 +91,22 @@ def test_causal_flops_are_the_pairs_that_see_each_other():
     assert full - causal == (L * L - pairs) * a_pair
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("change", "most"),
-    [
-        (dict(norm="layernorm", mlp="gelu", position="learned", qk_norm=False), 1.02),
-        (dict(norm="layernorm", mlp="swiglu", position="none", qk_norm=False), 1.02),
-        (dict(norm="layernorm", mlp="relu2", num_kv_heads=1, qk_norm=False), 1.02),
-        # on a CPU rms_norm is not one kernel, and keeps its input twice
-        (dict(mlp="swiglu", qk_norm=True), 1.4),
-    ],
-)
-def test_activation_bytes_are_what_autograd_keeps(change, most, dtype):
-    sizes = dict(num_layers=4, width=256, vocab_size=8, max_sequence_length=128)
-    config = ModelConfig(**sizes, **change)
-    model, x = Transformer(config).to(dtype), torch.zeros(2, 128, dtype=torch.long)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_what_is_computed_twice(checkpointing, chunk):
+    config = replace(BASE, activation_checkpointing=checkpointing, loss_chunk=chunk)
+    price = flops_per_token(config, 16) + flops_recomputed(config, 16)
+    if checkpointing:  # the last product of a layer isn't made again: nothing needs it
+        price -= config.num_layers * 2 * 24 * 40
+    if not chunk:
+        assert flops_recomputed(replace(BASE, loss_chunk=0), 16) == 0
+    assert price * 32 == counted(config, 2, 16)
+
+
+def saved(config, dtype, B=2, documents=False):
+    """Bytes of all storages that autograd keeps after a forward, beside the weights."""
+    L = config.max_sequence_length
+    model, x = Transformer(config).to(dtype), torch.zeros(B, L, dtype=torch.long)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -99,10 +117,48 @@ def test_activation_bytes_are_what_autograd_keeps(change, most, dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x, x)
-    measured = sum(storage.nbytes() for storage in kept.values())
-    estimate = activation_bytes(config, 2, 128, dtype.itemsize)
-    assert estimate * 0.98 <= measured <= estimate * most
+        losses = model(x, x, documents_BL=x if documents else None)
+    found = sum(storage.nbytes() for storage in kept.values())
+    assert losses.requires_grad  # the graph was alive until now
+    return found
+
+
+SIZES = [
+    dict(num_layers=4, width=256, vocab_size=512, max_sequence_length=128),
+    dict(num_layers=2, width=128, vocab_size=4096, max_sequence_length=256),
+    dict(num_layers=6, width=64, vocab_size=300, max_sequence_length=64, num_heads=4),
+]
+CHANGES = [
+    dict(),
+    dict(qk_norm=False),
+    dict(num_kv_heads=1),
+    dict(mlp="relu2", tie_embeddings=True, position="sinusoidal"),
+    dict(mlp="gelu", norm="layernorm", qk_norm=False, position="learned", bias=True),
+    dict(activation_checkpointing=True),
+    dict(loss_chunk=0),
+    dict(loss_chunk=64),
+]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_activations_are_what_autograd_keeps(change, dtype, documents):
+    """On a CPU, where RMSNorm is several kernels."""
+    for sizes in SIZES:
+        config = ModelConfig(**sizes, **change)
+        length, size = config.max_sequence_length, dtype.itemsize
+        estimate = activations(config, 2, length, size, documents, fused_norms=False).saved
+        assert saved(config, dtype, documents=documents) == pytest.approx(estimate, rel=0.03)
+
+
+def test_fused_norms_keep_less():
+    config = ModelConfig(**SIZES[0])
+    fused, several = (activations(config, 2, 128, fused_norms=f) for f in (True, False))
+    assert fused.layers < several.layers
+    layered = replace(config, norm="layernorm", qk_norm=False)
+    fused, several = (activations(layered, 2, 128, fused_norms=f) for f in (True, False))
+    assert fused == several
 
 
 @pytest.mark.parametrize("num_layers", [1, 4])

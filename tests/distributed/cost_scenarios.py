@@ -1,0 +1,193 @@
+"""What runs inside the ranks of test_cost.py: every live tensor, and every collective, counted."""
+
+import gc
+import os
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from cost_jobs import LENGTH, MICRO_BATCHES, VOCABULARY, job_of
+
+OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
+    "all_reduce": ("all_reduce", 0, "tensor"),
+    "all_gather": ("all_gather", 0, "tensor_list"),
+    "all_gather_into_tensor": ("all_gather", 0, "output_tensor"),
+    "reduce_scatter_tensor": ("reduce_scatter", 1, "input"),
+}
+
+
+def build(case):
+    from accelerate.state import AcceleratorState
+
+    from models import Transformer
+    from trainer.engine.derive import deepspeed_config
+    from trainer.engine.setup import build_engine
+    from trainer.engine.world import join
+
+    AcceleratorState._reset_state()  # several engines follow each other in one process
+    size = int(os.environ["WORLD_SIZE"])
+    job = job_of(case, size)
+    world = join(deepspeed_config(job, size), size, 60)
+    torch.manual_seed(0)
+    return build_engine(world, Transformer(job.model), job)
+
+
+def batch(engine, step):
+    rank, size = engine.world.rank, engine.world.size
+    data = torch.randint(0, VOCABULARY, (MICRO_BATCHES * size, 2, LENGTH + 1))
+    mine = range(rank * MICRO_BATCHES, (rank + 1) * MICRO_BATCHES)
+    from trainer.data.stream import MicroBatch
+
+    micro = [MicroBatch(i, data[i][:, :-1].clone(), data[i][:, 1:].clone()) for i in mine]
+    return SimpleNamespace(step=step, targets=MICRO_BATCHES * size * 2 * LENGTH, micro=micro)
+
+
+def states(cases):
+    """For each case, of every rank: bytes by kind, between backward and update and after it; those
+    of tensors of no kind that we know; and how much more stood at two moments between."""
+    return [_states(case) for case in cases]
+
+
+def _states(case):
+    before = _storages()
+    engine = build(case)
+    engine.train_step(batch(engine, 0), 1.0)
+    moments: dict = {}
+    _watch(engine, moments)
+    engine.backward(batch(engine, 1))
+    engine.gradient_norm()
+    held = _sorted(engine, before)
+    engine.apply(1.0, 0.5)
+    after = _sorted(engine, before)
+    return engine.world.gather({"held": held, "after": after, **moments})
+
+
+def _watch(engine, moments):
+    """Note gradients while they accumulate, and the largest fp32 ones in the update."""
+    backward, base, calls = engine._deepspeed.backward, engine.layout.base, [0]
+    step = base.step
+
+    def watched_backward(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == MICRO_BATCHES:
+            moments["accumulating"] = _by_kind(engine)["gradients"]
+        return backward(*args, **kwargs)
+
+    def watched_step(*args, **kwargs):
+        params = [p for group in base.param_groups for p in group["params"]]
+        size = sum(p.grad.numel() * p.grad.element_size() for p in params if p.grad is not None)
+        moments["updating"] = max(moments.get("updating", 0), size)
+        return step(*args, **kwargs)
+
+    engine._deepspeed.backward, base.step = watched_backward, watched_step
+
+
+def _sorted(engine, before):
+    """Bytes of all live storages by kind, those of no known kind as "other"."""
+    kinds = {pointer: kind for kind, found in _kinds(engine).items() for pointer in found}
+    sums = defaultdict(int)
+    for pointer, size in _storages().items():
+        if pointer in kinds or pointer not in before:
+            sums[kinds.get(pointer, "other")] += size
+    return dict(sums)
+
+
+def _storages():
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    return dict(_storage(t) for t in tensors if t.device.type != "meta")
+
+
+def _storage(tensor):
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def _by_kind(engine):
+    found = {kind: sum(sizes.values()) for kind, sizes in _kinds(engine).items()}
+    return defaultdict(int, found)
+
+
+def _kinds(engine):
+    """{kind: {pointer: bytes}}; the first kind that a storage is found under counts."""
+    o, base = engine.layout.optimizer, engine.layout.base
+    params = list(engine.module.parameters())
+    is_partitioned = hasattr(params[0], "ds_tensor")
+    units = list(engine.layout.units())
+    buckets = list(getattr(o, "ipg_buckets", {}).values())
+    tensors = {
+        "weights": [p.ds_tensor if is_partitioned else p.data for p in params],
+        "resident": [p.data for p in params],
+        "masters": [u.master.data for u in units],
+        "moments": [
+            *(v for state in base.state.values() for v in state.values()),
+            *_flat(getattr(o, "_muon_pending_momentum", {}).values()),
+        ],
+        "gradients": [
+            *(p.grad for p in params),
+            *(g for held in getattr(engine.layout, "_held", {}).values() for g in held[0]),
+            *_flat(getattr(o, "averaged_gradients", {}).values()),
+            *_flat(getattr(o, "all_grad_tensors", {}).values()),
+            getattr(o, "grad_partitions_flat_buffer", None),  # stage 3: it stays
+        ],
+        "buckets": [
+            *_flat(getattr(b, "buffer", None) for b in buckets),
+            *_flat(getattr(o, "_muon_allgather_buffers", {}).values()),
+        ],
+    }
+    if not buckets and base is o:
+        tensors["masters"] = []
+    seen: set = set()
+    found: dict = {kind: {} for kind in tensors}
+    for kind, every in tensors.items():
+        for t in every:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes():
+                pointer, size = _storage(t)
+                if pointer not in seen:
+                    seen.add(pointer)
+                    found[kind][pointer] = size
+    return found
+
+
+def _flat(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _flat(value)
+        elif isinstance(value, dict):
+            yield from _flat(value.values())
+
+
+def traffic(cases):
+    """For each case, bytes of the tensors of one step's collectives, by operation and ranks."""
+    log: list = []
+    for name in OPERATIONS:
+        setattr(dist, name, _counted(name, getattr(dist, name), log))
+    results = []
+    for case in cases:
+        engine = build(case)
+        for step in range(3):  # ZeRO-3 learns the order of modules in the first
+            log.clear()
+            engine.train_step(batch(engine, step), 1.0)
+        sums = defaultdict(int)
+        for operation, size, ranks in log:
+            sums[f"{operation}/{ranks}"] += size
+        results.append(dict(sums))
+    return results
+
+
+def _counted(name, function, log):
+    kind, place, word = OPERATIONS[name]
+
+    def counted(*args, **kwargs):
+        whole = kwargs[word] if word in kwargs else args[place]
+        size = sum(t.numel() * t.element_size() for t in _flat([whole]))
+        groups = [x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup)]
+        is_scalar = name == "all_reduce" and size <= 16  # norms and flags
+        if not is_scalar:
+            log.append((kind, size, dist.get_world_size(*groups[:1])))
+        return function(*args, **kwargs)
+
+    return counted

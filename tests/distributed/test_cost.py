@@ -1,0 +1,80 @@
+"""The plan's bytes against real ranks: every live tensor by kind, every collective, exactly."""
+
+import pytest
+import ranks
+from cost_jobs import MICRO_BATCHES, job_of
+
+from trainer.cost import states
+from trainer.inventory import inventory
+from trainer.traffic import collectives
+
+pytestmark = pytest.mark.distributed
+
+KINDS = [[o, p] for o in ("adamw", "muon") for p in ("bf16", "fp32")]
+SMALL = "stage3_param_persistence_threshold: 50"
+
+
+def zero(*settings):
+    return f"engine.deepspeed={{zero_optimization: {{{', '.join(settings)}}}}}"
+
+
+CASES = [[stage, *kind] for stage in range(3) for kind in KINDS]
+CASES += [[3, *kind, zero(SMALL)] for kind in KINDS]
+CASES += [[1, "adamw", "bf16", "model.bias=true", "model.norm=layernorm", "model.mlp=gelu"]]
+CASES += [[3, "adamw", "bf16"]]  # every parameter is small, and stays
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_states_are_the_tensors_of_real_ranks(size):
+    for case, measured in zip(
+        CASES, ranks.run("cost_scenarios:states", size, 580, cases=CASES), strict=True
+    ):
+        job = job_of(case, size)
+        held = inventory(job)
+        for rank, found in enumerate(measured):
+            s = states(job, held, size, rank)
+            where = f"{case} on rank {rank} of {size}"
+            for moment in ("held", "after"):
+                now = found[moment]
+                assert now.get("weights", 0) == s.weights, where
+                assert now.get("resident", 0) == s.resident, where
+                assert now.get("masters", 0) == s.masters, where
+                assert now.get("moments", 0) == s.moments, where
+                assert now.get("buckets", 0) <= s.buckets, where
+                assert now.get("other", 0) <= 100, where  # norms, flags
+            assert found["held"].get("gradients", 0) == s.held, where
+            assert found["accumulating"] == s.gradients, where
+            fp32_stage_0 = case[0] == 0 and case[2] == "fp32"  # the gradients themselves
+            assert found["updating"] == (s.held if fp32_stage_0 else s.update), where
+        most = states(job, held, size)
+        every = [states(job, held, size, rank) for rank in range(size)]
+        assert most.backward == max(s.backward for s in every), case
+
+
+FAR = "stage3_max_reuse_distance: 0, stage3_prefetch_bucket_size: 0"
+SOME = "stage3_max_reuse_distance: 4000, stage3_prefetch_bucket_size: 0"
+CHECKPOINTING = "model.activation_checkpointing=true"
+TRAFFIC = [
+    *[[stage, kind, "bf16"] for stage in range(4) for kind in ("adamw", "muon")],
+    *[[3, kind, "bf16", zero(SMALL)] for kind in ("adamw", "muon")],
+    *[[3, "adamw", "bf16", zero(SMALL, reuse), *more]
+      for reuse in (FAR, SOME) for more in ([], [CHECKPOINTING])],
+    [3, "adamw", "bf16", zero(SMALL, SOME), "model.tie_embeddings=true"],
+    [2, "adamw", "fp32", "model.tie_embeddings=true"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_traffic_is_what_real_ranks_send(size):
+    cases = list(TRAFFIC)
+    if size == 4:
+        near = "engine.hierarchical_partition=2"
+        cases += [[3, "adamw", "bf16", zero(SMALL, reuse), near] for reuse in (FAR, SOME)]
+    measured = ranks.run("cost_scenarios:traffic", size, 580, cases=cases)
+    for case, found in zip(cases, measured, strict=True):
+        job = job_of(case, size)
+        expected: dict[str, int] = {}
+        for c in collectives(job, inventory(job), size):
+            name = f"{c.kind}/{c.ranks}"
+            expected[name] = expected.get(name, 0) + c.payload
+        assert found == expected, f"{case} on {size} ranks, {MICRO_BATCHES} micro-batches"
