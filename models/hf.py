@@ -6,6 +6,7 @@ knows (z_loss, loss_chunk, activation_checkpointing, init_std; dropout but for G
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,23 +107,32 @@ def family_of(config: ModelConfig) -> str:
     )
 
 
-def to_hf(config: ModelConfig, state: State) -> tuple[dict[str, Any], State]:
-    """config.json's content and the weights under Hugging Face's names.
+def to_hf(
+    config: ModelConfig, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+    """config.json's content, and the weights under Hugging Face's names, one at a time: each is
+    taken out of `state` when it is asked for, and not held.
 
     Args: `config`, and the state_dict of its Transformer. Special tokens are left None: the caller
     knows the tokenizer. Raises ValueError where no architecture fits.
     """
     config = config.resolved()
     family = family_of(config)
+    dtype = str(state[next(iter(state))].dtype).removeprefix("torch.")
+    return _hf_config(family, config) | {"dtype": dtype}, _renamed(family, config, state)
+
+
+def _renamed(
+    family: str, config: ModelConfig, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     names = _names(family, config)
-    if family == "gpt2":
-        state = _fuse(state)
-    hf_state = {}
-    for name, tensor in state.items():
+    for name, tensor in _fused(state) if family == "gpt2" else _items(state):
         module, leaf = name.rsplit(".", 1)
-        hf_state[f"{names[module]}.{leaf}"] = tensor
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    return _hf_config(family, config) | {"dtype": dtype}, hf_state
+        yield f"{names[module]}.{leaf}", tensor
+
+
+def _items(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, state[name]) for name in state)
 
 
 def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, State]:
@@ -171,21 +181,20 @@ def _is_gpt2_matrix(name: str, tensor: Tensor) -> bool:
     return name.startswith("blocks.") and tensor.dim() == 2
 
 
-def _fuse(state: State) -> State:
+def _fused(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """GPT-2 keeps matrices as (in, out), and query, key and value in one."""
-    fused: State = {}
-    for name, tensor in state.items():
+    for name in state:
+        if ".key." in name or ".value." in name:
+            continue
+        tensor = state[name]
         if ".query." in name:
             parts = [state[name.replace(".query.", f".{part}.")] for part in ("key", "value")]
             name, tensor = name.replace(".query.", ".qkv."), torch.cat([tensor, *parts])
-        elif ".key." in name or ".value." in name:
-            continue
-        fused[name] = tensor.T.contiguous() if _is_gpt2_matrix(name, tensor) else tensor
-    return fused
+        yield name, tensor.T.contiguous() if _is_gpt2_matrix(name, tensor) else tensor
 
 
 def _split(state: State) -> State:
-    """The inverse of _fuse."""
+    """The inverse of _fused."""
     split: State = {}
     for name, tensor in state.items():
         tensor = tensor.T.contiguous() if _is_gpt2_matrix(name, tensor) else tensor

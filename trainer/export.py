@@ -4,10 +4,12 @@ Invariant: the directory appears whole, by one rename, or not at all; and its lo
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from models.config import ModelConfig
 from models.hf import FAMILIES, family_of, to_hf
@@ -15,6 +17,8 @@ from trainer.door import RunView
 from trainer.durable import fsync_path, staged
 from trainer.errors import UserError
 from trainer.stored import Checkpoint
+
+_PART = 5_000_000_000  # bytes of a file, about
 
 
 def family(view: RunView) -> str:
@@ -35,14 +39,15 @@ def family(view: RunView) -> str:
 
 
 def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
-    """Write the directory `to` (fp32): config.json, generation_config.json, model.safetensors,
-    tokenizer.json, tokenizer_config.json. Raises UserError where no family fits or `to` exists."""
+    """Write the directory `to` (fp32): config.json, generation_config.json, model.safetensors (of a
+    large model in parts, with their index), tokenizer.json, tokenizer_config.json. No more of the
+    model than a part is in memory. Raises UserError where no family fits or `to` exists."""
     family(view)
     if to.exists():
         raise UserError(str(to), "exists already", "choose another directory with to=DIR")
     model = view.config.model
     assert isinstance(model, ModelConfig)
-    config, state = to_hf(model, checkpoint.weights())
+    config, tensors = to_hf(model, checkpoint.weights())
     end = view.identity["dataset"]["end_of_text"]
     # The end-of-text token stands before every document in training, so it begins one here too.
     ends = {"bos_token_id": end, "eos_token_id": end}
@@ -55,10 +60,46 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
         for name, content in files.items():
             (stage / name).write_text(json.dumps(content, indent=2) + "\n")
         (stage / "tokenizer.json").write_bytes(view.run.tokenizer.read_bytes())
-        save_file(state, stage / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(stage, tensors)
         for path in stage.iterdir():
             fsync_path(path)
     return to
+
+
+def _write_weights(stage: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """As transformers names them: one file, or parts that an index lists. How many parts there are
+    stands in their names, and is known at the end."""
+    parts: list[list[str]] = []
+    total = 0
+    for part in _parts(tensors):
+        parts.append(list(part))
+        total += sum(t.nbytes for t in part.values())
+        save_file(part, stage / f"part-{len(parts)}", metadata={"format": "pt"})
+        part.clear()
+    if len(parts) == 1:
+        (stage / "part-1").rename(stage / "model.safetensors")
+        return
+    where: dict[str, str] = {}
+    for number, names in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        (stage / f"part-{number}").rename(stage / file)
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Of at most _PART bytes, or one tensor."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if part and size + tensor.nbytes > _PART:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+        del tensor
+    yield part
 
 
 def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ reading tensors imports torch, so that `status` starts at once.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -107,9 +107,27 @@ class Checkpoint:
         self.reader.read_into(name, state, 0, out.view(-1))
         return out
 
-    def weights(self) -> dict[str, "Tensor"]:
-        """All parameters and buffers by name, fp32."""
-        return {name: self.tensor(name) for name in self.shapes}
+    def weights(self) -> "Weights":
+        """All parameters and buffers by name, fp32, each read when it is asked for."""
+        return Weights(self)
+
+
+class Weights(Mapping[str, "Tensor"]):
+    """A checkpoint's weights, none of them held."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> "Tensor":
+        if name not in self._checkpoint.shapes:
+            raise KeyError(name)
+        return self._checkpoint.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.shapes)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.shapes)
 
 
 def coverage_faults(state: dict[str, Any]) -> list[str]:

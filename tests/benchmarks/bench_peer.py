@@ -48,9 +48,9 @@ def theirs(turn, steps: int) -> None:
         job = settle(job, sources)
         assert isinstance(job.model, ModelConfig)
         kept = batches(job, sources, 64)
-        config, weights = to_hf(job.model, build_model(job, sources.vocab_size).state_dict())
+        config, tensors = to_hf(job.model, build_model(job, sources.vocab_size).state_dict())
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-        model.load_state_dict(weights)
+        model.load_state_dict(dict(tensors))
         o, batch = job.optimizer, job.train.global_batch
         arguments = TrainingArguments(
             output_dir=folder,

@@ -39,6 +39,12 @@ ORACLES = {
 PADDINGS = {"none": (0, 0), "left": (7, 0), "right": (0, 5), "both": (3, 2)}
 
 
+def converted(config, state):
+    """to_hf's config.json and all of its weights."""
+    hf_config, tensors = to_hf(config, state)
+    return hf_config, dict(tensors)
+
+
 def scrambled(config):
     """A model none of whose weights is at a special value, so that a swapped one shows."""
     torch.manual_seed(1)
@@ -51,7 +57,7 @@ def scrambled(config):
 
 def exported(model, folder):
     """The model as a user of transformers loads it."""
-    hf_config, hf_state = to_hf(model.config, model.state_dict())
+    hf_config, hf_state = converted(model.config, model.state_dict())
     (folder / "config.json").write_text(json.dumps(hf_config))
     save_file(hf_state, folder / "model.safetensors", metadata={"format": "pt"})
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -85,7 +91,7 @@ def test_logits_and_gradients_equal_transformers(name, tmp_path):
         theirs.zero_grad()
         ours(tokens, targets, real).sum().backward()
         F.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-        _, gradients = to_hf(ours.config, {n: p.grad for n, p in ours.named_parameters()})
+        _, gradients = converted(ours.config, {n: p.grad for n, p in ours.named_parameters()})
         for n, p in theirs.named_parameters():
             torch.testing.assert_close(gradients[n], p.grad, rtol=1e-4, atol=1e-4)
 
@@ -117,7 +123,7 @@ def test_documents_equal_transformers_under_their_mask_and_positions(name, tmp_p
 @pytest.mark.parametrize("name", ORACLES)
 def test_there_and_back_is_exact(name):
     model = scrambled(ORACLES[name])
-    config, state = from_hf(*to_hf(model.config, model.state_dict()))
+    config, state = from_hf(*converted(model.config, model.state_dict()))
     assert config == model.config
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
@@ -144,7 +150,7 @@ def test_a_foreign_model_comes_in(family):
 def test_what_no_family_fits_is_refused():
     config = ModelConfig(**SIZES, position="sinusoidal")
     with pytest.raises(ValueError, match=r"nearest is Qwen3.* position=sinusoidal \(rotary\)"):
-        to_hf(config, Transformer(config).state_dict())
+        converted(config, Transformer(config).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -158,13 +164,13 @@ def test_what_no_family_fits_is_refused():
     ],
 )
 def test_a_variant_that_we_do_not_compute_is_refused(change, word):
-    hf_config, hf_state = to_hf(QWEN3, Transformer(QWEN3).state_dict())
+    hf_config, hf_state = converted(QWEN3, Transformer(QWEN3).state_dict())
     with pytest.raises(ValueError, match=word):
         from_hf(hf_config | change, hf_state)
 
 
 def test_unknown_and_missing_weights_are_named():
-    hf_config, hf_state = to_hf(QWEN3, Transformer(QWEN3).state_dict())
+    hf_config, hf_state = converted(QWEN3, Transformer(QWEN3).state_dict())
     with pytest.raises(ValueError, match=r"model\.extra\.weight"):
         from_hf(hf_config, hf_state | {"model.extra.weight": torch.zeros(1)})
     del hf_state["model.norm.weight"]

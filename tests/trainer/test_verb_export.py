@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from small_run import make_run
 from models import hf
 from trainer import open_run
 from trainer.compose import compose
+from trainer.stored import Checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,6 +44,38 @@ def test_transformers_computes_our_logits(architecture, small_data, tmp_path, fo
     with torch.no_grad():
         ours, expected = open_run(run.path).model()(tokens), theirs.eval()(tokens).logits
     assert expected.abs().max() > 1
+    assert (ours - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "GPT2LMHeadModel"])
+def test_a_large_model_is_written_in_parts_and_never_held_whole(
+    architecture, small_data, tmp_path, monkeypatch, forescale
+):
+    deep = ["model.num_layers=9", *BASE[1:], *FAMILIES[architecture]]
+    run = make_run(small_data, tmp_path / "runs", "a", *deep)
+    held, most = [0], [0]
+    read = Checkpoint.tensor
+
+    def counted(self, name, state="weight"):
+        tensor = read(self, name, state)
+        held[0] += tensor.nbytes
+        most[0] = max(most[0], held[0])
+        weakref.finalize(tensor, lambda size: held.__setitem__(0, held[0] - size), tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    monkeypatch.setattr("trainer.export._PART", 20_000)
+    assert forescale("export", run.path, f"to={tmp_path / 'hf'}")[0] == 0
+    parts = sorted(p.name for p in (tmp_path / "hf").glob("model-*.safetensors"))
+    assert parts[0] == f"model-00001-of-{len(parts):05d}.safetensors"
+    assert len(parts) > 3
+    monkeypatch.undo()
+    sizes = [4 * torch.Size(s).numel() for s in open_run(run.path).checkpoint().shapes.values()]
+    assert most[0] < 20_000 + 3 * max(sizes) < sum(sizes) / 2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, expected = open_run(run.path).model()(tokens), theirs.eval()(tokens).logits
     assert (ours - expected).abs().max() < 1e-5
 
 
