@@ -23,6 +23,7 @@ from trainer.errors import UserError
 from trainer.feeding import feed_of
 from trainer.frozen import freeze, may_resume, thaw
 from trainer.run import Run
+from trainer.schema import leaves, plain
 
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
 
@@ -178,7 +179,10 @@ def numerics(
     job: TrainJob, world_size: int, device: str, threads: int, compiled: bool
 ) -> dict[str, Any]:
     """All that must be equal for a resumed run to repeat the uninterrupted one bit for bit."""
+    kinds, rules = leaves(TrainJob), plain(job.guard)
+    guard = {f"guard.{k}": str(v) for k, v in rules.items()}
     return {
+        **{path: rule for path, rule in guard.items() if kinds[path].kind == "numerics"},
         "world_size": world_size,
         "stage": job.engine.stage,
         "precision": job.precision.kind,

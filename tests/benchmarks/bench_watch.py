@@ -1,11 +1,12 @@
-"""What it costs to be watched: the marks that the training thread makes in a step, and a beat of
-the heart beside it.
+"""What it costs to be watched: what the training thread does for it in a step (marks, verdict,
+hash of the windows, row), and a beat of the heart beside it.
 
 The marks of a step are made as the loop and the engine make them, and nothing else, so what is
 timed is theirs alone. A rank beats in a thread of its own: its time counts against the training
 only while it holds the interpreter, so a beat's time over its interval is an upper bound.
 """
 
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ def measure(rounds: int) -> list[Result]:
         mirrored.mirror = heart.node.mirror(0)
         marks = interleaved(rounds, lambda: _marks(mirrored), lambda: _marks(pulse))
         beats = [(_beats(heart),) for _ in range(rounds)]
+        rows = [(_verdicts(), _hashes(), _rows(Attempt(path))) for _ in range(rounds)]
         heart.node.remove()
     share = sorted(row[0] for row in marks)[len(marks) // 2] / 1e6 / STEP
     every = settings.beat.seconds or 1.0
@@ -40,7 +42,15 @@ def measure(rounds: int) -> list[Result]:
     facts = {"micro-batches": MICRO_BATCHES, "share of a 100 ms step": f"{share:.4%}"}
     bound = {"share of a core at pulse.beat": f"{beat:.4%}"}
     asked = "at most 1 % of a step with all else"
+    middle = [sorted(column)[rounds // 2] for column in zip(*rows, strict=True)]
+    names = ("a verdict", "the hash of the windows", "a row")
+    own = {f"{name} (us)": round(us, 1) for name, us in zip(names, middle, strict=True)}
+    whole = sorted(row[0] for row in marks)[len(marks) // 2] + sum(middle)
+    own |= {f"with the marks, of a {s:.0f} ms step": f"{whole / s / 1e3:.3%}" for s in (65, 100)}
     return [
+        Result(
+            "guard, hash and row of a step", "us", ("all",), [(sum(r),) for r in rows], facts=own
+        ),
         Result("marks of a step", "us", labels, marks, asked, facts),
         Result("a beat of the heart", "us", ("beat",), beats, facts=bound),
     ]
@@ -71,3 +81,60 @@ def _beats(heart, count: int = 500) -> float:
     for _ in range(count):
         heart._tick(0.0)
     return (time.perf_counter() - began) / count * 1e6
+
+
+def _verdicts(count: int = 5_000) -> float:
+    """Microseconds each."""
+    from trainer.config import GuardConfig
+    from trainer.guard import Guard
+
+    guard, rng = Guard(GuardConfig()), random.Random(0)
+    pairs = [(rng.gauss(4, 0.1), rng.gauss(1, 0.1)) for _ in range(count)]
+    return _each(pairs, lambda step, pair: guard.judge(step, *pair))
+
+
+def _hashes(count: int = 2_000) -> float:
+    """Of the default job's windows, microseconds a step."""
+    import numpy as np
+
+    from trainer.data.feed import window_hash
+
+    windows = np.zeros((8, 257), np.uint16)
+    return _each(range(count), lambda step, g: [window_hash(g, window) for window in windows])
+
+
+def _rows(attempt, count: int = 1_000) -> float:
+    """Microseconds each, by the product's own part, with what the shared word told."""
+    import psutil
+    import torch
+
+    from trainer.checkpoint import Position
+    from trainer.duration import Duration
+    from trainer.engine.step import Facts
+    from trainer.engine.world import Word
+    from trainer.loop import Step
+    from trainer.metrics import Line, Metrics, Prices
+    from trainer.parts import Every
+
+    process = psutil.Process()
+    line = Line(Every(Duration(10**6), 10**6, 10**6), 10**6, 0, True)
+    prices = Prices(full=6e6, causal=5e6, six_n=4e6, peak=1e12)
+    rates = {"muon": 0.02, "decayed": 0.004, "undecayed": 0.004}
+    memory = lambda: process.memory_info().rss  # noqa: E731
+    metrics = Metrics(attempt, prices, rates, line, [], memory, True)
+    facts = Facts(torch.tensor([4.0]), 1.0, True)
+    spent = {"data": 0.001, "compute": 0.06, "logging": 0.0002}
+
+    def see(_, t: int) -> None:
+        step = Step(Position(t, 8 * t, 2048 * t), 8 * t - 8, {"data": 2048}, 1.0, facts, spent)
+        metrics.see(step, Word(t, [8192.0], 1 << 60, False, False, 0.06 * t))
+
+    return _each(range(1, count + 1), see)
+
+
+def _each(items, work) -> float:
+    items = list(items)
+    began = time.perf_counter()
+    for i, item in enumerate(items):
+        work(i, item)
+    return (time.perf_counter() - began) / len(items) * 1e6

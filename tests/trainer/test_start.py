@@ -8,6 +8,7 @@ import pytest
 from small_run import make_dataset, make_job
 
 from trainer import start as start_module
+from trainer.compose import compose
 from trainer.durable import write_json
 from trainer.errors import UserError
 from trainer.frozen import thaw
@@ -215,3 +216,15 @@ def test_numerics_change_with_what_changes_bits(job):
         of(job(), compiled=True),
     ):
         assert sum(base[key] != other[key] for key in base) == 1
+
+
+def test_another_guard_is_told_as_what_ends_exactness():
+    """And not what only says how often it looks."""
+
+    def found(*overrides):
+        job = compose("train", ["train.steps=400", "train.tokens=null", *overrides])
+        return numerics(job, 1, "cpu", 1, False)
+
+    usual = found()
+    changed = found("guard.loss_spike=rollback", "guard.replay=5 steps")
+    assert {k for k in usual if usual[k] != changed[k]} == {"guard.loss_spike"}
