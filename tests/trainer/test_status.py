@@ -176,6 +176,18 @@ def test_where_the_time_went_and_what_it_asks_for(own_run, forescale):
     )
 
 
+def test_nothing_is_proposed_from_a_time_too_short_to_tell(own_run, forescale):
+    say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
+    rows = [json.loads(line) for line in own_run.metrics.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train":
+            row["seconds"]["checkpoint"] = 60.0  # a save stalls for longer than was ever trained
+    own_run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out, _ = forescale("status", "small")
+    assert "in too short a time to propose checkpoint.every from" in out
+    assert "loses least" not in out
+
+
 def test_injected_faults_and_pins_are_said(own_run, forescale):
     rows = Rows(own_run.attempts()[0].path / "faults-rank-1.jsonl")
     rows.add({"fault": "kill@3:rank1", "time": 1.0, "at": "forward"})

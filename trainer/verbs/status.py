@@ -21,6 +21,7 @@ from trainer.status import Status, ago, runs_under
 from trainer.stragglers import ALONE
 
 _COLOURS = {"running": "green", "complete": "cyan", "interrupted": "yellow", "crashed": "red"}
+_TELLS_NOTHING = 0.5  # expected waste above which an assumed rate of failures is no news
 _WIDEST = 120  # where there is no terminal
 
 
@@ -199,6 +200,9 @@ def _show_time(s: Status, console: Console) -> None:
 def _show_interval(s: Status, console: Console) -> None:
     """The interval between checkpoints that the run's own numbers ask for."""
     if (found := s.goodput.interval()) is None:
+        return
+    if found.assumed and found.waste > _TELLS_NOTHING:
+        console.print("No failure was seen, in too short a time to propose checkpoint.every from.")
         return
     often = f"a failure every {_span(found.mtbf)}"
     if found.assumed:
