@@ -111,3 +111,10 @@ def test_no_import_runs_in_a_circle():
     done: set[str] = set()
     for module in known:
         visit(module, ())
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest, which imports them by it, stops where two share one."""
+    files = [*(ROOT / "tests").rglob("*.py")]
+    names = [path.name for path in files if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

@@ -2,7 +2,7 @@
 
 The states are those that DeepSpeed 0.19.8 really keeps under our engine, with its padding and
 whatever it keeps beyond the ZeRO paper's table (Rajbhandari et al. 2020, arXiv 1910.02054, section
-3). Found by listing every tensor of real ranks (tests/distributed/test_cost.py holds the formulas
+3). Found by listing every tensor of real ranks (tests/distributed/test_real_costs.py holds the formulas
 to them); layouts are described in engine/layout.py. Invariant: imports no torch.
 
 What is beyond the table:

@@ -3,7 +3,7 @@
 Follows DeepSpeed 0.19.8's coordinator (zero/partitioned_param_coordinator.py): a module's
 parameters are gathered before it runs, forward and backward, and released behind it unless one of
 the modules ahead uses them before stage3_max_reuse_distance elements have gone by. Invariant:
-counts only; tests/distributed/test_cost.py holds them to the collectives of real ranks.
+counts only; tests/distributed/test_real_costs.py holds them to the collectives of real ranks.
 """
 
 from collections.abc import Collection, Sequence

@@ -1,7 +1,7 @@
 """What the ranks send each other in a step, and how long that takes.
 
 The collectives are those that DeepSpeed 0.19.8 makes under our engine, found by counting them on
-real ranks (tests/distributed/test_cost.py holds these formulas to them, byte for byte):
+real ranks (tests/distributed/test_real_costs.py holds these formulas to them, byte for byte):
 - Stages 0 and 1 all-reduce the gradients once a step; stage 2 at each micro-batch. Both stages 1
   and 2 all-reduce where a reduce-scatter would do (use_multi_rank_bucket_allreduce), and gather the
   weights after the update.
