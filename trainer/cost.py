@@ -2,8 +2,8 @@
 
 The states are those that DeepSpeed 0.19.8 really keeps under our engine, with its padding and
 whatever it keeps beyond the ZeRO paper's table (Rajbhandari et al. 2020, arXiv 1910.02054, section
-3). Found by listing every tensor of real ranks (tests/distributed/test_real_costs.py holds the formulas
-to them); layouts are described in engine/layout.py. Invariant: imports no torch.
+3). Found by listing every tensor of real ranks (tests/distributed/test_real_costs.py holds the
+formulas to them); layouts are described in engine/layout.py. Invariant: imports no torch.
 
 What is beyond the table:
 - Stages 1 and 2 pad each parameter group to a multiple of 2 elements a rank, and keep whole the
