@@ -5,6 +5,7 @@ ours keeps its traceback and ends with code 1.
 """
 
 import importlib
+import io
 import os
 import re
 import sys
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = _warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Into a pipe or a log too, a line is there when it is said, before what is said after it.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         return _dispatch(words)
     except UserError as e:

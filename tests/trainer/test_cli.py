@@ -157,3 +157,19 @@ def test_several_runs_at_once_are_pointed_to_studies(forescale):
     code, _, err = forescale("train", "-m", "train.seed=1,2")
     assert code == USER
     assert "study" in err
+
+
+def test_what_is_said_stands_in_a_log_in_the_order_in_which_it_was_said(tmp_path):
+    """Two streams into one file, as a batch system has it; nothing else makes Python hurry."""
+    code = (
+        "import sys; from trainer import cli\n"
+        "def said(words): print('first'); print('second', file=sys.stderr); print('third')\n"
+        "cli._dispatch = said; cli.main([])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = str(ROOT)
+    with open(tmp_path / "log", "w") as log:
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=log, stderr=log, env=environment, check=True
+        )
+    assert (tmp_path / "log").read_text().split() == ["first", "second", "third"]
