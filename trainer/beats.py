@@ -138,6 +138,14 @@ class Node:
                 found[beat.rank] = (beat, sign)
         return dict(sorted(found.items()))
 
+    def ask(self) -> None:
+        """Have the ranks of the node write down their stacks."""
+        with suppress(OSError):
+            (self.path / "asked").touch()
+
+    def is_asked(self) -> bool:
+        return (self.path / "asked").exists()
+
     def end(self) -> None:
         """Have all ranks of the node leave, hard."""
         with suppress(OSError):

@@ -9,10 +9,13 @@ Invariant: a rank that waits for others is never blamed, nor one that may still 
 
 import json
 import os
+import sys
+import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from types import FrameType
 
 from trainer.beats import Seen
 
@@ -152,6 +155,22 @@ def verdict(attempt: Path) -> Hang | None:
         return Hang(**{**stored, "ranks": tuple(stored["ranks"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def python_stacks() -> str:
+    """Where all threads of this process are, without the lines of the source, which may lie on a
+    storage that hangs."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines: list[str] = []
+    for ident, top in sys._current_frames().items():
+        lines.append(f"Thread {names.get(ident, ident)} (most recent call first):")
+        frame: FrameType | None = top
+        while frame is not None:
+            code = frame.f_code
+            lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
+            frame = frame.f_back
+        lines.append("")
+    return "\n".join(lines)
 
 
 def report(hang: Hang, seen: Iterable[Seen], stacks: dict[int, str]) -> str:

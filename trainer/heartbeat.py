@@ -20,7 +20,7 @@ from contextlib import suppress
 from trainer.beats import ENDED, Beat, Node, Seen, share, sweep
 from trainer.config_care import PulseConfig
 from trainer.errors import CRASHED
-from trainer.hang import WAITS
+from trainer.hang import WAITS, python_stacks
 from trainer.pulse import Pulse
 from trainer.run import Attempt
 from trainer.watchdog import Watchdog
@@ -58,12 +58,15 @@ class Heart:
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._visit, self._here = (pulse.at, pulse.since), 0.0
         self._paces: deque[tuple[int, dict[str, float]]] = deque(maxlen=_RECENT)
+        self._has_answered = False
         self._heard: dict[int, tuple[int, float]] = {}  # by rank: its last sign, silence since
 
     def start(self) -> "Heart":
         sweep()
         self._stacks = open(self.node.stacks(self.rank), "wb", buffering=0)  # noqa: SIM115
-        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        # For a training thread that holds the interpreter's lock, so that the heart can't answer.
+        # Of it alone: others' frames would be read without the lock, which can kill the process.
+        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=False)
         self.pulse.mirror = self.node.mirror(self.rank)
         self.node.write(self._beat())
         self._thread.start()
@@ -107,6 +110,9 @@ class Heart:
     def _tick(self, lived: float) -> None:
         self._count(lived)
         self.node.write(self._beat())
+        if not self._has_answered and self.node.is_asked():
+            self._has_answered = True
+            self._stacks.write(python_stacks().encode())
         seen = self._look(lived)
         if self.node.is_over() or self.watchdog.is_lost(seen, lived):
             self.leave(CRASHED)

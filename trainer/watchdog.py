@@ -24,12 +24,12 @@ import psutil
 from trainer.beats import Node, Seen, share, shared
 from trainer.config_care import PulseConfig
 from trainer.errors import CRASHED
-from trainer.hang import Hang, diagnose, publish, report, verdict
+from trainer.hang import Hang, diagnose, publish, python_stacks, report, verdict
 from trainer.run import Attempt
 from trainer.stragglers import stragglers
 
 _AGAIN = 300.0  # seconds until a slow rank is told of once more
-_ANSWER = 1.0  # seconds that ranks have to show their stacks
+_ANSWER = 1.0  # seconds, and two beats, that ranks have to show their stacks
 
 
 class Watchdog:
@@ -134,17 +134,19 @@ class Watchdog:
         self.leave(CRASHED)
 
     def _collect(self, seen: list[Seen]) -> dict[int, str]:
-        """Ask the ranks of this node for their stacks; those that answer within a second."""
-        seen = [s for s in seen if not s.beat.has_ended]
-        asked = {s.beat.rank: self.node.stacks(s.beat.rank) for s in seen}
+        """Ask the ranks of this node for their stacks; those that answer in time. Those whose heart
+        doesn't beat are asked by a signal too."""
+        others = [s for s in seen if not s.beat.has_ended and s.beat.rank != self.rank]
+        asked = {s.beat.rank: self.node.stacks(s.beat.rank) for s in others}
         before = {rank: _size(path) for rank, path in asked.items()}
-        for s in seen:
+        self.node.ask()
+        for s in others:
             with suppress(OSError, psutil.Error):
                 # A rank that is gone may have left its number to a stranger.
-                if psutil.Process(s.beat.pid).create_time() <= s.beat.time:
+                if s.is_silent and psutil.Process(s.beat.pid).create_time() <= s.beat.time:
                     os.kill(s.beat.pid, signal.SIGUSR2)
-        time.sleep(_ANSWER)
-        found = {}
+        time.sleep(_ANSWER + 2 * self.beat if others else 0.0)
+        found = {self.rank: python_stacks().rstrip()}
         for rank, path in asked.items():
             with suppress(OSError):
                 if text := path.read_bytes()[before[rank] :].decode(errors="replace"):

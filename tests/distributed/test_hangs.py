@@ -65,7 +65,9 @@ def test_a_rank_that_stands_still_is_named_and_the_run_goes_on(
     assert re.search(said, found.sentence), found.sentence
     assert found.sentence in output
     assert (run / "attempts/0001/hang.json").stat().st_mtime - struck(run) < 10
-    (report,) = run.glob("attempts/0001/hang-*.txt")
+    reports = list(run.glob("attempts/0001/hang-*.txt"))
+    assert len(reports) == 1, output
+    (report,) = reports
     stacks = report.read_text().split("Python stacks of rank ")
     for other in (0, 1):
         answers = "freeze" not in fault or other != rank

@@ -162,6 +162,17 @@ def test_a_real_heart_beats_and_clears_up(memory, attempt):
     assert [s.beat.has_ended for s in shared(attempt.path)] == [True, True]
 
 
+def test_a_rank_that_is_asked_shows_where_its_threads_are_once(heart, clock):
+    with open(heart.node.stacks(0), "wb", buffering=0) as heart._stacks:
+        beat(heart, clock)
+        heart.node.ask()
+        beat(heart, clock)
+        beat(heart, clock)
+    text = heart.node.stacks(0).read_text()
+    assert text.count("in test_a_rank_that_is_asked_shows_where_its_threads_are_once") == 1
+    assert "Thread MainThread (most recent call first):" in text
+
+
 def test_a_heart_that_fails_says_that_it_leaves(heart, clock, monkeypatch, capsys):
     """Else the others would take the rank for dead, and end the job."""
     monkeypatch.setattr(heart, "_tick", lambda lived: 1 / 0)

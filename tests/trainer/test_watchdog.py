@@ -1,7 +1,6 @@
 """Who is it that the others wait for: the answer as a pure function of beats, and the report."""
 
 import os
-import signal
 import time
 
 import pytest
@@ -165,16 +164,7 @@ def test_where_rank_0_does_not_answer_the_next_one_reports(watchdogs, attempt):
 
 
 def test_a_report_has_the_stacks_of_those_that_answer(watchdogs, attempt):
-    import faulthandler
-
-    watchdog = watchdogs(0, 2)
-    with open(watchdog.node.stacks(0), "wb") as f:
-        faulthandler.register(signal.SIGUSR2, file=f)
-        try:
-            mine = seen(0, "backward", 12, pid=os.getpid())
-            look(watchdog, [mine, STUCK[1]])
-        finally:
-            faulthandler.unregister(signal.SIGUSR2)
+    look(watchdogs(0, 2), [seen(0, "backward", 12, pid=os.getpid()), STUCK[1]])
     text = (attempt.path / "hang-a.txt").read_text()
     mine, other = text.split("Python stacks of rank 1:")
     assert "test_a_report_has_the_stacks" in mine
