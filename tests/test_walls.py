@@ -7,20 +7,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(p for top in ("trainer", "models", "conf") for p in (ROOT / top).rglob("*.py"))
+FILES = sorted(
+    p for top in ("trainer", "models", "conf", "slurm") for p in (ROOT / top).rglob("*.py")
+)
 
 # From the ground up; a file imports from its own floor and below.
 FLOORS = [
-    "errors durable duration names schema config config_care config_data config_plan jobs frozen "
-    "compose manual recipe faults scenarios models conf",
+    "errors durable duration names schema config config_care config_data config_plan config_slurm "
+    "jobs frozen compose manual recipe faults scenarios models conf",
     "data engine run memory feeding start guard pulse ranks beats hang stragglers inventory trace "
     "cost traffic",
     "stored retention checkpoint saving evaluate model loop parts metrics profile watch watchdog "
     "heartbeat injector resume",
     "door sampling scoring export replay audit goodput reliability status pace choices plan doctor "
     "device rank summary ending launch verdict drill",
+    "slurm",
+    "overview",
     "__init__ verbs cli __main__",
 ]
+SLURM_DOOR = {"slurm.rank": "__init__ verbs cli __main__"}
 LIGHT = "errors durable duration names schema config jobs frozen compose manual recipe start run"
 LIGHT_NOW = [*LIGHT.split(), "launch", "plan", "cli"]
 
@@ -52,6 +57,9 @@ def floor_of(module: str) -> int | None:
     parts = module.split(".")
     if parts[0] in ("models", "conf"):
         return 0
+    if parts[0] == "slurm":
+        # A rank of SLURM's is the command line's training, by another door.
+        return FLOORS.index(SLURM_DOOR.get(module, "slurm"))
     room = parts[1] if len(parts) > 1 else "__init__"
     return next((i for i, rooms in enumerate(FLOORS) if room in rooms.split()), None)
 

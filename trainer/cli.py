@@ -19,6 +19,9 @@ _python_warning = warnings.formatwarning
 VERBS = {
     "train": "train a model; on a bare machine, on an embedded corpus",
     "plan": "all problems and prices of a training job, before the queue",
+    "submit": "put a training job into the queue of a SLURM cluster",
+    "logs": "what a run's ranks say, or said last before they failed",
+    "stop": "have a run save and end, wherever it runs",
     "shards": "make a dataset of your own text",
     "status": "what runs are doing, what they have reached",
     "generate": "let a trained model write",

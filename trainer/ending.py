@@ -1,18 +1,19 @@
 """How launches end, and the likely cause where they end badly.
 
-    attempts/0003/launch.json      begun, command, host, processes; ended, code, how (seconds since
-                                   the epoch). Written by the launcher alone
+    attempts/0003/launch.json      begun, command, host, pid, processes; ended, code, rank, how
+                                   (seconds since the epoch). Written by the launcher alone
     attempts/0003/rank-1.fault     what a rank died of, in one line, by the rank itself
 
 Invariant: a cause is what somebody saw (a rank's own exception, a hang report, a signal), never a
 guess dressed as one. Imports no torch.
 """
 
+import os
 import signal
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,20 @@ LAUNCH = "launch.json"
 _LONGEST = 500  # characters of a cause
 
 
-def begin(attempt: Path, command: list[str], processes: int) -> None:
-    facts = {"begun": time.time(), "command": command, "host": socket.gethostname()}
-    write_json(attempt / LAUNCH, {**facts, "processes": processes})
+def begin(attempt: Path, command: Sequence[str], processes: int, **more: Any) -> None:
+    facts = {"begun": time.time(), "command": list(command), "host": socket.gethostname()}
+    facts |= {"pid": os.getpid(), "processes": processes}
+    write_json(attempt / LAUNCH, {**facts, **more})
 
 
-def end(attempt: Path, code: int, how: str) -> None:
-    facts = read_json(attempt / LAUNCH)
-    write_json(attempt / LAUNCH, {**facts, "ended": time.time(), "code": code, "how": how})
+def end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -> None:
+    """rank: the one whose end explains that of the others."""
+    note(attempt, ended=time.time(), code=code, rank=rank, how=how, **more)
+
+
+def note(attempt: Path, **more: Any) -> None:
+    """Add to what launch.json says; for the launcher alone."""
+    write_json(attempt / LAUNCH, {**read_json(attempt / LAUNCH), **more})
 
 
 def launch_of(attempt: Path) -> dict[str, Any]:
@@ -63,13 +70,18 @@ def _fault(attempt: Path, rank: int) -> Path:
     return attempt / f"rank-{rank}.fault"
 
 
+def has_left_word(attempt: Path, rank: int) -> bool:
+    """Whether a rank said what it died of; one that only lost a peer doesn't."""
+    return _fault(attempt, rank).exists()
+
+
 def guilty(attempt: Path, codes: Mapping[int, int]) -> int:
     """Of the ranks that ended by themselves and not well, the one whose end explains the others':
     those that only lost a peer come last."""
 
     def order(rank: int) -> tuple[int, int]:
         code = codes[rank]
-        reasons = (code == USER, code < 0, _fault(attempt, rank).exists(), code == INTERRUPTED)
+        reasons = (code == USER, code < 0, has_left_word(attempt, rank), code == INTERRUPTED)
         return next((i for i, holds in enumerate(reasons) if holds), len(reasons)), rank
 
     return min(codes, key=order)

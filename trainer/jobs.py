@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from trainer.config import CorpusConfig, Problems, TrainJob
 from trainer.config_plan import PlanJob
+from trainer.config_slurm import SubmitJob
 from trainer.duration import Duration
 from trainer.scenarios import BY_NAME
 from trainer.scenarios import problems as problems_of_scenarios
@@ -148,7 +149,35 @@ class StatusJob:
     TARGET: ClassVar[str] = "target"
 
     target: str | None = key(None, "a run (name or directory); null: all of them")
+    live: bool = key(False, "draw it anew every two seconds; --live does the same")
     run: RootConfig = section(RootConfig, "where the runs live")
+
+
+@dataclass
+class LogsJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory)")
+    rank: int | None = key(0, "whose words; null: the batch script's", ge=0)
+    attempt: int | None = key(None, "null: the newest that has any", ge=1)
+    lines: int = key(50, "so many of the last lines first", ge=0)
+    follow: bool = key(True, "go on while the run does")
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        return _needs(self.target, "logs")
+
+
+@dataclass
+class StopJob:
+    TARGET: ClassVar[str] = "target"
+
+    target: str | None = key(None, "a run (name or directory)")
+    now: bool = key(False, "cancel at once, without saving; --now does the same")
+    run: RootConfig = section(RootConfig, "where the runs live")
+
+    def problems(self) -> Problems:
+        return _needs(self.target, "stop")
 
 
 @dataclass
@@ -209,12 +238,15 @@ class DrillJob:
 JOBS: dict[str, Any] = {
     "train": TrainJob,
     "plan": PlanJob,
+    "submit": SubmitJob,
     "shards": ShardsJob,
     "generate": GenerateJob,
     "eval": EvalJob,
     "export": ExportJob,
     "check": CheckJob,
     "status": StatusJob,
+    "logs": LogsJob,
+    "stop": StopJob,
     "doctor": DoctorJob,
     "pin": PinJob,
     "prune": PruneJob,

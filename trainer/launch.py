@@ -166,7 +166,7 @@ def start_ranks(
     # A signal that came before the rank could listen ends it there: nothing is lost by that.
     result = INTERRUPTED if wish and code not in (DONE, USER) else code
     how, more = ending.how_it_ended(attempt, rank, result, ending.kills_for_memory() > kills)
-    ending.end(attempt, result, how)
+    ending.end(attempt, result, how, rank)
     if result == USER and rank:
         tell(_last_words(attempt / f"rank-{rank}.log"))
     elif result not in (DONE, USER, INTERRUPTED):

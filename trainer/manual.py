@@ -21,6 +21,9 @@ from trainer.schema import Leaf, leaves, options
 _PURPOSE = {
     "train": "Pretrain a transformer. Without any key: a small one on Python source, in minutes.",
     "plan": "Before the queue: every problem, memory, traffic, hours, price. Needs no GPU.",
+    "submit": "Plan a job, freeze it with its code, put it into SLURM's queue; it requeues itself.",
+    "logs": "Follow what a run's ranks say; of one that failed, the rank that failed first.",
+    "stop": "Have a run save and end, wherever it runs; in a queue it is not requeued.",
     "shards": "Turn your text into tokenised, checksummed webdataset shards.",
     "generate": "Let a trained model write.",
     "eval": "Score a model on held-out text: loss and bits per byte.",
@@ -47,6 +50,15 @@ _EXAMPLES = {
         "plan plan.from_run=first plan.gpu_hour=2.5   (speed as a run measured it)",
         "plan model=llama-7b plan.gpus=64 plan.deepspeed=true --json",
     ),
+    "submit": (
+        "submit train big slurm.nodes=8 slurm.gpus_per_node=8 model=llama-7b engine=zero3",
+        "submit train big --dry-run   (the script; nothing is written)",
+        "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 slurm.time='2 h'",
+        "submit train slurm.runs=sweep.txt slurm.at_once=4   (a line a run, as one array)",
+        "submit train big   (the same again goes on where the run was)",
+    ),
+    "logs": ("logs first", "logs first rank=3 follow=false", "logs first rank=null lines=200"),
+    "stop": ("stop first", "stop first --now   (cancel, without saving)"),
     "shards": (
         "shards books/ output=/data/books",
         "shards wiki.jsonl.zst output=w tokenizer=bytes",

@@ -6,6 +6,7 @@
       metrics.jsonl  events.jsonl   links to the newest attempt's
       checkpoints/step-00001000/    published whole, see checkpoint.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
+      jobs/0001/                    each time that it was submitted to SLURM, see slurm.submission
 
 Invariant: an attempt writes only inside its own directory, and one process writes a file. So an old
 attempt that wakes up while a newer one runs can't damage it; whether a checkpoint counts is judged
@@ -84,22 +85,17 @@ class Run:
 
     def attempts(self) -> list["Attempt"]:
         """Oldest first."""
-        root = self.path / "attempts"
-        names = sorted(p.name for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
-        return [Attempt(root / name) for name in names]
+        return [Attempt(path) for path in _numbered(self.path / "attempts")]
 
     def new_attempt(self) -> "Attempt":
-        """Take the next number, by an exclusive mkdir: two launches never share one."""
-        root = self.path / "attempts"
-        root.mkdir(parents=True, exist_ok=True)
-        number = max((a.number for a in self.attempts()), default=0)
-        while True:
-            number += 1
-            try:
-                (root / f"{number:04d}").mkdir()
-            except FileExistsError:
-                continue
-            return Attempt(root / f"{number:04d}")
+        return Attempt(_next(self.path / "attempts"))
+
+    def jobs(self) -> list[Path]:
+        """Of every time that it was submitted, oldest first."""
+        return _numbered(self.path / "jobs")
+
+    def new_job(self) -> Path:
+        return _next(self.path / "jobs")
 
     def is_eligible(self, attempt: int, step: int) -> bool:
         """Whether a checkpoint of `attempt` at `step` lies on the trajectory that goes on: no later
@@ -125,6 +121,24 @@ class Run:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(attempt.path.relative_to(self.path) / link.name)
             os.replace(temporary, link)
+
+
+def _numbered(root: Path) -> list[Path]:
+    names = sorted(p.name for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+    return [root / name for name in names]
+
+
+def _next(root: Path) -> Path:
+    """Take the next number, by an exclusive mkdir: two launches never share one."""
+    root.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in _numbered(root)), default=0)
+    while True:
+        number += 1
+        try:
+            (root / f"{number:04d}").mkdir()
+        except FileExistsError:
+            continue
+        return root / f"{number:04d}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from trainer.beats import Seen, shared
 from trainer.config import TrainJob
 from trainer.ending import launch_of
-from trainer.errors import UserError
+from trainer.errors import INTERRUPTED, UserError
 from trainer.frozen import thaw
 from trainer.goodput import Goodput
 from trainer.hang import Hang, verdict
@@ -82,6 +82,11 @@ class Status:
                 continue
         return found
 
+    @property
+    def saved(self) -> float | None:
+        """When the newest checkpoint was published: seconds since the epoch."""
+        return max((c.path.stat().st_mtime for c in self.checkpoints), default=None)
+
     def is_eligible(self, checkpoint: Checkpoint) -> bool:
         return self.run.is_eligible(checkpoint.attempt, checkpoint.position.step)
 
@@ -112,8 +117,9 @@ class Status:
             return "complete"
         if self._ended(self.attempts[-1:]):
             return "interrupted"
-        if self._has_launch_ended():
-            return "interrupted" if saved and saved == self.step else "crashed"
+        if ended := self._launch_that_ended():
+            kept = saved and saved == self.step
+            return "interrupted" if kept or ended.get("code") == INTERRUPTED else "crashed"
         longest = max((sum(row["seconds"].values()) for row in self.train), default=0.0)
         if self.attempts and self.age < _PATIENCE + 2 * longest:
             return "running"
@@ -121,14 +127,14 @@ class Status:
             return "new"
         return "interrupted" if saved and saved == self.step else "crashed"
 
-    def _has_launch_ended(self) -> bool:
-        """Whether our launcher saw the ranks of the newest attempt end."""
+    def _launch_that_ended(self) -> dict[str, Any] | None:
+        """What our launcher says of the newest attempt, if it saw its ranks end."""
         for attempt in reversed(self.attempts):
             if told := launch_of(attempt.path):
-                return "ended" in told
+                return told if "ended" in told else None
             if attempt.parent is None or attempt.parent.ill is None:
-                return False  # somebody else launched it; after a rollback it is the same launch
-        return False
+                return None  # somebody else launched it; after a rollback it is the same launch
+        return None
 
     @cached_property
     def goodput(self) -> Goodput:

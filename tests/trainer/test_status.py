@@ -36,10 +36,20 @@ def test_all_runs_in_a_table(own_run, forescale, small_data):
     code, out, _ = forescale("status")
     assert code == 0
     header, *rows = (re.split(r"  +", line.strip()) for line in out.splitlines())
-    assert header == ["run", "state", "step", "done", "tokens", "loss", "bits/byte", "last seen"]
+    told = "run state attempt step done loss bits/byte tokens/s MFU ETTR ETA saved seen"
+    assert header == [*told.split(), "last event"]
     assert sorted(row[0] for row in rows) == ["another", "small"]
     for row in rows:
-        assert row[1:7] == ["complete", "8/8", "100.0%", "1,024", "0.7500", "2.2500"]
+        assert row[1:7] == ["complete", "1", "8/8", "100.0%", "0.7500", "2.2500"]
+
+
+def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):
+    from trainer.verbs import status
+
+    monkeypatch.setattr(status, "_WIDEST", 80)
+    _, out, _ = forescale("status")
+    assert out.splitlines()[0].split()[:4] == ["run", "state", "step", "done"]
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_one_damaged_run_does_not_hide_the_others(own_run, forescale, small_data):

@@ -31,13 +31,14 @@ def main(words: list[str]) -> int:
         json.dump(as_json(plan), sys.stdout, indent=2)
         print()
     else:
-        _show(plan)
+        show(plan)
     if plan.problems:
         raise ConfigError(plan.problems)
     return DONE
 
 
-def _show(plan: Plan) -> None:
+def show(plan: Plan) -> None:
+    """Print the page."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDEST)

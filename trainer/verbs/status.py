@@ -2,81 +2,76 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from slurm.queue import Job
+from slurm.submission import in_queue, submissions
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.duration import Duration
 from trainer.ending import launch_of
-from trainer.errors import DONE, INTERRUPTED, USER, UserError
+from trainer.errors import DONE, INTERRUPTED, USER
 from trainer.goodput import Launch
 from trainer.jobs import StatusJob
+from trainer.overview import show_runs, state_of, table
 from trainer.run import Attempt, Run
 from trainer.status import Status, ago, runs_under
 from trainer.stragglers import ALONE
 
-_COLOURS = {"running": "green", "complete": "cyan", "interrupted": "yellow", "crashed": "red"}
 _TELLS_NOTHING = 0.5  # expected waste above which an assumed rate of failures is no news
-_WIDEST = 120  # where there is no terminal
+_WIDEST = 140  # where there is no terminal
+_REDRAW = 2.0  # seconds
 
 
 def main(words: list[str]) -> int:
+    words = ["live=true" if word == "--live" else word for word in words]
     job: StatusJob = compose("status", overrides_of("status", words))
-    root = Path(job.run.root).expanduser()
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDEST)
+    if not job.live:
+        console.print(_page(job, console.width), soft_wrap=True)
+        return DONE
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            live.update(_page(job, console.width), refresh=True)
+            time.sleep(_REDRAW)
+
+
+def _page(job: StatusJob, width: int) -> Text:
+    """All of it as one text, whether it is printed once or drawn again and again."""
+    root = Path(job.run.root).expanduser()
+    text = StringIO()
+    page = Console(highlight=False, width=width, file=text, force_terminal=True)
     if job.target:
-        _show_run(Status(Run.existing(Path(job.target).expanduser(), root)), console)
+        run = Run.existing(Path(job.target).expanduser(), root)
+        _show_run(Status(run), page, _jobs([run]).get(run.name))
     elif runs := runs_under(root):
-        _show_runs([Status(run) for run in runs], console)
+        show_runs([Status(run) for run in runs], page, _jobs(runs))
     else:
-        console.print(f"No runs under {escape(str(root))} yet; begin one with: forescale train")
-    return DONE
+        page.print(f"No runs under {escape(str(root))} yet; begin one with: forescale train")
+    return Text.from_ansi(text.getvalue().rstrip())
 
 
-def _show_runs(runs: list[Status], console: Console) -> None:
-    names = ("run", "state", "step", "done", "tokens", "loss", "bits/byte", "last seen")
-    table = _table(*names, left=("run", "state"))
-    faults = []
-    for status in sorted(runs, key=lambda s: s.age):
-        try:
-            table.add_row(escape(status.run.name), *_progress(status))
-        except UserError as e:  # one damaged run must not hide the others
-            table.add_row(escape(status.run.name), "[red]unreadable[/]", *["-"] * 6)
-            faults.append(str(e))
-    console.print(table)
-    for fault in faults:
-        console.print(escape(fault))
+def _jobs(runs: Sequence[Run]) -> dict[str, Job]:
+    """What the queue says of the runs that it holds, by name; one question for all."""
+    found = in_queue(s for run in runs for s in submissions(run))
+    return {s.run.name: job for s, job in found}
 
 
-def _progress(s: Status) -> list[str]:
-    total, last = s.job.total_steps, s.validation
-    return [
-        _coloured(s.state),
-        f"{s.step:,}/{total:,}",
-        f"{s.step / total:.1%}",
-        f"{s.tokens:,}",
-        f"{s.train[-1]['loss']:.4f}" if s.train else "-",
-        f"{last['bits_per_byte']:.4f}" if last else "-",
-        f"{ago(s.age)} ago",
-    ]
-
-
-def _coloured(state: str) -> str:
-    return f"[{_COLOURS[state]}]{state}[/]" if state in _COLOURS else state
-
-
-def _show_run(s: Status, console: Console) -> None:
+def _show_run(s: Status, console: Console, job: Job | None) -> None:
     total = s.job.total_steps
     loss = f", loss {s.train[-1]['loss']:.4f}" if s.train else ""
     console.print(
-        f"[bold]{escape(str(s.run.path))}[/]: {_coloured(s.state)}, step {s.step:,} of {total:,} "
+        f"[bold]{escape(str(s.run.path))}[/]: {state_of(s, job)}, step {s.step:,} of {total:,} "
         f"({s.step / total:.1%}), {s.tokens:,} tokens{loss}; last seen {ago(s.age)} ago"
     )
     if last := s.validation:
@@ -84,6 +79,8 @@ def _show_run(s: Status, console: Console) -> None:
             f"Validation at step {last['step']:,}: {last['bits_per_byte']:.4f} bits per byte, loss "
             f"{last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,} windows"
         )
+    if job is not None:
+        _show_job(job, console)
     _show_checkpoints(s, console)
     _show_attempts(s, console)
     _show_ranks(s, console)
@@ -96,11 +93,22 @@ def _show_run(s: Status, console: Console) -> None:
         )
 
 
+def _show_job(job: Job, console: Console) -> None:
+    if job.is_waiting:
+        begins = f", expected to start {job.start}" if job.start[:1].isdigit() else ""
+        line = f"Job {job.id} waits in the queue ({job.reason}){begins}."
+    else:
+        line = (
+            f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left of its limit."
+        )
+    console.print(escape(line), soft_wrap=True)
+
+
 def _show_checkpoints(s: Status, console: Console) -> None:
     names = ("checkpoint", "tokens", "MiB", "ranks", "stage", "attempt", "counts", "pinned", "age")
-    table = _table(*names)
+    made = table(*names)
     for c in s.checkpoints:
-        table.add_row(
+        made.add_row(
             f"{c.position.step:,}",
             f"{c.position.tokens:,}",
             f"{c.size / 2**20:,.1f}",
@@ -111,14 +119,14 @@ def _show_checkpoints(s: Status, console: Console) -> None:
             "yes" if s.is_pinned(c) else "no",
             ago(s.now - c.path.stat().st_mtime),
         )
-    _print(table, console)
+    _print(made, console)
     unreadable = len(s.run.checkpoint_steps()) - len(s.checkpoints)
     if unreadable:
         console.print(f"{unreadable} more can't be read: forescale check {s.run.path}")
 
 
 def _show_attempts(s: Status, console: Console) -> None:
-    table = _table("attempt", "went on from", "begun", "end", left=("went on from", "end"))
+    made = table("attempt", "went on from", "begun", "end", left=("went on from", "end"))
     ends = {a.number: _end(launch, a, s) for launch in s.goodput.launches for a in launch.attempts}
     for attempt in s.attempts:
         parent = attempt.parent
@@ -133,8 +141,8 @@ def _show_attempts(s: Status, console: Console) -> None:
         begun = next(p for p in marks if p.exists()).stat().st_mtime
         begun = launch_of(attempt.path).get("begun", begun)
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
-        table.add_row(str(attempt.number), escape(came), moment, ends.get(attempt.number, "-"))
-    _print(table, console)
+        made.add_row(str(attempt.number), escape(came), moment, ends.get(attempt.number, "-"))
+    _print(made, console)
     for launch in s.goodput.launches:
         numbers = [attempt.number for attempt in launch.attempts]
         if launch.failed and launch.how and not s.hangs().keys() & set(numbers):
@@ -217,13 +225,6 @@ def _show_interval(s: Status, console: Console) -> None:
 
 def _span(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.1f} s" if seconds < 60 else ago(seconds)
-
-
-def _table(*names: str, left: Collection[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in names:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    return table
 
 
 def _print(table: Table, console: Console) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from trainer import launch
@@ -16,15 +17,18 @@ from trainer.config import TrainJob
 from trainer.ending import launch_of, leave_word
 from trainer.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, UserError, storage_error
 from trainer.feeding import epochs, feed_of, notes
-from trainer.run import Attempt
+from trainer.frozen import thaw
+from trainer.run import Attempt, Run
 from trainer.schema import ConfigError, Problem
 from trainer.start import Start, start
+
+FROZEN = "--frozen"
 
 
 def main(words: list[str]) -> int:
     """Returns 0 when the run is complete, 75 when it was interrupted, 76 when it keeps crashing."""
     began = time.monotonic()
-    job: TrainJob = compose("train", overrides_of("train", words))
+    job = _frozen(words) if FROZEN in words else compose("train", overrides_of("train", words))
     if launch.joined():
         return _rank(job, began)
     processes = job.launch.processes or launch.default_processes()
@@ -40,6 +44,19 @@ def main(words: list[str]) -> int:
 
         summarize(started)
     return code
+
+
+def _frozen(words: list[str]) -> TrainJob:
+    """The job as a run's directory has it: RUN --frozen, and trust=true where it names a class of
+    the user's own. What a job in a queue goes by, for months."""
+    names = [word for word in words if word not in (FROZEN, "trust=true")]
+    if len(names) != 1 or "=" in names[0]:
+        todo = f"write forescale train RUN {FROZEN}, and nothing else"
+        raise UserError(" ".join(words), "is not one run", todo)
+    run = Run.existing(names[0])
+    job = thaw("train", run.config, trust="trust=true" in words)
+    where = run.path.resolve()  # the directory may have been moved since
+    return replace(job, run=replace(job.run, name=where.name, root=str(where.parent)))
 
 
 def _rank(job: TrainJob, began: float) -> int:

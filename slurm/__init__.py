@@ -1,0 +1,1 @@
+"""Jobs on a SLURM cluster: submitted, looked at, started, requeued."""

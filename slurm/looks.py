@@ -1,0 +1,264 @@
+"""What a node finds when it looks at itself: the run's storage, data, GPUs, memory, scratch, CPUs.
+
+Invariant: looks are independent of each other, and one that hangs or breaks is a fault of its own.
+Nothing is changed but a small file that is made and removed, and the scratch directory.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slurm.findings import Fault, Wanted
+from trainer.errors import storage_error
+
+_GIB = 2**30
+_LITTLE, _FEW = _GIB, 10_000  # free bytes and inodes of the run's storage, below which we warn
+
+
+@dataclass
+class Here:
+    """A node that looks at itself. mark: a file that the supervisor has put into the run directory;
+    facts: filled by the looks. root, environment: tests have their own."""
+
+    host: str
+    wanted: Wanted
+    mark: str = ""
+    root: Path = Path("/")
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def fault(self, kind: str, what: str, todo: str, note: bool = False) -> Fault:
+        return Fault(self.host, what, todo, kind, note)
+
+
+def run_directory(here: Here) -> Iterator[Fault]:
+    """Whether it can be written to, is the supervisor's, and has room."""
+    run, todo = Path(here.wanted.run), "let run.root be on a storage that all nodes share"
+    if error := _unwritable(run, here.host):
+        yield here.fault("run", f"{run} can't be written to: {error}", f"{todo}, and writable")
+        return
+    if here.mark and not (run / here.mark).exists():
+        yield here.fault("run", f"{run} is not the directory that the first node sees", todo)
+    room = os.statvfs(run)
+    free = room.f_bavail * room.f_frsize
+    here.facts |= {"run_free": free, "run_inodes": room.f_favail if room.f_files else None}
+    if free < _LITTLE:
+        what = f"{free / _GIB:.2f} GiB are free at {run}"
+        yield here.fault("room", what, "free some before checkpoints fail", note=True)
+    if room.f_files and room.f_favail < _FEW:
+        what = f"{room.f_favail:,} more files can be made at {run}"
+        yield here.fault("inodes", what, "remove some before checkpoints fail", note=True)
+
+
+def _unwritable(directory: Path, host: str) -> str:
+    """Why no file can be made there, or ""."""
+    path = directory / f".preflight-{host}-{os.getpid()}"
+    try:
+        path.write_bytes(bytes(4096))
+        path.unlink()
+    except OSError as e:
+        with suppress(OSError):
+            path.unlink()
+        return _words(e)
+    return ""
+
+
+def _words(error: OSError) -> str:
+    known = storage_error(error)
+    return known.what if known else (error.strerror or repr(error)).lower()
+
+
+def datasets(here: Here) -> Iterator[Fault]:
+    """Whether every dataset is there, whole, as far as stat tells."""
+    for path in here.wanted.data:
+        if "://" not in path and (what := _dataset_fault(Path(path).expanduser())):
+            todo = "let data.path be readable on all nodes, or exclude the node"
+            yield here.fault(f"data {path}", f"{path}: {what}", todo)
+
+
+def _dataset_fault(path: Path) -> str:
+    """What is wrong with it, or ""."""
+    try:
+        splits = json.loads((path / "manifest.json").read_bytes())["splits"]
+        rows = [row for split in splits.values() for row in split["shards"]]
+        files = [(row["file"], row["size"]) for row in rows]
+        files += [(row["index"], row["index_size"]) for row in rows]
+    except OSError as e:
+        return f"its manifest.json can't be read: {_words(e)}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "its manifest.json is damaged"
+    bad = []
+    for name, size in files:
+        if "://" in name:
+            continue
+        try:
+            have = (path / name).stat().st_size
+            if have != size:
+                bad.append(f"{name} has {have:,} bytes where {size:,} belong")
+            elif not os.access(path / name, os.R_OK):
+                bad.append(f"{name} may not be read")
+        except OSError as e:
+            bad.append(f"{name}: {_words(e)}")
+    more = f" (and {len(bad) - 1} more of {len(files)} files)" if len(bad) > 1 else ""
+    return bad[0] + more if bad else ""
+
+
+def memory(here: Here) -> Iterator[Fault]:
+    """Whether the ranks have room in what this job may use here."""
+    bounds = dict(_memory_bounds(here.root, here.environment))
+    if not bounds:
+        return
+    which = min(bounds, key=lambda name: bounds[name])
+    here.facts |= {"memory": bounds[which], "memory_bound": which}
+    needs, tasks = here.wanted.memory, here.wanted.tasks
+    if needs is not None and bounds[which] < needs:
+        ranks = f"its {tasks} ranks need" if tasks > 1 else "its rank needs"
+        of = "is free" if which == "free" else "for the job"
+        what = f"{bounds[which] / _GIB:.1f} GiB of memory {of} where {ranks} {needs / _GIB:.1f} GiB"
+        yield here.fault("memory", what, "ask for more with slurm.mem, or exclude the node")
+
+
+def _memory_bounds(root: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+    """What bounds the memory of this process, and to how many bytes."""
+    with suppress(OSError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                yield "free", int(line.split()[1]) << 10
+    share = environment.get("SLURM_MEM_PER_NODE", "")
+    if share.isdigit() and int(share):  # 0: all there is
+        yield "slurm", int(share) << 20
+    limits = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top, name = root / "sys/fs/cgroup", "memory.max"
+            if "memory" in controllers.split(","):
+                top, name = top / "memory", "memory.limit_in_bytes"
+            elif controllers:
+                continue
+            group = top / path.lstrip("/")
+            for place in (group, *group.parents):
+                with suppress(OSError, ValueError):  # "max", or another namespace's path
+                    limits.append(int((place / name).read_text()))
+                if place == top:
+                    break
+    if limits:
+        yield "cgroup", min(limits)
+
+
+def gpus(here: Here) -> Iterator[Fault]:
+    """Whether a task sees as many as it must."""
+    if not here.wanted.gpus:
+        return
+    count, why = count_gpus(here.root, here.environment)
+    here.facts["gpus"] = count
+    if count < here.wanted.gpus:
+        have = f"sees {count} GPU{'s' if count > 1 else ''}" if count else "no GPU visible"
+        verb = "are" if here.wanted.gpus > 1 else "is"
+        what = f"{have}{why} where {here.wanted.gpus} {verb} needed"
+        yield here.fault("gpus", what, "ask with slurm.gpus_per_node, or exclude the node")
+
+
+def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+    """GPUs that CUDA would find here, and what the driver says where it doesn't answer."""
+    why, present = "", 0
+    command = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    listed = None
+    if command:
+        listed = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
+    if listed and listed.returncode == 0:
+        lines = [line.strip() for line in listed.stdout.splitlines()]
+        slices = sum(line.startswith("MIG ") for line in lines)
+        present = slices or sum(line.startswith("GPU ") for line in lines)
+    elif listed:
+        said = (listed.stdout + listed.stderr).strip().splitlines() or [f"{listed.returncode}"]
+        why = f" (nvidia-smi: {said[0].rstrip('.')})"
+    else:  # it may see what cgroups keep from us
+        present = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present, why
+    named = 0
+    for name in visible.split(","):
+        if name.strip() in ("", "-1", "NoDevFiles"):
+            break
+        named += 1
+    if named < present:
+        why = f" (CUDA_VISIBLE_DEVICES={visible})"
+    return min(present, named), why
+
+
+def scratch(here: Here) -> Iterator[Fault]:
+    """Whether the node's own disk can be written to, and has room."""
+    if here.wanted.scratch is None:
+        return
+    path, needs = Path(here.wanted.scratch), here.wanted.scratch_bytes
+    todo = "choose another slurm.scratch, or exclude the node"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        error = _unwritable(path, here.host)
+    except OSError as e:
+        error = _words(e)
+    if error:
+        yield here.fault("scratch", f"{path} can't be written to: {error}", todo)
+        return
+    free = here.facts["scratch_free"] = shutil.disk_usage(path).free
+    if free < needs:
+        what = f"{free / _GIB:.1f} GiB are free at {path} where {needs / _GIB:.1f} are needed"
+        yield here.fault("scratch", what, todo)
+
+
+def cpus(here: Here) -> Iterator[Fault]:
+    """Whether each rank has one. This process may be bound to fewer than the ranks will have, so
+    SLURM's own count goes first."""
+    given = here.environment.get("SLURM_CPUS_ON_NODE", "")
+    count = int(given) if given.isdigit() else len(os.sched_getaffinity(0))
+    here.facts["cpus"] = count
+    if count < here.wanted.tasks:
+        what = f"{count} CPU{'s' if count > 1 else ''} for the job where it has "
+        what += f"{here.wanted.tasks} ranks, which need one each"
+        yield here.fault("cpus", what, "ask for more with slurm.cpus_per_task, or exclude the node")
+
+
+LOOKS = {
+    "the run's storage": run_directory,
+    "the storage of the data": datasets,
+    "the GPU driver": gpus,
+    "the memory": memory,
+    "the scratch disk": scratch,
+    "the CPUs": cpus,
+}
+
+
+def look(
+    here: Here, seconds: float, looks: Mapping[str, Callable[[Here], Iterator[Fault]]] = LOOKS
+) -> list[Fault]:
+    """All looks at once; one that doesn't end in time is a fault, too."""
+    found: dict[str, list[Fault]] = {}
+    end = time.monotonic() + seconds
+
+    def one(subject: str, work: Callable[[Here], Iterator[Fault]]) -> None:
+        try:
+            found[subject] = list(work(here))
+        except Exception as e:
+            what = f"looking at {subject} failed: {e!r}"
+            found[subject] = [here.fault(subject, what, "see to it, or exclude the node")]
+
+    threads = [threading.Thread(target=one, args=item, daemon=True) for item in looks.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    faults = []
+    for subject in looks:
+        late = here.fault(subject, f"{subject} did not answer in {seconds:.0f} s", "exclude it")
+        faults += found.get(subject, [late])
+    return faults

@@ -1,0 +1,178 @@
+"""SLURM as this project speaks to it: the only file that runs sbatch, squeue, scontrol and scancel.
+
+Invariant: what SLURM answers is parsed here, and its faults leave as UserErrors with its own words.
+Job ids are text: 123, or 123_4 for a task of an array.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import UserError
+
+_TIMEOUT = 60.0  # seconds; a controller that is busy or fails over answers late
+_GONE = re.compile(r"Invalid job id|do not exist|unable to load job", re.IGNORECASE)
+_BUSY = re.compile(r"timed out|unable to contact|connection (failure|refused)", re.IGNORECASE)
+_AWAY = 900.0  # seconds that a job waits for a controller
+_FORMAT = "%i|%A|%T|%r|%M|%L|%N|%S|%j"  # %S is last but one: it holds no bar
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the queue shows it. reason: why it waits, in SLURM's word; elapsed, left: as squeue
+    prints them; start: when it began, or is expected to."""
+
+    id: str
+    raw: str
+    state: str
+    reason: str
+    elapsed: str
+    left: str
+    nodes: str
+    start: str
+    name: str
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
+
+
+def is_here() -> bool:
+    """Whether this machine can submit jobs."""
+    return shutil.which("sbatch") is not None
+
+
+def submit(script: Path) -> str:
+    """The id of the new job. Raises UserError with SLURM's sentence where it takes none."""
+    return _run(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+
+
+def jobs(ids: Iterable[str] | None = None) -> list[Job]:
+    """Those jobs that the queue holds, of this user where no ids are given."""
+    wanted = ["--me"] if ids is None else ["--jobs", ",".join(ids)]
+    if wanted[-1] == "":
+        return []
+    try:
+        lines = _run(
+            ["squeue", "--noheader", "--array", f"--format={_FORMAT}", *wanted]
+        ).splitlines()
+    except UserError as e:
+        if _GONE.search(e.what):  # of a single id that the controller has forgotten
+            return []
+        raise
+    return [Job(*line.split("|", 8)) for line in lines if line.count("|") >= 8]
+
+
+def state(job: str) -> str:
+    """RUNNING, PENDING, COMPLETING and so on; empty for a job that is forgotten."""
+    return show(job).get("JobState", "")
+
+
+def show(job: str) -> dict[str, str]:
+    """What scontrol knows of a job; empty for one that is forgotten."""
+    try:
+        text = _run(["scontrol", "--oneliner", "show", "job", job])
+    except UserError as e:
+        if _GONE.search(e.what):
+            return {}
+        raise
+    return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+
+def eligible(job: str) -> float | None:
+    """When the job could have started as far as the user goes: seconds since the epoch."""
+    with suppress(UserError, ValueError):
+        return time.mktime(time.strptime(show(job)["EligibleTime"], "%Y-%m-%dT%H:%M:%S"))
+    return None
+
+
+def requeue(job: str, exclude: Sequence[str] = ()) -> None:
+    """Put a running job back into the queue, to run again, but not on those nodes. SLURM ends the
+    caller, too, if it is part of the job."""
+    _run(["scontrol", "requeue", job])
+    if exclude:  # allowed only while the job waits
+        _run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}"])
+
+
+def cancel(job: str) -> None:
+    _run(["scancel", job])
+
+
+def tell(job: str, signal: str) -> None:
+    """Send a signal to the job's batch script, not to its ranks."""
+    _run(["scancel", "--batch", f"--signal={signal}", job])
+
+
+def end_step(step: str) -> None:
+    """Kill the processes of a step, JOB.STEP, on all nodes that can be reached."""
+    _run(["scancel", "--signal=KILL", step])
+
+
+def newest_step(job: str) -> str:
+    """JOB.STEP of the step that srun began last; the job itself where none is known."""
+    lines = _run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]).split()
+    numbers = [int(n) for _, _, n in (line.rpartition(".") for line in lines) if n.isdigit()]
+    return f"{job}.{max(numbers)}" if numbers else job
+
+
+def unusable(nodes: Sequence[str]) -> list[str]:
+    """Those of the nodes that SLURM takes for down, or that don't answer it."""
+    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"]
+    states = dict(line.split(None, 1) for line in _run(command).splitlines() if " " in line)
+    # A * at the end: it doesn't answer.
+    return [n for n, state in states.items() if state.endswith("*") or state.startswith("down")]
+
+
+def num_usable(partition: str, without: Sequence[str]) -> int:
+    """Nodes of a partition that work or may work soon, but for some."""
+    command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]
+    states = dict(line.split(None, 1) for line in _run(command).splitlines() if " " in line)
+    well = {n for n, state in states.items() if not re.search(r"\*$|^(down|drain|fail)", state)}
+    return len(well - set(without))
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The names behind SLURM's short form, n[1-3]."""
+    if not re.search(r"[\[,]", nodelist):
+        return [nodelist]
+    return _run(["scontrol", "show", "hostnames", nodelist]).split()
+
+
+def _run(command: list[str]) -> str:
+    """Its output. Inside of a job, which can't be asked to come again, it waits for a controller
+    that is away."""
+    end = time.monotonic() + (_AWAY if "SLURM_JOB_ID" in os.environ else 0.0)
+    while True:
+        try:
+            return _once(command)
+        except UserError as e:
+            if not _BUSY.search(e.what) or time.monotonic() > end:
+                raise
+            time.sleep(5.0)
+
+
+def _once(command: list[str]) -> str:
+    # Names of months and days come in English, times in local time.
+    environment = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment
+        )
+    except FileNotFoundError:
+        what = "is not on this machine's PATH"
+        todo = "do this on a login node of a SLURM cluster, or train here with forescale train"
+        raise UserError(command[0], what, todo) from None
+    except subprocess.TimeoutExpired:
+        what = f"SLURM did not answer in {_TIMEOUT:.0f} s (timed out)"
+        raise UserError(command[0], what, "see sinfo, and try again") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"ended with code {done.returncode}"
+        said = said.removeprefix(f"{command[0]}: ").removeprefix("error: ")
+        raise UserError(command[0], f"SLURM says: {said}", "change what it names, see sinfo")
+    return done.stdout

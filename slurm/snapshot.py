@@ -1,0 +1,91 @@
+"""The code that a job runs, kept as it was: this project's packages, and the user's own.
+
+Invariant: one input gives the same bytes, and nothing is packed that isn't source: no caches.
+"""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config import TrainJob
+from trainer.errors import UserError
+from trainer.schema import TargetConfig
+
+HOUSE = Path(__file__).resolve().parents[1]
+_OURS = ("trainer", "models", "conf", "slurm")
+
+
+def own_packages(job: TrainJob) -> list[Path]:
+    """The user's package or module that holds the job's model, unless it is installed."""
+    if not isinstance(job.model, TargetConfig):
+        return []
+    top = job.model.target.partition(".")[0]
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as for the training itself
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        what = f"Python finds no module {top} from here"
+        raise UserError("model._target_", what, "submit from the directory that holds it")
+    where = spec.submodule_search_locations
+    path = Path(next(iter(where))) if where else Path(spec.origin or "")
+    installed = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")}
+    return [] if str(path.parent) in installed or not path.exists() else [path]
+
+
+def write_code(target: Path, more: list[Path]) -> None:
+    """Pack our packages, and `more` packages or modules, under code/."""
+    with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for path in [*(HOUSE / name for name in _OURS), *more]:
+            for file in sorted(_sources(path)):
+                name = Path("code") / file.relative_to(path.parent)
+                info = tarfile.TarInfo(str(name))
+                content = file.read_bytes()
+                info.size, info.mode = len(content), 0o644
+                tar.addfile(info, io.BytesIO(content))
+
+
+def _sources(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    for file in path.rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
+            yield file
+
+
+def version_of_checkout() -> dict[str, str]:
+    """The commit that the code stands on, and whether files differ from it; empty where it is no
+    checkout."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(
+            ["git", "-C", str(HOUSE), *words], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not (HOUSE / ".git").exists() or (commit := git("rev-parse", "HEAD")) is None:
+        return {}
+    return {"commit": commit, "changed": "yes" if git("status", "--porcelain") else "no"}
+
+
+def pack_environment(root: Path) -> Path:
+    """A tar of the virtual environment that runs this, under `root`; made once for each state of
+    it. Raises UserError outside of one."""
+    if sys.prefix == sys.base_prefix:
+        what = "this Python is no virtual environment, which alone can be moved"
+        raise UserError("slurm.pack", what, "install forescale in one (python3 -m venv)")
+    packages = Path(sysconfig.get_paths()["purelib"])
+    newest = max(p.stat().st_mtime_ns for p in (packages, *packages.glob("*.dist-info")))
+    target = root / f"{Path(sys.prefix).name}-{newest}.tar"
+    if not target.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        subprocess.run(["tar", "-cf", str(temporary), "-C", sys.prefix, "."], check=True)
+        os.replace(temporary, target)
+    return target

@@ -1,0 +1,101 @@
+"""What a run keeps of each time that it was submitted.
+
+    runs/<name>/jobs/0001/
+      submission.json    how it was submitted: settings of SLURM, data, memory, versions, command
+      job.sbatch         the script, as sbatch got it
+      code.tar           forescale, and the user's own package, as they were
+      job.json           the id that SLURM gave it
+      stop               somebody asked the run to end: it is not to be requeued
+      slurm.log          what the batch script says
+
+Invariant: written by `submit` alone, but for slurm.log and the mark of `stop`; so a job that is
+requeued for months reads what was meant on the day of its submission.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slurm import queue
+from trainer.config_slurm import SlurmConfig
+from trainer.durable import read_json, write_json
+from trainer.errors import UserError
+from trainer.run import Run
+from trainer.schema import build
+
+
+@dataclass(frozen=True)
+class Submission:
+    path: Path
+
+    @property
+    def run(self) -> Run:
+        return Run(self.path.parents[1])
+
+    @property
+    def script(self) -> Path:
+        return self.path / "job.sbatch"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code.tar"
+
+    @property
+    def log(self) -> Path:
+        task = (self.job or "").partition("_")[2]
+        return Path(self.facts["log"].replace("%a", task))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return read_json(self.path / "submission.json")
+
+    @cached_property
+    def settings(self) -> SlurmConfig:
+        return build(SlurmConfig, self.facts["slurm"])[0]
+
+    def write(self, **facts: Any) -> None:
+        write_json(self.path / "submission.json", facts)
+
+    @property
+    def job(self) -> str | None:
+        """The id, None where sbatch never took it."""
+        try:
+            return str(read_json(self.path / "job.json")["id"])
+        except UserError:
+            return None
+
+    def submitted(self, job: str) -> None:
+        write_json(self.path / "job.json", {"id": job, "submitted": time.time()})
+
+    @property
+    def is_stopped(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def stop(self) -> None:
+        (self.path / "stop").touch()
+
+
+def submissions(run: Run) -> list[Submission]:
+    """Oldest first."""
+    return [Submission(path) for path in run.jobs()]
+
+
+def waiting_or_running(run: Run) -> tuple[Submission, queue.Job] | None:
+    """The submission of a run whose job SLURM still has, and that job."""
+    return next(iter(in_queue(submissions(run))), None)
+
+
+def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
+    """Those whose jobs the queue holds, with one question to the controller for all."""
+    by_id = {s.job: s for s in found if s.job}
+    if not by_id or not queue.is_here():
+        return []
+    jobs = {j.id: j for j in queue.jobs(sorted({str(i).partition("_")[0] for i in by_id}))}
+    return [(s, jobs[i]) for i, s in by_id.items() if i in jobs]

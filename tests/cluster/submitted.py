@@ -1,0 +1,182 @@
+"""A small training job on the lab's cluster, and what a test wants to know of it."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab import Lab
+
+from trainer.ending import launch_of
+from trainer.run import Attempt, Run, read_rows
+
+# A constant learning rate, so that a short run is the beginning of a long one; steps of some 60 ms.
+KEYS = {
+    "machine": "cpu",
+    "slurm": "lab",
+    "optimizer": "adamw",
+    "schedule": "constant",
+    "engine": "zero1",
+    "train.steps": "150",
+    "train.sequence_length": "128",
+    "train.global_batch": "8",
+    "train.micro_batch": "2",
+    "train.compile": "off",
+    "model.width": "64",
+    "model.depth": "2",
+    "validation.every": "100000 steps",
+    "checkpoint.every": "20 steps",
+    "launch.grace": "15 s",
+    "pulse.patience": "4 s",
+    "pulse.beat": "0.2 s",
+    "pulse.share": "1 s",
+    "slurm.time": "20 min",
+}
+
+
+@dataclass
+class Job:
+    """One submitted run. `keys` are laid over KEYS."""
+
+    lab: Lab
+    root: Path
+    name: str
+    dataset: Path
+    keys: dict[str, str] = field(default_factory=dict)
+    id: str = ""
+
+    @property
+    def run(self) -> Run:
+        return Run(self.root / self.name)
+
+    def forescale(self, *words: str, check: bool = True) -> str:
+        environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+        command = [sys.executable, "-m", "trainer", *words]
+        return self.lab.run(*command, check=check, cwd=self.root.parent, env=environment)
+
+    def submit(self, **more: str) -> "Job":
+        keys = {**KEYS, "run.root": str(self.root), "data": "dataset", "data.path": self.dataset}
+        keys |= {**self.keys, **more}
+        self.forescale("submit", "train", self.name, *(f"{k}={v}" for k, v in keys.items()))
+        newest = self.run.jobs()[-1] / "job.json"
+        self.id = json.loads(newest.read_text())["id"]
+        return self
+
+    def losses(self) -> dict[int, float]:
+        rows = read_rows(self.run.metrics)
+        return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+    @property
+    def step(self) -> int:
+        return max(self.losses(), default=0)
+
+    def attempts(self) -> list[Attempt]:
+        return self.run.attempts()
+
+    @property
+    def trained_in_newest(self) -> int:
+        """Steps that the newest attempt has made."""
+        parent = self.attempts()[-1].parent if self.attempts() else None
+        return self.step - parent.step if parent else 0
+
+    def lives(self) -> list[dict]:
+        return [told for a in self.attempts() if (told := launch_of(a.path))]
+
+    def until(self, what: Callable[[], object], seconds: float = 90) -> None:
+        try:
+            self.lab.wait(what, seconds)
+        except AssertionError as e:
+            raise AssertionError(f"{e}\n{self.said()}") from None
+
+    def until_step(self, step: int, seconds: float = 90) -> "Job":
+        self.until(lambda: self.step >= step, seconds)
+        return self
+
+    def until_over(self, seconds: float = 150) -> str:
+        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        self.until(lambda: self.lab.state(self.id) in over, seconds)
+        return self.lab.state(self.id)
+
+    def said(self) -> str:
+        """The batch script's log, and the last words of all ranks."""
+        logs = [*self.run.path.glob("jobs/*/slurm*.log"), *self.run.path.glob("attempts/*/*.log")]
+        found = (f"--- {p}\n{p.read_text(errors='replace')[-1500:]}" for p in sorted(logs))
+        return "\n".join(found)
+
+    @property
+    def log(self) -> str:
+        paths = sorted(self.run.path.glob("jobs/*/slurm*.log"))
+        return "\n".join(p.read_text(errors="replace") for p in paths)
+
+
+@dataclass
+class Fault:
+    """A moment, and how long it takes a job to notice, and to train again."""
+
+    job: Job
+    name: str
+    began: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.attempt = self.job.attempts()[-1]
+        self.step = self.job.step
+
+    def again(self, seconds: float = 120) -> "Fault":
+        """Wait until a later attempt has made a step."""
+        number = self.attempt.number
+
+        def trains() -> bool:
+            newest = self.job.attempts()[-1]
+            parent = newest.parent
+            if newest.number == number or parent is None:
+                return False
+            return self.job.step > parent.step or self.job.lab.state(self.job.id) == "COMPLETED"
+
+        self.job.until(trains, seconds)
+        self.trains = time.time()
+        return self
+
+    @property
+    def told(self) -> float:
+        """When the batch script was asked to end, to the second."""
+        (line,) = [x for x in self.job.log.splitlines() if "SIGUSR1: ranks" in x][-1:]
+        now = time.localtime()
+        clock = time.strptime(line.split()[0], "%H:%M:%S")
+        return time.mktime((*now[:3], clock.tm_hour, clock.tm_min, clock.tm_sec, *now[6:]))
+
+    @property
+    def noticed(self) -> float | None:
+        """Seconds until the launcher saw the end of the ranks, or was told to end them; None where
+        it was killed together with them."""
+        told = launch_of(self.attempt.path)
+        moments = [told["ended"]] if "ended" in told else []
+        hang = self.attempt.path / "hang.json"
+        moments += [hang.stat().st_mtime] if hang.exists() else []
+        return min(moments) - self.began if moments else None
+
+    @property
+    def lost(self) -> int:
+        """Steps made and not kept."""
+        rows = read_rows(self.attempt.metrics.path)
+        made = max((r["step"] for r in rows if r["kind"] == "train"), default=0)
+        later = [a.parent for a in self.job.attempts() if a.number > self.attempt.number]
+        step = min((parent.step for parent in later if parent), default=made)
+        return max(0, made - step)
+
+    def row(self) -> str:
+        noticed = "-" if self.noticed is None else f"{self.noticed:.1f}"
+        again = f"trains again {self.trains - self.began:5.1f} s"
+        return f"{self.name:<32} noticed {noticed:>5} s   {again}   steps lost {self.lost}"
+
+
+TOLD: list[str] = []  # a line a fault, for the end of the session
+
+
+def tell(fault: Fault) -> None:
+    TOLD.append(fault.row())
+    if path := os.environ.get("FORESCALE_FAULTS"):
+        with open(path, "a") as f:
+            f.write(fault.row() + "\n")

@@ -1,0 +1,145 @@
+"""Whatever happens to a job on a cluster, its losses are those of a run that nothing happened to.
+
+FORESCALE_CLUSTER=all runs all faults; without it five of them.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from lab import Lab
+from submitted import Fault, Job, tell
+
+ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
+more = pytest.mark.skipif(not ALL, reason="one of the faults that FORESCALE_CLUSTER=all adds")
+RANK = "slurm.rank"  # in the command line of a rank
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cluster") / "runs"
+
+
+@pytest.fixture(scope="session")
+def reference(lab: Lab, runs: Path, dataset: Path) -> dict[int, float]:
+    """The losses of a run on two nodes that nothing happened to."""
+    job = Job(lab, runs, "reference", dataset, {"train.steps": "900"}).submit()
+    assert job.until_over(240) == "COMPLETED", job.said()
+    assert len(job.losses()) == 900
+    return job.losses()
+
+
+@pytest.fixture
+def job(lab: Lab, runs: Path, dataset: Path, request) -> Job:
+    return Job(lab, runs, request.node.name.removeprefix("test_"), dataset)
+
+
+def check(job: Job, reference: dict[int, float], fault: Fault, steps: int = 150) -> None:
+    """It ended well, and every loss is the reference's, bit for bit."""
+    assert job.until_over() == "COMPLETED", job.said()
+    losses = job.losses()
+    assert len(losses) == steps
+    assert losses == {step: reference[step] for step in losses}
+    tell(fault)
+
+
+def test_the_time_limit_three_times_in_a_row(lab, job, reference):
+    job.submit(**{"train.steps": "900", "slurm.lead": "30 s"})
+    faults = []
+    for life in range(1, 4):
+        job.until(lambda life=life: len(job.lives()) == life and job.trained_in_newest > 20)
+        fault = Fault(job, f"time limit ({life})")
+        lab.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=1")
+        job.until(lambda life=life: lab.show(job.id).get("Restarts") == str(life))
+        lab.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=20")
+        fault.began = fault.told  # SLURM looks at limits only now and then
+        faults.append(fault.again())
+    assert all(fault.lost == 0 for fault in faults)
+    for fault in faults[:-1]:
+        tell(fault)
+    check(job, reference, faults[-1], 900)
+    assert [life["code"] for life in job.lives()] == [75, 75, 75, 0]
+
+
+def test_preempted_by_a_higher_partition(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "preempted")
+    lab.run("sbatch", "-p", "high", "-N4", "--exclusive", "--wrap", "sleep 3", cwd=job.root)
+    fault.again()
+    assert fault.lost == 0
+    check(job, reference, fault)
+
+
+@more
+def test_requeued_by_hand_in_mid_step(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "scontrol requeue")
+    lab.run("scontrol", "requeue", job.id)
+    fault.again()
+    assert fault.lost == 0
+    check(job, reference, fault)
+
+
+def test_a_rank_is_killed(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "rank killed (SIGKILL)")
+    (pid,) = lab.pids("n2", RANK)
+    os.kill(pid, signal.SIGKILL)
+    fault.again()
+    assert "rank 1 ended with SIGKILL" in job.lives()[0]["how"]
+    assert job.lives()[0]["blamed"].keys() == {"n2"}
+    assert len({life["slurm"]["restart"] for life in job.lives()}) == 1, "in the same allocation"
+    check(job, reference, fault)
+
+
+@more
+def test_slurmd_is_killed(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "slurmd killed")
+    lab.kill_slurmd("n2")
+    time.sleep(3)
+    lab.start_slurmd("n2")
+    fault.trains = fault.began  # steps go on
+    check(job, reference, fault)
+    assert len(job.lives()) == 1
+
+
+def test_a_node_loses_its_power(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "node powered off")
+    lab.power_off("n2")
+    fault.again()
+    assert "n2" not in job.lives()[-1]["slurm"]["nodes"]
+    check(job, reference, fault)
+
+
+def test_a_node_is_cut_off_and_comes_back(lab, job, reference):
+    """The first node: with the batch script, and with rank 0, which writes rows and checkpoints.
+    They are alive all the time, in the same file system."""
+    job.submit(**{"train.steps": "400"}).until_step(45)
+    fault = Fault(job, "network of the first node cut")
+    lab.cut("n1")
+    fault.again()
+    alive = lab.pids("n1", "slurm.batch")
+    assert alive, "the old batch script should still be there"
+    lab.rejoin("n1")
+    check(job, reference, fault, 400)
+    lives = job.lives()
+    assert "n1" in lives[0]["slurm"]["nodes"]
+    assert all("n1" not in life["slurm"]["nodes"] for life in lives if life["slurm"]["restart"])
+    hang = (fault.attempt.path / "hang.json").stat().st_mtime - fault.began
+    assert hang < 10, hang
+
+
+@more
+def test_a_rank_that_stands_still_is_named_across_nodes(lab, job, reference):
+    job.submit().until_step(45)
+    fault = Fault(job, "rank stopped (SIGSTOP)")
+    (pid,) = lab.pids("n2", RANK)
+    os.kill(pid, signal.SIGSTOP)
+    fault.again()
+    assert "rank 1 on n2" in job.lives()[0]["how"]
+    assert fault.noticed < 12
+    check(job, reference, fault)

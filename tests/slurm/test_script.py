@@ -1,0 +1,98 @@
+"""The batch script: what sbatch and bash will read, for each key of the profile."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slurm.script import Order, render
+from slurm.submission import Submission
+from trainer.config_slurm import SlurmConfig
+from trainer.duration import Duration
+
+
+def order(settings=None, names=("first",), root="/runs", lead=70, **more):
+    paths = [Path(root) / name for name in names]
+    folders = [Submission(path / "jobs/0001") for path in paths]
+    return Order(names, paths, folders, replace(settings or SlurmConfig(), **more), lead, "plain")
+
+
+def lines(script):
+    """sbatch's options, without the comments beside them."""
+    found = (x for x in script.splitlines() if x.startswith("#SBATCH "))
+    return [x.removeprefix("#SBATCH ").partition("  #")[0] for x in found]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("partition", "gpu", "--partition=gpu"),
+        ("account", "us", "--account=us"),
+        ("qos", "high", "--qos=high"),
+        ("constraint", "h100&ib", "--constraint='h100&ib'"),
+        ("reservation", "r", "--reservation=r"),
+        ("mem", "64G", "--mem=64G"),
+        ("nodes", 8, "--nodes=8"),
+        ("gpus_per_node", 4, "--gpus-per-node=4"),
+        ("gpus_per_node", 4, "--ntasks-per-node=4"),
+        ("gres", "gpu:a100:2", "--gres=gpu:a100:2"),
+        ("cpus_per_task", 7, "--cpus-per-task=7"),
+        ("time", Duration(90000, "seconds"), "--time=1-01:00:00"),
+        ("time", Duration(90000, "seconds"), "--signal=B:USR1@70"),
+        ("exclusive", True, "--exclusive"),
+        ("exclude", ["a", "b"], "--exclude=a,b"),
+        ("after", ["12", "13_4"], "--dependency=afterok:12:13_4"),
+        ("requeue", True, "--requeue"),
+        ("requeue", False, "--no-requeue"),
+        ("options", ["--mail-type=END"], "--mail-type=END"),
+    ],
+)
+def test_a_key_becomes_an_option(key, value, said):
+    assert said in lines(render(order(**{key: value})))
+
+
+def test_no_value_reaches_the_shell_unquoted(tmp_path):
+    evil = "x'; touch pwned; '$(touch pwned)"
+    made = order(
+        names=("first",), root=str(tmp_path / evil), exports={"X": evil}, modules=[evil],
+        scratch=f"/tmp/{evil}", python="true",
+    )  # fmt: skip
+    body = render(made).replace("module load", "echo").replace('tar -xf "$job/code.tar"', ": ")
+    body = body.replace('mkdir -p "$FORESCALE_NODE"', ":")
+    run = ["bash", "-c", body + "\n"]
+    subprocess.run(run, cwd=tmp_path, check=True, env={"SLURM_JOB_ID": "1", "PATH": "/bin"})
+    assert not (tmp_path / "pwned").exists()
+    assert not Path("pwned").exists()
+
+
+def test_bash_takes_it_and_ends_in_the_batch_program():
+    script = render(order())
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert script.splitlines()[-1].endswith('-P -m slurm.batch "$run" "$job"')
+
+
+def test_an_array_gives_each_task_its_run(tmp_path):
+    made = order(names=("a", "b", "c"), runs="x", at_once=2)
+    script = render(made)
+    assert "--array=0-2%2" in lines(script)
+    assert "--output=/runs/a/jobs/0001/slurm-%a.log" in lines(script)
+    head = script[: script.index("# A directory of this job")] + 'echo "$run $job"'
+    done = subprocess.run(
+        ["bash", "-c", head], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True
+    )
+    assert done.stdout == "/runs/c /runs/c/jobs/0001\n"
+
+
+def test_modules_and_lines_come_before_python():
+    script = render(order(modules=["cuda/12"], setup=["source /etc/x"], exports={"A": "b c"}))
+    assert "module load cuda/12\nsource /etc/x\n" in script
+    assert script.index("module load") < script.index("exec ")
+    assert "export A='b c'" in script
+
+
+def test_a_container_is_for_the_ranks_alone():
+    import sys
+
+    script = render(order(container="image", python="python3"))
+    assert f"exec {sys.executable} -P -m slurm.batch" in script

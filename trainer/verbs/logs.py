@@ -1,0 +1,123 @@
+"""`forescale logs`: what a rank of a run says, as it says it; what the first to fail said last."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from slurm import queue
+from slurm.submission import submissions, waiting_or_running
+from trainer.cli import overrides_of
+from trainer.compose import compose
+from trainer.ending import launch_of
+from trainer.errors import DONE, INTERRUPTED, USER, UserError
+from trainer.jobs import LogsJob
+from trainer.run import Attempt, Run
+
+_EVERY = 0.3  # seconds between two looks
+_ASK = 15.0  # seconds between two questions to the queue
+_LAST_WORDS = 25  # lines of a rank that failed
+
+
+def main(words: list[str]) -> int:
+    job: LogsJob = compose("logs", overrides_of("logs", words))
+    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    if job.rank is None:
+        return _show_batch(run, job)
+    attempt = _attempt(run, job)
+    if attempt is None:
+        print(_why_nothing(run, job))
+        return DONE
+    path = _log(attempt, job.rank)
+    print(f"== {path}", flush=True)
+    _show(path, job.lines, lambda: job.follow and not _is_over(run, attempt))
+    _show_failure(attempt, job.rank)
+    return DONE
+
+
+def _log(attempt: Attempt, rank: int) -> Path:
+    return attempt.path / f"rank-{rank}.log"
+
+
+def _attempt(run: Run, job: LogsJob) -> Attempt | None:
+    """The one that is asked for, else the newest in which that rank, or any, has said something."""
+    found = [a for a in run.attempts() if job.attempt in (None, a.number)]
+    if job.attempt is not None and not found:
+        raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
+    return next((a for a in reversed(found) if _log(a, job.rank or 0).exists()), None)
+
+
+def _why_nothing(run: Run, job: LogsJob) -> str:
+    if found := waiting_or_running(run):
+        reason = f" ({found[1].reason})" if found[1].is_waiting else ""
+        return f"Job {found[1].id} is {found[1].state.lower()}{reason}; no rank has begun."
+    if any(launch_of(a.path) for a in run.attempts()) and not job.rank:
+        return (
+            f"Rank 0 of {run.name} speaks to the terminal that started it; what happened is in "
+            f"{run.events}, the others' words with rank=1."
+        )
+    return f"Rank {job.rank} of {run.name} has said nothing yet."
+
+
+def _show(path: Path, lines: int, goes_on) -> None:
+    """The last lines, then what is added while it goes on."""
+    with open(path, errors="replace") as f:
+        sys.stdout.writelines(deque(f, maxlen=lines) if lines else _skipped(f))
+        while True:
+            more = f.read()
+            sys.stdout.write(more)
+            sys.stdout.flush()
+            if not more and not goes_on():
+                break
+            time.sleep(_EVERY if not more else 0.0)
+        sys.stdout.write(f.read())
+
+
+def _skipped(f) -> Iterator[str]:
+    f.seek(0, 2)
+    return iter(())
+
+
+def _is_over(run: Run, attempt: Attempt) -> bool:
+    """Whether the attempt can't say more."""
+    if "ended" in launch_of(attempt.path):
+        return True
+    newer = [a for a in run.attempts() if a.number > attempt.number]
+    return any(launch_of(a.path) for a in newer)
+
+
+def _show_failure(attempt: Attempt, shown: int) -> None:
+    """How the attempt ended; and of the rank that failed first, the last lines."""
+    told = launch_of(attempt.path)
+    if "ended" not in told:
+        return
+    print(f"== Attempt {attempt.number} ended: {told['how']}.")
+    rank = told.get("rank", 0)
+    path = _log(attempt, rank)
+    if told["code"] in (DONE, INTERRUPTED, USER) or rank == shown or not path.exists():
+        return
+    print(f"== {path}, the rank that failed first")
+    with open(path, errors="replace") as f:
+        sys.stdout.writelines(deque(f, maxlen=_LAST_WORDS))
+
+
+def _show_batch(run: Run, job: LogsJob) -> int:
+    """The batch script's own words, of the newest submission."""
+    found = submissions(run)
+    if not found:
+        raise UserError(str(run.path), "was never submitted", "give a rank, such as rank=0")
+    newest, asked, lives = found[-1], 0.0, True
+    if not (path := newest.log).exists():
+        print(_why_nothing(run, job))
+        return DONE
+
+    def goes_on() -> bool:
+        nonlocal asked, lives
+        if lives and time.monotonic() - asked > _ASK:
+            lives, asked = waiting_or_running(run) is not None, time.monotonic()
+        return job.follow and lives
+
+    print(f"== {path}", flush=True)
+    _show(path, job.lines, goes_on if queue.is_here() else lambda: False)
+    return DONE
