@@ -1,11 +1,15 @@
 """Fixtures for all: a small real dataset, of this project's own source."""
 
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests
+
+# A shell that starts us in the background has this signal ignored, and so would all that we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -159,6 +159,9 @@ def start_ranks(
         signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)
         try:
             ranks += map(begin, range(processes))
+            if wish:  # it came before there was anybody to tell
+                for started in ranks:
+                    started.send_signal(signal.SIGTERM)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
         rank, code = _watch(ranks, attempt, lambda: time.monotonic() > deadline[0])

@@ -183,11 +183,11 @@ def launcher(tmp_path):
     """Start a launcher of its own over two ranks that run a snippet; ends with the test."""
     started = []
 
-    def run(snippet, before="", grace=120.0):
+    def run(snippet, before="", grace=120.0, listen=LISTEN):
         code = (
             "import sys\nfrom pathlib import Path\nfrom trainer.launch import start_ranks\n"
             f"{before}\n"
-            f"command = [sys.executable, '-c', {LISTEN + snippet!r}]\n"
+            f"command = [sys.executable, '-c', {listen + snippet!r}]\n"
             f"sys.exit(start_ranks(command, 2, Path({str(tmp_path)!r}), print, {grace}) % 256)"
         )
         process = subprocess.Popen(
@@ -311,8 +311,9 @@ def test_ranks_that_are_stopped_end_when_the_time_is_over(launcher, tmp_path):
 
 def test_a_rank_that_saves_in_time_is_left_alone(launcher, tmp_path):
     save = f"time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w'); sys.exit(75)"
-    waits = "wish = Wish().listen(60.0)\nwhile not wish: time.sleep(0.05)\n"
-    process = launcher("from trainer.launch import Wish\n" + NAP + waits + save)
+    hears = "from trainer.launch import Wish\nwish = Wish().listen(60.0)\n"
+    waits = "while not wish: time.sleep(0.05)\n"
+    process = launcher(hears + NAP + waits + save, listen="")  # not before it hears
     children(process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == INTERRUPTED
