@@ -6,6 +6,7 @@ Invariant: a job that ends here has said why, in its log and in the attempt; and
 follows from the run's files, so that another life of the job decides alike.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -53,6 +54,7 @@ class Batch:
         """Until the job ends, or SLURM ends it. Returns the job's exit code."""
         for number in _SIGNALS:
             signal.signal(number, self._hear)
+        faulthandler.register(signal.SIGUSR2)  # scancel -b -s USR2: its log shows where it is
         where = f"on {os.environ['SLURM_JOB_NODELIST']}"
         again = f", requeued {self.restart} times" if self.restart else ""
         self._say(f"Job {self.id} {where}{again}: run {self.run.path}.")
@@ -170,7 +172,7 @@ class Batch:
         looks = Preflight(wanted, self.hosts, self.hosts[0])
         step = steps.Step(steps.nodes(self.submission), looks.environment, log)
         if self.settings.preflight:
-            report = looks.collect(lambda: bool(self.asked) or step.is_over, _LOOK)
+            report = looks.collect(lambda: self._is_enough(step), _LOOK)
             (attempt.path / "preflight.json").write_text(json.dumps(asdict(report), indent=2))
         end = time.monotonic() + (_LEAVE if self.settings.preflight else _LOOK)
         code = step.wait(lambda: bool(self.asked) or time.monotonic() > end, self._number)
@@ -181,6 +183,9 @@ class Batch:
         looks.close()
         how = f"the nodes could not be prepared (srun ended with code {code}, see {log})"
         return verdicts.Verdict(CRASHED, 0, how) if code else None
+
+    def _is_enough(self, step: steps.Step) -> bool:
+        return bool(self.asked) or step.is_over or step.has_failed
 
     def _judge(self, report: Report) -> verdicts.Verdict | None:
         for note in report.notes:

@@ -46,6 +46,7 @@ def order(
 def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     """Freeze each run, and submit them together; the id of the job. Raises UserError where a run
     is in the queue already, or belongs to another config, or SLURM refuses."""
+    queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
     started = [start(_given(plan).training) for plan in plans]

@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import select
+import signal
 import socket
 import sys
 import threading
@@ -222,6 +223,7 @@ def _free_port() -> int:
 
 
 def main() -> int:
+    faulthandler.register(signal.SIGUSR2)
     faulthandler.dump_traceback_later(_CONNECT + _ANSWER + _LATE, exit=True)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
     where, _, token = os.environ.get(ADDRESS, "").rpartition(":")

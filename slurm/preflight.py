@@ -240,7 +240,7 @@ class Preflight:
         todo = "see the job's log for a reason, or exclude the node"
         found = []
         for n in nodes:
-            if n.seconds is not None:
+            if n.seconds is not None or (over and n.line):  # it was not let finish
                 continue
             what = f"did not answer in {seconds:.0f} s{beside}"
             if n.came and n.line is None:

@@ -48,6 +48,12 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
+def must_be_here() -> None:
+    """Raises UserError where it isn't."""
+    if not is_here():
+        _once(["sbatch", "--version"])
+
+
 def submit(script: Path) -> str:
     """The id of the new job. Raises UserError with SLURM's sentence where it takes none."""
     return _run(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]

@@ -6,6 +6,7 @@ Invariant: one input gives the same bytes, and nothing is packed that isn't sour
 import importlib.util
 import io
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -69,7 +70,9 @@ def version_of_checkout() -> dict[str, str]:
         )
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if not (HOUSE / ".git").exists() or (commit := git("rev-parse", "HEAD")) is None:
+    if not (HOUSE / ".git").exists() or shutil.which("git") is None:
+        return {}
+    if (commit := git("rev-parse", "HEAD")) is None:
         return {}
     return {"commit": commit, "changed": "yes" if git("status", "--porcelain") else "no"}
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from slurm import queue
 from slurm.submission import Submission
@@ -24,6 +25,7 @@ from trainer.errors import CRASHED, UserError
 _SAID = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
 _PATIENCE = 60.0  # seconds from a task's bad end until the others are killed from outside
+_MORE = 5.0
 _LAST = 30.0  # and from there until srun itself is
 
 
@@ -78,6 +80,12 @@ class Step:
         return self.process.poll() is not None
 
     @property
+    def has_failed(self) -> bool:
+        """Whether a task ended badly, and the others have had some seconds to say more."""
+        self._look()
+        return self._failed is not None and time.monotonic() - self._failed > _MORE
+
+    @property
     def failures(self) -> list[Failure]:
         return failures(self.log.read_text(errors="replace"))
 
@@ -95,8 +103,7 @@ class Step:
             overdue = self._failed is not None and time.monotonic() - self._failed > _PATIENCE
             if killed is None and (overdue or is_late()):
                 killed = time.monotonic()
-                with suppress(UserError):
-                    queue.end_step(number())
+                Thread(target=_end_step, args=(number,), daemon=True).start()
             if killed is not None and time.monotonic() - killed > _LAST:
                 self.process.kill()  # it waits for a node that doesn't answer
         return self.process.returncode
@@ -108,6 +115,12 @@ class Step:
                 self._size = size
                 if self.failures:
                     self._failed = time.monotonic()
+
+
+def _end_step(number: Callable[[], str]) -> None:
+    """In a thread of its own: a controller that is away must not hold up who waits for the step."""
+    with suppress(UserError):
+        queue.end_step(number())
 
 
 def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
@@ -141,24 +154,23 @@ def nodes(submission: Submission) -> list[str]:
         "set -e",
         # What jobs of long ago left, because their nodes went down.
         'find "$FORESCALE_SCRATCH" -maxdepth 1 -name "job-*" -mtime +7 -exec rm -rf {} + || true',
-        'mkdir -p "$FORESCALE_NODE"',
-        f'tar -xf {shlex.quote(str(submission.code))} -C "$FORESCALE_NODE"',
-        *_unpack(submission),
-        f"exec {shlex.join(look)}",
+        *_unpack(submission.code, '"$FORESCALE_NODE"'),
     ]
+    if place := _environment(submission):
+        lines += _unpack(submission.facts["environment"], shlex.quote(place))
+    lines.append(f"exec {shlex.join(look)}")
     # One that fails must not take from the others what they have to say.
     return [*srun(settings, 1, "--kill-on-bad-exit=0"), "bash", "-c", "\n".join(lines)]
 
 
-def _unpack(submission: Submission) -> list[str]:
-    """The packed environment, once a node: a second one that unpacks at the same time yields."""
-    if (place := _environment(submission)) is None:
-        return []
-    tar, place = shlex.quote(submission.facts["environment"]), shlex.quote(place)
+def _unpack(tar: Path | str, place: str) -> list[str]:
+    """Once a node, as a whole: of two that do it at the same time, where the scratch is shared
+    against our advice, the later one yields."""
     return [
         f"if [ ! -d {place} ]; then",
+        f"  mkdir -p $(dirname {place})",
         f"  new=$(mktemp -d {place}.XXXXXX)",
-        f'  tar -xf {tar} -C "$new"',
+        f'  tar -xf {shlex.quote(str(tar))} -C "$new"',
         f'  mv -T "$new" {place} 2>/dev/null || rm -rf "$new"',
         "fi",
     ]

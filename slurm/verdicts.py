@@ -62,7 +62,8 @@ def _blamed(attempt: Path, first: Failure, how: str) -> dict[str, str]:
     newer = [a.path for a in Run(attempt.parents[1]).attempts() if a.path.name > attempt.name]
     for path in (attempt, *newer):
         if hang := verdict(path):
-            return {hang.host: hang.sentence}
+            # Where ranks of several nodes stand in a collective, none of them is known to be ill.
+            return {hang.host: hang.sentence} if "," not in hang.host else {}
     if first.code < 0 and not first.how.startswith("Out Of Memory"):
         return {first.host: how}
     return {first.host: how} if _DEVICE.search(how) else {}

@@ -81,13 +81,13 @@ def _hang(guilty: list[Seen], present: list[Seen], waits: Collection[str], how: 
     who = _ranks([s.beat.rank for s in guilty])
     where = f"on host{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:4])}"
     how = how if len(guilty) == 1 else how.replace("has", "have", 1)
-    if first.is_silent:
+    if silent:
         what = f"{how} {seconds:.0f} s; last seen in {beat.at} at step {step:,}"
     else:
         what = f"{how} in {beat.at} for {seconds:.0f} s at step {step:,}"
     others = [s for s in present if s not in guilty]
     nobody = "nobody is behind: the collective itself hangs"
-    if beat.at not in waits or first.is_silent:
+    if beat.at not in waits or silent:
         nobody = "nobody else is there to wait"
     return Hang(
         tuple(s.beat.rank for s in guilty),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Job:
 
     def submit(self, **more: str) -> "Job":
         keys = {**KEYS, "run.root": str(self.root), "data": "dataset", "data.path": self.dataset}
-        keys |= {**self.keys, **more}
+        keys |= {"slurm.scratch": str(self.lab.scratch), **self.keys, **more}
         self.forescale("submit", "train", self.name, *(f"{k}={v}" for k, v in keys.items()))
         newest = self.run.jobs()[-1] / "job.json"
         self.id = json.loads(newest.read_text())["id"]
@@ -89,6 +90,10 @@ class Job:
         try:
             self.lab.wait(what, seconds)
         except AssertionError as e:
+            for node in self.lab.nodes:  # where do they stand?
+                for pid in self.lab.pids(node, "-m slurm."):
+                    os.kill(pid, signal.SIGUSR2)
+            time.sleep(1)
             raise AssertionError(f"{e}\n{self.said()}") from None
 
     def until_step(self, step: int, seconds: float = 90) -> "Job":

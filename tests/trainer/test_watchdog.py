@@ -52,6 +52,12 @@ def test_the_one_that_does_not_answer_comes_first():
     )
 
 
+def test_one_that_is_silent_for_half_its_time_while_another_is_stuck():
+    """A rank that waits for it is stuck a moment before it has been silent for long enough."""
+    said = sentence(seen(0, "backward", 12), seen(1, "forward", silence=6, host="b"))
+    assert said.startswith("rank 1 on host b has not answered for 6 s; last seen in forward at")
+
+
 def test_the_one_at_the_lowest_step():
     found = diagnose([seen(0, "word", 12), seen(1, "backward", 12, step=28)], 2)
     assert (found.ranks, found.at, found.step, found.host) == ((1,), "backward", 28, "a")

@@ -1,0 +1,137 @@
+"""Jobs on a cluster as their user knows them: submitted, followed, stopped, many at once, moved."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from lab import Lab
+from submitted import Job
+
+from trainer.run import read_rows
+
+
+@pytest.fixture
+def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
+    return Job(lab, tmp_path / "runs", "small", dataset, {"train.steps": "60"})
+
+
+def test_a_job_from_its_submission_to_its_end(job):
+    said = job.submit().forescale("status")
+    assert re.search(r"small +(running|queued \(\w+\))", said), said
+    with pytest.raises(AssertionError, match=f"is in the queue already, as job {job.id}"):
+        job.submit()
+    job.until(lambda: "step" in job.forescale("logs", "small", "follow=false"))
+    assert job.until_over() == "COMPLETED", job.said()
+    log = job.forescale("logs", "small")
+    assert "step 60/60 (100.0%)" in log
+    assert "== Attempt 1 ended: done." in log
+    assert "2 nodes are well" in job.forescale("logs", "small", "rank=null")
+    (life,) = job.lives()
+    assert (life["slurm"]["job"], life["slurm"]["nodes"]) == (job.id, ["n1", "n2"])
+    assert re.search(r"small +complete", job.forescale("status"))
+    # Submitted once more there is nothing to do, and it takes no rank to say so.
+    job.submit()
+    assert job.until_over() == "COMPLETED"
+    assert "Nothing to do: the run is complete, 60 steps" in job.log
+    assert len(job.lives()) == 1
+
+
+def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job):
+    job.submit(**{"train.steps": "3000"}).until_step(25)
+    assert "was told to save and end; it isn't requeued" in job.forescale("stop", "small")
+    assert job.until_over() == "FAILED", "whoever waits for it to be done must not begin"
+    assert [life["code"] for life in job.lives()] == [75]
+    saved = max(job.run.checkpoint_steps())
+    assert saved == job.step
+    assert re.search(r"small +interrupted", job.forescale("status"))
+    job.submit(**{"train.steps": "3000"}).until_step(saved + 5)
+    job.forescale("stop", "small", "--now")
+    assert job.until_over() == "CANCELLED"
+    with pytest.raises(AssertionError, match="nothing of it runs here or waits"):
+        job.forescale("stop", "small")
+
+
+def test_a_job_that_waits_is_stopped_in_the_queue(job, lab):
+    lab.run("sbatch", "-N4", "--exclusive", "--wrap", "sleep 60", cwd=job.root.parent)
+    job.submit()
+    said = job.forescale("status")
+    assert re.search(r"small +queued \((Resources|Priority|None)\)", said), said
+    assert "no rank has begun" in job.forescale("logs", "small")
+    assert "waited in the queue; it is gone" in job.forescale("stop", "small")
+    assert job.until_over() == "CANCELLED"
+    assert job.lives() == []
+
+
+def test_a_crash_loop_ends_by_itself(job):
+    faults = ",".join(f"exit@{step}:rank1" for step in (12, 13, 14))
+    job.submit(**{"checkpoint.every": "50 steps", "faults": f"[{faults}]"})
+    assert job.until_over() == "FAILED"
+    assert job.lab.show(job.id)["ExitCode"] == "76:0"
+    assert len(job.lives()) == 3
+    assert "Gave up after 3 crashes in a row without a new checkpoint" in job.log
+    said = job.forescale("logs", "small")
+    assert "Attempt 3 ended: rank 1 ended with" in said
+    assert re.search(r"rank-1.log, the rank that failed first\n(.*\n)*.*Traceback", said)
+
+
+def test_a_users_fault_is_not_tried_again(job):
+    job.submit()
+    config = job.run.config  # what the ranks read; damaged after the submission
+    config.write_text(config.read_text().replace("micro_batch: 2", "micro_batch: 3"))
+    assert job.until_over() == "FAILED"
+    assert job.lab.show(job.id)["ExitCode"] == "2:0"
+    assert "global_batch" in job.said()
+
+
+def test_an_array_of_eight_with_a_throttle(job, lab):
+    job.root.parent.mkdir(exist_ok=True)
+    lines = "".join(f"r{i} train.seed={i} optimizer.learning_rate={i + 1}e-3\n" for i in range(8))
+    (job.root.parent / "sweep.txt").write_text(lines)
+    job.name = "r0"
+    keys = {"slurm.runs": "sweep.txt", "slurm.at_once": "2", "slurm.nodes": "1"}
+    job.submit(**keys, **{"train.steps": "12", "slurm.allreduce": "false"})
+    array = job.id.partition("_")[0]
+    most = 0
+
+    def over() -> bool:
+        nonlocal most
+        states = lab.run("squeue", "-h", "-r", "-j", array, "-o", "%T", check=False).split()
+        most = max(most, states.count("RUNNING"))
+        return not states or set(states) <= {"COMPLETED"}
+
+    job.until(over, 240)
+    assert most == 2
+    losses = set()
+    for i in range(8):
+        one = Job(lab, job.root, f"r{i}", job.dataset)
+        assert one.step == 12, one.said()
+        losses.add(one.losses()[12])
+        told = json.loads((one.run.jobs()[0] / "job.json").read_text())
+        assert told["id"] == f"{array}_{i}"
+    assert len(losses) == 8
+
+
+def test_a_run_begun_on_four_nodes_goes_on_on_two(job):
+    job.submit(**{"slurm.nodes": "4", "slurm.allreduce": "false", "train.steps": "400"})
+    job.until_step(25).forescale("stop", "small")
+    job.until_over()
+    saved = job.step
+    keys = {"slurm.nodes": "2", "train.steps": "400"}
+    job.submit(**keys).until_step(saved + 20).forescale("stop", "small")
+    job.until_over()
+    assert job.step > saved
+    whole = Job(job.lab, job.root, "whole", job.dataset).submit(**{"train.steps": str(saved + 20)})
+    assert whole.until_over() == "COMPLETED", whole.said()
+
+    def tokens(one: Job) -> dict[int, int]:
+        rows = read_rows(one.run.metrics)
+        return {r["step"]: r["tokens_hash"] for r in rows if r["kind"] == "train"}
+
+    want = tokens(whole)
+    assert {step: tokens(job)[step] for step in want} == want, "the same tokens at each step"
+    near = (abs(job.losses()[s] - loss) for s, loss in whole.losses().items())
+    assert max(near) < 0.05, "of bf16 ranks that add in another order"
+    assert [len(life["slurm"]["nodes"]) for life in job.lives()] == [4, 2]
+    events = [r for a in job.attempts() for r in read_rows(a.events.path)]
+    assert any(r["kind"] == "numerics_changed" and r["key"] == "world_size" for r in events)

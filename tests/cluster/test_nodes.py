@@ -1,0 +1,95 @@
+"""What is wrong with a node is said in the first seconds, by its name, before any rank starts."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from lab import Lab
+from submitted import Job
+
+CGROUP = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.fixture
+def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
+    return Job(lab, tmp_path / "runs", "small", dataset, {"train.steps": "12"})
+
+
+@pytest.fixture
+def small_memory():
+    """Put processes under a limit of the kernel's: small_memory(pids, bytes)."""
+    if not (CGROUP / "cgroup.procs").exists():
+        pytest.skip("the kernel's memory controller (cgroup v1) is not mounted here")
+    group = CGROUP / f"forescale-{os.getpid()}"
+    group.mkdir()
+
+    def limit(pids: list[int], size: int) -> None:
+        (group / "memory.limit_in_bytes").write_text(str(size))
+        for pid in pids:
+            (group / "cgroup.procs").write_text(str(pid))
+
+    yield limit
+    for pid in (group / "cgroup.procs").read_text().split():
+        (CGROUP / "cgroup.procs").write_text(pid)
+    group.rmdir()
+
+
+def left_out(job: Job, node: str) -> str:
+    """The run ended well without the node; why it was left out."""
+    assert job.until_over() == "COMPLETED", job.said()
+    first, *_, last = job.lives()
+    assert node in first["slurm"]["nodes"]
+    assert node not in last["slurm"]["nodes"]
+    assert first["unfit"].keys() == {node}
+    assert not (job.attempts()[0].path / "rank-0.log").exists(), "no rank was started"
+    return first["unfit"][node]
+
+
+def test_a_node_with_too_little_memory(job, lab, small_memory):
+    small_memory(lab.pids("n2", "slurmd"), 600 << 20)
+    why = left_out(job.submit(), "n2")
+    assert "of memory" in why
+
+
+def test_a_node_on_which_the_data_is_missing(job, lab, tmp_path):
+    """It is on each node's own disk, but for one."""
+    here = lab.scratch / "data"
+    shutil.copytree(job.dataset, here)  # the login node's
+    try:
+        for node in ("n1", "n3", "n4"):
+            lab.on(node, "cp", "-r", job.dataset, here)
+        why = left_out(job.submit(**{"data.path": str(here)}), "n2")
+    finally:
+        shutil.rmtree(here)
+    assert f"{here}" in why
+
+
+def test_a_node_whose_clock_is_wrong(job):
+    """By a named fake: all nodes of the lab share one clock."""
+    keys = "slurm.exports={FORESCALE_FAKE_CLOCK: '90', FORESCALE_FAKE_CLOCK_NODE: n2}"
+    name, _, value = keys.partition("=")
+    why = left_out(job.submit(**{name: value}), "n2")
+    assert "its clock is 90.0 s ahead of the first node's" in why
+
+
+def test_a_node_with_a_slow_network(job, lab):
+    lab.slow("n3", "40mbit")
+    why = left_out(job.submit(**{"slurm.nodes": "3"}), "n3")
+    assert "GB/s at best with its neighbours" in why
+
+
+def test_what_all_nodes_lack_is_the_users_and_ends_the_job(job, lab):
+    job.submit(**{"slurm.gpus_per_node": "0", "data.path": str(job.dataset)})
+    assert job.until_over() == "COMPLETED"
+    job.name = "gone"
+    copied = job.root.parent / "copy"
+    shutil.copytree(job.dataset, copied)
+    lab.run("scontrol", "update", "partitionname=low", "state=down")  # it waits
+    job.submit(**{"data.path": str(copied)})
+    shutil.rmtree(copied)
+    lab.run("scontrol", "update", "partitionname=low", "state=up")
+    assert job.until_over() == "FAILED"
+    assert lab.show(job.id)["ExitCode"] == "2:0"
+    assert "all nodes: " in job.log
+    assert len(job.lives()) == 1

@@ -1,0 +1,197 @@
+"""`forescale submit`, as far as it goes without SLURM: problems, the script, what is packed."""
+
+import os
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from slurm import queue
+from slurm.snapshot import HOUSE, own_packages, pack_environment, write_code
+from trainer.cli import main
+from trainer.compose import compose
+from trainer.errors import UserError
+
+KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
+
+
+@pytest.fixture
+def submit(tmp_path, monkeypatch, capsys, dataset):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+    def run(*words):
+        data = ("data=dataset", f"data.path={dataset}")
+        code = main(["submit", *words, *KEYS, *data])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_all_problems_at_once_and_nothing_is_written(submit, tmp_path):
+    code, _, err = submit("train", "x", "slurm.partion=p", "slurm.mem=lots", "slurm.time='5 steps'")
+    assert code == 2
+    for said in (
+        "slurm.partion: no such key; did you mean slurm.partition",
+        "slurm.mem",
+        "slurm.time",
+    ):
+        assert said in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_prints_the_script_alone_and_writes_nothing(submit, tmp_path):
+    code, out, err = submit("train", "x", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.startswith("#!/bin/bash\n")
+    assert f"runs=(\n    {tmp_path}/runs/x\n)" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_is_what_is_submitted_where_nothing_is_said(submit):
+    assert submit("run.name=x", "--dry-run")[0] == 0
+    code, _, err = submit("eval", "x")
+    assert code == 2
+    assert "eval: is nothing that can be submitted" in err
+
+
+def test_without_slurm_there_is_a_sentence_and_no_trace_of_a_job(submit, tmp_path):
+    code, _, err = submit("train", "x")
+    assert code == 2
+    assert "sbatch: is not on this machine's PATH" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_that_cannot_fit_is_refused(submit, tmp_path):
+    code, _, err = submit("train", "x", "slurm.mem=600M")
+    assert code == 2
+    assert "memory:" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_gpus_are_asked_for_where_the_machine_has_some(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "train", "x", "--dry-run"]) == 2
+    assert "no GPU is asked for, and machine is H100 SXM" in capsys.readouterr().err
+
+
+def test_the_lead_is_at_least_the_grace_and_less_than_the_limit(submit):
+    _, out, _ = submit("train", "x", "--dry-run", "launch.grace=90s")
+    assert "--signal=B:USR1@100 " in out
+    code, _, err = submit("train", "x", "launch.grace='1 h'", "slurm.time='10 min'")
+    assert code == 2
+    assert "slurm.time: 10 min leave nothing beside" in err
+
+
+def test_a_file_of_runs_is_an_array(submit, tmp_path):
+    (tmp_path / "sweep.txt").write_text(
+        "# learning rates\n\na optimizer.learning_rate=1e-3\nrun.name=b train.seed=7 # seed\n"
+    )
+    code, out, _ = submit("train", "slurm.runs=sweep.txt", "slurm.at_once=1", "--dry-run")
+    assert code == 0
+    assert f"{tmp_path}/runs/a\n    {tmp_path}/runs/b\n" in out
+    assert "#SBATCH --array=0-1%1" in out
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("a\na\n", "line 2: a second run of the name a"),
+        ("a train.sed=1\n", "line 1: train.sed: no such key; did you mean train.seed"),
+        ("a slurm.nodes=3\n", "line 1: sets a key of slurm"),
+        ("# nothing\n", "names no run"),
+    ],
+)
+def test_a_bad_line_is_named(submit, tmp_path, lines, said):
+    (tmp_path / "sweep.txt").write_text(lines)
+    code, _, err = submit("train", "slurm.runs=sweep.txt", "--dry-run")
+    assert code == 2
+    assert said in err
+
+
+def test_a_missing_file_of_runs_is_a_sentence(submit):
+    assert "can't be read" in submit("train", "slurm.runs=none.txt", "--dry-run")[2]
+
+
+def test_the_code_runs_as_it_was(tmp_path):
+    """From the tar alone: an edit of the checkout after the submission doesn't reach the job."""
+    write_code(tmp_path / "code.tar", [])
+    with tarfile.open(tmp_path / "code.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import slurm.batch, trainer; print(trainer.__file__)"],
+        env={"PYTHONPATH": str(tmp_path / "code")}, cwd=HOUSE, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "code/trainer/__init__.py"), done.stderr
+    assert (tmp_path / "code/slurm/job.sbatch.j2").exists()
+    assert (tmp_path / "code/conf/train.yaml").exists()
+
+
+def test_the_same_code_is_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_code(tmp_path / name, [])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_model_of_the_users_own_comes_along(tmp_path, monkeypatch):
+    package = tmp_path / "ownmodels"
+    (package / "deep").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "deep/net.py").write_text("class Net: ...\n")
+    monkeypatch.chdir(tmp_path)
+    job = compose("train", ["model._target_=ownmodels.deep.net.Net", "run.name=x"])
+    more = own_packages(job)
+    assert more == [package]
+    write_code(tmp_path / "code.tar", more)
+    with tarfile.open(tmp_path / "code.tar") as tar:
+        assert "code/ownmodels/deep/net.py" in tar.getnames()
+
+
+def test_an_installed_model_stays_where_it_is():
+    assert own_packages(compose("train", ["model._target_=torch.nn.Linear"])) == []
+    assert own_packages(compose("train", [])) == []
+
+
+def test_a_model_that_is_not_there_is_a_sentence():
+    with pytest.raises(UserError, match="Python finds no module nowhere_at_all"):
+        own_packages(compose("train", ["model._target_=nowhere_at_all.Net"]))
+
+
+def test_a_packed_environment_runs_from_another_place(tmp_path):
+    """A small virtual environment, packed as ours would be, once for each state of it."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    code = (
+        "from pathlib import Path; from slurm.snapshot import pack_environment as p; import sys; "
+    )
+    code += "print(p(Path(sys.argv[1])))"
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    environment = {"PYTHONPATH": os.pathsep.join([str(HOUSE), *packages])}
+    tars = {
+        subprocess.run(
+            [venv / "bin/python", "-c", code, tmp_path / "tars"],
+            env=environment, capture_output=True, text=True, check=True,
+        ).stdout.strip()
+        for _ in range(2)
+    }  # fmt: skip
+    (tar,) = tars
+    (tmp_path / "there").mkdir()
+    subprocess.run(["tar", "-xf", tar, "-C", tmp_path / "there"], check=True)
+    venv.rename(tmp_path / "gone")
+    done = subprocess.run(
+        [tmp_path / "there/bin/python", "-c", "import sys; print(sys.prefix)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "there")
+
+
+def test_outside_of_an_environment_there_is_nothing_to_pack(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    with pytest.raises(UserError, match="is no virtual environment"):
+        pack_environment(tmp_path)
+
+
+def test_a_list_of_hosts_that_is_one_needs_no_slurm():
+    assert queue.hosts("node7") == ["node7"]
