@@ -54,7 +54,6 @@ class Batch:
         """Until the job ends, or SLURM ends it. Returns the job's exit code."""
         for number in _SIGNALS:
             signal.signal(number, self._hear)
-        faulthandler.register(signal.SIGUSR2)  # scancel -b -s USR2: its log shows where it is
         where = f"on {os.environ['SLURM_JOB_NODELIST']}"
         again = f", requeued {self.restart} times" if self.restart else ""
         self._say(f"Job {self.id} {where}{again}: run {self.run.path}.")
@@ -63,7 +62,7 @@ class Batch:
             return DONE
         while True:
             code = self._attempt_once()
-            past = policy.past(self.run, self.submission.name)
+            past = policy.past(self.run, self._name)
             decision = policy.decide(
                 code,
                 past,
@@ -79,6 +78,10 @@ class Batch:
             if decision.deed == "requeue":
                 return self._requeue(decision)
             time.sleep(_PAUSE * 2 ** max(0, past.crashes - 1))
+
+    @property
+    def _name(self) -> str:
+        return self.submission.name
 
     def _state(self) -> str:
         """SLURM's word for this life of the job. One whose node was cut off and is back must not
@@ -96,24 +99,26 @@ class Batch:
         return None
 
     def _attempt_once(self) -> int:
-        attempt = self._attempt = self.run.new_attempt()
+        attempt = self.run.new_attempt()
         command = steps.ranks(self.submission, self.run.path, attempt.path, self._words())
         life: dict[str, Any] = {
             "job": self.id,
             "restart": self.restart,
-            "submission": self.submission.name,
+            "submission": self._name,
             "nodes": self.hosts,
-            "eligible": queue.eligible(self.id),
+            # In the queue it was only before the first attempt of each life.
+            "eligible": None if self._attempt else queue.eligible(self.id),
         }
         world = self.settings.nodes * self.settings.ranks_per_node
         ending.begin(attempt.path, command, world, slurm=life)
-        log = attempt.path / "srun.log"
-        if faults := self._preflight(attempt, log):
+        self._attempt = attempt
+        if faults := self._preflight(attempt):
             return self._end(attempt, faults)
         if self.asked:
             return self._end(attempt, verdicts.Verdict(INTERRUPTED, 0, "interrupted before ranks"))
         self._say(f"Attempt {attempt.number}: {world} ranks; logs {attempt.path}/rank-*.log")
         port = str(_free_port())
+        log = attempt.path / "srun.log"
         self._step = steps.Step(command, self._environment(attempt, port), log)
         code = self._step.wait(self._is_late, self._number)
         failed, self._step = self._step.failures, None
@@ -152,10 +157,10 @@ class Batch:
     def _end(self, attempt: Attempt, verdict: verdicts.Verdict) -> int:
         more = {"blamed": verdict.blamed, "unfit": verdict.unfit, "asked": self.asked}
         ending.end(attempt.path, verdict.code, verdict.how, verdict.rank, **more)
-        self._say(f"Attempt {attempt.number}: {verdict.how}.")
+        self._say(f"Attempt {attempt.number}: {verdict.how.rstrip('.')}.")
         return verdict.code
 
-    def _preflight(self, attempt: Attempt, log: Path) -> verdicts.Verdict | None:
+    def _preflight(self, attempt: Attempt) -> verdicts.Verdict | None:
         """Prepare all nodes and look at them; None where all is well."""
         facts = self.submission.facts
         wanted = Wanted(
@@ -169,6 +174,7 @@ class Batch:
             reduce=self.settings.allreduce,
             cuda=bool(self.settings.gpus_per_node),
         )
+        log = attempt.path / "preflight.log"
         looks = Preflight(wanted, self.hosts, self.hosts[0])
         step = steps.Step(steps.nodes(self.submission), looks.environment, log)
         if self.settings.preflight:
@@ -196,11 +202,17 @@ class Batch:
             return None
         for fault in report.faults:
             self._say(fault.sentence)
-        if report.common:
-            return verdicts.Verdict(USER, 0, report.common[0].sentence)
+        common, unfit = report.common, report.of_nodes
+        if common and len(self.hosts) == 1 and not policy.past(self.run, self._name).unfit:
+            # Whether another node would be better nobody can tell from one: it is tried once.
+            unfit = {self.hosts[0]: "; ".join(f.what for f in common)}
+        elif common:
+            # That nobody came, or met another, is no fault of the config: srun may have failed.
+            mute = all(f.kind in ("silent", "network") for f in common)
+            return verdicts.Verdict(CRASHED if mute else USER, 0, common[0].sentence)
         # Seen before anything was lost: such a node is left out at once.
-        how = "; ".join(f"{host}: {what}" for host, what in report.of_nodes.items())
-        return verdicts.Verdict(CRASHED, 0, f"preflight: {how}", unfit=report.of_nodes)
+        how = "; ".join(f"{host}: {what}" for host, what in unfit.items())
+        return verdicts.Verdict(CRASHED, 0, f"preflight: {how}", unfit=unfit)
 
     def _requeue(self, decision: policy.Decision) -> int:
         """Ask for the next life. SLURM ends this one while we wait."""
@@ -238,6 +250,7 @@ def _free_port() -> int:
 
 
 def main(words: Sequence[str]) -> int:
+    faulthandler.register(signal.SIGUSR2)  # scancel -b -s USR2: its log shows where it is
     try:
         return Batch(Run(words[0]), Submission(Path(words[1]))).live()
     except UserError as e:

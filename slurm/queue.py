@@ -7,6 +7,7 @@ Job ids are text: 123, or 123_4 for a task of an array.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -101,9 +102,10 @@ def eligible(job: str) -> float | None:
 def requeue(job: str, exclude: Sequence[str] = ()) -> None:
     """Put a running job back into the queue, to run again, but not on those nodes. SLURM ends the
     caller, too, if it is part of the job."""
-    _run(["scontrol", "requeue", job])
+    _run(["scontrol", "requeue", job], deaf=True)
     if exclude:  # allowed only while the job waits
-        _run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}"])
+        command = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}"]
+        _run(command, deaf=True)
 
 
 def cancel(job: str) -> None:
@@ -150,25 +152,30 @@ def hosts(nodelist: str) -> list[str]:
     return _run(["scontrol", "show", "hostnames", nodelist]).split()
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], deaf: bool = False) -> str:
     """Its output. Inside of a job, which can't be asked to come again, it waits for a controller
-    that is away."""
+    that is away. deaf: to SIGTERM, which SLURM sends to every process of a job that it ends."""
     end = time.monotonic() + (_AWAY if "SLURM_JOB_ID" in os.environ else 0.0)
     while True:
         try:
-            return _once(command)
+            return _once(command, deaf)
         except UserError as e:
             if not _BUSY.search(e.what) or time.monotonic() > end:
                 raise
             time.sleep(5.0)
 
 
-def _once(command: list[str]) -> str:
+def _once(command: list[str], deaf: bool = False) -> str:
     # Names of months and days come in English, times in local time.
     environment = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            env=environment,
+            preexec_fn=_ignore if deaf else None,
         )
     except FileNotFoundError:
         what = "is not on this machine's PATH"
@@ -182,3 +189,7 @@ def _once(command: list[str]) -> str:
         said = said.removeprefix(f"{command[0]}: ").removeprefix("error: ")
         raise UserError(command[0], f"SLURM says: {said}", "change what it names, see sinfo")
     return done.stdout
+
+
+def _ignore() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

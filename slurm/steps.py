@@ -25,8 +25,8 @@ from trainer.errors import CRASHED, UserError
 _SAID = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
 _PATIENCE = 60.0  # seconds from a task's bad end until the others are killed from outside
-_MORE = 5.0
 _LAST = 30.0  # and from there until srun itself is
+_MORE = 5.0  # seconds in which others may still say something after a bad end
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ FLOORS = [
     "door sampling scoring export replay audit goodput reliability status pace choices plan doctor "
     "device rank summary ending launch verdict drill",
     "slurm",
-    "overview",
+    "overview scaling",
     "__init__ verbs cli __main__",
 ]
 SLURM_DOOR = {"slurm.rank": "__init__ verbs cli __main__"}

@@ -47,6 +47,7 @@ class Launch:
     ended: float
     code: int | None  # None: nobody saw it end
     how: str = ""
+    eligible: float | None = None  # since when it could have begun, where a queue had it
     rows: list[dict[str, Any]] = field(default_factory=list)
     after: dict[str, float] = field(default_factory=dict)
 
@@ -59,6 +60,13 @@ class Launch:
     def head(self) -> float:
         """Seconds until rank 0 counted its own."""
         return (self.rank_began or self.begun) - self.begun
+
+    def queued(self, before: float | None) -> float:
+        """Seconds that it could have begun, and hadn't. before: when the launch before it ended."""
+        if self.eligible is None:
+            return 0.0
+        since = self.eligible if before is None else max(self.eligible, before)
+        return max(0.0, self.begun - since)
 
     @property
     def failed(self) -> bool:
@@ -112,8 +120,10 @@ class Goodput:
         sums: dict[str, float] = defaultdict(float)
         before = None
         for i, launch in enumerate(self.launches):
+            queued = launch.queued(before)
+            sums["queue"] += queued
             if before is not None:
-                sums["waiting"] += max(0.0, launch.begun - before)
+                sums["waiting"] += max(0.0, launch.begun - before) - queued
             for bucket, seconds in self._spent(launch, "recovery" if i else "startup"):
                 sums[bucket] += seconds
             before = launch.ended
@@ -135,10 +145,11 @@ class Goodput:
 
     @property
     def wall(self) -> float:
-        """Seconds from the first start to the last end; where an old launch was still alive when
-        the next one began, that time counts twice."""
+        """Seconds from the first start, or since the queue could have begun it, to the last end;
+        where an old launch was still alive when the next one began, that time counts twice."""
         waits = (max(0.0, b.begun - a.ended) for a, b in pairwise(self.launches))
-        return self.alive + sum(waits)
+        first = self.launches[0].queued(None) if self.launches else 0.0
+        return first + self.alive + sum(waits)
 
     @property
     def ettr(self) -> float:
@@ -208,6 +219,7 @@ def _launch(attempt: Attempt) -> Launch | None:
     begun = told.get("begun", began)
     ended, code = told.get("ended"), told.get("code")
     made = Launch([], begun or 0.0, began, ended or 0.0, code, told.get("how", ""))
+    made.eligible = told.get("slurm", {}).get("eligible")
     _prolong(made, attempt)
     if begun is None:  # from before there were beats: back from when its last row was written
         path = attempt.metrics.path

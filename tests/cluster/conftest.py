@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from lab import Lab, missing
+from submitted import TOLD
 
 HERE = Path(__file__).parent
 
@@ -18,6 +19,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.cluster)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if TOLD:
+        terminalreporter.section("faults")
+        head = ["| fault | noticed after | trains again after | steps lost |", "|---|---|---|---|"]
+        terminalreporter.write_line("\n".join([*head, *TOLD]))
 
 
 @pytest.fixture(scope="session")

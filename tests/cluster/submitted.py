@@ -20,6 +20,7 @@ KEYS = {
     "slurm": "lab",
     "optimizer": "adamw",
     "schedule": "constant",
+    "schedule.warmup": "0 steps",
     "engine": "zero1",
     "train.steps": "150",
     "train.sequence_length": "128",
@@ -172,9 +173,11 @@ class Fault:
         return max(0, made - step)
 
     def row(self) -> str:
-        noticed = "-" if self.noticed is None else f"{self.noticed:.1f}"
-        again = f"trains again {self.trains - self.began:5.1f} s"
-        return f"{self.name:<32} noticed {noticed:>5} s   {again}   steps lost {self.lost}"
+        """As a line of a Markdown table."""
+        if self.trains == self.began:
+            return f"| {self.name} | - | training goes on | 0 |"
+        noticed = "-" if self.noticed is None else f"{self.noticed:.1f} s"
+        return f"| {self.name} | {noticed} | {self.trains - self.began:.0f} s | {self.lost} |"
 
 
 TOLD: list[str] = []  # a line a fault, for the end of the session

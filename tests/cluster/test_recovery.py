@@ -4,6 +4,7 @@ FORESCALE_CLUSTER=all runs all faults; without it five of them.
 """
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_preempted_by_a_higher_partition(lab, job, reference):
     fault.again()
     assert fault.lost == 0
     check(job, reference, fault)
+    status = job.forescale("status", job.name)
+    assert "queue " in re.search(r"^Time .*", status, re.MULTILINE)[0], status
 
 
 @more
@@ -94,6 +97,22 @@ def test_a_rank_is_killed(lab, job, reference):
     assert "rank 1 ended with SIGKILL" in job.lives()[0]["how"]
     assert job.lives()[0]["blamed"].keys() == {"n2"}
     assert len({life["slurm"]["restart"] for life in job.lives()}) == 1, "in the same allocation"
+    check(job, reference, fault)
+
+
+@more
+def test_a_node_that_is_to_blame_twice_is_left_out(lab, job, reference):
+    job.submit()
+    for life in range(1, 3):
+        job.until(lambda life=life: len(job.lives()) == life and job.trained_in_newest > 25)
+        fault = Fault(job, "rank of one node killed twice")
+        (pid,) = lab.pids("n2", RANK)
+        os.kill(pid, signal.SIGKILL)
+        job.until(lambda fault=fault: job.attempts()[-1].number > fault.attempt.number)
+    fault.again()
+    assert [life["slurm"]["restart"] for life in job.lives()] == [0, 0, 1]
+    assert "n2" not in job.lives()[-1]["slurm"]["nodes"]
+    assert "n2 (rank 1 ended with SIGKILL" in job.log
     check(job, reference, fault)
 
 

@@ -220,3 +220,15 @@ def test_beats_that_cannot_be_read_are_no_beats(run):
     row(one, 1, startup=6.0, compute=10.0)
     assert buckets(run).buckets["startup"] == 21.0
     assert time.time() > T0
+
+
+def test_time_in_a_queue_is_not_time_between_launches(run):
+    """Eligible at 5 and begun at 25; requeued at 60, eligible once more at 65, begun at 80."""
+    for begun, ends, eligible in ((25, 60, 5), (80, 100, 65)):
+        attempt = launch(run, begun, ends, INTERRUPTED)
+        told = ending.launch_of(attempt.path)
+        write_json(attempt.path / ending.LAUNCH, {**told, "slurm": {"eligible": T0 + eligible}})
+    found = buckets(run)
+    assert found.buckets["queue"] == 20 + 15
+    assert found.buckets["waiting"] == 5
+    assert found.wall == 95

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -126,7 +127,9 @@ def _show_checkpoints(s: Status, console: Console) -> None:
 
 
 def _show_attempts(s: Status, console: Console) -> None:
-    made = table("attempt", "went on from", "begun", "end", left=("went on from", "end"))
+    lives = {a.number: launch_of(a.path).get("slurm") for a in s.attempts}
+    names = ("attempt", "went on from", "begun", "end", *(["nodes"] * any(lives.values())))
+    made = table(*names, left=("went on from", "end", "nodes"))
     ends = {a.number: _end(launch, a, s) for launch in s.goodput.launches for a in launch.attempts}
     for attempt in s.attempts:
         parent = attempt.parent
@@ -141,7 +144,8 @@ def _show_attempts(s: Status, console: Console) -> None:
         begun = next(p for p in marks if p.exists()).stat().st_mtime
         begun = launch_of(attempt.path).get("begun", begun)
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
-        made.add_row(str(attempt.number), escape(came), moment, ends.get(attempt.number, "-"))
+        row = [str(attempt.number), escape(came), moment, ends.get(attempt.number, "-")]
+        made.add_row(*row, *([_nodes(lives[attempt.number])] * (len(names) - len(row))))
     _print(made, console)
     for launch in s.goodput.launches:
         numbers = [attempt.number for attempt in launch.attempts]
@@ -153,6 +157,14 @@ def _show_attempts(s: Status, console: Console) -> None:
         console.print(escape(line), soft_wrap=True)
     if faults := s.faults():
         console.print(f"Injected faults: {escape(', '.join(faults))}", soft_wrap=True)
+
+
+def _nodes(life: dict[str, Any] | None) -> str:
+    """Where an attempt ran, the job in brackets."""
+    if not life:
+        return "-"
+    some = ", ".join(life["nodes"][:3]) + (", ..." if len(life["nodes"]) > 3 else "")
+    return escape(f"{some} (job {life['job']})")
 
 
 def _end(launch: Launch, attempt: Attempt, s: Status) -> str:

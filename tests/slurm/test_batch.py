@@ -1,0 +1,120 @@
+"""What the batch script makes of a preflight, and of signals; without SLURM."""
+
+import signal
+
+import pytest
+
+from slurm import batch, queue
+from slurm.batch import Batch
+from slurm.findings import Fault, Report
+from slurm.submission import Submission
+from trainer import ending
+from trainer.compose import compose
+from trainer.config_slurm import SlurmConfig
+from trainer.errors import CRASHED, DONE, USER
+from trainer.frozen import freeze
+from trainer.run import Run
+from trainer.schema import plain
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A life of a job on so many nodes."""
+
+    def made(nodes=2, **keys):
+        hosts = [f"n{i}" for i in range(1, nodes + 1)]
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(hosts))
+        monkeypatch.setattr(queue, "hosts", lambda nodelist: nodelist.split(","))
+        run = Run(tmp_path / "run")
+        run.path.mkdir(exist_ok=True)
+        run.config.write_text(freeze(compose("train", ["run.name=run", *keys])))
+        submission = Submission(run.new_job())
+        submission.write(slurm=plain(SlurmConfig(nodes=nodes)), log=str(submission.path / "log"))
+        return Batch(run, submission)
+
+    return made
+
+
+def report(*faults, nodes=2):
+    return Report(list(faults), [], {f"n{i}": {} for i in range(1, nodes + 1)}, None, 1.0)
+
+
+def fault(host, what="has no GPU", kind=""):
+    return Fault(host, what, "mend it", kind)
+
+
+def test_nodes_that_are_well_are_told_in_a_line(make, capsys):
+    assert make()._judge(report()) is None
+    assert "2 nodes are well (1.0 s)." in capsys.readouterr().out
+
+
+def test_a_fault_of_one_node_is_the_nodes(make, capsys):
+    found = make()._judge(report(fault("n2")))
+    assert found.unfit == {"n2": "has no GPU; mend it"}
+    assert found.code == CRASHED
+    assert "n2: has no GPU; mend it" in capsys.readouterr().out
+
+
+def test_a_fault_of_all_nodes_is_the_users(make):
+    found = make()._judge(report(fault("n1"), fault("n2")))
+    assert (found.code, found.unfit) == (USER, {})
+    assert "all nodes: has no GPU" in found.how
+
+
+def test_that_nobody_came_is_not(make):
+    """srun itself may have failed, or the shared storage."""
+    silent = [fault(host, "never came", "silent") for host in ("n1", "n2")]
+    assert make()._judge(report(*silent)).code == CRASHED
+
+
+def test_a_single_node_gets_one_chance_on_another(make):
+    job = make(nodes=1)
+    alone = report(fault("n1"), nodes=1)
+    assert job._judge(alone).unfit.keys() == {"n1"}
+    attempt = job.run.new_attempt()
+    ending.begin(attempt.path, [], 1, slurm={"submission": "0001"})
+    ending.end(attempt.path, CRASHED, "", unfit={"n0": "has no GPU"})
+    assert job._judge(alone).code == USER
+
+
+def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):
+    job = make()
+    job.submission.stop()
+    before = {number: signal.getsignal(number) for number in batch._SIGNALS}
+    try:
+        assert job.live() == DONE
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "Nothing to do: it was stopped while it waited." in capsys.readouterr().out
+    assert job.run.attempts() == []
+
+
+@pytest.mark.parametrize(
+    ("told", "state"),
+    [
+        ({"Restarts": "0", "JobState": "RUNNING"}, "RUNNING"),
+        ({"Restarts": "1", "JobState": "RUNNING"}, "overtaken"),
+        ({}, "overtaken"),
+    ],
+)
+def test_a_life_that_another_one_overtook_knows_it(make, monkeypatch, told, state):
+    monkeypatch.setattr(queue, "show", lambda job: told)
+    assert make()._state() == state
+
+
+def test_a_signal_is_passed_to_the_ranks_and_bounds_their_time(make):
+    class Step:
+        told = 0
+
+        def tell(self):
+            self.told += 1
+
+    job = make()
+    job._step = step = Step()
+    assert not job._is_late()
+    job._hear(signal.SIGUSR1, None)
+    job._hear(signal.SIGTERM, None)
+    assert (job.asked, step.told) == ("SIGUSR1", 2)
+    assert job._deadline < float("inf")
