@@ -67,10 +67,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Written:
-    """A published checkpoint, and its tensors' bytes over all ranks."""
+    """A published checkpoint, and its tensors' bytes over all ranks, as rank 0 knows them."""
 
     path: Path
-    bytes: int
+    bytes: int | None
 
 
 def save(run: Run, attempt: int, position: Position, engine: Engine, facts: dict) -> Path:
@@ -79,7 +79,7 @@ def save(run: Run, attempt: int, position: Position, engine: Engine, facts: dict
     Raises UserError on every rank if any rank's storage fails; nothing half-written stays.
     """
     world = engine.world
-    ranks = Ranks(world.rank, world.size, world.gather)
+    ranks = Ranks(world.rank, world.size, world.gather, world.to_main)
     return write(run, attempt, Snapshot.of(engine, position, facts), ranks).path
 
 
@@ -130,20 +130,20 @@ def write(
         # Ours to guarantee, so an assertion.
         assert not (faults := coverage_faults(state)), faults[0]
         table = {w[0]: w[1] for w in words}
-        table[STATE] = write_json(stage / STATE, state)
+        table[STATE] = write_json(stage / STATE, state, compact=True)
         write_table(stage, table)
         _replace(run, stage, final, attempt)
 
     sizes = ranks.gather(snapshot.size)
     try:
         ranks.from_main(make_stage, run.checkpoints)
-        words = ranks.together(write_own, stage)
+        words = ranks.handed_in(write_own, stage) or []
         ranks.from_main(commit, stage)
     except UserError:
         if ranks.is_main:
             shutil.rmtree(stage, ignore_errors=True)
         raise
-    return Written(final, sum(w[1].size for w in words))
+    return Written(final, sum(w[1].size for w in words) if ranks.is_main else None)
 
 
 def _expect_to_count(run: Run, attempt: int, step: int) -> None:

@@ -121,9 +121,11 @@ def write_file(path: Path, data: bytes) -> FileEntry:
     return entry
 
 
-def write_json(path: Path, value: Any) -> FileEntry:
-    """Replace `path` by `value` as JSON; keys keep their order: equal values, equal bytes."""
-    return write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+def write_json(path: Path, value: Any, compact: bool = False) -> FileEntry:
+    """Replace `path` by `value` as JSON; keys keep their order: equal values, equal bytes. compact:
+    in one line, which takes C a third of the time, and holds up other threads for less."""
+    form: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
+    return write_file(path, (json.dumps(value, **form) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

@@ -85,7 +85,8 @@ def _hang(guilty: list[Seen], present: list[Seen], waits: Collection[str], how: 
         what = f"{how} {seconds:.0f} s; last seen in {beat.at} at step {step:,}"
     else:
         what = f"{how} in {beat.at} for {seconds:.0f} s at step {step:,}"
-    others = [s for s in present if s not in guilty]
+    blamed = {s.beat.rank for s in guilty}
+    others = [s for s in present if s.beat.rank not in blamed]
     nobody = "nobody is behind: the collective itself hangs"
     if beat.at not in waits or silent:
         nobody = "nobody else is there to wait"

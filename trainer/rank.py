@@ -60,7 +60,8 @@ class Rank:
         setup.check_world(job, size)
         seconds = job.launch.timeout.seconds or 1800.0
         self.world: World = join(deepspeed_config(job, size), size, seconds)
-        self.ranks = Ranks(self.world.rank, self.world.size, self.world.gather)
+        world = self.world
+        self.ranks = Ranks(world.rank, world.size, world.gather, world.to_main)
         again = ATTEMPT in os.environ or not self.world.is_main
         started = self._from_main(lambda: start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources

@@ -18,11 +18,13 @@ def _alone(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank among `size`; `gather` returns everybody's value, on every rank, in rank order."""
+    """This rank among `size`; `gather` returns everybody's value, on every rank, in rank order;
+    `to_main` on rank 0 alone, None on the others."""
 
     rank: int = 0
     size: int = 1
     gather: Callable[[Any], list[Any]] = _alone
+    to_main: Callable[[Any], list[Any] | None] = _alone
 
     @property
     def is_main(self) -> bool:
@@ -34,22 +36,33 @@ class Ranks:
         Raises the UserError of the first rank that failed, on all ranks; `where` names the place
         in it if the fault doesn't.
         """
-        result, fault = None, None
-        try:
-            result = work()
-        except UserError as e:
-            fault = e
-        except OSError as e:
-            fault = storage_error(e) or _unknown(e, where)
-        words = self.gather((result, fault))
+        words = self.gather(_tried(work, where))
         for _, fault in words:
             if fault is not None:
                 raise fault
         return [result for result, _ in words]
 
+    def handed_in(self, work: Callable[[], Any], where: Path) -> list[Any] | None:
+        """As `together`, for results that only rank 0 needs, None on the others: what everybody
+        gets costs as much as there are ranks, squared."""
+        result, own = _tried(work, where)
+        for fault in self.gather(own):
+            if fault is not None:
+                raise fault
+        return self.to_main(result)
+
     def from_main(self, work: Callable[[], Any], where: Path) -> Any:
         """Do `work` on rank 0; its result, or its UserError, on every rank."""
         return self.together(work if self.is_main else _nothing, where)[0]
+
+
+def _tried(work: Callable[[], Any], where: Path) -> tuple[Any, UserError | None]:
+    try:
+        return work(), None
+    except UserError as e:
+        return None, e
+    except OSError as e:
+        return None, storage_error(e) or _unknown(e, where)
 
 
 def _nothing() -> None:

@@ -76,12 +76,19 @@ def relied_on(found: Sequence[Facts], keep: Keep) -> list[int]:
     return sorted((f.step for f in found if f.counts), reverse=True)[: keep.newest]
 
 
-def survey(run: Run, losses: dict[int, float], damaged: Collection[int] = ()) -> list[Facts]:
-    """The checkpoints that say what they are, oldest first. losses: by step; damaged: steps."""
-    found = []
+def survey(
+    run: Run,
+    losses: dict[int, float],
+    damaged: Collection[int] = (),
+    known: dict[int, int] | None = None,
+) -> list[Facts]:
+    """The checkpoints that say what they are, oldest first. losses: by step; damaged: steps; known:
+    by step the attempt that wrote it, added to: what a checkpoint says of itself can be long."""
+    found, known = [], {} if known is None else known
     for step in run.checkpoint_steps():
-        if checkpoint := readable(run.checkpoint_path(step)):
-            attempt = checkpoint.attempt
+        if step not in known and (checkpoint := readable(run.checkpoint_path(step))):
+            known[step] = checkpoint.attempt
+        if (attempt := known.get(step)) is not None:
             counts = step not in damaged and run.is_eligible(attempt, step)
             found.append(Facts(step, attempt, counts, is_pinned(run, step), losses.get(step)))
     return found
@@ -120,6 +127,7 @@ class Retention:
         self._losses = Losses(rows)
         self._verified: set[int] = set()
         self._damaged: set[int] = set()
+        self._attempts: dict[int, int] = {}  # by step, who wrote it
 
     def __call__(self, ranks: Ranks) -> None:
         """Delete what need not stay; every rank calls it. Raises UserError, on all ranks, where the
@@ -141,13 +149,14 @@ class Retention:
         """There is a new checkpoint at `step`: what was known of an older one there is void."""
         self._verified.discard(step)
         self._damaged.discard(step)
+        self._attempts[step] = self.attempt
 
     def _plan(self) -> tuple[list[int], list[int]]:
         """Steps that may go, and steps that must be read back first."""
         if self.run.attempts()[-1].number != self.attempt:
             return [], []
         losses = self._losses() if self.keep.best else {}
-        found = survey(self.run, losses, self._damaged)
+        found = survey(self.run, losses, self._damaged, self._attempts)
         stay = reasons(found, self.keep)
         unread = [s for s in relied_on(found, self.keep) if s not in self._verified]
         return [f.step for f in found if f.step not in stay], unread

@@ -45,8 +45,8 @@ class Saver:
         midway: Callable[[int, Path], None] = _unheard,
     ):
         world = engine.world
-        gather = world.gather_in_background() if background else world.gather
-        self._ranks = Ranks(world.rank, world.size, gather)
+        line = world.in_background("saves") if background else world
+        self._ranks = Ranks(world.rank, world.size, line.gather, line.to_main)
         self._run, self._attempt, self._engine, self._facts = run, attempt, engine, facts
         self._copy = HostCopy() if background else None
         self._midway = midway

@@ -202,8 +202,16 @@ def _first_whole(run: Run, steps: Iterable[int], tell: Tell, ranks: Ranks) -> Ch
         elif faults := faults or shared_faults(path, ranks):
             tell("checkpoint_damaged", step=step, faults=faults)
         else:
-            return ranks.together(partial(Checkpoint, path), path)[ranks.rank]
+            return _own(path, ranks)
     return None
+
+
+def _own(path: Path, ranks: Ranks) -> Checkpoint:
+    """The checkpoint as each rank reads it: what one says of itself grows with the ranks that wrote
+    it, so nobody hands it on."""
+    found: list[Checkpoint] = []
+    ranks.together(lambda: found.append(Checkpoint(path)), path)
+    return found[0]
 
 
 def _first_look(run: Run, step: int) -> tuple[list[str], bool]:

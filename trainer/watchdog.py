@@ -29,6 +29,7 @@ from trainer.run import Attempt
 from trainer.stragglers import stragglers
 
 _AGAIN = 300.0  # seconds until a slow rank is told of once more
+_TURNS = 30  # nodes that get a turn of their own; those beyond share one
 _ANSWER = 1.0  # seconds, and two beats, that ranks have to show their stacks
 
 
@@ -111,8 +112,11 @@ class Watchdog:
     def _judge(self, seen: list[Seen]) -> Hang | None:
         if len(seen) >= self.world_size or any(s.is_silent for s in seen):
             return diagnose(seen, self.world_size, self.waits)
-        # Other nodes are there. The first node speaks first, so that not all read everything.
-        if min(s.beat.rank for s in seen) > 0 and self._suspected < 3 * self.share:
+        # Other nodes are there. The first node speaks first, and the others one after the other, so
+        # that not all read everything.
+        first = min(s.beat.rank for s in seen)
+        turn = 3 + min(first // len(seen), _TURNS) if first else 0
+        if self._suspected < turn * self.share:
             return None
         others = shared(self.attempt.path, without=self.host, every=self.share)
         return diagnose([*seen, *others], self.world_size, self.waits)

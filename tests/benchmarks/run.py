@@ -22,7 +22,10 @@ from pairing import Result  # noqa: E402
 from trainer.durable import write_json  # noqa: E402
 from trainer.start import versions  # noqa: E402
 
-NAMES = ("loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch")
+NAMES = (
+    "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
+    "ranks",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 
 import bench_loss
+import bench_ranks
 import pytest
 import run
 from pairing import Result, interleaved
@@ -52,3 +53,15 @@ def test_a_process_of_its_own_answers_or_tells_why_not():
     assert isolated(peak_memory) > 1_000_000
     with pytest.raises(RuntimeError, match="could not convert string to float: 'x'"):
         isolated(float, "x")
+
+
+def test_ranks_are_simulated_and_every_row_has_its_cells(capsys):
+    results = bench_ranks.measure(1, worlds=(16, 32))
+    assert len(capsys.readouterr().out.split("|")) == 6  # the table's head
+    table = {r.name: r for r in results}
+    assert table["files of beats, all nodes"].facts["sizes"] == (2, 4)
+    assert table["files of ranks' logs"].facts["sizes"] == (16, 32)
+    for result in results:
+        seconds, sizes = result.rows[0], result.facts["sizes"]
+        assert all(a or b for a, b in zip(seconds, sizes, strict=True)), result.name
+        assert len(str(result).split("|")) == 6

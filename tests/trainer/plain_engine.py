@@ -51,12 +51,15 @@ class World:
     def gather(self, value):
         return [value] if self.size == 1 else self._exchanges[0].gather(self.rank, value)
 
-    def gather_in_background(self):
+    def to_main(self, value):
+        found = self.gather(value)
+        return found if self.is_main else None
+
+    def in_background(self, name):
+        """A world of its own: another exchange."""
         self._groups += 1
-        if self.size == 1:
-            return lambda value: [value]
-        exchange = self._exchanges[self._groups]
-        return lambda value: exchange.gather(self.rank, value)
+        own = self._exchanges and [self._exchanges[self._groups]]
+        return World(self.rank, self.size, own)
 
 
 def worlds(size: int) -> list[World]:

@@ -204,7 +204,7 @@ def test_other_nodes_leave_the_first_word_to_the_first(watchdogs, attempt):
     watchdog = watchdogs(1, 2)
     look(watchdog, [seen(1, "backward", 12)])
     assert not watchdogs.left
-    for _ in range(30):
+    for _ in range(40):  # seconds: four times pulse.share, the second node's turn
         look(watchdog, [seen(1, "backward", 12)])
     assert verdict(attempt.path).ranks == (0,), "but not for ever"
 

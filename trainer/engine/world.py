@@ -6,6 +6,7 @@ its DeepSpeed switch but no backend every rank gets a world of its own, both sil
 """
 
 import os
+import resource
 import socket
 import time
 from collections import deque
@@ -23,6 +24,9 @@ def set_environment() -> None:
     """Must run before deepspeed or accelerate are imported: both read these while importing."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # A group of gloo's holds a connection to every rank.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if "RANK" not in os.environ:
@@ -55,6 +59,31 @@ class Word:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Line:
+    """Objects between ranks, over a group of theirs; None: the default one."""
+
+    rank: int
+    size: int
+    group: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, on every rank, in rank order. A synchronisation."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def to_main(self, value: Any) -> list[Any] | None:
+        """Everybody's value, in rank order, on rank 0; None on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values
+
+
 class World:
     """This rank among its peers. `device` is where its model lives."""
 
@@ -63,6 +92,8 @@ class World:
         self.rank: int = accelerator.process_index
         self.size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
+        self._line = Line(self.rank, self.size)
+        self._lines: dict[str, Line] = {}
         self._words: deque = deque()
         self._began = time.monotonic()
 
@@ -72,30 +103,25 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, on every rank, in rank order. A synchronisation."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return self._line.gather(value)
 
-    def gather_in_background(self) -> Callable[[Any], list[Any]]:
-        """As `gather`, for one other thread, which may call it while this one trains: it has a
-        group of its own. Every rank calls this together."""
-        if self.size == 1:
-            return lambda value: [value]
-        group: Any = dist.new_group(backend="gloo")
+    def to_main(self, value: Any) -> list[Any] | None:
+        """Everybody's value, in rank order, on rank 0; None on the others."""
+        return self._line.to_main(value)
 
-        def gather(value: Any) -> list[Any]:
-            values: list[Any] = [None] * self.size
-            dist.all_gather_object(values, value, group=group)
-            return values
-
-        return gather
+    def in_background(self, name: str, new: bool = False) -> "Line":
+        """A line for one other thread, which may use it while this one trains. Every rank calls
+        this together. The same name gives the same line again, for a group holds a connection to
+        every rank; `new` where one that was used may have been left in the middle of a word."""
+        if new or name not in self._lines:
+            group = dist.new_group(backend="gloo") if self.size > 1 else None
+            self._lines[name] = Line(self.rank, self.size, group)
+        return self._lines[name]
 
     def union_in_background(self) -> Callable[[frozenset], frozenset]:
         """A function that unites what the ranks give it, for one other thread."""
-        gather = self.gather_in_background()
-        return lambda mine: frozenset().union(*gather(mine))
+        line = self.in_background("union", new=True)
+        return lambda mine: frozenset().union(*line.gather(mine))
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

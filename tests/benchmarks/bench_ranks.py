@@ -1,0 +1,347 @@
+"""What in our own code grows with ranks: how much of it there is at 64, 256 and 1,024 of them.
+
+Ranks are simulated, 8 a node; functions, files and sockets are the real ones, on this one machine.
+Invariant: a cell is measured at its number of ranks, but where its row has a star: that is computed
+from what was measured. What a network takes is in none of them: only what our side of a collective
+packs, holds and unpacks, where torch's own fake group, or copies of a word, stand for the others.
+"""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import socket
+import tempfile
+import time
+import timeit
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pairing import Result
+from processes import isolated
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from slurm.findings import Report, Wanted
+from slurm.policy import past
+from slurm.preflight import Preflight
+from slurm.steps import failures
+from trainer import ending
+from trainer.beats import Beat, Node, Seen, share, shared
+from trainer.checkpoint import Snapshot, write
+from trainer.durable import TABLE, check_table
+from trainer.engine.state import Fragment, FragmentReader, write_fragments
+from trainer.engine.world import Word, World
+from trainer.hang import diagnose, report
+from trainer.ranks import Ranks
+from trainer.run import Parent, Run
+from trainer.status import Status
+from trainer.stored import STATE, Checkpoint, Position, newest_whole
+from trainer.stragglers import stragglers
+
+WORLDS = (64, 256, 1024)
+EACH = 8  # ranks a node
+# Of a model as so many train one: 32 layers of 9 tensors, 3 beside them; AdamW.
+PARAMETERS, STATES = 291, ("weight", "exp_avg", "exp_avg_sq")
+MICRO_BATCHES = 4  # a rank and step
+ATTEMPTS = 20
+FLAT, CUT = "flat", "cut"  # stages 1 and 2: a rank has a run of all weights; 0 and 3: of each one
+_MESH = 32  # ranks of a real group of gloo; at 8, 16, 32 and 64 what they take grew alike
+
+ROWS = {  # what, where, how often, growth
+    "beat": ("a rank's beat", "node's memory", "1 s, each rank", "constant"),
+    "beats": ("beats of its node, read", "node's memory", "1 s, each rank", "constant"),
+    "share": ("a node's beats to the run", "shared storage", "10 s, a rank a node", "constant"),
+    "shares": ("files of beats, all nodes", "shared storage", "10 s, replaced", "nodes"),
+    "shared": ("bytes of them, all nodes", "shared storage", "10 s, replaced", "ranks"),
+    "slow": ("look for stragglers", "rank 0", "30 s", "ranks"),
+    "behind": ("diagnosis, one is behind", "first node", "1 s in a hang", "ranks"),
+    "alike": ("diagnosis, all in one collective", "first node", "once a hang", "ranks"),
+    "reports": ("reports of it, without stacks", "shared storage", "once a hang", "ranks"),
+    "logs": ("files of ranks' logs", "shared storage", "an attempt", "ranks"),
+    "last": ("when did it last write (status)", "who asks", "a call", "ranks"),
+    "srun": ("srun's lines of bad ends, read", "batch script", "an attempt's end", "ranks"),
+    "past": (f"lives of a job, {ATTEMPTS} attempts", "batch script", "an attempt's end", "nodes"),
+    "lineage": (f"lineage, {ATTEMPTS} attempts", "rank 0", "a save, each kept", "constant"),
+    "preflight": ("preflight: all nodes heard", "batch script", "an attempt", "nodes"),
+    "word": (f"word of a step, {MICRO_BATCHES} micro-batches", "each rank", "a step", "ranks"),
+    "gather": ("a gather of nothing", "each rank", "up to 9 a save", "ranks"),
+    "union": ("union of damage, if substituted", "each rank", "a step", "ranks"),
+    "store": ("ranks come to torch's store", "rank 0", "an attempt", "ranks"),
+    "mesh": ("*open files of a gloo group", "each rank", "held", "ranks"),
+    "met": ("*store's answers to make it", "rank 0", "a group", "ranks^3"),
+    "table": ("a rank's share of the files checked", "each rank", "save and attempt", "ranks"),
+    "choose": ("choice of a checkpoint", "rank 0", "an attempt", "ranks"),
+}
+_WEIGHTS = {  # once for FLAT, once for CUT
+    "said": ("*save: words that rank 0 holds", "rank 0", "a save"),
+    "commit": ("save: state.json is made", "rank 0", "a save"),
+    "look": ("state.json is read", "all; batch", "save, each kept"),
+    "where": ("loading: which fragment is where", "each rank", "an attempt"),
+    "chosen": ("*choice: words that a rank holds", "each rank", "an attempt"),
+}
+_KINDS = {FLAT: "ranks", CUT: "ranks x weights"}
+for _kind, _growth in _KINDS.items():
+    for _key, (_what, *_rest) in _WEIGHTS.items():
+        ROWS[f"{_key}, {_kind}"] = (f"{_what}, {_kind}", *_rest, _growth)
+_COUNTED = {"shares": "files", "logs": "files", "mesh": "files", "store": "open"}
+_LINE = "{:40}| {:15}| {:20}| {:16}"
+
+Cells = Iterator[tuple[str, float | None, float | None]]  # row, seconds, bytes or a count
+
+
+class Line(Result):
+    """A row of the table, seconds by numbers of ranks; bytes and all else are its facts."""
+
+    def __str__(self) -> str:
+        f = self.facts
+        cells = [_spoken(*cell, f["unit"]) for cell in zip(self.rows[0], f["sizes"], strict=True)]
+        begin = _LINE.format(self.name, f["where"], f["often"], f["growth"])
+        return begin + "".join(f"|{cell:>19}" for cell in cells)
+
+
+def measure(rounds: int, worlds: Sequence[int] = WORLDS) -> list[Result]:
+    cells = isolated(simulate, tuple(worlds), min(rounds, 3))
+    columns = "".join(f"|{n:>13,} ranks" for n in worlds)
+    print(_LINE.format("what", "where", "how often", "growth") + columns, flush=True)
+    labels, found = tuple(f"{n:,} ranks" for n in worlds), []
+    for key, (what, where, often, growth) in ROWS.items():
+        row, sizes = zip(*(cells[key, n] for n in worlds), strict=True)
+        facts = {"where": where, "often": often, "growth": growth, "sizes": sizes}
+        facts["unit"] = _COUNTED.get(key, "B")
+        found.append(Line(what, "s", labels, [row], facts=facts))
+    return found
+
+
+def simulate(worlds: Sequence[int], rounds: int) -> dict[tuple[str, int], tuple]:
+    """Seconds (0: none) and bytes (or a count) by row and number of ranks."""
+    parts = (beating, lives, preflight, words, meetings, partial(save, FLAT), partial(save, CUT))
+    cells = {}
+    for part, world in product(parts, worlds):
+        with tempfile.TemporaryDirectory() as folder:
+            for key, seconds, size in part(world, Path(folder), rounds):
+                cells[key, world] = seconds or 0.0, size
+    return cells
+
+
+def _beats(world: int, folder: Path, last_at: str = "backward", here: float = 0.1) -> list[Seen]:
+    """All nodes say what a run says, its last rank that it is at `last_at`; the first's ranks."""
+    places = ("data", "forward", "backward", "norm", "update", "word", "compute", "logging")
+    found, now, pace = [], time.time(), dict.fromkeys(places, 0.0123456)
+    for rank in range(world):
+        at = last_at if rank == world - 1 else "backward"
+        said = (rank, f"node-{rank // EACH:04d}", 10_000 + rank, now - 9e3, now, 123_456)
+        beat = Beat(*said, "compute", at, here, 300.0, 300.0, False, pace, 29)
+        found.append(Seen(beat, 0.123))
+    for i in range(0, world, EACH):
+        share(folder, found[i].beat.host, found[i : i + EACH])
+    return found[:EACH]
+
+
+def beating(world: int, folder: Path, rounds: int) -> Cells:
+    first, node = _beats(world, folder), Node(folder)
+    host = first[0].beat.host
+    written = _seconds(rounds, lambda: [node.write(s.beat) for s in first]) / EACH
+    yield "beat", written, (size := (node.path / "rank-0.json").stat().st_size)
+    yield "beats", _seconds(rounds, node.read), size * EACH
+    node.remove()
+    files = [path.stat().st_size for path in (folder / "pulse").iterdir()]
+    yield "share", _seconds(rounds, lambda: share(folder, host, first)), files[0]
+    yield "shares", None, len(files)
+    yield "shared", None, sum(files)
+    every = lambda: [*first, *shared(folder, without=host)]  # noqa: E731
+    look = lambda: stragglers([s.beat for s in every()], 1.5)  # noqa: E731
+    judge = lambda: diagnose(every(), world)  # noqa: E731
+    yield "slow", _seconds(rounds, look), sum(files)
+    first = _beats(world, folder, "forward", here=400.0)
+    hang = judge()
+    assert hang is not None
+    yield "behind", _seconds(rounds, judge), sum(files)
+    first = _beats(world, folder, here=400.0)
+    yield "alike", _seconds(rounds, judge), sum(files)
+    yield "reports", None, len(report(hang, first, {})) * len(files)
+
+
+def lives(world: int, folder: Path, rounds: int) -> Cells:
+    """Logs, attempts and their ends."""
+    run, size = Run(folder), 0
+    life = {"submission": "0001", "nodes": [f"node-{i:04d}" for i in range(world // EACH)]}
+    for _ in range(ATTEMPTS):
+        attempt = run.new_attempt()
+        attempt.start_from(Parent(0), run)
+        ending.begin(attempt.path, ["srun"], world, slurm=life)
+        ending.end(attempt.path, 1, "rank 0 ended with code 1")
+        size += (attempt.path / ending.LAUNCH).stat().st_size
+    for rank in range(world):
+        (attempt.path / f"rank-{rank}.log").touch()
+    yield "logs", None, len(list(attempt.path.glob("rank-*.log")))
+    yield "last", _seconds(rounds, lambda: Status(run).last_seen), None
+    assert past(run, "0001").crashes == ATTEMPTS
+    yield "past", _seconds(rounds, lambda: past(run, "0001")), size
+    yield "lineage", _seconds(rounds, lambda: run.is_eligible(1, 0)), None
+    bad = "srun: error: n{:04d}: task {}: Exited with exit code 1\n"
+    said = "".join(bad.format(rank // EACH, rank) for rank in range(world))
+    assert len(failures(said)) == world
+    yield "srun", _seconds(rounds, lambda: failures(said)), len(said)
+
+
+def preflight(world: int, folder: Path, rounds: int) -> Cells:
+    hosts = [f"node-{i:04d}" for i in range(world // EACH)]
+    wanted = Wanted(str(folder), [], EACH, 0, None, None, 0, skew=60.0, reduce=False)
+
+    def heard() -> Report:
+        server = Preflight(wanted, hosts, "127.0.0.1")
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            told = [pool.submit(_node, server, host) for host in hosts]
+            report = server.collect(lambda: False, 30.0)
+        assert [node.result() for node in told] == [b""] * len(hosts)
+        assert not report.faults, report.faults[0].sentence
+        return report
+
+    size = len(json.dumps(asdict(heard()), indent=2))  # as it lies in the attempt
+    yield "preflight", _seconds(rounds, heard), size
+
+
+def _node(server: Any, host: str) -> bytes:
+    """Says what slurm.node says of a node that is well, and stays until the line is closed."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
+        heard = line.makefile("rb")
+        say = lambda word: line.sendall(json.dumps(word).encode() + b"\n")  # noqa: E731
+        say({"token": server.token, "host": host, "time": time.time()})
+        assert json.loads(heard.readline())["wanted"]
+        facts = {"run_free": 1 << 50, "memory": 1 << 40, "cpus": 128, "gpus": ["H100"] * EACH}
+        say({"facts": facts, "faults": [], "received": time.time(), "port": 40_000})
+        return heard.readline()
+
+
+def words(n: int, folder: Path, rounds: int) -> Cells:
+    """Our side of World's collectives, in a group of torch's own that sends nothing."""
+    dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+    world = World(SimpleNamespace(process_index=0, num_processes=n, device=torch.device("cpu")))
+    losses, nothing = torch.ones(MICRO_BATCHES), (None, None)
+
+    def step() -> Word:
+        world.share(1, losses, 0, MICRO_BATCHES * n, 1 << 60, False)
+        return next(world.words(behind=0))
+
+    unite = lambda: frozenset().union(*world.gather(frozenset()))  # noqa: E731 - see World
+    yield "word", _seconds(50 * rounds, step), 8 * (len(step().losses) + 5)
+    few, size = 5 * rounds, n * len(pickle.dumps(nothing))
+    yield "gather", _seconds(few, lambda: world.gather(nothing)), size
+    yield "union", _seconds(few, unite), n * len(pickle.dumps(frozenset()))
+    dist.destroy_process_group()
+
+
+def meetings(world: int, folder: Path, rounds: int) -> Cells:
+    """The store that ranks meet at; and gloo's mesh, which every group in the background is."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    before, keys = len(os.listdir("/proc/self/fd")), dist.HashStore()
+    meet = lambda rank: dist.ProcessGroupGloo(keys, rank, _MESH, timedelta(seconds=30))  # noqa: E731
+    with ThreadPoolExecutor(_MESH) as pool:
+        made = list(pool.map(meet, range(_MESH)))
+    more = round((len(os.listdir("/proc/self/fd")) - before) / len(made)) - _MESH
+    yield "mesh", None, world + more
+    yield "met", None, world**2 * (8 * (world - _MESH) + len(keys.get(keys.list_keys()[0])))
+    began, ranks = time.perf_counter(), []
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    for rank in range(world):
+        ranks.append(dist.TCPStore("127.0.0.1", store.port, None, False, wait_for_workers=False))
+        ranks[-1].set(f"{rank}", "here")
+    yield "store", time.perf_counter() - began, world
+
+
+class Others:
+    """Stands for World.gather on rank 0 of `size`: all others say what rank 0 does, or what `words`
+    makes of it. bytes: that every rank then holds, for a gather has as much room for each as for
+    the longest word; seconds: to unpack so many of rank 0's; between: of work before each call."""
+
+    def __init__(self, size: int, words: Callable[[Any], list | None] = lambda value: None):
+        self.size, self.words, self.bytes, self.seconds = size, words, 0, 0.0
+        self.between: list[float] = []
+        self._left = time.perf_counter()
+
+    def __call__(self, value: Any) -> list[Any]:
+        self.between.append(time.perf_counter() - self._left)
+        packed = pickle.dumps(value)
+        self.bytes += len(packed) * self.size
+        self.seconds += _seconds(3, lambda: pickle.loads(packed)) * self.size
+        values = self.words(value) or [value] * self.size
+        self._left = time.perf_counter()
+        return values
+
+
+def _cut(world: int, rank: int, kind: str) -> list[tuple[int, int, int]]:
+    """(parameter, start, size) of what a rank writes of a state, where each has 8 x world."""
+    if kind == CUT:
+        return [(i, rank * 8, 8) for i in range(PARAMETERS)]
+    first, end, each = rank * 8 * PARAMETERS, (rank + 1) * 8 * PARAMETERS, 8 * world
+    bounds = sorted({first, end, *range(-(-first // each) * each, end, each)})
+    return [(a // each, a % each, b - a) for a, b in pairwise(bounds)]
+
+
+def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
+    data, name = torch.zeros(8 * PARAMETERS), "model.layers.{}.attention.part-{}.weight"
+
+    def fragments(rank: int) -> list[Fragment]:
+        return [
+            Fragment(name.format(*divmod(i, 9)), (8, world), state, start, data[:size])
+            for i, start, size in _cut(world, rank, kind)
+            for state in STATES
+        ]
+
+    def written(value: Any) -> list | None:
+        """Each rank's word, for rank 0, of the file that it has written."""
+        found, (stage,) = [value], folder.glob("checkpoints/.*.stage")
+        for rank in range(1, world):
+            path, own = stage / f"rank-{rank:05d}.safetensors", fragments(rank)
+            if kind == CUT:  # 291 x 3 tensors each: what is in them would say nothing new
+                entry, rows = value[1], [[f.name, f.state, f.start, f.data.numel()] for f in own]
+                shutil.copyfile(stage / value[0], path)
+            else:
+                entry, rows = write_fragments(path, own)
+            shapes = {f.name: list(f.shape) for f in own}
+            found.append((path.name, entry, rows, shapes, value[4]))
+        return found
+
+    run, others, main = Run(folder), Others(world), Others(world, written)
+    attempt = run.new_attempt()
+    attempt.start_from(Parent(0), run)
+    snapshot = Snapshot(Position(1, 8, 64), fragments(0), {"optimizer_steps": {"all": 1}}, {})
+    path = write(run, attempt.number, snapshot, Ranks(0, world, others, main)).path
+    state, table = ((path / file).stat().st_size for file in (STATE, TABLE))
+    yield f"said, {kind}", main.seconds, main.bytes
+    yield f"commit, {kind}", others.between[-1], state
+    yield f"look, {kind}", _seconds(rounds, lambda: Checkpoint(path)), state
+    rows = Checkpoint(path).state["fragments"]
+    yield f"where, {kind}", _seconds(rounds, lambda: FragmentReader(path, rows)), None
+    chosen = Others(world)
+    assert newest_whole(run, lambda *_, **__: None, Ranks(0, world, chosen)) is not None
+    yield f"chosen, {kind}", chosen.seconds, chosen.bytes
+    if kind == FLAT:
+        yield "choose", sum(chosen.between), state + table
+        check = lambda: check_table(path, part=(world // 2, world))  # noqa: E731
+        yield "table", _seconds(rounds, check), table
+
+
+def _seconds(rounds: int, work: Callable[[], object]) -> float:
+    return median(timeit.repeat(work, number=1, repeat=rounds))
+
+
+def _spoken(seconds: float, size: float | None, unit: str) -> str:
+    words = [f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"] if seconds else []
+    if size is not None:
+        power = next((p for p in (9, 6, 3) if unit == "B" and size >= 10**p), 0)
+        unit = {9: "GB", 6: "MB", 3: "kB"}.get(power, unit)
+        words.append(f"{size / 10**power:,.{2 if power else 0}f} {unit}")
+    return ", ".join(words)
