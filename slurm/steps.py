@@ -24,6 +24,7 @@ from trainer.errors import CRASHED, UserError
 
 _SAID = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
+_SCRATCH = '"$FORESCALE_SCRATCH"'
 _PATIENCE = 60.0  # seconds from a task's bad end until the others are killed from outside
 _LAST = 30.0  # and from there until srun itself is
 _MORE = 5.0  # seconds in which others may still say something after a bad end
@@ -153,7 +154,7 @@ def nodes(submission: Submission) -> list[str]:
     lines = [
         "set -e",
         # What jobs of long ago left, because their nodes went down.
-        'find "$FORESCALE_SCRATCH" -maxdepth 1 -name "job-*" -mtime +7 -exec rm -rf {} + || true',
+        f"find {_SCRATCH} -maxdepth 1 -name 'job-*' -mtime +7 -exec rm -rf {{}} + 2>&- || true",
         *_unpack(submission.code, '"$FORESCALE_NODE"'),
     ]
     if place := _environment(submission):

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from pairing import Result
 
 STARTS = (  # a, b, e, alpha, beta
@@ -68,8 +69,8 @@ def runs():
     data = Path(os.environ.get("FORESCALE_DATA", ROOT.parent / "shared" / "data"))
     path = data / "scaling" / "epoch_chinchilla" / "svg_extracted_data.csv"
     if path.exists():
-        table = np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8")
-        N, C, loss = (table[k].astype(float) for k in ("Model_Size", "Training_FLOP", "loss"))
+        table = pd.read_csv(path)
+        N, C, loss = (table[k].to_numpy() for k in ("Model Size", "Training FLOP", "loss"))
         keep = loss < np.sort(loss)[-5]
         points = Points(loss, parameters=N, tokens=C / 6 / N)
         return points.take(keep), "of arXiv 2404.10102"

@@ -271,6 +271,10 @@ class Others:
         self.between: list[float] = []
         self._left = time.perf_counter()
 
+    def went_on(self) -> None:
+        """What was done until now is not counted."""
+        self._left = time.perf_counter()
+
     def __call__(self, value: Any) -> list[Any]:
         self.between.append(time.perf_counter() - self._left)
         packed = pickle.dumps(value)
@@ -312,6 +316,7 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
                 entry, rows = write_fragments(path, own)
             shapes = {f.name: list(f.shape) for f in own}
             found.append((path.name, entry, rows, shapes, value[4]))
+        others.went_on()
         return found
 
     run, others, main = Run(folder), Others(world), Others(world, written)

@@ -257,3 +257,48 @@ def test_nothing_there_yet(tmp_path, forescale):
 )
 def test_spans(seconds, said):
     assert ago(seconds) == said
+
+
+def test_a_queue_that_cannot_be_asked_hides_no_run(own_run, forescale, monkeypatch):
+    """SLURM's commands are there, and its controller is away."""
+    from slurm import queue
+    from slurm.submission import Submission
+    from trainer.errors import UserError
+
+    def away(ids=None):
+        raise UserError("squeue", "SLURM says: unable to contact the controller", "see sinfo")
+
+    Submission(own_run.new_job()).submitted("7")
+    monkeypatch.setattr(queue, "is_here", lambda: True)
+    monkeypatch.setattr(queue, "jobs", away)
+    code, out, _ = forescale("status")
+    assert code == 0
+    assert "The queue can't be asked: squeue: SLURM says: unable to contact" in out
+    assert re.search(r"small +complete", out)
+    assert forescale("status", "small")[0] == 0
+    assert forescale("logs", "small", "follow=false")[0] == 0
+    code, _, err = forescale("stop", "small")
+    assert (code, "unable to contact" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"), [("PENDING", r"queued \(Resources\)"), ("RUNNING", "running")]
+)
+def test_the_queue_tells_of_a_run_that_has_not_begun(
+    forescale, small_data, tmp_path, monkeypatch, state, said
+):
+    from slurm import queue
+    from slurm.submission import Submission
+
+    monkeypatch.chdir(tmp_path)
+    run = make_run(small_data, "runs", "other")
+    shutil.rmtree(run.checkpoints)
+    Submission(run.new_job()).submitted("7")
+    job = queue.Job("7", "7", state, "Resources", "0:10", "9:50", "n[1-2]", "N/A", "other")
+    monkeypatch.setattr(queue, "is_here", lambda: True)
+    monkeypatch.setattr(queue, "jobs", lambda ids=None: [job])
+    _, out, _ = forescale("status")
+    assert re.search(f"other +{said}", out), out
+    _, out, _ = forescale("status", "other")
+    assert ("waits in the queue (Resources)" in out) == (state == "PENDING")
+    assert ("runs on n[1-2] for 0:10; 9:50 are left" in out) == (state == "RUNNING")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slurm import queue
-from slurm.submission import submissions, waiting_or_running
+from slurm.submission import Submission, submissions, waiting_or_running
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.ending import launch_of
@@ -48,11 +48,23 @@ def _attempt(run: Run, job: LogsJob) -> Attempt | None:
     return next((a for a in reversed(found) if _log(a, job.rank or 0).exists()), None)
 
 
+def _job(run: Run) -> tuple[Submission, queue.Job] | None:
+    """Of the queue, where it can be asked."""
+    try:
+        return waiting_or_running(run)
+    except UserError:
+        return None
+
+
 def _why_nothing(run: Run, job: LogsJob) -> str:
-    if found := waiting_or_running(run):
+    if found := _job(run):
         reason = f" ({found[1].reason})" if found[1].is_waiting else ""
         return f"Job {found[1].id} is {found[1].state.lower()}{reason}; no rank has begun."
-    if any(launch_of(a.path) for a in run.attempts()) and not job.rank:
+    told = next((t for a in reversed(run.attempts()) if (t := launch_of(a.path))), {})
+    if "slurm" in told:
+        how = f": {told['how'].rstrip('.')}" if "how" in told else ""
+        return f"No rank of {run.name} has begun{how}. The batch script: rank=null."
+    if told and not job.rank:
         return (
             f"Rank 0 of {run.name} speaks to the terminal that started it; what happened is in "
             f"{run.events}, the others' words with rank=1."
@@ -115,7 +127,7 @@ def _show_batch(run: Run, job: LogsJob) -> int:
     def goes_on() -> bool:
         nonlocal asked, lives
         if lives and time.monotonic() - asked > _ASK:
-            lives, asked = waiting_or_running(run) is not None, time.monotonic()
+            lives, asked = _job(run) is not None, time.monotonic()
         return job.follow and lives
 
     print(f"== {path}", flush=True)

@@ -19,7 +19,7 @@ from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.duration import Duration
 from trainer.ending import launch_of
-from trainer.errors import DONE, INTERRUPTED, USER
+from trainer.errors import DONE, INTERRUPTED, USER, UserError
 from trainer.goodput import Launch
 from trainer.jobs import StatusJob
 from trainer.overview import show_runs, state_of, table
@@ -54,17 +54,21 @@ def _page(job: StatusJob, width: int) -> Text:
     page = Console(highlight=False, width=width, file=text, force_terminal=True)
     if job.target:
         run = Run.existing(Path(job.target).expanduser(), root)
-        _show_run(Status(run), page, _jobs([run]).get(run.name))
+        _show_run(Status(run), page, _jobs([run], page).get(run.name))
     elif runs := runs_under(root):
-        show_runs([Status(run) for run in runs], page, _jobs(runs))
+        show_runs([Status(run) for run in runs], page, _jobs(runs, page))
     else:
         page.print(f"No runs under {escape(str(root))} yet; begin one with: forescale train")
     return Text.from_ansi(text.getvalue().rstrip())
 
 
-def _jobs(runs: Sequence[Run]) -> dict[str, Job]:
+def _jobs(runs: Sequence[Run], console: Console) -> dict[str, Job]:
     """What the queue says of the runs that it holds, by name; one question for all."""
-    found = in_queue(s for run in runs for s in submissions(run))
+    try:
+        found = in_queue(s for run in runs for s in submissions(run))
+    except UserError as e:  # the files tell of runs without it
+        console.print(escape(f"The queue can't be asked: {e}"), soft_wrap=True)
+        return {}
     return {s.run.name: job for s, job in found}
 
 
