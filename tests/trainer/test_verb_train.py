@@ -1,5 +1,6 @@
 """Attempt after attempt: when the launcher goes on, and when it leaves a run to another one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,3 +59,41 @@ def test_an_attempt_that_the_ranks_began_to_roll_back_is_their_launchers_own(lau
 def test_a_launcher_that_was_overtaken_leaves_the_run_to_the_newer_one(launches):
     with pytest.raises(UserError, match="attempt 2 was started elsewhere meanwhile"):
         launches((CRASHED, be_overtaken), (DONE, nothing))
+
+
+def test_a_frozen_run_is_what_its_directory_says(own_run, tmp_path):
+    """Wherever it was moved; what a job in a queue goes by."""
+    from trainer.frozen import thaw
+    from trainer.verbs.train import _frozen
+
+    moved = tmp_path / "elsewhere" / "other"
+    moved.parent.mkdir()
+    own_run.path.rename(moved)
+    job = _frozen([str(moved), "--frozen"])
+    assert (job.run.name, job.run.root) == ("other", str(moved.parent))
+    stored = thaw("train", moved / "config.yaml")
+    assert replace(job, run=stored.run) == stored
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("runs/small", "train.steps=9", "--frozen"), "is not one run"),
+        (("--frozen",), "is not one run"),
+        (("nowhere", "--frozen"), "no run of this name or path"),
+    ],
+)
+def test_frozen_takes_a_run_and_nothing_else(own_run, forescale, words, said):
+    code, _, err = forescale("train", *words)
+    assert code == 2
+    assert said in err
+
+
+def test_a_frozen_class_of_the_users_needs_trust(own_run, forescale):
+    config = own_run.config.read_text()
+    head, _, rest = config.partition("model:\n")
+    rest = rest[rest.index("\ndata:") :]
+    own_run.config.write_text(f"{head}model:\n  _target_: somewhere.Net{rest}")
+    code, _, err = forescale("train", "runs/small", "--frozen")
+    assert code == 2
+    assert "give trust=true if you trust the file" in err
