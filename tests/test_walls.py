@@ -14,6 +14,7 @@ FILES = sorted(
 # From the ground up; a file imports from its own floor and below.
 FLOORS = [
     "errors durable duration names schema config config_care config_data config_plan config_slurm "
+    "config_study "
     "jobs frozen compose manual recipe faults scenarios models conf",
     "data engine run memory feeding start guard pulse ranks beats hang stragglers inventory trace "
     "cost traffic",

@@ -22,6 +22,7 @@ VERBS = {
     "submit": "put a training job into the queue of a SLURM cluster",
     "logs": "what a run's ranks say, or said last before they failed",
     "stop": "have a run save and end, wherever it runs",
+    "study": "fit scaling laws to runs, and foretell the loss of a bigger one",
     "shards": "make a dataset of your own text",
     "status": "what runs are doing, what they have reached",
     "generate": "let a trained model write",

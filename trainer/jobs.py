@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from trainer.config import CorpusConfig, Problems, TrainJob
 from trainer.config_plan import PlanJob
 from trainer.config_slurm import SubmitJob
+from trainer.config_study import StudyJob
 from trainer.duration import Duration
 from trainer.scenarios import BY_NAME
 from trainer.scenarios import problems as problems_of_scenarios
@@ -251,4 +252,5 @@ JOBS: dict[str, Any] = {
     "pin": PinJob,
     "prune": PruneJob,
     "drill": DrillJob,
+    "study": StudyJob,
 }

@@ -24,6 +24,7 @@ _PURPOSE = {
     "submit": "Plan a job, freeze it with its code, put it into SLURM's queue; it requeues itself.",
     "logs": "Follow what a run's ranks say; of one that failed, the rank that failed first.",
     "stop": "Have a run save and end, wherever it runs; in a queue it is not requeued.",
+    "study": "Fit a scaling law to runs, with a certificate and intervals; foretell a bigger run.",
     "shards": "Turn your text into tokenised, checksummed webdataset shards.",
     "generate": "Let a trained model write.",
     "eval": "Score a model on held-out text: loss and bits per byte.",
@@ -59,6 +60,12 @@ _EXAMPLES = {
     ),
     "logs": ("logs first", "logs first rank=3 follow=false", "logs first rank=null lines=200"),
     "stop": ("stop first", "stop first --now   (cancel, without saving)"),
+    "study": (
+        "study fit 'runs/*' target.flops=1e18",
+        "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
+        "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12 --json",
+        "study records 'runs/*' > records.csv   (a row a run)",
+    ),
     "shards": (
         "shards books/ output=/data/books",
         "shards wiki.jsonl.zst output=w tokenizer=bytes",

@@ -24,7 +24,7 @@ from trainer.start import versions  # noqa: E402
 
 NAMES = (
     "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
-    "ranks",
+    "ranks", "fit",
 )  # fmt: skip
 
 

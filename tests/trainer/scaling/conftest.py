@@ -1,0 +1,42 @@
+"""Where the public scaling data is, if it is here, and one synthetic set of runs."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.scaling.points import Points
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder of the public data: $FORESCALE_DATA/scaling, or beside the checkout."""
+    folder = Path(os.environ.get("FORESCALE_DATA", ROOT.parent / "shared" / "data")) / "scaling"
+    if not folder.is_dir():
+        pytest.skip(f"the public scaling data is not at {folder}; set FORESCALE_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def columns() -> dict[str, np.ndarray]:
+    """60 runs over three decades of N and D, most with repeated data."""
+    rng = np.random.default_rng(0)
+    N, D = np.exp(rng.uniform(np.log([[1e7], [1e9]]), np.log([[1e10], [1e12]]), (2, 60)))
+    U = D / np.exp(rng.uniform(-0.5, np.log(40), 60))
+    return {"parameters": N, "tokens": D, "unique_tokens": U, "flops": 6 * N * D}
+
+
+@pytest.fixture(scope="session")
+def make(columns):
+    """Points of a form's law, with noise of log loss."""
+
+    def points(form, values, noise=0.0, seed=1, **changed) -> Points:
+        own = {k: v for k, v in (columns | changed).items() if k in form.columns}
+        loss = form.predict(values, **own)
+        rng = np.random.default_rng(seed)
+        return Points(loss * np.exp(noise * rng.standard_normal(len(loss))), **own)
+
+    return points

@@ -1,0 +1,109 @@
+"""Refits in one batch are what the same fits are one by one; intervals cover."""
+
+import numpy as np
+import pytest
+from some_laws import BASE
+
+from trainer.errors import UserError
+from trainer.scaling.bootstrap import (
+    clusters,
+    influence,
+    leave_one_out,
+    pairs,
+    replicates,
+    residuals,
+)
+from trainer.scaling.fit import fit
+from trainer.scaling.laws import CHINCHILLA, compute_optimal
+from trainer.scaling.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
+from trainer.scaling.points import Points
+
+
+@pytest.mark.parametrize("goal", [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES], ids=str)
+def test_a_replicate_is_the_fit_of_its_runs(goal, make):
+    points = make(CHINCHILLA, BASE, noise=0.003)
+    one = fit(CHINCHILLA, points, goal)
+    w = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=6)
+    found = replicates(one, weights=w)
+    assert found.certified.all()
+    for i in range(6):
+        alone = fit(CHINCHILLA, points.take(np.repeat(np.arange(60), w[i])), goal)
+        assert found.objective[i] <= alone.value * (1 + 1e-9)
+        np.testing.assert_allclose(found.values[i], alone.vector, rtol=1e-6)
+
+
+def test_other_losses_are_other_points(make):
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
+    other = make(CHINCHILLA, BASE, noise=0.003, seed=9)
+    found = replicates(one, losses=np.stack([one.points.loss, other.loss]))
+    np.testing.assert_allclose(found.values[0], one.vector, rtol=1e-7)
+    np.testing.assert_allclose(found.values[1], fit(CHINCHILLA, other).vector, rtol=1e-7)
+
+
+def test_leaving_one_out(make):
+    points = make(CHINCHILLA, BASE, noise=0.003)
+    one = fit(CHINCHILLA, points)
+    without = fit(CHINCHILLA, points.take(np.arange(60) != 7))
+    np.testing.assert_allclose(leave_one_out(one).values[7], without.vector, rtol=1e-7)
+    np.testing.assert_allclose(influence(one)[7], one.vector - without.vector, atol=1e-5)
+    at = influence(one, of=lambda v: CHINCHILLA.predict(v, parameters=1e11, tokens=1e13))
+    assert at.shape == (60, 1)
+    loss = points.loss.copy()
+    loss[11] *= 1.05
+    own = dict(parameters=points.parameters, tokens=points.tokens)
+    spoilt = fit(CHINCHILLA, Points(loss, **own), LEAST_SQUARES)
+    assert np.abs(influence(spoilt) / spoilt.vector).max(1).argmax() == 11
+
+
+def test_branches_of_a_trunk_are_drawn_together(make):
+    """Four branches with the same error are not four times as sure."""
+    points = make(CHINCHILLA, BASE, noise=0.003)
+    many = points.take(np.repeat(np.arange(60), 4))
+    trunk = np.repeat([f"trunk {i}" for i in range(60)], 4)
+    one = fit(CHINCHILLA, many)
+    narrow, wide = pairs(one, 300), clusters(one, trunk, 300)
+    truth = pairs(fit(CHINCHILLA, points), 300)
+    assert wide.errors["alpha"] == pytest.approx(truth.errors["alpha"], rel=0.25)
+    assert narrow.errors["alpha"] < 0.65 * wide.errors["alpha"]
+
+
+@pytest.mark.parametrize("draw", [pairs, residuals])
+def test_intervals_cover(draw, make):
+    """Of a law that is true: nominally 90 %, of 60 experiments."""
+    target = dict(parameters=1e11, tokens=2e12)
+    truth = CHINCHILLA.predict(BASE, **target)[0]
+    inside = 0
+    for seed in range(60):
+        one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.005, seed=seed), LEAST_SQUARES)
+        low, high = draw(one, 200).interval(0.9, lambda v: CHINCHILLA.predict(v, **target))
+        inside += bool(low[0] <= truth <= high[0])
+    assert inside >= 45
+
+
+def test_intervals_of_parameters_and_of_what_follows_from_them(make):
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 400)
+    assert found.uncertified == 0
+    low, high = found.interval()
+    assert (low < found.fit.vector).all()
+    assert (found.fit.vector < high).all()
+    narrow = found.interval(0.5)
+    assert (narrow[0] > low).all()
+    sizes = found.interval(of=lambda v: compute_optimal(CHINCHILLA, v, [1e22, 1e24])[0])
+    best = compute_optimal(CHINCHILLA, found.fit.values, [1e22, 1e24])[0]
+    assert ((sizes[0] < best) & (best < sizes[1])).all()
+    again = pairs(found.fit, 400)
+    assert (again.values == found.values).all()
+
+
+def test_what_cannot_be_drawn_is_refused_and_what_cannot_be_fitted_is_counted(make):
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
+    with pytest.raises(UserError, match="60 runs in 1 groups"):
+        clusters(one, ["trunk"] * 60)
+    with pytest.raises(UserError, match="give \\(replicates, 60\\)"):
+        replicates(one, weights=np.ones(60))
+    with pytest.raises(UserError, match="between 0 and 1"):
+        pairs(one, 4).interval(95)
+    few = np.zeros((2, 60))
+    few[0] = 1
+    few[1, :3] = 1  # three runs do not tell five parameters
+    assert replicates(one, weights=few).certified.tolist() == [True, False]

@@ -1,0 +1,69 @@
+"""What `study` may be told: which runs, which law, how sure.
+
+Invariant: defaults are the design's: N counts blocks and head, C what a causal model needs, Huber's
+delta is 1e-3 on log loss.
+"""
+
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from trainer.config import Problems
+from trainer.schema import key, section
+
+
+@dataclass
+class TargetPoint:
+    parameters: float | None = key(None, "N of a run to come", gt=0)
+    tokens: float | None = key(None, "D of it", gt=0)
+    flops: float | None = key(None, "C of it; alone: the best N and D for so much", gt=0)
+
+    @property
+    def is_given(self) -> bool:
+        return any(value is not None for value in (self.parameters, self.tokens, self.flops))
+
+
+@dataclass
+class StudyRoots:
+    root: str = key("runs", "the directory that holds the runs")
+
+
+@dataclass
+class StudyJob:
+    TARGET: ClassVar[str] = "input"
+
+    input: list[str] = key([], "runs (names, directories, globs), or one table: CSV or parquet")
+    columns: dict[str, str] = key(
+        {}, "of a table, ours: theirs, such as {parameters: Model Size, loss: final}"
+    )
+    rows: dict[str, str] = key(
+        {}, "of a table: only rows with these words, such as {dataset: c4}; by its own names"
+    )
+    form: Literal[
+        "chinchilla", "shared-exponent", "over-training", "kaplan", "frontier", "data-constrained"
+    ] = key("chinchilla", "the law")
+    size: Literal["blocks_and_head", "non_embedding", "total"] = key(
+        "blocks_and_head", "what N counts, of our own runs"
+    )
+    cost: Literal["causal", "full", "6nd"] = key("causal", "what C counts, of our own runs")
+    delta: float = key(1e-3, "Huber's, on log loss; 0: least absolute deviations", ge=0)
+    drop_largest: int = key(0, "leave out so many runs of the greatest losses", ge=0)
+    near: float | None = key(
+        0.04, "fit only runs within so much of the least loss of their budget; null: all", gt=0
+    )
+    bootstraps: int = key(1000, "fits of resampled runs", ge=100)
+    resample: Literal["pairs", "clusters", "residuals"] = key(
+        "clusters", "clusters: trunks with all their branches; pairs where there are none"
+    )
+    level: float = key(0.9, "of the intervals", gt=0, lt=1)
+    seed: int = key(0, "of the resampling", ge=0)
+    json: bool = key(False, "print all as JSON, for programs; --json does the same")
+    target: TargetPoint = section(TargetPoint, "a run to come")
+    run: StudyRoots = section(StudyRoots, "where the runs live")
+
+    def problems(self) -> Problems:
+        if self.input:
+            return []
+        todo = "name runs or a table: forescale study fit runs/* or study fit points.csv"
+        return [("input", "names no runs", todo)]

@@ -1,0 +1,1 @@
+"""Scaling laws: from the losses of finished runs to that of a bigger one, with its interval."""

@@ -1,0 +1,112 @@
+"""The page of a study's fit: the law, how sure it is, how it met dearer runs, what it foretells.
+
+Invariant: whatever is doubtful about the numbers stands on the same page as the numbers.
+"""
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from trainer.overview import table
+from trainer.scaling.study_fit import StudyFit
+
+
+def show(made: StudyFit, console: Console, where: str) -> None:
+    """Print the page. where: what the runs are called."""
+    fit, job = made.fit, made.job
+    p = made.points
+    console.print(f"[bold]{escape(where)}[/]: {len(p)} runs, {escape(made.form.source)}")
+    ranges = [f"{n} {x.min():.3g} to {x.max():.3g}" for n, x in
+              (("N", p.parameters), ("D", p.tokens), ("C", p.flops)) if x is not None]  # fmt: skip
+    console.print(f"{', '.join(ranges)}; loss {p.loss.min():.4g} to {p.loss.max():.4g}")
+    console.print()
+    console.print(_parameters(made))
+    c = fit.certificate
+    word = "certified" if c.holds else "[red]not certified[/]"
+    console.print(
+        f"Objective {fit.value:.10g}, {word}: scaled gradient {c.scaled_gradient:.1e}, "
+        f"{len(c.basins)} minima from {sum(b.starts for b in c.basins) + c.astray} starts; "
+        f"{made.replicates.uncertified} of {job.bootstraps} resampled fits uncertified",
+        soft_wrap=True,
+    )
+    if made.allocation is not None:
+        a, (low, high) = made.allocation
+        console.print(f"N* grows as C^{a:.4f} ({low:.4f} to {high:.4f})")
+    _show_isoflop(made, console)
+    _show_roll_outs(made, console)
+    if (f := made.foretold()) is not None:
+        what = "prior only" if made.discrepancy.is_prior else f"{f.origins} roll-outs"
+        console.print(
+            f"\n[bold]Foretold[/] N {f.parameters:.4g}, D {f.tokens:.4g}, {f.beyond:.2g} times the "
+            f"compute of the largest run: loss {f.loss:.4f}; 50% {f.inner[0]:.4f} to "
+            f"{f.inner[1]:.4f}, {job.level:.0%} {f.outer[0]:.4f} to {f.outer[1]:.4f} "
+            f"({made.discrepancy.a_decade:.1%} a decade, {what}; resampling alone would say "
+            f"{f.bare[0]:.4f} to {f.bare[1]:.4f})",
+            soft_wrap=True,
+        )
+    console.print("\nRuns that move the law most: " + ", ".join(n for n, _ in made.influence()))
+    for note in [*made.notes, *made.disagreements()]:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _show_roll_outs(made: StudyFit, console: Console) -> None:
+    """The headline of a study: how the law, fitted to the cheaper budgets, met the dearer ones."""
+    if not made.roll_outs:
+        return
+    level = f"{made.job.level:.0%}"
+    names = ("fitted to budgets", "runs", "beyond", "error", "bias", f"bare {level}", "calibrated")
+    found = table(*names)
+    for r in made.roll_outs:
+        error, bias = np.sqrt(np.mean(r.errors**2)), np.mean(r.errors)
+        found.add_row(
+            str(r.budgets),
+            str(r.runs),
+            f"{r.factors.min():.3g} to {r.factors.max():.3g} x",
+            f"{error:.2%}",
+            f"{bias:+.2%}",
+            f"{r.bare.mean():.0%}",
+            f"{r.calibrated.mean():.0%}",
+        )
+    console.print()
+    console.print(found)
+    bare = np.concatenate([r.bare for r in made.roll_outs])
+    calibrated = np.concatenate([r.calibrated for r in made.roll_outs])
+    console.print(
+        f"Of {len(bare)} runs foretold, {bare.mean():.0%} lay inside of the {level} interval of "
+        f"resampling alone, {calibrated.mean():.0%} inside of the one calibrated by earlier "
+        "roll-outs",
+        soft_wrap=True,
+    )
+
+
+def _parameters(made: StudyFit) -> Table:
+    low, high = made.replicates.interval(made.job.level)
+    errors = made.replicates.errors
+    names = ("", "value", "std. error", f"{made.job.level:.0%} low", "high", *made.others)
+    found = table(*names, left=("",))
+    for i, (symbol, value) in enumerate(made.fit.values.items()):
+        others = [f"{other.values[symbol]:.5g}" for other in made.others.values()]
+        cells = (value, errors[symbol], low[i], high[i])
+        found.add_row(symbol, *(f"{x:.5g}" for x in cells), *others)
+    return found
+
+
+def _show_isoflop(made: StudyFit, console: Console) -> None:
+    iso = made.isoflop
+    if iso is None:
+        return
+    if isinstance(iso, str):
+        console.print(f"IsoFLOP parabolas: {escape(iso)}", soft_wrap=True)
+        return
+    low, high = iso.tokens.interval(made.job.level)
+    console.print(
+        f"IsoFLOP parabolas: {len(iso.vertices)} budgets; D* = {iso.tokens.k:.4g} C^"
+        f"{iso.tokens.a:.4f} ({low[1]:.4f} to {high[1]:.4f}), N* = {iso.parameters.k:.4g} C^"
+        f"{iso.parameters.a:.4f}",
+        soft_wrap=True,
+    )
+    for refused in iso.refusals:
+        console.print(
+            f"  refused {refused.budget:.2g} FLOPs: {escape(refused.why)}", soft_wrap=True
+        )

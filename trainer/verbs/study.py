@@ -1,0 +1,82 @@
+"""`forescale study fit`: the scaling law of runs, or of a table; `study records`: the table."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from trainer.cli import overrides_of
+from trainer.compose import compose
+from trainer.config_study import StudyJob
+from trainer.errors import DONE, UserError
+from trainer.run import Run
+from trainer.scaling.page import show
+from trainer.scaling.records import of_runs, of_table
+from trainer.scaling.study_fit import StudyFit
+
+_TABLES = (".csv", ".parquet")
+_WIDEST = 120  # where there is no terminal
+_TODO = "write forescale study fit RUNS... or study records RUNS..."
+
+
+def main(words: list[str]) -> int:
+    words = ["json=true" if word == "--json" else word for word in words]
+    deeds = {"fit": _fit, "records": _records}
+    if not words or (words[0] not in deeds and "=" not in words[0]):
+        raise UserError(words[0] if words else "study", "is nothing that a study does", _TODO)
+    deed = words[0] if words[0] in deeds else "fit"
+    job: StudyJob = compose("study", overrides_of("study", [w for w in words if w != deed]))
+    table, where = _read(job)
+    return deeds[deed](job, table, where)
+
+
+def _read(job: StudyJob) -> tuple[pd.DataFrame, str]:
+    """The records, and what they are called in messages. Runs that are none are told of."""
+    paths = [Path(word).expanduser() for word in job.input]
+    if any(path.suffix in _TABLES for path in paths):
+        if len(paths) > 1:
+            raise UserError("input", "mixes tables and runs", "give one table, or runs")
+        return of_table(paths[0], job.columns, job.rows), str(paths[0])
+    runs = [run for word in job.input for run in _runs(word, Path(job.run.root).expanduser())]
+    table, refused = of_runs(runs)
+    for one in refused:
+        print(f"Note: {one.name} is no record: {one.why}.", file=sys.stderr)
+    if table.empty:
+        what = f"none of {len(runs)} runs is complete and evaluated"
+        raise UserError(" ".join(job.input), what, "train them to their end")
+    return table, f"{len(table)} runs"
+
+
+def _runs(word: str, root: Path) -> list[Run]:
+    """Those that a word names: a run, a directory of runs, a pattern of either."""
+    for base in (Path(), root):
+        pattern = str(base / word)
+        found = sorted(Path().glob(pattern)) if not Path(pattern).is_absolute() else None
+        found = sorted(Path("/").glob(pattern[1:])) if found is None else found
+        runs = [Run(path) for path in found if (path / "config.yaml").is_file()]
+        inside = [Run(c.parent) for path in found for c in sorted(path.glob("[!.]*/config.yaml"))]
+        if runs or inside:
+            return runs or inside
+    raise UserError(word, f"names no run (looked in {root} too)", "see forescale status")
+
+
+def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """As CSV, for notebooks and for `study fit` elsewhere."""
+    table.to_csv(sys.stdout, index=False)
+    return DONE
+
+
+def _fit(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    made = StudyFit(table, job, where)
+    made.foretold()  # what is wrong with the target is said before anything else
+    if job.json:
+        json.dump(made.as_dict(), sys.stdout, indent=2)
+        print()
+        return DONE
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDEST)
+    show(made, console, where)
+    return DONE
