@@ -7,6 +7,7 @@ delta is 1e-3 on log loss.
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from trainer.config import Problems
@@ -18,6 +19,7 @@ class TargetPoint:
     parameters: float | None = key(None, "N of a run to come", gt=0)
     tokens: float | None = key(None, "D of it", gt=0)
     flops: float | None = key(None, "C of it; alone: the best N and D for so much", gt=0)
+    run: str | None = key(None, "its name, for `predict`: the card is scored when it has a record")
 
     @property
     def is_given(self) -> bool:
@@ -33,6 +35,8 @@ class StudyRoots:
 class StudyJob:
     TARGET: ClassVar[str] = "input"
 
+    study: str = key("first", "the study that forecasts belong to: studies/NAME")
+    studies: str = key("studies", "the directory that holds the studies")
     input: list[str] = key([], "runs (names, directories, globs), or one table: CSV or parquet")
     columns: dict[str, str] = key(
         {}, "of a table, ours: theirs, such as {parameters: Model Size, loss: final}"
@@ -61,6 +65,10 @@ class StudyJob:
     json: bool = key(False, "print all as JSON, for programs; --json does the same")
     target: TargetPoint = section(TargetPoint, "a run to come")
     run: StudyRoots = section(StudyRoots, "where the runs live")
+
+    @property
+    def forecasts(self) -> Path:
+        return Path(self.studies).expanduser() / self.study / "forecasts"
 
     def problems(self) -> Problems:
         if self.input:

@@ -65,6 +65,8 @@ _EXAMPLES = {
         "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
         "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12 --json",
         "study records 'runs/*' > records.csv   (a row a run)",
+        "study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",
+        "study score 'runs/*'   (what was foretold, beside what came out)",
     ),
     "shards": (
         "shards books/ output=/data/books",

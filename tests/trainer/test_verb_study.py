@@ -132,3 +132,27 @@ def test_a_mistake_is_a_sentence(tmp_path, monkeypatch, forescale, words, said):
     code, _, err = forescale("study", *words)
     assert code == 2
     assert said in err
+
+
+def test_a_forecast_is_written_and_scored(tmp_path, monkeypatch, forescale):
+    monkeypatch.chdir(tmp_path)
+    rows = surface(0.003).rename(columns={"N": "parameters"})
+    rows = rows.assign(name=[f"cell-{i}" for i in rows.index])
+    rows.to_csv("points.csv", index=False)
+    words = ("points.csv", "bootstraps=100", "study=mine")
+    code, out, _ = forescale("study", "predict", *words, "target.run=big", "target.flops=3e21")
+    assert code == 0
+    assert out.startswith("studies/mine/forecasts/0001.json: loss 2.")
+    code, out, _ = forescale("study", "score", *words)
+    assert "0 of 1 came out" in out
+    assert "1 abandoned so far. The chain of cards is whole." in out
+    card = json.loads((tmp_path / "studies/mine/forecasts/0001.json").read_text())
+    made = {**card["target"], "flops": 3e21, "budget": 3e21, "loss": card["loss"] * 1.001}
+    pd.concat([rows, pd.DataFrame([{**made, "name": "big"}])]).to_csv("points.csv", index=False)
+    code, out, _ = forescale("study", "score", *words)
+    assert code == 0
+    assert "1 of 1 came out: 1 inside of the interval, 1 of the 50% one" in out
+    assert "-0.10%" in out
+    assert json.loads(forescale("study", "score", *words, "--json")[1])["inside"] == 1
+    assert forescale("study", "predict", *words, "target.flops=1e22")[0] == 2
+    assert forescale("study", "score", "points.csv", "study=none")[0] == 2

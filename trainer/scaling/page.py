@@ -3,12 +3,15 @@
 Invariant: whatever is doubtful about the numbers stands on the same page as the numbers.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from trainer.overview import table
+from trainer.scaling.forecast import Card, Score
 from trainer.scaling.study_fit import StudyFit
 
 
@@ -48,6 +51,30 @@ def show(made: StudyFit, console: Console, where: str) -> None:
     console.print("\nRuns that move the law most: " + ", ".join(n for n, _ in made.influence()))
     for note in [*made.notes, *made.disagreements()]:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+
+
+def show_score(found: Sequence[Card], made: Score, console: Console) -> None:
+    """Print how cards came out."""
+    rows = table(
+        "card", "run", "beyond", "foretold", "interval", "came out", "error", left=("run",)
+    )
+    for card in found:
+        f, o = card.facts, card.outcome
+        ends = f"{f['interval'][0]:.4f} to {f['interval'][1]:.4f}"
+        beyond = f"{f['target']['beyond']:.3g} x"
+        out = (f"{o['loss']:.4f}", f"{made.errors[card.id]:+.2%}") if o else ("-", "-")
+        rows.add_row(card.id, escape(f["target"]["run"]), beyond, f"{f['loss']:.4f}", ends, *out)
+    console.print(rows)
+    n = len(made.errors)
+    console.print(
+        f"{n} of {len(found)} came out: {made.inside} inside of the interval, {made.inside_50} of "
+        f"the 50% one; {len(made.abandoned)} abandoned so far. The chain of cards is whole.",
+        soft_wrap=True,
+    )
+    if n:
+        skill = ", ".join(f"{name} {value:+.2f}" for name, value in made.skill.items())
+        line = f"Interval score {made.interval_score:.4f}; skill against {skill}"
+        console.print(line, soft_wrap=True)
 
 
 def _show_roll_outs(made: StudyFit, console: Console) -> None:

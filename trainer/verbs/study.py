@@ -1,4 +1,5 @@
-"""`forescale study fit`: the scaling law of runs, or of a table; `study records`: the table."""
+"""`forescale study`: `fit` the scaling law of runs or of a table, `predict` a run, `score` what was
+predicted, `records`: the table."""
 
 import json
 import sys
@@ -12,18 +13,19 @@ from trainer.compose import compose
 from trainer.config_study import StudyJob
 from trainer.errors import DONE, UserError
 from trainer.run import Run
-from trainer.scaling.page import show
+from trainer.scaling.forecast import cards, predict, score
+from trainer.scaling.page import show, show_score
 from trainer.scaling.records import of_runs, of_table
 from trainer.scaling.study_fit import StudyFit
 
 _TABLES = (".csv", ".parquet")
 _WIDEST = 120  # where there is no terminal
-_TODO = "write forescale study fit RUNS... or study records RUNS..."
+_TODO = "write forescale study fit, predict, score or records, and RUNS or a table"
 
 
 def main(words: list[str]) -> int:
     words = ["json=true" if word == "--json" else word for word in words]
-    deeds = {"fit": _fit, "records": _records}
+    deeds = {"fit": _fit, "records": _records, "predict": _predict, "score": _score}
     if not words or (words[0] not in deeds and "=" not in words[0]):
         raise UserError(words[0] if words else "study", "is nothing that a study does", _TODO)
     deed = words[0] if words[0] in deeds else "fit"
@@ -65,6 +67,36 @@ def _runs(word: str, root: Path) -> list[Run]:
 def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     """As CSV, for notebooks and for `study fit` elsewhere."""
     table.to_csv(sys.stdout, index=False)
+    return DONE
+
+
+def _predict(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """A card of the target, before anybody knows."""
+    if job.target.run is None:
+        raise UserError("target.run", "names no run", "write target.run=NAME: it is scored by that")
+    card = predict(StudyFit(table, job, where), job.forecasts, job.target.run)
+    facts = card.facts
+    print(
+        f"{card.path}: loss {facts['loss']:.4f}, 50% {facts['interval_50'][0]:.4f} to "
+        f"{facts['interval_50'][1]:.4f}, {job.level:.0%} {facts['interval'][0]:.4f} to "
+        f"{facts['interval'][1]:.4f}; {facts['roll_outs']} roll-outs. When {job.target.run} is "
+        "trained: forescale study score RUNS"
+    )
+    return DONE
+
+
+def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """How the cards of the study came out."""
+    found = cards(job.forecasts)
+    if not found:
+        raise UserError(str(job.forecasts), "holds no forecasts", "make one with study predict")
+    made = score(found, table)
+    if job.json:
+        json.dump(vars(made), sys.stdout, indent=2)
+        print()
+        return DONE
+    console = Console(highlight=False)
+    show_score(found, made, console)
     return DONE
 
 

@@ -1,0 +1,214 @@
+"""A wanted number of parameters turned into a model: width, layers, heads and MLP of one family.
+
+    aspect   layers = 12 (width / 768)^0.75, a straight line of log layers on log width
+    width    in whole heads (whole groups of them with grouped-query attention)
+    heads    of the base's head_dim from a width of four on; below that a half, a quarter, ... of
+             it, since steps of 64 are no family for models of width 100
+    MLP      the ratio of the base, or the rule of ModelConfig, rounded up to heads (at most 64)
+
+Invariant: what a number may become does not depend on the number: shapes are one fixed ladder, and
+the nearest of it by log N is taken. So a greater number never gets a smaller model.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+from models.config import HEAD_DIM, WIDTH_PER_LAYER, ModelConfig
+from models.flops import Counts, count
+from trainer.errors import UserError
+from trainer.scaling.records import SIZES
+
+_LEAST_HEAD = 8
+_HEADS = 4  # at least, before heads become smaller
+_ASIDE = 1  # layers that a shape may be off the trend, for the sake of its N
+_WIDEST = 1 << 17
+_OFF = 0.25  # of N: more than that is no answer
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """layers = `layers` (width / `width`)^exponent. The default goes through both ends of GPT-3's
+    family (Brown et al. 2020, arXiv 2005.14165, table 2.1: 12 layers of 768, 96 of 12,288); it
+    gives 42 layers at Llama 7B's width of 4,096 (it has 32). Doubt: Kaplan et al. 2020 (arXiv
+    2001.08361, figure 5) find that the aspect changes the loss little over a factor of 40: that all
+    sizes of a study follow one trend matters more than which."""
+
+    layers: float = 12.0
+    width: float = 768.0
+    exponent: float = 0.75
+
+    def at(self, width: int) -> float:
+        return self.layers * (width / self.width) ** self.exponent
+
+
+GPT3 = Aspect()
+PROPORTIONAL = Aspect(1.0, float(WIDTH_PER_LAYER), 1.0)  # the rule of ModelConfig's depth
+
+
+@dataclass(frozen=True)
+class Shape:
+    """model: resolved; wanted: parameters by the convention."""
+
+    wanted: float
+    convention: str
+    model: ModelConfig
+
+    @property
+    def counts(self) -> Counts:
+        return count(self.model)
+
+    @property
+    def parameters(self) -> int:
+        """By the convention."""
+        return int(getattr(self.counts, self.convention))
+
+    @property
+    def error(self) -> float:
+        """Relative, of what was wanted."""
+        return self.parameters / self.wanted - 1
+
+
+class Family:
+    """All shapes of a base model along an aspect trend. base: what it says beyond sizes is kept,
+    and of its sizes the ratios. Raises UserError for an unknown convention, without a vocabulary,
+    and for a base that contradicts itself."""
+
+    def __init__(
+        self,
+        base: ModelConfig,
+        vocab_size: int | None,
+        sequence_length: int,
+        convention: str = "blocks_and_head",
+        aspect: Aspect = GPT3,
+    ):
+        if convention not in SIZES:
+            what = f"'{convention}' is no convention of N"
+            raise UserError("size", what, f"choose from {', '.join(SIZES)}")
+        if not (base.vocab_size or vocab_size):
+            todo = "give the vocabulary of the tokenizer, or model.vocab_size"
+            raise UserError("model.vocab_size", "is not known, and sizes depend on it", todo)
+        self.convention, self.aspect = convention, aspect
+        self._base = replace(base, depth=None, mlp_width=None, num_heads=None, num_kv_heads=None)
+        self._data = (vocab_size, sequence_length)
+        width = base.width or (WIDTH_PER_LAYER * base.depth if base.depth else None)
+        self._mlp = self._ratio("mlp_width", base.mlp_width, width)
+        heads = base.num_heads or (width // HEAD_DIM if width else None)
+        self._group = 1
+        if base.num_kv_heads:
+            self._group = self._ratio("num_kv_heads", heads, base.num_kv_heads, whole=True)[0]
+        self._head = HEAD_DIM
+        if base.num_heads:
+            self._head = self._ratio("num_heads", width, base.num_heads, whole=True)[0]
+
+    @staticmethod
+    def _ratio(
+        name: str, over: int | None, under: int | None, whole: bool = False
+    ) -> tuple[int, int]:
+        """over / under as a fraction; (0, 1) where nothing is given."""
+        if over is None and name == "mlp_width":
+            return 0, 1
+        if not over or not under or (whole and over % under):
+            todo = "give width with it, and sizes that divide, or leave it out"
+            raise UserError(f"model.{name}", "of the base has no ratio to keep", todo)
+        return over // math.gcd(over, under), under // math.gcd(over, under)
+
+    def head_dim(self, width: int) -> int:
+        """The largest of head_dim, head_dim / 2, ... of which four groups fit into the width."""
+        head, least = self._head, min(self._head, _LEAST_HEAD)
+        while head % 4 == 0 and head // 2 >= least and head * _HEADS * self._group > width:
+            head //= 2
+        return head
+
+    def model(self, width: int, layers: int) -> ModelConfig:
+        """Resolved. width: one of `_next`'s."""
+        head = self.head_dim(width)
+        over, under = self._mlp
+        if not over:
+            over, under = (8, 3) if self._base.mlp == "swiglu" else (4, 1)
+        multiple = min(head, 64)
+        mlp = -(-over * width // (under * multiple)) * multiple
+        heads = width // head
+        sized = replace(
+            self._base,
+            num_layers=layers,
+            width=width,
+            num_heads=heads,
+            num_kv_heads=heads // self._group,
+            mlp_width=mlp,
+        )
+        try:
+            return sized.resolved(*self._data)
+        except ValueError as e:
+            raise UserError("model", str(e).rstrip("."), "change the base model") from None
+
+    def _widths(self) -> Iterator[int]:
+        width = self._group * min(self._head, self.head_dim(1))
+        while width <= _WIDEST:
+            yield width
+            step = self._group * self.head_dim(width)
+            bigger = self._group * self.head_dim(width + step)
+            width = (width // bigger + 1) * bigger if bigger > step else width + step
+
+    def _layers(self, width: int) -> range:
+        trend = round(self.aspect.at(width))
+        return range(max(1, trend - _ASIDE), max(1, trend) + _ASIDE + 1)
+
+    def _size(self, model: ModelConfig) -> int:
+        return int(getattr(count(model), self.convention))
+
+    def solve(self, wanted: float) -> Shape:
+        """The model whose N is nearest. Raises UserError where none is within 25 %."""
+        if not 0 < wanted < math.inf:
+            raise UserError("N", f"{wanted} is no size", "give a positive number of parameters")
+        widths = list(self._widths())
+
+        def size(which: Callable[[range], int]) -> Callable[[int], int]:
+            return lambda w: self._size(self.model(w, which(self._layers(w))))
+
+        # N grows with the width along either edge of the trend: between the two all that is near.
+        first = bisect_left(widths, wanted, key=size(max))
+        last = bisect_left(widths, wanted, key=size(min))
+        near = widths[max(0, first - 1) : last + 1]
+        models = [self.model(w, layers) for w in near for layers in self._layers(w)]
+        best = min(models, key=lambda m: abs(math.log(self._size(m) / wanted)))
+        found = Shape(float(wanted), self.convention, best)
+        if abs(found.error) > _OFF:
+            what = f"{wanted:.3g} parameters ({self.convention}) can't be had: the nearest model "
+            what += f"has {found.parameters:,} with a vocabulary of {best.sizes.vocab_size:,}"
+            raise UserError("N", what, "ask for another size, or take a smaller vocabulary")
+        return found
+
+    def series(self, wanted: Sequence[float]) -> list[Shape]:
+        """One shape each, strictly growing. Raises UserError where two become the same shape, or
+        do not grow."""
+        found = [self.solve(n) for n in wanted]
+        for one, other in zip(found, found[1:], strict=False):
+            if other.parameters <= one.parameters:
+                what = f"{one.wanted:.4g} and {other.wanted:.4g} parameters become the same model"
+                if other.wanted <= one.wanted:
+                    what = f"{other.wanted:.4g} comes after {one.wanted:.4g}"
+                raise UserError("sizes", what, "spread the sizes further, and let them grow")
+        return found
+
+
+def solve(
+    wanted: float,
+    convention: str,
+    vocab_size: int | None,
+    sequence_length: int,
+    base: ModelConfig,
+    aspect: Aspect = GPT3,
+) -> Shape:
+    """One size; see Family."""
+    return Family(base, vocab_size, sequence_length, convention, aspect).solve(wanted)
+
+
+_SIZED = ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
+
+
+def overrides(model: ModelConfig) -> dict[str, int]:
+    """The config keys that make the base this model, by their full names."""
+    named = {f.name: getattr(model, f.name) for f in fields(model)}
+    return {f"model.{name}": named[name] for name in _SIZED}
