@@ -6,6 +6,7 @@ grammar and laid over them here, since Hydra would stop at the first unknown key
 and let `+new.key=` pass.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 CONF = Path(__file__).resolve().parents[1] / "conf"  # beside us in a checkout and in site-packages
+VARIABLE = "FORESCALE_CONF"  # of the environment: directories with files of the user's own
 _TARGET = "model._target_"  # the class of a model of the user's own
 _LENGTHS = ("train.steps", "train.tokens")
 _STUDY = "one run takes one value; plan several runs as a study (forescale study)"
@@ -67,7 +69,8 @@ class Group:
 def compose(verb: str, overrides: Sequence[str] = (), conf_dirs: Sequence[str | Path] = ()) -> Any:
     """The job of `verb` (a dataclass of trainer.jobs.JOBS) that `key=value` overrides describe.
 
-    `conf_dirs` are directories of the user's, with further files for the groups. Raises ConfigError
+    `conf_dirs` are directories of the user's, with further files for the groups; those that the
+    environment's FORESCALE_CONF names, unless others are given. Raises ConfigError
     with all problems; UserError for a verb or a directory that isn't there.
     """
     schema, known = _schema(verb), groups(verb, conf_dirs)
@@ -105,7 +108,7 @@ def groups(verb: str, conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
     found: dict[str, Group] = {}
     for name, default in _choices_of(verb):
         files: dict[str, Path] = {}
-        for root in (CONF, *(Path(d).expanduser() for d in conf_dirs)):
+        for root in (CONF, *_own(conf_dirs)):
             if not root.is_dir():
                 raise UserError(str(root), "no such directory", "check the path of your configs")
             for path in sorted((root / name).glob("*.yaml")):
@@ -115,6 +118,12 @@ def groups(verb: str, conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
                 files[path.stem] = path
         found[name] = Group(name, default, files)
     return found
+
+
+def _own(conf_dirs: Sequence[str | Path]) -> list[Path]:
+    """The user's directories: those that are given, else those that FORESCALE_CONF names."""
+    given = conf_dirs or [d for d in os.environ.get(VARIABLE, "").split(os.pathsep) if d]
+    return [Path(d).expanduser() for d in given]
 
 
 def _choices_of(primary: str) -> Iterator[tuple[str, str | None]]:
@@ -165,8 +174,8 @@ def _read(
 def _hydra(verb: str, picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
     """The conf tree with the chosen files, not yet resolved."""
     chosen = [f"{group}={choice}" for group, choice in picks.items()]
-    if conf_dirs:
-        paths = ",".join(f'"file://{Path(d).expanduser().resolve()}"' for d in conf_dirs)
+    if own := _own(conf_dirs):
+        paths = ",".join(f'"file://{path.resolve()}"' for path in own)
         chosen.append(f"hydra.searchpath=[{paths}]")
     try:
         with initialize_config_dir(str(CONF), job_name="forescale", version_base="1.3"):

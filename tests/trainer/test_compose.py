@@ -220,3 +220,18 @@ def test_the_manual_says_every_key_and_every_choice():
 def test_every_file_of_the_tree_opens_with_what_it_is():
     for path in CONF.rglob("*.yaml"):
         assert path.read_text().startswith("# "), path
+
+
+def test_files_of_the_users_own_by_the_environment(tmp_path, monkeypatch, capsys):
+    from trainer.cli import main
+
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/ours.yaml").write_text("# The cluster upstairs.\npartition: gpu\nnodes: 3\n")
+    words = ["slurm=ours", "machine=cpu", "slurm.gpus_per_node=0", "train.global_batch=24"]
+    with pytest.raises(ConfigError, match="no such choice, 'ours'"):
+        compose("submit", words)
+    monkeypatch.setenv("FORESCALE_CONF", str(tmp_path))
+    job = compose("submit", words)
+    assert (job.slurm.partition, job.slurm.nodes) == ("gpu", 3)
+    main(["submit", "--help"])
+    assert "The cluster upstairs." in capsys.readouterr().out

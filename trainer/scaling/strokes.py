@@ -1,0 +1,91 @@
+"""What a study's pictures are drawn with: axes, lines, bands, dots, in one quiet style.
+
+Invariant: no picture needs more than 320 pixels of width: no legend, no title of an axis beside it.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from trainer.scaling.points import Array
+
+INK, FAINT, TARGET, OTHER = "#1f2328", "#b4bac2", "#c2410c", "#216ea0"
+BAND, OTHER_BAND = "rgba(31,35,40,0.14)", "rgba(33,110,160,0.18)"
+WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
+POWERS = {"type": "log", "exponentformat": "power"}  # 10^21
+COUNTS = {"type": "log", "exponentformat": "B"}  # 7B
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+_LINE = 34  # letters of what the pointer shows: it must fit a phone
+
+
+def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int = 430):
+    """An empty figure. x, y: what is drawn, with its unit."""
+    plain = {
+        "gridcolor": "#eceef0", "linecolor": FAINT, "zeroline": False, "ticks": "outside",
+        "tickcolor": FAINT, "automargin": True, "showline": True, "ticklen": 4,
+    }  # fmt: skip
+    figure = go.Figure()
+    figure.update_layout(
+        template="none", height=height, showlegend=False, dragmode=False, hovermode="closest",
+        font={"family": FONT, "size": 12, "color": INK}, margin={"l": 44, "r": 14, "t": 34, "b": 48},
+        hoverlabel={"align": "left", "bgcolor": "#fff", "font": {"size": 12, "color": INK}},
+        title={"text": escape(y), "font": {"size": 12}, "x": 0, "xref": "container", "xanchor":
+               "left", "y": 1, "yanchor": "top", "pad": {"l": 6, "t": 8}},
+        xaxis={**plain, "title": {"text": escape(x), "standoff": 8}, "nticks": 8, **of_x},
+        yaxis={**plain, **of_y},
+    )  # fmt: skip
+    return figure
+
+
+def line(x: Array, y: Array, colour: str, dash: str = "solid", text: Sequence[str] = ()):
+    """text: shown by the pointer; without, the line is silent."""
+    style = {"color": colour, "width": 1.6, "dash": dash}
+    told = {"text": text, **hover()} if len(text) else {"hoverinfo": "skip"}
+    return go.Scatter(x=x, y=y, mode="lines", line=style, **told)
+
+
+def band(x: Array, ends: Array, colour: str):
+    """ends: (2, m), low and high."""
+    there_and_back = np.concatenate((x, x[::-1])), np.concatenate((ends[0], ends[1][::-1]))
+    return go.Scatter(
+        x=there_and_back[0], y=there_and_back[1], fill="toself", fillcolor=colour, mode="lines",
+        line={"width": 0}, hoverinfo="skip",
+    )  # fmt: skip
+
+
+def dots(x: Array, y: Array, colours: Sequence[str], hollow: Array, text: Sequence[str]):
+    """Runs. hollow: (n,) of bool."""
+    mark = {
+        "size": 7, "opacity": 0.9, "symbol": np.where(hollow, "circle-open", "circle").tolist(),
+        "color": list(colours), "line": {"width": 1.4, "color": list(colours)},
+    }  # fmt: skip
+    return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
+
+
+def marks(x: Sequence[float], y: Sequence[float], text: Sequence[str]):
+    """Vertices."""
+    mark = {"symbol": "diamond", "size": 9, "color": "#fff", "line": {"width": 1.6, "color": INK}}
+    return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
+
+
+def star(x: float, y: float, text: str, ends: tuple[float, float] | None = None):
+    """The target. ends: an interval of y."""
+    mark = {"symbol": "star", "size": 15, "color": TARGET, "line": {"width": 1, "color": "#fff"}}
+    error: dict[str, Any] = {}
+    if ends:
+        sides = {"array": [ends[1] - y], "arrayminus": [y - ends[0]]}
+        error = {"error_y": {"type": "data", "symmetric": False, "color": TARGET, **sides}}
+    return go.Scatter(x=[x], y=[y], mode="markers", marker=mark, text=[text], **hover(), **error)
+
+
+def hover() -> dict[str, str]:
+    return {"hovertemplate": "%{text}<extra></extra>"}
+
+
+def wrapped(text: str) -> str:
+    """In short lines, and so that plotly reads no markup in it."""
+    return "<br>".join(escape(part) for part in textwrap.wrap(text, _LINE)) or ""
