@@ -195,3 +195,24 @@ def test_outside_of_an_environment_there_is_nothing_to_pack(tmp_path, monkeypatc
 
 def test_a_list_of_hosts_that_is_one_needs_no_slurm():
     assert queue.hosts("node7") == ["node7"]
+
+
+def test_the_lead_follows_what_the_run_has_measured(tmp_path):
+    """Twice the longest save and step so far; before there is any, twice what is planned."""
+    from slurm.enter import _save_seconds
+    from trainer.plan import Plan
+    from trainer.run import Run
+
+    root = f"run.root={tmp_path}"
+    job = compose("submit", [*KEYS, root, "launch.grace=20s", "slurm.time=2h"])
+    plan, run = Plan(job), Run(tmp_path / "first")
+    assert _save_seconds(plan, run) == plan.lead_seconds
+    attempt = run.new_attempt()
+    for seconds in (30.0, 95.0, 40.0):
+        attempt.event("checkpoint_saved", step=1, seconds=seconds)
+    row = {"kind": "train", "step": 1, "attempt": 1, "seconds": {"compute": 4.0, "data": 1.0}}
+    attempt.metrics.add(row)
+    run.point_to(attempt)
+    assert _save_seconds(plan, run) == 100.0
+    assert job.lead(_save_seconds(plan, run)) == 210
+    assert job.lead(1.0) == 30, "never less than the grace, and the way of the signal"
