@@ -9,6 +9,7 @@ nothing is smoothed or left out; names reach plotly escaped, for it reads text a
 """
 
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import plotly.graph_objects as go
@@ -20,7 +21,7 @@ from trainer.scaling.isoflop import IsoFlop
 from trainer.scaling.objective import Objective
 from trainer.scaling.points import Array
 from trainer.scaling.rollouts import Sure, spent, sure
-from trainer.scaling.strokes import COUNTS, POWERS, axes, wrapped
+from trainer.scaling.strokes import axes, logarithmic, wrapped
 from trainer.scaling.study_fit import Foretold, StudyFit
 
 _DARK, _LIGHT = 0.0, 0.86  # of the colour scale; lighter is not seen on white
@@ -28,7 +29,7 @@ _GRID, _FINE = 61, 72
 _AHEAD = 10.0  # times the dearest run: so far the law is drawn where no target is further
 _UNREPEATED = 1e30  # unique tokens: as many as are ever read
 
-Picture = go.Figure | str
+Picture: TypeAlias = go.Figure | str
 
 
 class Figures:
@@ -77,7 +78,7 @@ class Figures:
     def _told(self) -> list[str]:
         """Of each run, for the pointer."""
         made = self.made
-        names = made.table["name"] if "name" in made.table else made.table.index
+        names = made.table.get("name", made.table.index)
         found = []
         for i, name in enumerate(names):
             label = str(name) if "name" in made.table else f"run {name}"
@@ -155,7 +156,7 @@ class Figures:
             return "The table has no budgets, so no runs of one compute to draw a parabola through."
         if (n := made.every.parameters) is None:
             return "The table has no N to draw the loss of a budget over."
-        figure = axes(self.n, self.loss, COUNTS, {})
+        figure = axes(self.n, self.loss, logarithmic(n), {})
         budgets = table["budget"].to_numpy(dtype=float)
         if isinstance(self.iso, IsoFlop):
             whole = [b for b in self.shades if b not in self._refused]
@@ -183,13 +184,17 @@ class Figures:
         symbol = {"parameters": "N", "tokens": "D"}[which]
         label = {"parameters": self.n, "tokens": self.d}[which].replace(symbol, f"{symbol}*", 1)
         frontier = self.frontier
-        known = not isinstance(frontier, str) and which in frontier
-        if not known and not isinstance(self.iso, IsoFlop):
+        known = None if isinstance(frontier, str) else frontier.get(which)
+        if known is None and not isinstance(self.iso, IsoFlop):
             law = frontier if isinstance(frontier, str) else f"This law knows no {symbol}."
             return f"{self.iso or 'The table has no budgets.'} {law}"
-        figure = axes(self.c, label, POWERS, COUNTS)
-        if known:
-            value, band = frontier[which]  # type: ignore[index]
+        laws_of = [known[0]] if known else []
+        if isinstance(self.iso, IsoFlop):
+            laws_of.append(getattr(self.iso, which)(self.grid))
+        of_c = logarithmic(self.grid, power=True)
+        figure = axes(self.c, label, of_c, logarithmic(*laws_of))
+        if known is not None:
+            value, band = known
             figure.add_trace(strokes.band(self.grid, band, strokes.BAND))
             told = [f"by the law<br>C {c:.4g}<br>{symbol}* {x:.4g}" for c, x in
                     zip(self.grid, value, strict=True)]  # fmt: skip
@@ -215,7 +220,8 @@ class Figures:
         if isinstance(frontier := self.frontier, str):
             return frontier
         assert self.spent is not None
-        made, figure = self.made, axes(self.c, self.loss, POWERS, {"type": "log"})
+        of_c = logarithmic(self.grid, power=True)
+        made, figure = self.made, axes(self.c, self.loss, of_c, {"type": "log"})
         value, band = frontier["loss"]
         on = np.append(self.sure.greatest, self.grid[self.grid > self.sure.greatest])
         at = self._best(made.fit.vector, on)
@@ -243,7 +249,7 @@ class Figures:
         if "unique_tokens" in made.form.columns:
             at["unique_tokens"] = at["tokens"]
         z = made.fit.predict(**at).reshape(_GRID, _GRID)
-        figure = axes(self.n, self.d, COUNTS, COUNTS)
+        figure = axes(self.n, self.d, logarithmic(x), logarithmic(y))
         low, high = float(z.min()), max(float(made.every.loss.max()), float(np.median(z)))
         step = _nice((high - low) / 14)
         levels = {"start": np.ceil(low / step) * step, "end": high, "size": step}
@@ -272,8 +278,13 @@ class Figures:
         x = self.spent if over == "flops" else self.made.every.parameters
         if x is None:
             return f"The runs have no {'C' if over == 'flops' else 'N'} to draw them over."
-        axis = (self.c, POWERS) if over == "flops" else (self.n, COUNTS)
-        figure = axes(axis[0], "residual (% of the loss, log)", axis[1], {"zeroline": True})
+        label = self.c if over == "flops" else self.n
+        figure = axes(
+            label,
+            "residual of log loss (%)",
+            logarithmic(x, power=over == "flops"),
+            {"zeroline": True},
+        )
         percent = 100 * np.log(self.made.every.loss / self.fitted)
         figure.add_trace(self._runs(x, percent, [f"residual {p:+.3f} %" for p in percent]))
         return figure
@@ -284,9 +295,13 @@ class Figures:
         if not made.roll_outs:
             lacks = "budgets" if "budget" not in made.table else "enough budgets (four or more)"
             return f"The table has no {lacks} to foretell the dearer ones from the cheaper ones."
-        figure = axes("compute beyond the dearest run fitted to (times)",
-                         "observed over foretold (%)", {"type": "log"}, {"zeroline": True})  # fmt: skip
         x = np.geomspace(1, max(r.factors.max() for r in made.roll_outs) * 1.1, _GRID)
+        figure = axes(
+            "compute beyond the fitted runs (times)",
+            "observed loss over foretold loss (%)",
+            logarithmic(x),
+            {"zeroline": True},
+        )
         for level, colour in ((made.job.level, strokes.WIDE), (0.5, strokes.NARROW)):
             figure.add_trace(strokes.band(x, 100 * (self._along(x, level) - 1), colour))
         rows = np.flatnonzero(made.near)
@@ -301,8 +316,8 @@ class Figures:
                 f"calibrated then,<br>{'inside' if b else 'outside'} of that of resampling alone"
                 for i, e, b, c in zip(later, r.errors, r.bare, r.calibrated, strict=True)
             ]
-            colour = np.full(len(later), self.shades[float(distinct[r.budgets - 1])])
-            figure.add_trace(strokes.dots(r.factors, seen, colour, ~r.calibrated, told))
+            shade = np.full(len(later), self.shades[float(distinct[r.budgets - 1])])
+            figure.add_trace(strokes.dots(r.factors, seen, shade, ~r.calibrated, told))
         return figure
 
     def _along(self, factors: Array, level: float) -> Array:

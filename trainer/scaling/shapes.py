@@ -1,8 +1,9 @@
-"""A wanted number of parameters turned into a model: width, layers, heads and MLP of one family.
+"""A wanted number of parameters turned into a model: width, layers, heads and MLP of one family;
+and what all cells of a study share: that family, what a token costs, batch and learning rate.
 
     aspect   layers = 12 (width / 768)^0.75, a straight line of log layers on log width
     width    in whole heads (whole groups of them with grouped-query attention)
-    heads    of the base's head_dim from a width of four on; below that a half, a quarter, ... of
+    heads    of the base's head_dim from a width of eight on; below that a half, a quarter, ... of
              it, since steps of 64 are no family for models of width 100
     MLP      the ratio of the base, or the rule of ModelConfig, rounded up to heads (at most 64)
 
@@ -13,15 +14,19 @@ the nearest of it by log N is taken. So a greater number never gets a smaller mo
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 from models.config import HEAD_DIM, WIDTH_PER_LAYER, ModelConfig
-from models.flops import Counts, count
+from models.flops import Counts, count, flops_6n, flops_per_token
 from trainer.errors import UserError
 from trainer.scaling.records import SIZES
 
+# Tokens a parameter at the best N (Hoffmann et al. 2022, arXiv 2203.15556, table 3).
+RATIO = 20.0
 _LEAST_HEAD = 8
-_HEADS = 4  # at least, before heads become smaller
+_HEADS = 8  # at least, before heads become smaller: then a step of the width is an eighth at most
 _ASIDE = 1  # layers that a shape may be off the trend, for the sake of its N
 _WIDEST = 1 << 17
 _OFF = 0.25  # of N: more than that is no answer
@@ -115,7 +120,7 @@ class Family:
         return over // math.gcd(over, under), under // math.gcd(over, under)
 
     def head_dim(self, width: int) -> int:
-        """The largest of head_dim, head_dim / 2, ... of which four groups fit into the width."""
+        """The largest of head_dim, head_dim / 2, ... of which eight groups fit into the width."""
         head, least = self._head, min(self._head, _LEAST_HEAD)
         while head % 4 == 0 and head // 2 >= least and head * _HEADS * self._group > width:
             head //= 2
@@ -210,5 +215,76 @@ _SIZED = ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
 
 def overrides(model: ModelConfig) -> dict[str, int]:
     """The config keys that make the base this model, by their full names."""
-    named = {f.name: getattr(model, f.name) for f in fields(model)}
-    return {f"model.{name}": named[name] for name in _SIZED}
+    return {f"model.{name}": getattr(model, name) for name in _SIZED}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """batch = scale D^power tokens, within `bounds`; rate = (k, a, b): k N^a D^b, N non-embedding,
+    at most `highest`. sizes, tokens: the ranges of N and D that it was fitted in; beyond them a
+    cell is flagged. The default is Step Law (Li et al. 2025, arXiv 2503.04715, eq. 1); its runs
+    were of 60M to 1B parameters and 2B to 100B tokens. The bounds are ours."""
+
+    scale: float = 0.58
+    power: float = 0.571
+    bounds: tuple[float, float] = (1024.0, 8e6)
+    rate: tuple[float, float, float] = (1.79, -0.713, 0.307)
+    highest: float = 1e-2
+    sizes: tuple[float, float] = (6e7, 1.1e9)
+    tokens: tuple[float, float] = (2e9, 1e11)
+
+    def batch(self, tokens: float) -> float:
+        """Tokens a step."""
+        return min(max(self.scale * tokens**self.power, self.bounds[0]), self.bounds[1])
+
+    def learning_rate(self, parameters: float, tokens: float) -> float:
+        k, a, b = self.rate
+        return min(k * parameters**a * tokens**b, self.highest)
+
+    def covers(self, parameters: float, tokens: float) -> bool:
+        n, d = self.sizes, self.tokens
+        return n[0] <= parameters <= n[1] and d[0] <= tokens <= d[1]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all cells share. size, cost: conventions of N and C; micro_batch: windows that all ranks
+    feed at once; decay: share of the run (WSD; Hägele et al. 2024, arXiv 2405.18392, figure 4:
+    20 % do as well as a cosine); rate: FLOPs a second that a device reaches, by `cost`; unique:
+    tokens of the data."""
+
+    base: ModelConfig
+    vocab_size: int | None
+    sequence_length: int
+    size: str = "blocks_and_head"
+    cost: Literal["causal", "full", "6nd"] = "causal"
+    aspect: Aspect = GPT3
+    rule: Rule = Rule()  # noqa: RUF009 (frozen)
+    micro_batch: int = 8
+    decay: float = 0.2
+    seed: int = 1337
+    rate: float | None = None
+    unique: float | None = None
+
+    @cached_property
+    def family(self) -> Family:
+        parts = (self.base, self.vocab_size, self.sequence_length, self.size, self.aspect)
+        return Family(*parts)
+
+    def per_token(self, model: ModelConfig) -> dict[str, float]:
+        """FLOPs of training, by each convention."""
+        length = self.sequence_length
+        return {
+            "causal": flops_per_token(model, length, causal=True),
+            "full": flops_per_token(model, length),
+            "6nd": flops_6n(model),
+        }
+
+    def centre(self, budget: float, ratio: float = RATIO) -> float:
+        """N with D = ratio N at this budget, by exact FLOPs."""
+        n = math.sqrt(budget / (6 * ratio))
+        for _ in range(12):
+            shape = self.family.solve(n)
+            per = self.per_token(shape.model)[self.cost] / shape.parameters
+            n = math.sqrt(budget / (ratio * per))
+        return n

@@ -4,7 +4,7 @@ Invariant: no picture needs more than 320 pixels of width: no legend, no title o
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -16,8 +16,7 @@ from trainer.scaling.points import Array
 INK, FAINT, TARGET, OTHER = "#1f2328", "#b4bac2", "#c2410c", "#216ea0"
 BAND, OTHER_BAND = "rgba(31,35,40,0.14)", "rgba(33,110,160,0.18)"
 WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
-POWERS = {"type": "log", "exponentformat": "power"}  # 10^21
-COUNTS = {"type": "log", "exponentformat": "B"}  # 7B
+_DECADES = 2.0  # more of them on an axis: only whole powers have numbers
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _LINE = 34  # letters of what the pointer shows: it must fit a phone
 
@@ -31,7 +30,8 @@ def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int
     figure = go.Figure()
     figure.update_layout(
         template="none", height=height, showlegend=False, dragmode=False, hovermode="closest",
-        font={"family": FONT, "size": 12, "color": INK}, margin={"l": 44, "r": 14, "t": 34, "b": 48},
+        font={"family": FONT, "size": 12, "color": INK},
+        margin={"l": 44, "r": 14, "t": 34, "b": 48},
         hoverlabel={"align": "left", "bgcolor": "#fff", "font": {"size": 12, "color": INK}},
         title={"text": escape(y), "font": {"size": 12}, "x": 0, "xref": "container", "xanchor":
                "left", "y": 1, "yanchor": "top", "pad": {"l": 6, "t": 8}},
@@ -39,6 +39,15 @@ def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int
         yaxis={**plain, **of_y},
     )  # fmt: skip
     return figure
+
+
+def logarithmic(*values: Array | Sequence[float], power: bool = False) -> dict[str, Any]:
+    """An axis for these; power: 10^21, not 7B."""
+    every = np.concatenate([np.ravel(v) for v in values])
+    many = np.log10(np.nanmax(every) / np.nanmin(every)) > _DECADES
+    minor = {"minor": {"ticks": "outside", "ticklen": 2, "dtick": "D1", "tickcolor": FAINT}}
+    form = {"type": "log", "exponentformat": "power" if power else "B"}
+    return form | ({"dtick": 1} | minor if many else {"dtick": "D2"})
 
 
 def line(x: Array, y: Array, colour: str, dash: str = "solid", text: Sequence[str] = ()):
@@ -57,11 +66,12 @@ def band(x: Array, ends: Array, colour: str):
     )  # fmt: skip
 
 
-def dots(x: Array, y: Array, colours: Sequence[str], hollow: Array, text: Sequence[str]):
+def dots(x: Array, y: Array, colours: Iterable[str], hollow: Array, text: Sequence[str]):
     """Runs. hollow: (n,) of bool."""
+    colours = list(colours)
     mark = {
         "size": 7, "opacity": 0.9, "symbol": np.where(hollow, "circle-open", "circle").tolist(),
-        "color": list(colours), "line": {"width": 1.4, "color": list(colours)},
+        "color": colours, "line": {"width": 1.4, "color": colours},
     }  # fmt: skip
     return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
 

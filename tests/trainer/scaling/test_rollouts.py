@@ -91,9 +91,9 @@ def test_the_noise_of_a_run_is_that_of_the_runs():
 
 
 def test_too_few_runs_are_no_origin():
-    made, budgets = surface()
+    made, budgets = surface(0.003)
     few = np.isin(np.arange(len(budgets)) % 6, [2])  # one a budget
-    found = roll_outs(CHINCHILLA, made.take(few), budgets[few], Objective(), 0.9)
+    found = roll_outs(CHINCHILLA, made.take(few), budgets[few], Objective(), 0.9, count=20)
     assert [r.budgets for r in found] == [5, 6]
     with pytest.raises(UserError, match="can't tell"):
         sure(CHINCHILLA, made.take(few).take([0, 1, 2]), Objective(), 100, 0, Discrepancy())
