@@ -89,7 +89,12 @@ def submissions(run: Run) -> list[Submission]:
 
 def waiting_or_running(run: Run) -> tuple[Submission, queue.Job] | None:
     """The submission of a run whose job SLURM still has, and that job."""
-    return next(iter(in_queue(submissions(run))), None)
+    return next(iter(in_queue(newest(run))), None)
+
+
+def newest(run: Run) -> list[Submission]:
+    """The last one, or none: while its job is in the queue there is no other."""
+    return submissions(run)[-1:]
 
 
 def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:

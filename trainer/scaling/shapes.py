@@ -13,10 +13,12 @@ the nearest of it by log N is taken. So a greater number never gets a smaller mo
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
+
+import numpy as np
 
 from models.config import HEAD_DIM, WIDTH_PER_LAYER, ModelConfig
 from models.flops import Counts, count, flops_6n, flops_per_token
@@ -288,3 +290,32 @@ class Common:
             per = self.per_token(shape.model)[self.cost] / shape.parameters
             n = math.sqrt(budget / (ratio * per))
         return n
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """learning_rate: the best, by a parabola in its logarithm; gap: how far the best of the runs is
+    above that, in log loss (0 at an edge); inside: whether rates on both sides were worse."""
+
+    learning_rate: float
+    gap: float
+    inside: bool
+
+
+def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
+    """Of three or more runs; the best of them where the parabola has no lowest point between."""
+    x, y = np.log(rates), np.log(losses)
+    x0 = x.mean()
+    bend, slope, _ = np.polyfit(x - x0, y, 2)
+    at = -slope / (2 * bend) if bend > 0 else np.inf
+    if not x.min() < x0 + at < x.max():
+        return Tuned(float(rates[int(np.argmin(y))]), 0.0, False)
+    best = float(np.exp(x0 + at))
+    return Tuned(best, float(bend * np.min((x - x0 - at) ** 2)), True)
+
+
+def between(rates: Mapping[int, float], parameters: float) -> float:
+    """The learning rate of a size between two, along a line of log rate on log N."""
+    n = sorted(rates)
+    logs = [math.log(rates[k]) for k in n]
+    return float(np.exp(np.interp(math.log(parameters), np.log(n), logs)))

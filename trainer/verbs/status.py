@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slurm.queue import Job
-from slurm.submission import in_queue, submissions
+from slurm.submission import in_queue, newest
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.duration import Duration
@@ -65,7 +65,7 @@ def _page(job: StatusJob, width: int) -> Text:
 def _jobs(runs: Sequence[Run], console: Console) -> dict[str, Job]:
     """What the queue says of the runs that it holds, by name; one question for all."""
     try:
-        found = in_queue(s for run in runs for s in submissions(run))
+        found = in_queue(s for run in runs for s in newest(run))
     except UserError as e:  # the files tell of runs without it
         console.print(escape(f"The queue can't be asked: {e}"), soft_wrap=True)
         return {}
