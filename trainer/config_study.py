@@ -62,9 +62,15 @@ class StudyJob:
     )
     level: float = key(0.9, "of the intervals", gt=0, lt=1)
     seed: int = key(0, "of the resampling", ge=0)
+    to: str | None = key(None, "of `report`: the HTML file; null: studies/STUDY/report.html")
     json: bool = key(False, "print all as JSON, for programs; --json does the same")
     target: TargetPoint = section(TargetPoint, "a run to come")
     run: StudyRoots = section(StudyRoots, "where the runs live")
+
+    @property
+    def report(self) -> Path:
+        own = Path(self.studies).expanduser() / self.study / "report.html"
+        return Path(self.to).expanduser() if self.to else own
 
     @property
     def forecasts(self) -> Path:

@@ -64,6 +64,7 @@ _EXAMPLES = {
         "study fit 'runs/*' target.flops=1e18",
         "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
         "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12 --json",
+        "study report 'runs/*' target.flops=1e18   (pictures: studies/first/report.html)",
         "study records 'runs/*' > records.csv   (a row a run)",
         "study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",
         "study score 'runs/*'   (what was foretold, beside what came out)",

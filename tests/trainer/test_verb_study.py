@@ -157,3 +157,14 @@ def test_a_forecast_is_written_and_scored(tmp_path, monkeypatch, forescale):
     assert json.loads(forescale("study", "score", *words, "--json")[1])["inside"] == 1
     assert forescale("study", "predict", *words, "target.flops=1e22")[0] == 2
     assert forescale("study", "score", "points.csv", "study=none")[0] == 2
+
+
+def test_a_report_is_one_file(fit, forescale, tmp_path):
+    surface(0.003).to_csv("points.csv", index=False)
+    words = ("points.csv", "columns={parameters: N}", "bootstraps=100", "study=mine")
+    code, out, _ = forescale("study", "report", *words)
+    assert code == 0
+    assert out.startswith("studies/mine/report.html: ")
+    assert (tmp_path / "studies/mine/report.html").stat().st_size > 1_000_000, "plotly is inside"
+    assert forescale("study", "report", *words, "to=here.html")[0] == 0
+    assert (tmp_path / "here.html").exists()

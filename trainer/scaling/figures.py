@@ -141,7 +141,7 @@ class Figures:
         if form.columns == ("flops",):
             return {"flops": flops}
         asked = {"unique_tokens": _UNREPEATED} if "unique_tokens" in form.columns else {}
-        n, d = laws.compute_optimal(form, values, flops, self.made._per_token(), **asked)
+        n, d = laws.compute_optimal(form, values, flops, self.made.per_token(), **asked)
         unique = {name: np.full_like(n, u) for name, u in asked.items()}
         return {"parameters": n, "tokens": d, **unique}
 
@@ -165,8 +165,8 @@ class Figures:
                 x = np.geomspace(of.min(), of.max(), _FINE)
                 y = v.floor + v.bend * np.log(x / v.parameters) ** 2
                 figure.add_trace(strokes.line(x, y, self.shades[budget]))
-        why = [wrapped(self._refused.get(float(b), "")) for b in budgets]
-        why = [f"No parabola: {w}" if w else "" for w in why]
+        whys = {b: wrapped(f"No parabola: {w}") for b, w in self._refused.items()}
+        why = [whys.get(float(b), "") for b in budgets]
         hollow = ~made.near | np.isin(budgets, list(self._refused))
         figure.add_trace(self._runs(n, made.every.loss, why, hollow))
         if isinstance(self.iso, IsoFlop):

@@ -157,4 +157,8 @@ def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:
     found = {"parameters": sizes, "flops": costs}
     found |= {name: table.get(name) for name in ("tokens", "unique_tokens")}
     given = {name: column.to_numpy() for name, column in found.items() if column is not None}
-    return Points(table["loss"].to_numpy(), **given, convention=f"N {size}, C {cost}", where=where)
+    counted = (
+        "N " + ("as the table counts" if "parameters" in table else size),
+        "C " + ("as the table counts" if "flops" in table else cost),
+    )
+    return Points(table["loss"].to_numpy(), **given, convention=", ".join(counted), where=where)

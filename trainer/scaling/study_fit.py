@@ -218,20 +218,23 @@ class StudyFit:
                 raise UserError("target", f"{self.form.name} asks for flops", "write target.flops=")
             return {"flops": c}, float("nan"), float("nan"), c
         if n is None and d is None and c is not None:
-            best = laws.compute_optimal(self.form, self.fit.vector, c, self._per_token())
+            if "unique_tokens" in self.form.columns:
+                todo = "give target.parameters and target.tokens"
+                raise UserError("target.flops", "leaves open how often data is repeated", todo)
+            best = laws.compute_optimal(self.form, self.fit.vector, c, self.per_token())
             n, d = float(best[0][0]), float(best[1][0])
         elif n is None or d is None:
             if c is None:
                 todo = "give two of target.parameters, target.tokens and target.flops, or flops"
                 raise UserError("target", "names no run", todo)
-            n = n or c / (self._per_token() * (d or 1.0))
-            d = d or c / (self._per_token() * n)
+            n = n or c / (self.per_token() * (d or 1.0))
+            d = d or c / (self.per_token() * n)
         columns = {"parameters": n, "tokens": d}
         if "unique_tokens" in self.form.columns:
             columns["unique_tokens"] = d
-        return columns, n, d, c or self._per_token() * n * d
+        return columns, n, d, c or self.per_token() * n * d
 
-    def _per_token(self) -> float:
+    def per_token(self) -> float:
         """FLOPs a parameter and token of these runs: 6 but for attention."""
         p = self.points
         if p.flops is None or p.parameters is None or p.tokens is None:

@@ -1,5 +1,5 @@
-"""`forescale study`: `fit` the scaling law of runs or of a table, `predict` a run, `score` what was
-predicted, `records`: the table."""
+"""`forescale study`: `fit` the law of runs or of a table, `report` it as pictures, `predict`
+a run, `score` what was predicted, `records`: the table."""
 
 import json
 import sys
@@ -20,12 +20,13 @@ from trainer.scaling.study_fit import StudyFit
 
 _TABLES = (".csv", ".parquet")
 _WIDEST = 120  # where there is no terminal
-_TODO = "write forescale study fit, predict, score or records, and RUNS or a table"
+_TODO = "write forescale study fit, report, predict, score or records, and RUNS or a table"
 
 
 def main(words: list[str]) -> int:
     words = ["json=true" if word == "--json" else word for word in words]
     deeds = {"fit": _fit, "records": _records, "predict": _predict, "score": _score}
+    deeds["report"] = _report
     if not words or (words[0] not in deeds and "=" not in words[0]):
         raise UserError(words[0] if words else "study", "is nothing that a study does", _TODO)
     deed = words[0] if words[0] in deeds else "fit"
@@ -67,6 +68,18 @@ def _runs(word: str, root: Path) -> list[Run]:
 def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     """As CSV, for notebooks and for `study fit` elsewhere."""
     table.to_csv(sys.stdout, index=False)
+    return DONE
+
+
+def _report(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """The same as a page of pictures, one file that opens without a network."""
+    from trainer.scaling.picture import write
+
+    made = StudyFit(table, job, where)
+    made.foretold()
+    job.report.parent.mkdir(parents=True, exist_ok=True)
+    write(made, job.report, where, ["forescale", *sys.argv[1:]])
+    print(f"{job.report}: {len(made.points)} runs; open it in a browser.")
     return DONE
 
 
