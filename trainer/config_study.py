@@ -27,6 +27,24 @@ class TargetPoint:
 
 
 @dataclass
+class StudyPlan:
+    cap: float | None = key(None, "FLOPs that the whole study may spend, by `cost`", gt=0)
+    kind: Literal["isoflop", "ladder"] = key(
+        "isoflop", "budgets x sizes, or sizes x multiples of D"
+    )
+    budgets: int = key(5, "of a grid, half a decade apart", ge=3)
+    sizes: int = key(5, "of a grid, in each budget", ge=3)
+    ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "of a ladder: N of each size")
+    multiples: list[float] = key([1, 2, 4], "of a ladder: D in multiples of 20 N")
+    model: str = key("tiny", "the choice of model= whose kind of layers all sizes have")
+    vocab_size: int = key(256, "256: bytes; a large one dwarfs small models", ge=2)
+    sequence_length: int = key(256, "of all runs", ge=1)
+    micro_batch: int = key(8, "windows that all ranks feed at once: batches are multiples", ge=1)
+    rate: float | None = key(None, "FLOP/s that a device reaches; null: hours aren't known", gt=0)
+    unique: float | None = key(None, "tokens of the data, to flag what reads them twice", gt=0)
+
+
+@dataclass
 class StudyRoots:
     root: str = key("runs", "the directory that holds the runs")
 
@@ -64,20 +82,24 @@ class StudyJob:
     seed: int = key(0, "of the resampling", ge=0)
     to: str | None = key(None, "of `report`: the HTML file; null: studies/STUDY/report.html")
     json: bool = key(False, "print all as JSON, for programs; --json does the same")
+    plan: StudyPlan = section(StudyPlan, "of `plan`: what is to be run")
     target: TargetPoint = section(TargetPoint, "a run to come")
     run: StudyRoots = section(StudyRoots, "where the runs live")
 
     @property
+    def folder(self) -> Path:
+        return Path(self.studies).expanduser() / self.study
+
+    @property
     def report(self) -> Path:
-        own = Path(self.studies).expanduser() / self.study / "report.html"
-        return Path(self.to).expanduser() if self.to else own
+        return Path(self.to).expanduser() if self.to else self.folder / "report.html"
 
     @property
     def forecasts(self) -> Path:
-        return Path(self.studies).expanduser() / self.study / "forecasts"
+        return self.folder / "forecasts"
 
     def problems(self) -> Problems:
-        if self.input:
+        if self.input or self.plan.cap:
             return []
         todo = "name runs or a table: forescale study fit runs/* or study fit points.csv"
         return [("input", "names no runs", todo)]

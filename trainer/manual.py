@@ -61,6 +61,7 @@ _EXAMPLES = {
     "logs": ("logs first", "logs first rank=3 follow=false", "logs first rank=null lines=200"),
     "stop": ("stop first", "stop first --now   (cancel, without saving)"),
     "study": (
+        "study plan plan.cap=1e15 target.flops=4e15   (what to run, how sure it will be)",
         "study fit 'runs/*' target.flops=1e18",
         "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
         "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12 --json",

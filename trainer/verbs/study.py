@@ -1,5 +1,5 @@
-"""`forescale study`: `fit` the law of runs or of a table, `report` it as pictures, `predict`
-a run, `score` what was predicted, `records`: the table."""
+"""`forescale study`: `plan` runs, `fit` the law of runs or of a table, `report` it as pictures,
+`predict` a run, `score` what was predicted, `records`: the table."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from trainer.compose import compose
 from trainer.config_study import StudyJob
 from trainer.errors import DONE, UserError
 from trainer.run import Run
+from trainer.scaling import planning
 from trainer.scaling.forecast import cards, predict, score
 from trainer.scaling.page import show, show_score
 from trainer.scaling.records import of_runs, of_table
@@ -20,13 +21,16 @@ from trainer.scaling.study_fit import StudyFit
 
 _TABLES = (".csv", ".parquet")
 _WIDEST = 120  # where there is no terminal
-_TODO = "write forescale study fit, report, predict, score or records, and RUNS or a table"
+_TODO = "write forescale study plan, fit, report, predict, score or records, and RUNS or a table"
 
 
 def main(words: list[str]) -> int:
     words = ["json=true" if word == "--json" else word for word in words]
     deeds = {"fit": _fit, "records": _records, "predict": _predict, "score": _score}
     deeds["report"] = _report
+    if words[:1] == ["plan"]:
+        # It has no runs yet to read.
+        return _plan(compose("study", [*overrides_of("study", words[1:]), "input=[none]"]))
     if not words or (words[0] not in deeds and "=" not in words[0]):
         raise UserError(words[0] if words else "study", "is nothing that a study does", _TODO)
     deed = words[0] if words[0] in deeds else "fit"
@@ -68,6 +72,21 @@ def _runs(word: str, root: Path) -> list[Run]:
 def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     """As CSV, for notebooks and for `study fit` elsewhere."""
     table.to_csv(sys.stdout, index=False)
+    return DONE
+
+
+def _plan(job: StudyJob) -> int:
+    """What a study would run, before anything is spent."""
+    made, sure = planning.plan(job)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDEST)
+    planning.show(made, sure, console)
+    written = ", ".join(map(str, planning.write(made, sure, job.folder)))
+    console.print(
+        f"\n{written}. A line a run: forescale submit train slurm.runs={job.folder}/stage-1.txt",
+        soft_wrap=True,
+    )
     return DONE
 
 
