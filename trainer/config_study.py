@@ -34,7 +34,7 @@ class StudyPlan:
     )
     budgets: int = key(5, "of a grid, half a decade apart", ge=3)
     sizes: int = key(5, "of a grid, in each budget", ge=3)
-    ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "of a ladder: N of each size")
+    ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "of a ladder: each N")
     multiples: list[float] = key([1, 2, 4], "of a ladder: D in multiples of 20 N")
     model: str = key("tiny", "the choice of model= whose kind of layers all sizes have")
     vocab_size: int = key(256, "256: bytes; a large one dwarfs small models", ge=2)

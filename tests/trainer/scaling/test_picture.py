@@ -145,6 +145,7 @@ def test_parabolas_that_say_nothing_are_told_of():
     assert 'id="isoflop-curves"' in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["kaplan", "frontier", "over-training"])
 def test_every_law_has_a_report(form):
     html = page(study(surface(), form=form, target=TargetPoint(flops=2e21)), "runs", COMMAND)

@@ -67,6 +67,7 @@ def test_branches_of_a_trunk_are_drawn_together(make):
     assert narrow.errors["alpha"] < 0.65 * wide.errors["alpha"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [pairs, residuals])
 def test_intervals_cover(draw, make):
     """Of a law that is true: nominally 90 %, of 60 experiments."""

@@ -25,6 +25,7 @@ def target():
     return Target.of(COMMON, flops=1e21)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_as_often_as_it_says(design, target):
     found = expected(design, target, draws=100)
     assert found.coverage[0.9] == pytest.approx(0.9, abs=0.08)
@@ -38,6 +39,7 @@ def test_it_is_the_same_again(design, target):
     assert expected(design, target, draws=5) != expected(design, target, draws=5, seed=1)
 
 
+@pytest.mark.slow
 def test_noise_and_distance_widen_it(design, target):
     def half(**changed):
         return expected(design, target, Assumptions(**changed), draws=15)
