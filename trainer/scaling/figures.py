@@ -18,9 +18,8 @@ from plotly.colors import sample_colorscale
 from trainer.errors import UserError
 from trainer.scaling import laws, strokes
 from trainer.scaling.isoflop import IsoFlop
-from trainer.scaling.objective import Objective
 from trainer.scaling.points import Array
-from trainer.scaling.rollouts import Sure, spent, sure
+from trainer.scaling.rollouts import spent
 from trainer.scaling.strokes import axes, logarithmic, wrapped
 from trainer.scaling.study_fit import Foretold, StudyFit
 
@@ -102,19 +101,12 @@ class Figures:
         return strokes.dots(x, y, self._colours, empty, text)
 
     @cached_property
-    def sure(self) -> Sure:
-        """The law with what is unsure of it, as the target's intervals have it."""
-        made, goal = self.made, Objective(self.made.job.delta)
-        drawn = (made.job.bootstraps, made.job.seed)
-        return sure(made.form, made.points, goal, *drawn, made.discrepancy)
-
-    @cached_property
     def grid(self) -> Array:
         """C, from the cheapest run to the target, or some way beyond the dearest run."""
         assert self.spent is not None
         most = float(self.spent.max()) * _AHEAD
         if isinstance(f := self.foretold, Foretold):
-            most = max(most, f.beyond * self.sure.greatest)
+            most = max(most, f.beyond * self.made.sure.greatest)
         return np.geomspace(float(self.spent.min()), most, _GRID)
 
     @cached_property
@@ -213,7 +205,7 @@ class Figures:
             )
             figure.add_trace(strokes.marks(*at, told))
         if isinstance(f := self.foretold, Foretold) and np.isfinite(getattr(f, which)):
-            figure.add_trace(self._star(f.beyond * self.sure.greatest, getattr(f, which), f))
+            figure.add_trace(self._star(f.beyond * self.made.sure.greatest, getattr(f, which), f))
         return figure
 
     def loss_by_compute(self) -> Picture:
@@ -223,16 +215,18 @@ class Figures:
         of_c = logarithmic(self.grid, power=True)
         made, figure = self.made, axes(self.c, self.loss, of_c, {"type": "log"})
         value, band = frontier["loss"]
-        on = np.append(self.sure.greatest, self.grid[self.grid > self.sure.greatest])
+        on = np.append(self.made.sure.greatest, self.grid[self.grid > self.made.sure.greatest])
         at = self._best(made.fit.vector, on)
         for level, colour in ((made.job.level, strokes.WIDE), (0.5, strokes.NARROW)):
-            figure.add_trace(strokes.band(on, np.stack(self.sure.interval(at, on, level)), colour))
+            figure.add_trace(
+                strokes.band(on, np.stack(self.made.sure.interval(at, on, level)), colour)
+            )
         figure.add_trace(strokes.band(self.grid, band, strokes.BAND))
         told = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
         figure.add_trace(strokes.line(self.grid, value, strokes.INK, text=told))
         figure.add_trace(self._runs(self.spent, made.every.loss))
         if isinstance(f := self.foretold, Foretold):
-            figure.add_trace(self._star(f.beyond * self.sure.greatest, f.loss, f, f.outer))
+            figure.add_trace(self._star(f.beyond * self.made.sure.greatest, f.loss, f, f.outer))
         return figure
 
     def contours(self) -> Picture:
@@ -323,9 +317,9 @@ class Figures:
     def _along(self, factors: Array, level: float) -> Array:
         """The law's interval of today over what it says, along its best runs, so many times beyond
         its dearest run: (2, m)."""
-        flops = factors * self.sure.greatest
+        flops = factors * self.made.sure.greatest
         at = self._best(self.made.fit.vector, flops)
-        return np.stack(self.sure.interval(at, flops, level)) / self.made.fit.predict(**at)
+        return np.stack(self.made.sure.interval(at, flops, level)) / self.made.fit.predict(**at)
 
     def _star(self, x: float, y: float, f: Foretold, ends: tuple[float, float] | None = None):
         level = f"{self.made.job.level:.0%}"

@@ -78,11 +78,16 @@ def sure(
 ) -> Sure:
     """Fit, and resample in pairs. Raises UserError where the runs can't tell the law."""
     made = fit(form, points, goal)
-    rest = made.residuals - np.median(made.residuals)
-    free = max(1, len(points) - form.size) / len(points)  # the law has bent itself to its runs
+    return sure_of(made, bootstrap.pairs(made, count, seed), discrepancy)
+
+
+def sure_of(made: Fit, replicates: bootstrap.Replicates, discrepancy: Discrepancy) -> Sure:
+    """Of a fit that is resampled already."""
+    points, rest = made.points, made.residuals - np.median(made.residuals)
+    # The law has bent itself to its runs.
+    free = max(1, len(points) - made.form.size) / len(points)
     noise = 1.4826 * float(np.median(np.abs(rest))) / np.sqrt(free)
-    greatest = float(np.max(spent(points)))
-    return Sure(made, bootstrap.pairs(made, count, seed), noise, greatest, discrepancy)
+    return Sure(made, replicates, noise, float(np.max(spent(points))), discrepancy)
 
 
 def spent(points: Points) -> Array:

@@ -25,7 +25,7 @@ from trainer.scaling.isoflop import IsoFlop, isoflop
 from trainer.scaling.objective import Objective
 from trainer.scaling.points import Array, Points
 from trainer.scaling.records import points
-from trainer.scaling.rollouts import Discrepancy, RollOut, roll_outs, spent, sure
+from trainer.scaling.rollouts import Discrepancy, RollOut, Sure, roll_outs, spent, sure_of
 
 FORMS: Mapping[str, Form] = {
     "chinchilla": laws.CHINCHILLA,
@@ -181,6 +181,11 @@ class StudyFit:
         except UserError as e:
             return str(e)
 
+    @cached_property
+    def sure(self) -> Sure:
+        """The law with all that is known of how far it may be off."""
+        return sure_of(self.fit, self.replicates, self.discrepancy)
+
     def foretold(self) -> Foretold | None:
         """The loss of the target. Raises UserError for one that is too far, or that the law doesn't
         know."""
@@ -197,8 +202,7 @@ class StudyFit:
             return self.form.predict(values, **columns)[..., 0]
 
         bare = self.replicates.interval(self.job.level, loss)
-        goal, drawn = Objective(self.job.delta), (self.job.bootstraps, self.job.seed)
-        law = sure(self.form, self.points, goal, *drawn, self.discrepancy)
+        law = self.sure
         arrays = {name: np.array([value]) for name, value in columns.items()}
 
         def within(level: float) -> tuple[float, float]:

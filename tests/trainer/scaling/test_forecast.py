@@ -138,3 +138,16 @@ def test_a_study_without_a_third_budget_has_fewer_rivals(tmp_path):
     assert facts["roll_outs"] == 0
     assert "L(C)" not in facts["rivals"]
     assert "line" in facts["rivals"]
+
+
+def test_runs_of_one_trunk_are_one_observation():
+    """The interval resamples as it is told: branches of a trunk share what was off about it."""
+    rows = table(noise=0.0)
+    rng = np.random.default_rng(5)
+    rows["trunk"] = np.repeat(np.arange(len(rows) // 2), 2)
+    rows["loss"] *= np.exp(0.01 * rng.standard_normal(len(rows) // 2))[rows["trunk"]]
+    words = (("target.flops=3e21", f"resample={how}") for how in ("pairs", "clusters"))
+    both = [study(*each, rows=rows) for each in words]
+    pairs, clusters = (np.log(made.foretold().outer) for made in both)
+    assert both[1].sure.replicates is both[1].replicates
+    assert not np.allclose(pairs, clusters)
