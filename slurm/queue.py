@@ -21,7 +21,7 @@ _TIMEOUT = 60.0  # seconds; a controller that is busy or fails over answers late
 _GONE = re.compile(r"Invalid job id|do not exist|unable to load job", re.IGNORECASE)
 _BUSY = re.compile(r"timed out|unable to contact|connection (failure|refused)", re.IGNORECASE)
 _AWAY = 900.0  # seconds that a job waits for a controller
-_FORMAT = "%i|%A|%T|%r|%M|%L|%N|%S|%j"  # %S is last but one: it holds no bar
+_FORMAT = "%i|%T|%r|%M|%L|%N|%S"  # what Job has, in its order
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,12 @@ class Job:
     prints them; start: when it began, or is expected to."""
 
     id: str
-    raw: str
     state: str
     reason: str
     elapsed: str
     left: str
     nodes: str
     start: str
-    name: str
 
     @property
     def is_waiting(self) -> bool:
@@ -60,25 +58,16 @@ def submit(script: Path) -> str:
     return _run(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
 
 
-def jobs(ids: Iterable[str] | None = None) -> list[Job]:
-    """Those jobs that the queue holds, of this user where no ids are given."""
-    wanted = ["--me"] if ids is None else ["--jobs", ",".join(ids)]
-    if wanted[-1] == "":
-        return []
+def jobs(ids: Iterable[str]) -> list[Job]:
+    """Those of the jobs that the queue still holds."""
+    command = ["squeue", "--noheader", "--array", f"--format={_FORMAT}", f"--jobs={','.join(ids)}"]
     try:
-        lines = _run(
-            ["squeue", "--noheader", "--array", f"--format={_FORMAT}", *wanted]
-        ).splitlines()
+        lines = _run(command).splitlines()
     except UserError as e:
         if _GONE.search(e.what):  # of a single id that the controller has forgotten
             return []
         raise
-    return [Job(*line.split("|", 8)) for line in lines if line.count("|") >= 8]
-
-
-def state(job: str) -> str:
-    """RUNNING, PENDING, COMPLETING and so on; empty for a job that is forgotten."""
-    return show(job).get("JobState", "")
+    return [Job(*line.split("|")) for line in lines if line]
 
 
 def show(job: str) -> dict[str, str]:
@@ -112,9 +101,9 @@ def cancel(job: str) -> None:
     _run(["scancel", job])
 
 
-def tell(job: str, signal: str) -> None:
-    """Send a signal to the job's batch script, not to its ranks."""
-    _run(["scancel", "--batch", f"--signal={signal}", job])
+def tell(job: str, name: str) -> None:
+    """Send a signal, by its name, to the job's batch script, not to its ranks."""
+    _run(["scancel", "--batch", f"--signal={name}", job])
 
 
 def end_step(step: str) -> None:
@@ -131,16 +120,19 @@ def newest_step(job: str) -> str:
 
 def unusable(nodes: Sequence[str]) -> list[str]:
     """Those of the nodes that SLURM takes for down, or that don't answer it."""
-    command = ["sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"]
-    states = dict(line.split(None, 1) for line in _run(command).splitlines() if " " in line)
+    states = _node_states(f"--nodes={','.join(nodes)}")
     # A * at the end: it doesn't answer.
     return [n for n, state in states.items() if state.endswith("*") or state.startswith("down")]
 
 
+def _node_states(which: str) -> dict[str, str]:
+    lines = _run(["sinfo", "--noheader", "--Node", which, "--format=%N %T"]).splitlines()
+    return dict(line.split(None, 1) for line in lines if " " in line)
+
+
 def num_usable(partition: str, without: Sequence[str]) -> int:
     """Nodes of a partition that work or may work soon, but for some."""
-    command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]
-    states = dict(line.split(None, 1) for line in _run(command).splitlines() if " " in line)
+    states = _node_states(f"--partition={partition}")
     well = {n for n, state in states.items() if not re.search(r"\*$|^(down|drain|fail)", state)}
     return len(well - set(without))
 

@@ -265,7 +265,7 @@ def test_a_queue_that_cannot_be_asked_hides_no_run(own_run, forescale, monkeypat
     from slurm.submission import Submission
     from trainer.errors import UserError
 
-    def away(ids=None):
+    def away(ids):
         raise UserError("squeue", "SLURM says: unable to contact the controller", "see sinfo")
 
     Submission(own_run.new_job()).submitted("7")
@@ -294,9 +294,9 @@ def test_the_queue_tells_of_a_run_that_has_not_begun(
     run = make_run(small_data, "runs", "other")
     shutil.rmtree(run.checkpoints)
     Submission(run.new_job()).submitted("7")
-    job = queue.Job("7", "7", state, "Resources", "0:10", "9:50", "n[1-2]", "N/A", "other")
+    job = queue.Job("7", state, "Resources", "0:10", "9:50", "n[1-2]", "N/A")
     monkeypatch.setattr(queue, "is_here", lambda: True)
-    monkeypatch.setattr(queue, "jobs", lambda ids=None: [job])
+    monkeypatch.setattr(queue, "jobs", lambda ids: [job])
     _, out, _ = forescale("status")
     assert re.search(f"other +{said}", out), out
     _, out, _ = forescale("status", "other")
