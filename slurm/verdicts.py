@@ -12,8 +12,6 @@ from pathlib import Path
 from slurm.steps import Failure
 from trainer import ending
 from trainer.errors import CRASHED, DONE, INTERRUPTED, USER
-from trainer.hang import verdict
-from trainer.run import Run
 
 # Of a rank's last words: what a device, a link or a disk does, and no program.
 _DEVICE = re.compile(r"CUDA error|NCCL error|\bECC\b|\bXid\b|Input/output error", re.IGNORECASE)
@@ -59,11 +57,10 @@ def _first(attempt: Path, failures: Sequence[Failure]) -> Failure | None:
 
 
 def _blamed(attempt: Path, first: Failure, how: str) -> dict[str, str]:
-    newer = [a.path for a in Run(attempt.parents[1]).attempts() if a.path.name > attempt.name]
-    for path in (attempt, *newer):
-        if hang := verdict(path):
-            # Where ranks of several nodes stand in a collective, none of them is known to be ill.
-            return {hang.host: hang.sentence} if "," not in hang.host else {}
+    if found := ending.hang_of(attempt):
+        hang = found[0]
+        # Where ranks of several nodes stand in a collective, none of them is known to be ill.
+        return {hang.host: hang.sentence} if "," not in hang.host else {}
     if first.code < 0 and not first.how.startswith("Out Of Memory"):
         return {first.host: how}
     return {first.host: how} if _DEVICE.search(how) else {}

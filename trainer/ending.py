@@ -20,7 +20,7 @@ from typing import Any
 
 from trainer.durable import read_json, write_json
 from trainer.errors import DONE, INTERRUPTED, USER, UserError
-from trainer.hang import verdict
+from trainer.hang import Hang, verdict
 from trainer.run import Run
 
 LAUNCH = "launch.json"
@@ -87,15 +87,21 @@ def guilty(attempt: Path, codes: Mapping[int, int]) -> int:
     return min(codes, key=order)
 
 
+def hang_of(attempt: Path) -> tuple[Hang, Path] | None:
+    """What a launch hung in, and the attempt in which it did: it may have rolled back into a newer
+    one than it began with."""
+    newer = [a.path for a in Run(attempt.parents[1]).attempts() if a.path.name > attempt.name]
+    found = ((hang, path) for path in (attempt, *newer) if (hang := verdict(path)))
+    return next(found, None)
+
+
 def how_it_ended(attempt: Path, rank: int, code: int, killed_for_memory: bool) -> tuple[str, str]:
     """The likely cause of an attempt's end, `code` of `rank` being the first that failed: one
     sentence without a full stop; and where there is more to read of it."""
     if code in (DONE, INTERRUPTED):
         return "done" if code == DONE else "interrupted", ""
-    newer = [a.path for a in Run(attempt.parents[1]).attempts() if a.path.name > attempt.name]
-    for path in (attempt, *newer):  # it may have rolled back into a newer one
-        if hang := verdict(path):
-            return hang.sentence, f"see {path}/hang-*.txt"
+    if found := hang_of(attempt):
+        return found[0].sentence, f"see {found[1]}/hang-*.txt"
     more = f"see {attempt / f'rank-{rank}.log'}" if rank else "its message is above"
     with suppress(OSError):
         said = _fault(attempt, rank).read_text(errors="replace").strip()

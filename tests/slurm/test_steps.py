@@ -118,3 +118,9 @@ def test_a_failed_task_does_not_wait_for_ever_for_the_others(tmp_path, monkeypat
     step = Step([sys.executable, "-c", said], {}, tmp_path / "srun.log")
     assert step.wait(lambda: False, lambda: "7.1") == -9
     assert step.failures == [Failure(1, "n2", -9, "Killed")]
+
+
+def test_a_collective_that_hangs_over_several_nodes_blames_none(attempt):
+    publish(attempt, Hang((0, 1), "n1, n2", "backward", 5, 4.0, "ranks 0, 1 stand"))
+    found = judge(attempt, 1, [failed(0, CRASHED)], False)
+    assert (found.how, found.blamed) == ("ranks 0, 1 stand (on n0)", {})
