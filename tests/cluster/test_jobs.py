@@ -136,3 +136,13 @@ def test_a_run_begun_on_four_nodes_goes_on_on_two(job):
     assert [len(life["slurm"]["nodes"]) for life in job.lives()] == [4, 2]
     events = [r for a in job.attempts() for r in read_rows(a.events.path)]
     assert any(r["kind"] == "numerics_changed" and r["key"] == "world_size" for r in events)
+
+
+def test_a_job_waits_for_another_to_be_done(job):
+    job.submit()
+    after = Job(job.lab, job.root, "after", job.dataset, {"train.steps": "12"})
+    after.submit(**{"slurm.after": f"[{job.id!r}]", "slurm.allreduce": "false"})
+    assert re.search(r"after +queued \(Dependency\)", job.forescale("status"))
+    assert after.until_over() == "COMPLETED", after.said()
+    assert job.lab.state(job.id) == "COMPLETED"
+    assert after.lives()[0]["begun"] >= job.lives()[0]["ended"]
