@@ -39,6 +39,11 @@ class CorpusConfig:
 
 @dataclass
 class DataConfig(CorpusConfig):
+    embedded: Literal["bpe", "bytes"] = key(
+        "bpe",
+        "what the embedded corpus is cut into: 4,096 tokens, or bytes (for very small models)",
+        kind="identity",
+    )
     sources: dict[str, Any] = key({}, "a mixture instead of a path: {NAME: PATH, NAME: PATH}")
     weights: dict[str, Any] = key(
         {}, "{NAME: share in tokens}, of any sum; empty: by their sizes", kind="identity"

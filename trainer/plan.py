@@ -17,7 +17,7 @@ from models.flops import count, flops_6n
 from trainer.choices import Choice, Ways, name_of
 from trainer.config_plan import PlanJob
 from trainer.cost import checkpoint_bytes
-from trainer.data.build.corpus import EMBEDDED, PythonSource, embedded_path
+from trainer.data.build.corpus import VOCABULARY, PythonSource, embedded_path
 from trainer.data.shards import Dataset
 from trainer.data.sources import Sources
 from trainer.engine.derive import deepspeed_config
@@ -73,7 +73,7 @@ class Plan:
     def _open(self, job: PlanJob) -> Sources | None:
         if job.data.path or job.data.sources:
             return self._try(lambda: open_sources(job.data))
-        path = embedded_path(PythonSource(), job.data.cache_directory)
+        path = embedded_path(PythonSource(), job.data.cache_directory, job.data.embedded)
         if not (path / "manifest.json").exists():
             self.notes.append(
                 "The embedded corpus isn't prepared yet, so how often it is read isn't known; "
@@ -92,14 +92,14 @@ class Plan:
 
     @property
     def vocab_size(self) -> int:
-        return self.sources.vocab_size if self.sources else EMBEDDED.vocab_size
+        return self.sources.vocab_size if self.sources else VOCABULARY[self.given.data.embedded]
 
     def _settled(self, job: PlanJob) -> PlanJob:
         settled: Any = self._try(lambda: settle(job, self.sources)) if self.sources else None
         if settled is not None:
             return settled
         if isinstance(job.model, ModelConfig):
-            vocabulary = job.model.vocab_size or EMBEDDED.vocab_size
+            vocabulary = job.model.vocab_size or VOCABULARY[job.data.embedded]
             if not job.model.vocab_size and (job.data.path or job.data.sources):
                 self.notes.append(f"The vocabulary is taken as {vocabulary:,}: no data to ask.")
             made = job.model.resolved(vocabulary, job.train.sequence_length)
@@ -196,7 +196,7 @@ class Plan:
     def checkpoints_kept(self) -> int:
         """At the run's end, and one more that is being written."""
         job, keep = self.job, self.job.checkpoint
-        found = keep.keep + 1 + int(keep.keep_best)
+        found = keep.keep + 1 + int(keep.keep_best) + len(keep.at)
         if keep.keep_every is not None and (every := job.steps_of(keep.keep_every)):
             found += job.total_steps // every
         return found

@@ -75,7 +75,8 @@ def open_sources(data: DataConfig) -> Sources:
         opened = {ONLY: open_dataset(data.path, data)}
     else:
         with console() as progress:
-            opened = {ONLY: Dataset(prepare_embedded(data.cache_directory, progress))}
+            path = prepare_embedded(data.cache_directory, progress, data.embedded)
+        opened = {ONLY: Dataset(path)}
     sources = Sources(opened)
     _ = sources.tokenizer  # verified now: scores and samples need it at the end of the run
     return sources

@@ -20,7 +20,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from trainer.errors import UserError
 PACKAGES = ("torch", "networkx")
 RECIPE = 2  # raise it whenever a rule below changes: caches of other recipes are not reused
 EMBEDDED = BuildConfig(vocab_size=4096, validation=0.02, shard_tokens=1 << 22)
+
+VOCABULARY = {"bpe": EMBEDDED.vocab_size, "bytes": 257}  # what it may be cut into
 
 _FOLDERS = {"test", "tests", "testing", "idle_test", "_testing", "site-packages", "dist-packages"}
 # Written by the build or by the distribution: they differ between installations of one version.
@@ -156,19 +158,29 @@ def cache_directory(cache: str | Path | None = None) -> Path:
     return Path(chosen).expanduser()
 
 
-def prepare_embedded(cache: str | Path | None = None, progress: Progress = silent) -> Path:
-    """The dataset of the embedded corpus, built at the first call, found at every later one."""
+def prepare_embedded(
+    cache: str | Path | None = None, progress: Progress = silent, tokens: str = "bpe"
+) -> Path:
+    """The dataset of the embedded corpus, built at the first call, found at every later one.
+    tokens: one of VOCABULARY."""
     source = PythonSource()
-    return build_dataset(source, embedded_path(source, cache), EMBEDDED, progress, available())
+    path = embedded_path(source, cache, tokens)
+    return build_dataset(source, path, _config(tokens), progress, available())
 
 
-def embedded_path(source: PythonSource, cache: str | Path | None = None) -> Path:
+def _config(tokens: str) -> BuildConfig:
+    return EMBEDDED if tokens == "bpe" else replace(EMBEDDED, tokenizer=tokens)
+
+
+def embedded_path(
+    source: PythonSource, cache: str | Path | None = None, tokens: str = "bpe"
+) -> Path:
     """Where the embedded corpus is kept, prepared or not.
 
     The directory's name carries a hash of the recipe, the versions, and every file's name and size,
     so that an upgrade, or another installation that shares the cache, makes a new one.
     """
     sizes = [(name, path.stat().st_size) for name, path in source.files]
-    what = json.dumps([source.describe(), asdict(EMBEDDED), sizes], sort_keys=True)
-    name = f"python-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
-    return cache_directory(cache) / name
+    what = json.dumps([source.describe(), asdict(_config(tokens)), sizes], sort_keys=True)
+    kind = "python" if tokens == "bpe" else f"python-{tokens}"
+    return cache_directory(cache) / f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"

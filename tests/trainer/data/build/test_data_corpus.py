@@ -85,6 +85,11 @@ def test_prepared_once_and_again_after_an_upgrade(roots, tmp_path, monkeypatch, 
     assert other.name == path.name
     assert (other / "manifest.json").read_bytes() == (path / "manifest.json").read_bytes()
 
+    small = Dataset(corpus.prepare_embedded(tokens="bytes"))
+    assert small.vocab_size == 257
+    assert small.path != path, "as bytes it is another dataset, of the same documents"
+    assert small.split("train").num_tokens > Dataset(path).split("train").num_tokens
+
     (elsewhere / "alpha" / "m0.py").write_text("upgraded = True\n")
     upgraded = corpus.prepare_embedded()
     assert upgraded != path
