@@ -38,6 +38,7 @@ class CheckpointConfig:
     keep_every: Duration | None = key(
         None, "kept for good: the checkpoints at multiples of this; null: none"
     )
+    at: list[int] = key([], "saved and kept for good: the checkpoints at these steps")
     keep_best: bool = key(False, "kept too: the checkpoint of the lowest validation loss")
     background: bool = key(
         True, "write behind the training from a copy in memory; false: training waits"
@@ -48,6 +49,8 @@ class CheckpointConfig:
         if self.keep_every is not None and self.keep_every.unit == "seconds":
             todo = "write it in steps, tokens or percent"
             found.append(("keep_every", "can't be a wall time", todo))
+        if any(step < 1 for step in self.at):
+            found.append(("at", f"{self.at} are no steps", "write checkpoint.at=[1000, 2000]"))
         return found
 
 

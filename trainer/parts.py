@@ -3,7 +3,7 @@
 Invariant: a part decides from the step and the shared word alone, so every rank decides alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from trainer.saving import Saver
 
 
 class Every:
-    """True at every so many steps (or so much of rank 0's time), and at the last step."""
+    """True at every so many steps (or so much of rank 0's time), at those of `at`, and at the last
+    step."""
 
-    def __init__(self, length: Duration, steps: int | None, last: int):
+    def __init__(self, length: Duration, steps: int | None, last: int, at: Collection[int] = ()):
         self.steps, self.seconds, self.last = steps, length.seconds, last
+        self._at = frozenset(at)
         self._since = 0.0
         self._ahead: int | None = None
 
     def __call__(self, step: int) -> bool:
-        if step in (self.last, self._ahead):
+        if step in (self.last, self._ahead) or step in self._at:
             return True
         return self.steps is not None and step % self.steps == 0
 
@@ -66,7 +68,7 @@ class Checkpoints:
     """Saves, behind the training, and deletes what is no longer kept. The last of the parts, so
     that whatever is said about a step is said before it is saved.
 
-    keep, keep_every (steps), keep_best: see retention.Keep; facts, background, midway: see
+    keep, keep_every, at (steps), keep_best: see retention.Keep; facts, background, midway: see
     saving.Saver. `saved`: the step that was saved last, or is being saved.
     """
 
@@ -82,12 +84,13 @@ class Checkpoints:
         facts: Callable[[], dict[str, Any]],
         *,
         keep_every: int | None = None,
+        at: Collection[int] = (),
         keep_best: bool = False,
         background: bool = True,
         midway: Callable[[int, Path], None] = lambda step, path: None,
     ):
         self.is_due = due
-        rules = Keep(keep, keep_every, keep_best)
+        rules = Keep(keep, keep_every, keep_best, frozenset(at))
         self._saver = Saver(run, attempt, engine, facts, rules, background, midway)
         self._saved: Position | None = None
 

@@ -277,13 +277,14 @@ class Rank:
 
         rules = job.checkpoint
         saves = Checkpoints(
-            self._every(rules.every),
+            Every(rules.every, job.steps_of(rules.every), self.total, rules.at),
             rules.keep,
             self.run,
             self.attempt,
             self.engine,
             facts,
             keep_every=job.steps_of(rules.keep_every) if rules.keep_every else None,
+            at=rules.at,
             keep_best=rules.keep_best,
             background=rules.background,
             **({"midway": self.injector.writing} if self.injector else {}),

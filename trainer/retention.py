@@ -29,11 +29,12 @@ _LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.stage|replaced|deleted)")
 @dataclass(frozen=True)
 class Keep:
     """newest: so many of those that count; every: multiples of so many steps; best: the one of the
-    lowest validation loss."""
+    lowest validation loss; at: steps."""
 
     newest: int = 2
     every: int | None = None
     best: bool = False
+    at: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def reasons(found: Sequence[Facts], keep: Keep) -> dict[int, str]:
     for f in good if keep.every else []:
         if f.step % keep.every == 0:  # type: ignore[operator]
             stay.setdefault(f.step, f"a multiple of {keep.every:,} steps")
+    for f in good:
+        if f.step in keep.at:
+            stay.setdefault(f.step, "named in checkpoint.at")
     if keep.best and scored:
         best = min(scored, key=lambda f: (f.loss, f.step))
         stay.setdefault(best.step, "the lowest validation loss")

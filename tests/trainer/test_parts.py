@@ -236,3 +236,8 @@ def test_a_save_that_fails_behind_the_training_ends_it_with_the_next_word(tmp_pa
     with pytest.raises(UserError, match="disk: full"):
         save_along(tmp_path, monkeypatch, 100, saves)
     assert [p.step for p in saves.begun] == [4]
+
+
+def test_steps_that_are_named_are_due_too():
+    every = Every(Duration(4), 4, 10, at=(3, 7))
+    assert [step for step in range(1, 11) if every(step)] == [3, 4, 7, 8, 10]

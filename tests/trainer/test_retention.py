@@ -29,6 +29,7 @@ def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
     assert kept(FOUND) == [50, 60]
     assert kept(FOUND, newest=3) == [40, 50, 60]
     assert kept(FOUND, every=20) == [20, 40, 50, 60]
+    assert kept(FOUND, at=frozenset({10, 15, 40})) == [10, 40, 50, 60]
     losses = {10: 3.0, 20: 2.5, 30: 2.25, 40: 2.75}
     scored = [Facts(f.step, 1, True, loss=losses.get(f.step)) for f in FOUND]
     assert kept(scored, best=True) == [30, 50, 60]

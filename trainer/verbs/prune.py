@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
     status = Status(run)
     config = status.job.checkpoint
     every = status.job.steps_of(config.keep_every) if config.keep_every else None
-    keep = Keep(job.keep, every, config.keep_best)
+    keep = Keep(job.keep, every, config.keep_best, frozenset(config.at))
     found = survey(run, Losses(run.metrics)())
     stay = reasons(found, keep)
     doomed, left = [f.step for f in found if f.step not in stay], leftovers(run)
