@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.init import Linear, output_std, weight_std
+from models.init import Linear
 from models.norm import RMSNorm
+from models.parametrization import scales
 from models.position import Rotation, rotate
 
 
@@ -56,11 +57,12 @@ class Attention(nn.Module):
         s = config.sizes
         self.num_heads, self.num_kv_heads = s.num_heads, s.num_kv_heads
         self.dropout = config.dropout
-        bias, std = config.bias, weight_std(config)
+        bias, scale = config.bias, scales(config)
+        self.scale, std = scale.attention, scale.hidden_std
         self.query = Linear(s.width, s.width, bias, std)
         self.key = Linear(s.width, s.kv_width, bias, std)
         self.value = Linear(s.width, s.kv_width, bias, std)
-        self.output = Linear(s.width, s.width, bias, output_std(config))
+        self.output = Linear(s.width, s.width, bias, scale.writing_std)
         self.query_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -83,6 +85,7 @@ class Attention(nn.Module):
             attn_mask=mask_B1LL,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask_B1LL is None,
+            scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.output(y_BHLK.transpose(1, 2).reshape(B, L, -1))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 POSITIONS = ("rotary", "learned", "sinusoidal", "none")
 NORMS = ("rmsnorm", "layernorm")
 MLPS = ("swiglu", "gelu", "relu2")
+PARAMETRIZATIONS = ("standard", "mup", "completep")
 
 HEAD_DIM = 64
 WIDTH_PER_LAYER = 64
@@ -82,7 +83,10 @@ class ModelConfig:
     z_loss: float = 0.0  # coefficient of log(Z)^2, PaLM's 1e-4; 0: off
     loss_chunk: int = field(default=512, metadata=_NUMERICS)  # targets at once; 0: all
     activation_checkpointing: bool = field(default=False, metadata=_NUMERICS)
-    init_std: float | None = None  # None: see models/init.py
+    init_std: float | None = None  # None: see models/parametrization.py
+    parametrization: str = "standard"  # standard | mup | completep
+    base_width: int = 256  # mup, completep: the width whose learning rate it is
+    base_depth: int = 4  # completep: the num_layers whose learning rate it is
 
     def problems(
         self, vocab_size: int | None = None, sequence_length: int | None = None
@@ -128,11 +132,13 @@ class ModelConfig:
     def _problems_of_values(self) -> list[Problem]:
         found: list[Problem] = []
         sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
-        for name in (*sizes, "vocab_size", "max_sequence_length"):
+        bases = ("base_width", "base_depth")
+        for name in (*sizes, "vocab_size", "max_sequence_length", *bases):
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append((name, f"{value} is not a size", "give at least 1"))
-        for name, known in (("position", POSITIONS), ("norm", NORMS), ("mlp", MLPS)):
+        choices = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
+        for name, known in (*choices.items(), ("parametrization", PARAMETRIZATIONS)):
             value = getattr(self, name)
             if value not in known:
                 found.append((name, f"unknown value {value!r}", f"choose from {', '.join(known)}"))

@@ -3,6 +3,8 @@
 Works on plain dicts; transformers is needed only by whoever loads the result. Weights survive
 there and back bit for bit, and so does every architectural field of the config; what only training
 knows (z_loss, loss_chunk, activation_checkpointing, init_std; dropout but for GPT-2) does not.
+Their configs have no place for the multipliers of mup and completep, which go into the weights
+(parametrization.folds): what comes back is `standard`, and computes the same.
 """
 
 import re
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
+from models.parametrization import folds
 
 State = dict[str, Tensor]
 
@@ -119,7 +122,25 @@ def to_hf(
     config = config.resolved()
     family = family_of(config)
     dtype = str(state[next(iter(state))].dtype).removeprefix("torch.")
-    return _hf_config(family, config) | {"dtype": dtype}, _renamed(family, config, state)
+    folded = _Folded(state, folds(config))
+    return _hf_config(family, config) | {"dtype": dtype}, _renamed(family, config, folded)
+
+
+class _Folded(Mapping[str, Tensor]):
+    """`state`, each tensor multiplied by its factor, if it has one, when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], by: dict[str, float]):
+        self._state, self._by = state, by
+
+    def __getitem__(self, name: str) -> Tensor:
+        by, tensor = self._by.get(name, 1.0), self._state[name]
+        return tensor if by == 1.0 else tensor * by
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _renamed(

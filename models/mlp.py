@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.init import Linear, output_std, weight_std
+from models.init import Linear
+from models.parametrization import scales
 
 
 class MLP(nn.Module):
@@ -17,12 +18,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        s, std = config.sizes, weight_std(config)
+        s, scale = config.sizes, scales(config)
         self.kind = config.mlp
         if self.kind == "swiglu":
-            self.gate = Linear(s.width, s.mlp_width, config.bias, std)
-        self.up = Linear(s.width, s.mlp_width, config.bias, std)
-        self.down = Linear(s.mlp_width, s.width, config.bias, output_std(config))
+            self.gate = Linear(s.width, s.mlp_width, config.bias, scale.hidden_std)
+        self.up = Linear(s.width, s.mlp_width, config.bias, scale.hidden_std)
+        self.down = Linear(s.mlp_width, s.width, config.bias, scale.writing_std)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         up_BLF = self.up(x_BLD)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.init import weight_std
+from models.parametrization import scales
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K/2)
 
@@ -73,7 +73,7 @@ class LearnedPosition(nn.Module):
         super().__init__()
         s = config.sizes
         self.weight = nn.Parameter(torch.empty(s.max_sequence_length, s.width))
-        nn.init.normal_(self.weight, 0, weight_std(config))
+        nn.init.normal_(self.weight, 0, scales(config).table_std)
 
     def forward(self, positions: Tensor) -> Tensor:
         return F.embedding(positions, self.weight)

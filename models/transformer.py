@@ -5,8 +5,6 @@ is entered by a call. ZeRO-3 gathers a module's parameters around its call, so n
 to know that the weights are elsewhere; a tied table is one module that is called twice.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention, additive_mask, visible_keys
 from models.config import ModelConfig
-from models.init import Linear, weight_std
+from models.init import Linear
 from models.loss import window_losses
 from models.mlp import MLP
 from models.norm import make_norm
+from models.parametrization import Factors, factors, scales
 from models.position import (
     LearnedPosition,
     Rotation,
@@ -40,11 +39,15 @@ class Vocabulary(nn.Module):
         super().__init__()
         self.chunk, self.z_loss = config.loss_chunk, config.z_loss
         self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
-        nn.init.normal_(self.weight, 0, weight_std(config))
+        scale = scales(config)
+        self.multiplier = scale.logits
+        nn.init.normal_(self.weight, 0, scale.table_std)
 
     def forward(self, x: Tensor, targets_BL: Tensor | None = None):
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
+        if self.multiplier != 1:
+            x = x * self.multiplier  # not the logits, which are many more
         if targets_BL is None:
             return F.linear(x, self.weight)
         return window_losses(x, self.weight, targets_BL, self.chunk, self.z_loss)
@@ -58,13 +61,15 @@ class Block(nn.Module):
         self.attention_norm, self.attention = make_norm(config), Attention(config)
         self.mlp_norm, self.mlp = make_norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.multiplier = scales(config).residual
 
     def forward(
         self, x_BLD: Tensor, rotation: Rotation | None = None, mask_B1LL: Tensor | None = None
     ) -> Tensor:
         y_BLD = self.attention(self.attention_norm(x_BLD), rotation, mask_B1LL)
-        x_BLD = x_BLD + self.dropout(y_BLD)
-        return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
+        x_BLD = torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
+        y_BLD = self.mlp(self.mlp_norm(x_BLD))
+        return torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
 
 
 class Transformer(nn.Module):
@@ -76,7 +81,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config = config.resolved()
-        self.sizes = config.sizes
+        self.sizes, self.scales = config.sizes, scales(config)
         self.embedding = Vocabulary(config)
         self.position = LearnedPosition(config) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -121,8 +126,7 @@ class Transformer(nn.Module):
         if config.position == "rotary":
             turn = rotation(positions, s.head_dim, config.rope_theta)
         elif config.position == "sinusoidal":
-            # the factor is Vaswani et al. 2017, section 3.4: sinusoids are of size 1
-            x_BLD = x_BLD * math.sqrt(s.width)
+            x_BLD = x_BLD * self.scales.sinusoidal  # sinusoids are of size 1
             x_BLD = x_BLD + sinusoids(positions, s.width).to(x_BLD.dtype)
         elif self.position is not None:
             if tokens_BL.shape[1] > s.max_sequence_length:
@@ -146,3 +150,7 @@ class Transformer(nn.Module):
         """Names of the hidden matrices: all 2-D parameters but embedding, positions and head."""
         linear = (name for name, module in self.named_modules() if isinstance(module, Linear))
         return {f"{name}.weight" for name in linear}
+
+    def optimizer_factors(self) -> dict[str, Factors]:
+        """What AdamW's settings are multiplied with, by parameter; see models.parametrization."""
+        return factors(self.config)

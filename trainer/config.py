@@ -75,6 +75,7 @@ class TrainConfig:
         8, "windows a rank feeds at once; accumulation follows", kind="numerics", ge=1
     )
     seed: int = key(1337, "of weights, order and dropout", ge=0)
+    init_seed: int | None = key(None, "of the initial weights; null: train.seed", ge=0)
     compile: Literal["auto", "on", "off"] = key(
         "auto", "torch.compile; auto: where there is a compiler", kind="numerics"
     )
@@ -223,6 +224,9 @@ class TrainJob:
     logging: LoggingConfig = section(LoggingConfig, "who is told", "free")
     launch: LaunchConfig = section(LaunchConfig, "processes", "free")
     profile: ProfileConfig = section(ProfileConfig, "traces", "free")
+    forecast: str | None = key(
+        None, "the card that the end is measured by: its path, or STUDY/ID", kind="free"
+    )
     faults: list[str] = key(
         [], "faults to inject, each once a run, such as [kill@120:rank1]; see `drill`", kind="free"
     )

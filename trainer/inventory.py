@@ -10,6 +10,7 @@ from math import prod
 
 from models.config import ModelConfig
 from models.flops import matrices, shapes
+from models.parametrization import Factors, factors
 from trainer.config import TrainJob
 from trainer.recipe import Group, parameter_groups
 
@@ -50,11 +51,13 @@ def inventory(
 ) -> Inventory:
     """Of a settled job of ours; or of `parameters` of another model and the names of those that
     Muon takes, where it says them."""
+    by_name: dict[str, Factors] = {}
     if isinstance(job.model, ModelConfig):
+        by_name = factors(job.model)
         parameters = [Parameter(name, shape) for name, shape in shapes(job.model).items()]
         muon = matrices(job.model)
     assert parameters is not None
-    groups = parameter_groups([(p.name, p) for p in parameters], job.optimizer, muon)
+    groups = parameter_groups([(p.name, p) for p in parameters], job.optimizer, muon, by_name)
     for group in groups:
         if group.use_muon:  # as the Muon class sorts them
             group.params.sort(key=lambda p: p.shape, reverse=True)

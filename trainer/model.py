@@ -12,6 +12,8 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
         window, nondecreasing along it. A token must then attend to its own document alone, at
         positions that count from the document's first token in the window.
     muon_parameters() -> names, optional: the matrices for Muon; see recipe.parameter_groups.
+    optimizer_factors() -> {name: models.parametrization.Factors}, optional: what AdamW's learning
+        rate, weight decay and eps are multiplied with, and the name of the parameter's class.
     flops_per_token(sequence_length) -> int, optional: forward and backward; without it 6N counts.
 """
 
@@ -30,11 +32,12 @@ from trainer.schema import TargetConfig
 
 
 def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
-    """The model with its initial weights, which `train.seed` decides.
+    """The model with its initial weights, which `train.init_seed` decides, else `train.seed`.
 
     Raises UserError where a class of the user's can't be imported or made.
     """
-    torch.manual_seed(job.train.seed)
+    seed = job.train.init_seed
+    torch.manual_seed(job.train.seed if seed is None else seed)
     if isinstance(job.model, ModelConfig):
         from models import Transformer
 

@@ -6,10 +6,11 @@ branches off needs no scheduler state. Imports no torch: anything with an `ndim`
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.parametrization import Factors
 from trainer.config import OptimizerConfig, ScheduleConfig, TrainJob
 from trainer.errors import UserError
 
@@ -55,12 +56,14 @@ def first_window(job: TrainJob, step: int) -> int:
 
 @dataclass
 class Group:
-    """Parameters that an optimizer treats alike, and their names; the learning rate is the peak."""
+    """Parameters that an optimizer treats alike, and their names; the learning rate is the peak,
+    eps is AdamW's."""
 
     name: str
     use_muon: bool
     peak_learning_rate: float
     weight_decay: float
+    eps: float = 1e-8
     names: list[str] = field(default_factory=list)
     params: list[Any] = field(default_factory=list)
 
@@ -73,6 +76,7 @@ def parameter_groups(
     named_parameters: Iterable[tuple[str, Any]],
     optimizer: OptimizerConfig,
     muon_names: Collection[str] | None = None,
+    factors: Mapping[str, Factors] | None = None,
 ) -> list[Group]:
     """Sort (name, parameter) pairs into at most three groups, in an order that never varies.
 
@@ -84,6 +88,10 @@ def parameter_groups(
        what has no scale to spare (the habit of GPT-2's reproductions; Loshchilov & Hutter 2019,
        arXiv 1711.05101, decays everything).
 
+    With `factors` (by parameter; models.parametrization) the latter two fall into one group for
+    each class, named as decayed_hidden, with its own learning rate, decay and eps; they leave muon
+    as it is.
+
     Parameters with `requires_grad` False are left out. Raises UserError where `muon_names` names
     what isn't there or is no matrix.
     """
@@ -91,19 +99,21 @@ def parameter_groups(
     trained = {n: p for n, p in every.items() if getattr(p, "requires_grad", True)}
     by_muon = _muon_names(every, muon_names) if optimizer.kind == "muon" else set()
     adam_rate = optimizer.adam_learning_rate or optimizer.learning_rate
-    muon = Group("muon", True, optimizer.learning_rate, optimizer.weight_decay)
-    decayed = Group("decayed", False, adam_rate, optimizer.weight_decay)
-    undecayed = Group("undecayed", False, adam_rate, 0.0)
+    groups: dict[str, dict[str, Group]] = {"muon": {}, "decayed": {}, "undecayed": {}}
+    muon = Group("muon", True, optimizer.learning_rate, optimizer.weight_decay, optimizer.eps)
     for name, parameter in trained.items():
         if name in by_muon:
-            chosen = muon
-        elif parameter.ndim < 2 or _says(_POSITIONS, name):
-            chosen = undecayed
+            kind, group = "muon", muon
         else:
-            chosen = decayed
-        chosen.names.append(name)
-        chosen.params.append(parameter)
-    return [g for g in (muon, decayed, undecayed) if g.names]
+            by = (factors or {}).get(name, Factors(""))
+            kind = "undecayed" if parameter.ndim < 2 or _says(_POSITIONS, name) else "decayed"
+            decay = optimizer.weight_decay * by.weight_decay if kind == "decayed" else 0.0
+            rate, eps = adam_rate * by.learning_rate, optimizer.eps * by.epsilon
+            group = Group(f"{kind}_{by.of}" if by.of else kind, False, rate, decay, eps)
+        group = groups[kind].setdefault(group.name, group)
+        group.names.append(name)
+        group.params.append(parameter)
+    return [group for of_kind in groups.values() for group in of_kind.values()]
 
 
 def _says(pattern: re.Pattern, name: str) -> bool:

@@ -130,6 +130,21 @@ def test_there_and_back_is_exact(name):
     Transformer(config).load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["llama-bias-tied", "qwen3", "gpt2-untied"])
+def test_multipliers_go_into_the_weights(name, tmp_path):
+    """Heads of 8, width and depth off their base: attention, branches and logits are all scaled."""
+    away = {"parametrization": "completep", "base_width": 8, "base_depth": 3}
+    ours = scrambled(replace(ORACLES[name], **away))
+    tokens = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert (exported(ours, tmp_path)(tokens).logits - ours(tokens)).abs().max() < 1e-5
+        config, state = from_hf(*converted(ours.config, ours.state_dict()))
+        assert config.parametrization == "standard"
+        back = Transformer(config).eval()
+        back.load_state_dict(state)
+        assert (back(tokens) - ours(tokens)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2"])
 def test_a_foreign_model_comes_in(family):
     """From transformers' own defaults, names and initial weights."""

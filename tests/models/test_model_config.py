@@ -56,6 +56,9 @@ def test_the_datas_numbers_fill_in():
         ({"depth": 2, "norm_eps": 0.0}, "norm_eps"),
         ({"depth": 2, "z_loss": -1.0}, "z_loss"),
         ({"depth": 2, "init_std": 0.0}, "init_std"),
+        ({"depth": 2, "parametrization": "sp"}, "parametrization"),
+        ({"depth": 2, "base_width": 0}, "base_width"),
+        ({"depth": 2, "base_depth": 0}, "base_depth"),
         ({"depth": 2, "vocab_size": 100}, "vocab_size"),  # the tokenizer below has 200
         ({"depth": 2, "max_sequence_length": 8}, "max_sequence_length"),
     ],

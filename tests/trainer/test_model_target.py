@@ -6,7 +6,9 @@ from small_run import make_job
 from torch import nn
 
 from trainer.errors import UserError
+from trainer.feeding import feed_of
 from trainer.model import build_model, describe, num_parameters, prices_of
+from trainer.start import start
 
 
 @pytest.fixture
@@ -99,9 +101,24 @@ def test_what_is_no_module(job):
     said(job("thing", source="thing = 3\n"), "can't be made (3 is not a callable object)")
 
 
-def test_ours_is_made_from_its_config(small_data, tmp_path):
-    from trainer.start import start
+def test_the_seed_of_the_weights_is_apart_from_that_of_the_data(small_data, tmp_path):
+    def begun(name, *overrides):
+        sizes = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
+        started = start(make_job(small_data, tmp_path, name, *sizes, *overrides))
+        read = feed_of(started.job, started.sources).read([(0, 8)]).hash
+        return build_model(started.job, 300).head.weight, read
 
+    weights, tokens = begun("plain")
+    other, same_tokens = begun("other", "train.init_seed=7")
+    assert not torch.equal(weights, other)
+    assert tokens == same_tokens
+    same, other_tokens = begun("both", "train.init_seed=7", "train.seed=8")
+    assert torch.equal(other, same)
+    assert tokens != other_tokens
+    assert torch.equal(begun("named", "train.init_seed=1337")[0], weights)
+
+
+def test_ours_is_made_from_its_config(small_data, tmp_path):
     started = start(make_job(small_data, tmp_path))
     model = build_model(started.job, 300)
     assert isinstance(model, nn.Module)

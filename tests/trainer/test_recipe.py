@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.parametrization import Factors
 from trainer.compose import compose
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.duration import Duration
@@ -136,6 +137,51 @@ def test_a_model_says_which_are_muon_s():
     for wrong in ("norm.weight", "typo.weight"):
         with pytest.raises(UserError, match=wrong):
             parameter_groups(NAMED, MUON, muon_names={wrong})
+
+
+def test_classes_of_a_parametrisation_are_groups_of_their_own():
+    factors = {name: Factors("norm" if "norm" in name else "table") for name, _ in NAMED}
+    factors["position.weight"] = Factors("table", 1, 7, 0.5)
+    for name in SHAPES:
+        if name.startswith("blocks."):
+            factors[name] = Factors("block", 0.5, 2, 0.25)
+    adamw = OptimizerConfig(learning_rate=0.004, weight_decay=0.1, eps=1e-8)
+    groups = parameter_groups(NAMED, adamw, factors=factors)
+    found = {g.name: (g.peak_learning_rate, g.weight_decay, g.eps) for g in groups}
+    assert list(found) == [
+        "decayed_table",
+        "decayed_block",
+        "undecayed_table",
+        "undecayed_block",
+        "undecayed_norm",
+    ]
+    assert found["decayed_table"] == (0.004, 0.1, 1e-8)
+    assert found["decayed_block"] == (0.002, 0.2, 0.25e-8)
+    assert found["undecayed_table"] == (0.004, 0, 0.5e-8)
+    assert found["undecayed_block"] == (0.002, 0, 0.25e-8)
+    assert sorted(n for g in groups for n in g.names) == sorted(SHAPES)
+    muon, *rest = parameter_groups(NAMED, MUON, factors=factors)
+    plain, *_ = parameter_groups(NAMED, MUON)
+    assert muon == plain
+    assert "decayed_block" not in names(rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_group_s_own_eps_reaches_its_optimizer(kind):
+    from torch import nn
+
+    from trainer.engine.step import build_optimizer
+
+    model = nn.ModuleDict({"head": nn.Linear(2, 3), "up": nn.Linear(2, 3)})
+    factors = {"head.weight": Factors("head", epsilon=0.5)}
+    settings = MUON if kind == "muon" else OptimizerConfig()
+    groups = parameter_groups(model.named_parameters(), settings, factors=factors)
+    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}
+    made = build_optimizer(kind, [vars(g) for g in groups], **adam)
+    found = {g["name"]: g["eps"] for g in made.param_groups if not g["use_muon"]}
+    assert found["decayed_head"] == 0.5e-8
+    assert found["undecayed"] == 1e-8
 
 
 def test_frozen_parameters_are_left_out():

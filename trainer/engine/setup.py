@@ -8,7 +8,7 @@ import shutil
 import sysconfig
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,10 +49,8 @@ def check_world(job: TrainJob, size: int) -> None:
 
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     """`model` under DeepSpeed, with the parameter groups of the recipe."""
-    names = getattr(model, "muon_parameters", None)
-    groups = parameter_groups(
-        model.named_parameters(), job.optimizer, names() if names is not None else None
-    )
+    muon, factors = (_said(model, name) for name in ("muon_parameters", "optimizer_factors"))
+    groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
     settings = {
         "betas": (job.optimizer.beta1, job.optimizer.beta2),
         "eps": job.optimizer.eps,
@@ -60,6 +58,12 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     }
     optimizer = build_optimizer(job.optimizer.kind, [vars(g) for g in groups], **settings)
     return Engine(world, model, optimizer, seed=job.train.seed, clip=job.optimizer.clip)
+
+
+def _said(model: nn.Module, method: str) -> Any:
+    """What an optional method of a model returns; None where it has no such method."""
+    own = getattr(model, method, None)
+    return own() if own is not None else None
 
 
 def be_deterministic() -> None:

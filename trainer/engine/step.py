@@ -210,7 +210,7 @@ def build_optimizer(kind: str, groups: list[dict], **settings) -> torch.optim.Op
         if group["use_muon"]:
             group |= {"momentum": settings["momentum"], "ns_method": method}
         else:
-            group |= adam
+            group |= adam | group  # its own eps, where it has one
         for p in group["params"]:
             p.use_muon = group["use_muon"]
 

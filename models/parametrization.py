@@ -1,0 +1,170 @@
+"""How a model is parametrised: what width and depth do to weights, forward pass and optimizer.
+
+The only such formulas in the project. Invariant: at base_width and base_depth, with heads of 64,
+`mup` and `completep` compute and train exactly as `standard` does; away from there one learning
+rate, tuned at the base, serves every width (mup) or every width and depth (completep). Imports no
+torch. m = width / base_width, n = num_layers / base_depth; sigma = init_std, else
+sqrt(2 / (5 * width)), where mup and completep take base_width for width.
+
+Initial standard deviations and the forward pass (`Scales`)
+
+1. Tables (embedding, learned positions, head): sigma. In `standard` that is the "small init" of
+   Nguyen and Salazar 2019 (arXiv 1910.05895), which GPT-NeoX-20B trained with (arXiv 2204.06745):
+   GPT-2's 0.02 at width 1000, and a scale of activations that hardly varies with width. In mup and
+   completep it is a constant (Yang & Hu et al. 2022, arXiv 2203.03466, table 8).
+2. Hidden matrices: sigma / sqrt(m) (table 8: variance 1 / fan-in); in `standard`, sigma. Doubt:
+   the ratio of widths stands for that of fan-ins, so mlp_width / width should stay what it is.
+3. Hidden matrices that write to the residual stream (attention and MLP output): those of rule 2
+   over sqrt(2 * num_layers), so that the stream's variance doesn't grow with depth (GPT-2, Radford
+   et al. 2019, section 2.3). completep takes base_depth for num_layers: its branches shrink by
+   rule 4 instead (Dey et al. 2025, arXiv 2505.01618, table 1).
+4. Residual branches: times 1 / n in completep (table 1 with alpha = 1), else 1. Doubt: Yang et al.
+   2023 (arXiv 2310.02244) find 1 / sqrt(n) best, for blocks of one layer; ours have two and more,
+   where Zheng et al. 2026 (arXiv 2603.00541) derive 1 / n too.
+5. Logits: times 1 / m in mup and completep (2203.03466, table 8), tied or not: that table's form is
+   the one that shares the table with the embedding. Logits of the new model shrink as 1 / sqrt(m);
+   learned ones don't.
+6. Attention scores: times sqrt(64) / head_dim in mup and completep (2203.03466, definition 4.1:
+   1 / d, for queries and keys grow aligned), else 1 / sqrt(head_dim). Both are 1 / 8 for heads of
+   64. Doubt: where the number of heads grows and not their width, neither matters.
+7. Sinusoidal positions: the embedding is multiplied by sqrt(width) in `standard` (Vaswani et al.
+   2017, section 3.4), by sqrt(base_width) where rule 1 holds its scale constant.
+
+The optimizer, AdamW (`Factors`), in mup and completep; all 1 in `standard`
+
+8. Learning rate: 1 / m for hidden matrices, 1 for all else (2203.03466, table 8; 2505.01618, table
+   1: depth asks for n^(alpha - 1) = 1). Doubt: Kalra & Barkeshli 2026 (arXiv 2605.21486) hold that
+   the embedding's rate, constant here, is most of what mup gains.
+9. Weight decay: m for hidden matrices, 1 for the rest: AdamW multiplies it by the learning rate, so
+   the decay of a step is the same at every width (2505.01618, table 1; Wang & Aitchison 2024, arXiv
+   2405.13698).
+10. Epsilon, as the root mean square of the gradient: 1 / m for tables and final norm, 1 / (m n) in
+    the blocks (n in completep only; 2505.01618, table 1). Gains of QK-norm are shared by all heads,
+    whose gradients add up, so 1 / n there. Doubt: CompleteP's own code takes 1 / (m n) everywhere,
+    and says nothing of QK-norm; it matters where gradients come down to epsilon.
+
+Muon
+
+11. None of rules 8 to 10 for the matrices that Muon takes. An orthogonalised update has spectral
+    norm 1, which DeepSpeed's Muon multiplies with sqrt(max(1, rows / columns)); that is feature
+    learning at any width where the shapes keep their proportions (Yang, Simon & Bernstein 2023,
+    arXiv 2310.17813, condition 1: sqrt(rows / columns)), and rule 4 does for depth what it does for
+    AdamW. The decay is already independent of width. What AdamW takes beside it follows rules 8 to
+    10. Doubt: with num_kv_heads held constant keys and values get wider inputs alone, and so too
+    large an update.
+
+Doubt about all: the norm at which gradients are clipped is one number for every size, batch and
+length of training are not parametrised at all, and the rules are limits: small models differ.
+"""
+
+import math
+from dataclasses import dataclass
+
+from models.config import HEAD_DIM, ModelConfig
+from models.flops import shapes
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of the initial weights and of the forward pass: rules 1 to 7."""
+
+    table_std: float
+    hidden_std: float
+    writing_std: float  # of the hidden matrices that write to the residual stream
+    residual: float  # what a branch is multiplied with before it is added to the stream
+    logits: float
+    attention: float  # what queries times keys are multiplied with
+    sinusoidal: float  # what the embedding is multiplied with under sinusoidal positions
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What AdamW's settings are multiplied with for the parameters of a class: rules 8 to 10."""
+
+    of: str  # the class: embedding | hidden | head | block | qk_norm | norm
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+    epsilon: float = 1.0
+
+
+def scales(config: ModelConfig) -> Scales:
+    """Rules 1 to 7. Raises ValueError as config.sizes does."""
+    s = config.sizes
+    m, n = _growth(config)
+    transfers = config.parametrization != "standard"
+    width = config.base_width if transfers else s.width
+    depth = config.base_depth if config.parametrization == "completep" else s.num_layers
+    sigma = config.init_std or math.sqrt(2 / (5 * width))
+    hidden = sigma / math.sqrt(m)
+    attention = math.sqrt(HEAD_DIM) / s.head_dim if transfers else 1 / math.sqrt(s.head_dim)
+    return Scales(
+        table_std=sigma,
+        hidden_std=hidden,
+        writing_std=hidden / math.sqrt(2 * depth),
+        residual=1 / n,
+        logits=1 / m,
+        attention=attention,
+        sinusoidal=math.sqrt(width),
+    )
+
+
+def factors(config: ModelConfig) -> dict[str, Factors]:
+    """Rules 8 to 10: each parameter's name -> its class and factors; nothing in `standard`.
+
+    Raises ValueError as config.sizes does.
+    """
+    if config.parametrization == "standard":
+        return {}
+    m, n = _growth(config)
+    classes = (
+        Factors("embedding", epsilon=1 / m),
+        Factors("hidden", 1 / m, m, 1 / (m * n)),
+        Factors("head", epsilon=1 / m),
+        Factors("block", epsilon=1 / (m * n)),
+        Factors("qk_norm", epsilon=1 / n),
+        Factors("norm", epsilon=1 / m),
+    )
+    by_name = {c.of: c for c in classes}
+    return {name: by_name[_class_of(name, shape)] for name, shape in shapes(config).items()}
+
+
+def folds(config: ModelConfig) -> dict[str, float]:
+    """What to multiply weights with, by parameter, so that a model of `standard` with the same
+    sizes computes the same without the multipliers of rules 4 to 6 (to the rounding of one
+    product); parameters that stay as they are are left out.
+
+    Logits are linear in the final norm's gain and bias, which a tied table leaves alone; scores in
+    the gain of the queries' norm or, without one, in the queries' matrix and bias, also through a
+    rotation. Rule 7 has no such place: sinusoidal positions are nobody's export.
+    """
+    if config.parametrization == "standard":
+        return {}
+    s, scale = config.sizes, scales(config)
+    attention = scale.attention * math.sqrt(s.head_dim)
+    ends = {
+        "attention.output": scale.residual,
+        "mlp.down": scale.residual,
+        "attention.query_norm" if config.qk_norm else "attention.query": attention,
+    }
+    found = {"norm": scale.logits}
+    found |= {f"blocks.{i}.{end}": by for i in range(s.num_layers) for end, by in ends.items()}
+    by_parameter = {name: found.get(name.rpartition(".")[0], 1.0) for name in shapes(config)}
+    return {name: by for name, by in by_parameter.items() if by != 1.0}
+
+
+def _growth(config: ModelConfig) -> tuple[float, float]:
+    """m and n, each 1 where the parametrisation doesn't follow it."""
+    s = config.sizes
+    m = s.width / config.base_width if config.parametrization != "standard" else 1.0
+    n = s.num_layers / config.base_depth if config.parametrization == "completep" else 1.0
+    return m, n
+
+
+def _class_of(name: str, shape: tuple[int, ...]) -> str:
+    """The class of a parameter of models.flops.shapes."""
+    module = name.split(".")[-2]
+    if module in ("query_norm", "key_norm"):
+        return "qk_norm"
+    if name.startswith("blocks."):
+        return "hidden" if len(shape) == 2 else "block"
+    return "embedding" if module == "position" else module

@@ -1,0 +1,114 @@
+"""What a parametrisation holds the same from one size to the next: activations and their updates
+(the slopes are printed, the curves drawn in runs/coordinates.html) and the best learning rate.
+
+Nothing here is timed: a row is a seed, of which there are two at most. Some ten minutes.
+"""
+
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import plotly.graph_objects as go
+import torch
+from coordinates import ADAMW, LAYERS, MUON, Coordinates, model_of, optimizers, over, slopes
+from pairing import Result
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from models import Transformer
+from models.config import PARAMETRIZATIONS
+from trainer.config import OptimizerConfig
+
+AXES = {"width": (64, 128, 256, 512, 1024), "depth": (2, 4, 8, 16, 32)}
+PICTURE = Path("runs/coordinates.html")
+
+WIDTHS, RATES = (64, 256), tuple(2.0**-n for n in range(11, 3, -1))
+STEPS, WARMUP, LENGTH, WINDOWS, HELD_OUT = 100, 10, 64, 16, 200_000
+
+
+def measure(rounds: int) -> list[Result]:
+    return [*activations(min(rounds, 2)), *learning_rates()]
+
+
+def activations(seeds: int) -> Iterator[Result]:
+    """The slope of each layer over AXES, and their picture."""
+    curves = {}
+    for settings, (axis, sizes) in product((ADAMW, MUON), AXES.items()):
+        for kind in PARAMETRIZATIONS:
+            found = over(axis, sizes, kind, settings, seeds)
+            title = f"{settings.kind}, {kind}, {axis}"
+            curves[title] = found
+            for what in ("size", "move"):
+                row = tuple(slopes(found, what).values())
+                yield Result(f"slope of {what}, {title}", "", LAYERS, [row])
+    draw(curves)
+
+
+def learning_rates() -> Iterator[Result]:
+    """The best of RATES at each of WIDTHS."""
+    for kind in ("standard", "mup"):
+        losses = {width: [final_loss(kind, width, rate) for rate in RATES] for width in WIDTHS}
+        labels = tuple(f"width {width}" for width in WIDTHS)
+        best = tuple(RATES[row.index(min(row))] for row in losses.values())
+        tried = [f"{rate:.5f}" for rate in RATES]
+        facts = {
+            f"losses, width {w}": dict(zip(tried, row, strict=True)) for w, row in losses.items()
+        }
+        yield Result(f"best learning rate, {kind}", "", labels, [best], "", facts)
+
+
+def draw(curves: dict[str, dict[int, list[Coordinates]]]) -> None:
+    """How far each layer has moved against size: a row a title, a column a layer, a line a step."""
+    titles = [f"{title}: {layer}" for title in curves for layer in LAYERS]
+    figure = make_subplots(len(curves), len(LAYERS), subplot_titles=titles)
+    for (row, found), (column, layer) in product(
+        enumerate(curves.values(), 1), enumerate(LAYERS, 1)
+    ):
+        moves = [of_seed[0].move[layer] for of_seed in found.values()]
+        for step, ys in list(enumerate(zip(*moves, strict=True)))[1:]:
+            shade = f"rgba(31, 119, 180, {0.2 + 0.8 * step / len(moves[0]):.2f})"
+            line = go.Scatter(x=list(found), y=ys, line_color=shade, name=f"step {step}")
+            figure.add_trace(line, row=row, col=column)
+    figure.update_xaxes(type="log").update_yaxes(type="log").update_annotations(font_size=10)
+    heading = "Mean |activation - initial| after each update: flat is what transfers"
+    figure.update_layout(height=240 * len(curves), width=1500, showlegend=False, title=heading)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(PICTURE)
+    print(f"Drawn in {PICTURE}.")
+
+
+def final_loss(parametrization: str, width: int, rate: float) -> float:
+    """Nats a byte on windows that were held out, after STEPS updates on the source of Python's
+    library: warm-up, then linear to nothing."""
+    config = model_of(parametrization, width, vocab_size=256, max_sequence_length=LENGTH)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    made = optimizers(model, OptimizerConfig(learning_rate=rate))
+    groups = [(group, group["lr"]) for o in made for group in o.param_groups]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        x, y = windows(_text()[:-HELD_OUT], WINDOWS, generator)
+        (model(x, y).sum() / y.numel()).backward()
+        for group, peak in groups:
+            group["lr"] = peak * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
+        for optimizer in made:
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        x, y = windows(_text()[-HELD_OUT:], 64, generator.manual_seed(1))
+        return (model(x, y).sum() / y.numel()).item()
+
+
+def windows(text: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and targets, (count, LENGTH) each, from anywhere in the text."""
+    starts = torch.randint(len(text) - LENGTH, (count, 1), generator=generator)
+    found = text[starts + torch.arange(LENGTH + 1)].long()
+    return found[:, :-1], found[:, 1:]
+
+
+@cache
+def _text() -> Tensor:
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)

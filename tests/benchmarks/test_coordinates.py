@@ -1,0 +1,43 @@
+"""Width and depth leave activations and their updates as they are, where the parametrisation says
+so, and don't where it doesn't. Over a wider range: run.py coordinates."""
+
+import pytest
+from coordinates import ADAMW, MUON, over, slopes
+
+from trainer.config import OptimizerConfig
+
+
+def found(axis: str, parametrization: str, optimizer: OptimizerConfig = ADAMW, **more):
+    sizes = {"width": (64, 256), "depth": (4, 16)}[axis]
+    curves = over(axis, sizes, parametrization, optimizer, seeds=1, **more)
+    return slopes(curves, "size") | {f"{k} moves": v for k, v in slopes(curves, "move").items()}
+
+
+def test_width_changes_nothing_under_mup():
+    flat = found("width", "mup")
+    assert all(abs(slope) < 0.2 for slope in flat.values()), flat
+
+
+def test_width_changes_much_under_standard():
+    steep = found("width", "standard")
+    assert steep["embedding"] < -0.4
+    assert min(steep["stream moves"], steep["mlp moves"], steep["attention moves"]) > 0.6, steep
+
+
+def test_depth_changes_nothing_under_completep_and_much_under_mup():
+    """The stream alone still shrinks: the sum of n branches, a 1 / n each, is random at first, and
+    what is random of it goes with 1 / sqrt(n)."""
+    flat = found("depth", "completep")
+    stream = [flat.pop(name) for name in ("stream", "stream moves")]
+    assert all(abs(slope) < 0.25 for slope in flat.values()), flat
+    assert all(-0.5 < slope < 0.1 for slope in stream), stream
+    assert found("depth", "mup")["stream moves"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parametrization", ["mup", "completep"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda o: o.kind)
+def test_width_changes_nothing_with_muon_or_a_tied_table(optimizer, tied, parametrization):
+    flat = found("width", parametrization, optimizer, tie_embeddings=tied)
+    assert all(abs(slope) < 0.25 for slope in flat.values()), flat

@@ -1,0 +1,132 @@
+"""What `mup` and `completep` ask of each parameter, and that at their base they are `standard`."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import ModelConfig, Transformer
+from models.parametrization import Factors, factors, folds, scales
+from trainer.config import OptimizerConfig
+from trainer.recipe import parameter_groups
+
+# Four times as wide and three times as deep as its base.
+LARGE = ModelConfig(
+    num_layers=6,
+    width=256,
+    num_heads=2,
+    bias=True,
+    vocab_size=64,
+    max_sequence_length=16,
+    base_width=64,
+    base_depth=2,
+)
+BASE = replace(LARGE, num_layers=2, width=64, num_heads=1)
+SIGMA = math.sqrt(2 / (5 * 64))  # of the base
+
+
+def test_weights_and_forward_of_each():
+    standard = scales(LARGE)
+    assert (standard.residual, standard.logits) == (1, 1)
+    assert standard.attention == 1 / math.sqrt(128)
+    assert standard.table_std == standard.hidden_std == math.sqrt(2 / (5 * 256))
+    assert standard.writing_std == standard.hidden_std / math.sqrt(12)
+    assert standard.sinusoidal == 16
+    mup = scales(replace(LARGE, parametrization="mup"))
+    assert (mup.table_std, mup.hidden_std) == (SIGMA, SIGMA / 2)
+    assert mup.writing_std == SIGMA / 2 / math.sqrt(12)
+    assert (mup.residual, mup.logits, mup.attention, mup.sinusoidal) == (1, 1 / 4, 8 / 128, 8)
+    completep = scales(replace(LARGE, parametrization="completep"))
+    assert completep == replace(mup, residual=1 / 3, writing_std=SIGMA / 2 / math.sqrt(4))
+    assert scales(replace(LARGE, parametrization="mup", init_std=0.5)).hidden_std == 0.25
+
+
+def test_the_optimizer_of_each():
+    assert factors(LARGE) == {}
+    mup = factors(replace(LARGE, parametrization="mup"))
+    assert mup["embedding.weight"] == Factors("embedding", 1, 1, 1 / 4)
+    assert mup["head.weight"] == Factors("head", 1, 1, 1 / 4)
+    assert mup["blocks.0.mlp.down.weight"] == Factors("hidden", 1 / 4, 4, 1 / 4)
+    assert mup["blocks.5.attention.query.bias"] == Factors("block", 1, 1, 1 / 4)
+    assert mup["blocks.5.mlp_norm.weight"] == Factors("block", 1, 1, 1 / 4)
+    assert mup["blocks.5.attention.key_norm.weight"] == Factors("qk_norm", 1, 1, 1)
+    assert mup["norm.weight"] == Factors("norm", 1, 1, 1 / 4)
+    completep = factors(replace(LARGE, parametrization="completep"))
+    for name, by in mup.items():
+        inside = name.startswith("blocks.")
+        assert completep[name] == replace(by, epsilon=by.epsilon / 3 if inside else by.epsilon)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False},
+        {"tie_embeddings": True, "bias": False},
+    ],
+)
+def test_every_parameter_has_a_class(change):
+    model = Transformer(replace(LARGE, parametrization="completep", **change))
+    assert list(model.optimizer_factors()) == [name for name, _ in model.named_parameters()]
+
+
+def trained(config: ModelConfig, steps: int = 3) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of a few AdamW steps as the recipe has them."""
+    torch.manual_seed(0)
+    model = Transformer(config)
+    named = model.named_parameters()
+    groups = parameter_groups(named, OptimizerConfig(), factors=model.optimizer_factors())
+    settings = [
+        {"params": g.params, "lr": g.peak_learning_rate, "weight_decay": g.weight_decay}
+        | {"eps": g.eps}
+        for g in groups
+    ]
+    optimizer, losses = torch.optim.AdamW(settings), []
+    x = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        loss = model(x[:, :-1], x[:, 1:]).sum() / 64
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("parametrization", ["mup", "completep"])
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": True, "position": "sinusoidal"}])
+def test_at_its_base_it_is_standard_to_the_bit(parametrization, change):
+    losses, weights = trained(replace(BASE, **change))
+    again, same = trained(replace(BASE, parametrization=parametrization, **change))
+    assert losses == again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_the_multipliers_are_in_the_forward():
+    """A model of `standard` with the folded weights computes the same, and not without."""
+    config = replace(LARGE, parametrization="completep", vocab_size=32)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    plain = Transformer(replace(config, parametrization="standard"))
+    tokens = torch.arange(16).view(1, 16)
+    plain.load_state_dict(model.state_dict())
+    assert not torch.allclose(plain(tokens), model(tokens), atol=0.1)
+    by = folds(config)
+    plain.load_state_dict({n: t * by.get(n, 1.0) for n, t in model.state_dict().items()})
+    torch.testing.assert_close(plain(tokens), model(tokens))
+    assert folds(replace(config, parametrization="standard")) == {}
+
+
+def test_decay_of_a_step_is_the_same_at_every_width():
+    def decay(config: ModelConfig) -> dict[str, float]:
+        groups = parameter_groups(
+            Transformer(config).named_parameters(), OptimizerConfig(), factors=factors(config)
+        )
+        return {g.name: g.peak_learning_rate * g.weight_decay for g in groups}
+
+    large = decay(replace(LARGE, parametrization="completep"))
+    assert large == decay(replace(BASE, parametrization="completep"))
+    assert large["decayed_hidden"] > 0
