@@ -16,6 +16,7 @@ from slurm import queue
 from slurm.script import Order, render
 from slurm.snapshot import own_packages, pack_environment, version_of_checkout, write_code
 from slurm.submission import Submission, waiting_or_running
+from trainer.band import find
 from trainer.config_slurm import SubmitJob
 from trainer.durable import write_file
 from trainer.errors import UserError
@@ -132,6 +133,8 @@ def on_nodes(job: SubmitJob) -> SubmitJob:
         data = replace(data, path=full(data.path))
     if data.sources:
         data = replace(data, sources={name: full(path) for name, path in data.sources.items()})
+    if job.forecast:
+        job = replace(job, forecast=str(find(job.forecast).path.resolve()))
     machine = job.machine
     if machine.memory_bytes is None and job.slurm.memory_bytes:
         machine = replace(machine, memory_bytes=job.slurm.memory_bytes / job.per_node)

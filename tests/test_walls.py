@@ -16,8 +16,8 @@ FLOORS = [
     "errors durable duration names schema config config_care config_data config_plan config_slurm "
     "config_study "
     "jobs frozen compose manual recipe faults scenarios models conf",
-    "data engine run memory feeding start guard pulse ranks beats hang stragglers inventory trace "
-    "cost traffic",
+    "data engine run band memory feeding start guard pulse ranks beats hang stragglers inventory "
+    "trace cost traffic",
     "stored retention checkpoint saving evaluate model loop parts metrics profile watch watchdog "
     "heartbeat injector resume",
     "door sampling scoring export replay audit goodput reliability status pace choices plan doctor "

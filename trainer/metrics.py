@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from trainer.band import Band, told
+from trainer.checkpoint import Position
 from trainer.engine.world import Word
 from trainer.evaluate import Score
 from trainer.loop import Step
@@ -55,10 +57,12 @@ class Metrics:
         memory: Callable[[], int],
         is_main: bool,
         lost: Iterable[tuple[str, int, str]] = (),
+        band: Band | None = None,
     ):
         self.attempt, self.prices, self.peak_rates = attempt, prices, peak_rates
         self.line, self.sinks, self.memory, self.is_main = line, sinks, memory, is_main
         self.lost = set(lost)  # members whose damage has been told
+        self.band = band  # that the last score is measured by
 
     def is_due(self, step: int) -> bool:
         return False
@@ -126,6 +130,19 @@ class Metrics:
         """Record scores of held-out splits by their names; "validation" is all of them."""
         for dataset, score in scores.items() if self.is_main else ():
             self._validated(step, dataset, score)
+            if dataset == "validation" and step.position.step == self.line.total:
+                self._judge(step.position, score)
+
+    def _judge(self, position: Position, score: Score) -> None:
+        """Measure the end by what was foretold; before it no band is due."""
+        if self.band is None or not score.windows:
+            return
+        facts = {"step": position.step, "tokens": position.tokens, **self.band.judge(score.loss)}
+        self.attempt.event("forecast", **facts)
+        self.line.say(told(facts))
+        if not self.band.holds(score.loss):
+            self.attempt.event("left_forecast", **facts)
+            self.line.say(f"Warning: the run left the forecast of {self.band.card}.")
 
     def _validated(self, step: Step, dataset: str, score: Score) -> None:
         if not score.windows:

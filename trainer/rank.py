@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from trainer.band import band_of
 from trainer.checkpoint import Checkpoint, Position
 from trainer.config import TrainJob
 from trainer.data.feed import Lost
@@ -65,6 +66,7 @@ class Rank:
         again = ATTEMPT in os.environ or not self.world.is_main
         started = self._from_main(lambda: start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources
+        self.band = self.ranks.from_main(lambda: band_of(self.job), self.run.path)
         self.attempt = self._attempt()
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.pulse)
@@ -114,6 +116,8 @@ class Rank:
             self.engine.compile()
         if self.compilation.notice:
             self._say(self.compilation.notice)
+        if self.band:
+            self._say(self.band.due(self.job))
         while True:
             try:
                 position, stopped = self._follow(departure)
@@ -267,8 +271,8 @@ class Rank:
             sinks = open_trackers(job.logging, self.run.path, self.run.name, config, position.step)
         peak = setup.peak_flops(self.world, job.logging.peak_flops, job.precision.kind)
         prices = Prices(**prices_of(job, self.model), peak=peak * self.world.size)
-        lost = position.quarantined
-        metrics = Metrics(self.attempt, prices, rates, line, sinks, self._memory, main, lost)
+        lost, band = position.quarantined, self.band
+        metrics = Metrics(self.attempt, prices, rates, line, sinks, self._memory, main, lost, band)
         validation = Validation(self._every(job.validation.every), self._score, metrics.validated)
         numerics = self._numerics()
 

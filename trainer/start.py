@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from models.config import ModelConfig
+from trainer.band import band_of
 from trainer.config import CorpusConfig, DataConfig, TrainJob
 from trainer.config_data import ONLY
 from trainer.data.build.corpus import prepare_embedded
@@ -49,6 +50,7 @@ def start(job: TrainJob, again: bool = False) -> Start:
     sources = open_sources(job.data)
     job = settle(job, sources)
     feed_of(job, sources)  # what is wrong with the mixture is said before anything is written
+    band_of(job)  # and with the card that foretold it
     if run.config.exists():
         _check_data(run, sources)
         old = thaw("train", run.config, trust=True)  # compared, not run: the typed job is

@@ -1,7 +1,8 @@
 """Forecast cards: what was foretold of a run before anybody knew, and how it came out.
 
     studies/<name>/forecasts/
-      0001.json            a card: target, loss, intervals, rivals' forecasts, fit, hashes, time
+      0001.json            a card: target, loss, intervals, the same as bands of the end and of each
+                           branch, rivals' forecasts, fit, hashes, time; trainer.band reads it
       0001.outcome.json    what the run reached; written by `score`, beside the card, never in it
 
 Invariant: a card is written once, before its target has a record, and holds the hash of the card
@@ -10,10 +11,9 @@ whose target never ran counts as abandoned; none is left out of a score.
 """
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,81 +21,42 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from trainer.durable import read_json, write_json
+from trainer.band import GENESIS, SAME, Card, cards, hash_of
+from trainer.config_study import TargetPoint
+from trainer.durable import write_json
 from trainer.errors import UserError
 from trainer.scaling import laws
 from trainer.scaling.fit import fit
 from trainer.scaling.points import Points
 from trainer.scaling.rollouts import spent
-from trainer.scaling.study_fit import StudyFit
+from trainer.scaling.study_fit import Foretold, StudyFit
 
-GENESIS = "0" * 64  # the hash before the first card
-_SAME = 0.01  # of N and of D: as near as that, a record is one of the target
-
-
-@dataclass(frozen=True)
-class Card:
-    path: Path
-    facts: dict[str, Any]
-
-    @property
-    def id(self) -> str:
-        return self.path.stem
-
-    @property
-    def outcome(self) -> dict[str, Any] | None:
-        path = self.path.with_suffix(".outcome.json")
-        return read_json(path) if path.exists() else None
-
-    def came_out(self, name: str, loss: float) -> None:
-        path = self.path.with_suffix(".outcome.json")
-        if not path.exists():
-            write_json(path, {"run": name, "loss": loss, "card": self.facts["hash"]})
+__all__ = ["GENESIS", "Card", "cards", "hash_of"]
 
 
-def cards(folder: Path) -> list[Card]:
-    """Oldest first, their chain verified. Raises UserError where it is broken."""
-    names = sorted(p for p in folder.glob("*.json") if p.stem.isdigit())
-    found, before = [], GENESIS
-    for number, path in enumerate(names, 1):
-        card = Card(path, read_json(path))
-        said = card.facts.get("hash")
-        if int(path.stem) != number:
-            what = f"card {number:04d} is missing: forecasts were removed"
-            raise UserError(str(folder), what, "restore it from a copy")
-        if said != hash_of(card.facts) or card.facts.get("before") != before:
-            what = "was changed after it was written, or the card before it was"
-            raise UserError(str(path), what, "restore it from a copy")
-        found.append(card)
-        before = said
-    return found
-
-
-def hash_of(facts: Mapping[str, Any]) -> str:
-    """Of a card's facts but its own hash, in one way of writing them."""
-    rest = {k: v for k, v in facts.items() if k != "hash"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def predict(made: StudyFit, folder: Path, run: str) -> Card:
-    """Write the card of `run`, which is the target of the fit. Raises UserError where it has a
-    record already, or a card, or where no target is given."""
-    foretold = made.foretold()
+def predict(made: StudyFit, folder: Path, run: str, target: TargetPoint | None = None) -> Card:
+    """Write the card of `run`, which is the target of the fit unless another is given, with a band
+    for its end and for each branch of the target. Raises UserError where it or a branch has a
+    record already, where it has a card, where no target is given, and for branches that are none.
+    """
+    foretold = made.foretold(target)
     if foretold is None:
         todo = "write target.parameters= and target.tokens=, or target.flops="
         raise UserError("target", "is not given", todo)
-    _refuse_known(made.table, run, foretold.parameters, foretold.tokens, made.job.size)
+    _refuse_known(made.known, run, foretold.parameters, foretold.tokens, made.job.size)
+    branches = _branches(made, foretold, target or made.job.target, run)
     before = cards(folder)
     if any(card.facts["target"]["run"] == run for card in before):
         what = f"has a card already, in {folder}"
         raise UserError(run, what, "a forecast is made once; give another run")
-    target = {"run": run, "parameters": foretold.parameters, "tokens": foretold.tokens}
+    aim = {"run": run, "parameters": foretold.parameters, "tokens": foretold.tokens}
     facts: dict[str, Any] = {
-        "target": {**target, "beyond": foretold.beyond},
+        "target": {**aim, "beyond": foretold.beyond},
         "loss": foretold.loss,
         "interval_50": list(foretold.inner),
         "interval": list(foretold.outer),
         "level": made.job.level,
+        "bands": [_band(point) for point in (foretold, *branches) if math.isfinite(point.tokens)],
         "rivals": rivals(made.points, foretold.parameters, foretold.tokens, foretold.beyond)
         | {"without discrepancy": {"loss": foretold.loss, "interval": list(foretold.bare)}},
         "roll_outs": foretold.origins,
@@ -115,6 +76,25 @@ def predict(made: StudyFit, folder: Path, run: str) -> Card:
     return card
 
 
+def _branches(made: StudyFit, end: Foretold, target: TargetPoint, run: str) -> list[Foretold]:
+    """Each a run of the target's N that decays earlier."""
+    found = []
+    for tokens in target.branches:
+        if not 0 < tokens < end.tokens * (1 - SAME):  # a law of FLOPs alone knows no D: NaN
+            what = f"{tokens:g} tokens are no branch of a run of {end.tokens:g}"
+            raise UserError("target.branches", what, "give the tokens where shorter decays end")
+        point = made.foretold(TargetPoint(parameters=end.parameters, tokens=tokens))
+        assert point is not None  # both N and D are given
+        _refuse_known(made.known, run, end.parameters, tokens, made.job.size)
+        found.append(point)
+    return found
+
+
+def _band(point: Foretold) -> dict[str, Any]:
+    ends = {"interval_50": list(point.inner), "interval": list(point.outer)}
+    return {"tokens": point.tokens, "loss": point.loss, **ends}
+
+
 def _refuse_known(table: pd.DataFrame, run: str, n: float, d: float, size: str) -> None:
     what = "has a record already: what is known can't be foretold"
     if "name" in table and (table["name"] == run).any():
@@ -122,7 +102,7 @@ def _refuse_known(table: pd.DataFrame, run: str, n: float, d: float, size: str) 
     sizes = table.get("parameters", table.get(f"parameters_{size}"))
     if sizes is None or "tokens" not in table:
         return
-    near = (np.abs(np.log(sizes / n)) < _SAME) & (np.abs(np.log(table["tokens"] / d)) < _SAME)
+    near = (np.abs(np.log(sizes / n)) < SAME) & (np.abs(np.log(table["tokens"] / d)) < SAME)
     if near.any():
         what = f"a run of {n:.4g} parameters on {d:.4g} tokens {what}"
         raise UserError("target", what, "choose a run that nobody has made")

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from slurm.queue import Job
 from slurm.submission import in_queue, newest
+from trainer.band import band_of, told
 from trainer.cli import overrides_of
 from trainer.compose import compose
 from trainer.duration import Duration
@@ -23,7 +24,7 @@ from trainer.errors import DONE, INTERRUPTED, USER, UserError
 from trainer.goodput import Launch
 from trainer.jobs import StatusJob
 from trainer.overview import show_runs, state_of, table
-from trainer.run import Attempt, Run
+from trainer.run import Attempt, Run, read_rows
 from trainer.status import Status, ago, runs_under
 from trainer.stragglers import ALONE
 
@@ -84,6 +85,8 @@ def _show_run(s: Status, console: Console, job: Job | None) -> None:
             f"Validation at step {last['step']:,}: {last['bits_per_byte']:.4f} bits per byte, loss "
             f"{last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,} windows"
         )
+    if line := _forecast(s):
+        console.print(escape(line), soft_wrap=True)
     if job is not None:
         _show_job(job, console)
     _show_checkpoints(s, console)
@@ -96,6 +99,24 @@ def _show_run(s: Status, console: Console, job: Job | None) -> None:
             "Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()),
             soft_wrap=True,
         )
+
+
+def _forecast(s: Status) -> str | None:
+    """How the run came out by its card, once it has ended; until then, what is due."""
+    events = (row for a in s.attempts for row in read_rows(a.events.path))
+    rows = [row for row in events if row["kind"] == "forecast"]
+    total, scored = s.job.total_steps, s.validation
+    if rows and (rows[-1]["step"] == total or s.job.forecast is None):
+        return told(rows[-1])
+    try:
+        band = band_of(s.job)
+    except UserError as e:  # the run goes on without it
+        return f"The forecast can't be read: {e}"
+    if band is None:
+        return None
+    if scored is not None and scored["step"] == total:
+        return told(band.judge(scored["loss"]))
+    return band.due(s.job)
 
 
 def _show_job(job: Job, console: Console) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from trainer.compose import compose
+from trainer.config_study import TargetPoint
 from trainer.errors import UserError
 from trainer.scaling.forecast import GENESIS, cards, predict, score
 from trainer.scaling.laws import CHINCHILLA
@@ -37,13 +40,23 @@ def study(*words, rows=None):
     return StudyFit(table() if rows is None else rows, job, "x")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Two cards, of runs that nobody has made."""
-    path = tmp_path / "forecasts"
+@pytest.fixture(scope="module")
+def made():
+    return study()
+
+
+@pytest.fixture(scope="module")
+def written(made, tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "forecasts"
     for name, c in (("big", 3e21), ("bigger", 1e22)):
-        predict(study(f"target.flops={c}"), path, name)
+        predict(made, path, name, TargetPoint(flops=c))
     return path
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """Two cards, of runs that nobody has made."""
+    return Path(shutil.copytree(written, tmp_path / "forecasts"))
 
 
 def test_a_card_says_what_was_foretold_by_what_and_when(folder):
@@ -89,18 +102,48 @@ def test_a_card_that_was_made_anew_with_its_hash_breaks_the_next_one(folder):
         cards(folder)
 
 
-def test_what_is_known_is_not_foretold(folder):
+def test_what_is_known_is_not_foretold(made, folder):
     with pytest.raises(UserError, match="cell-3: has a record already"):
-        predict(study("target.flops=3e21"), folder, "cell-3")
-    rows = table()
-    near = f"target.parameters={rows.parameters[7]}", f"target.tokens={rows.tokens[7]}"
+        predict(made, folder, "cell-3", TargetPoint(flops=3e21))
+    n, d = (float(table()[name][7]) for name in ("parameters", "tokens"))
     with pytest.raises(UserError, match="what is known can't be foretold"):
-        predict(study(*near), folder, "another")
+        predict(made, folder, "another", TargetPoint(parameters=n, tokens=d))
     with pytest.raises(UserError, match="big: has a card already"):
-        predict(study("target.flops=5e21"), folder, "big")
+        predict(made, folder, "big", TargetPoint(flops=5e21))
     with pytest.raises(UserError, match="target: is not given"):
-        predict(study(), folder, "other")
+        predict(made, folder, "other")
     assert len(cards(folder)) == 2
+
+
+def test_a_card_has_a_band_for_its_end_and_for_each_branch(made, tmp_path):
+    aim = TargetPoint(parameters=1.5e9, tokens=4e11, branches=[1e11, 2e11])
+    facts = predict(made, tmp_path, "big", aim).facts
+    whole, first, second = cards(tmp_path)[0].bands
+    assert (whole.tokens, first.tokens, second.tokens) == (4e11, 1e11, 2e11)
+    assert (whole.loss, *whole.outer) == (facts["loss"], *facts["interval"])
+    assert whole.loss < second.loss < first.loss
+    assert first.loss == pytest.approx(loss_of(1.5e9, 1e11), rel=0.02)
+    (alone,) = predict(made, tmp_path, "b", TargetPoint(parameters=1.5e9, tokens=1e11)).bands
+    assert (alone.loss, alone.outer, alone.inner) == (first.loss, first.outer, first.inner)
+
+
+def test_a_branch_is_shorter_than_its_run_and_not_known(made, tmp_path):
+    for tokens in (4e11, 3.99e11, 5e11, 0.0):
+        aim = TargetPoint(parameters=1.5e9, tokens=4e11, branches=[1e11, tokens])
+        with pytest.raises(UserError, match=r"target\.branches: .* no branch of a run of 4e\+11"):
+            predict(made, tmp_path, "big", aim)
+    n, d = (float(table().iloc[-1][name]) for name in ("parameters", "tokens"))
+    with pytest.raises(UserError, match="what is known can't be foretold"):
+        predict(made, tmp_path, "big", TargetPoint(parameters=n, tokens=3 * d, branches=[d]))
+    assert cards(tmp_path) == []
+
+
+def test_a_law_of_flops_alone_makes_cards_without_bands(tmp_path):
+    by_flops = study("form=frontier", rows=table().drop(columns="budget"))
+    with pytest.raises(UserError, match="no branch of a run of nan"):
+        predict(by_flops, tmp_path, "big", TargetPoint(flops=3e21, branches=[1e11]))
+    card = predict(by_flops, tmp_path, "big", TargetPoint(flops=3e21))
+    assert (card.facts["bands"], cards(tmp_path)[0].bands) == ([], [])
 
 
 def test_a_score_counts_what_came_out_and_what_never_did(folder):
