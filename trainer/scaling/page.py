@@ -13,6 +13,7 @@ from rich.table import Table
 from trainer.overview import table
 from trainer.scaling.forecast import Card, Score
 from trainer.scaling.study_fit import StudyFit
+from trainer.scaling.weights import effective
 
 
 def show(made: StudyFit, console: Console, where: str) -> None:
@@ -33,6 +34,15 @@ def show(made: StudyFit, console: Console, where: str) -> None:
         f"{made.replicates.uncertified} of {job.bootstraps} resampled fits uncertified",
         soft_wrap=True,
     )
+    if made.weights is not None:
+        w, noise = made.weights, made.noise
+        known = f"from {noise.freedom} repeats" if noise.freedom else "assumed"
+        console.print(
+            f"Weights by {job.weights}: the heaviest run counts {w.max() / w.min():.3g} times the "
+            f"lightest, all as many as {effective(w):.1f} alike; noise of a run {noise.at:.2%}, "
+            f"{known}",
+            soft_wrap=True,
+        )
     if made.allocation is not None:
         a, (low, high) = made.allocation
         console.print(f"N* grows as C^{a:.4f} ({low:.4f} to {high:.4f})")
@@ -48,6 +58,7 @@ def show(made: StudyFit, console: Console, where: str) -> None:
             f"{f.bare[0]:.4f} to {f.bare[1]:.4f})",
             soft_wrap=True,
         )
+    _show_sensitivity(made, console)
     console.print("\nRuns that move the law most: " + ", ".join(n for n, _ in made.influence()))
     for note in [*made.notes, *made.disagreements()]:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
@@ -117,6 +128,27 @@ def _parameters(made: StudyFit) -> Table:
         cells = (value, errors[symbol], low[i], high[i])
         found.add_row(symbol, *(f"{x:.5g}" for x in cells), *others)
     return found
+
+
+def _show_sensitivity(made: StudyFit, console: Console) -> None:
+    """How much of the law is a matter of counting."""
+    rows = made.sensitivity
+    if rows is None:
+        return
+    console.print()
+    if len(rows) == 1:
+        console.print("N and C are counted in one way here: there is no other to compare it with.")
+        return
+    level, exponents = f"{made.job.level:.0%}", made.form.exponents
+    names = ["N counts", "C counts", "C ~ N^p D, p", "N* ~ C^a, a", f"{level} low", "high"]
+    found = table(*names, *exponents, "target's loss", left=("N counts", "C counts"))
+    for row in rows:
+        a = ["-"] * 3 if row.interval is None else [f"{row.allocation:.4f}"]
+        a += [] if row.interval is None else [f"{x:.4f}" for x in row.interval]
+        cells = [f"{row.values[s]:.4g}" for s in exponents]
+        loss = "-" if row.loss is None else f"{row.loss:.4f}"
+        found.add_row(escape(row.size), escape(row.cost), f"{row.per:.3f}", *a, *cells, loss)
+    console.print(found)
 
 
 def _show_isoflop(made: StudyFit, console: Console) -> None:

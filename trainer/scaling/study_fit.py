@@ -3,6 +3,7 @@
     table -> points -> fit, with its certificate -> the same by other objectives
                     -> replicates -> intervals of parameters, of N* and D*, of a target's loss
                     -> the isoFLOP parabolas, where runs share budgets
+                    -> the same under every convention of N and C, where that is asked
 
 Invariant: whatever makes the answer doubtful (no certificate, an edge, another basin, objectives
 that disagree, a target far beyond the runs) is a note of it, in words.
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from trainer.config_study import StudyJob
+from trainer.config_study import StudyJob, TargetPoint
 from trainer.errors import UserError
 from trainer.scaling import bootstrap, laws
 from trainer.scaling.fit import Fit, fit
@@ -26,6 +27,8 @@ from trainer.scaling.objective import Objective
 from trainer.scaling.points import Array, Points
 from trainer.scaling.records import points
 from trainer.scaling.rollouts import Discrepancy, RollOut, Sure, roll_outs, spent, sure_of
+from trainer.scaling.sensitivity import Row, sensitivity
+from trainer.scaling.weights import RunNoise, noise_of_repeats, weigh
 
 FORMS: Mapping[str, Form] = {
     "chinchilla": laws.CHINCHILLA,
@@ -37,6 +40,7 @@ FORMS: Mapping[str, Form] = {
 }
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
 _FAR = 30.0  # times the greatest compute of the runs: beyond that nothing is said
+_FEWEST = 3  # runs of a budget that a law is fitted to, however far apart
 _PER = 6.0  # FLOPs a parameter and token, of C = 6 N D
 
 
@@ -57,19 +61,24 @@ class Foretold:
 
 
 class StudyFit:
-    """Of a table of records. Raises UserError where the runs can't tell the law."""
+    """Of a table of records; where it says which are `fitted`, of those. known: all of them. Raises
+    UserError where the runs can't tell the law."""
 
     def __init__(self, table: pd.DataFrame, job: StudyJob, where: str):
-        self.job, self.notes = job, list[str]()
+        self.job, self.notes, self.known = job, list[str](), table
         self.table = self._kept(table)
         self.every = self._points(where)
         self.near = self._near()
         self.points = self.every.take(self.near)
         self.form = FORMS[job.form]
-        self.fit: Fit = fit(self.form, self.points, Objective(job.delta))
+        self.goal = Objective(np.inf if job.delta is None else job.delta)
+        self.noise: RunNoise = noise_of_repeats(self.table, self.every)
+        self.weights = self._weighed(self.points)
+        self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
         self._doubt()
 
     def _kept(self, table: pd.DataFrame) -> pd.DataFrame:
+        table = table[table["fitted"]] if "fitted" in table else table
         bad = table[~(table["loss"] < np.inf)]  # NaN too
         if len(bad):
             self.notes.append(f"{len(bad)} runs whose loss is no number are left out (diverged).")
@@ -85,7 +94,8 @@ class StudyFit:
         counted = {"parameters", f"parameters_{self.job.size}"} & set(table.columns)
         if "tokens" not in table and "flops" in table and counted:
             self.notes.append("The table has no tokens: D is taken as C / 6N.")
-            table = table.assign(tokens=table["flops"] / _PER / table["parameters"])
+            sizes = table.get("parameters", table.get(f"parameters_{self.job.size}"))
+            table = table.assign(tokens=table["flops"] / _PER / sizes)
         return points(table, self.job.size, self.job.cost, where)
 
     def _near(self) -> Array:
@@ -95,7 +105,8 @@ class StudyFit:
         if near is None or "budget" not in table:
             return np.ones(len(table), dtype=bool)
         least = table.groupby("budget")["loss"].transform("min")
-        kept = (table["loss"] <= least * (1 + near)).to_numpy()
+        order = table.groupby("budget")["loss"].rank(method="first")
+        kept = ((table["loss"] <= least * (1 + near)) | (order <= _FEWEST)).to_numpy()
         if not kept.all():
             what = f"within {near:.0%} of the least loss of their budget"
             self.notes.append(f"The law is fitted to the {kept.sum()} of {len(kept)} runs {what}.")
@@ -107,8 +118,7 @@ class StudyFit:
         if "budget" not in self.table:
             return []
         budgets = self.table["budget"].to_numpy()[self.near]
-        goal = Objective(self.job.delta)
-        return roll_outs(self.form, self.points, budgets, goal, self.job.level)
+        return roll_outs(self.form, self.points, budgets, self.goal, self.job.level)
 
     @cached_property
     def discrepancy(self) -> Discrepancy:
@@ -117,6 +127,11 @@ class StudyFit:
     def _doubt(self) -> None:
         certificate = self.fit.certificate
         self.notes += [f"The fit is not certified: {p}." for p in certificate.problems]
+        if self.job.weights in ("noise", "both") and not self.noise.freedom:
+            what = "No two runs share N, D and recipe with other seeds"
+            self.notes.append(f"{what}: the noise is taken as {self.noise.at:.1%} for all.")
+        if self.job.weights != "none" and "budget" in self.table:
+            self.notes.append("Roll-outs are of the law without weights.")
         self.notes += [
             f"{edge} of its range: these runs don't tell it." for edge in certificate.edges
         ]
@@ -127,24 +142,29 @@ class StudyFit:
 
     @cached_property
     def replicates(self) -> bootstrap.Replicates:
+        return self.resample(self.fit, self.job.bootstraps)
+
+    def resample(self, made: Fit, count: int) -> bootstrap.Replicates:
+        """Of a fit of these runs, in the way that is asked for."""
         job, trunks = self.job, self.table[self.near].get("trunk")
         if job.resample == "residuals":
-            return bootstrap.residuals(self.fit, job.bootstraps, job.seed)
+            return bootstrap.residuals(made, count, job.seed)
         if job.resample == "clusters" and trunks is not None and trunks.nunique() > 1:
-            return bootstrap.clusters(self.fit, trunks.to_numpy(), job.bootstraps, job.seed)
-        return bootstrap.pairs(self.fit, job.bootstraps, job.seed)
+            return bootstrap.clusters(made, trunks.to_numpy(), count, job.seed)
+        return bootstrap.pairs(made, count, job.seed)
 
     @cached_property
     def others(self) -> dict[str, Fit]:
         """The same law by other objectives, and fitted to all runs."""
 
         def by(delta: float) -> Fit:
-            own = delta == self.job.delta
-            return self.fit if own else fit(self.form, self.points, Objective(delta))
+            own = delta == self.goal.delta
+            return self.fit if own else fit(self.form, self.points, Objective(delta), self.weights)
 
         found = {name: by(delta) for name, delta in _OTHERS.items()}
         if not self.near.all():
-            found["all runs"] = fit(self.form, self.every, Objective(self.job.delta))
+            weights = self._weighed(self.every)
+            found["all runs"] = fit(self.form, self.every, self.goal, weights)
         return found
 
     def disagreements(self) -> list[str]:
@@ -186,13 +206,13 @@ class StudyFit:
         """The law with all that is known of how far it may be off."""
         return sure_of(self.fit, self.replicates, self.discrepancy)
 
-    def foretold(self) -> Foretold | None:
-        """The loss of the target. Raises UserError for one that is too far, or that the law doesn't
-        know."""
-        target = self.job.target
+    def foretold(self, target: TargetPoint | None = None) -> Foretold | None:
+        """The loss of the target, or of another. Raises UserError for one that is too far, or that
+        the law doesn't know."""
+        target = target or self.job.target
         if not target.is_given:
             return None
-        columns, parameters, tokens, flops = self._target()
+        columns, parameters, tokens, flops = self.run_of(target)
         beyond = flops / float(spent(self.points).max())
         if beyond > _FAR:
             what = f"is {beyond:.0f} times beyond the largest run"
@@ -213,9 +233,8 @@ class StudyFit:
         ends = (within(0.5), within(self.job.level), (float(bare[0]), float(bare[1])))
         return Foretold(parameters, tokens, value, *ends, beyond, self.discrepancy.origins)
 
-    def _target(self) -> tuple[dict[str, float], float, float, float]:
+    def run_of(self, t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
         """The columns that the law reads, and N, D and C."""
-        t = self.job.target
         n, d, c = t.parameters, t.tokens, t.flops
         if self.form.columns == ("flops",):
             if c is None:
@@ -237,6 +256,24 @@ class StudyFit:
         if "unique_tokens" in self.form.columns:
             columns["unique_tokens"] = d
         return columns, n, d, c or self.per_token() * n * d
+
+    def _weighed(self, points: Points) -> Array | None:
+        """(n,), or None: all alike."""
+        kind, t = self.job.weights, self.job.target
+        if kind == "none":
+            return None
+        c = None
+        if kind != "noise":
+            c = t.flops or self.per_token() * (t.parameters or 0.0) * (t.tokens or 0.0)
+            if not c:
+                todo = "write target.flops=, or target.parameters= and target.tokens="
+                raise UserError("weights", f"{kind} asks for the target's compute", todo)
+        return weigh(spent(points), None if kind == "distance" else self.noise, c)
+
+    @cached_property
+    def sensitivity(self) -> list[Row] | None:
+        """Where it is asked for."""
+        return sensitivity(self) if self.job.sensitivity else None
 
     def per_token(self) -> float:
         """FLOPs a parameter and token of these runs: 6 but for attention."""
@@ -269,6 +306,8 @@ class StudyFit:
         return {
             "runs": len(self.points),
             "convention": self.points.convention,
+            "weights": None if self.weights is None else self.weights.tolist(),
+            "noise": vars(self.noise),
             "form": self.form.name,
             "source": self.form.source,
             "objective": self.fit.value,
@@ -291,6 +330,9 @@ class StudyFit:
                 self.allocation[0], *map(float, self.allocation[1])
             ],
             "foretold": vars(foretold) if foretold else None,
+            "sensitivity": None if self.sensitivity is None else [
+                vars(row) for row in self.sensitivity
+            ],
             "discrepancy_a_decade": self.discrepancy.a_decade,
             "roll_outs": [
                 {
