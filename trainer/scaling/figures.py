@@ -23,7 +23,6 @@ from trainer.scaling.rollouts import spent
 from trainer.scaling.strokes import axes, logarithmic, wrapped
 from trainer.scaling.study_fit import Foretold, StudyFit
 
-_DARK, _LIGHT = 0.0, 0.86  # of the colour scale; lighter is not seen on white
 _GRID, _FINE = 61, 72
 _AHEAD = 10.0  # times the dearest run: so far the law is drawn where no target is further
 _UNREPEATED = 1e30  # unique tokens: as many as are ever read
@@ -55,10 +54,7 @@ class Figures:
         """The colour of each budget."""
         if "budget" not in self.made.table:
             return {}
-        distinct = np.unique(self.made.table["budget"].to_numpy(dtype=float))
-        places = np.linspace(_LIGHT, _DARK, len(distinct)) if len(distinct) > 1 else [_DARK]
-        colours = sample_colorscale("Viridis", list(places))
-        return dict(zip(map(float, distinct), colours, strict=True))
+        return strokes.shades(self.made.table["budget"].to_numpy())
 
     @cached_property
     def _colours(self) -> Array:

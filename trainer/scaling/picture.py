@@ -6,125 +6,95 @@ Invariant: the same study by the same versions makes the same bytes; every numbe
 there in full (<data value=>); a section without data says why; nothing is loaded from elsewhere.
 """
 
-import platform
-import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from trainer.durable import hash_file, write_file
-from trainer.scaling.figures import Figures, Picture
+from trainer.durable import write_file
+from trainer.scaling import strokes, study_sections
+from trainer.scaling.evidence import Evidence
+from trainer.scaling.figures import Figures
+from trainer.scaling.provenance import RECORDS, as_csv, counted, provenance
+from trainer.scaling.sections import Cell, Section, flops_key, number, percent, span
 from trainer.scaling.study_fit import Foretold, StudyFit
 
-_PACKAGES = ("forescale", "numpy", "scipy", "pandas", "plotly")
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
-Cell = Markup | str
+
+def write(made: StudyFit | str, seen: Evidence, path: Path, where: str, command: Sequence[str]):
+    """Write the report, each file whole or not at all: the page, and in the folder `beside` it the
+    main pictures for papers and the records. For the rest see `page`."""
+    # Drawing for papers is slow to import, and only wanted here.
+    from trainer.scaling.paper import write_pictures
+
+    sections = _sections(made, seen, where, command)
+    folder = beside(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(path, _rendered(made, sections, where).encode())
+    write_file(folder / RECORDS, as_csv(seen.records))
+    write_pictures(sections, folder)
 
 
-@dataclass
-class Section:
-    """pictures: (name, picture or why there is none, caption); rows: of a table, the first its head
-    where `head` says so; after: sentences; absent: why there is nothing."""
-
-    name: str
-    title: str
-    pictures: list[tuple[str, Picture, str]] = field(default_factory=list)
-    rows: list[list[Cell]] = field(default_factory=list)
-    head: bool = False
-    keyed: bool = False  # shows which colour is which budget
-    after: list[Cell] = field(default_factory=list)
-    absent: str = ""
-
-    def drawn(self) -> Iterator[tuple[Markup, str]]:
-        """Each picture as HTML, or the sentence in its place, and its caption."""
-        for name, picture, caption in self.pictures:
-            if isinstance(picture, str):
-                yield Markup('<p class="absent">Not drawn: {}</p>').format(picture), ""
-            else:
-                yield _html(name, picture), caption
+def beside(path: Path) -> Path:
+    """The folder of what belongs to a report: report-files/ of report.html."""
+    return path.with_name(f"{path.stem}-files")
 
 
-def write(made: StudyFit, path: Path, where: str, command: Sequence[str]) -> None:
-    """Write the report, whole or not at all. where: the file, or what the runs are called;
-    command: the words that made it."""
-    write_file(path, page(made, where, command).encode())
+def page(made: StudyFit | str, seen: Evidence, where: str, command: Sequence[str]) -> str:
+    """The report as text. made: the fit, or why there is none yet; where: the file, or what the
+    runs are called; command: the words that made it."""
+    return _rendered(made, _sections(made, seen, where, command), where)
 
 
-def page(made: StudyFit, where: str, command: Sequence[str]) -> str:
-    """The report as text."""
-    figures = Figures(made, *_counted(made))
+def _rendered(made: StudyFit | str, sections: Sequence[Section], where: str) -> str:
     room = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    shades = figures.shades.items()
     return room.from_string(_TEMPLATE.read_text()).render(
         title=Path(where).name if Path(where).is_file() else where,
-        source=made.form.source,
-        lead=_lead(made),
-        budgets=[(_number(budget, 3), colour) for budget, colour in shades],
-        sections=[
-            _foretold(made, figures),
-            _notes(made),
-            *_pictures(made, figures),
-            _parameters(made),
-            _certificate(made),
-            _roll_outs(made),
-            _influence(made),
-            _provenance(made, figures, where, command),
-        ],
+        source="" if isinstance(made, str) else made.form.source,
+        lead=[] if isinstance(made, str) else _lead(made),
+        sections=sections,
         plotly=Markup(get_plotlyjs()),
     )
 
 
-def _counted(made: StudyFit) -> tuple[str, str, str]:
-    """How N and C and the loss are counted. A table's own columns are what its makers counted."""
-    table, p = made.table, made.every
-    size = "as the table counts" if "parameters" in table else made.job.size.replace("_", " ")
-    cost = "as the table counts" if "flops" in table else made.job.cost
-    unit = "nats a token" if "validation" in table else "the table's unit"
-    return size, "6 N D" if p.flops is None else cost, unit
-
-
-def _html(name: str, picture: Picture) -> Markup:
-    save = {"format": "svg", "filename": name}
-    config = {"displaylogo": False, "responsive": True, "toImageButtonOptions": save}
-    made = to_html(picture, config, include_plotlyjs=False, full_html=False, div_id=name)
-    return Markup(made)
-
-
-def _number(value: float, digits: int = 5) -> Markup:
-    """Rounded for the eye, whole for programs."""
-    text = f"{value:.{digits}g}"
-    if "e" in text:
-        mantissa, power = text.split("e")
-        text = f"{mantissa}×10<sup>{int(power)}</sup>"
-    shown = Markup(text.replace("-", "−"))
-    return Markup('<data value="{}">{}</data>').format(repr(float(value)), shown)
-
-
-def _range(ends: Iterable[float], digits: int = 5) -> Markup:
-    return Markup("{} to {}").format(*(_number(x, digits) for x in ends))
-
-
-def _percent(value: float, digits: int = 2, sign: str = "") -> Markup:
-    return Markup('<data value="{}">{}</data>').format(
-        repr(float(value)), f"{value:{sign}.{digits}%}".replace("-", "−")
-    )
+def _sections(
+    made: StudyFit | str, seen: Evidence, where: str, command: Sequence[str]
+) -> list[Section]:
+    """In the order of the page: the law's pictures, the study's, the law's tables, provenance."""
+    origin = provenance(made, seen, where, command)
+    if isinstance(made, str):
+        shades = strokes.shades(seen.records["budget"].dropna()) if "budget" in seen.records else {}
+        why = Section("foretold", "What is foretold", absent=f"There is no law yet: {made}")
+        return [why, *study_sections.sections(seen, shades), origin]
+    figures = Figures(made, *counted(made))
+    law = [
+        _foretold(made, figures),
+        _notes(made),
+        *_pictures(made, figures),
+        _parameters(made),
+        _certificate(made),
+        _roll_outs(made),
+        _influence(made),
+    ]
+    size, cost, unit = counted(made)
+    runs = f"{len(made.points)} of {len(made.every)} runs"
+    for section in law:
+        section.rests = f"From {runs}; N {size}, C {cost}, loss in {unit}."
+    first = next(i for i, section in enumerate(law) if section.name == "parameters")
+    return [*law[:first], *study_sections.sections(seen, figures.shades), *law[first:], origin]
 
 
 def _lead(made: StudyFit) -> list[Cell]:
     p = made.points
     given = (("N", p.parameters), ("D", p.tokens), ("C", p.flops), ("loss", p.loss))
     ranges = [
-        Markup("{} {}").format(name, _range((x.min(), x.max()), 4))
+        Markup("{} {}").format(name, span((x.min(), x.max()), 4))
         for name, x in given
         if x is not None
     ]
@@ -142,13 +112,13 @@ def _foretold(made: StudyFit, figures: Figures) -> Section:
         section.absent = f or "No target is given (target.flops, target.parameters, target.tokens)."
         return section
     section.rows = [
-        ["Loss", _number(f.loss)],
-        ["Interval of 50%", _range(f.inner)],
-        [f"Interval of {level}", _range(f.outer)],
-        [f"{level} of resampling alone", _range(f.bare)],
-        ["N, parameters", _number(f.parameters)],
-        ["D, tokens", _number(f.tokens)],
-        ["Compute over the dearest run's", _number(f.beyond, 4)],
+        ["Loss", number(f.loss)],
+        ["Interval of 50%", span(f.inner)],
+        [f"Interval of {level}", span(f.outer)],
+        [f"{level} of resampling alone", span(f.bare)],
+        ["N, parameters", number(f.parameters)],
+        ["D, tokens", number(f.tokens)],
+        ["Compute over the dearest run's", number(f.beyond, 4)],
     ]
     if not np.isfinite(f.parameters):
         section.rows = [r for r in section.rows if r[0] not in ("N, parameters", "D, tokens")]
@@ -158,7 +128,7 @@ def _foretold(made: StudyFit, figures: Figures) -> Section:
             "The intervals are of a run to come: noise of the fit, noise of a run, and {} of loss "
             "a decade of compute beyond the runs, which rests on {}. Resampling alone knows of the "
             "first only."
-        ).format(_percent(made.discrepancy.a_decade), rests)
+        ).format(percent(made.discrepancy.a_decade), rests)
     ]
     return section
 
@@ -170,7 +140,7 @@ def _notes(made: StudyFit) -> Section:
 
 
 def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
-    level = f"{made.job.level:.0%}"
+    level, key = f"{made.job.level:.0%}", flops_key(figures.shades)
     return [
         Section("isoflop", "Loss over size, budget by budget", [
             ("isoflop-curves", figures.isoflop(),
@@ -178,7 +148,7 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
              "runs, the diamond its lowest point: the best size for so much compute. Hollow: a "
              "budget whose parabola was refused, or a run that the law is not fitted to (the "
              "parabola is); point at one for the reason."),
-        ], after=_isoflop_numbers(made), keyed=True),
+        ], after=_isoflop_numbers(made), key=key),
         Section("optimum", "The best size and the best data for a budget", [
             ("best-parameters", figures.optimum("parameters"), ""),
             ("best-tokens", figures.optimum("tokens"),
@@ -193,27 +163,27 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
              f"for noise runs lie on it or above. Grey: its {level} band by the resampled fits. "
              f"Orange, beyond the dearest run: 50% and {level} intervals of a run to come. "
              f"Star: the target, with its {level} interval. Hollow runs are not fitted to."),
-        ], keyed=True),
+        ], key=key),
         Section("surface", "The law's surface", [
             ("contours", figures.contours(),
              "Along a grey contour the law says the same loss, which stands on it. Dots: the runs; "
              "dashed: the best N and D for each compute; star: the target. A star far from the "
              "dots is foretold from afar."),
-        ], keyed=True),
+        ], key=key),
         Section("residuals", "What the law leaves over", [
             ("residuals-by-compute", figures.residuals("flops"), ""),
             ("residuals-by-size", figures.residuals("parameters"),
              "Observed against the law, at each run. Scatter around zero is noise; a slope or a "
              "bow is something that the law doesn't know, and it grows beyond the runs. Hollow "
              "runs are not fitted to."),
-        ], keyed=True),
+        ], key=key),
         Section("fan", "How it met dearer runs", [
             ("roll-outs", figures.fan(),
              "The law was fitted to the cheaper budgets alone and asked for the dearer ones. Each "
              "dot is one run so foretold, coloured by the dearest budget that the law knew then; "
              "hollow: outside of the interval that was calibrated then. The fan is today's "
              f"interval (50% and {level}), which the target is given."),
-        ], keyed=True),
+        ], key=key),
     ]  # fmt: skip
 
 
@@ -226,13 +196,13 @@ def _isoflop_numbers(made: StudyFit) -> list[Cell]:
     found: list[Cell] = []
     for name, law in (("N*", iso.parameters), ("D*", iso.tokens)):
         ends = law.interval(made.job.level)[:, 1]
-        wide = Markup(" ({})").format(_range(ends, 4)) if np.isfinite(ends).all() else ""
+        wide = Markup(" ({})").format(span(ends, 4)) if np.isfinite(ends).all() else ""
         found.append(
             Markup("{} = {} C<sup>a</sup>, a = {}{}, through {} lowest points.").format(
-                name, _number(law.k, 4), _number(law.a, 4), wide, len(iso.vertices)
+                name, number(law.k, 4), number(law.a, 4), wide, len(iso.vertices)
             )
         )
-    refused = [Markup("Refused {} FLOPs: {}.").format(_number(r.budget, 3), r.why)
+    refused = [Markup("Refused {} FLOPs: {}.").format(number(r.budget, 3), r.why)
                for r in iso.refusals]  # fmt: skip
     return [*found, *refused]
 
@@ -243,7 +213,7 @@ def _allocation(made: StudyFit) -> list[Cell]:
     a, ends = made.allocation
     return [
         Markup("By the law N* grows as C<sup>a</sup>, a = {} ({}).").format(
-            _number(a, 4), _range(ends.tolist(), 4)
+            number(a, 4), span(ends.tolist(), 4)
         )
     ]
 
@@ -256,7 +226,7 @@ def _parameters(made: StudyFit) -> Section:
     for i, (symbol, value) in enumerate(made.fit.values.items()):
         others = [other.values[symbol] for other in made.others.values()]
         cells = (value, errors[symbol], low[i], high[i], *others)
-        rows.append([symbol, *(_number(x) for x in cells)])
+        rows.append([symbol, *(number(x) for x in cells)])
     told = "The last columns are the same law by other objectives, and fitted to all runs."
     return Section("parameters", "Parameters", rows=rows, head=True, after=[told])
 
@@ -266,9 +236,9 @@ def _certificate(made: StudyFit) -> Section:
     minima = f"{len(c.basins)} from {sum(b.starts for b in c.basins) + c.astray} starts"
     rows: list[list[Cell]] = [
         ["Verdict", "the optimum" if c.holds else "; ".join(c.problems)],
-        ["Objective", Markup("{} ({})").format(_number(fit.value, 10), str(fit.objective))],
-        ["Scaled gradient", _number(c.scaled_gradient, 2)],
-        ["Curvature", _number(c.curvature, 4)],
+        ["Objective", Markup("{} ({})").format(number(fit.value, 10), str(fit.objective))],
+        ["Scaled gradient", number(c.scaled_gradient, 2)],
+        ["Curvature", number(c.curvature, 4)],
         ["Minima", minima + (f", {c.astray} of them astray" if c.astray else "")],
         ["Parameters at an edge", "; ".join(c.edges) or "none"],
         ["Method", c.method],
@@ -293,48 +263,16 @@ def _roll_outs(made: StudyFit) -> Section:
     ]
     for r in made.roll_outs:
         section.rows.append([
-            str(r.budgets), str(r.runs), _range((r.factors.min(), r.factors.max()), 3),
-            _percent(float(np.sqrt(np.mean(r.errors**2)))),
-            _percent(float(np.mean(r.errors)), sign="+"),
-            _percent(r.bare.mean(), 0), _percent(r.calibrated.mean(), 0),
+            str(r.budgets), str(r.runs), span((r.factors.min(), r.factors.max()), 3),
+            percent(float(np.sqrt(np.mean(r.errors**2)))),
+            percent(float(np.mean(r.errors)), sign="+"),
+            percent(r.bare.mean(), 0), percent(r.calibrated.mean(), 0),
         ])  # fmt: skip
     return section
 
 
 def _influence(made: StudyFit) -> Section:
     rows: list[list[Cell]] = [["run", *made.form.symbols]]
-    rows += [[name, *(_number(moved[s], 3) for s in moved)] for name, moved in made.influence()]
+    rows += [[name, *(number(moved[s], 3) for s in moved)] for name, moved in made.influence()]
     told = "What leaving the run in adds to each parameter; the most telling first."
     return Section("influence", "Runs that move the law most", rows=rows, head=True, after=[told])
-
-
-def _provenance(made: StudyFit, figures: Figures, where: str, command: Sequence[str]) -> Section:
-    job, file = made.job, Path(where)
-    size, cost, unit = _counted(made)
-    chosen = [f"{k} = {v}" for k, v in job.rows.items()]
-    chosen += [f"{ours} is its {theirs!r}" for ours, theirs in job.columns.items()]
-    rows: list[list[Cell]] = [
-        ["Runs", where],
-        ["SHA-256", hash_file(file).sha256 if file.is_file() else "not one file"],
-        ["Chosen of it", "; ".join(chosen) or "all, by its own names"],
-        ["Fitted to", f"{len(made.points)} of {len(made.every)} runs"],
-        ["N", size],
-        ["C", cost],
-        ["Loss", unit],
-        ["Law", made.form.source],
-        ["Objective", str(made.fit.objective)],
-        ["Resampling", f"{job.bootstraps} fits, {job.resample} where it applies, seed {job.seed}"],
-        ["Versions", ", ".join(f"{name} {v}" for name, v in _versions().items())],
-        ["Command", Markup("<code>{}</code>").format(shlex.join(command))],
-    ]
-    return Section("provenance", "Where the numbers are from", rows=rows)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that isn't installed
-            found[package] = "unknown"
-    return found

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from trainer.scaling.points import Array
 
 INK, FAINT, TARGET, OTHER = "#1f2328", "#b4bac2", "#c2410c", "#216ea0"
 BAND, OTHER_BAND = "rgba(31,35,40,0.14)", "rgba(33,110,160,0.18)"
 WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
+_DARK, _LIGHT = 0.0, 0.86  # of the colour scale; lighter is not seen on white
 _DECADES = 2.0  # more of them on an axis: only whole powers have numbers
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _LINE = 34  # letters of what the pointer shows: it must fit a phone
@@ -50,6 +52,20 @@ def logarithmic(*values: Array | Sequence[float], power: bool = False) -> dict[s
     return form | ({"dtick": 1} | minor if many else {"dtick": "D2"})
 
 
+def ordinal(labels: Sequence[str], down: bool = False) -> dict[str, Any]:
+    """An axis of things in their order, at 0, 1, ...; down: the first on top."""
+    ends = (len(labels) - 0.4, -0.6) if down else (-0.6, len(labels) - 0.4)
+    ticks = {"tickvals": list(range(len(labels))), "ticktext": [escape(x) for x in labels]}
+    return {**ticks, "range": list(ends), "showgrid": False, "fixedrange": True}
+
+
+def shades(budgets: Array) -> dict[float, str]:
+    """The colour of each budget (FLOPs), the dearer the darker."""
+    distinct = np.unique(np.asarray(budgets, dtype=float))
+    places = np.linspace(_LIGHT, _DARK, len(distinct)) if len(distinct) > 1 else [_DARK]
+    return dict(zip(map(float, distinct), sample_colorscale("Viridis", list(places)), strict=True))
+
+
 def line(x: Array, y: Array, colour: str, dash: str = "solid", text: Sequence[str] = ()):
     """text: shown by the pointer; without, the line is silent."""
     style = {"color": colour, "width": 1.6, "dash": dash}
@@ -66,14 +82,32 @@ def band(x: Array, ends: Array, colour: str):
     )  # fmt: skip
 
 
-def dots(x: Array, y: Array, colours: Iterable[str], hollow: Array, text: Sequence[str]):
-    """Runs. hollow: (n,) of bool."""
+def segments(ends: Array, at: Sequence[float], colour: str, width: float):
+    """Level lines from ends[0] to ends[1], (2, n), at the heights `at`."""
+    gaps = np.full(len(at), np.nan)
+    x, y = np.stack((*ends, gaps), axis=1).ravel(), np.stack((at, at, gaps), axis=1).ravel()
+    style = {"color": colour, "width": width}
+    return go.Scatter(x=x, y=y, mode="lines", line=style, hoverinfo="skip")
+
+
+def dots(
+    x: Array, y: Array, colours: Iterable[str], hollow: Array, text: Sequence[str],
+    shape: str = "circle",
+):  # fmt: skip
+    """Runs. hollow: (n,) of bool; shape: a symbol of plotly's."""
     colours = list(colours)
     mark = {
-        "size": 7, "opacity": 0.9, "symbol": np.where(hollow, "circle-open", "circle").tolist(),
+        "size": 7, "opacity": 0.9, "symbol": np.where(hollow, f"{shape}-open", shape).tolist(),
         "color": colours, "line": {"width": 1.4, "color": colours},
     }  # fmt: skip
     return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
+
+
+def bars(lengths: Sequence[float], colour: str, text: Sequence[str]):
+    """Level ones, at 0, 1, ..."""
+    at = list(range(len(lengths)))
+    hidden = {"textposition": "none", "orientation": "h", "marker": {"color": colour}}
+    return go.Bar(x=list(lengths), y=at, hovertext=list(text), **hidden, hoverinfo="text")
 
 
 def marks(x: Sequence[float], y: Sequence[float], text: Sequence[str]):

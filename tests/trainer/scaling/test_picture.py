@@ -1,17 +1,23 @@
 """`study report`: the file has every section and number, and a real browser draws it offline."""
 
+import base64
+import io
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from html import unescape
 
 import numpy as np
 import pandas as pd
 import pytest
+import some_study
 
 from trainer.config_study import StudyJob, TargetPoint
+from trainer.scaling import picture
+from trainer.scaling.evidence import Evidence
 from trainer.scaling.laws import CHINCHILLA
-from trainer.scaling.picture import page, write
+from trainer.scaling.paper import FORMATS
 from trainer.scaling.study_fit import StudyFit
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
@@ -39,6 +45,11 @@ def surface(name: str = "run") -> pd.DataFrame:
 
 def study(table: pd.DataFrame, **told) -> StudyFit:
     return StudyFit(table, StudyJob(input=["x.csv"], bootstraps=100, **told), "x.csv")
+
+
+def page(made: StudyFit, where: str, command=COMMAND) -> str:
+    """Of runs that are nothing more."""
+    return picture.page(made, Evidence(made.table), where, command)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +150,7 @@ def test_a_target_too_far_is_told_of_in_its_place():
 def test_parabolas_that_say_nothing_are_told_of():
     """Each budget's runs lie to one side of its best."""
     table = surface()
-    table = table[table["parameters"] > 0.1 * table["flops"] ** 0.5]
+    table = table[(table["parameters"] > 0.1 * table["flops"] ** 0.5) & (table["flops"] < 5e19)]
     html = page(study(table, near=None), "runs", COMMAND)
     assert "budgets have a vertex" in section(html, "isoflop")
     assert 'id="isoflop-curves"' in html
@@ -155,10 +166,23 @@ def test_every_law_has_a_report(form):
     assert "nan" not in text(section(html, "foretold"))
 
 
-def test_writing_leaves_one_whole_file(made, html, tmp_path):
-    write(made, tmp_path / "report.html", f"runs {HOSTILE}", COMMAND)
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+def test_beside_the_page_are_its_main_pictures_and_the_records(made, html, tmp_path):
+    where = f"runs {HOSTILE}"
+    picture.write(made, Evidence(made.table), tmp_path / "report.html", where, COMMAND)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report-files", "report.html"]
     assert (tmp_path / "report.html").read_text() == html
+    names = [f"{name}.{form}" for name in ("envelope", "isoflop", "optimum") for form in FORMATS]
+    assert sorted(p.name for p in (tmp_path / "report-files").iterdir()) == sorted(
+        [*names, "records.csv"]
+    )
+    kept = pd.read_csv(tmp_path / "report-files" / "records.csv")
+    assert kept["loss"].tolist() == made.table["loss"].tolist()
+
+
+def test_the_records_are_in_the_page(made, html):
+    link = re.search(r'<a download="records.csv" href="data:text/csv;base64,([^"]*)"', html)
+    kept = pd.read_csv(io.BytesIO(base64.b64decode(link[1])))
+    pd.testing.assert_frame_equal(kept, made.table, check_exact=True)
 
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -187,6 +211,33 @@ def browser():
 
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_draws_it_offline(browser, made, html, tmp_path, width):
+    with opened(browser, html, tmp_path, width, PICTURES) as tab:
+        stars = tab.evaluate(
+            "document.getElementById('loss-by-compute')._fullData"
+            ".filter(t => t.marker?.symbol === 'star').map(t => t.y[0])"
+        )
+        assert stars == [made.foretold().loss]
+        _point_at_a_refused_run(tab)
+
+
+def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
+    seen = some_study.known(tmp_path / "forecasts", "s")
+    made = StudyFit(seen.fitted, some_study.job(), "x")
+    html = picture.page(made, seen, "cells", COMMAND)
+    drawn = tuple(re.findall(r'<div id="([^"]*)" class="plotly-graph-div"', html))
+    assert set(drawn) >= {"forecast-cards", "basin-rate", "basin-batch", "repeats", "goodput"}
+    with opened(browser, html, tmp_path, 360, drawn) as tab:
+        with tab.expect_download() as saving:
+            tab.locator("a[download]").click()
+        assert saving.value.suggested_filename == "records.csv"
+        saved = pd.read_csv(saving.value.path())
+        assert saved["loss"].tolist() == seen.records["loss"].tolist()
+
+
+@contextmanager
+def opened(browser, html, tmp_path, width, pictures):
+    """The page, drawn, of that width; that nothing overflows, fails or is asked of a network, then
+    and until the end."""
     path = tmp_path / "report.html"
     path.write_text(html)
     context = browser.new_context(viewport={"width": width, "height": 740}, offline=True)
@@ -197,21 +248,16 @@ def test_a_browser_draws_it_offline(browser, made, html, tmp_path, width):
     tab.on("dialog", lambda dialog: (said.append("a name ran"), dialog.dismiss()))
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(path.as_uri())
-    tab.locator(f"#{PICTURES[-1]} .hoverlayer").first.wait_for(state="attached")
+    tab.locator(f"#{pictures[-1]} .hoverlayer").first.wait_for(state="attached")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    for name in PICTURES:
+    for name in pictures:
         box = tab.locator(f"#{name} .main-svg").first.bounding_box()
         assert box["x"] >= 0
         assert 300 < box["width"] <= width - box["x"]
         assert tab.evaluate(f"document.getElementById('{name}')._fullData.length") > 0
-    stars = tab.evaluate(
-        "document.getElementById('loss-by-compute')._fullData"
-        ".filter(t => t.marker?.symbol === 'star').map(t => t.y[0])"
-    )
-    assert stars == [made.foretold().loss]
-    _point_at_a_refused_run(tab)
+    yield tab
     assert said == []
-    assert asked == [path.as_uri()]
+    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
     context.close()
 
 
