@@ -148,13 +148,13 @@ def start_ranks(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_prepare_rank,
+            preexec_fn=die_with_parent,
         )
         if log:
             log.close()
         return made
 
-    with _heard(pass_on):
+    with heard(pass_on):
         # A signal waits until every rank is there to get it.
         signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)
         try:
@@ -178,7 +178,8 @@ def start_ranks(
 
 
 @contextmanager
-def _heard(handler: Callable) -> Iterator[None]:
+def heard(handler: Callable) -> Iterator[None]:
+    """Wishes go to `handler` meanwhile; afterwards they mean what they did before."""
     previous = {number: signal.signal(number, handler) for number in WISHES}
     try:
         yield
@@ -231,7 +232,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _prepare_rank() -> None:
+def die_with_parent() -> None:
     """In the new process: on Linux the kernel kills it when its parent dies, however that was.
 
     Wishes stay blocked, and so wait, until the rank listens; `hear_wishes` lets them in.

@@ -1,94 +1,37 @@
-"""What a study will run and what that costs, before anything is spent.
+"""What a study will run and what that costs, before anything is spent; and what its results make
+of the rest.
 
     isoFLOP grid   budgets x sizes around the N that is thought best; a stage a budget: the first is
                    exact, a later one an envelope of costs until the former's optimum is known
     ladder         sizes x multiples of 20 tokens a parameter; of a size all D share one trunk
     list           whatever (N, D) are given
 
-Invariant: a plan's highest cost is within its cap, or there is no plan. What a cell says is all
-that its run needs: config keys, and the cells that must end before (for a learning rate, a trunk).
+Invariant: a plan's highest cost is within its cap, or there is no plan.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import geometric_mean
-from typing import Any, Literal
+from typing import Literal
 
 from trainer.errors import UserError
-from trainer.scaling.shapes import RATIO, Common, Shape, best_rates, between, overrides
+from trainer.scaling.cells import FACTOR, Cell, again, crossed, make_cell, share_trunks, wider
+from trainer.scaling.shapes import RATIO, SEEDS, Common, Rule
+from trainer.scaling.tuning import Tuned, best_rates, between
 
-SEEDS = (5, 3)  # at the cheapest cell, and near the top
-FACTOR = 2.0  # between the three learning rates of a cross, and the batches of a check
 _BUDGETS, _SIZES = 3, 3  # fewer tell no law, and no parabola
+_CROSS, _WIDER = 3, 2  # learning rates of a cross, and more where the best is at an edge
 _DRIFT = 2.0  # so far the best N may turn out off where it was thought, for the envelope
-# Habits: least steps, least warm-up, its greatest share; how far whole steps may take D off.
-_STEPS, _WARMUP, _LONG, _ROUNDED = 500, 20, 0.1, 0.02
-_SEED = "train.seed sets weights, order and dropout together: their noise can't be told apart"
 Kind = Literal["isoflop", "ladder", "list"]
-Role = Literal["grid", "rate", "batch", "seed"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A run to be. tokens = steps x batch; batch in windows; flops: of the whole run by every
-    convention; cost: FLOPs that it adds, a branch its decay alone; seconds: of one device, if its
-    rate is known; trunk, trunk_step: the run that it branches off; awaits: the cells whose losses
-    tell its learning rate (until then that of the rule)."""
-
-    name: str
-    stage: int
-    role: Role
-    budget: float | None
-    shape: Shape
-    tokens: int
-    steps: int
-    global_batch: int
-    sequence_length: int
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    seed: int
-    flops: dict[str, float]
-    cost: float
-    seconds: float | None
-    flags: tuple[str, ...] = ()
-    awaits: tuple[str, ...] = ()
-    trunk: str | None = None
-    trunk_step: int | None = None
-    seed_key: str = "train.seed"
-
-    @property
-    def trajectory(self) -> tuple[Any, ...]:
-        """What two runs must share to be one until the first decays."""
-        recipe = (self.learning_rate, self.global_batch, self.warmup_steps, self.seed, self.awaits)
-        return (*overrides(self.shape.model).items(), *recipe)
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """The config keys of its run."""
-        return {
-            "run.name": self.name,
-            **overrides(self.shape.model),
-            "train.steps": self.steps,
-            "train.tokens": None,
-            "train.global_batch": self.global_batch,
-            "train.sequence_length": self.sequence_length,
-            self.seed_key: self.seed,
-            "optimizer.learning_rate": self.learning_rate,
-            "schedule.kind": "wsd",
-            "schedule.warmup": f"{self.warmup_steps} steps",
-            "schedule.decay": f"{self.decay_steps} steps",
-            **({"run.from.run": self.trunk} if self.trunk else {}),
-            **({"run.from.step": self.trunk_step} if self.trunk else {}),
-        }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """low, high: cost in FLOPs, the same where it is exact; else its cells are a draft."""
+    """low, high: cost in FLOPs, the same where it is exact but for what may be needed to widen its
+    crosses; where it isn't, its cells are a draft. tuned, gap: by N the best learning rate, and the
+    log loss left untuned; set when its crosses have ended."""
 
     number: int
     budget: float | None
@@ -96,6 +39,12 @@ class Stage:
     low: float
     high: float
     exact: bool
+    tuned: tuple[tuple[int, Tuned], ...] = ()
+    gap: float | None = None
+
+    @property
+    def cost(self) -> float:
+        return sum(c.cost for c in self.cells)
 
 
 @dataclass(frozen=True)
@@ -121,16 +70,23 @@ class Plan:
     def cells(self) -> tuple[Cell, ...]:
         return tuple(c for s in self.stages for c in s.cells)
 
-    def recentred(self, best: Callable[[float], float]) -> "Plan":
-        """With the first stage that is not exact made so. best: N*(C), as isoflop(...).parameters.
-        Raises UserError where none is left, N* is no size, or the cap would be passed."""
+    def with_stage(self, stage: Stage) -> "Plan":
+        """In place of the one of its number."""
+        stages = (stage if s.number == stage.number else s for s in self.stages)
+        return replace(self, stages=tuple(stages))
+
+    def recentred(self, best: Callable[[float], float], rule: Rule | None = None) -> "Plan":
+        """With the first stage that is not exact made so. best: N*(C), as isoflop(...).parameters;
+        rule: of batch and learning rate, as learnt so far. Raises UserError where none is left, N*
+        is no size, or the cap would be passed."""
         stage = next((s for s in self.stages if not s.exact), None)
         if self.grid is None or stage is None or stage.budget is None:
             raise UserError("stage", "all stages are exact", "launch them, or plan a new study")
-        cells = self.grid.cells(self.common, stage.number, centre := float(best(stage.budget)))
+        common = replace(self.common, rule=rule or self.common.rule)
+        cells = self.grid.cells(common, stage.number, centre := float(best(stage.budget)))
         cost = sum(c.cost for c in cells)
-        made = replace(stage, cells=cells, low=cost, high=cost, exact=True)
-        found = replace(self, stages=tuple(made if s is stage else s for s in self.stages))
+        made = replace(stage, cells=cells, low=cost, high=cost + _spare(cells), exact=True)
+        found = self.with_stage(made)
         if found.high > self.cap:
             what = f"with stage {stage.number} at {centre:.3g} parameters it is {found.high:.3g}"
             raise UserError("cap", what, f"raise it from {self.cap:.3g}, or end the study before")
@@ -140,37 +96,50 @@ class Plan:
 @dataclass(frozen=True)
 class Grid:
     """budgets: FLOPs, growing; sizes a budget, from centre / spread to centre x spread; ratio: D/N
-    of the first centre; seeds: see SEEDS."""
+    of the first centre."""
 
     budgets: tuple[float, ...]
     sizes: int = 5
     spread: float = 2.5
     ratio: float = RATIO
-    seeds: tuple[int, int] = SEEDS
 
     @classmethod
-    def under(cls, cap: float, budgets: int = 5, sizes: int = 5, step: float = 10**0.5) -> "Grid":
+    def under(
+        cls,
+        cap: float,
+        budgets: int = 5,
+        sizes: int = 5,
+        spread: float = 2.5,
+        step: float = 10**0.5,
+        ratio: float = RATIO,
+        seeds: tuple[int, int] = SEEDS,
+    ) -> "Grid":
         """The dearest budgets, a factor of `step` apart, that the cap (FLOPs) pays for, with all
         crosses, checks and seeds; 1 % is left for whole steps. budgets, sizes: 3 or more."""
-        extra = [2 + SEEDS[0] - 1, *[0] * (budgets - 3), SEEDS[1] - 1, 2]
+        extra = [2 + seeds[0] - 1, *[0] * (budgets - 3), seeds[1] - 1, 2]
+        each = sizes + 2 * (_CROSS - 1) + 2 * _WIDER
         shares = [step ** (i + 1 - budgets) for i in range(budgets)]
-        top = 0.99 * cap / sum((sizes + 4 + e) * s for e, s in zip(extra, shares, strict=True))
-        return cls(tuple(top * s for s in shares), sizes)
+        top = 0.99 * cap / sum((each + e) * s for e, s in zip(extra, shares, strict=True))
+        return cls(tuple(top * s for s in shares), sizes, spread, ratio)
 
     def cells(self, common: Common, stage: int, centre: float) -> tuple[Cell, ...]:
         """Of stage 1, 2, ... around N = centre."""
         budget, last = self.budgets[stage - 1], len(self.budgets)
         powers = [2 * i / (self.sizes - 1) - 1 for i in range(self.sizes)]
-        sizes = enumerate(common.family.series([centre * self.spread**p for p in powers]))
-        drafts = [partial(_cell, common, f"s{stage}-n{i}", stage, s, budget) for i, s in sizes]
-        found = _crossed(drafts)
-        middle, draft = found[self.sizes // 2], drafts[self.sizes // 2]
+        shapes = common.family.nearest([centre * self.spread**p for p in powers])
+        if len(shapes) < _SIZES:
+            what = f"only {len(shapes)} sizes can be had around {centre:.3g} parameters"
+            raise UserError("sizes", what, "spread them further, or take greater budgets")
+        sizes = enumerate(shapes)
+        drafts = [partial(make_cell, common, f"s{stage}-n{i}", stage, s, budget) for i, s in sizes]
+        found = crossed(drafts)
+        middle, draft = found[len(shapes) // 2], drafts[len(shapes) // 2]
         for power, word in ((-1, "low"), (1, "high")) if stage in (1, last) else ():
             check = draft(role="batch", batch_by=FACTOR**power, suffix=f"-batch-{word}")
             if check.global_batch != middle.global_batch:
                 found.append(replace(check, awaits=middle.awaits))
-        seeds = {1: self.seeds[0], last - 1: self.seeds[1]}
-        return tuple(found + _again(middle, seeds.get(stage, 1)))
+        seeds = {1: common.seeds[0], last - 1: common.seeds[1]}
+        return tuple(found + again(middle, seeds.get(stage, 1)))
 
     def stage(self, common: Common, number: int) -> Stage:
         """The first exact; a later one the envelope of where its centre may come to lie."""
@@ -181,71 +150,14 @@ class Grid:
             with suppress(UserError):  # sizes that can't be had there can't cost anything
                 tried.append(self.cells(common, number, centre * factor))
         costs = [sum(c.cost for c in cells) for cells in tried]
-        return Stage(number, budget, tried[0], min(costs), max(costs), number == 1)
+        high = max(cost + _spare(cells) for cost, cells in zip(costs, tried, strict=True))
+        return Stage(number, budget, tried[0], min(costs), high, number == 1)
 
 
-def _cell(
-    common: Common, name: str, stage: int, shape: Shape, budget: float | None = None,
-    tokens: float | None = None, recipe_of: float | None = None, role: Role = "grid",
-    rate_by: float = 1.0, batch_by: float = 1.0, suffix: str = "",
-) -> Cell:  # fmt: skip
-    """budget (FLOPs) or tokens; recipe_of: D that batch and learning rate are for, its own if None;
-    rate_by, batch_by: factors on them."""
-    length, rule, n = common.sequence_length, common.rule, shape.counts.non_embedding
-    per = common.per_token(shape.model)
-    wanted = tokens or (budget or 0) / per[common.cost]
-    aim, at_once = recipe_of or wanted, common.micro_batch * length
-    batch = max(1, round(rule.batch(aim) * batch_by / at_once)) * at_once
-    steps = max(1, round(wanted / batch))
-    # Over N tokens: a constant warm-up is too long for small models (Porian et al. 2024, arXiv
-    # 2406.19146). Our bound: where D is few times N, that is too long as well.
-    warmup = math.ceil(min(shape.parameters, _LONG * aim) / batch)
-    off = abs(steps * batch / wanted - 1)
-    doubts = {
-        f"fewer than {_STEPS} steps": steps < _STEPS,
-        f"warm-up over {_LONG:.0%}": warmup > math.ceil(_LONG * steps),
-        f"warm-up of fewer than {_WARMUP} steps": warmup < _WARMUP,
-        "D beyond one epoch": common.unique is not None and steps * batch > common.unique,
-        f"whole steps are {off:.0%} off its D": off > _ROUNDED,
-        "batch and learning rate beyond their rule's range": not rule.covers(n, wanted),
-    }
-    flops = {convention: float(steps * batch * each) for convention, each in per.items()}
-    decay, cost = math.ceil(common.decay * steps), flops[common.cost]
-    return Cell(
-        name + suffix, stage, role, budget, shape, steps * batch, steps, batch // length, length,
-        rule.learning_rate(n, aim) * rate_by, min(warmup, steps - decay), decay, common.seed,
-        flops, cost, cost / common.rate if common.rate else None,
-        tuple(what for what, is_so in doubts.items() if is_so),
-    )  # fmt: skip
-
-
-def _crossed(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
-    """The smallest and the largest size at three learning rates; those between await them."""
-    found, words = [d() for d in drafts], ((1 / FACTOR, "low"), (FACTOR, "high"))
-    ends = [(d, by, word) for d in (drafts[0], drafts[-1]) for by, word in words]
-    more = [d(role="rate", rate_by=by, suffix=f"-lr-{word}") for d, by, word in ends]
-    awaits = tuple(c.name for c in (found[0], found[-1], *more))
-    return [found[0], *(replace(c, awaits=awaits) for c in found[1:-1]), found[-1], *more]
-
-
-def _again(cell: Cell, seeds: int) -> list[Cell]:
-    """The other seeds of a cell; `seeds` counts its own."""
-    new = replace(cell, role="seed", flags=(*cell.flags, _SEED))
-    return [replace(new, name=f"{cell.name}-seed{i}", seed=cell.seed + i) for i in range(1, seeds)]
-
-
-def share_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """Those of one trajectory branch off the longest of them, each where its own decay begins, and
-    cost that decay alone (Hägele et al. 2024, arXiv 2405.18392)."""
-    longest = {c.trajectory: c for c in sorted(cells, key=lambda c: c.steps)}
-    found = list[Cell]()
-    for c in cells:
-        trunk, share = longest[c.trajectory], c.decay_steps / c.steps
-        if c.steps < trunk.steps:
-            seconds, at = c.seconds and c.seconds * share, c.steps - c.decay_steps
-            c = replace(c, cost=c.cost * share, seconds=seconds, trunk=trunk.name, trunk_step=at)
-        found.append(c)
-    return tuple(found)
+def _spare(cells: Sequence[Cell]) -> float:
+    """FLOPs to widen each of the two crosses with."""
+    awaited = {name for c in cells for name in c.awaits}
+    return _WIDER * sum({c.of: c.cost for c in cells if c.name in awaited}.values())
 
 
 def isoflop_grid(common: Common, grid: Grid, cap: float) -> Plan:
@@ -285,12 +197,12 @@ def ladder(common: Common, sizes: Sequence[float], multiples: Sequence[float], c
         shapes, cells = common.family.series(ns), list[Cell]()
         for m in ms:
             drafts = [
-                partial(_cell, common, f"n{i}-x{m:g}", 1, s, tokens=RATIO * m * s.parameters,
+                partial(make_cell, common, f"n{i}-x{m:g}", 1, s, tokens=RATIO * m * s.parameters,
                         recipe_of=middle * s.parameters)
                 for i, s in enumerate(shapes)
             ]  # fmt: skip
             awaits = cells[1].awaits if cells else ()
-            cells += [replace(d(), awaits=awaits) for d in drafts] if cells else _crossed(drafts)
+            cells += [replace(d(), awaits=awaits) for d in drafts] if cells else crossed(drafts)
         return _listed("ladder", common, cells, cap)
 
     ns, ms = sorted(sizes), sorted(set(multiples))
@@ -309,17 +221,17 @@ def explicit(common: Common, runs: Sequence[tuple[float, float]], cap: float) ->
     shapes, cells = dict(zip(ns, common.family.series(ns), strict=True)), list[Cell]()
     for i, (n, d) in enumerate(runs):
         aim = geometric_mean([other for size, other in runs if size == n])
-        cells.append(_cell(common, f"r{i}", 1, shapes[n], tokens=d, recipe_of=aim))
+        cells.append(make_cell(common, f"r{i}", 1, shapes[n], tokens=d, recipe_of=aim))
     return _within(_listed("list", common, cells, cap), iter(()))
 
 
 def _listed(kind: Kind, common: Common, cells: Sequence[Cell], cap: float) -> Plan:
     """One exact stage, with seeds at the cheapest cell and at the dearest but one."""
     grown = sorted((c for c in cells if c.role == "grid"), key=lambda c: c.cost)
-    seeds = [*_again(grown[0], SEEDS[0]), *_again(grown[-2], SEEDS[1])]
+    seeds = [*again(grown[0], common.seeds[0]), *again(grown[-2], common.seeds[1])]
     shared = share_trunks([*cells, *seeds])
     cost = sum(c.cost for c in shared)
-    return Plan(kind, common, (Stage(1, None, shared, cost, cost, True),), cap)
+    return Plan(kind, common, (Stage(1, None, shared, cost, cost + _spare(shared), True),), cap)
 
 
 def _within(plan: Plan, cheaper: Iterator[tuple[str, Plan]]) -> Plan:
@@ -335,15 +247,36 @@ def _within(plan: Plan, cheaper: Iterator[tuple[str, Plan]]) -> Plan:
     raise UserError("cap", what, todo)
 
 
-def settled(stage: Stage, losses: Mapping[str, float]) -> tuple[Stage, float]:
-    """With the learning rates that awaited crosses, and the gap in log loss left untuned. losses:
-    by name of cell. Raises UserError where some are missing."""
+def losses_of_cross(stage: Stage, losses: Mapping[str, float]) -> list[Cell]:
+    """The cells whose losses tell a learning rate. Raises UserError where some have none yet."""
     awaited = {name for c in stage.cells for name in c.awaits}
     if missing := sorted(awaited - set(losses)):
         what = f"{len(missing)} cells have no loss yet, such as {missing[0]}"
         raise UserError(f"stage {stage.number}", what, "let them end first")
-    ends = [c for c in stage.cells if c.name in awaited]
+    return [c for c in stage.cells if c.name in awaited]
+
+
+def widened(stage: Stage, losses: Mapping[str, float], room: float) -> tuple[Cell, ...]:
+    """One more learning rate for each size whose best is at the edge of its cross, as far as `room`
+    (FLOPs) and _WIDER go. losses: by name of cell, nan for one that diverged."""
+    ends, found = losses_of_cross(stage, losses), list[Cell]()
+    best, _ = best_rates([(c.shape.parameters, c.learning_rate, losses[c.name]) for c in ends])
+    for n, t in best.items():
+        own, rate = [c for c in ends if c.shape.parameters == n], t.wider(FACTOR)
+        if rate is not None and len(own) < _CROSS + _WIDER and own[0].cost <= room:
+            found.append(wider(own, rate))
+            room -= own[0].cost
+    return tuple(found)
+
+
+def settled(stage: Stage, losses: Mapping[str, float]) -> Stage:
+    """With the learning rates that awaited crosses; nobody awaits them any more, and nothing is
+    spared to widen them. losses: by name of cell, nan for one that diverged."""
+    ends = losses_of_cross(stage, losses)
     rates, gap = best_rates([(c.shape.parameters, c.learning_rate, losses[c.name]) for c in ends])
     own = {c.name: between(rates, c.shape.parameters) for c in stage.cells if c.awaits}
-    made = [replace(c, learning_rate=own.get(c.name, c.learning_rate)) for c in stage.cells]
-    return replace(stage, cells=tuple(made)), gap
+    cells = [
+        replace(c, learning_rate=own.get(c.name, c.learning_rate), awaits=()) for c in stage.cells
+    ]
+    made = replace(stage, cells=tuple(cells), tuned=tuple(sorted(rates.items())), gap=gap)
+    return replace(made, high=made.cost)

@@ -99,7 +99,7 @@ def isoflop(
     groups = _grouped(points, spent, budgets)
     vertices, refusals, fits = [], [], []
     for budget, rows in groups:
-        found = _vertex(budget, x[rows], points.loss[rows], spent[rows], per_parameter_token)
+        found = vertex(budget, x[rows], points.loss[rows], spent[rows], per_parameter_token)
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -136,7 +136,7 @@ def _grouped(points: Points, spent: Array, budgets: ArrayLike | None) -> list[tu
     return [(float(np.exp(np.log(spent[r]).mean())), r) for r in np.split(order, breaks)]
 
 
-def _vertex(budget: float, x: Array, loss: Array, spent: Array, per: float) -> Vertex | Refusal:
+def vertex(budget: float, x: Array, loss: Array, spent: Array, per: float) -> Vertex | Refusal:
     """x: log N, (m,)."""
 
     def no(why: str) -> Refusal:

@@ -1,17 +1,10 @@
 """`study plan`: what a study would run, what that costs, and how sure it would be of its target.
 
-    studies/<name>/plan.json        every cell with its keys and costs, and the interval to expect
-    studies/<name>/stage-1.txt      a line of key=value words a cell: for `submit slurm.runs=`
-
-Invariant: nothing is launched here, and nothing is written that costs more than the cap.
+Invariant: nothing is launched here, and nothing is planned that costs more than the cap.
 """
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,14 +12,21 @@ from rich.table import Table
 from models.config import ModelConfig
 from trainer.compose import compose
 from trainer.config_study import StudyJob
-from trainer.durable import write_file, write_json
 from trainer.errors import UserError
 from trainer.overview import table
-from trainer.scaling.design import Cell, Grid, Plan, isoflop_grid, ladder
+from trainer.scaling.cells import Cell
+from trainer.scaling.design import Grid, Plan, explicit, isoflop_grid, ladder
 from trainer.scaling.shapes import Common
 from trainer.scaling.simulate import Design, Expected, Target, expected
+from trainer.start import open_sources
 
 _SECONDS_AN_HOUR = 3600.0
+_OWN = {
+    *("run.name", "run.root", "run.from.run", "run.from.step", "model", "train.steps"),
+    *("train.tokens", "train.global_batch", "train.micro_batch", "train.sequence_length"),
+    *("train.seed", "train.init_seed", "optimizer.learning_rate", "schedule.kind"),
+    *("schedule.warmup", "schedule.decay", "checkpoint.at"),
+}  # keys of a run that a cell sets
 
 
 def plan(job: StudyJob) -> tuple[Plan, Expected | None]:
@@ -35,73 +35,58 @@ def plan(job: StudyJob) -> tuple[Plan, Expected | None]:
     asked = job.plan
     if asked.cap is None:
         raise UserError("plan.cap", "is not given", "write plan.cap=1e16: FLOPs that may be spent")
-    base = compose("train", [f"model={asked.model}"]).model
-    if not isinstance(base, ModelConfig):
-        raise UserError("plan.model", f"{asked.model} has no sizes of ours", "choose another model")
-    common = Common(
-        base,
-        asked.vocab_size,
-        asked.sequence_length,
-        size=job.size,
-        cost=job.cost,
-        micro_batch=asked.micro_batch,
-        seed=job.seed or 1337,
-        rate=asked.rate,
-        unique=asked.unique,
-    )
+    common = common_of(job)
     if asked.kind == "ladder":
         made = ladder(common, asked.ladder, asked.multiples, asked.cap)
+    elif asked.kind == "list":
+        made = explicit(common, [(n, d) for n, d in asked.runs], asked.cap)
     else:
-        grid = Grid.under(asked.cap, asked.budgets, asked.sizes)
+        layout = (asked.budgets, asked.sizes, asked.spread, asked.step, asked.ratio)
+        grid = Grid.under(asked.cap, *layout, common.seeds)
         made = isoflop_grid(common, grid, asked.cap)
     t = job.target
     if not t.is_given:
         return made, None
-    target = Target.of(common, t.flops, t.parameters, t.tokens)
+    target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
     return made, expected(Design.of(made), target, seed=job.seed)
 
 
-def write(made: Plan, sure: Expected | None, folder: Path) -> list[Path]:
-    """plan.json, and the lines of each stage that is exact."""
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = [_plain(cell) for cell in made.cells]
-    facts = {"kind": made.kind, "cap": made.cap, "low": made.low, "high": made.high}
-    write_json(
-        folder / "plan.json",
-        {**facts, "cells": cells, "expected": asdict(sure) if sure else None},
+def common_of(job: StudyJob) -> Common:
+    """What all cells share: the model's kind, the data's vocabulary and size, and conventions.
+    Raises UserError, or ConfigError, for words that no run takes, or that cells set themselves."""
+    asked = job.plan
+    for word in asked.words:
+        if (key := word.partition("=")[0]) in _OWN:
+            todo = "leave it out: see the keys under plan"
+            raise UserError("plan.words", f"{key} is what a study sets itself", todo)
+    train = compose("train", asked.shared)
+    if not isinstance(train.model, ModelConfig):
+        raise UserError("plan.model", f"{asked.model} has no sizes of ours", "choose another model")
+    vocabulary, unique = asked.vocab_size, asked.unique
+    if vocabulary is None or unique is None:
+        sources = open_sources(train.data)
+        vocabulary = vocabulary or sources.vocab_size
+        splits = sources.split("train").values()
+        unique = unique or float(sum(split.num_tokens for split in splits))
+    return Common(
+        train.model,
+        vocabulary,
+        asked.sequence_length,
+        size=job.size,
+        cost=job.cost,
+        micro_batch=asked.micro_batch,
+        seed=job.seed or train.train.seed,
+        rate=asked.rate,
+        unique=unique,
+        seeds=_seeds(asked.seeds),
     )
-    written = [folder / "plan.json"]
-    for stage in made.stages:
-        if stage.exact:
-            path = folder / f"stage-{stage.number}.txt"
-            # Those that await others come when the others' losses are known.
-            lines = [_words(cell) for cell in stage.cells if not cell.awaits and not cell.trunk]
-            write_file(path, ("\n".join(lines) + "\n").encode())
-            written.append(path)
-    return written
 
 
-def _plain(cell: Cell) -> dict[str, Any]:
-    return {
-        "name": cell.name,
-        "stage": cell.stage,
-        "role": cell.role,
-        "parameters": cell.shape.parameters,
-        "tokens": cell.tokens,
-        "flops": cell.flops,
-        "cost": cell.cost,
-        "seconds": cell.seconds,
-        "flags": list(cell.flags),
-        "awaits": list(cell.awaits),
-        "keys": cell.keys,
-    }
-
-
-def _words(cell: Cell) -> str:
-    def text(value: Any) -> str:
-        return "null" if value is None else str(value)
-
-    return shlex.join(f"{key}={text(value)}" for key, value in cell.keys.items())
+def _seeds(given: list[int]) -> tuple[int, int]:
+    if len(given) != 2 or min(given) < 1:
+        todo = "write plan.seeds=[5,3]: of the cheapest cell, and of one near the top"
+        raise UserError("plan.seeds", f"{given} are no two numbers of seeds", todo)
+    return given[0], given[1]
 
 
 def show(made: Plan, sure: Expected | None, console: Console) -> None:

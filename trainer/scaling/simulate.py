@@ -7,7 +7,7 @@
     answer       the fit and its interval at the target, as `study fit` makes them
 
 Invariant: nothing that the answer is made from knows the surface; and what is assumed of the noise
-is a field of Assumptions, to be put right by the seeds and crosses of the first stage.
+is a field of Assumptions, to be put right by the seeds and crosses of the study (noise.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ from trainer.scaling.shapes import Common
 
 # Besiroglu et al. 2024, arXiv 2404.10102: the refit of Hoffmann et al. 2022.
 PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
+CENTRE = 1e18  # FLOPs at which the noise is told
 _LEAST = 5  # different (N, D): as many as the law has parameters
 _LEVELS = (0.5, 0.9)
 
@@ -33,10 +34,10 @@ _LEVELS = (0.5, 0.9)
 class Assumptions:
     """law: published parameters that surfaces scatter around, by `scatter` (standard deviation of
     the logarithm of E, of both exponents and of what each term is at the middle of the design).
-    noise: of a seed, standard deviation of log loss at 1e18 FLOPs, C^-fading from there, never less
-    than `floor`; gap: typical size of what is lost to an untuned learning rate, log loss;
-    discrepancy: log loss a decade beyond the runs. But for the discrepancy (rollouts.PRIOR) the
-    numbers are guesses, of the size of what public studies scatter by."""
+    noise: of a run that is new in its seeds, standard deviation of log loss at 1e18 FLOPs (CENTRE),
+    C^-fading from there, never less than `floor`; gap: typical size of what is lost to an untuned
+    learning rate, log loss; discrepancy: log loss a decade beyond the runs. But for the discrepancy
+    (rollouts.PRIOR) the numbers are guesses, of the size of what public studies scatter by."""
 
     law: Mapping[str, float] = field(default_factory=lambda: PUBLISHED)
     scatter: float = 0.1
@@ -47,7 +48,7 @@ class Assumptions:
     discrepancy: float = PRIOR
 
     def seed_noise(self, flops: Array) -> Array:
-        return np.maximum(self.floor, self.noise * (flops / 1e18) ** -self.fading)
+        return np.maximum(self.floor, self.noise * (flops / CENTRE) ** -self.fading)
 
 
 @dataclass(frozen=True)

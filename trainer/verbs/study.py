@@ -1,12 +1,16 @@
-"""`forescale study`: `plan` runs, `fit` the law of runs or of a table, `report` it as pictures,
-`predict` a run, `score` what was predicted, `records`: the table."""
+"""`forescale study`: `plan` runs, `launch` them, `status`; `fit` the law of them, of other runs or
+of a table, `report` it as pictures, `predict` a run, `score` what was predicted."""
 
 import json
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.live import Live
 
 from trainer.cli import overrides_of
 from trainer.compose import compose
@@ -14,46 +18,94 @@ from trainer.config_study import StudyJob
 from trainer.errors import DONE, UserError
 from trainer.run import Run
 from trainer.scaling import planning
+from trainer.scaling.board import board
+from trainer.scaling.deciding import add_runs, advance
+from trainer.scaling.following import candidates_of, recommend
+from trainer.scaling.following import show as show_choices
 from trainer.scaling.forecast import cards, predict, score
+from trainer.scaling.imports import is_export
+from trainer.scaling.launching import Launcher
 from trainer.scaling.page import show, show_score
-from trainer.scaling.records import of_runs, of_table
+from trainer.scaling.queueing import Queue
+from trainer.scaling.records import Refused, of_export, of_runs
+from trainer.scaling.simulate import Target
+from trainer.scaling.study import Study, settings
 from trainer.scaling.study_fit import StudyFit
+from trainer.verbs import submit
 
-_TABLES = (".csv", ".parquet")
-_WIDEST = 120  # where there is no terminal
-_TODO = "write forescale study plan, fit, report, predict, score or records, and RUNS or a table"
+_WIDEST = 140  # where there is no terminal
+_REDRAW = 2.0  # seconds
+_TODO = "write forescale study DEED [RUNS or a table], such as plan, launch, status, fit or predict"
 
 
 def main(words: list[str]) -> int:
-    words = ["json=true" if word == "--json" else word for word in words]
-    deeds = {"fit": _fit, "records": _records, "predict": _predict, "score": _score}
-    deeds["report"] = _report
-    if words[:1] == ["plan"]:
-        # It has no runs yet to read.
-        return _plan(compose("study", [*overrides_of("study", words[1:]), "input=[none]"]))
-    if not words or (words[0] not in deeds and "=" not in words[0]):
-        raise UserError(words[0] if words else "study", "is nothing that a study does", _TODO)
-    deed = words[0] if words[0] in deeds else "fit"
-    job: StudyJob = compose("study", overrides_of("study", [w for w in words if w != deed]))
-    table, where = _read(job)
-    return deeds[deed](job, table, where)
+    for flag in ("json", "live", "sensitivity"):
+        words = [f"{flag}=true" if word == f"--{flag}" else word for word in words]
+    own: dict[str, Callable[[StudyJob], int]] = {
+        "plan": _plan, "launch": _launch, "status": _status, "sync": _sync, "exclude": _exclude,
+    }  # fmt: skip
+    of_records = {"fit": _fit, "records": _records, "predict": _predict, "score": _score}
+    of_records |= {"report": _report, "next": _next}
+    words, more = _divided(words)
+    deed, rest = (words[0], words[1:]) if words else ("", [])
+    if deed not in (*own, *of_records):
+        if "=" not in deed:
+            raise UserError(deed or "study", "is nothing that a study does", _TODO)
+        deed, rest = "fit", words
+    overrides = overrides_of("study", rest)
+    # A study that is planned here has no runs yet to read; what else a study does knows its own.
+    job: StudyJob = compose("study", overrides + ["input=[none]"] * (deed in own))
+    if deed != "plan":
+        job = settings(job, overrides)
+    if more:
+        job = _told(job, deed, more)
+    if deed in own:
+        return own[deed](job)
+    return of_records[deed](job, *_read(job))
+
+
+def _divided(words: list[str]) -> tuple[list[str], list[str]]:
+    """Those of the study, and those after `--`, which are words of `train` or of `submit`."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def _told(job: StudyJob, deed: str, more: list[str]) -> StudyJob:
+    if deed == "plan":
+        return replace(job, plan=replace(job.plan, words=more))
+    if deed == "launch" and job.launch.slurm:
+        return replace(job, launch=replace(job.launch, words=more))
+    todo = "write them in study plan PLAN -- WORDS of train, or launch.slurm=PROFILE -- of submit"
+    raise UserError("--", f"study {deed} passes no words on", todo)
 
 
 def _read(job: StudyJob) -> tuple[pd.DataFrame, str]:
     """The records, and what they are called in messages. Runs that are none are told of."""
+    if not job.input:
+        table = Study(job.folder).table()
+        if table.empty:
+            todo = f"forescale study launch study={job.study}"
+            raise UserError(str(job.folder), "none of its cells is complete", todo)
+        return table, f"{len(table)} cells of {job.folder}"
     paths = [Path(word).expanduser() for word in job.input]
-    if any(path.suffix in _TABLES for path in paths):
+    if any(map(is_export, paths)):
         if len(paths) > 1:
             raise UserError("input", "mixes tables and runs", "give one table, or runs")
-        return of_table(paths[0], job.columns, job.rows), str(paths[0])
+        table, refused = of_export(paths[0], job.columns, job.rows)
+        _tell_refused(refused)
+        return table, str(paths[0])
     runs = [run for word in job.input for run in _runs(word, Path(job.run.root).expanduser())]
     table, refused = of_runs(runs)
-    for one in refused:
-        print(f"Note: {one.name} is no record: {one.why}.", file=sys.stderr)
+    _tell_refused(refused)
     if table.empty:
         what = f"none of {len(runs)} runs is complete and evaluated"
         raise UserError(" ".join(job.input), what, "train them to their end")
     return table, f"{len(table)} runs"
+
+
+def _tell_refused(refused: list[Refused]) -> None:
+    for one in refused:
+        print(f"Note: {one.name} is no record: {one.why}.", file=sys.stderr)
 
 
 def _runs(word: str, root: Path) -> list[Run]:
@@ -69,36 +121,134 @@ def _runs(word: str, root: Path) -> list[Run]:
     raise UserError(word, f"names no run (looked in {root} too)", "see forescale status")
 
 
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDEST)
+
+
+def _plan(job: StudyJob) -> int:
+    """What a study would run, before anything is spent."""
+    made, sure = planning.plan(job)
+    console = _console()
+    Study.make(job.folder, job, made, {"expected": asdict(sure) if sure else None})
+    planning.show(made, sure, console)
+    console.print(
+        f"\nPlanned in {job.folder}. Begin: forescale study launch study={job.study}",
+        soft_wrap=True,
+    )
+    return DONE
+
+
+def _launch(job: StudyJob) -> int:
+    """All that the plan wants, here, some cells at once."""
+    study = Study(job.folder)
+    with study.deciding():
+        if job.launch.retry:
+            for state in study.states():
+                if state.word in ("diverged", "failed"):
+                    study.retry(state.cell.name)
+        asked = job.launch
+        launcher: Launcher | Queue = Launcher(study, asked.at_once, _tell, asked.target)
+        if asked.slurm:
+            more = [f"slurm={asked.slurm}", *asked.words]
+            options = (asked.at_once, _tell, asked.follow, asked.target)
+            launcher = Queue(study, submit.main, more, *options)
+        code = launcher.go()
+    if code == DONE:
+        _tell(f"Nothing is left to run. Next: forescale study report study={job.study}")
+        if found := cards(study.forecasts):
+            show_score(found, score(found, study.table()), _console())
+    return code
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _sync(job: StudyJob) -> int:
+    """Decide what the results so far decide, and begin nothing."""
+    study = Study(job.folder)
+    with study.deciding():
+        advance(study, _tell)
+        if (table := study.table()).size and (found := cards(study.forecasts)):
+            score(found, table)
+    return _status(job)
+
+
+def _status(job: StudyJob) -> int:
+    console = _console()
+    if not job.live:
+        console.print(board(Study(job.folder)))
+        return DONE
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            live.update(board(Study(job.folder)), refresh=True)
+            time.sleep(_REDRAW)
+
+
+def _next(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """Which runs would make the target surest for what they cost; `add` puts them into the plan."""
+    if job.cap is None:
+        todo = "write cap=1e15: FLOPs that more runs may spend"
+        raise UserError("cap", "is not given", todo)
+    study = None if job.input else Study(job.folder)
+    common = study.plan.common if study else planning.common_of(job)
+    made, t = StudyFit(table, job, where), job.target
+    if not t.is_given:
+        raise UserError("target", "is not given", "write target.flops=: what is to be foretold")
+    target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
+    low = float(made.points.flops.min()) if made.points.flops is not None else job.cap / 100
+    found = recommend(made.sure, candidates_of(common, low, job.cap), target, job.cap)
+    show_choices(found, _console(), common.rate)
+    if study and job.add:
+        with study.deciding():
+            add_runs(study, found, _tell)
+        _tell(f"Added. Begin: forescale study launch study={job.study}")
+    return DONE
+
+
+def _exclude(job: StudyJob) -> int:
+    """Leave cells out of the study, for a reason that stays with it."""
+    study = Study(job.folder)
+    known = {c.name for c in study.plan.cells}
+    if not job.cells or not job.why:
+        todo = "write cells=[NAME] why='what is wrong with it'"
+        raise UserError("study exclude", "needs cells and a reason", todo)
+    for name in job.cells:
+        if name not in known:
+            todo = f"see forescale study status study={job.study}"
+            raise UserError("cells", f"{name} is no cell of {job.folder}", todo)
+    with study.deciding():
+        for name in job.cells:
+            study.event("excluded", cell=name, why=job.why)
+    return DONE
+
+
 def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     """As CSV, for notebooks and for `study fit` elsewhere."""
     table.to_csv(sys.stdout, index=False)
     return DONE
 
 
-def _plan(job: StudyJob) -> int:
-    """What a study would run, before anything is spent."""
-    made, sure = planning.plan(job)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDEST)
-    planning.show(made, sure, console)
-    written = ", ".join(map(str, planning.write(made, sure, job.folder)))
-    console.print(
-        f"\n{written}. A line a run: forescale submit train slurm.runs={job.folder}/stage-1.txt",
-        soft_wrap=True,
-    )
-    return DONE
-
-
 def _report(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    """The same as a page of pictures, one file that opens without a network."""
-    from trainer.scaling.picture import write
+    """The same as a page of pictures, one file that opens without a network; of a planned study,
+    all that is known so far."""
+    from trainer.scaling.evidence import gather
+    from trainer.scaling.picture import beside, write
 
-    made = StudyFit(table, job, where)
-    made.foretold()
+    seen = gather(job, table)
+    try:
+        made: StudyFit | str = StudyFit(seen.fitted, job, where)
+    except UserError as e:
+        if not seen.stages:
+            raise
+        made = str(e)
+    if isinstance(made, StudyFit) and not seen.stages:
+        made.foretold()  # a study that goes on may have its target still too far: the page says it
     job.report.parent.mkdir(parents=True, exist_ok=True)
-    write(made, job.report, where, ["forescale", *sys.argv[1:]])
-    print(f"{job.report}: {len(made.points)} runs; open it in a browser.")
+    write(made, seen, job.report, where, ["forescale", *sys.argv[1:]])
+    runs = "no law yet" if isinstance(made, str) else f"{len(made.points)} runs"
+    print(f"{job.report}: {runs}; open it in a browser. For papers: {beside(job.report)}/")
     return DONE
 
 
@@ -127,8 +277,7 @@ def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         json.dump(vars(made), sys.stdout, indent=2)
         print()
         return DONE
-    console = Console(highlight=False)
-    show_score(found, made, console)
+    show_score(found, made, _console())
     return DONE
 
 
@@ -139,8 +288,6 @@ def _fit(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         json.dump(made.as_dict(), sys.stdout, indent=2)
         print()
         return DONE
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDEST)
+    console = _console()
     show(made, console, where)
     return DONE

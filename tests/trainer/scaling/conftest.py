@@ -1,11 +1,14 @@
 """Where the public scaling data is, if it is here, and one synthetic set of runs."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pretend import Pretend
 
+from trainer.scaling import launching
 from trainer.scaling.points import Points
 
 ROOT = Path(__file__).parents[3]
@@ -40,3 +43,21 @@ def make(columns):
         return Points(loss * np.exp(noise * rng.standard_normal(len(loss))), **own)
 
     return points
+
+
+@pytest.fixture(scope="module")
+def pretended():
+    """Cells are pretended while this is there."""
+    patch = pytest.MonkeyPatch()
+    for name, value in (("begun", []), ("codes", {}), ("losses", {})):
+        patch.setattr(Pretend, name, value)
+
+    class Faked:
+        """Of the module's subprocess, only what starts a cell."""
+
+        Popen, DEVNULL, STDOUT = Pretend, subprocess.DEVNULL, subprocess.STDOUT
+
+    patch.setattr(launching, "subprocess", Faked)
+    patch.setattr(launching, "_POLL", 0.0)
+    yield Pretend
+    patch.undo()

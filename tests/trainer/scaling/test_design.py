@@ -11,15 +11,15 @@ from trainer.compose import compose
 from trainer.duration import Duration
 from trainer.errors import UserError
 from trainer.scaling.design import (
-    SEEDS,
     Grid,
     explicit,
     isoflop_grid,
     ladder,
     settled,
     share_trunks,
+    widened,
 )
-from trainer.scaling.shapes import Common
+from trainer.scaling.shapes import SEEDS, Common
 
 BASE = ModelConfig(width=128, num_layers=3, num_heads=2)
 COMMON = Common(BASE, 512, 256, rate=1e10, unique=1e8)
@@ -46,7 +46,9 @@ def test_a_grid_has_a_stage_a_budget_and_only_the_first_is_exact(grid):
     assert [s.exact for s in grid.stages] == [True, False, False, False, False]
     assert all(len(of(s.cells, "grid")) == 5 for s in grid.stages)
     assert grid.low <= sum(c.cost for c in grid.cells) <= grid.high <= grid.cap
-    assert grid.stages[0].low == grid.stages[0].high
+    first = grid.stages[0]
+    spare = 2 * (first.cells[0].cost + first.cells[4].cost)
+    assert first.high == pytest.approx(first.low + spare), "two more rates for either cross"
 
 
 def test_cells_spend_their_budget_by_exact_flops(grid):
@@ -92,11 +94,12 @@ def test_batches_are_checked_at_the_lowest_and_the_highest_budget(grid):
 def test_seeds_stand_at_the_cheapest_budget_and_near_the_top(grid):
     seeds = [of(s.cells, "seed") for s in grid.stages]
     assert [len(each) for each in seeds] == [SEEDS[0] - 1, 0, 0, SEEDS[1] - 1, 0]
-    for c in (*seeds[0], *seeds[3]):
-        assert c.seed_key == "train.seed"
-        assert c.keys["train.seed"] != COMMON.seed
-        assert any("can't be told apart" in flag for flag in c.flags)
-    assert len({c.seed for c in seeds[0]} | {COMMON.seed}) == SEEDS[0]
+    for own in (seeds[0], seeds[3]):
+        pairs = {(c.keys["train.seed"], c.keys["train.init_seed"]) for c in own}
+        assert len(pairs) == len(own)
+        apart = [(seed == COMMON.seed, init == COMMON.seed) for seed, init in pairs]
+        assert apart.count((True, False)) == apart.count((False, True)) == len(own) / 2
+        assert {c.of for c in own} == {own[0].name.rpartition("-")[0]}
 
 
 def test_names_are_unique_and_awaited_cells_exist(grid, rungs):
@@ -158,7 +161,7 @@ def test_the_next_stage_is_made_around_the_optimum_that_was_found(grid):
     assert [s.exact for s in once.stages] == [True, True, False, False, False]
     assert of(once.stages[1].cells, "grid")[2].shape.parameters == pytest.approx(4e5, rel=0.12)
     assert once.stages[0] is grid.stages[0]
-    assert once.stages[1].low == once.stages[1].high
+    assert once.stages[1].low == sum(c.cost for c in once.stages[1].cells) < once.stages[1].high
     plan = grid
     for _ in range(4):
         plan = plan.recentred(lambda c: 0.06 * c**0.5)
@@ -182,7 +185,7 @@ def test_the_cap_is_hard_and_says_what_would_fit(grid):
     with pytest.raises(UserError, match=r"the cheapest such plan, 3 budgets"):
         isoflop_grid(COMMON, GRID, 1e12)
     with pytest.raises(UserError, match=r"3 sizes .* and fit"):
-        ladder(COMMON, SIZES, MULTIPLES, 1e14)
+        ladder(COMMON, SIZES, MULTIPLES, 1.5e14)
     with pytest.raises(UserError, match="take out runs"):
         explicit(COMMON, [(n, 20 * n) for n in SIZES], 1e10)
     tight = isoflop_grid(COMMON, GRID, grid.high)
@@ -245,13 +248,39 @@ def test_rates_are_settled_by_the_losses_of_the_crosses(grid):
         c.name: 3 * np.exp(0.01 * np.log(c.learning_rate / best[c.shape.parameters]) ** 2)
         for c in stage.cells
     }
-    made, gap = settled(stage, losses)
+    made = settled(stage, losses)
     for c in of(made.cells, "grid")[1:-1]:
         assert c.learning_rate == pytest.approx(best[c.shape.parameters], rel=1e-6)
     assert [c.cost for c in made.cells] == [c.cost for c in stage.cells]
-    assert 0 < gap < 0.01 * np.log(2) ** 2
+    assert 0 < made.gap < 0.01 * np.log(2) ** 2
+    assert not any(c.awaits for c in made.cells)
+    assert made.high == made.cost, "what was spared to widen the crosses is free again"
     with pytest.raises(UserError, match="no loss yet"):
         settled(stage, {})
+
+
+def test_a_best_rate_at_an_edge_asks_for_the_next_one(grid):
+    stage = grid.stages[0]
+    losses = {c.name: 3 - 0.1 * np.log(c.learning_rate) for c in stage.cells}
+    more = widened(stage, losses, room=stage.high - stage.cost)
+    assert [c.learning_rate for c in more] == pytest.approx([4e-2, 4e-2])
+    assert {c.of for c in more} == {"s1-n0", "s1-n4"}
+    assert not widened(stage, losses, room=0.0), "not beyond the cap"
+    wide = replace(stage, cells=(*stage.cells, *more))
+    names = tuple(c.name for c in more)
+    wide = replace(wide, cells=tuple(replace(c, awaits=c.awaits + names) if c.awaits else c
+                                     for c in wide.cells))  # fmt: skip
+    losses |= {name: 9.0 for name in names}
+    assert not widened(wide, losses, room=1e30), "the best is inside now"
+    with pytest.raises(UserError, match="no loss yet"):
+        widened(stage, {}, 1e30)
+
+
+def test_a_trunk_keeps_what_others_branch_off(rungs):
+    for c in rungs.cells:
+        own = sorted(o.trunk_step for o in rungs.cells if o.trunk == c.name)
+        assert list(c.branches) == own
+        assert c.keys.get("checkpoint.at", []) == own
 
 
 @pytest.mark.parametrize(
@@ -260,7 +289,7 @@ def test_rates_are_settled_by_the_losses_of_the_crosses(grid):
         (lambda: isoflop_grid(COMMON, Grid((1e13, 1e14)), CAP), "budgets"),
         (lambda: isoflop_grid(COMMON, Grid((1e14, 1e13, 1e12)), CAP), "grow"),
         (lambda: isoflop_grid(COMMON, replace(GRID, sizes=2), CAP), "parabola"),
-        (lambda: isoflop_grid(COMMON, replace(GRID, sizes=7, spread=1.05), CAP), "same model"),
+        (lambda: isoflop_grid(COMMON, replace(GRID, sizes=7, spread=1.05), CAP), "only 2 sizes"),
         (lambda: isoflop_grid(replace(COMMON, vocab_size=None), GRID, CAP), "vocab_size"),
         (lambda: ladder(COMMON, [1e5, 2e5], MULTIPLES, CAP), "tell no law"),
         (lambda: ladder(COMMON, SIZES, [1], CAP), "tell no law"),

@@ -103,7 +103,7 @@ def test_intervals_of_the_same_4000_resamples(epoch, kept):
     found = replicates(fit(CHINCHILLA, epoch), weights=w)
     assert found.uncertified == 0
     assert found.gradient.max() < 1e-8
-    low, high = found.interval(0.95)
+    low, high = found.interval(0.95, method="percentile")
     np.testing.assert_allclose(high, [743.6, 5810.3, 1.871, 0.373, 0.415], atol=0.06)
     np.testing.assert_allclose(high[2:], [1.871, 0.373, 0.415], atol=6e-4)
     np.testing.assert_allclose(low[1:], [1042.4, 1.769, 0.317, 0.331], atol=0.06)

@@ -1,12 +1,12 @@
 """`study plan`: the page, the files, and that its lines are runs."""
 
 import json
-import shlex
 
 import pytest
 
 from trainer.cli import main
 from trainer.compose import compose
+from trainer.scaling.study import Study
 
 
 @pytest.fixture
@@ -14,7 +14,8 @@ def plan(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        code = main(["study", "plan", "study=mine", *words])
+        data = ["plan.vocab_size=257", "plan.unique=4e7"]
+        code = main(["study", "plan", "study=mine", *data, *words])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -25,26 +26,35 @@ def test_a_plan_stays_within_its_cap_and_says_what_it_is_worth(plan, tmp_path):
     code, out, _ = plan("plan.cap=1e15", "target.flops=1e15", "plan.rate=2e10")
     assert code == 0
     facts = json.loads((tmp_path / "studies/mine/plan.json").read_text())
-    assert facts["low"] <= facts["high"] <= facts["cap"] == 1e15
-    assert len({cell["name"] for cell in facts["cells"]}) == len(facts["cells"]) > 40
-    assert {cell["stage"] for cell in facts["cells"]} == {1, 2, 3, 4, 5}
+    assert sum(stage["high"] for stage in facts["stages"]) <= facts["cap"] == 1e15
+    cells = [cell for stage in facts["stages"] for cell in stage["cells"]]
+    assert len({cell["name"] for cell in cells}) == len(cells) > 40
+    assert {cell["stage"] for cell in cells} == {1, 2, 3, 4, 5}
     half = facts["expected"]["half"]
     assert f"± {half['0.9']:.1%} (90%)" in out
     assert "Note: " in out
 
 
-def test_the_lines_of_the_first_stage_are_runs(plan, tmp_path):
-    """They compose, to the length that was planned; those that await others are not among them."""
+def test_cells_are_runs(plan, tmp_path):
+    """Their words compose, to the length that was planned."""
     plan("plan.cap=1e15")
-    facts = json.loads((tmp_path / "studies/mine/plan.json").read_text())
-    cells = {cell["name"]: cell for cell in facts["cells"]}
-    lines = (tmp_path / "studies/mine/stage-1.txt").read_text().splitlines()
-    assert len(lines) == 6, "two sizes, at three learning rates each"
-    for line in lines:
-        job = compose("train", shlex.split(line))
-        cell = cells[job.run.name]
-        assert job.total_steps * job.tokens_per_step == cell["tokens"]
-        assert not cell["awaits"]
+    study = Study(tmp_path / "studies/mine")
+    for cell in study.plan.stages[0].cells:
+        job = compose("train", study.words(cell))
+        assert job.total_steps * job.tokens_per_step == cell.tokens
+        assert job.run.directory == study.run(cell.name).path
+        assert job.data.embedded == "bytes"
+
+
+def test_what_all_runs_share_stands_after_two_dashes(plan, tmp_path):
+    assert plan("plan.cap=1e15", "--", "optimizer=muon", "model.mlp=gelu")[0] == 0
+    study = Study(tmp_path / "studies/mine")
+    job = compose("train", study.words(study.plan.cells[0]))
+    assert (job.optimizer.kind, job.model.mlp) == ("muon", "gelu")
+    code, _, err = plan("plan.cap=1e15", "--", "train.steps=5")
+    assert (code, "is what a study sets itself" in err) == (2, True)
+    code, _, err = plan("plan.cap=1e15", "--", "modl=tiny")
+    assert (code, "modl" in err) == (2, True)
 
 
 def test_a_ladder(plan, tmp_path):

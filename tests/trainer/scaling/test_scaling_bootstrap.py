@@ -1,11 +1,19 @@
-"""Refits in one batch are what the same fits are one by one; intervals cover."""
+"""Refits in one batch are what the same fits are one by one; intervals cover.
+
+How often they cover is measured in test_scaling_recovery.py.
+"""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 from some_laws import BASE
 
 from trainer.errors import UserError
 from trainer.scaling.bootstrap import (
+    _accelerated,
+    _quantiles,
     clusters,
     influence,
     leave_one_out,
@@ -94,6 +102,54 @@ def test_intervals_of_parameters_and_of_what_follows_from_them(make):
     assert ((sizes[0] < best) & (best < sizes[1])).all()
     again = pairs(found.fit, 400)
     assert (again.values == found.values).all()
+
+
+def test_percentiles_are_those_of_the_draws(make):
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 300)
+    low, high = found.interval(0.9, method="percentile")
+    np.testing.assert_allclose(low, np.percentile(found.values, 5, axis=0))
+    np.testing.assert_allclose(high, np.percentile(found.values, 95, axis=0))
+
+
+def test_a_corrected_interval_is_the_same_in_any_growing_scale(make):
+    """As percentiles are: of the logarithm it is the logarithm of it."""
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 2000)
+    logs = found.interval(0.9, np.log)
+    # Not to the last digit: the acceleration is of the jackknife, which has a scale.
+    np.testing.assert_allclose(np.exp(logs), found.interval(0.9), rtol=0.02)
+
+
+def test_bias_and_skewness_are_corrected_as_scipy_does():
+    """Of the mean and the variance of skewed numbers, from the same draws."""
+    x = np.random.default_rng(3).exponential(size=25)
+    for statistic in (np.mean, np.var):
+        theirs = stats.bootstrap((x,), statistic, confidence_level=0.9, method="BCa", rng=4)
+        draws = theirs.bootstrap_distribution[:, None]
+        without = np.array([[statistic(np.delete(x, i))] for i in range(25)])
+        at = _accelerated(draws, np.array([[statistic(x)]]), without, np.array([0.05, 0.95]))
+        np.testing.assert_allclose(_quantiles(draws, at)[:, 0], theirs.confidence_interval)
+
+
+def test_few_runs_widen_an_interval_more_than_many(make):
+    """Student's t of five groups against that of sixty runs, of draws alike."""
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 1000)
+    few = replace(found, groups=np.arange(60) % 5)
+    widths = [np.diff(each.interval(0.9), axis=0) for each in (few, found)]
+    assert (widths[0] > 1.2 * widths[1]).all()
+    assert few.without.shape == (0, 5)  # four groups would not tell five parameters
+    low, high = few.interval(0.9, lambda v: CHINCHILLA.predict(v, parameters=1e9, tokens=2e10))
+    assert low < high
+
+
+def test_draws_at_an_edge_are_no_sign_of_bias(make):
+    """E is gone from the fit and from most draws: an interval from zero on, not one turned over."""
+    own = make(CHINCHILLA, BASE)
+    loss = CHINCHILLA.predict(BASE | {"E": 1e-9}, parameters=own.parameters, tokens=own.tokens)
+    off = np.exp(0.003 * np.random.default_rng(7).standard_normal(60))
+    found = pairs(fit(CHINCHILLA, Points(loss * off, own.parameters, own.tokens)), 200)
+    low, high = found.interval(0.9)
+    assert np.isfinite([low, high]).all()
+    assert (low <= high).all()
 
 
 def test_what_cannot_be_drawn_is_refused_and_what_cannot_be_fitted_is_counted(make):

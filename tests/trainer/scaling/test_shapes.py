@@ -17,11 +17,8 @@ from trainer.scaling.shapes import (
     Common,
     Family,
     Rule,
-    best_rates,
-    between,
     overrides,
     solve,
-    tuned,
 )
 
 PLAIN = ModelConfig(depth=12)
@@ -35,10 +32,10 @@ FAMILIES = {
 
 
 @given(st.sampled_from(list(FAMILIES)), st.floats(math.log(7e4), math.log(7e9)))
-def test_five_decades_are_met_within_an_eighth(which, log_n):
-    """Measured on a grid: at most 10 %, on average 2 %; 4 % at most from 1e8 on."""
+def test_five_decades_are_met_within_a_seventh(which, log_n):
+    """Measured on a grid: at most 15 %; 3 % at most from 1e8 on."""
     found = FAMILIES[which].solve(math.exp(log_n))
-    assert abs(found.error) < 0.12
+    assert abs(found.error) < 0.15
     assert found.parameters == getattr(count(found.model), which[0])
     assert not found.model.problems(which[1], 256)
 
@@ -123,21 +120,10 @@ def test_the_rule_is_that_of_its_source_within_its_bounds():
     assert not rule.covers(1e6, 1e10)
 
 
-def test_a_cross_finds_its_parabola():
-    rates = [1e-3, 2e-3, 4e-3]
-    losses = np.exp(1 + 0.02 * np.log(np.array(rates) / 2.4e-3) ** 2)
-    found = tuned(rates, losses)
-    assert found.inside
-    assert found.learning_rate == pytest.approx(2.4e-3)
-    assert found.gap == pytest.approx(0.02 * np.log(1.2) ** 2)
-    edge = tuned(rates, [3.0, 2.9, 2.8])
-    assert (edge.learning_rate, edge.inside) == (4e-3, False)
-
-
-def test_rates_between_two_sizes_lie_on_a_line_of_logarithms():
-    runs = [(100, r, 3.0 + np.log(r / 1e-2) ** 2) for r in (5e-3, 1e-2, 2e-2)]
-    runs += [(10_000, r, 2.0 + np.log(r / 1e-3) ** 2) for r in (5e-4, 1e-3, 2e-3)]
-    rates, gap = best_rates(runs)
-    assert between(rates, 1000) == pytest.approx(10**-2.5, rel=1e-3)
-    assert between(rates, 100) == pytest.approx(1e-2, rel=1e-3)
-    assert 0 <= gap < 1e-3
+def test_of_a_few_small_shapes_the_nearest_are_taken_once():
+    family = Family(TINY, 257, 256)
+    sizes = [s.parameters for s in family.nearest([5e3, 8.3e3, 9e3, 1.4e4, 2.5e4])]
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) == 4, "8,300 and 9,000 are nearest to one"
+    with pytest.raises(UserError, match="can't be had"):
+        family.solve(8.3e3)

@@ -1,0 +1,47 @@
+"""A study whose cells are jobs: arrays, a branch that waits for its trunk, a launcher that dies."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from lab import Lab
+from submitted import Job
+
+from trainer.scaling.study import Study
+
+PLAN = [
+    *("plan.kind=list", "plan.runs=[[1.5e4,2e4],[1.5e4,6e4],[3e4,2e4],[5e4,2e4]]"),
+    *("plan.cap=1e12", "plan.seeds=[1,1]", "plan.sequence_length=128", "plan.micro_batch=2"),
+]
+OF_ALL = ["data=dataset", "optimizer=adamw", "train.compile=off", "launch.grace=15 s"]
+OF_JOBS = ["machine=cpu", "slurm.nodes=1", "slurm.allreduce=false", "slurm.time=20 min"]
+
+
+@pytest.fixture
+def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
+    return Job(lab, tmp_path / "runs", "small", dataset)
+
+
+def test_a_study_is_launched_into_the_queue_and_outlives_its_launcher(job, lab, dataset):
+    job.root.parent.mkdir(exist_ok=True)
+    job.forescale("study", "plan", "study=tiny", *PLAN, "--", *OF_ALL, f"data.path={dataset}")
+    study = Study(job.root.parent / "studies/tiny")
+    words = ["study", "launch", "study=tiny", "launch.slurm=lab", "launch.at_once=2"]
+    words += ["--", *OF_JOBS, f"slurm.scratch={lab.scratch}"]
+    command, own = [sys.executable, "-m", "trainer", *words], {"OMP_NUM_THREADS": "1"}
+    lab.run("timeout", "-s", "KILL", "15", *command, check=False, cwd=job.root.parent, env=own)
+    assert any(e["kind"] == "submitted" for e in study.events)
+    said = lab.run(*command, cwd=job.root.parent, env=own, seconds=300)
+    assert "Nothing is left to run" in said
+    study = Study(study.folder)
+    assert {s.word for s in study.states()} == {"complete"}
+    submitted = [e["cell"] for e in study.events if e["kind"] == "submitted"]
+    assert sorted(set(submitted)) == sorted(c.name for c in study.plan.cells)
+    jobs = [len(study.run(c.name).jobs()) for c in study.plan.cells]
+    assert set(jobs) == {1}, "what the queue held was not submitted again"
+    (branch,) = (c for c in study.plan.cells if c.trunk)
+    script = (study.run(branch.name).jobs()[0] / "job.sbatch").read_text()
+    assert "--dependency=afterok:" in script
+    (attempt,) = study.run(branch.name).attempts()
+    assert attempt.parent.step == branch.trunk_step
+    assert branch.trunk in str(attempt.parent.checkpoint)

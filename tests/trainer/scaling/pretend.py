@@ -1,0 +1,82 @@
+"""A pretended training, for tests of studies: in place of the process that trains a cell, its run
+directory appears, complete, with the loss of a made-up surface. What a cell's words compose to, its
+files and its rows are real; no weights are.
+
+The surface: Chinchilla's law, times a parabola in the learning rate around `best_rate`, and noise
+that depends on the seeds.
+"""
+
+import math
+from typing import ClassVar
+
+import numpy as np
+
+from trainer.compose import compose
+from trainer.durable import write_json, write_table
+from trainer.run import Parent
+from trainer.scaling.records import record
+from trainer.start import start
+
+LAW = {"A": 3.0, "B": 60.0, "E": 0.9, "alpha": 0.2, "beta": 0.3}
+
+
+def best_rate(n: float) -> float:
+    return 0.05 * (n / 2e4) ** -0.4
+
+
+class Pretend:
+    """Stands in for subprocess.Popen. begun: the words of all that were started; codes: by name,
+    what a cell ends with instead of a run; losses: by name, in place of the surface's."""
+
+    begun: ClassVar[list[list[str]]] = []
+    codes: ClassVar[dict[str, int]] = {}
+    losses: ClassVar[dict[str, float]] = {}
+    pid = 1
+
+    def __init__(self, argv, stdout=None, **more):
+        words = argv[argv.index("train") + 1 :]
+        self.begun.append(words)
+        name = next(w.partition("=")[2] for w in words if w.startswith("run.name="))
+        self._code = self.codes.get(name, 0)
+        if self._code:
+            stdout.write(b"forescale: optimizer: says no; ask again.\n")
+        else:
+            train(words, self.losses.get(name))
+
+    def poll(self):
+        return self._code
+
+    def send_signal(self, number):
+        pass
+
+
+def train(words, loss=None) -> None:
+    """A complete run of these words."""
+    started = start(compose("train", words))
+    job, run = started.job, started.run
+    attempt, step = run.new_attempt(), job.total_steps
+    tokens = step * job.tokens_per_step
+    attempt.start_from(Parent(0), run)
+    common = {"step": step, "attempt": attempt.number, "tokens": tokens}
+    seconds = {"compute": 2.0, "data": 0.1}
+    attempt.metrics.add({"kind": "train", **common, "loss": 3.0, "seconds": seconds})
+    score = {"dataset": "validation", "loss_stderr": 0.01, "bits_per_byte": 2.0, "windows": 7}
+    attempt.metrics.add({"kind": "validation", **common, "loss": 3.0, **score})
+    path = run.checkpoint_path(step)
+    path.mkdir(parents=True)
+    position = {"step": step, "g": 0, "tokens": tokens}
+    state = {"format": 1, "position": position, "attempt": attempt.number, "world_size": 1}
+    more = {"numerics": {"stage": 1}, "counters": {}, "shapes": {}, "fragments": {}}
+    write_table(path, {"state.json": write_json(path / "state.json", state | more)})
+    loss = surface(record(run)) if loss is None else loss
+    rows = attempt.metrics.path.read_text().replace('"loss": 3.0', f'"loss": {loss!r}')
+    attempt.metrics.path.write_text(rows)
+
+
+def surface(row) -> float:
+    n, d = row["parameters_blocks_and_head"], row["tokens"]
+    law = LAW["E"] + LAW["A"] * n ** -LAW["alpha"] + LAW["B"] * d ** -LAW["beta"]
+    off = math.log(row["learning_rate"] / best_rate(n))
+    seeds = [row["seed"], row["init_seed"], n]
+    noise = np.random.default_rng(seeds).standard_normal()
+    return law * math.exp(0.01 * off**2 + 1e-3 * noise)

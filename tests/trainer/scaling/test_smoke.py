@@ -1,0 +1,55 @@
+"""The whole path, for real and small: from the plan over forecasts and the target to the score."""
+
+import json
+
+import pytest
+
+from trainer import cli
+from trainer.run import read_rows
+from trainer.scaling.forecast import cards
+from trainer.scaling.study import Study
+
+PLAN = [
+    *("plan.budgets=3", "plan.sizes=3", "plan.cap=1.2e12", "plan.ratio=10", "plan.seeds=[2,1]"),
+    *("plan.sequence_length=64", "near=null", "bootstraps=100", "target.flops=3e11"),
+]
+OF_ALL = [
+    "optimizer=adamw",
+    "train.compile=off",
+    "validation.every=100 %",
+    "logging.every=50 steps",
+]
+
+
+@pytest.mark.slow
+def test_from_the_plan_to_the_score(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        cli.main(["study", "plan", *PLAN, "--", "data=dataset", f"data.path={dataset}", *OF_ALL])
+        == 0
+    )
+    assert cli.main(["study", "launch", "launch.at_once=2", "launch.target=true"]) == 0
+    study = Study(tmp_path / "studies/first")
+    words = [s.word for s in study.states()]
+    assert words.count("complete") == len(words) >= 22, "nothing failed, and nothing is left"
+    assert study.spent <= study.plan.cap
+
+    found = {c.facts["target"]["run"]: c for c in cards(study.forecasts)}
+    assert {"target", "s3-n0", "s3-n1", "s3-n2"} <= set(found)
+    assert all(card.outcome for card in found.values())
+    (event,) = (
+        row
+        for attempt in study.run("target").attempts()
+        for row in read_rows(attempt.events.path)
+        if row["kind"] == "forecast"
+    )
+    assert event["hash"] == found["target"].facts["hash"], "the run itself was measured by its card"
+
+    capsys.readouterr()
+    assert cli.main(["study", "fit", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["runs"] == 9
+    assert cli.main(["study", "report"]) == 0
+    assert (study.folder / "report.html").stat().st_size > 1_000_000
+    assert cli.main(["study", "score"]) == 0
+    assert "skill" in capsys.readouterr().out.lower()

@@ -1,0 +1,224 @@
+"""What the results so far decide: the learning rates that cells await, the centre of the next
+budget, and a forecast of each of its runs before any of them begins.
+
+    crosses ended   best at an edge -> one more rate, as far as the cap goes (widened)
+                    else the rates of the sizes between (settled)
+    stage ended     N* of its parabola -> the sizes of the next; the rule of its learning rates
+                    law of all runs so far -> a card for each run of the next, then the stage
+
+Invariant: `advance` decides what can be decided and nothing twice: the same results make the same
+plan, whoever was killed in between. A card is written before its run can begin.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+
+from trainer.config_study import StudyJob, TargetPoint
+from trainer.errors import UserError
+from trainer.scaling.cells import Cell, make_cell
+from trainer.scaling.design import Plan, Stage, settled, widened
+from trainer.scaling.following import Choice
+from trainer.scaling.forecast import cards, predict
+from trainer.scaling.isoflop import Vertex, vertex
+from trainer.scaling.noise import noise_of
+from trainer.scaling.shapes import Rule
+from trainer.scaling.simulate import Design, Target, expected
+from trainer.scaling.study import TARGET, Study
+from trainer.scaling.study_fit import StudyFit
+from trainer.scaling.tuning import learnt
+
+_SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # of N* on C: until two budgets tell it, and never outside
+_BUDGETS = 2  # fewer tell no law at all
+
+Tell = Callable[[str], None]
+
+
+def advance(study: Study, tell: Tell) -> None:
+    """Decide all that can be decided now. Raises UserError where a later stage can't be had for the
+    cap, and where all learning rates of a size came to nothing."""
+    losses = study.losses()
+    for number in [s.number for s in study.plan.stages]:
+        stage = next(s for s in study.plan.stages if s.number == number)
+        before = [c.name for s in study.plan.stages if s.number < number for c in s.cells]
+        if not stage.exact:
+            if not set(before) <= set(losses):
+                return
+            _centre(study, stage, tell)
+            return
+        awaited = {name for c in stage.cells for name in c.awaits}
+        if awaited and awaited <= set(losses):
+            _settle(study, stage, losses, tell)
+
+
+def _settle(study: Study, stage: Stage, losses: dict[str, float], tell: Tell) -> None:
+    _expect_some(stage, losses)
+    if more := widened(stage, losses, stage.high - stage.cost):
+        names = tuple(c.name for c in more)
+        cells = [replace(c, awaits=(*c.awaits, *names)) if c.awaits else c for c in stage.cells]
+        wide = replace(stage, cells=(*cells, *more))
+        study.revise(study.plan.with_stage(wide), "widened", stage=stage.number, cells=names)
+        tell(f"Stage {stage.number}: the best learning rate is at an edge; more: {_list(names)}.")
+        return
+    made = settled(stage, losses)
+    edges = [n for n, t in made.tuned if not t.inside]
+    rates = {str(n): t.learning_rate for n, t in made.tuned}
+    facts = {"rates": rates, "gap": made.gap, "edges": edges}
+    study.revise(study.plan.with_stage(made), "settled", stage=stage.number, **facts)
+    said = ", ".join(f"{t.learning_rate:.2g} at N={n:,}" for n, t in made.tuned)
+    tell(f"Stage {stage.number}: learning rates {said}; {made.gap:.2%} left untuned.")
+    for n in edges:
+        tell(f"Note: at N={n:,} that is the edge of what was tried, and no optimum.")
+
+
+def _expect_some(stage: Stage, losses: dict[str, float]) -> None:
+    awaited = {name for c in stage.cells for name in c.awaits}
+    tried: dict[int, list[float]] = {}
+    for c in stage.cells:
+        if c.name in awaited:
+            tried.setdefault(c.shape.parameters, []).append(losses[c.name])
+    for n, found in tried.items():
+        if not np.isfinite(found).any():
+            what = f"all {len(found)} learning rates of {n:,} parameters came to nothing"
+            todo = "see forescale study status; then launch.retry=true, or plan a new study"
+            raise UserError(f"stage {stage.number}", what, todo)
+
+
+def _centre(study: Study, stage: Stage, tell: Tell) -> None:
+    """The cells of a stage from the results of those before; then its cards; then the stage."""
+    table = study.table()
+    best = optimum(table, study.job)
+    made = study.plan.recentred(best, rule_of(study.plan))
+    own = next(s for s in made.stages if s.number == stage.number)
+    if study.job.target.is_given and not any(e["kind"] == "measured" for e in study.events):
+        _measure(study, table, tell)
+    centre = best(stage.budget or 0.0)
+    tell(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, around N={centre:,.0f}.")
+    grid = [c for c in own.cells if c.role == "grid"]
+    targets = {c.name: (float(c.shape.parameters), float(c.tokens)) for c in grid}
+    foretell(study, table, targets, tell)
+    study.revise(made, "centred", stage=stage.number, centre=centre)
+
+
+def _measure(study: Study, table: pd.DataFrame, tell: Tell) -> None:
+    """What the first stage says of noise and tuning, in place of what the plan assumed of it, and
+    how sure of the target the same plan makes with that."""
+    found, t, common = noise_of(table), study.job.target, study.plan.common
+    target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
+    told = found.assumed()
+    try:
+        sure = expected(Design.of(study.plan), target, told, seed=study.job.seed)
+    except UserError as e:
+        study.event("measured", noise=asdict(found), why=str(e))
+        return
+    study.event("measured", noise=asdict(found), expected=asdict(sure))
+    levels = [f"{x.noise.sd:.2%} of {x.runs} runs at {x.flops:.2g} FLOPs" for x in found.levels]
+    gap = "-" if found.gap is None else f"{found.gap:.2%}"
+    tell(
+        f"Measured: seed noise {', '.join(levels) or '-'}; {gap} lost to the learning rate. With "
+        f"that the plan makes the target sure to ± {sure.half[0.5]:.1%} (50%), "
+        f"± {sure.half[0.9]:.1%} (90%)."
+    )
+
+
+def add_runs(study: Study, choices: Sequence[Choice], tell: Tell) -> None:
+    """Runs that were chosen, as one more stage, with the learning rates learnt so far; their cost
+    goes on the cap. A forecast of each is written first."""
+    number, cap = len(study.plan.stages) + 1, study.plan.cap
+    ruled, cells = replace(study.plan.common, rule=rule_of(study.plan)), list[Cell]()
+    for i, choice in enumerate(choices):
+        shape = ruled.family.solve(choice.parameters)
+        cells.append(make_cell(ruled, f"s{number}-next{i}", number, shape, tokens=choice.tokens))
+    targets = {c.name: (float(c.shape.parameters), float(c.tokens)) for c in cells}
+    foretell(study, study.table(), targets, tell)
+    cost = sum(c.cost for c in cells)
+    stage = Stage(number, None, tuple(cells), cost, cost, exact=True)
+    made = replace(study.plan, stages=(*study.plan.stages, stage), cap=cap + cost)
+    study.revise(made, "added", stage=number, cells=[c.name for c in cells], cap=made.cap)
+
+
+def foretell(
+    study: Study, table: pd.DataFrame, targets: dict[str, tuple[float, float]], tell: Tell
+) -> None:
+    """A card for each run that has none; targets: (N, D) by name. Where the runs so far tell no law
+    there is none, and that is said."""
+    known = {card.facts["target"]["run"] for card in cards(study.forecasts)}
+    wanted = {name: at for name, at in targets.items() if name not in known}
+    if not wanted:
+        return
+    fitted = table[table["fitted"]]
+    if "budget" in fitted and fitted["budget"].nunique() < _BUDGETS:
+        tell(f"No forecasts yet: {fitted['budget'].nunique()} budget tells no law.")
+        return
+    try:
+        made = StudyFit(table, study.job, f"{len(fitted)} runs of {study.folder}")
+        for name, (n, d) in wanted.items():
+            predict(made, study.forecasts, name, TargetPoint(parameters=n, tokens=d))
+    except UserError as e:
+        study.event("no_forecast", why=str(e), runs=sorted(wanted))
+        tell(f"No forecasts: {e}")
+        return
+    tell(f"Forecast: {len(wanted)} runs, in {study.forecasts}.")
+
+
+def add_target(study: Study, tell: Tell) -> None:
+    """The run that all the others are for, as a last stage, with its card: N and D as they were
+    asked for, or the best of its compute. It is paid for beside the cap. Raises UserError where no
+    target is given, or the law says nothing of it."""
+    t, common, table = study.job.target, study.plan.common, study.table()
+    if not t.is_given:
+        todo = "plan the study with target.flops=, or target.parameters= and target.tokens="
+        raise UserError("target", "is not given", todo)
+    flops = t.flops or (t.device_hours or 0) * 3600 * (common.rate or 0)
+    shape = common.family.solve(t.parameters or optimum(table, study.job)(flops))
+    tokens = t.tokens or flops / common.per_token(shape.model)[common.cost]
+    ruled = replace(common, rule=rule_of(study.plan))
+    number = len(study.plan.stages) + 1
+    cell = make_cell(ruled, TARGET, number, shape, tokens=tokens, role="target")
+    foretell(study, table, {TARGET: (float(shape.parameters), float(cell.tokens))}, tell)
+    if not any(c.facts["target"]["run"] == TARGET for c in cards(study.forecasts)):
+        what = "could not be foretold, and is not trained for that reason"
+        raise UserError("target", what, "see the sentence above")
+    stage = Stage(number, None, (cell,), cell.cost, cell.cost, exact=True)
+    made = replace(study.plan, stages=(*study.plan.stages, stage))
+    study.revise(made, "target", stage=number, cell=cell.name)
+
+
+def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
+    """N*(C) through the vertex of the dearest budget. The exponent is that of all vertices, once
+    two budgets have one; a budget whose parabola is refused counts by its best run, where there is
+    nothing else."""
+    fitted = table[table["fitted"]]
+    size, cost = fitted[f"parameters_{job.size}"], fitted[f"flops_{job.cost}"]
+    found = dict[float, float]()
+    for budget, own in fitted.groupby("budget"):
+        n = np.log(size[own.index].to_numpy(dtype=float))
+        losses, spent = own["loss"].to_numpy(), cost[own.index].to_numpy()
+        at = vertex(float(budget), n, losses, spent, 6.0)
+        found[float(budget)] = (
+            at.parameters if isinstance(at, Vertex) else float(np.exp(n[np.argmin(losses)]))
+        )
+    c, n = np.log(list(found)), np.log(list(found.values()))
+    slope = _SLOPE
+    if len(found) > 1:
+        slope = float(np.clip(np.polyfit(c, n, 1)[0], *_SLOPES))
+    level = float(np.mean(n - slope * c))
+    return lambda flops: float(np.exp(level + slope * math.log(flops)))
+
+
+def rule_of(plan: Plan) -> Rule:
+    """Of batch and learning rate, as learnt from all crosses that are settled."""
+    found = []
+    for stage in plan.stages:
+        own = {c.shape.parameters: c for c in stage.cells if c.role == "grid"}
+        for n, t in stage.tuned:
+            cell = own[n]
+            found.append((cell.shape.counts.non_embedding, cell.tokens, t.learning_rate))
+    return learnt(plan.common.rule, found)
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
