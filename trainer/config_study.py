@@ -58,6 +58,9 @@ class StudyPlan:
     micro_batch: int = key(8, "windows that all ranks feed at once: batches are multiples", ge=1)
     rate: float | None = key(None, "FLOP/s that a device reaches; null: hours aren't known", gt=0)
     seeds: list[int] = key([5, 3], "of the cheapest cell, and of one near the top")
+    cross: bool = key(
+        False, "of a grid, at its lowest and highest budget: batches at three learning rates each"
+    )
     unique: float | None = key(
         None, "tokens of the data, to flag what reads them twice; null: those of the data", gt=0
     )
@@ -73,7 +76,7 @@ class StudyPlan:
 @dataclass
 class StudyLaunch:
     at_once: int = key(1, "cells at a time, here or in the queue", ge=1)
-    retry: bool = key(False, "begin again what failed or diverged")
+    retry: bool = key(False, "begin again what failed or was halted")
     target: bool = key(False, "at the end, foretell and train the target")
     slurm: str | None = key(None, "a profile of `submit`: cells go into SLURM's queue; null: here")
     words: list[str] = key([], "more words of `submit`: what is written after `--`")

@@ -19,7 +19,7 @@ from trainer.scaling.shapes import Common, Shape, overrides
 FACTOR = 2.0  # between the three learning rates of a cross, and the batches of a check
 # Habits: least steps, least warm-up, its greatest share; how far whole steps may take D off.
 _STEPS, _WARMUP, _LONG, _ROUNDED = 500, 20, 0.1, 0.02
-Role = Literal["grid", "rate", "batch", "seed", "target"]
+Role = Literal["grid", "rate", "batch", "cross", "seed", "target"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cell:
     rate is known; awaits: the cells whose losses tell its learning rate (until then that of the
     rule); trunk, trunk_step: the run that it branches off; branches: steps at which others branch
     off it; of: the cell of the grid that it repeats, or tunes; seed: of the data, and of the
-    weights unless init_seed is given."""
+    weights unless init_seed is given; rate_by: its learning rate over that of its size."""
 
     name: str
     stage: int
@@ -55,6 +55,7 @@ class Cell:
     of: str = ""
     init_seed: int | None = None
     branches: tuple[int, ...] = ()
+    rate_by: float = 1.0
 
     @property
     def trajectory(self) -> tuple[Any, ...]:
@@ -117,7 +118,7 @@ def make_cell(
         name + suffix, stage, role, budget, shape, steps * batch, steps, batch // length, length,
         common.micro_batch, rule.learning_rate(n, aim) * rate_by, min(warmup, steps - decay), decay,
         common.seed, flops, cost, cost / common.rate if common.rate else None,
-        tuple(what for what, is_so in doubts.items() if is_so), of=name,
+        tuple(what for what, is_so in doubts.items() if is_so), of=name, rate_by=rate_by,
     )  # fmt: skip
 
 
@@ -128,6 +129,21 @@ def crossed(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
     more = [d(role="rate", rate_by=by, suffix=f"-lr-{word}") for d, by, word in ends]
     awaits = tuple(c.name for c in (found[0], found[-1], *more))
     return [found[0], *(replace(c, awaits=awaits) for c in found[1:-1]), found[-1], *more]
+
+
+def basin_of(draft: Callable[..., Cell], middle: Cell, whole: bool) -> list[Cell]:
+    """Half and twice the batch of a cell; whole: each batch at three learning rates, a cross of
+    both. A batch that comes to be the cell's own, since it is the least there is, is left out."""
+    batches = [(1.0, ""), (1 / FACTOR, "-batch-low"), (FACTOR, "-batch-high")]
+    rates = [(1.0, ""), (1 / FACTOR, "-rate-low"), (FACTOR, "-rate-high")]
+    found = list[Cell]()
+    for batch_by, batch in batches:
+        for rate_by, rate in rates if whole else rates[:1]:
+            role: Role = "cross" if rate else "batch"
+            c = draft(role=role, batch_by=batch_by, rate_by=rate_by, suffix=f"{batch}{rate}")
+            if (batch and c.global_batch != middle.global_batch) or (rate and not batch):
+                found.append(replace(c, awaits=middle.awaits))
+    return found
 
 
 def again(cell: Cell, seeds: int) -> list[Cell]:

@@ -29,7 +29,7 @@ from trainer.scaling.shapes import Rule
 from trainer.scaling.simulate import Design, Target, expected
 from trainer.scaling.study import TARGET, Study
 from trainer.scaling.study_fit import StudyFit
-from trainer.scaling.tuning import learnt
+from trainer.scaling.tuning import basin, learnt
 
 _SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # of N* on C: until two budgets tell it, and never outside
 _BUDGETS = 2  # fewer tell no law at all
@@ -52,6 +52,7 @@ def advance(study: Study, tell: Tell) -> None:
         awaited = {name for c in stage.cells for name in c.awaits}
         if awaited and awaited <= set(losses):
             _settle(study, stage, losses, tell)
+        _judge_basin(study, stage, losses, tell)
 
 
 def _settle(study: Study, stage: Stage, losses: dict[str, float], tell: Tell) -> None:
@@ -72,6 +73,26 @@ def _settle(study: Study, stage: Stage, losses: dict[str, float], tell: Tell) ->
     tell(f"Stage {stage.number}: learning rates {said}; {made.gap:.2%} left untuned.")
     for n in edges:
         tell(f"Note: at N={n:,} that is the edge of what was tried, and no optimum.")
+
+
+def _judge_basin(study: Study, stage: Stage, losses: dict[str, float], tell: Tell) -> None:
+    """What the batches that were tried tell of batch and learning rate, once all have ended."""
+    tried = [c for c in stage.cells if c.role in ("batch", "cross")]
+    told = any(e["kind"] == "basin" and e["stage"] == stage.number for e in study.events)
+    if not tried or told or not all(c.name in losses for c in tried):
+        return
+    cells = [c for c in stage.cells if c.name == tried[0].of] + tried
+    if cells[0].name not in losses:
+        return
+    values = [(c.learning_rate, float(c.global_batch), losses[c.name]) for c in cells]
+    found = basin(*zip(*values, strict=True))
+    study.event("basin", stage=stage.number, cell=cells[0].name, **asdict(found))
+    said = f"learning rate {found.learning_rate:.2g} with batch {found.batch:.3g}"
+    if found.inside:
+        tell(f"Stage {stage.number}: of {len(cells)} runs of {cells[0].name} the best is {said}.")
+        return
+    edges = ", ".join(found.edges)
+    tell(f"Stage {stage.number}: {said} was best, at the edge of its {edges}: no optimum.")
 
 
 def _expect_some(stage: Stage, losses: dict[str, float]) -> None:
@@ -173,7 +194,8 @@ def add_target(study: Study, tell: Tell) -> None:
         todo = "plan the study with target.flops=, or target.parameters= and target.tokens="
         raise UserError("target", "is not given", todo)
     flops = t.flops or (t.device_hours or 0) * 3600 * (common.rate or 0)
-    shape = common.family.solve(t.parameters or optimum(table, study.job)(flops))
+    wanted = t.parameters or optimum(table, study.job)(flops)
+    shape = common.family.solve(wanted) if t.parameters else common.family.nearest([wanted])[0]
     tokens = t.tokens or flops / common.per_token(shape.model)[common.cost]
     ruled = replace(common, rule=rule_of(study.plan))
     number = len(study.plan.stages) + 1

@@ -17,7 +17,16 @@ from statistics import geometric_mean
 from typing import Literal
 
 from trainer.errors import UserError
-from trainer.scaling.cells import FACTOR, Cell, again, crossed, make_cell, share_trunks, wider
+from trainer.scaling.cells import (
+    FACTOR,
+    Cell,
+    again,
+    basin_of,
+    crossed,
+    make_cell,
+    share_trunks,
+    wider,
+)
 from trainer.scaling.shapes import RATIO, SEEDS, Common, Rule
 from trainer.scaling.tuning import Tuned, best_rates, between
 
@@ -113,10 +122,12 @@ class Grid:
         step: float = 10**0.5,
         ratio: float = RATIO,
         seeds: tuple[int, int] = SEEDS,
+        cross: bool = False,
     ) -> "Grid":
         """The dearest budgets, a factor of `step` apart, that the cap (FLOPs) pays for, with all
         crosses, checks and seeds; 1 % is left for whole steps. budgets, sizes: 3 or more."""
-        extra = [2 + seeds[0] - 1, *[0] * (budgets - 3), seeds[1] - 1, 2]
+        checks = 8 if cross else 2
+        extra = [checks + seeds[0] - 1, *[0] * (budgets - 3), seeds[1] - 1, checks]
         each = sizes + 2 * (_CROSS - 1) + 2 * _WIDER
         shares = [step ** (i + 1 - budgets) for i in range(budgets)]
         top = 0.99 * cap / sum((each + e) * s for e, s in zip(extra, shares, strict=True))
@@ -134,10 +145,8 @@ class Grid:
         drafts = [partial(make_cell, common, f"s{stage}-n{i}", stage, s, budget) for i, s in sizes]
         found = crossed(drafts)
         middle, draft = found[len(shapes) // 2], drafts[len(shapes) // 2]
-        for power, word in ((-1, "low"), (1, "high")) if stage in (1, last) else ():
-            check = draft(role="batch", batch_by=FACTOR**power, suffix=f"-batch-{word}")
-            if check.global_batch != middle.global_batch:
-                found.append(replace(check, awaits=middle.awaits))
+        if stage in (1, last):
+            found += basin_of(draft, middle, common.cross)
         seeds = {1: common.seeds[0], last - 1: common.seeds[1]}
         return tuple(found + again(middle, seeds.get(stage, 1)))
 
@@ -274,7 +283,7 @@ def settled(stage: Stage, losses: Mapping[str, float]) -> Stage:
     spared to widen them. losses: by name of cell, nan for one that diverged."""
     ends = losses_of_cross(stage, losses)
     rates, gap = best_rates([(c.shape.parameters, c.learning_rate, losses[c.name]) for c in ends])
-    own = {c.name: between(rates, c.shape.parameters) for c in stage.cells if c.awaits}
+    own = {c.name: between(rates, c.shape.parameters) * c.rate_by for c in stage.cells if c.awaits}
     cells = [
         replace(c, learning_rate=own.get(c.name, c.learning_rate), awaits=()) for c in stage.cells
     ]

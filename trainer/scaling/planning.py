@@ -42,7 +42,7 @@ def plan(job: StudyJob) -> tuple[Plan, Expected | None]:
         made = explicit(common, [(n, d) for n, d in asked.runs], asked.cap)
     else:
         layout = (asked.budgets, asked.sizes, asked.spread, asked.step, asked.ratio)
-        grid = Grid.under(asked.cap, *layout, common.seeds)
+        grid = Grid.under(asked.cap, *layout, common.seeds, common.cross)
         made = isoflop_grid(common, grid, asked.cap)
     t = job.target
     if not t.is_given:
@@ -79,6 +79,7 @@ def common_of(job: StudyJob) -> Common:
         rate=asked.rate,
         unique=unique,
         seeds=_seeds(asked.seeds),
+        cross=asked.cross,
     )
 
 

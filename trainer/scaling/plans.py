@@ -26,11 +26,10 @@ def load(facts: Mapping[str, Any]) -> Plan:
         "base": ModelConfig(**facts["common"]["base"]),
         "aspect": Aspect(**facts["common"]["aspect"]),
         "rule": _made(Rule, facts["common"]["rule"]),
-        "seeds": tuple(facts["common"]["seeds"]),
     }
     grid = _made(Grid, facts["grid"]) if facts["grid"] else None
     stages = tuple(map(_stage, facts["stages"]))
-    more = {"common": Common(**common), "grid": grid, "stages": stages}
+    more = {"common": _made(Common, common), "grid": grid, "stages": stages}
     return _made(Plan, {**facts, **more})
 
 

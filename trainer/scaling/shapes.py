@@ -264,7 +264,8 @@ class Common:
     """What all cells share. size, cost: conventions of N and C; micro_batch: windows that all ranks
     feed at once; decay: share of the run (WSD; Hägele et al. 2024, arXiv 2405.18392:
     20 % do as well as a cosine); rate: FLOPs a second that a device reaches, by `cost`; unique:
-    tokens of the data; seeds: how many, of the cheapest cell and of one near the top."""
+    tokens of the data; seeds: how many, of the cheapest cell and of one near the top; cross:
+    whether batches are tried at three learning rates each."""
 
     base: ModelConfig
     vocab_size: int | None
@@ -277,6 +278,7 @@ class Common:
     decay: float = 0.2
     seed: int = 1337
     seeds: tuple[int, int] = SEEDS
+    cross: bool = False
     rate: float | None = None
     unique: float | None = None
 
@@ -298,7 +300,7 @@ class Common:
         """N with D = ratio N at this budget, by exact FLOPs."""
         n = math.sqrt(budget / (6 * ratio))
         for _ in range(12):
-            shape = self.family.solve(n)
+            (shape,) = self.family.nearest([n])
             per = self.per_token(shape.model)[self.cost] / shape.parameters
             n = math.sqrt(budget / (ratio * per))
         return n

@@ -92,7 +92,7 @@ class Target:
         if device_hours is not None and common.rate is not None and flops is None:
             flops = device_hours * 3600 * common.rate
         if flops is not None and parameters is None and tokens is None:
-            shape = common.family.solve(common.centre(flops))
+            (shape,) = common.family.nearest([common.centre(flops)])
             tokens = flops / common.per_token(shape.model)[common.cost]
             return cls(shape.parameters, tokens, flops)
         if parameters is None or tokens is None or flops is not None:

@@ -174,9 +174,10 @@ class Study:
 
     def wanted(self) -> list[Cell]:
         """What is to begin or to go on, in the plan's order, trunks before what branches off them;
-        nothing of a stage that is a draft."""
+        nothing of a stage that is a draft. What seems to run is among it: the one who decides knows
+        what does, and files that grew a moment ago may be those of a run that was killed since."""
         exact = {s.number for s in self.plan.stages if s.exact}
-        todo = ("ready", "interrupted", "crashed")
+        todo = ("ready", "running", "interrupted", "crashed")
         found = [s.cell for s in self.states() if s.word in todo and s.cell.stage in exact]
         return sorted(found, key=lambda c: (c.stage, c.trunk is not None))
 

@@ -56,6 +56,52 @@ def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
     return Tuned(float(np.exp(x[best] + at)), float(bend * at**2), True, tried)
 
 
+@dataclass(frozen=True)
+class Basin:
+    """Of a cross of learning rates and batches. inside: whether the best lies within what was
+    tried; else learning_rate and batch are those of the best run, and `edges` says in which it is
+    at an end. gap: how far the best run is above the surface's lowest point, in log loss; 0 where
+    there is none."""
+
+    learning_rate: float
+    batch: float
+    inside: bool
+    edges: tuple[str, ...]
+    gap: float
+
+
+def basin(rates: Sequence[float], batches: Sequence[float], losses: Sequence[float]) -> Basin:
+    """The lowest point of a quadratic surface of log loss in log rate and log batch, by least
+    squares through all runs that did not diverge; at one learning rate, of a parabola in the batch.
+    Without such a point the best run, and what it is at the edge of."""
+    x, y = np.log(np.asarray(rates, float)), np.log(np.asarray(batches, float))
+    z = np.asarray(losses, float)
+    z = np.log(np.where(np.isfinite(z), z, np.inf))
+    best = int(np.argmin(z))
+    varied = {"learning rate": x, "batch": y} if np.ptp(x) else {"batch": y}
+    edges = tuple(name for name, v in varied.items() if v[best] in (v.min(), v.max()))
+    own = Basin(float(rates[best]), float(batches[best]), not edges, edges, 0.0)
+    if edges:
+        return own
+    if not np.ptp(x):
+        line = tuned(batches, losses)
+        return Basin(float(rates[best]), line.learning_rate, True, (), line.gap)
+    a, b, kept = x - x[best], y - y[best], np.isfinite(z)
+    X = np.stack((np.ones_like(a), a, b, a * a, a * b, b * b), axis=1)[kept]
+    if np.linalg.matrix_rank(X) < X.shape[1]:
+        return own
+    level, p, q, r, s, t = np.linalg.lstsq(X, z[kept], rcond=None)[0]
+    bend = np.array([[2 * r, s], [s, 2 * t]])
+    if not (np.linalg.eigvalsh(bend) > 0).all():
+        return own
+    at = -np.linalg.solve(bend, [p, q])
+    if not all(v.min() <= d <= v.max() for v, d in zip((a, b), at, strict=True)):
+        return own
+    lowest = level + np.array([p, q]) @ at / 2
+    rate, batch = np.exp(x[best] + at[0]), np.exp(y[best] + at[1])
+    return Basin(float(rate), float(batch), True, (), max(0.0, float(level - lowest)))
+
+
 def best_rates(runs: Iterable[tuple[int, float, float]]) -> tuple[dict[int, Tuned], float]:
     """Of (N, learning rate, loss): the best of each N, and the largest gap."""
     tried: dict[int, list[tuple[float, float]]] = {}

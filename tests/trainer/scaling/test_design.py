@@ -299,3 +299,20 @@ def test_a_trunk_keeps_what_others_branch_off(rungs):
 def test_refusals(made, words):
     with pytest.raises(UserError, match=words):
         made()
+
+
+def test_a_whole_cross_has_three_rates_at_each_batch():
+    grid = isoflop_grid(replace(COMMON, cross=True, micro_batch=2), GRID, CAP)
+    for stage in (grid.stages[0], grid.stages[-1]):
+        tried = [c for c in stage.cells if c.role in ("batch", "cross")]
+        (own,) = {c.of for c in tried}
+        middle = next(c for c in stage.cells if c.name == own)
+        assert len(tried) == 8
+        assert {c.rate_by for c in tried} == {0.5, 1.0, 2.0}
+        assert len({c.global_batch for c in tried} | {middle.global_batch}) == 3
+        assert all(c.awaits == middle.awaits for c in tried)
+        losses = {c.name: 3.0 + np.log(c.learning_rate / 5e-3) ** 2 for c in stage.cells}
+        made = {c.name: c for c in settled(stage, losses).cells}
+        for c in tried:
+            rate = made[own].learning_rate * c.rate_by
+            assert made[c.name].learning_rate == pytest.approx(rate)

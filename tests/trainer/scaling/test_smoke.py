@@ -1,6 +1,8 @@
 """The whole path, for real and small: from the plan over forecasts and the target to the score."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -22,14 +24,21 @@ OF_ALL = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_the_plan_to_the_score(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (
         cli.main(["study", "plan", *PLAN, "--", "data=dataset", f"data.path={dataset}", *OF_ALL])
         == 0
     )
-    assert cli.main(["study", "launch", "launch.at_once=2", "launch.target=true"]) == 0
+    launch = ["study", "launch", "launch.at_once=2", "launch.target=true"]
+    command = [sys.executable, "-m", "trainer", *launch]
+    subprocess.run(["timeout", "-s", "KILL", "40", *command], check=False)  # a launcher that dies
     study = Study(tmp_path / "studies/first")
+    begun = [e["cell"] for e in study.events if e["kind"] == "begun"]
+    assert begun
+    assert cli.main(launch) == 0
+    study = Study(study.folder)
     words = [s.word for s in study.states()]
     assert words.count("complete") == len(words) >= 22, "nothing failed, and nothing is left"
     assert study.spent <= study.plan.cap

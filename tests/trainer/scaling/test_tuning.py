@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.scaling.shapes import Rule
-from trainer.scaling.tuning import best_rates, between, learnt, tuned
+from trainer.scaling.tuning import basin, best_rates, between, learnt, tuned
 
 
 def test_a_cross_finds_its_parabola():
@@ -60,3 +60,42 @@ def test_a_rule_learns_its_level_at_once_and_its_exponents_from_many():
     within = learnt(rule, [(1e8, 1e10, 1e-3)])
     assert within.rate[1:] == rule.rate[1:], "where the rule covers them its exponents stand"
     assert learnt(rule, []) is rule
+
+
+CROSS = [(rate, batch) for rate in (1e-3, 2e-3, 4e-3) for batch in (8, 16, 32)]
+
+
+def bowl(rate, batch, best=(2.3e-3, 14.0)):
+    """A larger batch wants a larger rate."""
+    a, b = np.log(rate / best[0]), np.log(batch / best[1])
+    return float(2.5 * np.exp(0.02 * a * a + 0.01 * b * b - 0.01 * a * b))
+
+
+def test_a_cross_of_rates_and_batches_finds_its_bowl():
+    found = basin(*zip(*CROSS, strict=True), [bowl(*at) for at in CROSS])
+    assert found.inside
+    assert (found.learning_rate, found.batch) == (pytest.approx(2.3e-3), pytest.approx(14.0))
+    assert found.gap == pytest.approx(np.log(bowl(2e-3, 16) / 2.5), rel=1e-6)
+
+
+def test_an_optimum_at_the_edge_of_a_cross_is_none():
+    """In the batch, or in both."""
+    high = basin(*zip(*CROSS, strict=True), [bowl(*at, best=(2e-3, 100.0)) for at in CROSS])
+    assert (high.inside, high.edges, high.batch) == (False, ("batch",), 32)
+    both = basin(*zip(*CROSS, strict=True), [bowl(*at, best=(1e-1, 1.0)) for at in CROSS])
+    assert both.edges == ("learning rate", "batch")
+
+
+def test_batches_at_one_rate_are_a_parabola():
+    line = [at for at in CROSS if at[0] == 2e-3]
+    found = basin(*zip(*line, strict=True), [bowl(*at) for at in line])
+    assert (found.learning_rate, found.inside) == (2e-3, True)
+    assert 8 < found.batch < 32
+    two = basin(*zip(*line[:2], strict=True), [2.0, 2.1])
+    assert (two.inside, two.edges) == (False, ("batch",))
+
+
+def test_a_cross_may_have_runs_that_diverged():
+    losses = [np.nan if at == (4e-3, 8) else bowl(*at) for at in CROSS]
+    found = basin(*zip(*CROSS, strict=True), losses)
+    assert found.learning_rate == pytest.approx(2.3e-3)
