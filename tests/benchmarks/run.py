@@ -24,7 +24,7 @@ from trainer.start import versions  # noqa: E402
 
 NAMES = (
     "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
-    "ranks", "fit",
+    "ranks", "fit", "recovery", "next", "coordinates",
 )  # fmt: skip
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES) + "; all")
     parser.add_argument("--rounds", type=int, default=8, help="pairs a comparison (8)")
+    parser.add_argument("--replicates", type=int, default=200, help="of a study, recovery (200)")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks.json"))
     wanted = parser.parse_args()
     if unknown := set(wanted.names) - set(NAMES):
@@ -43,7 +44,8 @@ def main() -> None:
     print(" | ".join(f"{k} {v}" for k, v in report["machine"].items()), flush=True)
     for name in wanted.names or NAMES:
         began, load = time.monotonic(), os.getloadavg()[0]
-        results = importlib.import_module(f"bench_{name}").measure(wanted.rounds)
+        own = {"replicates": wanted.replicates} if name == "recovery" else {}
+        results = importlib.import_module(f"bench_{name}").measure(wanted.rounds, **own)
         for result in results:
             print(result, flush=True)
         seconds, after = time.monotonic() - began, os.getloadavg()[0]

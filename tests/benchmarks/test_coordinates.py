@@ -6,6 +6,8 @@ from coordinates import ADAMW, MUON, over, slopes
 
 from trainer.config import OptimizerConfig
 
+pytestmark = pytest.mark.slow
+
 
 def found(axis: str, parametrization: str, optimizer: OptimizerConfig = ADAMW, **more):
     sizes = {"width": (64, 256), "depth": (4, 16)}[axis]

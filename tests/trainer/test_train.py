@@ -45,7 +45,11 @@ def test_the_same_command_on_a_complete_run_changes_nothing(finished, dataset):
     assert launching.trajectory(run) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
 def test_an_interrupted_run_goes_on_to_the_bit(finished, dataset, tmp_path, number):
     whole, _ = finished
     command = ("run.name=cut", f"data.path={dataset}", *LENGTH, "checkpoint.background=false")

@@ -183,6 +183,7 @@ def test_a_study_without_a_third_budget_has_fewer_rivals(tmp_path):
     assert "line" in facts["rivals"]
 
 
+@pytest.mark.slow
 def test_runs_of_one_trunk_are_one_observation():
     """The interval resamples as it is told: branches of a trunk share what was off about it."""
     rows = table(noise=0.0)

@@ -86,7 +86,7 @@ def test_few_seeds_hardly_move_the_exponent():
         rows = repeats("s1", 1e17, apart(3), rng=rng) + repeats("s4", 3e18, apart(2), rng=rng)
         found.append(measured(pd.DataFrame(rows)).fading)
     assert np.std(found) < 0.1
-    assert 0 < np.mean(found) < told.fading  # there is none in these
+    assert 0.05 < np.mean(found) < told.fading  # there is none in these
 
 
 def test_the_gap_is_what_the_best_of_a_cross_leaves():
