@@ -84,6 +84,12 @@ def test_a_table_that_tells_nothing_is_a_sentence(fit, change, said):
     assert "Traceback" not in err
 
 
+def test_two_budgets_are_told_what_they_lack(fit):
+    code, out, _ = fit(surface(0.01, budgets=(1e18, 1e20)), "bootstraps=100")
+    assert code == 0
+    assert "No roll-outs: 2 budgets can't be parted" in out
+
+
 def test_diverged_runs_are_left_out_and_said(fit):
     table = surface()
     table.loc[3, "loss"] = np.nan

@@ -91,6 +91,13 @@ def show_score(found: Sequence[Card], made: Score, console: Console) -> None:
 def _show_roll_outs(made: StudyFit, console: Console) -> None:
     """The headline of a study: how the law, fitted to the cheaper budgets, met the dearer ones."""
     if not made.roll_outs:
+        if "budget" in made.table:
+            told = made.table["budget"].nunique()
+            console.print(
+                f"\nNo roll-outs: {told} budgets can't be parted into some that a law is fitted to "
+                "and dearer ones that it meets; run four or more. Beyond them it rests on the prior.",
+                soft_wrap=True,
+            )
         return
     level = f"{made.job.level:.0%}"
     names = ("fitted to budgets", "runs", "beyond", "error", "bias", f"bare {level}", "calibrated")
