@@ -95,7 +95,7 @@ def _show_roll_outs(made: StudyFit, console: Console) -> None:
             told = made.table["budget"].nunique()
             console.print(
                 f"\nNo roll-outs: {told} budgets can't be parted into some that a law is fitted to "
-                "and dearer ones that it meets; run four or more. Beyond them it rests on the prior.",
+                "and dearer ones that it meets; run four or more. Beyond them it rests on a prior.",
                 soft_wrap=True,
             )
         return
