@@ -29,7 +29,8 @@ class Cell:
     rate is known; awaits: the cells whose losses tell its learning rate (until then that of the
     rule); trunk, trunk_step: the run that it branches off; branches: steps at which others branch
     off it; of: the cell of the grid that it repeats, or tunes; seed: of the data, and of the
-    weights unless init_seed is given; rate_by: its learning rate over that of its size."""
+    weights unless init_seed is given; rate_by: its learning rate over that of its size;
+    adam_share: see Common."""
 
     name: str
     stage: int
@@ -56,6 +57,7 @@ class Cell:
     init_seed: int | None = None
     branches: tuple[int, ...] = ()
     rate_by: float = 1.0
+    adam_share: float | None = None
 
     @property
     def trajectory(self) -> tuple[Any, ...]:
@@ -78,6 +80,7 @@ class Cell:
             "train.seed": self.seed,
             "train.init_seed": self.init_seed,
             "optimizer.learning_rate": self.learning_rate,
+            **self._adam_rate,
             "schedule.kind": "wsd",
             "schedule.warmup": f"{self.warmup_steps} steps",
             "schedule.decay": f"{self.decay_steps} steps",
@@ -85,6 +88,12 @@ class Cell:
             **({"run.from.step": self.trunk_step} if self.trunk else {}),
             **({"checkpoint.at": list(self.branches)} if self.branches else {}),
         }
+
+    @property
+    def _adam_rate(self) -> dict[str, float]:
+        """Both learning rates of Muon are tuned as one."""
+        share = self.adam_share
+        return {"optimizer.adam_learning_rate": self.learning_rate * share} if share else {}
 
 
 def make_cell(
@@ -119,6 +128,7 @@ def make_cell(
         common.micro_batch, rule.learning_rate(n, aim) * rate_by, min(warmup, steps - decay), decay,
         common.seed, flops, cost, cost / common.rate if common.rate else None,
         tuple(what for what, is_so in doubts.items() if is_so), of=name, rate_by=rate_by,
+        adam_share=common.adam_share,
     )  # fmt: skip
 
 

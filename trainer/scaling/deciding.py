@@ -119,8 +119,7 @@ def _centre(study: Study, stage: Stage, tell: Tell) -> None:
     centre = best(stage.budget or 0.0)
     tell(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, around N={centre:,.0f}.")
     grid = [c for c in own.cells if c.role == "grid"]
-    targets = {c.name: (float(c.shape.parameters), float(c.tokens)) for c in grid}
-    foretell(study, table, targets, tell)
+    foretell(study, table, grid, tell)
     study.revise(made, "centred", stage=stage.number, centre=centre)
 
 
@@ -153,21 +152,18 @@ def add_runs(study: Study, choices: Sequence[Choice], tell: Tell) -> None:
     for i, choice in enumerate(choices):
         shape = ruled.family.solve(choice.parameters)
         cells.append(make_cell(ruled, f"s{number}-next{i}", number, shape, tokens=choice.tokens))
-    targets = {c.name: (float(c.shape.parameters), float(c.tokens)) for c in cells}
-    foretell(study, study.table(), targets, tell)
+    foretell(study, study.table(), cells, tell)
     cost = sum(c.cost for c in cells)
     stage = Stage(number, None, tuple(cells), cost, cost, exact=True)
     made = replace(study.plan, stages=(*study.plan.stages, stage), cap=cap + cost)
     study.revise(made, "added", stage=number, cells=[c.name for c in cells], cap=made.cap)
 
 
-def foretell(
-    study: Study, table: pd.DataFrame, targets: dict[str, tuple[float, float]], tell: Tell
-) -> None:
-    """A card for each run that has none; targets: (N, D) by name. Where the runs so far tell no law
-    there is none, and that is said."""
+def foretell(study: Study, table: pd.DataFrame, cells: Sequence[Cell], tell: Tell) -> None:
+    """A card for each of these that has none. Where the runs so far tell no law there is none, and
+    that is said."""
     known = {card.facts["target"]["run"] for card in cards(study.forecasts)}
-    wanted = {name: at for name, at in targets.items() if name not in known}
+    wanted = [c for c in cells if c.name not in known]
     if not wanted:
         return
     fitted = table[table["fitted"]]
@@ -176,10 +172,12 @@ def foretell(
         return
     try:
         made = StudyFit(table, study.job, f"{len(fitted)} runs of {study.folder}")
-        for name, (n, d) in wanted.items():
-            predict(made, study.forecasts, name, TargetPoint(parameters=n, tokens=d))
+        for c in wanted:
+            n, flops = float(c.shape.parameters), c.flops[study.plan.common.cost]
+            target = TargetPoint(parameters=n, tokens=float(c.tokens), flops=flops)
+            predict(made, study.forecasts, c.name, target)
     except UserError as e:
-        study.event("no_forecast", why=str(e), runs=sorted(wanted))
+        study.event("no_forecast", why=str(e), runs=[c.name for c in wanted])
         tell(f"No forecasts: {e}")
         return
     tell(f"Forecast: {len(wanted)} runs, in {study.forecasts}.")
@@ -200,7 +198,7 @@ def add_target(study: Study, tell: Tell) -> None:
     ruled = replace(common, rule=rule_of(study.plan))
     number = len(study.plan.stages) + 1
     cell = make_cell(ruled, TARGET, number, shape, tokens=tokens, role="target")
-    foretell(study, table, {TARGET: (float(shape.parameters), float(cell.tokens))}, tell)
+    foretell(study, table, [cell], tell)
     if not any(c.facts["target"]["run"] == TARGET for c in cards(study.forecasts)):
         what = "could not be foretold, and is not trained for that reason"
         raise UserError("target", what, "see the sentence above")

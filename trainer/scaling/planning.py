@@ -63,6 +63,7 @@ def common_of(job: StudyJob) -> Common:
     if not isinstance(train.model, ModelConfig):
         raise UserError("plan.model", f"{asked.model} has no sizes of ours", "choose another model")
     vocabulary, unique = asked.vocab_size, asked.unique
+    adam = train.optimizer.adam_learning_rate
     if vocabulary is None or unique is None:
         sources = open_sources(train.data)
         vocabulary = vocabulary or sources.vocab_size
@@ -80,6 +81,7 @@ def common_of(job: StudyJob) -> Common:
         unique=unique,
         seeds=_seeds(asked.seeds),
         cross=asked.cross,
+        adam_share=adam / train.optimizer.learning_rate if adam else None,
     )
 
 

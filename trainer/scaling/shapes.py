@@ -265,7 +265,8 @@ class Common:
     feed at once; decay: share of the run (WSD; Hägele et al. 2024, arXiv 2405.18392:
     20 % do as well as a cosine); rate: FLOPs a second that a device reaches, by `cost`; unique:
     tokens of the data; seeds: how many, of the cheapest cell and of one near the top; cross:
-    whether batches are tried at three learning rates each."""
+    whether batches are tried at three learning rates each; adam_share: the learning rate of what
+    AdamW takes beside Muon, over Muon's."""
 
     base: ModelConfig
     vocab_size: int | None
@@ -279,6 +280,7 @@ class Common:
     seed: int = 1337
     seeds: tuple[int, int] = SEEDS
     cross: bool = False
+    adam_share: float | None = None
     rate: float | None = None
     unique: float | None = None
 

@@ -51,6 +51,8 @@ def test_what_all_runs_share_stands_after_two_dashes(plan, tmp_path):
     study = Study(tmp_path / "studies/mine")
     job = compose("train", study.words(study.plan.cells[0]))
     assert (job.optimizer.kind, job.model.mlp) == ("muon", "gelu")
+    share = job.optimizer.adam_learning_rate / job.optimizer.learning_rate
+    assert share == pytest.approx(0.004 / 0.02), "both rates are tuned as one"
     code, _, err = plan("plan.cap=1e15", "--", "train.steps=5")
     assert (code, "is what a study sets itself" in err) == (2, True)
     code, _, err = plan("plan.cap=1e15", "--", "modl=tiny")
