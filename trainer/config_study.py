@@ -31,6 +31,10 @@ class TargetPoint:
         )
 
 
+LawName = Literal[
+    "chinchilla", "shared-exponent", "over-training", "kaplan", "frontier", "data-constrained",
+    "auto",
+]  # fmt: skip
 _SHARED = ["data=bytes", "optimizer=adamw", "validation.every=100 %"]
 
 
@@ -101,9 +105,7 @@ class StudyJob:
     rows: dict[str, str] = key(
         {}, "of a table: only rows with these words, such as {dataset: c4}; by its own names"
     )
-    form: Literal[
-        "chinchilla", "shared-exponent", "over-training", "kaplan", "frontier", "data-constrained"
-    ] = key("chinchilla", "the law")
+    form: LawName = key("chinchilla", "the law; auto: by roll-outs as far beyond as the target is")
     size: Literal["blocks_and_head", "non_embedding", "total"] = key(
         "blocks_and_head", "what N counts, of our own runs"
     )

@@ -25,10 +25,10 @@ from trainer.scaling.following import Choice
 from trainer.scaling.forecast import cards, predict
 from trainer.scaling.isoflop import Vertex, vertex
 from trainer.scaling.noise import noise_of
+from trainer.scaling.selection import law_of
 from trainer.scaling.shapes import Rule
 from trainer.scaling.simulate import Design, Target, expected
 from trainer.scaling.study import TARGET, Study
-from trainer.scaling.study_fit import StudyFit
 from trainer.scaling.tuning import basin, learnt
 
 _SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # of N* on C: until two budgets tell it, and never outside
@@ -171,7 +171,7 @@ def foretell(study: Study, table: pd.DataFrame, cells: Sequence[Cell], tell: Tel
         tell(f"No forecasts yet: {fitted['budget'].nunique()} budget tells no law.")
         return
     try:
-        made = StudyFit(table, study.job, f"{len(fitted)} runs of {study.folder}")
+        made = law_of(table, study.job, f"{len(fitted)} runs of {study.folder}")
         for c in wanted:
             n, flops = float(c.shape.parameters), c.flops[study.plan.common.cost]
             target = TargetPoint(parameters=n, tokens=float(c.tokens), flops=flops)

@@ -28,6 +28,7 @@ from trainer.scaling.launching import Launcher
 from trainer.scaling.page import show, show_score
 from trainer.scaling.queueing import Queue
 from trainer.scaling.records import Refused, of_export, of_runs
+from trainer.scaling.selection import law_of
 from trainer.scaling.simulate import Target
 from trainer.scaling.study import Study, settings
 from trainer.scaling.study_fit import StudyFit
@@ -193,7 +194,7 @@ def _next(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         raise UserError("cap", "is not given", todo)
     study = None if job.input else Study(job.folder)
     common = study.plan.common if study else planning.common_of(job)
-    made, t = StudyFit(table, job, where), job.target
+    made, t = law_of(table, job, where), job.target
     if not t.is_given:
         raise UserError("target", "is not given", "write target.flops=: what is to be foretold")
     target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
@@ -238,7 +239,7 @@ def _report(job: StudyJob, table: pd.DataFrame, where: str) -> int:
 
     seen = gather(job, table)
     try:
-        made: StudyFit | str = StudyFit(seen.fitted, job, where)
+        made: StudyFit | str = law_of(seen.fitted, job, where)
     except UserError as e:
         if not seen.stages:
             raise
@@ -256,7 +257,7 @@ def _predict(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     """A card of the target, before anybody knows."""
     if job.target.run is None:
         raise UserError("target.run", "names no run", "write target.run=NAME: it is scored by that")
-    card = predict(StudyFit(table, job, where), job.forecasts, job.target.run)
+    card = predict(law_of(table, job, where), job.forecasts, job.target.run)
     facts = card.facts
     print(
         f"{card.path}: loss {facts['loss']:.4f}, 50% {facts['interval_50'][0]:.4f} to "
@@ -282,7 +283,7 @@ def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
 
 
 def _fit(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    made = StudyFit(table, job, where)
+    made = law_of(table, job, where)
     made.foretold()  # what is wrong with the target is said before anything else
     if job.json:
         json.dump(made.as_dict(), sys.stdout, indent=2)
