@@ -4,7 +4,6 @@ Invariant: nothing is launched here, and nothing is planned that costs more than
 """
 
 from collections import Counter
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +13,6 @@ from trainer.compose import compose
 from trainer.config_study import StudyJob
 from trainer.errors import UserError
 from trainer.overview import table
-from trainer.scaling.cells import Cell
 from trainer.scaling.design import Grid, Plan, explicit, isoflop_grid, ladder
 from trainer.scaling.shapes import Common
 from trainer.scaling.simulate import Design, Expected, Target, expected
@@ -102,7 +100,7 @@ def show(made: Plan, sure: Expected | None, console: Console) -> None:
     console.print()
     console.print(_stages(made))
     console.print()
-    console.print(_cells(made.stages[0].cells))
+    console.print(_cells(made))
     if sure is not None:
         half, bare = sure.half, sure.bare
         console.print(
@@ -131,32 +129,24 @@ def _stages(made: Plan) -> Table:
     return rows
 
 
-def _cells(cells: Sequence[Cell]) -> Table:
-    names = (
-        "run",
-        "for",
-        "N",
-        "layers x width",
-        "tokens",
-        "D/N",
-        "steps",
-        "batch",
-        "rate",
-        "FLOPs",
-    )
+def _cells(made: Plan) -> Table:
+    """Every run; of a stage that awaits others as a draft, with its cost as about so much."""
+    names = ("run", "for", "N", "layers x width", "tokens", "D/N", "steps", "batch", "rate")
     rows = table(*names, "FLOPs", left=("run", "for"))
-    for c in cells:
-        s = c.shape.model.sizes
-        rows.add_row(
-            c.name,
-            c.role,
-            f"{c.shape.parameters:,}",
-            f"{s.num_layers} x {s.width}",
-            f"{c.tokens:,}",
-            f"{c.tokens / c.shape.parameters:.0f}",
-            f"{c.steps:,}",
-            str(c.global_batch),
-            "awaits" if c.awaits else f"{c.learning_rate:.2g}",
-            f"{c.cost:.2e}",
-        )
+    for stage in made.stages:
+        about = "" if stage.exact else "~"
+        for c in stage.cells:
+            s = c.shape.model.sizes
+            rows.add_row(
+                c.name,
+                c.role,
+                f"{about}{c.shape.parameters:,}",
+                f"{s.num_layers} x {s.width}",
+                f"{about}{c.tokens:,}",
+                f"{c.tokens / c.shape.parameters:.0f}",
+                f"{c.steps:,}",
+                str(c.global_batch),
+                "awaits" if c.awaits else f"{about}{c.learning_rate:.2g}",
+                f"{about}{c.cost:.2e}",
+            )
     return rows
