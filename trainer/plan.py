@@ -14,6 +14,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.flops import count, flops_6n
+from trainer.band import band_of
 from trainer.choices import Choice, Ways, name_of
 from trainer.config_plan import PlanJob
 from trainer.cost import checkpoint_bytes
@@ -53,6 +54,7 @@ class Plan:
         self.given = job
         self.sources = self._open(job)
         self.job: PlanJob = self._settled(job)
+        self._try(lambda: band_of(self.job))
         self.machine, self.world = job.machine, job.world_size
         self.nodes, self.per_node = job.nodes, job.per_node
         self.measured: Measured | None = None

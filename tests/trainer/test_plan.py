@@ -125,6 +125,12 @@ def test_nothing_fits(planned):
     assert "no setting that is known here fits" in err
 
 
+def test_a_forecast_that_is_not_there_is_known_before_the_queue(planned):
+    code, _, err = planned(*SHORT, "forecast=none/3")
+    assert code == 2
+    assert "there is no card studies/none/forecasts/0003.json" in err
+
+
 def test_sources_and_epochs(planned, small_data):
     code, plan, _ = planned(*SHORT)
     (source,) = plan["sources"]
