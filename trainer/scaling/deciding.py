@@ -192,7 +192,7 @@ def add_target(study: Study, tell: Tell) -> None:
         todo = "plan the study with target.flops=, or target.parameters= and target.tokens="
         raise UserError("target", "is not given", todo)
     flops = t.flops or (t.device_hours or 0) * 3600 * (common.rate or 0)
-    wanted = t.parameters or optimum(table, study.job)(flops)
+    wanted = t.parameters or _best_size(study, table, flops)
     shape = common.family.solve(wanted) if t.parameters else common.family.nearest([wanted])[0]
     tokens = t.tokens or flops / common.per_token(shape.model)[common.cost]
     ruled = replace(common, rule=rule_of(study.plan))
@@ -205,6 +205,15 @@ def add_target(study: Study, tell: Tell) -> None:
     stage = Stage(number, None, (cell,), cell.cost, cell.cost, exact=True)
     made = replace(study.plan, stages=(*study.plan.stages, stage))
     study.revise(made, "target", stage=number, cell=cell.name)
+
+
+def _best_size(study: Study, table: pd.DataFrame, flops: float) -> float:
+    """N of the least loss for so much compute: by the parabolas where there are budgets, else by
+    the law."""
+    if "budget" in table:
+        return optimum(table, study.job)(flops)
+    made = law_of(table, study.job, f"{len(table)} runs of {study.folder}")
+    return made.run_of(TargetPoint(flops=flops))[1]
 
 
 def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
