@@ -156,10 +156,21 @@ def _launch(job: StudyJob) -> int:
             launcher = Queue(study, submit.main, more, *options)
         code = launcher.go()
     if code == DONE:
-        _tell(f"Nothing is left to run. Next: forescale study report study={job.study}")
-        if found := cards(study.forecasts):
-            show_score(found, score(found, study.table()), _console())
+        _conclude(study, is_waiting=bool(job.launch.slurm and not job.launch.follow))
     return code
+
+
+def _conclude(study: Study, is_waiting: bool) -> None:
+    """What a launch came to: what is left, and how the forecasts came out. is_waiting: jobs may be
+    in the queue still."""
+    left = study.wanted()
+    if not left:
+        _tell(f"Nothing is left to run. Next: forescale study report study={study.folder.name}")
+    elif not is_waiting:
+        trunks = ", ".join(sorted({c.trunk for c in left if c.trunk}))
+        _tell(f"{len(left)} cells can't begin: {trunks} has saved nothing where they leave it.")
+    if found := cards(study.forecasts):
+        show_score(found, score(found, study.table()), _console())
 
 
 def _tell(line: str) -> None:

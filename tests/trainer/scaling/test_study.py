@@ -64,6 +64,22 @@ def test_what_dies_again_and_again_is_given_up(little, pretended):
     assert word(folder, "r0").word == "failed"
 
 
+def test_branches_of_a_trunk_that_came_to_nothing_are_told(small_data, tmp_path, pretended, capsys):
+    pretended.codes.clear()
+    pretended.losses.clear()
+    where = [f"studies={tmp_path}", "study=trunks"]
+    runs = "plan.runs=[[1e4,1e5],[1e4,3e5],[2e4,1e5],[4e4,1e5]]"
+    plan = ["plan.kind=list", runs, "plan.cap=1e13", "plan.seeds=[1,1]", "plan.sequence_length=32"]
+    words = ["--", f"data.path={small_data}", "optimizer=adamw"]
+    assert cli.main(["study", "plan", *where, *plan, *words]) == 0
+    pretended.codes["r1"] = 76
+    assert cli.main(["study", "launch", *where]) == 0
+    assert "1 cells can't begin: r1 has saved nothing where they leave it." in capsys.readouterr().out
+    pretended.codes.clear()
+    assert cli.main(["study", "launch", *where, "launch.retry=true"]) == 0
+    assert word(tmp_path / "trunks", "r1").word == "complete"
+
+
 def test_an_excluded_cell_is_left_out_with_its_reason(little, capsys):
     run, folder = little
     assert run("launch") == 0
