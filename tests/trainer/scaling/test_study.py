@@ -74,7 +74,7 @@ def test_branches_of_a_trunk_that_came_to_nothing_are_told(small_data, tmp_path,
     assert cli.main(["study", "plan", *where, *plan, *words]) == 0
     pretended.codes["r1"] = 76
     assert cli.main(["study", "launch", *where]) == 0
-    assert "1 cells can't begin: r1 has saved nothing where they leave it." in capsys.readouterr().out
+    assert "1 cells can't begin: r1 has saved nothing" in capsys.readouterr().out
     pretended.codes.clear()
     assert cli.main(["study", "launch", *where, "launch.retry=true"]) == 0
     assert word(tmp_path / "trunks", "r1").word == "complete"
