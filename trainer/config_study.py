@@ -118,7 +118,9 @@ class StudyJob:
     )
     drop_largest: int = key(0, "leave out so many runs of the greatest losses", ge=0)
     near: float | None = key(
-        0.04, "fit only runs within so much of the least loss of their budget; null: all", gt=0
+        0.04,
+        "fit only runs within so much of the least loss of their budget, and its best three",
+        gt=0,
     )
     bootstraps: int = key(1000, "fits of resampled runs", ge=100)
     resample: Literal["pairs", "clusters", "residuals"] = key(

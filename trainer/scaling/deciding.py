@@ -130,7 +130,8 @@ def _measure(study: Study, table: pd.DataFrame, tell: Tell) -> None:
     target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
     told = found.assumed()
     try:
-        sure = expected(Design.of(study.plan), target, told, seed=study.job.seed)
+        job = study.job
+        sure = expected(Design.of(study.plan), target, told, seed=job.seed, near=job.near)
     except UserError as e:
         study.event("measured", noise=asdict(found), why=str(e))
         return

@@ -46,7 +46,7 @@ def plan(job: StudyJob) -> tuple[Plan, Expected | None]:
     if not t.is_given:
         return made, None
     target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
-    return made, expected(Design.of(made), target, seed=job.seed)
+    return made, expected(Design.of(made), target, seed=job.seed, near=job.near)
 
 
 def common_of(job: StudyJob) -> Common:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trainer.errors import UserError
 
+_FEWEST = 3  # runs of a budget that a law is fitted to: fewer tell no bend
 Array = NDArray[Any]  # of float64, but for masks and indices
 
 
@@ -71,6 +72,19 @@ class Points:
         """Those of an index or a mask."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return Points(**own | {k: own[k][which] for k in COLUMNS if own[k] is not None})
+
+
+def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
+    """(n,) of bool: runs within so much of the least loss of their budget, and the best three of it
+    however far apart: small models are few, and 4 % may leave one. None: all."""
+    kept = np.ones(len(loss), dtype=bool)
+    if near is None:
+        return kept
+    for b in np.unique(budgets):
+        own = np.flatnonzero(budgets == b)
+        kept[own] = loss[own] <= loss[own].min() * (1 + near)
+        kept[own[np.argsort(loss[own], kind="stable")[:_FEWEST]]] = True
+    return kept
 
 
 COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens")

@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.scaling.design import Plan
 from trainer.scaling.laws import CHINCHILLA
 from trainer.scaling.objective import Objective
-from trainer.scaling.points import Array, Points
+from trainer.scaling.points import Array, Points, near_best
 from trainer.scaling.rollouts import BELIEF, PRIOR, Discrepancy, sure
 from trainer.scaling.shapes import Common
 
@@ -202,12 +202,9 @@ def _answer(
     truth: float,
 ) -> Sequence[float]:
     """Of one draw: half-widths, whether the truth is inside, the error, bare half-widths."""
-    kept = np.ones(len(loss), dtype=bool)
-    if near is not None and design.budgets is not None:
-        for b in np.unique(design.budgets):
-            own = design.budgets == b
-            kept[own] = loss[own] <= loss[own].min() * (1 + near)
-    points = Points(loss, design.parameters, design.tokens, design.flops).take(kept)
+    points = Points(loss, design.parameters, design.tokens, design.flops)
+    if design.budgets is not None:
+        points = points.take(near_best(loss, design.budgets, near))
     law = sure(CHINCHILLA, points, Objective(), bootstraps, seed, Discrepancy())
     bare = replace(law, discrepancy=Discrepancy(0.0))
     answers = [[np.log(s.interval(dict(at), flops, x)) for x in _LEVELS] for s in (law, bare)]

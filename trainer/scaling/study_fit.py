@@ -24,7 +24,7 @@ from trainer.scaling.fit import Fit, fit
 from trainer.scaling.forms import Form
 from trainer.scaling.isoflop import IsoFlop, isoflop
 from trainer.scaling.objective import Objective
-from trainer.scaling.points import Array, Points
+from trainer.scaling.points import Array, Points, near_best
 from trainer.scaling.records import points
 from trainer.scaling.rollouts import Discrepancy, RollOut, Sure, roll_outs, spent, sure_of
 from trainer.scaling.sensitivity import Row, sensitivity
@@ -40,7 +40,6 @@ FORMS: Mapping[str, Form] = {
 }
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
 _FAR = 30.0  # times the greatest compute of the runs: beyond that nothing is said
-_FEWEST = 3  # runs of a budget that a law is fitted to, however far apart
 _PER = 6.0  # FLOPs a parameter and token, of C = 6 N D
 
 
@@ -104,11 +103,9 @@ class StudyFit:
         near, table = self.job.near, self.table
         if near is None or "budget" not in table:
             return np.ones(len(table), dtype=bool)
-        least = table.groupby("budget")["loss"].transform("min")
-        order = table.groupby("budget")["loss"].rank(method="first")
-        kept = ((table["loss"] <= least * (1 + near)) | (order <= _FEWEST)).to_numpy()
+        kept = near_best(table["loss"].to_numpy(), table["budget"].to_numpy(), near)
         if not kept.all():
-            what = f"within {near:.0%} of the least loss of their budget"
+            what = f"within {near:.0%} of the least loss of their budget, or its best three"
             self.notes.append(f"The law is fitted to the {kept.sum()} of {len(kept)} runs {what}.")
         return kept
 
