@@ -62,7 +62,9 @@ def _settle(study: Study, stage: Stage, losses: dict[str, float], tell: Tell) ->
         cells = [replace(c, awaits=(*c.awaits, *names)) if c.awaits else c for c in stage.cells]
         wide = replace(stage, cells=(*cells, *more))
         study.revise(study.plan.with_stage(wide), "widened", stage=stage.number, cells=names)
-        tell(f"Stage {stage.number}: the best learning rate is at an edge; more: {_list(names)}.")
+        tell(
+            f"Stage {stage.number}: the best learning rate is at an edge; more: {', '.join(names)}."
+        )
         return
     made = settled(stage, losses)
     edges = [n for n, t in made.tuned if not t.inside]
@@ -126,7 +128,11 @@ def _centre(study: Study, stage: Stage, tell: Tell) -> None:
 def _measure(study: Study, table: pd.DataFrame, tell: Tell) -> None:
     """What the first stage says of noise and tuning, in place of what the plan assumed of it, and
     how sure of the target the same plan makes with that."""
-    found, t, common = noise_of(table), study.job.target, study.plan.common
+    found, t, common = (
+        noise_of(table, f"flops_{study.job.cost}"),
+        study.job.target,
+        study.plan.common,
+    )
     target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
     told = found.assumed()
     try:
@@ -248,7 +254,3 @@ def rule_of(plan: Plan) -> Rule:
             cell = own[n]
             found.append((cell.shape.counts.non_embedding, cell.tokens, t.learning_rate))
     return learnt(plan.common.rule, found)
-
-
-def _list(names: tuple[str, ...]) -> str:
-    return ", ".join(names)

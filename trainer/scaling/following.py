@@ -32,6 +32,7 @@ from trainer.scaling.points import Array, Points
 from trainer.scaling.rollouts import Discrepancy, Sure, spent, sure_of
 from trainer.scaling.shapes import RATIO, Common
 from trainer.scaling.simulate import Design, Target
+from trainer.scaling.weights import RunNoise, weigh
 
 _SHARED = 1.0  # decades of D/N over which the discrepancy of two runs falls to 1/e
 _OPEN = 1.0  # of the parameters beforehand, standard deviation: an e-fold, an exponent of 1
@@ -186,14 +187,6 @@ def _joined(one: Target | Design, other: Design) -> Design:
     return Design(**parts)
 
 
-def toward(points: Points, flops: float, noise: float, discrepancy: Discrepancy) -> Array:
-    """Weights of a fit, (n,), for a target of compute `flops`: one over the variance that a run has
-    as a witness of it, its noise and what the law may be off by over the decades between."""
-    decades = np.maximum(0.0, np.log10(flops / spent(points)))
-    weights = 1 / (max(noise, _NOISE) ** 2 + (discrepancy.a_decade * decades) ** 2)
-    return weights / weights.mean()
-
-
 @dataclass(frozen=True)
 class Replay:
     """Mean size of the error (log loss) at the runs held out, after each share of the pool's cost:
@@ -275,7 +268,8 @@ def _met(
     else:
         if by == "toward":
             aim = float(np.exp(np.log(spent(target)).mean()))
-            made = fit(form, known, goal, toward(known, aim, law.noise, law.discrepancy))
+            noise = RunNoise(max(law.noise, _NOISE))
+            made = fit(form, known, goal, weigh(spent(known), noise, aim))
         mean = np.log(made.predict(**{c: np.exp(target.log(c)) for c in form.columns}))
     return law, float(np.abs(mean - np.log(target.loss)).mean())
 

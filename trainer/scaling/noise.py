@@ -76,11 +76,6 @@ class Noise:
         return replace(found, noise=noise, fading=fading, floor=floor)
 
 
-def measured(table: pd.DataFrame, told: Assumptions | None = None) -> Assumptions:
-    """What to simulate with, of the records of a study so far; see `noise_of`."""
-    return noise_of(table).assumed(told)
-
-
 def noise_of(table: pd.DataFrame, cost: str = "flops_causal") -> Noise:
     """table: a row a run, with name, role (grid, rate, seed, ...), cell_of (the grid cell that it
     repeats or tunes, its own name for that cell), learning_rate, loss and the column `cost`; seed

@@ -13,7 +13,7 @@ from models.config import ModelConfig
 from trainer.errors import UserError
 from trainer.scaling import bootstrap
 from trainer.scaling.fit import fit
-from trainer.scaling.following import candidates_of, recommend, replay, show, toward
+from trainer.scaling.following import candidates_of, recommend, replay, show
 from trainer.scaling.laws import CHINCHILLA, FRONTIER
 from trainer.scaling.points import Points
 from trainer.scaling.rollouts import Discrepancy, sure_of
@@ -108,16 +108,6 @@ def test_several_targets_are_averaged(law, offered):
 
 def vars_of(design):
     return design.parameters, design.tokens, design.flops
-
-
-def test_a_fit_toward_the_target_weighs_the_runs_near_it():
-    points, _ = surface("nothing", 0)
-    weights = toward(points, 1e21, 2e-3, Discrepancy())
-    assert weights.mean() == pytest.approx(1)
-    order = np.argsort(points.flops, kind="stable")
-    assert (np.diff(weights[order]) >= 0).all()
-    assert weights.max() > 100 * weights.min()
-    assert (toward(points, 1e21, 2e-3, Discrepancy(0.0)) == 1).all()
 
 
 def test_candidates_are_models_of_the_family_on_budgets_below_the_cap():

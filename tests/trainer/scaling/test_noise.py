@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from trainer.scaling.noise import measured, noise_of
+from trainer.scaling.noise import noise_of
 from trainer.scaling.simulate import Assumptions
 
 WEIGHTS, DATA = 3e-3, 4e-3  # together 5e-3
@@ -72,7 +72,7 @@ def test_two_levels_tell_how_noise_fades():
     rng = np.random.default_rng(1)
     rows = repeats("s1", 1e17, apart(200), rng=rng)
     rows += repeats("s4", 1e19, apart(200), scale=100**-0.3, rng=rng)
-    found = measured(pd.DataFrame(rows))
+    found = noise_of(pd.DataFrame(rows)).assumed()
     assert found.fading == pytest.approx(0.3, abs=0.04)
     assert found.seed_noise(np.array([1e17]))[0] == pytest.approx(5e-3, rel=0.1)
     assert found.seed_noise(np.array([1e19]))[0] == pytest.approx(5e-3 * 100**-0.3, rel=0.1)
@@ -84,7 +84,7 @@ def test_few_seeds_hardly_move_the_exponent():
     for seed in range(60):
         rng = np.random.default_rng(seed)
         rows = repeats("s1", 1e17, apart(3), rng=rng) + repeats("s4", 3e18, apart(2), rng=rng)
-        found.append(measured(pd.DataFrame(rows)).fading)
+        found.append(noise_of(pd.DataFrame(rows)).assumed().fading)
     assert np.std(found) < 0.1
     assert 0.05 < np.mean(found) < told.fading  # there is none in these
 
@@ -101,7 +101,7 @@ def test_the_gap_is_what_the_best_of_a_cross_leaves():
     assert (found.crosses, found.edges, found.levels) == (2, 1, ())
     gaps = 0.02 * np.log(np.array([1.2, 0.9])) ** 2
     assert found.gap == pytest.approx(np.sqrt((gaps**2).mean()))
-    assert measured(pd.DataFrame(rows)) == Assumptions(gap=found.gap)
+    assert noise_of(pd.DataFrame(rows)).assumed() == Assumptions(gap=found.gap)
 
 
 def test_what_nobody_measured_stays_as_it_was_assumed():
@@ -109,6 +109,6 @@ def test_what_nobody_measured_stays_as_it_was_assumed():
     alone = pd.DataFrame(repeats("s1", 1e17, [(1, 1)]))
     diverged = pd.DataFrame(repeats("s1", 1e17, [(1, 1), (2, 1)])).assign(loss=[3.0, np.nan])
     for table in (pd.DataFrame(), alone, diverged):
-        assert measured(table, told) == told
+        assert noise_of(table).assumed(told) == told
     same = pd.DataFrame(repeats("s1", 1e17, [(1, 1), (2, 1)])).assign(loss=3.0)
-    assert measured(same, told) == told  # one run twice
+    assert noise_of(same).assumed(told) == told  # one run twice
