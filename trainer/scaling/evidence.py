@@ -24,7 +24,7 @@ from trainer.scaling.forecast import Card, Score, cards, score
 from trainer.scaling.noise import Noise, noise_of
 from trainer.scaling.points import Array
 from trainer.scaling.study import State, Study
-from trainer.scaling.tuning import tuned
+from trainer.scaling.tuning import Tuned, tuned
 from trainer.status import Status
 
 _CROSS = ("grid", "rate")  # roles
@@ -179,19 +179,16 @@ def cross(
 ) -> Cross:  # fmt: skip
     """values: (n,), growing; losses: inf where it diverged. Through the best run and its neighbours
     goes the parabola whose lowest point `tuned` takes for the best."""
-    i, n = int(np.argmin(losses)), len(values)
-    best, inside, bend, ends = float(values[i]), False, None, (float(values[i]),) * 2
-    if n >= 3:
+    i = int(np.argmin(losses))
+    own = float(values[i])
+    t = Tuned(own, 0.0, False)
+    if len(values) >= 3:
         t = tuned(values.tolist(), losses.tolist())
-        best, inside = t.learning_rate, t.inside
-        near = slice(first := min(max(i - 1, 0), n - 3), first + 3)
-        if inside and np.isfinite(losses[near]).all():
-            bend = float(np.polyfit(np.log(values[near] / best), np.log(losses[near]), 2)[0])
-            ends = float(values[near][0]), float(values[near][-1])
-    off = 0.0 if bend is None else bend * math.log(values[i] / best) ** 2
-    floor = float(np.log(losses[i])) - off
+    floor = float(np.log(losses[i])) - t.gap
     at = (cell, stage, budget, parameters, tokens)
-    return Cross(*at, values, losses, best, floor, inside, bend, ends)
+    return Cross(
+        *at, values, losses, t.learning_rate, floor, t.inside, t.bend, t.ends or (own, own)
+    )
 
 
 def _stage(

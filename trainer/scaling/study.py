@@ -89,7 +89,9 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "study.yaml", freeze(job).encode())
         write_json(folder / "plan.json", {**plans.dump(plan), **more})
-        return cls(folder)
+        made = cls(folder)
+        made.event("planned", cap=plan.cap)
+        return made
 
     @property
     def _plan(self) -> Path:
@@ -135,7 +137,10 @@ class Study:
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
-        return read_rows(self.rows.path)
+        """Since it was planned the last time."""
+        rows = read_rows(self.rows.path)
+        plans_made = [i for i, row in enumerate(rows) if row["kind"] == "planned"]
+        return rows[plans_made[-1] :] if plans_made else rows
 
     def revise(self, plan: Plan, kind: str, **facts: Any) -> None:
         """The plan from now on, and why."""

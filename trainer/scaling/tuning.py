@@ -22,12 +22,14 @@ _BEYOND = 2.0  # times the highest rate found: no rule goes further
 class Tuned:
     """learning_rate: the best, by a parabola in its logarithm; gap: how far the best of the runs is
     above that, in log loss (0 at an edge); inside: whether rates on both sides were worse; tried:
-    lowest and highest."""
+    lowest and highest; bend: of the parabola of log loss, over `ends`, None without one."""
 
     learning_rate: float
     gap: float
     inside: bool
     tried: tuple[float, float] = (math.nan, math.nan)
+    bend: float | None = None
+    ends: tuple[float, float] | None = None
 
     def wider(self, factor: float) -> float | None:
         """The rate to try next where the best is at an edge."""
@@ -53,7 +55,9 @@ def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
     at = -slope / (2 * bend) if bend > 0 else np.inf
     if not x[near][0] < x[best] + at < x[near][-1]:
         return Tuned(own, 0.0, False, tried)
-    return Tuned(float(np.exp(x[best] + at)), float(bend * at**2), True, tried)
+    ends = sorted_rates[near.start], sorted_rates[near.stop - 1]
+    gap = float(bend * at**2)
+    return Tuned(float(np.exp(x[best] + at)), gap, True, tried, float(bend), ends)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,18 @@ def test_a_fault_of_the_users_ends_the_launch_with_its_sentence(little, pretende
     assert word(folder, "r0").word == "complete"
 
 
+def test_planned_again_before_anything_ran_it_begins_anew(little, pretended, small_data, tmp_path):
+    """What failed under the first plan left no run, and is no fault of the second's."""
+    run, folder = little
+    pretended.codes["r0"] = 2
+    assert run("launch") == 2
+    pretended.codes.clear()
+    words = ["plan.sequence_length=32", "--", f"data.path={small_data}", "optimizer=adamw"]
+    where = [f"studies={tmp_path}", "study=little"]
+    assert cli.main(["study", "plan", *where, *LIST, *words]) == 0
+    assert word(folder, "r0").word == "ready"
+
+
 def test_what_dies_again_and_again_is_given_up(little, pretended):
     run, folder = little
     pretended.codes["r0"] = -9
