@@ -29,6 +29,7 @@ from trainer.scaling.selection import law_of
 from trainer.scaling.shapes import Rule
 from trainer.scaling.simulate import Design, Target, expected
 from trainer.scaling.study import TARGET, Study
+from trainer.scaling.study_fit import StudyFit
 from trainer.scaling.tuning import basin, learnt
 
 _SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # of N* on C: until two budgets tell it, and never outside
@@ -179,15 +180,25 @@ def foretell(study: Study, table: pd.DataFrame, cells: Sequence[Cell], tell: Tel
         return
     try:
         made = law_of(table, study.job, f"{len(fitted)} runs of {study.folder}")
-        for c in wanted:
-            n, flops = float(c.shape.parameters), c.flops[study.plan.common.cost]
-            target = TargetPoint(parameters=n, tokens=float(c.tokens), flops=flops)
-            predict(made, study.forecasts, c.name, target)
     except UserError as e:
         study.event("no_forecast", why=str(e), runs=[c.name for c in wanted])
         tell(f"No forecasts: {e}")
         return
-    tell(f"Forecast: {len(wanted)} runs, in {study.forecasts}.")
+    written = sum(_card(study, made, c, tell) for c in wanted)
+    tell(f"Forecast: {written} runs, in {study.forecasts}.")
+
+
+def _card(study: Study, made: StudyFit, cell: Cell, tell: Tell) -> bool:
+    """Whether it could be written: of what is known already there is none."""
+    n, flops = float(cell.shape.parameters), cell.flops[study.plan.common.cost]
+    target = TargetPoint(parameters=n, tokens=float(cell.tokens), flops=flops)
+    try:
+        predict(made, study.forecasts, cell.name, target)
+    except UserError as e:
+        study.event("no_forecast", why=str(e), runs=[cell.name])
+        tell(f"No forecast of {cell.name}: {e}")
+        return False
+    return True
 
 
 def add_target(study: Study, tell: Tell) -> None:

@@ -180,7 +180,11 @@ def isoflop_grid(common: Common, grid: Grid, cap: float) -> Plan:
         raise UserError("sizes", what, "give 5 to 7, over a factor of 2 to 4")
 
     def made(g: Grid) -> Plan:
-        stages = tuple(g.stage(common, i + 1) for i in range(len(g.budgets)))
+        try:
+            stages = tuple(g.stage(common, i + 1) for i in range(len(g.budgets)))
+        except UserError as e:
+            what = f"a grid from {g.budgets[0]:.3g} FLOPs can't be had ({e.where}: {e.what})"
+            raise UserError("cap", what, "raise it, or take fewer budgets or sizes") from None
         notes = [f"{len(g.budgets)} budgets; 5 or more are better"] * (len(g.budgets) < 5)
         notes += [f"{g.sizes} sizes a budget; 5 to 7 are better"] * (not 5 <= g.sizes <= 7)
         return Plan("isoflop", common, stages, cap, g, tuple(notes))

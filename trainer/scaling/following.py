@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
+from trainer.band import SAME
 from trainer.errors import UserError
 from trainer.overview import table
 from trainer.scaling import bootstrap
@@ -82,11 +83,11 @@ def recommend(law: Sure, candidates: Design, target: Target | Design, cap: float
     ]
 
 
-def candidates_of(common: Common, low: float, high: float) -> Design:
+def candidates_of(common: Common, low: float, high: float, known: Points) -> Design:
     """Runs between `low` and `high` FLOPs by common.cost, of shapes of the family: budgets a
     quarter of a decade apart, of each the sizes (a fifth of a decade apart) that get 3 to 130
-    tokens a parameter. Sizes that can't be had, and D beyond one epoch, are left out. Raises
-    UserError where none is left."""
+    tokens a parameter. Sizes that can't be had, D beyond one epoch, and what is a run of `known`
+    are left out. Raises UserError where none is left."""
     if not 0 < low <= high:
         raise UserError("cap", f"{high:.3g} is below the cheapest run, {low:.3g}", "raise it")
     shapes = dict[int, float]()
@@ -100,12 +101,18 @@ def candidates_of(common: Common, low: float, high: float) -> Design:
         for n, per in shapes.items()
         if RATIO / _SPREAD**2 < budget / per / n < RATIO * _SPREAD**2
         and budget / per <= (common.unique or np.inf)
+        and not _is_known(known, n, budget / per)
     ]
     if not rows:
         what = f"no model of this family fits {low:.3g} to {high:.3g} FLOPs within its data"
         raise UserError("candidates", what, "change the cap, or take more data")
     n, d, c = np.array(rows).T
     return Design(n, d, c)
+
+
+def _is_known(known: Points, parameters: float, tokens: float) -> bool:
+    off = (known.log("parameters") - np.log(parameters), known.log("tokens") - np.log(tokens))
+    return bool((np.max(np.abs(off), axis=0) < SAME).any())
 
 
 def _steps(low: float, high: float, step: float) -> list[float]:

@@ -85,7 +85,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
         **(_by_source(run, status.step) if len(dataset["sources"]) > 1 else {}),
         "loss_definition": _definition(job, scored, dataset["identity"]),
         "train_loss": last["loss"],
-        **_chosen(job),
+        **_chosen(job, job.model),
         "sequence_length": length,
         "vocab_size": dataset["vocab_size"],
         "tokenizer": hash_file(run.tokenizer).sha256 if run.tokenizer.is_file() else None,
@@ -115,10 +115,10 @@ def _by_source(run: Run, step: int) -> dict[str, float]:
     return losses | {f"loss_{name}_stderr": row["loss_stderr"] for name, row in found.items()}
 
 
-def _chosen(job: TrainJob) -> dict[str, Any]:
+def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
     """Hyper-parameters and seeds: `seed` of the order of data, `init_seed` of the weights."""
-    sizes = job.model.sizes if isinstance(job.model, ModelConfig) else None
-    init_seed = getattr(job.train, "init_seed", None)
+    sizes = model.sizes
+    init_seed = job.train.init_seed
     decay = job.schedule.decay
     return {
         "optimizer": job.optimizer.kind,
@@ -132,9 +132,9 @@ def _chosen(job: TrainJob) -> dict[str, Any]:
         "seed": job.train.seed,
         "init_seed": job.train.seed if init_seed is None else init_seed,
         "precision": job.precision.kind,
-        "parametrization": getattr(job.model, "parametrization", "standard"),
-        "width": sizes.width if sizes else None,
-        "layers": sizes.num_layers if sizes else None,
+        "parametrization": model.parametrization,
+        "width": sizes.width,
+        "layers": sizes.num_layers,
     }
 
 

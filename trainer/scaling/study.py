@@ -83,9 +83,7 @@ class Study:
     @classmethod
     def make(cls, folder: Path, job: StudyJob, plan: Plan, more: Mapping[str, Any]) -> "Study":
         """Begin a study. Raises UserError where one has been launched there."""
-        if any((folder / "cells").glob("*/config.yaml")):
-            what = "has been launched: what was spent belongs to the plan that it was spent on"
-            raise UserError(str(folder), what, "choose another study=NAME")
+        must_be_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "study.yaml", freeze(job).encode())
         write_json(folder / "plan.json", {**plans.dump(plan), **more})
@@ -289,6 +287,13 @@ class Study:
             table["budget"] = [c.budget or c.cost for c in own]
         best = table[table["role"].isin(("grid", "rate"))].groupby("cell_of")["loss"].idxmin()
         return table.assign(fitted=table.index.isin(best))
+
+
+def must_be_free(folder: Path) -> None:
+    """Raises UserError where a study has been launched."""
+    if any((folder / "cells").glob("*/config.yaml")):
+        what = "has been launched: what was spent belongs to the plan that it was spent on"
+        raise UserError(str(folder), what, "choose another study=NAME")
 
 
 def _events(attempt: Any) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from trainer.scaling.queueing import Queue
 from trainer.scaling.records import Refused, of_export, of_runs
 from trainer.scaling.selection import law_of
 from trainer.scaling.simulate import Target
-from trainer.scaling.study import Study, settings
+from trainer.scaling.study import Study, must_be_free, settings
 from trainer.scaling.study_fit import StudyFit
 from trainer.verbs import submit
 
@@ -129,6 +129,7 @@ def _console() -> Console:
 
 def _plan(job: StudyJob) -> int:
     """What a study would run, before anything is spent."""
+    must_be_free(job.folder)
     made, sure = planning.plan(job)
     console = _console()
     Study.make(job.folder, job, made, {"expected": asdict(sure) if sure else None})
@@ -210,7 +211,8 @@ def _next(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         raise UserError("target", "is not given", "write target.flops=: what is to be foretold")
     target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
     low = float(made.points.flops.min()) if made.points.flops is not None else job.cap / 100
-    found = recommend(made.sure, candidates_of(common, low, job.cap), target, job.cap)
+    offered = candidates_of(common, low, job.cap, made.every)
+    found = recommend(made.sure, offered, target, job.cap)
     show_choices(found, _console(), common.rate)
     if study and job.add:
         with study.deciding():

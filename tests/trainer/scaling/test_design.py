@@ -184,6 +184,8 @@ def test_the_cap_is_hard_and_says_what_would_fit(grid):
         isoflop_grid(COMMON, GRID, grid.high * 0.5)
     with pytest.raises(UserError, match=r"the cheapest such plan, 3 budgets"):
         isoflop_grid(COMMON, GRID, 1e12)
+    with pytest.raises(UserError, match=r"a grid from 1e\+07 FLOPs can't be had \(N: "):
+        isoflop_grid(COMMON, Grid((1e7, 1e8, 1e9)), 1e12)
     with pytest.raises(UserError, match=r"3 sizes .* and fit"):
         ladder(COMMON, SIZES, MULTIPLES, 1.5e14)
     with pytest.raises(UserError, match="take out runs"):

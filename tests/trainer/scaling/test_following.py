@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bench_next import public, replay_of, surface
 
 COMMON = Common(ModelConfig(width=128, num_layers=3, num_heads=2), 512, 256, rate=1e10)
+NONE = Points(np.array([9.0]), np.array([1.0]), np.array([1.0]))  # no candidate is like it
 TARGET = Target(parameters=3e9, tokens=6e10, flops=1.08e21)
 CAP = 1e21
 
@@ -111,7 +112,7 @@ def vars_of(design):
 
 
 def test_candidates_are_models_of_the_family_on_budgets_below_the_cap():
-    found = candidates_of(COMMON, 1e12, 1e14)
+    found = candidates_of(COMMON, 1e12, 1e14, NONE)
     assert found.flops.min() == pytest.approx(1e12)
     assert found.flops.max() <= 1e14
     assert len(np.unique(found.flops)) == 9
@@ -122,7 +123,9 @@ def test_candidates_are_models_of_the_family_on_budgets_below_the_cap():
         shape = COMMON.family.solve(n)
         assert shape.parameters == n
         assert d * COMMON.per_token(shape.model)["causal"] == pytest.approx(c)
-    few = candidates_of(replace(COMMON, unique=1e7), 1e12, 1e14)
+    once = Points(np.array([3.0]), found.parameters[:1] * 1.005, found.tokens[:1])
+    assert len(candidates_of(COMMON, 1e12, 1e14, once).flops) == len(found.flops) - 1, "known"
+    few = candidates_of(replace(COMMON, unique=1e7), 1e12, 1e14, NONE)
     assert few.tokens.max() <= 1e7
 
 
@@ -141,9 +144,9 @@ def test_refusals(law, offered):
     with pytest.raises(UserError, match="cheapest candidate"):
         recommend(law, offered, TARGET, 1e17)
     with pytest.raises(UserError, match="below the cheapest run"):
-        candidates_of(COMMON, 1e14, 1e12)
+        candidates_of(COMMON, 1e14, 1e12, NONE)
     with pytest.raises(UserError, match="no model of this family"):
-        candidates_of(replace(COMMON, unique=10.0), 1e12, 1e14)
+        candidates_of(replace(COMMON, unique=10.0), 1e12, 1e14, NONE)
     points, budgets = surface("nothing", 0)
     with pytest.raises(UserError, match="four or more"):
         replay(points, np.minimum(budgets, 1e19))

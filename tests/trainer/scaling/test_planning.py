@@ -6,6 +6,8 @@ import pytest
 
 from trainer.cli import main
 from trainer.compose import compose
+from trainer.errors import UserError
+from trainer.scaling import planning
 from trainer.scaling.study import Study
 
 
@@ -33,6 +35,18 @@ def test_a_plan_stays_within_its_cap_and_says_what_it_is_worth(plan, tmp_path):
     half = facts["expected"]["half"]
     assert f"± {half['0.9']:.1%} (90%)" in out
     assert "Note: " in out
+
+
+def test_the_simulation_fits_the_runs_that_the_study_will(plan, monkeypatch):
+    given = []
+
+    def asked(*_, near, **__):
+        given.append(near)
+        raise UserError("design", "is enough", "stop")
+
+    monkeypatch.setattr(planning, "expected", asked)
+    plan("plan.cap=1e15", "target.flops=1e15", "near=0.2")
+    assert given == [0.2]
 
 
 def test_cells_are_runs(plan, tmp_path):

@@ -73,6 +73,36 @@ def test_each_run_of_a_later_budget_has_a_card_from_before_it_began(whole):
         assert card.outcome["run"] == name
 
 
+def test_rates_of_later_budgets_begin_where_the_crosses_before_led(whole):
+    """The rule that a study begins with says 0.01 for all of them."""
+    stage = next(s for s in whole.plan.stages if s.number == 3)
+    for cell in stage.cells:
+        if cell.role == "grid" and any(c.of == cell.name and c.role == "rate" for c in stage.cells):
+            assert cell.learning_rate == pytest.approx(best_rate(cell.shape.parameters), rel=0.5)
+
+
+def test_what_seeds_and_tuning_cost_is_measured_once_and_told_with_the_new_interval(whole):
+    (event,) = (e for e in whole.events if e["kind"] == "measured")
+    (level,) = event["noise"]["levels"]
+    assert (level["cell"], level["runs"]) == ("s1-n1", 5)
+    assert 2e-4 < level["noise"]["sd"] < 5e-3, "the surface's is 0.1 %"
+    assert 0 < event["expected"]["half"]["0.5"] < 0.1
+
+
+def test_the_batches_of_the_lowest_and_highest_budget_are_judged(whole):
+    """The surface has none that is better."""
+    events = [e for e in whole.events if e["kind"] == "basin"]
+    assert [e["stage"] for e in events] == [1, 3]
+    assert all(e["learning_rate"] > 0 for e in events)
+
+
+def test_cells_are_measured_by_their_cards(whole):
+    carded = {c.facts["target"]["run"]: str(c.path) for c in cards(whole.forecasts)}
+    for cell in whole.plan.cells:
+        told = [w for w in whole.words(cell) if w.startswith("forecast=")]
+        assert told == ([f"forecast={carded[cell.name]}"] if cell.name in carded else [])
+
+
 def test_the_target_is_trained_at_the_best_size_of_its_compute(whole):
     target = whole.plan.stages[-1].cells[0]
     assert target.role == "target"
