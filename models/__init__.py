@@ -6,17 +6,17 @@ configuration or counting parameters never loads torch.
 
 from typing import TYPE_CHECKING, Any
 
-from models.config import ModelConfig
+from forescale.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from models.transformer import Transformer
+    from forescale.models.transformer import Transformer
 
 __all__ = ["ModelConfig", "Transformer"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Transformer":
-        from models.transformer import Transformer
+        from forescale.models.transformer import Transformer
 
         return Transformer
     raise AttributeError(f"module 'models' has no attribute {name!r}")

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ModelConfig
-from models.init import Linear
-from models.norm import RMSNorm
-from models.parametrization import scales
-from models.position import Rotation, rotate
+from forescale.models.config import ModelConfig
+from forescale.models.init import Linear
+from forescale.models.norm import RMSNorm
+from forescale.models.parametrization import scales
+from forescale.models.position import Rotation, rotate
 
 
 def visible_keys(padding_mask_BL: Tensor | None, starts_BL: Tensor | None) -> Tensor:

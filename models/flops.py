@@ -10,7 +10,7 @@ vocabulary or longest sequence is unknown raises ValueError.
 
 from dataclasses import dataclass
 
-from models.config import ModelConfig
+from forescale.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.config import ModelConfig
-from models.parametrization import folds
+from forescale.models.config import ModelConfig
+from forescale.models.parametrization import folds
 
 State = dict[str, Tensor]
 

@@ -3,9 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ModelConfig
-from models.init import Linear
-from models.parametrization import scales
+from forescale.models.config import ModelConfig
+from forescale.models.init import Linear
+from forescale.models.parametrization import scales
 
 
 class MLP(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ModelConfig
+from forescale.models.config import ModelConfig
 
 
 class RMSNorm(nn.Module):

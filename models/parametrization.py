@@ -60,8 +60,8 @@ length of training are not parametrised at all, and the rules are limits: small 
 import math
 from dataclasses import dataclass
 
-from models.config import HEAD_DIM, ModelConfig
-from models.flops import shapes
+from forescale.models.config import HEAD_DIM, ModelConfig
+from forescale.models.flops import shapes
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _growth(config: ModelConfig) -> tuple[float, float]:
 
 
 def _class_of(name: str, shape: tuple[int, ...]) -> str:
-    """The class of a parameter of models.flops.shapes."""
+    """The class of a parameter of forescale.models.flops.shapes."""
     module = name.split(".")[-2]
     if module in ("query_norm", "key_norm"):
         return "qk_norm"

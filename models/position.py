@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import ModelConfig
-from models.parametrization import scales
+from forescale.models.config import ModelConfig
+from forescale.models.parametrization import scales
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K/2)
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Attention, additive_mask, visible_keys
-from models.config import ModelConfig
-from models.init import Linear
-from models.loss import window_losses
-from models.mlp import MLP
-from models.norm import make_norm
-from models.parametrization import Factors, factors, scales
-from models.position import (
+from forescale.models.attention import Attention, additive_mask, visible_keys
+from forescale.models.config import ModelConfig
+from forescale.models.init import Linear
+from forescale.models.loss import window_losses
+from forescale.models.mlp import MLP
+from forescale.models.norm import make_norm
+from forescale.models.parametrization import Factors, factors, scales
+from forescale.models.position import (
     LearnedPosition,
     Rotation,
     document_starts,
@@ -152,5 +152,5 @@ class Transformer(nn.Module):
         return {f"{name}.weight" for name in linear}
 
     def optimizer_factors(self) -> dict[str, Factors]:
-        """What AdamW's settings are multiplied with, by parameter; see models.parametrization."""
+        """Multipliers of AdamW's settings by parameter name; see models/parametrization.py."""
         return factors(self.config)

@@ -1,6 +1,6 @@
-"""`python -m slurm.batch RUN JOB`: what the batch script becomes on the first node of a job.
+"""The supervisor of a job, `python -P -m forescale.slurm.batch RUN JOB`, on its first node.
 
-    preflight on every node -> ranks by srun -> their end -> slurm.policy -> the next life
+    preflight on every node -> ranks by srun -> their end -> policy -> the next life
 
 Invariant: a job that ends here has said why, in its log and in the attempt; and what it decided
 follows from the run's files, so that another life of the job decides alike.
@@ -18,16 +18,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slurm import policy, queue, steps, verdicts
-from slurm.preflight import Preflight, Report, Wanted
-from slurm.submission import Submission
-from trainer import ending
-from trainer.config import TrainJob
-from trainer.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
-from trainer.frozen import thaw
-from trainer.launch import ATTEMPT
-from trainer.run import Attempt, Run
-from trainer.status import Status
+from forescale.config.frozen import thaw
+from forescale.config.train import TrainJob
+from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
+from forescale.monitor.status import Status
+from forescale.resilience import outcome
+from forescale.resilience.launcher import ATTEMPT
+from forescale.run.directory import Attempt, Run
+from forescale.slurm import policy, queue, steps, verdicts
+from forescale.slurm.preflight import Preflight, Report, Wanted
+from forescale.slurm.submission import Submission
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LOOK = 120.0  # seconds that the preflight may take
@@ -110,7 +110,7 @@ class Batch:
             "eligible": None if self._attempt else queue.eligible(self.id),
         }
         world = self.settings.nodes * self.settings.ranks_per_node
-        ending.begin(attempt.path, command, world, slurm=life)
+        outcome.begin(attempt.path, command, world, slurm=life)
         self._attempt = attempt
         if faults := self._preflight(attempt):
             return self._end(attempt, faults)
@@ -128,7 +128,7 @@ class Batch:
         """Whether the ranks were asked to end, and have had their time."""
         if self.asked and self._attempt and not self._is_noted:
             # So that an end that comes before ours is not taken for a crash.
-            ending.note(self._attempt.path, asked=self.asked)
+            outcome.note(self._attempt.path, asked=self.asked)
             self._is_noted = True
         return time.monotonic() > self._deadline
 
@@ -147,7 +147,7 @@ class Batch:
             "MASTER_PORT": port,
             "LOCAL_WORLD_SIZE": each,
             ATTEMPT: str(attempt.path),
-            # See trainer.launch: threads that spin cost a busy node dearly.
+            # See forescale.resilience.launcher: threads that spin cost a busy node dearly.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         if "OMP_NUM_THREADS" not in os.environ:
@@ -156,7 +156,7 @@ class Batch:
 
     def _end(self, attempt: Attempt, verdict: verdicts.Verdict) -> int:
         more = {"blamed": verdict.blamed, "unfit": verdict.unfit, "asked": self.asked}
-        ending.end(attempt.path, verdict.code, verdict.how, verdict.rank, **more)
+        outcome.end(attempt.path, verdict.code, verdict.how, verdict.rank, **more)
         self._say(f"Attempt {attempt.number}: {verdict.how.rstrip('.')}.")
         return verdict.code
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slurm.findings import Fault, Wanted
-from trainer.errors import storage_error
+from forescale.errors import storage_error
+from forescale.slurm.findings import Fault, Wanted
 
 _GIB = 2**30
 _LITTLE, _FEW = _GIB, 10_000  # free bytes and inodes of the run's storage, below which we warn

@@ -1,4 +1,4 @@
-"""`python -m slurm.node`: one node looks around, tells the supervisor, and measures the network.
+"""The look at one node, `python -P -m forescale.slurm.node`: tells the supervisor what is wrong.
 
 Invariant: it ends in time, whatever hangs. The main thread only waits: what may hang (storage, a
 driver, a peer) is done by others, and where not even the main thread runs, faulthandler ends the
@@ -23,9 +23,9 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from slurm.findings import Wanted, rounds
-from slurm.looks import Here, look
-from slurm.preflight import ADDRESS
+from forescale.slurm.findings import Wanted, rounds
+from forescale.slurm.looks import Here, look
+from forescale.slurm.preflight import ADDRESS
 
 _CONNECT = 20.0  # seconds in which the supervisor must be reached
 _ANSWER = 120.0  # and in which it must answer the first word

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer import launch
-from trainer.ending import launch_of
-from trainer.errors import DONE, GAVE_UP, INTERRUPTED, UserError
-from trainer.run import Run
-from trainer.stored import Checkpoint
+from forescale.checkpoint.reader import Checkpoint
+from forescale.errors import DONE, GAVE_UP, INTERRUPTED, UserError
+from forescale.resilience import launcher
+from forescale.resilience.outcome import launch_of
+from forescale.run.directory import Run
 
 Deed = Literal["end", "restart", "requeue"]
 _TOO_OFTEN = 2  # faults of a node, until it is left out
@@ -62,7 +62,7 @@ def is_crash(life: dict[str, Any]) -> bool:
     began because of nodes that are left out from then on."""
     if life.get("asked") or life.get("unfit"):
         return False
-    return launch.after(life.get("code", 1), 0) == "restart"
+    return launcher.after(life.get("code", 1), 0) == "restart"
 
 
 def _author(run: Run, step: int) -> int | None:
@@ -105,7 +105,7 @@ def decide(
         # It is being cancelled, or requeued by SLURM itself; to requeue it now would undo a cancel.
         return Decision("end", code, f"SLURM is ending the job ({state.lower() or 'unknown'})")
     out = tuple(host for host in nodes if host in past.excluded)
-    deed = launch.after(code, past.crashes)
+    deed = launcher.after(code, past.crashes)
     if code == INTERRUPTED:
         if may_requeue:
             return Decision("requeue", code, "goes on in the queue", out)

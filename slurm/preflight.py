@@ -1,6 +1,6 @@
 """Before ranks start: hears what every node says of itself, and says what is wrong with which.
 
-    the supervisor (Preflight)             a node (slurm.node); each word is a line of JSON
+    the supervisor (Preflight)             a node (node.py); each word is a line of JSON
                                        <-  token, host, time
     wanted, mark, seconds              ->
                                        <-  facts, faults, received (its clock), port (a free one)
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from slurm.findings import Fault, Report, Wanted, best_pairs, merged, skew_of, slow_nodes
+from forescale.slurm.findings import Fault, Report, Wanted, best_pairs, merged, skew_of, slow_nodes
 
 __all__ = ["ADDRESS", "Fault", "Preflight", "Report", "Wanted"]
 

@@ -1,4 +1,4 @@
-"""`python -m slurm.rank RUN`: a task of srun becomes a rank of the run's frozen config.
+"""A rank, `python -P -m forescale.slurm.rank RUN`: a task of srun trains the frozen config.
 
 Invariant: what torch must know of the world stands in the environment before torch is imported.
 """
@@ -6,8 +6,8 @@ Invariant: what torch must know of the world stands in the environment before to
 import os
 import sys
 
-from slurm.node import interface_to
-from trainer.cli import main as command
+from forescale.cli import main as command
+from forescale.slurm.node import interface_to
 
 
 def adopt() -> None:

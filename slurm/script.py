@@ -13,9 +13,9 @@ from pathlib import Path
 
 import jinja2
 
-from slurm.submission import Submission
-from trainer.config_slurm import SlurmConfig
-from trainer.start import versions
+from forescale.run.start import versions
+from forescale.slurm.config import SlurmConfig
+from forescale.slurm.submission import Submission
 
 
 @dataclass(frozen=True)

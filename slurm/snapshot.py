@@ -3,7 +3,7 @@
 Invariant: one input gives the same bytes, and nothing is packed that isn't source: no caches.
 """
 
-import importlib.util
+import importlib
 import io
 import os
 import shutil
@@ -14,12 +14,14 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config import TrainJob
-from trainer.errors import UserError
-from trainer.schema import TargetConfig
+import forescale
+from forescale.config.schema import TargetConfig
+from forescale.config.target import find_package
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
 
-HOUSE = Path(__file__).resolve().parents[1]
-_OURS = ("trainer", "models", "conf", "slurm")
+CHECKOUT = Path(next(iter(forescale.__path__))).resolve().parent  # of an editable install
+_PACKAGES = ("forescale", "forescale.models", "forescale.conf", "forescale.slurm")
 
 
 def own_packages(job: TrainJob) -> list[Path]:
@@ -27,9 +29,7 @@ def own_packages(job: TrainJob) -> list[Path]:
     if not isinstance(job.model, TargetConfig):
         return []
     top = job.model.target.partition(".")[0]
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as for the training itself
-    spec = importlib.util.find_spec(top)
+    spec = find_package(top)
     if spec is None:
         what = f"Python finds no module {top} from here"
         raise UserError("model._target_", what, "submit from the directory that holds it")
@@ -42,13 +42,24 @@ def own_packages(job: TrainJob) -> list[Path]:
 def write_code(target: Path, more: list[Path]) -> None:
     """Pack our packages, and `more` packages or modules, under code/."""
     with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for path in [*(HOUSE / name for name in _OURS), *more]:
-            for file in sorted(_sources(path)):
-                name = Path("code") / file.relative_to(path.parent)
-                info = tarfile.TarInfo(str(name))
-                content = file.read_bytes()
-                info.size, info.mode = len(content), 0o644
-                tar.addfile(info, io.BytesIO(content))
+        for name, file in sorted(_members(more).items()):
+            info = tarfile.TarInfo(str(Path("code") / name))
+            content = file.read_bytes()
+            info.size, info.mode = len(content), 0o644
+            tar.addfile(info, io.BytesIO(content))
+
+
+def _members(more: list[Path]) -> dict[Path, Path]:
+    """The file of each name in the tar. Our packages lie in several folders of a checkout, and in
+    one of site-packages: by its name each file is packed once, where Python will look for it."""
+    found = dict[Path, Path]()
+    for package in _PACKAGES:
+        root = Path(next(iter(importlib.import_module(package).__path__)))
+        place = Path(*package.split("."))
+        found |= {place / file.relative_to(root): file for file in _sources(root)}
+    for path in more:
+        found |= {file.relative_to(path.parent): file for file in _sources(path)}
+    return found
 
 
 def _sources(path: Path) -> Iterator[Path]:
@@ -66,11 +77,11 @@ def version_of_checkout() -> dict[str, str]:
 
     def git(*words: str) -> str | None:
         done = subprocess.run(
-            ["git", "-C", str(HOUSE), *words], capture_output=True, text=True, check=False
+            ["git", "-C", str(CHECKOUT), *words], capture_output=True, text=True, check=False
         )
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if not (HOUSE / ".git").exists() or shutil.which("git") is None:
+    if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
         return {}
     if (commit := git("rev-parse", "HEAD")) is None:
         return {}

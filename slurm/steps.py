@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-from slurm import queue
-from slurm.submission import Submission
-from trainer.config_slurm import SlurmConfig
-from trainer.errors import CRASHED, UserError
+from forescale.errors import CRASHED, UserError
+from forescale.slurm import queue
+from forescale.slurm.config import SlurmConfig
+from forescale.slurm.submission import Submission
 
 _SAID = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
@@ -144,13 +144,14 @@ def ranks(submission: Submission, run: Path, attempt: Path, words: Sequence[str]
     settings = submission.settings
     log = str(attempt).replace("%", "%%") + "/rank-%t.log"
     begin = srun(settings, settings.ranks_per_node, "--kill-on-bad-exit=1", f"--output={log}")
-    return [*begin, python(submission), "-P", "-m", "slurm.rank", str(run), *words]
+    return [*begin, python(submission), "-P", "-m", "forescale.slurm.rank", str(run), *words]
 
 
 def nodes(submission: Submission) -> list[str]:
     """The command that prepares every node and looks at it: one task each."""
     settings = submission.settings
-    look = [python(submission), "-P", "-m", "slurm.node"] if settings.preflight else ["true"]
+    module = "forescale.slurm.node"
+    look = [python(submission), "-P", "-m", module] if settings.preflight else ["true"]
     lines = [
         "set -e",
         # What jobs of long ago left, because their nodes went down.

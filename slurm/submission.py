@@ -19,12 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slurm import queue
-from trainer.config_slurm import SlurmConfig
-from trainer.durable import read_json, write_json
-from trainer.errors import UserError
-from trainer.run import Run
-from trainer.schema import build
+from forescale.config.schema import build
+from forescale.errors import UserError
+from forescale.run.directory import Run
+from forescale.slurm import queue
+from forescale.slurm.config import SlurmConfig
+from forescale.storage import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from slurm.steps import Failure
-from trainer import ending
-from trainer.errors import CRASHED, DONE, INTERRUPTED, USER
+from forescale.errors import CRASHED, DONE, INTERRUPTED, USER
+from forescale.resilience import outcome
+from forescale.slurm.steps import Failure
 
 # Of a rank's last words: what a device, a link or a disk does, and no program.
 _DEVICE = re.compile(r"CUDA error|NCCL error|\bECC\b|\bXid\b|Input/output error", re.IGNORECASE)
@@ -38,7 +38,7 @@ def judge(attempt: Path, srun_code: int, failures: Sequence[Failure], asked: boo
         how = f"srun ended with code {srun_code}, and no task did"
         return Verdict(INTERRUPTED if asked else CRASHED, 0, how)
     code = INTERRUPTED if asked and first.code != USER else first.code
-    how, _ = ending.how_it_ended(attempt, first.rank, code, first.how.startswith("Out Of Memory"))
+    how, _ = outcome.how_it_ended(attempt, first.rank, code, first.how.startswith("Out Of Memory"))
     if code in (DONE, INTERRUPTED, USER):
         return Verdict(code, first.rank, how)
     at = f"{how} (on {first.host})" if first.host not in how else how
@@ -50,14 +50,14 @@ def _first(attempt: Path, failures: Sequence[Failure]) -> Failure | None:
     killed or left a word; those that only lost a peer, or were asked to end, come last."""
 
     def speaks(f: Failure) -> bool:
-        return f.code < 0 or ending.has_left_word(attempt, f.rank)
+        return f.code < 0 or outcome.has_left_word(attempt, f.rank)
 
     tests = (lambda f: f.code == USER, speaks, lambda f: f.code != INTERRUPTED, lambda f: True)
     return next((f for test in tests for f in failures if test(f)), None)
 
 
 def _blamed(attempt: Path, first: Failure, how: str) -> dict[str, str]:
-    if found := ending.hang_of(attempt):
+    if found := outcome.hang_of(attempt):
         hang = found[0]
         # Where ranks of several nodes stand in a collective, none of them is known to be ill.
         return {hang.host: hang.sentence} if "," not in hang.host else {}

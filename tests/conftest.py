@@ -1,13 +1,10 @@
 """Fixtures for all: a small real dataset, of this project's own source."""
 
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-
-sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests
 
 # A shell that starts us in the background has this signal ignored, and so would all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,8 +17,8 @@ settings.load_profile("ours")
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """Some 100,000 tokens of Python, a BPE of 512 entries, two splits."""
-    from trainer.data.build.dataset import BuildConfig, build_dataset
-    from trainer.data.text.files import Files
+    from forescale.data.prepare.builder import BuildConfig, build_dataset
+    from forescale.data.text.files import Files
 
     source = Files([Path(__file__).parents[1] / "trainer"])
     output = tmp_path_factory.mktemp("data") / "source"

@@ -18,10 +18,10 @@ TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.mlp_
 
 def start(folder: Path, *overrides: str, model=TINY, **environment: str) -> subprocess.Popen:
     """`forescale train run.root=FOLDER ...`, with a small model, at one thread a rank."""
-    command = [sys.executable, "-m", "trainer", "train", f"run.root={folder}"]
+    command = [sys.executable, "-P", "-m", "forescale", "train", f"run.root={folder}"]
     return subprocess.Popen(
         [*command, *SHORT, *model, *overrides],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,6 @@
 """From a config to a trained model; and the Python door to what was trained.
 
-    import trainer
+    import forescale
 
     run = trainer.open_run("runs/first")            # or "first", under runs/
     run.metrics().plot("tokens", "loss")            # a DataFrame, a row a step
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainer.data.shards import Dataset
-    from trainer.door import RunView
+    from forescale.data.dataset import Dataset
+    from forescale.inference.view import RunView
 
 __all__ = ["open_dataset", "open_run"]
 
@@ -25,13 +25,13 @@ __all__ = ["open_dataset", "open_run"]
 def open_run(path: str | Path, root: str | Path = "runs") -> "RunView":
     """The run in the directory `path`, or of that name under `root`; or the run of a checkpoint,
     with that checkpoint chosen. Raises UserError where there is none."""
-    from trainer.door import open_view
+    from forescale.inference.view import open_view
 
     return open_view(path, root)
 
 
 def open_dataset(path: str | Path) -> "Dataset":
     """The dataset that `forescale shards` built in `path`. Raises UserError where there is none."""
-    from trainer.data.shards import Dataset
+    from forescale.data.dataset import Dataset
 
     return Dataset(Path(path).expanduser())

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import DONE, INTERRUPTED, USER, UserError, storage_error
+from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 
 _python_warning = warnings.formatwarning
 VERBS = {
@@ -66,22 +66,22 @@ def _dispatch(words: list[str]) -> int:
         print(usage())
         return 0
     if words[0] == "--version":
-        from trainer.start import versions
+        from forescale.run.start import versions
 
         print(versions()["forescale"])
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        from trainer.names import nearest_first
+        from forescale.config.suggest import nearest_first
 
         near = nearest_first(verb, VERBS)[0]
         raise UserError(verb, "no such verb", f"the nearest is `forescale {near}`; see --help")
     if any(word in ("-h", "--help") for word in rest):
-        from trainer.manual import explain
+        from forescale.config.help import explain
 
         print(explain(verb), end="")
         return 0
-    return importlib.import_module(f"trainer.verbs.{verb}").main(rest)
+    return importlib.import_module(f"forescale.verbs.{verb}").main(rest)
 
 
 def _warning(message, category, filename, lineno, line=None) -> str:
@@ -109,7 +109,7 @@ def usage() -> str:
 
 def overrides_of(verb: str, words: Sequence[str]) -> list[str]:
     """The words after a verb as overrides: those without `=` name the verb's target."""
-    from trainer.jobs import JOBS
+    from forescale.verbs.jobs import JOBS
 
     target: str = JOBS[verb].TARGET
     bare = [w for w in words if "=" not in w and not w.startswith(("-", "~", "+"))]
@@ -135,7 +135,3 @@ def _quoted(text: str) -> str:
     # A backslash is itself there, but before a quote.
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
     return f"'{escaped}'"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,17 +24,17 @@ from typing import Any
 
 import numpy as np
 import psutil
-from pairing import Result
-from processes import Side, isolated, peak_memory
 from tokenizers import Tokenizer
 
-from trainer.data.build.corpus import PythonSource
-from trainer.data.build.dataset import BuildConfig, build_dataset
-from trainer.data.shards import Dataset
-from trainer.data.text.documents import Report
-from trainer.data.text.files import Files
-from trainer.data.text.pieces import pieces
-from trainer.data.tokenizer import train_bpe
+from forescale.data.dataset import Dataset
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.prepare.corpus import PythonSource
+from forescale.data.text.documents import Report
+from forescale.data.text.files import Files
+from forescale.data.text.pieces import pieces
+from forescale.data.tokenizer import train_bpe
+from tests.benchmarks.pairing import Result
+from tests.benchmarks.processes import Side, isolated, peak_memory
 
 BYTES = 44_000_000
 DOCUMENT = 4_000  # bytes

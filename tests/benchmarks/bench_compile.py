@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from pairing import Result, interleaved
-from processes import isolated
+from tests.benchmarks.pairing import Result, interleaved
+from tests.benchmarks.processes import isolated
 
 STEPS = 10
 
@@ -15,7 +15,8 @@ def measure(rounds: int) -> list[Result]:
 
 def compare(rounds: int) -> Result:
     import torch
-    from training import Ours, make_job
+
+    from tests.benchmarks.training import Ours, make_job
 
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(make_job(Path(folder), "train.compile=on"))

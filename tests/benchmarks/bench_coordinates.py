@@ -12,14 +12,23 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
-from coordinates import ADAMW, LAYERS, MUON, Coordinates, model_of, optimizers, over, slopes
-from pairing import Result
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from models import Transformer
-from models.config import PARAMETRIZATIONS
-from trainer.config import OptimizerConfig
+from forescale.config.train import OptimizerConfig
+from forescale.models import Transformer
+from forescale.models.config import PARAMETRIZATIONS
+from tests.benchmarks.coordinates import (
+    ADAMW,
+    LAYERS,
+    MUON,
+    Coordinates,
+    model_of,
+    optimizers,
+    over,
+    slopes,
+)
+from tests.benchmarks.pairing import Result
 
 AXES = {"width": (64, 128, 256, 512, 1024), "depth": (2, 4, 8, 16, 32)}
 PICTURE = Path("runs/coordinates.html")

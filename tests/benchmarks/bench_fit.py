@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pairing import Result
+
+from tests.benchmarks.pairing import Result
 
 STARTS = (  # a, b, e, alpha, beta
     np.arange(0, 30, 5),
@@ -27,9 +28,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure(rounds: int) -> list[Result]:
-    from trainer.scaling.bootstrap import pairs
-    from trainer.scaling.fit import fit
-    from trainer.scaling.laws import CHINCHILLA
+    from forescale.scaling.fitting.bootstrap import pairs
+    from forescale.scaling.fitting.fit import fit
+    from forescale.scaling.fitting.laws import CHINCHILLA
 
     points, whose = runs()
     fit(CHINCHILLA, points)  # warms up
@@ -63,8 +64,8 @@ def measure(rounds: int) -> list[Result]:
 
 def runs():
     """Points of 240 runs, and where they are from."""
-    from trainer.scaling.laws import CHINCHILLA
-    from trainer.scaling.points import Points
+    from forescale.scaling.fitting.laws import CHINCHILLA
+    from forescale.scaling.fitting.points import Points
 
     data = Path(os.environ.get("FORESCALE_DATA", ROOT.parent / "shared" / "data"))
     path = data / "scaling" / "epoch_chinchilla" / "svg_extracted_data.csv"

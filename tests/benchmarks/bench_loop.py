@@ -8,8 +8,8 @@ first rivals are the leanest there are: they neither know the gradient's norm no
 import tempfile
 from pathlib import Path
 
-from pairing import Result, interleaved
-from processes import isolated
+from tests.benchmarks.pairing import Result, interleaved
+from tests.benchmarks.processes import isolated
 
 STEPS = 10  # a turn: half a second to a second of the default model
 RIVALS = (("adamw", False), ("muon", False), ("adamw", True))  # whether DeepSpeed clips
@@ -20,7 +20,7 @@ def measure(rounds: int) -> list[Result]:
 
 
 def compare(optimizer: str, clips: bool, rounds: int) -> Result:
-    from training import Bare, Ours, make_job
+    from tests.benchmarks.training import Bare, Ours, make_job
 
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder), f"optimizer={optimizer}")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pairing import Result, interleaved
-from processes import isolated
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from models.config import ModelConfig
-from models.loss import token_losses
-from trainer.engine.setup import compiler_missing
+from forescale.engine.build import compiler_missing
+from forescale.models.config import ModelConfig
+from forescale.models.loss import token_losses
+from tests.benchmarks.pairing import Result, interleaved
+from tests.benchmarks.processes import isolated
 
 # Tokens of a micro-batch, vocabulary, width: the default job's, and a head of a larger model.
 SIZES = ((2048, 4096, 128), (4096, 32768, 256))

@@ -5,8 +5,8 @@ the end of a few steps. The default model, and one whose weights and moments out
 import tempfile
 from pathlib import Path
 
-from pairing import Result
-from processes import isolated, peak_memory
+from tests.benchmarks.pairing import Result
+from tests.benchmarks.processes import isolated, peak_memory
 
 LARGER = ("model=depth", "model.depth=8", "optimizer=adamw", "train.compile=off")
 MODELS = {"default model": (12, ()), "depth 8": (2, LARGER)}
@@ -27,7 +27,7 @@ def measure(rounds: int) -> list[Result]:
 
 def peak(loop: str, steps: int, overrides: tuple[str, ...]) -> float:
     """MB that a process has resident at most when it trains so."""
-    import training
+    from tests.benchmarks import training
 
     with tempfile.TemporaryDirectory() as folder:
         getattr(training, loop)(training.make_job(Path(folder), *overrides))(steps)

@@ -16,13 +16,13 @@ from typing import get_args
 
 import numpy as np
 import pandas as pd
-from pairing import Result
 
-from trainer.scaling.following import By, Replay, replay
-from trainer.scaling.laws import CHINCHILLA
-from trainer.scaling.points import Array, Points
-from trainer.scaling.rollouts import PRIOR
-from trainer.scaling.simulate import PUBLISHED
+from forescale.scaling.design.next_runs import By, Replay, replay
+from forescale.scaling.design.simulate import PUBLISHED
+from forescale.scaling.fitting.backtest import PRIOR
+from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.fitting.points import Array, Points
+from tests.benchmarks.pairing import Result
 
 ROOT = Path(__file__).parents[2]
 SHARES = (0.03, 0.1, 0.3)

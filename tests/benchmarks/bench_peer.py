@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pairing import Result, interleaved
-from processes import Side
+from tests.benchmarks.pairing import Result, interleaved
+from tests.benchmarks.processes import Side
 
 STEPS = 10  # a turn
 SAME = ("optimizer=adamw",)
@@ -22,7 +22,7 @@ def measure(rounds: int) -> list[Result]:
 
 
 def ours(turn) -> None:
-    from training import Ours, make_job
+    from tests.benchmarks.training import Ours, make_job
 
     with tempfile.TemporaryDirectory() as folder:
         loop = Ours(make_job(Path(folder), *SAME))
@@ -34,13 +34,13 @@ def ours(turn) -> None:
 def theirs(turn, steps: int) -> None:
     """transformers.Trainer for so many steps. Weights are fp32 under autocast, as its bf16 is."""
     import torch
-    from training import batches, make_job
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from models.config import ModelConfig
-    from models.hf import to_hf
-    from trainer.model import build_model
-    from trainer.start import open_sources, settle
+    from forescale.models.config import ModelConfig
+    from forescale.models.hf import to_hf
+    from forescale.run.start import open_sources, settle
+    from forescale.train.model import build_model
+    from tests.benchmarks.training import batches, make_job
 
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(Path(folder), *SAME)

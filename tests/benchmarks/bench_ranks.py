@@ -28,26 +28,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pairing import Result
-from processes import isolated
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from slurm.findings import Report, Wanted
-from slurm.policy import past
-from slurm.preflight import Preflight
-from slurm.steps import failures
-from trainer import ending
-from trainer.beats import Beat, Node, Seen, share, shared
-from trainer.checkpoint import Snapshot, write
-from trainer.durable import TABLE, check_table
-from trainer.engine.state import Fragment, FragmentReader, write_fragments
-from trainer.engine.world import Word, World
-from trainer.hang import diagnose, report
-from trainer.ranks import Ranks
-from trainer.run import Parent, Run
-from trainer.status import Status
-from trainer.stored import STATE, Checkpoint, Position, newest_whole
-from trainer.stragglers import stragglers
+from forescale.checkpoint.reader import STATE, Checkpoint, Position, newest_whole
+from forescale.checkpoint.writer import Snapshot, write
+from forescale.engine.ranks import Ranks
+from forescale.engine.state import Fragment, FragmentReader, write_fragments
+from forescale.engine.world import Word, World
+from forescale.monitor.status import Status
+from forescale.resilience import outcome
+from forescale.resilience.diagnosis import diagnose, report
+from forescale.resilience.heartbeat import Beat, Node, Seen, share, shared
+from forescale.resilience.stragglers import stragglers
+from forescale.run.directory import Parent, Run
+from forescale.slurm.findings import Report, Wanted
+from forescale.slurm.policy import past
+from forescale.slurm.preflight import Preflight
+from forescale.slurm.steps import failures
+from forescale.storage import TABLE, check_table
+from tests.benchmarks.pairing import Result
+from tests.benchmarks.processes import isolated
 
 WORLDS = (64, 256, 1024)
 EACH = 8  # ranks a node
@@ -179,9 +179,9 @@ def lives(world: int, folder: Path, rounds: int) -> Cells:
     for _ in range(ATTEMPTS):
         attempt = run.new_attempt()
         attempt.start_from(Parent(0), run)
-        ending.begin(attempt.path, ["srun"], world, slurm=life)
-        ending.end(attempt.path, 1, "rank 0 ended with code 1")
-        size += (attempt.path / ending.LAUNCH).stat().st_size
+        outcome.begin(attempt.path, ["srun"], world, slurm=life)
+        outcome.end(attempt.path, 1, "rank 0 ended with code 1")
+        size += (attempt.path / outcome.LAUNCH).stat().st_size
     for rank in range(world):
         (attempt.path / f"rank-{rank}.log").touch()
     yield "logs", None, len(list(attempt.path.glob("rank-*.log")))

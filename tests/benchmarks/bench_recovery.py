@@ -10,15 +10,15 @@ law itself is off by is for the roll-outs.
 from collections.abc import Iterator
 
 import numpy as np
-from pairing import Result
 
-from trainer.scaling import bootstrap
-from trainer.scaling.bootstrap import Replicates
-from trainer.scaling.fit import fit
-from trainer.scaling.laws import CHINCHILLA, allocation
-from trainer.scaling.objective import LEAST_SQUARES, Objective
-from trainer.scaling.points import Array, Points
-from trainer.scaling.simulate import PUBLISHED
+from forescale.scaling.design.simulate import PUBLISHED
+from forescale.scaling.fitting import bootstrap
+from forescale.scaling.fitting.bootstrap import Replicates
+from forescale.scaling.fitting.fit import fit
+from forescale.scaling.fitting.laws import CHINCHILLA, allocation
+from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective
+from forescale.scaling.fitting.points import Array, Points
+from tests.benchmarks.pairing import Result
 
 BUDGETS, SIZES, SPREAD = np.geomspace(1e18, 1e20, 5), 6, 2.5
 NEAR = 0.04  # as `study fit` has it: runs within 4 % of the least loss of their budget

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pairing import Result
-from processes import isolated
+from tests.benchmarks.pairing import Result
+from tests.benchmarks.processes import isolated
 
 MODEL = ("model.num_layers=5", "model.width=640", "model.num_heads=10", "model.mlp_width=2560")
 BATCH = ("train.sequence_length=64", "train.global_batch=8", "train.micro_batch=8")
@@ -63,14 +63,13 @@ class Bench:
     """An engine that has trained a step, its two ways to save, and plain writing."""
 
     def __init__(self, folder: Path, model: tuple[str, ...]):
-        from training import batches, make_job, world
-
-        from trainer.engine import setup
-        from trainer.model import build_model
-        from trainer.rank import Rank
-        from trainer.retention import Keep
-        from trainer.run import Parent
-        from trainer.saving import Saver
+        from forescale.checkpoint.retention import Keep
+        from forescale.checkpoint.saver import Saver
+        from forescale.engine import build
+        from forescale.run.directory import Parent
+        from forescale.train.model import build_model
+        from forescale.train.trainer import Rank
+        from tests.benchmarks.training import batches, make_job, world
 
         world.set_environment()
         job = make_job(folder, "optimizer=adamw", "train.compile=off", *model, *BATCH)
@@ -78,7 +77,7 @@ class Bench:
         job, self.run, self.attempt = rank.job, rank.run, rank.attempt
         module = build_model(job, rank.sources.vocab_size)
         self.parameters = sum(p.numel() for p in module.parameters())
-        self.engine = setup.build_engine(rank.world, module, job)
+        self.engine = build.build_engine(rank.world, module, job)
         self.batches = batches(job, rank.sources, _STEPS)
         self.engine.train_step(self.batches[0], 1e-3)  # makes the moments
         self.attempt.start_from(Parent(0), self.run)
@@ -106,8 +105,8 @@ class Bench:
 
     def save(self, saver: Any) -> dict[str, Any]:
         """The event of a save that nothing goes on beside."""
-        from trainer.run import read_rows
-        from trainer.stored import Position
+        from forescale.checkpoint.reader import Position
+        from forescale.run.directory import read_rows
 
         self.step += 1
         self._settle()
@@ -138,7 +137,7 @@ class Bench:
 
     def training(self) -> dict[str, float]:
         """Seconds a step, alone and while a save is written behind it."""
-        from trainer.stored import Position
+        from forescale.checkpoint.reader import Position
 
         alone = self._steps()
         self.step += 1

@@ -2,7 +2,6 @@
 and what torch.compile had cached. Reported alone: there is nothing to compare it with.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -10,9 +9,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from pairing import Result
-
-from trainer.run import read_rows
+from forescale.run.directory import read_rows
+from tests.benchmarks.pairing import Result
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 600.0  # seconds
@@ -30,11 +28,10 @@ def measure(rounds: int) -> list[Result]:
 def first_step() -> tuple[float, dict[str, float]]:
     """Seconds until the first row is on disk, and the row's own by phase."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "trainer", "train", f"run.root={folder}"]
+        command = [sys.executable, "-P", "-m", "forescale", "train", f"run.root={folder}"]
         began = time.monotonic()
         process = subprocess.Popen(
             command,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

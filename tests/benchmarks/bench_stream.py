@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pairing import Result, interleaved
 
-from trainer.data.build.writing import ShardWriter
-from trainer.data.feed import Feed
-from trainer.data.mixture import Mixture, Stage
-from trainer.data.order import Order
-from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER, Dataset
-from trainer.data.stream import Share, stream
-from trainer.data.tokenizer import byte_tokenizer
-from trainer.durable import write_file, write_json, write_table
+from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER, Dataset
+from forescale.data.feed import Feed
+from forescale.data.mixture import Mixture, Stage
+from forescale.data.order import Order
+from forescale.data.prepare.writer import ShardWriter
+from forescale.data.stream import Share, stream
+from forescale.data.tokenizer import byte_tokenizer
+from forescale.storage import write_file, write_json, write_table
+from tests.benchmarks.pairing import Result, interleaved
 
 SHARDS, SHARD_TOKENS = 8, 1 << 22
 SHUFFLE_SHARDS = 8  # as conf/data has it

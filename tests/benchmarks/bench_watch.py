@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pairing import Result, interleaved
+from tests.benchmarks.pairing import Result, interleaved
 
 STEPS = 20_000
 MICRO_BATCHES = 4
@@ -19,10 +19,10 @@ STEP = 0.1  # seconds: what the shares are of
 
 
 def measure(rounds: int) -> list[Result]:
-    from trainer.config_care import PulseConfig
-    from trainer.heartbeat import Heart
-    from trainer.pulse import Pulse
-    from trainer.run import Attempt
+    from forescale.config.runtime import PulseConfig
+    from forescale.resilience.phases import Pulse
+    from forescale.resilience.reporter import Heart
+    from forescale.run.directory import Attempt
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "attempts" / "0001"
@@ -85,8 +85,8 @@ def _beats(heart, count: int = 500) -> float:
 
 def _verdicts(count: int = 5_000) -> float:
     """Microseconds each."""
-    from trainer.config import GuardConfig
-    from trainer.guard import Guard
+    from forescale.config.train import GuardConfig
+    from forescale.train.guard import Guard
 
     guard, rng = Guard(GuardConfig()), random.Random(0)
     pairs = [(rng.gauss(4, 0.1), rng.gauss(1, 0.1)) for _ in range(count)]
@@ -97,7 +97,7 @@ def _hashes(count: int = 2_000) -> float:
     """Of the default job's windows, microseconds a step."""
     import numpy as np
 
-    from trainer.data.feed import window_hash
+    from forescale.data.feed import window_hash
 
     windows = np.zeros((8, 257), np.uint16)
     return _each(range(count), lambda step, g: [window_hash(g, window) for window in windows])
@@ -108,13 +108,13 @@ def _rows(attempt, count: int = 1_000) -> float:
     import psutil
     import torch
 
-    from trainer.checkpoint import Position
-    from trainer.duration import Duration
-    from trainer.engine.step import Facts
-    from trainer.engine.world import Word
-    from trainer.loop import Step
-    from trainer.metrics import Line, Metrics, Prices
-    from trainer.parts import Every
+    from forescale.checkpoint.writer import Position
+    from forescale.config.duration import Duration
+    from forescale.engine.step import Facts
+    from forescale.engine.world import Word
+    from forescale.train.callbacks import Every
+    from forescale.train.loop import Step
+    from forescale.train.metrics import Line, Metrics, Prices
 
     process = psutil.Process()
     line = Line(Every(Duration(10**6), 10**6, 10**6), 10**6, 0, True)

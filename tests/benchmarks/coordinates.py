@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import ModelConfig, Transformer
-from trainer.config import OptimizerConfig
-from trainer.recipe import parameter_groups
+from forescale.config.train import OptimizerConfig
+from forescale.engine.optim import parameter_groups
+from forescale.models import ModelConfig, Transformer
 
 HEAD_DIM, VOCABULARY, LENGTH, WINDOWS = 16, 64, 32, 4
 ADAMW = OptimizerConfig(learning_rate=4e-3)

@@ -17,10 +17,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pairing import Result  # noqa: E402
-
-from trainer.durable import write_json  # noqa: E402
-from trainer.start import versions  # noqa: E402
+from forescale.run.start import versions  # noqa: E402
+from forescale.storage import write_json  # noqa: E402
+from tests.benchmarks.pairing import Result  # noqa: E402
 
 NAMES = (
     "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
@@ -45,7 +44,9 @@ def main() -> None:
     for name in wanted.names or NAMES:
         began, load = time.monotonic(), os.getloadavg()[0]
         own = {"replicates": wanted.replicates} if name == "recovery" else {}
-        results = importlib.import_module(f"bench_{name}").measure(wanted.rounds, **own)
+        results = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(
+            wanted.rounds, **own
+        )
         for result in results:
             print(result, flush=True)
         seconds, after = time.monotonic() - began, os.getloadavg()[0]

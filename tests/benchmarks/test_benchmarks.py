@@ -2,12 +2,11 @@
 
 import json
 
-import bench_loss
-import bench_ranks
 import pytest
-import run
-from pairing import Result, interleaved
-from processes import isolated, peak_memory
+
+from tests.benchmarks import bench_loss, bench_ranks, run
+from tests.benchmarks.pairing import Result, interleaved
+from tests.benchmarks.processes import isolated, peak_memory
 
 
 def test_sides_take_turns_and_warm_up_first():

@@ -2,9 +2,9 @@
 so, and don't where it doesn't. Over a wider range: run.py coordinates."""
 
 import pytest
-from coordinates import ADAMW, MUON, over, slopes
 
-from trainer.config import OptimizerConfig
+from forescale.config.train import OptimizerConfig
+from tests.benchmarks.coordinates import ADAMW, MUON, over, slopes
 
 pytestmark = pytest.mark.slow
 

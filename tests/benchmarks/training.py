@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from trainer.compose import compose
-from trainer.config import TrainJob
-from trainer.data.sources import Sources
-from trainer.data.stream import Batch, Share, stream
-from trainer.engine import setup, world
-from trainer.engine.derive import deepspeed_config, merged
-from trainer.engine.step import build_optimizer
-from trainer.feeding import feed_of
-from trainer.loop import train
-from trainer.model import build_model
-from trainer.rank import Rank
-from trainer.recipe import parameter_groups
-from trainer.run import read_rows
-from trainer.start import open_sources, settle
+from forescale.config.compose import compose
+from forescale.config.train import TrainJob
+from forescale.data.sources import Sources
+from forescale.data.stream import Batch, Share, stream
+from forescale.engine import build, world
+from forescale.engine.deepspeed_config import deepspeed_config, merged
+from forescale.engine.optim import parameter_groups
+from forescale.engine.step import build_optimizer
+from forescale.run.directory import read_rows
+from forescale.run.feed import feed_of
+from forescale.run.start import open_sources, settle
+from forescale.train.loop import train
+from forescale.train.model import build_model
+from forescale.train.trainer import Rank
 
 NEVER = "1000000 steps"
 
@@ -38,14 +38,14 @@ def make_job(folder: Path, *overrides: str) -> TrainJob:
 
 
 class Ours:
-    """trainer.loop.train as a rank runs it. `spent`: seconds by part, since `forget`."""
+    """forescale.train.loop.train as a rank runs it. `spent`: seconds by part, since `forget`."""
 
     def __init__(self, job: TrainJob):
         world.set_environment()
         self.rank = rank = Rank(job, time.monotonic())
         job = rank.job
         model = build_model(job, rank.sources.vocab_size)
-        rank.engine = setup.build_engine(rank.world, model, job)
+        rank.engine = build.build_engine(rank.world, model, job)
         self.position = rank._resume()
         if rank.compilation.wanted:
             rank.engine.compile()
@@ -132,7 +132,7 @@ class Bare:
             zero = {"zero_optimization": {"compute_grad_norm": True}}
             config = merged(config, {"gradient_clipping": o.clip, **zero})
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        if setup.compilation(job).wanted:
+        if build.compilation(job).wanted:
             self.engine.compile()
         self.step = 0
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import Lab, missing
-from submitted import TOLD
+
+from tests.cluster.lab import Lab, missing
+from tests.cluster.submitted import TOLD
 
 HERE = Path(__file__).parent
 

@@ -22,9 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import slurm_files
-from namespaces import SYSTEM, Machine, missing, output, plain_environment
-from slurm_files import LOGIN
+from tests.cluster import slurm_files
+from tests.cluster.namespaces import SYSTEM, Machine, missing, output, plain_environment
+from tests.cluster.slurm_files import LOGIN
 
 __all__ = ["Lab", "missing"]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from namespaces import SYSTEM
+from tests.cluster.namespaces import SYSTEM
 
 LOGIN = "ctl"  # the name of the login node; the controller runs there too
 NETWORK = "10.77.0"

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab import Lab
-
-from trainer.ending import launch_of
-from trainer.run import Attempt, Run, read_rows
+from forescale.resilience.outcome import launch_of
+from forescale.run.directory import Attempt, Run, read_rows
+from tests.cluster.lab import Lab
 
 # A constant learning rate, so that a short run is the beginning of a long one; steps of some 60 ms.
 KEYS = {
@@ -56,7 +55,7 @@ class Job:
 
     def forescale(self, *words: str, check: bool = True) -> str:
         environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
-        command = [sys.executable, "-m", "trainer", *words]
+        command = [sys.executable, "-P", "-m", "forescale", *words]
         return self.lab.run(*command, check=check, cwd=self.root.parent, env=environment)
 
     def submit(self, **more: str) -> "Job":

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from lab import Lab
-from submitted import Job
 
-from trainer.run import read_rows
+from forescale.run.directory import read_rows
+from tests.cluster.lab import Lab
+from tests.cluster.submitted import Job
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from lab import Lab
+from tests.cluster.lab import Lab
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lab import Lab
+from tests.cluster.lab import Lab
 lab = Lab(Path(sys.argv[1]), nodes=1)
 lab.start()
 print(lab._machines["n1"].pid, flush=True)

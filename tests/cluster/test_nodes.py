@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lab import Lab
-from submitted import Job
+
+from tests.cluster.lab import Lab
+from tests.cluster.submitted import Job
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import Lab
-from submitted import Fault, Job, tell
+
+from tests.cluster.lab import Lab
+from tests.cluster.submitted import Fault, Job, tell
 
 ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
 more = pytest.mark.skipif(not ALL, reason="one of the faults that FORESCALE_CLUSTER=all adds")
 LONGEST = 600  # steps
-RANK = "slurm.rank"  # in the command line of a rank
+RANK = "forescale.slurm.rank"  # in the command line of a rank
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +145,7 @@ def test_a_node_is_cut_off_and_comes_back(lab, job, reference):
     fault = Fault(job, "network of the first node cut")
     lab.cut("n1")
     fault.again()
-    alive = lab.pids("n1", "slurm.batch")
+    alive = lab.pids("n1", "forescale.slurm.batch")
     assert alive, "the old batch script should still be there"
     lab.rejoin("n1")
     check(job, reference, fault, 400)

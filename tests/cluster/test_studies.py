@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import Lab
-from submitted import Job
 
-from trainer.scaling.study import Study
+from forescale.scaling.study.directory import Study
+from tests.cluster.lab import Lab
+from tests.cluster.submitted import Job
 
 PLAN = [
     *("plan.kind=list", "plan.runs=[[1.5e4,2e4],[1.5e4,6e4],[3e4,2e4],[5e4,2e4]]"),
@@ -28,7 +28,7 @@ def test_a_study_is_launched_into_the_queue_and_outlives_its_launcher(job, lab, 
     study = Study(job.root.parent / "studies/tiny")
     words = ["study", "launch", "study=tiny", "launch.slurm=lab", "launch.at_once=2"]
     words += ["--", *OF_JOBS, f"slurm.scratch={lab.scratch}"]
-    command, own = [sys.executable, "-m", "trainer", *words], {"OMP_NUM_THREADS": "1"}
+    command, own = [sys.executable, "-P", "-m", "forescale", *words], {"OMP_NUM_THREADS": "1"}
     lab.run("timeout", "-s", "KILL", "15", *command, check=False, cwd=job.root.parent, env=own)
     assert any(e["kind"] == "submitted" for e in study.events)
     said = lab.run(*command, cwd=job.root.parent, env=own, seconds=300)

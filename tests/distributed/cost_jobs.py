@@ -10,7 +10,7 @@ TRAIN = ["train.steps=4", "schedule.warmup=0", "schedule.decay=1", "train.micro_
 
 def job_of(case, world):
     """case: [stage, optimizer, precision, more overrides]."""
-    from trainer.compose import compose
+    from forescale.config.compose import compose
 
     stage, optimizer, precision, *more = case
     overrides = [

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from cost_jobs import LENGTH, MICRO_BATCHES, VOCABULARY, job_of
+
+from tests.distributed.cost_jobs import LENGTH, MICRO_BATCHES, VOCABULARY, job_of
 
 OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
     "all_reduce": ("all_reduce", 0, "tensor"),
@@ -20,10 +21,10 @@ OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
 def build(case):
     from accelerate.state import AcceleratorState
 
-    from models import Transformer
-    from trainer.engine.derive import deepspeed_config
-    from trainer.engine.setup import build_engine
-    from trainer.engine.world import join
+    from forescale.engine.build import build_engine
+    from forescale.engine.deepspeed_config import deepspeed_config
+    from forescale.engine.world import join
+    from forescale.models import Transformer
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])
@@ -37,7 +38,7 @@ def batch(engine, step):
     rank, size = engine.world.rank, engine.world.size
     data = torch.randint(0, VOCABULARY, (MICRO_BATCHES * size, 2, LENGTH + 1))
     mine = range(rank * MICRO_BATCHES, (rank + 1) * MICRO_BATCHES)
-    from trainer.data.stream import MicroBatch
+    from forescale.data.stream import MicroBatch
 
     micro = [MicroBatch(i, data[i][:, :-1].clone(), data[i][:, 1:].clone()) for i in mine]
     return SimpleNamespace(step=step, targets=MICRO_BATCHES * size * 2 * LENGTH, micro=micro)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(scenario: str, size: int, timeout: float = 280, **arguments):
     """scenario: "module:function" beside this file. Returns its JSON result on rank 0."""
-    from trainer.engine.world import free_port
+    from forescale.engine.world import free_port
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "result.json"
@@ -69,7 +69,7 @@ def _wait(ranks, logs, timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    from trainer.engine.world import set_environment
+    from forescale.engine.world import set_environment
 
     set_environment()
     import importlib
@@ -78,8 +78,8 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     module, function = sys.argv[1].split(":")
-    sys.path.insert(0, str(Path(__file__).parent))
-    result = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    scenario = importlib.import_module(f"tests.distributed.{module}")
+    result = getattr(scenario, function)(**json.loads(sys.argv[2]))
     if os.environ["RANK"] == "0":
         Path(sys.argv[3]).write_text(json.dumps(result))
     os._exit(0)  # as the product does: threads of gloo may abort a normal exit

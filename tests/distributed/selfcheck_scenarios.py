@@ -2,10 +2,10 @@
 
 import os
 
-import small
 import torch
 
-from trainer.engine.selfcheck import SelfCheck, judged
+from forescale.engine.selfcheck import SelfCheck, judged
+from tests.distributed import small
 
 
 def trained(stage: int, optimizer: str, precision: str, checks: bool) -> dict:

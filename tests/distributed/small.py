@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.data.stream import MicroBatch
+from forescale.data.stream import MicroBatch
 
 VOCABULARY, WIDTH, LENGTH = 101, 24, 16
 
@@ -96,9 +96,9 @@ def build(stage: int, optimizer: str, precision: str, clip=None, offload=False, 
 
     from accelerate.state import AcceleratorState
 
-    from trainer.engine.derive import deepspeed_config
-    from trainer.engine.step import Engine, build_optimizer
-    from trainer.engine.world import join
+    from forescale.engine.deepspeed_config import deepspeed_config
+    from forescale.engine.step import Engine, build_optimizer
+    from forescale.engine.world import join
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])

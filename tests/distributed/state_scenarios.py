@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import small
-
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, Position
-from trainer.run import Run
+from forescale.checkpoint import writer
+from forescale.checkpoint.writer import Checkpoint, Position
+from forescale.run.directory import Run
+from tests.distributed import small
 
 
 def _name(case) -> str:
@@ -22,7 +21,7 @@ def _save(case, folder):
     engine = small.build(*case[:3], None, case[3], seed=1)
     small.train(engine, range(3))
     run = Run(folder / f"{_name(case)}-w{engine.world.size}")
-    checkpoint.save(run, 1, Position(3, 24, 0), engine, {})
+    writer.save(run, 1, Position(3, 24, 0), engine, {})
     return small.train(engine, range(3, 6))
 
 
@@ -34,10 +33,10 @@ def load(cases, sources, folder):
         engine = small.build(*case[:3], None, case[3], seed=2)
         small.train(engine, range(10, 12))
         for source in sources:
-            checkpoint.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
+            writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
             key = f"{_name(case)}-w{engine.world.size}<{source}"
             run = Run(Path(folder) / "again" / key)
-            checkpoint.save(run, 1, Position(3, 24, 0), engine, {})
+            writer.save(run, 1, Position(3, 24, 0), engine, {})
             results[key] = small.train(engine, range(3, 6))
     return results
 
@@ -45,5 +44,5 @@ def load(cases, sources, folder):
 def load_weights(case, source, folder):
     engine = small.build(*case[:3], None, case[3], seed=2)
     path = Path(folder) / source / "checkpoints/step-00000003"
-    checkpoint.load(Checkpoint(path), engine, weights_only=True)
+    writer.load(Checkpoint(path), engine, weights_only=True)
     return small.train(engine, range(3, 6))

@@ -1,6 +1,6 @@
 """What runs inside the ranks of test_step.py."""
 
-import small
+from tests.distributed import small
 
 
 def losses(cases, steps):

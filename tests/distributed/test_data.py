@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launching
 import pytest
 
-from trainer.data.build.dataset import BuildConfig, build_dataset
-from trainer.data.shards import Dataset
-from trainer.data.text.files import Files
+from forescale.data.dataset import Dataset
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.text.files import Files
+from tests import launching
 
 pytestmark = pytest.mark.distributed
 
@@ -48,7 +48,7 @@ def mixture(sources: dict[str, Path]) -> tuple[str, ...]:
 
 def check(run: Path) -> str:
     """`forescale check RUN`, which must find nothing."""
-    command = [sys.executable, "-m", "trainer", "check", str(run)]
+    command = [sys.executable, "-P", "-m", "forescale", "check", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=launching.ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

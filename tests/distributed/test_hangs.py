@@ -5,14 +5,14 @@ import re
 import signal
 import time
 
-import launching
 import pytest
 
-from trainer import ending
-from trainer.durable import read_json
-from trainer.goodput import Goodput
-from trainer.hang import verdict
-from trainer.run import Run, read_rows
+from forescale.monitor.goodput import Goodput
+from forescale.resilience import outcome
+from forescale.resilience.diagnosis import verdict
+from forescale.run.directory import Run, read_rows
+from forescale.storage import read_json
+from tests import launching
 
 pytestmark = pytest.mark.distributed
 
@@ -103,7 +103,7 @@ def test_a_fault_inside_a_collective_leaves_nobody_behind(dataset, tmp_path, who
     output = launching.train(tmp_path, *command)
     run = tmp_path / "cut"
     assert "rank 1 ended with Injected: the fault exit@25:rank1:backward" in output
-    facts = read_json(run / "attempts/0001" / ending.LAUNCH)
+    facts = read_json(run / "attempts/0001" / outcome.LAUNCH)
     assert facts["ended"] - struck(run) < 20
     assert not launching.processes(tmp_path)
     assert launching.trajectory(run) == whole

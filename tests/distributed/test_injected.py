@@ -1,10 +1,10 @@
 """Faults that are asked for strike real ranks, once, and the run ends with the same bits."""
 
-import launching
 import pytest
 
-from trainer.injector import records
-from trainer.run import Run
+from forescale.resilience.injector import records
+from forescale.run.directory import Run
+from tests import launching
 
 pytestmark = pytest.mark.distributed
 

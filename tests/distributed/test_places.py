@@ -6,9 +6,9 @@ import subprocess
 import sys
 import time
 
-import disks
-import launching
 import pytest
+
+from tests import disks, launching
 
 LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=10", "validation.every=30")
 
@@ -20,9 +20,9 @@ def test_torchrun_starts_the_same_run_as_we_do(dataset, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = [*launching.SHORT, *launching.TINY, f"run.root={tmp_path}", "run.name=theirs", *command]
     process = subprocess.run(
-        [*torchrun, "-m", "trainer", "train", *words],
+        [*torchrun, "-P", "-m", "forescale", "train", *words],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(launching.ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -41,7 +41,7 @@ def checkpoints(run):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_gets_full_while_saving(dataset, tmp_path, ranks):
     """One sentence and code 2; the last checkpoint is whole, and with room the run goes on."""
-    from trainer.durable import check_table
+    from forescale.storage import check_table
 
     command = (f"data.path={dataset}", *LENGTH, f"launch.processes={ranks}")
     launching.train(tmp_path, "run.name=whole", *command)

@@ -1,11 +1,11 @@
 """Poisoned data on real ranks: the update is dropped, the run goes back, or it stops."""
 
 import json
-import os
 import signal
 
-import launching
 import pytest
+
+from tests import launching
 
 pytestmark = pytest.mark.distributed
 
@@ -38,8 +38,8 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
     """Plain text with two documents of bytes 1, for a tokenizer of bytes."""
-    from trainer.data.build.dataset import BuildConfig, build_dataset
-    from trainer.data.text.files import Files
+    from forescale.data.prepare.builder import BuildConfig, build_dataset
+    from forescale.data.text.files import Files
 
     root = tmp_path_factory.mktemp("poisoned")
     (root / "text").mkdir()
@@ -55,7 +55,7 @@ def poisoned(tmp_path_factory):
 
 def train(root, folder, name, ruin, *overrides, start=False, code=0):
     how = {"model": ["model._target_=poisoned.Model", f"model.ruin={ruin}"]}
-    how["PYTHONPATH"] = f"{launching.ROOT}{os.pathsep}{root}"
+    how["PYTHONPATH"] = str(root)
     command = (f"run.name={name}", f"data.path={root / 'dataset'}", *LENGTH, *RULES, *overrides)
     if start:
         return launching.start(folder, *command, **how)

@@ -1,12 +1,12 @@
 """The plan's bytes against real ranks: every live tensor by kind, every collective, exactly."""
 
 import pytest
-import ranks
-from cost_jobs import MICRO_BATCHES, job_of
 
-from trainer.cost import states
-from trainer.inventory import inventory
-from trainer.traffic import collectives
+from forescale.plan.communication import collectives
+from forescale.plan.memory import states
+from forescale.plan.parameters import inventory
+from tests.distributed import ranks
+from tests.distributed.cost_jobs import MICRO_BATCHES, job_of
 
 pytestmark = pytest.mark.distributed
 

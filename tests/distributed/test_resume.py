@@ -3,8 +3,9 @@ another stage and world size with the same data."""
 
 import signal
 
-import launching
 import pytest
+
+from tests import launching
 
 pytestmark = pytest.mark.distributed
 

@@ -8,13 +8,13 @@ import struct
 import subprocess
 import time
 
-import launching
 import psutil
 import pytest
 
-from trainer.durable import check_table
-from trainer.run import Run
-from trainer.stored import Checkpoint
+from forescale.checkpoint.reader import Checkpoint
+from forescale.run.directory import Run
+from forescale.storage import check_table
+from tests import launching
 
 pytestmark = pytest.mark.distributed
 

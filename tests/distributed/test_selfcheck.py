@@ -1,7 +1,8 @@
 """The self-check on real ranks: it disturbs nothing, finds what is wrong, and says where."""
 
 import pytest
-import ranks
+
+from tests.distributed import ranks
 
 pytestmark = pytest.mark.distributed
 COMBINATIONS = [

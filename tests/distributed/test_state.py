@@ -7,11 +7,11 @@ import itertools
 import os
 
 import pytest
-import ranks
 import torch
 
-from trainer.checkpoint import Checkpoint
-from trainer.engine.state import MOMENTUM
+from forescale.checkpoint.writer import Checkpoint
+from forescale.engine.state import MOMENTUM
+from tests.distributed import ranks
 
 STATE = "checkpoints/step-00000003"
 SIZES = (1, 2, 4)

@@ -1,9 +1,9 @@
 """The engine's step against a plain PyTorch loop, on real ranks of real DeepSpeed."""
 
 import pytest
-import ranks
-import small
 import torch
+
+from tests.distributed import ranks, small
 
 pytestmark = pytest.mark.distributed
 

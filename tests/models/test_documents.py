@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from variants import VARIANTS, L, V, build, named, tokens
 
-from models import ModelConfig, Transformer
-from models.attention import visible_keys
-from models.config import POSITIONS
-from models.position import document_starts, positions_of
+from forescale.models import ModelConfig, Transformer
+from forescale.models.attention import visible_keys
+from forescale.models.config import POSITIONS
+from forescale.models.position import document_starts, positions_of
+from tests.models.variants import VARIANTS, L, V, build, named, tokens
 
 SOME = VARIANTS[::5]  # each pair of choices
 LENGTHS = (4, 1, 7)  # of the documents of a row of L tokens

@@ -8,9 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ModelConfig, Transformer
-from models.config import MLPS, NORMS, POSITIONS
-from models.flops import (
+from forescale.models import ModelConfig, Transformer
+from forescale.models.config import MLPS, NORMS, POSITIONS
+from forescale.models.flops import (
     activation_bytes,
     activations,
     count,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from models import ModelConfig, Transformer
-from models.hf import from_hf, to_hf
+from forescale.models import ModelConfig, Transformer
+from forescale.models.hf import from_hf, to_hf
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from variants import VARIANTS, L, V, build, named, tokens
 
-from models.attention import visible_keys
-from models.config import POSITIONS
+from forescale.models.attention import visible_keys
+from forescale.models.config import POSITIONS
+from tests.models.variants import VARIANTS, L, V, build, named, tokens
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=named)

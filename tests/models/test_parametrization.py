@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import ModelConfig, Transformer
-from models.parametrization import Factors, factors, folds, scales
-from trainer.config import OptimizerConfig
-from trainer.recipe import parameter_groups
+from forescale.config.train import OptimizerConfig
+from forescale.engine.optim import parameter_groups
+from forescale.models import ModelConfig, Transformer
+from forescale.models.parametrization import Factors, factors, folds, scales
 
 # Four times as wide and three times as deep as its base.
 LARGE = ModelConfig(

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import ModelConfig, Transformer
-from models.generate import generate
+from forescale.models import ModelConfig, Transformer
+from forescale.models.generate import generate
 
 SMALL = ModelConfig(
     num_layers=3,

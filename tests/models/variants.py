@@ -5,8 +5,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from models import ModelConfig, Transformer
-from models.config import MLPS, NORMS, POSITIONS
+from forescale.models import ModelConfig, Transformer
+from forescale.models.config import MLPS, NORMS, POSITIONS
 
 VARIANTS = list(product(POSITIONS, NORMS, MLPS, (False, True), (None, 1)))
 L, V = 12, 37

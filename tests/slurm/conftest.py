@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from plain_wanted import PLAIN
 
-from slurm.findings import Wanted
+from forescale.slurm.findings import Wanted
+from tests.slurm.plain_wanted import PLAIN
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """What a node must have, for the tests of the preflight: next to nothing."""
 
-from slurm.findings import Wanted
+from forescale.slurm.findings import Wanted
 
 PLAIN = Wanted(".", [], 1, 0, None, None, 0, reduce=False)

@@ -4,17 +4,17 @@ import signal
 
 import pytest
 
-from slurm import batch, queue
-from slurm.batch import Batch
-from slurm.findings import Fault, Report
-from slurm.submission import Submission
-from trainer import ending
-from trainer.compose import compose
-from trainer.config_slurm import SlurmConfig
-from trainer.errors import CRASHED, DONE, USER
-from trainer.frozen import freeze
-from trainer.run import Run
-from trainer.schema import plain
+from forescale.config.compose import compose
+from forescale.config.frozen import freeze
+from forescale.config.schema import plain
+from forescale.errors import CRASHED, DONE, USER
+from forescale.resilience import outcome
+from forescale.run.directory import Run
+from forescale.slurm import batch, queue
+from forescale.slurm.batch import Batch
+from forescale.slurm.config import SlurmConfig
+from forescale.slurm.findings import Fault, Report
+from forescale.slurm.submission import Submission
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_a_single_node_gets_one_chance_on_another(make):
     alone = report(fault("n1"), nodes=1)
     assert job._judge(alone).unfit.keys() == {"n1"}
     attempt = job.run.new_attempt()
-    ending.begin(attempt.path, [], 1, slurm={"submission": "0001"})
-    ending.end(attempt.path, CRASHED, "", unfit={"n0": "has no GPU"})
+    outcome.begin(attempt.path, [], 1, slurm={"submission": "0001"})
+    outcome.end(attempt.path, CRASHED, "", unfit={"n0": "has no GPU"})
     assert job._judge(alone).code == USER
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plain_wanted import PLAIN
 
-from slurm import looks as looks_of
-from slurm import node
-from slurm.findings import Fault, Report, Wanted, rounds, skew_of, slow_nodes
+from forescale.slurm import looks as looks_of
+from forescale.slurm import node
+from forescale.slurm.findings import Fault, Report, Wanted, rounds, skew_of, slow_nodes
+from tests.slurm.plain_wanted import PLAIN
 
 DATASET = {"file": "train-000000.tar", "size": 7, "index": "train-000000.index.json"}
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from slurm.policy import Past, decide, past
-from trainer import ending
-from trainer.errors import DONE, GAVE_UP, INTERRUPTED, USER
-from trainer.run import Run
+from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER
+from forescale.resilience import outcome
+from forescale.run.directory import Run
+from forescale.slurm.policy import Past, decide, past
 
 NODES = ["a", "b"]
 
@@ -86,9 +86,9 @@ class Lives:
 
     def add(self, code=None, *, saves=None, submission="0001", **more):
         attempt = self.run.new_attempt()
-        ending.begin(attempt.path, ["x"], 2, slurm={"submission": submission})
+        outcome.begin(attempt.path, ["x"], 2, slurm={"submission": submission})
         if code is not None:
-            ending.end(attempt.path, code, "", **more)
+            outcome.end(attempt.path, code, "", **more)
         if saves is not None:
             _checkpoint(self.run, saves, attempt.number)
         return self
@@ -99,7 +99,7 @@ class Lives:
 
 
 def _checkpoint(run, step, attempt):
-    from trainer.durable import write_json
+    from forescale.storage import write_json
 
     path = run.checkpoint_path(step)
     path.mkdir(parents=True)

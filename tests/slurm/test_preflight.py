@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from plain_wanted import PLAIN
-
-from slurm import node
-from slurm.findings import ALL, Wanted
-from slurm.preflight import Preflight
+from forescale.slurm import node
+from forescale.slurm.findings import ALL, Wanted
+from forescale.slurm.preflight import Preflight
+from tests.slurm.plain_wanted import PLAIN
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,11 +25,10 @@ def start(looks: Preflight, host: str, **environment: str) -> subprocess.Popen:
         **looks.environment,
         "SLURMD_NODENAME": host,
         "SLURM_NODEID": str(looks.hosts.index(host)) if host in looks.hosts else "9",
-        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         **environment,
     }
-    return subprocess.Popen([sys.executable, "-m", "slurm.node"], env=words)
+    return subprocess.Popen([sys.executable, "-m", "forescale.slurm.node"], env=words)
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from slurm.script import Order, render
-from slurm.submission import Submission
-from trainer.config_slurm import SlurmConfig
-from trainer.duration import Duration
+from forescale.config.duration import Duration
+from forescale.slurm.config import SlurmConfig
+from forescale.slurm.script import Order, render
+from forescale.slurm.submission import Submission
 
 
 def order(settings=None, names=("first",), root="/runs", lead=70, **more):
@@ -69,7 +69,7 @@ def test_no_value_reaches_the_shell_unquoted(tmp_path):
 def test_bash_takes_it_and_ends_in_the_batch_program():
     script = render(order())
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert script.splitlines()[-1].endswith('-P -m slurm.batch "$run" "$job"')
+    assert script.splitlines()[-1].endswith('-P -m forescale.slurm.batch "$run" "$job"')
 
 
 def test_an_array_gives_each_task_its_run(tmp_path):
@@ -95,4 +95,4 @@ def test_a_container_is_for_the_ranks_alone():
     import sys
 
     script = render(order(container="image", python="python3"))
-    assert f"exec {sys.executable} -P -m slurm.batch" in script
+    assert f"exec {sys.executable} -P -m forescale.slurm.batch" in script

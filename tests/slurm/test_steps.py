@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from slurm.steps import Failure, Step, failures
-from slurm.verdicts import judge
-from trainer.ending import leave_word
-from trainer.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
-from trainer.hang import Hang, publish
-from trainer.run import Run
+from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
+from forescale.resilience.diagnosis import Hang, publish
+from forescale.resilience.outcome import leave_word
+from forescale.run.directory import Run
+from forescale.slurm.steps import Failure, Step, failures
+from forescale.slurm.verdicts import judge
 
 # As srun 24.11 wrote them.
 SAID = """\
@@ -97,7 +97,7 @@ def test_srun_that_fails_by_itself_is_a_crash(attempt):
 
 def test_a_step_that_does_not_end_is_killed(tmp_path, monkeypatch):
     """First its tasks, through SLURM; where a node doesn't answer, then srun itself."""
-    from slurm import queue, steps
+    from forescale.slurm import queue, steps
 
     ended = []
     monkeypatch.setattr(queue, "end_step", ended.append)
@@ -109,7 +109,7 @@ def test_a_step_that_does_not_end_is_killed(tmp_path, monkeypatch):
 
 
 def test_a_failed_task_does_not_wait_for_ever_for_the_others(tmp_path, monkeypatch):
-    from slurm import queue, steps
+    from forescale.slurm import queue, steps
 
     monkeypatch.setattr(queue, "end_step", lambda step: None)
     monkeypatch.setattr(steps, "_PATIENCE", 0.2)

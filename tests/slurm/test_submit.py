@@ -7,11 +7,11 @@ import tarfile
 
 import pytest
 
-from slurm import queue
-from slurm.snapshot import HOUSE, own_packages, pack_environment, write_code
-from trainer.cli import main
-from trainer.compose import compose
-from trainer.errors import UserError
+from forescale.cli import main
+from forescale.config.compose import compose
+from forescale.errors import UserError
+from forescale.slurm import queue
+from forescale.slurm.snapshot import own_packages, pack_environment, write_code
 
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
 
@@ -121,12 +121,12 @@ def test_the_code_runs_as_it_was(tmp_path):
     with tarfile.open(tmp_path / "code.tar") as tar:
         tar.extractall(tmp_path, filter="data")
     done = subprocess.run(
-        [sys.executable, "-P", "-c", "import slurm.batch, trainer; print(trainer.__file__)"],
-        env={"PYTHONPATH": str(tmp_path / "code")}, cwd=HOUSE, capture_output=True, text=True,
+        [sys.executable, "-P", "-c", "import forescale.slurm.batch as b; print(b.__file__)"],
+        env={"PYTHONPATH": str(tmp_path / "code")}, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.stdout.strip() == str(tmp_path / "code/trainer/__init__.py"), done.stderr
-    assert (tmp_path / "code/slurm/job.sbatch.j2").exists()
-    assert (tmp_path / "code/conf/train.yaml").exists()
+    assert done.stdout.strip() == str(tmp_path / "code/forescale/slurm/batch.py"), done.stderr
+    assert (tmp_path / "code/forescale/slurm/job.sbatch.j2").exists()
+    assert (tmp_path / "code/forescale/conf/train.yaml").exists()
 
 
 def test_the_same_code_is_the_same_bytes(tmp_path):
@@ -164,11 +164,15 @@ def test_a_packed_environment_runs_from_another_place(tmp_path):
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     code = (
-        "from pathlib import Path; from slurm.snapshot import pack_environment as p; import sys; "
+        "import sys; from pathlib import Path; "
+        "from forescale.slurm.snapshot import pack_environment as p; "
     )
     code += "print(p(Path(sys.argv[1])))"
     packages = [path for path in sys.path if path.endswith("-packages")]
-    environment = {"PYTHONPATH": os.pathsep.join([str(HOUSE), *packages])}
+    write_code(tmp_path / "code.tar", [])
+    with tarfile.open(tmp_path / "code.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), *packages])}
     tars = {
         subprocess.run(
             [venv / "bin/python", "-c", code, tmp_path / "tars"],
@@ -199,9 +203,9 @@ def test_a_list_of_hosts_that_is_one_needs_no_slurm():
 
 def test_the_lead_follows_what_the_run_has_measured(tmp_path):
     """Twice the longest save and step so far; before there is any, twice what is planned."""
-    from slurm.enter import _save_seconds
-    from trainer.plan import Plan
-    from trainer.run import Run
+    from forescale.plan.plan import Plan
+    from forescale.run.directory import Run
+    from forescale.slurm.submit import _save_seconds
 
     root = f"run.root={tmp_path}"
     job = compose("submit", [*KEYS, root, "launch.grace=20s", "slurm.time=2h"])

@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import make_dataset, make_run
 
-from trainer import cli
-from trainer.run import Run
+from forescale import cli
+from forescale.run.directory import Run
+from tests.trainer.small_run import make_dataset, make_run
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.checkpoint import Position
-from trainer.engine.layout import Bare
-from trainer.retention import Keep
-from trainer.run import Parent, Run, read_rows
-from trainer.saving import Saver
-from trainer.stored import newest_whole
+from forescale.checkpoint.reader import newest_whole
+from forescale.checkpoint.retention import Keep
+from forescale.checkpoint.saver import Saver
+from forescale.checkpoint.writer import Position
+from forescale.engine.layout import Bare
+from forescale.run.directory import Parent, Run, read_rows
 
 STATES = {"weight": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}  # what is added to the step
 
@@ -36,7 +36,7 @@ class Exchange:
 
 
 class World:
-    """One thread among others, as trainer.engine.world.World."""
+    """One thread among others, as forescale.engine.world.World."""
 
     device = torch.device("cpu")
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from trainer.compose import compose
-from trainer.data.build.dataset import BuildConfig, build_dataset
-from trainer.data.feed import Feed
-from trainer.data.text.files import Files
-from trainer.durable import read_json, write_json, write_table
-from trainer.engine.state import WEIGHT, Fragment, write_fragments
-from trainer.frozen import thaw
-from trainer.model import build_model
-from trainer.replay import feed_of_run
-from trainer.run import Attempt, Parent, Run
-from trainer.start import start
+from forescale.config.compose import compose
+from forescale.config.frozen import thaw
+from forescale.data.feed import Feed
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.text.files import Files
+from forescale.engine.state import WEIGHT, Fragment, write_fragments
+from forescale.monitor.replay import feed_of_run
+from forescale.run.directory import Attempt, Parent, Run
+from forescale.run.start import start
+from forescale.storage import read_json, write_json, write_table
+from forescale.train.model import build_model
 
 LENGTH, BATCH, STEPS = 32, 4, 8
 SHIFT = 0.002

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer import cli
-from trainer.compose import compose
-from trainer.errors import INTERRUPTED, USER, UserError
-from trainer.start import versions
+from forescale import cli
+from forescale.config.compose import compose
+from forescale.errors import INTERRUPTED, USER, UserError
+from forescale.run.start import versions
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def verb(monkeypatch):
     def put(name, function):
         import importlib
 
-        monkeypatch.setattr(importlib.import_module(f"trainer.verbs.{name}"), "main", function)
+        monkeypatch.setattr(importlib.import_module(f"forescale.verbs.{name}"), "main", function)
 
     return put
 
@@ -72,14 +72,14 @@ def test_a_fault_of_ours_keeps_its_traceback(forescale, verb, error):
 def test_a_reader_who_had_enough_is_no_fault(name, code):
     """As in `forescale status | head`; a training that ends so is not done."""
     body = (
-        "import sys, trainer.verbs.status as s, trainer.verbs.train as t\n"
+        "import sys, forescale.verbs.status as s, forescale.verbs.train as t\n"
         "from trainer import cli\n"
         "def main(words):\n"
         "    while True: print('x' * 10)\n"
         "s.main = t.main = main\n"
         f"sys.exit(cli.main(['{name}']))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
     process = subprocess.Popen([sys.executable, "-c", body], **pipe)
     process.stdout.readline()
@@ -167,7 +167,6 @@ def test_what_is_said_stands_in_a_log_in_the_order_in_which_it_was_said(tmp_path
         "cli._dispatch = said; cli.main([])"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    environment["PYTHONPATH"] = str(ROOT)
     with open(tmp_path / "log", "w") as log:
         subprocess.run(
             [sys.executable, "-c", code], stdout=log, stderr=log, env=environment, check=True

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.shards import Dataset, Shard
-from trainer.data.text.opening import open_raw
-from trainer.data.tokenised.kinds import tar_members
-from trainer.durable import check_table
-from trainer.errors import UserError
+from forescale.data.dataset import Dataset, Shard
+from forescale.data.text.opening import open_raw
+from forescale.data.tokenised.kinds import tar_members
+from forescale.errors import UserError
+from forescale.storage import check_table
 
 
 def check(path: str | Path, tick: Callable[[int], None] = lambda n: None) -> list[str]:

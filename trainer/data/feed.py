@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from trainer.data.bins import Bins
-from trainer.data.mixture import Interval, Mixture, Places, without
-from trainer.data.order import mix64
-from trainer.data.shards import Damaged, Split
-from trainer.errors import UserError
+from forescale.data.dataset import Damaged, Split
+from forescale.data.mixture import Interval, Mixture, Places, without
+from forescale.data.order import mix64
+from forescale.data.packing_table import Bins
+from forescale.errors import UserError
 
 _NONE = np.empty(0, np.int64)
 _SPAN = 1024  # samples

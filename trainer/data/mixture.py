@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.order import Order, Permutation
+from forescale.data.order import Order, Permutation
 
 _BLOCK = 1024  # windows at least; more where a share is so small that a block would hold none
 _LEAST = Fraction(1, 1 << 20)

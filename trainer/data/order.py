@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from trainer.errors import UserError
+from forescale.errors import UserError
 
 _ROUNDS = 8
 

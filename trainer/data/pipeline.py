@@ -20,8 +20,8 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from trainer.data.feed import Lost
-from trainer.errors import UserError
+from forescale.data.feed import Lost
+from forescale.errors import UserError
 
 _READY = 2  # batches that wait for the consumer
 _FETCHED = 32  # steps ahead of the workers whose bytes are fetched, where they lie far away

@@ -15,13 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from trainer.data.build.corpus import cache_directory
-from trainer.data.build.report import printed
-from trainer.data.order import Order
-from trainer.data.remote.transfer import is_url
-from trainer.data.shards import MANIFEST, Dataset, Split
-from trainer.data.tokenizer import byte_tokenizer
-from trainer.errors import UserError
+from forescale.data.dataset import MANIFEST, Dataset, Split
+from forescale.data.order import Order
+from forescale.data.prepare.corpus import cache_directory
+from forescale.data.prepare.report import printed
+from forescale.data.remote.transfer import is_url
+from forescale.data.tokenizer import byte_tokenizer
+from forescale.errors import UserError
 
 SHUFFLE_SHARDS = 8  # data.shuffle_shards, unless a run says otherwise
 _WIDTH = 100  # where there is no terminal

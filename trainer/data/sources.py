@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from trainer.data.shards import Dataset, Split
-from trainer.errors import UserError
+from forescale.data.dataset import Dataset, Split
+from forescale.errors import UserError
 
 
 class Sources:

@@ -4,7 +4,7 @@
 
 Invariant: micro-batch j of a step holds its windows [j * micro_batch, (j + 1) * micro_batch) and is
 the same tensor at any world size; rank r of W gets the r-th of W contiguous runs of them. The
-cursor is the step that the consumer has taken, never what was prefetched (trainer.data.pipeline).
+cursor is the step that the consumer has taken, never what was prefetched (forescale.data.pipeline).
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.feed import Feed, Lost, Rows
-from trainer.data.mixture import Interval
-from trainer.data.pipeline import Agree, At, Tell, prefetched
-from trainer.data.shards import Split
-from trainer.errors import UserError
+from forescale.data.dataset import Split
+from forescale.data.feed import Feed, Lost, Rows
+from forescale.data.mixture import Interval
+from forescale.data.pipeline import Agree, At, Tell, prefetched
+from forescale.errors import UserError
 
 IGNORED = -100  # a position that is no target, as torch.nn.functional.cross_entropy has it
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.durable import read_json
-from trainer.errors import UserError
+from forescale.errors import UserError
+from forescale.storage import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE = "tokenizer.json"

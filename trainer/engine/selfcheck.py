@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.engine.step import Engine, split_penalty
+from forescale.engine.step import Engine, split_penalty
 
 _ALLOWED = 10.0  # times the difference of two clean replays
 _ODD = 0x9E3779B97F4A7C15  # sets the parameters apart in the hash (the golden ratio, splitmix64)

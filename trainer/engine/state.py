@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.durable import FileEntry, HashingFile
-from trainer.engine.layout import Layout, Piece, Unit
-from trainer.engine.step import Engine
-from trainer.errors import UserError
+from forescale.engine.layout import Layout, Piece, Unit
+from forescale.engine.step import Engine
+from forescale.errors import UserError
+from forescale.storage import FileEntry, HashingFile
 
 WEIGHT, MOMENTUM = "weight", "momentum_buffer"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.engine.layout import Layout, fp32_square_sum, layout_of
-from trainer.engine.world import World
+from forescale.engine.layout import Layout, fp32_square_sum, layout_of
+from forescale.engine.world import World
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from trainer.errors import UserError
+from forescale.errors import UserError
 
 
 def open_trackers(logging: Any, run: Path, name: str, config: dict, first_step: int) -> list[Any]:

@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 from threading import Lock
 
-from trainer.audit import Findings, check_checkpoint, check_run, size_of
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.data.progress import console
-from trainer.durable import TABLE, read_table
-from trainer.errors import DONE, USER, UserError
-from trainer.jobs import CheckJob
-from trainer.run import Run
-from trainer.stored import STATE
+from forescale.checkpoint.reader import STATE
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.data.progress import console
+from forescale.errors import DONE, USER, UserError
+from forescale.monitor.audit import Findings, check_checkpoint, check_run, size_of
+from forescale.run.directory import Run
+from forescale.storage import TABLE, read_table
+from forescale.verbs.jobs import CheckJob
 
 _MANIFEST = "manifest.json"
 
@@ -85,11 +85,11 @@ def _check(kind: str, path: Path, tick, replayed) -> Findings:
         return check_run(Run(path), tick, replayed)
     if kind == "checkpoint":
         return check_checkpoint(path, tick)
-    from trainer.data.check import check
+    from forescale.data.check import check
 
     found = Findings(faults=check(path, tick))
     if not found.faults:
-        from trainer.data.shards import Dataset
+        from forescale.data.dataset import Dataset
 
         dataset = Dataset(path)
         for name in dataset.manifest["splits"]:

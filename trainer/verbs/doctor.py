@@ -1,10 +1,10 @@
 """`forescale doctor`: a line a finding; exit code 2 where something keeps training from running."""
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.doctor import examine
-from trainer.errors import DONE, USER
-from trainer.jobs import DoctorJob
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE, USER
+from forescale.monitor.doctor import examine
+from forescale.verbs.jobs import DoctorJob
 
 
 def main(words: list[str]) -> int:

@@ -13,14 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.drill import Drill
-from trainer.durable import write_json
-from trainer.errors import CRASHED, DONE
-from trainer.jobs import DrillJob
-from trainer.scenarios import BY_NAME, SCENARIOS, STEPS
-from trainer.verdict import Evidence, Verdict
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.drill.judge import Evidence, Verdict
+from forescale.drill.runner import Drill
+from forescale.drill.scenarios import BY_NAME, SCENARIOS, STEPS
+from forescale.errors import CRASHED, DONE
+from forescale.storage import write_json
+from forescale.verbs.jobs import DrillJob
 
 _WIDEST = 120  # where there is no terminal
 

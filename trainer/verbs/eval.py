@@ -2,26 +2,26 @@
 
 from typing import TYPE_CHECKING
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.data.build import baselines
-from trainer.data.progress import console
-from trainer.data.shards import Dataset
-from trainer.door import RunView, open_view
-from trainer.errors import DONE
-from trainer.jobs import EvalJob
-from trainer.stored import Position
+from forescale.checkpoint.reader import Position
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.data.dataset import Dataset
+from forescale.data.prepare import baselines
+from forescale.data.progress import console
+from forescale.errors import DONE
+from forescale.inference.view import RunView, open_view
+from forescale.verbs.jobs import EvalJob
 
 if TYPE_CHECKING:
-    from trainer.evaluate import Score
+    from forescale.train.evaluate import Score
 
 
 def main(words: list[str]) -> int:
     job: EvalJob = compose("eval", overrides_of("eval", words))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
-    from trainer.device import best_device
-    from trainer.scoring import datasets_of, score
+    from forescale.inference.device import best_device
+    from forescale.inference.scoring import datasets_of, score
 
     datasets = datasets_of(view, job.data)
     model = view.load(checkpoint, job.trust).to(best_device())

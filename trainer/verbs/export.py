@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.door import open_view
-from trainer.errors import DONE
-from trainer.jobs import ExportJob
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE
+from forescale.inference.view import open_view
+from forescale.verbs.jobs import ExportJob
 
 
 def main(words: list[str]) -> int:
     job: ExportJob = compose("export", overrides_of("export", words))
     view = open_view(job.target or "", job.run.root)
-    from trainer.export import export, family
+    from forescale.inference.export import export, family
 
     architecture = family(view)  # the likeliest refusal, before gigabytes are read
     checkpoint = view.checkpoint(job.step)

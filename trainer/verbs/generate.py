@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Iterable, Iterator
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.door import open_view
-from trainer.errors import DONE
-from trainer.jobs import GenerateJob
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE
+from forescale.inference.view import open_view
+from forescale.verbs.jobs import GenerateJob
 
 
 def main(words: list[str]) -> int:
@@ -15,8 +15,8 @@ def main(words: list[str]) -> int:
     job: GenerateJob = compose("generate", overrides_of("generate", words))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
-    from trainer.device import best_device
-    from trainer.sampling import pieces, prompt_ids, sampled
+    from forescale.inference.device import best_device
+    from forescale.inference.sampling import pieces, prompt_ids, sampled
 
     model = view.load(checkpoint, job.trust).to(best_device())
     end = view.identity["dataset"]["end_of_text"]

@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from slurm import queue
-from slurm.submission import Submission, submissions, waiting_or_running
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.ending import launch_of
-from trainer.errors import DONE, INTERRUPTED, USER, UserError
-from trainer.jobs import LogsJob
-from trainer.run import Attempt, Run
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.resilience.outcome import launch_of
+from forescale.run.directory import Attempt, Run
+from forescale.slurm import queue
+from forescale.slurm.submission import Submission, submissions, waiting_or_running
+from forescale.verbs.jobs import LogsJob
 
 _EVERY = 0.3  # seconds between two looks
 _ASK = 15.0  # seconds between two questions to the queue

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.errors import DONE
-from trainer.jobs import PinJob
-from trainer.retention import pin
-from trainer.run import Run
+from forescale.checkpoint.retention import pin
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE
+from forescale.run.directory import Run
+from forescale.verbs.jobs import PinJob
 
 
 def main(words: list[str]) -> int:

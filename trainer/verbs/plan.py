@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.config_plan import PlanJob
-from trainer.cost import as_dict
-from trainer.errors import DONE
-from trainer.plan import Choice, Plan
-from trainer.reliability import Outlook
-from trainer.schema import ConfigError, plain
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.config.schema import ConfigError, plain
+from forescale.errors import DONE
+from forescale.plan.config import PlanJob
+from forescale.plan.failures import Outlook
+from forescale.plan.memory import as_dict
+from forescale.plan.plan import Choice, Plan
 
 _WIDEST = 120  # where there is no terminal
 _DAY = 86_400.0

@@ -6,12 +6,7 @@ Exit codes: 0 done, or shown; 2 where a checkpoint that stays is damaged, or the
 import shutil
 from pathlib import Path
 
-from trainer.audit import size_of
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.errors import DONE, UserError
-from trainer.jobs import PruneJob
-from trainer.retention import (
+from forescale.checkpoint.retention import (
     Keep,
     Losses,
     delete,
@@ -21,8 +16,13 @@ from trainer.retention import (
     survey,
     verify,
 )
-from trainer.run import Run
-from trainer.status import Status
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE, UserError
+from forescale.monitor.audit import size_of
+from forescale.monitor.status import Status
+from forescale.run.directory import Run
+from forescale.verbs.jobs import PruneJob
 
 
 def main(words: list[str]) -> int:

@@ -7,18 +7,18 @@ what came of it.
 from pathlib import Path
 from typing import Any
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.data.build.dataset import BuildConfig, build_dataset
-from trainer.data.build.report import printed
-from trainer.data.build.workers import available
-from trainer.data.progress import console
-from trainer.data.shards import MANIFEST, Dataset
-from trainer.data.text.documents import Policy
-from trainer.data.text.files import Files
-from trainer.errors import DONE, UserError
-from trainer.jobs import ShardsJob
-from trainer.names import nearest_first
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.config.suggest import nearest_first
+from forescale.data.dataset import MANIFEST, Dataset
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.prepare.pool import available
+from forescale.data.prepare.report import printed
+from forescale.data.progress import console
+from forescale.data.text.documents import Policy
+from forescale.data.text.files import Files
+from forescale.errors import DONE, UserError
+from forescale.verbs.jobs import ShardsJob
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
 
@@ -59,7 +59,7 @@ def build_config(job: ShardsJob) -> BuildConfig:
 
 def _are_tokenised(inputs: list[str]) -> bool:
     """Whether all inputs hold tokens, not text. Raises UserError for a mix of both."""
-    from trainer.data.tokenised.inplace import in_place_kind
+    from forescale.data.tokenised.inplace import in_place_kind
 
     kinds = {path: in_place_kind(path) for path in inputs}
     if not any(kinds.values()):
@@ -72,7 +72,7 @@ def _are_tokenised(inputs: list[str]) -> bool:
 
 
 def _index(job: ShardsJob, output: Path, progress: Any) -> None:
-    from trainer.data.tokenised.inplace import index_corpus
+    from forescale.data.tokenised.inplace import index_corpus
 
     if job.tokenizer is None:
         what = "a corpus that is tokenised already doesn't say by which one"
@@ -107,7 +107,7 @@ def _told(dataset: Dataset, was_there: bool) -> str:
 
 def _show(words: list[str]) -> int:
     """`forescale shards show DATASET [windows=N] [sequence_length=N] [seed=N]`."""
-    from trainer.data.show import show
+    from forescale.data.show import show
 
     paths = [word for word in words if "=" not in word or "://" in word]
     if len(paths) != 1:

@@ -13,20 +13,20 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from slurm.queue import Job
-from slurm.submission import in_queue, newest
-from trainer.band import band_of, told
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.duration import Duration
-from trainer.ending import launch_of
-from trainer.errors import DONE, INTERRUPTED, USER, UserError
-from trainer.goodput import Launch
-from trainer.jobs import StatusJob
-from trainer.overview import show_runs, state_of, table
-from trainer.run import Attempt, Run, read_rows
-from trainer.status import Status, ago, runs_under
-from trainer.stragglers import ALONE
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.config.duration import Duration
+from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.monitor.goodput import Launch
+from forescale.monitor.page import show_runs, state_of, table
+from forescale.monitor.status import Status, ago, runs_under
+from forescale.resilience.outcome import launch_of
+from forescale.resilience.stragglers import ALONE
+from forescale.run.directory import Attempt, Run, read_rows
+from forescale.run.forecast import band_of, told
+from forescale.slurm.queue import Job
+from forescale.slurm.submission import in_queue, newest
+from forescale.verbs.jobs import StatusJob
 
 _TELLS_NOTHING = 0.5  # expected waste above which an assumed rate of failures is no news
 _WIDEST = 140  # where there is no terminal

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import psutil
 
-from slurm import queue
-from slurm.submission import Submission, waiting_or_running
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.ending import launch_of
-from trainer.errors import DONE, UserError
-from trainer.jobs import StopJob
-from trainer.run import Run
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE, UserError
+from forescale.resilience.outcome import launch_of
+from forescale.run.directory import Run
+from forescale.slurm import queue
+from forescale.slurm.submission import Submission, waiting_or_running
+from forescale.verbs.jobs import StopJob
 
 
 def main(words: list[str]) -> int:

@@ -12,27 +12,27 @@ import pandas as pd
 from rich.console import Console
 from rich.live import Live
 
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.config_study import StudyJob
-from trainer.errors import DONE, UserError
-from trainer.run import Run
-from trainer.scaling import planning
-from trainer.scaling.board import board
-from trainer.scaling.deciding import add_runs, advance
-from trainer.scaling.following import candidates_of, recommend
-from trainer.scaling.following import show as show_choices
-from trainer.scaling.forecast import cards, predict, score
-from trainer.scaling.imports import is_export
-from trainer.scaling.launching import Launcher
-from trainer.scaling.page import show, show_score
-from trainer.scaling.queueing import Queue
-from trainer.scaling.records import Refused, of_export, of_runs
-from trainer.scaling.selection import law_of
-from trainer.scaling.simulate import Target
-from trainer.scaling.study import Study, must_be_free, settings
-from trainer.scaling.study_fit import StudyFit
-from trainer.verbs import submit
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.errors import DONE, UserError
+from forescale.run.directory import Run
+from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.forecast import cards, predict, score
+from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.config import StudyJob
+from forescale.scaling.design import planning
+from forescale.scaling.design.next_runs import candidates_of, recommend
+from forescale.scaling.design.next_runs import show as show_choices
+from forescale.scaling.design.simulate import Target
+from forescale.scaling.records.exports import is_export
+from forescale.scaling.records.records import Refused, of_export, of_runs
+from forescale.scaling.report.terminal import show, show_score
+from forescale.scaling.study.board import board
+from forescale.scaling.study.decisions import add_runs, advance
+from forescale.scaling.study.directory import Study, must_be_free, settings
+from forescale.scaling.study.local import Launcher
+from forescale.scaling.study.queue import Queue
+from forescale.verbs import submit
 
 _WIDEST = 140  # where there is no terminal
 _REDRAW = 2.0  # seconds
@@ -247,8 +247,8 @@ def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
 def _report(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     """The same as a page of pictures, one file that opens without a network; of a planned study,
     all that is known so far."""
-    from trainer.scaling.evidence import gather
-    from trainer.scaling.picture import beside, write
+    from forescale.scaling.report.evidence import gather
+    from forescale.scaling.report.html import beside, write
 
     seen = gather(job, table)
     try:

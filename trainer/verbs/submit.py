@@ -4,16 +4,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from slurm.enter import enter, on_nodes, order
-from slurm.script import Order, render
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.config_slurm import SubmitJob
-from trainer.errors import DONE, UserError
-from trainer.plan import Plan
-from trainer.run import Run
-from trainer.schema import ConfigError
-from trainer.verbs.plan import show
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.config.schema import ConfigError
+from forescale.errors import DONE, UserError
+from forescale.plan.plan import Plan
+from forescale.run.directory import Run
+from forescale.slurm.config import SubmitJob
+from forescale.slurm.script import Order, render
+from forescale.slurm.submit import enter, on_nodes, order
+from forescale.verbs.plan import show
 
 _TODO = "write forescale submit train [RUN] [key=value ...]"
 

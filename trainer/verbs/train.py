@@ -10,17 +10,17 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import launch
-from trainer.cli import overrides_of
-from trainer.compose import compose
-from trainer.config import TrainJob
-from trainer.ending import launch_of, leave_word
-from trainer.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, UserError, storage_error
-from trainer.feeding import epochs, feed_of, notes
-from trainer.frozen import thaw
-from trainer.run import Attempt, Run
-from trainer.schema import ConfigError, Problem
-from trainer.start import Start, start
+from forescale.cli import overrides_of
+from forescale.config.compose import compose
+from forescale.config.frozen import thaw
+from forescale.config.schema import ConfigError, Problem
+from forescale.config.train import TrainJob
+from forescale.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, UserError, storage_error
+from forescale.resilience import launcher
+from forescale.resilience.outcome import launch_of, leave_word
+from forescale.run.directory import Attempt, Run
+from forescale.run.feed import epochs, feed_of, notes
+from forescale.run.start import Start, start
 
 FROZEN = "--frozen"
 
@@ -29,9 +29,9 @@ def main(words: list[str]) -> int:
     """Returns 0 when the run is complete, 75 when it was interrupted, 76 when it keeps crashing."""
     began = time.monotonic()
     job = _frozen(words) if FROZEN in words else compose("train", overrides_of("train", words))
-    if launch.joined():
+    if launcher.joined():
         return _rank(job, began)
-    processes = job.launch.processes or launch.default_processes()
+    processes = job.launch.processes or launcher.default_processes()
     if problems := job.problems(world_size=processes):
         raise ConfigError(Problem(*p) for p in problems)
     for note in job.notes():
@@ -40,7 +40,7 @@ def main(words: list[str]) -> int:
     _introduce(started, processes)
     code = _keep_going(started, words, processes)
     if code == DONE:
-        from trainer.summary import summarize
+        from forescale.inference.summary import summarize
 
         summarize(started)
     return code
@@ -60,11 +60,11 @@ def _frozen(words: list[str]) -> TrainJob:
 
 
 def _rank(job: TrainJob, began: float) -> int:
-    from trainer.engine.world import lost_peer, set_environment
+    from forescale.engine.world import lost_peer, set_environment
 
     set_environment()
-    from trainer.memory import explained
-    from trainer.rank import run_rank
+    from forescale.plan.oom import explained
+    from forescale.train.trainer import run_rank
 
     try:
         with explained(job):
@@ -88,8 +88,8 @@ def _last_words(error: BaseException, has_lost_peer: bool) -> int:
         return CRASHED
     fault = storage_error(error) if isinstance(error, OSError) else None
     error = fault or error
-    if launch.ATTEMPT in os.environ:
-        leave_word(Path(os.environ[launch.ATTEMPT]), int(rank), error)
+    if launcher.ATTEMPT in os.environ:
+        leave_word(Path(os.environ[launcher.ATTEMPT]), int(rank), error)
     if isinstance(error, UserError):
         print(f"forescale: {error}", file=sys.stderr)
         return error.code
@@ -116,16 +116,16 @@ def _introduce(started: Start, processes: int) -> None:
 
 def _keep_going(started: Start, words: list[str], processes: int) -> int:
     """Attempt after attempt until the run is done, interrupted, or crashes without progress."""
-    command = [sys.executable, "-m", "trainer", "train", *words]
+    command = [sys.executable, "-P", "-m", "forescale", "train", *words]
     grace = started.job.launch.grace.seconds or 0.0
     crashes = 0
     while True:
         before = set(started.run.checkpoint_steps())
         attempt = started.run.new_attempt()
-        code = launch.start_ranks(command, processes, attempt.path, print, grace)
+        code = launcher.start_ranks(command, processes, attempt.path, print, grace)
         progress = set(started.run.checkpoint_steps()) - before
         crashes = 1 if progress else crashes + 1
-        action = launch.after(code, crashes)
+        action = launcher.after(code, crashes)
         if action == "end":
             if code == INTERRUPTED:
                 print("Interrupted. The same command goes on where the run was.")
@@ -140,7 +140,7 @@ def _keep_going(started: Start, words: list[str], processes: int) -> int:
         if newer := [a for a in started.run.attempts() if a.number > attempt.number]:
             _leave_to_others(newer)
         time.sleep(2.0**crashes / 2)
-        print(f"Restarting (crash {crashes} of {launch.MOST_CRASHES} without a new checkpoint).")
+        print(f"Restarting (crash {crashes} of {launcher.MOST_CRASHES} without a new checkpoint).")
 
 
 def _leave_to_others(newer: list[Attempt]) -> None:

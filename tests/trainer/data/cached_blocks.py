@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from trainer.data.remote.cache import BlockCache
+from forescale.data.remote.cache import BlockCache
 
 FILE = "0123456789abcdef" * 2  # blocks are named by their file and their number in it
 BLOCK = 10_000
@@ -21,7 +21,7 @@ class Blocks:
         return random.Random(number).randbytes(self.length)
 
     def get(self, number: int, skip: int = 0, stop: int | None = None) -> bytes:
-        """As trainer.data.remote.prefetch reads."""
+        """As forescale.data.remote.prefetch reads."""
         name = f"{FILE}-{number}"
         data = bytearray((self.length if stop is None else stop) - skip)
         if self.cache.read(name, self.length, skip, memoryview(data)):

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from synthetic_text import SMALL, Texts, synthetic
 
-from trainer.data.build.dataset import build_dataset
+from forescale.data.prepare.builder import build_dataset
+from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 
-from trainer.data.text.files import Files, Report
+from forescale.data.text.files import Files, Report
 
 
 def read(*paths, **options):

@@ -4,9 +4,8 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hostile_server import HostileServer
-
-from trainer.data.remote.transfer import Patience
+from forescale.data.remote.transfer import Patience
+from tests.trainer.data.hostile_server import HostileServer
 
 QUICK = Patience(tries=4, seconds=30, timeout=10, pause=0.01)
 HASTY = Patience(tries=2, seconds=30, timeout=0.2, pause=0.01)  # only where the server hangs

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.build.writing import ShardWriter
-from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER
-from trainer.data.tokenizer import byte_tokenizer
-from trainer.durable import write_file, write_json, write_table
+from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
+from forescale.data.prepare.writer import ShardWriter
+from forescale.data.tokenizer import byte_tokenizer
+from forescale.storage import write_file, write_json, write_table
 
 END = 256  # the byte tokenizer's end-of-text
 

@@ -4,8 +4,8 @@ import hashlib
 import random
 from collections.abc import Iterator
 
-from trainer.data.build.dataset import BuildConfig
-from trainer.data.text.documents import Document, Report, Unit, decoded
+from forescale.data.prepare.builder import BuildConfig
+from forescale.data.text.documents import Document, Report, Unit, decoded
 
 WORDS = ["def", "return", "self", "naïve", "数据", "for", "in", "class\n\t", "🙂", "x0", "=="]
 SMALL = BuildConfig(

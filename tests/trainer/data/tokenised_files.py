@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
-from small_dataset import END
+
+from tests.trainer.data.small_dataset import END
 
 SIZES = {"validation_fraction": 0.1, "shard_tokens": 4000, "member_tokens": 1500}
 CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}  # of Megatron

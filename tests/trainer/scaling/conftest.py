@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pretend import Pretend
 
-from trainer.scaling import launching
-from trainer.scaling.points import Points
+from forescale.scaling.fitting.points import Points
+from forescale.scaling.study import local
+from tests.trainer.scaling.pretend import Pretend
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,7 +57,7 @@ def pretended():
 
         Popen, DEVNULL, STDOUT = Pretend, subprocess.DEVNULL, subprocess.STDOUT
 
-    patch.setattr(launching, "subprocess", Faked)
-    patch.setattr(launching, "_POLL", 0.0)
+    patch.setattr(local, "subprocess", Faked)
+    patch.setattr(local, "_POLL", 0.0)
     yield Pretend
     patch.undo()

@@ -11,11 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from trainer.compose import compose
-from trainer.durable import write_json, write_table
-from trainer.run import Parent
-from trainer.scaling.records import record
-from trainer.start import start
+from forescale.config.compose import compose
+from forescale.run.directory import Parent
+from forescale.run.start import start
+from forescale.scaling.records.records import record
+from forescale.storage import write_json, write_table
 
 LAW = {"A": 3.0, "B": 60.0, "E": 0.9, "alpha": 0.2, "beta": 0.3}
 

@@ -1,6 +1,6 @@
 """Every form, with parameters near those of its paper."""
 
-from trainer.scaling import laws
+from forescale.scaling.fitting import laws
 
 BASE = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.34, "beta": 0.37}
 LAWS = [

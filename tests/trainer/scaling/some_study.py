@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from trainer.config_study import StudyJob, TargetPoint
-from trainer.scaling.evidence import Evidence, Stage, evidence
-from trainer.scaling.forecast import cards, predict, score
-from trainer.scaling.laws import CHINCHILLA
-from trainer.scaling.study_fit import StudyFit
+from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.forecast import cards, predict, score
+from forescale.scaling.config import StudyJob, TargetPoint
+from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.report.evidence import Evidence, Stage, evidence
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 BUDGETS = (1e18, 1e19, 1e20)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trainer.data.remote.transfer import MIB, Fault, Missing, Origin, without_secrets
-from trainer.errors import UserError
+from forescale.data.remote.transfer import MIB, Fault, Missing, Origin, without_secrets
+from forescale.errors import UserError
 
 _PIECE = 4 * MIB
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import xxhash
 
-from trainer.errors import UserError
+from forescale.errors import UserError
 
 _PIECE = 1 << 16  # bytes under one checksum
 _NAME = re.compile(r"[0-9a-f]{32}-\d+")

@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 from typing import BinaryIO
 from urllib.parse import urljoin
 
-from trainer.data.remote.buckets import call
-from trainer.data.remote.store import origin_of
-from trainer.data.remote.transfer import (
+from forescale.data.remote.buckets import call
+from forescale.data.remote.store import origin_of
+from forescale.data.remote.transfer import (
     MIB,
     PATIENCE,
     Origin,
@@ -24,7 +24,7 @@ from trainer.data.remote.transfer import (
     receive,
     without_secrets,
 )
-from trainer.errors import UserError
+from forescale.errors import UserError
 
 _WINDOW = 4 * MIB  # what is asked for at a time once a reader has jumped
 

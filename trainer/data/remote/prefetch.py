@@ -10,9 +10,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from trainer.data.remote.cache import BlockCache
-from trainer.data.remote.transfer import MIB, Origin, Patience, fetch
-from trainer.errors import UserError
+from forescale.data.remote.cache import BlockCache
+from forescale.data.remote.transfer import MIB, Origin, Patience, fetch
+from forescale.errors import UserError
 
 BLOCK = MIB  # what is fetched, kept and evicted as one
 _THREADS = 8

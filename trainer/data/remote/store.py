@@ -14,10 +14,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
-from trainer.data.remote.buckets import FsspecOrigin
-from trainer.data.remote.cache import BlockCache
-from trainer.data.remote.prefetch import BLOCK, RemoteBlocks
-from trainer.data.remote.transfer import (
+from forescale.data.remote.buckets import FsspecOrigin
+from forescale.data.remote.cache import BlockCache
+from forescale.data.remote.prefetch import BLOCK, RemoteBlocks
+from forescale.data.remote.transfer import (
     PATIENCE,
     Missing,
     Origin,
@@ -27,8 +27,8 @@ from trainer.data.remote.transfer import (
     receive,
     without_secrets,
 )
-from trainer.data.remote.web import HttpOrigin
-from trainer.errors import UserError
+from forescale.data.remote.web import HttpOrigin
+from forescale.errors import UserError
 
 CACHE_BYTES = 8 << 30
 

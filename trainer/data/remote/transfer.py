@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from trainer.errors import CRASHED, UserError
+from forescale.errors import CRASHED, UserError
 
 MIB = 1 << 20
 _LONGEST = 30.0  # seconds between two tries, unless the server asks for more

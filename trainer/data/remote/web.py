@@ -18,8 +18,8 @@ from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from socket import gaierror
 from typing import Any
 
-from trainer.data.remote.transfer import MIB, Fault, Missing, Origin
-from trainer.errors import UserError
+from forescale.data.remote.transfer import MIB, Fault, Missing, Origin
+from forescale.errors import UserError
 
 _WHOLE = 8 * MIB  # a file up to this is read even where the server ignores ranges
 _PIECE = 1 << 17

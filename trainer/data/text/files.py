@@ -12,19 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.data.remote.transfer import is_url
-from trainer.data.text.documents import Document, Policy, Report, Source, Unit, decoded
-from trainer.data.text.inputs import InputFile, find_files, input_name, is_hub
-from trainer.data.text.lines import TextKey, lines_between, read_lines
-from trainer.data.text.opening import bare, open_stream, reading, shown
-from trainer.data.text.tables import (
+from forescale.data.remote.transfer import is_url
+from forescale.data.text.documents import Document, Policy, Report, Source, Unit, decoded
+from forescale.data.text.inputs import InputFile, find_files, input_name, is_hub
+from forescale.data.text.lines import TextKey, lines_between, read_lines
+from forescale.data.text.opening import bare, open_stream, reading, shown
+from forescale.data.text.tables import (
     hub_parts,
     load_hub,
     parquet_parts,
     read_hub,
     read_parquet,
 )
-from trainer.data.text.tars import read_tar
+from forescale.data.text.tars import read_tar
 
 __all__ = ["Document", "Files", "Policy", "Report", "Source", "Unit", "decoded"]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from trainer.data.remote.transfer import is_url
-from trainer.data.text.documents import Report
-from trainer.data.text.opening import bare, open_raw, reading, shown
-from trainer.errors import UserError
+from forescale.data.remote.transfer import is_url
+from forescale.data.text.documents import Report
+from forescale.data.text.opening import bare, open_raw, reading, shown
+from forescale.errors import UserError
 
 HUB = "hf://"
 PLAIN = (".txt", ".md", ".py")
@@ -158,7 +158,7 @@ def clean(name: str) -> str:
 
 
 def _remote(url: str, skipped: Report) -> Iterator[tuple[str, str, int | None]]:
-    from trainer.data.remote.listing import list_sizes
+    from forescale.data.remote.listing import list_sizes
 
     listed = list_sizes(url)
     path = _path_of(url)

@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from trainer.data.text.documents import Document, Policy, Report, decoded
-from trainer.errors import UserError
+from forescale.data.text.documents import Document, Policy, Report, decoded
+from forescale.errors import UserError
 
 _BLOCK = 1 << 20
 _KEYS = 8  # named in a message

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from trainer.data.remote.transfer import is_url, without_secrets
-from trainer.errors import UserError
+from forescale.data.remote.transfer import is_url, without_secrets
+from forescale.errors import UserError
 
 COMPRESSED = (".gz", ".tgz", ".zst")
 _BLOCK = 1 << 20
@@ -56,7 +56,7 @@ def reading(where: str) -> Iterator[None]:
 def open_raw(where: str) -> BinaryIO:
     """The stored bytes of a file, local or at a server; seekable. Raises UserError."""
     if is_url(where):
-        from trainer.data.remote.listing import open_input
+        from forescale.data.remote.listing import open_input
 
         return open_input(where)
     with reading(where):

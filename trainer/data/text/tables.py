@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.data.text.documents import Document, Policy, Report, decoded
-from trainer.data.text.inputs import HUB
-from trainer.data.text.opening import open_raw, reading, shown
-from trainer.errors import UserError
+from forescale.data.text.documents import Document, Policy, Report, decoded
+from forescale.data.text.inputs import HUB
+from forescale.data.text.opening import open_raw, reading, shown
+from forescale.errors import UserError
 
 _ROWS = 128  # decoded at once
 _BUFFER = 1 << 20  # bytes of a column that are read at once

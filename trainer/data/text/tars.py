@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
-from trainer.data.text.documents import Document, Policy, Report, decoded
-from trainer.data.text.inputs import PLAIN, clean
-from trainer.data.text.lines import TextKey, json_document, lines_between, read_lines
-from trainer.data.text.opening import Blocks, bare, open_stream, reading, shown, unpacked
-from trainer.errors import UserError
+from forescale.data.text.documents import Document, Policy, Report, decoded
+from forescale.data.text.inputs import PLAIN, clean
+from forescale.data.text.lines import TextKey, json_document, lines_between, read_lines
+from forescale.data.text.opening import Blocks, bare, open_stream, reading, shown, unpacked
+from forescale.errors import UserError
 
 _BLOCK = 1 << 16
 _SUFFIXES = 8  # named in a message

@@ -17,14 +17,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from trainer.data.build.plan import SPLITS
-from trainer.data.build.writing import chunk_sums, write_index
-from trainer.data.text.documents import Report
-from trainer.data.text.opening import open_raw, reading, shown
-from trainer.data.tokenised.kinds import RESTORE, TokenFile
-from trainer.data.tokenizer import Vocabulary, token_bytes
-from trainer.durable import FileEntry, HashingFile
-from trainer.errors import UserError
+from forescale.data.prepare.selection import SPLITS
+from forescale.data.prepare.writer import chunk_sums, write_index
+from forescale.data.text.documents import Report
+from forescale.data.text.opening import open_raw, reading, shown
+from forescale.data.tokenised.kinds import RESTORE, TokenFile
+from forescale.data.tokenizer import Vocabulary, token_bytes
+from forescale.errors import UserError
+from forescale.storage import FileEntry, HashingFile
 
 _STRETCH = 1 << 20
 _BLOCK = 1 << 22  # tokens read at a time

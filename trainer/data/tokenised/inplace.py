@@ -1,6 +1,6 @@
 """Corpora that are tokenised already, made a dataset where they lie: indexed, not copied.
 
-    inputs -> files (trainer.data.tokenised.kinds) -> documents dealt to splits, indexes (indexing)
+    inputs -> files (kinds) -> documents dealt to splits, indexes (indexing)
 
 Every token is read once, for its checksum, and to see that it is in the vocabulary. From then on a
 changed, moved or shortened file is Damaged, as a tar of ours would be.
@@ -25,19 +25,19 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.build.claim import expect_same, held
-from trainer.data.build.plan import SPLITS
-from trainer.data.progress import Meter, Progress, silent
-from trainer.data.remote.transfer import is_url
-from trainer.data.shards import FORMAT, MANIFEST, TOKENIZER
-from trainer.data.text.documents import Report
-from trainer.data.text.inputs import HUB, input_name, kind_of
-from trainer.data.text.opening import reading, shown
-from trainer.data.tokenised.indexing import Indexer, dtype_name
-from trainer.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
-from trainer.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
-from trainer.durable import staged, write_file, write_json, write_table
-from trainer.errors import UserError
+from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
+from forescale.data.prepare.claim import expect_same, held
+from forescale.data.prepare.selection import SPLITS
+from forescale.data.progress import Meter, Progress, silent
+from forescale.data.remote.transfer import is_url
+from forescale.data.text.documents import Report
+from forescale.data.text.inputs import HUB, input_name, kind_of
+from forescale.data.text.opening import reading, shown
+from forescale.data.tokenised.indexing import Indexer, dtype_name
+from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
+from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
+from forescale.errors import UserError
+from forescale.storage import staged, write_file, write_json, write_table
 
 _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"
 
@@ -217,7 +217,7 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
     """Files of a folder, a glob, a path or an address, sorted, with their sizes (0: not known).
     A path as Megatron's tools take it, without .bin and .idx, stands for both."""
     if is_url(path):
-        from trainer.data.remote.listing import list_sizes
+        from forescale.data.remote.listing import list_sizes
 
         yield from ((where, size or 0) for where, size in list_sizes(path))
         return

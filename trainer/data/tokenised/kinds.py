@@ -1,6 +1,6 @@
 """Files that hold token ids already, as others write them: which kind each is, and what is in it.
 
-    NAME.bin + NAME.idx     Megatron-LM and GPT-NeoX (trainer.data.tokenised.megatron)
+    NAME.bin + NAME.idx     Megatron-LM and GPT-NeoX (forescale.data.tokenised.megatron)
     NAME.npy                ids in one row, or rows of one length
     NAME.tar                a webdataset whose members are arrays: .npy, or raw ids in .bin or .tok
     NAME.bin                raw ids; the dtype is told
@@ -19,11 +19,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from trainer.data.remote.transfer import is_url
-from trainer.data.text.documents import Report
-from trainer.data.text.opening import open_raw, reading, shown
-from trainer.data.tokenised.megatron import read_idx
-from trainer.errors import UserError
+from forescale.data.remote.transfer import is_url
+from forescale.data.text.documents import Report
+from forescale.data.text.opening import open_raw, reading, shown
+from forescale.data.tokenised.megatron import read_idx
+from forescale.errors import UserError
 
 RESTORE = "restore it from its source"
 _RAW = (".bin", ".tok")

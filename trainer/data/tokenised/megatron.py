@@ -15,8 +15,8 @@ import struct
 
 import numpy as np
 
-from trainer.data.text.opening import open_raw, reading, shown
-from trainer.errors import UserError
+from forescale.data.text.opening import open_raw, reading, shown
+from forescale.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")

@@ -1,0 +1,328 @@
+"""What stays and what goes, by every rule; that nothing goes before what replaces it is read back;
+pins and pruning."""
+
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forescale.checkpoint import retention, writer
+from forescale.checkpoint.retention import (
+    Facts,
+    Keep,
+    Losses,
+    Retention,
+    is_pinned,
+    pin,
+    reasons,
+    relied_on,
+)
+from forescale.config.duration import Duration
+from forescale.engine.ranks import ALONE, Ranks
+from forescale.errors import UserError
+from forescale.monitor.status import Status
+from forescale.run.directory import Run, read_rows
+from forescale.storage import hash_file
+from forescale.train.callbacks import Checkpoints, Every
+from tests.trainer import plain_engine as plain
+
+FOUND = [Facts(step, 1, True) for step in (10, 20, 30, 40, 50, 60)]
+
+
+def kept(found, **keep):
+    return sorted(reasons(found, Keep(**keep)))
+
+
+def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
+    assert kept(FOUND) == [50, 60]
+    assert kept(FOUND, newest=3) == [40, 50, 60]
+    assert kept(FOUND, every=20) == [20, 40, 50, 60]
+    assert kept(FOUND, at=frozenset({10, 15, 40})) == [10, 40, 50, 60]
+    losses = {10: 3.0, 20: 2.5, 30: 2.25, 40: 2.75}
+    scored = [Facts(f.step, 1, True, loss=losses.get(f.step)) for f in FOUND]
+    assert kept(scored, best=True) == [30, 50, 60]
+    assert kept(scored) == [50, 60]
+    assert kept([Facts(10, 1, True, pinned=True), *FOUND[1:]]) == [10, 50, 60]
+    assert reasons(scored, Keep(2, 20, True)) == {
+        20: "a multiple of 20 steps",
+        30: "the lowest validation loss",
+        40: "a multiple of 20 steps",
+        50: "one of the newest 2",
+        60: "one of the newest 2",
+    }
+
+
+def test_what_does_not_count_is_no_safety_and_goes_once_something_newer_counts():
+    """Such a one can never be loaded again, but it may be all that a human has."""
+    stale = [Facts(30, 1, False), Facts(40, 1, False)]
+    assert kept([Facts(10, 1, True), Facts(20, 1, True), *stale]) == [10, 20, 30, 40]
+    assert kept([Facts(20, 2, True), *stale]) == [20]
+    assert kept(stale) == [30, 40]
+    assert kept([Facts(20, 1, True), Facts(30, 2, False), Facts(40, 3, False)]) == [20, 30, 40]
+    assert kept([Facts(20, 1, True), Facts(30, 1, False), Facts(40, 1, True)]) == [20, 40]
+    assert kept([Facts(20, 2, True), Facts(30, 1, False, pinned=True)]) == [20, 30]
+
+
+facts = st.builds(
+    Facts,
+    step=st.integers(1, 40),
+    attempt=st.integers(1, 4),
+    counts=st.booleans(),
+    pinned=st.booleans(),
+    loss=st.none() | st.floats(1, 9),
+)
+keeps = st.builds(
+    Keep, newest=st.integers(2, 4), every=st.none() | st.integers(1, 9), best=st.booleans()
+)
+
+
+@given(st.lists(facts, max_size=12, unique_by=lambda f: f.step), keeps)
+def test_whatever_there_is_the_newest_and_the_pinned_stay_and_deleting_twice_is_deleting_once(
+    found, keep
+):
+    found.sort(key=lambda f: f.step)
+    stay = reasons(found, keep)
+    good = [f.step for f in found if f.counts]
+    assert set(good[-keep.newest :]) <= stay.keys() <= {f.step for f in found}
+    assert {f.step for f in found if f.pinned} <= stay.keys()
+    assert relied_on(found, keep) == good[-keep.newest :][::-1]
+    left = [f for f in found if f.step in stay]
+    assert reasons(left, keep).keys() == stay.keys()
+
+
+# On the disk
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+def publish(run, attempt, *steps):
+    engine = plain.engine(width=2)
+    for step in steps:
+        plain.set_step(engine, step)
+        writer.save(run, attempt.number, plain.position(step), engine, {})
+
+
+def retain(run, attempt, keep=Keep(), ranks=ALONE, parts=None):  # noqa: B008
+    """(what is told, what is left)"""
+    told = []
+    part = parts or Retention(
+        run, attempt.number, keep, attempt.metrics.path, lambda kind, **f: told.append((kind, f))
+    )
+    part(ranks)
+    return [(kind.removeprefix("checkpoint_"), f["step"]) for kind, f in told]
+
+
+def test_the_older_ones_go_and_what_does_not_count(run):
+    first = plain.begin(run)
+    publish(run, first, 10, 20, 30, 40)
+    second = plain.begin(run, 20)
+    assert retain(run, first) == [], "an old attempt has a say"
+    assert retain(run, second) == []
+    assert run.checkpoint_steps() == [10, 20, 30, 40]
+    publish(run, second, 25)
+    assert retain(run, second) == [("deleted", 10), ("deleted", 30), ("deleted", 40)]
+    publish(run, second, 35)
+    assert retain(run, second) == [("deleted", 20)]
+    assert retain(run, second) == []
+    assert run.checkpoint_steps() == [25, 35]
+    assert not list(run.checkpoints.glob(".*"))
+
+
+def test_what_cannot_be_read_is_left(run):
+    attempt = plain.begin(run)
+    publish(run, attempt, 10, 20, 30)
+    (run.checkpoint_path(20) / "state.json").write_text("{")
+    assert retain(run, attempt) == []
+    publish(run, attempt, 40)
+    assert retain(run, attempt) == [("deleted", 10)]
+    assert run.checkpoint_steps() == [20, 30, 40]
+
+
+def test_nothing_goes_before_what_replaces_it_is_read_back(run):
+    """The newest is damaged: it is no safety, so the one before the next stays."""
+    attempt = plain.begin(run)
+    publish(run, attempt, 10, 20, 30)
+    plain.harm(run, 30)
+    assert retain(run, attempt) == [("damaged", 30)]
+    assert run.checkpoint_steps() == [10, 20, 30]
+    publish(run, attempt, 40)
+    part = Retention(run, 1, Keep(), attempt.metrics.path, lambda *_, **__: None)
+    part(ALONE)
+    assert run.checkpoint_steps() == [20, 40], "what is damaged was counted among the two"
+    plain.harm(run, 40)
+    publish(run, attempt, 50, 60)
+    plain.harm(run, 60)
+    part(ALONE)
+    assert run.checkpoint_steps() == [40, 50, 60], "40 was read back before it was harmed"
+
+
+def test_reading_back_goes_to_the_storage_and_not_again_to_what_was_read(run, monkeypatch):
+    attempt, read = plain.begin(run), []
+
+    def noted(path, tick, afresh):
+        read.append((int(path.parent.name[-2:]), afresh))
+        return hash_file(path, tick, afresh)
+
+    monkeypatch.setattr("forescale.storage.hash_file", noted)
+    part = Retention(run, attempt.number, Keep(), attempt.metrics.path, lambda *_, **__: None)
+    publish(run, attempt, 10, 20)
+    part(ALONE)
+    assert read == [], "there was nothing to delete"
+    for step, expected in ((30, {20, 30}), (40, {40})):
+        publish(run, attempt, step)
+        part(ALONE)
+        assert {s for s, _ in read} == expected
+        assert all(afresh for _, afresh in read)
+        read.clear()
+
+
+def test_each_rank_reads_back_its_share_and_one_that_finds_damage_stops_all(run, monkeypatch):
+    worlds, attempt = plain.worlds(3), plain.begin(run)
+    engines = [plain.engine(world, width=4) for world in worlds]
+    for step in (10, 20, 30):
+
+        def save(world, step=step):
+            plain.set_step(engines[world.rank], step)
+            writer.save(run, attempt.number, plain.position(step), engines[world.rank], {})
+
+        plain.on_all(worlds, save)
+    path = run.checkpoint_path(30) / "rank-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    told = plain.on_all(worlds, lambda w: retain(run, attempt, ranks=Ranks(w.rank, 3, w.gather)))
+    assert told == [[("damaged", 30)], [], []]
+    assert run.checkpoint_steps() == [10, 20, 30]
+
+
+def test_losses_are_read_on_from_where_they_ended(tmp_path):
+    rows, found = tmp_path / "metrics.jsonl", Losses(tmp_path / "metrics.jsonl")
+    assert found() == {}
+    row = '{{"kind": "{}", "step": {}, "dataset": "{}", "loss": {}}}\n'
+    first = row.format("validation", 4, "validation", 2.5)
+    others = row.format("train", 5, "validation", 1.0) + row.format("validation", 6, "web", 1.0)
+    rows.write_text(first + others + first[:20])
+    assert found() == {4: 2.5}
+    with open(rows, "a") as f:
+        f.write(first[20:].replace('"step": 4', '"step": 8'))
+    assert found() == {4: 2.5, 8: 2.5}
+    rows.write_text("x" * (len(first + others) + len(first)))  # it is not read again
+    assert found() == {4: 2.5, 8: 2.5}
+
+
+def test_the_part_keeps_multiples_the_best_and_the_pinned(run):
+    attempt, engine = plain.begin(run), plain.engine()
+    part = Checkpoints(
+        Every(Duration(10), 10, 100),
+        2,
+        run,
+        attempt,
+        engine,
+        dict,
+        keep_every=40,
+        keep_best=True,
+    )
+    for step in range(10, 100, 10):
+        row = {"kind": "validation", "step": step, "dataset": "validation"}
+        attempt.metrics.add({**row, "loss": abs(step - 30)})
+        plain.set_step(engine, step)
+        part.save(plain.position(step))
+        if step == 20:
+            pin(run, 20)
+    assert run.checkpoint_steps() == [20, 30, 40, 80, 90]
+    deleted = [r["step"] for r in read_rows(run.events) if r["kind"] == "checkpoint_deleted"]
+    assert deleted == [10, 50, 60, 70]
+    pin(run, 20, off=True)
+    part.save(plain.position(100))
+    assert run.checkpoint_steps() == [30, 40, 80, 90, 100]
+
+
+def test_a_pin_is_no_checkpoint_and_holds_for_what_is_deleted_at_that_moment(run, monkeypatch):
+    attempt = plain.begin(run)
+    publish(run, attempt, 10, 20, 30)
+    assert pin(run, 10)
+    assert not pin(run, 10)
+    assert run.checkpoint_steps() == [10, 20, 30]
+    assert retain(run, attempt) == []
+    pin(run, 10, off=True)
+    whole = retention.shared_faults
+
+    def pinned_meanwhile(*args, **more):
+        pin(run, 10)
+        return whole(*args, **more)
+
+    monkeypatch.setattr(retention, "shared_faults", pinned_meanwhile)
+    assert retain(run, attempt) == []
+    assert run.checkpoint_steps() == [10, 20, 30]
+    with pytest.raises(UserError, match="choose one of these steps: 10, 20, 30"):
+        pin(run, 15)
+
+
+# The verbs
+
+
+@pytest.fixture
+def long_run(own_run):
+    """Checkpoints at 2, 4, 6 and 8, of a run that ended long ago."""
+    for step in (2, 6):
+        shutil.copytree(own_run.checkpoint_path(4), own_run.checkpoint_path(step))
+    return own_run
+
+
+def test_pin_and_unpin(long_run, forescale):
+    assert forescale("pin", "small", "step=4")[:2] == (
+        0,
+        f"Checkpoint {long_run.checkpoint_path(4)} is pinned.\n",
+    )
+    assert is_pinned(long_run, 4)
+    assert "is pinned already" in forescale("pin", "small", "step=4")[1]
+    assert "is not pinned." in forescale("pin", "small", "step=4", "off=true")[1]
+    assert not is_pinned(long_run, 4)
+    code, _, err = forescale("pin", "small", "step=5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no such checkpoint; choose one of these steps: 2, 4, 6, 8." in err
+    assert "step: names no checkpoint" in forescale("pin", "small")[2]
+
+
+def test_prune_shows_first_and_deletes_when_told(long_run, forescale):
+    forescale("pin", "small", "step=2")
+    (long_run.checkpoints / ".step-00000009.attempt-0001.stage").mkdir()
+    code, out, _ = forescale("prune", "small")
+    assert code == 0
+    lines = [line.split(":")[:2] for line in out.splitlines()[:5]]
+    assert [(a.strip(), b.split()[0]) for a, b in lines] == [
+        ("step-00000002", "stays"),
+        ("step-00000004", "goes"),
+        ("step-00000006", "stays"),
+        ("step-00000008", "stays"),
+        (".step-00000009.attempt-0001.stage", "goes"),
+    ]
+    assert "nothing is deleted without yes=true" in out
+    assert long_run.checkpoint_steps() == [2, 4, 6, 8]
+    code, out, _ = forescale("prune", "small", "yes=true")
+    assert code == 0
+    assert "Deleted 1 checkpoints" in out
+    assert long_run.checkpoint_steps() == [2, 6, 8]
+    assert not list(long_run.checkpoints.glob(".*"))
+    assert "Nothing to delete." in forescale("prune", "small", "yes=true")[1]
+    assert "keep: must be at least 2" in forescale("prune", "small", "keep=1")[2]
+
+
+def test_prune_deletes_nothing_where_a_newer_one_is_damaged(long_run, forescale):
+    plain.harm(long_run, 8)
+    code, _, err = forescale("prune", "small", "yes=true")
+    assert code == 2
+    assert "nothing is deleted, for a newer checkpoint is damaged" in err
+    assert "step-00000008" in err
+    assert long_run.checkpoint_steps() == [2, 4, 6, 8]
+
+
+def test_prune_leaves_a_run_alone_that_trains(long_run, forescale, monkeypatch):
+    monkeypatch.setattr(Status, "state", "running")
+    assert forescale("prune", "small")[0] == 0
+    code, _, err = forescale("prune", "small", "yes=true")
+    assert code == 2
+    assert "an attempt seems to be training" in err
+    assert long_run.checkpoint_steps() == [2, 4, 6, 8]

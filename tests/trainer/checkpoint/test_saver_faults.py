@@ -1,0 +1,259 @@
+"""A save whose storage fails, that is killed, or whose attempt was left behind: the checkpoint
+before it stays whole, and all ranks say the same."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forescale.checkpoint import saver as module
+from forescale.checkpoint import writer
+from forescale.checkpoint.reader import Checkpoint
+from forescale.checkpoint.retention import pin
+from forescale.errors import UserError
+from forescale.run.directory import Run
+from forescale.storage import check_table
+from tests import disks
+from tests.trainer import plain_engine as plain
+from tests.trainer.plain_engine import Gate, events, hidden, newest, save, saver
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+def refuse(error):
+    def midway(step, path):
+        if step == 2:
+            raise OSError(error, os.strerror(error), str(path))
+
+    return midway
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_fails_on_one_rank_fails_on_all_in_the_same_words(run, rank):
+    ranks, attempt = plain.worlds(3), plain.begin(run)
+    engines = [plain.engine(world) for world in ranks]
+    harm = [refuse(errno.EDQUOT) if w.rank == rank else lambda *_: None for w in ranks]
+
+    def train(world):
+        part = saver(run, attempt, engines[world.rank], midway=harm[world.rank])
+        save(part, engines[world.rank], 1)
+        part.finish()
+        save(part, engines[world.rank], 2)
+        with pytest.raises(UserError) as caught:
+            part.finish()
+        assert part.failed
+        return str(caught.value)
+
+    said = plain.on_all(ranks, train)
+    assert len({*said}) == 1
+    assert "the disk quota is used up; free some space" in said[0]
+    assert f"rank-{rank:05d}" in said[0]
+    assert newest(run) == 1
+    assert hidden(run) == []
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_no_room_is_said_before_anything_is_written(run, monkeypatch, background):
+    ranks, attempt = plain.worlds(2), plain.begin(run)
+    engines = [plain.engine(world, width=64) for world in ranks]
+    needed = sum(p.nbytes for p in engines[0].module.parameters()) * 3
+    free = shutil.disk_usage(run.path)._replace(free=needed)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(writer, "write_rank_file", lambda *_: pytest.fail("written"))
+
+    def train(world):
+        part = saver(run, attempt, engines[world.rank], background=background)
+        save(part, engines[world.rank], 1)
+        part.finish()
+
+    said = [str(e) for e in plain.on_all(ranks, train)]
+    assert said[0] == said[1]
+    assert "the disk is full: a checkpoint needs " in said[0]
+    assert f"{needed:,} are free; free some space" in said[0]
+    assert list(run.checkpoints.iterdir()) == []
+
+
+@pytest.fixture
+def on_disk(tmp_path, monkeypatch):
+    """A saver on a small disk whose first checkpoint is published, and what the disk's fault must
+    leave of it."""
+    # As a quota would: what is free is not to be known beforehand.
+    roomy = shutil.disk_usage(tmp_path)._replace(free=1 << 60)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: roomy)
+    run, engine = Run(tmp_path / "run"), plain.engine(width=64)
+    attempt = plain.begin(run)
+    with disks.small_disk(run.checkpoints, "2m") as disk:
+        part = saver(run, attempt, engine)
+        save(part, engine, 1)
+        part.finish()
+
+        def expect(sentence):
+            save(part, engine, 2)
+            with pytest.raises(UserError) as caught:
+                part.finish()
+            assert sentence in str(caught.value)
+            assert str(run.checkpoints) in str(caught.value)
+            assert str(caught.value).count("\n") == 0
+            assert newest(run) == 1
+            assert run.checkpoint_steps() == [1]
+
+        yield run, disk, expect
+
+
+@pytest.mark.parametrize("leave", [0, 4096, 20_000, 100_000])
+def test_a_disk_that_gets_full_while_writing(on_disk, leave):
+    run, disk, expect = on_disk
+    disks.fill(disk, leave)
+    expect("the disk is full; free some space and give the same command again")
+    assert hidden(run) == []
+
+
+def test_a_directory_that_turns_read_only(on_disk):
+    _, disk, expect = on_disk
+    disks.make_read_only(disk)
+    expect("the file system is read-only; choose a writable directory")
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_rename_that_fails(on_disk, monkeypatch, error):
+    run, _, expect = on_disk
+    rename = os.rename
+
+    def failing(a, b):
+        if str(b) == str(run.checkpoint_path(2)):
+            raise OSError(error, os.strerror(error), str(a))
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", failing)
+    expect({errno.EIO: "I/O error", errno.EACCES: "permission denied"}.get(error, "Stale"))
+    assert hidden(run) == []
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+def test_an_fsync_that_fails(on_disk, monkeypatch, error):
+    run, _, expect = on_disk
+
+    def failing(fd):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    expect("the disk is full" if error == errno.ENOSPC else "the storage reports an I/O error")
+    assert hidden(run) == []
+
+
+def test_a_bug_is_no_users_fault_and_is_not_swallowed(run):
+    def broken(step, path):
+        raise ZeroDivisionError
+
+    engine = plain.engine()
+    part = saver(run, plain.begin(run), engine, midway=broken)
+    save(part, engine, 1)
+    with pytest.raises(ZeroDivisionError):
+        part.finish()
+    assert part.failed
+    assert newest(run) == 0
+
+
+def test_an_attempt_left_behind_is_told_so_and_displaces_nothing(run):
+    """A whole attempt that slept while a newer one went on: at any moment of its save."""
+    engine, old = plain.engine(), plain.begin(run)
+    slow = Gate()
+    asleep = saver(run, old, engine, midway=slow)
+    save(asleep, engine, 4)
+    assert slow.reached.wait(60)
+    new_engine, new = plain.engine(), plain.begin(run)
+    part = saver(run, new, new_engine)
+    save(part, new_engine, 2)
+    part.finish()
+    assert len(events(run, "leftovers_removed")) == 1
+    slow.opened.set()
+    with pytest.raises(UserError, match=r"attempt 2 has gone on|No such file"):
+        asleep.finish()
+    save(part, new_engine, 4)
+    part.finish()
+    save(asleep, engine, 6)
+    with pytest.raises(UserError, match="attempt 2 has gone on from before step 6"):
+        asleep.finish()
+    assert run.checkpoint_steps() == [2, 4]
+    assert newest(run) == 4
+    assert Checkpoint(run.checkpoint_path(4)).attempt == new.number
+    assert hidden(run) == []
+
+
+def test_a_checkpoint_that_does_not_count_makes_way_and_a_pinned_one_stays_on_the_disk(run):
+    engine = plain.engine()
+    for pinned in (False, True):
+        part = saver(run, plain.begin(run), engine)
+        save(part, engine, 2)
+        part.finish()
+        if pinned:
+            pin(run, 2)
+    part = saver(run, plain.begin(run), engine)
+    save(part, engine, 2)
+    part.finish()
+    assert Checkpoint(run.checkpoint_path(2)).attempt == 3
+    assert hidden(run) == [".step-00000002.attempt-0002.pinned"]
+    assert check_table(run.checkpoints / hidden(run)[0]) == []
+
+
+def test_only_the_newest_attempt_sweeps_and_only_after_older_ones(run):
+    engine, first = plain.engine(), plain.begin(run)
+    second, third = plain.begin(run), run.new_attempt()
+    names = [
+        ".step-00000009.attempt-0001.stage",
+        ".step-00000009.attempt-0003.stage",
+        ".step-00000003.deleted",
+        ".step-00000003.replaced",
+        ".step-00000003.attempt-0001.pinned",
+    ]
+    for name in names:
+        (run.checkpoints / name).mkdir(parents=True)
+    part = saver(run, second, engine)
+    save(part, engine, 1)
+    part.finish()
+    assert sorted(hidden(run)) == sorted(names), "there is a newer one"
+    third.start_from(plain.Parent(1), run)
+    part = saver(run, third, engine)
+    save(part, engine, 2)
+    part.finish()
+    assert sorted(hidden(run)) == sorted([names[1], names[4]])
+    assert first.number == 1
+    assert module.leftovers(run, 1) == []
+
+
+def killed(folder, *words):
+    """What killed_saves.py has met; it fails if anything was ever wrong on the disk."""
+    script = Path(__file__).with_name("killed_saves.py")
+    done = subprocess.run(
+        [sys.executable, script, folder, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_killed_at_every_change_to_the_file_system(tmp_path):
+    met = killed(tmp_path, "changes", 0)
+    assert met["changes"] > 50
+    assert min(met[kind] for kind in ("stage", "replaced", "deleted")) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_random_moments(tmp_path):
+    """FORESCALE_KILLS says how often; each time in the midst of saving, or a little before."""
+    kills = int(os.environ.get("FORESCALE_KILLS", "200"))
+    met = killed(tmp_path, kills, seed := int.from_bytes(os.urandom(4)))
+    print(f"{kills} kills with seed {seed}: {met}")
+    assert met["published"] + met["not published"] > 0.8 * kills
+    assert met["stage"] > 0.05 * kills, "few kills met a save"

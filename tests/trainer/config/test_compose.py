@@ -1,0 +1,237 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forescale.config.compose import CONF, compose, groups
+from forescale.config.help import explain
+from forescale.config.schema import ConfigError, TargetConfig, leaves
+from forescale.errors import USER, UserError
+from forescale.verbs.jobs import JOBS
+
+
+def refusal(*overrides, **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        compose("train", overrides, **kwargs)
+    return caught.value
+
+
+def test_all_mistakes_at_once_with_suggestions():
+    error = refusal(
+        "train.stpes=3",
+        "+new.key=1",
+        "trian.seed=1",
+        "train.lr=3",
+        "modle=tiny",
+        "model=gpt3",
+        "train.seed=abc",
+        "checkpoint.keep=1",
+        "a b",
+        "-m",
+        "optimizer=adamw,muon",
+        "train.micro_batch=1,2",
+        "~schedule.decay",
+        "optimizer.clip=f(",
+        "engine.stage=4",
+        "logging.wandb=3",
+        "schedule.warmup=30 min",
+        "train.global_batch=1e9",  # whole, so not a mistake
+    )
+    lines = str(error).splitlines()
+    assert len(lines) == len(error.problems) == 17
+    said = {p.key: f"{p.what}; {p.todo}" for p in error.problems}
+    for key, words in {
+        "train.stpes": "did you mean train.steps",
+        "new.key": "--help",
+        "trian.seed": "did you mean train.seed",
+        "train.lr": "did you mean optimizer.learning_rate",
+        "modle": "did you mean model",
+        "model": "choose one of gpt2-124m, ",
+        "train.seed": "expects a whole number, not 'abc'",
+        "checkpoint.keep": "at least 2, not 1",
+        "a b": "KEY=VALUE",
+        "-m": "study",
+        "optimizer": "study",
+        "train.micro_batch": "study",
+        "~schedule.decay": "null",
+        "optimizer.clip": "can't be read",
+        "engine.stage": "0, 1, 2, 3",
+        "logging.wandb": "logging.wandb.enabled",
+        "schedule.warmup": "can't depend on wall time",
+    }.items():
+        assert words in said[key], (key, said[key])
+    for foreign in ("hydra", "Hydra", "omegaconf", "struct", "Traceback"):
+        assert foreign not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("optimizer.weight_dekay", "optimizer.weight_decay"),
+        ("train.weight_decay", "optimizer.weight_decay"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("batch_size", "train.global_batch"),
+        ("model.hidden_size", "model.width"),
+        ("save_every", "checkpoint.every"),
+        ("checkpoints.every", "checkpoint.every"),
+        ("schedular", "schedule"),
+        ("run.from.runs", "run.from.run"),
+    ],
+)
+def test_the_nearest_name(typed, meant):
+    (problem,) = refusal(f"{typed}=1").problems
+    assert problem.todo == f"did you mean {meant}"
+
+
+KEYS = st.sampled_from([*leaves(JOBS["train"]), *groups("train"), "train", "run.from", "x", "a.b"])
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        ["", "null", "1", "-1", "1e9", "nan", "inf", "[1,2]", "{a: 1}", "${x.y}", "1,2"]
+    ),
+    st.sampled_from(
+        ["${oc.env:NO_SUCH}", "???", "true", "'", "range(1,3)", "${", "a=b", "glob(*)"]
+    ),
+)
+WORDS = st.builds("{}{}={}".format, st.sampled_from(["", "+", "++", "~"]), KEYS, VALUES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.one_of(WORDS, st.text(max_size=12)), max_size=4))
+def test_whatever_is_typed_ends_in_a_job_or_in_our_words(overrides):
+    found = []
+    try:
+        compose("train", overrides)
+    except ConfigError as e:
+        found = e.problems
+    assert all(p.key and p.what and p.todo for p in found)
+
+
+def test_it_is_a_user_error():
+    error = refusal("train.seed=abc")
+    assert isinstance(error, UserError)
+    assert USER == 2
+    assert str(error) == (
+        "train.seed: expects a whole number, not 'abc'; write it like train.seed=1337."
+    )
+
+
+def test_values_are_read_as_meant():
+    job = compose(
+        "train",
+        [
+            "train.tokens=1e9",
+            "optimizer.clip=null",
+            "optimizer.learning_rate=1",
+            "train.compile=off",
+            "run.root=/scratch/a b,c(1)",
+            "data.path=null",
+            "++train.seed=7",
+            "checkpoint.every=2e9 tokens",
+            "run.from.run=runs/trunk",
+            "logging.wandb={enabled: true, entity: us}",
+            "validation.windows=10",
+            "validation.windows=20",
+        ],
+    )
+    assert job.train.tokens == 10**9
+    assert isinstance(job.train.tokens, int)
+    assert job.optimizer.clip is None
+    assert isinstance(job.optimizer.learning_rate, float)
+    assert job.train.compile == "off"
+    assert job.run.root == "/scratch/a b,c(1)"
+    assert job.data.path is None
+    assert job.train.seed == 7
+    assert str(job.checkpoint.every) == "2e9 tokens"
+    assert job.run.origin.run == "runs/trunk"
+    assert (job.logging.wandb.enabled, job.logging.wandb.entity) == (True, "us")
+    assert job.validation.windows == 20
+
+
+def test_references_to_other_keys_and_the_environment(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    job = compose("train", ["run.root=${oc.env:SCRATCH}/runs", "run.name=seed-${train.seed}"])
+    assert str(job.run.directory) == "/scratch/me/runs/seed-1337"
+    assert "refers to nothing" in str(refusal("run.name=${train.sed}"))
+
+
+def test_typing_one_length_unsets_the_other():
+    assert compose("train", ["train.steps=200"]).train.tokens is None
+    assert compose("train", ["train.steps=null"]).train.tokens is not None
+    job = compose("train", ["experiment=quick", "train.tokens=1e6"])
+    assert (job.train.steps, job.train.tokens, job.run.name) == (None, 10**6, "quick")
+
+
+def test_a_group_s_file_is_laid_under_typed_keys_whatever_their_order():
+    job = compose("train", ["optimizer.learning_rate=0.1", "optimizer=adamw"])
+    assert (job.optimizer.kind, job.optimizer.learning_rate) == ("adamw", 0.1)
+
+
+def test_a_model_of_the_user_s_own():
+    job = compose("train", ["model._target_=mypackage.Model", "model.width=3", "model.a.b=[1,2]"])
+    assert job.model == TargetConfig("mypackage.Model", {"width": 3, "a": {"b": [1, 2]}})
+    assert "model._target_" in str(refusal("model=custom"))
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: mypackage.Model\nwidth: 3\ndepth: 1\n")
+    (tmp_path / "model" / "slip.yaml").write_text("depth: 4\nwidht: 3\n")
+    (tmp_path / "model" / "torn.yaml").write_text("depth: [\n")
+    (tmp_path / "model" / "unset.yaml").write_text("_target_: ${oc.env:NO_SUCH}\n")
+    return tmp_path
+
+
+def test_choices_of_the_user_s_own(mine):
+    job = compose("train", ["model=mine", "model.width=4"], conf_dirs=[mine])
+    assert job.model == TargetConfig("mypackage.Model", {"width": 4, "depth": 1})
+    (problem,) = refusal("model=slip", conf_dirs=[mine]).problems
+    assert (problem.key, problem.todo) == ("model.widht", "did you mean model.width")
+    with pytest.raises(UserError, match=r"torn\.yaml"):
+        compose("train", ["model=torn"], conf_dirs=[mine])
+    assert "refers to nothing" in str(refusal("model=unset", conf_dirs=[mine]))
+    assert "mine" in explain("train", conf_dirs=[mine])
+
+
+def test_a_choice_that_exists_already_and_a_missing_directory(mine):
+    (mine / "model" / "tiny.yaml").write_text("depth: 4\n")
+    with pytest.raises(UserError, match="exists already"):
+        compose("train", [], conf_dirs=[mine])
+    with pytest.raises(UserError, match="no such directory"):
+        compose("train", [], conf_dirs=[mine / "nowhere"])
+
+
+def test_works_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").write_text("nonsense: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert compose("train", []).run.name == "first"
+
+
+def test_the_manual_says_every_key_and_every_choice():
+    for verb, schema in JOBS.items():
+        page = explain(verb)
+        assert max(map(len, page.splitlines())) <= 100
+        assert all(f" {path} " in page for path in leaves(schema))
+        assert all(choice in page for g in groups(verb).values() for choice in g.files)
+    assert "! optimizer.learning_rate        0.02 " in explain("train")
+
+
+def test_every_file_of_the_tree_opens_with_what_it_is():
+    for path in CONF.rglob("*.yaml"):
+        assert path.read_text().startswith("# "), path
+
+
+def test_files_of_the_users_own_by_the_environment(tmp_path, monkeypatch, capsys):
+    from forescale.cli import main
+
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/ours.yaml").write_text("# The cluster upstairs.\npartition: gpu\nnodes: 3\n")
+    words = ["slurm=ours", "machine=cpu", "slurm.gpus_per_node=0", "train.global_batch=24"]
+    with pytest.raises(ConfigError, match="no such choice, 'ours'"):
+        compose("submit", words)
+    monkeypatch.setenv("FORESCALE_CONF", str(tmp_path))
+    job = compose("submit", words)
+    assert (job.slurm.partition, job.slurm.nodes) == ("gpu", 3)
+    main(["submit", "--help"])
+    assert "The cluster upstairs." in capsys.readouterr().out

@@ -1,0 +1,151 @@
+import itertools
+import random
+
+import pytest
+import yaml
+
+from forescale.config.compose import CONF, compose, defaults, diff, freeze, groups, may_resume, thaw
+from forescale.config.schema import ConfigError, flatten, plain
+from forescale.errors import UserError
+from forescale.verbs.jobs import JOBS, TrainJob
+
+NEEDS = {
+    "dataset": "data.path=/data/x",
+    "mixture": "data.sources={web: /data/x, code: /data/y}",
+    "custom": "model._target_=my.Model",
+}
+
+
+def combinations():
+    """Every model on every engine; of the other groups each choice with several of these."""
+    known, dice = groups("train"), random.Random(0)
+    for model, engine in itertools.product(known["model"].files, known["engine"].files):
+        picks = {name: dice.choice(sorted(group.files)) for name, group in known.items()}
+        picks |= {"model": model, "engine": engine}
+        needs = [NEEDS[choice] for choice in picks.values() if choice in NEEDS]
+        yield picks, [*(f"{name}={choice}" for name, choice in picks.items()), *needs]
+
+
+def test_every_choice_composes_and_survives_freezing():
+    seen = set()
+    for picks, overrides in combinations():
+        job = compose("train", overrides)
+        text = freeze(job)
+        assert thaw("train", text, trust=True) == job, overrides
+        assert freeze(thaw("train", text, trust=True)) == text
+        seen |= picks.items()
+    assert seen == {(g.name, choice) for g in groups("train").values() for choice in g.files}
+
+
+def test_frozen_is_complete_and_in_the_schema_s_order():
+    tree = yaml.safe_load(freeze(compose("train", [])))
+    assert list(tree)[:3] == ["run", "train", "model"]
+    assert list(tree["run"]) == ["name", "root", "resume", "from"]
+    assert tree["checkpoint"]["every"] == "500 steps"
+    assert tree["checkpoint"]["keep"] == 2
+
+
+def test_text_that_looks_like_something_else_survives():
+    job = compose("train", ["run.name=1e3", "logging.wandb.project=null", "train.compile=off"])
+    assert (job.run.name, job.logging.wandb.project) == ("1e3", "null")
+    assert thaw("train", freeze(job)) == job
+
+
+def test_small_verbs_defaults_are_those_of_their_classes():
+    for verb, schema in JOBS.items():
+        if not issubclass(schema, TrainJob):
+            assert defaults(verb) == dict(flatten(plain(schema()), "")), verb
+            tree = yaml.safe_load((CONF / f"{verb}.yaml").read_text())
+            assert set(dict(flatten(tree, ""))) == set(defaults(verb)), verb
+
+
+def test_a_stored_target_needs_trust(tmp_path):
+    job = compose("train", ["model._target_=my.Model", "model.width=3"])
+    path = tmp_path / "config.yaml"
+    path.write_text(freeze(job))
+    with pytest.raises(UserError, match=r"my\.Model; give trust=true"):
+        thaw("train", path)
+    assert thaw("train", path, trust=True) == job
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00", "3: {}"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml: is damaged"):
+        thaw("train", path)
+
+
+def test_missing_file_and_wrong_keys(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        thaw("train", tmp_path / "config.yaml")
+    text = (
+        freeze(compose("train", [])).replace("seed: 1337", "sed: 1").replace("keep: 2", "keep: 0")
+    )
+    with pytest.raises(ConfigError) as caught:
+        thaw("train", text)
+    assert [p.key for p in caught.value.problems] == [
+        "config: train.sed",
+        "config: checkpoint.keep",
+    ]
+
+
+def changed(*overrides, base=(), at_step=100):
+    """What may_resume says of a changed command: the keys of (refusals, numerics, free)."""
+    old, new = compose("train", base), compose("train", [*base, *overrides])
+    return [[c.key for c in changes] for changes in may_resume(old, new, at_step)]
+
+
+def test_kinds_of_changes():
+    assert changed() == [[], [], []]
+    assert changed("optimizer.learning_rate=0.01", "train.seed=1")[0] == [
+        "train.seed",
+        "optimizer.learning_rate",
+    ]
+    assert changed(
+        "train.micro_batch=4", "engine.stage=2", "precision=fp32", "model.loss_chunk=0"
+    ) == [
+        [],
+        ["train.micro_batch", "model.loss_chunk", "engine.stage", "precision.kind"],
+        [],
+    ]
+    assert changed("checkpoint.every=30 min", "data.path=/moved", "logging=wandb")[2] == [
+        "data.path",
+        "checkpoint.every",
+        "logging.wandb.enabled",
+    ]
+    assert changed("run.from.run=other")[0] == ["run.from.run"]
+
+
+def test_a_change_reads_well():
+    (change,) = diff(compose("train", []), compose("train", ["schedule.decay=20 %"]))
+    assert str(change) == "schedule.decay: '40 %' -> '20 %'"
+    assert change.kind == "identity"
+
+
+def test_another_kind_of_model_is_refused():
+    assert "model._target_" in changed("model._target_=my.Model")[0]
+    base = ["model._target_=my.Model", "model.width=3"]
+    assert changed("model.width=4", base=base)[0] == ["model.width"]
+    settings = "engine.deepspeed={zero_optimization: {overlap_comm: true}}"
+    assert "engine.deepspeed.zero_optimization.overlap_comm" in changed(settings)[1]
+
+
+def test_a_wsd_run_may_grow_until_it_decays():
+    base = ["train.steps=1000"]  # decays from step 600 on
+    assert changed("train.steps=2000", base=base, at_step=600) == [[], [], ["train.steps"]]
+    assert changed("train.steps=2000", base=base, at_step=601)[0] == ["train.steps"]
+    assert changed("train.steps=900", base=base)[0] == ["train.steps"]
+    both = changed("train.tokens=1e9", "train.steps=null", base=base, at_step=600)
+    assert both == [[], [], ["train.steps", "train.tokens"]]
+
+
+def test_no_growth_where_the_past_would_differ():
+    warmup = ["train.steps=1000", "schedule.warmup=10 %"]
+    assert changed("train.steps=2000", base=warmup)[0] == ["train.steps"]
+    cosine = ["train.steps=1000", "schedule=cosine"]
+    assert changed("train.steps=2000", base=cosine)[0] == ["train.steps"]
+    longer_decay = changed("train.steps=2000", "schedule.decay=90 %", base=["train.steps=1000"])
+    assert longer_decay[0] == ["train.steps", "schedule.decay"]
+    constant = ["train.steps=1000", "schedule=constant"]
+    assert changed("train.steps=2000", base=constant, at_step=1000)[0] == []

@@ -1,0 +1,149 @@
+import subprocess
+import sys
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.duration import Duration
+from forescale.config.schema import ConfigError
+from forescale.config.train import EngineConfig, TrainJob
+from forescale.errors import UserError
+
+
+def problems(*overrides, verb="train"):
+    """key -> what is wrong and what to do, of a config that is refused."""
+    with pytest.raises(ConfigError) as caught:
+        compose(verb, overrides)
+    return {p.key: f"{p.what}; {p.todo}" for p in caught.value.problems}
+
+
+def test_lengths_of_a_run():
+    job = compose("train", ["train.tokens=5e6"])
+    assert job.tokens_per_step == 8 * 256
+    assert job.total_steps == 2442  # 2441.4 rounded up: never silently fewer tokens
+    assert job.steps_of(Duration(10, "percent")) == 245
+    assert job.steps_of(Duration(30 * 60, "seconds")) is None
+    assert compose("train", ["train.steps=300"]).total_steps == 300
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["train.tokens=null"], "train.steps"),
+        (["train.seed=1.5"], "train.seed"),
+        (["train.tokens=inf"], "train.tokens"),
+        (["optimizer.learning_rate=nan"], "optimizer.learning_rate"),
+        (["model.bias=yes"], "model.bias"),
+        (["train.steps=100", "train.tokens=1e6"], "train.steps"),
+        (["train.tokens=100", "schedule.warmup=0"], "train.tokens"),
+        (["train.global_batch=12"], "train.global_batch"),
+        (["launch.processes=3"], "train.global_batch"),
+        (["train.steps=60"], "schedule.warmup"),
+        (["schedule.warmup=30 min"], "schedule.warmup"),
+        (["schedule.decay=null"], "schedule.decay"),
+        (["schedule=cosine", "schedule.decay=10 %"], "schedule.decay"),
+        (["schedule.final=1.5"], "schedule.final"),
+        (["optimizer.momentum=null"], "optimizer.momentum"),
+        (["optimizer.adam_learning_rate=null"], "optimizer.adam_learning_rate"),
+        (["optimizer=adamw", "optimizer.momentum=0.9"], "optimizer.momentum"),
+        (["optimizer.learning_rate=0"], "optimizer.learning_rate"),
+        (["engine=zero0", "engine.offload_optimizer=true"], "engine.offload_optimizer"),
+        (["engine=zero2", "engine.offload_parameters=true"], "engine.offload_parameters"),
+        (["engine.hierarchical_partition=8"], "engine.hierarchical_partition"),
+        (["checkpoint.keep=1"], "checkpoint.keep"),
+        (["checkpoint.every=0"], "checkpoint.every"),
+        (["logging.every=0 min"], "logging.every"),
+        (["launch.timeout=100 steps"], "launch.timeout"),
+        (["profile.steps=105:100"], "profile.steps"),
+        (["profile.steps=9999:10000"], "profile.steps"),
+        (["run.name=a/b"], "run.name"),
+        (["run.name=.."], "run.name"),
+        (["run.from.step=100"], "run.from.step"),
+        (["model.num_heads=3"], "model.num_heads"),
+        (["model.max_sequence_length=128"], "model.max_sequence_length"),
+        (["model._target_=Model"], "model._target_"),
+    ],
+)
+def test_rules(overrides, key):
+    found = problems(*overrides)
+    assert list(found) == [key]
+
+
+def test_the_real_world_size_is_checked_again():
+    job = compose("train", [])
+    assert job.problems(world_size=1) == []
+    ((key, what, todo),) = job.problems(world_size=3)
+    assert key == "train.global_batch"
+    assert "3 ranks" in what
+    assert "multiple of 24" in todo
+
+
+@pytest.mark.parametrize(
+    ("settings", "ours"),
+    [
+        ({"train_batch_size": 8}, "train.global_batch"),
+        ({"gradient_clipping": 1.0}, "optimizer.clip"),
+        ({"bf16": {"enabled": True}}, "precision"),
+        ({"zero_optimization": {"stage": 2}}, "engine.stage"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "engine.offload_parameters"),
+    ],
+)
+def test_deepspeed_s_words_for_our_keys_are_refused(settings, ours):
+    ((key, _, todo),) = EngineConfig(deepspeed=settings).problems()
+    assert key.startswith("deepspeed.")
+    assert todo == f"use {ours}"
+
+
+def test_deepspeed_s_other_settings_are_free():
+    settings = "{zero_optimization: {overlap_comm: false}, communication_data_type: fp32}"
+    job = compose("train", [f"engine.deepspeed={settings}", "engine.deepspeed.seed_layers=true"])
+    assert job.engine.deepspeed == {
+        "zero_optimization": {"overlap_comm": False},
+        "communication_data_type": "fp32",
+        "seed_layers": True,
+    }
+
+
+def test_fp16_is_noted():
+    assert compose("train", []).notes() == []
+    assert "fp16" in compose("train", ["precision=fp16"]).notes()[0]
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path))
+    assert compose("train", []).data.cache_directory == tmp_path
+    assert str(compose("train", ["data.cache=/elsewhere"]).data.cache_directory) == "/elsewhere"
+
+
+def test_small_verbs():
+    job = compose("shards", ["input=my docs/a,b (1).txt", "output=/data/x", "tokenizer=bytes"])
+    assert job.input == ["my docs/a,b (1).txt"]
+    assert compose("shards", ["input=[a, b]", "output=x"]).input == ["a", "b"]
+    assert set(problems(verb="shards")) == {"input", "output"}
+    assert set(problems(verb="generate")) == {"target"}
+    job = compose("generate", ["target=first", "prompt=def f(x, y='${y}'):".replace("$", "\\$")])
+    assert job.prompt == "def f(x, y='${y}'):"
+    assert job.target == "first"
+    for text in ('"a", "b"', "'", "", '"a" + "b"', "1,2", "null", "x = [1, 2", "two\nlines"):
+        assert compose("generate", ["target=first", f"prompt={text}"]).prompt == text
+    assert compose("generate", ["target=first", "prompt='quoted '"]).prompt == "quoted "
+
+
+def test_an_unknown_verb_is_the_user_s_fault():
+    with pytest.raises(UserError, match="the nearest is train"):
+        compose("trian", [])
+
+
+def test_torch_stays_out():
+    code = (
+        "import sys, forescale.config.compose, forescale.config.help, forescale.engine.optim\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_job_made_in_python_can_be_checked():
+    from forescale.config.schema import check
+
+    assert {p.key for p in check(TrainJob())} == {"train.steps", "model.depth"}

@@ -1,0 +1,303 @@
+"""Building: the same bytes for the same text, nothing half-made, everything accounted for."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forescale.data.check import check
+from forescale.data.dataset import Dataset
+from forescale.data.prepare import assemble, encode
+from forescale.data.prepare.builder import build_dataset
+from forescale.data.text.documents import Policy
+from forescale.data.text.files import Files
+from forescale.data.text.pieces import cut, pieces
+from forescale.errors import UserError
+from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
+
+
+def digest(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir())}
+
+
+def texts_of(path: Path, split: str) -> list[str]:
+    """The documents of a split as they come out of its shards."""
+    dataset = Dataset(path)
+    part, found = dataset.split(split), []
+    for shard, tokens in enumerate(part.shard_tokens):
+        ids = part.read(shard, 0, tokens)
+        ends = np.flatnonzero(ids == dataset.end_of_text)
+        assert ends[-1] == tokens - 1  # documents are never cut between shards
+        found += [
+            dataset.tokenizer.decode(d[:-1], skip_special_tokens=False)
+            for d in np.split(ids, ends + 1)[:-1]
+        ]
+    return found
+
+
+def test_same_text_same_bytes(texts, dataset, tmp_path):
+    again = build_dataset(Texts(texts), tmp_path / "again", SMALL)
+    assert digest(again) == digest(dataset)
+    other = build_dataset(Texts(texts), tmp_path / "other", replace(SMALL, seed=1))
+    assert Dataset(other).identity != Dataset(dataset).identity
+    assert Dataset(other).corpus_hash == Dataset(dataset).corpus_hash
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_bytes_depend_on_no_number_of_workers(texts, tmp_path, workers):
+    source = Texts([*texts, b"", *texts[:9], b"\xff"], per_unit=5)
+    alone = build_dataset(source, tmp_path / "alone", SMALL)
+    many = build_dataset(source, tmp_path / "many", SMALL, workers=workers)
+    assert digest(many) == digest(alone)
+
+
+def test_hash_seeds_and_threads_do_not_change_the_bytes(texts, dataset, tmp_path):
+    code = (
+        "import sys; from tests.trainer.data.synthetic_text import *;"
+        "from forescale.data.prepare.builder import *;"
+        "build_dataset(Texts(synthetic()), sys.argv[1], SMALL)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "serial")]
+    environment = {
+        **os.environ,
+        "RAYON_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run(command, check=True, env=environment)
+    assert digest(tmp_path / "serial") == digest(dataset)
+
+
+def test_however_little_is_held_at_a_time_the_bytes_are_the_same(
+    texts, dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(encode, "_RUN", 300)
+    monkeypatch.setattr(encode, "_BATCH", 100)
+    monkeypatch.setattr(assemble, "_GATHERED", 200)
+    monkeypatch.setattr(assemble, "_ROWS", 3)
+    assert digest(build_dataset(Texts(texts), tmp_path / "d", SMALL)) == digest(dataset)
+
+
+def test_the_shuffle_is_global(tmp_path):
+    texts = [b"document %d" % i for i in range(400)]
+    config = replace(SMALL, tokenizer="bytes", validation=0)
+    path = build_dataset(Texts(texts, per_unit=10), tmp_path / "d", config)
+    order = np.array([int(text.split()[1]) for text in texts_of(path, "train")])
+    assert sorted(order) == list(range(400))
+    assert abs(np.corrcoef(order, np.arange(400))[0, 1]) < 0.1
+    first = texts_of(path, "train")[: len(order) // 4]
+    assert len({int(text.split()[1]) // 10 for text in first}) > 30  # of the 40 units
+
+
+def test_every_document_comes_out_once_and_counts_agree(texts, dataset):
+    manifest = Dataset(dataset).manifest
+    train, validation = texts_of(dataset, "train"), texts_of(dataset, "validation")
+    assert sorted(train + validation) == sorted(t.decode() for t in texts)
+    assert train != [t.decode() for t in texts if t.decode() in set(train)]  # shuffled
+    for name, found in (("train", train), ("validation", validation)):
+        split = manifest["splits"][name]
+        assert split["documents"] == len(found)
+        assert split["bytes"] == sum(len(t.encode()) for t in found)
+    assert len(manifest["splits"]["train"]["shards"]) >= 3
+    assert manifest["dtype"] == "uint16"
+    assert check(dataset) == []
+
+
+def test_a_document_stays_held_out_whatever_else_there_is(texts, dataset, tmp_path):
+    part = build_dataset(Texts(texts[::2]), tmp_path / "part", SMALL)
+    held_out = set(texts_of(dataset, "validation"))
+    assert set(texts_of(part, "validation")) == held_out & {t.decode() for t in texts[::2]}
+
+
+def test_faulty_and_duplicate_documents_are_counted(texts, dataset, tmp_path):
+    extra = [b"", b" \n", b"\xff", texts[3], texts[3], texts[5]]
+    path = build_dataset(Texts(texts + extra), tmp_path / "d", SMALL)
+    report = Dataset(path).manifest["report"]
+    assert {reason: row["count"] for reason, row in report["left_out"].items()} == {
+        "duplicate": 3,
+        "empty": 2,
+        "undecodable": 1,
+    }
+    assert report["left_out"]["duplicate"]["first"] == ["text-63", "text-64", "text-65"]
+    size = 2 * len(texts[3]) + len(texts[5])
+    assert report["duplicates"] == {"documents": 3, "bytes": size}
+    assert Dataset(path).identity == Dataset(dataset).identity
+
+
+def test_the_end_of_text_token_in_a_text_is_text(tmp_path):
+    texts = [*synthetic(20), b"a <|endoftext|> b"]
+    path = build_dataset(Texts(texts), tmp_path / "d", SMALL)
+    assert "a <|endoftext|> b" in texts_of(path, "train") + texts_of(path, "validation")
+    assert "not lossless in this tokenizer" not in Dataset(path).manifest["report"]["left_out"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_single_document_is_cut_at_a_line(tmp_path, share):
+    text = b"".join(b"line %d\n" % i for i in range(400))
+    config = replace(SMALL, tokenizer="bytes", validation=share)
+    path = build_dataset(Texts([text]), tmp_path / "d", config)
+    (train,), (validation,) = texts_of(path, "train"), texts_of(path, "validation")
+    assert train + validation == text.decode()
+    assert train.endswith("\n")
+    assert abs(len(validation) / len(text) - share) < 0.01
+
+
+def test_given_tokenizer_and_wide_vocabulary(texts, dataset, tmp_path):
+    spec = json.loads((dataset / "tokenizer.json").read_text())
+    spec["added_tokens"].append(
+        {**spec["added_tokens"][0], "id": 70_000, "content": "<|far|>"}
+    )  # an id beyond uint16
+    spec["model"]["vocab"]["<|far|>"] = 70_000
+    given = tmp_path / "tokenizer.json"
+    given.write_text(json.dumps(spec))
+    path = build_dataset(Texts(texts), tmp_path / "d", replace(SMALL, tokenizer=str(given)))
+    assert Dataset(path).manifest["dtype"] == "uint32"
+    assert (path / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert sorted(texts_of(path, "train")) == sorted(texts_of(dataset, "train"))
+    assert check(path) == []
+    assert str(tmp_path) not in (path / "manifest.json").read_text()
+
+
+def test_a_tokenizer_that_loses_text_is_reported(texts, dataset, tmp_path):
+    spec = json.loads((dataset / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Lowercase"}
+    spec["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    given = tmp_path / "tokenizer.json"
+    given.write_text(json.dumps(spec))
+    lossy = [*texts, b"  space before"]
+    path = build_dataset(Texts(lossy), tmp_path / "d", replace(SMALL, tokenizer=str(given)))
+    row = Dataset(path).manifest["report"]["left_out"]["not lossless in this tokenizer"]
+    assert "text-60" in row["first"]
+
+
+def test_baselines_are_bits_per_byte(dataset, texts):
+    rows = Dataset(dataset).manifest["baselines"]
+    held_out = texts_of(dataset, "validation")
+    assert rows["held_out_bytes"] == sum(len(t.encode()) for t in held_out)
+    for name in ("xz", "zlib_per_file", "xz_conditional"):
+        assert rows[name]["bits_per_byte"] == 8 * rows[name]["bytes"] / rows["held_out_bytes"]
+    assert rows["xz_conditional"]["bytes"] < rows["xz"]["bytes"] < rows["zlib_per_file"]["bytes"]
+    assert rows["xz_conditional"]["sample_files"] == len(texts_of(dataset, "train"))
+
+
+def test_an_output_is_found_again_and_another_is_refused(texts, dataset, tmp_path):
+    before = digest(dataset)
+    assert build_dataset(Texts(texts), dataset, SMALL) == dataset
+    with pytest.raises(UserError, match=r"built otherwise \(seed differ"):
+        build_dataset(Texts(texts), dataset, replace(SMALL, seed=3))
+    assert digest(dataset) == before
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError, match="not a dataset"):
+        build_dataset(Texts(texts), tmp_path / "notes", SMALL)
+
+
+def test_bad_input_has_a_sentence_and_leaves_nothing(tmp_path, texts):
+    cases = [
+        (Texts([b"", b"\xff"]), SMALL, "no usable document.*1 empty, 1 undecodable"),
+        (Texts(texts), replace(SMALL, validation=0.9), "validation: 0.9"),
+        (Texts(texts), replace(SMALL, member_tokens=0), "member_tokens"),
+        (Texts(texts), replace(SMALL, tokenizer="none.json"), "no such tokenizer"),
+        (Texts(texts), replace(SMALL, tokenizer="bytes", end_of_text="<x>"), "no <x>"),
+    ]
+    for source, config, sentence in cases:
+        with pytest.raises(UserError, match=sentence):
+            build_dataset(source, tmp_path / "d", config)
+        assert [p.name for p in tmp_path.iterdir() if p.name != ".d.lock"] == []
+
+
+def test_text_that_changes_while_it_is_read_is_refused(texts, tmp_path):
+    class Changing(Texts):
+        def read(self, unit, report):
+            yield from super().read(unit, report)
+            self.texts = [*self.texts[:-1], b"other"]
+
+    with pytest.raises(UserError, match="changed while it was read"):
+        build_dataset(Changing(list(texts)), tmp_path / "d", SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == [".d.lock"]
+
+
+def test_what_is_finished_of_files_that_change_is_not_used(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text(f"the text {name} of before\n")
+    (folder / "d.txt").write_bytes(b"not UTF-8 \xff\n")
+    config = replace(SMALL, tokenizer="bytes", validation=0)
+
+    def build():
+        source = Files([folder], policy=Policy(undecodable="fail"), unit_bytes=1)
+        said = []
+        path = build_dataset(
+            source, tmp_path / "d", config, lambda what, *a, **k: said.append(what)
+        )
+        return path, said[0]
+
+    with pytest.raises(UserError, match=r"in/d\.txt: isn't UTF-8"):
+        build()
+    assert (tmp_path / ".d.building" / "hashes" / "000000").exists()
+    (folder / "a.txt").write_text("the text a, of later\n")  # as long as before
+    (folder / "d.txt").write_bytes(b"now is UTF8\n")
+    path, said = build()
+    assert "begun of inputs that have changed since" in said
+    assert sorted(texts_of(path, "train"))[1] == "the text a, of later\n"
+    (folder / "b.txt").rename(folder / "e.txt")
+    with pytest.raises(UserError, match=r"built otherwise \(source differ"):
+        build()
+
+
+def test_a_second_builder_waits_and_finds_it_done(texts, tmp_path):
+    began, waits, said = threading.Event(), threading.Event(), []
+
+    class Slow(Texts):
+        def read(self, unit, report):
+            began.set()
+            assert waits.wait(60)
+            yield from super().read(unit, report)
+
+    class Unread(Texts):
+        def read(self, unit, report):
+            raise AssertionError("read by the second builder")
+
+    def second(sentence, *rest, **more):
+        said.append(sentence)
+        waits.set()
+
+    first = threading.Thread(target=build_dataset, args=(Slow(texts), tmp_path / "d", SMALL))
+    first.start()
+    assert began.wait(60)
+    path = build_dataset(Unread(texts), tmp_path / "d", SMALL, second)
+    first.join()
+    assert said == [f"{path}: another process builds it; waiting for that"]
+
+
+def test_pieces_are_the_text_and_keep_characters_whole():
+    for text in ("ab\ncd\nef\n", "🙂" * 50, "naïve " * 30, "x", "a\n" + "y" * 100):
+        raw = text.encode()
+        for size in (4, 5, 7, 16, 1000):
+            parts = list(pieces(raw, size))
+            assert "".join(parts) == text
+            assert max(len(p.encode()) for p in parts) <= size
+    assert cut(b"aa\nbb\ncc", 0, 7) == 6
+
+
+def test_nothing_held_out_where_none_is_wanted(texts, tmp_path):
+    path = build_dataset(Texts(texts), tmp_path / "d", replace(SMALL, validation=0))
+    assert Dataset(path).split("validation").shard_tokens == []
+    assert Dataset(path).manifest["baselines"] is None
+    assert len(texts_of(path, "train")) == len(texts)
+    assert check(path) == []
+
+
+def test_a_finished_dataset_is_used_where_nobody_can_write(texts, dataset, tmp_path):
+    shared = tmp_path / "shared"
+    shutil.copytree(dataset, shared / "d")
+    assert build_dataset(Texts(texts), shared / "d", SMALL) == shared / "d"
+    assert [p.name for p in shared.iterdir()] == ["d"]  # not even a lock was written

@@ -1,0 +1,101 @@
+"""The embedded corpus: what is left out, and that its name and hash follow its content alone."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from forescale.data.dataset import Dataset
+from forescale.data.prepare import corpus
+from forescale.data.prepare.builder import BuildConfig
+from forescale.data.progress import console
+from forescale.data.text.files import Report
+from forescale.errors import UserError
+
+SOURCE = "def function_{0}(value):\n    return value + {0}\n\n\nclass Name{0}:\n    pass\n"
+
+
+@pytest.fixture
+def roots(tmp_path) -> dict[str, Path]:
+    """Two packages, with everything beside source that an installation holds."""
+    for package in ("alpha", "beta"):
+        for folder in ("", "inner", "tests", "config-3.13-x86_64"):
+            directory = tmp_path / "site" / package / folder
+            directory.mkdir(parents=True, exist_ok=True)
+            for i in range(4):
+                (directory / f"m{i}.py").write_text(SOURCE.format(f"{i}{package[0]}{folder[:1]}"))
+    alpha = tmp_path / "site" / "alpha"
+    (alpha / "version.py").write_text("v = 1")
+    (alpha / "_sysconfigdata__x.py").write_text("prefix = '/somewhere'")
+    (alpha / "test_it.py").write_text("assert True")
+    (alpha / "data.json").write_text("{}")
+    (alpha / "table.py").write_text("T = [\n" + "    0x12345, 99,\n" * 400 + "]\n")
+    (alpha / "made.py").write_text("# This file is auto-generated, do not edit\nx = 1\n")
+    (alpha / "wide.py").write_text("x = '" + "abc " * 300 + "'\n")
+    (alpha / "huge.py").write_text("# word by word\nname = other\n" * 8000)
+    (alpha / "same.py").write_text("call(argument, other)\n" * 400)
+    (alpha / "latin.py").write_bytes(b"# caf\xe9\n")
+    return {p: tmp_path / "site" / p for p in ("alpha", "beta")}
+
+
+def test_names_order_and_exclusions(roots):
+    report = Report()
+    source = corpus.PythonSource(roots)
+    names = [d.name for unit in source.units() for d in source.read(unit, report)]
+    own = [f"{f}m{i}.py" for f in ("inner/", "") for i in range(4)]
+    assert names == [f"{p}/{n}" for p in roots for n in own]
+    assert report.listed == {
+        "over 200,000 bytes": ["alpha/huge.py"],
+        "undecodable": ["alpha/latin.py (byte 5)"],
+        "generated, as its head says": ["alpha/made.py"],
+        "table: zlib leaves under 10 %": ["alpha/same.py"],
+        "table: over 10 % digits": ["alpha/table.py"],
+        "table: a line over 1,000 bytes": ["alpha/wide.py"],
+    }
+
+
+def test_this_installation_has_a_corpus():
+    source = corpus.PythonSource()
+    names = {name for name, _ in source.files}
+    assert {"python/argparse.py", "torch/nn/modules/linear.py"} <= names
+    assert not any("/test/" in n or "site-packages" in n for n in names)
+    assert set(source.describe()["packages"]) >= {"python", "torch"}
+    assert "+" not in source.describe()["packages"]["torch"]
+
+
+def test_prepared_once_and_again_after_an_upgrade(roots, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "installed_roots", lambda missing: roots)
+    monkeypatch.setattr(corpus, "EMBEDDED", BuildConfig(vocab_size=300, validation=0.2))
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
+    with console() as progress:
+        path = corpus.prepare_embedded(progress=progress)
+    assert path.parent == tmp_path / "cache"
+    said = capsys.readouterr().err
+    assert "find duplicates: 16 documents" in said
+    assert "tokenise: " in said
+
+    built = path.stat().st_mtime_ns
+    assert corpus.prepare_embedded() == path
+    assert path.stat().st_mtime_ns == built
+
+    elsewhere = Path(shutil.copytree(tmp_path / "site", tmp_path / "elsewhere" / "site"))
+    moved = {p: elsewhere / p for p in roots}
+    monkeypatch.setattr(corpus, "installed_roots", lambda missing: moved)
+    other = corpus.prepare_embedded(tmp_path / "cache2")
+    assert other.name == path.name
+    assert (other / "manifest.json").read_bytes() == (path / "manifest.json").read_bytes()
+
+    small = Dataset(corpus.prepare_embedded(tokens="bytes"))
+    assert small.vocab_size == 257
+    assert small.path != path, "as bytes it is another dataset, of the same documents"
+    assert small.split("train").num_tokens > Dataset(path).split("train").num_tokens
+
+    (elsewhere / "alpha" / "m0.py").write_text("upgraded = True\n")
+    upgraded = corpus.prepare_embedded()
+    assert upgraded != path
+    assert Dataset(upgraded).corpus_hash != Dataset(path).corpus_hash
+
+
+def test_no_source_at_all_has_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="no Python source"):
+        corpus.PythonSource({"python": tmp_path})

@@ -1,0 +1,224 @@
+"""The node's cache: right bytes whatever happens to its files, within its limit, shared by all."""
+
+import os
+import random
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from forescale.data.remote.cache import BlockCache
+from forescale.data.remote.store import open_store
+from forescale.errors import UserError
+from tests.disks import fill, make_read_only, small_disk
+from tests.trainer.data.cached_blocks import BLOCK, FILE, STORED, Blocks, taken
+from tests.trainer.data.remote_files import DATA, QUICK, read, sentence, serving
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    return Blocks(tmp_path / "cache")
+
+
+def path_of(blocks: Blocks, number: int) -> Path:
+    return Path(blocks.cache._directory) / f"{FILE}-{number}"
+
+
+def age(blocks: Blocks, *numbers: int) -> None:
+    """Have these blocks be read last long ago, the first one longest."""
+    for i, number in enumerate(numbers):
+        os.utime(path_of(blocks, number), (1000 + i, 1000 + i))
+
+
+def test_a_block_is_fetched_once_and_read_at_any_place(blocks):
+    whole = blocks.origin(3)
+    for skip, stop in [(0, BLOCK), (0, 1), (17, 4711), (BLOCK - 1, BLOCK)]:
+        assert blocks.get(3, skip, stop) == whole[skip:stop]
+    assert blocks.fetched == [3]
+    again = Blocks(Path(blocks.cache._directory))  # another process, another day
+    assert again.get(3) == whole
+    assert again.fetched == []
+
+
+def test_a_part_of_a_block_is_judged_by_the_pieces_that_hold_it(tmp_path):
+    """A block of several pieces: reads at their borders, and a fault in one of them."""
+    blocks = Blocks(tmp_path, length=200_000)
+    whole = blocks.get(0)
+    for skip, stop in [(65_535, 65_537), (65_536, 131_072), (0, 200_000), (199_999, 200_000)]:
+        assert blocks.get(0, skip, stop) == whole[skip:stop]
+    flip(path_of(blocks, 0), 70_000)
+    assert blocks.get(0, 0, 65_536) == whole[:65_536]
+    assert blocks.fetched == [0]
+    assert blocks.get(0, 65_536, 65_537) == whole[65_536:65_537]
+    assert blocks.fetched == [0, 0]
+
+
+# -- damage
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda p, at=at: flip(p, at) for at in (0, 1, 4999, BLOCK - 1, BLOCK, BLOCK + 7)),
+        *(lambda p, at=at: os.truncate(p, at) for at in (0, 1, 5000, BLOCK, BLOCK + 7)),
+        lambda p: p.write_bytes(bytes(STORED)),
+        lambda p: p.write_bytes(p.read_bytes() + b"x"),
+        lambda p: p.write_bytes(p.with_name(f"{FILE}-1").read_bytes()),  # another block's
+    ],
+)
+def test_what_is_damaged_is_fetched_again(blocks, damage):
+    blocks.get(0), blocks.get(1)
+    damage(path_of(blocks, 0))
+    assert blocks.get(0) == blocks.origin(0)
+    assert blocks.fetched == [0, 1, 0]
+    assert blocks.get(0) == blocks.origin(0)
+    assert blocks.fetched == [0, 1, 0]
+
+
+def test_a_block_that_is_dropped_is_fetched_again(blocks):
+    blocks.get(0)
+    blocks.cache.drop(f"{FILE}-0")
+    blocks.cache.drop(f"{FILE}-9")  # never was there
+    assert blocks.get(0) == blocks.origin(0)
+    assert blocks.fetched == [0, 0]
+
+
+# -- the limit
+
+
+def test_the_blocks_stay_within_the_limit(tmp_path):
+    limit = 12 * STORED + 100
+    blocks = Blocks(tmp_path, limit)
+    rng = random.Random(5)
+    for _ in range(200):
+        number = rng.randrange(40)
+        assert blocks.get(number) == blocks.origin(number)
+        assert taken(tmp_path) <= limit
+    assert taken(tmp_path) >= 0.8 * limit
+    assert int.from_bytes((tmp_path / "usage").read_bytes(), "little") == taken(tmp_path)
+
+
+def test_what_was_read_longest_ago_goes_first(tmp_path):
+    blocks = Blocks(tmp_path, 4 * STORED)
+    for number in range(4):
+        blocks.get(number)
+    age(blocks, 1, 0, 3, 2)
+    blocks.get(1)  # now the youngest
+    assert blocks.cache.keep(f"{FILE}-0", BLOCK)  # so is what somebody is about to read
+    blocks.get(4)
+    assert {p.name[33:] for p in tmp_path.glob(f"{FILE}-*")} == {"0", "1", "2", "4"}
+
+
+def test_a_smaller_limit_holds_at_once(tmp_path):
+    blocks = Blocks(tmp_path, 10 * STORED)
+    for number in range(10):
+        blocks.get(number)
+    age(blocks, *range(10))
+    BlockCache(tmp_path, 3 * STORED)
+    assert taken(tmp_path) == 3 * STORED
+    assert blocks.get(9) == blocks.origin(9)
+    assert blocks.fetched == list(range(10))
+
+
+@pytest.mark.parametrize("lost", [b"", b"\xff" * 8])
+def test_usage_is_counted_again_where_it_was_lost(tmp_path, lost):
+    blocks = Blocks(tmp_path, 5 * STORED)
+    for number in range(5):
+        blocks.get(number)
+    (tmp_path / "usage").write_bytes(lost)
+    for number in range(5, 30):
+        blocks.get(number)
+        assert taken(tmp_path) <= 5 * STORED
+    assert taken(tmp_path) >= 4 * STORED
+
+
+# -- disks that fail
+
+
+def fails(blocks: Blocks, numbers: range) -> list[str]:
+    """Read all of these; the warnings that it costs."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in numbers:
+            assert blocks.get(number) == blocks.origin(number)
+    return [str(w.message) for w in caught]
+
+
+def test_a_full_disk_costs_a_warning(tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        blocks = Blocks(disk / "cache", length=100_000)
+        blocks.get(0)
+        filling = fill(disk)
+        [warning] = fails(blocks, range(20))
+        assert f"{disk}/cache: the cache of remote files fails (No space left" in warning
+        assert blocks.cache.failing
+        assert blocks.fetched == list(range(20))  # the first one is still there
+        filling.unlink()
+        assert fails(blocks, range(20, 22)) == []
+        assert not blocks.cache.failing
+        fetched = len(blocks.fetched)
+        blocks.get(21)
+        assert len(blocks.fetched) == fetched
+
+
+def test_a_disk_that_is_full_from_the_start_costs_a_warning(tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        (disk / "cache").mkdir()
+        fill(disk, leave=50_000)
+        blocks = Blocks(disk / "cache", length=100_000)
+        [warning] = fails(blocks, range(5))
+        assert "fails (No space left on device); reading goes on without it" in warning
+
+
+def test_a_cache_never_fills_the_whole_disk(tmp_path):
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        blocks = Blocks(disk / "cache", limit=1 << 40, length=100_000)
+        assert fails(blocks, range(50)) == []
+        assert shutil.disk_usage(disk).free > 100_000
+
+
+def test_a_disk_that_turns_read_only_costs_a_warning(tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        blocks = Blocks(disk / "cache")
+        blocks.get(0)
+        make_read_only(disk)
+        [warning] = fails(blocks, range(5))
+        assert "Read-only file system" in warning
+
+
+def test_a_cache_that_somebody_removes_costs_a_warning(blocks):
+    blocks.get(0)
+    shutil.rmtree(blocks.cache._directory)
+    [warning] = fails(blocks, range(5))
+    assert "No such file or directory" in warning
+
+
+def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"file/cache: can't be the cache of remote files"
+    ) as caught:
+        open_store("http://127.0.0.1:1/d", tmp_path / "file" / "cache", 1 << 20, QUICK)
+    assert re.search("choose a directory", sentence(caught))
+
+
+def test_a_block_that_a_dataset_finds_wrong_is_not_kept(tmp_path):
+    """`forget` is what a wrong checksum of the dataset's own calls."""
+    with serving() as server:
+        server.files["/d/a.tar"] = DATA[::-1]
+        server.etags["/d/a.tar"] = "always"
+        file = open_store(f"{server.url}/d", tmp_path, 1 << 26, QUICK).open("a.tar", len(DATA), "v")
+        assert read(file) == DATA[::-1]
+        server.files["/d/a.tar"] = DATA
+        assert file.forget(1 << 20, 10)
+        whole = read(file)
+        assert whole[1 << 20 : 2 << 20] == DATA[1 << 20 : 2 << 20]
+        assert whole[: 1 << 20] == DATA[::-1][: 1 << 20]

@@ -1,0 +1,91 @@
+"""Inputs of a build at a server: every file of a folder or glob, each as a stream of its bytes."""
+
+import gzip
+import os
+import random
+
+import pytest
+
+from forescale.data.remote.listing import list_files, list_sizes, open_input
+from forescale.data.remote.transfer import Missing
+from forescale.errors import UserError
+from tests.trainer.data.remote_files import DATA, QUICK, serving
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["well", "half", "reset", 503, "half_then_reset", "half_unsized"],
+        ["whole", "half_then_reset", "whole"],
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_stream_goes_on_where_it_broke_off(server, faults):
+    server.next_time("/d/a.tar", *faults)
+    with open_input(f"{server.url}/d/a.tar", QUICK) as f:
+        assert f.read() == DATA
+
+
+def test_a_stream_can_jump(server):
+    rng = random.Random(2)
+    with open_input(f"{server.url}/d/a.tar", QUICK) as f:
+        assert f.seek(0, os.SEEK_END) == len(DATA)
+        assert f.read() == b""
+        for _ in range(20):
+            start, size = rng.randrange(len(DATA)), rng.randrange(300_000)
+            assert f.seek(start) == start
+            assert f.read(size) == DATA[start : start + size]
+            assert f.tell() == min(start + size, len(DATA))
+
+
+def test_a_jump_does_not_fetch_all_the_rest(server):
+    server.files["/d/large"] = bytes(64 << 20)
+    with open_input(f"{server.url}/d/large", QUICK) as f:
+        f.seek(1 << 20)
+        f.read(10)
+    assert server.requests("/d/large")[-1] == (1 << 20, 5 << 20)
+
+
+def test_a_compressed_stream_is_handed_on_as_it_lies_there(server):
+    server.files["/d/a.jsonl.gz"] = gzip.compress(DATA[:100_000])
+    with open_input(f"{server.url}/d/a.jsonl.gz", QUICK) as f:
+        assert gzip.decompress(f.read()) == DATA[:100_000]
+
+
+def test_a_stream_of_a_file_that_changes_is_named(server):
+    server.next_time("/d/a.tar", "well", "half")
+    with open_input(f"{server.url}/d/a.tar", QUICK) as f:
+        f.read(10)
+        server.files["/d/a.tar"] = DATA[::-1]
+        with pytest.raises(UserError, match="changed on the server between two requests"):
+            f.read()
+
+
+def test_a_stream_that_is_not_there(server):
+    with pytest.raises(Missing):
+        open_input(f"{server.url}/d/nothing", QUICK)
+
+
+def test_a_web_folder_is_listed(server):
+    server.files = {f"/w/{n}": b"x" for n in ("b.txt", "a.txt", "c.md", "x/d.txt", "x/y/e.txt")}
+    base = f"{server.url}/w/"
+
+    def names(pattern):
+        return [name.removeprefix(base) for name in list_files(base + pattern, QUICK)]
+
+    server.next_time("/w/", "reset", 500)
+    assert names("") == ["a.txt", "b.txt", "c.md", "x/d.txt", "x/y/e.txt"]
+    assert names("*.txt") == ["a.txt", "b.txt"]
+    assert names("x/*") == ["x/d.txt"]
+    assert names("**/*.txt") == ["a.txt", "b.txt", "x/d.txt", "x/y/e.txt"]
+    assert names("a.txt") == ["a.txt"]
+    assert list_sizes(base + "c*", QUICK) == [(f"{base}c.md", None)]
+    with pytest.raises(UserError, match="no files there"):
+        names("*.json")

@@ -1,0 +1,245 @@
+"""Blocks fetched ahead of their reads: in the announced order, bounded, once, never in the way."""
+
+import os
+import random
+import shutil
+import threading
+import time
+
+import pytest
+
+from forescale.data.remote.store import open_store
+from forescale.data.remote.transfer import Missing
+from tests.trainer.data.cached_blocks import taken
+from tests.trainer.data.hostile_server import HostileServer
+from tests.trainer.data.remote_files import QUICK, read
+
+BLOCK = 1 << 20
+COUNT = 40
+DATA = random.Random(2).randbytes(COUNT * BLOCK - 12_345)
+THREADS = 8
+AHEAD = 10  # blocks, a sixteenth of:
+LIMIT = 16 * AHEAD * BLOCK
+
+
+@pytest.fixture
+def server():
+    with HostileServer() as server:
+        server.files["/d/a.tar"] = DATA
+        yield server
+
+
+@pytest.fixture
+def opened(server, tmp_path):
+    """Open a file of COUNT blocks, with a limit for its cache."""
+    stores = []
+
+    def open_one(limit=LIMIT):
+        stores.append(open_store(f"{server.url}/d", tmp_path / "cache", limit, QUICK))
+        return stores[-1].open("a.tar", len(DATA), "v1")
+
+    yield open_one
+    for store in stores:
+        store.close()
+    at_rest()
+
+
+def announce(file, numbers, size=100):
+    file.will_read([(number * BLOCK + 7, size) for number in numbers])
+
+
+def read_block(file, number):
+    start = number * BLOCK + 7
+    assert read(file, start, start + 100) == DATA[start : start + 100]
+
+
+def asked(server) -> list[int]:
+    return [start // BLOCK for start, _ in server.requests("/d/a.tar")]
+
+
+def at_rest() -> None:
+    """Wait until no thread fetches ahead any more, because it may not or there is nothing to."""
+    deadline = time.monotonic() + 30
+    while any(t.name == "prefetch" for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def shuffled() -> list[int]:
+    return random.Random(3).sample(range(COUNT), COUNT)
+
+
+def test_announced_blocks_come_in_that_order_before_they_are_read(server, opened):
+    file, order = opened(), shuffled()
+    announce(file, order)
+    at_rest()
+    first = asked(server)
+    assert sorted(first) == sorted(order[:AHEAD])
+    for number in order[:AHEAD]:  # as many threads as fetch at once may pass each other
+        assert abs(first.index(number) - order.index(number)) < THREADS
+    server.always("/d/a.tar", 404)  # what is here needs no server
+    for number in order[:3]:
+        file.read_at(number * BLOCK, memoryview(bytearray(10)))
+
+
+def test_reading_in_the_announced_order_fetches_every_block_once(server, opened):
+    file, order = opened(), shuffled()
+    announce(file, order)
+    for at, number in enumerate(order):
+        read_block(file, number)
+        ahead = len(set(asked(server)) - set(order[: at + 1]))
+        assert ahead <= AHEAD + THREADS
+    at_rest()
+    assert sorted(asked(server)) == list(range(COUNT))
+
+
+def test_no_more_is_fetched_ahead_than_may_be(server, opened):
+    file, order = opened(), shuffled()
+    announce(file, order)
+    for done in range(5):
+        at_rest()
+        assert sorted(asked(server)) == sorted(order[: AHEAD + done])
+        read_block(file, order[done])
+
+
+def test_memory_holds_no_more_than_what_the_threads_fetch(server, opened):
+    server.always("/d/a.tar", "wait")
+    file = opened()
+    announce(file, range(COUNT))
+    for _ in range(THREADS):
+        assert server.arrived.acquire(timeout=30)
+    assert sum(t.name == "prefetch" for t in threading.enumerate()) == THREADS
+    assert sorted(asked(server)) == list(range(THREADS))
+    server.gate.set()
+    at_rest()
+    assert len(asked(server)) == AHEAD
+
+
+def test_announcements_beyond_the_cache_drive_out_nothing_that_comes_next(server, tmp_path, opened):
+    """A cache of 20 blocks, 40 announced, each read twice, one after the other."""
+    limit = 20 * (BLOCK + 8 * 16)
+    file = opened(limit)
+    announce(file, [n for n in range(COUNT) for _ in range(2)])
+    for number in range(COUNT):
+        for _ in range(2):
+            read_block(file, number)
+            at_rest()
+            assert taken(tmp_path / "cache") <= limit
+    assert sorted(asked(server)) == list(range(COUNT))
+
+
+def test_what_is_here_is_not_fetched_and_not_driven_out(server, tmp_path, opened):
+    """The oldest block, announced, outlives those that are fetched after that."""
+    file = opened(20 * (BLOCK + 8 * 16))
+    for number in range(18):
+        read_block(file, number)
+    for path in (tmp_path / "cache").glob("*-0"):
+        os.utime(path, (1000, 1000))
+    announce(file, [0])
+    at_rest()
+    for number in range(18, 22):
+        read_block(file, number)
+    assert asked(server) == list(range(22))
+    read_block(file, 0)
+    assert asked(server) == list(range(22))
+
+
+def test_a_read_does_not_queue_behind_what_is_fetched_ahead(server, opened):
+    server.next_time("/d/a.tar", *["wait"] * THREADS)
+    file = opened()
+    announce(file, range(COUNT))
+    for _ in range(THREADS):
+        assert server.arrived.acquire(timeout=30)
+    read_block(file, 30)  # while all threads hang
+    assert not server.gate.is_set()
+    server.gate.set()
+    at_rest()
+    assert sorted(set(asked(server))) == sorted(asked(server))
+
+
+def test_a_read_of_a_block_on_its_way_waits_for_that_one(server, opened):
+    server.next_time("/d/a.tar", "half_then_wait")
+    file = opened()
+    announce(file, [5])
+    assert server.arrived.acquire(timeout=30)
+    reader = threading.Thread(target=read_block, args=(file, 5))
+    reader.start()
+    assert not server.arrived.acquire(timeout=0.2)
+    server.gate.set()
+    reader.join(30)
+    assert not reader.is_alive()
+    assert asked(server) == [5]
+
+
+def test_a_read_that_waited_for_what_failed_tries_again(server, opened):
+    server.next_time("/d/a.tar", "wait:404")
+    file = opened()
+    announce(file, [5])
+    assert server.arrived.acquire(timeout=30)
+    result = []
+    reader = threading.Thread(target=lambda: result.append(read(file, 5 * BLOCK, 5 * BLOCK + 9)))
+    reader.start()
+    assert not server.arrived.acquire(timeout=0.1)  # time for it to get there
+    server.gate.set()
+    reader.join(30)
+    assert result == [DATA[5 * BLOCK : 5 * BLOCK + 9]]
+    assert asked(server) == [5, 5]
+
+
+def test_threads_that_read_the_same_block_fetch_it_once(server, opened):
+    file = opened()
+    threads = [threading.Thread(target=read_block, args=(file, i % 4)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(asked(server)) == [0, 1, 2, 3]
+
+
+def test_what_fails_ahead_is_tried_again_by_its_read(server, opened):
+    server.next_time("/d/a.tar", 404)
+    file = opened()
+    announce(file, [7])
+    at_rest()
+    read_block(file, 7)
+    assert asked(server) == [7, 7]
+
+
+def test_what_fails_for_good_is_raised_by_its_read_alone(server, opened):
+    server.always("/d/a.tar", 404)
+    file = opened()
+    announce(file, range(COUNT))
+    at_rest()
+    with pytest.raises(Missing, match=r"a\.tar: no such file"):
+        read_block(file, 3)
+
+
+def test_blocks_that_are_passed_over_do_not_stop_the_fetching(server, opened):
+    file = opened()
+    announce(file, range(COUNT))
+    at_rest()
+    read_block(file, 30)  # the reader jumped: what was fetched ahead is never read
+    at_rest()
+    assert set(asked(server)) == {*range(2 * AHEAD), 30}
+
+
+def test_a_cache_that_takes_nothing_is_not_filled_in_vain(server, opened, tmp_path):
+    file = opened()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.warns(RuntimeWarning, match="the cache of remote files fails"):
+        read_block(file, 0)
+    announce(file, range(1, COUNT))
+    at_rest()
+    assert asked(server) == [0]
+
+
+def test_a_store_that_is_closed_fetches_nothing_ahead(server, tmp_path):
+    server.always("/d/a.tar", "wait")
+    store = open_store(f"{server.url}/d", tmp_path, LIMIT, QUICK)
+    announce(store.open("a.tar", len(DATA), "v1"), range(COUNT))
+    for _ in range(THREADS):
+        assert server.arrived.acquire(timeout=30)
+    store.close()
+    server.gate.set()
+    at_rest()
+    assert len(asked(server)) == THREADS

@@ -1,0 +1,195 @@
+"""Stores: a directory or a folder of a server, small files whole and large ones at any place."""
+
+import os
+import sys
+
+import pytest
+
+from forescale.data.remote.listing import list_files, list_sizes, open_input
+from forescale.data.remote.store import LocalStore, open_store
+from forescale.data.remote.transfer import Missing
+from forescale.data.text.documents import Report
+from forescale.data.text.inputs import find_files
+from forescale.errors import UserError
+from tests.trainer.data.remote_files import DATA, QUICK, SMALL, read, sentence, serving
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+def test_a_local_file_is_read_at_any_place(tmp_path):
+    (tmp_path / "a").write_bytes(SMALL)
+    file = open_store(tmp_path).open("a", len(SMALL))
+    assert file.size == len(SMALL)
+    assert read(file, 17, 4711) == SMALL[17:4711]
+    assert read(file, 0, 0) == b""
+    assert file.forget(0, 10) is False
+    file.will_read([(0, 10)])
+    file.close()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(4990, 5001), (5000, 5001), (6000, 6010)])
+def test_a_local_read_beyond_the_end_names_the_file(tmp_path, start, stop):
+    (tmp_path / "a").write_bytes(SMALL)
+    file = open_store(tmp_path).open("a")
+    with pytest.raises(UserError, match=f"{tmp_path}/a: ends") as caught:
+        read(file, start, stop)
+    sentence(caught)
+
+
+def test_a_local_file_that_shrinks_while_it_is_open_is_named(tmp_path):
+    (tmp_path / "a").write_bytes(SMALL)
+    file = open_store(tmp_path).open("a")
+    os.truncate(tmp_path / "a", 100)
+    with pytest.raises(UserError, match=r"a: ends after 100 bytes, 4,900 too early"):
+        read(file)
+
+
+def test_what_is_wrong_with_a_local_file_is_said(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    store = open_store(tmp_path)
+    assert store.exists("a")
+    assert not store.exists("b")
+    for act in (store.open, store.read):
+        with pytest.raises(UserError, match=f"{tmp_path}/b: missing"):
+            act("b")
+    with pytest.raises(UserError, match="folder: can't be read"):
+        read(store.open("folder"), 0, 1)
+    with pytest.raises(UserError, match="a: 1 bytes where 2 belong"):
+        store.open("a", 2)
+
+
+def test_names_that_stand_for_themselves(server, tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"there")
+    local = open_store(tmp_path / "d", tmp_path / "cache", 1 << 26, QUICK)
+    remote = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
+    for store in (local, remote):
+        assert read(store.open(str(tmp_path / "elsewhere"))) == b"there"
+        assert store.exists(str(tmp_path / "elsewhere"))
+        assert read(store.open(f"{server.url}/d/small")) == SMALL
+        assert store.exists(f"{server.url}/d/small")
+        assert store.read(f"{server.url}/d/small") == SMALL
+
+
+REFUSED = {
+    "pipe:cat /etc/passwd": "which no config may",
+    "pipe://x": "which no config may",
+    "exec:ls": "which no config may",
+    "simplecache::s3://bucket/x": "which no config may",
+    "filecache::http://host/x": "which no config may",
+    "file:///etc/passwd": "no address of a server; give the path alone",
+    "local:///etc/passwd": "no address of a server; give the path alone",
+    "https://": "ends where the server belongs",
+}
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_what_no_config_may_name(tmp_path, address):
+    store = open_store(tmp_path, tmp_path / "cache")
+    acts = (open_store, store.open, store.read, store.exists, list_files, open_input, find)
+    for act in acts:
+        with pytest.raises(UserError) as caught:
+            act(address)
+        assert REFUSED[address] in sentence(caught)
+
+
+def find(address):
+    return find_files(address, 0, Report())
+
+
+def test_passwords_and_signatures_are_used_and_never_shown(server, tmp_path):
+    url = server.url.replace("://", "://me:secret@") + "/d?signature=secret"
+    store = open_store(url, tmp_path, 1 << 26, QUICK)
+    assert store.read("small") == SMALL
+    with pytest.raises(Missing) as caught:
+        store.read("nothing")
+    assert "secret" not in str(caught.value) + store.where
+    assert f"{server.url}/d/nothing?..." in str(caught.value)
+
+
+# -- small files, and files of unknown size
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_small_files_are_read_whole(server, tmp_path):
+    store = open_store(f"{server.url}/d/", tmp_path / "cache", 1 << 26, QUICK)
+    server.next_time("/d/small", "half", "reset", 500, "half_chunk")
+    assert store.read("small") == SMALL
+    assert store.read("empty") == b""
+    assert store.exists("small")
+    assert not store.exists("nothing")
+    server.always("/d/small", 403)
+    with pytest.raises(UserError, match="access is refused"):
+        store.exists("small")
+
+
+def test_a_small_file_is_always_fetched_unless_its_version_is_known(server, tmp_path):
+    store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
+    for _ in range(2):
+        assert store.read("small") == SMALL
+    assert len(server.asked) == 2
+    for _ in range(2):
+        assert store.read("small", len(SMALL), "v1") == SMALL
+    assert len(server.asked) == 3
+
+
+def test_a_file_of_unknown_size_is_asked_for_it(server, tmp_path):
+    store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
+    file = store.open("a.tar")
+    assert file.size == len(DATA)
+    assert server.sent["/d/a.tar"] == 1
+    assert store.open("empty").size == 0
+    server.always("/d/small", "whole_unsized")
+    with pytest.raises(UserError, match="doesn't say how long the file is"):
+        store.open("small")
+
+
+def test_a_read_beyond_the_end_names_the_file(server, tmp_path):
+    file = open_store(f"{server.url}/d", tmp_path, 1 << 26, QUICK).open("a.tar")
+    with pytest.raises(UserError, match=r"a\.tar: ends after 3,000,000 bytes, 10 too early"):
+        read(file, 2_999_990, 3_000_010)
+
+
+def test_any_protocol_of_fsspec_is_read(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("b", "a", "x/c"):
+        memory.pipe(f"/forescale-test/{name}", SMALL)
+    store = open_store("memory://forescale-test", tmp_path, 1 << 26, QUICK)
+    assert store.exists("a")
+    assert not store.exists("nothing")
+    assert store.read("a") == SMALL
+    assert read(store.open("x/c", len(SMALL), "v1"), 100, 200) == SMALL[100:200]
+    with pytest.raises(UserError, match="b: 5,000 bytes on the server where 4,999 belong"):
+        read(store.open("b", 4_999, "v1"))
+    with pytest.raises(UserError, match="x: a folder where a file is needed"):
+        store.open("x")
+    base = "memory://forescale-test"
+    assert list_files(base) == [f"{base}/a", f"{base}/b", f"{base}/x/c"]
+    assert list_sizes(f"{base}/x/*") == [(f"{base}/x/c", len(SMALL))]
+    with pytest.raises(Missing):
+        store.read("nothing")
+    with open_input(f"{base}/a") as f:
+        f.seek(4000)
+        assert f.read() == SMALL[4000:]
+
+
+def test_a_missing_package_is_named_with_the_mend(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"pip install 'forescale\[gs\]'"):
+        open_store("gs://bucket/d", tmp_path).read("manifest.json")
+
+
+def test_an_unknown_protocol_is_named(tmp_path):
+    with pytest.raises(UserError, match="magic://bucket"):
+        open_store("magic://bucket/d", tmp_path).read("manifest.json")
+
+
+def test_a_local_store_is_what_a_path_gives(tmp_path):
+    assert isinstance(open_store(tmp_path), LocalStore)
+    assert list(tmp_path.iterdir()) == []

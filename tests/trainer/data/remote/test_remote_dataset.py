@@ -1,0 +1,218 @@
+"""A dataset behind a web server that misbehaves: the tokens of the local one, or a sentence."""
+
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from forescale.data.dataset import Damaged, Dataset
+from forescale.data.feed import Feed
+from forescale.data.mixture import Mixture, Stage
+from forescale.data.order import Order
+from forescale.data.remote.store import open_store
+from forescale.data.remote.transfer import Patience
+from forescale.data.stream import Share, stream
+from forescale.errors import UserError
+from tests.trainer.data.hostile_server import HostileServer
+from tests.trainer.data.remote_files import QUICK, sentence
+from tests.trainer.data.small_dataset import write_dataset
+
+L = 1024
+BATCH = 32
+STEPS = 40  # somewhat more than an epoch
+FAULTS = ["reset", "half_then_reset", "close", "half", "half_unsized", "half_chunk", "short"]
+FAULTS += ["empty", "garbage", "elsewhere", "500", "503:0"]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    """Two shards of two blocks and some, in members smaller than a block."""
+    shards = [[50_000] * 11 + [7], [70_000] * 9]
+    return write_dataset(tmp_path_factory.mktemp("far") / "d", shards, [[300]], member=150_000)
+
+
+@pytest.fixture
+def server(local):
+    with HostileServer() as server:
+        server.files |= {f"/d/{path.name}": path.read_bytes() for path in local.iterdir()}
+        yield server
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Have datasets opened with another patience than a cluster needs."""
+
+    def with_patience(patience):
+        monkeypatch.setattr(
+            "forescale.data.dataset.open_store", partial(open_store, patience=patience)
+        )
+
+    with_patience(QUICK)
+    return with_patience
+
+
+def feed_of(dataset: Dataset) -> Feed:
+    split = dataset.split("train")
+    orders = {"data": Order(split.shard_tokens, L, 1, 2)}
+    return Feed({"data": split}, Mixture(orders, [Stage.of(0, [1])], 1), 257, seed=1)
+
+
+def batches(dataset: Dataset, rank=0, world=1, workers=1, steps=range(STEPS)) -> list:
+    share = Share(BATCH, 4, rank, world)
+    return list(stream(feed_of(dataset), share, steps, BATCH * steps.start, workers=workers))
+
+
+def assert_equal(found: list, want: list) -> None:
+    assert len(found) == len(want)
+    for a, b in zip(found, want, strict=True):
+        assert (a.g0, a.g1, a.window_hash) == (b.g0, b.g1, b.window_hash)
+        for x, y in zip(a.micro, b.micro, strict=True):
+            assert torch.equal(x.tokens, y.tokens)
+            assert torch.equal(x.targets, y.targets)
+
+
+def asked(server, suffix=".tar") -> list[tuple[str, int]]:
+    return [(a.path, a.start) for a in server.asked if a.path.endswith(suffix)]
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_cold_cache_and_a_warm_one_give_the_local_tokens(server, local, tmp_path, workers):
+    want = batches(Dataset(local))
+    assert_equal(batches(Dataset(f"{server.url}/d", tmp_path), workers=workers), want)
+    assert len(asked(server)) == len(set(asked(server)))  # each block once
+    server.asked.clear()
+    for name in server.files:
+        if name.endswith((".tar", ".index.json")):
+            server.always(name, 404)
+    assert_equal(batches(Dataset(f"{server.url}/d/", tmp_path), workers=workers), want)
+    assert sorted(a.path for a in server.asked) == ["/d/files.json", *["/d/manifest.json"] * 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+@pytest.mark.parametrize("seed", range(3))
+def test_faults_of_every_kind_on_every_file_change_no_token(server, local, tmp_path, patient, seed):
+    patient(Patience(tries=30, seconds=60, timeout=10, pause=0.001))
+    rng = random.Random(seed)
+    for name in server.files:
+        server.next_time(name, *(rng.choice([*FAULTS, "well"]) for _ in range(25)))
+    ranks = [Dataset(f"{server.url}/d", tmp_path) for _ in range(2)]
+    for rank, dataset in enumerate(ranks):
+        want = batches(Dataset(local), rank, 2)
+        assert_equal(batches(dataset, rank, 2, workers=rank + 1), want)
+    assert len(server.asked) > 40
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_server_that_hangs_now_and_then_changes_no_token(server, local, tmp_path, patient):
+    patient(Patience(tries=50, seconds=60, timeout=0.2, pause=0.001))
+    for name in server.files:
+        server.next_time(name, "hang", "well", "half_then_hang")
+    assert_equal(batches(Dataset(f"{server.url}/d", tmp_path)), batches(Dataset(local)))
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("reset", "the connection breaks (tried 4 times)"),
+        ("close", "closes the connection without an answer (tried 4 times)"),
+        ("503:0", "the server answers 503 Service Unavailable (tried 4 times)"),
+        ("garbage", "the answer isn't HTTP (tried 4 times)"),
+        (403, "access is refused"),
+        (404, "no such file"),
+    ],
+)
+@pytest.mark.usefixtures("patient")
+def test_what_lasts_ends_the_stream_with_file_and_server(server, tmp_path, fault, what):
+    dataset = Dataset(f"{server.url}/d", tmp_path)
+    feed = feed_of(dataset)
+    server.always("/d/train-000001.tar", fault)
+    with pytest.raises(UserError) as caught:
+        list(stream(feed, Share(BATCH, 4), range(STEPS), 0, workers=2))
+    text = sentence(caught)
+    assert text.startswith(f"{server.url}/d/train-000001.tar: ")
+    assert what in text
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_server_that_hangs_for_good_ends_the_stream(server, tmp_path, patient):
+    patient(Patience(tries=2, seconds=30, timeout=0.2, pause=0.001))
+    server.always("/d/train-000000.tar", "hang")
+    with pytest.raises(UserError, match=r"/d/train-000000\.tar: .*the server is silent for 0.2 s"):
+        batches(Dataset(f"{server.url}/d", tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+@pytest.mark.parametrize("name", ["manifest.json", "files.json", "train-000000.index.json"])
+@pytest.mark.usefixtures("patient")
+def test_a_small_file_that_does_not_come_is_named(server, tmp_path, name):
+    server.always(f"/d/{name}", 500)
+    with pytest.raises(UserError) as caught:
+        batches(Dataset(f"{server.url}/d", tmp_path), workers=0)
+    assert sentence(caught).startswith(f"{server.url}/d/{name}: the server answers 500")
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_folder_without_a_dataset_is_named(server, tmp_path):
+    with pytest.raises(UserError, match=f"{server.url}/e: no such dataset"):
+        Dataset(f"{server.url}/e", tmp_path)
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("seed", range(3))
+def test_damage_at_the_server_is_named_and_not_kept(server, local, tmp_path, seed):
+    """The same cache gives the right tokens once the server does."""
+    whole = server.files["/d/train-000000.tar"]
+    at = random.Random(seed).randrange(100_000, 290_000)  # in the tokens of its first member
+    server.files["/d/train-000000.tar"] = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+    with pytest.raises(Damaged, match="member 000000 is damaged: bytes") as caught:
+        batches(Dataset(f"{server.url}/d", tmp_path))
+    assert sentence(caught).startswith(f"{server.url}/d/train-000000.tar: ")
+    server.files["/d/train-000000.tar"] = whole
+    assert_equal(batches(Dataset(f"{server.url}/d", tmp_path)), batches(Dataset(local)))
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_damaged_index_is_named_and_not_kept(server, local, tmp_path):
+    name = "/d/train-000001.index.json"
+    whole = server.files[name]
+    server.files[name] = whole.replace(b'"size"', b'"sise"', 1)
+    with pytest.raises(Damaged, match="damaged: its sha256 isn't the manifest's") as caught:
+        batches(Dataset(f"{server.url}/d", tmp_path))
+    assert sentence(caught).startswith(server.url + name)
+    server.files[name] = whole
+    assert_equal(batches(Dataset(f"{server.url}/d", tmp_path)), batches(Dataset(local)))
+
+
+@pytest.mark.usefixtures("patient")
+def test_damage_in_the_cache_is_mended_from_the_server(server, local, tmp_path):
+    want = batches(Dataset(local))
+    batches(Dataset(f"{server.url}/d", tmp_path))
+    rng = random.Random(7)
+    for path in tmp_path.iterdir():
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    assert_equal(batches(Dataset(f"{server.url}/d", tmp_path)), want)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_resumed_stream_fetches_only_what_its_step_needs(server, local, tmp_path):
+    feed = feed_of(Dataset(f"{server.url}/d", tmp_path))
+    g = 10**12
+    [batch] = stream(feed, Share(2, 2), range(10**9, 10**9 + 1), g, workers=0)
+    places = zip(*map(list, feed.mixture.places(g, g + 2)[1:]), strict=True)
+    needed = {
+        (f"/d/{feed.splits[0].shard_name(shard)}", at >> 20 << 20)
+        for shard, start, length in places
+        for offset, size in feed.splits[0].shard(shard).byte_ranges(start, length)
+        for at in (offset, offset + size - 1)
+    }
+    assert set(asked(server)) == needed
+    assert len(asked(server)) == len(needed)
+    assert_equal(
+        [batch], list(stream(feed_of(Dataset(local)), Share(2, 2), range(10**9, 10**9 + 1), g))
+    )

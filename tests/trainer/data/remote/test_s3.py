@@ -1,0 +1,191 @@
+"""Datasets and inputs in a bucket, at a real S3 server (moto's) in a process of its own.
+
+Google's gs:// goes the same way through fsspec, but nothing here can speak its protocol: what
+gcsfs raises, and whether its `generation` tells versions apart, is untested.
+"""
+
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forescale.data.dataset import Damaged, Dataset
+from forescale.data.remote.listing import list_sizes, open_input
+from forescale.data.remote.store import open_store
+from forescale.data.remote.transfer import Missing
+from forescale.errors import UserError
+from tests.trainer.data.remote_files import DATA, QUICK, SMALL, read, sentence
+from tests.trainer.data.small_dataset import write_dataset
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[4]
+SERVES = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """The server has an environment of its own: its boto3 and the aiobotocore of s3fs each want
+    their own botocore, and pip searches for many minutes for versions that suit both."""
+    root = tmp_path_factory.mktemp("moto")
+    subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
+    subprocess.run([root / "bin" / "pip", "install", "-q", "moto[server]>=5"], check=True)
+    quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([root / "bin" / "python", "-c", SERVES], text=True, **quiet) as process:
+        port = process.stdout.readline().strip()
+        yield f"http://127.0.0.1:{port}"
+        process.kill()
+
+
+@pytest.fixture(autouse=True)
+def bucket(endpoint, monkeypatch):
+    """An empty bucket, and its address in the environment, as a user's shell has it."""
+    s3fs = pytest.importorskip("s3fs")
+    for name, value in environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # they keep what the environment was
+    fs = s3fs.S3FileSystem(endpoint_url=endpoint)
+    if fs.exists("books"):
+        fs.rm("books", recursive=True)
+    fs.mkdir("books")
+    yield fs
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    keys = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
+    nowhere = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    more = {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    return {"AWS_ENDPOINT_URL": endpoint, **keys, **nowhere, **more}
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "forescale", *words],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def put(bucket, tmp_path):
+    """A dataset on this machine and the same in the bucket."""
+    local = write_dataset(tmp_path / "d", [[50_000] * 11 + [7], [70_000] * 9], member=150_000)
+    bucket.put(str(local), "books/d", recursive=True)
+    return local
+
+
+def test_a_dataset_in_a_bucket_reads_the_same(put, tmp_path):
+    for _ in range(2):  # a cold cache and a warm one
+        far, near = (Dataset(p, tmp_path / "cache") for p in ("s3://books/d", put))
+        assert far.identity == near.identity
+        for shard, count in enumerate(near.split("train").shard_tokens):
+            want = near.split("train").read(shard, 0, count)
+            assert np.array_equal(far.split("train").read(shard, 0, count), want)
+
+
+def test_a_warm_cache_needs_no_more_than_the_small_files(put, bucket, tmp_path):
+    split = Dataset("s3://books/d", tmp_path / "cache").split("train")
+    want = split.read(0, 0, 500_000)
+    bucket.rm("books/d/train-000000.tar")
+    split = Dataset("s3://books/d", tmp_path / "cache").split("train")
+    assert np.array_equal(split.read(0, 0, 500_000), want)
+    with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member .* no such file"):
+        Dataset("s3://books/d", tmp_path / "other").split("train").read(0, 0, 10)
+
+
+def test_damage_in_a_bucket_is_named_and_not_kept(put, bucket, tmp_path):
+    whole = bucket.cat("books/d/train-000000.tar")
+    bucket.pipe("books/d/train-000000.tar", whole[:200_000] + b"?" + whole[200_001:])
+    with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member 000000 is damaged"):
+        Dataset("s3://books/d", tmp_path / "cache").split("train").read(0, 0, 140_000)
+    bucket.pipe("books/d/train-000000.tar", whole)
+    found = Dataset("s3://books/d", tmp_path / "cache").split("train").read(0, 0, 140_000)
+    assert np.array_equal(found, Dataset(put).split("train").read(0, 0, 140_000))
+
+
+@pytest.mark.parametrize("size", [100, len(DATA) - 1, len(DATA) + 1])
+def test_a_file_of_another_size_is_named(bucket, tmp_path, size):
+    bucket.pipe("books/a", (DATA + b"x")[:size])
+    file = open_store("s3://books", tmp_path, 1 << 26, QUICK).open("a", len(DATA), "v1")
+    with pytest.raises(UserError, match=f"s3://books/a: {size:,} bytes on the server where"):
+        read(file)
+
+
+def test_a_file_that_changes_is_fetched_anew(bucket, tmp_path):
+    """Without a checksum that somebody knows, the bucket's own name for a version is the key."""
+    for content in (SMALL, SMALL[::-1], SMALL):
+        bucket.pipe("books/a", content)
+        store = open_store("s3://books", tmp_path, 1 << 26, QUICK)
+        assert read(store.open("a")) == content
+
+
+def test_inputs_are_listed_and_read(bucket):
+    for name in ("b.txt", "a.txt", "c.md", "x/d.txt", "x/y/e.txt"):
+        bucket.pipe(f"books/in/{name}", name.encode())
+
+    def names(pattern):
+        return [name.removeprefix("s3://books/in/") for name, _ in list_sizes(pattern, QUICK)]
+
+    assert names("s3://books/in") == ["a.txt", "b.txt", "c.md", "x/d.txt", "x/y/e.txt"]
+    assert names("s3://books/in/") == names("s3://books/in")
+    assert names("s3://books/in/*.txt") == ["a.txt", "b.txt"]
+    assert names("s3://books/in/**/*.txt") == ["a.txt", "b.txt", "x/d.txt", "x/y/e.txt"]
+    assert list_sizes("s3://books/in/c.md") == [("s3://books/in/c.md", 4)]
+    bucket.pipe("books/in/large", DATA)
+    with closing(open_input("s3://books/in/large", QUICK)) as f:
+        assert f.read() == DATA
+        f.seek(2_000_000)
+        assert f.read(10) == DATA[2_000_000:2_000_010]
+
+
+@pytest.mark.parametrize("url", ["s3://books/nothing", "s3://no-bucket/x", "s3://books/*.txt"])
+def test_inputs_that_are_not_there_are_named(url):
+    with pytest.raises(UserError, match=r"no files there|no such file") as caught:
+        list_sizes(url, QUICK)
+    assert sentence(caught).startswith(url)
+
+
+def test_a_dataset_that_is_not_there_is_named(tmp_path):
+    for url in ("s3://books/nothing", "s3://no-bucket/d"):
+        with pytest.raises(UserError, match=f"{url}: no such dataset"):
+            Dataset(url, tmp_path)
+    with pytest.raises(Missing):
+        open_store("s3://books", tmp_path, 1 << 26, QUICK).read("nothing")
+
+
+def test_missing_credentials_are_named(put, bucket, tmp_path, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    bucket.clear_instance_cache()
+    acts = (lambda: Dataset("s3://books/d", tmp_path / "cache"), lambda: list_sizes("s3://books/d"))
+    for act in acts:
+        with pytest.raises(UserError, match=r"s3://books/d.*: access is refused") as caught:
+            act()
+        assert "give your credentials to the environment" in sentence(caught)
+
+
+def test_a_build_from_a_bucket_is_that_of_a_folder(bucket, tmp_path):
+    """`forescale shards s3://books/text`, the real command."""
+    (tmp_path / "text" / "more").mkdir(parents=True)
+    for i in range(20):
+        folder = tmp_path / "text" / ("more" if i % 3 else "")
+        (folder / f"{i}.txt").write_text(f"document {i} " * 200)
+    bucket.put(str(tmp_path / "text"), "books/text", recursive=True)
+    near, far = tmp_path / "near", tmp_path / "far"
+    for source, output in ((str(tmp_path / "text"), near), ("s3://books/text", far)):
+        done = command("shards", source, f"output={output}", "vocab_size=300", "workers=2")
+        assert done.returncode == 0, done.stderr
+    assert Dataset(far).identity == Dataset(near).identity
+    missing = command("shards", "s3://books/nothing", f"output={tmp_path / 'none'}")
+    assert missing.returncode == 2
+    assert "s3://books/nothing: no files there" in missing.stderr

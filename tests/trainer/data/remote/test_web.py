@@ -1,0 +1,274 @@
+"""Files at a web server that misbehaves: each fault is survived with the right bytes, or named."""
+
+import socket
+import threading
+
+import pytest
+
+from forescale.data.remote.store import open_store
+from forescale.data.remote.transfer import Missing, Patience, Unreachable
+from forescale.errors import UserError
+from tests.trainer.data.remote_files import DATA, HASTY, QUICK, SMALL, read, sentence, serving
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def opened(server, tmp_path):
+    """Open a file of /d with a patience."""
+
+    def open_one(name="a.tar", patience=QUICK, size=None):
+        store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, patience)
+        return store.open(name, len(server.files[f"/d/{name}"]) if size is None else size, "v1")
+
+    return open_one
+
+
+# -- faults that are survived
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["reset"],
+        ["half_then_reset"],
+        ["close"],
+        ["half"],
+        ["half_unsized"],
+        ["half_chunk"],
+        ["short"],
+        ["empty"],
+        ["garbage"],
+        ["elsewhere"],
+        ["nowhere"],
+        [500],
+        [502, 503, 504],
+        ["503:0", "429:0"],
+        ["429:Wed, 21 Oct 2015 07:28:00 GMT"],
+        ["503:soon"],
+        ["half", "reset", 500, "half_unsized", "close", "elsewhere", "half_then_reset"],
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_fault_that_passes_is_survived(server, opened, faults):
+    server.next_time("/d/a.tar", *faults)
+    assert read(opened(), 100, 2_500_000) == DATA[100:2_500_000]
+    assert len(server.requests("/d/a.tar")) == 3 + len(faults)
+
+
+@pytest.mark.parametrize("fault", ["hang", "half_then_hang"])
+def test_a_server_that_hangs_once_is_survived(server, opened, fault):
+    server.next_time("/d/small", fault)
+    patience = Patience(tries=50, seconds=60, timeout=0.2, pause=0.01)
+    assert read(opened("small", patience)) == SMALL
+
+
+@pytest.mark.parametrize("fault", ["half", "half_unsized", "half_then_reset", "short"])
+def test_what_came_is_kept_so_that_halves_add_up(server, opened, fault):
+    """Each answer is cut in half: with what came kept, a block takes log2 of it requests."""
+    server.always("/d/small", fault)
+    assert read(opened("small", Patience(tries=2, seconds=30, timeout=10, pause=0.001))) == SMALL
+    starts = [start for start, _ in server.requests("/d/small")]
+    assert starts == sorted(set(starts))
+    assert len(starts) <= 14
+
+
+def test_a_small_file_is_read_from_a_server_without_ranges(server, opened):
+    server.always("/d/a.tar", "whole")
+    assert read(opened(), 1_500_000, 2_500_000) == DATA[1_500_000:2_500_000]
+
+
+def test_redirects_are_followed(server, opened):
+    server.files["/other"] = DATA
+    server.always("/d/a.tar", "redirect:/other")
+    assert read(opened(), 1_000_000, 1_200_000) == DATA[1_000_000:1_200_000]
+
+
+def test_connections_are_kept(server, opened):
+    read(opened())
+    assert len({a.connection for a in server.asked}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_the_network_fails_in_the_middle_of_a_run(server, opened):
+    """A server that was stopped and comes back at the same address."""
+    file = opened(patience=Patience(tries=50, seconds=60, timeout=10, pause=0.01))
+    assert read(file, 0, 10) == DATA[:10]
+    for a in server.asked:
+        assert a.stop == 1 << 20
+    server.always("/d/a.tar", "reset")
+    result = []
+    reader = threading.Thread(target=lambda: result.append(read(file)))
+    reader.start()
+    for _ in range(4):
+        server.arrived.acquire(timeout=30)
+    server.always("/d/a.tar", "well")
+    reader.join(30)
+    assert result == [DATA]
+
+
+# -- faults that are named
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "kind"),
+    [
+        (401, "access is refused (the server answers 401 Unauthorized)", UserError),
+        (403, "access is refused (the server answers 403 Forbidden)", UserError),
+        (404, "no such file (the server answers 404 Not Found)", Missing),
+        (410, "no such file", Missing),
+        (400, "the server answers 400 Bad Request", UserError),
+        (416, "the server answers 416", UserError),
+    ],
+)
+def test_what_no_second_try_can_mend_is_named_at_once(server, opened, fault, what, kind):
+    server.always("/d/a.tar", fault)
+    with pytest.raises(kind) as caught:
+        read(opened())
+    text = sentence(caught)
+    assert text.startswith(f"{server.url}/d/a.tar: {what}")
+    assert "check the address" in text
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("reset", "the connection breaks"),
+        ("close", "the server closes the connection without an answer"),
+        ("empty", "the answer ends 1,048,576 bytes early"),
+        ("garbage", "the answer isn't HTTP"),
+        ("elsewhere", "asked for the bytes from 0 on, the server sends 'bytes 1-"),
+        ("nowhere", "asked for the bytes from 0 on, the server sends ''"),
+        (500, "the server answers 500 Internal Server Error"),
+        ("503:0", "the server answers 503 Service Unavailable"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_what_lasts_is_named_with_how_often_it_was_tried(server, opened, fault, what):
+    server.always("/d/a.tar", fault)
+    with pytest.raises(Unreachable) as caught:
+        read(opened())
+    text = sentence(caught)
+    assert text.startswith(f"{server.url}/d/a.tar: {what}")
+    assert "(tried 4 times); check the address" in text
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [("hang", "the server is silent for 0.2 s"), ("half_then_hang", "the server is silent")],
+)
+def test_a_server_that_only_hangs_is_named(server, opened, fault, what):
+    server.next_time("/d/small", fault)
+    server.always("/d/small", "hang")
+    with pytest.raises(Unreachable, match=what) as caught:
+        read(opened("small", HASTY))
+    assert "tried" in sentence(caught)
+
+
+def test_a_server_that_trickles_is_named(server, opened):
+    """Each byte comes in time, and the file never."""
+    server.always("/d/a.tar", "trickle")
+    with pytest.raises(Unreachable, match=r"too slow: [1-9]"):
+        read(opened(patience=Patience(tries=4, seconds=0.3, timeout=10, pause=0.01)))
+
+
+def test_a_wait_that_the_server_asks_for_is_kept(server, opened, monkeypatch):
+    slept = []
+    monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", slept.append)
+    server.next_time("/d/a.tar", "503:7")
+    assert read(opened(), 0, 10) == DATA[:10]
+    assert slept == [7.0]
+
+
+def test_a_wait_beyond_all_patience_is_named_at_once(server, opened, monkeypatch):
+    monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", pytest.fail)
+    server.always("/d/a.tar", "429:3600")
+    with pytest.raises(Unreachable, match=r"429 .* and asks to wait 3,600 s \(tried once\)"):
+        read(opened())
+
+
+def test_pauses_double_and_differ_between_ranks(server, opened, monkeypatch):
+    slept = []
+    monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", slept.append)
+    server.always("/d/a.tar", 500)
+    with (
+        pytest.warns(RuntimeWarning, match="a.tar: the server answers 500"),
+        pytest.raises(Unreachable),
+    ):
+        read(opened(patience=Patience(tries=6, seconds=1000, timeout=10, pause=1)))
+    assert len(slept) == 5
+    for i, pause in enumerate(slept):
+        assert 2**i / 2 <= pause <= 2**i
+    assert slept != [2**i for i in range(5)]
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_server_that_is_not_there(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(Unreachable, match=r"the server refuses the connection \(tried 4 times\)"):
+        open_store(url, tmp_path, patience=QUICK).read("manifest.json")
+
+
+@pytest.mark.filterwarnings("ignore:.*trying again")
+def test_a_name_that_nobody_knows(tmp_path, monkeypatch):
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(
+        Unreachable, match=r"http://nowhere.invalid/a: the name of the server can't"
+    ):
+        open_store("http://nowhere.invalid", tmp_path, patience=QUICK).read("a")
+
+
+@pytest.mark.parametrize("url", ["http:///d", "http://host:port/"])
+def test_what_is_no_address(tmp_path, url):
+    with pytest.raises(UserError, match="not an address") as caught:
+        open_store(url, tmp_path, patience=QUICK).read("a")
+    sentence(caught)
+
+
+def test_redirects_without_end(server, opened):
+    server.always("/d/a.tar", "redirect:/d/a.tar")
+    with pytest.raises(UserError, match="redirects without end"):
+        read(opened())
+
+
+def test_a_large_file_at_a_server_without_ranges_is_named(server, opened):
+    server.files["/d/large"] = bytes(9 << 20)
+    server.always("/d/large", "whole")
+    with pytest.raises(UserError, match="the server ignores ranges"):
+        read(opened("large"))
+    server.always("/d/large", "whole_unsized")
+    with pytest.raises(UserError, match="the server ignores ranges"):
+        read(opened("large"))
+
+
+def test_a_file_that_changes_between_two_requests_is_named(server, opened):
+    file = opened()
+    read(file, 0, 10)
+    server.files["/d/a.tar"] = DATA[::-1]
+    with pytest.raises(UserError, match="changed on the server between two requests"):
+        read(file)
+
+
+@pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, 100])
+def test_a_file_of_another_size_than_the_manifest_says_is_named(server, opened, size):
+    server.files["/d/a.tar"] = (DATA + b"x")[:size]
+    with pytest.raises(UserError, match=f"a.tar: {size:,} bytes on the server where 3,000,000"):
+        read(opened(size=len(DATA)))
+
+
+def test_a_file_that_was_cut_off_below_the_range_is_named(server, opened):
+    server.files["/d/a.tar"] = DATA[:100]
+    with pytest.raises(UserError, match=r"a\.tar: 100 bytes on the server where 3,000,000"):
+        read(opened(size=len(DATA)), 2_000_000, 2_000_010)

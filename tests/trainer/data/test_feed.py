@@ -1,0 +1,176 @@
+"""Going on beside damage: other windows stand in, the same on all ranks, and nothing is silent."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from forescale.data.dataset import Damaged, Dataset
+from forescale.data.feed import Lost
+from forescale.data.stream import Share, stream
+from forescale.errors import UserError
+from tests.trainer.data.small_dataset import write_dataset
+from tests.trainer.data.test_stream import make_feed
+
+L, STEPS, BATCH = 16, range(40), 12
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_dataset(tmp_path / "d", [[50, 60, 91], [40] * 6, [129]], member=64)
+
+
+def damage(path, shard, member):
+    """Flip a byte in the middle of a member's tokens."""
+    tar = path / f"train-{shard:06d}.tar"
+    found = Dataset(path).split("train").shard(shard).members[member]
+    raw = bytearray(tar.read_bytes())
+    raw[found.tok["offset"] + found.tok["size"] // 2] ^= 1
+    tar.write_bytes(raw)
+    return Lost("data", shard, found.key)
+
+
+def feed_of(path, substitute=True, **more):
+    split = Dataset(path).split("train")
+    return make_feed({"data": split}, L, 5, 2, substitute=substitute, **more)
+
+
+def run(path, world=1, workers=1, quarantine=frozenset(), steps=STEPS):
+    """All ranks' batches by step, with ranks as threads that agree as ranks do."""
+    barrier, said = threading.Barrier(world), [frozenset()] * world
+
+    def rank(number):
+        def agree(mine):
+            said[number] = mine
+            barrier.wait(20)
+            found = frozenset().union(*said)
+            barrier.wait(20)
+            return found
+
+        share = Share(BATCH, BATCH // 12, number, world)
+        feed = feed_of(path)  # a rank verifies what it reads itself
+        known = {"quarantine": quarantine, "agree": agree if world > 1 else None}
+        g = steps[0] * BATCH
+        return list(stream(feed, share, steps, g, workers=workers, **known))
+
+    with ThreadPoolExecutor(world) as pool:
+        ranks = list(pool.map(rank, range(world)))
+    return list(zip(*ranks, strict=True))
+
+
+def sequence(rows):
+    return [(m.tokens.tolist(), m.targets.tolist()) for row in rows for b in row for m in b.micro]
+
+
+def test_damage_stops_by_default_and_names_file_and_member(path):
+    lost = damage(path, 1, 2)
+    feed = feed_of(path, substitute=False)
+    with pytest.raises(Damaged, match=rf"train-000001.tar: member {lost.member} is damaged"):
+        list(stream(feed, Share(BATCH, 1), STEPS, 0))
+
+
+def test_other_windows_stand_in_for_damaged_ones_alone(path):
+    whole = sequence(run(path))
+    rows = run(path)
+    lost = damage(path, 1, 2)
+    rows = run(path)
+    touched = 0
+    for g, (before, after) in enumerate(zip(whole, sequence(rows), strict=True)):
+        _, shard, start, length = (int(c[0]) for c in feed_of(path).mixture.places(g, g + 1))
+        members = feed_of(path).splits[0].members(shard, start, length)
+        hit = shard == 1 and lost.member in members
+        touched += hit
+        assert (before == after) != hit
+        real = [sum(t >= 0 for t in row) for _, (row,) in (before, after)]
+        assert real[0] == real[1]  # the step's targets stay what the order says
+    assert touched
+    assert rows[-1][0].quarantine == {lost}
+    assert sum(bool(b.lost) for (b,) in rows) == 1
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_agree_on_damage_from_the_step_that_finds_it(path, world, workers):
+    lost = {damage(path, 1, 2), damage(path, 0, 0)}
+    alone, shared = run(path), run(path, world, workers)
+    assert sequence(alone) == sequence(shared)
+    for (one,), ranks in zip(alone, shared, strict=True):
+        assert {b.quarantine for b in ranks} == {one.quarantine}
+        assert sum(b.window_hash for b in ranks) % 2**64 == one.window_hash
+        assert frozenset().union(*(b.lost for b in ranks)) == one.lost
+    assert alone[-1][0].quarantine == lost
+
+
+def test_a_resumed_run_knows_what_was_lost(path):
+    damage(path, 1, 2)
+    damage(path, 2, 1)
+    whole = run(path)
+    for cut in (1, 7, 20):
+        known = whole[cut - 1][0].quarantine
+        tail = run(path, 2, 1, known, range(cut, 40))
+        assert sequence(tail) == sequence(whole)[cut * BATCH :]
+
+
+def test_what_was_lost_stays_lost_even_where_it_is_mended(path):
+    copy = {f.name: f.read_bytes() for f in path.iterdir()}
+    damage(path, 1, 2)
+    whole = run(path)
+    for name, raw in copy.items():
+        (path / name).write_bytes(raw)
+    tail = run(path, quarantine=whole[-1][0].quarantine, steps=range(20, 40))
+    assert sequence(tail) == sequence(whole)[20 * BATCH :]
+
+
+def test_a_shard_that_is_cut_off_is_lost_whole(path):
+    tar = path / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    rows = run(path, 2)
+    assert rows[-1][0].quarantine == {Lost("data", 1, "")}
+    assert len(sequence(rows)) == 40 * BATCH
+
+
+def test_documents_of_damaged_ends_are_substituted_too(path):
+    found = Dataset(path).split("train").shard(1).members[1]
+    tar = path / "train-000001.tar"
+    raw = bytearray(tar.read_bytes())
+    raw[found.doc["offset"]] ^= 1
+    tar.write_bytes(raw)
+    feed = feed_of(path, documents=True)
+    rows = list(stream(feed, Share(BATCH, 1), STEPS, 0))
+    assert rows[-1].quarantine == {Lost("data", 1, found.key)}
+    with pytest.raises(Damaged, match="document ends"):
+        list(stream(feed_of(path, False, documents=True), Share(BATCH, 1), STEPS, 0))
+
+
+def test_a_source_with_nothing_left_is_a_sentence(tmp_path):
+    path = write_dataset(tmp_path / "d", [[200]], member=64)
+    for member in range(4):
+        damage(path, 0, member)
+    with pytest.raises(UserError, match="windows in a row touch damaged members"):
+        list(stream(feed_of(path), Share(BATCH, 1), range(3), 0, workers=0))
+
+
+def test_a_window_reads_what_it_needs_and_no_more(tmp_path):
+    """At the start, and far into the run: a resume costs the chunks of its windows."""
+    path = write_dataset(tmp_path / "d", [[200_000] * 3] * 4, member=1 << 18)
+    for g in (0, 10**12):
+        split = Dataset(path).split("train")
+        read = []
+        for number in range(4):
+            shard = split.shard(number)
+            file = shard.file
+
+            class Counting:
+                size, close, forget = file.size, file.close, file.forget
+
+                def read_at(self, offset, into, read_at=file.read_at, read=read):
+                    read.append(len(into))
+                    read_at(offset, into)
+
+            shard.file = Counting()
+            shard._read_at = shard.file.read_at
+        feed = make_feed({"data": split}, 256, 0, 2)
+        list(stream(feed, Share(8, 1), range(5, 6), g, workers=0))
+        assert 0 < sum(read) <= 8 * 2 * 65536
+        assert np.mean(read) <= 65536

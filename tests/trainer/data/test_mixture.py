@@ -1,0 +1,124 @@
+"""Mixtures: exact shares, each source in its own order, closed form at any distance."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forescale.data.mixture import Mixture, Stage, without
+from forescale.data.order import Order
+
+ORDERS = {
+    "a": Order([300, 41, 1, 77], 8, 1, 2),
+    "b": Order([50] * 5, 8, 2, 3),
+    "c": Order([999], 8, 3, 1),
+}
+weights = st.lists(st.integers(0, 30), min_size=3, max_size=3).filter(any)
+stages = st.builds(
+    lambda gaps, shares: [
+        Stage.of(sum(gaps[:i]), share) for i, share in enumerate(shares[: len(gaps) + 1])
+    ],
+    st.lists(st.integers(1, 5000), max_size=2),
+    st.lists(weights, min_size=3, max_size=3),
+)
+
+
+@given(stages=stages, seed=st.integers(0, 9), cuts=st.lists(st.integers(1, 900), max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_every_source_keeps_its_own_order_however_the_samples_are_cut(stages, seed, cuts):
+    mixture = Mixture(ORDERS, stages, seed)
+    total = 12_000
+    whole = mixture.places(0, total)
+    for source, order in enumerate(ORDERS.values()):
+        mine = whole.source == source
+        own = order.windows(0, int(mine.sum()))
+        for got, want in zip(whole[1:], own, strict=True):
+            assert np.array_equal(got[mine], want)
+    g = 0
+    for count in [*cuts, 3000]:
+        part = mixture.places(g, g + count)
+        for got, want in zip(part, whole, strict=True):
+            assert np.array_equal(got, want[g : g + count])
+        targets = np.bincount(part.source, part.length - 1, minlength=3)
+        assert mixture.targets(g, g + count).tolist() == targets.tolist()
+        g += count
+    assert mixture.samples(g).tolist() == np.bincount(whole.source[:g], minlength=3).tolist()
+
+
+@given(stages=stages, seed=st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+def test_shares_are_exact_at_the_end_of_every_block(stages, seed):
+    mixture = Mixture(ORDERS, stages, seed)
+    firsts = [stage.first for stage in stages]
+    for i, stage in enumerate(stages):
+        end = firsts[i + 1] if i + 1 < len(firsts) else stage.first + 9 * 1024
+        before, share = mixture.samples(stage.first), np.array(stage.weights, object)
+        share = share / sum(share)
+        ends = list(range(stage.first + 1024, end, 1024))
+        ends = [g for g in ends if end - g >= 1024 or i + 1 == len(stages)]
+        for g in [*ends, end]:
+            given = mixture.samples(g) - before
+            exact = [s * (g - stage.first) for s in share]
+            assert sum(given) == g - stage.first
+            assert all(abs(n - e) < 1 for n, e in zip(given.tolist(), exact, strict=True))
+
+
+def test_a_small_share_gets_a_longer_block_and_is_not_lost():
+    mixture = Mixture(ORDERS, [Stage.of(0, [0.9999, 0.0001, 0])], 0)
+    given = mixture.samples(200_000)
+    assert given.tolist() == [199_980, 20, 0]
+
+
+def test_sources_are_mixed_inside_a_block_and_another_seed_mixes_otherwise():
+    stage = [Stage.of(0, [1, 1, 2])]
+    first = Mixture(ORDERS, stage, 0).places(0, 1024).source
+    assert len(set(first[:32].tolist())) == 3
+    assert (first != Mixture(ORDERS, stage, 1).places(0, 1024).source).any()
+
+
+def test_far_away_costs_no_more_than_near():
+    mixture = Mixture(ORDERS, [Stage.of(0, [0.5, 0.3, 0.2]), Stage.of(10**6, [0, 1, 3])], 5)
+    far = mixture.places(10**12, 10**12 + 100)
+    again = Mixture(ORDERS, [Stage.of(0, [0.5, 0.3, 0.2]), Stage.of(10**6, [0, 1, 3])], 5)
+    assert np.array_equal(again.places(10**12 + 50, 10**12 + 100).start, far.start[50:])
+    assert mixture.epochs(10**12)["a"] == 500_000 / ORDERS["a"].windows_per_epoch
+
+
+def test_weights_are_taken_as_they_are_written():
+    assert Stage.of(0, [0.1, 0.2, 1e-3]).weights == (
+        Fraction(1, 10),
+        Fraction(1, 5),
+        Fraction(1, 1000),
+    )
+
+
+@pytest.mark.parametrize("weights", [[0, 0], [-1, 2], [1, 1e-9]])
+def test_weights_without_sense_are_refused(weights):
+    with pytest.raises(ValueError, match=r"share|negative"):
+        Stage.of(0, weights)
+
+
+def test_stages_begin_at_the_start_and_follow_on_each_other():
+    for firsts in ([1], [0, 5, 5], [0, 9, 3], []):
+        with pytest.raises(ValueError, match="stages"):
+            Mixture(ORDERS, [Stage.of(first, [1, 1, 1]) for first in firsts], 0)
+
+
+@given(
+    skipped=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 20)), max_size=5),
+    g=st.integers(0, 220),
+    count=st.integers(1, 60),
+)
+def test_skipped_samples_are_passed_over_and_no_other(skipped, g, count):
+    gone = {s for start, size in skipped for s in range(start, start + size)}
+    merged: list[tuple[int, int]] = []
+    for a, b in sorted((start, start + size) for start, size in skipped):
+        if merged and a < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        else:
+            merged.append((a, b))
+    found = [s for a, b in without(merged, g, count) for s in range(a, b)]
+    want = [s for s in range(g, 1000) if s not in gone][:count]
+    assert found == want

@@ -1,0 +1,110 @@
+"""Packed windows through the stream: one sequence for all ranks, every token a target once."""
+
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forescale.data.dataset import Damaged, Dataset
+from forescale.data.feed import Feed, Lost
+from forescale.data.mixture import Mixture, Stage
+from forescale.data.order import Order
+from forescale.data.packing_table import open_bins
+from forescale.data.stream import IGNORED, Share, stream
+from tests.trainer.data.small_dataset import write_dataset
+from tests.trainer.data.test_stream import collect
+
+DOCUMENTS = st.lists(st.integers(1, 90), min_size=1, max_size=6)
+SHARDS = st.lists(DOCUMENTS, min_size=1, max_size=4).filter(lambda s: max(map(max, s)) > 1)
+
+
+def packed_feed(datasets: dict[str, Dataset], cache: Path, L: int, seed=3, block=2, **more) -> Feed:
+    splits = {name: d.split("train") for name, d in datasets.items()}
+    bins = {n: open_bins(s, L, datasets[n].identity, cache) for n, s in splits.items()}
+    orders = {n: Order(s.shard_tokens, L, seed, block, bins[n]) for n, s in splits.items()}
+    mixture = Mixture(orders, [Stage.of(0, [1] * len(splits))], seed)
+    return Feed(splits, mixture, 257, seed=seed, bins=bins, **more)
+
+
+def triples(found) -> list[tuple[int, int]]:
+    """(input, target) wherever there is a target."""
+    pairs = ((x.tokens.numpy(), x.targets.numpy()) for x in found)
+    return [p for i, t in pairs for p in zip(i[t != IGNORED], t[t != IGNORED], strict=True)]
+
+
+@given(SHARDS, st.integers(1, 40), st.integers(1, 4), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_an_epoch_has_each_next_token_of_each_document_once(shards, L, block, masked):
+    with TemporaryDirectory() as folder:
+        dataset = Dataset(write_dataset(Path(folder) / "d", shards))
+        feed = packed_feed({"d": dataset}, Path(folder), L, block=block, documents=masked)
+        order = feed.mixture.orders[0]
+        rows = collect(feed, (0, order.windows_per_epoch), 0, 1, 1, 1)
+        found = [pair for _, micro, _ in rows for pair in triples(micro)]
+        split, expected = dataset.split("train"), []
+        for shard, lengths in enumerate(shards):
+            tokens = split.read(shard, 0, sum(lengths)) if sum(lengths) else []
+            for document in np.split(tokens, np.cumsum(lengths)[:-1]):
+                expected += pairwise(document)
+        assert sorted(found) == sorted(expected)
+        assert order.targets_per_epoch == len(found)
+        for batch, micro, _ in rows:
+            assert batch.targets == len(triples(micro))
+            if masked:
+                numbers = micro[0].documents.numpy()
+                within = micro[0].targets.numpy()[:, :-1] != IGNORED
+                assert not (within & (np.diff(numbers) != 0)).any()
+
+
+@given(
+    st.lists(SHARDS, min_size=1, max_size=2),
+    st.integers(1, 60),
+    st.integers(0, 10**12),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.integers(1, 3)), max_size=3),
+)
+@settings(max_examples=8, deadline=None)
+def test_any_chain_of_restarts_reads_one_sequence(sources, L, first, chain):
+    with TemporaryDirectory() as folder:
+        datasets = {
+            f"s{i}": Dataset(write_dataset(Path(folder, str(i)), s)) for i, s in enumerate(sources)
+        }
+        feed = packed_feed(datasets, Path(folder), L, documents=True)
+        total = sum(steps for _, _, steps in chain)
+        whole = collect(feed, (0, total), first, 1, 12, 1, workers=0)
+        step, g, parts = 0, first, []
+        for world, workers, steps in chain:
+            again = packed_feed(datasets, Path(folder), L, documents=True)
+            parts += collect(again, (step, step + steps), g, world, 12, 1, workers)
+            step, g = step + steps, parts[-1][0].g1
+        for (a, found_a, hash_a), (b, found_b, hash_b) in zip(whole, parts, strict=True):
+            assert (a.g0, a.g1, a.shares, hash_a) == (b.g0, b.g1, b.shares, hash_b)
+            for x, y in zip(found_a, found_b, strict=True):
+                for name in ("tokens", "targets", "documents"):
+                    assert getattr(x, name).equal(getattr(y, name))
+
+
+def test_another_bin_with_as_many_targets_stands_in_for_a_damaged_one(tmp_path):
+    path = write_dataset(tmp_path / "d", [[9, 30, 14, 25, 40, 22, 17, 60, 5, 33]] * 2, member=64)
+    sound = list(stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), Share(4, 1), range(5), 0))
+    member = Dataset(path).split("train").shard(1).members[1]
+    tar = path / "train-000001.tar"
+    raw = bytearray(tar.read_bytes())
+    raw[member.tok["offset"]] ^= 1
+    tar.write_bytes(raw)
+    with pytest.raises(Damaged, match=f"member {member.key}"):
+        list(stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), Share(4, 1), range(5), 0))
+    feed = packed_feed({"d": Dataset(path)}, tmp_path, 40, substitute=True)
+    rows = list(stream(feed, Share(4, 1), range(5), 0))
+    assert {lost for b in rows for lost in b.lost} == {Lost("d", 1, member.key)}
+    for batch, before in zip(rows, sound, strict=True):
+        assert batch.targets == before.targets == len(triples(batch.micro))
+    kept = sum(
+        a.tokens.equal(b.tokens)
+        for x, y in zip(rows, sound, strict=True)
+        for a, b in zip(x.micro, y.micro, strict=True)
+    )
+    assert 0 < kept < 20

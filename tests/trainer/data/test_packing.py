@@ -1,0 +1,120 @@
+"""Packing: every token a target once, bins never too full, as tight as best fit decreasing is."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forescale.data.packing import Packing, pack
+
+documents = st.lists(st.integers(1, 90), max_size=60).map(lambda d: np.array(d, np.int64))
+lengths = st.integers(1, 40)
+
+
+def pieces_of(packing: Packing) -> list[tuple[int, int]]:
+    """(start, end) of every piece, in the order of the data."""
+    ends = packing.starts + packing.lengths
+    return sorted(zip(packing.starts.tolist(), ends.tolist(), strict=True))
+
+
+def best_fit_decreasing(pieces: list[int], capacity: int) -> list[int]:
+    """The rooms that are left, by the definition: one piece after the other, longest first."""
+    rooms: list[int] = []
+    for piece in sorted(pieces, reverse=True):
+        fitting = [room for room in rooms if room >= piece]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else capacity) - piece)
+    return sorted(rooms)
+
+
+@given(documents, lengths)
+@settings(max_examples=100, deadline=None)
+def test_every_token_but_a_documents_first_is_a_target_once(d, L):
+    targets = np.zeros(d.sum(), int)
+    covered = np.zeros(d.sum(), bool)
+    firsts = np.cumsum(d) - d
+    packing = pack(d, L)
+    for start, end in pieces_of(packing):
+        targets[start + 1 : end] += 1
+        covered[start:end] = True
+        assert np.searchsorted(firsts, start, "right") == np.searchsorted(firsts, end - 1, "right")
+    assert (covered == np.repeat(d > 1, d)).all()
+    expected = np.ones(d.sum(), int)
+    expected[firsts] = 0
+    assert (targets == expected).all()
+    assert packing.num_targets == expected.sum()
+    bins = [packing.pieces(b)[1] for b in range(packing.num_bins)]
+    assert packing.targets.tolist() == [int((lengths - 1).sum()) for lengths in bins]
+    assert all(1 <= n <= L for n in packing.targets)
+
+
+@given(documents, lengths)
+@settings(max_examples=100, deadline=None)
+def test_only_what_is_longer_than_a_window_is_cut(d, L):
+    pieces = pieces_of(pack(d, L))
+    whole = [
+        (int(end - n), int(end)) for n, end in zip(d, np.cumsum(d), strict=True) if 1 < n <= L + 1
+    ]
+    assert set(whole) <= set(pieces)
+    assert all(end - start == L + 1 or end in np.cumsum(d) for start, end in pieces)
+
+
+@given(documents, lengths)
+@settings(max_examples=100, deadline=None)
+def test_bins_are_those_of_best_fit_decreasing(d, L):
+    packing = pack(d, L)
+    assert packing.offsets[0] == 0
+    assert packing.offsets[-1] == len(packing.starts)
+    held = [int(packing.pieces(b)[1].sum()) for b in range(packing.num_bins)]
+    assert all(0 < n <= L + 1 for n in held)
+    rooms = best_fit_decreasing(packing.lengths.tolist(), L + 1)
+    assert sorted(L + 1 - n for n in held) == rooms
+
+
+@given(documents, lengths)
+@settings(max_examples=100, deadline=None)
+def test_bins_and_their_pieces_stand_as_in_the_data(d, L):
+    packing = pack(d, L)
+    bins = [packing.pieces(b)[0] for b in range(packing.num_bins)]
+    assert all((np.diff(starts) > 0).all() for starts in bins)
+    assert (np.diff([starts[0] for starts in bins]) > 0).all()
+    again = pack(d.copy(), L)
+    for name in ("offsets", "starts", "lengths"):
+        ours, theirs = getattr(packing, name), getattr(again, name)
+        assert ours.tobytes() == theirs.tobytes()
+
+
+def test_a_case_by_hand():
+    """Windows of 5 tokens. The document of 10 becomes 5, 5 and 2; then 3 and 2 share a bin (those
+    that come first in the data), the last 2 is alone, and what has one token is nowhere."""
+    packing = pack(np.array([2, 10, 3, 1]), 4)
+    bins = [tuple(zip(*map(np.ndarray.tolist, packing.pieces(b)), strict=True)) for b in range(4)]
+    assert bins == [((0, 2), (12, 3)), ((2, 5),), ((6, 5),), ((10, 2),)]
+    assert packing.num_targets == 1 + 9 + 2
+    assert packing.waste == 1 - 12 / 16
+
+
+def test_waste_is_less_than_without_packing_and_than_first_come_first_served():
+    d = np.clip(np.random.default_rng(0).lognormal(5, 1.2, 5000), 1, None).astype(np.int64)
+    L = 512
+    packing = pack(d, L)
+    alone = len(packing.starts)  # a window for every piece
+    greedy, room = 0, 0
+    for n in (end - start for start, end in pieces_of(packing)):
+        greedy, room = (greedy, room - n) if n <= room else (greedy + 1, L + 1 - n)
+    least = -(-int(packing.lengths.sum()) // (L + 1))
+    assert packing.num_bins <= least * 1.005
+    assert packing.num_bins < greedy < alone
+    firsts = len(packing.starts) / (packing.num_bins * L)
+    assert packing.waste < firsts + 0.005
+    assert packing.waste == pytest.approx(1 - (d - 1).sum() / (packing.num_bins * L))
+
+
+def test_nothing_is_packed_into_no_bin():
+    for nothing in ([], [1, 1]):
+        packing = pack(np.array(nothing, np.int64), 8)
+        assert (packing.num_bins, packing.num_targets) == (0, 0)
+    for d, L in (([3, 0], 8), ([3], 0)):
+        with pytest.raises(ValueError, match="a token at least"):
+            pack(np.array(d), L)

@@ -1,0 +1,166 @@
+"""Packing tables of a split: the bins of real shards, kept in a file that damage can't get past."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forescale.data.dataset import Dataset, Split
+from forescale.data.packing import pack
+from forescale.data.packing_table import Bins, open_bins
+from forescale.data.prepare.writer import ShardWriter
+from forescale.data.remote.store import open_store
+from forescale.errors import UserError
+from tests.trainer.data.small_dataset import write_dataset
+
+# Uneven shards, down to those without a target; members of 64 tokens cut documents in two.
+SHARDS = st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=12), min_size=1, max_size=4)
+DOCUMENTS = [[7, 30, 2, 2, 9], [1], [70, 70, 3, 1, 25]]
+
+
+@pytest.fixture
+def opened(tmp_path):
+    return Dataset(write_dataset(tmp_path / "d", DOCUMENTS, [[5, 6]]))
+
+
+def bins_of(dataset: Dataset, cache: Path, L: int = 8, split: str = "train", **more) -> Bins:
+    return open_bins(dataset.split(split), L, dataset.identity, cache, **more)
+
+
+def all_pieces(bins: Bins) -> list[list[list[tuple[int, int]]]]:
+    """Of every shard the bins, of every bin the pieces."""
+    return [[bins.pieces(s, b) for b in range(n)] for s, n in enumerate(bins.counts.tolist())]
+
+
+@given(SHARDS, st.integers(1, 40))
+@settings(max_examples=25, deadline=None)
+def test_every_token_but_a_documents_first_is_a_target_once(shards, L):
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = Dataset(write_dataset(Path(folder) / "d", shards))
+        bins = bins_of(dataset, Path(folder), L)
+        targets = []
+        for shard, of_shard in enumerate(all_pieces(bins)):
+            lengths = np.array(shards[shard])
+            document = np.repeat(np.arange(len(lengths)), lengths)
+            held = []
+            for pieces in of_shard:
+                assert sum(length for _, length in pieces) <= L + 1
+                held.append(sum(length - 1 for _, length in pieces))
+                for start, length in pieces:
+                    assert len(set(document[start : start + length])) == 1
+                    targets += [(shard, t) for t in range(start + 1, start + length)]
+            assert bins.targets[shard] == sum(held) == lengths.sum() - len(lengths)
+            numbers = np.arange(len(held))
+            first, length = bins.cut(np.full_like(numbers, shard), numbers)
+            assert (first == numbers).all()
+            assert (length - 1).tolist() == held
+        starts = [np.cumsum(d) - d for d in map(np.array, shards)]
+        firsts = {(s, int(t)) for s, of_shard in enumerate(starts) for t in of_shard}
+        tokens = {(s, t) for s, d in enumerate(shards) for t in range(sum(d))}
+        assert sorted(targets) == sorted(tokens - firsts)
+
+
+def test_what_bins_lack_is_counted_side_by_side(opened, tmp_path):
+    bins = bins_of(opened, tmp_path)
+    for shards in ([0], [2, 0], [1, 2], [2, 1, 0]):
+        shard = np.repeat(shards, bins.counts[shards])
+        number = np.concatenate([np.arange(n) for n in bins.counts[shards]])
+        lacking = 9 - bins.cut(shard, number)[1]
+        which, lacks = bins.short(np.array(shards))
+        assert (which == np.flatnonzero(lacking)).all()
+        assert (lacks == lacking[which]).all()
+    assert bins.counts[1] == bins.targets[1] == 0
+
+
+def test_a_bin_is_cut_short_after_so_many_targets(opened, tmp_path):
+    bins = bins_of(opened, tmp_path, 40)
+    shard, number, whole = next(
+        (shard, number, pieces)
+        for shard, of_shard in enumerate(all_pieces(bins))
+        for number, pieces in enumerate(of_shard)
+        if len(pieces) > 2
+    )
+    count = sum(length - 1 for _, length in whole)
+    for targets in range(1, count + 1):
+        taken = bins.pieces(shard, number, targets)
+        assert sum(length - 1 for _, length in taken) == targets
+        assert [start for start, _ in taken] == [start for start, _ in whole[: len(taken)]]
+        assert taken[:-1] == whole[: len(taken) - 1]
+        assert 2 <= taken[-1][1] <= whole[len(taken) - 1][1]
+    assert taken == whole
+
+
+def test_tables_are_made_once_for_each_dataset_split_and_length(opened, tmp_path):
+    told = []
+
+    def progress(phase, done, total, unit, *, tokens=0):
+        told.append((phase, done, total))
+
+    first = all_pieces(bins_of(opened, tmp_path, progress=progress))
+    assert told[-1] == ("pack documents", 220, 220)
+    told.clear()
+    again = bins_of(opened, tmp_path, progress=progress)
+    assert not told
+    assert all_pieces(again) == first
+    assert all_pieces(bins_of(opened, tmp_path, 9)) != first
+    assert len(all_pieces(bins_of(opened, tmp_path, split="validation"))) == 1
+    other = Dataset(write_dataset(tmp_path / "other", DOCUMENTS[::-1]))
+    assert all_pieces(bins_of(other, tmp_path)) == first[::-1]
+    files = list((tmp_path / "packing").iterdir())
+    assert len(files) == 4
+    for shard, lengths in enumerate(DOCUMENTS):
+        fresh = pack(np.array(lengths), 8)
+        for name in ("offsets", "starts", "lengths"):
+            assert (getattr(again.table(shard), name) == getattr(fresh, name)).all()
+
+
+def test_pieces_are_whole_documents_of_the_text(dataset, tmp_path):
+    """Each piece ends with the end of a document, or goes on to be cut; none has one inside."""
+    opened = Dataset(dataset)
+    split, end = opened.split("train"), opened.end_of_text
+    bins = bins_of(opened, tmp_path, 400)
+    whole = 0
+    for shard, of_shard in enumerate(all_pieces(bins)):
+        for start, length in (piece for pieces in of_shard for piece in pieces):
+            ids = split.read(shard, start, length)
+            assert end not in ids[:-1]
+            whole += ids[-1] == end
+    assert whole == split.num_documents
+
+
+def test_a_document_that_goes_on_elsewhere_is_packed_too(tmp_path):
+    writer = ShardWriter(tmp_path, "train-000000", np.dtype("uint16"), 64)
+    writer.add(np.arange(30))
+    writer.add(np.arange(20))
+    writer._ends.pop()
+    writer.documents = 1
+    row, _ = writer.finish()
+    whole = {"tokens": 50, "documents": 1, "bytes": 49, "shards": [row]}
+    split = Split(open_store(tmp_path), "train", whole, "uint16")
+    bins = open_bins(split, 30, "0" * 64, tmp_path)
+    assert all_pieces(bins) == [[[(0, 30)], [(30, 20)]]]
+
+
+def test_damage_is_named_before_a_table_is_used(opened, tmp_path):
+    bins = bins_of(opened, tmp_path)
+    path, good, right = bins.path, bins.path.read_bytes(), all_pieces(bins)
+    bad = [good[:at] for at in range(len(good))]
+    bad += [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(len(good))]
+    bad += [good + b"\0", b"\0" + good, good + good]
+    for raw in bad:
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=r"\.v1: damaged: .*; delete it: it is made again\."):
+            bins_of(opened, tmp_path).short(np.arange(3))
+    path.unlink()
+    assert all_pieces(bins_of(opened, tmp_path)) == right
+
+
+def test_a_table_of_something_else_is_refused(opened, tmp_path):
+    eight, nine = (bins_of(opened, tmp_path, L).path for L in (8, 9))
+    shutil.copy(eight, nine)
+    with pytest.raises(UserError, match="isn't of what its name says"):
+        bins_of(opened, tmp_path, 9)

@@ -1,0 +1,38 @@
+"""What is said while a build works: amounts, rates, time left; lines where there is no terminal."""
+
+from forescale.data.progress import Meter, Rates, amount, console, duration, say
+
+
+def test_a_rate_is_of_the_last_half_minute_and_gives_the_time_left():
+    rates = Rates(now=100.0)
+    assert rates.text(1000, "bytes") == ""  # nothing is known yet
+    for second in range(61):
+        fast = max(0, second - 30)  # ten times as fast in the second half
+        rates.see(100.0 + second, 1_000_000 * (second + 9 * fast), 250_000 * (second + 9 * fast))
+    assert rates.text(400_000_000, "bytes") == "10.0 MB/s, 2,500,000 tokens/s, 7 s left"
+    done = 1_000_000 * (60 + 9 * 30)
+    assert rates.text(done, "bytes") == "5.5 MB/s, 1,375,000 tokens/s"  # at the end, of all of it
+
+
+def test_amounts_and_durations_read_well():
+    assert amount(12_000_000, 40_000_000, "bytes") == "12.0 of 40.0 MB (30%)"
+    assert amount(1_234, 1_234, "bytes") == "1,234 bytes"
+    assert amount(5_000, None, "documents") == "5,000 documents"
+    assert [duration(s) for s in (12, 180, 7200)] == ["12 s", "3 min", "2.0 h"]
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys):
+    with console(every=0) as progress:
+        meter = Meter(progress, "tokenise", 3_000_000, "bytes")
+        meter(1_500_000, 400_000)
+        meter(1_400_000, 400_000)
+        meter.end()
+        say(progress, "a sentence")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == [
+        "tokenise: 1.5 of 3.0 MB",
+        "tokenise: 2.9 of 3.0 MB",
+        "tokenise: 3.0 MB",
+        "a sentence",
+    ]
+    assert not any("\x1b" in line or "\r" in line for line in lines)

@@ -1,0 +1,71 @@
+"""Tokenizers are lossless and the bytes behind their ids exact."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from forescale.data.tokenizer import (
+    END_OF_TEXT,
+    byte_tokenizer,
+    end_of_text,
+    load_tokenizer,
+    token_bytes,
+    train_bpe,
+)
+from forescale.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def bpe(texts):
+    return train_bpe((t.decode() for t in texts), 350)
+
+
+@given(st.text(st.characters(codec="utf-8")))
+@settings(max_examples=150, deadline=None)
+def test_sizes_sum_to_the_text(bpe, text):
+    for tokenizer in (bpe, byte_tokenizer()):
+        tokenizer.encode_special_tokens = True
+        ids = tokenizer.encode(text).ids
+        assert int(token_bytes(tokenizer)[ids].sum()) == len(text.encode())
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_training_depends_on_the_text_alone(texts, bpe):
+    assert train_bpe((t.decode() for t in texts), 350).to_str() == bpe.to_str()
+    assert bpe.get_vocab_size() == 350
+    assert bpe.token_to_id(END_OF_TEXT) == 0
+
+
+def test_bytes_are_their_own_ids():
+    text = "naïve 🙂\x00\n"
+    assert byte_tokenizer().encode(text).ids == list(text.encode())
+    assert end_of_text(byte_tokenizer(), "here") == 256
+    assert token_bytes(byte_tokenizer()).tolist() == [1] * 256 + [0]
+
+
+def test_byte_fallback_pieces():
+    vocab = {"<unk>": 0, "<0x0A>": 1, "\u2581the": 2, "数": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.ByteFallback()
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    assert token_bytes(tokenizer).tolist() == [0, 1, 4, 3, 0]
+    assert end_of_text(tokenizer, "here") == 4
+
+
+def test_what_cannot_be_used_has_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="no such tokenizer"):
+        load_tokenizer(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match=r"bad\.json: not a tokenizer"):
+        load_tokenizer(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="no fixed number of bytes"):
+        token_bytes(Tokenizer(models.WordLevel({"a": 0}, "a")))
+    with pytest.raises(UserError, match="257"):
+        train_bpe(["x"], 100)
+    with pytest.raises(UserError, match="'a' ends no document"):
+        end_of_text(byte_tokenizer(), "here", "a")
+    with pytest.raises(UserError, match=r"no <\|done\|>.*special tokens: <\|endoftext\|>"):
+        end_of_text(byte_tokenizer(), "here", "<|done|>")
+    assert np.all(token_bytes(byte_tokenizer()) <= 1)

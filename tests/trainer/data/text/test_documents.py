@@ -1,0 +1,98 @@
+"""Faulty, blank and long text: each policy does what it says, and nothing goes uncounted."""
+
+import pytest
+
+from forescale.data.text.documents import Policy, Report, decoded
+from forescale.errors import UserError
+
+
+def take(text, **policy):
+    chosen, report = Policy(**policy), Report()
+    chosen.check()
+    return [d.text for d in decoded("a", text, report, chosen)], report.as_dict()
+
+
+def counted(reason, name="a"):
+    return {reason: {"count": 1, "first": [name]}}
+
+
+def test_sound_text_is_kept_as_it_is():
+    text = "Füße\r\n\x00 end ".encode()
+    assert take(text) == ([text], {})
+    assert take(text.decode()) == ([text], {})
+
+
+def test_undecodable():
+    assert take(b"ab\xff\xfecd") == ([], counted("undecodable", "a (byte 2)"))
+    replaced = counted("undecodable, replaced", "a (byte 2)")
+    assert take(b"ab\xff\xc3cd", undecodable="replace") == (["ab\ufffd\ufffdcd".encode()], replaced)
+    with pytest.raises(UserError, match=r"a: isn't UTF-8 \(byte 2\)"):
+        take(b"ab\xff", undecodable="fail")
+
+
+def test_half_a_surrogate_pair_is_undecodable_too():
+    halved = "a (half a surrogate pair)"
+    assert take("x\ud800y") == ([], counted("undecodable", halved))
+    found = take("x\ud800y\ud83d", undecodable="replace")
+    assert found == (["x\ufffdy\ufffd".encode()], counted("undecodable, replaced", halved))
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        take("\udfff", undecodable="fail")
+
+
+@pytest.mark.parametrize("blank", [b"", b" \n\t\r\n", "", "  "])
+def test_blank(blank):
+    assert take(blank) == ([], counted("empty"))
+    with pytest.raises(UserError, match="a: holds no text"):
+        take(blank, empty="fail")
+
+
+def test_long():
+    text = "1234ü6".encode()  # 7 bytes
+    assert take(text, long="cut", max_document_bytes=7) == ([text], {})
+    assert take(text, long="cut", max_document_bytes=6) == (
+        ["1234ü".encode()],
+        counted("long, cut"),
+    )
+    # The limit falls into the middle of the character.
+    assert take(text, long="cut", max_document_bytes=5) == ([b"1234"], counted("long, cut"))
+    assert take(text, long="skip", max_document_bytes=6) == ([], counted("long"))
+    with pytest.raises(UserError, match="a: is 7 bytes long, the limit is 6"):
+        take(text, long="fail", max_document_bytes=6)
+
+
+def test_what_is_left_after_a_cut_may_be_blank():
+    found, report = take("  ü", long="cut", max_document_bytes=3)
+    assert found == []
+    assert report == counted("long, cut") | counted("empty")
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [
+        (
+            {"undecodable": "keep"},
+            "undecodable: 'keep' is no policy; choose skip or replace or fail",
+        ),
+        ({"empty": "cut"}, "empty: 'cut' is no policy"),
+        ({"long": "replace"}, "long: 'replace' is no policy"),
+        ({"long": "cut"}, "max_document_bytes: long=cut needs a number"),
+        ({"long": "skip", "max_document_bytes": 0}, "max_document_bytes: long=skip needs a number"),
+        ({"max_document_bytes": 5}, "max_document_bytes: 5 has no effect"),
+    ],
+)
+def test_policies_that_make_no_sense(policy, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Policy(**policy).check()
+
+
+def test_reports_of_parts_make_that_of_the_whole():
+    whole, merged = Report(), Report()
+    for part in range(5):
+        report = Report()
+        for number in range(90):
+            for r in (whole, report):
+                r.add("empty" if number % 3 else "malformed", f"{part}-{number}")
+        merged.merge(report)
+    assert merged.as_dict() == whole.as_dict()
+    assert merged.counts == {"empty": 300, "malformed": 150}
+    assert len(merged.listed["empty"]) == 200

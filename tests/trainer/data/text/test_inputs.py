@@ -1,0 +1,206 @@
+"""Folders, globs and paths: one order, names without the machine, an account of the rest."""
+
+import gzip
+import os
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from forescale.data.text.files import Files, Report
+from forescale.errors import UserError
+from tests.trainer.data.read_files import lines, read
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def names(*paths):
+    return [name for name, _ in read(*paths)[0]]
+
+
+def test_a_folder_in_sorted_order_with_an_account_of_the_rest(tmp_path):
+    root = tree(tmp_path / "corpus", ".a", ".git/x.txt", "b/a.md", "b/p.png", "z.txt", "B.TXT")
+    (root / "c.py").write_bytes(b"\xff\xfe")
+    (root / "d.txt").write_text(" \n")
+    (root / "b" / "package.json").write_text("{}")
+    (root / "gone.txt").symlink_to("nowhere")
+    (root / "linked").symlink_to("b")
+    os.mkfifo(root / "pipe.txt")
+    found, report = read(root)
+    assert found == [
+        ("corpus/B.TXT", b"B.TXT"),
+        ("corpus/b/a.md", b"b/a.md"),
+        ("corpus/z.txt", b"z.txt"),
+    ]
+    assert report.as_dict() == {
+        "broken link": {"count": 1, "first": ["corpus/gone.txt"]},
+        "empty": {"count": 1, "first": ["corpus/d.txt"]},
+        "hidden": {"count": 2, "first": ["corpus/.a", "corpus/.git"]},
+        "linked folder": {"count": 1, "first": ["corpus/linked"]},
+        "no regular file": {"count": 1, "first": ["corpus/pipe.txt"]},
+        "other suffix": {"count": 2, "first": ["corpus/b/p.png", "corpus/b/package.json"]},
+        "undecodable": {"count": 1, "first": ["corpus/c.py (byte 0)"]},
+    }
+
+
+def test_inputs_keep_the_order_in_which_they_are_given(tmp_path):
+    tree(tmp_path, "a.txt", "b.txt", "c.md")
+    assert names(tmp_path / "c.md", tmp_path / "*.txt") == ["c.md", "a.txt", "b.txt"]
+
+
+def test_globs_name_files_by_what_the_pattern_leaves_open(tmp_path):
+    tree(tmp_path, "x/1/a.txt", "x/2/a.txt", "x/2/b.md", "x/c.txt")
+    assert names(tmp_path / "x" / "*" / "a.txt") == ["1/a.txt", "2/a.txt"]
+    assert names(tmp_path / "x" / "**" / "*.txt") == ["1/a.txt", "2/a.txt", "c.txt"]
+    everything = ["1/a.txt", "2/a.txt", "2/b.md", "c.txt"]
+    for pattern in ("*", "**", "**/*"):
+        assert names(tmp_path / "x" / pattern) == everything, pattern
+
+
+def test_a_path_that_looks_like_a_pattern(tmp_path):
+    assert names(tree(tmp_path, "a[1].txt") / "a[1].txt") == ["a[1].txt"]
+
+
+def test_names_hold_no_machine_path(tmp_path, monkeypatch):
+    for place in ("here", "there/deep"):
+        tree(tmp_path / place / "corpus", "b/a.md", "z.txt")
+    monkeypatch.chdir(tmp_path / "here")
+    here = Files(["corpus", "corpus/*.txt", "./corpus/z.txt"])
+    monkeypatch.chdir(tmp_path / "there" / "deep" / "corpus")
+    there = Files([".", str(Path.cwd() / "*.txt"), "z.txt"])
+    assert [u.label for u in here.units()] == [u.label for u in there.units()]
+    assert here.describe() == there.describe()
+    assert here.sources == ["corpus", "*.txt", "z.txt"]
+    assert "tmp" not in str(here.describe())
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path):
+    tree(tmp_path, "a/x.txt", "b/x.txt")
+    files = Files([tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt"])
+    assert files.sources == ["x.txt", "x.txt (2)"]
+    assert [unit.source for unit in files.units()] == [0, 1]
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "wb") as f:
+        f.write(b"text")
+    assert read(tmp_path)[0] == [(f"{tmp_path.name}/caf\ufffd.txt", b"text")]
+
+
+def test_compressed_json_is_taken_for_lines_as_c4_and_dolma_have_it(tmp_path):
+    (tmp_path / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(lines({"text": "a"})))
+    assert [text for _, text in read(tmp_path)[0]] == [b"a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nowhere", "nowhere: no such file or folder; check the path"),
+        ("*.txt", r"no such file or folder"),
+        ("", "holds no text file; expected .txt .md .py .jsonl"),
+        ("a.pdf", r"a\.pdf: its suffix says no kind of text; expected .txt"),
+        ("*.pdf", r"\*\.pdf: holds no text file"),
+        ("rows.json", r"rows\.json: a \.json file is no list of documents; make lines of it: jq"),
+        ("pipe.txt", r"pipe\.txt: is no regular file"),
+        ("gone.txt", r"gone\.txt: no such file; check the path, and where it links to"),
+    ],
+)
+def test_bad_inputs_have_a_sentence(tmp_path, name, sentence):
+    tree(tmp_path, "a.pdf", "rows.json", ".hidden.txt")
+    if name in ("pipe.txt", "gone.txt"):
+        os.mkfifo(tmp_path / "pipe.txt")
+        (tmp_path / "gone.txt").symlink_to("nothing")
+    with pytest.raises(UserError, match=sentence):
+        read(tmp_path / name)
+
+
+def test_an_empty_input_is_not_the_working_directory():
+    with pytest.raises(UserError, match="an input is empty"):
+        read("")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read(tmp_path):
+    tree(tmp_path, "a.txt", "b/c.txt")
+    (tmp_path / "b").chmod(0)
+    with pytest.raises(UserError, match=r"/b: may not be read"):
+        read(tmp_path)
+    (tmp_path / "b").chmod(0o700)
+    (tmp_path / "a.txt").chmod(0)
+    with pytest.raises(UserError, match=r"a\.txt: may not be read"):
+        read(tmp_path)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A corpus in a folder and in a store that fsspec reads; (path, address)."""
+    fsspec = pytest.importorskip("fsspec")
+    tree(tmp_path / "corpus", "b/a.md", "b/p.png", ".git/x.txt", "z.txt", "100%25.txt")
+    rows = [{"text": f"row {i}"} for i in range(50)]
+    (tmp_path / "corpus" / "rows.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "corpus" / "rows.jsonl.gz").write_bytes(gzip.compress(lines(*rows)))
+    pq.write_table(
+        pa.table({"text": [f"cell {i}" for i in range(50)]}), tmp_path / "corpus/t.parquet"
+    )
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "corpus"), "/bucket/corpus", recursive=True)
+    yield tmp_path / "corpus", "memory://bucket/corpus"
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_store_gives_what_a_folder_gives(bucket):
+    local, remote = bucket
+    for options in ({}, {"unit_bytes": 100}):
+        found, report = read(remote, **options)
+        want, account = read(local, **options)
+        assert found == want
+        assert report.counts == account.counts
+    assert Files([remote]).units() == Files([local]).units()
+    assert Files([remote]).describe() == Files([local]).describe()
+    assert names(f"{remote}/**/*.md") == names(local / "**" / "*.md") == ["b/a.md"]
+    assert read(f"{remote}/rows.jsonl.gz") == read(local / "rows.jsonl.gz")
+
+
+def test_files_at_a_web_server(bucket):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = partial(Quiet, directory=str(bucket[0].parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            root = f"http://127.0.0.1:{server.server_port}"
+            want = read(bucket[0])[0]
+            assert read(f"{root}/corpus/")[0] == want
+            # A signature in the address says nothing about the kind of file, and is shown nowhere.
+            signed = Files([f"{root}/corpus/rows.jsonl.gz?key=secret"])
+            found = [d for unit in signed.units() for d in signed.read(unit, Report())]
+            assert [d.name for d in found] == [n for n, _ in read(bucket[0] / "rows.jsonl.gz")[0]]
+            assert "secret" not in str(signed.describe())
+            with pytest.raises(UserError, match=r"no line has a text under 'body'") as e:
+                read(f"{root}/corpus/rows.jsonl?key=secret", text_key="body")
+            assert "secret" not in str(e.value)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_addresses_that_are_not_there_have_a_sentence(bucket):
+    with pytest.raises(UserError, match="memory://bucket/nothing: no files there"):
+        read("memory://bucket/nothing")
+    with pytest.raises(UserError, match=r"p\.png: its suffix says no kind of text"):
+        read(f"{bucket[1]}/b/p.png")
+    with pytest.raises(UserError, match="runs a command"):
+        read("pipe:cat rows.jsonl")

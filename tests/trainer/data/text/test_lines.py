@@ -1,0 +1,152 @@
+"""JSON lines: a file cut at any bytes gives each line once; rows without text are counted."""
+
+import gzip
+import io
+import json
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forescale.data.text.files import Files, Report
+from forescale.data.text.lines import lines_between
+from forescale.errors import UserError
+from tests.trainer.data.read_files import lines, read
+
+PIECES = st.lists(
+    st.sampled_from([b"\n", b"\r\n", b"a", b"bc", b'{"x": 1}', b"long " * 9]), max_size=30
+)
+
+
+@given(PIECES, st.integers(1, 90))
+def test_ranges_of_any_size_hold_the_lines_of_the_whole(pieces, size):
+    raw = b"".join(pieces)
+    whole = list(lines_between(io.BytesIO(raw)))
+    assert b"".join(line for _, line in whole) == raw
+    found = []
+    for start in range(0, len(raw), size):
+        f = io.BytesIO(raw)
+        f.seek(max(0, start - 1))
+        found += lines_between(f, start, start + size)
+    assert found == whole
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_units_of_any_size_give_the_same_documents(tmp_path_factory, data):
+    texts = data.draw(st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=12))
+    end = data.draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
+    rows = [json.dumps({"text": "x" + t}, ensure_ascii=data.draw(st.booleans())) for t in texts]
+    raw = end.join(row.encode("utf-8", "surrogatepass") for row in rows)
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_bytes(raw + data.draw(st.sampled_from([b"", end])))
+    size = data.draw(st.integers(1, 200))
+    assert read(path, unit_bytes=size) == read(path, unit_bytes=1 << 30)
+
+
+def test_units_are_ranges_of_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(*({"text": f"row {i}"} for i in range(100)), {"text": "long " * 100}))
+    files = Files([path], unit_bytes=100)
+    units = files.units()
+    assert sum(unit.size for unit in units) == path.stat().st_size
+    assert all(unit.size <= 100 for unit in units)
+    counts = [sum(1 for _ in files.read(unit, Report())) for unit in units]
+    assert sum(counts) == 101
+    assert counts[-1] == 0  # it lies within the long line
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_rows_that_give_no_document_are_counted(tmp_path, suffix):
+    raw = lines({"text": "one"}, {"text": "zwei ü"}, {"other": 1}, {"text": "", "n": 2})
+    raw += b'{"text": 3}\nnot json\n\n[1]\n{"text": "\\ud800"}\n{"text": "\xff"}\n'
+    raw += b"[" * 100_000 + b'\n{"text": null}\n{"text": "end"}'
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        # two frames, as parallel compressors write
+        ".zst": lambda b: b"".join(map(zstandard.compress, (b[:30], b[30:]))),
+    }[suffix]
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(pack(raw))
+    found, report = read(path)
+    name = path.name
+    assert found == [
+        (f"{name}@0", b"one"),
+        (f"{name}@16", "zwei ü".encode()),
+        (f"{name}@{raw.index(b'end') - 10}", b"end"),
+    ]
+    assert report.counts == {
+        "no text under 'text'": 4,
+        "empty": 1,
+        "malformed": 2,
+        "undecodable": 2,
+    }
+    assert report.listed["malformed"][0] == f"{name}@{raw.index(b'not json')}"
+
+
+def test_replacing_what_is_not_utf8(tmp_path):
+    from forescale.data.text.files import Policy
+
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xffb"}\n{"text": "\\udc00"}\n')
+    found, report = read(tmp_path / "a.jsonl", policy=Policy(undecodable="replace"))
+    assert [text.decode() for _, text in found] == ["a\ufffdb", "\ufffd"]
+    assert report.counts == {"undecodable, replaced": 2}
+    with pytest.raises(UserError, match=r"a\.jsonl@0: isn't UTF-8 \(byte 11\)"):
+        read(tmp_path / "a.jsonl", policy=Policy(undecodable="fail"))
+
+
+def test_a_byte_order_mark_before_the_first_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines({"text": "a"}, {"text": "b"}))
+    assert [text for _, text in read(tmp_path / "a.jsonl")[0]] == [b"a", b"b"]
+
+
+def test_long_lines_cross_blocks(tmp_path):
+    text = "word " * 700_000
+    (tmp_path / "long.jsonl.gz").write_bytes(gzip.compress(lines({"t": text}, {"t": "b"}), 1))
+    found, _ = read(tmp_path / "long.jsonl.gz", text_key="t")
+    assert [t.decode() for _, t in found] == [text, "b"]
+
+
+def test_a_key_inside_another(tmp_path):
+    rows = lines({"meta": {"text": "a"}}, {"meta": 1}, {"meta.text": "b"}, {"text": "c"})
+    (tmp_path / "a.jsonl").write_bytes(rows)
+    found, report = read(tmp_path / "a.jsonl", text_key="meta.text")
+    assert [text for _, text in found] == [b"a", b"b"]
+    assert report.counts == {"no text under 'meta.text'": 2}
+
+
+def test_a_file_without_rows_is_reported(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n")
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b""))
+    found, report = read(tmp_path)
+    assert found == []
+    folder = tmp_path.name
+    empty = [f"{folder}/{name}" for name in ("a.jsonl", "b.jsonl", "c.jsonl.gz")]
+    assert report.listed == {"empty": empty}
+
+
+@pytest.mark.parametrize("unit_bytes", [20, 1 << 20])
+def test_a_wrong_key_is_answered_with_the_keys_there_are(tmp_path, unit_bytes):
+    (tmp_path / "a.jsonl").write_bytes(lines(*[{"body": "x", "id": 1}] * 50))
+    with pytest.raises(
+        UserError, match=r"no line.*under 'text'; name the key \(there are body, id\)"
+    ):
+        read(tmp_path / "a.jsonl", unit_bytes=unit_bytes)
+
+
+def test_an_array_is_no_list_of_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps([{"text": "x"}]))
+    with pytest.raises(UserError, match=r"holds a JSON array.*jq -c '\.\[\]'"):
+        read(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text(json.dumps([{"text": "x"}], indent=1))
+    with pytest.raises(UserError, match=r"no line has a text under 'text'"):
+        read(tmp_path / "b.jsonl")
+
+
+def test_a_key_with_other_values_is_answered_so(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": 5}, {"text": ["x"]}))
+    with pytest.raises(UserError, match=r"a\.jsonl: what is under 'text' is no text; name another"):
+        read(tmp_path / "a.jsonl")

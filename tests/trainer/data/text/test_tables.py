@@ -1,0 +1,175 @@
+"""Parquet files and Hugging Face data sets: every row once, however the table is cut."""
+
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from forescale.data.text.files import Files, Policy, Report
+from forescale.errors import UserError
+from tests.trainer.data.read_files import lines, read
+
+TEXTS = [f"row {i} " * (i % 7 + 1) for i in range(100)]
+
+
+def parquet(path, texts=TEXTS, group=10, kind=None, **columns):
+    table = pa.table(
+        {"id": range(len(texts)), "text": pa.array(texts, kind or pa.string())} | columns
+    )
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.string_view()])
+def test_rows_are_documents(tmp_path, kind):
+    path = parquet(tmp_path / "a.parquet", kind=kind)
+    found, report = read(path)
+    assert found == [(f"a.parquet:{i}", text.encode()) for i, text in enumerate(TEXTS)]
+    assert report.counts == {}
+
+
+def test_categories_are_text_too(tmp_path):
+    column = pa.array(TEXTS * 3).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert [text.decode() for _, text in read(tmp_path / "a.parquet")[0]] == TEXTS * 3
+
+
+def test_units_are_row_groups_and_change_nothing(tmp_path):
+    path = parquet(tmp_path / "a.parquet")
+    whole = read(path)
+    for unit_bytes in (1, 700, 10**9):
+        assert read(path, unit_bytes=unit_bytes) == whole
+    files = Files([path], unit_bytes=1)
+    units = files.units()
+    assert [unit.label for unit in units][:2] == [
+        "a.parquet (part 1 of 10)",
+        "a.parquet (part 2 of 10)",
+    ]
+    assert [sum(1 for _ in files.read(unit, Report())) for unit in units] == [10] * 10
+    assert 1 < len(Files([path], unit_bytes=700).units()) < 10
+
+
+def test_nulls_blanks_and_faults_are_counted(tmp_path):
+    rows = [b"a", None, b"", b"\xff", b"b"]
+    # Nothing checks that what a file calls a string is UTF-8.
+    offsets = pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 1, 1, 2, 3)))
+    column = pa.StringArray.from_buffers(5, offsets, pa.py_buffer(b"a\xffb"), pa.py_buffer(b"\x1d"))
+    for kind, values in (("binary", pa.array(rows)), ("string", column)):
+        path = tmp_path / f"{kind}.parquet"
+        pq.write_table(pa.table({"text": values}), path)
+        found, report = read(path)
+        assert found == [(f"{path.name}:0", b"a"), (f"{path.name}:4", b"b")]
+        assert report.listed == {
+            "no text under 'text'": [f"{path.name}:1"],
+            "empty": [f"{path.name}:2"],
+            "undecodable": [f"{path.name}:3 (byte 0)"],
+        }
+    with pytest.raises(UserError, match=r"string\.parquet:3: isn't UTF-8"):
+        read(tmp_path / "string.parquet", policy=Policy(undecodable="fail"))
+
+
+def test_a_column_inside_another(tmp_path):
+    column = pa.array([{"text": "a", "n": 1}, None, {"text": None, "n": 2}, {"text": "b", "n": 3}])
+    pq.write_table(pa.table({"meta": column}), tmp_path / "a.parquet")
+    found, report = read(tmp_path / "a.parquet", text_key="meta.text")
+    assert [text for _, text in found] == [b"a", b"b"]
+    assert report.counts == {"no text under 'meta.text'": 2}
+    with pytest.raises(UserError, match=r"no column 'meta.body'.*there are text, n in meta"):
+        read(tmp_path / "a.parquet", text_key="meta.body")
+
+
+def test_a_table_without_rows_is_reported(tmp_path):
+    parquet(tmp_path / "a.parquet", [])
+    assert read(tmp_path / "a.parquet")[1].listed == {"empty": ["a.parquet"]}
+
+
+def test_a_wrong_column_is_answered_with_the_columns_there_are(tmp_path):
+    path = parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column 'body'; name the key \(there are id, text\)"):
+        read(path, text_key="body")
+    with pytest.raises(UserError, match="column 'id' holds int64 and no text"):
+        read(path, text_key="id")
+
+
+def test_every_truncation_is_found(tmp_path):
+    whole = parquet(tmp_path / "whole.parquet", TEXTS[:4]).read_bytes()
+    path = tmp_path / "a.parquet"
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"a\.parquet: cut off or damaged"):
+            read(path)
+
+
+def test_a_damaged_page_is_found(tmp_path):
+    path = tmp_path / "a.parquet"
+    plain = {"compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"text": TEXTS}), path, write_page_checksum=True, **plain)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"row 3")] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.parquet: cut off or damaged"):
+        read(path)
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def test_a_data_set_saved_to_disk(tmp_path, datasets):
+    table = datasets.Dataset.from_dict({"id": list(range(100)), "text": TEXTS})
+    table.save_to_disk(tmp_path / "saved")
+    found, _ = read(f"hf://{tmp_path}/saved")
+    assert found == [(f"saved:{i}", text.encode()) for i, text in enumerate(TEXTS)]
+
+    both = datasets.DatasetDict(train=table, test=table.select(range(90, 100)))
+    both.save_to_disk(tmp_path / "both")
+    found, _ = read(f"hf://{tmp_path}/both:test", unit_bytes=100)
+    assert found == [(f"both:test:{i}", text.encode()) for i, text in enumerate(TEXTS[90:])]
+    assert len(read(f"hf://{tmp_path}/both")[0]) == 100
+    with pytest.raises(UserError, match="has no split 'dev'; choose one of train, test"):
+        read(f"hf://{tmp_path}/both:dev")
+    with pytest.raises(UserError, match=r"no column 'body'.*there are id, text"):
+        read(f"hf://{tmp_path}/both", text_key="body")
+
+
+def test_a_folder_that_datasets_knows_to_read(tmp_path, datasets):
+    (tmp_path / "folder").mkdir()
+    rows = lines(*({"text": text, "n": 1} for text in TEXTS), {"text": None, "n": 2})
+    (tmp_path / "folder" / "train.jsonl").write_bytes(rows)
+    found, report = read(f"hf://{tmp_path}/folder:train[:50%]")
+    assert [text.decode() for _, text in found] == TEXTS[:50]
+    found, report = read(f"hf://{tmp_path}/folder")
+    assert [text.decode() for _, text in found] == TEXTS
+    assert report.counts == {"no text under 'text'": 1}
+
+
+def test_units_of_a_data_set_are_fixed_and_travel_to_other_processes(tmp_path, datasets):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    files = Files([f"hf://{tmp_path}/saved"], unit_bytes=400)
+    units = files.units()
+    assert len(units) > 2
+    assert units == Files([f"hf://{tmp_path}/saved"], unit_bytes=400).units()
+    other = pickle.loads(pickle.dumps(files))
+    found = [d.text.decode() for unit in units for d in other.read(unit, Report())]
+    assert found == TEXTS
+
+
+def test_a_data_set_that_is_not_there(tmp_path, datasets):
+    (tmp_path / "empty").mkdir()
+    for spec in (f"hf://{tmp_path}/empty", "hf://nobody/has-this-one"):
+        with pytest.raises(UserError, match=f"{spec}: can't be loaded .*check its name"):
+            read(spec)
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(
+        UserError, match=r"hf://x: needs the package datasets.*pip install datasets"
+    ):
+        read("hf://x")

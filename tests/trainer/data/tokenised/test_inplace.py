@@ -1,0 +1,264 @@
+"""Tokenised corpora used where they lie: the same windows as numpy's, and no damage unnoticed."""
+
+import io
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from forescale.data.check import check
+from forescale.data.dataset import Dataset
+from forescale.data.tokenised.inplace import in_place_kind, index_corpus
+from forescale.errors import UserError
+from forescale.verbs import shards as verb
+from tests.trainer.data.hostile_server import HostileServer
+from tests.trainer.data.tokenised_files import (
+    END,
+    FLAT,
+    IN_PLACE,
+    KINDS,
+    SIZES,
+    corpus,
+    placed,
+    write,
+    write_megatron,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A corpus of each kind and its dataset, made once and only read."""
+    done: dict[str, tuple[Path, Path]] = {}
+
+    def make(kind: str) -> tuple[Path, Path]:
+        if kind not in done:
+            folder = tmp_path_factory.mktemp("corpus")
+            path, more = write(kind, folder / "in")
+            index_corpus([str(path)], folder / "dataset", "bytes", **SIZES, **more)
+            done[kind] = path, folder / "dataset"
+        return done[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_windows_are_those_of_numpys_memmap(kind, made):
+    path, output = made(kind)
+    dataset, total = Dataset(output), 0
+    assert in_place_kind(str(path)) == IN_PLACE.get(kind, "npy")
+    rng = np.random.default_rng(0)
+    for name in ("train", "validation"):
+        split = dataset.split(name)
+        for number, want in enumerate(placed(split)):
+            total += len(want)
+            assert len(want) == split.shard_tokens[number]
+            starts = rng.integers(0, max(len(want) - 65, 1), 40)
+            rows = np.empty((40, min(65, len(want))), np.uint16)
+            split.read_rows(np.full(40, number), starts, rows)
+            for start, row in zip(starts.tolist(), rows, strict=True):
+                assert (row == want[start : start + 65]).all()
+                assert (split.read(number, start, 9) == want[start : start + 9]).all()
+    whole = len(FLAT) // 256 * 256 if kind in ("npy rows", "tar", "raw tar") else len(FLAT)
+    assert total == whole
+    assert check(output) == []
+    assert [
+        f for f in path.parent.iterdir() if f.suffix not in (".bin", ".idx", ".npy", ".tar")
+    ] == []
+
+
+def test_documents_are_whole_in_one_split_and_their_ends_are_the_corpuss(made):
+    output = made("uint16")[1]
+    dataset, ends = Dataset(output), set(np.flatnonzero(END == FLAT) + 1)
+    seen = []
+    for name in ("train", "validation"):
+        split = dataset.split(name)
+        for number, tokens in enumerate(placed(split)):
+            found = split.document_ends(number, 0, len(tokens))
+            assert found.tolist() == (np.flatnonzero(tokens == END) + 1).tolist()
+            assert found[-1] == len(tokens)
+            for m in split.shard(number).members:
+                seen.append((m.tok["offset"] // 2, m.tokens))
+    at = 0
+    for first, tokens in sorted(seen):
+        assert first == at
+        at += tokens
+    assert at == len(FLAT)
+    *full, last = dataset.split("train").shard_tokens
+    assert len(full) >= 3
+    assert all(4000 <= tokens < 4400 for tokens in full)
+    assert 0 < last < 4400
+    share = dataset.split("validation").num_tokens / len(FLAT)
+    assert 0.05 < share < 0.15
+    report = dataset.manifest["report"]
+    assert sum(report["lengths"]) == len(ends) == dataset.manifest["corpus"]["documents"]
+    assert sum(s["bytes"] for s in dataset.manifest["splits"].values()) == len(FLAT) - len(ends)
+
+
+def test_which_documents_are_held_out_is_the_rule_of_the_docstring(made):
+    dataset = Dataset(made("uint16")[1])
+    stretch = len(FLAT) // 16
+    starts = np.concatenate([[0], np.flatnonzero(END == FLAT)[:-1] + 1])
+    out = starts % stretch >= stretch - round(0.1 * stretch)
+    documents = np.split(FLAT, starts[1:])
+    want = np.concatenate([d for d, held in zip(documents, out, strict=True) if held])
+    assert (np.concatenate(placed(dataset.split("validation"))) == want).all()
+
+
+def test_rows_and_members_of_others_end_documents(made):
+    for kind in ("npy rows", "tar"):
+        split = Dataset(made(kind)[1]).split("train")
+        for number, tokens in enumerate(placed(split)):
+            ends = set(split.document_ends(number, 0, len(tokens)).tolist())
+            assert set((np.flatnonzero(tokens == END) + 1).tolist()) < ends
+
+
+def test_the_same_again_finds_it_and_another_request_is_refused(tmp_path):
+    path, more = write("flat", tmp_path / "in")
+    output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **more)
+    before = {p.name: p.stat().st_mtime_ns for p in output.iterdir()}
+    index_corpus([str(path)], output, "bytes", **SIZES, **more)
+    assert {p.name: p.stat().st_mtime_ns for p in output.iterdir()} == before
+    with pytest.raises(UserError, match=r"built otherwise \(validation differ\)"):
+        index_corpus([str(path)], output, "bytes", **{**SIZES, "validation_fraction": 0}, **more)
+    other = index_corpus([str(path)], tmp_path / "other", "bytes", **SIZES, **more)
+    assert {p.name: p.read_bytes() for p in other.iterdir()} == {
+        p.name: p.read_bytes() for p in output.iterdir()
+    }
+
+
+@pytest.mark.parametrize("kind", ["uint16", "npy", "tar"])
+def test_a_corpus_at_a_server_is_indexed_and_read_there(kind, made, tmp_path):
+    path, local = made(kind)
+    with HostileServer() as server:
+        for file in path.parent.iterdir():
+            server.files[f"/c/{file.name}"] = file.read_bytes()
+        url = f"{server.url}/c/{path.with_suffix('.idx').name if kind == 'uint16' else path.name}"
+        output = index_corpus([url], tmp_path / "out", "bytes", **SIZES)
+        dataset, want = Dataset(output, tmp_path / "cache"), Dataset(local)
+        assert dataset.identity == want.identity
+        for name in ("train", "validation"):
+            for number, tokens in enumerate(placed(want.split(name))):
+                assert (dataset.split(name).read(number, 0, len(tokens)) == tokens).all()
+        split, raw = dataset.split("train"), bytearray(path.read_bytes())
+        raw[split.shard(0).members[0].tok["offset"]] ^= 1
+        server.files[f"/c/{path.name}"] = bytes(raw)
+        with pytest.raises(UserError, match=rf"{path.name}.* (damaged|changed)"):
+            Dataset(output, tmp_path / "fresh").split("train").read(0, 0, 1)
+
+
+KILLED = """
+import os, signal, sys
+from forescale.data.tokenised import inplace
+def table(stage, entries):
+    os.kill(os.getpid(), signal.SIGKILL)
+inplace.write_table = table
+inplace.index_corpus([sys.argv[1]], sys.argv[2], "bytes")
+"""
+
+
+def test_killed_it_leaves_no_dataset_and_the_next_try_makes_it(tmp_path):
+    path, _ = write("npy", tmp_path / "in")
+    output = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(output)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not output.exists()
+    index_corpus([str(path)], output, "bytes")
+    assert check(output) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", ".out.lock"}
+
+
+def fails(match: str, *paths: Path, **more) -> None:
+    with pytest.raises(UserError, match=match):
+        index_corpus([str(p) for p in paths], paths[0].parent / "none", "bytes", **more)
+    assert not (paths[0].parent / "none").exists()
+
+
+def test_what_is_no_corpus_of_this_tokenizer_has_a_sentence(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([1, 2, 300, END]))
+    fails(r"a\.npy: token 2 is 300, and the vocabulary has 257", tmp_path / "a.npy")
+    np.save(tmp_path / "b.npy", np.array([1, -2, END]))
+    fails(r"b\.npy: token 1 is -2", tmp_path / "b.npy")
+    np.save(tmp_path / "c.npy", np.array([[1.0, 2.0]]))
+    fails(r"c\.npy: holds float64 of shape \(1, 2\)", tmp_path / "c.npy")
+    np.save(tmp_path / "d.npy", np.asfortranarray(np.zeros((3, 2), "u2")))
+    fails(r"d\.npy: holds uint16 of shape \(3, 2\) in columns", tmp_path / "d.npy")
+    np.save(tmp_path / "e.npy", np.zeros(0, "u2"))
+    fails(r"e\.npy: 0 bytes of tokens", tmp_path / "e.npy")
+    (tmp_path / "f.bin").write_bytes(b"abcd")
+    fails(r"f\.bin: raw token ids don't say how wide", tmp_path / "f.bin")
+    fails(r"f\.bin: 4 bytes are no whole number of int64", tmp_path / "f.bin", dtype="int64")
+    np.save(tmp_path / "g.npy", np.array([1, END], "u2"))
+    np.save(tmp_path / "h.npy", np.array([1, END], "u4"))
+    both = (tmp_path / "g.npy", tmp_path / "h.npy")
+    fails(r"h\.npy: holds uint32, and .*g\.npy uint16", *both)
+    fails(r"dtype: is int32, and .*g\.npy says uint16", tmp_path / "g.npy", dtype="int32")
+    (tmp_path / "i.idx").write_bytes(b"")
+    fails(r"i\.bin: no such file", tmp_path / "i.idx")
+    with tarfile.open(tmp_path / "j.tar", "w") as tar:
+        for name in ("0.npy", "0.mask.npy"):
+            raw = io.BytesIO()
+            np.save(raw, np.array([1, END], "u2"))
+            info = tarfile.TarInfo(name)
+            info.size = raw.tell()
+            raw.seek(0)
+            tar.addfile(info, raw)
+    fails(r"j\.tar: its members hold arrays of 2 kinds \(mask\.npy, npy\)", tmp_path / "j.tar")
+
+
+def test_what_is_left_out_or_odd_stands_in_the_report(tmp_path):
+    folder = tmp_path / "in"
+    write("tar", folder)
+    (folder / "README.md").write_text("tokens of mine")
+    np.save(folder / "whole.npy", np.arange(250, dtype="<u2"))
+    output = index_corpus([str(folder)], tmp_path / "out", "bytes", **SIZES)
+    found = Dataset(output).manifest["report"]["left_out"]
+    assert {reason: value["count"] for reason, value in found.items()} == {
+        "no token ids": len(FLAT) // 256 + 1,
+        "files without an end-of-text token, taken for one document": 1,
+    }
+    documents = [np.append(d[:-1], 7) for d in corpus(tokens=500)]
+    write_megatron(tmp_path / "bare", documents)
+    output = index_corpus([str(tmp_path / "bare")], tmp_path / "out2", "bytes", **SIZES)
+    found = Dataset(output).manifest["report"]["left_out"]
+    reason = "documents that end without the end-of-text token"
+    assert (
+        found[reason]["count"] == len(documents) == Dataset(output).manifest["corpus"]["documents"]
+    )
+    assert check(output) == []
+
+
+def test_inputs_are_told_from_text(tmp_path):
+    def kind(name: str) -> str | None:
+        return in_place_kind(str(tmp_path / name))
+
+    write_megatron(tmp_path / "meg_document", corpus(tokens=50))
+    assert kind("meg_document") == kind("meg_document.idx") == kind("*.bin") == "megatron"
+    (tmp_path / "text.txt").write_text("words " * 9)
+    assert kind("text.txt") is None
+    assert kind("") == "megatron"
+    (tmp_path / "more.txt").write_text("words " * 900)
+    assert kind("") is None  # mostly text
+    assert kind("nowhere") is None
+    assert in_place_kind("hf://stories") is None
+    with webdataset.TarWriter(str(tmp_path / "text.tar")) as tar:
+        tar.write({"__key__": "0", "txt": "words", "json": {}})
+    assert kind("text.tar") is None
+
+
+def test_the_command_makes_it_and_says_where_the_tokens_are(tmp_path, capsys):
+    path, _ = write("npy", tmp_path / "in")
+    words = [str(path), f"output={tmp_path / 'out'}", "tokenizer=bytes", "shard_tokens=4000"]
+    words += ["member_tokens=1500", "validation_fraction=0.1"]
+    assert verb.main(words) == 0
+    said = capsys.readouterr().out
+    assert "nothing was copied" in said
+    assert "is made" in said
+    assert verb.main(words) == 0
+    assert "was there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"tokenizer: .* doesn't say by which one"):
+        verb.main([words[0], f"output={tmp_path / 'other'}"])

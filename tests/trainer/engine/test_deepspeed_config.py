@@ -1,0 +1,95 @@
+"""Our config in DeepSpeed's words, and what may be added to it."""
+
+import json
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.schema import ConfigError
+from forescale.engine.deepspeed_config import deepspeed_config, merged
+
+
+def derived(*overrides, world_size=2):
+    job = compose("train", ["train.steps=10", "schedule.warmup=0", *overrides])
+    return deepspeed_config(job, world_size)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage(stage):
+    made = derived(f"engine=zero{stage}", "train.micro_batch=2", world_size=4)
+    assert made["zero_optimization"]["stage"] == stage
+    # Accumulation, clipping and schedules are ours, so DeepSpeed must not add its own.
+    assert made["train_micro_batch_size_per_gpu"] == 2
+    assert made["gradient_accumulation_steps"] == 1
+    assert made["train_batch_size"] == 8
+    assert made["gradient_clipping"] == 0.0
+    assert not made.keys() & {"optimizer", "scheduler", "fp16"}
+    json.dumps(made)
+
+
+@pytest.mark.parametrize(
+    ("precision", "says"),
+    [("bf16", {"bf16"}), ("fp16", {"fp16"}), ("fp32", set())],
+)
+def test_every_precision(precision, says):
+    made = derived(f"precision={precision}")
+    assert made.keys() & {"bf16", "fp16"} == says
+    assert all(made[name]["enabled"] for name in says)
+
+
+def test_offload():
+    two, three = derived("engine=zero2-offload"), derived("engine=zero3-offload")
+    assert two["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert "offload_param" not in two["zero_optimization"]
+    assert three["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert three["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert not derived("engine=zero2")["zero_optimization"].keys() & {"offload_optimizer"}
+    # A client optimizer: or DeepSpeed refuses it beside offload, and compiles its own.
+    for made in (two, three):
+        assert made["zero_allow_untested_optimizer"] is True
+        assert made["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_buckets_are_counted_in_elements_there():
+    zero = derived("engine.bucket_bytes=1000")["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 500
+
+
+def test_the_second_partition_of_stage_3():
+    made = derived("engine=zero3", "engine.hierarchical_partition=2")
+    assert made["zero_optimization"]["zero_hpz_partition_size"] == 2
+    assert "zero_hpz_partition_size" not in derived("engine=zero3")["zero_optimization"]
+
+
+def test_what_has_no_key_of_ours_is_laid_over_section_by_section():
+    extra = "{comms_logger: {enabled: true}, zero_optimization: {round_robin_gradients: true}}"
+    made = derived("engine=zero2", f"engine.deepspeed={extra}")
+    assert made["comms_logger"] == {"enabled": True}
+    assert made["zero_optimization"]["round_robin_gradients"] is True
+    assert made["zero_optimization"]["stage"] == 2
+    plain = derived("engine=zero2")
+    del made["comms_logger"], made["zero_optimization"]["round_robin_gradients"]
+    assert made == plain
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        *(
+            "train_batch_size=4",
+            "gradient_clipping=1",
+            "optimizer.type=AdamW",
+            "bf16.enabled=false",
+        ),
+        *("zero_optimization.stage=2", "zero_optimization.offload_param.device=nvme"),
+    ],
+)
+def test_what_has_a_key_of_ours_is_refused_with_it(mine):
+    with pytest.raises(ConfigError, match=r"is derived from our own keys; use "):
+        derived(f"engine.deepspeed.{mine}")
+
+
+def test_merging_changes_neither():
+    base, extra = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 3}, "d": {"e": 4}}
+    assert merged(base, extra) == {"a": {"b": 3, "c": [1]}, "d": {"e": 4}}
+    assert (base, extra) == ({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 3}, "d": {"e": 4}})

@@ -1,0 +1,202 @@
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forescale.config.compose import compose
+from forescale.config.duration import Duration
+from forescale.config.train import OptimizerConfig, ScheduleConfig
+from forescale.engine.optim import batch, first_window, learning_rate, parameter_groups
+from forescale.errors import UserError
+from forescale.models.parametrization import Factors
+
+TOKENS = 2048
+
+
+@st.composite
+def schedules(draw):
+    """(schedule, total steps) that keep the schedule's rules."""
+    total = draw(st.integers(2, 400))
+    warmup = draw(st.integers(0, total - 1))
+    kind = draw(st.sampled_from(["wsd", "cosine", "constant"]))
+    decay = Duration(draw(st.integers(0, total - warmup))) if kind == "wsd" else None
+    final = draw(st.floats(0, 1))
+    return ScheduleConfig(kind, Duration(warmup), decay, final), total
+
+
+def curve(schedule, total):
+    return [learning_rate(schedule, t, total, TOKENS) for t in range(total)]
+
+
+@given(schedules())
+def test_a_fraction_of_the_peak_that_is_reached_and_never_left_upwards(case):
+    schedule, total = case
+    rates = curve(schedule, total)
+    top = max(range(total), key=rates.__getitem__)
+    assert all(0 <= r <= 1 for r in rates)
+    assert rates[0] > 0
+    assert all(a <= b for a, b in pairwise(rates[: top + 1]))
+    assert all(a >= b for a, b in pairwise(rates[top:]))
+
+
+@given(schedules())
+def test_no_jump(case):
+    schedule, total = case
+    warmup = schedule.warmup.steps(TOKENS, total)
+    decay = schedule.decay.steps(TOKENS, total) if schedule.decay else total - warmup
+    # a cosine falls at most pi/2 times as fast as the line between its ends
+    steepest = max(1 / max(1, warmup), 1.571 / max(1, decay))
+    rates = curve(schedule, total)
+    assert all(abs(a - b) <= steepest + 1e-9 for a, b in pairwise(rates))
+
+
+@given(st.integers(0, 50), st.floats(0, 100), st.integers(100, 500), st.integers(0, 5000))
+def test_a_longer_wsd_has_the_same_past(warmup, percent, total, more):
+    schedule = ScheduleConfig("wsd", Duration(warmup), Duration(percent, "percent"))
+    stable = total - schedule.decay.steps(TOKENS, total)
+    for step in range(max(0, stable) + 1):
+        before = learning_rate(schedule, step, total, TOKENS)
+        assert before == learning_rate(schedule, step, total + more, TOKENS) or step < warmup
+
+
+def test_the_shapes():
+    wsd = ScheduleConfig("wsd", Duration(10), Duration(50, "percent"))
+    assert curve(wsd, 100)[:11] == [(t + 1) / 10 for t in range(10)] + [1.0]
+    assert curve(wsd, 100)[50:52] == [1.0, 0.98]
+    assert curve(wsd, 100)[99] == pytest.approx(0.02)
+    assert learning_rate(wsd, 100, 100, TOKENS) == 0
+    cosine = ScheduleConfig("cosine", Duration(10 * TOKENS, "tokens"), final=0.1)
+    assert learning_rate(cosine, 55, 100, TOKENS) == pytest.approx(0.55)
+    assert learning_rate(cosine, 100, 100, TOKENS) == pytest.approx(0.1)
+    assert learning_rate(cosine, 120, 100, TOKENS) == pytest.approx(0.1)
+
+
+def test_batch_is_a_function_of_the_step():
+    job = compose("train", ["train.global_batch=16"])
+    assert [first_window(job, t + 1) - first_window(job, t) for t in range(3)] == [
+        batch(job, t) for t in range(3)
+    ]
+
+
+SHAPES = {
+    "embedding.weight": 2,
+    "position.weight": 2,
+    "blocks.0.attention.query.weight": 2,
+    "blocks.0.attention.query.bias": 1,
+    "blocks.0.attention_norm.weight": 1,
+    "blocks.0.mlp.up.weight": 2,
+    "norm.weight": 1,
+    "head.weight": 2,
+}
+NAMED = [(name, SimpleNamespace(ndim=n)) for name, n in SHAPES.items()]
+MUON = OptimizerConfig(
+    "muon", learning_rate=0.02, adam_learning_rate=0.004, weight_decay=0.1, momentum=0.95
+)
+
+
+def names(groups):
+    return {g.name: g.names for g in groups}
+
+
+def test_adamw_decays_matrices_alone():
+    decayed, undecayed = parameter_groups(NAMED, OptimizerConfig(weight_decay=0.1))
+    assert (decayed.weight_decay, undecayed.weight_decay) == (0.1, 0)
+    assert undecayed.names == [
+        "position.weight",
+        "blocks.0.attention.query.bias",
+        "blocks.0.attention_norm.weight",
+        "norm.weight",
+    ]
+    assert len(decayed.names) + len(undecayed.names) == len(NAMED)
+    assert not decayed.use_muon
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest():
+    groups = parameter_groups(NAMED, MUON)
+    assert names(groups)["muon"] == ["blocks.0.attention.query.weight", "blocks.0.mlp.up.weight"]
+    assert names(groups)["decayed"] == ["embedding.weight", "head.weight"]
+    assert "position.weight" in names(groups)["undecayed"]
+    assert [g.peak_learning_rate for g in groups] == [0.02, 0.004, 0.004]
+    assert [g.use_muon for g in groups] == [True, False, False]
+    assert all(len(g.params) == len(g.names) for g in groups)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.wte.weight", "lm_head.weight", "embed_tokens.weight"]
+)
+def test_other_people_s_names_of_tables(name):
+    groups = parameter_groups([(name, SimpleNamespace(ndim=2))], MUON)
+    assert names(groups) == {"decayed": [name]}
+
+
+def test_a_model_says_which_are_muon_s():
+    groups = parameter_groups(NAMED, MUON, muon_names={"head.weight"})
+    assert names(groups)["muon"] == ["head.weight"]
+    for wrong in ("norm.weight", "typo.weight"):
+        with pytest.raises(UserError, match=wrong):
+            parameter_groups(NAMED, MUON, muon_names={wrong})
+
+
+def test_classes_of_a_parametrisation_are_groups_of_their_own():
+    factors = {name: Factors("norm" if "norm" in name else "table") for name, _ in NAMED}
+    factors["position.weight"] = Factors("table", 1, 7, 0.5)
+    for name in SHAPES:
+        if name.startswith("blocks."):
+            factors[name] = Factors("block", 0.5, 2, 0.25)
+    adamw = OptimizerConfig(learning_rate=0.004, weight_decay=0.1, eps=1e-8)
+    groups = parameter_groups(NAMED, adamw, factors=factors)
+    found = {g.name: (g.peak_learning_rate, g.weight_decay, g.eps) for g in groups}
+    assert list(found) == [
+        "decayed_table",
+        "decayed_block",
+        "undecayed_table",
+        "undecayed_block",
+        "undecayed_norm",
+    ]
+    assert found["decayed_table"] == (0.004, 0.1, 1e-8)
+    assert found["decayed_block"] == (0.002, 0.2, 0.25e-8)
+    assert found["undecayed_table"] == (0.004, 0, 0.5e-8)
+    assert found["undecayed_block"] == (0.002, 0, 0.25e-8)
+    assert sorted(n for g in groups for n in g.names) == sorted(SHAPES)
+    muon, *rest = parameter_groups(NAMED, MUON, factors=factors)
+    plain, *_ = parameter_groups(NAMED, MUON)
+    assert muon == plain
+    assert "decayed_block" not in names(rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_group_s_own_eps_reaches_its_optimizer(kind):
+    from torch import nn
+
+    from forescale.engine.step import build_optimizer
+
+    model = nn.ModuleDict({"head": nn.Linear(2, 3), "up": nn.Linear(2, 3)})
+    factors = {"head.weight": Factors("head", epsilon=0.5)}
+    settings = MUON if kind == "muon" else OptimizerConfig()
+    groups = parameter_groups(model.named_parameters(), settings, factors=factors)
+    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}
+    made = build_optimizer(kind, [vars(g) for g in groups], **adam)
+    found = {g["name"]: g["eps"] for g in made.param_groups if not g["use_muon"]}
+    assert found["decayed_head"] == 0.5e-8
+    assert found["undecayed"] == 1e-8
+
+
+def test_frozen_parameters_are_left_out():
+    frozen = SimpleNamespace(ndim=2, requires_grad=False)
+    groups = parameter_groups([*NAMED, ("old.weight", frozen)], MUON, {"old.weight"})
+    assert all("old.weight" not in group.names for group in groups)
+
+
+def test_agrees_with_the_model_s_own_word():
+    from forescale.models import ModelConfig, Transformer
+
+    config = ModelConfig(num_layers=1, width=64, vocab_size=64, max_sequence_length=8)
+    for position in ("learned", "rotary"):
+        config.position = position
+        model = Transformer(config)
+        by_rule = parameter_groups(model.named_parameters(), MUON)
+        by_model = parameter_groups(model.named_parameters(), MUON, model.muon_parameters())
+        assert names(by_rule) == names(by_model)

@@ -1,0 +1,141 @@
+"""The Python door: what a notebook gets from a run's directory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import forescale
+from forescale.errors import UserError
+from forescale.storage import read_json, write_json
+from forescale.train.model import build_model
+from tests.trainer.small_run import SHIFT, STEPS, make_run
+
+
+def test_importing_the_door_is_light():
+    code = "import sys, trainer; sys.exit(any(m in sys.modules for m in ('torch', 'pandas')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_metrics_are_frames_with_a_row_a_step(trained):
+    run = forescale.open_run(trained.path)
+    frame = run.metrics()
+    assert list(frame["step"]) == list(range(1, STEPS + 1))
+    assert frame["seconds.compute"].sum() == 1.5 * STEPS
+    assert list(run.metrics("validation")["bits_per_byte"]) == [2.25]
+    assert len(run.metrics(None)) == STEPS + 1
+
+
+def test_events_are_a_frame_with_times(trained):
+    events = forescale.open_run(trained.path).events()
+    assert list(events["kind"]) == ["checkpoint_saved"] * 2
+    assert str(events["time"].dt.tz) == "UTC"
+
+
+def test_a_run_is_found_by_its_name_under_root(trained):
+    run = forescale.open_run("small", root=trained.path.parent)
+    assert run.config.train.steps == STEPS
+    assert [c.position.step for c in run.checkpoints()] == [4, 8]
+    assert run.tokenizer.decode(run.tokenizer.encode("def 数据").ids) == "def 数据"
+
+
+@pytest.mark.parametrize(("step", "added"), [(4, 4 * SHIFT), (8, 8 * SHIFT), (None, 8 * SHIFT)])
+def test_the_model_has_the_weights_of_its_step(trained, step, added):
+    run = forescale.open_run(trained.path)
+    model = run.model(step)
+    assert not model.training
+    initial = build_model(run.config, 300).state_dict()
+    for name, p in model.state_dict().items():
+        assert p.dtype == torch.float32
+        torch.testing.assert_close(p, initial[name] + added)
+
+
+def test_a_checkpoint_opens_its_run_at_that_step(trained):
+    run = forescale.open_run(trained.checkpoint_path(4))
+    assert run.name == "small"
+    assert run.checkpoint().position.step == 4
+    with pytest.raises(UserError, match="is of step 4, not 8"):
+        run.model(8)
+
+
+def test_a_checkpoint_of_another_model_is_refused(own_run):
+    text = own_run.config.read_text().replace("width: 32", "width: 64")
+    own_run.config.write_text(text)
+    with pytest.raises(UserError, match=r"parameter .* in this model"):
+        forescale.open_run(own_run.path).model()
+
+
+def test_a_torn_or_flipped_checkpoint_is_passed_over_or_refused(own_run):
+    file = own_run.checkpoint_path(8) / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    run = forescale.open_run(own_run.path)
+    assert run.checkpoint().position.step == 4
+    with pytest.raises(UserError, match="damaged"):
+        run.model(8)
+
+
+def test_a_checkpoint_of_a_branch_that_was_left_does_not_count(own_run):
+    parent = {"step": 4, "checkpoint": str(own_run.checkpoint_path(4))}
+    write_json(own_run.new_attempt().path / "parent.json", parent)
+    assert forescale.open_run(own_run.path).checkpoint().position.step == 4
+
+
+def test_what_is_not_there_is_said(own_run, tmp_path):
+    with pytest.raises(UserError, match=r"no run of this name.*small"):
+        forescale.open_run("smal")
+    with pytest.raises(UserError, match="no such dataset"):
+        forescale.open_dataset(tmp_path / "nothing")
+    alone = tmp_path / "alone" / "step-00000004"
+    alone.parent.mkdir()
+    own_run.checkpoint_path(4).rename(alone)
+    with pytest.raises(UserError, match="outside of its run"):
+        forescale.open_run(alone)
+
+
+class Tied(torch.nn.Module):
+    """A user's model whose one matrix has two names."""
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, width)
+        self.head = torch.nn.Linear(width, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens_BL, targets_BL=None):
+        return self.head(self.embedding(tokens_BL))
+
+
+@pytest.fixture
+def tied_run(small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    custom = f"model._target_={__name__}.Tied"
+    return make_run(small_data, tmp_path / "runs", "tied", custom, "model.width=16")
+
+
+def test_a_class_of_the_users_own_runs_only_when_trusted(tied_run):
+    run = forescale.open_run("tied")
+    assert run.config.model.target.endswith("Tied")
+    with pytest.raises(UserError, match="trust=true"):
+        run.model()
+    model = run.model(trust=True)
+    assert model.head.weight is model.embedding.weight
+    stored = run.checkpoint().tensor("embedding.weight")
+    torch.testing.assert_close(model.head.weight.detach(), stored, rtol=0, atol=0)
+
+
+def test_a_state_without_its_parts_is_said(own_run):
+    path = own_run.checkpoint_path(8) / "state.json"
+    state = read_json(path)
+    del state["shapes"]
+    write_json(path, state)
+    with pytest.raises(UserError, match="has no shapes"):
+        forescale.open_run(own_run.path).checkpoints()
+
+
+def test_the_dataset_opens(small_data):
+    dataset = forescale.open_dataset(small_data)
+    assert dataset.split("train").num_tokens > 1000
+    assert dataset.vocab_size == 300

@@ -1,0 +1,234 @@
+"""Every second of a run's wall clock falls in one bucket, whatever its launches came to."""
+
+import math
+import os
+import time
+
+import pytest
+
+from forescale.errors import DONE, INTERRUPTED, USER
+from forescale.monitor.goodput import BUCKETS, Goodput, optimal_interval, wasted
+from forescale.resilience import heartbeat, outcome
+from forescale.resilience.heartbeat import Beat, Seen, share
+from forescale.run.directory import Parent, Run
+from forescale.storage import write_json
+
+T0 = 1_700_000_000.0
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+def launch(run, begun, ended=None, code=None, came=0, rank_began=None, said=None):
+    """An attempt that our launcher began at T0 + begun; came: the step that it went on from;
+    rank_began: when rank 0 did; said: its last beat, where it left any."""
+    attempt = run.new_attempt()
+    facts = {"begun": T0 + begun, "command": [], "host": "a", "processes": 1}
+    if ended is not None:
+        facts |= {"ended": T0 + ended, "code": code, "how": "so"}
+    write_json(attempt.path / outcome.LAUNCH, facts)
+    if said is not None or rank_began is not None:
+        beat(attempt, rank_began or begun, begun if said is None else said)
+    attempt.start_from(Parent(came, f"checkpoints/step-{came}" if came else None), run)
+    return attempt
+
+
+def beat(attempt, began, said):
+    facts = dict(host="a", pid=1, step=1, phase="compute", at="norm", here=0.0, starting=False)
+    one = Beat(rank=0, began=T0 + began, time=T0 + said, limit=1.0, quiet=1.0, **facts)
+    share(attempt.path, "a", [Seen(one, 0.0)])
+
+
+def row(attempt, step, **seconds):
+    attempt.metrics.add(
+        {"kind": "train", "step": step, "attempt": attempt.number, "seconds": seconds}
+    )
+
+
+def ended(attempt, reason, at, **seconds):
+    attempt.event("ended", step=0, reason=reason, seconds=seconds)
+    os.utime(attempt.events.path, (T0 + at, T0 + at))
+
+
+def buckets(run, **more):
+    found = Goodput(run, **more)
+    assert sum(found.buckets.values()) == pytest.approx(found.wall, abs=1e-6)
+    assert min(found.buckets.values()) >= 0
+    assert found.buckets.keys() <= BUCKETS.keys()
+    return found
+
+
+def test_a_run_that_nothing_happened_to(run):
+    one = launch(run, 0, 31, DONE, rank_began=2)
+    row(one, 1, startup=6.0, data=1.0, compute=10.0)
+    row(one, 2, data=0.5, compute=5.0, logging=0.5)
+    ended(one, "complete", 30, evaluation=3.0, checkpoint=2.0)
+    found = buckets(run)
+    expected = {"compute": 15.0, "data": 1.5, "evaluation": 3.0, "checkpoint": 2.0, "logging": 0.5}
+    assert found.buckets == expected | {"startup": 6.0 + 3.0}
+    assert (found.wall, found.ettr, found.failures, found.mtbf) == (31.0, 15 / 31, 0, None)
+
+
+def test_a_crash_loses_its_steps_and_its_tail(run):
+    """Steps 3 and 4 are made again; what the first launch did after its last row is lost too."""
+    one = launch(run, 0, 40, 1, rank_began=2)
+    row(one, 1, startup=8.0, compute=5.0)
+    for step in (2, 3, 4):
+        row(one, step, data=1.0, compute=4.0)
+    two = launch(run, 43, 70, DONE, came=2, rank_began=44)
+    row(two, 3, startup=6.0, compute=5.0)
+    row(two, 4, compute=5.0)
+    ended(two, "complete", 70, checkpoint=1.0)
+    found = buckets(run)
+    assert found.buckets == {
+        "compute": 5.0 + 4.0 + 10.0,
+        "data": 1.0,
+        "checkpoint": 1.0,
+        "startup": 8.0 + 2.0,  # of the first launch
+        "recovery": 6.0 + 10.0,  # of the second
+        "lost": 10.0 + (40 - 2 - 28),
+        "waiting": 3.0,
+    }
+    assert (found.failures, found.lost_steps, found.mtbf) == (1, 2, 67.0)
+
+
+def test_a_launch_that_died_before_its_first_step_is_lost(run):
+    launch(run, 0, 20, -9)
+    two = launch(run, 21, 40, INTERRUPTED)
+    row(two, 1, startup=8.0, compute=5.0)
+    ended(two, "interrupted", 39)
+    found = buckets(run)
+    assert found.buckets["lost"] == 20.0
+    assert found.failures == 1
+
+
+def test_a_fault_of_the_users_is_no_failure_of_the_machine(run):
+    one = launch(run, 0, 20, USER)
+    row(one, 1, startup=8.0, compute=5.0)
+    assert (buckets(run).failures, buckets(run).buckets["lost"]) == (0, 7.0)
+
+
+def test_a_launch_that_nobody_saw_end_ends_with_its_last_sign(run):
+    """The launcher was killed too; the last beat that was shared tells how long it lived."""
+    one = launch(run, 0, rank_began=1, said=50)
+    row(one, 1, startup=8.0, compute=5.0)
+    two = launch(run, 100, 120, DONE, came=0)
+    row(two, 1, startup=8.0, compute=5.0)
+    ended(two, "complete", 119)
+    found = buckets(run)
+    assert found.buckets["waiting"] == 50.0
+    assert found.buckets["lost"] == (50 - 1 - 13) + 5.0
+    assert found.failures == 1
+
+
+def test_what_runs_now_has_lost_nothing(run):
+    one = launch(run, 0, rank_began=1, said=50)
+    row(one, 1, startup=8.0, compute=5.0)
+    assert "lost" not in buckets(run, running=True).buckets
+    assert buckets(run, running=True).failures == 0
+
+
+def test_a_rollback_is_recovery_inside_one_launch(run):
+    one = launch(run, 0, 60, DONE, rank_began=1)
+    for step in (1, 2, 3):
+        row(one, step, compute=10.0)
+    ended(one, "rollback", 31)
+    two = run.new_attempt()
+    two.start_from(Parent(1, "checkpoints/step-1", ((2, 3),), ill=3), run)
+    beat(two, 1, 55)
+    row(two, 2, recovery=4.0, compute=10.0)
+    ended(two, "complete", 58, checkpoint=2.0)
+    found = buckets(run)
+    assert [len(launch.attempts) for launch in found.launches] == [2]
+    assert found.buckets == {
+        "compute": 20.0,
+        "checkpoint": 2.0,
+        "startup": 60.0 - 46.0,
+        "recovery": 4.0,
+        "lost": 20.0,
+    }
+    assert (found.failures, found.lost_steps) == (0, 2)
+
+
+def test_without_a_launcher_of_ours_the_beats_say_when_it_began(run):
+    attempt = run.new_attempt()
+    beat(attempt, 0, 15)
+    attempt.start_from(Parent(0), run)
+    row(attempt, 1, startup=8.0, compute=5.0)
+    ended(attempt, "complete", 14, checkpoint=1.0)
+    os.utime(attempt.path)
+    found = Goodput(run)
+    (only,) = found.launches
+    assert only.begun == T0
+    assert only.code == DONE
+
+
+def test_an_empty_attempt_counts_for_nothing(run):
+    run.new_attempt()
+    found = Goodput(run)
+    assert (found.launches, found.buckets, found.wall, found.ettr) == ([], {}, 0.0, 0.0)
+    assert found.interval() is None
+
+
+@pytest.mark.parametrize(("mtbf", "minutes"), [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
+def test_the_optimal_interval_is_dalys(mtbf, minutes):
+    """Figures 3 to 5 of the paper, each with a stall of 5 minutes."""
+    assert optimal_interval(5.0, mtbf) == pytest.approx(minutes, rel=0.006)
+
+
+def test_the_optimal_interval_at_its_limits():
+    """Young's is that of a short stall."""
+    assert optimal_interval(1e-6, 1e6) == pytest.approx(math.sqrt(2.0), rel=1e-3)
+    assert optimal_interval(500, 200) == 200
+
+
+def test_it_is_the_one_that_wastes_least():
+    stall, mtbf = 20.0, 10_000.0
+
+    def exact(interval):
+        """Seconds for a second of work, failures being a Poisson process (Daly 2006)."""
+        return mtbf * (math.exp((interval + stall) / mtbf) - 1) / interval
+
+    best = min(range(100, 3000), key=exact)
+    assert optimal_interval(stall, mtbf) == pytest.approx(best, rel=0.005)
+    assert wasted(best, stall, 0.0, mtbf) == pytest.approx(exact(best) - 1, rel=0.1)
+
+
+def test_a_proposal_from_a_runs_own_numbers(run):
+    one = launch(run, 0, 1000, 1, rank_began=2)
+    row(one, 1, startup=8.0, compute=5.0)
+    for step in range(2, 101):
+        row(one, step, data=1.0, compute=4.0, checkpoint=0.1)
+    for step in (50, 100):
+        one.event("checkpoint_saved", step=step)
+    found = Goodput(run).interval()
+    assert found.stall == pytest.approx(9.9 / 2)
+    assert (found.restart, found.mtbf, found.assumed) == (10.0, 1000.0, False)
+    assert found.seconds == pytest.approx(optimal_interval(9.9 / 2, 1000.0))
+    assert found.steps == round(found.seconds / 5.0)
+    write_json(one.path / outcome.LAUNCH, {"begun": T0, "ended": T0 + 1000, "code": 0})
+    found = Goodput(run).interval()
+    assert (found.mtbf, found.assumed) == (pytest.approx(1000 / 3), True)
+
+
+def test_beats_that_cannot_be_read_are_no_beats(run):
+    one = launch(run, 0, 31, DONE, rank_began=2)
+    (one.path / "pulse" / "a.json").write_text("{")
+    assert not heartbeat.shared(one.path)
+    row(one, 1, startup=6.0, compute=10.0)
+    assert buckets(run).buckets["startup"] == 21.0
+    assert time.time() > T0
+
+
+def test_time_in_a_queue_is_not_time_between_launches(run):
+    """Eligible at 5 and begun at 25; requeued at 60, eligible once more at 65, begun at 80."""
+    for begun, ends, eligible in ((25, 60, 5), (80, 100, 65)):
+        attempt = launch(run, begun, ends, INTERRUPTED)
+        told = outcome.launch_of(attempt.path)
+        write_json(attempt.path / outcome.LAUNCH, {**told, "slurm": {"eligible": T0 + eligible}})
+    found = buckets(run)
+    assert found.buckets["queue"] == 20 + 15
+    assert found.buckets["waiting"] == 5
+    assert found.wall == 95

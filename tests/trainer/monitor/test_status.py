@@ -1,0 +1,304 @@
+"""`forescale status`: derived from files, honest about what they show, and quick."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from forescale import open_run
+from forescale.monitor.status import Status, ago
+from forescale.resilience.diagnosis import Hang, publish
+from forescale.resilience.heartbeat import Beat, Seen, share
+from forescale.run.directory import Parent, Rows, Run
+from forescale.storage import write_json
+from tests.trainer.small_run import STEPS, make_run, save, train_row
+
+
+def test_it_starts_without_torch(trained):
+    code = (
+        "import sys; from forescale.cli import main; "
+        f"main(['status', {str(trained.path)!r}]); "
+        f"main(['status', {f'run.root={trained.path.parent}'!r}]); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'numpy', 'pandas')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "complete" in found.stdout
+
+
+def test_all_runs_in_a_table(own_run, forescale, small_data):
+    make_run(small_data, "runs", "another")
+    code, out, _ = forescale("status")
+    assert code == 0
+    header, *rows = (re.split(r"  +", line.strip()) for line in out.splitlines())
+    told = "run state attempt step done loss bits/byte tokens/s MFU ETTR ETA saved seen"
+    assert header == [*told.split(), "last event"]
+    assert sorted(row[0] for row in rows) == ["another", "small"]
+    for row in rows:
+        assert row[1:7] == ["complete", "1", "8/8", "100.0%", "0.7500", "2.2500"]
+
+
+def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):
+    from forescale.verbs import status
+
+    monkeypatch.setattr(status, "_WIDEST", 80)
+    _, out, _ = forescale("status")
+    assert out.splitlines()[0].split()[:4] == ["run", "state", "step", "done"]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_one_damaged_run_does_not_hide_the_others(own_run, forescale, small_data):
+    bad = make_run(small_data, "runs", "bad")
+    bad.config.write_text("{]")
+    code, out, _ = forescale("status")
+    assert code == 0
+    assert re.search(r"bad +unreadable", out)
+    assert re.search(r"small +complete", out)
+    assert "runs/bad/config.yaml: is damaged" in out
+    bad.metrics.resolve().write_text("x\n")
+    assert forescale("status")[0] == 0
+
+
+def test_one_run_in_full(own_run, forescale):
+    code, out, _ = forescale("status", "small")
+    assert code == 0
+    assert "complete, step 8 of 8 (100.0%), 1,024 tokens, loss 0.7500" in out
+    assert "Validation at step 8: 2.2500 bits per byte, loss 3.0000 ± 0.1000" in out
+    assert re.search(r"^ +4 +512 +\d\.\d +2 +1 +1 +yes", out, re.MULTILINE)
+    assert re.search(r"^ +1 +the beginning", out, re.MULTILINE)
+    assert "Time 16.0 s: compute 12.0 s (75.0%), data 4.0 s (25.0%)" in out
+    assert "Events: 2 checkpoint_saved" in out
+
+
+def age_by(run: Run, seconds: float):
+    for path in run.path.rglob("*"):
+        if not path.is_symlink():
+            os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.fixture
+def unfinished(own_run) -> Run:
+    """Resumed at step 4 of 8, with rows up to step 6."""
+    attempt = own_run.new_attempt()
+    attempt.start_from(Parent(4, str(own_run.checkpoint_path(4))), own_run)
+    for step in (5, 6):
+        attempt.metrics.add(train_row(attempt, step))
+    return own_run
+
+
+def test_states(unfinished):
+    assert Status(unfinished).state == "running"
+    age_by(unfinished, 3600)
+    assert Status(unfinished).state == "crashed"  # steps 5 and 6 are in no checkpoint
+    model = open_run(unfinished.path).model(4)
+    save(unfinished, unfinished.attempts()[-1], 6, model)
+    age_by(unfinished, 3600)
+    assert Status(unfinished).state == "interrupted"
+
+
+def test_a_slow_run_is_running_for_longer(unfinished):
+    age_by(unfinished, 300)
+    assert Status(unfinished).state == "crashed"
+    path = unfinished.metrics.resolve()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[-1]["seconds"]["evaluation"] = 200.0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    age_by(unfinished, 300)
+    assert Status(unfinished).state == "running"
+
+
+def test_a_run_that_no_attempt_was_made_of_is_new(own_run):
+    shutil.rmtree(own_run.path / "attempts")
+    shutil.rmtree(own_run.checkpoints)
+    for link in (own_run.metrics, own_run.events):
+        link.unlink()
+    status = Status(own_run)
+    assert (status.state, status.step, status.validation) == ("new", 0, None)
+
+
+def test_what_was_lost_and_what_does_not_count(unfinished, forescale):
+    status = Status(unfinished)
+    assert status.step == 6
+    lost = status.lost()
+    assert (lost.steps, lost.seconds) == (STEPS - 4, 2.0 * (STEPS - 4))
+    kept = {k: status.goodput.buckets[k] for k in ("data", "compute", "lost")}
+    assert kept == pytest.approx({"data": 3.0, "compute": 9.0, "lost": 8.0}, abs=1.0)
+    code, out, _ = forescale("status", "small")
+    assert code == 0
+    assert "; lost 4 steps" in out
+    assert re.search(r"^ +8 +1,024 .* no ", out, re.MULTILINE)
+    assert re.search(r"^ +2 +step 4 ", out, re.MULTILINE)
+
+
+def say_how_it_went(attempt, code, how="so", spans=10.0):
+    """As our launcher does."""
+    begun = time.time() - spans
+    facts = {"begun": begun, "command": [], "host": "a", "processes": 2}
+    write_json(
+        attempt.path / "launch.json", facts | {"ended": time.time(), "code": code} | {"how": how}
+    )
+
+
+def test_a_run_whose_launcher_saw_it_end_is_not_running(unfinished, forescale):
+    say_how_it_went(unfinished.attempts()[-1], 1, "rank 1 ended with ValueError: too wide")
+    assert Status(unfinished).state == "crashed"
+    _, out, _ = forescale("status", "small")
+    assert re.search(r"^ +2 +step 4 .* crash *$", out, re.MULTILINE)
+    assert "Attempt 2 ended: rank 1 ended with ValueError: too wide." in out
+
+
+def test_a_rollback_is_part_of_its_launch(unfinished):
+    number = unfinished.attempts()[-1].number
+    again = unfinished.new_attempt()
+    again.start_from(Parent(4, str(unfinished.checkpoint_path(4)), ((20, 24),), ill=6), unfinished)
+    assert Status(unfinished).state == "running"
+    say_how_it_went(unfinished.attempts()[number - 1], 1)
+    assert Status(unfinished).state == "interrupted", "all that counts is saved"
+
+
+def test_a_hang_is_said(unfinished, forescale):
+    attempt = unfinished.attempts()[-1]
+    publish(attempt.path, Hang((1,), "n7", "data", 6, 12.0, "rank 1 on host n7 has been in data"))
+    say_how_it_went(attempt, 1, "rank 1 on host n7 has been in data")
+    _, out, _ = forescale("status", "small")
+    assert re.search(r"^ +2 +step 4 .* hang *$", out, re.MULTILINE)
+    assert out.count("rank 1 on host n7 has been in data") == 1
+    assert "attempts/0002/hang-*.txt" in out
+
+
+def test_where_the_time_went_and_what_it_asks_for(own_run, forescale):
+    say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
+    rows = [json.loads(line) for line in own_run.metrics.read_text().splitlines()]
+    rows[4]["seconds"]["checkpoint"] = 0.5
+    own_run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out, _ = forescale("status", "small")
+    assert re.search(r"^Time 20.0 s: compute 12.0 s \(60.0%\), data 4.0 s", out, re.MULTILINE)
+    assert "ETTR 0.600" in out
+    assert "0 failures" in out
+    assert "none was seen; three in the time so far are assumed" in out
+    assert re.search(
+        r"Saving stalls 0.25 s, .* checkpoint.every='\d+ steps?' .*; it is 500 steps", out
+    )
+
+
+def test_nothing_is_proposed_from_a_time_too_short_to_tell(own_run, forescale):
+    say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
+    rows = [json.loads(line) for line in own_run.metrics.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train":
+            row["seconds"]["checkpoint"] = 60.0  # a save stalls for longer than was ever trained
+    own_run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, out, _ = forescale("status", "small")
+    assert "in too short a time to propose checkpoint.every from" in out
+    assert "loses least" not in out
+
+
+def test_injected_faults_and_pins_are_said(own_run, forescale):
+    rows = Rows(own_run.attempts()[0].path / "faults-rank-1.jsonl")
+    rows.add({"fault": "kill@3:rank1", "time": 1.0, "at": "forward"})
+    (own_run.checkpoints / "step-00000004.pin").touch()
+    _, out, _ = forescale("status", "small")
+    assert "Injected faults: kill@3:rank1" in out
+    assert re.search(r"^ +4 +512 +\d\.\d +2 +1 +1 +yes +yes", out, re.MULTILINE)
+    assert re.search(r"^ +8 +1,024 +\d\.\d +2 +1 +1 +yes +no", out, re.MULTILINE)
+
+
+def test_the_ranks_of_a_run_that_runs(unfinished, forescale):
+    facts = dict(
+        pid=1, began=0.0, time=time.time(), limit=60.0, quiet=60.0, starting=False, steps=20
+    )
+    pace = {"forward": 0.2, "backward": 9.0}
+    ranks = [
+        Beat(
+            rank=0, host="a", step=6, phase="compute", at="backward", here=4.0, pace=pace, **facts
+        ),
+        Beat(
+            rank=1, host="b", step=5, phase="data", at="data", here=4.5, pace={"data": 0.5}, **facts
+        ),
+    ]
+    for beat in ranks:
+        share(unfinished.attempts()[-1].path, beat.host, [Seen(beat, 0.0)])
+    _, out, _ = forescale("status", "small")
+    assert (
+        "Ranks 2: 1 in backward, 1 in data; the last is rank 1 on b (step 5, data for 4.5 s); "
+        "the slowest rank 1 (500.0 ms a step of its own)"
+    ) in out
+    age_by(unfinished, 3600)
+    assert "Ranks 2" not in forescale("status", "small")[1]
+
+
+def test_an_attempt_that_never_trained_is_said(own_run, forescale):
+    own_run.new_attempt()
+    assert "never got as far as training" in forescale("status", "small")[1]
+
+
+def test_checkpoints_that_cannot_be_read_are_counted(own_run, forescale):
+    (own_run.checkpoint_path(8) / "state.json").write_text("{]")
+    code, out, _ = forescale("status", "small")
+    assert code == 0
+    assert "1 more can't be read" in out
+
+
+def test_nothing_there_yet(tmp_path, forescale):
+    code, out, _ = forescale("status", f"run.root={tmp_path}")
+    assert code == 0
+    assert "begin one with: forescale train" in out
+    assert forescale("status", "nope", f"run.root={tmp_path}")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (119, "119 s"), (150, "2 min"), (8000, "2 h"), (1e6, "12 d")],
+)
+def test_spans(seconds, said):
+    assert ago(seconds) == said
+
+
+def test_a_queue_that_cannot_be_asked_hides_no_run(own_run, forescale, monkeypatch):
+    """SLURM's commands are there, and its controller is away."""
+    from forescale.errors import UserError
+    from forescale.slurm import queue
+    from forescale.slurm.submission import Submission
+
+    def away(ids):
+        raise UserError("squeue", "SLURM says: unable to contact the controller", "see sinfo")
+
+    Submission(own_run.new_job()).submitted("7")
+    monkeypatch.setattr(queue, "is_here", lambda: True)
+    monkeypatch.setattr(queue, "jobs", away)
+    code, out, _ = forescale("status")
+    assert code == 0
+    assert "The queue can't be asked: squeue: SLURM says: unable to contact" in out
+    assert re.search(r"small +complete", out)
+    assert forescale("status", "small")[0] == 0
+    assert forescale("logs", "small", "follow=false")[0] == 0
+    code, _, err = forescale("stop", "small")
+    assert (code, "unable to contact" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"), [("PENDING", r"queued \(Resources\)"), ("RUNNING", "running")]
+)
+def test_the_queue_tells_of_a_run_that_has_not_begun(
+    forescale, small_data, tmp_path, monkeypatch, state, said
+):
+    from forescale.slurm import queue
+    from forescale.slurm.submission import Submission
+
+    monkeypatch.chdir(tmp_path)
+    run = make_run(small_data, "runs", "other")
+    shutil.rmtree(run.checkpoints)
+    Submission(run.new_job()).submitted("7")
+    job = queue.Job("7", state, "Resources", "0:10", "9:50", "n[1-2]", "N/A")
+    monkeypatch.setattr(queue, "is_here", lambda: True)
+    monkeypatch.setattr(queue, "jobs", lambda ids: [job])
+    _, out, _ = forescale("status")
+    assert re.search(f"other +{said}", out), out
+    _, out, _ = forescale("status", "other")
+    assert ("waits in the queue (Resources)" in out) == (state == "PENDING")
+    assert ("runs on n[1-2] for 0:10; 9:50 are left" in out) == (state == "RUNNING")

@@ -1,0 +1,117 @@
+"""Partitions counted one by one, kinds that add up, and traffic and times of stated links."""
+
+from dataclasses import replace
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.engine.optim import Group
+from forescale.plan.communication import Collective, collectives, exposed
+from forescale.plan.memory import checkpoint_bytes, memory, partition, states, touched
+from forescale.plan.parameters import Parameter, inventory
+
+
+def job(*overrides, vocab_size=512):
+    made = compose("plan", ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
+def test_what_a_rank_owns_and_touches_counted_element_by_element(world):
+    sizes = [7, 100, 1, 1, 33, 8, 250]
+    group = Group("g", False, 1.0, 0.0, params=[Parameter(str(n), (n,)) for n in sizes])
+    part = partition(group, world)
+    assert part % 2 == 0
+    assert 0 <= part * world - sum(sizes) < 2 * world
+    owner = [i // part for i in range(sum(sizes))]
+    whole = [0] * world
+    at = 0
+    for n in sizes:
+        for rank in set(owner[at : at + n]):
+            whole[rank] += n
+        at += n
+    assert touched(group, world) == whole
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stage", range(4))
+def test_kinds_add_up_and_shrink_with_ranks(stage, optimizer):
+    more = [f"engine=zero{stage}", f"optimizer={optimizer}", "train.global_batch=512"]
+    made = job(*more, "train.micro_batch=1")
+    held, totals = inventory(made), []
+    for world in (1, 8, 64):
+        found = memory(made, held, world, reserved=10, margin=5)
+        assert sum(found.rows().values()) == found.total
+        assert found.total >= found.states.steady + 15
+        totals.append(found.states.masters + found.states.moments)
+    assert totals[0] > totals[1] > totals[2] or stage == 0
+
+
+def test_accumulation_keeps_whole_gradients_at_stage_1_alone():
+    held = inventory(job())
+    for stage, grows in ((0, False), (1, True), (2, False), (3, False)):
+        once, often = (
+            states(job(f"engine=zero{stage}", f"train.global_batch={n}"), held, 4).gradients
+            for n in (32, 64)
+        )
+        assert (often > once) == grows
+
+
+def test_offload_moves_states_to_the_host():
+    held = inventory(job())
+    here, there = (states(job(f"engine={e}"), held, 4) for e in ("zero2", "zero2-offload"))
+    assert (there.masters, there.moments) == (0, 0)
+    assert there.host >= here.masters + here.moments
+    assert there.backward < here.backward
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_holds_weights_and_moments(optimizer):
+    made = job(f"optimizer={optimizer}", "precision=fp32")
+    held = inventory(made)
+    muon = sum(p.numel for g in held.groups if g.use_muon for p in g.params)
+    assert checkpoint_bytes(made, held) == 12 * held.numel - 4 * muon
+
+
+def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
+    held = inventory(job())
+
+    def sent(stage, batch):
+        made = job(f"engine=zero{stage}", f"train.global_batch={batch}", "train.micro_batch=1")
+        return {c.what: c.sent for c in collectives(made, held, 8)}
+
+    for stage, name, times in ((0, "gradients", 1), (1, "gradients", 1), (2, "gradients", 4)):
+        assert sent(stage, 32)[name] == times * sent(stage, 8)[name]
+    weights = "weights in forward and backward"
+    assert sent(3, 32).get(weights, 0) == 4 * sent(3, 8).get(weights, 0)
+    assert sent(3, 32)["gradients"] == pytest.approx(4 * sent(3, 8)["gradients"], abs=8)
+
+
+def test_a_hierarchical_partition_keeps_traffic_inside_nodes():
+    made = job("model=llama-1b", "engine=zero3", "plan.gpus=64", "train.global_batch=512")
+    held = inventory(made)
+    near = replace(made, engine=replace(made.engine, hierarchical_partition=8))
+    between = [sum(c.between(8) for c in collectives(j, held, 64)) for j in (made, near)]
+    assert between[1] < between[0]
+
+
+def test_one_rank_sends_nothing():
+    for stage in range(4):
+        made = job(f"engine=zero{stage}")
+        assert collectives(made, inventory(made), 1) == []
+
+
+def test_times_are_those_of_the_slowest_link_and_of_what_is_not_hidden():
+    machine = job().machine
+    machine = replace(machine, intra_node=100.0, inter_node=50.0, link_efficiency=0.5)
+    inside = Collective("a", "all_reduce", 1000, 4)
+    across = Collective("b", "all_gather", 1600, 16, beside=0.5)
+    assert inside.sent == 2 * 3 * 1000 // 4
+    assert (inside.between(4), across.between(4)) == (0, 1500)
+    assert inside.seconds(machine, 4) == pytest.approx(1500 / 50)
+    assert across.seconds(machine, 4) == pytest.approx(1500 / 25)
+    # 60 s of b fit beside half of 200 s of computing, or half of 40 s; a waits always
+    assert exposed([inside, across], machine, 4, 200.0) == pytest.approx(30)
+    assert exposed([inside, across], machine, 4, 40.0) == pytest.approx(30 + 40)
+    alone = replace(machine, overlap=False)
+    assert exposed([inside, across], alone, 4, 200.0) == pytest.approx(90)

@@ -1,0 +1,129 @@
+"""The estimate of a rank's bytes, and the sentence for a rank that ran out of them."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from forescale.config.compose import compose
+from forescale.errors import UserError
+from forescale.models.flops import count
+from forescale.plan.oom import bytes_of, explained, largest_micro_batch
+
+ROOT = Path(__file__).parents[3]
+
+
+def job(*overrides, vocab_size=512):
+    made = compose("train", ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
+
+
+def test_zero_cuts_what_its_stage_says():
+    """Table 1 of the ZeRO paper: 16 bytes a parameter with AdamW in mixed precision. Gradients that
+    a border cuts are kept whole at stages 1 and 2."""
+    whole = "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    for stage, weights, optimizer in ((0, 1, 1), (1, 1, 4), (2, 1, 4), (3, 4, 4)):
+        more = [whole] if stage == 3 else []
+        made = job("model=llama-160m", f"engine=zero{stage}", "optimizer=adamw", *more)
+        n, held = count(made.model).total, bytes_of(made, world_size=4).states
+        assert held.weights == pytest.approx(2 * n / weights, rel=1e-4)
+        assert held.masters + held.moments == pytest.approx(12 * n / optimizer, rel=1e-4)
+        share = 1 if stage == 0 else 4
+        assert 2 * n / share <= held.held * (1 + 1e-6) < 2 * n / share * 1.35
+
+
+def test_activations_grow_with_the_micro_batch():
+    two, four, eight = (bytes_of(job(), 1, micro).activations.total for micro in (2, 4, 8))
+    assert eight - four == 2 * (four - two) > 0  # beside them a chunk of logits, which doesn't
+    fp32, bf16 = (bytes_of(job(p), 1).activations for p in ("precision=fp32", "precision=bf16"))
+    assert fp32.total > bf16.total
+
+
+def test_of_a_class_of_the_users_own_nothing_is_known():
+    made = compose("train", ["model._target_=mypackage.Model", "train.steps=100"])
+    assert bytes_of(made, 1) is None
+    assert largest_micro_batch(made, 1, 1 << 40) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("available", [1 << 20, 1 << 26, 1 << 27, 1 << 40])
+def test_the_micro_batch_that_is_offered_divides_and_fits(ranks, available):
+    made = job("train.global_batch=24", "train.micro_batch=8")
+    offered = largest_micro_batch(made, ranks, available)
+    usable = [
+        m
+        for m in range(1, 8)
+        if 24 % (m * ranks) == 0 and bytes_of(made, ranks, m).total <= 0.9 * available
+    ]
+    if offered is None:
+        assert not usable
+    else:
+        assert offered in usable
+        now, then = (bytes_of(made, ranks, m).activations.total for m in (8, offered))
+        assert then <= 0.9 * now
+        assert not replace(made, train=replace(made.train, micro_batch=offered)).problems(ranks)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        ),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_running_out_is_one_sentence_with_numbers(error):
+    with pytest.raises(UserError) as caught, explained(job()):
+        raise error
+    said = str(caught.value)
+    assert "\n" not in said
+    planned, used, of = map(float, re.findall(r"([\d.]+) GiB", said))
+    assert planned == pytest.approx(bytes_of(job(), 1).total / 2**30, abs=0.01)
+    assert 0 < used <= of
+    assert said.endswith("set train.micro_batch=4.")
+
+
+def test_where_nothing_fits_other_ways_are_named():
+    others = r"higher engine stage.*activation_checkpointing"
+    with pytest.raises(UserError, match=others), explained(job("train.micro_batch=1")):
+        raise MemoryError
+
+
+def test_another_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="size mismatch"), explained(job()):
+        raise RuntimeError("size mismatch")
+
+
+def test_a_process_that_really_runs_out():
+    """Of address space, which is taken from it: torch's own error, in its own words."""
+    body = (
+        "import resource, sys, torch\n"
+        "from forescale.config.compose import compose\n"
+        "from forescale.plan.oom import explained\n"
+        f"job = compose('train', {['model=tiny', 'train.steps=10', 'schedule.warmup=0']!r})\n"
+        "torch.zeros(1)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)\n"
+        "try:\n"
+        "    with explained(job):\n"
+        "        torch.ones(2**28)\n"
+        "except Exception as e:\n"
+        "    print(type(e).__name__, e)\n"
+    )
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the limit on address space is Linux's")
+    done = subprocess.run(
+        [sys.executable, "-c", body],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("UserError memory: a rank ran out of it"), done

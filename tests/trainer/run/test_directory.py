@@ -1,0 +1,171 @@
+"""Attempts, lineage and rows: what a run directory promises, without an engine."""
+
+import json
+import random
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forescale.errors import UserError
+from forescale.run.directory import Attempt, Parent, Rows, Run, read_rows
+from tests import disks
+
+
+def begin(run, step, name=None):
+    """A new attempt that goes on from `step`."""
+    attempt = run.new_attempt()
+    attempt.start_from(Parent(step, name), run)
+    return attempt
+
+
+def row(step, **more):
+    return {"kind": "train", "step": step, **more}
+
+
+def test_launches_that_race_never_share_an_attempt(tmp_path):
+    run = Run(tmp_path / "first")
+    found, gate = [], threading.Barrier(8)
+
+    def launch():
+        gate.wait()
+        found.extend(run.new_attempt().number for _ in range(10))
+
+    threads = [threading.Thread(target=launch) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sorted(found) == list(range(1, 81))
+    assert [a.number for a in run.attempts()] == sorted(found)
+    assert run.new_attempt().path.name == "0081"
+
+
+def test_other_names_beside_the_attempts_are_no_attempts(tmp_path):
+    run = Run(tmp_path)
+    begin(run, 0)
+    (tmp_path / "attempts" / ".nfs0001").mkdir()
+    (tmp_path / "attempts" / "notes").mkdir()
+    assert run.new_attempt().number == 2
+
+
+class Oracle:
+    """The trajectory as a list: a save appends, an attempt that starts from a step cuts off all
+    that came after it. What is still on it is eligible."""
+
+    def __init__(self):
+        self.saved: list[tuple[int, int]] = []
+
+    def start(self, step):
+        self.saved = [(a, s) for a, s in self.saved if s <= step]
+
+    def save(self, attempt, step):
+        self.saved.append((attempt, step))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32))
+def test_a_checkpoint_counts_while_no_later_attempt_went_on_from_before_it(seed):
+    """Any history: attempts that start from any checkpoint that counts, or die before they do."""
+    import tempfile
+
+    rng, oracle, every = random.Random(seed), Oracle(), []
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(folder)
+        for _ in range(rng.randint(1, 6)):
+            attempt = run.new_attempt()
+            if rng.random() < 0.2:
+                continue  # killed before it trained
+            step = rng.choice([0, *(s for _, s in oracle.saved)])
+            oracle.start(step)
+            attempt.start_from(Parent(step), run)
+            for _ in range(rng.randint(0, 4)):
+                step += rng.randint(1, 3)
+                oracle.save(attempt.number, step)
+                every.append((attempt.number, step))
+        eligible = [pair for pair in every if run.is_eligible(*pair)]
+        assert eligible == [pair for pair in every if pair in oracle.saved]
+
+
+def test_an_attempt_begins_with_the_rows_up_to_its_parent(tmp_path):
+    run = Run(tmp_path)
+    first = begin(run, 0)
+    for step in range(1, 8):
+        first.metrics.add(row(step, loss=1 / 3 / step))
+        if step == 4:
+            first.metrics.add({"kind": "validation", "step": 4, "loss": 2.5})
+    second = begin(run, 4, "step-00000004")
+    kept = read_rows(second.metrics.path)
+    assert [r["step"] for r in kept] == [1, 2, 3, 4, 4]
+    assert kept[:4] == read_rows(first.metrics.path)[:4]  # with all digits
+    assert second.parent == Parent(4, "step-00000004")
+    second.metrics.add(row(5))
+    assert [r["step"] for r in read_rows(run.metrics)] == [1, 2, 3, 4, 4, 5]
+    assert len(read_rows(first.metrics.path)) == 8, "the old attempt's file was touched"
+
+
+def test_the_links_stand_for_the_newest_attempt_that_trained(tmp_path):
+    run = Run(tmp_path)
+    first = begin(run, 0)
+    first.event("ended")
+    run.new_attempt()  # dies before it trains
+    assert read_rows(run.events)[0]["kind"] == "ended"
+    second = begin(run, 0)
+    for link, file in ((run.metrics, second.metrics.path), (run.events, second.events.path)):
+        assert link.is_symlink()
+        assert link.resolve() == file.resolve()
+        assert not link.readlink().is_absolute()  # so that the directory can be moved
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert read_rows(Run(moved).events) == []
+    moved.rename(tmp_path)
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"kind": "train", "st', '{"kind": "train", "step": 3'])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    run = Run(tmp_path)
+    first = begin(run, 0)
+    first.metrics.add(row(1))
+    first.metrics.add(row(2))
+    with open(first.metrics.path, "a") as f:
+        f.write(torn)
+    assert [r["step"] for r in read_rows(run.metrics)] == [1, 2]
+    second = begin(run, 2)
+    second.metrics.add(row(3))
+    lines = run.metrics.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_row_that_a_full_disk_cuts_short_is_an_error_and_no_silence(tmp_path):
+    """A disk that is almost full takes a part of the row and reports no error for it."""
+    with disks.small_disk(tmp_path / "disk", "64k") as disk:
+        rows = Rows(disk / "metrics.jsonl")
+        rows.add(row(1))
+        written = [1]
+        filling = disks.fill(disk)
+
+        def write_on():
+            for step in range(2, 200):
+                rows.add(row(step, text="x" * 300))
+                written.append(step)
+
+        with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+            write_on()
+        filling.unlink()
+        assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == written
+
+
+def test_an_unknown_run_is_answered_with_the_known_ones(tmp_path):
+    for name in ("a", "b", ".a.new.stage"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"no run of this name.*are: a, b\."):
+        Run.existing("c", tmp_path)
+    assert Run.existing("a", tmp_path).path == tmp_path / "a"
+    assert Run.existing(tmp_path / "b").name == "b"
+
+
+def test_an_attempt_that_never_trained_has_no_parent(tmp_path):
+    attempt = Run(tmp_path).new_attempt()
+    assert attempt.parent is None
+    assert Attempt(attempt.path).number == 1

@@ -1,0 +1,230 @@
+"""A run directory belongs to one config and one dataset; nothing half-made ever bears its name."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.frozen import thaw
+from forescale.errors import UserError
+from forescale.run import start as start_module
+from forescale.run.directory import Parent, Run
+from forescale.run.start import numerics, start
+from forescale.storage import write_json
+from tests.trainer.small_run import make_dataset, make_job
+
+
+@pytest.fixture
+def job(small_data, tmp_path):
+    """Make a job for the run `first`: job("key=value", ...)."""
+    sizes = ("model.num_layers=1", "model.width=32", "model.num_heads=2", "model.mlp=relu2")
+
+    def make(*overrides):
+        return make_job(small_data, tmp_path / "runs", "first", *sizes, *overrides)
+
+    return make
+
+
+def listing(folder):
+    return sorted(
+        (str(p.relative_to(folder)), p.is_file() and p.read_bytes()) for p in folder.rglob("*")
+    )
+
+
+def train_a_step(run):
+    run.new_attempt().start_from(Parent(0), run)
+
+
+def test_a_new_run_explains_itself(job, small_data):
+    started = start(job())
+    run = started.run
+    assert thaw("train", run.config) == started.job
+    assert started.job.model.vocab_size == started.sources.vocab_size
+    identity = json.loads(run.identity.read_text())
+    assert identity["dataset"]["corpus_hash"] == started.sources.corpus_hash
+    assert identity["versions"]["torch"]
+    assert run.tokenizer.read_bytes() == (small_data / "tokenizer.json").read_bytes()
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        "config.yaml",
+        "run.json",
+        "tokenizer.json",
+    ]
+    assert [p.name for p in run.path.parent.iterdir()] == ["first"]
+
+
+def test_the_same_again_changes_nothing(job):
+    run = start(job()).run
+    before = listing(run.path.parent)
+    assert start(job()).job == start(job()).job
+    assert listing(run.path.parent) == before
+
+
+def test_what_changes_the_trajectory_is_refused_with_the_list(job):
+    run = start(job()).run
+    before = listing(run.path)
+    changes = ("train.seed=5", "optimizer.learning_rate=0.5", "train.global_batch=8")
+    with pytest.raises(UserError) as caught:
+        start(job(*changes, "logging.every=1"))
+    said = str(caught.value)
+    assert said.startswith(f"{run.path}: the run was begun with another config: ")
+    for words in (
+        "train.seed: 1337 -> 5",
+        "optimizer.learning_rate: ",
+        "train.global_batch: 4 -> 8",
+    ):
+        assert words in said
+    assert "logging" not in said
+    assert listing(run.path) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            "logging.every=3",
+            "checkpoint.keep=5",
+            "launch.timeout=1 min",
+            "profile.steps=1:2",
+        ),  # free
+        *("engine=zero2", "precision=fp32", "train.micro_batch=2", "train.compile=off"),  # numerics
+    ],
+)
+def test_what_does_not_is_taken_and_frozen(job, change):
+    run = start(job()).run
+    started = start(job(change))
+    assert thaw("train", run.config) == started.job
+    assert started.job != start_module.settle(job(), started.sources)
+
+
+def test_a_schedule_without_decay_may_grow(job):
+    run = start(job("schedule=constant")).run
+    assert start(job("schedule=constant", "train.steps=20")).job.total_steps == 20
+    assert thaw("train", run.config).train.steps == 20
+    run.checkpoint_path(12).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"train\.steps: 20 -> 8"):
+        start(job("schedule=constant"))
+
+
+def test_other_data_is_refused_and_a_moved_copy_is_not(job, small_data, tmp_path):
+    start(job())
+    copy = shutil.copytree(small_data, tmp_path / "copy")
+    start(job(f"data.path={copy}"))
+    other = make_dataset(tmp_path / "other", vocab_size=280)
+    with pytest.raises(UserError, match=r"begun on other data .*give the data.path"):
+        start(job(f"data.path={other}"))
+
+
+def test_a_directory_with_something_else_is_left_alone(job):
+    path = job().run.directory
+    path.mkdir(parents=True)
+    (path / "thesis.tex").write_text("mine")
+    before = listing(path.parent)
+    with pytest.raises(UserError, match="neither empty nor a run"):
+        start(job())
+    assert listing(path.parent) == before
+
+
+def test_an_empty_directory_will_do_and_so_will_a_link_to_one(job, tmp_path):
+    path = job().run.directory
+    path.mkdir(parents=True)
+    start(job())
+    shutil.rmtree(path)
+    (tmp_path / "scratch").mkdir()
+    path.symlink_to(tmp_path / "scratch")
+    start(job())
+    assert (tmp_path / "scratch" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("at", ["write_file", "write_json", "freeze"])
+def test_a_kill_while_it_is_made_leaves_no_half_run(job, monkeypatch, at):
+    """In a process of its own, which ends there; then the same again."""
+    real, calls = getattr(start_module, at), []
+
+    def deadly(*args):
+        calls.append(args)
+        real(*args)
+        os._exit(9)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(start_module, at, deadly)
+        start(job())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not job().run.directory.exists()
+    run = start(job()).run
+    assert [p.name for p in run.path.parent.iterdir()] == ["first"]
+
+
+def test_must_needs_a_run(job):
+    with pytest.raises(UserError, match="there is no run to resume"):
+        start(job("run.resume=must"))
+    assert not job().run.root or not job().run.directory.exists()
+    start(job())
+    start(job("run.resume=must"))
+
+
+def test_never_refuses_a_run_that_has_trained(job):
+    """But not one that was killed before it did: the same command goes on."""
+    never = job("run.resume=never")
+    run = start(never).run
+    start(never, again=True)  # as a rank does
+    run.new_attempt()
+    start(never)
+    train_a_step(run)
+    with pytest.raises(UserError, match=r"the run exists already; choose another run\.name"):
+        start(never)
+    start(never, again=True)  # a restart after a crash
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused_before_anything_is_made(job):
+    with pytest.raises(UserError, match=r"model\.vocab_size"):
+        start(job("model.vocab_size=10"))
+    assert not job().run.directory.parent.exists()
+
+
+def test_a_damaged_identity_is_said(job):
+    run = start(job()).run
+    write_json(run.identity, {"name": "first"})
+    with pytest.raises(UserError, match=r"run\.json"):
+        start(job())
+    run.identity.write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: not valid JSON"):
+        start(job())
+
+
+def test_a_branch_needs_the_data_of_its_trunk(job, tmp_path, small_data):
+    start(job())
+    other = make_dataset(tmp_path / "other", vocab_size=280)
+    branch = ("run.name=branch", "run.from.run=first", f"data.path={other}")
+    with pytest.raises(UserError, match=r"first was trained on other data"):
+        start(job(*branch))
+    assert not Run(tmp_path / "runs" / "branch").path.exists()
+    start(job(*branch, "run.from.what=weights"))
+
+
+def test_numerics_change_with_what_changes_bits(job):
+    def of(made, world=1, device="cpu", threads=1, compiled=False):
+        return numerics(made, world, device, threads, compiled)
+
+    base = of(job())
+    assert of(job("logging.every=3", "checkpoint.keep=5")) == base
+    for other in (
+        *(of(job("engine=zero3")), of(job("precision=fp32")), of(job("train.micro_batch=2"))),
+        *(of(job(), world=2), of(job(), device="cuda"), of(job(), threads=2)),
+        of(job(), compiled=True),
+    ):
+        assert sum(base[key] != other[key] for key in base) == 1
+
+
+def test_another_guard_is_told_as_what_ends_exactness():
+    """And not what only says how often it looks."""
+
+    def found(*overrides):
+        job = compose("train", ["train.steps=400", "train.tokens=null", *overrides])
+        return numerics(job, 1, "cpu", 1, False)
+
+    usual = found()
+    changed = found("guard.loss_spike=rollback", "guard.replay=5 steps")
+    assert {k for k in usual if usual[k] != changed[k]} == {"guard.loss_spike"}

@@ -1,0 +1,58 @@
+"""The law is chosen by how it met dearer runs, as far beyond as the target."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forescale.scaling.analysis.selection import judge, law_of
+from forescale.scaling.config import StudyJob, TargetPoint
+from forescale.scaling.fitting.backtest import RollOut
+from forescale.scaling.fitting.laws import CHINCHILLA, KAPLAN
+
+CHINCHILLAS = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.28, "beta": 0.42}
+KAPLANS = {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}  # as published
+
+
+def table(form, values, budgets=(1e16, 1e17, 1e18, 1e19, 1e20)) -> pd.DataFrame:
+    rng, rows = np.random.default_rng(0), []
+    for c in budgets:
+        for n in 0.1 * c**0.5 * np.geomspace(0.4, 2.5, 5):
+            d = c / 6 / n
+            loss = form.predict(values, parameters=n, tokens=d)[0] * np.exp(1e-3 * rng.normal())
+            rows.append({"parameters": n, "tokens": d, "flops": c, "budget": c, "loss": loss})
+    return pd.DataFrame(rows)
+
+
+def chosen(rows, **keys):
+    return law_of(rows, StudyJob(input=["x"], form="auto", bootstraps=100, near=None, **keys), "x")
+
+
+def roll_out(factors, errors) -> RollOut:
+    n = np.ones(len(factors), dtype=bool)
+    return RollOut(3, 15, np.array(factors), np.array(errors), 0.0, n, n)
+
+
+@pytest.mark.slow
+def test_each_surface_gets_its_own_law():
+    target = TargetPoint(flops=1e21)
+    made = chosen(table(CHINCHILLA, CHINCHILLAS), target=target)
+    assert made.form is CHINCHILLA
+    (note,) = (n for n in made.notes if n.startswith("The law is chinchilla, by errors"))
+    assert "kaplan" in note
+    assert chosen(table(KAPLAN, KAPLANS), target=target).form is KAPLAN
+
+
+def test_too_few_budgets_choose_nothing_and_say_so():
+    made = chosen(table(CHINCHILLA, CHINCHILLAS, budgets=(1e16, 1e18)))
+    assert made.form is CHINCHILLA
+    assert "No roll-outs to choose a law by: it is chinchilla." in made.notes
+
+
+def test_runs_as_far_beyond_as_the_target_count():
+    found = [roll_out([2, 2, 2, 10, 10, 10, 100], [0.01] * 3 + [0.02] * 3 + [0.3])]
+    assert judge(found, 2.0) == (pytest.approx(0.01), (2, 2))
+    assert judge(found, 10.0) == (pytest.approx(0.02), (10, 10))
+    error, ends = judge(found, 200.0)
+    assert ends == (10, 100), "too few were met so far beyond: the farthest half"
+    assert error > 0.1
+    assert judge(found, None)[1] == (2, 100)

@@ -1,0 +1,123 @@
+"""How much of a law is a matter of counting N and C."""
+
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.sensitivity import conventions
+from forescale.scaling.config import StudyJob, TargetPoint
+from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.report.terminal import show
+
+LAW = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
+
+
+def records(noise=0.0) -> pd.DataFrame:
+    """Runs of a law in `total`, whose tables are a large part of small models; C pays for all but
+    the token table."""
+    rng, rows = np.random.default_rng(0), []
+    for c in np.geomspace(1e15, 1e19, 5):
+        for total in 0.1 * c**0.5 * np.geomspace(0.4, 2.5, 5):
+            table = 3e4 * total**0.33
+            d = c / 6 / total
+            loss = CHINCHILLA.predict(LAW, parameters=total, tokens=d)[0]
+            rows.append({
+                "parameters_total": total, "parameters_active": total,
+                "parameters_non_embedding": total - 0.5 * total**0.9,
+                "flops_6nd": c, "flops_causal": 6 * d * (total + table),
+                "tokens": d, "loss": loss * np.exp(noise * rng.standard_normal()),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def study(rows: pd.DataFrame, **keys) -> StudyFit:
+    told = {"size": "total", "cost": "6nd", "bootstraps": 100, "sensitivity": True} | keys
+    return StudyFit(rows, StudyJob(input=["x"], **told), "x")
+
+
+def page(made: StudyFit) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    show(made, console, "x")
+    return console.file.getvalue()
+
+
+def test_a_row_for_every_pair_that_differs():
+    rows = study(records()).sensitivity
+    assert [(r.size, r.cost) for r in rows] == [
+        ("total, active", "6nd"), ("total, active", "causal"),
+        ("non_embedding", "6nd"), ("non_embedding", "causal"),
+    ]  # fmt: skip
+
+
+def test_the_exponent_follows_the_price_of_a_parameter():
+    """Where C = 6 N D it is that of the law; where small models pay for more than N, the budget
+    buys less of them, as the best of a fine grid along the budget shows."""
+    made = study(records())
+    first, causal = made.sensitivity[:2]
+    assert first.per == pytest.approx(1)
+    assert first.allocation == pytest.approx(made.allocation[0], rel=1e-8)
+    assert first.allocation == pytest.approx(0.37 / 0.72, rel=1e-5)
+    assert causal.per < 1
+    n = np.geomspace(1e5, 1e9, 400_001)
+    best = [
+        n[CHINCHILLA.predict(LAW, parameters=n, tokens=c / n**causal.per).argmin()]
+        for c in (1e12, 1e13)
+    ]
+    assert causal.allocation == pytest.approx(np.log10(best[1] / best[0]), abs=1e-3)
+    assert causal.values == first.values, "the law doesn't read C"
+
+
+def test_another_count_of_n_is_another_law():
+    rows = {(r.size, r.cost): r for r in study(records(0.002)).sensitivity}
+    total, other = rows["total, active", "6nd"], rows["non_embedding", "6nd"]
+    assert abs(other.values["alpha"] - total.values["alpha"]) > 0.001
+    for row in rows.values():
+        low, high = row.interval
+        assert low < row.allocation < high
+
+
+def test_the_target_is_one_run_in_all_rows():
+    """N and C of it are carried over; without noise every law then says nearly the same."""
+    made = study(records(), target=TargetPoint(parameters=1e9, tokens=1e10))
+    losses = [row.loss for row in made.sensitivity]
+    assert losses[0] == pytest.approx(made.foretold().loss, rel=1e-8)
+    assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
+    untold = CHINCHILLA.predict(made.sensitivity[2].values, parameters=1e9, tokens=1e10)[0]
+    assert abs(untold / losses[0] - 1) > 0.002, "had N been taken as it stands"
+    assert [row.loss for row in study(records()).sensitivity] == [None] * 4
+
+
+def test_a_law_of_compute_reads_each_c():
+    rows = study(records(), form="frontier", target=TargetPoint(flops=1e20)).sensitivity
+    assert [row.allocation for row in rows] == [None] * 4
+    assert rows[0].values["gamma"] != rows[1].values["gamma"]
+
+
+def test_it_is_on_the_page_and_in_the_json():
+    made = study(records(0.002))
+    text = page(made)
+    assert "N* ~ C^a, a" in text
+    assert "non_embedding" in text
+    assert len(json.loads(json.dumps(made.as_dict()))["sensitivity"]) == 4
+    silent = study(records(0.002), sensitivity=False)
+    assert silent.as_dict()["sensitivity"] is None
+    assert "N* ~ C^a, a" not in page(silent)
+
+
+def test_one_way_to_count_is_one_line():
+    rows = records().rename(columns={"parameters_total": "parameters", "flops_6nd": "flops"})
+    made = study(rows[["parameters", "flops", "tokens", "loss"]])
+    assert len(made.sensitivity) == 1
+    assert "N and C are counted in one way here" in page(made)
+    assert len(study(rows[["parameters", "tokens", "loss"]]).sensitivity) == 1
+
+
+def test_a_convention_that_some_runs_lack_is_none():
+    rows = records()
+    rows.loc[3, "parameters_active"] = np.nan
+    assert list(conventions(rows, "parameters")) == ["total", "non_embedding"]

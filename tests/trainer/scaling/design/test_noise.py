@@ -1,0 +1,114 @@
+"""Seed noise and tuning gap, of records whose noise is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forescale.scaling.design.noise import noise_of
+from forescale.scaling.design.simulate import Assumptions
+
+WEIGHTS, DATA = 3e-3, 4e-3  # together 5e-3
+
+
+def repeats(cell, flops, seeds, scale=1.0, rng=None):
+    """A cell as (seed of the data, seed of the weights): each makes its own share of the noise."""
+    rng = rng or np.random.default_rng(0)
+    weights, data = {}, {}
+    rows = []
+    for i, (seed, init_seed) in enumerate(seeds):
+        w = weights.setdefault(init_seed, WEIGHTS * rng.standard_normal())
+        d = data.setdefault(seed, DATA * rng.standard_normal())
+        rows.append(
+            {
+                "name": cell if i == 0 else f"{cell}-seed{i}",
+                "role": "grid" if i == 0 else "seed",
+                "cell_of": cell,
+                "seed": seed,
+                "init_seed": init_seed,
+                "learning_rate": 1e-3,
+                "flops_causal": flops,
+                "loss": 3 * np.exp(scale * (w + d)),
+            }
+        )
+    return rows
+
+
+def apart(count):
+    """As a study draws them: other weights on the same data, and other data on the same weights."""
+    others = [s for i in range(1, count) for s in ((1, 1 + i), (1 + i, 1))]
+    return [(1, 1), *others]
+
+
+def cross(cell, losses, rates=(5e-4, 1e-3, 2e-3)):
+    own = {"role": "rate", "cell_of": cell, "flops_causal": 1e18, "seed": 1, "init_seed": 1}
+    rows = [
+        {"name": f"{cell}-{r}", **own, "learning_rate": r, "loss": x}
+        for r, x in zip(rates, losses, strict=True)
+    ]
+    rows[len(rows) // 2] |= {"name": cell, "role": "grid"}
+    return rows
+
+
+def test_noise_of_weights_and_of_data_are_told_apart():
+    (level,) = noise_of(pd.DataFrame(repeats("s1-n2", 1e17, apart(300)))).levels
+    assert level.weights.sd == pytest.approx(WEIGHTS, rel=0.1)
+    assert level.data.sd == pytest.approx(DATA, rel=0.1)
+    assert level.noise.sd == pytest.approx(5e-3, rel=0.1)
+    assert (level.runs, level.weights.free, level.data.free) == (599, 299, 299)
+    assert level.flops == 1e17
+
+
+def test_seeds_that_change_everything_together_tell_the_whole_alone():
+    rows = repeats("s1-n2", 1e17, [(i, i) for i in range(300)])
+    (level,) = noise_of(pd.DataFrame(rows)).levels
+    assert level.weights is None
+    assert level.data is None
+    assert level.noise.sd == pytest.approx(5e-3, rel=0.1)
+    bare = pd.DataFrame(rows).drop(columns=["seed", "init_seed"])
+    assert noise_of(bare).levels[0].noise == level.noise
+
+
+def test_two_levels_tell_how_noise_fades():
+    rng = np.random.default_rng(1)
+    rows = repeats("s1", 1e17, apart(200), rng=rng)
+    rows += repeats("s4", 1e19, apart(200), scale=100**-0.3, rng=rng)
+    found = noise_of(pd.DataFrame(rows)).assumed()
+    assert found.fading == pytest.approx(0.3, abs=0.04)
+    assert found.seed_noise(np.array([1e17]))[0] == pytest.approx(5e-3, rel=0.1)
+    assert found.seed_noise(np.array([1e19]))[0] == pytest.approx(5e-3 * 100**-0.3, rel=0.1)
+
+
+def test_few_seeds_hardly_move_the_exponent():
+    """Five runs and three: as a study has them; by those alone it would scatter by 0.2."""
+    told, found = Assumptions(), []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        rows = repeats("s1", 1e17, apart(3), rng=rng) + repeats("s4", 3e18, apart(2), rng=rng)
+        found.append(noise_of(pd.DataFrame(rows)).assumed().fading)
+    assert np.std(found) < 0.1
+    assert 0.05 < np.mean(found) < told.fading  # there is none in these
+
+
+def test_the_gap_is_what_the_best_of_a_cross_leaves():
+    """Of parabolas in the log of the rate whose lowest point is known."""
+    rates = np.array([5e-4, 1e-3, 2e-3])
+
+    def losses(best):
+        return 3 * np.exp(0.02 * np.log(rates / best) ** 2)
+
+    rows = cross("a", losses(1.2e-3)) + cross("b", losses(0.9e-3)) + cross("c", losses(9e-3))
+    found = noise_of(pd.DataFrame(rows))
+    assert (found.crosses, found.edges, found.levels) == (2, 1, ())
+    gaps = 0.02 * np.log(np.array([1.2, 0.9])) ** 2
+    assert found.gap == pytest.approx(np.sqrt((gaps**2).mean()))
+    assert noise_of(pd.DataFrame(rows)).assumed() == Assumptions(gap=found.gap)
+
+
+def test_what_nobody_measured_stays_as_it_was_assumed():
+    told = Assumptions(noise=7e-3, gap=1e-3)
+    alone = pd.DataFrame(repeats("s1", 1e17, [(1, 1)]))
+    diverged = pd.DataFrame(repeats("s1", 1e17, [(1, 1), (2, 1)])).assign(loss=[3.0, np.nan])
+    for table in (pd.DataFrame(), alone, diverged):
+        assert noise_of(table).assumed(told) == told
+    same = pd.DataFrame(repeats("s1", 1e17, [(1, 1), (2, 1)])).assign(loss=3.0)
+    assert noise_of(same).assumed(told) == told  # one run twice

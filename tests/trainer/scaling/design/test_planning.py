@@ -1,0 +1,98 @@
+"""`study plan`: the page, the files, and that its lines are runs."""
+
+import json
+
+import pytest
+
+from forescale.cli import main
+from forescale.config.compose import compose
+from forescale.errors import UserError
+from forescale.scaling.design import planning
+from forescale.scaling.study.directory import Study
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        data = ["plan.vocab_size=257", "plan.unique=4e7"]
+        code = main(["study", "plan", "study=mine", *data, *words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_a_plan_stays_within_its_cap_and_says_what_it_is_worth(plan, tmp_path):
+    code, out, _ = plan("plan.cap=1e15", "target.flops=1e15", "plan.rate=2e10")
+    assert code == 0
+    facts = json.loads((tmp_path / "studies/mine/plan.json").read_text())
+    assert sum(stage["high"] for stage in facts["stages"]) <= facts["cap"] == 1e15
+    cells = [cell for stage in facts["stages"] for cell in stage["cells"]]
+    assert len({cell["name"] for cell in cells}) == len(cells) > 40
+    assert {cell["stage"] for cell in cells} == {1, 2, 3, 4, 5}
+    half = facts["expected"]["half"]
+    assert f"± {half['0.9']:.1%} (90%)" in out
+    assert "Note: " in out
+
+
+def test_the_simulation_fits_the_runs_that_the_study_will(plan, monkeypatch):
+    given = []
+
+    def asked(*_, near, **__):
+        given.append(near)
+        raise UserError("design", "is enough", "stop")
+
+    monkeypatch.setattr(planning, "expected", asked)
+    plan("plan.cap=1e15", "target.flops=1e15", "near=0.2")
+    assert given == [0.2]
+
+
+def test_cells_are_runs(plan, tmp_path):
+    """Their words compose, to the length that was planned."""
+    plan("plan.cap=1e15")
+    study = Study(tmp_path / "studies/mine")
+    for cell in study.plan.stages[0].cells:
+        job = compose("train", study.words(cell))
+        assert job.total_steps * job.tokens_per_step == cell.tokens
+        assert job.run.directory == study.run(cell.name).path
+        assert job.data.embedded == "bytes"
+
+
+def test_what_all_runs_share_stands_after_two_dashes(plan, tmp_path):
+    assert plan("plan.cap=1e15", "--", "optimizer=muon", "model.mlp=gelu")[0] == 0
+    study = Study(tmp_path / "studies/mine")
+    job = compose("train", study.words(study.plan.cells[0]))
+    assert (job.optimizer.kind, job.model.mlp) == ("muon", "gelu")
+    share = job.optimizer.adam_learning_rate / job.optimizer.learning_rate
+    assert share == pytest.approx(0.004 / 0.02), "both rates are tuned as one"
+    code, _, err = plan("plan.cap=1e15", "--", "train.steps=5")
+    assert (code, "is what a study sets itself" in err) == (2, True)
+    code, _, err = plan("plan.cap=1e15", "--", "modl=tiny")
+    assert (code, "modl" in err) == (2, True)
+
+
+def test_a_ladder(plan, tmp_path):
+    code, out, _ = plan("plan.cap=1e16", "plan.kind=ladder", "plan.ladder=[1e5,2e5,4e5]")
+    assert code == 0
+    assert out.startswith("ladder: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "plan.cap: is not given"),
+        (("plan.cap=1e9",), "can't be had"),
+        (("plan.cap=1e15", "plan.model=custom"), "model._target_: needs a value"),
+        (("plan.cap=1e15", "plan.kind=ladder", "plan.ladder=[1e5]"), "tell no law"),
+        (("plan.cap=1e12", "plan.kind=ladder"), "more than the cap"),
+        (("plan.cap=1e15", "target.parameters=1e6"), "target: names no run"),
+    ],
+)
+def test_what_cannot_be_planned_is_a_sentence(plan, tmp_path, words, said):
+    code, out, err = plan(*words)
+    assert code == 2
+    assert said in out + err
+    assert "Traceback" not in err
+    assert not (tmp_path / "studies").exists()

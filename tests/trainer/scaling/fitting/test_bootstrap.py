@@ -1,0 +1,166 @@
+"""Refits in one batch are what the same fits are one by one; intervals cover.
+
+How often they cover is measured in test_scaling_recovery.py.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from forescale.errors import UserError
+from forescale.scaling.fitting.bootstrap import (
+    _accelerated,
+    _quantiles,
+    clusters,
+    influence,
+    leave_one_out,
+    pairs,
+    replicates,
+    residuals,
+)
+from forescale.scaling.fitting.fit import fit
+from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
+from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
+from forescale.scaling.fitting.points import Points
+from tests.trainer.scaling.some_laws import BASE
+
+
+@pytest.mark.parametrize("goal", [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES], ids=str)
+def test_a_replicate_is_the_fit_of_its_runs(goal, make):
+    points = make(CHINCHILLA, BASE, noise=0.003)
+    one = fit(CHINCHILLA, points, goal)
+    w = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=6)
+    found = replicates(one, weights=w)
+    assert found.certified.all()
+    for i in range(6):
+        alone = fit(CHINCHILLA, points.take(np.repeat(np.arange(60), w[i])), goal)
+        assert found.objective[i] <= alone.value * (1 + 1e-9)
+        np.testing.assert_allclose(found.values[i], alone.vector, rtol=1e-6)
+
+
+def test_other_losses_are_other_points(make):
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
+    other = make(CHINCHILLA, BASE, noise=0.003, seed=9)
+    found = replicates(one, losses=np.stack([one.points.loss, other.loss]))
+    np.testing.assert_allclose(found.values[0], one.vector, rtol=1e-7)
+    np.testing.assert_allclose(found.values[1], fit(CHINCHILLA, other).vector, rtol=1e-7)
+
+
+def test_leaving_one_out(make):
+    points = make(CHINCHILLA, BASE, noise=0.003)
+    one = fit(CHINCHILLA, points)
+    without = fit(CHINCHILLA, points.take(np.arange(60) != 7))
+    np.testing.assert_allclose(leave_one_out(one).values[7], without.vector, rtol=1e-7)
+    np.testing.assert_allclose(influence(one)[7], one.vector - without.vector, atol=1e-5)
+    at = influence(one, of=lambda v: CHINCHILLA.predict(v, parameters=1e11, tokens=1e13))
+    assert at.shape == (60, 1)
+    loss = points.loss.copy()
+    loss[11] *= 1.05
+    own = dict(parameters=points.parameters, tokens=points.tokens)
+    spoilt = fit(CHINCHILLA, Points(loss, **own), LEAST_SQUARES)
+    assert np.abs(influence(spoilt) / spoilt.vector).max(1).argmax() == 11
+
+
+def test_branches_of_a_trunk_are_drawn_together(make):
+    """Four branches with the same error are not four times as sure."""
+    points = make(CHINCHILLA, BASE, noise=0.003)
+    many = points.take(np.repeat(np.arange(60), 4))
+    trunk = np.repeat([f"trunk {i}" for i in range(60)], 4)
+    one = fit(CHINCHILLA, many)
+    narrow, wide = pairs(one, 300), clusters(one, trunk, 300)
+    truth = pairs(fit(CHINCHILLA, points), 300)
+    assert wide.errors["alpha"] == pytest.approx(truth.errors["alpha"], rel=0.25)
+    assert narrow.errors["alpha"] < 0.65 * wide.errors["alpha"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draw", [pairs, residuals])
+def test_intervals_cover(draw, make):
+    """Of a law that is true: nominally 90 %, of 60 experiments."""
+    target = dict(parameters=1e11, tokens=2e12)
+    truth = CHINCHILLA.predict(BASE, **target)[0]
+    inside = 0
+    for seed in range(60):
+        one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.005, seed=seed), LEAST_SQUARES)
+        low, high = draw(one, 200).interval(0.9, lambda v: CHINCHILLA.predict(v, **target))
+        inside += bool(low[0] <= truth <= high[0])
+    assert inside >= 45
+
+
+def test_intervals_of_parameters_and_of_what_follows_from_them(make):
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 400)
+    assert found.uncertified == 0
+    low, high = found.interval()
+    assert (low < found.fit.vector).all()
+    assert (found.fit.vector < high).all()
+    narrow = found.interval(0.5)
+    assert (narrow[0] > low).all()
+    sizes = found.interval(of=lambda v: compute_optimal(CHINCHILLA, v, [1e22, 1e24])[0])
+    best = compute_optimal(CHINCHILLA, found.fit.values, [1e22, 1e24])[0]
+    assert ((sizes[0] < best) & (best < sizes[1])).all()
+    again = pairs(found.fit, 400)
+    assert (again.values == found.values).all()
+
+
+def test_percentiles_are_those_of_the_draws(make):
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 300)
+    low, high = found.interval(0.9, method="percentile")
+    np.testing.assert_allclose(low, np.percentile(found.values, 5, axis=0))
+    np.testing.assert_allclose(high, np.percentile(found.values, 95, axis=0))
+
+
+def test_a_corrected_interval_is_the_same_in_any_growing_scale(make):
+    """As percentiles are: of the logarithm it is the logarithm of it."""
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 2000)
+    logs = found.interval(0.9, np.log)
+    # Not to the last digit: the acceleration is of the jackknife, which has a scale.
+    np.testing.assert_allclose(np.exp(logs), found.interval(0.9), rtol=0.02)
+
+
+def test_bias_and_skewness_are_corrected_as_scipy_does():
+    """Of the mean and the variance of skewed numbers, from the same draws."""
+    x = np.random.default_rng(3).exponential(size=25)
+    for statistic in (np.mean, np.var):
+        theirs = stats.bootstrap((x,), statistic, confidence_level=0.9, method="BCa", rng=4)
+        draws = theirs.bootstrap_distribution[:, None]
+        without = np.array([[statistic(np.delete(x, i))] for i in range(25)])
+        at = _accelerated(draws, np.array([[statistic(x)]]), without, np.array([0.05, 0.95]))
+        np.testing.assert_allclose(_quantiles(draws, at)[:, 0], theirs.confidence_interval)
+
+
+def test_few_runs_widen_an_interval_more_than_many(make):
+    """Student's t of five groups against that of sixty runs, of draws alike."""
+    found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 1000)
+    few = replace(found, groups=np.arange(60) % 5)
+    widths = [np.diff(each.interval(0.9), axis=0) for each in (few, found)]
+    assert (widths[0] > 1.2 * widths[1]).all()
+    assert few.without.shape == (0, 5)  # four groups would not tell five parameters
+    low, high = few.interval(0.9, lambda v: CHINCHILLA.predict(v, parameters=1e9, tokens=2e10))
+    assert low < high
+
+
+def test_draws_at_an_edge_are_no_sign_of_bias(make):
+    """E is gone from the fit and from most draws: an interval from zero on, not one turned over."""
+    own = make(CHINCHILLA, BASE)
+    loss = CHINCHILLA.predict(BASE | {"E": 1e-9}, parameters=own.parameters, tokens=own.tokens)
+    off = np.exp(0.003 * np.random.default_rng(7).standard_normal(60))
+    found = pairs(fit(CHINCHILLA, Points(loss * off, own.parameters, own.tokens)), 200)
+    low, high = found.interval(0.9)
+    assert np.isfinite([low, high]).all()
+    assert (low <= high).all()
+
+
+def test_what_cannot_be_drawn_is_refused_and_what_cannot_be_fitted_is_counted(make):
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
+    with pytest.raises(UserError, match="60 runs in 1 groups"):
+        clusters(one, ["trunk"] * 60)
+    with pytest.raises(UserError, match="give \\(replicates, 60\\)"):
+        replicates(one, weights=np.ones(60))
+    with pytest.raises(UserError, match="between 0 and 1"):
+        pairs(one, 4).interval(95)
+    few = np.zeros((2, 60))
+    few[0] = 1
+    few[1, :3] = 1  # three runs do not tell five parameters
+    assert replicates(one, weights=few).certified.tolist() == [True, False]

@@ -1,0 +1,178 @@
+"""Each law: its formula, its derivatives, its two parametrisations, its optimum."""
+
+import numpy as np
+import pytest
+
+from forescale.errors import UserError
+from forescale.scaling.fitting.forms import Form, design
+from forescale.scaling.fitting.laws import (
+    CHINCHILLA,
+    FRONTIER,
+    KAPLAN,
+    OVER_TRAINING,
+    SHARED_EXPONENT,
+    allocation,
+    compute_optimal,
+    data_constrained,
+)
+from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective, curvatures, local
+from forescale.scaling.fitting.points import Points
+from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES
+
+each = pytest.mark.parametrize(("form", "values"), LAWS, ids=NAMES)
+
+
+def near(form, values, at, count=5):
+    theta = form.internal(form.vector(values)[None], at.centre)
+    return theta + 0.05 * np.random.default_rng(2).standard_normal((count, form.size))
+
+
+@each
+def test_first_derivatives_are_those_of_a_complex_step(form, values, make):
+    at = design(form, make(form, values))
+    theta = near(form, values, at)
+    _, jacobian = form.evaluate(theta, at)
+    for j in range(form.size):
+        aside = theta.astype(complex)
+        aside[:, j] += 1e-30j
+        np.testing.assert_allclose(
+            jacobian[:, j], form.evaluate(aside, at)[0].imag / 1e-30, rtol=1e-9, atol=1e-13
+        )
+
+
+@each
+def test_second_derivatives_are_differences_of_the_first(form, values, make):
+    at = design(form, make(form, values))
+    theta = near(form, values, at)
+    pull = np.random.default_rng(3).standard_normal((len(theta), 60))
+    _, jacobian = form.evaluate(theta, at)
+    found = form.curvature(theta, at, jacobian, pull)
+    for j in range(form.size):
+        step = np.zeros(form.size)
+        step[j] = 1e-6
+        up, down = (form.evaluate(theta + s, at)[1] for s in (step, -step))
+        slope = np.einsum("rpn,rn->rp", (up - down) / 2e-6, pull)
+        np.testing.assert_allclose(found[:, :, j], slope, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, Form.curvature(form, theta, at, jacobian, pull), atol=1e-9)
+
+
+@pytest.mark.parametrize("goal", [Objective(0.05), LEAST_SQUARES, Objective(0.2, "loss")], ids=str)
+def test_gradient_and_hessian_of_the_objective(goal, make):
+    points = make(CHINCHILLA, BASE, noise=0.03)
+    at, y, w = design(CHINCHILLA, points), np.log(points.loss)[None], np.full((1, 60), 1.5)
+    theta = near(CHINCHILLA, BASE, at, 1)
+    here = local(CHINCHILLA, at, y, w, theta, goal)
+    hessian, _ = curvatures(CHINCHILLA, at, w, theta, goal, here)
+    assert here.value == pytest.approx(goal.value(here.residual, w))
+    for j in range(5):
+        step = np.zeros(5)
+        step[j] = 1e-6
+        up, down = (local(CHINCHILLA, at, y, w, theta + s, goal) for s in (step, -step))
+        assert here.gradient[0, j] == pytest.approx((up.value - down.value)[0] / 2e-6, rel=1e-5)
+        slope = (up.gradient - down.gradient)[0] / 2e-6
+        np.testing.assert_allclose(hessian[0, :, j], slope, rtol=1e-4, atol=1e-4)
+
+
+@each
+def test_published_and_internal_are_one_to_one(form, values, make):
+    at = design(form, make(form, values))
+    theta = near(form, values, at)
+    there = form.published(theta, at.centre)
+    np.testing.assert_allclose(form.internal(there, at.centre), theta, rtol=1e-12, atol=1e-12)
+
+
+def test_the_formulas_are_those_of_the_papers():
+    N, D, U = 1.3e9, 7.0e10, 2.0e10
+    assert CHINCHILLA.predict(BASE, parameters=N, tokens=D) == pytest.approx(
+        1.8 + 400 * N**-0.34 + 2000 * D**-0.37
+    )
+    kaplan = {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}
+    assert KAPLAN.predict(kaplan, parameters=N, tokens=D) == pytest.approx(
+        ((8.8e13 / N) ** (0.076 / 0.095) + 5.4e13 / D) ** 0.095
+    )
+    M, C = D / N, 6 * N * D
+    gadre = {"a": 212.0, "b": 366.0, "E": 1.84, "eta": 0.136}
+    assert OVER_TRAINING.predict(gadre, parameters=N, tokens=D) == pytest.approx(
+        1.84 + (212 * M**0.136 + 366 * M**-0.136) * C**-0.136
+    )
+    assert FRONTIER.predict({"K": 9.0, "E": 1.7, "gamma": 0.1}, flops=C) == pytest.approx(
+        1.7 + 9 * C**-0.1
+    )
+    seen_again = U + U * 15.4 * (1 - np.exp(-(D / U - 1) / 15.4))
+    own = dict(parameters=N, tokens=D, unique_tokens=U)
+    assert data_constrained().predict(BASE | {"R_D": 15.4}, **own) == pytest.approx(
+        1.8 + 400 * N**-0.34 + 2000 * seen_again**-0.37
+    )
+    # Of a model far larger than its unique tokens are enough for.
+    g = (0.34 * 400 / (0.37 * 2000)) ** (1 / 0.71)
+    enough = g * (U * g) ** (0.37 / 0.34)
+    large = 20 * enough
+    faded = enough + enough * 5.3 * (1 - np.exp(-19 / 5.3))
+    assert compute_optimal(CHINCHILLA, BASE, 6 * enough * U)[0] == pytest.approx(enough)
+    found = data_constrained(BASE).predict(
+        BASE | {"R_D": 15.4, "R_N": 5.3}, **own | {"parameters": large}
+    )
+    assert found == pytest.approx(1.8 + 400 * faded**-0.34 + 2000 * seen_again**-0.37)
+
+
+def test_a_token_that_is_new_is_worth_one():
+    own = dict(parameters=1e9, tokens=np.array([1e10, 2e10]))
+    found = data_constrained().predict(BASE | {"R_D": 3.0}, unique_tokens=2e10, **own)
+    np.testing.assert_allclose(found, CHINCHILLA.predict(BASE, **own))
+
+
+@pytest.mark.parametrize(("form", "values"), LAWS[:4], ids=NAMES[:4])
+def test_the_optimum_is_where_no_other_split_is_better(form, values):
+    budgets = np.array([1e19, 1e22, 1e25])
+    N, D = compute_optimal(form, values, budgets)
+    np.testing.assert_allclose(6 * N * D, budgets)
+    best = form.predict(values, parameters=N, tokens=D)
+    for factor in (0.9, 1.1):
+        assert (form.predict(values, parameters=N * factor, tokens=D / factor) > best).all()
+    slope = np.log(N[2] / N[0]) / np.log(1e6)
+    assert allocation(form, values) == pytest.approx(slope, rel=1e-6)
+
+
+def test_the_optimum_of_chinchilla_in_closed_form():
+    """Hoffmann et al. 2022, eq. 4."""
+    a, G = 0.37 / 0.71, (0.34 * 400 / (0.37 * 2000)) ** (1 / 0.71)
+    N, _ = compute_optimal(CHINCHILLA, BASE, [1e21])
+    assert pytest.approx(G * (1e21 / 6) ** a, rel=1e-10) == N
+
+
+def test_a_forecast_of_replicates_has_a_row_for_each():
+    values = np.tile(CHINCHILLA.vector(BASE), (4, 1))
+    own = dict(parameters=[1e9, 1e10], tokens=1e11)
+    assert CHINCHILLA.predict(values, **own).shape == (4, 2)
+    assert compute_optimal(CHINCHILLA, values, [1e20, 1e21, 1e22])[1].shape == (4, 3)
+
+
+def test_what_a_law_does_not_know_is_refused():
+    with pytest.raises(UserError, match="has no tokens"):
+        CHINCHILLA.predict(BASE, parameters=1e9)
+    with pytest.raises(UserError, match="its parameters are A, B, E, alpha, not"):
+        SHARED_EXPONENT.predict(BASE, parameters=1e9, tokens=1e9)
+    with pytest.raises(UserError, match="does not know N and D"):
+        compute_optimal(FRONTIER, {"K": 9.0, "E": 1.7, "gamma": 0.1}, 1e20)
+    with pytest.raises(UserError, match="no power law of compute"):
+        allocation(data_constrained(), BASE | {"R_D": 3.0})
+    with pytest.raises(UserError, match="depends on the unique tokens"):
+        compute_optimal(data_constrained(), BASE | {"R_D": 3.0}, 1e20)
+
+
+@pytest.mark.parametrize("bad", [np.nan, 0.0, -2.0, np.inf])
+def test_a_loss_without_a_logarithm_is_refused(bad):
+    with pytest.raises(UserError, match=r"study: loss: .* of run 1, which has no logarithm"):
+        Points([2.0, bad, 3.0], parameters=[1, 2, 3], where="study")
+
+
+def test_points_share_one_length_and_one_convention():
+    with pytest.raises(UserError, match="give one number a run"):
+        Points([2.0, 3.0], parameters=[1e9])
+    with pytest.raises(UserError, match="1 by 'blocks', 2 by 'total'"):
+        Points([2.0, 3.0, 4.0], convention=["total", "blocks", "total"])
+    one = Points([2.0, 3.0], parameters=[1e9, 2e9], convention=["total", "total"])
+    assert one.convention == "total"
+    assert one.take([1]).parameters == [2e9]
+    with pytest.raises(UserError, match="no column 'tokens'"):
+        design(CHINCHILLA, one)

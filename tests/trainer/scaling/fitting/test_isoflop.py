@@ -1,0 +1,139 @@
+"""Parabolas through the runs of a budget: exact ones, noisy ones, and those that are refused."""
+
+import numpy as np
+import pytest
+
+from forescale.errors import UserError
+from forescale.scaling.fitting.isoflop import isoflop
+from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
+from forescale.scaling.fitting.points import Points
+from tests.trainer.scaling.some_laws import BASE
+
+BUDGETS = np.array([1e19, 1e20, 1e21, 1e22])
+
+
+EVEN = np.linspace(-1.5, 1.5, 7)
+
+
+def runs(offsets=EVEN, noise=0.0, seed=0, k=0.1, a=0.5, budgets=BUDGETS):
+    """Exact parabolas about N* = k C^a, with sizes at log N* + offsets."""
+    at = np.log(k) + a * np.log(budgets)[:, None]
+    N, C = np.exp(at + offsets).ravel(), np.repeat(budgets, len(offsets))
+    floor = 1.8 + 3 * (budgets[:, None] / 1e19) ** -0.1
+    loss = (floor + 0.05 * np.broadcast_to(offsets, (len(budgets), len(offsets))) ** 2).ravel()
+    loss = loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
+    return dict(loss=loss, parameters=N, tokens=C / (6 * N)), C
+
+
+def test_exact_parabolas_give_their_law_back():
+    own, C = runs(np.linspace(-1.0, 1.7, 6))
+    found = isoflop(Points(**own), C)
+    assert (found.parameters.k, found.parameters.a) == pytest.approx((0.1, 0.5))
+    assert found.tokens.a == pytest.approx(0.5)
+    assert found.tokens.k == pytest.approx(1 / 0.6)
+    assert [v.floor for v in found.vertices] == pytest.approx([4.8, 4.183, 3.693, 3.304], abs=1e-3)
+    assert found.vertices[0].bend == pytest.approx(0.05)
+    assert not found.refusals
+    assert found.parameters(1e24) == pytest.approx(1e11)
+
+
+def test_budgets_need_not_be_named():
+    own, C = runs()
+    C = C * np.exp(np.random.default_rng(1).uniform(-0.005, 0.005, len(C)))
+    found = isoflop(Points(**own, flops=C))
+    assert [v.budget for v in found.vertices] == pytest.approx(BUDGETS, rel=0.01)
+
+
+@pytest.mark.parametrize("a", [0.4, 0.6])
+def test_the_interval_covers(a):
+    inside = 0
+    for seed in range(60):
+        own, C = runs(noise=0.002, seed=seed, a=a, k=1e8 / 1e19**a)
+        low, high = isoflop(Points(**own), C, count=300).parameters.interval(0.9)
+        inside += bool(low[1] <= a <= high[1])
+    assert inside >= 48
+
+
+def test_a_chinchilla_surface_has_nearly_the_allocation_of_its_exponents():
+    budgets = np.geomspace(1e19, 1e23, 5)
+    best = compute_optimal(CHINCHILLA, BASE, budgets)[0]
+    N = (best[:, None] * np.exp(np.linspace(-1, 1, 9))).ravel()
+    C = np.repeat(budgets, 9)
+    loss = CHINCHILLA.predict(BASE, parameters=N, tokens=C / 6 / N)
+    found = isoflop(Points(loss, parameters=N, tokens=C / 6 / N), C)
+    assert found.parameters.a == pytest.approx(0.37 / 0.71, abs=0.002)
+
+
+def change(own, C, budget, how):
+    which = budget == C
+    changed = {k: v.copy() for k, v in own.items()}
+    how(changed, which)
+    return changed
+
+
+def refused(own, C):
+    found = isoflop(Points(**own), C)
+    assert len(found.vertices) == 3
+    assert found.parameters.a == pytest.approx(0.5)  # the others alone make the law
+    (one,) = found.refusals
+    assert one.budget == 1e20
+    return one.why
+
+
+def test_a_concave_parabola_is_refused():
+    own, C = runs()
+
+    def how(c, which):
+        c["loss"][which] = 8 - c["loss"][which]
+
+    assert "no lowest point" in refused(change(own, C, 1e20, how), C)
+
+
+@pytest.mark.parametrize(("sign", "side"), [(1, "above"), (-1, "below")])
+def test_a_vertex_outside_the_sizes_is_refused(sign, side):
+    own, C = runs()
+
+    def how(c, which):
+        c["loss"][which] = 4 + 0.05 * (EVEN - sign * 2) ** 2
+
+    why = refused(change(own, C, 1e20, how), C)
+    assert f"is {side} all of its runs" in why
+
+
+def test_a_lowest_run_at_the_edge_is_refused():
+    own, C = runs()
+
+    def how(c, which):
+        c["loss"][which] = 4 + 0.5 * (EVEN - 1.2) ** 2
+        c["loss"][np.flatnonzero(which)[-1]] = 3.99
+
+    assert "at the edge" in refused(change(own, C, 1e20, how), C)
+
+
+def test_budgets_that_were_rounded_together_are_refused():
+    own, C = runs()
+
+    def how(c, which):
+        c["tokens"][np.flatnonzero(which)[::2]] *= 1.2
+
+    why = refused(change(own, C, 1e20, how), C)
+    assert "1e+20 to 1.2e+20 FLOPs: budgets were rounded together" in why
+
+
+def test_two_sizes_are_refused_and_a_law_needs_two_vertices():
+    own, C = runs()
+    keep = (C != 1e20) | (np.arange(len(C)) % 7 < 2)
+    few = {k: v[keep] for k, v in own.items()}
+    assert refused(few, C[keep]) == "2 sizes make no parabola"
+    keep = C == 1e19
+    with pytest.raises(UserError, match="1 of 1 budgets have a vertex"):
+        isoflop(Points(**{k: v[keep] for k, v in own.items()}), C[keep])
+    with pytest.raises(UserError, match="give every run its FLOPs"):
+        isoflop(Points(**own), C * np.nan)
+
+
+def test_nothing_is_known_of_the_noise_of_three_budgets_of_three_runs():
+    own, C = runs(np.array([-1.0, 0.2, 1.1]), budgets=BUDGETS[:3])
+    found = isoflop(Points(**own), C)
+    assert np.isnan(found.parameters.interval()).all()
+    assert np.isnan(found.parameters.interval(flops=[1e24])).all()

@@ -1,0 +1,30 @@
+"""Intervals hold the truth as often as they say, over studies of a law that is known.
+
+The design, and the table of all intervals, are in tests/benchmarks/bench_recovery.py.
+FORESCALE_REPLICATES=1000 resamples each study so often; without it 200 times.
+"""
+
+import os
+
+import pytest
+
+from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective
+from tests.benchmarks.bench_recovery import NAMES, coverage
+
+REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("noise", "goal"),
+    [(2e-3, Objective()), (5e-3, Objective()), (2e-3, LEAST_SQUARES)],
+)
+def test_nominal_90_percent_covers_84_to_96(noise, goal):
+    """Of every parameter, and of what follows from them, over 200 studies. (Where
+    noise is below Huber's delta, that is least squares.)"""
+    covered = coverage(noise, goal, REPLICATES, studies=200, draws=("pairs",))
+    found = covered["pairs", "corrected"]
+    assert dict(zip(NAMES, found, strict=True)) == pytest.approx(
+        dict.fromkeys(NAMES, 0.9), abs=0.06
+    )

@@ -1,0 +1,246 @@
+"""Records: what a run is worth to a law; tables of others under our names."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from forescale.errors import UserError
+from forescale.models.flops import count, flops_per_token
+from forescale.run.directory import Run
+from forescale.scaling.records.records import Refused, of_runs, of_table, points, record
+from tests.trainer.small_run import make_run
+
+
+@pytest.fixture
+def run(small_data, tmp_path, monkeypatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    return make_run(small_data, "runs", "small")
+
+
+def change(run: Run, kind: str, **values) -> None:
+    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    rows = [{**row, **values} if row["kind"] == kind else row for row in rows]
+    run.metrics.resolve().write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_record_has_every_convention(run):
+    from forescale.config.frozen import thaw
+
+    job = thaw("train", run.config)
+    sizes, row = count(job.model), record(run)
+    assert row["parameters_blocks_and_head"] == sizes.blocks + sizes.head
+    assert row["parameters_total"] == sizes.total
+    assert row["parameters_non_embedding"] == sizes.non_embedding
+    assert row["parameters_active"] == sizes.total, "no model here routes tokens past a part"
+    assert row["tokens"] == job.total_steps * job.tokens_per_step
+    assert row["learning_rate"] == job.optimizer.learning_rate
+    assert row["loss"] > 0
+    assert row["trunk"] == "small"
+
+
+def test_costs_are_those_of_the_formulas(run):
+    """Which tests hold against torch's counter to the last FLOP."""
+    from forescale.config.frozen import thaw
+
+    job, row = thaw("train", run.config), record(run)
+    length = job.train.sequence_length
+    assert row["flops_causal"] == row["tokens"] * flops_per_token(job.model, length, causal=True)
+    assert row["flops_full"] == row["tokens"] * flops_per_token(job.model, length)
+    assert row["flops_6nd"] == 6 * row["tokens"] * row["parameters_blocks_and_head"]
+
+
+def test_a_record_says_what_its_loss_is_the_mean_of(run, small_data):
+    """In words; two runs that were scored otherwise don't say the same."""
+    from forescale.data.dataset import Dataset
+
+    dataset = Dataset(small_data)
+    assert record(run)["loss_definition"] == (
+        "held-out cross-entropy, nats a token, mean over the targets, ends of text among them, of "
+        f"7 windows of 32 tokens of the validation split of dataset {dataset.identity[:16]}, "
+        "attention across documents"
+    )
+    change(run, "validation", windows=9, targets=250)
+    assert (
+        "the 250 targets, ends of text among them, of 9 windows" in record(run)["loss_definition"]
+    )
+
+
+def test_a_record_knows_its_recipe_and_its_seeds(small_data, tmp_path):
+    words = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "train.seed=5"]
+    words += ["schedule=wsd", "schedule.decay=2 steps", "optimizer.weight_decay=0.05"]
+    row = record(make_run(small_data, tmp_path / "runs", "wsd", *words))
+    assert (row["schedule"], row["warmup_steps"], row["decay_steps"]) == ("wsd", 1, 2)
+    assert (row["seed"], row["weight_decay"]) == (5, 0.05)
+    assert row["init_seed"] == 5, "that of the data where no other is given"
+    assert row["parametrization"] == "standard"
+
+
+def test_a_record_knows_how_much_of_its_data_it_read(run, small_data):
+    from forescale.data.dataset import Dataset
+
+    split, row = Dataset(small_data).split("train"), record(run)
+    once = sum(n - 1 for n in split.shard_tokens)
+    assert row["unique_tokens"] == min(row["tokens"], once)
+    assert row["epochs"] == pytest.approx(row["tokens"] / once)
+    assert row["bytes"] == round(row["tokens"] * split.num_bytes / split.num_tokens)
+    change(run, "train", tokens=10 * once)
+    assert record(run)["unique_tokens"] == once
+    assert record(run)["epochs"] == pytest.approx(10)
+
+
+def test_another_dataset_in_its_place_tells_nothing(run):
+    stored = json.loads(run.identity.read_text())
+    for source in stored["dataset"]["sources"].values():
+        source["identity"] = "0" * 64
+    run.identity.write_text(json.dumps(stored))
+    assert record(run)["unique_tokens"] is None
+
+
+def test_what_can_not_be_known_is_none(small_data, tmp_path):
+    """The dataset is gone, the launcher left no word, and an attempt saved nothing."""
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    run = make_run(data, tmp_path / "runs", "small")
+    before = record(run)
+    assert before["world_size"] == 2
+    hours = before["seconds"] * 2 / 3600
+    assert before["device_hours"] == pytest.approx(hours, rel=1e-6)
+    shutil.rmtree(data)
+    row = record(run)
+    unknown = {"unique_tokens", "epochs", "bytes", "validation_hash"}
+    assert {name for name in row if row[name] is None and before[name] is not None} == unknown
+    assert row["loss_definition"] == before["loss_definition"]
+    assert row["tokenizer"] == before["tokenizer"]
+
+
+def test_device_hours_count_every_launch_with_its_own_ranks(run):
+    from forescale.resilience.outcome import begin, end
+    from forescale.run.directory import Parent
+
+    first, second = run.attempts()[0], run.new_attempt()
+    for attempt, ranks in ((first, 2), (second, 4)):
+        begin(attempt.path, ["x"], ranks)
+        end(attempt.path, 0, "done")
+    told = [json.loads((a.path / "launch.json").read_text()) for a in (first, second)]
+    for attempt, facts, (begun, ended) in zip(
+        (first, second), told, ((1000, 4600), (5000, 6800)), strict=True
+    ):
+        text = json.dumps({**facts, "begun": begun, "ended": ended})
+        (attempt.path / "launch.json").write_text(text)
+    second.start_from(Parent(8), run)
+    row = record(run)
+    assert row["device_hours"] == pytest.approx(2 * 1 + 4 * 0.5)
+    assert row["seconds"] == pytest.approx(5800), "with the wait between them"
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (lambda run: change(run, "validation", step=3), "its last step was not evaluated"),
+        (lambda run: change(run, "validation", loss=None), "it diverged: its loss is no number"),
+    ],
+)
+def test_what_is_no_record_says_why(run, harm, why):
+    harm(run)
+    found = record(run)
+    assert isinstance(found, Refused)
+    assert found.why == why
+
+
+def test_of_runs_keeps_both(run, small_data, tmp_path):
+    import shutil
+
+    other = make_run(small_data, tmp_path / "runs", "half")
+    shutil.rmtree(other.checkpoints)
+    table, refused = of_runs([run, other])
+    assert list(table["name"]) == ["small"]
+    assert [one.name for one in refused] == ["half"]
+    assert "at step" in refused[0].why
+
+
+@pytest.fixture
+def csv(tmp_path):
+    path = tmp_path / "points.csv"
+    rows = {"Model Size": [1e6, 2e6], "D": [1e8, 2e8], "final": [3.0, 2.8], "set": ["a", "b"]}
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+NAMES = {"parameters": "Model Size", "tokens": "D", "loss": "final"}
+
+
+def test_a_table_comes_under_our_names(csv):
+    table = of_table(csv, NAMES)
+    assert list(table.columns) == ["parameters", "tokens", "loss"]
+    assert list(of_table(csv, NAMES, {"set": "b"})["loss"]) == [2.8]
+
+
+def test_parquet_too(csv, tmp_path):
+    pd.read_csv(csv).to_parquet(tmp_path / "points.parquet")
+    assert of_table(tmp_path / "points.parquet", NAMES).equals(of_table(csv, NAMES))
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "said"),
+    [
+        ({"loss": "fina"}, {}, "has no column 'fina'.*'final'"),
+        ({"lss": "final"}, {}, "columns.lss: is no column of a record"),
+        ({"parameters": "Model Size"}, {}, "has no column 'loss'"),
+        (NAMES, {"st": "a"}, "has no column 'st'.*'set'"),
+        (NAMES, {"set": "c"}, "no row has 'c' as its set; such are: a, b"),
+    ],
+)
+def test_a_column_that_is_not_there_is_a_sentence(csv, columns, rows, said):
+    with pytest.raises(UserError, match=said):
+        of_table(csv, columns, rows)
+
+
+def test_a_file_that_is_no_table_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        of_table(tmp_path / "no.csv", {})
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(UserError, match="can't be read as a table"):
+        of_table(tmp_path / "empty.csv", {})
+
+
+def test_runs_of_different_vocabularies_do_not_compare():
+    table = pd.DataFrame({"loss": [1.0, 2.0], "parameters": [1, 2], "vocab_size": [256, 512]})
+    with pytest.raises(UserError, match="2 different values of vocab_size"):
+        points(table, "total", "causal", "x")
+
+
+def test_nor_do_those_of_other_losses_tokenizers_and_parametrisations():
+    table = pd.DataFrame(
+        {
+            "loss": [1.0, 2.0, 3.0],
+            "tokenizer": ["a", "b", "b"],
+            "parametrization": ["standard", "mup", "mup"],
+            "loss_definition": ["x", "y", "z"],
+        }
+    )
+    said = "2 different values of tokenizer and 2 different values of parametrization and 3 diff"
+    with pytest.raises(UserError, match=said):
+        points(table, "total", "causal", "x")
+
+
+def test_the_records_of_a_study_are_a_table_that_keeps_every_convention(run, tmp_path):
+    path = tmp_path / "records.csv"
+    of_runs([run])[0].to_csv(path, index=False)
+    table = of_table(path, {})
+    assert {"parameters_total", "parameters_active", "flops_full", "loss_definition"} <= set(table)
+    assert points(table, "total", "6nd", "x").parameters == [record(run)["parameters_total"]]
+
+
+def test_the_convention_chooses_the_column():
+    table = pd.DataFrame(
+        {"loss": [1.0], "parameters_total": [7], "parameters_non_embedding": [5], "tokens": [3]}
+    )
+    assert points(table, "total", "causal", "x").parameters == [7]
+    found = points(table, "non_embedding", "causal", "x")
+    assert found.parameters == [5]
+    assert found.flops is None
+    assert math.isclose(found.tokens[0], 3)

@@ -1,0 +1,243 @@
+"""What a report shows beside the law: the pictures hold the study's own numbers, and what is no
+optimum, didn't come out or diverged looks and reads so."""
+
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+
+from forescale import cli
+from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.report import html as module
+from forescale.scaling.report import study_figures as figures
+from forescale.scaling.report.evidence import cross, evidence, gather
+from forescale.scaling.report.style import shades
+from forescale.scaling.study.directory import Study
+from tests.trainer.scaling.pretend import train
+from tests.trainer.scaling.some_study import BEND, BEST, BUDGETS, job, known, records
+
+HOSTILE = "<img src=x onerror=alert(1)> $\\frac{"
+COMMAND = ("forescale", "study", "report")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    return known(tmp_path_factory.mktemp("forecasts"))
+
+
+@pytest.fixture(scope="module")
+def html(seen):
+    return module.page(StudyFit(seen.fitted, job(), "x"), seen, "27 cells", COMMAND)
+
+
+def section(html, name):
+    return html.split(f'<section id="{name}">')[1].split("</section>")[0]
+
+
+def text(html):
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
+def dots(figure):
+    """(symbol, x, y) of each."""
+    marked = [t for t in figure.data if t.mode == "markers"]
+    return [d for t in marked for d in zip(t.marker.symbol, t.x, t.y, strict=True)]
+
+
+def of_cell(seen, name):
+    return next(c for c in seen.crosses if c.cell == name)
+
+
+def test_the_parabola_of_a_cross_finds_its_best_rate(seen):
+    assert [c.cell for c in seen.crosses] == ["s1-n0", "s1-n4", "s2-n0", "s2-n4", "s3-n0", "s3-n4"]
+    found = of_cell(seen, "s1-n0")
+    assert found.inside
+    assert found.best == pytest.approx(BEST)
+    assert found.bend == pytest.approx(BEND)
+    assert found.gap == pytest.approx(BEND * np.log(0.8) ** 2)
+    assert found.rise == pytest.approx(BEND * np.log(np.array([0.4, 0.8, 1.6])) ** 2)
+
+
+def test_a_best_rate_at_an_edge_is_hollow_and_said(seen, html):
+    edge = of_cell(seen, "s3-n4")
+    assert not edge.inside
+    assert edge.bend is None
+    drawn = dots(figures.basin([edge], "learning rate", {}))
+    assert ("circle-open", 1.0, 0.0) in drawn
+    assert [s for s, *_ in drawn].count("circle-open") == 1
+    assert "s3-n4: the best of 4 learning rates, 0.02, is at the edge" in text(html)
+    inside = dots(figures.basin([of_cell(seen, "s1-n0")], "learning rate", {}))
+    assert {s for s, *_ in inside} == {"circle"}
+
+
+def test_a_run_that_diverged_is_a_cross_on_top(seen, html):
+    edge = of_cell(seen, "s3-n4")
+    assert edge.values[-1] == 0.08
+    assert edge.losses[-1] == np.inf
+    drawn = dots(figures.basin([edge], "learning rate", {}))
+    highest = max(y for s, _, y in drawn if s != "x")
+    assert [(x, y > highest) for s, x, y in drawn if s == "x"] == [(4.0, True)]
+    assert "s3-n4: 1 of 4 learning rates diverged" in text(html)
+
+
+def test_curves_go_through_the_runs_and_have_their_budgets_colours(seen):
+    colours = shades(np.array(BUDGETS))
+    found = of_cell(seen, "s2-n0")
+    (curve, *_) = figures.basin([found], "learning rate", colours).data
+    assert curve.line.color == colours[BUDGETS[1]]
+    assert curve.y[[0, -1]] == pytest.approx(100 * found.rise[[0, -1]])
+
+
+def test_beyond_the_parabola_runs_are_joined_to_it():
+    found = cross("a", 1, None, 1e5, 1e6, np.array([1, 2, 4, 8.0]), np.array([9, 2, 1.9, 2.5]))
+    assert found.ends == (2.0, 8.0)
+    thin = [t for t in figures.basin([found], "batch", {}).data if t.line.width == 0.7]
+    assert [t.x.tolist() for t in thin] == [[1 / found.best, 2 / found.best]]
+
+
+def test_batches_have_a_basin_of_their_own(seen, html):
+    (check,) = seen.checks
+    assert check.values.tolist() == [4, 8, 16]
+    assert check.inside
+    assert 'id="basin-batch"' in section(html, "basin")
+
+
+def test_two_batches_are_no_basin():
+    table = records()
+    (check,) = evidence(job(), table[table["name"] != "s2-n2-batch-4"]).checks
+    assert not check.inside
+    assert dots(figures.basin([check], "batch", {}))[0][0] == "circle-open"
+
+
+def test_forecasts_stand_in_the_order_of_compute_with_what_came_out(seen, html):
+    figure = figures.forecasts(seen.cards)
+    order = ("s3-n2", "s3-n1", "target")
+    assert set(figure.layout.yaxis.ticktext[:2]) == set(order[:2])
+    assert figure.layout.yaxis.ticktext[2] == "target"
+    drawn = {figure.layout.yaxis.ticktext[int(y)]: (s, x) for s, x, y in dots(figure)}
+    for card in seen.cards:
+        f, outcome = card.facts, card.outcome
+        symbol, error = drawn[f["target"]["run"]]
+        if outcome is None:
+            assert (symbol, error) == ("circle-open", 0.0)
+            continue
+        inside = f["interval"][0] <= outcome["loss"] <= f["interval"][1]
+        assert symbol == ("circle" if inside else "diamond")
+        assert error == pytest.approx(100 * (outcome["loss"] / f["loss"] - 1))
+    assert sorted(s for s, _ in drawn.values()) == ["circle", "circle-open", "diamond"]
+    outer, inner = (t for t in figure.data if t.mode == "lines")
+    first = next(c for c in seen.cards if c.facts["target"]["run"] == order[0])
+    at = 3 * list(figure.layout.yaxis.ticktext).index(order[0])
+    for drawn_ends, told in ((outer, "interval"), (inner, "interval_50")):
+        ends = [100 * (x / first.facts["loss"] - 1) for x in first.facts[told]]
+        assert drawn_ends.x[at : at + 2].tolist() == pytest.approx(ends)
+
+
+def test_coverage_and_skill_are_in_the_caption(seen, html):
+    told = text(section(html, "forecasts"))
+    assert f"2 of 3 came out: {seen.score.inside} inside" in told
+    line = f"{seen.score.skill['line']:+.2f}".replace("-", "−")
+    assert f"line {line}" in told
+
+
+def test_seeds_of_weights_and_of_data_are_told_apart(seen, html):
+    figure = figures.repeats(seen.records, seen.noise.levels)
+    kinds = {t.marker.symbol[0]: t.x.tolist() for t in figure.data}
+    assert {symbol: len(x) for symbol, x in kinds.items()} == {
+        "circle": 1,
+        "square": 2,
+        "diamond": 2,
+    }
+    assert kinds["square"][0] < kinds["circle"][0] < kinds["diamond"][0]
+    (level,) = seen.noise.levels
+    own = seen.records[seen.records["cell_of"] == "s2-n2"]
+    own = own[own["role"] != "batch"]
+    y = 100 * np.log(own["loss"].to_numpy())
+    assert sorted(v for t in figure.data for v in t.y) == pytest.approx(sorted(y - y.mean()))
+    assert repr(level.weights.sd) in section(html, "noise")
+
+
+def test_costs_are_against_the_plan_and_the_cap(seen, html):
+    told = section(html, "costs")
+    assert repr(sum(s.spent for s in seen.stages)) in told
+    assert [s.ettr for s in seen.stages] == pytest.approx([0.6, 0.75, 9 / 11])
+    assert all(repr(s.ettr) in told for s in seen.stages)
+    bars = figures.hours(seen.stages).data
+    for i in range(3):
+        assert sum(bar.x[i] for bar in bars) == pytest.approx(100)
+
+
+def test_provenance_names_data_code_hardware_and_time(html):
+    told = text(section(html, "provenance"))
+    days = "1970-01-01 00:00:00 UTC to 1970-01-02 00:00:00 UTC"
+    for part in ("d" * 64, "t" * 64, "v" * 64, "0.1.0", "H100", "torch 2.9 and 2.10", "Command",
+                 days, "of 15 runs; 18 more", "records.csv, 33 rows"):  # fmt: skip
+        assert part in told
+
+
+def test_every_section_with_numbers_says_which_runs_they_rest_on(html):
+    for part in html.split("<section ")[1:]:
+        if "<table" in part and 'id="provenance"' not in part:
+            assert re.search(r'class="rests">From .*href="#provenance"', part)
+
+
+def test_what_isnt_there_isnt_drawn(seen):
+    plain = seen.fitted.drop(columns=["role", "cell_of", "stage", "fitted"])
+    made = StudyFit(plain, job(), "x")
+    html = module.page(made, evidence(job(), plain), "runs", COMMAND)
+    for name in ("forecasts", "basin", "noise", "costs"):
+        assert f'<section id="{name}">' not in html
+
+
+def test_before_there_is_a_law_the_rest_is_shown(seen):
+    html = module.page("too few runs.", seen, "cells", COMMAND)
+    assert "There is no law yet: too few runs." in section(html, "foretold")
+    assert 'id="basin-rate"' in html
+    assert 'id="isoflop-curves"' not in html
+
+
+def test_names_of_runs_stay_text(tmp_path):
+    own = known(tmp_path, HOSTILE)
+    html = module.page("no", own, "cells", COMMAND).split("</head>")[1]
+    assert "onerror" in html
+    assert "<img" not in html
+    for made in (figures.forecasts(own.cards), figures.repeats(own.records, own.noise.levels)):
+        assert "<img" not in str(made)
+
+
+def test_of_runs_alone_only_the_studys_forecasts_are_gathered(tmp_path, seen):
+    own = gather(job(studies=str(tmp_path), study="none"), seen.records)
+    assert (own.cards, own.stages, own.folder) == ([], (), "")
+    assert own.crosses
+
+
+def test_a_planned_study_reports_at_every_moment_of_it(small_data, tmp_path, capsys):
+    """Before there is a law, and when all its cells are complete."""
+    own = [f"studies={tmp_path}", "study=own"]
+    sizes = "[[2e4,1e5],[3e4,2e5],[4e4,4e5],[6e4,8e5],[9e4,16e5],[13e4,32e5]]"
+    words = ["--", f"data.path={small_data}", "optimizer=adamw", "validation.every=100 %"]
+    plan = ["plan.kind=list", f"plan.runs={sizes}", "plan.cap=1e13", "plan.sequence_length=32"]
+    assert cli.main(["study", "plan", *own, *plan, *words]) == 0
+    study = Study(tmp_path / "own")
+    report = ["study", "report", *own, "bootstraps=100", "form=frontier"]
+    cells = [c for c in study.plan.cells if c.role == "grid"]
+    for cell in cells[:2]:
+        train(study.words(cell))
+    assert cli.main(report) == 0
+    path = study.folder / "report.html"
+    html = path.read_text()
+    assert "There is no law yet" in section(html, "foretold")
+    assert f"2 of {len(study.plan.cells)}" in section(html, "costs")
+    for cell in cells[2:]:
+        train(study.words(cell))
+    assert cli.main(report) == 0
+    html = path.read_text()
+    assert 'id="loss-by-compute"' in html
+    told = text(section(html, "costs"))
+    assert "6 complete" in told
+    spent = sum(s.spent for s in Study(study.folder).states())
+    assert repr(spent) in section(html, "costs")
+    assert f"{study.folder}: study.yaml" in text(section(html, "provenance"))
+    assert (study.folder / "report-files" / "envelope.png").is_file()
+    assert "For papers" in capsys.readouterr().out

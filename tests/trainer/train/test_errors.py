@@ -1,0 +1,185 @@
+"""Bad input to `forescale train`, by the real command line: one sentence that names the key or the
+file, code 2, no traceback, and nothing left that was not there before."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from forescale import models
+from forescale.data.prepare import corpus
+from tests import disks
+
+TRAIN = ("train", "first", "train.tokens=null", "train.steps=4", "schedule=constant")
+SMALL = ("train.sequence_length=32", "schedule.warmup=0", "train.compile=off")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, small_data):
+    """An empty directory to work in, with a dataset beside it."""
+    shutil.copytree(small_data, tmp_path / "data")
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listing(folder):
+    return sorted(
+        (str(p.relative_to(folder)), p.is_file() and p.stat().st_size) for p in folder.rglob("*")
+    )
+
+
+@pytest.fixture
+def refused(place, forescale):
+    """Run train with overrides; what it said. Checks all that holds for every refusal."""
+
+    def run(*overrides, data="data.path=data", lines=1, leaves=()):
+        before = listing(place)
+        code, out, err = forescale(*TRAIN, *SMALL, data, *overrides)
+        assert code == 2
+        assert err.startswith("forescale: ")
+        assert err.count("\n") == lines, err
+        assert err.endswith(".\n")
+        assert "Traceback" not in out + err
+        assert [row for row in listing(place) if row[0] not in leaves] == before
+        return err
+
+    return run
+
+
+def test_a_missing_data_path(refused):
+    said = refused(data="data.path=elsewhere")
+    assert said == "forescale: elsewhere: no such dataset; make one with `forescale shards`.\n"
+    said = refused(data="data.path=.")
+    assert ".: not a dataset (no manifest.json); make one" in said
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
+def test_a_dataset_with_a_flipped_byte(refused, place, name):
+    flip(place / "data" / name)
+    assert f"data/{name}: damaged" in refused()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "files.json", "tokenizer.json"])
+def test_a_dataset_with_an_empty_file(refused, place, name):
+    (place / "data" / name).write_bytes(b"")
+    assert f"data/{name}: " in refused()
+
+
+def test_a_dataset_with_a_file_missing(refused, place):
+    (place / "data" / "tokenizer.json").unlink()
+    assert "data/tokenizer.json" in refused()
+
+
+def test_wrong_keys_are_all_named_with_their_neighbours(refused):
+    said = refused("train.step=7", "optimiser.lerning_rate=1", "logging.evry=3", lines=3)
+    assert "train.step: no such key; did you mean train.steps." in said
+    assert "optimiser.lerning_rate: no such key; did you mean optimizer.learning_rate." in said
+    assert "logging.evry: no such key; did you mean logging.every." in said
+
+
+def test_wrong_values(refused):
+    said = refused("train.seed=many", "engine=zero7", "checkpoint.every=soon", lines=3)
+    assert "train.seed: expects a whole number, not 'many'" in said
+    assert "engine: no such choice, 'zero7'; choose one of zero" in said
+    assert "checkpoint.every: expects a length such as" in said
+
+
+def test_heads_that_do_not_divide(refused):
+    said = refused("model.width=96", "model.num_heads=5")
+    assert "model.num_heads: " in said
+    assert "96" in said
+    assert "5" in said
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks(refused):
+    said = refused("train.global_batch=8", "train.micro_batch=4", "launch.processes=3")
+    assert "train.global_batch: 8 windows don't divide by 3 ranks that feed 4 at once" in said
+    assert "make it a multiple of 12" in said
+
+
+def test_a_vocabulary_that_is_too_small_for_the_data(refused):
+    assert "model.vocab_size: " in refused("model.vocab_size=100")
+
+
+def test_a_name_that_is_none(refused):
+    assert "run.name: 'a?b' can't be the name of a directory" in refused("run.name=a?b")
+    said = refused(f"run.name={'x' * 300}", leaves=["runs"])
+    assert "the name is too long; choose a shorter one" in said
+
+
+def test_a_file_where_the_runs_should_be(refused, place):
+    (place / "runs").write_text("mine")
+    assert "runs: a file stands where a directory is needed" in refused()
+    (place / "runs").unlink()
+    (place / "runs").mkdir()
+    (place / "runs" / "first").write_text("mine")
+    assert "runs/first: a file stands where a directory is needed" in refused()
+
+
+def test_a_directory_of_something_else(refused, place):
+    (place / "runs" / "first").mkdir(parents=True)
+    (place / "runs" / "first" / "thesis.tex").write_text("mine")
+    assert "runs/first: is neither empty nor a run" in refused()
+
+
+def test_a_run_of_another_config(refused, trained, place):
+    """Every change that matters is listed, with what was and what is asked for."""
+    shutil.copytree(trained.path, place / "runs" / "first", symlinks=True)
+    said = refused("train.seed=3")
+    assert "runs/first: the run was begun with another config: " in said
+    assert "train.seed: 1337 -> 3" in said
+    assert "train.steps: 8 -> 4" in said
+    assert "take those back, or choose another run.name." in said
+
+
+def test_a_run_with_a_damaged_config(refused, trained, place):
+    shutil.copytree(trained.path, place / "runs" / "first", symlinks=True)
+    (place / "runs" / "first" / "config.yaml").write_text("train: [")
+    assert "runs/first/config.yaml: " in refused()
+
+
+def test_resume_must_and_never(refused, trained, place):
+    assert "runs/first: there is no run to resume" in refused("run.resume=must")
+    shutil.copytree(trained.path, place / "runs" / "first", symlinks=True)
+    assert "runs/first: the run exists already" in refused("run.resume=never")
+
+
+def test_an_origin_that_is_not_there(refused):
+    assert "trunk: no run of this name or path" in refused("run.from.run=trunk")
+    said = refused("run.from.step=3")
+    assert "run.from.step: is given without a run; name the origin with run.from.run=NAME" in said
+
+
+def test_a_full_disk(refused, place):
+    with disks.small_disk(place / "runs", "64k") as disk:
+        filling = disks.fill(disk)
+        assert "the disk is full; free some space and give the same command again" in refused()
+        assert [p.name for p in disk.iterdir()] == [filling.name]
+
+
+def test_a_full_disk_for_the_corpus(place, forescale, monkeypatch):
+    """It is prepared first, in a cache that has no room for it."""
+    source = Path(models.__file__).parent
+    monkeypatch.setattr(corpus, "installed_roots", lambda missing: {"python": source})
+    before = listing(place)
+    with disks.small_disk(place / "cache", "32k") as disk:
+        code, out, err = forescale(*TRAIN, *SMALL, "data=embedded")
+        assert code == 2
+        assert "the disk is full; free some space and give the same" in err.splitlines()[-1]
+        assert "Traceback" not in out + err
+        assert not [path for path in disk.rglob("*.json") if path.name == "manifest.json"]
+    assert [row for row in listing(place) if row[0] != "cache"] == before
+
+
+def test_a_read_only_directory(refused, place):
+    with disks.small_disk(place / "runs", "64k") as disk:
+        disks.make_read_only(disk)
+        assert "runs/" in (said := refused())
+        assert "the file system is read-only; choose a writable directory." in said

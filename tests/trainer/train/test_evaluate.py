@@ -1,0 +1,175 @@
+"""Bits per byte: against a plain computation from the text itself, and at any world size."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from forescale.data.dataset import Dataset
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.text.files import Files
+from forescale.train.evaluate import Score, evaluate, pooled
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Several validation shards, so that windows end short at more than one place."""
+    folder = tmp_path_factory.mktemp("scored")
+    for i in range(30):
+        (folder / f"{i:02}.py").write_text(f"x = 'naïve {i}'\n" * (3 + i % 5) + "# 数据\n")
+    config = BuildConfig(vocab_size=280, validation=0.4, shard_tokens=211, member_tokens=100)
+    return Dataset(build_dataset(Files([folder]), folder.parent / "built", config))
+
+
+def surprise(previous, token):
+    """Nats of a token after another: any fixed function will do as a model."""
+    return 0.5 + ((previous * 31 + token * 17) % 97) / 10
+
+
+def losses(micro):
+    tokens, targets = micro.tokens, micro.targets
+    nats = surprise(tokens.double(), targets.double())
+    return (nats * (targets != -100)).sum(1).float()
+
+
+def score(dataset, **more):
+    split = dataset.split("validation")
+    settings = {"sequence_length": LENGTH, "micro_batch": 3} | more
+    return evaluate(losses, split, dataset.token_bytes, **settings)
+
+
+def score_on_ranks(dataset, size, **more):
+    """Rank after rank; the gathering of each is answered with the parts of all."""
+    parts: list = []
+    for rank in range(size):
+        keep = dict(rank=rank, world_size=size, gather=lambda part: parts.append(part) or [part])
+        score(dataset, **keep, **more)
+    return [
+        score(dataset, rank=rank, world_size=size, gather=lambda part: parts, **more)
+        for rank in range(size)
+    ]
+
+
+def windows(dataset):
+    """(nats, targets, bytes) of each window, token by token, from the text of each."""
+    split, found = dataset.split("validation"), []
+    for shard, size in enumerate(split.shard_tokens):
+        tokens = [int(t) for t in split.read(shard, 0, size)]
+        for start in range(0, size - 1, LENGTH):
+            pairs = list(zip(tokens[start:], tokens[start + 1 : start + LENGTH + 1], strict=False))
+            # A token may hold part of a character: its bytes are those of the tokenizer's alphabet.
+            count = sum(0 if t == dataset.end_of_text else _bytes(dataset, t) for _, t in pairs)
+            found.append((sum(surprise(p, t) for p, t in pairs), len(pairs), count))
+    return found
+
+
+def _bytes(dataset, token):
+    return len(dataset.tokenizer.id_to_token(token))  # one letter of the alphabet a byte
+
+
+def test_it_equals_a_plain_computation(dataset):
+    nats, targets, count = np.array(windows(dataset)).T
+    found = score(dataset)
+    assert len(dataset.split("validation").shard_tokens) > 2
+    assert (found.targets, found.bytes, found.windows) == (targets.sum(), count.sum(), len(nats))
+    assert found.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / count.sum(), rel=1e-6)
+    # The held-out text is all of these bytes, but for the first token of each shard.
+    split = dataset.split("validation")
+    firsts = sum(
+        _bytes(dataset, int(split.read(s, 0, 1)[0])) for s in range(len(split.shard_tokens))
+    )
+    assert found.bytes == split.num_bytes - firsts
+
+
+def test_its_standard_error_is_that_of_resampled_windows(dataset):
+    nats, targets, _ = np.array(windows(dataset)).T
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(nats), (20_000, len(nats)))
+    resampled = (nats[picks].sum(1) / targets[picks].sum(1)).std()
+    assert score(dataset).loss_stderr == pytest.approx(resampled, rel=0.1)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 7])
+@pytest.mark.parametrize("size", [2, 3])
+def test_it_is_equal_to_the_bit_at_any_world_size(dataset, size, limit):
+    alone = asdict(score(dataset, windows=limit))
+    for found in score_on_ranks(dataset, size, windows=limit):
+        assert repr(asdict(found)) == repr(alone)
+
+
+def test_it_is_the_same_at_any_micro_batch(dataset):
+    assert score(dataset, micro_batch=1) == score(dataset, micro_batch=1000)
+
+
+def test_a_cap_takes_windows_from_all_over_the_split(dataset):
+    every = windows(dataset)
+    nats, targets, _ = np.array([every[i * len(every) // 5] for i in range(5)]).T
+    found = score(dataset, windows=5)
+    assert (found.windows, found.targets) == (5, targets.sum())
+    assert found.loss == pytest.approx(nats.sum() / targets.sum(), rel=1e-6)
+    assert math.isnan(score(dataset, windows=1).loss_stderr)
+
+
+def test_of_an_empty_split_there_is_nothing_to_score(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.py").write_text("x = 1\n" * 99)
+    (text / "b.py").write_text("y = 2\n" * 99)
+    built = build_dataset(Files([text]), tmp_path / "d", BuildConfig(vocab_size=260, validation=0))
+    found = score(Dataset(built))
+    assert (found.windows, found.targets, found.bytes) == (0, 0, 0)
+    assert math.isnan(found.loss)
+
+
+def test_pooled_is_what_one_split_of_both_would_give(dataset):
+    split = dataset.split("validation")
+    whole = score(dataset)
+    assert pooled([whole]) == whole
+    both = pooled([whole, whole])
+    assert (both.targets, both.bytes, both.windows) == (
+        2 * whole.targets,
+        2 * whole.bytes,
+        2 * whole.windows,
+    )
+    assert both.loss == pytest.approx(whole.loss)
+    assert both.bits_per_byte == pytest.approx(whole.bits_per_byte)
+    assert both.loss_stderr == pytest.approx(whole.loss_stderr / math.sqrt(2))
+    assert split.num_tokens > whole.targets
+    nothing = Score(math.nan, math.nan, math.nan, 0, 0, 0)
+    assert pooled([nothing, whole]) == whole
+    assert pooled([nothing]).windows == 0
+
+
+def test_perplexity_is_of_the_mean_loss(dataset):
+    found = score(dataset)
+    assert found.perplexity == math.exp(found.loss)
+
+
+def test_ranks_are_asked_equally_often(dataset):
+    """At ZeRO-3 each call gathers the weights: a rank that asks once less would hang the others."""
+    asked = []
+    for rank in range(3):
+        calls = 0
+
+        def counted(micro):
+            nonlocal calls
+            calls += 1
+            assert micro.tokens.shape == micro.targets.shape == (3, LENGTH)
+            return torch.zeros(3)
+
+        evaluate(
+            counted,
+            dataset.split("validation"),
+            dataset.token_bytes,
+            sequence_length=LENGTH,
+            micro_batch=3,
+            rank=rank,
+            world_size=3,
+        )
+        asked.append(calls)
+    assert len(set(asked)) == 1

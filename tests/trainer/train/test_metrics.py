@@ -1,0 +1,235 @@
+"""Rows, the progress line, and sinks."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from forescale.checkpoint.writer import Position
+from forescale.config.duration import Duration
+from forescale.engine.step import Facts
+from forescale.engine.world import Word
+from forescale.run.directory import Run, read_rows
+from forescale.train.callbacks import Every
+from forescale.train.evaluate import Score
+from forescale.train.guard import Verdict
+from forescale.train.loop import Step
+from forescale.train.metrics import Line, Metrics, Prices, clock
+
+TOTAL = 1954
+
+
+class Sink:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, values, step):
+        self.rows.append((step, values))
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """Metrics of rank 0 with one sink; `.attempt`, `.sinks`."""
+
+    def make(every="10 steps", is_main=True, **more):
+        run = Run(tmp_path / "first")
+        attempt = run.new_attempt()
+        length = Duration.parse(every)
+        line = Line(Every(length, length.steps(20, TOTAL), TOTAL), TOTAL, 0, is_main)
+        prices = Prices(full=600.0, causal=500.0, six_n=400.0, peak=1e6)
+        rates = {"muon": 0.02, "decayed": 0.004}
+        return Metrics(attempt, prices, rates, line, [Sink()], lambda: 4096, is_main)
+
+    return make
+
+
+def step(t, loss=30.0, seconds=0.25, applied=True, norm=2.0):
+    position = Position(t, 8 * t, 20 * t)
+    facts = Facts(torch.tensor([loss]), norm, applied)
+    spent = {"data": seconds / 5, "compute": 4 * seconds / 5, "logging": 1.0}
+    return Step(position, 8 * (t - 1), {"data": 20}, 0.5, facts, spent)
+
+
+def word(t, losses=(30.0, 50.0), seconds=0.5):
+    return Word(t, list(losses), 2**63 + t, False, False, seconds * t)
+
+
+def test_a_row_holds_all_and_all_digits(metrics):
+    made = metrics()
+    losses = (1 / 3, 1 / 7)
+    made.see(step(5), word(5, losses))
+    (row,) = read_rows(made.attempt.metrics.path)
+    assert row.pop("seconds") == {"data": 0.05, "compute": 0.2, "logging": 1.0}
+    assert row == {
+        "kind": "train",
+        "step": 5,
+        "attempt": 1,
+        "g0": 32,
+        "g1": 40,
+        "tokens": 100,
+        "shares": {"data": 20},
+        "tokens_hash": 2**63 + 5,
+        "flops_causal": 50_000.0,
+        "flops_full": 60_000.0,
+        "flops_6nd": 40_000.0,
+        "loss": (1 / 3 + 1 / 7) / 20,
+        "grad_norm": 2.0,
+        "applied": True,
+        "learning_rate": {"muon": 0.01, "decayed": 0.002},
+        "tokens_per_second": 80.0,
+        "mfu": 600 * 80 / 1e6,
+        "memory_bytes": 4096,
+    }
+
+
+def test_a_dropped_update_is_an_event(metrics):
+    made = metrics()
+    made.see(step(1), word(1))
+    made.see(step(2, applied=False, norm=math.inf), word(2))
+    (event,) = read_rows(made.attempt.events.path)
+    assert (event["kind"], event["step"]) == ("update_dropped", 2)
+    rows = read_rows(made.attempt.metrics.path)
+    assert [row["applied"] for row in rows] == [True, False]
+    assert math.isnan(rows[1]["grad_norm"])
+    assert '"grad_norm": null' in made.attempt.metrics.path.read_text()  # JSON knows no infinity
+
+
+def test_a_verdict_s_reason_is_told(metrics, capsys):
+    made = metrics()
+    made.see(replace(step(1), verdict=Verdict("note", "the loss is odd")), word(1))
+    ill = replace(step(2, applied=False), verdict=Verdict("skip", "the loss is worse"))
+    made.see(ill, word(2))
+    events = [(e["kind"], e["step"], e["reason"]) for e in read_rows(made.attempt.events.path)]
+    assert events == [
+        ("spike_noted", 1, "the loss is odd"),
+        ("update_dropped", 2, "the loss is worse"),
+    ]
+    assert "the update is dropped: the loss is worse" in capsys.readouterr().out
+
+
+def test_a_damaged_member_is_told_once(metrics, capsys):
+    made = metrics()
+    for t in (1, 2):
+        lost = replace(step(t), position=Position(t, 8 * t, 20 * t, (), (("web", 3, "000001"),)))
+        made.see(lost, word(t))
+    (event,) = read_rows(made.attempt.events.path)
+    assert (event["kind"], event["step"]) == ("member_quarantined", 1)
+    assert (event["source"], event["shard"], event["member"]) == ("web", 3, "000001")
+    assert capsys.readouterr().out.count("Damaged: member 000001 of shard 3 of web") == 1
+    rows = read_rows(made.attempt.metrics.path)
+    assert rows[1]["quarantined"] == [["web", 3, "000001"]]
+
+
+def test_validation_rows_and_what_is_said(metrics, capsys):
+    made = metrics()
+    made.validated(step(7), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    (row,) = read_rows(made.attempt.metrics.path)
+    assert row["kind"] == "validation"
+    assert (row["step"], row["tokens"], row["dataset"]) == (7, 140, "validation")
+    assert (row["loss"], row["loss_stderr"], row["bits_per_byte"]) == (2.5, 0.125, 1.75)
+    said = "step 7: validation loss 2.5000 ± 0.1250, 1.7500 bits per byte over 1,234 windows\n"
+    assert capsys.readouterr().out == said
+
+
+def test_nothing_to_validate_is_said_and_an_event(metrics, capsys):
+    made = metrics()
+    made.validated(step(7), {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
+    assert not made.attempt.metrics.path.exists()
+    assert [row["kind"] for row in read_rows(made.attempt.events.path)] == ["nothing_to_validate"]
+    assert "web holds no held-out text" in capsys.readouterr().out
+
+
+def test_a_sink_gets_numbers_by_flat_names(metrics):
+    made = metrics()
+    made.see(step(5), word(5))
+    made.validated(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    (first, train), (second, validation) = made.sinks[0].rows
+    assert first == second == 5
+    assert train["train/loss"] == 4.0
+    assert train["train/learning_rate/muon"] == 0.01
+    assert train["train/seconds/data"] == 0.05
+    assert validation["validation/bits_per_byte"] == 1.75
+    assert all(isinstance(v, int | float) for v in (train | validation).values())
+    assert "train/step" not in train
+
+
+def test_other_ranks_write_and_say_nothing(metrics, capsys):
+    made = metrics(is_main=False)
+    made.see(step(5), word(5))
+    made.validated(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    assert not made.attempt.metrics.path.exists()
+    assert made.sinks[0].rows == []
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_lines_come_at_their_interval(metrics, capsys):
+    made = metrics("10 steps")
+    for t in range(1, 32):
+        made.see(step(t), word(t))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0] for line in lines] == ["step   10", "step   20", "step   30"]
+    # 20 tokens in the half second that a step really takes, whatever compute says.
+    eta = clock((TOTAL - 30) / 2)
+    mfu = 600 * 40 / 1e6
+    assert lines[-1] == (
+        f"step   30/1954 (  1.5%) | loss 4.0000 | 40 tokens/s | mfu {mfu:.1%} | eta {eta}"
+    )
+
+
+def test_the_first_line_knows_no_pace_yet(metrics, capsys):
+    made = metrics("1 steps")
+    made.see(step(1), word(1))
+    assert capsys.readouterr().out == (
+        "step    1/1954 (  0.1%) | loss 4.0000 | 80 tokens/s | mfu 4.8% | eta --:--\n"
+    )
+
+
+def test_the_live_line_fits_a_terminal_of_80_columns(metrics, capsys, monkeypatch):
+    from forescale.train import metrics as module
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    made = metrics("10 steps")
+    assert module.sys.stdout.isatty()
+    for t in (1, 2, 1953):
+        made.see(step(t), word(t, (30.0, 50.0), 1 / 3000))
+    made.line.say("above the line")
+    made.line.close()
+    made.line.close()  # twice does no harm
+    out = capsys.readouterr().out
+    assert "above the line" in out
+    frames = [f for f in out.replace("\r", "\n").split("\n") if "1953/1954" in f]
+    assert frames
+    for frame in frames:
+        assert "eta" in frame, "the end is cut off"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (4.4, "0:04"),
+        (59.6, "1:00"),
+        (245, "4:05"),
+        (3599.6, "1:00:00"),
+        (7389, "2:03:09"),
+        (400_000, "111:06:40"),
+        (math.inf, "--:--"),
+        (math.nan, "--:--"),
+    ],
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_rows_are_json_a_line(metrics):
+    made = metrics()
+    for t in range(1, 4):
+        made.see(step(t), word(t))
+    lines = made.attempt.metrics.path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert SimpleNamespace(**json.loads(lines[0])).kind == "train"

@@ -1,0 +1,277 @@
+"""`forescale check`: every fault that is put in is named, and nothing else."""
+
+import json
+import shutil
+
+import pytest
+
+from forescale import open_run
+from forescale.checkpoint.reader import Position, coverage_faults
+from forescale.config.frozen import freeze, thaw
+from forescale.monitor.audit import row_faults
+from forescale.monitor.replay import replay_faults
+from forescale.run.directory import Parent, read_rows
+from forescale.storage import read_json, read_table, write_file, write_json, write_table
+from tests.trainer.small_run import feed, make_job, make_run, save, train_row
+
+
+def rewrite_rows(run, change):
+    """Put the newest attempt's rows through `change`."""
+    path = run.metrics.resolve()
+    rows = change([json.loads(line) for line in path.read_text().splitlines()])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rewrite_state(checkpoint, change):
+    """Change state.json as a faulty writer would: the table agrees with it."""
+    state = read_json(checkpoint / "state.json")
+    change(state)
+    table = read_table(checkpoint)
+    table["state.json"] = write_json(checkpoint / "state.json", state)
+    write_table(checkpoint, table)
+
+
+def test_a_whole_run_a_checkpoint_and_a_dataset(trained, forescale, small_data):
+    code, out, err = forescale("check", trained.path)
+    assert code == 0
+    assert "Fault" not in err
+    assert "8 train rows, steps 1 to 8" in out
+    code, out, _ = forescale("check", trained.checkpoint_path(4))
+    assert code == 0
+    size = sum(p.stat().st_size for p in trained.checkpoint_path(4).iterdir())
+    table = (trained.checkpoint_path(4) / "files.json").stat().st_size
+    assert f"({size - table:,} bytes read back" in out
+    code, out, _ = forescale("check", small_data)
+    assert code == 0
+    assert "validation: " in out
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def drop(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", "files.json"])
+@pytest.mark.parametrize("harm", [flip, drop, cut])
+def test_harm_to_a_checkpoint_is_named(own_run, forescale, name, harm):
+    harm(own_run.checkpoint_path(8) / name)
+    for target in (own_run.checkpoint_path(8), "small"):
+        code, _, err = forescale("check", target)
+        assert code == 2
+        assert f"step-00000008/{name}" in err or (name == "files.json" and "step-00000008" in err)
+        assert "step-00000004" not in err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("harm", [flip, drop, cut])
+@pytest.mark.parametrize("name", ["train-000000.tar", "manifest.json", "tokenizer.json"])
+def test_harm_to_a_dataset_is_named(small_data, tmp_path, forescale, harm, name):
+    copy = shutil.copytree(small_data, tmp_path / "copy")
+    harm(copy / name)
+    code, out, err = forescale("check", copy)
+    assert code == 2
+    assert f"copy/{name}" in err
+    assert "whole" not in out
+
+
+def gap(fragments):
+    fragments["rank-00001.safetensors"][0][2] += 1
+
+
+def overlap(fragments):
+    fragments["rank-00001.safetensors"][0][2] -= 1
+
+
+def missing(fragments):
+    del fragments["rank-00001.safetensors"][0]
+
+
+def unknown(fragments):
+    fragments["rank-00001.safetensors"].append(["stranger", "weight", 0, 1])
+
+
+def twice(fragments):
+    fragments["rank-00001.safetensors"].append(fragments["rank-00001.safetensors"][0])
+
+
+@pytest.mark.parametrize("harm", [gap, overlap, missing, unknown, twice])
+def test_fragments_that_do_not_cover_are_named(own_run, forescale, harm):
+    checkpoint = own_run.checkpoint_path(8)
+    rewrite_state(checkpoint, lambda state: harm(state["fragments"]))
+    code, _, err = forescale("check", checkpoint)
+    assert code == 2
+    assert err.count("Fault: ") == 1
+    assert "weight of" in err
+
+
+def test_a_moment_may_be_absent_but_not_in_part():
+    parts = {"e": [["a", "weight", 4, 2]], "f": [["a", "weight", 0, 4]]}  # in any order
+    state = {"shapes": {"a": [2, 3]}, "fragments": parts}
+    assert coverage_faults(state) == []
+    state["fragments"]["g"] = [["a", "exp_avg", 0, 5]]
+    assert coverage_faults(state) == ["exp_avg of a: 5 of 6 elements"]
+    assert coverage_faults({"shapes": {"a": [1]}, "fragments": {}}) == ["weight of a: no fragment"]
+
+
+ROWS = {
+    "a gap": (lambda rows: rows[:2] + rows[3:], "step 4 follows step 2"),
+    "a double": (lambda rows: rows[:3] + rows[2:], "step 3 follows step 3"),
+    "a lost head": (lambda rows: rows[1:], "step 2 follows step 0"),
+    "samples": (lambda rows: [*rows[:3], rows[3] | {"g0": 13, "g1": 17}, *rows[4:]], "sample 13"),
+    "tokens": (lambda rows: [*rows[:3], rows[3] | {"tokens": 7}, *rows[4:]], "counts 7 tokens in"),
+    "a batch": (
+        lambda rows: [*rows[:7], rows[7] | {"g1": 30}],
+        "ends at sample 30; train.global_batch makes it 32",
+    ),
+    "a lost tail": (lambda rows: rows[:7], "no row of step 8"),
+    "another step": (lambda rows: [*rows[:7], rows[7] | {"tokens": 1020}], "checkpoint at step 8"),
+    "a lame row": (lambda rows: [{"kind": "train"}, *rows[1:]], "lacks what every row has"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokens_hash": 7}, "step 3 was trained on other tokens than the shards hold now"),
+        ({"shares": {"data": 127}, "tokens": 0}, "step 3 says {'data': 127} targets"),
+    ],
+)
+def test_rows_are_compared_with_the_shards(own_run, change, said):
+    """What the other checks can't see: the tokens themselves."""
+    rows = [row for row in read_rows(own_run.metrics) if row["kind"] == "train"]
+    data = feed(own_run.path)
+    assert list(replay_faults(rows, data)) == []
+    rows[2] |= change
+    (fault,) = replay_faults(rows, data)
+    assert said in fault
+
+
+def test_changed_shards_are_found_and_missing_ones_noted(own_run, forescale, small_data, tmp_path):
+    identity = read_json(own_run.identity)
+    copy = shutil.copytree(small_data, tmp_path / "copy")
+    identity["dataset"]["sources"]["data"]["path"] = str(copy)
+    write_json(own_run.identity, identity)
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "each step's tokens are those of the shards" in out
+    flip(copy / "train-000000.tar")
+    code, _, err = forescale("check", "small")
+    assert code == 2
+    assert "train-000000.tar" in err
+    shutil.rmtree(copy)
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "the tokens themselves were not compared" in out
+
+
+def test_skipped_samples_are_no_gap(own_run):
+    job = thaw("train", own_run.config, True)
+    rows = [row for row in read_rows(own_run.metrics) if row["kind"] == "train"]
+    by = [5 * (row["step"] > 3) for row in rows]
+    moved = [
+        row | {"g0": row["g0"] + n, "g1": row["g1"] + n} for row, n in zip(rows, by, strict=True)
+    ]
+    assert list(row_faults(moved, Position(), job, [(12, 17)])) == []
+    assert "step 4 begins at sample 17, not 12" in list(row_faults(moved, Position(), job))
+    inside = [rows[0] | {"g1": 6}, *[r | {"g0": r["g0"] + 2, "g1": r["g1"] + 2} for r in rows[1:]]]
+    assert list(row_faults(inside, Position(), job, [(1, 3)])) == []
+    assert list(row_faults(rows, Position(), job, [(1, 3)])) != []
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_do_not_follow_on_each_other_are_named(own_run, forescale, name):
+    harm, said = ROWS[name]
+    rewrite_rows(own_run, harm)
+    code, _, err = forescale("check", "small")
+    assert code == 2
+    assert said in err
+
+
+def test_a_line_that_is_no_json_is_named_but_a_torn_last_one_is_not(own_run, forescale):
+    path = own_run.metrics.resolve()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "tr')
+    assert forescale("check", "small")[0] == 0
+    path.write_bytes(b"x" + whole)
+    code, _, err = forescale("check", "small")
+    assert code == 2
+    assert "not JSON" in err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+def test_a_config_that_cannot_be_read_is_named(own_run, forescale, name):
+    (own_run.path / name).write_text("{]")
+    code, _, err = forescale("check", "small")
+    assert code == 2
+    assert name in err
+    own_run.tokenizer.unlink()
+    assert "tokenizer.json: missing" in forescale("check", "small")[2]
+
+
+def test_what_a_left_branch_saved_is_noted_and_does_no_harm(own_run, forescale):
+    attempt = own_run.new_attempt()
+    attempt.start_from(Parent(4, str(own_run.checkpoint_path(4))), own_run)
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "step-00000008: doesn't count" in out
+
+
+def test_leftovers_of_a_killed_save_are_noted(own_run, forescale):
+    (own_run.checkpoints / ".step-00000009.attempt-0001.stage").mkdir()
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "cut off" in out
+
+
+def test_a_branch_begins_where_its_origin_was(own_run, forescale, small_data):
+    """Steps and samples go on from the origin's; from weights only they begin anew."""
+    branch = make_run(small_data, own_run.path.parent, "branch")
+    job = make_job(small_data, own_run.path.parent, "branch", "run.from.run=small")
+    write_file(branch.config, freeze(job).encode())
+    parent = {"step": 4, "checkpoint": str(own_run.checkpoint_path(4))}
+    write_json(branch.attempts()[0].path / "parent.json", parent)
+    code, _, err = forescale("check", "branch")
+    assert code == 2
+    assert "step 1 follows step 4" in err
+    rewrite_rows(branch, lambda rows: rows[4:])
+    assert forescale("check", "branch")[0] == 2  # its checkpoint at step 4 has no row
+    shutil.rmtree(branch.checkpoint_path(4))
+    assert forescale("check", "branch")[0] == 0
+    shutil.rmtree(own_run.path)  # the origin may be gone
+    assert forescale("check", "branch")[0] == 0
+
+
+def test_what_is_nothing_is_said(own_run, forescale, tmp_path):
+    for target in (tmp_path, "nothing"):
+        code, _, err = forescale("check", target)
+        assert code == 2
+        assert "no run of this name or path" in err
+
+
+def test_a_checkpoint_with_another_name_than_its_step(own_run, forescale):
+    shutil.move(own_run.checkpoint_path(8), own_run.checkpoint_path(9))
+    code, _, err = forescale("check", "small")
+    assert code == 2
+    assert "step-00000009: holds step 8" in err
+
+
+def test_a_resumed_run_is_whole(own_run, forescale):
+    """The history of the first attempt, then the second's own rows and checkpoint."""
+    attempt = own_run.new_attempt()
+    attempt.start_from(Parent(4, str(own_run.checkpoint_path(4))), own_run)
+    for step in range(5, 7):
+        attempt.metrics.add(train_row(attempt, step))
+    shutil.rmtree(own_run.checkpoint_path(8))
+    save(own_run, attempt, 6, open_run(own_run.path).model(4))
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "6 train rows" in out

@@ -1,0 +1,113 @@
+"""`forescale eval`: the numbers of a plain loop over the split, and refusals."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from forescale import open_dataset, open_run
+from tests.trainer.small_run import LENGTH, make_dataset, make_run
+
+
+def plain_loop(run, split):
+    """(nats, targets, bytes) token by token, from the model's logits."""
+    view, dataset = open_run(run.path), open_dataset(open_run(run.path).identity["dataset"]["path"])
+    part, model = dataset.split(split), view.model()
+    nats = targets = count = 0
+    for shard, size in enumerate(part.shard_tokens):
+        tokens = torch.from_numpy(part.read(shard, 0, size).astype("int64"))
+        for start in range(0, size - 1, LENGTH):
+            window = tokens[start : start + LENGTH + 1]
+            with torch.no_grad():
+                logits = model(window[None, :-1])[0]
+            nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+            targets += len(window) - 1
+            count += int(dataset.token_bytes[window[1:]].sum())
+    return nats, targets, count
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_it_scores_every_token_of_the_split_once(trained, forescale, split):
+    nats, targets, count = plain_loop(trained, split)
+    code, out, _ = forescale("eval", trained.path, f"split={split}", "micro_batch=3")
+    assert code == 0
+    rows = re.findall(r"^  (loss|perplexity|tokens|bytes) +([\d.,]+)", out, re.MULTILINE)
+    shown = {name: float(value.replace(",", "")) for name, value in rows}
+    assert shown["tokens"] == targets
+    assert shown["bytes"] == count
+    assert shown["loss"] == pytest.approx(nats / targets, abs=1e-4)
+    bits = float(re.search(r"bits per byte\s+([\d.]+)", out)[1])
+    assert bits == pytest.approx(nats / math.log(2) / count, abs=1e-4)
+    assert shown["perplexity"] == pytest.approx(math.exp(nats / targets), rel=1e-3)
+    assert open_dataset(open_run(trained.path).identity["dataset"]["path"]).corpus_hash[:16] in out
+
+
+def test_compressors_stand_beside_it_with_ratios_over_the_whole_split(trained, forescale):
+    _, out, _ = forescale("eval", trained.path)
+    assert out.count("the model needs") == 3
+    _, part, _ = forescale("eval", trained.path, "windows=4")
+    assert ", 4 windows spread over it" in part
+    assert "xz" in part
+    assert "the model needs" not in part  # other bytes: no ratio
+
+
+def test_train_text_and_other_data_are_called_so(trained, forescale, tmp_path):
+    assert "trained on this split" in forescale("eval", trained.path, "split=train")[1]
+    text = tmp_path / "other"
+    text.mkdir()
+    for i in range(9):
+        (text / f"{i}.txt").write_text(f"another text {i}\n" * 9)
+    tokenizer = f"tokenizer={trained.tokenizer}"
+    assert forescale("shards", text, f"output={tmp_path / 'd'}", tokenizer)[0] == 0
+    code, out, _ = forescale("eval", trained.path, f"data.path={tmp_path / 'd'}")
+    assert code == 0
+    assert "not what the run was trained on" in out
+    assert out.count("the model needs") == 2  # xz that knows the training text needs nothing here
+
+
+def test_another_tokenizer_cannot_be_scored(trained, forescale, tmp_path):
+    other = make_dataset(tmp_path / "d", vocab_size=280)
+    code, out, err = forescale("eval", trained.path, f"data.path={other}")
+    assert (code, out) == (2, "")
+    assert "another tokenizer" in err
+
+
+def test_data_that_has_moved_is_asked_for(own_run, forescale, small_data):
+    identity = json.loads(own_run.identity.read_text())
+    identity["dataset"]["sources"]["data"]["path"] = "/nowhere/data"
+    own_run.identity.write_text(json.dumps(identity))
+    code, _, err = forescale("eval", "small")
+    assert code == 2
+    assert "data.path=DIR" in err
+    assert forescale("eval", "small", f"data.path={small_data}")[0] == 0
+
+
+def test_an_empty_split_is_said(small_data, tmp_path, forescale, trained):
+    tokenizer = f"tokenizer={trained.tokenizer}"
+    words = [small_data.parent / "text", f"output={tmp_path / 'd'}", tokenizer]
+    assert forescale("shards", *words, "validation_fraction=0")[0] == 0
+    code, _, err = forescale("eval", trained.path, f"data.path={tmp_path / 'd'}")
+    assert code == 2
+    assert "validation is empty" in err
+
+
+def test_the_penalty_of_z_loss_is_no_loss(small_data, tmp_path, forescale):
+    run = make_run(small_data, tmp_path / "runs", "z", *SIZES, "model.z_loss=1.0")
+    nats, targets, _ = plain_loop(run, "validation")
+    _, out, _ = forescale("eval", run.path)
+    assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)
+
+
+SIZES = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
+
+
+def test_a_lost_tokenizer_is_said(own_run, forescale):
+    own_run.tokenizer.unlink()
+    code, _, err = forescale("eval", "small")
+    assert code == 2
+    assert "tokenizer.json" in err
+    shutil.rmtree(own_run.path)

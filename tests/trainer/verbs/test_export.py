@@ -1,0 +1,141 @@
+"""`forescale export`: what transformers loads computes what we compute."""
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from forescale import open_run
+from forescale.checkpoint.reader import Checkpoint
+from forescale.config.compose import compose
+from forescale.models import hf
+from tests.trainer.small_run import make_run
+
+transformers = pytest.importorskip("transformers")
+
+BASE = ["model.num_layers=2", "model.width=32", "model.num_heads=2"]
+SWIGLU = ["model.mlp=swiglu", "model.qk_norm=false", "model.num_kv_heads=1"]
+GPT2 = ["model.position=learned", "model.norm=layernorm", "model.mlp=gelu", "model.bias=true"]
+FAMILIES = {
+    "ApertusForCausalLM": ["model.mlp=relu2", "model.qk_norm=true"],
+    "ArceeForCausalLM": ["model.mlp=relu2", "model.qk_norm=false"],
+    "Qwen3ForCausalLM": ["model.mlp=swiglu", "model.qk_norm=true", "model.tie_embeddings=true"],
+    "LlamaForCausalLM": SWIGLU,
+    "GPT2LMHeadModel": [*GPT2, "model.qk_norm=false", "model.tie_embeddings=true"],
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_transformers_computes_our_logits(architecture, small_data, tmp_path, forescale):
+    run = make_run(small_data, tmp_path / "runs", "a", *BASE, *FAMILIES[architecture])
+    code, out, _ = forescale("export", run.path, f"to={tmp_path / 'hf'}")
+    assert code == 0
+    assert architecture in out
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert type(theirs).__name__ == architecture
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, expected = open_run(run.path).model()(tokens), theirs.eval()(tokens).logits
+    assert expected.abs().max() > 1
+    assert (ours - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "GPT2LMHeadModel"])
+def test_a_large_model_is_written_in_parts_and_never_held_whole(
+    architecture, small_data, tmp_path, monkeypatch, forescale
+):
+    deep = ["model.num_layers=9", *BASE[1:], *FAMILIES[architecture]]
+    run = make_run(small_data, tmp_path / "runs", "a", *deep)
+    held, most = [0], [0]
+    read = Checkpoint.tensor
+
+    def counted(self, name, state="weight"):
+        tensor = read(self, name, state)
+        held[0] += tensor.nbytes
+        most[0] = max(most[0], held[0])
+        weakref.finalize(tensor, lambda size: held.__setitem__(0, held[0] - size), tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    monkeypatch.setattr("forescale.inference.export._PART", 20_000)
+    assert forescale("export", run.path, f"to={tmp_path / 'hf'}")[0] == 0
+    parts = sorted(p.name for p in (tmp_path / "hf").glob("model-*.safetensors"))
+    assert parts[0] == f"model-00001-of-{len(parts):05d}.safetensors"
+    assert len(parts) > 3
+    monkeypatch.undo()
+    sizes = [4 * torch.Size(s).numel() for s in open_run(run.path).checkpoint().shapes.values()]
+    assert most[0] < 20_000 + 3 * max(sizes) < sum(sizes) / 2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, expected = open_run(run.path).model()(tokens), theirs.eval()(tokens).logits
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_the_tokenizer_goes_with_it_and_the_model_writes(trained, tmp_path, forescale):
+    assert forescale("export", trained.path, f"to={tmp_path / 'hf'}")[0] == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = open_run(trained.path).tokenizer
+    for text in ("def main(x):\n    return  'naïve' , x", "数据 🙂", "  a ' s n't"):
+        assert tokenizer(text)["input_ids"] == ours.encode(text).ids
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    end = open_run(trained.path).identity["dataset"]["end_of_text"]
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == end
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = tokenizer("def ", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_the_default_place_is_named_by_run_and_step(own_run, forescale):
+    assert forescale("export", "small", "step=4")[0] == 0
+    config = json.loads(Path("exports/small-4/config.json").read_text())
+    assert config["model_type"] == "apertus"
+    code, _, err = forescale("export", "small", "step=4")
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_the_model_that_trains_by_default_can_leave():
+    assert hf.family_of(compose("train").model.resolved(4096, 256)) in hf.FAMILIES
+
+
+def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_path, forescale):
+    run = make_run(small_data, tmp_path / "runs", "odd", *BASE, "model.position=sinusoidal")
+    code, _, err = forescale("export", run.path, f"to={tmp_path / 'hf'}")
+    assert code == 2
+    assert "position=sinusoidal (rotary)" in err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_class_of_the_users_own_is_refused(small_data, tmp_path, forescale):
+    custom = ["model._target_=tests.trainer.inference.test_view.Tied", "model.width=16"]
+    run = make_run(small_data, tmp_path / "runs", "own", *custom)
+    code, _, err = forescale("export", run.path)
+    assert code == 2
+    assert "test_view.Tied" in err
+
+
+def test_nothing_half_written_stays(own_run, forescale, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "exports")
+
+    monkeypatch.setattr("forescale.inference.export.save_file", full)
+    code, _, err = forescale("export", "small")
+    assert code == 2
+    assert "the disk is full" in err
+    assert not any(p.is_file() for p in own_run.path.parent.parent.glob("exports/**/*"))
+
+
+def test_a_run_without_a_checkpoint_is_said(own_run, forescale):
+    shutil.rmtree(own_run.checkpoints)
+    code, _, err = forescale("export", "small")
+    assert code == 2
+    assert "no checkpoint yet" in err

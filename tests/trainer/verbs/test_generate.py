@@ -1,0 +1,113 @@
+"""`forescale generate`: text as it comes, whole characters only, without an engine."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forescale import open_run
+from forescale.data.tokenizer import byte_tokenizer
+from forescale.inference.sampling import pieces, prompt_ids, sampled
+from forescale.models.generate import generate
+
+CHOICES = dict(temperature=0.8, top_k=50, seed=3)
+
+
+def test_it_writes_what_the_sampler_draws_after_the_prompt(trained, forescale):
+    view = open_run(trained.path)
+    before = prompt_ids(view.tokenizer, "def ", 0)
+    generator = torch.Generator().manual_seed(3)
+    ids = generate(view.model(), torch.tensor([before]), 20, 0.8, 50, generator, 32)[0].tolist()
+    code, out, _ = forescale("generate", trained.path, "prompt=def ", "num_tokens=20", "seed=3")
+    assert code == 0
+    assert out == view.tokenizer.decode(ids) + "\n"
+
+
+def test_an_empty_prompt_begins_a_document(trained, forescale):
+    end = open_run(trained.path).identity["dataset"]["end_of_text"]
+    assert prompt_ids(open_run(trained.path).tokenizer, "", end) == [end]
+    code, out, _ = forescale("generate", trained.path, "num_tokens=5")
+    assert code == 0
+    assert out.strip()
+
+
+def test_the_text_of_the_end_token_in_a_prompt_is_text(trained):
+    tokenizer = open_run(trained.path).tokenizer
+    assert 0 not in prompt_ids(tokenizer, "<|endoftext|>", 0)
+
+
+class Once(torch.nn.Module):
+    """Writes `first`, then the end of text, whatever it reads."""
+
+    def __init__(self, *ids: int):
+        super().__init__()
+        self.ids, self.weight = list(ids), torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens_BL):
+        logits = torch.zeros(*tokens_BL.shape, 300)
+        logits[..., self.ids.pop(0)] = 1e9
+        return logits
+
+
+def test_it_ends_with_the_document(trained, forescale, monkeypatch):
+    a = open_run(trained.path).tokenizer.encode("a").ids
+    monkeypatch.setattr("forescale.inference.view.RunView.load", lambda *_: Once(*a, 0, *a))
+    code, out, err = forescale("generate", trained.path, "prompt=>", "num_tokens=50")
+    assert (code, out) == (0, ">a\n")
+    assert "ends after 1 tokens" in err
+
+
+def test_a_long_text_sees_only_the_context_that_was_trained():
+    seen = []
+
+    class Watched(Once):
+        def forward(self, tokens_BL):
+            seen.append(tokens_BL.shape[1])
+            return super().forward(tokens_BL)
+
+    list(sampled(Watched(*range(20)), [1, 2, 3], 20, max_context=8, **CHOICES))
+    assert max(seen) == 8
+    assert len(seen) == 20
+
+
+@given(st.lists(st.one_of(st.binary(max_size=5), st.text(max_size=3).map(str.encode))))
+def test_pieces_add_up_and_hold_whole_characters(parts):
+    """Also for bytes that are no UTF-8 at all, which a young model writes."""
+    tokenizer, ids = byte_tokenizer(), list(b"".join(parts))
+    found = list(pieces(tokenizer, list(b"def"), ids))
+    assert "".join(found) == tokenizer.decode(ids)
+
+
+def test_a_character_over_several_tokens_comes_at_once():
+    found = list(pieces(byte_tokenizer(), [], list("a🙂é".encode())))
+    assert [p for p in found if p] == ["a", "🙂", "é"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nope"], "nope: no run of this name or path"),
+        (["small", "step=3"], "no such checkpoint; choose one of these steps: 4, 8"),
+        (["small", "temperature=-1"], "temperature: must be at least 0"),
+        (["small", "top_k=0"], "top_k: must be at least 1"),
+        (["small", "prompts=x"], "did you mean prompt"),
+        ([], "names nothing"),
+    ],
+)
+def test_bad_input_is_one_sentence(own_run, forescale, words, said):
+    code, _, err = forescale("generate", *words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_reading_a_checkpoint_never_imports_deepspeed(trained):
+    code = (
+        "import sys; from forescale.cli import main; "
+        f"main(['generate', {str(trained.path)!r}, 'num_tokens=1']); "
+        "sys.exit('deepspeed' in sys.modules or 'accelerate' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

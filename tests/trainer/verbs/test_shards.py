@@ -1,0 +1,140 @@
+"""`forescale shards`: the user's text in, a dataset and an account out."""
+
+import gzip
+import json
+import re
+
+import pytest
+import zstandard
+
+from forescale import open_dataset
+from forescale.data.dataset import Dataset
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "books"
+    root.mkdir()
+    for i in range(8):
+        (root / f"{i}.txt").write_text(f"Once upon a time {i} " * 20)
+    (root / "copy.md").write_text("Once upon a time 0 " * 20)
+    (root / "broken.py").write_bytes(b"\xff\xfe\x00")
+    (root / "picture.png").write_bytes(b"\x89PNG")
+    return root
+
+
+def test_a_folder_becomes_a_dataset_with_an_account(folder, forescale):
+    code, out, err = forescale("shards", "books", "output=data", "vocab_size=300")
+    assert code == 0
+    train = Dataset("data").split("train")
+    assert f"{train.num_documents:,} documents" in out
+    assert f"{train.num_bytes:,} bytes" in out
+    assert f"{train.num_tokens:,} tokens" in out
+    assert f"{train.num_bytes / train.num_tokens:.2f} bytes a token" in out
+    assert "1  duplicate: books/copy.md" in out
+    assert "1  undecodable: books/broken.py (byte 0)" in out
+    assert "1  other suffix: books/picture.png" in out
+    assert out.endswith("Next: forescale train mine data.path=data\n")
+    assert "tokenise" in err  # progress
+
+
+def test_again_finds_it_and_otherwise_is_refused(folder, forescale):
+    words = ("shards", "books", "output=data", "vocab_size=300")
+    assert forescale(*words)[0] == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (folder.parent / "data").iterdir()}
+    code, out, _ = forescale(*words)
+    assert code == 0
+    assert "was there already" in out
+    code, _, err = forescale(*words, "seed=3")
+    assert code == 2
+    assert "built otherwise (seed" in err
+    assert {p.name: p.stat().st_mtime_ns for p in (folder.parent / "data").iterdir()} == before
+
+
+def test_lines_plain_and_compressed(tmp_path, monkeypatch, forescale):
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"body": f"document {i} " * 9}).encode() for i in range(12)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines[:4]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines[4:8])))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines[8:])))
+    files = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
+    code, _, err = forescale("shards", *files, "output=data", "tokenizer=bytes")
+    assert code == 2
+    assert "name the key (there are body)" in err
+    words = ("text_key=body", "tokenizer=bytes", "validation_fraction=0.3")
+    assert forescale("shards", *files, "output=data", *words)[0] == 0
+    splits = Dataset("data").manifest["splits"].values()
+    assert sum(split["documents"] for split in splits) == 12
+    assert open_dataset("data").vocab_size == 257
+
+
+def test_inputs_of_every_kind_and_their_shares(folder, forescale):
+    (folder / "empty.txt").write_text(" ")
+    rows = "".join(json.dumps({"text": f"row {i} " * 40}) + "\n" for i in range(10))
+    (folder.parent / "rows.jsonl").write_text(rows)
+    words = ("books", "rows.jsonl", "*.jsonl", "output=data", "tokenizer=bytes", "workers=2")
+    code, out, _ = forescale("shards", *words)
+    assert code == 0
+    assert "Shares of the inputs:" in out
+    assert re.search(r"55\.\d% +\d,\d+ tokens .* 8 documents  books\n", out)
+    assert re.search(r"44\.\d% +\d,\d+ tokens .* 10 documents  rows.jsonl\n", out)
+    assert re.search(r" 0\.0% +0 tokens .* 0 documents  \*.jsonl\n", out)
+    assert "Duplicates removed, the first of each kept: 11 (" in out
+    assert "1  empty: books/empty.txt\n" in out
+    assert re.search(r"128 to 255 +10  █{40}\n", out)  # the lengths
+    assert "Only 381 tokens are held out" in out
+
+
+def test_a_worker_that_finds_a_fault_says_it_in_one_sentence(folder, forescale):
+    words = ("books", "books", "output=data", "undecodable=fail", "workers=2")
+    code, _, err = forescale("shards", *words)
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "forescale: books/broken.py: isn't UTF-8 (byte 0); "
+        "mend it, or choose undecodable=skip or replace."
+    )
+
+
+def test_the_keys_reach_the_builder(folder, forescale):
+    keys = {"vocab_size": 290, "seed": 5, "shard_tokens": 500, "member_tokens": 250}
+    words = [f"{k}={v}" for k, v in keys.items()]
+    words += ["validation_fraction=0.25", "tokenizer=bytes"]
+    assert forescale("shards", "books", "output=data", *words)[0] == 0
+    build = Dataset("data").manifest["build"]
+    assert {k: build[k] for k in keys} == keys
+    assert build["validation"] == 0.25
+    assert build["tokenizer"] == "bytes"
+    assert len(Dataset("data").split("train").shard_tokens) > 1
+
+
+def test_a_given_tokenizer_is_used(folder, forescale, trained):
+    words = ("shards", "books", "output=data", f"tokenizer={trained.tokenizer}")
+    assert forescale(*words)[0] == 0
+    ours = (folder.parent / "data" / "tokenizer.json").read_bytes()
+    assert ours == trained.tokenizer.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["books"], "output: names no directory"),
+        (["output=data"], "input: names no text"),
+        (["nothing", "output=data"], "nothing: no such file or folder"),
+        (["books/picture.png", "output=data"], "its suffix says no kind of text"),
+        (["books", "output=books"], "exists, and is not a dataset"),
+        (["books", "output=data", "tokenizer=nothing.json"], "no such tokenizer"),
+        (["books", "output=data", "vocab_size=20"], "vocab_size: must be at least 257"),
+        (["books", "output=data", "validation_fraction=0.9"], "validation_fraction: must be at"),
+        (["books", "output=data", "shard_tokens=5"], "shard_tokens: 5 is less than"),
+        (["books", "output=books/0.txt/data"], "a file stands where a directory is needed"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(folder, forescale, words, said):
+    before = sorted(p.name for p in folder.parent.rglob("*"))
+    code, _, err = forescale("shards", *words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    left = [p for p in folder.parent.rglob("*") if not p.name.endswith(".lock")]
+    assert sorted(p.name for p in left) == before

@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, verified, chosen by lineage, deleted last."""

@@ -1,0 +1,295 @@
+"""What a training job is: every key with its meaning, default, kind and rules.
+
+Invariant: a rule stands beside the fields that it rules, and one over several sections stands on
+TrainJob; `problems()` returns (key, what, what to do) and never raises. Defaults here are what a
+key means when nobody mentions it; recipes are the files under `conf/`.
+"""
+
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from forescale.config.data import CorpusConfig, DataConfig, Problems
+from forescale.config.duration import Duration
+from forescale.config.faults import problems as faults_problems
+from forescale.config.runtime import (
+    CheckpointConfig,
+    GuardConfig,
+    LaunchConfig,
+    LoggingConfig,
+    ProfileConfig,
+    PulseConfig,
+    ValidationConfig,
+)
+from forescale.config.schema import TargetConfig, flatten, key, section
+from forescale.models.config import ModelConfig
+
+__all__ = ["CorpusConfig", "DataConfig", "Problems"]
+
+
+@dataclass
+class OriginConfig:
+    run: str | None = key(None, "the run that this one branches from: a name or a directory")
+    step: int | None = key(None, "its checkpoint at this step; null: the newest", ge=0)
+    what: Literal["everything", "weights"] = key(
+        "everything", "everything goes on at its step; weights starts anew at step 0"
+    )
+
+    def problems(self) -> Problems:
+        if self.run is None and self.step is not None:
+            return [("step", "is given without a run", "name the origin with run.from.run=NAME")]
+        return []
+
+
+@dataclass
+class RunConfig:
+    name: str = key("first", "the run's name; its directory is run.root/run.name")
+    root: str = key("runs", "the directory that holds the runs")
+    resume: Literal["auto", "must", "never"] = key(
+        "auto", "auto goes on where the run stands; must refuses to begin, never to go on"
+    )
+    origin: OriginConfig = section(OriginConfig, "branch off another run", "identity", "from")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.root).expanduser() / self.name
+
+    def problems(self) -> Problems:
+        if re.fullmatch(r"\w[\w.+-]*", self.name):
+            return []
+        what = f"{self.name!r} can't be the name of a directory in run.root"
+        return [("name", what, "use letters, digits and . _ - +")]
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = key(None, "length in optimizer steps (or give train.tokens)", ge=1)
+    tokens: int | None = key(None, "length in tokens, rounded up to whole steps", ge=1)
+    sequence_length: int = key(256, "targets in a window; a window has one token more", ge=1)
+    global_batch: int = key(8, "windows an optimizer step, over all ranks", ge=1)
+    micro_batch: int = key(
+        8, "windows a rank feeds at once; accumulation follows", kind="numerics", ge=1
+    )
+    seed: int = key(1337, "of weights, order and dropout", ge=0)
+    init_seed: int | None = key(None, "of the initial weights; null: train.seed", ge=0)
+    compile: Literal["auto", "on", "off"] = key(
+        "auto", "torch.compile; auto: where there is a compiler", kind="numerics"
+    )
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        if self.steps is None and self.tokens is None:
+            found.append(("steps", "the run has no length", "give train.steps or train.tokens"))
+        if self.steps is not None and self.tokens is not None:
+            todo = "set the other one to null, such as train.tokens=null"
+            found.append(("steps", "is given beside train.tokens", todo))
+        if self.global_batch % self.micro_batch:
+            what = f"{self.global_batch} windows don't divide into micro-batches"
+            todo = f"change it or train.micro_batch={self.micro_batch}, so that they divide"
+            found.append(("global_batch", f"{what} of {self.micro_batch}", todo))
+        return found
+
+
+@dataclass
+class OptimizerConfig:
+    kind: Literal["adamw", "muon"] = key("adamw", "muon takes matrices, AdamW the rest")
+    learning_rate: float = key(3e-4, "the peak; for muon, that of its matrices", gt=0)
+    adam_learning_rate: float | None = key(
+        None, "muon: the peak of the parameters that AdamW takes", gt=0
+    )
+    beta1: float = key(0.9, "AdamW: decay of the mean", ge=0, lt=1)
+    beta2: float = key(0.95, "AdamW: decay of the mean square", ge=0, lt=1)
+    eps: float = key(1e-8, "AdamW: added to the root of the mean square", gt=0)
+    weight_decay: float = key(0.1, "decoupled, on matrices only", ge=0)
+    momentum: float | None = key(None, "muon: decay of its mean", ge=0, lt=1)
+    clip: float | None = key(1.0, "largest norm of the gradient; null: unclipped", gt=0)
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        for name, like in (("adam_learning_rate", 0.004), ("momentum", 0.95)):
+            given = getattr(self, name) is not None
+            if self.kind == "muon" and not given:
+                todo = f"give optimizer.{name}, such as {like}"
+                found.append((name, "muon needs a value", todo))
+            elif self.kind != "muon" and given:
+                todo = "take it out, or choose optimizer=muon"
+                found.append((name, f"{self.kind} has no such setting", todo))
+        return found
+
+
+@dataclass
+class ScheduleConfig:
+    kind: Literal["wsd", "cosine", "constant"] = key("constant", "shape after the warm-up")
+    warmup: Duration = key(Duration(0), "linear, from nothing to the peak")
+    decay: Duration | None = key(None, "wsd: the last part of the run, linear")
+    final: float = key(0.0, "fraction of the peak at the end of the decay", ge=0, le=1)
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        for name, length in (("warmup", self.warmup), ("decay", self.decay)):
+            if length is not None and length.unit == "seconds":
+                todo = "write it in steps, tokens or percent"
+                found.append((name, "the trajectory can't depend on wall time", todo))
+        if self.kind == "wsd" and self.decay is None:
+            found.append(("decay", "wsd needs a value", "write schedule.decay='20 %'"))
+        if self.kind != "wsd" and self.decay is not None:
+            todo = "take it out, or choose schedule=wsd"
+            found.append(("decay", f"{self.kind} has no such setting", todo))
+        return found
+
+
+# What DeepSpeed's own configuration may not say, since a key of ours says it.
+_OURS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "the optimizer section",
+    "zero_allow_untested_optimizer": "the optimizer section",
+    "zero_force_ds_cpu_optimizer": "engine.offload_optimizer",
+    "scheduler": "the schedule section",
+    "bf16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "zero_optimization.stage": "engine.stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "zero_optimization.offload_param.device": "engine.offload_parameters",
+    "zero_optimization.reduce_bucket_size": "engine.bucket_bytes",
+    "zero_optimization.allgather_bucket_size": "engine.bucket_bytes",
+    "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
+    "compile": "train.compile",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
+}
+
+
+@dataclass
+class EngineConfig:
+    stage: Literal[0, 1, 2, 3] = key(
+        1, "ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters"
+    )
+    offload_optimizer: bool = key(False, "optimizer state in CPU memory (stages 1 to 3)")
+    offload_parameters: bool = key(False, "parameters in CPU memory (stage 3)")
+    bucket_bytes: int = key(500_000_000, "size of a bucket of communication", ge=1)
+    hierarchical_partition: int = key(
+        1, "stage 3: ranks of a second, nearer partition of the parameters; 1: none", ge=1
+    )
+    deepspeed: dict[str, Any] = key({}, "DeepSpeed settings that have no key here, as its JSON")
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        if self.offload_optimizer and self.stage == 0:
+            found.append(("offload_optimizer", "needs ZeRO", "choose engine.stage=1, 2 or 3"))
+        for name, off in (("offload_parameters", False), ("hierarchical_partition", 1)):
+            if getattr(self, name) != off and self.stage != 3:
+                found.append((name, "needs ZeRO stage 3", "choose engine.stage=3"))
+        for path, _ in flatten(self.deepspeed, ""):
+            for taken, ours in _OURS.items():
+                if path == taken or path.startswith(taken + "."):
+                    found.append(
+                        (f"deepspeed.{path}", "is derived from our own keys", f"use {ours}")
+                    )
+        return found
+
+
+@dataclass
+class PrecisionConfig:
+    kind: Literal["bf16", "fp16", "fp32"] = key("bf16", "of forward and backward; weights are fp32")
+
+
+@dataclass
+class TrainJob:
+    """A training job, whole. Lengths are counted in optimizer steps, batches in windows."""
+
+    TARGET: ClassVar[str] = "run.name"
+
+    run: RunConfig = section(RunConfig, "where the run lives", "free")
+    train: TrainConfig = section(TrainConfig, "how long, how much at once", "identity")
+    model: ModelConfig | TargetConfig = section(ModelConfig, "the transformer", "identity")
+    data: DataConfig = section(DataConfig, "what it reads", "free")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "how it learns", "identity")
+    schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time", "identity")
+    engine: EngineConfig = section(EngineConfig, "DeepSpeed", "numerics")
+    precision: PrecisionConfig = section(PrecisionConfig, "number formats", "numerics")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "what is kept", "free")
+    validation: ValidationConfig = section(ValidationConfig, "held-out losses", "free")
+    guard: GuardConfig = section(GuardConfig, "steps that are ill", "numerics")
+    pulse: PulseConfig = section(PulseConfig, "ranks that hang or lag", "free")
+    logging: LoggingConfig = section(LoggingConfig, "who is told", "free")
+    launch: LaunchConfig = section(LaunchConfig, "processes", "free")
+    profile: ProfileConfig = section(ProfileConfig, "traces", "free")
+    forecast: str | None = key(
+        None, "the card that the end is measured by: its path, or STUDY/ID", kind="free"
+    )
+    faults: list[str] = key(
+        [], "faults to inject, each once a run, such as [kill@120:rank1]; see `drill`", kind="free"
+    )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch * self.train.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; needs train.steps or train.tokens."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        return math.ceil(self.train.tokens / self.tokens_per_step)
+
+    def steps_of(self, length: Duration) -> int | None:
+        """A length in optimizer steps, rounded up; None for a wall time (`length.seconds`)."""
+        return length.steps(self.tokens_per_step, self.total_steps)
+
+    def notes(self) -> list[str]:
+        """What a user should know although nothing is wrong; a sentence each."""
+        fp16 = "precision fp16 has not been proven: its loss scaling was never run on a GPU."
+        return [fp16] if self.precision.kind == "fp16" else []
+
+    def problems(self, world_size: int | None = None) -> Problems:
+        """Rules over several sections. `world_size`: the ranks that are really there; without it,
+        `launch.processes`."""
+        ranks = world_size or self.launch.processes
+        has_length = (self.train.steps is None) != (self.train.tokens is None)
+        steps = self.total_steps if has_length else None
+        found = self._batch_problems(ranks or 1) + faults_problems(self.faults, ranks, steps)
+        if isinstance(self.model, ModelConfig):
+            broken = self.model.problems(sequence_length=self.train.sequence_length)
+            found += [(f"model.{name}", what, todo) for name, what, todo in broken]
+        if not has_length:
+            return found  # said by the train section; what follows needs the length
+        if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
+            what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
+            found.append(("train.tokens", what, "train longer or lower train.global_batch"))
+        return found + self._length_problems()
+
+    def _batch_problems(self, ranks: int) -> Problems:
+        at_once = self.train.micro_batch * ranks
+        if (
+            self.train.global_batch % at_once == 0
+            or self.train.global_batch % self.train.micro_batch
+        ):
+            return []
+        what = f"{self.train.global_batch} windows don't divide by {ranks} ranks that feed"
+        todo = f"make it a multiple of {at_once}, or change train.micro_batch or the ranks"
+        return [("train.global_batch", f"{what} {self.train.micro_batch} at once", todo)]
+
+    def _length_problems(self) -> Problems:
+        found: Problems = []
+        total, warmup, decay = self.total_steps, self.schedule.warmup, self.schedule.decay
+        ramps = [self.steps_of(length) or 0 for length in (warmup, decay) if length is not None]
+        if sum(ramps) > total:
+            what = f"warm-up and decay take {sum(ramps)} steps of a run of {total}"
+            todo = "shorten schedule.warmup or schedule.decay, or train longer"
+            found.append(("schedule.warmup", what, todo))
+        if self.profile.interval and self.profile.interval[1] > total:
+            what = f"{self.profile.steps} reaches beyond the run's {total} steps"
+            found.append(("profile.steps", what, "choose earlier steps"))
+        stages = self.data.order_problems(self.steps_of)
+        return found + [(f"data.{name}", what, todo) for name, what, todo in stages]

@@ -1,0 +1,174 @@
+"""The shuffled order, made of all units' tokens: ranges of the shuffle key, a shard each.
+
+Invariant: shards, read one after the other, hold the documents in the order of their shuffle keys,
+ties in plan order. Where one ends is decided by the tokens there are and `shard_tokens` alone.
+
+Ranges are whole bins of a histogram of tokens over the keys, 2^20 bins: shards are even to about a
+bin and never cut a document. A task gathers and sorts _GATHERED tokens at a time from the runs of
+all units, some 100 MB with uint16, however large the shards are; a bin that holds more (one
+document can) is gathered whole.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
+from forescale.data.prepare.encode import TokenRun
+from forescale.data.prepare.pool import Tick
+from forescale.data.prepare.writer import ShardWriter
+from forescale.storage import FileEntry, hash_file
+
+_BITS = 20
+_GATHERED = 1 << 24  # tokens
+_ROWS = 1 << 12  # documents whose places are Python numbers at a time
+
+
+class Shard(NamedTuple):
+    """A shard to be made: its name, and the keys that bound what is gathered at a time."""
+
+    name: str
+    edges: list[int]
+    tokens: int
+
+
+def plan_shards(
+    directory: Path, units: list[list[TokenRun]], split: str, shard_tokens: int
+) -> list[Shard]:
+    """The shards of a split: about `shard_tokens` each, and about even."""
+    histogram = np.zeros(1 << _BITS, np.int64)
+    for path, run in _runs(directory, units, split):
+        with UnitFile(path) as file:
+            keys = run.column(file, "key", 0, run.documents)
+            ends = run.column(file, "end", 0, run.documents).astype(np.int64)
+        np.add.at(
+            histogram, (keys >> np.uint64(64 - _BITS)).astype(np.int64), np.diff(ends, prepend=0)
+        )
+    total = int(histogram.sum())
+    count = max(1, round(total / shard_tokens))
+    # A bin belongs to the shard in which its middle lies.
+    middles = np.cumsum(histogram) - histogram / 2
+    owner = np.minimum((middles * count / max(total, 1)).astype(np.int64), count - 1)
+    shards: list[Shard] = []
+    for bins in np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1):
+        tokens = histogram[bins]
+        if tokens.any():
+            name = f"{split}-{len(shards):06d}"
+            shards.append(Shard(name, _edges(int(bins[0]), tokens), int(tokens.sum())))
+    return shards
+
+
+def _edges(first: int, tokens: np.ndarray) -> list[int]:
+    """Keys between which bins from `first` on hold at most _GATHERED tokens, or are one bin."""
+    ends = np.cumsum(tokens)
+    edges, at, held = [0], 0, 0
+    while held + _GATHERED < ends[-1]:
+        fits = int(np.searchsorted(ends, held + _GATHERED, side="right"))
+        at = max(fits, at + 1)
+        held = int(ends[at - 1])
+        edges.append(at)
+    if edges[-1] < len(tokens):
+        edges.append(len(tokens))
+    return [(first + edge) << (64 - _BITS) for edge in edges]
+
+
+def _runs(
+    directory: Path, units: list[list[TokenRun]], split: str
+) -> Iterator[tuple[Path, TokenRun]]:
+    for number, runs in enumerate(units):
+        for run in runs:
+            if run.split == split:
+                yield directory / f"{number:06d}", run
+
+
+@dataclass(frozen=True)
+class AssembleJob:
+    """Write a shard and its index into `stage`; its row and their hashes into `rows`.
+
+    directory: the units' tokens; units: their runs.
+    """
+
+    directory: Path
+    units: list[list[TokenRun]]
+    rows: Path
+    stage: Path
+    dtype: np.dtype
+    member_tokens: int
+
+    def __call__(self, item: tuple[str, Shard], tick: Tick) -> None:
+        split, shard = item
+        path = self.rows / shard.name
+        if (found := finished(path)) and _are_whole(self.stage, found["files"]):
+            tick(shard.tokens, shard.tokens)
+            return
+        writer = ShardWriter(self.stage, shard.name, self.dtype, self.member_tokens)
+        for low, high in zip(shard.edges, shard.edges[1:], strict=False):
+            told = writer.tokens
+            for ids in self._gathered(split, low, high):
+                writer.add(ids)
+                if writer.tokens - told >= 1 << 20:
+                    tick(writer.tokens - told, writer.tokens - told)
+                    told = writer.tokens
+            tick(writer.tokens - told, writer.tokens - told)
+        row, files = writer.finish()
+        with UnitWriter(path) as out:
+            out.finish({"row": row, "files": {name: vars(entry) for name, entry in files.items()}})
+
+    def _gathered(self, split: str, low: int, high: int) -> Iterator[np.ndarray]:
+        """The documents with shuffle keys in [low, high), in order, each compared with its sum."""
+        found = [
+            piece
+            for path, run in _runs(self.directory, self.units, split)
+            if (piece := self._slice(path, run, low, high)) is not None
+        ]
+        if not found:
+            return
+        rows = np.concatenate([piece.rows(owner) for owner, piece in enumerate(found)])
+        keys = np.concatenate([piece.keys for piece in found])
+        rows = rows[np.argsort(keys, kind="stable")]  # runs come in plan order
+        for at in range(0, len(rows), _ROWS):
+            for owner, start, stop, checksum in rows[at : at + _ROWS].tolist():
+                ids = found[owner].tokens[start:stop]
+                if xxhash.xxh3_64_intdigest(ids.data) != checksum:
+                    with UnitFile(found[owner].path) as file:
+                        raise file.damaged()
+                yield ids
+
+    def _slice(self, path: Path, run: TokenRun, low: int, high: int) -> "_Slice | None":
+        with UnitFile(path) as file:
+            first = file.search(run.offset, run.documents, low)
+            last = file.search(run.offset, run.documents, high)
+            if first == last:
+                return None
+            ends = run.column(file, "end", max(first - 1, 0), last)
+            if first == 0:
+                ends = np.concatenate([np.zeros(1, "<u8"), ends])
+            tokens = run.tokens_of(file, int(ends[0]), int(ends[-1]), self.dtype)
+            keys, sums = (run.column(file, name, first, last) for name in ("key", "sum"))
+            return _Slice(path, keys, ends - ends[0], sums, tokens)
+
+
+class _Slice(NamedTuple):
+    """Documents of one run whose keys are in a range; `ends` begins with a 0."""
+
+    path: Path
+    keys: np.ndarray
+    ends: np.ndarray
+    sums: np.ndarray
+    tokens: np.ndarray
+
+    def rows(self, owner: int) -> np.ndarray:
+        """owner, first token, end, checksum of every document, shape (documents, 4)."""
+        owners = np.full(len(self.keys), owner, np.uint64)
+        return np.stack([owners, self.ends[:-1], self.ends[1:], self.sums], axis=1)
+
+
+def _are_whole(stage: Path, files: dict[str, dict[str, Any]]) -> bool:
+    try:
+        return all(hash_file(stage / name) == FileEntry(**entry) for name, entry in files.items())
+    except FileNotFoundError:
+        return False

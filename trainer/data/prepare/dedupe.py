@@ -1,0 +1,184 @@
+"""Exact duplicates, found with bounded memory: documents to hashes, hashes sorted by range.
+
+Two documents are the same where their normalised text is: Unicode NFC, CRLF as LF, no blanks
+(spaces, tabs) at the ends of lines, no blank lines at the beginning and the end. Its SHA-256, cut
+to 128 bits, is the document's hash; the first 64 of them its key, which decides everything else
+about the document: whether it is held out, is in a sample, where it is shuffled to.
+
+Invariant: of equal documents the first in plan order (unit, then document) is kept, whatever the
+units are, and whoever hashes them in whatever order.
+
+    hashes/000012     of a unit, in runs of _RUN documents: hash, document and size of the distinct
+                      ones, sorted by hash; XXH3-64 of every document's bytes, in their order
+    ranges/0003       of a range of the hashes, over all units: key and size of what is kept, sorted
+                      by key; unit by unit the documents that an earlier one is equal to
+
+A task holds one run of a unit, or one range: about 100 MB.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
+from forescale.data.prepare.pool import Tick
+from forescale.data.text.documents import Document, Report, Source, Unit
+
+_RUN = 1 << 17  # documents
+_RANGE = 1 << 20  # documents that a range holds, about
+
+
+def normalised(text: bytes) -> bytes:
+    """What is compared of a document's text (valid UTF-8); see the head of this file."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.decode("utf-8")).encode("utf-8")
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n")
+    if b" \n" in text or b"\t\n" in text:
+        text = b"\n".join(line.rstrip(b" \t") for line in text.split(b"\n"))
+    text = text.rstrip(b" \t\n")
+    return text.lstrip(b"\n")
+
+
+def document_hash(text: bytes) -> tuple[int, int]:
+    """The document's key, and the other 64 bits of its hash."""
+    digest = hashlib.sha256(normalised(text)).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+
+class Run(NamedTuple):
+    """One run of a file in hashes/: its first byte, its documents, the distinct ones of them."""
+
+    offset: int
+    first: int  # document of the unit
+    documents: int
+    distinct: int
+
+    def column(self, file: UnitFile, name: str, start: int = 0, stop: int | None = None):
+        """Entries [start, stop) of `key`, `low`, `document`, `size` (distinct ones) or `raw`."""
+        place = ("key", "low", "document", "size", "raw").index(name)
+        length = (self.documents if name == "raw" else self.distinct) if stop is None else stop
+        return file.column(self.offset + 8 * place * self.distinct, length - start, "<u8", start)
+
+
+@dataclass(frozen=True)
+class HashJob:
+    """Hash the documents of a unit, given as (its number, the unit)."""
+
+    source: Source
+    directory: Path
+
+    def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
+        number, unit = item
+        if finished(path := self.directory / f"{number:06d}"):
+            tick(unit.size, 0)
+            return
+        report, runs = Report(), []
+        first = size = left = 0
+        left = unit.size
+        documents = self.source.read(unit, report)
+        with UnitWriter(path) as out:
+            while True:
+                rows: list[tuple[int, ...]] = []
+                for document in islice(documents, _RUN):
+                    rows.append(_row(first + len(rows), document))
+                    step = min(left, len(document.text))  # a compressed unit holds more than it is
+                    left -= step
+                    tick(step, 0)
+                if not rows:
+                    break
+                runs.append(_write_run(out, first, np.array(rows, "<u8")))
+                first += len(rows)
+                size += sum(row[3] for row in rows)
+            tick(left, 0)
+            out.finish({"documents": first, "bytes": size, "runs": runs, "report": asdict(report)})
+
+
+def _row(index: int, document: Document) -> tuple[int, int, int, int, int]:
+    text = document.text
+    return (*document_hash(text), index, len(text), xxhash.xxh3_64_intdigest(text))
+
+
+def _write_run(out: UnitWriter, first: int, rows: np.ndarray) -> Run:
+    """rows: key, low, document, size, raw of documents in their order, shape (documents, 5)."""
+    key, low, document, size, raw = map(np.ascontiguousarray, rows.T)
+    order = np.lexsort((low, key))  # stable: equal ones stay in their order
+    order = order[is_first(key[order], low[order])]
+    columns = (key[order], low[order], document[order], size[order], raw)
+    offset, *_ = [out.add(column) for column in columns]
+    return Run(offset, first, len(rows), len(order))
+
+
+def is_first(key: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Of sorted hashes: is it another one than that before it?"""
+    found = np.ones(len(key), bool)
+    found[1:] = (key[1:] != key[:-1]) | (low[1:] != low[:-1])
+    return found
+
+
+def range_edges(documents: int, per_range: int = _RANGE) -> list[int]:
+    """Keys that bound ranges of about `per_range` documents, from 0 to 2^64."""
+    count = max(1, -(-documents // per_range))
+    return [(i << 64) // count for i in range(count + 1)]
+
+
+@dataclass(frozen=True)
+class RangeJob:
+    """Find what is kept of the hashes in a range, given as (its number, first key, end)."""
+
+    hashes: Path
+    directory: Path
+    runs: list[list[Run]]  # of every unit
+
+    def __call__(self, item: tuple[int, int, int], tick: Tick) -> None:
+        number, low, high = item
+        if done := finished(path := self.directory / f"{number:04d}"):
+            tick(done["hashes"], 0)
+            return
+        columns = [
+            part for unit, runs in enumerate(self.runs) for part in self._of(unit, low, high)
+        ]
+        if not columns:
+            columns = [np.empty((5, 0), np.uint64)]
+        key, rest, document, size, unit = np.concatenate(columns, axis=1)
+        order = np.lexsort((rest, key))  # stable, so that plan order decides among equals
+        is_kept = is_first(key[order], rest[order])
+        kept, dropped = order[is_kept], np.sort(order[~is_kept])  # columns are in plan order
+        starts = np.searchsorted(unit[dropped], np.arange(len(self.runs) + 1))
+        with UnitWriter(path) as out:
+            found = (key[kept], size[kept], starts.astype("<u8"), document[dropped])
+            offsets = [out.add(column) for column in found]
+            out.finish({"hashes": len(key), "kept": len(kept), "offsets": offsets})
+        tick(len(key), 0)
+
+    def _of(self, unit: int, low: int, high: int) -> Iterator[np.ndarray]:
+        with UnitFile(self.hashes / f"{unit:06d}") as file:
+            for run in self.runs[unit]:
+                start = file.search(run.offset, run.distinct, low)
+                stop = file.search(run.offset, run.distinct, high)
+                if start < stop:
+                    names = ("key", "low", "document", "size")
+                    found = [run.column(file, name, start, stop) for name in names]
+                    yield np.stack([*found, np.full(stop - start, unit, np.uint64)])
+
+
+def kept_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys, ascending, and sizes of the documents that a file in ranges/ keeps."""
+    with UnitFile(path) as file:
+        count, (keys, sizes, *_) = file.facts["kept"], file.facts["offsets"]
+        return file.column(keys, count, "<u8"), file.column(sizes, count, "<u8")
+
+
+def dropped_of(path: Path, unit: int) -> np.ndarray:
+    """Documents of a unit that a file in ranges/ names as equal to an earlier one."""
+    with UnitFile(path) as file:
+        *_, starts, documents = file.facts["offsets"]
+        start, stop = map(int, file.column(starts, 2, "<u8", unit))
+        return file.column(documents, stop - start, "<u8", start)

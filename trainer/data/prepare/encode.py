@@ -1,0 +1,220 @@
+"""A unit's documents into tokens, sorted by where the shuffle puts them.
+
+    tokens/000012    in runs of about _RUN tokens of a split: shuffle key, end in the run's tokens
+                     and XXH3-64 of every document, in the order of the keys; then the tokens
+
+Invariant: the file depends on the unit, the plan, the tokenizer and the seed alone. The shuffle key
+is a hash of the document's key and the seed; documents of equal shuffle keys lie in plan order.
+
+A task holds one run and the document that it is at: some 250 MB, and about 10 bytes for each byte
+of a document beyond a megabyte.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from tokenizers import Tokenizer
+
+from forescale.data.order import mix64
+from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
+from forescale.data.prepare.pool import Tick
+from forescale.data.prepare.selection import SPLITS, Part, Plan
+from forescale.data.text.documents import Report, Source, Unit
+from forescale.data.text.pieces import pieces
+from forescale.data.tokenizer import Vocabulary, token_bytes
+
+_BATCH = 1 << 20  # bytes of text that are encoded at a time
+_PIECE = 1 << 20  # a longer document is encoded in pieces
+_RUN = 1 << 23  # tokens
+_RUN_DOCUMENTS = 1 << 17
+NOT_LOSSLESS = "not lossless in this tokenizer"
+
+
+class TokenRun(NamedTuple):
+    """A run in a unit's file: its first byte, documents and tokens, and the split they are of."""
+
+    split: str
+    offset: int
+    documents: int
+    tokens: int
+
+    def column(self, file: UnitFile, name: str, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop) of `key`, `end` or `sum`."""
+        place = ("key", "end", "sum").index(name)
+        return file.column(self.offset + 8 * place * self.documents, stop - start, "<u8", start)
+
+    def tokens_of(self, file: UnitFile, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        return file.column(self.offset + 24 * self.documents, stop - start, dtype, start)
+
+
+def shuffle_keys(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Where documents of these keys go in the shuffled order: uint64, compared as numbers."""
+    salt = mix64(np.array([seed % 2**64], np.uint64) + np.uint64(1))
+    return mix64(keys ^ salt)
+
+
+@dataclass
+class _Account:
+    """What a unit gave, for its file's facts."""
+
+    splits: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {
+            s: dict.fromkeys(("documents", "tokens", "bytes"), 0) for s in SPLITS
+        }
+    )
+    lengths: list[int] = field(default_factory=lambda: [0] * 64)  # documents of 2^i tokens and more
+    report: Report = field(default_factory=Report)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, part: Part, tokens: int) -> None:
+        split = self.splits[part.split]
+        split["documents"] += 1
+        split["tokens"] += tokens
+        split["bytes"] += len(part.text)
+        self.lengths[tokens.bit_length() - 1] += 1
+        self.digest.update(f"{part.name}\0{hashlib.sha256(part.text).hexdigest()}\n".encode())
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "splits": self.splits,
+            "lengths": self.lengths,
+            "report": asdict(self.report),
+            "digest": self.digest.hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Encode a unit, given as (its number, the unit, the bytes of its documents).
+
+    seed: of the shuffle.
+    """
+
+    source: Source
+    plan: Plan
+    directory: Path
+    vocabulary: Vocabulary
+    seed: int
+
+    def __call__(self, item: tuple[int, Unit, int], tick: Tick) -> None:
+        number, unit, size = item
+        path = self.directory / f"{number:06d}"
+        if found := finished(path):
+            tick(size, sum(split["tokens"] for split in found["splits"].values()))
+            return
+        account, runs = _Account(), []
+        left = size
+        with UnitWriter(path) as out:
+            pending = _Pending(out, self.vocabulary.dtype, self.seed)
+            for part, ids in self._encoded(
+                self.plan.parts(self.source, number, unit, account.report)
+            ):
+                if int(self._sizes[ids[:-1]].sum()) - len(part.text) not in (0, self._before):
+                    account.report.add(NOT_LOSSLESS, part.name)
+                account.add(part, len(ids))
+                runs += pending.add(part, ids)
+                left -= len(part.text)
+                tick(len(part.text), len(ids))
+            runs += pending.flush()
+            out.finish({"runs": runs, **account.facts()})
+        tick(left, 0)  # of duplicates
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = self.vocabulary.load()
+        # The text "<|endoftext|>" inside a document is text, not an end: it keeps its own bytes.
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return token_bytes(self._tokenizer)
+
+    @cached_property
+    def _before(self) -> int:
+        """Bytes that the tokenizer puts before a text, as SentencePiece's do with a space."""
+        ids = self._tokenizer.encode("x", add_special_tokens=False).ids
+        return int(self._sizes[ids].sum()) - 1
+
+    def _encoded(self, parts: Iterable[Part]) -> Iterator[tuple[Part, np.ndarray]]:
+        """Every part with its ids, its end included."""
+        end = np.array([self.vocabulary.end], self.vocabulary.dtype)
+        if self.vocabulary.is_bytes:
+            for part in parts:
+                ids = np.frombuffer(part.text, np.uint8).astype(end.dtype)
+                yield part, np.concatenate([ids, end])
+            return
+        rows = (row for batch in _batches(parts) for row in self._encode(batch))
+        for _, group in groupby(rows, key=lambda row: row[0]):
+            found = list(group)
+            yield found[0][1], np.concatenate([*(ids for _, _, ids in found), end])
+
+    def _encode(self, batch: list["_Row"]) -> Iterator[tuple[int, Part, np.ndarray]]:
+        texts = [row.piece for row in batch]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for row, encoding in zip(batch, encodings, strict=True):
+            yield row.number, row.part, np.array(encoding.ids, self.vocabulary.dtype)
+
+
+class _Row(NamedTuple):
+    number: int
+    part: Part
+    piece: str
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[_Row]]:
+    """The parts' pieces in lists of about _BATCH bytes."""
+    batch: list[_Row] = []
+    held = 0
+    for number, part in enumerate(parts):
+        for piece in pieces(part.text, _PIECE):
+            batch.append(_Row(number, part, piece))
+            held += len(piece)
+            if held >= _BATCH:
+                yield batch
+                batch, held = [], 0
+    if batch:
+        yield batch
+
+
+class _Pending:
+    """Documents that wait to be written as a run."""
+
+    def __init__(self, out: UnitWriter, dtype: np.dtype, seed: int):
+        self._out, self._dtype, self._seed = out, dtype, seed
+        self._held: dict[str, list[tuple[int, np.ndarray]]] = {split: [] for split in SPLITS}
+        self._tokens = self._documents = 0
+
+    def add(self, part: Part, ids: np.ndarray) -> list[TokenRun]:
+        self._held[part.split].append((part.key, ids))
+        self._tokens += len(ids)
+        self._documents += 1
+        is_full = self._tokens >= _RUN or self._documents >= _RUN_DOCUMENTS
+        return self.flush() if is_full else []
+
+    def flush(self) -> list[TokenRun]:
+        """Write what is held, a run for each split that has something."""
+        runs = [self._write(split, held) for split, held in self._held.items() if held]
+        self._held = {split: [] for split in SPLITS}
+        self._tokens = self._documents = 0
+        return runs
+
+    def _write(self, split: str, held: list[tuple[int, np.ndarray]]) -> TokenRun:
+        keys = shuffle_keys(np.array([key for key, _ in held], np.uint64), self._seed)
+        order = np.argsort(keys, kind="stable")
+        documents = [held[i][1] for i in order.tolist()]
+        ends = np.cumsum([len(ids) for ids in documents]).astype("<u8")
+        sums = np.array([xxhash.xxh3_64_intdigest(ids.data) for ids in documents], "<u8")
+        offset = self._out.add(keys[order].astype("<u8"))
+        self._out.add(ends)
+        self._out.add(sums)
+        for ids in documents:
+            self._out.add(ids)
+        return TokenRun(split, offset, len(documents), int(ends[-1]))

@@ -1,0 +1,222 @@
+"""Worker processes: tasks go out, files come into being, a death gets its sentence.
+
+Invariant: what tasks make does not depend on how many processes there are, nor on who does what
+when. No process outlives its parent, however that dies; none loads torch, or the user's script.
+
+Processes are started as `python -c`, not by multiprocessing: that would run the user's script
+anew in each, which a script without an `if __name__ == "__main__"` does not survive.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+from forescale.errors import UserError
+
+Tick = Callable[[int, int], None]  # called with amounts done since the last call: bytes, tokens
+Job = Callable[[Any, Tick], None]  # picklable; what it makes lies in files
+
+_EVERY = 0.1  # seconds between two reports of a worker
+_BOOT = "from forescale.data.prepare.pool import serve; serve({fd})"
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+_ENVIRONMENT = {_PARALLEL: "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class Task(NamedTuple):
+    """`job(item, tick)`; `label` names it in messages, the heavy ones are begun first."""
+
+    label: str
+    job: Job
+    item: Any
+    weight: int = 0
+
+
+def available() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Pool:
+    """Runs tasks on up to `workers` processes; with one, in this process.
+
+    Processes start when they are needed and stay for the next tasks. Leaving the block kills them.
+    """
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._idle: list[_Worker] = []
+        self._busy: dict[Any, _Worker] = {}  # by the worker's pipe
+        self._jobs = 0  # ever given out: a job's number is never used twice
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        everyone = [*self._idle, *self._busy.values()]
+        for worker in everyone:
+            worker.process.kill()
+        for worker in everyone:
+            worker.process.wait()
+            worker.pipe.close()
+        self._idle, self._busy = [], {}
+
+    def run(self, tasks: Sequence[Task], tick: Tick) -> None:
+        """Do all tasks. Raises what a task raises; UserError, naming the task, where its process
+        was killed. After an exception the pool is of no further use."""
+        if self._workers == 1 or len(tasks) == 1:
+            with _single_threaded():
+                for task in tasks:
+                    task.job(task.item, tick)
+            return
+        jobs: dict[int, tuple[int, bytes]] = {}  # by id: the number, and what goes over the pipe
+        todo = deque(sorted(tasks, key=lambda task: -task.weight))
+        while todo or self._busy:
+            while todo and len(self._busy) < self._workers:
+                task = todo.popleft()
+                if id(task.job) not in jobs:
+                    self._jobs += 1
+                    jobs[id(task.job)] = self._jobs, pickle.dumps((self._jobs, task.job))
+                worker = self._idle.pop() if self._idle else _Worker()
+                self._busy[worker.pipe] = worker
+                worker.begin(task, *jobs[id(task.job)])
+            for pipe in wait(list(self._busy)):
+                if self._busy[pipe].is_done(tick):
+                    self._idle.append(self._busy.pop(pipe))
+
+
+class _Worker:
+    """One process, from the parent's side, and the task that it has."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT.format(fd=theirs.fileno())],
+                env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C reaches the parent alone, which ends the others
+            )
+        self._label, self._job = "", 0
+
+    def begin(self, task: Task, number: int, job: bytes) -> None:
+        self._label = task.label
+        try:
+            if number != self._job:
+                self.pipe.send_bytes(job)
+                self._job = number
+            self.pipe.send((number, task.item))
+        except OSError:
+            raise self._died() from None
+
+    def is_done(self, tick: Tick) -> bool:
+        """Take one message. Raises what the task has raised."""
+        try:
+            message = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._died() from None
+        if isinstance(message, MemoryError):
+            raise self._no_memory()
+        if isinstance(message, BaseException):
+            raise message
+        if message is not None:
+            tick(*message)
+        return message is None
+
+    def _died(self) -> UserError:
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            return self._no_memory()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return UserError(self._label, f"its worker died ({how})", "give the same command again")
+
+    def _no_memory(self) -> UserError:
+        what = "its worker was killed, most likely because memory ran out"
+        return UserError(self._label, what, "give the same command again with fewer workers")
+
+
+def serve(fd: int) -> None:
+    """A worker's life: take jobs and items, do them, report; end where the parent has."""
+    pipe, items = Connection(fd), queue.SimpleQueue[bytes]()
+    threading.Thread(target=_receive, args=(pipe, items), daemon=True).start()
+    job: Job | None = None
+    known = 0
+    while True:
+        number, value = pickle.loads(items.get())
+        if number != known:
+            job, known = value, number
+            continue
+        assert job is not None
+        try:
+            reports = _Reports(pipe)
+            job(value, reports)
+            reports.send()
+            pipe.send(None)
+        except BaseException as e:
+            pipe.send_bytes(_packed(e))
+
+
+def _receive(pipe: Connection, items: "queue.SimpleQueue[bytes]") -> None:
+    # A thread of its own: the parent's death must end this process while it is busy, too.
+    while True:
+        try:
+            items.put(pipe.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(1)
+
+
+class _Reports:
+    """Ticks, added up and sent on ten times a second."""
+
+    def __init__(self, pipe: Connection):
+        self._pipe, self._sent = pipe, time.monotonic()
+        self._bytes = self._tokens = 0
+
+    def __call__(self, size: int, tokens: int) -> None:
+        self._bytes += size
+        self._tokens += tokens
+        if time.monotonic() - self._sent >= _EVERY:
+            self.send()
+
+    def send(self) -> None:
+        self._pipe.send((self._bytes, self._tokens))
+        self._bytes, self._tokens, self._sent = 0, 0, time.monotonic()
+
+
+def _packed(error: BaseException) -> bytes:
+    """An exception for the parent to raise; a fault of ours brings its traceback along."""
+    if not isinstance(error, UserError | OSError | MemoryError):
+        error.add_note(traceback.format_exc())
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+        return data
+    except Exception:  # an exception may refuse to be pickled in any way it likes
+        return pickle.dumps(RuntimeError(traceback.format_exc()))
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """In this process, too, a worker encodes on one core: tokenizers looks at each call."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLEL]
+        else:
+            os.environ[_PARALLEL] = before

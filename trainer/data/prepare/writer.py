@@ -1,0 +1,124 @@
+"""Shards, written: token ids go in document by document, tars with their indexes come out.
+
+Invariant: the bytes of a shard depend on its documents and their order alone; nothing of the
+machine, the time or the user gets into a tar.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from forescale.data.shard import CHUNK
+from forescale.storage import FileEntry, HashingFile, write_file
+
+
+def chunk_sums(payload: bytes | memoryview) -> str:
+    """XXH3-64 of every CHUNK bytes of a payload, 16 hex digits each."""
+    view = memoryview(payload)
+    return "".join(
+        xxhash.xxh3_64_hexdigest(view[at : at + CHUNK]) for at in range(0, len(view), CHUNK)
+    )
+
+
+class ShardWriter:
+    """Writes one shard: `NAME.tar`, and `NAME.index.json` at the end.
+
+    Members hold `member_tokens` each, the last one the rest; a document that is longer goes on in
+    the next. Holds one member in memory.
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype, member_tokens: int):
+        self._directory, self._name = directory, name
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._file = HashingFile(directory / f"{name}.tar")
+        self._members: list[dict[str, Any]] = []
+        self._member = np.empty(member_tokens, self._dtype)
+        self._ends: list[int] = []  # in tokens of the current member
+        self._held = self._written = 0
+        self.documents = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens added so far."""
+        return self._written + self._held
+
+    def add(self, document: np.ndarray) -> None:
+        """Append a document's ids, its end-of-text token included, shape (tokens,), not empty."""
+        while (room := len(self._member) - self._held) < len(document):
+            self._member[self._held :] = document[:room]
+            self._held += room
+            self._flush()
+            document = document[room:]
+        self._member[self._held : self._held + len(document)] = document
+        self._held += len(document)
+        self._ends.append(self._held)
+        self.documents += 1
+
+    def finish(self) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+        """Write what is held and make both files durable: the manifest's row, and the entries of
+        the table of files."""
+        if self._held:
+            self._flush()
+        end = 2 * tarfile.BLOCKSIZE
+        self._file.write(bytes(end + -(self._file.size + end) % tarfile.RECORDSIZE))
+        tar = self._file.finish()
+        index = {
+            "file": f"{self._name}.tar",
+            "dtype": self._dtype.name,
+            "tokens": self._written,
+            "documents": self.documents,
+            "members": self._members,
+        }
+        row, entry = write_index(self._directory, self._name, index)
+        row = {"file": f"{self._name}.tar", "size": tar.size, "sha256": tar.sha256, **row}
+        return row, {f"{self._name}.tar": tar, row["index"]: entry}
+
+    def _flush(self) -> None:
+        key = f"{len(self._members):06d}"
+        member = {
+            "key": key,
+            "first": self._written,
+            "tokens": self._held,
+            "documents": len(self._ends),
+        }
+        # Sorted names; plain readers group by the part before the first dot.
+        doc = np.array(self._ends, "<u4").tobytes()
+        offset = self._append(f"{key}.doc.bin", doc)
+        digest = xxhash.xxh3_64_hexdigest(doc)
+        member["doc"] = {"offset": offset, "size": len(doc), "xxh3": digest}
+        tok = self._member[: self._held].tobytes()
+        offset = self._append(f"{key}.tok.bin", tok)
+        member["tok"] = {"offset": offset, "size": len(tok), "xxh3": chunk_sums(tok)}
+        self._members.append(member)
+        self._written += self._held
+        self._held = 0
+        self._ends.clear()
+
+    def _append(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the names empty by default
+        info.size = len(data)
+        self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._file.size
+        self._file.write(data)
+        self._file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+
+def write_index(
+    directory: Path, name: str, index: dict[str, Any]
+) -> tuple[dict[str, Any], FileEntry]:
+    """Write NAME.index.json: the part of the manifest's row that speaks of it, and its entry."""
+    path = directory / f"{name}.index.json"
+    entry = write_file(path, (json.dumps(index, separators=(",", ":")) + "\n").encode())
+    row = {
+        "index": path.name,
+        "index_size": entry.size,
+        "index_sha256": entry.sha256,
+        "tokens": index["tokens"],
+        "documents": index["documents"],
+    }
+    return row, entry

@@ -1,0 +1,1 @@
+"""Injected faults on a tiny run, and the judgement of what it survived."""

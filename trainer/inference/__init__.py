@@ -1,0 +1,1 @@
+"""A trained model without an engine: open, sample, score, export."""

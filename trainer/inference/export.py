@@ -1,0 +1,114 @@
+"""A checkpoint as a directory that Hugging Face transformers loads, by models/hf.py's mapping.
+
+Invariant: the directory appears whole, by one rename, or not at all; and its logits are ours.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from forescale.checkpoint.reader import Checkpoint
+from forescale.errors import UserError
+from forescale.inference.view import RunView
+from forescale.models.config import ModelConfig
+from forescale.models.hf import FAMILIES, family_of, to_hf
+from forescale.storage import fsync_path, staged
+
+_PART = 5_000_000_000  # bytes of a file, about
+
+
+def family(view: RunView) -> str:
+    """The class of transformers that the run's model is one of.
+
+    Raises UserError, naming the keys in the way, where there is none.
+    """
+    model = view.config.model
+    if not isinstance(model, ModelConfig):
+        what = f"is {model.target}, a class of your own, which transformers doesn't know"
+        raise UserError("model._target_", what, f"load it with trainer.open_run({view.name!r})")
+    try:
+        return FAMILIES[family_of(model)].architecture
+    except ValueError as e:
+        what = str(e).rstrip(".")
+        todo = f"train with such keys, or load it with trainer.open_run({view.name!r})"
+        raise UserError("model", what[0].lower() + what[1:], todo) from None
+
+
+def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
+    """Write the directory `to` (fp32): config.json, generation_config.json, model.safetensors (of a
+    large model in parts, with their index), tokenizer.json, tokenizer_config.json. No more of the
+    model than a part is in memory. Raises UserError where no family fits or `to` exists."""
+    family(view)
+    if to.exists():
+        raise UserError(str(to), "exists already", "choose another directory with to=DIR")
+    model = view.config.model
+    assert isinstance(model, ModelConfig)
+    config, tensors = to_hf(model, checkpoint.weights())
+    end = view.identity["dataset"]["end_of_text"]
+    # The end-of-text token stands before every document in training, so it begins one here too.
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    with staged(to) as stage:
+        files: dict[str, Any] = {
+            "config.json": config | ends,
+            "generation_config.json": ends | {"pad_token_id": end},
+            "tokenizer_config.json": _tokenizer_config(view, end),
+        }
+        for name, content in files.items():
+            (stage / name).write_text(json.dumps(content, indent=2) + "\n")
+        (stage / "tokenizer.json").write_bytes(view.run.tokenizer.read_bytes())
+        _write_weights(stage, tensors)
+        for path in stage.iterdir():
+            fsync_path(path)
+    return to
+
+
+def _write_weights(stage: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """As transformers names them: one file, or parts that an index lists. How many parts there are
+    stands in their names, and is known at the end."""
+    parts: list[list[str]] = []
+    total = 0
+    for part in _parts(tensors):
+        parts.append(list(part))
+        total += sum(t.nbytes for t in part.values())
+        save_file(part, stage / f"part-{len(parts)}", metadata={"format": "pt"})
+        part.clear()
+    if len(parts) == 1:
+        (stage / "part-1").rename(stage / "model.safetensors")
+        return
+    where: dict[str, str] = {}
+    for number, names in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        (stage / f"part-{number}").rename(stage / file)
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Of at most _PART bytes, or one tensor."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if part and size + tensor.nbytes > _PART:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+        del tensor
+    yield part
+
+
+def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:
+    name = view.tokenizer.id_to_token(end)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name,
+        "eos_token": name,
+        "pad_token": name,
+        "clean_up_tokenization_spaces": False,  # it would drop spaces that are in the text
+        "model_max_length": view.config.train.sequence_length,
+    }

@@ -1,0 +1,86 @@
+"""A trained run scored on a dataset, without an engine: fp32, on one device.
+
+Invariant: only a dataset of the run's own tokenizer is scored, since the ids of another one mean
+other text.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from forescale.config.data import ONLY
+from forescale.config.train import CorpusConfig
+from forescale.data.dataset import Dataset
+from forescale.data.progress import Progress, silent
+from forescale.data.stream import MicroBatch
+from forescale.errors import UserError
+from forescale.inference.view import RunView
+from forescale.run.start import open_dataset
+from forescale.storage import hash_file
+from forescale.train.evaluate import Score, evaluate
+
+
+def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
+    """The dataset at `data.path`, or those that the run was trained on, by their names there.
+
+    Raises UserError where one isn't there, or has another tokenizer than the run.
+    """
+    if data.path is not None:
+        return {ONLY: _checked(view, open_dataset(data.path, data))}
+    found = {}
+    for name, stored in view.identity["dataset"]["sources"].items():
+        path = stored["path"]
+        if "://" not in path and not Path(path).exists():
+            what = f"the dataset that the run was trained on is not at {path}"
+            raise UserError(str(view.path), what, "say where it is: data.path=DIR")
+        found[name] = _checked(view, open_dataset(path, data))
+    return found
+
+
+def _checked(view: RunView, dataset: Dataset) -> Dataset:
+    if not view.run.tokenizer.is_file():
+        raise UserError(str(view.run.tokenizer), "no such file", "restore the run's tokenizer")
+    if hash_file(view.run.tokenizer).sha256 != dataset.manifest["tokenizer"]["sha256"]:
+        todo = f"build it with `forescale shards ... tokenizer={view.run.tokenizer}`"
+        raise UserError(dataset.where, "has another tokenizer than the run", todo)
+    return dataset
+
+
+def score(
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    windows: int | None = None,
+    documents: bool = False,
+    progress: Progress = silent,
+) -> Score:
+    """`evaluate` for a model in hand. Raises UserError for a split without a target."""
+    part, done = dataset.split(split), 0
+    count = sum(-(-(tokens - 1) // sequence_length) for tokens in part.shard_tokens)
+    if not count:
+        raise UserError(dataset.where, f"its split {split} is empty", "choose another split")
+    total = min(count, windows or count)
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def losses(micro: MicroBatch) -> Tensor:
+        nonlocal done
+        positional, named = micro.arguments(device)
+        found = model(*positional, **named)
+        done = min(total, done + len(micro.tokens))
+        progress(f"score {split}", done, total, "windows")
+        return found[0] if isinstance(found, tuple) else found  # the other is a penalty
+
+    return evaluate(
+        losses,
+        part,
+        dataset.token_bytes,
+        sequence_length=sequence_length,
+        micro_batch=micro_batch,
+        windows=windows,
+        documents=documents,
+    )

@@ -1,0 +1,76 @@
+"""What a finished run says: its bits per byte beside what compressors need, a sample, what next."""
+
+from forescale.data.dataset import Dataset
+from forescale.data.prepare import baselines
+from forescale.data.sources import Sources
+from forescale.inference.sampling import pieces, prompt_ids, sampled
+from forescale.inference.view import RunView
+from forescale.run.directory import read_rows
+from forescale.run.start import Start
+
+SAMPLE_TOKENS = 120
+PROMPT = "def "
+
+
+def summarize(started: Start) -> None:
+    """Print the summary of a complete run."""
+    run = started.run
+    scores = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
+    if scores:
+        newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
+        print(_scores(newest, started.sources))
+    print(f"\nA sample, after {PROMPT!r}:\n")
+    print(_indented(sample(started, PROMPT)))
+    name = run.name
+    print(
+        f"\nNext:\n"
+        f"  forescale status {name}                       what it reached\n"
+        f'  forescale generate {name} prompt="import "    let it write\n'
+        f"  forescale export {name}                       to Hugging Face transformers\n"
+        f"  forescale train bigger model.depth=4          a model of your own\n"
+        f"  forescale shards TEXT output=DIR              a dataset of your own"
+    )
+
+
+def _scores(bits: dict[str, float], sources: Sources) -> str:
+    """The held-out text of every source in bits per byte: this model, and compressors over the same
+    files."""
+    if not sources.is_mixture:
+        return _score(f"corpus hash {sources.corpus_hash[:16]}", bits["validation"], sources.first)
+    return "\n".join(
+        _score(f"{name}, corpus hash {dataset.corpus_hash[:16]}", bits[name], dataset)
+        for name, dataset in sources.datasets.items()
+        if name in bits
+    )
+
+
+def _score(title: str, bits: float, dataset: Dataset) -> str:
+    lines = [f"\nHeld-out text, in bits per byte ({title}):"]
+    rows = {"this model": bits, **baselines.bits_per_byte(dataset.manifest)}
+    widest = max(map(len, rows))
+    for name, value in rows.items():
+        other = value and name != "this model"  # of a tiny text conditional xz needs nothing
+        ratio = f"   the model needs {bits / value:.3f} of it" if other else ""
+        lines.append(f"  {name:<{widest}}  {value:.4f}{ratio}")
+    return "\n".join(lines)
+
+
+def sample(started: Start, prompt: str, seed: int = 0) -> str:
+    """Text that the newest checkpoint writes after `prompt`."""
+    view = RunView(started.run)
+    model = view.model(trust=True)  # the class is the one that the user's own command trained
+    before = prompt_ids(view.tokenizer, prompt, started.sources.end_of_text)
+    ids = sampled(
+        model,
+        before,
+        SAMPLE_TOKENS,
+        temperature=0.7,
+        top_k=50,
+        seed=seed,
+        max_context=started.job.train.sequence_length,
+    )
+    return prompt + "".join(pieces(view.tokenizer, before, ids))
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  | {line}" for line in text.splitlines())

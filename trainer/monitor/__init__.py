@@ -1,0 +1,1 @@
+"""Read-only views: what runs do, where time went, whether every byte is as written."""

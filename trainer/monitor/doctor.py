@@ -1,0 +1,202 @@
+"""What this machine has for training, and the mend for each thing that it lacks.
+
+Invariant: each finding is one line; a fault is what keeps `forescale train` from running here, a
+note what makes it slower or smaller. Changes nothing, needs no network, imports no deepspeed.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from forescale.errors import UserError
+from forescale.verbs.jobs import DoctorJob
+
+# As pyproject.toml says it, for a checkout that isn't installed.
+SUPPORTED = {
+    "torch": ">=2.9",
+    "deepspeed": ">=0.19.8,<0.20",
+    "accelerate": ">=1.10,<2",
+}
+PYTHON = (3, 11)
+_GIB = 2**30
+_RUN_NEEDS = _GIB // 2  # a few checkpoints of the default model, its logs
+_CACHE_NEEDS = _GIB // 8  # the embedded corpus, while it is built
+_MEMORY_NEEDS = 2 * _GIB  # the default run, one rank
+_BUILD = 600  # seconds that a build of DeepSpeed's takes at most
+
+
+class Finding(NamedTuple):
+    level: Literal["ok", "note", "fault"]
+    name: str
+    what: str
+    mend: str = ""
+
+
+def examine(job: DoctorJob) -> Iterator[Finding]:
+    """Everything that is to be said, in the order of a fresh installation."""
+    yield python()
+    for package, wanted in SUPPORTED.items():
+        yield package_version(package, wanted)
+    if importlib.util.find_spec("torch"):
+        yield graphics()
+        yield compiler()
+    yield ninja()
+    yield build_lock(extensions_directory())
+    yield cores()
+    yield memory()
+    yield disk("run.root", Path(job.run.root).expanduser(), _RUN_NEEDS)
+    yield disk("data.cache", job.data.cache_directory, _CACHE_NEEDS)
+    yield corpus(job)
+    yield wandb()
+
+
+def python() -> Finding:
+    what = f"{platform.python_version()} at {sys.executable}"
+    if sys.version_info < PYTHON:
+        return Finding("fault", "python", what, "use Python 3.11 or newer")
+    return Finding("ok", "python", what)
+
+
+def package_version(package: str, wanted: str) -> Finding:
+    """Whether a package is there, in a version that the project supports."""
+    from packaging.specifiers import SpecifierSet
+
+    mend = f"pip install '{package}{wanted}'"
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("fault", package, "not installed", mend)
+    if not SpecifierSet(wanted).contains(version, prereleases=True):
+        return Finding("fault", package, f"{version}, not {wanted}", mend)
+    return Finding("ok", package, f"{version} (supported: {wanted})")
+
+
+def graphics() -> Finding:
+    """GPUs that torch can use, or that are there and it can't."""
+    import torch
+
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = ", ".join(f"{c.name} ({c.total_memory / _GIB:.0f} GiB)" for c in cards)
+        return Finding("ok", "gpu", f"{len(cards)}: {names}; CUDA {torch.version.cuda}")
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")):
+        why = "is built without CUDA" if torch.version.cuda is None else "can't start CUDA"
+        what = f"there is one, but torch {torch.__version__} {why}"
+        mend = "install a build of torch for this driver's CUDA (see pytorch.org)"
+        return Finding("fault", "gpu", what, mend)
+    return Finding("note", "gpu", "none; training on the CPU", "fine for small models")
+
+
+def compiler() -> Finding:
+    from forescale.engine.build import compiler_missing
+
+    missing = compiler_missing()
+    if missing is None:
+        return Finding("ok", "compiler", "torch.compile can compile")
+    what = f"this machine lacks {missing}: training takes about twice as long"
+    return Finding("note", "compiler", what, "apt-get install g++ python3-dev, or the like")
+
+
+def ninja() -> Finding:
+    if shutil.which("ninja"):
+        return Finding("ok", "ninja", str(shutil.which("ninja")))
+    if importlib.util.find_spec("ninja"):
+        what = "installed, but not on the PATH; builds of DeepSpeed's own kernels need it there"
+        return Finding("note", "ninja", what, f'export PATH="{Path(sys.executable).parent}:$PATH"')
+    return Finding("note", "ninja", "not installed", "pip install ninja, for offload to the CPU")
+
+
+def extensions_directory() -> Path:
+    """Where torch and DeepSpeed build their extensions."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(given or "~/.cache/torch_extensions").expanduser()
+
+
+def build_lock(root: Path) -> Finding:
+    """A lock that a killed build left behind: the next build waits for it for ever."""
+    locks = [p for depth in ("*/lock", "*/*/lock") for p in root.glob(depth)]
+    if not locks:
+        return Finding("ok", "builds", f"no lock in {root}")
+    oldest = min(locks, key=lambda p: p.stat().st_mtime)
+    age = time.time() - oldest.stat().st_mtime
+    what = f"a lock of {age / 60:.0f} minutes at {oldest}"
+    if age < _BUILD:
+        return Finding("note", "builds", what, "a build is running, or was killed just now")
+    return Finding("fault", "builds", f"{what}, left by a killed build", f"rm {oldest}")
+
+
+def cores() -> Finding:
+    mine, all_ = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS")
+    limit = f"; OMP_NUM_THREADS={threads}" if threads else ""
+    if threads and threads.isdigit() and int(threads) < mine:
+        mend = "unset OMP_NUM_THREADS to train on all cores"
+        return Finding("note", "cores", f"{mine} of {all_}{limit}", mend)
+    return Finding("ok", "cores", f"{mine} of {all_}{limit}")
+
+
+def memory() -> Finding:
+    import psutil
+
+    facts = psutil.virtual_memory()
+    what = f"{facts.available / _GIB:.1f} of {facts.total / _GIB:.1f} GiB free"
+    if facts.available < _MEMORY_NEEDS:
+        return Finding("note", "memory", what, "end other programs; a rank takes about 1 GiB")
+    return Finding("ok", "memory", what)
+
+
+def disk(key: str, path: Path, needs: int) -> Finding:
+    """Whether a directory can be written to, or made, with room for what goes there."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        return Finding("fault", key, f"{there} is a file", f"choose another {key}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Finding("fault", key, f"{there} may not be written to", f"choose another {key}")
+    free = shutil.disk_usage(there).free
+    what = f"{free / _GIB:.1f} GiB free at {path}"
+    if free < needs:
+        mend = f"free some space (about {needs / _GIB:.2f} GiB), or choose another {key}"
+        return Finding("fault", key, what, mend)
+    return Finding("ok", key, what)
+
+
+def corpus(job: DoctorJob) -> Finding:
+    """The data that `forescale train` would read."""
+    from forescale.data.dataset import Dataset
+    from forescale.data.prepare.corpus import PythonSource, embedded_path
+
+    try:
+        if job.data.path is None:
+            path = embedded_path(PythonSource(), job.data.cache_directory)
+            if not path.exists():
+                what = f"the embedded one is not prepared yet in {path.parent}"
+                return Finding("note", "corpus", what, "forescale train does, in about a minute")
+        else:
+            path = Path(job.data.path).expanduser()
+        dataset = Dataset(path)
+    except UserError as e:
+        return Finding("fault", "corpus", f"{e.where}: {e.what}", e.todo)
+    tokens = dataset.split("train").num_tokens
+    what = f"{path} ({tokens:,} tokens to train on, corpus hash {dataset.corpus_hash[:16]})"
+    return Finding("ok", "corpus", what)
+
+
+def wandb() -> Finding:
+    if not importlib.util.find_spec("wandb"):
+        return Finding("note", "wandb", "not installed", "pip install wandb, if you want it")
+    from forescale.engine.trackers import has_account
+
+    version = importlib.metadata.version("wandb")
+    if has_account():
+        return Finding("ok", "wandb", f"{version}, logged in; switch it on with logging=wandb")
+    what = f"{version}, not logged in; logging=wandb writes offline"
+    return Finding("note", "wandb", what, "wandb login, if you want it online")

@@ -1,0 +1,105 @@
+"""What a rank holds in memory, and the sentence for a rank that ran out of it."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
+from forescale.models.config import ModelConfig
+from forescale.plan.memory import Memory, memory
+from forescale.plan.parameters import inventory
+
+
+def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Memory | None:
+    """What a rank of one of our models holds, as plan/memory.py has it; None for a class of the
+    user's own, of which we can't know the activations."""
+    if not isinstance(job.model, ModelConfig) or job.model.vocab_size is None:
+        return None
+    if micro_batch is not None:
+        job = replace(job, train=replace(job.train, micro_batch=micro_batch))
+    return memory(job, inventory(job), world_size)
+
+
+@contextmanager
+def explained(job: TrainJob) -> Iterator[None]:
+    """Turn running out of memory into one sentence with numbers and a micro-batch that fits."""
+    try:
+        yield
+    except Exception as e:
+        if not _is_out_of_memory(e):
+            raise
+        raise UserError("memory", _what(job), _todo(job)) from e
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _peak() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _available() -> int:
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    total = psutil.virtual_memory().total
+    return total if soft == resource.RLIM_INFINITY else min(soft, total)
+
+
+def _world_size() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _what(job: TrainJob) -> str:
+    planned = bytes_of(job, _world_size())
+    plan = f"{_gib(planned.total)} were planned, " if planned else ""
+    return f"a rank ran out of it ({plan}{_gib(_peak())} were in use of {_gib(_available())})"
+
+
+def _todo(job: TrainJob) -> str:
+    fits = largest_micro_batch(job, _world_size(), _available())
+    if fits:
+        return f"set train.micro_batch={fits}"
+    more = "a higher engine stage, model.activation_checkpointing=true or engine.offload_optimizer"
+    return f"lower train.micro_batch, or use {more}"
+
+
+def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int | None:
+    """The largest micro-batch below the present one that divides the batch and should fit in nine
+    tenths of `available` bytes; None where none does or the model isn't ours.
+
+    The present one did not fit, so nine tenths of its activations are a bound too: for what the
+    plan can't know, such as other processes and fragmentation.
+    """
+    present = bytes_of(job, world_size)
+    if present is None or present.activations is None:
+        return None
+    most = 0.9 * present.activations.total
+    for micro in range(job.train.micro_batch - 1, 0, -1):
+        planned = bytes_of(job, world_size, micro)
+        divides = job.train.global_batch % (micro * world_size) == 0
+        if not divides or planned is None or planned.activations is None:
+            continue
+        if planned.total <= 0.9 * available and planned.activations.total <= most:
+            return micro
+    return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

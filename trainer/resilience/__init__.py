@@ -1,0 +1,1 @@
+"""Keeps ranks alive: launcher, heartbeats, watchdog; says why a launch ended."""

@@ -1,0 +1,197 @@
+"""From a typed job to a run directory: settle what the data decides, freeze, or compare and go on.
+
+Invariant: a run directory belongs to one frozen config and one dataset. What would change its
+trajectory is refused with the list; what costs the last bits is told; the rest is taken. Imports no
+torch, so that a refusal comes in a second.
+"""
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from forescale.config.data import ONLY
+from forescale.config.frozen import freeze, may_resume, thaw
+from forescale.config.schema import leaves, plain
+from forescale.config.train import CorpusConfig, DataConfig, TrainJob
+from forescale.data.dataset import Dataset
+from forescale.data.prepare.corpus import prepare_embedded
+from forescale.data.progress import console
+from forescale.data.sources import Sources
+from forescale.errors import UserError
+from forescale.models.config import ModelConfig
+from forescale.run.directory import Run
+from forescale.run.feed import feed_of
+from forescale.run.forecast import band_of
+from forescale.storage import read_json, staged, write_file, write_json
+
+PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that is ready to be trained: its job as it holds from now on."""
+
+    run: Run
+    job: TrainJob
+    sources: Sources
+
+
+def start(job: TrainJob, again: bool = False) -> Start:
+    """Prepare the data, then open or make the run directory of `job`. again: this command has
+    started it before (in the launcher, on rank 0), so that `run.resume` has been obeyed.
+
+    Raises UserError where the directory belongs to another config or dataset.
+    """
+    run = Run(job.run.directory)
+    if not again:
+        _check_resume(job, run)
+    sources = open_sources(job.data)
+    job = settle(job, sources)
+    feed_of(job, sources)  # what is wrong with the mixture is said before anything is written
+    band_of(job)  # and with the card that foretold it
+    if run.config.exists():
+        _check_data(run, sources)
+        old = thaw("train", run.config, trust=True)  # compared, not run: the typed job is
+        refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
+        if refusals:
+            raise UserError(
+                str(run.path),
+                "the run was begun with another config: " + "; ".join(map(str, refusals)),
+                "take those back, or choose another run.name",
+            )
+        if any(taken):
+            write_file(run.config, freeze(job).encode())
+    else:
+        _check_origin(job, sources)
+        _make(run, job, sources)
+    return Start(run, job, sources)
+
+
+def open_sources(data: DataConfig) -> Sources:
+    """The datasets of a job; the embedded corpus is prepared first if it isn't there yet."""
+    if data.sources:
+        opened = {name: open_dataset(path, data) for name, path in data.sources.items()}
+    elif data.path:
+        opened = {ONLY: open_dataset(data.path, data)}
+    else:
+        with console() as progress:
+            path = prepare_embedded(data.cache_directory, progress, data.embedded)
+        opened = {ONLY: Dataset(path)}
+    sources = Sources(opened)
+    _ = sources.tokenizer  # verified now: scores and samples need it at the end of the run
+    return sources
+
+
+def open_dataset(path: str, data: CorpusConfig) -> Dataset:
+    """The dataset in a directory or behind a URL, which is kept in the cache as it is read."""
+    where = path if "://" in path else Path(path).expanduser()
+    return Dataset(where, data.cache_directory / "remote", data.cache_bytes)
+
+
+def settle(job: TrainJob, sources: Sources) -> TrainJob:
+    """The job with all filled in that its data decides: the model's vocabulary and longest
+    sequence, the weights of a mixture."""
+    if sources.is_mixture and not job.data.weights:
+        job = replace(job, data=replace(job.data, weights=sources.default_weights()))
+    if not isinstance(job.model, ModelConfig):
+        return job
+    length = job.train.sequence_length
+    for name, what, todo in job.model.problems(sources.vocab_size, length):
+        raise UserError(f"model.{name}", what, todo)
+    return replace(job, model=job.model.resolved(sources.vocab_size, length))
+
+
+def _check_resume(job: TrainJob, run: Run) -> None:
+    exists = run.config.exists()
+    if job.run.resume == "must" and not exists:
+        raise UserError(str(run.path), "there is no run to resume", "check run.name and run.root")
+    if job.run.resume == "never" and any(a.parent for a in run.attempts()):
+        todo = "choose another run.name, or run.resume=auto to go on with it"
+        raise UserError(str(run.path), "the run exists already", todo)
+    if run.path.exists() and not exists and any(run.path.iterdir()):
+        what = "is neither empty nor a run (no config.yaml)"
+        raise UserError(str(run.path), what, "choose another run.name or run.root")
+
+
+def _check_data(run: Run, sources: Sources) -> None:
+    stored = _data_of(run)
+    if stored["identity"] != sources.identity:
+        raise UserError(
+            str(run.path),
+            f"the run was begun on other data ({stored['path']}) than {sources.where}",
+            "give the data.path that it was begun on, or choose another run.name",
+        )
+
+
+def _data_of(run: Run) -> dict[str, str]:
+    """Where the data that a run was begun on was, and its identity."""
+    stored = read_json(run.identity)
+    try:
+        return {key: stored["dataset"][key] for key in ("path", "identity")}
+    except (KeyError, TypeError):
+        what = "doesn't say which data the run was begun on"
+        raise UserError(str(run.identity), what, "restore the file from a copy") from None
+
+
+def _check_origin(job: TrainJob, sources: Sources) -> None:
+    """A branch that keeps its place in the data needs the same data."""
+    origin = job.run.origin
+    if origin.run is None:
+        return
+    stored = _data_of(Run.existing(origin.run, job.run.root))
+    if origin.what == "everything" and stored["identity"] != sources.identity:
+        what = f"{origin.run} was trained on other data ({stored['path']}) than {sources.where}"
+        raise UserError("run.from", what, "give its data.path, or run.from.what=weights")
+
+
+def _make(run: Run, job: TrainJob, sources: Sources) -> None:
+    """Publish the run directory, whole: one that a kill or a full disk cut short is no run."""
+    identity = {
+        "name": run.name,
+        "dataset": {
+            "path": sources.where,
+            "identity": sources.identity,
+            "corpus_hash": sources.corpus_hash,
+            "vocab_size": sources.vocab_size,
+            "end_of_text": sources.end_of_text,
+            "sources": sources.describe(),
+        },
+        "versions": versions(),
+    }
+    with staged(run.path.resolve()) as stage:
+        new = Run(stage)
+        write_file(new.tokenizer, sources.first.tokenizer_json)
+        write_json(new.identity, identity)
+        write_file(new.config, freeze(job).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that isn't installed
+            found[package] = "unknown"
+    return found
+
+
+def numerics(
+    job: TrainJob, world_size: int, device: str, threads: int, compiled: bool
+) -> dict[str, Any]:
+    """All that must be equal for a resumed run to repeat the uninterrupted one bit for bit."""
+    kinds, rules = leaves(TrainJob), plain(job.guard)
+    guard = {f"guard.{k}": str(v) for k, v in rules.items()}
+    return {
+        **{path: rule for path, rule in guard.items() if kinds[path].kind == "numerics"},
+        "world_size": world_size,
+        "stage": job.engine.stage,
+        "precision": job.precision.kind,
+        "micro_batch": job.train.micro_batch,
+        "compiled": compiled,
+        "threads": threads,
+        "device": device,
+        **versions(),
+    }

@@ -1,0 +1,1 @@
+"""From a table to an answer: the law, its sensitivity, forecasts, scores."""

@@ -1,0 +1,1 @@
+"""Pure mathematics: the laws, certified fits, intervals, backtests."""

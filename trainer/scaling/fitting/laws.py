@@ -1,0 +1,253 @@
+"""The published laws, each with its source, and the compute-optimal size that they imply.
+
+Invariant: coefficients are positive and exponents count downwards (N ** -alpha), whatever sign the
+source prints.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from forescale.errors import UserError
+from forescale.scaling.fitting.forms import EXPONENTS, Design, Form, PowerSum, Term
+from forescale.scaling.fitting.points import Array
+
+_STEP = 1e-30
+
+CHINCHILLA = PowerSum(
+    "chinchilla",
+    "Hoffmann et al. 2022, arXiv 2203.15556, eq. 2: L = E + A N^-alpha + B D^-beta",
+    ("A", "B", "E", "alpha", "beta"),
+    ("parameters", "tokens"),
+    ("alpha", "beta"),
+    (Term("A", "alpha", "parameters"), Term("B", "beta", "tokens"), Term("E")),
+)
+SHARED_EXPONENT = PowerSum(
+    "shared exponent",
+    "Muennighoff et al. 2023, arXiv 2305.16264, appendix A: L = E + A N^-alpha + B D^-alpha",
+    ("A", "B", "E", "alpha"),
+    ("parameters", "tokens"),
+    ("alpha",),
+    (Term("A", "alpha", "parameters"), Term("B", "alpha", "tokens"), Term("E")),
+)
+FRONTIER = PowerSum(
+    "frontier",
+    "L*(C) = E + K C^-gamma along compute-optimal runs; Hoffmann et al. 2022, eq. 4 put into eq. 2",
+    ("K", "E", "gamma"),
+    ("flops",),
+    ("gamma",),
+    (Term("K", "gamma", "flops"), Term("E")),
+)
+
+
+@dataclass(frozen=True)
+class OverTraining(PowerSum):
+    """The shared-exponent law told by compute and by tokens a parameter, M = D / N:
+    L = E + (a M^eta + b M^-eta) C^-eta with C = 6 N D, so that A = a / 6^eta, B = b / 6^eta and
+    alpha = 2 eta."""
+
+    def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
+        values = super().published(theta, centre)
+        values[:, 3] /= 2
+        values[:, :2] *= 6 ** values[:, 3:]
+        return values
+
+    def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
+        plain = np.array(values, dtype=float)
+        plain[:, :2] /= 6 ** plain[:, 3:]
+        plain[:, 3] *= 2
+        return super().internal(plain, centre)
+
+
+OVER_TRAINING = OverTraining(
+    "over-training",
+    "Gadre et al. 2024, arXiv 2403.08540, eq. 4",
+    ("a", "b", "E", "eta"),
+    ("parameters", "tokens"),
+    ("eta",),
+    (Term("a", "eta", "parameters"), Term("b", "eta", "tokens"), Term("E")),
+)
+
+
+@dataclass(frozen=True)
+class Kaplan(Form):
+    """L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D. Nothing is irreducible in it."""
+
+    def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
+        n_c, d_c, alpha_n, alpha_d = (theta[:, i, None] for i in range(4))
+        small = n_c - at.logs["parameters"]
+        sized, fed = alpha_n / alpha_d * small, d_c - at.logs["tokens"]
+        top = np.maximum(sized.real, fed.real)
+        inner = top + np.log(np.exp(sized - top) + np.exp(fed - top))
+        share = np.exp(sized - inner)
+        rows = (alpha_n * share, alpha_d * (1 - share), share * small, inner - share * sized)
+        return alpha_d * inner, np.stack(rows, axis=1)
+
+    def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
+        least, most = EXPONENTS
+        return np.array([-200.0, -200.0, least, least]), np.array([400.0, 400.0, most, most])
+
+    def axes(self) -> tuple[Array, ...]:
+        return (np.geomspace(0.02, 1.0, 20),) * 2
+
+    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
+        ratio = (grid[:, 0] / grid[:, 1])[:, None]
+        tokens = np.broadcast_to(-at.logs["tokens"], (len(grid), len(at.logs["tokens"])))
+        return np.exp(np.stack((-ratio * at.logs["parameters"], tokens), axis=1)), 1 / grid[:, 1]
+
+    def assemble(self, grid: Array, coefficients: Array) -> Array:
+        log = np.log(coefficients)
+        ratio = grid[:, 0] / grid[:, 1]
+        return np.stack((log[:, 0] / ratio, log[:, 1], grid[:, 0], grid[:, 1]), axis=1)
+
+    def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
+        shift = np.array([centre["parameters"], centre["tokens"]])
+        return np.hstack((np.exp(theta[:, :2] + shift), theta[:, 2:]))
+
+    def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
+        shift = np.array([centre["parameters"], centre["tokens"]])
+        return np.hstack((np.log(values[:, :2]) - shift, values[:, 2:]))
+
+
+KAPLAN = Kaplan(
+    "kaplan",
+    "Kaplan et al. 2020, arXiv 2001.08361, eq. 1.5",
+    ("N_c", "D_c", "alpha_N", "alpha_D"),
+    ("parameters", "tokens"),
+    ("alpha_N", "alpha_D"),
+)
+
+
+@dataclass(frozen=True)
+class DataConstrained(PowerSum):
+    """The Chinchilla law on effective data: D' = U + U R* (1 - exp(-(D / U - 1) / R*)), where a
+    token seen again is worth less each time; R* is R_D. With `reference` (A, B, E, alpha, beta of a
+    law without repetition, which says how large a model U tokens are enough for) parameters beyond
+    that size fade likewise, with R_N. The source fits R_D and R_N with all else held fixed."""
+
+    reference: tuple[float, ...] | None = None
+
+    def _repeated(self, at: Design) -> list[tuple[str, int, Array, Array]]:
+        """Column, place of its R*, log of the unique part and how often it is repeated, (n,)."""
+        logs = {c: at.logs[c] + at.centre[c] for c in self.columns}
+        unique = np.minimum(logs["tokens"], logs["unique_tokens"])
+        found = [("tokens", 5, unique, np.expm1(logs["tokens"] - unique))]
+        if self.reference is not None:
+            A, B, _, alpha, beta = self.reference
+            g = np.log(alpha * A / (beta * B)) / (alpha + beta)
+            enough = np.minimum(g + beta / alpha * (unique + g), logs["parameters"])
+            found.append(("parameters", 6, enough, np.expm1(logs["parameters"] - enough)))
+        return found
+
+    def _effective(self, theta: Any, at: Design) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Centred logs of N' and D' (R, n), and their derivatives by log R*."""
+        logs, slopes = dict(at.logs), {}
+        for column, place, unique, again in self._repeated(at):
+            r = np.exp(theta[:, place, None])
+            faded = np.exp(-again / r)
+            worth = 1 + r * (1 - faded)
+            logs[column] = unique - at.centre[column] + np.log(worth)
+            slopes[place] = (r * (1 - faded) - again * faded) / worth
+        return logs, slopes
+
+    def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
+        logs, slopes = self._effective(theta, at)
+        m, jacobian = super().evaluate(theta, Design(logs, at.centre))
+        for place, slope in slopes.items():
+            c, e = (1, 4) if place == 5 else (0, 3)
+            jacobian[:, place] = -theta[:, e, None] * jacobian[:, c] * slope
+        return m, jacobian
+
+    def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
+        return Form.curvature(self, theta, at, jacobian, pull)
+
+    def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
+        low, high = super().bounds(at, log_loss)
+        low[5:], high[5:] = np.log(1e-2), np.log(1e4)
+        return low, high
+
+    def axes(self) -> tuple[Array, ...]:
+        return (np.geomspace(0.06, 1.2, 8),) * 2 + (np.geomspace(1, 100, 5),) * (self.size - 5)
+
+    def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
+        theta = np.zeros((len(grid), self.size))
+        theta[:, 5:] = np.log(grid[:, 2:])
+        logs, _ = self._effective(theta, at)
+        return super().basis(grid, Design(logs, at.centre))
+
+    def assemble(self, grid: Array, coefficients: Array) -> Array:
+        plain = np.hstack((np.log(coefficients), grid))
+        plain[:, 5:] = np.log(grid[:, 2:])
+        return plain
+
+    def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
+        values = super().published(theta, centre)
+        values[:, 5:] = np.exp(theta[:, 5:])
+        return values
+
+    def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
+        theta = super().internal(values, centre)
+        theta[:, 5:] = np.log(np.asarray(values)[:, 5:])
+        return theta
+
+
+def data_constrained(reference: Mapping[str, float] | None = None) -> DataConstrained:
+    """Muennighoff et al. 2023 (arXiv 2305.16264), eq. 5 and 6. reference: see DataConstrained."""
+    known = None if reference is None else tuple(map(float, CHINCHILLA.vector(reference)))
+    fading = ("R_D",) if reference is None else ("R_D", "R_N")
+    return DataConstrained(
+        "data-constrained",
+        "Muennighoff et al. 2023, arXiv 2305.16264, eq. 5 and 6",
+        CHINCHILLA.symbols + fading,
+        ("parameters", "tokens", "unique_tokens"),
+        CHINCHILLA.exponents + fading,
+        CHINCHILLA.terms,
+        known,
+    )
+
+
+def allocation(form: Form, values: Mapping[str, float] | ArrayLike) -> Array:
+    """a of N* ~ C^a for published parameters (..., p): beta / (alpha + beta) (Hoffmann et al. 2022,
+    eq. 4). Raises UserError for a law whose N* is no power law of C."""
+    vector = form.vector(values)
+    if isinstance(form, Kaplan):
+        return vector[..., 3] / (vector[..., 2] + vector[..., 3])
+    if not isinstance(form, PowerSum) or form.columns != ("parameters", "tokens"):
+        raise UserError(form.name, "its optimum is no power law of compute", "fit another form")
+    places = {t.column: form.symbols.index(t.exponent) for t in form.terms if t.exponent}
+    alpha, beta = vector[..., places["parameters"]], vector[..., places["tokens"]]
+    return beta / (alpha + beta)
+
+
+def compute_optimal(
+    form: Form,
+    values: Mapping[str, float] | ArrayLike,
+    flops: ArrayLike,
+    per_parameter_token: float = 6.0,
+    unique_tokens: float | None = None,
+) -> tuple[Array, Array]:
+    """N* and D*, (..., m): the least loss at each of m budgets with C = per_parameter_token N D,
+    for published parameters (..., p). By bisection of the exact slope along the budget (a complex
+    step), on which each law has one minimum. Raises UserError for a law without N and D."""
+    if not {"parameters", "tokens"} <= set(form.columns):
+        raise UserError(form.name, "it does not know N and D", "fit a law that does")
+    if "unique_tokens" in form.columns and unique_tokens is None:
+        raise UserError(form.name, "it depends on the unique tokens", "give unique_tokens=")
+    vector = form.vector(values)
+    budget = np.log(np.atleast_1d(np.asarray(flops, dtype=float)) / per_parameter_token)
+    zero = dict.fromkeys(form.columns, 0.0)
+    theta = form.internal(vector.reshape(-1, form.size), zero).astype(complex)
+    unique = np.log(unique_tokens) if unique_tokens else 0.0
+    low = np.zeros((len(theta), len(budget)))
+    high = low + budget
+    for _ in range(64):
+        n = (low + high) / 2
+        aside = n + _STEP * 1j
+        logs = {"parameters": aside, "tokens": budget - aside, "unique_tokens": n * 0 + unique}
+        falls = form.evaluate(theta, Design(logs, zero))[0].imag < 0
+        low, high = np.where(falls, n, low), np.where(falls, high, n)
+    n = ((low + high) / 2).reshape(*vector.shape[:-1], -1)
+    return np.exp(n), np.exp(budget - n)

@@ -1,0 +1,142 @@
+"""Least absolute deviations: the kinks of the objective that a smooth solver can't see.
+
+The sum of |r| is first replaced by Huber's function over delta, with delta from 1e-2 down to 1e-7,
+each solved from the one before. The runs within delta of the law are those that it passes through
+exactly at the optimum: usually as many as there are free parameters (a corner), sometimes fewer (an
+edge). Newton steps on the conditions of the optimum, with those residuals held at zero, then lead
+onto it.
+Invariant: a point is certified by the subgradient of the sum of |r| itself, never of its stand-in.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from forescale.scaling.fitting.newton import TOLERANCE, Solved, Task, ends, join, solve
+from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, Local, local, scaled_gradient
+from forescale.scaling.fitting.points import Array
+
+SMOOTHED = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+FINER = (1e-8, 1e-9)  # where a run that the optimum misses is within the last of these
+_TOUCHES = 1e-11  # a residual that is zero, but for rounding
+_FLAT = 1e-10  # a curvature or a singular value, of no unit, that is
+
+
+def _smoothed(task: Task, delta: float) -> Task:
+    return replace(task, goal=replace(task.goal, delta=delta))
+
+
+def solve_absolute(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
+    """As newton.solve, for a task whose delta is 0."""
+    theta, steps = start, 0
+    for delta in SMOOTHED[:-1]:
+        found = solve(_smoothed(task, delta), log_loss, weight, theta)
+        theta, steps = found.theta, steps + found.steps
+    R = len(theta)
+    y, w = (np.broadcast_to(v, (R, v.shape[1])) for v in (log_loss, weight))
+    done: dict[int, Solved] = {}
+    for delta in (SMOOTHED[-1], *FINER):
+        rest = [r for r in range(R) if r not in done or done[r].gradient[0] > TOLERANCE]
+        if not rest:
+            break
+        near = _smoothed(task, delta)
+        found = solve(near, y[rest], w[rest], theta[rest])
+        steps += found.steps
+        theta[rest] = found.theta
+        for r in rest:
+            own = near, y[r : r + 1], w[r : r + 1]
+            smooth = certified(*own, theta[r : r + 1])
+            exact = certified(*own, _onto_kink(*own, theta[r : r + 1]))
+            # The stand-in's minimum is at most delta / 2 a run above that of the sum of |r|.
+            lower = exact.value[0] <= smooth.value[0] + delta / 2 * w[r].sum()
+            done[r] = exact if lower and exact.gradient[0] <= TOLERANCE else smooth
+    return replace(join([done[r] for r in range(R)]), steps=steps)
+
+
+@dataclass
+class _Kink:
+    """Around theta (1, p), of the free parameters alone. slope (q, n): of the fitted loss or log
+    loss; rest (q,): the pull of the runs that are not touched; hessian (q, q): of the Lagrangian;
+    pulls (q,): what a gradient is scaled by."""
+
+    here: Local
+    free: Array
+    slope: Array
+    rest: Array
+    pulls: Array
+
+    def hessian(self, task: Task, theta: Array, pull: Array) -> Array:
+        """pull: w times the sign, or the multiplier, of each run, (n,)."""
+        J = self.here.jacobian
+        if self.here.scale is not None:
+            pull = pull * self.here.scale[0]
+        found = task.form.curvature(theta, task.at, J, -pull[None])[0]
+        if self.here.scale is not None:
+            found = found - (J[0] * pull) @ J[0].T
+        return found[np.ix_(self.free, self.free)]
+
+
+def _kink(task: Task, y: Array, w: Array, theta: Array, touched: Array) -> _Kink:
+    here = local(task.form, task.at, y, w, theta, task.goal)
+    free = ~task.frozen(theta, here.gradient)[0]
+    slope = here.jacobian[0] if here.scale is None else here.jacobian[0] * here.scale[0]
+    signs = np.where(touched, 0.0, np.sign(here.residual[0]))
+    slope = slope[free]
+    pulls = np.maximum(np.abs(slope) @ w[0], 1e-100)  # 0: of a term that has underflowed
+    return _Kink(here, free, slope, slope @ (w[0] * signs), pulls)
+
+
+def _onto_kink(task: Task, y: Array, w: Array, theta: Array) -> Array:
+    """theta (1, p) moved onto the optimum near it: Newton's method on its conditions. The task is
+    the smoothed one of which it is the minimum."""
+    new = theta
+    none = np.zeros(y.shape[1], dtype=bool)
+    first = _kink(task, y, w, new, none)
+    size = np.where(w[0] > 0, np.abs(first.here.residual[0]), np.inf)
+    touched = size <= 1.001 * task.goal.delta
+    multiplier = np.clip(first.here.residual[0] / task.goal.delta, -1, 1)
+    for _ in range(8):
+        at = _kink(task, y, w, new, touched)
+        pull = w[0] * np.where(touched, multiplier, np.sign(at.here.residual[0]))
+        across = at.slope[:, touched]
+        k, q = across.shape[1], len(across)
+        system = np.zeros((q + k, q + k))
+        system[:q, :q] = at.hessian(task, new, pull)
+        system[:q, q:] = -across * w[0][touched]
+        system[q:, :q] = across.T
+        if not np.isfinite(system).all():
+            return theta
+        # The shortest solution: a run that is there twice has two multipliers that do the same.
+        step = np.linalg.lstsq(system, np.append(at.rest, at.here.residual[0][touched]))[0]
+        moved = new.copy()
+        moved[0, at.free] += step[:q]
+        new = np.clip(moved, task.low, task.high)
+        multiplier[touched] = np.clip(step[q:], -1, 1)
+    return new
+
+
+def certified(task: Task, y: Array, w: Array, theta: Array) -> Solved:
+    """What there is to say of theta (1, p). A run that the law passes through pulls by anything
+    between -1 and 1 times its weight: by what cancels the others best. gradient: what remains,
+    scaled; curvature: how far the strongest of these multipliers is from 1 and, along an edge, that
+    of the Lagrangian (Watson 1980, Approximation Theory and Numerical Methods, chapter 6)."""
+    task = _smoothed(task, task.goal.delta or SMOOTHED[-1])
+    residual = local(task.form, task.at, y, w, theta, task.goal).residual
+    touched = (np.abs(residual[0]) <= _TOUCHES) & (w[0] > 0)
+    at = _kink(task, y, w, theta, touched)
+    across = at.slope[:, touched] * w[0][touched] / at.pulls[:, None]
+    s = np.linalg.lstsq(across, -at.rest / at.pulls, rcond=None)[0]
+    multiplier = np.clip(s, -1, 1)
+    gradient = at.rest / at.pulls + across @ multiplier
+    left = scaled_gradient(gradient[None], np.ones((1, len(gradient))), np.array(True))
+    curvature = 1 - float(np.abs(s).max(initial=0.0))
+    directions, sizes, _ = np.linalg.svd(across)
+    along = directions[:, (sizes > _FLAT * sizes.max(initial=0.0)).sum() :]
+    if along.size:
+        pull = w[0] * np.sign(np.where(touched, 0.0, residual[0]))
+        pull[touched] = w[0][touched] * multiplier
+        hessian = at.hessian(task, theta, pull) / np.outer(at.pulls, at.pulls) * w.sum()
+        least = float(np.linalg.eigvalsh(along.T @ hessian @ along)[0])
+        curvature = min(curvature, least if abs(least) > _FLAT else 0.0)
+    value = LEAST_ABSOLUTE.value(residual, w)
+    return Solved(theta, value, left, np.array([curvature]), ends(task, theta), 0)

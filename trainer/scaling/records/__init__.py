@@ -1,0 +1,1 @@
+"""From runs, ours and others', to one table that a fit can read."""

@@ -1,0 +1,1 @@
+"""Shows a study: the terminal page, the HTML report, static pictures."""

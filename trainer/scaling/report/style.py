@@ -1,0 +1,135 @@
+"""What a study's pictures are drawn with: axes, lines, bands, dots, in one quiet style.
+
+Invariant: no picture needs more than 320 pixels of width: no legend, no title of an axis beside it.
+"""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+from forescale.scaling.fitting.points import Array
+
+INK, FAINT, TARGET, OTHER = "#1f2328", "#b4bac2", "#c2410c", "#216ea0"
+BAND, OTHER_BAND = "rgba(31,35,40,0.14)", "rgba(33,110,160,0.18)"
+WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
+_DARK, _LIGHT = 0.0, 0.86  # of the colour scale; lighter is not seen on white
+_DECADES = 2.0  # more of them on an axis: only whole powers have numbers
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+_LINE = 34  # letters of what the pointer shows: it must fit a phone
+
+
+def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int = 430):
+    """An empty figure. x, y: what is drawn, with its unit."""
+    plain = {
+        "gridcolor": "#eceef0", "linecolor": FAINT, "zeroline": False, "ticks": "outside",
+        "tickcolor": FAINT, "automargin": True, "showline": True, "ticklen": 4,
+    }  # fmt: skip
+    figure = go.Figure()
+    figure.update_layout(
+        template="none", height=height, showlegend=False, dragmode=False, hovermode="closest",
+        font={"family": FONT, "size": 12, "color": INK},
+        margin={"l": 44, "r": 14, "t": 34, "b": 48},
+        hoverlabel={"align": "left", "bgcolor": "#fff", "font": {"size": 12, "color": INK}},
+        title={"text": escape(y), "font": {"size": 12}, "x": 0, "xref": "container", "xanchor":
+               "left", "y": 1, "yanchor": "top", "pad": {"l": 6, "t": 8}},
+        xaxis={**plain, "title": {"text": escape(x), "standoff": 8}, "nticks": 8, **of_x},
+        yaxis={**plain, **of_y},
+    )  # fmt: skip
+    return figure
+
+
+def logarithmic(*values: Array | Sequence[float], power: bool = False) -> dict[str, Any]:
+    """An axis for these; power: 10^21, not 7B."""
+    every = np.concatenate([np.ravel(v) for v in values])
+    many = np.log10(np.nanmax(every) / np.nanmin(every)) > _DECADES
+    minor = {"minor": {"ticks": "outside", "ticklen": 2, "dtick": "D1", "tickcolor": FAINT}}
+    form = {"type": "log", "exponentformat": "power" if power else "B"}
+    return form | ({"dtick": 1} | minor if many else {"dtick": "D2"})
+
+
+def ordinal(labels: Sequence[str], down: bool = False) -> dict[str, Any]:
+    """An axis of things in their order, at 0, 1, ...; down: the first on top."""
+    ends = (len(labels) - 0.4, -0.6) if down else (-0.6, len(labels) - 0.4)
+    ticks = {"tickvals": list(range(len(labels))), "ticktext": [escape(x) for x in labels]}
+    return {**ticks, "range": list(ends), "showgrid": False, "fixedrange": True}
+
+
+def shades(budgets: Array) -> dict[float, str]:
+    """The colour of each budget (FLOPs), the dearer the darker."""
+    distinct = np.unique(np.asarray(budgets, dtype=float))
+    places = np.linspace(_LIGHT, _DARK, len(distinct)) if len(distinct) > 1 else [_DARK]
+    return dict(zip(map(float, distinct), sample_colorscale("Viridis", list(places)), strict=True))
+
+
+def line(x: Array, y: Array, colour: str, dash: str = "solid", text: Sequence[str] = ()):
+    """text: shown by the pointer; without, the line is silent."""
+    style = {"color": colour, "width": 1.6, "dash": dash}
+    told = {"text": text, **hover()} if len(text) else {"hoverinfo": "skip"}
+    return go.Scatter(x=x, y=y, mode="lines", line=style, **told)
+
+
+def band(x: Array, ends: Array, colour: str):
+    """ends: (2, m), low and high."""
+    there_and_back = np.concatenate((x, x[::-1])), np.concatenate((ends[0], ends[1][::-1]))
+    return go.Scatter(
+        x=there_and_back[0], y=there_and_back[1], fill="toself", fillcolor=colour, mode="lines",
+        line={"width": 0}, hoverinfo="skip",
+    )  # fmt: skip
+
+
+def segments(ends: Array, at: Sequence[float], colour: str, width: float):
+    """Level lines from ends[0] to ends[1], (2, n), at the heights `at`."""
+    gaps = np.full(len(at), np.nan)
+    x, y = np.stack((*ends, gaps), axis=1).ravel(), np.stack((at, at, gaps), axis=1).ravel()
+    style = {"color": colour, "width": width}
+    return go.Scatter(x=x, y=y, mode="lines", line=style, hoverinfo="skip")
+
+
+def dots(
+    x: Array, y: Array, colours: Iterable[str], hollow: Array, text: Sequence[str],
+    shape: str = "circle",
+):  # fmt: skip
+    """Runs. hollow: (n,) of bool; shape: a symbol of plotly's."""
+    colours = list(colours)
+    mark = {
+        "size": 7, "opacity": 0.9, "symbol": np.where(hollow, f"{shape}-open", shape).tolist(),
+        "color": colours, "line": {"width": 1.4, "color": colours},
+    }  # fmt: skip
+    return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
+
+
+def bars(lengths: Sequence[float], colour: str, text: Sequence[str]):
+    """Level ones, at 0, 1, ..."""
+    at = list(range(len(lengths)))
+    hidden = {"textposition": "none", "orientation": "h", "marker": {"color": colour}}
+    return go.Bar(x=list(lengths), y=at, hovertext=list(text), **hidden, hoverinfo="text")
+
+
+def marks(x: Sequence[float], y: Sequence[float], text: Sequence[str]):
+    """Vertices."""
+    mark = {"symbol": "diamond", "size": 9, "color": "#fff", "line": {"width": 1.6, "color": INK}}
+    return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
+
+
+def star(x: float, y: float, text: str, ends: tuple[float, float] | None = None):
+    """The target. ends: an interval of y."""
+    mark = {"symbol": "star", "size": 15, "color": TARGET, "line": {"width": 1, "color": "#fff"}}
+    error: dict[str, Any] = {}
+    if ends:
+        sides = {"array": [ends[1] - y], "arrayminus": [y - ends[0]]}
+        error = {"error_y": {"type": "data", "symmetric": False, "color": TARGET, **sides}}
+    return go.Scatter(x=[x], y=[y], mode="markers", marker=mark, text=[text], **hover(), **error)
+
+
+def hover() -> dict[str, str]:
+    return {"hovertemplate": "%{text}<extra></extra>"}
+
+
+def wrapped(text: str) -> str:
+    """In short lines, and so that plotly reads no markup in it."""
+    return "<br>".join(escape(part) for part in textwrap.wrap(text, _LINE)) or ""

@@ -1,0 +1,104 @@
+"""Losses on held-out text, and bits per byte.
+
+Invariant: every token of the split but a shard's first is scored exactly once, and sums are added
+in the order of the windows, so the result is the same at any world size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forescale.data.dataset import Split
+from forescale.data.stream import IGNORED, MicroBatch, validation_windows
+
+
+@dataclass(frozen=True)
+class Score:
+    """loss: mean nats per target; loss_stderr: its standard error, windows taken as independent;
+    bits_per_byte: of the UTF-8 text that the targets stand for, end-of-text tokens paid for but of
+    no bytes, so that tokenizers compare."""
+
+    loss: float
+    loss_stderr: float
+    bits_per_byte: float
+    targets: int
+    bytes: int
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; only comparable under one tokenizer."""
+        return math.exp(self.loss)
+
+
+def evaluate(
+    losses: Callable[[MicroBatch], Tensor],
+    split: Split,
+    token_bytes: np.ndarray,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    windows: int | None = None,
+    documents: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[list], list] = lambda value: [value],
+) -> Score:
+    """Score a split, or `windows` of its windows, evenly spread; on several ranks all call it
+    together. Of an empty split there is nothing to score: 0 windows, and NaN.
+
+    losses: of a micro-batch, the summed nats of each window, (B,); documents: keep them apart.
+    """
+    mine = []
+    parts = validation_windows(
+        split, sequence_length, micro_batch, rank, world_size, windows, documents
+    )
+    for micro in parts:
+        sums = losses(micro).double().cpu()
+        real = micro.targets != IGNORED
+        bytes_ = torch.from_numpy(token_bytes)[micro.targets.clamp(min=0)] * real
+        rows = zip(sums.tolist(), real.sum(1).tolist(), bytes_.sum(1).tolist(), strict=True)
+        mine += [(micro.index, i, *row) for i, row in enumerate(rows) if row[1]]
+    every = sorted(row for part in gather(mine) for row in part)
+    if not every:
+        return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)
+    nats, targets, count = (np.array([row[k] for row in every]) for k in (2, 3, 4))
+    loss = math.fsum(nats) / int(targets.sum())
+    return Score(
+        loss=loss,
+        loss_stderr=_ratio_stderr(nats, targets, loss),
+        bits_per_byte=math.fsum(nats) / math.log(2) / int(count.sum()),
+        targets=int(targets.sum()),
+        bytes=int(count.sum()),
+        windows=len(every),
+    )
+
+
+def pooled(scores: Sequence[Score]) -> Score:
+    """Of several splits together. Each split is a stratum of its own, so the variances of the
+    strata's sums add (Cochran 1977, section 5.3)."""
+    targets, size = sum(s.targets for s in scores), sum(s.bytes for s in scores)
+    if not targets:
+        return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)
+    full = [s for s in scores if s.targets]
+    return Score(
+        loss=math.fsum(s.loss * s.targets for s in full) / targets,
+        loss_stderr=math.sqrt(math.fsum((s.loss_stderr * s.targets) ** 2 for s in full)) / targets,
+        bits_per_byte=math.fsum(s.bits_per_byte * s.bytes for s in full) / size,
+        targets=targets,
+        bytes=size,
+        windows=sum(s.windows for s in full),
+    )
+
+
+def _ratio_stderr(sums: np.ndarray, counts: np.ndarray, ratio: float) -> float:
+    """Standard error of sum(sums) / sum(counts) (Cochran 1977, Sampling Techniques, eq. 2.39)."""
+    n = len(sums)
+    if n < 2:
+        return math.nan
+    residuals = sums - ratio * counts
+    return float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())

@@ -1,0 +1,79 @@
+"""The model of a job: ours from its config, or a class of the user's; and what a token costs in it.
+
+The protocol for a class of the user's own, named by `model._target_=mypackage.Model`:
+
+    __init__(**kwargs): the other keys under `model`; `vocab_size` and `sequence_length` are added
+        where the signature has them.
+    forward(tokens_BL, targets_BL=None): int64 each, -100 where there is no target. With targets it
+        returns each window's summed cross-entropy in nats, (B,), or that and a scalar penalty for
+        the objective only; without, logits (B, L, V) (for `generate`).
+        documents_BL=None, an argument that is optional too, and passed by name, only where
+        attention is to stay within documents: the number of each token's document inside its
+        window, nondecreasing along it. A token must then attend to its own document alone, at
+        positions that count from the document's first token in the window.
+    muon_parameters() -> names, optional: the matrices for Muon; see engine.optim.parameter_groups.
+    optimizer_factors() -> {name: models.parametrization.Factors}, optional: what AdamW's learning
+        rate, weight decay and eps are multiplied with, and the name of the parameter's class.
+    flops_per_token(sequence_length) -> int, optional: forward and backward; without it 6N counts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from forescale.config.schema import TargetConfig
+from forescale.config.target import make
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
+from forescale.models.config import ModelConfig
+from forescale.models.flops import count, flops_6n, flops_per_token
+
+
+def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
+    """The model with its initial weights, which `train.init_seed` decides, else `train.seed`.
+
+    Raises UserError where a class of the user's can't be imported or made.
+    """
+    seed = job.train.init_seed
+    torch.manual_seed(job.train.seed if seed is None else seed)
+    if isinstance(job.model, ModelConfig):
+        from forescale.models import Transformer
+
+        return Transformer(job.model)
+    return _build_target(job.model, vocab_size, job.train.sequence_length)
+
+
+def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -> nn.Module:
+    model = make("model", config, vocab_size=vocab_size, sequence_length=sequence_length)
+    if not isinstance(model, nn.Module):
+        where = f"model._target_={config.target}"
+        raise UserError(where, f"is a {type(model).__name__}", "name a torch.nn.Module")
+    return model
+
+
+def prices_of(job: TrainJob, model: nn.Module) -> dict[str, float]:
+    """FLOPs of one token, forward and backward, under each convention of metrics.Prices."""
+    length = job.train.sequence_length
+    if isinstance(job.model, ModelConfig):
+        config = job.model
+        full = flops_per_token(config, length)
+        causal = flops_per_token(config, length, causal=True)
+        return {"full": full, "causal": causal, "six_n": flops_6n(config)}
+    six_n = 6 * num_parameters(model)
+    own = getattr(model, "flops_per_token", None)
+    full = own(length) if own else six_n
+    return {"full": full, "causal": full, "six_n": six_n}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trainable parameters, each once; whole ones, even where ZeRO-3 has cut them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def describe(job: TrainJob, model: nn.Module) -> dict[str, Any]:
+    """Parameters under every convention: total, and for our models by part."""
+    if isinstance(job.model, ModelConfig):
+        counts = count(job.model)
+        return {**vars(counts), "blocks_and_head": counts.blocks_and_head}
+    return {"total": num_parameters(model)}
