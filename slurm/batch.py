@@ -40,7 +40,7 @@ class Batch:
 
     def __init__(self, run: Run, submission: Submission):
         self.run, self.submission, self.settings = run, submission, submission.settings
-        self.job: TrainJob = thaw("train", run.config, trust=True)
+        self.job: TrainJob = thaw(TrainJob, run.config, trust=True)
         self.id = os.environ["SLURM_JOB_ID"]
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])

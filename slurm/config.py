@@ -122,7 +122,7 @@ class SubmitConfig:
 
 @dataclass
 class SubmitJob(PlanJob):
-    TARGET: ClassVar[str] = "run.name"
+    VERB: ClassVar[str] = "submit"
 
     slurm: SlurmConfig = section(SlurmConfig, "where it runs", "free")
     submit: SubmitConfig = section(SubmitConfig, "what becomes of it", "free")

@@ -4,6 +4,7 @@ Invariant: nothing reaches the queue that could not begin to train; and where SL
 no trace of a submission is left behind.
 """
 
+import shlex
 import shutil
 import sys
 import time
@@ -12,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forescale.config.schema import TargetConfig, plain
+from forescale.config.compose import compose, overrides_of
+from forescale.config.schema import ConfigError, TargetConfig, plain
 from forescale.errors import UserError
+from forescale.plan.page import show
 from forescale.plan.plan import Plan
 from forescale.run.directory import Run, read_rows
 from forescale.run.forecast import find
@@ -26,6 +29,72 @@ from forescale.slurm.submission import Submission, waiting_or_running
 from forescale.storage import write_file
 
 _HOST_MEMORY = 3 << 30  # bytes that a rank on a GPU takes of its host: libraries, pinned buffers
+
+
+def submit(overrides: Sequence[str]) -> None:
+    """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them;
+    with submit.dry_run only print the script.
+
+    Raises ConfigError with all problems of all runs before anything is written; UserError where
+    SLURM refuses.
+    """
+    jobs = _jobs(overrides)
+    plans = [Plan(job) for job in jobs]
+    dry = jobs[0].submit.dry_run
+    if not dry:
+        show(plans[0])
+        sys.stdout.flush()
+    if problems := [p for plan in plans for p in plan.problems]:
+        raise ConfigError(problems)
+    profile = next((w.partition("=")[2] for w in overrides if w.startswith("slurm=")), "plain")
+    if dry:
+        runs = [Run(job.run.directory) for job in jobs]
+        folders = [run.path / "jobs" / "NNNN" for run in runs]
+        print(render(order(plans, runs, folders, profile)), end="")
+        return
+    made, job = enter(plans, profile)
+    _report(made, job)
+
+
+def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
+    """One, or those of the lines in slurm.runs, each laid over the rest."""
+    first = on_nodes(compose(SubmitJob, overrides))
+    if first.slurm.runs is None:
+        return [first]
+    path = Path(first.slurm.runs).expanduser()
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as e:
+        raise UserError(str(path), f"can't be read ({e.strerror})", "check slurm.runs") from None
+    found: dict[str, SubmitJob] = {}
+    for number, line in enumerate(lines, 1):
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        where = f"{path}, line {number}"
+        if any(word.startswith(("slurm", "submit")) for word in words):
+            what = "sets a key of slurm, which all runs of an array share"
+            raise UserError(where, what, "set it on the command line")
+        try:
+            job = on_nodes(compose(SubmitJob, [*overrides, *overrides_of(SubmitJob, words)]))
+        except ConfigError as e:
+            raise ConfigError(p._replace(key=f"{where}: {p.key}") for p in e.problems) from None
+        if job.run.name in found:
+            raise UserError(where, f"a second run of the name {job.run.name}", "set run.name=NAME")
+        found[job.run.name] = job
+    if not found:
+        raise UserError(str(path), "names no run", "write a line of key=value words for each")
+    return list(found.values())
+
+
+def _report(made: Order, job: str) -> None:
+    several = len(made.names) > 1
+    what = f"{len(made.names)} runs as array {job}" if several else f"as job {job}"
+    time = made.settings.time
+    limit = f"; told to save {made.lead} s before its limit of {time}" if time else ""
+    print(f"\nSubmitted {what}{limit}. Script: {made.submissions[0].script}")
+    name = made.names[0]
+    print(f"Follow: forescale status    forescale logs {name}    End: forescale stop {name}")
 
 
 def order(

@@ -34,7 +34,7 @@ def make_job(folder: Path, *overrides: str) -> TrainJob:
     """The default job, but for `overrides`, with no evaluation and no checkpoint ever due."""
     endless = ["train.tokens=null", f"train.steps={NEVER.split()[0]}", f"run.root={folder}"]
     undue = [f"checkpoint.every={NEVER}", f"validation.every={NEVER}"]
-    return compose("train", [*endless, *undue, *overrides])
+    return compose(TrainJob, [*endless, *undue, *overrides])
 
 
 class Ours:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from forescale.config.train import TrainJob
+
 VOCABULARY, LENGTH, MICRO_BATCHES = 71, 16, 3
 # Odd sizes: partition borders cut parameters, and nothing divides by the ranks.
 MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=3", "model.mlp_width=41"]
@@ -24,5 +26,5 @@ def job_of(case, world):
         f"optimizer={optimizer}",
         *more,
     ]
-    job = compose("train", [*overrides, f"launch.processes={world}"])
+    job = compose(TrainJob, [*overrides, f"launch.processes={world}"])
     return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))

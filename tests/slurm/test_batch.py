@@ -7,6 +7,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.frozen import freeze
 from forescale.config.schema import plain
+from forescale.config.train import TrainJob
 from forescale.errors import CRASHED, DONE, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
@@ -28,7 +29,7 @@ def make(tmp_path, monkeypatch):
         monkeypatch.setattr(queue, "hosts", lambda nodelist: nodelist.split(","))
         run = Run(tmp_path / "run")
         run.path.mkdir(exist_ok=True)
-        run.config.write_text(freeze(compose("train", ["run.name=run", *keys])))
+        run.config.write_text(freeze(compose(TrainJob, ["run.name=run", *keys])))
         submission = Submission(run.new_job())
         submission.write(slurm=plain(SlurmConfig(nodes=nodes)), log=str(submission.path / "log"))
         return Batch(run, submission)

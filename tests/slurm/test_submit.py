@@ -9,8 +9,10 @@ import pytest
 
 from forescale.cli import main
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.slurm import queue
+from forescale.slurm.config import SubmitJob
 from forescale.slurm.snapshot import own_packages, pack_environment, write_code
 
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
@@ -141,7 +143,7 @@ def test_a_model_of_the_users_own_comes_along(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     (package / "deep/net.py").write_text("class Net: ...\n")
     monkeypatch.chdir(tmp_path)
-    job = compose("train", ["model._target_=ownmodels.deep.net.Net", "run.name=x"])
+    job = compose(TrainJob, ["model._target_=ownmodels.deep.net.Net", "run.name=x"])
     more = own_packages(job)
     assert more == [package]
     write_code(tmp_path / "code.tar", more)
@@ -150,13 +152,13 @@ def test_a_model_of_the_users_own_comes_along(tmp_path, monkeypatch):
 
 
 def test_an_installed_model_stays_where_it_is():
-    assert own_packages(compose("train", ["model._target_=torch.nn.Linear"])) == []
-    assert own_packages(compose("train", [])) == []
+    assert own_packages(compose(TrainJob, ["model._target_=torch.nn.Linear"])) == []
+    assert own_packages(compose(TrainJob, [])) == []
 
 
 def test_a_model_that_is_not_there_is_a_sentence():
     with pytest.raises(UserError, match="Python finds no module nowhere_at_all"):
-        own_packages(compose("train", ["model._target_=nowhere_at_all.Net"]))
+        own_packages(compose(TrainJob, ["model._target_=nowhere_at_all.Net"]))
 
 
 def test_a_packed_environment_runs_from_another_place(tmp_path):
@@ -208,7 +210,7 @@ def test_the_lead_follows_what_the_run_has_measured(tmp_path):
     from forescale.slurm.submit import _save_seconds
 
     root = f"run.root={tmp_path}"
-    job = compose("submit", [*KEYS, root, "launch.grace=20s", "slurm.time=2h"])
+    job = compose(SubmitJob, [*KEYS, root, "launch.grace=20s", "slurm.time=2h"])
     plan, run = Plan(job), Run(tmp_path / "first")
     assert _save_seconds(plan, run) == plan.lead_seconds
     attempt = run.new_attempt()

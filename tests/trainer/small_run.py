@@ -11,6 +11,7 @@ import torch
 
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
+from forescale.config.train import TrainJob
 from forescale.data.feed import Feed
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
@@ -43,7 +44,7 @@ def make_dataset(path: Path, vocab_size: int = 300) -> Path:
 def make_job(dataset: Path, root: Path, name: str = "small", *overrides: str):
     sizes = ["num_layers=1", "width=32", "num_heads=2", "mlp=relu2", "qk_norm=true"]
     return compose(
-        "train",
+        TrainJob,
         [
             f"run.name={name}",
             f"run.root={root}",
@@ -82,7 +83,7 @@ def make_run(dataset: Path, root: Path, name: str = "small", *overrides: str) ->
 @cache
 def feed(run: Path) -> Feed:
     """What a run reads."""
-    return feed_of_run(thaw("train", run / "config.yaml", True), read_json(run / "run.json"), ())
+    return feed_of_run(thaw(TrainJob, run / "config.yaml", True), read_json(run / "run.json"), ())
 
 
 def tokens(attempt: Attempt, step: int) -> int:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from forescale import cli
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
 from forescale.errors import INTERRUPTED, USER, UserError
 from forescale.run.start import versions
+from forescale.verbs import load
+from forescale.verbs.shards import ShardsJob
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +132,7 @@ def test_every_verb_has_a_page_of_its_own(forescale, name):
     ],
 )
 def test_a_bare_word_is_the_target(verb_name, words, overrides):
-    assert cli.overrides_of(verb_name, words) == overrides
+    assert overrides_of(load(verb_name).JOB, words) == overrides
 
 
 @pytest.mark.parametrize(
@@ -142,14 +144,14 @@ def test_a_bare_word_is_the_target(verb_name, words, overrides):
 )
 def test_words_too_many_are_refused(verb_name, words, said):
     with pytest.raises(UserError, match=said):
-        cli.overrides_of(verb_name, words)
+        overrides_of(load(verb_name).JOB, words)
 
 
 @pytest.mark.parametrize(
     "text", ["it's", "a,b", "{x}", "a b", r"a\b", r"a\'b", "end\\", "ü", "null", "3"]
 )
 def test_any_path_reaches_the_job_unchanged(text):
-    job = compose("shards", [*cli.overrides_of("shards", [text, "other"]), "output=d"])
+    job = compose(ShardsJob, [*overrides_of(ShardsJob, [text, "other"]), "output=d"])
     assert job.input == [text, "other"]
 
 

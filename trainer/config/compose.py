@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from hydra import compose as hydra_compose
@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from forescale import conf
 from forescale.config.frozen import Change, diff, freeze, may_resume, thaw
+from forescale.config.job import Job
 from forescale.config.schema import (
     ConfigError,
     Leaf,
@@ -37,7 +38,6 @@ from forescale.config.schema import (
 )
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
-from forescale.verbs.jobs import JOBS
 
 __all__ = [
     "Change",
@@ -56,6 +56,7 @@ VARIABLE = "FORESCALE_CONF"  # of the environment: directories with files of the
 _TARGET = "model._target_"  # the class of a model of the user's own
 _LENGTHS = ("train.steps", "train.tokens")
 _STUDY = "one run takes one value; plan several runs as a study (forescale study)"
+J = TypeVar("J", bound=Job)
 
 
 @dataclass(frozen=True)
@@ -67,47 +68,42 @@ class Group:
     files: dict[str, Path]
 
 
-def compose(verb: str, overrides: Sequence[str] = (), conf_dirs: Sequence[str | Path] = ()) -> Any:
-    """The job of `verb` (a dataclass of verbs.jobs.JOBS) that `key=value` overrides describe.
+def compose(
+    schema: type[J], overrides: Sequence[str] = (), conf_dirs: Sequence[str | Path] = ()
+) -> J:
+    """The job of this class that `key=value` overrides describe.
 
     `conf_dirs` are directories of the user's, with further files for the groups; those that the
     environment's FORESCALE_CONF names, unless others are given. Raises ConfigError
-    with all problems; UserError for a verb or a directory that isn't there.
+    with all problems; UserError for a directory that isn't there.
     """
-    schema, known = _schema(verb), groups(verb, conf_dirs)
+    known = groups(schema, conf_dirs)
     faults: list[Problem] = []
     picks, typed = _read(overrides, known, leaves(schema), faults)
     if _TARGET in typed and "model" in known:
         picks.setdefault("model", "custom")  # not the keys of a model that the user didn't ask for
-    config = _hydra(verb, picks, conf_dirs)
+    config = _hydra(schema, picks, conf_dirs)
     unknown = _lay_over(config, typed, schema, faults)
     job, more, wrong = build(schema, _resolve(config, "", faults))
     faults += wrong
     paths = [*known, *leaves(schema)]
-    unknowns = [unknown_key(path, paths, verb) for path in unknown + more]
+    unknowns = [unknown_key(path, paths, schema.VERB) for path in unknown + more]
     if problems := unknowns + faults + check(job, faults):
         raise ConfigError(problems)
     return job
 
 
-def defaults(verb: str) -> dict[str, Any]:
+def defaults(schema: type[Job]) -> dict[str, Any]:
     """The value of every key by its path, where nothing is typed."""
-    job, _, _ = build(_schema(verb), _resolve(_hydra(verb, {}, ()), "", []))
+    job, _, _ = build(schema, _resolve(_hydra(schema, {}, ()), "", []))
     return dict(flatten(plain(job), ""))
 
 
-def _schema(verb: str) -> type:
-    if verb in JOBS:
-        return JOBS[verb]
-    raise UserError(verb, "no such verb", f"the nearest is {nearest_first(verb, JOBS)[0]}")
-
-
-def groups(verb: str, conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
+def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
     """The groups that a verb's config has, with their files; raises UserError for a directory that
     is missing, or that names a choice which exists already (Hydra would silently pick one)."""
-    _schema(verb)
     found: dict[str, Group] = {}
-    for name, default in _choices_of(verb):
+    for name, default in _choices_of(schema.VERB):
         files: dict[str, Path] = {}
         for root in (CONF, *_own(conf_dirs)):
             if not root.is_dir():
@@ -130,7 +126,8 @@ def _own(conf_dirs: Sequence[str | Path]) -> list[Path]:
 def _choices_of(primary: str) -> Iterator[tuple[str, str | None]]:
     """(group, default choice) of a config's defaults list, those of the configs that it takes in
     before its own."""
-    tree = yaml.safe_load((CONF / f"{primary}.yaml").read_text()) or {}
+    path = CONF / f"{primary}.yaml"
+    tree = yaml.safe_load(path.read_text()) if path.exists() else {}
     for entry in tree.get("defaults", []):
         if isinstance(entry, dict):
             yield from entry.items()
@@ -172,15 +169,17 @@ def _read(
     return picks, typed
 
 
-def _hydra(verb: str, picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
-    """The conf tree with the chosen files, not yet resolved."""
+def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
+    """The conf tree with the chosen files, not yet resolved; empty for a verb without one."""
+    if not (CONF / f"{schema.VERB}.yaml").exists():
+        return OmegaConf.create()
     chosen = [f"{group}={choice}" for group, choice in picks.items()]
     if own := _own(conf_dirs):
         paths = ",".join(f'"file://{path.resolve()}"' for path in own)
         chosen.append(f"hydra.searchpath=[{paths}]")
     try:
         with initialize_config_dir(str(CONF), job_name="forescale", version_base="1.3"):
-            config = hydra_compose(verb, overrides=chosen)
+            config = hydra_compose(schema.VERB, overrides=chosen)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else " ".join(chosen)
@@ -262,3 +261,31 @@ def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
 
 def _no_reference(name: str, text: str) -> Problem:
     return Problem(name, f"{text} refers to nothing", r"mend it, or write \${ for the text ${")
+
+
+def overrides_of(schema: type[Job], words: Sequence[str]) -> list[str]:
+    """The words after a verb as overrides: those without `=` name the verb's target."""
+    target, verb = schema.TARGET, schema.VERB
+    bare = [w for w in words if "=" not in w and not w.startswith(("-", "~", "+"))]
+    rest = [w for w in words if w not in bare]
+    if not bare:
+        return rest
+    if not target:
+        raise UserError(" ".join(bare), f"{verb} takes no name", f"see forescale {verb} --help")
+    if target == "input":
+        quoted = ",".join(_quoted(word) for word in bare)
+        return [f"input=[{quoted}]", *rest]
+    if len(bare) > 1:
+        todo = f"give one; other words are key=value (see forescale {verb} --help)"
+        raise UserError(" ".join(bare), f"{verb} takes one name, not {len(bare)}", todo)
+    if target == "run.name" and "/" in bare[0]:
+        root, _, name = bare[0].rstrip("/").rpartition("/")
+        return [f"run.root={_quoted(root or '/')}", f"run.name={_quoted(name)}", *rest]
+    return [f"{target}={_quoted(bare[0])}", *rest]
+
+
+def _quoted(text: str) -> str:
+    """Text as Hydra's grammar reads it back unchanged."""
+    # A backslash is itself there, but before a quote.
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return f"'{escaped}'"

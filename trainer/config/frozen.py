@@ -1,15 +1,16 @@
 """A job as text and back, and what differs between two jobs: what a run's config.yaml stands on.
 
-Invariant: `thaw(verb, freeze(job)) == job`, and a frozen job needs nothing but this file to be read
+Invariant: `thaw(type(job), freeze(job)) == job`, and nothing else is needed to read a frozen job
 again: no Hydra, no conf tree, no environment.
 """
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
+from forescale.config.job import Job
 from forescale.config.schema import (
     ConfigError,
     Kind,
@@ -25,7 +26,8 @@ from forescale.config.schema import (
 )
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
-from forescale.verbs.jobs import JOBS
+
+J = TypeVar("J", bound=Job)
 
 
 class Change(NamedTuple):
@@ -45,7 +47,7 @@ def freeze(job: Any) -> str:
     return yaml.safe_dump(plain(job), sort_keys=False, allow_unicode=True, width=1 << 16)
 
 
-def thaw(verb: str, source: str | Path, trust: bool = False) -> Any:
+def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
     """The job that `freeze` wrote; `source` is its text, or the Path of a file.
 
     Raises UserError for a file that can't be read, for a `_target_` without `trust` (it names code
@@ -53,13 +55,15 @@ def thaw(verb: str, source: str | Path, trust: bool = False) -> Any:
     """
     where = str(source) if isinstance(source, Path) else "config"
     tree = _read_yaml(source, where)
-    job, unknown, wrong = build(JOBS[verb], tree)
+    job, unknown, wrong = build(schema, tree)
     for f in fields(job):
         section = getattr(job, f.name)
         if isinstance(section, TargetConfig) and not trust:
             what = f"{f.name}._target_ names code to run, {section.target}"
             raise UserError(where, what, "give trust=true if you trust the file")
-    found = [unknown_key(p, leaves(JOBS[verb]), verb) for p in unknown] + wrong + check(job, wrong)
+    found = (
+        [unknown_key(p, leaves(schema), schema.VERB) for p in unknown] + wrong + check(job, wrong)
+    )
     if found:
         raise ConfigError(Problem(f"{where}: {p.key}", p.what, p.todo) for p in found)
     return job

@@ -112,9 +112,13 @@ def section_class(type_: Any) -> type | None:
     return typing.cast(type, found[0]) if found else None
 
 
-@cache
 def leaves(cls: type, prefix: str = "", kind: Kind = "free") -> dict[str, Leaf]:
     """Every key of a schema by its full path, in the order of the fields."""
+    return _leaves(cls, prefix, kind)
+
+
+@cache
+def _leaves(cls: type, prefix: str, kind: Kind) -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
     for f in fields(cls):
         path, type_ = prefix + name_of(f), hints(cls)[f.name]

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from forescale.config.data import CorpusConfig, DataConfig, Problems
+from forescale.config.data import CorpusConfig, DataConfig
 from forescale.config.duration import Duration
 from forescale.config.faults import problems as faults_problems
+from forescale.config.job import Job, Problems
 from forescale.config.runtime import (
     CheckpointConfig,
     GuardConfig,
@@ -28,7 +29,7 @@ from forescale.config.runtime import (
 from forescale.config.schema import TargetConfig, flatten, key, section
 from forescale.models.config import ModelConfig
 
-__all__ = ["CorpusConfig", "DataConfig", "Problems"]
+__all__ = ["CorpusConfig", "DataConfig"]
 
 
 @dataclass
@@ -204,9 +205,10 @@ class PrecisionConfig:
 
 
 @dataclass
-class TrainJob:
+class TrainJob(Job):
     """A training job, whole. Lengths are counted in optimizer steps, batches in windows."""
 
+    VERB: ClassVar[str] = "train"
     TARGET: ClassVar[str] = "run.name"
 
     run: RunConfig = section(RunConfig, "where the run lives", "free")

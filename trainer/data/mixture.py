@@ -196,3 +196,14 @@ def _gaps(skipped: Sequence[Interval], g: int) -> Iterator[Interval]:
             yield g, max(g, a)
             g = max(g, b)
     yield g, 1 << 62
+
+
+def united(intervals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Half-open intervals of samples as sorted ones that neither overlap nor touch."""
+    made: list[tuple[int, int]] = []
+    for first, end in sorted(tuple(i) for i in intervals):
+        if made and first <= made[-1][1]:
+            made[-1] = (made[-1][0], max(made[-1][1], end))
+        else:
+            made.append((first, end))
+    return tuple(made)

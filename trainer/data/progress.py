@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from forescale.console import span
+
 _WINDOW = 30.0  # seconds that a rate is measured over
 
 
@@ -82,15 +84,8 @@ class Rates:
         if tokens and unit != "tokens":
             said.append(f"{(tokens - tokens0) / seconds:,.0f} tokens/s")
         if rate and total and done < total:
-            said.append(f"{duration((total - done) / rate)} left")
+            said.append(f"{span((total - done) / rate)} left")
         return ", ".join(said)
-
-
-def duration(seconds: float) -> str:
-    """Such as "12 s", "3 min" or "5.2 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def amount(done: int, total: int | None, unit: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from forescale.console import open_console
 from forescale.data.dataset import MANIFEST, Dataset, Split
 from forescale.data.order import Order
 from forescale.data.prepare.corpus import cache_directory
@@ -45,9 +46,7 @@ def show(path: str | Path, windows: int, sequence_length: int, seed: int) -> str
     if sequence_length < 1:
         raise UserError("sequence_length", "must be at least 1", "such as sequence_length=256")
     dataset = Dataset(path, cache_directory() / "remote" if is_url(path) else None)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDTH)
+    console = open_console(_WIDTH)
     with console.capture() as captured:
         for line in [
             Text(dataset.where, "bold"),

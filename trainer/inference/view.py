@@ -34,7 +34,7 @@ class RunView:
     @cached_property
     def config(self) -> TrainJob:
         """The frozen job. A model class that it names is named, not imported."""
-        return thaw("train", self.run.config, trust=True)
+        return thaw(TrainJob, self.run.config, trust=True)
 
     @cached_property
     def identity(self) -> dict:
@@ -93,7 +93,7 @@ class RunView:
         """As `model`, of a checkpoint in hand."""
         from forescale.train.model import build_model
 
-        job = thaw("train", self.run.config, trust)
+        job = thaw(TrainJob, self.run.config, trust)
         model = build_model(job, self.identity["dataset"]["vocab_size"])
         set_weights(model, checkpoint)
         return model.eval()

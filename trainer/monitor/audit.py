@@ -68,7 +68,7 @@ def check_run(run: Run, tick: Tick = lambda n: None, replayed: Tick = lambda n: 
     tick hears of bytes of checkpoints read back, replayed of tokens compared with the shards.
     """
     found = Findings()
-    job = _read(found, run.config, lambda path: thaw("train", path, trust=True))
+    job = _read(found, run.config, lambda path: thaw(TrainJob, path, trust=True))
     identity = _read(found, run.identity, read_json)
     if identity is not None and not isinstance(identity.get("dataset"), dict):
         found.faults.append(f"{run.identity}: says nothing of the dataset")

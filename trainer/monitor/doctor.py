@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from forescale.config.data import CorpusConfig
 from forescale.errors import UserError
-from forescale.verbs.jobs import DoctorJob
 
 # As pyproject.toml says it, for a checkout that isn't installed.
 SUPPORTED = {
@@ -39,8 +39,9 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-def examine(job: DoctorJob) -> Iterator[Finding]:
-    """Everything that is to be said, in the order of a fresh installation."""
+def examine(root: Path, data: CorpusConfig) -> Iterator[Finding]:
+    """Everything that is to be said, in the order of a fresh installation. root: where the runs
+    would live; data: what they would train on."""
     yield python()
     for package, wanted in SUPPORTED.items():
         yield package_version(package, wanted)
@@ -51,9 +52,9 @@ def examine(job: DoctorJob) -> Iterator[Finding]:
     yield build_lock(extensions_directory())
     yield cores()
     yield memory()
-    yield disk("run.root", Path(job.run.root).expanduser(), _RUN_NEEDS)
-    yield disk("data.cache", job.data.cache_directory, _CACHE_NEEDS)
-    yield corpus(job)
+    yield disk("run.root", root, _RUN_NEEDS)
+    yield disk("data.cache", data.cache_directory, _CACHE_NEEDS)
+    yield corpus(data)
     yield wandb()
 
 
@@ -169,19 +170,19 @@ def disk(key: str, path: Path, needs: int) -> Finding:
     return Finding("ok", key, what)
 
 
-def corpus(job: DoctorJob) -> Finding:
+def corpus(data: CorpusConfig) -> Finding:
     """The data that `forescale train` would read."""
     from forescale.data.dataset import Dataset
     from forescale.data.prepare.corpus import PythonSource, embedded_path
 
     try:
-        if job.data.path is None:
-            path = embedded_path(PythonSource(), job.data.cache_directory)
+        if data.path is None:
+            path = embedded_path(PythonSource(), data.cache_directory)
             if not path.exists():
                 what = f"the embedded one is not prepared yet in {path.parent}"
                 return Finding("note", "corpus", what, "forescale train does, in about a minute")
         else:
-            path = Path(job.data.path).expanduser()
+            path = Path(data.path).expanduser()
         dataset = Dataset(path)
     except UserError as e:
         return Finding("fault", "corpus", f"{e.where}: {e.what}", e.todo)

@@ -1,19 +1,32 @@
-"""The table of all runs: what their files and the queue say of each, in a line.
+"""What runs are doing, for people: a table of all, a page of one.
 
 Invariant: derived, never stored; a run that can't be read is named, and hides no other.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.errors import UserError
-from forescale.monitor.status import Status, ago
-from forescale.run.directory import read_rows
-from forescale.slurm.queue import Job
+from forescale.config.duration import Duration
+from forescale.console import span, table
+from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.monitor.goodput import Launch
+from forescale.monitor.status import Status
+from forescale.resilience.outcome import launch_of
+from forescale.resilience.stragglers import ALONE
+from forescale.run.directory import Attempt, Run, read_rows
+from forescale.run.forecast import band_of, told
 
+if TYPE_CHECKING:
+    from forescale.slurm.queue import Job
+
+_TELLS_NOTHING = 0.5  # expected waste above which an assumed rate of failures is no news
 _COLOURS = {
     "running": "green",
     "complete": "cyan",
@@ -30,7 +43,7 @@ _NARROW = ("run", "state", "step", "done", "loss", "tokens/s", "ETA", "saved")
 _WIDE = 120  # columns of a terminal from which all are shown
 
 
-def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, Job]) -> None:
+def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, "Job"]) -> None:
     """jobs: those that the queue holds, by the run's name."""
     names = _COLUMNS if console.width >= _WIDE else _NARROW
     made = table(*names, left=("run", "state", "last event"))
@@ -48,7 +61,7 @@ def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, Job])
         console.print(escape(fault), soft_wrap=True)
 
 
-def _cells(s: Status, job: Job | None) -> dict[str, str]:
+def _cells(s: Status, job: "Job | None") -> dict[str, str]:
     total, last, recent = s.job.total_steps, s.validation, s.train[-_RECENT:]
     found = {
         "state": state_of(s, job),
@@ -57,8 +70,8 @@ def _cells(s: Status, job: Job | None) -> dict[str, str]:
         "done": f"{s.step / total:.1%}",
         "bits/byte": f"{last['bits_per_byte']:.4f}" if last else "-",
         "ETTR": f"{s.goodput.ettr:.2f}" if s.goodput.wall else "-",
-        "saved": f"{ago(s.now - s.saved)} ago" if s.saved else "-",
-        "seen": f"{ago(s.age)} ago",
+        "saved": f"{span(s.now - s.saved)} ago" if s.saved else "-",
+        "seen": f"{span(s.age)} ago",
         "last event": _last_event(s),
     }
     if recent:
@@ -68,7 +81,7 @@ def _cells(s: Status, job: Job | None) -> dict[str, str]:
             "loss": f"{recent[-1]['loss']:.4f}",
             "tokens/s": f"{s.job.tokens_per_step / seconds:,.0f}" if seconds else "-",
             "MFU": f"{mfu:.1%}" if mfu else "-",
-            "ETA": ago(seconds * (total - s.step)) if s.step < total else "-",
+            "ETA": span(seconds * (total - s.step)) if s.step < total else "-",
         }
     return found
 
@@ -80,7 +93,7 @@ def _last_event(s: Status) -> str:
     return kinds[-1].replace("_", " ") if kinds else "-"
 
 
-def state_of(s: Status, job: Job | None) -> str:
+def state_of(s: Status, job: "Job | None") -> str:
     """By the queue where it holds the run, else as the run's files tell."""
     if job is None or s.state == "complete":
         return _coloured(s.state)
@@ -94,9 +107,193 @@ def _coloured(state: str) -> str:
     return f"[{_COLOURS[state]}]{state}[/]" if state in _COLOURS else state
 
 
-def table(*names: str, left: Collection[str] = ()) -> Table:
-    """One without lines, numbers to the right."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in names:
-        made.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    return made
+def show_run(s: Status, console: Console, job: "Job | None") -> None:
+    total = s.job.total_steps
+    loss = f", loss {s.train[-1]['loss']:.4f}" if s.train else ""
+    console.print(
+        f"[bold]{escape(str(s.run.path))}[/]: {state_of(s, job)}, step {s.step:,} of {total:,} "
+        f"({s.step / total:.1%}), {s.tokens:,} tokens{loss}; last seen {span(s.age)} ago"
+    )
+    if last := s.validation:
+        console.print(
+            f"Validation at step {last['step']:,}: {last['bits_per_byte']:.4f} bits per byte, loss "
+            f"{last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,} windows"
+        )
+    if line := _forecast(s):
+        console.print(escape(line), soft_wrap=True)
+    if job is not None:
+        _show_job(job, console)
+    _show_checkpoints(s, console)
+    _show_attempts(s, console)
+    _show_ranks(s, console)
+    _show_time(s, console)
+    _show_interval(s, console)
+    if events := s.events():
+        console.print(
+            "Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()),
+            soft_wrap=True,
+        )
+
+
+def _forecast(s: Status) -> str | None:
+    """How the run came out by its card, once it has ended; until then, what is due."""
+    events = (row for a in s.attempts for row in read_rows(a.events.path))
+    rows = [row for row in events if row["kind"] == "forecast"]
+    total, scored = s.job.total_steps, s.validation
+    if rows and (rows[-1]["step"] == total or s.job.forecast is None):
+        return told(rows[-1])
+    try:
+        band = band_of(s.job)
+    except UserError as e:  # the run goes on without it
+        return f"The forecast can't be read: {e}"
+    if band is None:
+        return None
+    if scored is not None and scored["step"] == total:
+        return told(band.judge(scored["loss"]))
+    return band.due(s.job)
+
+
+def _show_job(job: "Job", console: Console) -> None:
+    if job.is_waiting:
+        begins = f", expected to start {job.start}" if job.start[:1].isdigit() else ""
+        line = f"Job {job.id} waits in the queue ({job.reason}){begins}."
+    else:
+        line = (
+            f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left of its limit."
+        )
+    console.print(escape(line), soft_wrap=True)
+
+
+def _show_checkpoints(s: Status, console: Console) -> None:
+    names = ("checkpoint", "tokens", "MiB", "ranks", "stage", "attempt", "counts", "pinned", "age")
+    made = table(*names)
+    for c in s.checkpoints:
+        made.add_row(
+            f"{c.position.step:,}",
+            f"{c.position.tokens:,}",
+            f"{c.size / 2**20:,.1f}",
+            str(c.state["world_size"]),
+            str((c.state.get("numerics") or {}).get("stage", "-")),
+            str(c.attempt),
+            "yes" if s.is_eligible(c) else "no",
+            "yes" if s.is_pinned(c) else "no",
+            span(s.now - c.path.stat().st_mtime),
+        )
+    _print(made, console)
+    unreadable = len(s.run.checkpoint_steps()) - len(s.checkpoints)
+    if unreadable:
+        console.print(f"{unreadable} more can't be read: forescale check {s.run.path}")
+
+
+def _show_attempts(s: Status, console: Console) -> None:
+    lives = {a.number: launch_of(a.path).get("slurm") for a in s.attempts}
+    names = ("attempt", "went on from", "begun", "end", *(["nodes"] * any(lives.values())))
+    made = table(*names, left=("went on from", "end", "nodes"))
+    ends = {a.number: _end(launch, a, s) for launch in s.goodput.launches for a in launch.attempts}
+    for attempt in s.attempts:
+        parent = attempt.parent
+        if parent is None:
+            came = "never got as far as training"
+        elif parent.checkpoint is None:
+            came = "the beginning"
+        else:
+            came = f"step {parent.step:,}{_elsewhere(s.run, parent.checkpoint)}"
+        # The directory's own time changes with every new file in it; parent.json is written once.
+        marks = [attempt.path / "parent.json", attempt.path]
+        begun = next(p for p in marks if p.exists()).stat().st_mtime
+        begun = launch_of(attempt.path).get("begun", begun)
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
+        row = [str(attempt.number), escape(came), moment, ends.get(attempt.number, "-")]
+        made.add_row(*row, *([_nodes(lives[attempt.number])] * (len(names) - len(row))))
+    _print(made, console)
+    for launch in s.goodput.launches:
+        numbers = [attempt.number for attempt in launch.attempts]
+        if launch.failed and launch.how and not s.hangs().keys() & set(numbers):
+            console.print(f"Attempt {numbers[-1]} ended: {escape(launch.how)}.", soft_wrap=True)
+    for number, hang in s.hangs().items():
+        files = s.run.path / "attempts" / f"{number:04d}" / "hang-*.txt"
+        line = f"Attempt {number} hung: {hang.sentence}. Stacks: {files}"
+        console.print(escape(line), soft_wrap=True)
+    if faults := s.faults():
+        console.print(f"Injected faults: {escape(', '.join(faults))}", soft_wrap=True)
+
+
+def _nodes(life: dict[str, Any] | None) -> str:
+    """Where an attempt ran, the job in brackets."""
+    if not life:
+        return "-"
+    some = ", ".join(life["nodes"][:3]) + (", ..." if len(life["nodes"]) > 3 else "")
+    return escape(f"{some} (job {life['job']})")
+
+
+def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
+    """How an attempt ended, in a word."""
+    if attempt is not launch.attempts[-1]:
+        return "rolled back"
+    if s.state == "running" and launch is s.goodput.launches[-1]:
+        return "running"
+    if attempt.number in s.hangs():
+        return "hang"
+    words = {DONE: "done", INTERRUPTED: "interrupted", USER: "stopped", None: "not seen"}
+    return words.get(launch.code, "crash")
+
+
+def _show_ranks(s: Status, console: Console) -> None:
+    """While it runs: where the ranks are, and which is behind."""
+    if not (ranks := s.ranks()):
+        return
+    last = min(ranks, key=lambda r: (r.beat.step, -r.beat.here))
+    own = {r.beat.rank: sum(r.beat.pace.get(at, 0.0) for at in ALONE) for r in ranks}
+    slowest = max(own, key=lambda rank: own[rank])
+    places = Counter(r.beat.at for r in ranks).most_common(4)
+    where = ", ".join(f"{n} in {at}" for at, n in places)
+    line = f"Ranks {len(ranks)}: {where}; the last is rank {last.beat.rank} on {last.beat.host} "
+    line += f"(step {last.beat.step:,}, {last.beat.at} for {last.beat.here:.1f} s)"
+    if own[slowest]:
+        line += f"; the slowest rank {slowest} ({own[slowest] * 1e3:.1f} ms a step of its own)"
+    console.print(escape(line), soft_wrap=True)
+
+
+def _elsewhere(run: Run, checkpoint: str) -> str:
+    path = Path(checkpoint)
+    return "" if path.parent.parent.name == run.name else f" of {path.parent.parent}"
+
+
+def _show_time(s: Status, console: Console) -> None:
+    """Where the wall clock went, over all attempts."""
+    goodput, wall = s.goodput, s.goodput.wall
+    if not wall:
+        return
+    rows = sorted(goodput.buckets.items(), key=lambda item: -item[1])
+    shares = [f"{bucket} {v:,.1f} s ({v / wall:.1%})" for bucket, v in rows if v / wall >= 5e-4]
+    steps = s.lost().steps
+    gone = f"; lost {steps:,} step{'s' if steps > 1 else ''}" if steps else ""
+    console.print(f"Time {wall:,.1f} s: {', '.join(shares)}{gone}", soft_wrap=True)
+    between = f", {span(goodput.mtbf)} between them" if goodput.mtbf else ""
+    fails = f"{goodput.failures} failure{'' if goodput.failures == 1 else 's'}{between}"
+    console.print(
+        f"ETTR {goodput.ettr:.3f} (compute of steps that count, over the wall clock); {fails}"
+    )
+
+
+def _show_interval(s: Status, console: Console) -> None:
+    """The interval between checkpoints that the run's own numbers ask for."""
+    if (found := s.goodput.interval()) is None:
+        return
+    if found.assumed and found.waste > _TELLS_NOTHING:
+        console.print("No failure was seen, in too short a time to propose checkpoint.every from.")
+        return
+    often = f"a failure every {span(found.mtbf)}"
+    if found.assumed:
+        often = f"{often} (none was seen; three in the time so far are assumed)"
+    console.print(
+        f"Saving stalls {found.stall:.2f} s, a restart takes {span(found.restart)}, {often}: "
+        f"checkpoint.every='{Duration(found.steps)}' (about {span(found.seconds)}; Daly 2006) "
+        f"loses least, {found.waste:.1%}; it is {s.job.checkpoint.every}",
+        soft_wrap=True,
+    )
+
+
+def _print(table: Table, console: Console) -> None:
+    if table.row_count:
+        console.print(table)

@@ -44,7 +44,7 @@ class Status:
 
     @cached_property
     def job(self) -> TrainJob:
-        return thaw("train", self.run.config, trust=True)
+        return thaw(TrainJob, self.run.config, trust=True)
 
     @cached_property
     def attempts(self) -> list[Attempt]:
@@ -183,11 +183,3 @@ class Status:
 def runs_under(root: Path) -> list[Run]:
     """The runs in a directory, by name."""
     return [Run(path.parent) for path in sorted(root.glob("*/config.yaml"))]
-
-
-def ago(seconds: float) -> str:
-    """A span in its largest unit: 12 s, 5 min, 3 h, 2 d."""
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

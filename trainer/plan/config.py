@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from forescale.config.duration import Duration
+from forescale.config.job import Problems
 from forescale.config.schema import key, section
-from forescale.config.train import Problems, TrainJob
+from forescale.config.train import TrainJob
 
 
 @dataclass
@@ -89,7 +90,7 @@ class PlanConfig:
 
 @dataclass
 class PlanJob(TrainJob):
-    TARGET: ClassVar[str] = "run.name"
+    VERB: ClassVar[str] = "plan"
 
     machine: MachineConfig = section(MachineConfig, "what it runs on", "free")
     plan: PlanConfig = section(PlanConfig, "what is planned with", "free")

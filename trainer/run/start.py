@@ -53,7 +53,7 @@ def start(job: TrainJob, again: bool = False) -> Start:
     band_of(job)  # and with the card that foretold it
     if run.config.exists():
         _check_data(run, sources)
-        old = thaw("train", run.config, trust=True)  # compared, not run: the typed job is
+        old = thaw(TrainJob, run.config, trust=True)  # compared, not run: the typed job is
         refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
         if refusals:
             raise UserError(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from forescale.config.job import Job, Problems
 from forescale.config.schema import key, section
-from forescale.config.train import Problems
 
 
 @dataclass
@@ -93,7 +93,8 @@ class StudyRoots:
 
 
 @dataclass
-class StudyJob:
+class StudyJob(Job):
+    VERB: ClassVar[str] = "study"
     TARGET: ClassVar[str] = "input"
 
     study: str = key("first", "the study that forecasts belong to: studies/NAME")

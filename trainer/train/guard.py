@@ -147,14 +147,3 @@ class Rollback(Ill):
 
 class Halt(Ill):
     """Stop."""
-
-
-def united(intervals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Half-open intervals of samples as sorted ones that neither overlap nor touch."""
-    made: list[tuple[int, int]] = []
-    for first, end in sorted(tuple(i) for i in intervals):
-        if made and first <= made[-1][1]:
-            made[-1] = (made[-1][0], max(made[-1][1], end))
-        else:
-            made.append((first, end))
-    return tuple(made)

@@ -11,10 +11,11 @@ from typing import Any
 from forescale.checkpoint import writer
 from forescale.checkpoint.writer import Checkpoint, Position
 from forescale.config.train import TrainJob
+from forescale.data.mixture import united
 from forescale.engine.ranks import Ranks
 from forescale.engine.step import Engine
 from forescale.run.directory import Parent, Run
-from forescale.train.guard import Rollback, united
+from forescale.train.guard import Rollback
 
 Tell = Callable[..., None]
 

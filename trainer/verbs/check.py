@@ -6,24 +6,40 @@ be, as with any bad input.
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import ClassVar
 
 from forescale.checkpoint.reader import STATE
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
 from forescale.data.progress import console
 from forescale.errors import DONE, USER, UserError
 from forescale.monitor.audit import Findings, check_checkpoint, check_run, size_of
 from forescale.run.directory import Run
 from forescale.storage import TABLE, read_table
-from forescale.verbs.jobs import CheckJob
 
 _MANIFEST = "manifest.json"
 
 
+@dataclass
+class CheckJob(RunJob):
+    VERB: ClassVar[str] = "check"
+
+    target: str | None = key(None, "a dataset, a checkpoint or a run")
+
+
+JOB = CheckJob
+EXAMPLES = (
+    "check first",
+    "check /data/books",
+)
+
+
 def main(words: list[str]) -> int:
-    job: CheckJob = compose("check", overrides_of("check", words))
+    job = compose(CheckJob, overrides_of(CheckJob, words))
     kind, path = _what(job)
     directories = Run(path).checkpoints.glob("step-*") if kind == "run" else [path]
     total, done, began = sum(map(size_of, directories)), 0, time.monotonic()

@@ -3,30 +3,60 @@
 Exit codes: 0 all was survived; 1 something was not.
 """
 
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
-from rich.console import Console
 from rich.table import Table
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.duration import Duration
+from forescale.config.job import Job, Problems
+from forescale.config.schema import key
+from forescale.console import open_console
 from forescale.drill.judge import Evidence, Verdict
 from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BY_NAME, SCENARIOS, STEPS
+from forescale.drill.scenarios import problems as problems_of_scenarios
 from forescale.errors import CRASHED, DONE
 from forescale.storage import write_json
-from forescale.verbs.jobs import DrillJob
 
-_WIDEST = 120  # where there is no terminal
+
+@dataclass
+class DrillJob(Job):
+    VERB: ClassVar[str] = "drill"
+
+    scenarios: list[str] = key([], f"some of {', '.join(BY_NAME)}; none: all")
+    processes: Literal[2, 4] = key(2, "ranks of the tiny run; a fault strikes one of them")
+    limit: Duration = key(Duration(180, "seconds"), "a command that takes longer is ended")
+    to: str | None = key(None, "an empty directory to work in; null: a temporary one")
+    keep: bool = key(False, "keep a temporary directory; it is kept where something failed")
+    json: str | None = key(None, "a file for the results")
+
+    def problems(self) -> Problems:
+        found = problems_of_scenarios(self.scenarios)
+        if self.limit.unit != "seconds" or not self.limit.amount:
+            found.append(("limit", "must be a wall time", "write limit='3 min'"))
+        return found
+
+
+JOB = DrillJob
+EXAMPLES = (
+    "drill",
+    "drill scenarios=[kill,freeze-data]",
+    "drill to=drilled json=drill.json",
+)
 
 
 def main(words: list[str]) -> int:
-    job: DrillJob = compose("drill", overrides_of("drill", words))
+    job = compose(DrillJob, overrides_of(DrillJob, words))
     chosen = [BY_NAME[name] for name in job.scenarios] or list(SCENARIOS)
     temporary = job.to is None
     directory = Path(tempfile.mkdtemp(prefix="drill-") if temporary else job.to or "").expanduser()
@@ -69,9 +99,7 @@ def _show(verdicts: Sequence[Verdict], undisturbed: Evidence) -> None:
             "-" if v.noticed is None else f"{v.noticed:.2f} s",
             v.by or "-",
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDEST)
+    console = open_console()
     console.print()
     console.print(table)
     survived = sum(v.survived for v in verdicts)

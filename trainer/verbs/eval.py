@@ -1,23 +1,49 @@
 """`forescale eval`: what a trained model's loss is on a dataset, beside what compressors need."""
 
-from typing import TYPE_CHECKING
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from forescale.checkpoint.reader import Position
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.data import CorpusConfig
+from forescale.config.job import RunJob
+from forescale.config.schema import key, section
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
 from forescale.data.progress import console
 from forescale.errors import DONE
 from forescale.inference.view import RunView, open_view
-from forescale.verbs.jobs import EvalJob
 
 if TYPE_CHECKING:
     from forescale.train.evaluate import Score
 
 
+@dataclass
+class EvalJob(RunJob):
+    VERB: ClassVar[str] = "eval"
+
+    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    step: int | None = key(None, "the checkpoint at this step; null: the newest", ge=0)
+    split: Literal["train", "validation"] = key("validation", "which part of the dataset")
+    windows: int | None = key(None, "so many windows, evenly spread over it; null: all", ge=1)
+    micro_batch: int = key(8, "windows at once", ge=1)
+    trust: bool = key(False, "run the class that the run's config names as its model's _target_")
+    data: CorpusConfig = section(
+        CorpusConfig, "what it is scored on; null: what the run trained on"
+    )
+
+
+JOB = EvalJob
+EXAMPLES = (
+    "eval first",
+    "eval first data.path=/data/books",
+)
+
+
 def main(words: list[str]) -> int:
-    job: EvalJob = compose("eval", overrides_of("eval", words))
+    job = compose(EvalJob, overrides_of(EvalJob, words))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
     from forescale.inference.device import best_device

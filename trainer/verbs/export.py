@@ -1,16 +1,31 @@
 """`forescale export`: a checkpoint for `transformers.AutoModelForCausalLM`."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
 from forescale.errors import DONE
 from forescale.inference.view import open_view
-from forescale.verbs.jobs import ExportJob
+
+
+@dataclass
+class ExportJob(RunJob):
+    VERB: ClassVar[str] = "export"
+
+    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    step: int | None = key(None, "the checkpoint at this step; null: the newest", ge=0)
+    to: str | None = key(None, "the directory to write; null: exports/RUN-STEP")
+
+
+JOB = ExportJob
+EXAMPLES = ("export first to=exports/first",)
 
 
 def main(words: list[str]) -> int:
-    job: ExportJob = compose("export", overrides_of("export", words))
+    job = compose(ExportJob, overrides_of(ExportJob, words))
     view = open_view(job.target or "", job.run.root)
     from forescale.inference.export import export, family
 

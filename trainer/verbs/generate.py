@@ -2,17 +2,40 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
 from forescale.errors import DONE
 from forescale.inference.view import open_view
-from forescale.verbs.jobs import GenerateJob
+
+
+@dataclass
+class GenerateJob(RunJob):
+    VERB: ClassVar[str] = "generate"
+
+    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    step: int | None = key(None, "the checkpoint at this step; null: the newest", ge=0)
+    prompt: str = key("", "the text to go on from; nothing: the start of a document")
+    num_tokens: int = key(200, "tokens to write", ge=1)
+    temperature: float = key(0.8, "0: always the likeliest token", ge=0)
+    top_k: int | None = key(50, "choose among so many likeliest tokens; null: all", ge=1)
+    seed: int = key(1337, "of the sampling", ge=0)
+    trust: bool = key(False, "run the class that the run's config names as its model's _target_")
+
+
+JOB = GenerateJob
+EXAMPLES = (
+    'generate first prompt="def main("',
+    "generate first step=500 temperature=0",
+)
 
 
 def main(words: list[str]) -> int:
     """The text goes to stdout, prompt first; everything else to stderr."""
-    job: GenerateJob = compose("generate", overrides_of("generate", words))
+    job = compose(GenerateJob, overrides_of(GenerateJob, words))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
     from forescale.inference.device import best_device

@@ -4,24 +4,44 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission, submissions, waiting_or_running
-from forescale.verbs.jobs import LogsJob
 
 _EVERY = 0.3  # seconds between two looks
 _ASK = 15.0  # seconds between two questions to the queue
 _LAST_WORDS = 25  # lines of a rank that failed
 
 
+@dataclass
+class LogsJob(RunJob):
+    VERB: ClassVar[str] = "logs"
+
+    rank: int | None = key(0, "whose words; null: the batch script's", ge=0)
+    attempt: int | None = key(None, "null: the newest that has any", ge=1)
+    lines: int = key(50, "so many of the last lines first", ge=0)
+    follow: bool = key(True, "go on while the run does")
+
+
+JOB = LogsJob
+EXAMPLES = (
+    "logs first",
+    "logs first rank=3 follow=false",
+    "logs first rank=null lines=200",
+)
+
+
 def main(words: list[str]) -> int:
-    job: LogsJob = compose("logs", overrides_of("logs", words))
+    job = compose(LogsJob, overrides_of(LogsJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     if job.rank is None:
         return _show_batch(run, job)

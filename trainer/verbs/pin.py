@@ -1,17 +1,40 @@
 """`forescale pin`: keep a checkpoint for good, or no longer."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from forescale.checkpoint.retention import pin
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import Problems, RunJob
+from forescale.config.schema import key
 from forescale.errors import DONE
 from forescale.run.directory import Run
-from forescale.verbs.jobs import PinJob
+
+
+@dataclass
+class PinJob(RunJob):
+    VERB: ClassVar[str] = "pin"
+
+    step: int | None = key(None, "the checkpoint at this step", ge=0)
+    off: bool = key(False, "keep it no longer than the others")
+
+    def problems(self) -> Problems:
+        found = super().problems()
+        if self.step is None:
+            found.append(("step", "names no checkpoint", "write step=500; see forescale status"))
+        return found
+
+
+JOB = PinJob
+EXAMPLES = (
+    "pin first step=500",
+    "pin first step=500 off=true",
+)
 
 
 def main(words: list[str]) -> int:
-    job: PinJob = compose("pin", overrides_of("pin", words))
+    job = compose(PinJob, overrides_of(PinJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     assert job.step is not None  # PinJob.problems asks for it
     changed = pin(run, job.step, job.off)

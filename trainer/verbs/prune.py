@@ -4,7 +4,9 @@ Exit codes: 0 done, or shown; 2 where a checkpoint that stays is damaged, or the
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from forescale.checkpoint.retention import (
     Keep,
@@ -16,17 +18,32 @@ from forescale.checkpoint.retention import (
     survey,
     verify,
 )
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
 from forescale.errors import DONE, UserError
 from forescale.monitor.audit import size_of
 from forescale.monitor.status import Status
 from forescale.run.directory import Run
-from forescale.verbs.jobs import PruneJob
+
+
+@dataclass
+class PruneJob(RunJob):
+    VERB: ClassVar[str] = "prune"
+
+    keep: int = key(2, "newest checkpoints kept, beside what its config and pins keep", ge=2)
+    yes: bool = key(False, "delete; false: only show what would be")
+
+
+JOB = PruneJob
+EXAMPLES = (
+    "prune first keep=2",
+    "prune first keep=2 yes=true",
+)
 
 
 def main(words: list[str]) -> int:
-    job: PruneJob = compose("prune", overrides_of("prune", words))
+    job = compose(PruneJob, overrides_of(PruneJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     status = Status(run)
     config = status.job.checkpoint

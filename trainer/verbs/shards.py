@@ -4,11 +4,15 @@ Corpora that are tokenised already are indexed where they lie; `forescale shards
 what came of it.
 """
 
-from pathlib import Path
-from typing import Any
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import Job, Problems
+from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
 from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
@@ -18,15 +22,74 @@ from forescale.data.progress import console
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
 from forescale.errors import DONE, UserError
-from forescale.verbs.jobs import ShardsJob
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
+
+
+@dataclass
+class ShardsJob(Job):
+    VERB: ClassVar[str] = "shards"
+    TARGET: ClassVar[str] = "input"
+
+    input: list[str] = key(
+        [], "folders, globs, files, URLs, hf:// data sets; or corpora that are tokenised already"
+    )
+    output: str | None = key(None, "the directory of the dataset; must not exist yet")
+    text_key: str = key("text", "the field of a JSON line or the column that holds the text")
+    undecodable: Literal["skip", "replace", "fail"] = key("skip", "text that isn't UTF-8")
+    empty: Literal["skip", "fail"] = key("skip", "documents without text")
+    long: Literal["keep", "cut", "skip", "fail"] = key(
+        "keep", "documents of more than max_document_bytes"
+    )
+    max_document_bytes: int | None = key(None, "where `long` isn't keep", ge=1)
+    tokenizer: str | None = key(
+        None,
+        "a tokenizer.json, a Hugging Face directory with one, or bytes (one token a byte); "
+        "null: train a byte-level BPE",
+    )
+    vocab_size: int = key(32_768, "entries of a tokenizer that is trained", ge=257)
+    end_of_text: str | None = key(None, "the token that ends a document; null: the usual names")
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = key(
+        None, "of the tokens in a flat .bin that is used in place"
+    )
+    shard_tokens: int = key(1 << 24, "tokens a tar, about", ge=1)
+    member_tokens: int = key(1 << 20, "tokens a member of a tar", ge=1)
+    validation_fraction: float = key(0.01, "share of the documents held out", ge=0, le=0.5)
+    seed: int = key(1337, "of the shuffle of documents", ge=0)
+    workers: int | None = key(None, "processes; null: the CPUs that this one may use", ge=1)
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        if not self.input:
+            found.append(
+                ("input", "names no text", "give a path: forescale shards TEXT output=DIR")
+            )
+        if not self.output:
+            found.append(("output", "names no directory", "write output=DIR"))
+        if self.shard_tokens < self.member_tokens:
+            what = f"{self.shard_tokens} is less than member_tokens={self.member_tokens}"
+            found.append(("shard_tokens", what, "make it a multiple of member_tokens"))
+        if (self.long == "keep") != (self.max_document_bytes is None):
+            what = f"{self.max_document_bytes} doesn't go with long={self.long}"
+            todo = "give both a limit and what happens to longer ones, or neither"
+            found.append(("max_document_bytes", what, todo))
+        return found
+
+
+JOB = ShardsJob
+EXAMPLES = (
+    "shards books/ output=/data/books",
+    "shards wiki.jsonl.zst output=w tokenizer=bytes",
+    "shards 's3://bucket/web/*.parquet' output=/data/web text_key=content",
+    "shards corpus.bin output=/data/web tokenizer=tokenizer.json   (token ids, used in place)",
+    "shards show /data/books   (what a dataset holds)",
+)
 
 
 def main(words: list[str]) -> int:
     if words[:1] == ["show"]:
         return _show(words[1:])
-    job: ShardsJob = compose("shards", overrides_of("shards", words))
+    job = compose(ShardsJob, overrides_of(ShardsJob, words))
     output = Path(job.output or "").expanduser()
     was_there = (output / MANIFEST).is_file()
     if output.exists() and not was_there:

@@ -4,24 +4,40 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
 from forescale.errors import DONE, UserError
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission, waiting_or_running
-from forescale.verbs.jobs import StopJob
+
+
+@dataclass
+class StopJob(RunJob):
+    VERB: ClassVar[str] = "stop"
+
+    now: bool = key(False, "cancel at once, without saving; --now does the same")
+
+
+JOB = StopJob
+EXAMPLES = (
+    "stop first",
+    "stop first --now   (cancel, without saving)",
+)
 
 
 def main(words: list[str]) -> int:
     """Returns 0 when the run was asked; raises UserError where nothing of it runs."""
     words = ["now=true" if word == "--now" else word for word in words]
-    job: StopJob = compose("stop", overrides_of("stop", words))
+    job = compose(StopJob, overrides_of(StopJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     found = waiting_or_running(run) if run.jobs() else None
     if found:

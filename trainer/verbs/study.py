@@ -9,11 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.live import Live
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
+from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.run.directory import Run
 from forescale.scaling.analysis.answer import StudyFit
@@ -32,11 +31,28 @@ from forescale.scaling.study.decisions import add_runs, advance
 from forescale.scaling.study.directory import Study, must_be_free, settings
 from forescale.scaling.study.local import Launcher
 from forescale.scaling.study.queue import Queue
-from forescale.verbs import submit
 
-_WIDEST = 140  # where there is no terminal
 _REDRAW = 2.0  # seconds
 _TODO = "write forescale study DEED [RUNS or a table], such as plan, launch, status, fit or predict"
+
+
+JOB = StudyJob
+EXAMPLES = (
+    "study plan study=mine plan.cap=1e15 target.flops=4e15   (what to run, how sure)",
+    "study plan study=mine plan.cap=1e18 -- data.path=DIR model.mlp=gelu   (of all runs)",
+    "study launch study=mine launch.at_once=2   (the same again goes on where it was)",
+    "study launch study=mine launch.slurm=PROFILE -- slurm.time='2 h'   (cells as arrays)",
+    "study status study=mine --live",
+    "study next study=mine cap=1e15 add=true   (more runs where they tell most)",
+    "study fit study=mine; study report study=mine   (of a planned study's own runs)",
+    "study fit 'runs/*' target.flops=1e18",
+    "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
+    "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12 --json",
+    "study report 'runs/*' target.flops=1e18   (pictures: studies/first/report.html)",
+    "study records 'runs/*' > records.csv   (a row a run)",
+    "study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",
+    "study score 'runs/*'   (what was foretold, beside what came out)",
+)
 
 
 def main(words: list[str]) -> int:
@@ -53,9 +69,9 @@ def main(words: list[str]) -> int:
         if "=" not in deed:
             raise UserError(deed or "study", "is nothing that a study does", _TODO)
         deed, rest = "fit", words
-    overrides = overrides_of("study", rest)
+    overrides = overrides_of(StudyJob, rest)
     # A study that is planned here has no runs yet to read; what else a study does knows its own.
-    job: StudyJob = compose("study", overrides + ["input=[none]"] * (deed in own))
+    job = compose(StudyJob, overrides + ["input=[none]"] * (deed in own))
     if deed != "plan":
         job = settings(job, overrides)
     if more:
@@ -122,16 +138,11 @@ def _runs(word: str, root: Path) -> list[Run]:
     raise UserError(word, f"names no run (looked in {root} too)", "see forescale status")
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDEST)
-
-
 def _plan(job: StudyJob) -> int:
     """What a study would run, before anything is spent."""
     must_be_free(job.folder)
     made, sure = planning.plan(job)
-    console = _console()
+    console = open_console()
     Study.make(job.folder, job, made, {"expected": asdict(sure) if sure else None})
     planning.show(made, sure, console)
     console.print(
@@ -154,7 +165,7 @@ def _launch(job: StudyJob) -> int:
         if asked.slurm:
             more = [f"slurm={asked.slurm}", *asked.words]
             options = (asked.at_once, _tell, asked.follow, asked.target)
-            launcher = Queue(study, submit.main, more, *options)
+            launcher = Queue(study, more, *options)
         code = launcher.go()
     if code == DONE:
         _conclude(study, is_waiting=bool(job.launch.slurm and not job.launch.follow))
@@ -171,7 +182,7 @@ def _conclude(study: Study, is_waiting: bool) -> None:
         trunks = ", ".join(sorted({c.trunk for c in left if c.trunk}))
         _tell(f"{len(left)} cells can't begin: {trunks} has saved nothing where they leave it.")
     if found := cards(study.forecasts):
-        show_score(found, score(found, study.table()), _console())
+        show_score(found, score(found, study.table()), open_console())
 
 
 def _tell(line: str) -> None:
@@ -189,7 +200,7 @@ def _sync(job: StudyJob) -> int:
 
 
 def _status(job: StudyJob) -> int:
-    console = _console()
+    console = open_console()
     if not job.live:
         console.print(board(Study(job.folder)))
         return DONE
@@ -213,7 +224,7 @@ def _next(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     low = float(made.points.flops.min()) if made.points.flops is not None else job.cap / 100
     offered = candidates_of(common, low, job.cap, made.every)
     found = recommend(made.sure, offered, target, job.cap)
-    show_choices(found, _console(), common.rate)
+    show_choices(found, open_console(), common.rate)
     if study and job.add:
         with study.deciding():
             add_runs(study, found, _tell)
@@ -291,7 +302,7 @@ def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         json.dump(vars(made), sys.stdout, indent=2)
         print()
         return DONE
-    show_score(found, made, _console())
+    show_score(found, made, open_console())
     return DONE
 
 
@@ -302,6 +313,6 @@ def _fit(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         json.dump(made.as_dict(), sys.stdout, indent=2)
         print()
         return DONE
-    console = _console()
+    console = open_console()
     show(made, console, where)
     return DONE

@@ -10,8 +10,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from forescale.cli import overrides_of
-from forescale.config.compose import compose
+from forescale.config.compose import compose, overrides_of
 from forescale.config.frozen import thaw
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
@@ -25,10 +24,20 @@ from forescale.run.start import Start, start
 FROZEN = "--frozen"
 
 
+JOB = TrainJob
+EXAMPLES = (
+    "train",
+    "train experiment=quick",
+    "train optimizer=adamw optimizer.learning_rate=1e-3 run.name=slower",
+    "train data=dataset data.path=/data/books model=llama-160m train.tokens=3e9",
+    "train model._target_=mypackage.Model model.width=256 run.name=mine",
+)
+
+
 def main(words: list[str]) -> int:
     """Returns 0 when the run is complete, 75 when it was interrupted, 76 when it keeps crashing."""
     began = time.monotonic()
-    job = _frozen(words) if FROZEN in words else compose("train", overrides_of("train", words))
+    job = _frozen(words) if FROZEN in words else compose(TrainJob, overrides_of(TrainJob, words))
     if launcher.joined():
         return _rank(job, began)
     processes = job.launch.processes or launcher.default_processes()
@@ -54,7 +63,7 @@ def _frozen(words: list[str]) -> TrainJob:
         todo = f"write forescale train RUN {FROZEN}, and nothing else"
         raise UserError(" ".join(words), "is not one run", todo)
     run = Run.existing(names[0])
-    job = thaw("train", run.config, trust="trust=true" in words)
+    job = thaw(TrainJob, run.config, trust="trust=true" in words)
     where = run.path.resolve()  # the directory may have been moved since
     return replace(job, run=replace(job.run, name=where.name, root=str(where.parent)))
 

@@ -17,6 +17,7 @@ from forescale import storage
 from forescale.checkpoint import reader, writer
 from forescale.checkpoint.reader import Checkpoint, newest_whole
 from forescale.config.frozen import thaw
+from forescale.config.train import TrainJob
 from forescale.engine.ranks import Ranks
 from forescale.errors import UserError
 from forescale.run.directory import Run
@@ -313,7 +314,7 @@ def test_a_stored_config_that_names_a_target_imports_nothing(own_run, tmp_path, 
     own_run.config.write_text(yaml.safe_dump({**config, "model": {"_target_": "planted.Model"}}))
     view = forescale.open_run(own_run.path)
     with pytest.raises(UserError, match="planted"):
-        thaw("train", own_run.config)
+        thaw(TrainJob, own_run.config)
     with pytest.raises(UserError, match="planted"):
         view.model()
     assert dict(view.checkpoint().weights())  # tensors need no class

@@ -5,13 +5,15 @@ from hypothesis import strategies as st
 from forescale.config.compose import CONF, compose, groups
 from forescale.config.help import explain
 from forescale.config.schema import ConfigError, TargetConfig, leaves
+from forescale.config.train import TrainJob
 from forescale.errors import USER, UserError
-from forescale.verbs.jobs import JOBS
+from forescale.slurm.config import SubmitJob
+from forescale.verbs import VERBS, load
 
 
 def refusal(*overrides, **kwargs):
     with pytest.raises(ConfigError) as caught:
-        compose("train", overrides, **kwargs)
+        compose(TrainJob, overrides, **kwargs)
     return caught.value
 
 
@@ -82,7 +84,7 @@ def test_the_nearest_name(typed, meant):
     assert problem.todo == f"did you mean {meant}"
 
 
-KEYS = st.sampled_from([*leaves(JOBS["train"]), *groups("train"), "train", "run.from", "x", "a.b"])
+KEYS = st.sampled_from([*leaves(TrainJob), *groups(TrainJob), "train", "run.from", "x", "a.b"])
 VALUES = st.one_of(
     st.text(max_size=8),
     st.sampled_from(
@@ -100,7 +102,7 @@ WORDS = st.builds("{}{}={}".format, st.sampled_from(["", "+", "++", "~"]), KEYS,
 def test_whatever_is_typed_ends_in_a_job_or_in_our_words(overrides):
     found = []
     try:
-        compose("train", overrides)
+        compose(TrainJob, overrides)
     except ConfigError as e:
         found = e.problems
     assert all(p.key and p.what and p.todo for p in found)
@@ -117,7 +119,7 @@ def test_it_is_a_user_error():
 
 def test_values_are_read_as_meant():
     job = compose(
-        "train",
+        TrainJob,
         [
             "train.tokens=1e9",
             "optimizer.clip=null",
@@ -149,25 +151,25 @@ def test_values_are_read_as_meant():
 
 def test_references_to_other_keys_and_the_environment(monkeypatch):
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    job = compose("train", ["run.root=${oc.env:SCRATCH}/runs", "run.name=seed-${train.seed}"])
+    job = compose(TrainJob, ["run.root=${oc.env:SCRATCH}/runs", "run.name=seed-${train.seed}"])
     assert str(job.run.directory) == "/scratch/me/runs/seed-1337"
     assert "refers to nothing" in str(refusal("run.name=${train.sed}"))
 
 
 def test_typing_one_length_unsets_the_other():
-    assert compose("train", ["train.steps=200"]).train.tokens is None
-    assert compose("train", ["train.steps=null"]).train.tokens is not None
-    job = compose("train", ["experiment=quick", "train.tokens=1e6"])
+    assert compose(TrainJob, ["train.steps=200"]).train.tokens is None
+    assert compose(TrainJob, ["train.steps=null"]).train.tokens is not None
+    job = compose(TrainJob, ["experiment=quick", "train.tokens=1e6"])
     assert (job.train.steps, job.train.tokens, job.run.name) == (None, 10**6, "quick")
 
 
 def test_a_group_s_file_is_laid_under_typed_keys_whatever_their_order():
-    job = compose("train", ["optimizer.learning_rate=0.1", "optimizer=adamw"])
+    job = compose(TrainJob, ["optimizer.learning_rate=0.1", "optimizer=adamw"])
     assert (job.optimizer.kind, job.optimizer.learning_rate) == ("adamw", 0.1)
 
 
 def test_a_model_of_the_user_s_own():
-    job = compose("train", ["model._target_=mypackage.Model", "model.width=3", "model.a.b=[1,2]"])
+    job = compose(TrainJob, ["model._target_=mypackage.Model", "model.width=3", "model.a.b=[1,2]"])
     assert job.model == TargetConfig("mypackage.Model", {"width": 3, "a": {"b": [1, 2]}})
     assert "model._target_" in str(refusal("model=custom"))
 
@@ -183,38 +185,39 @@ def mine(tmp_path):
 
 
 def test_choices_of_the_user_s_own(mine):
-    job = compose("train", ["model=mine", "model.width=4"], conf_dirs=[mine])
+    job = compose(TrainJob, ["model=mine", "model.width=4"], conf_dirs=[mine])
     assert job.model == TargetConfig("mypackage.Model", {"width": 4, "depth": 1})
     (problem,) = refusal("model=slip", conf_dirs=[mine]).problems
     assert (problem.key, problem.todo) == ("model.widht", "did you mean model.width")
     with pytest.raises(UserError, match=r"torn\.yaml"):
-        compose("train", ["model=torn"], conf_dirs=[mine])
+        compose(TrainJob, ["model=torn"], conf_dirs=[mine])
     assert "refers to nothing" in str(refusal("model=unset", conf_dirs=[mine]))
-    assert "mine" in explain("train", conf_dirs=[mine])
+    assert "mine" in explain(TrainJob, "", conf_dirs=[mine])
 
 
 def test_a_choice_that_exists_already_and_a_missing_directory(mine):
     (mine / "model" / "tiny.yaml").write_text("depth: 4\n")
     with pytest.raises(UserError, match="exists already"):
-        compose("train", [], conf_dirs=[mine])
+        compose(TrainJob, [], conf_dirs=[mine])
     with pytest.raises(UserError, match="no such directory"):
-        compose("train", [], conf_dirs=[mine / "nowhere"])
+        compose(TrainJob, [], conf_dirs=[mine / "nowhere"])
 
 
 def test_works_from_any_directory(tmp_path, monkeypatch):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "train.yaml").write_text("nonsense: 1\n")
     monkeypatch.chdir(tmp_path)
-    assert compose("train", []).run.name == "first"
+    assert compose(TrainJob, []).run.name == "first"
 
 
 def test_the_manual_says_every_key_and_every_choice():
-    for verb, schema in JOBS.items():
-        page = explain(verb)
+    for verb in VERBS:
+        schema = load(verb).JOB
+        page = explain(schema, VERBS[verb])
         assert max(map(len, page.splitlines())) <= 100
         assert all(f" {path} " in page for path in leaves(schema))
-        assert all(choice in page for g in groups(verb).values() for choice in g.files)
-    assert "! optimizer.learning_rate        0.02 " in explain("train")
+        assert all(choice in page for g in groups(schema).values() for choice in g.files)
+    assert "! optimizer.learning_rate        0.02 " in explain(TrainJob, "")
 
 
 def test_every_file_of_the_tree_opens_with_what_it_is():
@@ -229,9 +232,9 @@ def test_files_of_the_users_own_by_the_environment(tmp_path, monkeypatch, capsys
     (tmp_path / "slurm/ours.yaml").write_text("# The cluster upstairs.\npartition: gpu\nnodes: 3\n")
     words = ["slurm=ours", "machine=cpu", "slurm.gpus_per_node=0", "train.global_batch=24"]
     with pytest.raises(ConfigError, match="no such choice, 'ours'"):
-        compose("submit", words)
+        compose(SubmitJob, words)
     monkeypatch.setenv("FORESCALE_CONF", str(tmp_path))
-    job = compose("submit", words)
+    job = compose(SubmitJob, words)
     assert (job.slurm.partition, job.slurm.nodes) == ("gpu", 3)
     main(["submit", "--help"])
     assert "The cluster upstairs." in capsys.readouterr().out

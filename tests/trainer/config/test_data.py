@@ -4,6 +4,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.schema import ConfigError
+from forescale.config.train import TrainJob
 
 MIXED = ["data=mixture", "data.sources={web: /x, code: /y}"]
 
@@ -11,7 +12,7 @@ MIXED = ["data=mixture", "data.sources={web: /x, code: /y}"]
 def problems(*overrides):
     """key -> what is wrong and what to do."""
     with pytest.raises(ConfigError) as caught:
-        compose("train", overrides)
+        compose(TrainJob, overrides)
     return {p.key: f"{p.what}; {p.todo}" for p in caught.value.problems}
 
 

@@ -6,8 +6,9 @@ import yaml
 
 from forescale.config.compose import CONF, compose, defaults, diff, freeze, groups, may_resume, thaw
 from forescale.config.schema import ConfigError, flatten, plain
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
-from forescale.verbs.jobs import JOBS, TrainJob
+from forescale.verbs import VERBS, load
 
 NEEDS = {
     "dataset": "data.path=/data/x",
@@ -18,7 +19,7 @@ NEEDS = {
 
 def combinations():
     """Every model on every engine; of the other groups each choice with several of these."""
-    known, dice = groups("train"), random.Random(0)
+    known, dice = groups(TrainJob), random.Random(0)
     for model, engine in itertools.product(known["model"].files, known["engine"].files):
         picks = {name: dice.choice(sorted(group.files)) for name, group in known.items()}
         picks |= {"model": model, "engine": engine}
@@ -29,16 +30,16 @@ def combinations():
 def test_every_choice_composes_and_survives_freezing():
     seen = set()
     for picks, overrides in combinations():
-        job = compose("train", overrides)
+        job = compose(TrainJob, overrides)
         text = freeze(job)
-        assert thaw("train", text, trust=True) == job, overrides
-        assert freeze(thaw("train", text, trust=True)) == text
+        assert thaw(TrainJob, text, trust=True) == job, overrides
+        assert freeze(thaw(TrainJob, text, trust=True)) == text
         seen |= picks.items()
-    assert seen == {(g.name, choice) for g in groups("train").values() for choice in g.files}
+    assert seen == {(g.name, choice) for g in groups(TrainJob).values() for choice in g.files}
 
 
 def test_frozen_is_complete_and_in_the_schema_s_order():
-    tree = yaml.safe_load(freeze(compose("train", [])))
+    tree = yaml.safe_load(freeze(compose(TrainJob, [])))
     assert list(tree)[:3] == ["run", "train", "model"]
     assert list(tree["run"]) == ["name", "root", "resume", "from"]
     assert tree["checkpoint"]["every"] == "500 steps"
@@ -46,26 +47,25 @@ def test_frozen_is_complete_and_in_the_schema_s_order():
 
 
 def test_text_that_looks_like_something_else_survives():
-    job = compose("train", ["run.name=1e3", "logging.wandb.project=null", "train.compile=off"])
+    job = compose(TrainJob, ["run.name=1e3", "logging.wandb.project=null", "train.compile=off"])
     assert (job.run.name, job.logging.wandb.project) == ("1e3", "null")
-    assert thaw("train", freeze(job)) == job
+    assert thaw(TrainJob, freeze(job)) == job
 
 
 def test_small_verbs_defaults_are_those_of_their_classes():
-    for verb, schema in JOBS.items():
-        if not issubclass(schema, TrainJob):
-            assert defaults(verb) == dict(flatten(plain(schema()), "")), verb
-            tree = yaml.safe_load((CONF / f"{verb}.yaml").read_text())
-            assert set(dict(flatten(tree, ""))) == set(defaults(verb)), verb
+    for verb in VERBS:
+        if not issubclass(schema := load(verb).JOB, TrainJob):
+            assert defaults(schema) == dict(flatten(plain(schema()), "")), verb
+            assert not (CONF / f"{verb}.yaml").exists(), "it would only repeat them"
 
 
 def test_a_stored_target_needs_trust(tmp_path):
-    job = compose("train", ["model._target_=my.Model", "model.width=3"])
+    job = compose(TrainJob, ["model._target_=my.Model", "model.width=3"])
     path = tmp_path / "config.yaml"
     path.write_text(freeze(job))
     with pytest.raises(UserError, match=r"my\.Model; give trust=true"):
-        thaw("train", path)
-    assert thaw("train", path, trust=True) == job
+        thaw(TrainJob, path)
+    assert thaw(TrainJob, path, trust=True) == job
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00", "3: {}"])
@@ -73,17 +73,17 @@ def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "config.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=r"config\.yaml: is damaged"):
-        thaw("train", path)
+        thaw(TrainJob, path)
 
 
 def test_missing_file_and_wrong_keys(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        thaw("train", tmp_path / "config.yaml")
+        thaw(TrainJob, tmp_path / "config.yaml")
     text = (
-        freeze(compose("train", [])).replace("seed: 1337", "sed: 1").replace("keep: 2", "keep: 0")
+        freeze(compose(TrainJob, [])).replace("seed: 1337", "sed: 1").replace("keep: 2", "keep: 0")
     )
     with pytest.raises(ConfigError) as caught:
-        thaw("train", text)
+        thaw(TrainJob, text)
     assert [p.key for p in caught.value.problems] == [
         "config: train.sed",
         "config: checkpoint.keep",
@@ -92,7 +92,7 @@ def test_missing_file_and_wrong_keys(tmp_path):
 
 def changed(*overrides, base=(), at_step=100):
     """What may_resume says of a changed command: the keys of (refusals, numerics, free)."""
-    old, new = compose("train", base), compose("train", [*base, *overrides])
+    old, new = compose(TrainJob, base), compose(TrainJob, [*base, *overrides])
     return [[c.key for c in changes] for changes in may_resume(old, new, at_step)]
 
 
@@ -118,7 +118,7 @@ def test_kinds_of_changes():
 
 
 def test_a_change_reads_well():
-    (change,) = diff(compose("train", []), compose("train", ["schedule.decay=20 %"]))
+    (change,) = diff(compose(TrainJob, []), compose(TrainJob, ["schedule.decay=20 %"]))
     assert str(change) == "schedule.decay: '40 %' -> '20 %'"
     assert change.kind == "identity"
 

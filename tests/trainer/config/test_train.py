@@ -7,23 +7,24 @@ from forescale.config.compose import compose
 from forescale.config.duration import Duration
 from forescale.config.schema import ConfigError
 from forescale.config.train import EngineConfig, TrainJob
-from forescale.errors import UserError
+from forescale.verbs.generate import GenerateJob
+from forescale.verbs.shards import ShardsJob
 
 
-def problems(*overrides, verb="train"):
+def problems(*overrides, schema=TrainJob):
     """key -> what is wrong and what to do, of a config that is refused."""
     with pytest.raises(ConfigError) as caught:
-        compose(verb, overrides)
+        compose(schema, overrides)
     return {p.key: f"{p.what}; {p.todo}" for p in caught.value.problems}
 
 
 def test_lengths_of_a_run():
-    job = compose("train", ["train.tokens=5e6"])
+    job = compose(TrainJob, ["train.tokens=5e6"])
     assert job.tokens_per_step == 8 * 256
     assert job.total_steps == 2442  # 2441.4 rounded up: never silently fewer tokens
     assert job.steps_of(Duration(10, "percent")) == 245
     assert job.steps_of(Duration(30 * 60, "seconds")) is None
-    assert compose("train", ["train.steps=300"]).total_steps == 300
+    assert compose(TrainJob, ["train.steps=300"]).total_steps == 300
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_rules(overrides, key):
 
 
 def test_the_real_world_size_is_checked_again():
-    job = compose("train", [])
+    job = compose(TrainJob, [])
     assert job.problems(world_size=1) == []
     ((key, what, todo),) = job.problems(world_size=3)
     assert key == "train.global_batch"
@@ -96,7 +97,7 @@ def test_deepspeed_s_words_for_our_keys_are_refused(settings, ours):
 
 def test_deepspeed_s_other_settings_are_free():
     settings = "{zero_optimization: {overlap_comm: false}, communication_data_type: fp32}"
-    job = compose("train", [f"engine.deepspeed={settings}", "engine.deepspeed.seed_layers=true"])
+    job = compose(TrainJob, [f"engine.deepspeed={settings}", "engine.deepspeed.seed_layers=true"])
     assert job.engine.deepspeed == {
         "zero_optimization": {"overlap_comm": False},
         "communication_data_type": "fp32",
@@ -105,33 +106,28 @@ def test_deepspeed_s_other_settings_are_free():
 
 
 def test_fp16_is_noted():
-    assert compose("train", []).notes() == []
-    assert "fp16" in compose("train", ["precision=fp16"]).notes()[0]
+    assert compose(TrainJob, []).notes() == []
+    assert "fp16" in compose(TrainJob, ["precision=fp16"]).notes()[0]
 
 
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path))
-    assert compose("train", []).data.cache_directory == tmp_path
-    assert str(compose("train", ["data.cache=/elsewhere"]).data.cache_directory) == "/elsewhere"
+    assert compose(TrainJob, []).data.cache_directory == tmp_path
+    assert str(compose(TrainJob, ["data.cache=/elsewhere"]).data.cache_directory) == "/elsewhere"
 
 
 def test_small_verbs():
-    job = compose("shards", ["input=my docs/a,b (1).txt", "output=/data/x", "tokenizer=bytes"])
+    job = compose(ShardsJob, ["input=my docs/a,b (1).txt", "output=/data/x", "tokenizer=bytes"])
     assert job.input == ["my docs/a,b (1).txt"]
-    assert compose("shards", ["input=[a, b]", "output=x"]).input == ["a", "b"]
-    assert set(problems(verb="shards")) == {"input", "output"}
-    assert set(problems(verb="generate")) == {"target"}
-    job = compose("generate", ["target=first", "prompt=def f(x, y='${y}'):".replace("$", "\\$")])
+    assert compose(ShardsJob, ["input=[a, b]", "output=x"]).input == ["a", "b"]
+    assert set(problems(schema=ShardsJob)) == {"input", "output"}
+    assert set(problems(schema=GenerateJob)) == {"target"}
+    job = compose(GenerateJob, ["target=first", "prompt=def f(x, y='${y}'):".replace("$", "\\$")])
     assert job.prompt == "def f(x, y='${y}'):"
     assert job.target == "first"
     for text in ('"a", "b"', "'", "", '"a" + "b"', "1,2", "null", "x = [1, 2", "two\nlines"):
-        assert compose("generate", ["target=first", f"prompt={text}"]).prompt == text
-    assert compose("generate", ["target=first", "prompt='quoted '"]).prompt == "quoted "
-
-
-def test_an_unknown_verb_is_the_user_s_fault():
-    with pytest.raises(UserError, match="the nearest is train"):
-        compose("trian", [])
+        assert compose(GenerateJob, ["target=first", f"prompt={text}"]).prompt == text
+    assert compose(GenerateJob, ["target=first", "prompt='quoted '"]).prompt == "quoted "
 
 
 def test_torch_stays_out():

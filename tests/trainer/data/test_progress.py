@@ -1,6 +1,6 @@
 """What is said while a build works: amounts, rates, time left; lines where there is no terminal."""
 
-from forescale.data.progress import Meter, Rates, amount, console, duration, say
+from forescale.data.progress import Meter, Rates, amount, console, say
 
 
 def test_a_rate_is_of_the_last_half_minute_and_gives_the_time_left():
@@ -14,11 +14,10 @@ def test_a_rate_is_of_the_last_half_minute_and_gives_the_time_left():
     assert rates.text(done, "bytes") == "5.5 MB/s, 1,375,000 tokens/s"  # at the end, of all of it
 
 
-def test_amounts_and_durations_read_well():
+def test_amounts_read_well():
     assert amount(12_000_000, 40_000_000, "bytes") == "12.0 of 40.0 MB (30%)"
     assert amount(1_234, 1_234, "bytes") == "1,234 bytes"
     assert amount(5_000, None, "documents") == "5,000 documents"
-    assert [duration(s) for s in (12, 180, 7200)] == ["12 s", "3 min", "2.0 h"]
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):

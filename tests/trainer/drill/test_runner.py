@@ -11,6 +11,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.faults import KINDS, problems, read
+from forescale.config.train import TrainJob
 from forescale.drill.judge import Command, Evidence, Told, judge
 from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BASE, BY_NAME, SCENARIOS, STEPS, Scenario
@@ -245,7 +246,7 @@ def test_scenarios_ask_for_what_there_is(dataset):
         assert not problems(scenario.faults, 2, STEPS)
         given = (*BASE, "launch.processes=2", *scenario.settings, *scenario.overrides)
         faults = f"faults=[{','.join(scenario.faults)}]"
-        job = compose("train", [*given, f"data.path={dataset}", faults])
+        job = compose(TrainJob, [*given, f"data.path={dataset}", faults])
         assert job.faults == list(scenario.faults)
     assert len(BY_NAME) == len(SCENARIOS)
 

@@ -6,11 +6,12 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.schema import ConfigError
+from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import deepspeed_config, merged
 
 
 def derived(*overrides, world_size=2):
-    job = compose("train", ["train.steps=10", "schedule.warmup=0", *overrides])
+    job = compose(TrainJob, ["train.steps=10", "schedule.warmup=0", *overrides])
     return deepspeed_config(job, world_size)
 
 

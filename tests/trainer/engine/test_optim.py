@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from forescale.config.compose import compose
 from forescale.config.duration import Duration
-from forescale.config.train import OptimizerConfig, ScheduleConfig
+from forescale.config.train import OptimizerConfig, ScheduleConfig, TrainJob
 from forescale.engine.optim import batch, first_window, learning_rate, parameter_groups
 from forescale.errors import UserError
 from forescale.models.parametrization import Factors
@@ -74,7 +74,7 @@ def test_the_shapes():
 
 
 def test_batch_is_a_function_of_the_step():
-    job = compose("train", ["train.global_batch=16"])
+    job = compose(TrainJob, ["train.global_batch=16"])
     assert [first_window(job, t + 1) - first_window(job, t) for t in range(3)] == [
         batch(job, t) for t in range(3)
     ]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.engine import trackers
 from forescale.errors import UserError
 from forescale.train.profiler import traced
@@ -15,7 +16,7 @@ LENGTH = ("train.tokens=null", "train.steps=8", "validation.every=8")
 
 
 def logging_of(*overrides):
-    return compose("train", ["train.steps=10", "schedule.warmup=0", *overrides]).logging
+    return compose(TrainJob, ["train.steps=10", "schedule.warmup=0", *overrides]).logging
 
 
 @pytest.fixture

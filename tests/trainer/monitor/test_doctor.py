@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from forescale.config.data import CorpusConfig
 from forescale.monitor import doctor
 from forescale.monitor.doctor import SUPPORTED, Finding
 
@@ -132,9 +133,7 @@ def test_wandb_with_and_without_an_account(monkeypatch, tmp_path):
 
 
 def test_an_embedded_corpus_that_is_not_prepared_is_a_note(tmp_path):
-    from forescale.config.compose import compose
-
-    found = doctor.corpus(compose("doctor", [f"data.cache={tmp_path}"]))
+    found = doctor.corpus(CorpusConfig(cache=str(tmp_path)))
     assert isinstance(found, Finding)
     assert found.level == "note"
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from forescale import open_run
-from forescale.monitor.status import Status, ago
+from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import Hang, publish
 from forescale.resilience.heartbeat import Beat, Seen, share
 from forescale.run.directory import Parent, Rows, Run
@@ -44,9 +44,7 @@ def test_all_runs_in_a_table(own_run, forescale, small_data):
 
 
 def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):
-    from forescale.verbs import status
-
-    monkeypatch.setattr(status, "_WIDEST", 80)
+    monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = forescale("status")
     assert out.splitlines()[0].split()[:4] == ["run", "state", "step", "done"]
     assert max(map(len, out.splitlines())) <= 80
@@ -249,14 +247,6 @@ def test_nothing_there_yet(tmp_path, forescale):
     assert code == 0
     assert "begin one with: forescale train" in out
     assert forescale("status", "nope", f"run.root={tmp_path}")[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0, "0 s"), (119, "119 s"), (150, "2 min"), (8000, "2 h"), (1e6, "12 d")],
-)
-def test_spans(seconds, said):
-    assert ago(seconds) == said
 
 
 def test_a_queue_that_cannot_be_asked_hides_no_run(own_run, forescale, monkeypatch):

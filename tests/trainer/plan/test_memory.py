@@ -7,12 +7,13 @@ import pytest
 from forescale.config.compose import compose
 from forescale.engine.optim import Group
 from forescale.plan.communication import Collective, collectives, exposed
+from forescale.plan.config import PlanJob
 from forescale.plan.memory import checkpoint_bytes, memory, partition, states, touched
 from forescale.plan.parameters import Parameter, inventory
 
 
 def job(*overrides, vocab_size=512):
-    made = compose("plan", ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    made = compose(PlanJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
     return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.flops import count
 from forescale.plan.oom import bytes_of, explained, largest_micro_batch
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def job(*overrides, vocab_size=512):
-    made = compose("train", ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    made = compose(TrainJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
     return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
 
 
@@ -45,7 +46,7 @@ def test_activations_grow_with_the_micro_batch():
 
 
 def test_of_a_class_of_the_users_own_nothing_is_known():
-    made = compose("train", ["model._target_=mypackage.Model", "train.steps=100"])
+    made = compose(TrainJob, ["model._target_=mypackage.Model", "train.steps=100"])
     assert bytes_of(made, 1) is None
     assert largest_micro_batch(made, 1, 1 << 40) is None
 
@@ -108,7 +109,8 @@ def test_a_process_that_really_runs_out():
         "import resource, sys, torch\n"
         "from forescale.config.compose import compose\n"
         "from forescale.plan.oom import explained\n"
-        f"job = compose('train', {['model=tiny', 'train.steps=10', 'schedule.warmup=0']!r})\n"
+        "from forescale.config.train import TrainJob\n"
+        f"job = compose(TrainJob, {['model=tiny', 'train.steps=10', 'schedule.warmup=0']!r})\n"
         "torch.zeros(1)\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)\n"

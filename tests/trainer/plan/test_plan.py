@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import deepspeed_config
+from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
 
 ROOT = Path(__file__).parents[3]
@@ -55,7 +57,7 @@ def test_json_has_all_of_it(planned):
         assert sum(choice["bytes"].values()) == choice["total_bytes"]
         assert choice["fits"] == (choice["total_bytes"] <= plan["available_bytes"])
         assert choice["step"]["seconds"] > 0
-    job = compose("plan", [*BIG, BATCH, "engine=zero2", "plan.nodes=8", "train.micro_batch=4"])
+    job = compose(PlanJob, [*BIG, BATCH, "engine=zero2", "plan.nodes=8", "train.micro_batch=4"])
     assert plan["deepspeed"] == deepspeed_config(job, 64)
     assert plan["failures"]["16384"]["mtbf"] == pytest.approx(86_400_000 / 6.5 / 2048)
 
@@ -224,8 +226,8 @@ def test_a_plan_for_a_thousand_nodes_is_made_at_once(planned):
 
 
 def test_the_machine_of_a_job_does_not_change_what_is_trained():
-    job = compose("plan", SHORT)
-    train = compose("train", SHORT)
+    job = compose(PlanJob, SHORT)
+    train = compose(TrainJob, SHORT)
     for name in ("train", "model", "data", "optimizer", "schedule", "engine", "checkpoint"):
         assert getattr(job, name) == getattr(train, name)
     assert Plan(job).chosen.name == "zero1"

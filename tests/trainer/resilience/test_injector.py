@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from forescale.config.compose import ConfigError, compose
 from forescale.config.faults import KINDS, PLACES, Fault, problems, read
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.resilience import injector as module
 from forescale.resilience.injector import Injected, damage, flip_a_weight, injector_of, records
@@ -92,12 +93,12 @@ SHORT = ("train.steps=40", "schedule.warmup=2", "schedule.decay=10", "train.micr
 def test_the_command_line_takes_a_list_of_them():
     faults = ["kill@12:rank1", "freeze@30:rank1:data", "nan@40"]
     given = [f"faults=[{','.join(faults)}]", "launch.processes=2"]
-    assert compose("train", [*given, *SHORT]).faults == faults
+    assert compose(TrainJob, [*given, *SHORT]).faults == faults
 
 
 def test_the_command_line_refuses_wrong_ones():
     with pytest.raises(ConfigError) as e:
-        compose("train", ["faults=[kil@1,kill@41,nan@3:rank2]", "launch.processes=2", *SHORT])
+        compose(TrainJob, ["faults=[kil@1,kill@41,nan@3:rank2]", "launch.processes=2", *SHORT])
     assert "nearest is kill" in str(e.value)
     assert "last step, 40" in str(e.value)
     assert "there is no rank 2" in str(e.value)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.sources import Sources
 from forescale.data.text.files import Files
@@ -27,7 +28,7 @@ def paths(tmp_path_factory) -> dict[str, Path]:
 def opened(paths: dict[str, Path], *overrides: str, steps: int = 100):
     named = ", ".join(f"{name}: {path}" for name, path in paths.items())
     job = compose(
-        "train",
+        TrainJob,
         [
             "data=mixture",
             f"data.sources={{{named}}}",

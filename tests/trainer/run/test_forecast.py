@@ -19,8 +19,10 @@ from forescale.engine.step import Facts
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
+from forescale.plan.config import PlanJob
 from forescale.run.directory import Run, read_rows
 from forescale.run.forecast import GENESIS, band_of, find, hash_of, told
+from forescale.slurm.config import SubmitJob
 from forescale.train.callbacks import Every
 from forescale.train.evaluate import Score
 from forescale.train.loop import Step
@@ -221,11 +223,11 @@ def test_other_ranks_and_ends_without_held_out_text_measure_nothing(metrics, cap
 
 
 def test_every_verb_takes_the_key_and_a_run_may_change_it():
-    plan = compose("plan", ["forecast=tiny/3"])
-    submit = compose("submit", ["forecast=tiny/3", "machine=cpu"])
+    plan = compose(PlanJob, ["forecast=tiny/3"])
+    submit = compose(SubmitJob, ["forecast=tiny/3", "machine=cpu"])
     assert plan.forecast == submit.training.forecast == "tiny/3"
     old = job("tiny/3")
-    assert thaw("train", freeze(old)).forecast == "tiny/3"
+    assert thaw(TrainJob, freeze(old)).forecast == "tiny/3"
     refusals, numerics, (change,) = may_resume(old, replace(old, forecast=None), 39)
     assert (refusals, numerics, change.key) == ([], [], "forecast")
 
@@ -247,7 +249,7 @@ def test_a_bad_card_is_refused_before_anything_is_made(
 @pytest.fixture
 def foretold_run(own_run):
     """A complete run of 8 steps and a loss of 3, whose config names a card of 2.9 to 3.1."""
-    old = thaw("train", own_run.config)
+    old = thaw(TrainJob, own_run.config)
     n, d = count(old.model).blocks_and_head, old.total_steps * old.tokens_per_step
     points = {"loss": 2.95, "interval_50": [2.94, 2.96], "interval": [2.9, 3.1]}
     path = write(Path("studies/tiny/forecasts"), at(n, d) | points)
@@ -281,7 +283,7 @@ def test_two_ranks_measure_their_end(dataset, tmp_path):
     words = (f"data.path={dataset}", "train.tokens=null", "train.steps=12", "launch.processes=2")
     output = launching.train(tmp_path, "run.name=first", *words)
     assert "orecast" not in output
-    made = thaw("train", tmp_path / "first" / "config.yaml")
+    made = thaw(TrainJob, tmp_path / "first" / "config.yaml")
     n, d = count(made.model).blocks_and_head, made.total_steps * made.tokens_per_step
     write(tmp_path / "studies/tiny/forecasts", at(n, d))  # a loss of 2: far below
     output = launching.train(tmp_path, "run.name=second", *words, "forecast=tiny/1")

@@ -8,6 +8,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.run import start as start_module
 from forescale.run.directory import Parent, Run
@@ -40,7 +41,7 @@ def train_a_step(run):
 def test_a_new_run_explains_itself(job, small_data):
     started = start(job())
     run = started.run
-    assert thaw("train", run.config) == started.job
+    assert thaw(TrainJob, run.config) == started.job
     assert started.job.model.vocab_size == started.sources.vocab_size
     identity = json.loads(run.identity.read_text())
     assert identity["dataset"]["corpus_hash"] == started.sources.corpus_hash
@@ -94,14 +95,14 @@ def test_what_changes_the_trajectory_is_refused_with_the_list(job):
 def test_what_does_not_is_taken_and_frozen(job, change):
     run = start(job()).run
     started = start(job(change))
-    assert thaw("train", run.config) == started.job
+    assert thaw(TrainJob, run.config) == started.job
     assert started.job != start_module.settle(job(), started.sources)
 
 
 def test_a_schedule_without_decay_may_grow(job):
     run = start(job("schedule=constant")).run
     assert start(job("schedule=constant", "train.steps=20")).job.total_steps == 20
-    assert thaw("train", run.config).train.steps == 20
+    assert thaw(TrainJob, run.config).train.steps == 20
     run.checkpoint_path(12).mkdir(parents=True)
     with pytest.raises(UserError, match=r"train\.steps: 20 -> 8"):
         start(job("schedule=constant"))
@@ -222,7 +223,7 @@ def test_another_guard_is_told_as_what_ends_exactness():
     """And not what only says how often it looks."""
 
     def found(*overrides):
-        job = compose("train", ["train.steps=400", "train.tokens=null", *overrides])
+        job = compose(TrainJob, ["train.steps=400", "train.tokens=null", *overrides])
         return numerics(job, 1, "cpu", 1, False)
 
     usual = found()

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.run.directory import Parent
 from forescale.run.start import start
 from forescale.scaling.records.records import record
@@ -52,7 +53,7 @@ class Pretend:
 
 def train(words, loss=None) -> None:
     """A complete run of these words."""
-    started = start(compose("train", words))
+    started = start(compose(TrainJob, words))
     job, run = started.job, started.run
     attempt, step = run.new_attempt(), job.total_steps
     tokens = step * job.tokens_per_step

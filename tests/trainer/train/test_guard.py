@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.config.train import GuardConfig
-from forescale.train.guard import Guard, Window, united
+from forescale.data.mixture import united
+from forescale.train.guard import Guard, Window
 
 RULES = GuardConfig(loss_spike="rollback", gradient_spike="skip", window=32, warmup=16)
 

@@ -8,6 +8,7 @@ import pytest
 from forescale import open_run
 from forescale.checkpoint.reader import Position, coverage_faults
 from forescale.config.frozen import freeze, thaw
+from forescale.config.train import TrainJob
 from forescale.monitor.audit import row_faults
 from forescale.monitor.replay import replay_faults
 from forescale.run.directory import Parent, read_rows
@@ -174,7 +175,7 @@ def test_changed_shards_are_found_and_missing_ones_noted(own_run, forescale, sma
 
 
 def test_skipped_samples_are_no_gap(own_run):
-    job = thaw("train", own_run.config, True)
+    job = thaw(TrainJob, own_run.config, True)
     rows = [row for row in read_rows(own_run.metrics) if row["kind"] == "train"]
     by = [5 * (row["step"] > 3) for row in rows]
     moved = [

@@ -11,6 +11,7 @@ import torch
 from forescale import open_run
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.models import hf
 from tests.trainer.small_run import make_run
 
@@ -104,7 +105,7 @@ def test_the_default_place_is_named_by_run_and_step(own_run, forescale):
 
 
 def test_the_model_that_trains_by_default_can_leave():
-    assert hf.family_of(compose("train").model.resolved(4096, 256)) in hf.FAMILIES
+    assert hf.family_of(compose(TrainJob).model.resolved(4096, 256)) in hf.FAMILIES
 
 
 def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_path, forescale):

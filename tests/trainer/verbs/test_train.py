@@ -71,7 +71,7 @@ def test_a_frozen_run_is_what_its_directory_says(own_run, tmp_path):
     own_run.path.rename(moved)
     job = _frozen([str(moved), "--frozen"])
     assert (job.run.name, job.run.root) == ("other", str(moved.parent))
-    stored = thaw("train", moved / "config.yaml")
+    stored = thaw(TrainJob, moved / "config.yaml")
     assert replace(job, run=stored.run) == stored
 
 

@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
+from forescale.console import table
 from forescale.errors import UserError
-from forescale.monitor.page import table
 from forescale.run.forecast import SAME
 from forescale.scaling.analysis.weights import RunNoise, weigh
 from forescale.scaling.design.shapes import RATIO, Common

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
+from forescale.console import table
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.monitor.page import table
 from forescale.run.start import open_sources
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.plan import Grid, Plan, explicit, isoflop_grid, ladder
@@ -57,7 +58,7 @@ def common_of(job: StudyJob) -> Common:
         if (key := word.partition("=")[0]) in _OWN:
             todo = "leave it out: see the keys under plan"
             raise UserError("plan.words", f"{key} is what a study sets itself", todo)
-    train = compose("train", asked.shared)
+    train = compose(TrainJob, asked.shared)
     if not isinstance(train.model, ModelConfig):
         raise UserError("plan.model", f"{asked.model} has no sizes of ours", "choose another model")
     vocabulary, unique = asked.vocab_size, asked.unique

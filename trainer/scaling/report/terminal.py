@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.monitor.page import table
+from forescale.console import table
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import Card, Score
 from forescale.scaling.analysis.weights import effective

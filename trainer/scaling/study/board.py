@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.text import Text
 
-from forescale.monitor.page import table
+from forescale.console import table
 from forescale.scaling.study.directory import State, Study
 
 _COLOURS = {

@@ -97,7 +97,7 @@ class Study:
 
     @cached_property
     def job(self) -> StudyJob:
-        return thaw("study", self.folder / "study.yaml")
+        return thaw(StudyJob, self.folder / "study.yaml")
 
     @property
     def has_target(self) -> bool:
@@ -315,7 +315,7 @@ def settings(job: StudyJob, words: Sequence[str]) -> StudyJob:
     frozen = job.folder / "study.yaml"
     if not frozen.is_file():
         return job
-    tree, typed = plain(thaw("study", frozen)), plain(job)
+    tree, typed = plain(thaw(StudyJob, frozen)), plain(job)
     for word in (*words, "study=", "studies=", "input="):
         *path, name = word.partition("=")[0].split(".")
         into, said = tree, typed

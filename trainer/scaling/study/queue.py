@@ -10,7 +10,7 @@ submitted is within the cap. Jobs outlive the launcher: the same command goes on
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from forescale.errors import DONE, INTERRUPTED
 from forescale.resilience.launcher import heard
@@ -19,28 +19,26 @@ from forescale.scaling.study.decisions import Tell, add_target, advance
 from forescale.scaling.study.directory import Study
 from forescale.scaling.study.local import expect_within_cap
 from forescale.slurm.submission import in_queue, newest
+from forescale.slurm.submit import submit
 from forescale.storage import write_file
 
 _POLL = 15.0  # seconds between two questions to the queue
 
-Submit = Callable[[list[str]], int]
-
 
 class Queue:
-    """Of one study. submit: takes the words of `forescale submit`; words: more of them, the
-    profile's first; follow: stay until nothing is left."""
+    """The queue's part in one study. words: more overrides of the jobs, the profile's first;
+    follow: stay until nothing is left."""
 
     def __init__(
         self,
         study: Study,
-        submit: Submit,
         words: Sequence[str],
         at_once: int,
         tell: Tell,
         follow: bool = True,
         target: bool = False,
     ):
-        self.study, self._submit, self._words, self._at_once = study, submit, list(words), at_once
+        self.study, self._words, self._at_once = study, list(words), at_once
         self.tell, self._follow, self._target = tell, follow, target
         self._wish: int | None = None
         self._ended = {s.cell.name for s in study.states() if s.has_ended}
@@ -109,7 +107,7 @@ class Queue:
         write_file(path, ("\n".join(lines) + "\n").encode())
         wait = [f"slurm.after=['{after}']"] if after else []
         words = [*self._words, f"slurm.runs={path}", f"slurm.at_once={self._at_once}", *wait]
-        self._submit(["train", *words])
+        submit(words)
         for cell in cells:
             self.study.event("submitted", cell=cell.name, wave=path.name, after=after)
 

@@ -13,7 +13,7 @@ from forescale.config.compose import compose
 from forescale.errors import UserError
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import GENESIS, cards, predict, score
-from forescale.scaling.config import TargetPoint
+from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
@@ -36,7 +36,7 @@ def table(noise=0.004):
 
 
 def study(*words, rows=None):
-    job = compose("study", ["input=[x]", "bootstraps=100", *words])
+    job = compose(StudyJob, ["input=[x]", "bootstraps=100", *words])
     return StudyFit(table() if rows is None else rows, job, "x")
 
 

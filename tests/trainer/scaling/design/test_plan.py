@@ -7,6 +7,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.duration import Duration
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import flops_per_token
@@ -133,7 +134,7 @@ def test_keys_compose_into_a_job_of_that_length(rungs):
         words = {k: "null" if v is None else f"'{v}'" for k, v in c.keys.items()}
         words |= {k: str(v) for k, v in c.keys.items() if isinstance(v, int | float)}
         job = compose(
-            "train", ["model=tiny", "schedule=wsd", *(f"{k}={v}" for k, v in words.items())]
+            TrainJob, ["model=tiny", "schedule=wsd", *(f"{k}={v}" for k, v in words.items())]
         )
         assert not job.problems(1)
         assert job.total_steps * job.tokens_per_step == c.tokens

@@ -6,6 +6,7 @@ import pytest
 
 from forescale.cli import main
 from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.scaling.design import planning
 from forescale.scaling.study.directory import Study
@@ -54,7 +55,7 @@ def test_cells_are_runs(plan, tmp_path):
     plan("plan.cap=1e15")
     study = Study(tmp_path / "studies/mine")
     for cell in study.plan.stages[0].cells:
-        job = compose("train", study.words(cell))
+        job = compose(TrainJob, study.words(cell))
         assert job.total_steps * job.tokens_per_step == cell.tokens
         assert job.run.directory == study.run(cell.name).path
         assert job.data.embedded == "bytes"
@@ -63,7 +64,7 @@ def test_cells_are_runs(plan, tmp_path):
 def test_what_all_runs_share_stands_after_two_dashes(plan, tmp_path):
     assert plan("plan.cap=1e15", "--", "optimizer=muon", "model.mlp=gelu")[0] == 0
     study = Study(tmp_path / "studies/mine")
-    job = compose("train", study.words(study.plan.cells[0]))
+    job = compose(TrainJob, study.words(study.plan.cells[0]))
     assert (job.optimizer.kind, job.model.mlp) == ("muon", "gelu")
     share = job.optimizer.adam_learning_rate / job.optimizer.learning_rate
     assert share == pytest.approx(0.004 / 0.02), "both rates are tuned as one"

@@ -6,6 +6,7 @@ import math
 import pandas as pd
 import pytest
 
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.flops import count, flops_per_token
 from forescale.run.directory import Run
@@ -28,7 +29,7 @@ def change(run: Run, kind: str, **values) -> None:
 def test_a_record_has_every_convention(run):
     from forescale.config.frozen import thaw
 
-    job = thaw("train", run.config)
+    job = thaw(TrainJob, run.config)
     sizes, row = count(job.model), record(run)
     assert row["parameters_blocks_and_head"] == sizes.blocks + sizes.head
     assert row["parameters_total"] == sizes.total
@@ -44,7 +45,7 @@ def test_costs_are_those_of_the_formulas(run):
     """Which tests hold against torch's counter to the last FLOP."""
     from forescale.config.frozen import thaw
 
-    job, row = thaw("train", run.config), record(run)
+    job, row = thaw(TrainJob, run.config), record(run)
     length = job.train.sequence_length
     assert row["flops_causal"] == row["tokens"] * flops_per_token(job.model, length, causal=True)
     assert row["flops_full"] == row["tokens"] * flops_per_token(job.model, length)
