@@ -1,7 +1,8 @@
-"""What a job reads: one dataset or a mixture of several, in which order, by whom.
+"""Config section `data`: one dataset or a mixture of several, the order of their windows, and who
+reads them.
 
-Invariant: keys that decide which window comes when are identity; where the bytes lie, and who
-reads them, is free.
+Invariant: keys that decide which window comes when are `identity`; keys for where the bytes are and
+how they are read are `free`.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
@@ -18,67 +19,84 @@ from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
 
 Problems = list[tuple[str, str, str]]
-ONLY = "data"  # the name of a source that is alone
+ONLY = "data"  # the name of a single source
 
 
 @dataclass
 class CorpusConfig:
+    """Which dataset to read and where to cache it."""
+
     path: str | None = key(
-        None, "a dataset built by `shards`, a directory or a URL; null: the embedded corpus"
+        None, "dataset built by `forescale shards`: directory or URL; null: the embedded corpus"
     )
     cache: str | None = key(
-        None, "directory of what is prepared or fetched; null: $FORESCALE_CACHE, ~/.cache/forescale"
+        None,
+        "directory for prepared and downloaded data; null: $FORESCALE_CACHE or ~/.cache/forescale",
     )
-    cache_bytes: int = key(50_000_000_000, "most that is kept of remote datasets", ge=1 << 24)
+    cache_bytes: int = key(
+        50_000_000_000, "maximum bytes of remote datasets in the cache", ge=1 << 24
+    )
 
     @property
     def cache_directory(self) -> Path:
+        """The cache directory, with its default filled in."""
         chosen = self.cache or os.environ.get("FORESCALE_CACHE") or "~/.cache/forescale"
         return Path(chosen).expanduser()
 
 
 @dataclass
 class DataConfig(CorpusConfig):
+    """The training data: datasets, mixture, order and reading."""
+
     embedded: Literal["bpe", "bytes"] = key(
         "bpe",
-        "what the embedded corpus is cut into: 4,096 tokens, or bytes (for very small models)",
+        "vocabulary of the embedded corpus: bpe (4,096 tokens) or bytes (for very small models)",
         kind="identity",
     )
-    sources: dict[str, Any] = key({}, "a mixture instead of a path: {NAME: PATH, NAME: PATH}")
+    sources: dict[str, Any] = key(
+        {}, "datasets of a mixture, instead of path: {NAME: PATH, NAME: PATH}"
+    )
     weights: dict[str, Any] = key(
-        {}, "{NAME: share in tokens}, of any sum; empty: by their sizes", kind="identity"
+        {},
+        "relative shares in tokens, with any sum: {NAME: SHARE}; empty: proportional to size",
+        kind="identity",
     )
-    stages: list[dict] = key(
-        [], "later weights: [{from: 2e9 tokens, weights: {NAME: 1}}]", kind="identity"
+    stages: list[dict[str, Any]] = key(
+        [], "changes of weights: [{from: 2e9 tokens, weights: {NAME: 1}}]", kind="identity"
     )
-    max_epochs: dict[str, Any] = key({}, "{NAME: how often it may be read at most}")
+    max_epochs: dict[str, Any] = key({}, "maximum epochs per source: {NAME: EPOCHS}")
     shuffle_shards: int = key(
-        8, "shards whose windows are shuffled together", kind="identity", ge=1
+        8, "number of shards whose windows are shuffled together", kind="identity", ge=1
     )
     document_mask: bool = key(
-        False, "attention and positions stay inside a document", kind="identity"
+        False, "restrict attention and positions to each document", kind="identity"
     )
     packing: Literal["windows", "best_fit"] = key(
         "windows",
-        "windows: cut from one long sequence; best_fit: whole documents side by side",
+        "windows: cut one long sequence; best_fit: pack whole documents side by side",
         kind="identity",
     )
-    skip: list[list] = key(
-        [], "samples passed over: [[FIRST, END], ...], END not included", kind="identity"
+    skip: list[list] = key(  # type: ignore[type-arg]
+        [], "samples to skip: [[FIRST, END], ...], END not included", kind="identity"
     )
-    workers: int = key(1, "threads that read ahead; 0: read when it is needed", ge=0, le=64)
+    workers: int = key(
+        1, "threads that prepare batches in advance; 0: no threads, read on demand", ge=0, le=64
+    )
     damaged: Literal["fail", "substitute"] = key(
-        "fail", "substitute: go on with other windows in place of damaged ones, and say so"
+        "fail", "damaged data: fail, or substitute other windows and log it"
     )
 
     def problems(self) -> Problems:
+        """Return (key, problem, what to do) for every invalid key of this section."""
         found: Problems = []
         if self.sources and self.path:
-            todo = "take one of them out: data.path=null"
-            found.append(("sources", "are given beside data.path", todo))
+            todo = "remove one of them, such as with data.path=null"
+            found.append(("sources", "can't be combined with data.path", todo))
         for name, path in self.sources.items():
             if not re.fullmatch(r"[\w-]+", str(name)):
-                found.append(("sources", f"{name!r} is no name", "use letters, digits, _ and -"))
+                found.append(
+                    ("sources", f"{name!r} isn't a valid name", "use letters, digits, _ and -")
+                )
             if not isinstance(path, str) or not path:
                 todo = f"write data.sources.{name}=DIR"
                 found.append((f"sources.{name}", "names no dataset", todo))
@@ -86,7 +104,7 @@ class DataConfig(CorpusConfig):
         found += self._names("max_epochs", self.max_epochs)
         for name, limit in self.max_epochs.items():
             if not _is_number(limit) or limit <= 0:
-                what = f"{limit!r} is no number of epochs"
+                what = f"{limit!r} isn't a positive number of epochs"
                 found.append((f"max_epochs.{name}", what, "write a number, such as 4"))
         return found + self._skip() + self._stages()
 
@@ -95,26 +113,27 @@ class DataConfig(CorpusConfig):
         for pair in self.skip:
             whole = len(pair) == 2 and all(isinstance(n, int) and _is_number(n) for n in pair)
             if not whole or not end <= pair[0] < pair[1]:
-                todo = "write [[FIRST, END], ...] in whole samples, in order and apart"
-                return [("skip", f"{pair!r} is no interval after {end:,}", todo)]
+                todo = "write [[FIRST, END], ...] as integers, ascending and not overlapping"
+                return [("skip", f"{pair!r} isn't an interval after sample {end:,}", todo)]
             end = pair[1]
         return []
 
     def stage_starts(self) -> list[Duration]:
-        """When each of `stages` begins; raises ValueError for one that has no length."""
+        """Return when each of `stages` begins. Raises ValueError if one isn't a length."""
         return [Duration.parse(stage["from"]) for stage in self.stages]
 
     def order_problems(self, steps_of: Callable[[Duration], int | None]) -> Problems:
-        """Stages that don't come one after the other. steps_of: a length in optimizer steps."""
+        """Return problems for stages that aren't in ascending order. steps_of: converts a length to
+        optimizer steps."""
         if self._stages():
-            return []  # said by this section
+            return []  # reported by `problems`
         starts = [steps_of(start) or 0 for start in self.stage_starts()]
         return [
             (
                 f"stages[{i}].from",
-                f"{self.stages[i]['from']} is step {starts[i]:,}, the one before begins at step "
-                f"{starts[i - 1]:,}",
-                "put it after the one before",
+                f"{self.stages[i]['from']} is step {starts[i]:,}, but the previous stage begins at "
+                f"step {starts[i - 1]:,}",
+                "choose a later start",
             )
             for i in range(1, len(starts))
             if starts[i] <= starts[i - 1]
@@ -133,11 +152,11 @@ class DataConfig(CorpusConfig):
                 found.append((f"{where}.from", str(e), "write it like from: 2e9 tokens"))
             else:
                 if start.unit not in ("steps", "tokens") or not start.amount:
-                    todo = "count from the beginning in steps or tokens, more than 0"
-                    found.append((f"{where}.from", f"{start} is no fixed place", todo))
+                    todo = "give a positive number of steps or tokens since the start of training"
+                    found.append((f"{where}.from", f"{start} isn't a fixed position", todo))
             if not isinstance(stage["weights"], Mapping) or not stage["weights"]:
                 todo = "write it like weights: {NAME: 1}"
-                found.append((f"{where}.weights", "are no shares", todo))
+                found.append((f"{where}.weights", "aren't shares", todo))
             else:
                 found += self._weights(f"{where}.weights", stage["weights"])
         return found
@@ -146,14 +165,16 @@ class DataConfig(CorpusConfig):
         found = self._names(where, weights)
         for name, weight in weights.items():
             if not _is_number(weight) or weight < 0:
-                found.append((f"{where}.{name}", f"{weight!r} is no share", "write a number"))
+                found.append(
+                    (f"{where}.{name}", f"{weight!r} isn't a share", "write a number of 0 or more")
+                )
         if weights and not found and not any(weights.values()):
-            found.append((where, "are all 0", "give one source at least a share"))
+            found.append((where, "are all 0", "give at least one source a positive share"))
         total = sum(weights.values()) if weights and not found else 0
         for name, weight in weights.items() if total else ():
             if 0 < weight / total < 1e-6:
-                what = f"{weight!r} is under a millionth of the whole"
-                found.append((f"{where}.{name}", what, "give it more, or 0"))
+                what = f"{weight!r} is below a millionth of the total"
+                found.append((f"{where}.{name}", what, "increase it, or set it to 0"))
         return found
 
     def _names(self, where: str, named: Mapping[str, Any]) -> Problems:
@@ -161,8 +182,8 @@ class DataConfig(CorpusConfig):
         for name in named:
             if name not in self.sources:
                 near = nearest_first(str(name), self.sources)
-                todo = f"data.sources has {', '.join(near)}" if near else "give data.sources"
-                found.append((f"{where}.{name}", "is no source", todo))
+                todo = f"data.sources has {', '.join(near)}" if near else "set data.sources"
+                found.append((f"{where}.{name}", "isn't a source", todo))
         return found
 
 

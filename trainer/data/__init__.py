@@ -1,1 +1,1 @@
-"""Text to shards to batches: everything between a user's files and the tensors of a step."""
+"""Text to shards to batches: from the user's files to the tensors of a step."""

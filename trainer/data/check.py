@@ -1,6 +1,7 @@
-"""All that can be said against a dataset: its files, its tars against their indexes, its counts.
+"""Check a dataset completely: its files, its tars against their indexes, its counts.
 
-Invariant: a dataset with no fault reported here reads whole, to the last token and document.
+Invariant: if no fault is reported here, the dataset can be read completely, to the last token and
+document.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ from forescale.storage import check_table
 
 
 def check(path: str | Path, tick: Callable[[int], None] = lambda n: None) -> list[str]:
-    """One sentence a fault, none if the dataset is whole. `tick` is told of bytes hashed."""
+    """Return one sentence per fault, none if the dataset is intact.
+
+    tick: called with the number of bytes hashed since the last call.
+    """
     faults = check_table(Path(path), tick)
     try:
         dataset = Dataset(path)
@@ -34,7 +38,7 @@ def check(path: str | Path, tick: Callable[[int], None] = lambda n: None) -> lis
         for number, row in enumerate(split["shards"]):
             try:
                 shard = opened.shard(number)
-                is_ours = bool(row["sha256"])  # a tar, and no corpus that is used in place
+                is_ours = bool(row["sha256"])  # a tar, not a corpus that is used in place
                 if is_ours:
                     faults += _layout(shard)
                 faults += _contents(shard, is_ours, dataset)
@@ -44,7 +48,7 @@ def check(path: str | Path, tick: Callable[[int], None] = lambda n: None) -> lis
 
 
 def _layout(shard: Shard) -> Iterator[str]:
-    """The tar's own headers against the index."""
+    """Compare the tar's own headers with the index."""
     want = [
         (f"{m.key}.{kind}.bin", getattr(m, kind)["offset"], getattr(m, kind)["size"])
         for m in shard.members
@@ -54,14 +58,17 @@ def _layout(shard: Shard) -> Iterator[str]:
         members = tar_members(f, shard.where, shard.file.size)
     have = [(m.name, m.offset_data, m.size) for m in members]
     for name, at, _ in sorted(set(want) - set(have)):
-        yield f"{shard.where}: the index has member {name} at byte {at:,}, the tar not"
+        yield f"{shard.where}: the index has member {name} at byte {at:,}, the tar hasn't"
     for name, at, _ in sorted(set(have) - set(want)):
-        yield f"{shard.where}: the tar has member {name} at byte {at:,}, the index not"
+        yield f"{shard.where}: the tar has member {name} at byte {at:,}, the index hasn't"
 
 
 def _contents(shard: Shard, is_ours: bool, dataset: Dataset) -> Iterator[str]:
-    """Every member's checksums, ids and document ends. That members follow on each other, and are
-    as many tokens and documents as the manifest says, holds for any shard that opens."""
+    """Verify every member's checksums, ids and document ends.
+
+    `Shard` has already verified, when it was opened, that members follow each other and that the
+    counts match the manifest.
+    """
     for at, m in enumerate(shard.members):
         where = f"{shard.where}: member {m.key}"
         tokens = np.empty(m.tokens, shard.dtype.newbyteorder("="))

@@ -1,24 +1,26 @@
-"""A dataset, read: a manifest, shards of tokens, and an index beside every shard.
+"""Reading datasets: a manifest, shards of tokens, and an index beside every shard.
 
-    manifest.json               what the dataset holds and how it was made
-    files.json                  size and sha256 of every file, the manifest too (forescale.storage)
+    manifest.json               contents of the dataset and how it was made
+    files.json                  size and sha256 of every other file (forescale.storage)
     tokenizer.json
-    train-000000.tar            plain USTAR; webdataset.WebDataset reads it unaided
-      000000.tok.bin            little-endian uint16, or uint32 above 65,536 entries
-      000000.doc.bin            uint32 ends of the documents that end in this member, exclusive,
+    train-000000.tar            plain USTAR, readable by webdataset.WebDataset
+      000000.tok.bin            little-endian uint16, or uint32 above 65,536 vocabulary entries
+      000000.doc.bin            uint32 exclusive ends of the documents that end in this member,
                                 counted in tokens from the member's first
     train-000000.index.json     offset, size and checksums of every member, cumulative tokens
     validation-000000.tar ...
 
-A corpus that is used in place has no tars: the manifest names its files where they lie, and the
-document ends are in train-000000.doc.bin beside the index.
+A corpus that is used in place has no tars: the manifest names its original files, and the document
+ends are in train-000000.doc.bin beside the index.
 
-Invariant: what is handed out is what was written. The table of files vouches for the manifest, that
-for each index, and the index for every chunk of tokens (forescale.data.shard).
+Invariants: the tokens read are the tokens written: the table of files verifies the manifest, the
+manifest each index, and the index every chunk of tokens (forescale.data.shard). All sources of a
+mixture have the same tokenizer, byte for byte, so an id means the same text in each.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -33,22 +35,23 @@ from forescale.data.tokenizer import token_bytes
 from forescale.errors import UserError
 from forescale.storage import TABLE
 
-__all__ = ["FORMAT", "MANIFEST", "TOKENIZER", "Damaged", "Dataset", "Split"]
+__all__ = ["FORMAT", "MANIFEST", "TOKENIZER", "Damaged", "Dataset", "Sources", "Split"]
 
 _OPEN = 64  # shards of a split that are kept open at a time
 
 
 class Dataset:
-    """A dataset in a directory, or behind a URL. Opening it reads the manifest alone.
+    """A dataset in a directory or at a URL. Opening it reads the manifest only.
 
-    cache: where parts of a remote one are kept on this machine. Raises UserError where the path
-    holds no dataset, or a damaged manifest.
+    cache: local directory for parts of a remote dataset. Raises UserError if the path holds no
+    dataset or the manifest is damaged.
     """
 
     def __init__(self, path: str | Path, cache: Path | None = None, cache_bytes: int = CACHE_BYTES):
+        """Read and verify the manifest."""
         self._store = open_store(path, cache, cache_bytes)
-        self.where = self._store.where  # as messages name it
-        self.path = Path(self.where)  # of a local one
+        self.where = self._store.where  # for messages
+        self.path = Path(self.where)  # only valid for a local dataset
         if not self._store.exists(MANIFEST):
             there = "://" not in self.where and self.path.is_dir()
             what = f"not a dataset (no {MANIFEST})" if there else "no such dataset"
@@ -58,8 +61,10 @@ class Dataset:
         version = self.manifest.get("format")
         if version != FORMAT:
             older = isinstance(version, int) and version < FORMAT
-            todo = "build it again" if older else "install a newer version"
-            raise UserError(self.where, f"its format {version} is unknown to this version", todo)
+            todo = "build it again" if older else "install a newer version of forescale"
+            raise UserError(
+                self.where, f"this version of forescale can't read its format {version}", todo
+            )
 
     def _json(self, name: str, raw: bytes) -> dict[str, Any]:
         try:
@@ -72,20 +77,20 @@ class Dataset:
         return value
 
     def _verified(self, name: str) -> bytes:
-        """A small file, whole, as the table of files has it."""
+        """Return a small file, compared with the table of files."""
         where, entry = f"{self.where}/{name}", self._table.get(name)
         if not isinstance(entry, dict):
             raise UserError(where, f"not listed in {TABLE}", RESTORE)
         raw = self._store.read(name)
         if len(raw) != entry.get("size") or _sha256(raw) != entry.get("sha256"):
-            raise UserError(where, f"damaged: its sha256 isn't the one in {TABLE}", RESTORE)
+            raise UserError(where, f"damaged: its size or sha256 differs from {TABLE}", RESTORE)
         return raw
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over all that decides which tokens come: shards, dtype, tokenizer.
+        """sha256 over everything that decides the tokens: shards, dtype, tokenizer.
 
-        Equal for equal data; baselines, reports and paths have no part in it.
+        Equal for equal data; baselines, reports and paths aren't included.
         """
         m = self.manifest
         shards = {
@@ -102,6 +107,7 @@ class Dataset:
 
     @property
     def vocab_size(self) -> int:
+        """Number of vocabulary entries."""
         return self.manifest["tokenizer"]["vocab_size"]
 
     @property
@@ -111,11 +117,12 @@ class Dataset:
 
     @cached_property
     def tokenizer_json(self) -> bytes:
-        """The tokenizer's file, verified."""
+        """The bytes of tokenizer.json, verified."""
         return self._verified(TOKENIZER)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer, without truncation and padding."""
         tokenizer = Tokenizer.from_buffer(self.tokenizer_json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -123,24 +130,28 @@ class Dataset:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each token id, int64 of shape (vocab_size,); special tokens 0."""
+        """Number of UTF-8 bytes of each token id, int64 of shape (vocab_size,); 0 for special
+        tokens."""
         return token_bytes(self.tokenizer, f"{self.where}/{TOKENIZER}")
 
     def split(self, name: str) -> "Split":
+        """Return a split by its name. Raises UserError if there is no such split."""
         if name not in self.manifest["splits"]:
             have = ", ".join(self.manifest["splits"])
-            raise UserError(self.where, f"has no split {name!r}", f"it has {have}")
+            raise UserError(self.where, f"has no split {name!r}", f"choose one of: {have}")
         return Split(self._store, name, self.manifest["splits"][name], self.manifest["dtype"])
 
 
 class Split:
-    """One split of a dataset: shards of tokens, read at any position.
+    """One split of a dataset: shards of tokens, readable at any position.
 
-    num_tokens (with one end-of-text a document), num_documents, num_bytes (UTF-8 of the documents),
-    shard_tokens; dtype: of the tokens read, in native order. Reading is safe from several threads.
+    num_tokens (including one end-of-text token per document), num_documents, num_bytes (UTF-8 bytes
+    of the documents), shard_tokens (tokens of every shard); dtype: of the tokens read, in native
+    byte order. Reading is safe from several threads.
     """
 
     def __init__(self, store: Store, name: str, manifest: dict[str, Any], dtype: str):
+        """manifest: the split's part of the manifest; dtype: of the stored tokens."""
         stored = np.dtype(dtype)
         self._stored = stored.newbyteorder("<") if dtype == stored.name else stored
         self.name, self.dtype = name, self._stored.newbyteorder("=")
@@ -150,50 +161,43 @@ class Split:
         self.shard_tokens: list[int] = [s["tokens"] for s in manifest["shards"]]
         self._store, self._rows = store, manifest["shards"]
         places = [store.where, *(row["file"] for row in self._rows)]
-        self.is_remote = any("://" in place for place in places)  # then `will_read` is worth a call
+        self.is_remote = any("://" in place for place in places)  # then `will_read` is useful
         self.shard = lru_cache(_OPEN)(self._open)  # an evicted shard closes with its last reader
 
     def _open(self, shard: int) -> Shard:
         return Shard(self._store, self._rows[shard], self._stored, self.name, shard)
 
     def shard_name(self, shard: int) -> str:
-        """The file that holds the shard."""
+        """Return the name of the file that holds the shard."""
         return self._rows[shard]["file"]
 
     def read(self, shard: int, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of a shard, of shape (length,). Raises Damaged, naming
-        file and member, where they can't be read or aren't what was written."""
+        """Return tokens [start, start + length) of a shard, shape (length,).
+
+        Raises Damaged, naming file and member, if they can't be read or differ from what was
+        written.
+        """
         tokens = np.empty(length, self.dtype)
         self.shard(shard).read_into(start, tokens)
         return tokens
 
     def read_into(self, shard: int, start: int, out: np.ndarray) -> None:
-        """`read` into an array, shape (length,), of any dtype that holds the ids."""
+        """Like `read`, into an array of shape (length,) and any dtype that holds the ids."""
         self.shard(shard).read_into(start, out)
 
-    def read_rows(self, shard: np.ndarray, start: np.ndarray, out: np.ndarray) -> None:
-        """`read` many of one length at a time, the fastest way: window i into row i of `out`,
-        shape (n, length), of any dtype that holds the ids. shard, start: shape (n,)."""
-        rows: dict[int, tuple[list[int], list[int]]] = {}
-        for row, (number, first) in enumerate(zip(shard.tolist(), start.tolist(), strict=True)):
-            group = rows.get(number) or rows.setdefault(number, ([], []))
-            group[0].append(row)
-            group[1].append(first)
-        for number, group in rows.items():
-            self.shard(number).read_rows(*group, out)
-
     def document_ends(self, shard: int, start: int, length: int) -> np.ndarray:
-        """Where documents end inside [start, start + length): exclusive and relative to start, in
+        """Return the document ends inside [start, start + length): exclusive, relative to start, in
         (0, length]; int64, ascending. Raises Damaged."""
         return self.shard(shard).document_ends(start, length)
 
     def members(self, shard: int, start: int, length: int) -> list[str]:
-        """Keys of the members that hold these tokens; reads the index alone."""
+        """Return the keys of the members that hold these tokens; reads only the index."""
         opened = self.shard(shard)
         return [opened.members[at].key for at in opened.touched(start, length)]
 
     def will_read(self, shard: np.ndarray, start: np.ndarray, length: np.ndarray) -> None:
-        """A hint of what is read next, in this order; free where the files are local."""
+        """Announce windows that will be read next, in this order, so that remote ones can be
+        prefetched; costs nothing for local files."""
         shards = {number: self.shard(number) for number in set(shard.tolist())}
         if all(opened.is_local for opened in shards.values()):
             return
@@ -201,6 +205,100 @@ class Split:
         for number, group in groupby(windows, key=lambda window: window[0]):
             ranges = [r for window in group for r in shards[number].byte_ranges(*window[1:])]
             shards[number].file.will_read(ranges)
+
+
+class Sources:
+    """One or several datasets by name, with their common properties as attributes.
+
+    Raises UserError if their tokenizers differ.
+    """
+
+    def __init__(self, datasets: Mapping[str, Dataset]):
+        """datasets: not empty."""
+        self.datasets = dict(datasets)
+        (_, self.first), *rest = self.datasets.items()
+        for name, dataset in rest:
+            if _tokenizer(dataset) != _tokenizer(self.first):
+                raise UserError(
+                    f"data.sources.{name}",
+                    f"{dataset.where} has a different tokenizer than {self.first.where}",
+                    "build both with the same: forescale shards ... tokenizer=DIR/tokenizer.json",
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources."""
+        return list(self.datasets)
+
+    @property
+    def is_mixture(self) -> bool:
+        """True if there is more than one source."""
+        return len(self.datasets) > 1
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of vocabulary entries."""
+        return self.first.vocab_size
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that follows every document."""
+        return self.first.end_of_text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The common tokenizer."""
+        return self.first.tokenizer
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """Number of UTF-8 bytes of each token id, int64 of shape (vocab_size,); 0 for special
+        tokens."""
+        return self.first.token_bytes
+
+    @property
+    def where(self) -> str:
+        """The paths, for messages."""
+        return ", ".join(d.where for d in self.datasets.values())
+
+    @property
+    def identity(self) -> str:
+        """sha256 over everything that decides the tokens; the dataset's own for a single source."""
+        return self._joined({name: d.identity for name, d in self.datasets.items()})
+
+    @property
+    def corpus_hash(self) -> str:
+        """sha256 over the corpus hashes of all sources; the dataset's own for a single source."""
+        return self._joined({name: d.corpus_hash for name, d in self.datasets.items()})
+
+    def _joined(self, hashes: dict[str, str]) -> str:
+        if not self.is_mixture:
+            return next(iter(hashes.values()))
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> dict[str, Split]:
+        """Return the split of this name of every source."""
+        return {source: d.split(name) for source, d in self.datasets.items()}
+
+    def default_weights(self) -> dict[str, float]:
+        """Return weights proportional to the number of training tokens of each source."""
+        return {name: split.num_tokens for name, split in self.split("train").items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return path, identity and corpus hash of every source, as stored with a run."""
+        return {
+            name: {
+                "path": d.where if "://" in d.where else str(Path(d.where).resolve()),
+                "identity": d.identity,
+                "corpus_hash": d.corpus_hash,
+            }
+            for name, d in self.datasets.items()
+        }
+
+
+def _tokenizer(dataset: Dataset) -> tuple[str, int]:
+    described = dataset.manifest["tokenizer"]
+    return described["sha256"], described["end_of_text"]
 
 
 def _sha256(raw: bytes) -> str:

@@ -1,11 +1,11 @@
-"""The sequence that a run reads: sources, their mixture, what is skipped, what is damaged.
+"""The sequence that a run reads: sources, their mixture, skipped samples, damaged members.
 
-    sample indices -> places (mixture, order) -> substitutes for what is damaged -> tokens
+    sample indices -> places (mixture, order) -> substitutes for damaged windows -> tokens
 
-Invariant: the tokens of sample g depend on the data, the configuration and the quarantine alone;
-not on ranks, workers, or where a run was resumed. With the policy `substitute` a window that
-touches a damaged member gives way to another whole one of its source, chosen by (seed, g), of the
-same length; so the targets of a step stay what the order says.
+Invariant: the tokens of sample g depend only on the data, the configuration and the quarantine; not
+on ranks, workers, or where a run was resumed. With the policy `substitute` a window that touches a
+damaged member is replaced by an intact window of the same source and length, chosen by (seed, g);
+so the number of targets of a step doesn't change.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,18 +18,20 @@ import numpy as np
 import xxhash
 
 from forescale.data.dataset import Damaged, Split
-from forescale.data.mixture import Interval, Mixture, Places, without
+from forescale.data.mixture import Interval, Mixture, Places, unskipped
+from forescale.data.objective import NEXT_TOKEN, Objective
 from forescale.data.order import mix64
 from forescale.data.packing_table import Bins
 from forescale.errors import UserError
 
+OnRead = Callable[[str, str], None]  # called with source and shard before a read
 _NONE = np.empty(0, np.int64)
 _SPAN = 1024  # samples
-_TRIES = 1000  # candidates for one window, before a source is said to be lost
+_TRIES = 1000  # candidates for one window before the source counts as lost
 
 
-class Lost(NamedTuple):
-    """A damaged member: its source, its shard's number there and its key in the shard."""
+class LostMember(NamedTuple):
+    """A damaged member: its source, the number of its shard there and its key in the shard."""
 
     source: str
     shard: int
@@ -37,29 +39,34 @@ class Lost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Windows that were read. tokens: (n, L + 1) in the feed's dtype, 0 beyond a short one's end;
-    sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32, the document of each token,
-    counted in its window, or None; begins: (n, L + 1) bool, True for a packed document's first
-    token, which is no target, or None; hash: the sum mod 2^64 of the windows' hashes; lost: members
-    found damaged on the way."""
+class Samples:
+    """Windows that were read.
+
+    numbers: (n,) int64, the global index g of each; tokens: (n, L + 1) in the feed's dtype, 0
+    beyond the end of a short one; sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32,
+    number of each token's document in its window, or None; begins: (n, L + 1) bool, True for a
+    packed document's first token, which is not a target, or None; hash: sum mod 2^64 of the
+    windows' hashes; lost: members found damaged while reading.
+    """
 
     places: Places
+    numbers: np.ndarray
     tokens: np.ndarray
     sizes: np.ndarray
     documents: np.ndarray | None
     begins: np.ndarray | None
     hash: int
-    lost: frozenset[Lost]
+    lost: frozenset[LostMember]
 
 
 def window_hash(g: int, tokens: np.ndarray) -> int:
-    """XXH3-64 of the window's tokens as they lie in memory, unpadded, seeded with g."""
+    """Return XXH3-64 of the window's tokens as stored in memory, without padding, seeded with g."""
     return xxhash.xxh3_64_intdigest(tokens.data, g)
 
 
 def narrow_dtype(vocab_size: int) -> np.dtype:
-    """What ids are kept in, whatever the shards hold them in: equal text has equal hashes."""
+    """Return the dtype for ids, independent of the shards' dtype, so that equal text has equal
+    hashes."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -67,8 +74,9 @@ class Feed:
     """Reads samples by their index.
 
     splits: the training split of each source, by the mixture's names; skipped: intervals of samples
-    that are passed over; substitute: go on beside damage instead of raising; documents: number the
-    documents of each window; bins: of each source, where windows are packed.
+    that are skipped; substitute: replace damaged windows instead of raising; documents: number the
+    documents of each window; bins: for each source, if windows are packed; objective:
+    what is a target.
     """
 
     def __init__(
@@ -81,21 +89,29 @@ class Feed:
         substitute: bool = False,
         documents: bool = False,
         bins: Mapping[str, Bins] | None = None,
+        objective: Objective = NEXT_TOKEN,
         seed: int = 0,
     ):
+        """Nothing is read yet."""
         self.names, self.splits = list(splits), list(splits.values())
         self.mixture, self.skipped = mixture, tuple(skipped)
         self.dtype = narrow_dtype(vocab_size)
         self.substitute, self.documents, self.seed = substitute, documents, seed
+        self.objective = objective
         self.bins = [bins[name] for name in splits] if bins else None
         self._span = lru_cache(4)(self._make_span)
 
     def step(self, g: int, count: int) -> list[Interval]:
-        """The samples of a step of `count` windows that begins at g, skipped ones passed over."""
-        return without(self.skipped, g, count)
+        """Return the samples of a step of `count` windows that begins at g, without skipped
+        ones."""
+        return unskipped(self.skipped, g, count)
 
     def targets(self, intervals: Iterable[Interval]) -> np.ndarray:
-        """Targets of each source in these samples: int64 of shape (sources,)."""
+        """Return the targets of each source in these samples: int64 of shape (sources,)."""
+        if self.objective is not NEXT_TOKEN:
+            places = self._places(intervals)
+            counts = self.objective.num_targets(places.length)
+            return np.bincount(places.source, counts, len(self.names)).astype(np.int64)
         return sum(
             (self.mixture.targets(*interval) for interval in intervals),
             start=np.zeros(len(self.names), np.int64),
@@ -104,13 +120,14 @@ class Feed:
     def read(
         self,
         intervals: Sequence[Interval],
-        quarantine: frozenset[Lost] = frozenset(),
-        at: Callable[[str, str], None] = lambda source, shard: None,
-    ) -> Rows:
-        """The windows of these samples. at: told of the source and shard about to be read.
+        quarantine: frozenset[LostMember] = frozenset(),
+        on_read: OnRead = lambda source, shard: None,
+    ) -> Samples:
+        """Return the windows of these samples.
 
-        Raises UserError for damage, unless it may be substituted; and then where a source has
-        hardly anything else left.
+        quarantine: members known to be damaged; on_read: called with source and shard before each
+        read. Raises UserError for damage, unless it may be substituted; in that case only if almost
+        all of a source is damaged.
         """
         places = self._places(intervals)
         samples = np.concatenate([np.arange(*interval) for interval in intervals])
@@ -121,9 +138,9 @@ class Feed:
         begins = np.zeros((len(samples), length), np.bool_) if self.bins else None
         sizes, known = places.length.copy(), set(quarantine)
         one_by_one = bool(known) or self.documents or self.bins is not None
-        if one_by_one or not self._read_all(places, tokens, at):
+        if one_by_one or not self._read_all(places, tokens, on_read):
             for i, (g, *place) in enumerate(zip(samples.tolist(), *places.lists(), strict=True)):
-                ends = self._read(g, place, known, tokens[i], at)
+                ends = self._read(g, place, known, tokens[i], on_read)
                 if documents is not None:
                     documents[i] = np.searchsorted(ends, np.arange(length), side="right")
                 if begins is not None:
@@ -132,14 +149,13 @@ class Feed:
         windows: Iterable[Any] = tokens
         if short.any():
             windows = (r[:n] for r, n in zip(tokens, sizes.tolist(), strict=True))
-        digest = sum(
-            map(xxhash.xxh3_64_intdigest, windows, samples.tolist())
-        )  # window_hash of each
+        digest = sum(map(window_hash, samples.tolist(), windows))
         lost = frozenset(known - quarantine)
-        return Rows(places, tokens, sizes, documents, begins, digest % 2**64, lost)
+        return Samples(places, samples, tokens, sizes, documents, begins, digest % 2**64, lost)
 
     def _places(self, intervals: Iterable[Interval]) -> Places:
-        """Where these samples lie; worked out for _SPAN at once, as a few cost nearly as much."""
+        """Return where these samples lie; computed for _SPAN samples at once, because a few cost
+        nearly as much."""
         parts = []
         for g, end in intervals:
             while g < end:
@@ -153,8 +169,8 @@ class Feed:
         return self.mixture.places(number * _SPAN, (number + 1) * _SPAN)
 
     def will_read(self, intervals: Iterable[Interval]) -> None:
-        """Have what these samples need fetched, in order, where it lies far away. Only a hint, but
-        it needs the index: raises UserError where that can't be read."""
+        """Prefetch the remote data of these samples, in order. It is only a hint, but needs the
+        index: raises UserError if that can't be read."""
         far = [split.is_remote for split in self.splits]
         for interval in intervals if any(far) else ():
             places = self.mixture.places(*interval)
@@ -164,7 +180,8 @@ class Feed:
                     split.will_read(*self._runs(source, Places(*(c[mine] for c in places))))
 
     def _runs(self, source: int, places: Places) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shard, first token and tokens of all that these windows of one source are made of."""
+        """Return shard, first token and number of tokens of all token runs in these windows of one
+        source."""
         if self.bins is None:
             return places.shard, places.start, places.length
         pieces = [self._pieces(*place) for place in zip(*places.lists(), strict=True)]
@@ -173,18 +190,18 @@ class Feed:
         return shard, runs[:, 0], runs[:, 1]
 
     def _pieces(self, source: int, shard: int, start: int, size: int) -> list[tuple[int, int]]:
-        """(first token, tokens) of all that a window is made of."""
+        """Return (first token, tokens) of all token runs that a window consists of."""
         return self.bins[source].pieces(shard, start, size - 1) if self.bins else [(start, size)]
 
-    def _read_all(self, places: Places, tokens: np.ndarray, at) -> bool:
-        """Read whole windows shard by shard, and short ones. False where one has to be substituted:
-        then `tokens` means nothing yet."""
+    def _read_all(self, places: Places, tokens: np.ndarray, on_read: OnRead) -> bool:
+        """Read full and short windows shard by shard. Return False if one has to be substituted:
+        then the contents of `tokens` are undefined."""
         short = places.length < tokens.shape[1]
         any_short = bool(short.any())
         try:
             for source, shard, rows in _by_shard(places):
                 split = self.splits[source]
-                at(self.names[source], split.shard_name(shard))
+                on_read(self.names[source], split.shard_name(shard))
                 for i in rows[short[rows]].tolist() if any_short else ():
                     split.read_into(shard, int(places.start[i]), tokens[i, : places.length[i]])
                 full = rows[~short[rows]] if any_short else rows
@@ -195,15 +212,17 @@ class Feed:
             return False
         return True
 
-    def _read(self, g: int, place: list[int], known: set[Lost], out: np.ndarray, at) -> np.ndarray:
-        """Read one window or its substitute into `out`; the ends of its pieces where it is packed,
-        else of its documents, if wanted."""
+    def _read(
+        self, g: int, place: list[int], known: set[LostMember], out: np.ndarray, on_read: OnRead
+    ) -> np.ndarray:
+        """Read one window or its substitute into `out`. Return the ends of its pieces if it is
+        packed, otherwise of its documents if requested."""
         source, shard, start, size = place
         split, name = self.splits[source], self.names[source]
         for attempt in range(_TRIES):
             pieces = self._pieces(source, shard, start, size)
             if not any(self._touches(known, name, split, shard, *piece) for piece in pieces):
-                at(name, split.shard_name(shard))
+                on_read(name, split.shard_name(shard))
                 try:
                     ends = np.cumsum([length for _, length in pieces])
                     for end, (first, length) in zip(ends.tolist(), pieces, strict=True):
@@ -214,21 +233,24 @@ class Feed:
                 except Damaged as e:
                     if not self.substitute:
                         raise
-                    known.add(Lost(name, e.shard, e.member))
+                    known.add(LostMember(name, e.shard, e.member))
             shard, start = self._candidate(g, source, size, attempt)
         raise UserError(
             f"source {name}",
-            f"{_TRIES} windows in a row touch damaged members",
+            f"{_TRIES} substitutes in a row touch damaged members",
             "restore the dataset from a copy",
         )
 
     @staticmethod
-    def _touches(known: set[Lost], name: str, split: Split, shard: int, start: int, size: int):
+    def _touches(
+        known: set[LostMember], name: str, split: Split, shard: int, start: int, size: int
+    ):
         hit = {lost.member for lost in known if lost.source == name and lost.shard == shard}
         return bool(hit) and ("" in hit or not hit.isdisjoint(split.members(shard, start, size)))
 
     def _candidate(self, g: int, source: int, size: int, attempt: int) -> tuple[int, int]:
-        """Another window of the source with size - 1 targets, drawn by (seed, g, attempt)."""
+        """Return another window of the source with size - 1 targets, drawn by (seed, g,
+        attempt)."""
         order = self.mixture.orders[source]
         drawn = np.array([(self.seed << 32) ^ (attempt << 48) ^ g], np.uint64)
         while True:
@@ -239,7 +261,7 @@ class Feed:
 
 
 def _by_shard(places: Places) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Source, shard and the rows that lie in it, shard by shard."""
+    """Yield source, shard and the rows of its windows, shard by shard."""
     rows = np.lexsort((places.shard, places.source))
     source, shard = places.source[rows], places.shard[rows]
     turns = np.flatnonzero((source[1:] != source[:-1]) | (shard[1:] != shard[:-1])) + 1

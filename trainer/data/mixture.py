@@ -1,12 +1,13 @@
-"""Several sources as one sequence: whose window, and which, comes at g. Closed form, as order.py.
+"""Several sources as one sequence: for every g the source and its window, in closed form.
 
-A stage holds from its first g on, and gives every source a share. It is laid out in blocks: after k
-windows of a stage each source has had its share of k to within one window (largest remainders), at
-every block's end; inside a block a keyed permutation mixes the sources. A source's own windows come
-in its own order, without a gap, whatever stands between them.
+A stage begins at its first g and gives every source a share. It consists of blocks: after k windows
+of a stage, at every block's end, each source has had its share of k to within one window (largest
+remainders); inside a block a keyed permutation mixes the sources. A source's windows come in the
+source's own order (forescale.data.order) without a gap, whatever comes between them.
 
-Invariant: g -> (source, its next window) depends on the shares, the sources' orders and the seed
-alone; a source's windows are counted through all stages, so an epoch of it has no window twice.
+Invariant: g -> (source, its next window) depends only on the shares, the sources' orders and the
+seed; a source's windows are counted through all stages, so no window is repeated within an epoch of
+the source.
 """
 
 from bisect import bisect_right
@@ -21,13 +22,13 @@ import numpy as np
 
 from forescale.data.order import Order, Permutation
 
-_BLOCK = 1024  # windows at least; more where a share is so small that a block would hold none
+_BLOCK = 1024  # windows at least; more if a share is too small for one window per block
 _LEAST = Fraction(1, 1 << 20)
 Interval = tuple[int, int]
 
 
 class Places(NamedTuple):
-    """Windows as int64 arrays of one length: source, shard, first token, tokens (<= L + 1)."""
+    """Windows as int64 arrays of one length: source, shard, start, length; see order.Windows."""
 
     source: np.ndarray
     shard: np.ndarray
@@ -35,40 +36,43 @@ class Places(NamedTuple):
     length: np.ndarray
 
     def lists(self) -> list[list[int]]:
-        """The columns as Python numbers."""
+        """Return the columns as lists of Python integers."""
         return [column.tolist() for column in self]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """From sample `first` on, sources are drawn by `weights` (of any sum; 0: not at all)."""
+class MixtureStage:
+    """From sample `first` on, sources are drawn by `weights` (with any sum; 0: not at all)."""
 
     first: int
     weights: tuple[Fraction, ...]
 
     @classmethod
-    def of(cls, first: int, weights: Sequence[float]) -> "Stage":
-        """Decimal numbers are taken as they are written: 0.1 is a tenth. Raises ValueError."""
+    def of(cls, first: int, weights: Sequence[float]) -> "MixtureStage":
+        """Return a stage whose weights are exactly the decimal numbers written: 0.1 is one tenth.
+        Raises ValueError if weights are negative, all 0, or a share is below a millionth."""
         exact = tuple(Fraction(str(w)) for w in weights)
         total = sum(exact)
         if total <= 0 or min(exact) < 0:
             raise ValueError("weights must not be negative, nor all of them 0")
         if any(0 < w / total < _LEAST for w in exact):
-            raise ValueError("a share is under a millionth; give it more, or 0")
+            raise ValueError("a share is below a millionth; increase it, or set it to 0")
         return cls(first, exact)
 
 
 class Mixture:
-    """The order of a mixture's windows; `names` of the sources go with `orders`.
+    """The order of a mixture's windows. orders: of every source by name.
 
-    Raises ValueError where stages don't begin at sample 0 or don't follow on each other.
+    Raises ValueError if the stages don't begin at sample 0 or aren't in ascending order.
     """
 
-    def __init__(self, orders: Mapping[str, Order], stages: Sequence[Stage], seed: int):
+    def __init__(self, orders: Mapping[str, Order], stages: Sequence[MixtureStage], seed: int):
+        """Nothing is computed before the first window is requested, except the counts before each
+        stage."""
         self.names, self.orders = list(orders), list(orders.values())
         firsts = [stage.first for stage in stages]
         if not firsts or firsts[0] != 0 or sorted(set(firsts)) != firsts:
-            raise ValueError("stages begin at sample 0, each after the one before it")
+            raise ValueError("stages must begin at sample 0 and be in ascending order")
         self._firsts, self._seed = firsts, seed
         self._stages = [_Shares(stage.weights) for stage in stages]
         self._before = [np.zeros(len(orders), np.int64)]  # each source's windows before a stage
@@ -78,15 +82,17 @@ class Mixture:
 
     @property
     def sequence_length(self) -> int:
+        """Targets of a full window, the same for all sources."""
         return self.orders[0].sequence_length
 
     def samples(self, g: int) -> np.ndarray:
-        """Windows that each source has given before g: int64 of shape (sources,)."""
+        """Return the number of windows that each source has given before g: int64 of shape
+        (sources,)."""
         block = self._block(*self._locate(g))
         return block.base + block.counts(g - block.first)
 
     def places(self, g0: int, g1: int) -> Places:
-        """The windows of [g0, g1), in order."""
+        """Return the windows of [g0, g1), in order."""
         found = Places(*np.empty((4, g1 - g0), np.int64))
         at = g0
         while at < g1:
@@ -104,23 +110,24 @@ class Mixture:
         return found
 
     def targets(self, g0: int, g1: int) -> np.ndarray:
-        """Targets of each source in the windows of [g0, g1): int64 of shape (sources,)."""
+        """Return the targets of each source in the windows of [g0, g1): int64 of shape
+        (sources,)."""
         spans = zip(self.orders, self.samples(g0).tolist(), self.samples(g1).tolist(), strict=True)
         return np.array([order.targets(low, high) for order, low, high in spans], np.int64)
 
     def epochs(self, g: int) -> dict[str, float]:
-        """How often each source has been read before g."""
+        """Return how many times each source has been read before g, by name."""
         windows = zip(self.names, self.orders, self.samples(g).tolist(), strict=True)
         return {name: count / order.windows_per_epoch for name, order, count in windows}
 
     def _locate(self, g: int) -> tuple[int, int]:
-        """The stage and the block in it that hold g."""
+        """Return the stage that holds g, and the number of the block in it."""
         stage = bisect_right(self._firsts, g) - 1
         return stage, min((g - self._firsts[stage]) // self._stages[stage].block, self._last(stage))
 
     def _last(self, stage: int) -> int:
-        """The last block of a stage. It takes in what would be left over: a short block's counts,
-        differences of rounded ones, could fall below 0."""
+        """Return the last block of a stage. It includes the remainder of the stage: the counts of a
+        short block are differences of rounded numbers and could be negative."""
         if stage + 1 == len(self._firsts):
             return 1 << 62
         length = self._firsts[stage + 1] - self._firsts[stage]
@@ -141,30 +148,33 @@ class Mixture:
 
 
 class _Block:
-    """first: its first g; base: each source's windows before it; labels: the source at each g."""
+    """A block of the mixture. first: its first g; base: each source's windows before it; labels:
+    the source at each g."""
 
     def __init__(self, first: int, base: np.ndarray, labels: np.ndarray):
         self.first, self.base, self.labels = first, base, labels
         self._positions = [np.flatnonzero(labels == s) for s in range(len(base))]
 
     def counts(self, position: int) -> np.ndarray:
-        """Windows of each source among the block's first `position`."""
+        """Return the number of windows of each source among the block's first `position`."""
         return np.array([np.searchsorted(p, position) for p in self._positions], np.int64)
 
 
 class _Shares:
-    """Whole windows out of shares: Hamilton's method of largest remainders, in exact integers."""
+    """Converts shares to whole windows: Hamilton's method of largest remainders, in exact
+    integers."""
 
     def __init__(self, weights: Sequence[Fraction]):
         denominator = lcm(*(w.denominator for w in weights))
         self._weights = [int(w * denominator) for w in weights]
         self._total = sum(self._weights)
-        # Two windows at least of the rarest: then no difference of rounded counts is negative.
+        # At least two windows of the rarest: then no difference of rounded counts is negative.
         rarest = min(w for w in self._weights if w)
         self.block = max(_BLOCK, ceil(Fraction(2 * self._total, rarest)))
 
     def counts(self, windows: int) -> np.ndarray:
-        """Each source's part of the first `windows`, within one of its share: int64."""
+        """Return each source's part of the first `windows` windows, within one of its share:
+        int64."""
         parts = [divmod(w * windows, self._total) for w in self._weights]
         counts = [whole for whole, _ in parts]
         by_rest = sorted(range(len(parts)), key=lambda i: -parts[i][1])
@@ -173,10 +183,10 @@ class _Shares:
         return np.array(counts, np.int64)
 
 
-def without(skipped: Sequence[Interval], g: int, count: int) -> list[Interval]:
-    """The next `count` samples from g on that lie in no skipped interval, as intervals.
+def unskipped(skipped: Sequence[Interval], g: int, count: int) -> list[Interval]:
+    """Return the next `count` samples from g on that lie in no skipped interval, as intervals.
 
-    skipped: half-open, sorted, not overlapping.
+    skipped: half-open intervals, sorted, not overlapping.
     """
     found: list[Interval] = []
     for a, b in _gaps(skipped, g):
@@ -190,7 +200,8 @@ def without(skipped: Sequence[Interval], g: int, count: int) -> list[Interval]:
 
 
 def _gaps(skipped: Sequence[Interval], g: int) -> Iterator[Interval]:
-    """What is not skipped from g on; the last gap has no end."""
+    """Yield the intervals from g on that aren't skipped; the last one has no practical end
+    (2^62)."""
     for a, b in skipped:
         if b > g:
             yield g, max(g, a)
@@ -198,8 +209,8 @@ def _gaps(skipped: Sequence[Interval], g: int) -> Iterator[Interval]:
     yield g, 1 << 62
 
 
-def united(intervals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Half-open intervals of samples as sorted ones that neither overlap nor touch."""
+def merged_intervals(intervals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return half-open intervals of samples, sorted and merged so that none overlap or touch."""
     made: list[tuple[int, int]] = []
     for first, end in sorted(tuple(i) for i in intervals):
         if made and first <= made[-1][1]:

@@ -1,17 +1,17 @@
-"""Which window comes when: closed form, for any g, with no state but g itself.
+"""Which window comes when: closed form for any g, with no state except g itself.
 
-Windows are cut within a shard with stride L and hold L + 1 tokens, so that every token but a
-shard's first is a target exactly once an epoch; a shard's last window may be shorter. Epoch e
+Windows are cut within a shard with stride L and hold L + 1 tokens, so that every token except a
+shard's first is a target exactly once per epoch; a shard's last window may be shorter. Epoch e
 permutes the shards and takes them in blocks of `shuffle_shards`; inside a block a keyed permutation
-picks the window. Both are Feistel networks, keyed by (seed, epoch, block).
+chooses the window. Both are Feistel networks, keyed by (seed, epoch, block).
 
-Invariant: over any epoch, g -> window is a bijection; it depends on the shards' token counts, L,
-seed and shuffle_shards alone: not on ranks, workers, or where a run was resumed.
+Invariant: over any epoch, g -> window is a bijection; it depends only on the shards' token counts,
+L, seed and shuffle_shards: not on ranks, workers, or where a run was resumed.
 """
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple, Protocol
@@ -24,33 +24,37 @@ _ROUNDS = 8
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) over an array of uint64."""
+    """Return SplitMix64's finaliser (Steele, Lea, Flood 2014) of an array of uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 class Permutation:
     """A keyed bijection of range(n), n < 2^62: a Feistel network over a grid of a x b >= n cells.
 
-    Halves are added modulo a and b, so the grid is hardly larger than n (by less than its side),
-    and walking the cycle past the few cells beyond n is rare.
+    The halves are added modulo a and b, so the grid is hardly larger than n (by less than its
+    side). Cells beyond n are rare; they are mapped again until the result is below n (cycle
+    walking).
     """
 
     def __init__(self, n: int, *key: int | str):
+        """key: any integers and strings; equal keys give equal permutations."""
         a = isqrt(n) + 1
         self._n, self._a, self._b = np.uint64(n), np.uint64(a), np.uint64(-(-n // a))
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = np.frombuffer(digest, "<u8").astype(np.uint64)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Where positions go; int64 in [0, n), any shape."""
+        """Return the images of positions x; int64 in [0, n), any shape."""
         return self._walk(x, self._forward)
 
     def inverse(self, y: np.ndarray) -> np.ndarray:
+        """Return the positions whose images are y; int64, any shape."""
         return self._walk(y, self._backward)
 
-    def _walk(self, x: np.ndarray, step) -> np.ndarray:
+    def _walk(self, x: np.ndarray, step: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         x = step(np.asarray(x).astype(np.uint64))
         while (beyond := x >= self._n).any():
             x[beyond] = step(x[beyond])
@@ -72,42 +76,52 @@ class Permutation:
 
 
 class Windows(NamedTuple):
-    """Windows as arrays of one length: shard, first token in it (or the number of its bin there),
-    targets + 1 (L + 1, or fewer), which of a window is the number of its tokens."""
+    """Windows as arrays of one length.
+
+    shard; start: first token in the shard, or the number of the bin in it; length: tokens in the
+    window, targets + 1 (L + 1 or fewer).
+    """
 
     shard: np.ndarray
     start: np.ndarray
     length: np.ndarray
 
 
-class Cut(Protocol):
-    """How shards are cut into windows. counts: windows of each shard; targets: what of its tokens
-    is a target in them; int64 of shape (shards,)."""
+class WindowCutter(Protocol):
+    """How shards are cut into windows.
+
+    counts: windows of each shard; targets: number of target tokens of each shard; int64 of shape
+    (shards,).
+    """
 
     counts: np.ndarray
     targets: np.ndarray
 
     def short(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of these shards' windows, counted side by side, have fewer than L targets,
-        ascending; and how many fewer. int64 each, of one shape."""
+        """Return which of these shards' windows, numbered consecutively over the shards, have fewer
+        than L targets, ascending, and how many are missing; int64 each, of one shape."""
 
     def cut(self, shard: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First token, or what stands for it, and targets + 1 of windows by shard and number."""
+        """Return start (see Windows) and length (targets + 1) of windows given by shard and
+        number."""
 
 
 class Strides:
-    """A Cut with stride L; a shard's last window has the rest."""
+    """Cuts windows with stride L; the last window of a shard holds the rest."""
 
     def __init__(self, shard_tokens: Sequence[int], sequence_length: int):
+        """shard_tokens: tokens of every shard."""
         self._length, self._tokens = sequence_length, np.array(shard_tokens, np.int64)
         self.targets = np.maximum(self._tokens - 1, 0)
         self.counts = -(-self.targets // sequence_length)
 
     def short(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See WindowCutter: the last window of every shard, even if nothing is missing."""
         counts = self.counts[shards]
         return np.cumsum(counts) - 1, counts * self._length - self.targets[shards]
 
     def cut(self, shard: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return first token and number of tokens of windows given by shard and number."""
         start = number * self._length
         return start, np.minimum(self._length + 1, self._tokens[shard] - start)
 
@@ -115,8 +129,8 @@ class Strides:
 class Order:
     """The order of a split's windows.
 
-    shard_tokens: tokens of every shard; bins: packed ones, instead of windows of one stride. Raises
-    UserError where no shard holds two tokens.
+    shard_tokens: tokens of every shard; bins: cutter for packed windows, instead of windows of one
+    stride. Raises UserError if no shard holds two tokens.
     """
 
     def __init__(
@@ -125,31 +139,35 @@ class Order:
         sequence_length: int,
         seed: int,
         shuffle_shards: int,
-        bins: Cut | None = None,
+        bins: WindowCutter | None = None,
     ):
+        """Nothing is computed before the first window is requested, except the number of
+        windows."""
         if sequence_length < 1 or shuffle_shards < 1:
             raise UserError(
-                "train.sequence_length, data.shuffle_shards", "must be positive", "take 1 or more"
+                "train.sequence_length, data.shuffle_shards",
+                "must be positive",
+                "set both to 1 or more",
             )
         self.sequence_length, self.seed = sequence_length, seed
         self.shuffle_shards = shuffle_shards
-        self._cut: Cut = bins or Strides(shard_tokens, sequence_length)
+        self._cut: WindowCutter = bins or Strides(shard_tokens, sequence_length)
         self._windows = self._cut.counts
-        self._short = self._windows * sequence_length - self._cut.targets  # what its windows lack
+        self._short = self._windows * sequence_length - self._cut.targets  # missing targets
         self.windows_per_epoch = int(self._windows.sum())
         self.targets_per_epoch = int(self._cut.targets.sum())
         if not self.windows_per_epoch:
-            raise UserError("the training split", "holds no two tokens in a row", "give more text")
+            raise UserError("the training split", "has no shard with two tokens", "give more text")
         self._epoch = lru_cache(4)(self._make_epoch)
         self._block = lru_cache(16)(self._make_block)
 
     def window(self, g: int) -> tuple[int, int, int]:
-        """(shard, first token, tokens) of global sample index g."""
+        """Return (shard, start, length) of global sample index g; see Windows."""
         w = self.windows(g, g + 1)
         return int(w.shard[0]), int(w.start[0]), int(w.length[0])
 
     def windows(self, g0: int, g1: int) -> Windows:
-        """Windows of [g0, g1), in order, as int64 arrays of shape (g1 - g0,)."""
+        """Return the windows of [g0, g1) in order; int64 arrays of shape (g1 - g0,)."""
         parts = []
         while g0 < g1:
             epoch, position = divmod(g0, self.windows_per_epoch)
@@ -165,14 +183,15 @@ class Order:
         )
 
     def targets(self, g0: int, g1: int) -> int:
-        """Targets in windows [g0, g1): (g1 - g0) * L but for what short ones lack.
+        """Return the number of targets in windows [g0, g1): (g1 - g0) * L minus the missing targets
+        of short windows.
 
-        Costs a look-up in one or two blocks, however far apart g0 and g1 are.
+        Costs a lookup in one or two blocks, however far apart g0 and g1 are.
         """
         return (g1 - g0) * self.sequence_length - self._lacking(g1) + self._lacking(g0)
 
     def _lacking(self, g: int) -> int:
-        """Targets that the windows before g lack."""
+        """Return the number of targets missing in the windows before g."""
         epoch, position = divmod(g, self.windows_per_epoch)
         whole = self.windows_per_epoch * self.sequence_length - self.targets_per_epoch
         order = self._epoch(epoch)
@@ -208,14 +227,15 @@ class Order:
 
 
 class _Epoch(NamedTuple):
-    """The blocks of shards of one epoch; for each the windows and lacking targets before it."""
+    """The blocks of shards of one epoch; for each block the windows and missing targets before
+    it."""
 
     blocks: list[np.ndarray]
     firsts: list[int]
     lacking: list[int]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The block that holds a position of the epoch, and the position inside it."""
+        """Return the block that holds a position of the epoch, and the position inside it."""
         block = bisect_right(self.firsts, position) - 1
         return block, position - self.firsts[block]
 
@@ -233,12 +253,12 @@ class _Block:
         self.shards, self.windows = shards, int(windows.sum())
         self.firsts = np.cumsum(windows) - windows
         self.permutation = Permutation(self.windows, *key)
-        which, lacks = short  # where those come in the block, and what they lack up to there:
+        which, lacks = short  # below sorted by position, cumulated
         positions = self.permutation.inverse(which)
         order = np.argsort(positions)
         self._positions = positions[order]
         self._lacking = np.concatenate([[0], np.cumsum(lacks[order])])
 
     def lacking(self, position: int) -> int:
-        """Targets that the block's windows before a position lack."""
+        """Return the number of targets missing in the block's windows before a position."""
         return int(self._lacking[np.searchsorted(self._positions, position)])

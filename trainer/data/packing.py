@@ -1,17 +1,18 @@
-"""Best-fit packing: whole documents side by side in windows, as a table.
+"""Best-fit packing: a table that places whole documents side by side in windows.
 
-Cutting windows out of one long sequence cuts most documents in two. Here only a document that is
-longer than a window is cut, and the pieces are laid into bins, each a window of at most L + 1
-tokens, by best fit decreasing: longest first, each into the fullest bin that has room (Ding et al.
-2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830). Documents are moved, so a
-bin is no run of tokens but a list of them.
+Cutting windows out of one long sequence splits most documents. Here only documents longer than a
+window are split, and the pieces are placed in bins, each a window of at most L + 1 tokens, by best
+fit decreasing: longest first, each into the fullest bin that has room (Ding et al. 2024, "Fewer
+Truncations Improve Language Modeling", arXiv 2404.10830). So a bin is a list of token runs, not one
+run.
 
-Pieces of a long document overlap by one token: it is the last target of one and the first input of
-the next. The first token of a piece is no target where others stand before it in the bin: what
-comes before belongs to another document. So a document of one token has no target, and no place.
+Pieces of a long document overlap by one token: it is the last target of one piece and the first
+input of the next. The first token of a piece is not a target if another piece precedes it in the
+bin, because the tokens before it belong to another document. So a document of one token has no
+target and isn't placed.
 
-Invariant: every token but a document's first is a target exactly once, and no bin holds more than
-L + 1 tokens; the table depends on the documents' lengths and L alone.
+Invariant: every token except a document's first is a target exactly once, and no bin holds more
+than L + 1 tokens; the table depends only on the documents' lengths and L.
 """
 
 from bisect import bisect_left, insort
@@ -22,11 +23,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packing:
-    """Bin b holds pieces [offsets[b], offsets[b + 1]): piece i is tokens [starts[i], starts[i] +
-    lengths[i]), counted from the first document's first.
+    """A packing table. Bin b holds pieces [offsets[b], offsets[b + 1]); piece i is tokens
+    [starts[i], starts[i] + lengths[i]), counted from the first token of the first document.
 
-    Pieces stand in a bin as they stand in the data, and bins by their first piece. offsets: int64
-    of shape (bins + 1,); starts: int64 and lengths: int32 of shape (pieces,).
+    Pieces in a bin have the order of the data; bins are ordered by their first piece. offsets:
+    int64 of shape (bins + 1,); starts: int64 and lengths: int32 of shape (pieces,).
     """
 
     sequence_length: int
@@ -36,11 +37,12 @@ class Packing:
 
     @property
     def num_bins(self) -> int:
+        """Number of bins."""
         return len(self.offsets) - 1
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are targets, in all bins: all but the first of every piece."""
+        """Target tokens in all bins: all tokens except the first of every piece."""
         return int(self.targets.sum())
 
     @property
@@ -48,28 +50,23 @@ class Packing:
         """Targets of each bin: int64 of shape (bins,), from 1 to L."""
         return np.add.reduceat(self.lengths - 1, self.offsets[:-1], dtype=np.int64)
 
-    @property
-    def waste(self) -> float:
-        """The share of the bins' positions that hold no target, padding and first tokens alike."""
-        return 1 - self.num_targets / max(self.num_bins * self.sequence_length, 1)
-
     def pieces(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and lengths of a bin's pieces."""
+        """Return starts and lengths of a bin's pieces."""
         of = slice(self.offsets[number], self.offsets[number + 1])
         return self.starts[of], self.lengths[of]
 
 
 def pack(document_lengths: np.ndarray, sequence_length: int) -> Packing:
-    """The table of consecutive documents of these lengths (in tokens, shape (documents,)).
+    """Return the table for consecutive documents of these lengths (in tokens, shape (documents,)).
 
-    Raises ValueError for a length or an L below 1.
+    Raises ValueError if a length or L is below 1.
     """
     if sequence_length < 1 or (len(document_lengths) and document_lengths.min() < 1):
-        raise ValueError("documents and windows hold a token at least")
+        raise ValueError("documents and windows must hold at least one token")
     starts, lengths = _cut(np.asarray(document_lengths, np.int64), sequence_length)
     starts, lengths = starts[lengths > 1], lengths[lengths > 1]
     bins = _best_fit_decreasing(lengths, sequence_length + 1)
-    # Pieces are in the order of the data, so a bin's first is where its number appears first.
+    # Pieces are in the order of the data: a bin's first piece is where its number appears first.
     _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
     number = np.empty(len(first), np.int64)
     number[np.argsort(first)] = np.arange(len(first))
@@ -80,8 +77,8 @@ def pack(document_lengths: np.ndarray, sequence_length: int) -> Packing:
 
 
 def _cut(documents: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of the pieces, in the order of the data: L + 1 tokens each with stride L,
-    a document's last piece the rest of it."""
+    """Return starts and lengths of the pieces in the order of the data: L + 1 tokens each with
+    stride L, the last piece of a document is shorter."""
     counts = np.maximum(-(-(documents - 1) // sequence_length), 1)
     piece = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     skipped = piece * sequence_length
@@ -90,12 +87,12 @@ def _cut(documents: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.nd
 
 
 def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each piece, numbered as they are opened: int64 of shape (pieces,).
+    """Return the bin of each piece, numbered in the order of opening: int64 of shape (pieces,).
 
-    Pieces of one length are placed together, into all bins with the same room at a time: a piece
-    that still fits beside the one before it would be put there next, since no other room is as
-    small. So bins with room r take r // length pieces each, which leaves too little for another,
-    and the work is some numpy calls for every length, not for every piece.
+    Pieces of one length are placed together, into all bins with the same room at a time. If a piece
+    still fits beside the one just placed, best fit would choose that bin next, because no other
+    room is as small. So bins with room r take r // length pieces each, which leaves too little room
+    for another one, and the work is a few numpy calls per length instead of per piece.
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
@@ -125,20 +122,22 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class _Rooms:
-    """Open bins by the tokens that they still have room for."""
+    """Open bins, grouped by their remaining room in tokens."""
 
     def __init__(self) -> None:
         self._sorted: list[int] = []
         self._bins: dict[int, list[np.ndarray]] = {}
 
     def add(self, room: int, bins: np.ndarray) -> None:
+        """Add bins with this remaining room; full bins are dropped."""
         if room and len(bins):
             if room not in self._bins:
                 insort(self._sorted, room)
             self._bins.setdefault(room, []).append(bins)
 
     def take(self, size: int) -> tuple[int, np.ndarray] | None:
-        """The least room that is enough, with all bins that have it, which are taken out."""
+        """Remove and return the smallest sufficient room and all bins that have it; None if there
+        is none."""
         at = bisect_left(self._sorted, size)
         if at == len(self._sorted):
             return None

@@ -1,16 +1,16 @@
-"""The packing tables of a split, a shard each: made once, kept in the cache, read shard by shard.
+"""The packing tables of a split, one per shard: computed once, kept in the cache, read per shard.
 
     each shard's table    offsets <i8, starts <i8, lengths <i4 (forescale.data.packing.Packing)
-    head                  JSON: what was packed; of each shard bins, pieces, targets, XXH3 of its
-                          table
-    end                   sha256 of the head, 32 bytes; its length, <u8
+    head                  JSON: what was packed; for each shard bins, pieces, targets and the XXH3
+                          of its table
+    end                   sha256 of the head, 32 bytes; length of the head, <u8
 
-Documents are packed within their shard, and what a shard has of a document whose other part lies
-elsewhere is packed as a document of its own.
+Documents are packed within their shard. If a document continues in another shard, each part is
+packed as a document of its own.
 
-Invariant: the tables follow from the dataset's identity, the split and L; none is used before its
-checksum has been compared with the head's, and the head's with the end's. A table that is half
-written has no name.
+Invariant: the tables depend only on the dataset's identity, the split and L; a table is used only
+after it was compared with its checksum in the head, and the head with the end. A file that is only
+partly written never has its final name.
 """
 
 import hashlib
@@ -31,15 +31,15 @@ from forescale.data.remote.store import LocalFile
 from forescale.errors import UserError
 from forescale.storage import HashingFile, fsync_path
 
-_VERSION = 1  # raise it with any change of what `pack` makes, too
+_VERSION = 1  # increase it also if the result of `pack` changes
 _DTYPES = tuple(map(np.dtype, ("<i8", "<i8", "<i4")))  # offsets, starts, lengths
 _SHA256, _LENGTH = 32, 8  # bytes at the end
-_OPEN = 64  # tables that are kept in memory, some 32 KiB for each million tokens
-_AGAIN = "delete it: it is made again"
+_OPEN = 64  # tables kept in memory, about 32 KiB per million tokens
+_AGAIN = "delete the file; it is computed again"
 
 
 class _Row(NamedTuple):
-    """Of one shard, as the head has it."""
+    """The head's entry for one shard."""
 
     bins: int
     pieces: int
@@ -53,17 +53,19 @@ class _Row(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, int, int]:
+        """Number of offsets, starts and lengths."""
         return self.bins + 1, self.pieces, self.pieces
 
 
 def open_bins(
     split: Split, sequence_length: int, identity: str, cache: Path, progress: Progress = silent
 ) -> "Bins":
-    """The bins of a split for windows of this length, packed now if the cache hasn't got them.
+    """Return the bins of a split for windows of this length; pack them first if they aren't in the
+    cache.
 
-    identity: the dataset's. Reads all document ends where it packs: about 20 ms for 16 M tokens,
-    and the memory of one shard's documents. Raises UserError for a damaged table, and what reading
-    a shard raises.
+    identity: the dataset's. Packing reads all document ends: about 20 ms for 16 M tokens, and the
+    memory of one shard's documents. Raises UserError for a damaged table, and the errors of reading
+    a shard.
     """
     name = f"{identity[:32]}-{split.name}-{sequence_length}.v{_VERSION}"
     path = Path(cache) / "packing" / name
@@ -75,14 +77,16 @@ def open_bins(
 
 
 class Bins:
-    """Bin b of shard s: a list of runs of the shard's tokens, one training sequence.
+    """Bins of a split. Bin b of shard s is a list of token runs of the shard, one training
+    sequence.
 
-    counts: bins of each shard; targets: what of its tokens is a target; int64 of shape (shards,).
-    made: what the file must say that it was made of. Raises UserError where it doesn't, or is
-    damaged. Reading is safe from several threads.
+    counts: bins of each shard; targets: number of target tokens of each shard; int64 of shape
+    (shards,). made: what the file must have been made of. Raises UserError if the file is damaged
+    or was made of something else. Reading is safe from several threads.
     """
 
     def __init__(self, path: Path, made: dict[str, Any], sequence_length: int):
+        """Open the file and read its head."""
         self.path, self.sequence_length = path, sequence_length
         self._file = LocalFile(path)
         self._rows = self._head(made)
@@ -92,16 +96,16 @@ class Bins:
         self.table = lru_cache(_OPEN)(self._table)
 
     def short(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of these shards' bins, counted side by side, have fewer than L targets, ascending;
-        and how many fewer. int64 each, of one shape."""
+        """Return which of these shards' bins, numbered consecutively over the shards, have fewer
+        than L targets, ascending, and how many are missing; int64 each, of one shape."""
         targets = [self.table(shard).targets for shard in shards.tolist()]
         lacking = self.sequence_length - np.concatenate(targets)
         which = np.flatnonzero(lacking)
         return which, lacking[which]
 
     def cut(self, shard: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of bins by shard and number, what stands for a window's first token, the number, and for
-        its length, the bin's targets and one: int64 of that shape each."""
+        """Return, for bins given by shard and number, the number (in place of a window's first
+        token) and the bin's targets + 1 (in place of its length); int64, same shape."""
         length = np.empty_like(number)
         for one in np.unique(shard).tolist():
             here = shard == one
@@ -109,9 +113,10 @@ class Bins:
         return number, length
 
     def pieces(self, shard: int, number: int, targets: int | None = None) -> list[tuple[int, int]]:
-        """(first token in the shard, tokens) of a bin's pieces, in order, two tokens at least each.
+        """Return (first token in the shard, tokens) of a bin's pieces in order, at least two tokens
+        each.
 
-        targets: take pieces only until they have so many; the bin must have them.
+        targets: take pieces only up to this number of targets; the bin must have at least as many.
         """
         pieces = list(zip(*(a.tolist() for a in self.table(shard).pieces(number)), strict=True))
         if targets is None:
@@ -147,10 +152,10 @@ class Bins:
                 head = json.loads(text)
                 rows = [_Row(*row) for row in head.pop("shards")]
                 if head != made:
-                    raise UserError(str(self.path), "isn't of what its name says", _AGAIN)
+                    raise UserError(str(self.path), "its contents don't match its name", _AGAIN)
                 if sum(row.size for row in rows) + length + end == self._file.size:
                     return rows
-        raise UserError(str(self.path), "damaged: its end isn't that of a packing table", _AGAIN)
+        raise UserError(str(self.path), "damaged: it doesn't end like a packing table", _AGAIN)
 
     def _read(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)
@@ -161,8 +166,8 @@ class Bins:
 def _tables(split: Split, sequence_length: int, progress: Progress) -> Iterator[Packing]:
     done, total = 0, sum(split.shard_tokens)
     for shard, tokens in enumerate(split.shard_tokens):
-        # Ends in order, each once, whatever a foreign corpus has; the rest of a shard whose last
-        # document goes on elsewhere.
+        # Sorted and unique even for a foreign corpus; the shard's end is added in case its last
+        # document continues in another shard.
         ends = np.unique(np.append(split.document_ends(shard, 0, tokens), tokens))
         yield pack(np.diff(ends[ends > 0], prepend=0), sequence_length)
         done += tokens
@@ -170,7 +175,8 @@ def _tables(split: Split, sequence_length: int, progress: Progress) -> Iterator[
 
 
 def _write(path: Path, made: dict[str, Any], tables: Iterator[Packing]) -> None:
-    """Several processes may do so at a time: all write the same."""
+    """Write the file atomically. Several processes may do this at the same time: all write the same
+    bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows: list[_Row] = []
     try:

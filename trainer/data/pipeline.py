@@ -1,14 +1,14 @@
-"""Making batches ahead of their consumer, in order, with one quarantine for all ranks.
+"""Prepare batches ahead of their consumer, in order, with the same quarantine on all ranks.
 
-    plan -> workers (threads, some steps at once) -> coordinator (agrees, in order) -> consumer
+    plan -> workers (threads, several steps at once) -> coordinator (agrees, in order) -> consumer
 
-Workers are threads: reading, hashing and copying leave the interpreter's lock, nothing is copied
-between processes, and a thread can't be killed without a word. At most `workers` + _READY batches
-are held.
+Workers are threads: reading, hashing and copying release the interpreter's lock, nothing is copied
+between processes, and a thread can't be killed unnoticed. At most `workers` + _READY batches are
+held.
 
 Invariant: batches come in the order of the plan, each made with the quarantine that all ranks
-agreed on at that very step; so a member that one rank finds damaged is substituted on all ranks
-from the same step on, however far each had read ahead.
+agreed on at that step; so a member that one rank finds damaged is substituted on all ranks from the
+same step on, however far each had read ahead.
 """
 
 import threading
@@ -20,52 +20,55 @@ from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from forescale.data.feed import Lost
+from forescale.data.feed import LostMember, OnRead
 from forescale.errors import UserError
 
 _READY = 2  # batches that wait for the consumer
-_FETCHED = 32  # steps ahead of the workers whose bytes are fetched, where they lie far away
-_STALLED = 5.0  # seconds without a batch after which somebody is told why
+_FETCHED = 32  # steps ahead of the workers for which remote bytes are prefetched
+_STALLED = 5.0  # seconds without a batch after which the reason is logged
 
 J = TypeVar("J")
-At = Callable[[str, str], None]
-Agree = Callable[[frozenset[Lost]], frozenset[Lost]]
-Tell = Callable[[str], None]
+
+Agree = Callable[[frozenset[LostMember]], frozenset[LostMember]]
+Log = Callable[[str], None]
 _END = object()
 
 
 def prefetched(
     plan: Iterator[J],
-    make: Callable[[J, frozenset[Lost], At], Any],
+    make: Callable[[J, frozenset[LostMember], OnRead], Any],
     fetch: Callable[[J], None],
-    quarantine: frozenset[Lost],
+    quarantine: frozenset[LostMember],
     workers: int,
     agree: Agree | None,
-    tell: Tell,
+    log: Log,
 ) -> Generator[Any, None, None]:
-    """What `make` makes of each job of the plan, in order; 0 workers: when it is asked for.
+    """Yield what `make` returns for each job of the plan, in order; with 0 workers, made when
+    requested.
 
-    make(job, quarantine, at) returns a dataclass with `lost` and `quarantine`, and tells `at` the
-    source and shard that it is about to read. fetch(job): a hint some steps before. agree: the
-    union of what the ranks have lost, called once a step (and again where there is any), by every
-    rank, from another thread than the consumer's; None for one rank. tell: hears why no batch has
-    come for some seconds. An error of `make` is raised where its batch would have come.
+    make(job, quarantine, on_read) returns a dataclass with `lost` and `quarantine`, and calls
+    `on_read` with the source and shard that it is about to read. fetch(job): a hint, called some
+    steps before. agree: returns the union of what the ranks have lost; called once a step (and
+    again if there is any) by every rank, from a thread other than the consumer's; None for one
+    rank. log: called with the reason if no batch has come for some seconds. An error of `make` is
+    raised where its batch would have come.
     """
-    settle = _Settle(make, quarantine, agree)
+    maker = _BatchMaker(make, quarantine, agree)
     if not workers:
         for job in plan:
-            yield settle(job, None, lambda source, shard: None)
+            yield maker(job, None, lambda source, shard: None)
         return
-    crew = _Crew(_hinted(plan, fetch), settle, workers)
+    pool = _WorkerPool(_hinted(plan, fetch), maker, workers)
     try:
-        yield from crew.batches(tell)
+        yield from pool.batches(log)
     finally:
-        crew.close()
+        pool.close()
 
 
 def _hinted(plan: Iterator[J], fetch: Callable[[J], None]) -> Iterator[J]:
-    """The plan, with `fetch` told of every job _FETCHED jobs before. What it can't find is left to
-    the reading of that job to say, which comes next instead of after hints that would fail too."""
+    """Yield the jobs of the plan, with `fetch` called for every job up to _FETCHED jobs before. If
+    a hint fails, no more hints are sent until the jobs before it are done: reading that job raises
+    the error."""
     ahead: deque[J] = deque()
     for job in plan:
         ahead.append(job)
@@ -79,19 +82,20 @@ def _hinted(plan: Iterator[J], fetch: Callable[[J], None]) -> Iterator[J]:
     yield from ahead
 
 
-class _Settle:
-    """Makes a batch again until every rank made it with the same quarantine, its own included."""
+class _BatchMaker:
+    """Makes a batch again until all ranks have made it with the same quarantine."""
 
-    def __init__(self, make, quarantine: frozenset[Lost], agree: Agree | None):
+    def __init__(self, make, quarantine: frozenset[LostMember], agree: Agree | None):
         self.make, self.quarantine, self.shared = make, quarantine, agree is not None
         self._agree: Agree = agree or (lambda lost: lost)
 
-    def __call__(self, job: Any, made: Any, at: At) -> Any:
-        """made: the batch, if it has been made with some earlier quarantine."""
-        mine: frozenset[Lost] = frozenset()
+    def __call__(self, job: Any, made: Any, on_read: OnRead) -> Any:
+        """Return the batch that all ranks agree on. made: the batch, if it was already made with an
+        earlier quarantine."""
+        mine: frozenset[LostMember] = frozenset()
         while True:
             if made is None or made.quarantine - made.lost != self.quarantine:
-                made = self.make(job, self.quarantine, at)
+                made = self.make(job, self.quarantine, on_read)
             mine |= made.lost
             lost = self._agree(made.lost)
             if lost <= self.quarantine:
@@ -100,20 +104,20 @@ class _Settle:
 
 
 class _Task:
-    """One job for a worker, and what became of it."""
+    """One job for a worker, and its result or error."""
 
-    def __init__(self, job: Any, quarantine: frozenset[Lost]):
+    def __init__(self, job: Any, quarantine: frozenset[LostMember]):
         self.job, self.quarantine = job, quarantine
         self.made: Any = None
         self.error: BaseException | None = None
         self.finished = threading.Event()
 
 
-class _Crew:
+class _WorkerPool:
     """The threads: workers, and the coordinator that hands out their batches in order."""
 
-    def __init__(self, plan: Iterator[Any], settle: _Settle, workers: int):
-        self._plan, self._settle, self._workers = plan, settle, workers
+    def __init__(self, plan: Iterator[Any], maker: _BatchMaker, workers: int):
+        self._plan, self._maker, self._workers = plan, maker, workers
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._ready: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self._free, self._closed = threading.Semaphore(_READY), threading.Event()
@@ -126,9 +130,10 @@ class _Crew:
         for thread in [*threads, self._coordinator]:
             thread.start()
 
-    def batches(self, tell: Tell) -> Iterator[Any]:
+    def batches(self, log: Log) -> Iterator[Any]:
+        """Yield the batches in order."""
         while True:
-            made, error = self._next(tell)
+            made, error = self._next(log)
             if error is not None:
                 raise error
             if made is _END:
@@ -137,38 +142,39 @@ class _Crew:
             yield made
 
     def close(self) -> None:
-        """End the threads. With other ranks the coordinator first makes what they make too, so that
-        none of them waits for its word."""
+        """End the threads. With several ranks the coordinator first makes the batches that the
+        other ranks make too, so that none of them waits for its answer."""
         self._closed.set()
         self._coordinator.join(timeout=10)
 
-    def _next(self, tell: Tell) -> tuple[Any, BaseException | None]:
+    def _next(self, log: Log) -> tuple[Any, BaseException | None]:
         patience, waited = _STALLED, 0.0
         while True:
             try:
                 return self._ready.get(timeout=patience)
             except Empty:
                 waited += patience
-                tell(self._why(waited))
+                log(self._why(waited))
                 patience = waited  # after 5, 10, 20, 40 s ...
 
     def _why(self, seconds: float) -> str:
+        """Return why no batch has come for so long."""
         now = time.monotonic()
         doing = [(now - since, worker, *at) for worker, (since, *at) in list(self._doing.items())]
         if not doing:
-            return f"no batch for {seconds:.0f} s: waiting for the other ranks' data"
+            return f"no batch for {seconds:.0f} s: waiting for the data of other ranks"
         longest, worker, source, shard = max(doing)
-        what = f"{worker} reads {shard} of {source} since {longest:.0f} s"
+        what = f"{worker} has been reading {shard} of {source} for {longest:.0f} s"
         return f"no batch for {seconds:.0f} s: {what}"
 
-    def _at(self, source: str, shard: str) -> None:
+    def _on_read(self, source: str, shard: str) -> None:
         self._doing[threading.current_thread().name] = (time.monotonic(), source, shard)
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             try:
                 if not self._closed.is_set():
-                    task.made = self._settle.make(task.job, task.quarantine, self._at)
+                    task.made = self._maker.make(task.job, task.quarantine, self._on_read)
             except BaseException as e:
                 task.error = e
             self._doing.pop(threading.current_thread().name, None)
@@ -182,7 +188,7 @@ class _Crew:
                 task.finished.wait()
                 if task.error is not None:
                     raise task.error
-                self._ready.put((self._settle(task.job, task.made, self._at), None))
+                self._ready.put((self._maker(task.job, task.made, self._on_read), None))
                 self._doing.pop(threading.current_thread().name, None)
             self._ready.put((_END, None))
         except BaseException as e:
@@ -192,18 +198,20 @@ class _Crew:
                 self._tasks.put(None)
 
     def _may_make(self) -> bool:
-        """Wait until the consumer has taken enough; False once it is gone."""
+        """Wait until the consumer has taken enough batches; return False if it has closed the
+        pool."""
         while not self._free.acquire(timeout=0.2):
             if self._closed.is_set():
                 return False
-        return self._settle.shared or not self._closed.is_set()
+        return self._maker.shared or not self._closed.is_set()
 
     def _in_order(self) -> Iterator[_Task]:
-        """The jobs as tasks, as many given to the workers at once as there are workers."""
+        """Yield the jobs as tasks; at any time as many are given to the workers as there are
+        workers."""
         given: deque[_Task] = deque()
         while True:
             for job in islice(self._plan, self._workers - len(given)):
-                given.append(_Task(job, self._settle.quarantine))
+                given.append(_Task(job, self._maker.quarantine))
                 self._tasks.put(given[-1])
             if not given:
                 return

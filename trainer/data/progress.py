@@ -1,7 +1,7 @@
-"""How far a long preparation is: a small protocol, and a renderer for terminals and for logs.
+"""Progress of a long preparation: a small protocol, and renderers for terminals and for logs.
 
-Invariant: what is shown is measured: a rate is of the last half minute, the time left follows from
-it, and neither is shown before there is one.
+Invariant: only measured values are shown: a rate covers the last 30 seconds, the time left follows
+from it, and neither is shown before it was measured.
 """
 
 import sys
@@ -17,41 +17,46 @@ _WINDOW = 30.0  # seconds that a rate is measured over
 
 
 class Progress(Protocol):
+    """A callable that displays how far a phase is."""
+
     def __call__(
         self, phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0
     ) -> None:
-        """`phase` reads as a line of its own; `done` of `total` (None: unknown) in `unit`, "bytes"
-        and "tokens" among them.
+        """Show that `done` of `total` (None: unknown) of `phase` are done. phase: a label that can
+        stand alone on a line; unit: such as "bytes" or "tokens".
 
-        tokens: made so far, where `unit` isn't tokens. A phase ends with done == total. Without a
-        unit the phase is a sentence to be said at once. Called from one thread, up to some hundred
+        tokens: number made so far, if `unit` isn't tokens. A phase ends with done == total. Without
+        a unit, `phase` is a sentence to print at once. Called from one thread, up to some hundred
         times a second.
         """
 
 
 def silent(phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0) -> None:
-    """The progress of callers that show none."""
+    """Show nothing."""
 
 
-def say(progress: Progress, sentence: str) -> None:
-    """Have a sentence said among the phases."""
+def log_line(progress: Progress, sentence: str) -> None:
+    """Print a sentence between the phases."""
     progress(sentence, 0, 0, "")
 
 
 class Meter:
-    """Adds up what workers report of a phase: called with amounts since the last call."""
+    """Adds up what workers report about a phase; called with the amounts since the last call."""
 
     def __init__(self, progress: Progress, phase: str, total: int, unit: str):
+        """total: of the phase, in `unit`."""
         self._progress, self._phase, self._total, self._unit = progress, phase, total, unit
         self._done = self._tokens = 0
 
     def __call__(self, amount: int, tokens: int) -> None:
+        """Add an amount in the phase's unit, and a number of tokens."""
         self._done += amount
         self._tokens += tokens
         if 0 < self._done < self._total:
             self._show()
 
     def end(self) -> None:
+        """Show the phase as finished."""
         self._done = self._total
         self._show()
 
@@ -60,13 +65,15 @@ class Meter:
 
 
 class Rates:
-    """Amounts a second over the last half minute, at a phase's end over all of it."""
+    """Rates over the last 30 seconds; at a phase's end over the whole phase."""
 
     def __init__(self, now: float):
+        """now: seconds of a monotonic clock."""
         self._first = (now, 0, 0)
         self._seen = deque([self._first])
 
     def see(self, now: float, done: int, tokens: int) -> None:
+        """Record the amounts done so far."""
         if now - self._seen[-1][0] < 0.2 and len(self._seen) > 1:
             self._seen.pop()  # a few samples a second are enough
         self._seen.append((now, done, tokens))
@@ -74,33 +81,34 @@ class Rates:
             self._seen.popleft()
 
     def text(self, total: int | None, unit: str) -> str:
-        """Such as "3.4 MB/s, 1,200,000 tokens/s, 12 s left"; nothing in the first second."""
+        """Return such as "3.4 MB/s, 1,200,000 tokens/s, 12 s left"; "" in the first second."""
         now, done, tokens = self._seen[-1]
         then, done0, tokens0 = self._first if done == total else self._seen[0]
         if (seconds := now - then) < 1:
             return ""
         rate = (done - done0) / seconds
-        said = [f"{rate / 1e6:.1f} MB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"]
+        parts = [f"{rate / 1e6:.1f} MB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"]
         if tokens and unit != "tokens":
-            said.append(f"{(tokens - tokens0) / seconds:,.0f} tokens/s")
+            parts.append(f"{(tokens - tokens0) / seconds:,.0f} tokens/s")
         if rate and total and done < total:
-            said.append(f"{span((total - done) / rate)} left")
-        return ", ".join(said)
+            parts.append(f"{span((total - done) / rate)} left")
+        return ", ".join(parts)
 
 
 def amount(done: int, total: int | None, unit: str) -> str:
-    """Such as "12.0 of 40.0 MB (30%)"."""
+    """Return such as "12.0 of 40.0 MB (30%)"."""
     is_large = unit == "bytes" and max(done, total or 0) >= 100_000
-    said, of = (f"{n / 1e6:,.1f}" if is_large else f"{n:,}" for n in (done, total or 0))
+    shown, of = (f"{n / 1e6:,.1f}" if is_large else f"{n:,}" for n in (done, total or 0))
     unit = "MB" if is_large else unit
     if total is None or done == total:
-        return f"{said} {unit}"
-    return f"{said} of {of} {unit} ({done / max(total, 1):.0%})"
+        return f"{shown} {unit}"
+    return f"{shown} of {of} {unit} ({done / max(total, 1):.0%})"
 
 
 @contextmanager
 def console(every: float = 10.0) -> Iterator[Progress]:
-    """A live display on a terminal; elsewhere a plain line at each phase's end and `every` s."""
+    """Yield a live display on a terminal; elsewhere print a line at each phase's end and `every`
+    seconds."""
     if sys.stderr.isatty():
         yield from _live()
     else:
@@ -109,7 +117,7 @@ def console(every: float = 10.0) -> Iterator[Progress]:
 
 class _Lines:
     def __init__(self, every: float):
-        self._every, self._phase, self._began, self._said = every, "", 0.0, 0.0
+        self._every, self._phase, self._began, self._printed = every, "", 0.0, 0.0
 
     def __call__(
         self, phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0
@@ -119,14 +127,14 @@ class _Lines:
             print(phase, file=sys.stderr, flush=True)
             return
         if phase != self._phase:
-            self._phase, self._began, self._said = phase, now, now
+            self._phase, self._began, self._printed = phase, now, now
             self._rates = Rates(now)
         self._rates.see(now, done, tokens)
-        if done == total or now - self._said >= self._every:
-            self._said = now
+        if done == total or now - self._printed >= self._every:
+            self._printed = now
             facts = [f"{now - self._began:.1f} s", self._rates.text(total, unit)]
-            told = ", ".join(fact for fact in facts if fact)
-            print(f"{phase}: {amount(done, total, unit)} ({told})", file=sys.stderr, flush=True)
+            text = ", ".join(fact for fact in facts if fact)
+            print(f"{phase}: {amount(done, total, unit)} ({text})", file=sys.stderr, flush=True)
 
 
 def _live() -> Iterator[Progress]:

@@ -1,16 +1,15 @@
-"""One shard, open: where its members lie in a file, and tokens that are verified before use.
+"""One open shard: where its members lie in a file, and reading tokens that are verified before use.
 
-A shard is one sequence of tokens; members are only how it lies in the file. Every CHUNK bytes of a
-member's tokens have a checksum in the index, so that a first window costs a chunk or two to verify,
-not a member.
+A shard is one sequence of tokens; its members are consecutive parts of it in the file. The index
+holds a checksum for every CHUNK bytes of a member's tokens, so reading the first window verifies
+one or two chunks, not a whole member.
 
-Invariant: no token is handed out before the checksum of its chunk has been compared with the
-index's, and the index's with the manifest's, since the shard was opened.
+Invariant: a token is returned only after its chunk was compared with the checksum in the index, and
+the index with the manifest, since the shard was opened.
 """
 
 import hashlib
 import json
-import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,24 +19,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from forescale.data.memory import MEMORY, Resident
+from forescale.data.memory import BUFFERS, CHUNK, MEMORY, Resident
 from forescale.data.remote.store import File, LocalFile, Store
 from forescale.data.remote.transfer import Unreachable
 from forescale.errors import UserError
 
-FORMAT = 2  # of a dataset; the names of its files:
+FORMAT = 2  # version of the dataset format
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
-CHUNK = 1 << 16  # bytes: a multiple of every dtype's
 _SHIFT = CHUNK.bit_length() - 1
 _PLACE = ("offset", "size")
-RESTORE = "restore it from a copy, or build the dataset again"
+RESTORE = "restore it from a copy or build the dataset again"
 
 
 class Damaged(UserError):
-    """A part of a shard that can't be used: it is cut off, unreadable, or not what was written.
+    """A part of a shard that can't be used: truncated, unreadable, or different from what was
+    written.
 
-    split, shard: which one; member: its key, or "" where the shard as a whole is at fault.
+    split, shard: which shard; member: its key, or "" if the shard as a whole is damaged.
     """
 
     def __init__(
@@ -48,23 +47,24 @@ class Damaged(UserError):
 
 
 class Member(NamedTuple):
-    """A run of a shard's tokens that lie side by side in a file, as the index has it."""
+    """Consecutive tokens of a shard, stored together in a file; an entry of the index."""
 
     key: str
     first: int  # token of the shard
     tokens: int
     documents: int
-    tok: dict[str, Any]  # offset, size, xxh3 of every chunk
-    doc: dict[str, Any]  # offset, size, xxh3; file, where it isn't the shard's own
+    tok: dict[str, Any]  # offset, size, xxh3 of every chunk (16 hex digits each)
+    doc: dict[str, Any]  # offset, size, xxh3; file, if it isn't the shard's own
 
 
 class Shard:
-    """One shard, open. dtype: of the tokens as they are stored; split, number: for messages.
+    """One open shard. dtype: of the tokens as stored; split, number: for messages.
 
-    Raises Damaged where index or file are missing, or aren't what the manifest's row says.
+    Raises Damaged if the index or the file is missing or doesn't match the manifest.
     """
 
     def __init__(self, store: Store, row: dict[str, Any], dtype: np.dtype, split: str, number: int):
+        """Open the file and read the index of the shard that `row` of the manifest describes."""
         self.split, self.number, self.dtype = split, number, dtype
         self.num_tokens: int = row["tokens"]
         self.where = _path(store, row["file"])
@@ -84,7 +84,7 @@ class Shard:
         self._verified = bytearray(self._chunks[-1])  # 1 for a chunk that may be handed out
         self._version = row["index_sha256"]
         self._resident: Resident | None = None
-        self._asked = False  # for memory to keep tokens in
+        self._memory_requested = False
         self._ends_file: File | None = None
         self._ends: dict[int, np.ndarray] = {}
 
@@ -98,17 +98,17 @@ class Shard:
         try:
             raw = self._store.read(name, size, want)
             if hashlib.sha256(raw).hexdigest() != want:
-                raw = self._store.read(name)  # not what a cache holds
+                raw = self._store.read(name)  # the cached copy may be damaged
         except UserError as e:
             raise self._unusable(e) from e
         if hashlib.sha256(raw).hexdigest() != want:
-            raise self._damaged(where, "damaged: its sha256 isn't the manifest's", RESTORE)
+            raise self._damaged(where, "damaged: its sha256 differs from the manifest's", RESTORE)
         try:
             members = [Member(**m) for m in json.loads(raw)["members"]]
             fault = _index_fault(members, row["tokens"], row["documents"], self._item)
             self._sums = bytes.fromhex("".join(m.tok["xxh3"] for m in members))
         except (KeyError, TypeError, ValueError) as e:
-            fault = f"is no index of a shard ({e!r})"
+            fault = f"not a valid shard index ({e!r})"
         if fault:
             raise self._damaged(where, fault, RESTORE)
         return members
@@ -117,7 +117,7 @@ class Shard:
         return Damaged(where, what, todo, self.split, self.number, member)
 
     def touched(self, start: int, length: int) -> range:
-        """The numbers of the members that hold tokens [start, start + length)."""
+        """Return the numbers of the members that hold tokens [start, start + length)."""
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise ValueError(f"[{start}, {start + length}) of {self.num_tokens} tokens")
         if not length:
@@ -130,23 +130,24 @@ class Shard:
 
         Raises Damaged.
         """
-        tokens, view = _held.buffer(len(out), self.dtype)
+        tokens, view = BUFFERS.buffer(len(out), self.dtype)
         self._read(start, len(tokens), view)
         out[:] = tokens
 
     def read_rows(
         self, rows: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray, out: np.ndarray
     ) -> None:
-        """Fill rows of `out`, shape (any, length), each with the tokens from its start on.
+        """Fill the given rows of `out`, shape (any, length), each with the tokens from its start
+        on.
 
-        Keeps what it reads in memory, as far as there is room (forescale.data.memory).
+        Keeps the chunks that it reads in memory if there is room (forescale.data.memory).
         """
-        if not self._asked:
+        if not self._memory_requested:
             self._resident = MEMORY.grant(self.num_tokens, self.dtype, self._chunks[-1])
-            self._asked = True
+            self._memory_requested = True
         length, resident = out.shape[1], self._resident
         if resident is None or (kept := resident.tokens) is None:
-            tokens, view = _held.buffer(length, self.dtype)
+            tokens, view = BUFFERS.buffer(length, self.dtype)
             for row, start in zip(rows, starts, strict=True):
                 self._read(int(start), length, view)
                 out[row] = tokens
@@ -155,21 +156,21 @@ class Shard:
         if not len(firsts):
             return
         shape = (self.num_tokens - length + 1, length)
-        if int(firsts.view(np.uint64).max()) >= shape[0]:  # so that one below 0 is large, too
+        if int(firsts.view(np.uint64).max()) >= shape[0]:  # a negative start becomes large too
             raise ValueError(f"windows of {length} beyond {self.num_tokens} tokens")
-        if not resident.whole:
+        if not resident.complete:
             self._keep(resident, kept, firsts, length)
         windows = np.ndarray(shape, self.dtype, kept, strides=(self._item, self._item))
         out[rows] = windows[firsts]
 
     @cached_property
     def _chunk_firsts(self) -> np.ndarray:
-        """The first token of every chunk."""
+        """The first token of every chunk, int64."""
         step = CHUNK // self._item
         return np.concatenate([np.arange(m.first, m.first + m.tokens, step) for m in self.members])
 
     def _keep(self, resident: Resident, kept: np.ndarray, starts: np.ndarray, length: int) -> None:
-        """Have the chunks of these windows in memory, verified."""
+        """Load and verify the chunks of these windows into `kept`."""
         first = np.searchsorted(self._chunk_firsts, starts, side="right") - 1
         last = np.searchsorted(self._chunk_firsts, starts + (length - 1), side="right") - 1
         ready = resident.ready
@@ -180,21 +181,21 @@ class Shard:
                     self._keep_chunk(chunk, kept)
                     ready[chunk] = True
         if len(lacking):
-            resident.whole = bool(ready.all())
+            resident.complete = bool(ready.all())
 
     def _keep_chunk(self, chunk: int, kept: np.ndarray) -> None:
         begin, at = int(self._chunk_firsts[chunk]), bisect_right(self._chunks, chunk) - 1
         end = min(begin + CHUNK // self._item, self._firsts[at + 1])
-        held = _held.chunk[: (end - begin) * self._item]
+        held = BUFFERS.chunk[: (end - begin) * self._item]
         self._read_chunk(at, chunk - self._chunks[at], held)
-        # Only now: another thread may be reading its neighbours, or this very chunk.
+        # Copied only when verified: another thread may be reading this chunk or its neighbours.
         kept[begin:end] = np.frombuffer(held, self.dtype)
 
     def _read(self, start: int, length: int, out: memoryview) -> None:
-        """Tokens [start, start + length) as they are stored, verified."""
+        """Copy tokens [start, start + length), verified and as they are stored, into `out`."""
         firsts = self._firsts
         at = bisect_right(firsts, start, 1, len(firsts) - 1) - 1
-        # The common case on its own and in few steps: inside one member, all of it verified.
+        # Fast path for the common case: inside one member, all chunks verified already.
         if firsts[at] <= start and start + length <= firsts[at + 1]:
             skip, chunk = (start - firsts[at]) * self._item, self._chunks[at]
             end = chunk + (skip + len(out) - 1 >> _SHIFT) + 1
@@ -207,7 +208,7 @@ class Shard:
             self._fill(at, (a - firsts[at]) * self._item, part)
 
     def _fill(self, at: int, skip: int, out: memoryview) -> None:
-        """Bytes of member `at` from `skip` on, verified chunk by chunk."""
+        """Copy bytes of member `at` from `skip` on, verified chunk by chunk."""
         end, first = skip + len(out), self._chunks[at]
         for number in range(skip >> _SHIFT, (end - 1 >> _SHIFT) + 1):
             begin = number << _SHIFT
@@ -218,12 +219,12 @@ class Shard:
             elif b - a == length:
                 self._read_chunk(at, number, out[a - skip : b - skip])
             else:
-                held = _held.chunk[:length]
+                held = BUFFERS.chunk[:length]
                 self._read_chunk(at, number, held)
                 out[a - skip : b - skip] = held[a - begin : b - begin]
 
     def _read_chunk(self, at: int, number: int, into: memoryview) -> None:
-        """Read chunk `number` of member `at` whole, and mark it as verified."""
+        """Read chunk `number` of member `at` completely and mark it as verified."""
         offset, of_shard = self._offsets[at] + number * CHUNK, self._chunks[at] + number
         want = self._sums[8 * of_shard : 8 * of_shard + 8]
 
@@ -233,28 +234,30 @@ class Shard:
 
         if not read() and not (self.file.forget(offset, len(into)) and read()):
             key, end = self.members[at].key, offset + len(into)
-            what = f"member {key} is damaged: bytes {offset:,} to {end:,} lack their checksum"
+            what = (
+                f"member {key} is damaged: bytes {offset:,} to {end:,} don't match their checksum"
+            )
             raise self._damaged(self.where, what, RESTORE, key)
         self._verified[of_shard] = 1
 
     def _fetch(self, at: int, skip: int, into: memoryview) -> None:
-        """Bytes of member `at` from `skip` on, as they are."""
+        """Copy bytes of member `at` from `skip` on, without verifying them."""
         try:
             self._read_at(self._offsets[at] + skip, into)
         except UserError as e:
             raise self._unusable(e, self.members[at].key) from e
 
     def _unusable(self, e: UserError, member: str = "") -> UserError:
-        """What stands for a fault of the storage. A server that doesn't answer says nothing of the
-        bytes: other windows must not stand in for them."""
+        """Return the error to raise for a storage error. An unreachable server says nothing about
+        the bytes, so it isn't reported as damage: other windows must not replace these."""
         if isinstance(e, Unreachable):
             return e
         what = f"member {member}: {e.what}" if member else e.what
         return self._damaged(e.where, what, e.todo, member)
 
     def ends(self, at: int) -> np.ndarray:
-        """Ends of the documents that end in member `at`, exclusive, counted from the shard's first
-        token; int64. Verified."""
+        """Return the exclusive ends of the documents that end in member `at`, counted from the
+        shard's first token; int64, verified."""
         if at not in self._ends:
             self._ends[at] = self._read_ends(at) + self.members[at].first
         return self._ends[at]
@@ -274,7 +277,7 @@ class Shard:
             raise self._unusable(e, self.members[at].key) from e
         if not good:
             where = _path(self._store, doc["file"]) if "file" in doc else self.where
-            what = f"member {member.key} is damaged: its document ends lack their checksum"
+            what = f"member {member.key} is damaged: its document ends don't match their checksum"
             raise self._damaged(where, what, RESTORE, member.key)
         return np.frombuffer(data, "<u4").astype(np.int64)
 
@@ -286,7 +289,8 @@ class Shard:
         return self._ends_file
 
     def document_ends(self, start: int, length: int) -> np.ndarray:
-        """Ends, exclusive and relative to `start`, in (0, length]; int64."""
+        """Return the exclusive document ends inside [start, start + length), relative to `start`;
+        int64."""
         parts = []
         for at in self.touched(start, length):
             ends = self.ends(at)
@@ -295,7 +299,7 @@ class Shard:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def byte_ranges(self, start: int, length: int) -> list[tuple[int, int]]:
-        """(offset, size) of the chunks that hold these tokens."""
+        """Return (offset, size) of the chunks that hold these tokens, one pair per member."""
         ranges = []
         for at in self.touched(start, length):
             member = self.members[at]
@@ -306,48 +310,29 @@ class Shard:
         return ranges
 
 
-class _Held(threading.local):
-    """What a thread reads into before the tokens go where they are wanted, in another dtype."""
-
-    def __init__(self) -> None:
-        self.chunk = np.empty(CHUNK, np.uint8).data
-        self._length, self._dtype = -1, np.dtype(np.uint16)
-
-    def buffer(self, length: int, dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
-        """Tokens and the same as bytes; those of the last call where it asked for the same."""
-        if length != self._length or dtype is not self._dtype:
-            tokens = np.empty(length, dtype)
-            self._kept = tokens, tokens.view(np.uint8).data
-            self._length, self._dtype = length, dtype
-        return self._kept
-
-
-_held = _Held()
-
-
 def _index_fault(members: list[Member], tokens: int, documents: int, item: int) -> str | None:
-    """What in an index can't be, whatever its file holds: positions that don't follow on each
-    other would hand out tokens of somewhere else, with checksums that agree."""
+    """Return what is inconsistent in an index, or None. Positions that don't follow each other
+    would return tokens from elsewhere, although their checksums match."""
     firsts = [m.first for m in members] + [tokens]
     if firsts[0]:
-        return "its members don't begin with the first token"
+        return "its first member doesn't begin at token 0"
     for m, (first, after) in zip(members, pairwise(firsts), strict=True):
         places = (m.first, m.tokens, m.documents, *(p[k] for p in (m.tok, m.doc) for k in _PLACE))
         if any(type(number) is not int or number < 0 for number in places):
-            return f"its member {m.key} lies nowhere"
+            return f"the position of its member {m.key} isn't valid"
         if m.tokens < 1 or first + m.tokens != after or m.tok["size"] != m.tokens * item:
-            return f"the tokens of its member {m.key} don't fit the others"
+            return f"the token counts or sizes of its member {m.key} are inconsistent"
         if len(m.tok["xxh3"]) != -(-m.tok["size"] // CHUNK) * 16:
-            return f"its member {m.key} has other sizes than checksums"
+            return f"the number of checksums of its member {m.key} doesn't match its size"
         if m.doc["size"] != m.documents * 4:
-            return f"its member {m.key} has other sizes than documents"
+            return f"the number of documents of its member {m.key} doesn't match its size"
     if sum(m.documents for m in members) != documents:
-        return "its documents aren't as many as the manifest says"
+        return "its number of documents differs from the manifest's"
     return None
 
 
 def _path(store: Store, name: str) -> str:
-    """How a file of a dataset is called in a message."""
+    """Return a file of a dataset as messages name it."""
     if "://" in name or name.startswith("/"):
         return name
     return f"{store.where.rstrip('/')}/{name}"

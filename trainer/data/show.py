@@ -1,8 +1,9 @@
-"""`forescale shards show`: what a dataset holds, and a few of its windows as a person reads them.
+"""`forescale shards show`: the contents of a dataset, and some of its windows in readable form.
 
-Invariant: nothing in a window is hidden. Documents are told apart, and what is no text (special
-tokens, bytes that are no UTF-8, control characters) stands there by name, so that no text can pass
-for another, or speak to the terminal. The windows are those that training reads first.
+Invariant: nothing in a window is hidden. Document borders are marked, and everything that isn't
+text (special tokens, bytes that aren't UTF-8, control characters) is printed by name, so that no
+text can imitate a special token or control the terminal. The windows are those that training reads
+first.
 """
 
 import json
@@ -19,32 +20,34 @@ from forescale.console import open_console
 from forescale.data.dataset import MANIFEST, Dataset, Split
 from forescale.data.order import Order
 from forescale.data.prepare.corpus import cache_directory
-from forescale.data.prepare.report import printed
+from forescale.data.prepare.report import summary_lines
 from forescale.data.remote.transfer import is_url
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
 
-SHUFFLE_SHARDS = 8  # data.shuffle_shards, unless a run says otherwise
-_WIDTH = 100  # where there is no terminal
-_NAME = 12  # characters that the names of facts take
+SHUFFLE_SHARDS = 8  # the default of data.shuffle_shards
+_WIDTH = 100  # columns if there is no terminal
+_NAME = 12  # columns for the names of properties
 _BEGINS, _GOES_ON, _LINE, _WRAPPED = "◆", "⋯", "│", "┊"
-_COLOURS = ("cyan", "yellow")  # of the documents of a window, in turn
-# Bytes that are no UTF-8 (as surrogateescape keeps them), control characters but tab and newline,
-# and what turns the direction of writing or has no width.
+_COLOURS = ("cyan", "yellow")  # of the documents of a window, alternating
+# Bytes that aren't UTF-8 (as kept by surrogateescape), control characters except tab and newline,
+# and characters that change the writing direction or have no width.
 _HIDDEN = re.compile(
     "([\udc80-\udcff\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff])"
 )
 
 
 def show(path: str | Path, windows: int, sequence_length: int, seed: int) -> str:
-    """What the dataset at a path or an address holds, and the first `windows` windows of
-    sequence_length + 1 tokens that training with this seed reads from it; for a terminal, where
+    """Return the contents of a dataset (a path or an address) and the first `windows` windows of
+    sequence_length + 1 tokens that training with this seed reads; formatted for a terminal if
     standard output is one.
 
-    Raises UserError where it is no dataset, or what is shown of it is damaged.
+    Raises UserError if there is no dataset, or if the part to show is damaged.
     """
     if sequence_length < 1:
-        raise UserError("sequence_length", "must be at least 1", "such as sequence_length=256")
+        raise UserError(
+            "sequence_length", "must be at least 1", "write such as sequence_length=256"
+        )
     dataset = Dataset(path, cache_directory() / "remote" if is_url(path) else None)
     console = open_console(_WIDTH)
     with console.capture() as captured:
@@ -52,7 +55,7 @@ def show(path: str | Path, windows: int, sequence_length: int, seed: int) -> str
             Text(dataset.where, "bold"),
             *_facts(dataset, console),
             Text(),
-            *map(Text, printed(dataset.manifest)),
+            *map(Text, summary_lines(dataset.manifest)),
             *_windows(dataset, windows, sequence_length, seed, console),
         ]:
             console.print(line, soft_wrap=True)
@@ -60,6 +63,7 @@ def show(path: str | Path, windows: int, sequence_length: int, seed: int) -> str
 
 
 def _facts(dataset: Dataset, console: Console) -> Iterator[Text]:
+    """Yield lines with the dataset's properties."""
     manifest, tokenizer = dataset.manifest, dataset.manifest["tokenizer"]
     end = dataset.tokenizer.id_to_token(dataset.end_of_text)
     facts = {
@@ -68,8 +72,8 @@ def _facts(dataset: Dataset, console: Console) -> Iterator[Text]:
         "tokenizer": f"{dataset.vocab_size:,} entries; {end} ({dataset.end_of_text}) ends a "
         f"document; sha256 {tokenizer['sha256'][:16]}",
         "tokens": _stored(manifest),
-        "built from": _told(manifest["build"].get("source", {})),
-        "built with": _told({k: v for k, v in manifest["build"].items() if k != "source"}),
+        "built from": _listed(manifest["build"].get("source", {})),
+        "built with": _listed({k: v for k, v in manifest["build"].items() if k != "source"}),
         "report": f"{MANIFEST}, under report",
     }
     for name, value in facts.items():
@@ -80,7 +84,8 @@ def _facts(dataset: Dataset, console: Console) -> Iterator[Text]:
 
 
 def _stored(manifest: dict[str, Any]) -> str:
-    """Such as "uint16 in 4 tars, 27.0 MB", or where the files of a corpus in place lie."""
+    """Return such as "uint16 in 4 tars, 27.0 MB", or the original files of a corpus that is used in
+    place."""
     rows = [row for split in manifest["splits"].values() for row in split["shards"]]
     files = {row["file"]: row["size"] for row in rows}
     size = f"{sum(files.values()) / 1e6:,.1f} MB"
@@ -90,12 +95,12 @@ def _stored(manifest: dict[str, Any]) -> str:
     return f"{manifest['dtype']} in {len(files):,} tar{'s' * (len(files) != 1)}, {size}"
 
 
-def _told(facts: dict[str, Any]) -> str:
-    """Such as "kind embedded, packages (torch 2.13.0)"."""
+def _listed(facts: dict[str, Any]) -> str:
+    """Return such as "kind embedded, packages (torch 2.13.0)"."""
     parts = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            value = f"({_told(value)})"
+            value = f"({_listed(value)})"
         elif isinstance(value, list):
             value = " ".join(map(str, value))
         if value is not None:
@@ -121,8 +126,8 @@ def _windows(
         f"data.shuffle_shards={SHUFFLE_SHARDS}."
     )
     yield Text(
-        f"{_BEGINS} a document begins   {_GOES_ON} one goes on beyond the window   "
-        f"{_WRAPPED} a long line, wrapped   ⟦⟧ no text",
+        f"{_BEGINS} start of a document   {_GOES_ON} it continues outside the window   "
+        f"{_WRAPPED} wrapped line   ⟦⟧ not text",
         "dim",
     )
     reader = _Reader(dataset)
@@ -154,7 +159,7 @@ def _window(
 
 
 def _lines(text: Text, first: str, colour: str, console: Console) -> Iterator[Text]:
-    """The text of one document behind its gutter, long lines wrapped."""
+    """Yield the lines of one document with a gutter, long lines wrapped."""
     glyph = first
     for line in text.split("\n", allow_blank=True):
         for part in line.wrap(console, console.width - 4, overflow="fold", tab_size=4) or [Text()]:
@@ -168,7 +173,7 @@ def _gutter(glyph: str, colour: str) -> Text:
 
 
 class _Reader:
-    """Makes text of ids, with a name in ⟦ ⟧ for what is none."""
+    """Converts ids to text; anything that isn't text is named inside ⟦ ⟧."""
 
     def __init__(self, dataset: Dataset):
         self._tokenizer = dataset.tokenizer
@@ -179,6 +184,7 @@ class _Reader:
         self._alphabet = {character: bytes([byte]) for character, byte in alphabet.items()}
 
     def text(self, ids: np.ndarray | Sequence[int]) -> Text:
+        """Return the text of these ids."""
         found, raw = Text(), b""
         for index in map(int, ids):
             piece = self._tokenizer.id_to_token(index)
@@ -192,7 +198,7 @@ class _Reader:
         return found
 
     def _bytes(self, index: int, piece: str) -> bytes:
-        """What a token stands for; see tokenizer.token_bytes."""
+        """Return the bytes that a token stands for; see tokenizer.token_bytes."""
         if index in self._added:
             return piece.encode()
         if self._is_byte_level:

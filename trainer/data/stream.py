@@ -1,10 +1,11 @@
-"""Batches of a step, a pure function of the feed: the only part of the data that knows tensors.
+"""Batches of a step, a pure function of the feed; the only part of the data room that uses tensors.
 
     feed -> windows of a step -> this rank's run of them -> micro-batches, numbered globally
 
 Invariant: micro-batch j of a step holds its windows [j * micro_batch, (j + 1) * micro_batch) and is
 the same tensor at any world size; rank r of W gets the r-th of W contiguous runs of them. The
-cursor is the step that the consumer has taken, never what was prefetched (forescale.data.pipeline).
+position in the data is the step that the consumer has taken, never what was prefetched
+(forescale.data.pipeline).
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -15,25 +16,24 @@ import numpy as np
 import torch
 
 from forescale.data.dataset import Split
-from forescale.data.feed import Feed, Lost, Rows
+from forescale.data.feed import Feed, LostMember, OnRead, Samples
 from forescale.data.mixture import Interval
-from forescale.data.pipeline import Agree, At, Tell, prefetched
+from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
+from forescale.data.pipeline import Agree, Log, prefetched
 from forescale.errors import UserError
-
-IGNORED = -100  # a position that is no target, as torch.nn.functional.cross_entropy has it
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank feeds at once."""
+    """The windows that one rank processes at once."""
 
     index: int  # global inside the step
     tokens: torch.Tensor  # (micro_batch, L) int64
-    targets: torch.Tensor  # (micro_batch, L) int64, IGNORED where there is none
-    documents: torch.Tensor | None = None  # (micro_batch, L) int32, where they are kept apart
+    targets: torch.Tensor  # (micro_batch, L) int64, IGNORED if there is none
+    documents: torch.Tensor | None = None  # (micro_batch, L) int32, with document_mask
 
     def arguments(self, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
-        """What a model is called with, on its device: positional and named."""
+        """Return positional and named arguments of the model, on the device."""
         placed = [t.to(device, non_blocking=True) for t in (self.tokens, self.targets)]
         if self.documents is None:
             return tuple(placed), {}
@@ -42,7 +42,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step, whose windows are those of [g0, g1) that are not skipped."""
+    """One rank's part of a step whose windows are those of [g0, g1) that are not skipped."""
 
     step: int
     g0: int
@@ -50,20 +50,20 @@ class Batch:
     micro: list[MicroBatch]
     shares: dict[str, int]  # targets of the whole step, over all ranks, by source
     window_hash: int  # sum mod 2^64 over this rank's windows; the ranks' sum is the step's
-    lost: frozenset[Lost]  # members that this rank has found damaged since it knew `quarantine`
-    quarantine: frozenset[Lost]  # members that count as damaged on all ranks from this step on
+    lost: frozenset[LostMember]  # members that this rank found damaged while reading this batch
+    quarantine: frozenset[LostMember]  # members treated as damaged on all ranks from this step on
 
     @property
     def targets(self) -> int:
-        """Of the whole step, over all ranks."""
+        """Targets of the whole step, over all ranks."""
         return sum(self.shares.values())
 
 
 @dataclass(frozen=True)
-class Share:
-    """How a step is cut: `global_batch` windows in micro-batches of `micro_batch`, this rank's.
+class StepShare:
+    """One rank's share of a step: `global_batch` windows in micro-batches of `micro_batch`.
 
-    Raises UserError where it doesn't divide.
+    Raises UserError if global_batch isn't divisible by micro_batch * world_size.
     """
 
     global_batch: int
@@ -76,7 +76,7 @@ class Share:
         if self.global_batch % at_once:
             raise UserError(
                 "train.global_batch",
-                f"{self.global_batch} windows don't divide into micro-batches of "
+                f"{self.global_batch} windows can't be divided into micro-batches of "
                 f"{self.micro_batch} for {self.world_size} ranks",
                 f"make it a multiple of {at_once}",
             )
@@ -88,11 +88,11 @@ class Share:
 
     @property
     def count(self) -> int:
-        """This rank's micro-batches."""
+        """The number of this rank's micro-batches."""
         return self.global_batch // self.micro_batch // self.world_size
 
     def of(self, intervals: Sequence[Interval]) -> list[Interval]:
-        """This rank's samples out of a step's."""
+        """Return this rank's samples out of a step's."""
         low, size = self.first * self.micro_batch, self.count * self.micro_batch
         found: list[Interval] = []
         for a, b in intervals:
@@ -106,18 +106,18 @@ class Share:
 
 def stream(
     feed: Feed,
-    share: Share,
+    share: StepShare,
     steps: range,
     g: int,
     *,
     workers: int = 1,
-    quarantine: frozenset[Lost] = frozenset(),
+    quarantine: frozenset[LostMember] = frozenset(),
     agree: Agree | None = None,
-    tell: Tell = lambda sentence: None,
+    log: Log = lambda sentence: None,
 ) -> Generator[Batch, None, None]:
-    """This rank's batches of `steps`, the first of which begins at sample g.
+    """Yield this rank's batches of `steps`, the first of which begins at sample g.
 
-    workers, agree, tell: see `prefetched`. quarantine: members that are known to be damaged. Faults
+    workers, agree, log: see `prefetched`. quarantine: members that are known to be damaged. Errors
     of reading are raised here, at the step that they belong to. Closing the generator ends the
     workers.
     """
@@ -129,14 +129,16 @@ def stream(
             yield step, samples
             g = samples[-1][1]
 
-    def make(job: tuple[int, list[Interval]], known: frozenset[Lost], at: At) -> Batch:
+    def make(
+        job: tuple[int, list[Interval]], known: frozenset[LostMember], on_read: OnRead
+    ) -> Batch:
         step, samples = job
-        rows = feed.read(share.of(samples), known, at)
+        rows = feed.read(share.of(samples), known, on_read)
         return Batch(
             step=step,
             g0=samples[0][0],
             g1=samples[-1][1],
-            micro=_micro_batches(rows, share),
+            micro=_micro_batches(rows, share, feed.objective),
             shares=dict(zip(feed.names, feed.targets(samples).tolist(), strict=True)),
             window_hash=rows.hash,
             lost=rows.lost,
@@ -146,7 +148,7 @@ def stream(
     def fetch(job: tuple[int, list[Interval]]) -> None:
         feed.will_read(share.of(job[1]))
 
-    return prefetched(plan(), make, fetch, quarantine, workers, agree, tell)
+    return prefetched(plan(), make, fetch, quarantine, workers, agree, log)
 
 
 def validation_windows(
@@ -157,11 +159,12 @@ def validation_windows(
     world_size: int = 1,
     limit: int | None = None,
     documents: bool = False,
+    objective: Objective = NEXT_TOKEN,
 ) -> Iterator[MicroBatch]:
-    """The windows of a split in their fixed order, or `limit` of them evenly spread over it.
+    """Yield the windows of a split in their fixed order, or `limit` of them, evenly spread over it.
 
-    Rank r takes every world_size-th micro-batch from r on. All ranks get equally many, because they
-    call collectives together: missing rows and micro-batches are padding without a target.
+    Rank r takes every world_size-th micro-batch from r on. All ranks get the same number because
+    they call collectives together: missing rows and micro-batches are padding without a target.
     """
     places = [
         (shard, start, min(sequence_length + 1, tokens - start))
@@ -173,9 +176,8 @@ def validation_windows(
     count = -(-len(places) // micro_batch)
     for index in range(rank, -(-count // world_size) * world_size, world_size):
         chosen = places[index * micro_batch : (index + 1) * micro_batch]
-        yield _validation_micro_batch(
-            split, index, chosen, (micro_batch, sequence_length), documents
-        )
+        shape = (micro_batch, sequence_length)
+        yield _validation_micro_batch(split, index, chosen, shape, documents, objective)
 
 
 def _validation_micro_batch(
@@ -184,6 +186,7 @@ def _validation_micro_batch(
     places: list[tuple[int, int, int]],
     shape: tuple[int, int],
     documents: bool,
+    objective: Objective,
 ) -> MicroBatch:
     tokens = np.zeros((shape[0], shape[1] + 1), split.dtype)
     numbers = np.zeros(tokens.shape, np.int32) if documents else None
@@ -194,32 +197,22 @@ def _validation_micro_batch(
         if numbers is not None:
             ends = split.document_ends(*place)
             numbers[i] = np.searchsorted(ends, np.arange(shape[1] + 1), side="right")
-    inputs, targets, numbered = _tensors(tokens, lengths, numbers)
-    return MicroBatch(index, inputs, targets, numbered)
+    windows = index * shape[0] + np.arange(shape[0])
+    pair = objective.examples(tokens, lengths, windows)
+    pair[1, len(places) :] = IGNORED  # rows of padding
+    inputs, targets = torch.from_numpy(pair)
+    return MicroBatch(index, inputs, targets, _document_numbers(numbers))
 
 
-def _micro_batches(rows: Rows, share: Share) -> list[MicroBatch]:
-    tensors = _tensors(rows.tokens, rows.sizes, rows.documents, rows.begins)
+def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> list[MicroBatch]:
+    pair = objective.examples(rows.tokens, rows.sizes, rows.numbers)
+    if rows.begins is not None:
+        pair[1][rows.begins[:, 1:]] = IGNORED  # the first token of a packed document
+    tensors = (*torch.from_numpy(pair), _document_numbers(rows.documents))
     parts = zip(*(t.split(share.micro_batch) for t in tensors if t is not None), strict=True)
     return [MicroBatch(share.first + i, *part) for i, part in enumerate(parts)]
 
 
-def _tensors(
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-    documents: np.ndarray | None,
-    begins: np.ndarray | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Windows (n, L + 1) as inputs and targets; beyond a window's end token 0 and no target, and
-    none where a packed document begins."""
-    # One piece of memory: two would be mapped and unmapped anew every step, at ten times the cost.
-    pair = np.empty((2, len(tokens), tokens.shape[1] - 1), np.int64)
-    pair[0], pair[1] = tokens[:, :-1], tokens[:, 1:]
-    for i in np.flatnonzero(lengths < tokens.shape[1]).tolist():
-        pair[0, i, lengths[i] - 1 :] = 0
-        pair[1, i, lengths[i] - 1 :] = IGNORED
-    if begins is not None:
-        pair[1][begins[:, 1:]] = IGNORED
-    inputs, targets = torch.from_numpy(pair)
-    numbers = None if documents is None else torch.from_numpy(documents[:, :-1].copy())
-    return inputs, targets, numbers
+def _document_numbers(documents: np.ndarray | None) -> torch.Tensor | None:
+    """Return the document number of each input: (n, L + 1) -> (n, L)."""
+    return None if documents is None else torch.from_numpy(documents[:, :-1].copy())

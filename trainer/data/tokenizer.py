@@ -1,7 +1,8 @@
-"""Tokenizers: train a byte-level BPE, take bytes, or load one; and the bytes behind every token.
+"""Tokenizers: train a byte-level BPE, use bytes, or load one; and the number of bytes of every
+token.
 
-Invariant: what we make ourselves is lossless and fixed by the text alone; `token_bytes` is exact,
-so that bits per byte computed with it mean the same for any vocabulary.
+Invariant: tokenizers made here are lossless and depend only on the text; `token_bytes` is exact, so
+that bits per byte computed with it are comparable between vocabularies.
 """
 
 import json
@@ -21,18 +22,23 @@ END_OF_TEXT = "<|endoftext|>"
 _FILE = "tokenizer.json"
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
-# Said aloud, because tokenizers warns and turns itself serial where a process forks without it.
+# Set explicitly: without it tokenizers warns and becomes serial when a process forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with GPT-2's splitting rule; id 0 is <|endoftext|>. Ties do not depend on
-    threads: the same texts give the same file. Fewer entries than asked for where the text is too
-    small to fill the vocabulary."""
+    """Train a byte-level BPE with GPT-2's splitting rule; id 0 is <|endoftext|>.
+
+    Ties don't depend on threads: the same texts give the same file. It has fewer entries than
+    requested if the text is too small to fill the vocabulary. Raises UserError if vocab_size is
+    below 257.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
         raise UserError(
-            "vocab_size", f"{vocab_size} is too small", "257 (every byte and the end) is the least"
+            "vocab_size",
+            f"{vocab_size} is too small",
+            "set at least 257 (bytes and end of text)",
         )
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -46,7 +52,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Ids 0 to 255 are the bytes themselves, 256 is <|endoftext|>: a BPE without a merge."""
+    """Return a BPE without merges: ids 0 to 255 are the bytes themselves, 256 is <|endoftext|>."""
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = _byte_level(models.BPE(vocab=vocab, merges=[]))
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
@@ -54,26 +60,28 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, ready to encode text whole. Raises UserError where it is missing or bad."""
+    """Load a tokenizer.json, without truncation and padding. Raises UserError if it is missing or
+    damaged."""
     return _parsed(_raw(Path(path)), str(path))
 
 
 def given_tokenizer(name: str) -> bytes | None:
-    """The tokenizer.json that a name stands for: "bytes", a file, or a Hugging Face directory with
-    one; None for "bpe", which is to be trained. Raises UserError where there is none."""
+    """Return the bytes of the tokenizer.json that a name stands for: "bytes", a file, or a Hugging
+    Face directory with one; None for "bpe", which has to be trained. Raises UserError if there is
+    none."""
     if name == "bpe":
         return None
     if name == "bytes":
         return byte_tokenizer().to_str().encode()
     path = Path(name).expanduser()
     if path.is_dir() and not (path / _FILE).is_file():
-        raise UserError(name, f"holds no {_FILE}", "give a directory with one, or the file itself")
+        raise UserError(name, f"holds no {_FILE}", "give a directory with one or the file itself")
     return _raw(path / _FILE if path.is_dir() else path)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer.json, with what is to be known of it; `end` is the id that ends a document."""
+    """The bytes of a tokenizer.json, its number of entries, and the id that ends a document."""
 
     raw: bytes
     size: int
@@ -81,22 +89,25 @@ class Vocabulary:
 
     @property
     def dtype(self) -> np.dtype:
-        """Little-endian, wide enough for every id."""
+        """Little-endian unsigned integers, wide enough for every id."""
         return np.dtype("<u2" if self.size <= 1 << 16 else "<u4")
 
     @property
     def is_bytes(self) -> bool:
-        """Whether ids are the bytes of the text: those need no tokenizer."""
+        """True if ids are the bytes of the text, so that encoding needs no tokenizer."""
         return self.raw == byte_tokenizer().to_str().encode()
 
     def load(self) -> Tokenizer:
+        """Return the tokenizer, without truncation and padding."""
         return _parsed(self.raw, _FILE)
 
 
 def vocabulary_of(raw: bytes, where: str, end: str | None = None) -> Vocabulary:
-    """`where`: the name it was given by, where a directory may say how its texts end.
+    """Return the Vocabulary of a tokenizer.json.
 
-    Raises UserError for one that is no tokenizer.json, has no such end, or loses count of bytes.
+    where: the name it was given by; if that is a Hugging Face directory, its config may name the
+    end-of-text token. Raises UserError if it isn't a tokenizer.json, has no such token, or its
+    tokens have no fixed number of bytes.
     """
     tokenizer = _parsed(raw, where)
     sizes = token_bytes(tokenizer, where)
@@ -107,36 +118,38 @@ def _raw(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(str(path), "no such tokenizer", f"give a {_FILE}") from None
+        raise UserError(str(path), "no such file", f"give a {_FILE}") from None
 
 
 def _parsed(raw: bytes, where: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
-    except Exception as e:  # tokenizers raises bare Exceptions for whatever it can't read
-        raise UserError(where, f"not a {_FILE} ({e})", "give a whole one") from e
+    except Exception as e:  # tokenizers raises bare Exceptions for everything that it can't read
+        raise UserError(where, f"not a valid {_FILE} ({e})", "give an intact one") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def end_of_text(tokenizer: Tokenizer, where: str, name: str | None = None) -> int:
-    """The id that ends a document: `name`, or the first usual one that the vocabulary has, or the
-    one that a Hugging Face directory, `where`, calls so. Raises UserError where there is none, and
-    for a word that stands in texts as well."""
+    """Return the id that ends a document: `name`, or the first common one that the vocabulary has,
+    or the one that the Hugging Face directory `where` names.
+
+    Raises UserError if there is none, or if it is an ordinary token of texts.
+    """
     added = tokenizer.get_added_tokens_decoder()
     for token in (name,) if name else (END_OF_TEXT, *_OTHER_ENDS, *_named_in(where)):
         if (found := tokenizer.token_to_id(token)) is None:
             continue
         if found not in added and tokenizer.encode(token, add_special_tokens=False).ids == [found]:
-            what = f"{token!r} ends no document: it is a word of texts"
-            raise UserError(where, what, "name its end-of-text token")
+            what = f"{token!r} can't end documents: it is an ordinary token of texts"
+            raise UserError(where, what, "set end_of_text to its end-of-text token")
         return found
     special = [t.content for t in added.values() if t.special]
     raise UserError(
         where,
-        f"the vocabulary has no {name or END_OF_TEXT}",
-        f"name its end-of-text token (special tokens: {', '.join(special[:8]) or 'none'})",
+        f"its vocabulary has no token {name or END_OF_TEXT}",
+        f"set end_of_text to its own (special tokens: {', '.join(special[:8]) or 'none'})",
     )
 
 
@@ -150,10 +163,11 @@ def _named_in(where: str) -> list[str]:
 
 
 def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
-    """UTF-8 bytes that each id stands for, int64 of shape (largest id + 1,); special tokens 0.
+    """Return the number of UTF-8 bytes of each id, int64 of shape (largest id + 1,); 0 for special
+    tokens.
 
-    Exact for byte-level vocabularies, and for SentencePiece's with byte fallback but for the space
-    that they put before a text. Raises UserError for kinds whose tokens have no fixed bytes.
+    Exact for byte-level vocabularies, and for SentencePiece's with byte fallback except for the
+    space that they add before a text. Raises UserError for kinds whose tokens have no fixed bytes.
     """
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     added = tokenizer.get_added_tokens_decoder()
@@ -161,12 +175,12 @@ def token_bytes(tokenizer: Tokenizer, where: str = "tokenizer") -> np.ndarray:
     decoder = json.dumps(spec["decoder"])
     length: Callable[[str], int]
     if '"ByteLevel"' in decoder:
-        length = len  # a character for each byte
+        length = len  # one character per byte
     elif '"ByteFallback"' in decoder:
         length = _fallback_length
     else:
         raise UserError(
-            where, "its tokens stand for no fixed number of bytes", "use a byte-level tokenizer"
+            where, "its tokens have no fixed number of bytes", "use a byte-level tokenizer"
         )
     sizes = np.zeros(max(vocab.values()) + 1, np.int64)
     for piece, index in vocab.items():
@@ -191,7 +205,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in GPT-2's byte-level alphabet."""
+    """Return the character for each byte in GPT-2's byte-level alphabet."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(b if b in printable else next(others)) for b in range(256)]

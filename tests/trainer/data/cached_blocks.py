@@ -1,17 +1,18 @@
-"""A cache of blocks before an origin that counts what it is asked for."""
+"""A block cache in front of an origin that counts its requests."""
 
 import random
 from pathlib import Path
 
 from forescale.data.remote.cache import BlockCache
 
-FILE = "0123456789abcdef" * 2  # blocks are named by their file and their number in it
+FILE = "0123456789abcdef" * 2  # part of a block's name that stands for its file
 BLOCK = 10_000
-STORED = BLOCK + 8  # with its checksum
+STORED = BLOCK + 8  # including its checksum
 
 
 class Blocks:
-    """Blocks of `length` bytes, the same for every reader. fetched: numbers of those fetched."""
+    """Blocks of `length` bytes, the same for every reader. fetched: numbers of the blocks
+    fetched."""
 
     def __init__(self, directory: Path, limit: int = 1 << 20, length: int = BLOCK):
         self.cache, self.length = BlockCache(directory, limit), length
@@ -21,7 +22,7 @@ class Blocks:
         return random.Random(number).randbytes(self.length)
 
     def get(self, number: int, skip: int = 0, stop: int | None = None) -> bytes:
-        """As forescale.data.remote.prefetch reads."""
+        """Read a block like forescale.data.remote.prefetch does."""
         name = f"{FILE}-{number}"
         data = bytearray((self.length if stop is None else stop) - skip)
         if self.cache.read(name, self.length, skip, memoryview(data)):

@@ -1,4 +1,4 @@
-"""One small dataset, built once and shared by the tests of data/."""
+"""One small dataset, built once and shared by the tests of the data room."""
 
 from pathlib import Path
 
@@ -15,5 +15,6 @@ def texts() -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def dataset(texts, tmp_path_factory) -> Path:
-    """Built once and only read; 3 or more training shards of several members each."""
+    """A dataset that is built once and only read; at least 3 training shards of several members
+    each."""
     return build_dataset(Texts(texts), tmp_path_factory.mktemp("data") / "tiny", SMALL)

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that serves files from memory and misbehaves as it is told."""
+"""A real HTTP server on loopback that serves files from memory and misbehaves on request."""
 
 import hashlib
 import socket
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Asked(NamedTuple):
-    """One request; stop is exclusive, None where no range was asked for."""
+    """One request; stop is exclusive, None if no range was requested."""
 
     path: str
     start: int
@@ -21,11 +21,11 @@ class Asked(NamedTuple):
 
 
 class HostileServer:
-    """Use as a context manager. `files`: what it serves, by path ("/a.tar").
+    """A context manager. files: the files to serve, by path ("/a.tar").
 
     `next_time(path, *faults)`: one fault for each of the next requests; `always(path, fault)`: for
-    all of them, once those are used up. A fault is an HTTP status, or the name of a `do_` method of
-    the handler below, with an argument after a colon. `asked`: all requests so far, in order.
+    all requests after those. A fault is an HTTP status, or the name of a `do_` method of the
+    handler below, with an argument after a colon. `asked`: all requests so far, in order.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class HostileServer:
         self.etags: dict[str, str] = {}
         self.asked: list[Asked] = []
         self.sent: dict[str, int] = defaultdict(int)  # bytes of bodies, by path
-        self.gate = threading.Event()  # what `wait` waits for
+        self.gate = threading.Event()  # event that `wait` waits for
         self.arrived = threading.Semaphore(0)  # released by every request
         self._once: dict[str, list[str]] = defaultdict(list)
         self._always: dict[str, str] = {}
@@ -78,7 +78,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exception(), OSError):  # a connection that broke, as it should
+        if not isinstance(sys.exception(), OSError):  # an interrupted connection, as intended
             super().handle_error(request, client_address)
 
 
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             getattr(self, f"do_{fault}")(*filter(None, [argument]))
 
     def answer(self, body: bytes, status: int, length: int | None = None, **headers: str) -> None:
-        """Head and body; length: what the head says of it, -1 for nothing."""
+        """Send head and body. length: the Content-Length, -1 for none."""
         self.hostile.sent[self.path] += len(body)
         self.send_response(status)
         if length != -1:
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def ranged(self, body: bytes, length: int | None = None, **headers: str) -> None:
-        """The answer to what was asked, with this much of its body."""
+        """Answer the requested range, with only this much of its body."""
         whole = "Range" not in self.headers
         spread = f"bytes {self.start}-{self.stop - 1}/{len(self.data)}"
         tag = self.hostile.etags.get(self.path) or _tag(self.data)
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(body, 200 if whole else 206, length, **headers)
 
     def page(self) -> bytes:
-        """A folder's list, as servers show it."""
+        """Send a folder's list of links, as servers do."""
         below = {p[len(self.path) :] for p in self.hostile.files if p.startswith(self.path)}
         names = {n.partition("/")[0] + "/" * ("/" in n) for n in below}
         links = "".join(f'<a href="{n}">{n}</a> ' for n in sorted(names))
@@ -146,9 +146,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self.body[: (len(self.body) + 1) // 2]
 
     def abort(self) -> None:
-        """A reset and not the end of a connection."""
+        """Reset the connection instead of closing it."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        socket.close(self.connection.detach())  # its files would keep a mere close() waiting
+        # connection.close() would wait for the file objects of the connection.
+        socket.close(self.connection.detach())
         self.close_connection = True
 
     def end(self) -> None:
@@ -202,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.ranged(b"", length=0)
 
     def do_short(self) -> None:
-        """Less than was asked for, and rightly said so."""
+        """Send less than requested, with a correct Content-Range."""
         self.stop = self.start + max(1, len(self.body) // 2)
         self.ranged(self.body[: self.stop - self.start], length=self.stop - self.start)
 
@@ -214,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hang()
 
     def do_trickle(self) -> None:
-        """Byte after byte, for ever in time."""
+        """Send byte after byte, each in time, without end."""
         self.ranged(b"")
         for byte in self.body:
             if self.hostile.closing.wait(0.02):
@@ -226,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end()
 
     def do_whole(self) -> None:
-        """As a server that knows no ranges."""
+        """Answer like a server without ranges."""
         self.answer(self.data, 200)
 
     def do_whole_unsized(self) -> None:
@@ -234,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end()
 
     def do_elsewhere(self) -> None:
-        """Other bytes than those that were asked for."""
+        """Send other bytes than those requested."""
         first = (self.start + 1) % max(1, len(self.data) - len(self.body))
         spread = f"bytes {first}-{first + len(self.body) - 1}/{len(self.data)}"
         self.ranged(self.data[first : first + len(self.body)], **{"Content-Range": spread})

@@ -1,14 +1,16 @@
-"""Files read to the end, with the report; rows as JSON lines."""
+"""Read files completely, with the report; write rows as JSON lines."""
 
 import json
 
-from forescale.data.text.files import Files, Report
+from forescale.data.text.files import Files, ReadingReport
 
 
 def read(*paths, **options):
-    """[(name, text)] of all documents, and the report."""
-    report = Report()
-    return [(d.name, d.text) for d in Files(paths, **options).documents(report)], report
+    """Return [(name, text)] of all documents, and the report."""
+    report = ReadingReport()
+    files = Files(paths, **options)
+    found = [(d.name, d.text) for unit in files.units() for d in files.read(unit, report)]
+    return found, report
 
 
 def lines(*rows) -> bytes:

@@ -1,4 +1,4 @@
-"""Datasets of given tokens, written shard by shard as the builder writes them, in milliseconds."""
+"""Datasets of given tokens, written in milliseconds with the builder's own ShardWriter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +16,9 @@ END = 256  # the byte tokenizer's end-of-text
 def write_dataset(
     path: Path, train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]] = (), member=64
 ) -> Path:
-    """train, held_out: for each shard the lengths of its documents, their end-of-text included.
+    """train, held_out: for each shard the lengths of its documents, including end of text.
 
-    Tokens count up over the dataset, modulo 251, so that no two windows are alike by chance.
+    Tokens count up over the dataset, modulo 251, so that no two windows are equal by chance.
     """
     path.mkdir(parents=True)
     tokenizer = byte_tokenizer()

@@ -1,11 +1,12 @@
-"""A small synthetic corpus for the tests of data/; also imported by processes that tests kill."""
+"""A small synthetic corpus for the tests of the data room; also imported by processes that tests
+kill."""
 
 import hashlib
 import random
 from collections.abc import Iterator
 
 from forescale.data.prepare.builder import BuildConfig
-from forescale.data.text.documents import Document, Report, Unit, decoded
+from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
 
 WORDS = ["def", "return", "self", "naïve", "数据", "for", "in", "class\n\t", "🙂", "x0", "=="]
 SMALL = BuildConfig(
@@ -14,7 +15,8 @@ SMALL = BuildConfig(
 
 
 class Texts:
-    """Documents from memory, some of them a unit; the policy for faulty text is the product's."""
+    """Documents from memory, `per_unit` documents per unit, with the default policy for faulty
+    text."""
 
     def __init__(self, texts: list[bytes], per_unit: int = 1_000_000):
         self.texts, self.per_unit, self.sources = texts, per_unit, ["texts"]
@@ -33,7 +35,7 @@ class Texts:
         size = sum(map(len, self.texts[first:last]))
         return Unit(f"texts {first} to {last - 1}", size, 0, first, last)
 
-    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+    def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
         for i in range(unit.first, unit.last):
             yield from decoded(f"text-{i}", self.texts[i], report)
 

@@ -1,7 +1,7 @@
-"""The matrix of damage on small shards: all of it is caught before a token is used.
+"""Every kind of damage on small shards is found before a token is used.
 
-What isn't caught on reading is a byte that no token and no count depends on: then what is read is
-what was written, and `check` names the file.
+Reading doesn't notice damage only if no token and no count depends on the byte: then the tokens
+read are those written, and `check` names the file.
 """
 
 import json
@@ -27,15 +27,16 @@ BLOCK = tarfile.BLOCKSIZE
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Two training shards of one shape, with three members each, and one of validation."""
+    """Two training shards of equal shape, with three members each, and one of validation."""
     return write_dataset(tmp_path / "d", [[40, 30, 70], [40, 30, 70]], [[25]])
 
 
 def content(dataset: Dataset) -> tuple:
-    """All that the first shard gives: tokens by both ways of reading, and document ends."""
+    """Return everything read from the first shard: tokens by both ways of reading, and document
+    ends."""
     split = dataset.split("train")
     rows = np.empty((1, split.shard_tokens[0]), np.uint16)
-    split.read_rows(np.zeros(1, int), np.zeros(1, int), rows)
+    split.shard(0).read_rows([0], [0], rows)
     tokens = split.read(0, 0, split.shard_tokens[0])
     ends = split.document_ends(0, 0, split.shard_tokens[0])
     return rows.tobytes(), tokens.tobytes(), ends.tobytes()
@@ -45,13 +46,13 @@ def both_ways_damaged(dataset: Dataset, match: str) -> None:
     split = dataset.split("train")
     rows = np.empty((1, split.shard_tokens[0]), np.uint16)
     with pytest.raises(Damaged, match=match):
-        split.read_rows(np.zeros(1, int), np.zeros(1, int), rows)
+        split.shard(0).read_rows([0], [0], rows)
     with pytest.raises(Damaged, match=match):
         split.read(0, 0, split.shard_tokens[0])
 
 
 def owners(path: Path) -> dict[int, str]:
-    """The kind and key of the member that each byte of the tar's contents belongs to."""
+    """Return kind and key of the member that each byte of the tar's contents belongs to."""
     members = json.loads((path / INDEX).read_text())["members"]
     return {
         at: f"{kind} {m['key']}"
@@ -103,43 +104,44 @@ def test_every_block_of_a_tar_zeroed(data):
     assert caught == 6
 
 
-def test_every_length_that_a_tar_can_be_cut_to(data):
+def test_a_tar_truncated_to_every_length(data):
     good, dataset = (data / TAR).read_bytes(), Dataset(data)
     for size in range(len(good) - 1, -1, -1):
         os.truncate(data / TAR, size)
-        with pytest.raises(Damaged, match=rf"{TAR}: {size:,} bytes where {len(good):,} belong"):
+        with pytest.raises(Damaged, match=rf"{TAR}: has {size:,} bytes, expected {len(good):,}"):
             dataset.split("train").read(0, 0, 1)
         if size % 1000 == 0:
             assert named(data, TAR)
 
 
-def test_tars_joined_swapped_or_gone(data):
+def test_tars_concatenated_swapped_or_missing(data):
     tar, other = data / TAR, data / "train-000001.tar"
     good, second = tar.read_bytes(), other.read_bytes()
     tar.write_bytes(good + second)
-    both_ways_damaged(Dataset(data), rf"{TAR}: .* bytes where")
+    both_ways_damaged(Dataset(data), rf"{TAR}: has .* bytes, expected")
     assert named(data, TAR)
-    tar.write_bytes(second)  # of the same size and layout
+    tar.write_bytes(second)  # has the same size and layout
     both_ways_damaged(Dataset(data), rf"{TAR}: member 000000 is damaged")
     assert named(data, TAR)
     tar.unlink()
-    both_ways_damaged(Dataset(data), rf"{TAR}: missing")
-    assert named(data, f"{TAR}: missing")
+    both_ways_damaged(Dataset(data), rf"{TAR}: is missing")
+    assert named(data, f"{TAR}: is missing")
 
 
-def test_two_tars_joined_and_sealed_again_are_named(data):
+def test_two_concatenated_tars_with_valid_checksums_are_found(data):
     want = content(Dataset(data))
     (data / TAR).write_bytes((data / TAR).read_bytes() + (data / "train-000001.tar").read_bytes())
     seal(data, TAR)
     assert content(Dataset(data)) == want
     (fault,) = check(data)
-    assert re.search(rf"{TAR}: its members end at byte [\d,]+, and no end of a tar follows", fault)
+    what = r"truncated or damaged: its members end at byte [\d,]+, but no end of a tar follows"
+    assert re.search(f"{TAR}: {what}", fault)
 
 
 def damaged(path: Path, step: int) -> Iterator[int]:
-    """A file with a byte flipped, then another, then cut to ever fewer bytes: each time where."""
+    """Yield a file with one byte flipped, each in turn, then truncated to every length."""
     good = path.read_bytes()
-    with open(path, "r+b", buffering=0) as f:  # in place: a file written anew costs a flush
+    with open(path, "r+b", buffering=0) as f:  # in place: rewriting the file is slower
         for at in range(0, len(good), step):
             os.pwrite(f.fileno(), bytes([good[at] ^ 1]), at)
             yield at
@@ -164,7 +166,7 @@ def test_every_flipped_byte_and_every_length_of_the_small_files(data, name):
             said = str(e)
         if got is None:
             assert str(data) in said, at
-        else:  # what the table says of files that this doesn't read
+        else:  # entries of files that reading doesn't need
             assert name == TABLE
             assert got == want
         if at < size - 1 and (number % 50 == 0 or (got is not None and number % 5 == 0)):
@@ -172,8 +174,8 @@ def test_every_flipped_byte_and_every_length_of_the_small_files(data, name):
 
 
 def seal(path: Path, *names: str, **row) -> None:
-    """Make the manifest's first row and the table agree with these files, as a faulty writer would
-    have published them."""
+    """Make the manifest's first row and the table agree with these files, as if a faulty writer had
+    published them."""
     manifest, table = json.loads((path / "manifest.json").read_text()), read_table(path)
     first = manifest["splits"]["train"]["shards"][0]
     first.update(row)
@@ -217,7 +219,7 @@ DISAGREE = {
 
 
 @pytest.mark.parametrize("name", DISAGREE)
-def test_an_index_that_disagrees_with_its_tar_though_all_is_sealed(data, name):
+def test_an_index_that_disagrees_with_its_tar_is_found_despite_valid_checksums(data, name):
     index = json.loads((data / INDEX).read_text())
     DISAGREE[name](index["members"])
     (data / INDEX).write_text(json.dumps(index))
@@ -227,7 +229,7 @@ def test_an_index_that_disagrees_with_its_tar_though_all_is_sealed(data, name):
     assert named(data, "train-000000")
 
 
-def test_the_index_of_another_shard_though_all_is_sealed(data):
+def test_the_index_of_another_shard_is_found_despite_valid_checksums(data):
     shutil.copy(data / "train-000001.index.json", data / INDEX)
     both_ways_damaged(Dataset(data), rf"{INDEX}: damaged: its sha256")
     seal(data, INDEX)  # its layout is the same, its sums are not
@@ -235,11 +237,11 @@ def test_the_index_of_another_shard_though_all_is_sealed(data):
     assert named(data, f"{TAR}: member 000002 is damaged")
 
 
-def test_counts_of_the_manifest_are_compared_and_not_only_hashes(data):
+def test_counts_of_the_manifest_are_compared_not_only_hashes(data):
     seal(data, documents=4)
     faults = check(data)
     assert any("the shards of train hold 7 documents, the manifest says 6" in f for f in faults)
-    assert any(f"{INDEX}: its documents aren't as many as the manifest" in f for f in faults)
+    assert any(f"{INDEX}: its number of documents differs from the manifest" in f for f in faults)
 
 
 def test_the_headers_of_a_tar_are_compared_with_its_index(data):
@@ -256,8 +258,8 @@ def test_the_headers_of_a_tar_are_compared_with_its_index(data):
     ]
 
 
-def test_ids_and_document_ends_that_no_writer_of_ours_makes_are_named(data):
-    """Whole by every checksum, and wrong: what a faulty writer could publish."""
+def test_invalid_ids_and_document_ends_are_found(data):
+    """All checksums are correct but the contents aren't: what a faulty writer could publish."""
     path = data.parent / "odd"
     write_dataset(path, [[40, 30, 70]])
     dataset = Dataset(path)

@@ -1,4 +1,4 @@
-"""Reading: exact across members, readable by webdataset, and damage is caught before use."""
+"""Reading: exact across members, readable by webdataset, and damage is found before use."""
 
 import shutil
 from pathlib import Path
@@ -10,8 +10,7 @@ import webdataset
 from forescale.data import shard as module
 from forescale.data.check import check
 from forescale.data.dataset import Dataset
-from forescale.data.memory import Memory
-from forescale.data.shard import CHUNK
+from forescale.data.memory import CHUNK, ShardMemory
 from forescale.errors import UserError
 from tests.trainer.data.small_dataset import write_dataset
 
@@ -22,7 +21,7 @@ def copy(dataset, tmp_path) -> Path:
 
 
 def webdataset_tokens(path: Path, split: str, dtype="<u2") -> list[np.ndarray]:
-    """Each tar's tokens as plain webdataset reads them."""
+    """Return each tar's tokens as plain webdataset reads them."""
     tars = sorted(path.glob(f"{split}-*.tar"))
     return [
         np.concatenate(
@@ -60,7 +59,7 @@ def test_any_range_reads_across_members(dataset):
 
 
 def reads_of(shard, monkeypatch) -> list[int]:
-    """The sizes of a shard's reads from now on."""
+    """Return a list that receives the sizes of a shard's reads from now on."""
     sizes, read = [], shard.file.read_at
     monkeypatch.setattr(
         shard, "_read_at", lambda at, into: (sizes.append(len(into)), read(at, into))
@@ -70,11 +69,11 @@ def reads_of(shard, monkeypatch) -> list[int]:
 
 def rows_of(split, shard: int, starts: list[int], length: int) -> np.ndarray:
     rows = np.empty((len(starts), length), np.int64)
-    split.read_rows(np.full(len(starts), shard), np.array(starts), rows)
+    split.shard(shard).read_rows(range(len(starts)), starts, rows)
     return rows
 
 
-def test_a_first_window_costs_a_chunk_and_the_next_ones_nothing(tmp_path, monkeypatch):
+def test_the_first_window_reads_one_chunk_and_the_next_ones_nothing(tmp_path, monkeypatch):
     path = write_dataset(tmp_path / "d", [[1000] * 200], member=100_000)
     split = Dataset(path).split("train")
     sizes = reads_of(split.shard(0), monkeypatch)
@@ -88,7 +87,7 @@ def test_a_first_window_costs_a_chunk_and_the_next_ones_nothing(tmp_path, monkey
     assert (rows_of(split, 0, [99_990], 500)[0] == split.read(0, 99_990, 500)).all()
 
 
-def test_rows_come_from_the_very_bytes_that_were_verified(tmp_path):
+def test_rows_come_from_the_verified_bytes(tmp_path):
     path = write_dataset(tmp_path / "d", [[100] * 5])
     split = Dataset(path).split("train")
     want, tar = rows_of(split, 0, [0], 500), path / "train-000000.tar"
@@ -98,7 +97,7 @@ def test_rows_come_from_the_very_bytes_that_were_verified(tmp_path):
         rows_of(Dataset(path).split("train"), 0, [0], 500)
 
 
-def test_a_window_over_many_members_has_those_in_its_middle(tmp_path):
+def test_a_window_over_many_members_includes_the_middle_ones(tmp_path):
     path = write_dataset(tmp_path / "d", [[100] * 5])
     split = Dataset(path).split("train")
     rows_of(split, 0, [0, 300], 10)
@@ -106,9 +105,9 @@ def test_a_window_over_many_members_has_those_in_its_middle(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 1000, 2500, 10_000])
-def test_rows_are_the_same_whatever_memory_there_is(limit, tmp_path, monkeypatch):
+def test_rows_are_the_same_for_any_memory_limit(limit, tmp_path, monkeypatch):
     path = write_dataset(tmp_path / "d", [[90] * 5, [50] * 10, [1] * 70])
-    monkeypatch.setattr(module, "MEMORY", Memory(limit))
+    monkeypatch.setattr(module, "MEMORY", ShardMemory(limit))
     split, plain = Dataset(path).split("train"), Dataset(path).split("train")
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -135,7 +134,7 @@ def test_truncation_while_open_is_found(copy):
             read(0, 1000, 1)
 
 
-def test_missing_things_have_a_sentence(copy, tmp_path):
+def test_missing_files_raise_a_clear_error(copy, tmp_path):
     with pytest.raises(UserError, match=r"no such dataset.*forescale shards"):
         Dataset(tmp_path / "nowhere")
     with pytest.raises(UserError, match="not a dataset"):
@@ -143,7 +142,7 @@ def test_missing_things_have_a_sentence(copy, tmp_path):
     with pytest.raises(UserError, match=r"no split 'test'.*train, validation"):
         Dataset(copy).split("test")
     (copy / "train-000001.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000001\.tar: missing"):
+    with pytest.raises(UserError, match=r"train-000001\.tar: is missing"):
         Dataset(copy).split("train").read(1, 0, 1)
     assert any("train-000001.tar: missing" in fault for fault in check(copy))
     assert "no such" in check(tmp_path / "nowhere")[0]

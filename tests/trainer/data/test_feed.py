@@ -1,4 +1,5 @@
-"""Going on beside damage: other windows stand in, the same on all ranks, and nothing is silent."""
+"""Continuing despite damage: windows are substituted, the same on all ranks, and everything is
+reported."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 from forescale.data.dataset import Damaged, Dataset
-from forescale.data.feed import Lost
-from forescale.data.stream import Share, stream
+from forescale.data.feed import LostMember
+from forescale.data.stream import StepShare, stream
 from forescale.errors import UserError
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import make_feed
@@ -28,7 +29,7 @@ def damage(path, shard, member):
     raw = bytearray(tar.read_bytes())
     raw[found.tok["offset"] + found.tok["size"] // 2] ^= 1
     tar.write_bytes(raw)
-    return Lost("data", shard, found.key)
+    return LostMember("data", shard, found.key)
 
 
 def feed_of(path, substitute=True, **more):
@@ -37,7 +38,7 @@ def feed_of(path, substitute=True, **more):
 
 
 def run(path, world=1, workers=1, quarantine=frozenset(), steps=STEPS):
-    """All ranks' batches by step, with ranks as threads that agree as ranks do."""
+    """Return all ranks' batches by step, with ranks as threads that agree like real ranks."""
     barrier, said = threading.Barrier(world), [frozenset()] * world
 
     def rank(number):
@@ -48,8 +49,8 @@ def run(path, world=1, workers=1, quarantine=frozenset(), steps=STEPS):
             barrier.wait(20)
             return found
 
-        share = Share(BATCH, BATCH // 12, number, world)
-        feed = feed_of(path)  # a rank verifies what it reads itself
+        share = StepShare(BATCH, BATCH // 12, number, world)
+        feed = feed_of(path)  # each rank verifies its own reads
         known = {"quarantine": quarantine, "agree": agree if world > 1 else None}
         g = steps[0] * BATCH
         return list(stream(feed, share, steps, g, workers=workers, **known))
@@ -63,14 +64,14 @@ def sequence(rows):
     return [(m.tokens.tolist(), m.targets.tolist()) for row in rows for b in row for m in b.micro]
 
 
-def test_damage_stops_by_default_and_names_file_and_member(path):
+def test_damage_raises_by_default_and_names_file_and_member(path):
     lost = damage(path, 1, 2)
     feed = feed_of(path, substitute=False)
     with pytest.raises(Damaged, match=rf"train-000001.tar: member {lost.member} is damaged"):
-        list(stream(feed, Share(BATCH, 1), STEPS, 0))
+        list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
 
 
-def test_other_windows_stand_in_for_damaged_ones_alone(path):
+def test_only_damaged_windows_are_substituted(path):
     whole = sequence(run(path))
     rows = run(path)
     lost = damage(path, 1, 2)
@@ -83,7 +84,7 @@ def test_other_windows_stand_in_for_damaged_ones_alone(path):
         touched += hit
         assert (before == after) != hit
         real = [sum(t >= 0 for t in row) for _, (row,) in (before, after)]
-        assert real[0] == real[1]  # the step's targets stay what the order says
+        assert real[0] == real[1]  # the number of targets per step doesn't change
     assert touched
     assert rows[-1][0].quarantine == {lost}
     assert sum(bool(b.lost) for (b,) in rows) == 1
@@ -112,7 +113,7 @@ def test_a_resumed_run_knows_what_was_lost(path):
         assert sequence(tail) == sequence(whole)[cut * BATCH :]
 
 
-def test_what_was_lost_stays_lost_even_where_it_is_mended(path):
+def test_a_quarantined_member_stays_lost_even_after_repair(path):
     copy = {f.name: f.read_bytes() for f in path.iterdir()}
     damage(path, 1, 2)
     whole = run(path)
@@ -122,37 +123,37 @@ def test_what_was_lost_stays_lost_even_where_it_is_mended(path):
     assert sequence(tail) == sequence(whole)[20 * BATCH :]
 
 
-def test_a_shard_that_is_cut_off_is_lost_whole(path):
+def test_a_truncated_shard_is_lost_completely(path):
     tar = path / "train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:2000])
     rows = run(path, 2)
-    assert rows[-1][0].quarantine == {Lost("data", 1, "")}
+    assert rows[-1][0].quarantine == {LostMember("data", 1, "")}
     assert len(sequence(rows)) == 40 * BATCH
 
 
-def test_documents_of_damaged_ends_are_substituted_too(path):
+def test_windows_with_damaged_document_ends_are_substituted_too(path):
     found = Dataset(path).split("train").shard(1).members[1]
     tar = path / "train-000001.tar"
     raw = bytearray(tar.read_bytes())
     raw[found.doc["offset"]] ^= 1
     tar.write_bytes(raw)
     feed = feed_of(path, documents=True)
-    rows = list(stream(feed, Share(BATCH, 1), STEPS, 0))
-    assert rows[-1].quarantine == {Lost("data", 1, found.key)}
+    rows = list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
+    assert rows[-1].quarantine == {LostMember("data", 1, found.key)}
     with pytest.raises(Damaged, match="document ends"):
-        list(stream(feed_of(path, False, documents=True), Share(BATCH, 1), STEPS, 0))
+        list(stream(feed_of(path, False, documents=True), StepShare(BATCH, 1), STEPS, 0))
 
 
-def test_a_source_with_nothing_left_is_a_sentence(tmp_path):
+def test_a_source_with_nothing_left_raises_a_clear_error(tmp_path):
     path = write_dataset(tmp_path / "d", [[200]], member=64)
     for member in range(4):
         damage(path, 0, member)
-    with pytest.raises(UserError, match="windows in a row touch damaged members"):
-        list(stream(feed_of(path), Share(BATCH, 1), range(3), 0, workers=0))
+    with pytest.raises(UserError, match="substitutes in a row touch damaged members"):
+        list(stream(feed_of(path), StepShare(BATCH, 1), range(3), 0, workers=0))
 
 
-def test_a_window_reads_what_it_needs_and_no_more(tmp_path):
-    """At the start, and far into the run: a resume costs the chunks of its windows."""
+def test_a_window_reads_only_what_it_needs(tmp_path):
+    """At the start and far into the run: resuming reads only the chunks of its windows."""
     path = write_dataset(tmp_path / "d", [[200_000] * 3] * 4, member=1 << 18)
     for g in (0, 10**12):
         split = Dataset(path).split("train")
@@ -171,6 +172,6 @@ def test_a_window_reads_what_it_needs_and_no_more(tmp_path):
             shard.file = Counting()
             shard._read_at = shard.file.read_at
         feed = make_feed({"data": split}, 256, 0, 2)
-        list(stream(feed, Share(8, 1), range(5, 6), g, workers=0))
+        list(stream(feed, StepShare(8, 1), range(5, 6), g, workers=0))
         assert 0 < sum(read) <= 8 * 2 * 65536
         assert np.mean(read) <= 65536

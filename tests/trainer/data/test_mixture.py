@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale.data.mixture import Mixture, Stage, without
+from forescale.data.mixture import Mixture, MixtureStage, unskipped
 from forescale.data.order import Order
 
 ORDERS = {
@@ -18,7 +18,7 @@ ORDERS = {
 weights = st.lists(st.integers(0, 30), min_size=3, max_size=3).filter(any)
 stages = st.builds(
     lambda gaps, shares: [
-        Stage.of(sum(gaps[:i]), share) for i, share in enumerate(shares[: len(gaps) + 1])
+        MixtureStage.of(sum(gaps[:i]), share) for i, share in enumerate(shares[: len(gaps) + 1])
     ],
     st.lists(st.integers(1, 5000), max_size=2),
     st.lists(weights, min_size=3, max_size=3),
@@ -27,7 +27,7 @@ stages = st.builds(
 
 @given(stages=stages, seed=st.integers(0, 9), cuts=st.lists(st.integers(1, 900), max_size=6))
 @settings(max_examples=30, deadline=None)
-def test_every_source_keeps_its_own_order_however_the_samples_are_cut(stages, seed, cuts):
+def test_every_source_keeps_its_own_order_for_any_cuts_of_the_samples(stages, seed, cuts):
     mixture = Mixture(ORDERS, stages, seed)
     total = 12_000
     whole = mixture.places(0, total)
@@ -66,28 +66,32 @@ def test_shares_are_exact_at_the_end_of_every_block(stages, seed):
 
 
 def test_a_small_share_gets_a_longer_block_and_is_not_lost():
-    mixture = Mixture(ORDERS, [Stage.of(0, [0.9999, 0.0001, 0])], 0)
+    mixture = Mixture(ORDERS, [MixtureStage.of(0, [0.9999, 0.0001, 0])], 0)
     given = mixture.samples(200_000)
     assert given.tolist() == [199_980, 20, 0]
 
 
-def test_sources_are_mixed_inside_a_block_and_another_seed_mixes_otherwise():
-    stage = [Stage.of(0, [1, 1, 2])]
+def test_sources_are_mixed_inside_a_block_and_depend_on_the_seed():
+    stage = [MixtureStage.of(0, [1, 1, 2])]
     first = Mixture(ORDERS, stage, 0).places(0, 1024).source
     assert len(set(first[:32].tolist())) == 3
     assert (first != Mixture(ORDERS, stage, 1).places(0, 1024).source).any()
 
 
-def test_far_away_costs_no_more_than_near():
-    mixture = Mixture(ORDERS, [Stage.of(0, [0.5, 0.3, 0.2]), Stage.of(10**6, [0, 1, 3])], 5)
+def test_a_large_g_costs_no_more_than_a_small_one():
+    mixture = Mixture(
+        ORDERS, [MixtureStage.of(0, [0.5, 0.3, 0.2]), MixtureStage.of(10**6, [0, 1, 3])], 5
+    )
     far = mixture.places(10**12, 10**12 + 100)
-    again = Mixture(ORDERS, [Stage.of(0, [0.5, 0.3, 0.2]), Stage.of(10**6, [0, 1, 3])], 5)
+    again = Mixture(
+        ORDERS, [MixtureStage.of(0, [0.5, 0.3, 0.2]), MixtureStage.of(10**6, [0, 1, 3])], 5
+    )
     assert np.array_equal(again.places(10**12 + 50, 10**12 + 100).start, far.start[50:])
     assert mixture.epochs(10**12)["a"] == 500_000 / ORDERS["a"].windows_per_epoch
 
 
-def test_weights_are_taken_as_they_are_written():
-    assert Stage.of(0, [0.1, 0.2, 1e-3]).weights == (
+def test_weights_are_exact_decimals():
+    assert MixtureStage.of(0, [0.1, 0.2, 1e-3]).weights == (
         Fraction(1, 10),
         Fraction(1, 5),
         Fraction(1, 1000),
@@ -95,15 +99,15 @@ def test_weights_are_taken_as_they_are_written():
 
 
 @pytest.mark.parametrize("weights", [[0, 0], [-1, 2], [1, 1e-9]])
-def test_weights_without_sense_are_refused(weights):
+def test_invalid_weights_are_refused(weights):
     with pytest.raises(ValueError, match=r"share|negative"):
-        Stage.of(0, weights)
+        MixtureStage.of(0, weights)
 
 
-def test_stages_begin_at_the_start_and_follow_on_each_other():
+def test_stages_begin_at_0_and_ascend():
     for firsts in ([1], [0, 5, 5], [0, 9, 3], []):
         with pytest.raises(ValueError, match="stages"):
-            Mixture(ORDERS, [Stage.of(first, [1, 1, 1]) for first in firsts], 0)
+            Mixture(ORDERS, [MixtureStage.of(first, [1, 1, 1]) for first in firsts], 0)
 
 
 @given(
@@ -111,7 +115,7 @@ def test_stages_begin_at_the_start_and_follow_on_each_other():
     g=st.integers(0, 220),
     count=st.integers(1, 60),
 )
-def test_skipped_samples_are_passed_over_and_no_other(skipped, g, count):
+def test_exactly_the_skipped_samples_are_skipped(skipped, g, count):
     gone = {s for start, size in skipped for s in range(start, start + size)}
     merged: list[tuple[int, int]] = []
     for a, b in sorted((start, start + size) for start, size in skipped):
@@ -119,6 +123,6 @@ def test_skipped_samples_are_passed_over_and_no_other(skipped, g, count):
             merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
         else:
             merged.append((a, b))
-    found = [s for a, b in without(merged, g, count) for s in range(a, b)]
+    found = [s for a, b in unskipped(merged, g, count) for s in range(a, b)]
     want = [s for s in range(g, 1000) if s not in gone][:count]
     assert found == want

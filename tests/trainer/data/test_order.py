@@ -1,4 +1,5 @@
-"""The order is closed form: bijective, exact at any g, and every token a target once an epoch."""
+"""The order is closed form: bijective, exact at any g, and every token is a target once per
+epoch."""
 
 import numpy as np
 import pytest
@@ -35,7 +36,9 @@ def test_permutation_stays_in_range_and_inverts_when_huge(n):
 
 @given(SHARDS, st.integers(1, 20), st.integers(0, 9), st.integers(1, 8), st.integers(0, 10**12))
 @settings(max_examples=200, deadline=None)
-def test_every_token_but_a_shards_first_is_a_target_once_an_epoch(shards, L, seed, block, epoch):
+def test_every_token_except_a_shards_first_is_a_target_once_per_epoch(
+    shards, L, seed, block, epoch
+):
     order = Order(shards, L, seed, block)
     n = order.windows_per_epoch
     targets = []
@@ -49,7 +52,7 @@ def test_every_token_but_a_shards_first_is_a_target_once_an_epoch(shards, L, see
 
 @given(ORDERS, st.integers(0, 300), st.integers(0, 100), st.integers(0, 100))
 @settings(max_examples=200, deadline=None)
-def test_ranges_join_and_targets_count_them(order, g, a, b):
+def test_ranges_join_and_targets_are_counted(order, g, a, b):
     whole = order.windows(g, g + a + b)
     parts = [order.windows(g, g + a), order.windows(g + a, g + a + b)]
     for field in range(3):
@@ -66,7 +69,7 @@ def test_huge_g_is_exact(order, g):
     assert order.targets(0, epoch * order.windows_per_epoch) == epoch * order.targets_per_epoch
 
 
-def test_epochs_seeds_and_blocks_differ_and_blocks_hold_together():
+def test_epochs_seeds_and_blocks_differ_and_blocks_stay_contiguous():
     order = Order([1000] * 12, 10, 0, 3)
     first, second = order.windows(0, 1200), order.windows(1200, 2400)
     assert (first.shard != second.shard).any()
@@ -78,7 +81,7 @@ def test_epochs_seeds_and_blocks_differ_and_blocks_hold_together():
 
 
 def test_order_is_pinned():
-    """A change here changes the data of every run that exists."""
+    """If this fails, the change alters the data of every existing run."""
     order = Order([1000, 700, 2, 1, 450], 16, 7, 2)
     assert order.windows_per_epoch == 63 + 44 + 1 + 0 + 29
     assert [order.window(g) for g in (0, 1, 136, 137, 10**12)] == [
@@ -90,6 +93,6 @@ def test_order_is_pinned():
     ]
 
 
-def test_nothing_to_train_on_has_a_sentence():
-    with pytest.raises(UserError, match="no two tokens"):
+def test_a_split_without_windows_raises_a_clear_error():
+    with pytest.raises(UserError, match="no shard with two tokens"):
         Order([1, 0, 1], 8, 0, 1)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forescale.data.dataset import Damaged, Dataset
-from forescale.data.feed import Feed, Lost
-from forescale.data.mixture import Mixture, Stage
+from forescale.data.feed import Feed, LostMember
+from forescale.data.mixture import Mixture, MixtureStage
+from forescale.data.objective import IGNORED
 from forescale.data.order import Order
 from forescale.data.packing_table import open_bins
-from forescale.data.stream import IGNORED, Share, stream
+from forescale.data.stream import StepShare, stream
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import collect
 
@@ -26,12 +27,12 @@ def packed_feed(datasets: dict[str, Dataset], cache: Path, L: int, seed=3, block
     splits = {name: d.split("train") for name, d in datasets.items()}
     bins = {n: open_bins(s, L, datasets[n].identity, cache) for n, s in splits.items()}
     orders = {n: Order(s.shard_tokens, L, seed, block, bins[n]) for n, s in splits.items()}
-    mixture = Mixture(orders, [Stage.of(0, [1] * len(splits))], seed)
+    mixture = Mixture(orders, [MixtureStage.of(0, [1] * len(splits))], seed)
     return Feed(splits, mixture, 257, seed=seed, bins=bins, **more)
 
 
 def triples(found) -> list[tuple[int, int]]:
-    """(input, target) wherever there is a target."""
+    """Return (input, target) wherever there is a target."""
     pairs = ((x.tokens.numpy(), x.targets.numpy()) for x in found)
     return [p for i, t in pairs for p in zip(i[t != IGNORED], t[t != IGNORED], strict=True)]
 
@@ -87,19 +88,21 @@ def test_any_chain_of_restarts_reads_one_sequence(sources, L, first, chain):
                     assert getattr(x, name).equal(getattr(y, name))
 
 
-def test_another_bin_with_as_many_targets_stands_in_for_a_damaged_one(tmp_path):
+def test_a_damaged_bin_is_substituted_by_one_with_as_many_targets(tmp_path):
     path = write_dataset(tmp_path / "d", [[9, 30, 14, 25, 40, 22, 17, 60, 5, 33]] * 2, member=64)
-    sound = list(stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), Share(4, 1), range(5), 0))
+    sound = list(
+        stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), StepShare(4, 1), range(5), 0)
+    )
     member = Dataset(path).split("train").shard(1).members[1]
     tar = path / "train-000001.tar"
     raw = bytearray(tar.read_bytes())
     raw[member.tok["offset"]] ^= 1
     tar.write_bytes(raw)
     with pytest.raises(Damaged, match=f"member {member.key}"):
-        list(stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), Share(4, 1), range(5), 0))
+        list(stream(packed_feed({"d": Dataset(path)}, tmp_path, 40), StepShare(4, 1), range(5), 0))
     feed = packed_feed({"d": Dataset(path)}, tmp_path, 40, substitute=True)
-    rows = list(stream(feed, Share(4, 1), range(5), 0))
-    assert {lost for b in rows for lost in b.lost} == {Lost("d", 1, member.key)}
+    rows = list(stream(feed, StepShare(4, 1), range(5), 0))
+    assert {lost for b in rows for lost in b.lost} == {LostMember("d", 1, member.key)}
     for batch, before in zip(rows, sound, strict=True):
         assert batch.targets == before.targets == len(triples(batch.micro))
     kept = sum(

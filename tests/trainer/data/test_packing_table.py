@@ -1,4 +1,5 @@
-"""Packing tables of a split: the bins of real shards, kept in a file that damage can't get past."""
+"""Packing tables of a split: the bins of real shards, stored in a file whose damage is always
+found."""
 
 import shutil
 import tempfile
@@ -32,13 +33,13 @@ def bins_of(dataset: Dataset, cache: Path, L: int = 8, split: str = "train", **m
 
 
 def all_pieces(bins: Bins) -> list[list[list[tuple[int, int]]]]:
-    """Of every shard the bins, of every bin the pieces."""
+    """Return for every shard its bins, for every bin its pieces."""
     return [[bins.pieces(s, b) for b in range(n)] for s, n in enumerate(bins.counts.tolist())]
 
 
 @given(SHARDS, st.integers(1, 40))
 @settings(max_examples=25, deadline=None)
-def test_every_token_but_a_documents_first_is_a_target_once(shards, L):
+def test_every_token_except_a_documents_first_is_a_target_once(shards, L):
     with tempfile.TemporaryDirectory() as folder:
         dataset = Dataset(write_dataset(Path(folder) / "d", shards))
         bins = bins_of(dataset, Path(folder), L)
@@ -64,7 +65,7 @@ def test_every_token_but_a_documents_first_is_a_target_once(shards, L):
         assert sorted(targets) == sorted(tokens - firsts)
 
 
-def test_what_bins_lack_is_counted_side_by_side(opened, tmp_path):
+def test_missing_targets_are_counted_over_all_bins(opened, tmp_path):
     bins = bins_of(opened, tmp_path)
     for shards in ([0], [2, 0], [1, 2], [2, 1, 0]):
         shard = np.repeat(shards, bins.counts[shards])
@@ -76,7 +77,7 @@ def test_what_bins_lack_is_counted_side_by_side(opened, tmp_path):
     assert bins.counts[1] == bins.targets[1] == 0
 
 
-def test_a_bin_is_cut_short_after_so_many_targets(opened, tmp_path):
+def test_a_bin_can_be_cut_to_a_number_of_targets(opened, tmp_path):
     bins = bins_of(opened, tmp_path, 40)
     shard, number, whole = next(
         (shard, number, pieces)
@@ -94,7 +95,7 @@ def test_a_bin_is_cut_short_after_so_many_targets(opened, tmp_path):
     assert taken == whole
 
 
-def test_tables_are_made_once_for_each_dataset_split_and_length(opened, tmp_path):
+def test_tables_are_computed_once_per_dataset_split_and_length(opened, tmp_path):
     told = []
 
     def progress(phase, done, total, unit, *, tokens=0):
@@ -119,7 +120,8 @@ def test_tables_are_made_once_for_each_dataset_split_and_length(opened, tmp_path
 
 
 def test_pieces_are_whole_documents_of_the_text(dataset, tmp_path):
-    """Each piece ends with the end of a document, or goes on to be cut; none has one inside."""
+    """Each piece ends with the end of a document, or is continued by another; no end is inside
+    one."""
     opened = Dataset(dataset)
     split, end = opened.split("train"), opened.end_of_text
     bins = bins_of(opened, tmp_path, 400)
@@ -132,7 +134,7 @@ def test_pieces_are_whole_documents_of_the_text(dataset, tmp_path):
     assert whole == split.num_documents
 
 
-def test_a_document_that_goes_on_elsewhere_is_packed_too(tmp_path):
+def test_a_document_that_continues_in_another_shard_is_packed_too(tmp_path):
     writer = ShardWriter(tmp_path, "train-000000", np.dtype("uint16"), 64)
     writer.add(np.arange(30))
     writer.add(np.arange(20))
@@ -145,7 +147,7 @@ def test_a_document_that_goes_on_elsewhere_is_packed_too(tmp_path):
     assert all_pieces(bins) == [[[(0, 30)], [(30, 20)]]]
 
 
-def test_damage_is_named_before_a_table_is_used(opened, tmp_path):
+def test_damage_is_reported_before_a_table_is_used(opened, tmp_path):
     bins = bins_of(opened, tmp_path)
     path, good, right = bins.path, bins.path.read_bytes(), all_pieces(bins)
     bad = [good[:at] for at in range(len(good))]
@@ -153,7 +155,9 @@ def test_damage_is_named_before_a_table_is_used(opened, tmp_path):
     bad += [good + b"\0", b"\0" + good, good + good]
     for raw in bad:
         path.write_bytes(raw)
-        with pytest.raises(UserError, match=r"\.v1: damaged: .*; delete it: it is made again\."):
+        with pytest.raises(
+            UserError, match=r"\.v1: damaged: .*; delete the file; it is computed again\."
+        ):
             bins_of(opened, tmp_path).short(np.arange(3))
     path.unlink()
     assert all_pieces(bins_of(opened, tmp_path)) == right
@@ -162,5 +166,5 @@ def test_damage_is_named_before_a_table_is_used(opened, tmp_path):
 def test_a_table_of_something_else_is_refused(opened, tmp_path):
     eight, nine = (bins_of(opened, tmp_path, L).path for L in (8, 9))
     shutil.copy(eight, nine)
-    with pytest.raises(UserError, match="isn't of what its name says"):
+    with pytest.raises(UserError, match="its contents don't match its name"):
         bins_of(opened, tmp_path, 9)

@@ -1,20 +1,21 @@
-"""What is said while a build works: amounts, rates, time left; lines where there is no terminal."""
+"""Progress of a build: amounts, rates, time left; plain lines if there is no terminal."""
 
-from forescale.data.progress import Meter, Rates, amount, console, say
+from forescale.data.progress import Meter, Rates, amount, console, log_line
 
 
-def test_a_rate_is_of_the_last_half_minute_and_gives_the_time_left():
+def test_a_rate_covers_the_last_30_seconds_and_gives_the_time_left():
     rates = Rates(now=100.0)
-    assert rates.text(1000, "bytes") == ""  # nothing is known yet
+    assert rates.text(1000, "bytes") == ""  # nothing was measured yet
     for second in range(61):
         fast = max(0, second - 30)  # ten times as fast in the second half
         rates.see(100.0 + second, 1_000_000 * (second + 9 * fast), 250_000 * (second + 9 * fast))
     assert rates.text(400_000_000, "bytes") == "10.0 MB/s, 2,500,000 tokens/s, 7 s left"
     done = 1_000_000 * (60 + 9 * 30)
-    assert rates.text(done, "bytes") == "5.5 MB/s, 1,375,000 tokens/s"  # at the end, of all of it
+    # At the end of a phase the rate covers the whole phase.
+    assert rates.text(done, "bytes") == "5.5 MB/s, 1,375,000 tokens/s"
 
 
-def test_amounts_read_well():
+def test_amounts_are_readable():
     assert amount(12_000_000, 40_000_000, "bytes") == "12.0 of 40.0 MB (30%)"
     assert amount(1_234, 1_234, "bytes") == "1,234 bytes"
     assert amount(5_000, None, "documents") == "5,000 documents"
@@ -26,7 +27,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys):
         meter(1_500_000, 400_000)
         meter(1_400_000, 400_000)
         meter.end()
-        say(progress, "a sentence")
+        log_line(progress, "a sentence")
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" (")[0] for line in lines] == [
         "tokenise: 1.5 of 3.0 MB",

@@ -1,4 +1,4 @@
-"""`forescale shards show`: the facts of a dataset, and windows in which nothing is hidden."""
+"""`forescale shards show`: the properties of a dataset, and windows in which nothing is hidden."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ BYTES = BuildConfig(tokenizer="bytes", validation=0.0, shard_tokens=1000, member
 
 @pytest.fixture
 def built(tmp_path):
-    """A dataset of these texts, one token a byte."""
+    """A dataset of these texts, one token per byte."""
 
     def build(*texts: str):
         return build_dataset(Texts([t.encode() for t in texts]), tmp_path / "built", BYTES)
@@ -29,7 +29,7 @@ def built(tmp_path):
 
 
 def windows_of(shown: str) -> list[list[str]]:
-    """The lines of each window, with their gutters."""
+    """Return the lines of each window, with their gutters."""
     return [part.split("\n")[1:] for part in shown.split("\n\nsample ")[1:]]
 
 
@@ -38,7 +38,7 @@ def test_the_facts_are_those_of_the_manifest(dataset):
     for split in map(opened.split, ("train", "validation")):
         assert re.search(
             f"{split.name} +{split.num_documents} documents +{split.num_bytes:,} bytes +"
-            f"{split.num_tokens:,} tokens  {split.num_bytes / split.num_tokens:.2f} bytes a token"
+            f"{split.num_tokens:,} tokens  {split.num_bytes / split.num_tokens:.2f} bytes per token"
             f", {len(split.shard_tokens)} shard",
             shown,
         )
@@ -76,7 +76,7 @@ def test_windows_are_the_first_that_training_reads(dataset, seed):
     )
 
 
-def test_documents_are_told_apart_and_whole(built):
+def test_documents_are_marked_and_complete(built):
     texts = ["one\n\n  two", "[bold]three[/]", "x" * 40]
     shown = show(built(*texts), 9, 500, 0)
     [lines] = windows_of(shown)
@@ -86,8 +86,8 @@ def test_documents_are_told_apart_and_whole(built):
     assert found == sorted(["one\n  │\n  │   two", "[bold]three[/]", "x" * 40])
 
 
-def test_a_document_that_goes_on_is_marked_at_both_ends(tmp_path):
-    """One begins with a window, another with a window's second token."""
+def test_a_document_that_continues_is_marked_in_both_windows(tmp_path):
+    """One document begins with a window, another with a window's second token."""
     path = write_dataset(tmp_path / "d", [[40, 61, 10]])
     split = Dataset(path).split("train")
     order = Order(split.shard_tokens, 20, 0, SHUFFLE_SHARDS)
@@ -103,8 +103,9 @@ def test_a_document_that_goes_on_is_marked_at_both_ends(tmp_path):
         assert "".join(marks) == expected
 
 
-def test_what_is_no_text_stands_there_by_name(built):
-    """Control characters, what turns text around, and what has no width."""
+def test_anything_but_text_is_shown_by_name(built):
+    """Control characters, characters that change the writing direction, and characters without
+    width."""
     text = "a\x1b[31mb\x00\r\n\u202ec\ufeffd\te"
     shown = show(built(text), 1, 100, 0)
     assert "a⟦U+001B⟧[31mb⟦U+0000⟧⟦U+000D⟧\n  │ ⟦U+202E⟧c⟦U+FEFF⟧d  e⟦<|endoftext|>⟧" in shown
@@ -125,7 +126,7 @@ def test_long_lines_are_wrapped_and_lose_nothing(built):
     assert "".join(line[4:] for line in lines) == words + "⟦<|endoftext|>⟧"
 
 
-def test_colours_are_for_a_terminal_alone(built, monkeypatch):
+def test_colours_appear_only_on_a_terminal(built, monkeypatch):
     path = built("one", "two \x1b[31m")
     plain = show(path, 1, 100, 0)
     assert "\x1b" not in plain
@@ -137,7 +138,7 @@ def test_colours_are_for_a_terminal_alone(built, monkeypatch):
     assert re.sub("\x1b\\[[0-9;]*m", "", coloured) == plain
 
 
-def test_a_dataset_behind_an_address_shows_the_same(dataset, tmp_path, monkeypatch, forescale):
+def test_a_dataset_at_an_address_shows_the_same(dataset, tmp_path, monkeypatch, forescale):
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
     local = show(dataset, 2, 256, 0)
     with HostileServer() as server:
@@ -148,19 +149,19 @@ def test_a_dataset_behind_an_address_shows_the_same(dataset, tmp_path, monkeypat
     assert out.replace(f"{url}?...", str(dataset)).split() == local.split()
 
 
-def test_the_keys_reach_it(dataset, forescale):
+def test_the_keys_of_show_are_used(dataset, forescale):
     words = ("windows=2", "sequence_length=9", "seed=4")
     code, out, _ = forescale("shards", "show", dataset, *words)
     assert code == 0
     assert out == show(dataset, 2, 9, 4) + "\n"
 
 
-def test_a_split_without_a_window_says_so(tmp_path):
+def test_a_split_without_windows_is_reported(tmp_path):
     path = write_dataset(tmp_path / "d", [], [[5]])
     assert show(path, 3, 8, 0).endswith("The training split holds no window.")
 
 
-def test_what_cannot_be_shown_is_one_sentence(dataset, tmp_path, forescale):
+def test_errors_are_one_sentence(dataset, tmp_path, forescale):
     broken = shutil.copytree(dataset, tmp_path / "broken")
     for tar in broken.glob("train-*.tar"):
         raw = bytearray(tar.read_bytes())
@@ -171,8 +172,8 @@ def test_what_cannot_be_shown_is_one_sentence(dataset, tmp_path, forescale):
         ((dataset, "sequence_length=0"), "sequence_length: must be at least 1"),
         ((tmp_path,), "not a dataset (no manifest.json)"),
         ((broken,), "is damaged"),
-        ((dataset, "window=3"), "window: no such key of shards show; the nearest is windows"),
-        ((dataset, tmp_path), "needs one dataset"),
+        ((dataset, "window=3"), "window: isn't a key of shards show; did you mean windows?"),
+        ((dataset, tmp_path), "needs exactly one dataset"),
     ):
         code, _, err = forescale("shards", "show", *words)
         assert code == 2

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 from forescale.data.dataset import Dataset
 from forescale.data.feed import Feed, window_hash
-from forescale.data.mixture import Mixture, Stage
+from forescale.data.mixture import Mixture, MixtureStage
+from forescale.data.objective import IGNORED
 from forescale.data.order import Order
-from forescale.data.stream import IGNORED, Share, stream, validation_windows
+from forescale.data.stream import StepShare, stream, validation_windows
 from forescale.errors import UserError
 from tests.trainer.data.small_dataset import END, write_dataset
 
 
 def make_feed(splits, L, seed, block, stages=None, **more) -> Feed:
     orders = {name: Order(s.shard_tokens, L, seed, block) for name, s in splits.items()}
-    stages = stages or [Stage.of(0, [1] * len(splits))]
+    stages = stages or [MixtureStage.of(0, [1] * len(splits))]
     return Feed(splits, Mixture(orders, stages, seed), 257, seed=seed, **more)
 
 
@@ -37,9 +38,9 @@ def feed(split):
 
 
 def collect(feed, steps, g, world, batch, micro, workers=1):
-    """Steps [a, b) on all ranks: per step the first rank's batch, the micro-batches, the hash."""
+    """Return for steps [a, b) on all ranks: the first rank's batch, the micro-batches, the hash."""
     ranks = [
-        list(stream(feed, Share(batch, micro, r, world), range(*steps), g, workers=workers))
+        list(stream(feed, StepShare(batch, micro, r, world), range(*steps), g, workers=workers))
         for r in range(world)
     ]
     rows = []
@@ -74,14 +75,14 @@ shards = st.lists(documents, min_size=1, max_size=5).filter(lambda s: max(map(su
 def test_any_chain_of_restarts_reads_one_sequence(
     sources, L, seed, block, micro, chain, first, skips, later
 ):
-    """World size, workers and resume points change; windows, order and hashes do not."""
+    """World size, workers and resume points change; windows, order and hashes don't."""
     with TemporaryDirectory() as folder:
         splits = {
             f"s{i}": Dataset(write_dataset(Path(folder, str(i)), s)).split("train")
             for i, s in enumerate(sources)
         }
-        stages = [Stage.of(0, [1 + i for i in range(len(splits))])]
-        stages.append(Stage.of(first + later, [1] * len(splits)))
+        stages = [MixtureStage.of(0, [1 + i for i in range(len(splits))])]
+        stages.append(MixtureStage.of(first + later, [1] * len(splits)))
         skipped, end = [], first
         for gap, size in skips:
             skipped.append((end + gap, end + gap + size))
@@ -115,7 +116,7 @@ def _in(intervals, sample) -> bool:
 
 
 def _windows(found):
-    """The windows of micro-batches, put together again from inputs and targets."""
+    """Return the windows of micro-batches, joined again from inputs and targets."""
     for m in found:
         for inputs, targets in zip(m.tokens.tolist(), m.targets.tolist(), strict=True):
             real = [t for t in targets if t != IGNORED]
@@ -126,7 +127,7 @@ def _windows(found):
 
 @given(sources=st.lists(shards, min_size=1, max_size=3), L=st.integers(1, 60))
 @settings(max_examples=20, deadline=None)
-def test_every_token_but_a_shards_first_is_a_target_once_an_epoch(sources, L):
+def test_every_token_except_a_shards_first_is_a_target_once_per_epoch(sources, L):
     with TemporaryDirectory() as folder:
         for i, source in enumerate(sources):
             split = Dataset(write_dataset(Path(folder, str(i)), source)).split("train")
@@ -148,7 +149,7 @@ def test_shares_of_a_step_are_its_targets_by_source(tmp_path):
     splits = {
         name: Dataset(write_dataset(tmp_path / name, [[40] * 9])).split("train") for name in "ab"
     }
-    feed = make_feed(splits, 16, 0, 1, [Stage.of(0, [3, 1])])
+    feed = make_feed(splits, 16, 0, 1, [MixtureStage.of(0, [3, 1])])
     rows = collect(feed, (0, 128), 0, 2, 8, 2)
     total = {name: sum(b.shares[name] for b, _, _ in rows) for name in "ab"}
     windows = feed.mixture.samples(1024)
@@ -214,21 +215,21 @@ def fail():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_fault_comes_at_the_step_that_it_belongs_to(split, workers):
+def test_an_error_is_raised_at_its_own_step(split, workers):
     feed = make_feed({"data": Watched(split, 12, fail)}, 32, 0, 2)
-    batches = stream(feed, Share(4, 4), range(100), 0, workers=workers)
-    if workers < 2:  # several workers share the count, so which of them fails is not fixed
+    batches = stream(feed, StepShare(4, 4), range(100), 0, workers=workers)
+    if workers < 2:  # several workers share the count, so the failing one isn't fixed
         assert [next(batches).step for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="is damaged"):
         list(batches)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_is_read_ahead_is_bounded_and_ends_with_the_consumer(split, workers):
+def test_prefetching_is_bounded_and_ends_with_the_consumer(split, workers):
     watched = Watched(split, 10**9)
     feed = make_feed({"data": watched}, 32, 0, 2)
     before = threading.active_count()
-    with closing(stream(feed, Share(4, 4), range(10**9), 0, workers=workers)) as batches:
+    with closing(stream(feed, StepShare(4, 4), range(10**9), 0, workers=workers)) as batches:
         next(batches)
         threading.Event().wait(0.3)
         assert watched.reads <= 4 * (1 + 2 + workers)
@@ -240,26 +241,26 @@ def test_what_is_read_ahead_is_bounded_and_ends_with_the_consumer(split, workers
     assert threading.active_count() <= before
 
 
-def test_a_worker_that_stalls_is_named_with_its_shard(split, monkeypatch):
+def test_a_stalled_worker_is_logged_with_its_shard(split, monkeypatch):
     monkeypatch.setattr("forescale.data.pipeline._STALLED", 0.2)
     release, heard = threading.Event(), []
     feed = make_feed({"web": Watched(split, 4, release.wait)}, 32, 0, 2)
 
-    def tell(sentence):
+    def log(sentence):
         heard.append(sentence)
         if len(heard) == 2:
             release.set()
 
-    batches = stream(feed, Share(4, 4), range(3), 0, tell=tell)
+    batches = stream(feed, StepShare(4, 4), range(3), 0, log=log)
     assert len(list(batches)) == 3
-    assert "data worker 0 reads train-00000" in heard[0]
-    assert "of web since" in heard[0]
+    assert "data worker 0 has been reading train-00000" in heard[0]
+    assert "of web for" in heard[0]
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_an_indivisible_batch_is_refused():
     for batch, micro, world in ((6, 4, 1), (8, 4, 3)):
         with pytest.raises(UserError, match="global_batch"):
-            Share(batch, micro, 0, world)
+            StepShare(batch, micro, 0, world)
 
 
 @pytest.mark.parametrize("world", [1, 3])

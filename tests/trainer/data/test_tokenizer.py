@@ -1,4 +1,4 @@
-"""Tokenizers are lossless and the bytes behind their ids exact."""
+"""Tokenizers are lossless, and the number of bytes of their ids is exact."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_sizes_sum_to_the_text(bpe, text):
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_training_depends_on_the_text_alone(texts, bpe):
+def test_training_depends_only_on_the_text(texts, bpe):
     assert train_bpe((t.decode() for t in texts), 350).to_str() == bpe.to_str()
     assert bpe.get_vocab_size() == 350
     assert bpe.token_to_id(END_OF_TEXT) == 0
@@ -54,18 +54,18 @@ def test_byte_fallback_pieces():
     assert end_of_text(tokenizer, "here") == 4
 
 
-def test_what_cannot_be_used_has_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="no such tokenizer"):
+def test_invalid_tokenizers_raise_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text('{"model": 3}')
-    with pytest.raises(UserError, match=r"bad\.json: not a tokenizer"):
+    with pytest.raises(UserError, match=r"bad\.json: not a valid tokenizer"):
         load_tokenizer(tmp_path / "bad.json")
     with pytest.raises(UserError, match="no fixed number of bytes"):
         token_bytes(Tokenizer(models.WordLevel({"a": 0}, "a")))
     with pytest.raises(UserError, match="257"):
         train_bpe(["x"], 100)
-    with pytest.raises(UserError, match="'a' ends no document"):
+    with pytest.raises(UserError, match="'a' can't end documents"):
         end_of_text(byte_tokenizer(), "here", "a")
-    with pytest.raises(UserError, match=r"no <\|done\|>.*special tokens: <\|endoftext\|>"):
+    with pytest.raises(UserError, match=r"no token <\|done\|>.*special tokens: <\|endoftext\|>"):
         end_of_text(byte_tokenizer(), "here", "<|done|>")
     assert np.all(token_bytes(byte_tokenizer()) <= 1)

@@ -1,4 +1,4 @@
-"""Corpora of token ids on disk, as Megatron, numpy and webdataset write them."""
+"""Corpora of token ids on disk, as written by Megatron, numpy and webdataset."""
 
 import struct
 from pathlib import Path
@@ -9,11 +9,11 @@ import webdataset
 from tests.trainer.data.small_dataset import END
 
 SIZES = {"validation_fraction": 0.1, "shard_tokens": 4000, "member_tokens": 1500}
-CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}  # of Megatron
+CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}  # Megatron's codes
 
 
 def corpus(seed=0, tokens=20_000) -> list[np.ndarray]:
-    """Documents of bytes, each with its end-of-text."""
+    """Return documents of bytes, each with its end-of-text token."""
     rng, documents = np.random.default_rng(seed), []
     while tokens > 0:
         length = int(rng.integers(1, 400))
@@ -23,7 +23,7 @@ def corpus(seed=0, tokens=20_000) -> list[np.ndarray]:
 
 
 def write_megatron(path: Path, documents: list[np.ndarray], dtype="uint16", sequences=2) -> Path:
-    """As Megatron's builder does; every document in up to `sequences` sequences."""
+    """Write like Megatron's builder; every document has up to `sequences` sequences."""
     parts = [np.array_split(d, min(sequences, len(d))) for d in documents]
     sizes = [len(s) for d in parts for s in d]
     pointers = (np.cumsum(sizes) - sizes) * np.dtype(dtype).itemsize
@@ -36,7 +36,7 @@ def write_megatron(path: Path, documents: list[np.ndarray], dtype="uint16", sequ
 
 
 def write_tar(path: Path, windows: np.ndarray, suffix="npy") -> Path:
-    """A webdataset as others write theirs, with the dataset's own writer."""
+    """Write a webdataset of arrays with webdataset's own writer."""
     with webdataset.TarWriter(str(path)) as tar:
         for i, window in enumerate(windows):
             raw = window.tobytes() if suffix != "npy" else window
@@ -45,13 +45,13 @@ def write_tar(path: Path, windows: np.ndarray, suffix="npy") -> Path:
 
 
 def placed(split) -> list[np.ndarray]:
-    """The tokens of a split by numpy's own memmap, from where its index says that they lie."""
+    """Return the tokens of a split, read with numpy's memmap from the positions in the index."""
     found = []
     for number in range(len(split.shard_tokens)):
         shard = split.shard(number)
         data = np.memmap(shard.where, np.uint8, "r")
-        runs = [data[m.tok["offset"] :][: m.tok["size"]] for m in shard.members]
-        found.append(np.concatenate(runs).view(shard.dtype))
+        extents = [data[m.tok["offset"] :][: m.tok["size"]] for m in shard.members]
+        found.append(np.concatenate(extents).view(shard.dtype))
     return found
 
 
@@ -59,7 +59,8 @@ FLAT = np.concatenate(corpus())
 
 
 def write(kind: str, folder: Path) -> tuple[Path, dict]:
-    """A corpus that holds FLAT (or the first part of it, in windows): its path, what to say."""
+    """Write a corpus that holds FLAT (or the first part of it, in windows); return its path and the
+    arguments for indexing."""
     folder.mkdir(exist_ok=True)
     windows = FLAT[: len(FLAT) // 256 * 256].reshape(-1, 256)
     if kind in CODES:

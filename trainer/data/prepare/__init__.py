@@ -1,1 +1,1 @@
-"""From documents to a published dataset, in parallel units that survive a kill."""
+"""Build a dataset from documents, in parallel units that survive a kill."""

@@ -1,12 +1,14 @@
-"""The shuffled order, made of all units' tokens: ranges of the shuffle key, a shard each.
+"""Assemble shards in shuffled order from the tokens of all units: each takes a range of shuffle
+keys.
 
-Invariant: shards, read one after the other, hold the documents in the order of their shuffle keys,
-ties in plan order. Where one ends is decided by the tokens there are and `shard_tokens` alone.
+Invariant: the shards, read one after the other, hold the documents in the order of their shuffle
+keys, ties in source order. Where a shard ends is decided only by the number of tokens and
+`shard_tokens`.
 
-Ranges are whole bins of a histogram of tokens over the keys, 2^20 bins: shards are even to about a
-bin and never cut a document. A task gathers and sorts _GATHERED tokens at a time from the runs of
-all units, some 100 MB with uint16, however large the shards are; a bin that holds more (one
-document can) is gathered whole.
+Ranges consist of whole bins of a histogram of tokens over the keys, 2^20 bins: shards are equal to
+about one bin and never split a document. A task gathers and sorts _GATHERED tokens at a time from
+the runs of all units, about 100 MB with uint16, however large the shards are; a bin that holds more
+(one document can) is gathered at once.
 """
 
 from collections.abc import Iterator
@@ -25,10 +27,10 @@ from forescale.storage import FileEntry, hash_file
 
 _BITS = 20
 _GATHERED = 1 << 24  # tokens
-_ROWS = 1 << 12  # documents whose places are Python numbers at a time
+_ROWS = 1 << 12  # documents whose positions are converted to Python integers at a time
 
 
-class Shard(NamedTuple):
+class ShardPlan(NamedTuple):
     """A shard to be made: its name, and the keys that bound what is gathered at a time."""
 
     name: str
@@ -38,8 +40,8 @@ class Shard(NamedTuple):
 
 def plan_shards(
     directory: Path, units: list[list[TokenRun]], split: str, shard_tokens: int
-) -> list[Shard]:
-    """The shards of a split: about `shard_tokens` each, and about even."""
+) -> list[ShardPlan]:
+    """Return the shards of a split, all of about `shard_tokens` tokens."""
     histogram = np.zeros(1 << _BITS, np.int64)
     for path, run in _runs(directory, units, split):
         with UnitFile(path) as file:
@@ -50,20 +52,21 @@ def plan_shards(
         )
     total = int(histogram.sum())
     count = max(1, round(total / shard_tokens))
-    # A bin belongs to the shard in which its middle lies.
+    # A bin belongs to the shard that contains its middle.
     middles = np.cumsum(histogram) - histogram / 2
     owner = np.minimum((middles * count / max(total, 1)).astype(np.int64), count - 1)
-    shards: list[Shard] = []
+    shards: list[ShardPlan] = []
     for bins in np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1):
         tokens = histogram[bins]
         if tokens.any():
             name = f"{split}-{len(shards):06d}"
-            shards.append(Shard(name, _edges(int(bins[0]), tokens), int(tokens.sum())))
+            shards.append(ShardPlan(name, _edges(int(bins[0]), tokens), int(tokens.sum())))
     return shards
 
 
 def _edges(first: int, tokens: np.ndarray) -> list[int]:
-    """Keys between which bins from `first` on hold at most _GATHERED tokens, or are one bin."""
+    """Return keys between which bins from `first` on hold at most _GATHERED tokens, or are one
+    bin."""
     ends = np.cumsum(tokens)
     edges, at, held = [0], 0, 0
     while held + _GATHERED < ends[-1]:
@@ -87,9 +90,9 @@ def _runs(
 
 @dataclass(frozen=True)
 class AssembleJob:
-    """Write a shard and its index into `stage`; its row and their hashes into `rows`.
+    """Write a shard and its index into `stage`, and its row and the files' hashes into `rows`.
 
-    directory: the units' tokens; units: their runs.
+    directory: holds the units' tokens; units: their runs.
     """
 
     directory: Path
@@ -99,27 +102,29 @@ class AssembleJob:
     dtype: np.dtype
     member_tokens: int
 
-    def __call__(self, item: tuple[str, Shard], tick: Tick) -> None:
+    def __call__(self, item: tuple[str, ShardPlan], tick: Tick) -> None:
+        """item: (split, shard)."""
         split, shard = item
         path = self.rows / shard.name
-        if (found := finished(path)) and _are_whole(self.stage, found["files"]):
+        if (found := finished(path)) and _are_intact(self.stage, found["files"]):
             tick(shard.tokens, shard.tokens)
             return
         writer = ShardWriter(self.stage, shard.name, self.dtype, self.member_tokens)
         for low, high in zip(shard.edges, shard.edges[1:], strict=False):
-            told = writer.tokens
+            reported = writer.tokens
             for ids in self._gathered(split, low, high):
                 writer.add(ids)
-                if writer.tokens - told >= 1 << 20:
-                    tick(writer.tokens - told, writer.tokens - told)
-                    told = writer.tokens
-            tick(writer.tokens - told, writer.tokens - told)
+                if writer.tokens - reported >= 1 << 20:
+                    tick(writer.tokens - reported, writer.tokens - reported)
+                    reported = writer.tokens
+            tick(writer.tokens - reported, writer.tokens - reported)
         row, files = writer.finish()
         with UnitWriter(path) as out:
             out.finish({"row": row, "files": {name: vars(entry) for name, entry in files.items()}})
 
     def _gathered(self, split: str, low: int, high: int) -> Iterator[np.ndarray]:
-        """The documents with shuffle keys in [low, high), in order, each compared with its sum."""
+        """Yield the documents with shuffle keys in [low, high), in order, each compared with its
+        checksum."""
         found = [
             piece
             for path, run in _runs(self.directory, self.units, split)
@@ -129,7 +134,7 @@ class AssembleJob:
             return
         rows = np.concatenate([piece.rows(owner) for owner, piece in enumerate(found)])
         keys = np.concatenate([piece.keys for piece in found])
-        rows = rows[np.argsort(keys, kind="stable")]  # runs come in plan order
+        rows = rows[np.argsort(keys, kind="stable")]  # runs come in source order
         for at in range(0, len(rows), _ROWS):
             for owner, start, stop, checksum in rows[at : at + _ROWS].tolist():
                 ids = found[owner].tokens[start:stop]
@@ -162,12 +167,12 @@ class _Slice(NamedTuple):
     tokens: np.ndarray
 
     def rows(self, owner: int) -> np.ndarray:
-        """owner, first token, end, checksum of every document, shape (documents, 4)."""
+        """Return owner, first token, end and checksum of every document, shape (documents, 4)."""
         owners = np.full(len(self.keys), owner, np.uint64)
         return np.stack([owners, self.ends[:-1], self.ends[1:], self.sums], axis=1)
 
 
-def _are_whole(stage: Path, files: dict[str, dict[str, Any]]) -> bool:
+def _are_intact(stage: Path, files: dict[str, dict[str, Any]]) -> bool:
     try:
         return all(hash_file(stage / name) == FileEntry(**entry) for name, entry in files.items())
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""What general compressors need for the held-out text: the yardsticks beside bits per byte.
+"""Compressed sizes of the held-out text, for comparison with a model's bits per byte.
 
-All three are honest in different ways. `xz` knows nothing but the held-out text itself, as one
-stream; `zlib_per_file` not even the neighbouring files; `xz_conditional` has seen a sample of the
-training text, as a model has: xz(sample + held-out) - xz(sample).
+The three compressors have different information. `xz` sees only the held-out text, as one stream;
+`zlib_per_file` sees only one file at a time; `xz_conditional` has seen a sample of the training
+text, like a model: xz(sample + held-out) - xz(sample).
 """
 
 import lzma
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 SAMPLE_FILES = 400
-# -9e is not always the smaller one; both have a window (64 MiB) that holds sample and held-out.
+# -9e isn't always smaller; the window of both (64 MiB) covers sample and held-out text.
 PRESETS = {"9": 9, "9e": 9 | lzma.PRESET_EXTREME}
 
 
@@ -20,9 +20,10 @@ def _xz(data: bytes, preset: int) -> int:
 
 
 def compress(held_out: list[bytes], sample: list[bytes]) -> dict[str, Any]:
-    """Bits per byte of held-out documents, in corpus order; the smaller xz preset is the one used.
+    """Return sizes and bits per byte of held-out documents, in corpus order; the better xz preset
+    is used.
 
-    `sample`: training documents for the conditional size. Under a second for each MB of both.
+    sample: training documents for the conditional size. Takes less than a second per MB of both.
     """
     text, before = b"".join(held_out), b"".join(sample)
     with ThreadPoolExecutor(2) as pool:
@@ -52,7 +53,7 @@ _NAMES = {
 
 
 def bits_per_byte(manifest: dict[str, Any]) -> dict[str, float]:
-    """What each compressor needs for the held-out text of a dataset, under a name for people; empty
-    where none was tried."""
+    """Return bits per byte of each compressor for the held-out text of a dataset, by a readable
+    name; empty if none was computed."""
     stored = manifest.get("baselines") or {}
     return {name: stored[k]["bits_per_byte"] for k, name in _NAMES.items() if k in stored}

@@ -1,21 +1,21 @@
-"""From documents to a published dataset: hashes, duplicates, tokenizer, tokens, shuffle, shards.
+"""Build a dataset from documents: hashes, duplicates, tokenizer, tokens, shuffle, shards.
 
     read and hash      units -> hashes                         (forescale.data.prepare.dedupe)
-    find duplicates    ranges of hashes over all units -> what is kept, the bounds of the splits
+    find duplicates    ranges of hashes over all units -> selection, bounds of the splits
     sample             units -> text for the tokenizer and the compressors (sample)
-    tokenise           units -> tokens, sorted by where the shuffle puts them (encode)
+    tokenise           units -> tokens, sorted by shuffle key (encode)
     write shards       ranges of the shuffle over all units -> tars, manifest (assemble)
 
-Invariant: the same documents and BuildConfig give the same bytes, whatever the number of workers
-and of interrupted tries before; and the output either holds all of it or does not exist.
+Invariant: the same documents and BuildConfig give the same bytes, independent of the number of
+workers and of earlier interrupted attempts; and the output is either complete or doesn't exist.
 
-The source is read two or three times instead of being held. Memory, for any size of corpus: some
-400 MB a process, the largest document (about 10 bytes for each of its own beyond a megabyte), and
-some hundred bytes for each file and unit of the source. Measured: 5 GB of JSON lines, 1.4 million
-documents, one of them of 10 MB, on 2 workers: 98 MB in the parent, 314 MB in a worker
-(tests/benchmarks/bench_build.py --gigabytes 5 --tokenizer bytes); with a BPE trained on 64 MB of
-the text 139 MB and 312 MB. Disk beside the dataset, while it is made: once the dataset's size
-again, and some 50 bytes a document.
+The source is read two or three times instead of being held in memory. Memory, for any size of
+corpus: about 400 MB per process, plus the largest document (about 10 bytes for each of its bytes
+beyond a megabyte), plus some hundred bytes for each file and unit of the source. Measured: 5 GB of
+JSON lines, 1.4 million documents, one of them of 10 MB, on 2 workers: 98 MB in the parent, 314 MB
+in a worker (tests/benchmarks/bench_build.py --gigabytes 5 --tokenizer bytes); with a BPE trained on
+64 MB of the text 139 MB and 312 MB. Additional disk space while building: once the dataset's size,
+and about 50 bytes per document.
 """
 
 import hashlib
@@ -29,18 +29,17 @@ from typing import Any
 
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
 from forescale.data.prepare.assemble import AssembleJob, plan_shards
-from forescale.data.prepare.claim import expect_same, held
 from forescale.data.prepare.columns import UnitWriter, facts, finished
-from forescale.data.prepare.dedupe import HashJob, RangeJob, Run, range_edges
+from forescale.data.prepare.dedupe import HashJob, HashRun, RangeJob, range_edges
 from forescale.data.prepare.encode import EncodeJob, TokenRun
 from forescale.data.prepare.pool import Pool, Task
 from forescale.data.prepare.report import Totals
 from forescale.data.prepare.sample import TOKENIZER as TOKENIZER_SAMPLE
 from forescale.data.prepare.sample import BaselinesJob, SampleJob, texts
-from forescale.data.prepare.selection import SPLITS, ChangedError, NoTextError, Plan, choose
-from forescale.data.prepare.work import Work, wanted, work_path
+from forescale.data.prepare.selection import SPLITS, ChangedError, NoTextError, Selection, choose
+from forescale.data.prepare.work import Work, build_lock, expect_same, work_path, work_request
 from forescale.data.progress import Meter, Progress, silent
-from forescale.data.text.documents import Report, Source, Unit
+from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
 from forescale.errors import UserError
 from forescale.storage import FileEntry, write_file, write_json, write_table
@@ -48,65 +47,71 @@ from forescale.storage import FileEntry, write_file, write_json, write_table
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """All that decides a dataset beside its documents; it goes into the manifest."""
+    """Everything that decides a dataset except its documents; stored in the manifest."""
 
     # "bpe" (trained on a sample of the training split), "bytes", or a tokenizer.json or its folder
     tokenizer: str = "bpe"
-    vocab_size: int = 4096  # of a trained BPE
-    end_of_text: str | None = None  # of a given tokenizer; None: the usual names are tried
+    vocab_size: int = 4096  # entries of a trained BPE
+    end_of_text: str | None = None  # token of a given tokenizer; None: try common names
     validation: float = 0.02  # share of the documents, chosen by the hash of their text
-    seed: int = 0  # of the order of the documents
+    seed: int = 0  # for the order of the documents
     shard_tokens: int = 1 << 26
     member_tokens: int = 1 << 20
     tokenizer_bytes: int = 64_000_000  # of training text, chosen by hash, that a BPE is trained on
 
     def check(self) -> None:
-        """Raises UserError for a value that makes no sense."""
+        """Raise UserError for an invalid value."""
         if not 0 <= self.validation <= 0.5:
-            raise UserError("validation", f"{self.validation} is no share", "take 0 to 0.5")
+            raise UserError(
+                "validation", f"{self.validation} is out of range", "set it to 0 to 0.5"
+            )
         if not 1 <= self.member_tokens <= self.shard_tokens:
-            todo = "take 1 <= member_tokens <= shard_tokens"
-            raise UserError("member_tokens, shard_tokens", "don't fit each other", todo)
+            todo = "choose 1 <= member_tokens <= shard_tokens"
+            raise UserError("member_tokens, shard_tokens", "are inconsistent", todo)
         if self.tokenizer_bytes < 1:
-            raise UserError("tokenizer_bytes", f"{self.tokenizer_bytes} is none", "take 1 or more")
+            raise UserError(
+                "tokenizer_bytes", f"{self.tokenizer_bytes} is too small", "set it to 1 or more"
+            )
 
 
 def build_dataset(
-    source: Source,
+    source: DocumentSource,
     output: str | Path,
     config: BuildConfig | None = None,
     progress: Progress = silent,
     workers: int = 1,
 ) -> Path:
-    """Build a dataset at `output`, or find it there, finished, made from the same.
+    """Build a dataset at `output`, or find a finished one there that was built from the same
+    request.
 
-    workers: processes; with one all is done in this one, more are started as `python -c` and get a
-    pickled copy of the source. Interrupted or killed at any time it leaves no `output`, but a
-    directory beside it (see work.py) from which the next try goes on. A second process
-    with the same output waits for the first. Raises UserError for sources without text, where a
-    worker is killed, and where `output` holds something else.
+    workers: processes; with one, everything runs in this process, others are started as `python -c`
+    and get a pickled copy of the source. If the build is interrupted or killed, there is no
+    `output`, but a directory beside it (see work.py) from which the next attempt continues. A
+    second process with the same output waits for the first. Raises UserError for sources without
+    text, if a worker is killed, and if `output` holds something else.
     """
     output, config = Path(output), config or BuildConfig()
     config.check()
     if workers < 1:
-        raise UserError("workers", f"{workers} is none", "take 1 or more")
+        raise UserError("workers", f"{workers} is too small", "set it to 1 or more")
     given = given_tokenizer(config.tokenizer)
     if given is not None:
-        vocabulary_of(given, config.tokenizer, config.end_of_text)  # the sentence, before any work
+        # Here already, so that its errors are raised before any work.
+        vocabulary_of(given, config.tokenizer, config.end_of_text)
     request = _request(source, config, given)
     if not output.exists() or work_path(output).exists():
-        # A finished one needs no lock, and may lie where nobody can write.
-        with held(output, progress):
+        # A finished dataset needs no lock, and may be in a read-only directory.
+        with build_lock(output, progress):
             if not output.exists():
                 _build(source, output, config, given, request, progress, workers)
-            elif (left := work_path(output)).exists():  # killed between its name and the clearing
+            elif (left := work_path(output)).exists():  # killed between rename and removal
                 shutil.rmtree(left)
     expect_same(output, request)
     return output
 
 
 def _build(
-    source: Source,
+    source: DocumentSource,
     output: Path,
     config: BuildConfig,
     given: bytes | None,
@@ -115,13 +120,13 @@ def _build(
     workers: int,
 ) -> None:
     units = source.units()
-    work = Work(output, wanted(request, source, units), progress)
+    work = Work(output, work_request(request, source, units), progress)
     try:
         with Pool(workers) as pool:
             _Build(source, units, config, given, request, work, pool, progress).run()
         work.publish()
     except (ChangedError, NoTextError):
-        work.remove()  # it would be taken up again
+        work.remove()  # otherwise the next attempt would use it again
         raise
     except BaseException:
         work.remove_if_empty()
@@ -130,26 +135,27 @@ def _build(
 
 @dataclass
 class _Build:
-    """One build: its phases in their order, each leaving finished units in the work directory."""
+    """One build: its phases in order; each leaves finished units in the work directory."""
 
-    source: Source
+    source: DocumentSource
     units: list[Unit]
     config: BuildConfig
-    given: bytes | None  # a tokenizer.json, where none is trained
+    given: bytes | None  # a tokenizer.json, if none is trained
     request: dict[str, Any]
     work: Work
     pool: Pool
     progress: Progress
 
     def run(self) -> None:
+        """Run all phases."""
         runs, sizes = self._hash()
-        plan = self._plan(runs)
-        self._sample(plan)
+        selection = self._select(runs)
+        self._sample(selection)
         raw = self._tokenizer()
         vocabulary = vocabulary_of(raw, self.config.tokenizer, self.config.end_of_text)
-        self._encode(plan, vocabulary, sizes)
+        self._encode(selection, vocabulary, sizes)
         rows, entries = self._assemble(vocabulary)
-        self._finish(plan, vocabulary, rows, entries)
+        self._finish(selection, vocabulary, rows, entries)
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
         meter = Meter(self.progress, name, total, unit)
@@ -164,23 +170,23 @@ class _Build:
         for number in range(len(self.units)):
             yield facts(directory / f"{number:06d}")
 
-    def _hash(self) -> tuple[list[list[Run]], list[int]]:
-        """Runs and bytes of every unit."""
+    def _hash(self) -> tuple[list[list[HashRun]], list[int]]:
+        """Return the runs and the size in bytes of every unit."""
         total = sum(unit.size for unit in self.units)
         job = HashJob(self.source, self.work.hashes)
         self._phase("read and hash", "bytes", total, self._each_unit(job))
-        left_out, runs, sizes = Report(), [], []
+        left_out, runs, sizes = ReadingReport(), [], []
         for found in self._facts(self.work.hashes):
-            runs.append([Run(*run) for run in found["runs"]])
+            runs.append([HashRun(*run) for run in found["runs"]])
             sizes.append(found["bytes"])
-            left_out.merge(Report(**found["report"]))
+            left_out.merge(ReadingReport(**found["report"]))
         if not any(runs):
             why = ", ".join(f"{count} {reason}" for reason, count in left_out.counts.items())
             todo = f"left out: {why or 'nothing'}"
-            raise NoTextError("the source", "holds no usable document", todo)
+            raise NoTextError("the source", "has no usable document", todo)
         return runs, sizes
 
-    def _plan(self, runs: list[list[Run]]) -> Plan:
+    def _select(self, runs: list[list[HashRun]]) -> Selection:
         count = sum(run.distinct for unit in runs for run in unit)
         edges = range_edges(count)
         job = RangeJob(self.work.hashes, self.work.ranges, runs)
@@ -192,17 +198,17 @@ class _Build:
         ranges = [self.work.ranges / f"{i:04d}" for i in range(len(tasks))]
         sampled = self.config.tokenizer_bytes if self.given is None else 0
         bounds = choose(ranges, self.config.validation, sampled)
-        return Plan(self.work.hashes, ranges, bounds, self.config.validation)
+        return Selection(self.work.hashes, ranges, bounds, self.config.validation)
 
-    def _sample(self, plan: Plan) -> None:
-        if not (plan.bounds.tokenizer or plan.bounds.compared):
+    def _sample(self, selection: Selection) -> None:
+        if not (selection.bounds.tokenizer or selection.bounds.compared):
             return
-        job = SampleJob(self.source, plan, self.work.samples, self.config.tokenizer_bytes)
+        job = SampleJob(self.source, selection, self.work.samples, self.config.tokenizer_bytes)
         total = sum(unit.size for unit in self.units)
         self._phase("sample", "bytes", total, self._each_unit(job))
 
     def _tokenizer(self) -> bytes:
-        """The bytes of its tokenizer.json."""
+        """Return the bytes of the tokenizer.json."""
         if self.given is not None:
             return self.given
         path, done = self.work.tokenizer, 0
@@ -222,17 +228,18 @@ class _Build:
             out.finish({"json": trained})
         return trained.encode()
 
-    def _encode(self, plan: Plan, vocabulary: Vocabulary, sizes: list[int]) -> None:
+    def _encode(self, selection: Selection, vocabulary: Vocabulary, sizes: list[int]) -> None:
         work, seed = self.work, self.config.seed
-        job = EncodeJob(self.source, plan, work.tokens, vocabulary, seed)
+        job = EncodeJob(self.source, selection, work.tokens, vocabulary, seed)
         tasks = self._each_unit(job, sizes)
-        if plan.bounds.compared:
+        if selection.bounds.compared:
             compare = BaselinesJob(work.samples, len(self.units))
             tasks.append(Task("compressors", compare, work.baselines, 1 << 60))
         self._phase("tokenise", "bytes", sum(sizes), tasks)
 
     def _assemble(self, vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-        """The manifest's rows of every split, and the files that have been written."""
+        """Return the manifest's rows of every split, and the entries of the files that were
+        written."""
         work, dtype, members = self.work, vocabulary.dtype, self.config.member_tokens
         runs = [[TokenRun(*run) for run in found["runs"]] for found in self._facts(work.tokens)]
         shards = {s: plan_shards(work.tokens, runs, s, self.config.shard_tokens) for s in SPLITS}
@@ -249,12 +256,12 @@ class _Build:
 
     def _finish(
         self,
-        plan: Plan,
+        selection: Selection,
         vocabulary: Vocabulary,
         rows: dict[str, Any],
         entries: dict[str, FileEntry],
     ) -> None:
-        """Write what speaks of the whole: tokenizer, manifest, the table of files."""
+        """Write the files that describe the whole dataset: tokenizer, manifest, table of files."""
         totals, corpus, stage = Totals(self.source.sources), hashlib.sha256(), self.work.stage
         both = (self._facts(self.work.hashes), self._facts(self.work.tokens))
         for unit, hashed, encoded in zip(self.units, *both, strict=True):
@@ -277,14 +284,16 @@ class _Build:
             },
             "build": self.request,
             "report": totals.as_dict(),
-            "baselines": (facts(self.work.baselines) or None) if plan.bounds.compared else None,
+            "baselines": (facts(self.work.baselines) or None)
+            if selection.bounds.compared
+            else None,
         }
         entries[MANIFEST] = write_json(stage / MANIFEST, manifest)
         write_table(stage, entries)
 
 
-def _request(source: Source, config: BuildConfig, given: bytes | None) -> dict[str, Any]:
-    """What was asked for, without machine paths: the same request finds the dataset finished."""
+def _request(source: DocumentSource, config: BuildConfig, given: bytes | None) -> dict[str, Any]:
+    """Return the request, without machine paths: an equal request finds the finished dataset."""
     request = {"source": source.describe(), **asdict(config)}
     if given is not None and config.tokenizer != "bytes":
         name = Path(config.tokenizer).name

@@ -1,19 +1,18 @@
-"""Files of finished work: columns of numbers, facts at the end, and a checksum over it all.
+"""Files of finished work: columns of numbers, facts at the end, and a checksum over everything.
 
-    columns         raw little-endian arrays, one after the other; who wrote them knows the offsets
-    facts           JSON: where the columns lie, counts, reports
-    trailer         length and XXH3-64 of the facts, XXH3-128 of all before it, a mark
+    columns         raw little-endian arrays, one after the other; the writer knows their offsets
+    facts           JSON: offsets of the columns, counts, reports
+    trailer         length and XXH3-64 of the facts, XXH3-128 of everything before it, a mark
 
-Invariant: a file that has its name is whole, or `is_whole` says so: it is written beside it and
-renamed. It isn't flushed to the disk: what a power cut takes is found missing or damaged, and made
-again. Equal work gives equal bytes, so that whoever repeats it may replace the file.
+Invariant: a file with its final name is complete, or `is_intact` returns False: it is written under
+a temporary name and renamed. It isn't flushed to disk: after a power failure it is found missing or
+damaged, and made again. Equal work gives equal bytes, so repeated work may replace the file.
 """
 
 import json
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ from forescale.storage import naming
 _TRAILER = struct.Struct("<QQ16s8s")
 _MARK = b"unit 1\r\n"
 _BLOCK = 1 << 22
-_WHOLE = 1024  # entries of a column that are read at once rather than searched on disk
+_WHOLE = 1024  # columns up to this number of entries are read at once, not searched on disk
 
 
 class UnitWriter:
-    """A unit's file, in the making; it has its name after `finish`, and leaves nothing without."""
+    """Writes a unit's file; it gets its name in `finish`, and without that nothing is left."""
 
     def __init__(self, path: Path):
+        """path: the final name."""
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed in finish or __exit__
@@ -41,7 +41,7 @@ class UnitWriter:
         self._size = 0
 
     def add(self, data: np.ndarray | bytes | memoryview) -> int:
-        """Append a contiguous array; returns the offset of its first byte."""
+        """Append a contiguous array; return the offset of its first byte."""
         offset = self._size
         if isinstance(data, np.ndarray):
             data = data.reshape(-1).view(np.uint8).data
@@ -53,6 +53,7 @@ class UnitWriter:
         return offset
 
     def finish(self, facts: dict[str, Any]) -> None:
+        """Append the facts and the trailer, and rename the file."""
         raw = json.dumps(facts).encode()
         self.add(raw)
         self.add(struct.pack("<QQ", len(raw), xxhash.xxh3_64_intdigest(raw)))
@@ -72,19 +73,21 @@ class UnitWriter:
 
 
 class UnitFile:
-    """A finished file, open for reading. What is found damaged is a UserError."""
+    """A finished file, open for reading. Raises UserError if it is found damaged."""
 
     def __init__(self, path: Path):
+        """path: must exist."""
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
+        """The facts at the end of the file."""
         return json.loads(self._end[0])
 
     @cached_property
     def _end(self) -> tuple[bytes, int, bytes]:
-        """The facts, the file's size, and the checksum over all of it."""
+        """The facts as bytes, the file's size, and the checksum over all of it."""
         size = os.fstat(self._fd).st_size
         if size < _TRAILER.size:
             raise self.damaged()
@@ -104,30 +107,33 @@ class UnitFile:
         os.close(self._fd)
 
     def damaged(self) -> UserError:
-        return UserError(str(self.path), "is damaged", "give the same command again: it mends that")
+        """Return the error to raise for this file."""
+        return UserError(
+            str(self.path), "is damaged", "run the same command again; it makes the file again"
+        )
 
     def column(self, offset: int, count: int, dtype: Any, first: int = 0) -> np.ndarray:
-        """Entries [first, first + count) of the column that begins at byte `offset`."""
+        """Return entries [first, first + count) of the column that begins at byte `offset`."""
         dtype = np.dtype(dtype)
         raw = self._read(offset + first * dtype.itemsize, count * dtype.itemsize)
         return np.frombuffer(raw, dtype)
 
     def search(self, offset: int, count: int, key: int) -> int:
-        """The first entry of an ascending uint64 column that is at least `key`."""
+        """Return the index of the first entry of an ascending uint64 column that is at least
+        `key`."""
         if count <= _WHOLE:
             column = self.column(offset, count, "<u8")
             return count if key >> 64 else int(np.searchsorted(column, np.uint64(key)))
         return bisect_left(_OnDisk(self._fd, offset, count), key)
 
-    def is_whole(self, tick: Callable[[int], None] = lambda n: None) -> bool:
-        """Compare all of it with its checksum. tick: bytes read."""
+    def is_intact(self) -> bool:
+        """Compare the whole file with its checksum."""
         _, size, whole = self._end
         found, at, end = xxhash.xxh3_128(), 0, size - len(whole) - len(_MARK)
         while at < end:
             block = self._read(at, min(_BLOCK, end - at))
             found.update(block)
             at += len(block)
-            tick(len(block))
         return found.digest() == whole
 
     def _read(self, offset: int, size: int) -> bytearray:
@@ -142,7 +148,7 @@ class UnitFile:
 
 
 class _OnDisk:
-    """A column of uint64 as bisect wants it: a search touches some 20 entries, not all."""
+    """A uint64 column as a sequence for bisect: a search reads about 20 entries, not all."""
 
     def __init__(self, fd: int, offset: int, count: int):
         self._fd, self._offset, self._count = fd, offset, count
@@ -155,15 +161,15 @@ class _OnDisk:
 
 
 def finished(path: Path) -> dict[str, Any] | None:
-    """The facts of a file that is there and whole, to the last byte; None where it must be made."""
+    """Return the facts of a file that exists and is intact; None if it has to be made."""
     try:
         with UnitFile(path) as file:
-            return file.facts if file.is_whole() else None
+            return file.facts if file.is_intact() else None
     except (FileNotFoundError, UserError):
         return None
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """The facts alone. Raises UserError where they are damaged."""
+    """Return the facts without checking the columns. Raises UserError if the facts are damaged."""
     with UnitFile(path) as file:
         return file.facts

@@ -1,13 +1,13 @@
-"""The embedded corpus: Python source that every installation already has.
+"""The embedded corpus: Python source code that every installation has.
 
 Invariant: names are relative to their package and the order is fixed, so that equal versions give
-an equal corpus, wherever they are installed. What is left out is decided by `excluded` alone, and
-reported.
+an equal corpus, wherever they are installed. Only `excluded` decides which files are left out, and
+each is reported.
 
-The interpreter's library and two packages, without their tests: about 47 MB. The other packages
-that every installation has make the text more varied, not easier: xz given 8 MB of the training
-text needs 16 % less on the library and torch, 13 % less with sympy, networkx, numpy, deepspeed and
-accelerate added.
+It consists of the interpreter's library and two packages, without their tests: about 47 MB. The
+other packages that every installation has add variety, which doesn't make the text easier: given 8
+MB of the training text, xz needs 16 % less on the library and torch, and 13 % less with sympy,
+networkx, numpy, deepspeed and accelerate added.
 """
 
 import hashlib
@@ -27,26 +27,27 @@ from typing import Any
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
 from forescale.data.progress import Progress, silent
-from forescale.data.text.documents import Document, Report, Unit, decoded
+from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
 from forescale.errors import UserError
 
 PACKAGES = ("torch", "networkx")
-RECIPE = 2  # raise it whenever a rule below changes: caches of other recipes are not reused
+RECIPE = 2  # increase it whenever a rule below changes: caches of other recipes are not reused
 EMBEDDED = BuildConfig(vocab_size=4096, validation=0.02, shard_tokens=1 << 22)
 
-VOCABULARY = {"bpe": EMBEDDED.vocab_size, "bytes": 257}  # what it may be cut into
+VOCABULARY = {"bpe": EMBEDDED.vocab_size, "bytes": 257}  # entries by kind of tokenizer
 
 _FOLDERS = {"test", "tests", "testing", "idle_test", "_testing", "site-packages", "dist-packages"}
 # Written by the build or by the distribution: they differ between installations of one version.
 _STAMPED = {"version.py", "_version.py", "__config__.py", "sitecustomize.py"}
 _MARK = re.compile(rb"do not (edit|modify)|auto-?generated|@generated|gencodec", re.IGNORECASE)
-_UNIT = 4_000_000  # bytes: a share of the work
+_UNIT = 4_000_000  # bytes per unit of work
 _LARGEST = 200_000  # bytes: one file is never more than about a fifth of the held-out text
 _DIGITS = bytes(b for b in range(256) if b not in b"0123456789")
 
 
 def excluded(text: bytes) -> str | None:
-    """Why a file is no source that a person wrote, or None. The first rule that holds is named."""
+    """Return why a file isn't source code written by a person, or None. The first matching rule is
+    named."""
     if len(text) > _LARGEST:
         return f"over {_LARGEST:,} bytes"
     if _MARK.search(text[:1000]):
@@ -61,29 +62,33 @@ def excluded(text: bytes) -> str | None:
 
 
 class PythonSource:
-    """The embedded corpus as a source of documents, named like "torch/nn/modules/linear.py"."""
+    """The embedded corpus as a source of documents, with names like
+    "torch/nn/modules/linear.py"."""
 
     def __init__(self, roots: dict[str, Path] | None = None):
-        """`roots` maps a name to a folder; by default the interpreter's library and PACKAGES."""
+        """roots: maps a name to a folder; default: the interpreter's library and PACKAGES."""
         self.sources = ["embedded"]
         self._missing: list[str] = []
         self._roots = installed_roots(self._missing) if roots is None else roots
         self.files = list(self._walk())
-        self._verdicts: dict[str, str | None] = {}  # the rules cost more than reading again
+        self._verdicts: dict[
+            str, str | None
+        ] = {}  # cached, because the rules take longer than reading
         if not self.files:
             raise UserError(
                 "the embedded corpus",
-                "this installation holds no Python source",
-                "give a corpus of your own with data.path",
+                "this installation contains no Python source code",
+                "give your own corpus with data.path",
             )
 
     def state(self) -> Iterator[tuple[str, int, int]]:
-        """What changes where a file does: name, size, time of the last change in nanoseconds."""
+        """Yield name, size and modification time in nanoseconds of every file."""
         for name, path in self.files:
             facts = path.stat()
             yield name, facts.st_size, facts.st_mtime_ns
 
     def describe(self) -> dict[str, Any]:
+        """Return kind, recipe and package versions."""
         # The local part of a version (+cpu, +cu128) names a build of the same Python source.
         versions = {}
         for name in self._roots:
@@ -94,7 +99,7 @@ class PythonSource:
         return {"kind": "embedded", "recipe": RECIPE, "packages": versions}
 
     def units(self) -> list[Unit]:
-        """Files side by side, some megabytes together."""
+        """Return consecutive files, grouped to some megabytes."""
         units: list[Unit] = []
         first = size = 0
         for index, (_, path) in enumerate(self.files, 1):
@@ -105,7 +110,8 @@ class PythonSource:
                 first, size = index, 0
         return units
 
-    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+    def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
+        """Yield the documents of a unit; excluded files are added to the report."""
         if unit.first == 0:
             for name in self._missing:
                 report.add("package not installed", name)
@@ -141,7 +147,8 @@ def _wanted(name: str) -> bool:
 
 
 def installed_roots(missing: list[str]) -> dict[str, Path]:
-    """Where this interpreter keeps its library and PACKAGES; names not found go into `missing`."""
+    """Return the folders of this interpreter's library and of PACKAGES; missing names are added to
+    `missing`."""
     roots = {"python": Path(sysconfig.get_path("stdlib"))}
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)  # finds a top-level package without importing it
@@ -153,7 +160,7 @@ def installed_roots(missing: list[str]) -> dict[str, Path]:
 
 
 def cache_directory(cache: str | Path | None = None) -> Path:
-    """The given directory, else $FORESCALE_CACHE, else ~/.cache/forescale."""
+    """Return the given directory, or $FORESCALE_CACHE, or ~/.cache/forescale."""
     chosen = cache or os.environ.get("FORESCALE_CACHE") or "~/.cache/forescale"
     return Path(chosen).expanduser()
 
@@ -161,8 +168,10 @@ def cache_directory(cache: str | Path | None = None) -> Path:
 def prepare_embedded(
     cache: str | Path | None = None, progress: Progress = silent, tokens: str = "bpe"
 ) -> Path:
-    """The dataset of the embedded corpus, built at the first call, found at every later one.
-    tokens: one of VOCABULARY."""
+    """Return the dataset of the embedded corpus; the first call builds it in the cache.
+
+    tokens: one of VOCABULARY.
+    """
     source = PythonSource()
     path = embedded_path(source, cache, tokens)
     return build_dataset(source, path, _config(tokens), progress, available())
@@ -175,10 +184,10 @@ def _config(tokens: str) -> BuildConfig:
 def embedded_path(
     source: PythonSource, cache: str | Path | None = None, tokens: str = "bpe"
 ) -> Path:
-    """Where the embedded corpus is kept, prepared or not.
+    """Return the path of the embedded corpus in the cache, whether it is built or not.
 
-    The directory's name carries a hash of the recipe, the versions, and every file's name and size,
-    so that an upgrade, or another installation that shares the cache, makes a new one.
+    The directory's name contains a hash of the recipe, the versions, and every file's name and
+    size, so that an upgrade, or another installation that shares the cache, makes a new one.
     """
     sizes = [(name, path.stat().st_size) for name, path in source.files]
     what = json.dumps([source.describe(), asdict(_config(tokens)), sizes], sort_keys=True)

@@ -1,17 +1,17 @@
-"""Exact duplicates, found with bounded memory: documents to hashes, hashes sorted by range.
+"""Find exact duplicates with bounded memory: documents to hashes, hashes sorted by range.
 
-Two documents are the same where their normalised text is: Unicode NFC, CRLF as LF, no blanks
-(spaces, tabs) at the ends of lines, no blank lines at the beginning and the end. Its SHA-256, cut
-to 128 bits, is the document's hash; the first 64 of them its key, which decides everything else
-about the document: whether it is held out, is in a sample, where it is shuffled to.
+Two documents are equal if their normalised text is: Unicode NFC, CRLF as LF, no spaces and tabs at
+the ends of lines, no blank lines at the beginning and the end. The SHA-256 of that text, truncated
+to 128 bits, is the document's hash; its first 64 bits are the document's key, which decides
+everything else: whether the document is held out, is in a sample, and its position in the shuffle.
 
-Invariant: of equal documents the first in plan order (unit, then document) is kept, whatever the
-units are, and whoever hashes them in whatever order.
+Invariant: of equal documents the first in source order (unit, then document) is kept, independent
+of how the source is cut into units and of the order in which they are hashed.
 
-    hashes/000012     of a unit, in runs of _RUN documents: hash, document and size of the distinct
+    hashes/000012     per unit, in runs of _RUN documents: hash, number and size of the distinct
                       ones, sorted by hash; XXH3-64 of every document's bytes, in their order
-    ranges/0003       of a range of the hashes, over all units: key and size of what is kept, sorted
-                      by key; unit by unit the documents that an earlier one is equal to
+    ranges/0003       per range of the hashes, over all units: key and size of the documents kept,
+                      sorted by key; unit by unit the documents that equal an earlier one
 
 A task holds one run of a unit, or one range: about 100 MB.
 """
@@ -29,14 +29,14 @@ import xxhash
 
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
-from forescale.data.text.documents import Document, Report, Source, Unit
+from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit
 
 _RUN = 1 << 17  # documents
-_RANGE = 1 << 20  # documents that a range holds, about
+_RANGE = 1 << 20  # approximate documents per range
 
 
 def normalised(text: bytes) -> bytes:
-    """What is compared of a document's text (valid UTF-8); see the head of this file."""
+    """Return the text (valid UTF-8) as it is compared; see the head of this file."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text.decode("utf-8")).encode("utf-8")
     if b"\r" in text:
@@ -48,13 +48,14 @@ def normalised(text: bytes) -> bytes:
 
 
 def document_hash(text: bytes) -> tuple[int, int]:
-    """The document's key, and the other 64 bits of its hash."""
+    """Return the document's key, and the other 64 bits of its hash."""
     digest = hashlib.sha256(normalised(text)).digest()
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
 
 
-class Run(NamedTuple):
-    """One run of a file in hashes/: its first byte, its documents, the distinct ones of them."""
+class HashRun(NamedTuple):
+    """One run of a file in hashes/: offset in bytes, first document, number of documents and of
+    distinct ones."""
 
     offset: int
     first: int  # document of the unit
@@ -62,7 +63,8 @@ class Run(NamedTuple):
     distinct: int
 
     def column(self, file: UnitFile, name: str, start: int = 0, stop: int | None = None):
-        """Entries [start, stop) of `key`, `low`, `document`, `size` (distinct ones) or `raw`."""
+        """Return entries [start, stop) of `key`, `low`, `document`, `size` (distinct ones) or
+        `raw`."""
         place = ("key", "low", "document", "size", "raw").index(name)
         length = (self.documents if name == "raw" else self.distinct) if stop is None else stop
         return file.column(self.offset + 8 * place * self.distinct, length - start, "<u8", start)
@@ -70,17 +72,18 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class HashJob:
-    """Hash the documents of a unit, given as (its number, the unit)."""
+    """Hash the documents of a unit."""
 
-    source: Source
+    source: DocumentSource
     directory: Path
 
     def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
+        """item: (number of the unit, unit)."""
         number, unit = item
         if finished(path := self.directory / f"{number:06d}"):
             tick(unit.size, 0)
             return
-        report, runs = Report(), []
+        report, runs = ReadingReport(), []
         first = size = left = 0
         left = unit.size
         documents = self.source.read(unit, report)
@@ -89,7 +92,8 @@ class HashJob:
                 rows: list[tuple[int, ...]] = []
                 for document in islice(documents, _RUN):
                     rows.append(_row(first + len(rows), document))
-                    step = min(left, len(document.text))  # a compressed unit holds more than it is
+                    # At most `left`: a compressed unit holds more bytes than its size.
+                    step = min(left, len(document.text))
                     left -= step
                     tick(step, 0)
                 if not rows:
@@ -106,38 +110,40 @@ def _row(index: int, document: Document) -> tuple[int, int, int, int, int]:
     return (*document_hash(text), index, len(text), xxhash.xxh3_64_intdigest(text))
 
 
-def _write_run(out: UnitWriter, first: int, rows: np.ndarray) -> Run:
-    """rows: key, low, document, size, raw of documents in their order, shape (documents, 5)."""
+def _write_run(out: UnitWriter, first: int, rows: np.ndarray) -> HashRun:
+    """Write a run. rows: key, low, document, size, raw of documents in order, shape (documents,
+    5)."""
     key, low, document, size, raw = map(np.ascontiguousarray, rows.T)
-    order = np.lexsort((low, key))  # stable: equal ones stay in their order
+    order = np.lexsort((low, key))  # stable: equal hashes keep their order
     order = order[is_first(key[order], low[order])]
     columns = (key[order], low[order], document[order], size[order], raw)
     offset, *_ = [out.add(column) for column in columns]
-    return Run(offset, first, len(rows), len(order))
+    return HashRun(offset, first, len(rows), len(order))
 
 
 def is_first(key: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Of sorted hashes: is it another one than that before it?"""
+    """Return for each of the sorted hashes whether it differs from the one before it."""
     found = np.ones(len(key), bool)
     found[1:] = (key[1:] != key[:-1]) | (low[1:] != low[:-1])
     return found
 
 
 def range_edges(documents: int, per_range: int = _RANGE) -> list[int]:
-    """Keys that bound ranges of about `per_range` documents, from 0 to 2^64."""
+    """Return keys that bound ranges of about `per_range` documents, from 0 to 2^64."""
     count = max(1, -(-documents // per_range))
     return [(i << 64) // count for i in range(count + 1)]
 
 
 @dataclass(frozen=True)
 class RangeJob:
-    """Find what is kept of the hashes in a range, given as (its number, first key, end)."""
+    """Find the documents to keep in a range of hashes."""
 
     hashes: Path
     directory: Path
-    runs: list[list[Run]]  # of every unit
+    runs: list[list[HashRun]]  # of every unit
 
     def __call__(self, item: tuple[int, int, int], tick: Tick) -> None:
+        """item: (number of the range, first key, exclusive end)."""
         number, low, high = item
         if done := finished(path := self.directory / f"{number:04d}"):
             tick(done["hashes"], 0)
@@ -148,9 +154,9 @@ class RangeJob:
         if not columns:
             columns = [np.empty((5, 0), np.uint64)]
         key, rest, document, size, unit = np.concatenate(columns, axis=1)
-        order = np.lexsort((rest, key))  # stable, so that plan order decides among equals
+        order = np.lexsort((rest, key))  # stable, so that source order decides among equals
         is_kept = is_first(key[order], rest[order])
-        kept, dropped = order[is_kept], np.sort(order[~is_kept])  # columns are in plan order
+        kept, dropped = order[is_kept], np.sort(order[~is_kept])  # columns are in source order
         starts = np.searchsorted(unit[dropped], np.arange(len(self.runs) + 1))
         with UnitWriter(path) as out:
             found = (key[kept], size[kept], starts.astype("<u8"), document[dropped])
@@ -170,14 +176,14 @@ class RangeJob:
 
 
 def kept_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys, ascending, and sizes of the documents that a file in ranges/ keeps."""
+    """Return keys (ascending) and sizes of the documents that a file in ranges/ keeps."""
     with UnitFile(path) as file:
         count, (keys, sizes, *_) = file.facts["kept"], file.facts["offsets"]
         return file.column(keys, count, "<u8"), file.column(sizes, count, "<u8")
 
 
 def dropped_of(path: Path, unit: int) -> np.ndarray:
-    """Documents of a unit that a file in ranges/ names as equal to an earlier one."""
+    """Return the documents of a unit that a file in ranges/ lists as equal to an earlier one."""
     with UnitFile(path) as file:
         *_, starts, documents = file.facts["offsets"]
         start, stop = map(int, file.column(starts, 2, "<u8", unit))

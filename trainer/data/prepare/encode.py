@@ -1,13 +1,14 @@
-"""A unit's documents into tokens, sorted by where the shuffle puts them.
+"""Encode a unit's documents to tokens, sorted by shuffle key.
 
     tokens/000012    in runs of about _RUN tokens of a split: shuffle key, end in the run's tokens
                      and XXH3-64 of every document, in the order of the keys; then the tokens
 
-Invariant: the file depends on the unit, the plan, the tokenizer and the seed alone. The shuffle key
-is a hash of the document's key and the seed; documents of equal shuffle keys lie in plan order.
+Invariant: the file depends only on the unit, the selection, the tokenizer and the seed. The shuffle
+key is a hash of the document's key and the seed; documents with equal shuffle keys are in source
+order.
 
-A task holds one run and the document that it is at: some 250 MB, and about 10 bytes for each byte
-of a document beyond a megabyte.
+A task holds one run and the current document: about 250 MB, plus about 10 bytes for each byte of a
+document beyond a megabyte.
 """
 
 import hashlib
@@ -25,20 +26,19 @@ from tokenizers import Tokenizer
 from forescale.data.order import mix64
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
-from forescale.data.prepare.selection import SPLITS, Part, Plan
-from forescale.data.text.documents import Report, Source, Unit
-from forescale.data.text.pieces import pieces
+from forescale.data.prepare.selection import SPLITS, Part, Selection
+from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, pieces
 from forescale.data.tokenizer import Vocabulary, token_bytes
 
 _BATCH = 1 << 20  # bytes of text that are encoded at a time
-_PIECE = 1 << 20  # a longer document is encoded in pieces
+_PIECE = 1 << 20  # bytes; a longer document is encoded in pieces
 _RUN = 1 << 23  # tokens
 _RUN_DOCUMENTS = 1 << 17
 NOT_LOSSLESS = "not lossless in this tokenizer"
 
 
 class TokenRun(NamedTuple):
-    """A run in a unit's file: its first byte, documents and tokens, and the split they are of."""
+    """A run in a unit's file: its split, offset in bytes, number of documents and of tokens."""
 
     split: str
     offset: int
@@ -46,23 +46,25 @@ class TokenRun(NamedTuple):
     tokens: int
 
     def column(self, file: UnitFile, name: str, start: int, stop: int) -> np.ndarray:
-        """Entries [start, stop) of `key`, `end` or `sum`."""
+        """Return entries [start, stop) of `key`, `end` or `sum`."""
         place = ("key", "end", "sum").index(name)
         return file.column(self.offset + 8 * place * self.documents, stop - start, "<u8", start)
 
     def tokens_of(self, file: UnitFile, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        """Return tokens [start, stop) of the run."""
         return file.column(self.offset + 24 * self.documents, stop - start, dtype, start)
 
 
 def shuffle_keys(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Where documents of these keys go in the shuffled order: uint64, compared as numbers."""
+    """Return the positions of documents with these keys in the shuffled order: uint64, compared as
+    numbers."""
     salt = mix64(np.array([seed % 2**64], np.uint64) + np.uint64(1))
     return mix64(keys ^ salt)
 
 
 @dataclass
 class _Account:
-    """What a unit gave, for its file's facts."""
+    """Totals of a unit, for its file's facts."""
 
     splits: dict[str, dict[str, int]] = field(
         default_factory=lambda: {
@@ -70,7 +72,7 @@ class _Account:
         }
     )
     lengths: list[int] = field(default_factory=lambda: [0] * 64)  # documents of 2^i tokens and more
-    report: Report = field(default_factory=Report)
+    report: ReadingReport = field(default_factory=ReadingReport)
     digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, part: Part, tokens: int) -> None:
@@ -92,18 +94,16 @@ class _Account:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Encode a unit, given as (its number, the unit, the bytes of its documents).
+    """Encode a unit. seed: of the shuffle."""
 
-    seed: of the shuffle.
-    """
-
-    source: Source
-    plan: Plan
+    source: DocumentSource
+    selection: Selection
     directory: Path
     vocabulary: Vocabulary
     seed: int
 
     def __call__(self, item: tuple[int, Unit, int], tick: Tick) -> None:
+        """item: (number of the unit, unit, bytes of its documents)."""
         number, unit, size = item
         path = self.directory / f"{number:06d}"
         if found := finished(path):
@@ -114,7 +114,7 @@ class EncodeJob:
         with UnitWriter(path) as out:
             pending = _Pending(out, self.vocabulary.dtype, self.seed)
             for part, ids in self._encoded(
-                self.plan.parts(self.source, number, unit, account.report)
+                self.selection.parts(self.source, number, unit, account.report)
             ):
                 if int(self._sizes[ids[:-1]].sum()) - len(part.text) not in (0, self._before):
                     account.report.add(NOT_LOSSLESS, part.name)
@@ -129,7 +129,7 @@ class EncodeJob:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         tokenizer = self.vocabulary.load()
-        # The text "<|endoftext|>" inside a document is text, not an end: it keeps its own bytes.
+        # The text "<|endoftext|>" inside a document is ordinary text and doesn't end it.
         tokenizer.encode_special_tokens = True
         return tokenizer
 
@@ -139,12 +139,12 @@ class EncodeJob:
 
     @cached_property
     def _before(self) -> int:
-        """Bytes that the tokenizer puts before a text, as SentencePiece's do with a space."""
+        """Bytes that the tokenizer adds before a text, such as SentencePiece's space."""
         ids = self._tokenizer.encode("x", add_special_tokens=False).ids
         return int(self._sizes[ids].sum()) - 1
 
     def _encoded(self, parts: Iterable[Part]) -> Iterator[tuple[Part, np.ndarray]]:
-        """Every part with its ids, its end included."""
+        """Yield every part with its ids, including end of text."""
         end = np.array([self.vocabulary.end], self.vocabulary.dtype)
         if self.vocabulary.is_bytes:
             for part in parts:
@@ -170,7 +170,7 @@ class _Row(NamedTuple):
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[_Row]]:
-    """The parts' pieces in lists of about _BATCH bytes."""
+    """Yield the parts' pieces in lists of about _BATCH bytes."""
     batch: list[_Row] = []
     held = 0
     for number, part in enumerate(parts):
@@ -200,7 +200,7 @@ class _Pending:
         return self.flush() if is_full else []
 
     def flush(self) -> list[TokenRun]:
-        """Write what is held, a run for each split that has something."""
+        """Write the waiting documents, one run for each split that has any."""
         runs = [self._write(split, held) for split, held in self._held.items() if held]
         self._held = {split: [] for split in SPLITS}
         self._tokens = self._documents = 0

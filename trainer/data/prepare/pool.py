@@ -1,10 +1,10 @@
-"""Worker processes: tasks go out, files come into being, a death gets its sentence.
+"""Worker processes: they receive tasks, write files, and report progress and errors.
 
-Invariant: what tasks make does not depend on how many processes there are, nor on who does what
-when. No process outlives its parent, however that dies; none loads torch, or the user's script.
+Invariant: what tasks make doesn't depend on the number of processes, nor on which process does what
+when. No process outlives its parent, however that ends; none imports torch or the user's script.
 
-Processes are started as `python -c`, not by multiprocessing: that would run the user's script
-anew in each, which a script without an `if __name__ == "__main__"` does not survive.
+Processes are started as `python -c`, not by multiprocessing: that would run the user's script again
+in each, which fails for a script without `if __name__ == "__main__"`.
 """
 
 import os
@@ -26,16 +26,17 @@ from typing import Any, NamedTuple
 from forescale.errors import UserError
 
 Tick = Callable[[int, int], None]  # called with amounts done since the last call: bytes, tokens
-Job = Callable[[Any, Tick], None]  # picklable; what it makes lies in files
+Job = Callable[[Any, Tick], None]  # picklable; writes its results to files
 
-_EVERY = 0.1  # seconds between two reports of a worker
+_EVERY = 0.1  # seconds between reports of a worker
 _BOOT = "from forescale.data.prepare.pool import serve; serve({fd})"
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _ENVIRONMENT = {_PARALLEL: "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Task(NamedTuple):
-    """`job(item, tick)`; `label` names it in messages, the heavy ones are begun first."""
+    """One call `job(item, tick)`; `label` names it in messages; tasks with a larger weight start
+    first."""
 
     label: str
     job: Job
@@ -44,21 +45,22 @@ class Task(NamedTuple):
 
 
 def available() -> int:
-    """The CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Pool:
-    """Runs tasks on up to `workers` processes; with one, in this process.
+    """Runs tasks on up to `workers` processes; with one worker, in this process.
 
     Processes start when they are needed and stay for the next tasks. Leaving the block kills them.
     """
 
     def __init__(self, workers: int):
+        """No process is started yet."""
         self._workers = workers
         self._idle: list[_Worker] = []
         self._busy: dict[Any, _Worker] = {}  # by the worker's pipe
-        self._jobs = 0  # ever given out: a job's number is never used twice
+        self._jobs = 0  # given out so far: a job's number is never reused
 
     def __enter__(self) -> "Pool":
         return self
@@ -73,14 +75,17 @@ class Pool:
         self._idle, self._busy = [], {}
 
     def run(self, tasks: Sequence[Task], tick: Tick) -> None:
-        """Do all tasks. Raises what a task raises; UserError, naming the task, where its process
-        was killed. After an exception the pool is of no further use."""
+        """Run all tasks.
+
+        Raises the exception of a task; UserError, naming the task, if its process was killed. The
+        pool can't be used after an exception.
+        """
         if self._workers == 1 or len(tasks) == 1:
             with _single_threaded():
                 for task in tasks:
                     task.job(task.item, tick)
             return
-        jobs: dict[int, tuple[int, bytes]] = {}  # by id: the number, and what goes over the pipe
+        jobs: dict[int, tuple[int, bytes]] = {}  # by id: the number, and the message for the pipe
         todo = deque(sorted(tasks, key=lambda task: -task.weight))
         while todo or self._busy:
             while todo and len(self._busy) < self._workers:
@@ -97,7 +102,7 @@ class Pool:
 
 
 class _Worker:
-    """One process, from the parent's side, and the task that it has."""
+    """One process as seen by the parent, and its current task."""
 
     def __init__(self) -> None:
         self.pipe, theirs = Pipe()
@@ -108,7 +113,7 @@ class _Worker:
                 env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C reaches the parent alone, which ends the others
+                process_group=0,  # Ctrl-C reaches only the parent, which ends the workers
             )
         self._label, self._job = "", 0
 
@@ -123,7 +128,8 @@ class _Worker:
             raise self._died() from None
 
     def is_done(self, tick: Tick) -> bool:
-        """Take one message. Raises what the task has raised."""
+        """Receive one message; return True if the task is finished. Raises the exception of the
+        task."""
         try:
             message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -141,15 +147,18 @@ class _Worker:
         if code == -signal.SIGKILL:
             return self._no_memory()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return UserError(self._label, f"its worker died ({how})", "give the same command again")
+        return UserError(
+            self._label, f"its worker process died ({how})", "run the same command again"
+        )
 
     def _no_memory(self) -> UserError:
-        what = "its worker was killed, most likely because memory ran out"
-        return UserError(self._label, what, "give the same command again with fewer workers")
+        what = "its worker process was killed, probably because memory ran out"
+        return UserError(self._label, what, "run the same command again with fewer workers")
 
 
 def serve(fd: int) -> None:
-    """A worker's life: take jobs and items, do them, report; end where the parent has."""
+    """Main loop of a worker: receive jobs and items, run them, report; exit when the parent
+    ends."""
     pipe, items = Connection(fd), queue.SimpleQueue[bytes]()
     threading.Thread(target=_receive, args=(pipe, items), daemon=True).start()
     job: Job | None = None
@@ -170,7 +179,7 @@ def serve(fd: int) -> None:
 
 
 def _receive(pipe: Connection, items: "queue.SimpleQueue[bytes]") -> None:
-    # A thread of its own: the parent's death must end this process while it is busy, too.
+    # In its own thread: the end of the parent must end this process even while it is busy.
     while True:
         try:
             items.put(pipe.recv_bytes())
@@ -179,7 +188,7 @@ def _receive(pipe: Connection, items: "queue.SimpleQueue[bytes]") -> None:
 
 
 class _Reports:
-    """Ticks, added up and sent on ten times a second."""
+    """Adds up ticks and sends them ten times a second."""
 
     def __init__(self, pipe: Connection):
         self._pipe, self._sent = pipe, time.monotonic()
@@ -197,20 +206,21 @@ class _Reports:
 
 
 def _packed(error: BaseException) -> bytes:
-    """An exception for the parent to raise; a fault of ours brings its traceback along."""
+    """Pickle an exception for the parent to raise; an internal error carries its traceback."""
     if not isinstance(error, UserError | OSError | MemoryError):
         error.add_note(traceback.format_exc())
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
         return data
-    except Exception:  # an exception may refuse to be pickled in any way it likes
+    except Exception:  # pickling an exception may fail in any way
         return pickle.dumps(RuntimeError(traceback.format_exc()))
 
 
 @contextmanager
 def _single_threaded() -> Iterator[None]:
-    """In this process, too, a worker encodes on one core: tokenizers looks at each call."""
+    """Make tokenizers encode on one core in this process too; it reads the variable at each
+    call."""
     before = os.environ.get(_PARALLEL)
     os.environ[_PARALLEL] = "false"
     try:

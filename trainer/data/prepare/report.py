@@ -1,33 +1,35 @@
-"""What a build did, for people: totals, lengths, duplicates, what was left out, shares of sources.
+"""Summary of a build for people: totals, lengths, duplicates, what was left out, shares of inputs.
 
-Invariant: the manifest holds all that is printed here, so that it can be printed at any time again.
+Invariant: everything printed here is stored in the manifest, so it can be printed again at any
+time.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from forescale.data.prepare.selection import SPLITS
-from forescale.data.text.documents import Report, Unit
+from forescale.data.text.documents import ReadingReport, Unit
 
-_BAR = 40  # characters of the longest bar
-_FEW = 1 << 15  # tokens: the loss of so few held-out ones is off by some percent
-_NAMED = 3  # examples of each reason that are printed; the manifest has up to 200
+_BAR = 40  # characters of the longest bar in the histogram
+_FEW = 1 << 15  # held-out tokens below which the loss has an error of some percent
+_NAMED = 3  # examples printed for each reason; the manifest has up to 200
 
 
 class Totals:
-    """Adds up the facts of the units' files, in plan order."""
+    """Adds up the facts of the units' files, in source order."""
 
     def __init__(self, sources: Sequence[str]):
+        """sources: names of the inputs."""
         self.splits = {s: dict.fromkeys(("documents", "tokens", "bytes"), 0) for s in SPLITS}
         self.lengths: list[int] = [0] * 64
         self.sources: list[dict[str, Any]] = [
             {"name": name, "documents": 0, "bytes": 0, "tokens": 0, "read_bytes": 0}
             for name in sources
         ]
-        self.left_out = Report()
+        self.left_out = ReadingReport()
 
     def add(self, unit: Unit, hashed: dict[str, Any], encoded: dict[str, Any]) -> None:
-        """Facts of a unit's file in hashes/, and of that in tokens/."""
+        """Add the facts of a unit's files in hashes/ and in tokens/."""
         source = self.sources[unit.source]
         source["read_bytes"] += hashed["bytes"]
         for name, split in encoded["splits"].items():
@@ -36,11 +38,14 @@ class Totals:
                 source[key] += count
         self.lengths = [a + b for a, b in zip(self.lengths, encoded["lengths"], strict=True)]
         for facts in (hashed, encoded):
-            self.left_out.merge(Report(**facts["report"]))
+            self.left_out.merge(ReadingReport(**facts["report"]))
 
     def as_dict(self) -> dict[str, Any]:
-        """The manifest's report. lengths: documents of 2^i to 2^(i+1) - 1 tokens, the end's
-        included; bytes of duplicates: those of their text."""
+        """Return the manifest's report.
+
+        lengths: number of documents with 2^i to 2^(i+1) - 1 tokens, including end of text; bytes of
+        duplicates: of their text.
+        """
         longest = max((i for i, count in enumerate(self.lengths) if count), default=-1)
         read = sum(s["read_bytes"] for s in self.sources)
         kept = sum(split["bytes"] for split in self.splits.values())
@@ -55,12 +60,12 @@ class Totals:
         }
 
 
-def printed(manifest: dict[str, Any]) -> list[str]:
-    """Lines for a terminal."""
+def summary_lines(manifest: dict[str, Any]) -> list[str]:
+    """Return the summary as lines for a terminal."""
     lines = []
     for name, split in manifest["splits"].items():
         tokens, documents, size = (split[k] for k in ("tokens", "documents", "bytes"))
-        ratio = f"{size / tokens:.2f} bytes a token" if tokens and size else "empty"
+        ratio = f"{size / tokens:.2f} bytes per token" if tokens and size else "empty"
         shards = _counted(len(split["shards"]), "shard")
         lines.append(
             f"  {name:<11} {documents:>10,} documents  {size:>15,} bytes  {tokens:>13,} tokens  "
@@ -68,11 +73,11 @@ def printed(manifest: dict[str, Any]) -> list[str]:
         )
     held_out = manifest["splits"].get("validation", {}).get("tokens", 0)
     if 0 < held_out < _FEW:
-        noisy = "a loss over so few is noisy (validation_fraction sets their share)"
+        noisy = "the validation loss will be noisy (increase validation_fraction)"
         lines += ["", f"Only {held_out:,} tokens are held out: {noisy}."]
     report = manifest["report"]
     if lengths := report.get("lengths"):
-        lines += ["", "Documents by their length in tokens:", *_histogram(lengths)]
+        lines += ["", "Document lengths in tokens:", *_histogram(lengths)]
     if len(sources := report.get("sources", [])) > 1:
         lines += ["", "Shares of the inputs:", *_shares(sources)]
     if (found := report.get("duplicates")) and found["documents"]:
@@ -81,7 +86,7 @@ def printed(manifest: dict[str, Any]) -> list[str]:
     if left_out := report.get("left_out"):
         lines += [
             "",
-            "Left out, or to be known (more names in manifest.json):",
+            "Left out or changed (more names in manifest.json):",
             *_reasons(left_out),
         ]
     return lines
@@ -96,7 +101,7 @@ def _histogram(lengths: Sequence[int]) -> Iterable[str]:
 
 
 def _bar(share: float) -> str:
-    """A bar of eighths of a character; what is not nothing shows at least one of them."""
+    """Return a bar in eighths of a character; a positive share has at least one eighth."""
     eighths = max(round(share * _BAR * 8), int(share > 0))
     whole, rest = divmod(eighths, 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()

@@ -1,7 +1,7 @@
-"""Samples of the text: what a BPE is trained on, and what compressors are tried on.
+"""Samples of the text: for training a BPE, and for the comparison with compressors.
 
-Invariant: chosen by the documents' keys, kept in plan order; at most the bytes that the plan allows
-and one document more, of which no more than `limit` bytes are taken.
+Invariant: chosen by the documents' keys, kept in source order; at most the bytes that the selection
+allows plus one document, of which at most `limit` bytes are taken.
 """
 
 from collections.abc import Iterator
@@ -13,34 +13,35 @@ import numpy as np
 
 from forescale.data.prepare import baselines
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
-from forescale.data.prepare.dedupe import Run
+from forescale.data.prepare.dedupe import HashRun
 from forescale.data.prepare.pool import Tick
-from forescale.data.prepare.selection import Part, Plan
-from forescale.data.text.documents import Report, Source, Unit
-from forescale.data.text.pieces import cut
+from forescale.data.prepare.selection import Part, Selection
+from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, cut
 
-TOKENIZER, BEFORE, HELD_OUT = 1, 2, 4  # what a text is for: bits of a flag
+TOKENIZER, BEFORE, HELD_OUT = 1, 2, 4  # purposes of a text: bits of a flag
 
 
 @dataclass(frozen=True)
 class SampleJob:
-    """Collect a unit's texts that the plan wants. A unit without any isn't read, and has no file.
+    """Collect a unit's texts that the selection wants. A unit without any isn't read and has no
+    file.
 
-    limit: bytes of a document that go into the tokenizer's sample.
+    limit: maximum bytes of one document in the tokenizer's sample.
     """
 
-    source: Source
-    plan: Plan
+    source: DocumentSource
+    selection: Selection
     directory: Path
     limit: int
 
     def __call__(self, item: tuple[int, Unit], tick: Tick) -> None:
+        """item: (number of the unit, unit)."""
         number, unit = item
         path = self.directory / f"{number:06d}"
         if not finished(path) and self._wants(number):
             with UnitWriter(path) as out:
                 sizes, flags = [], []
-                for part in self.plan.parts(self.source, number, unit, Report()):
+                for part in self.selection.parts(self.source, number, unit, ReadingReport()):
                     if flag := self._flag(part):
                         text = part.text
                         if flag == TOKENIZER:
@@ -53,26 +54,26 @@ class SampleJob:
         tick(unit.size, 0)
 
     def _wants(self, number: int) -> bool:
-        if (bounds := self.plan.bounds).is_single:
+        if (bounds := self.selection.bounds).is_single:
             return True
         end = max(bounds.tokenizer, bounds.compared)
         start = 0 if bounds.compared else bounds.held_out
-        with UnitFile(self.plan.hashes / f"{number:06d}") as file:
-            for run in map(Run._make, file.facts["runs"]):
+        with UnitFile(self.selection.hashes / f"{number:06d}") as file:
+            for run in map(HashRun._make, file.facts["runs"]):
                 first = file.search(run.offset, run.distinct, start)
                 if first < file.search(run.offset, run.distinct, end):
                     return True
         return False
 
     def _flag(self, part: Part) -> int:
-        bounds = self.plan.bounds
+        bounds = self.selection.bounds
         if part.split != "train":
             return HELD_OUT if bounds.compared else 0
         return TOKENIZER * (part.key < bounds.tokenizer) + BEFORE * (part.key < bounds.compared)
 
 
 def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
-    """The collected texts that are for `flag`, in plan order."""
+    """Yield the collected texts for `flag`, in source order."""
     for number in range(units):
         if not (path := directory / f"{number:06d}").exists():
             continue
@@ -91,17 +92,19 @@ def texts(directory: Path, units: int, flag: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class BaselinesJob:
-    """What compressors need for the held-out text, given as the file to write it to."""
+    """Compute the compressors' sizes of the held-out text; its item is the file to write them
+    to."""
 
     directory: Path
     units: int
 
     def __call__(self, item: Path, tick: Tick) -> None:
+        """item: path of the result."""
         if finished(item):
             return
         held_out = list(texts(self.directory, self.units, HELD_OUT))
         before = list(texts(self.directory, self.units, BEFORE))
         with UnitWriter(item) as out:
-            # Of a single document that is too short to be cut nothing is held out.
+            # Nothing is held out of a single document that is too short to be cut.
             rows: dict[str, Any] = baselines.compress(held_out, before) if held_out else {}
             out.finish(rows)

@@ -1,8 +1,8 @@
-"""Which documents a dataset keeps, in which split, in which samples: decided before any is encoded.
+"""Which documents a dataset keeps, in which split and which samples: decided before encoding.
 
-Invariant: decided by the documents' hashes and the config alone. A document is held out because of
-its own hash, so it stays held out whatever else is added to or taken from the corpus. Everything
-here is a bound on keys, so that a plan of any corpus is a few numbers.
+Invariant: decided only by the documents' hashes and the config. A document is held out because of
+its own hash, so it stays held out whatever is added to or removed from the corpus. All decisions
+are bounds on keys, so the selection for any corpus is a few numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,21 +15,23 @@ import xxhash
 
 from forescale.data.prepare.baselines import SAMPLE_FILES
 from forescale.data.prepare.columns import UnitFile
-from forescale.data.prepare.dedupe import Run, dropped_of, kept_of
-from forescale.data.text.documents import Document, Report, Source, Unit
-from forescale.data.text.pieces import cut
+from forescale.data.prepare.dedupe import HashRun, dropped_of, kept_of
+from forescale.data.text.documents import Document, DocumentSource, ReadingReport, Unit, cut
 from forescale.errors import UserError
 
 SPLITS = ("train", "validation")
-COMPARED = 16_000_000  # bytes of held-out text, and of its sample, that compressors are tried on
+COMPARED = (
+    16_000_000  # maximum bytes of held-out text, and of the sample, for comparison with compressors
+)
 _ALL = 1 << 64  # above every key
 
 
 class ChangedError(UserError):
-    """The source gave other documents than before: what was made of it is worth nothing."""
+    """The source gave other documents than before: everything made from it is invalid."""
 
-    def __init__(self, where: str, what: str = "changed while it was read", todo: str = ""):
-        super().__init__(where, what, todo or "give the same command again")
+    def __init__(self, where: str, what: str = "changed while it was being read", todo: str = ""):
+        """where: the unit or file that changed."""
+        super().__init__(where, what, todo or "run the same command again")
 
 
 class NoTextError(UserError):
@@ -37,11 +39,12 @@ class NoTextError(UserError):
 
 
 class Bounds(NamedTuple):
-    """Keys below `held_out` are validation, from there on training. Of the training documents those
-    below `tokenizer` are the sample that a BPE is trained on, those below `compared` the one that
-    compressors see before the held-out text; 0 where there is none.
+    """Bounds on document keys.
 
-    is_single: there is one document; its last part (a share of it, cut at a line) is held out.
+    Documents with keys below `held_out` are validation, the others training. Training documents
+    below `tokenizer` are the sample for training a BPE, those below `compared` the sample that
+    compressors see before the held-out text; 0 if there is no sample. is_single: there is only one
+    document; its last part (a fraction of it, cut at a line) is held out.
     """
 
     held_out: int
@@ -51,7 +54,7 @@ class Bounds(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a document, or a part of one, is to be: text for a split."""
+    """A document, or part of one, that goes into a split."""
 
     split: str
     key: int
@@ -60,27 +63,30 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A plan, picklable: where the hashes and ranges lie, and the bounds on keys."""
+class Selection:
+    """The documents that are kept, picklable: paths of hashes and ranges, and the bounds on
+    keys."""
 
     hashes: Path
     ranges: Sequence[Path]
     bounds: Bounds
     validation: float
 
-    def parts(self, source: Source, number: int, unit: Unit, report: Report) -> Iterator[Part]:
-        """A unit's documents that are kept, in their order. Duplicates go into the report.
+    def parts(
+        self, source: DocumentSource, number: int, unit: Unit, report: ReadingReport
+    ) -> Iterator[Part]:
+        """Yield a unit's documents that are kept, in order. Duplicates are added to the report.
 
-        Raises ChangedError where a document isn't the one that was hashed.
+        Raises ChangedError if a document isn't the one that was hashed.
         """
-        documents = source.read(unit, Report())
+        documents = source.read(unit, ReadingReport())
         with UnitFile(self.hashes / f"{number:06d}") as file:
             dropped = np.concatenate([dropped_of(path, number) for path in self.ranges])
-            for run in map(Run._make, file.facts["runs"]):
+            for run in map(HashRun._make, file.facts["runs"]):
                 keys, is_kept = np.zeros((2, run.documents), np.uint64)
                 places = run.column(file, "document") - np.uint64(run.first)
                 keys[places], is_kept[places] = run.column(file, "key"), 1
-                here = dropped - np.uint64(run.first)  # what lies before wraps round
+                here = dropped - np.uint64(run.first)  # earlier documents wrap to large numbers
                 is_kept[here[here < run.documents]] = 0
                 columns = (run.column(file, "raw").tolist(), keys.tolist(), is_kept.tolist())
                 for raw, key, kept in zip(*columns, strict=True):
@@ -106,11 +112,11 @@ class Plan:
 
 
 def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
-    """The bounds for what the files in ranges/ keep.
+    """Return the bounds for the documents kept by the files in ranges/.
 
-    validation: the share of documents that is held out; at least one is, the one with the lowest
-    key. sampled: bytes of training text for the tokenizer's sample, 0 for none; both samples take
-    the documents with the lowest keys. Raises UserError where nothing is left to train on.
+    validation: fraction of the documents to hold out; at least one is held out, the one with the
+    lowest key. sampled: bytes of training text for the tokenizer's sample, 0 for none; both samples
+    take the documents with the lowest keys. Raises UserError if nothing is left to train on.
     """
     held_out, held_bytes, count, total = int(validation * _ALL), 0, 0, 0
     for path in ranges:
@@ -123,7 +129,7 @@ def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
     if validation and count == 1:
         return Bounds(0, _ALL if sampled else 0, _ALL if total <= COMPARED else 0, is_single=True)
     if held_bytes == total:
-        raise NoTextError("the source", "leaves no text to train on", "give more documents")
+        raise NoTextError("the source", "leaves no text for training", "give more documents")
     compared = COMPARED if 0 < held_bytes <= COMPARED else 0
     return Bounds(
         held_out,
@@ -136,8 +142,8 @@ def choose(ranges: Sequence[Path], validation: float, sampled: int) -> Bounds:
 def _bound(
     ranges: Sequence[Path], start: int, limit: int, documents: int, *, inclusive: bool
 ) -> int:
-    """The end of the keys from `start` on whose documents hold `limit` bytes and are `documents` at
-    most; inclusive: with the document that reaches the limit, else without what goes beyond."""
+    """Return the exclusive end of the keys from `start` on whose documents hold `limit` bytes and
+    are at most `documents`. inclusive: including the document that reaches the limit."""
     bound = 0
     for path in ranges if limit else ():
         keys, sizes = kept_of(path)
@@ -155,5 +161,5 @@ def _bound(
 
 
 def _position(keys: np.ndarray, bound: int) -> int:
-    """How many of the ascending keys are below `bound`, which may be 2^64."""
+    """Return the number of ascending keys below `bound`, which may be 2^64."""
     return len(keys) if bound >= _ALL else int(np.searchsorted(keys, np.uint64(bound)))

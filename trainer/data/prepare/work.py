@@ -1,42 +1,49 @@
-"""The work directory of a build, `.NAME.building/` beside the output NAME: what is finished of it.
+"""The work directory of a build, `.NAME.building/` beside the output NAME, and the lock of an
+output.
 
-    request.json    what is built, of which inputs, by which versions
+    request.json    request, inputs and package versions of the build
     hashes/ ranges/ samples/ tokens/ rows/      finished units (forescale.data.prepare.columns)
-    tokenizer  baselines                        the same, one of each
-    dataset/        the output in the making; one rename gives it its name
+    tokenizer  baselines                        one finished unit each
+    dataset/        the unfinished output; one rename gives it its name
 
-Invariant: what lies here was made for this request, of these inputs; for any other it is taken away
-and begun anew, with a sentence. So a unit that is found and whole is used, whoever made it when.
+Invariants: everything here was made for this request and these inputs; otherwise the directory is
+removed, which is logged, and the build starts again. So a finished unit that is intact can be used,
+whenever it was made. At most one process builds at an output, and an existing dataset is accepted
+only if it was built from an equal request.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from forescale.data.progress import Progress, say
-from forescale.data.text.documents import Source, Unit
+from forescale.data.dataset import Dataset
+from forescale.data.progress import Progress, log_line
+from forescale.data.text.documents import DocumentSource, Unit
 from forescale.errors import UserError
 from forescale.storage import fsync_path, publish, read_json, write_json
 
-_FORMAT = 1  # raise it whenever units are made differently: those of before are not taken up
+_FORMAT = 1  # increase it whenever units are made differently: older ones are then not used
 _FOLDERS = ("hashes", "ranges", "samples", "tokens", "rows", "dataset")
 _REQUEST = "request.json"
 
 
 class Work:
-    """The work directory for `output`, made or taken up again. One process at a time has it."""
+    """The work directory for `output`, new or continued. Only one process may use it at a time."""
 
     def __init__(self, output: Path, wanted: dict[str, Any], progress: Progress):
+        """Remove a directory that was made for something else, then create what is missing."""
         self.output = output
         self.path = work_path(output)
         if self.path.exists() and (why := self._why_not(wanted)):
-            say(progress, f"{self.path}: begun {why}, so it is begun anew")
+            log_line(progress, f"{self.path}: {why}; starting again")
             self.remove()
         for folder in _FOLDERS:
             (self.path / folder).mkdir(parents=True, exist_ok=True)
@@ -51,30 +58,31 @@ class Work:
         self.tokenizer, self.baselines = self.path / "tokenizer", self.path / "baselines"
 
     def _why_not(self, wanted: dict[str, Any]) -> str:
-        """Why what is there is of no use; nothing where it is."""
+        """Return why the existing directory can't be used; "" if it can."""
         try:
             have = read_json(self.path / _REQUEST)
         except UserError:
-            return "and hardly got anywhere"
+            return "the interrupted build has no readable request"
         want = json.loads(json.dumps(wanted))
         if have == want:
             return ""
         if not isinstance(have, dict) or have.get("request") == want["request"]:
-            return "of inputs that have changed since, or by other versions"
+            return "the inputs or package versions have changed since the interrupted build"
         request = have.get("request", {})
         keys = [k for k in want["request"] if request.get(k) != want["request"][k]]
-        return f"for another request (other {', '.join(keys)})"
+        return f"the interrupted build had another request (different {', '.join(keys)})"
 
     def publish(self) -> None:
-        """Give the dataset its name; nothing else is left."""
+        """Rename the dataset to its final name and remove everything else."""
         publish(self.stage, self.output)
         self.remove()
 
     def remove(self) -> None:
+        """Remove the directory."""
         shutil.rmtree(self.path)
 
     def remove_if_empty(self) -> None:
-        """Leave nothing behind where nothing has been finished."""
+        """Remove the directory if nothing in it is finished."""
         if not any(
             path.is_file() for folder in _FOLDERS for path in (self.path / folder).iterdir()
         ):
@@ -82,11 +90,15 @@ class Work:
 
 
 def work_path(output: Path) -> Path:
+    """Return the path of the work directory for `output`."""
     return output.with_name(f".{output.name}.building")
 
 
-def wanted(request: dict[str, Any], source: Source, units: Sequence[Unit]) -> dict[str, Any]:
-    """All that finished units depend on: the request, the inputs, the code that makes them."""
+def work_request(
+    request: dict[str, Any], source: DocumentSource, units: Sequence[Unit]
+) -> dict[str, Any]:
+    """Return everything that finished units depend on: the request, the inputs, and the versions of
+    the code that makes them."""
     digest = hashlib.sha256()
     for unit in units:
         digest.update(f"{astuple(unit)}\n".encode())
@@ -100,3 +112,24 @@ def wanted(request: dict[str, Any], source: Source, units: Sequence[Unit]) -> di
         "request": request,
         "inputs": digest.hexdigest(),
     }
+
+
+@contextmanager
+def build_lock(output: Path, progress: Progress) -> Iterator[None]:
+    """Hold the lock of an output; the kernel releases it when the process ends, however it ends."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output.parent / f".{output.name}.lock", "wb") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log_line(progress, f"{output}: waiting for another process that is building it")
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def expect_same(output: Path, request: dict[str, Any]) -> None:
+    """Raise UserError if the dataset at `output` was built from another request."""
+    have = Dataset(output).manifest["build"]
+    if differing := [key for key in request if have.get(key) != request[key]]:
+        what = f"holds a dataset that was built with different {', '.join(differing)}"
+        raise UserError(str(output), what, "choose another output or remove it")

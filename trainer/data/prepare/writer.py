@@ -1,7 +1,7 @@
-"""Shards, written: token ids go in document by document, tars with their indexes come out.
+"""Write shards: token ids are added document by document and become tars with their indexes.
 
-Invariant: the bytes of a shard depend on its documents and their order alone; nothing of the
-machine, the time or the user gets into a tar.
+Invariant: the bytes of a shard depend only on its documents and their order; a tar contains nothing
+about the machine, the time or the user.
 """
 
 import json
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from forescale.data.shard import CHUNK
+from forescale.data.memory import CHUNK
 from forescale.storage import FileEntry, HashingFile, write_file
 
 
 def chunk_sums(payload: bytes | memoryview) -> str:
-    """XXH3-64 of every CHUNK bytes of a payload, 16 hex digits each."""
+    """Return XXH3-64 of every CHUNK bytes of a payload, 16 hex digits each."""
     view = memoryview(payload)
     return "".join(
         xxhash.xxh3_64_hexdigest(view[at : at + CHUNK]) for at in range(0, len(view), CHUNK)
@@ -27,17 +27,18 @@ def chunk_sums(payload: bytes | memoryview) -> str:
 class ShardWriter:
     """Writes one shard: `NAME.tar`, and `NAME.index.json` at the end.
 
-    Members hold `member_tokens` each, the last one the rest; a document that is longer goes on in
-    the next. Holds one member in memory.
+    Members hold `member_tokens` each, the last one the rest; a longer document continues in the
+    next member. Holds one member in memory.
     """
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype, member_tokens: int):
+        """dtype: of the stored ids; they are written little-endian."""
         self._directory, self._name = directory, name
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._file = HashingFile(directory / f"{name}.tar")
         self._members: list[dict[str, Any]] = []
         self._member = np.empty(member_tokens, self._dtype)
-        self._ends: list[int] = []  # in tokens of the current member
+        self._ends: list[int] = []  # token counts in the current member
         self._held = self._written = 0
         self.documents = 0
 
@@ -47,7 +48,7 @@ class ShardWriter:
         return self._written + self._held
 
     def add(self, document: np.ndarray) -> None:
-        """Append a document's ids, its end-of-text token included, shape (tokens,), not empty."""
+        """Append a document's ids including its end-of-text token, shape (tokens,), not empty."""
         while (room := len(self._member) - self._held) < len(document):
             self._member[self._held :] = document[:room]
             self._held += room
@@ -59,8 +60,8 @@ class ShardWriter:
         self.documents += 1
 
     def finish(self) -> tuple[dict[str, Any], dict[str, FileEntry]]:
-        """Write what is held and make both files durable: the manifest's row, and the entries of
-        the table of files."""
+        """Write the remaining tokens and flush both files to disk. Return the manifest's row, and
+        the entries for the table of files."""
         if self._held:
             self._flush()
         end = 2 * tarfile.BLOCKSIZE
@@ -111,7 +112,8 @@ class ShardWriter:
 def write_index(
     directory: Path, name: str, index: dict[str, Any]
 ) -> tuple[dict[str, Any], FileEntry]:
-    """Write NAME.index.json: the part of the manifest's row that speaks of it, and its entry."""
+    """Write NAME.index.json. Return its part of the manifest's row, and its entry for the table of
+    files."""
     path = directory / f"{name}.index.json"
     entry = write_file(path, (json.dumps(index, separators=(",", ":")) + "\n").encode())
     row = {

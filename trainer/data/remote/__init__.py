@@ -1,1 +1,1 @@
-"""Bytes from elsewhere: servers and buckets, a checked cache on the node, what is where."""
+"""Remote files: servers and buckets, a verified cache on the node, listing."""

@@ -1,17 +1,17 @@
-"""Files behind every other protocol that fsspec knows: s3, gs, and more.
+"""Files behind all other protocols of fsspec: s3, gs, and more.
 
-Credentials and endpoints are the environment's (AWS_*, FSSPEC_S3_ENDPOINT_URL, ...), so that none
-stands in a config. Listings are never remembered: a folder is what it is now.
+Credentials and endpoints come from the environment (AWS_*, FSSPEC_S3_ENDPOINT_URL, ...), so that
+none is stored in a config. Listings are never cached: a folder is listed as it is now.
 
-Invariant: a call ends within its timeout where the file system is an asynchronous one (s3 and gs
-are), and what the packages behind fsspec raise comes out as a Fault or a UserError.
+Invariant: a call ends within its timeout if the file system is asynchronous (s3 and gs are), and
+exceptions of the packages behind fsspec become a RetryableError or a UserError.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from forescale.data.remote.transfer import MIB, Fault, Missing, Origin, without_secrets
+from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError, without_secrets
 from forescale.errors import UserError
 
 _PIECE = 4 * MIB
@@ -24,7 +24,8 @@ class FsspecOrigin(Origin):
     _asked = False
 
     def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
-        if not self._asked:  # no answer to a range says how long its file is
+        """See Origin."""
+        if not self._asked:  # answers to ranges don't contain the file's size
             self.ask(timeout)
         assert self.size is not None
         stop = self.size if stop is None else stop
@@ -32,25 +33,29 @@ class FsspecOrigin(Origin):
             end = min(start + _PIECE, stop)
             piece = call(self.url, "cat_file", timeout, start=start, end=end)
             if len(piece) != end - start:
-                self.ask(timeout)  # says so, if it is another file by now
-                raise Fault(f"the answer ends {end - start - len(piece):,} bytes early")
+                self.ask(timeout)  # raises if the file has changed
+                raise RetryableError(f"the answer is {end - start - len(piece):,} bytes too short")
             yield piece
             start = end
 
     def ask(self, timeout: float) -> None:
+        """See Origin."""
         info = call(self.url, "info", timeout)
         if info.get("type") == "directory":
-            raise UserError(self.shown, "a folder where a file is needed", "check the address")
+            raise UserError(self.shown, "is a folder, not a file", "check the address")
         if info.get("size") is None:
-            what = "its store doesn't say how long it is"
-            raise UserError(self.shown, what, "copy the file here")
+            what = "its store doesn't report the file size"
+            raise UserError(self.shown, what, "copy the file to a local disk")
         tag = next((info[k] for k in ("ETag", "etag", "generation") if info.get(k)), "")
         self.learn(info["size"], str(tag))
         self._asked = True
 
 
 def call(url: str, method: str, timeout: float, **kwargs: Any) -> Any:
-    """One method of the url's file system, on the url's path. Raises Fault or UserError."""
+    """Call one method of the URL's file system on the URL's path.
+
+    Raises RetryableError or UserError.
+    """
     import fsspec
     from fsspec.asyn import AsyncFileSystem, sync
 
@@ -69,21 +74,21 @@ def _faults(url: str, timeout: float) -> Iterator[None]:
     except ImportError as e:
         extra = _EXTRAS.get(protocol)
         todo = f"pip install 'forescale[{extra}]'" if extra else "install it"
-        raise UserError(shown, f"a package for {protocol}:// isn't installed ({e})", todo) from e
+        raise UserError(shown, f"the package for {protocol}:// isn't installed ({e})", todo) from e
     except FileNotFoundError as e:
-        raise Missing(shown, "no such file", "check the address") from e
+        raise Missing(shown, "doesn't exist", "check the address") from e
     except PermissionError as e:
         raise _refused(shown, e) from e
     except TimeoutError as e:
-        raise Fault(f"no answer within {timeout:g} s") from e
+        raise RetryableError(f"no answer within {timeout:g} s") from e
     except (ValueError, TypeError, NotImplementedError, IsADirectoryError) as e:
         raise UserError(shown, f"can't be read ({e})", "check the address") from e
-    except Exception as e:  # each package has its own, few of them OSErrors
+    except Exception as e:  # each package has its own exceptions, few are OSErrors
         if "Credential" in type(e).__name__:
             raise _refused(shown, e) from e
-        raise Fault(f"the transfer fails ({e or type(e).__name__})") from e
+        raise RetryableError(f"the transfer fails ({e or type(e).__name__})") from e
 
 
 def _refused(shown: str, error: Exception) -> UserError:
-    todo = "give your credentials to the environment, as the store's own tools take them"
-    return UserError(shown, f"access is refused ({error})", todo)
+    todo = "set your credentials in the environment, as for the store's own tools"
+    return UserError(shown, f"access denied ({error})", todo)

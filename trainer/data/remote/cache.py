@@ -1,15 +1,16 @@
 """Blocks of remote files on a node's own disk, shared by all processes there.
 
     NAME              a block: its bytes, then XXH3-64 of every 64 KiB of them, 8 bytes each
-    NAME.part         one that is being fetched; whoever fetches it holds its lock
-    usage             8 bytes: what all blocks take up; its lock guards publishing and eviction
+    NAME.part         a block that is being fetched; the fetching process holds its lock
+    usage             8 bytes: total size of all blocks; its lock guards publishing and eviction
 
-Locks are flock's, which the kernel drops when a process dies: what a killed one leaves is taken
-over by the next that wants the block, or removed by the next eviction.
+Locks are taken with flock, which the kernel releases when a process dies: the files of a killed
+process are taken over by the next one that needs the block, or removed by the next eviction.
 
-Invariant: bytes come out of the cache only if their checksum, which covers the block's name too,
-was right in this very read. The blocks never take more than the limit, whoever writes them. A
-block may go away at any time; a read then has all of its bytes or says that there are none.
+Invariant: bytes are returned only if their checksum, which also covers the block's name, was
+correct in this very read. The blocks never take more than the limit, whichever process writes them.
+A block may disappear at any time; a read then either returns all bytes or reports that the block is
+missing.
 """
 
 import errno
@@ -29,38 +30,41 @@ from forescale.errors import UserError
 
 _PIECE = 1 << 16  # bytes under one checksum
 _NAME = re.compile(r"[0-9a-f]{32}-\d+")
-_POLL = 0.01  # seconds between two looks at a block that another process fetches
-_FRESH = 1.0  # seconds within which a second read of a block doesn't make it any younger
-_SPARE = 0.9  # eviction goes down to this part of the limit, so that it is seldom needed
+_POLL = 0.01  # seconds between checks of a block that another process fetches
+_FRESH = 1.0  # seconds after a read in which further reads don't update its time
+_SPARE = 0.9  # eviction frees space down to this fraction of the limit, so that it is rarely needed
 
 
 class BlockCache:
     """Blocks by name (32 hex digits, a dash, a number), at most `limit` bytes altogether.
 
-    Safe between threads and between processes. Raises UserError where the directory can't be used;
-    later, a disk that fails costs speed and a warning, not the run (`failing` says so).
+    Safe between threads and between processes. Raises UserError if the directory can't be used;
+    later, a failing disk costs speed and gives a warning, but doesn't stop the run (`failing` is
+    True).
     """
 
     def __init__(self, directory: Path, limit: int):
+        """Create the directory, remove abandoned parts, and evict blocks above the limit."""
         self._directory, self._prefix = str(directory), f"{directory}/"
         self.failing = self._warned = False
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
             with self._usage() as usage:
                 _sweep(self._prefix)
-                # Never the whole of a disk: others write to it, and a full one would stop them.
+                # Never fill the disk completely: others write to it, and would fail.
                 taken = self._count(usage)
                 room = shutil.disk_usage(directory).free + taken
                 self.limit = min(limit, int(_SPARE * room))
                 if taken > self.limit:
                     _set(usage, self._evict(self.limit))
         except OSError as e:
-            what = f"can't be the cache of remote files ({e.strerror})"
-            todo = "choose a directory on a disk of the node's own that you may write to"
+            what = f"can't be used as cache of remote files ({e.strerror})"
+            todo = "set data.cache to a writable directory on a local disk of the node"
             raise UserError(str(directory), what, todo) from e
 
     def read(self, name: str, length: int, skip: int, into: memoryview) -> bool:
-        """Fill `into` with a block's bytes from `skip` on; False if it isn't here, and whole.
+        """Fill `into` with a block's bytes from `skip` on; return False if the block is missing or
+        damaged.
 
         length: bytes of the whole block.
         """
@@ -84,10 +88,10 @@ class BlockCache:
     def fill(
         self, name: str, length: int, fetch: Callable[[], bytearray], wait: float
     ) -> bytearray:
-        """All bytes of a block. One process of the node fetches it, the others wait for that one.
+        """Return all bytes of a block. One process of the node fetches it, the others wait for it.
 
-        fetch: called under the lock of this block alone; what it raises is raised here. wait:
-        seconds after which a process that is stuck isn't waited for any more.
+        fetch: called while holding only this block's lock; its exceptions are raised here. wait:
+        seconds after which a stuck process isn't waited for any more.
         """
         until, path = time.monotonic() + wait, f"{self._prefix}{name}.part"
         data = bytearray(length)
@@ -97,7 +101,7 @@ class BlockCache:
             except OSError as e:
                 self._fails(e)
                 return fetch()
-            try:  # also with the lock: it may have been published since the last look
+            try:  # also if locked: it may have been published since the last check
                 if self.read(name, length, 0, memoryview(data)):
                     return data
                 if part is not None:
@@ -112,8 +116,8 @@ class BlockCache:
             time.sleep(_POLL)
 
     def keep(self, name: str, length: int) -> bool:
-        """Whether a block seems to be here (its bytes are judged when they are read); if so, it
-        now counts as read, so that it isn't evicted before it is."""
+        """Return whether a block seems to be present (its bytes are verified when read). If so, it
+        counts as read now, so that it isn't evicted before it is read."""
         try:
             facts = os.stat(self._prefix + name)
             _refresh(self._prefix + name, facts)
@@ -132,7 +136,7 @@ class BlockCache:
             self._fails(e)
 
     def _publish(self, part: int, name: str, data: bytearray) -> None:
-        """Write a fetched block and give it its name."""
+        """Write a fetched block and rename it to its final name."""
         sums = b"".join(_checksums(name, memoryview(data), 0))
         size = len(data) + len(sums)
         try:
@@ -142,7 +146,7 @@ class BlockCache:
                 taken = self._count(usage)
                 if taken + size > self.limit:
                     taken = self._evict(min(int(_SPARE * self.limit), self.limit - size))
-                # Counted first: what a killed process counts in vain, the next eviction mends.
+                # Counted first: after a kill here, the next eviction corrects the count.
                 _set(usage, taken + size)
                 if os.pwritev(part, [data, sums], 0) < size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -152,9 +156,9 @@ class BlockCache:
             self._fails(e)
 
     def _evict(self, target: int) -> int:
-        """Remove the blocks that were read longest ago, until the rest takes up at most `target`.
+        """Remove the least recently read blocks until the others take up at most `target` bytes.
 
-        Returns what the rest takes up. The caller holds the lock of `usage`.
+        Returns the size of the others. The caller holds the lock of `usage`.
         """
         _sweep(self._prefix)
         rows = sorted(_blocks(self._prefix))
@@ -173,7 +177,7 @@ class BlockCache:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield fd
         finally:
-            # Closing alone keeps it where a fork has the descriptor too.
+            # Closing alone would keep the lock if a fork has the descriptor too.
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
@@ -187,12 +191,13 @@ class BlockCache:
         self.failing = True
         if not self._warned:
             self._warned = True
-            what = f"{self._directory}: the cache of remote files fails ({error.strerror})"
-            warnings.warn(f"{what}; reading goes on without it", RuntimeWarning, stacklevel=2)
+            what = f"{self._directory}: the cache of remote files failed ({error.strerror})"
+            warnings.warn(f"{what}; reading continues without it", RuntimeWarning, stacklevel=2)
 
 
 def _read_checked(fd: int, name: str, length: int, skip: int, into: memoryview) -> bool:
-    """Fill `into` from an open block; False where the block is cut off or a checksum is wrong."""
+    """Fill `into` from an open block; return False if the block is truncated or a checksum is
+    wrong."""
     facts = os.fstat(fd)
     if facts.st_size != _stored(length):
         return False
@@ -211,7 +216,7 @@ def _read_checked(fd: int, name: str, length: int, skip: int, into: memoryview) 
 
 
 def _stored(length: int) -> int:
-    """Bytes that a block of this length takes up with its checksums."""
+    """Return the bytes that a block of this length takes up with its checksums."""
     return length + 8 * -(-length // _PIECE)
 
 
@@ -227,7 +232,7 @@ def _checksums(name: str, data: memoryview, first: int) -> Iterator[bytes]:
 
 
 def _blocks(prefix: str) -> list[tuple[float, int, str]]:
-    """(time of the last read, size, name) of every block."""
+    """Return (time of the last read, size, name) of every block."""
     rows = []
     with os.scandir(prefix) as entries:
         for entry in entries:
@@ -239,7 +244,7 @@ def _blocks(prefix: str) -> list[tuple[float, int, str]]:
 
 
 def _sweep(prefix: str) -> None:
-    """Remove the parts that nobody fetches: their processes were killed."""
+    """Remove parts that no process fetches: their processes were killed."""
     for name in os.listdir(prefix):
         if name.endswith(".part") and _NAME.fullmatch(name[:-5]):
             path = prefix + name
@@ -248,11 +253,12 @@ def _sweep(prefix: str) -> None:
 
 
 def _locked(path: str) -> int | None:
-    """A descriptor of this file, made if need be, with its lock; None if another holds it."""
+    """Return a descriptor of this file, created if necessary, with its lock; None if another
+    process holds it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The name may be another file's by now: its last holder has removed or published it.
+        # The name may belong to another file by now: its last holder removed or published it.
         if os.path.samestat(os.fstat(fd), os.stat(path)):
             return fd
     except (BlockingIOError, FileNotFoundError):
@@ -265,7 +271,7 @@ def _locked(path: str) -> int | None:
 
 
 def _release(fd: int, path: str) -> None:
-    """Remove the file, unless it has another name by now, and let go of its lock."""
+    """Remove the file unless it was renamed, and release its lock."""
     try:
         if os.path.samestat(os.fstat(fd), os.stat(path)):
             os.unlink(path)
@@ -276,7 +282,7 @@ def _release(fd: int, path: str) -> None:
 
 
 def _remove(path: str) -> int:
-    """Remove a block that may be gone already; the bytes that it took up."""
+    """Remove a block that may be gone already; return the bytes that it took up."""
     try:
         size = os.stat(path).st_size
         os.unlink(path)

@@ -1,7 +1,8 @@
-"""Inputs of a build at a server: which files there are, and each as a stream.
+"""Inputs of a build at a server: list the files, and open each as a stream.
 
-Invariant: a list is sorted and holds every file of a folder or glob once, or raises; a stream gives
-the bytes of one version of its file, or raises. Both outlast a server's faults as datasets do.
+Invariant: a list is sorted and holds every file of a folder or glob once, or an error is raised; a
+stream gives the bytes of one version of its file, or raises. Both retry after server errors like
+datasets do.
 """
 
 import io
@@ -26,32 +27,29 @@ from forescale.data.remote.transfer import (
 )
 from forescale.errors import UserError
 
-_WINDOW = 4 * MIB  # what is asked for at a time once a reader has jumped
+_WINDOW = 4 * MIB  # bytes requested at a time after a seek
 
 
-def list_files(url: str, patience: Patience = PATIENCE) -> list[str]:
-    """The addresses of the files that `url` stands for: a file, a folder (with all below), a glob.
+def list_files(url: str, patience: Patience = PATIENCE) -> list[tuple[str, int | None]]:
+    """Return (address, size in bytes) of the files at `url`: a file, a folder or a glob.
 
-    At a web server a folder is an address that ends in "/"; it is listed where the server shows its
-    folders as pages of links. Raises UserError, also where there is no file.
+    A folder is listed recursively. At a web server a folder is an address that ends in "/"; it can
+    be listed if the server shows folders as pages of links, and sizes are None. Raises UserError,
+    also if there is no file.
     """
-    return [name for name, _ in list_sizes(url, patience)]
-
-
-def list_sizes(url: str, patience: Patience = PATIENCE) -> list[tuple[str, int | None]]:
-    """As list_files, with the bytes of each file; None at a web server, whose pages don't say."""
     _check(url)
     web = url.startswith(("http://", "https://"))
     found = sorted(_web_files(url, patience) if web else _bucket_files(url, patience))
     if not found:
-        raise UserError(without_secrets(url), "no files there", "check the address")
+        raise UserError(without_secrets(url), "has no files", "check the address")
     return found
 
 
 def open_input(url: str, patience: Patience = PATIENCE) -> BinaryIO:
-    """A file to read: in one stream, or, after a seek, in ranges. Raises UserError, reading too.
+    """Open a file for reading: as one stream, or, after a seek, in ranges.
 
-    Its size and version are asked for at once, and hold for all that is read.
+    Raises UserError, also while reading. Size and version are requested at once, and hold for the
+    whole stream.
     """
     _check(url)
     origin = origin_of(url)
@@ -61,16 +59,16 @@ def open_input(url: str, patience: Patience = PATIENCE) -> BinaryIO:
 
 def _check(url: str) -> None:
     if not is_url(url):
-        raise UserError(url, "not an address", "give one such as https://... or s3://...")
+        raise UserError(url, "isn't an address", "give one such as https://... or s3://...")
 
 
 class _Stream(io.RawIOBase):
-    """A file at its origin as Python reads files."""
+    """A file at its origin, as a Python file object."""
 
     def __init__(self, origin: Origin, patience: Patience):
         self._origin, self._patience = origin, patience
         self._at, self._jumped = 0, False
-        self._left = memoryview(b"")  # received, not read yet
+        self._left = memoryview(b"")  # received but not read yet
         self._pieces: Iterator[bytes] = iter(())
         self._restart()
 
@@ -104,7 +102,9 @@ class _Stream(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END:
             if self._origin.size is None:
-                raise UserError(self.name, "its server doesn't say how long it is", "copy it here")
+                raise UserError(
+                    self.name, "its server doesn't report the file size", "copy it to a local disk"
+                )
             offset += self._origin.size
         elif whence == io.SEEK_CUR:
             offset += self._at
@@ -123,9 +123,9 @@ class _Stream(io.RawIOBase):
         super().close()
 
     def _restart(self) -> None:
-        """Have the pieces come from here on: all the rest, or a window once a reader jumps about.
+        """Continue from the current position: all the rest, or one window after a seek.
 
-        A server that ignores ranges would send all before the place as well, for every jump.
+        A server that ignores ranges would also send everything before the position, for every seek.
         """
         stop, whole = None, not self._jumped
         if self._jumped and self._origin.size is not None:
@@ -165,7 +165,7 @@ def _web_files(url: str, patience: Patience) -> set[tuple[str, int | None]]:
 
 
 def _links(folder: str, patience: Patience) -> Iterator[str]:
-    """What a folder's page links to inside of it."""
+    """Yield the addresses inside a folder that its page links to."""
     page = b"".join(receive(origin_of(folder), 0, None, patience, whole=True))
     parser = _Anchors()
     parser.feed(page.decode("utf-8", "replace"))

@@ -1,9 +1,9 @@
-"""Blocks of remote files: each fetched by one thread at a time, and ahead of announced reads.
+"""Blocks of remote files: each fetched by one thread at a time, and before announced reads.
 
-Invariant: a read never queues behind blocks that are fetched ahead: it fetches what it needs
-itself, unless that very block is on its way. What fails ahead of its read is tried again by the
-read, which raises its own error. Threads, and blocks ahead of their reads, are bounded; memory
-holds no block but those in flight.
+Invariant: a read never queues behind prefetched blocks: it fetches what it needs itself, unless
+that block is already being fetched. A failed prefetch is tried again by the read, which raises its
+own error. The number of threads and of prefetched blocks is bounded; memory holds only blocks that
+are being fetched.
 """
 
 import threading
@@ -14,23 +14,24 @@ from forescale.data.remote.cache import BlockCache
 from forescale.data.remote.transfer import MIB, Origin, Patience, fetch
 from forescale.errors import UserError
 
-BLOCK = MIB  # what is fetched, kept and evicted as one
+BLOCK = MIB  # bytes that are fetched, kept and evicted together
 _THREADS = 8
-_AHEAD = 1024  # blocks that may be fetched before they are read, and
-_SHARE = 16  # at most this part of the cache: other ranks fill it too
-_HINTS = 1 << 16  # announced blocks that are remembered
+_AHEAD = 1024  # maximum prefetched blocks, and
+_SHARE = 16  # at most this fraction of the cache: other ranks fill it too
+_HINTS = 1 << 16  # maximum announced blocks that are remembered
 
 
 class RemoteBlocks:
-    """Blocks of files by number, from the cache or else from their origins."""
+    """Blocks of files by number, from the cache or from their origins."""
 
     def __init__(self, cache: BlockCache, patience: Patience):
+        """No thread is started yet."""
         self._cache, self._patience = cache, patience
         self._ahead = min(_AHEAD, cache.limit // (_SHARE * BLOCK))
         self._lock = threading.Lock()
         self._flights: dict[str, _Flight] = {}
         self._hints: OrderedDict[str, tuple[Origin, int]] = OrderedDict()
-        self._unread: set[str] = set()  # fetched ahead, or on their way
+        self._unread: set[str] = set()  # prefetched or being prefetched
         self._threads = 0
 
     def read(self, origin: Origin, key: str, number: int, skip: int, into: memoryview) -> None:
@@ -46,7 +47,7 @@ class RemoteBlocks:
             into[:] = memoryview(data)[skip : skip + len(into)]
 
     def will_read(self, origin: Origin, key: str, numbers: Iterable[int]) -> None:
-        """These blocks come next, after those that were announced before."""
+        """Announce blocks that will be read after those announced before."""
         with self._lock:
             for number in numbers:
                 name = f"{key}-{number}"
@@ -55,25 +56,26 @@ class RemoteBlocks:
             self._start()
 
     def forget(self, key: str, numbers: Iterable[int]) -> None:
+        """Drop these blocks from the cache."""
         for number in numbers:
             self._cache.drop(f"{key}-{number}")
 
     def close(self) -> None:
-        """Fetch nothing ahead any more."""
+        """Stop prefetching."""
         with self._lock:
             self._hints.clear()
 
     def _reached(self, name: str) -> None:
         with self._lock:
             if self._hints.pop(name, None):
-                # The reader is where the fetching is: what was fetched and not read was passed
-                # over, and mustn't stop the fetching for ever.
+                # The reader has caught up: blocks fetched but not read were skipped, and must not
+                # block prefetching forever.
                 self._unread.clear()
             self._unread.discard(name)
             self._start()
 
     def _start(self) -> None:
-        """A thread lives while there is something to fetch. The caller holds the lock."""
+        """Start threads while there is something to fetch. The caller holds the lock."""
         room = min(self._ahead - len(self._unread), len(self._hints) - self._threads)
         for _ in range(min(room, _THREADS - self._threads)):
             self._threads += 1
@@ -82,7 +84,7 @@ class RemoteBlocks:
     def _fetch_ahead(self) -> None:
         while True:
             with self._lock:
-                # A cache that takes nothing would have it all fetched in vain.
+                # Prefetching is useless if the cache can't store anything.
                 if not self._hints or len(self._unread) >= self._ahead or self._cache.failing:
                     self._threads -= 1
                     return
@@ -94,12 +96,12 @@ class RemoteBlocks:
                 continue
             try:
                 self._obtain(origin, name, number, ahead=True)
-            except UserError:  # its read tries again, and raises
+            except UserError:  # the read tries again and raises
                 with self._lock:
                     self._unread.discard(name)
 
     def _obtain(self, origin: Origin, name: str, number: int, ahead: bool = False) -> bytearray:
-        """All bytes of a block that isn't in the cache."""
+        """Return all bytes of a block that isn't in the cache."""
         while True:
             with self._lock:
                 other = self._flights.get(name)
@@ -139,5 +141,5 @@ class _Flight:
 
 
 def _length(origin: Origin, number: int) -> int:
-    assert origin.size is not None, "a file is opened with its size"
+    assert origin.size is not None, "the size is known when a file is opened"
     return min(BLOCK, origin.size - number * BLOCK)

@@ -1,8 +1,8 @@
-"""Where the bytes of a dataset lie: a local directory, or a server read through a cache.
+"""Access to the files of a dataset: in a local directory, or at a server through a cache.
 
-Invariant: `read_at` fills the whole buffer with the bytes that the file has there, or raises a
-UserError that names the file; it never returns less. All that a dataset reads passes through here,
-so that counting here counts everything.
+Invariant: `read_at` fills the whole buffer with the bytes at that position of the file, or raises a
+UserError that names the file; it never returns fewer. All reads of a dataset go through here, so
+that counting here counts everything.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ CACHE_BYTES = 8 << 30
 
 
 class File(Protocol):
-    """One file, open for reading at any place; safe from several threads."""
+    """One file, open for reading at any position; safe from several threads."""
 
     size: int  # bytes
 
@@ -42,35 +42,40 @@ class File(Protocol):
         """Fill `into` (bytes, one dimension) from `offset`. Raises UserError naming the file."""
 
     def forget(self, offset: int, size: int) -> bool:
-        """Drop cached copies of these bytes; False if there were none to drop (a local file)."""
+        """Drop cached copies of these bytes; return False if there is no cache (a local file)."""
 
     def will_read(self, ranges: list[tuple[int, int]]) -> None:
-        """A hint: these (offset, size) come next, in this order. Costs nothing on local files."""
+        """Announce that these (offset, size) come next, in this order. Costs nothing for local
+        files."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the file."""
 
 
 class Store(Protocol):
-    """A directory of files. A name that is an absolute path or a URL stands for itself."""
+    """A directory of files. A name that is an absolute path or a URL is used as it is."""
 
     where: str
 
     def read(self, name: str, size: int | None = None, version: str = "") -> bytes:
-        """The whole of a small file; kept in a cache only if size and version are given.
+        """Return the whole of a small file; it is cached only if size and version are given.
 
         Raises UserError.
         """
 
     def open(self, name: str, size: int | None = None, version: str = "") -> File:
-        """`size` in bytes, if known, is checked; `version` tells contents apart (a sha256)."""
+        """Open a file. `size` in bytes, if given, is checked; `version` distinguishes contents (a
+        sha256)."""
 
-    def exists(self, name: str) -> bool: ...
+    def exists(self, name: str) -> bool:
+        """Return whether the file exists."""
 
 
 class LocalFile:
     """A File of the local file system."""
 
     def __init__(self, path: Path, size: int | None = None):
+        """Raises UserError if the file can't be opened or has another size."""
         self._path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -79,11 +84,12 @@ class LocalFile:
         self.size = os.fstat(self._fd).st_size
         if size is not None and size != self.size:
             self.close()
-            what = f"{self.size:,} bytes where {size:,} belong"
-            raise UserError(str(path), what, "restore it from a copy, or build the dataset again")
+            what = f"has {self.size:,} bytes, expected {size:,}"
+            raise UserError(str(path), what, "restore it from a copy or build the dataset again")
 
     def read_at(self, offset: int, into: memoryview) -> None:
-        # Not mmap: a fault of the storage would end the process (SIGBUS) without a sentence.
+        """See File."""
+        # Not mmap: a storage error would kill the process (SIGBUS) without a message.
         try:
             count = os.preadv(self._fd, (into,), offset)
             while count < len(into):  # a signal, a read of 2 GiB, or the end of the file
@@ -96,12 +102,15 @@ class LocalFile:
             raise _unreadable(self._path, e) from e
 
     def forget(self, offset: int, size: int) -> bool:
+        """See File."""
         return False
 
     def will_read(self, ranges: list[tuple[int, int]]) -> None:
+        """See File."""
         pass
 
     def close(self) -> None:
+        """See File."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -115,10 +124,12 @@ class RemoteFile:
     """A File at a server, read through the node's cache."""
 
     def __init__(self, origin: Origin, key: str, blocks: RemoteBlocks):
+        """key: name of the file in the cache."""
         self._origin, self._key, self._blocks = origin, key, blocks
         self.size = origin.size or 0
 
     def read_at(self, offset: int, into: memoryview) -> None:
+        """See File."""
         end = offset + len(into)
         if end > self.size:
             raise _ends(self._origin.shown, self.size, end - self.size)
@@ -130,31 +141,36 @@ class RemoteFile:
             at += len(part)
 
     def forget(self, offset: int, size: int) -> bool:
+        """See File."""
         self._blocks.forget(self._key, _numbers(offset, size))
         return True
 
     def will_read(self, ranges: list[tuple[int, int]]) -> None:
+        """See File."""
         numbers = (number for offset, size in ranges for number in _numbers(offset, size))
         self._blocks.will_read(self._origin, self._key, numbers)
 
     def close(self) -> None:
-        pass  # nothing is held for one file
+        """See File."""
+        pass  # there is nothing to close
 
 
 class RemoteStore:
     """A Store that is a folder of a server.
 
-    url: of any protocol, its query (a signature) kept for every file; cache: a directory on a disk
-    of the node's own; cache_bytes: what all processes of the node keep there at most.
+    url: of any protocol; its query (a signature) is kept for every file; cache: a directory on a
+    local disk of the node; cache_bytes: maximum that all processes of the node keep there.
     """
 
     def __init__(self, url: str, cache: Path, cache_bytes: int, patience: Patience):
+        """Open the cache; nothing is requested yet."""
         self._url, self.where, self._patience = url, without_secrets(url), patience
         self._blocks = RemoteBlocks(BlockCache(cache, cache_bytes), patience)
         self._origins: dict[tuple[str, str], Origin] = {}
 
     def read(self, name: str, size: int | None = None, version: str = "") -> bytes:
-        if size is not None and version:  # worth keeping, and safe to keep
+        """See Store."""
+        if size is not None and version:  # useful and safe to cache
             data = bytearray(size)
             self.open(name, size, version).read_at(0, memoryview(data))
             return bytes(data)
@@ -162,6 +178,7 @@ class RemoteStore:
         return b"".join(receive(origin, 0, size, self._patience, whole=True))
 
     def open(self, name: str, size: int | None = None, version: str = "") -> File:
+        """See Store."""
         if not is_url(name) and name.startswith("/"):
             return LocalFile(Path(name), size)
         url = self._address(name)
@@ -170,14 +187,16 @@ class RemoteStore:
         if origin.size is None or not (version or origin.tag):
             persist(origin.shown, self._patience, partial(origin.ask, self._patience.timeout))
         if origin.size is None:
-            what = "the server doesn't say how long the file is"
-            raise UserError(origin.shown, what, "serve it with a Content-Length, or copy it here")
-        # Of a file without any version nothing tells the next process whether it is still the same.
+            what = "the server doesn't report the file size"
+            todo = "serve it with a Content-Length, or copy it to a local disk"
+            raise UserError(origin.shown, what, todo)
+        # Without any version the next process couldn't know whether the file is still the same.
         version = version or origin.tag or uuid.uuid4().hex
         key = hashlib.sha256(f"{url} {origin.size} {version}".encode()).hexdigest()[:32]
         return RemoteFile(origin, key, self._blocks)
 
     def exists(self, name: str) -> bool:
+        """See Store."""
         if not is_url(name) and name.startswith("/"):
             return Path(name).is_file()
         origin = origin_of(self._address(name))
@@ -188,7 +207,7 @@ class RemoteStore:
         return True
 
     def close(self) -> None:
-        """Fetch nothing ahead any more."""
+        """Stop prefetching."""
         self._blocks.close()
 
     def _address(self, name: str) -> str:
@@ -199,13 +218,15 @@ class RemoteStore:
 
 
 class LocalStore:
-    """A Store that is a local directory; `remote` opens the names in it that are addresses."""
+    """A Store that is a local directory; `remote` opens names in it that are addresses."""
 
     def __init__(self, directory: Path, remote: Callable[[], RemoteStore]):
+        """remote: called at most once."""
         self.directory, self.where = Path(directory), str(directory)
         self._remote = cache(remote)
 
     def read(self, name: str, size: int | None = None, version: str = "") -> bytes:
+        """See Store."""
         if is_url(name):
             return self._remote().read(name, size, version)
         path = self.directory / name
@@ -215,11 +236,13 @@ class LocalStore:
             raise _unreadable(path, e) from e
 
     def open(self, name: str, size: int | None = None, version: str = "") -> File:
+        """See Store."""
         if is_url(name):
             return self._remote().open(name, size, version)
         return LocalFile(self.directory / name, size)
 
     def exists(self, name: str) -> bool:
+        """See Store."""
         return self._remote().exists(name) if is_url(name) else (self.directory / name).is_file()
 
 
@@ -229,11 +252,11 @@ def open_store(
     cache_bytes: int = CACHE_BYTES,
     patience: Patience = PATIENCE,
 ) -> Store:
-    """The Store of a directory: local for a path, through the node's cache for an address.
+    """Return the Store of a directory: local for a path, through the node's cache for an address.
 
-    cache: a directory on a disk of the node's own, which all its processes share; None:
-    forescale-UID in $TMPDIR or /tmp. Nothing is read yet. Raises UserError for what is neither a
-    path nor an address (a command, say), and for a cache that can't be used.
+    cache: a directory on a local disk of the node, shared by its processes; None: forescale-UID in
+    $TMPDIR or /tmp. Nothing is read yet. Raises UserError for anything that is neither a path nor
+    an address (such as a command), and for a cache that can't be used.
     """
     chosen = cache or Path(tempfile.gettempdir()) / f"forescale-{os.getuid()}"
     if is_url(path):
@@ -242,7 +265,7 @@ def open_store(
 
 
 def origin_of(url: str, size: int | None = None) -> Origin:
-    """The file at an address. Nothing is asked yet."""
+    """Return the file at an address. Nothing is requested yet."""
     kind = HttpOrigin if url.startswith(("http://", "https://")) else FsspecOrigin
     return kind(url, size)
 
@@ -253,11 +276,11 @@ def _numbers(offset: int, size: int) -> range:
 
 def _unreadable(path: Path, e: OSError) -> UserError:
     if isinstance(e, FileNotFoundError):
-        return UserError(str(path), "missing", "restore it from a copy, or check the path")
+        return UserError(str(path), "is missing", "restore it from a copy, or check the path")
     what = f"can't be read ({e.strerror})"
     return UserError(str(path), what, "check the storage and its permissions")
 
 
 def _ends(where: str, size: int, lacks: int) -> UserError:
-    todo = "restore it from a copy, or build the dataset again"
+    todo = "restore it from a copy or build the dataset again"
     return UserError(where, f"ends after {size:,} bytes, {lacks:,} too early", todo)

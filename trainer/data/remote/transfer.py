@@ -1,11 +1,11 @@
-"""Bytes from servers, through one loop that outlasts their faults.
+"""Receive bytes from servers, with one loop that retries after errors.
 
     receive -> Origin.pieces (one try) -> web (http, https) or buckets (s3, gs, others)
 
 Invariant: the pieces that `receive` yields are the bytes [start, stop) of the file, in order,
-without gap or overlap, however many tries they took, all of one size and one version; or it raises
-a UserError that names the address, what happened, how often it was tried and what to do. It ends:
-no wait is longer than the Patience says.
+without gap or overlap, however many tries they took, all of one size and one version; otherwise it
+raises a UserError with the address, what happened, how often it was tried and what to do. It always
+ends: no wait is longer than the Patience allows.
 """
 
 import random
@@ -20,9 +20,9 @@ from typing import TypeVar
 from forescale.errors import CRASHED, UserError
 
 MIB = 1 << 20
-_LONGEST = 30.0  # seconds between two tries, unless the server asks for more
-_CHANGED = "restore it, or point to the version that was prepared"
-_jitter = random.Random()  # not the global one: that is the run's, and may be part of its state
+_LONGEST = 30.0  # maximum seconds between two tries, unless the server asks for more
+_CHANGED = "restore the original file, or use the address of the version that was prepared"
+_jitter = random.Random()  # not the global one: that belongs to the run's state
 T = TypeVar("T")
 
 
@@ -30,60 +30,64 @@ T = TypeVar("T")
 class Patience:
     """How long a server may fail before its file counts as unreachable."""
 
-    tries: int = 8  # in a row that bring not one byte
-    seconds: float = 180.0  # for one MiB, all tries and pauses together
-    timeout: float = 20.0  # for a connection, and from one byte to the next
-    pause: float = 0.5  # after the first failure; doubles from try to try
+    tries: int = 8  # consecutive tries without a single byte
+    seconds: float = 180.0  # for one MiB, including all tries and pauses
+    timeout: float = 20.0  # seconds for a connection, and between two bytes
+    pause: float = 0.5  # seconds after the first failure; doubles with every try
 
 
 PATIENCE = Patience()
 
 
 class Unreachable(UserError):
-    """A server failed for longer than the Patience allows. It says nothing of the file's bytes, and
-    may answer again: the launcher retries."""
+    """A server failed for longer than the Patience allows.
+
+    It says nothing about the file's bytes, and the server may answer again: the launcher retries.
+    """
 
     code = CRASHED
 
 
 class Missing(UserError):
-    """The server says that there is no such file."""
+    """The server reports that the file doesn't exist."""
 
 
-class Fault(Exception):
-    """One try failed; another may not. `wait`: seconds that the server asks for."""
+class RetryableError(Exception):
+    """One try failed; another may succeed. wait: seconds that the server asks for."""
 
     def __init__(self, what: str, wait: float = 0.0):
+        """what: a part of a sentence for messages."""
         super().__init__(what)
         self.what, self.wait = what, wait
 
 
 class Origin:
-    """A file at its server, and what is known of it: every answer must agree with that.
+    """A file at its server, and its known properties: every answer must agree with them.
 
-    size: in bytes, None as long as nobody has said; tag: the server's name for this version, "" as
-    long as there is none.
+    size: in bytes, None until known; tag: the server's name for this version, "" until known.
     """
 
     def __init__(self, url: str, size: int | None = None):
+        """url: address of the file."""
         self.url, self.shown, self.size, self.tag = url, without_secrets(url), size, ""
 
     def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
-        """One try at the bytes [start, stop), to the end with None. Fewer may come, never others.
+        """Yield the bytes [start, stop) in one try, up to the end with None. There may be fewer,
+        but never others.
 
-        whole: take them from a server that ignores ranges too, though all before `start` has to be
-        read again. Raises Fault, or UserError where another try is useless.
+        whole: also accept them from a server that ignores ranges, although everything before
+        `start` has to be read again. Raises RetryableError, or UserError if another try is useless.
         """
         raise NotImplementedError
 
     def ask(self, timeout: float) -> None:
-        """One try at learning size and version. Raises as `pieces`."""
+        """Try once to learn size and version. Raises like `pieces`."""
         raise NotImplementedError
 
     def learn(self, size: int | None, tag: str) -> None:
-        """Raises UserError where an answer is about another file than those before."""
+        """Store size and version. Raises UserError if they differ from those of earlier answers."""
         if size is not None and self.size is not None and size != self.size:
-            what = f"{size:,} bytes on the server where {self.size:,} belong"
+            what = f"has {size:,} bytes on the server, expected {self.size:,}"
             raise UserError(self.shown, what, _CHANGED)
         if tag and self.tag and tag != self.tag:
             what = f"changed on the server between two requests (from {self.tag} to {tag})"
@@ -92,26 +96,28 @@ class Origin:
 
 
 def is_url(name: str | Path) -> bool:
-    """Whether this is an address and not a path.
+    """Return whether this is an address and not a path.
 
-    Raises UserError for what is neither: a command, a chain of addresses, a path dressed up as an
-    address (it would be read through a cache, as from afar).
+    Raises UserError if it is neither: a command, a chain of addresses, or a path written as an
+    address (it would be read through a cache, like a remote file).
     """
     text = str(name)
     if found := re.match(r"(pipe|exec|shell|cmd|sh|bash):|\w+::", text):
-        what = f"{found[0]!r} runs a command or a chain of them, which no config may"
+        what = f"{found[0]!r} would run a command or a chain of addresses, which isn't allowed"
         raise UserError(text, what, "give a path, or an address such as https:// or s3://")
     if found := re.match(r"(file|local)://", text):
-        what = f"{found[0]!r} is no address of a server"
-        raise UserError(text, what, "give the path alone, without it")
+        what = f"{found[0]!r} isn't the address of a server"
+        raise UserError(text, what, "give the path without it")
     found = re.match(r"[a-zA-Z][\w+.-]*://", text)
     if found and found[0] == text:
-        raise UserError(text, "no address (it ends where the server belongs)", "give all of it")
+        raise UserError(
+            text, "isn't a complete address: the server is missing", "give the full address"
+        )
     return found is not None
 
 
 def without_secrets(url: str) -> str:
-    """An address as it may be shown: no password, no signature."""
+    """Return an address without password and signature, for messages."""
     head, _, query = url.partition("?")
     return re.sub(r"(?<=://)[^/]*@", "", head) + ("?..." if query else "")
 
@@ -119,11 +125,11 @@ def without_secrets(url: str) -> str:
 def receive(
     origin: Origin, start: int, stop: int | None, patience: Patience, whole: bool = False
 ) -> Iterator[bytes]:
-    """The bytes [start, stop) in pieces; stop None: to the end. Raises UserError.
+    """Yield the bytes [start, stop) in pieces; stop None: to the end. Raises UserError.
 
-    Goes on where a failed try broke off. The time that the caller takes between two pieces doesn't
-    count. Where no size is known and the server gives none, a body cut off by a closed connection
-    looks whole.
+    Continues where a failed try ended. The time that the caller takes between two pieces doesn't
+    count. If no size is known and the server gives none, a body cut off by a closed connection
+    can't be recognised.
     """
     trying = _Trying(origin.shown, patience)
     at = start
@@ -137,13 +143,13 @@ def receive(
             if stop is None:
                 return
             if at == before and at < stop:
-                raise Fault("the answer is empty")
-        except Fault as fault:
+                raise RetryableError("the answer is empty")
+        except RetryableError as fault:
             trying.failed(fault)
 
 
 def fetch(origin: Origin, start: int, stop: int, patience: Patience) -> bytearray:
-    """The bytes [start, stop). Raises UserError."""
+    """Return the bytes [start, stop). Raises UserError."""
     data, at = bytearray(stop - start), 0
     for piece in receive(origin, start, stop, patience):
         data[at : at + len(piece)] = piece
@@ -152,17 +158,17 @@ def fetch(origin: Origin, start: int, stop: int, patience: Patience) -> bytearra
 
 
 def persist(shown: str, patience: Patience, attempt: Callable[[], T]) -> T:
-    """The result of `attempt`, tried again after each Fault. Raises UserError."""
+    """Return the result of `attempt`, tried again after each RetryableError. Raises UserError."""
     trying = _Trying(shown, patience)
     while True:
         try:
             return attempt()
-        except Fault as fault:
+        except RetryableError as fault:
             trying.failed(fault)
 
 
 class _Trying:
-    """The account of one transfer: how often it failed, and for how long nothing came."""
+    """The state of one transfer: number of failures, and for how long nothing came."""
 
     def __init__(self, shown: str, patience: Patience):
         self.shown, self.patience = shown, patience
@@ -170,6 +176,7 @@ class _Trying:
         self.waited, self.since = 0.0, time.monotonic()
 
     def timed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the pieces; raise RetryableError if they come too slowly."""
         self.since = time.monotonic()
         for piece in pieces:
             self.waited += time.monotonic() - self.since
@@ -179,25 +186,26 @@ class _Trying:
                 self.waited, self.arrived = 0.0, 0
             yield piece
             self.since = time.monotonic()
-            if self.waited > self.patience.seconds:  # each byte in time, but hardly any
-                raise Fault(f"too slow: {self.arrived:,} bytes in {self.waited:,.1f} s")
+            if self.waited > self.patience.seconds:  # every byte came in time, but too few of them
+                raise RetryableError(f"too slow: {self.arrived:,} bytes in {self.waited:,.1f} s")
 
-    def failed(self, fault: Fault) -> None:
+    def failed(self, fault: RetryableError) -> None:
         """Wait before the next try, or raise Unreachable."""
         self.waited += time.monotonic() - self.since
         self.tries += 1
         self.in_a_row += 1
         pause = min(self.patience.pause * 2 ** (self.in_a_row - 1), _LONGEST)
-        pause = max(fault.wait, pause * _jitter.uniform(0.5, 1.0))  # ranks don't return together
+        # Random, so that ranks don't retry at the same moment.
+        pause = max(fault.wait, pause * _jitter.uniform(0.5, 1.0))
         over = self.waited + pause > self.patience.seconds
         if over or self.in_a_row >= self.patience.tries:
             asks = f" and asks to wait {fault.wait:,.0f} s" if fault.wait and over else ""
             tried = "once" if self.tries == 1 else f"{self.tries} times"
-            todo = "check the address, the network and the server, then give the command again"
+            todo = "check the address, the network and the server, then run the command again"
             raise Unreachable(self.shown, f"{fault.what}{asks} (tried {tried})", todo) from fault
-        if self.in_a_row == 3:  # by now somebody may wonder
-            told = f"{self.shown}: {fault.what}; trying again"
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
+        if self.in_a_row == 3:  # by now people may wonder about the delay
+            text = f"{self.shown}: {fault.what}; trying again"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         time.sleep(pause)
         self.waited += pause
         self.since = time.monotonic()

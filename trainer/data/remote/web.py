@@ -1,10 +1,10 @@
-"""Files behind http and https: ranges by requests, every answer judged before a byte is taken.
+"""Files behind http and https: ranges read with requests, every answer checked before use.
 
-Requests and not fsspec's http: where a server ignores ranges that one takes the head of the file
-for the range, it tries nothing twice, and it waits five minutes for a server that hangs.
+requests is used instead of fsspec's http client: if a server ignores ranges, that client takes the
+head of the file for the range; it never retries; and it waits five minutes for a server that hangs.
 
-Invariant: a byte is handed on only under a status and a Content-Range that say that it is the byte
-which was asked for, in a file of the size and version known so far.
+Invariant: a byte is returned only if status and Content-Range confirm that it is the requested
+byte, in a file of the size and version known so far.
 """
 
 import re
@@ -18,31 +18,33 @@ from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from socket import gaierror
 from typing import Any
 
-from forescale.data.remote.transfer import MIB, Fault, Missing, Origin
+from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError
 from forescale.errors import UserError
 
-_WHOLE = 8 * MIB  # a file up to this is read even where the server ignores ranges
+_WHOLE = 8 * MIB  # a file up to this size is read even if the server ignores ranges
 _PIECE = 1 << 17
-_sessions = threading.local()  # one a thread: requests doesn't promise that threads may share
+# One session per thread: requests doesn't guarantee that threads may share one.
+_sessions = threading.local()
 
 
 class HttpOrigin(Origin):
-    """A file at a web server. Proxies, ~/.netrc and certificates are the environment's."""
+    """A file at a web server. Proxies, ~/.netrc and certificates are taken from the environment."""
 
     def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
-        # For the whole file too: the answer to a range says how long the file is, whatever becomes
-        # of its body.
+        """See Origin."""
+        # A range for the whole file too: the answer contains the file's size, even if its body is
+        # cut off.
         with self._get(f"bytes={start}-{'' if stop is None else stop - 1}", timeout) as answer:
             skip = self._judge(answer, start, whole)
             end = self.size if stop is None else stop
             left = None if end is None else end - start
             while left is None or left > 0:
                 with _faults(self.shown, timeout):
-                    # One receive at a time, so that a server that trickles is noticed.
+                    # One receive at a time, so that a very slow server is noticed.
                     piece = answer.raw.read1(_PIECE, decode_content=False)
                 if not piece:
                     if left:
-                        raise Fault(f"the answer ends {left:,} bytes early")
+                        raise RetryableError(f"the answer is {left:,} bytes too short")
                     return
                 passed = min(skip, len(piece))
                 skip -= passed
@@ -52,36 +54,41 @@ class HttpOrigin(Origin):
                     yield piece
 
     def ask(self, timeout: float) -> None:
+        """See Origin."""
         # Not HEAD: a signed address may allow GET alone.
         with self._get("bytes=0-0", timeout) as answer:
             self._judge(answer, 0, whole=True)
 
     def _get(self, spread: str, timeout: float) -> Any:
         if not hasattr(_sessions, "session"):
-            import requests  # 0.1 s, which most commands needn't pay
+            import requests  # takes 0.1 s, which most commands don't need
 
             _sessions.session = requests.Session()
-        # Were it compressed on the way, ranges would count other bytes.
+        # If the body were compressed in transit, ranges would count other bytes.
         headers = {"Range": spread, "Accept-Encoding": "identity", "User-Agent": "forescale"}
         with _faults(self.shown, timeout):
             return _sessions.session.get(self.url, headers=headers, timeout=timeout, stream=True)
 
     def _judge(self, answer: Any, start: int, whole: bool) -> int:
-        """Compare an answer with what was asked; how many of its bytes to pass over."""
+        """Compare an answer with the request; return how many of its bytes to skip."""
         status, headers = answer.status_code, answer.headers
         tag = headers.get("ETag") or headers.get("Last-Modified") or ""
         spread = headers.get("Content-Range", "")
         if status == 206:
             found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", spread)
             if not found or int(found[1]) != start:
-                raise Fault(f"asked for the bytes from {start:,} on, the server sends {spread!r}")
+                raise RetryableError(
+                    f"requested the bytes from {start:,} on, the server sends {spread!r}"
+                )
             self.learn(_number(found[2]), tag)
             return 0
         if status == 200:
             self.learn(_number(headers.get("Content-Length", "")), tag)
             if not whole and (self.size is None or self.size > _WHOLE):
                 what = "the server ignores ranges (it sends the whole file for a part of it)"
-                todo = "use a server that has them (nginx, caddy, S3), or copy the files here"
+                todo = (
+                    "use a server with ranges (nginx, caddy, S3), or copy the files to a local disk"
+                )
                 raise UserError(self.shown, what, todo)
             return start
         if status == 416:
@@ -91,15 +98,15 @@ class HttpOrigin(Origin):
         raise self._refusal(status, answer.reason, headers.get("Retry-After", ""))
 
     def _refusal(self, status: int, reason: str | None, after: str) -> Exception:
-        said = f"the server answers {status} {reason or ''}".rstrip()
+        answer = f"the server answers {status} {reason or ''}".rstrip()
         if status >= 500 or status in (408, 425, 429):
-            return Fault(said, _seconds(after))
+            return RetryableError(answer, _seconds(after))
         if status in (404, 410):
-            return Missing(self.shown, f"no such file ({said})", "check the address")
+            return Missing(self.shown, f"doesn't exist ({answer})", "check the address")
         if status in (401, 403, 407):
-            todo = "check the address, and your access to it (user and password go into ~/.netrc)"
-            return UserError(self.shown, f"access is refused ({said})", todo)
-        return UserError(self.shown, said, "check the address and the server")
+            todo = "check the address and your access (user and password go into ~/.netrc)"
+            return UserError(self.shown, f"access denied ({answer})", todo)
+        return UserError(self.shown, answer, "check the address and the server")
 
 
 def _number(text: str) -> int | None:
@@ -107,7 +114,7 @@ def _number(text: str) -> int | None:
 
 
 def _seconds(after: str) -> float:
-    """A Retry-After, which is a number of seconds or a date; 0 for neither."""
+    """Return the seconds of a Retry-After, which is a number or a date; 0 for neither."""
     if _number(after) is not None:
         return float(after)
     try:
@@ -118,7 +125,8 @@ def _seconds(after: str) -> float:
 
 @contextmanager
 def _faults(shown: str, timeout: float) -> Iterator[None]:
-    """Turn what requests and urllib3 raise into a Fault, or a UserError where no try can help."""
+    """Convert exceptions of requests and urllib3 to a RetryableError, or to a UserError if another
+    try is useless."""
     import requests
     import urllib3
 
@@ -129,17 +137,20 @@ def _faults(shown: str, timeout: float) -> Iterator[None]:
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 what = f"its certificate isn't trusted ({cause.verify_message})"
-                todo = "check the address, or name your authority in REQUESTS_CA_BUNDLE"
+                todo = (
+                    "check the address, or set REQUESTS_CA_BUNDLE to your authority's certificates"
+                )
                 raise UserError(shown, what, todo) from e
         if isinstance(e, requests.TooManyRedirects):
             raise UserError(shown, "it redirects without end", "check the address") from e
-        if isinstance(e, ValueError):  # no host, a port that is no number, a scheme unheard of
-            raise UserError(shown, f"not an address ({e})", "check the address") from e
-        raise Fault(_reason(causes, timeout)) from e
+        if isinstance(e, ValueError):  # no host, an invalid port, an unknown scheme
+            raise UserError(shown, f"isn't a valid address ({e})", "check the address") from e
+        raise RetryableError(_reason(causes, timeout)) from e
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and all that it wraps: urllib3 hides what happened in arguments and reasons."""
+    """Yield an exception and all that it wraps: urllib3 hides the cause in arguments and
+    reasons."""
     todo, seen = [error], set()
     while todo:
         if id(e := todo.pop()) in seen:
@@ -163,13 +174,13 @@ def _reason(causes: list[BaseException], timeout: float) -> str:
     if among(RemoteDisconnected):
         return "the server closes the connection without an answer"
     if among(ConnectionError):
-        return "the connection breaks"
+        return "the connection was interrupted"
     if among(ReadTimeoutError):
-        return f"the server is silent for {timeout:g} s"
+        return f"the server sent nothing for {timeout:g} s"
     if among(ConnectTimeoutError) and not among(NewConnectionError):
         return f"no connection within {timeout:g} s"
     if among(IncompleteRead):
-        return "the answer breaks off"
+        return "the answer was cut off"
     if among(HTTPException):
         return "the answer isn't HTTP"
     return f"the transfer fails ({causes[-1]})"

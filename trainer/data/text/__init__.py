@@ -1,1 +1,1 @@
-"""Text out of a user's files: what the inputs hold, cut into units, read as documents."""
+"""Read text from the user's files: find the inputs, cut them into units, read documents."""

@@ -1,7 +1,8 @@
-"""The words of reading text: documents, units of work, the policy for faulty text, the report.
+"""Types for reading text: documents, units of work, the policy for faulty text, the report.
 
-Invariant: a Document's text is valid UTF-8 and not blank; whatever gives no document, or another
-text than its file holds, stands in the Report with its reason. Nothing is left out silently.
+Invariant: a Document's text is valid UTF-8 and not blank; everything that gives no document, or
+another text than its file holds, is listed in the ReadingReport with its reason. Nothing is left
+out silently.
 """
 
 import re
@@ -17,33 +18,36 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Document:
-    """One text: a name that is the same on every machine, and UTF-8 that is known to be valid."""
+    """One text: a name that is the same on every machine, and valid UTF-8."""
 
     name: str
     text: bytes
 
 
 @dataclass
-class Report:
-    """What was left out and why: a count for every reason, and the first 200 names of each."""
+class ReadingReport:
+    """What was left out or changed: a count for every reason, and the first 200 names of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     listed: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
+        """Count one case of `reason`."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.listed.setdefault(reason, [])
         if len(names) < _LISTED:
             names.append(name)
 
-    def merge(self, other: "Report") -> None:
-        """Append a later report. Merged in plan order, the reports of units make that of all."""
+    def merge(self, other: "ReadingReport") -> None:
+        """Append a later report. The reports of all units, merged in source order, equal the report
+        of the whole."""
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             names = self.listed.setdefault(reason, [])
             names.extend(other.listed[reason][: _LISTED - len(names)])
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return count and first names by reason, as stored in the manifest."""
         return {
             reason: {"count": count, "first": self.listed[reason]}
             for reason, count in sorted(self.counts.items())
@@ -52,19 +56,20 @@ class Report:
 
 @dataclass(frozen=True)
 class Policy:
-    """What happens to text that isn't UTF-8, is blank, or is longer than a limit in bytes.
+    """What to do with text that isn't UTF-8, is blank, or is longer than a limit in bytes.
 
-    `replace` puts U+FFFD for what isn't UTF-8; `cut` drops what goes beyond the limit, between two
-    characters; `fail` ends with a sentence that names the document. All but `keep` are counted.
+    `replace` writes U+FFFD for bytes that aren't UTF-8; `cut` drops the text beyond the limit,
+    between two characters; `fail` raises an error that names the document. All except `keep` are
+    counted.
     """
 
     undecodable: str = "skip"  # skip | replace | fail
     empty: str = "skip"  # skip | fail
     long: str = "keep"  # keep | cut | skip | fail
-    max_document_bytes: int | None = None  # where `long` isn't keep: the longest that is kept whole
+    max_document_bytes: int | None = None  # for cut, skip and fail: the longest document allowed
 
     def check(self) -> None:
-        """Raises UserError for a word that isn't one of the choices, or a limit without a use."""
+        """Raise UserError for an unknown choice, or a limit that has no effect."""
         choices = {
             "undecodable": ("skip", "replace", "fail"),
             "empty": ("skip", "fail"),
@@ -72,22 +77,24 @@ class Policy:
         }
         for key, known in choices.items():
             if (have := getattr(self, key)) not in known:
-                raise UserError(key, f"{have!r} is no policy", f"choose {' or '.join(known)}")
+                raise UserError(
+                    key, f"{have!r} isn't a valid policy", f"choose {' or '.join(known)}"
+                )
         if self.long == "keep" and self.max_document_bytes is not None:
             what = f"{self.max_document_bytes} has no effect while long documents are kept"
             raise UserError("max_document_bytes", what, "set long to cut, skip or fail")
         if self.long != "keep" and (self.max_document_bytes or 0) < 1:
-            what = f"long={self.long} needs a number of bytes from 1"
-            raise UserError("max_document_bytes", what, "give one, or set long to keep")
+            what = f"must be at least 1 with long={self.long}"
+            raise UserError("max_document_bytes", what, "set a limit, or set long to keep")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A share of a source that is read in one go; what it holds depends on the input alone.
+    """A part of a source that is read at once; its contents depend only on the input.
 
-    `label` names it in messages, `size` is its weight in bytes for a progress bar, `source` the
-    index of its input in `Source.sources`. The rest is the source's own: items [first, last) of
-    its list, and where that is one item only a part of it, [start, stop) (stop 0: the whole).
+    label: name for messages; size: weight in bytes for a progress bar; source: index of its input
+    in `DocumentSource.sources`. The rest is defined by the source: items [first, last) of its list;
+    if that is one item, possibly only the part [start, stop) of it (stop 0: the whole item).
     """
 
     label: str
@@ -99,49 +106,50 @@ class Unit:
     stop: int = 0
 
 
-class Source(Protocol):
-    """Where documents come from. Picklable: workers get their own copy of it.
+class DocumentSource(Protocol):
+    """A source of documents. Picklable: workers get their own copy.
 
-    All documents, in plan order, are those of every unit of `units()`, in its order.
+    "Source order" is the order of `units()`, and inside a unit the order of its documents.
     """
 
-    sources: list[str]  # the names of the inputs, without machine paths
+    sources: list[str]  # names of the inputs, without machine paths
 
     def units(self) -> list[Unit]:
-        """The same for the same input, on any machine, for any number of workers."""
+        """Return the units; the same for the same input, on any machine, for any number of
+        workers."""
         ...
 
-    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
-        """The documents of a unit. Read several times over, so each pass must give the same."""
+    def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
+        """Yield the documents of a unit. Called several times; each call must give the same
+        documents."""
         ...
 
     def state(self) -> Iterator[tuple[Any, ...]]:
-        """What changes where the input does, though not its size: finished units of an
-        interrupted build are used again only as long as this is the same."""
+        """Yield what changes when the input does, even if its size doesn't: finished units of an
+        interrupted build are used again only if this is the same."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What was asked for, as JSON without machine paths; it goes into the manifest."""
+        """Return the request as JSON without machine paths; it is stored in the manifest."""
         ...
 
 
-KEEP_GOING = Policy()
+DEFAULT_POLICY = Policy()
 
 
 def decoded(
-    name: str, text: bytes | str, report: Report, policy: Policy = KEEP_GOING
+    name: str, text: bytes | str, report: ReadingReport, policy: Policy = DEFAULT_POLICY
 ) -> Iterator[Document]:
-    """The document, or nothing, as the policy has it. Raises UserError where that is `fail`.
+    """Yield the document, or nothing, according to the policy. Raises UserError if that is `fail`.
 
-    A str is what a JSON parser or a table gives: text whose only fault can be half a surrogate
-    pair.
+    A str comes from a JSON parser or a table; its only possible fault is half a surrogate pair.
     """
     try:
         raw = _utf8(text)
     except UnicodeError as e:
         at = f"byte {e.start}" if isinstance(e, UnicodeDecodeError) else "half a surrogate pair"
         if policy.undecodable == "fail":
-            todo = "mend it, or choose undecodable=skip or replace"
+            todo = "fix it, or choose undecodable=skip or replace"
             raise UserError(name, f"isn't UTF-8 ({at})", todo) from None
         if policy.undecodable == "skip":
             report.add("undecodable", f"{name} ({at})")
@@ -178,8 +186,32 @@ def _replaced(text: bytes | str) -> bytes:
 
 
 def character_end(text: bytes, limit: int) -> int:
-    """The largest end of a character in valid UTF-8 that is at most `limit`."""
+    """Return the largest end of a character in valid UTF-8 that is at most `limit`."""
     end = min(limit, len(text))
     while 0 < end < len(text) and text[end] & 0xC0 == 0x80:
         end -= 1
     return end
+
+
+def cut(text: bytes, start: int, size: int) -> int:
+    """Return the end of a piece of UTF-8 that begins at `start` and holds at most `size` bytes:
+    after a line, or between two characters if the second half of the piece has no line end."""
+    end = start + size
+    if end >= len(text):
+        return len(text)
+    if (line := text.rfind(b"\n", start + size // 2, end)) >= 0:
+        return line + 1
+    while text[end] & 0xC0 == 0x80 and end > start:
+        end -= 1
+    return end if end > start else len(text)
+
+
+def pieces(text: bytes, size: int) -> Iterator[str]:
+    """Yield the text in pieces of at most `size` bytes (4 or more); joined they equal the text."""
+    start = 0
+    while True:
+        end = cut(text, start, size)
+        yield text[start:end].decode("utf-8")
+        if end == len(text):
+            return
+        start = end

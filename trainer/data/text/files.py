@@ -1,7 +1,7 @@
-"""Text out of files: what the inputs hold, how it is cut into units, how a unit is read.
+"""Text files as a source of documents: finding the inputs, cutting them into units, reading a unit.
 
 Invariant: the same files give the same units and the same documents in the same order, on any
-machine; and every file or line that gives no document stands in the Report, with its reason.
+machine; every file or line that gives no document is listed in the ReadingReport with its reason.
 """
 
 import hashlib
@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from forescale.data.remote.transfer import is_url
-from forescale.data.text.documents import Document, Policy, Report, Source, Unit, decoded
+from forescale.data.text.documents import (
+    Document,
+    DocumentSource,
+    Policy,
+    ReadingReport,
+    Unit,
+    decoded,
+)
 from forescale.data.text.inputs import InputFile, find_files, input_name, is_hub
 from forescale.data.text.lines import TextKey, lines_between, read_lines
 from forescale.data.text.opening import bare, open_stream, reading, shown
@@ -26,24 +33,25 @@ from forescale.data.text.tables import (
 )
 from forescale.data.text.tars import read_tar
 
-__all__ = ["Document", "Files", "Policy", "Report", "Source", "Unit", "decoded"]
+__all__ = ["Document", "DocumentSource", "Files", "Policy", "ReadingReport", "Unit", "decoded"]
 
-_UNITS, _LEAST, _MOST = 64, 1 << 20, 16 << 20  # units that small inputs are cut into; their bytes
+_UNITS = 64  # number of units for small inputs
+_LEAST, _MOST = 1 << 20, 16 << 20  # bytes of a unit
 
 
 class Files:
     """Documents of files, folders, globs, URLs and Hugging Face data sets, in the order given.
 
-    .txt .md .py      a document each
-    .jsonl            a document a line, the text under `text_key` ("meta.text" looks inside)
-    .parquet          a document a row, the text in the column `text_key`
-    .tar              a webdataset's members: .txt .md .py, .json, and the lines of .jsonl
-    hf://NAME:SPLIT   a document a row, see `load_hub`
+        .txt .md .py      one document per file
+        .jsonl            one document per line, text in field `text_key` ("meta.text" is nested)
+        .parquet          one document per row, text in column `text_key`
+        .tar              a webdataset's members: .txt .md .py, .json, and the lines of .jsonl
+        hf://NAME:SPLIT   one document per row, see `load_hub`
 
-    All but .parquet may be compressed (.gz, .zst). Folders are walked whole in sorted order, hidden
-    names and other suffixes left out and reported; what happens to faulty, blank and long text is
-    the policy's. Raises UserError for an input that isn't there, may not be read, is cut off or
-    damaged, holds nothing that is text, or nothing under the key.
+    All except .parquet may be compressed (.gz, .zst). Folders are read recursively in sorted order;
+    hidden files and files with other suffixes are left out and reported; the policy decides about
+    faulty, blank and long text. Raises UserError for an input that doesn't exist, can't be read, is
+    truncated or damaged, or contains no text under the key.
     """
 
     def __init__(
@@ -53,9 +61,10 @@ class Files:
         policy: Policy | None = None,
         unit_bytes: int | None = None,
     ):
+        """unit_bytes: approximate bytes per unit; default: from the size of the input."""
         self.text_key, self.policy = text_key, policy or Policy()
         self.policy.check()
-        self._skipped = Report()
+        self._skipped = ReadingReport()
         self._files: list[InputFile] = []
         self._tables: dict[str, Any] = {}
         self._units: list[Unit] = []
@@ -71,6 +80,7 @@ class Files:
         self._unit_bytes = unit_bytes or min(max(held // _UNITS, _LEAST), _MOST)
 
     def describe(self) -> dict[str, Any]:
+        """Return the request, sizes and a hash of the file names; see DocumentSource."""
         return {
             "kind": "files",
             "names": self.sources,
@@ -83,14 +93,15 @@ class Files:
         }
 
     def _listing(self) -> str:
-        """sha256 of the names and sizes: a file that came, went, was renamed or has grown shows."""
+        """Return a sha256 of names and sizes, which changes if a file is added, removed, renamed or
+        resized."""
         digest = hashlib.sha256()
         for file in self._files:
             digest.update(f"{file.name}\0{file.size}\n".encode())
         return digest.hexdigest()
 
     def state(self) -> Iterator[tuple[str, str]]:
-        """Names with times of change or fingerprints; of remote files nothing is known."""
+        """Yield names with modification times or fingerprints; empty for remote files."""
         for file in self._files:
             yield file.name, self._version(file)
 
@@ -103,26 +114,25 @@ class Files:
             return str(os.stat(file.where).st_mtime_ns)
 
     def units(self) -> list[Unit]:
-        """Big .jsonl files and tables in parts, other files whole, small ones of an input grouped.
+        """Return large .jsonl files and tables in parts, other files whole, small files of one
+        input grouped.
 
-        The first call looks into every .parquet file for its row groups.
+        The first call opens every .parquet file to read its row groups.
         """
         if not self._units:
             self._units = list(self._cut())
         return list(self._units)
 
-    def read(self, unit: Unit, report: Report) -> Iterator[Document]:
+    def read(self, unit: Unit, report: ReadingReport) -> Iterator[Document]:
+        """Yield the documents of a unit."""
         if unit.first == 0 and unit.start == 0:
             report.merge(self._skipped)
         for file in self._files[unit.first : unit.last]:
             yield from self._read(file, unit.start, unit.stop, report)
 
-    def documents(self, report: Report) -> Iterator[Document]:
-        """All documents, in plan order."""
-        for unit in self.units():
-            yield from self.read(unit, report)
-
-    def _read(self, file: InputFile, start: int, stop: int, report: Report) -> Iterator[Document]:
+    def _read(
+        self, file: InputFile, start: int, stop: int, report: ReadingReport
+    ) -> Iterator[Document]:
         name, where, key, policy = file.name, file.where, self.text_key, self.policy
         match file.kind:
             case "plain":
@@ -139,13 +149,13 @@ class Files:
                 yield from read_hub(name, table, start, stop, key, report, policy)
 
     def _read_lines(
-        self, file: InputFile, start: int, stop: int, report: Report
+        self, file: InputFile, start: int, stop: int, report: ReadingReport
     ) -> Iterator[Document]:
         text_key = TextKey(self.text_key)
         with open_stream(file.name, file.where, max(0, start - 1)) as f:
             lines = lines_between(f, start, stop or None)
             yield from read_lines(file.name, lines, text_key, report, self.policy)
-        if start == 0:  # a later part alone says nothing about the file
+        if start == 0:  # a later part alone can't be judged
             text_key.check(shown(file.where), "line")
             if not text_key.rows and not stop:
                 yield from decoded(file.name, b"", report, self.policy)
@@ -171,7 +181,8 @@ class Files:
         yield from _joined(group)
 
     def _parts(self, file: InputFile) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, size in bytes) of the parts of a file; a single one is the whole file."""
+        """Yield (start, stop, size in bytes) of the parts of a file; a single part is the whole
+        file."""
         if file.kind == "parquet":
             yield from parquet_parts(file.where, self.text_key, self._unit_bytes)
         elif file.kind == "table":
@@ -186,7 +197,7 @@ class Files:
 
 
 def _joined(group: list[Unit]) -> list[Unit]:
-    """Whole files that follow each other, as one unit."""
+    """Return consecutive whole files as one unit."""
     if not group:
         return []
     first, more = group[0], len(group) - 1
@@ -196,7 +207,7 @@ def _joined(group: list[Unit]) -> list[Unit]:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Names of inputs, those that were had before with a number."""
+    """Return the names, repeated ones with a number appended."""
     had = Counter[str]()
     distinct = []
     for name in names:

@@ -1,7 +1,8 @@
-"""What an input stands for: the files of a folder, a glob, a path or an address, in a fixed order.
+"""Expand an input to files: of a folder, a glob, a path or an address, in a fixed order.
 
-Invariant: names and their order are the same wherever the input lies; they are relative to it,
-with forward slashes. What is left out of a folder or a glob stands in the Report.
+Invariant: names and their order don't depend on the location of the input; names are relative to
+it, with forward slashes. Files of a folder or a glob that are left out are listed in the
+ReadingReport.
 """
 
 import glob
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from forescale.data.remote.transfer import is_url
-from forescale.data.text.documents import Report
+from forescale.data.text.documents import ReadingReport
 from forescale.data.text.opening import bare, open_raw, reading, shown
 from forescale.errors import UserError
 
@@ -26,8 +27,11 @@ _MAGIC = "*?["
 
 @dataclass(frozen=True)
 class InputFile:
-    """`name` is the same on every machine, `where` (a path or an address) opens it, `size` is in
-    bytes, `kind` is plain, lines, parquet, tar or table, `source` the index of its input."""
+    """One file of an input.
+
+    name: the same on every machine; where: path or address to open; size: in bytes; kind: plain,
+    lines, parquet, tar or table; source: index of its input.
+    """
 
     name: str
     where: str
@@ -37,7 +41,7 @@ class InputFile:
 
 
 def kind_of(name: str) -> str | None:
-    """How a file is read, by its suffix; None where that says no kind of text."""
+    """Return how a file is read, by its suffix; None if the suffix isn't one of text."""
     stem = bare(name)
     if stem.endswith(PLAIN):
         return "plain"
@@ -50,12 +54,12 @@ def kind_of(name: str) -> str | None:
 
 
 def is_hub(path: str) -> bool:
-    """Whether this names a data set to load, not files of the hub (hf://datasets/NAME/FILE)."""
+    """Return True for a data set to load, False for files of the hub (hf://datasets/NAME/FILE)."""
     return path.startswith(HUB) and not path.startswith(f"{HUB}datasets/")
 
 
 def input_name(path: str) -> str:
-    """What an input is called in reports: the last part of its path, or the data set's name."""
+    """Return an input's name for reports: the last part of its path, or the data set's name."""
     if is_hub(path):
         name, colon, split = path.removeprefix(HUB).partition(":")
         return (Path(name).name if Path(name).expanduser().is_dir() else name) + colon + split
@@ -64,10 +68,12 @@ def input_name(path: str) -> str:
     return clean(Path(path).name or Path(path).resolve().name)
 
 
-def find_files(path: str, source: int, skipped: Report) -> list[InputFile]:
-    """All files of an input, sorted by name. Raises UserError where there is none to read."""
+def find_files(path: str, source: int, skipped: ReadingReport) -> list[InputFile]:
+    """Return all files of an input, sorted by name. Raises UserError if there is none to read."""
     if not path.strip():
-        raise UserError("input", "an input is empty", "give a file, a folder, a glob or an address")
+        raise UserError(
+            "input", "one of the inputs is empty", "give a file, a folder, a glob or an address"
+        )
     if not is_url(path):
         path = str(Path(path).expanduser())
     found = []
@@ -87,17 +93,17 @@ def find_files(path: str, source: int, skipped: Report) -> list[InputFile]:
 
 def _unknown(path: str) -> UserError:
     if path.lower().endswith(".json"):
-        todo = f"make lines of it: jq -c '.[]' {shown(path)} > rows.jsonl"
-        return UserError(shown(path), "a .json file is no list of documents", todo)
-    return UserError(shown(path), "its suffix says no kind of text", f"expected {KNOWN}")
+        todo = f"convert it to lines: jq -c '.[]' {shown(path)} > rows.jsonl"
+        return UserError(shown(path), "a .json file isn't a list of documents", todo)
+    return UserError(shown(path), "its suffix isn't a known kind of text", f"expected {KNOWN}")
 
 
-def _local(path: str, skipped: Report) -> Iterator[tuple[str, str, int]]:
+def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
     if os.path.isdir(path):
         yield from _walk(Path(path), input_name(path), skipped)
     elif os.path.lexists(path):
         if not stat.S_ISREG((status := os.stat(path)).st_mode):
-            raise UserError(path, "is no regular file", "give a file or a folder")
+            raise UserError(path, "isn't a regular file", "give a file or a folder")
         yield input_name(path), path, status.st_size
     elif any(c in path for c in _MAGIC) and (matches := glob.glob(path, recursive=True)):
         root = _fixed_part(path)
@@ -106,20 +112,20 @@ def _local(path: str, skipped: Report) -> Iterator[tuple[str, str, int]]:
             if not match.is_dir():
                 if (size := _regular(match, name, skipped)) is not None:
                     yield name, str(match), size
-            elif "**" not in path:  # which lists what the folders hold
+            elif "**" not in path:  # "**" already lists the contents of folders
                 yield from _walk(match, name, skipped)
     else:
         raise UserError(path, "no such file or folder", "check the path")
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder that every match of a glob lies in."""
+    """Return the folder that contains all matches of a glob."""
     parts = Path(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if any(c in part for c in _MAGIC))
     return str(Path(*parts[:fixed]))
 
 
-def _walk(root: Path, label: str, skipped: Report) -> Iterator[tuple[str, str, int]]:
+def _walk(root: Path, label: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:
     for folder, subfolders, files in os.walk(root, onerror=_raise):
         subfolders.sort()
         for entry in sorted(subfolders + files):
@@ -135,8 +141,8 @@ def _walk(root: Path, label: str, skipped: Report) -> Iterator[tuple[str, str, i
         subfolders[:] = [entry for entry in subfolders if not entry.startswith(".")]
 
 
-def _regular(path: Path, name: str, skipped: Report) -> int | None:
-    """The size of a regular file. Opening a pipe would wait for ever."""
+def _regular(path: Path, name: str, skipped: ReadingReport) -> int | None:
+    """Return the size of a regular file, or None. Opening a pipe would block forever."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -149,18 +155,18 @@ def _regular(path: Path, name: str, skipped: Report) -> int | None:
 
 
 def _raise(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that it may not read
+    raise error  # os.walk would silently skip a folder that it can't read
 
 
 def clean(name: str) -> str:
-    """A file name that isn't UTF-8 would make every text that carries it unwritable."""
+    """Return a file name as valid UTF-8: otherwise texts that contain it couldn't be written."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _remote(url: str, skipped: Report) -> Iterator[tuple[str, str, int | None]]:
-    from forescale.data.remote.listing import list_sizes
+def _remote(url: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int | None]]:
+    from forescale.data.remote.listing import list_files
 
-    listed = list_sizes(url)
+    listed = list_files(url)
     path = _path_of(url)
     if [_path_of(where) for where, _ in listed] == [path]:
         yield input_name(url), url, listed[0][1]
@@ -178,13 +184,13 @@ def _remote(url: str, skipped: Report) -> Iterator[tuple[str, str, int | None]]:
 
 
 def _path_of(url: str) -> str:
-    """The path in an address: with the bucket, which stands for a folder, without a query."""
+    """Return the path in an address: with the bucket as a folder, without a query."""
     scheme, _, rest = url.partition("://")
     return unquote(urlsplit(url).path) if scheme in ("http", "https") else f"/{rest.strip('/')}"
 
 
 def _known(where: str, size: int | None) -> int:
-    """A size that the list of a web server doesn't give is asked for."""
+    """Return the size; if a web server's list doesn't give it, ask for it."""
     if size is not None:
         return size
     with open_raw(where) as f:

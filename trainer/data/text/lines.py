@@ -1,31 +1,33 @@
-"""JSON lines: a document each, of a whole file or of the lines that begin in a range of its bytes.
+"""JSON lines: one document per line, of a whole file or of the lines that begin in a range of
+bytes.
 
-Invariant: cut at any offsets, the ranges of a file give together the documents of the whole, each
-once. Where a range's first line begins is found from the bytes around it, with no scan of the file.
+Invariant: however a file is cut into ranges, they give together the documents of the whole file,
+each once. The first line of a range is found from the bytes around it, without scanning the file.
 """
 
 import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from forescale.data.text.documents import Document, Policy, Report, decoded
+from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
 from forescale.errors import UserError
 
 _BLOCK = 1 << 20
-_KEYS = 8  # named in a message
+_KEYS = 8  # maximum number named in a message
 
 
 class TextKey:
-    """Takes the text out of rows, and remembers what they hold as long as none has any."""
+    """Extracts the text from rows, and remembers their keys until one row has the text."""
 
     def __init__(self, key: str):
+        """key: name of a field, or a path such as "meta.text"."""
         self.key = key
         self.rows = 0
         self._found = self._array = False
         self._keys: dict[str, None] = {}
 
     def text(self, row: Any) -> str | None:
-        """The text under the key, or under a path of keys like "meta.text"."""
+        """Return the text under the key or path; None if there is none."""
         value = row.get(self.key) if isinstance(row, dict) else None
         if value is None and "." in self.key:
             value = row
@@ -40,29 +42,32 @@ class TextKey:
         return None
 
     def check(self, where: str, what: str) -> None:
-        """Raises UserError if there were rows (`what`: a line, a member) and none had the key."""
+        """Raise UserError if there were rows (`what`: line or member) but none had the key."""
         if self._found or not self.rows:
             return
         if self._array:
-            todo = f"make lines of it: jq -c '.[]' {where} > rows.jsonl"
-            raise UserError(where, "holds a JSON array where each line should be a row", todo)
+            todo = f"convert it to lines: jq -c '.[]' {where} > rows.jsonl"
+            raise UserError(where, "holds a JSON array, not one row per line", todo)
         if self.key in self._keys:
-            raise UserError(where, f"what is under {self.key!r} is no text", "name another key")
+            raise UserError(
+                where, f"the values of key {self.key!r} aren't text", "choose another text_key"
+            )
         there = ", ".join(sorted(self._keys)[:_KEYS])
-        have = f"there are {there}" if there else f"see its first {what}"
-        raise UserError(where, f"no {what} has a text under {self.key!r}", f"name the key ({have})")
+        have = f"keys: {there}" if there else f"see the first {what}"
+        what = f"no {what} has a text under {self.key!r}"
+        raise UserError(where, what, f"set text_key ({have})")
 
 
 def read_lines(
     name: str,
     lines: Iterator[tuple[int, bytes]],
     text_key: TextKey,
-    report: Report,
+    report: ReadingReport,
     policy: Policy,
 ) -> Iterator[Document]:
-    """The document of every (offset, line), named by its offset in bytes: "rows.jsonl@1234".
+    """Yield the document of every (offset, line), named by its offset in bytes: "rows.jsonl@1234".
 
-    Blank lines are passed over; others that give no document stand in the report.
+    Blank lines are skipped; other lines that give no document are reported.
     """
     for offset, line in lines:
         if not line.isspace():
@@ -70,9 +75,9 @@ def read_lines(
 
 
 def json_document(
-    name: str, raw: bytes, text_key: TextKey, report: Report, policy: Policy
+    name: str, raw: bytes, text_key: TextKey, report: ReadingReport, policy: Policy
 ) -> Iterator[Document]:
-    """The text under the key of one JSON value."""
+    """Yield the text under the key of one JSON value."""
     text_key.rows += 1
     try:
         text = raw.decode("utf-8")
@@ -96,16 +101,17 @@ def json_document(
 def lines_between(
     f: BinaryIO, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin in [start, stop) with their offsets, up to the end without a `stop`.
+    """Yield the lines that begin in [start, stop) with their offsets; without `stop` up to the end.
 
-    `f` stands at max(0, start - 1): only the byte before `start` says whether a line begins there.
+    `f` must be at max(0, start - 1): only the byte before `start` tells whether a line begins
+    there.
     """
     at = max(0, start - 1)
     if start:
         while not (part := f.readline(_BLOCK)).endswith(b"\n"):
             at += len(part)
             if not part or (stop is not None and at >= stop):
-                return  # the line that began before goes beyond this range
+                return  # the line that began earlier extends beyond this range
         at += len(part)
     while (stop is None or at < stop) and (line := f.readline()):
         yield at, line

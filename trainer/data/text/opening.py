@@ -1,8 +1,8 @@
-"""Input files opened for reading, their compression taken off, every damage named.
+"""Open input files, decompress them, and report any damage.
 
-Invariant: a stream gives all that its file holds or raises UserError naming the file. A compressed
-file that is cut off never looks like a shorter one: the decoder must reach the end that the format
-marks. (Where a file of several members or frames is cut exactly between two, there is no such
+Invariant: a stream gives everything that its file holds, or raises UserError naming the file. A
+truncated compressed file is never taken for a shorter one: the decoder must reach the end marked by
+the format. (If a file of several members or frames is cut exactly between two, there is no such
 mark.)
 """
 
@@ -21,40 +21,40 @@ from forescale.errors import UserError
 
 COMPRESSED = (".gz", ".tgz", ".zst")
 _BLOCK = 1 << 20
-_PACKED = 1 << 17  # what is given to a decoder at once: it may become a thousand times as much
+_PACKED = 1 << 17  # bytes given to a decoder at once; their output may be a thousand times larger
 
 
 def bare(name: str) -> str:
-    """The name in lower case, without a suffix that says how it is compressed."""
+    """Return the name in lower case, without a suffix for compression."""
     name = name.lower()
     return next((name[: -len(s)] for s in COMPRESSED if name.endswith(s)), name)
 
 
 def shown(where: str) -> str:
-    """A path or an address as a message may show it."""
+    """Return a path or an address without secrets, for messages."""
     return without_secrets(where) if is_url(where) else where
 
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Turn what goes wrong while a file is opened or read into a sentence that names it."""
+    """Convert errors of opening and reading a file to a UserError that names it."""
     try:
         yield
     except (EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError) as e:
-        what = f"cut off or damaged ({e})"
+        what = f"truncated or damaged ({e})"
         raise UserError(shown(where), what, "restore the file from its source") from e
     except OSError as e:
         name = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else where
         what, todo = f"can't be read ({e.strerror or e})", "check the storage"
         if isinstance(e, FileNotFoundError):
-            what, todo = "no such file", "check the path, and where it links to"
+            what, todo = "doesn't exist", "check the path, and the target if it is a link"
         elif isinstance(e, PermissionError):
-            what, todo = "may not be read", "give yourself permission to read it"
+            what, todo = "permission denied", "change its permissions"
         raise UserError(shown(name), what, todo) from e
 
 
 def open_raw(where: str) -> BinaryIO:
-    """The stored bytes of a file, local or at a server; seekable. Raises UserError."""
+    """Return the stored bytes of a local or remote file; seekable. Raises UserError."""
     if is_url(where):
         from forescale.data.remote.listing import open_input
 
@@ -65,7 +65,7 @@ def open_raw(where: str) -> BinaryIO:
 
 @contextmanager
 def open_stream(name: str, where: str, start: int = 0) -> Iterator[io.BufferedReader]:
-    """A file's text, uncompressed where its name says so; a plain file from offset `start`."""
+    """Yield a file's text, decompressed according to its name; a plain file from offset `start`."""
     with open_raw(where) as raw:
         if start:
             raw.seek(start)
@@ -73,7 +73,7 @@ def open_stream(name: str, where: str, start: int = 0) -> Iterator[io.BufferedRe
 
 
 def unpacked(name: str, f: BinaryIO) -> Iterator[bytes]:
-    """The blocks of an open file without the compression that its name's suffix says."""
+    """Yield the blocks of an open file, decompressed according to its name."""
     name = name.lower()
     if name.endswith((".gz", ".tgz")):
         return _frames(f, lambda: zlib.decompressobj(wbits=31), padding=b"\0")
@@ -85,7 +85,7 @@ def unpacked(name: str, f: BinaryIO) -> Iterator[bytes]:
 
 
 def _frames(f: BinaryIO, new: Callable[[], Any], padding: bytes = b"") -> Iterator[bytes]:
-    # The libraries' own stream readers end without a word where a .zst is cut off.
+    # The libraries' own stream readers end without an error if a .zst is truncated.
     frame, frames = None, 0
     while block := f.read(_PACKED):
         while block:
@@ -102,15 +102,18 @@ def _frames(f: BinaryIO, new: Callable[[], Any], padding: bytes = b"") -> Iterat
 
 
 class Blocks(io.RawIOBase):
-    """Blocks of bytes, one after the other, as a file; faults become sentences here."""
+    """Consecutive blocks of bytes as a file; errors become UserErrors."""
 
     def __init__(self, where: str, blocks: Iterator[bytes]):
+        """where: for messages."""
         self._where, self._blocks, self._rest = where, blocks, memoryview(b"")
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def readinto(self, into) -> int:
+        """Read up to len(into) bytes; return how many."""
         with reading(self._where):
             while not self._rest:
                 if (block := next(self._blocks, None)) is None:
@@ -122,6 +125,7 @@ class Blocks(io.RawIOBase):
         return taken
 
     def readall(self) -> bytes:
+        """Return all remaining bytes."""
         with reading(self._where):
             whole = b"".join([self._rest, *self._blocks])
         self._rest = memoryview(b"")

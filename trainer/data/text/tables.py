@@ -1,8 +1,8 @@
 """Tables: a column of text, of .parquet files by row groups and of Hugging Face data sets by rows.
 
 Invariant: a document is named by its row, counted from 0 in its table, however the table is cut;
-and a cut depends on the table alone. A parquet file is decoded in small batches, a data set stays
-in its memory map: neither is ever held whole.
+the cuts depend only on the table. A parquet file is decoded in small batches, a data set stays in
+its memory map: neither is held in memory as a whole.
 """
 
 from collections.abc import Iterator
@@ -10,27 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forescale.data.text.documents import Document, Policy, Report, decoded
+from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
 from forescale.data.text.inputs import HUB
 from forescale.data.text.opening import open_raw, reading, shown
 from forescale.errors import UserError
 
-_ROWS = 128  # decoded at once
-_BUFFER = 1 << 20  # bytes of a column that are read at once
-_NAMED = 20  # columns in a message
+_ROWS = 128  # rows decoded at once
+_BUFFER = 1 << 20  # bytes of a column read at once
+_NAMED = 20  # maximum columns named in a message
 _TEXT = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
 def parquet_parts(where: str, key: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Row groups [first, last) of about `part_bytes`, uncompressed, and how many bytes they hold.
+    """Yield row groups [first, last) of about `part_bytes`, uncompressed, and their size in bytes.
 
-    Raises UserError where the file is damaged or has no column of text under the key.
+    Raises UserError if the file is damaged or has no text column under the key.
     """
     with _parquet(where) as file:
         text_path(where, file.schema_arrow, key)
         first = held = 0
         for index in range(file.metadata.num_row_groups):
-            # All columns together: looking at one of a damaged file ends the process in pyarrow.
+            # All columns together: reading one column's size of a damaged file crashes pyarrow.
             held += file.metadata.row_group(index).total_byte_size
             if held >= part_bytes or index + 1 == file.metadata.num_row_groups:
                 yield first, index + 1, held
@@ -38,9 +38,10 @@ def parquet_parts(where: str, key: str, part_bytes: int) -> Iterator[tuple[int, 
 
 
 def read_parquet(
-    name: str, where: str, first: int, last: int, key: str, report: Report, policy: Policy
+    name: str, where: str, first: int, last: int, key: str, report: ReadingReport, policy: Policy
 ) -> Iterator[Document]:
-    """The documents of row groups [first, last), named like "a.parquet:17"; last 0: to the end."""
+    """Yield the documents of row groups [first, last), named like "a.parquet:17"; last 0: to the
+    end."""
     with _parquet(where) as file:
         path = text_path(where, file.schema_arrow, key)
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
@@ -62,7 +63,7 @@ def _parquet(where: str) -> Iterator[Any]:
 
     with open_raw(where) as raw, reading(where):
         try:
-            # Without pre_buffer a column comes page by page, else a row group of it at once.
+            # Without pre_buffer a column is read page by page, not a whole row group at once.
             yield pq.ParquetFile(
                 raw, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
             )
@@ -74,11 +75,11 @@ def _parquet(where: str) -> Iterator[Any]:
 
 
 def load_hub(spec: str) -> Any:
-    """The data set of "hf://NAME[/CONFIG][@REVISION][:SPLIT]", downloaded or found in the cache.
+    """Return the data set of "hf://NAME[/CONFIG][@REVISION][:SPLIT]", downloaded or from the cache.
 
-    NAME is one of the hub's or a local folder; the split is train where none is given. Downloaded
-    whole, not streamed: only then is it known how many rows there are, and each can be read by
-    itself. Raises UserError.
+    NAME is a name on the hub or a local folder; the default split is train. The data set is
+    downloaded as a whole, not streamed: only then is the number of rows known, and each row can be
+    read on its own. Raises UserError.
     """
     try:
         import datasets
@@ -111,7 +112,7 @@ def _split_of(spec: str, saved: Any, split: str) -> Any:
 
 
 def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Rows [first, last) that hold about `part_bytes` of text, and about how many bytes."""
+    """Yield rows [first, last) that hold about `part_bytes` of text, and the approximate bytes."""
     path = text_path(spec, table.features.arrow_schema, key)
     data = table.select_columns([path[0]]).data
     mean = max(1.0, data.nbytes / max(1, data.num_rows))
@@ -122,9 +123,10 @@ def hub_parts(spec: str, table: Any, key: str, part_bytes: int) -> Iterator[tupl
 
 
 def read_hub(
-    name: str, table: Any, first: int, last: int, key: str, report: Report, policy: Policy
+    name: str, table: Any, first: int, last: int, key: str, report: ReadingReport, policy: Policy
 ) -> Iterator[Document]:
-    """The documents of rows [first, last), named like "owner/title:17"; last 0: to the end."""
+    """Yield the documents of rows [first, last), named like "owner/title:17"; last 0: to the
+    end."""
     path = text_path(name, table.features.arrow_schema, key)
     table = table.select_columns([path[0]]).with_format("arrow")
     last = last or len(table)
@@ -136,7 +138,7 @@ def read_hub(
 
 
 def text_path(where: str, schema: Any, key: str) -> list[str]:
-    """The way to a column of text: its name, or names from struct to field for "meta.text"."""
+    """Return the path to a text column: its name, or names from struct to field for "meta.text"."""
     import pyarrow as pa
 
     path = [key] if key in schema.names else key.split(".")
@@ -145,17 +147,19 @@ def text_path(where: str, schema: Any, key: str) -> list[str]:
         names = [field.name for field in kind] if pa.types.is_struct(kind) else []
         if part not in names:
             inside = f" in {'.'.join(path[:depth])}" if depth else ""
-            todo = f"name the key (there are {', '.join(names[:_NAMED]) or 'none'}{inside})"
-            raise UserError(shown(where), f"no column {key!r}", todo)
+            todo = f"set text_key (columns: {', '.join(names[:_NAMED]) or 'none'}{inside})"
+            raise UserError(shown(where), f"has no column {key!r}", todo)
         kind = kind.field(part).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in _TEXT:
-        raise UserError(shown(where), f"column {key!r} holds {kind} and no text", "name another")
+        raise UserError(
+            shown(where), f"column {key!r} holds {kind}, not text", "choose another text_key"
+        )
     return path
 
 
 def _texts(batch: Any, path: list[str]) -> list[bytes | None]:
-    """A column's values as bytes: nothing has checked yet that they are UTF-8."""
+    """Return a column's values as bytes: nothing has checked yet that they are UTF-8."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -168,7 +172,7 @@ def _texts(batch: Any, path: list[str]) -> list[bytes | None]:
 
 
 def _documents(
-    name: str, row: int, texts: list[bytes | None], key: str, report: Report, policy: Policy
+    name: str, row: int, texts: list[bytes | None], key: str, report: ReadingReport, policy: Policy
 ) -> Iterator[Document]:
     for number, text in enumerate(texts, row):
         if text is None:

@@ -1,8 +1,8 @@
-"""Text members of a webdataset tar, read from its beginning to its end.
+"""Text members of a webdataset tar, read from beginning to end.
 
-Invariant: a tar gives all its members or raises UserError. webdataset and tarfile take a damaged
-header, or the end of a file that was cut between two members, for the end of the archive, and say
-nothing; here only the two blocks of zeros that end every archive are its end.
+Invariant: a tar gives all its members or raises UserError. webdataset and tarfile silently take a
+damaged header, or the end of a file that was truncated between two members, for the end of the
+archive; here only the two zero blocks that end every archive count as its end.
 """
 
 import io
@@ -12,18 +12,19 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
-from forescale.data.text.documents import Document, Policy, Report, decoded
+from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
 from forescale.data.text.inputs import PLAIN, clean
 from forescale.data.text.lines import TextKey, json_document, lines_between, read_lines
 from forescale.data.text.opening import Blocks, bare, open_stream, reading, shown, unpacked
 from forescale.errors import UserError
 
 _BLOCK = 1 << 16
-_SUFFIXES = 8  # named in a message
+_SUFFIXES = 8  # maximum number named in a message
 
 
 class BrokenTarError(EOFError):
-    """Not a tarfile.HeaderError, which TarFile.next takes for the end of the archive."""
+    """Damage of a tar; not a tarfile.HeaderError, which TarFile.next takes for the end of the
+    archive."""
 
 
 class _Header(tarfile.TarInfo):
@@ -43,11 +44,14 @@ class _Tar(tarfile.TarFile):
     at_end = False
 
 
-def read_tar(name: str, where: str, key: str, report: Report, policy: Policy) -> Iterator[Document]:
-    """A document of every .txt, .md, .py and .json member, and of every line of a .jsonl one.
+def read_tar(
+    name: str, where: str, key: str, report: ReadingReport, policy: Policy
+) -> Iterator[Document]:
+    """Yield a document for every .txt, .md, .py and .json member, and for every line of a .jsonl
+    member.
 
     They are named like "00000.tar/000123.txt". Members may be compressed (.gz, .zst). Raises
-    UserError for a damaged tar, and for one in which no member holds a text.
+    UserError for a damaged tar, and for one without any text member.
     """
     text_key = TextKey(key)
     plain, others = 0, Counter[str]()
@@ -75,16 +79,17 @@ def read_tar(name: str, where: str, key: str, report: Report, policy: Policy) ->
         raise UserError(shown(where), what, "expected .txt .md .py .json or .jsonl")
 
 
-def _members(name: str, where: str, report: Report) -> Iterator[tuple[str, BinaryIO]]:
-    """The regular files of a tar with their paths in it; each must be read before the next."""
+def _members(name: str, where: str, report: ReadingReport) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield the regular files of a tar with their paths in it; each must be read before the
+    next."""
     with (
         open_stream(name, where) as f,
         reading(where),
-        # Without an encoding, names are read as this machine's locale has it.
+        # Without an encoding, names would be decoded by this machine's locale.
         _Tar.open(fileobj=f, mode="r|", encoding="utf-8") as tar,
     ):
         while not tar.at_end and (member := tar.next()):
-            tar.members.clear()  # type: ignore[attr-defined]  # else all headers are kept
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise all headers stay in memory
             path = clean(member.name.removeprefix("./"))
             if PurePosixPath(path).name.startswith("."):
                 report.add("hidden", f"{name}/{path}")
@@ -96,7 +101,8 @@ def _members(name: str, where: str, report: Report) -> Iterator[tuple[str, Binar
 
 
 def _expect_end(tar: _Tar) -> None:
-    """One block of zeros was read. Another belongs there, and zeros that fill up the file."""
+    """Check that after the zero block just read there is another one, and only zeros up to the
+    end."""
     rest = cast(BinaryIO, tar.fileobj)
     if len(block := rest.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
         raise BrokenTarError("its end is missing")

@@ -1,1 +1,1 @@
-"""Corpora that hold token ids already: indexed where they lie, not copied."""
+"""Corpora that are already tokenised: indexed in place, not copied."""

@@ -1,12 +1,13 @@
-"""Indexes over tokens that stay where they are: documents dealt to splits, splits cut into shards.
+"""Indexes for tokens that stay in their files: documents assigned to splits, splits cut into
+shards.
 
-The corpus, its files one after the other, is seen as stretches of 2^20 tokens, or of a 16th of it
-where it is small. A document is held out if and only if its first token stands in the last part
-of a stretch, `validation` of its length. So what is held out is spread evenly over the corpus, and
-which documents these are follows from the files alone.
+The corpus, its files one after the other, is divided into stretches of 2^20 tokens, or of a 16th of
+it if it is small. A document is held out if and only if its first token is in the last part of a
+stretch, `validation` of its length. So held-out documents are spread evenly over the corpus, and
+depend only on the files.
 
-Invariant: the splits' members are disjoint runs of the files that together hold every token once;
-none holds tokens of two files, and the ids in all of them are inside the vocabulary.
+Invariant: the splits' members are disjoint parts of the files that together hold every token once;
+no member holds tokens of two files, and all ids are inside the vocabulary.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import xxhash
 
 from forescale.data.prepare.selection import SPLITS
 from forescale.data.prepare.writer import chunk_sums, write_index
-from forescale.data.text.documents import Report
+from forescale.data.text.documents import ReadingReport
 from forescale.data.text.opening import open_raw, reading, shown
 from forescale.data.tokenised.kinds import RESTORE, TokenFile
 from forescale.data.tokenizer import Vocabulary, token_bytes
@@ -31,9 +32,9 @@ _BLOCK = 1 << 22  # tokens read at a time
 
 
 class Indexer:
-    """Takes the files of a corpus in order; splits and totals are attributes.
+    """Indexes the files of a corpus in order; splits and totals are attributes.
 
-    tokens: of the whole corpus. Memory: some 100 MB, and what TokenFile takes for a file.
+    tokens: of the whole corpus. Memory: about 100 MB, plus a TokenFile.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Indexer:
         shard_tokens: int,
         member_tokens: int,
     ):
+        """directory: where indexes are written."""
         sizes = token_bytes(vocabulary.load())
         train, held_out = SPLITS
         self.splits = {
@@ -57,22 +59,23 @@ class Indexer:
         self._train = self._stretch - round(validation * self._stretch)
         self._before = 0  # tokens of the files before this one
         self.lengths = np.zeros(64, np.int64)
-        self.report = Report()
+        self.report = ReadingReport()
 
     def held_out(self, starts: np.ndarray) -> np.ndarray:
-        """Whether documents that begin at these tokens of the corpus are; bool."""
+        """Return for documents that begin at these tokens of the corpus whether they are held out;
+        bool."""
         return starts % self._stretch >= self._train
 
     def add(self, file: TokenFile, name: str, tick: Callable[[int, int], None]) -> None:
-        """Read a file whole. name: as reports have it; tick: told of bytes and tokens."""
-        at = begun = 0  # token of the file; where its document began
+        """Read a whole file. name: for reports; tick: called with bytes and tokens read."""
+        at = begun = 0  # current token of the file; start of the current document
         part = bool(self.held_out(np.array([self._before]))[0])
         ended = unended = 0
         with open_raw(file.where) as f:
-            for run in file.runs:
-                for skip in range(0, run.tokens, _BLOCK):
-                    offset = run.offset + skip * file.dtype.itemsize
-                    ids = self._read(f, file, offset, min(_BLOCK, run.tokens - skip), at)
+            for extent in file.extents:
+                for skip in range(0, extent.tokens, _BLOCK):
+                    offset = extent.offset + skip * file.dtype.itemsize
+                    ids = self._read(f, file, offset, min(_BLOCK, extent.tokens - skip), at)
                     ends, found = self._ends(file, ids, at)
                     ended, unended = ended + found, unended + len(ends) - found
                     if len(ends):
@@ -82,12 +85,13 @@ class Indexer:
                     at += len(ids)
                     tick(ids.nbytes, len(ids))
         if not file.by_id and unended:
-            self._tell("documents that end without the end-of-text token", name, unended)
+            self._report("documents that end without the end-of-text token", name, unended)
         if file.by_id and len(file.ends) < 2 and not ended:
-            self._tell("files without an end-of-text token, taken for one document", name, 1)
+            self._report("files without an end-of-text token, taken for one document", name, 1)
         self._before += at
 
     def finish(self) -> None:
+        """Write the last shard of every split."""
         for split in self.splits.values():
             split.finish_shard()
 
@@ -103,13 +107,14 @@ class Indexer:
         size = self._vocabulary.size
         if int(ids.max()) >= size or (ids.dtype.kind == "i" and int(ids.min()) < 0):
             first = int(np.flatnonzero((ids >= size) | (ids < 0))[0])
-            what = f"token {at + first:,} is {int(ids[first])}, and the vocabulary has {size:,}"
-            todo = "give the tokenizer that the corpus was made with, and its dtype"
+            what = f"token {at + first:,} is {int(ids[first])}, the vocabulary has {size:,} entries"
+            todo = "give the tokenizer and the dtype of the corpus"
             raise UserError(shown(file.where), what, todo)
         return ids
 
     def _ends(self, file: TokenFile, ids: np.ndarray, at: int) -> tuple[np.ndarray, int]:
-        """Where documents end in a block, exclusive, and how many of them with the token for it."""
+        """Return the exclusive document ends in a block, and how many have the end-of-text
+        token."""
         a, b = np.searchsorted(file.ends, (at, at + len(ids)), side="right")
         ends = file.ends[a:b] - at
         by_id = np.flatnonzero(ids == self._vocabulary.end) + 1
@@ -123,7 +128,8 @@ class Indexer:
     def _deal(
         self, file: TokenFile, offset: int, ids: np.ndarray, ends: np.ndarray, at: int, part: bool
     ) -> bool:
-        """Give a block's documents to their splits; the part of the one that goes on after it."""
+        """Assign a block's documents to their splits; return the split of the document that
+        continues."""
         parts = np.append(part, self.held_out(ends + (at + self._before)))
         turns = np.flatnonzero(parts[1:] != parts[:-1])
         bounds = [0, *ends[turns].tolist(), len(ids)]
@@ -138,13 +144,13 @@ class Indexer:
     def _count(self, lengths: np.ndarray) -> None:
         self.lengths += np.bincount(np.frexp(lengths.astype(float))[1] - 1, minlength=64)
 
-    def _tell(self, reason: str, name: str, count: int) -> None:
-        self.report.merge(Report({reason: count}, {reason: [name]}))
+    def _report(self, reason: str, name: str, count: int) -> None:
+        self.report.merge(ReadingReport({reason: count}, {reason: [name]}))
 
 
 class _Split:
     """Writes `NAME-000000.index.json` and `.doc.bin`, ...; a shard is full once it has
-    `shard_tokens`, and ends there with a document, or with its file."""
+    `shard_tokens`, and ends there at the next document end, or with its file."""
 
     def __init__(
         self, directory: Path, name: str, sizes: np.ndarray, shard_tokens: int, member_tokens: int
@@ -161,7 +167,7 @@ class _Split:
         self._members: list[dict[str, Any]] = []
         self._tokens = self._documents = 0  # of this shard
         self._ends_file: HashingFile | None = None
-        self._next = -1  # the byte that goes on where the member stops
+        self._next = -1  # offset in the file where the current member could continue
         self._empty()
 
     def _empty(self) -> None:
@@ -170,7 +176,7 @@ class _Split:
         self._count = 0  # tokens held
 
     def add(self, file: TokenFile, offset: int, ids: np.ndarray, ends: np.ndarray) -> None:
-        """ids: as they lie at `offset`; ends: of the documents that end among them."""
+        """Append tokens. ids: as stored at `offset`; ends: of the documents that end among them."""
         if self._file is not file:
             self.finish_shard()
             self._file = file
@@ -240,7 +246,7 @@ class _Split:
         return f"{self._name}-{len(self.rows):06d}"
 
     def finish_shard(self) -> None:
-        """Make the index of what there is durable; nothing where there is nothing."""
+        """Write the index of the current shard to disk; do nothing if it is empty."""
         self._flush()
         if self._file is None or self._ends_file is None:
             return
@@ -260,12 +266,13 @@ class _Split:
 
 
 def dtype_name(dtype: np.dtype) -> str:
-    """As a manifest has it: such as "uint16" for little-endian ids, ">u2" for others."""
+    """Return the dtype as written in a manifest: "uint16" for little-endian ids, ">u2" for
+    others."""
     return dtype.str if dtype.str.startswith(">") else dtype.name
 
 
 def _content(members: list[dict[str, Any]]) -> str:
-    """sha256 over what the tokens and document ends of a shard are, wherever they lie."""
+    """Return a sha256 of the tokens and document ends of a shard, wherever they are stored."""
     digest = hashlib.sha256()
     for m in members:
         digest.update(f"{m['tokens']} {m['tok']['xxh3']} {m['doc']['xxh3']}\n".encode())

@@ -1,16 +1,16 @@
-"""Corpora that are tokenised already, made a dataset where they lie: indexed, not copied.
+"""Make a dataset of corpora that are already tokenised: they are indexed, not copied.
 
-    inputs -> files (kinds) -> documents dealt to splits, indexes (indexing)
+    inputs -> files (kinds) -> documents assigned to splits, indexes (indexing)
 
-Every token is read once, for its checksum, and to see that it is in the vocabulary. From then on a
-changed, moved or shortened file is Damaged, as a tar of ours would be.
+Every token is read once, to compute its checksum and to check that it is in the vocabulary. From
+then on a changed, moved or truncated file raises Damaged, like a damaged tar.
 
 Documents end where the corpus says so (the index of Megatron, the rows of an array, the members of
-a tar) and, but for Megatron, after every end-of-text token. Nothing is shuffled before training,
-which mixes windows of data.shuffle_shards shards at a time.
+a tar) and, except for Megatron, after every end-of-text token. Nothing is shuffled before training,
+which mixes the windows of data.shuffle_shards shards at a time.
 
-Invariant: the same files and the same request give the same dataset; the output holds all of it,
-or does not exist.
+Invariant: the same files and the same request give the same dataset; the output is either complete
+or doesn't exist.
 """
 
 import glob
@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
-from forescale.data.prepare.claim import expect_same, held
 from forescale.data.prepare.selection import SPLITS
+from forescale.data.prepare.work import build_lock, expect_same
 from forescale.data.progress import Meter, Progress, silent
 from forescale.data.remote.transfer import is_url
-from forescale.data.text.documents import Report
+from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HUB, input_name, kind_of
 from forescale.data.text.opening import reading, shown
 from forescale.data.tokenised.indexing import Indexer, dtype_name
@@ -43,10 +43,10 @@ _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"
 
 
 def in_place_kind(path: str) -> str | None:
-    """How an input's tokens are stored ("megatron", "npy", "flat", "tar", or several, joined);
-    None where it holds text, or is not there.
+    """Return how an input's tokens are stored ("megatron", "npy", "flat", "tar", or several, joined
+    by +); None if it holds text or doesn't exist.
 
-    Of a folder or a glob with both, what most bytes belong to counts. Raises UserError for a tar
+    For a folder or a glob with both, the kind with more bytes counts. Raises UserError for a tar
     that can't be opened.
     """
     if path.startswith(HUB) or not path.strip():
@@ -73,22 +73,23 @@ def index_corpus(
     member_tokens: int = 1 << 20,
     progress: Progress = silent,
 ) -> Path:
-    """Make a dataset at `output` of the tokens in `inputs`, or find it there, made from the same.
+    """Make a dataset at `output` of the tokens in `inputs`, or find one there that was made from
+    the same request.
 
-    tokenizer: the one that the tokens are of, as `given_tokenizer` takes it; end_of_text: its token
-    that ends a document; dtype: of raw ids. A shard of the dataset is a part of a file of about
-    shard_tokens, its members are runs of at most member_tokens.
+    tokenizer: of the tokens, as accepted by `given_tokenizer`; end_of_text: its token that ends a
+    document; dtype: of raw ids. A shard of the dataset is a part of a file of about shard_tokens;
+    its members are runs of at most member_tokens.
 
-    Raises UserError for files that aren't whole, ids outside the vocabulary, inputs of different
-    dtypes, and where `output` holds something else.
+    Raises UserError for incomplete files, ids outside the vocabulary, inputs of different dtypes,
+    and if `output` holds something else.
     """
     output = Path(output)
     raw = given_tokenizer(tokenizer)
     if raw is None:
-        what = "a corpus that is tokenised already has its tokenizer"
-        raise UserError("tokenizer", what, "give its tokenizer.json")
+        what = "can't be trained for a corpus that is tokenised already"
+        raise UserError("tokenizer", what, "give the corpus's tokenizer.json")
     vocabulary = vocabulary_of(raw, tokenizer, end_of_text)
-    left_out = Report()
+    left_out = ReadingReport()
     found = [_files(path, left_out) for path in inputs]
     request = {
         "source": _described(found),
@@ -100,7 +101,7 @@ def index_corpus(
         "member_tokens": member_tokens,
     }
     if not output.exists():
-        with held(output, progress):
+        with build_lock(output, progress):
             if not output.exists():
                 names = [input_name(path) for path in inputs]
                 _build(found, names, output, vocabulary, request, left_out, progress)
@@ -114,12 +115,12 @@ def _build(
     output: Path,
     vocabulary: Vocabulary,
     request: dict[str, Any],
-    left_out: Report,
+    left_out: ReadingReport,
     progress: Progress,
 ) -> None:
-    told = np.dtype(request["dtype"]).newbyteorder("<") if request["dtype"] else None
-    corpus = [[describe(where, kind, told, left_out) for where, kind in files] for files in found]
-    dtype = _one_dtype([file for files in corpus for file in files], told)
+    given = np.dtype(request["dtype"]).newbyteorder("<") if request["dtype"] else None
+    corpus = [[describe(where, kind, given, left_out) for where, kind in files] for files in found]
+    dtype = _one_dtype([file for files in corpus for file in files], given)
     tokens = sum(file.tokens for files in corpus for file in files)
     with staged(output, tag="index") as stage:
         sizes = [request[key] for key in ("validation", "shard_tokens", "member_tokens")]
@@ -149,9 +150,9 @@ def _publish(
     dtype: np.dtype,
     request: dict[str, Any],
     sources: list[dict[str, Any]],
-    left_out: Report,
+    left_out: ReadingReport,
 ) -> None:
-    """Write what speaks of the whole: tokenizer, manifest, the table of files."""
+    """Write the files that describe the whole dataset: tokenizer, manifest, table of files."""
     entries = {TOKENIZER: write_file(stage / TOKENIZER, vocabulary.raw)}
     corpus = hashlib.sha256()
     for name in SPLITS:
@@ -187,21 +188,23 @@ def _publish(
     write_table(stage, entries)
 
 
-def _one_dtype(files: list[TokenFile], told: np.dtype | None) -> np.dtype:
+def _one_dtype(files: list[TokenFile], given: np.dtype | None) -> np.dtype:
     first = files[0]
     for file in files:
         if file.dtype != first.dtype:
-            what = f"holds {dtype_name(file.dtype)}, and {shown(first.where)} "
+            what = f"holds {dtype_name(file.dtype)}, but {shown(first.where)} holds "
             what += dtype_name(first.dtype)
-            raise UserError(shown(file.where), what, "make a dataset of each, and mix them")
-    if told is not None and first.dtype != told:
-        what = f"is {told.name}, and {shown(first.where)} says {dtype_name(first.dtype)}"
-        raise UserError("dtype", what, "leave it out: raw ids alone need it")
+            raise UserError(
+                shown(file.where), what, "build a dataset from each, and mix them with data.sources"
+            )
+    if given is not None and first.dtype != given:
+        what = f"is {given.name}, but {shown(first.where)} holds {dtype_name(first.dtype)}"
+        raise UserError("dtype", what, "remove it: only raw ids need it")
     return first.dtype
 
 
-def _files(path: str, left_out: Report) -> list[tuple[str, str]]:
-    """The files of an input in order, each with its kind; an .idx goes with its .bin."""
+def _files(path: str, left_out: ReadingReport) -> list[tuple[str, str]]:
+    """Return the files of an input in order, each with its kind; an .idx belongs to its .bin."""
     found: dict[str, str] = {}
     for where, _ in _listed(path):
         if kind := kind_of_file(where):
@@ -214,12 +217,15 @@ def _files(path: str, left_out: Report) -> list[tuple[str, str]]:
 
 
 def _listed(path: str) -> Iterator[tuple[str, int]]:
-    """Files of a folder, a glob, a path or an address, sorted, with their sizes (0: not known).
-    A path as Megatron's tools take it, without .bin and .idx, stands for both."""
-    if is_url(path):
-        from forescale.data.remote.listing import list_sizes
+    """Yield the files of a folder, a glob, a path or an address, sorted, with their sizes (0:
+    unknown).
 
-        yield from ((where, size or 0) for where, size in list_sizes(path))
+    A path without .bin and .idx, as accepted by Megatron's tools, stands for both files.
+    """
+    if is_url(path):
+        from forescale.data.remote.listing import list_files
+
+        yield from ((where, size or 0) for where, size in list_files(path))
         return
     path = os.path.abspath(os.path.expanduser(path))
     names = [path]
@@ -235,7 +241,8 @@ def _listed(path: str) -> Iterator[tuple[str, int]]:
 
 
 def _described(found: list[list[tuple[str, str]]]) -> dict[str, Any]:
-    """What tells these files from others: the dataset holds their paths, so these count."""
+    """Return what distinguishes these files from others, including their paths, because the dataset
+    refers to them."""
     rows = [(where, kind, _size(where)) for files in found for where, kind in files]
     return {
         "kind": "in place",

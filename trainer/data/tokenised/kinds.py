@@ -1,12 +1,12 @@
-"""Files that hold token ids already, as others write them: which kind each is, and what is in it.
+"""Files of token ids made by other tools: which kind each is, and what it contains.
 
     NAME.bin + NAME.idx     Megatron-LM and GPT-NeoX (forescale.data.tokenised.megatron)
-    NAME.npy                ids in one row, or rows of one length
+    NAME.npy                ids in one row, or rows of equal length
     NAME.tar                a webdataset whose members are arrays: .npy, or raw ids in .bin or .tok
-    NAME.bin                raw ids; the dtype is told
+    NAME.bin                raw ids; the user gives the dtype
 
-Invariant: a file is described only if all of it is accounted for, to the last byte: a header that
-asks for more or fewer bytes than there are is a UserError, and so is an end of a tar that is none.
+Invariant: a file is accepted only if every byte of it is accounted for: a header that implies more
+or fewer bytes than there are raises UserError, and so does a tar without its end.
 """
 
 import io
@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from forescale.data.remote.transfer import is_url
-from forescale.data.text.documents import Report
+from forescale.data.text.documents import ReadingReport
 from forescale.data.text.opening import open_raw, reading, shown
 from forescale.data.tokenised.megatron import read_idx
 from forescale.errors import UserError
@@ -29,12 +29,12 @@ RESTORE = "restore it from its source"
 _RAW = (".bin", ".tok")
 _ARRAYS = (".npy", *_RAW)
 _TEXTS = (".txt", ".md", ".py", ".jsonl")
-_PEEKED = 32  # members of a tar that say what it holds
+_PEEKED = 32  # members of a tar that decide its kind
 _DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64", "uint64")
 
 
-class Run(NamedTuple):
-    """Token ids that lie side by side: `offset` in bytes of its file, how many tokens."""
+class Extent(NamedTuple):
+    """Token ids stored one after the other: `offset` in bytes of the file, number of tokens."""
 
     offset: int
     tokens: int
@@ -42,27 +42,29 @@ class Run(NamedTuple):
 
 @dataclass
 class TokenFile:
-    """What one file holds: runs of ids, in order, and where documents are known to end.
+    """The contents of one file: extents of ids, in order, and known document ends.
 
     where: a path or an address; ends: of documents, counted in tokens of the file, int64 ascending,
-    none beyond the last run's end (which ends one anyhow); by_id: an end-of-text id ends one, too.
+    none beyond the last extent's end (which always ends one); by_id: an end-of-text id ends one
+    too.
     """
 
     where: str
     size: int  # bytes
     dtype: np.dtype
-    runs: list[Run]
+    extents: list[Extent]
     ends: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     by_id: bool = True
 
     @property
     def tokens(self) -> int:
-        return sum(run.tokens for run in self.runs)
+        """Number of tokens in the file."""
+        return sum(extent.tokens for extent in self.extents)
 
 
 def kind_of_file(where: str) -> str | None:
-    """ "megatron", "npy", "tar", "flat", or None for a file that holds no tokens, by its name; a
-    tar is opened. Raises UserError where that can't be done."""
+    """Return "megatron", "npy", "tar", "flat", or None for a file without tokens, by its name; a
+    tar is opened. Raises UserError if that fails."""
     name = where.partition("?")[0].lower() if is_url(where) else where.lower()
     if name.endswith(".idx"):
         return "megatron"
@@ -73,25 +75,28 @@ def kind_of_file(where: str) -> str | None:
     return "tar" if name.endswith(".tar") and _holds_arrays(where) else None
 
 
-def describe(where: str, kind: str, dtype: np.dtype | None, left_out: Report) -> TokenFile:
-    """dtype: of raw ids. Raises UserError for a file that isn't whole, or of another dtype."""
+def describe(where: str, kind: str, dtype: np.dtype | None, left_out: ReadingReport) -> TokenFile:
+    """Return the contents of a file. dtype: of raw ids.
+
+    Raises UserError for a file that is incomplete or has another dtype.
+    """
     with open_raw(where) as f:
         size = f.seek(0, io.SEEK_END)
         if kind == "megatron":
             found, ends = read_idx(_idx(where), where, size)
-            return TokenFile(where, size, found, [Run(0, int(ends[-1]))], ends, by_id=False)
+            return TokenFile(where, size, found, [Extent(0, int(ends[-1]))], ends, by_id=False)
         if kind == "npy":
-            found, run, rows = _npy(f, where, 0, size)
-            ends = np.arange(1, run.tokens // rows + 1, dtype=np.int64) * rows
-            return TokenFile(where, size, found, [run], ends)
+            found, extent, rows = _npy(f, where, 0, size)
+            ends = np.arange(1, extent.tokens // rows + 1, dtype=np.int64) * rows
+            return TokenFile(where, size, found, [extent], ends)
         if kind == "tar":
             return _tar(f, where, size, dtype, left_out)
-        told = _told(where, dtype)
-        return TokenFile(where, size, told, [_raw(where, 0, size, told)])
+        given = _given_dtype(where, dtype)
+        return TokenFile(where, size, given, [_raw(where, 0, size, given)])
 
 
 def bin_of(where: str) -> str:
-    """The file with the ids: of an .idx, the .bin beside it."""
+    """Return the file with the ids: for an .idx, the .bin beside it."""
     return where[: -len(".idx")] + ".bin" if where.endswith(".idx") else where
 
 
@@ -99,22 +104,24 @@ def _idx(where: str) -> str:
     return where[: -len(".bin")] + ".idx"
 
 
-def _told(where: str, dtype: np.dtype | None) -> np.dtype:
+def _given_dtype(where: str, dtype: np.dtype | None) -> np.dtype:
     if dtype is None:
-        what = "raw token ids don't say how wide they are"
-        raise UserError(shown(where), what, "give their dtype, such as dtype=uint16")
+        what = "holds raw token ids, whose dtype must be given"
+        raise UserError(shown(where), what, "write such as dtype=uint16")
     return dtype
 
 
-def _raw(where: str, offset: int, size: int, dtype: np.dtype) -> Run:
+def _raw(where: str, offset: int, size: int, dtype: np.dtype) -> Extent:
     if size % dtype.itemsize or not size:
-        what = f"{size:,} bytes are no whole number of {dtype.name} tokens" if size else "is empty"
-        raise UserError(shown(where), what, f"give its dtype, or {RESTORE}")
-    return Run(offset, size // dtype.itemsize)
+        what = (
+            f"{size:,} bytes aren't a whole number of {dtype.name} tokens" if size else "is empty"
+        )
+        raise UserError(shown(where), what, f"give the correct dtype, or {RESTORE}")
+    return Extent(offset, size // dtype.itemsize)
 
 
-def _npy(f: BinaryIO, where: str, offset: int, size: int) -> tuple[np.dtype, Run, int]:
-    """An array in `size` bytes of a file: its dtype, its ids, the length of its rows."""
+def _npy(f: BinaryIO, where: str, offset: int, size: int) -> tuple[np.dtype, Extent, int]:
+    """Return dtype, ids and row length of an array in `size` bytes of a file."""
     f.seek(offset)
     try:
         version = np.lib.format.read_magic(f)
@@ -127,18 +134,20 @@ def _npy(f: BinaryIO, where: str, offset: int, size: int) -> tuple[np.dtype, Run
         raise UserError(shown(where), f"its .npy header is damaged ({e})", RESTORE) from e
     if dtype.name not in _DTYPES or len(shape) not in (1, 2) or (by_columns and len(shape) > 1):
         order = " in columns" * by_columns
-        what = f"holds {dtype.name} of shape {shape}{order}, which are no token ids"
-        raise UserError(shown(where), what, "expected integers, in one dimension or in rows")
+        what = f"holds {dtype.name} of shape {shape}{order}, which can't be token ids"
+        raise UserError(shown(where), what, "give integers, in one dimension or in rows")
     begin = f.tell()
     tokens, have = int(np.prod(shape)), offset + size - begin
     if have != tokens * dtype.itemsize or not tokens:
-        what = f"{have:,} bytes of tokens where its header says {tokens * dtype.itemsize:,}"
+        what = f"has {have:,} bytes of tokens, but its header says {tokens * dtype.itemsize:,}"
         raise UserError(shown(where), what, RESTORE)
-    return dtype, Run(begin, tokens), int(shape[-1])
+    return dtype, Extent(begin, tokens), int(shape[-1])
 
 
-def _tar(f: BinaryIO, where: str, size: int, dtype: np.dtype | None, left_out: Report) -> TokenFile:
-    """Every array of a webdataset is a run, and the end of a document."""
+def _tar(
+    f: BinaryIO, where: str, size: int, dtype: np.dtype | None, left_out: ReadingReport
+) -> TokenFile:
+    """Return the contents of a webdataset: every array is an extent and ends a document."""
     arrays = []
     others = Counter[str]()
     for info in tar_members(f, where, size):
@@ -152,27 +161,30 @@ def _tar(f: BinaryIO, where: str, size: int, dtype: np.dtype | None, left_out: R
             left_out.add("no token ids", f"{Path(where).name}/{info.name}")
     if len(kinds := {suffix for suffix, _ in arrays}) != 1:
         what = f"its members hold arrays of {len(kinds)} kinds ({', '.join(sorted(kinds))})"
-        raise UserError(shown(where), what, "make tars with one array of token ids a sample")
-    runs, dtypes = [], set()
+        raise UserError(shown(where), what, "make tars with one array of token ids per sample")
+    extents, dtypes = [], set()
     for suffix, info in arrays:
         named = f"{where}: member {info.name}"
         if suffix.endswith("npy"):
-            found, run, _ = _npy(f, named, info.offset_data, info.size)
+            found, extent, _ = _npy(f, named, info.offset_data, info.size)
         else:
-            found = _told(where, dtype)
-            run = _raw(named, info.offset_data, info.size, found)
-        runs.append(run)
+            found = _given_dtype(where, dtype)
+            extent = _raw(named, info.offset_data, info.size, found)
+        extents.append(extent)
         dtypes.add(found)
     if len(dtypes) != 1:
-        what = f"its members differ in dtype ({', '.join(sorted(d.str for d in dtypes))})"
-        raise UserError(shown(where), what, "make tars of one dtype")
-    ends = np.cumsum([run.tokens for run in runs], dtype=np.int64)
-    return TokenFile(where, size, dtypes.pop(), runs, ends)
+        what = f"its members have different dtypes ({', '.join(sorted(d.str for d in dtypes))})"
+        raise UserError(shown(where), what, "make tars with one dtype")
+    ends = np.cumsum([extent.tokens for extent in extents], dtype=np.int64)
+    return TokenFile(where, size, dtypes.pop(), extents, ends)
 
 
 def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
-    """The headers of a tar. tarfile takes a damaged one, or a cut between two members, for the end;
-    here only zeros, two blocks or more and up to the last byte, are. Raises UserError."""
+    """Return the headers of a tar. Raises UserError.
+
+    tarfile takes a damaged header, or a cut between two members, for the end; here only zeros are
+    the end, at least two blocks and up to the last byte.
+    """
     f.seek(0)
     with reading(where), tarfile.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
         members = tar.getmembers()
@@ -181,13 +193,13 @@ def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
     rest = size - end
     zeros = all(not block.strip(b"\0") for block in iter(lambda: f.read(1 << 16), b""))
     if rest < 2 * tarfile.BLOCKSIZE or not zeros:
-        what = f"its members end at byte {end:,}, and no end of a tar follows: cut off or damaged"
+        what = f"truncated or damaged: its members end at byte {end:,}, but no end of a tar follows"
         raise UserError(shown(where), what, RESTORE)
     return members
 
 
 def _holds_arrays(where: str) -> bool:
-    """Whether the first members of a tar say that it holds ids and not text."""
+    """Return whether the first members of a tar are ids and not text."""
     seen = False
     with open_raw(where) as f, reading(where):
         try:
@@ -200,5 +212,5 @@ def _holds_arrays(where: str) -> bool:
                         return False
                     seen = seen or name.endswith(_ARRAYS)
         except tarfile.TarError:
-            return seen  # its reader names the damage
+            return seen  # the reader will report the damage
     return seen

@@ -1,14 +1,14 @@
-"""The index of Megatron-LM's and GPT-NeoX's tokenised corpora, NAME.idx beside NAME.bin.
+"""The index of tokenised corpora of Megatron-LM and GPT-NeoX, NAME.idx beside NAME.bin.
 
     MMIDIDX\\0\\0, version (u64, 1), dtype code (u8), sequences (u64), documents + 1 (u64)
     int32[sequences]        tokens of each sequence
     int64[sequences]        its first byte in the .bin
-    int64[documents + 1]    the first sequence of each document, and their number
+    int64[documents + 1]    the first sequence of each document, and the number of sequences
 
 Layout: megatron/core/datasets/indexed_dataset.py. All little-endian.
 
-Invariant: an index is taken only if every number in it agrees with all others and with the size of
-the .bin: a file of either kind that is cut off, or belongs to another, is a UserError.
+Invariant: an index is accepted only if all its numbers agree with each other and with the size of
+the .bin: a truncated file of either kind, or one that belongs to another, raises UserError.
 """
 
 import struct
@@ -20,21 +20,21 @@ from forescale.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
-# Forks have 9; floats and int8 are no token ids.
+# 9 is used by forks; floats and int8 can't be token ids.
 _CODES = {1: "uint8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16", 9: "uint32"}
 _TODO = "restore both files from their source"
 
 
 def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.ndarray]:
-    """The dtype, and the end of each document in tokens, int64 ascending. Raises UserError.
+    """Return the dtype, and the end of each document in tokens, int64 ascending. Raises UserError.
 
-    Documents without a token, which some writers leave, are passed over. Needs some 30 bytes of
-    memory for each sequence.
+    Documents without a token, which some writers produce, are skipped. Needs about 30 bytes of
+    memory per sequence.
     """
     with open_raw(path) as f, reading(path):
         raw = f.read()
     fault = UserError(
-        shown(path), "is no index of a Megatron corpus, or its head is damaged", _TODO
+        shown(path), "isn't an index of a Megatron corpus, or its header is damaged", _TODO
     )
     begin = len(_MAGIC) + _HEADER.size
     if len(raw) < begin or not raw.startswith(_MAGIC):
@@ -43,13 +43,13 @@ def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.nda
     if version != 1:
         raise fault
     if code not in _CODES:
-        what = f"its tokens have the dtype code {code}, which is none of integers"
+        what = f"its dtype code {code} isn't one of integers"
         raise UserError(shown(path), what, _TODO)
     want = begin + 12 * sequences + 8 * bounds
     if len(raw) != want:
-        what = f"{len(raw):,} bytes where its head says {want:,}"
+        what = f"has {len(raw):,} bytes, but its header says {want:,}"
         if len(raw) == want + sequences:
-            what = "is of a multimodal corpus"
+            what = "belongs to a multimodal corpus"
         raise UserError(shown(path), what, _TODO)
     dtype = np.dtype(_CODES[code]).newbyteorder("<")
     sizes = np.frombuffer(raw, "<i4", sequences, begin)
@@ -59,7 +59,7 @@ def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.nda
     if what := _disagreement(sizes, pointers, firsts, ends, dtype.itemsize):
         raise UserError(shown(path), f"damaged: {what}", _TODO)
     if int(ends[-1]) * dtype.itemsize != bin_size:
-        what = f"{bin_size:,} bytes where its index says {int(ends[-1]) * dtype.itemsize:,}"
+        what = f"has {bin_size:,} bytes, but its index says {int(ends[-1]) * dtype.itemsize:,}"
         raise UserError(shown(bin_where), what, _TODO)
     found = np.concatenate([np.zeros(1, np.int64), ends])[firsts[1:]]
     return dtype, found[np.diff(found, prepend=0) > 0]
@@ -68,12 +68,13 @@ def read_idx(path: str, bin_where: str, bin_size: int) -> tuple[np.dtype, np.nda
 def _disagreement(
     sizes: np.ndarray, pointers: np.ndarray, firsts: np.ndarray, ends: np.ndarray, item: int
 ) -> str:
+    """Return what is inconsistent in the index, or ""."""
     if not len(sizes) or not ends[-1]:
         return "it has no tokens"
     if (sizes < 0).any():
-        return "a sequence has fewer than no tokens"
+        return "a sequence has a negative number of tokens"
     if not np.array_equal(pointers, (ends - sizes) * item):
-        return "its sequences don't follow on each other in the .bin"
+        return "its sequences don't follow each other in the .bin"
     if len(firsts) < 2 or firsts[0] or firsts[-1] != len(sizes) or (np.diff(firsts) < 0).any():
-        return "its documents don't follow on each other"
+        return "its documents don't follow each other"
     return ""

@@ -1,4 +1,4 @@
-"""Building: the same bytes for the same text, nothing half-made, everything accounted for."""
+"""Building: the same bytes for the same text, no incomplete output, everything is counted."""
 
 import hashlib
 import json
@@ -17,9 +17,8 @@ from forescale.data.check import check
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import assemble, encode
 from forescale.data.prepare.builder import build_dataset
-from forescale.data.text.documents import Policy
+from forescale.data.text.documents import Policy, cut, pieces
 from forescale.data.text.files import Files
-from forescale.data.text.pieces import cut, pieces
 from forescale.errors import UserError
 from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
@@ -29,13 +28,13 @@ def digest(directory: Path) -> dict[str, str]:
 
 
 def texts_of(path: Path, split: str) -> list[str]:
-    """The documents of a split as they come out of its shards."""
+    """Return the documents of a split as read from its shards."""
     dataset = Dataset(path)
     part, found = dataset.split(split), []
     for shard, tokens in enumerate(part.shard_tokens):
         ids = part.read(shard, 0, tokens)
         ends = np.flatnonzero(ids == dataset.end_of_text)
-        assert ends[-1] == tokens - 1  # documents are never cut between shards
+        assert ends[-1] == tokens - 1  # documents are never split between shards
         found += [
             dataset.tokenizer.decode(d[:-1], skip_special_tokens=False)
             for d in np.split(ids, ends + 1)[:-1]
@@ -43,7 +42,7 @@ def texts_of(path: Path, split: str) -> list[str]:
     return found
 
 
-def test_same_text_same_bytes(texts, dataset, tmp_path):
+def test_the_same_text_gives_the_same_bytes(texts, dataset, tmp_path):
     again = build_dataset(Texts(texts), tmp_path / "again", SMALL)
     assert digest(again) == digest(dataset)
     other = build_dataset(Texts(texts), tmp_path / "other", replace(SMALL, seed=1))
@@ -52,7 +51,7 @@ def test_same_text_same_bytes(texts, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_the_bytes_depend_on_no_number_of_workers(texts, tmp_path, workers):
+def test_the_bytes_do_not_depend_on_the_number_of_workers(texts, tmp_path, workers):
     source = Texts([*texts, b"", *texts[:9], b"\xff"], per_unit=5)
     alone = build_dataset(source, tmp_path / "alone", SMALL)
     many = build_dataset(source, tmp_path / "many", SMALL, workers=workers)
@@ -76,9 +75,7 @@ def test_hash_seeds_and_threads_do_not_change_the_bytes(texts, dataset, tmp_path
     assert digest(tmp_path / "serial") == digest(dataset)
 
 
-def test_however_little_is_held_at_a_time_the_bytes_are_the_same(
-    texts, dataset, tmp_path, monkeypatch
-):
+def test_the_bytes_are_the_same_for_any_memory_use(texts, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "_RUN", 300)
     monkeypatch.setattr(encode, "_BATCH", 100)
     monkeypatch.setattr(assemble, "_GATHERED", 200)
@@ -111,7 +108,7 @@ def test_every_document_comes_out_once_and_counts_agree(texts, dataset):
     assert check(dataset) == []
 
 
-def test_a_document_stays_held_out_whatever_else_there_is(texts, dataset, tmp_path):
+def test_a_document_stays_held_out_when_others_are_added(texts, dataset, tmp_path):
     part = build_dataset(Texts(texts[::2]), tmp_path / "part", SMALL)
     held_out = set(texts_of(dataset, "validation"))
     assert set(texts_of(part, "validation")) == held_out & {t.decode() for t in texts[::2]}
@@ -188,10 +185,10 @@ def test_baselines_are_bits_per_byte(dataset, texts):
     assert rows["xz_conditional"]["sample_files"] == len(texts_of(dataset, "train"))
 
 
-def test_an_output_is_found_again_and_another_is_refused(texts, dataset, tmp_path):
+def test_an_equal_request_finds_the_output_and_another_is_refused(texts, dataset, tmp_path):
     before = digest(dataset)
     assert build_dataset(Texts(texts), dataset, SMALL) == dataset
-    with pytest.raises(UserError, match=r"built otherwise \(seed differ"):
+    with pytest.raises(UserError, match=r"built with different seed"):
         build_dataset(Texts(texts), dataset, replace(SMALL, seed=3))
     assert digest(dataset) == before
     (tmp_path / "notes").mkdir()
@@ -199,13 +196,13 @@ def test_an_output_is_found_again_and_another_is_refused(texts, dataset, tmp_pat
         build_dataset(Texts(texts), tmp_path / "notes", SMALL)
 
 
-def test_bad_input_has_a_sentence_and_leaves_nothing(tmp_path, texts):
+def test_bad_input_raises_a_clear_error_and_leaves_nothing(tmp_path, texts):
     cases = [
         (Texts([b"", b"\xff"]), SMALL, "no usable document.*1 empty, 1 undecodable"),
         (Texts(texts), replace(SMALL, validation=0.9), "validation: 0.9"),
         (Texts(texts), replace(SMALL, member_tokens=0), "member_tokens"),
-        (Texts(texts), replace(SMALL, tokenizer="none.json"), "no such tokenizer"),
-        (Texts(texts), replace(SMALL, tokenizer="bytes", end_of_text="<x>"), "no <x>"),
+        (Texts(texts), replace(SMALL, tokenizer="none.json"), "no such file"),
+        (Texts(texts), replace(SMALL, tokenizer="bytes", end_of_text="<x>"), "no token <x>"),
     ]
     for source, config, sentence in cases:
         with pytest.raises(UserError, match=sentence):
@@ -213,18 +210,18 @@ def test_bad_input_has_a_sentence_and_leaves_nothing(tmp_path, texts):
         assert [p.name for p in tmp_path.iterdir() if p.name != ".d.lock"] == []
 
 
-def test_text_that_changes_while_it_is_read_is_refused(texts, tmp_path):
+def test_text_that_changes_while_being_read_is_refused(texts, tmp_path):
     class Changing(Texts):
         def read(self, unit, report):
             yield from super().read(unit, report)
             self.texts = [*self.texts[:-1], b"other"]
 
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         build_dataset(Changing(list(texts)), tmp_path / "d", SMALL)
     assert [p.name for p in tmp_path.iterdir()] == [".d.lock"]
 
 
-def test_what_is_finished_of_files_that_change_is_not_used(tmp_path):
+def test_finished_units_of_changed_files_are_not_used(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in "abc":
@@ -246,14 +243,14 @@ def test_what_is_finished_of_files_that_change_is_not_used(tmp_path):
     (folder / "a.txt").write_text("the text a, of later\n")  # as long as before
     (folder / "d.txt").write_bytes(b"now is UTF8\n")
     path, said = build()
-    assert "begun of inputs that have changed since" in said
+    assert "the inputs or package versions have changed since" in said
     assert sorted(texts_of(path, "train"))[1] == "the text a, of later\n"
     (folder / "b.txt").rename(folder / "e.txt")
-    with pytest.raises(UserError, match=r"built otherwise \(source differ"):
+    with pytest.raises(UserError, match=r"built with different source"):
         build()
 
 
-def test_a_second_builder_waits_and_finds_it_done(texts, tmp_path):
+def test_a_second_builder_waits_and_finds_the_result(texts, tmp_path):
     began, waits, said = threading.Event(), threading.Event(), []
 
     class Slow(Texts):
@@ -275,10 +272,10 @@ def test_a_second_builder_waits_and_finds_it_done(texts, tmp_path):
     assert began.wait(60)
     path = build_dataset(Unread(texts), tmp_path / "d", SMALL, second)
     first.join()
-    assert said == [f"{path}: another process builds it; waiting for that"]
+    assert said == [f"{path}: waiting for another process that is building it"]
 
 
-def test_pieces_are_the_text_and_keep_characters_whole():
+def test_pieces_join_to_the_text_and_split_no_character():
     for text in ("ab\ncd\nef\n", "🙂" * 50, "naïve " * 30, "x", "a\n" + "y" * 100):
         raw = text.encode()
         for size in (4, 5, 7, 16, 1000):
@@ -288,7 +285,7 @@ def test_pieces_are_the_text_and_keep_characters_whole():
     assert cut(b"aa\nbb\ncc", 0, 7) == 6
 
 
-def test_nothing_held_out_where_none_is_wanted(texts, tmp_path):
+def test_nothing_is_held_out_with_validation_0(texts, tmp_path):
     path = build_dataset(Texts(texts), tmp_path / "d", replace(SMALL, validation=0))
     assert Dataset(path).split("validation").shard_tokens == []
     assert Dataset(path).manifest["baselines"] is None
@@ -296,8 +293,8 @@ def test_nothing_held_out_where_none_is_wanted(texts, tmp_path):
     assert check(path) == []
 
 
-def test_a_finished_dataset_is_used_where_nobody_can_write(texts, dataset, tmp_path):
+def test_a_finished_dataset_is_used_in_a_read_only_folder(texts, dataset, tmp_path):
     shared = tmp_path / "shared"
     shutil.copytree(dataset, shared / "d")
     assert build_dataset(Texts(texts), shared / "d", SMALL) == shared / "d"
-    assert [p.name for p in shared.iterdir()] == ["d"]  # not even a lock was written
+    assert [p.name for p in shared.iterdir()] == ["d"]  # no lock file was written

@@ -1,4 +1,4 @@
-"""The embedded corpus: what is left out, and that its name and hash follow its content alone."""
+"""The embedded corpus: which files are left out; its name and hash depend only on its content."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from forescale.data.dataset import Dataset
 from forescale.data.prepare import corpus
 from forescale.data.prepare.builder import BuildConfig
 from forescale.data.progress import console
-from forescale.data.text.files import Report
+from forescale.data.text.files import ReadingReport
 from forescale.errors import UserError
 
 SOURCE = "def function_{0}(value):\n    return value + {0}\n\n\nclass Name{0}:\n    pass\n"
@@ -17,7 +17,7 @@ SOURCE = "def function_{0}(value):\n    return value + {0}\n\n\nclass Name{0}:\n
 
 @pytest.fixture
 def roots(tmp_path) -> dict[str, Path]:
-    """Two packages, with everything beside source that an installation holds."""
+    """Two packages, with everything that an installation holds beside source code."""
     for package in ("alpha", "beta"):
         for folder in ("", "inner", "tests", "config-3.13-x86_64"):
             directory = tmp_path / "site" / package / folder
@@ -39,7 +39,7 @@ def roots(tmp_path) -> dict[str, Path]:
 
 
 def test_names_order_and_exclusions(roots):
-    report = Report()
+    report = ReadingReport()
     source = corpus.PythonSource(roots)
     names = [d.name for unit in source.units() for d in source.read(unit, report)]
     own = [f"{f}m{i}.py" for f in ("inner/", "") for i in range(4)]
@@ -63,7 +63,7 @@ def test_this_installation_has_a_corpus():
     assert "+" not in source.describe()["packages"]["torch"]
 
 
-def test_prepared_once_and_again_after_an_upgrade(roots, tmp_path, monkeypatch, capsys):
+def test_the_corpus_is_built_once_and_again_after_an_upgrade(roots, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "installed_roots", lambda missing: roots)
     monkeypatch.setattr(corpus, "EMBEDDED", BuildConfig(vocab_size=300, validation=0.2))
     monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
@@ -96,6 +96,6 @@ def test_prepared_once_and_again_after_an_upgrade(roots, tmp_path, monkeypatch, 
     assert Dataset(upgraded).corpus_hash != Dataset(path).corpus_hash
 
 
-def test_no_source_at_all_has_a_sentence(tmp_path):
+def test_missing_source_code_raises_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="no Python source"):
         corpus.PythonSource({"python": tmp_path})

@@ -1,4 +1,4 @@
-"""Exact duplicates: what counts as one, and that the first in plan order is kept, however cut."""
+"""Exact duplicates: which documents are equal, and that the first in source order is kept."""
 
 import unicodedata
 from itertools import pairwise
@@ -14,9 +14,9 @@ from forescale.data.dataset import Dataset
 from forescale.data.prepare import dedupe
 from forescale.data.prepare.builder import build_dataset
 from forescale.data.prepare.columns import facts
-from forescale.data.prepare.dedupe import HashJob, RangeJob, Run, normalised, range_edges
-from forescale.data.prepare.selection import Bounds, Plan
-from forescale.data.text.documents import Report
+from forescale.data.prepare.dedupe import HashJob, HashRun, RangeJob, normalised, range_edges
+from forescale.data.prepare.selection import Bounds, Selection
+from forescale.data.text.documents import ReadingReport
 from tests.trainer.data.synthetic_text import SMALL, Texts, synthetic
 
 # Texts of few kinds, in forms that are equal once normalised.
@@ -38,38 +38,38 @@ TEXT = st.builds(
         ("a\n\n\n", "a"),
     ],
 )
-def test_these_are_the_same(same, other):
+def test_equal_documents(same, other):
     assert normalised(same.encode()) == normalised(other.encode())
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("A", "a"), (" a", "a"), ("a  b", "a b"), ("a\n\nb", "a\nb"), ("ﬁ", "fi")]
 )
-def test_these_are_not(one, other):
+def test_different_documents(one, other):
     assert normalised(one.encode()) != normalised(other.encode())
 
 
 def plain(text: bytes) -> str:
-    """The rule of the module's head, written out."""
+    """The rule in the head of the module, written out."""
     lines = unicodedata.normalize("NFC", text.decode()).replace("\r\n", "\n").split("\n")
     return "\n".join(line.rstrip(" \t") for line in lines).strip("\n")
 
 
 def kept(source: Texts, work: Path, per_range: int) -> tuple[list[str], list[str]]:
-    """Names of what is kept and of what is not, in plan order."""
+    """Return the names of the documents that are kept and of the others, in source order."""
     hashes, ranges = work / "hashes", work / "ranges"
     hashes.mkdir()
     ranges.mkdir()
     units = source.units()
-    for item in reversed(list(enumerate(units))):  # whoever does what when
+    for item in reversed(list(enumerate(units))):  # in another order
         HashJob(source, hashes)(item, lambda size, tokens: None)
-    runs = [[Run(*r) for r in facts(hashes / f"{n:06d}")["runs"]] for n in range(len(units))]
+    runs = [[HashRun(*r) for r in facts(hashes / f"{n:06d}")["runs"]] for n in range(len(units))]
     edges = range_edges(sum(run.distinct for unit in runs for run in unit), per_range)
     for number, (low, high) in enumerate(pairwise(edges)):
         RangeJob(hashes, ranges, runs)((number, low, high), lambda size, tokens: None)
     paths = [ranges / f"{number:04d}" for number in range(len(edges) - 1)]
-    plan, report = Plan(hashes, paths, Bounds(0, 0, 0, False), 0.0), Report()
-    parts = [part for item in enumerate(units) for part in plan.parts(source, *item, report)]
+    selection, report = Selection(hashes, paths, Bounds(0, 0, 0, False), 0.0), ReadingReport()
+    parts = [part for item in enumerate(units) for part in selection.parts(source, *item, report)]
     sizes = np.concatenate([dedupe.kept_of(path)[1] for path in paths])
     assert sizes.sum() == sum(len(part.text) for part in parts)
     return [part.name for part in parts], report.listed.get("duplicate", [])
@@ -77,7 +77,7 @@ def kept(source: Texts, work: Path, per_range: int) -> tuple[list[str], list[str
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(TEXT, min_size=1, max_size=40), st.integers(1, 40), st.integers(1, 6), st.data())
-def test_the_first_in_plan_order_is_kept(texts, per_unit, per_range, data):
+def test_the_first_in_source_order_is_kept(texts, per_unit, per_range, data):
     first: dict[str, str] = {}
     names = [f"text-{i}" for i in range(len(texts))]
     for name, text in zip(names, texts, strict=True):

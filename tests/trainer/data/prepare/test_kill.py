@@ -1,4 +1,5 @@
-"""A build killed with kill -9 at any moment: the next try goes on and ends with the same bytes."""
+"""A build killed with kill -9 at any moment: the next attempt continues and gives the same
+bytes."""
 
 import hashlib
 import os
@@ -38,7 +39,7 @@ def build(output, condition):
     return status != 0
 """
 
-# At its first change; the next child at the second of its own, and so on until one gets through.
+# Killed at its first change; the next child at its second, and so on until one finishes.
 AT_EVERY_CHANGE = """
 from itertools import count
 for kills in count():
@@ -48,8 +49,8 @@ for kills in count():
 print(kills)
 """
 
-# When all is done but the name; then again with a file of every kind damaged, in turn. Printed are
-# that file and the others that the next try made anew.
+# Killed when everything except the rename is done; then again with a file of every kind damaged, in
+# turn. Prints that file and the others that the next attempt made again.
 DAMAGED = """
 from pathlib import Path
 output = Path(sys.argv[1])
@@ -78,7 +79,7 @@ for path in one_of_each_kind():
 assert not build(output, lambda *change: False)
 """
 
-# With workers; at the N-th report of progress all are killed, or one of the workers is.
+# With workers: at the N-th progress report all processes are killed, or one worker.
 AT_A_REPORT = """
 import psutil
 from forescale.errors import UserError
@@ -104,7 +105,7 @@ def digest(directory: Path) -> dict[str, str]:
 
 
 def start(script: str, *words: object) -> subprocess.Popen:
-    """In a process group and a session of its own."""
+    """Start a process in a process group and session of its own."""
     path = os.pathsep.join(sys.path)
     return subprocess.Popen(
         [sys.executable, "-c", PREAMBLE + script, *map(str, words)],
@@ -117,7 +118,7 @@ def start(script: str, *words: object) -> subprocess.Popen:
 
 
 def expect_gone(session: int) -> None:
-    """Nothing of a killed session's processes is left, within half a minute."""
+    """Check that no process of a killed session is left within 30 seconds."""
     for _ in range(300):
         left = [pid for pid in psutil.pids() if session_of(pid) == session]
         if not left:
@@ -140,7 +141,8 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def expect_same(undisturbed, tmp_path):
-    """The next try, here, gives what an undisturbed build gives, and leaves nothing else."""
+    """Check that the next attempt gives the same as an undisturbed build, and leaves nothing
+    else."""
 
     def expect() -> None:
         build_dataset(SOURCE, tmp_path / "d", SMALL)
@@ -151,15 +153,15 @@ def expect_same(undisturbed, tmp_path):
     return expect
 
 
-def test_killed_at_every_change_to_the_file_system(expect_same, tmp_path):
+def test_a_build_killed_at_every_change_to_the_file_system(expect_same, tmp_path):
     build = start(AT_EVERY_CHANGE, tmp_path / "d")
     out, err = build.communicate(timeout=100)
     assert build.returncode == 0, err
-    assert int(out) > 10  # it was killed again and again
+    assert int(out) > 10  # it was killed many times
     expect_same()
 
 
-def test_finished_units_are_checked_and_only_the_damaged_are_made_again(expect_same, tmp_path):
+def test_only_damaged_units_are_made_again(expect_same, tmp_path):
     build = start(DAMAGED, tmp_path / "d")
     out, err = build.communicate(timeout=100)
     assert build.returncode == 0, err
@@ -168,7 +170,7 @@ def test_finished_units_are_checked_and_only_the_damaged_are_made_again(expect_s
     assert kinds >= {"hashes", "ranges", "samples", "tokens", "rows", "tokenizer", "baselines"}
     always = {f"dataset/{name}.json" for name in ("manifest", "tokenizer", "files")}
     for damaged, *others in rows:
-        if damaged != "request.json":  # without it nothing is known of the rest
+        if damaged != "request.json":  # without it the other files can't be used
             kind, _, shard = damaged.partition(".")[0].partition("/")
             whole = {f"rows/{shard}", f"dataset/{shard}.tar", f"dataset/{shard}.index.json"}
             assert set(others) <= always | (whole if kind in ("rows", "dataset") else set())
@@ -176,7 +178,7 @@ def test_finished_units_are_checked_and_only_the_damaged_are_made_again(expect_s
 
 
 @pytest.mark.parametrize("at", [1, 9, 30])
-def test_all_killed_with_workers_at_work(expect_same, tmp_path, at):
+def test_a_build_killed_while_workers_run(expect_same, tmp_path, at):
     build = start(AT_A_REPORT, tmp_path / "d", "SOURCE", at, "all")
     _, err = build.communicate(timeout=100)
     assert build.returncode == -signal.SIGKILL, err
@@ -186,11 +188,13 @@ def test_all_killed_with_workers_at_work(expect_same, tmp_path, at):
 
 
 @pytest.mark.parametrize("at", [1, 20])
-def test_a_killed_worker_is_named_and_the_next_try_goes_on(expect_same, tmp_path, at):
+def test_a_killed_worker_is_reported_and_the_next_attempt_continues(expect_same, tmp_path, at):
     build = start(AT_A_REPORT, tmp_path / "d", "SOURCE", at, "worker")
     _, err = build.communicate(timeout=100)
     assert build.returncode == 1
-    said = "its worker was killed, most likely because memory ran out; give the same command again"
+    said = (
+        "its worker process was killed, probably because memory ran out; run the same command again"
+    )
     assert said in err
     expect_gone(build.pid)
     expect_same()
@@ -198,7 +202,7 @@ def test_a_killed_worker_is_named_and_the_next_try_goes_on(expect_same, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments(tmp_path, seed):
+def test_a_build_killed_at_random_moments(tmp_path, seed):
     whole = digest(build_dataset(MANY, tmp_path / "whole", SMALL))
     rng = random.Random(seed)
     for _ in range(100):

@@ -1,4 +1,5 @@
-"""The node's cache: right bytes whatever happens to its files, within its limit, shared by all."""
+"""The node's cache: correct bytes whatever happens to its files, within its limit, shared by
+processes."""
 
 import os
 import random
@@ -27,12 +28,12 @@ def path_of(blocks: Blocks, number: int) -> Path:
 
 
 def age(blocks: Blocks, *numbers: int) -> None:
-    """Have these blocks be read last long ago, the first one longest."""
+    """Make these blocks look read long ago, the first one longest."""
     for i, number in enumerate(numbers):
         os.utime(path_of(blocks, number), (1000 + i, 1000 + i))
 
 
-def test_a_block_is_fetched_once_and_read_at_any_place(blocks):
+def test_a_block_is_fetched_once_and_read_at_any_offset(blocks):
     whole = blocks.origin(3)
     for skip, stop in [(0, BLOCK), (0, 1), (17, 4711), (BLOCK - 1, BLOCK)]:
         assert blocks.get(3, skip, stop) == whole[skip:stop]
@@ -42,8 +43,8 @@ def test_a_block_is_fetched_once_and_read_at_any_place(blocks):
     assert again.fetched == []
 
 
-def test_a_part_of_a_block_is_judged_by_the_pieces_that_hold_it(tmp_path):
-    """A block of several pieces: reads at their borders, and a fault in one of them."""
+def test_a_part_of_a_block_is_verified_by_its_own_pieces(tmp_path):
+    """A block of several pieces: reads at their borders, and damage in one of them."""
     blocks = Blocks(tmp_path, length=200_000)
     whole = blocks.get(0)
     for skip, stop in [(65_535, 65_537), (65_536, 131_072), (0, 200_000), (199_999, 200_000)]:
@@ -74,7 +75,7 @@ def flip(path: Path, at: int) -> None:
         lambda p: p.write_bytes(p.with_name(f"{FILE}-1").read_bytes()),  # another block's
     ],
 )
-def test_what_is_damaged_is_fetched_again(blocks, damage):
+def test_damaged_blocks_are_fetched_again(blocks, damage):
     blocks.get(0), blocks.get(1)
     damage(path_of(blocks, 0))
     assert blocks.get(0) == blocks.origin(0)
@@ -83,10 +84,10 @@ def test_what_is_damaged_is_fetched_again(blocks, damage):
     assert blocks.fetched == [0, 1, 0]
 
 
-def test_a_block_that_is_dropped_is_fetched_again(blocks):
+def test_a_dropped_block_is_fetched_again(blocks):
     blocks.get(0)
     blocks.cache.drop(f"{FILE}-0")
-    blocks.cache.drop(f"{FILE}-9")  # never was there
+    blocks.cache.drop(f"{FILE}-9")  # doesn't exist
     assert blocks.get(0) == blocks.origin(0)
     assert blocks.fetched == [0, 0]
 
@@ -106,18 +107,18 @@ def test_the_blocks_stay_within_the_limit(tmp_path):
     assert int.from_bytes((tmp_path / "usage").read_bytes(), "little") == taken(tmp_path)
 
 
-def test_what_was_read_longest_ago_goes_first(tmp_path):
+def test_the_least_recently_read_block_is_evicted_first(tmp_path):
     blocks = Blocks(tmp_path, 4 * STORED)
     for number in range(4):
         blocks.get(number)
     age(blocks, 1, 0, 3, 2)
     blocks.get(1)  # now the youngest
-    assert blocks.cache.keep(f"{FILE}-0", BLOCK)  # so is what somebody is about to read
+    assert blocks.cache.keep(f"{FILE}-0", BLOCK)  # a block that will be read counts as read now
     blocks.get(4)
     assert {p.name[33:] for p in tmp_path.glob(f"{FILE}-*")} == {"0", "1", "2", "4"}
 
 
-def test_a_smaller_limit_holds_at_once(tmp_path):
+def test_a_smaller_limit_applies_at_once(tmp_path):
     blocks = Blocks(tmp_path, 10 * STORED)
     for number in range(10):
         blocks.get(number)
@@ -129,7 +130,7 @@ def test_a_smaller_limit_holds_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [b"", b"\xff" * 8])
-def test_usage_is_counted_again_where_it_was_lost(tmp_path, lost):
+def test_lost_usage_is_counted_again(tmp_path, lost):
     blocks = Blocks(tmp_path, 5 * STORED)
     for number in range(5):
         blocks.get(number)
@@ -144,7 +145,7 @@ def test_usage_is_counted_again_where_it_was_lost(tmp_path, lost):
 
 
 def fails(blocks: Blocks, numbers: range) -> list[str]:
-    """Read all of these; the warnings that it costs."""
+    """Read all of these blocks; return the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for number in numbers:
@@ -152,13 +153,13 @@ def fails(blocks: Blocks, numbers: range) -> list[str]:
     return [str(w.message) for w in caught]
 
 
-def test_a_full_disk_costs_a_warning(tmp_path):
+def test_a_full_disk_gives_a_warning(tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
         blocks = Blocks(disk / "cache", length=100_000)
         blocks.get(0)
         filling = fill(disk)
         [warning] = fails(blocks, range(20))
-        assert f"{disk}/cache: the cache of remote files fails (No space left" in warning
+        assert f"{disk}/cache: the cache of remote files failed (No space left" in warning
         assert blocks.cache.failing
         assert blocks.fetched == list(range(20))  # the first one is still there
         filling.unlink()
@@ -169,13 +170,13 @@ def test_a_full_disk_costs_a_warning(tmp_path):
         assert len(blocks.fetched) == fetched
 
 
-def test_a_disk_that_is_full_from_the_start_costs_a_warning(tmp_path):
+def test_a_disk_that_is_full_from_the_start_gives_a_warning(tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
         (disk / "cache").mkdir()
         fill(disk, leave=50_000)
         blocks = Blocks(disk / "cache", length=100_000)
         [warning] = fails(blocks, range(5))
-        assert "fails (No space left on device); reading goes on without it" in warning
+        assert "failed (No space left on device); reading continues without it" in warning
 
 
 def test_a_cache_never_fills_the_whole_disk(tmp_path):
@@ -185,7 +186,7 @@ def test_a_cache_never_fills_the_whole_disk(tmp_path):
         assert shutil.disk_usage(disk).free > 100_000
 
 
-def test_a_disk_that_turns_read_only_costs_a_warning(tmp_path):
+def test_a_disk_that_becomes_read_only_gives_a_warning(tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
         blocks = Blocks(disk / "cache")
         blocks.get(0)
@@ -194,24 +195,24 @@ def test_a_disk_that_turns_read_only_costs_a_warning(tmp_path):
         assert "Read-only file system" in warning
 
 
-def test_a_cache_that_somebody_removes_costs_a_warning(blocks):
+def test_a_removed_cache_gives_a_warning(blocks):
     blocks.get(0)
     shutil.rmtree(blocks.cache._directory)
     [warning] = fails(blocks, range(5))
     assert "No such file or directory" in warning
 
 
-def test_a_cache_that_cannot_be_used_is_named(tmp_path):
+def test_an_unusable_cache_is_reported(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"file/cache: can't be the cache of remote files"
+        UserError, match=r"file/cache: can't be used as cache of remote files"
     ) as caught:
         open_store("http://127.0.0.1:1/d", tmp_path / "file" / "cache", 1 << 20, QUICK)
-    assert re.search("choose a directory", sentence(caught))
+    assert re.search("set data.cache to", sentence(caught))
 
 
-def test_a_block_that_a_dataset_finds_wrong_is_not_kept(tmp_path):
-    """`forget` is what a wrong checksum of the dataset's own calls."""
+def test_a_block_that_a_dataset_finds_damaged_is_not_kept(tmp_path):
+    """`forget` is called if a checksum of the dataset is wrong."""
     with serving() as server:
         server.files["/d/a.tar"] = DATA[::-1]
         server.etags["/d/a.tar"] = "always"

@@ -1,4 +1,5 @@
-"""One cache for all processes of a node: each block is fetched once, whoever dies on the way."""
+"""One cache for all processes of a node: each block is fetched once, even if processes are
+killed."""
 
 import fcntl
 import os
@@ -39,11 +40,11 @@ cache.fill(name, 10_000, lambda: bytearray(10_000) if when != "fetch" else die()
 
 
 @pytest.mark.parametrize("when", ["fetch", "write", "rename"])
-def test_a_process_killed_at_any_moment_leaves_nothing_wrong(tmp_path, when):
+def test_a_process_killed_at_any_moment_leaves_a_valid_cache(tmp_path, when):
     command = [sys.executable, "-c", DIES, when, str(tmp_path), f"{FILE}-0"]
     environment = {**os.environ}
     blocks = Blocks(tmp_path, 4 * STORED)
-    for _ in range(2):  # the second finds what the first has left
+    for _ in range(2):  # the second starts with the files that the first left
         assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
     for number in range(1, 20):
         blocks.get(number)
@@ -53,7 +54,7 @@ def test_a_process_killed_at_any_moment_leaves_nothing_wrong(tmp_path, when):
     assert blocks.fetched == [*range(1, 20), 0]
 
 
-def test_what_a_killed_process_has_published_is_whole(tmp_path):
+def test_blocks_published_by_a_killed_process_are_complete(tmp_path):
     command = [sys.executable, "-c", DIES, "renamed", str(tmp_path), f"{FILE}-0"]
     died = subprocess.run(command).returncode
     assert died == -signal.SIGKILL
@@ -82,7 +83,7 @@ sys.stdout.buffer.write(data)
 
 
 def reader(server, cache: Path, seed: int = 0) -> subprocess.Popen:
-    """A process that is ready to read a.tar through the cache, and prints what it got."""
+    """Start a process that is ready to read a.tar through the cache, and prints what it got."""
     size = str(len(server.files["/d/a.tar"]))
     process = subprocess.Popen(
         [sys.executable, "-c", READS, f"{server.url}/d", str(cache), size, str(seed)],
@@ -115,7 +116,7 @@ def test_the_block_of_a_killed_process_is_taken_over(tmp_path):
         first, second = reader(server, tmp_path), reader(server, tmp_path)
         first.stdin.close()
         assert server.arrived.acquire(timeout=30)
-        second.stdin.close()  # reads in the same order, so it needs the very block
+        second.stdin.close()  # reads in the same order, so it needs the same block
         assert not server.arrived.acquire(timeout=0.3)
         first.kill()
         assert first.wait() == -signal.SIGKILL
@@ -126,8 +127,8 @@ def test_the_block_of_a_killed_process_is_taken_over(tmp_path):
         assert rest[0] == held
 
 
-def test_a_fork_that_lives_on_holds_no_lock(tmp_path, monkeypatch):
-    """A thread forks while another publishes a block, and the child has the lock's descriptor."""
+def test_a_surviving_fork_holds_no_lock(tmp_path, monkeypatch):
+    """A thread forks while another publishes a block, so the child has the lock's descriptor."""
     blocks, rename, children = Blocks(tmp_path), os.rename, []
 
     def forking(*args) -> None:

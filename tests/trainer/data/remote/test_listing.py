@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from forescale.data.remote.listing import list_files, list_sizes, open_input
+from forescale.data.remote.listing import list_files, open_input
 from forescale.data.remote.transfer import Missing
 from forescale.errors import UserError
 from tests.trainer.data.remote_files import DATA, QUICK, serving
@@ -27,13 +27,13 @@ def server():
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_a_stream_goes_on_where_it_broke_off(server, faults):
+def test_a_stream_continues_where_it_was_interrupted(server, faults):
     server.next_time("/d/a.tar", *faults)
     with open_input(f"{server.url}/d/a.tar", QUICK) as f:
         assert f.read() == DATA
 
 
-def test_a_stream_can_jump(server):
+def test_a_stream_can_seek(server):
     rng = random.Random(2)
     with open_input(f"{server.url}/d/a.tar", QUICK) as f:
         assert f.seek(0, os.SEEK_END) == len(DATA)
@@ -45,7 +45,7 @@ def test_a_stream_can_jump(server):
             assert f.tell() == min(start + size, len(DATA))
 
 
-def test_a_jump_does_not_fetch_all_the_rest(server):
+def test_a_seek_does_not_fetch_all_the_rest(server):
     server.files["/d/large"] = bytes(64 << 20)
     with open_input(f"{server.url}/d/large", QUICK) as f:
         f.seek(1 << 20)
@@ -53,13 +53,13 @@ def test_a_jump_does_not_fetch_all_the_rest(server):
     assert server.requests("/d/large")[-1] == (1 << 20, 5 << 20)
 
 
-def test_a_compressed_stream_is_handed_on_as_it_lies_there(server):
+def test_a_compressed_stream_is_returned_unchanged(server):
     server.files["/d/a.jsonl.gz"] = gzip.compress(DATA[:100_000])
     with open_input(f"{server.url}/d/a.jsonl.gz", QUICK) as f:
         assert gzip.decompress(f.read()) == DATA[:100_000]
 
 
-def test_a_stream_of_a_file_that_changes_is_named(server):
+def test_a_stream_of_a_changing_file_is_reported(server):
     server.next_time("/d/a.tar", "well", "half")
     with open_input(f"{server.url}/d/a.tar", QUICK) as f:
         f.read(10)
@@ -68,7 +68,7 @@ def test_a_stream_of_a_file_that_changes_is_named(server):
             f.read()
 
 
-def test_a_stream_that_is_not_there(server):
+def test_a_missing_stream(server):
     with pytest.raises(Missing):
         open_input(f"{server.url}/d/nothing", QUICK)
 
@@ -78,7 +78,7 @@ def test_a_web_folder_is_listed(server):
     base = f"{server.url}/w/"
 
     def names(pattern):
-        return [name.removeprefix(base) for name in list_files(base + pattern, QUICK)]
+        return [name.removeprefix(base) for name, _ in list_files(base + pattern, QUICK)]
 
     server.next_time("/w/", "reset", 500)
     assert names("") == ["a.txt", "b.txt", "c.md", "x/d.txt", "x/y/e.txt"]
@@ -86,6 +86,6 @@ def test_a_web_folder_is_listed(server):
     assert names("x/*") == ["x/d.txt"]
     assert names("**/*.txt") == ["a.txt", "b.txt", "x/d.txt", "x/y/e.txt"]
     assert names("a.txt") == ["a.txt"]
-    assert list_sizes(base + "c*", QUICK) == [(f"{base}c.md", None)]
-    with pytest.raises(UserError, match="no files there"):
+    assert list_files(base + "c*", QUICK) == [(f"{base}c.md", None)]
+    with pytest.raises(UserError, match="has no files"):
         names("*.json")

@@ -1,4 +1,4 @@
-"""Blocks fetched ahead of their reads: in the announced order, bounded, once, never in the way."""
+"""Prefetched blocks: in the announced order, bounded, each once, never delaying a read."""
 
 import os
 import random
@@ -58,7 +58,7 @@ def asked(server) -> list[int]:
 
 
 def at_rest() -> None:
-    """Wait until no thread fetches ahead any more, because it may not or there is nothing to."""
+    """Wait until no thread prefetches any more, because of the limit or because nothing is left."""
     deadline = time.monotonic() + 30
     while any(t.name == "prefetch" for t in threading.enumerate()):
         assert time.monotonic() < deadline
@@ -69,15 +69,15 @@ def shuffled() -> list[int]:
     return random.Random(3).sample(range(COUNT), COUNT)
 
 
-def test_announced_blocks_come_in_that_order_before_they_are_read(server, opened):
+def test_announced_blocks_are_fetched_in_order_before_they_are_read(server, opened):
     file, order = opened(), shuffled()
     announce(file, order)
     at_rest()
     first = asked(server)
     assert sorted(first) == sorted(order[:AHEAD])
-    for number in order[:AHEAD]:  # as many threads as fetch at once may pass each other
+    for number in order[:AHEAD]:  # parallel threads may overtake each other
         assert abs(first.index(number) - order.index(number)) < THREADS
-    server.always("/d/a.tar", 404)  # what is here needs no server
+    server.always("/d/a.tar", 404)  # cached blocks need no server
     for number in order[:3]:
         file.read_at(number * BLOCK, memoryview(bytearray(10)))
 
@@ -93,7 +93,7 @@ def test_reading_in_the_announced_order_fetches_every_block_once(server, opened)
     assert sorted(asked(server)) == list(range(COUNT))
 
 
-def test_no_more_is_fetched_ahead_than_may_be(server, opened):
+def test_the_number_of_prefetched_blocks_is_bounded(server, opened):
     file, order = opened(), shuffled()
     announce(file, order)
     for done in range(5):
@@ -102,7 +102,7 @@ def test_no_more_is_fetched_ahead_than_may_be(server, opened):
         read_block(file, order[done])
 
 
-def test_memory_holds_no_more_than_what_the_threads_fetch(server, opened):
+def test_memory_holds_only_the_blocks_being_fetched(server, opened):
     server.always("/d/a.tar", "wait")
     file = opened()
     announce(file, range(COUNT))
@@ -115,8 +115,8 @@ def test_memory_holds_no_more_than_what_the_threads_fetch(server, opened):
     assert len(asked(server)) == AHEAD
 
 
-def test_announcements_beyond_the_cache_drive_out_nothing_that_comes_next(server, tmp_path, opened):
-    """A cache of 20 blocks, 40 announced, each read twice, one after the other."""
+def test_announcements_beyond_the_cache_evict_no_block_needed_next(server, tmp_path, opened):
+    """A cache of 20 blocks, 40 announced; each is read twice, one after the other."""
     limit = 20 * (BLOCK + 8 * 16)
     file = opened(limit)
     announce(file, [n for n in range(COUNT) for _ in range(2)])
@@ -128,8 +128,8 @@ def test_announcements_beyond_the_cache_drive_out_nothing_that_comes_next(server
     assert sorted(asked(server)) == list(range(COUNT))
 
 
-def test_what_is_here_is_not_fetched_and_not_driven_out(server, tmp_path, opened):
-    """The oldest block, announced, outlives those that are fetched after that."""
+def test_cached_blocks_are_not_fetched_and_not_evicted(server, tmp_path, opened):
+    """The oldest block is announced, and outlives those fetched afterwards."""
     file = opened(20 * (BLOCK + 8 * 16))
     for number in range(18):
         read_block(file, number)
@@ -144,7 +144,7 @@ def test_what_is_here_is_not_fetched_and_not_driven_out(server, tmp_path, opened
     assert asked(server) == list(range(22))
 
 
-def test_a_read_does_not_queue_behind_what_is_fetched_ahead(server, opened):
+def test_a_read_does_not_queue_behind_prefetched_blocks(server, opened):
     server.next_time("/d/a.tar", *["wait"] * THREADS)
     file = opened()
     announce(file, range(COUNT))
@@ -157,7 +157,7 @@ def test_a_read_does_not_queue_behind_what_is_fetched_ahead(server, opened):
     assert sorted(set(asked(server))) == sorted(asked(server))
 
 
-def test_a_read_of_a_block_on_its_way_waits_for_that_one(server, opened):
+def test_a_read_of_a_block_being_fetched_waits_for_it(server, opened):
     server.next_time("/d/a.tar", "half_then_wait")
     file = opened()
     announce(file, [5])
@@ -171,7 +171,7 @@ def test_a_read_of_a_block_on_its_way_waits_for_that_one(server, opened):
     assert asked(server) == [5]
 
 
-def test_a_read_that_waited_for_what_failed_tries_again(server, opened):
+def test_a_read_that_waited_for_a_failed_prefetch_tries_again(server, opened):
     server.next_time("/d/a.tar", "wait:404")
     file = opened()
     announce(file, [5])
@@ -179,7 +179,7 @@ def test_a_read_that_waited_for_what_failed_tries_again(server, opened):
     result = []
     reader = threading.Thread(target=lambda: result.append(read(file, 5 * BLOCK, 5 * BLOCK + 9)))
     reader.start()
-    assert not server.arrived.acquire(timeout=0.1)  # time for it to get there
+    assert not server.arrived.acquire(timeout=0.1)  # time for a request to arrive
     server.gate.set()
     reader.join(30)
     assert result == [DATA[5 * BLOCK : 5 * BLOCK + 9]]
@@ -196,7 +196,7 @@ def test_threads_that_read_the_same_block_fetch_it_once(server, opened):
     assert sorted(asked(server)) == [0, 1, 2, 3]
 
 
-def test_what_fails_ahead_is_tried_again_by_its_read(server, opened):
+def test_a_failed_prefetch_is_tried_again_by_its_read(server, opened):
     server.next_time("/d/a.tar", 404)
     file = opened()
     announce(file, [7])
@@ -205,35 +205,35 @@ def test_what_fails_ahead_is_tried_again_by_its_read(server, opened):
     assert asked(server) == [7, 7]
 
 
-def test_what_fails_for_good_is_raised_by_its_read_alone(server, opened):
+def test_a_lasting_error_is_raised_only_by_its_read(server, opened):
     server.always("/d/a.tar", 404)
     file = opened()
     announce(file, range(COUNT))
     at_rest()
-    with pytest.raises(Missing, match=r"a\.tar: no such file"):
+    with pytest.raises(Missing, match=r"a\.tar: doesn't exist"):
         read_block(file, 3)
 
 
-def test_blocks_that_are_passed_over_do_not_stop_the_fetching(server, opened):
+def test_skipped_blocks_do_not_stop_prefetching(server, opened):
     file = opened()
     announce(file, range(COUNT))
     at_rest()
-    read_block(file, 30)  # the reader jumped: what was fetched ahead is never read
+    read_block(file, 30)  # the reader skipped ahead: the prefetched blocks are never read
     at_rest()
     assert set(asked(server)) == {*range(2 * AHEAD), 30}
 
 
-def test_a_cache_that_takes_nothing_is_not_filled_in_vain(server, opened, tmp_path):
+def test_a_cache_that_stores_nothing_stops_prefetching(server, opened, tmp_path):
     file = opened()
     shutil.rmtree(tmp_path / "cache")
-    with pytest.warns(RuntimeWarning, match="the cache of remote files fails"):
+    with pytest.warns(RuntimeWarning, match="the cache of remote files failed"):
         read_block(file, 0)
     announce(file, range(1, COUNT))
     at_rest()
     assert asked(server) == [0]
 
 
-def test_a_store_that_is_closed_fetches_nothing_ahead(server, tmp_path):
+def test_a_closed_store_prefetches_nothing(server, tmp_path):
     server.always("/d/a.tar", "wait")
     store = open_store(f"{server.url}/d", tmp_path, LIMIT, QUICK)
     announce(store.open("a.tar", len(DATA), "v1"), range(COUNT))

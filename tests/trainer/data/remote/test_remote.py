@@ -1,14 +1,14 @@
-"""Stores: a directory or a folder of a server, small files whole and large ones at any place."""
+"""Stores: a directory or a folder of a server; small files as a whole, large ones at any offset."""
 
 import os
 import sys
 
 import pytest
 
-from forescale.data.remote.listing import list_files, list_sizes, open_input
+from forescale.data.remote.listing import list_files, open_input
 from forescale.data.remote.store import LocalStore, open_store
 from forescale.data.remote.transfer import Missing
-from forescale.data.text.documents import Report
+from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import find_files
 from forescale.errors import UserError
 from tests.trainer.data.remote_files import DATA, QUICK, SMALL, read, sentence, serving
@@ -20,7 +20,7 @@ def server():
         yield server
 
 
-def test_a_local_file_is_read_at_any_place(tmp_path):
+def test_a_local_file_is_read_at_any_offset(tmp_path):
     (tmp_path / "a").write_bytes(SMALL)
     file = open_store(tmp_path).open("a", len(SMALL))
     assert file.size == len(SMALL)
@@ -40,7 +40,7 @@ def test_a_local_read_beyond_the_end_names_the_file(tmp_path, start, stop):
     sentence(caught)
 
 
-def test_a_local_file_that_shrinks_while_it_is_open_is_named(tmp_path):
+def test_a_local_file_that_shrinks_while_open_is_reported(tmp_path):
     (tmp_path / "a").write_bytes(SMALL)
     file = open_store(tmp_path).open("a")
     os.truncate(tmp_path / "a", 100)
@@ -48,22 +48,22 @@ def test_a_local_file_that_shrinks_while_it_is_open_is_named(tmp_path):
         read(file)
 
 
-def test_what_is_wrong_with_a_local_file_is_said(tmp_path):
+def test_errors_of_local_files_are_reported(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "folder").mkdir()
     store = open_store(tmp_path)
     assert store.exists("a")
     assert not store.exists("b")
     for act in (store.open, store.read):
-        with pytest.raises(UserError, match=f"{tmp_path}/b: missing"):
+        with pytest.raises(UserError, match=f"{tmp_path}/b: is missing"):
             act("b")
     with pytest.raises(UserError, match="folder: can't be read"):
         read(store.open("folder"), 0, 1)
-    with pytest.raises(UserError, match="a: 1 bytes where 2 belong"):
+    with pytest.raises(UserError, match="a: has 1 bytes, expected 2"):
         store.open("a", 2)
 
 
-def test_names_that_stand_for_themselves(server, tmp_path):
+def test_absolute_names_are_used_as_they_are(server, tmp_path):
     (tmp_path / "elsewhere").write_bytes(b"there")
     local = open_store(tmp_path / "d", tmp_path / "cache", 1 << 26, QUICK)
     remote = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
@@ -76,19 +76,19 @@ def test_names_that_stand_for_themselves(server, tmp_path):
 
 
 REFUSED = {
-    "pipe:cat /etc/passwd": "which no config may",
-    "pipe://x": "which no config may",
-    "exec:ls": "which no config may",
-    "simplecache::s3://bucket/x": "which no config may",
-    "filecache::http://host/x": "which no config may",
-    "file:///etc/passwd": "no address of a server; give the path alone",
-    "local:///etc/passwd": "no address of a server; give the path alone",
-    "https://": "ends where the server belongs",
+    "pipe:cat /etc/passwd": "which isn't allowed",
+    "pipe://x": "which isn't allowed",
+    "exec:ls": "which isn't allowed",
+    "simplecache::s3://bucket/x": "which isn't allowed",
+    "filecache::http://host/x": "which isn't allowed",
+    "file:///etc/passwd": "isn't the address of a server; give the path without it",
+    "local:///etc/passwd": "isn't the address of a server; give the path without it",
+    "https://": "the server is missing",
 }
 
 
 @pytest.mark.parametrize("address", REFUSED)
-def test_what_no_config_may_name(tmp_path, address):
+def test_addresses_that_are_refused(tmp_path, address):
     store = open_store(tmp_path, tmp_path / "cache")
     acts = (open_store, store.open, store.read, store.exists, list_files, open_input, find)
     for act in acts:
@@ -98,7 +98,7 @@ def test_what_no_config_may_name(tmp_path, address):
 
 
 def find(address):
-    return find_files(address, 0, Report())
+    return find_files(address, 0, ReadingReport())
 
 
 def test_passwords_and_signatures_are_used_and_never_shown(server, tmp_path):
@@ -123,7 +123,7 @@ def test_small_files_are_read_whole(server, tmp_path):
     assert store.exists("small")
     assert not store.exists("nothing")
     server.always("/d/small", 403)
-    with pytest.raises(UserError, match="access is refused"):
+    with pytest.raises(UserError, match="access denied"):
         store.exists("small")
 
 
@@ -137,14 +137,14 @@ def test_a_small_file_is_always_fetched_unless_its_version_is_known(server, tmp_
     assert len(server.asked) == 3
 
 
-def test_a_file_of_unknown_size_is_asked_for_it(server, tmp_path):
+def test_an_unknown_size_is_requested(server, tmp_path):
     store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, QUICK)
     file = store.open("a.tar")
     assert file.size == len(DATA)
     assert server.sent["/d/a.tar"] == 1
     assert store.open("empty").size == 0
     server.always("/d/small", "whole_unsized")
-    with pytest.raises(UserError, match="doesn't say how long the file is"):
+    with pytest.raises(UserError, match="doesn't report the file size"):
         store.open("small")
 
 
@@ -165,13 +165,13 @@ def test_any_protocol_of_fsspec_is_read(tmp_path):
     assert not store.exists("nothing")
     assert store.read("a") == SMALL
     assert read(store.open("x/c", len(SMALL), "v1"), 100, 200) == SMALL[100:200]
-    with pytest.raises(UserError, match="b: 5,000 bytes on the server where 4,999 belong"):
+    with pytest.raises(UserError, match="b: has 5,000 bytes on the server, expected 4,999"):
         read(store.open("b", 4_999, "v1"))
-    with pytest.raises(UserError, match="x: a folder where a file is needed"):
+    with pytest.raises(UserError, match="x: is a folder, not a file"):
         store.open("x")
     base = "memory://forescale-test"
-    assert list_files(base) == [f"{base}/a", f"{base}/b", f"{base}/x/c"]
-    assert list_sizes(f"{base}/x/*") == [(f"{base}/x/c", len(SMALL))]
+    assert [name for name, _ in list_files(base)] == [f"{base}/a", f"{base}/b", f"{base}/x/c"]
+    assert list_files(f"{base}/x/*") == [(f"{base}/x/c", len(SMALL))]
     with pytest.raises(Missing):
         store.read("nothing")
     with open_input(f"{base}/a") as f:
@@ -179,17 +179,17 @@ def test_any_protocol_of_fsspec_is_read(tmp_path):
         assert f.read() == SMALL[4000:]
 
 
-def test_a_missing_package_is_named_with_the_mend(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_the_fix(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"pip install 'forescale\[gs\]'"):
         open_store("gs://bucket/d", tmp_path).read("manifest.json")
 
 
-def test_an_unknown_protocol_is_named(tmp_path):
+def test_an_unknown_protocol_is_reported(tmp_path):
     with pytest.raises(UserError, match="magic://bucket"):
         open_store("magic://bucket/d", tmp_path).read("manifest.json")
 
 
-def test_a_local_store_is_what_a_path_gives(tmp_path):
+def test_a_path_gives_a_local_store(tmp_path):
     assert isinstance(open_store(tmp_path), LocalStore)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A dataset behind a web server that misbehaves: the tokens of the local one, or a sentence."""
+"""A dataset behind a web server that misbehaves: the tokens of the local one, or a clear error."""
 
 import random
 from functools import partial
@@ -9,11 +9,11 @@ import torch
 
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed
-from forescale.data.mixture import Mixture, Stage
+from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.order import Order
 from forescale.data.remote.store import open_store
 from forescale.data.remote.transfer import Patience
-from forescale.data.stream import Share, stream
+from forescale.data.stream import StepShare, stream
 from forescale.errors import UserError
 from tests.trainer.data.hostile_server import HostileServer
 from tests.trainer.data.remote_files import QUICK, sentence
@@ -28,7 +28,7 @@ FAULTS += ["empty", "garbage", "elsewhere", "500", "503:0"]
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> Path:
-    """Two shards of two blocks and some, in members smaller than a block."""
+    """Two shards of a bit more than two blocks, in members smaller than a block."""
     shards = [[50_000] * 11 + [7], [70_000] * 9]
     return write_dataset(tmp_path_factory.mktemp("far") / "d", shards, [[300]], member=150_000)
 
@@ -42,7 +42,7 @@ def server(local):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Have datasets opened with another patience than a cluster needs."""
+    """Open datasets with a shorter patience than a cluster needs."""
 
     def with_patience(patience):
         monkeypatch.setattr(
@@ -56,11 +56,11 @@ def patient(monkeypatch):
 def feed_of(dataset: Dataset) -> Feed:
     split = dataset.split("train")
     orders = {"data": Order(split.shard_tokens, L, 1, 2)}
-    return Feed({"data": split}, Mixture(orders, [Stage.of(0, [1])], 1), 257, seed=1)
+    return Feed({"data": split}, Mixture(orders, [MixtureStage.of(0, [1])], 1), 257, seed=1)
 
 
 def batches(dataset: Dataset, rank=0, world=1, workers=1, steps=range(STEPS)) -> list:
-    share = Share(BATCH, 4, rank, world)
+    share = StepShare(BATCH, 4, rank, world)
     return list(stream(feed_of(dataset), share, steps, BATCH * steps.start, workers=workers))
 
 
@@ -93,7 +93,7 @@ def test_a_cold_cache_and_a_warm_one_give_the_local_tokens(server, local, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
 @pytest.mark.parametrize("seed", range(3))
-def test_faults_of_every_kind_on_every_file_change_no_token(server, local, tmp_path, patient, seed):
+def test_errors_of_every_kind_on_every_file_change_no_token(server, local, tmp_path, patient, seed):
     patient(Patience(tries=30, seconds=60, timeout=10, pause=0.001))
     rng = random.Random(seed)
     for name in server.files:
@@ -117,38 +117,40 @@ def test_a_server_that_hangs_now_and_then_changes_no_token(server, local, tmp_pa
 @pytest.mark.parametrize(
     ("fault", "what"),
     [
-        ("reset", "the connection breaks (tried 4 times)"),
+        ("reset", "the connection was interrupted (tried 4 times)"),
         ("close", "closes the connection without an answer (tried 4 times)"),
         ("503:0", "the server answers 503 Service Unavailable (tried 4 times)"),
         ("garbage", "the answer isn't HTTP (tried 4 times)"),
-        (403, "access is refused"),
-        (404, "no such file"),
+        (403, "access denied"),
+        (404, "doesn't exist"),
     ],
 )
 @pytest.mark.usefixtures("patient")
-def test_what_lasts_ends_the_stream_with_file_and_server(server, tmp_path, fault, what):
+def test_a_lasting_error_ends_the_stream_and_names_file_and_server(server, tmp_path, fault, what):
     dataset = Dataset(f"{server.url}/d", tmp_path)
     feed = feed_of(dataset)
     server.always("/d/train-000001.tar", fault)
     with pytest.raises(UserError) as caught:
-        list(stream(feed, Share(BATCH, 4), range(STEPS), 0, workers=2))
+        list(stream(feed, StepShare(BATCH, 4), range(STEPS), 0, workers=2))
     text = sentence(caught)
     assert text.startswith(f"{server.url}/d/train-000001.tar: ")
     assert what in text
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_a_server_that_hangs_for_good_ends_the_stream(server, tmp_path, patient):
+def test_a_server_that_keeps_hanging_ends_the_stream(server, tmp_path, patient):
     patient(Patience(tries=2, seconds=30, timeout=0.2, pause=0.001))
     server.always("/d/train-000000.tar", "hang")
-    with pytest.raises(UserError, match=r"/d/train-000000\.tar: .*the server is silent for 0.2 s"):
+    with pytest.raises(
+        UserError, match=r"/d/train-000000\.tar: .*the server sent nothing for 0.2 s"
+    ):
         batches(Dataset(f"{server.url}/d", tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
 @pytest.mark.parametrize("name", ["manifest.json", "files.json", "train-000000.index.json"])
 @pytest.mark.usefixtures("patient")
-def test_a_small_file_that_does_not_come_is_named(server, tmp_path, name):
+def test_an_unavailable_small_file_is_reported(server, tmp_path, name):
     server.always(f"/d/{name}", 500)
     with pytest.raises(UserError) as caught:
         batches(Dataset(f"{server.url}/d", tmp_path), workers=0)
@@ -156,15 +158,15 @@ def test_a_small_file_that_does_not_come_is_named(server, tmp_path, name):
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_folder_without_a_dataset_is_named(server, tmp_path):
+def test_a_folder_without_a_dataset_is_reported(server, tmp_path):
     with pytest.raises(UserError, match=f"{server.url}/e: no such dataset"):
         Dataset(f"{server.url}/e", tmp_path)
 
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("seed", range(3))
-def test_damage_at_the_server_is_named_and_not_kept(server, local, tmp_path, seed):
-    """The same cache gives the right tokens once the server does."""
+def test_damage_at_the_server_is_reported_and_not_cached(server, local, tmp_path, seed):
+    """The same cache gives the correct tokens once the server does."""
     whole = server.files["/d/train-000000.tar"]
     at = random.Random(seed).randrange(100_000, 290_000)  # in the tokens of its first member
     server.files["/d/train-000000.tar"] = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
@@ -176,11 +178,11 @@ def test_damage_at_the_server_is_named_and_not_kept(server, local, tmp_path, see
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_damaged_index_is_named_and_not_kept(server, local, tmp_path):
+def test_a_damaged_index_is_reported_and_not_cached(server, local, tmp_path):
     name = "/d/train-000001.index.json"
     whole = server.files[name]
     server.files[name] = whole.replace(b'"size"', b'"sise"', 1)
-    with pytest.raises(Damaged, match="damaged: its sha256 isn't the manifest's") as caught:
+    with pytest.raises(Damaged, match="damaged: its sha256 differs from the manifest's") as caught:
         batches(Dataset(f"{server.url}/d", tmp_path))
     assert sentence(caught).startswith(server.url + name)
     server.files[name] = whole
@@ -188,7 +190,7 @@ def test_a_damaged_index_is_named_and_not_kept(server, local, tmp_path):
 
 
 @pytest.mark.usefixtures("patient")
-def test_damage_in_the_cache_is_mended_from_the_server(server, local, tmp_path):
+def test_damage_in_the_cache_is_fixed_from_the_server(server, local, tmp_path):
     want = batches(Dataset(local))
     batches(Dataset(f"{server.url}/d", tmp_path))
     rng = random.Random(7)
@@ -203,7 +205,7 @@ def test_damage_in_the_cache_is_mended_from_the_server(server, local, tmp_path):
 def test_a_resumed_stream_fetches_only_what_its_step_needs(server, local, tmp_path):
     feed = feed_of(Dataset(f"{server.url}/d", tmp_path))
     g = 10**12
-    [batch] = stream(feed, Share(2, 2), range(10**9, 10**9 + 1), g, workers=0)
+    [batch] = stream(feed, StepShare(2, 2), range(10**9, 10**9 + 1), g, workers=0)
     places = zip(*map(list, feed.mixture.places(g, g + 2)[1:]), strict=True)
     needed = {
         (f"/d/{feed.splits[0].shard_name(shard)}", at >> 20 << 20)
@@ -214,5 +216,5 @@ def test_a_resumed_stream_fetches_only_what_its_step_needs(server, local, tmp_pa
     assert set(asked(server)) == needed
     assert len(asked(server)) == len(needed)
     assert_equal(
-        [batch], list(stream(feed_of(Dataset(local)), Share(2, 2), range(10**9, 10**9 + 1), g))
+        [batch], list(stream(feed_of(Dataset(local)), StepShare(2, 2), range(10**9, 10**9 + 1), g))
     )

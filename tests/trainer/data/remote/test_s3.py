@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from forescale.data.dataset import Damaged, Dataset
-from forescale.data.remote.listing import list_sizes, open_input
+from forescale.data.remote.listing import list_files, open_input
 from forescale.data.remote.store import open_store
 from forescale.data.remote.transfer import Missing
 from forescale.errors import UserError
@@ -34,8 +34,8 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
-    """The server has an environment of its own: its boto3 and the aiobotocore of s3fs each want
-    their own botocore, and pip searches for many minutes for versions that suit both."""
+    """The server has its own environment: its boto3 and the aiobotocore of s3fs need different
+    versions of botocore, and pip searches for many minutes for a version that suits both."""
     root = tmp_path_factory.mktemp("moto")
     subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
     subprocess.run([root / "bin" / "pip", "install", "-q", "moto[server]>=5"], check=True)
@@ -48,11 +48,11 @@ def endpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def bucket(endpoint, monkeypatch):
-    """An empty bucket, and its address in the environment, as a user's shell has it."""
+    """An empty bucket, with its address in the environment, as in a user's shell."""
     s3fs = pytest.importorskip("s3fs")
     for name, value in environment(endpoint).items():
         monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # they keep what the environment was
+    s3fs.S3FileSystem.clear_instance_cache()  # cached instances keep the old environment
     fs = s3fs.S3FileSystem(endpoint_url=endpoint)
     if fs.exists("books"):
         fs.rm("books", recursive=True)
@@ -78,7 +78,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def put(bucket, tmp_path):
-    """A dataset on this machine and the same in the bucket."""
+    """Write a dataset on this machine and the same in the bucket."""
     local = write_dataset(tmp_path / "d", [[50_000] * 11 + [7], [70_000] * 9], member=150_000)
     bucket.put(str(local), "books/d", recursive=True)
     return local
@@ -93,17 +93,17 @@ def test_a_dataset_in_a_bucket_reads_the_same(put, tmp_path):
             assert np.array_equal(far.split("train").read(shard, 0, count), want)
 
 
-def test_a_warm_cache_needs_no_more_than_the_small_files(put, bucket, tmp_path):
+def test_a_warm_cache_requests_only_the_small_files(put, bucket, tmp_path):
     split = Dataset("s3://books/d", tmp_path / "cache").split("train")
     want = split.read(0, 0, 500_000)
     bucket.rm("books/d/train-000000.tar")
     split = Dataset("s3://books/d", tmp_path / "cache").split("train")
     assert np.array_equal(split.read(0, 0, 500_000), want)
-    with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member .* no such file"):
+    with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member .* doesn't exist"):
         Dataset("s3://books/d", tmp_path / "other").split("train").read(0, 0, 10)
 
 
-def test_damage_in_a_bucket_is_named_and_not_kept(put, bucket, tmp_path):
+def test_damage_in_a_bucket_is_reported_and_not_cached(put, bucket, tmp_path):
     whole = bucket.cat("books/d/train-000000.tar")
     bucket.pipe("books/d/train-000000.tar", whole[:200_000] + b"?" + whole[200_001:])
     with pytest.raises(Damaged, match=r"s3://books/d/train-000000\.tar: member 000000 is damaged"):
@@ -114,15 +114,15 @@ def test_damage_in_a_bucket_is_named_and_not_kept(put, bucket, tmp_path):
 
 
 @pytest.mark.parametrize("size", [100, len(DATA) - 1, len(DATA) + 1])
-def test_a_file_of_another_size_is_named(bucket, tmp_path, size):
+def test_a_file_of_another_size_is_reported(bucket, tmp_path, size):
     bucket.pipe("books/a", (DATA + b"x")[:size])
     file = open_store("s3://books", tmp_path, 1 << 26, QUICK).open("a", len(DATA), "v1")
     with pytest.raises(UserError, match=f"s3://books/a: {size:,} bytes on the server where"):
         read(file)
 
 
-def test_a_file_that_changes_is_fetched_anew(bucket, tmp_path):
-    """Without a checksum that somebody knows, the bucket's own name for a version is the key."""
+def test_a_changed_file_is_fetched_again(bucket, tmp_path):
+    """Without a known checksum, the bucket's own name for a version is the cache key."""
     for content in (SMALL, SMALL[::-1], SMALL):
         bucket.pipe("books/a", content)
         store = open_store("s3://books", tmp_path, 1 << 26, QUICK)
@@ -134,13 +134,13 @@ def test_inputs_are_listed_and_read(bucket):
         bucket.pipe(f"books/in/{name}", name.encode())
 
     def names(pattern):
-        return [name.removeprefix("s3://books/in/") for name, _ in list_sizes(pattern, QUICK)]
+        return [name.removeprefix("s3://books/in/") for name, _ in list_files(pattern, QUICK)]
 
     assert names("s3://books/in") == ["a.txt", "b.txt", "c.md", "x/d.txt", "x/y/e.txt"]
     assert names("s3://books/in/") == names("s3://books/in")
     assert names("s3://books/in/*.txt") == ["a.txt", "b.txt"]
     assert names("s3://books/in/**/*.txt") == ["a.txt", "b.txt", "x/d.txt", "x/y/e.txt"]
-    assert list_sizes("s3://books/in/c.md") == [("s3://books/in/c.md", 4)]
+    assert list_files("s3://books/in/c.md") == [("s3://books/in/c.md", 4)]
     bucket.pipe("books/in/large", DATA)
     with closing(open_input("s3://books/in/large", QUICK)) as f:
         assert f.read() == DATA
@@ -149,33 +149,33 @@ def test_inputs_are_listed_and_read(bucket):
 
 
 @pytest.mark.parametrize("url", ["s3://books/nothing", "s3://no-bucket/x", "s3://books/*.txt"])
-def test_inputs_that_are_not_there_are_named(url):
-    with pytest.raises(UserError, match=r"no files there|no such file") as caught:
-        list_sizes(url, QUICK)
+def test_missing_inputs_are_reported(url):
+    with pytest.raises(UserError, match=r"has no files|doesn't exist") as caught:
+        list_files(url, QUICK)
     assert sentence(caught).startswith(url)
 
 
-def test_a_dataset_that_is_not_there_is_named(tmp_path):
+def test_a_missing_dataset_is_reported(tmp_path):
     for url in ("s3://books/nothing", "s3://no-bucket/d"):
-        with pytest.raises(UserError, match=f"{url}: no such dataset"):
+        with pytest.raises(UserError, match=f"{url}: doesn't exist"):
             Dataset(url, tmp_path)
     with pytest.raises(Missing):
         open_store("s3://books", tmp_path, 1 << 26, QUICK).read("nothing")
 
 
-def test_missing_credentials_are_named(put, bucket, tmp_path, monkeypatch):
+def test_missing_credentials_are_reported(put, bucket, tmp_path, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     bucket.clear_instance_cache()
-    acts = (lambda: Dataset("s3://books/d", tmp_path / "cache"), lambda: list_sizes("s3://books/d"))
+    acts = (lambda: Dataset("s3://books/d", tmp_path / "cache"), lambda: list_files("s3://books/d"))
     for act in acts:
-        with pytest.raises(UserError, match=r"s3://books/d.*: access is refused") as caught:
+        with pytest.raises(UserError, match=r"s3://books/d.*: access denied") as caught:
             act()
         assert "give your credentials to the environment" in sentence(caught)
 
 
-def test_a_build_from_a_bucket_is_that_of_a_folder(bucket, tmp_path):
-    """`forescale shards s3://books/text`, the real command."""
+def test_a_build_from_a_bucket_equals_one_from_a_folder(bucket, tmp_path):
+    """Runs the command `forescale shards s3://books/text`."""
     (tmp_path / "text" / "more").mkdir(parents=True)
     for i in range(20):
         folder = tmp_path / "text" / ("more" if i % 3 else "")
@@ -188,4 +188,4 @@ def test_a_build_from_a_bucket_is_that_of_a_folder(bucket, tmp_path):
     assert Dataset(far).identity == Dataset(near).identity
     missing = command("shards", "s3://books/nothing", f"output={tmp_path / 'none'}")
     assert missing.returncode == 2
-    assert "s3://books/nothing: no files there" in missing.stderr
+    assert "s3://books/nothing: has no files" in missing.stderr

@@ -1,4 +1,4 @@
-"""Files at a web server that misbehaves: each fault is survived with the right bytes, or named."""
+"""Files at a web server that misbehaves: after every error the correct bytes, or a clear error."""
 
 import socket
 import threading
@@ -19,7 +19,7 @@ def server():
 
 @pytest.fixture
 def opened(server, tmp_path):
-    """Open a file of /d with a patience."""
+    """Open a file of /d with a Patience."""
 
     def open_one(name="a.tar", patience=QUICK, size=None):
         store = open_store(f"{server.url}/d", tmp_path / "cache", 1 << 26, patience)
@@ -28,7 +28,7 @@ def opened(server, tmp_path):
     return open_one
 
 
-# -- faults that are survived
+# -- errors that are retried
 
 
 @pytest.mark.parametrize(
@@ -55,22 +55,23 @@ def opened(server, tmp_path):
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_a_fault_that_passes_is_survived(server, opened, faults):
+def test_a_temporary_error_is_retried(server, opened, faults):
     server.next_time("/d/a.tar", *faults)
     assert read(opened(), 100, 2_500_000) == DATA[100:2_500_000]
     assert len(server.requests("/d/a.tar")) == 3 + len(faults)
 
 
 @pytest.mark.parametrize("fault", ["hang", "half_then_hang"])
-def test_a_server_that_hangs_once_is_survived(server, opened, fault):
+def test_a_server_that_hangs_once_is_retried(server, opened, fault):
     server.next_time("/d/small", fault)
     patience = Patience(tries=50, seconds=60, timeout=0.2, pause=0.01)
     assert read(opened("small", patience)) == SMALL
 
 
 @pytest.mark.parametrize("fault", ["half", "half_unsized", "half_then_reset", "short"])
-def test_what_came_is_kept_so_that_halves_add_up(server, opened, fault):
-    """Each answer is cut in half: with what came kept, a block takes log2 of it requests."""
+def test_received_bytes_are_kept_between_tries(server, opened, fault):
+    """Each answer is cut in half: because received bytes are kept, a block takes log2 of its size
+    requests."""
     server.always("/d/small", fault)
     assert read(opened("small", Patience(tries=2, seconds=30, timeout=10, pause=0.001))) == SMALL
     starts = [start for start, _ in server.requests("/d/small")]
@@ -112,21 +113,21 @@ def test_the_network_fails_in_the_middle_of_a_run(server, opened):
     assert result == [DATA]
 
 
-# -- faults that are named
+# -- errors that are raised
 
 
 @pytest.mark.parametrize(
     ("fault", "what", "kind"),
     [
-        (401, "access is refused (the server answers 401 Unauthorized)", UserError),
-        (403, "access is refused (the server answers 403 Forbidden)", UserError),
-        (404, "no such file (the server answers 404 Not Found)", Missing),
-        (410, "no such file", Missing),
+        (401, "access denied (the server answers 401 Unauthorized)", UserError),
+        (403, "access denied (the server answers 403 Forbidden)", UserError),
+        (404, "doesn't exist (the server answers 404 Not Found)", Missing),
+        (410, "doesn't exist", Missing),
         (400, "the server answers 400 Bad Request", UserError),
         (416, "the server answers 416", UserError),
     ],
 )
-def test_what_no_second_try_can_mend_is_named_at_once(server, opened, fault, what, kind):
+def test_errors_that_no_retry_can_fix_are_raised_at_once(server, opened, fault, what, kind):
     server.always("/d/a.tar", fault)
     with pytest.raises(kind) as caught:
         read(opened())
@@ -139,18 +140,18 @@ def test_what_no_second_try_can_mend_is_named_at_once(server, opened, fault, wha
 @pytest.mark.parametrize(
     ("fault", "what"),
     [
-        ("reset", "the connection breaks"),
+        ("reset", "the connection was interrupted"),
         ("close", "the server closes the connection without an answer"),
-        ("empty", "the answer ends 1,048,576 bytes early"),
+        ("empty", "the answer is 1,048,576 bytes too short"),
         ("garbage", "the answer isn't HTTP"),
-        ("elsewhere", "asked for the bytes from 0 on, the server sends 'bytes 1-"),
-        ("nowhere", "asked for the bytes from 0 on, the server sends ''"),
+        ("elsewhere", "requested the bytes from 0 on, the server sends 'bytes 1-"),
+        ("nowhere", "requested the bytes from 0 on, the server sends ''"),
         (500, "the server answers 500 Internal Server Error"),
         ("503:0", "the server answers 503 Service Unavailable"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_what_lasts_is_named_with_how_often_it_was_tried(server, opened, fault, what):
+def test_lasting_errors_are_raised_with_the_number_of_tries(server, opened, fault, what):
     server.always("/d/a.tar", fault)
     with pytest.raises(Unreachable) as caught:
         read(opened())
@@ -162,9 +163,9 @@ def test_what_lasts_is_named_with_how_often_it_was_tried(server, opened, fault, 
 
 @pytest.mark.parametrize(
     ("fault", "what"),
-    [("hang", "the server is silent for 0.2 s"), ("half_then_hang", "the server is silent")],
+    [("hang", "the server sent nothing for 0.2 s"), ("half_then_hang", "the server sent nothing")],
 )
-def test_a_server_that_only_hangs_is_named(server, opened, fault, what):
+def test_a_server_that_always_hangs_is_reported(server, opened, fault, what):
     server.next_time("/d/small", fault)
     server.always("/d/small", "hang")
     with pytest.raises(Unreachable, match=what) as caught:
@@ -172,14 +173,14 @@ def test_a_server_that_only_hangs_is_named(server, opened, fault, what):
     assert "tried" in sentence(caught)
 
 
-def test_a_server_that_trickles_is_named(server, opened):
-    """Each byte comes in time, and the file never."""
+def test_a_very_slow_server_is_reported(server, opened):
+    """Each byte comes in time, but the file never ends."""
     server.always("/d/a.tar", "trickle")
     with pytest.raises(Unreachable, match=r"too slow: [1-9]"):
         read(opened(patience=Patience(tries=4, seconds=0.3, timeout=10, pause=0.01)))
 
 
-def test_a_wait_that_the_server_asks_for_is_kept(server, opened, monkeypatch):
+def test_a_requested_wait_is_respected(server, opened, monkeypatch):
     slept = []
     monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", slept.append)
     server.next_time("/d/a.tar", "503:7")
@@ -187,7 +188,7 @@ def test_a_wait_that_the_server_asks_for_is_kept(server, opened, monkeypatch):
     assert slept == [7.0]
 
 
-def test_a_wait_beyond_all_patience_is_named_at_once(server, opened, monkeypatch):
+def test_a_requested_wait_that_is_too_long_raises_at_once(server, opened, monkeypatch):
     monkeypatch.setattr("forescale.data.remote.transfer.time.sleep", pytest.fail)
     server.always("/d/a.tar", "429:3600")
     with pytest.raises(Unreachable, match=r"429 .* and asks to wait 3,600 s \(tried once\)"):
@@ -210,7 +211,7 @@ def test_pauses_double_and_differ_between_ranks(server, opened, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_a_server_that_is_not_there(tmp_path):
+def test_a_missing_server(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -219,7 +220,7 @@ def test_a_server_that_is_not_there(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*trying again")
-def test_a_name_that_nobody_knows(tmp_path, monkeypatch):
+def test_an_unknown_host_name(tmp_path, monkeypatch):
     def unknown(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -231,8 +232,8 @@ def test_a_name_that_nobody_knows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http:///d", "http://host:port/"])
-def test_what_is_no_address(tmp_path, url):
-    with pytest.raises(UserError, match="not an address") as caught:
+def test_invalid_addresses(tmp_path, url):
+    with pytest.raises(UserError, match="isn't a valid address") as caught:
         open_store(url, tmp_path, patience=QUICK).read("a")
     sentence(caught)
 
@@ -243,7 +244,7 @@ def test_redirects_without_end(server, opened):
         read(opened())
 
 
-def test_a_large_file_at_a_server_without_ranges_is_named(server, opened):
+def test_a_large_file_at_a_server_without_ranges_is_refused(server, opened):
     server.files["/d/large"] = bytes(9 << 20)
     server.always("/d/large", "whole")
     with pytest.raises(UserError, match="the server ignores ranges"):
@@ -253,7 +254,7 @@ def test_a_large_file_at_a_server_without_ranges_is_named(server, opened):
         read(opened("large"))
 
 
-def test_a_file_that_changes_between_two_requests_is_named(server, opened):
+def test_a_file_that_changes_between_two_requests_is_reported(server, opened):
     file = opened()
     read(file, 0, 10)
     server.files["/d/a.tar"] = DATA[::-1]
@@ -262,13 +263,15 @@ def test_a_file_that_changes_between_two_requests_is_named(server, opened):
 
 
 @pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, 100])
-def test_a_file_of_another_size_than_the_manifest_says_is_named(server, opened, size):
+def test_a_file_of_another_size_than_in_the_manifest_is_reported(server, opened, size):
     server.files["/d/a.tar"] = (DATA + b"x")[:size]
-    with pytest.raises(UserError, match=f"a.tar: {size:,} bytes on the server where 3,000,000"):
+    with pytest.raises(
+        UserError, match=f"a.tar: has {size:,} bytes on the server, expected 3,000,000"
+    ):
         read(opened(size=len(DATA)))
 
 
-def test_a_file_that_was_cut_off_below_the_range_is_named(server, opened):
+def test_a_file_truncated_below_the_range_is_reported(server, opened):
     server.files["/d/a.tar"] = DATA[:100]
-    with pytest.raises(UserError, match=r"a\.tar: 100 bytes on the server where 3,000,000"):
+    with pytest.raises(UserError, match=r"a\.tar: has 100 bytes on the server, expected 3,000,000"):
         read(opened(size=len(DATA)), 2_000_000, 2_000_010)

@@ -1,13 +1,13 @@
-"""Faulty, blank and long text: each policy does what it says, and nothing goes uncounted."""
+"""Faulty, blank and long text: each policy works as documented, and everything is counted."""
 
 import pytest
 
-from forescale.data.text.documents import Policy, Report, decoded
+from forescale.data.text.documents import Policy, ReadingReport, decoded
 from forescale.errors import UserError
 
 
 def take(text, **policy):
-    chosen, report = Policy(**policy), Report()
+    chosen, report = Policy(**policy), ReadingReport()
     chosen.check()
     return [d.text for d in decoded("a", text, report, chosen)], report.as_dict()
 
@@ -16,7 +16,7 @@ def counted(reason, name="a"):
     return {reason: {"count": 1, "first": [name]}}
 
 
-def test_sound_text_is_kept_as_it_is():
+def test_valid_text_is_kept_unchanged():
     text = "Füße\r\n\x00 end ".encode()
     assert take(text) == ([text], {})
     assert take(text.decode()) == ([text], {})
@@ -60,7 +60,7 @@ def test_long():
         take(text, long="fail", max_document_bytes=6)
 
 
-def test_what_is_left_after_a_cut_may_be_blank():
+def test_the_text_left_after_a_cut_may_be_blank():
     found, report = take("  ü", long="cut", max_document_bytes=3)
     assert found == []
     assert report == counted("long, cut") | counted("empty")
@@ -71,24 +71,27 @@ def test_what_is_left_after_a_cut_may_be_blank():
     [
         (
             {"undecodable": "keep"},
-            "undecodable: 'keep' is no policy; choose skip or replace or fail",
+            "undecodable: 'keep' isn't a valid policy; choose skip or replace or fail",
         ),
-        ({"empty": "cut"}, "empty: 'cut' is no policy"),
-        ({"long": "replace"}, "long: 'replace' is no policy"),
-        ({"long": "cut"}, "max_document_bytes: long=cut needs a number"),
-        ({"long": "skip", "max_document_bytes": 0}, "max_document_bytes: long=skip needs a number"),
+        ({"empty": "cut"}, "empty: 'cut' isn't a valid policy"),
+        ({"long": "replace"}, "long: 'replace' isn't a valid policy"),
+        ({"long": "cut"}, "max_document_bytes: must be at least 1 with long=cut"),
+        (
+            {"long": "skip", "max_document_bytes": 0},
+            "max_document_bytes: must be at least 1 with long=skip",
+        ),
         ({"max_document_bytes": 5}, "max_document_bytes: 5 has no effect"),
     ],
 )
-def test_policies_that_make_no_sense(policy, sentence):
+def test_invalid_policies(policy, sentence):
     with pytest.raises(UserError, match=sentence):
         Policy(**policy).check()
 
 
-def test_reports_of_parts_make_that_of_the_whole():
-    whole, merged = Report(), Report()
+def test_merged_reports_equal_the_report_of_the_whole():
+    whole, merged = ReadingReport(), ReadingReport()
     for part in range(5):
-        report = Report()
+        report = ReadingReport()
         for number in range(90):
             for r in (whole, report):
                 r.add("empty" if number % 3 else "malformed", f"{part}-{number}")

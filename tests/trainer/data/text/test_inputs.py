@@ -1,4 +1,5 @@
-"""Folders, globs and paths: one order, names without the machine, an account of the rest."""
+"""Folders, globs and paths: a fixed order, names without machine paths, a report of the other
+files."""
 
 import gzip
 import os
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forescale.data.text.files import Files, Report
+from forescale.data.text.files import Files, ReadingReport
 from forescale.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
@@ -27,7 +28,7 @@ def names(*paths):
     return [name for name, _ in read(*paths)[0]]
 
 
-def test_a_folder_in_sorted_order_with_an_account_of_the_rest(tmp_path):
+def test_a_folder_is_read_in_sorted_order_and_the_rest_is_reported(tmp_path):
     root = tree(tmp_path / "corpus", ".a", ".git/x.txt", "b/a.md", "b/p.png", "z.txt", "B.TXT")
     (root / "c.py").write_bytes(b"\xff\xfe")
     (root / "d.txt").write_text(" \n")
@@ -57,7 +58,7 @@ def test_inputs_keep_the_order_in_which_they_are_given(tmp_path):
     assert names(tmp_path / "c.md", tmp_path / "*.txt") == ["c.md", "a.txt", "b.txt"]
 
 
-def test_globs_name_files_by_what_the_pattern_leaves_open(tmp_path):
+def test_globs_name_files_relative_to_the_fixed_part_of_the_pattern(tmp_path):
     tree(tmp_path, "x/1/a.txt", "x/2/a.txt", "x/2/b.md", "x/c.txt")
     assert names(tmp_path / "x" / "*" / "a.txt") == ["1/a.txt", "2/a.txt"]
     assert names(tmp_path / "x" / "**" / "*.txt") == ["1/a.txt", "2/a.txt", "c.txt"]
@@ -83,7 +84,7 @@ def test_names_hold_no_machine_path(tmp_path, monkeypatch):
     assert "tmp" not in str(here.describe())
 
 
-def test_sources_of_one_name_are_told_apart(tmp_path):
+def test_inputs_with_equal_names_get_numbers(tmp_path):
     tree(tmp_path, "a/x.txt", "b/x.txt")
     files = Files([tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt"])
     assert files.sources == ["x.txt", "x.txt (2)"]
@@ -97,7 +98,7 @@ def test_a_name_that_is_not_utf8(tmp_path):
     assert read(tmp_path)[0] == [(f"{tmp_path.name}/caf\ufffd.txt", b"text")]
 
 
-def test_compressed_json_is_taken_for_lines_as_c4_and_dolma_have_it(tmp_path):
+def test_compressed_json_is_read_as_lines_like_c4_and_dolma(tmp_path):
     (tmp_path / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(lines({"text": "a"})))
     assert [text for _, text in read(tmp_path)[0]] == [b"a"]
 
@@ -108,14 +109,17 @@ def test_compressed_json_is_taken_for_lines_as_c4_and_dolma_have_it(tmp_path):
         ("nowhere", "nowhere: no such file or folder; check the path"),
         ("*.txt", r"no such file or folder"),
         ("", "holds no text file; expected .txt .md .py .jsonl"),
-        ("a.pdf", r"a\.pdf: its suffix says no kind of text; expected .txt"),
+        ("a.pdf", r"a\.pdf: its suffix isn't a known kind of text; expected .txt"),
         ("*.pdf", r"\*\.pdf: holds no text file"),
-        ("rows.json", r"rows\.json: a \.json file is no list of documents; make lines of it: jq"),
-        ("pipe.txt", r"pipe\.txt: is no regular file"),
-        ("gone.txt", r"gone\.txt: no such file; check the path, and where it links to"),
+        (
+            "rows.json",
+            r"rows\.json: a \.json file isn't a list of documents; convert it to lines: jq",
+        ),
+        ("pipe.txt", r"pipe\.txt: isn't a regular file"),
+        ("gone.txt", r"gone\.txt: doesn't exist; check the path, and the target if it is a link"),
     ],
 )
-def test_bad_inputs_have_a_sentence(tmp_path, name, sentence):
+def test_bad_inputs_raise_a_clear_error(tmp_path, name, sentence):
     tree(tmp_path, "a.pdf", "rows.json", ".hidden.txt")
     if name in ("pipe.txt", "gone.txt"):
         os.mkfifo(tmp_path / "pipe.txt")
@@ -125,19 +129,19 @@ def test_bad_inputs_have_a_sentence(tmp_path, name, sentence):
 
 
 def test_an_empty_input_is_not_the_working_directory():
-    with pytest.raises(UserError, match="an input is empty"):
+    with pytest.raises(UserError, match="one of the inputs is empty"):
         read("")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read(tmp_path):
+def test_inputs_without_permission(tmp_path):
     tree(tmp_path, "a.txt", "b/c.txt")
     (tmp_path / "b").chmod(0)
-    with pytest.raises(UserError, match=r"/b: may not be read"):
+    with pytest.raises(UserError, match=r"/b: permission denied"):
         read(tmp_path)
     (tmp_path / "b").chmod(0o700)
     (tmp_path / "a.txt").chmod(0)
-    with pytest.raises(UserError, match=r"a\.txt: may not be read"):
+    with pytest.raises(UserError, match=r"a\.txt: permission denied"):
         read(tmp_path)
 
 
@@ -158,7 +162,7 @@ def bucket(tmp_path):
     store.rm("/bucket", recursive=True)
 
 
-def test_a_store_gives_what_a_folder_gives(bucket):
+def test_a_bucket_gives_the_same_as_a_folder(bucket):
     local, remote = bucket
     for options in ({}, {"unit_bytes": 100}):
         found, report = read(remote, **options)
@@ -184,9 +188,9 @@ def test_files_at_a_web_server(bucket):
             root = f"http://127.0.0.1:{server.server_port}"
             want = read(bucket[0])[0]
             assert read(f"{root}/corpus/")[0] == want
-            # A signature in the address says nothing about the kind of file, and is shown nowhere.
+            # A signature in the address doesn't affect the kind of file, and is never shown.
             signed = Files([f"{root}/corpus/rows.jsonl.gz?key=secret"])
-            found = [d for unit in signed.units() for d in signed.read(unit, Report())]
+            found = [d for unit in signed.units() for d in signed.read(unit, ReadingReport())]
             assert [d.name for d in found] == [n for n, _ in read(bucket[0] / "rows.jsonl.gz")[0]]
             assert "secret" not in str(signed.describe())
             with pytest.raises(UserError, match=r"no line has a text under 'body'") as e:
@@ -197,10 +201,10 @@ def test_files_at_a_web_server(bucket):
             thread.join()
 
 
-def test_addresses_that_are_not_there_have_a_sentence(bucket):
-    with pytest.raises(UserError, match="memory://bucket/nothing: no files there"):
+def test_missing_addresses_raise_a_clear_error(bucket):
+    with pytest.raises(UserError, match="memory://bucket/nothing: has no files"):
         read("memory://bucket/nothing")
-    with pytest.raises(UserError, match=r"p\.png: its suffix says no kind of text"):
+    with pytest.raises(UserError, match=r"p\.png: its suffix isn't a known kind of text"):
         read(f"{bucket[1]}/b/p.png")
-    with pytest.raises(UserError, match="runs a command"):
+    with pytest.raises(UserError, match="would run a command"):
         read("pipe:cat rows.jsonl")

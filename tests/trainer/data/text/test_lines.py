@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forescale.data.text.files import Files, Report
+from forescale.data.text.files import Files, ReadingReport
 from forescale.data.text.lines import lines_between
 from forescale.errors import UserError
 from tests.trainer.data.read_files import lines, read
@@ -52,7 +52,7 @@ def test_units_are_ranges_of_the_file(tmp_path):
     units = files.units()
     assert sum(unit.size for unit in units) == path.stat().st_size
     assert all(unit.size <= 100 for unit in units)
-    counts = [sum(1 for _ in files.read(unit, Report())) for unit in units]
+    counts = [sum(1 for _ in files.read(unit, ReadingReport())) for unit in units]
     assert sum(counts) == 101
     assert counts[-1] == 0  # it lies within the long line
 
@@ -129,15 +129,13 @@ def test_a_file_without_rows_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("unit_bytes", [20, 1 << 20])
-def test_a_wrong_key_is_answered_with_the_keys_there_are(tmp_path, unit_bytes):
+def test_a_wrong_key_raises_an_error_that_lists_the_keys(tmp_path, unit_bytes):
     (tmp_path / "a.jsonl").write_bytes(lines(*[{"body": "x", "id": 1}] * 50))
-    with pytest.raises(
-        UserError, match=r"no line.*under 'text'; name the key \(there are body, id\)"
-    ):
+    with pytest.raises(UserError, match=r"no line.*under 'text'; set text_key \(keys: body, id\)"):
         read(tmp_path / "a.jsonl", unit_bytes=unit_bytes)
 
 
-def test_an_array_is_no_list_of_lines(tmp_path):
+def test_a_json_array_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps([{"text": "x"}]))
     with pytest.raises(UserError, match=r"holds a JSON array.*jq -c '\.\[\]'"):
         read(tmp_path / "a.jsonl")
@@ -146,7 +144,9 @@ def test_an_array_is_no_list_of_lines(tmp_path):
         read(tmp_path / "b.jsonl")
 
 
-def test_a_key_with_other_values_is_answered_so(tmp_path):
+def test_a_key_without_text_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines({"text": 5}, {"text": ["x"]}))
-    with pytest.raises(UserError, match=r"a\.jsonl: what is under 'text' is no text; name another"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: the values of key 'text' aren't text; choose another"
+    ):
         read(tmp_path / "a.jsonl")

@@ -1,4 +1,4 @@
-"""Compressed text: the same as the plain one, and never less than all of it."""
+"""Compressed text: equal to the plain one, and never incomplete."""
 
 import gzip
 import random
@@ -26,7 +26,7 @@ JOINED = {
 
 
 @pytest.mark.parametrize("name", PACKED | JOINED)
-def test_compressed_text_is_read_whole(tmp_path, name):
+def test_compressed_text_is_read_completely(tmp_path, name):
     (tmp_path / name).write_bytes((PACKED | JOINED)[name])
     assert read(tmp_path / name)[0] == [(name, TEXT)]
 
@@ -36,12 +36,12 @@ def test_every_truncation_is_found(tmp_path, name):
     path, packed = tmp_path / name, PACKED[name]
     for size in range(len(packed)):
         path.write_bytes(packed[:size])
-        with pytest.raises(UserError, match=r"cut off or damaged.*restore the file"):
+        with pytest.raises(UserError, match=r"truncated or damaged.*restore the file"):
             read(path)
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "c.md.zst"])
-def test_every_flipped_byte_of_what_has_a_checksum_is_found_or_harmless(tmp_path, name):
+def test_every_flipped_byte_of_a_checksummed_file_is_found_or_harmless(tmp_path, name):
     path, packed = tmp_path / name, PACKED[name]
     for at in range(len(packed)):
         path.write_bytes(packed[:at] + bytes([packed[at] ^ 0x10]) + packed[at + 1 :])
@@ -49,20 +49,20 @@ def test_every_flipped_byte_of_what_has_a_checksum_is_found_or_harmless(tmp_path
             found, _ = read(path)
         except UserError:
             continue
-        assert found == [(name, TEXT)], at  # a header's time stamp, say
+        assert found == [(name, TEXT)], at  # such as a time stamp in a header
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_what_follows_the_end_is_found(tmp_path, name):
+def test_data_after_the_end_is_found(tmp_path, name):
     (tmp_path / name).write_bytes(PACKED[name] + b"something else")
-    with pytest.raises(UserError, match="cut off or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         read(tmp_path / name)
 
 
 def test_a_file_of_another_kind(tmp_path):
     for name in PACKED:
         (tmp_path / name).write_bytes(b"plain text and nothing else")
-        with pytest.raises(UserError, match="cut off or damaged"):
+        with pytest.raises(UserError, match="truncated or damaged"):
             read(tmp_path / name)
 
 
@@ -74,5 +74,5 @@ def test_text_of_many_blocks(tmp_path, suffix):
     path.write_bytes(packed)
     assert read(path)[0] == [(path.name, text)]
     path.write_bytes(packed[:-1])
-    with pytest.raises(UserError, match="cut off or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         read(path)

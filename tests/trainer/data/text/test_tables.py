@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forescale.data.text.files import Files, Policy, Report
+from forescale.data.text.files import Files, Policy, ReadingReport
 from forescale.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
@@ -46,13 +46,13 @@ def test_units_are_row_groups_and_change_nothing(tmp_path):
         "a.parquet (part 1 of 10)",
         "a.parquet (part 2 of 10)",
     ]
-    assert [sum(1 for _ in files.read(unit, Report())) for unit in units] == [10] * 10
+    assert [sum(1 for _ in files.read(unit, ReadingReport())) for unit in units] == [10] * 10
     assert 1 < len(Files([path], unit_bytes=700).units()) < 10
 
 
 def test_nulls_blanks_and_faults_are_counted(tmp_path):
     rows = [b"a", None, b"", b"\xff", b"b"]
-    # Nothing checks that what a file calls a string is UTF-8.
+    # Nothing checks that strings in a file are UTF-8.
     offsets = pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 1, 1, 2, 3)))
     column = pa.StringArray.from_buffers(5, offsets, pa.py_buffer(b"a\xffb"), pa.py_buffer(b"\x1d"))
     for kind, values in (("binary", pa.array(rows)), ("string", column)):
@@ -75,7 +75,7 @@ def test_a_column_inside_another(tmp_path):
     found, report = read(tmp_path / "a.parquet", text_key="meta.text")
     assert [text for _, text in found] == [b"a", b"b"]
     assert report.counts == {"no text under 'meta.text'": 2}
-    with pytest.raises(UserError, match=r"no column 'meta.body'.*there are text, n in meta"):
+    with pytest.raises(UserError, match=r"no column 'meta.body'.*columns: text, n in meta"):
         read(tmp_path / "a.parquet", text_key="meta.body")
 
 
@@ -84,11 +84,11 @@ def test_a_table_without_rows_is_reported(tmp_path):
     assert read(tmp_path / "a.parquet")[1].listed == {"empty": ["a.parquet"]}
 
 
-def test_a_wrong_column_is_answered_with_the_columns_there_are(tmp_path):
+def test_a_wrong_column_raises_an_error_that_lists_the_columns(tmp_path):
     path = parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"no column 'body'; name the key \(there are id, text\)"):
+    with pytest.raises(UserError, match=r"no column 'body'; set text_key \(columns: id, text\)"):
         read(path, text_key="body")
-    with pytest.raises(UserError, match="column 'id' holds int64 and no text"):
+    with pytest.raises(UserError, match="column 'id' holds int64, not text"):
         read(path, text_key="id")
 
 
@@ -97,7 +97,7 @@ def test_every_truncation_is_found(tmp_path):
     path = tmp_path / "a.parquet"
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"a\.parquet: cut off or damaged"):
+        with pytest.raises(UserError, match=r"a\.parquet: truncated or damaged"):
             read(path)
 
 
@@ -108,7 +108,7 @@ def test_a_damaged_page_is_found(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"row 3")] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(UserError, match=r"a\.parquet: cut off or damaged"):
+    with pytest.raises(UserError, match=r"a\.parquet: truncated or damaged"):
         read(path)
 
 
@@ -134,11 +134,11 @@ def test_a_data_set_saved_to_disk(tmp_path, datasets):
     assert len(read(f"hf://{tmp_path}/both")[0]) == 100
     with pytest.raises(UserError, match="has no split 'dev'; choose one of train, test"):
         read(f"hf://{tmp_path}/both:dev")
-    with pytest.raises(UserError, match=r"no column 'body'.*there are id, text"):
+    with pytest.raises(UserError, match=r"no column 'body'.*columns: id, text"):
         read(f"hf://{tmp_path}/both", text_key="body")
 
 
-def test_a_folder_that_datasets_knows_to_read(tmp_path, datasets):
+def test_a_folder_that_datasets_can_read(tmp_path, datasets):
     (tmp_path / "folder").mkdir()
     rows = lines(*({"text": text, "n": 1} for text in TEXTS), {"text": None, "n": 2})
     (tmp_path / "folder" / "train.jsonl").write_bytes(rows)
@@ -149,25 +149,25 @@ def test_a_folder_that_datasets_knows_to_read(tmp_path, datasets):
     assert report.counts == {"no text under 'text'": 1}
 
 
-def test_units_of_a_data_set_are_fixed_and_travel_to_other_processes(tmp_path, datasets):
+def test_units_of_a_data_set_are_fixed_and_picklable(tmp_path, datasets):
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     files = Files([f"hf://{tmp_path}/saved"], unit_bytes=400)
     units = files.units()
     assert len(units) > 2
     assert units == Files([f"hf://{tmp_path}/saved"], unit_bytes=400).units()
     other = pickle.loads(pickle.dumps(files))
-    found = [d.text.decode() for unit in units for d in other.read(unit, Report())]
+    found = [d.text.decode() for unit in units for d in other.read(unit, ReadingReport())]
     assert found == TEXTS
 
 
-def test_a_data_set_that_is_not_there(tmp_path, datasets):
+def test_a_missing_data_set(tmp_path, datasets):
     (tmp_path / "empty").mkdir()
     for spec in (f"hf://{tmp_path}/empty", "hf://nobody/has-this-one"):
         with pytest.raises(UserError, match=f"{spec}: can't be loaded .*check its name"):
             read(spec)
 
 
-def test_without_the_package(monkeypatch):
+def test_the_package_datasets_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(
         UserError, match=r"hf://x: needs the package datasets.*pip install datasets"

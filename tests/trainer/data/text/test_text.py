@@ -1,4 +1,5 @@
-"""Inputs of any kinds as units of work: fixed by the files, and together all of the documents."""
+"""Inputs of all kinds as units of work: they depend only on the files, and together give all
+documents."""
 
 import gzip
 import io
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forescale.data.text.files import Files, Policy, Report
+from forescale.data.text.files import Files, Policy, ReadingReport
 from forescale.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
@@ -52,15 +53,15 @@ def test_documents_and_report_are_the_same_for_units_of_any_size(corpus):
         assert read(corpus, unit_bytes=unit_bytes) == whole
 
 
-def test_units_read_by_others_in_any_order_give_the_same(corpus):
+def test_units_read_by_other_processes_in_any_order_give_the_same(corpus):
     files = Files([corpus], unit_bytes=700)
     whole, report = read(corpus)
     other = pickle.loads(pickle.dumps(files))
     found = {}
     for unit in reversed(pickle.loads(pickle.dumps(files.units()))):
-        part = Report()
+        part = ReadingReport()
         found[unit] = [(d.name, d.text) for d in other.read(unit, part)], part
-    merged = Report()
+    merged = ReadingReport()
     for unit in files.units():
         merged.merge(found[unit][1])
     assert [d for unit in files.units() for d in found[unit][0]] == whole
@@ -85,7 +86,7 @@ def test_small_files_are_grouped_up_to_the_size_of_a_unit(tmp_path):
     assert sizes == [90, 60, 300, 90, 30]
 
 
-def test_what_was_asked_for_tells_requests_apart(corpus):
+def test_the_description_distinguishes_requests(corpus):
     asked = Files([corpus]).describe()
     assert asked["files"] == 44
     assert asked["bytes"] == sum(p.stat().st_size for p in corpus.iterdir() if p.suffix != ".jpg")
@@ -100,6 +101,6 @@ def test_long_documents_of_every_kind(corpus):
     assert report.counts["long, cut"] == len(found)
 
 
-def test_nonsense_in_a_policy_is_found_at_once(corpus):
-    with pytest.raises(UserError, match="undecodable: 'ignore' is no policy"):
+def test_an_invalid_policy_is_refused_at_once(corpus):
+    with pytest.raises(UserError, match="undecodable: 'ignore' isn't a valid policy"):
         Files([corpus], policy=Policy(undecodable="ignore"))

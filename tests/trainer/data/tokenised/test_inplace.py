@@ -1,4 +1,4 @@
-"""Tokenised corpora used where they lie: the same windows as numpy's, and no damage unnoticed."""
+"""Tokenised corpora used in place: the same windows as numpy's, and all damage is found."""
 
 import io
 import signal
@@ -59,7 +59,7 @@ def test_the_windows_are_those_of_numpys_memmap(kind, made):
             assert len(want) == split.shard_tokens[number]
             starts = rng.integers(0, max(len(want) - 65, 1), 40)
             rows = np.empty((40, min(65, len(want))), np.uint16)
-            split.read_rows(np.full(40, number), starts, rows)
+            split.shard(number).read_rows(range(40), starts, rows)
             for start, row in zip(starts.tolist(), rows, strict=True):
                 assert (row == want[start : start + 65]).all()
                 assert (split.read(number, start, 9) == want[start : start + 9]).all()
@@ -71,7 +71,7 @@ def test_the_windows_are_those_of_numpys_memmap(kind, made):
     ] == []
 
 
-def test_documents_are_whole_in_one_split_and_their_ends_are_the_corpuss(made):
+def test_documents_are_complete_in_one_split_and_end_as_in_the_corpus(made):
     output = made("uint16")[1]
     dataset, ends = Dataset(output), set(np.flatnonzero(END == FLAT) + 1)
     seen = []
@@ -99,7 +99,7 @@ def test_documents_are_whole_in_one_split_and_their_ends_are_the_corpuss(made):
     assert sum(s["bytes"] for s in dataset.manifest["splits"].values()) == len(FLAT) - len(ends)
 
 
-def test_which_documents_are_held_out_is_the_rule_of_the_docstring(made):
+def test_held_out_documents_follow_the_rule_in_the_docstring(made):
     dataset = Dataset(made("uint16")[1])
     stretch = len(FLAT) // 16
     starts = np.concatenate([[0], np.flatnonzero(END == FLAT)[:-1] + 1])
@@ -109,7 +109,7 @@ def test_which_documents_are_held_out_is_the_rule_of_the_docstring(made):
     assert (np.concatenate(placed(dataset.split("validation"))) == want).all()
 
 
-def test_rows_and_members_of_others_end_documents(made):
+def test_rows_and_members_of_foreign_files_end_documents(made):
     for kind in ("npy rows", "tar"):
         split = Dataset(made(kind)[1]).split("train")
         for number, tokens in enumerate(placed(split)):
@@ -117,13 +117,13 @@ def test_rows_and_members_of_others_end_documents(made):
             assert set((np.flatnonzero(tokens == END) + 1).tolist()) < ends
 
 
-def test_the_same_again_finds_it_and_another_request_is_refused(tmp_path):
+def test_an_equal_request_finds_the_dataset_and_another_is_refused(tmp_path):
     path, more = write("flat", tmp_path / "in")
     output = index_corpus([str(path)], tmp_path / "out", "bytes", **SIZES, **more)
     before = {p.name: p.stat().st_mtime_ns for p in output.iterdir()}
     index_corpus([str(path)], output, "bytes", **SIZES, **more)
     assert {p.name: p.stat().st_mtime_ns for p in output.iterdir()} == before
-    with pytest.raises(UserError, match=r"built otherwise \(validation differ\)"):
+    with pytest.raises(UserError, match=r"built with different validation"):
         index_corpus([str(path)], output, "bytes", **{**SIZES, "validation_fraction": 0}, **more)
     other = index_corpus([str(path)], tmp_path / "other", "bytes", **SIZES, **more)
     assert {p.name: p.read_bytes() for p in other.iterdir()} == {
@@ -132,7 +132,7 @@ def test_the_same_again_finds_it_and_another_request_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["uint16", "npy", "tar"])
-def test_a_corpus_at_a_server_is_indexed_and_read_there(kind, made, tmp_path):
+def test_a_corpus_at_a_server_is_indexed_and_read_remotely(kind, made, tmp_path):
     path, local = made(kind)
     with HostileServer() as server:
         for file in path.parent.iterdir():
@@ -161,7 +161,7 @@ inplace.index_corpus([sys.argv[1]], sys.argv[2], "bytes")
 """
 
 
-def test_killed_it_leaves_no_dataset_and_the_next_try_makes_it(tmp_path):
+def test_a_killed_build_leaves_no_dataset_and_the_next_attempt_makes_it(tmp_path):
     path, _ = write("npy", tmp_path / "in")
     output = tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(output)], check=False)
@@ -178,9 +178,9 @@ def fails(match: str, *paths: Path, **more) -> None:
     assert not (paths[0].parent / "none").exists()
 
 
-def test_what_is_no_corpus_of_this_tokenizer_has_a_sentence(tmp_path):
+def test_a_corpus_of_another_tokenizer_raises_a_clear_error(tmp_path):
     np.save(tmp_path / "a.npy", np.array([1, 2, 300, END]))
-    fails(r"a\.npy: token 2 is 300, and the vocabulary has 257", tmp_path / "a.npy")
+    fails(r"a\.npy: token 2 is 300, the vocabulary has 257", tmp_path / "a.npy")
     np.save(tmp_path / "b.npy", np.array([1, -2, END]))
     fails(r"b\.npy: token 1 is -2", tmp_path / "b.npy")
     np.save(tmp_path / "c.npy", np.array([[1.0, 2.0]]))
@@ -188,17 +188,17 @@ def test_what_is_no_corpus_of_this_tokenizer_has_a_sentence(tmp_path):
     np.save(tmp_path / "d.npy", np.asfortranarray(np.zeros((3, 2), "u2")))
     fails(r"d\.npy: holds uint16 of shape \(3, 2\) in columns", tmp_path / "d.npy")
     np.save(tmp_path / "e.npy", np.zeros(0, "u2"))
-    fails(r"e\.npy: 0 bytes of tokens", tmp_path / "e.npy")
+    fails(r"e\.npy: has 0 bytes of tokens", tmp_path / "e.npy")
     (tmp_path / "f.bin").write_bytes(b"abcd")
-    fails(r"f\.bin: raw token ids don't say how wide", tmp_path / "f.bin")
-    fails(r"f\.bin: 4 bytes are no whole number of int64", tmp_path / "f.bin", dtype="int64")
+    fails(r"f\.bin: holds raw token ids, whose dtype must be given", tmp_path / "f.bin")
+    fails(r"f\.bin: 4 bytes aren't a whole number of int64", tmp_path / "f.bin", dtype="int64")
     np.save(tmp_path / "g.npy", np.array([1, END], "u2"))
     np.save(tmp_path / "h.npy", np.array([1, END], "u4"))
     both = (tmp_path / "g.npy", tmp_path / "h.npy")
-    fails(r"h\.npy: holds uint32, and .*g\.npy uint16", *both)
-    fails(r"dtype: is int32, and .*g\.npy says uint16", tmp_path / "g.npy", dtype="int32")
+    fails(r"h\.npy: holds uint32, but .*g\.npy holds uint16", *both)
+    fails(r"dtype: is int32, but .*g\.npy holds uint16", tmp_path / "g.npy", dtype="int32")
     (tmp_path / "i.idx").write_bytes(b"")
-    fails(r"i\.bin: no such file", tmp_path / "i.idx")
+    fails(r"i\.bin: doesn't exist", tmp_path / "i.idx")
     with tarfile.open(tmp_path / "j.tar", "w") as tar:
         for name in ("0.npy", "0.mask.npy"):
             raw = io.BytesIO()
@@ -210,7 +210,7 @@ def test_what_is_no_corpus_of_this_tokenizer_has_a_sentence(tmp_path):
     fails(r"j\.tar: its members hold arrays of 2 kinds \(mask\.npy, npy\)", tmp_path / "j.tar")
 
 
-def test_what_is_left_out_or_odd_stands_in_the_report(tmp_path):
+def test_unusual_and_left_out_data_is_reported(tmp_path):
     folder = tmp_path / "in"
     write("tar", folder)
     (folder / "README.md").write_text("tokens of mine")
@@ -232,7 +232,7 @@ def test_what_is_left_out_or_odd_stands_in_the_report(tmp_path):
     assert check(output) == []
 
 
-def test_inputs_are_told_from_text(tmp_path):
+def test_token_inputs_are_distinguished_from_text(tmp_path):
     def kind(name: str) -> str | None:
         return in_place_kind(str(tmp_path / name))
 
@@ -250,15 +250,15 @@ def test_inputs_are_told_from_text(tmp_path):
     assert kind("text.tar") is None
 
 
-def test_the_command_makes_it_and_says_where_the_tokens_are(tmp_path, capsys):
+def test_the_command_makes_the_dataset_and_warns_about_moving_files(tmp_path, capsys):
     path, _ = write("npy", tmp_path / "in")
     words = [str(path), f"output={tmp_path / 'out'}", "tokenizer=bytes", "shard_tokens=4000"]
     words += ["member_tokens=1500", "validation_fraction=0.1"]
     assert verb.main(words) == 0
     said = capsys.readouterr().out
-    assert "nothing was copied" in said
-    assert "is made" in said
+    assert "were not copied" in said
+    assert "was built" in said
     assert verb.main(words) == 0
-    assert "was there already" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"tokenizer: .* doesn't say by which one"):
+    assert "existed already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="tokenizer: is required"):
         verb.main([words[0], f"output={tmp_path / 'other'}"])

@@ -1,0 +1,49 @@
+"""Objectives: how a window becomes inputs and targets, and which positions count as targets.
+
+Invariant: an objective is a pure function of a window and its number, so that every world size,
+micro-batch and resume point gives the same tensors; and the number of targets of a window depends
+on its length alone, because a step's loss is divided by the targets of all ranks, which each rank
+computes without reading their windows.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+IGNORED = -100  # marks positions without a target; the default of torch.nn.functional.cross_entropy
+
+
+class Objective(Protocol):
+    """What an objective must do. It is made with the keyword arguments of the config; a class whose
+    signature has `seed`, `vocab_size` or `sequence_length` gets these of the run."""
+
+    def num_targets(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the number of targets of windows of `sizes` tokens, int64 of the same shape."""
+
+    def examples(self, tokens: np.ndarray, sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Return inputs and targets, int64 of shape (2, n, L).
+
+        tokens: (n, L + 1), of which the first sizes[i] of row i are real; sizes: (n,); numbers:
+        (n,), the number of each window in the order of training, from which random choices must be
+        drawn (for held-out text its number in the split). Positions without a target are IGNORED;
+        inputs beyond a window's end are 0.
+        """
+
+
+class NextToken:
+    """Predict each next token: every token but a window's first is a target."""
+
+    def num_targets(self, sizes: np.ndarray) -> np.ndarray:
+        return np.asarray(sizes, np.int64) - 1
+
+    def examples(self, tokens: np.ndarray, sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        # One allocation: two would be mapped and unmapped again every step, at ten times the cost.
+        pair = np.empty((2, len(tokens), tokens.shape[1] - 1), np.int64)
+        pair[0], pair[1] = tokens[:, :-1], tokens[:, 1:]
+        for i in np.flatnonzero(sizes < tokens.shape[1]).tolist():
+            pair[0, i, sizes[i] - 1 :] = 0
+            pair[1, i, sizes[i] - 1 :] = IGNORED
+        return pair
+
+
+NEXT_TOKEN = NextToken()
