@@ -1,7 +1,7 @@
-"""The model: a decoder-only transformer in pure PyTorch, and what its sizes cost.
+"""The model: a decoder-only transformer in pure PyTorch, with its FLOPs and memory.
 
-Knows no files, no ranks, no trainer. `Transformer` is imported on first use, so that reading a
-configuration or counting parameters never loads torch.
+It knows nothing about files, ranks or the trainer. `Transformer` is imported on first use, so that
+reading a configuration or counting parameters never loads torch.
 """
 
 from typing import TYPE_CHECKING, Any

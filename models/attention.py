@@ -1,6 +1,6 @@
-"""Causal self-attention: multi-head and grouped-query, over the whole row or within its documents,
-with padding masks and QK-norm.
-"""
+"""Causal self-attention, multi-head or grouped-query, with QK-norm, document and padding masks."""
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,19 @@ from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
 from forescale.models.norm import RMSNorm
 from forescale.models.parametrization import scales
-from forescale.models.position import Rotation, rotate
+from forescale.models.position import rotate
+
+if TYPE_CHECKING:
+    from forescale.models.transformer import Context
 
 
 def visible_keys(padding_mask_BL: Tensor | None, starts_BL: Tensor | None) -> Tensor:
-    """(B, 1, L, L), True where the query (row) sees the key (column): no later one, no padding, and
-    none from before its document.
+    """Return (B, 1, L, L), True if the query (row) may attend to the key (column).
 
+    A query attends to no later key, no padding, and no key from before its document.
     Args, at least one of them: padding_mask (B, L), True for a real token; starts (B, L), see
-    position.document_starts. A padding token still sees itself: some kernels answer a softmax over
-    nothing with NaN, which would reach the gradients of real tokens.
+    position.document_starts. A padding token still attends to itself: some kernels return NaN for a
+    softmax over no keys, and NaN would spread to the gradients of real tokens.
     """
     either = starts_BL if padding_mask_BL is None else padding_mask_BL
     assert either is not None
@@ -35,19 +38,20 @@ def visible_keys(padding_mask_BL: Tensor | None, starts_BL: Tensor | None) -> Te
 
 
 def additive_mask(seen_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores: 0 where a key is seen, else -inf, in the dtype of the queries.
+    """Return the mask to add to the scores: 0 for a visible key, else -inf, in the queries' dtype.
 
-    Costs B * L^2 values (L = 2,048 in bf16: 8 MiB a row; 8,192: 128 MiB), once a forward, until its
-    backward pass is through. Attention would make the same of a boolean mask itself, but anew in
-    every layer, and autograd would keep each. Any mask rules out the kernels that skip what is not
-    seen (flash): every layer scores the whole square, the future and other documents too.
+    It needs B * L^2 values (L = 2,048 in bf16: 8 MiB per row; 8,192: 128 MiB), once per forward
+    pass, until the backward pass ends. Attention would convert a boolean mask to the same, but in
+    every layer, and autograd would keep each copy. With any mask, the kernels that skip invisible
+    keys (flash) can't be used: every layer scores the whole square, including later tokens and
+    other documents.
     """
     return torch.zeros_like(seen_B1LL, dtype=dtype).masked_fill(~seen_B1LL, -torch.inf)
 
 
 class Attention(nn.Module):
     """(B, L, D) -> (B, L, D); H query heads share G key and value heads (Ainslie et al. 2023,
-    arXiv 2305.13245). Query, key and value are matrices of their own: Muon orthogonalises each.
+    arXiv 2305.13245). Query, key and value have separate matrices: Muon orthogonalises each.
     QK-norm (Henry et al. 2020, arXiv 2010.04245) comes before the rotation, one weight for all
     heads, as in Qwen3.
     """
@@ -66,11 +70,9 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x_BLD: Tensor, rotation: Rotation | None = None, mask_B1LL: Tensor | None = None
-    ) -> Tensor:
-        """Without a mask a token sees all before it; see additive_mask."""
+    def forward(self, x_BLD: Tensor, context: "Context") -> Tensor:
         B, L, _ = x_BLD.shape
+        rotation, mask_B1LL = context
         q_BLHK = self.query(x_BLD).view(B, L, self.num_heads, -1)
         k_BLGK = self.key(x_BLD).view(B, L, self.num_kv_heads, -1)
         v_BLGK = self.value(x_BLD).view(B, L, self.num_kv_heads, -1)

@@ -1,14 +1,15 @@
-"""The model's schema, its rules, and the one dial that sets all sizes.
+"""The config of the model, its rules, and `depth`, the one key that sets all sizes.
 
-Invariant: a ModelConfig without problems() builds; resolved() leaves no size open and changes
-nothing that was given. Imports no torch: a plan reads this file on a login node.
+Invariant: a ModelConfig without problems() can be built; resolved() sets every size and changes no
+given value. Imports no torch: a plan reads this file on a login node.
 """
 
 from dataclasses import dataclass, field, fields, replace
 
+from forescale.models.costs import MIXERS, MLPS
+
 POSITIONS = ("rotary", "learned", "sinusoidal", "none")
 NORMS = ("rmsnorm", "layernorm")
-MLPS = ("swiglu", "gelu", "relu2")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
 
 HEAD_DIM = 64
@@ -17,7 +18,7 @@ WIDTH_PER_LAYER = 64
 
 @dataclass(frozen=True)
 class Sizes:
-    """A config's sizes, none of them open any more."""
+    """The sizes of a config, all of them set."""
 
     num_layers: int
     width: int
@@ -29,11 +30,12 @@ class Sizes:
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.width // self.num_heads
 
     @property
     def kv_width(self) -> int:
-        """All keys (or values) of a token: num_kv_heads * head_dim."""
+        """Width of all keys (or values) of a token: num_kv_heads * head_dim."""
         return self.num_kv_heads * self.head_dim
 
 
@@ -46,8 +48,8 @@ _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shap
 class ModelConfig:
     """A pre-norm decoder-only transformer.
 
-    Give `depth` alone, or `num_layers` and `width`; what else is given overrides the rule.
-    The rule, where a size is not given:
+    Give only `depth`, or `num_layers` and `width`. Other given sizes override the rule.
+    The rule for a size that is not given:
 
     1. num_layers = depth.
     2. width = 64 * depth. nanochat's dial (base_train.py, aspect ratio 64), and GPT-2 small's 12
@@ -62,38 +64,43 @@ class ModelConfig:
        rounded up to a multiple of 64 for the matrix units.
     """
 
-    depth: int | None = None  # the dial
-    num_layers: int | None = None
-    width: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query attention
-    mlp_width: int | None = None
+    depth: int | None = None  # sets num_layers and width (64 * depth); or give both
+    num_layers: int | None = None  # None: depth
+    width: int | None = None  # None: 64 * depth
+    num_heads: int | None = None  # None: width / 64
+    num_kv_heads: int | None = (
+        None  # fewer than num_heads: grouped-query attention; None: num_heads
+    )
+    mlp_width: int | None = None  # None: 4 * width, or 8/3 * width for swiglu
     vocab_size: int | None = None  # None: the dataset's
     max_sequence_length: int | None = None  # None: the training's
 
     position: str = "rotary"  # rotary | learned | sinusoidal | none
     rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
     norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # added to the variance in norms
+    mixer: str = "attention"  # how tokens exchange information: attention
     mlp: str = "swiglu"  # swiglu | gelu | relu2
-    bias: bool = False  # in every linear layer and in layernorm
-    qk_norm: bool = True  # RMS norm of each query and key head (Qwen3's): tames large steps
-    tie_embeddings: bool = False  # one table for tokens in and logits out
-    dropout: float = 0.0  # after the embedding, in attention, on both residual branches
-    z_loss: float = 0.0  # coefficient of log(Z)^2, PaLM's 1e-4; 0: off
-    loss_chunk: int = field(default=512, metadata=_NUMERICS)  # targets at once; 0: all
+    bias: bool = False  # use biases in linear layers and layernorm
+    qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training
+    tie_embeddings: bool = False  # use one matrix for the token embedding and the output head
+    dropout: float = 0.0  # dropout rate after the embedding, in attention and on residual branches
+    z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
+    loss_chunk: int = field(
+        default=512, metadata=_NUMERICS
+    )  # targets per chunk of the loss; 0: all
     activation_checkpointing: bool = field(default=False, metadata=_NUMERICS)
     init_std: float | None = None  # None: see models/parametrization.py
     parametrization: str = "standard"  # standard | mup | completep
-    base_width: int = 256  # mup, completep: the width whose learning rate it is
-    base_depth: int = 4  # completep: the num_layers whose learning rate it is
+    base_width: int = 256  # mup, completep: width for which optimizer.learning_rate was tuned
+    base_depth: int = 4  # completep: num_layers for which optimizer.learning_rate was tuned
 
     def problems(
         self, vocab_size: int | None = None, sequence_length: int | None = None
     ) -> list[Problem]:
-        """Every rule that is broken, as (field, what, todo); none: the model can be built.
+        """Return the broken rules as (field, what, todo); without any, the model can be built.
 
-        Args: `vocab_size` and `sequence_length` of the data, where they are known.
+        Args: `vocab_size` and `sequence_length` of the data, if known.
         """
         found = self._problems_of_values()
         if found:
@@ -137,7 +144,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append((name, f"{value} is not a size", "give at least 1"))
-        choices = {"position": POSITIONS, "norm": NORMS, "mlp": MLPS}
+        choices = {"position": POSITIONS, "norm": NORMS, "mixer": tuple(MIXERS), "mlp": tuple(MLPS)}
         for name, known in (*choices.items(), ("parametrization", PARAMETRIZATIONS)):
             value = getattr(self, name)
             if value not in known:
@@ -157,9 +164,9 @@ class ModelConfig:
     def resolved(
         self, vocab_size: int | None = None, sequence_length: int | None = None
     ) -> "ModelConfig":
-        """The same model with every size filled in: from the rule, else from the data's numbers.
+        """Return the same model with every size set, by the rule or from the data.
 
-        Raises ValueError with one sentence where problems() are left or a size stays unknown.
+        Raises ValueError with one sentence if there are problems() or a size is still unknown.
         """
         for name, what, todo in self.problems(vocab_size, sequence_length):
             raise ValueError(f"model.{name}: {what}; {todo}.")
@@ -175,12 +182,12 @@ class ModelConfig:
 
     @property
     def sizes(self) -> Sizes:
-        """Every size as a plain number. Raises ValueError as resolved() does."""
+        """All sizes as plain numbers. Raises ValueError like resolved()."""
         full = self.resolved()
         return Sizes(**{size.name: getattr(full, size.name) for size in fields(Sizes)})
 
     def _sized(self) -> "ModelConfig":
-        """The rule of the class docstring; needs depth, or num_layers and width."""
+        """Apply the rule of the class docstring; needs depth, or num_layers and width."""
         width = self.width or WIDTH_PER_LAYER * (self.depth or 0)
         num_heads = self.num_heads or max(1, width // HEAD_DIM)
         gated = -(-8 * width // (3 * 64)) * 64
@@ -190,5 +197,5 @@ class ModelConfig:
             width=width,
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads or num_heads,
-            mlp_width=self.mlp_width or (gated if self.mlp == "swiglu" else 4 * width),
+            mlp_width=self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width),
         )

@@ -1,121 +1,125 @@
-"""What a model costs: parameters, FLOPs, activation bytes. The only such formulas in the project.
+"""Parameters, FLOPs and activation bytes of a model. The only such formulas in the project.
 
 A FLOP here is one multiplication or addition inside a matrix product, as in PaLM's appendix B
 (arXiv 2204.02311) and torch.utils.flop_counter; norms, softmax and the like are left out. The
-backward pass is twice the forward. Nothing is counted twice for recomputation (activation
-checkpointing, the chunks of the loss, flash attention's scores): MFU, not HFU. Tests hold these
-numbers against torch's counter to the last FLOP. Imports no torch. A config whose
+backward pass takes twice the FLOPs of the forward pass. Recomputation (activation checkpointing,
+the chunks of the loss, flash attention's scores) is not counted, as for MFU, unlike HFU. Tests
+compare these numbers exactly with torch's counter. Imports no torch. A config whose
 vocabulary or longest sequence is unknown raises ValueError.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from forescale.models.config import ModelConfig
+from forescale.models.costs import MIXERS, MLPS, Part
+from forescale.models.costs.record import Shapes
 
 
 @dataclass(frozen=True)
 class Counts:
     """Parameters. total = embedding + position + non_embedding + (head, unless it is tied)."""
 
-    total: int  # every trainable parameter, once
+    total: int  # every trainable parameter, counted once
     embedding: int  # the token table
     position: int  # the learned position table, else 0
     blocks: int  # all layers
     non_embedding: int  # blocks and final norm: Kaplan's N
-    head: int  # the matrix that makes logits, also where it is the token table (tied)
+    head: int  # the matrix that makes the logits, even if it is the token table (tied)
 
     @property
     def blocks_and_head(self) -> int:
-        """What a token is multiplied with: the N whose 6N is nearest to the FLOPs."""
+        """The parameters that a token is multiplied by: the N whose 6N is nearest to the FLOPs."""
         return self.blocks + self.head
 
 
 def count(config: ModelConfig) -> Counts:
-    """Parameters of a Transformer of this config."""
+    """Return the numbers of parameters of a Transformer of this config."""
     s = config.sizes
-    norm = s.width * (2 if config.norm == "layernorm" and config.bias else 1)
-    mlp_wide = s.mlp_width * (2 if config.mlp == "swiglu" else 1)
-    biases = 3 * s.width + 2 * s.kv_width + mlp_wide
-    heads_norm = 2 * s.head_dim if config.qk_norm else 0
-    layer = _layer_matrices(config) + 2 * norm + heads_norm + (biases if config.bias else 0)
-    table = s.vocab_size * s.width
-    position = s.max_sequence_length * s.width if config.position == "learned" else 0
-    blocks = s.num_layers * layer
-    tables = table if config.tie_embeddings else 2 * table
+    outer = {name: prod(shape) for name, shape in _outer_shapes(config).items()}
+    blocks = s.num_layers * sum(map(prod, layer_shapes(config).values()))
+    norm = sum(size for name, size in outer.items() if name.startswith("norm."))
     return Counts(
-        total=tables + position + blocks + norm,
-        embedding=table,
-        position=position,
+        total=sum(outer.values()) + blocks,
+        embedding=outer["embedding.weight"],
+        position=outer.get("position.weight", 0),
         blocks=blocks,
         non_embedding=blocks + norm,
-        head=table,
+        head=outer["embedding.weight"],
     )
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> int:
-    """Forward and backward FLOPs of one token in a sequence of this length, head included.
+    """Return forward and backward FLOPs of one token in a sequence of this length, with the head.
 
-    causal=False counts attention over the whole square (PaLM's convention, for MFU): a token meets
-    L keys. causal=True counts what a causal model needs, exactly: (L + 1) / 2 keys on average.
-    Attention within documents needs fewer; that is not taken off, so that the price of a token does
-    not depend on the data. Evaluation and generation (forward only) cost a third.
+    causal=False counts attention over the whole square (PaLM's convention, for MFU): L keys per
+    token. causal=True counts what a causal model needs, exactly: (L + 1) / 2 keys on average.
+    Attention within documents needs fewer keys. This is not subtracted, so that the cost of a token
+    does not depend on the data. Evaluation and generation (forward only) cost a third.
     """
     s = config.sizes
-    matmul = s.num_layers * _layer_matrices(config) + s.vocab_size * s.width
-    doubled_keys = sequence_length + 1 if causal else 2 * sequence_length
-    # scores and their product with the values: 2 * width FLOPs each for every key that is met
-    attention = s.num_layers * 2 * s.width * doubled_keys
-    return 3 * (2 * matmul + attention)
+    parts = sum(part.flops(config, sequence_length, causal) for part in parts_of(config).values())
+    return 3 * (s.num_layers * parts + 2 * s.vocab_size * s.width)
 
 
 def flops_6n(config: ModelConfig) -> int:
-    """6N FLOPs of one token, N = blocks + head (Kaplan et al. 2020, section 2.1): no attention."""
+    """Return 6N FLOPs of one token, N = blocks + head (Kaplan et al. 2020, 2.1): no attention."""
     return 6 * count(config).blocks_and_head
 
 
+def parts_of(config: ModelConfig) -> dict[str, Part]:
+    """Return the parts of a block by name, in the order of the forward pass."""
+    return {"mixer": MIXERS[config.mixer], "mlp": MLPS[config.mlp]}
+
+
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name and shape, in the order of Transformer.named_parameters()."""
+    """Return every parameter's name and shape, in the order of Transformer.named_parameters()."""
+    outer, layer = _outer_shapes(config), layer_shapes(config)
+    before = ("embedding.weight", "position.weight")
+    found: Shapes = {name: outer[name] for name in before if name in outer}
+    for i in range(config.sizes.num_layers):
+        found |= {f"blocks.{i}.{name}": shape for name, shape in layer.items()}
+    return found | {name: shape for name, shape in outer.items() if name not in before}
+
+
+def layer_shapes(config: ModelConfig) -> Shapes:
+    """Return the parameters of one block: name inside the block -> shape."""
+    found = Shapes()
+    for name, part in parts_of(config).items():
+        found |= _norm(config, f"{name}_norm")
+        found |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
+    return found
+
+
+def _outer_shapes(config: ModelConfig) -> Shapes:
+    """Return the parameters outside the blocks."""
     s = config.sizes
-
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
-        has_bias = config.norm == "layernorm" and config.bias
-        return {f"{name}.{kind}": (s.width,) for kind in ("weight", "bias")[: 1 + has_bias]}
-
-    def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        bias = {f"{name}.bias": (outputs,)} if config.bias else {}
-        return {f"{name}.weight": (outputs, inputs), **bias}
-
-    found: dict[str, tuple[int, ...]] = {"embedding.weight": (s.vocab_size, s.width)}
+    found: Shapes = {"embedding.weight": (s.vocab_size, s.width)}
     if config.position == "learned":
         found["position.weight"] = (s.max_sequence_length, s.width)
-    for i in range(s.num_layers):
-        at = f"blocks.{i}."
-        found |= norm(at + "attention_norm")
-        for name, outputs in (("query", s.width), ("key", s.kv_width), ("value", s.kv_width)):
-            found |= linear(f"{at}attention.{name}", s.width, outputs)
-        found |= linear(at + "attention.output", s.width, s.width)
-        if config.qk_norm:
-            for name in ("query", "key"):
-                found[f"{at}attention.{name}_norm.weight"] = (s.head_dim,)
-        found |= norm(at + "mlp_norm")
-        for name in ("gate", "up") if config.mlp == "swiglu" else ("up",):
-            found |= linear(f"{at}mlp.{name}", s.width, s.mlp_width)
-        found |= linear(at + "mlp.down", s.mlp_width, s.width)
-    found |= norm("norm")
+    found |= _norm(config, "norm")
     if not config.tie_embeddings:
         found["head.weight"] = (s.vocab_size, s.width)
     return found
 
 
+def _norm(config: ModelConfig, name: str) -> Shapes:
+    has_bias = config.norm == "layernorm" and config.bias
+    return {f"{name}.{kind}": (config.sizes.width,) for kind in ("weight", "bias")[: 1 + has_bias]}
+
+
 def matrices(config: ModelConfig) -> set[str]:
-    """Names of the hidden matrices, which Muon takes; Transformer.muon_parameters() without it."""
+    """Return the names of Transformer.muon_parameters(), without building the model."""
     every = shapes(config).items()
     return {name for name, shape in every if len(shape) == 2 and name.startswith("blocks.")}
 
 
 def flops_recomputed(config: ModelConfig, sequence_length: int) -> int:
-    """FLOPs of one token that a step makes twice, beyond `flops_per_token`: the head's forward for
-    a loss in chunks; with activation checkpointing the forward of every layer."""
+    """Return the recomputed FLOPs of one token, which `flops_per_token` does not count.
+
+    These are the head's forward pass for a loss in chunks and, with activation checkpointing, the
+    forward pass of every layer.
+    """
     s = config.sizes
     head = 2 * s.vocab_size * s.width if config.loss_chunk else 0
     layers = flops_per_token(config, sequence_length) // 3 - 2 * s.vocab_size * s.width
@@ -124,23 +128,23 @@ def flops_recomputed(config: ModelConfig, sequence_length: int) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a micro-batch's forward leaves for its backward, and what the backward adds."""
+    """Bytes that the forward pass of a micro-batch keeps, and those that the backward pass adds."""
 
-    layers: int  # of every layer; with activation checkpointing, each layer's input alone
-    again: int  # with activation checkpointing: the one layer that is made again at a time
+    layers: int  # of all layers; with activation checkpointing only the layers' inputs
+    again: int  # with activation checkpointing: the layer that is being recomputed
     head: int  # the final norm's input and output
-    logits: int  # of a chunk of the loss: as they come, their fp32 gradient, and that rounded
-    mask: int  # of documents or padding, one for all layers
-    kept_logits: int  # of `logits`, what the forward leaves: where all targets fit one chunk
+    logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient
+    mask: int  # of documents or padding, shared by all layers
+    kept_logits: int  # the part of `logits` kept by the forward pass, if all fit one chunk
 
     @property
     def total(self) -> int:
-        """The most that stands at a time."""
+        """Maximum of a step."""
         return self.layers + self.again + self.head + self.logits + self.mask
 
     @property
     def saved(self) -> int:
-        """What autograd keeps when the forward is through."""
+        """Bytes that autograd keeps at the end of the forward pass."""
         return self.layers + self.head + self.kept_logits + self.mask
 
 
@@ -152,31 +156,26 @@ def activations(
     masked: bool = False,
     fused_norms: bool = True,
 ) -> Activations:
-    """An estimate of the memory of one micro-batch's activations, by kind.
+    """Return an estimate of the activation memory of one micro-batch, by kind.
 
     Counts the tensors that autograd keeps (as Korthikanti et al. 2022, arXiv 2205.05198, section
     4, for this architecture with flash attention), per token and layer, in values of
-    `bytes_per_value` unless fp32 is said: both norms' inputs (fp32) and outputs; queries and keys
-    before QK-norm (fp32) and as they enter attention; values; attention's output and its
-    normaliser (fp32, one a head); and in the MLP four tensors of its width for swiglu, two for gelu
-    and relu2. Where RMSNorm is not one kernel (fused_norms=False: a CPU), its input is kept once
-    more. At the end the final norm, and the logits of one chunk, as they come and as fp32
-    gradients. Dropout adds a byte a value. A masked forward (documents or padding) has its mask
-    beside it, one for all layers.
-    Not in it: parameters, gradients, the allocator's slack. torch.compile keeps less. Attention
-    with dropout keeps more where no flash kernel does dropout (CPU).
+    `bytes_per_value` unless marked fp32: inputs (fp32) and outputs of both norms, and what the cost
+    records of the mixer and the MLP give (costs/). If RMSNorm is not one kernel (fused_norms=False:
+    a CPU), its input is kept a second time. The final norm and the logits of one chunk, with their
+    gradients, are added. Dropout adds a byte per value. A masked forward pass (documents or
+    padding) has one mask for all layers.
+    Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
+    Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
     s, b = config.sizes, bytes_per_value
     tokens = micro_batch * sequence_length
-    heads = s.width + s.kv_width
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
     norm = rms if config.norm == "rmsnorm" else 4
-    layer = 2 * (norm + b) * s.width  # norms
-    layer += b * (heads + s.kv_width + s.width)  # queries and keys, values, output
-    layer += 4 * s.num_heads
-    layer += rms * heads if config.qk_norm else 0
-    layer += b * s.mlp_width * (4 if config.mlp == "swiglu" else 2)
-    layer += 2 * s.width if config.dropout else 0
+    parts = parts_of(config).values()
+    layer = len(parts) * (norm + b) * s.width
+    layer += sum(part.activation_bytes(config, b, rms) for part in parts)
+    layer += len(parts) * s.width if config.dropout else 0
     kept = b * s.width if config.activation_checkpointing else layer
     chunk = min(tokens, config.loss_chunk or tokens)
     return Activations(
@@ -196,12 +195,13 @@ def activation_bytes(
     bytes_per_value: int = 2,
     masked: bool = False,
 ) -> int:
-    """The most that one micro-batch's activations take at a time; see `activations`."""
+    """Return the maximum activation bytes of one micro-batch; see `activations`."""
     return activations(config, micro_batch, sequence_length, bytes_per_value, masked).total
 
 
-def _layer_matrices(config: ModelConfig) -> int:
-    """Values in the matrices of one layer."""
-    s = config.sizes
-    mlp = (3 if config.mlp == "swiglu" else 2) * s.width * s.mlp_width
-    return 2 * s.width**2 + 2 * s.width * s.kv_width + mlp
+def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
+    """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers."""
+    parts = parts_of(config).values()
+    return config.sizes.num_layers * sum(
+        p.cache_bytes(config, length, bytes_per_value) for p in parts
+    )

@@ -1,8 +1,8 @@
 """Sampling, one token at a time.
 
-Every step runs the whole context again: no cache, hence no second way to compute attention that
-could differ from training's. For samples and small models that is enough; to serve a model, export
-it.
+Every step runs the model on the whole context. There is no cache, so there is no second
+implementation of attention that could differ from the one in training. This is enough for samples
+and small models; to serve a model, export it.
 """
 
 import torch
@@ -21,10 +21,10 @@ def generate(
 ) -> Tensor:
     """Continue each row by num_tokens sampled tokens: (B, L) int64 -> (B, L + num_tokens).
 
-    Args: `model` maps tokens (B, L) to logits (B, L, V); `temperature` 0 takes the likeliest token;
-    `top_k` samples among the k likeliest; `generator` makes it repeatable; `max_context`: the model
-    sees at most so many last tokens (default: the model's max_sequence_length, where it has one).
-    The model is put in eval mode and left in the mode it came in.
+    Args: `model` maps tokens (B, L) to logits (B, L, V); `temperature` 0 takes the most likely
+    token; `top_k` samples among the k most likely; `generator` makes it repeatable; `max_context`:
+    maximum number of tokens that the model sees (default: the model's max_sequence_length, if any).
+    The model runs in eval mode; its mode is restored at the end.
     Raises ValueError for an empty prompt, a negative temperature or a top_k below 1.
     """
     if tokens_BL.shape[1] == 0:
@@ -51,7 +51,7 @@ def generate(
 def _sample(
     logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    """(B, V) -> (B, 1)."""
+    """Sample one token per row: (B, V) -> (B, 1)."""
     if temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
     if top_k is not None and top_k < logits_BV.shape[1]:

@@ -1,4 +1,4 @@
-"""The same weights under Hugging Face's names: Llama, Qwen3, Arcee, Apertus, GPT-2, both ways.
+"""Convert weights to and from Hugging Face's formats: Llama, Qwen3, Arcee, Apertus, GPT-2.
 
 Works on plain dicts; transformers is needed only by whoever loads the result. Weights survive
 there and back bit for bit, and so does every architectural field of the config; what only training
@@ -31,22 +31,22 @@ class _Family:
 
 
 _LLAMA_INNER = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
+    "mixer_norm": "input_layernorm",
+    "mixer.query": "self_attn.q_proj",
+    "mixer.key": "self_attn.k_proj",
+    "mixer.value": "self_attn.v_proj",
+    "mixer.output": "self_attn.o_proj",
     "mlp_norm": "post_attention_layernorm",
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
 _GATE = {"mlp.gate": "mlp.gate_proj"}
-_QK_NORM = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
+_QK_NORM = {"mixer.query_norm": "self_attn.q_norm", "mixer.key_norm": "self_attn.k_norm"}
 _LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_ROTARY = {"position": "rotary", "norm": "rmsnorm"}
+_ROTARY = {"mixer": "attention", "position": "rotary", "norm": "rmsnorm"}
 
 
-def _llama_like(architecture: str, fits: dict, inner: dict) -> _Family:
+def _llama_like(architecture: str, fits: dict[str, Any], inner: dict[str, str]) -> _Family:
     return _Family(
         architecture, _ROTARY | fits, _LLAMA_OUTER, "model.layers.{}", _LLAMA_INNER | inner
     )
@@ -61,11 +61,12 @@ FAMILIES = {
     "apertus": _llama_like(
         "ApertusForCausalLM",
         {"mlp": "relu2", "qk_norm": True, "bias": False},
-        _QK_NORM | {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+        _QK_NORM | {"mixer_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
     ),
     "gpt2": _Family(
         "GPT2LMHeadModel",
         {
+            "mixer": "attention",
             "position": "learned",
             "norm": "layernorm",
             "mlp": "gelu",
@@ -81,9 +82,9 @@ FAMILIES = {
         },
         "transformer.h.{}",
         {
-            "attention_norm": "ln_1",
-            "attention.qkv": "attn.c_attn",
-            "attention.output": "attn.c_proj",
+            "mixer_norm": "ln_1",
+            "mixer.qkv": "attn.c_attn",
+            "mixer.output": "attn.c_proj",
             "mlp_norm": "ln_2",
             "mlp.up": "mlp.c_fc",
             "mlp.down": "mlp.c_proj",
@@ -93,7 +94,7 @@ FAMILIES = {
 
 
 def family_of(config: ModelConfig) -> str:
-    """Which family a resolved config belongs to; ValueError with the nearest one if to none."""
+    """Return the family of a resolved config. Raises ValueError with the nearest if none fits."""
     differing: dict[str, list[str]] = {}
     for name, family in FAMILIES.items():
         wanted = dict(family.fits)
@@ -127,7 +128,7 @@ def to_hf(
 
 
 class _Folded(Mapping[str, Tensor]):
-    """`state`, each tensor multiplied by its factor, if it has one, when it is asked for."""
+    """`state`, with each tensor multiplied by its factor, if any, when it is read."""
 
     def __init__(self, state: Mapping[str, Tensor], by: dict[str, float]):
         self._state, self._by = state, by
@@ -171,7 +172,7 @@ def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, St
     state = {}
     for name, tensor in hf_state.items():
         if re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):
-            continue  # constants that older files carry
+            continue  # constants in older files
         if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"  # OpenAI's own files leave it out
         module, _, leaf = name.rpartition(".")
@@ -186,7 +187,7 @@ def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, St
 
 
 def _names(family: str, config: ModelConfig) -> dict[str, str]:
-    """Our module's name -> theirs, for every module that has weights."""
+    """Return our name -> theirs for every module that has weights."""
     f = FAMILIES[family]
     outer = dict(f.outer)
     if config.tie_embeddings:
@@ -203,7 +204,7 @@ def _is_gpt2_matrix(name: str, tensor: Tensor) -> bool:
 
 
 def _fused(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """GPT-2 keeps matrices as (in, out), and query, key and value in one."""
+    """Yield the weights in GPT-2's format: matrices (in, out); query, key and value in one."""
     for name in state:
         if ".key." in name or ".value." in name:
             continue

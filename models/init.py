@@ -1,8 +1,7 @@
-"""How every hidden matrix begins: normal, with the standard deviation that the parametrisation
-(models/parametrization.py) has for it. Biases start at 0, norms at 1.
+"""The initialisation of hidden matrices: normal, with the parametrisation's standard deviation.
 
-Each module draws its own weights while it is constructed: a module that DeepSpeed's zero.Init
-splits on construction is then already right.
+See models/parametrization.py. Biases start at 0, norms at 1. Each module initialises its weights
+in its constructor, because DeepSpeed's zero.Init partitions a module right after it is constructed.
 """
 
 import torch
@@ -10,9 +9,9 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """nn.Linear, (..., in) -> (..., out), whose weights begin with standard deviation `std`.
+    """nn.Linear, (..., in) -> (..., out), whose initial weights have standard deviation `std`.
 
-    The hidden matrices, and only they, are of this class: muon_parameters() counts on it.
+    All hidden matrices, and nothing else, use this class: muon_parameters() relies on it.
     """
 
     def __init__(self, num_in: int, num_out: int, bias: bool, std: float):
@@ -21,6 +20,7 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Initialise the weights; called by the constructor of nn.Linear."""
         self.weight.normal_(0, self.std)
         if self.bias is not None:
             self.bias.zero_()

@@ -1,25 +1,26 @@
-"""Cross-entropy of the next token without ever holding all logits, and the z-loss.
+"""Cross-entropy of the next token without storing all logits, and the z-loss.
 
-The head's logits are the largest tensor of a step by far (tokens x vocabulary). Here they exist
-for one chunk of tokens at a time: the backward pass makes a chunk's logits again and turns them
-into gradients in place. That costs one more product with the head (its forward, again); on a CPU,
-where a chunk stays in cache, it is faster than the whole all the same while the vocabulary is small
-and nothing is compiled, and a tenth to a quarter slower where it is (tests/benchmarks/run.py loss).
-Targets that fit one chunk keep their logits, and nothing is made twice. Softmax and sums are fp32
-whatever the dtype.
+The logits (tokens x vocabulary) are by far the largest tensor of a step. Here they exist for one
+chunk of tokens at a time: the backward pass recomputes the logits of a chunk and turns them into
+gradients in place. This costs one more matrix product with the head. On a CPU a chunk stays in the
+cache, so this is still faster than the whole for a small vocabulary without compilation; with
+compilation it is 10% to 25% slower (tests/benchmarks/run.py loss). If all targets fit in one chunk,
+the logits are kept and nothing is recomputed. Softmax and sums are fp32 for every dtype.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target that is none: padding, or a token whose loss is not wanted
+IGNORE = -100  # marks a position without a target: padding, or a token that has no loss
 
 
 def window_losses(
     hidden_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor, chunk: int = 0, z_loss: float = 0.0
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Each window's sum of cross-entropy over its targets: losses (B,) in nats, fp32.
+    """Return each window's sum of cross-entropy over its targets: losses (B,) in nats, fp32.
 
     With z_loss > 0: (losses, penalty), where penalty is z_loss * log(Z)^2 summed over all targets,
     a scalar that belongs to the training objective only (PaLM, arXiv 2204.02311, section 5).
@@ -35,7 +36,7 @@ def window_losses(
 def token_losses(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and log-partition of each token.
+    """Return cross-entropy and log-partition of each token.
 
     Args: hidden (N, D), head weight (V, D), targets (N,) int64, `chunk` tokens at once (0: all).
     Returns: losses (N,) in nats, 0 where the target is IGNORE, and log Z (N,); both fp32.
@@ -50,10 +51,12 @@ def _index(targets_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Both directions a chunk (C tokens) at a time; differentiable once."""
+    """Forward and backward, one chunk (C tokens) at a time; can be differentiated once."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, chunk):
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         losses, log_z = [], []
         for hidden_CD, targets_C in zip(
             hidden_ND.split(chunk), targets_N.split(chunk), strict=True
@@ -70,7 +73,7 @@ class _TokenLosses(torch.autograd.Function):
         return torch.cat(losses), log_z_N
 
     @staticmethod
-    def backward(ctx, grad_losses_N, grad_log_z_N):
+    def backward(ctx: Any, grad_losses_N: Tensor, grad_log_z_N: Tensor) -> Any:
         hidden_ND, weight_VD, targets_N, log_z_N, whole = ctx.saved_tensors
         ignored_N, index_N1 = _index(targets_N)
         grad_target_N = grad_losses_N.masked_fill(ignored_N, 0.0)

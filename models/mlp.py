@@ -1,4 +1,4 @@
-"""The feed-forward half of a block: SwiGLU, GELU or squared ReLU."""
+"""The feed-forward part of a block: SwiGLU, GELU or squared ReLU."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm. Both compute in fp32 whatever the dtype of input and weight."""
+"""RMSNorm and LayerNorm. Both compute in fp32 for every dtype of input and weight."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from forescale.models.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """(..., D) -> (..., D), by the root mean square (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """(..., D) -> (..., D), divided by the root mean square (Zhang & Sennrich 2019, 1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(..., D) -> (..., D), by mean and variance (Ba et al. 2016, arXiv 1607.06450)."""
+    """(..., D) -> (..., D), normalised by mean and variance (Ba et al. 2016, arXiv 1607.06450)."""
 
     def __init__(self, width: int, eps: float, bias: bool):
         super().__init__()
@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm of the residual stream, (..., D) -> (..., D)."""
+    """Return the norm of the residual stream, (..., D) -> (..., D)."""
     if config.norm == "layernorm":
         return LayerNorm(config.sizes.width, config.norm_eps, config.bias)
     return RMSNorm(config.sizes.width, config.norm_eps)

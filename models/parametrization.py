@@ -1,4 +1,4 @@
-"""How a model is parametrised: what width and depth do to weights, forward pass and optimizer.
+"""The parametrisation: how initial weights, forward pass and optimizer depend on width and depth.
 
 The only such formulas in the project. Invariant: at base_width and base_depth, with heads of 64,
 `mup` and `completep` compute and train exactly as `standard` does; away from there one learning
@@ -61,25 +61,25 @@ import math
 from dataclasses import dataclass
 
 from forescale.models.config import HEAD_DIM, ModelConfig
-from forescale.models.flops import shapes
+from forescale.models.flops import parts_of, shapes
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Of the initial weights and of the forward pass: rules 1 to 7."""
+    """Factors of the initial weights and of the forward pass: rules 1 to 7."""
 
     table_std: float
     hidden_std: float
     writing_std: float  # of the hidden matrices that write to the residual stream
-    residual: float  # what a branch is multiplied with before it is added to the stream
+    residual: float  # multiplies a branch before it is added to the stream
     logits: float
-    attention: float  # what queries times keys are multiplied with
-    sinusoidal: float  # what the embedding is multiplied with under sinusoidal positions
+    attention: float  # multiplies the products of queries and keys
+    sinusoidal: float  # multiplies the embedding, with sinusoidal positions
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What AdamW's settings are multiplied with for the parameters of a class: rules 8 to 10."""
+    """Multipliers of AdamW's settings for one class of parameters: rules 8 to 10."""
 
     of: str  # the class: embedding | hidden | head | block | qk_norm | norm
     learning_rate: float = 1.0
@@ -88,7 +88,7 @@ class Factors:
 
 
 def scales(config: ModelConfig) -> Scales:
-    """Rules 1 to 7. Raises ValueError as config.sizes does."""
+    """Return the Scales by rules 1 to 7. Raises ValueError like config.sizes."""
     s = config.sizes
     m, n = _growth(config)
     transfers = config.parametrization != "standard"
@@ -109,9 +109,9 @@ def scales(config: ModelConfig) -> Scales:
 
 
 def factors(config: ModelConfig) -> dict[str, Factors]:
-    """Rules 8 to 10: each parameter's name -> its class and factors; nothing in `standard`.
+    """Return the Factors of each parameter by name (rules 8 to 10); empty for `standard`.
 
-    Raises ValueError as config.sizes does.
+    Raises ValueError like config.sizes.
     """
     if config.parametrization == "standard":
         return {}
@@ -125,27 +125,27 @@ def factors(config: ModelConfig) -> dict[str, Factors]:
         Factors("norm", epsilon=1 / m),
     )
     by_name = {c.of: c for c in classes}
-    return {name: by_name[_class_of(name, shape)] for name, shape in shapes(config).items()}
+    shared = {module for part in parts_of(config).values() for module in part.per_head}
+    return {name: by_name[_class_of(name, shape, shared)] for name, shape in shapes(config).items()}
 
 
 def folds(config: ModelConfig) -> dict[str, float]:
-    """What to multiply weights with, by parameter, so that a model of `standard` with the same
-    sizes computes the same without the multipliers of rules 4 to 6 (to the rounding of one
-    product); parameters that stay as they are are left out.
+    """Return factors of the weights, by parameter, that replace the multipliers of rules 4 to 6.
 
-    Logits are linear in the final norm's gain and bias, which a tied table leaves alone; scores in
-    the gain of the queries' norm or, without one, in the queries' matrix and bias, also through a
-    rotation. Rule 7 has no such place: sinusoidal positions are nobody's export.
+    A `standard` model of the same sizes with the multiplied weights computes the same, up to the
+    rounding of one product. Parameters that don't change are left out. Logits are linear in the
+    final norm's gain and bias, which a tied table does not share. The mixer's cost record names the
+    module that scores are linear in. Rule 7 can't be replaced like this, but no exported model has
+    sinusoidal positions.
     """
     if config.parametrization == "standard":
         return {}
     s, scale = config.sizes, scales(config)
-    attention = scale.attention * math.sqrt(s.head_dim)
-    ends = {
-        "attention.output": scale.residual,
-        "mlp.down": scale.residual,
-        "attention.query_norm" if config.qk_norm else "attention.query": attention,
-    }
+    scores = scale.attention * math.sqrt(s.head_dim)
+    ends = dict[str, float]()
+    for name, part in parts_of(config).items():
+        inner = dict.fromkeys(part.writes, scale.residual) | part.folds(config, scores)
+        ends |= {f"{name}.{module}": by for module, by in inner.items()}
     found = {"norm": scale.logits}
     found |= {f"blocks.{i}.{end}": by for i in range(s.num_layers) for end, by in ends.items()}
     by_parameter = {name: found.get(name.rpartition(".")[0], 1.0) for name in shapes(config)}
@@ -153,18 +153,18 @@ def folds(config: ModelConfig) -> dict[str, float]:
 
 
 def _growth(config: ModelConfig) -> tuple[float, float]:
-    """m and n, each 1 where the parametrisation doesn't follow it."""
+    """Return m and n; each is 1 if the parametrisation does not depend on it."""
     s = config.sizes
     m = s.width / config.base_width if config.parametrization != "standard" else 1.0
     n = s.num_layers / config.base_depth if config.parametrization == "completep" else 1.0
     return m, n
 
 
-def _class_of(name: str, shape: tuple[int, ...]) -> str:
-    """The class of a parameter of forescale.models.flops.shapes."""
+def _class_of(name: str, shape: tuple[int, ...], per_head: set[str]) -> str:
+    """Return the class of a parameter of flops.shapes. per_head: modules that all heads share."""
     module = name.split(".")[-2]
-    if module in ("query_norm", "key_norm"):
-        return "qk_norm"
     if name.startswith("blocks."):
+        if module in per_head:
+            return "qk_norm"
         return "hidden" if len(shape) == 2 else "block"
     return "embedding" if module == "position" else module

@@ -1,9 +1,9 @@
-"""Where a token stands: rotary, sinusoidal, learned (or nothing at all).
+"""Position encodings: rotary, sinusoidal, learned.
 
-Tables are computed in fp32 from the positions at every forward, not kept as buffers: there is
-nothing to save, to cast to bf16 by accident, or to outgrow, and the cost is one row a position.
-Positions count from the first real token of a row, or of each of its documents where those are
-given, so neither padding nor what stands before a document changes anything.
+Rotary and sinusoidal tables are computed in fp32 from the positions in every forward pass, not kept
+as buffers. So no table must be saved, can be cast to bf16 by accident, or limits the length; the
+cost is one row per position. Positions count from the first real token of a row, or of each
+document if documents are given, so padding and earlier documents have no effect.
 """
 
 import torch
@@ -17,22 +17,26 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K
 
 
 def document_starts(documents_BL: Tensor) -> Tensor:
-    """The column at which each token's document begins, (B, L) int64: the row's first, or the last
-    one up to the token where the number of the document differs from the one before."""
+    """Return the column at which each token's document begins, (B, L) int64.
+
+    A document begins in the first column, and wherever the document number changes.
+    """
     columns_L = torch.arange(documents_BL.shape[1], device=documents_BL.device)
-    begins_BL = F.pad(documents_BL.diff(dim=-1).ne(0), (1, 0))  # column 0 is what 0 stands for
+    begins_BL = F.pad(
+        documents_BL.diff(dim=-1).ne(0), (1, 0)
+    )  # the first document begins at column 0
     return torch.where(begins_BL, columns_L, 0).cummax(-1).values
 
 
 def positions_of(
     tokens_BL: Tensor, padding_mask_BL: Tensor | None = None, starts_BL: Tensor | None = None
 ) -> Tensor:
-    """Positions (L,), or (B, L) under a padding mask (True: a real token) or document starts."""
+    """Return positions (L,); (B, L) with a padding mask (True: real token) or document starts."""
     if padding_mask_BL is None:
         columns_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
         return columns_L if starts_BL is None else columns_L - starts_BL
     real_BL = padding_mask_BL.long()
-    before_BL = real_BL.cumsum(-1) - real_BL  # real tokens before each
+    before_BL = real_BL.cumsum(-1) - real_BL  # number of real tokens before each token
     if starts_BL is not None:
         before_BL = before_BL - before_BL.gather(-1, starts_BL)
     return before_BL
@@ -45,13 +49,13 @@ def _angles(positions: Tensor, size: int, theta: float) -> Tensor:
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
-    """The rotation at each position: (...) -> cos and sin, each (..., 1, head_dim/2), fp32."""
+    """Return the rotation at each position: (...) -> cos, sin, each (..., 1, head_dim/2), fp32."""
     angles = _angles(positions, head_dim, theta)[..., None, :]
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BLHK: Tensor, by: Rotation) -> Tensor:
-    """Turn each head, (B, L, H, K) -> (B, L, H, K); coordinate i is paired with i + K/2.
+    """Rotate each head, (B, L, H, K) -> (B, L, H, K); coordinate i is paired with i + K/2.
 
     Su et al. 2021 (arXiv 2104.09864), in the pairing of GPT-NeoX and of Llama in transformers.
     """
@@ -61,13 +65,13 @@ def rotate(x_BLHK: Tensor, by: Rotation) -> Tensor:
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Vaswani et al. 2017, section 3.5: (...) -> (..., width), fp32, sines and cosines in turn."""
+    """Return (...) -> (..., width), fp32: sine and cosine in turns (Vaswani et al. 2017, 3.5)."""
     angles = _angles(positions, width, 10_000.0)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
 class LearnedPosition(nn.Module):
-    """One vector a position: (L,) or (B, L) -> (..., D)."""
+    """A learned vector for each position: (L,) or (B, L) -> (..., D)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

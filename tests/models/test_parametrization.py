@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forescale.config.train import OptimizerConfig
+from forescale.config.optimizer import OptimizerConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 from forescale.models.parametrization import Factors, factors, folds, scales
@@ -48,9 +48,9 @@ def test_the_optimizer_of_each():
     assert mup["embedding.weight"] == Factors("embedding", 1, 1, 1 / 4)
     assert mup["head.weight"] == Factors("head", 1, 1, 1 / 4)
     assert mup["blocks.0.mlp.down.weight"] == Factors("hidden", 1 / 4, 4, 1 / 4)
-    assert mup["blocks.5.attention.query.bias"] == Factors("block", 1, 1, 1 / 4)
+    assert mup["blocks.5.mixer.query.bias"] == Factors("block", 1, 1, 1 / 4)
     assert mup["blocks.5.mlp_norm.weight"] == Factors("block", 1, 1, 1 / 4)
-    assert mup["blocks.5.attention.key_norm.weight"] == Factors("qk_norm", 1, 1, 1)
+    assert mup["blocks.5.mixer.key_norm.weight"] == Factors("qk_norm", 1, 1, 1)
     assert mup["norm.weight"] == Factors("norm", 1, 1, 1 / 4)
     completep = factors(replace(LARGE, parametrization="completep"))
     for name, by in mup.items():

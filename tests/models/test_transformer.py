@@ -43,7 +43,7 @@ def test_weights_begin_as_documented():
         elif "norm" in name:
             assert p.eq(1).all(), name
         else:
-            to_stream = name.endswith(("attention.output.weight", "mlp.down.weight"))
+            to_stream = name.endswith(("mixer.output.weight", "mlp.down.weight"))
             std = small / math.sqrt(2 * 8) if to_stream else small
             assert abs(p.std() / std - 1) < 0.02, name
             assert abs(p.mean()) < std * 0.02, name

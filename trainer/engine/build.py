@@ -1,6 +1,6 @@
-"""An engine from a job: optimizer by recipe, compilation, and what the device can do.
+"""Build the engine of a job; decide about compilation; find the peak FLOP/s of the device.
 
-Invariant: whatever a machine lacks (a compiler) is worked around with a notice, never in silence.
+Invariant: without a compiler, the model trains uncompiled and the user gets a notice.
 """
 
 import os
@@ -15,8 +15,8 @@ from torch import nn
 
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
-from forescale.engine.optim import parameter_groups
-from forescale.engine.step import Engine, build_optimizer
+from forescale.engine.optim import build_optimizer, parameter_groups
+from forescale.engine.step import Engine
 from forescale.engine.world import World
 from forescale.errors import UserError
 
@@ -34,52 +34,49 @@ _KNOWN_PEAKS = {
 
 
 class Compilation(NamedTuple):
-    """Whether the model is to be compiled, and what to tell the user about it."""
+    """Whether to compile the model, and a notice for the user."""
 
     wanted: bool
     notice: str | None = None
 
 
 def check_world(job: TrainJob, size: int) -> None:
-    """Raises ConfigError where the job doesn't fit the ranks that are really there."""
+    """Raise ConfigError if the job does not fit the number of ranks."""
     problems = job.problems(world_size=size)
     if problems:
         raise ConfigError(Problem(*p) for p in problems)
 
 
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
-    """`model` under DeepSpeed, with the parameter groups of the recipe."""
-    muon, factors = (_said(model, name) for name in ("muon_parameters", "optimizer_factors"))
+    """Return an Engine that trains `model` with the optimizer of the job."""
+    muon, factors = (
+        _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
+    )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
-    settings = {
-        "betas": (job.optimizer.beta1, job.optimizer.beta2),
-        "eps": job.optimizer.eps,
-        "momentum": job.optimizer.momentum,
-    }
-    optimizer = build_optimizer(job.optimizer.kind, [vars(g) for g in groups], **settings)
+    optimizer = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
     return Engine(world, model, optimizer, seed=job.train.seed, clip=job.optimizer.clip)
 
 
-def _said(model: nn.Module, method: str) -> Any:
-    """What an optional method of a model returns; None where it has no such method."""
+def _call_optional(model: nn.Module, method: str) -> Any:
+    """Return the result of an optional method of the model; None if it has no such method."""
     own = getattr(model, method, None)
     return own() if own is not None else None
 
 
 def be_deterministic() -> None:
-    """Have torch choose kernels whose results don't depend on the timing of threads.
+    """Make torch use kernels whose results don't depend on the timing of threads.
 
-    Needed even on a CPU: the gradient of an embedding is otherwise compiled to atomic additions,
-    and two runs part in the last bits after a few dozen steps.
+    A CPU needs this too: otherwise the gradient of an embedding is compiled to atomic additions,
+    and after a few dozen steps two equal runs differ in the last bits.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # For debugging only, and a pass over every new tensor.
+    # Only useful for debugging, and costs one pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def compiler_missing() -> str | None:
-    """What torch.compile lacks here, or None. For a CPU it writes C++ against Python.h."""
+    """Return what torch.compile lacks on this machine, or None. For a CPU it compiles C++ code."""
     if torch.cuda.is_available():
         return None
     compiler = os.environ.get("CXX") or "g++"
@@ -90,7 +87,10 @@ def compiler_missing() -> str | None:
 
 
 def compilation(job: TrainJob) -> Compilation:
-    """What `train.compile` means here. Raises UserError for `on` on a machine that can't."""
+    """Return whether to compile, from `train.compile` and this machine.
+
+    Raises UserError if train.compile=on and the machine lacks a compiler.
+    """
     missing = compiler_missing()
     if job.train.compile == "off":
         return Compilation(False)
@@ -100,12 +100,12 @@ def compilation(job: TrainJob) -> Compilation:
     if missing:
         notice = f"The model is not compiled, and trains slower: this machine lacks {missing}."
         return Compilation(False, notice)
-    # At stage 3 the hooks that gather parameters break the graph apart.
+    # At stage 3 the hooks that gather parameters break the compiled graph.
     return Compilation(job.engine.stage < 3 or job.train.compile == "on")
 
 
 def peak_flops(world: World, configured: float | None, precision: str) -> float:
-    """FLOP/s that one device can do in matrix products: configured, known, or measured."""
+    """Return the peak FLOP/s of one device in matrix products: configured, known, or measured."""
     if configured:
         return configured
     if world.device.type == "cuda":
@@ -117,7 +117,7 @@ def peak_flops(world: World, configured: float | None, precision: str) -> float:
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
-    """The best of a few products of two square matrices; a tenth of a second on a CPU."""
+    """Measure FLOP/s as the best of 12 matrix products; takes a tenth of a second on a CPU."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -1,14 +1,16 @@
-"""Our config in DeepSpeed's words: the one function that writes its JSON. Imports no DeepSpeed."""
+"""Derive the DeepSpeed JSON from our config, in one function. Imports no DeepSpeed."""
 
 from typing import Any
 
+from forescale.config.optimizer import OptimizerSpec
+
 
 def deepspeed_config(job, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON for a TrainJob.
+    """Return the DeepSpeed JSON for a TrainJob.
 
-    Accumulation, clipping and schedules are ours (the engine's step owns the boundary), so
-    DeepSpeed is told of one micro-batch a step and of no clipping. `engine.deepspeed` extends the
-    result; the keys that we own were refused when the config was read.
+    Our engine does accumulation, clipping and schedules itself. So this JSON sets one micro-batch
+    per step and no clipping. `engine.deepspeed` extends the result; reading the config has already
+    refused the keys that we own.
     """
     engine, micro_batch = job.engine, job.train.micro_batch
     config: dict[str, Any] = {
@@ -19,27 +21,27 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
-        "zero_optimization": _zero(engine, job.optimizer.kind),
+        "zero_optimization": _zero(engine, job.optimizer.spec),
     }
     if job.precision.kind == "bf16":
-        # The engine looks for non-finite gradients itself, before it decides to apply.
+        # The engine checks for non-finite gradients itself, before the update.
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     elif job.precision.kind == "fp16":
         config["fp16"] = {"enabled": True}
     return merged(config, engine.deepspeed)
 
 
-def _zero(engine, optimizer: str) -> dict[str, Any]:
+def _zero(engine, optimizer: OptimizerSpec) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": engine.stage,
         "reduce_bucket_size": engine.bucket_bytes // 2,
         "allgather_bucket_size": engine.bucket_bytes // 2,
     }
     if engine.stage in (1, 2) and not engine.offload_optimizer:
-        zero["compute_grad_norm"] = False  # ours is the true one
+        zero["compute_grad_norm"] = False  # the engine computes it
     if engine.stage == 3:
         zero["stage3_prefetch_bucket_size"] = engine.bucket_bytes // 2
-        zero["reduce_scatter"] = optimizer != "muon"  # DeepSpeed refuses Muon with it
+        zero["reduce_scatter"] = optimizer.reduce_scatter
         if engine.hierarchical_partition > 1:
             zero["zero_hpz_partition_size"] = engine.hierarchical_partition
         if engine.offload_parameters:
@@ -50,7 +52,7 @@ def _zero(engine, optimizer: str) -> dict[str, Any]:
 
 
 def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `extra` laid over it, section by section."""
+    """Return `base` with the keys of `extra` added or replaced, section by section."""
     result = dict(base)
     for key, value in extra.items():
         old = result.get(key)

@@ -1,1 +1,1 @@
-"""A job before it runs: problems, memory, communication, time, failures."""
+"""Predict a job before it runs: problems, memory, communication, time, failures."""

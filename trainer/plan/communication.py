@@ -1,20 +1,23 @@
-"""What the ranks send each other in a step, and how long that takes.
+"""Communication of an optimizer step: bytes of each collective, and its time.
 
-The collectives are those that DeepSpeed 0.19.8 makes under our engine, found by counting them on
-real ranks (tests/distributed/test_real_costs.py holds these formulas to them, byte for byte):
-- Stages 0 and 1 all-reduce the gradients once a step; stage 2 at each micro-batch. Both stages 1
-  and 2 all-reduce where a reduce-scatter would do (use_multi_rank_bucket_allreduce), and gather the
-  weights after the update.
-- Stage 3 gathers weights in forward and backward of each micro-batch and reduce-scatters the
-  gradients; with Muon it all-reduces them, and gathers gradients, momenta and updates besides.
-  What it gathers again depends on stage3_max_reuse_distance, see zero3.py. With a hierarchical
-  partition only the first gather of a step goes over all ranks.
-A few scalars a step (norm, overflow, the shared word) are left out: latency, not bandwidth.
+The collectives are those that DeepSpeed 0.19.8 runs under our engine. They were counted on real
+ranks; tests/distributed/test_real_costs.py compares these formulas with them, byte for byte:
+- Stages 0 and 1 all-reduce the gradients once per step, stage 2 once per micro-batch. Stages 1 and
+  2 use an all-reduce where a reduce-scatter would be enough (use_multi_rank_bucket_allreduce), and
+  all-gather the weights after the update.
+- Stage 3 all-gathers the weights in the forward and backward pass of each micro-batch and
+  reduce-scatters the gradients. With Muon it all-reduces the gradients, and also all-gathers
+  gradients, momenta and updates. stage3_max_reuse_distance decides which weights are gathered a
+  second time, see zero3.py. With a hierarchical partition only the first gather of a step uses all
+  ranks.
+A few scalars per step (norm, overflow, the StepSummary) are left out: they cost latency, not
+bandwidth.
 
-Times are those of rings at the stated speeds, without latency: of S bytes over n ranks each sends
-2 (n-1)/n S for an all-reduce, (n-1)/n S for a gather or a scatter (Patarasu and Yuan 2009,
-"Bandwidth optimal all-reduce algorithms"). Across nodes a ring leaves and enters each node once, so
-a node sends as much as a GPU does, through all its cards together.
+Times are those of ring algorithms at the configured speeds, without latency. For S bytes over n
+ranks, each rank sends 2 (n-1)/n S for an all-reduce and (n-1)/n S for an all-gather or a
+reduce-scatter (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms"). A ring over
+several nodes enters and leaves each node once, so a node sends as much as one GPU, through all its
+network cards together.
 """
 
 from collections.abc import Sequence
@@ -23,17 +26,20 @@ from typing import Literal
 
 from forescale.config.train import TrainJob
 from forescale.plan.config import MachineConfig
-from forescale.plan.memory import Settings, partition, recomputes
+from forescale.plan.memory import ZeroSettings, partition, recomputes
 from forescale.plan.parameters import Inventory
-from forescale.plan.zero3 import walk
+from forescale.plan.zero3 import trace_gathers
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
 @dataclass(frozen=True)
 class Collective:
-    """All of one kind in a step. payload: bytes of the whole tensors; ranks: that take part;
-    beside: the share of a step's computing that it can run beside, where the machine overlaps."""
+    """All collectives of one kind in a step.
+
+    payload: bytes of the whole tensors. ranks: number of ranks that take part. beside: the fraction
+    of the step's computation that it can overlap with, on a machine that overlaps.
+    """
 
     what: str
     kind: Kind
@@ -43,59 +49,60 @@ class Collective:
 
     @property
     def sent(self) -> int:
-        """Bytes that each rank sends."""
+        """Bytes that each rank sends per step."""
         factor = 2 if self.kind == "all_reduce" else 1
         return factor * (self.ranks - 1) * self.payload // self.ranks
 
     def between(self, per_node: int) -> int:
-        """Bytes that a node sends to other nodes."""
+        """Return the bytes that a node of `per_node` ranks sends to other nodes."""
         return self.sent if self.ranks > per_node else 0
 
     def inside_seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Of the links inside a node."""
+        """Return the seconds on the links inside a node."""
         inside = self.sent if per_node > 1 else 0
         return inside / (machine.intra_node * machine.link_efficiency)
 
     def between_seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Of the links between nodes."""
+        """Return the seconds on the links between nodes."""
         return self.between(per_node) / (machine.inter_node * machine.link_efficiency)
 
     def seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """A ring is as fast as its slowest link."""
+        """Return the seconds on the slowest link, which sets the speed of a ring."""
         return max(self.inside_seconds(machine, per_node), self.between_seconds(machine, per_node))
 
 
-def collectives(job: TrainJob, held: Inventory, world: int) -> list[Collective]:
-    """Of one optimizer step; those that send nothing are left out."""
-    s = Settings.of(job, world)
-    found = _partitioned(s, job, held) if s.stage == 3 else _replicated(s, held)
+def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collective]:
+    """Return the collectives of one optimizer step, without those that send nothing."""
+    s = ZeroSettings.of(job, world)
+    found = _partitioned(s, job, trained) if s.stage == 3 else _replicated(s, trained)
     return [c for c in found if c.payload and c.ranks > 1]
 
 
-def _replicated(s: Settings, held: Inventory) -> list[Collective]:
+def _replicated(s: ZeroSettings, trained: Inventory) -> list[Collective]:
     times = s.accumulation if s.stage == 2 else 1
-    # The backward is two thirds of a micro-batch's time; below stage 2 only the last one reduces.
+    # The backward pass takes two thirds of a micro-batch's time. Stages 0 and 1 reduce gradients
+    # only in the backward pass of the last micro-batch.
     beside = (2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation) if s.stage and s.overlap else 0.0
-    gradients = s.size * held.numel * times
+    gradients = s.size * trained.numel * times
     found = [Collective("gradients", "all_reduce", gradients, s.world, beside)]
     if s.stage:
-        weights = s.size * s.world * sum(partition(g, s.world) for g in held.groups)
+        weights = s.size * s.world * sum(partition(g, s.world) for g in trained.groups)
         found.append(Collective("weights after the update", "all_gather", weights, s.world))
     return found
 
 
-def _partitioned(s: Settings, job: TrainJob, held: Inventory) -> list[Collective]:
-    every = held.parameters
+def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Collective]:
+    every = trained.parameters
     small = {p.name for p in every if p.numel <= s.persistence}
 
     def padded(names: set[str] | None = None) -> int:
         chosen = (p.numel for p in every if names is None or p.name in names)
         return s.size * s.world * sum(-(-n // s.world) for n in chosen)
 
-    trace = walk(every, small, s.reuse, recomputes(job), s.world)
+    trace = trace_gathers(every, small, s.reuse, recomputes(job), s.world)
     forward, backward = s.size * trace.forward, s.size * trace.backward
     beside = 1.0 if s.overlap else 0.0
-    muon = [p for g in held.groups if g.use_muon for p in g.params]
+    muon = [p for g in trained.groups if g.update.is_by_matrix for p in g.params]
     near, n = s.near, s.accumulation
     far = forward if near > 1 else n * (forward + backward)
     found = [
@@ -104,9 +111,11 @@ def _partitioned(s: Settings, job: TrainJob, held: Inventory) -> list[Collective
     ]
     if near > 1:
         close = n * (forward + backward) - forward
-        found.append(Collective("weights, near", "all_gather", close, near, beside))
+        found.append(
+            Collective("weights from the nearer partition", "all_gather", close, near, beside)
+        )
     if not s.zero.get("reduce_scatter", True):
-        payload = n * s.size * held.numel
+        payload = n * s.size * trained.numel
         found.append(Collective("gradients", "all_reduce", payload, s.world, beside))
     else:
         found.append(Collective("gradients", "reduce_scatter", n * padded(), s.world, beside))
@@ -116,9 +125,12 @@ def _partitioned(s: Settings, job: TrainJob, held: Inventory) -> list[Collective
     return found
 
 
-def _rounds(s: Settings, params: Sequence) -> int:
-    """Elements that an all-gather of Muon's updates moves: as many matrices at once as there are
-    ranks, each padded to the largest, in chunks of a bucket."""
+def _rounds(s: ZeroSettings, params: Sequence) -> int:
+    """Return the elements that the all-gathers of Muon's updates move.
+
+    The matrices are split into buckets. In a bucket each all-gather takes one matrix per rank, and
+    pads each to the largest of them.
+    """
     total, start = 0, 0
     while start < len(params):
         end, numel = start, 0
@@ -134,8 +146,12 @@ def _rounds(s: Settings, params: Sequence) -> int:
 def exposed(
     found: Sequence[Collective], machine: MachineConfig, per_node: int, computing: float
 ) -> float:
-    """Seconds of a step in which ranks wait for each other: what can't run beside the computing
-    (seconds a step), and what doesn't fit beside it. What runs beside it shares the links."""
+    """Return the seconds of a step in which ranks wait for communication.
+
+    This is the time of collectives that can't overlap with the computation, and the part of the
+    others that takes longer than the computation they overlap with. Overlapping collectives share
+    the links, so their times add up. computing: seconds of computation per step.
+    """
     hidden = 0.0
     waiting = 0.0
     room = 0.0

@@ -1,7 +1,7 @@
-"""What `plan` is told beside a training job: how many GPUs, of which kind, at what price.
+"""The keys of `plan` beside those of a training job: how many GPUs, of which kind, at what price.
 
-Invariant: nothing here changes what is trained; the job in a PlanJob is the one that `train` takes.
-All speeds are one way, in bytes a second; all sizes are bytes.
+Invariant: no key here changes what is trained. All speeds are one way, in bytes per second; sizes
+are in bytes.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
@@ -17,61 +17,74 @@ from forescale.config.train import TrainJob
 
 @dataclass
 class MachineConfig:
-    """A kind of device and the node that it stands in; recipes are conf/machine/."""
+    """A kind of device and its node; conf/machine/ has ready ones."""
 
-    name: str = key("", "what the table calls it")
-    memory_bytes: float | None = key(None, "of a GPU, usable; null: this computer's, shared", gt=0)
-    reserved_bytes: float = key(
-        2e9, "of it, taken by the driver, NCCL and the libraries before anything is trained", ge=0
+    name: str = key("", "name of the device in the table")
+    memory_bytes: float | None = key(
+        None, "usable memory of a GPU; null: the memory of this computer, shared by its ranks", gt=0
     )
-    peak_bf16: float | None = key(None, "dense FLOP/s of a GPU in bf16 and fp16; null: not known")
-    peak_fp32: float | None = key(None, "dense FLOP/s of a GPU in fp32; null: not known")
+    reserved_bytes: float = key(
+        2e9, "memory that the driver, NCCL and the libraries take before training starts", ge=0
+    )
+    peak_bf16: float | None = key(None, "dense FLOP/s of a GPU in bf16 and fp16; null: unknown")
+    peak_fp32: float | None = key(None, "dense FLOP/s of a GPU in fp32; null: unknown")
     efficiency: float = key(
-        0.45, "share of the peak that a GPU reaches while it computes, recomputing counted too",
+        0.45, "fraction of the peak that a GPU reaches while it computes, recomputation included",
         gt=0, le=1,
     )  # fmt: skip
-    gpus_per_node: int | None = key(None, "GPUs in a node; null: all are in one", ge=1)
-    intra_node: float = key(1e10, "bytes/s that a GPU sends to others of its node", gt=0)
-    inter_node: float = key(1e10, "bytes/s that a node sends to others, over all its cards", gt=0)
+    gpus_per_node: int | None = key(None, "GPUs of a node; null: all GPUs are in one node", ge=1)
+    intra_node: float = key(1e10, "bytes/s from one GPU to the others of its node", gt=0)
+    inter_node: float = key(1e10, "bytes/s from one node to the others, all cards", gt=0)
     link_efficiency: float = key(
-        0.8, "share of a link's speed that collectives reach (nccl-tests: 0.75 to 0.95)", gt=0, le=1
+        0.8,
+        "fraction of a link's speed that collectives reach (nccl-tests: 0.75 to 0.95)",
+        gt=0,
+        le=1,
     )
-    overlap: bool = key(True, "communication can run beside computing; false on a CPU")
+    overlap: bool = key(True, "communication can overlap with computation; false on a CPU")
     fused_norms: bool = key(True, "RMSNorm is one kernel; false on a CPU, which keeps more")
-    to_host: float = key(2e10, "bytes/s from a GPU to its host's memory", gt=0)
-    node_write: float = key(1e9, "bytes/s that a node writes to where the runs are", gt=0)
-    total_write: float = key(2e10, "bytes/s that all nodes write there together", gt=0)
-    watts: float | None = key(None, "of a GPU with its share of the node, under load", gt=0)
+    to_host: float = key(2e10, "bytes/s from a GPU to the memory of its host", gt=0)
+    node_write: float = key(1e9, "bytes/s that one node writes to the runs' storage", gt=0)
+    total_write: float = key(2e10, "bytes/s that all nodes together write there", gt=0)
+    watts: float | None = key(None, "power of a GPU with its share of the node, under load", gt=0)
 
 
 @dataclass
 class PlanConfig:
-    gpus: int | None = key(None, "ranks, one a GPU; null: plan.nodes full, or one", ge=1)
-    nodes: int | None = key(None, "nodes; null: as many as the GPUs need", ge=1)
+    gpus: int | None = key(None, "GPUs, one rank each; null: those of plan.nodes, or one", ge=1)
+    nodes: int | None = key(None, "number of nodes; null: as many as plan.gpus need", ge=1)
     mfu: float | None = key(
-        None, "MFU of the whole step; null: from machine.efficiency and the links", gt=0, le=1
+        None,
+        "MFU of the whole step; null: from machine.efficiency and the links",
+        gt=0,
+        le=1,
     )
     from_run: str | None = key(
-        None, "a run on the same kind of device whose measured speed counts, a name or a directory"
+        None, "a run on the same kind of device (name or directory) whose measured speed is used"
     )
-    gpu_hour: float | None = key(None, "price of a GPU for an hour, in any currency", ge=0)
+    gpu_hour: float | None = key(None, "price of one GPU for one hour, in any currency", ge=0)
     kilowatt_hour: float | None = key(None, "price of a kilowatt-hour", ge=0)
     margin: float = key(
-        0.08, "share of a GPU's memory that is left to fragmentation and temporaries", ge=0, lt=1
+        0.08,
+        "fraction of a GPU's memory left free for fragmentation and temporaries",
+        ge=0,
+        lt=1,
     )
     failures: float = key(
         6.5,
-        "failures that end a job, in 1,000 days of a node; 6.5: Meta's RSC-1 (Kokolis et al. 2024, "
+        "failures that end a job, per 1,000 node-days; 6.5: Meta's RSC-1 (Kokolis et al. 2024, "
         "arXiv 2410.21680), 3.8: Llama 3 (419 unexpected in 54 days of 2,048 nodes; arXiv "
         "2407.21783, section 3.3.4)",
         ge=0,
     )
-    detect: Duration | None = key(None, "to notice that a rank is gone; null: pulse.patience")
-    restart: Duration = key(
-        Duration(600, "seconds"), "from there until it trains again: queue, start, load, compile"
+    detect: Duration | None = key(
+        None, "time until a lost rank is noticed; null: heartbeat.patience"
     )
-    others: list[int] = key([1_024, 4_096, 16_384], "GPUs for which failures are shown too")
-    deepspeed: bool = key(False, "show the derived DeepSpeed configuration")
+    restart: Duration = key(
+        Duration(600, "seconds"),
+        "time from there until it trains again: queue, start, load, compile",
+    )
+    deepspeed: bool = key(False, "show the DeepSpeed JSON that is derived from the config")
     json: bool = key(False, "print the plan as JSON, for programs; --json does the same")
 
     def problems(self) -> Problems:
@@ -80,8 +93,6 @@ class PlanConfig:
             length = getattr(self, name)
             if length is not None and length.unit != "seconds":
                 found.append((name, "must be a wall time", f"write plan.{name}='10 min'"))
-        if any(n < 1 for n in self.others):
-            found.append(("others", "are numbers of GPUs", "write plan.others=[1024,16384]"))
         if self.mfu is not None and self.from_run is not None:
             todo = "take one of them out: plan.mfu=null"
             found.append(("mfu", "is given beside plan.from_run", todo))
@@ -91,6 +102,7 @@ class PlanConfig:
 @dataclass
 class PlanJob(TrainJob):
     VERB: ClassVar[str] = "plan"
+    FLAGS: ClassVar = {"--json": "plan.json"}
 
     machine: MachineConfig = section(MachineConfig, "what it runs on", "free")
     plan: PlanConfig = section(PlanConfig, "what is planned with", "free")
@@ -109,7 +121,7 @@ class PlanJob(TrainJob):
 
     @property
     def per_node(self) -> int:
-        """Ranks in a node that is full."""
+        """Ranks of a full node."""
         return min(self.machine.gpus_per_node or self.world_size, self.world_size)
 
     def problems(self, world_size: int | None = None) -> Problems:

@@ -1,8 +1,8 @@
-"""What failures cost a job of many nodes, in closed form: how often, how much, how often to save.
+"""The cost of failures in a job of many nodes, in closed form, and the best checkpoint interval.
 
-Invariant: pure functions of stated numbers; seconds everywhere. Failures are independent and of a
-constant rate, as in Young 1974 and Daly 2006: those of a bad node that fails again and again are
-not, and cost more.
+Invariant: pure functions; all times are in seconds. Failures are assumed to be independent and to
+have a constant rate, as in Young 1974 and Daly 2006. Repeated failures of one faulty node are not
+independent and cost more.
 """
 
 import math
@@ -14,12 +14,15 @@ _DAY = 86_400.0
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """Of a job on `nodes` nodes. mtbf: mean seconds between failures of the job; restart: seconds
-    from a failure until it trains again; stall: seconds of training that a save costs; interval:
-    of training between two saves; best: the one that loses least (Daly 2006, eq. 37), young: its
-    first order (Young 1974); ettr: the expected share of the time that is training that counts, at
-    `interval`; best_ettr: at `best`."""
+class FailureEstimate:
+    """Failures and their cost for a job on `nodes` nodes; all times in seconds.
+
+    mtbf: mean time between failures of the job. restart: from a failure until the job trains again.
+    stall: time for which a save pauses training. interval: training between two saves. best: the
+    interval that loses the least time (Daly 2006, eq. 37). young: its first-order approximation
+    (Young 1974). ettr: effective training time ratio at `interval`, the expected fraction of the
+    wall time that is training which is not lost. best_ettr: the same at `best`.
+    """
 
     nodes: int
     mtbf: float
@@ -33,38 +36,48 @@ class Outlook:
 
 
 def mtbf(nodes: int, failures_per_1000_node_days: float) -> float:
-    """Mean seconds between failures of a job that any node's failure ends; inf for none."""
+    """Return the mean seconds between failures of a job; inf if the failure rate is 0.
+
+    A failure of any node ends the job.
+    """
     rate = nodes * failures_per_1000_node_days / 1000 / _DAY
     return 1 / rate if rate else math.inf
 
 
 def ettr(interval: float, stall: float, restart: float, mean: float) -> float:
-    """Effective training time ratio: seconds of training that count over seconds of wall clock,
-    expected. Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart
-    dumps", eq. 20: of each interval, whole failures within it and within restarts included."""
+    """Return the expected effective training time ratio: seconds of kept training per wall second.
+
+    Source: Daly 2006, "A higher order estimate of the optimum checkpoint interval for restart
+    dumps", eq. 20. It includes failures within an interval and failures during a restart.
+    """
     if math.isinf(mean):
         return interval / (interval + stall)
     exponent = (interval + stall) / mean
-    if exponent + restart / mean > 700:  # it hardly ever gets so far
+    if exponent + restart / mean > 700:  # the job almost never completes an interval
         return 0.0
     return interval / (mean * math.exp(restart / mean) * math.expm1(exponent))
 
 
-def outlook(
+def estimate_failures(
     nodes: int,
     failures_per_1000_node_days: float,
     stall: float,
     restart: float,
     interval: float,
     shortest: float = 0.0,
-) -> Outlook:
-    """shortest: no save can begin before the one before it is done, so many seconds later."""
+) -> FailureEstimate:
+    """Return the FailureEstimate of a job on `nodes` nodes; all times in seconds.
+
+    shortest: the smallest possible interval; a save begins only after the previous one is written.
+    """
     mean = mtbf(nodes, failures_per_1000_node_days)
     if math.isinf(mean):
         alone = ettr(interval, stall, restart, mean)
-        return Outlook(nodes, mean, restart, stall, interval, interval, interval, alone, alone)
+        return FailureEstimate(
+            nodes, mean, restart, stall, interval, interval, interval, alone, alone
+        )
     best = max(optimal_interval(stall, mean), shortest)
-    return Outlook(
+    return FailureEstimate(
         nodes,
         mean,
         restart,

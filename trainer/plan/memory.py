@@ -1,19 +1,21 @@
-"""What a job holds on each rank, in bytes: model states to the last byte, activations by estimate.
+"""Memory of each rank in bytes: model states exactly, activations as an estimate.
 
-The states are those that DeepSpeed 0.19.8 really keeps under our engine, with its padding and
-whatever it keeps beyond the ZeRO paper's table (Rajbhandari et al. 2020, arXiv 1910.02054, section
-3). Found by listing every tensor of real ranks (tests/distributed/test_real_costs.py holds the
-formulas to them); layouts are described in engine/layout.py. Invariant: imports no torch.
+The model states are those that DeepSpeed 0.19.8 keeps under our engine, including its padding and
+what it keeps beyond the table of the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, section
+3). They were found by listing every tensor of real ranks; tests/distributed/test_real_costs.py
+compares the formulas with them. engine/layout.py describes the layouts.
+Invariant: imports no torch.
 
-What is beyond the table:
-- Stages 1 and 2 pad each parameter group to a multiple of 2 elements a rank, and keep whole the
-  gradients of parameters that a border cuts. Muon's momentum there is of whole matrices too, and
-  kept twice: the staged one stays.
-- Stage 1 keeps whole gradients while micro-batches are accumulated; stage 2 reduces each one.
-- Stage 3 pads each parameter to a multiple of the ranks; keeps all small parameters (up to
-  stage3_param_persistence_threshold elements) whole beside their partition, its gradient partition
-  and its bucket all the time, and after their use what is used again soon.
-- In the update fp32 copies of gradients are made, a group (stage 3: a sub-group) at a time.
+Beyond the table of the paper:
+- Stages 1 and 2 pad each parameter group to a multiple of 2 elements per rank. If the border
+  between two ranks cuts a parameter, both keep its whole gradient. Muon's momentum there also
+  covers whole matrices, and is kept twice because the staged copy is never freed.
+- Stage 1 keeps all gradients while micro-batches are accumulated; stage 2 reduces them after each.
+- Stage 3 pads each parameter to a multiple of the number of ranks. It always keeps its gradient
+  partition, its bucket, and all small parameters (up to stage3_param_persistence_threshold
+  elements) whole in addition to their partition. It keeps other parameters whole after their use if
+  they are used again soon.
+- The update makes fp32 copies of the gradients of one group (stage 3: one sub-group) at a time.
 """
 
 from collections.abc import Mapping
@@ -26,114 +28,125 @@ from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
 from forescale.models.flops import Activations, activations
 from forescale.plan.parameters import Inventory
-from forescale.plan.zero3 import walk
+from forescale.plan.zero3 import trace_gathers
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a value by precision
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
 _SUB_GROUP = 10**9  # elements: its sub_group_size
-_MOST_MUON_BUFFERS = 256 << 20  # bytes of all-gather buffers that stage 3 keeps for Muon
+_MOST_MUON_BUFFERS = 256 << 20  # maximum bytes of all-gather buffers that stage 3 keeps for Muon
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one rank. On the device, but for `host`."""
+    """Bytes of the model states of one rank; all on the device except `host`."""
 
-    weights: int = 0  # as they are computed with
-    resident: int = 0  # stage 3: small parameters, whole, and the second, nearer partition
-    gathered: int = 0  # stage 3: parameters in use, at most
-    gradients: int = 0  # the most that stands while micro-batches are accumulated
+    weights: int = 0  # in the precision of the forward pass
+    resident: int = 0  # stage 3: small parameters kept whole, and the second, nearer partition
+    gathered: int = 0  # stage 3: maximum of the parameters that are gathered at the same time
+    gradients: int = 0  # maximum while micro-batches are accumulated
     held: int = 0  # gradients between backward and update
     masters: int = 0  # fp32 weights
     moments: int = 0  # of the optimizer
-    update: int = 0  # fp32 gradients, while weights are updated and activations are gone
-    buckets: int = 0  # of communication
-    host: int = 0  # in the memory of the CPU, with offload
+    update: int = 0  # fp32 gradients during the update, when activations are already freed
+    buckets: int = 0  # communication buffers
+    host: int = 0  # in CPU memory, with offload
 
     @property
     def steady(self) -> int:
-        """What stands all the time."""
+        """Bytes that are allocated during the whole step."""
         return self.weights + self.resident + self.masters + self.moments
 
     @property
     def backward(self) -> int:
-        """At the height of forward and backward, without activations."""
+        """Maximum during forward and backward, without activations."""
         return self.steady + self.gathered + self.gradients + self.buckets
 
     @property
     def updating(self) -> int:
+        """Maximum during the update."""
         return self.steady + self.held + self.update
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the derived DeepSpeed configuration says, with DeepSpeed's defaults."""
+class ZeroSettings:
+    """The ZeRO settings of the derived DeepSpeed config, with DeepSpeed's defaults.
+
+    zero: the section "zero_optimization".
+    """
 
     stage: int
-    size: int  # bytes of a weight
+    size: int  # bytes of one weight in the forward pass
     world: int
     accumulation: int
     zero: Mapping[str, Any]
 
     @classmethod
-    def of(cls, job: TrainJob, world: int) -> "Settings":
+    def of(cls, job: TrainJob, world: int) -> "ZeroSettings":
+        """Return the settings of a job on `world` ranks."""
         micro_batches = job.train.global_batch // (job.train.micro_batch * world)
         zero = deepspeed_config(job, world)["zero_optimization"]
-        size = _BYTES[job.precision.kind]
+        size = BYTES[job.precision.kind]
         return cls(zero["stage"], size, world, max(1, micro_batches), zero)
 
     @property
     def bucket(self) -> int:
-        """Elements."""
+        """Elements of a reduce bucket."""
         return int(self.zero["reduce_bucket_size"])
 
     @property
     def overlap(self) -> bool:
-        told = self.zero.get("overlap_comm")
-        return self.stage == 3 if told is None else bool(told)
+        """Whether communication overlaps with the backward pass."""
+        given = self.zero.get("overlap_comm")
+        return self.stage == 3 if given is None else bool(given)
 
     @property
     def near(self) -> int:
-        """Ranks of the hierarchical partition; 1: none."""
+        """Ranks of a hierarchical partition; 1: there is none."""
         return int(self.zero.get("zero_hpz_partition_size", 1))
 
     @property
     def persistence(self) -> int:
+        """Elements up to which stage 3 keeps a parameter whole."""
         return int(self.zero.get("stage3_param_persistence_threshold", 10**5))
 
     @property
     def reuse(self) -> int:
+        """Elements; stage 3 keeps a parameter that is used again within this distance."""
         return int(self.zero.get("stage3_max_reuse_distance", 10**9))
 
     @property
     def prefetch(self) -> int:
+        """Elements that stage 3 gathers ahead of their use."""
         return int(self.zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
 
     def offloads(self, what: str) -> bool:
+        """Whether `what` (offload_optimizer, offload_param) is kept outside the device."""
         device = (self.zero.get(what) or {}).get("device", "none")
         return device not in ("none", None)
 
 
 def states(
     job: TrainJob,
-    held: Inventory,
+    trained: Inventory,
     world: int,
     rank: int | None = None,
 ) -> States:
-    """The bytes of `rank`, or of the rank that holds most."""
-    s = Settings.of(job, world)
+    """Return the bytes of `rank`; without one, of the rank that holds the most."""
+    s = ZeroSettings.of(job, world)
     if s.stage == 0:
-        return _replicated(s, held)
+        return _replicated(s, trained)
     if s.stage == 3:
-        return _offloaded(s, held, _partitioned(s, held, recomputes(job)))
-    return _offloaded(s, held, _sharded(s, held, rank))
+        return _offloaded(s, trained, _partitioned(s, trained, recomputes(job)))
+    return _offloaded(s, trained, _sharded(s, trained, rank))
 
 
 def recomputes(job: TrainJob) -> bool:
+    """Whether the backward pass repeats the forward pass of each block."""
     return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing
 
 
-def _replicated(s: Settings, held: Inventory) -> States:
-    n, mixed, groups = held.numel, s.size < 4, held.groups
+def _replicated(s: ZeroSettings, trained: Inventory) -> States:
+    n, mixed, groups = trained.numel, s.size < 4, trained.groups
     return States(
         weights=n * s.size,
         gradients=n * s.size,
@@ -145,16 +158,17 @@ def _replicated(s: Settings, held: Inventory) -> States:
 
 
 def _moments(group: Group, numel: int, units: int) -> int:
-    """AdamW: two moments and a counter a tensor. Muon: one, of stages that keep it in fp32."""
-    return 4 * numel if group.use_muon else 8 * numel + 4 * units
+    """Return the bytes of fp32 optimizer state. units: number of tensors that are updated."""
+    update = group.update
+    return 4 * update.moments * numel + (4 * units if update.has_counter else 0)
 
 
-def _sharded(s: Settings, inventory: Inventory, rank: int | None) -> States:
-    """Stages 1 and 2."""
-    groups = inventory.groups
+def _sharded(s: ZeroSettings, trained: Inventory, rank: int | None) -> States:
+    """Return the states of stages 1 and 2."""
+    groups = trained.groups
     parts = {g.name: partition(g, s.world) for g in groups}
     whole = {g.name: touched(g, s.world) for g in groups}
-    muon = [g.name for g in groups if g.use_muon]
+    muon = [g.name for g in groups if g.update.is_by_matrix]
 
     def size_of(r: int) -> int:
         return sum(whole[name][r] * (3 if name in muon else 1) for name in whole)
@@ -166,12 +180,14 @@ def _sharded(s: Settings, inventory: Inventory, rank: int | None) -> States:
     largest = max(parts.values())
     return States(
         weights=s.size * s.world * sum(parts.values()),
-        gradients=s.size * inventory.numel if accumulates else held,
+        gradients=s.size * trained.numel if accumulates else held,
         held=held,
         masters=4 * sum(parts.values()),
         moments=sum(
-            # once as it is, once as it is to be
-            2 * s.size * whole[g.name][rank] if g.use_muon else _moments(g, parts[g.name], 1)
+            # the current momentum, and the staged one
+            2 * s.size * whole[g.name][rank]
+            if g.update.is_by_matrix
+            else _moments(g, parts[g.name], 1)
             for g in groups
         ),
         update=4 * largest,
@@ -180,13 +196,13 @@ def _sharded(s: Settings, inventory: Inventory, rank: int | None) -> States:
 
 
 def partition(group: Group, world: int) -> int:
-    """Elements of a rank's part of a group at stages 1 and 2."""
+    """Return the elements of one rank's partition of a group at stages 1 and 2."""
     step = _ALIGNMENT * world
     return -(-sum(p.numel for p in group.params) // step) * _ALIGNMENT
 
 
 def touched(group: Group, world: int) -> list[int]:
-    """Of each rank, the elements of all parameters of which it owns some, counted whole."""
+    """Return for each rank the total elements of the parameters that overlap its partition."""
     part, start = partition(group, world), 0
     changes = [0] * (world + 1)
     for p in group.params:
@@ -200,19 +216,19 @@ def touched(group: Group, world: int) -> list[int]:
     return sums
 
 
-def _partitioned(s: Settings, inventory: Inventory, recompute: bool) -> States:
-    """Stage 3."""
-    groups, every = inventory.groups, inventory.parameters
+def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States:
+    """Return the states of stage 3."""
+    groups, every = trained.groups, trained.parameters
     parts = {g.name: sum(-(-p.numel // s.world) for p in g.params) for g in groups}
-    alone = s.world == 1  # then the partition is the whole, and nothing is copied
+    alone = s.world == 1  # then the partition is the whole parameter, and nothing is copied
     resident = [p for p in every if p.numel <= s.persistence and not alone]
-    # Each parameter's second partition stands from the first use of a step to its update.
+    # The second partition of a parameter exists from its first use in a step until the update.
     second = sum(-(-p.numel // s.world) * s.world // s.near for p in every) if s.near > 1 else 0
-    trace = walk(every, {p.name for p in resident}, s.reuse, recompute)
-    rest = inventory.numel - sum(p.numel for p in resident)
+    trace = trace_gathers(every, {p.name for p in resident}, s.reuse, recompute)
+    rest = trained.numel - sum(p.numel for p in resident)
     most = 0 if alone else min(trace.most + s.prefetch, rest)
     largest = max(min(part, max(_SUB_GROUP // s.world, 1)) for part in parts.values())
-    muon = 2 * s.size * s.world * sum(parts[g.name] for g in groups if g.use_muon)
+    muon = 2 * s.size * s.world * sum(parts[g.name] for g in groups if g.update.is_by_matrix)
     return States(
         weights=s.size * sum(parts.values()),
         resident=s.size * (sum(p.numel for p in resident) + second),
@@ -221,7 +237,9 @@ def _partitioned(s: Settings, inventory: Inventory, recompute: bool) -> States:
         held=s.size * sum(parts.values()),
         masters=4 * sum(parts.values()),
         moments=sum(
-            s.size * parts[g.name] if g.use_muon else 8 * parts[g.name] + 4 * _sub_groups(g)
+            s.size * parts[g.name]
+            if g.update.is_by_matrix
+            else _moments(g, parts[g.name], _sub_groups(g))
             for g in groups
         ),
         update=4 * largest,
@@ -230,7 +248,10 @@ def _partitioned(s: Settings, inventory: Inventory, recompute: bool) -> States:
 
 
 def _sub_groups(group: Group) -> int:
-    """How many sub-groups DeepSpeed cuts a group into: whole parameters, until they are enough."""
+    """Return the number of sub-groups of a group.
+
+    DeepSpeed fills each one with whole parameters until it has _SUB_GROUP elements.
+    """
     count, filled = 1, 0
     for p in group.params:
         if filled >= _SUB_GROUP:
@@ -239,11 +260,14 @@ def _sub_groups(group: Group) -> int:
     return count
 
 
-def _offloaded(s: Settings, held: Inventory, on_device: States) -> States:
-    """With optimizer or parameters in CPU memory; by its structure, not held to the byte."""
+def _offloaded(s: ZeroSettings, trained: Inventory, on_device: States) -> States:
+    """Return the states with the optimizer or parameters in CPU memory.
+
+    Derived from the structure of DeepSpeed; not compared with real ranks.
+    """
     found = on_device
     if s.offloads("offload_optimizer"):
-        largest = s.size * max(p.numel for p in held.parameters)
+        largest = s.size * max(p.numel for p in trained.parameters)
         gradients = 2 * found.masters if s.stage < 3 else found.masters
         host = found.masters + found.moments + gradients
         found = replace(
@@ -256,7 +280,7 @@ def _offloaded(s: Settings, held: Inventory, on_device: States) -> States:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one rank, with a micro-batch. activations: None where the model isn't ours."""
+    """Memory of one rank in bytes. activations: None if the model is not one of ours."""
 
     states: States
     activations: Activations | None
@@ -265,19 +289,21 @@ class Memory:
 
     @property
     def at_backward(self) -> int:
+        """Maximum during forward and backward."""
         return self.states.backward + (self.activations.total if self.activations else 0)
 
     @property
     def peak(self) -> int:
-        """The height of a step, without what is reserved."""
+        """Maximum of a step, without `reserved` and `margin`."""
         return max(self.at_backward, self.states.updating)
 
     @property
     def total(self) -> int:
+        """Bytes that the GPU must have."""
         return self.peak + self.reserved + self.margin
 
     def rows(self) -> dict[str, int]:
-        """By kind; they add up to `total`."""
+        """Return the bytes by kind; the kinds add up to `total`."""
         s, a = self.states, self.activations
         return {
             "weights": s.weights + s.resident,
@@ -288,40 +314,47 @@ class Memory:
             "buckets": s.buckets,
             "activations": a.total - a.logits if a else 0,
             "logits": a.logits if a else 0,
-            "update, beyond that": self.peak - self.at_backward,
-            "margin": self.margin,
-            "driver, libraries": self.reserved,
+            "extra for the update": self.peak - self.at_backward,
+            "safety margin": self.margin,
+            "driver and libraries": self.reserved,
         }
 
 
 def memory(
     job: TrainJob,
-    held: Inventory,
+    trained: Inventory,
     world: int,
     fused_norms: bool = True,
     reserved: int = 0,
     margin: int = 0,
 ) -> Memory:
-    """What a rank of a settled job holds; its activations by forescale.models.flops."""
+    """Return the memory of the rank that holds the most, for a job whose model sizes are known."""
     found = None
     if isinstance(job.model, ModelConfig):
         found = activations(
             job.model,
             job.train.micro_batch,
             job.train.sequence_length,
-            _BYTES[job.precision.kind],
+            BYTES[job.precision.kind],
             masked=job.data.document_mask,
             fused_norms=fused_norms,
         )
-    return Memory(states(job, held, world), found, reserved, margin)
+    return Memory(states(job, trained, world), found, reserved, margin)
 
 
-def checkpoint_bytes(job: TrainJob, held: Inventory) -> int:
-    """Of one checkpoint, all ranks: fp32 weights and the optimizer's moments; Muon's in the
-    precision that its stage keeps it in."""
-    size = 4 if job.engine.stage == 0 else _BYTES[job.precision.kind]
-    return sum(p.numel * (4 + (size if g.use_muon else 8)) for g in held.groups for p in g.params)
+def checkpoint_bytes(job: TrainJob, trained: Inventory) -> int:
+    """Return the bytes of one checkpoint of all ranks: fp32 weights and the optimizer's moments.
+
+    Muon's momentum has the precision that the ZeRO stage keeps it in.
+    """
+    size = 4 if job.engine.stage == 0 else BYTES[job.precision.kind]
+
+    def moments(group: Group) -> int:
+        return size if group.update.is_by_matrix else 4 * group.update.moments
+
+    return sum(p.numel * (4 + moments(g)) for g in trained.groups for p in g.params)
 
 
-def as_dict(found: Any) -> dict[str, int]:
+def as_dict(found: States) -> dict[str, int]:
+    """Return the bytes by the name of the field."""
     return {f.name: getattr(found, f.name) for f in fields(found)}

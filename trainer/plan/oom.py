@@ -1,4 +1,4 @@
-"""What a rank holds in memory, and the sentence for a rank that ran out of it."""
+"""Turn an out-of-memory error into one message with numbers and a micro-batch that fits."""
 
 import resource
 from collections.abc import Iterator
@@ -13,8 +13,10 @@ from forescale.plan.parameters import inventory
 
 
 def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Memory | None:
-    """What a rank of one of our models holds, as plan/memory.py has it; None for a class of the
-    user's own, of which we can't know the activations."""
+    """Return the planned memory of a rank (plan/memory.py); None if the model is the user's class.
+
+    The activations of such a class are not known.
+    """
     if not isinstance(job.model, ModelConfig) or job.model.vocab_size is None:
         return None
     if micro_batch is not None:
@@ -24,7 +26,7 @@ def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> 
 
 @contextmanager
 def explained(job: TrainJob) -> Iterator[None]:
-    """Turn running out of memory into one sentence with numbers and a micro-batch that fits."""
+    """Raise UserError with numbers and a micro-batch that fits if the body runs out of memory."""
     try:
         yield
     except Exception as e:
@@ -68,8 +70,8 @@ def _world_size() -> int:
 
 def _what(job: TrainJob) -> str:
     planned = bytes_of(job, _world_size())
-    plan = f"{_gib(planned.total)} were planned, " if planned else ""
-    return f"a rank ran out of it ({plan}{_gib(_peak())} were in use of {_gib(_available())})"
+    plan = f"planned: {_gib(planned.total)}, " if planned else ""
+    return f"a rank ran out of memory ({plan}used: {_gib(_peak())} of {_gib(_available())})"
 
 
 def _todo(job: TrainJob) -> str:
@@ -81,11 +83,11 @@ def _todo(job: TrainJob) -> str:
 
 
 def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int | None:
-    """The largest micro-batch below the present one that divides the batch and should fit in nine
-    tenths of `available` bytes; None where none does or the model isn't ours.
+    """Return the largest smaller micro-batch that divides the batch and should fit.
 
-    The present one did not fit, so nine tenths of its activations are a bound too: for what the
-    plan can't know, such as other processes and fragmentation.
+    It must fit in 90% of `available` bytes. Its activations must also be at most 90% of the present
+    ones: these did not fit, perhaps because of something that the plan can't know, such as other
+    processes or fragmentation. None if no micro-batch fits or the model is the user's class.
     """
     present = bytes_of(job, world_size)
     if present is None or present.activations is None:

@@ -1,7 +1,7 @@
-"""The ways to shard a job: what each holds, sends and takes, which fit, and the nearest that does.
+"""The ways to shard a job: memory, communication and time of each, and the smallest fix that fits.
 
-Invariant: a way changes ZeRO stage, hierarchical partition, micro-batch, activation checkpointing
-or the number of GPUs, and nothing that changes what is learnt.
+Invariant: an option changes the ZeRO stage, the hierarchical partition, the micro-batch, activation
+checkpointing or the number of GPUs. It never changes what the model learns.
 """
 
 from dataclasses import dataclass, replace
@@ -13,71 +13,81 @@ from forescale.plan.communication import Collective, collectives
 from forescale.plan.config import MachineConfig, PlanConfig, PlanJob
 from forescale.plan.memory import Memory, memory
 from forescale.plan.parameters import Inventory
-from forescale.plan.step_time import Measured, Price, Step, step_of
+from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predict_step_time
 
 _MOST_GPUS = 16_384
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The job with one way to shard it. largest: micro-batch that fits, None where none does;
-    inside_seconds, between_seconds: that the links inside a node and between nodes need a step."""
+class ShardingOption:
+    """The job with one way to shard it, and what that way needs."""
 
     name: str
     job: PlanJob
     memory: Memory
-    unlike: int  # activation bytes with activation checkpointing the other way round
-    largest: int | None
+    toggled_activations: int  # bytes if activation checkpointing is switched
+    largest_micro_batch: int | None  # that fits; None: none does
     traffic: list[Collective]
-    inside_seconds: float
-    between_seconds: float
-    step: Step
+    inside_seconds: float  # per step, of the links inside a node
+    between_seconds: float  # per step, of the links between nodes
+    step: StepTime
 
     def fits(self, available: float) -> bool:
+        """Whether the memory of a rank fits in `available` bytes."""
         return self.memory.total <= available
 
 
 @dataclass(frozen=True)
-class Ways:
-    """What all ways of one job have in common."""
+class ShardingOptions:
+    """Evaluates the ways to shard a job; the fields are the same for all of them."""
 
-    held: Inventory
-    price: Price
+    trained: Inventory
+    per_token: TokenFlops
     machine: MachineConfig
     plan: PlanConfig
-    measured: Measured | None
+    measured: MeasuredSpeed | None
 
-    def all(self, job: PlanJob) -> list[Choice]:
-        """Stages 0 to 3, and 3 with a hierarchical partition where there are several nodes."""
+    def all(self, job: PlanJob) -> list[ShardingOption]:
+        """Return the stages 0 to 3; on several nodes also 3 with a hierarchical partition."""
         jobs = [_staged(job, stage) for stage in range(4)]
         near = job.engine.hierarchical_partition
         if job.nodes > 1 or near > 1:
             jobs.append(_staged(job, 3, near if near > 1 else job.per_node))
-        return [self.of(j) for j in jobs]
+        return [self.evaluate(j) for j in jobs]
 
-    def of(self, job: PlanJob) -> Choice:
+    def evaluate(self, job: PlanJob) -> ShardingOption:
+        """Return memory, communication and time of `job` as it is configured."""
         world, per_node, machine = job.world_size, job.per_node, self.machine
-        traffic = collectives(job, self.held, world)
+        traffic = collectives(job, self.trained, world)
         mfu = self.plan.mfu
         other = self.memory(_toggled(job)).activations
-        return Choice(
+        return ShardingOption(
             name=name_of(job),
             job=job,
             memory=self.memory(job),
-            unlike=other.total - other.logits if other else 0,
-            largest=self.largest(job),
+            toggled_activations=other.total - other.logits if other else 0,
+            largest_micro_batch=self.largest_micro_batch(job),
             traffic=traffic,
             inside_seconds=sum(t.inside_seconds(machine, per_node) for t in traffic),
             between_seconds=sum(t.between_seconds(machine, per_node) for t in traffic),
-            step=step_of(
-                job, self.held, self.price, traffic, machine, world, per_node, mfu, self.measured
+            step=predict_step_time(
+                job,
+                self.trained,
+                self.per_token,
+                traffic,
+                machine,
+                world,
+                per_node,
+                mfu,
+                self.measured,
             ),
         )
 
     def memory(self, job: PlanJob) -> Memory:
+        """Return the memory of a rank, including the reserved bytes and the margin."""
         margin = int(self.plan.margin * self.available_to(job))
         reserved = int(self.machine.reserved_bytes)
-        return memory(job, self.held, job.world_size, self.machine.fused_norms, reserved, margin)
+        return memory(job, self.trained, job.world_size, self.machine.fused_norms, reserved, margin)
 
     @cached_property
     def _this_computer(self) -> float:
@@ -86,52 +96,54 @@ class Ways:
         return psutil.virtual_memory().total
 
     def available_to(self, job: PlanJob) -> float:
-        """Bytes of a GPU, or a rank's share of this computer."""
+        """Return the memory of a GPU in bytes, or a rank's share of this computer's memory."""
         return self.machine.memory_bytes or self._this_computer / job.per_node
 
     def fits(self, job: PlanJob) -> bool:
+        """Whether the memory of a rank fits."""
         return self.memory(job).total <= self.available_to(job)
 
-    def largest(self, job: PlanJob) -> int | None:
-        """The largest micro-batch that divides the batch and fits."""
+    def largest_micro_batch(self, job: PlanJob) -> int | None:
+        """Return the largest micro-batch that divides the batch and fits; None if none does."""
         each = job.train.global_batch // job.world_size
         for micro in range(each, 0, -1):
             if each % micro == 0 and self.fits(_with(job, micro)):
                 return micro
         return None
 
-    def nearest(self, job: PlanJob) -> str | None:
-        """The smallest change that fits, in keys; None where none is known."""
-        if (micro := self.largest(job)) is not None:
+    def smallest_fix(self, job: PlanJob) -> str | None:
+        """Return the config keys of the smallest change that fits; None if none was found."""
+        if (micro := self.largest_micro_batch(job)) is not None:
             return f"set train.micro_batch={micro}"
-        ways = [("", job)]
+        variants = [("", job)]
         if isinstance(job.model, ModelConfig) and not job.model.activation_checkpointing:
-            ways.append(("model.activation_checkpointing=true ", _toggled(job)))
+            variants.append(("model.activation_checkpointing=true ", _toggled(job)))
         for stage in range(job.engine.stage, 4):
-            for keys, way in ways:
-                at = _staged(way, stage)
-                if (micro := self.largest(at)) is not None:
+            for keys, variant in variants:
+                staged = _staged(variant, stage)
+                if (micro := self.largest_micro_batch(staged)) is not None:
                     engine = f"engine=zero{stage} " if stage > job.engine.stage else ""
                     less = f"train.micro_batch={micro}" if micro < job.train.micro_batch else ""
                     return f"set {keys}{engine}{less}".strip()
-        keys, last = ways[-1]
+        keys, last = variants[-1]
         gpus = 2 * job.world_size
         while gpus <= _MOST_GPUS and job.train.global_batch % gpus == 0:
             wide = _staged(_on(last, gpus), 3)
-            if (micro := self.largest(wide)) is not None:
+            if (micro := self.largest_micro_batch(wide)) is not None:
                 return f"set {keys}engine=zero3 plan.gpus={gpus} train.micro_batch={micro}"
             gpus *= 2
         return None
 
 
 def name_of(job: PlanJob) -> str:
+    """Return the short name of the job's sharding, such as zero2-offload or zero3-hpz8."""
     near = job.engine.hierarchical_partition
     offload = "-offload" if job.engine.offload_optimizer or job.engine.offload_parameters else ""
     return f"zero{job.engine.stage}{offload}" + (f"-hpz{near}" if near > 1 else "")
 
 
 def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
-    """The job at another stage, without what that stage hasn't got."""
+    """Return the job at another stage, without the settings that this stage does not support."""
     old = job.engine
     engine = replace(
         old,
@@ -152,7 +164,7 @@ def _on(job: PlanJob, gpus: int) -> PlanJob:
 
 
 def _toggled(job: PlanJob) -> PlanJob:
-    """With activation checkpointing the other way round."""
+    """Return the job with activation checkpointing switched on if it was off, and off if on."""
     if not isinstance(job.model, ModelConfig):
         return job
     on = not job.model.activation_checkpointing

@@ -1,6 +1,6 @@
-"""A plan for people, as a page, and for programs, as JSON.
+"""The output of a plan: a page for people, JSON for programs.
 
-Invariant: nothing is computed here that `Plan` doesn't know.
+Invariant: this file only formats numbers that `Plan` computed.
 """
 
 import json
@@ -12,16 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.config.schema import plain
-from forescale.console import open_console, span
-from forescale.plan.failures import Outlook
+from forescale.console import open_console, span, table
+from forescale.plan.failures import FailureEstimate
 from forescale.plan.memory import as_dict
-from forescale.plan.plan import Choice, Plan
+from forescale.plan.options import ShardingOption
+from forescale.plan.plan import Plan
 
-_DAY = 86_400.0
+_CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also shown
 
 
 def show(plan: Plan) -> None:
-    """Print the page."""
+    """Print the plan as a page."""
     console = open_console()
     job, nodes = plan.job, plan.nodes
     where = f"{plan.world:,} {escape(plan.machine.name)}"
@@ -37,8 +38,8 @@ def show(plan: Plan) -> None:
     ):
         _lines(console, head, lines)
     console.print()
-    console.print(_choices(plan))
-    console.print(_told(plan), style="dim", soft_wrap=True)
+    console.print(_options(plan))
+    console.print(_assumptions(plan), style="dim", soft_wrap=True)
     console.print()
     for head, lines in (
         ("Time", _time(plan)),
@@ -60,18 +61,25 @@ def _lines(console: Console, head: str, lines: Sequence[str]) -> None:
 
 
 def _model(plan: Plan) -> list[str]:
-    kinds, price = plan.parameters, plan.price
+    kinds, per_token = plan.parameters, plan.per_token
     shown = ("embedding", "position", "blocks", "head")
     parts = [f"{k} {_short(kinds[k])}" for k in shown if kinds.get(k)]
     tied = plan.job.model.tie_embeddings if hasattr(plan.job.model, "tie_embeddings") else False
     if tied:
         parts[-1] += " (tied: counted once)"
-    whole = price.full * plan.job.total_steps * plan.job.tokens_per_step
-    return [
+    whole = per_token.full * plan.job.total_steps * plan.job.tokens_per_step
+    lines = [
         f"{kinds['total']:,} parameters" + (": " + ", ".join(parts) if parts else ""),
-        f"{_flops(price.full)} a token (causal {_flops(price.causal)}, 6N {_flops(price.six_n)}), "
-        f"{_flops(whole)} in all; {_flops(price.again)} a token computed twice",
+        f"{_flops(per_token.full)} per token (causal {_flops(per_token.causal)}, 6N "
+        f"{_flops(per_token.six_n)}), {_flops(whole)} in total; "
+        f"{_flops(per_token.recomputed)} per token recomputed",
     ]
+    if plan.cache_bytes is not None:
+        length = plan.job.train.sequence_length
+        lines.append(
+            f"decoding keeps {_bytes(plan.cache_bytes)} for a sequence of {length:,} tokens"
+        )
+    return lines
 
 
 def _run(plan: Plan) -> list[str]:
@@ -79,101 +87,104 @@ def _run(plan: Plan) -> list[str]:
     micro = train.global_batch // (train.micro_batch * plan.world)
     return [
         f"{job.total_steps:,} steps of {job.tokens_per_step:,} tokens: {train.global_batch:,} "
-        f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} a rank; "
-        f"{_short(job.total_steps * job.tokens_per_step)} tokens"
+        f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} per rank; "
+        f"{_short(job.total_steps * job.tokens_per_step)} tokens in total"
     ]
 
 
 def _data(plan: Plan) -> list[str]:
     return [
         f"{s.name}: {_short(s.tokens)} tokens, {_short(s.read)} read, {s.epochs:,.2f} epochs"
-        + (": it repeats" if s.epochs > 1 else ": it suffices")
+        + (" (repeated)" if s.epochs > 1 else "")
         for s in plan.data
     ]
 
 
-def _choices(plan: Plan) -> Table:
-    """A column a way to shard, a row a fact; the job's own column is bold."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _options(plan: Plan) -> Table:
+    """Return a table with a column for each sharding option; the job's own column is bold."""
     mine = plan.chosen
-    every = [*plan.choices, *([] if mine in plan.choices else [mine])]
+    every = [*plan.options, *([] if mine in plan.options else [mine])]
     unit, size = ("GiB", 2**30) if mine.memory.peak > 2**31 else ("MiB", 2**20)
 
     def shown(number: float) -> str:
         return f"{number / size:,.2f}" if number < 100 * size else f"{number / size:,.0f}"
 
-    def line(name: str, of: Callable[[Choice], str]) -> None:
-        table.add_row(name, *(of(c) for c in every))
+    def line(name: str, of: Callable[[ShardingOption], str]) -> None:
+        made.add_row(name, *(of(option) for option in every))
 
-    table.add_column(f"A rank holds, {unit}", no_wrap=True)
-    for c in every:
-        table.add_column(c.name, justify="right", no_wrap=True, style="bold" if c is mine else "")
-    rows = [c.memory.rows() for c in every]
+    head = f"Memory of a rank, {unit}"
+    made = table(head, *(option.name for option in every), left=[head])
+    made.columns[1 + every.index(mine)].style = "bold"
+    rows = [option.memory.rows() for option in every]
     for kind in rows[0]:
         if any(row[kind] for row in rows):
-            table.add_row(f"  {kind}", *(shown(row[kind]) for row in rows))
-    line(f"  in all, of {shown(plan.available)}", lambda c: shown(c.memory.total))
-    line("fits", lambda c: "yes" if c.fits(plan.available) else "[red]no[/]")
-    line("largest micro-batch", lambda c: str(c.largest or "none"))
-    if mine.unlike:
+            made.add_row(f"  {kind}", *(shown(row[kind]) for row in rows))
+    line(f"  total, of {shown(plan.available)}", lambda o: shown(o.memory.total))
+    line("fits", lambda o: "yes" if o.fits(plan.available) else "[red]no[/]")
+    line("largest micro-batch", lambda o: str(o.largest_micro_batch or "none"))
+    if mine.toggled_activations:
         on = getattr(plan.job.model, "activation_checkpointing", False)
-        line(f"activations {'un' * on}checkpointed", lambda c: shown(c.unlike))
-    if any(c.memory.states.host for c in every):
-        line("in the host's memory", lambda c: shown(c.memory.states.host))
+        name = f"activations {'without' if on else 'with'} checkpointing"
+        line(name, lambda o: shown(o.toggled_activations))
+    if any(option.memory.states.host for option in every):
+        line("in CPU memory", lambda o: shown(o.memory.states.host))
     if plan.world > 1:
-        line("a rank sends, GB a step", lambda c: _gb(sum(t.sent for t in c.traffic)))
-        line("  inside a node, s", lambda c: f"{c.inside_seconds:,.3f}")
+        line("sent by a rank per step, GB", lambda o: _gb(sum(t.sent for t in o.traffic)))
+        line("  time inside a node, s", lambda o: f"{o.inside_seconds:,.3f}")
     if plan.nodes > 1:
-        line("  between nodes, s", lambda c: f"{c.between_seconds:,.3f}")
-    is_whole = plan.measured is not None or plan.given.plan.mfu is not None  # waits included
+        line("  time between nodes, s", lambda o: f"{o.between_seconds:,.3f}")
+    # A measured speed and an MFU already include the waiting.
+    is_whole = plan.measured is not None or plan.given.plan.mfu is not None
     if plan.world > 1 and mine.step.computing is not None and not is_whole:
-        line("  of it waited for, s", lambda c: f"{c.step.waiting:,.3f}")
+        line("  not overlapped, s", lambda o: f"{o.step.waiting:,.3f}")
     if mine.step.seconds is not None:
-        line("a step, s", lambda c: f"{c.step.seconds:,.3f}")
-        line("tokens/s", lambda c: f"{c.step.tokens_per_second:,.0f}")
+        line("time of a step, s", lambda o: f"{o.step.seconds:,.3f}")
+        line("tokens/s", lambda o: f"{o.step.tokens_per_second:,.0f}")
         if mine.step.mfu:
-            line("MFU", lambda c: f"{c.step.mfu:.1%}")
-    return table
+            line("MFU", lambda o: f"{o.step.mfu:.1%}")
+    return made
 
 
-def _told(plan: Plan) -> str:
-    """What the table's numbers stand on."""
+def _assumptions(plan: Plan) -> str:
+    """Return the speeds that the table assumes."""
     m, p = plan.machine, plan.given.plan
-    links = f"{m.link_efficiency:.0%} of {m.intra_node / 1e9:,.0f} GB/s a GPU inside a node"
+    links = f"links at {m.link_efficiency:.0%} of {m.intra_node / 1e9:,.0f} GB/s per GPU in a node"
     if plan.nodes > 1:
-        links += f" and {m.inter_node / 1e9:,.0f} GB/s a node between them"
+        links += f" and {m.inter_node / 1e9:,.0f} GB/s per node between nodes"
     if plan.measured is not None:
-        speed = f"as run {plan.measured.run} computed, its waits included"
+        speed = f"the speed of run {plan.measured.run}, which includes waiting"
     elif p.mfu is not None:
-        speed = f"MFU {p.mfu:.0%}, as you say"
+        speed = f"an MFU of {p.mfu:.0%} (plan.mfu)"
     elif plan.chosen.step.peak is None:
-        return f"No peak of the device is known: give plan.from_run or logging.peak_flops. {links}."
+        todo = "set plan.from_run or logging.peak_flops"
+        return f"The peak FLOP/s of the device are not known: {todo}. Assumed: {links}."
     else:
         peak = plan.chosen.step.peak / plan.world / 1e12
-        speed = f"{m.efficiency:.0%} of {peak:,.0f} TFLOP/s while computing"
-    hides = "stage 3 beside computing, others after it" if m.overlap else "nothing beside computing"
-    return f"Stands on: {speed}; {links}, {hides}. Activations and times are estimates."
+        speed = f"computation at {m.efficiency:.0%} of {peak:,.0f} TFLOP/s"
+    overlap = "only stage 3 overlaps communication by default" if m.overlap else "no overlap"
+    return f"Assumed: {speed}; {links}; {overlap}. Activations and times are estimates."
 
 
 def _time(plan: Plan) -> list[str]:
     lines = []
-    if plan.measured is not None and plan.run_as_planned is not None:
-        was, said = plan.measured, plan.run_as_planned.seconds
-        beside = f"; planned it would have been {said:.4g} s" if said else ""
+    if plan.measured is not None and plan.predicted_for_measured is not None:
+        measured, predicted = plan.measured, plan.predicted_for_measured.seconds
+        compared = f"; predicted without it: {predicted:.4g} s" if predicted else ""
         lines.append(
-            f"{was.run}: a step took {was.seconds:.4g} s on {was.world} ranks (median of "
-            f"{was.steps}){beside}"
+            f"{measured.run}: a step took {measured.seconds:.4g} s on {measured.world} ranks "
+            f"(median of {measured.steps}){compared}"
         )
     if plan.seconds is None:
-        return [*lines, "not known without a speed"]
+        return [*lines, "not known, because no speed is known"]
     hours, p = plan.gpu_hours or 0.0, plan.given.plan
-    lines.append(f"{span(plan.seconds)} of steps; {hours:,.1f} GPU-hours with what failures take")
+    lines.append(f"{span(plan.seconds)} for all steps; {hours:,.1f} GPU-hours including failures")
     if p.gpu_hour is not None:
-        lines.append(f"{hours * p.gpu_hour:,.2f} at {p.gpu_hour:g} a GPU-hour")
+        lines.append(f"cost: {hours * p.gpu_hour:,.2f} at {p.gpu_hour:g} per GPU-hour")
     if plan.machine.watts:
         energy = hours * plan.machine.watts / 1000
-        paid = f", {energy * p.kilowatt_hour:,.2f}" if p.kilowatt_hour is not None else ""
-        lines.append(f"{energy:,.0f} kWh at {plan.machine.watts:,.0f} W a GPU{paid}")
+        cost = energy * p.kilowatt_hour if p.kilowatt_hour is not None else None
+        paid = "" if cost is None else f", cost: {cost:,.2f}"
+        lines.append(f"{energy:,.0f} kWh at {plan.machine.watts:,.0f} W per GPU{paid}")
     return lines
 
 
@@ -183,36 +194,38 @@ def _saves(plan: Plan) -> list[str]:
     often = f" (every {span(every)})" if every and is_counted else ""
     grace = plan.job.launch.grace.seconds or 0.0
     return [
-        f"{size / 1e9:,.2f} GB each, {plan.job.checkpoint.every}{often}; at most {kept} at a time: "
-        f"{kept * size / 1e9:,.1f} GB of disk",
-        f"training waits {plan.stall_seconds:,.1f} s, written after {plan.save_seconds:,.1f} s; "
-        f"after a signal saved in {plan.lead_seconds:,.1f} s of {grace:,.0f} (launch.grace)",
+        f"{size / 1e9:,.2f} GB every {plan.job.checkpoint.every}{often}; at most {kept} on disk: "
+        f"{kept * size / 1e9:,.1f} GB",
+        f"a save pauses training for {plan.stall_seconds:,.1f} s and is written after "
+        f"{plan.save_seconds:,.1f} s; after a signal the run is saved within "
+        f"{plan.lead_seconds:,.1f} s (allowed: {grace:,.0f} s, launch.grace)",
     ]
 
 
 def _failures(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    rate = plan.given.plan.failures
-    table.add_column(f"Failures, {rate:g} in 1,000 node-days", no_wrap=True)
-    others = [n for n in plan.given.plan.others if n != plan.world and plan.machine.gpus_per_node]
+    """Return a table with a column for each cluster size.
+
+    ETTR: effective training time ratio, the fraction of the wall time that is kept training.
+    """
+    head = f"Failures ({plan.given.plan.failures:g} per 1,000 node-days)"
+    others = [n for n in _CLUSTERS if n != plan.world and plan.machine.gpus_per_node]
     gpus = [plan.world, *others]
-    for n in gpus:
-        table.add_column(f"{n:,} rank{'s' * (n > 1)}", justify="right", no_wrap=True)
-    looks = [plan.outlook(n) for n in gpus]
+    made = table(head, *(f"{n:,} rank{'s' * (n > 1)}" for n in gpus), left=[head])
+    estimates = [plan.failures(n) for n in gpus]
 
-    def line(name: str, of: Callable[[Outlook], str]) -> None:
-        table.add_row(name, *map(of, looks))
+    def line(name: str, of: Callable[[FailureEstimate], str]) -> None:
+        made.add_row(name, *map(of, estimates))
 
-    line("  one every", lambda o: span(o.mtbf))
-    line("  back after", lambda o: span(o.restart))
-    line("  ETTR, saving as configured", lambda o: f"{o.ettr:.1%}")
-    line("  best to save every (Daly)", lambda o: span(o.best))
-    line("  ETTR then", lambda o: f"{o.best_ettr:.1%}")
-    return table
+    line("  mean time between failures", lambda e: span(e.mtbf))
+    line("  time until training resumes", lambda e: span(e.restart))
+    line("  useful time (ETTR), as configured", lambda e: f"{e.ettr:.1%}")
+    line("  best save interval (Daly 2006)", lambda e: span(e.best))
+    line("  useful time (ETTR) with it", lambda e: f"{e.best_ettr:.1%}")
+    return made
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """All of the plan as plain values; bytes and seconds without rounding."""
+    """Return the whole plan as plain values; bytes and seconds are not rounded."""
     job = plan.job
     return {
         "problems": [p._asdict() for p in plan.problems],
@@ -222,61 +235,63 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpus": plan.world,
         "nodes": plan.nodes,
         "parameters": plan.parameters,
-        "flops_per_token": vars(plan.price),
+        "flops_per_token": vars(plan.per_token),
+        "decoding_cache_bytes": plan.cache_bytes,
         "steps": job.total_steps,
         "tokens": job.total_steps * job.tokens_per_step,
         "sources": [vars(s) for s in plan.data],
         "available_bytes": plan.available,
         "chosen": plan.chosen.name,
-        "choices": {c.name: _choice(c, plan) for c in [*plan.choices, plan.chosen]},
+        "options": {o.name: _option(o, plan) for o in [*plan.options, plan.chosen]},
         "seconds": plan.seconds,
         "gpu_hours": plan.gpu_hours,
         "checkpoint": {
             "bytes": plan.checkpoint_bytes,
-            "most_at_a_time": plan.checkpoints_kept,
+            "max_on_disk": plan.checkpoints_kept,
             "stall_seconds": plan.stall_seconds,
             "save_seconds": plan.save_seconds,
             "signal_lead_seconds": plan.lead_seconds,
             "interval_seconds": plan.interval,
         },
         "failures": {
-            str(n): {k: _finite(v) for k, v in vars(plan.outlook(n)).items()}
-            for n in (plan.world, *plan.given.plan.others)
+            str(n): {k: _finite(v) for k, v in vars(plan.failures(n)).items()}
+            for n in (plan.world, *_CLUSTERS)
         },
         "measured": _measured(plan),
     }
 
 
-def _choice(c: Choice, plan: Plan) -> dict[str, Any]:
+def _option(option: ShardingOption, plan: Plan) -> dict[str, Any]:
+    memory, step = option.memory, option.step
     return {
-        "bytes": c.memory.rows(),
-        "states": as_dict(c.memory.states),
-        "activations": vars(c.memory.activations) if c.memory.activations else None,
-        "total_bytes": c.memory.total,
-        "fits": c.fits(plan.available),
-        "largest_micro_batch": c.largest,
+        "bytes": memory.rows(),
+        "states": as_dict(memory.states),
+        "activations": vars(memory.activations) if memory.activations else None,
+        "total_bytes": memory.total,
+        "fits": option.fits(plan.available),
+        "largest_micro_batch": option.largest_micro_batch,
         "traffic": [
             {**vars(t), "sent_by_gpu": t.sent, "sent_by_node": t.between(plan.per_node)}
-            for t in c.traffic
+            for t in option.traffic
         ],
         "step": {
-            **vars(c.step),
-            "seconds": c.step.seconds,
-            "tokens_per_second": c.step.tokens_per_second,
-            "mfu": c.step.mfu,
+            **vars(step),
+            "seconds": step.seconds,
+            "tokens_per_second": step.tokens_per_second,
+            "mfu": step.mfu,
         },
     }
 
 
 def _measured(plan: Plan) -> dict[str, Any] | None:
-    if plan.measured is None or plan.run_as_planned is None:
+    if plan.measured is None or plan.predicted_for_measured is None:
         return None
     m = plan.measured
     return {
         "run": m.run,
         "ranks": m.world,
         "step_seconds": m.seconds,
-        "planned_step_seconds": plan.run_as_planned.seconds,
+        "predicted_step_seconds": plan.predicted_for_measured.seconds,
         "flops_per_second": m.rate,
     }
 
@@ -287,6 +302,13 @@ def _finite(value: float) -> float | None:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.3g}" if size < 1e9 else f"{size / 1e9:,.1f}"
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f} bytes"
 
 
 def _short(number: float) -> str:

@@ -1,7 +1,7 @@
-"""What a job trains, without a value of it: names, shapes, and the optimizer's groups.
+"""The trained parameters of a job without their values: names, shapes, optimizer groups.
 
-Invariant: the order is the engine's: that of the forward in `parameters`, that of the layout in
-`groups`. Imports no torch.
+Invariant: `parameters` have the order of the forward pass, the parameters of `groups` the order of
+the engine's memory layout. Imports no torch.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,23 +24,29 @@ class Parameter:
 
     @property
     def ndim(self) -> int:
+        """Number of dimensions."""
         return len(self.shape)
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What a job trains. parameters: in the order of the forward; groups: the optimizer's, their
-    parameters in the order in which they are laid out."""
+    """The trained parameters of a job.
+
+    parameters: in the order of the forward pass. groups: of the optimizer, each with its parameters
+    in the order of the memory layout.
+    """
 
     parameters: list[Parameter]
     groups: list[Group]
 
     @property
     def numel(self) -> int:
+        """Number of elements of all parameters."""
         return sum(p.numel for p in self.parameters)
 
 
@@ -49,8 +55,11 @@ def inventory(
     parameters: Sequence[Parameter] | None = None,
     muon: Collection[str] | None = None,
 ) -> Inventory:
-    """Of a settled job of ours; or of `parameters` of another model and the names of those that
-    Muon takes, where it says them."""
+    """Return the Inventory of a job whose model sizes are known.
+
+    For a class of the user's own, give its `parameters`, and in `muon` the names of those that Muon
+    updates, if the class defines them.
+    """
     by_name: dict[str, Factors] = {}
     if isinstance(job.model, ModelConfig):
         by_name = factors(job.model)
@@ -59,6 +68,6 @@ def inventory(
     assert parameters is not None
     groups = parameter_groups([(p.name, p) for p in parameters], job.optimizer, muon, by_name)
     for group in groups:
-        if group.use_muon:  # as the Muon class sorts them
+        if group.update.is_by_matrix:  # DeepSpeed's Muon class sorts them like this
             group.params.sort(key=lambda p: p.shape, reverse=True)
     return Inventory(list(parameters), groups)

@@ -1,11 +1,11 @@
-"""Everything about a training job that can be known before it starts, as one object.
+"""The plan of a training job: everything that can be computed before the job starts.
 
-    job, machine  ->  data (manifests alone)  ->  model  ->  choices: one a ZeRO stage
+    job, machine  ->  data (manifests only)  ->  model  ->  options: one for each ZeRO stage
                   ->  time, checkpoints, failures  ->  problems (what can't work), notes
 
-Invariant: no GPU is touched, nothing is written or prepared, and torch is loaded only for a class
-of the user's own (on the meta device, without its values). What the numbers stand on is in
-memory.py, communication.py, step_time.py and failures.py; the choices are made in options.py.
+Invariant: a plan uses no GPU, writes and prepares nothing, and loads torch only if the model is a
+class of the user's own (built on the meta device, without values). The formulas are in memory.py,
+communication.py, step_time.py and failures.py; options.py evaluates the ways to shard.
 """
 
 from dataclasses import dataclass, replace
@@ -13,31 +13,37 @@ from functools import cached_property
 from typing import Any
 
 from forescale.config.schema import Problem
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
-from forescale.data.sources import Sources
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.flops import count, flops_6n
+from forescale.models.flops import cache_bytes, count, flops_6n
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
-from forescale.plan.failures import Outlook, outlook
-from forescale.plan.memory import checkpoint_bytes
-from forescale.plan.options import Choice, Ways, name_of
+from forescale.plan.failures import FailureEstimate, estimate_failures
+from forescale.plan.memory import BYTES, checkpoint_bytes
+from forescale.plan.options import ShardingOption, ShardingOptions, name_of
 from forescale.plan.parameters import Inventory, Parameter, inventory
-from forescale.plan.step_time import Measured, Price, Step, measure, price_of, step_of
+from forescale.plan.step_time import (
+    MeasuredSpeed,
+    StepTime,
+    TokenFlops,
+    measure,
+    predict_step_time,
+    token_flops,
+)
 from forescale.run.feed import epochs, feed_of, notes
-from forescale.run.forecast import band_of
+from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import open_sources, settle
 
-# Seconds: collectives, a pause of the kernels, locked pages: a save hardly ever stalls for less.
+# Seconds. Collectives, a pause of the kernels and the locking of pages: few saves stall for less.
 _LEAST_STALL = 1.0
 
 
 @dataclass(frozen=True)
-class Source:
-    """A source of the data: what it holds, how much of it the run reads."""
+class SourceUse:
+    """A data source: the tokens it has, the tokens that the run reads, and the epochs."""
 
     name: str
     tokens: int
@@ -46,7 +52,10 @@ class Source:
 
 
 class Plan:
-    """Of a job that has no problems in itself. Raises UserError where its model can't be made."""
+    """The plan of a job whose config has no problems.
+
+    Raises UserError if the model is a class of the user's own and can't be built.
+    """
 
     def __init__(self, job: PlanJob):
         self.problems: list[Problem] = []
@@ -54,23 +63,28 @@ class Plan:
         self.given = job
         self.sources = self._open(job)
         self.job: PlanJob = self._settled(job)
-        self._try(lambda: band_of(self.job))
+        self._try(lambda: prediction_interval_of(self.job))
         self.machine, self.world = job.machine, job.world_size
         self.nodes, self.per_node = job.nodes, job.per_node
-        self.measured: Measured | None = None
+        self.measured: MeasuredSpeed | None = None
         if job.plan.from_run:
             self.measured = self._try(lambda: measure(str(job.plan.from_run), job.run.root))
         if isinstance(self.job.model, ModelConfig):
-            self.held = inventory(self.job)
+            self.trained = inventory(self.job)
             six_n = flops_6n(self.job.model)
-            self.price = price_of(self.job.model, job.train.sequence_length, six_n)
+            self.per_token = token_flops(self.job.model, job.train.sequence_length, six_n)
         else:
-            self.held, self.price = _foreign(self.job, self.vocab_size)
-            self.notes.append("The model is yours: its activations are not known here.")
-        self._ways = Ways(self.held, self.price, self.machine, job.plan, self.measured)
-        self._judge()
+            self.trained, self.per_token = _users_model(self.job, self.vocab_size)
+            self.notes.append(
+                "The model is a class of your own: the memory of its activations is not known and "
+                "not included."
+            )
+        self._options = ShardingOptions(
+            self.trained, self.per_token, self.machine, job.plan, self.measured
+        )
+        self._find_problems()
 
-    # What it reads
+    # The data that it reads
 
     def _open(self, job: PlanJob) -> Sources | None:
         if job.data.path or job.data.sources:
@@ -78,14 +92,14 @@ class Plan:
         path = embedded_path(PythonSource(), job.data.cache_directory, job.data.embedded)
         if not (path / "manifest.json").exists():
             self.notes.append(
-                "The embedded corpus isn't prepared yet, so how often it is read isn't known; "
-                "`train` prepares it."
+                "The embedded corpus is not prepared yet, so its number of epochs is not known; "
+                "`forescale train` prepares it."
             )
             return None
         return self._try(lambda: Sources({"data": Dataset(path)}))
 
     def _try(self, make):
-        """What `make` makes, or None and a problem."""
+        """Return the result of `make`; if it raises UserError, record the problem, return None."""
         try:
             return make()
         except UserError as e:
@@ -94,6 +108,7 @@ class Plan:
 
     @property
     def vocab_size(self) -> int:
+        """Vocabulary of the data, or of the embedded corpus if no data can be opened."""
         return self.sources.vocab_size if self.sources else VOCABULARY[self.given.data.embedded]
 
     def _settled(self, job: PlanJob) -> PlanJob:
@@ -103,14 +118,16 @@ class Plan:
         if isinstance(job.model, ModelConfig):
             vocabulary = job.model.vocab_size or VOCABULARY[job.data.embedded]
             if not job.model.vocab_size and (job.data.path or job.data.sources):
-                self.notes.append(f"The vocabulary is taken as {vocabulary:,}: no data to ask.")
+                self.notes.append(
+                    f"The data can't be opened, so a vocabulary of {vocabulary:,} is assumed."
+                )
             made = job.model.resolved(vocabulary, job.train.sequence_length)
             return replace(job, model=made)
         return job
 
     @cached_property
-    def data(self) -> list[Source]:
-        """Of each source; none where the data can't be opened."""
+    def data(self) -> list[SourceUse]:
+        """The use of each source; empty if the data can't be opened."""
         if self.sources is None:
             return []
         splits = self.sources.split("train")
@@ -129,60 +146,65 @@ class Plan:
                 for n, s in splits.items()
             }
         return [
-            Source(name, split.num_tokens, times[name] * split.num_tokens, times[name])
+            SourceUse(name, split.num_tokens, times[name] * split.num_tokens, times[name])
             for name, split in splits.items()
         ]
 
-    # What it holds and sends
+    # Memory and communication
 
     @property
     def available(self) -> float:
-        """Bytes of a GPU, or a rank's share of this computer."""
-        return self._ways.available_to(self.job)
+        """Memory of a GPU in bytes, or a rank's share of this computer's memory."""
+        return self._options.available_to(self.job)
 
     @cached_property
-    def choices(self) -> list[Choice]:
-        """Stages 0 to 3, and 3 with a hierarchical partition where there are several nodes."""
-        return self._ways.all(self.job)
+    def options(self) -> list[ShardingOption]:
+        """Stages 0 to 3; on several nodes also 3 with a hierarchical partition."""
+        return self._options.all(self.job)
 
     @cached_property
-    def chosen(self) -> Choice:
+    def chosen(self) -> ShardingOption:
+        """The option that the job configures."""
         name = name_of(self.job)
-        return next((c for c in self.choices if c.name == name), None) or self._ways.of(self.job)
+        found = next((option for option in self.options if option.name == name), None)
+        return found or self._options.evaluate(self.job)
 
     @cached_property
-    def run_as_planned(self) -> Step | None:
-        """What would have been said of the measured run before it was made."""
+    def predicted_for_measured(self) -> StepTime | None:
+        """The predicted step time of the run plan.from_run, to compare with the measured one."""
         if self.measured is None:
             return None
         run = replace(self.measured.job, logging=self.given.logging)  # its peak, if it has one
         world = self.measured.world
-        held = inventory(run)
+        trained = inventory(run)
         per_node = min(self.machine.gpus_per_node or world, world)
-        found = collectives(run, held, world)
-        return step_of(run, held, self.measured.price, found, self.machine, world, per_node)
+        found = collectives(run, trained, world)
+        return predict_step_time(
+            run, trained, self.measured.flops, found, self.machine, world, per_node
+        )
 
-    # How long, what for
+    # Time, checkpoints, failures
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole run's steps, without start, evaluation, saves and failures."""
+        """Seconds of all steps of the run, without start, evaluation, saves and failures."""
         step = self.chosen.step.seconds
         return None if step is None else step * self.job.total_steps
 
     @property
     def checkpoint_bytes(self) -> int:
-        return checkpoint_bytes(self.job, self.held)
+        """Bytes of one checkpoint."""
+        return checkpoint_bytes(self.job, self.trained)
 
     @property
     def save_seconds(self) -> float:
-        """Until a checkpoint is on disk."""
+        """Seconds to write a checkpoint to disk."""
         speed = min(self.machine.node_write * self.nodes, self.machine.total_write)
         return self.checkpoint_bytes / speed
 
     @property
     def stall_seconds(self) -> float:
-        """In which training waits for a save."""
+        """Seconds for which a save pauses training."""
         return self._stall(self.world, self.save_seconds)
 
     def _stall(self, gpus: int, writing: float) -> float:
@@ -191,12 +213,12 @@ class Plan:
 
     @property
     def lead_seconds(self) -> float:
-        """From a signal until the run is saved: the step under way, the copy, the writing."""
+        """Seconds from a signal until the run is saved: the current step, the copy, the writing."""
         return (self.chosen.step.seconds or 0.0) + self.stall_seconds + self.save_seconds
 
     @property
     def checkpoints_kept(self) -> int:
-        """At the run's end, and one more that is being written."""
+        """Maximum number of checkpoints on disk, including one that is being written."""
         job, keep = self.job, self.job.checkpoint
         found = keep.keep + 1 + int(keep.keep_best) + len(keep.at)
         if keep.keep_every is not None and (every := job.steps_of(keep.keep_every)):
@@ -205,72 +227,88 @@ class Plan:
 
     @property
     def interval(self) -> float | None:
-        """Seconds between two saves."""
+        """Seconds between two saves; None if they are counted in steps and no speed is known."""
         every = self.job.checkpoint.every
         if every.seconds is not None:
             return every.seconds
         step, steps = self.chosen.step.seconds, self.job.steps_of(every)
         return step * steps if step and steps else None
 
-    def outlook(self, gpus: int) -> Outlook:
-        """Failures and saves of the job if it ran on so many GPUs."""
+    def failures(self, gpus: int) -> FailureEstimate:
+        """Return the cost of failures and saves if the job ran on `gpus` GPUs."""
         plan, each = self.given.plan, self.machine.gpus_per_node or self.world
         nodes = -(-gpus // each)
-        detect = plan.detect or self.job.pulse.patience
+        detect = plan.detect or self.job.heartbeat.patience
         speed = min(self.machine.node_write * nodes, self.machine.total_write)
         writing = self.checkpoint_bytes / speed
         stall = self._stall(gpus, writing)
         restart = (detect.seconds or 0.0) + (plan.restart.seconds or 0.0)
         interval = self.interval or 1800.0
-        return outlook(nodes, plan.failures, stall, restart, interval, writing)
+        return estimate_failures(nodes, plan.failures, stall, restart, interval, writing)
 
     @property
     def gpu_hours(self) -> float | None:
-        """With what failures take."""
+        """GPU-hours of the run, including the time that failures cost."""
         if self.seconds is None:
             return None
-        return self.seconds / max(self.outlook(self.world).ettr, 1e-9) * self.world / 3600
+        return self.seconds / max(self.failures(self.world).ettr, 1e-9) * self.world / 3600
 
-    # What is wrong
+    # Problems and notes
 
-    def _judge(self) -> None:
-        _ = self.data
+    def _find_problems(self) -> None:
+        _ = self.data  # also records problems of the data
         if not self.chosen.fits(self.available):
-            self.problems.append(self._too_much())
+            self.problems.append(self._memory_problem())
         lead, grace = self.lead_seconds, self.job.launch.grace.seconds or 0.0
         if lead > grace:
             self.notes.append(
-                f"A signal leaves {grace:,.0f} s (launch.grace); a step and a save are expected to "
-                f"take {lead:,.0f} s: raise it, and the signal's lead, or save faster."
+                f"launch.grace allows {grace:,.0f} s after a signal, but a step and a save are "
+                f"predicted to take {lead:,.0f} s. Raise launch.grace and the lead time of the "
+                "signal, or write to faster storage."
             )
         interval = self.interval
         if interval is not None and interval < self.save_seconds:
             self.notes.append(
-                f"A checkpoint every {interval:,.0f} s is asked for, and one takes "
-                f"{self.save_seconds:,.0f} s to write: training will wait for it."
+                f"A checkpoint is due every {interval:,.0f} s, but writing one takes "
+                f"{self.save_seconds:,.0f} s: training will wait. Raise checkpoint.every."
             )
 
-    def _too_much(self) -> Problem:
+    def _memory_problem(self) -> Problem:
         need, have = self.chosen.memory.total / 2**30, self.available / 2**30
         found = self.chosen.memory.states
         states = max(found.backward, found.updating) / 2**30
-        what = f"{need:,.1f} GiB are needed of a GPU's {have:,.1f} ({states:,.1f} of model states)"
-        todo = self._ways.nearest(self.job) or "no setting that is known here fits"
+        what = (
+            f"a rank needs {need:,.1f} GiB ({states:,.1f} of them for model states), "
+            f"but a GPU has {have:,.1f}"
+        )
+        todo = self._options.smallest_fix(self.job) or (
+            "no sharding option fits: choose a smaller model or a machine with more memory"
+        )
         return Problem("memory", what, todo)
 
     @property
     def deepspeed(self) -> dict[str, Any]:
+        """The DeepSpeed config that is derived from the job."""
         return deepspeed_config(self.job, self.world)
 
     @property
     def parameters(self) -> dict[str, int]:
+        """Number of parameters by kind, with the key "total"."""
         if isinstance(self.job.model, ModelConfig):
             return vars(count(self.job.model))
-        return {"total": self.held.numel}
+        return {"total": self.trained.numel}
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that decoding keeps for one sequence; None if the model is not one of ours."""
+        model, length = self.job.model, self.job.train.sequence_length
+        if not isinstance(model, ModelConfig):
+            return None
+        return cache_bytes(model, length, BYTES[self.job.precision.kind])
 
 
-def _foreign(job: PlanJob, vocab_size: int) -> tuple[Inventory, Price]:
-    """Parameters and price of a class of the user's own, made without values."""
+def _users_model(job: PlanJob, vocab_size: int) -> tuple[Inventory, TokenFlops]:
+    """Return parameters and FLOPs of a class of the user's own, built without values."""
     import torch
 
     from forescale.train.model import build_model, prices_of
@@ -281,4 +319,4 @@ def _foreign(job: PlanJob, vocab_size: int) -> tuple[Inventory, Price]:
     names = getattr(model, "muon_parameters", None)
     prices = prices_of(job, model)
     made = inventory(job, every, names() if names else None)
-    return made, Price(prices["full"], prices["causal"], prices["six_n"])
+    return made, TokenFlops(prices["full"], prices["causal"], prices["six_n"])

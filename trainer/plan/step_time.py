@@ -1,9 +1,9 @@
-"""How long a step takes, before it was ever made: computing by FLOPs, waiting by bytes.
+"""Predict the time of a step: computation from FLOPs, waiting from bytes.
 
-Three sources for the computing, from the weakest to the strongest word: the device's peak and the
-share of it that `machine.efficiency` says; the MFU of the whole step that `plan.mfu` says; the rows
-of a run on such devices (`plan.from_run`). The last two know the waiting already.
-Invariant: imports no torch; nothing is guessed where no peak is known, times are then None.
+The speed of computation comes from the best of three sources. From the least to the most reliable:
+the device's peak times `machine.efficiency`; the MFU of the whole step in `plan.mfu`; the logged
+rows of a run on the same devices (`plan.from_run`). The last two already include the waiting.
+Invariant: imports no torch; without a known peak, times are None and not guessed.
 """
 
 from collections.abc import Sequence
@@ -20,37 +20,38 @@ from forescale.plan.config import MachineConfig
 from forescale.plan.parameters import Inventory
 from forescale.run.directory import Run
 
-_NEWTON_SCHULZ = 5  # iterations of Muon's
-
 
 @dataclass(frozen=True)
-class Price:
-    """FLOPs of one token, forward and backward: full attention (what MFU counts), exactly causal,
-    6N, and what is computed twice besides."""
+class TokenFlops:
+    """FLOPs of one token, forward and backward, counted in different ways."""
 
-    full: float
-    causal: float
-    six_n: float
-    again: float = 0.0
+    full: float  # attention over the whole square, as MFU counts
+    causal: float  # attention exactly causal
+    six_n: float  # 6N, without attention
+    recomputed: float = 0.0  # repeated in the backward pass; not in the others
 
 
-def price_of(config: ModelConfig, length: int, six_n: float) -> Price:
-    return Price(
+def token_flops(config: ModelConfig, length: int, six_n: float) -> TokenFlops:
+    """Return the FLOPs of a token in a sequence of `length` tokens."""
+    return TokenFlops(
         full=flops_per_token(config, length),
         causal=flops_per_token(config, length, causal=True),
         six_n=six_n,
-        again=flops_recomputed(config, length),
+        recomputed=flops_recomputed(config, length),
     )
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a run's rows tell. seconds: median of its steps; rate: FLOP/s of a device, full
-    attention and recomputation counted, waits included; steps: how many were looked at."""
+class MeasuredSpeed:
+    """The speed of a run, from its logged rows.
+
+    seconds: median of its steps. rate: FLOP/s of one device, with full attention and recomputation;
+    the time includes waiting. steps: number of steps in the median.
+    """
 
     run: str
     job: TrainJob
-    price: Price
+    flops: TokenFlops
     world: int
     seconds: float
     rate: float
@@ -58,92 +59,101 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Seconds of an optimizer step, None where no speed is known. links: of its communication if
-    nothing else ran; computing; waiting: the part of it that isn't hidden."""
+class StepTime:
+    """The predicted time of an optimizer step, in seconds."""
 
-    computing: float | None
-    links: float
-    waiting: float
+    computing: float | None  # None: no speed is known
+    links: float  # communication, if nothing else ran
+    waiting: float  # the part of the communication that computation does not hide
     tokens: int
     flops: float  # of the step, as MFU counts
     peak: float | None  # of all devices, FLOP/s
 
     @property
     def seconds(self) -> float | None:
+        """Seconds of the whole step; None without a known speed."""
         return None if self.computing is None else self.computing + self.waiting
 
     @property
     def tokens_per_second(self) -> float | None:
+        """Tokens per second of all ranks; None without a known speed."""
         return self.tokens / self.seconds if self.seconds else None
 
     @property
     def mfu(self) -> float | None:
+        """Model FLOPs utilization; None without a known speed or peak."""
         return self.flops / self.seconds / self.peak if self.seconds and self.peak else None
 
 
 def peak_of(job: TrainJob, machine: MachineConfig) -> float | None:
-    """FLOP/s of one device."""
+    """Return the peak FLOP/s of one device in the precision of the job; None if not known."""
     own = machine.peak_fp32 if job.precision.kind == "fp32" else machine.peak_bf16
     return job.logging.peak_flops or own
 
 
-def step_of(
+def predict_step_time(
     job: TrainJob,
-    held: Inventory,
-    price: Price,
+    trained: Inventory,
+    per_token: TokenFlops,
     found: Sequence[Collective],
     machine: MachineConfig,
     world: int,
     per_node: int,
     mfu: float | None = None,
-    measured: Measured | None = None,
-) -> Step:
+    measured: MeasuredSpeed | None = None,
+) -> StepTime:
+    """Return the StepTime of a job on `world` ranks, `per_node` of them on each node.
+
+    found: the collectives of a step. `measured` has precedence over `mfu`, `mfu` over the machine's
+    efficiency.
+    """
     tokens = job.tokens_per_step
     links = sum(c.seconds(machine, per_node) for c in found)
     peak = peak_of(job, machine)
     all_peaks = peak * world if peak else None
-    flops, again = price.full * tokens, price.again * tokens
+    flops, recomputed = per_token.full * tokens, per_token.recomputed * tokens
     if measured is not None:
-        seconds = (flops + again) / world / measured.rate
-        return Step(seconds, links, 0.0, tokens, flops, all_peaks)
+        seconds = (flops + recomputed) / world / measured.rate
+        return StepTime(seconds, links, 0.0, tokens, flops, all_peaks)
     if peak is None:
-        return Step(None, links, 0.0, tokens, flops, None)
+        return StepTime(None, links, 0.0, tokens, flops, None)
     if mfu is not None:
-        return Step(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
-    orthogonal = muon_flops(held) / (world if job.engine.stage else 1)
-    computing = ((flops + again) / world + orthogonal) / (peak * machine.efficiency)
+        return StepTime(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
+    updating = update_flops(trained) / (world if job.engine.stage else 1)
+    computing = ((flops + recomputed) / world + updating) / (peak * machine.efficiency)
     waiting = exposed(found, machine, per_node, computing)
-    return Step(computing, links, waiting, tokens, flops, all_peaks)
+    return StepTime(computing, links, waiting, tokens, flops, all_peaks)
 
 
-def muon_flops(held: Inventory) -> float:
-    """FLOPs of orthogonalising every matrix of Muon's once (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon): five iterations of X X^T, its square, and a product with X;
-    by all ranks together where they share the work."""
-    total = 0.0
-    for group in held.groups:
-        for p in group.params if group.use_muon else ():
-            m, n = min(p.shape[0], p.numel // p.shape[0]), max(p.shape[0], p.numel // p.shape[0])
-            total += _NEWTON_SCHULZ * (4 * m * m * n + 2 * m**3)
-    return total
+def update_flops(trained: Inventory) -> float:
+    """Return the FLOPs of updating every parameter once."""
+    return sum(group.update.flops(p.shape) for group in trained.groups for p in group.params)
 
 
-def measure(target: str, root: str) -> Measured:
-    """The speed of a run, by the median of its steps without the first tenth. Raises UserError
-    where it has no rows, no checkpoint (which says how many ranks it had), or no model of ours."""
+def measure(target: str, root: str) -> MeasuredSpeed:
+    """Return the speed of a run: the median of its steps without the first tenth.
+
+    Raises UserError if the run has too few rows, no checkpoint (which records the number of ranks),
+    or a model of the user's own class.
+    """
     status = Status(Run.existing(target, root))
     where = f"plan.from_run={target}"
     job, rows = status.job, status.train
     if not isinstance(job.model, ModelConfig):
-        raise UserError(where, "its model isn't ours", "give plan.mfu instead")
+        raise UserError(
+            where,
+            "its model is a class of your own, whose FLOPs are not known",
+            "set plan.mfu instead",
+        )
     if len(rows) < 5 or not status.checkpoints:
         what = f"it has {len(rows)} rows and {len(status.checkpoints)} checkpoints"
-        raise UserError(where, what, "let it train for a few dozen steps and save, then plan")
+        raise UserError(
+            where, what, "let it train for a few dozen steps and save a checkpoint, then plan again"
+        )
     rows = rows[max(1, len(rows) // 10) :]
     seconds = median(r["seconds"].get("compute", 0.0) + r["seconds"].get("data", 0.0) for r in rows)
     world = int(status.checkpoints[-1].state["world_size"])
-    price = price_of(job.model, job.train.sequence_length, 0.0)
-    flops = (price.full + price.again) * job.tokens_per_step
+    per_token = token_flops(job.model, job.train.sequence_length, 0.0)
+    flops = (per_token.full + per_token.recomputed) * job.tokens_per_step
     rate = flops / world / seconds
-    return Measured(status.run.name, job, price, world, seconds, rate, len(rows))
+    return MeasuredSpeed(status.run.name, job, per_token, world, seconds, rate, len(rows))

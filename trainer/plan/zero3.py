@@ -1,9 +1,10 @@
-"""Which parameters ZeRO-3 gathers in a step, and how many stand whole at a time.
+"""The parameters that ZeRO-3 gathers in a step, and how many exist whole at the same time.
 
 Follows DeepSpeed 0.19.8's coordinator (zero/partitioned_param_coordinator.py): a module's
-parameters are gathered before it runs, forward and backward, and released behind it unless one of
-the modules ahead uses them before stage3_max_reuse_distance elements have gone by. Invariant:
-counts only; tests/distributed/test_real_costs.py holds them to the collectives of real ranks.
+parameters are gathered before it runs, in forward and backward, and released after it, unless one
+of the next modules, within stage3_max_reuse_distance elements, uses them again. Invariant: only
+counts elements; tests/distributed/test_real_costs.py compares them with the collectives of real
+ranks.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,8 +13,11 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Trace:
-    """Of one micro-batch, in elements. forward, backward: gathered there; most: whole at a time."""
+class GatherTrace:
+    """Elements that one micro-batch gathers.
+
+    forward, backward: gathered in each pass. most: maximum that exists whole at the same time.
+    """
 
     forward: int
     backward: int
@@ -24,19 +28,22 @@ class Trace:
 class _Call:
     module: str
     is_backward: bool = False
-    is_kept: bool = False  # nothing is released behind it
+    is_kept: bool = False  # its parameters are not released after it
 
 
-def walk(
+def trace_gathers(
     parameters: Sequence[Any],
     resident: Collection[str],
     reuse: int,
     recompute: bool,
     world: int = 1,
-) -> Trace:
-    """parameters: with `name` and `numel`, in the order of the forward; resident: names of those
-    that are never released; reuse: elements; recompute: with activation checkpointing; world: what
-    is gathered is padded to a multiple of it."""
+) -> GatherTrace:
+    """Return what ZeRO-3 gathers in one micro-batch.
+
+    parameters: with `name` and `numel`, in the order of the forward pass. resident: names of those
+    that are never released. reuse: elements, stage3_max_reuse_distance. recompute: with activation
+    checkpointing. world: each gathered parameter is padded to a multiple of it.
+    """
     held: dict[str, dict[str, int]] = {}
     for p in parameters:
         held.setdefault(p.name.rpartition(".")[0], {})[p.name] = p.numel
@@ -55,11 +62,11 @@ def walk(
         if free[call.module] and not call.is_kept and not _soon(calls, at, sizes, reuse):
             for name in free[call.module]:
                 standing -= here.pop(name, 0)
-    return Trace(gathered[0], gathered[1], most)
+    return GatherTrace(gathered[0], gathered[1], most)
 
 
 def _soon(calls: Sequence[_Call], at: int, sizes: dict[str, int], reuse: int) -> bool:
-    """Whether the module of call `at` is called again before `reuse` elements have gone by."""
+    """Whether the module of call `at` is called again within the next `reuse` elements."""
     passed = 0
     for ahead in range(at + 1, len(calls)):
         if passed >= reuse:
@@ -71,7 +78,7 @@ def _soon(calls: Sequence[_Call], at: int, sizes: dict[str, int], reuse: int) ->
 
 
 def _in_order(held: Collection[str]) -> list[str]:
-    """Modules as the forward calls them. A tied table is called again at the end."""
+    """Return the modules in the order of the forward pass, which ends with a tied embedding."""
     order = list(held)
     known = [m for m in order if m.startswith("blocks.")]
     if known and "embedding" in order and "head" not in order:
@@ -83,7 +90,7 @@ def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
     calls = [_Call(module) for module in order]
     for block in reversed(_blocks(order)):
         if recompute and block[0].startswith("blocks."):
-            # The backward of its last module asks for what was not kept: then the others run again.
+            # The backward of the last module needs activations, so the other modules run again.
             calls.append(_Call(block[-1], True, is_kept=True))
             calls += [_Call(module, True) for module in block[:-1]]
         calls += [_Call(module, True) for module in reversed(block)]
@@ -91,7 +98,7 @@ def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
 
 
 def _blocks(order: Sequence[str]) -> list[list[str]]:
-    """Runs of modules that belong to one block; others stand alone."""
+    """Return the modules grouped by block; each module outside the blocks is its own group."""
     found: list[list[str]] = []
     for module in order:
         key = module.split(".")[:2] if module.startswith("blocks.") else [module]

@@ -1,19 +1,19 @@
-"""Closed forms of failures against a simulation, and against what others have reported."""
+"""The closed forms of failures, compared with a simulation and with published numbers."""
 
 import random
 
 import pytest
 
-from forescale.plan.failures import ettr, mtbf, outlook
+from forescale.plan.failures import estimate_failures, ettr, mtbf
 
 
 def simulated(interval, stall, restart, mean, work=400_000, seed=1):
-    """Seconds that count over seconds of wall clock, failures drawn one by one."""
+    """Return seconds of kept training per second of wall time, with failures drawn one by one."""
     rng, done, wall = random.Random(seed), 0.0, 0.0
     while done < work:
         left = rng.expovariate(1 / mean)
         if left >= interval + stall:
-            # memoryless: what is left of it after this interval is drawn anew
+            # the distribution is memoryless: the remaining time is drawn again
             done, wall = done + interval, wall + interval + stall
             continue
         wall += left
@@ -27,31 +27,31 @@ def simulated(interval, stall, restart, mean, work=400_000, seed=1):
     ("interval", "stall", "restart", "mean"),
     [(100, 5, 60, 2000), (100, 5, 60, 300), (50, 1, 400, 1000), (300, 20, 30, 500)],
 )
-def test_the_ratio_is_that_of_a_simulation(interval, stall, restart, mean):
+def test_ettr_agrees_with_a_simulation(interval, stall, restart, mean):
     found = [simulated(interval, stall, restart, mean, seed=s) for s in range(5)]
     assert ettr(interval, stall, restart, mean) == pytest.approx(sum(found) / 5, rel=0.03)
 
 
-def test_llama_3():
+def test_ettr_agrees_with_llama_3():
     """419 unexpected interruptions in 54 days on 16,384 GPUs, and over 90 % of effective training
     time (arXiv 2407.21783, section 3.3.4)."""
     rate = 419 / 54 / 2048 * 1000
     assert rate == pytest.approx(3.8, abs=0.02)
     assert mtbf(2048, rate) / 3600 == pytest.approx(54 * 24 / 419)
-    found = outlook(2048, rate, stall=1.0, restart=600, interval=600)
+    found = estimate_failures(2048, rate, stall=1.0, restart=600, interval=600)
     assert 0.9 < found.ettr < found.best_ettr < 0.96
 
 
 @pytest.mark.parametrize("nodes", [1, 8, 128, 2048])
-def test_the_best_interval_loses_least(nodes):
-    found = outlook(nodes, 6.5, stall=5.0, restart=900, interval=1800)
+def test_the_best_interval_loses_the_least_time(nodes):
+    found = estimate_failures(nodes, 6.5, stall=5.0, restart=900, interval=1800)
     for factor in (0.5, 0.8, 1.25, 2):
         assert ettr(factor * found.best, 5.0, 900, found.mtbf) < found.best_ettr
     assert found.best == pytest.approx(found.young, rel=0.05)
     assert found.ettr <= found.best_ettr
 
 
-def test_saves_do_not_overtake_each_other_and_no_failures_cost_nothing():
-    assert outlook(2048, 6.5, 1.0, 900, 1800, shortest=500.0).best == 500.0
-    assert outlook(8, 0.0, 1.0, 900, 99.0).ettr == pytest.approx(0.99)
+def test_the_shortest_interval_and_a_failure_rate_of_zero():
+    assert estimate_failures(2048, 6.5, 1.0, 900, 1800, shortest=500.0).best == 500.0
+    assert estimate_failures(8, 0.0, 1.0, 900, 99.0).ettr == pytest.approx(0.99)
     assert ettr(1e7, 1.0, 900, 10.0) == 0.0

@@ -1,4 +1,4 @@
-"""Partitions counted one by one, kinds that add up, and traffic and times of stated links."""
+"""Partitions, memory by kind, communication, and its times at given link speeds."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def job(*overrides, vocab_size=512):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
-def test_what_a_rank_owns_and_touches_counted_element_by_element(world):
+def test_partition_and_touched_agree_with_counting_each_element(world):
     sizes = [7, 100, 1, 1, 33, 8, 250]
     group = Group("g", False, 1.0, 0.0, params=[Parameter(str(n), (n,)) for n in sizes])
     part = partition(group, world)
@@ -36,7 +36,7 @@ def test_what_a_rank_owns_and_touches_counted_element_by_element(world):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", range(4))
-def test_kinds_add_up_and_shrink_with_ranks(stage, optimizer):
+def test_memory_kinds_add_up_and_shrink_with_more_ranks(stage, optimizer):
     more = [f"engine=zero{stage}", f"optimizer={optimizer}", "train.global_batch=512"]
     made = job(*more, "train.micro_batch=1")
     held, totals = inventory(made), []
@@ -48,7 +48,7 @@ def test_kinds_add_up_and_shrink_with_ranks(stage, optimizer):
     assert totals[0] > totals[1] > totals[2] or stage == 0
 
 
-def test_accumulation_keeps_whole_gradients_at_stage_1_alone():
+def test_accumulation_keeps_all_gradients_only_at_stage_1():
     held = inventory(job())
     for stage, grows in ((0, False), (1, True), (2, False), (3, False)):
         once, often = (
@@ -58,7 +58,7 @@ def test_accumulation_keeps_whole_gradients_at_stage_1_alone():
         assert (often > once) == grows
 
 
-def test_offload_moves_states_to_the_host():
+def test_offload_moves_states_to_cpu_memory():
     held = inventory(job())
     here, there = (states(job(f"engine={e}"), held, 4) for e in ("zero2", "zero2-offload"))
     assert (there.masters, there.moments) == (0, 0)
@@ -67,10 +67,10 @@ def test_offload_moves_states_to_the_host():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_checkpoint_holds_weights_and_moments(optimizer):
+def test_checkpoint_bytes_are_those_of_weights_and_moments(optimizer):
     made = job(f"optimizer={optimizer}", "precision=fp32")
     held = inventory(made)
-    muon = sum(p.numel for g in held.groups if g.use_muon for p in g.params)
+    muon = sum(p.numel for g in held.groups if g.update.is_by_matrix for p in g.params)
     assert checkpoint_bytes(made, held) == 12 * held.numel - 4 * muon
 
 
@@ -88,7 +88,7 @@ def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
     assert sent(3, 32)["gradients"] == pytest.approx(4 * sent(3, 8)["gradients"], abs=8)
 
 
-def test_a_hierarchical_partition_keeps_traffic_inside_nodes():
+def test_a_hierarchical_partition_sends_less_between_nodes():
     made = job("model=llama-1b", "engine=zero3", "plan.gpus=64", "train.global_batch=512")
     held = inventory(made)
     near = replace(made, engine=replace(made.engine, hierarchical_partition=8))
@@ -102,7 +102,7 @@ def test_one_rank_sends_nothing():
         assert collectives(made, inventory(made), 1) == []
 
 
-def test_times_are_those_of_the_slowest_link_and_of_what_is_not_hidden():
+def test_times_of_the_slowest_link_and_of_waiting():
     machine = job().machine
     machine = replace(machine, intra_node=100.0, inter_node=50.0, link_efficiency=0.5)
     inside = Collective("a", "all_reduce", 1000, 4)
@@ -111,7 +111,7 @@ def test_times_are_those_of_the_slowest_link_and_of_what_is_not_hidden():
     assert (inside.between(4), across.between(4)) == (0, 1500)
     assert inside.seconds(machine, 4) == pytest.approx(1500 / 50)
     assert across.seconds(machine, 4) == pytest.approx(1500 / 25)
-    # 60 s of b fit beside half of 200 s of computing, or half of 40 s; a waits always
+    # b takes 60 s and overlaps with half of the computation; a never overlaps
     assert exposed([inside, across], machine, 4, 200.0) == pytest.approx(30)
     assert exposed([inside, across], machine, 4, 40.0) == pytest.approx(30 + 40)
     alone = replace(machine, overlap=False)

@@ -1,4 +1,4 @@
-"""The estimate of a rank's bytes, and the sentence for a rank that ran out of them."""
+"""The estimated memory of a rank, and the message of a rank that ran out of memory."""
 
 import os
 import re
@@ -24,9 +24,9 @@ def job(*overrides, vocab_size=512):
     return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
 
 
-def test_zero_cuts_what_its_stage_says():
-    """Table 1 of the ZeRO paper: 16 bytes a parameter with AdamW in mixed precision. Gradients that
-    a border cuts are kept whole at stages 1 and 2."""
+def test_each_zero_stage_shards_the_states_of_the_paper():
+    """Table 1 of the ZeRO paper: 16 bytes a parameter with AdamW in mixed precision. At
+    stages 1 and 2 both ranks of a border keep the whole gradient of the parameter that it cuts."""
     whole = "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
     for stage, weights, optimizer in ((0, 1, 1), (1, 1, 4), (2, 1, 4), (3, 4, 4)):
         more = [whole] if stage == 3 else []
@@ -40,12 +40,12 @@ def test_zero_cuts_what_its_stage_says():
 
 def test_activations_grow_with_the_micro_batch():
     two, four, eight = (bytes_of(job(), 1, micro).activations.total for micro in (2, 4, 8))
-    assert eight - four == 2 * (four - two) > 0  # beside them a chunk of logits, which doesn't
+    assert eight - four == 2 * (four - two) > 0  # the logits of a chunk don't grow
     fp32, bf16 = (bytes_of(job(p), 1).activations for p in ("precision=fp32", "precision=bf16"))
     assert fp32.total > bf16.total
 
 
-def test_of_a_class_of_the_users_own_nothing_is_known():
+def test_no_estimate_for_a_model_class_of_the_user():
     made = compose(TrainJob, ["model._target_=mypackage.Model", "train.steps=100"])
     assert bytes_of(made, 1) is None
     assert largest_micro_batch(made, 1, 1 << 40) is None
@@ -53,21 +53,21 @@ def test_of_a_class_of_the_users_own_nothing_is_known():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("available", [1 << 20, 1 << 26, 1 << 27, 1 << 40])
-def test_the_micro_batch_that_is_offered_divides_and_fits(ranks, available):
+def test_the_proposed_micro_batch_divides_the_batch_and_fits(ranks, available):
     made = job("train.global_batch=24", "train.micro_batch=8")
-    offered = largest_micro_batch(made, ranks, available)
+    proposed = largest_micro_batch(made, ranks, available)
     usable = [
         m
         for m in range(1, 8)
         if 24 % (m * ranks) == 0 and bytes_of(made, ranks, m).total <= 0.9 * available
     ]
-    if offered is None:
+    if proposed is None:
         assert not usable
     else:
-        assert offered in usable
-        now, then = (bytes_of(made, ranks, m).activations.total for m in (8, offered))
+        assert proposed in usable
+        now, then = (bytes_of(made, ranks, m).activations.total for m in (8, proposed))
         assert then <= 0.9 * now
-        assert not replace(made, train=replace(made.train, micro_batch=offered)).problems(ranks)
+        assert not replace(made, train=replace(made.train, micro_batch=proposed)).problems(ranks)
 
 
 @pytest.mark.parametrize(
@@ -81,30 +81,30 @@ def test_the_micro_batch_that_is_offered_divides_and_fits(ranks, available):
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_running_out_is_one_sentence_with_numbers(error):
+def test_out_of_memory_is_one_message_with_numbers(error):
     with pytest.raises(UserError) as caught, explained(job()):
         raise error
-    said = str(caught.value)
-    assert "\n" not in said
-    planned, used, of = map(float, re.findall(r"([\d.]+) GiB", said))
+    message = str(caught.value)
+    assert "\n" not in message
+    planned, used, of = map(float, re.findall(r"([\d.]+) GiB", message))
     assert planned == pytest.approx(bytes_of(job(), 1).total / 2**30, abs=0.01)
     assert 0 < used <= of
-    assert said.endswith("set train.micro_batch=4.")
+    assert message.endswith("set train.micro_batch=4.")
 
 
-def test_where_nothing_fits_other_ways_are_named():
+def test_the_message_names_other_settings_if_no_micro_batch_fits():
     others = r"higher engine stage.*activation_checkpointing"
     with pytest.raises(UserError, match=others), explained(job("train.micro_batch=1")):
         raise MemoryError
 
 
-def test_another_error_stays_what_it_is():
+def test_other_errors_pass_unchanged():
     with pytest.raises(RuntimeError, match="size mismatch"), explained(job()):
         raise RuntimeError("size mismatch")
 
 
-def test_a_process_that_really_runs_out():
-    """Of address space, which is taken from it: torch's own error, in its own words."""
+def test_a_process_that_really_runs_out_of_memory():
+    """A limit on the address space makes torch raise its own error."""
     body = (
         "import resource, sys, torch\n"
         "from forescale.config.compose import compose\n"
@@ -128,4 +128,4 @@ def test_a_process_that_really_runs_out():
         capture_output=True,
         text=True,
     )
-    assert done.stdout.startswith("UserError memory: a rank ran out of it"), done
+    assert done.stdout.startswith("UserError memory: a rank ran out of memory"), done

@@ -1,4 +1,4 @@
-"""`forescale plan`: what it says, that it stays light, and that what it proposes really fits."""
+"""`forescale plan`: its output, that it loads no torch, and that the fix it proposes fits."""
 
 import json
 import os
@@ -18,13 +18,12 @@ from forescale.plan.plan import Plan
 ROOT = Path(__file__).parents[3]
 BIG = ["model=llama-7b", "optimizer=adamw", "train.tokens=1e11", "train.sequence_length=4096"]
 SHORT = ["model=tiny", "train.steps=100", "schedule.warmup=0"]
-# The embedded corpus is read where it is prepared; most of these tests are not about it.
 BATCH = "train.global_batch=1024"
 
 
 @pytest.fixture
 def planned(forescale, small_data):
-    """(exit code, the plan as JSON, what was said of it)."""
+    """Run `forescale plan --json`; return (exit code, the parsed JSON, standard error)."""
 
     def run(*words):
         data = ["data=dataset", f"data.path={small_data}"]
@@ -34,35 +33,38 @@ def planned(forescale, small_data):
     return run
 
 
-def test_a_page_for_a_large_job(forescale, small_data):
+def test_page_of_a_large_job(forescale, small_data):
     code, out, err = forescale(
         "plan", "night", "data=dataset", f"data.path={small_data}", *BIG, BATCH, "engine=zero3",
         "plan.gpus=64", "train.micro_batch=2", "plan.gpu_hour=2.5", "plan.deepspeed=true",
     )  # fmt: skip
     assert (code, err) == (0, "")
     for fact in ("runs/night on 64 H100", "in 8 nodes", "6,738,415,616 parameters", "zero3-hpz8",
-                 "largest micro-batch", "between nodes", "GPU-hours", "16,384 ranks", "Daly",
-                 "at 2.5 a GPU-hour", '"stage": 3', "kWh"):  # fmt: skip
+                 "largest micro-batch", "between nodes",
+                 "decoding keeps 2.15 GB for a sequence of 4,096",
+                 "GPU-hours", "16,384 ranks", "Daly",
+                 "at 2.5 per GPU-hour", '"stage": 3', "kWh"):  # fmt: skip
         assert fact in out
     assert max(map(len, out.splitlines())) < 300
 
 
-def test_json_has_all_of_it(planned):
+def test_json_contains_the_whole_plan(planned):
     code, plan, _ = planned(*BIG, BATCH, "engine=zero2", "plan.nodes=8", "train.micro_batch=4")
     assert code == 0
     assert (plan["gpus"], plan["nodes"], plan["chosen"]) == (64, 8, "zero2")
-    assert set(plan["choices"]) == {"zero0", "zero1", "zero2", "zero3", "zero3-hpz8"}
+    assert set(plan["options"]) == {"zero0", "zero1", "zero2", "zero3", "zero3-hpz8"}
     assert plan["tokens"] == plan["steps"] * 1024 * 4096
-    for choice in plan["choices"].values():
-        assert sum(choice["bytes"].values()) == choice["total_bytes"]
-        assert choice["fits"] == (choice["total_bytes"] <= plan["available_bytes"])
-        assert choice["step"]["seconds"] > 0
+    for option in plan["options"].values():
+        assert sum(option["bytes"].values()) == option["total_bytes"]
+        assert option["fits"] == (option["total_bytes"] <= plan["available_bytes"])
+        assert option["step"]["seconds"] > 0
+    assert plan["decoding_cache_bytes"] == 2 * 4096 * 4096 * 32 * 2  # keys and values, bf16
     job = compose(PlanJob, [*BIG, BATCH, "engine=zero2", "plan.nodes=8", "train.micro_batch=4"])
     assert plan["deepspeed"] == deepspeed_config(job, 64)
     assert plan["failures"]["16384"]["mtbf"] == pytest.approx(86_400_000 / 6.5 / 2048)
 
 
-def test_it_loads_no_torch_and_prepares_nothing(tmp_path):
+def test_plan_loads_no_torch_and_writes_nothing(tmp_path):
     words = ["plan", *SHORT]
     code = f"import sys; from forescale.cli import main; code = main({words!r})\n"
     code += "print([m for m in ('torch', 'deepspeed', 'accelerate') if m in sys.modules], code)"
@@ -74,11 +76,11 @@ def test_it_loads_no_torch_and_prepares_nothing(tmp_path):
         cwd=tmp_path,
     )
     assert done.stdout.endswith("[] 0\n"), done
-    assert "isn't prepared yet" in done.stdout
+    assert "is not prepared yet" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_mistakes_at_once(forescale):
+def test_all_config_mistakes_are_reported_together(forescale):
     code, out, err = forescale(
         "plan", "modl=x", "train.stpes=3", "engine=zero9", "machine.peak=1", "precision.kind=bf17",
         "plan.restart='3 steps'",
@@ -92,12 +94,12 @@ def test_all_mistakes_at_once(forescale):
     assert "train.global_batch: 7 windows don't divide by 12 ranks" in err
 
 
-def test_what_the_data_and_the_memory_say_comes_together(forescale, tmp_path):
+def test_problems_of_data_and_memory_are_reported_together(forescale, tmp_path):
     code, out, err = forescale("plan", "data=dataset", f"data.path={tmp_path}", *BIG, BATCH)
     assert code == 2
     assert "not a dataset" in err
-    assert re.search(r"memory: [\d.,]+ GiB are needed of a GPU's 79.1", err)
-    assert "A rank holds" in out  # the page stands all the same
+    assert re.search(r"memory: a rank needs [\d.,]+ GiB .* a GPU has 79.1", err)
+    assert "Memory of a rank" in out  # the page is printed nevertheless
 
 
 @pytest.mark.parametrize(
@@ -111,29 +113,29 @@ def test_what_the_data_and_the_memory_say_comes_together(forescale, tmp_path):
         ["machine.memory_bytes=20e9", "plan.gpus=8", "engine=zero3", BATCH],
     ],
 )  # fmt: skip
-def test_the_nearest_that_fits_fits(planned, words):
+def test_the_proposed_fix_fits(planned, words):
     code, _, err = planned(*BIG, *words)
     assert code == 2
     assert err.count("\n") == 1
     proposed = re.search(r"set (.*)\.\n", err)[1].split()
     code, plan, err = planned(*BIG, *words, *proposed)
     assert (code, err) == (0, "")
-    assert plan["choices"][plan["chosen"]]["fits"]
+    assert plan["options"][plan["chosen"]]["fits"]
 
 
-def test_nothing_fits(planned):
+def test_message_if_no_option_fits(planned):
     code, _, err = planned(*BIG, "machine.memory_bytes=3e9", "plan.gpus=8", BATCH)
     assert code == 2
-    assert "no setting that is known here fits" in err
+    assert "no sharding option fits" in err
 
 
-def test_a_forecast_that_is_not_there_is_known_before_the_queue(planned):
+def test_a_missing_forecast_is_a_problem(planned):
     code, _, err = planned(*SHORT, "forecast=none/3")
     assert code == 2
-    assert "there is no card studies/none/forecasts/0003.json" in err
+    assert "there is no forecast studies/none/forecasts/0003.json" in err
 
 
-def test_sources_and_epochs(planned, small_data):
+def test_tokens_read_and_epochs_of_a_source(planned, small_data):
     code, plan, _ = planned(*SHORT)
     (source,) = plan["sources"]
     assert code == 0
@@ -142,7 +144,7 @@ def test_sources_and_epochs(planned, small_data):
     assert any("teaches little" in note for note in plan["notes"])
 
 
-def test_a_source_that_would_be_read_too_often(forescale, small_data):
+def test_a_source_over_its_maximum_epochs_is_a_problem(forescale, small_data):
     mixture = ["data=mixture", f"data.sources={{a: {small_data}, b: {small_data}}}"]
     code, out, err = forescale("plan", *SHORT, *mixture, "data.max_epochs={a: 2}")
     assert code == 2
@@ -150,58 +152,58 @@ def test_a_source_that_would_be_read_too_often(forescale, small_data):
     assert "b: " in out
 
 
-def test_speed_as_a_run_measured_it(forescale, own_run, small_data):
-    """The run made 8 steps of 2 s on two ranks."""
+def test_step_time_from_a_measured_run(forescale, own_run, small_data):
+    """The measured run has 8 steps of 2 s on two ranks."""
     words = ["plan.from_run=small", "machine=cpu", "logging.peak_flops=1e12", "plan.gpus=2"]
     code, out, _ = forescale("plan", *words, *SHORT, "train.micro_batch=4", "--json")
     plan = json.loads(out)
     assert code == 0
     measured = plan["measured"]
     assert (measured["ranks"], measured["step_seconds"]) == (2, 2.0)
-    assert measured["planned_step_seconds"] > 0
-    step = plan["choices"]["zero1"]["step"]
+    assert measured["predicted_step_seconds"] > 0
+    step = plan["options"]["zero1"]["step"]
     price = plan["flops_per_token"]
-    flops = (price["full"] + price["again"]) * 8 * 256 / 2
+    flops = (price["full"] + price["recomputed"]) * 8 * 256 / 2
     assert step["seconds"] == pytest.approx(flops / measured["flops_per_second"])
     code, out, _ = forescale("plan", *words, *SHORT, "train.micro_batch=4")
     assert "small: a step took 2 s on 2 ranks (median of" in out
-    assert "planned it would have been" in out
+    assert "predicted without it" in out
 
 
-def test_a_run_that_tells_nothing(forescale, tmp_path):
+def test_a_missing_run_as_from_run_is_a_problem(forescale, tmp_path):
     code, _, err = forescale("plan", *SHORT, "plan.from_run=nobody", f"run.root={tmp_path}")
     assert code == 2
     assert "nobody: no run" in err
 
 
-def test_a_stated_mfu_counts(planned):
+def test_step_time_from_a_given_mfu(planned):
     _, plan, _ = planned(*BIG, BATCH, "engine=zero3", "plan.gpus=64", "plan.mfu=0.4")
-    step = plan["choices"]["zero3"]["step"]
+    step = plan["options"]["zero3"]["step"]
     assert step["mfu"] == pytest.approx(0.4)
     full = plan["flops_per_token"]["full"]
     assert step["seconds"] == pytest.approx(full * 1024 * 4096 / (0.4 * 989e12 * 64))
 
 
-def test_a_cpu_whose_speed_nobody_knows(planned):
+def test_no_times_without_a_known_peak(planned):
     code, plan, _ = planned(*SHORT, "machine=cpu")
     assert code == 0
     assert plan["seconds"] is None
-    assert plan["choices"]["zero1"]["step"]["computing"] is None
+    assert plan["options"]["zero1"]["step"]["computing"] is None
 
 
-def test_disk_and_signals(planned):
+def test_disk_space_and_the_time_to_save_after_a_signal(planned):
     words = [*BIG, BATCH, "engine=zero3", "plan.gpus=64", "checkpoint.every='1000 steps'"]
     keep = ["checkpoint.keep=3", "checkpoint.keep_every='5000 steps'", "checkpoint.keep_best=true"]
     _, plan, _ = planned(*words, *keep)
     saves = plan["checkpoint"]
     assert saves["bytes"] == 12 * 6_738_415_616
-    assert saves["most_at_a_time"] == 3 + 1 + 1 + plan["steps"] // 5000
+    assert saves["max_on_disk"] == 3 + 1 + 1 + plan["steps"] // 5000
     assert saves["save_seconds"] == pytest.approx(saves["bytes"] / 16e9)
     _, plan, _ = planned(*words, "launch.grace='5 s'")
     assert any("launch.grace" in note for note in plan["notes"])
 
 
-def test_a_class_of_the_users_own(planned, tmp_path, monkeypatch):
+def test_a_model_class_of_the_user(planned, tmp_path, monkeypatch):
     (tmp_path / "ownmodel.py").write_text(
         "from torch import nn\n"
         "class Model(nn.Module):\n"
@@ -214,18 +216,19 @@ def test_a_class_of_the_users_own(planned, tmp_path, monkeypatch):
     code, plan, _ = planned("model._target_=ownmodel.Model", "model.width=64", "train.steps=100")
     assert code == 0
     assert plan["parameters"] == {"total": 300 * 64 + 64 * 64 + 64}
-    assert plan["choices"]["zero1"]["activations"] is None
-    assert any("The model is yours" in note for note in plan["notes"])
+    assert plan["options"]["zero1"]["activations"] is None
+    assert plan["decoding_cache_bytes"] is None
+    assert any("The model is a class of your own" in note for note in plan["notes"])
 
 
-def test_a_plan_for_a_thousand_nodes_is_made_at_once(planned):
+def test_a_plan_for_2048_nodes(planned):
     more = ["train.global_batch=16384", "train.micro_batch=1", "train.tokens=1e13"]
     code, plan, _ = planned(*BIG, "engine=zero3", "plan.gpus=16384", *more)
     assert code == 0
     assert plan["nodes"] == 2048
 
 
-def test_the_machine_of_a_job_does_not_change_what_is_trained():
+def test_plan_keys_do_not_change_what_is_trained():
     job = compose(PlanJob, SHORT)
     train = compose(TrainJob, SHORT)
     for name in ("train", "model", "data", "optimizer", "schedule", "engine", "checkpoint"):

@@ -1,0 +1,15 @@
+"""The cost records of the parts of a block, by the config value that chooses the part.
+
+A block has a mixer (`model.mixer`: tokens exchange information) and an MLP (`model.mlp`: acts on
+each token). To add one, write its module in models/NAME.py, its record in costs/NAME.py, and a line
+here. FLOPs, parameter counts, memory, plans, muP and the choice of modules read the record; nothing
+else in the project knows the part. Invariant: imports no torch, because plans run on login nodes.
+"""
+
+from forescale.models.costs import attention, mlp
+from forescale.models.costs.record import Part
+
+MIXERS: dict[str, Part] = {"attention": attention.ATTENTION}
+MLPS: dict[str, Part] = {"swiglu": mlp.SWIGLU, "gelu": mlp.GELU, "relu2": mlp.RELU2}
+
+__all__ = ["MIXERS", "MLPS", "Part"]

@@ -1,0 +1,65 @@
+"""The costs of softmax attention; its module is models/attention.py."""
+
+from typing import TYPE_CHECKING
+
+from forescale.models.costs.record import Part, Shapes, linear, matrix_flops
+
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
+
+
+def _shapes(config: "ModelConfig") -> Shapes:
+    s, found = config.sizes, Shapes()
+    for name, outputs in (("query", s.width), ("key", s.kv_width), ("value", s.kv_width)):
+        found |= linear(name, s.width, outputs, config.bias)
+    found |= linear("output", s.width, s.width, config.bias)
+    if config.qk_norm:
+        found |= {f"{name}_norm.weight": (s.head_dim,) for name in ("query", "key")}
+    return found
+
+
+def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+    """Return the FLOPs of the matrices, the scores, and their product with the values.
+
+    The last two take 2 * width FLOPs per key each. A token attends to L keys, or in a causal model
+    to exactly (L + 1) / 2 on average.
+    """
+    doubled_keys = sequence_length + 1 if causal else 2 * sequence_length
+    return matrix_flops(_shapes(config)) + 2 * config.sizes.width * doubled_keys
+
+
+def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+    """Return the bytes of queries and keys (kernel inputs, and inputs of QK-norm), values, output.
+
+    Also the normaliser of the output in fp32, one per head. Flash attention keeps no scores.
+    """
+    s = config.sizes
+    heads = s.width + s.kv_width
+    kernel = bytes_per_value * (heads + s.kv_width + s.width) + 4 * s.num_heads
+    return kernel + (norm_bytes * heads if config.qk_norm else 0)
+
+
+def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+    """Return the bytes of the keys and values of all tokens."""
+    return 2 * config.sizes.kv_width * length * bytes_per_value
+
+
+def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
+    """Return the factor of the module that the scores are linear in.
+
+    It is the gain of the queries' norm; without a norm, the queries' matrix and bias. A rotation
+    does not change this.
+    """
+    return {"query_norm" if config.qk_norm else "query": scores}
+
+
+ATTENTION = Part(
+    module="forescale.models.attention.Attention",
+    shapes=_shapes,
+    flops=_flops,
+    activation_bytes=_activation_bytes,
+    cache_bytes=_cache_bytes,
+    writes=("output",),
+    per_head=("query_norm", "key_norm"),
+    folds=_folds,
+)

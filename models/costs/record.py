@@ -1,0 +1,67 @@
+"""The cost record of a part of a block, which FLOPs, memory, plans and muP read.
+
+All functions take a resolved ModelConfig. A FLOP is one multiplication or addition inside a matrix
+product (see flops.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _nothing(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+    return 0
+
+
+def _no_folds(config: "ModelConfig", scores: float) -> dict[str, float]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A mixer or an MLP.
+
+    module: the dotted name of its class, a torch.nn.Module that is made with the config alone. A
+        mixer's forward takes (x_BLD, context), see transformer.Context; an MLP's takes (x_BLD).
+    shapes: every parameter's name inside the part and its shape, in the order of
+        module.named_parameters().
+    flops: (config, sequence_length, causal) -> forward FLOPs of one token in one layer, its
+        matrices included. causal: exactly what a causal model needs, averaged over the positions;
+        otherwise as PaLM counts for MFU: each token attends to every position.
+    activation_bytes: (config, bytes_per_value, norm_bytes) -> bytes that autograd keeps of one
+        token in one layer. norm_bytes: bytes per value of the input of an RMS norm.
+    cache_bytes: (config, length, bytes_per_value) -> bytes that decoding keeps for a sequence of
+        `length` tokens in one layer.
+    writes: the modules inside that write to the residual stream (parametrization, rules 3 and 4).
+    per_head: the modules whose parameters all heads share (parametrization, rule 10).
+    folds: (config, scores) -> the factor of each module that gives the same outputs without the
+        multiplier `scores` of attention scores (parametrization, rule 6).
+    is_gated: the MLP has three matrices; its default width is 2/3 of that of an MLP with two.
+    """
+
+    module: str
+    shapes: Callable[["ModelConfig"], Shapes]
+    flops: Callable[["ModelConfig", int, bool], int]
+    activation_bytes: Callable[["ModelConfig", int, int], int]
+    writes: tuple[str, ...]
+    cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
+    per_head: tuple[str, ...] = ()
+    folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
+    is_gated: bool = False
+
+
+def linear(name: str, inputs: int, outputs: int, bias: bool) -> Shapes:
+    """Return the shapes of an init.Linear called `name`."""
+    weight: Shapes = {f"{name}.weight": (outputs, inputs)}
+    return weight | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def matrix_flops(shapes: Shapes) -> int:
+    """Return the forward FLOPs of one token that is multiplied by each matrix once."""
+    return 2 * sum(prod(shape) for shape in shapes.values() if len(shape) == 2)

@@ -1,0 +1,242 @@
+"""Adding a mixer, an optimizer, an objective or a verb is one file and one line.
+
+Each is shown by a throwaway; metrics and callbacks are shown in tests/trainer/train.
+
+What a reader must write for a new one is what stands in this file, and nothing else.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from forescale import cli, verbs
+from forescale.config import optimizer as optimizers
+from forescale.config.compose import compose
+from forescale.config.frozen import freeze, thaw
+from forescale.config.job import Job
+from forescale.config.optimizer import OptimizerSpec, Update
+from forescale.config.schema import ConfigError, key
+from forescale.config.target import targets
+from forescale.config.train import TrainJob
+from forescale.data.objective import IGNORED, NEXT_TOKEN
+from forescale.data.stream import validation_windows
+from forescale.engine.optim import build_optimizer, parameter_groups
+from forescale.errors import UserError
+from forescale.models import ModelConfig, Transformer, costs, hf
+from forescale.models.costs.record import Part, linear, matrix_flops
+from forescale.models.flops import activations, cache_bytes, count, flops_per_token, shapes
+from forescale.models.init import Linear
+from forescale.models.parametrization import factors, folds
+from forescale.plan.memory import memory
+from forescale.plan.parameters import inventory
+from forescale.run.feed import feed_of
+from forescale.run.start import open_sources
+from forescale.train.model import build_model
+from tests.trainer.data.test_stream import collect
+
+
+class Shift(nn.Module):
+    """A mixer: each token sees itself and the one before it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.sizes.width
+        self.inner = Linear(2 * width, width, config.bias, 0.02)
+
+    def forward(self, x_BLD: Tensor, context) -> Tensor:
+        before_BLD = nn.functional.pad(x_BLD, (0, 0, 1, 0))[:, :-1]
+        return self.inner(torch.cat([x_BLD, before_BLD], -1))
+
+
+def shift_shapes(config: ModelConfig):
+    return linear("inner", 2 * config.sizes.width, config.sizes.width, config.bias)
+
+
+SHIFT = Part(
+    module=f"{__name__}.Shift",
+    shapes=shift_shapes,
+    flops=lambda config, length, causal: matrix_flops(shift_shapes(config)),
+    activation_bytes=lambda config, value, norm: 2 * value * config.sizes.width,  # the pair
+    cache_bytes=lambda config, length, value: value * config.sizes.width,  # the last token
+    writes=("inner",),
+)
+SIZES = dict(num_layers=4, width=128, vocab_size=512, max_sequence_length=128)
+
+
+@pytest.fixture
+def shift(monkeypatch) -> ModelConfig:
+    monkeypatch.setitem(costs.MIXERS, "shift", SHIFT)
+    return ModelConfig(**SIZES, mixer="shift", position="none", qk_norm=False)
+
+
+def test_a_mixer_is_counted_as_it_is(shift):
+    model = Transformer(shift)
+    named = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert named == shapes(shift)
+    assert count(shift).total == sum(p.numel() for p in model.parameters())
+    assert model.muon_parameters() >= {"blocks.0.mixer.inner.weight"}
+    tokens = torch.zeros(2, 128, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).sum().backward()
+    assert counter.get_total_flops() == flops_per_token(shift, 128) * tokens.numel()
+    assert cache_bytes(shift, 1000) == 4 * 2 * 128
+    attends = replace(shift, mixer="attention")
+    assert activations(shift, 1, 128).total < activations(attends, 1, 128).total
+
+
+def test_a_mixer_is_parametrised_and_has_no_export(shift):
+    wide = replace(shift, parametrization="completep", base_width=64, base_depth=2)
+    assert factors(wide)["blocks.0.mixer.inner.weight"].learning_rate == 0.5
+    assert folds(wide)["blocks.0.mixer.inner.weight"] == 0.5
+    with pytest.raises(ValueError, match=r"mixer=shift \(attention\)"):
+        hf.family_of(shift.resolved())
+
+
+def test_a_mixer_is_planned_and_trained_by_its_word(shift):
+    words = [f"model.{k}={v}" for k, v in SIZES.items()]
+    words += [
+        "model.mixer=shift",
+        "model.position=none",
+        "model.qk_norm=false",
+        "train.steps=20",
+        "train.sequence_length=128",
+    ]
+    job = compose(TrainJob, [*words, "schedule.warmup=0"])
+    other = compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer=attention"])
+    ours, theirs = (memory(j, inventory(j), 2) for j in (job, other))
+    assert ours.states.weights < theirs.states.weights
+    model = build_model(job, 512)
+    tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    groups = parameter_groups(model.named_parameters(), job.optimizer, model.muon_parameters())
+    update = torch.optim.AdamW([{"params": g.params} for g in groups], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(tokens, tokens.roll(-1, 1)).mean()
+        loss.backward()
+        update.step()
+        update.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    with pytest.raises(ConfigError, match=r"model\.mixer: unknown value"):
+        compose(TrainJob, [*words, "schedule.warmup=0", "model.mixer=none-such"])
+
+
+def build_sgd(config, groups: list[dict]) -> torch.optim.Optimizer:
+    """An optimizer."""
+    return torch.optim.SGD(groups, lr=1.0, momentum=config.beta1)
+
+
+def test_an_optimizer_is_planned_and_built_by_its_spec(monkeypatch):
+    spec = OptimizerSpec(f"{__name__}.build_sgd", Update(moments=1))
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "sgd", spec)
+    words = ["train.steps=20", "schedule.warmup=0", "precision=fp32", "optimizer=adamw"]
+    adam = compose(TrainJob, words)
+    sgd = compose(TrainJob, [*words, "optimizer.kind=sgd"])
+    for job in (adam, sgd):
+        job.model = job.model.resolved(512, 256)
+    held = inventory(sgd)
+    moments = memory(sgd, held, 1).states.moments
+    assert moments == 4 * held.numel
+    assert memory(adam, inventory(adam), 1).states.moments > 2 * moments
+    model = nn.Linear(3, 4)
+    groups = parameter_groups(model.named_parameters(), sgd.optimizer)
+    made = build_optimizer(sgd.optimizer, [g.as_dict() for g in groups])
+    assert isinstance(made, torch.optim.SGD)
+    assert [g["name"] for g in made.param_groups] == ["decayed", "undecayed"]
+
+
+class Halving(torch.optim.SGD):
+    """An optimizer of a user's own: halves its learning rate by an argument."""
+
+    def __init__(self, groups, lr, half: bool = False):
+        super().__init__(groups, lr=lr / 2 if half else lr)
+
+
+def test_an_optimizer_of_the_users_own():
+    target = f"optimizer._target_={__name__}.Halving"
+    words = ["train.steps=20", "schedule.warmup=0", "optimizer=own"]
+    job = compose(TrainJob, [*words, target, "optimizer.arguments={half: true}"])
+    groups = parameter_groups(nn.Linear(2, 2).named_parameters(), job.optimizer)
+    made = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
+    assert isinstance(made, Halving)
+    assert made.param_groups[0]["lr"] == 0.5
+    with pytest.raises(ConfigError, match=r"optimizer\._target_"):
+        compose(TrainJob, words)
+    wrong = compose(TrainJob, [*words, target, "optimizer.arguments={third: 1}"])
+    with pytest.raises(UserError, match="can't be built"):
+        build_optimizer(wrong.optimizer, [g.as_dict() for g in groups])
+
+
+class EveryOther:
+    """An objective of a user's own: only every other next token is a target."""
+
+    def num_targets(self, sizes):
+        return np.asarray(sizes, np.int64) // 2
+
+    def examples(self, tokens, sizes, numbers):
+        pair = NEXT_TOKEN.examples(tokens, sizes, numbers)
+        pair[1, :, 1::2] = IGNORED
+        return pair
+
+
+def test_an_objective_says_what_is_a_target(dataset):
+    words = [f"data.path={dataset}", "train.steps=20", "schedule.warmup=0"]
+    words += ["train.sequence_length=64", "objective.kind=own"]
+    own = [*words, f"objective._target_={__name__}.EveryOther"]
+    job = compose(TrainJob, own)
+    feed = feed_of(job, open_sources(job.data))
+    alone, many = (collect(feed, (0, 3), 0, world, 8, 2) for world in (1, 2))
+    for (one, micro, _), (_, same, _) in zip(alone, many, strict=True):
+        assert one.targets == 8 * 32, "collect compares it with the targets of all tensors"
+        assert all(torch.equal(a.targets, b.targets) for a, b in zip(micro, same, strict=True))
+    micro = next(validation_windows(feed.splits[0], 64, 2, objective=feed.objective))
+    assert (micro.targets[0] != IGNORED).sum() == 32
+    assert targets(job) == {"objective._target_": f"{__name__}.EveryOther"}
+    with pytest.raises(UserError, match="trust=true"):
+        thaw(TrainJob, freeze(job))
+    for wrong, said in (
+        (words, r"objective\._target_"),
+        ([*own, "data.packing=best_fit"], r"data\.packing"),
+        (["objective.kind=nxt"], r"objective\.kind: 'nxt' is no objective"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            compose(TrainJob, wrong)
+
+
+@dataclass
+class HelloJob(Job):
+    """A verb."""
+
+    VERB: ClassVar[str] = "hello"
+
+    name: str = key("world", "whom to greet")
+
+
+def hello(words: Sequence[str]) -> int:
+    print(f"Hello, {compose(HelloJob, words).name}.")
+    return 0
+
+
+def test_a_verb_is_one_file_and_one_line(monkeypatch, capsys):
+    file = ModuleType("forescale.verbs.hello")
+    file.JOB, file.EXAMPLES, file.main = HelloJob, ("hello name=you",), hello
+    monkeypatch.setitem(sys.modules, file.__name__, file)
+    monkeypatch.setitem(verbs.VERBS, "hello", "Greet somebody.")
+    assert cli.main(["hello", "name=you"]) == 0
+    assert cli.main(["hello", "--help"]) == 0
+    assert cli.main(["hello", "nmae=you"]) == 2
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr()
+    assert "Hello, you." in said.out
+    assert "forescale hello name=you" in said.out
+    assert "whom to greet" in said.out
+    assert "Greet somebody." in said.out
+    assert "did you mean name" in said.err

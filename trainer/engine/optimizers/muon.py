@@ -1,0 +1,51 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as implemented by DeepSpeed.
+
+It updates the hidden matrices; torch's fused AdamW updates all other parameters.
+"""
+
+from typing import Any
+
+import torch
+
+from forescale.config.optimizer import OptimizerConfig
+
+
+def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
+    """Return DeepSpeed's Muon, with torch's AdamW for the other parameters.
+
+    If DeepSpeed built Muon from its JSON, it would compile its own FusedAdam, which takes half a
+    minute and needs a compiler. On a CPU the iterations use bf16 (ns_method "standard"), which
+    gives the same results on every CPU; "gram" uses fp16 if the device supports it.
+    """
+    muon = _import_muon()
+    adam = {"betas": (config.beta1, config.beta2), "eps": config.eps}
+    method = "gram" if torch.cuda.is_available() else "standard"
+    for group in groups:
+        group["lr"] = group["peak_learning_rate"]
+        if group["use_muon"]:
+            group |= {"momentum": config.momentum, "ns_method": method}
+        else:
+            group |= adam | group  # the group's own eps has precedence
+        for p in group["params"]:
+            p.use_muon = group["use_muon"]
+
+    def auxiliary(aux_groups: list[dict], **_) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(aux_groups, fused=True)
+
+    return muon(groups, adam_optimizer=auxiliary)
+
+
+def _import_muon() -> Any:
+    """Return DeepSpeed's Muon class without compilation.
+
+    On import it wraps its iterations in torch.compile, once per shape. On a CPU this takes half a
+    minute at the first step, and the compiled iterations are not faster than eager ones.
+    """
+    from deepspeed.runtime import compiler
+
+    decorator, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    finally:
+        compiler.compile = decorator
+    return MuonWithAuxAdam
