@@ -1,12 +1,12 @@
-"""What was foretold of a run, as the run itself reads it: a card, and the band that it ends in.
+"""Forecast files, and the prediction interval that a training run is compared with.
 
-    studies/<name>/forecasts/0001.json    a card; scaling.forecast writes it, before its run is made
-    a card -> its bands                   one where the run ends, one for each branch that decays
-    a run -> its band                     the one of its own N and D, due at its last step alone
+    studies/<name>/forecasts/0001.json    a forecast, written before its target run is trained
+    a forecast -> prediction intervals    one for the end of the run, one for each earlier branch
+    a run -> its prediction interval      the one of the run's own N and D, used after the last step
 
-Invariant: a card counts only while the whole chain that it stands in does: each holds its own hash
-and that of the one before. A band is of an annealed loss, so none is due before the end. Imports
-no torch.
+Invariant: a forecast is accepted only if the whole hash chain of its folder is intact: each file
+holds its own hash and the hash of the file before it. The predicted losses are those of runs with a
+decayed learning rate, so a run is compared only at its end. Imports no torch.
 """
 
 import hashlib
@@ -23,52 +23,66 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 from forescale.storage import read_json, write_json
 
-GENESIS = "0" * 64  # the hash before the first card
-SAME = 0.01  # of log N and of log D: as near as that, two runs are of one point
+GENESIS = "0" * 64  # stands for the hash of the file before the first forecast
+SAME = 0.01  # two runs are the same point if log N and log D differ by less than this
 _SIZES = ("blocks_and_head", "non_embedding", "total")  # conventions of N
 _STUDIES = Path("studies")
-_TODO = "give a card's path, such as studies/tiny/forecasts/0003.json, or STUDY/ID, such as tiny/3"
+_TODO = (
+    "give the path of a forecast, such as studies/tiny/forecasts/0003.json, or STUDY/ID, such as "
+    "tiny/3"
+)
 
 
 @dataclass(frozen=True)
-class Card:
+class Forecast:
+    """A forecast file. path: where it is stored; facts: its content."""
+
     path: Path
     facts: dict[str, Any]
 
     @property
     def id(self) -> str:
+        """Return the number of the forecast as its file name has it, such as "0001"."""
         return self.path.stem
 
     @property
     def outcome(self) -> dict[str, Any] | None:
+        """Return the recorded outcome, or None before there is one."""
         path = self.path.with_suffix(".outcome.json")
         return read_json(path) if path.exists() else None
 
-    def came_out(self, name: str, loss: float) -> None:
+    def record_outcome(self, name: str, loss: float) -> None:
+        """Write the observed loss of run `name` beside the forecast, unless one is recorded."""
         path = self.path.with_suffix(".outcome.json")
         if not path.exists():
-            write_json(path, {"run": name, "loss": loss, "card": self.facts["hash"]})
+            write_json(path, {"run": name, "loss": loss, "forecast": self.facts["hash"]})
 
     @property
-    def bands(self) -> list["Band"]:
-        """The end's first. Empty where it foretells no loss with intervals at an N and a D, as a
-        law of FLOPs alone does."""
+    def intervals(self) -> list["PredictionInterval"]:
+        """Return the prediction intervals: that of the end of the run first, then the branches'.
+
+        Empty if the forecast has no loss with intervals at an N and a D; a law of FLOPs alone
+        predicts without them.
+        """
         f = self.facts
         try:
             own = ("loss", "interval_50", "interval")
             end = {"tokens": f["target"]["tokens"], **{name: f[name] for name in own}}
-            found = [Band.of(self, point) for point in f.get("bands") or [end]]
+            found = [PredictionInterval.of(self, point) for point in f.get("points") or [end]]
         except (KeyError, TypeError, ValueError):
             return []
-        return [b for b in found if all(0 < x < math.inf for x in (b.parameters, b.tokens, b.loss))]
+        return [i for i in found if all(0 < x < math.inf for x in (i.parameters, i.tokens, i.loss))]
 
 
 @dataclass(frozen=True)
-class Band:
-    """Of a run of so many parameters, by the card's convention, that ends after `tokens`. loss: in
-    nats a token, with its intervals of 50 % (inner) and of `level` (outer)."""
+class PredictionInterval:
+    """A predicted loss with its intervals, for a run of N `parameters` that ends after `tokens`.
 
-    card: Path
+    forecast, hash: path and hash of the forecast; parameters: N by the forecast's convention; loss:
+    nats per token; inner: the 50 % interval; outer: the interval at `level`.
+    """
+
+    forecast: Path
     hash: str
     parameters: float
     tokens: float
@@ -78,133 +92,154 @@ class Band:
     level: float
 
     @classmethod
-    def of(cls, card: Card, point: Mapping[str, Any]) -> "Band":
-        """Of a point of a card. Raises KeyError, TypeError or ValueError where it is none."""
-        f = card.facts
+    def of(cls, forecast: Forecast, point: Mapping[str, Any]) -> "PredictionInterval":
+        """Read one of the forecast's `points`.
+
+        Raises KeyError, TypeError or ValueError if `point` is not complete.
+        """
+        f = forecast.facts
         n, d, loss = map(float, (f["target"]["parameters"], point["tokens"], point["loss"]))
         ends = _ends(point["interval_50"]), _ends(point["interval"])
-        return cls(card.path, f["hash"], n, d, loss, *ends, float(f["level"]))
+        return cls(forecast.path, f["hash"], n, d, loss, *ends, float(f["level"]))
 
-    def due(self, job: TrainJob) -> str:
-        """What is said before the run begins."""
+    def due_message(self, job: TrainJob) -> str:
+        """Return the sentence that is printed before the run begins."""
         low, high = self.outer
-        doubt = "" if _decays(job) else ", but the run never decays: the law must be of such runs"
+        doubt = (
+            ""
+            if _decays(job)
+            else "; the learning rate of this run never decays, so the law must be of such runs"
+        )
         return (
-            f"Forecast {self.card.stem}: loss {self.loss:.4f} ({_percent(self.level)} {low:.4f} to "
-            f"{high:.4f}) due at step {job.total_steps:,}{doubt}."
+            f"Forecast {self.forecast.stem}: loss {self.loss:.4f} expected at step "
+            f"{job.total_steps:,} ({_percent(self.level)} interval {low:.4f} to {high:.4f}){doubt}."
         )
 
-    def judge(self, loss: float) -> dict[str, Any]:
-        """How a held-out loss lies to it, as facts of an event. log_error: of foretold over
-        observed, as a score has it."""
+    def compare(self, loss: float) -> dict[str, Any]:
+        """Compare an observed held-out loss with the prediction; return the facts of an event.
+
+        log_error: log of predicted over observed loss, as in scores of forecasts.
+        """
         observed = math.log(loss) if loss else -math.inf
         return {
-            "card": str(self.card),
+            "forecast": str(self.forecast),
             "hash": self.hash,
-            "foretold": self.loss,
+            "predicted": self.loss,
             "observed": loss,
             "log_error": math.log(self.loss) - observed,
             "interval": list(self.outer),
             "level": self.level,
             "inside_50": self.inner[0] <= loss <= self.inner[1],
-            f"inside_{100 * self.level:g}": self.holds(loss),
+            f"inside_{100 * self.level:g}": self.contains(loss),
         }
 
-    def holds(self, loss: float) -> bool:
-        return self.outer[0] <= loss <= self.outer[1]  # not so of NaN
+    def contains(self, loss: float) -> bool:
+        """Return True if the outer interval contains `loss`; False for NaN."""
+        return self.outer[0] <= loss <= self.outer[1]
 
 
-def told(facts: Mapping[str, Any]) -> str:
-    """The facts of `Band.judge` as a sentence."""
-    loss = math.nan if facts["observed"] is None else facts["observed"]  # a row has null for NaN
+def describe(facts: Mapping[str, Any]) -> str:
+    """Return the facts of `PredictionInterval.compare` as a sentence."""
+    loss = math.nan if facts["observed"] is None else facts["observed"]  # JSON has null for NaN
     low, high = facts["interval"]
-    interval = f"its {_percent(facts['level'])} interval"
+    interval = f"the {_percent(facts['level'])} interval"
     place = f"inside {interval}" if low <= loss <= high else f"outside {interval}"
     return (
-        f"Forecast {Path(facts['card']).stem}: loss {loss:.4f}, "
-        f"{100 * (loss / facts['foretold'] - 1):+.2f} % of the forecast {facts['foretold']:.4f}, "
-        f"{place}, {low:.4f} to {high:.4f}."
+        f"Forecast {Path(facts['forecast']).stem}: observed loss {loss:.4f}, "
+        f"{100 * (loss / facts['predicted'] - 1):+.2f} % from the predicted "
+        f"{facts['predicted']:.4f}, {place} {low:.4f} to {high:.4f}."
     )
 
 
-def band_of(job: TrainJob) -> Band | None:
-    """The band that the end of a run falls due in, None where it names no card; the sizes of its
-    model must be known (start.settle). Raises UserError where there is no such card, where its
-    chain is broken, where it has no band, and where it is of another N or D."""
+def prediction_interval_of(job: TrainJob) -> PredictionInterval | None:
+    """Return the prediction interval for the end of a run, or None if the job names no forecast.
+
+    The sizes of the job's model must be known (start.settle). Raises UserError if there is no such
+    forecast, if its hash chain is broken, if it has no prediction interval, or if it is for another
+    N or D than the run's.
+    """
     if job.forecast is None:
         return None
-    card = find(job.forecast)
-    if not (bands := card.bands):
-        what = "foretells no loss with its intervals at an N and a D"
-        raise UserError(str(card.path), what, "make a card by forescale study predict")
-    _refuse_other_size(job, card, bands[0].parameters)
+    forecast = find(job.forecast)
+    if not (intervals := forecast.intervals):
+        what = "predicts no loss with intervals at an N and a D"
+        raise UserError(str(forecast.path), what, "make a forecast with forescale study predict")
+    _refuse_other_size(job, forecast, intervals[0].parameters)
     tokens = job.total_steps * job.tokens_per_step
-    near = min(bands, key=lambda band: abs(math.log(band.tokens / tokens)))
+    near = min(intervals, key=lambda i: abs(math.log(i.tokens / tokens)))
     if not _same(near.tokens, tokens):
-        theirs = " and ".join(f"{band.tokens:,.0f}" for band in bands)
-        what = f"{card.path} is of D = {theirs} tokens, and this run ends after {tokens:,}"
-        raise UserError("forecast", what, "give the run's own card, or train as long as it says")
+        theirs = " and ".join(f"{i.tokens:,.0f}" for i in intervals)
+        what = f"{forecast.path} is for D = {theirs} tokens, but this run ends after {tokens:,}"
+        raise UserError("forecast", what, "give the forecast of this run, or change its length")
     return near
 
 
-def find(name: str) -> Card:
-    """The card at a path, or STUDY/ID under studies/. Raises UserError where there is none, or
-    where its chain is broken."""
+def find(name: str) -> Forecast:
+    """Return the forecast at a path, or the one named STUDY/ID under studies/.
+
+    Raises UserError if there is none, or if its hash chain is broken.
+    """
     study, _, number = name.rpartition("/")
     path = Path(name).expanduser()
     if study and number.isdigit():
         path = _STUDIES / study / "forecasts" / f"{int(number):04d}.json"
     if not path.is_file():
-        raise UserError("forecast", f"there is no card {path}", _TODO)
-    for card in cards(path.parent):
-        if card.path == path:
-            return card
-    raise UserError("forecast", f"{path} is no card", _TODO)
+        raise UserError("forecast", f"there is no forecast {path}", _TODO)
+    for forecast in read_forecasts(path.parent):
+        if forecast.path == path:
+            return forecast
+    raise UserError("forecast", f"{path} is no forecast", _TODO)
 
 
-def cards(folder: Path) -> list[Card]:
-    """Oldest first, their chain verified. Raises UserError where it is broken."""
+def read_forecasts(folder: Path) -> list[Forecast]:
+    """Return the forecasts in a folder, oldest first, after verifying their hash chain.
+
+    Raises UserError if a forecast is missing or was changed.
+    """
     names = sorted(p for p in folder.glob("*.json") if p.stem.isdigit())
-    found, before = [], GENESIS
+    found, previous = list[Forecast](), GENESIS
     for number, path in enumerate(names, 1):
         facts = read_json(path)
         if int(path.stem) != number:
-            what = f"card {number:04d} is missing: forecasts were removed"
+            what = f"forecast {number:04d} is missing"
             raise UserError(str(folder), what, "restore it from a copy")
-        if not _is_whole(facts, before):
-            what = "was changed after it was written, or the card before it was"
+        if not _is_intact(facts, previous):
+            what = "this forecast, or the one before it, was changed after it was written"
             raise UserError(str(path), what, "restore it from a copy")
-        found.append(Card(path, facts))
-        before = facts["hash"]
+        found.append(Forecast(path, facts))
+        previous = facts["hash"]
     return found
 
 
 def hash_of(facts: Mapping[str, Any]) -> str:
-    """Of a card's facts but its own hash, in one way of writing them."""
+    """Return the SHA-256 of a forecast's facts without "hash" itself, as JSON with sorted keys."""
     rest = {k: v for k, v in facts.items() if k != "hash"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _is_whole(facts: Any, before: str) -> bool:
+def _is_intact(facts: Any, previous: str) -> bool:
     if not isinstance(facts, dict):
         return False
-    return facts.get("hash") == hash_of(facts) and facts.get("before") == before
+    return facts.get("hash") == hash_of(facts) and facts.get("previous_hash") == previous
 
 
-def _refuse_other_size(job: TrainJob, card: Card, wanted: float) -> None:
-    """By the card's own convention; one of a table that counts by its own may be any of ours."""
+def _refuse_other_size(job: TrainJob, forecast: Forecast, wanted: float) -> None:
+    """Raise UserError if the model's N, by the forecast's convention, is not `wanted`.
+
+    If the forecast is of a table with its own convention, any of ours may match.
+    """
     if not isinstance(job.model, ModelConfig):
-        what = "the model is a class of your own, of unknown size: no card is of it"
-        raise UserError("forecast", what, "take forecast= out")
+        what = "the size of a model class of your own is unknown, so no forecast applies to it"
+        raise UserError("forecast", what, "leave out forecast=")
     counts = count(job.model)
-    said = str(card.facts.get("convention")).partition(",")[0].removeprefix("N ")
-    names = (said,) if said in _SIZES else _SIZES
+    named = str(forecast.facts.get("convention")).partition(",")[0].removeprefix("N ")
+    names = (named,) if named in _SIZES else _SIZES
     ours = {name: getattr(counts, name) for name in names}
     if any(_same(n, wanted) for n in ours.values()):
         return
     has = ", ".join(f"{n:,} ({name})" for name, n in ours.items())
-    what = f"{card.path} is of N = {wanted:,.0f}, and this run's model has {has}"
-    raise UserError("forecast", what, "give the run's own card, or change the model")
+    what = f"{forecast.path} is for N = {wanted:,.0f}, but this run's model has {has}"
+    raise UserError("forecast", what, "give the forecast of this run, or change the model")
 
 
 def _same(a: float, b: float) -> bool:

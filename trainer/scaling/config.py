@@ -1,30 +1,41 @@
-"""What `study` may be told: which runs, which law, how sure.
+"""The config keys of `forescale study`, and its actions with the keys that each reads.
 
-Invariant: defaults are the design's: N counts blocks and head, C what a causal model needs, Huber's
-delta is 1e-3 on log loss.
+Invariant: the defaults follow the literature that the laws come from: N counts the blocks and the
+output head, C counts the FLOPs of a causal model, and the objective is Huber's with delta 1e-3 on
+log loss.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from forescale.config.job import Job, Problems
+from forescale.config.job import Action, Job, Problems, RootConfig
 from forescale.config.schema import key, section
 
 
 @dataclass
 class TargetPoint:
-    parameters: float | None = key(None, "N of a run to come", gt=0)
-    tokens: float | None = key(None, "D of it", gt=0)
-    flops: float | None = key(None, "C of it; alone: the best N and D for so much", gt=0)
-    device_hours: float | None = key(None, "of it, at plan.rate", gt=0)
-    branches: list[float] = key([], "D of shorter decays off it: `predict` gives each a band")
-    run: str | None = key(None, "its name, for `predict`: the card is scored when it has a record")
+    """The run whose loss is predicted: by N and D, by C alone, or by device-hours."""
+
+    parameters: float | None = key(None, "N, parameters of the target run", gt=0)
+    tokens: float | None = key(None, "D, training tokens of the target run", gt=0)
+    flops: float | None = key(
+        None, "C, FLOPs of the target run; given alone, the law chooses the best N and D", gt=0
+    )
+    device_hours: float | None = key(
+        None, "compute of the target run in device-hours, at plan.rate FLOP/s", gt=0
+    )
+    branches: list[float] = key(
+        [], "D of shorter runs that branch off the target; each is predicted too"
+    )
+    run: str | None = key(None, "name that the target run will have; its loss scores the forecast")
 
     @property
     def is_given(self) -> bool:
+        """True if any of its size or compute is given."""
         return any(
             value is not None
             for value in (self.parameters, self.tokens, self.flops, self.device_hours)
@@ -35,129 +46,262 @@ LawName = Literal[
     "chinchilla", "shared-exponent", "over-training", "kaplan", "frontier", "data-constrained",
     "auto",
 ]  # fmt: skip
-_SHARED = ["data=bytes", "optimizer=adamw", "validation.every=100 %"]
+_DEFAULT_ARGUMENTS = ["data=bytes", "optimizer=adamw", "validation.every=100 %"]
 
 
 @dataclass
-class StudyPlan:
-    cap: float | None = key(None, "FLOPs that the whole study may spend, by `cost`", gt=0)
+class PlanKeys:
+    """Which runs a study trains, and what all of them share."""
+
+    cap: float | None = key(
+        None, "FLOPs that the whole study may spend, counted as `cost` says", gt=0
+    )
     kind: Literal["isoflop", "ladder", "list"] = key(
-        "isoflop", "budgets x sizes, or sizes x multiples of D, or the runs that are given"
+        "isoflop",
+        "isoflop: sizes within each compute budget; ladder: sizes times multiples of 20 N tokens; "
+        "list: the runs in plan.runs",
     )
-    words: list[str] = key(
+    arguments: list[str] = key(
         [],
-        "what all runs share, written after `--`: words of `train`, such as -- data.path=DIR; "
-        "none: the embedded corpus as bytes, AdamW, evaluated at the end",
+        "arguments of `forescale train` that all runs share; better written after `--`, as in "
+        "-- data.path=DIR; without any: the embedded corpus as bytes, AdamW, evaluation at the end",
     )
-    budgets: int = key(5, "of a grid, half a decade apart", ge=3)
-    sizes: int = key(5, "of a grid, in each budget", ge=3)
-    ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "of a ladder: each N")
-    multiples: list[float] = key([1, 2, 4], "of a ladder: D in multiples of 20 N")
-    model: str = key("tiny", "the choice of model= whose kind of layers all sizes have")
-    runs: list[list[float]] = key([], "of a list: [[N, D], ...]")
+    budgets: int = key(5, "isoflop: number of compute budgets", ge=3)
+    sizes: int = key(5, "isoflop: number of model sizes in each budget", ge=3)
+    ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "ladder: the model sizes N")
+    multiples: list[float] = key([1, 2, 4], "ladder: training tokens D in multiples of 20 N")
+    model: str = key("tiny", "model=CHOICE whose kind of layers all sizes have")
+    runs: list[list[float]] = key([], "list: the runs as [[N, D], ...]")
     vocab_size: int | None = key(
-        None, "null: that of the data; a large one dwarfs small models", ge=2
+        None,
+        "vocabulary size; null: the data's; a large vocabulary dominates N of small models",
+        ge=2,
     )
-    sequence_length: int = key(256, "of all runs", ge=1)
-    micro_batch: int = key(8, "windows that all ranks feed at once: batches are multiples", ge=1)
-    rate: float | None = key(None, "FLOP/s that a device reaches; null: hours aren't known", gt=0)
-    seeds: list[int] = key([5, 3], "of the cheapest cell, and of one near the top")
-    cross: bool = key(
-        False, "of a grid, at its lowest and highest budget: batches at three learning rates each"
+    sequence_length: int = key(256, "sequence length of all runs", ge=1)
+    micro_batch: int = key(
+        8, "windows that all ranks feed at once; batch sizes are multiples of it", ge=1
+    )
+    rate: float | None = key(
+        None, "FLOP/s that one device reaches; null: device-hours are not shown", gt=0
+    )
+    seeds: list[int] = key([5, 3], "number of seeds of the cheapest cell, and of an expensive one")
+    joint_sweep: bool = key(
+        False,
+        "isoflop: at the lowest and the highest budget, try three batch sizes at three learning "
+        "rates each, not at one",
     )
     unique: float | None = key(
-        None, "tokens of the data, to flag what reads them twice; null: those of the data", gt=0
+        None, "unique training tokens; runs with more are flagged; null: the data's", gt=0
     )
-    step: float = key(10**0.5, "of a grid: from one budget to the next", gt=1)
-    ratio: float = key(20, "of a grid: D/N at the middle of the first budget", gt=0)
-    spread: float = key(2.5, "of a grid: sizes from N*/spread to N* x spread", gt=1)
+    step: float = key(10**0.5, "isoflop: factor from one budget to the next", gt=1)
+    ratio: float = key(20, "isoflop: D/N in the middle of the first budget", gt=0)
+    spread: float = key(
+        2.5, "isoflop: sizes of a budget reach from N*/spread to N* times spread", gt=1
+    )
 
     @property
     def shared(self) -> list[str]:
-        return [f"model={self.model}", *(self.words or _SHARED)]
+        """The arguments of `forescale train` that all runs share."""
+        return [f"model={self.model}", *(self.arguments or _DEFAULT_ARGUMENTS)]
 
 
 @dataclass
-class StudyLaunch:
-    at_once: int = key(1, "cells at a time, here or in the queue", ge=1)
-    retry: bool = key(False, "begin again what failed or was halted")
-    target: bool = key(False, "at the end, foretell and train the target")
-    slurm: str | None = key(None, "a profile of `submit`: cells go into SLURM's queue; null: here")
-    words: list[str] = key([], "more words of `submit`: what is written after `--`")
-    follow: bool = key(True, "in the queue: stay, and submit what becomes ready")
+class LaunchKeys:
+    """How the runs of a study are launched."""
+
+    at_once: int = key(1, "number of cells that run at the same time", ge=1)
+    retry: bool = key(False, "start cells again that failed or diverged")
+    target: bool = key(False, "after all other cells, predict the target and train it")
+    slurm: str | None = key(
+        None, "slurm=CHOICE of `forescale submit` to queue the cells with; null: run them here"
+    )
+    arguments: list[str] = key(
+        [], "more arguments of `forescale submit`; better written after `--`"
+    )
+    follow: bool = key(True, "with launch.slurm: stay, and submit cells as they become ready")
 
 
-@dataclass
-class StudyRoots:
-    root: str = key("runs", "the directory that holds the runs")
+# The keys that several actions read.
+_STUDY = ("study", "studies")
+_RUNS = ("input", "columns", "rows", "run.root")
+_LAW = (
+    "form", "size", "cost", "delta", "weights", "drop_largest", "near", "bootstraps", "resample",
+    "level", "seed",
+)  # fmt: skip
+_TARGET = ("target.parameters", "target.tokens", "target.flops")
+
+ACTIONS = {
+    "plan": Action(
+        "Choose and price the runs of a study, and simulate how precise its prediction will be.",
+        (*_STUDY, "plan.*", *_LAW, "target.*"),
+        (
+            "study plan study=mine plan.cap=1e15 target.flops=4e15",
+            "study plan study=mine plan.cap=1e18 -- data.path=DIR model.mlp=gelu   (of all runs)",
+        ),
+    ),
+    "launch": Action(
+        "Train the planned runs, here or in SLURM's queue; the same command again resumes them.",
+        (*_STUDY, "launch.*"),
+        (
+            "study launch study=mine launch.at_once=2",
+            "study launch study=mine launch.slurm=PROFILE -- slurm.time='2 h'   (as job arrays)",
+        ),
+    ),
+    "status": Action(
+        "Show the state, loss and cost of every run of a study.",
+        (*_STUDY, "live"),
+        ("study status study=mine --live",),
+    ),
+    "sync": Action(
+        "Take all decisions that the results so far allow, and launch nothing.",
+        (*_STUDY, "live"),
+        ("study sync study=mine",),
+    ),
+    "exclude": Action(
+        "Leave runs out of the fit, with a reason that is stored.",
+        (*_STUDY, "cells", "why"),
+        ("study exclude study=mine cells=[s2-n3] why='a faulty node'",),
+    ),
+    "next": Action(
+        "Choose the additional runs that narrow the prediction most for their cost.",
+        (
+            *_STUDY, *_RUNS, *_LAW, *_TARGET, "target.device_hours", "cap", "add",
+            "plan.arguments", "plan.model", "plan.vocab_size", "plan.sequence_length",
+            "plan.micro_batch", "plan.rate", "plan.unique",
+        ),
+        ("study next study=mine cap=1e15 add=true",),
+    ),
+    "fit": Action(
+        "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
+        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "sensitivity", "json"),
+        (
+            "study fit study=mine",
+            "study fit 'runs/*' target.flops=1e18",
+            "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
+            "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12",
+        ),
+    ),
+    "report": Action(
+        "Write the fit, its figures and its doubts as one HTML file.",
+        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "to"),
+        ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
+    ),
+    "predict": Action(
+        "Store a forecast of a run before it is trained.",
+        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "target.branches", "target.run"),
+        ("study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",),
+    ),
+    "score": Action(
+        "Compare the stored forecasts with the losses observed since.",
+        (*_STUDY, *_RUNS, "json"),
+        ("study score 'runs/*'",),
+    ),
+    "records": Action(
+        "Print the runs as CSV, one row each.",
+        (*_STUDY, *_RUNS),
+        ("study records 'runs/*' > records.csv",),
+    ),
+}  # fmt: skip
 
 
 @dataclass
 class StudyJob(Job):
+    """All keys of `forescale study`; ACTIONS says which action reads which."""
+
     VERB: ClassVar[str] = "study"
     TARGET: ClassVar[str] = "input"
+    FLAGS: ClassVar[Mapping[str, str]] = {
+        "--json": "json", "--live": "live", "--sensitivity": "sensitivity",
+    }  # fmt: skip
+    ACTIONS: ClassVar[Mapping[str, Action]] = ACTIONS
 
-    study: str = key("first", "the study that forecasts belong to: studies/NAME")
+    study: str = key("first", "name of the study; its directory is studies/NAME")
     studies: str = key("studies", "the directory that holds the studies")
-    input: list[str] = key([], "runs (names, directories, globs), or one table: CSV or parquet")
+    input: list[str] = key(
+        [],
+        "runs (names, directories, glob patterns), or one table (CSV, parquet, JSON); none: the "
+        "cells of the study",
+    )
     columns: dict[str, str] = key(
-        {}, "of a table, ours: theirs, such as {parameters: Model Size, loss: final}"
+        {},
+        "which columns of the table to read, as {OUR NAME: ITS NAME}, such as {parameters: Model "
+        "Size, loss: final}",
     )
     rows: dict[str, str] = key(
-        {}, "of a table: only rows with these words, such as {dataset: c4}; by its own names"
+        {}, "read only the table's rows with these values, such as {dataset: c4}, by its own names"
     )
-    form: LawName = key("chinchilla", "the law; auto: by roll-outs as far beyond as the target is")
+    form: LawName = key(
+        "chinchilla",
+        "the law to fit; auto: the one with the lowest backtest error near the target's "
+        "extrapolation factor",
+    )
     size: Literal["blocks_and_head", "non_embedding", "total"] = key(
-        "blocks_and_head", "what N counts, of our own runs"
+        "blocks_and_head", "which parameters N counts, for our own runs"
     )
-    cost: Literal["causal", "full", "6nd"] = key("causal", "what C counts, of our own runs")
+    cost: Literal["causal", "full", "6nd"] = key(
+        "causal", "how C is counted, for our own runs: causal or full attention, or 6 N D"
+    )
     delta: float | None = key(
-        1e-3, "Huber's, on log loss; 0: least absolute deviations; null: least squares", ge=0
+        1e-3,
+        "delta of the Huber objective on log loss; 0: least absolute deviations; null: least "
+        "squares",
+        ge=0,
     )
     weights: Literal["none", "noise", "distance", "both"] = key(
-        "none", "noise: that of repeats; distance: to the target, 2 % a decade; each as 1/variance"
+        "none",
+        "weigh runs by 1/variance; noise: the variance of repeated runs; distance: 2 % per decade "
+        "of compute between a run and the target",
     )
-    drop_largest: int = key(0, "leave out so many runs of the greatest losses", ge=0)
+    drop_largest: int = key(0, "leave out this number of runs, those with the largest losses", ge=0)
     near: float | None = key(
         0.04,
-        "fit only runs within so much of the least loss of their budget, and its best three",
+        "fit only runs whose loss is within this fraction of the lowest of their budget, and its "
+        "best three; null: all runs",
         gt=0,
     )
-    bootstraps: int = key(1000, "fits of resampled runs", ge=100)
+    bootstraps: int = key(1000, "number of bootstrap refits", ge=100)
     resample: Literal["pairs", "clusters", "residuals"] = key(
-        "clusters", "clusters: trunks with all their branches; pairs where there are none"
+        "clusters",
+        "what the bootstrap resamples; clusters: a trunk with all its branches (pairs where no run "
+        "has branches)",
     )
-    level: float = key(0.9, "of the intervals", gt=0, lt=1)
+    level: float = key(0.9, "level of the confidence and prediction intervals", gt=0, lt=1)
     sensitivity: bool = key(
-        False, "fit by every way to count N and C, in a table; --sensitivity does the same"
+        False, "fit with each way to count N and C, and compare; --sensitivity does the same"
     )
-    seed: int = key(0, "of the resampling", ge=0)
-    to: str | None = key(None, "of `report`: the HTML file; null: studies/STUDY/report.html")
-    json: bool = key(False, "print all as JSON, for programs; --json does the same")
-    plan: StudyPlan = section(StudyPlan, "of `plan`: what is to be run")
-    launch: StudyLaunch = section(StudyLaunch, "of `launch`: where, and how many at once")
-    cap: float | None = key(None, "of `next`: FLOPs that more runs may spend", gt=0)
-    add: bool = key(False, "of `next`: put them into the plan, and their cost on its cap")
-    cells: list[str] = key([], "of `exclude`: which")
-    why: str | None = key(None, "of `exclude`: the reason, kept with the study")
-    live: bool = key(False, "of `status`: draw it anew every two seconds; --live does the same")
-    target: TargetPoint = section(TargetPoint, "a run to come")
-    run: StudyRoots = section(StudyRoots, "where the runs live")
+    seed: int = key(
+        0, "seed of the bootstrap, of simulated studies, and, unless 0, of planned runs", ge=0
+    )
+    to: str | None = key(None, "the HTML file to write; null: studies/STUDY/report.html")
+    json: bool = key(False, "print the result as JSON; --json does the same")
+    plan: PlanKeys = section(PlanKeys, "which runs a study trains")
+    launch: LaunchKeys = section(LaunchKeys, "how the runs of a study are launched")
+    cap: float | None = key(None, "FLOPs that the additional runs may spend together", gt=0)
+    add: bool = key(False, "add the chosen runs to the plan, and their cost to its cap")
+    cells: list[str] = key([], "names of the cells to exclude")
+    why: str | None = key(None, "why the cells are excluded; the reason is stored with the study")
+    live: bool = key(False, "redraw the table every two seconds; --live does the same")
+    target: TargetPoint = section(TargetPoint, "the run whose loss is predicted")
+    run: RootConfig = section(RootConfig, "where the runs are")
 
     @property
     def folder(self) -> Path:
+        """The directory of the study."""
         return Path(self.studies).expanduser() / self.study
 
     @property
     def report(self) -> Path:
+        """The HTML file that `study report` writes."""
         return Path(self.to).expanduser() if self.to else self.folder / "report.html"
 
     @property
     def forecasts(self) -> Path:
+        """The directory of the study's forecast files."""
         return self.folder / "forecasts"
 
     def problems(self) -> Problems:
+        """A problem if there is nothing to read: no input, and no planned study."""
         if self.input or self.plan.cap or (self.folder / "plan.json").is_file():
             return []
-        todo = "name runs or a table (forescale study fit runs/*), or plan a study"
+        todo = "name runs or a table (forescale study fit 'runs/*'), or plan a study first"
         return [("input", f"names no runs, and {self.folder} holds no plan", todo)]

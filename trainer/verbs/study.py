@@ -1,10 +1,13 @@
-"""`forescale study`: `plan` runs, `launch` them, `status`; `fit` the law of them, of other runs or
-of a table, `report` it as pictures, `predict` a run, `score` what was predicted."""
+"""`forescale study ACTION`: train runs by a plan, fit a scaling law, predict a bigger run.
+
+Invariant: an action gets only keys that it reads (scaling/config.py, ACTIONS); any other key is
+refused.
+"""
 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,16 +15,18 @@ import pandas as pd
 from rich.live import Live
 
 from forescale.config.compose import compose, overrides_of
+from forescale.config.schema import leaves
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.run.directory import Run
 from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.analysis.forecast import cards, predict, score
+from forescale.scaling.analysis.export import as_dict
+from forescale.scaling.analysis.forecast import read_forecasts, score, write_forecast
 from forescale.scaling.analysis.selection import law_of
-from forescale.scaling.config import StudyJob
+from forescale.scaling.config import ACTIONS, StudyJob
 from forescale.scaling.design import planning
 from forescale.scaling.design.next_runs import candidates_of, recommend
-from forescale.scaling.design.next_runs import show as show_choices
+from forescale.scaling.design.next_runs import show as show_next_runs
 from forescale.scaling.design.simulate import Target
 from forescale.scaling.records.exports import is_export
 from forescale.scaling.records.records import Refused, of_export, of_runs
@@ -32,140 +37,127 @@ from forescale.scaling.study.directory import Study, must_be_free, settings
 from forescale.scaling.study.local import Launcher
 from forescale.scaling.study.queue import Queue
 
-_REDRAW = 2.0  # seconds
-_TODO = "write forescale study DEED [RUNS or a table], such as plan, launch, status, fit or predict"
-
+_REDRAW = 2.0  # seconds between two drawings of the live table
 
 JOB = StudyJob
-EXAMPLES = (
-    "study plan study=mine plan.cap=1e15 target.flops=4e15   (what to run, how sure)",
-    "study plan study=mine plan.cap=1e18 -- data.path=DIR model.mlp=gelu   (of all runs)",
-    "study launch study=mine launch.at_once=2   (the same again goes on where it was)",
-    "study launch study=mine launch.slurm=PROFILE -- slurm.time='2 h'   (cells as arrays)",
-    "study status study=mine --live",
-    "study next study=mine cap=1e15 add=true   (more runs where they tell most)",
-    "study fit study=mine; study report study=mine   (of a planned study's own runs)",
-    "study fit 'runs/*' target.flops=1e18",
-    "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
-    "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12 --json",
-    "study report 'runs/*' target.flops=1e18   (pictures: studies/first/report.html)",
-    "study records 'runs/*' > records.csv   (a row a run)",
-    "study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",
-    "study score 'runs/*'   (what was foretold, beside what came out)",
-)
+EXAMPLES = tuple(example for action in ACTIONS.values() for example in action.examples)
 
 
-def main(words: list[str]) -> int:
-    for flag in ("json", "live", "sensitivity"):
-        words = [f"{flag}=true" if word == f"--{flag}" else word for word in words]
-    own: dict[str, Callable[[StudyJob], int]] = {
-        "plan": _plan, "launch": _launch, "status": _status, "sync": _sync, "exclude": _exclude,
-    }  # fmt: skip
-    of_records = {"fit": _fit, "records": _records, "predict": _predict, "score": _score}
-    of_records |= {"report": _report, "next": _next}
-    words, more = _divided(words)
-    deed, rest = (words[0], words[1:]) if words else ("", [])
-    if deed not in (*own, *of_records):
-        if "=" not in deed:
-            raise UserError(deed or "study", "is nothing that a study does", _TODO)
-        deed, rest = "fit", words
+def main(arguments: list[str]) -> int:
+    """Run one action of a study and return the exit code."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    own, passed_on = arguments[:at], arguments[at + 1 :]
+    action, rest = (own[0], own[1:]) if own else ("", [])
+    if action not in ACTIONS:
+        if "=" not in action:
+            todo = f"write forescale study ACTION; the actions are {', '.join(ACTIONS)}"
+            what = "is no action of a study" if action else "needs an action"
+            raise UserError(action or "study", what, todo)
+        action, rest = "fit", own
     overrides = overrides_of(StudyJob, rest)
-    # A study that is planned here has no runs yet to read; what else a study does knows its own.
-    job = compose(StudyJob, overrides + ["input=[none]"] * (deed in own))
-    if deed != "plan":
+    refuse_other_keys(action, overrides)
+    # These actions read no records, so that the rule about a missing input does not apply to them.
+    job = compose(StudyJob, overrides + ["input=[none]"] * (action in _OF_STUDY))
+    if action != "plan":
         job = settings(job, overrides)
-    if more:
-        job = _told(job, deed, more)
-    if deed in own:
-        return own[deed](job)
-    return of_records[deed](job, *_read(job))
+    if passed_on:
+        job = _with_arguments(job, action, passed_on)
+    if action in _OF_STUDY:
+        return _OF_STUDY[action](job)
+    return _OF_RECORDS[action](job, *_read(job))
 
 
-def _divided(words: list[str]) -> tuple[list[str], list[str]]:
-    """Those of the study, and those after `--`, which are words of `train` or of `submit`."""
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
+def refuse_other_keys(action: str, overrides: Sequence[str]) -> None:
+    """Raise UserError for a key that this action does not read, naming the actions that do."""
+    known = leaves(StudyJob)
+    for override in overrides:
+        path = override.partition("=")[0]
+        if path in known and not ACTIONS[action].reads(path):
+            users = ", ".join(name for name, other in ACTIONS.items() if other.reads(path))
+            what = f"is no key of forescale study {action}"
+            raise UserError(path, what, f"leave it out; the actions with this key are {users}")
 
 
-def _told(job: StudyJob, deed: str, more: list[str]) -> StudyJob:
-    if deed == "plan":
-        return replace(job, plan=replace(job.plan, words=more))
-    if deed == "launch" and job.launch.slurm:
-        return replace(job, launch=replace(job.launch, words=more))
-    todo = "write them in study plan PLAN -- WORDS of train, or launch.slurm=PROFILE -- of submit"
-    raise UserError("--", f"study {deed} passes no words on", todo)
+def _with_arguments(job: StudyJob, action: str, arguments: list[str]) -> StudyJob:
+    """The job with the arguments after `--`, which go to `train` or `submit`."""
+    if action == "plan":
+        return replace(job, plan=replace(job.plan, arguments=arguments))
+    if action == "launch" and job.launch.slurm:
+        return replace(job, launch=replace(job.launch, arguments=arguments))
+    todo = (
+        "only study plan takes them (for train), and study launch with launch.slurm=PROFILE (for "
+        "submit)"
+    )
+    raise UserError("--", f"study {action} takes no arguments after it", todo)
 
 
 def _read(job: StudyJob) -> tuple[pd.DataFrame, str]:
-    """The records, and what they are called in messages. Runs that are none are told of."""
+    """The records, and how messages call them. Prints a note for each run that gives no record."""
     if not job.input:
         table = Study(job.folder).table()
         if table.empty:
             todo = f"forescale study launch study={job.study}"
             raise UserError(str(job.folder), "none of its cells is complete", todo)
         return table, f"{len(table)} cells of {job.folder}"
-    paths = [Path(word).expanduser() for word in job.input]
+    paths = [Path(name).expanduser() for name in job.input]
     if any(map(is_export, paths)):
         if len(paths) > 1:
             raise UserError("input", "mixes tables and runs", "give one table, or runs")
         table, refused = of_export(paths[0], job.columns, job.rows)
-        _tell_refused(refused)
+        _print_refused(refused)
         return table, str(paths[0])
-    runs = [run for word in job.input for run in _runs(word, Path(job.run.root).expanduser())]
+    runs = [run for name in job.input for run in _runs(name, Path(job.run.root).expanduser())]
     table, refused = of_runs(runs)
-    _tell_refused(refused)
+    _print_refused(refused)
     if table.empty:
         what = f"none of {len(runs)} runs is complete and evaluated"
         raise UserError(" ".join(job.input), what, "train them to their end")
     return table, f"{len(table)} runs"
 
 
-def _tell_refused(refused: list[Refused]) -> None:
+def _print_refused(refused: list[Refused]) -> None:
     for one in refused:
-        print(f"Note: {one.name} is no record: {one.why}.", file=sys.stderr)
+        print(f"Note: {one.name} gives no record: {one.why}.", file=sys.stderr)
 
 
-def _runs(word: str, root: Path) -> list[Run]:
-    """Those that a word names: a run, a directory of runs, a pattern of either."""
+def _runs(name: str, root: Path) -> list[Run]:
+    """The runs of a name: a run, a directory of runs, or a glob pattern of either."""
     for base in (Path(), root):
-        pattern = str(base / word)
+        pattern = str(base / name)
         found = sorted(Path().glob(pattern)) if not Path(pattern).is_absolute() else None
         found = sorted(Path("/").glob(pattern[1:])) if found is None else found
         runs = [Run(path) for path in found if (path / "config.yaml").is_file()]
         inside = [Run(c.parent) for path in found for c in sorted(path.glob("[!.]*/config.yaml"))]
         if runs or inside:
             return runs or inside
-    raise UserError(word, f"names no run (looked in {root} too)", "see forescale status")
+    raise UserError(name, f"names no run (looked in {root} too)", "see forescale status")
 
 
 def _plan(job: StudyJob) -> int:
-    """What a study would run, before anything is spent."""
     must_be_free(job.folder)
-    made, sure = planning.plan(job)
+    made, precision = planning.plan(job)
     console = open_console()
-    Study.make(job.folder, job, made, {"expected": asdict(sure) if sure else None})
-    planning.show(made, sure, console)
+    Study.make(job.folder, job, made, {"expected": asdict(precision) if precision else None})
+    planning.show(made, precision, console)
     console.print(
-        f"\nPlanned in {job.folder}. Begin: forescale study launch study={job.study}",
+        f"\nThe plan is in {job.folder}. Next: forescale study launch study={job.study}",
         soft_wrap=True,
     )
     return DONE
 
 
 def _launch(job: StudyJob) -> int:
-    """All that the plan wants, here, some cells at once."""
     study = Study(job.folder)
     with study.deciding():
         if job.launch.retry:
             for state in study.states():
-                if state.word in ("diverged", "failed"):
+                if state.status in ("diverged", "failed"):
                     study.retry(state.cell.name)
-        asked = job.launch
-        launcher: Launcher | Queue = Launcher(study, asked.at_once, _tell, asked.target)
-        if asked.slurm:
-            more = [f"slurm={asked.slurm}", *asked.words]
-            options = (asked.at_once, _tell, asked.follow, asked.target)
-            launcher = Queue(study, more, *options)
+        keys = job.launch
+        launcher: Launcher | Queue = Launcher(study, keys.at_once, _log, keys.target)
+        if keys.slurm:
+            more = [f"slurm={keys.slurm}", *keys.arguments]
+            launcher = Queue(study, more, keys.at_once, _log, keys.follow, keys.target)
         code = launcher.go()
     if code == DONE:
         _conclude(study, is_waiting=bool(job.launch.slurm and not job.launch.follow))
@@ -173,28 +165,29 @@ def _launch(job: StudyJob) -> int:
 
 
 def _conclude(study: Study, is_waiting: bool) -> None:
-    """What a launch came to: what is left, and how the forecasts came out. is_waiting: jobs may be
-    in the queue still."""
+    """Print what is left to run, and the score of the forecasts.
+
+    is_waiting: jobs may still be in the queue.
+    """
     left = study.wanted()
     if not left:
-        _tell(f"Nothing is left to run. Next: forescale study report study={study.folder.name}")
+        _log(f"Nothing is left to run. Next: forescale study report study={study.folder.name}")
     elif not is_waiting:
         trunks = ", ".join(sorted({c.trunk for c in left if c.trunk}))
-        _tell(f"{len(left)} cells can't begin: {trunks} has saved nothing where they leave it.")
-    if found := cards(study.forecasts):
+        _log(f"{len(left)} cells can't start: {trunks} saved no checkpoint where they branch off.")
+    if found := read_forecasts(study.forecasts):
         show_score(found, score(found, study.table()), open_console())
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)
 
 
 def _sync(job: StudyJob) -> int:
-    """Decide what the results so far decide, and begin nothing."""
     study = Study(job.folder)
     with study.deciding():
-        advance(study, _tell)
-        if (table := study.table()).size and (found := cards(study.forecasts)):
+        advance(study, _log)
+        if (table := study.table()).size and (found := read_forecasts(study.forecasts)):
             score(found, table)
     return _status(job)
 
@@ -210,30 +203,7 @@ def _status(job: StudyJob) -> int:
             time.sleep(_REDRAW)
 
 
-def _next(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    """Which runs would make the target surest for what they cost; `add` puts them into the plan."""
-    if job.cap is None:
-        todo = "write cap=1e15: FLOPs that more runs may spend"
-        raise UserError("cap", "is not given", todo)
-    study = None if job.input else Study(job.folder)
-    common = study.plan.common if study else planning.common_of(job)
-    made, t = law_of(table, job, where), job.target
-    if not t.is_given:
-        raise UserError("target", "is not given", "write target.flops=: what is to be foretold")
-    target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
-    low = float(made.points.flops.min()) if made.points.flops is not None else job.cap / 100
-    offered = candidates_of(common, low, job.cap, made.every)
-    found = recommend(made.sure, offered, target, job.cap)
-    show_choices(found, open_console(), common.rate)
-    if study and job.add:
-        with study.deciding():
-            add_runs(study, found, _tell)
-        _tell(f"Added. Begin: forescale study launch study={job.study}")
-    return DONE
-
-
 def _exclude(job: StudyJob) -> int:
-    """Leave cells out of the study, for a reason that stays with it."""
     study = Study(job.folder)
     known = {c.name for c in study.plan.cells}
     if not job.cells or not job.why:
@@ -245,19 +215,45 @@ def _exclude(job: StudyJob) -> int:
             raise UserError("cells", f"{name} is no cell of {job.folder}", todo)
     with study.deciding():
         for name in job.cells:
-            study.event("excluded", cell=name, why=job.why)
+            study.event("cell_excluded", cell=name, why=job.why)
     return DONE
 
 
-def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    """As CSV, for notebooks and for `study fit` elsewhere."""
-    table.to_csv(sys.stdout, index=False)
+def _next(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    if job.cap is None:
+        todo = "write cap=1e15, the FLOPs that the additional runs may spend"
+        raise UserError("cap", "is not given", todo)
+    study = None if job.input else Study(job.folder)
+    common = study.plan.common if study else planning.common_of(job)
+    made, t = law_of(table, job, where), job.target
+    if not t.is_given:
+        todo = "write target.flops=1e18, the compute of the run to predict"
+        raise UserError("target", "is not given", todo)
+    target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
+    low = float(made.points.flops.min()) if made.points.flops is not None else job.cap / 100
+    offered = candidates_of(common, low, job.cap, made.all_points)
+    found = recommend(made.calibrated, offered, target, job.cap)
+    show_next_runs(found, open_console(), common.rate)
+    if study and job.add:
+        with study.deciding():
+            add_runs(study, found, _log)
+        _log(f"Added to the plan. Next: forescale study launch study={job.study}")
+    return DONE
+
+
+def _fit(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    made = law_of(table, job, where)
+    made.predict()  # raises UserError for a bad target before anything is printed
+    if job.json:
+        json.dump(as_dict(made), sys.stdout, indent=2)
+        print()
+        return DONE
+    show(made, open_console(), where)
     return DONE
 
 
 def _report(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    """The same as a page of pictures, one file that opens without a network; of a planned study,
-    all that is known so far."""
+    """Write the HTML report. For a planned study it is written even before a law can be fitted."""
     from forescale.scaling.report.evidence import gather
     from forescale.scaling.report.html import beside, write
 
@@ -269,34 +265,34 @@ def _report(job: StudyJob, table: pd.DataFrame, where: str) -> int:
             raise
         made = str(e)
     if isinstance(made, StudyFit) and not seen.stages:
-        made.foretold()  # a study that goes on may have its target still too far: the page says it
+        made.predict()  # raises UserError; in a planned study's report a page says it instead
     job.report.parent.mkdir(parents=True, exist_ok=True)
     write(made, seen, job.report, where, ["forescale", *sys.argv[1:]])
     runs = "no law yet" if isinstance(made, str) else f"{len(made.points)} runs"
-    print(f"{job.report}: {runs}; open it in a browser. For papers: {beside(job.report)}/")
+    print(f"{job.report}: {runs}; open it in a browser. Figures for papers: {beside(job.report)}/")
     return DONE
 
 
 def _predict(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    """A card of the target, before anybody knows."""
     if job.target.run is None:
-        raise UserError("target.run", "names no run", "write target.run=NAME: it is scored by that")
-    card = predict(law_of(table, job, where), job.forecasts, job.target.run)
-    facts = card.facts
+        todo = "write target.run=NAME, the name that the run will have"
+        raise UserError("target.run", "is not given", todo)
+    made = write_forecast(law_of(table, job, where), job.forecasts, job.target.run)
+    facts = made.facts
     print(
-        f"{card.path}: loss {facts['loss']:.4f}, 50% {facts['interval_50'][0]:.4f} to "
-        f"{facts['interval_50'][1]:.4f}, {job.level:.0%} {facts['interval'][0]:.4f} to "
-        f"{facts['interval'][1]:.4f}; {facts['roll_outs']} roll-outs. When {job.target.run} is "
-        "trained: forescale study score RUNS"
+        f"{made.path}: loss {facts['loss']:.4f}, 50% interval {facts['interval_50'][0]:.4f} to "
+        f"{facts['interval_50'][1]:.4f}, {job.level:.0%} interval {facts['interval'][0]:.4f} to "
+        f"{facts['interval'][1]:.4f}; from {facts['backtests']} backtests. When {job.target.run} "
+        "is trained: forescale study score RUNS"
     )
     return DONE
 
 
 def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    """How the cards of the study came out."""
-    found = cards(job.forecasts)
+    found = read_forecasts(job.forecasts)
     if not found:
-        raise UserError(str(job.forecasts), "holds no forecasts", "make one with study predict")
+        todo = "make one with forescale study predict"
+        raise UserError(str(job.forecasts), "holds no forecasts", todo)
     made = score(found, table)
     if job.json:
         json.dump(vars(made), sys.stdout, indent=2)
@@ -306,13 +302,15 @@ def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     return DONE
 
 
-def _fit(job: StudyJob, table: pd.DataFrame, where: str) -> int:
-    made = law_of(table, job, where)
-    made.foretold()  # what is wrong with the target is said before anything else
-    if job.json:
-        json.dump(made.as_dict(), sys.stdout, indent=2)
-        print()
-        return DONE
-    console = open_console()
-    show(made, console, where)
+def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    table.to_csv(sys.stdout, index=False)
     return DONE
+
+
+_OF_STUDY: dict[str, Callable[[StudyJob], int]] = {
+    "plan": _plan, "launch": _launch, "status": _status, "sync": _sync, "exclude": _exclude,
+}  # fmt: skip
+_OF_RECORDS: dict[str, Callable[[StudyJob, pd.DataFrame, str], int]] = {
+    "next": _next, "fit": _fit, "report": _report, "predict": _predict, "score": _score,
+    "records": _records,
+}  # fmt: skip

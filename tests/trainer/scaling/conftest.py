@@ -1,4 +1,4 @@
-"""Where the public scaling data is, if it is here, and one synthetic set of runs."""
+"""Fixtures: the public scaling data, synthetic runs of a law, and simulated study cells."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from forescale.scaling.fitting.points import Points
 from forescale.scaling.study import local
-from tests.trainer.scaling.pretend import Pretend
+from tests.trainer.scaling.fake_training import FakeTraining
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,7 +34,7 @@ def columns() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def make(columns):
-    """Points of a form's law, with noise of log loss."""
+    """Returns a function that makes points of a law, with noise of log loss."""
 
     def points(form, values, noise=0.0, seed=1, **changed) -> Points:
         own = {k: v for k, v in (columns | changed).items() if k in form.columns}
@@ -46,18 +46,18 @@ def make(columns):
 
 
 @pytest.fixture(scope="module")
-def pretended():
-    """Cells are pretended while this is there."""
+def fake_training():
+    """FakeTraining, which replaces the training of cells in a test module."""
     patch = pytest.MonkeyPatch()
-    for name, value in (("begun", []), ("codes", {}), ("losses", {})):
-        patch.setattr(Pretend, name, value)
+    for name, value in (("started", []), ("codes", {}), ("losses", {})):
+        patch.setattr(FakeTraining, name, value)
 
-    class Faked:
-        """Of the module's subprocess, only what starts a cell."""
+    class FakeSubprocess:
+        """The parts of `subprocess` that start a cell."""
 
-        Popen, DEVNULL, STDOUT = Pretend, subprocess.DEVNULL, subprocess.STDOUT
+        Popen, DEVNULL, STDOUT = FakeTraining, subprocess.DEVNULL, subprocess.STDOUT
 
-    patch.setattr(local, "subprocess", Faked)
+    patch.setattr(local, "subprocess", FakeSubprocess)
     patch.setattr(local, "_POLL", 0.0)
-    yield Pretend
+    yield FakeTraining
     patch.undo()

@@ -1,6 +1,12 @@
-"""Every form, with parameters near those of its paper."""
+"""Every law, with parameters near those of its paper; and certificates of given parameters."""
+
+import numpy as np
 
 from forescale.scaling.fitting import laws
+from forescale.scaling.fitting.fit import Certificate, certificate_of, task_of
+from forescale.scaling.fitting.least_absolute import certified
+from forescale.scaling.fitting.newton import measured
+from forescale.scaling.fitting.objective import Objective
 
 BASE = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.34, "beta": 0.37}
 LAWS = [
@@ -13,3 +19,13 @@ LAWS = [
     (laws.FRONTIER, {"K": 1000.0, "E": 1.7, "gamma": 0.15}),
 ]
 NAMES = [f"{form.name}, {form.size}" for form, _ in LAWS]
+
+
+def certify(form, points, values, objective=None, weights=None) -> tuple[float, Certificate]:
+    """Return the objective at given published parameters, and the certificate of that point."""
+    task = task_of(form, points, objective or Objective(), {})
+    theta = form.internal(form.vector(values)[None], task.at.centre)
+    w = np.ones((1, len(points))) if weights is None else np.asarray(weights)[None]
+    measure = certified if task.goal.delta == 0 else measured
+    one = measure(task, np.log(points.loss)[None], w, np.clip(theta, task.low, task.high))
+    return float(one.value[0]), certificate_of(task, one)

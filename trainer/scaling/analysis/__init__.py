@@ -1,1 +1,1 @@
-"""From a table to an answer: the law, its sensitivity, forecasts, scores."""
+"""Analyses of a table of runs: fit, weights, choice of a law, forecasts."""

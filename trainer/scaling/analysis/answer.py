@@ -1,28 +1,35 @@
-"""One question answered whole: the law of these runs, how sure it is, and what it says of a run.
+"""The fit of one table of runs: the law, its uncertainty, and the loss predicted for a target.
 
-    table -> points -> fit, with its certificate -> the same by other objectives
+    table -> points -> fit, with its certificate -> the same with other objectives
                     -> replicates -> intervals of parameters, of N* and D*, of a target's loss
-                    -> the isoFLOP parabolas, where runs share budgets
-                    -> the same under every convention of N and C, where that is asked
+                    -> the isoFLOP parabolas, if runs share budgets
+                    -> the same under every convention of N and C, if the job asks for it
 
-Invariant: whatever makes the answer doubtful (no certificate, an edge, another basin, objectives
-that disagree, a target far beyond the runs) is a note of it, in words.
+Invariant: everything that makes the result doubtful is one of its `notes`, as a sentence: a failed
+certificate, a parameter at an end of its range, another minimum nearly as low, objectives that
+disagree.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.sensitivity import Row, sensitivity
+from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
 from forescale.scaling.analysis.weights import RunNoise, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting import bootstrap, laws
-from forescale.scaling.fitting.backtest import Discrepancy, RollOut, Sure, roll_outs, spent, sure_of
+from forescale.scaling.fitting.backtest import (
+    Backtest,
+    CalibratedLaw,
+    Discrepancy,
+    backtests,
+    calibrate,
+    spent,
+)
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
@@ -39,52 +46,59 @@ FORMS: Mapping[str, Form] = {
     "data-constrained": laws.data_constrained(),
 }
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
-_FAR = 30.0  # times the greatest compute of the runs: beyond that nothing is said
-_PER = 6.0  # FLOPs a parameter and token, of C = 6 N D
+_FAR = 30.0  # greatest extrapolation factor of a prediction
+_PER = 6.0  # FLOPs per parameter and token, of C = 6 N D
 
 
 @dataclass(frozen=True)
-class Foretold:
-    """A run to come. loss: as the law has it; inner, outer: intervals of 50 % and of the level that
-    is asked for; bare: of the resampled fits alone; beyond: its compute over the greatest of the
-    runs; origins: roll-outs that the intervals were calibrated by."""
+class Prediction:
+    """The predicted loss of a run.
+
+    loss: by the law; inner, outer: intervals of 50 % and of the requested level; resampled: the
+    interval at that level from the resampled fits alone; extrapolation_factor: the run's compute
+    over the greatest of the fit; origins: backtests that the intervals were calibrated with.
+    """
 
     parameters: float
     tokens: float
     loss: float
     inner: tuple[float, float]
     outer: tuple[float, float]
-    bare: tuple[float, float]
-    beyond: float
+    resampled: tuple[float, float]
+    extrapolation_factor: float
     origins: int
 
 
 class StudyFit:
-    """Of a table of records; where it says which are `fitted`, of those. known: all of them. Raises
-    UserError where the runs can't tell the law."""
+    """The fit of a table of records, with what follows from it.
+
+    If the table has a column `fitted`, only those rows count; `records` keeps all of them. Raises
+    UserError if the runs don't determine the law. all_points: the runs with a finite loss; points:
+    those of them that the law is fitted to, by the mask `is_fitted`.
+    """
 
     def __init__(self, table: pd.DataFrame, job: StudyJob, where: str):
-        self.job, self.notes, self.known = job, list[str](), table
+        self.job, self.notes, self.records = job, list[str](), table
         self.table = self._kept(table)
-        self.every = self._points(where)
-        self.near = self._near()
-        self.points = self.every.take(self.near)
+        self.all_points = self._points(where)
+        self.is_fitted = self._near_best()
+        self.points = self.all_points.take(self.is_fitted)
         self.form = FORMS[job.form]
         self.goal = Objective(np.inf if job.delta is None else job.delta)
-        self.noise: RunNoise = noise_of_repeats(self.table, self.every)
+        self.noise: RunNoise = noise_of_repeats(self.table, self.all_points)
         self.weights = self._weighed(self.points)
         self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
-        self._doubt()
+        self._note_doubts()
 
     def _kept(self, table: pd.DataFrame) -> pd.DataFrame:
         table = table[table["fitted"]] if "fitted" in table else table
         bad = table[~(table["loss"] < np.inf)]  # NaN too
         if len(bad):
-            self.notes.append(f"{len(bad)} runs whose loss is no number are left out (diverged).")
+            self.notes.append(f"{len(bad)} diverged runs are left out: their loss is not finite.")
             table = table[table["loss"] < np.inf]
         if drop := self.job.drop_largest:
             limit = table["loss"].nlargest(drop).iloc[-1]
-            self.notes.append(f"The {drop} runs of loss {limit:.4g} and more are left out.")
+            self.notes.append(f"The {drop} runs with a loss of {limit:.4g} or more are left out.")
             table = table[table["loss"] < limit]
         return table.reset_index(drop=True)
 
@@ -92,58 +106,62 @@ class StudyFit:
         table = self.table
         counted = {"parameters", f"parameters_{self.job.size}"} & set(table.columns)
         if "tokens" not in table and "flops" in table and counted:
-            self.notes.append("The table has no tokens: D is taken as C / 6N.")
+            self.notes.append("The table has no tokens: D is computed as C / 6N.")
             sizes = table.get("parameters", table.get(f"parameters_{self.job.size}"))
             table = table.assign(tokens=table["flops"] / _PER / sizes)
         return points(table, self.job.size, self.job.cost, where)
 
-    def _near(self) -> Array:
-        """(n,) of bool: the runs that the law is fitted to. Far from each budget's optimum it has
-        other things to bend to (measured on public sets: half the error without those)."""
+    def _near_best(self) -> Array:
+        """Return the mask of the runs near the optimum of their budget, (n,).
+
+        Runs far from it distort the law: without them the error halves on public data sets.
+        """
         near, table = self.job.near, self.table
         if near is None or "budget" not in table:
             return np.ones(len(table), dtype=bool)
         kept = near_best(table["loss"].to_numpy(), table["budget"].to_numpy(), near)
         if not kept.all():
             what = f"within {near:.0%} of the least loss of their budget, or its best three"
-            self.notes.append(f"The law is fitted to the {kept.sum()} of {len(kept)} runs {what}.")
+            self.notes.append(f"The law is fitted to {kept.sum()} of {len(kept)} runs: {what}.")
         return kept
 
     @cached_property
-    def roll_outs(self) -> list[RollOut]:
-        """Where the table has budgets."""
+    def backtests(self) -> list[Backtest]:
+        """Return the backtests of the law; empty if the table has no budgets."""
         if "budget" not in self.table:
             return []
-        budgets = self.table["budget"].to_numpy()[self.near]
-        return roll_outs(self.form, self.points, budgets, self.goal, self.job.level)
+        budgets = self.table["budget"].to_numpy()[self.is_fitted]
+        return backtests(self.form, self.points, budgets, self.goal, self.job.level)
 
     @cached_property
     def discrepancy(self) -> Discrepancy:
-        return Discrepancy().after([r.a_decade for r in self.roll_outs])
+        """Return the law's error beyond its runs, as the backtests show it."""
+        return Discrepancy().after([b.per_decade for b in self.backtests])
 
-    def _doubt(self) -> None:
+    def _note_doubts(self) -> None:
         certificate = self.fit.certificate
         self.notes += [f"The fit is not certified: {p}." for p in certificate.problems]
         if self.job.weights in ("noise", "both") and not self.noise.freedom:
-            what = "No two runs share N, D and recipe with other seeds"
-            self.notes.append(f"{what}: the noise is taken as {self.noise.at:.1%} for all.")
+            what = "No two runs differ by their seed alone"
+            self.notes.append(f"{what}: a noise of {self.noise.at:.1%} is assumed for all runs.")
         if self.job.weights != "none" and "budget" in self.table:
-            self.notes.append("Roll-outs are of the law without weights.")
+            self.notes.append("The backtests fit the law without weights.")
         self.notes += [
-            f"{edge} of its range: these runs don't tell it." for edge in certificate.edges
+            f"{edge} of its range: these runs don't determine it." for edge in certificate.edges
         ]
-        rivals = [b for b in certificate.basins[1:] if b.objective < 1.05 * self.fit.value]
+        rivals = [m for m in certificate.minima[1:] if m.objective < 1.05 * self.fit.value]
         if rivals:
             what = ", ".join(f"{k} {v:.4g}" for k, v in rivals[0].values.items())
             self.notes.append(f"Another minimum is nearly as low: {what}.")
 
     @cached_property
     def replicates(self) -> bootstrap.Replicates:
+        """Return the resampled fits."""
         return self.resample(self.fit, self.job.bootstraps)
 
     def resample(self, made: Fit, count: int) -> bootstrap.Replicates:
-        """Of a fit of these runs, in the way that is asked for."""
-        job, trunks = self.job, self.table[self.near].get("trunk")
+        """Resample a fit of these runs, by the method of the job."""
+        job, trunks = self.job, self.table[self.is_fitted].get("trunk")
         if job.resample == "residuals":
             return bootstrap.residuals(made, count, job.seed)
         if job.resample == "clusters" and trunks is not None and trunks.nunique() > 1:
@@ -152,32 +170,32 @@ class StudyFit:
 
     @cached_property
     def others(self) -> dict[str, Fit]:
-        """The same law by other objectives, and fitted to all runs."""
+        """Return fits of the law with other objectives and, if some were left out, all runs."""
 
         def by(delta: float) -> Fit:
             own = delta == self.goal.delta
             return self.fit if own else fit(self.form, self.points, Objective(delta), self.weights)
 
         found = {name: by(delta) for name, delta in _OTHERS.items()}
-        if not self.near.all():
-            weights = self._weighed(self.every)
-            found["all runs"] = fit(self.form, self.every, self.goal, weights)
+        if not self.is_fitted.all():
+            weights = self._weighed(self.all_points)
+            found["all runs"] = fit(self.form, self.all_points, self.goal, weights)
         return found
 
     def disagreements(self) -> list[str]:
-        """Where another objective moves a parameter by more than its standard error."""
+        """Return a sentence for each parameter that a fit of `others` moves by over its error."""
         errors, found = self.replicates.errors, []
         for name, other in self.others.items():
             for symbol, value in self.fit.values.items():
                 if abs(other.values[symbol] - value) > errors[symbol]:
                     found.append(
-                        f"By {name}, {symbol} is {other.values[symbol]:.4g}, not {value:.4g}."
+                        f"With {name}, {symbol} is {other.values[symbol]:.4g}, not {value:.4g}."
                     )
         return found
 
     @property
     def allocation(self) -> tuple[float, Array] | None:
-        """a of N* ~ C^a, and its interval; None for a law without one."""
+        """Return a of N* ~ C^a and its interval, or None for a law without it."""
         try:
             value = float(laws.allocation(self.form, self.fit.vector))
         except UserError:
@@ -190,36 +208,39 @@ class StudyFit:
 
     @cached_property
     def isoflop(self) -> IsoFlop | str | None:
-        """Where the table has budgets; the sentence where parabolas say nothing."""
+        """Return the isoFLOP analysis; the error if it fails, None if the table has no budgets."""
         if "budget" not in self.table:
             return None
         try:
-            return isoflop(self.every, self.table["budget"].to_numpy())
+            return isoflop(self.all_points, self.table["budget"].to_numpy())
         except UserError as e:
             return str(e)
 
     @cached_property
-    def sure(self) -> Sure:
-        """The law with all that is known of how far it may be off."""
-        return sure_of(self.fit, self.replicates, self.discrepancy)
+    def calibrated(self) -> CalibratedLaw:
+        """Return the law with all that is known of its errors."""
+        return calibrate(self.fit, self.replicates, self.discrepancy)
 
-    def foretold(self, target: TargetPoint | None = None) -> Foretold | None:
-        """The loss of the target, or of another. Raises UserError for one that is too far, or that
-        the law doesn't know."""
+    def predict(self, target: TargetPoint | None = None) -> Prediction | None:
+        """Return the prediction for `target`, by default the job's, or None if there is none.
+
+        Raises UserError if it is too far beyond the runs or lacks what the law reads.
+        """
         target = target or self.job.target
         if not target.is_given:
             return None
         columns, parameters, tokens, flops = self.run_of(target)
-        beyond = flops / float(spent(self.points).max())
-        if beyond > _FAR:
-            what = f"is {beyond:.0f} times beyond the largest run"
-            raise UserError("target", what, f"nothing is said beyond {_FAR:.0f} times: add runs")
+        factor = flops / float(spent(self.points).max())
+        if factor > _FAR:
+            what = f"needs {factor:.0f} times the compute of the largest run"
+            todo = f"add larger runs: the limit of this extrapolation factor is {_FAR:.0f}"
+            raise UserError("target", what, todo)
 
         def loss(values: Array) -> Array:
             return self.form.predict(values, **columns)[..., 0]
 
-        bare = self.replicates.interval(self.job.level, loss)
-        law = self.sure
+        resampled = self.replicates.interval(self.job.level, loss)
+        law = self.calibrated
         arrays = {name: np.array([value]) for name, value in columns.items()}
 
         def within(level: float) -> tuple[float, float]:
@@ -227,26 +248,31 @@ class StudyFit:
             return float(low[0]), float(high[0])
 
         value = float(self.fit.predict(**columns)[0])
-        ends = (within(0.5), within(self.job.level), (float(bare[0]), float(bare[1])))
-        return Foretold(parameters, tokens, value, *ends, beyond, self.discrepancy.origins)
+        ends = (within(0.5), within(self.job.level), (float(resampled[0]), float(resampled[1])))
+        return Prediction(parameters, tokens, value, *ends, factor, self.discrepancy.origins)
 
     def run_of(self, t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
-        """The columns that the law reads, and N, D and C."""
+        """Return the columns that the law reads of a target, and its N, D and C.
+
+        FLOPs alone mean the compute-optimal run. Raises UserError if more values are needed.
+        """
         n, d, c = t.parameters, t.tokens, t.flops
         if self.form.columns == ("flops",):
             if c is None:
-                raise UserError("target", f"{self.form.name} asks for flops", "write target.flops=")
+                what = f"has no flops, which the law {self.form.name} reads"
+                raise UserError("target", what, "write target.flops=")
             return {"flops": c}, float("nan"), float("nan"), c
         if n is None and d is None and c is not None:
             if "unique_tokens" in self.form.columns:
-                todo = "give target.parameters and target.tokens"
-                raise UserError("target.flops", "leaves open how often data is repeated", todo)
+                what = "does not say how often data is repeated, which the law reads"
+                todo = "write target.parameters= and target.tokens= instead"
+                raise UserError("target.flops", what, todo)
             best = laws.compute_optimal(self.form, self.fit.vector, c, self.per_token())
             n, d = float(best[0][0]), float(best[1][0])
         elif n is None or d is None:
             if c is None:
                 todo = "give two of target.parameters, target.tokens and target.flops, or flops"
-                raise UserError("target", "names no run", todo)
+                raise UserError("target", "does not determine a run", todo)
             n = n or c / (self.per_token() * (d or 1.0))
             d = d or c / (self.per_token() * n)
         columns = {"parameters": n, "tokens": d}
@@ -255,7 +281,7 @@ class StudyFit:
         return columns, n, d, c or self.per_token() * n * d
 
     def _weighed(self, points: Points) -> Array | None:
-        """(n,), or None: all alike."""
+        """Return the weights of runs, (n,), or None if all are equal."""
         kind, t = self.job.weights, self.job.target
         if kind == "none":
             return None
@@ -263,84 +289,35 @@ class StudyFit:
         if kind != "noise":
             c = t.flops or self.per_token() * (t.parameters or 0.0) * (t.tokens or 0.0)
             if not c:
+                what = f"weights={kind} needs the target's compute"
                 todo = "write target.flops=, or target.parameters= and target.tokens="
-                raise UserError("weights", f"{kind} asks for the target's compute", todo)
+                raise UserError("weights", what, todo)
         return weigh(spent(points), None if kind == "distance" else self.noise, c)
 
     @cached_property
-    def sensitivity(self) -> list[Row] | None:
-        """Where it is asked for."""
+    def sensitivity(self) -> list[SensitivityRow] | None:
+        """Return the fits under every convention, or None if the job doesn't ask for them."""
         return sensitivity(self) if self.job.sensitivity else None
 
     def per_token(self) -> float:
-        """FLOPs a parameter and token of these runs: 6 but for attention."""
+        """Return the mean FLOPs per parameter and token of these runs: 6 without attention's."""
         p = self.points
         if p.flops is None or p.parameters is None or p.tokens is None:
             return _PER
         return float(np.exp(np.mean(np.log(p.flops / p.parameters / p.tokens))))
 
     def influence(self, most: int = 5) -> list[tuple[str, dict[str, float]]]:
-        """The runs that move the law most, in standard errors of the parameter that they move most;
-        by each, what leaving it in adds to every parameter."""
+        """Return the runs that change the law most: name, and its effect on each parameter.
+
+        Runs are ordered by their largest effect in standard errors of that parameter.
+        """
         moved = bootstrap.influence(self.fit)
         errors = np.array([self.replicates.errors[s] for s in self.form.symbols])
         score = np.abs(moved / errors).max(1)
-        rows = self.table.index[self.near]
-        names = (
-            self.table["name"] if "name" in self.table else "run " + rows.astype(str).to_series()
-        )
-        names = names[self.near] if "name" in self.table else names
-        order = np.argsort(-score)[:most]
+        table = self.table[self.is_fitted]
+        names = list(table["name"] if "name" in table else (f"run {i}" for i in table.index))
+        symbols = self.form.symbols
         return [
-            (str(names.iloc[i]), dict(zip(self.form.symbols, map(float, moved[i]), strict=True)))
-            for i in order
+            (str(names[i]), dict(zip(symbols, map(float, moved[i]), strict=True)))
+            for i in np.argsort(-score)[:most]
         ]
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        c, r, foretold = self.fit.certificate, self.replicates, self.foretold()
-        ends = zip(self.form.symbols, r.interval(self.job.level).T.tolist(), strict=True)
-        return {
-            "runs": len(self.points),
-            "convention": self.points.convention,
-            "weights": None if self.weights is None else self.weights.tolist(),
-            "noise": vars(self.noise),
-            "form": self.form.name,
-            "source": self.form.source,
-            "objective": self.fit.value,
-            "values": self.fit.values,
-            "errors": r.errors,
-            "interval": dict(ends),
-            "level": self.job.level,
-            "certificate": {
-                "holds": c.holds,
-                "scaled_gradient": c.scaled_gradient,
-                "curvature": c.curvature,
-                "method": c.method,
-                "edges": list(c.edges),
-                "basins": [vars(b) for b in c.basins],
-                "astray": c.astray,
-            },
-            "uncertified_replicates": r.uncertified,
-            "others": {name: other.values for name, other in self.others.items()},
-            "allocation": None if self.allocation is None else [
-                self.allocation[0], *map(float, self.allocation[1])
-            ],
-            "foretold": vars(foretold) if foretold else None,
-            "sensitivity": None if self.sensitivity is None else [
-                vars(row) for row in self.sensitivity
-            ],
-            "discrepancy_a_decade": self.discrepancy.a_decade,
-            "roll_outs": [
-                {
-                    "budgets": r.budgets,
-                    "runs": r.runs,
-                    "factors": r.factors.tolist(),
-                    "errors": r.errors.tolist(),
-                    "inside_bare": r.bare.tolist(),
-                    "inside": r.calibrated.tolist(),
-                }
-                for r in self.roll_outs
-            ],
-            "notes": [*self.notes, *self.disagreements()],
-        }  # fmt: skip

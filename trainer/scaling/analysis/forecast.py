@@ -1,13 +1,14 @@
-"""Forecast cards: what was foretold of a run before anybody knew, and how it came out.
+"""Forecast files of a study: predictions made before the runs, later scored by what was observed.
 
     studies/<name>/forecasts/
-      0001.json            a card: target, loss, intervals, the same as bands of the end and of each
-                           branch, rivals' forecasts, fit, hashes, time; run/forecast.py reads it
-      0001.outcome.json    what the run reached; written by `score`, beside the card, never in it
+      0001.json            a forecast: target, predicted loss and intervals, those of each branch of
+                           the target, predictions of simpler methods, fit, hashes, time;
+                           run/forecast.py reads it
+      0001.outcome.json    the observed loss; `score` writes it, and leaves the forecast unchanged
 
-Invariant: a card is written once, before its target has a record, and holds the hash of the card
-before it: who changes, removes or slips in a card breaks the chain, and `score` says where. A card
-whose target never ran counts as abandoned; none is left out of a score.
+Invariant: a forecast is written once, before its target has a record, and holds the hash of the
+forecast before it, so that any change, removal or insertion breaks the chain and `read_forecasts`
+names the place. A forecast whose target has no record counts as abandoned; a score leaves none out.
 """
 
 import hashlib
@@ -22,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.run.forecast import GENESIS, SAME, Card, cards, hash_of
-from forescale.scaling.analysis.answer import Foretold, StudyFit
+from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
+from forescale.scaling.analysis.answer import Prediction, StudyFit
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.backtest import spent
@@ -31,85 +32,99 @@ from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.points import Points
 from forescale.storage import write_json
 
-__all__ = ["GENESIS", "Card", "cards", "hash_of"]
+__all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
 
 
-def predict(made: StudyFit, folder: Path, run: str, target: TargetPoint | None = None) -> Card:
-    """Write the card of `run`, which is the target of the fit unless another is given, with a band
-    for its end and for each branch of the target. Raises UserError where it or a branch has a
-    record already, where it has a card, where no target is given, and for branches that are none.
+def write_forecast(
+    made: StudyFit, folder: Path, run: str, target: TargetPoint | None = None
+) -> Forecast:
+    """Write the forecast of `run`, with a prediction for its end and for each branch.
+
+    target: that of the fit unless given. Raises UserError if no target is given, if the run or a
+    branch has a record already, if the run has a forecast already, or if a branch is not shorter
+    than the run.
     """
-    foretold = made.foretold(target)
-    if foretold is None:
+    predicted = made.predict(target)
+    if predicted is None:
         todo = "write target.parameters= and target.tokens=, or target.flops="
         raise UserError("target", "is not given", todo)
-    _refuse_known(made.known, run, foretold.parameters, foretold.tokens, made.job.size)
-    branches = _branches(made, foretold, target or made.job.target, run)
-    before = cards(folder)
-    if any(card.facts["target"]["run"] == run for card in before):
-        what = f"has a card already, in {folder}"
-        raise UserError(run, what, "a forecast is made once; give another run")
-    aim = {"run": run, "parameters": foretold.parameters, "tokens": foretold.tokens}
+    _refuse_known(made.records, run, predicted.parameters, predicted.tokens, made.job.size)
+    branches = _branches(made, predicted, target or made.job.target, run)
+    earlier = read_forecasts(folder)
+    if any(forecast.facts["target"]["run"] == run for forecast in earlier):
+        what = f"has a forecast already, in {folder}"
+        raise UserError(run, what, "name another run: a run is forecast once")
+    factor = predicted.extrapolation_factor
     facts: dict[str, Any] = {
-        "target": {**aim, "beyond": foretold.beyond},
-        "loss": foretold.loss,
-        "interval_50": list(foretold.inner),
-        "interval": list(foretold.outer),
+        "target": {
+            "run": run,
+            "parameters": predicted.parameters,
+            "tokens": predicted.tokens,
+            "extrapolation_factor": factor,
+        },
+        "loss": predicted.loss,
+        "interval_50": list(predicted.inner),
+        "interval": list(predicted.outer),
         "level": made.job.level,
-        "bands": [_band(point) for point in (foretold, *branches) if math.isfinite(point.tokens)],
-        "rivals": rivals(made.points, foretold.parameters, foretold.tokens, foretold.beyond)
-        | {"without discrepancy": {"loss": foretold.loss, "interval": list(foretold.bare)}},
-        "roll_outs": foretold.origins,
-        "discrepancy_a_decade": made.discrepancy.a_decade,
+        "points": [_point(p) for p in (predicted, *branches) if math.isfinite(p.tokens)],
+        "rivals": rivals(made.points, factor)
+        | {
+            "without discrepancy": {
+                "loss": predicted.loss,
+                "interval": list(predicted.resampled),
+            }
+        },
+        "backtests": predicted.origins,
+        "discrepancy_per_decade": made.discrepancy.per_decade,
         "form": made.form.name,
         "values": made.fit.values,
         "certified": made.fit.certificate.holds,
         "convention": made.points.convention,
         "data": data_hash(made.points),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "before": before[-1].facts["hash"] if before else GENESIS,
+        "previous_hash": earlier[-1].facts["hash"] if earlier else GENESIS,
     }
     facts["hash"] = hash_of(facts)
     folder.mkdir(parents=True, exist_ok=True)
-    card = Card(folder / f"{len(before) + 1:04d}.json", facts)
-    write_json(card.path, facts)
-    return card
+    forecast = Forecast(folder / f"{len(earlier) + 1:04d}.json", facts)
+    write_json(forecast.path, facts)
+    return forecast
 
 
-def _branches(made: StudyFit, end: Foretold, target: TargetPoint, run: str) -> list[Foretold]:
-    """Each a run of the target's N that decays earlier."""
+def _branches(made: StudyFit, end: Prediction, target: TargetPoint, run: str) -> list[Prediction]:
+    """Return the predictions of the branches: runs of the target's N that decay earlier."""
     found = []
     for tokens in target.branches:
-        if not 0 < tokens < end.tokens * (1 - SAME):  # a law of FLOPs alone knows no D: NaN
-            what = f"{tokens:g} tokens are no branch of a run of {end.tokens:g}"
-            raise UserError("target.branches", what, "give the tokens where shorter decays end")
-        point = made.foretold(TargetPoint(parameters=end.parameters, tokens=tokens))
+        if not 0 < tokens < end.tokens * (1 - SAME):  # D is NaN for a law of FLOPs alone
+            what = f"a branch of {tokens:g} tokens is not shorter than its run of {end.tokens:g}"
+            raise UserError("target.branches", what, "give the tokens at which shorter decays end")
+        point = made.predict(TargetPoint(parameters=end.parameters, tokens=tokens))
         assert point is not None  # both N and D are given
-        _refuse_known(made.known, run, end.parameters, tokens, made.job.size)
+        _refuse_known(made.records, run, end.parameters, tokens, made.job.size)
         found.append(point)
     return found
 
 
-def _band(point: Foretold) -> dict[str, Any]:
-    ends = {"interval_50": list(point.inner), "interval": list(point.outer)}
-    return {"tokens": point.tokens, "loss": point.loss, **ends}
+def _point(p: Prediction) -> dict[str, Any]:
+    ends = {"interval_50": list(p.inner), "interval": list(p.outer)}
+    return {"tokens": p.tokens, "loss": p.loss, **ends}
 
 
 def _refuse_known(table: pd.DataFrame, run: str, n: float, d: float, size: str) -> None:
-    what = "has a record already: what is known can't be foretold"
+    what = "has a record already, so it can't be predicted"
     if "name" in table and (table["name"] == run).any():
-        raise UserError(run, what, "foretell a run before it is trained")
+        raise UserError(run, what, "make a forecast before the run is trained")
     sizes = table.get("parameters", table.get(f"parameters_{size}"))
     if sizes is None or "tokens" not in table:
         return
     near = (np.abs(np.log(sizes / n)) < SAME) & (np.abs(np.log(table["tokens"] / d)) < SAME)
     if near.any():
         what = f"a run of {n:.4g} parameters on {d:.4g} tokens {what}"
-        raise UserError("target", what, "choose a run that nobody has made")
+        raise UserError("target", what, "choose an N or D that no run has")
 
 
 def data_hash(points: Points) -> str:
-    """Of all that the fit read."""
+    """Return the SHA-256 of everything that the fit read."""
     found = hashlib.sha256(str(points.convention).encode())
     for name in ("loss", "parameters", "tokens", "flops", "unique_tokens"):
         if (column := getattr(points, name)) is not None:
@@ -117,12 +132,16 @@ def data_hash(points: Points) -> str:
     return found.hexdigest()
 
 
-def rivals(points: Points, n: float, d: float, beyond: float) -> dict[str, dict[str, float]]:
-    """What simpler ways foretell: a line in log C and log loss through the best runs of the last
-    two budgets, and a law L(C) of three parameters through the best runs of all. What a way can't
-    be made of is absent."""
+def rivals(points: Points, extrapolation_factor: float) -> dict[str, dict[str, float]]:
+    """Return the losses that simpler methods predict for the target, by method.
+
+    extrapolation_factor: compute of the target over the greatest of the runs. "line": a line in
+    log C and log loss through the best runs of the last two budgets; "L(C)": a law of three
+    parameters through the best run of every budget. A method for which there are too few runs is
+    absent.
+    """
     cost = spent(points)
-    wanted = float(cost.max()) * beyond
+    wanted = float(cost.max()) * extrapolation_factor
     order = np.argsort(cost)
     groups = np.split(order, np.flatnonzero(np.diff(np.log(cost[order])) > np.log1p(0.05)) + 1)
     best = np.array([g[np.argmin(points.loss[g])] for g in groups])
@@ -136,16 +155,20 @@ def rivals(points: Points, n: float, d: float, beyond: float) -> dict[str, dict[
             law = fit(laws.FRONTIER, Points(points.loss[best], flops=cost[best]))
             found["L(C)"] = {"loss": float(law.predict(flops=wanted)[0])}
         except UserError:
-            pass  # these runs can't tell it
+            pass  # these runs don't determine the law
     return found
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of all cards of a study. errors: log of foretold over observed, by card; inside, inside_50:
-    how many of those that came out; interval_score: mean, in loss, at the cards' level, lower is
-    better (Gneiting and Raftery 2007, eq. 43); skill: by rival, 1 - our mean absolute error over
-    theirs, on the cards that both foretold; abandoned: cards whose target has no record."""
+    """The score of all forecasts of a study.
+
+    errors: log of predicted over observed loss, by forecast; inside, inside_50: number of observed
+    losses inside the interval and the 50 % interval; interval_score: mean, in loss, at the
+    forecasts' level, lower is better (Gneiting and Raftery 2007, eq. 43); skill: by rival, 1 - our
+    mean absolute error over theirs, on the forecasts that both made; abandoned: forecasts whose
+    target has no record.
+    """
 
     errors: dict[str, float]
     inside: int
@@ -155,32 +178,32 @@ class Score:
     abandoned: list[str]
 
 
-def score(found: Sequence[Card], table: pd.DataFrame) -> Score:
-    """Fill in the outcomes that `table` knows, and judge all that came out."""
+def score(found: Sequence[Forecast], table: pd.DataFrame) -> Score:
+    """Record the outcomes that are in `table`, and score all forecasts that have an outcome."""
     losses = dict(zip(table["name"], table["loss"], strict=True)) if "name" in table else {}
-    for card in found:
-        run = card.facts["target"]["run"]
+    for forecast in found:
+        run = forecast.facts["target"]["run"]
         if run in losses:
-            card.came_out(run, float(losses[run]))
-    out = [(card, o["loss"]) for card in found if (o := card.outcome)]
+            forecast.record_outcome(run, float(losses[run]))
+    observed = [(forecast, o["loss"]) for forecast in found if (o := forecast.outcome)]
     marks, rival = [], dict[str, list[tuple[float, float]]]()
     errors: dict[str, float] = {}
-    for card, loss in out:
-        f = card.facts
-        errors[card.id] = math.log(f["loss"] / loss)
+    for forecast, loss in observed:
+        f = forecast.facts
+        errors[forecast.id] = math.log(f["loss"] / loss)
         low, high = f["interval"]
         miss = max(low - loss, loss - high, 0.0)
         marks.append(high - low + 2 / (1 - f["level"]) * miss)
         for name, theirs in f["rivals"].items():
-            both = (abs(errors[card.id]), abs(math.log(theirs["loss"] / loss)))
+            both = (abs(errors[forecast.id]), abs(math.log(theirs["loss"] / loss)))
             rival.setdefault(name, []).append(both)
     return Score(
         errors,
-        sum(c.facts["interval"][0] <= x <= c.facts["interval"][1] for c, x in out),
-        sum(c.facts["interval_50"][0] <= x <= c.facts["interval_50"][1] for c, x in out),
+        sum(f.facts["interval"][0] <= x <= f.facts["interval"][1] for f, x in observed),
+        sum(f.facts["interval_50"][0] <= x <= f.facts["interval_50"][1] for f, x in observed),
         float(np.mean(marks)) if marks else math.nan,
         {name: _skill(pairs) for name, pairs in rival.items()},
-        [card.id for card in found if card.outcome is None],
+        [forecast.id for forecast in found if forecast.outcome is None],
     )
 
 

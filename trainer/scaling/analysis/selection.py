@@ -1,9 +1,9 @@
-"""Which law to ask: the one that met dearer runs best, as far beyond its own as the request is.
+"""Choose a law: that with the lowest backtest error near the target's extrapolation factor.
 
-    each form -> its roll-outs -> the error of those whose factor of compute is near the target's
+    each law -> its backtests -> the error over runs with an extrapolation factor near the target's
 
-Invariant: a form is judged by runs that it was not fitted to; what it was chosen by is a note of
-the fit, with every rival's error and with the factors at which it was measured.
+Invariant: a law is judged only by runs that it was not fitted to. A note of the fit names the
+chosen law, the errors of all candidates and the factors at which they were measured.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,20 @@ import pandas as pd
 from forescale.errors import UserError
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.config import LawName, StudyJob
-from forescale.scaling.fitting.backtest import RollOut, spent
+from forescale.scaling.fitting.backtest import Backtest, spent
 
 AUTO = "auto"
 # Laws of N and D.
 CANDIDATES: tuple[LawName, ...] = ("chinchilla", "shared-exponent", "over-training", "kaplan")
-_NEAR = 2.0  # times the target's factor, or a part: as near as that counts as the same
-_FEWEST = 3  # runs; with fewer so near, the farthest half of all
+_NEAR = 2.0  # a factor is near the target's if it is at most this many times larger or smaller
+_FEWEST = 3  # with fewer runs near the target's factor, the runs of the largest factors count
 
 
 def law_of(table: pd.DataFrame, job: StudyJob, where: str) -> StudyFit:
-    """The fit by job.form; by `auto`, of all laws of N and D the one with the least error. Raises
-    UserError where no law can be told."""
+    """Return the fit of the law `job.form`; for `auto`, of the law with the lowest backtest error.
+
+    Raises UserError if the runs determine no law.
+    """
     if job.form != AUTO:
         return StudyFit(table, job, where)
     made, why = dict[str, StudyFit](), list[UserError]()
@@ -37,38 +39,44 @@ def law_of(table: pd.DataFrame, job: StudyJob, where: str) -> StudyFit:
             why.append(e)
     if not made:
         raise why[0]
-    beyond = _beyond(next(iter(made.values())), job)
-    judged = {name: judge(m.roll_outs, beyond) for name, m in made.items() if m.roll_outs}
+    factor = _extrapolation_factor(next(iter(made.values())), job)
+    judged = {name: judge(m.backtests, factor) for name, m in made.items() if m.backtests}
     if not judged:
         first = next(iter(made))
-        made[first].notes.append(f"No roll-outs to choose a law by: it is {first}.")
+        made[first].notes.append(f"There are no backtests to choose a law by: {first} is taken.")
         return made[first]
     best = min(judged, key=lambda name: judged[name][0])
     low, high = judged[best][1]
     errors = sorted(judged.items(), key=lambda item: item[1][0])
-    told = ", ".join(f"{name} {error:.2%}" for name, (error, _) in errors)
+    text = ", ".join(f"{name} {error:.2%}" for name, (error, _) in errors)
     made[best].notes.append(
-        f"The law is {best}, by errors of roll-outs {low:.3g} to {high:.3g} times beyond: {told}."
+        f"The chosen law is {best}, by the backtest errors at extrapolation factors of {low:.3g} "
+        f"to {high:.3g}: {text}."
     )
     return made[best]
 
 
-def judge(found: Sequence[RollOut], beyond: float | None) -> tuple[float, tuple[float, float]]:
-    """Root mean square of log errors over the runs met as far beyond as `beyond` (None: over all),
-    or, where fewer than three were, over the farthest half; and the least and greatest factor."""
-    factors = np.concatenate([r.factors for r in found])
-    errors = np.concatenate([r.errors for r in found])
+def judge(
+    found: Sequence[Backtest], extrapolation_factor: float | None
+) -> tuple[float, tuple[float, float]]:
+    """Return the root mean square of log errors, and the least and greatest factor of its runs.
+
+    The runs are those near `extrapolation_factor` or, if they are fewer than three, the half with
+    the largest factors; all of them if it is None.
+    """
+    factors = np.concatenate([b.factors for b in found])
+    errors = np.concatenate([b.errors for b in found])
     kept = np.ones(len(factors), dtype=bool)
-    if beyond is not None:
-        kept = np.abs(np.log(factors / beyond)) <= np.log(_NEAR)
+    if extrapolation_factor is not None:
+        kept = np.abs(np.log(factors / extrapolation_factor)) <= np.log(_NEAR)
         if kept.sum() < _FEWEST:
             kept = factors >= np.median(factors)
     ends = float(factors[kept].min()), float(factors[kept].max())
     return float(np.sqrt(np.square(errors[kept]).mean())), ends
 
 
-def _beyond(made: StudyFit, job: StudyJob) -> float | None:
-    """How many times the greatest compute of the runs the target is."""
+def _extrapolation_factor(made: StudyFit, job: StudyJob) -> float | None:
+    """Return the target's compute over the greatest of the runs, at least 1; None without one."""
     if not job.target.is_given:
         return None
     flops = made.run_of(job.target)[3]

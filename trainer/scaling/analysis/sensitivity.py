@@ -1,13 +1,12 @@
-"""The same runs under every convention of N and of C that their table knows: what of the law is a
-matter of counting.
+"""Fits of the same runs under every convention of N and of C that their table has.
 
-    fit          once for each N (and each C, of a law that reads it)
-    C ~ N^p D    by least squares over the runs: p is 1 where C = 6 N D, and not where N leaves out
-                 what C pays for, or C leaves out what N counts
+    fit          one per convention of N (and of C, for a law that reads C)
+    C ~ N^p D    by least squares over the runs: p is 1 if C = 6 N D, and not 1 if N leaves out
+                 parameters that C pays for, or C leaves out parameters that N counts
     N* ~ C^a     the law's minimum along such a budget: a = beta / (alpha + p beta)
 
-Invariant: D, weights, runs and target are the same in all rows; the target is one run, whose N and
-C are carried over along the line of the runs' own in log N and log C.
+Invariant: all rows have the same D, weights, runs and target. The target is one run: its N and C
+are converted to each convention by the runs' own line in log N and log C.
 """
 
 from dataclasses import dataclass, replace
@@ -25,37 +24,43 @@ from forescale.scaling.fitting.points import Array
 if TYPE_CHECKING:
     from forescale.scaling.analysis.answer import StudyFit
 
-COUNT = 200  # resampled fits of each
+COUNT = 200  # resampled fits per convention
 _OWN = "the table's"
 
 
 @dataclass(frozen=True)
-class Row:
-    """size, cost: the conventions of N and C; per: p of C ~ N^p D; values: of the law; allocation,
-    interval: a of N* ~ C^a, None for a law without one; loss: of the target, None without one."""
+class SensitivityRow:
+    """The fit under one pair of conventions.
+
+    size, cost: the conventions of N and C; compute_exponent: p of C ~ N^p D; values: of the law;
+    allocation, interval: a of N* ~ C^a, None for a law without it; loss: that of the target, None
+    without a target.
+    """
 
     size: str
     cost: str
-    per: float
+    compute_exponent: float
     values: dict[str, float]
     allocation: float | None
     interval: tuple[float, float] | None
     loss: float | None
 
 
-def sensitivity(made: "StudyFit", count: int = COUNT) -> list[Row]:
-    """A row for every pair of conventions; those that come to the same numbers share one. A single
-    row: the table knows one way to count."""
-    near, own = made.near, made.points
+def sensitivity(made: "StudyFit", count: int = COUNT) -> list[SensitivityRow]:
+    """Return a row for every pair of conventions; conventions with equal numbers share one.
+
+    A single row means that the table has one convention.
+    """
+    mask, own = made.is_fitted, made.points
     sizes: dict[str, Array | None]
     costs: dict[str, Array | None]
-    sizes = {name: c[near] for name, c in conventions(made.table, "parameters").items()}
-    costs = {name: c[near] for name, c in conventions(made.table, "flops").items()}
+    sizes = {name: c[mask] for name, c in conventions(made.table, "parameters").items()}
+    costs = {name: c[mask] for name, c in conventions(made.table, "flops").items()}
     if not sizes and own.parameters is not None:
         sizes = {_OWN: own.parameters}
     reads = made.form.columns
     done: dict[tuple[str, str], tuple[Fit, Replicates]] = {}
-    rows: list[Row] = []
+    rows: list[SensitivityRow] = []
     costs = costs or {"6 N D" if sizes else "-": None}
     for size, n in (sizes or {"-": None}).items():
         for cost, c in costs.items():
@@ -74,27 +79,31 @@ def _row(
     counts: tuple[Array | None, Array | None],
     law: Fit,
     replicates: Replicates,
-) -> Row:
-    """counts: N and C of the runs, (n,) each."""
+) -> SensitivityRow:
+    """Return a row. names: the conventions of N and C; counts: N and C of the runs, (n,) each."""
     (n, c), d = counts, made.points.tokens
-    per = 1.0 if n is None or c is None or d is None else _slope(np.log(n), np.log(c / d))
+    p = 1.0 if n is None or c is None or d is None else _slope(np.log(n), np.log(c / d))
+    loss = _loss(made, law.values, n, c)
 
     def allocation(values: Array) -> Array:
-        """With q = beta / (alpha + beta), for p = 1, it is q / (1 + (p - 1) q)."""
+        """Return q / (1 + (p - 1) q), where q = beta / (alpha + beta) is that of p = 1."""
         q = laws.allocation(made.form, values)
-        return q / (1 + (per - 1) * q)
+        return q / (1 + (p - 1) * q)
 
     try:
         a = float(allocation(law.vector))
-    except UserError:  # a law whose optimum is no power of C
-        return Row(*names, per, law.values, None, None, _loss(made, law.values, n, c))
+    except UserError:  # a law whose optimum is no power law of C
+        return SensitivityRow(*names, p, law.values, None, None, loss)
     low, high = map(float, replicates.interval(made.job.level, allocation))
-    return Row(*names, per, law.values, a, (low, high), _loss(made, law.values, n, c))
+    return SensitivityRow(*names, p, law.values, a, (low, high), loss)
 
 
 def conventions(table: pd.DataFrame, what: str) -> dict[str, Array]:
-    """Of "parameters" or "flops": the ways in which a table counts them, (n,) each, by name. Those
-    of the same numbers are one, with all of its names."""
+    """Return the ways in which a table counts "parameters" or "flops", (n,) each, by name.
+
+    Conventions with equal numbers are one, under all of their names. A convention that some run
+    lacks is absent.
+    """
     prefix = f"{what}_"
     found = {_OWN: table[what]} if what in table else {}
     found |= {c.removeprefix(prefix): table[c] for c in map(str, table) if c.startswith(prefix)}
@@ -112,7 +121,7 @@ def _slope(x: Array, y: Array) -> float:
 def _loss(
     made: "StudyFit", values: dict[str, float], n: Array | None, c: Array | None
 ) -> float | None:
-    """Of the target, as this law has it."""
+    """Return the loss of the target by the law with these `values`, or None without a target."""
     if not made.job.target.is_given:
         return None
     columns, _, _, _ = made.run_of(made.job.target)

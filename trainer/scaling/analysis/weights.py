@@ -1,11 +1,11 @@
-"""How much each run counts in a fit: by its own noise, and by its distance to the target.
+"""Weights of runs in a fit: by their noise, and by their distance to the target.
 
-    variance    of a run's log loss about the law: noise(C)^2 + (2 % a decade of C to the target)^2
+    variance    of a run's log loss about the law: noise(C)^2 + (2 % per decade of C to target)^2
     weight      1 / variance, scaled to a mean of 1, so that the objective keeps its size
     noise       from repeats: runs of one N, D and recipe with other seeds, as a power of C
 
-Invariant: noise is what a run repeated would scatter by. The standard error of a held-out loss is
-none of it: all runs are scored on the same windows, and what the windows err by they share.
+Invariant: noise is the scatter of one run when it is repeated. The standard error of a held-out
+loss is not part of it: all runs are scored on the same windows, so that they share that error.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,18 @@ from forescale.scaling.fitting.backtest import PRIOR, spent
 from forescale.scaling.fitting.points import Array, Points
 from forescale.scaling.records.records import RECIPE
 
-NOISE = 0.003  # of log loss, where nothing repeats; from 0.001 to 0.005 public fits are the same
-BELIEF = 3  # degrees of freedom that it counts for
-_STEADY = 1.0  # log of the variance changes by about so much a decade at most: a prior's deviation
+NOISE = 0.003  # of log loss, without repeats; fits of public data are the same from 0.001 to 0.005
+BELIEF = 3  # degrees of freedom of the prior NOISE
+_STEADY = 1.0  # prior standard deviation of the slope of log variance per decade of C
 
 
 @dataclass(frozen=True)
 class RunNoise:
-    """at: standard deviation of log loss of a run of `centre` FLOPs; slope: its power of C;
-    freedom: degrees of freedom of the repeats that tell it, 0: none did."""
+    """The noise of a run as a power law of its compute.
+
+    at: standard deviation of log loss of a run of `centre` FLOPs; slope: the exponent of C;
+    freedom: degrees of freedom of the repeats that it was estimated from, 0 if it is assumed.
+    """
 
     at: float = NOISE
     slope: float = 0.0
@@ -35,13 +38,17 @@ class RunNoise:
     freedom: int = 0
 
     def __call__(self, flops: Array) -> Array:
+        """Return the standard deviation of log loss of runs of these FLOPs."""
         return self.at * (flops / self.centre) ** self.slope
 
 
 def noise_of_repeats(table: pd.DataFrame, points: Points) -> RunNoise:
-    """From the repeats in a table of records, points: of the same runs. The variances within them
-    are scaled chi-squared; their mean is a power of C, by maximum likelihood with a prior of NOISE
-    (scaled inverse chi-squared; Gelman et al. 2013, section 2.6) and one of no slope."""
+    """Estimate the noise from the repeats in a table of records; points: of the same runs.
+
+    The variances within repeats are scaled chi-squared. Their mean is a power of C, by maximum
+    likelihood with a prior of NOISE (scaled inverse chi-squared; Gelman et al. 2013, section 2.6)
+    and a prior of no slope.
+    """
     cost, variance, freedom = _repeats(table, points)
     if not len(cost):
         return RunNoise()
@@ -49,21 +56,23 @@ def noise_of_repeats(table: pd.DataFrame, points: Points) -> RunNoise:
     middle = float(np.average(x, weights=freedom))
     x = x - middle
 
-    def surprise(theta: Array) -> float:
+    def negative_log_posterior(theta: Array) -> float:
         log = theta[0] + theta[1] * x
         seen = freedom * (log + variance * np.exp(-log))
         prior = BELIEF * (theta[0] + NOISE**2 * np.exp(-theta[0])) + (theta[1] / _STEADY) ** 2
         return float(seen.sum() + prior) / 2
 
-    log, slope = optimize.minimize(surprise, [2 * np.log(NOISE), 0.0]).x
+    log, slope = optimize.minimize(negative_log_posterior, [2 * np.log(NOISE), 0.0]).x
     power = float(slope) / 2 / np.log(10)  # of a standard deviation, by log C
     return RunNoise(float(np.exp(log / 2)), power, 10**middle, int(freedom.sum()))
 
 
 def _repeats(table: pd.DataFrame, points: Points) -> tuple[Array, Array, Array]:
-    """Of each group of repeats: C, the variance of log loss, its degrees of freedom. A table that
-    names no seeds has none: what else differs in it can't be known, and one run may be there
-    twice."""
+    """Return C, the variance of log loss and its degrees of freedom, for each group of repeats.
+
+    A table without seeds has no repeats: its runs may differ in something that it doesn't name, or
+    one run may be listed twice.
+    """
     seeds = [name for name in ("seed", "init_seed") if name in table]
     alike = [n for n in table if str(n).startswith("parameters") or n in ("tokens", *RECIPE)]
     if "tokens" not in alike:
@@ -78,8 +87,11 @@ def _repeats(table: pd.DataFrame, points: Points) -> tuple[Array, Array, Array]:
 
 
 def weigh(flops: Array, noise: RunNoise | None, target: float | None) -> Array:
-    """(n,) with a mean of 1. noise: None: all runs have that of NOISE; target: FLOPs of the run
-    that the law is fitted for, None: distance doesn't count."""
+    """Return weights of runs, (n,), with a mean of 1.
+
+    noise: None gives all runs the same noise, NOISE; target: FLOPs of the run that the law is
+    fitted for, None leaves out the distance.
+    """
     deviation = (noise or RunNoise())(flops)
     away = 0.0 if target is None else PRIOR * np.log10(target / flops)
     weight = 1 / (deviation**2 + away**2)
@@ -87,6 +99,6 @@ def weigh(flops: Array, noise: RunNoise | None, target: float | None) -> Array:
 
 
 def effective(weights: Sequence[float] | Array) -> float:
-    """How many equal runs would tell as much (Kish 1965, section 11.7)."""
+    """Return the number of equally weighted runs with the same information (Kish 1965, 11.7)."""
     w = np.asarray(weights, dtype=float)
     return float(w.sum() ** 2 / np.square(w).sum())

@@ -1,1 +1,1 @@
-"""What to run: sizes, cells, stages, and how sure the answer would be."""
+"""Which runs a study trains: sizes, cells, stages, and how precise the prediction will be."""

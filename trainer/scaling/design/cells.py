@@ -1,12 +1,14 @@
-"""A run to be: its shape, length, recipe and cost, and the config keys that make it.
+"""A cell: one planned run of a study, with its shape, length, recipe, cost and config keys.
 
-    cell      (N, D) or (N, C) of one family -> whole steps, batch, learning rate, warm-up, decay
-    crossed   the ends of a budget at three learning rates, which those between await
-    again     a cell with other seeds: of the weights alone, of the data alone
-    trunks    runs of one trajectory, of which the shorter branch off the longest
+    make_cell          (N, D) or (N, C) of one family -> whole steps, batch, learning rate, warm-up,
+                       decay
+    with_rate_sweeps   the smallest and largest size at three learning rates; the sizes between wait
+    batch_variants     a cell at half and twice its batch
+    seed_repeats       a cell with other seeds: of the weights alone, of the data order alone
+    share_trunks       runs of one trajectory: the shorter ones branch off the longest
 
-Invariant: what a cell says is all that its run needs: config keys, and the cells that must end
-before (for a learning rate, a trunk).
+Invariant: a cell has all that its run needs: the config keys, and the cells that must end before
+it (for its learning rate, or as its trunk).
 """
 
 import math
@@ -16,21 +18,28 @@ from typing import Any, Literal
 
 from forescale.scaling.design.shapes import Common, Shape, overrides
 
-FACTOR = 2.0  # between the three learning rates of a cross, and the batches of a check
-# Habits: least steps, least warm-up, its greatest share; how far whole steps may take D off.
+FACTOR = 2.0  # between the learning rates of a sweep, and between its batches
+# Limits of the flags: fewest steps, shortest warm-up, its largest share of the run, and the largest
+# relative change of D by rounding to whole steps.
 _STEPS, _WARMUP, _LONG, _ROUNDED = 500, 20, 0.1, 0.02
-Role = Literal["grid", "rate", "batch", "cross", "seed", "target"]
+Role = Literal["grid", "rate", "batch", "rate-batch", "seed", "target"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run to be. tokens = steps x batch; batch in windows; flops: of the whole run by every
-    convention; cost: FLOPs that it adds, a branch its decay alone; seconds: of one device, if its
-    rate is known; awaits: the cells whose losses tell its learning rate (until then that of the
-    rule); trunk, trunk_step: the run that it branches off; branches: steps at which others branch
-    off it; of: the cell of the grid that it repeats, or tunes; seed: of the data, and of the
-    weights unless init_seed is given; rate_by: its learning rate over that of its size;
-    adam_share: see Common."""
+    """A planned run.
+
+    role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
+    (a repeat), or target.
+    tokens = steps x batch; global_batch: windows; seconds: on one device, if its rate is known.
+    flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
+    waits_for: the cells whose losses determine its learning rate; until then it has the rule's.
+    trunk, trunk_step: the run that it branches off, and where; branches: steps at which other
+    cells branch off it.
+    cell_of: the grid cell that it repeats or varies (its own name for a grid cell).
+    seed: of the data order, and of the weights unless init_seed is given.
+    rate_factor: its learning rate divided by that of its size; adam_share: see Common.
+    """
 
     name: str
     stage: int
@@ -50,25 +59,25 @@ class Cell:
     cost: float
     seconds: float | None
     flags: tuple[str, ...] = ()
-    awaits: tuple[str, ...] = ()
+    waits_for: tuple[str, ...] = ()
     trunk: str | None = None
     trunk_step: int | None = None
-    of: str = ""
+    cell_of: str = ""
     init_seed: int | None = None
     branches: tuple[int, ...] = ()
-    rate_by: float = 1.0
+    rate_factor: float = 1.0
     adam_share: float | None = None
 
     @property
     def trajectory(self) -> tuple[Any, ...]:
-        """What two runs must share to be one until the first decays."""
+        """What two runs must have in common to be identical until the first decays."""
         seeds = (self.seed, self.init_seed)
-        recipe = (self.learning_rate, self.global_batch, self.warmup_steps, self.awaits)
+        recipe = (self.learning_rate, self.global_batch, self.warmup_steps, self.waits_for)
         return (*overrides(self.shape.model).items(), *recipe, *seeds)
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The config keys of its run."""
+        """The config keys of its run, by full name."""
         return {
             "run.name": self.name,
             **overrides(self.shape.model),
@@ -91,7 +100,7 @@ class Cell:
 
     @property
     def _adam_rate(self) -> dict[str, float]:
-        """Both learning rates of Muon are tuned as one."""
+        """The Adam learning rate beside Muon's, in a fixed ratio to it."""
         share = self.adam_share
         return {"optimizer.adam_learning_rate": self.learning_rate * share} if share else {}
 
@@ -99,67 +108,84 @@ class Cell:
 def make_cell(
     common: Common, name: str, stage: int, shape: Shape, budget: float | None = None,
     tokens: float | None = None, recipe_of: float | None = None, role: Role = "grid",
-    rate_by: float = 1.0, batch_by: float = 1.0, suffix: str = "",
+    rate_factor: float = 1.0, batch_factor: float = 1.0, suffix: str = "",
 ) -> Cell:  # fmt: skip
-    """budget (FLOPs) or tokens; recipe_of: D that batch and learning rate are for, its own if None;
-    rate_by, batch_by: factors on them."""
+    """Return the cell of this shape with `budget` FLOPs or `tokens`.
+
+    recipe_of: the D that batch and learning rate are chosen for, None for its own; rate_factor,
+    batch_factor: multiply the learning rate and batch of the rule.
+    """
     length, rule, n = common.sequence_length, common.rule, shape.counts.non_embedding
     per = common.per_token(shape.model)
     wanted = tokens or (budget or 0) / per[common.cost]
     aim, at_once = recipe_of or wanted, common.micro_batch * length
-    batch = max(1, round(rule.batch(aim) * batch_by / at_once)) * at_once
+    batch = max(1, round(rule.batch(aim) * batch_factor / at_once)) * at_once
     steps = max(1, round(wanted / batch))
-    # Over N tokens: a constant warm-up is too long for small models (Porian et al. 2024, arXiv
-    # 2406.19146). Our bound: where D is few times N, that is too long as well.
+    # Warm-up over N tokens: a constant one is too long for small models (Porian et al. 2024, arXiv
+    # 2406.19146). Our bound to a tenth of the run: with D a few times N, N tokens are too long too.
     warmup = math.ceil(min(shape.parameters, _LONG * aim) / batch)
     off = abs(steps * batch / wanted - 1)
-    doubts = {
+    flags = {
         f"fewer than {_STEPS} steps": steps < _STEPS,
         f"warm-up over {_LONG:.0%}": warmup > math.ceil(_LONG * steps),
         f"warm-up of fewer than {_WARMUP} steps": warmup < _WARMUP,
         "D beyond one epoch": common.unique is not None and steps * batch > common.unique,
-        f"whole steps are {off:.0%} off its D": off > _ROUNDED,
-        "batch and learning rate beyond their rule's range": not rule.covers(n, wanted),
+        f"rounding to whole steps changes D by {off:.0%}": off > _ROUNDED,
+        "batch and learning rate outside the range of their rule": not rule.covers(n, wanted),
     }
     flops = {convention: float(steps * batch * each) for convention, each in per.items()}
     decay, cost = math.ceil(common.decay * steps), flops[common.cost]
     return Cell(
         name + suffix, stage, role, budget, shape, steps * batch, steps, batch // length, length,
-        common.micro_batch, rule.learning_rate(n, aim) * rate_by, min(warmup, steps - decay), decay,
-        common.seed, flops, cost, cost / common.rate if common.rate else None,
-        tuple(what for what, is_so in doubts.items() if is_so), of=name, rate_by=rate_by,
-        adam_share=common.adam_share,
+        common.micro_batch, rule.learning_rate(n, aim) * rate_factor, min(warmup, steps - decay),
+        decay, common.seed, flops, cost, cost / common.rate if common.rate else None,
+        tuple(what for what, is_so in flags.items() if is_so), cell_of=name,
+        rate_factor=rate_factor, adam_share=common.adam_share,
     )  # fmt: skip
 
 
-def crossed(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
-    """The smallest and the largest size at three learning rates; those between await them."""
-    found, words = [d() for d in drafts], ((1 / FACTOR, "low"), (FACTOR, "high"))
-    ends = [(d, by, word) for d in (drafts[0], drafts[-1]) for by, word in words]
-    more = [d(role="rate", rate_by=by, suffix=f"-lr-{word}") for d, by, word in ends]
-    awaits = tuple(c.name for c in (found[0], found[-1], *more))
-    return [found[0], *(replace(c, awaits=awaits) for c in found[1:-1]), found[-1], *more]
+def with_rate_sweeps(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:
+    """Return a cell of each size, and more learning rates of the smallest and the largest size. The
+    sizes between wait for these.
+
+    drafts: make_cell with all but role and factors, by size.
+    """
+    found, factors = [d() for d in drafts], ((1 / FACTOR, "low"), (FACTOR, "high"))
+    ends = [(d, by, label) for d in (drafts[0], drafts[-1]) for by, label in factors]
+    more = [d(role="rate", rate_factor=by, suffix=f"-lr-{label}") for d, by, label in ends]
+    sweep = tuple(c.name for c in (found[0], found[-1], *more))
+    return [found[0], *(replace(c, waits_for=sweep) for c in found[1:-1]), found[-1], *more]
 
 
-def basin_of(draft: Callable[..., Cell], middle: Cell, whole: bool) -> list[Cell]:
-    """Half and twice the batch of a cell; whole: each batch at three learning rates, a cross of
-    both. A batch that comes to be the cell's own, since it is the least there is, is left out."""
+def batch_variants(draft: Callable[..., Cell], middle: Cell, joint: bool) -> list[Cell]:
+    """Return the cell `middle` at half and twice its batch.
+
+    joint: each batch at three learning rates; draft: make_cell for this cell with all but role and
+    factors. A batch that rounds to the cell's own is left out.
+    """
     batches = [(1.0, ""), (1 / FACTOR, "-batch-low"), (FACTOR, "-batch-high")]
     rates = [(1.0, ""), (1 / FACTOR, "-rate-low"), (FACTOR, "-rate-high")]
     found = list[Cell]()
-    for batch_by, batch in batches:
-        for rate_by, rate in rates if whole else rates[:1]:
-            role: Role = "cross" if rate else "batch"
-            c = draft(role=role, batch_by=batch_by, rate_by=rate_by, suffix=f"{batch}{rate}")
+    for batch_factor, batch in batches:
+        for rate_factor, rate in rates if joint else rates[:1]:
+            role: Role = "rate-batch" if rate else "batch"
+            c = draft(
+                role=role,
+                batch_factor=batch_factor,
+                rate_factor=rate_factor,
+                suffix=f"{batch}{rate}",
+            )
             if (batch and c.global_batch != middle.global_batch) or (rate and not batch):
-                found.append(replace(c, awaits=middle.awaits))
+                found.append(replace(c, waits_for=middle.waits_for))
     return found
 
 
-def again(cell: Cell, seeds: int) -> list[Cell]:
-    """The other seeds of a cell; `seeds` counts its own. Half of them, rounded up, begin with other
-    weights on the same data in the same order, the others with the same weights on other data: what
-    either makes of the noise can be told apart."""
+def seed_repeats(cell: Cell, seeds: int) -> list[Cell]:
+    """Return repeats of a cell with other seeds; `seeds` counts its own run too.
+
+    Half of them, rounded up, have other initial weights and the same data order, the others the
+    same weights and another data order, so that both parts of the noise can be measured.
+    """
     made = list[Cell]()
     for i in range(1, seeds):
         number = (i + 1) // 2
@@ -172,17 +198,17 @@ def again(cell: Cell, seeds: int) -> list[Cell]:
     return made
 
 
-def wider(cells: Sequence[Cell], rate: float) -> Cell:
-    """One more learning rate of a cross; cells: of one size, that were tried."""
+def extra_rate(cells: Sequence[Cell], rate: float) -> Cell:
+    """Return a cell that adds this learning rate to a sweep. cells: those of the sweep."""
     near = min(cells, key=lambda c: abs(math.log(c.learning_rate / rate)))
     tried = sum(c.role == "rate" for c in cells)
-    name = f"{near.of}-lr-{'higher' if rate > near.learning_rate else 'lower'}{tried - 1}"
+    name = f"{near.cell_of}-lr-{'higher' if rate > near.learning_rate else 'lower'}{tried - 1}"
     return replace(near, name=name, role="rate", learning_rate=rate)
 
 
 def share_trunks(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """Those of one trajectory branch off the longest of them, each where its own decay begins, and
-    cost that decay alone (Hägele et al. 2024, arXiv 2405.18392)."""
+    """Return the cells with those of one trajectory branching off the longest, each where its own
+    decay begins. A branch costs its decay alone (Hägele et al. 2024, arXiv 2405.18392)."""
     longest = {c.trajectory: c for c in sorted(cells, key=lambda c: c.steps)}
     found = list[Cell]()
     for c in cells:

@@ -1,11 +1,11 @@
-"""What the seeds and crosses of a study say of its noise, in place of what was assumed.
+"""Measures a study's own noise from its repeats and sweeps, in place of the assumed noise.
 
-    seeds      runs of one cell -> standard deviation of log loss, of the weights' seed and of the
-               data's apart where the runs tell them apart; cells at two budgets -> how it fades
-    crosses    three or more learning rates of one cell -> what the best of them is above their
-               parabola: the tuning gap
+    repeats   runs of one cell with several seeds -> standard deviation of log loss, by the weights'
+              seed and by the data's if the runs separate them; cells at two budgets -> its exponent
+    sweeps    three or more learning rates of one cell -> the tuning gap: how far the best run is
+              above their parabola
 
-Invariant: each number stands with how many runs it is from; what nobody measured stays as assumed.
+Invariant: each number carries the number of runs behind it; what was not measured stays as assumed.
 """
 
 import math
@@ -18,14 +18,15 @@ import pandas as pd
 from forescale.scaling.design.simulate import CENTRE, Assumptions
 from forescale.scaling.design.tuning import tuned
 
-# Two levels of a few seeds each tell an exponent to +-0.2 or so: it is held near what was assumed.
-_FADING = 0.1  # standard deviation of what is believed of it beforehand
-_RATES = 3  # of a parabola
+# Two levels of a few seeds each measure the exponent to about +-0.2, so a prior holds it near the
+# assumed value.
+_FADING = 0.1  # standard deviation of that prior
+_RATES = 3  # learning rates that a parabola needs
 
 
 @dataclass(frozen=True)
 class Spread:
-    """sd: of log loss; free: degrees of freedom that it is from."""
+    """A standard deviation of log loss, and its degrees of freedom (`free`)."""
 
     sd: float
     free: int
@@ -33,8 +34,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Level:
-    """A cell that was repeated. flops: C of a run; runs: of the cell, its own included; noise: of a
-    run that is new in all its seeds; weights, data: of a new seed of either alone."""
+    """The noise of one repeated cell. flops: C of a run; runs: how many, the cell's own included;
+    noise: over all seeds; weights, data: over one kind of seed alone."""
 
     cell: str
     flops: float
@@ -46,19 +47,22 @@ class Level:
 
 @dataclass(frozen=True)
 class Noise:
-    """gap: log loss that is typically (root mean square) lost to the learning rate, of `crosses`
-    cells; edges: cells whose best rate was at an edge, and which tell none."""
+    """The noise of a study. gap: root mean square excess of log loss by the learning rate, over
+    `sweeps` cells; edges: number of sweeps whose best rate is at an edge and that give no gap."""
 
     levels: tuple[Level, ...]
     gap: float | None
-    crosses: int
+    sweeps: int
     edges: int
 
-    def assumed(self, told: Assumptions | None = None) -> Assumptions:
-        """With what was measured in place of what was `told`. The exponent of fading weighs the
-        levels against what was told, +-0.1; the noise is that of all levels brought to one C."""
-        told = told or Assumptions()
-        found = told if self.gap is None else replace(told, gap=self.gap)
+    def assumed(self, before: Assumptions | None = None) -> Assumptions:
+        """Return the assumptions `before` with all that was measured in place.
+
+        The exponent `fading` combines the levels with a prior at the assumed value, +-0.1; the
+        noise is that of all levels, scaled to one C.
+        """
+        before = before or Assumptions()
+        found = before if self.gap is None else replace(before, gap=self.gap)
         known = [level for level in self.levels if level.noise.sd > 0]
         if not known:
             return found
@@ -70,27 +74,30 @@ class Noise:
         precision = 2 * float((free * off**2).sum())
         slope = -2 * float((free * off * np.log(sd)).sum())
         prior = 1 / _FADING**2
-        fading = (slope + told.fading * prior) / (precision + prior)
+        fading = (slope + before.fading * prior) / (precision + prior)
         noise = math.sqrt(np.average((sd * np.exp(fading * x)) ** 2, weights=free))
-        floor = min(told.floor, float(sd.min()))
+        floor = min(before.floor, float(sd.min()))
         return replace(found, noise=noise, fading=fading, floor=floor)
 
 
 def noise_of(table: pd.DataFrame, cost: str = "flops_causal") -> Noise:
-    """table: a row a run, with name, role (grid, rate, seed, ...), cell_of (the grid cell that it
-    repeats or tunes, its own name for that cell), learning_rate, loss and the column `cost`; seed
-    and init_seed where they are known. Losses that are no number are left out."""
+    """Return the noise of a study.
+
+    table: one row per run with name, role (grid, rate, seed, ...), cell_of (the grid cell that it
+    repeats or varies; a grid cell's own name), learning_rate, loss and the column `cost`; seed and
+    init_seed if known. Rows whose loss is not finite are left out.
+    """
     if table.empty or "role" not in table:
         return Noise((), None, 0, 0)
     table = table[np.isfinite(table["loss"])]
     levels, gaps, edges = list[Level](), list[float](), 0
     for cell, runs in table.groupby("cell_of", sort=False):
-        again = runs[runs["role"].isin(("grid", "seed"))]
-        if len(again) > 1:
-            levels.append(_level(str(cell), again, cost))
-        cross = runs[runs["role"].isin(("grid", "rate"))].drop_duplicates("learning_rate")
-        if len(cross) >= _RATES:
-            best = tuned(cross["learning_rate"].tolist(), cross["loss"].tolist())
+        repeats = runs[runs["role"].isin(("grid", "seed"))]
+        if len(repeats) > 1:
+            levels.append(_level(str(cell), repeats, cost))
+        sweep = runs[runs["role"].isin(("grid", "rate"))].drop_duplicates("learning_rate")
+        if len(sweep) >= _RATES:
+            best = tuned(sweep["learning_rate"].tolist(), sweep["loss"].tolist())
             gaps += [best.gap] if best.inside else []
             edges += not best.inside
     levels.sort(key=lambda level: level.flops)
@@ -105,14 +112,14 @@ def _level(cell: str, runs: pd.DataFrame, cost: str) -> Level:
         weights = _spread([own for _, own in runs.groupby("seed")])
         data = _spread([own for _, own in runs.groupby("init_seed")])
     if weights and data:
-        # Each of these runs is new in one of the two: they scatter less than runs new in both.
+        # Each of these runs has one new seed; runs with two new seeds scatter more.
         whole = Spread(math.hypot(weights.sd, data.sd), weights.free + data.free)
     assert whole is not None
     return Level(cell, float(runs[cost].mean()), len(runs), whole, weights, data)
 
 
 def _spread(groups: Sequence[pd.DataFrame]) -> Spread | None:
-    """Pooled over groups of runs that differ in one thing; None where no group has two."""
+    """Pooled over groups of runs; None if no group has two runs."""
     logs = [np.log(own["loss"].to_numpy()) for own in groups if len(own) > 1]
     if not logs:
         return None

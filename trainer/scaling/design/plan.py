@@ -1,12 +1,12 @@
-"""What a study will run and what that costs, before anything is spent; and what its results make
-of the rest.
+"""The plan of a study: which runs it trains, in which stages, and what they cost.
 
-    isoFLOP grid   budgets x sizes around the N that is thought best; a stage a budget: the first is
-                   exact, a later one an envelope of costs until the former's optimum is known
-    ladder         sizes x multiples of 20 tokens a parameter; of a size all D share one trunk
-    list           whatever (N, D) are given
+    isoFLOP grid   several sizes within each compute budget, one stage per budget; the first stage
+                   is exact, later ones are drafts with a range of costs until the stage before
+                   has given its optimum
+    ladder         sizes times multiples of 20 tokens per parameter; one trunk per size
+    list           the (N, D) that are given
 
-Invariant: a plan's highest cost is within its cap, or there is no plan.
+Invariant: the highest cost of a plan is within its cap, or there is no plan.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,27 +20,31 @@ from forescale.errors import UserError
 from forescale.scaling.design.cells import (
     FACTOR,
     Cell,
-    again,
-    basin_of,
-    crossed,
+    batch_variants,
+    extra_rate,
     make_cell,
+    seed_repeats,
     share_trunks,
-    wider,
+    with_rate_sweeps,
 )
 from forescale.scaling.design.shapes import RATIO, SEEDS, Common, Rule
-from forescale.scaling.design.tuning import Tuned, best_rates, between
+from forescale.scaling.design.tuning import Tuned, best_rates, interpolated_rate
 
-_BUDGETS, _SIZES = 3, 3  # fewer tell no law, and no parabola
-_CROSS, _WIDER = 3, 2  # learning rates of a cross, and more where the best is at an edge
-_DRIFT = 2.0  # so far the best N may turn out off where it was thought, for the envelope
+_BUDGETS, _SIZES = 3, 3  # fewer determine no law, and no parabola
+_RATES, _EXTRA_RATES = 3, 2  # of a learning-rate sweep; and more if the best is at an edge
+_DRIFT = 2.0  # factor by which the best N may differ from its guess, for the range of costs
 Kind = Literal["isoflop", "ladder", "list"]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """low, high: cost in FLOPs, the same where it is exact but for what may be needed to widen its
-    crosses; where it isn't, its cells are a draft. tuned, gap: by N the best learning rate, and the
-    log loss left untuned; set when its crosses have ended."""
+class StudyStage:
+    """Cells that are launched together.
+
+    low, high: range of the cost in FLOPs; of an exact stage they differ only by the reserve for
+    extra learning rates. exact: False for a draft, whose cells may still change. tuned, gap: the
+    best learning rate of each swept N, and the largest excess of log loss over it; set when the
+    learning-rate sweeps have ended.
+    """
 
     number: int
     budget: float | None
@@ -53,59 +57,70 @@ class Stage:
 
     @property
     def cost(self) -> float:
+        """FLOPs of all cells."""
         return sum(c.cost for c in self.cells)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """cap, low, high: FLOPs by common.cost. grid: what an isoFLOP plan is made again from."""
+class StudyPlan:
+    """All stages of a study. cap, low, high: FLOPs, counted by common.cost. grid: the layout that
+    later stages of an isoFLOP plan are made from."""
 
     kind: Kind
     common: Common
-    stages: tuple[Stage, ...]
+    stages: tuple[StudyStage, ...]
     cap: float
     grid: "Grid | None" = None
     notes: tuple[str, ...] = ()
 
     @property
     def low(self) -> float:
+        """The lowest possible cost, FLOPs."""
         return sum(s.low for s in self.stages)
 
     @property
     def high(self) -> float:
+        """The highest possible cost, FLOPs."""
         return sum(s.high for s in self.stages)
 
     @property
     def cells(self) -> tuple[Cell, ...]:
+        """The cells of all stages."""
         return tuple(c for s in self.stages for c in s.cells)
 
-    def with_stage(self, stage: Stage) -> "Plan":
-        """In place of the one of its number."""
+    def with_stage(self, stage: StudyStage) -> "StudyPlan":
+        """Return the plan with this stage in place of the one of its number."""
         stages = (stage if s.number == stage.number else s for s in self.stages)
         return replace(self, stages=tuple(stages))
 
-    def recentred(self, best: Callable[[float], float], rule: Rule | None = None) -> "Plan":
-        """With the first stage that is not exact made so. best: N*(C), as isoflop(...).parameters;
-        rule: of batch and learning rate, as learnt so far. Raises UserError where none is left, N*
-        is no size, or the cap would be passed."""
+    def centre_next_stage(
+        self, best: Callable[[float], float], rule: Rule | None = None
+    ) -> "StudyPlan":
+        """Return the plan with its first draft stage made exact.
+
+        best: N*(C), as isoflop(...).parameters; rule: for batch and learning rate, None keeps the
+        plan's. Raises UserError if no draft is left, if no model has about N* parameters, or if
+        the plan would cost more than its cap.
+        """
         stage = next((s for s in self.stages if not s.exact), None)
         if self.grid is None or stage is None or stage.budget is None:
             raise UserError("stage", "all stages are exact", "launch them, or plan a new study")
         common = replace(self.common, rule=rule or self.common.rule)
         cells = self.grid.cells(common, stage.number, centre := float(best(stage.budget)))
         cost = sum(c.cost for c in cells)
-        made = replace(stage, cells=cells, low=cost, high=cost + _spare(cells), exact=True)
+        made = replace(stage, cells=cells, low=cost, high=cost + _reserve(cells), exact=True)
         found = self.with_stage(made)
         if found.high > self.cap:
-            what = f"with stage {stage.number} at {centre:.3g} parameters it is {found.high:.3g}"
-            raise UserError("cap", what, f"raise it from {self.cap:.3g}, or end the study before")
+            what = f"stage {stage.number} around {centre:.3g} parameters raises the plan's cost to "
+            what += f"{found.high:.3g} FLOPs, more than the cap of {self.cap:.3g}"
+            raise UserError("cap", what, "plan a new study with more, or end this one here")
         return found
 
 
 @dataclass(frozen=True)
 class Grid:
-    """budgets: FLOPs, growing; sizes a budget, from centre / spread to centre x spread; ratio: D/N
-    of the first centre."""
+    """The layout of an isoFLOP plan. budgets: FLOPs, increasing; sizes: number per budget, from
+    centre / spread to centre x spread; ratio: D/N at the centre of the first budget."""
 
     budgets: tuple[float, ...]
     sizes: int = 5
@@ -113,7 +128,7 @@ class Grid:
     ratio: float = RATIO
 
     @classmethod
-    def under(
+    def within_cap(
         cls,
         cap: float,
         budgets: int = 5,
@@ -122,90 +137,100 @@ class Grid:
         step: float = 10**0.5,
         ratio: float = RATIO,
         seeds: tuple[int, int] = SEEDS,
-        cross: bool = False,
+        joint_sweep: bool = False,
     ) -> "Grid":
-        """The dearest budgets, a factor of `step` apart, that the cap (FLOPs) pays for, with all
-        crosses, checks and seeds; 1 % is left for whole steps. budgets, sizes: 3 or more."""
-        checks = 8 if cross else 2
+        """Return the grid with the most expensive budgets, a factor of `step` apart, that the cap
+        (FLOPs) pays for, including sweeps and seeds; 1 % is left for rounding to whole steps.
+        budgets, sizes: 3 or more."""
+        checks = 8 if joint_sweep else 2
         extra = [checks + seeds[0] - 1, *[0] * (budgets - 3), seeds[1] - 1, checks]
-        each = sizes + 2 * (_CROSS - 1) + 2 * _WIDER
+        each = sizes + 2 * (_RATES - 1) + 2 * _EXTRA_RATES
         shares = [step ** (i + 1 - budgets) for i in range(budgets)]
         top = 0.99 * cap / sum((each + e) * s for e, s in zip(extra, shares, strict=True))
         return cls(tuple(top * s for s in shares), sizes, spread, ratio)
 
     def cells(self, common: Common, stage: int, centre: float) -> tuple[Cell, ...]:
-        """Of stage 1, 2, ... around N = centre."""
+        """Return the cells of stage 1, 2, ... around N = centre."""
         budget, last = self.budgets[stage - 1], len(self.budgets)
         powers = [2 * i / (self.sizes - 1) - 1 for i in range(self.sizes)]
         shapes = common.family.nearest([centre * self.spread**p for p in powers])
         if len(shapes) < _SIZES:
-            what = f"only {len(shapes)} sizes can be had around {centre:.3g} parameters"
-            raise UserError("sizes", what, "spread them further, or take greater budgets")
+            what = f"only {len(shapes)} different models exist around {centre:.3g} parameters"
+            raise UserError("sizes", what, "raise plan.spread, or take larger budgets")
         sizes = enumerate(shapes)
         drafts = [partial(make_cell, common, f"s{stage}-n{i}", stage, s, budget) for i, s in sizes]
-        found = crossed(drafts)
+        found = with_rate_sweeps(drafts)
         middle, draft = found[len(shapes) // 2], drafts[len(shapes) // 2]
         if stage in (1, last):
-            found += basin_of(draft, middle, common.cross)
+            found += batch_variants(draft, middle, common.joint_sweep)
         seeds = {1: common.seeds[0], last - 1: common.seeds[1]}
-        return tuple(found + again(middle, seeds.get(stage, 1)))
+        return tuple(found + seed_repeats(middle, seeds.get(stage, 1)))
 
-    def stage(self, common: Common, number: int) -> Stage:
-        """The first exact; a later one the envelope of where its centre may come to lie."""
+    def stage(self, common: Common, number: int) -> StudyStage:
+        """Return a stage; the first is exact, a later one has the range of costs over the centres
+        that it may get."""
         budget = self.budgets[number - 1]
         centre = common.centre(budget, self.ratio)
         tried = [self.cells(common, number, centre)]
         for factor in (1 / _DRIFT, _DRIFT) if number > 1 else ():
-            with suppress(UserError):  # sizes that can't be had there can't cost anything
+            with suppress(UserError):  # no models there, so no cost
                 tried.append(self.cells(common, number, centre * factor))
         costs = [sum(c.cost for c in cells) for cells in tried]
-        high = max(cost + _spare(cells) for cost, cells in zip(costs, tried, strict=True))
-        return Stage(number, budget, tried[0], min(costs), high, number == 1)
+        high = max(cost + _reserve(cells) for cost, cells in zip(costs, tried, strict=True))
+        return StudyStage(number, budget, tried[0], min(costs), high, number == 1)
 
 
-def _spare(cells: Sequence[Cell]) -> float:
-    """FLOPs to widen each of the two crosses with."""
-    awaited = {name for c in cells for name in c.awaits}
-    return _WIDER * sum({c.of: c.cost for c in cells if c.name in awaited}.values())
+def _reserve(cells: Sequence[Cell]) -> float:
+    """FLOPs kept for extra learning rates of both sweeps."""
+    swept = {name for c in cells for name in c.waits_for}
+    return _EXTRA_RATES * sum({c.cell_of: c.cost for c in cells if c.name in swept}.values())
 
 
-def isoflop_grid(common: Common, grid: Grid, cap: float) -> Plan:
-    """cap: FLOPs, by common.cost. Raises UserError for a grid that tells no law, where sizes can't
-    be had, and where it costs more than the cap (with what would fit)."""
+def isoflop_grid(common: Common, grid: Grid, cap: float) -> StudyPlan:
+    """Return an isoFLOP plan. cap: FLOPs, counted by common.cost.
+
+    Raises UserError if the grid can't determine a law, if no models of its sizes exist, or if it
+    costs more than the cap (the message says what would fit).
+    """
     if len(grid.budgets) < _BUDGETS or list(grid.budgets) != sorted(set(grid.budgets)):
-        what = f"{len(grid.budgets)} of them, which must be {_BUDGETS} or more and grow"
+        what = f"{len(grid.budgets)} are given; they must be {_BUDGETS} or more and increase"
         raise UserError("budgets", what, "give 5 or more, half a decade apart")
     if grid.sizes < _SIZES or grid.spread <= 1:
-        what = f"{grid.sizes} over a factor of {grid.spread:g} make no parabola"
+        what = f"{grid.sizes} sizes over a factor of {grid.spread:g} determine no parabola"
         raise UserError("sizes", what, "give 5 to 7, over a factor of 2 to 4")
 
-    def made(g: Grid) -> Plan:
+    def made(g: Grid) -> StudyPlan:
         try:
             stages = tuple(g.stage(common, i + 1) for i in range(len(g.budgets)))
         except UserError as e:
-            what = f"a grid from {g.budgets[0]:.3g} FLOPs can't be had ({e.where}: {e.what})"
-            raise UserError("cap", what, "raise it, or take fewer budgets or sizes") from None
+            what = f"no grid can start at {g.budgets[0]:.3g} FLOPs ({e.where}: {e.what})"
+            raise UserError("cap", what, "raise it, or plan fewer budgets or sizes") from None
         notes = [f"{len(g.budgets)} budgets; 5 or more are better"] * (len(g.budgets) < 5)
-        notes += [f"{g.sizes} sizes a budget; 5 to 7 are better"] * (not 5 <= g.sizes <= 7)
-        return Plan("isoflop", common, stages, cap, g, tuple(notes))
+        notes += [f"{g.sizes} sizes per budget; 5 to 7 are better"] * (not 5 <= g.sizes <= 7)
+        return StudyPlan("isoflop", common, stages, cap, g, tuple(notes))
 
     sizes = sorted({grid.sizes, min(grid.sizes, 5)}, reverse=True)
     less = [(s, grid.budgets[:n]) for s in sizes for n in range(len(grid.budgets), 2, -1)]
-    words = "{} budgets up to {:.3g} of {} sizes"
-    return _within(made(grid), (
-        (words.format(len(b), b[-1], s), made(replace(grid, budgets=b, sizes=s))) for s, b in less
+    text = "{} budgets up to {:.3g} of {} sizes"
+    return _within_cap(made(grid), (
+        (text.format(len(b), b[-1], s), made(replace(grid, budgets=b, sizes=s))) for s, b in less
     ))  # fmt: skip
 
 
-def ladder(common: Common, sizes: Sequence[float], multiples: Sequence[float], cap: float) -> Plan:
-    """Of each size D = 20 N times every multiple, on one trunk with the batch and learning rate of
-    the geometric mean of its D; those are tried out at the least multiple, and awaited by the
-    others. Raises UserError as `isoflop_grid` does."""
-    if len(sizes) < _SIZES or len(set(multiples)) < 2 or min(multiples) <= 0:
-        what = f"{len(sizes)} sizes and {len(set(multiples))} multiples tell no law"
-        raise UserError("sizes", what, "give three sizes or more, and two multiples or more")
+def ladder(
+    common: Common, sizes: Sequence[float], multiples: Sequence[float], cap: float
+) -> StudyPlan:
+    """Return a plan with D = 20 N times every multiple for each size.
 
-    def made(ns: Sequence[float], ms: Sequence[float]) -> Plan:
+    The runs of a size branch off one trunk and share the batch and learning rate for the geometric
+    mean of their D. The learning-rate sweeps are at the smallest multiple; the others wait for
+    them. Raises UserError as `isoflop_grid` does.
+    """
+    if len(sizes) < _SIZES or len(set(multiples)) < 2 or min(multiples) <= 0:
+        what = f"{len(sizes)} sizes and {len(set(multiples))} multiples determine no law"
+        raise UserError("sizes", what, "give three or more sizes, and two or more multiples")
+
+    def made(ns: Sequence[float], ms: Sequence[float]) -> StudyPlan:
         middle = RATIO * geometric_mean(ms)
         shapes, cells = common.family.series(ns), list[Cell]()
         for m in ms:
@@ -214,82 +239,96 @@ def ladder(common: Common, sizes: Sequence[float], multiples: Sequence[float], c
                         recipe_of=middle * s.parameters)
                 for i, s in enumerate(shapes)
             ]  # fmt: skip
-            awaits = cells[1].awaits if cells else ()
-            cells += [replace(d(), awaits=awaits) for d in drafts] if cells else crossed(drafts)
+            sweep = cells[1].waits_for if cells else ()
+            cells += (
+                [replace(d(), waits_for=sweep) for d in drafts]
+                if cells
+                else with_rate_sweeps(drafts)
+            )
         return _listed("ladder", common, cells, cap)
 
     ns, ms = sorted(sizes), sorted(set(multiples))
     shorter = ((n, k) for n in range(len(ns), _SIZES - 1, -1) for k in range(len(ms), 1, -1))
-    words = "{} sizes up to {:.3g} at {} multiples"
-    cheaper = ((words.format(n, ns[n - 1], k), made(ns[:n], ms[:k])) for n, k in shorter)
-    return _within(made(ns, ms), cheaper)
+    text = "{} sizes up to {:.3g} at {} multiples"
+    cheaper = ((text.format(n, ns[n - 1], k), made(ns[:n], ms[:k])) for n, k in shorter)
+    return _within_cap(made(ns, ms), cheaper)
 
 
-def explicit(common: Common, runs: Sequence[tuple[float, float]], cap: float) -> Plan:
-    """Of (N, D) as given, D in tokens, with nothing to check their recipes; else as a `ladder`."""
+def explicit(common: Common, runs: Sequence[tuple[float, float]], cap: float) -> StudyPlan:
+    """Return a plan of the given (N, D), D in tokens, without learning-rate sweeps. Runs of one
+    size branch off one trunk. Raises UserError as `isoflop_grid` does."""
     ns = sorted({n for n, _ in runs})
     if len(ns) < _SIZES:
-        what = f"{len(runs)} of them are of fewer than {_SIZES} sizes"
-        raise UserError("runs", what, "give (N, D) of three sizes or more")
+        what = f"{len(runs)} runs have fewer than {_SIZES} different sizes"
+        raise UserError("runs", what, "give (N, D) of three or more sizes")
     shapes, cells = dict(zip(ns, common.family.series(ns), strict=True)), list[Cell]()
     for i, (n, d) in enumerate(runs):
         aim = geometric_mean([other for size, other in runs if size == n])
         cells.append(make_cell(common, f"r{i}", 1, shapes[n], tokens=d, recipe_of=aim))
-    return _within(_listed("list", common, cells, cap), iter(()))
+    return _within_cap(_listed("list", common, cells, cap), iter(()))
 
 
-def _listed(kind: Kind, common: Common, cells: Sequence[Cell], cap: float) -> Plan:
-    """One exact stage, with seeds at the cheapest cell and at the dearest but one."""
+def _listed(kind: Kind, common: Common, cells: Sequence[Cell], cap: float) -> StudyPlan:
+    """A plan of one exact stage, with repeats of the cheapest and of the second most expensive
+    cell."""
     grown = sorted((c for c in cells if c.role == "grid"), key=lambda c: c.cost)
-    seeds = [*again(grown[0], common.seeds[0]), *again(grown[-2], common.seeds[1])]
+    seeds = [*seed_repeats(grown[0], common.seeds[0]), *seed_repeats(grown[-2], common.seeds[1])]
     shared = share_trunks([*cells, *seeds])
     cost = sum(c.cost for c in shared)
-    return Plan(kind, common, (Stage(1, None, shared, cost, cost + _spare(shared), True),), cap)
+    return StudyPlan(
+        kind, common, (StudyStage(1, None, shared, cost, cost + _reserve(shared), True),), cap
+    )
 
 
-def _within(plan: Plan, cheaper: Iterator[tuple[str, Plan]]) -> Plan:
-    """The plan, or UserError with the first of the cheaper ones that fits, or with the last."""
+def _within_cap(plan: StudyPlan, cheaper: Iterator[tuple[str, StudyPlan]]) -> StudyPlan:
+    """Return the plan. If it costs more than its cap, raise UserError with the first cheaper plan
+    that fits, or with the cheapest."""
     if plan.high <= plan.cap:
         return plan
     what = f"the plan costs up to {plan.high:.3g} FLOPs, more than the cap of {plan.cap:.3g}"
-    todo = "raise it, or take out runs"
-    for words, other in cheaper:
+    todo = "raise it, or remove runs"
+    for text, other in cheaper:
         if other.high <= plan.cap:
-            raise UserError("cap", what, f"{words} cost {other.high:.3g} and fit")
-        todo = f"raise it: the cheapest such plan, {words}, costs {other.high:.3g}"
+            raise UserError("cap", what, f"{text} cost {other.high:.3g} and fit")
+        todo = f"raise it; the cheapest such plan, {text}, costs {other.high:.3g}"
     raise UserError("cap", what, todo)
 
 
-def losses_of_cross(stage: Stage, losses: Mapping[str, float]) -> list[Cell]:
-    """The cells whose losses tell a learning rate. Raises UserError where some have none yet."""
-    awaited = {name for c in stage.cells for name in c.awaits}
-    if missing := sorted(awaited - set(losses)):
+def _sweep_cells(stage: StudyStage, losses: Mapping[str, float]) -> list[Cell]:
+    """The cells of the learning-rate sweeps. Raises UserError if some have no loss yet."""
+    swept = {name for c in stage.cells for name in c.waits_for}
+    if missing := sorted(swept - set(losses)):
         what = f"{len(missing)} cells have no loss yet, such as {missing[0]}"
-        raise UserError(f"stage {stage.number}", what, "let them end first")
-    return [c for c in stage.cells if c.name in awaited]
+        raise UserError(f"stage {stage.number}", what, "wait until they have ended")
+    return [c for c in stage.cells if c.name in swept]
 
 
-def widened(stage: Stage, losses: Mapping[str, float], room: float) -> tuple[Cell, ...]:
-    """One more learning rate for each size whose best is at the edge of its cross, as far as `room`
-    (FLOPs) and _WIDER go. losses: by name of cell, nan for one that diverged."""
-    ends, found = losses_of_cross(stage, losses), list[Cell]()
+def extra_rates(stage: StudyStage, losses: Mapping[str, float], room: float) -> tuple[Cell, ...]:
+    """Return one more cell for each size whose best learning rate is at the edge of its sweep, as
+    far as `room` (FLOPs) and _EXTRA_RATES allow. losses: by cell name, nan if it diverged."""
+    ends, found = _sweep_cells(stage, losses), list[Cell]()
     best, _ = best_rates([(c.shape.parameters, c.learning_rate, losses[c.name]) for c in ends])
     for n, t in best.items():
-        own, rate = [c for c in ends if c.shape.parameters == n], t.wider(FACTOR)
-        if rate is not None and len(own) < _CROSS + _WIDER and own[0].cost <= room:
-            found.append(wider(own, rate))
+        own, rate = [c for c in ends if c.shape.parameters == n], t.next_rate(FACTOR)
+        if rate is not None and len(own) < _RATES + _EXTRA_RATES and own[0].cost <= room:
+            found.append(extra_rate(own, rate))
             room -= own[0].cost
     return tuple(found)
 
 
-def settled(stage: Stage, losses: Mapping[str, float]) -> Stage:
-    """With the learning rates that awaited crosses; nobody awaits them any more, and nothing is
-    spared to widen them. losses: by name of cell, nan for one that diverged."""
-    ends = losses_of_cross(stage, losses)
+def with_chosen_rates(stage: StudyStage, losses: Mapping[str, float]) -> StudyStage:
+    """Return the stage with the learning rates of all waiting cells set, and without the reserve
+    for extra rates. losses: by cell name, nan if it diverged."""
+    ends = _sweep_cells(stage, losses)
     rates, gap = best_rates([(c.shape.parameters, c.learning_rate, losses[c.name]) for c in ends])
-    own = {c.name: between(rates, c.shape.parameters) * c.rate_by for c in stage.cells if c.awaits}
+    own = {
+        c.name: interpolated_rate(rates, c.shape.parameters) * c.rate_factor
+        for c in stage.cells
+        if c.waits_for
+    }
     cells = [
-        replace(c, learning_rate=own.get(c.name, c.learning_rate), awaits=()) for c in stage.cells
+        replace(c, learning_rate=own.get(c.name, c.learning_rate), waits_for=())
+        for c in stage.cells
     ]
     made = replace(stage, cells=tuple(cells), tuned=tuple(sorted(rates.items())), gap=gap)
     return replace(made, high=made.cost)

@@ -1,6 +1,6 @@
-"""`study plan`: what a study would run, what that costs, and how sure it would be of its target.
+"""`study plan`: chooses the runs, prices them, and simulates how precise the prediction will be.
 
-Invariant: nothing is launched here, and nothing is planned that costs more than the cap.
+Invariant: nothing is launched here, and no plan costs more than its cap.
 """
 
 from collections import Counter
@@ -15,53 +15,60 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.run.start import open_sources
 from forescale.scaling.config import StudyJob
-from forescale.scaling.design.plan import Grid, Plan, explicit, isoflop_grid, ladder
+from forescale.scaling.design.plan import Grid, StudyPlan, explicit, isoflop_grid, ladder
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.design.simulate import Design, Expected, Target, expected
+from forescale.scaling.design.simulate import Expected, RunSet, Target, expected
 
 _SECONDS_AN_HOUR = 3600.0
-_OWN = {
+_STUDY_OWNED = {
     *("run.name", "run.root", "run.from.run", "run.from.step", "model", "train.steps"),
     *("train.tokens", "train.global_batch", "train.micro_batch", "train.sequence_length"),
     *("train.seed", "train.init_seed", "optimizer.learning_rate", "schedule.kind"),
     *("schedule.warmup", "schedule.decay", "checkpoint.at"),
-}  # keys of a run that a cell sets
+}  # config keys of a run that its cell sets
 
 
-def plan(job: StudyJob) -> tuple[Plan, Expected | None]:
-    """The design, and what it would be worth at the target, if one is given. Raises UserError where
-    it can't be had for the cap."""
-    asked = job.plan
-    if asked.cap is None:
-        raise UserError("plan.cap", "is not given", "write plan.cap=1e16: FLOPs that may be spent")
+def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
+    """Return the plan, and the precision of its prediction if a target is given. Raises UserError
+    if no such plan fits under the cap."""
+    keys = job.plan
+    if keys.cap is None:
+        todo = "write plan.cap=1e16, the FLOPs that the study may spend"
+        raise UserError("plan.cap", "is not given", todo)
     common = common_of(job)
-    if asked.kind == "ladder":
-        made = ladder(common, asked.ladder, asked.multiples, asked.cap)
-    elif asked.kind == "list":
-        made = explicit(common, [(n, d) for n, d in asked.runs], asked.cap)
+    if keys.kind == "ladder":
+        made = ladder(common, keys.ladder, keys.multiples, keys.cap)
+    elif keys.kind == "list":
+        made = explicit(common, [(n, d) for n, d in keys.runs], keys.cap)
     else:
-        layout = (asked.budgets, asked.sizes, asked.spread, asked.step, asked.ratio)
-        grid = Grid.under(asked.cap, *layout, common.seeds, common.cross)
-        made = isoflop_grid(common, grid, asked.cap)
+        layout = (keys.budgets, keys.sizes, keys.spread, keys.step, keys.ratio)
+        grid = Grid.within_cap(keys.cap, *layout, common.seeds, common.joint_sweep)
+        made = isoflop_grid(common, grid, keys.cap)
     t = job.target
     if not t.is_given:
         return made, None
     target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
-    return made, expected(Design.of(made), target, seed=job.seed, near=job.near)
+    return made, expected(RunSet.of(made), target, seed=job.seed, near=job.near)
 
 
 def common_of(job: StudyJob) -> Common:
-    """What all cells share: the model's kind, the data's vocabulary and size, and conventions.
-    Raises UserError, or ConfigError, for words that no run takes, or that cells set themselves."""
-    asked = job.plan
-    for word in asked.words:
-        if (key := word.partition("=")[0]) in _OWN:
-            todo = "leave it out: see the keys under plan"
-            raise UserError("plan.words", f"{key} is what a study sets itself", todo)
-    train = compose(TrainJob, asked.shared)
+    """Return what all cells have in common: base model, vocabulary, data size and conventions.
+
+    Raises UserError (ConfigError is one) if plan.arguments has keys that `train` doesn't know or
+    that each cell sets itself.
+    """
+    keys = job.plan
+    for argument in keys.arguments:
+        if (key := argument.partition("=")[0]) in _STUDY_OWNED:
+            todo = (
+                "leave it out; forescale study plan --help lists the keys that a study has instead"
+            )
+            raise UserError("plan.arguments", f"{key} is set by the study itself", todo)
+    train = compose(TrainJob, keys.shared)
     if not isinstance(train.model, ModelConfig):
-        raise UserError("plan.model", f"{asked.model} has no sizes of ours", "choose another model")
-    vocabulary, unique = asked.vocab_size, asked.unique
+        todo = "choose a model=CHOICE whose width and layers forescale sets"
+        raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)
+    vocabulary, unique = keys.vocab_size, keys.unique
     adam = train.optimizer.adam_learning_rate
     if vocabulary is None or unique is None:
         sources = open_sources(train.data)
@@ -71,28 +78,28 @@ def common_of(job: StudyJob) -> Common:
     return Common(
         train.model,
         vocabulary,
-        asked.sequence_length,
+        keys.sequence_length,
         size=job.size,
         cost=job.cost,
-        micro_batch=asked.micro_batch,
+        micro_batch=keys.micro_batch,
         seed=job.seed or train.train.seed,
-        rate=asked.rate,
+        rate=keys.rate,
         unique=unique,
-        seeds=_seeds(asked.seeds),
-        cross=asked.cross,
+        seeds=_seeds(keys.seeds),
+        joint_sweep=keys.joint_sweep,
         adam_share=adam / train.optimizer.learning_rate if adam else None,
     )
 
 
 def _seeds(given: list[int]) -> tuple[int, int]:
     if len(given) != 2 or min(given) < 1:
-        todo = "write plan.seeds=[5,3]: of the cheapest cell, and of one near the top"
-        raise UserError("plan.seeds", f"{given} are no two numbers of seeds", todo)
+        todo = "write plan.seeds=[5,3], for the cheapest cell and for an expensive one"
+        raise UserError("plan.seeds", f"{given} are not two counts of 1 or more", todo)
     return given[0], given[1]
 
 
-def show(made: Plan, sure: Expected | None, console: Console) -> None:
-    """Print the page."""
+def show(made: StudyPlan, precision: Expected | None, console: Console) -> None:
+    """Print the plan."""
     n = len(made.cells)
     console.print(
         f"{made.kind}: {n} runs in {len(made.stages)} stages; at most {made.high:.3g} of "
@@ -102,13 +109,15 @@ def show(made: Plan, sure: Expected | None, console: Console) -> None:
     console.print(_stages(made))
     console.print()
     console.print(_cells(made))
-    if sure is not None:
-        half, bare = sure.half, sure.bare
+    if precision is not None:
+        half, noise = precision.half, precision.without_discrepancy
         console.print(
-            f"\nTarget {sure.beyond:.3g} times beyond the dearest run: expected ± {half[0.5]:.1%} "
-            f"(50%), ± {half[0.9]:.1%} (90%); of it the runs' noise {bare[0.5]:.1%}, "
-            f"{bare[0.9]:.1%}: more runs narrow that alone, dearer ones both. From {sure.draws} "
-            "made-up surfaces; seed noise and tuning gap are assumed until stage 1 measures them.",
+            f"\nThe target has {precision.extrapolation_factor:.3g} times the compute of the most "
+            f"expensive run. Expected prediction interval: ± {half[0.5]:.1%} (50%), "
+            f"± {half[0.9]:.1%} (90%). Of this, ± {noise[0.5]:.1%} and ± {noise[0.9]:.1%} come "
+            "from the noise of the runs; more runs narrow that part, more expensive runs narrow "
+            f"both. From {precision.draws} simulated studies, which assume seed noise and tuning "
+            "gap; stage 1 measures both.",
             soft_wrap=True,
         )
     flags = Counter(flag for cell in made.cells for flag in cell.flags)
@@ -118,7 +127,7 @@ def show(made: Plan, sure: Expected | None, console: Console) -> None:
         console.print(f"[yellow]Note:[/] {note}.")
 
 
-def _stages(made: Plan) -> Table:
+def _stages(made: StudyPlan) -> Table:
     rows = table("stage", "budget", "runs", "FLOPs", "device-hours")
     rate = made.common.rate
     for stage in made.stages:
@@ -130,10 +139,10 @@ def _stages(made: Plan) -> Table:
     return rows
 
 
-def _cells(made: Plan) -> Table:
-    """Every run; of a stage that awaits others as a draft, with its cost as about so much."""
-    names = ("run", "for", "N", "layers x width", "tokens", "D/N", "steps", "batch", "rate")
-    rows = table(*names, "FLOPs", left=("run", "for"))
+def _cells(made: StudyPlan) -> Table:
+    """Every run; those of a draft stage with ~ before what may still change."""
+    names = ("run", "role", "N", "layers x width", "tokens", "D/N", "steps", "batch", "rate")
+    rows = table(*names, "FLOPs", left=("run", "role"))
     for stage in made.stages:
         about = "" if stage.exact else "~"
         for c in stage.cells:
@@ -147,7 +156,7 @@ def _cells(made: Plan) -> Table:
                 f"{c.tokens / c.shape.parameters:.0f}",
                 f"{c.steps:,}",
                 str(c.global_batch),
-                "awaits" if c.awaits else f"{about}{c.learning_rate:.2g}",
+                "pending" if c.waits_for else f"{about}{c.learning_rate:.2g}",
                 f"{about}{c.cost:.2e}",
             )
     return rows

@@ -1,13 +1,13 @@
-"""How sure a design makes a prediction, before anything is spent: it is run on made-up surfaces.
+"""Simulates a design before anything is spent: how precise would its prediction be?
 
-    surface      a Chinchilla law, its parameters scattered around published ones
-    runs         the design's (N, D, C), later stages as drafted; off by seed noise (less at more
-                 compute) and by the learning rate (to one side, half of it common to a budget)
-    truth        beyond the dearest run it leaves the law by some per cent a decade
-    answer       the fit and its interval at the target, as `study fit` makes them
+    law          Chinchilla laws, their parameters scattered around published ones
+    runs         the design's (N, D, C), later stages as drafted; each loss has seed noise (less at
+                 more compute) and an excess by its learning rate, half of it shared by a budget
+    truth        beyond the most expensive run the loss leaves the law by some per cent per decade
+    prediction   the fit and its interval at the target, made as `study fit` makes them
 
-Invariant: nothing that the answer is made from knows the surface; and what is assumed of the noise
-is a field of Assumptions, to be put right by the seeds and crosses of the study (noise.py).
+Invariant: the fit never sees the simulated law. All assumed noise is a field of Assumptions, which
+the study's own repeats and sweeps correct (noise.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,28 +16,32 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from forescale.errors import UserError
-from forescale.scaling.design.plan import Plan
+from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.fitting.backtest import BELIEF, PRIOR, Discrepancy, sure
+from forescale.scaling.fitting.backtest import BELIEF, PRIOR, Discrepancy, fit_calibrated
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
 
 # Besiroglu et al. 2024, arXiv 2404.10102: the refit of Hoffmann et al. 2022.
 PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
-CENTRE = 1e18  # FLOPs at which the noise is told
+CENTRE = 1e18  # FLOPs at which the noise is given
 _LEAST = 5  # different (N, D): as many as the law has parameters
 _LEVELS = (0.5, 0.9)
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """law: published parameters that surfaces scatter around, by `scatter` (standard deviation of
-    the logarithm of E, of both exponents and of what each term is at the middle of the design).
-    noise: of a run that is new in its seeds, standard deviation of log loss at 1e18 FLOPs (CENTRE),
-    C^-fading from there, never less than `floor`; gap: typical size of what is lost to an untuned
-    learning rate, log loss; discrepancy: log loss a decade beyond the runs. But for the discrepancy
-    (rollouts.PRIOR) the numbers are guesses, of the size of what public studies scatter by."""
+    """What is assumed of a study before its first results.
+
+    law: published parameters that the simulated laws scatter around; scatter: standard deviation
+    of log E, of both log exponents, and of the log of each term in the middle of the design.
+    noise: standard deviation of log loss over new seeds, at 1e18 FLOPs (CENTRE); it falls as
+    C^-fading from there, and is never less than `floor`.
+    gap: typical excess of log loss by an untuned learning rate.
+    discrepancy: log loss by which the law is off, per decade beyond the runs.
+    All but the discrepancy (backtest.PRIOR) are guesses of the size seen in public studies.
+    """
 
     law: Mapping[str, float] = field(default_factory=lambda: PUBLISHED)
     scatter: float = 0.1
@@ -48,12 +52,13 @@ class Assumptions:
     discrepancy: float = PRIOR
 
     def seed_noise(self, flops: Array) -> Array:
+        """Standard deviation of log loss over seeds, for each C."""
         return np.maximum(self.floor, self.noise * (flops / CENTRE) ** -self.fading)
 
 
 @dataclass(frozen=True)
-class Design:
-    """What the simulation reads of a plan: (n,) each. budgets: FLOPs, or None for a ladder."""
+class RunSet:
+    """N, D and C of n runs, (n,) each, without losses. budgets: FLOPs, None for a ladder."""
 
     parameters: Array
     tokens: Array
@@ -61,8 +66,8 @@ class Design:
     budgets: Array | None = None
 
     @classmethod
-    def of(cls, plan: Plan) -> "Design":
-        """Its grid cells: the others tune and measure, and are no runs of the fit."""
+    def of(cls, plan: StudyPlan) -> "RunSet":
+        """The grid cells of a plan; the law is not fitted to the others."""
         cells = [c for c in plan.cells if c.role == "grid"]
         columns = [(c.shape.parameters, c.tokens, c.flops[plan.common.cost]) for c in cells]
         n, d, f = np.array(columns, dtype=float).T
@@ -72,7 +77,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Target:
-    """A run to come, by the design's conventions."""
+    """The run to predict, counted by the conventions of the design."""
 
     parameters: float
     tokens: float
@@ -87,8 +92,8 @@ class Target:
         tokens: float | None = None,
         device_hours: float | None = None,
     ) -> "Target":
-        """Of C (or device-hours, at the rate of the machine), with D/N = 20 where it is thought
-        best; or of N and D. Raises UserError for anything else."""
+        """Return the target of C, or of device-hours at common.rate, with D/N = 20; or of N and D.
+        Raises UserError for anything else."""
         if device_hours is not None and common.rate is not None and flops is None:
             flops = device_hours * 3600 * common.rate
         if flops is not None and parameters is None and tokens is None:
@@ -96,9 +101,7 @@ class Target:
             tokens = flops / common.per_token(shape.model)[common.cost]
             return cls(shape.parameters, tokens, flops)
         if parameters is None or tokens is None or flops is not None:
-            todo = (
-                "give flops, or parameters and tokens, or device-hours on a machine of known rate"
-            )
+            todo = "give flops, or parameters and tokens, or device_hours with plan.rate"
             raise UserError("target", "names no run", todo)
         shape = common.family.solve(parameters)
         return cls(parameters, tokens, tokens * common.per_token(shape.model)[common.cost])
@@ -106,23 +109,27 @@ class Target:
 
 @dataclass(frozen=True)
 class Expected:
-    """Of the interval at the target. half: median half-width in log loss by level (0.5: 0.01 is
-    "± 1 % at 50 %"); coverage: share of draws whose truth was inside; error: median size of
-    what the fit itself was off by, log loss; bare: the same half-widths without discrepancy: what
-    more runs would narrow; beyond: the target's compute over the dearest run's; failed: draws whose
-    runs could not tell the law."""
+    """How precise the simulated predictions of the target are.
+
+    half: median half-width of the prediction interval in log loss, by level ({0.5: 0.01} is ± 1 %
+    at 50 %); without_discrepancy: the same if the law held exactly, the part that more runs narrow.
+    coverage: share of draws whose truth was inside, by level; error: median size of the fit's error
+    in log loss.
+    extrapolation_factor: the target's compute divided by the most expensive run's.
+    failed: draws whose runs could not determine the law.
+    """
 
     half: dict[float, float]
     coverage: dict[float, float]
     error: float
-    bare: dict[float, float]
-    beyond: float
+    without_discrepancy: dict[float, float]
+    extrapolation_factor: float
     draws: int
     failed: int
 
 
 def expected(
-    design: Design,
+    design: RunSet,
     target: Target,
     assumptions: Assumptions | None = None,
     draws: int = 40,
@@ -130,69 +137,74 @@ def expected(
     near: float | None = 0.04,
     bootstraps: int = 60,
 ) -> Expected:
-    """near: runs that the law is fitted to, as `study fit` has it (only where there are budgets).
-    Raises UserError for too few runs, and where most draws fail."""
+    """Simulate the design `draws` times, and return how precise its predictions are.
+
+    near: as the key of `study fit`; it applies only to runs with budgets. Raises UserError for too
+    few runs, and if most draws fail.
+    """
     if len({*zip(design.parameters.tolist(), design.tokens.tolist(), strict=True)}) < _LEAST:
         todo = f"plan {_LEAST} or more"
-        raise UserError("design", f"{len(design.flops)} runs can't tell the law", todo)
-    told, rng = assumptions or Assumptions(), np.random.default_rng(seed)
+        raise UserError("design", f"{len(design.flops)} runs can't determine the law", todo)
+    assumed, rng = assumptions or Assumptions(), np.random.default_rng(seed)
     at = {"parameters": np.array([target.parameters]), "tokens": np.array([target.tokens])}
     flops, greatest = np.array([target.flops]), float(design.flops.max())
     decades = max(0.0, float(np.log10(target.flops / greatest)))
     rows = []
     for draw in range(draws):
-        law = _law(told, design, rng)
-        loss = _losses(told, design, law, rng)
-        # How much a law is off is not known but by a prior worth BELIEF origins: Student's t.
-        off = told.discrepancy * decades * rng.standard_t(BELIEF)
-        noise = told.seed_noise(flops)[0] * rng.standard_normal()
+        law = _law(assumed, design, rng)
+        loss = _losses(assumed, design, law, rng)
+        # The size of the discrepancy is known only by a prior worth BELIEF backtests: Student's t.
+        off = assumed.discrepancy * decades * rng.standard_t(BELIEF)
+        noise = assumed.seed_noise(flops)[0] * rng.standard_normal()
         truth = float(np.log(CHINCHILLA.predict(law, **at)[0]) + off + noise)
         try:
             rows.append(_answer(design, loss, near, bootstraps, draw, at, flops, truth))
         except UserError:
             continue
     if len(rows) * 2 < draws:
-        what = f"in {draws - len(rows)} of {draws} draws its runs could not tell the law"
+        what = f"in {draws - len(rows)} of {draws} draws its runs could not determine the law"
         raise UserError("design", what, "plan more sizes and budgets, further apart")
     found = np.array(rows)
     return Expected(
         half=dict(zip(_LEVELS, np.median(found[:, 0:2], axis=0).tolist(), strict=True)),
         coverage=dict(zip(_LEVELS, found[:, 2:4].mean(0).tolist(), strict=True)),
         error=float(np.median(found[:, 4])),
-        bare=dict(zip(_LEVELS, np.median(found[:, 5:7], axis=0).tolist(), strict=True)),
-        beyond=target.flops / greatest,
+        without_discrepancy=dict(
+            zip(_LEVELS, np.median(found[:, 5:7], axis=0).tolist(), strict=True)
+        ),
+        extrapolation_factor=target.flops / greatest,
         draws=draws,
         failed=draws - len(rows),
     )
 
 
-def _law(told: Assumptions, design: Design, rng: np.random.Generator) -> dict[str, float]:
-    """A surface. The terms are scattered as they stand in the middle of the design: scattered as
-    published, at one parameter, they would move with the exponents."""
-    scatter = dict(zip(told.law, np.exp(told.scatter * rng.standard_normal(5)), strict=True))
-    law = {s: told.law[s] * scatter[s] for s in told.law}
+def _law(assumed: Assumptions, design: RunSet, rng: np.random.Generator) -> dict[str, float]:
+    """One simulated law. Each term is scattered at the middle of the design; scattered as
+    published, at N = 1 or D = 1, it would change with its exponent."""
+    scatter = dict(zip(assumed.law, np.exp(assumed.scatter * rng.standard_normal(5)), strict=True))
+    law = {s: assumed.law[s] * scatter[s] for s in assumed.law}
     for term, exponent, column in (("A", "alpha", "parameters"), ("B", "beta", "tokens")):
         middle = float(np.log(getattr(design, column)).mean())
-        law[term] *= float(np.exp((law[exponent] - told.law[exponent]) * middle))
+        law[term] *= float(np.exp((law[exponent] - assumed.law[exponent]) * middle))
     return law
 
 
 def _losses(
-    told: Assumptions, design: Design, law: Mapping[str, float], rng: np.random.Generator
+    assumed: Assumptions, design: RunSet, law: Mapping[str, float], rng: np.random.Generator
 ) -> Array:
-    """(n,) of the runs."""
+    """The simulated losses of the runs, (n,)."""
     n = len(design.flops)
     groups = design.parameters if design.budgets is None else design.budgets
     place = np.unique(groups, return_inverse=True)[1]
     common = np.abs(rng.standard_normal(place.max() + 1))[place]
-    gap = told.gap * (common + np.abs(rng.standard_normal(n))) / 2
-    noise = told.seed_noise(design.flops) * rng.standard_normal(n)
+    gap = assumed.gap * (common + np.abs(rng.standard_normal(n))) / 2
+    noise = assumed.seed_noise(design.flops) * rng.standard_normal(n)
     pure = CHINCHILLA.predict(law, parameters=design.parameters, tokens=design.tokens)
     return pure * np.exp(gap + noise)
 
 
 def _answer(
-    design: Design,
+    design: RunSet,
     loss: Array,
     near: float | None,
     bootstraps: int,
@@ -201,11 +213,12 @@ def _answer(
     flops: Array,
     truth: float,
 ) -> Sequence[float]:
-    """Of one draw: half-widths, whether the truth is inside, the error, bare half-widths."""
+    """Of one draw: half-widths, whether the truth is inside, the error, half-widths without
+    discrepancy."""
     points = Points(loss, design.parameters, design.tokens, design.flops)
     if design.budgets is not None:
         points = points.take(near_best(loss, design.budgets, near))
-    law = sure(CHINCHILLA, points, Objective(), bootstraps, seed, Discrepancy())
+    law = fit_calibrated(CHINCHILLA, points, Objective(), bootstraps, seed, Discrepancy())
     bare = replace(law, discrepancy=Discrepancy(0.0))
     answers = [[np.log(s.interval(dict(at), flops, x)) for x in _LEVELS] for s in (law, bare)]
     halves = [[float(high[0] - low[0]) / 2 for low, high in each] for each in answers]

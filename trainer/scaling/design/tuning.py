@@ -1,9 +1,8 @@
-"""Learning rates by trial: the best of a cross, what is lost beside it, and the rule for sizes and
-budgets that nobody tried.
+"""Learning rates and batches from trial runs: the best of a sweep, what it leaves, and a rule for
+the sizes and budgets that were not swept.
 
-Invariant: a best learning rate has worse ones on both sides. Where the best is at the edge of what
-was tried, that is said (`inside`), and `wider` names the rate to try next; it is never taken for an
-optimum.
+Invariant: a best learning rate has worse ones on both sides. If the best is at the edge of the
+sweep, `inside` is False and `next_rate` gives the rate to try next; it never counts as an optimum.
 """
 
 import math
@@ -14,15 +13,18 @@ import numpy as np
 
 from forescale.scaling.design.shapes import Rule
 
-_SLOPE, _NOISE = 0.3, 0.3  # standard deviations: of the exponents of N and D; of a log rate found
-_BEYOND = 2.0  # times the highest rate found: no rule goes further
+_SLOPE, _NOISE = 0.3, 0.3  # prior standard deviation of the exponents of N and D; of a log rate
+_BEYOND = 2.0  # largest multiple of the highest best rate that the rule may give
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """learning_rate: the best, by a parabola in its logarithm; gap: how far the best of the runs is
-    above that, in log loss (0 at an edge); inside: whether rates on both sides were worse; tried:
-    lowest and highest; bend: of the parabola of log loss, over `ends`, None without one."""
+    """The best value of a sweep, by a parabola of log loss in the log of the value.
+
+    gap: log loss by which the best run is above the parabola's minimum (0 at an edge); inside:
+    whether values on both sides were worse; tried: lowest and highest value; bend: the parabola's
+    quadratic coefficient, valid over `ends`; None without a parabola.
+    """
 
     learning_rate: float
     gap: float
@@ -31,8 +33,8 @@ class Tuned:
     bend: float | None = None
     ends: tuple[float, float] | None = None
 
-    def wider(self, factor: float) -> float | None:
-        """The rate to try next where the best is at an edge."""
+    def next_rate(self, factor: float) -> float | None:
+        """Return the rate to try next if the best is at an edge, else None."""
         if self.inside:
             return None
         low, high = self.tried
@@ -40,9 +42,11 @@ class Tuned:
 
 
 def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
-    """Of three or more runs; of the parabola through the best of them and its neighbours, and the
-    best itself where that has no lowest point between. A loss that is no number is worse than
-    all others."""
+    """Return the best value of a sweep of three or more runs.
+
+    It is the minimum of the parabola through the best run and its neighbours, or the best run if
+    the minimum is not between them. A loss that is not finite counts as worse than all others.
+    """
     order = np.argsort(rates)
     x, y = np.log(np.asarray(rates, dtype=float)[order]), np.asarray(losses, dtype=float)[order]
     y = np.log(np.where(np.isfinite(y), y, np.inf))
@@ -61,11 +65,13 @@ def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
 
 
 @dataclass(frozen=True)
-class Basin:
-    """Of a cross of learning rates and batches. inside: whether the best lies within what was
-    tried; else learning_rate and batch are those of the best run, and `edges` says in which it is
-    at an end. gap: how far the best run is above the surface's lowest point, in log loss; 0 where
-    there is none."""
+class RateBatchResponse:
+    """The best learning rate and batch of a sweep of both.
+
+    inside: whether the best is within the tried ranges; if not, learning_rate and batch are those
+    of the best run, and `edges` names the quantity whose range ends there. gap: log loss by which
+    the best run is above the fitted minimum; 0 without one.
+    """
 
     learning_rate: float
     batch: float
@@ -74,22 +80,27 @@ class Basin:
     gap: float
 
 
-def basin(rates: Sequence[float], batches: Sequence[float], losses: Sequence[float]) -> Basin:
-    """The lowest point of a quadratic surface of log loss in log rate and log batch, by least
-    squares through all runs that did not diverge; at one learning rate, of a parabola in the batch.
-    Without such a point the best run, and what it is at the edge of."""
+def rate_batch_response(
+    rates: Sequence[float], batches: Sequence[float], losses: Sequence[float]
+) -> RateBatchResponse:
+    """Return the best learning rate and batch.
+
+    Fits a quadratic surface of log loss over log rate and log batch to all runs that did not
+    diverge (least squares); with a single learning rate, a parabola over log batch. Without a
+    minimum inside the tried ranges, the best run counts.
+    """
     x, y = np.log(np.asarray(rates, float)), np.log(np.asarray(batches, float))
     z = np.asarray(losses, float)
     z = np.log(np.where(np.isfinite(z), z, np.inf))
     best = int(np.argmin(z))
     varied = {"learning rate": x, "batch": y} if np.ptp(x) else {"batch": y}
     edges = tuple(name for name, v in varied.items() if v[best] in (v.min(), v.max()))
-    own = Basin(float(rates[best]), float(batches[best]), not edges, edges, 0.0)
+    own = RateBatchResponse(float(rates[best]), float(batches[best]), not edges, edges, 0.0)
     if edges:
         return own
     if not np.ptp(x):
         line = tuned(batches, losses)
-        return Basin(float(rates[best]), line.learning_rate, True, (), line.gap)
+        return RateBatchResponse(float(rates[best]), line.learning_rate, True, (), line.gap)
     a, b, kept = x - x[best], y - y[best], np.isfinite(z)
     X = np.stack((np.ones_like(a), a, b, a * a, a * b, b * b), axis=1)[kept]
     if np.linalg.matrix_rank(X) < X.shape[1]:
@@ -103,11 +114,11 @@ def basin(rates: Sequence[float], batches: Sequence[float], losses: Sequence[flo
         return own
     lowest = level + np.array([p, q]) @ at / 2
     rate, batch = np.exp(x[best] + at[0]), np.exp(y[best] + at[1])
-    return Basin(float(rate), float(batch), True, (), max(0.0, float(level - lowest)))
+    return RateBatchResponse(float(rate), float(batch), True, (), max(0.0, float(level - lowest)))
 
 
 def best_rates(runs: Iterable[tuple[int, float, float]]) -> tuple[dict[int, Tuned], float]:
-    """Of (N, learning rate, loss): the best of each N, and the largest gap."""
+    """Return the best rate of each N, and the largest gap, of runs (N, learning rate, loss)."""
     tried: dict[int, list[tuple[float, float]]] = {}
     for n, rate, loss in runs:
         tried.setdefault(n, []).append((rate, loss))
@@ -115,18 +126,21 @@ def best_rates(runs: Iterable[tuple[int, float, float]]) -> tuple[dict[int, Tune
     return best, max((t.gap for t in best.values()), default=0.0)
 
 
-def between(rates: Mapping[int, Tuned], parameters: float) -> float:
-    """The learning rate of a size between two, along a line of log rate on log N."""
+def interpolated_rate(rates: Mapping[int, Tuned], parameters: float) -> float:
+    """Return the learning rate of a size between swept ones: log rate is linear in log N."""
     n = sorted(rates)
     logs = [math.log(rates[k].learning_rate) for k in n]
     return float(np.exp(np.interp(math.log(parameters), np.log(n), logs)))
 
 
-def learnt(rule: Rule, found: Sequence[tuple[float, float, float]]) -> Rule:
-    """The rule with its learning rate by (non-embedding N, D, best rate) of what was tried so far:
-    log rate is a line on log N and log D, whose exponents are held near the rule's where that
-    covers all that was tried, else near 0 (Gaussian, standard deviation 0.3 each, the noise of a
-    log rate 0.3): few crosses move the level, many the exponents."""
+def updated_rule(rule: Rule, found: Sequence[tuple[float, float, float]]) -> Rule:
+    """Return the rule with its learning rate fitted to the best rates found so far.
+
+    found: (non-embedding N, D, best rate). The log rate is linear in log N and log D. The prior of
+    the exponents is Gaussian with standard deviation 0.3, around the rule's exponents if the rule
+    covers all of `found`, else around 0; the noise of a log rate is 0.3. So a few sweeps move the
+    level, and many the exponents.
+    """
     if not found:
         return rule
     n, d, rates = np.log(np.array(found, dtype=float)).T

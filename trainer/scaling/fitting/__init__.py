@@ -1,1 +1,1 @@
-"""Pure mathematics: the laws, certified fits, intervals, backtests."""
+"""Pure mathematics: scaling laws, certified fits, intervals, backtests."""

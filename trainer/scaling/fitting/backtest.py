@@ -1,12 +1,12 @@
-"""How far a law is off beyond its runs: it is fitted to the cheaper budgets and meets the dearer.
+"""Backtests of a law: fit the cheap budgets, predict the expensive ones; and calibrated intervals.
 
-    origin k     budgets 1..k -> fit -> each run of the budgets k+1.. -> error, inside the interval?
-    discrepancy  the law's own error in log loss, a decade of compute beyond its runs: a prior of
+    origin k     budgets 1..k -> fit -> each run of budgets k+1.. -> error, inside the interval?
+    discrepancy  the law's own error in log loss per decade of compute beyond its runs: a prior of
                  2 %, updated by the origins so far
-    interval     noise of the fit (resampled), noise of a run (residuals), discrepancy; Student's t
+    interval     noise of the fit (resampling), noise of a run (residuals), discrepancy; Student's t
 
-Invariant: an origin is one observation, however many runs it foretells; and what an interval is
-judged by was not known when it was made: origin k is calibrated by the origins before it.
+Invariant: an origin is one observation, however many runs it predicts. An interval is tested only
+on runs that were unknown when it was made: origin k is calibrated by the origins before it.
 """
 
 from collections.abc import Sequence
@@ -22,33 +22,43 @@ from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points
 
-PRIOR = 0.02  # of log loss a decade of compute
-BELIEF = 3  # origins that the prior counts for; fewer seen than that are "prior only"
-_LEAST = 3  # budgets that a law is fitted to
+PRIOR = 0.02  # standard deviation of log loss per decade of compute
+BELIEF = 3  # the prior counts as this many origins; with fewer origins the result is "prior only"
+_LEAST = 3  # budgets that a law is fitted to at least
 
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """a_decade: standard deviation of log loss; origins: seen."""
+    """The error of the law itself beyond its runs.
 
-    a_decade: float = PRIOR
+    per_decade: standard deviation of log loss per decade of compute; origins: number observed.
+    """
+
+    per_decade: float = PRIOR
     origins: int = 0
 
     @property
     def is_prior(self) -> bool:
+        """Return True if the prior counts more than the observed origins."""
         return self.origins < BELIEF
 
     def after(self, seen: Sequence[float]) -> "Discrepancy":
-        """With what each origin was off by, a decade: the mean of the squares, the prior's included
-        (of a variance with a scaled inverse chi-squared prior; Gelman et al. 2013, section 2.6)."""
+        """Return the discrepancy after origins with these errors per decade.
+
+        It is the root of the mean of the squares, the prior's included: the estimate of a variance
+        with a scaled inverse chi-squared prior (Gelman et al. 2013, section 2.6).
+        """
         squares = BELIEF * PRIOR**2 + float(np.square(seen).sum())
         return Discrepancy(float(np.sqrt(squares / (BELIEF + len(seen)))), len(seen))
 
 
 @dataclass(frozen=True)
-class Sure:
-    """The law with its uncertainty. noise: of a run, standard deviation of log loss; greatest: C of
-    the dearest run that it was fitted to."""
+class CalibratedLaw:
+    """A fitted law with all that is known of its errors.
+
+    noise: standard deviation of log loss of one run; greatest: C of the most expensive run of the
+    fit.
+    """
 
     fit: Fit
     replicates: bootstrap.Replicates
@@ -59,7 +69,10 @@ class Sure:
     def interval(
         self, columns: dict[str, Array], flops: Array, level: float
     ) -> tuple[Array, Array]:
-        """(m,) low and high of the loss of m runs, of compute `flops`."""
+        """Return the prediction interval of the loss of m runs: its low and high ends, (m,) each.
+
+        columns: what the law reads, (m,) each; flops: C of each run, (m,).
+        """
         form = self.fit.form
         resampled = np.log(form.predict(self.replicates.values, **columns))  # (R, m)
         fitted = np.log(self.fit.predict(**columns))
@@ -67,77 +80,92 @@ class Sure:
         low, high = np.percentile(resampled, [15.87, 84.13], axis=0)
         decades = np.maximum(0.0, np.log10(flops / self.greatest))
         variance = ((high - low) / 2) ** 2 + self.noise**2
-        variance += (self.discrepancy.a_decade * decades) ** 2
+        variance += (self.discrepancy.per_decade * decades) ** 2
         t = stats.t.ppf((1 + level) / 2, BELIEF + self.discrepancy.origins)
         half = t * np.sqrt(variance)
         return np.exp(fitted - half), np.exp(fitted + half)
 
 
-def sure(
+def fit_calibrated(
     form: Form, points: Points, goal: Objective, count: int, seed: int, discrepancy: Discrepancy
-) -> Sure:
-    """Fit, and resample in pairs. Raises UserError where the runs can't tell the law."""
+) -> CalibratedLaw:
+    """Fit a law, resample it by pairs `count` times and calibrate it.
+
+    Raises UserError if the runs don't determine the law.
+    """
     made = fit(form, points, goal)
-    return sure_of(made, bootstrap.pairs(made, count, seed), discrepancy)
+    return calibrate(made, bootstrap.pairs(made, count, seed), discrepancy)
 
 
-def sure_of(made: Fit, replicates: bootstrap.Replicates, discrepancy: Discrepancy) -> Sure:
-    """Of a fit that is resampled already."""
+def calibrate(
+    made: Fit, replicates: bootstrap.Replicates, discrepancy: Discrepancy
+) -> CalibratedLaw:
+    """Return the calibrated law of a fit that is resampled already."""
     points, rest = made.points, made.residuals - np.median(made.residuals)
-    # The law has bent itself to its runs.
+    # The fit follows its runs, so that residuals are smaller than the noise by this share.
     free = max(1, len(points) - made.form.size) / len(points)
     noise = 1.4826 * float(np.median(np.abs(rest))) / np.sqrt(free)
-    return Sure(made, replicates, noise, float(np.max(spent(points))), discrepancy)
+    return CalibratedLaw(made, replicates, noise, float(np.max(spent(points))), discrepancy)
 
 
 def spent(points: Points) -> Array:
-    """C of each run: as counted, or 6 N D."""
+    """Return C of each run, (n,): as counted, or 6 N D if the points have no FLOPs."""
     if points.flops is not None:
         return points.flops
-    return 6 * np.exp(points.log("parameters") + points.log("tokens"))
+    found: Array = 6 * np.exp(points.log("parameters") + points.log("tokens"))
+    return found
 
 
 @dataclass(frozen=True)
-class RollOut:
-    """One origin. budgets, runs: that it was fitted to; factors: of each later run's compute to the
-    dearest of those; errors: log of foretold over observed; noise: of a run, see Sure; bare,
-    calibrated: whether the observed was inside of the resampled fits' interval, and of the
-    calibrated one."""
+class Backtest:
+    """The result of one origin, whose later runs are (m,).
+
+    budgets, runs: numbers of them in the fit; factors: extrapolation factors, the compute of each
+    later run over the greatest of the fit; errors: log of predicted over observed loss; noise: see
+    CalibratedLaw; inside_resampled, inside_calibrated: True where the observed loss was inside the
+    interval of the resampled fits alone, and inside the calibrated one.
+    """
 
     budgets: int
     runs: int
     factors: Array
     errors: Array
     noise: float
-    bare: Array
-    calibrated: Array
+    inside_resampled: Array
+    inside_calibrated: Array
 
     @property
-    def a_decade(self) -> float:
-        """What it was off by, a decade, beyond the noise of a run. As one ratio over the later
-        runs: those nearby tell of little but noise, and weigh little."""
-        beyond = np.maximum(0.0, self.errors**2 - self.noise**2)
-        return float(np.sqrt(beyond.sum() / np.square(np.log10(self.factors)).sum()))
+    def per_decade(self) -> float:
+        """Return the error per decade of compute, without the noise of a run.
+
+        It is one ratio over all later runs: those at small factors show little but noise, and have
+        little weight.
+        """
+        excess = np.maximum(0.0, self.errors**2 - self.noise**2)
+        return float(np.sqrt(excess.sum() / np.square(np.log10(self.factors)).sum()))
 
 
-def roll_outs(
+def backtests(
     form: Form, points: Points, budgets: Array, goal: Objective, level: float, count: int = 200
-) -> list[RollOut]:
-    """Every origin whose runs can tell the law, the cheapest first. budgets: (n,), nominal."""
-    found: list[RollOut] = []
+) -> list[Backtest]:
+    """Return a backtest for every origin whose runs determine the law, the cheapest first.
+
+    budgets: the nominal budget of each run, (n,).
+    """
+    found: list[Backtest] = []
     distinct = np.unique(budgets)
     for k in range(_LEAST, len(distinct)):
         known, later = budgets <= distinct[k - 1], budgets > distinct[k - 1]
-        before = Discrepancy().after([r.a_decade for r in found])
+        before = Discrepancy().after([b.per_decade for b in found])
         try:
-            law = sure(form, points.take(known), goal, count, k, before)
+            law = fit_calibrated(form, points.take(known), goal, count, k, before)
         except UserError:
-            continue  # too few to tell the law: no origin
-        found.append(_meet(law, k, points.take(later), level))
+            continue  # the runs don't determine the law, so this is no origin
+        found.append(_backtest(law, k, points.take(later), level))
     return found
 
 
-def _meet(law: Sure, budgets: int, later: Points, level: float) -> RollOut:
+def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> Backtest:
     form, flops = law.fit.form, spent(later)
     columns = {c: np.exp(later.log(c)) for c in form.columns}
     low, high = law.interval(columns, flops, level)
@@ -145,13 +173,13 @@ def _meet(law: Sure, budgets: int, later: Points, level: float) -> RollOut:
     def losses(values: Array) -> Array:
         return form.predict(values, **columns)
 
-    bare = law.replicates.interval(level, losses)
-    return RollOut(
+    resampled = law.replicates.interval(level, losses)
+    return Backtest(
         budgets,
         len(law.fit.points),
         flops / law.greatest,
         np.log(law.fit.predict(**columns)) - np.log(later.loss),
         law.noise,
-        (bare[0] <= later.loss) & (later.loss <= bare[1]),
+        (resampled[0] <= later.loss) & (later.loss <= resampled[1]),
         (low <= later.loss) & (later.loss <= high),
     )

@@ -1,13 +1,13 @@
-"""How sure a fit is: the same fit of resampled runs, thousands at once, each with its certificate.
+"""Bootstrap: fits of resampled runs, thousands in one batch, each with its certificate.
 
-    pairs        runs are drawn with replacement (Efron and Tibshirani 1993, section 9.5)
-    clusters     trunks are drawn with all their branches: runs that share one are not independent
-    residuals    N and D stay, residuals of log loss are drawn (Efron and Tibshirani, section 9.4)
-    leave one out: what each run does to the fit
-    interval     of what was drawn: percentiles, corrected for bias, skewness and few runs
+    pairs          draw runs with replacement (Efron and Tibshirani 1993, section 9.5)
+    clusters       draw trunks with all their branches: runs that share a trunk are not independent
+    residuals      keep N and D, draw residuals of log loss (Efron and Tibshirani, section 9.4)
+    leave_one_out  leave out each run in turn: its influence on the fit
+    interval       percentiles of the replicates, corrected for bias, skewness and few runs
 
-All but the third are weights on the same runs, so that one batched solve does them.
-Invariant: a replicate that missed its minimum is counted as uncertified and kept, never dropped.
+All but `residuals` are weights on the same runs, so that one batched solve suffices.
+Invariant: a replicate that reached no minimum is kept and counted as uncertified, never dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,17 @@ from forescale.scaling.fitting.newton import TOLERANCE, Solved, join
 from forescale.scaling.fitting.points import Array
 
 COUNT = 4000
-_BASINS = 3
+_MINIMA = 3  # of the fit, that replicates start from
 
 
 @dataclass(frozen=True)
 class Replicates:
-    """R fits. values: published parameters (R, p); objective, gradient (scaled), curvature: (R,);
-    edge: (R, p), see newton.Solved; groups: (n,), what was drawn as one, each run by default."""
+    """R refits of a fit.
+
+    values: published parameters, (R, p); objective, gradient (scaled), curvature: (R,); edge:
+    (R, p), see newton.Solved; groups: the group that each run was drawn with, (n,); None if each
+    run is its own.
+    """
 
     fit: Fit
     values: Array
@@ -43,32 +47,38 @@ class Replicates:
 
     @property
     def certified(self) -> Array:
-        """(R,) of bool."""
-        return (self.gradient <= TOLERANCE) & (self.curvature > 0)
+        """Return True for each replicate that is at a minimum, (R,)."""
+        found: Array = (self.gradient <= TOLERANCE) & (self.curvature > 0)
+        return found
 
     @property
     def uncertified(self) -> int:
+        """Return the number of replicates that reached no minimum."""
         return int((~self.certified).sum())
 
     @property
     def errors(self) -> dict[str, float]:
-        """The standard deviation of each published parameter."""
+        """Return the standard deviation of each published parameter."""
         return dict(zip(self.fit.form.symbols, self.values.std(0, ddof=1).tolist(), strict=True))
 
     @cached_property
     def _drawn(self) -> Array:
-        """Whether a run belongs to a group, (G, n): of those that have weight."""
+        """Return the mask of each group's runs, (G, n), for groups with a weight."""
         groups = np.arange(len(self.fit.points)) if self.groups is None else self.groups
-        return groups == np.unique(groups[self.fit.weights > 0])[:, None]
+        found: Array = groups == np.unique(groups[self.fit.weights > 0])[:, None]
+        return found
 
     @cached_property
     def without(self) -> Array:
-        """Published parameters of the fit without a group, a row for each that leaves enough to
-        tell them: (G, p) at most."""
+        """Return the published parameters of the fits without one group, (G, p) at most.
+
+        A group without which the others don't determine the parameters has no row.
+        """
         if len(self._drawn) <= self.fit.form.size:
             return self.values[:0]
         found = replicates(self.fit, weights=~self._drawn)
-        return found.values[found.certified]
+        values: Array = found.values[found.certified]
+        return values
 
     def interval(
         self,
@@ -76,22 +86,24 @@ class Replicates:
         of: Callable[[Array], Array] | None = None,
         method: Literal["corrected", "percentile"] = "corrected",
     ) -> Array:
-        """(2, ...), of a function of published parameters that takes (R, p) and gives (R, ...);
-        without one, of the parameters, (2, p).
+        """Return the confidence interval of the parameters, (2, p), or of a function of them.
 
-        "percentile": as most published tables have it. "corrected": percentiles moved for bias and
-        skewness (BCa: Efron and Tibshirani 1993, section 14.3), of tails that are those of
-        Student's t, where percentiles are too narrow for few runs (Hesterberg 2015, arXiv
-        1411.5279). Measured, of 30 runs (tests/benchmarks/bench_recovery.py): nominal 90 % of each
-        parameter cover 88 to 95 % corrected, 83 to 96 % by percentiles, as noise and objective go.
+        of: a function from published parameters, (R, p), to (R, ...); the result is (2, ...).
+        "percentile": as in most published tables. "corrected": percentiles shifted for bias and
+        skewness (BCa: Efron and Tibshirani 1993, section 14.3), at the tails of Student's t, since
+        percentiles are too narrow for few runs (Hesterberg 2015, arXiv 1411.5279). Measured on 30
+        runs (tests/benchmarks/bench_recovery.py): nominal 90 % intervals of each parameter cover 88
+        to 95 % corrected and 83 to 96 % by percentiles, depending on noise and objective.
+        Raises UserError if `level` is not between 0 and 1.
         """
         if not 0 < level < 1:
-            raise UserError("interval", f"its level is {level}", "give one between 0 and 1")
+            raise UserError("interval", f"the level is {level}", "give one between 0 and 1")
         function = of or (lambda values: values)
         found = np.asarray(function(self.values))
         tails = np.array([1 - level, 1 + level]) / 2
         if method == "percentile":
-            return np.quantile(found, tails, axis=0)
+            ends: Array = np.quantile(found, tails, axis=0)
+            return ends
         flat, shape = found.reshape(len(found), -1), found.shape[1:]
         made = np.asarray(function(self.fit.vector[None])).reshape(1, -1)
         without = np.empty((0, flat.shape[1]))
@@ -103,32 +115,39 @@ class Replicates:
 
 
 def _accelerated(found: Array, made: Array, without: Array, tails: Array) -> Array:
-    """The probabilities (2, K) at which BCa reads the draws. found: (R, K); made: (1, K); without:
-    (G, K), none to correct for bias alone."""
-    # Draws that are the fit itself, at an edge, are no sign of bias: half of them count as below.
+    """Return the probabilities, (2, K), at which BCa takes the quantiles of the draws.
+
+    found: (R, K); made: the fit, (1, K); without: (G, K), no rows to correct for bias alone.
+    """
+    # Draws equal to the fit, at an end of the range, don't show bias: half of them count as below.
     below = (found < made).mean(0) + (found == made).mean(0) / 2
     bias = norm.ppf(np.clip(below, 0.5 / len(found), 1 - 0.5 / len(found)))
     pull = without.sum(0) / max(1, len(without)) - without
     size = (pull**2).sum(0) ** 1.5
     skew = (pull**3).sum(0) / np.where(size > 0, 6 * size, 1.0)
     z = bias + norm.ppf(tails)[:, None]
-    return norm.cdf(bias + z / np.maximum(1 - skew * z, 1e-3))
+    at: Array = norm.cdf(bias + z / np.maximum(1 - skew * z, 1e-3))
+    return at
 
 
 def _quantiles(found: Array, at: Array) -> Array:
-    """(2, K) of (R, K), each column at its own probabilities (2, K)."""
+    """Return the quantiles of each column of (R, K) at its own probabilities, (2, K)."""
     columns = zip(found.T, at.T, strict=True)
     return np.stack([np.quantile(column, own) for column, own in columns], axis=-1)
 
 
 def pairs(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
+    """Return `count` refits, each of n runs drawn with replacement."""
     return clusters(fit, np.arange(len(fit.points)), count, seed)
 
 
 def clusters(
     fit: Fit, groups: ArrayLike | Sequence[str], count: int = COUNT, seed: int = 0
 ) -> Replicates:
-    """groups: (n,), the trunk of each run. Raises UserError where all share one."""
+    """Return `count` refits, each of groups of runs drawn with replacement.
+
+    groups: the trunk of each run, (n,). Raises UserError if there are fewer than two.
+    """
     names, place = np.unique(np.asarray(groups), return_inverse=True)
     if place.shape != (len(fit.points),) or len(names) < 2:
         what = f"{len(place)} runs in {len(names)} groups, for a fit of {len(fit.points)} runs"
@@ -139,9 +158,11 @@ def clusters(
 
 
 def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
-    """Residuals are drawn from the runs that have weight, centred, and as large as they would be
-    had the law not bent itself to its runs (Davison and Hinkley 1997, section 6.2.3, with the mean
-    leverage p / n)."""
+    """Return `count` refits, each of the fitted losses times drawn residuals.
+
+    The residuals of runs with a weight are centred, and scaled up to the noise that the fit has
+    absorbed in part (Davison and Hinkley 1997, section 6.2.3, with the mean leverage p / n).
+    """
     kept = fit.residuals[fit.weights > 0]
     kept = (kept - kept.mean()) / np.sqrt(max(1, len(kept) - fit.form.size) / len(kept))
     drawn = np.random.default_rng(seed).integers(len(kept), size=(count, len(fit.points)))
@@ -150,36 +171,42 @@ def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
 
 
 def leave_one_out(fit: Fit) -> Replicates:
-    """Replicate i is the fit without run i, (n, p)."""
+    """Return n refits; replicate i leaves out run i."""
     return replicates(fit, weights=1 - np.eye(len(fit.points)))
 
 
 def influence(fit: Fit, of: Callable[[Array], Array] | None = None) -> Array:
-    """What each run adds to the published parameters, or to a function of them as in `interval`:
-    (n, ...), the fit with it minus the fit without it."""
+    """Return the influence of each run: the fit with it minus the fit without it, (n, ...).
+
+    It is that on the published parameters, or on a function `of` them as in `interval`.
+    """
     function = of or (lambda values: values)
-    return np.asarray(function(fit.vector[None])) - np.asarray(function(leave_one_out(fit).values))
+    without = np.asarray(function(leave_one_out(fit).values))
+    found: Array = np.asarray(function(fit.vector[None])) - without
+    return found
 
 
 def replicates(
     fit: Fit, weights: ArrayLike | None = None, losses: ArrayLike | None = None
 ) -> Replicates:
-    """Refits with weights (R, n), on top of the fit's own, or with other losses (R, n), or both.
-    Each starts from the fit and from its other basins, and keeps the lowest minimum; one that finds
-    none starts again from the profile grid. Raises UserError for other shapes."""
+    """Return refits with weights, (R, n), that multiply the fit's, with losses, (R, n), or both.
+
+    Each starts from the fit and from its other minima, and keeps the lowest minimum; a replicate
+    that reaches none starts again from the profile grid. Raises UserError for other shapes.
+    """
     n = len(fit.points)
     w = np.ones((1, n)) if weights is None else np.asarray(weights, dtype=float)
     y = np.asarray(fit.points.loss)[None] if losses is None else np.asarray(losses, dtype=float)
     for name, given in (("weights", w), ("losses", y)):
         if given.ndim != 2 or given.shape[1] != n:
-            what = f"their shape is {given.shape}, for a fit of {n} runs"
+            what = f"the shape is {given.shape}, for a fit of {n} runs"
             raise UserError(name, what, f"give (replicates, {n})")
     w, y = w * fit.weights, np.log(y)
     R = max(len(w), len(y))
     w, y = np.broadcast_to(w, (R, n)), (y if len(y) == 1 else np.broadcast_to(y, (R, n)))
     best = polish(fit.task, y, w, fit.theta)
-    for basin in fit.certificate.basins[1:_BASINS]:
-        theta = fit.form.internal(fit.form.vector(basin.values)[None], fit.task.at.centre)
+    for minimum in fit.certificate.minima[1:_MINIMA]:
+        theta = fit.form.internal(fit.form.vector(minimum.values)[None], fit.task.at.centre)
         best = _lower(best, polish(fit.task, y, w, theta))
     best = _from_the_grid(fit, best, y, w)
     values = fit.form.published(best.theta, fit.task.at.centre)
@@ -187,8 +214,10 @@ def replicates(
 
 
 def _from_the_grid(fit: Fit, best: Solved, y: Array, w: Array) -> Solved:
-    """Those without a minimum again, from the starts of the profile grid, in one solve. Not where
-    so few runs are left that many laws go through them."""
+    """Solve replicates without a minimum again, from the profile grid, all in one batch.
+
+    A replicate with no more runs than parameters is left alone: many laws pass through its runs.
+    """
     enough = (w > 0).sum(1) > fit.form.size
     lost = np.flatnonzero(~_passed(best) & enough)
     if not len(lost):
@@ -211,7 +240,7 @@ def _passed(found: Solved) -> Array:
 
 
 def _lower(one: Solved, other: Solved) -> Solved:
-    """Row by row: the lower minimum; a minimum before what is none."""
+    """Return the lower minimum of each row; a minimum is taken before a point that is none."""
     a, b = _passed(one), _passed(other)
     take = (b & ~a) | ((b == a) & (other.value < one.value))
     rows = np.where(take, np.arange(len(a)) + len(a), np.arange(len(a)))

@@ -1,12 +1,12 @@
-"""The laws: loss as a function of size, data and compute, with the derivatives that a fit needs.
+"""Forms of laws: loss as a function of N, D and C, with the derivatives that a fit needs.
 
-    internal     theta, (R, p): logarithms of the coefficients at the centre of the data, exponents
-                 as they are. R replicates are evaluated at once
-    published    values, (R, p): the same parameters as their papers print them, in `symbols`' order
+    internal     theta, (R, p): logarithms of the coefficients at the centre of the data, and the
+                 exponents unchanged; R replicates are evaluated at once
+    published    values, (R, p): the same parameters as papers print them, in the order of `symbols`
 
-Invariant: internal and published are one-to-one. A form works in log loss, m = log L, and on
-x = log N, log D, log C minus their centre, which takes the condition number of the Hessian from
-millions to thousands. `evaluate` is analytic, so that a complex step gives exact derivatives.
+Invariant: internal and published parameters map one-to-one. A form computes log loss, m = log L,
+from x = log N, log D, log C minus their centre, which lowers the condition number of the Hessian
+from millions to thousands. `evaluate` is analytic, so that a complex step gives exact derivatives.
 """
 
 from abc import ABC, abstractmethod
@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike
 from forescale.errors import UserError
 from forescale.scaling.fitting.points import Array, Points
 
-EXPONENTS = (1e-4, 5.0)  # least and greatest
-FADED = np.log(1e-12)  # of a term: it is gone once it makes up so little of the loss at the centre
-_STEP = 1e-30  # imaginary
+EXPONENTS = (1e-4, 5.0)  # the least and the greatest
+FADED = np.log(1e-12)  # a term with this log share of the loss at the centre counts as absent
+_STEP = 1e-30  # size of the imaginary step
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Design:
 
 
 def design(form: "Form", points: Points) -> Design:
-    """Raises UserError where a column is missing."""
+    """Return the design of a form for these points. Raises UserError if a column is missing."""
     logs = {c: points.log(c) for c in form.columns}
     centre = {c: float(x.mean()) for c, x in logs.items()}
     return Design({c: x - centre[c] for c, x in logs.items()}, centre)
@@ -43,8 +43,11 @@ def design(form: "Form", points: Points) -> Design:
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """A law. symbols: its parameters as the source names them; columns: of the points that it
-    reads; exponents: those symbols that a profile grid runs over."""
+    """The form of a law.
+
+    symbols: its p parameters as the source names them; columns: those of Points that it reads;
+    exponents: the q symbols that a profile grid runs over.
+    """
 
     name: str
     source: str
@@ -54,15 +57,19 @@ class Form(ABC):
 
     @property
     def size(self) -> int:
+        """Return the number of parameters, p."""
         return len(self.symbols)
 
     @abstractmethod
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
-        """Of theta (R, p): log loss (R, n) and its derivatives by theta (R, p, n)."""
+        """Return log loss, (R, n), and its derivatives by theta, (R, p, n), at theta, (R, p)."""
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        """Sum over runs of pull (R, n) times the second derivatives of log loss: (R, p, p). By a
-        complex step in the first derivatives (Squire and Trapp 1998): exact, no cancellation."""
+        """Return the sum over runs of pull, (R, n), times second derivatives of m, (R, p, p).
+
+        By a complex step in the first derivatives (Squire and Trapp 1998), which is exact because
+        nothing cancels.
+        """
         found = np.empty((len(theta), self.size, self.size))
         for j in range(self.size):
             aside = theta.astype(complex)
@@ -73,60 +80,69 @@ class Form(ABC):
 
     @abstractmethod
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
-        """The least and the greatest theta, (p,) each."""
+        """Return the least and the greatest theta, (p,) each."""
 
     @abstractmethod
     def axes(self) -> tuple[Array, ...]:
-        """Values of each of `exponents` for the profile grid."""
+        """Return the values of each of `exponents` in the profile grid."""
 
     def grid(self) -> Array:
-        """All combinations, (G, q)."""
+        """Return all combinations of the values on the axes, (G, q)."""
         return np.array(list(product(*self.axes())))
 
     @abstractmethod
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
-        """With the exponents fixed, L to a power is linear in positive coefficients: the basis
-        (G, K, n) and the power (G,)."""
+        """Return the basis, (G, K, n), and the power, (G,), at fixed exponents.
+
+        L to this power is the sum of the K basis functions times positive coefficients.
+        """
 
     @abstractmethod
     def assemble(self, grid: Array, coefficients: Array) -> Array:
-        """theta (G, p) of exponents (G, q) and positive coefficients (G, K)."""
+        """Return theta, (G, p), of exponents, (G, q), and positive coefficients, (G, K)."""
 
     @abstractmethod
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
-        """Of theta (R, p) on columns with these centres: values (R, p)."""
+        """Return the published parameters, (R, p), of theta, (R, p), for these centres."""
 
     @abstractmethod
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
-        """Of values (R, p): theta (R, p)."""
+        """Return theta, (R, p), of published parameters, (R, p), for these centres."""
 
     def vector(self, values: Mapping[str, float] | ArrayLike) -> Array:
-        """Published parameters as (..., p), in `symbols`' order. Raises UserError for others."""
+        """Return published parameters in the order of `symbols`, (..., p).
+
+        Raises UserError for a mapping with other names.
+        """
         if not isinstance(values, Mapping):
             return np.asarray(values, dtype=float)
         if set(values) != set(self.symbols):
-            what = f"its parameters are {', '.join(self.symbols)}, not {', '.join(values)}"
-            raise UserError(self.name, what, "give each of them once")
+            what = f"the parameters are {', '.join(self.symbols)}, not {', '.join(values)}"
+            raise UserError(self.name, what, "give exactly these")
         return np.array([values[s] for s in self.symbols], dtype=float)
 
     def predict(self, values: Mapping[str, float] | ArrayLike, **columns: ArrayLike) -> Array:
-        """Loss of published parameters (..., p) for m runs given by columns (parameters=, tokens=,
-        flops=, unique_tokens=): (..., m)."""
+        """Return the loss of m runs, (..., m), by published parameters, (..., p).
+
+        columns: parameters=, tokens=, flops=, unique_tokens=, as far as the law reads them. Raises
+        UserError if one is missing.
+        """
         vector = self.vector(values)
         given = {k: np.log(np.atleast_1d(np.asarray(v, dtype=float))) for k, v in columns.items()}
         if missing := set(self.columns) - set(given):
-            what = f"it predicts from {', '.join(self.columns)}, and has no {', '.join(missing)}"
-            raise UserError(self.name, what, "give every one of them")
+            what = f"the law reads {', '.join(self.columns)}; missing: {', '.join(missing)}"
+            raise UserError(self.name, what, "give all of them")
         logs = dict(zip(given, np.broadcast_arrays(*given.values()), strict=True))
         zero = dict.fromkeys(self.columns, 0.0)
         theta = self.internal(vector.reshape(-1, self.size), zero)
         m, _ = self.evaluate(theta, Design(logs, zero))
-        return np.exp(m).reshape(*vector.shape[:-1], -1)
+        found: Array = np.exp(m).reshape(*vector.shape[:-1], -1)
+        return found
 
 
 @dataclass(frozen=True)
 class Term:
-    """coefficient * column ** -exponent, or the coefficient alone."""
+    """A term coefficient * column ** -exponent, or a coefficient alone."""
 
     coefficient: str
     exponent: str = ""
@@ -140,15 +156,16 @@ class PowerSum(Form):
     terms: tuple[Term, ...] = ()
 
     def _places(self) -> list[tuple[int, int]]:
-        """Of each term's coefficient and exponent among the symbols; -1: it has no exponent."""
+        """Return the indices of each term's coefficient and exponent in `symbols`; -1 for none."""
         of = {s: i for i, s in enumerate(self.symbols)} | {"": -1}
         return [(of[t.coefficient], of[t.exponent]) for t in self.terms]
 
     def logs(self, theta: Any, at: Design) -> dict[str, Any]:
-        """Log of each term's column, (n,) or (R, n)."""
+        """Return the log of each term's column, (n,) or (R, n)."""
         return at.logs
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
+        """Return log loss and its derivatives; see Form.evaluate."""
         places, logs = self._places(), self.logs(theta, at)
         n = next(iter(at.logs.values())).shape[-1]
         jacobian = np.zeros((len(theta), self.size, n), dtype=theta.dtype)
@@ -164,8 +181,11 @@ class PowerSum(Form):
         return np.log(total), jacobian
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        """In closed form: each term's log is linear in theta, with gradient u, and the log of their
-        sum has the Hessian sum(share * u u') - J J'."""
+        """Return the weighted sum of second derivatives in closed form; see Form.curvature.
+
+        The log of a term is linear in theta, with gradient u; the log of the sum of terms has the
+        Hessian sum(share * u u') - J J'.
+        """
         found = -(jacobian * pull[:, None]) @ jacobian.swapaxes(1, 2)
         for term, (c, e) in zip(self.terms, self._places(), strict=True):
             drawn = jacobian[:, c] * pull
@@ -179,6 +199,7 @@ class PowerSum(Form):
         return found
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
+        """Return the least and the greatest theta, (p,) each."""
         middle, (least, most) = float(np.median(log_loss)), EXPONENTS
         of = {t.coefficient for t in self.terms}
         low = [middle + FADED if s in of else least for s in self.symbols]
@@ -186,10 +207,12 @@ class PowerSum(Form):
         return np.array(low), np.array(high)
 
     def axes(self) -> tuple[Array, ...]:
+        """Return the values of each exponent; fewer per exponent if there are more exponents."""
         count = {1: 48, 2: 20}.get(len(self.exponents), 10)
         return (np.geomspace(0.04, 1.6, count),) * len(self.exponents)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
+        """Return the terms without their coefficients, and a power of 1."""
         of = {s: i for i, s in enumerate(self.exponents)}
         n = next(iter(at.logs.values())).shape[-1]
         found = np.ones((len(grid), len(self.terms), n))
@@ -199,11 +222,13 @@ class PowerSum(Form):
         return found, np.ones(len(grid))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
+        """Return theta of exponents and coefficients; see Form.assemble."""
         of = {s: grid[:, i] for i, s in enumerate(self.exponents)}
         of |= {t.coefficient: np.log(coefficients[:, k]) for k, t in enumerate(self.terms)}
         return np.stack([of[s] for s in self.symbols], axis=1)
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
+        """Return the published parameters of theta."""
         values = theta.copy()
         for term, (c, e) in zip(self.terms, self._places(), strict=True):
             shift = theta[:, e] * centre[term.column] if e >= 0 else 0.0
@@ -211,8 +236,9 @@ class PowerSum(Form):
         return values
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
+        """Return theta of published parameters."""
         theta = np.array(values, dtype=float)
-        with np.errstate(divide="ignore"):  # a coefficient of zero is a term that isn't there
+        with np.errstate(divide="ignore"):  # a coefficient of zero: the term is absent
             for term, (c, e) in zip(self.terms, self._places(), strict=True):
                 shift = theta[:, e] * centre[term.column] if e >= 0 else 0.0
                 theta[:, c] = np.maximum(np.log(values[:, c]), -200) - shift

@@ -1,8 +1,8 @@
-"""The optimum without a law of the loss: a parabola through the runs of each budget, and a power
-law through the vertices (Hoffmann et al. 2022, arXiv 2203.15556, approach 2).
+"""IsoFLOP analysis: a parabola through the runs of each budget, a power law through the vertices.
 
-Invariant: a budget whose parabola says nothing is refused with the reason, never bent into shape;
-the power law goes through all the others.
+Hoffmann et al. 2022 (arXiv 2203.15556), approach 2: the optimal N and D without a law of the loss.
+Invariant: a budget whose parabola has no valid vertex is refused with the reason, never repaired;
+the power law uses all the others.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,15 @@ from numpy.typing import ArrayLike
 from forescale.errors import UserError
 from forescale.scaling.fitting.points import Array, Points
 
-SPREAD = 0.05  # of the runs of a budget: 5 % of compute move the loss as much as a parabola does
+SPREAD = 0.05  # greatest spread of compute in a budget; more moves the loss as much as a parabola
 
 
 @dataclass(frozen=True)
 class Vertex:
-    """Of the budget (FLOPs) of some runs: N* and D* at the least loss of the parabola
-    loss = floor + bend (log N - log N*)^2."""
+    """The vertex of a budget's parabola, loss = floor + bend (log N - log N*)^2.
+
+    budget: FLOPs; runs: their number; parameters, tokens: N* and D*, at the least loss.
+    """
 
     budget: float
     runs: int
@@ -32,7 +34,7 @@ class Vertex:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A budget without a vertex, and why."""
+    """A budget without a valid vertex, and the reason."""
 
     budget: float
     runs: int
@@ -41,23 +43,27 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Law:
-    """N*(C) = k C^a or D*(C) = k C^a. scatter: of the vertices around it, standard deviation of the
-    logarithm; draws: (R, 2) of log k and a, by losses drawn anew around the parabolas, and by
-    vertices drawn anew around the law (empty where too few say how much they scatter)."""
+    """A power law through the vertices, N*(C) = k C^a or D*(C) = k C^a.
+
+    draws: resampled log k and a, (R, 2), once by residuals of losses around the parabolas, and once
+    by residuals of vertices around the law; empty if there are too few residuals.
+    """
 
     k: float
     a: float
-    scatter: float
-    centre: float  # of log C
     draws: tuple[Array, Array]
 
     def __call__(self, flops: ArrayLike) -> Array:
+        """Return N* or D* at budgets of FLOPs."""
         return self.k * np.asarray(flops, dtype=float) ** self.a
 
     def interval(self, level: float = 0.95, flops: ArrayLike | None = None) -> Array:
-        """The percentile interval, (2, ...), of what it says at `flops`; without, of (k, a). The
-        wider of both kinds of draws on each side: the noise of the losses alone misses what the
-        parabola gets wrong, a handful of vertices alone has few words. NaN if there is neither."""
+        """Return the percentile interval of N* or D* at `flops`, (2, m), or of (k, a), (2, 2).
+
+        On each side it is the wider one of both kinds of draws: the noise of the losses alone
+        misses the error of the parabolas, and a few vertices alone have few distinct draws. NaN if
+        there are neither.
+        """
         tail = 50 * (1 - level)
         ends = []
         for draws in self.draws:
@@ -77,7 +83,7 @@ class Law:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """parameters, tokens: the laws of N* and D*."""
+    """The vertices and refusals of all budgets; parameters, tokens: the laws of N* and D*."""
 
     vertices: tuple[Vertex, ...]
     refusals: tuple[Refusal, ...]
@@ -92,9 +98,12 @@ def isoflop(
     count: int = 2000,
     seed: int = 0,
 ) -> IsoFlop:
-    """budgets: (n,), the nominal one of each run; without, runs are grouped by what they spent.
-    That is points.flops or, where there is none, per_parameter_token N D. Raises UserError, with
-    every refusal, if fewer than two budgets have a vertex."""
+    """Return the isoFLOP analysis of runs.
+
+    budgets: the nominal budget of each run, (n,); without it, runs are grouped by their compute,
+    points.flops or else per_parameter_token N D. Raises UserError, with every refusal, if fewer
+    than two budgets have a vertex.
+    """
     x, spent = points.log("parameters"), _spent(points, per_parameter_token)
     groups = _grouped(points, spent, budgets)
     vertices, refusals, fits = [], [], []
@@ -122,14 +131,15 @@ def isoflop(
 def _spent(points: Points, per: float) -> Array:
     if points.flops is not None:
         return points.flops
-    return per * np.exp(points.log("parameters") + points.log("tokens"))
+    found: Array = per * np.exp(points.log("parameters") + points.log("tokens"))
+    return found
 
 
 def _grouped(points: Points, spent: Array, budgets: ArrayLike | None) -> list[tuple[float, Array]]:
     if budgets is not None:
         named = np.asarray(budgets, dtype=float)
         if named.shape != spent.shape or not (np.isfinite(named) & (named > 0)).all():
-            raise UserError(points.where, "a budget is missing", "give every run its FLOPs")
+            raise UserError(points.where, "a budget is missing", "give every run one, in FLOPs")
         return [(float(b), np.flatnonzero(named == b)) for b in np.unique(named)]
     order = np.argsort(spent, kind="stable")
     breaks = np.flatnonzero(np.diff(np.log(spent[order])) > np.log1p(SPREAD)) + 1
@@ -137,39 +147,42 @@ def _grouped(points: Points, spent: Array, budgets: ArrayLike | None) -> list[tu
 
 
 def vertex(budget: float, x: Array, loss: Array, spent: Array, per: float) -> Vertex | Refusal:
-    """x: log N, (m,)."""
+    """Return the vertex of one budget, or the refusal. x: log N; x, loss, spent: (m,)."""
 
     def no(why: str) -> Refusal:
         return Refusal(budget, len(x), why)
 
     low, high = float(spent.min()), float(spent.max())
     if high > low * (1 + SPREAD):
-        return no(f"its runs spent {low:.3g} to {high:.3g} FLOPs: budgets were rounded together")
+        return no(f"its runs range from {low:.3g} to {high:.3g} FLOPs, which is not one budget")
     if len(np.unique(x)) < 3:
-        return no(f"{len(np.unique(x))} sizes make no parabola")
+        return no(f"{len(np.unique(x))} sizes don't determine a parabola")
     bend, slope, level = _parabola(x - x.mean(), loss[None])[0]
     if not bend > 1e-12 * np.abs(loss).max():
-        return no("its parabola has no lowest point")
+        return no("its parabola has no minimum")
     at = -slope / (2 * bend)
     n = float(np.exp(at + x.mean()))
     if not x.min() <= at + x.mean() <= x.max():
         where = "below" if at < 0 else "above"
-        return no(f"the vertex, at {n:.3g} parameters, is {where} all of its runs")
+        return no(f"the vertex, at {n:.3g} parameters, is {where} all of its sizes")
     if len(best := np.flatnonzero(loss == loss.min())) and x[best[0]] in (x.min(), x.max()):
-        return no("the lowest loss is at the edge of its sizes")
+        return no("the lowest loss is at its smallest or largest size")
     mean = float(np.exp(np.log(spent).mean()))
     return Vertex(mean, len(x), n, mean / (per * n), level - slope**2 / (4 * bend), float(bend))
 
 
 def _parabola(x: Array, loss: Array) -> Array:
-    """(R, 3), from the square down, of losses (R, m) by least squares."""
+    """Return coefficients, (R, 3), from the square down, of losses, (R, m), by least squares."""
     return loss @ np.linalg.pinv(np.vander(x, 3)).T
 
 
 def _redrawn(fits: Sequence[tuple[Array, Array]], count: int, rng: np.random.Generator) -> Array:
-    """log N* of each budget with its losses drawn anew, (R, B), NaN where the parabola has none or
-    has it outside; (0, B) where no budget has more than three sizes. Residuals are pooled over the
-    budgets and freed of what their own parabola took of them (Davison and Hinkley 1997, 6.9)."""
+    """Return log N* of each budget with resampled losses, (R, B).
+
+    NaN if the parabola has no vertex within the sizes; (0, B) if no budget has more than three
+    sizes. Residuals are pooled over the budgets and divided by the root of 1 - leverage (Davison
+    and Hinkley 1997, 6.9).
+    """
     pool, smooth = [], []
     for x, loss in fits:
         V = np.vander(x - x.mean(), 3)
@@ -192,7 +205,7 @@ def _redrawn(fits: Sequence[tuple[Array, Array]], count: int, rng: np.random.Gen
 
 
 def _law(c: Array, y: Array, drawn: Array, count: int, rng: np.random.Generator) -> Law:
-    """The line y = log k + a c through the vertices, and through their redrawn kin."""
+    """Fit the line y = log k + a c through the vertices, and through the resampled ones."""
     centre = float(c.mean())
     X = np.stack((np.ones_like(c), c - centre), axis=1)
     hat = X @ np.linalg.pinv(X)
@@ -209,12 +222,10 @@ def _law(c: Array, y: Array, drawn: Array, count: int, rng: np.random.Generator)
         again = hat @ y + rng.choice(noise, size=(count, len(c)))
         by_vertices = _lines(X, again, np.ones_like(again))
     draws = [d - np.outer(d[:, 1], [centre, 0]) for d in (by_runs, by_vertices)]
-    free = max(len(c) - 2, 1)
-    scatter = float(np.sqrt((rest**2).sum() / free))
-    return Law(float(np.exp(level - a * centre)), float(a), scatter, centre, (draws[0], draws[1]))
+    return Law(float(np.exp(level - a * centre)), float(a), (draws[0], draws[1]))
 
 
 def _lines(X: Array, y: Array, w: Array) -> Array:
-    """(R, 2) of level and slope by weighted least squares of (R, B)."""
+    """Return level and slope, (R, 2), of y, (R, B), by weighted least squares."""
     gram = np.einsum("rb,bi,bj->rij", w, X, X)
     return np.linalg.solve(gram, np.einsum("rb,bi->ri", w * y, X)[:, :, None])[:, :, 0]

@@ -1,7 +1,7 @@
-"""The published laws, each with its source, and the compute-optimal size that they imply.
+"""The published laws, each with its source, and the compute-optimal N and D that they imply.
 
-Invariant: coefficients are positive and exponents count downwards (N ** -alpha), whatever sign the
-source prints.
+Invariant: coefficients are positive, and exponents are those of falling powers (N ** -alpha),
+whatever sign the source prints.
 """
 
 from collections.abc import Mapping
@@ -45,17 +45,21 @@ FRONTIER = PowerSum(
 
 @dataclass(frozen=True)
 class OverTraining(PowerSum):
-    """The shared-exponent law told by compute and by tokens a parameter, M = D / N:
+    """The shared-exponent law as a function of compute and of tokens per parameter, M = D / N.
+
     L = E + (a M^eta + b M^-eta) C^-eta with C = 6 N D, so that A = a / 6^eta, B = b / 6^eta and
-    alpha = 2 eta."""
+    alpha = 2 eta.
+    """
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
+        """Return the published parameters of theta."""
         values = super().published(theta, centre)
         values[:, 3] /= 2
         values[:, :2] *= 6 ** values[:, 3:]
         return values
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
+        """Return theta of published parameters."""
         plain = np.array(values, dtype=float)
         plain[:, :2] /= 6 ** plain[:, 3:]
         plain[:, 3] *= 2
@@ -74,9 +78,10 @@ OVER_TRAINING = OverTraining(
 
 @dataclass(frozen=True)
 class Kaplan(Form):
-    """L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D. Nothing is irreducible in it."""
+    """The law L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D, without irreducible loss."""
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
+        """Return log loss and its derivatives; see Form.evaluate."""
         n_c, d_c, alpha_n, alpha_d = (theta[:, i, None] for i in range(4))
         small = n_c - at.logs["parameters"]
         sized, fed = alpha_n / alpha_d * small, d_c - at.logs["tokens"]
@@ -87,27 +92,33 @@ class Kaplan(Form):
         return alpha_d * inner, np.stack(rows, axis=1)
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
+        """Return the least and the greatest theta, (p,) each."""
         least, most = EXPONENTS
         return np.array([-200.0, -200.0, least, least]), np.array([400.0, 400.0, most, most])
 
     def axes(self) -> tuple[Array, ...]:
+        """Return the values of alpha_N and alpha_D."""
         return (np.geomspace(0.02, 1.0, 20),) * 2
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
+        """Return the two summands without their coefficients, and the power 1 / alpha_D."""
         ratio = (grid[:, 0] / grid[:, 1])[:, None]
         tokens = np.broadcast_to(-at.logs["tokens"], (len(grid), len(at.logs["tokens"])))
         return np.exp(np.stack((-ratio * at.logs["parameters"], tokens), axis=1)), 1 / grid[:, 1]
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
+        """Return theta of exponents and coefficients; see Form.assemble."""
         log = np.log(coefficients)
         ratio = grid[:, 0] / grid[:, 1]
         return np.stack((log[:, 0] / ratio, log[:, 1], grid[:, 0], grid[:, 1]), axis=1)
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
+        """Return the published parameters of theta."""
         shift = np.array([centre["parameters"], centre["tokens"]])
         return np.hstack((np.exp(theta[:, :2] + shift), theta[:, 2:]))
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
+        """Return theta of published parameters."""
         shift = np.array([centre["parameters"], centre["tokens"]])
         return np.hstack((np.log(values[:, :2]) - shift, values[:, 2:]))
 
@@ -123,15 +134,21 @@ KAPLAN = Kaplan(
 
 @dataclass(frozen=True)
 class DataConstrained(PowerSum):
-    """The Chinchilla law on effective data: D' = U + U R* (1 - exp(-(D / U - 1) / R*)), where a
-    token seen again is worth less each time; R* is R_D. With `reference` (A, B, E, alpha, beta of a
-    law without repetition, which says how large a model U tokens are enough for) parameters beyond
-    that size fade likewise, with R_N. The source fits R_D and R_N with all else held fixed."""
+    """The Chinchilla law on effective data, for training on repeated tokens.
+
+    D' = U + U R* (1 - exp(-(D / U - 1) / R*)) with R* = R_D: the value of a token falls each time
+    it is repeated. `reference` (A, B, E, alpha, beta of a law without repeated data) gives the
+    model size that U tokens suffice for; with it, the value of parameters beyond that size falls in
+    the same way, with R_N. The source fits R_D and R_N with all else fixed.
+    """
 
     reference: tuple[float, ...] | None = None
 
     def _repeated(self, at: Design) -> list[tuple[str, int, Array, Array]]:
-        """Column, place of its R*, log of the unique part and how often it is repeated, (n,)."""
+        """Return (column, index of its R*, log of its unique part, repetitions) for each column.
+
+        Repetitions are the ratio of the repeated to the unique part; both are (n,).
+        """
         logs = {c: at.logs[c] + at.centre[c] for c in self.columns}
         unique = np.minimum(logs["tokens"], logs["unique_tokens"])
         found = [("tokens", 5, unique, np.expm1(logs["tokens"] - unique))]
@@ -143,7 +160,7 @@ class DataConstrained(PowerSum):
         return found
 
     def _effective(self, theta: Any, at: Design) -> tuple[dict[str, Any], dict[int, Any]]:
-        """Centred logs of N' and D' (R, n), and their derivatives by log R*."""
+        """Return the centred logs of N' and D', (R, n), and their derivatives by log R*."""
         logs, slopes = dict(at.logs), {}
         for column, place, unique, again in self._repeated(at):
             r = np.exp(theta[:, place, None])
@@ -154,6 +171,7 @@ class DataConstrained(PowerSum):
         return logs, slopes
 
     def evaluate(self, theta: Any, at: Design) -> tuple[Any, Any]:
+        """Return log loss and its derivatives; see Form.evaluate."""
         logs, slopes = self._effective(theta, at)
         m, jacobian = super().evaluate(theta, Design(logs, at.centre))
         for place, slope in slopes.items():
@@ -162,40 +180,50 @@ class DataConstrained(PowerSum):
         return m, jacobian
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
+        """Return the weighted sum of second derivatives by a complex step; see Form.curvature."""
         return Form.curvature(self, theta, at, jacobian, pull)
 
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
+        """Return the least and the greatest theta, (p,) each."""
         low, high = super().bounds(at, log_loss)
         low[5:], high[5:] = np.log(1e-2), np.log(1e4)
         return low, high
 
     def axes(self) -> tuple[Array, ...]:
+        """Return the values of alpha, beta, R_D and, with a reference, R_N."""
         return (np.geomspace(0.06, 1.2, 8),) * 2 + (np.geomspace(1, 100, 5),) * (self.size - 5)
 
     def basis(self, grid: Array, at: Design) -> tuple[Array, Array]:
+        """Return the terms on effective data without their coefficients, and a power of 1."""
         theta = np.zeros((len(grid), self.size))
         theta[:, 5:] = np.log(grid[:, 2:])
         logs, _ = self._effective(theta, at)
         return super().basis(grid, Design(logs, at.centre))
 
     def assemble(self, grid: Array, coefficients: Array) -> Array:
+        """Return theta of exponents and coefficients; see Form.assemble."""
         plain = np.hstack((np.log(coefficients), grid))
         plain[:, 5:] = np.log(grid[:, 2:])
         return plain
 
     def published(self, theta: Array, centre: Mapping[str, float]) -> Array:
+        """Return the published parameters of theta."""
         values = super().published(theta, centre)
         values[:, 5:] = np.exp(theta[:, 5:])
         return values
 
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
+        """Return theta of published parameters."""
         theta = super().internal(values, centre)
         theta[:, 5:] = np.log(np.asarray(values)[:, 5:])
         return theta
 
 
 def data_constrained(reference: Mapping[str, float] | None = None) -> DataConstrained:
-    """Muennighoff et al. 2023 (arXiv 2305.16264), eq. 5 and 6. reference: see DataConstrained."""
+    """Return the law of Muennighoff et al. 2023 (arXiv 2305.16264), eq. 5 and 6.
+
+    reference: see DataConstrained.
+    """
     known = None if reference is None else tuple(map(float, CHINCHILLA.vector(reference)))
     fading = ("R_D",) if reference is None else ("R_D", "R_N")
     return DataConstrained(
@@ -210,16 +238,22 @@ def data_constrained(reference: Mapping[str, float] | None = None) -> DataConstr
 
 
 def allocation(form: Form, values: Mapping[str, float] | ArrayLike) -> Array:
-    """a of N* ~ C^a for published parameters (..., p): beta / (alpha + beta) (Hoffmann et al. 2022,
-    eq. 4). Raises UserError for a law whose N* is no power law of C."""
+    """Return a of N* ~ C^a, (...), for published parameters, (..., p).
+
+    a = beta / (alpha + beta) (Hoffmann et al. 2022, eq. 4). Raises UserError for a law whose N* is
+    no power law of C.
+    """
     vector = form.vector(values)
     if isinstance(form, Kaplan):
-        return vector[..., 3] / (vector[..., 2] + vector[..., 3])
+        alpha, beta = vector[..., 2], vector[..., 3]
+        share: Array = beta / (alpha + beta)
+        return share
     if not isinstance(form, PowerSum) or form.columns != ("parameters", "tokens"):
-        raise UserError(form.name, "its optimum is no power law of compute", "fit another form")
+        raise UserError(form.name, "the optimum is no power law of compute", "fit another law")
     places = {t.column: form.symbols.index(t.exponent) for t in form.terms if t.exponent}
     alpha, beta = vector[..., places["parameters"]], vector[..., places["tokens"]]
-    return beta / (alpha + beta)
+    share = beta / (alpha + beta)
+    return share
 
 
 def compute_optimal(
@@ -229,13 +263,16 @@ def compute_optimal(
     per_parameter_token: float = 6.0,
     unique_tokens: float | None = None,
 ) -> tuple[Array, Array]:
-    """N* and D*, (..., m): the least loss at each of m budgets with C = per_parameter_token N D,
-    for published parameters (..., p). By bisection of the exact slope along the budget (a complex
-    step), on which each law has one minimum. Raises UserError for a law without N and D."""
+    """Return the compute-optimal N* and D*, (..., m) each, at m budgets of FLOPs.
+
+    They have the least loss with C = per_parameter_token N D, by published parameters, (..., p).
+    Found by bisection of the exact slope along the budget (a complex step): each law has one
+    minimum there. Raises UserError for a law without N and D, and if unique_tokens is missing.
+    """
     if not {"parameters", "tokens"} <= set(form.columns):
-        raise UserError(form.name, "it does not know N and D", "fit a law that does")
+        raise UserError(form.name, "the law does not read N and D", "fit a law that does")
     if "unique_tokens" in form.columns and unique_tokens is None:
-        raise UserError(form.name, "it depends on the unique tokens", "give unique_tokens=")
+        raise UserError(form.name, "the law reads the unique tokens", "give unique_tokens=")
     vector = form.vector(values)
     budget = np.log(np.atleast_1d(np.asarray(flops, dtype=float)) / per_parameter_token)
     zero = dict.fromkeys(form.columns, 0.0)

@@ -1,11 +1,11 @@
-"""Least absolute deviations: the kinks of the objective that a smooth solver can't see.
+"""Solve least absolute deviations, whose objective has kinks that a smooth solver can't resolve.
 
 The sum of |r| is first replaced by Huber's function over delta, with delta from 1e-2 down to 1e-7,
-each solved from the one before. The runs within delta of the law are those that it passes through
-exactly at the optimum: usually as many as there are free parameters (a corner), sometimes fewer (an
-edge). Newton steps on the conditions of the optimum, with those residuals held at zero, then lead
-onto it.
-Invariant: a point is certified by the subgradient of the sum of |r| itself, never of its stand-in.
+each solved from the solution before. At the optimum the law passes exactly through the runs within
+delta: usually as many as there are free parameters (a corner), sometimes fewer (an edge). Newton
+steps on the optimality conditions, with these residuals held at zero, then lead to the optimum.
+Invariant: a point is certified by the subgradient of the sum of |r|, never by that of the smoothed
+objective.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, Local, local, sc
 from forescale.scaling.fitting.points import Array
 
 SMOOTHED = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-FINER = (1e-8, 1e-9)  # where a run that the optimum misses is within the last of these
-_TOUCHES = 1e-11  # a residual that is zero, but for rounding
-_FLAT = 1e-10  # a curvature or a singular value, of no unit, that is
+FINER = (1e-8, 1e-9)  # used if a run within the last delta is not one that the optimum touches
+_TOUCHES = 1e-11  # greatest residual that counts as zero
+_FLAT = 1e-10  # greatest curvature, or relative singular value, that counts as zero
 
 
 def _smoothed(task: Task, delta: float) -> Task:
@@ -27,7 +27,7 @@ def _smoothed(task: Task, delta: float) -> Task:
 
 
 def solve_absolute(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
-    """As newton.solve, for a task whose delta is 0."""
+    """Return the minima reached, as newton.solve does, for a task whose delta is 0."""
     theta, steps = start, 0
     for delta in SMOOTHED[:-1]:
         found = solve(_smoothed(task, delta), log_loss, weight, theta)
@@ -47,7 +47,7 @@ def solve_absolute(task: Task, log_loss: Array, weight: Array, start: Array) -> 
             own = near, y[r : r + 1], w[r : r + 1]
             smooth = certified(*own, theta[r : r + 1])
             exact = certified(*own, _onto_kink(*own, theta[r : r + 1]))
-            # The stand-in's minimum is at most delta / 2 a run above that of the sum of |r|.
+            # The smoothed minimum is at most delta / 2 per run above that of the sum of |r|.
             lower = exact.value[0] <= smooth.value[0] + delta / 2 * w[r].sum()
             done[r] = exact if lower and exact.gradient[0] <= TOLERANCE else smooth
     return replace(join([done[r] for r in range(R)]), steps=steps)
@@ -55,9 +55,12 @@ def solve_absolute(task: Task, log_loss: Array, weight: Array, start: Array) -> 
 
 @dataclass
 class _Kink:
-    """Around theta (1, p), of the free parameters alone. slope (q, n): of the fitted loss or log
-    loss; rest (q,): the pull of the runs that are not touched; hessian (q, q): of the Lagrangian;
-    pulls (q,): what a gradient is scaled by."""
+    """The objective around theta, (1, p), for its q free parameters.
+
+    free: their mask, (p,); slope: derivatives of the fitted loss or log loss, (q, n); rest: the
+    contribution to the gradient of the runs that the law doesn't touch, (q,); pulls: the scale of
+    the gradient, (q,).
+    """
 
     here: Local
     free: Array
@@ -66,14 +69,18 @@ class _Kink:
     pulls: Array
 
     def hessian(self, task: Task, theta: Array, pull: Array) -> Array:
-        """pull: w times the sign, or the multiplier, of each run, (n,)."""
+        """Return the Hessian of the Lagrangian, (q, q).
+
+        pull: the weight times the sign or the multiplier of each run, (n,).
+        """
         J = self.here.jacobian
         if self.here.scale is not None:
             pull = pull * self.here.scale[0]
         found = task.form.curvature(theta, task.at, J, -pull[None])[0]
         if self.here.scale is not None:
             found = found - (J[0] * pull) @ J[0].T
-        return found[np.ix_(self.free, self.free)]
+        own: Array = found[np.ix_(self.free, self.free)]
+        return own
 
 
 def _kink(task: Task, y: Array, w: Array, theta: Array, touched: Array) -> _Kink:
@@ -82,13 +89,15 @@ def _kink(task: Task, y: Array, w: Array, theta: Array, touched: Array) -> _Kink
     slope = here.jacobian[0] if here.scale is None else here.jacobian[0] * here.scale[0]
     signs = np.where(touched, 0.0, np.sign(here.residual[0]))
     slope = slope[free]
-    pulls = np.maximum(np.abs(slope) @ w[0], 1e-100)  # 0: of a term that has underflowed
+    pulls = np.maximum(np.abs(slope) @ w[0], 1e-100)  # a term that underflowed has 0
     return _Kink(here, free, slope, slope @ (w[0] * signs), pulls)
 
 
 def _onto_kink(task: Task, y: Array, w: Array, theta: Array) -> Array:
-    """theta (1, p) moved onto the optimum near it: Newton's method on its conditions. The task is
-    the smoothed one of which it is the minimum."""
+    """Move theta, (1, p), to the optimum near it by Newton's method on the optimality conditions.
+
+    theta must be the minimum of the smoothed `task`.
+    """
     new = theta
     none = np.zeros(y.shape[1], dtype=bool)
     first = _kink(task, y, w, new, none)
@@ -106,7 +115,7 @@ def _onto_kink(task: Task, y: Array, w: Array, theta: Array) -> Array:
         system[q:, :q] = across.T
         if not np.isfinite(system).all():
             return theta
-        # The shortest solution: a run that is there twice has two multipliers that do the same.
+        # The shortest solution, because the multipliers of a run listed twice are not unique.
         step = np.linalg.lstsq(system, np.append(at.rest, at.here.residual[0][touched]))[0]
         moved = new.copy()
         moved[0, at.free] += step[:q]
@@ -116,10 +125,13 @@ def _onto_kink(task: Task, y: Array, w: Array, theta: Array) -> Array:
 
 
 def certified(task: Task, y: Array, w: Array, theta: Array) -> Solved:
-    """What there is to say of theta (1, p). A run that the law passes through pulls by anything
-    between -1 and 1 times its weight: by what cancels the others best. gradient: what remains,
-    scaled; curvature: how far the strongest of these multipliers is from 1 and, along an edge, that
-    of the Lagrangian (Watson 1980, Approximation Theory and Numerical Methods, chapter 6)."""
+    """Return value, scaled subgradient, curvature and edges at theta, (1, p), without a step.
+
+    A run that the law passes through may contribute anything between -1 and 1 times its weight: the
+    multipliers are those that cancel the other contributions best. gradient: what remains, scaled;
+    curvature: 1 minus the largest multiplier and, along an edge, the curvature of the Lagrangian if
+    that is less (Watson 1980, Approximation Theory and Numerical Methods, chapter 6).
+    """
     task = _smoothed(task, task.goal.delta or SMOOTHED[-1])
     residual = local(task.form, task.at, y, w, theta, task.goal).residual
     touched = (np.abs(residual[0]) <= _TOUCHES) & (w[0] > 0)

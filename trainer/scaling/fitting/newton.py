@@ -1,12 +1,12 @@
-"""Many small fits at once, each to a stationary point: a damped Newton method in batches.
+"""A damped Newton method that solves many small fits in one batch, each to a stationary point.
 
 Replicates differ in their start, their weights or their losses, never in N and D. Each has its own
-damping; those that are done leave the batch. Steps are taken in coordinates in which reweighted
-least squares is a sphere, so that units and correlations of the parameters do not matter, and
-negative curvature is turned over, so that no saddle attracts. Parameters stay within a box: one at
-its edge, which the gradient pushes outwards, is frozen until it is pulled back.
-Invariant: no step ever raises the objective beyond its rounding error, and what is returned as
-scaled gradient was computed at the theta that is returned.
+damping and leaves the batch when it is done. Steps are taken in coordinates in which the Hessian of
+reweighted least squares is the identity, so that units and correlations of the parameters don't
+matter. Negative curvatures enter by their absolute value, so that saddles don't attract. Parameters
+stay within a box: a parameter at an end is frozen while the descent direction points outwards.
+Invariant: no step raises the objective by more than its rounding error, and the returned scaled
+gradient was computed at the returned theta.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,22 @@ from forescale.scaling.fitting.forms import Design, Form
 from forescale.scaling.fitting.objective import Local, Objective, curvatures, local, scaled_gradient
 from forescale.scaling.fitting.points import Array
 
-TOLERANCE = 1e-8  # of the scaled gradient: what a certificate asks for
-_AIM = 1e-11  # what the solver goes for; it stops short of it only where rounding does
-_CHUNK = 64  # replicates: their arrays stay in the cache of a core
+TOLERANCE = 1e-8  # greatest scaled gradient that is certified
+_AIM = 1e-11  # scaled gradient at which the solver stops; it stops earlier only because of rounding
+_CHUNK = 64  # replicates per batch, so that their arrays stay in the cache of a core
 _STEPS = 300
-_OPEN = 3e5  # a stretch: the square root of a condition number that leaves no digits
+_OPEN = 3e5  # greatest stretch; its square is a condition number that leaves no digits
 
 
 @dataclass
 class Solved:
-    """Of R replicates. theta (R, p); value, gradient (scaled), curvature (R,): the least eigenvalue
-    of the Hessian against that of reweighted least squares, of the free parameters: positive at a
-    minimum; edge (R, p): -1 or 1 for a parameter at the lower or upper end of its box."""
+    """The end points of R replicates.
+
+    theta: (R, p); value: (R,); gradient: scaled, (R,); curvature: the least eigenvalue of the
+    Hessian of the free parameters relative to that of reweighted least squares, positive at a
+    minimum, (R,); edge: -1 or 1 for a parameter at the lower or upper end of its box, (R, p);
+    steps: the greatest number of steps.
+    """
 
     theta: Array
     value: Array
@@ -38,11 +42,13 @@ class Solved:
     steps: int
 
     def take(self, which: Array) -> "Solved":
+        """Return the replicates of an index or a mask."""
         own = {k: v[which] for k, v in vars(self).items() if k != "steps"}
         return Solved(**own, steps=self.steps)
 
 
 def join(parts: list[Solved]) -> Solved:
+    """Return the replicates of all parts, in their order."""
     names = ("theta", "value", "gradient", "curvature", "edge")
     rows = {k: np.concatenate([getattr(p, k) for p in parts]) for k in names}
     return Solved(**rows, steps=max(p.steps for p in parts))
@@ -50,7 +56,7 @@ def join(parts: list[Solved]) -> Solved:
 
 @dataclass(frozen=True)
 class Task:
-    """What all replicates share. low, high: (p,), equal for a parameter that is held."""
+    """What all replicates share. low, high: ends of the box, (p,), equal for a fixed parameter."""
 
     form: Form
     at: Design
@@ -59,22 +65,26 @@ class Task:
     high: Array
 
     def frozen(self, theta: Array, gradient: Array) -> Array:
-        """(R, p): held, or at an edge and pushed outwards."""
+        """Return True for parameters that are fixed, or at an end and pushed outwards, (R, p)."""
         out = (theta <= self.low) & (gradient > 0) | (theta >= self.high) & (gradient < 0)
-        return out | (self.low == self.high)
+        found: Array = out | (self.low == self.high)
+        return found
 
     def left(self, theta: Array, here: Local) -> Array:
-        """The scaled gradient, (R,)."""
+        """Return the scaled gradient of the free parameters, (R,)."""
         free = ~self.frozen(theta, here.gradient)
         return scaled_gradient(here.gradient, here.pulls, free)
 
 
 def solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
-    """log_loss, weight: (R, n) or (1, n); start: (R, p) or (1, p)."""
+    """Return the stationary points that the starts reach.
+
+    log_loss, weight: (R, n) or (1, n); start: (R, p) or (1, p).
+    """
     R = max(len(log_loss), len(weight), len(start))
     start = np.broadcast_to(start, (R, start.shape[1]))
     spans = [slice(i, i + _CHUNK) for i in range(0, R, _CHUNK)]
-    # A step that leads to an infinite loss is one that is not taken.
+    # A step to an infinite loss is rejected, so its overflow needs no warning.
     with np.errstate(over="ignore", invalid="ignore"):
         return join([_solve(task, _rows(log_loss, s), _rows(weight, s), start[s]) for s in spans])
 
@@ -86,7 +96,7 @@ def _rows(given: Array, which: Array | slice) -> Array:
 def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
     theta = np.clip(start, task.low, task.high)
     R = len(theta)
-    ids = np.arange(R)  # of those that go on
+    ids = np.arange(R)  # replicates that are not done
     damping, left = np.full(R, 1e-2), np.full(R, np.inf)
     final = theta.copy()
     steps = 0
@@ -95,7 +105,7 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
     left = task.left(t, here)
     tries = np.zeros(R, dtype=int)
     while steps < _STEPS:
-        # Rejected so often in a row: nothing but rounding is left to gain.
+        # After 20 rejections in a row nothing but rounding is left to gain.
         going = (left > _AIM) & (tries < 20)
         if not going.all():
             final[ids[~going]] = t[~going]
@@ -111,7 +121,7 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
         there_left = task.left(new, there)
         fell = here.value - there.value
         rounding = 1e-13 * here.value
-        # Near the end the objective no longer tells two points apart; the gradient still does.
+        # Near the end the objective is equal up to rounding; the gradient still falls.
         good = (fell > rounding) | ((np.abs(fell) <= rounding) & (there_left < left))
         with np.errstate(invalid="ignore", divide="ignore"):
             trust = np.where(np.abs(fell) <= rounding, 1.0, fell / gain)
@@ -130,7 +140,7 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
 
 
 def _step(task: Task, w: Array, t: Array, here: Local, damping: Array) -> tuple[Array, Array]:
-    """The step (R, p), and what the quadratic model gains by it (R,)."""
+    """Return the step, (R, p), and the decrease that the quadratic model predicts for it, (R,)."""
     frozen = task.frozen(t, here.gradient)
     values, vectors, back, _ = _whitened(task, w, t, here, frozen)
     g = np.where(frozen, 0.0, here.gradient)
@@ -145,15 +155,18 @@ def _step(task: Task, w: Array, t: Array, here: Local, damping: Array) -> tuple[
 def _whitened(
     task: Task, w: Array, t: Array, here: Local, frozen: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Eigenvalues (R, p) and vectors (R, p, p) of the Hessian where reweighted least squares is a
-    sphere, the way back from there (R, p, p), and by how much it stretches (R,), the parameters
-    having been scaled. Frozen parameters stand aside with eigenvalue 1."""
+    """Return the Hessian in coordinates in which that of reweighted least squares is the identity.
+
+    As its eigenvalues, (R, p), and eigenvectors, (R, p, p); the map back to theta, (R, p, p); and
+    the greatest stretch of that map after scaling the parameters, (R,). Frozen parameters are
+    decoupled, with eigenvalue 1.
+    """
     hessian, sphere = curvatures(task.form, task.at, w, t, task.goal, here)
     p = t.shape[1]
     one = np.eye(p)
     aside = frozen[:, :, None] | frozen[:, None, :]
-    # A term that has faded pulls by its share of the loss, which falls e-fold by a step of -1: no
-    # step of Newton's is longer, and reweighted least squares alone would not know.
+    # The gradient of a vanishing term falls e-fold by a step of -1 in its log coefficient. This
+    # bounds the step by 1, which reweighted least squares alone would not do.
     sphere = sphere + np.abs(here.gradient)[:, :, None] * one
     size = np.sqrt(np.maximum(np.einsum("rii->ri", sphere), 1e-300))
     unit = 1 / (size[:, :, None] * size[:, None, :])
@@ -167,17 +180,17 @@ def _whitened(
 
 
 def measured(task: Task, log_loss: Array, weight: Array, theta: Array, steps: int = 0) -> Solved:
-    """What there is to say of theta (R, p), without moving it."""
+    """Return value, scaled gradient, curvature and edges at theta, (R, p), without a step."""
     here = local(task.form, task.at, log_loss, weight, theta, task.goal)
     frozen = task.frozen(theta, here.gradient)
     values, _, _, stretch = _whitened(task, weight, theta, here, frozen)
-    # Where the runs leave a direction open, a curvature along it is rounding of either sign.
+    # If the runs don't determine a direction, the curvature along it is rounding of either sign.
     curvature = np.where(stretch < _OPEN, values.min(-1), np.minimum(values.min(-1), 0.0))
     left = task.left(theta, here)
     return Solved(theta, here.value, left, curvature, ends(task, theta), steps)
 
 
 def ends(task: Task, theta: Array) -> Array:
-    """(R, p): -1 or 1 at the lower or the upper end of the box, 0 elsewhere and where held."""
+    """Return -1 or 1 at the lower or upper end of the box, 0 elsewhere and if fixed, (R, p)."""
     edge = np.where(theta <= task.low, -1.0, 0.0) + np.where(theta >= task.high, 1.0, 0.0)
     return np.where(task.low == task.high, 0.0, edge)

@@ -1,11 +1,11 @@
-"""What a fit minimises, and how near a point is to its minimum.
+"""The objective that a fit minimises, and the scaled gradient: how far a point is from a minimum.
 
-    residual   r = log L - log L^ (or L - L^), of each run
-    value      sum of w rho(r): Huber's rho is r^2 / 2 to delta, delta (|r| - delta / 2) beyond
+    residual   r = log L - log L^ (or L - L^) of each run, where L^ is the fitted loss
+    value      sum of w rho(r); Huber's rho is r^2 / 2 up to delta, delta (|r| - delta / 2) beyond
 
 Least squares is delta = inf; least absolute deviations is delta = 0, the sum of w |r|.
-Invariant: the scaled gradient is of the objective as stated, and has no unit: it stays what it is
-if losses, weights, N or D are counted in other units.
+Invariant: the scaled gradient is that of the stated objective and has no unit: it doesn't change if
+losses, weights, N or D are counted in other units.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,18 @@ from forescale.errors import UserError
 from forescale.scaling.fitting.forms import Design, Form
 from forescale.scaling.fitting.points import Array
 
-# A run pulls by this at least in what the gradient is scaled by, so that a perfect fit, in which
-# nothing but rounding pulls, counts as one. No loss is known to seven digits.
+# Least residual of a run in the scale of the gradient, so that a perfect fit, whose gradient is
+# nothing but rounding, is certified. No loss is known to seven digits.
 ROUNDING = 1e-7
 
 
 @dataclass(frozen=True)
 class Objective:
-    """delta: of Huber's function, in units of the residual; on: "log" of the loss or the "loss".
-    The default is that of Hoffmann et al. 2022 (arXiv 2203.15556), eq. 3."""
+    """An objective; the default is that of Hoffmann et al. 2022 (arXiv 2203.15556), eq. 3.
+
+    delta: that of Huber's function, in units of the residual; on: "log" for residuals of log loss,
+    "loss" for those of the loss. Raises UserError for other values.
+    """
 
     delta: float = 1e-3
     on: str = "log"
@@ -35,15 +38,19 @@ class Objective:
             raise UserError("objective", what, "give a delta of 0 to inf, on 'log' or 'loss'")
 
     def __str__(self) -> str:
+        """Return the name of the objective, such as "Huber 0.001 on log loss"."""
         kind = {0.0: "least absolute deviations", np.inf: "least squares"}.get(self.delta)
         return f"{kind or f'Huber {self.delta:g}'} on {'log loss' if self.on == 'log' else 'loss'}"
 
     def value(self, residual: Array, weight: Array) -> Array:
-        """(R,) of (R, n)."""
+        """Return the objective, (R,), at residuals, (R, n)."""
         if self.delta == 0:
-            return (weight * np.abs(residual)).sum(-1)
-        bent = np.clip(residual, -self.delta, self.delta)
-        return (weight * bent * (residual - bent / 2)).sum(-1)
+            each = weight * np.abs(residual)
+        else:
+            clipped = np.clip(residual, -self.delta, self.delta)
+            each = weight * clipped * (residual - clipped / 2)
+        found: Array = each.sum(-1)
+        return found
 
 
 LEAST_SQUARES = Objective(np.inf)
@@ -52,23 +59,28 @@ LEAST_ABSOLUTE = Objective(0.0)
 
 @dataclass
 class Local:
-    """The objective around theta (R, p), for R replicates. pulls (R, p): the sum over runs of the
-    size of what each adds to the gradient. Arrays of runs are (R, n)."""
+    """The objective at theta, (R, p), of R replicates.
+
+    value: (R,); gradient: (R, p); pulls: the sum over runs of the size of each contribution to the
+    gradient, (R, p); jacobian: (R, p, n); clipped: the residual, cut at delta, which is rho's
+    derivative, (R, n); scale: L^, (R, n), if the residual is that of the loss itself.
+    """
 
     value: Array
     gradient: Array
     pulls: Array
     jacobian: Array
     residual: Array
-    bent: Array  # the residual, cut at delta: rho's derivative
-    scale: Array | None  # L^ where the residual is of the loss itself
+    clipped: Array
+    scale: Array | None
 
     def rows(self, which: Array) -> "Local":
+        """Return the replicates of an index or a mask."""
         kept = {k: None if v is None else v[which] for k, v in vars(self).items()}
         return Local(**kept)  # type: ignore[arg-type]
 
     def put(self, which: Array, other: "Local") -> None:
-        """Replace the rows of `which` by the same of another."""
+        """Replace the replicates of `which` by the same ones of `other`."""
         for name, own in vars(self).items():
             if own is not None:
                 own[which] = getattr(other, name)[which]
@@ -77,34 +89,37 @@ class Local:
 def local(
     form: Form, at: Design, log_loss: Array, weight: Array, theta: Array, goal: Objective
 ) -> Local:
-    """log_loss, weight: (R, n) or (1, n). goal.delta > 0."""
+    """Return the objective at theta, (R, p). log_loss, weight: (R, n) or (1, n); goal.delta > 0."""
     m, jacobian = form.evaluate(theta, at)
     if goal.on == "log":
         scale, residual = None, log_loss - m
     else:
         scale = np.exp(m)
         residual = np.exp(log_loss) - scale
-    bent = np.clip(residual, -goal.delta, goal.delta)
-    pull = weight * bent
-    value = (pull * (residual - bent / 2)).sum(-1)
-    size = weight * np.maximum(np.abs(bent), min(ROUNDING, goal.delta))
+    clipped = np.clip(residual, -goal.delta, goal.delta)
+    pull = weight * clipped
+    value = (pull * (residual - clipped / 2)).sum(-1)
+    size = weight * np.maximum(np.abs(clipped), min(ROUNDING, goal.delta))
     if scale is not None:
         pull, size = pull * scale, size * scale
     gradient = -(jacobian @ pull[:, :, None])[:, :, 0]
     pulls = (np.abs(jacobian) @ size[:, :, None])[:, :, 0]
-    return Local(value, gradient, pulls, jacobian, residual, bent, scale)
+    return Local(value, gradient, pulls, jacobian, residual, clipped, scale)
 
 
 def curvatures(
     form: Form, at: Design, weight: Array, theta: Array, goal: Objective, here: Local
 ) -> tuple[Array, Array]:
-    """The Hessian of the objective and, never less than its part without the law's own curvature,
-    that of the quadratic which touches Huber's function from above at these residuals (Huber and
-    Ronchetti 2009, section 7.8: reweighted least squares): (R, p, p) each."""
+    """Return the Hessian of the objective and that of reweighted least squares, (R, p, p) each.
+
+    The second is that of the quadratic which touches Huber's function from above at these residuals
+    (Huber and Ronchetti 2009, section 7.8). It is never less than the part of the Hessian without
+    the law's own curvature.
+    """
     size = np.abs(here.residual)
     inside = weight * (size <= goal.delta)
     above = weight * np.where(size <= goal.delta, 1.0, goal.delta / np.maximum(size, 1e-300))
-    pull = -weight * here.bent
+    pull = -weight * here.clipped
     if here.scale is not None:
         inside, above = inside * here.scale**2, above * here.scale**2
         pull = pull * here.scale
@@ -115,7 +130,11 @@ def curvatures(
 
 
 def scaled_gradient(gradient: Array, pulls: Array, free: Array) -> Array:
-    """(R,): of each parameter that is free to move, what is left of the runs' pulls after they have
-    cancelled, as a share of their sizes; the largest of them. 1 far away, 0 at a minimum."""
+    """Return the scaled gradient, (R,): near 1 far from a minimum, 0 at one.
+
+    It is the largest share |gradient| / pulls of the free parameters: what remains of the runs'
+    contributions after they cancel, over the sum of their sizes.
+    """
     share = np.abs(gradient) / np.maximum(pulls, 1e-300)
-    return np.where(free, share, 0.0).max(-1, initial=0.0)
+    found: Array = np.where(free, share, 0.0).max(-1, initial=0.0)
+    return found

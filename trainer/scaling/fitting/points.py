@@ -1,4 +1,4 @@
-"""What a fit reads: one number a run and a column, each column a convention that all runs share.
+"""The data of a fit: columns with one number per run, all counted by one convention.
 
 Invariant: every value is finite and positive, so that its logarithm exists; no run is dropped here.
 """
@@ -12,17 +12,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from forescale.errors import UserError
 
-_FEWEST = 3  # runs of a budget that a law is fitted to: fewer tell no bend
-Array = NDArray[Any]  # of float64, but for masks and indices
+_FEWEST = 3  # runs of a budget that are always kept: fewer don't determine a parabola
+Array = NDArray[Any]  # float64, except masks and indices
 
 
 @dataclass(frozen=True)
 class Points:
-    """n runs. loss: held-out, nats a token or whatever unit all share; parameters: N; tokens: D,
-    seen; flops: C of training; unique_tokens: U, of the data that D was drawn from. convention: how
-    N, D, C and the loss are counted, one word for all or one a run. where: names the data in
-    messages. Raises UserError for values that have no logarithm, for columns of other lengths and
-    for runs that count by different conventions."""
+    """The columns of n runs, (n,) each.
+
+    loss: held-out, in nats per token or another unit that all share; parameters: N; tokens: D, seen
+    in training; flops: C of training; unique_tokens: U, in the data that D was drawn from;
+    convention: how N, D, C and the loss are counted, one string or one per run; where: names the
+    data in messages. Raises UserError for values without a logarithm, for columns of different
+    lengths and for runs of different conventions.
+    """
 
     loss: Array
     parameters: Array | None = None
@@ -40,43 +43,49 @@ class Points:
             found = sorted(set(self.convention))
             if len(found) > 1:
                 counts = ", ".join(f"{list(self.convention).count(c)} by '{c}'" for c in found)
-                what = f"the runs count by different conventions ({counts})"
-                raise UserError(self.where, what, "give every run the same N, D, C and loss")
+                what = f"the runs have different conventions ({counts})"
+                raise UserError(self.where, what, "count N, D, C and loss alike for all runs")
             object.__setattr__(self, "convention", found[0] if found else "")
 
     def _checked(self, name: str, given: ArrayLike) -> Array:
         values = np.array(given, dtype=float)
         where = f"{self.where}: {name}"
         if values.ndim != 1 or values.shape != np.shape(self.loss):
-            what = f"its shape is {values.shape}, that of the losses {np.shape(self.loss)}"
-            raise UserError(where, what, "give one number a run")
+            what = f"the shape is {values.shape}, but that of the losses is {np.shape(self.loss)}"
+            raise UserError(where, what, "give one number per run")
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if bad.size:
             more = f" and {bad.size - 1} more" if bad.size > 1 else ""
-            what = f"{values[bad[0]]} of run {bad[0]}{more}"
-            raise UserError(where, f"{what}, which has no logarithm", "leave such runs out")
+            what = f"{values[bad[0]]} of run {bad[0]}{more} is not a finite positive number"
+            raise UserError(where, what, "leave such runs out")
         values.flags.writeable = False
         return values
 
     def __len__(self) -> int:
+        """Return the number of runs."""
         return len(self.loss)
 
     def log(self, column: str) -> Array:
-        """Of a column, (n,). Raises UserError if no run has it."""
+        """Return the logarithms of a column, (n,). Raises UserError if there is no such column."""
         values = getattr(self, column)
         if values is None:
-            raise UserError(self.where, f"it has no column '{column}'", "give it for every run")
-        return np.log(values)
+            raise UserError(self.where, f"there is no column '{column}'", "give it for every run")
+        found: Array = np.log(values)
+        return found
 
     def take(self, which: Any) -> "Points":
-        """Those of an index or a mask."""
+        """Return the runs of an index or a mask."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return Points(**own | {k: own[k][which] for k in COLUMNS if own[k] is not None})
 
 
 def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
-    """(n,) of bool: runs within so much of the least loss of their budget, and the best three of it
-    however far apart: small models are few, and 4 % may leave one. None: all."""
+    """Return the mask of the runs near the optimum of their budget, (n,).
+
+    These are the runs whose loss is at most 1 + `near` times the least of their budget, and the
+    best three of each budget at any distance: of small models 4 % may leave only one. If `near` is
+    None, all runs are kept.
+    """
     kept = np.ones(len(loss), dtype=bool)
     if near is None:
         return kept

@@ -1,1 +1,1 @@
-"""From runs, ours and others', to one table that a fit can read."""
+"""Tables of runs, of our own runs and of exports, in the form that a fit reads."""

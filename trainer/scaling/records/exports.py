@@ -1,15 +1,15 @@
-"""Tables of runs that were trained elsewhere: files that others export, as one row a run.
+"""Read exported tables of runs that were trained elsewhere, as one row per run.
 
-    CSV, parquet       rows and columns as they stand. Two shapes of wandb's are known by their
-                       headers: the runs table (Name, State, then what its columns show), and a
-                       chart (its x-axis, then "RUN - METRIC" with __MIN and __MAX beside it), of
-                       which the last value of each run counts
-    JSON, JSON lines   objects; those with `config` and `summary` are runs of wandb's API (their
-                       `config`, `summary`, `name`, `state`), nested keys become dotted names
-    a directory        of such files
+    CSV, parquet       rows and columns unchanged. Two formats of wandb are recognised by their
+                       headers: the runs table (Name, State, then the shown columns), and a chart
+                       (x-axis, then "RUN - METRIC" with __MIN and __MAX beside it), of which the
+                       last value of each run is taken
+    JSON, JSON lines   objects; those with `config` and `summary` are runs of wandb's API (with
+                       `config`, `summary`, `name`, `state`); nested keys become dotted names
+    a directory        of JSON files
 
-Invariant: a value is what the file says, and a run that says it has not finished is refused by
-name. A chart doesn't say which runs have, and is thinned by wandb to 1,500 points or fewer a run.
+Invariant: values are taken unchanged, and a run whose state is not "finished" is refused by name. A
+chart has no states, and wandb thins it to 1,500 points per run or fewer.
 """
 
 import ast
@@ -25,15 +25,15 @@ from forescale.errors import UserError
 
 SUFFIXES = (".csv", ".parquet", ".json", ".jsonl", ".ndjson")
 FINISHED = "finished"
-# wandb.apis.public.Run.state, and what a table of runs shows beside it.
+# wandb.apis.public.Run.state, and further states that the table of runs shows.
 _STATES = {FINISHED, "failed", "crashed", "killed", "running", "pending", "preempting", "preempted",
            "not found"}  # fmt: skip
-_SEPARATOR = " - "  # of run and metric in a chart
+_SEPARATOR = " - "  # between run and metric in a chart
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A run that is no record."""
+    """A run that can't be used as a record, and the reason."""
 
     name: str
     why: str
@@ -41,32 +41,39 @@ class Refused:
 
 @dataclass(frozen=True)
 class Export:
-    """A table as it was read, under the file's own names. name, state: which of its columns say so
-    of a run; None: no column does, or the table is of no tracker that is known."""
+    """A table with the names of its file.
+
+    name, state: the columns with the name and the state of a run; None if there is no such column,
+    or if the table has no known format.
+    """
 
     table: pd.DataFrame
     name: str | None = None
     state: str | None = None
 
     def of(self, table: pd.DataFrame) -> "Export":
+        """Return the export with another table."""
         return replace(self, table=table)
 
     def refused(self, needed: Sequence[str]) -> dict[Any, Refused]:
-        """By their place in the table: runs that have not finished, and those without a value in a
-        column that is needed. Of a plain table, which knows neither names nor states, none."""
+        """Return the runs that have not finished or lack a needed value, by their row index.
+
+        Empty for a plain table, which has neither names nor states.
+        """
         if self.name is None:
             return {}
         found = {}
         for place, row in self.table.iterrows():
             if self.state and str(row[self.state]).lower() != FINISHED:
-                found[place] = Refused(str(row[self.name]), f"wandb calls it {row[self.state]}")
+                found[place] = Refused(str(row[self.name]), f"its state is {row[self.state]}")
             elif missing := [name for name in needed if pd.isna(row[name])]:
-                found[place] = Refused(str(row[self.name]), f"it has no {', '.join(missing)}")
+                why = f"it has no value of {', '.join(missing)}"
+                found[place] = Refused(str(row[self.name]), why)
         return found
 
 
 def is_export(path: Path) -> bool:
-    """Whether it is for this file to read: a table's suffix, or a directory of dumped runs."""
+    """Return True for a file with the suffix of a table, and for a directory of dumped runs."""
     if not path.is_dir():
         return path.suffix in SUFFIXES
     try:
@@ -76,19 +83,19 @@ def is_export(path: Path) -> bool:
 
 
 def read_export(path: Path) -> Export:
-    """Any of the forms above. Raises UserError for what can't be read."""
+    """Read a file or directory of any format above. Raises UserError if it can't be read."""
     try:
         if path.is_dir() or path.suffix not in (".csv", ".parquet"):
             return _of_objects(path, [o for p in _files(path) or [path] for o in _objects(p)])
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except FileNotFoundError:
-        raise UserError(str(path), "no such file", "check the path") from None
+        raise UserError(str(path), "there is no such file", "check the path") from None
     except (OSError, ValueError, ImportError) as e:
         what = f"can't be read as a table ({(str(e).splitlines() or [type(e).__name__])[0]})"
         todo = "give a CSV with a header, parquet, JSON lines, or a directory of JSON files"
         raise UserError(str(path), what, todo) from None
     if {"config", "summary", "name"} <= set(table.columns):  # the example in wandb's manual
-        return _of_objects(path, [_spoken(path, row) for row in table.to_dict("records")])
+        return _of_objects(path, [_parsed(path, row) for row in table.to_dict("records")])
     if metrics := _metrics(table):
         return _of_chart(table, metrics)
     return _of_runs_table(table)
@@ -101,18 +108,20 @@ def _files(path: Path) -> list[Path]:
 
 
 def _of_runs_table(table: pd.DataFrame) -> Export:
-    """A row a run already, in capitals from the web page and in small letters from a script; and
-    any other table."""
+    """Return an export of a table with one row per run, or of any other table.
+
+    The headers of runs are capitalised by the web page and in lower case from scripts.
+    """
     for name, state in (("Name", "State"), ("name", "state")):
         if {name, state} <= set(table.columns):
-            words = set(table[state].dropna().astype(str).str.lower())
-            if words and words <= _STATES:
+            states = set(table[state].dropna().astype(str).str.lower())
+            if states and states <= _STATES:
                 return Export(table, name, state)
     return Export(table)
 
 
 def _metrics(table: pd.DataFrame) -> list[str]:
-    """Of a chart: its columns but the x-axis and the ends of bands; of any other table, none."""
+    """Return the columns of a chart without x-axis, __MIN and __MAX; empty for other tables."""
     columns = [str(c) for c in table.columns]
     return [
         c for c in columns[1:] if _SEPARATOR in c and {f"{c}__MIN", f"{c}__MAX"} <= set(columns)
@@ -120,7 +129,7 @@ def _metrics(table: pd.DataFrame) -> list[str]:
 
 
 def _of_chart(table: pd.DataFrame, metrics: Sequence[str]) -> Export:
-    """A row a run: the last value of each metric, and where on the x-axis the last one stands."""
+    """Return a row per run: the last value of each metric, and its place on the x-axis."""
     axis = str(table.columns[0])
     ordered = table.sort_values(axis, kind="stable")
     groups: dict[str, dict[str, str]] = {}
@@ -137,7 +146,7 @@ def _of_chart(table: pd.DataFrame, metrics: Sequence[str]) -> Export:
 
 
 def _objects(path: Path) -> list[dict[str, Any]]:
-    """Of a JSON file: an object, a list of them, or one a line."""
+    """Return the objects of a JSON file: one object, a list of them, or one per line."""
     text = path.read_text(encoding="utf-8")
     try:
         made = json.loads(text)
@@ -150,7 +159,7 @@ def _objects(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> Export:
-    """Runs of wandb's API, or plain rows."""
+    """Return a table of runs of wandb's API, or of plain rows."""
     objects = list(objects)
     of_wandb = list(map(_is_run, objects))
     if not any(of_wandb):
@@ -167,14 +176,16 @@ def _is_run(one: Mapping[str, Any]) -> bool:
 
 
 def _summary(one: Mapping[str, Any]) -> Any:
-    """By its name in the API, in its dumps, and in the service's own JSON."""
+    """Return the summary by its name in the API, in dumps, or in the JSON of the service."""
     names = ("summary", "summary_metrics", "summaryMetrics")
     return next((one[name] for name in names if name in one), None)
 
 
 def _row(one: Mapping[str, Any]) -> dict[str, Any]:
-    """Its name, state, config and summary. A key of the summary that the config has too is
-    `summary.KEY`."""
+    """Return name, state, config and summary of a run.
+
+    A key of the summary that the config has too becomes `summary.KEY`.
+    """
     shown = ("display_name", "displayName", "name", "id")
     row = {"name": next((one[key] for key in shown if one.get(key)), "run")}
     row |= {key: one[key] for key in ("id", "state") if key in one}
@@ -186,17 +197,18 @@ def _row(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(section: Any) -> dict[str, Any]:
-    """The service gives sections as text."""
+    """Return a section as a dict; the service gives it as text."""
     return json.loads(section) if isinstance(section, str) else dict(section or {})
 
 
 def _bare(value: Any) -> Any:
-    """A setting as config.yaml has it: {desc, value}."""
+    """Return the value of a setting that may be wrapped as in config.yaml: {desc, value}."""
     is_wrapped = isinstance(value, dict) and "value" in value and set(value) <= {"desc", "value"}
     return value["value"] if is_wrapped else value
 
 
 def _dotted(section: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield the values of nested sections under dotted names."""
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _dotted(value, f"{above}{key}.")
@@ -205,22 +217,23 @@ def _dotted(section: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, 
 
 
 def _number(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: wandb writes them as words."""
+    """Return a number for NaN and infinity, which JSON lacks and wandb writes as strings."""
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 class _Numbers(ast.NodeTransformer):
-    """nan and inf, which are no literals of Python's."""
+    """Replaces nan and inf, which are no literals in Python, by numbers."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Return the number that a name stands for, or the name."""
         return ast.Constant(float(node.id)) if node.id in ("nan", "inf") else node
 
 
-def _spoken(path: Path, row: dict[Any, Any]) -> dict[str, Any]:
-    """Sections that were written as Python shows a dict."""
+def _parsed(path: Path, row: dict[Any, Any]) -> dict[str, Any]:
+    """Return a row with its sections parsed from the text of Python dicts."""
     try:
         trees = {name: ast.parse(row[name], mode="eval") for name in ("config", "summary")}
         return row | {k: ast.literal_eval(_Numbers().visit(tree)) for k, tree in trees.items()}
     except (SyntaxError, TypeError, ValueError):
-        what = f"config and summary of {row['name']} are no dicts"
-        raise UserError(str(path), what, "write them as Python or JSON does") from None
+        what = f"config and summary of {row['name']} are not dicts"
+        raise UserError(str(path), what, "write them as Python dicts or JSON objects") from None

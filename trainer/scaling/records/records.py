@@ -1,14 +1,14 @@
-"""Records: a row a run, with all that a law may be fitted to or sorted by, of our own runs and of
-tables from elsewhere.
+"""Records: one row per run with everything that a fit or a comparison may use.
 
-    a run        its config, its rows, its identity and its dataset, where that is still there ->
-                 every convention of N and of FLOPs, D, losses and what they are means of, recipe,
-                 seeds, hashes, hardware, seconds
-    a table      CSV, parquet, JSON or an export (imports.py), columns named by `columns` -> the
-                 same names, as far as it has them
+    a run        its config, metrics, identity and, if it still exists, its dataset -> every
+                 convention of N and of FLOPs, D, losses and their definition, recipe, seeds,
+                 hashes, hardware, seconds
+    a table      CSV, parquet, JSON or an export (exports.py), with columns mapped by `columns` ->
+                 the same names, as far as it has them
 
-Invariant: derived, never stored; nothing is chosen here that a fit might want otherwise; what can't
-be known is None, never guessed; what can't be a record is named with the reason. Imports no torch.
+Invariant: records are derived, never stored. They contain every convention, so that a fit chooses.
+An unknown value is None, never guessed. A run that can't be a record is refused with the reason.
+Imports no torch.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import count, flops_6n, flops_per_token
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import launch_of
-from forescale.run.directory import Run, read_rows
+from forescale.run.directory import Run
+from forescale.run.rows import read_rows
 from forescale.scaling.fitting.points import COLUMNS, Points
 from forescale.scaling.records.exports import Export, Refused, read_export
 from forescale.storage import hash_file, read_json
@@ -36,37 +37,39 @@ from forescale.storage import hash_file, read_json
 __all__ = ["Refused"]
 
 SIZES = ("blocks_and_head", "non_embedding", "total")  # conventions of N
-COSTS = ("causal", "full", "6nd")  # of C
-# What a study must hold constant: losses don't compare across it.
+COSTS = ("causal", "full", "6nd")  # conventions of C
+# Columns that must be equal in all runs of a study: otherwise losses are not comparable.
 HELD = ("vocab_size", "sequence_length", "tokenizer", "parametrization", "loss_definition")
-# What runs share that differ by their seed alone, beside N and D.
+# Columns that are equal, beside N and D, in runs that differ by their seed alone.
 RECIPE = ("optimizer", "learning_rate", "weight_decay", "batch_tokens", "schedule", "warmup_steps",
           "decay_steps", "precision", "width", "layers", "parametrization", "data")  # fmt: skip
-EXTRA = ("trunk", "budget", "name", "seed", "init_seed")  # of a table, beside the columns of a fit
+EXTRA = ("trunk", "budget", "name", "seed", "init_seed")  # further columns of a table
 _N = tuple(f"parameters_{name}" for name in (*SIZES, "active"))
 _C = tuple(f"flops_{name}" for name in COSTS)
 KNOWN = tuple(dict.fromkeys((*COLUMNS, *EXTRA, *_N, *_C, *HELD, *RECIPE)))
 
 
 def record(run: Run) -> dict[str, Any] | Refused:
-    """The row of one run. Losses are held-out, in nats a token of its last whole evaluation, with
-    standard errors over its windows, which are the sequences; sizes in parameters, costs in FLOPs
-    of training. `parameters_active` are those that a token is multiplied with or added to: all of
-    them, for no model here routes tokens past a part of itself. `seconds` are on the wall clock of
-    all attempts, waits between them included; `device_hours` are the hours of each launch times its
-    ranks; `mfu` is that of the median step. A branch has its own seconds, and its trunk's tokens.
+    """Return the record of a run, or the refusal.
+
+    Losses are held-out, in nats per token, of the last complete evaluation, with standard errors
+    over its windows (sequences). Sizes are in parameters, costs in FLOPs of training.
+    `parameters_active` are all parameters, because no model here is a mixture of experts. `seconds`
+    are wall-clock time over all attempts, waits between them included; `device_hours` are the hours
+    of each launch times its ranks; `mfu` is that of the median step. A branch has its own seconds,
+    but its tokens include the trunk's.
     """
     status = Status(run)
     job = status.job
     if status.state != "complete":
         return Refused(run.name, f"{status.state} at step {status.step:,} of {job.total_steps:,}")
     if not isinstance(job.model, ModelConfig):
-        return Refused(run.name, "its model is a class of the user's own, of unknown size")
+        return Refused(run.name, "its model is a custom class of unknown size")
     scored = status.validation
     if scored is None or scored["step"] != status.step:
         return Refused(run.name, "its last step was not evaluated")
     if not scored["loss"] < float("inf"):
-        return Refused(run.name, "it diverged: its loss is no number")
+        return Refused(run.name, "it diverged: its loss is not finite")
     last, sizes, length = status.train[-1], count(job.model), job.train.sequence_length
     identity = read_json(run.identity)
     dataset = identity["dataset"]
@@ -97,26 +100,26 @@ def record(run: Run) -> dict[str, Any] | Refused:
 
 
 def _definition(job: TrainJob, scored: Mapping[str, Any], data: str) -> str:
-    """What a loss is the mean of, in words: two losses compare where these are the same."""
+    """Return the definition of a loss as text: losses are comparable if it is equal."""
     targets = f"the {scored['targets']} targets" if "targets" in scored else "the targets"
     within = "inside documents" if job.data.document_mask else "across documents"
     return (
-        f"held-out cross-entropy, nats a token, mean over {targets}, ends of text among them, of "
+        f"held-out cross-entropy, nats per token, mean over {targets}, ends of text included, of "
         f"{scored['windows']} windows of {job.train.sequence_length} tokens of the validation "
         f"split of dataset {data[:16]}, attention {within}"
     )
 
 
 def _by_source(run: Run, step: int) -> dict[str, float]:
-    """Held-out losses of each source of a mixture."""
-    rows = [r for r in read_rows(run.metrics) if r["kind"] == "validation" and r["step"] == step]
+    """Return the held-out loss of each source of a mixture, with its standard error."""
+    rows = read_rows(run.metrics, kind="validation", step=step)
     found = {r["dataset"]: r for r in rows if r["dataset"] != "validation"}
     losses = {f"loss_{name}": row["loss"] for name, row in found.items()}
     return losses | {f"loss_{name}_stderr": row["loss_stderr"] for name, row in found.items()}
 
 
 def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
-    """Hyper-parameters and seeds: `seed` of the order of data, `init_seed` of the weights."""
+    """Return hyperparameters and seeds: `seed` of the data order, `init_seed` of the weights."""
     sizes = model.sizes
     init_seed = job.train.init_seed
     decay = job.schedule.decay
@@ -139,10 +142,13 @@ def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
 
 
 def _read(status: Status, sources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What of its data a run has read. unique_tokens: targets that differ; epochs: of the source
-    that was read most often; bytes: UTF-8, at the mean of the training split's tokens;
-    validation_hash: of the held-out split alone. None where the dataset is gone or is another one
-    now, is remote (nothing is fetched for a record), or is packed otherwise than in windows."""
+    """Return what a run has read of its data.
+
+    unique_tokens: distinct targets; epochs: of the source that was repeated most; bytes: of UTF-8,
+    by the mean bytes per token of the training split; validation_hash: of the held-out split alone.
+    A value is None if the dataset is gone, was replaced, or is remote (nothing is downloaded for a
+    record); unique_tokens and epochs also if the packing is not in windows.
+    """
     unknown = dict.fromkeys(("unique_tokens", "epochs", "bytes", "validation_hash"))
     opened = {name: _opened(stored) for name, stored in sources.items()}
     datasets = {name: dataset for name, dataset in opened.items() if dataset}
@@ -160,7 +166,7 @@ def _read(status: Status, sources: Mapping[str, Mapping[str, str]]) -> dict[str,
     seen = {name: status.tokens for name in datasets}
     if len(datasets) > 1:
         seen = {name: sum(row["shares"][name] for row in status.train) for name in datasets}
-    if sum(seen.values()) != status.tokens:  # a branch of a mixture: the rows are not all of it
+    if sum(seen.values()) != status.tokens:  # a branch of a mixture: its metrics lack the trunk
         return known
     splits = {name: dataset.split("train") for name, dataset in datasets.items()}
     known["bytes"] = round(sum(seen[n] * s.num_bytes / s.num_tokens for n, s in splits.items()))
@@ -173,7 +179,7 @@ def _read(status: Status, sources: Mapping[str, Mapping[str, str]]) -> dict[str,
 
 
 def _opened(stored: Mapping[str, str]) -> Dataset | None:
-    """The dataset, if it is the one that the run was trained on."""
+    """Return the dataset if it is the one that the run was trained on, else None."""
     if "://" in stored["path"]:
         return None
     try:
@@ -184,7 +190,7 @@ def _opened(stored: Mapping[str, str]) -> Dataset | None:
 
 
 def _made_by(status: Status, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Code, hardware and time."""
+    """Return code versions, hardware and time."""
     state = status.checkpoints[-1].state
     rates = [row["mfu"] for row in status.train if row.get("mfu")]
     return {
@@ -199,12 +205,12 @@ def _made_by(status: Status, versions: Mapping[str, str]) -> dict[str, Any]:
 
 
 def device_hours_of(status: Status) -> float | None:
-    """None where a launch left no word of how many ranks it had."""
+    """Return device hours over all launches, or None if a launch's number of ranks is unknown."""
     saved = {c.attempt: c.state["world_size"] for c in status.checkpoints}
     hours = 0.0
     for launch in status.goodput.launches:
-        told = launch_of(launch.attempts[0].path).get("processes")
-        ranks = told or next((saved[a.number] for a in launch.attempts if a.number in saved), None)
+        known = launch_of(launch.attempts[0].path).get("processes")
+        ranks = known or next((saved[a.number] for a in launch.attempts if a.number in saved), None)
         if ranks is None:
             return None
         hours += (launch.ended - launch.begun) * ranks / 3600
@@ -212,62 +218,60 @@ def device_hours_of(status: Status) -> float | None:
 
 
 def of_runs(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[Refused]]:
-    """A row for each run that is a record, and the others with the reason."""
+    """Return the records of runs, and the refusals."""
     found = [record(run) for run in runs]
     rows = [row for row in found if not isinstance(row, Refused)]
     return pd.DataFrame(rows), [row for row in found if isinstance(row, Refused)]
 
 
-def of_table(
-    path: Path, columns: Mapping[str, str], rows: Mapping[str, str] | None = None
-) -> pd.DataFrame:
-    """As `of_export`, without those that were refused."""
-    return of_export(path, columns, rows)[0]
-
-
 def of_export(
     path: Path, columns: Mapping[str, str], rows: Mapping[str, str] | None = None
 ) -> tuple[pd.DataFrame, list[Refused]]:
-    """A table with the columns that `columns` maps ({ours: theirs}) under our names, and those that
-    have our names already; only the rows with those words. Of an export (imports.py) the runs that
-    haven't finished, or lack a column that is mapped, are refused. Raises UserError for a file that
-    can't be read, for columns that aren't there, and where no row is left."""
+    """Return the records of a table, and the refusals.
+
+    columns: {our name: name in the table}, beside the columns that have our names already; rows:
+    {name in the table: value}, keeps only the rows with these values. Of an export (exports.py),
+    runs that haven't finished or lack a mapped value are refused. Raises UserError if the file
+    can't be read, if a column is missing, or if no row is left.
+    """
     export = _only(path, read_export(path), rows or {})
     table = export.table
     _must_have(path, table, [*columns.values()])
     for ours in columns:
         if ours not in KNOWN:
-            todo = f"the names are {', '.join(KNOWN)}"
-            raise UserError(f"columns.{ours}", "is no column of a record", todo)
+            todo = f"use one of {', '.join(KNOWN)}"
+            raise UserError(f"columns.{ours}", "is not a column of a record", todo)
     own = {name: name for name in KNOWN if name in table.columns and name not in columns}
     named = {} if "name" in own or "name" in columns or not export.name else {"name": export.name}
     chosen = {**named, **own, **columns}
     if "loss" not in chosen:
         near = ", ".join(map(repr, nearest_first("loss", map(str, table.columns))[:3]))
-        todo = f"say which it is, such as columns={{loss: final_loss}}; the nearest are {near}"
+        todo = f"name it, such as columns={{loss: final_loss}}; the nearest are {near}"
         raise UserError(str(path), "has no column 'loss'", todo)
     refused = export.refused([theirs for ours, theirs in columns.items() if ours in COLUMNS])
     kept = table[~table.index.isin(refused)]
     if kept.empty:
-        what = f"none of its {len(table)} runs has finished with {', '.join(chosen)}"
-        raise UserError(str(path), what, f"the first: {next(iter(refused.values())).why}")
+        why = next(iter(refused.values())).why
+        what = f"none of its {len(table)} runs is finished and has {', '.join(chosen)}"
+        raise UserError(str(path), f"{what}; of the first, {why}", "choose other rows or columns")
     return pd.DataFrame({o: kept[t] for o, t in chosen.items()}), list(refused.values())
 
 
 def _only(path: Path, export: Export, rows: Mapping[str, str]) -> Export:
-    """Those with the words."""
+    """Return the rows that have these values."""
     table = export.table
     _must_have(path, table, [*rows])
-    for column, word in rows.items():
-        words = table[column].astype(str)
-        if not (words == word).any():
-            near = ", ".join(nearest_first(word, words.unique())[:3])
-            raise UserError(str(path), f"no row has {word!r} as its {column}", f"such are: {near}")
-        table = table[words == word]
+    for column, value in rows.items():
+        values = table[column].astype(str)
+        if not (values == value).any():
+            near = ", ".join(nearest_first(value, values.unique())[:3])
+            raise UserError(str(path), f"no row has {column}={value!r}", f"use one of: {near}")
+        table = table[values == value]
     return export.of(table)
 
 
 def _must_have(path: Path, table: pd.DataFrame, names: Sequence[str]) -> None:
+    """Raise UserError if the table lacks one of these columns."""
     for name in names:
         if name not in table.columns:
             near = ", ".join(map(repr, nearest_first(name, map(str, table.columns))[:3]))
@@ -276,12 +280,15 @@ def _must_have(path: Path, table: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:
-    """What a fit reads, of records: N and C by the conventions of our own runs, or those of a table
-    as they stand. Raises UserError where runs differ in what a study must hold constant."""
+    """Return the points of records for a fit.
+
+    size, cost: conventions of N and C; a table that has plain `parameters` or `flops` keeps those.
+    Raises UserError if the runs differ in a column that must be equal (HELD).
+    """
     mixed = [(name, table[name].nunique()) for name in HELD if name in table]
     if found := [f"{n} different values of {name}" for name, n in mixed if n > 1]:
-        what = f"the runs have {' and '.join(found)}"
-        raise UserError(where, what, "fit runs that share it: their losses don't compare")
+        what = f"losses are not comparable: the runs have {' and '.join(found)}"
+        raise UserError(where, what, "fit only runs that share them")
     sizes = table.get("parameters", table.get(f"parameters_{size}"))
     costs = table.get("flops", table.get(f"flops_{cost}"))
     columns = {"parameters": sizes, "flops": costs, "tokens": table.get("tokens")}

@@ -1,1 +1,1 @@
-"""Shows a study: the terminal page, the HTML report, static pictures."""
+"""Shows a study: in the terminal, as an HTML report, as figures for papers."""

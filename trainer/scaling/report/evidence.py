@@ -1,12 +1,13 @@
-"""What a report shows beside the law: the records that the fit leaves aside, forecasts, costs.
+"""What a report shows besides the law: all records, the forecasts, sweeps, noise and costs.
 
-    records   every record, with repeats, crosses and checks
-    cards     forecasts, with what came out and their score
-    crosses   a cell at several learning rates; checks: at several batches
-    levels    cells that were repeated with other seeds
-    stages    of a planned study: planned, spent, and where the time went
+    records        every record, with repeats and sweeps, to which the law is not fitted
+    forecasts      with the observed losses and their score
+    rate_sweeps    cells at several learning rates; batch_sweeps: at several batches
+    noise          cells that were repeated with other seeds
+    stages         of a planned study: planned and spent FLOPs, and where the time went
 
-Invariant: derived from records, cards and runs; what isn't there is empty, never guessed.
+Invariant: everything is derived from records, forecasts and runs. What is missing is empty, never
+guessed.
 """
 
 import math
@@ -19,24 +20,27 @@ import numpy as np
 import pandas as pd
 
 from forescale.monitor.status import Status
-from forescale.scaling.analysis.forecast import Card, Score, cards, score
+from forescale.scaling.analysis.forecast import Forecast, Score, read_forecasts, score
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.noise import Noise, noise_of
 from forescale.scaling.design.tuning import Tuned, tuned
 from forescale.scaling.fitting.points import Array
-from forescale.scaling.study.directory import State, Study
+from forescale.scaling.study.directory import CellState, Study
 from forescale.storage import read_json
 
-_CROSS = ("grid", "rate")  # roles
+_RATES = ("grid", "rate")  # roles
 _NONE = Noise((), None, 0, 0)
 
 
 @dataclass(frozen=True)
-class Cross:
-    """One cell at several learning rates, or batches. values, losses: (n,), in order, inf where it
-    diverged; best: the value of least loss, by a parabola in logarithms (`tuned`), or of the runs
-    at an edge; least: log loss there; inside: worse ones lie on both sides; bend: of the parabola
-    least + bend log(value / best)^2, which reaches over `ends`, None without one."""
+class SweepResponse:
+    """The losses of one cell at several learning rates, or at several batches.
+
+    values, losses: (n,), by increasing value; the loss is inf if the run diverged.
+    best: the value of the lowest loss, by a parabola in logarithms (`tuned`), or the best run's if
+    that is at an edge; least: log loss there; inside: worse values are on both sides.
+    bend: of the parabola least + bend log(value / best)^2 over `ends`; None without a parabola.
+    """
 
     cell: str
     stage: int
@@ -53,25 +57,28 @@ class Cross:
 
     @property
     def rise(self) -> Array:
-        """(n,), log loss above the least."""
+        """Log loss above the least, (n,)."""
         return np.log(self.losses) - self.least
 
     @property
     def found(self) -> int:
-        """Which of the runs is the best."""
+        """The index of the best run."""
         return int(np.argmin(self.losses))
 
     @property
     def gap(self) -> float | None:
-        """Log loss that the best of the runs is above the parabola."""
+        """Log loss by which the best run is above the parabola's minimum; None without one."""
         return float(self.rise.min()) if self.bend is not None else None
 
 
 @dataclass(frozen=True)
-class Stage:
-    """cells, ended: how many; spent, low, high: FLOPs, and the plan's; seconds: of the wall clocks
-    of its runs, by bucket (goodput.BUCKETS); device_hours: of its complete runs; aside: it is the
-    target's, which is paid for beside the cap."""
+class StageCost:
+    """The costs of one stage.
+
+    cells, ended: numbers of cells; spent: FLOPs; low, high: the planned range; seconds: wall clock
+    of its runs, by bucket (goodput.BUCKETS); device_hours: of its complete runs; is_target: it is
+    the target's stage, which does not count against the cap.
+    """
 
     number: int
     budget: float | None
@@ -82,31 +89,33 @@ class Stage:
     high: float
     seconds: Mapping[str, float]
     device_hours: float | None
-    aside: bool = False
+    is_target: bool = False
 
     @property
     def ettr(self) -> float | None:
-        """Compute of kept steps over the wall clock, see Goodput.ettr."""
+        """Time of kept compute divided by the wall clock, see Goodput.ettr."""
         wall = sum(self.seconds.values())
         return self.seconds.get("compute", 0.0) / wall if wall else None
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """folder, cap, words: of a planned study, its directory, FLOPs, and how many of its cells are
-    in which state; versions: of packages that its runs were made by; times: first start and last
-    end of them, seconds since the epoch."""
+class StudyEvidence:
+    """All that a report shows besides the law.
+
+    folder, cap, statuses: of a planned study: its directory, FLOPs, and number of cells by status;
+    versions: package versions of its runs; times: first start and last end, seconds since 1970.
+    """
 
     records: pd.DataFrame
-    cards: Sequence[Card] = ()
+    forecasts: Sequence[Forecast] = ()
     score: Score | None = None
-    crosses: Sequence[Cross] = ()
-    checks: Sequence[Cross] = ()
+    rate_sweeps: Sequence[SweepResponse] = ()
+    batch_sweeps: Sequence[SweepResponse] = ()
     noise: Noise = _NONE
-    stages: Sequence[Stage] = ()
+    stages: Sequence[StageCost] = ()
     folder: str = ""
     cap: float = 0.0
-    words: Mapping[str, int] = field(default_factory=dict)
+    statuses: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     times: tuple[float, float] | None = None
 
@@ -117,49 +126,49 @@ class Evidence:
         return table[table["fitted"]].reset_index(drop=True) if "fitted" in table else table
 
 
-def gather(job: StudyJob, table: pd.DataFrame) -> Evidence:
-    """Of records, and of the planned study that they are the cells of, where they are. Raises
-    UserError where the chain of forecasts is broken."""
-    found = cards(job.forecasts)
+def gather(job: StudyJob, table: pd.DataFrame) -> StudyEvidence:
+    """Return what a report shows of these records, and of the planned study that they belong to.
+    Raises UserError if the hash chain of the forecasts is broken."""
+    found = read_forecasts(job.forecasts)
     scored = score(found, table) if found else None
     if job.input or not (job.folder / "plan.json").is_file():
-        return evidence(job, table, (), cards=found, score=scored)
+        return evidence(job, table, (), forecasts=found, score=scored)
     study = Study(job.folder)
     states = study.states()
     runs = {s.cell.name: study.run(s.cell.name) for s in states}
-    begun = {name: Status(run) for name, run in runs.items() if run.config.is_file()}
-    launches = [x for status in begun.values() for x in status.goodput.launches]
+    started = {name: Status(run) for name, run in runs.items() if run.config.is_file()}
+    launches = [x for status in started.values() for x in status.goodput.launches]
     return evidence(
-        job, table, states, cards=found, score=scored,
-        stages=[_stage(s.number, study, states, begun, table) for s in study.plan.stages],
-        folder=str(job.folder), cap=study.plan.cap, words=Counter(s.word for s in states),
-        versions=_versions([read_json(runs[name].identity)["versions"] for name in begun]),
+        job, table, states, forecasts=found, score=scored,
+        stages=[_stage(s.number, study, states, started, table) for s in study.plan.stages],
+        folder=str(job.folder), cap=study.plan.cap, statuses=Counter(s.status for s in states),
+        versions=_versions([read_json(runs[name].identity)["versions"] for name in started]),
         times=_span([x.begun for x in launches], [x.ended for x in launches]),
     )  # fmt: skip
 
 
 def evidence(
-    job: StudyJob, table: pd.DataFrame, states: Sequence[State] = (), **known: Any
-) -> Evidence:
-    """With what the records themselves show, and which cells diverged."""
+    job: StudyJob, table: pd.DataFrame, states: Sequence[CellState] = (), **known: Any
+) -> StudyEvidence:
+    """Return what the records show themselves; states: to add the cells that diverged."""
     if "role" not in table:
-        return Evidence(table, **known)
-    bad = [s.cell for s in states if s.word == "diverged"]
+        return StudyEvidence(table, **known)
+    bad = [s.cell for s in states if s.status == "diverged"]
     size, gone = f"parameters_{job.size}", {
-        "learning_rate": [(c.of, c.learning_rate) for c in bad if c.role in _CROSS],
-        "batch": [(c.of, float(c.global_batch)) for c in bad if c.role == "batch"],
+        "learning_rate": [(c.cell_of, c.learning_rate) for c in bad if c.role in _RATES],
+        "batch": [(c.cell_of, float(c.global_batch)) for c in bad if c.role == "batch"],
     }  # fmt: skip
     noise = noise_of(table, f"flops_{job.cost}")
-    crosses = list(_crosses(table, size, "learning_rate", _CROSS, 3, gone["learning_rate"]))
-    checks = list(_crosses(table, size, "batch", ("grid", "batch"), 2, gone["batch"]))
-    return Evidence(table, crosses=crosses, checks=checks, noise=noise, **known)
+    rates = list(_sweeps(table, size, "learning_rate", _RATES, 3, gone["learning_rate"]))
+    batches = list(_sweeps(table, size, "batch", ("grid", "batch"), 2, gone["batch"]))
+    return StudyEvidence(table, rate_sweeps=rates, batch_sweeps=batches, noise=noise, **known)
 
 
-def _crosses(
+def _sweeps(
     table: pd.DataFrame, size: str, column: str, roles: Sequence[str], least: int,
     diverged: Sequence[tuple[str, float]],
-) -> Iterator[Cross]:  # fmt: skip
-    """Of cells that were tried at `least` values or more, the diverged among them."""
+) -> Iterator[SweepResponse]:  # fmt: skip
+    """The sweeps with `least` or more values, diverged runs included."""
     own = table[table["role"].isin(roles)]
     for cell, runs in own.groupby("cell_of", sort=False):
         runs = runs.drop_duplicates(column)
@@ -170,15 +179,15 @@ def _crosses(
             order, first = np.argsort(values), runs.iloc[0]
             budget = float(first["budget"]) if "budget" in runs else None
             at = (budget, float(first[size]), float(first["tokens"]))
-            yield cross(str(cell), int(first["stage"]), *at, values[order], losses[order])
+            yield sweep_response(str(cell), int(first["stage"]), *at, values[order], losses[order])
 
 
-def cross(
+def sweep_response(
     cell: str, stage: int, budget: float | None, parameters: float, tokens: float,
     values: Array, losses: Array,
-) -> Cross:  # fmt: skip
-    """values: (n,), growing; losses: inf where it diverged. Through the best run and its neighbours
-    goes the parabola whose lowest point `tuned` takes for the best."""
+) -> SweepResponse:  # fmt: skip
+    """Return the response of one sweep. values: (n,), increasing; losses: inf if diverged. The best
+    value is the minimum of the parabola through the best run and its neighbours (see `tuned`)."""
     i = int(np.argmin(losses))
     own = float(values[i])
     t = Tuned(own, 0.0, False)
@@ -186,35 +195,35 @@ def cross(
         t = tuned(values.tolist(), losses.tolist())
     floor = float(np.log(losses[i])) - t.gap
     at = (cell, stage, budget, parameters, tokens)
-    return Cross(
+    return SweepResponse(
         *at, values, losses, t.learning_rate, floor, t.inside, t.bend, t.ends or (own, own)
     )
 
 
 def _stage(
-    number: int, study: Study, states: Sequence[State], begun: Mapping[str, Status],
+    number: int, study: Study, states: Sequence[CellState], started: Mapping[str, Status],
     table: pd.DataFrame,
-) -> Stage:  # fmt: skip
+) -> StageCost:  # fmt: skip
     planned = next(s for s in study.plan.stages if s.number == number)
     own = [s for s in states if s.cell.stage == number]
     seconds = Counter[str]()
     for s in own:
-        if s.cell.name in begun:
-            seconds.update(begun[s.cell.name].goodput.buckets)
+        if s.cell.name in started:
+            seconds.update(started[s.cell.name].goodput.buckets)
     hours = None
     if "device_hours" in table and table["device_hours"].notna().all():
         hours = float(table.loc[table["stage"] == number, "device_hours"].sum())
-    return Stage(
+    return StageCost(
         number, planned.budget, len(own), sum(s.has_ended for s in own), sum(s.spent for s in own),
         planned.low, planned.high, seconds, hours, all(s.cell.role == "target" for s in own),
     )  # fmt: skip
 
 
-def _span(begun: Sequence[float], ended: Sequence[float]) -> tuple[float, float] | None:
-    return (min(begun), max(ended)) if begun else None
+def _span(started: Sequence[float], ended: Sequence[float]) -> tuple[float, float] | None:
+    return (min(started), max(ended)) if started else None
 
 
 def _versions(each: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Of each package, all that were used."""
+    """All versions that were used, by package."""
     names = sorted({name for one in each for name in one})
     return {name: sorted({one[name] for one in each if name in one}) for name in names}

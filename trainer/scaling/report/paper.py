@@ -1,9 +1,9 @@
-"""The main pictures of a report as files for papers: PNG of 300 dpi and SVG, a column wide.
+"""The main figures of a report as files for papers: PNG with 300 dpi and SVG, one column wide.
 
-    a plotly figure of strokes -> axes, lines, bands, dots, error bars of matplotlib
+    the traces of a plotly figure (style.py) -> matplotlib's lines, bands, dots, error bars
 
-Invariant: drawn from the page's own figures, so that neither can show what the other doesn't, in
-the same colours; the same study makes the same bytes. Knows what strokes draw, and nothing else.
+Invariant: they are drawn from the page's own figures, in the same colours, so that both show the
+same. The same study gives the same bytes. This file knows the traces of style.py and nothing else.
 """
 
 import html
@@ -35,12 +35,12 @@ from forescale.scaling.report.sections import Cell, Section
 from forescale.scaling.report.style import FAINT, INK
 from forescale.storage import write_file
 
-MAIN = ("isoflop", "optimum", "envelope", "forecasts", "basin")  # sections
+MAIN = ("isoflop", "optimum", "envelope", "forecasts", "response")  # sections
 FORMATS = ("png", "svg")
-_WIDTH, _HEIGHT = 3.4, 2.5  # inches: a column of two; of one panel
+_WIDTH, _HEIGHT = 3.4, 2.5  # inches: one of two columns; height of a panel
 _DPI = 300
-_POINTS = 0.6  # a pixel of the page, drawn at this width
-_PIXELS = 100.0  # of the page an inch, where a picture's height is its number of rows
+_POINTS = 0.6  # points per pixel of the page
+_PIXELS = 100.0  # of the page, per inch, for figures whose height is their number of rows
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 7.5,
     "axes.linewidth": 0.6, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
@@ -54,8 +54,8 @@ _LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def write_pictures(sections: Iterable[Section], folder: Path) -> list[Path]:
-    """Of the MAIN sections that have any, as NAME.png and NAME.svg; the panels of one section stand
-    below each other."""
+    """Write the figures of the MAIN sections as NAME.png and NAME.svg, and return their paths. The
+    figures of one section are drawn below each other."""
     made = []
     for section in sections:
         panels = [p for _, p, _ in section.pictures if isinstance(p, go.Figure)]
@@ -68,7 +68,7 @@ def write_pictures(sections: Iterable[Section], folder: Path) -> list[Path]:
 
 
 def drawn(panels: Sequence[go.Figure], key: Sequence[tuple[Cell, str]] = ()) -> dict[str, bytes]:
-    """By format. key: what which colour stands for, as HTML."""
+    """Return the drawn panels by format. key: labels (HTML) and their colours."""
     with matplotlib.rc_context(_STYLE):
         heights = [_height(p) for p in panels]
         rows = math.ceil(len(key) / 3)
@@ -94,7 +94,7 @@ def _saved(figure: Figure, form: str) -> bytes:
 
 
 def _height(panel: go.Figure) -> float:
-    """Inches. A picture of named rows is as high as the page's, in proportion."""
+    """Inches. The height of a figure with named rows is proportional to the page's."""
     rows = panel.layout.yaxis.ticktext
     return _HEIGHT if rows is None else max(1.6, 0.75 * panel.layout.height / _PIXELS)
 
@@ -104,7 +104,7 @@ def _panel(axes: Axes, panel: go.Figure) -> None:
     axes.set_xlabel(_text(layout.xaxis.title.text))
     if layout.yaxis.ticktext is None:
         axes.set_ylabel(_text(layout.title.text))
-    else:  # beside names there is no room
+    else:  # no room beside the names
         axes.set_title(_text(layout.title.text), loc="left", fontsize=7.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -129,7 +129,7 @@ def _trace(axes: Axes, trace: go.Scatter, order: float) -> None:
     elif trace.mode == "markers":
         _markers(axes, trace, x, y, order)
     else:
-        raise TypeError(f"{trace.type}, {trace.mode} is no stroke")
+        raise TypeError(f"a trace of {trace.type}, {trace.mode} can't be drawn for papers")
 
 
 def _markers(axes: Axes, trace: go.Scatter, x: Any, y: Any, order: float) -> None:
@@ -152,27 +152,27 @@ def _each(value: Any, count: int) -> list[Any]:
     return [value] * count if isinstance(value, str) else list(value)
 
 
-def _scale(axes: Axes, which: str, told: Any) -> None:
-    """The page's scale, range and ticks, for the width of a column."""
-    axis, is_log = getattr(axes, f"{which}axis"), told.type == "log"
+def _scale(axes: Axes, which: str, given: Any) -> None:
+    """Set the page's scale, range and ticks, for the width of a column."""
+    axis, is_log = getattr(axes, f"{which}axis"), given.type == "log"
     getattr(axes, f"set_{which}scale")("log" if is_log else "linear")
-    if told.range is not None:
-        ends = [10.0**e if is_log else e for e in told.range]
+    if given.range is not None:
+        ends = [10.0**e if is_log else e for e in given.range]
         getattr(axes, f"set_{which}lim")(*ends)
-    if told.tickvals is not None:
-        axis.set_ticks(list(told.tickvals), [_text(word) for word in told.ticktext])
+    if given.tickvals is not None:
+        axis.set_ticks(list(given.tickvals), [_text(label) for label in given.ticktext])
         axis.set_minor_locator(NullLocator())
     elif is_log:
-        _logarithmic(axis, told)
+        _logarithmic(axis, given)
     else:
         axis.set_major_locator(MaxNLocator(6))
-    if told.showgrid is False:
+    if given.showgrid is False:
         axis.grid(False)
 
 
-def _logarithmic(axis: Any, told: Any) -> None:
+def _logarithmic(axis: Any, given: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
-    if told.dtick is None:  # a narrow range, such as of losses
+    if given.dtick is None:  # a narrow range, such as of losses
         axis.set_major_locator(MaxNLocator(6))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axis.set_minor_locator(NullLocator())
@@ -183,7 +183,7 @@ def _logarithmic(axis: Any, told: Any) -> None:
     axis.set_major_locator(LogLocator(subs=steps, numticks=12))
     powers = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(99, 99))
     large = FuncFormatter(lambda value, _: _rounded(value))
-    axis.set_major_formatter(powers if told.exponentformat == "power" else large)
+    axis.set_major_formatter(powers if given.exponentformat == "power" else large)
 
 
 def _rounded(value: float) -> str:
@@ -194,15 +194,15 @@ def _rounded(value: float) -> str:
 
 
 def _colour(text: str) -> str:
-    """Of the web, #abcdef, rgb(1, 2, 3) or rgba(1, 2, 3, 0.4), as #rrggbbaa."""
+    """Convert #abcdef, rgb(1, 2, 3) or rgba(1, 2, 3, 0.4) to #rrggbbaa."""
     if not text.startswith("rgb"):
         return to_hex(text, keep_alpha=True)
     r, g, b, *a = (float(x) for x in re.findall(r"[\d.]+", text))
     return to_hex((r / 255, g / 255, b / 255, a[0] if a else 1.0), keep_alpha=True)
 
 
-def _text(words: str | None) -> str:
-    """HTML as matplotlib reads text: a dollar is one, powers are raised."""
-    bare = re.sub(r"<(?!/?sup>)[^>]*>", "", words or "").replace("$", r"\$")
+def _text(text: str | None) -> str:
+    """Convert HTML to matplotlib's text: dollars escaped, powers raised."""
+    bare = re.sub(r"<(?!/?sup>)[^>]*>", "", text or "").replace("$", r"\$")
     raised = re.sub(r"<sup>(.*?)</sup>", r"$^{\1}$", bare)
     return html.unescape(raised.replace("−", "-"))

@@ -1,7 +1,7 @@
-"""Where every number of a report is from: runs, how they count, what they read, by what they were
-made; and the records themselves, inside of the page.
+"""Where the numbers of a report come from: the runs, the conventions, the data, the versions; and
+the records themselves, inside the page.
 
-Invariant: nothing here is of the moment: the same records by the same versions say the same.
+Invariant: nothing depends on the moment; the same records and versions give the same section.
 """
 
 import base64
@@ -17,13 +17,13 @@ import pandas as pd
 from markupsafe import Markup
 
 from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.report.evidence import Evidence
+from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.sections import Cell, Section, number
 from forescale.storage import hash_file
 
 RECORDS = "records.csv"
 _PACKAGES = ("forescale", "numpy", "scipy", "pandas", "plotly")
-# Of records, by what the page calls them: one value for all, or each with how many have it.
+# Columns of the records by their label on the page: one value for all, or each with its count.
 _SHARED = {
     "Loss": "loss_definition",
     "Data": "data",
@@ -39,39 +39,41 @@ _SHARED = {
     "Code of the runs": "code_version",
     "torch of the runs": "torch_version",
     "Hardware": "device",
-    "Ranks a run": "world_size",
+    "Ranks per run": "world_size",
 }
-_MOST = 4  # different values that are listed
+_MOST = 4  # of the different values, this many are listed
 
 
 def as_csv(records: pd.DataFrame) -> bytes:
-    """UTF-8, every digit."""
+    """Return the records as CSV, UTF-8, with all digits."""
     return records.to_csv(index=False).encode()
 
 
 def provenance(
-    made: StudyFit | str, seen: Evidence, where: str, command: Sequence[str]
+    made: StudyFit | str, seen: StudyEvidence, where: str, command: Sequence[str]
 ) -> Section:  # fmt: skip
-    """where: the file, or what the runs are called; command: the words that made the page."""
+    """Return the section. where: the file, or how to call the runs; command: the command line that
+    made the page."""
     file = Path(where)
     rows: list[list[Cell]] = [
         ["Runs", where],
-        ["SHA-256", hash_file(file).sha256 if file.is_file() else "not one file"],
+        ["SHA-256", hash_file(file).sha256 if file.is_file() else "the runs are not one file"],
         ["Records", _link(seen.records)],
     ]
     if isinstance(made, StudyFit):
         rows += _of_fit(made, seen)
     rows += _of_runs(seen)
     rows += [
-        ["This page by", ", ".join(f"{name} {v}" for name, v in _versions().items())],
+        ["Made with", ", ".join(f"{name} {v}" for name, v in _versions().items())],
         ["Command", Markup("<code>{}</code>").format(shlex.join(command))],
     ]
-    return Section("provenance", "Where the numbers are from", rows=rows)
+    return Section("provenance", "Where the numbers come from", rows=rows)
 
 
 def counted(made: StudyFit) -> tuple[str, str, str]:
-    """How N and C and the loss are counted. A table's own columns are what its makers counted."""
-    table, p = made.table, made.every
+    """Return how N, C and the loss are counted. The columns of a foreign table count as they
+    say."""
+    table, p = made.table, made.all_points
     size = "as the table counts" if "parameters" in table else made.job.size.replace("_", " ")
     cost = "as the table counts" if "flops" in table else made.job.cost
     ours = "validation" in table or "loss_definition" in table
@@ -80,23 +82,23 @@ def counted(made: StudyFit) -> tuple[str, str, str]:
 
 
 def _link(records: pd.DataFrame) -> Cell:
-    """The page holds them: a click saves them."""
+    """A link that saves the records, which the page contains."""
     data = as_csv(records)
-    told = '<a download="{}" href="data:text/csv;base64,{}">{}</a>, {} rows, {} columns, SHA-256 {}'
+    text = '<a download="{}" href="data:text/csv;base64,{}">{}</a>, {} rows, {} columns, SHA-256 {}'
     digest, coded = hashlib.sha256(data).hexdigest(), base64.b64encode(data).decode()
-    return Markup(told).format(RECORDS, coded, RECORDS, *records.shape, digest)
+    return Markup(text).format(RECORDS, coded, RECORDS, *records.shape, digest)
 
 
-def _of_fit(made: StudyFit, seen: Evidence) -> list[list[Cell]]:
+def _of_fit(made: StudyFit, seen: StudyEvidence) -> list[list[Cell]]:
     job, (size, cost, unit) = made.job, counted(made)
     chosen = [f"{k} = {v}" for k, v in job.rows.items()]
     chosen += [f"{ours} is its {theirs!r}" for ours, theirs in job.columns.items()]
-    aside = len(seen.records) - len(made.every)
-    more = f"; {aside} more are crosses, checks, repeats, or have no loss" if aside > 0 else ""
-    own = [["Chosen of it", "; ".join(chosen) or "all, by its own names"]]
+    aside = len(seen.records) - len(made.all_points)
+    more = f"; {aside} more are sweeps, repeats, or have no loss" if aside > 0 else ""
+    own = [["Rows and columns", "; ".join(chosen) or "all, by its own names"]]
     return [
         *(own if not seen.folder else []),
-        ["Fitted to", f"{len(made.points)} of {len(made.every)} runs{more}"],
+        ["Fitted to", f"{len(made.points)} of {len(made.all_points)} runs{more}"],
         ["N", size],
         ["C", cost],
         ["D", "tokens of training, repeated ones included" if "steps" in made.table
@@ -104,11 +106,11 @@ def _of_fit(made: StudyFit, seen: Evidence) -> list[list[Cell]]:
         *([["Loss", unit]] if "loss_definition" not in seen.records else []),
         ["Law", made.form.source],
         ["Objective", str(made.fit.objective)],
-        ["Resampling", f"{job.bootstraps} fits, {job.resample} where it applies, seed {job.seed}"],
+        ["Resampling", f"{job.bootstraps} fits, of {job.resample} if it applies, seed {job.seed}"],
     ]  # fmt: skip
 
 
-def _of_runs(seen: Evidence) -> list[list[Cell]]:
+def _of_runs(seen: StudyEvidence) -> list[list[Cell]]:
     table = seen.records
     rows: list[list[Cell]] = [
         [label, _values(table[column])] for label, column in _SHARED.items() if column in table
@@ -122,8 +124,8 @@ def _of_runs(seen: Evidence) -> list[list[Cell]]:
     if seen.times:
         rows.append(["Trained", " to ".join(map(_utc, seen.times))])
     if seen.folder:
-        told = f"{seen.folder}: study.yaml, plan.json, events.jsonl, cells, forecasts"
-        rows.append(["Study", told])
+        text = f"{seen.folder}: study.yaml, plan.json, events.jsonl, cells, forecasts"
+        rows.append(["Study", text])
     return rows
 
 

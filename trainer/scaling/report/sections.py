@@ -1,6 +1,6 @@
-"""What a report's page is made of: sections of pictures, tables and sentences, and numbers in them.
+"""The building blocks of a report: sections of figures, tables and sentences; formatted numbers.
 
-Invariant: every number of a table stands there in full (<data value=>), however it is rounded.
+Invariant: every number of a table is there in full (<data value=>), however it is rounded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +16,12 @@ Cell = Markup | str
 
 @dataclass
 class Section:
-    """pictures: (name, picture or why there is none, caption); rows: of a table, the first its head
-    where `head` says so; key: what which colour stands for; after: sentences; absent: why there is
-    nothing; rests: which runs its numbers are from, and how they count."""
+    """One section of the page.
+
+    pictures: (name, figure or why there is none, caption); rows: the table; head: whether its first
+    row is the header; key: labels and their colours; after: sentences below; absent: why the
+    section is empty; rests: which runs its numbers come from, and how they count.
+    """
 
     name: str
     title: str
@@ -31,10 +34,10 @@ class Section:
     rests: str = ""
 
     def drawn(self) -> Iterator[tuple[Markup, str]]:
-        """Each picture as HTML, or the sentence in its place, and its caption."""
+        """Yield each figure as HTML, or the sentence in its place, with its caption."""
         for name, picture, caption in self.pictures:
             if isinstance(picture, str):
-                yield Markup('<p class="absent">Not drawn: {}</p>').format(picture), ""
+                yield Markup('<p class="absent">No figure: {}</p>').format(picture), ""
             else:
                 yield _html(name, picture), caption
 
@@ -47,7 +50,7 @@ def _html(name: str, picture: Picture) -> Markup:
 
 
 def number(value: float, digits: int = 5) -> Markup:
-    """Rounded for the eye, whole for programs."""
+    """Return the number rounded for reading, with its full value for programs."""
     text = f"{value:.{digits}g}"
     if "e" in text:
         mantissa, power = text.split("e")
@@ -57,16 +60,18 @@ def number(value: float, digits: int = 5) -> Markup:
 
 
 def span(ends: Iterable[float], digits: int = 5) -> Markup:
+    """Return `LOW to HIGH`."""
     return Markup("{} to {}").format(*(number(x, digits) for x in ends))
 
 
 def percent(value: float, digits: int = 2, sign: str = "") -> Markup:
+    """Return a fraction as a percentage, with its full value for programs."""
     return Markup('<data value="{}">{}</data>').format(
         repr(float(value)), f"{value:{sign}.{digits}%}".replace("-", "−")
     )
 
 
 def flops_key(shades: dict[float, str]) -> list[tuple[Cell, str]]:
-    """What the colours of budgets stand for."""
+    """Return the label and colour of each budget."""
     return [(number(budget, 3) + " FLOPs" * (i == 0), c)
             for i, (budget, c) in enumerate(shades.items())]  # fmt: skip

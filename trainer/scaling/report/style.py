@@ -1,6 +1,7 @@
-"""What a study's pictures are drawn with: axes, lines, bands, dots, in one quiet style.
+"""The elements of all figures: axes, lines, bands, dots, in one style.
 
-Invariant: no picture needs more than 320 pixels of width: no legend, no title of an axis beside it.
+Invariant: no figure needs more than 320 pixels of width; so no legend, and no axis title at its
+side.
 """
 
 import textwrap
@@ -17,14 +18,14 @@ from forescale.scaling.fitting.points import Array
 INK, FAINT, TARGET, OTHER = "#1f2328", "#b4bac2", "#c2410c", "#216ea0"
 BAND, OTHER_BAND = "rgba(31,35,40,0.14)", "rgba(33,110,160,0.18)"
 WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
-_DARK, _LIGHT = 0.0, 0.86  # of the colour scale; lighter is not seen on white
-_DECADES = 2.0  # more of them on an axis: only whole powers have numbers
+_DARK, _LIGHT = 0.0, 0.86  # ends of the colour scale; lighter is invisible on white
+_DECADES = 2.0  # an axis with more decades has numbers at powers of ten only
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-_LINE = 34  # letters of what the pointer shows: it must fit a phone
+_LINE = 34  # characters per line of hover text, so that it fits a phone
 
 
 def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int = 430):
-    """An empty figure. x, y: what is drawn, with its unit."""
+    """Return an empty figure. x, y: titles with units; of_x, of_y: more settings of the axes."""
     plain = {
         "gridcolor": "#eceef0", "linecolor": FAINT, "zeroline": False, "ticks": "outside",
         "tickcolor": FAINT, "automargin": True, "showline": True, "ticklen": 4,
@@ -44,7 +45,7 @@ def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int
 
 
 def logarithmic(*values: Array | Sequence[float], power: bool = False) -> dict[str, Any]:
-    """An axis for these; power: 10^21, not 7B."""
+    """Return a logarithmic axis for these values. power: write 10^21, not 7B."""
     every = np.concatenate([np.ravel(v) for v in values])
     many = np.log10(np.nanmax(every) / np.nanmin(every)) > _DECADES
     minor = {"minor": {"ticks": "outside", "ticklen": 2, "dtick": "D1", "tickcolor": FAINT}}
@@ -53,28 +54,28 @@ def logarithmic(*values: Array | Sequence[float], power: bool = False) -> dict[s
 
 
 def ordinal(labels: Sequence[str], down: bool = False) -> dict[str, Any]:
-    """An axis of things in their order, at 0, 1, ...; down: the first on top."""
+    """Return an axis with these labels at 0, 1, ...; down: the first one on top."""
     ends = (len(labels) - 0.4, -0.6) if down else (-0.6, len(labels) - 0.4)
     ticks = {"tickvals": list(range(len(labels))), "ticktext": [escape(x) for x in labels]}
     return {**ticks, "range": list(ends), "showgrid": False, "fixedrange": True}
 
 
 def shades(budgets: Array) -> dict[float, str]:
-    """The colour of each budget (FLOPs), the dearer the darker."""
+    """Return the colour of each budget (FLOPs), darker if more expensive."""
     distinct = np.unique(np.asarray(budgets, dtype=float))
     places = np.linspace(_LIGHT, _DARK, len(distinct)) if len(distinct) > 1 else [_DARK]
     return dict(zip(map(float, distinct), sample_colorscale("Viridis", list(places)), strict=True))
 
 
 def line(x: Array, y: Array, colour: str, dash: str = "solid", text: Sequence[str] = ()):
-    """text: shown by the pointer; without, the line is silent."""
+    """Return a line. text: hover text of its points; without, the line has none."""
     style = {"color": colour, "width": 1.6, "dash": dash}
-    told = {"text": text, **hover()} if len(text) else {"hoverinfo": "skip"}
-    return go.Scatter(x=x, y=y, mode="lines", line=style, **told)
+    shown = {"text": text, **hover()} if len(text) else {"hoverinfo": "skip"}
+    return go.Scatter(x=x, y=y, mode="lines", line=style, **shown)
 
 
 def band(x: Array, ends: Array, colour: str):
-    """ends: (2, m), low and high."""
+    """Return a filled band. ends: (2, m), low and high."""
     there_and_back = np.concatenate((x, x[::-1])), np.concatenate((ends[0], ends[1][::-1]))
     return go.Scatter(
         x=there_and_back[0], y=there_and_back[1], fill="toself", fillcolor=colour, mode="lines",
@@ -83,7 +84,7 @@ def band(x: Array, ends: Array, colour: str):
 
 
 def segments(ends: Array, at: Sequence[float], colour: str, width: float):
-    """Level lines from ends[0] to ends[1], (2, n), at the heights `at`."""
+    """Return horizontal lines from ends[0] to ends[1], (2, n), at the heights `at`."""
     gaps = np.full(len(at), np.nan)
     x, y = np.stack((*ends, gaps), axis=1).ravel(), np.stack((at, at, gaps), axis=1).ravel()
     style = {"color": colour, "width": width}
@@ -94,7 +95,7 @@ def dots(
     x: Array, y: Array, colours: Iterable[str], hollow: Array, text: Sequence[str],
     shape: str = "circle",
 ):  # fmt: skip
-    """Runs. hollow: (n,) of bool; shape: a symbol of plotly's."""
+    """Return the dots of runs. hollow: (n,) of bool; shape: a plotly symbol."""
     colours = list(colours)
     mark = {
         "size": 7, "opacity": 0.9, "symbol": np.where(hollow, f"{shape}-open", shape).tolist(),
@@ -104,20 +105,20 @@ def dots(
 
 
 def bars(lengths: Sequence[float], colour: str, text: Sequence[str]):
-    """Level ones, at 0, 1, ..."""
+    """Return horizontal bars at 0, 1, ..."""
     at = list(range(len(lengths)))
     hidden = {"textposition": "none", "orientation": "h", "marker": {"color": colour}}
     return go.Bar(x=list(lengths), y=at, hovertext=list(text), **hidden, hoverinfo="text")
 
 
 def marks(x: Sequence[float], y: Sequence[float], text: Sequence[str]):
-    """Vertices."""
+    """Return diamonds, for vertices."""
     mark = {"symbol": "diamond", "size": 9, "color": "#fff", "line": {"width": 1.6, "color": INK}}
     return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
 
 
 def star(x: float, y: float, text: str, ends: tuple[float, float] | None = None):
-    """The target. ends: an interval of y."""
+    """Return a star, for the target. ends: an interval of y."""
     mark = {"symbol": "star", "size": 15, "color": TARGET, "line": {"width": 1, "color": "#fff"}}
     error: dict[str, Any] = {}
     if ends:
@@ -127,9 +128,10 @@ def star(x: float, y: float, text: str, ends: tuple[float, float] | None = None)
 
 
 def hover() -> dict[str, str]:
+    """Return the settings for hover text."""
     return {"hovertemplate": "%{text}<extra></extra>"}
 
 
 def wrapped(text: str) -> str:
-    """In short lines, and so that plotly reads no markup in it."""
+    """Return the text in short lines, escaped, so that plotly reads no markup in it."""
     return "<br>".join(escape(part) for part in textwrap.wrap(text, _LINE)) or ""

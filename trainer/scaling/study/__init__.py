@@ -1,1 +1,1 @@
-"""Runs a study: its directory, its decisions, its cells here or in the queue."""
+"""Runs a study: its directory, its decisions, its cells on this machine or in the queue."""

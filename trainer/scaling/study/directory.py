@@ -1,16 +1,17 @@
-"""A study on disk: what is to be run, what was decided on the way, what came of it.
+"""The directory of a study: its plan, its decisions, and the state of its cells.
 
     studies/<name>/
-      study.yaml         what `study plan` was told, frozen
-      plan.json          all cells, stage by stage; written anew, whole, at each revision
-      events.jsonl       revisions, ends of cells, exclusions with their reasons
-      cells/<cell>/      a run each
-      logs/<cell>.log    what its launcher said
-      forecasts/         see forecast.py
+      study.yaml         the settings of `study plan`, frozen
+      plan.json          all cells, stage by stage; rewritten as a whole at each revision
+      events.jsonl       revisions, starts and ends of cells, exclusions with their reasons
+      cells/<cell>/      the run of each cell
+      logs/<cell>.log    the output of each cell on this machine
+      waves/NNNN.txt     the cells of each submission to the queue
+      forecasts/         see run/forecast.py
 
-Invariant: stored are facts and decisions; states, losses and costs are read from the runs. One
-process at a time decides (`deciding`), and each decision is one atomic file: whoever is killed is
-gone on from by the same command.
+Invariant: only facts and decisions are stored; states, losses and costs are read from the runs. One
+process at a time decides (`deciding`), and each decision is one atomic write, so that after a kill
+the same command resumes.
 """
 
 import fcntl
@@ -32,33 +33,37 @@ from forescale.config.schema import build, plain
 from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import launch_of
-from forescale.run.directory import Rows, Run, read_rows
-from forescale.run.forecast import Card, cards
+from forescale.run.directory import Run
+from forescale.run.forecast import Forecast, read_forecasts
+from forescale.run.rows import RowWriter, read_rows
 from forescale.scaling.config import StudyJob
-from forescale.scaling.design import plans
+from forescale.scaling.design import plan_file
 from forescale.scaling.design.cells import Cell
-from forescale.scaling.design.plan import Plan
+from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.records.records import of_runs
 from forescale.storage import read_json, write_file, write_json
 
-Word = Literal[
-    "awaits", "ready", "running", "interrupted", "crashed", "complete", "diverged", "failed",
+CellStatus = Literal[
+    "waiting", "ready", "running", "interrupted", "crashed", "complete", "diverged", "failed",
     "excluded",
 ]  # fmt: skip
-ENDED = ("complete", "diverged", "failed", "excluded")  # nothing more comes of such a cell
-_PLAIN = re.compile(r"[\w./ %+-]*")
-MOST_DEATHS = 3  # of a cell's launcher, by whatever killed it
-TARGET = "target"  # the run that all the others are for
+ENDED = ("complete", "diverged", "failed", "excluded")  # such a cell is not started again
+_UNQUOTED = re.compile(r"[\w./ %+-]*")
+MOST_CRASHES = 3  # a cell that crashed this often has failed
+TARGET = "target"  # name of the cell whose loss the study predicts
 
 
 @dataclass(frozen=True)
-class State:
-    """Of a cell. loss: held-out, of its last step, nan where it diverged or failed; spent: FLOPs so
-    far, lost steps included, a branch from where it left its trunk; done: share of its steps; why:
-    it ended without a loss."""
+class CellState:
+    """The state of a cell.
+
+    loss: validation loss of its last step, nan if it diverged; spent: FLOPs so far, including lost
+    steps (a branch: since its trunk); done: share of its steps; seconds: wall clock; why: the
+    reason if it ended without a loss.
+    """
 
     cell: Cell
-    word: Word
+    status: CellStatus
     loss: float | None = None
     spent: float = 0.0
     done: float = 0.0
@@ -67,26 +72,27 @@ class State:
 
     @property
     def has_ended(self) -> bool:
-        return self.word in ENDED
+        """True if it will not be started again."""
+        return self.status in ENDED
 
 
 class Study:
-    """Raises UserError where the directory holds no plan."""
+    """A planned study. Raises UserError if the directory holds no plan."""
 
     def __init__(self, folder: Path):
-        self.folder, self._ended = folder, dict[str, State]()
+        self.folder, self._ended = folder, dict[str, CellState]()
         if not self._plan.is_file():
             what = "holds no plan of a study"
             raise UserError(str(folder), what, "make one: forescale study plan study=NAME")
-        self.rows = Rows(folder / "events.jsonl")
+        self.rows = RowWriter(folder / "events.jsonl")
 
     @classmethod
-    def make(cls, folder: Path, job: StudyJob, plan: Plan, more: Mapping[str, Any]) -> "Study":
-        """Begin a study. Raises UserError where one has been launched there."""
+    def make(cls, folder: Path, job: StudyJob, plan: StudyPlan, more: Mapping[str, Any]) -> "Study":
+        """Write the directory of a new study. Raises UserError if one has been launched there."""
         must_be_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "study.yaml", freeze(job).encode())
-        write_json(folder / "plan.json", {**plans.dump(plan), **more})
+        write_json(folder / "plan.json", {**plan_file.dump(plan), **more})
         made = cls(folder)
         made.event("planned", cap=plan.cap)
         return made
@@ -97,74 +103,80 @@ class Study:
 
     @cached_property
     def job(self) -> StudyJob:
+        """The settings that the study was planned with."""
         return thaw(StudyJob, self.folder / "study.yaml")
 
     @property
     def has_target(self) -> bool:
+        """True if the target is among the cells."""
         return any(c.role == "target" for c in self.plan.cells)
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> StudyPlan:
+        """The plan as it is now."""
         try:
-            return plans.load(read_json(self._plan))
+            return plan_file.load(read_json(self._plan))
         except (KeyError, TypeError, ValueError) as e:
-            what = f"is no plan that this version reads ({e})"
+            what = f"is no plan that this version can read ({e})"
             raise UserError(str(self._plan), what, "restore it, or plan a new study") from None
 
     @property
     def forecasts(self) -> Path:
+        """The directory of forecast files."""
         return self.folder / "forecasts"
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
-        """Alone. Raises UserError where another process decides for this study; the kernel frees
-        it when that dies."""
+        """Hold the study's lock, which the kernel frees if the process dies. Raises UserError if
+        another process holds it."""
         with open(self.folder / "launcher.lock", "w") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 what = "is being launched by another process"
-                todo = "look with forescale study status, or stop that one first"
+                todo = "see forescale study status, or stop that process first"
                 raise UserError(str(self.folder), what, todo) from None
             yield
 
     def event(self, kind: str, **facts: Any) -> None:
+        """Append an event, durably."""
         self.rows.add({"kind": kind, "time": time.time(), **facts})
         self.rows.sync()
         self.__dict__.pop("events", None)
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
-        """Since it was planned the last time."""
+        """All events since the study was last planned."""
         rows = read_rows(self.rows.path)
         plans_made = [i for i, row in enumerate(rows) if row["kind"] == "planned"]
         return rows[plans_made[-1] :] if plans_made else rows
 
-    def revise(self, plan: Plan, kind: str, **facts: Any) -> None:
-        """The plan from now on, and why."""
+    def revise(self, plan: StudyPlan, kind: str, **facts: Any) -> None:
+        """Replace the plan, and record the reason as an event."""
         kept = {k: v for k, v in read_json(self._plan).items() if k == "expected"}
-        write_json(self._plan, {**plans.dump(plan), **kept})
+        write_json(self._plan, {**plan_file.dump(plan), **kept})
         self.plan = plan
         self.event(kind, **facts)
 
-    # What came of it
-
     def run(self, name: str) -> Run:
+        """Return the run of a cell."""
         return Run(self.folder / "cells" / name)
 
-    def words(self, cell: Cell) -> list[str]:
-        """The command line of its run, after `train`."""
+    def arguments(self, cell: Cell) -> list[str]:
+        """Return the arguments of `forescale train` for a cell."""
         own = {**cell.keys, "run.root": str(self.folder / "cells")}
-        if card := self._card_of(cell.name):
-            own["forecast"] = str(card.path)
-        typed = [f"{key}={_word(value)}" for key, value in own.items()]
+        if forecast := self._forecast_of(cell.name):
+            own["forecast"] = str(forecast.path)
+        typed = [f"{key}={_quoted(value)}" for key, value in own.items()]
         return [*self.job.plan.shared, *typed]
 
-    def _card_of(self, name: str) -> Card | None:
-        return next((c for c in cards(self.forecasts) if c.facts["target"]["run"] == name), None)
+    def _forecast_of(self, name: str) -> Forecast | None:
+        return next(
+            (c for c in read_forecasts(self.forecasts) if c.facts["target"]["run"] == name), None
+        )
 
-    def state(self, cell: Cell) -> State:
-        """What has ended stays as it was, until `retry`."""
+    def state(self, cell: Cell) -> CellState:
+        """Return the state of a cell. Once it has ended, the state is kept until `retry`."""
         if cell.name not in self._ended:
             found = self._state(cell)
             if not found.has_ended:
@@ -172,107 +184,117 @@ class Study:
             self._ended[cell.name] = found
         return self._ended[cell.name]
 
-    def states(self) -> list[State]:
+    def states(self) -> list[CellState]:
+        """Return the states of all cells, in the plan's order."""
         return [self.state(c) for c in self.plan.cells]
 
     def wanted(self) -> list[Cell]:
-        """What is to begin or to go on, in the plan's order, trunks before what branches off them;
-        nothing of a stage that is a draft. What seems to run is among it: the one who decides knows
-        what does, and files that grew a moment ago may be those of a run that was killed since."""
+        """Return the cells to start or resume, in the plan's order, trunks before their branches.
+
+        Cells of draft stages are left out. Cells that seem to run are included: the launcher knows
+        which really do, and a recently written file may belong to a run that was killed since.
+        """
         exact = {s.number for s in self.plan.stages if s.exact}
         todo = ("ready", "running", "interrupted", "crashed")
-        found = [s.cell for s in self.states() if s.word in todo and s.cell.stage in exact]
+        found = [s.cell for s in self.states() if s.status in todo and s.cell.stage in exact]
         return sorted(found, key=lambda c: (c.stage, c.trunk is not None))
 
     @property
     def spent(self) -> float:
-        """FLOPs of all cells so far; the target is paid for beside the cap."""
+        """FLOPs of all cells so far; the target does not count against the cap."""
         return sum(s.spent for s in self.states() if s.cell.role != "target")
 
     def losses(self) -> dict[str, float]:
-        """Of all cells that ended: nan for those that came to nothing."""
+        """Return the losses of all cells that ended, by name; nan for those without a loss."""
         found = {s.cell.name: s.loss for s in self.states() if s.has_ended}
         return {name: math.nan if loss is None else loss for name, loss in found.items()}
 
-    def _state(self, cell: Cell) -> State:
+    def _state(self, cell: Cell) -> CellState:
         run = self.run(cell.name)
-        excluded = self._told("excluded", cell.name)
+        excluded = self._latest_event("cell_excluded", cell.name)
+        status: CellStatus
         if not run.config.is_file():
-            word: Word = "excluded" if excluded else "awaits" if cell.awaits else "ready"
-            why = excluded["why"] if excluded else ""
-            if word == "ready":  # it may have ended before it came to be a run
-                word, why = self._given_up(cell.name, run) or (word, why)
-            return State(cell, word, why=why)
-        status = Status(run)
-        total, per = status.job.total_steps, cell.flops[self.plan.common.cost] / cell.tokens
-        steps = status.step - (cell.trunk_step or 0) + status.lost().steps
+            status, why = "waiting" if cell.waits_for else "ready", ""
+            if excluded:
+                status, why = "excluded", excluded["why"]
+            elif status == "ready":  # it may have ended before its run directory was made
+                status, why = self._given_up(cell.name, run) or (status, why)
+            return CellState(cell, status, why=why)
+        seen = Status(run)
+        total, per = seen.job.total_steps, cell.flops[self.plan.common.cost] / cell.tokens
+        steps = seen.step - (cell.trunk_step or 0) + seen.lost().steps
         known = {
-            "spent": max(0, steps) * status.job.tokens_per_step * per,
-            "done": status.step / total,
-            "seconds": status.goodput.wall,
+            "spent": max(0, steps) * seen.job.tokens_per_step * per,
+            "done": seen.step / total,
+            "seconds": seen.goodput.wall,
         }
-        scored = status.validation
+        scored = seen.validation
         loss = scored["loss"] if scored and scored["step"] == total else None
-        word = status.state if status.state != "new" else "ready"
-        why = ""
-        if word == "complete":
-            word, loss, why = self._judged(loss, status)
-        elif word != "running":
-            word, why = self._given_up(cell.name, run) or (word, "")
+        status, why = seen.state if seen.state != "new" else "ready", ""
+        if status == "complete":
+            status, loss, why = self._judged(loss, seen)
+        elif status != "running":
+            status, why = self._given_up(cell.name, run) or (status, "")
         if excluded:
-            word, why = "excluded", excluded["why"]
-        return State(cell, word, loss, why=why, **known)
+            status, why = "excluded", excluded["why"]
+        return CellState(cell, status, loss, why=why, **known)
 
     @staticmethod
-    def _judged(loss: float | None, status: Status) -> tuple[Word, float | None, str]:
-        """Of a run that has made all its steps."""
-        chance = math.log(getattr(status.job.model, "vocab_size", None) or math.inf)
+    def _judged(loss: float | None, seen: Status) -> tuple[CellStatus, float | None, str]:
+        """Status, loss and reason of a run that has made all its steps."""
+        chance = math.log(getattr(seen.job.model, "vocab_size", None) or math.inf)
         if loss is None:
             return "failed", None, "its last step was not evaluated"
         if not loss < chance:
-            return "diverged", math.nan, f"its loss is {loss:.4g}, that of guessing {chance:.4g}"
+            return (
+                "diverged",
+                math.nan,
+                f"its loss is {loss:.4g}; uniform guessing has {chance:.4g}",
+            )
         return "complete", loss, ""
 
-    def _given_up(self, name: str, run: Run) -> tuple[Word, str] | None:
-        """Whether its ends so far tell that another start would end no better."""
+    def _given_up(self, name: str, run: Run) -> tuple[CellStatus, str] | None:
+        """Status and reason if another start would end the same way, else None."""
         own = self._since_retry(name)
-        ends = [e for e in own if e["kind"] == "ended"] or self._ends_in_queue(own, run)
+        ends = [e for e in own if e["kind"] == "cell_ended"] or self._ends_in_queue(own, run)
         if not ends:
             return None
         last = ends[-1]
-        deaths = sum(e["code"] not in (DONE, USER, INTERRUPTED, GAVE_UP) for e in ends)
-        if any(row.get("reason") == "halted" for a in run.attempts()[-1:] for row in _events(a)):
+        crashes = sum(e["code"] not in (DONE, USER, INTERRUPTED, GAVE_UP) for e in ends)
+        if any(read_rows(a.events.path, reason="halted") for a in run.attempts()[-1:]):
             return "diverged", last["why"]
-        if last["code"] in (USER, GAVE_UP) or deaths >= MOST_DEATHS:
+        if last["code"] in (USER, GAVE_UP) or crashes >= MOST_CRASHES:
             return "failed", last["why"]
         return None
 
     @staticmethod
     def _ends_in_queue(own: Sequence[Mapping[str, Any]], run: Run) -> list[dict[str, Any]]:
-        """Of its jobs: one end for each that was submitted, as its last attempt tells."""
-        times = sum(e["kind"] == "submitted" for e in own)
-        told = next((t for a in reversed(run.attempts()) if (t := launch_of(a.path))), {})
-        code = told.get("code")
-        return [] if code is None else [{"code": code, "why": told.get("how", "")}] * times
+        """One end for each submitted job, all with the code of the last attempt that has one."""
+        times = sum(e["kind"] == "cell_submitted" for e in own)
+        launch = next((t for a in reversed(run.attempts()) if (t := launch_of(a.path))), {})
+        code = launch.get("code")
+        return [] if code is None else [{"code": code, "why": launch.get("how", "")}] * times
 
     def _since_retry(self, name: str) -> list[dict[str, Any]]:
         own = [e for e in self.events if e.get("cell") == name]
-        retries = [i for i, e in enumerate(own) if e["kind"] == "retry"]
+        retries = [i for i, e in enumerate(own) if e["kind"] == "cell_retried"]
         return own[retries[-1] :] if retries else own
 
-    def _told(self, kind: str, name: str) -> dict[str, Any] | None:
+    def _latest_event(self, kind: str, name: str) -> dict[str, Any] | None:
         return next((e for e in self._since_retry(name) if e["kind"] == kind), None)
 
     def retry(self, name: str) -> None:
-        """Count nothing of what a cell came to so far."""
-        self.event("retry", cell=name)
+        """Let a cell that ended without a loss start again."""
+        self.event("cell_retried", cell=name)
         self._ended.pop(name, None)
 
     def table(self) -> pd.DataFrame:
-        """A record of each complete cell, with what the plan says of it: stage, role, budget, the
-        cell that it repeats or tunes (`cell_of`), and whether a law is fitted to it (`fitted`): the
-        best learning rate of each size of a budget. Seeds and batches measure noise and gap."""
-        cells = {s.cell.name: s.cell for s in self.states() if s.word == "complete"}
+        """Return the record of each complete cell, with columns of the plan.
+
+        stage, role, budget, batch; cell_of: the grid cell that it repeats or varies; fitted: True
+        for the runs that a law is fitted to, the best learning rate of each size of a budget.
+        """
+        cells = {s.cell.name: s.cell for s in self.states() if s.status == "complete"}
         table, _ = of_runs([self.run(name) for name in cells])
         if table.empty:
             return table
@@ -280,7 +302,7 @@ class Study:
         table = table.assign(
             stage=[c.stage for c in own],
             role=[c.role for c in own],
-            cell_of=[c.of for c in own],
+            cell_of=[c.cell_of for c in own],
             batch=[c.global_batch for c in own],
         )
         if self.plan.grid is not None:
@@ -290,36 +312,34 @@ class Study:
 
 
 def must_be_free(folder: Path) -> None:
-    """Raises UserError where a study has been launched."""
+    """Raise UserError if a study has been launched in this directory."""
     if any((folder / "cells").glob("*/config.yaml")):
-        what = "has been launched: what was spent belongs to the plan that it was spent on"
+        what = "has been launched, so its plan can't be replaced"
         raise UserError(str(folder), what, "choose another study=NAME")
 
 
-def _events(attempt: Any) -> list[dict[str, Any]]:
-    return read_rows(attempt.events.path)
-
-
-def _word(value: Any) -> str:
-    """As Hydra's grammar reads it back."""
+def _quoted(value: Any) -> str:
+    """The value as Hydra's grammar reads it."""
     if value is None:
         return "null"
-    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+    if isinstance(value, str) and not _UNQUOTED.fullmatch(value):
         return "'" + value.replace("'", "\\'") + "'"
     return json.dumps(value) if isinstance(value, list) else str(value)
 
 
-def settings(job: StudyJob, words: Sequence[str]) -> StudyJob:
-    """What a study was planned with, under what is typed now (`words`, composed to `job`); `job`
-    itself where nothing was planned."""
+def settings(job: StudyJob, overrides: Sequence[str]) -> StudyJob:
+    """Return the settings that the study was planned with, except for what `overrides` set.
+
+    job: composed of `overrides`; it is returned itself if no study was planned.
+    """
     frozen = job.folder / "study.yaml"
     if not frozen.is_file():
         return job
     tree, typed = plain(thaw(StudyJob, frozen)), plain(job)
-    for word in (*words, "study=", "studies=", "input="):
-        *path, name = word.partition("=")[0].split(".")
-        into, said = tree, typed
+    for override in (*overrides, "study=", "studies=", "input="):
+        *path, name = override.partition("=")[0].split(".")
+        into, source = tree, typed
         for part in path:
-            into, said = into[part], said[part]
-        into[name] = said[name]
+            into, source = into[part], source[part]
+        into[name] = source[name]
     return build(StudyJob, tree)[0]

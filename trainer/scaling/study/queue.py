@@ -1,11 +1,10 @@
-"""Launches what a study wants run, in SLURM's queue: arrays of cells, and branches that wait for
-their trunks.
+"""Runs the cells of a study in SLURM's queue: as job arrays; branches wait for their trunks.
 
-    ready cells -> studies/<name>/waves/NNNN.txt, a line a run -> one array, so many at once
-    a branch    -> a wave of its own, which starts when its trunk's job has ended well
+    ready cells -> studies/<name>/waves/NNNN.txt, one line per run -> one array, at_once at a time
+    a branch    -> a wave of its own, which starts after its trunk's job has succeeded
 
-Invariant: a cell that the queue holds is not submitted again, whoever submitted it; and what is
-submitted is within the cap. Jobs outlive the launcher: the same command goes on following them.
+Invariant: a cell that is in the queue is not submitted again, whoever submitted it, and submitted
+cells are within the cap. Jobs outlive the launcher; the same command follows them again.
 """
 
 import shlex
@@ -13,9 +12,9 @@ import time
 from collections.abc import Sequence
 
 from forescale.errors import DONE, INTERRUPTED
-from forescale.resilience.launcher import heard
+from forescale.resilience.launcher import stop_signals_handled_by
 from forescale.scaling.design.cells import Cell
-from forescale.scaling.study.decisions import Tell, add_target, advance
+from forescale.scaling.study.decisions import Log, add_target, advance
 from forescale.scaling.study.directory import Study
 from forescale.scaling.study.local import expect_within_cap
 from forescale.slurm.submission import in_queue, newest
@@ -26,54 +25,57 @@ _POLL = 15.0  # seconds between two questions to the queue
 
 
 class Queue:
-    """The queue's part in one study. words: more overrides of the jobs, the profile's first;
-    follow: stay until nothing is left."""
+    """Runs one study in the queue. arguments: of `submit`, the profile's first; follow: stay until
+    nothing is left; the rest as for Launcher."""
 
     def __init__(
         self,
         study: Study,
-        words: Sequence[str],
+        arguments: Sequence[str],
         at_once: int,
-        tell: Tell,
+        log: Log,
         follow: bool = True,
         target: bool = False,
     ):
-        self.study, self._words, self._at_once = study, list(words), at_once
-        self.tell, self._follow, self._target = tell, follow, target
-        self._wish: int | None = None
+        self.study, self._arguments, self._at_once = study, list(arguments), at_once
+        self.log, self._follow, self._target = log, follow, target
+        self._stop_signal: int | None = None
         self._ended = {s.cell.name for s in study.states() if s.has_ended}
 
     def go(self) -> int:
-        """0 when nothing is left, or at once without `follow`; 75 after a signal: jobs go on."""
-        with heard(self._hear):
-            while self._wish is None:
+        """Return 0 when nothing is left, or after submitting without `follow`; 75 after a stop
+        signal, while the jobs go on."""
+        with stop_signals_handled_by(self._on_signal):
+            while self._stop_signal is None:
                 held = self._go_on()
                 if not held:
                     return DONE
                 if not self._follow:
-                    self.tell(f"{len(held)} cells are in the queue; the same command goes on.")
+                    self.log(
+                        f"{len(held)} cells are in the queue. Run the same command again to go on."
+                    )
                     return DONE
                 self._wait()
-        self.tell("Left the jobs in the queue; the same command follows them on.")
+        self.log("The jobs stay in the queue. Run the same command again to follow them.")
         return INTERRUPTED
 
-    def _hear(self, number: int, frame) -> None:
-        self._wish = number
+    def _on_signal(self, number: int, frame) -> None:
+        self._stop_signal = number
 
     def _wait(self) -> None:
         end = time.monotonic() + _POLL
-        while self._wish is None and time.monotonic() < end:
+        while self._stop_signal is None and time.monotonic() < end:
             time.sleep(0.2)
 
     def _go_on(self) -> dict[str, str]:
-        """Decide and submit; the cells that the queue holds then, and their jobs."""
-        self._tell_ended()
-        advance(self.study, self.tell)
+        """Decide and submit; return the cells in the queue with their job ids."""
+        self._log_ended()
+        advance(self.study, self.log)
         held = self._held()
         self._submit_all(held)
         held = self._held()
         if self._target and not held and not self.study.has_target:
-            add_target(self.study, self.tell)
+            add_target(self.study, self.log)
             self._submit_all(held)
             held = self._held()
         return held
@@ -103,17 +105,22 @@ class Queue:
         folder = self.study.folder / "waves"
         folder.mkdir(exist_ok=True)
         path = folder / f"{len(list(folder.glob('*.txt'))) + 1:04d}.txt"
-        lines = [shlex.join(self.study.words(cell)) for cell in cells]
+        lines = [shlex.join(self.study.arguments(cell)) for cell in cells]
         write_file(path, ("\n".join(lines) + "\n").encode())
         wait = [f"slurm.after=['{after}']"] if after else []
-        words = [*self._words, f"slurm.runs={path}", f"slurm.at_once={self._at_once}", *wait]
-        submit(words)
+        arguments = [
+            *self._arguments,
+            f"slurm.runs={path}",
+            f"slurm.at_once={self._at_once}",
+            *wait,
+        ]
+        submit(arguments)
         for cell in cells:
-            self.study.event("submitted", cell=cell.name, wave=path.name, after=after)
+            self.study.event("cell_submitted", cell=cell.name, wave=path.name, after=after)
 
-    def _tell_ended(self) -> None:
+    def _log_ended(self) -> None:
         for s in self.study.states():
             if s.has_ended and s.cell.name not in self._ended:
                 self._ended.add(s.cell.name)
-                loss = f"loss {s.loss:.4f}" if s.word == "complete" else f"{s.word} ({s.why})"
-                self.tell(f"{s.cell.name}: {loss}")
+                loss = f"loss {s.loss:.4f}" if s.status == "complete" else f"{s.status} ({s.why})"
+                self.log(f"{s.cell.name}: {loss}")

@@ -1,4 +1,4 @@
-"""The law is chosen by how it met dearer runs, as far beyond as the target."""
+"""The law with the lowest backtest error near the target's extrapolation factor is chosen."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +6,7 @@ import pytest
 
 from forescale.scaling.analysis.selection import judge, law_of
 from forescale.scaling.config import StudyJob, TargetPoint
-from forescale.scaling.fitting.backtest import RollOut
+from forescale.scaling.fitting.backtest import Backtest
 from forescale.scaling.fitting.laws import CHINCHILLA, KAPLAN
 
 CHINCHILLAS = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.28, "beta": 0.42}
@@ -27,32 +27,32 @@ def chosen(rows, **keys):
     return law_of(rows, StudyJob(input=["x"], form="auto", bootstraps=100, near=None, **keys), "x")
 
 
-def roll_out(factors, errors) -> RollOut:
+def backtest(factors, errors) -> Backtest:
     n = np.ones(len(factors), dtype=bool)
-    return RollOut(3, 15, np.array(factors), np.array(errors), 0.0, n, n)
+    return Backtest(3, 15, np.array(factors), np.array(errors), 0.0, n, n)
 
 
 @pytest.mark.slow
-def test_each_surface_gets_its_own_law():
+def test_each_simulated_law_is_chosen_for_its_own_runs():
     target = TargetPoint(flops=1e21)
     made = chosen(table(CHINCHILLA, CHINCHILLAS), target=target)
     assert made.form is CHINCHILLA
-    (note,) = (n for n in made.notes if n.startswith("The law is chinchilla, by errors"))
+    (note,) = (n for n in made.notes if n.startswith("The chosen law is chinchilla, by"))
     assert "kaplan" in note
     assert chosen(table(KAPLAN, KAPLANS), target=target).form is KAPLAN
 
 
-def test_too_few_budgets_choose_nothing_and_say_so():
+def test_too_few_budgets_take_the_first_law_with_a_note():
     made = chosen(table(CHINCHILLA, CHINCHILLAS, budgets=(1e16, 1e18)))
     assert made.form is CHINCHILLA
-    assert "No roll-outs to choose a law by: it is chinchilla." in made.notes
+    assert "There are no backtests to choose a law by: chinchilla is taken." in made.notes
 
 
-def test_runs_as_far_beyond_as_the_target_count():
-    found = [roll_out([2, 2, 2, 10, 10, 10, 100], [0.01] * 3 + [0.02] * 3 + [0.3])]
+def test_only_runs_near_the_extrapolation_factor_count():
+    found = [backtest([2, 2, 2, 10, 10, 10, 100], [0.01] * 3 + [0.02] * 3 + [0.3])]
     assert judge(found, 2.0) == (pytest.approx(0.01), (2, 2))
     assert judge(found, 10.0) == (pytest.approx(0.02), (10, 10))
     error, ends = judge(found, 200.0)
-    assert ends == (10, 100), "too few were met so far beyond: the farthest half"
+    assert ends == (10, 100), "too few at such factors: the half with the largest ones"
     assert error > 0.1
     assert judge(found, None)[1] == (2, 100)

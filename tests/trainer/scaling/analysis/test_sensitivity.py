@@ -1,4 +1,4 @@
-"""How much of a law is a matter of counting N and C."""
+"""How the law depends on the conventions of N and C."""
 
 import io
 import json
@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.export import as_dict
 from forescale.scaling.analysis.sensitivity import conventions
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
@@ -18,8 +19,8 @@ LAW = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 
 
 def records(noise=0.0) -> pd.DataFrame:
-    """Runs of a law in `total`, whose tables are a large part of small models; C pays for all but
-    the token table."""
+    """Runs of a law in `total` N. Embedding tables are a large part of small models, and so is the
+    additional cost of the causal C."""
     rng, rows = np.random.default_rng(0), []
     for c in np.geomspace(1e15, 1e19, 5):
         for total in 0.1 * c**0.5 * np.geomspace(0.4, 2.5, 5):
@@ -36,8 +37,8 @@ def records(noise=0.0) -> pd.DataFrame:
 
 
 def study(rows: pd.DataFrame, **keys) -> StudyFit:
-    told = {"size": "total", "cost": "6nd", "bootstraps": 100, "sensitivity": True} | keys
-    return StudyFit(rows, StudyJob(input=["x"], **told), "x")
+    settings = {"size": "total", "cost": "6nd", "bootstraps": 100, "sensitivity": True} | keys
+    return StudyFit(rows, StudyJob(input=["x"], **settings), "x")
 
 
 def page(made: StudyFit) -> str:
@@ -46,7 +47,7 @@ def page(made: StudyFit) -> str:
     return console.file.getvalue()
 
 
-def test_a_row_for_every_pair_that_differs():
+def test_there_is_one_row_per_distinct_pair_of_conventions():
     rows = study(records()).sensitivity
     assert [(r.size, r.cost) for r in rows] == [
         ("total, active", "6nd"), ("total, active", "causal"),
@@ -54,25 +55,25 @@ def test_a_row_for_every_pair_that_differs():
     ]  # fmt: skip
 
 
-def test_the_exponent_follows_the_price_of_a_parameter():
-    """Where C = 6 N D it is that of the law; where small models pay for more than N, the budget
-    buys less of them, as the best of a fine grid along the budget shows."""
+def test_the_allocation_depends_on_the_compute_exponent():
+    """With C = 6 N D it is that of the law; otherwise it agrees with the minimum on a fine grid
+    along the budget."""
     made = study(records())
     first, causal = made.sensitivity[:2]
-    assert first.per == pytest.approx(1)
+    assert first.compute_exponent == pytest.approx(1)
     assert first.allocation == pytest.approx(made.allocation[0], rel=1e-8)
     assert first.allocation == pytest.approx(0.37 / 0.72, rel=1e-5)
-    assert causal.per < 1
+    assert causal.compute_exponent < 1
     n = np.geomspace(1e5, 1e9, 400_001)
     best = [
-        n[CHINCHILLA.predict(LAW, parameters=n, tokens=c / n**causal.per).argmin()]
+        n[CHINCHILLA.predict(LAW, parameters=n, tokens=c / n**causal.compute_exponent).argmin()]
         for c in (1e12, 1e13)
     ]
     assert causal.allocation == pytest.approx(np.log10(best[1] / best[0]), abs=1e-3)
     assert causal.values == first.values, "the law doesn't read C"
 
 
-def test_another_count_of_n_is_another_law():
+def test_another_convention_of_n_gives_another_law():
     rows = {(r.size, r.cost): r for r in study(records(0.002)).sensitivity}
     total, other = rows["total, active", "6nd"], rows["non_embedding", "6nd"]
     assert abs(other.values["alpha"] - total.values["alpha"]) > 0.001
@@ -82,42 +83,42 @@ def test_another_count_of_n_is_another_law():
 
 
 def test_the_target_is_one_run_in_all_rows():
-    """N and C of it are carried over; without noise every law then says nearly the same."""
+    """Its N and C are converted, so that without noise all laws predict nearly the same loss."""
     made = study(records(), target=TargetPoint(parameters=1e9, tokens=1e10))
     losses = [row.loss for row in made.sensitivity]
-    assert losses[0] == pytest.approx(made.foretold().loss, rel=1e-8)
+    assert losses[0] == pytest.approx(made.predict().loss, rel=1e-8)
     assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
-    untold = CHINCHILLA.predict(made.sensitivity[2].values, parameters=1e9, tokens=1e10)[0]
-    assert abs(untold / losses[0] - 1) > 0.002, "had N been taken as it stands"
+    unconverted = CHINCHILLA.predict(made.sensitivity[2].values, parameters=1e9, tokens=1e10)[0]
+    assert abs(unconverted / losses[0] - 1) > 0.002, "with N not converted"
     assert [row.loss for row in study(records()).sensitivity] == [None] * 4
 
 
-def test_a_law_of_compute_reads_each_c():
+def test_a_law_of_compute_is_fitted_to_each_convention_of_c():
     rows = study(records(), form="frontier", target=TargetPoint(flops=1e20)).sensitivity
     assert [row.allocation for row in rows] == [None] * 4
     assert rows[0].values["gamma"] != rows[1].values["gamma"]
 
 
-def test_it_is_on_the_page_and_in_the_json():
+def test_sensitivity_is_on_the_page_and_in_the_json():
     made = study(records(0.002))
     text = page(made)
     assert "N* ~ C^a, a" in text
     assert "non_embedding" in text
-    assert len(json.loads(json.dumps(made.as_dict()))["sensitivity"]) == 4
+    assert len(json.loads(json.dumps(as_dict(made)))["sensitivity"]) == 4
     silent = study(records(0.002), sensitivity=False)
-    assert silent.as_dict()["sensitivity"] is None
+    assert as_dict(silent)["sensitivity"] is None
     assert "N* ~ C^a, a" not in page(silent)
 
 
-def test_one_way_to_count_is_one_line():
+def test_a_table_with_one_convention_has_one_row():
     rows = records().rename(columns={"parameters_total": "parameters", "flops_6nd": "flops"})
     made = study(rows[["parameters", "flops", "tokens", "loss"]])
     assert len(made.sensitivity) == 1
-    assert "N and C are counted in one way here" in page(made)
+    assert "nothing to compare" in page(made)
     assert len(study(rows[["parameters", "tokens", "loss"]]).sensitivity) == 1
 
 
-def test_a_convention_that_some_runs_lack_is_none():
+def test_a_convention_that_some_runs_lack_is_left_out():
     rows = records()
     rows.loc[3, "parameters_active"] = np.nan
     assert list(conventions(rows, "parameters")) == ["total", "non_embedding"]

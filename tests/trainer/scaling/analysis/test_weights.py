@@ -1,4 +1,4 @@
-"""Weights: by the noise of repeats, by distance to the target; they compose with resampling."""
+"""Weights by the noise of repeats and by distance to the target, also in resampled fits."""
 
 import json
 
@@ -8,20 +8,22 @@ import pytest
 
 from forescale.errors import UserError
 from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.export import as_dict
 from forescale.scaling.analysis.weights import NOISE, effective, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.bootstrap import pairs
-from forescale.scaling.fitting.fit import certify, fit
+from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
 from forescale.scaling.fitting.points import Points
+from tests.trainer.scaling.some_laws import certify
 
 LAW = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 
 
 def table(noise, seeds=1, bend=0.0, count=4) -> pd.DataFrame:
-    """Runs of a law on five budgets, each with as many seeds; noise: of log loss, by C. bend: what
-    the law does not know, a decade below the dearest."""
+    """Runs of a law on five budgets, each with `seeds` seeds. noise: of log loss, by C; bend: a
+    deviation from the law that grows with the distance from the largest budget."""
     rng, rows = np.random.default_rng(3), []
     for c in np.geomspace(1e17, 1e21, 5):
         for n in 0.1 * c**0.5 * np.geomspace(0.4, 2.5, count):
@@ -37,7 +39,7 @@ def points(rows: pd.DataFrame) -> Points:
     return Points(rows["loss"], rows["parameters"], rows["tokens"], rows["flops"])
 
 
-def test_noise_is_that_of_repeats_and_falls_with_compute_as_theirs_does():
+def test_noise_is_estimated_from_repeats_as_a_power_of_compute():
     rows = table(lambda c: 0.01 * (c / 1e19) ** -0.1, seeds=8)
     found = noise_of_repeats(rows, points(rows))
     assert found.freedom == 5 * 4 * 7
@@ -45,7 +47,7 @@ def test_noise_is_that_of_repeats_and_falls_with_compute_as_theirs_does():
     assert found(np.array([1e17, 1e21])) == pytest.approx([0.0158, 0.0063], rel=0.3)
 
 
-def test_few_repeats_move_the_noise_little():
+def test_few_repeats_change_the_prior_noise_little():
     rows = table(lambda c: 0.02)
     twice = pd.concat([rows, rows.head(1).assign(seed=9, loss=rows["loss"][0] * 1.05)])
     found = noise_of_repeats(twice, points(twice))
@@ -56,22 +58,22 @@ def test_few_repeats_move_the_noise_little():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda rows: rows.drop(columns="seed"),  # a sweep of something that the table doesn't name
+        lambda rows: rows.drop(columns="seed"),  # runs may differ in something without a column
         lambda rows: rows.assign(seed=0),  # the same run, listed twice
         lambda rows: rows.assign(learning_rate=np.arange(len(rows))),
     ],
 )
-def test_what_is_no_repeat_tells_no_noise(change):
+def test_runs_that_differ_in_more_than_the_seed_are_no_repeats(change):
     rows = change(table(lambda c: 0.02, seeds=3))
     assert noise_of_repeats(rows, points(rows)).freedom == 0
 
 
-def test_a_run_weighs_by_its_distance_in_decades():
+def test_weight_falls_with_the_distance_in_decades():
     flops = np.array([1e18, 1e19, 1e20, 1e22])
     w = weigh(flops, None, 1e21)
     assert w.mean() == pytest.approx(1)
     assert w[0] / w[1] == pytest.approx((0.04**2 + NOISE**2) / (0.06**2 + NOISE**2))
-    assert w[2] == pytest.approx(w[3]), "beyond the target as on this side of it"
+    assert w[2] == pytest.approx(w[3]), "the same above the target as below it"
     assert effective(np.ones(7)) == pytest.approx(7)
     assert effective(w) < 3
 
@@ -87,8 +89,8 @@ def test_weighted_fits_and_their_replicates_are_certified(goal):
     assert pairs(found, 60 if goal.delta else 10).uncertified == 0
 
 
-def test_resampling_draws_upon_the_weights():
-    """A replicate is the fit with the product of both."""
+def test_resampling_multiplies_the_weights():
+    """A replicate is the fit with the product of the weights and the draws."""
     made = points(table(lambda c: 0.004))
     w = weigh(made.flops, None, 1e22)
     rng = np.random.default_rng(0)
@@ -102,9 +104,9 @@ def study(rows: pd.DataFrame, **keys) -> StudyFit:
     return StudyFit(rows, StudyJob(input=["x"], target=target, bootstraps=100, **keys), "x")
 
 
-def test_distance_halves_the_error_where_the_law_bends():
+def test_distance_weights_halve_the_error_of_a_law_that_does_not_hold():
     rows = table(lambda c: 0.0, bend=0.003)
-    truth = {w: study(rows, weights=w).foretold() for w in ("none", "distance")}
+    truth = {w: study(rows, weights=w).predict() for w in ("none", "distance")}
     errors = {
         w: abs(
             np.log(f.loss / CHINCHILLA.predict(LAW, parameters=f.parameters, tokens=f.tokens)[0])
@@ -114,26 +116,26 @@ def test_distance_halves_the_error_where_the_law_bends():
     assert errors["distance"] < errors["none"] / 2
 
 
-def test_a_fit_says_how_it_was_weighted():
+def test_the_results_contain_weights_and_noise():
     rows = table(lambda c: 0.003, seeds=2)
     plain, both = study(rows), study(rows, weights="both")
     assert plain.weights is None
-    assert both.as_dict()["weights"] == pytest.approx(both.weights.tolist())
-    assert both.as_dict()["noise"]["freedom"] == 20
+    assert as_dict(both)["weights"] == pytest.approx(both.weights.tolist())
+    assert as_dict(both)["noise"]["freedom"] == 20
     assert not [n for n in both.notes if "No two runs" in n]
     alone = study(rows.drop(columns="seed"), weights="noise")
     assert alone.weights == pytest.approx(np.ones(len(rows)))
-    assert "the noise is taken as 0.3% for all." in alone.notes[-1]
-    json.dumps(both.as_dict())
+    assert "a noise of 0.3% is assumed for all runs." in alone.notes[-1]
+    json.dumps(as_dict(both))
 
 
-def test_distance_needs_a_target():
+def test_distance_weights_need_the_compute_of_a_target():
     for target in (TargetPoint(), TargetPoint(parameters=1e9)):
-        with pytest.raises(UserError, match="distance asks for the target's compute"):
+        with pytest.raises(UserError, match="distance needs the target's compute"):
             study(table(lambda c: 0.003), weights="distance", target=target)
 
 
-def test_no_delta_is_least_squares():
+def test_delta_of_none_is_least_squares():
     rows = table(lambda c: 0.003)
     found = study(rows, delta=None)
     assert found.fit.values == fit(CHINCHILLA, points(rows), LEAST_SQUARES).values

@@ -1,4 +1,4 @@
-"""The runs to add: what a choice rests on, what it leaves, how it does where losses are known."""
+"""The choice of additional runs: its rules, its effect, and replays with known losses."""
 
 from dataclasses import replace
 from io import StringIO
@@ -9,38 +9,38 @@ from rich.console import Console
 
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.scaling.design.next_runs import candidates_of, recommend, replay, show
+from forescale.scaling.design.next_runs import candidates_of, recommend, show
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.design.simulate import Design, Target
+from forescale.scaling.design.simulate import RunSet, Target
 from forescale.scaling.fitting import bootstrap
-from forescale.scaling.fitting.backtest import Discrepancy, sure_of
+from forescale.scaling.fitting.backtest import Discrepancy, calibrate
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER
 from forescale.scaling.fitting.points import Points
-from tests.benchmarks.bench_next import public, replay_of, surface
+from tests.benchmarks.bench_next import public, replay, replay_of, surface
 
 COMMON = Common(ModelConfig(width=128, num_layers=3, num_heads=2), 512, 256, rate=1e10)
-NONE = Points(np.array([9.0]), np.array([1.0]), np.array([1.0]))  # no candidate is like it
+NONE = Points(np.array([9.0]), np.array([1.0]), np.array([1.0]))  # no candidate equals it
 TARGET = Target(parameters=3e9, tokens=6e10, flops=1.08e21)
 CAP = 1e21
 
 
 @pytest.fixture(scope="module")
 def law():
-    """Of the three cheapest budgets, to 1e19 FLOPs."""
+    """The law of the three cheapest budgets, to 1e19 FLOPs."""
     points, budgets = surface("nothing", 3)
     made = fit(CHINCHILLA, points.take(budgets < 1.1e19))
-    return sure_of(made, bootstrap.pairs(made, 10), Discrepancy())
+    return calibrate(made, bootstrap.pairs(made, 10), Discrepancy())
 
 
 @pytest.fixture(scope="module")
 def offered():
     points, budgets = surface("nothing", 3)
     left = points.take(budgets > 1.1e19)
-    return Design(left.parameters, left.tokens, left.flops)
+    return RunSet(left.parameters, left.tokens, left.flops)
 
 
-def test_choices_stay_within_the_cap_and_each_leaves_less(law, offered):
+def test_chosen_runs_stay_within_the_cap_and_each_lowers_the_variance(law, offered):
     for cap in (5e19, 2e20, 3e21):
         found = recommend(law, offered, TARGET, cap)
         assert 0 < sum(c.flops for c in found) <= cap
@@ -51,49 +51,49 @@ def test_choices_stay_within_the_cap_and_each_leaves_less(law, offered):
         assert all(c.gain > 0 for c in found)
 
 
-def test_more_to_spend_never_leaves_more(law, offered):
+def test_a_larger_cap_never_leaves_more_variance(law, offered):
     left = [recommend(law, offered, TARGET, cap)[-1].after for cap in (5e19, 2e20, 1e21, 3e21)]
     assert left == sorted(left, reverse=True)
 
 
-def test_it_leaves_less_than_runs_at_random_or_the_cheapest(law, offered):
-    """By its own measure: of one cap, against fifty random sets and against the cheapest runs."""
+def test_the_choice_leaves_less_variance_than_random_or_cheapest_runs(law, offered):
+    """By its own measure, with the same cap, against fifty random sets and the cheapest runs."""
     best = recommend(law, offered, TARGET, CAP)[-1].after
     rng, order = np.random.default_rng(0), np.argsort(offered.flops)
     for drawn in (order, *(rng.permutation(len(order)) for _ in range(50))):
         kept = drawn[np.cumsum(offered.flops[drawn]) <= CAP]
         if not len(kept):
             continue
-        some = Design(offered.parameters[kept], offered.tokens[kept], offered.flops[kept])
+        some = RunSet(offered.parameters[kept], offered.tokens[kept], offered.flops[kept])
         assert best <= recommend(law, some, TARGET, CAP)[-1].after * (1 + 1e-9)
 
 
-def test_what_the_law_may_be_off_by_draws_the_choice_to_the_target(law, offered):
-    """Where the law holds everywhere, cheap runs far away tell as much."""
+def test_discrepancy_moves_the_choice_toward_the_target(law, offered):
+    """If the law held everywhere, cheap runs far away would tell as much."""
 
-    def dearest(discrepancy):
-        told = replace(law, discrepancy=Discrepancy(discrepancy))
-        return max(c.flops for c in recommend(told, offered, TARGET, CAP))
+    def most_expensive(discrepancy):
+        changed = replace(law, discrepancy=Discrepancy(discrepancy))
+        return max(c.flops for c in recommend(changed, offered, TARGET, CAP))
 
-    assert dearest(0.1) > dearest(0.0)
+    assert most_expensive(0.1) > most_expensive(0.0)
 
 
-def test_variance_is_what_the_same_runs_would_leave(law, offered):
-    """Told before any loss is known, and so the same when they are: without noise of the law."""
-    told = replace(law, discrepancy=Discrepancy(0.0))
-    found = recommend(told, offered, TARGET, CAP)
+def test_the_promised_variance_is_reached_when_the_runs_are_known(law, offered):
+    """Without discrepancy: the variance before any loss is known equals the one afterwards."""
+    exact = replace(law, discrepancy=Discrepancy(0.0))
+    found = recommend(exact, offered, TARGET, CAP)
     n, d, c = np.array([(x.parameters, x.tokens, x.flops) for x in found]).T
     new = (law.fit.predict(parameters=n, tokens=d), n, d, c)
     own = law.fit.points
     old = (own.loss, own.parameters, own.tokens, own.flops)
     columns = [np.append(a, b) for a, b in zip(old, new, strict=True)]
-    later = replace(told, fit=fit(CHINCHILLA, Points(*columns)))
+    later = replace(exact, fit=fit(CHINCHILLA, Points(*columns)))
     again = recommend(later, offered, TARGET, CAP)
     assert again[0].before == pytest.approx(found[-1].after, rel=0.05)
 
 
-def test_several_targets_are_averaged(law, offered):
-    two = Design(np.array([3e9, 1e9]), np.array([6e10, 2e10]), np.array([1.08e21, 1.2e20]))
+def test_variances_of_several_targets_are_averaged(law, offered):
+    two = RunSet(np.array([3e9, 1e9]), np.array([6e10, 2e10]), np.array([1.08e21, 1.2e20]))
     alone = [
         recommend(law, offered, Target(*(float(x[i]) for x in vars_of(two))), CAP)[0].before
         for i in (0, 1)
@@ -106,7 +106,7 @@ def vars_of(design):
     return design.parameters, design.tokens, design.flops
 
 
-def test_candidates_are_models_of_the_family_on_budgets_below_the_cap():
+def test_candidates_are_models_of_the_family_within_the_cap():
     found = candidates_of(COMMON, 1e12, 1e14, NONE)
     assert found.flops.min() == pytest.approx(1e12)
     assert found.flops.max() <= 1e14
@@ -124,7 +124,7 @@ def test_candidates_are_models_of_the_family_on_budgets_below_the_cap():
     assert few.tokens.max() <= 1e7
 
 
-def test_the_page_names_runs_and_what_they_leave(law, offered):
+def test_the_table_shows_the_runs_and_the_remaining_uncertainty(law, offered):
     found = recommend(law, offered, TARGET, CAP)
     page = StringIO()
     show(found, Console(file=page, width=120), rate=4e14)
@@ -135,10 +135,10 @@ def test_the_page_names_runs_and_what_they_leave(law, offered):
     assert "device-hours" in text
 
 
-def test_refusals(law, offered):
+def test_impossible_choices_are_refused(law, offered):
     with pytest.raises(UserError, match="cheapest candidate"):
         recommend(law, offered, TARGET, 1e17)
-    with pytest.raises(UserError, match="below the cheapest run"):
+    with pytest.raises(UserError, match="less than the cheapest run"):
         candidates_of(COMMON, 1e14, 1e12, NONE)
     with pytest.raises(UserError, match="no model of this family"):
         candidates_of(replace(COMMON, unique=10.0), 1e12, 1e14, NONE)
@@ -146,12 +146,12 @@ def test_refusals(law, offered):
     with pytest.raises(UserError, match="four or more"):
         replay(points, np.minimum(budgets, 1e19))
     flops = fit(FRONTIER, Points(points.loss, flops=points.flops))
-    alone = sure_of(flops, bootstrap.pairs(flops, 10), Discrepancy())
+    alone = calibrate(flops, bootstrap.pairs(flops, 10), Discrepancy())
     with pytest.raises(UserError, match="no column 'parameters'"):
         recommend(alone, offered, TARGET, CAP)
 
 
-def test_a_replay_is_the_same_again_and_begins_alike():
+def test_a_replay_is_reproducible_and_both_choices_start_alike():
     points, budgets = surface("walk", 0)
     near = budgets < 1.1e20  # five of them
     few, own = points.take(near), budgets[near]
@@ -165,16 +165,16 @@ def test_a_replay_is_the_same_again_and_begins_alike():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slope", "walk"])
-def test_it_beats_choice_at_random_where_the_law_is_left(kind):
-    """At a tenth of what all runs would cost, foretold by the law that chooses. At 3 % it doesn't:
-    see tests/benchmarks/bench_next.py."""
+def test_the_choice_beats_a_random_one_when_the_truth_leaves_the_law(kind):
+    """At a tenth of the cost of all runs, predicted by the law that chooses. At 3 % it doesn't: see
+    tests/benchmarks/bench_next.py."""
     made = replay_of(kind, 40, "process", 0.1)
     assert made.rule.mean() < made.random.mean()
 
 
 @pytest.mark.slow
-def test_it_beats_choice_at_random_on_the_chinchilla_runs(published):
-    """At 10 % and 30 %, of as many pools drawn from them."""
+def test_the_choice_beats_a_random_one_on_the_chinchilla_runs(published):
+    """At 10 % and 30 % of the cost, over twenty pools."""
     points, budgets = public()["Chinchilla"]
     made = replay(points, budgets, (0.1, 0.3), range(20))
     assert (made.rule.mean(0) < made.random.mean(0)).all()

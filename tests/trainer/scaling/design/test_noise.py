@@ -1,4 +1,4 @@
-"""Seed noise and tuning gap, of records whose noise is known."""
+"""Seed noise and tuning gap, measured on records with known noise."""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ WEIGHTS, DATA = 3e-3, 4e-3  # together 5e-3
 
 
 def repeats(cell, flops, seeds, scale=1.0, rng=None):
-    """A cell as (seed of the data, seed of the weights): each makes its own share of the noise."""
+    """Repeats of a cell by (data seed, weights seed); each seed adds its own noise."""
     rng = rng or np.random.default_rng(0)
     weights, data = {}, {}
     rows = []
@@ -34,12 +34,12 @@ def repeats(cell, flops, seeds, scale=1.0, rng=None):
 
 
 def apart(count):
-    """As a study draws them: other weights on the same data, and other data on the same weights."""
+    """Seeds as a study draws them: other weights with the same data, and the reverse."""
     others = [s for i in range(1, count) for s in ((1, 1 + i), (1 + i, 1))]
     return [(1, 1), *others]
 
 
-def cross(cell, losses, rates=(5e-4, 1e-3, 2e-3)):
+def sweep(cell, losses, rates=(5e-4, 1e-3, 2e-3)):
     own = {"role": "rate", "cell_of": cell, "flops_causal": 1e18, "seed": 1, "init_seed": 1}
     rows = [
         {"name": f"{cell}-{r}", **own, "learning_rate": r, "loss": x}
@@ -49,7 +49,7 @@ def cross(cell, losses, rates=(5e-4, 1e-3, 2e-3)):
     return rows
 
 
-def test_noise_of_weights_and_of_data_are_told_apart():
+def test_noise_of_weights_and_of_data_are_separated():
     (level,) = noise_of(pd.DataFrame(repeats("s1-n2", 1e17, apart(300)))).levels
     assert level.weights.sd == pytest.approx(WEIGHTS, rel=0.1)
     assert level.data.sd == pytest.approx(DATA, rel=0.1)
@@ -58,7 +58,7 @@ def test_noise_of_weights_and_of_data_are_told_apart():
     assert level.flops == 1e17
 
 
-def test_seeds_that_change_everything_together_tell_the_whole_alone():
+def test_seeds_that_change_together_give_only_the_total_noise():
     rows = repeats("s1-n2", 1e17, [(i, i) for i in range(300)])
     (level,) = noise_of(pd.DataFrame(rows)).levels
     assert level.weights is None
@@ -68,7 +68,7 @@ def test_seeds_that_change_everything_together_tell_the_whole_alone():
     assert noise_of(bare).levels[0].noise == level.noise
 
 
-def test_two_levels_tell_how_noise_fades():
+def test_two_levels_give_the_exponent_of_the_noise():
     rng = np.random.default_rng(1)
     rows = repeats("s1", 1e17, apart(200), rng=rng)
     rows += repeats("s4", 1e19, apart(200), scale=100**-0.3, rng=rng)
@@ -79,36 +79,36 @@ def test_two_levels_tell_how_noise_fades():
 
 
 def test_few_seeds_hardly_move_the_exponent():
-    """Five runs and three: as a study has them; by those alone it would scatter by 0.2."""
-    told, found = Assumptions(), []
+    """Five and three runs, as in a study; without the prior the exponent would scatter by 0.2."""
+    assumed, found = Assumptions(), []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         rows = repeats("s1", 1e17, apart(3), rng=rng) + repeats("s4", 3e18, apart(2), rng=rng)
         found.append(noise_of(pd.DataFrame(rows)).assumed().fading)
     assert np.std(found) < 0.1
-    assert 0.05 < np.mean(found) < told.fading  # there is none in these
+    assert 0.05 < np.mean(found) < assumed.fading  # the true exponent is 0
 
 
-def test_the_gap_is_what_the_best_of_a_cross_leaves():
-    """Of parabolas in the log of the rate whose lowest point is known."""
+def test_the_tuning_gap_is_the_excess_of_the_best_run_of_a_sweep():
+    """On parabolas with known minima."""
     rates = np.array([5e-4, 1e-3, 2e-3])
 
     def losses(best):
         return 3 * np.exp(0.02 * np.log(rates / best) ** 2)
 
-    rows = cross("a", losses(1.2e-3)) + cross("b", losses(0.9e-3)) + cross("c", losses(9e-3))
+    rows = sweep("a", losses(1.2e-3)) + sweep("b", losses(0.9e-3)) + sweep("c", losses(9e-3))
     found = noise_of(pd.DataFrame(rows))
-    assert (found.crosses, found.edges, found.levels) == (2, 1, ())
+    assert (found.sweeps, found.edges, found.levels) == (2, 1, ())
     gaps = 0.02 * np.log(np.array([1.2, 0.9])) ** 2
     assert found.gap == pytest.approx(np.sqrt((gaps**2).mean()))
     assert noise_of(pd.DataFrame(rows)).assumed() == Assumptions(gap=found.gap)
 
 
-def test_what_nobody_measured_stays_as_it_was_assumed():
-    told = Assumptions(noise=7e-3, gap=1e-3)
+def test_what_was_not_measured_stays_as_assumed():
+    before = Assumptions(noise=7e-3, gap=1e-3)
     alone = pd.DataFrame(repeats("s1", 1e17, [(1, 1)]))
     diverged = pd.DataFrame(repeats("s1", 1e17, [(1, 1), (2, 1)])).assign(loss=[3.0, np.nan])
     for table in (pd.DataFrame(), alone, diverged):
-        assert noise_of(table).assumed(told) == told
+        assert noise_of(table).assumed(before) == before
     same = pd.DataFrame(repeats("s1", 1e17, [(1, 1), (2, 1)])).assign(loss=3.0)
-    assert noise_of(same).assumed(told) == told  # one run twice
+    assert noise_of(same).assumed(before) == before  # one run twice

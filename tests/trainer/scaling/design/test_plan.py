@@ -1,4 +1,4 @@
-"""Plans of studies: what they run, what it costs, what they refuse."""
+"""Plans of studies: their runs, their costs, and what is refused."""
 
 from dataclasses import replace
 
@@ -14,11 +14,11 @@ from forescale.models.flops import flops_per_token
 from forescale.scaling.design.plan import (
     Grid,
     explicit,
+    extra_rates,
     isoflop_grid,
     ladder,
-    settled,
     share_trunks,
-    widened,
+    with_chosen_rates,
 )
 from forescale.scaling.design.shapes import SEEDS, Common
 
@@ -43,16 +43,18 @@ def of(cells, role):
     return [c for c in cells if c.role == role]
 
 
-def test_a_grid_has_a_stage_a_budget_and_only_the_first_is_exact(grid):
+def test_a_grid_has_one_stage_per_budget_and_only_the_first_is_exact(grid):
     assert [s.exact for s in grid.stages] == [True, False, False, False, False]
     assert all(len(of(s.cells, "grid")) == 5 for s in grid.stages)
     assert grid.low <= sum(c.cost for c in grid.cells) <= grid.high <= grid.cap
     first = grid.stages[0]
     spare = 2 * (first.cells[0].cost + first.cells[4].cost)
-    assert first.high == pytest.approx(first.low + spare), "two more rates for either cross"
+    assert first.high == pytest.approx(first.low + spare), (
+        "two more rates for each of the two sweeps"
+    )
 
 
-def test_cells_spend_their_budget_by_exact_flops(grid):
+def test_cells_spend_their_budget_in_exact_flops(grid):
     for c in grid.cells:
         exact = c.tokens * flops_per_token(c.shape.model, 256, causal=True)
         assert c.flops["causal"] == exact == c.cost
@@ -70,7 +72,7 @@ def test_sizes_lie_on_both_sides_of_twenty_tokens_a_parameter(grid):
         assert ratios[2] == pytest.approx(20, rel=0.25)
 
 
-def test_both_ends_of_a_budget_have_three_rates_and_the_others_await_them(grid):
+def test_both_ends_of_a_budget_have_three_rates_and_the_others_wait_for_them(grid):
     for s in grid.stages:
         sizes = of(s.cells, "grid")
         tried = {c.shape.parameters: c.learning_rate for c in of(s.cells, "rate")}
@@ -79,11 +81,11 @@ def test_both_ends_of_a_budget_have_three_rates_and_the_others_await_them(grid):
             own = [c for c in of(s.cells, "rate") if c.shape == end.shape]
             rates = sorted(c.learning_rate / end.learning_rate for c in own)
             assert rates == [0.5, 2.0]
-            assert not end.awaits
-        assert all(len(c.awaits) == 6 for c in sizes[1:-1])
+            assert not end.waits_for
+        assert all(len(c.waits_for) == 6 for c in sizes[1:-1])
 
 
-def test_batches_are_checked_at_the_lowest_and_the_highest_budget(grid):
+def test_batches_are_swept_at_the_lowest_and_the_highest_budget(grid):
     assert [len(of(s.cells, "batch")) > 0 for s in grid.stages] == [True, *[False] * 3, True]
     high = grid.stages[-1]
     middle = of(high.cells, "grid")[2].global_batch
@@ -92,7 +94,7 @@ def test_batches_are_checked_at_the_lowest_and_the_highest_budget(grid):
     )
 
 
-def test_seeds_stand_at_the_cheapest_budget_and_near_the_top(grid):
+def test_repeats_are_at_the_cheapest_budget_and_at_the_last_but_one(grid):
     seeds = [of(s.cells, "seed") for s in grid.stages]
     assert [len(each) for each in seeds] == [SEEDS[0] - 1, 0, 0, SEEDS[1] - 1, 0]
     for own in (seeds[0], seeds[3]):
@@ -100,18 +102,18 @@ def test_seeds_stand_at_the_cheapest_budget_and_near_the_top(grid):
         assert len(pairs) == len(own)
         apart = [(seed == COMMON.seed, init == COMMON.seed) for seed, init in pairs]
         assert apart.count((True, False)) == apart.count((False, True)) == len(own) / 2
-        assert {c.of for c in own} == {own[0].name.rpartition("-")[0]}
+        assert {c.cell_of for c in own} == {own[0].name.rpartition("-")[0]}
 
 
-def test_names_are_unique_and_awaited_cells_exist(grid, rungs):
+def test_names_are_unique_and_cells_wait_for_existing_cells(grid, rungs):
     for plan in (grid, rungs):
         names = [c.name for c in plan.cells]
         assert len(set(names)) == len(names)
         for c in plan.cells:
-            assert set(c.awaits) | ({c.trunk} - {None}) <= set(names)
+            assert set(c.waits_for) | ({c.trunk} - {None}) <= set(names)
 
 
-def test_keys_are_those_of_a_run(grid):
+def test_the_keys_of_a_cell_are_those_of_a_run(grid):
     for c in grid.cells:
         keys = c.keys
         warmup = Duration.parse(keys["schedule.warmup"])
@@ -122,7 +124,7 @@ def test_keys_are_those_of_a_run(grid):
         assert replace(BASE, **model).resolved(512, 256) == c.shape.model
 
 
-def test_keys_compose_into_a_job_of_that_length(rungs):
+def test_the_keys_of_a_cell_compose_into_a_job_of_its_length(rungs):
     cells = rungs.cells
     picked = [
         cells[0],
@@ -131,10 +133,10 @@ def test_keys_compose_into_a_job_of_that_length(rungs):
         next(c for c in cells if c.trunk),
     ]
     for c in picked:
-        words = {k: "null" if v is None else f"'{v}'" for k, v in c.keys.items()}
-        words |= {k: str(v) for k, v in c.keys.items() if isinstance(v, int | float)}
+        values = {k: "null" if v is None else f"'{v}'" for k, v in c.keys.items()}
+        values |= {k: str(v) for k, v in c.keys.items() if isinstance(v, int | float)}
         job = compose(
-            TrainJob, ["model=tiny", "schedule=wsd", *(f"{k}={v}" for k, v in words.items())]
+            TrainJob, ["model=tiny", "schedule=wsd", *(f"{k}={v}" for k, v in values.items())]
         )
         assert not job.problems(1)
         assert job.total_steps * job.tokens_per_step == c.tokens
@@ -143,63 +145,63 @@ def test_keys_compose_into_a_job_of_that_length(rungs):
         assert job.run.origin.run == c.trunk
 
 
-def test_what_is_doubtful_is_flagged():
+def test_doubtful_cells_are_flagged():
     few = replace(COMMON, unique=1e6, micro_batch=128)
     flags = {f for c in isoflop_grid(few, GRID, CAP).cells for f in c.flags}
     assert "fewer than 500 steps" in flags
     assert "D beyond one epoch" in flags
     assert "warm-up of fewer than 20 steps" in flags
-    assert "batch and learning rate beyond their rule's range" in flags
+    assert "batch and learning rate outside the range of their rule" in flags
     large = Common(ModelConfig(depth=12), 50_304, 2048, micro_batch=64)
     big = isoflop_grid(large, Grid((1e19, 2e19, 4e19)), 1e22)
     inner = [c for c in of(big.cells, "grid") if c.name[-1] in "123"]
-    assert not any("beyond" in f for c in inner for f in c.flags)
+    assert not any("beyond" in f or "outside" in f for c in inner for f in c.flags)
     assert big.notes
 
 
-def test_the_next_stage_is_made_around_the_optimum_that_was_found(grid):
-    once = grid.recentred(lambda c: 4e5)
+def test_the_next_stage_is_centred_at_the_found_optimum(grid):
+    once = grid.centre_next_stage(lambda c: 4e5)
     assert [s.exact for s in once.stages] == [True, True, False, False, False]
     assert of(once.stages[1].cells, "grid")[2].shape.parameters == pytest.approx(4e5, rel=0.12)
     assert once.stages[0] is grid.stages[0]
     assert once.stages[1].low == sum(c.cost for c in once.stages[1].cells) < once.stages[1].high
     plan = grid
     for _ in range(4):
-        plan = plan.recentred(lambda c: 0.06 * c**0.5)
+        plan = plan.centre_next_stage(lambda c: 0.06 * c**0.5)
     assert all(s.exact for s in plan.stages)
     with pytest.raises(UserError, match="all stages are exact"):
-        plan.recentred(lambda c: 4e5)
+        plan.centre_next_stage(lambda c: 4e5)
     with pytest.raises(UserError, match="no size"):
-        grid.recentred(lambda c: float("nan"))
+        grid.centre_next_stage(lambda c: float("nan"))
 
 
-def test_an_envelope_holds_what_its_stage_comes_to_cost(grid):
+def test_the_cost_of_an_exact_stage_is_within_the_range_of_its_draft(grid):
     for factor in (0.6, 1.0, 1.7):
-        made = grid.recentred(lambda c, f=factor: COMMON.centre(c) * f).stages[1]
+        made = grid.centre_next_stage(lambda c, f=factor: COMMON.centre(c) * f).stages[1]
         was = grid.stages[1]
         assert was.low * 0.99 <= made.low <= was.high * 1.01
 
 
-def test_the_cap_is_hard_and_says_what_would_fit(grid):
+def test_a_plan_above_the_cap_is_refused_with_one_that_fits(grid):
     with pytest.raises(UserError, match=r"4 budgets up to .* of 5 sizes cost .* and fit"):
         isoflop_grid(COMMON, GRID, grid.high * 0.5)
     with pytest.raises(UserError, match=r"the cheapest such plan, 3 budgets"):
         isoflop_grid(COMMON, GRID, 1e12)
-    with pytest.raises(UserError, match=r"a grid from 1e\+07 FLOPs can't be had \(N: "):
+    with pytest.raises(UserError, match=r"no grid can start at 1e\+07 FLOPs \(N: "):
         isoflop_grid(COMMON, Grid((1e7, 1e8, 1e9)), 1e12)
     with pytest.raises(UserError, match=r"3 sizes .* and fit"):
         ladder(COMMON, SIZES, MULTIPLES, 1.5e14)
-    with pytest.raises(UserError, match="take out runs"):
+    with pytest.raises(UserError, match="remove runs"):
         explicit(COMMON, [(n, 20 * n) for n in SIZES], 1e10)
     tight = isoflop_grid(COMMON, GRID, grid.high)
     cut = replace(tight, cap=grid.high * 0.9)
-    with pytest.raises(UserError, match="end the study before"):
-        cut.recentred(lambda c: 4e5)
+    with pytest.raises(UserError, match="end this one here"):
+        cut.centre_next_stage(lambda c: 4e5)
 
 
 @pytest.mark.parametrize("budgets", [3, 5, 7])
-def test_budgets_under_a_cap_use_it_up(budgets):
-    plan = isoflop_grid(COMMON, Grid.under(1e16, budgets), 1e16)
+def test_budgets_within_a_cap_use_it_up(budgets):
+    plan = isoflop_grid(COMMON, Grid.within_cap(1e16, budgets), 1e16)
     assert 0.9e16 < plan.high <= 1e16
     assert len(plan.stages) == budgets
 
@@ -211,10 +213,10 @@ def test_a_ladder_is_sizes_times_multiples(rungs):
     assert ratios == [10, 20, 40, 80]
 
 
-def test_several_lengths_cost_little_more_than_the_longest(rungs):
+def test_branches_cost_their_decay_alone(rungs):
     longest = {c.name: c for c in of(rungs.cells, "grid") if c.name.endswith("-x4")}
     branches = [c for c in rungs.cells if c.trunk]
-    assert len(branches) == 10  # all but the longest, and the two of a cross
+    assert len(branches) == 10  # all but the longest ones and two swept sizes
     for c in branches:
         trunk = longest[c.trunk]
         assert c.shape == trunk.shape
@@ -228,13 +230,13 @@ def test_several_lengths_cost_little_more_than_the_longest(rungs):
     assert shared < 0.75 * alone
 
 
-def test_other_seeds_share_no_trunk(rungs):
+def test_runs_with_other_seeds_share_no_trunk(rungs):
     assert len(of(rungs.cells, "seed")) == SEEDS[0] - 1 + SEEDS[1] - 1
     assert not any(c.trunk for c in of(rungs.cells, "seed"))
     assert share_trunks(of(rungs.cells, "seed"))[0].cost == of(rungs.cells, "seed")[0].cost
 
 
-def test_a_list_is_as_it_was_given():
+def test_a_list_has_the_given_runs():
     runs = [(n, m * n) for n in SIZES for m in (20, 60)]
     plan = explicit(COMMON, runs, CAP)
     cells = of(plan.cells, "grid")
@@ -242,7 +244,7 @@ def test_a_list_is_as_it_was_given():
     assert [c.trunk is not None for c in cells] == [True, False] * 4
 
 
-def test_rates_are_settled_by_the_losses_of_the_crosses(grid):
+def test_learning_rates_are_chosen_by_the_losses_of_the_sweeps(grid):
     stage = grid.stages[0]
     sizes = of(stage.cells, "grid")
     best = {c.shape.parameters: 8e-3 * (sizes[0].shape.parameters / c.shape.parameters) ** 0.2
@@ -251,35 +253,35 @@ def test_rates_are_settled_by_the_losses_of_the_crosses(grid):
         c.name: 3 * np.exp(0.01 * np.log(c.learning_rate / best[c.shape.parameters]) ** 2)
         for c in stage.cells
     }
-    made = settled(stage, losses)
+    made = with_chosen_rates(stage, losses)
     for c in of(made.cells, "grid")[1:-1]:
         assert c.learning_rate == pytest.approx(best[c.shape.parameters], rel=1e-6)
     assert [c.cost for c in made.cells] == [c.cost for c in stage.cells]
     assert 0 < made.gap < 0.01 * np.log(2) ** 2
-    assert not any(c.awaits for c in made.cells)
-    assert made.high == made.cost, "what was spared to widen the crosses is free again"
+    assert not any(c.waits_for for c in made.cells)
+    assert made.high == made.cost, "the reserve for extra rates is free again"
     with pytest.raises(UserError, match="no loss yet"):
-        settled(stage, {})
+        with_chosen_rates(stage, {})
 
 
-def test_a_best_rate_at_an_edge_asks_for_the_next_one(grid):
+def test_a_best_rate_at_an_edge_adds_the_next_rate(grid):
     stage = grid.stages[0]
     losses = {c.name: 3 - 0.1 * np.log(c.learning_rate) for c in stage.cells}
-    more = widened(stage, losses, room=stage.high - stage.cost)
+    more = extra_rates(stage, losses, room=stage.high - stage.cost)
     assert [c.learning_rate for c in more] == pytest.approx([4e-2, 4e-2])
-    assert {c.of for c in more} == {"s1-n0", "s1-n4"}
-    assert not widened(stage, losses, room=0.0), "not beyond the cap"
+    assert {c.cell_of for c in more} == {"s1-n0", "s1-n4"}
+    assert not extra_rates(stage, losses, room=0.0), "not above the cap"
     wide = replace(stage, cells=(*stage.cells, *more))
     names = tuple(c.name for c in more)
-    wide = replace(wide, cells=tuple(replace(c, awaits=c.awaits + names) if c.awaits else c
+    wide = replace(wide, cells=tuple(replace(c, waits_for=c.waits_for + names) if c.waits_for else c
                                      for c in wide.cells))  # fmt: skip
     losses |= {name: 9.0 for name in names}
-    assert not widened(wide, losses, room=1e30), "the best is inside now"
+    assert not extra_rates(wide, losses, room=1e30), "the best is inside now"
     with pytest.raises(UserError, match="no loss yet"):
-        widened(stage, {}, 1e30)
+        extra_rates(stage, {}, 1e30)
 
 
-def test_a_trunk_keeps_what_others_branch_off(rungs):
+def test_a_trunk_keeps_the_checkpoints_of_its_branches(rungs):
     for c in rungs.cells:
         own = sorted(o.trunk_step for o in rungs.cells if o.trunk == c.name)
         assert list(c.branches) == own
@@ -287,35 +289,38 @@ def test_a_trunk_keeps_what_others_branch_off(rungs):
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("made", "message"),
     [
         (lambda: isoflop_grid(COMMON, Grid((1e13, 1e14)), CAP), "budgets"),
-        (lambda: isoflop_grid(COMMON, Grid((1e14, 1e13, 1e12)), CAP), "grow"),
+        (lambda: isoflop_grid(COMMON, Grid((1e14, 1e13, 1e12)), CAP), "increase"),
         (lambda: isoflop_grid(COMMON, replace(GRID, sizes=2), CAP), "parabola"),
-        (lambda: isoflop_grid(COMMON, replace(GRID, sizes=7, spread=1.05), CAP), "only 2 sizes"),
+        (
+            lambda: isoflop_grid(COMMON, replace(GRID, sizes=7, spread=1.05), CAP),
+            "only 2 different models",
+        ),
         (lambda: isoflop_grid(replace(COMMON, vocab_size=None), GRID, CAP), "vocab_size"),
-        (lambda: ladder(COMMON, [1e5, 2e5], MULTIPLES, CAP), "tell no law"),
-        (lambda: ladder(COMMON, SIZES, [1], CAP), "tell no law"),
-        (lambda: explicit(COMMON, [(1e5, 1e6)] * 4, CAP), "three sizes"),
+        (lambda: ladder(COMMON, [1e5, 2e5], MULTIPLES, CAP), "determine no law"),
+        (lambda: ladder(COMMON, SIZES, [1], CAP), "determine no law"),
+        (lambda: explicit(COMMON, [(1e5, 1e6)] * 4, CAP), "three or more sizes"),
     ],
 )
-def test_refusals(made, words):
-    with pytest.raises(UserError, match=words):
+def test_impossible_plans_are_refused(made, message):
+    with pytest.raises(UserError, match=message):
         made()
 
 
-def test_a_whole_cross_has_three_rates_at_each_batch():
-    grid = isoflop_grid(replace(COMMON, cross=True, micro_batch=2), GRID, CAP)
+def test_a_joint_sweep_has_three_rates_at_each_batch():
+    grid = isoflop_grid(replace(COMMON, joint_sweep=True, micro_batch=2), GRID, CAP)
     for stage in (grid.stages[0], grid.stages[-1]):
-        tried = [c for c in stage.cells if c.role in ("batch", "cross")]
-        (own,) = {c.of for c in tried}
+        tried = [c for c in stage.cells if c.role in ("batch", "rate-batch")]
+        (own,) = {c.cell_of for c in tried}
         middle = next(c for c in stage.cells if c.name == own)
         assert len(tried) == 8
-        assert {c.rate_by for c in tried} == {0.5, 1.0, 2.0}
+        assert {c.rate_factor for c in tried} == {0.5, 1.0, 2.0}
         assert len({c.global_batch for c in tried} | {middle.global_batch}) == 3
-        assert all(c.awaits == middle.awaits for c in tried)
+        assert all(c.waits_for == middle.waits_for for c in tried)
         losses = {c.name: 3.0 + np.log(c.learning_rate / 5e-3) ** 2 for c in stage.cells}
-        made = {c.name: c for c in settled(stage, losses).cells}
+        made = {c.name: c for c in with_chosen_rates(stage, losses).cells}
         for c in tried:
-            rate = made[own].learning_rate * c.rate_by
+            rate = made[own].learning_rate * c.rate_factor
             assert made[c.name].learning_rate == pytest.approx(rate)

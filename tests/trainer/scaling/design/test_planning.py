@@ -1,4 +1,4 @@
-"""`study plan`: the page, the files, and that its lines are runs."""
+"""`study plan`: its output, its files, and that its cells are runs."""
 
 import json
 
@@ -16,16 +16,16 @@ from forescale.scaling.study.directory import Study
 def plan(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
-    def run(*words):
+    def run(*arguments):
         data = ["plan.vocab_size=257", "plan.unique=4e7"]
-        code = main(["study", "plan", "study=mine", *data, *words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        code = main(["study", "plan", "study=mine", *data, *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run
 
 
-def test_a_plan_stays_within_its_cap_and_says_what_it_is_worth(plan, tmp_path):
+def test_a_plan_stays_within_its_cap_and_shows_its_precision(plan, tmp_path):
     code, out, _ = plan("plan.cap=1e15", "target.flops=1e15", "plan.rate=2e10")
     assert code == 0
     facts = json.loads((tmp_path / "studies/mine/plan.json").read_text())
@@ -38,38 +38,38 @@ def test_a_plan_stays_within_its_cap_and_says_what_it_is_worth(plan, tmp_path):
     assert "Note: " in out
 
 
-def test_the_simulation_fits_the_runs_that_the_study_will(plan, monkeypatch):
+def test_the_simulation_uses_the_same_near_as_the_fit(plan, monkeypatch):
     given = []
 
-    def asked(*_, near, **__):
+    def fake_expected(*_, near, **__):
         given.append(near)
         raise UserError("design", "is enough", "stop")
 
-    monkeypatch.setattr(planning, "expected", asked)
+    monkeypatch.setattr(planning, "expected", fake_expected)
     plan("plan.cap=1e15", "target.flops=1e15", "near=0.2")
     assert given == [0.2]
 
 
 def test_cells_are_runs(plan, tmp_path):
-    """Their words compose, to the length that was planned."""
+    """Their arguments compose to the planned length."""
     plan("plan.cap=1e15")
     study = Study(tmp_path / "studies/mine")
     for cell in study.plan.stages[0].cells:
-        job = compose(TrainJob, study.words(cell))
+        job = compose(TrainJob, study.arguments(cell))
         assert job.total_steps * job.tokens_per_step == cell.tokens
         assert job.run.directory == study.run(cell.name).path
         assert job.data.embedded == "bytes"
 
 
-def test_what_all_runs_share_stands_after_two_dashes(plan, tmp_path):
+def test_arguments_after_two_dashes_are_shared_by_all_runs(plan, tmp_path):
     assert plan("plan.cap=1e15", "--", "optimizer=muon", "model.mlp=gelu")[0] == 0
     study = Study(tmp_path / "studies/mine")
-    job = compose(TrainJob, study.words(study.plan.cells[0]))
+    job = compose(TrainJob, study.arguments(study.plan.cells[0]))
     assert (job.optimizer.kind, job.model.mlp) == ("muon", "gelu")
     share = job.optimizer.adam_learning_rate / job.optimizer.learning_rate
-    assert share == pytest.approx(0.004 / 0.02), "both rates are tuned as one"
+    assert share == pytest.approx(0.004 / 0.02), "both rates keep their ratio"
     code, _, err = plan("plan.cap=1e15", "--", "train.steps=5")
-    assert (code, "is what a study sets itself" in err) == (2, True)
+    assert (code, "is set by the study itself" in err) == (2, True)
     code, _, err = plan("plan.cap=1e15", "--", "modl=tiny")
     assert (code, "modl" in err) == (2, True)
 
@@ -81,19 +81,19 @@ def test_a_ladder(plan, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ((), "plan.cap: is not given"),
-        (("plan.cap=1e9",), "can't be had"),
-        (("plan.cap=1e15", "plan.model=custom"), "model._target_: needs a value"),
-        (("plan.cap=1e15", "plan.kind=ladder", "plan.ladder=[1e5]"), "tell no law"),
+        (("plan.cap=1e9",), "no grid can start"),
+        (("plan.cap=1e15", "plan.model=custom"), "model._target_: is required"),
+        (("plan.cap=1e15", "plan.kind=ladder", "plan.ladder=[1e5]"), "determine no law"),
         (("plan.cap=1e12", "plan.kind=ladder"), "more than the cap"),
         (("plan.cap=1e15", "target.parameters=1e6"), "target: names no run"),
     ],
 )
-def test_what_cannot_be_planned_is_a_sentence(plan, tmp_path, words, said):
-    code, out, err = plan(*words)
+def test_an_impossible_plan_is_refused_with_a_sentence(plan, tmp_path, arguments, message):
+    code, out, err = plan(*arguments)
     assert code == 2
-    assert said in out + err
+    assert message in out + err
     assert "Traceback" not in err
     assert not (tmp_path / "studies").exists()

@@ -1,4 +1,4 @@
-"""Sizes turned into models: near, growing, and of one family."""
+"""Wanted sizes become models of one family: near, and in the same order."""
 
 import math
 
@@ -12,12 +12,10 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 from forescale.scaling.design.shapes import (
     GPT3,
-    PROPORTIONAL,
     Common,
     Family,
     Rule,
     overrides,
-    solve,
 )
 from forescale.scaling.records.records import SIZES
 
@@ -32,8 +30,8 @@ FAMILIES = {
 
 
 @given(st.sampled_from(list(FAMILIES)), st.floats(math.log(7e4), math.log(7e9)))
-def test_five_decades_are_met_within_a_seventh(which, log_n):
-    """Measured on a grid: at most 15 %; 3 % at most from 1e8 on."""
+def test_the_nearest_model_is_within_15_percent_over_five_decades(which, log_n):
+    """Measured on a grid: at most 15 %, and at most 3 % from 1e8 on."""
     found = FAMILIES[which].solve(math.exp(log_n))
     assert abs(found.error) < 0.15
     assert found.parameters == getattr(count(found.model), which[0])
@@ -41,7 +39,7 @@ def test_five_decades_are_met_within_a_seventh(which, log_n):
 
 
 @given(st.sampled_from(list(FAMILIES)), st.lists(st.floats(11.2, 22.0), min_size=2, max_size=4))
-def test_a_greater_wish_never_gets_a_smaller_model(which, logs):
+def test_a_larger_wanted_size_never_gives_a_smaller_model(which, logs):
     sizes = [FAMILIES[which].solve(math.exp(x)).parameters for x in sorted(logs)]
     assert sizes == sorted(sizes)
 
@@ -59,7 +57,6 @@ def test_shapes_follow_the_trend_in_whole_heads(log_n):
 def test_the_trend_goes_through_both_ends_of_its_source():
     assert GPT3.at(768) == 12
     assert GPT3.at(12_288) == pytest.approx(96)
-    assert PROPORTIONAL.at(768) == 12
 
 
 def test_tiny_models_of_a_tiny_vocabulary():
@@ -68,31 +65,31 @@ def test_tiny_models_of_a_tiny_vocabulary():
     assert all(s.model.sizes.num_layers <= 5 for s in found)
 
 
-def test_the_ratios_of_the_base_are_kept():
-    s = solve(2e8, "non_embedding", 50_304, 1024, GROUPED).model.sizes
+def test_the_ratios_of_the_base_model_are_kept():
+    s = Family(GROUPED, 50_304, 1024, "non_embedding").solve(2e8).model.sizes
     assert s.num_heads == 2 * s.num_kv_heads
     assert s.head_dim == 64
     assert s.mlp_width == 4 * s.width
     wide = ModelConfig(width=1024, num_layers=8, num_heads=8)
-    assert solve(1e9, "total", 50_304, 1024, wide).model.sizes.head_dim == 128
+    assert Family(wide, 50_304, 1024, "total").solve(1e9).model.sizes.head_dim == 128
 
 
-def test_overrides_make_the_base_the_model():
-    found = solve(3e6, "total", 512, 256, TINY).model
+def test_overrides_turn_the_base_model_into_the_shape():
+    found = Family(TINY, 512, 256, "total").solve(3e6).model
     named = {name.removeprefix("model."): value for name, value in overrides(found).items()}
     assert ModelConfig(**named).resolved(512, 256) == found
 
 
-def test_refusals():
+def test_impossible_sizes_are_refused():
     with pytest.raises(UserError, match="vocab_size"):
         Family(PLAIN, None, 256)
     with pytest.raises(UserError, match="no convention"):
         Family(PLAIN, 512, 256, "active")
     with pytest.raises(UserError, match="smaller vocabulary"):
-        solve(1e5, "total", 50_304, 256, PLAIN)
+        Family(PLAIN, 50_304, 256, "total").solve(1e5)
     for wrong in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match="no size"):
-            solve(wrong, "total", 512, 256, PLAIN)
+            Family(PLAIN, 512, 256, "total").solve(wrong)
     with pytest.raises(UserError, match="the same model"):
         Family(PLAIN, 512, 256).series([1e6, 1.001e6])
     with pytest.raises(UserError, match="comes after"):
@@ -110,7 +107,7 @@ def test_the_centre_spends_the_budget_at_twenty_tokens_a_parameter(cost):
         assert tokens / shape.parameters == pytest.approx(20, rel=0.25)
 
 
-def test_the_rule_is_that_of_its_source_within_its_bounds():
+def test_the_rule_has_the_numbers_of_its_source_within_its_bounds():
     rule = Rule()
     assert rule.batch(1e11) == pytest.approx(0.58 * 1e11**0.571)
     assert rule.batch(10) == rule.bounds[0]
@@ -120,10 +117,10 @@ def test_the_rule_is_that_of_its_source_within_its_bounds():
     assert not rule.covers(1e6, 1e10)
 
 
-def test_of_a_few_small_shapes_the_nearest_are_taken_once():
+def test_nearest_returns_each_small_shape_once():
     family = Family(TINY, 257, 256)
     sizes = [s.parameters for s in family.nearest([5e3, 8.3e3, 9e3, 1.4e4, 2.5e4])]
     assert sizes == sorted(set(sizes))
-    assert len(sizes) == 4, "8,300 and 9,000 are nearest to one"
-    with pytest.raises(UserError, match="can't be had"):
+    assert len(sizes) == 4, "8,300 and 9,000 have the same nearest shape"
+    with pytest.raises(UserError, match="no model has about"):
         family.solve(8.3e3)

@@ -1,4 +1,4 @@
-"""The interval that a design would give, from made-up surfaces."""
+"""The interval that a design would give, from simulated studies."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.plan import Grid, isoflop_grid, ladder
 from forescale.scaling.design.shapes import Common
-from forescale.scaling.design.simulate import Assumptions, Design, Target, expected
+from forescale.scaling.design.simulate import Assumptions, RunSet, Target, expected
 
 COMMON = Common(ModelConfig(depth=12), 50_304, 2048, micro_batch=32, rate=4e14)
 CAP = 1e21
@@ -17,7 +17,7 @@ CAP = 1e21
 
 @pytest.fixture(scope="module")
 def design():
-    return Design.of(isoflop_grid(COMMON, Grid.under(CAP), CAP))
+    return RunSet.of(isoflop_grid(COMMON, Grid.within_cap(CAP), CAP))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def target():
 
 
 @pytest.mark.slow
-def test_the_interval_covers_as_often_as_it_says(design, target):
+def test_the_interval_covers_as_often_as_its_level(design, target):
     found = expected(design, target, draws=100)
     assert found.coverage[0.9] == pytest.approx(0.9, abs=0.08)
     assert found.coverage[0.5] == pytest.approx(0.5, abs=0.13)
@@ -34,29 +34,29 @@ def test_the_interval_covers_as_often_as_it_says(design, target):
     assert found.half[0.5] < found.half[0.9] < 0.1
 
 
-def test_it_is_the_same_again(design, target):
+def test_the_simulation_is_reproducible(design, target):
     assert expected(design, target, draws=5) == expected(design, target, draws=5)
     assert expected(design, target, draws=5) != expected(design, target, draws=5, seed=1)
 
 
 @pytest.mark.slow
-def test_noise_and_distance_widen_it(design, target):
+def test_noise_and_distance_widen_the_interval(design, target):
     def half(**changed):
         return expected(design, target, Assumptions(**changed), draws=15)
 
     calm, rough = half(), half(noise=1e-2)
-    assert rough.bare[0.9] > 2 * calm.bare[0.9]
+    assert rough.without_discrepancy[0.9] > 2 * calm.without_discrepancy[0.9]
     assert rough.half[0.9] > calm.half[0.9]
     near = expected(design, Target.of(COMMON, flops=2e20), draws=15)
-    assert near.beyond < calm.beyond
+    assert near.extrapolation_factor < calm.extrapolation_factor
     assert near.half[0.9] < calm.half[0.9]
 
 
-def test_without_discrepancy_little_is_left_but_noise(design, target):
-    told = Assumptions(discrepancy=0.0, noise=1e-4, floor=1e-4, gap=0.0)
-    found = expected(design, target, told, draws=10)
+def test_without_discrepancy_only_noise_is_left(design, target):
+    assumed = Assumptions(discrepancy=0.0, noise=1e-4, floor=1e-4, gap=0.0)
+    found = expected(design, target, assumed, draws=10)
     assert found.error < 1e-3
-    assert found.bare[0.9] < 5e-3
+    assert found.without_discrepancy[0.9] < 5e-3
     assert found.coverage[0.9] == 1
 
 
@@ -67,17 +67,17 @@ def test_seed_noise_fades_to_its_floor():
     assert noise[-1] == 5e-4
 
 
-def test_a_ladder_has_no_budgets_and_is_simulated_all_the_same():
+def test_a_ladder_without_budgets_is_simulated_too():
     plan = ladder(COMMON, [1e7, 2e7, 4e7, 8e7, 1.6e8], [0.5, 1, 2, 4], 1e22)
-    design = Design.of(plan)
+    design = RunSet.of(plan)
     assert design.budgets is None
     assert len(design.flops) == 20
     found = expected(design, Target.of(COMMON, flops=10 * design.flops.max()), draws=10)
-    assert found.beyond == pytest.approx(10)
+    assert found.extrapolation_factor == pytest.approx(10)
     assert 0 < found.half[0.5] < found.half[0.9] < 0.2
 
 
-def test_a_target_is_named_in_three_ways():
+def test_a_target_can_be_given_in_three_ways():
     one = Target.of(COMMON, flops=1e21)
     assert one.tokens / one.parameters == pytest.approx(20, rel=0.1)
     assert Target.of(COMMON, device_hours=1e21 / 4e14 / 3600).flops == pytest.approx(1e21)
@@ -91,10 +91,10 @@ def test_a_target_is_named_in_three_ways():
 
 
 def test_too_few_runs_are_refused(design, target):
-    few = Design(design.parameters[:4], design.tokens[:4], design.flops[:4])
-    with pytest.raises(UserError, match="can't tell the law"):
+    few = RunSet(design.parameters[:4], design.tokens[:4], design.flops[:4])
+    with pytest.raises(UserError, match="can't determine the law"):
         expected(few, target)
     one = np.full(6, 1e8)
-    line = Design(one, np.geomspace(1e9, 1e10, 6), 6 * one * np.geomspace(1e9, 1e10, 6))
+    line = RunSet(one, np.geomspace(1e9, 1e10, 6), 6 * one * np.geomspace(1e9, 1e10, 6))
     with pytest.raises(UserError, match="draws"):
         expected(line, target, draws=3)

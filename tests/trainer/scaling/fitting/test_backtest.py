@@ -1,22 +1,21 @@
-"""Roll-outs: how far a law is off beyond its runs, and intervals that know it."""
+"""Backtests: the error of a law beyond its runs, and intervals that are calibrated with it."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from forescale.errors import UserError
-from forescale.scaling.fitting.backtest import BELIEF, PRIOR, Discrepancy, roll_outs, sure
+from forescale.scaling.fitting.backtest import BELIEF, PRIOR, Discrepancy, backtests, fit_calibrated
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Points
-from forescale.scaling.records.records import of_table, points
+from forescale.scaling.records.records import of_export, points
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 BUDGETS = np.geomspace(1e18, 1e21, 7)
 
 
 def surface(noise=0.0, bend=0.0, seed=0):
-    """IsoFLOP runs of a law; `bend`: log loss that it leaves the law by, a decade from 1e18 on."""
+    """IsoFLOP runs of a law; bend: deviation of log loss from the law, per decade from 1e19 on."""
     c = np.repeat(BUDGETS, 6)
     n = 0.1 * c**0.5 * np.tile(np.geomspace(0.3, 3, 6), len(BUDGETS))
     d = c / (6 * n)
@@ -26,14 +25,14 @@ def surface(noise=0.0, bend=0.0, seed=0):
     return Points(loss * np.exp(off), parameters=n, tokens=d, flops=c), c
 
 
-def test_a_law_that_holds_is_met_to_the_last_digits():
-    for origin in roll_outs(CHINCHILLA, *surface(), Objective(1e-3), 0.9):
+def test_a_law_without_noise_is_predicted_almost_exactly():
+    for origin in backtests(CHINCHILLA, *surface(), Objective(1e-3), 0.9):
         assert np.abs(origin.errors).max() < 1e-6
-        assert origin.calibrated.all()
+        assert origin.inside_calibrated.all()
 
 
-def test_origins_are_the_budgets_that_can_tell_the_law():
-    found = roll_outs(CHINCHILLA, *surface(0.003), Objective(1e-3), 0.9)
+def test_origins_are_the_budgets_whose_runs_determine_the_law():
+    found = backtests(CHINCHILLA, *surface(0.003), Objective(1e-3), 0.9)
     assert [r.budgets for r in found] == [3, 4, 5, 6]
     assert [r.runs for r in found] == [18, 24, 30, 36]
     first = found[0].factors
@@ -41,36 +40,38 @@ def test_origins_are_the_budgets_that_can_tell_the_law():
     assert first.max() == pytest.approx(100)
 
 
-def test_the_prior_counts_for_so_many_origins():
-    assert Discrepancy().after([]).a_decade == PRIOR
+def test_the_prior_counts_as_three_origins():
+    assert Discrepancy().after([]).per_decade == PRIOR
     assert Discrepancy().after([]).is_prior
-    assert Discrepancy().after([PRIOR] * 5).a_decade == pytest.approx(PRIOR)
+    assert Discrepancy().after([PRIOR] * 5).per_decade == pytest.approx(PRIOR)
     none = Discrepancy().after([0.0] * BELIEF)
-    assert none.a_decade == pytest.approx(PRIOR / 2**0.5)
+    assert none.per_decade == pytest.approx(PRIOR / 2**0.5)
     assert not none.is_prior
 
 
-def test_a_bend_of_the_law_is_found_and_covered():
-    """3 % a decade that the law doesn't know: intervals of resampling alone miss it."""
-    found = roll_outs(CHINCHILLA, *surface(0.003, bend=0.03), Objective(1e-3), 0.9)
-    bare = np.concatenate([r.bare for r in found]).mean()
-    calibrated = np.concatenate([r.calibrated for r in found]).mean()
+def test_calibrated_intervals_cover_a_deviation_from_the_law():
+    """3 % per decade that the law doesn't have: intervals of resampling alone miss it."""
+    found = backtests(CHINCHILLA, *surface(0.003, bend=0.03), Objective(1e-3), 0.9)
+    bare = np.concatenate([r.inside_resampled for r in found]).mean()
+    calibrated = np.concatenate([r.inside_calibrated for r in found]).mean()
     assert bare <= 0.5 < 0.85 < calibrated
 
 
-def test_an_origin_is_calibrated_by_those_before_it_alone():
-    """What comes later doesn't change it."""
+def test_an_origin_is_calibrated_only_by_those_before_it():
+    """Later budgets don't change it."""
     made, budgets = surface(0.003, bend=0.05)
-    whole = roll_outs(CHINCHILLA, made, budgets, Objective(1e-3), 0.9)
+    whole = backtests(CHINCHILLA, made, budgets, Objective(1e-3), 0.9)
     early = budgets <= BUDGETS[4] * 1.01
-    short = roll_outs(CHINCHILLA, made.take(early), budgets[early], Objective(1e-3), 0.9)
+    short = backtests(CHINCHILLA, made.take(early), budgets[early], Objective(1e-3), 0.9)
     for one, other in zip(short, whole, strict=False):
-        assert (one.calibrated == other.calibrated[: len(one.calibrated)]).all()
+        assert (
+            one.inside_calibrated == other.inside_calibrated[: len(one.inside_calibrated)]
+        ).all()
 
 
-def test_intervals_widen_with_distance_and_with_level():
+def test_intervals_widen_with_the_extrapolation_factor_and_the_level():
     made, _ = surface(0.003)
-    law = sure(CHINCHILLA, made, Objective(1e-3), 200, 0, Discrepancy())
+    law = fit_calibrated(CHINCHILLA, made, Objective(1e-3), 200, 0, Discrepancy())
     flops = np.array([1e21, 1e22, 1e23])
     n = 0.1 * flops**0.5
     columns = {"parameters": n, "tokens": flops / 6 / n}
@@ -83,33 +84,35 @@ def test_intervals_widen_with_distance_and_with_level():
     assert (widths[0.5] < widths[0.9]).all()
 
 
-def test_the_noise_of_a_run_is_that_of_the_runs():
+def test_the_noise_of_a_run_is_estimated_from_the_residuals():
     made, _ = surface(0.01, seed=3)
-    assert sure(CHINCHILLA, made, Objective(1e-3), 100, 0, Discrepancy()).noise == pytest.approx(
-        0.01, rel=0.4
-    )
+    law = fit_calibrated(CHINCHILLA, made, Objective(1e-3), 100, 0, Discrepancy())
+    assert law.noise == pytest.approx(0.01, rel=0.4)
 
 
 def test_too_few_runs_are_no_origin():
     made, budgets = surface(0.003)
-    few = np.isin(np.arange(len(budgets)) % 6, [2])  # one a budget
-    found = roll_outs(CHINCHILLA, made.take(few), budgets[few], Objective(), 0.9, count=20)
+    few = np.isin(np.arange(len(budgets)) % 6, [2])  # one per budget
+    found = backtests(CHINCHILLA, made.take(few), budgets[few], Objective(), 0.9, count=20)
     assert [r.budgets for r in found] == [5, 6]
-    with pytest.raises(UserError, match="can't tell"):
-        sure(CHINCHILLA, made.take(few).take([0, 1, 2]), Objective(), 100, 0, Discrepancy())
+    three = made.take(few).take([0, 1, 2])
+    with pytest.raises(UserError, match="don't determine"):
+        fit_calibrated(CHINCHILLA, three, Objective(), 100, 0, Discrepancy())
 
 
-def test_public_runs_one_budget_after_the_other(published):
-    """Llama 3's isoFLOP points, digitised: the law errs upwards as it is carried further, which an
-    interval of resampling alone doesn't know."""
+def test_backtests_of_public_runs(published):
+    """Llama 3's isoFLOP points, digitised.
+
+    The law predicts too high a loss at larger factors, and resampling alone doesn't cover it.
+    """
     names = {"parameters": "params"}
     rows = {"experiment": "llama_3__raw_loss"}
-    table: pd.DataFrame = of_table(published / "llama3_isoflops" / "llama_3.csv", names, rows)
+    table, _ = of_export(published / "llama3_isoflops" / "llama_3.csv", names, rows)
     made = points(table, "total", "causal", "llama 3")
-    found = roll_outs(CHINCHILLA, made, table["budget"].to_numpy(), Objective(1e-3), 0.9)
+    found = backtests(CHINCHILLA, made, table["budget"].to_numpy(), Objective(1e-3), 0.9)
     assert len(found) >= 5
-    bare = np.concatenate([r.bare for r in found]).mean()
-    calibrated = np.concatenate([r.calibrated for r in found]).mean()
+    bare = np.concatenate([r.inside_resampled for r in found]).mean()
+    calibrated = np.concatenate([r.inside_calibrated for r in found]).mean()
     assert bare < 0.4
     assert calibrated > 0.85
     assert max(np.abs(r.errors[r.factors < 5]).max() for r in found) < 0.05

@@ -1,6 +1,6 @@
-"""Refits in one batch are what the same fits are one by one; intervals cover.
+"""Refits in one batch equal the same fits one by one; intervals cover the truth.
 
-How often they cover is measured in test_scaling_recovery.py.
+The coverage is measured in test_recovery.py.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ from tests.trainer.scaling.some_laws import BASE
 
 
 @pytest.mark.parametrize("goal", [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES], ids=str)
-def test_a_replicate_is_the_fit_of_its_runs(goal, make):
+def test_a_replicate_equals_the_fit_of_its_resampled_runs(goal, make):
     points = make(CHINCHILLA, BASE, noise=0.003)
     one = fit(CHINCHILLA, points, goal)
     w = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=6)
@@ -40,7 +40,7 @@ def test_a_replicate_is_the_fit_of_its_runs(goal, make):
         np.testing.assert_allclose(found.values[i], alone.vector, rtol=1e-6)
 
 
-def test_other_losses_are_other_points(make):
+def test_a_replicate_with_other_losses_equals_their_fit(make):
     one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
     other = make(CHINCHILLA, BASE, noise=0.003, seed=9)
     found = replicates(one, losses=np.stack([one.points.loss, other.loss]))
@@ -48,7 +48,7 @@ def test_other_losses_are_other_points(make):
     np.testing.assert_allclose(found.values[1], fit(CHINCHILLA, other).vector, rtol=1e-7)
 
 
-def test_leaving_one_out(make):
+def test_leave_one_out_and_influence_equal_the_fits_without_a_run(make):
     points = make(CHINCHILLA, BASE, noise=0.003)
     one = fit(CHINCHILLA, points)
     without = fit(CHINCHILLA, points.take(np.arange(60) != 7))
@@ -64,7 +64,7 @@ def test_leaving_one_out(make):
 
 
 def test_branches_of_a_trunk_are_drawn_together(make):
-    """Four branches with the same error are not four times as sure."""
+    """Four branches with the same error give the standard error of one."""
     points = make(CHINCHILLA, BASE, noise=0.003)
     many = points.take(np.repeat(np.arange(60), 4))
     trunk = np.repeat([f"trunk {i}" for i in range(60)], 4)
@@ -78,7 +78,7 @@ def test_branches_of_a_trunk_are_drawn_together(make):
 @pytest.mark.slow
 @pytest.mark.parametrize("draw", [pairs, residuals])
 def test_intervals_cover(draw, make):
-    """Of a law that is true: nominally 90 %, of 60 experiments."""
+    """Nominal 90 % intervals of a law that is true, in 60 experiments."""
     target = dict(parameters=1e11, tokens=2e12)
     truth = CHINCHILLA.predict(BASE, **target)[0]
     inside = 0
@@ -89,7 +89,7 @@ def test_intervals_cover(draw, make):
     assert inside >= 45
 
 
-def test_intervals_of_parameters_and_of_what_follows_from_them(make):
+def test_intervals_of_parameters_and_of_functions_of_them(make):
     found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 400)
     assert found.uncertified == 0
     low, high = found.interval()
@@ -111,16 +111,16 @@ def test_percentiles_are_those_of_the_draws(make):
     np.testing.assert_allclose(high, np.percentile(found.values, 95, axis=0))
 
 
-def test_a_corrected_interval_is_the_same_in_any_growing_scale(make):
-    """As percentiles are: of the logarithm it is the logarithm of it."""
+def test_a_corrected_interval_commutes_with_monotonic_functions(make):
+    """As percentiles do: the interval of the logarithm is the logarithm of the interval."""
     found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 2000)
     logs = found.interval(0.9, np.log)
-    # Not to the last digit: the acceleration is of the jackknife, which has a scale.
+    # Only nearly: the acceleration is that of the jackknife, which depends on the scale.
     np.testing.assert_allclose(np.exp(logs), found.interval(0.9), rtol=0.02)
 
 
-def test_bias_and_skewness_are_corrected_as_scipy_does():
-    """Of the mean and the variance of skewed numbers, from the same draws."""
+def test_bias_and_skewness_are_corrected_as_in_scipy():
+    """For the mean and the variance of skewed numbers, from the same draws."""
     x = np.random.default_rng(3).exponential(size=25)
     for statistic in (np.mean, np.var):
         theirs = stats.bootstrap((x,), statistic, confidence_level=0.9, method="BCa", rng=4)
@@ -130,19 +130,19 @@ def test_bias_and_skewness_are_corrected_as_scipy_does():
         np.testing.assert_allclose(_quantiles(draws, at)[:, 0], theirs.confidence_interval)
 
 
-def test_few_runs_widen_an_interval_more_than_many(make):
-    """Student's t of five groups against that of sixty runs, of draws alike."""
+def test_few_groups_widen_an_interval(make):
+    """Student's t of five groups against that of sixty runs, with the same draws."""
     found = pairs(fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003)), 1000)
     few = replace(found, groups=np.arange(60) % 5)
     widths = [np.diff(each.interval(0.9), axis=0) for each in (few, found)]
     assert (widths[0] > 1.2 * widths[1]).all()
-    assert few.without.shape == (0, 5)  # four groups would not tell five parameters
+    assert few.without.shape == (0, 5)  # four groups don't determine five parameters
     low, high = few.interval(0.9, lambda v: CHINCHILLA.predict(v, parameters=1e9, tokens=2e10))
     assert low < high
 
 
-def test_draws_at_an_edge_are_no_sign_of_bias(make):
-    """E is gone from the fit and from most draws: an interval from zero on, not one turned over."""
+def test_draws_at_an_end_of_the_range_do_not_count_as_bias(make):
+    """E is absent from the fit and most draws: low is still at most high."""
     own = make(CHINCHILLA, BASE)
     loss = CHINCHILLA.predict(BASE | {"E": 1e-9}, parameters=own.parameters, tokens=own.tokens)
     off = np.exp(0.003 * np.random.default_rng(7).standard_normal(60))
@@ -152,7 +152,7 @@ def test_draws_at_an_edge_are_no_sign_of_bias(make):
     assert (low <= high).all()
 
 
-def test_what_cannot_be_drawn_is_refused_and_what_cannot_be_fitted_is_counted(make):
+def test_invalid_draws_are_refused_and_failed_replicates_are_counted(make):
     one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
     with pytest.raises(UserError, match="60 runs in 1 groups"):
         clusters(one, ["trunk"] * 60)
@@ -162,5 +162,5 @@ def test_what_cannot_be_drawn_is_refused_and_what_cannot_be_fitted_is_counted(ma
         pairs(one, 4).interval(95)
     few = np.zeros((2, 60))
     few[0] = 1
-    few[1, :3] = 1  # three runs do not tell five parameters
+    few[1, :3] = 1  # three runs don't determine five parameters
     assert replicates(one, weights=few).certified.tolist() == [True, False]

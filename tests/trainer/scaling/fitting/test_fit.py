@@ -1,4 +1,4 @@
-"""The fit: it finds the true optimum of each objective, knows that it has, and says so when not."""
+"""The fit finds the global minimum of each objective, and its certificate fails elsewhere."""
 
 import itertools
 
@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forescale.errors import UserError
-from forescale.scaling.fitting.fit import certify, fit
+from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER, SHARED_EXPONENT, data_constrained
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
 from forescale.scaling.fitting.points import Points
-from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES
+from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES, certify
 
 GOALS = [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES, Objective(1e-3, "loss")]
 
@@ -23,7 +23,7 @@ def test_a_law_is_recovered_from_losses_without_noise(form, values, goal, make):
     found = fit(form, make(form, values), goal)
     assert found.values == pytest.approx(values, rel=1e-8)
     assert found.certificate.holds
-    assert found.certificate.basins[0].starts > 16
+    assert found.certificate.minima[0].starts > 16
     assert not found.certificate.edges
 
 
@@ -42,14 +42,14 @@ def test_no_point_nearby_is_lower(form, values, goal, make):
         assert (goal.value(own, found.weights) >= found.value * (1 - 1e-12)).all()
 
 
-def test_absolute_deviations_pass_through_as_many_runs_as_there_are_parameters(make):
+def test_least_absolute_deviations_pass_through_as_many_runs_as_parameters(make):
     found = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003), LEAST_ABSOLUTE)
     assert (np.abs(found.residuals) < 1e-12).sum() == 5
     assert "smoothed down to 1e-07" in found.certificate.method
 
 
-def test_absolute_deviations_of_a_line_against_all_corners(make):
-    """Of log L = k - gamma log C, where the optimum goes through two of the runs."""
+def test_least_absolute_deviations_of_a_line_equal_the_best_of_all_corners(make):
+    """For log L = k - gamma log C the optimum passes through two of the runs."""
     rng = np.random.default_rng(5)
     C = np.exp(rng.uniform(40, 50, 15))
     loss = 30 * C**-0.05 * np.exp(0.01 * rng.standard_t(2, 15))
@@ -62,7 +62,7 @@ def test_absolute_deviations_of_a_line_against_all_corners(make):
     assert found.value == pytest.approx(min(sums), rel=1e-8)
 
 
-def test_a_certificate_refuses_what_is_no_optimum(make):
+def test_a_certificate_fails_away_from_the_optimum(make):
     points = make(CHINCHILLA, BASE, noise=0.003)
     for goal in GOALS:
         found = fit(CHINCHILLA, points, goal)
@@ -84,7 +84,7 @@ def test_a_certificate_refuses_what_is_no_optimum(make):
     delta=st.sampled_from([1e-3, np.inf]),
 )
 @settings(max_examples=15, deadline=None)
-def test_units_move_only_the_parameters_that_have_them(n, d, scale, delta, make):
+def test_units_change_only_the_parameters_that_have_them(n, d, scale, delta, make):
     """N and D in other units change A and B alone; the unit of the loss changes A, B and E."""
     one = make(CHINCHILLA, BASE, noise=0.003)
     N, D = one.parameters * np.exp(n), one.tokens * np.exp(d)
@@ -98,7 +98,7 @@ def test_units_move_only_the_parameters_that_have_them(n, d, scale, delta, make)
     assert b.values == pytest.approx(expected, rel=1e-7)
 
 
-def test_a_weight_of_two_is_a_run_that_is_there_twice(make):
+def test_a_weight_of_two_equals_a_run_listed_twice(make):
     points = make(CHINCHILLA, BASE, noise=0.003)
     w = np.random.default_rng(6).integers(0, 4, 60)
     weighted = fit(CHINCHILLA, points, weights=w)
@@ -107,7 +107,7 @@ def test_a_weight_of_two_is_a_run_that_is_there_twice(make):
     assert weighted.value == pytest.approx(repeated.value)
 
 
-def test_parameters_that_are_held_stay_and_the_rest_is_optimal(make):
+def test_fixed_parameters_stay_and_the_rest_is_optimal(make):
     form = data_constrained()
     points = make(form, BASE | {"R_D": 15.4}, noise=0.002)
     found = fit(form, points, fixed=BASE)
@@ -117,13 +117,13 @@ def test_parameters_that_are_held_stay_and_the_rest_is_optimal(make):
     assert fit(form, points).value <= found.value
     shared = fit(CHINCHILLA, points, fixed={"alpha": 0.3, "beta": 0.3})
     assert shared.value == pytest.approx(fit(SHARED_EXPONENT, points, fixed={"alpha": 0.3}).value)
-    with pytest.raises(UserError, match="A is held without its exponent"):
+    with pytest.raises(UserError, match="A is fixed without its exponent"):
         fit(CHINCHILLA, points, fixed={"A": 400.0})
-    with pytest.raises(UserError, match="it has no gamma"):
+    with pytest.raises(UserError, match="the law has no parameter gamma"):
         fit(CHINCHILLA, points, fixed={"gamma": 0.3})
 
 
-def test_a_term_that_is_not_there_is_an_edge(make):
+def test_an_absent_term_is_reported_as_an_edge(make):
     own = make(CHINCHILLA, BASE)
     loss = 400 * own.parameters**-0.34 + 2000 * own.tokens**-0.37
     noise = np.exp(0.003 * np.random.default_rng(7).standard_normal(60))
@@ -144,24 +144,24 @@ def test_losses_that_do_not_depend_on_the_data(make):
     assert found.value <= bound.value
 
 
-def test_what_the_runs_cannot_tell_is_two_basins(make):
-    """D = 20 N for all: the exponents can be swapped. With one exponent for both, A and B can be
-    traded for each other, and nothing is certified."""
+def test_runs_that_allow_two_laws_have_two_minima(make):
+    """With D = 20 N for all runs the exponents can be swapped. With one exponent for both, only a
+    combination of A and B is determined, and nothing is certified."""
     N = make(CHINCHILLA, BASE).parameters
     apart = {"A": 40.0, "B": 1e5, "E": 1.8, "alpha": 0.2, "beta": 0.6}
     points = make(CHINCHILLA, apart, noise=0.001, parameters=N, tokens=20 * N)
-    basins = fit(CHINCHILLA, points).certificate.basins
-    assert len(basins) >= 2
-    assert basins[0].objective == pytest.approx(basins[1].objective, rel=1e-6)
-    assert basins[0].values["alpha"] == pytest.approx(basins[1].values["beta"], rel=1e-3)
+    minima = fit(CHINCHILLA, points).certificate.minima
+    assert len(minima) >= 2
+    assert minima[0].objective == pytest.approx(minima[1].objective, rel=1e-6)
+    assert minima[0].values["alpha"] == pytest.approx(minima[1].values["beta"], rel=1e-3)
     flat = fit(SHARED_EXPONENT, points).certificate
     assert not flat.holds
     assert "no minimum, or a flat one" in flat.problems[-1]
 
 
-def test_too_little_is_refused(make):
+def test_too_few_different_runs_are_refused(make):
     points = make(CHINCHILLA, BASE)
-    with pytest.raises(UserError, match="4 different runs can't tell the 5 parameters"):
+    with pytest.raises(UserError, match="4 different runs don't determine the 5 parameters"):
         fit(CHINCHILLA, points.take([0, 1, 2, 3, 3, 3]))
     with pytest.raises(UserError, match="4 different runs"):
         fit(CHINCHILLA, points, weights=np.arange(60) < 4)
@@ -171,7 +171,7 @@ def test_too_little_is_refused(make):
     new = make(data_constrained(), BASE | {"R_D": 9.0}, unique_tokens=np.full(60, 1e13))
     with pytest.raises(UserError, match="no run repeats its data"):
         fit(data_constrained(), new)
-    with pytest.raises(UserError, match="not one finite number a run"):
+    with pytest.raises(UserError, match="not one finite number per run"):
         fit(CHINCHILLA, points, weights=[1.0])
     with pytest.raises(UserError, match="no objective"):
         Objective(-1.0)

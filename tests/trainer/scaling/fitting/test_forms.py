@@ -1,4 +1,4 @@
-"""Each law: its formula, its derivatives, its two parametrisations, its optimum."""
+"""Each law: formula, derivatives, internal and published parameters, optimum."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def near(form, values, at, count=5):
 
 
 @each
-def test_first_derivatives_are_those_of_a_complex_step(form, values, make):
+def test_first_derivatives_equal_those_of_a_complex_step(form, values, make):
     at = design(form, make(form, values))
     theta = near(form, values, at)
     _, jacobian = form.evaluate(theta, at)
@@ -41,7 +41,7 @@ def test_first_derivatives_are_those_of_a_complex_step(form, values, make):
 
 
 @each
-def test_second_derivatives_are_differences_of_the_first(form, values, make):
+def test_second_derivatives_equal_differences_of_the_first(form, values, make):
     at = design(form, make(form, values))
     theta = near(form, values, at)
     pull = np.random.default_rng(3).standard_normal((len(theta), 60))
@@ -57,7 +57,7 @@ def test_second_derivatives_are_differences_of_the_first(form, values, make):
 
 
 @pytest.mark.parametrize("goal", [Objective(0.05), LEAST_SQUARES, Objective(0.2, "loss")], ids=str)
-def test_gradient_and_hessian_of_the_objective(goal, make):
+def test_gradient_and_hessian_of_the_objective_equal_differences(goal, make):
     points = make(CHINCHILLA, BASE, noise=0.03)
     at, y, w = design(CHINCHILLA, points), np.log(points.loss)[None], np.full((1, 60), 1.5)
     theta = near(CHINCHILLA, BASE, at, 1)
@@ -103,7 +103,7 @@ def test_the_formulas_are_those_of_the_papers():
     assert data_constrained().predict(BASE | {"R_D": 15.4}, **own) == pytest.approx(
         1.8 + 400 * N**-0.34 + 2000 * seen_again**-0.37
     )
-    # Of a model far larger than its unique tokens are enough for.
+    # A model far larger than its unique tokens suffice for.
     g = (0.34 * 400 / (0.37 * 2000)) ** (1 / 0.71)
     enough = g * (U * g) ** (0.37 / 0.34)
     large = 20 * enough
@@ -115,14 +115,14 @@ def test_the_formulas_are_those_of_the_papers():
     assert found == pytest.approx(1.8 + 400 * faded**-0.34 + 2000 * seen_again**-0.37)
 
 
-def test_a_token_that_is_new_is_worth_one():
+def test_without_repeated_data_the_law_is_chinchilla():
     own = dict(parameters=1e9, tokens=np.array([1e10, 2e10]))
     found = data_constrained().predict(BASE | {"R_D": 3.0}, unique_tokens=2e10, **own)
     np.testing.assert_allclose(found, CHINCHILLA.predict(BASE, **own))
 
 
 @pytest.mark.parametrize(("form", "values"), LAWS[:4], ids=NAMES[:4])
-def test_the_optimum_is_where_no_other_split_is_better(form, values):
+def test_no_other_split_of_the_budget_beats_the_optimum(form, values):
     budgets = np.array([1e19, 1e22, 1e25])
     N, D = compute_optimal(form, values, budgets)
     np.testing.assert_allclose(6 * N * D, budgets)
@@ -140,34 +140,36 @@ def test_the_optimum_of_chinchilla_in_closed_form():
     assert pytest.approx(G * (1e21 / 6) ** a, rel=1e-10) == N
 
 
-def test_a_forecast_of_replicates_has_a_row_for_each():
+def test_predictions_of_replicates_have_a_row_each():
     values = np.tile(CHINCHILLA.vector(BASE), (4, 1))
     own = dict(parameters=[1e9, 1e10], tokens=1e11)
     assert CHINCHILLA.predict(values, **own).shape == (4, 2)
     assert compute_optimal(CHINCHILLA, values, [1e20, 1e21, 1e22])[1].shape == (4, 3)
 
 
-def test_what_a_law_does_not_know_is_refused():
-    with pytest.raises(UserError, match="has no tokens"):
+def test_missing_columns_and_parameters_are_refused():
+    with pytest.raises(UserError, match="missing: tokens"):
         CHINCHILLA.predict(BASE, parameters=1e9)
-    with pytest.raises(UserError, match="its parameters are A, B, E, alpha, not"):
+    with pytest.raises(UserError, match="the parameters are A, B, E, alpha, not"):
         SHARED_EXPONENT.predict(BASE, parameters=1e9, tokens=1e9)
-    with pytest.raises(UserError, match="does not know N and D"):
+    with pytest.raises(UserError, match="does not read N and D"):
         compute_optimal(FRONTIER, {"K": 9.0, "E": 1.7, "gamma": 0.1}, 1e20)
     with pytest.raises(UserError, match="no power law of compute"):
         allocation(data_constrained(), BASE | {"R_D": 3.0})
-    with pytest.raises(UserError, match="depends on the unique tokens"):
+    with pytest.raises(UserError, match="reads the unique tokens"):
         compute_optimal(data_constrained(), BASE | {"R_D": 3.0}, 1e20)
 
 
 @pytest.mark.parametrize("bad", [np.nan, 0.0, -2.0, np.inf])
 def test_a_loss_without_a_logarithm_is_refused(bad):
-    with pytest.raises(UserError, match=r"study: loss: .* of run 1, which has no logarithm"):
+    with pytest.raises(
+        UserError, match=r"study: loss: .* of run 1 is not a finite positive number"
+    ):
         Points([2.0, bad, 3.0], parameters=[1, 2, 3], where="study")
 
 
 def test_points_share_one_length_and_one_convention():
-    with pytest.raises(UserError, match="give one number a run"):
+    with pytest.raises(UserError, match="give one number per run"):
         Points([2.0, 3.0], parameters=[1e9])
     with pytest.raises(UserError, match="1 by 'blocks', 2 by 'total'"):
         Points([2.0, 3.0, 4.0], convention=["total", "blocks", "total"])

@@ -1,4 +1,4 @@
-"""Parabolas through the runs of a budget: exact ones, noisy ones, and those that are refused."""
+"""Parabolas through the runs of a budget: exact, noisy and refused ones."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def runs(offsets=EVEN, noise=0.0, seed=0, k=0.1, a=0.5, budgets=BUDGETS):
     return dict(loss=loss, parameters=N, tokens=C / (6 * N)), C
 
 
-def test_exact_parabolas_give_their_law_back():
+def test_the_law_of_exact_parabolas_is_recovered():
     own, C = runs(np.linspace(-1.0, 1.7, 6))
     found = isoflop(Points(**own), C)
     assert (found.parameters.k, found.parameters.a) == pytest.approx((0.1, 0.5))
@@ -37,7 +37,7 @@ def test_exact_parabolas_give_their_law_back():
     assert found.parameters(1e24) == pytest.approx(1e11)
 
 
-def test_budgets_need_not_be_named():
+def test_runs_are_grouped_by_compute_without_budgets():
     own, C = runs()
     C = C * np.exp(np.random.default_rng(1).uniform(-0.005, 0.005, len(C)))
     found = isoflop(Points(**own, flops=C))
@@ -74,7 +74,7 @@ def change(own, C, budget, how):
 def refused(own, C):
     found = isoflop(Points(**own), C)
     assert len(found.vertices) == 3
-    assert found.parameters.a == pytest.approx(0.5)  # the others alone make the law
+    assert found.parameters.a == pytest.approx(0.5)  # the law uses the others alone
     (one,) = found.refusals
     assert one.budget == 1e20
     return one.why
@@ -86,7 +86,7 @@ def test_a_concave_parabola_is_refused():
     def how(c, which):
         c["loss"][which] = 8 - c["loss"][which]
 
-    assert "no lowest point" in refused(change(own, C, 1e20, how), C)
+    assert "no minimum" in refused(change(own, C, 1e20, how), C)
 
 
 @pytest.mark.parametrize(("sign", "side"), [(1, "above"), (-1, "below")])
@@ -97,42 +97,42 @@ def test_a_vertex_outside_the_sizes_is_refused(sign, side):
         c["loss"][which] = 4 + 0.05 * (EVEN - sign * 2) ** 2
 
     why = refused(change(own, C, 1e20, how), C)
-    assert f"is {side} all of its runs" in why
+    assert f"is {side} all of its sizes" in why
 
 
-def test_a_lowest_run_at_the_edge_is_refused():
+def test_a_lowest_loss_at_the_smallest_or_largest_size_is_refused():
     own, C = runs()
 
     def how(c, which):
         c["loss"][which] = 4 + 0.5 * (EVEN - 1.2) ** 2
         c["loss"][np.flatnonzero(which)[-1]] = 3.99
 
-    assert "at the edge" in refused(change(own, C, 1e20, how), C)
+    assert "at its smallest or largest size" in refused(change(own, C, 1e20, how), C)
 
 
-def test_budgets_that_were_rounded_together_are_refused():
+def test_a_budget_with_a_wide_range_of_compute_is_refused():
     own, C = runs()
 
     def how(c, which):
         c["tokens"][np.flatnonzero(which)[::2]] *= 1.2
 
     why = refused(change(own, C, 1e20, how), C)
-    assert "1e+20 to 1.2e+20 FLOPs: budgets were rounded together" in why
+    assert "range from 1e+20 to 1.2e+20 FLOPs, which is not one budget" in why
 
 
 def test_two_sizes_are_refused_and_a_law_needs_two_vertices():
     own, C = runs()
     keep = (C != 1e20) | (np.arange(len(C)) % 7 < 2)
     few = {k: v[keep] for k, v in own.items()}
-    assert refused(few, C[keep]) == "2 sizes make no parabola"
+    assert refused(few, C[keep]) == "2 sizes don't determine a parabola"
     keep = C == 1e19
     with pytest.raises(UserError, match="1 of 1 budgets have a vertex"):
         isoflop(Points(**{k: v[keep] for k, v in own.items()}), C[keep])
-    with pytest.raises(UserError, match="give every run its FLOPs"):
+    with pytest.raises(UserError, match="give every run one, in FLOPs"):
         isoflop(Points(**own), C * np.nan)
 
 
-def test_nothing_is_known_of_the_noise_of_three_budgets_of_three_runs():
+def test_the_interval_of_three_budgets_of_three_runs_is_nan():
     own, C = runs(np.array([-1.0, 0.2, 1.1]), budgets=BUDGETS[:3])
     found = isoflop(Points(**own), C)
     assert np.isnan(found.parameters.interval()).all()

@@ -1,7 +1,7 @@
-"""Intervals hold the truth as often as they say, over studies of a law that is known.
+"""The coverage of nominal intervals over simulated studies of a known law.
 
-The design, and the table of all intervals, are in tests/benchmarks/bench_recovery.py.
-FORESCALE_REPLICATES=1000 resamples each study so often; without it 200 times.
+The design and the table of all intervals are in tests/benchmarks/bench_recovery.py.
+FORESCALE_REPLICATES=1000 sets the replicates of each study; the default is 200.
 """
 
 import os
@@ -21,8 +21,10 @@ REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
     [(2e-3, Objective()), (5e-3, Objective()), (2e-3, LEAST_SQUARES)],
 )
 def test_nominal_90_percent_covers_84_to_96(noise, goal):
-    """Of every parameter, and of what follows from them, over 200 studies. (Where
-    noise is below Huber's delta, that is least squares.)"""
+    """Coverage of each parameter and each quantity in NAMES, over 200 studies.
+
+    With noise below Huber's delta the Huber objective is least squares.
+    """
     covered = coverage(noise, goal, REPLICATES, studies=200, draws=("pairs",))
     found = covered["pairs", "corrected"]
     assert dict(zip(NAMES, found, strict=True)) == pytest.approx(

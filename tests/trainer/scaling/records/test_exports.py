@@ -1,4 +1,4 @@
-"""Tables of runs from elsewhere, in the shapes that wandb and scripts around it leave behind."""
+"""Exported tables of runs, in the formats of wandb and of scripts that use its API."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from forescale.errors import UserError
 from forescale.scaling.records.exports import is_export, read_export
 from forescale.scaling.records.records import of_export
 
-# As the web page exports its table of runs: everything in quotes, config and summary side by side.
+# The table of runs as the web page exports it: all values quoted, config and summary in one row.
 RUNS = """\
 "Name","State","Notes","User","Tags","Created","model.n_params","train.lr","tokens","train/loss","val/loss"
 "gpt-8m","finished","-","ada","base, b","5-2T09:11Z","8123904","0.003","160000000","3.61","3.5713"
@@ -19,7 +19,7 @@ RUNS = """\
 "gpt-32m","running","","ada","","5-2T12:00Z","32514048","0.002","640000000","4.2",""
 "gpt-64m","finished","","ada","","5-2T12:00Z","65028096","0.002","640000000","4.2",""
 """
-# A chart of one metric: each run with the ends of its band, and its steps.
+# A chart: each run's metrics and steps with __MIN and __MAX.
 CHART = """\
 "Step","gpt - 8m - _step","gpt - 8m - _step__MIN","gpt - 8m - _step__MAX","gpt - 8m - val/loss",\
 "gpt - 8m - val/loss__MIN","gpt - 8m - val/loss__MAX","b - val/loss",\
@@ -32,7 +32,7 @@ COLUMNS = {"parameters": "model.n_params", "loss": "val/loss"}
 
 
 def dumped(name: str, n: int, loss: float | str, state: str = "finished", **more) -> dict:
-    """As a script writes a run of wandb's API."""
+    """A run of wandb's API as a script writes it."""
     summary = {"val/loss": loss, "_step": 500, "loss": {"min": 3.0}, **more}
     config = {"model": {"n_params": n, "heads": [4, 4]}, "_wandb": {"cli_version": "0.17"}, "lr": 1}
     return {"id": f"{n:x}", "name": name, "state": state, "config": config, "summary": summary}
@@ -49,41 +49,41 @@ def write(tmp_path):
     return file
 
 
-def test_a_table_of_runs_gives_those_that_finished(write):
+def test_unfinished_runs_of_a_table_are_refused(write):
     table, refused = of_export(write("wandb.csv", RUNS), COLUMNS)
     assert list(table["name"]) == ["gpt-8m", "gpt-16m"]
     assert list(table["parameters"]) == [8123904, 16254976]
-    assert list(table["tokens"]) == [160000000, 320000000], "a name of ours needs no mapping"
+    assert list(table["tokens"]) == [160000000, 320000000], "our own names need no mapping"
     assert list(table["loss"]) == [3.5713, 3.2711]
     assert {r.name: r.why for r in refused} == {
-        "gpt-16m-b": "wandb calls it crashed",
-        "gpt-32m": "wandb calls it running",
-        "gpt-64m": "it has no val/loss",
+        "gpt-16m-b": "its state is crashed",
+        "gpt-32m": "its state is running",
+        "gpt-64m": "it has no value of val/loss",
     }
 
 
-def test_rows_choose_before_anything_is_refused(write):
+def test_rows_are_selected_before_runs_are_refused(write):
     table, refused = of_export(write("wandb.csv", RUNS), COLUMNS, {"train.lr": "0.003"})
     assert (list(table["name"]), refused) == (["gpt-8m"], [])
-    with pytest.raises(UserError, match=r"none of its 1 runs has finished.*calls it crashed"):
+    with pytest.raises(UserError, match=r"none of its 1 runs is finished.*its state is crashed"):
         of_export(write("wandb.csv", RUNS), COLUMNS, {"train.lr": "0.02"})
 
 
-def test_a_missing_column_names_the_nearest(write):
+def test_a_missing_column_is_refused_with_the_nearest_names(write):
     with pytest.raises(UserError, match=r"no column 'val_loss'.*'val/loss'"):
         of_export(write("wandb.csv", RUNS), {"loss": "val_loss"})
     with pytest.raises(UserError, match=r"no column 'loss'.*nearest are 'val/loss'|'train/loss'"):
         of_export(write("wandb.csv", RUNS), {"parameters": "model.n_params"})
 
 
-def test_a_table_that_happens_to_have_states_is_no_export(write):
-    """Of a country, say."""
+def test_a_plain_table_with_a_state_column_is_no_export(write):
+    """The states of a country, for example."""
     text = "name,state,loss\na,Ohio,3.0\nb,Utah,2.9\n"
     table, refused = of_export(write("plain.csv", text), {})
     assert (len(table), refused) == (2, [])
 
 
-def test_of_a_chart_the_last_value_of_each_run(write):
+def test_the_last_value_of_each_run_of_a_chart_is_taken(write):
     table, refused = of_export(write("chart.csv", CHART), {"loss": "val/loss", "tokens": "Step"})
     assert table.to_dict("list") == {
         "name": ["gpt - 8m", "b"], "loss": [3.9, 3.5], "tokens": [200, 300],
@@ -92,7 +92,7 @@ def test_of_a_chart_the_last_value_of_each_run(write):
 
 
 @pytest.mark.parametrize("form", ["lines", "list", "directory"])
-def test_dumps_of_the_api(write, tmp_path, form):
+def test_dumped_runs_of_the_api(write, tmp_path, form):
     runs = [
         dumped("a", 8000, 3.5), dumped("b", 16000, 3.2), dumped("c", 1, 9.9, "failed"),
         dumped("d", 32000, "NaN"),
@@ -111,11 +111,11 @@ def test_dumps_of_the_api(write, tmp_path, form):
         "name": ["a", "b"], "parameters": [8000, 16000], "loss": [3.5, 3.2],
     }  # fmt: skip
     assert {r.name: r.why for r in refused} == {
-        "c": "wandb calls it failed", "d": "it has no val/loss",
+        "c": "its state is failed", "d": "it has no value of val/loss",
     }  # fmt: skip
 
 
-def test_nested_keys_are_dotted_and_the_config_goes_before_the_summary(write):
+def test_nested_keys_are_dotted_and_summary_keys_never_replace_config_keys(write):
     run = dumped("a", 8000, 3.5, lr=0.1)
     row = read_export(write("a.json", json.dumps(run))).table.iloc[0]
     assert row["model.n_params"] == 8000
@@ -124,8 +124,8 @@ def test_nested_keys_are_dotted_and_the_config_goes_before_the_summary(write):
     assert not [key for key in row.index if "wandb" in key]
 
 
-def test_the_services_own_json(write):
-    """Sections as text, settings wrapped, the name that people see beside the id."""
+def test_the_json_of_the_service(write):
+    """Sections are text, settings are wrapped, and the display name is beside the id."""
     one = {
         "name": "x1y2", "displayName": "gpt-8m", "state": "finished",
         "config": json.dumps({"n": {"desc": None, "value": 8000}}),
@@ -135,8 +135,8 @@ def test_the_services_own_json(write):
     assert table.to_dict("records") == [{"name": "gpt-8m", "parameters": 8000, "loss": 3.5}]
 
 
-def test_the_example_of_wandbs_manual(write, tmp_path):
-    """Its sections are written as Python shows them."""
+def test_the_csv_of_the_example_in_wandbs_manual(write, tmp_path):
+    """Its sections are the text of Python dicts."""
     frame = {
         "summary": [{"loss": 3.5, "x": math.nan}, {"loss": math.inf}],
         "config": [{"n": 8000, "name": "nan"}, {"n": 9000}],
@@ -155,7 +155,7 @@ def test_plain_json_lines_are_a_plain_table(write):
     assert list(table["parameters"]) == [5, 7]
 
 
-def test_what_is_no_export_is_a_sentence(write, tmp_path):
+def test_unreadable_exports_are_refused(write, tmp_path):
     with pytest.raises(UserError, match="can't be read as a table"):
         read_export(write("a.json", "{"))
     with pytest.raises(UserError, match=r"can't be read as a table.*holds no objects"):

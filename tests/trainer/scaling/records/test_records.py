@@ -1,4 +1,4 @@
-"""Records: what a run is worth to a law; tables of others under our names."""
+"""Records of runs, and records of tables under our names."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.flops import count, flops_per_token
 from forescale.run.directory import Run
-from forescale.scaling.records.records import Refused, of_runs, of_table, points, record
+from forescale.scaling.records.records import Refused, of_export, of_runs, points, record
 from tests.trainer.small_run import make_run
 
 
@@ -34,7 +34,7 @@ def test_a_record_has_every_convention(run):
     assert row["parameters_blocks_and_head"] == sizes.blocks + sizes.head
     assert row["parameters_total"] == sizes.total
     assert row["parameters_non_embedding"] == sizes.non_embedding
-    assert row["parameters_active"] == sizes.total, "no model here routes tokens past a part"
+    assert row["parameters_active"] == sizes.total, "no model here is a mixture of experts"
     assert row["tokens"] == job.total_steps * job.tokens_per_step
     assert row["learning_rate"] == job.optimizer.learning_rate
     assert row["loss"] > 0
@@ -42,7 +42,7 @@ def test_a_record_has_every_convention(run):
 
 
 def test_costs_are_those_of_the_formulas(run):
-    """Which tests hold against torch's counter to the last FLOP."""
+    """Other tests compare the formulas with torch's counter to the last FLOP."""
     from forescale.config.frozen import thaw
 
     job, row = thaw(TrainJob, run.config), record(run)
@@ -52,33 +52,31 @@ def test_costs_are_those_of_the_formulas(run):
     assert row["flops_6nd"] == 6 * row["tokens"] * row["parameters_blocks_and_head"]
 
 
-def test_a_record_says_what_its_loss_is_the_mean_of(run, small_data):
-    """In words; two runs that were scored otherwise don't say the same."""
+def test_a_record_defines_its_loss(run, small_data):
+    """As text, which differs for runs that were evaluated in another way."""
     from forescale.data.dataset import Dataset
 
     dataset = Dataset(small_data)
     assert record(run)["loss_definition"] == (
-        "held-out cross-entropy, nats a token, mean over the targets, ends of text among them, of "
+        "held-out cross-entropy, nats per token, mean over the targets, ends of text included, of "
         f"7 windows of 32 tokens of the validation split of dataset {dataset.identity[:16]}, "
         "attention across documents"
     )
     change(run, "validation", windows=9, targets=250)
-    assert (
-        "the 250 targets, ends of text among them, of 9 windows" in record(run)["loss_definition"]
-    )
+    assert "the 250 targets, ends of text included, of 9 windows" in record(run)["loss_definition"]
 
 
-def test_a_record_knows_its_recipe_and_its_seeds(small_data, tmp_path):
-    words = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "train.seed=5"]
-    words += ["schedule=wsd", "schedule.decay=2 steps", "optimizer.weight_decay=0.05"]
-    row = record(make_run(small_data, tmp_path / "runs", "wsd", *words))
+def test_a_record_has_its_recipe_and_its_seeds(small_data, tmp_path):
+    arguments = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "train.seed=5"]
+    arguments += ["schedule=wsd", "schedule.decay=2 steps", "optimizer.weight_decay=0.05"]
+    row = record(make_run(small_data, tmp_path / "runs", "wsd", *arguments))
     assert (row["schedule"], row["warmup_steps"], row["decay_steps"]) == ("wsd", 1, 2)
     assert (row["seed"], row["weight_decay"]) == (5, 0.05)
-    assert row["init_seed"] == 5, "that of the data where no other is given"
+    assert row["init_seed"] == 5, "that of the data unless another is given"
     assert row["parametrization"] == "standard"
 
 
-def test_a_record_knows_how_much_of_its_data_it_read(run, small_data):
+def test_a_record_has_its_unique_tokens_epochs_and_bytes(run, small_data):
     from forescale.data.dataset import Dataset
 
     split, row = Dataset(small_data).split("train"), record(run)
@@ -91,7 +89,7 @@ def test_a_record_knows_how_much_of_its_data_it_read(run, small_data):
     assert record(run)["epochs"] == pytest.approx(10)
 
 
-def test_another_dataset_in_its_place_tells_nothing(run):
+def test_a_replaced_dataset_is_not_used(run):
     stored = json.loads(run.identity.read_text())
     for source in stored["dataset"]["sources"].values():
         source["identity"] = "0" * 64
@@ -99,8 +97,8 @@ def test_another_dataset_in_its_place_tells_nothing(run):
     assert record(run)["unique_tokens"] is None
 
 
-def test_what_can_not_be_known_is_none(small_data, tmp_path):
-    """The dataset is gone, the launcher left no word, and an attempt saved nothing."""
+def test_unknown_values_are_none(small_data, tmp_path):
+    """The dataset is gone; the number of ranks comes from the checkpoints."""
     import shutil
 
     data = tmp_path / "data"
@@ -118,17 +116,17 @@ def test_what_can_not_be_known_is_none(small_data, tmp_path):
     assert row["tokenizer"] == before["tokenizer"]
 
 
-def test_device_hours_count_every_launch_with_its_own_ranks(run):
-    from forescale.resilience.outcome import begin, end
+def test_device_hours_sum_over_launches_with_their_own_ranks(run):
+    from forescale.resilience.outcome import record_end, record_start
     from forescale.run.directory import Parent
 
     first, second = run.attempts()[0], run.new_attempt()
     for attempt, ranks in ((first, 2), (second, 4)):
-        begin(attempt.path, ["x"], ranks)
-        end(attempt.path, 0, "done")
-    told = [json.loads((a.path / "launch.json").read_text()) for a in (first, second)]
+        record_start(attempt.path, ["x"], ranks)
+        record_end(attempt.path, 0, "done")
+    launches = [json.loads((a.path / "launch.json").read_text()) for a in (first, second)]
     for attempt, facts, (begun, ended) in zip(
-        (first, second), told, ((1000, 4600), (5000, 6800)), strict=True
+        (first, second), launches, ((1000, 4600), (5000, 6800)), strict=True
     ):
         text = json.dumps({**facts, "begun": begun, "ended": ended})
         (attempt.path / "launch.json").write_text(text)
@@ -142,17 +140,17 @@ def test_device_hours_count_every_launch_with_its_own_ranks(run):
     ("harm", "why"),
     [
         (lambda run: change(run, "validation", step=3), "its last step was not evaluated"),
-        (lambda run: change(run, "validation", loss=None), "it diverged: its loss is no number"),
+        (lambda run: change(run, "validation", loss=None), "it diverged: its loss is not finite"),
     ],
 )
-def test_what_is_no_record_says_why(run, harm, why):
+def test_a_run_that_is_no_record_is_refused_with_the_reason(run, harm, why):
     harm(run)
     found = record(run)
     assert isinstance(found, Refused)
     assert found.why == why
 
 
-def test_of_runs_keeps_both(run, small_data, tmp_path):
+def test_of_runs_returns_records_and_refusals(run, small_data, tmp_path):
     import shutil
 
     other = make_run(small_data, tmp_path / "runs", "half")
@@ -174,47 +172,48 @@ def csv(tmp_path):
 NAMES = {"parameters": "Model Size", "tokens": "D", "loss": "final"}
 
 
-def test_a_table_comes_under_our_names(csv):
-    table = of_table(csv, NAMES)
+def test_a_table_gets_our_names(csv):
+    table, _ = of_export(csv, NAMES)
     assert list(table.columns) == ["parameters", "tokens", "loss"]
-    assert list(of_table(csv, NAMES, {"set": "b"})["loss"]) == [2.8]
+    assert list(of_export(csv, NAMES, {"set": "b"})[0]["loss"]) == [2.8]
 
 
-def test_parquet_too(csv, tmp_path):
+def test_parquet_is_read_like_csv(csv, tmp_path):
     pd.read_csv(csv).to_parquet(tmp_path / "points.parquet")
-    assert of_table(tmp_path / "points.parquet", NAMES).equals(of_table(csv, NAMES))
+    table, _ = of_export(tmp_path / "points.parquet", NAMES)
+    assert table.equals(of_export(csv, NAMES)[0])
 
 
 @pytest.mark.parametrize(
-    ("columns", "rows", "said"),
+    ("columns", "rows", "message"),
     [
         ({"loss": "fina"}, {}, "has no column 'fina'.*'final'"),
-        ({"lss": "final"}, {}, "columns.lss: is no column of a record"),
+        ({"lss": "final"}, {}, "columns.lss: is not a column of a record"),
         ({"parameters": "Model Size"}, {}, "has no column 'loss'"),
         (NAMES, {"st": "a"}, "has no column 'st'.*'set'"),
-        (NAMES, {"set": "c"}, "no row has 'c' as its set; such are: a, b"),
+        (NAMES, {"set": "c"}, "no row has set='c'; use one of: a, b"),
     ],
 )
-def test_a_column_that_is_not_there_is_a_sentence(csv, columns, rows, said):
-    with pytest.raises(UserError, match=said):
-        of_table(csv, columns, rows)
+def test_a_missing_column_or_value_is_refused(csv, columns, rows, message):
+    with pytest.raises(UserError, match=message):
+        of_export(csv, columns, rows)
 
 
-def test_a_file_that_is_no_table_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        of_table(tmp_path / "no.csv", {})
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        of_export(tmp_path / "no.csv", {})
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(UserError, match="can't be read as a table"):
-        of_table(tmp_path / "empty.csv", {})
+        of_export(tmp_path / "empty.csv", {})
 
 
-def test_runs_of_different_vocabularies_do_not_compare():
+def test_runs_of_different_vocabularies_are_not_comparable():
     table = pd.DataFrame({"loss": [1.0, 2.0], "parameters": [1, 2], "vocab_size": [256, 512]})
     with pytest.raises(UserError, match="2 different values of vocab_size"):
         points(table, "total", "causal", "x")
 
 
-def test_nor_do_those_of_other_losses_tokenizers_and_parametrisations():
+def test_runs_of_different_losses_or_tokenizers_are_not_comparable():
     table = pd.DataFrame(
         {
             "loss": [1.0, 2.0, 3.0],
@@ -223,20 +222,20 @@ def test_nor_do_those_of_other_losses_tokenizers_and_parametrisations():
             "loss_definition": ["x", "y", "z"],
         }
     )
-    said = "2 different values of tokenizer and 2 different values of parametrization and 3 diff"
-    with pytest.raises(UserError, match=said):
+    message = "2 different values of tokenizer and 2 different values of parametrization and 3 diff"
+    with pytest.raises(UserError, match=message):
         points(table, "total", "causal", "x")
 
 
-def test_the_records_of_a_study_are_a_table_that_keeps_every_convention(run, tmp_path):
+def test_a_csv_of_records_keeps_every_convention(run, tmp_path):
     path = tmp_path / "records.csv"
     of_runs([run])[0].to_csv(path, index=False)
-    table = of_table(path, {})
+    table, _ = of_export(path, {})
     assert {"parameters_total", "parameters_active", "flops_full", "loss_definition"} <= set(table)
     assert points(table, "total", "6nd", "x").parameters == [record(run)["parameters_total"]]
 
 
-def test_the_convention_chooses_the_column():
+def test_the_convention_selects_the_column():
     table = pd.DataFrame(
         {"loss": [1.0], "parameters_total": [7], "parameters_non_embedding": [5], "tokens": [3]}
     )

@@ -1,4 +1,4 @@
-"""`study report`: the file has every section and number, and a real browser draws it offline."""
+"""`study report`: the file has all sections and numbers, and a real browser draws it offline."""
 
 import base64
 import io
@@ -16,21 +16,22 @@ from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.report import html as module
-from forescale.scaling.report.evidence import Evidence
+from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.paper import FORMATS
-from tests.trainer.scaling import some_study
+from tests.trainer.scaling import simulated_study
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 COMMAND = ("forescale", "study", "report", "my runs.csv")
 PICTURES = ("isoflop-curves", "best-parameters", "best-tokens", "loss-by-compute", "contours",
-            "residuals-by-compute", "residuals-by-size", "roll-outs")  # fmt: skip
-SECTIONS = ("foretold", "notes", "isoflop", "optimum", "envelope", "surface", "residuals", "fan",
-            "parameters", "certificate", "roll-out-table", "influence", "provenance")  # fmt: skip
+            "residuals-by-compute", "residuals-by-size", "backtest-errors")  # fmt: skip
+SECTIONS = ("prediction", "notes", "isoflop", "optimum", "envelope", "surface", "residuals",
+            "backtests", "parameters", "certificate", "backtest-table", "influence",
+            "provenance")  # fmt: skip
 
 
 def surface(name: str = "run") -> pd.DataFrame:
-    """IsoFLOP runs of a law; the sizes of the last budget lie all to one side of its best."""
+    """IsoFLOP runs of a law; all sizes of the last budget are on one side of its best."""
     budgets = np.geomspace(1e18, 1e21, 6)
     c = np.repeat(budgets, 6)
     n = 0.1 * c**0.5 * np.tile(np.geomspace(0.2, 5, 6), len(budgets))
@@ -43,13 +44,13 @@ def surface(name: str = "run") -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def study(table: pd.DataFrame, **told) -> StudyFit:
-    return StudyFit(table, StudyJob(input=["x.csv"], bootstraps=100, **told), "x.csv")
+def study(table: pd.DataFrame, **keys) -> StudyFit:
+    return StudyFit(table, StudyJob(input=["x.csv"], bootstraps=100, **keys), "x.csv")
 
 
 def page(made: StudyFit, where: str, command=COMMAND) -> str:
-    """Of runs that are nothing more."""
-    return module.page(made, Evidence(made.table), where, command)
+    """The page of runs that belong to no planned study."""
+    return module.page(made, StudyEvidence(made.table), where, command)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +75,17 @@ def text(html: str) -> str:
     return unescape(re.sub(r"<[^>]*>", "", html))
 
 
-def test_every_section_and_picture_is_there(html):
+def test_every_section_and_figure_is_there(html):
     assert tuple(re.findall(r'<section id="([^"]*)">', html)) == SECTIONS
     assert tuple(re.findall(r'<div id="([^"]*)" class="plotly-graph-div"', html)) == PICTURES
     assert 'class="absent"' not in html.split("<main>")[1]
 
 
 def test_numbers_are_those_of_the_fit(made, html):
-    f = made.foretold()
-    want = [f.loss, *f.inner, *f.outer, *f.bare, f.parameters, f.tokens, f.beyond]
-    assert values(section(html, "foretold"))[:-1] == want
+    f = made.predict()
+    want = [f.loss, *f.inner, *f.outer, *f.resampled, f.parameters, f.tokens]
+    want.append(f.extrapolation_factor)
+    assert values(section(html, "prediction"))[:-1] == want
     low, high = made.replicates.interval(made.job.level)
     rows = [
         [value, made.replicates.errors[s], low[i], high[i],
@@ -93,11 +95,11 @@ def test_numbers_are_those_of_the_fit(made, html):
     assert values(section(html, "parameters")) == np.concatenate(rows).tolist()
     certificate = [made.fit.value, made.fit.certificate.scaled_gradient]
     assert values(section(html, "certificate"))[:2] == certificate
-    bare = [float(r.bare.mean()) for r in made.roll_outs]
-    assert values(section(html, "roll-out-table"))[4::6] == bare
+    bare = [float(r.inside_resampled.mean()) for r in made.backtests]
+    assert values(section(html, "backtest-table"))[4::6] == bare
 
 
-def test_whatever_is_doubtful_is_on_the_page(made, html):
+def test_every_doubt_is_on_the_page(made, html):
     assert made.notes
     for note in [*made.notes, *made.disagreements()]:
         assert note in text(section(html, "notes"))
@@ -105,50 +107,50 @@ def test_whatever_is_doubtful_is_on_the_page(made, html):
     assert refused.why in text(section(html, "isoflop"))
 
 
-def test_it_says_where_the_numbers_are_from(made, html, tmp_path):
-    told = text(section(html, "provenance"))
+def test_the_page_says_where_the_numbers_come_from(made, html, tmp_path):
+    shown = text(section(html, "provenance"))
     for part in ("Huber 0.001 on log loss", CHINCHILLA.source, "plotly ", "seed 0",
                  "forescale study report 'my runs.csv'", "as the table counts"):  # fmt: skip
-        assert part in told
+        assert part in shown
     path = tmp_path / "x.csv"
     path.write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert known in page(made, str(path), COMMAND)
 
 
-def test_names_of_runs_are_text(html):
+def test_names_of_runs_are_shown_as_text(html):
     own = html.split("</style>")[1]
     assert "alert(1)" in own
     assert "<img" not in own.split("</head>")[1]
     assert "<script>alert" not in own
 
 
-def test_nothing_is_loaded_and_plotly_is_in_it_once(html):
+def test_nothing_is_loaded_and_plotly_is_included_once(html):
     assert html.count("plotly.js v") == 1
     assert not re.search(r'<(script|link|img)[^>]* (src|href)="(?!data:)', html)
 
 
-def test_the_same_study_is_the_same_bytes(made, html):
+def test_the_same_study_gives_the_same_bytes(made, html):
     assert page(made, f"runs {HOSTILE}", COMMAND) == html
 
 
-def test_without_budgets_and_target_it_says_why():
+def test_sections_without_budgets_or_target_say_why():
     html = page(study(surface().drop(columns="budget")), "runs", COMMAND)
-    assert "No target is given" in section(html, "foretold")
+    assert "No target is given" in section(html, "prediction")
     assert "no budgets" in section(html, "isoflop")
-    assert "no budgets" in section(html, "fan")
-    assert "reason above" in section(html, "roll-out-table")
+    assert "no budgets" in section(html, "backtests")
+    assert "says why" in section(html, "backtest-table")
     drawn = re.findall(r'<div id="([^"]*)" class="plotly-graph-div"', html)
-    assert drawn == [p for p in PICTURES if p not in ("isoflop-curves", "roll-outs")]
+    assert drawn == [p for p in PICTURES if p not in ("isoflop-curves", "backtest-errors")]
 
 
-def test_a_target_too_far_is_told_of_in_its_place():
+def test_a_target_that_is_too_far_is_explained_on_the_page():
     html = page(study(surface(), target=TargetPoint(flops=1e25)), "runs", COMMAND)
-    assert "times beyond the largest run" in section(html, "foretold")
+    assert "times the compute of the largest run" in section(html, "prediction")
 
 
-def test_parabolas_that_say_nothing_are_told_of():
-    """Each budget's runs lie to one side of its best."""
+def test_unusable_parabolas_are_explained():
+    """The runs of each budget are on one side of its best."""
     table = surface()
     table = table[(table["parameters"] > 0.1 * table["flops"] ** 0.5) & (table["flops"] < 5e19)]
     html = page(study(table, near=None), "runs", COMMAND)
@@ -161,14 +163,14 @@ def test_parabolas_that_say_nothing_are_told_of():
 def test_every_law_has_a_report(form):
     html = page(study(surface(), form=form, target=TargetPoint(flops=2e21)), "runs", COMMAND)
     absent = text(section(html, "surface"))
-    assert ("doesn't know N and D" in absent) == (form == "frontier")
+    assert ("doesn't depend on both" in absent) == (form == "frontier")
     assert 'id="loss-by-compute"' in html
-    assert "nan" not in text(section(html, "foretold"))
+    assert "nan" not in text(section(html, "prediction"))
 
 
-def test_beside_the_page_are_its_main_pictures_and_the_records(made, html, tmp_path):
+def test_the_main_figures_and_the_records_are_written_beside_the_page(made, html, tmp_path):
     where = f"runs {HOSTILE}"
-    module.write(made, Evidence(made.table), tmp_path / "report.html", where, COMMAND)
+    module.write(made, StudyEvidence(made.table), tmp_path / "report.html", where, COMMAND)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report-files", "report.html"]
     assert (tmp_path / "report.html").read_text() == html
     names = [f"{name}.{form}" for name in ("envelope", "isoflop", "optimum") for form in FORMATS]
@@ -179,7 +181,7 @@ def test_beside_the_page_are_its_main_pictures_and_the_records(made, html, tmp_p
     assert kept["loss"].tolist() == made.table["loss"].tolist()
 
 
-def test_the_records_are_in_the_page(made, html):
+def test_the_page_contains_the_records(made, html):
     link = re.search(r'<a download="records.csv" href="data:text/csv;base64,([^"]*)"', html)
     kept = pd.read_csv(io.BytesIO(base64.b64decode(link[1])))
     pd.testing.assert_frame_equal(kept, made.table, check_exact=True)
@@ -190,14 +192,14 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 
 @pytest.fixture(scope="module")
 def browser():
-    """Skips where there is none; fails where FORESCALE_NEEDS_BROWSER=1 says that one must be."""
+    """An open browser. Without one the test skips, or fails if FORESCALE_NEEDS_BROWSER=1."""
     names = (os.environ.get("FORESCALE_BROWSER", ""), *_BROWSERS)
     found = next((path for name in names if name and (path := shutil.which(name))), None)
     reason = None if found else "no browser is installed (tests/browser.sh installs one)"
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        reason = "playwright is not installed (it is of the dev extra)"
+        reason = "playwright is not installed (it is in the dev extra)"
     if reason:
         if os.environ.get("FORESCALE_NEEDS_BROWSER") == "1":
             pytest.fail(f"FORESCALE_NEEDS_BROWSER is set, but {reason}", pytrace=False)
@@ -216,16 +218,22 @@ def test_a_browser_draws_it_offline(browser, made, html, tmp_path, width):
             "document.getElementById('loss-by-compute')._fullData"
             ".filter(t => t.marker?.symbol === 'star').map(t => t.y[0])"
         )
-        assert stars == [made.foretold().loss]
+        assert stars == [made.predict().loss]
         _point_at_a_refused_run(tab)
 
 
 def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
-    seen = some_study.known(tmp_path / "forecasts", "s")
-    made = StudyFit(seen.fitted, some_study.job(), "x")
+    seen = simulated_study.known(tmp_path / "forecasts", "s")
+    made = StudyFit(seen.fitted, simulated_study.job(), "x")
     html = module.page(made, seen, "cells", COMMAND)
     drawn = tuple(re.findall(r'<div id="([^"]*)" class="plotly-graph-div"', html))
-    assert set(drawn) >= {"forecast-cards", "basin-rate", "basin-batch", "repeats", "goodput"}
+    assert set(drawn) >= {
+        "forecast-errors",
+        "response-rate",
+        "response-batch",
+        "repeats",
+        "goodput",
+    }
     with opened(browser, html, tmp_path, 360, drawn) as tab:
         with tab.expect_download() as saving:
             tab.locator("a[download]").click()
@@ -236,17 +244,17 @@ def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
 
 @contextmanager
 def opened(browser, html, tmp_path, width, pictures):
-    """The page, drawn, of that width; that nothing overflows, fails or is asked of a network, then
-    and until the end."""
+    """The drawn page at this width. Checks that nothing overflows, fails or is requested from a
+    network, now and until the end."""
     path = tmp_path / "report.html"
     path.write_text(html)
     context = browser.new_context(viewport={"width": width, "height": 740}, offline=True)
     tab = context.new_page()
-    said, asked = [], []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("dialog", lambda dialog: (said.append("a name ran"), dialog.dismiss()))
-    tab.on("request", lambda request: asked.append(request.url))
+    printed, requested = [], []
+    tab.on("console", lambda message: printed.append(message.text))
+    tab.on("pageerror", lambda error: printed.append(str(error)))
+    tab.on("dialog", lambda dialog: (printed.append("a name was executed"), dialog.dismiss()))
+    tab.on("request", lambda request: requested.append(request.url))
     tab.goto(path.as_uri())
     tab.locator(f"#{pictures[-1]} .hoverlayer").first.wait_for(state="attached")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -256,19 +264,19 @@ def opened(browser, html, tmp_path, width, pictures):
         assert 300 < box["width"] <= width - box["x"]
         assert tab.evaluate(f"document.getElementById('{name}')._fullData.length") > 0
     yield tab
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert printed == []
+    assert [url for url in requested if not url.startswith("data:")] == [path.as_uri()]
     context.close()
 
 
 def _point_at_a_refused_run(tab) -> None:
-    """The dearest budget's are all refused; the reason, and the name, are shown as text."""
+    """All runs of the most expensive budget are rejected; reason and name are shown as text."""
     dot = tab.locator("#isoflop-curves .scatterlayer .trace .points path").nth(35)
     dot.scroll_into_view_if_needed()
     box = dot.bounding_box()
     tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     label = tab.locator("#isoflop-curves .hoverlayer .hovertext")
     label.wait_for()
-    told = label.text_content()
-    assert "No parabola" in told
-    assert "<img" in told
+    shown = label.text_content()
+    assert "No parabola" in shown
+    assert "<img" in shown

@@ -1,4 +1,4 @@
-"""Pictures for papers: of column width, in the page's colours, the same bytes each time."""
+"""Figures for papers: one column wide, in the page's colours, the same bytes each time."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ BLUE, GREEN = "rgb(0, 0, 254)", "#00fe00"
 
 
 def figure(x="C (FLOPs)", **of_x) -> go.Figure:
-    """A line, a band, a hollow and a full dot, a diamond, a star with its interval."""
+    """A line, a band, a hollow and a filled dot, a diamond, a star with its interval."""
     made = style.axes(x, "loss &amp; more <b>", of_x or {"type": "log", "dtick": 1}, {})
     at = np.array([1e10, 1e11, 1e12])
     made.add_trace(style.band(at, np.array([[1, 1, 1], [3, 3, 3.0]]), "rgba(9,9,9,0.5)"))
@@ -42,7 +42,7 @@ def test_a_png_of_a_column_at_300_dots_an_inch():
     assert two.shape[:2] == (2 * height, width)
 
 
-def test_it_has_the_colours_and_the_hollow_runs_of_the_page():
+def test_colours_and_hollow_dots_are_those_of_the_page():
     svg = drawn([figure()])["svg"].decode()
     ElementTree.fromstring(svg)
     for colour in ("#00fe00", "#090909", style.TARGET):
@@ -51,12 +51,12 @@ def test_it_has_the_colours_and_the_hollow_runs_of_the_page():
     assert runs == ["fill-opacity: 0", "fill: #0000fe", "fill: #0000fe"]
 
 
-def test_the_same_picture_is_the_same_bytes():
+def test_the_same_figure_gives_the_same_bytes():
     assert drawn([figure()], [("1e18", BLUE)]) == drawn([figure()], [("1e18", BLUE)])
 
 
-def test_names_and_powers_are_written_as_they_are():
-    """A dollar, a backslash or a tag is no formula, and 10<sup>18</sup> is one."""
+def test_names_are_literal_and_powers_are_raised():
+    """A dollar, a backslash or a tag makes no formula; 10<sup>18</sup> does."""
     made = figure("<sup>x</sup> $\\frac{ &lt;i&gt;", **style.ordinal(["$\\a$", "<b>", "c"]))
     assert drawn([made], [("1×10<sup>−18</sup>", BLUE)])["png"]
 
@@ -74,18 +74,18 @@ def test_logarithmic_axes_have_numbers(power, decades):
     assert numbers[1] == ["2", "2.2", "2.4", "2.6", "2.8", "3"]
 
 
-def test_what_no_stroke_draws_is_refused():
+def test_an_unknown_trace_is_refused():
     made = style.axes("x", "y", {}, {})
     made.add_trace(go.Scatter(x=[1], y=[1], mode="text"))
-    with pytest.raises(TypeError, match="no stroke"):
+    with pytest.raises(TypeError, match="can't be drawn"):
         drawn([made])
 
 
 def test_only_the_main_sections_are_written(tmp_path):
-    told = "no budgets"
+    why = "no budgets"
     sections = [
         Section("isoflop", "", [("a", figure(), "")]),
-        Section("optimum", "", [("b", told, "")]),
+        Section("optimum", "", [("b", why, "")]),
         Section("residuals", "", [("c", figure(), "")]),
     ]
     assert [p.name for p in write_pictures(sections, tmp_path)] == ["isoflop.png", "isoflop.svg"]
@@ -93,7 +93,7 @@ def test_only_the_main_sections_are_written(tmp_path):
 
 
 def test_a_fit_never_loads_matplotlib():
-    """Nothing but `report`, when it draws."""
+    """Only `report` does, when it draws."""
     for path in (ROOT / "trainer").rglob("*.py"):
         tree = ast.parse(path.read_text())
         names = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}

@@ -1,5 +1,5 @@
-"""What a report shows beside the law: the pictures hold the study's own numbers, and what is no
-optimum, didn't come out or diverged looks and reads so."""
+"""The part of a report beside the law: figures hold the study's own numbers; edges, pending
+forecasts and diverged runs are marked."""
 
 import re
 from html import unescape
@@ -11,11 +11,11 @@ from forescale import cli
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.report import html as module
 from forescale.scaling.report import study_figures as figures
-from forescale.scaling.report.evidence import cross, evidence, gather
+from forescale.scaling.report.evidence import evidence, gather, sweep_response
 from forescale.scaling.report.style import shades
 from forescale.scaling.study.directory import Study
-from tests.trainer.scaling.pretend import train
-from tests.trainer.scaling.some_study import BEND, BEST, BUDGETS, job, known, records
+from tests.trainer.scaling.fake_training import train
+from tests.trainer.scaling.simulated_study import BEND, BEST, BUDGETS, job, known, records
 
 HOSTILE = "<img src=x onerror=alert(1)> $\\frac{"
 COMMAND = ("forescale", "study", "report")
@@ -40,17 +40,18 @@ def text(html):
 
 
 def dots(figure):
-    """(symbol, x, y) of each."""
+    """(symbol, x, y) of each dot."""
     marked = [t for t in figure.data if t.mode == "markers"]
     return [d for t in marked for d in zip(t.marker.symbol, t.x, t.y, strict=True)]
 
 
 def of_cell(seen, name):
-    return next(c for c in seen.crosses if c.cell == name)
+    return next(c for c in seen.rate_sweeps if c.cell == name)
 
 
-def test_the_parabola_of_a_cross_finds_its_best_rate(seen):
-    assert [c.cell for c in seen.crosses] == ["s1-n0", "s1-n4", "s2-n0", "s2-n4", "s3-n0", "s3-n4"]
+def test_the_parabola_of_a_sweep_finds_its_best_rate(seen):
+    names = ["s1-n0", "s1-n4", "s2-n0", "s2-n4", "s3-n0", "s3-n4"]
+    assert [c.cell for c in seen.rate_sweeps] == names
     found = of_cell(seen, "s1-n0")
     assert found.inside
     assert found.best == pytest.approx(BEST)
@@ -59,65 +60,67 @@ def test_the_parabola_of_a_cross_finds_its_best_rate(seen):
     assert found.rise == pytest.approx(BEND * np.log(np.array([0.4, 0.8, 1.6])) ** 2)
 
 
-def test_a_best_rate_at_an_edge_is_hollow_and_said(seen, html):
+def test_a_best_rate_at_an_edge_is_hollow_and_noted(seen, html):
     edge = of_cell(seen, "s3-n4")
     assert not edge.inside
     assert edge.bend is None
-    drawn = dots(figures.basin([edge], "learning rate", {}))
+    drawn = dots(figures.sweep_responses([edge], "learning rate", {}))
     assert ("circle-open", 1.0, 0.0) in drawn
     assert [s for s, *_ in drawn].count("circle-open") == 1
     assert "s3-n4: the best of 4 learning rates, 0.02, is at the edge" in text(html)
-    inside = dots(figures.basin([of_cell(seen, "s1-n0")], "learning rate", {}))
+    inside = dots(figures.sweep_responses([of_cell(seen, "s1-n0")], "learning rate", {}))
     assert {s for s, *_ in inside} == {"circle"}
 
 
-def test_a_run_that_diverged_is_a_cross_on_top(seen, html):
+def test_a_diverged_run_is_a_cross_at_the_top(seen, html):
     edge = of_cell(seen, "s3-n4")
     assert edge.values[-1] == 0.08
     assert edge.losses[-1] == np.inf
-    drawn = dots(figures.basin([edge], "learning rate", {}))
+    drawn = dots(figures.sweep_responses([edge], "learning rate", {}))
     highest = max(y for s, _, y in drawn if s != "x")
     assert [(x, y > highest) for s, x, y in drawn if s == "x"] == [(4.0, True)]
     assert "s3-n4: 1 of 4 learning rates diverged" in text(html)
 
 
-def test_curves_go_through_the_runs_and_have_their_budgets_colours(seen):
+def test_curves_pass_through_the_runs_in_the_colour_of_their_budget(seen):
     colours = shades(np.array(BUDGETS))
     found = of_cell(seen, "s2-n0")
-    (curve, *_) = figures.basin([found], "learning rate", colours).data
+    (curve, *_) = figures.sweep_responses([found], "learning rate", colours).data
     assert curve.line.color == colours[BUDGETS[1]]
     assert curve.y[[0, -1]] == pytest.approx(100 * found.rise[[0, -1]])
 
 
-def test_beyond_the_parabola_runs_are_joined_to_it():
-    found = cross("a", 1, None, 1e5, 1e6, np.array([1, 2, 4, 8.0]), np.array([9, 2, 1.9, 2.5]))
+def test_runs_beyond_the_parabola_are_joined_by_thin_lines():
+    found = sweep_response(
+        "a", 1, None, 1e5, 1e6, np.array([1, 2, 4, 8.0]), np.array([9, 2, 1.9, 2.5])
+    )
     assert found.ends == (2.0, 8.0)
-    thin = [t for t in figures.basin([found], "batch", {}).data if t.line.width == 0.7]
+    thin = [t for t in figures.sweep_responses([found], "batch", {}).data if t.line.width == 0.7]
     assert [t.x.tolist() for t in thin] == [[1 / found.best, 2 / found.best]]
 
 
-def test_batches_have_a_basin_of_their_own(seen, html):
-    (check,) = seen.checks
+def test_batches_have_a_figure_of_their_own(seen, html):
+    (check,) = seen.batch_sweeps
     assert check.values.tolist() == [4, 8, 16]
     assert check.inside
-    assert 'id="basin-batch"' in section(html, "basin")
+    assert 'id="response-batch"' in section(html, "response")
 
 
-def test_two_batches_are_no_basin():
+def test_two_batches_give_no_optimum():
     table = records()
-    (check,) = evidence(job(), table[table["name"] != "s2-n2-batch-4"]).checks
+    (check,) = evidence(job(), table[table["name"] != "s2-n2-batch-4"]).batch_sweeps
     assert not check.inside
-    assert dots(figures.basin([check], "batch", {}))[0][0] == "circle-open"
+    assert dots(figures.sweep_responses([check], "batch", {}))[0][0] == "circle-open"
 
 
-def test_forecasts_stand_in_the_order_of_compute_with_what_came_out(seen, html):
-    figure = figures.forecasts(seen.cards)
+def test_forecasts_are_ordered_by_compute_and_show_the_observed_losses(seen, html):
+    figure = figures.forecasts(seen.forecasts)
     order = ("s3-n2", "s3-n1", "target")
     assert set(figure.layout.yaxis.ticktext[:2]) == set(order[:2])
     assert figure.layout.yaxis.ticktext[2] == "target"
     drawn = {figure.layout.yaxis.ticktext[int(y)]: (s, x) for s, x, y in dots(figure)}
-    for card in seen.cards:
-        f, outcome = card.facts, card.outcome
+    for forecast in seen.forecasts:
+        f, outcome = forecast.facts, forecast.outcome
         symbol, error = drawn[f["target"]["run"]]
         if outcome is None:
             assert (symbol, error) == ("circle-open", 0.0)
@@ -127,21 +130,21 @@ def test_forecasts_stand_in_the_order_of_compute_with_what_came_out(seen, html):
         assert error == pytest.approx(100 * (outcome["loss"] / f["loss"] - 1))
     assert sorted(s for s, _ in drawn.values()) == ["circle", "circle-open", "diamond"]
     outer, inner = (t for t in figure.data if t.mode == "lines")
-    first = next(c for c in seen.cards if c.facts["target"]["run"] == order[0])
+    first = next(c for c in seen.forecasts if c.facts["target"]["run"] == order[0])
     at = 3 * list(figure.layout.yaxis.ticktext).index(order[0])
-    for drawn_ends, told in ((outer, "interval"), (inner, "interval_50")):
-        ends = [100 * (x / first.facts["loss"] - 1) for x in first.facts[told]]
+    for drawn_ends, name in ((outer, "interval"), (inner, "interval_50")):
+        ends = [100 * (x / first.facts["loss"] - 1) for x in first.facts[name]]
         assert drawn_ends.x[at : at + 2].tolist() == pytest.approx(ends)
 
 
 def test_coverage_and_skill_are_in_the_caption(seen, html):
-    told = text(section(html, "forecasts"))
-    assert f"2 of 3 came out: {seen.score.inside} inside" in told
+    shown = text(section(html, "forecasts"))
+    assert f"2 of 3 forecasts have an observed loss: {seen.score.inside} inside" in shown
     line = f"{seen.score.skill['line']:+.2f}".replace("-", "−")
-    assert f"line {line}" in told
+    assert f"line {line}" in shown
 
 
-def test_seeds_of_weights_and_of_data_are_told_apart(seen, html):
+def test_seeds_of_weights_and_of_data_have_different_symbols(seen, html):
     figure = figures.repeats(seen.records, seen.noise.levels)
     kinds = {t.marker.symbol[0]: t.x.tolist() for t in figure.data}
     assert {symbol: len(x) for symbol, x in kinds.items()} == {
@@ -158,86 +161,85 @@ def test_seeds_of_weights_and_of_data_are_told_apart(seen, html):
     assert repr(level.weights.sd) in section(html, "noise")
 
 
-def test_costs_are_against_the_plan_and_the_cap(seen, html):
-    told = section(html, "costs")
-    assert repr(sum(s.spent for s in seen.stages)) in told
+def test_costs_are_compared_with_the_plan_and_the_cap(seen, html):
+    shown = section(html, "costs")
+    assert repr(sum(s.spent for s in seen.stages)) in shown
     assert [s.ettr for s in seen.stages] == pytest.approx([0.6, 0.75, 9 / 11])
-    assert all(repr(s.ettr) in told for s in seen.stages)
+    assert all(repr(s.ettr) in shown for s in seen.stages)
     bars = figures.hours(seen.stages).data
     for i in range(3):
         assert sum(bar.x[i] for bar in bars) == pytest.approx(100)
 
 
 def test_provenance_names_data_code_hardware_and_time(html):
-    told = text(section(html, "provenance"))
+    shown = text(section(html, "provenance"))
     days = "1970-01-01 00:00:00 UTC to 1970-01-02 00:00:00 UTC"
     for part in ("d" * 64, "t" * 64, "v" * 64, "0.1.0", "H100", "torch 2.9 and 2.10", "Command",
                  days, "of 15 runs; 18 more", "records.csv, 33 rows"):  # fmt: skip
-        assert part in told
+        assert part in shown
 
 
-def test_every_section_with_numbers_says_which_runs_they_rest_on(html):
+def test_every_section_with_numbers_names_its_runs(html):
     for part in html.split("<section ")[1:]:
         if "<table" in part and 'id="provenance"' not in part:
             assert re.search(r'class="rests">From .*href="#provenance"', part)
 
 
-def test_what_isnt_there_isnt_drawn(seen):
+def test_sections_without_data_are_left_out(seen):
     plain = seen.fitted.drop(columns=["role", "cell_of", "stage", "fitted"])
     made = StudyFit(plain, job(), "x")
     html = module.page(made, evidence(job(), plain), "runs", COMMAND)
-    for name in ("forecasts", "basin", "noise", "costs"):
+    for name in ("forecasts", "response", "noise", "costs"):
         assert f'<section id="{name}">' not in html
 
 
-def test_before_there_is_a_law_the_rest_is_shown(seen):
+def test_without_a_law_the_rest_is_shown(seen):
     html = module.page("too few runs.", seen, "cells", COMMAND)
-    assert "There is no law yet: too few runs." in section(html, "foretold")
-    assert 'id="basin-rate"' in html
+    assert "There is no law yet: too few runs." in section(html, "prediction")
+    assert 'id="response-rate"' in html
     assert 'id="isoflop-curves"' not in html
 
 
-def test_names_of_runs_stay_text(tmp_path):
+def test_names_of_runs_are_shown_as_text(tmp_path):
     own = known(tmp_path, HOSTILE)
     html = module.page("no", own, "cells", COMMAND).split("</head>")[1]
     assert "onerror" in html
     assert "<img" not in html
-    for made in (figures.forecasts(own.cards), figures.repeats(own.records, own.noise.levels)):
+    for made in (figures.forecasts(own.forecasts), figures.repeats(own.records, own.noise.levels)):
         assert "<img" not in str(made)
 
 
-def test_of_runs_alone_only_the_studys_forecasts_are_gathered(tmp_path, seen):
+def test_runs_without_a_plan_bring_no_forecasts_or_costs(tmp_path, seen):
     own = gather(job(studies=str(tmp_path), study="none"), seen.records)
-    assert (own.cards, own.stages, own.folder) == ([], (), "")
-    assert own.crosses
+    assert (own.forecasts, own.stages, own.folder) == ([], (), "")
+    assert own.rate_sweeps
 
 
-def test_a_planned_study_reports_at_every_moment_of_it(small_data, tmp_path, capsys):
-    """Before there is a law, and when all its cells are complete."""
+def test_a_planned_study_has_a_report_at_any_time(small_data, tmp_path, capsys):
+    """Before there is a law, and when all cells are complete."""
     own = [f"studies={tmp_path}", "study=own"]
     sizes = "[[2e4,1e5],[3e4,2e5],[4e4,4e5],[6e4,8e5],[9e4,16e5],[13e4,32e5]]"
-    words = ["--", f"data.path={small_data}", "optimizer=adamw", "validation.every=100 %"]
+    shared = ["--", f"data.path={small_data}", "optimizer=adamw", "validation.every=100 %"]
     plan = ["plan.kind=list", f"plan.runs={sizes}", "plan.cap=1e13", "plan.sequence_length=32"]
-    assert cli.main(["study", "plan", *own, *plan, *words]) == 0
+    assert cli.main(["study", "plan", *own, *plan, *shared]) == 0
     study = Study(tmp_path / "own")
     report = ["study", "report", *own, "bootstraps=100", "form=frontier"]
     cells = [c for c in study.plan.cells if c.role == "grid"]
     for cell in cells[:2]:
-        train(study.words(cell))
+        train(study.arguments(cell))
     assert cli.main(report) == 0
     path = study.folder / "report.html"
     html = path.read_text()
-    assert "There is no law yet" in section(html, "foretold")
+    assert "There is no law yet" in section(html, "prediction")
     assert f"2 of {len(study.plan.cells)}" in section(html, "costs")
     for cell in cells[2:]:
-        train(study.words(cell))
+        train(study.arguments(cell))
     assert cli.main(report) == 0
     html = path.read_text()
     assert 'id="loss-by-compute"' in html
-    told = text(section(html, "costs"))
-    assert "6 complete" in told
+    assert "6 complete" in text(section(html, "costs"))
     spent = sum(s.spent for s in Study(study.folder).states())
     assert repr(spent) in section(html, "costs")
     assert f"{study.folder}: study.yaml" in text(section(html, "provenance"))
     assert (study.folder / "report-files" / "envelope.png").is_file()
-    assert "For papers" in capsys.readouterr().out
+    assert "Figures for papers" in capsys.readouterr().out

@@ -1,14 +1,14 @@
-"""The whole path, for real and small: from the plan over forecasts and the target to the score."""
+"""A small study with real training: plan, forecasts, target, score."""
 
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
 from forescale import cli
-from forescale.run.directory import read_rows
-from forescale.scaling.analysis.forecast import cards
+from forescale.scaling.analysis.forecast import read_forecasts
 from forescale.scaling.study.directory import Study
 
 PLAN = [
@@ -26,7 +26,9 @@ OF_ALL = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_from_the_plan_to_the_score(dataset, tmp_path, monkeypatch, capsys):
+def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
+    dataset, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert (
         cli.main(["study", "plan", *PLAN, "--", "data=dataset", f"data.path={dataset}", *OF_ALL])
@@ -34,29 +36,28 @@ def test_from_the_plan_to_the_score(dataset, tmp_path, monkeypatch, capsys):
     )
     launch = ["study", "launch", "launch.at_once=2", "launch.target=true"]
     command = [sys.executable, "-P", "-m", "forescale", *launch]
-    subprocess.run(["timeout", "-s", "KILL", "40", *command], check=False)  # a launcher that dies
+    with suppress(subprocess.TimeoutExpired):  # then it is killed
+        subprocess.run(command, check=False, timeout=40)
     study = Study(tmp_path / "studies/first")
-    begun = [e["cell"] for e in study.events if e["kind"] == "begun"]
-    assert begun
+    started = [e["cell"] for e in study.events if e["kind"] == "cell_started"]
+    assert started
     assert cli.main(launch) == 0
     study = Study(study.folder)
-    words = [s.word for s in study.states()]
-    assert words.count("complete") == len(words) >= 11, "nothing failed, and nothing is left"
+    statuses = [s.status for s in study.states()]
+    assert statuses.count("complete") == len(statuses) >= 11, "nothing failed, and nothing is left"
     assert study.spent <= study.plan.cap
 
-    found = {c.facts["target"]["run"]: c for c in cards(study.forecasts)}
+    found = {c.facts["target"]["run"]: c for c in read_forecasts(study.forecasts)}
     assert set(found) == {"target"}
     assert found["target"].outcome
     for cell in study.plan.cells:
-        (parent,) = {a.parent.step for a in study.run(cell.name).attempts()[:1]}
-        assert parent == (cell.trunk_step or 0), "a branch went on where it leaves its trunk"
-    (event,) = (
-        row
-        for attempt in study.run("target").attempts()
-        for row in read_rows(attempt.events.path)
-        if row["kind"] == "forecast"
+        # An attempt that was killed while it started has no parent.
+        parent = next(a.parent.step for a in study.run(cell.name).attempts() if a.parent)
+        assert parent == (cell.trunk_step or 0), "a branch starts where it leaves its trunk"
+    (event,) = study.run("target").read_events(kind="forecast_scored")
+    assert event["hash"] == found["target"].facts["hash"], (
+        "the run compares itself with its forecast"
     )
-    assert event["hash"] == found["target"].facts["hash"], "the run itself was measured by its card"
 
     capsys.readouterr()
     assert cli.main(["study", "fit", "--json"]) == 0

@@ -1,14 +1,14 @@
-"""A study from its plan to its score, its cells pretended: what is run, decided, foretold, kept."""
+"""A study from its plan to its score, with a fake training: its runs, decisions and forecasts."""
 
 import json
 
 import pytest
 
 from forescale import cli
-from forescale.scaling.analysis.forecast import cards
-from forescale.scaling.design.plans import dump, load
+from forescale.scaling.analysis.forecast import read_forecasts
+from forescale.scaling.design.plan_file import dump, load
 from forescale.scaling.study.directory import Study
-from tests.trainer.scaling.pretend import Pretend, best_rate
+from tests.trainer.scaling.fake_training import FakeTraining, best_rate
 
 pytestmark = pytest.mark.slow
 
@@ -17,12 +17,12 @@ SMALL = ["plan.sequence_length=32", "target.flops=4e13", "near=null", "bootstrap
 
 
 @pytest.fixture(scope="module")
-def whole(small_data, tmp_path_factory, pretended):
-    """Planned and launched to its end, the target included."""
+def whole(small_data, tmp_path_factory, fake_training):
+    """A study that was launched to its end, target included."""
     root = tmp_path_factory.mktemp("study")
-    words = ["--", f"data.path={small_data}", "optimizer=adamw", "validation.every=100 %"]
+    shared = ["--", f"data.path={small_data}", "optimizer=adamw", "validation.every=100 %"]
     where = [f"studies={root}", "study=whole"]
-    assert cli.main(["study", "plan", *where, *PLAN, *SMALL, *words]) == 0
+    assert cli.main(["study", "plan", *where, *PLAN, *SMALL, *shared]) == 0
     assert cli.main(["study", "launch", *where, "launch.at_once=2", "launch.target=true"]) == 0
     return Study(root / "whole")
 
@@ -32,75 +32,77 @@ def kinds(study):
 
 
 def test_every_cell_is_run_once_within_the_cap(whole):
-    names = [w for words in Pretend.begun for w in words if w.startswith("run.name=")]
+    names = [a for given in FakeTraining.started for a in given if a.startswith("run.name=")]
     assert len(names) == len(set(names)) == len(whole.plan.cells)
-    assert {s.word for s in whole.states()} == {"complete"}
+    assert {s.status for s in whole.states()} == {"complete"}
     assert 0.5 * whole.plan.cap < whole.spent <= whole.plan.cap
 
 
-def test_sizes_between_are_trained_at_the_best_rates_of_the_ends(whole):
+def test_sizes_between_are_trained_at_interpolated_best_rates(whole):
     for cell in whole.plan.cells:
         if cell.role == "grid":
             aim = best_rate(cell.shape.parameters)
-            tried = [c for c in whole.plan.cells if c.of == cell.of and c.role == "rate"]
+            tried = [c for c in whole.plan.cells if c.cell_of == cell.cell_of and c.role == "rate"]
             if not tried:
                 assert cell.learning_rate == pytest.approx(aim, rel=0.35)
 
 
-def test_a_cross_with_its_best_at_an_edge_is_widened(whole):
-    """The rule's first rates are far off the surface's."""
-    assert "widened" in kinds(whole)
+def test_a_sweep_with_its_best_rate_at_an_edge_gets_more_rates(whole):
+    """The first rates of the rule are far from the simulated best."""
+    assert "rates_added" in kinds(whole)
     wide = [c for c in whole.plan.cells if "-lr-higher" in c.name or "-lr-lower" in c.name]
     assert all(c.role == "rate" for c in wide)
-    settled = [e for e in whole.events if e["kind"] == "settled"]
-    assert [e["stage"] for e in settled] == [1, 2, 3]
+    chosen = [e for e in whole.events if e["kind"] == "rates_chosen"]
+    assert [e["stage"] for e in chosen] == [1, 2, 3]
 
 
 def test_stages_are_centred_one_after_the_other(whole):
-    order = [e["kind"] for e in whole.events if e["kind"] in ("settled", "centred")]
-    assert order == ["settled", "centred", "settled", "centred", "settled"]
+    decisions = ("rates_chosen", "stage_centred")
+    order = [kind for kind in kinds(whole) if kind in decisions]
+    assert order == [*decisions, *decisions, "rates_chosen"]
     assert all(s.exact for s in whole.plan.stages)
 
 
-def test_each_run_of_a_later_budget_has_a_card_from_before_it_began(whole):
-    """From the third budget on: one budget tells no law, and neither may the second."""
-    begun = {e["cell"]: e["time"] for e in whole.events if e["kind"] == "begun"}
-    found = {c.facts["target"]["run"]: c for c in cards(whole.forecasts)}
+def test_each_run_of_a_later_budget_is_forecast_before_it_starts(whole):
+    """From the third budget on: two budgets determine no law here."""
+    started = {e["cell"]: e["time"] for e in whole.events if e["kind"] == "cell_started"}
+    found = {c.facts["target"]["run"]: c for c in read_forecasts(whole.forecasts)}
     grid = {c.name for c in whole.plan.cells if c.role == "grid" and c.stage == 3}
     assert set(found) == grid | {"target"}
-    for name, card in found.items():
-        assert card.path.stat().st_mtime <= begun[name]
-        assert card.outcome["run"] == name
+    for name, forecast in found.items():
+        assert forecast.path.stat().st_mtime <= started[name]
+        assert forecast.outcome["run"] == name
 
 
-def test_rates_of_later_budgets_begin_where_the_crosses_before_led(whole):
-    """The rule that a study begins with says 0.01 for all of them."""
+def test_sweeps_of_later_budgets_start_from_the_rates_found_before(whole):
+    """The default rule gives 0.01 for all of them."""
     stage = next(s for s in whole.plan.stages if s.number == 3)
+    swept = {c.cell_of for c in stage.cells if c.role == "rate"}
     for cell in stage.cells:
-        if cell.role == "grid" and any(c.of == cell.name and c.role == "rate" for c in stage.cells):
+        if cell.role == "grid" and cell.name in swept:
             assert cell.learning_rate == pytest.approx(best_rate(cell.shape.parameters), rel=0.5)
 
 
-def test_what_seeds_and_tuning_cost_is_measured_once_and_told_with_the_new_interval(whole):
-    (event,) = (e for e in whole.events if e["kind"] == "measured")
+def test_noise_is_measured_once_and_recorded_with_the_new_interval(whole):
+    (event,) = (e for e in whole.events if e["kind"] == "noise_measured")
     (level,) = event["noise"]["levels"]
     assert (level["cell"], level["runs"]) == ("s1-n1", 5)
-    assert 2e-4 < level["noise"]["sd"] < 5e-3, "the surface's is 0.1 %"
+    assert 2e-4 < level["noise"]["sd"] < 5e-3, "the simulated noise is 0.1 %"
     assert 0 < event["expected"]["half"]["0.5"] < 0.1
 
 
-def test_the_batches_of_the_lowest_and_highest_budget_are_judged(whole):
-    """The surface has none that is better."""
-    events = [e for e in whole.events if e["kind"] == "basin"]
+def test_the_batch_sweeps_of_the_lowest_and_highest_budget_are_recorded(whole):
+    """The simulated loss does not depend on the batch."""
+    events = [e for e in whole.events if e["kind"] == "response_measured"]
     assert [e["stage"] for e in events] == [1, 3]
     assert all(e["learning_rate"] > 0 for e in events)
 
 
-def test_cells_are_measured_by_their_cards(whole):
-    carded = {c.facts["target"]["run"]: str(c.path) for c in cards(whole.forecasts)}
+def test_cells_train_against_their_forecasts(whole):
+    paths = {c.facts["target"]["run"]: str(c.path) for c in read_forecasts(whole.forecasts)}
     for cell in whole.plan.cells:
-        told = [w for w in whole.words(cell) if w.startswith("forecast=")]
-        assert told == ([f"forecast={carded[cell.name]}"] if cell.name in carded else [])
+        given = [a for a in whole.arguments(cell) if a.startswith("forecast=")]
+        assert given == ([f"forecast={paths[cell.name]}"] if cell.name in paths else [])
 
 
 def test_the_target_is_trained_at_the_best_size_of_its_compute(whole):
@@ -109,7 +111,7 @@ def test_the_target_is_trained_at_the_best_size_of_its_compute(whole):
     assert target.cost == pytest.approx(4e13, rel=0.03)
     table = whole.table().set_index("name")
     assert not table.loc["target", "fitted"]
-    assert whole.state(target).word == "complete"
+    assert whole.state(target).status == "complete"
 
 
 def test_the_law_is_fitted_to_the_best_rate_of_each_size(whole):
@@ -121,28 +123,28 @@ def test_the_law_is_fitted_to_the_best_rate_of_each_size(whole):
 
 
 def test_the_same_command_again_changes_nothing(whole):
-    before = (whole.folder / "plan.json").read_bytes(), len(whole.events), len(Pretend.begun)
+    before = (whole.folder / "plan.json").read_bytes(), len(whole.events), len(FakeTraining.started)
     where = [f"studies={whole.folder.parent}", "study=whole"]
     assert cli.main(["study", "launch", *where, "launch.target=true"]) == 0
     assert cli.main(["study", "sync", *where]) == 0
     again = Study(whole.folder)
     assert before == ((whole.folder / "plan.json").read_bytes(), len(again.events),
-                      len(Pretend.begun))  # fmt: skip
+                      len(FakeTraining.started))  # fmt: skip
 
 
-def test_a_plan_is_read_back_as_it_was(whole):
+def test_a_plan_is_read_back_unchanged(whole):
     assert load(json.loads(json.dumps(dump(whole.plan)))) == whole.plan
 
 
-def test_what_it_was_planned_with_holds_for_its_later_commands(whole, capsys):
+def test_later_commands_use_the_settings_of_the_plan(whole, capsys):
     where = [f"studies={whole.folder.parent}", "study=whole"]
     assert cli.main(["study", "fit", *where, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["runs"] == 9
-    assert facts["foretold"]["beyond"] > 1, "the target is that of the plan"
+    assert facts["prediction"]["extrapolation_factor"] > 1, "the target is that of the plan"
 
 
-def test_a_plan_that_has_been_launched_stays(whole, capsys):
+def test_the_plan_of_a_launched_study_is_not_replaced(whole, capsys):
     where = [f"studies={whole.folder.parent}", "study=whole"]
     assert cli.main(["study", "plan", *where, *PLAN, "plan.vocab_size=257"]) == 2
     assert "has been launched" in capsys.readouterr().err

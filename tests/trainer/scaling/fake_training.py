@@ -1,9 +1,10 @@
-"""A pretended training, for tests of studies: in place of the process that trains a cell, its run
-directory appears, complete, with the loss of a made-up surface. What a cell's words compose to, its
-files and its rows are real; no weights are.
+"""A fake training for tests of studies.
 
-The surface: Chinchilla's law, times a parabola in the learning rate around `best_rate`, and noise
-that depends on the seeds.
+In place of the process that trains a cell, its complete run directory appears, with the loss of a
+simulated law. The composed arguments, the files and the rows are real; there are no weights.
+
+The simulated loss: Chinchilla's law, times a parabola in the learning rate around `best_rate`, and
+noise that depends on the seeds.
 """
 
 import math
@@ -25,24 +26,24 @@ def best_rate(n: float) -> float:
     return 0.05 * (n / 2e4) ** -0.4
 
 
-class Pretend:
-    """Stands in for subprocess.Popen. begun: the words of all that were started; codes: by name,
-    what a cell ends with instead of a run; losses: by name, in place of the surface's."""
+class FakeTraining:
+    """Replaces subprocess.Popen. started: the arguments of all started cells; codes: by name, the
+    exit code of a cell that makes no run; losses: by name, in place of the simulated loss."""
 
-    begun: ClassVar[list[list[str]]] = []
+    started: ClassVar[list[list[str]]] = []
     codes: ClassVar[dict[str, int]] = {}
     losses: ClassVar[dict[str, float]] = {}
     pid = 1
 
     def __init__(self, argv, stdout=None, **more):
-        words = argv[argv.index("train") + 1 :]
-        self.begun.append(words)
-        name = next(w.partition("=")[2] for w in words if w.startswith("run.name="))
+        arguments = argv[argv.index("train") + 1 :]
+        self.started.append(arguments)
+        name = next(w.partition("=")[2] for w in arguments if w.startswith("run.name="))
         self._code = self.codes.get(name, 0)
         if self._code:
-            stdout.write(b"forescale: optimizer: says no; ask again.\n")
+            stdout.write(b"forescale: optimizer: is refused; choose another.\n")
         else:
-            train(words, self.losses.get(name))
+            train(arguments, self.losses.get(name))
 
     def poll(self):
         return self._code
@@ -51,10 +52,10 @@ class Pretend:
         pass
 
 
-def train(words, loss=None) -> None:
-    """A complete run of these words."""
-    started = start(compose(TrainJob, words))
-    job, run = started.job, started.run
+def train(arguments, loss=None) -> None:
+    """Make a complete run with these arguments of `train`."""
+    made = start(compose(TrainJob, arguments))
+    job, run = made.job, made.run
     attempt, step = run.new_attempt(), job.total_steps
     tokens = step * job.tokens_per_step
     attempt.start_from(Parent(0), run)
@@ -69,12 +70,12 @@ def train(words, loss=None) -> None:
     state = {"format": 1, "position": position, "attempt": attempt.number, "world_size": 1}
     more = {"numerics": {"stage": 1}, "counters": {}, "shapes": {}, "fragments": {}}
     write_table(path, {"state.json": write_json(path / "state.json", state | more)})
-    loss = surface(record(run)) if loss is None else loss
+    loss = simulated_loss(record(run)) if loss is None else loss
     rows = attempt.metrics.path.read_text().replace('"loss": 3.0', f'"loss": {loss!r}')
     attempt.metrics.path.write_text(rows)
 
 
-def surface(row) -> float:
+def simulated_loss(row) -> float:
     n, d = row["parameters_blocks_and_head"], row["tokens"]
     law = LAW["E"] + LAW["A"] * n ** -LAW["alpha"] + LAW["B"] * d ** -LAW["beta"]
     off = math.log(row["learning_rate"] / best_rate(n))

@@ -1,4 +1,4 @@
-"""A made-up study of three budgets: grids, crosses, batch checks, repeats, forecasts and costs."""
+"""A simulated study of three budgets: grids, sweeps, repeats, forecasts and costs."""
 
 import math
 from pathlib import Path
@@ -8,19 +8,19 @@ import numpy as np
 import pandas as pd
 
 from forescale.scaling.analysis.answer import StudyFit
-from forescale.scaling.analysis.forecast import cards, predict, score
+from forescale.scaling.analysis.forecast import read_forecasts, score, write_forecast
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
-from forescale.scaling.report.evidence import Evidence, Stage, evidence
+from forescale.scaling.report.evidence import StageCost, StudyEvidence, evidence
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 BUDGETS = (1e18, 1e19, 1e20)
 BEST, BEND = 0.01, 0.02  # learning rate, and log loss an e-fold squared
-GONE = SimpleNamespace(role="rate", of="s3-n4", learning_rate=0.08, global_batch=8)
+GONE = SimpleNamespace(role="rate", cell_of="s3-n4", learning_rate=0.08, global_batch=8)
 
 
-def job(**told) -> StudyJob:
-    return StudyJob(input=["none"], bootstraps=100, cost="6nd", **told)
+def job(**keys) -> StudyJob:
+    return StudyJob(input=["none"], bootstraps=100, cost="6nd", **keys)
 
 
 def _row(name, stage, n, rate=BEST, batch=8, role="grid", of=None, seed=0, init_seed=0, noise=0.0):
@@ -39,8 +39,9 @@ def _row(name, stage, n, rate=BEST, batch=8, role="grid", of=None, seed=0, init_
 
 
 def records(prefix: str = "s") -> pd.DataFrame:
-    """Crosses of the ends of each budget; the largest of the last at rates that are all too high.
-    s2-n2 is repeated, twice by its weights, twice by its data."""
+    """Records with learning-rate sweeps at the ends of each budget; the rates of the largest size
+    of the last budget are all too high. s2-n2 is repeated twice with other weights, twice with
+    other data."""
     rng, rows = np.random.default_rng(0), []
     for stage, c in enumerate(BUDGETS, 1):
         for i, by in enumerate(np.geomspace(0.3, 3, 5)):
@@ -49,9 +50,9 @@ def records(prefix: str = "s") -> pd.DataFrame:
             noise = 0.001 * rng.standard_normal()
             rows.append(_row(name, stage, n, high * BEST, noise=noise))
             rates = (1.5, 2.0) if high > 1 else (0.5, 2.0)
-            for word, by_rate in zip(("low", "high"), rates, strict=True) if i in (0, 4) else ():
+            for label, by_rate in zip(("low", "high"), rates, strict=True) if i in (0, 4) else ():
                 more = {"role": "rate", "of": name, "noise": noise}
-                rows.append(_row(f"{name}-lr-{word}", stage, n, high * by_rate * BEST, **more))
+                rows.append(_row(f"{name}-lr-{label}", stage, n, high * by_rate * BEST, **more))
     n, name = 0.1 * BUDGETS[1] ** 0.5, f"{prefix}2-n2"
     for batch in (4, 16):
         rows.append(_row(f"{name}-batch-{batch}", 2, n, 0.8 * BEST, batch, "batch", name))
@@ -65,28 +66,30 @@ def records(prefix: str = "s") -> pd.DataFrame:
     return table.assign(fitted=table.index.isin(best))
 
 
-def known(folder: Path, prefix: str = "s") -> Evidence:
-    """All of it. Forecasts of one run as it came out, of one that was worse, of one awaited."""
+def known(folder: Path, prefix: str = "s") -> StudyEvidence:
+    """The evidence, with forecasts of one run as predicted, one that is worse, and one pending."""
     table = records(prefix)
     own = table[table["fitted"] & (table["stage"] < 3)].reset_index(drop=True)
     early = StudyFit(own, job(near=None), "early")
     rows = table[table["role"] == "grid"].set_index("name")
-    predict(early, folder, "target", TargetPoint(flops=2 * BUDGETS[-1]))
+    write_forecast(early, folder, "target", TargetPoint(flops=2 * BUDGETS[-1]))
     for name in (f"{prefix}3-n2", f"{prefix}3-n1"):
         at = rows.loc[name]
         size = float(at["parameters_blocks_and_head"])
         target = TargetPoint(parameters=size, tokens=float(at["tokens"]))
-        predict(early, folder, name, target)
-    found = cards(folder)
+        write_forecast(early, folder, name, target)
+    found = read_forecasts(folder)
     bad = table["name"] == f"{prefix}3-n1"
-    came = table.assign(loss=table["loss"].where(~bad, table["loss"] * 1.2))
+    observed = table.assign(loss=table["loss"].where(~bad, table["loss"] * 1.2))
     stages = [
-        Stage(i, c, 9, 9, 9 * c, 8 * c, 10 * c, {"compute": 60.0 * i, "data": 20.0, "lost": 20.0},
-              18.0) for i, c in enumerate(BUDGETS, 1)
+        StageCost(i, c, 9, 9, 9 * c, 8 * c, 10 * c,
+                  {"compute": 60.0 * i, "data": 20.0, "lost": 20.0}, 18.0)
+        for i, c in enumerate(BUDGETS, 1)
     ]  # fmt: skip
-    gone = SimpleNamespace(word="diverged", cell=GONE)
+    gone = SimpleNamespace(status="diverged", cell=GONE)
     return evidence(
-        job(), table, [gone] if prefix == "s" else [], cards=found, score=score(found, came),
-        stages=stages, folder="studies/made-up", cap=2e21, words={"complete": 27, "diverged": 1},
+        job(), table, [gone] if prefix == "s" else [], forecasts=found,
+        score=score(found, observed), stages=stages, folder="studies/simulated", cap=2e21,
+        statuses={"complete": 27, "diverged": 1},
         versions={"torch": ["2.9", "2.10"]}, times=(0.0, 86400.0),
     )  # fmt: skip

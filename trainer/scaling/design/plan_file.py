@@ -1,7 +1,7 @@
-"""A plan as JSON and back.
+"""A study's plan as JSON and back.
 
-Invariant: `load(dump(plan)) == plan`: what was decided is read again as it was, whatever the rules
-of a later version would make of it.
+Invariant: `load(dump(plan)) == plan`. A plan is read as it was decided, even by a later version
+that would decide otherwise.
 """
 
 from collections.abc import Mapping
@@ -10,17 +10,18 @@ from typing import Any
 
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.cells import Cell
-from forescale.scaling.design.plan import Grid, Plan, Stage
+from forescale.scaling.design.plan import Grid, StudyPlan, StudyStage
 from forescale.scaling.design.shapes import Aspect, Common, Rule, Shape
 from forescale.scaling.design.tuning import Tuned
 
 
-def dump(plan: Plan) -> dict[str, Any]:
+def dump(plan: StudyPlan) -> dict[str, Any]:
+    """Return the plan as JSON values."""
     return asdict(plan)
 
 
-def load(facts: Mapping[str, Any]) -> Plan:
-    """Raises KeyError or TypeError for what `dump` didn't write."""
+def load(facts: Mapping[str, Any]) -> StudyPlan:
+    """Return the plan that `dump` wrote. Raises KeyError or TypeError for anything else."""
     common = {
         **facts["common"],
         "base": ModelConfig(**facts["common"]["base"]),
@@ -30,12 +31,12 @@ def load(facts: Mapping[str, Any]) -> Plan:
     grid = _made(Grid, facts["grid"]) if facts["grid"] else None
     stages = tuple(map(_stage, facts["stages"]))
     more = {"common": _made(Common, common), "grid": grid, "stages": stages}
-    return _made(Plan, {**facts, **more})
+    return _made(StudyPlan, {**facts, **more})
 
 
-def _stage(facts: Mapping[str, Any]) -> Stage:
+def _stage(facts: Mapping[str, Any]) -> StudyStage:
     tuned = tuple((int(n), _made(Tuned, t)) for n, t in facts["tuned"])
-    return _made(Stage, {**facts, "cells": tuple(map(_cell, facts["cells"])), "tuned": tuned})
+    return _made(StudyStage, {**facts, "cells": tuple(map(_cell, facts["cells"])), "tuned": tuned})
 
 
 def _cell(facts: Mapping[str, Any]) -> Cell:
@@ -44,7 +45,7 @@ def _cell(facts: Mapping[str, Any]) -> Cell:
 
 
 def _made(cls: type, facts: Mapping[str, Any]) -> Any:
-    """JSON has lists where ours are tuples."""
+    """An object of a dataclass from JSON, whose lists become tuples."""
     known = {f.name for f in fields(cls)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k in known}
     return cls(**values)
