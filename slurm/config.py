@@ -1,7 +1,7 @@
-"""What `submit` is told beside a planned job: which part of a cluster, for how long, set up how.
+"""The keys of `forescale submit`: which nodes, for how long, and how they are set up.
 
-Invariant: nothing here changes what is trained. Names are those of sbatch, where it has one; sizes
-of memory are in its own words (64G).
+Invariant: no key here changes what is trained. Where sbatch has the option, the key has its name
+and its format (64G for memory).
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
@@ -18,46 +18,58 @@ from forescale.plan.config import PlanJob
 _NAME = re.compile(r"[^\W\d]\w*")
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
 _UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
-_LATE = 10.0  # seconds: a signal's way to the ranks, and the last of them to leave
+_LATE = 10.0  # seconds until a signal has reached all ranks and the last rank has ended
 
 
 @dataclass
 class SlurmConfig:
-    partition: str | None = key(None, "null: the cluster's default")
-    account: str | None = key(None, "whom the hours are charged to")
+    """Section `slurm`."""
+
+    partition: str | None = key(None, "partition; null: the cluster's default")
+    account: str | None = key(None, "account to charge")
     qos: str | None = key(None, "quality of service")
     constraint: str | None = key(None, "features that nodes must have")
-    reservation: str | None = key(None, "nodes that are set aside")
-    nodes: int = key(1, "nodes", ge=1)
-    gpus_per_node: int = key(0, "GPUs of a node, one rank each; 0: ranks on CPUs", ge=0)
-    gres: str | None = key(None, "the GPUs as a generic resource, such as gpu:a100:4, where needed")
-    tasks_per_node: int | None = key(None, "ranks of a node; null: one a GPU, or one", ge=1)
-    cpus_per_task: int | None = key(None, "CPUs of a rank; null: the cluster's default", ge=1)
-    mem: str | None = key(None, "memory of a node, such as 64G; 0: all; null: the default")
-    time: Duration | None = key(None, "limit of one job, such as 24 h; a run takes many jobs")
-    exclusive: bool = key(False, "share the nodes with nobody")
-    exclude: list[str] = key([], "nodes not to use")
-    after: list[str] = key([], "job ids that must have ended well before it starts")
-    options: list[str] = key([], "further options of sbatch, such as --mail-type=END")
-    srun: list[str] = key([], "further options of srun, such as --cpu-bind=cores")
-    requeue: bool = key(True, "go on by itself after a time limit, a preemption, a dead node")
-    lead: Duration | None = key(
-        None, "how long before the time limit it saves; null: from the time that a save takes"
+    reservation: str | None = key(None, "reservation to use")
+    nodes: int = key(1, "number of nodes", ge=1)
+    gpus_per_node: int = key(0, "GPUs per node, one rank each; 0: ranks on CPUs", ge=0)
+    gres: str | None = key(
+        None, "GPUs as a generic resource, such as gpu:a100:4, if the cluster needs it"
     )
-    modules: list[str] = key([], "modules to load")
-    setup: list[str] = key([], "lines of shell before all else, on the first node")
-    exports: dict[str, str] = key({}, "variables of the environment of all ranks")
-    python: str | None = key(None, "the Python of the nodes; null: the one that submits")
-    container: str | None = key(None, "an image for the ranks, run by Pyxis")
-    mounts: list[str] = key([], "of the container, HOST:INSIDE; the run and its data are there")
-    scratch: str = key("/tmp", "a directory on each node's own disk, for code and caches")
-    pack: bool = key(False, "copy the Python environment to scratch, so that ranks import from it")
-    offline: bool = key(True, "nodes have no network: Hugging Face and wandb are told so")
-    interface: str | None = key(None, "network interface of the ranks; null: found by the route")
-    preflight: bool = key(True, "look at every node before ranks start")
-    allreduce: bool = key(True, "measure the network in the preflight")
-    runs: str | None = key(None, "a file: a line a run, key=value words over these; one array")
-    at_once: int | None = key(None, "of an array, so many at once", ge=1)
+    tasks_per_node: int | None = key(None, "ranks per node; null: one per GPU, or one", ge=1)
+    cpus_per_task: int | None = key(None, "CPUs per rank; null: the cluster's default", ge=1)
+    mem: str | None = key(None, "memory per node, such as 64G; 0: all; null: the cluster's default")
+    time: Duration | None = key(
+        None, "time limit of one job, such as 24 h; a run may take many jobs"
+    )
+    exclusive: bool = key(False, "do not share the nodes with other jobs")
+    exclude: list[str] = key([], "names of nodes not to use")
+    after: list[str] = key([], "ids of jobs that must have succeeded before this one starts")
+    options: list[str] = key([], "more options of sbatch, such as --mail-type=END")
+    srun: list[str] = key([], "more options of srun, such as --cpu-bind=cores")
+    requeue: bool = key(True, "requeue the job after a time limit, a preemption or a node failure")
+    lead: Duration | None = key(
+        None, "how long before the time limit the run saves; null: from the duration of a save"
+    )
+    modules: list[str] = key([], "environment modules to load")
+    setup: list[str] = key([], "shell commands to run first, on the first node")
+    exports: dict[str, str] = key({}, "environment variables of all ranks")
+    python: str | None = key(None, "path of Python on the nodes; null: the one that submits")
+    container: str | None = key(None, "container image for the ranks, run by Pyxis")
+    mounts: list[str] = key([], "mounts of the container, HOST:INSIDE, beside the run and its data")
+    scratch: str = key("/tmp", "directory on each node's local disk, for code and caches")
+    pack: bool = key(False, "copy the Python environment to slurm.scratch, and import from there")
+    offline: bool = key(
+        True, "set the offline modes of Hugging Face and wandb: nodes have no internet"
+    )
+    interface: str | None = key(
+        None, "network interface of the ranks; null: the one of the route to the first node"
+    )
+    preflight: bool = key(True, "check every node before ranks start")
+    allreduce: bool = key(True, "measure the network in these checks")
+    runs: str | None = key(
+        None, "file with one run per line, as KEY=VALUE ...; all become one array job"
+    )
+    at_once: int | None = key(None, "largest number of runs of the array at a time", ge=1)
 
     @property
     def ranks_per_node(self) -> int:
@@ -69,63 +81,79 @@ class SlurmConfig:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Of a node; None where the cluster decides, or all is asked for."""
+        """Bytes per node; None if the cluster decides, or all memory is requested."""
         match = _SIZE.fullmatch(self.mem or "")
         size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
         return size or None
 
     def problems(self) -> Problems:
+        """Return the wrong keys of this section."""
         found: Problems = []
         if self.mem is not None and not _SIZE.fullmatch(self.mem):
-            found.append(("mem", f"{self.mem!r} is no size", "write it like slurm.mem=64G"))
+            found.append(
+                ("mem", f"{self.mem!r} is not a size", "write, for example, slurm.mem=64G")
+            )
         for name in ("time", "lead"):
             length = getattr(self, name)
             if length is not None and (length.unit != "seconds" or not length.amount):
                 found.append((name, "must be a wall time", f"write slurm.{name}='24 h'"))
         for name in self.exports:
             if not _NAME.fullmatch(name):
-                found.append(("exports", f"{name!r} can't name a variable", "use letters and _"))
+                found.append(
+                    (
+                        "exports",
+                        f"{name!r} is not a name of a variable",
+                        "use letters, digits and _",
+                    )
+                )
         for job in self.after:
             if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
-                found.append(("after", f"{job!r} is no job id", "see forescale status"))
+                found.append(("after", f"{job!r} is not a job id", "see squeue --me"))
         if self.at_once is not None and self.runs is None:
-            found.append(("at_once", "is given without slurm.runs", "name the file of the runs"))
+            found.append(("at_once", "needs slurm.runs", "set slurm.runs=FILE"))
         if self.mounts and self.container is None:
-            found.append(("mounts", "is given without a container", "name slurm.container"))
+            found.append(("mounts", "needs a container", "set slurm.container"))
         return found + self._paths() + self._gpus()
 
     def _paths(self) -> Problems:
-        """A value that stands in a line of the script must be one line."""
+        """Return values that can't stand in one line of the batch script."""
         found: Problems = []
         if not self.scratch.startswith("/"):
             found.append(
-                ("scratch", f"{self.scratch} is no absolute path", "write slurm.scratch=/tmp")
+                ("scratch", f"{self.scratch} is not an absolute path", "write slurm.scratch=/tmp")
             )
         for f in fields(self):
             value = getattr(self, f.name)
             texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
             if f.name != "setup" and any("\n" in text for text in texts):
-                found.append((f.name, "is more than a line", "write it in one"))
+                found.append((f.name, "has more than one line", "write it in one"))
         return found
 
     def _gpus(self) -> Problems:
         if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
-            what = f"{self.tasks_per_node} ranks don't have a GPU each of {self.gpus_per_node}"
+            what = (
+                f"{self.tasks_per_node} ranks need one GPU each, but there are {self.gpus_per_node}"
+            )
             return [("tasks_per_node", what, f"write slurm.tasks_per_node={self.gpus_per_node}")]
         return []
 
 
 @dataclass
 class SubmitConfig:
+    """Section `submit`."""
+
     dry_run: bool = key(False, "print the script and submit nothing; --dry-run does the same")
 
 
 @dataclass
 class SubmitJob(PlanJob):
-    VERB: ClassVar[str] = "submit"
+    """A training job, and where to run it."""
 
-    slurm: SlurmConfig = section(SlurmConfig, "where it runs", "free")
-    submit: SubmitConfig = section(SubmitConfig, "what becomes of it", "free")
+    VERB: ClassVar[str] = "submit"
+    FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
+
+    slurm: SlurmConfig = section(SlurmConfig, "nodes of the cluster and their setup", "free")
+    submit: SubmitConfig = section(SubmitConfig, "how to submit", "free")
 
     @property
     def world_size(self) -> int:
@@ -141,25 +169,32 @@ class SubmitJob(PlanJob):
 
     @property
     def training(self) -> TrainJob:
-        """What the ranks will be given."""
+        """The job that the ranks train."""
         return TrainJob(**{f.name: getattr(self, f.name) for f in fields(TrainJob)})
 
     def lead(self, save_seconds: float) -> int:
-        """Whole seconds before the time limit at which the ranks are told to save: as long as they
-        may take, or twice what a step and a save are measured or planned to take."""
+        """Return how many seconds before the time limit the ranks get the signal to save.
+
+        slurm.lead, or by default: launch.grace or twice `save_seconds` (one step and one save),
+        whichever is longer, and the time that the signal takes.
+        """
         if self.slurm.lead is not None:
             return int(self.slurm.lead.seconds or 0)
         return round(max(self.launch.grace.seconds or 0.0, 2 * save_seconds) + _LATE)
 
     def problems(self, world_size: int | None = None) -> Problems:
+        """Return the problems of the training job, and those over several sections."""
         found = super().problems(self.world_size)
         limit = self.slurm.time.seconds if self.slurm.time else None
         if limit and limit <= self.lead(0.0):
-            what = f"{self.slurm.time} leave nothing beside the {self.lead(0.0)} s of saving"
-            todo = "ask for longer, or lower launch.grace or slurm.lead"
+            what = (
+                f"{self.slurm.time} is not longer than the {self.lead(0.0)} s reserved for saving"
+            )
+            todo = "set a longer time, or lower launch.grace or slurm.lead"
             found.append(("slurm.time", what, todo))
         wants_gpus = self.machine.memory_bytes is not None
         if wants_gpus and not self.slurm.has_gpus:
-            what = f"no GPU is asked for, and machine is {self.machine.name}"
-            found.append(("slurm.gpus_per_node", what, "ask for some, or choose machine=cpu"))
+            what = f"no GPU is requested, but machine is {self.machine.name}"
+            todo = "set the number of GPUs, or choose machine=cpu"
+            found.append(("slurm.gpus_per_node", what, todo))
         return found

@@ -1,7 +1,7 @@
-"""What a node must have, what is wrong with which, and how that is judged: no sockets, no clock.
+"""What a node must have, the faults of nodes, and their judgement: no sockets, no clock.
 
-Invariant: a fault that all nodes share is the user's, any other is a node's; a node is called slow
-by its best pair alone, so that its neighbour can't make it look slow.
+Invariant: a fault that all nodes share is the user's to fix, any other is a fault of its node. Only
+the best pair of a node counts for its speed, so a slow neighbour can't make it look slow.
 """
 
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ ALL = "all nodes"
 class Wanted:
     """What a node must have. Sizes in bytes.
 
-    run: the run's directory, absolute; data: datasets (URLs are passed over); tasks: ranks a node;
-    gpus: that a task must see, 0 for none; memory: of the host, for all ranks of a node; scratch: a
-    directory on the node's own disk, with scratch_bytes free; skew: seconds that its clock may
-    differ from the supervisor's; reduce: measure the network, with messages of reduce_bytes; slow:
-    a node is slow whose best pair is so many times slower than the median; min_gb_per_second:
-    of a pair; cuda: measure with NCCL on the first GPU, else with gloo.
+    run: the run's directory, absolute; data: datasets (URLs are skipped); tasks: ranks per node;
+    gpus: visible to each task, 0 for none; memory: host memory for all ranks of a node; scratch: a
+    directory on the local disk, with scratch_bytes free; skew: largest difference of its clock from
+    the supervisor's, in seconds; reduce: measure the network, with messages of reduce_bytes; slow:
+    a node is slow if its best pair is this many times slower than the median; min_gb_per_second: of
+    a pair; cuda: measure with NCCL on the first GPU, else with gloo.
     """
 
     run: str
@@ -40,9 +40,12 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """kind: faults of one kind are the same fault, though numbers in `what` differ; note: it keeps
-    nobody from training."""
+class NodeFault:
+    """A fault of a node.
+
+    kind: faults of one kind on several nodes count as one, even if numbers in `what` differ; note:
+    True if training is still possible.
+    """
 
     host: str
     what: str
@@ -52,48 +55,55 @@ class Fault:
 
     @property
     def sentence(self) -> str:
+        """The host, what is wrong, and what to do."""
         return f"{self.host}: {self.what}; {self.todo}"
 
     @property
     def identity(self) -> tuple[str, bool]:
+        """Equal for faults that count as the same."""
         return self.kind or self.what, self.note
 
 
 @dataclass(frozen=True)
-class Report:
-    """nodes: of each host its facts (address, seconds until it had looked around, skew_seconds,
-    memory, cpus, gpus, gb_per_second of its best pair, each way, ...), {} of a host that said
-    nothing. gb_per_second: of the all-reduce over all nodes, algorithm bandwidth: bytes of the
-    message over seconds, of the slowest node; None where it was not measured."""
+class PreflightReport:
+    """The result of a preflight.
 
-    faults: list[Fault]
+    nodes: the facts of each host (address, seconds of its checks, skew_seconds, memory, cpus, gpus,
+    gb_per_second of its best pair in each direction, ...); {} if it sent nothing. gb_per_second: of
+    an all-reduce over all nodes, as bytes of the message per second of the slowest node; None if it
+    was not measured.
+    """
+
+    faults: list[NodeFault]
     notes: list[str]
     nodes: dict[str, dict[str, Any]]
     gb_per_second: float | None
     seconds: float
 
     @property
-    def common(self) -> list[Fault]:
-        """What every node has, as one fault each: the user's to mend. Of a single node all."""
+    def common(self) -> list[NodeFault]:
+        """Faults of all nodes, each once, for the user to fix. Of a single node: all its faults."""
         return merged(self.faults, self.nodes)[0]
 
     @property
     def of_nodes(self) -> dict[str, str]:
-        """By host, in a sentence without its name, what other nodes don't have: its own fault."""
-        said: dict[str, str] = {}
+        """By host: the faults that not all nodes have, as a sentence without the host."""
+        found: dict[str, str] = {}
         for f in merged(self.faults, self.nodes)[1]:
             rest = f"; also {f.what}"
-            said[f.host] = said[f.host] + rest if f.host in said else f"{f.what}; {f.todo}"
-        return said
+            found[f.host] = found[f.host] + rest if f.host in found else f"{f.what}; {f.todo}"
+        return found
 
 
-def merged(faults: list[Fault], hosts: Iterable[str]) -> tuple[list[Fault], list[Fault]]:
-    """What all hosts have, once; and what only some have."""
-    groups: dict[tuple[str, bool], list[Fault]] = {}
+def merged(
+    faults: list[NodeFault], hosts: Iterable[str]
+) -> tuple[list[NodeFault], list[NodeFault]]:
+    """Return the faults of all hosts, each once, and the faults of only some."""
+    groups: dict[tuple[str, bool], list[NodeFault]] = {}
     for fault in faults:
         groups.setdefault(fault.identity, []).append(fault)
-    common: list[Fault] = []
-    own: list[Fault] = []
+    common: list[NodeFault] = []
+    own: list[NodeFault] = []
     for group in groups.values():
         first, among = group[0], {f.host for f in group}
         if not among.issuperset(hosts):
@@ -103,14 +113,16 @@ def merged(faults: list[Fault], hosts: Iterable[str]) -> tuple[list[Fault], list
         elif len({f.what for f in group}) == 1:
             common.append(replace(first, host=ALL))
         else:
-            what = f"{first.what} (so {first.host}; the others alike)"
+            what = f"{first.what} (on {first.host}; similar on the others)"
             common.append(replace(first, host=ALL, what=what))
     return common, own
 
 
 def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs of neighbours in a ring, so that each node has two pairs, and a slow one
-    can't make its neighbour look slow. An odd ring needs a third round to close."""
+    """Return rounds of pairs of neighbours in a ring; each node is in two pairs.
+
+    A slow node can't make its neighbour look slow. An odd ring needs a third round to close.
+    """
     first = [(i, i + 1) for i in range(0, nodes - 1, 2)]
     if nodes < 3:
         return [first] if first else []
@@ -120,7 +132,7 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def best_pairs(pairs: dict[tuple[str, str], float]) -> dict[str, float]:
-    """Of each host the rate of its best pair."""
+    """Return the rate of each host's best pair."""
     best: dict[str, float] = {}
     for pair, rate in pairs.items():
         for host in pair:
@@ -129,8 +141,10 @@ def best_pairs(pairs: dict[tuple[str, str], float]) -> dict[str, float]:
 
 
 def slow_nodes(pairs: dict[tuple[str, str], float], slow: float) -> dict[str, float]:
-    """Hosts whose best pair is more than `slow` times slower than the median host's, with its rate.
-    Of two nodes nobody: both ends of the only pair are the same to us."""
+    """Return the rates of hosts whose best pair is more than `slow` times slower than the median.
+
+    Empty for two nodes: their only pair doesn't show which of them is slow.
+    """
     best = best_pairs(pairs)
     if len(best) < 3:
         return {}
@@ -139,6 +153,9 @@ def slow_nodes(pairs: dict[tuple[str, str], float], slow: float) -> dict[str, fl
 
 
 def skew_of(sent: float, answered: float, received: float) -> float:
-    """The least by which a node's clock can differ from ours: it spoke at `sent` and heard our
-    answer at `received`, by its clock; we answered at `answered`. Delays don't count as skew."""
+    """Return the smallest possible difference of a node's clock from ours, in seconds.
+
+    By its clock it sent a message at `sent` and received our answer at `received`; by our clock we
+    answered at `answered`. Network delays don't count as a difference.
+    """
     return max(sent - answered, min(received - answered, 0.0))

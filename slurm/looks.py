@@ -1,7 +1,7 @@
-"""What a node finds when it looks at itself: the run's storage, data, GPUs, memory, scratch, CPUs.
+"""The checks of a node on itself: the run's storage, data, GPUs, memory, scratch and CPUs.
 
-Invariant: looks are independent of each other, and one that hangs or breaks is a fault of its own.
-Nothing is changed but a small file that is made and removed, and the scratch directory.
+Invariant: checks are independent of each other; one that hangs or fails is a fault of its own. They
+write only a small file, which they remove, and create the scratch directory.
 """
 
 import json
@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from forescale.errors import storage_error
-from forescale.slurm.findings import Fault, Wanted
+from forescale.slurm.findings import NodeFault, Wanted
 
 _GIB = 2**30
-_LITTLE, _FEW = _GIB, 10_000  # free bytes and inodes of the run's storage, below which we warn
+_LITTLE, _FEW = _GIB, 10_000  # warn below these free bytes and inodes of the run's storage
 
 
 @dataclass
 class Here:
-    """A node that looks at itself. mark: a file that the supervisor has put into the run directory;
-    facts: filled by the looks. root, environment: tests have their own."""
+    """The node that is checked.
+
+    mark: a file that the supervisor created in the run directory; facts: filled by the checks;
+    root, environment: replaced in tests.
+    """
 
     host: str
     wanted: Wanted
@@ -35,13 +38,13 @@ class Here:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def fault(self, kind: str, what: str, todo: str, note: bool = False) -> Fault:
-        return Fault(self.host, what, todo, kind, note)
+    def fault(self, kind: str, what: str, todo: str, note: bool = False) -> NodeFault:
+        return NodeFault(self.host, what, todo, kind, note)
 
 
-def run_directory(here: Here) -> Iterator[Fault]:
-    """Whether it can be written to, is the supervisor's, and has room."""
-    run, todo = Path(here.wanted.run), "let run.root be on a storage that all nodes share"
+def run_directory(here: Here) -> Iterator[NodeFault]:
+    """Check that the run's directory is writable, is the supervisor's, and has free space."""
+    run, todo = Path(here.wanted.run), "put run.root on a storage that all nodes share"
     if error := _unwritable(run, here.host):
         yield here.fault("run", f"{run} can't be written to: {error}", f"{todo}, and writable")
         return
@@ -51,15 +54,15 @@ def run_directory(here: Here) -> Iterator[Fault]:
     free = room.f_bavail * room.f_frsize
     here.facts |= {"run_free": free, "run_inodes": room.f_favail if room.f_files else None}
     if free < _LITTLE:
-        what = f"{free / _GIB:.2f} GiB are free at {run}"
+        what = f"only {free / _GIB:.2f} GiB are free at {run}"
         yield here.fault("room", what, "free some before checkpoints fail", note=True)
     if room.f_files and room.f_favail < _FEW:
-        what = f"{room.f_favail:,} more files can be made at {run}"
+        what = f"only {room.f_favail:,} more files can be created at {run}"
         yield here.fault("inodes", what, "remove some before checkpoints fail", note=True)
 
 
 def _unwritable(directory: Path, host: str) -> str:
-    """Why no file can be made there, or ""."""
+    """Return why no file can be created there, or ""."""
     path = directory / f".preflight-{host}-{os.getpid()}"
     try:
         path.write_bytes(bytes(4096))
@@ -76,16 +79,16 @@ def _words(error: OSError) -> str:
     return known.what if known else (error.strerror or repr(error)).lower()
 
 
-def datasets(here: Here) -> Iterator[Fault]:
-    """Whether every dataset is there, whole, as far as stat tells."""
+def datasets(here: Here) -> Iterator[NodeFault]:
+    """Check that all files of every dataset exist with the right sizes."""
     for path in here.wanted.data:
         if "://" not in path and (what := _dataset_fault(Path(path).expanduser())):
-            todo = "let data.path be readable on all nodes, or exclude the node"
+            todo = "make data.path readable on all nodes, or exclude the node"
             yield here.fault(f"data {path}", f"{path}: {what}", todo)
 
 
 def _dataset_fault(path: Path) -> str:
-    """What is wrong with it, or ""."""
+    """Return what is wrong with a dataset, or ""."""
     try:
         splits = json.loads((path / "manifest.json").read_bytes())["splits"]
         rows = [row for split in splits.values() for row in split["shards"]]
@@ -102,17 +105,17 @@ def _dataset_fault(path: Path) -> str:
         try:
             have = (path / name).stat().st_size
             if have != size:
-                bad.append(f"{name} has {have:,} bytes where {size:,} belong")
+                bad.append(f"{name} has {have:,} bytes instead of {size:,}")
             elif not os.access(path / name, os.R_OK):
-                bad.append(f"{name} may not be read")
+                bad.append(f"{name} is not readable")
         except OSError as e:
             bad.append(f"{name}: {_words(e)}")
     more = f" (and {len(bad) - 1} more of {len(files)} files)" if len(bad) > 1 else ""
     return bad[0] + more if bad else ""
 
 
-def memory(here: Here) -> Iterator[Fault]:
-    """Whether the ranks have room in what this job may use here."""
+def memory(here: Here) -> Iterator[NodeFault]:
+    """Check that the memory that the job may use here is enough for the ranks."""
     bounds = dict(_memory_bounds(here.root, here.environment))
     if not bounds:
         return
@@ -127,7 +130,7 @@ def memory(here: Here) -> Iterator[Fault]:
 
 
 def _memory_bounds(root: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, int]]:
-    """What bounds the memory of this process, and to how many bytes."""
+    """Yield each limit on the memory of this process, as (name, bytes)."""
     with suppress(OSError):
         for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -154,8 +157,8 @@ def _memory_bounds(root: Path, environment: Mapping[str, str]) -> Iterator[tuple
         yield "cgroup", min(limits)
 
 
-def gpus(here: Here) -> Iterator[Fault]:
-    """Whether a task sees as many as it must."""
+def gpus(here: Here) -> Iterator[NodeFault]:
+    """Check that a task sees enough GPUs."""
     if not here.wanted.gpus:
         return
     count, why = count_gpus(here.root, here.environment)
@@ -168,7 +171,7 @@ def gpus(here: Here) -> Iterator[Fault]:
 
 
 def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
-    """GPUs that CUDA would find here, and what the driver says where it doesn't answer."""
+    """Return the number of GPUs that CUDA would find, and a reason if some are missing."""
     why, present = "", 0
     command = shutil.which("nvidia-smi", path=environment.get("PATH"))
     listed = None
@@ -181,7 +184,7 @@ def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
     elif listed:
         said = (listed.stdout + listed.stderr).strip().splitlines() or [f"{listed.returncode}"]
         why = f" (nvidia-smi: {said[0].rstrip('.')})"
-    else:  # it may see what cgroups keep from us
+    else:  # may include GPUs that cgroups hide from this job
         present = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -196,8 +199,8 @@ def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
     return min(present, named), why
 
 
-def scratch(here: Here) -> Iterator[Fault]:
-    """Whether the node's own disk can be written to, and has room."""
+def scratch(here: Here) -> Iterator[NodeFault]:
+    """Check that the local disk is writable and has free space."""
     if here.wanted.scratch is None:
         return
     path, needs = Path(here.wanted.scratch), here.wanted.scratch_bytes
@@ -216,9 +219,11 @@ def scratch(here: Here) -> Iterator[Fault]:
         yield here.fault("scratch", what, todo)
 
 
-def cpus(here: Here) -> Iterator[Fault]:
-    """Whether each rank has one. This process may be bound to fewer than the ranks will have, so
-    SLURM's own count goes first."""
+def cpus(here: Here) -> Iterator[NodeFault]:
+    """Check that each rank has a CPU.
+
+    SLURM's count is preferred: this process may be bound to fewer CPUs than the ranks will have.
+    """
     given = here.environment.get("SLURM_CPUS_ON_NODE", "")
     count = int(given) if given.isdigit() else len(os.sched_getaffinity(0))
     here.facts["cpus"] = count
@@ -239,18 +244,18 @@ LOOKS = {
 
 
 def look(
-    here: Here, seconds: float, looks: Mapping[str, Callable[[Here], Iterator[Fault]]] = LOOKS
-) -> list[Fault]:
-    """All looks at once; one that doesn't end in time is a fault, too."""
-    found: dict[str, list[Fault]] = {}
+    here: Here, seconds: float, looks: Mapping[str, Callable[[Here], Iterator[NodeFault]]] = LOOKS
+) -> list[NodeFault]:
+    """Run all checks at the same time; one that doesn't end in `seconds` is a fault."""
+    found: dict[str, list[NodeFault]] = {}
     end = time.monotonic() + seconds
 
-    def one(subject: str, work: Callable[[Here], Iterator[Fault]]) -> None:
+    def one(subject: str, work: Callable[[Here], Iterator[NodeFault]]) -> None:
         try:
             found[subject] = list(work(here))
         except Exception as e:
-            what = f"looking at {subject} failed: {e!r}"
-            found[subject] = [here.fault(subject, what, "see to it, or exclude the node")]
+            what = f"the check of {subject} failed: {e!r}"
+            found[subject] = [here.fault(subject, what, "fix the cause, or exclude the node")]
 
     threads = [threading.Thread(target=one, args=item, daemon=True) for item in looks.items()]
     for thread in threads:
@@ -259,6 +264,8 @@ def look(
         thread.join(max(0.0, end - time.monotonic()))
     faults = []
     for subject in looks:
-        late = here.fault(subject, f"{subject} did not answer in {seconds:.0f} s", "exclude it")
+        late = here.fault(
+            subject, f"{subject} did not answer in {seconds:.0f} s", "exclude the node"
+        )
         faults += found.get(subject, [late])
     return faults

@@ -1,8 +1,8 @@
-"""The look at one node, `python -P -m forescale.slurm.node`: tells the supervisor what is wrong.
+"""The preflight of one node, `python -P -m forescale.slurm.node`: reports faults to the supervisor.
 
-Invariant: it ends in time, whatever hangs. The main thread only waits: what may hang (storage, a
-driver, a peer) is done by others, and where not even the main thread runs, faulthandler ends the
-process. Exit code 0: it has said all it had to say, faults too; 1: it could not talk.
+Invariant: it ends in time, whatever hangs. The main thread only waits; other threads do what may
+hang (storage, a driver, a peer). If the main thread hangs too, faulthandler ends the process. Exit
+code 0: everything was reported, including faults; 1: the supervisor could not be reached.
 """
 
 import faulthandler
@@ -27,25 +27,31 @@ from forescale.slurm.findings import Wanted, rounds
 from forescale.slurm.looks import Here, look
 from forescale.slurm.preflight import ADDRESS
 
-_CONNECT = 20.0  # seconds in which the supervisor must be reached
-_ANSWER = 120.0  # and in which it must answer the first word
+_CONNECT = 20.0  # seconds to reach the supervisor
+_ANSWER = 120.0  # seconds for its first answer
 _REPEATS = 3
-# In words of gloo, NCCL and the store: another is gone, or doesn't answer.
+# In errors of gloo, NCCL and the store: a peer ended or doesn't answer.
 _LOST = re.compile(
     r"by peer|time(d )?out|refused|broken pipe|remote process|aborted", re.IGNORECASE
 )
-_LATE = 5.0  # seconds after its time until a process is ended hard
+_LATE = 5.0  # seconds after its time until the process is killed
 
 
 def interface_to(host: str) -> str | None:
-    """The network interface by which `host` is reached, for gloo and NCCL. On that host itself, the
-    one that holds its name's address, or, where that is the loopback (Debian's 127.0.1.1), the one
-    of the default route. None for an address of the loopback, and where nothing is found."""
+    """Return the network interface of the route to `host`, for gloo and NCCL.
+
+    On `host` itself: the interface with the address of its name; if that is the loopback (Debian's
+    127.0.1.1), the one of the default route. None for a loopback address, or if nothing is found.
+    """
     if host == "localhost" or host.startswith("127.") or host == "::1":
         return None
     import psutil
 
-    for target in (host, socket.gethostname(), "192.0.2.1"):  # the last is nobody's
+    for target in (
+        host,
+        socket.gethostname(),
+        "192.0.2.1",
+    ):  # the last address is reserved, for the default route
         with suppress(OSError):
             family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as s:
@@ -58,9 +64,9 @@ def interface_to(host: str) -> str | None:
 
 
 class Network:
-    """Measures together with the other nodes. at: what it does just now."""
+    """Measures the network together with the other nodes. at: the current activity."""
 
-    ALONE = "importing torch"  # all else it does with others
+    ALONE = "importing torch"  # every other activity needs the peers
 
     def __init__(self, here: Here, go: dict[str, Any], supervisor: str):
         self.here, self.go, self.supervisor = here, go, supervisor
@@ -69,13 +75,13 @@ class Network:
         self.at = self.ALONE
 
     def broken(self, how: str, lost: bool) -> dict[str, Any]:
-        """The word for a measuring that failed. lost: for want of another, as far as we see."""
+        """Return the message for a failed measurement. lost: a peer is the likely cause."""
         what = f"measuring the network failed while {self.at}: {how}"
         fault = {"what": what, "todo": "have its network looked at, or exclude it"}
         return {"broken": {**fault, "kind": "network"}, "lost": lost}
 
-    def word(self) -> dict[str, Any]:
-        """Measure; what is to be said of it."""
+    def result(self) -> dict[str, Any]:
+        """Measure, and return the message about it."""
         try:
             return self._measure()
         except Exception as e:
@@ -103,7 +109,7 @@ class Network:
         mine = torch.ones(max(1, wanted.reduce_bytes // 4), device=device)
         theirs = torch.empty_like(mine)
         self.at = "reducing over all nodes"
-        # First of all: NCCL's pairs need a group in which all have met.
+        # First, because NCCL's pairs need a group that is already connected.
         reduce = self._rate(partial(dist.all_reduce, mine))
         pairs = {}
         for pair in (p for r in rounds(len(self.hosts)) for p in r if self.rank in p):
@@ -113,7 +119,7 @@ class Network:
         return {"pairs": pairs, "reduce": reduce}
 
     def _rate(self, work: Callable[[], object]) -> float:
-        """GB/s of the best of a few, after one that connects."""
+        """Return the best GB/s of a few repeats, after one to connect."""
         import torch
 
         best = float("inf")
@@ -135,8 +141,8 @@ def _exchange(mine: Any, theirs: Any, other: int) -> None:
         work.wait()
 
 
-class Talk:
-    """The line to the supervisor."""
+class Connection:
+    """The TCP connection to the supervisor."""
 
     def __init__(self, host: str, port: int):
         end = time.monotonic() + _CONNECT
@@ -148,90 +154,97 @@ class Talk:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.2)
-        self._heard = b""
+        self._buffer = b""
 
-    def say(self, word: dict[str, Any]) -> None:
-        self.socket.sendall(json.dumps(word).encode() + b"\n")
+    def send(self, message: dict[str, Any]) -> None:
+        self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def hear(self, seconds: float) -> dict[str, Any] | None:
-        """Its next word; None where it has closed the line. Raises TimeoutError."""
+    def receive(self, seconds: float) -> dict[str, Any] | None:
+        """Return the next message; None if the connection was closed. Raises TimeoutError."""
         end = time.monotonic() + seconds
-        while b"\n" not in self._heard:
+        while b"\n" not in self._buffer:
             self.socket.settimeout(max(0.01, end - time.monotonic()))
             data = self.socket.recv(1 << 16)
             if not data:
                 return None
-            self._heard += data
-        line, self._heard = self._heard.split(b"\n", 1)
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
         return json.loads(line)
 
 
 def clock(environment: Mapping[str, str], host: str) -> tuple[float, float | None]:
-    """The time here; and by how much a test has moved it."""
+    """Return the time of this node, and by how many seconds a test has moved it (None: not)."""
     if environment.get("FORESCALE_FAKE_CLOCK_NODE") != host:
         return time.time(), None
     moved = float(environment.get("FORESCALE_FAKE_CLOCK", "0"))
     return time.time() + moved, moved
 
 
-def serve(talk: Talk, token: str, host: str, supervisor: str) -> None:
-    """All of a node's talk. Returns once it has said all that it was asked for; raises OSError
-    where it could not."""
+def serve(connection: Connection, token: str, host: str, supervisor: str) -> None:
+    """Check the node, report, and take part in the measurement. Raises OSError if that fails."""
     sent, moved = clock(os.environ, host)
-    talk.say({"token": token, "host": host, "time": sent})
-    word = talk.hear(_ANSWER)
+    connection.send({"token": token, "host": host, "time": sent})
+    message = connection.receive(_ANSWER)
     received, _ = clock(os.environ, host)
-    if word is None:
-        raise ConnectionError("it did not take this process for one of its nodes")
-    seconds = word["seconds"]
+    if message is None:
+        raise ConnectionError("the supervisor did not accept this process as one of its nodes")
+    seconds = message["seconds"]
     end = time.monotonic() + seconds
     faulthandler.dump_traceback_later(seconds + _LATE, exit=True)
-    here = Here(host, Wanted(**word["wanted"]), word["mark"])
+    here = Here(host, Wanted(**message["wanted"]), message["mark"])
     if moved is not None:
         here.facts["fake_clock"] = moved
     began = time.monotonic()
     faults = [{k: v for k, v in asdict(f).items() if k != "host"} for f in look(here, seconds / 2)]
     here.facts["look_seconds"] = round(time.monotonic() - began, 3)
-    said = {"facts": here.facts, "faults": faults, "received": received, "port": _free_port()}
-    talk.say(said)
-    with suppress(OSError):  # by now it knows all that we have to say of ourselves
-        if go := talk.hear(end - time.monotonic()):
-            _take_part(talk, Network(here, go, supervisor), end)
+    report = {"facts": here.facts, "faults": faults, "received": received, "port": _free_port()}
+    connection.send(report)
+    with suppress(OSError):  # the supervisor already has this node's report
+        if go := connection.receive(end - time.monotonic()):
+            _take_part(connection, Network(here, go, supervisor), end)
 
 
-def _take_part(talk: Talk, network: Network, end: float) -> None:
-    """Measure, say what came of it, and stay until the supervisor closes the line: others may
-    need this process until they are done, too."""
-    words: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=lambda: words.put(network.word()), daemon=True).start()
-    began, said = time.monotonic(), False
-    while not select.select([talk.socket], [], [], 0.02)[0] and time.monotonic() < end + _LATE:
-        if not said and not words.empty():
-            talk.say(words.get())
-            said = True
-        elif not said and time.monotonic() > end:
+def _take_part(connection: Connection, network: Network, end: float) -> None:
+    """Measure, report, and stay until the supervisor closes the connection.
+
+    Other nodes may need this process until they have measured, too.
+    """
+    results: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=lambda: results.put(network.result()), daemon=True).start()
+    began, is_sent = time.monotonic(), False
+    while (
+        not select.select([connection.socket], [], [], 0.02)[0] and time.monotonic() < end + _LATE
+    ):
+        if not is_sent and not results.empty():
+            connection.send(results.get())
+            is_sent = True
+        elif not is_sent and time.monotonic() > end:
             how = f"no end after {time.monotonic() - began:.0f} s"
-            talk.say(network.broken(how, lost=network.at != Network.ALONE))
-            said = True
+            connection.send(network.broken(how, lost=network.at != Network.ALONE))
+            is_sent = True
 
 
 def _free_port() -> int:
-    """A port on which the nodes can meet here, if this is the first of them."""
+    """Return a free port, on which the nodes connect if this is the first of them."""
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]
 
 
 def main() -> int:
+    """Run the preflight of this node and return the exit code."""
     faulthandler.register(signal.SIGUSR2)
     faulthandler.dump_traceback_later(_CONNECT + _ANSWER + _LATE, exit=True)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
     where, _, token = os.environ.get(ADDRESS, "").rpartition(":")
     address, _, port = where.rpartition(":")
     try:
-        serve(Talk(address, int(port)), token, host, address)
+        serve(Connection(address, int(port)), token, host, address)
     except (OSError, ValueError) as e:
-        print(f"{host}: preflight: can't talk to {where or 'nobody'}: {e}", file=sys.stderr)
+        print(
+            f"{host}: preflight: can't reach the supervisor at {where or '(no address)'}: {e}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -239,4 +252,4 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # neither a thread that hangs nor torch's own end may keep it
+    os._exit(code)  # without waiting for threads that hang or for torch's cleanup

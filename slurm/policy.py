@@ -1,9 +1,9 @@
-"""What becomes of a job when its ranks have ended: pure functions of what the attempts tell.
+"""What to do with a job when its ranks have ended: pure functions of the run's attempts.
 
-    ranks end -> code -> done, or: again on these nodes, back into the queue, give up
+    ranks end -> code -> end the job, start again on the same nodes, requeue, or give up
 
-Invariant: everything that counts over the lives of a job (crashes, nodes to blame) is derived from
-the run's attempts, so that it survives whatever ends the batch script.
+Invariant: everything counted over attempts (crashes, blamed nodes) is read from the run's files, so
+it survives any end of the batch script.
 """
 
 from collections.abc import Sequence
@@ -16,57 +16,61 @@ from forescale.resilience import launcher
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Run
 
-Deed = Literal["end", "restart", "requeue"]
-_TOO_OFTEN = 2  # faults of a node, until it is left out
+JobAction = Literal["end", "restart", "requeue"]
+_TOO_OFTEN = 2  # failures of a node until it is excluded
 
 
 @dataclass(frozen=True)
 class Past:
-    """Of one submission. crashes: in a row, without a new checkpoint; blamed: by node, what was
-    seen of it; unfit: nodes that the preflight refused."""
+    """The attempts of one submission, summed up.
+
+    crashes: in a row, without a new checkpoint; blamed: the observed failures of each node; faulty:
+    nodes that failed the preflight.
+    """
 
     crashes: int = 0
     blamed: dict[str, list[str]] = field(default_factory=dict)
-    unfit: dict[str, str] = field(default_factory=dict)
+    faulty: dict[str, str] = field(default_factory=dict)
 
     @property
     def excluded(self) -> dict[str, str]:
-        """Nodes that are not to be used again, with the reason."""
+        """Nodes not to use again, with the reason."""
         often = {h: "; ".join(why) for h, why in self.blamed.items() if len(why) >= _TOO_OFTEN}
-        return {**often, **self.unfit}
+        return {**often, **self.faulty}
 
 
 def past(run: Run, submission: str) -> Past:
-    """What the attempts of a submission have come to."""
-    attempts = run.attempts()
-    told = [(a.number, launch_of(a.path)) for a in attempts]
-    lives = [(n, t) for n, t in told if t.get("slurm", {}).get("submission") == submission]
+    """Return the summary of a submission's attempts."""
+    launches = [(a.number, launch_of(a.path)) for a in run.attempts()]
+    own = [(n, t) for n, t in launches if t.get("slurm", {}).get("submission") == submission]
     saved = [number for step in run.checkpoint_steps() if (number := _author(run, step))]
     crashes = 0
     blamed: dict[str, list[str]] = {}
-    unfit: dict[str, str] = {}
-    for i, (number, life) in enumerate(lives):
-        after = lives[i + 1][0] if i + 1 < len(lives) else float("inf")
+    faulty: dict[str, str] = {}
+    for i, (number, launch) in enumerate(own):
+        after = own[i + 1][0] if i + 1 < len(own) else float("inf")
         if any(number <= author < after for author in saved):
             crashes = 0
-        crashes += is_crash(life)
-        for host, reason in life.get("blamed", {}).items():
+        crashes += is_crash(launch)
+        for host, reason in launch.get("blamed", {}).items():
             blamed.setdefault(host, []).append(reason)
-        unfit |= life.get("unfit", {})
-    return Past(crashes, blamed, unfit)
+        faulty |= launch.get("faulty", {})
+    return Past(crashes, blamed, faulty)
 
 
-def is_crash(life: dict[str, Any]) -> bool:
-    """Whether an attempt ended in a way that may repeat. One that nobody saw end counts too: a job
-    may be what kills its nodes. One that was asked to end doesn't, nor one that never
-    began because of nodes that are left out from then on."""
-    if life.get("asked") or life.get("unfit"):
+def is_crash(launch: dict[str, Any]) -> bool:
+    """True if an attempt ended in a way that may repeat.
+
+    An attempt without a recorded end counts: the job may be what kills its nodes. One that got a
+    stop signal doesn't, nor one that never began because of nodes that are excluded from then on.
+    """
+    if launch.get("stop_signal") or launch.get("faulty"):
         return False
-    return launcher.after(life.get("code", 1), 0) == "restart"
+    return launcher.next_action(launch.get("code", 1), 0) == "restart"
 
 
 def _author(run: Run, step: int) -> int | None:
-    """The attempt that wrote a checkpoint; None for one that doesn't say."""
+    """Return the attempt that wrote a checkpoint; None if it can't be read."""
     try:
         return Checkpoint(run.checkpoint_path(step)).attempt
     except UserError:
@@ -74,10 +78,10 @@ def _author(run: Run, step: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """deed, the code that the job ends with, and why, for people to read."""
+class JobDecision:
+    """What to do, the exit code if the job ends, and the reason as text."""
 
-    deed: Deed
+    action: JobAction
     code: int
     why: str
     exclude: tuple[str, ...] = ()
@@ -91,33 +95,35 @@ def decide(
     is_stopped: bool,
     may_requeue: bool,
     state: str,
-    ill: Sequence[str] = (),
-) -> Decision:
+    down: Sequence[str] = (),
+) -> JobDecision:
     """What to do when ranks ended with `code`.
 
-    past: with this end; nodes: of the job; state: SLURM's word for it; ill: nodes of the job that
-    SLURM doesn't hold for usable. The same rule as the local launcher's (`launch.after`) says
-    whether a crash is tried again.
+    past: including this end; nodes: of the job; state: SLURM's state of the job; down: nodes of the
+    job that SLURM calls down. Whether a crash is tried again follows the rule of the local launcher
+    (`launcher.next_action`).
     """
     if is_stopped and code != DONE:
-        return Decision("end", INTERRUPTED, "stopped as asked; submit it again to go on")
+        return JobDecision("end", INTERRUPTED, "stopped on request; submit it again to resume")
     if state != "RUNNING":
-        # It is being cancelled, or requeued by SLURM itself; to requeue it now would undo a cancel.
-        return Decision("end", code, f"SLURM is ending the job ({state.lower() or 'unknown'})")
+        # SLURM cancels or requeues it already; to requeue it now would undo a cancel.
+        return JobDecision("end", code, f"SLURM is ending the job ({state.lower() or 'unknown'})")
     out = tuple(host for host in nodes if host in past.excluded)
-    deed = launcher.after(code, past.crashes)
+    action = launcher.next_action(code, past.crashes)
     if code == INTERRUPTED:
         if may_requeue:
-            return Decision("requeue", code, "goes on in the queue", out)
-        return Decision("end", code, "slurm.requeue=false; submit it again to go on")
-    if deed == "end":
-        return Decision("end", code, "done" if code == DONE else "not to be mended by trying again")
-    if deed == "give up":
+            return JobDecision("requeue", code, "requeued to resume", out)
+        return JobDecision("end", code, "slurm.requeue=false; submit it again to resume")
+    if action == "end":
+        return JobDecision("end", code, "done" if code == DONE else "trying again would not help")
+    if action == "give up":
         why = f"{past.crashes} crashes in a row without a new checkpoint"
-        return Decision("end", GAVE_UP, f"gave up after {why}")
-    if not out and not ill:
-        return Decision("restart", code, "starts again on the same nodes")
-    named = [f"{host} ({past.excluded[host]})" for host in out] + [f"{h} is down" for h in ill]
+        return JobDecision("end", GAVE_UP, f"gave up after {why}")
+    if not out and not down:
+        return JobDecision("restart", code, "starting again on the same nodes")
+    named = [f"{host} ({past.excluded[host]})" for host in out] + [f"{h} is down" for h in down]
     if not may_requeue:
-        return Decision("end", code, f"not without other nodes: {', '.join(named)}")
-    return Decision("requeue", code, f"goes on on other nodes: {', '.join(named)}", out)
+        return JobDecision(
+            "end", code, f"it needs other nodes, but slurm.requeue=false: {', '.join(named)}"
+        )
+    return JobDecision("requeue", code, f"requeued to use other nodes: {', '.join(named)}", out)

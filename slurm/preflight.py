@@ -1,14 +1,14 @@
-"""Before ranks start: hears what every node says of itself, and says what is wrong with which.
+"""The preflight, before ranks start: collects a report from every node and judges them.
 
-    the supervisor (Preflight)             a node (node.py); each word is a line of JSON
+    the supervisor (Preflight)             a node (node.py); each message is a line of JSON
                                        <-  token, host, time
     wanted, mark, seconds              ->
                                        <-  facts, faults, received (its clock), port (a free one)
     go, or the connection is closed    ->
                                        <-  pairs, reduce; or fault, lost
 
-Invariant: only who knows the token is heard; every host ends with all it had to say or with a
-fault in its name; nobody is waited for beyond the timeout. Imports no torch.
+Invariant: only processes with the token are accepted; every host ends with a complete report or a
+fault of its own; the timeout holds for all. Imports no torch.
 """
 
 import json
@@ -24,18 +24,26 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from forescale.slurm.findings import Fault, Report, Wanted, best_pairs, merged, skew_of, slow_nodes
+from forescale.slurm.findings import (
+    NodeFault,
+    PreflightReport,
+    Wanted,
+    best_pairs,
+    merged,
+    skew_of,
+    slow_nodes,
+)
 
-__all__ = ["ADDRESS", "Fault", "Preflight", "Report", "Wanted"]
+__all__ = ["ADDRESS", "NodeFault", "Preflight", "PreflightReport", "Wanted"]
 
 ADDRESS = "FORESCALE_PREFLIGHT"  # host:port:token of the supervisor
-_GRACE = 2.0  # seconds that others have to speak once a node has failed in measuring
-_STRANGER, _KNOWN = 1 << 12, 1 << 24  # bytes of a line
+_GRACE = 2.0  # seconds for other reports after a node has failed to measure
+_STRANGER, _KNOWN = 1 << 12, 1 << 24  # most bytes of a line before and after the token was checked
 
 
 @dataclass
 class _Node:
-    """What a host has said so far. seconds: until it had looked around."""
+    """The reports of a host so far. seconds: until its checks were done."""
 
     host: str
     line: "_Line | None" = None  # while it is connected
@@ -45,35 +53,37 @@ class _Node:
     seconds: float | None = None
     port: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[NodeFault] = field(default_factory=list)
     pairs: dict[str, float] | None = None
     reduce: float = 0.0
-    broken: Fault | None = None  # while it measured
-    lost: bool = False  # `broken` says no more than that another doesn't answer
+    broken: NodeFault | None = None  # a failure of the measurement
+    lost: bool = False  # `broken` only means that a peer did not answer
 
-    def fault(self, what: str, todo: str, kind: str) -> Fault:
-        return Fault(self.host, what, todo, kind)
+    def fault(self, what: str, todo: str, kind: str) -> NodeFault:
+        return NodeFault(self.host, what, todo, kind)
 
     @property
     def failed(self) -> bool:
-        """Whether it, and none of those that wait for it, broke off the measuring."""
+        """True if this node itself failed to measure, not only a peer of it."""
         return self.pairs is None and (not self.lost if self.broken else self.line is None)
 
 
 @dataclass
 class _Line:
     socket: socket.socket
-    node: _Node | None = None  # None: a stranger
-    heard: bytes = b""
+    node: _Node | None = None  # None: its token is not yet checked
+    buffer: bytes = b""
 
-    def say(self, word: dict[str, Any]) -> None:
-        with suppress(OSError):  # that it is gone is found by reading
-            self.socket.sendall(json.dumps(word).encode() + b"\n")
+    def send(self, message: dict[str, Any]) -> None:
+        with suppress(OSError):  # a closed connection is noticed when reading
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
 
 
 class Preflight:
-    """A server for the nodes' processes, on a port of all interfaces. hosts: the nodes, as SLURM
-    calls them; address: of this host, as the others reach it."""
+    """A server for the nodes' processes, on a free port of all interfaces.
+
+    hosts: SLURM's names of the nodes; address: of this host, for the other nodes.
+    """
 
     def __init__(self, wanted: Wanted, hosts: list[str], address: str):
         self.wanted, self.hosts, self.address = wanted, list(hosts), address
@@ -85,28 +95,30 @@ class Preflight:
         self._selector.register(self._server, selectors.EVENT_READ, None)
         self._measuring = False
         self._mark = Path(wanted.run) / f".preflight-{self.token[:8]}"
-        try:  # a node that doesn't see it has another directory of that name
+        try:  # a node that doesn't see this file has another directory of that name
             self._mark.touch()
         except OSError:
             self._mark = Path()
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the nodes' processes need beside SLURM's own variables."""
+        """Environment variables for the nodes' processes, beside SLURM's own."""
         return {ADDRESS: f"{self.address}:{self.port}:{self.token}"}
 
-    def collect(self, is_over: Callable[[], bool], timeout: float) -> Report:
-        """Hear the nodes until all have said all, the step that runs them is over, or the time is.
-        Closes the server, and the nodes' processes end with it: call it once."""
+    def collect(self, is_over: Callable[[], bool], timeout: float) -> PreflightReport:
+        """Return the report once all nodes have reported, their step has ended, or time is up.
+
+        Call it once: it closes the server, which also ends the nodes' processes.
+        """
         began = self._began = time.monotonic()
         self._end = began + timeout
         failed, over = 0.0, False
         try:
             while time.monotonic() < self._end and not self._have_all():
-                heard = self._listen_for(0.1)
-                if over and not heard:
+                received = self._listen_for(0.1)
+                if over and not received:
                     break
-                over = over or is_over()  # what was said before is still on its way
+                over = over or is_over()  # earlier messages may still arrive
                 if self._measuring and any(n.failed for n in self._nodes.values()):
                     failed = failed or time.monotonic()
                     if time.monotonic() - failed > _GRACE:
@@ -116,6 +128,7 @@ class Preflight:
             self.close()
 
     def close(self) -> None:
+        """Close the server and all connections, and remove the file in the run directory."""
         if self._server.fileno() < 0:
             return
         for key in list(self._selector.get_map().values()):
@@ -126,7 +139,7 @@ class Preflight:
                 self._mark.unlink()
 
     def _have_all(self) -> bool:
-        """Whether nobody has more to say. Lets them measure once all have looked around."""
+        """True if no more reports are expected. Starts the measurement after all checks."""
         nodes = self._nodes.values()
         if self._measuring:
             return all(n.pairs is not None or n.broken or not n.line for n in nodes)
@@ -145,11 +158,11 @@ class Preflight:
         }
         for n in nodes:
             assert n.line is not None
-            n.line.say(go)
+            n.line.send(go)
         return False
 
     def _listen_for(self, seconds: float) -> bool:
-        """Take what comes; whether something did."""
+        """Accept connections and read messages for up to `seconds`; True if there were any."""
         events = self._selector.select(seconds)
         for key, _ in events:
             if key.data is not None:
@@ -164,41 +177,41 @@ class Preflight:
     def _read(self, line: _Line) -> None:
         try:
             data = line.socket.recv(1 << 16)
-            *whole, line.heard = (line.heard + data).split(b"\n")
+            *whole, line.buffer = (line.buffer + data).split(b"\n")
             for raw in whole:
-                self._hear(line, json.loads(raw))
-            if data and len(line.heard) < (_KNOWN if line.node else _STRANGER):
+                self._receive(line, json.loads(raw))
+            if data and len(line.buffer) < (_KNOWN if line.node else _STRANGER):
                 return
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            pass  # whoever speaks otherwise is nobody of ours
+            pass  # not one of our processes
         self._selector.unregister(line.socket)
         line.socket.close()
         if line.node is not None:
             line.node.line = None
 
-    def _hear(self, line: _Line, word: dict[str, Any]) -> None:
+    def _receive(self, line: _Line, message: dict[str, Any]) -> None:
         node = line.node
         if node is None:
-            if not secrets.compare_digest(word["token"].encode(), self.token.encode()):
-                raise ValueError("a stranger")
-            node = self._nodes[word["host"]]
+            if not secrets.compare_digest(message["token"].encode(), self.token.encode()):
+                raise ValueError("wrong token")
+            node = self._nodes[message["host"]]
             if node.came:
-                raise ValueError("a second process of a node")
-            line.node, node.line, node.came, node.sent = node, line, True, word["time"]
+                raise ValueError("a second process of this node")
+            line.node, node.line, node.came, node.sent = node, line, True, message["time"]
             here, there = line.socket.getsockname()[0], line.socket.getpeername()[0]
             node.facts["address"] = self.address if here == there else _plain(there)
             node.answered = time.time()
             mark, seconds = self._mark.name, self._end - time.monotonic() - 1.0
-            line.say({"wanted": asdict(self.wanted), "mark": mark, "seconds": seconds})
-        elif "facts" in word:
-            node.facts |= word["facts"]
-            node.faults = [Fault(node.host, **f) for f in word["faults"]]
-            node.seconds, node.port = time.monotonic() - self._began, word["port"]
-            self._judge_clock(node, word["received"])
-        elif "broken" in word:
-            node.broken, node.lost = Fault(node.host, **word["broken"]), word["lost"]
+            line.send({"wanted": asdict(self.wanted), "mark": mark, "seconds": seconds})
+        elif "facts" in message:
+            node.facts |= message["facts"]
+            node.faults = [NodeFault(node.host, **f) for f in message["faults"]]
+            node.seconds, node.port = time.monotonic() - self._began, message["port"]
+            self._judge_clock(node, message["received"])
+        elif "broken" in message:
+            node.broken, node.lost = NodeFault(node.host, **message["broken"]), message["lost"]
         else:
-            node.pairs, node.reduce = word["pairs"], word["reduce"]
+            node.pairs, node.reduce = message["pairs"], message["reduce"]
 
     def _judge_clock(self, node: _Node, received: float) -> None:
         skew = skew_of(node.sent, node.answered, received)
@@ -207,9 +220,9 @@ class Preflight:
             way = "ahead of" if skew > 0 else "behind"
             fake = " (a fake: FORESCALE_FAKE_CLOCK)" if "fake_clock" in node.facts else ""
             what = f"its clock is {abs(skew):.1f} s {way} the first node's{fake}"
-            node.faults.append(node.fault(what, "have its clock set, or exclude it", "clock"))
+            node.faults.append(node.fault(what, "set its clock, or exclude the node", "clock"))
 
-    def _report(self, seconds: float, over: bool) -> Report:
+    def _report(self, seconds: float, over: bool) -> PreflightReport:
         nodes = list(self._nodes.values())
         faults = [f for n in nodes for f in n.faults]
         faults += self._silent(seconds, over)
@@ -217,40 +230,42 @@ class Preflight:
         reduce = None
         if self._measuring:
             broken = [f for n in nodes if (f := self._broken(n, seconds)) is not None]
-            # The others wait for one that failed; or for one that has not even seen its time pass.
-            for guilty in (lambda n: n.failed, lambda n: not n.broken, lambda n: True):
-                if blamed := [f for n, f in broken if guilty(n)]:
+            # Blame nodes that failed themselves; if none, those without a report; else all.
+            for failed_first in (lambda n: n.failed, lambda n: not n.broken, lambda n: True):
+                if blamed := [f for n, f in broken if failed_first(n)]:
                     faults += blamed
                     break
             if not broken:
                 reduce = min(n.reduce for n in nodes)
             faults += self._judge_rates(notes)
         elif self.wanted.reduce and len(nodes) > 1:
-            notes.append("the network was not measured: not all nodes are there and well")
+            notes.append("the network was not measured, because some nodes are missing or faulty")
         common, own = merged([f for f in faults if f.note], self._nodes)
         notes = [f.sentence for f in common + own] + notes
         facts = {n.host: n.facts for n in nodes}
-        return Report([f for f in faults if not f.note], notes, facts, reduce, round(seconds, 3))
+        return PreflightReport(
+            [f for f in faults if not f.note], notes, facts, reduce, round(seconds, 3)
+        )
 
-    def _silent(self, seconds: float, over: bool) -> list[Fault]:
-        """Faults of those that came and didn't go on, or never came."""
+    def _silent(self, seconds: float, over: bool) -> list[NodeFault]:
+        """Return faults of nodes that never connected, or connected and did not report."""
         nodes = self._nodes.values()
         others = max((n.seconds for n in nodes if n.seconds is not None), default=None)
         beside = f"; the others did in {others:.0f} s" if others is not None else ""
         todo = "see the job's log for a reason, or exclude the node"
         found = []
         for n in nodes:
-            if n.seconds is not None or (over and n.line):  # it was not let finish
+            if n.seconds is not None or (over and n.line):  # it was interrupted by us
                 continue
             what = f"did not answer in {seconds:.0f} s{beside}"
             if n.came and n.line is None:
-                what = f"its process of the preflight ended without a word{beside}"
+                what = f"its preflight process ended without a report{beside}"
             elif over:
-                what = f"its process of the preflight never came{beside}"
+                what = f"its preflight process never connected{beside}"
             found.append(n.fault(what, todo, "silent"))
         return found
 
-    def _broken(self, n: _Node, seconds: float) -> tuple[_Node, Fault] | None:
+    def _broken(self, n: _Node, seconds: float) -> tuple[_Node, NodeFault] | None:
         if n.pairs is not None:
             return None
         if n.broken is None:
@@ -259,8 +274,8 @@ class Preflight:
             return n, n.fault(what, "see the job's log, or exclude the node", "network")
         return n, n.broken
 
-    def _judge_rates(self, notes: list[str]) -> list[Fault]:
-        """Faults of slow nodes, by the rates of all pairs that were measured."""
+    def _judge_rates(self, notes: list[str]) -> list[NodeFault]:
+        """Return faults of slow nodes, from the rates of all measured pairs."""
         pairs: dict[tuple[str, str], float] = {}
         for n in self._nodes.values():
             for other, rate in (n.pairs or {}).items():
@@ -273,21 +288,21 @@ class Preflight:
             if host in slow:
                 beside = f"; the median is {median_high(best.values()):.2f}"
             elif rate < least:
-                beside = f", below the {least:g} that are wanted"
+                beside = f", below the required {least:g}"
             else:
                 continue
             what = f"{rate:.2f} GB/s at best with its neighbours{beside}"
-            todo = "exclude it, or have its network looked at"
-            found.append(Fault(host, what, todo, "slow"))
-        if len(best) == 2 and found:  # which of the two it is nobody can tell
+            todo = "exclude the node, or have its network checked"
+            found.append(NodeFault(host, what, todo, "slow"))
+        if len(best) == 2 and found:  # the rate doesn't show which of the two is slow
             what = f"{min(best.values()):.2f} GB/s between them, below {least:g}"
-            notes.append(f"{' and '.join(best)}: {what}; have their network looked at")
+            notes.append(f"{' and '.join(best)}: {what}; have their network checked")
             return []
         return found
 
 
 def _listen(hosts: int) -> socket.socket:
-    """A server on a port of its own; with as many files as it needs for all hosts."""
+    """Return a listening socket, and raise the limit of open files if all hosts need it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hosts + 256:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -299,5 +314,5 @@ def _listen(hosts: int) -> socket.socket:
 
 
 def _plain(address: str) -> str:
-    """An IPv4 address that a socket for both kinds wrote as one of IPv6."""
+    """Return an IPv4 address without the IPv6 prefix that a dual-stack socket adds."""
     return address.removeprefix("::ffff:")

@@ -1,6 +1,6 @@
-"""SLURM as this project speaks to it: the only file that runs sbatch, squeue, scontrol and scancel.
+"""SLURM's commands: only this file runs sbatch, squeue, scontrol, sinfo and scancel.
 
-Invariant: what SLURM answers is parsed here, and its faults leave as UserErrors with its own words.
+Invariant: this file parses SLURM's output and raises its errors as UserErrors with their text.
 Job ids are text: 123, or 123_4 for a task of an array.
 """
 
@@ -20,14 +20,17 @@ from forescale.errors import UserError
 _TIMEOUT = 60.0  # seconds; a controller that is busy or fails over answers late
 _GONE = re.compile(r"Invalid job id|do not exist|unable to load job", re.IGNORECASE)
 _BUSY = re.compile(r"timed out|unable to contact|connection (failure|refused)", re.IGNORECASE)
-_AWAY = 900.0  # seconds that a job waits for a controller
-_FORMAT = "%i|%T|%r|%M|%L|%N|%S"  # what Job has, in its order
+_AWAY = 900.0  # seconds that a job waits for a controller to come back
+_FORMAT = "%i|%T|%r|%M|%L|%N|%S"  # the fields of Job, in their order
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the queue shows it. reason: why it waits, in SLURM's word; elapsed, left: as squeue
-    prints them; start: when it began, or is expected to."""
+    """A job in the queue.
+
+    reason: SLURM's reason why it waits; elapsed, left: times as squeue prints them; start: when it
+    began or is expected to begin.
+    """
 
     id: str
     state: str
@@ -39,39 +42,40 @@ class Job:
 
     @property
     def is_waiting(self) -> bool:
+        """True if the job has not started yet."""
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 
 
 def is_here() -> bool:
-    """Whether this machine can submit jobs."""
+    """True if this machine has sbatch."""
     return shutil.which("sbatch") is not None
 
 
 def must_be_here() -> None:
-    """Raises UserError where it isn't."""
+    """Raise UserError if this machine has no sbatch."""
     if not is_here():
         _once(["sbatch", "--version"])
 
 
 def submit(script: Path) -> str:
-    """The id of the new job. Raises UserError with SLURM's sentence where it takes none."""
+    """Submit a script and return the id of the job. Raises UserError if SLURM refuses."""
     return _run(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:
-    """Those of the jobs that the queue still holds."""
+    """Return those of the jobs that are still in the queue."""
     command = ["squeue", "--noheader", "--array", f"--format={_FORMAT}", f"--jobs={','.join(ids)}"]
     try:
         lines = _run(command).splitlines()
     except UserError as e:
-        if _GONE.search(e.what):  # of a single id that the controller has forgotten
+        if _GONE.search(e.what):  # a single id that the controller no longer knows
             return []
         raise
     return [Job(*line.split("|")) for line in lines if line]
 
 
 def show(job: str) -> dict[str, str]:
-    """What scontrol knows of a job; empty for one that is forgotten."""
+    """Return scontrol's facts about a job; empty if it no longer knows the job."""
     try:
         text = _run(["scontrol", "--oneliner", "show", "job", job])
     except UserError as e:
@@ -82,15 +86,17 @@ def show(job: str) -> dict[str, str]:
 
 
 def eligible(job: str) -> float | None:
-    """When the job could have started as far as the user goes: seconds since the epoch."""
+    """Return when the job became eligible to start, in seconds since the epoch; None if unknown."""
     with suppress(UserError, ValueError):
         return time.mktime(time.strptime(show(job)["EligibleTime"], "%Y-%m-%dT%H:%M:%S"))
     return None
 
 
 def requeue(job: str, exclude: Sequence[str] = ()) -> None:
-    """Put a running job back into the queue, to run again, but not on those nodes. SLURM ends the
-    caller, too, if it is part of the job."""
+    """Requeue a running job, without the nodes `exclude`.
+
+    If the caller is part of the job, SLURM ends it, too.
+    """
     _run(["scontrol", "requeue", job], deaf=True)
     if exclude:  # allowed only while the job waits
         command = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}"]
@@ -98,30 +104,31 @@ def requeue(job: str, exclude: Sequence[str] = ()) -> None:
 
 
 def cancel(job: str) -> None:
+    """Cancel a job."""
     _run(["scancel", job])
 
 
-def tell(job: str, name: str) -> None:
-    """Send a signal, by its name, to the job's batch script, not to its ranks."""
+def signal_batch(job: str, name: str) -> None:
+    """Send the signal `name` to the batch script of a job, not to its ranks."""
     _run(["scancel", "--batch", f"--signal={name}", job])
 
 
 def end_step(step: str) -> None:
-    """Kill the processes of a step, JOB.STEP, on all nodes that can be reached."""
+    """Kill the processes of a step, JOB.STEP, on all reachable nodes."""
     _run(["scancel", "--signal=KILL", step])
 
 
 def newest_step(job: str) -> str:
-    """JOB.STEP of the step that srun began last; the job itself where none is known."""
+    """Return JOB.STEP of the newest step of a job; the job's id if it has no step."""
     lines = _run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]).split()
     numbers = [int(n) for _, _, n in (line.rpartition(".") for line in lines) if n.isdigit()]
     return f"{job}.{max(numbers)}" if numbers else job
 
 
 def unusable(nodes: Sequence[str]) -> list[str]:
-    """Those of the nodes that SLURM takes for down, or that don't answer it."""
+    """Return the nodes that SLURM calls down, or that don't answer SLURM."""
     states = _node_states(f"--nodes={','.join(nodes)}")
-    # A * at the end: it doesn't answer.
+    # A * at the end means: it doesn't answer.
     return [n for n, state in states.items() if state.endswith("*") or state.startswith("down")]
 
 
@@ -131,22 +138,24 @@ def _node_states(which: str) -> dict[str, str]:
 
 
 def num_usable(partition: str, without: Sequence[str]) -> int:
-    """Nodes of a partition that work or may work soon, but for some."""
+    """Return the number of a partition's nodes that work or may work soon, except `without`."""
     states = _node_states(f"--partition={partition}")
     well = {n for n, state in states.items() if not re.search(r"\*$|^(down|drain|fail)", state)}
     return len(well - set(without))
 
 
 def hosts(nodelist: str) -> list[str]:
-    """The names behind SLURM's short form, n[1-3]."""
+    """Return the names that SLURM's short form, n[1-3], stands for."""
     if not re.search(r"[\[,]", nodelist):
         return [nodelist]
     return _run(["scontrol", "show", "hostnames", nodelist]).split()
 
 
 def _run(command: list[str], deaf: bool = False) -> str:
-    """Its output. Inside of a job, which can't be asked to come again, it waits for a controller
-    that is away. deaf: to SIGTERM, which SLURM sends to every process of a job that it ends."""
+    """Run a command and return its output. Inside a job, wait for a controller that is away.
+
+    deaf: ignore SIGTERM, which SLURM sends to every process of a job that it ends.
+    """
     end = time.monotonic() + (_AWAY if "SLURM_JOB_ID" in os.environ else 0.0)
     while True:
         try:
@@ -171,15 +180,17 @@ def _once(command: list[str], deaf: bool = False) -> str:
         )
     except FileNotFoundError:
         what = "is not on this machine's PATH"
-        todo = "do this on a login node of a SLURM cluster, or train here with forescale train"
+        todo = "run this on a login node of a SLURM cluster, or train here with forescale train"
         raise UserError(command[0], what, todo) from None
     except subprocess.TimeoutExpired:
         what = f"SLURM did not answer in {_TIMEOUT:.0f} s (timed out)"
-        raise UserError(command[0], what, "see sinfo, and try again") from None
+        raise UserError(command[0], what, "check sinfo, and try again") from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"ended with code {done.returncode}"
         said = said.removeprefix(f"{command[0]}: ").removeprefix("error: ")
-        raise UserError(command[0], f"SLURM says: {said}", "change what it names, see sinfo")
+        raise UserError(
+            command[0], f"SLURM says: {said}", "correct the setting it names; see sinfo"
+        )
     return done.stdout
 
 

@@ -1,6 +1,6 @@
-"""A rank, `python -P -m forescale.slurm.rank RUN`: a task of srun trains the frozen config.
+"""A rank, `python -P -m forescale.slurm.rank RUN`: trains the frozen config as a task of srun.
 
-Invariant: what torch must know of the world stands in the environment before torch is imported.
+Invariant: torch's variables (RANK, WORLD_SIZE, ...) are set before torch is imported.
 """
 
 import os
@@ -11,13 +11,15 @@ from forescale.slurm.node import interface_to
 
 
 def adopt() -> None:
-    """srun's names in torch's words. The batch script has set MASTER_ADDR, MASTER_PORT and
-    LOCAL_WORLD_SIZE."""
-    words = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({ours: os.environ[theirs] for ours, theirs in words.items()})
+    """Set torch's variables from srun's.
+
+    The supervisor has set MASTER_ADDR, MASTER_PORT and LOCAL_WORLD_SIZE.
+    """
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
     if found := interface_to(os.environ["MASTER_ADDR"]):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
-        # With = it is that one alone, and not all whose names begin so.
+        # With =, NCCL uses this interface alone, not all whose names begin with it.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={found}")
 
 

@@ -1,7 +1,7 @@
-"""The batch script of one run, or of an array of runs, from its profile.
+"""The batch script of one run or of an array of runs.
 
-Invariant: all that was decided stands in the script in plain words, so that a user can read it,
-change it and submit it by hand; no value reaches the shell unquoted.
+Invariant: the script contains every setting, so a user can read it, change it and submit it by
+hand. Every value in it is quoted for the shell.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from forescale.slurm.submission import Submission
 
 @dataclass(frozen=True)
 class Order:
-    """What is submitted together. lead: seconds before the limit at which the job is told."""
+    """The runs of one submission. lead: seconds before the time limit at which they save."""
 
     names: Sequence[str]
     runs: Sequence[Path]
@@ -31,13 +31,13 @@ class Order:
 
     @property
     def log(self) -> Path:
-        """Of the batch scripts; those of an array lie together, %a is the task's number."""
+        """The log of the batch script; in an array, %a is the number of the task."""
         name = "slurm-%a.log" if len(self.names) > 1 else "slurm.log"
         return self.submissions[0].path / name
 
 
 def render(order: Order) -> str:
-    """The script as text."""
+    """Return the script as text."""
     room = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -63,25 +63,30 @@ def render(order: Order) -> str:
         exports=settings.exports,
         interface=settings.interface,
         directory=Path.cwd(),
-        # Outside of the container there is the Python that submits.
+        # Outside of a container, the Python that submits.
         python=sys.executable if settings.container else settings.python or sys.executable,
     )
 
 
 def options(order: Order) -> list[tuple[str, str]]:
-    """sbatch's options, each with why it is there where that isn't plain."""
+    """Return sbatch's options, each with a comment, or "" if it needs none."""
     s, several = order.settings, len(order.names) > 1
     log = order.log
     found: list[tuple[str, str]] = [
         (f"--job-name={shlex.quote(order.names[0] + ('+' if several else ''))}", ""),
-        (f"--output={_escaped(log)}", "of this script; ranks write to attempts/NNNN/rank-N.log"),
-        ("--open-mode=append", "a requeued job goes on in the same file"),
+        (
+            f"--output={_escaped(log)}",
+            "output of this script; ranks write to attempts/NNNN/rank-N.log",
+        ),
+        ("--open-mode=append", "a requeued job appends to the same file"),
         (f"--nodes={s.nodes}", ""),
-        (f"--ntasks-per-node={s.ranks_per_node}", "one rank a task"),
+        (f"--ntasks-per-node={s.ranks_per_node}", "one task per rank"),
     ]
     if several:
         throttle = f"%{s.at_once}" if s.at_once else ""
-        found.append((f"--array=0-{len(order.names) - 1}{throttle}", "one run a task of the array"))
+        found.append(
+            (f"--array=0-{len(order.names) - 1}{throttle}", "one task of the array per run")
+        )
     if s.gres:
         found.append((f"--gres={s.gres}", ""))
     elif s.gpus_per_node:
@@ -93,7 +98,7 @@ def options(order: Order) -> list[tuple[str, str]]:
         found.append((f"--cpus-per-task={s.cpus_per_task}", ""))
     if s.time is not None:
         found.append((f"--time={_time(s.time.seconds or 0.0)}", ""))
-        why = "so long before the limit, ranks are told to save"
+        why = "this many seconds before the limit, ranks save and end"
         found.append((f"--signal=B:USR1@{order.lead}", why))
     if s.exclusive:
         found.append(("--exclusive", ""))
@@ -101,13 +106,15 @@ def options(order: Order) -> list[tuple[str, str]]:
         found.append((f"--exclude={','.join(s.exclude)}", ""))
     if s.after:
         found.append((f"--dependency=afterok:{':'.join(s.after)}", ""))
-        found.append(("--kill-on-invalid-dep=yes", "what can never start doesn't wait for ever"))
+        found.append(
+            ("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay in the queue")
+        )
     found.append(("--requeue" if s.requeue else "--no-requeue", ""))
     return found + [(option, "") for option in s.options]
 
 
 def _time(seconds: float) -> str:
-    """As sbatch writes it: days-hours:minutes:seconds."""
+    """Return a time in sbatch's format, days-hours:minutes:seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -115,6 +122,6 @@ def _time(seconds: float) -> str:
 
 
 def _escaped(path: Path) -> str:
-    """A file name for sbatch, which takes % for its own, but for the %a of an array."""
+    """Return a quoted file name for sbatch, with % escaped in the directory."""
     directory = str(path.parent).replace("%", "%%")
     return shlex.quote(f"{directory}/{path.name}")

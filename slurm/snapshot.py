@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import forescale
-from forescale.config.schema import TargetConfig
-from forescale.config.target import find_package
+from forescale.config.target import find_package, targets
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 
@@ -25,18 +24,21 @@ _PACKAGES = ("forescale", "forescale.models", "forescale.conf", "forescale.slurm
 
 
 def own_packages(job: TrainJob) -> list[Path]:
-    """The user's package or module that holds the job's model, unless it is installed."""
-    if not isinstance(job.model, TargetConfig):
-        return []
-    top = job.model.target.partition(".")[0]
-    spec = find_package(top)
-    if spec is None:
-        what = f"Python finds no module {top} from here"
-        raise UserError("model._target_", what, "submit from the directory that holds it")
-    where = spec.submodule_search_locations
-    path = Path(next(iter(where))) if where else Path(spec.origin or "")
+    """Return the user's packages and modules that hold the classes of the job's `_target_` keys,
+    without the installed ones. Raises UserError if Python doesn't find one."""
+    found: list[Path] = []
     installed = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")}
-    return [] if str(path.parent) in installed or not path.exists() else [path]
+    for key, target in targets(job).items():
+        top = target.partition(".")[0]
+        spec = find_package(top)
+        if spec is None:
+            what = f"Python finds no module {top} from here"
+            raise UserError(key, what, "submit from the directory that holds it")
+        where = spec.submodule_search_locations
+        path = Path(next(iter(where))) if where else Path(spec.origin or "")
+        if str(path.parent) not in installed and path.exists() and path not in found:
+            found.append(path)
+    return found
 
 
 def write_code(target: Path, more: list[Path]) -> None:

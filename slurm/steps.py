@@ -1,7 +1,7 @@
-"""srun: a step of the job on all its nodes, and what srun says of the tasks that end badly.
+"""Steps of a job: run a command on all its nodes with srun, and read which tasks failed.
 
-Invariant: a step that is begun is waited for, or killed and given up; the batch script never hangs
-on a node that doesn't answer.
+Invariant: a step is waited for, or killed and abandoned. The supervisor never hangs on a node that
+doesn't answer.
 """
 
 import os
@@ -22,18 +22,17 @@ from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.submission import Submission
 
-_SAID = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
+_FAILED = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
 _SCRATCH = '"$FORESCALE_SCRATCH"'
-_PATIENCE = 60.0  # seconds from a task's bad end until the others are killed from outside
-_LAST = 30.0  # and from there until srun itself is
-_MORE = 5.0  # seconds in which others may still say something after a bad end
+_PATIENCE = 60.0  # seconds from the first failure until the other tasks are killed
+_LAST = 30.0  # seconds from then until srun itself is killed
+_MORE = 5.0  # seconds after a failure in which other tasks may still report
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that ended badly: its rank, the node, its code (negative: the signal), and how, in
-    srun's words."""
+    """A failed task. code: negative for a signal; how: srun's text."""
 
     rank: int
     host: str
@@ -41,11 +40,13 @@ class Failure:
     how: str
 
 
-def failures(said: str) -> list[Failure]:
-    """What srun's messages tell, in their order: `srun: error: n2: tasks 2-3: Exited with exit
-    code 1`."""
+def failures(output: str) -> list[Failure]:
+    """Return the failures in srun's output, in their order.
+
+    A line is, for example: `srun: error: n2: tasks 2-3: Exited with exit code 1`.
+    """
     found = []
-    for host, tasks, how in _SAID.findall(said):
+    for host, tasks, how in _FAILED.findall(output):
         code = next((-n for word, n in _KILLS.items() if how.startswith(word)), None)
         if how.startswith("Out Of Memory"):
             code = -signal.SIGKILL
@@ -58,13 +59,13 @@ def failures(said: str) -> list[Failure]:
 
 
 def _first(hosts: str) -> str:
-    """The first name of n[1-3,5], without asking SLURM."""
+    """Return the first name of n[1-3,5], without a call of SLURM."""
     begin, _, rest = hosts.partition("[")
     return begin + re.split(r"[,\-\]]", rest)[0]
 
 
-class Step:
-    """A running srun. log: where srun speaks."""
+class JobStep:
+    """A running srun. log: file for srun's output."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
         self.log = log
@@ -78,25 +79,30 @@ class Step:
 
     @property
     def is_over(self) -> bool:
+        """True if srun has ended."""
         return self.process.poll() is not None
 
     @property
     def has_failed(self) -> bool:
-        """Whether a task ended badly, and the others have had some seconds to say more."""
+        """True if a task failed, and the others had some seconds to report."""
         self._look()
         return self._failed is not None and time.monotonic() - self._failed > _MORE
 
     @property
     def failures(self) -> list[Failure]:
+        """The failed tasks so far."""
         return failures(self.log.read_text(errors="replace"))
 
-    def tell(self) -> None:
-        """Ask all ranks to save and end; srun passes the signal on."""
+    def request_stop(self) -> None:
+        """Send all ranks the signal to save and end; srun forwards it."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGUSR1)
 
     def wait(self, is_late: Callable[[], bool], number: Callable[[], str]) -> int:
-        """srun's code. is_late: whether ranks have had their time; number: JOB.STEP, to kill."""
+        """Wait for srun and return its code.
+
+        is_late: True if the time of the ranks is over; number: returns JOB.STEP, to kill it.
+        """
         killed: float | None = None
         while not self.is_over:
             time.sleep(0.1)
@@ -106,7 +112,7 @@ class Step:
                 killed = time.monotonic()
                 Thread(target=_end_step, args=(number,), daemon=True).start()
             if killed is not None and time.monotonic() - killed > _LAST:
-                self.process.kill()  # it waits for a node that doesn't answer
+                self.process.kill()  # srun waits for a node that doesn't answer
         return self.process.returncode
 
     def _look(self) -> None:
@@ -119,17 +125,17 @@ class Step:
 
 
 def _end_step(number: Callable[[], str]) -> None:
-    """In a thread of its own: a controller that is away must not hold up who waits for the step."""
+    """Kill the step, in a thread of its own: the controller may not answer for minutes."""
     with suppress(UserError):
         queue.end_step(number())
 
 
 def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
-    """The beginning of a command that runs on all nodes of the job."""
+    """Return the start of a command that runs on all nodes of the job."""
     command = ["srun", f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes}"]
     command.append(f"--ntasks={settings.nodes * tasks_per_node}")
     if settings.cpus_per_task:
-        # srun doesn't take this from sbatch any more, since 22.05. One task of a node has them all.
+        # Since 22.05 srun doesn't inherit this from sbatch. A single task of a node gets all CPUs.
         share = settings.ranks_per_node // tasks_per_node
         command.append(f"--cpus-per-task={settings.cpus_per_task * share}")
     if settings.container:
@@ -140,7 +146,7 @@ def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]
 
 
 def ranks(submission: Submission, run: Path, attempt: Path, words: Sequence[str]) -> list[str]:
-    """The command that is the training."""
+    """Return the command that runs all ranks of the training."""
     settings = submission.settings
     log = str(attempt).replace("%", "%%") + "/rank-%t.log"
     begin = srun(settings, settings.ranks_per_node, "--kill-on-bad-exit=1", f"--output={log}")
@@ -148,26 +154,28 @@ def ranks(submission: Submission, run: Path, attempt: Path, words: Sequence[str]
 
 
 def nodes(submission: Submission) -> list[str]:
-    """The command that prepares every node and looks at it: one task each."""
+    """Return the command that prepares and checks every node, with one task per node."""
     settings = submission.settings
     module = "forescale.slurm.node"
     look = [python(submission), "-P", "-m", module] if settings.preflight else ["true"]
     lines = [
         "set -e",
-        # What jobs of long ago left, because their nodes went down.
+        # Remove files of old jobs whose nodes went down.
         f"find {_SCRATCH} -maxdepth 1 -name 'job-*' -mtime +7 -exec rm -rf {{}} + 2>&- || true",
         *_unpack(submission.code, '"$FORESCALE_NODE"'),
     ]
     if place := _environment(submission):
         lines += _unpack(submission.facts["environment"], shlex.quote(place))
     lines.append(f"exec {shlex.join(look)}")
-    # One that fails must not take from the others what they have to say.
+    # A node that fails must not end the reports of the others.
     return [*srun(settings, 1, "--kill-on-bad-exit=0"), "bash", "-c", "\n".join(lines)]
 
 
 def _unpack(tar: Path | str, place: str) -> list[str]:
-    """Once a node, as a whole: of two that do it at the same time, where the scratch is shared
-    against our advice, the later one yields."""
+    """Return shell lines that unpack a tar to `place`, if it isn't there, by one rename.
+
+    If two nodes do it at the same time, in a scratch that they share, the later one gives up.
+    """
     return [
         f"if [ ! -d {place} ]; then",
         f"  mkdir -p $(dirname {place})",
@@ -179,13 +187,13 @@ def _unpack(tar: Path | str, place: str) -> list[str]:
 
 
 def _environment(submission: Submission) -> str | None:
-    """Where a packed environment stands on each node."""
+    """Return the path of the packed environment on each node, or None."""
     tar = submission.facts.get("environment")
     return f"{os.environ['FORESCALE_SCRATCH']}/{Path(tar).stem}" if tar else None
 
 
 def python(submission: Submission) -> str:
-    """The interpreter of the nodes."""
+    """Return the path of Python on the nodes."""
     if place := _environment(submission):
         return f"{place}/bin/python"
     return submission.settings.python or sys.executable

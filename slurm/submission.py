@@ -1,15 +1,15 @@
-"""What a run keeps of each time that it was submitted.
+"""The files that a run keeps of each submission.
 
     runs/<name>/jobs/0001/
-      submission.json    how it was submitted: settings of SLURM, data, memory, versions, command
-      job.sbatch         the script, as sbatch got it
-      code.tar           forescale, and the user's own package, as they were
-      job.json           the id that SLURM gave it
-      stop               somebody asked the run to end: it is not to be requeued
-      slurm.log          what the batch script says
+      submission.json    the settings of SLURM, data, memory, versions and command
+      job.sbatch         the script for sbatch
+      code.tar           forescale and the user's own package at that time
+      job.json           the id of the job
+      stop               exists if a stop was requested: the job is not requeued
+      slurm.log          the output of the batch script
 
-Invariant: written by `submit` alone, but for slurm.log and the mark of `stop`; so a job that is
-requeued for months reads what was meant on the day of its submission.
+Invariant: `submit` alone writes them, except slurm.log and stop. So a job that is requeued for
+months reads the settings of the day of its submission.
 """
 
 import time
@@ -65,7 +65,7 @@ class Submission:
 
     @property
     def job(self) -> str | None:
-        """The id, None where sbatch never took it."""
+        """The id of the job; None if sbatch did not accept it."""
         try:
             return str(read_json(self.path / "job.json")["id"])
         except UserError:
@@ -83,22 +83,22 @@ class Submission:
 
 
 def submissions(run: Run) -> list[Submission]:
-    """Oldest first."""
+    """Return the submissions of a run, oldest first."""
     return [Submission(path) for path in run.jobs()]
 
 
 def waiting_or_running(run: Run) -> tuple[Submission, queue.Job] | None:
-    """The submission of a run whose job SLURM still has, and that job."""
+    """Return the submission of a run whose job is in the queue, and this job; else None."""
     return next(iter(in_queue(newest(run))), None)
 
 
 def newest(run: Run) -> list[Submission]:
-    """The last one, or none: while its job is in the queue there is no other."""
+    """Return the last submission, or none. Only its job can be in the queue."""
     return submissions(run)[-1:]
 
 
 def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
-    """Those whose jobs the queue holds, with one question to the controller for all."""
+    """Return the submissions whose jobs are in the queue, with one query for all of them."""
     by_id = {s.job: s for s in found if s.job}
     if not by_id or not queue.is_here():
         return []

@@ -1,7 +1,7 @@
-"""Into the queue: frozen runs, their code and their script become a job, or an array of them.
+"""Submit runs: freeze them, and give their code and their script to SLURM as a job or an array.
 
-Invariant: nothing reaches the queue that could not begin to train; and where SLURM takes no job,
-no trace of a submission is left behind.
+Invariant: a run with a problem is never submitted. If SLURM refuses the job, no trace of the
+submission is left.
 """
 
 import shlex
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from forescale.config.compose import compose, overrides_of
-from forescale.config.schema import ConfigError, TargetConfig, plain
+from forescale.config.schema import ConfigError, plain
+from forescale.config.target import targets
 from forescale.errors import UserError
 from forescale.plan.page import show
 from forescale.plan.plan import Plan
-from forescale.run.directory import Run, read_rows
+from forescale.run.directory import Run
 from forescale.run.forecast import find
+from forescale.run.rows import read_rows
 from forescale.run.start import Start, start, versions
 from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
@@ -28,15 +30,14 @@ from forescale.slurm.snapshot import own_packages, pack_environment, version_of_
 from forescale.slurm.submission import Submission, waiting_or_running
 from forescale.storage import write_file
 
-_HOST_MEMORY = 3 << 30  # bytes that a rank on a GPU takes of its host: libraries, pinned buffers
+_HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, pinned buffers
 
 
 def submit(overrides: Sequence[str]) -> None:
-    """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them;
-    with submit.dry_run only print the script.
+    """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them.
 
-    Raises ConfigError with all problems of all runs before anything is written; UserError where
-    SLURM refuses.
+    With submit.dry_run, only print the script. Raises ConfigError with all problems of all runs
+    before anything is written, and UserError if SLURM refuses the job.
     """
     jobs = _jobs(overrides)
     plans = [Plan(job) for job in jobs]
@@ -57,7 +58,7 @@ def submit(overrides: Sequence[str]) -> None:
 
 
 def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
-    """One, or those of the lines in slurm.runs, each laid over the rest."""
+    """Return one job, or one for each line of the file slurm.runs, on top of `overrides`."""
     first = on_nodes(compose(SubmitJob, overrides))
     if first.slurm.runs is None:
         return [first]
@@ -73,17 +74,19 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
             continue
         where = f"{path}, line {number}"
         if any(word.startswith(("slurm", "submit")) for word in words):
-            what = "sets a key of slurm, which all runs of an array share"
+            what = "sets a key of slurm or submit, which all runs of an array share"
             raise UserError(where, what, "set it on the command line")
         try:
             job = on_nodes(compose(SubmitJob, [*overrides, *overrides_of(SubmitJob, words)]))
         except ConfigError as e:
             raise ConfigError(p._replace(key=f"{where}: {p.key}") for p in e.problems) from None
         if job.run.name in found:
-            raise UserError(where, f"a second run of the name {job.run.name}", "set run.name=NAME")
+            raise UserError(where, f"a second run is named {job.run.name}", "set run.name=NAME")
         found[job.run.name] = job
     if not found:
-        raise UserError(str(path), "names no run", "write a line of key=value words for each")
+        raise UserError(
+            str(path), "names no run", "write one line of KEY=VALUE arguments for each run"
+        )
     return list(found.values())
 
 
@@ -91,16 +94,16 @@ def _report(made: Order, job: str) -> None:
     several = len(made.names) > 1
     what = f"{len(made.names)} runs as array {job}" if several else f"as job {job}"
     time = made.settings.time
-    limit = f"; told to save {made.lead} s before its limit of {time}" if time else ""
+    limit = f"; it saves {made.lead} s before its time limit of {time}" if time else ""
     print(f"\nSubmitted {what}{limit}. Script: {made.submissions[0].script}")
     name = made.names[0]
-    print(f"Follow: forescale status    forescale logs {name}    End: forescale stop {name}")
+    print(f"Follow it: forescale status, forescale logs {name}. Stop it: forescale stop {name}")
 
 
 def order(
     plans: Sequence[Plan], runs: Sequence[Run], folders: Sequence[Path], profile: str
 ) -> Order:
-    """All plans have the same SLURM settings: those of the first."""
+    """Return what to submit. All plans have the SLURM settings of the first."""
     job = _given(plans[0])
     lead = max(_given(p).lead(_save_seconds(p, r)) for p, r in zip(plans, runs, strict=True))
     return Order(
@@ -114,8 +117,10 @@ def order(
 
 
 def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
-    """Freeze each run, and submit them together; the id of the job. Raises UserError where a run
-    is in the queue already, or belongs to another config, or SLURM refuses."""
+    """Freeze each run, submit them together, and return the id of the job.
+
+    Raises UserError if a run is already in the queue or has another config, or if SLURM refuses.
+    """
     queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
@@ -145,12 +150,14 @@ def _given(plan: Plan) -> SubmitJob:
 def _refuse_twice(run: Run) -> None:
     if found := waiting_or_running(run):
         job = found[1]
-        what = f"is in the queue already, as job {job.id} ({job.state.lower()})"
-        raise UserError(str(run.path), what, f"see forescale status, or: forescale stop {run.name}")
+        what = f"is already in the queue, as job {job.id} ({job.state.lower()})"
+        raise UserError(
+            str(run.path), what, f"see forescale status, or run: forescale stop {run.name}"
+        )
 
 
 def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> None:
-    """Everything that the job will need beside the run's config."""
+    """Write the code and all facts that the job needs beside the run's config."""
     job = _given(plan)
     more = own_packages(begun.job)
     write_code(submission.code, more)
@@ -162,7 +169,7 @@ def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> 
         "directory": str(Path.cwd()),
         "data": [source["path"] for source in begun.sources.describe().values()],
         "memory": _host_memory(plan, job),
-        "trust": isinstance(begun.job.model, TargetConfig),
+        "trust": bool(targets(begun.job)),
         "versions": {**versions(), **version_of_checkout()},
         "packages": [str(path) for path in more],
     }
@@ -172,27 +179,24 @@ def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> 
 
 
 def _host_memory(plan: Plan, job: SubmitJob) -> int:
-    """Bytes that the ranks of a node need of its own memory."""
+    """Return the bytes of host memory that the ranks of a node need."""
     if job.slurm.has_gpus:
         return _HOST_MEMORY * job.per_node
-    return int(plan.chosen.memory.total) * job.per_node  # ranks on CPUs: all that is planned
+    return int(plan.chosen.memory.total) * job.per_node  # on CPUs all planned memory is host memory
 
 
 def _save_seconds(plan: Plan, run: Run) -> float:
-    """Of a step and a save: the longest that the run has measured, else as planned."""
-    rows = [row for a in run.attempts() for row in read_rows(a.events.path)]
-    saves = [row["seconds"] for row in rows if row["kind"] == "checkpoint_saved"]
+    """Return the longest measured time of a step and a save of the run, else the planned one."""
+    saves = [row["seconds"] for row in run.read_events(kind="checkpoint_saved")]
     if not saves:
         return plan.lead_seconds
-    steps = [
-        sum(row["seconds"].values()) for row in read_rows(run.metrics) if row["kind"] == "train"
-    ]
+    steps = [sum(row["seconds"].values()) for row in read_rows(run.metrics, kind="train")]
     return max(saves) + max(steps, default=0.0)
 
 
 def on_nodes(job: SubmitJob) -> SubmitJob:
-    """The job as its nodes see it: with paths that hold wherever they look from, and with the
-    memory that it may use of a node without GPUs."""
+    """Return the job as the nodes need it: with absolute paths, and for nodes without GPUs with the
+    memory that each rank may use."""
 
     def full(path: str) -> str:
         return path if "://" in path else str(Path(path).expanduser().resolve())

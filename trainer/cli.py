@@ -1,7 +1,7 @@
-"""`forescale VERB [TARGET] [key=value ...] [--flag]`: finds the verb, and turns faults into codes.
+"""The command line: `forescale VERB [TARGET] [KEY=VALUE ...] [--FLAG]` runs a verb.
 
-Invariant: a fault of the user's ends with one sentence and code 2, without a traceback; a fault of
-ours keeps its traceback and ends with code 1.
+Invariant: a problem of the user's ends with one sentence and code 2, without a traceback. A bug of
+this project keeps its traceback and ends with code 1.
 """
 
 import io
@@ -18,23 +18,23 @@ _python_warning = warnings.formatwarning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The entry point; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command with these arguments (default: sys.argv) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = _warning
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Into a pipe or a log too, a line is there when it is said, before what is said after it.
+        # Also in a pipe or a log file, lines of stdout and stderr keep the order of printing.
         sys.stdout.reconfigure(line_buffering=True)
     try:
-        return _dispatch(words)
+        return _dispatch(given)
     except UserError as e:
         print(f"forescale: {e}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
-        print("forescale: interrupted; the same command goes on.", file=sys.stderr)
+        print("forescale: interrupted; run the same command again to resume.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe had enough: no fault, but training isn't done
+    except BrokenPipeError:  # the reader of a pipe has closed it: no error, but a training stops
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return INTERRUPTED if words[:1] == ["train"] else DONE
+        return INTERRUPTED if given[:1] == ["train"] else DONE
     except OSError as e:
         if (fault := storage_error(e)) is None:
             raise
@@ -42,38 +42,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER
 
 
-def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0
-    if words[0] == "--version":
+        return DONE
+    if arguments[0] == "--version":
         from forescale.run.start import versions
 
         print(versions()["forescale"])
-        return 0
-    name, rest = words[0], words[1:]
+        return DONE
+    name, rest = arguments[0], arguments[1:]
     verb = load(name)
-    if any(word in ("-h", "--help") for word in rest):
+    if any(argument in ("-h", "--help") for argument in rest):
         from forescale.config.help import explain
 
-        print(explain(verb.JOB, VERBS[name], verb.EXAMPLES), end="")
-        return 0
+        print(explain(verb.JOB, VERBS[name], verb.EXAMPLES, action=rest[0]), end="")
+        return DONE
     return verb.main(rest)
 
 
 def _warning(message, category, filename, lineno, line=None) -> str:
-    """Ours are for the user, who doesn't ask which line of the source says so."""
+    """Format a warning of ours as a sentence, without the line of source code."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         return f"forescale: {message}\n"
     return _python_warning(message, category, filename, lineno, line)
 
 
 def usage() -> str:
-    """The page of `forescale --help`."""
+    """Return the page of `forescale --help`."""
     lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
     return "\n".join(
         [
-            "forescale VERB [TARGET] [key=value ...]",
+            "forescale VERB [TARGET] [KEY=VALUE ...] [--FLAG]",
             "",
             "Pretrain transformers: exact, unlosable, without surprises, predictive.",
             "",

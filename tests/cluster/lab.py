@@ -242,10 +242,10 @@ class Lab:
         self.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=rejoin")
         self.heal(node)
         self._signal_slurmd(node, "HUP")
-        unfit = re.compile("DOWN|NOT_RESPONDING|COMPLETING")
+        faulty = re.compile("DOWN|NOT_RESPONDING|COMPLETING")
 
         def fit() -> bool:
-            return not (unfit.search(self.node_state(node)) or self.pids(node, "slurmstepd:"))
+            return not (faulty.search(self.node_state(node)) or self.pids(node, "slurmstepd:"))
 
         self.wait(fit, 90, every=0.25)
         time.sleep(1.5)  # credentials are revoked per whole second: a new one must be younger

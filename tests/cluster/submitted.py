@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forescale.resilience.outcome import launch_of
-from forescale.run.directory import Attempt, Run, read_rows
+from forescale.run.directory import Attempt, Run
+from forescale.run.rows import read_rows
 from tests.cluster.lab import Lab
 
 # A constant learning rate, so that a short run is the beginning of a long one; steps of some 60 ms.
@@ -31,9 +32,7 @@ KEYS = {
     "validation.every": "100000 steps",
     "checkpoint.every": "20 steps",
     "launch.grace": "15 s",
-    "pulse.patience": "4 s",
-    "pulse.beat": "0.2 s",
-    "pulse.share": "1 s",
+    "heartbeat.patience": "4 s",
     "slurm.time": "20 min",
 }
 
@@ -67,8 +66,7 @@ class Job:
         return self
 
     def losses(self) -> dict[int, float]:
-        rows = read_rows(self.run.metrics)
-        return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+        return {row["step"]: row["loss"] for row in read_rows(self.run.metrics, kind="train")}
 
     @property
     def step(self) -> int:
@@ -165,8 +163,8 @@ class Fault:
     @property
     def lost(self) -> int:
         """Steps made and not kept."""
-        rows = read_rows(self.attempt.metrics.path)
-        made = max((r["step"] for r in rows if r["kind"] == "train"), default=0)
+        rows = read_rows(self.attempt.metrics.path, kind="train")
+        made = max((r["step"] for r in rows), default=0)
         later = [a.parent for a in self.job.attempts() if a.number > self.attempt.number]
         step = min((parent.step for parent in later if parent), default=made)
         return max(0, made - step)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from forescale.run.directory import read_rows
+from forescale.run.rows import read_rows
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import Job
 
@@ -19,14 +19,14 @@ def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
 def test_a_job_from_its_submission_to_its_end(job):
     said = job.submit().forescale("status")
     assert re.search(r"small +(running|queued \(\w+\))", said), said
-    with pytest.raises(AssertionError, match=f"is in the queue already, as job {job.id}"):
+    with pytest.raises(AssertionError, match=f"is already in the queue, as job {job.id}"):
         job.submit()
     job.until(lambda: "step" in job.forescale("logs", "small", "follow=false"))
     assert job.until_over() == "COMPLETED", job.said()
     log = job.forescale("logs", "small")
     assert "step 60/60 (100.0%)" in log
     assert "== Attempt 1 ended: done." in log
-    assert "2 nodes are well" in job.forescale("logs", "small", "rank=null")
+    assert "2 nodes passed the preflight" in job.forescale("logs", "small", "rank=null")
     (life,) = job.lives()
     assert (life["slurm"]["job"], life["slurm"]["nodes"]) == (job.id, ["n1", "n2"])
     assert re.search(r"small +complete", job.forescale("status"))
@@ -39,7 +39,7 @@ def test_a_job_from_its_submission_to_its_end(job):
 
 def test_stop_saves_and_is_not_requeued_and_submit_goes_on(job):
     job.submit(**{"train.steps": "3000"}).until_step(25)
-    assert "was told to save and end; it isn't requeued" in job.forescale("stop", "small")
+    assert "saves and exits, and isn't requeued" in job.forescale("stop", "small")
     assert job.until_over() == "FAILED", "whoever waits for it to be done must not begin"
     assert [life["code"] for life in job.lives()] == [75]
     saved = max(job.run.checkpoint_steps())
@@ -57,7 +57,7 @@ def test_a_job_that_waits_is_stopped_in_the_queue(job, lab):
     job.submit()
     said = job.forescale("status")
     assert re.search(r"small +queued \((Resources|Priority|None)\)", said), said
-    assert "no rank has begun" in job.forescale("logs", "small")
+    assert "no rank has started" in job.forescale("logs", "small")
     assert "waited in the queue; it is gone" in job.forescale("stop", "small")
     assert job.until_over() == "CANCELLED"
     assert job.lives() == []
@@ -126,16 +126,14 @@ def test_a_run_begun_on_four_nodes_goes_on_on_two(job):
     assert whole.until_over() == "COMPLETED", whole.said()
 
     def tokens(one: Job) -> dict[int, int]:
-        rows = read_rows(one.run.metrics)
-        return {r["step"]: r["tokens_hash"] for r in rows if r["kind"] == "train"}
+        return {r["step"]: r["tokens_hash"] for r in read_rows(one.run.metrics, kind="train")}
 
     want = tokens(whole)
     assert {step: tokens(job)[step] for step in want} == want, "the same tokens at each step"
     near = (abs(job.losses()[s] - loss) for s, loss in whole.losses().items())
     assert max(near) < 0.05, "of bf16 ranks that add in another order"
     assert [len(life["slurm"]["nodes"]) for life in job.lives()] == [4, 2]
-    events = [r for a in job.attempts() for r in read_rows(a.events.path)]
-    assert any(r["kind"] == "numerics_changed" and r["key"] == "world_size" for r in events)
+    assert job.run.read_events(kind="numerics_changed", key="world_size")
 
 
 def test_a_job_waits_for_another_to_be_done(job):

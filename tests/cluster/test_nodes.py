@@ -42,9 +42,9 @@ def left_out(job: Job, node: str) -> str:
     first, last = job.lives()
     assert node in first["slurm"]["nodes"]
     assert node not in last["slurm"]["nodes"]
-    assert first["unfit"].keys() == {node}
+    assert first["faulty"].keys() == {node}
     assert not (job.attempts()[0].path / "rank-0.log").exists(), "no rank was started"
-    return first["unfit"][node]
+    return first["faulty"][node]
 
 
 def test_a_node_with_too_little_memory(job, lab, small_memory):

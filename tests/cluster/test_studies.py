@@ -1,4 +1,4 @@
-"""A study whose cells are jobs: arrays, a branch that waits for its trunk, a launcher that dies."""
+"""A study in the queue: job arrays, a branch that waits for its trunk, a killed launcher."""
 
 import sys
 from pathlib import Path
@@ -22,23 +22,23 @@ def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
     return Job(lab, tmp_path / "runs", "small", dataset)
 
 
-def test_a_study_is_launched_into_the_queue_and_outlives_its_launcher(job, lab, dataset):
+def test_a_study_in_the_queue_outlives_its_launcher(job, lab, dataset):
     job.root.parent.mkdir(exist_ok=True)
     job.forescale("study", "plan", "study=tiny", *PLAN, "--", *OF_ALL, f"data.path={dataset}")
     study = Study(job.root.parent / "studies/tiny")
-    words = ["study", "launch", "study=tiny", "launch.slurm=lab", "launch.at_once=2"]
-    words += ["--", *OF_JOBS, f"slurm.scratch={lab.scratch}"]
-    command, own = [sys.executable, "-P", "-m", "forescale", *words], {"OMP_NUM_THREADS": "1"}
+    launch = ["study", "launch", "study=tiny", "launch.slurm=lab", "launch.at_once=2"]
+    launch += ["--", *OF_JOBS, f"slurm.scratch={lab.scratch}"]
+    command, own = [sys.executable, "-P", "-m", "forescale", *launch], {"OMP_NUM_THREADS": "1"}
     lab.run("timeout", "-s", "KILL", "15", *command, check=False, cwd=job.root.parent, env=own)
-    assert any(e["kind"] == "submitted" for e in study.events)
-    said = lab.run(*command, cwd=job.root.parent, env=own, seconds=300)
-    assert "Nothing is left to run" in said
+    assert any(e["kind"] == "cell_submitted" for e in study.events)
+    printed = lab.run(*command, cwd=job.root.parent, env=own, seconds=300)
+    assert "Nothing is left to run" in printed
     study = Study(study.folder)
-    assert {s.word for s in study.states()} == {"complete"}
-    submitted = [e["cell"] for e in study.events if e["kind"] == "submitted"]
+    assert {s.status for s in study.states()} == {"complete"}
+    submitted = [e["cell"] for e in study.events if e["kind"] == "cell_submitted"]
     assert sorted(set(submitted)) == sorted(c.name for c in study.plan.cells)
     jobs = [len(study.run(c.name).jobs()) for c in study.plan.cells]
-    assert set(jobs) == {1}, "what the queue held was not submitted again"
+    assert set(jobs) == {1}, "no cell in the queue was submitted again"
     (branch,) = (c for c in study.plan.cells if c.trunk)
     script = (study.run(branch.name).jobs()[0] / "job.sbatch").read_text()
     assert "--dependency=afterok:" in script

@@ -14,7 +14,7 @@ from forescale.run.directory import Run
 from forescale.slurm import batch, queue
 from forescale.slurm.batch import Batch
 from forescale.slurm.config import SlurmConfig
-from forescale.slurm.findings import Fault, Report
+from forescale.slurm.findings import NodeFault, PreflightReport
 from forescale.slurm.submission import Submission
 
 
@@ -38,28 +38,28 @@ def make(tmp_path, monkeypatch):
 
 
 def report(*faults, nodes=2):
-    return Report(list(faults), [], {f"n{i}": {} for i in range(1, nodes + 1)}, None, 1.0)
+    return PreflightReport(list(faults), [], {f"n{i}": {} for i in range(1, nodes + 1)}, None, 1.0)
 
 
 def fault(host, what="has no GPU", kind=""):
-    return Fault(host, what, "mend it", kind)
+    return NodeFault(host, what, "mend it", kind)
 
 
 def test_nodes_that_are_well_are_told_in_a_line(make, capsys):
     assert make()._judge(report()) is None
-    assert "2 nodes are well (1.0 s)." in capsys.readouterr().out
+    assert "2 nodes passed the preflight (1.0 s)." in capsys.readouterr().out
 
 
 def test_a_fault_of_one_node_is_the_nodes(make, capsys):
     found = make()._judge(report(fault("n2")))
-    assert found.unfit == {"n2": "has no GPU; mend it"}
+    assert found.faulty == {"n2": "has no GPU; mend it"}
     assert found.code == CRASHED
     assert "n2: has no GPU; mend it" in capsys.readouterr().out
 
 
 def test_a_fault_of_all_nodes_is_the_users(make):
     found = make()._judge(report(fault("n1"), fault("n2")))
-    assert (found.code, found.unfit) == (USER, {})
+    assert (found.code, found.faulty) == (USER, {})
     assert "all nodes: has no GPU" in found.how
 
 
@@ -72,10 +72,10 @@ def test_that_nobody_came_is_not(make):
 def test_a_single_node_gets_one_chance_on_another(make):
     job = make(nodes=1)
     alone = report(fault("n1"), nodes=1)
-    assert job._judge(alone).unfit.keys() == {"n1"}
+    assert job._judge(alone).faulty.keys() == {"n1"}
     attempt = job.run.new_attempt()
-    outcome.begin(attempt.path, [], 1, slurm={"submission": "0001"})
-    outcome.end(attempt.path, CRASHED, "", unfit={"n0": "has no GPU"})
+    outcome.record_start(attempt.path, [], 1, slurm={"submission": "0001"})
+    outcome.record_end(attempt.path, CRASHED, "", faulty={"n0": "has no GPU"})
     assert job._judge(alone).code == USER
 
 
@@ -84,11 +84,11 @@ def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):
     job.submission.stop()
     before = {number: signal.getsignal(number) for number in batch._SIGNALS}
     try:
-        assert job.live() == DONE
+        assert job.supervise() == DONE
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert "Nothing to do: it was stopped while it waited." in capsys.readouterr().out
+    assert "Nothing to do: the job was stopped while it waited." in capsys.readouterr().out
     assert job.run.attempts() == []
 
 
@@ -109,13 +109,13 @@ def test_a_signal_is_passed_to_the_ranks_and_bounds_their_time(make):
     class Step:
         told = 0
 
-        def tell(self):
+        def request_stop(self):
             self.told += 1
 
     job = make()
     job._step = step = Step()
     assert not job._is_late()
-    job._hear(signal.SIGUSR1, None)
-    job._hear(signal.SIGTERM, None)
-    assert (job.asked, step.told) == ("SIGUSR1", 2)
+    job._receive(signal.SIGUSR1, None)
+    job._receive(signal.SIGTERM, None)
+    assert (job.stop_signal, step.told) == ("SIGUSR1", 2)
     assert job._deadline < float("inf")

@@ -11,7 +11,7 @@ import pytest
 
 from forescale.slurm import looks as looks_of
 from forescale.slurm import node
-from forescale.slurm.findings import Fault, Report, Wanted, rounds, skew_of, slow_nodes
+from forescale.slurm.findings import NodeFault, PreflightReport, Wanted, rounds, skew_of, slow_nodes
 from tests.slurm.plain_wanted import PLAIN
 
 DATASET = {"file": "train-000000.tar", "size": 7, "index": "train-000000.index.json"}
@@ -37,12 +37,17 @@ def shards(tmp_path) -> Path:
 
 
 def test_common_faults_and_those_of_nodes():
-    memory = [Fault(h, f"{i} GiB of memory", "ask", "memory") for i, h in enumerate("ab")]
-    disk = [Fault("b", "disk full", "clean", "run"), Fault("b", "no GPU visible", "ask", "gpus")]
-    report = Report([*memory, *disk], [], {"a": {}, "b": {}}, None, 1.0)
-    assert sentences(report.common) == ["all nodes: 0 GiB of memory (so a; the others alike); ask"]
+    memory = [NodeFault(h, f"{i} GiB of memory", "ask", "memory") for i, h in enumerate("ab")]
+    disk = [
+        NodeFault("b", "disk full", "clean", "run"),
+        NodeFault("b", "no GPU visible", "ask", "gpus"),
+    ]
+    report = PreflightReport([*memory, *disk], [], {"a": {}, "b": {}}, None, 1.0)
+    assert sentences(report.common) == [
+        "all nodes: 0 GiB of memory (on a; similar on the others); ask"
+    ]
     assert report.of_nodes == {"b": "disk full; clean; also no GPU visible"}
-    alone = Report(disk, [], {"b": {}}, None, 1.0)
+    alone = PreflightReport(disk, [], {"b": {}}, None, 1.0)
     assert alone.common == disk
     assert alone.of_nodes == {}
 
@@ -85,7 +90,7 @@ def test_datasets(shards, wanted):
     tar = shards / "train-000000.tar"
     assert look(shards, "s3://bucket/data") == []
     tar.write_bytes(bytes(5))
-    assert f"n3: {shards}: train-000000.tar has 5 bytes where 7 belong" in look(shards)[0]
+    assert f"n3: {shards}: train-000000.tar has 5 bytes instead of 7" in look(shards)[0]
     tar.unlink()
     (shards / "train-000000.index.json").unlink()
     found = look(shards, shards / "elsewhere")
@@ -186,7 +191,7 @@ def test_scratch_and_cpus(tmp_path):
     full = replace(PLAIN, scratch=str(tmp_path), scratch_bytes=2**60)
     assert "are free at" in sentences(looks_of.scratch(here(full)))[0]
     wrong = replace(PLAIN, scratch=str(tmp_path / "file/x"))
-    assert "can't be written to: a file stands" in sentences(looks_of.scratch(here(wrong)))[0]
+    assert "can't be written to: is a file" in sentences(looks_of.scratch(here(wrong)))[0]
     two = replace(PLAIN, tasks=2)
     assert sentences(looks_of.cpus(here(two, SLURM_CPUS_ON_NODE="2"))) == []
     assert "1 CPU for the job" in sentences(looks_of.cpus(here(two, SLURM_CPUS_ON_NODE="1")))[0]
@@ -204,7 +209,7 @@ def test_a_look_that_hangs_or_breaks_is_a_fault():
     looks = {"the disk": hangs, "the card": breaks, "the CPUs": looks_of.cpus}
     found = sentences(looks_of.look(here(PLAIN), 0.2, looks))
     assert "n3: the disk did not answer in 0 s" in found[0]
-    assert "looking at the card failed: RuntimeError('bang')" in found[1]
+    assert "the check of the card failed: RuntimeError('bang')" in found[1]
     assert len(found) == 2
 
 

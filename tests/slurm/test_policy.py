@@ -10,33 +10,33 @@ from forescale.slurm.policy import Past, decide, past
 NODES = ["a", "b"]
 
 
-def decided(code, crashes=0, *, blamed=None, unfit=None, state="RUNNING", **more):
+def decided(code, crashes=0, *, blamed=None, faulty=None, state="RUNNING", **more):
     found = {"is_stopped": False, "may_requeue": True, **more}
-    made = Past(crashes, blamed or {}, unfit or {})
+    made = Past(crashes, blamed or {}, faulty or {})
     return decide(code, made, NODES, state=state, **found)
 
 
 def test_a_run_that_is_done_ends_well():
-    assert (decided(DONE).deed, decided(DONE).code) == ("end", 0)
+    assert (decided(DONE).action, decided(DONE).code) == ("end", 0)
 
 
 def test_a_fault_of_the_users_is_never_tried_again():
-    assert (decided(USER, 1).deed, decided(USER, 1).code) == ("end", USER)
+    assert (decided(USER, 1).action, decided(USER, 1).code) == ("end", USER)
 
 
 def test_an_interrupted_run_goes_on_in_the_queue():
-    assert decided(INTERRUPTED).deed == "requeue"
+    assert decided(INTERRUPTED).action == "requeue"
 
 
 def test_where_the_queue_may_not_be_used_it_ends_resumable():
     found = decided(INTERRUPTED, may_requeue=False)
-    assert (found.deed, found.code) == ("end", INTERRUPTED)
+    assert (found.action, found.code) == ("end", INTERRUPTED)
     assert "submit it again" in found.why
 
 
 def test_a_stopped_run_is_not_requeued():
     found = decided(INTERRUPTED, is_stopped=True)
-    assert (found.deed, found.code) == ("end", INTERRUPTED)
+    assert (found.action, found.code) == ("end", INTERRUPTED)
 
 
 def test_a_run_that_was_done_before_it_was_stopped_is_done():
@@ -47,38 +47,38 @@ def test_a_run_that_was_done_before_it_was_stopped_is_done():
 @pytest.mark.parametrize("code", [INTERRUPTED, 1, -9])
 def test_a_job_that_slurm_ends_is_left_to_it(code, state):
     """To requeue it would undo a cancel, or start it twice."""
-    assert decided(code, 1, state=state).deed == "end"
+    assert decided(code, 1, state=state).action == "end"
 
 
 def test_a_crash_starts_again_on_the_same_nodes_and_not_for_ever():
-    assert decided(1, 1).deed == decided(-9, 2).deed == "restart"
+    assert decided(1, 1).action == decided(-9, 2).action == "restart"
     found = decided(1, 3)
-    assert (found.deed, found.code) == ("end", GAVE_UP)
+    assert (found.action, found.code) == ("end", GAVE_UP)
     assert "3 crashes in a row without a new checkpoint" in found.why
 
 
 def test_a_node_is_left_out_when_it_was_blamed_twice():
-    assert decided(-9, 1, blamed={"b": ["killed"]}).deed == "restart"
+    assert decided(-9, 1, blamed={"b": ["killed"]}).action == "restart"
     found = decided(-9, 2, blamed={"b": ["killed", "hung"]})
-    assert (found.deed, found.exclude) == ("requeue", ("b",))
+    assert (found.action, found.exclude) == ("requeue", ("b",))
     assert "b (killed; hung)" in found.why
 
 
 def test_a_node_that_the_preflight_refused_is_left_out_at_once():
-    found = decided(1, 0, unfit={"a": "has no GPU"})
-    assert (found.deed, found.exclude) == ("requeue", ("a",))
+    found = decided(1, 0, faulty={"a": "has no GPU"})
+    assert (found.action, found.exclude) == ("requeue", ("a",))
 
 
 def test_a_node_that_is_not_of_this_job_is_no_reason_to_requeue():
-    assert decided(1, 1, blamed={"z": ["killed", "killed"]}).deed == "restart"
+    assert decided(1, 1, blamed={"z": ["killed", "killed"]}).action == "restart"
 
 
 def test_a_node_that_is_down_asks_for_others():
-    found = decided(1, 1, ill=["b"])
-    assert (found.deed, found.exclude) == ("requeue", ())
+    found = decided(1, 1, down=["b"])
+    assert (found.action, found.exclude) == ("requeue", ())
 
 
-class Lives:
+class Attempts:
     """Attempts of a run, with what their launchers tell."""
 
     def __init__(self, path):
@@ -86,9 +86,9 @@ class Lives:
 
     def add(self, code=None, *, saves=None, submission="0001", **more):
         attempt = self.run.new_attempt()
-        outcome.begin(attempt.path, ["x"], 2, slurm={"submission": submission})
+        outcome.record_start(attempt.path, ["x"], 2, slurm={"submission": submission})
         if code is not None:
-            outcome.end(attempt.path, code, "", **more)
+            outcome.record_end(attempt.path, code, "", **more)
         if saves is not None:
             _checkpoint(self.run, saves, attempt.number)
         return self
@@ -108,35 +108,35 @@ def _checkpoint(run, step, attempt):
 
 
 @pytest.fixture
-def lives(tmp_path):
-    return Lives(tmp_path / "run")
+def attempts(tmp_path):
+    return Attempts(tmp_path / "run")
 
 
-def test_crashes_count_over_the_lives_of_a_job(lives):
-    assert lives.past.crashes == 0
-    assert lives.add(1).add(-9).past.crashes == 2
+def test_crashes_count_over_the_lives_of_a_job(attempts):
+    assert attempts.past.crashes == 0
+    assert attempts.add(1).add(-9).past.crashes == 2
 
 
-def test_an_end_that_nobody_saw_counts(lives):
+def test_an_end_that_nobody_saw_counts(attempts):
     """A job may be what kills its nodes."""
-    assert lives.add(None).add(None).past.crashes == 2
+    assert attempts.add(None).add(None).past.crashes == 2
 
 
-def test_a_new_checkpoint_makes_a_crash_the_first(lives):
-    assert lives.add(1).add(1).add(1, saves=40).past.crashes == 1
+def test_a_new_checkpoint_makes_a_crash_the_first(attempts):
+    assert attempts.add(1).add(1).add(1, saves=40).past.crashes == 1
 
 
-def test_who_was_asked_to_end_has_not_crashed(lives):
-    assert lives.add(1, asked="SIGTERM").add(INTERRUPTED).past.crashes == 0
+def test_who_was_asked_to_end_has_not_crashed(attempts):
+    assert attempts.add(1, stop_signal="SIGTERM").add(INTERRUPTED).past.crashes == 0
 
 
-def test_another_submission_begins_to_count_anew(lives):
-    assert lives.add(1, submission="0000").add(1).past.crashes == 1
+def test_another_submission_begins_to_count_anew(attempts):
+    assert attempts.add(1, submission="0000").add(1).past.crashes == 1
 
 
-def test_blame_is_kept(lives):
-    lives.add(-9, blamed={"b": "killed"}).add(1, blamed={"b": "hung"}, unfit={})
-    lives.add(1, unfit={"c": "too little memory"})
-    assert lives.past.blamed == {"b": ["killed", "hung"]}
-    assert lives.past.excluded == {"b": "killed; hung", "c": "too little memory"}
-    assert lives.past.crashes == 2, "nodes that are refused before ranks start are no crash"
+def test_blame_is_kept(attempts):
+    attempts.add(-9, blamed={"b": "killed"}).add(1, blamed={"b": "hung"}, faulty={})
+    attempts.add(1, faulty={"c": "too little memory"})
+    assert attempts.past.blamed == {"b": ["killed", "hung"]}
+    assert attempts.past.excluded == {"b": "killed; hung", "c": "too little memory"}
+    assert attempts.past.crashes == 2, "nodes that are refused before ranks start are no crash"

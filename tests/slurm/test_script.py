@@ -77,7 +77,7 @@ def test_an_array_gives_each_task_its_run(tmp_path):
     script = render(made)
     assert "--array=0-2%2" in lines(script)
     assert "--output=/runs/a/jobs/0001/slurm-%a.log" in lines(script)
-    head = script[: script.index("# A directory of this job")] + 'echo "$run $job"'
+    head = script[: script.index("# On each node")] + 'echo "$run $job"'
     done = subprocess.run(
         ["bash", "-c", head], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True
     )

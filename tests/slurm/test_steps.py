@@ -6,11 +6,11 @@ import time
 import pytest
 
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
-from forescale.resilience.diagnosis import Hang, publish
-from forescale.resilience.outcome import leave_word
+from forescale.resilience.diagnosis import Hang, publish_hang
+from forescale.resilience.outcome import write_error
 from forescale.run.directory import Run
-from forescale.slurm.steps import Failure, Step, failures
-from forescale.slurm.verdicts import judge
+from forescale.slurm.blame import outcome_of
+from forescale.slurm.steps import Failure, JobStep, failures
 
 # As srun 24.11 wrote them.
 SAID = """\
@@ -45,53 +45,55 @@ def failed(rank, code, how=""):
 
 
 def test_all_is_well(attempt):
-    assert judge(attempt, 0, [], False).code == DONE
+    assert outcome_of(attempt, 0, [], False).code == DONE
 
 
 def test_a_users_fault_counts_whatever_the_others_die_of(attempt):
-    leave_word(attempt, 1, UserError("data.path", "is gone", "bring it back"))
-    found = judge(attempt, 143, [failed(0, 75), failed(2, -9), failed(1, USER)], False)
+    write_error(attempt, 1, UserError("data.path", "is gone", "bring it back"))
+    found = outcome_of(attempt, 143, [failed(0, 75), failed(2, -9), failed(1, USER)], False)
     assert (found.code, found.how) == (USER, "data.path: is gone; bring it back.")
     assert not found.blamed
 
 
 def test_who_only_lost_a_peer_explains_nothing(attempt):
-    found = judge(attempt, 137, [failed(0, CRASHED), failed(1, -9)], False)
+    found = outcome_of(attempt, 137, [failed(0, CRASHED), failed(1, -9)], False)
     assert (found.code, found.rank) == (-9, 1)
     assert found.blamed.keys() == {"n1"}
 
 
 def test_a_python_error_is_not_the_nodes(attempt):
-    leave_word(attempt, 1, ValueError("x"))
-    found = judge(attempt, 1, [failed(0, CRASHED), failed(1, CRASHED), failed(2, -15)], False)
+    write_error(attempt, 1, ValueError("x"))
+    found = outcome_of(attempt, 1, [failed(0, CRASHED), failed(1, CRASHED), failed(2, -15)], False)
     assert found.rank == 1
     assert "ValueError: x" in found.how
     assert not found.blamed
 
 
 def test_a_device_error_is_the_nodes(attempt):
-    leave_word(attempt, 1, RuntimeError("CUDA error: uncorrectable ECC error encountered"))
-    assert judge(attempt, 1, [failed(1, CRASHED)], False).blamed.keys() == {"n1"}
+    write_error(attempt, 1, RuntimeError("CUDA error: uncorrectable ECC error encountered"))
+    assert outcome_of(attempt, 1, [failed(1, CRASHED)], False).blamed.keys() == {"n1"}
 
 
 def test_memory_that_runs_out_is_not_the_nodes(attempt):
-    found = judge(attempt, 1, [failed(1, -9, "Out Of Memory")], False)
+    found = outcome_of(attempt, 1, [failed(1, -9, "Out Of Memory")], False)
     assert "memory ran out" in found.how
     assert not found.blamed
 
 
 def test_a_hang_blames_the_host_that_is_waited_for(attempt):
-    publish(attempt, Hang((3,), "n9", "data", 5, 4.0, "rank 3 on n9 stands"))
-    assert judge(attempt, 1, [failed(0, CRASHED)], False).blamed == {"n9": "rank 3 on n9 stands"}
+    publish_hang(attempt, Hang((3,), "n9", "data", 5, 4.0, "rank 3 on n9 stands"))
+    assert outcome_of(attempt, 1, [failed(0, CRASHED)], False).blamed == {
+        "n9": "rank 3 on n9 stands"
+    }
 
 
 def test_ranks_that_were_asked_are_interrupted_however_they_end(attempt):
-    assert judge(attempt, 137, [failed(0, -9)], True).code == INTERRUPTED
-    assert judge(attempt, 75, [failed(0, 75)], False).code == INTERRUPTED
+    assert outcome_of(attempt, 137, [failed(0, -9)], True).code == INTERRUPTED
+    assert outcome_of(attempt, 75, [failed(0, 75)], False).code == INTERRUPTED
 
 
 def test_srun_that_fails_by_itself_is_a_crash(attempt):
-    found = judge(attempt, 1, [], False)
+    found = outcome_of(attempt, 1, [], False)
     assert (found.code, found.how) == (CRASHED, "srun ended with code 1, and no task did")
 
 
@@ -102,7 +104,7 @@ def test_a_step_that_does_not_end_is_killed(tmp_path, monkeypatch):
     ended = []
     monkeypatch.setattr(queue, "end_step", ended.append)
     monkeypatch.setattr(steps, "_LAST", 0.3)
-    step = Step([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "srun.log")
+    step = JobStep([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "srun.log")
     began = time.monotonic()
     assert step.wait(lambda: time.monotonic() - began > 0.2, lambda: "7.1") == -9
     assert ended == ["7.1"]
@@ -115,12 +117,12 @@ def test_a_failed_task_does_not_wait_for_ever_for_the_others(tmp_path, monkeypat
     monkeypatch.setattr(steps, "_PATIENCE", 0.2)
     monkeypatch.setattr(steps, "_LAST", 0.2)
     said = "print('srun: error: n2: task 1: Killed', flush=True); import time; time.sleep(60)"
-    step = Step([sys.executable, "-c", said], {}, tmp_path / "srun.log")
+    step = JobStep([sys.executable, "-c", said], {}, tmp_path / "srun.log")
     assert step.wait(lambda: False, lambda: "7.1") == -9
     assert step.failures == [Failure(1, "n2", -9, "Killed")]
 
 
 def test_a_collective_that_hangs_over_several_nodes_blames_none(attempt):
-    publish(attempt, Hang((0, 1), "n1, n2", "backward", 5, 4.0, "ranks 0, 1 stand"))
-    found = judge(attempt, 1, [failed(0, CRASHED)], False)
+    publish_hang(attempt, Hang((0, 1), "n1, n2", "backward", 5, 4.0, "ranks 0, 1 stand"))
+    found = outcome_of(attempt, 1, [failed(0, CRASHED)], False)
     assert (found.how, found.blamed) == ("ranks 0, 1 stand (on n0)", {})

@@ -1,1 +1,1 @@
-"""What may be said: dataclasses and their rules, the command line read against them."""
+"""The keys of every job as dataclasses, their rules, and the command line read with them."""

@@ -1,9 +1,9 @@
-"""From a command line to a job: Hydra composes the conf tree, untyped, and we judge the result.
+"""From a command line to a job: Hydra composes the conf tree, untyped, and this file checks it.
 
-Invariant: every fault of the overrides and of the composed tree is reported at once, as one
-ConfigError in our words. Hydra picks the files of the groups; the typed values are read with its
-grammar and laid over them here, since Hydra would stop at the first unknown key, suggest nothing,
-and let `+new.key=` pass.
+Invariant: all problems of the overrides and of the composed tree are reported together, in one
+ConfigError. Hydra loads the files of the chosen groups. Values of the command line are read with
+Hydra's grammar but set here, because Hydra would stop at the first unknown key, suggest no other,
+and accept `+new.key=`.
 """
 
 import os
@@ -34,6 +34,7 @@ from forescale.config.schema import (
     leaves,
     options,
     plain,
+    shown,
     unknown_key,
 )
 from forescale.config.suggest import nearest_first
@@ -52,16 +53,16 @@ __all__ = [
 ]
 
 CONF = Path(next(iter(conf.__path__))).resolve()
-VARIABLE = "FORESCALE_CONF"  # of the environment: directories with files of the user's own
-_TARGET = "model._target_"  # the class of a model of the user's own
+VARIABLE = "FORESCALE_CONF"  # environment variable: directories with the user's own choices
+_TARGET = "model._target_"  # the class of the user's own model
 _LENGTHS = ("train.steps", "train.tokens")
-_STUDY = "one run takes one value; plan several runs as a study (forescale study)"
+_STUDY = "give one value; to train several runs, see forescale study --help"
 J = TypeVar("J", bound=Job)
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of the conf tree: `name=CHOICE` lays that file over the section of its name."""
+    """A group of the conf tree: `name=CHOICE` loads that file into the section of this name."""
 
     name: str
     default: str | None
@@ -71,17 +72,17 @@ class Group:
 def compose(
     schema: type[J], overrides: Sequence[str] = (), conf_dirs: Sequence[str | Path] = ()
 ) -> J:
-    """The job of this class that `key=value` overrides describe.
+    """Return the job of class `schema` that `key=value` overrides describe.
 
-    `conf_dirs` are directories of the user's, with further files for the groups; those that the
-    environment's FORESCALE_CONF names, unless others are given. Raises ConfigError
-    with all problems; UserError for a directory that isn't there.
+    conf_dirs: the user's own directories with more choices for the groups; by default those in the
+    environment variable FORESCALE_CONF. Raises ConfigError with all problems, and UserError if a
+    directory doesn't exist.
     """
     known = groups(schema, conf_dirs)
     faults: list[Problem] = []
     picks, typed = _read(overrides, known, leaves(schema), faults)
     if _TARGET in typed and "model" in known:
-        picks.setdefault("model", "custom")  # not the keys of a model that the user didn't ask for
+        picks.setdefault("model", "custom")  # without the keys of our default model
     config = _hydra(schema, picks, conf_dirs)
     unknown = _lay_over(config, typed, schema, faults)
     job, more, wrong = build(schema, _resolve(config, "", faults))
@@ -94,38 +95,40 @@ def compose(
 
 
 def defaults(schema: type[Job]) -> dict[str, Any]:
-    """The value of every key by its path, where nothing is typed."""
+    """Return the default of every key, by its full path."""
     job, _, _ = build(schema, _resolve(_hydra(schema, {}, ()), "", []))
     return dict(flatten(plain(job), ""))
 
 
 def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str, Group]:
-    """The groups that a verb's config has, with their files; raises UserError for a directory that
-    is missing, or that names a choice which exists already (Hydra would silently pick one)."""
+    """Return the groups of a verb's config, with their files.
+
+    Raises UserError if a directory is missing, or holds a choice that another directory holds too
+    (Hydra would silently take one of them).
+    """
     found: dict[str, Group] = {}
     for name, default in _choices_of(schema.VERB):
         files: dict[str, Path] = {}
         for root in (CONF, *_own(conf_dirs)):
             if not root.is_dir():
-                raise UserError(str(root), "no such directory", "check the path of your configs")
+                raise UserError(str(root), "no such directory", f"correct {VARIABLE}")
             for path in sorted((root / name).glob("*.yaml")):
                 if path.stem in files:
-                    what = f"{name}={path.stem} exists already in {files[path.stem].parent}"
-                    raise UserError(str(path), what, "give the file another name")
+                    what = f"{name}={path.stem} is also defined in {files[path.stem].parent}"
+                    raise UserError(str(path), what, "rename this file")
                 files[path.stem] = path
         found[name] = Group(name, default, files)
     return found
 
 
 def _own(conf_dirs: Sequence[str | Path]) -> list[Path]:
-    """The user's directories: those that are given, else those that FORESCALE_CONF names."""
+    """Return the user's directories: `conf_dirs`, or those in FORESCALE_CONF if it is empty."""
     given = conf_dirs or [d for d in os.environ.get(VARIABLE, "").split(os.pathsep) if d]
     return [Path(d).expanduser() for d in given]
 
 
 def _choices_of(primary: str) -> Iterator[tuple[str, str | None]]:
-    """(group, default choice) of a config's defaults list, those of the configs that it takes in
-    before its own."""
+    """Yield (group, default choice) of a config's defaults list, included configs first."""
     path = CONF / f"{primary}.yaml"
     tree = yaml.safe_load(path.read_text()) if path.exists() else {}
     for entry in tree.get("defaults", []):
@@ -141,36 +144,36 @@ def _read(
     schema: dict[str, Leaf],
     faults: list[Problem],
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Overrides as (group -> choice, key -> text of its value); the last one of a key counts."""
+    """Return (group -> choice, key -> text of its value); of a repeated key the last one counts."""
     picks: dict[str, str] = {}
     typed: dict[str, str] = {}
     for text in overrides:
         name, equals, value = text.partition("=")
-        said = text if text.strip() and text.isprintable() else repr(text)
+        where = text if text.strip() and text.isprintable() else repr(text)
         name = name.removeprefix("+").removeprefix("+").strip()
         if text in ("-m", "--multirun"):
-            faults.append(Problem(said, "several runs at once are not a job", _STUDY))
+            faults.append(Problem(where, "one command trains one run", _STUDY))
         elif name.startswith("~"):
-            todo = f"set it to another value, such as {name[1:]}=null"
-            faults.append(Problem(said, "a key can't be taken out", todo))
+            todo = f"set another value, such as {name[1:]}=null"
+            faults.append(Problem(where, "a key can't be removed", todo))
         elif not equals or not re.fullmatch(r"[^\W\d][\w-]*(\.[\w-]+)*", name):
             near = nearest_first(name, [*schema, *known])[0]
-            faults.append(Problem(said, "is not KEY=VALUE", f"write it like {near}=VALUE"))
+            faults.append(Problem(where, "is not KEY=VALUE", f"write, for example, {near}=VALUE"))
         elif name not in known or value.startswith("{"):
-            typed.pop(name, None)  # so that a repeated key takes its last place in the order
+            typed.pop(name, None)  # a repeated key takes the place of its last occurrence
             typed[name] = value
         elif value in known[name].files or (value == "null" and known[name].default is None):
             picks[name] = value
         elif re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", value):
-            faults.append(Problem(name, f"{value} is several choices", _STUDY))
+            faults.append(Problem(name, f"got several choices, {value}", _STUDY))
         else:
             near = ", ".join(nearest_first(value, known[name].files))
-            faults.append(Problem(name, f"no such choice, {value!r}", f"choose one of {near}"))
+            faults.append(Problem(name, f"{shown(value)} is not a choice", f"choose one of {near}"))
     return picks, typed
 
 
 def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
-    """The conf tree with the chosen files, not yet resolved; empty for a verb without one."""
+    """Return the conf tree with the chosen files, not yet resolved; empty if the verb has none."""
     if not (CONF / f"{schema.VERB}.yaml").exists():
         return OmegaConf.create()
     chosen = [f"{group}={choice}" for group, choice in picks.items()]
@@ -183,8 +186,8 @@ def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | P
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else " ".join(chosen)
-        what = f"can't be composed ({' '.join(str(e).split())[:300]})"
-        raise UserError(where, what, "mend the file that it names") from e
+        what = f"the config can't be composed ({' '.join(str(e).split())[:300]})"
+        raise UserError(where, what, "correct the file named there") from e
     OmegaConf.set_struct(config, False)
     return config
 
@@ -192,7 +195,7 @@ def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | P
 def _lay_over(
     config: DictConfig, typed: dict[str, str], schema: type, faults: list[Problem]
 ) -> list[str]:
-    """Set the typed values in `config`; returns the unknown keys among them."""
+    """Set the values of the command line in `config`, and return its unknown keys."""
     known = leaves(schema)
     free = [p for p, leaf in known.items() if get_origin(leaf.type) is dict]
     composed: Any = OmegaConf.to_container(config, resolve=False)
@@ -201,7 +204,7 @@ def _lay_over(
     unknown: list[str] = []
     if len(given := [name for name in _LENGTHS if typed.get(name, "null") != "null"]) == 1:
         (other,) = set(_LENGTHS) - set(given)
-        OmegaConf.update(config, other, None, force_add=True)  # typing one length unsets the other
+        OmegaConf.update(config, other, None, force_add=True)  # giving one length unsets the other
     for name, text in typed.items():
         is_section = any(path.startswith(name + ".") for path in known)
         if not (name in known or is_section or any(name.startswith(f + ".") for f in free)):
@@ -218,8 +221,11 @@ def _lay_over(
 
 
 def _value(name: str, text: str, type_: Any) -> Any:
-    """The value that a user typed. Where text is wanted it is taken as it stands, so that a prompt
-    or a path needs no quotes of Hydra's; raises UserError for what its grammar doesn't know."""
+    """Return the value that `text` stands for.
+
+    A key of type text takes it unchanged, so a prompt or a path needs no quotes for Hydra. Raises
+    UserError if Hydra's grammar can't read it.
+    """
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     alternatives = options(type_)
     wants_text = str in alternatives or (list[str] in alternatives and not text.startswith("["))
@@ -233,16 +239,16 @@ def _value(name: str, text: str, type_: Any) -> Any:
     except HydraException:
         is_several = readable = False
     if wants_text and (is_several or not readable):
-        return text  # it only happens to begin and end with a quote
+        return text  # the quotes at its ends are part of the text
     if is_several:
-        raise UserError(name, f"{text} is several values", _STUDY)
+        raise UserError(name, f"got several values, {text}", _STUDY)
     if not readable:
         raise UserError(name, f"{text!r} can't be read as a value", "put it in '\"quotes\"'")
     return value
 
 
 def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
-    """Plain mappings, lists and values, without interpolations; what has no value is left out."""
+    """Return `node` as dicts, lists and scalars, interpolations resolved."""
     if not isinstance(node, DictConfig | ListConfig):
         return node
     names: Any = node if isinstance(node, DictConfig) else range(len(node))
@@ -253,39 +259,45 @@ def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
         try:
             made[name] = _resolve(node[name], here, faults)
         except MissingMandatoryValue:
-            faults.append(Problem(here, "needs a value", f"give {here}=VALUE"))
+            faults.append(Problem(here, "is required", f"give {here}=VALUE"))
         except OmegaConfBaseException:
             faults.append(_no_reference(here, raw[name]))
     return made if isinstance(node, DictConfig) else list(made.values())
 
 
 def _no_reference(name: str, text: str) -> Problem:
-    return Problem(name, f"{text} refers to nothing", r"mend it, or write \${ for the text ${")
+    what = f"{text} refers to a key that doesn't exist"
+    return Problem(name, what, r"correct the reference, or write \${ for a literal ${")
 
 
-def overrides_of(schema: type[Job], words: Sequence[str]) -> list[str]:
-    """The words after a verb as overrides: those without `=` name the verb's target."""
+def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
+    """Return a verb's arguments as overrides: flags and names become `key=value`.
+
+    Raises UserError if there are more names than the verb takes.
+    """
     target, verb = schema.TARGET, schema.VERB
-    bare = [w for w in words if "=" not in w and not w.startswith(("-", "~", "+"))]
-    rest = [w for w in words if w not in bare]
-    if not bare:
+    arguments = [f"{schema.FLAGS[a]}=true" if a in schema.FLAGS else a for a in arguments]
+    names = [a for a in arguments if "=" not in a and not a.startswith(("-", "~", "+"))]
+    rest = [a for a in arguments if a not in names]
+    if not names:
         return rest
     if not target:
-        raise UserError(" ".join(bare), f"{verb} takes no name", f"see forescale {verb} --help")
+        todo = f"see forescale {verb} --help"
+        raise UserError(" ".join(names), f"forescale {verb} takes no name", todo)
     if target == "input":
-        quoted = ",".join(_quoted(word) for word in bare)
+        quoted = ",".join(_quoted(name) for name in names)
         return [f"input=[{quoted}]", *rest]
-    if len(bare) > 1:
-        todo = f"give one; other words are key=value (see forescale {verb} --help)"
-        raise UserError(" ".join(bare), f"{verb} takes one name, not {len(bare)}", todo)
-    if target == "run.name" and "/" in bare[0]:
-        root, _, name = bare[0].rstrip("/").rpartition("/")
+    if len(names) > 1:
+        todo = f"leave out all but one, and write settings as KEY=VALUE (forescale {verb} --help)"
+        raise UserError(" ".join(names), f"forescale {verb} takes one name, not {len(names)}", todo)
+    if target == "run.name" and "/" in names[0]:
+        root, _, name = names[0].rstrip("/").rpartition("/")
         return [f"run.root={_quoted(root or '/')}", f"run.name={_quoted(name)}", *rest]
-    return [f"{target}={_quoted(bare[0])}", *rest]
+    return [f"{target}={_quoted(names[0])}", *rest]
 
 
 def _quoted(text: str) -> str:
-    """Text as Hydra's grammar reads it back unchanged."""
-    # A backslash is itself there, but before a quote.
+    """Return text in quotes, so that Hydra's grammar reads it back unchanged."""
+    # In that grammar a backslash is literal, except before a quote.
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
     return f"'{escaped}'"

@@ -1,7 +1,7 @@
-"""Lengths of a run, one type: "500 steps", "2e9 tokens", "30 min", "10 %" (of the run).
+"""Duration, the type of lengths: "500 steps", "2e9 tokens", "30 min", "10 %" (of the run).
 
-Invariant: `Duration.parse(str(d)) == d`, and equal lengths in one unit are equal objects, so that
-"30 min" and "1800 s" are no change between two configs.
+Invariant: `Duration.parse(str(d)) == d`, and equal lengths in one unit are equal objects: between
+two configs, "30 min" and "1800 s" are not a change.
 """
 
 import math
@@ -25,25 +25,28 @@ EXAMPLES = '"500 steps", "2e9 tokens", "30 min" or "10 %"'
 
 @dataclass(frozen=True)
 class Duration:
-    """A length that is never negative; steps and tokens are whole numbers."""
+    """A length of at least 0; steps and tokens are whole numbers."""
 
     amount: float
     unit: Literal["steps", "tokens", "seconds", "percent"] = "steps"
 
     def __post_init__(self) -> None:
         if not 0 <= self.amount < math.inf:
-            raise ValueError("a length is a number of at least 0")
+            raise ValueError("a length must be at least 0")
         if self.unit in ("steps", "tokens") and self.amount != int(self.amount):
             raise ValueError(f"{self.amount:g} is not a whole number of {self.unit}")
 
     @classmethod
     def parse(cls, value: "str | int | float | Duration") -> "Duration":
-        """Read a length; a plain number means steps. Raises ValueError with a sentence."""
+        """Return the length that `value` describes; a plain number means steps.
+
+        Raises ValueError with what is wrong.
+        """
         if isinstance(value, Duration):
             return value
         match = _FORM.fullmatch(str(value))
         if isinstance(value, bool) or not match or match[2].lower() not in _UNITS:
-            raise ValueError(f"expects a length such as {EXAMPLES}, not {value!r}")
+            raise ValueError(f"expects a length such as {EXAMPLES}, got {value!r}")
         unit, factor = _UNITS[match[2].lower()]
         try:
             return cls(float(match[1]) * factor, unit)  # type: ignore[arg-type]
@@ -62,7 +65,7 @@ class Duration:
         return f"{text} {name[:-1] if amount == 1 and name.endswith('s') and name != 's' else name}"
 
     def steps(self, tokens_per_step: int, total_steps: int) -> int | None:
-        """Optimizer steps, rounded up to whole ones; None for a length of wall time."""
+        """Return the length in optimizer steps, rounded up; None if it is a wall time."""
         exact = Fraction(repr(float(self.amount)))
         match self.unit:
             case "steps":
@@ -76,5 +79,5 @@ class Duration:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time in seconds; None for a length that is counted."""
+        """The wall time in seconds; None if the length is in steps, tokens or percent."""
         return self.amount if self.unit == "seconds" else None

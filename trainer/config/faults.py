@@ -1,7 +1,7 @@
-"""Faults that a run is asked to suffer, in words: KIND@STEP[:rankN][:PLACE].
+"""Faults to inject into a run, written KIND@STEP[:rankN][:PLACE].
 
-Invariant: a text is a fault or one sentence that says why not; `read(str(fault)) == fault`. Nothing
-acts here: see injector.py.
+Invariant: `read(str(fault)) == fault`, and a wrong text is refused with one sentence. The faults
+are injected in resilience/injector.py.
 """
 
 import re
@@ -14,30 +14,31 @@ from forescale.errors import UserError
 
 KINDS = {
     "kill": "the rank gets SIGKILL",
-    "freeze": "the rank gets SIGSTOP: it neither works nor answers",
-    "hang": "the training thread sleeps for ever; the process still answers",
+    "freeze": "the rank gets SIGSTOP: it stops without an end",
+    "hang": "the training thread sleeps forever; other threads run on",
     "exit": "the training thread raises an exception",
-    "slow": "for 20 steps the rank sleeps 0.1 s a step",
-    "nan": "the step's gradient is no number on this rank",
+    "slow": "the rank sleeps 0.1 s in each of 20 steps",
+    "nan": "the step's gradient is NaN on this rank",
     "spike": "the step's gradient is 1000 times too large on this rank",
     "flip": "one bit of one weight flips in this rank's memory",
     "corrupt": "one bit of the newest published checkpoint flips",
-    "enospc": "the next checkpoint of this rank finds the disk full",
+    "enospc": "this rank's next write of a checkpoint fails with a full disk",
 }
 _PLACED = ("kill", "freeze", "hang", "exit", "slow")
 PLACES = (
-    *("data", "forward", "backward", "norm", "update"),  # of a step, in their order
-    *("word", "evaluation", "checkpoint"),  # after it
-    "write",  # of a checkpoint's file, in whatever thread does it
+    *("data", "forward", "backward", "norm", "update"),  # within a step, in this order
+    *("summary", "evaluation", "checkpoint"),  # after a step
+    "write",  # while a file of a checkpoint is written, in any thread
 )
 _FORM = re.compile(r"([\w-]+)@(\d+)((?::[\w-]+)*)")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Strikes `rank` while it makes `step` (the update that makes it the run's step `step`), when
-    it comes to `place`; at place "write", and for corrupt and enospc, at the first chance from that
-    step on."""
+    """A fault of `rank` at `place` of `step` (the first step is 1).
+
+    At place "write", and for corrupt and enospc: at the first opportunity from this step on.
+    """
 
     kind: str
     step: int
@@ -50,19 +51,19 @@ class Fault:
 
 
 def read(text: str) -> Fault:
-    """The fault that a text stands for; raises UserError with the sentence."""
+    """Return the fault that a text describes. Raises UserError if it is wrong."""
     match = _FORM.fullmatch(text.strip())
     kind = match[1] if match else re.split(r"\W", text.strip())[0]
     near = nearest_first(kind, KINDS)[0]
     if not match:
         what = f"{text!r} is not KIND@STEP[:rankN][:PLACE]"
-        raise UserError("faults", what, f"write it like {near}@120:rank1")
+        raise UserError("faults", what, f"write, for example, {near}@120:rank1")
     if kind not in KINDS:
         others = ", ".join(sorted(KINDS.keys() - {near}))
         todo = f"the nearest is {near}; the others are {others}"
-        raise UserError("faults", f"{text!r} is of no known kind", todo)
+        raise UserError("faults", f"{text!r} is not a known kind of fault", todo)
     if (step := int(match[2])) < 1:
-        raise UserError("faults", f"{text!r} never happens", "the first step that is made is 1")
+        raise UserError("faults", f"{text!r} never happens", "the first step is 1")
     given: dict[str, str] = {}
     for word in match[3].split(":")[1:]:
         slot = "rank" if re.fullmatch(r"rank\d+", word) else "place"
@@ -75,7 +76,7 @@ def read(text: str) -> Fault:
         todo = f"the nearest is {near}; places are {', '.join(PLACES)}"
         raise UserError("faults", f"{text!r}: there is no place {place}", todo)
     if "place" in given and kind not in _PLACED:
-        what = f"{text!r}: {kind} has a place of its own"
+        what = f"{text!r}: {kind} takes no place"
         raise UserError("faults", what, f"leave out :{place}")
     return Fault(kind, step, int(given.get("rank", "rank0").removeprefix("rank")), place)
 
@@ -92,7 +93,10 @@ def problems(faults: Sequence[str], ranks: int | None = None, steps: int | None 
             found.append((e.where, e.what, e.todo))
             continue
         if fault in seen:
-            what, todo = "stands twice; a fault happens once a run", "give another step or rank"
+            what, todo = (
+                "is given twice, but a fault happens once per run",
+                "give another step or rank",
+            )
             found.append(("faults", f"{text!r} {what}", todo))
         seen.add(fault)
         if ranks is not None and fault.rank >= ranks:

@@ -1,10 +1,9 @@
-"""A job as text and back, and what differs between two jobs: what a run's config.yaml stands on.
+"""Jobs as YAML text, such as a run's config.yaml, and the differences between two jobs.
 
-Invariant: `thaw(type(job), freeze(job)) == job`, and nothing else is needed to read a frozen job
-again: no Hydra, no conf tree, no environment.
+Invariant: `thaw(type(job), freeze(job)) == job`, and reading a frozen job needs nothing else: no
+Hydra, no conf tree, no environment variables.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +14,6 @@ from forescale.config.schema import (
     ConfigError,
     Kind,
     Problem,
-    TargetConfig,
     build,
     check,
     flatten,
@@ -24,6 +22,7 @@ from forescale.config.schema import (
     shown,
     unknown_key,
 )
+from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 
@@ -31,7 +30,7 @@ J = TypeVar("J", bound=Job)
 
 
 class Change(NamedTuple):
-    """A key that differs between two configs; None stands for null and for absent."""
+    """A key that differs between two configs; None means null or absent."""
 
     key: str
     old: Any
@@ -43,24 +42,22 @@ class Change(NamedTuple):
 
 
 def freeze(job: Any) -> str:
-    """A job as YAML: every key, in the order of the schema."""
+    """Return a job as YAML: every key, in the order of the schema."""
     return yaml.safe_dump(plain(job), sort_keys=False, allow_unicode=True, width=1 << 16)
 
 
 def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
-    """The job that `freeze` wrote; `source` is its text, or the Path of a file.
+    """Return the job that `freeze` wrote. source: its text, or the Path of its file.
 
-    Raises UserError for a file that can't be read, for a `_target_` without `trust` (it names code
-    to run, and a stored file is no command of the user's), and for keys or values that are wrong.
+    Raises UserError if the file can't be read, if keys or values are wrong, or if it has a
+    `_target_` and `trust` is False: that names code to run, which the user did not type.
     """
     where = str(source) if isinstance(source, Path) else "config"
     tree = _read_yaml(source, where)
     job, unknown, wrong = build(schema, tree)
-    for f in fields(job):
-        section = getattr(job, f.name)
-        if isinstance(section, TargetConfig) and not trust:
-            what = f"{f.name}._target_ names code to run, {section.target}"
-            raise UserError(where, what, "give trust=true if you trust the file")
+    for key, target in targets(job).items() if not trust else ():
+        what = f"{key} would run the class {target}"
+        raise UserError(where, what, "add trust=true if you trust this file")
     found = (
         [unknown_key(p, leaves(schema), schema.VERB) for p in unknown] + wrong + check(job, wrong)
     )
@@ -69,7 +66,7 @@ def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
     return job
 
 
-def _read_yaml(source: str | Path, where: str) -> dict:
+def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         tree = yaml.safe_load(text)
@@ -78,21 +75,21 @@ def _read_yaml(source: str | Path, where: str) -> dict:
     except OSError as e:
         raise UserError(where, f"can't be read ({e.strerror})", "check the path") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(where, "is damaged: not YAML", "restore the file") from e
+        raise UserError(where, "is not valid YAML", "restore the file") from e
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
-        raise UserError(where, "is damaged: it has no sections", "restore the file")
+        raise UserError(where, "has no sections", "restore the file")
     return tree
 
 
 def diff(old: Any, new: Any) -> list[Change]:
-    """The keys in which two jobs of a verb differ, in the order of the schema."""
+    """Return the keys in which two jobs of a verb differ, in the order of the schema."""
     schema: Any = type(new)
     kinds = leaves(schema)
 
     def kind_of(path: str) -> Kind:
         while path and path not in kinds:
             path = path.rpartition(".")[0]
-        return kinds[path].kind if path else "identity"  # a target's arguments: all of a model
+        return kinds[path].kind if path else "identity"  # an argument of the user's own model
 
     before, after = dict(flatten(plain(old), "")), dict(flatten(plain(new), ""))
     return [
@@ -105,11 +102,11 @@ def diff(old: Any, new: Any) -> list[Change]:
 def may_resume(
     old: TrainJob, new: TrainJob, at_step: int
 ) -> tuple[list[Change], list[Change], list[Change]]:
-    """What a changed config means for a run that has made `at_step` steps.
+    """Return the changes of a run's config after `at_step` steps, as (refused, numerics, free).
 
-    Returns (refusals, numerics, free): identity keys that would change the trajectory behind or
-    before us; keys that cost the last bits from here on; and the rest. The length of the run may
-    grow while no step that was made would have had another learning rate.
+    Refused are identity keys, which would change the trajectory. Numerics keys change the last bits
+    from this step on. Free keys change nothing. A run may become longer if no completed step would
+    have had another learning rate.
     """
     changes = diff(old, new)
     free_lengths = ("train.steps", "train.tokens") if _grows(old, new, at_step) else ()
@@ -119,7 +116,7 @@ def may_resume(
 
 
 def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
-    """Whether `new` is only longer: same warm-up, and neither has begun to decay."""
+    """True if `new` is only longer: the warm-up is the same, and neither decay has begun."""
 
     def decay_begins(job: TrainJob) -> int:
         decay = job.schedule.decay

@@ -1,8 +1,8 @@
-"""What `forescale VERB --help` prints: every key with its default, every group with its choices.
+"""The page of `forescale VERB --help`: every key with its default, every group with its choices.
 
-Invariant: nothing is said twice in the project. Help texts come from the schema's fields, for the
-model's from the comments beside them; choices from the first comment of their files; defaults
-from the composed tree.
+Invariant: every help text has one source. That of a key is its field in the schema (for
+`model.*` the comment beside the field), that of a choice the first comment of its file; defaults
+come from the composed config.
 """
 
 import inspect
@@ -18,11 +18,11 @@ from forescale.config.job import Job
 from forescale.config.schema import Leaf, leaves, options
 from forescale.models.config import ModelConfig
 
-_WORD = {"run.name": "RUN", "input": "TEXT", "target": "RUN|PATH", "": ""}
+_TARGET = {"run.name": "RUN", "input": "INPUT", "target": "RUN|PATH"}
 _MARK = {"identity": "!", "numerics": "~", "free": " "}
 _LEGEND = """\
-A run that goes on refuses another value of a key marked !, and takes one of a key marked ~
-with a note that it isn't exact to the bit from there. All others may change at any time."""
+Between two starts of a run, a key marked ! must not change. If a key marked ~ changes, the run
+prints a note and is no longer exact to the last bit. All other keys may change."""
 
 
 def explain(
@@ -30,23 +30,43 @@ def explain(
     purpose: str,
     examples: Sequence[str] = (),
     conf_dirs: Sequence[str | Path] = (),
+    action: str = "",
 ) -> str:
-    """The page of `forescale VERB --help`, as text."""
+    """Return the page of `forescale VERB [ACTION] --help`.
+
+    For a verb with actions: the keys of this action, or the list of actions if it is none of them.
+    """
     verb, choices = schema.VERB, groups(schema, conf_dirs)
     found, composed = leaves(schema), defaults(schema)
-    word = _WORD[schema.TARGET]
-    usage = f"forescale {verb}{f' [{word}]' if word else ''} [KEY=VALUE ...]"
+    if schema.ACTIONS:
+        if action not in schema.ACTIONS:
+            return _actions(schema, purpose)
+        verb, (purpose, _, examples) = f"{verb} {action}", schema.ACTIONS[action]
+        found = {path: leaf for path, leaf in found.items() if schema.ACTIONS[action].reads(path)}
+    target = _TARGET.get(schema.TARGET, schema.TARGET.upper())
+    target = f" [{target}]" if schema.TARGET in found else ""
+    flags = "".join(f" [{flag}]" for flag, name in schema.FLAGS.items() if name in found)
+    usage = f"forescale {verb}{target} [KEY=VALUE ...]{flags}"
     parts = [f"{usage}\n\n{purpose}", "Examples\n" + _lines(examples)]
     if choices:
         tables = "\n".join(_choices(group) for group in choices.values())
-        parts.append("Choices, GROUP=CHOICE (* unless told otherwise)\n" + tables)
+        parts.append("Choices, written GROUP=CHOICE (* is the default)\n" + tables)
     sections: dict[str, list[str]] = {}
     for leaf in found.values():
         title = leaf.path.partition(".")[0] if "." in leaf.path else ""
         sections.setdefault(title, []).append(_key(leaf, composed.get(leaf.path)))
     legend = f"\n{_LEGEND}" if verb == "train" else ""
-    parts.append("Keys, KEY=VALUE, with their defaults" + legend)
+    parts.append("Keys, written KEY=VALUE, with their defaults" + legend)
     return "\n\n".join(parts + ["\n".join(lines) for lines in sections.values()]) + "\n"
+
+
+def _actions(schema: type[Job], purpose: str) -> str:
+    """Return the page of a verb with actions: one line for each."""
+    verb = schema.VERB
+    rows = [_row(f"  {name:<10} ", action.purpose) for name, action in schema.ACTIONS.items()]
+    more = f"forescale {verb} ACTION --help shows the keys and examples of an action."
+    head = f"forescale {verb} ACTION [KEY=VALUE ...]\n\n{purpose}"
+    return "\n\n".join([head, "Actions\n" + "\n".join(rows), more]) + "\n"
 
 
 def _lines(examples: Sequence[str]) -> str:
@@ -71,7 +91,7 @@ def _key(leaf: Leaf, default: Any) -> str:
 
 
 def _value(default: Any) -> str:
-    """A default as a user would type it."""
+    """Return a default as a user would type it."""
     if default is None or default == "" or isinstance(default, bool):
         return {None: "null", "": '""'}.get(default, str(default).lower())
     return f"{default:_}" if isinstance(default, int) and default >= 10_000 else str(default)
@@ -87,13 +107,13 @@ def _help(leaf: Leaf) -> str:
 
 @cache
 def _comments() -> dict[str, str]:
-    """The comment beside each field of the model's schema, which knows no metadata of ours."""
+    """Return the comment beside each field of the model's schema, which has no help metadata."""
     source = inspect.getsource(ModelConfig)
     beside = re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
     return {f"model.{name}": text.replace("None:", "null:") for name, text in beside}
 
 
 def _row(head: str, text: str) -> str:
-    """`head`, then `text` wrapped in the column beside it."""
+    """Return `head` followed by `text`, wrapped in the column beside it."""
     lines = textwrap.wrap(text, max(30, 100 - len(head))) or [""]
     return "\n".join([head + lines[0], *(" " * len(head) + line for line in lines[1:])]).rstrip()

@@ -1,46 +1,68 @@
-"""The base of every verb's job: a dataclass that says which keys its verb takes.
+"""The base class of every verb's job. A job is a dataclass whose fields are the verb's keys.
 
-Invariant: a verb's job is all that the command line, its help and shell completion know of its
-keys. A field that is a section has keys of its own.
+Invariant: the command line, `--help` and shell completion learn a verb's keys from its job alone. A
+field whose type is a dataclass is a section, and its fields are keys `section.name`.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from forescale.config.schema import key, section
 
 Problems = list[tuple[str, str, str]]  # (key, what is wrong, what to do)
 
 
-class Job:
-    """What a verb is asked to do.
+class Action(NamedTuple):
+    """One of the things that a verb can do, such as `plan` of `forescale study plan`.
 
-    VERB: the verb's name, and that of its primary config, conf/VERB.yaml, where it has one (a verb
-    without groups of choices needs none: its fields have the defaults). TARGET: the key that a bare
-    word after the verb fills, "" where there is none.
+    keys: the keys that it reads; `section.*` stands for all keys of a section.
+    """
+
+    purpose: str
+    keys: tuple[str, ...]
+    examples: tuple[str, ...]
+
+    def reads(self, path: str) -> bool:
+        """True if the action reads the key of this path."""
+        return path in self.keys or f"{path.partition('.')[0]}.*" in self.keys
+
+
+class Job:
+    """One command, read and checked.
+
+    VERB: the verb's name. If the verb has groups of choices, conf/VERB.yaml is its primary config.
+    TARGET: the key that an argument without `=` sets; "" if the verb takes no such argument.
+    FLAGS: each flag, such as --json, with the key that it sets to true.
+    ACTIONS: the actions by name, if the verb has several; each reads some of the keys.
     """
 
     VERB: ClassVar[str] = ""
     TARGET: ClassVar[str] = ""
+    FLAGS: ClassVar[Mapping[str, str]] = {}
+    ACTIONS: ClassVar[Mapping[str, Action]] = {}
 
 
 @dataclass
 class RootConfig:
+    """Where runs are looked for."""
+
     root: str = key("runs", "the directory that holds the runs")
 
 
 @dataclass
 class RunJob(Job):
-    """The job of a verb that works on one run that exists."""
+    """The job of a verb that works on one existing run."""
 
     TARGET: ClassVar[str] = "target"
 
     target: str | None = key(None, "a run (its name or its directory)")
-    run: RootConfig = section(RootConfig, "where the runs live")
+    run: RootConfig = section(RootConfig, "where runs are looked for")
 
     def problems(self) -> Problems:
+        """Return a problem if no target is given."""
         if self.target:
             return []
-        return [("target", "names nothing", f"give a run or a path: forescale {self.VERB} first")]
+        return [("target", "is missing", f"name a run or a path: forescale {self.VERB} first")]

@@ -1,7 +1,7 @@
-"""How a run is kept, watched and told: the keys of checkpoints, guard, pulse, logging and launch.
+"""Config sections of a running job: checkpoint, guard, heartbeat, validation, logging, launch.
 
-Invariant: all may change when a run goes on. The guard's decide what is learnt from, so they are
-numerics: a change is told; all others are free.
+Invariant: all keys may change when a run resumes. Those of the guard decide which samples are used,
+so they are of kind "numerics" (a change is recorded as an event); all others are "free".
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
@@ -17,7 +17,7 @@ from forescale.config.schema import key, section
 
 def _positive(**lengths: Duration | None) -> Problems:
     return [
-        (name, "must be longer than nothing", f"write {name}='500 steps' or another length")
+        (name, "must be longer than zero", f"write {name}='500 steps' or another length")
         for name, length in lengths.items()
         if length is not None and length.amount == 0
     ]
@@ -33,15 +33,17 @@ def _wall_times(prefix: str = "", **lengths: Duration) -> Problems:
 
 @dataclass
 class CheckpointConfig:
-    every: Duration = key(Duration(500), "how often; the last step is always saved")
-    keep: int = key(2, "newest checkpoints kept; two, since one may be damaged", ge=2)
-    keep_every: Duration | None = key(
-        None, "kept for good: the checkpoints at multiples of this; null: none"
+    every: Duration = key(
+        Duration(500), "time between two checkpoints; the last step is always saved"
     )
-    at: list[int] = key([], "saved and kept for good: the checkpoints at these steps")
-    keep_best: bool = key(False, "kept too: the checkpoint of the lowest validation loss")
+    keep: int = key(2, "newest checkpoints kept; at least two are safe: one may be damaged", ge=2)
+    keep_every: Duration | None = key(
+        None, "keep every checkpoint at a multiple of this for good; null: none"
+    )
+    at: list[int] = key([], "steps at which a checkpoint is saved and kept for good")
+    keep_best: bool = key(False, "also keep the checkpoint with the lowest validation loss")
     background: bool = key(
-        True, "write behind the training from a copy in memory; false: training waits"
+        True, "write from a copy in memory while training goes on; false: training waits"
     )
 
     def problems(self) -> Problems:
@@ -50,7 +52,13 @@ class CheckpointConfig:
             todo = "write it in steps, tokens or percent"
             found.append(("keep_every", "can't be a wall time", todo))
         if any(step < 1 for step in self.at):
-            found.append(("at", f"{self.at} are no steps", "write checkpoint.at=[1000, 2000]"))
+            found.append(
+                (
+                    "at",
+                    f"{self.at} has values below 1, which are no steps",
+                    "write checkpoint.at=[1000, 2000]",
+                )
+            )
         return found
 
 
@@ -60,28 +68,32 @@ Policy = Literal["note", "skip", "rollback", "halt"]
 @dataclass
 class GuardConfig:
     non_finite: Literal["skip", "rollback", "halt"] = key(
-        "skip", "a loss or gradient that is no number: skip the update, go back, or stop"
+        "skip", "if loss or gradient is not finite: skip the update, roll back, or halt"
     )
-    loss_spike: Policy = key("note", "a loss far above the last ones; note: only say so")
-    gradient_spike: Policy = key("note", "a gradient norm far above the last ones")
+    loss_spike: Policy = key("note", "if the loss is far above the recent ones; note: only log it")
+    gradient_spike: Policy = key("note", "if the gradient norm is far above the recent ones")
     threshold: float = key(
-        10.0, "a spike is so many standard deviations (median and MAD) above the median", gt=0
+        10.0, "standard deviations (estimated by the MAD) above the median that make a spike", gt=0
     )
-    window: int = key(128, "steps that the median is taken of", ge=8)
-    warmup: int = key(64, "healthy steps before spikes are looked for", ge=8)
-    patience: int = key(10, "ill steps in a row before the run stops, whatever the policy", ge=1)
-    back: int = key(20, "rollback: to a checkpoint at least so many steps before", ge=0)
-    skip_before: int = key(0, "rollback: batches before the ill one that are skipped too", ge=0)
-    most_rollbacks: int = key(3, "rollbacks of a run; one more stops it", ge=1)
-    cooldown: int = key(100, "steps after a rollback in which ill ones are only skipped", ge=0)
+    window: int = key(128, "steps over which the median is taken", ge=8)
+    warmup: int = key(64, "normal steps before spikes are detected", ge=8)
+    patience: int = key(10, "anomalous steps in a row that stop the run, whatever the policy", ge=1)
+    back: int = key(20, "rollback: least distance in steps to the checkpoint that is loaded", ge=0)
+    skip_before: int = key(
+        0, "rollback: batches skipped before the anomalous one, besides it", ge=0
+    )
+    most_rollbacks: int = key(3, "rollbacks allowed in a run; one more stops it", ge=1)
+    cooldown: int = key(
+        100, "steps after a rollback in which anomalous ones are only skipped", ge=0
+    )
     replay: Duration | None = key(
         Duration(1000),
-        "how often a micro-batch is computed again and weights are compared across ranks, to find "
+        "how often to compute a micro-batch again and compare weights across ranks, which finds "
         "silent corruption; null: never",
         kind="free",
     )
     corruption: Literal["note", "rollback", "halt"] = key(
-        "halt", "what is done when bits differ that must be equal", kind="free"
+        "halt", "what to do if bits differ that must be equal", kind="free"
     )
 
     def problems(self) -> Problems:
@@ -89,38 +101,49 @@ class GuardConfig:
         if self.replay is not None and self.replay.unit == "seconds":
             found.append(("replay", "can't be a wall time", "write it in steps or tokens"))
         if self.warmup > self.window:
-            what = f"{self.warmup} steps are never seen in a window of {self.window}"
+            what = f"{self.warmup} steps don't fit in a window of {self.window}"
             found.append(("warmup", what, "lower it or raise guard.window"))
         return found
 
 
 @dataclass
-class PulseConfig:
+class HeartbeatConfig:
     patience: Duration = key(
-        Duration(300, "seconds"), "shortest time after which a phase counts as hanging"
+        Duration(300, "seconds"), "shortest time after which a rank counts as hanging"
     )
-    factor: float = key(10.0, "or so many times the longest that the phase has taken", ge=2)
+    factor: float = key(
+        10.0, "a rank hangs only beyond this multiple of its longest time at the place", ge=2
+    )
     startup: Duration = key(
-        Duration(1800, "seconds"), "the same for start-up and the first step, which compiles"
+        Duration(1800, "seconds"), "patience for start-up and the first step, which compiles"
     )
-    beat: Duration = key(Duration(1, "seconds"), "how often a rank writes that it lives")
-    share: Duration = key(
-        Duration(10, "seconds"), "how often a node's beats go to the run directory"
-    )
-    straggler: float = key(
-        1.5, "a rank is told of when it needs so many times the median of all", gt=1
-    )
+    straggler: float = key(1.5, "report ranks slower than this multiple of the median", gt=1)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two heartbeats of a rank: 1, less where the patience is below 40 s."""
+        # A heartbeat costs a fraction of a millisecond, and a patience has room for many of them:
+        # a rank that is late once isn't taken for silent.
+        return min(1.0, self.patience.seconds / 40)  # type: ignore[operator]
+
+    @property
+    def share_interval(self) -> float:
+        """Seconds between two writes of a node's heartbeats to the run directory: 10, less where
+        the patience is below 40 s."""
+        # With 2,000 nodes 10 s are 200 small files a second, which shared storage can take.
+        return min(10.0, self.patience.seconds / 4)  # type: ignore[operator]
 
     def problems(self) -> Problems:
-        times = {k: getattr(self, k) for k in ("patience", "startup", "beat", "share")}
-        return _wall_times("pulse.", **times)
+        return _wall_times("heartbeat.", patience=self.patience, startup=self.startup)
 
 
 @dataclass
 class ValidationConfig:
-    every: Duration = key(Duration(500), "how often; the last step is always evaluated")
+    every: Duration = key(
+        Duration(500), "time between two evaluations; the last step is always evaluated"
+    )
     windows: int | None = key(
-        None, "windows of a periodic evaluation; null, and at the end: all", ge=1
+        None, "windows in a periodic evaluation; null: all (as always at the end)", ge=1
     )
 
     def problems(self) -> Problems:
@@ -129,20 +152,22 @@ class ValidationConfig:
 
 @dataclass
 class WandbConfig:
-    enabled: bool = key(False, "send the rows to Weights & Biases")
+    enabled: bool = key(False, "send metrics to Weights & Biases")
     project: str = key("forescale", "the project there")
     entity: str | None = key(None, "the account or team; null: yours")
     mode: Literal["auto", "online", "offline"] = key(
-        "auto", "auto: online where an account is logged in, else offline"
+        "auto", "auto: online if an account is logged in, else offline"
     )
 
 
 @dataclass
 class LoggingConfig:
-    every: Duration = key(Duration(10), "how often a line is printed; metrics.jsonl has every step")
-    tensorboard: bool = key(False, "write TensorBoard files too")
+    every: Duration = key(
+        Duration(10), "time between two printed lines; metrics.jsonl has every step"
+    )
+    tensorboard: bool = key(False, "also write TensorBoard files")
     peak_flops: float | None = key(
-        None, "peak FLOP/s of a device, for the MFU; null: known or measured", gt=0
+        None, "peak FLOP/s of a device, for the MFU; null: from a table, else measured", gt=0
     )
     wandb: WandbConfig = section(WandbConfig, "Weights & Biases")
 
@@ -152,10 +177,13 @@ class LoggingConfig:
 
 @dataclass
 class LaunchConfig:
-    processes: int | None = key(None, "local ranks; null: one a GPU, or one", ge=1)
-    timeout: Duration = key(Duration(1800, "seconds"), "how long a rank waits for the others")
+    processes: int | None = key(None, "local ranks; null: one per GPU, or one without GPUs", ge=1)
+    timeout: Duration = key(
+        Duration(1800, "seconds"), "longest time that a rank waits for the others in a collective"
+    )
     grace: Duration = key(
-        Duration(120, "seconds"), "after a signal: longest time to save and end, then it just ends"
+        Duration(120, "seconds"),
+        "time to save and exit after a stop signal; then ranks exit without saving",
     )
 
     def problems(self) -> Problems:
@@ -164,11 +192,11 @@ class LaunchConfig:
 
 @dataclass
 class ProfileConfig:
-    steps: str | None = key(None, "FIRST:LAST, such as 100:105: write a trace of these steps")
+    steps: str | None = key(None, "FIRST:LAST, such as 100:105: steps to write a trace of")
 
     @property
     def interval(self) -> tuple[int, int] | None:
-        """First step traced and the first not traced any more."""
+        """(first traced step, first step after the trace), or None."""
         match = re.fullmatch(r"(\d+):(\d+)", self.steps or "")
         return (int(match[1]), int(match[2])) if match else None
 

@@ -1,11 +1,12 @@
-"""Dataclasses as the schema of a config: a tree goes in, an object and all problems come out.
+"""Dataclasses as the schema of a config: read a tree, and return the object and all its problems.
 
-A field says what it means in its metadata (help, kind, bounds); rules over several fields are the
-`problems()` method of their dataclass, which returns (field, what is wrong, what to do). Invariant:
-nothing here stops at the first fault, and nothing here knows a key by name.
+The metadata of a field hold its help text, kind and bounds. A rule over several fields belongs into
+the `problems()` method of their dataclass, which returns (field, what is wrong, what to do).
 
-Kinds of keys, which decide what may differ when a run goes on: *identity* changes the trajectory,
-*numerics* only its last bits, *free* nothing of it.
+The kind of a key decides whether it may change when a run resumes: *identity* keys change the
+trajectory, *numerics* keys only its last bits, *free* keys nothing.
+
+Invariant: nothing here stops at the first problem, and nothing here knows a key by name.
 """
 
 import math
@@ -22,7 +23,7 @@ from forescale.config.suggest import meant, nearest_first
 from forescale.errors import UserError
 
 Kind = Literal["identity", "numerics", "free"]
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOUNDS = {
     "ge": ("at least", lambda value, bound: value >= bound),
     "gt": ("more than", lambda value, bound: value > bound),
@@ -32,18 +33,18 @@ _BOUNDS = {
 
 
 class Problem(NamedTuple):
-    """One fault of a config: the key, what is wrong, what to do."""
+    """One problem of a config: the key, what is wrong, what to do."""
 
     key: str
     what: str
     todo: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.what}; {self.todo}."
+        return str(UserError(*self))
 
 
 class ConfigError(UserError):
-    """Every problem of a config at once; `str()` has a line for each."""
+    """All problems of a config; `str()` has one line for each."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(dict.fromkeys(problems))
@@ -53,36 +54,42 @@ class ConfigError(UserError):
         return "\n".join(map(str, self.problems))
 
 
-def key(default: Any, help: str, *, kind: Kind | None = None, name: str = "", **bounds: float):
-    """A field of a section. `kind` None: the section's; `name`: where Python can't spell the key;
-    bounds are ge, gt, le, lt (at least, more than, at most, less than)."""
+def key(
+    default: Any, help: str, *, kind: Kind | None = None, name: str = "", **bounds: float
+) -> Any:
+    """Return a dataclass field for a key.
+
+    kind: None takes the kind of the section. name: the key's name where the field can't have it,
+    such as `from`. bounds: ge, gt, le, lt (at least, more than, at most, less than).
+    """
     made: dict[str, Any] = {"help": help, "kind": kind, "name": name, "bounds": bounds}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=made)
     return field(default=default, metadata=made)
 
 
-def section(cls: type, help: str, kind: Kind | None = None, name: str = ""):
-    """A field that is a section of its own."""
+def section(cls: type, help: str, kind: Kind | None = None, name: str = "") -> Any:
+    """Return a dataclass field for a section, which has keys of its own."""
     return field(default_factory=cls, metadata={"help": help, "kind": kind, "name": name})
 
 
 @dataclass
 class TargetConfig:
-    """A class of the user's own, `_target_`, and the keyword arguments that it is made with."""
+    """The user's own class, named by the key `_target_`, and its keyword arguments."""
 
     target: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> list[tuple[str, str, str]]:
+        """Return a problem if `target` can't name a class."""
         if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", str(self.target)):
             return []
         todo = "name a class that Python can import, such as mypackage.Model"
-        return [("_target_", f"{self.target!r} is not a dotted name", todo)]
+        return [("_target_", f"{shown(self.target)} is not a dotted name", todo)]
 
 
 class Leaf(NamedTuple):
-    """A key that a user may set: its path, type, kind, help, and the section's title line."""
+    """A key that a user may set, with its full path."""
 
     path: str
     type: Any
@@ -91,29 +98,31 @@ class Leaf(NamedTuple):
     bounds: Mapping[str, float]
 
 
-def name_of(f: Field) -> str:
+def name_of(f: Field[Any]) -> str:
+    """Return the key's name, which Python may not allow as the field's name."""
     return f.metadata.get("name") or f.name
 
 
 @cache
 def hints(cls: type) -> dict[str, Any]:
+    """Return the resolved type of each field."""
     return typing.get_type_hints(cls)
 
 
 def options(type_: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the type alone."""
+    """Return the members of a union, or the type alone."""
     is_union = typing.get_origin(type_) in (Union, types.UnionType)
     return typing.get_args(type_) if is_union else (type_,)
 
 
 def section_class(type_: Any) -> type | None:
-    """The dataclass that a field of this type holds, if it is a section."""
+    """Return the dataclass of a section, or None if a field of this type is a key."""
     found = [t for t in options(type_) if is_dataclass(t) and t not in (Duration, TargetConfig)]
     return typing.cast(type, found[0]) if found else None
 
 
 def leaves(cls: type, prefix: str = "", kind: Kind = "free") -> dict[str, Leaf]:
-    """Every key of a schema by its full path, in the order of the fields."""
+    """Return every key of a schema by its full path, in the order of the fields."""
     return _leaves(cls, prefix, kind)
 
 
@@ -131,10 +140,12 @@ def _leaves(cls: type, prefix: str, kind: Kind) -> dict[str, Leaf]:
     return found
 
 
-def build(cls: type, tree: Mapping, prefix: str = "") -> tuple[Any, list[str], list[Problem]]:
-    """Make `cls` of an untyped tree: (object, paths of unknown keys, wrong values).
+def build(
+    cls: type, tree: Mapping[str, Any], prefix: str = ""
+) -> tuple[Any, list[str], list[Problem]]:
+    """Build `cls` from an untyped tree: return (object, paths of unknown keys, wrong values).
 
-    A key that is missing or wrong has its default in the object.
+    In the object, a key that is missing or wrong has its default.
     """
     unknown: list[str] = []
     wrong: list[Problem] = []
@@ -149,8 +160,8 @@ def build(cls: type, tree: Mapping, prefix: str = "") -> tuple[Any, list[str], l
         inner = section_class(type_)
         if inner and not isinstance(value, Mapping):
             first = next(iter(leaves(inner, path + ".")))
-            what = f"is a section, which has keys, and not {shown(value)}"
-            wrong.append(Problem(path, what, f"set its keys, such as {first}"))
+            what = f"is a section and takes no value, got {shown(value)}"
+            wrong.append(Problem(path, what, f"set one of its keys, such as {first}=VALUE"))
         elif inner and "_target_" in value and TargetConfig in options(type_):
             rest = {k: v for k, v in value.items() if k != "_target_"}
             values[f.name] = TargetConfig(value["_target_"], rest)
@@ -161,13 +172,18 @@ def build(cls: type, tree: Mapping, prefix: str = "") -> tuple[Any, list[str], l
             try:
                 values[f.name] = convert(type_, value, f.metadata.get("bounds", {}))
             except ValueError as e:
-                wrong.append(Problem(path, str(e), f"write it like {path}={example(type_, f)}"))
+                wrong.append(
+                    Problem(path, str(e), f"write, for example, {path}={example(type_, f)}")
+                )
     return cls(**values), unknown, wrong
 
 
 def check(job: Any, faults: Iterable[Problem] = ()) -> list[Problem]:
-    """The broken rules of a job, section by section; those over several sections only where no
-    value is wrong in itself (`faults`: what `build` found), since they would only echo it."""
+    """Return the problems that the `problems()` methods of a job and its sections report.
+
+    A section with a wrong value (`faults`, from `build`) isn't asked: its rules would only repeat
+    that value's problem.
+    """
     faults = list(faults)
     found: list[Problem] = []
 
@@ -176,17 +192,21 @@ def check(job: Any, faults: Iterable[Problem] = ()) -> list[Problem]:
             value = getattr(node, f.name)
             if is_dataclass(value) and not isinstance(value, Duration):
                 visit(value, f"{prefix}{name_of(f)}.")
-        ill = any(p.key.startswith(prefix) or prefix.startswith(p.key + ".") for p in faults)
-        if not ill and hasattr(node, "problems"):
+        wrong = any(p.key.startswith(prefix) or prefix.startswith(p.key + ".") for p in faults)
+        if not wrong and hasattr(node, "problems"):
             found.extend(Problem(prefix + k, what, todo) for k, what, todo in node.problems())
 
     visit(job, "")
     return list(dict.fromkeys(found))
 
 
-def convert(type_: Any, value: Any, bounds: Mapping[str, float] = types.MappingProxyType({})):
-    """`value` as `type_`. Raises ValueError with what is wrong. Numbers may come as text, and whole
-    ones as 1e9, where nothing is lost."""
+def convert(
+    type_: Any, value: Any, bounds: Mapping[str, float] = types.MappingProxyType({})
+) -> Any:
+    """Return `value` as `type_`. Raises ValueError with what is wrong.
+
+    Numbers may be given as text, and whole numbers as 1e9 if that is exact.
+    """
     alternatives = options(type_)
     if value is None and type(None) in alternatives:
         return None
@@ -198,19 +218,30 @@ def convert(type_: Any, value: Any, bounds: Mapping[str, float] = types.MappingP
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list | tuple) else [value]
         return [convert(typing.get_args(kind)[0], item) for item in items]
+    if kind is TargetConfig:
+        return _target(value)
     if kind is list:
         if isinstance(value, list | tuple):
             return list(value)
-        raise ValueError(f"expects a list, not {shown(value)}")
+        raise ValueError(f"expects a list, got {shown(value)}")
     if typing.get_origin(kind) is dict or kind is dict:
         if isinstance(value, Mapping):
             return dict(value)
-        raise ValueError(f"expects keys and values, not {shown(value)}")
+        raise ValueError(f"expects a mapping, got {shown(value)}")
     made = _plain(kind, value)
     for name, bound in bounds.items():
         words, holds = _BOUNDS[name]
         if not holds(made, bound):
-            raise ValueError(f"must be {words} {bound:g}, not {shown(value)}")
+            raise ValueError(f"must be {words} {bound:g}, got {shown(value)}")
+    return made
+
+
+def _target(value: Any) -> TargetConfig:
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        raise ValueError(f"expects a mapping with _target_, got {shown(value)}")
+    made = TargetConfig(value["_target_"], {k: v for k, v in value.items() if k != "_target_"})
+    for _, what, _ in made.problems():
+        raise ValueError(what)
     return made
 
 
@@ -226,14 +257,14 @@ def _plain(kind: Any, value: Any) -> Any:
             return float(number)
     elif kind is Any or (kind in (bool, str) and type(value) is kind):
         return value
-    raise ValueError(f"expects {_WORDS.get(kind, kind)}, not {shown(value)}")
+    raise ValueError(f"expects {_TYPES.get(kind, kind)}, got {shown(value)}")
 
 
 def _digits(text: str) -> bool:
     return bool(re.fullmatch(r"\s*[+-]?[0-9_]+\s*", text))
 
 
-def _choice(choices: tuple, value: Any) -> Any:
+def _choice(choices: tuple[Any, ...], value: Any) -> Any:
     if type(value) is bool and "on" in choices:  # YAML reads a bare on or off as a boolean
         return "on" if value else "off"
     for choice in choices:
@@ -243,8 +274,8 @@ def _choice(choices: tuple, value: Any) -> Any:
     raise ValueError(f"{shown(value)} is not one of {', '.join(nearest)}")
 
 
-def example(type_: Any, f: Field) -> str:
-    """A value that a user could write for this field."""
+def example(type_: Any, f: Field[Any]) -> str:
+    """Return a value that a user could write for this field."""
     kind = next(t for t in options(type_) if t is not type(None))
     if f.default not in (None, MISSING, "") and not isinstance(f.default, bool):
         text = str(f.default)
@@ -252,21 +283,22 @@ def example(type_: Any, f: Field) -> str:
         text = str(typing.get_args(kind)[0])
     else:
         made = {int: "8", float: "0.1", bool: "true", str: "TEXT", Duration: "500 steps"}
+        made[list[TargetConfig]] = "[{_target_: mypackage.Mine}]"
         text = made.get(kind, "[...]" if "list" in str(kind) else "{name: value}")
     return f"'{text}'" if " " in text else text
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it."""
+    """Return a value as messages show it."""
     if value is None or value == "":
-        return "nothing" if value == "" else "null"
+        return "an empty text" if value == "" else "null"
     if isinstance(value, Mapping):
         return "a section with keys (" + ", ".join(map(str, value)) + ")"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """(full path, value) of every leaf of a tree of mappings; an empty mapping is a leaf."""
+    """Yield (full path, value) of every leaf of a tree of mappings; an empty mapping is a leaf."""
     if not isinstance(value, Mapping) or not value:
         yield path, value
         return
@@ -275,18 +307,20 @@ def flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def plain(node: Any) -> Any:
-    """A job as mappings, lists and scalars, as YAML holds it."""
+    """Return a job as dicts, lists and scalars, for YAML."""
     if isinstance(node, Duration):
         return str(node)
     if isinstance(node, TargetConfig):
         return {"_target_": node.target, **node.arguments}
     if is_dataclass(node):
         return {name_of(f): plain(getattr(node, f.name)) for f in fields(node)}
+    if isinstance(node, list):
+        return [plain(item) for item in node]
     return node
 
 
 def unknown_key(path: str, paths: Iterable[str], verb: str) -> Problem:
-    """The problem of a key that isn't among `paths`."""
+    """Return the problem of a key that isn't one of `paths`, with the most similar key."""
     near = meant(path, paths)
-    todo = f"did you mean {near}" if near else f"forescale {verb} --help lists all keys"
+    todo = f"did you mean {near}?" if near else f"see forescale {verb} --help for all keys"
     return Problem(path, "no such key", todo)

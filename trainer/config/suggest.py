@@ -1,4 +1,4 @@
-"""The key or choice that was probably meant by a name that isn't one."""
+"""Suggestions for a name that isn't a key or a choice."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,17 +9,20 @@ def _likeness(a: str, b: str) -> float:
 
 
 def nearest_first(word: str, names: Iterable[str]) -> list[str]:
-    """The names, the likeliest meant first; equal ones keep their order."""
+    """Return the names, the one most similar to `word` first; ties keep their order."""
     return sorted(names, key=lambda name: -_likeness(word, name))
 
 
 def meant(path: str, paths: Iterable[str]) -> str | None:
-    """The key among `paths` that an unknown key stands for: another project's word for it, a slip
-    in the whole path, or the right name in the wrong section; None if nothing is near."""
+    """Return the key of `paths` that an unknown key probably means, or None.
+
+    It is another project's name of the key, a typing error in the path, or the right name in the
+    wrong section.
+    """
     paths, (section, _, last) = list(paths), path.rpartition(".")
     if (synonym := _SYNONYMS.get(last)) in paths:
         return synonym
-    weight = 0.95 if section else 0.8  # without a section the sections' own names come first
+    weight = 0.95 if section else 0.8  # without a dot, prefer names of sections
 
     def likeness(candidate: str) -> float:
         leaf = candidate.rpartition(".")[2]
@@ -29,7 +32,7 @@ def meant(path: str, paths: Iterable[str]) -> str | None:
     return best if best and likeness(best) >= 0.6 else None
 
 
-# What others call our keys: the words of HF Trainer, nanoGPT, GPT-NeoX, torchtitan and DeepSpeed.
+# Names of our keys in HF Trainer, nanoGPT, GPT-NeoX, torchtitan and DeepSpeed.
 _SYNONYMS = {
     **dict.fromkeys(("lr", "max_lr", "peak_lr"), "optimizer.learning_rate"),
     **dict.fromkeys(("wd", "decay_rate"), "optimizer.weight_decay"),

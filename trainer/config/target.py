@@ -1,7 +1,7 @@
-"""The user's own classes, named by `_target_` keys: where Python finds them, and how they are made.
+"""The user's own classes, named by `_target_` keys: how they are imported and instantiated.
 
-Invariant: the directory of the command is searched last. A file there never replaces a module of
-Python's, of a library's or of ours; every verb, rank and worker searches alike.
+Invariant: the working directory is searched last, so a file there never replaces a module of the
+standard library, of a package or of this project. All verbs, ranks and workers search alike.
 """
 
 import importlib
@@ -9,44 +9,60 @@ import importlib.util
 import inspect
 import os
 import sys
+from dataclasses import fields
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+from forescale.config.objective import ObjectiveConfig
+from forescale.config.optimizer import OptimizerConfig
 from forescale.config.schema import TargetConfig
 from forescale.errors import UserError
 
 
+def targets(job: Any) -> dict[str, str]:
+    """Return the classes of the user's own that a job names, by their keys."""
+    found: dict[str, Any] = {}
+    for f in fields(job):
+        value = getattr(job, f.name)
+        is_list = isinstance(value, list)
+        found |= {f"{f.name}.{i}": v for i, v in enumerate(value)} if is_list else {f.name: value}
+    kinds = (TargetConfig, OptimizerConfig, ObjectiveConfig)
+    named = {k: v.target for k, v in found.items() if isinstance(v, kinds) and v.target}
+    return {f"{key}._target_": target for key, target in named.items()}
+
+
 def _search_here() -> None:
+    """Append the working directory to sys.path."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
 
 
 def find_package(name: str) -> ModuleSpec | None:
-    """The spec of a top-level package or module, without importing it; None where there is none."""
+    """Return the spec of a top-level package or module without importing it; None if not found."""
     _search_here()
     return importlib.util.find_spec(name)
 
 
 def import_target(where: str, dotted: str) -> Any:
-    """What a dotted name such as mypackage.Model stands for.
+    """Return the object with a dotted name such as mypackage.Model.
 
-    where: the key that names it, for the message. Raises UserError where it can't be imported.
+    where: the key that holds the name, for the message. Raises UserError if it can't be imported.
     """
     _search_here()
     module, _, name = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, SyntaxError) as e:
-        todo = "install the package, or run from the directory that it is in"
+        todo = "install the package, or run the command in the directory that contains it"
         raise UserError(f"{where}={dotted}", f"can't be imported ({e})", todo) from e
 
 
 def make(where: str, config: TargetConfig, **offered: Any) -> Any:
-    """An object of the class that `config` names, made with its arguments and with those of
-    `offered` that its signature has and the arguments lack.
+    """Return an instance of the class that `config` names.
 
-    where: the section of the config, for the message. Raises UserError where the class can't be
-    imported or made.
+    Its arguments are those of `config`, then those of `offered` that its signature takes. where:
+    the section of the config, for the message. Raises UserError if the class can't be imported or
+    instantiated.
     """
     cls = import_target(f"{where}._target_", config.target)
     try:
@@ -54,5 +70,6 @@ def make(where: str, config: TargetConfig, **offered: Any) -> Any:
         added = {k: v for k, v in offered.items() if k in parameters and k not in config.arguments}
         return cls(**config.arguments, **added)
     except (TypeError, ValueError) as e:
-        todo = f"check the keys under {where}"
-        raise UserError(f"{where}._target_={config.target}", f"can't be made ({e})", todo) from e
+        what = f"can't be instantiated ({e})"
+        todo = f"check the keys of section {where}"
+        raise UserError(f"{where}._target_={config.target}", what, todo) from e

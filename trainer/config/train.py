@@ -17,13 +17,15 @@ from forescale.config.data import CorpusConfig, DataConfig
 from forescale.config.duration import Duration
 from forescale.config.faults import problems as faults_problems
 from forescale.config.job import Job, Problems
+from forescale.config.objective import ObjectiveConfig
+from forescale.config.optimizer import OptimizerConfig
 from forescale.config.runtime import (
     CheckpointConfig,
     GuardConfig,
+    HeartbeatConfig,
     LaunchConfig,
     LoggingConfig,
     ProfileConfig,
-    PulseConfig,
     ValidationConfig,
 )
 from forescale.config.schema import TargetConfig, flatten, key, section
@@ -34,15 +36,15 @@ __all__ = ["CorpusConfig", "DataConfig"]
 
 @dataclass
 class OriginConfig:
-    run: str | None = key(None, "the run that this one branches from: a name or a directory")
-    step: int | None = key(None, "its checkpoint at this step; null: the newest", ge=0)
+    run: str | None = key(None, "run to branch from: its name or its directory")
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     what: Literal["everything", "weights"] = key(
-        "everything", "everything goes on at its step; weights starts anew at step 0"
+        "everything", "everything: continue at its step; weights: begin at step 0 with its weights"
     )
 
     def problems(self) -> Problems:
         if self.run is None and self.step is not None:
-            return [("step", "is given without a run", "name the origin with run.from.run=NAME")]
+            return [("step", "needs run.from.run", "set run.from.run=NAME")]
         return []
 
 
@@ -51,7 +53,7 @@ class RunConfig:
     name: str = key("first", "the run's name; its directory is run.root/run.name")
     root: str = key("runs", "the directory that holds the runs")
     resume: Literal["auto", "must", "never"] = key(
-        "auto", "auto goes on where the run stands; must refuses to begin, never to go on"
+        "auto", "auto: resume the run if it exists; must: refuse a new run; never: refuse to resume"
     )
     origin: OriginConfig = section(OriginConfig, "branch off another run", "identity", "from")
 
@@ -68,17 +70,22 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int | None = key(None, "length in optimizer steps (or give train.tokens)", ge=1)
-    tokens: int | None = key(None, "length in tokens, rounded up to whole steps", ge=1)
-    sequence_length: int = key(256, "targets in a window; a window has one token more", ge=1)
-    global_batch: int = key(8, "windows an optimizer step, over all ranks", ge=1)
-    micro_batch: int = key(
-        8, "windows a rank feeds at once; accumulation follows", kind="numerics", ge=1
+    steps: int | None = key(None, "length in optimizer steps, instead of train.tokens", ge=1)
+    tokens: int | None = key(
+        None, "length in tokens, rounded up to whole steps, instead of train.steps", ge=1
     )
-    seed: int = key(1337, "of weights, order and dropout", ge=0)
-    init_seed: int | None = key(None, "of the initial weights; null: train.seed", ge=0)
+    sequence_length: int = key(256, "targets per window; a window has one token more", ge=1)
+    global_batch: int = key(8, "windows per optimizer step, over all ranks", ge=1)
+    micro_batch: int = key(
+        8,
+        "windows per rank and forward pass; gradient accumulation follows from it",
+        kind="numerics",
+        ge=1,
+    )
+    seed: int = key(1337, "seed of initial weights, data order and dropout", ge=0)
+    init_seed: int | None = key(None, "seed of the initial weights; null: train.seed", ge=0)
     compile: Literal["auto", "on", "off"] = key(
-        "auto", "torch.compile; auto: where there is a compiler", kind="numerics"
+        "auto", "torch.compile; auto: on if there is a compiler", kind="numerics"
     )
 
     def problems(self) -> Problems:
@@ -86,64 +93,43 @@ class TrainConfig:
         if self.steps is None and self.tokens is None:
             found.append(("steps", "the run has no length", "give train.steps or train.tokens"))
         if self.steps is not None and self.tokens is not None:
-            todo = "set the other one to null, such as train.tokens=null"
-            found.append(("steps", "is given beside train.tokens", todo))
+            todo = "set one of them to null, such as train.tokens=null"
+            found.append(("steps", "can't be combined with train.tokens", todo))
         if self.global_batch % self.micro_batch:
-            what = f"{self.global_batch} windows don't divide into micro-batches"
-            todo = f"change it or train.micro_batch={self.micro_batch}, so that they divide"
-            found.append(("global_batch", f"{what} of {self.micro_batch}", todo))
-        return found
-
-
-@dataclass
-class OptimizerConfig:
-    kind: Literal["adamw", "muon"] = key("adamw", "muon takes matrices, AdamW the rest")
-    learning_rate: float = key(3e-4, "the peak; for muon, that of its matrices", gt=0)
-    adam_learning_rate: float | None = key(
-        None, "muon: the peak of the parameters that AdamW takes", gt=0
-    )
-    beta1: float = key(0.9, "AdamW: decay of the mean", ge=0, lt=1)
-    beta2: float = key(0.95, "AdamW: decay of the mean square", ge=0, lt=1)
-    eps: float = key(1e-8, "AdamW: added to the root of the mean square", gt=0)
-    weight_decay: float = key(0.1, "decoupled, on matrices only", ge=0)
-    momentum: float | None = key(None, "muon: decay of its mean", ge=0, lt=1)
-    clip: float | None = key(1.0, "largest norm of the gradient; null: unclipped", gt=0)
-
-    def problems(self) -> Problems:
-        found: Problems = []
-        for name, like in (("adam_learning_rate", 0.004), ("momentum", 0.95)):
-            given = getattr(self, name) is not None
-            if self.kind == "muon" and not given:
-                todo = f"give optimizer.{name}, such as {like}"
-                found.append((name, "muon needs a value", todo))
-            elif self.kind != "muon" and given:
-                todo = "take it out, or choose optimizer=muon"
-                found.append((name, f"{self.kind} has no such setting", todo))
+            what = f"{self.global_batch} windows are not a multiple of the micro-batch"
+            todo = "change train.global_batch or train.micro_batch"
+            found.append(("global_batch", f"{what}, {self.micro_batch}", todo))
         return found
 
 
 @dataclass
 class ScheduleConfig:
-    kind: Literal["wsd", "cosine", "constant"] = key("constant", "shape after the warm-up")
-    warmup: Duration = key(Duration(0), "linear, from nothing to the peak")
-    decay: Duration | None = key(None, "wsd: the last part of the run, linear")
-    final: float = key(0.0, "fraction of the peak at the end of the decay", ge=0, le=1)
+    kind: Literal["wsd", "cosine", "constant"] = key(
+        "constant", "shape of the learning rate after the warm-up"
+    )
+    warmup: Duration = key(
+        Duration(0), "length of the linear warm-up from 0 to the peak learning rate"
+    )
+    decay: Duration | None = key(None, "wsd: length of the linear decay at the end")
+    final: float = key(0.0, "learning rate at the end, as a fraction of the peak", ge=0, le=1)
 
     def problems(self) -> Problems:
         found: Problems = []
         for name, length in (("warmup", self.warmup), ("decay", self.decay)):
             if length is not None and length.unit == "seconds":
                 todo = "write it in steps, tokens or percent"
-                found.append((name, "the trajectory can't depend on wall time", todo))
+                found.append(
+                    (name, "must not be a wall time, on which the trajectory would depend", todo)
+                )
         if self.kind == "wsd" and self.decay is None:
-            found.append(("decay", "wsd needs a value", "write schedule.decay='20 %'"))
+            found.append(("decay", "is required for schedule=wsd", "write schedule.decay='20 %'"))
         if self.kind != "wsd" and self.decay is not None:
-            todo = "take it out, or choose schedule=wsd"
-            found.append(("decay", f"{self.kind} has no such setting", todo))
+            todo = "set schedule.decay=null, or choose schedule=wsd"
+            found.append(("decay", f"schedule.kind={self.kind} has no decay", todo))
         return found
 
 
-# What DeepSpeed's own configuration may not say, since a key of ours says it.
+# Settings of DeepSpeed that our own keys control, so that engine.deepspeed must not set them.
 _OURS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -173,15 +159,17 @@ _OURS = {
 @dataclass
 class EngineConfig:
     stage: Literal[0, 1, 2, 3] = key(
-        1, "ZeRO shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters"
+        1, "ZeRO stage; shards 1: optimizer state, 2: also gradients, 3: also parameters"
     )
-    offload_optimizer: bool = key(False, "optimizer state in CPU memory (stages 1 to 3)")
-    offload_parameters: bool = key(False, "parameters in CPU memory (stage 3)")
-    bucket_bytes: int = key(500_000_000, "size of a bucket of communication", ge=1)
+    offload_optimizer: bool = key(False, "keep the optimizer state in CPU memory (stages 1 to 3)")
+    offload_parameters: bool = key(False, "keep the parameters in CPU memory (stage 3)")
+    bucket_bytes: int = key(500_000_000, "bytes of a communication bucket", ge=1)
     hierarchical_partition: int = key(
-        1, "stage 3: ranks of a second, nearer partition of the parameters; 1: none", ge=1
+        1, "stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off", ge=1
     )
-    deepspeed: dict[str, Any] = key({}, "DeepSpeed settings that have no key here, as its JSON")
+    deepspeed: dict[str, Any] = key(
+        {}, "settings of DeepSpeed that have no key here, in its JSON format"
+    )
 
     def problems(self) -> Problems:
         found: Problems = []
@@ -194,43 +182,53 @@ class EngineConfig:
             for taken, ours in _OURS.items():
                 if path == taken or path.startswith(taken + "."):
                     found.append(
-                        (f"deepspeed.{path}", "is derived from our own keys", f"use {ours}")
+                        (f"deepspeed.{path}", "is controlled by other keys", f"use {ours}")
                     )
         return found
 
 
 @dataclass
 class PrecisionConfig:
-    kind: Literal["bf16", "fp16", "fp32"] = key("bf16", "of forward and backward; weights are fp32")
+    kind: Literal["bf16", "fp16", "fp32"] = key(
+        "bf16", "number format of forward and backward; master weights are fp32"
+    )
 
 
 @dataclass
 class TrainJob(Job):
-    """A training job, whole. Lengths are counted in optimizer steps, batches in windows."""
+    """A complete training job. Batches are counted in windows."""
 
     VERB: ClassVar[str] = "train"
     TARGET: ClassVar[str] = "run.name"
 
-    run: RunConfig = section(RunConfig, "where the run lives", "free")
-    train: TrainConfig = section(TrainConfig, "how long, how much at once", "identity")
+    run: RunConfig = section(RunConfig, "name and place of the run", "free")
+    train: TrainConfig = section(TrainConfig, "length and batch", "identity")
     model: ModelConfig | TargetConfig = section(ModelConfig, "the transformer", "identity")
-    data: DataConfig = section(DataConfig, "what it reads", "free")
-    optimizer: OptimizerConfig = section(OptimizerConfig, "how it learns", "identity")
+    data: DataConfig = section(DataConfig, "training data", "free")
+    objective: ObjectiveConfig = section(
+        ObjectiveConfig, "what the model learns to predict", "identity"
+    )
+    optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer", "identity")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time", "identity")
     engine: EngineConfig = section(EngineConfig, "DeepSpeed", "numerics")
     precision: PrecisionConfig = section(PrecisionConfig, "number formats", "numerics")
-    checkpoint: CheckpointConfig = section(CheckpointConfig, "what is kept", "free")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints", "free")
     validation: ValidationConfig = section(ValidationConfig, "held-out losses", "free")
-    guard: GuardConfig = section(GuardConfig, "steps that are ill", "numerics")
-    pulse: PulseConfig = section(PulseConfig, "ranks that hang or lag", "free")
-    logging: LoggingConfig = section(LoggingConfig, "who is told", "free")
+    guard: GuardConfig = section(GuardConfig, "anomalous steps", "numerics")
+    heartbeat: HeartbeatConfig = section(HeartbeatConfig, "ranks that hang or lag", "free")
+    logging: LoggingConfig = section(LoggingConfig, "logging", "free")
     launch: LaunchConfig = section(LaunchConfig, "processes", "free")
     profile: ProfileConfig = section(ProfileConfig, "traces", "free")
+    callbacks: list[TargetConfig] = key(
+        [], "your own callbacks: a list of mappings with _target_ and arguments", kind="free"
+    )
     forecast: str | None = key(
-        None, "the card that the end is measured by: its path, or STUDY/ID", kind="free"
+        None, "forecast to compare the final loss with: its path, or STUDY/ID", kind="free"
     )
     faults: list[str] = key(
-        [], "faults to inject, each once a run, such as [kill@120:rank1]; see `drill`", kind="free"
+        [],
+        "faults to inject, each once per run, such as [kill@120:rank1]; see `drill`",
+        kind="free",
     )
 
     @property
@@ -264,6 +262,11 @@ class TrainJob(Job):
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
+        if self.data.packing == "best_fit" and not self.objective.is_next_token:
+            what = (
+                f"best_fit counts next tokens, not the targets of objective {self.objective.kind}"
+            )
+            found.append(("data.packing", what, "write data.packing=windows"))
         if not has_length:
             return found  # said by the train section; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:

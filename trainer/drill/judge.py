@@ -1,7 +1,7 @@
-"""What became of a run that faults struck: survived or not, what it cost, who noticed, how fast.
+"""Judge a run with injected faults: did it survive, at what cost, who noticed, and how fast.
 
-Invariant: judged from what the run left on disk and from what its commands printed, by comparison
-with a run that nobody disturbed; no fault is waved through for want of evidence.
+Invariant: the judgement uses only the run's files and its commands' output, in comparison with a
+run without faults. Without evidence, a scenario counts as not survived.
 """
 
 import json
@@ -15,7 +15,7 @@ from forescale.drill.scenarios import Scenario
 from forescale.errors import USER
 from forescale.monitor.status import Status
 from forescale.resilience.injector import records
-from forescale.run.directory import Run, read_rows
+from forescale.run.directory import Run
 
 _DATA = ("step", "g0", "g1", "tokens", "tokens_hash")
 _ROW = (*_DATA, "loss", "grad_norm")
@@ -25,8 +25,8 @@ Interval = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Told:
-    """A line of output or an event, and when it came (seconds since the epoch)."""
+class Line:
+    """A line of output or an event, with its time (seconds since the epoch)."""
 
     time: float
     text: str
@@ -34,23 +34,27 @@ class Told:
 
 @dataclass(frozen=True)
 class Command:
-    """One `forescale train`, from its start to its end. code: None where it went on for longer than
-    it was given; torn: checkpoints that weren't whole when it had ended, a sentence each."""
+    """One `forescale train` command, from its start to its end.
+
+    code: exit code; None if it was killed at the time limit; said: its output; torn: a sentence for
+    each checkpoint that was damaged after its end.
+    """
 
     code: int | None
     began: float
     ended: float
-    said: Sequence[Told]
+    said: Sequence[Line]
     torn: Sequence[str] = ()
 
     @property
     def seconds(self) -> float:
+        """Duration of the command."""
         return self.ended - self.began
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run and the commands that it took; signalled: when it got SIGTERM."""
+    """A run and its commands. signalled: time of the SIGTERM, if it got one."""
 
     run: Run
     commands: Sequence[Command]
@@ -58,37 +62,41 @@ class Evidence:
 
     @property
     def seconds(self) -> float:
+        """Duration of all commands."""
         return sum(c.seconds for c in self.commands)
 
     @property
     def rows(self) -> list[Row]:
-        """The steps that count."""
+        """The rows of the steps that count: without those that were rolled back or repeated."""
         return Status(self.run).train
 
     @property
     def compute(self) -> float:
-        """Seconds of computing that count."""
+        """Seconds of computing in the steps that count."""
         return sum(row["seconds"].get("compute", 0.0) for row in self.rows)
 
     @property
     def step_times(self) -> dict[int, float]:
-        """When each step was told of, the last time that it was made."""
-        said = [told for c in self.commands for told in c.said]
-        found = ((_STEP_LINE.match(told.text), told.time) for told in said)
+        """The time of each step's last output line."""
+        said = [line for c in self.commands for line in c.said]
+        found = ((_STEP_LINE.match(line.text), line.time) for line in said)
         return {int(match[1]): time for match, time in found if match}
 
-    def told(self) -> list[Told]:
-        """Lines and events in the order of time; an event as its kind and its JSON."""
-        events = (row for a in self.run.attempts() for row in read_rows(a.events.path))
-        found = [Told(row["time"], f"{row['kind']} {json.dumps(row)}") for row in events]
+    def lines(self) -> list[Line]:
+        """Return output lines and events by time; an event as its kind and its JSON."""
+        events = self.run.read_events()
+        found = [Line(row["time"], f"{row['kind']} {json.dumps(row)}") for row in events]
         return sorted([*found, *(t for c in self.commands for t in c.said)], key=lambda t: t.time)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """wrong: why it was not survived, a sentence each; steps: made and not kept, by the rows;
-    seconds: from the first fault to the last step, beyond what an undisturbed run needs from there;
-    noticed: seconds after the first fault."""
+class Judgement:
+    """The result of a scenario.
+
+    wrong: reasons why it was not survived; steps: lost steps; seconds: time from the first fault to
+    the last step, minus the time of a run without faults for the same steps; noticed: seconds from
+    the first fault until `by` noticed it.
+    """
 
     name: str
     title: str
@@ -102,10 +110,11 @@ class Verdict:
 
     @property
     def survived(self) -> bool:
+        """True if nothing is wrong."""
         return not self.wrong
 
     def __str__(self) -> str:
-        """A plain sentence."""
+        """Return the result as a sentence."""
         if self.wrong:
             return f"NOT survived: {'; '.join(self.wrong)}."
         lost = f"{self.steps} step{'s' * (self.steps != 1)} and {self.seconds:.1f} s lost"
@@ -117,16 +126,16 @@ def judge(
     evidence: Evidence,
     undisturbed: Evidence,
     fresh: Callable[[Sequence[Interval]], Evidence],
-) -> Verdict:
-    """fresh: an undisturbed run that passes over these intervals of samples."""
+) -> Judgement:
+    """Return the judgement. fresh: makes a run without faults that skips these samples."""
     since = _struck(evidence)
     noticed = _noticed(scenario, since, evidence)
     wrong = [*_commands(scenario, evidence), *_strikes(scenario, evidence)]
-    if not wrong:  # else the rows can't be right, and would only echo it
+    if not wrong:  # otherwise the rows would only repeat these problems
         wrong = list(_rows(scenario, evidence, undisturbed, fresh))
     if noticed is None and not wrong:
-        wrong = ["nobody noticed"]
-    return Verdict(
+        wrong = ["no fault was noticed"]
+    return Judgement(
         scenario.name,
         scenario.title,
         wrong,
@@ -140,25 +149,25 @@ def judge(
 
 
 def _commands(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
-    """Whether they ended as they should, and left whole checkpoints and a sentence behind."""
+    """Yield what is wrong with the ends of the commands and with their checkpoints."""
     for n, (command, code) in enumerate(zip(evidence.commands, scenario.codes, strict=False), 1):
         which = f"command {n}" if len(scenario.codes) > 1 else "the command"
         if command.code is None:
-            yield f"{which} still ran after {command.seconds:.0f} s, and was ended"
+            yield f"{which} still ran after {command.seconds:.0f} s and was killed"
         elif command.code != code:
-            yield f"{which} ended with code {command.code} where {code} is right"
+            yield f"{which} ended with code {command.code} instead of {code}"
         if code == USER:
-            said = [told.text for told in command.said]
+            said = [line.text for line in command.said]
             if any("Traceback" in text for text in said):
-                yield f"{which} ended with a traceback where a sentence is right"
+                yield f"{which} ended with a traceback instead of one sentence"
             if sum(text.startswith("forescale: ") for text in said) != 1:
-                yield f"{which} didn't say in one sentence what is wrong"
+                yield f"{which} did not print exactly one error message"
         if command is not evidence.commands[-1] and command.torn:
             yield f"{which} left a damaged checkpoint ({command.torn[0]})"
 
 
 def _strikes(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
-    """Faults that never happened prove nothing."""
+    """Yield faults that did not happen exactly once, and a missing signal."""
     struck = [row["fault"] for row in records(evidence.run)]
     for fault in scenario.strikes:
         if (times := struck.count(fault)) != 1:
@@ -168,21 +177,21 @@ def _strikes(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
 
 
 def _struck(evidence: Evidence) -> float | None:
-    """When the first fault struck."""
+    """Return the time of the first fault, or None."""
     times = [row["time"] for row in records(evidence.run)]
     return evidence.signalled or min(times, default=None)
 
 
 def _noticed(scenario: Scenario, since: float | None, evidence: Evidence) -> float | None:
-    """Seconds from the fault to the first line or event that tells of it."""
+    """Return the seconds from the first fault to the first line or event about it, or None."""
     if since is None:
         return None
-    later = (told for told in evidence.told() if told.time >= since)
+    later = (line for line in evidence.lines() if line.time >= since)
     return next((t.time - since for t in later if re.search(scenario.noticed, t.text)), None)
 
 
 def _lost(step: int, since: float | None, evidence: Evidence, undisturbed: Evidence) -> float:
-    """Seconds from the fault to the last step, less those from `step` to the last undisturbed."""
+    """Return the seconds from the fault to the last step, minus the same without faults."""
     times, usual = evidence.step_times, undisturbed.step_times
     if since is None or not times or step not in usual:
         return 0.0
@@ -201,11 +210,11 @@ def _rows(
         parents = [a.parent for a in evidence.run.attempts()]
         skipped = [p.skipped for p in parents if p][-1]
         if not skipped:
-            yield "it passed over no samples"
+            yield "it skipped no samples"
             return
         right = fresh(skipped).rows
     if len(rows) != len(right):
-        yield f"{len(rows)} steps count where {len(right)} are right"
+        yield f"{len(rows)} steps count instead of {len(right)}"
         return
     if scenario.rows == "skipped":
         yield from _after_a_skip(scenario.first_step, rows, right)
@@ -214,7 +223,7 @@ def _rows(
 
 
 def _after_a_skip(step: int, rows: list[Row], right: list[Row]) -> Iterator[str]:
-    """Up to the skipped update all is as it was; from there on the same data is read."""
+    """Yield differences beyond one dropped update: other data, or other rows before it."""
     yield from _differences(rows[: step - 1], right[: step - 1], _ROW)
     yield from _differences(rows, right, _DATA)
     yield from _differences(rows[step - 1 : step], right[step - 1 : step], ("loss",))
@@ -226,9 +235,9 @@ def _after_a_skip(step: int, rows: list[Row], right: list[Row]) -> Iterator[str]
 
 
 def _differences(rows: list[Row], right: list[Row], keys: Sequence[str]) -> Iterator[str]:
-    """The first row that isn't right, to the last digit."""
+    """Yield the first difference between the rows, compared to the last digit."""
     for row, other in zip(rows, right, strict=True):
         for key in keys:
             if repr(row[key]) != repr(other[key]):
-                yield f"{key} of step {other['step']} is {row[key]!r} where {other[key]!r} is right"
+                yield f"{key} of step {other['step']} is {row[key]!r} instead of {other[key]!r}"
                 return

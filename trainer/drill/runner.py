@@ -1,12 +1,12 @@
-"""Lets the scenarios happen to a tiny run, as real commands, and has them judged.
+"""Run the scenarios on a tiny run, as real commands, and judge them.
 
     DIRECTORY/
-      dataset/      a few tokens of this installation's own source
-      runs/NAME/    a run each, undisturbed ones too
-      NAME.log      what its commands printed, with the second of each line
+      dataset/      some source code of this installation
+      runs/NAME/    the run of each scenario, and runs without faults
+      NAME.log      the output of its commands, with the second of each line
 
-Invariant: nothing outside the directory is written, and no command outlives the drill, unless that
-itself gets SIGKILL; then the tiny run comes to its end.
+Invariant: nothing is written outside the directory, and no command outlives the drill. If the drill
+itself gets SIGKILL, the current tiny run still ends by itself.
 """
 
 import os
@@ -21,23 +21,26 @@ from threading import Thread
 import forescale
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
-from forescale.drill.judge import Command, Evidence, Interval, Told, Verdict, judge
+from forescale.drill.judge import Command, Evidence, Interval, Judgement, Line, judge
 from forescale.drill.scenarios import BASE, Scenario
 from forescale.errors import DONE, UserError
-from forescale.run.directory import Run, read_rows
+from forescale.run.directory import Run
+from forescale.run.rows import read_rows
 from forescale.storage import check_table
 
-_TOKENS = 30_000  # a shard
+_TOKENS = 30_000  # tokens of a shard
 
 
 class Drill:
-    """Of tiny runs in `directory` (empty, or not there yet), on `processes` ranks. limit: seconds
-    that a command may take; what goes on for longer hangs."""
+    """Tiny runs in `directory` (empty or missing), on `processes` ranks.
+
+    limit: seconds after which a command is killed. Raises UserError if the directory isn't empty.
+    """
 
     def __init__(self, directory: Path, processes: int, limit: float):
         self.directory, self.processes, self.limit = directory.absolute(), processes, limit
         if directory.exists() and any(directory.iterdir()):
-            raise UserError(str(directory), "is not empty", "give a drill a directory of its own")
+            raise UserError(str(directory), "is not empty", "choose an empty directory with to=DIR")
         self._undisturbed: dict[tuple[str, ...], Evidence] = {}
         config = BuildConfig(
             vocab_size=512, validation=0.1, shard_tokens=_TOKENS, member_tokens=_TOKENS // 3
@@ -46,8 +49,10 @@ class Drill:
         build_dataset(Files([Path(next(iter(forescale.__path__)))]), self.dataset, config)
 
     def undisturbed(self, settings: Sequence[str] = ()) -> Evidence:
-        """A run that nothing happens to; made once for the same settings. Raises UserError where
-        even that one fails."""
+        """Return a run without faults; made once for the same settings.
+
+        Raises UserError if it fails.
+        """
         key = tuple(settings)
         if key not in self._undisturbed:
             name = f"undisturbed-{len(self._undisturbed) + 1}"
@@ -55,13 +60,13 @@ class Drill:
             made = self._run(command, run, name)
             if made.code != DONE:
                 log = self.directory / f"{name}.log"
-                what = f"a run that nothing happens to ends with code {made.code}"
-                raise UserError(str(log), what, "mend what it says, then drill")
+                what = f"a run without faults ended with code {made.code}"
+                raise UserError(str(log), what, "fix the error in this log first")
             self._undisturbed[key] = Evidence(run, [made])
         return self._undisturbed[key]
 
-    def run(self, scenario: Scenario) -> Verdict:
-        """Let it happen; what became of the run."""
+    def run(self, scenario: Scenario) -> Judgement:
+        """Run a scenario and return its judgement."""
         undisturbed = self.undisturbed(scenario.settings)
         faults = f"faults=[{','.join(scenario.faults)}]"
         given = (*scenario.settings, *scenario.overrides, faults)
@@ -86,15 +91,15 @@ class Drill:
     def _command(self, name: str, overrides: Sequence[str]) -> tuple[Run, list[str]]:
         root = self.directory / "runs"
         where = (f"run.root={root}", f"run.name={name}", f"data.path={self.dataset}")
-        words = (*where, *BASE, f"launch.processes={self.processes}", *overrides)
-        return Run(root / name), [sys.executable, "-P", "-m", "forescale", "train", *words]
+        arguments = (*where, *BASE, f"launch.processes={self.processes}", *overrides)
+        return Run(root / name), [sys.executable, "-P", "-m", "forescale", "train", *arguments]
 
     def _run(
         self, command: list[str], run: Run, name: str, signal_at: int | None = None
     ) -> Command:
-        """One command, to its end or to the limit."""
+        """Run one command to its end or to the time limit."""
         self._signalled: float | None = None
-        said: list[Told] = []
+        said: list[Line] = []
         began = time.time()
         process = subprocess.Popen(
             command,
@@ -102,14 +107,17 @@ class Drill:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},  # a line's time is when it is said
-            start_new_session=True,  # Ctrl-C is for the drill
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+            },  # so that the time of a line is when it is printed
+            start_new_session=True,  # so that Ctrl-C reaches only the drill
         )
 
         def listen() -> None:
             with open(self.directory / f"{name}.log", "a") as log:
                 for line in process.stdout or ():
-                    said.append(Told(time.time(), line.rstrip("\n")))
+                    said.append(Line(time.time(), line.rstrip("\n")))
                     log.write(f"{said[-1].time - began:7.2f}  {line}")
 
         listener = Thread(target=listen)
@@ -122,7 +130,7 @@ class Drill:
                 time.sleep(0.01)
             code = process.poll()
         finally:
-            process.kill()  # its ranks go with it
+            process.kill()  # its ranks end with it
             process.wait()
             listener.join()
         torn = [f for s in run.checkpoint_steps() for f in check_table(run.checkpoint_path(s))]
@@ -130,4 +138,4 @@ class Drill:
 
     @staticmethod
     def _has_made(run: Run, step: int) -> bool:
-        return any(row.get("step", 0) >= step for row in read_rows(run.metrics))
+        return bool(read_rows(run.metrics, after=step - 1))

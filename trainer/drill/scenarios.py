@@ -1,6 +1,6 @@
-"""The scenarios of `forescale drill`, a row each: what happens to a run, and what is right then.
+"""The scenarios of `forescale drill`: the faults of a run, and its expected behaviour.
 
-Invariant: data only. drill.py runs them, verdict.py judges.
+Invariant: data only. runner.py runs the scenarios, judge.py judges them.
 """
 
 from collections.abc import Iterable
@@ -12,17 +12,17 @@ from forescale.config.suggest import nearest_first
 from forescale.errors import DONE, INTERRUPTED, USER
 
 STEPS = 40
-BASE = (  # of every run of a drill
+BASE = (  # settings of every run of a drill
     *("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.mlp_width=64"),
     *("train.sequence_length=32", "train.global_batch=8", "train.micro_batch=2"),
     *(f"train.steps={STEPS}", "train.compile=off", "schedule.warmup=2", "schedule.decay=20%"),
     *("validation.windows=8", f"validation.every={STEPS}", "checkpoint.every=10 steps"),
-    "logging.every=1 step",  # when a line comes is when its step was made
-    # A step takes 20 ms: the last beat of a rank that freezes must be from after the first one.
-    *("pulse.patience=4 s", "pulse.beat=0.1 s", "pulse.share=1 s", "pulse.startup=1 min"),
+    "logging.every=1 step",  # so that the time of a line is the time of its step
+    # A step takes 20 ms, so heartbeats must be short: at this patience 0.1 s.
+    *("heartbeat.patience=4 s", "heartbeat.startup=1 min"),
 )
 _WATCHED = ("guard.warmup=8", "guard.window=16")
-# Without ZeRO every rank keeps weights of its own, so that a flipped bit stays until it is found.
+# Without ZeRO every rank keeps its own weights, so a flipped bit stays until it is detected.
 _REPLICAS = ("engine=zero0", "precision=fp32")
 
 Rows = Literal["same", "skipped", "rolled back"]
@@ -30,14 +30,14 @@ Rows = Literal["same", "skipped", "rolled back"]
 
 @dataclass(frozen=True)
 class Scenario:
-    """`faults` strike a run, in which `overrides` hold too; `settings` hold in the undisturbed run
-    that it is compared with as well.
+    """A run with injected `faults`, compared with a run without faults.
 
-    codes: what the command ends with, given again after each but the last; signal_at: it gets
-    SIGTERM as soon as this step is made. noticed: what a line of the output or an event (its kind,
-    then its JSON) matches as soon as `by` has noticed the fault. rows: the same bit for bit as the
-    undisturbed run's; or as right after one update was skipped; or the same as those of a fresh run
-    that is told to pass over the samples that this one went back from.
+    settings: overrides of both runs; overrides: of the faulty run alone. codes: the expected exit
+    code of each command; the command runs once for each. signal_at: the command gets SIGTERM after
+    this step. noticed: a pattern that an output line or an event (its kind, then its JSON) matches
+    once `by` has noticed the fault. rows: "same" expects rows equal to the last bit; "skipped"
+    expects one dropped update; "rolled back" expects the rows of a fresh run that skips the samples
+    which this run rolled back from.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Scenario:
 
     @property
     def strikes(self) -> list[str]:
-        """The faults as the run records them."""
+        """The faults in the format of the run's records."""
         return [str(read(text)) for text in self.faults]
 
     @property
     def first_step(self) -> int:
-        """The step that the first fault strikes."""
+        """The step of the first fault."""
         return self.signal_at or min(read(text).step for text in self.faults)
 
 
@@ -86,7 +86,7 @@ SCENARIOS = (
         ("freeze@25:rank1:norm",),
         *_HANG,
     ),
-    Scenario("hang", "a rank waits for its data for ever", ("hang@25:rank1:data",), *_HANG),
+    Scenario("hang", "a rank waits for its data forever", ("hang@25:rank1:data",), *_HANG),
     Scenario(
         "crash",
         "a rank crashes",
@@ -96,7 +96,7 @@ SCENARIOS = (
     ),
     Scenario(
         "nan-skip",
-        "a gradient is no number",
+        "a gradient is not a number",
         ("nan@25:rank1",),
         "^update_dropped",
         "the guard",
@@ -143,11 +143,11 @@ SCENARIOS = (
         ("slow@15:rank1",),
         '^straggler .*"rank": 1\\b',
         "the watchdog",
-        ("pulse.share=0.3 s",),  # it is slow for two seconds
+        ("heartbeat.patience=2 s",),  # it is slow for two seconds
     ),
     Scenario(
         "term",
-        "the queue wants the nodes back",
+        "SLURM sends SIGTERM",
         (),
         "^Stopped at step",
         "the ranks",
@@ -159,10 +159,10 @@ BY_NAME = {s.name: s for s in SCENARIOS}
 
 
 def problems(names: Iterable[str]) -> list[tuple[str, str, str]]:
-    """What is wrong with a choice of scenarios, a sentence each."""
+    """Return a problem for each name that is not a scenario."""
     found = []
     for name in names:
         if name not in BY_NAME:
             near = ", ".join(nearest_first(name, BY_NAME))
-            found.append(("scenarios", f"no such scenario, {name!r}", f"choose of {near}"))
+            found.append(("scenarios", f"{name!r} is not a scenario", f"choose some of {near}"))
     return found

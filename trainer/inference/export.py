@@ -1,6 +1,6 @@
-"""A checkpoint as a directory that Hugging Face transformers loads, by models/hf.py's mapping.
+"""Write a checkpoint as a directory that Hugging Face transformers loads (mapping: models/hf.py).
 
-Invariant: the directory appears whole, by one rename, or not at all; and its logits are ours.
+Invariant: the directory appears complete, by one rename, or not at all. Its logits equal ours.
 """
 
 import json
@@ -18,38 +18,41 @@ from forescale.models.config import ModelConfig
 from forescale.models.hf import FAMILIES, family_of, to_hf
 from forescale.storage import fsync_path, staged
 
-_PART = 5_000_000_000  # bytes of a file, about
+_PART = 5_000_000_000  # approximate bytes of a weight file
 
 
 def family(view: RunView) -> str:
-    """The class of transformers that the run's model is one of.
+    """Return the transformers class that the run's model fits.
 
-    Raises UserError, naming the keys in the way, where there is none.
+    Raises UserError that names the keys in the way, if none fits.
     """
     model = view.config.model
     if not isinstance(model, ModelConfig):
-        what = f"is {model.target}, a class of your own, which transformers doesn't know"
-        raise UserError("model._target_", what, f"load it with trainer.open_run({view.name!r})")
+        what = f"is your own class {model.target}, which transformers doesn't know"
+        raise UserError("model._target_", what, f"load it with forescale.open_run({view.name!r})")
     try:
         return FAMILIES[family_of(model)].architecture
     except ValueError as e:
         what = str(e).rstrip(".")
-        todo = f"train with such keys, or load it with trainer.open_run({view.name!r})"
+        todo = f"train with other keys, or load it with forescale.open_run({view.name!r})"
         raise UserError("model", what[0].lower() + what[1:], todo) from None
 
 
 def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
-    """Write the directory `to` (fp32): config.json, generation_config.json, model.safetensors (of a
-    large model in parts, with their index), tokenizer.json, tokenizer_config.json. No more of the
-    model than a part is in memory. Raises UserError where no family fits or `to` exists."""
+    """Write the directory `to` in fp32 and return it.
+
+    It holds config.json, generation_config.json, model.safetensors (several files and an index if
+    the model is large), tokenizer.json and tokenizer_config.json. Only one weight file is in memory
+    at a time. Raises UserError if no family fits or `to` exists.
+    """
     family(view)
     if to.exists():
-        raise UserError(str(to), "exists already", "choose another directory with to=DIR")
+        raise UserError(str(to), "already exists", "choose another directory with to=DIR")
     model = view.config.model
     assert isinstance(model, ModelConfig)
     config, tensors = to_hf(model, checkpoint.weights())
     end = view.identity["dataset"]["end_of_text"]
-    # The end-of-text token stands before every document in training, so it begins one here too.
+    # In training the end-of-text token precedes every document, so it is the bos token here.
     ends = {"bos_token_id": end, "eos_token_id": end}
     with staged(to) as stage:
         files: dict[str, Any] = {
@@ -67,8 +70,10 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
 
 
 def _write_weights(stage: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """As transformers names them: one file, or parts that an index lists. How many parts there are
-    stands in their names, and is known at the end."""
+    """Write one weight file, or several and an index, under the names that transformers expects.
+
+    The names contain the number of files, so they are renamed at the end.
+    """
     parts: list[list[str]] = []
     total = 0
     for part in _parts(tensors):
@@ -89,7 +94,7 @@ def _write_weights(stage: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Of at most _PART bytes, or one tensor."""
+    """Yield groups of tensors of at most _PART bytes, or a single larger tensor."""
     part: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -103,6 +108,7 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 
 
 def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:
+    """Return the content of tokenizer_config.json; end: id of the end-of-text token."""
     name = view.tokenizer.id_to_token(end)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,7 +1,7 @@
-"""Text from a model, as it comes.
+"""Sample text from a model, piece by piece.
 
-Invariant: what is yielded adds up to the decoded whole, and never holds half a character: a
-character whose bytes are spread over several tokens comes with the last of them.
+Invariant: the pieces add up to the text of all tokens, and none ends within a character: if the
+bytes of a character are spread over several tokens, it comes with the last of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,12 +13,12 @@ from torch import nn
 from forescale.models.generate import generate
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_CONTEXT = 4  # tokens that a decoder is shown before new ones
+_CONTEXT = 4  # previous tokens that are decoded together with new ones
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
-    """The ids of a prompt; of an empty one the token that stands before every document."""
-    # As in training, "<|endoftext|>" within a text is text.
+    """Return the ids of a prompt; of an empty one, the token that precedes every document."""
+    # As in training, the text "<|endoftext|>" in a document is not a special token.
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text]
 
@@ -33,8 +33,10 @@ def sampled(
     seed: int,
     max_context: int,
 ) -> Iterator[int]:
-    """Up to `num_tokens` ids that the model writes after `prompt`, as models/generate.py draws;
-    the same seed on the same device writes the same."""
+    """Yield `num_tokens` ids that the model samples after `prompt`; see models/generate.py.
+
+    The same seed on the same device gives the same ids.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
@@ -44,9 +46,9 @@ def sampled(
 
 
 def pieces(tokenizer: Tokenizer, before: list[int], ids: Iterable[int]) -> Iterator[str]:
-    """The text of `ids`, which follow `before`, in pieces of whole characters."""
-    # A decoder may look back (SentencePiece's drops a leading space), so each piece is the
-    # difference that new ids make to the text of the last ones.
+    """Yield the text of `ids`, which follow `before`, in pieces of complete characters."""
+    # Decoding depends on previous tokens (SentencePiece drops a leading space), so each piece is
+    # the text of the last tokens with the new ones, minus their text without.
     held, said = list(before), len(before)
 
     def text(end: int) -> str:

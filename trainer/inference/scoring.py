@@ -1,7 +1,7 @@
-"""A trained run scored on a dataset, without an engine: fp32, on one device.
+"""Score a trained run on a dataset, without an engine: fp32, on one device.
 
-Invariant: only a dataset of the run's own tokenizer is scored, since the ids of another one mean
-other text.
+Invariant: the dataset must have the run's tokenizer, because the same ids mean other text in
+another tokenizer.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from forescale.config.data import ONLY
 from forescale.config.train import CorpusConfig
 from forescale.data.dataset import Dataset
+from forescale.data.objective import NEXT_TOKEN, Objective
 from forescale.data.progress import Progress, silent
 from forescale.data.stream import MicroBatch
 from forescale.errors import UserError
@@ -22,9 +23,9 @@ from forescale.train.evaluate import Score, evaluate
 
 
 def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
-    """The dataset at `data.path`, or those that the run was trained on, by their names there.
+    """Return the dataset at `data.path`, or those that the run was trained on, by name.
 
-    Raises UserError where one isn't there, or has another tokenizer than the run.
+    Raises UserError if a dataset is missing or has another tokenizer than the run.
     """
     if data.path is not None:
         return {ONLY: _checked(view, open_dataset(data.path, data))}
@@ -33,17 +34,17 @@ def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
         path = stored["path"]
         if "://" not in path and not Path(path).exists():
             what = f"the dataset that the run was trained on is not at {path}"
-            raise UserError(str(view.path), what, "say where it is: data.path=DIR")
+            raise UserError(str(view.path), what, "give its new place with data.path=DIR")
         found[name] = _checked(view, open_dataset(path, data))
     return found
 
 
 def _checked(view: RunView, dataset: Dataset) -> Dataset:
     if not view.run.tokenizer.is_file():
-        raise UserError(str(view.run.tokenizer), "no such file", "restore the run's tokenizer")
+        raise UserError(str(view.run.tokenizer), "no such file", "restore the run's tokenizer.json")
     if hash_file(view.run.tokenizer).sha256 != dataset.manifest["tokenizer"]["sha256"]:
         todo = f"build it with `forescale shards ... tokenizer={view.run.tokenizer}`"
-        raise UserError(dataset.where, "has another tokenizer than the run", todo)
+        raise UserError(dataset.where, "was built with another tokenizer than the run's", todo)
     return dataset
 
 
@@ -56,9 +57,10 @@ def score(
     micro_batch: int,
     windows: int | None = None,
     documents: bool = False,
+    objective: Objective = NEXT_TOKEN,
     progress: Progress = silent,
 ) -> Score:
-    """`evaluate` for a model in hand. Raises UserError for a split without a target."""
+    """Return the score of a model on a split. Raises UserError if the split is empty."""
     part, done = dataset.split(split), 0
     count = sum(-(-(tokens - 1) // sequence_length) for tokens in part.shard_tokens)
     if not count:
@@ -73,7 +75,9 @@ def score(
         found = model(*positional, **named)
         done = min(total, done + len(micro.tokens))
         progress(f"score {split}", done, total, "windows")
-        return found[0] if isinstance(found, tuple) else found  # the other is a penalty
+        return (
+            found[0] if isinstance(found, tuple) else found
+        )  # the second is a penalty of the objective
 
     return evaluate(
         losses,
@@ -83,4 +87,5 @@ def score(
         micro_batch=micro_batch,
         windows=windows,
         documents=documents,
+        objective=objective,
     )

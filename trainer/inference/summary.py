@@ -1,11 +1,10 @@
-"""What a finished run says: its bits per byte beside what compressors need, a sample, what next."""
+"""The summary of a complete run: bits per byte of model and compressors, a sample, next steps."""
 
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare import baselines
-from forescale.data.sources import Sources
 from forescale.inference.sampling import pieces, prompt_ids, sampled
 from forescale.inference.view import RunView
-from forescale.run.directory import read_rows
+from forescale.run.rows import read_rows
 from forescale.run.start import Start
 
 SAMPLE_TOKENS = 120
@@ -15,7 +14,7 @@ PROMPT = "def "
 def summarize(started: Start) -> None:
     """Print the summary of a complete run."""
     run = started.run
-    scores = [row for row in read_rows(run.metrics) if row["kind"] == "validation"]
+    scores = read_rows(run.metrics, kind="validation")
     if scores:
         newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
         print(_scores(newest, started.sources))
@@ -24,8 +23,8 @@ def summarize(started: Start) -> None:
     name = run.name
     print(
         f"\nNext:\n"
-        f"  forescale status {name}                       what it reached\n"
-        f'  forescale generate {name} prompt="import "    let it write\n'
+        f"  forescale status {name}                       its progress and losses\n"
+        f'  forescale generate {name} prompt="import "    write text\n'
         f"  forescale export {name}                       to Hugging Face transformers\n"
         f"  forescale train bigger model.depth=4          a model of your own\n"
         f"  forescale shards TEXT output=DIR              a dataset of your own"
@@ -33,8 +32,7 @@ def summarize(started: Start) -> None:
 
 
 def _scores(bits: dict[str, float], sources: Sources) -> str:
-    """The held-out text of every source in bits per byte: this model, and compressors over the same
-    files."""
+    """Return bits per byte on the held-out text of every source, of model and compressors."""
     if not sources.is_mixture:
         return _score(f"corpus hash {sources.corpus_hash[:16]}", bits["validation"], sources.first)
     return "\n".join(
@@ -49,16 +47,16 @@ def _score(title: str, bits: float, dataset: Dataset) -> str:
     rows = {"this model": bits, **baselines.bits_per_byte(dataset.manifest)}
     widest = max(map(len, rows))
     for name, value in rows.items():
-        other = value and name != "this model"  # of a tiny text conditional xz needs nothing
-        ratio = f"   the model needs {bits / value:.3f} of it" if other else ""
+        other = value and name != "this model"  # conditional xz may need 0 bits for a tiny text
+        ratio = f"   the model needs {bits / value:.3f} times this" if other else ""
         lines.append(f"  {name:<{widest}}  {value:.4f}{ratio}")
     return "\n".join(lines)
 
 
 def sample(started: Start, prompt: str, seed: int = 0) -> str:
-    """Text that the newest checkpoint writes after `prompt`."""
+    """Return `prompt` and the text that the newest checkpoint continues it with."""
     view = RunView(started.run)
-    model = view.model(trust=True)  # the class is the one that the user's own command trained
+    model = view.model(trust=True)  # the user's command has just trained this class
     before = prompt_ids(view.tokenizer, prompt, started.sources.end_of_text)
     ids = sampled(
         model,

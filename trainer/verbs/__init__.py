@@ -1,13 +1,14 @@
-"""The verbs: one file each, and their registry.
+"""The registry of verbs. The code of each verb is one file.
 
-A verb NAME is a line of VERBS and the file verbs/NAME.py, which holds
+A verb NAME is a line of VERBS and the file verbs/NAME.py, which defines
 
-    JOB       a dataclass over config.job.Job: the verb's keys, their defaults, help and rules
+    JOB       a dataclass derived from config.job.Job: the verb's keys, defaults, help and rules
     EXAMPLES  command lines without the word forescale, for --help
-    main      takes the words after the verb, prints, and returns the exit code
+    FIRST     optional: words that the first argument may be, such as `train` in `submit train`
+    main      takes the arguments after the verb, prints, and returns the exit code
 
-The command line, `--help`, shell completion and the README's table read this and nothing else.
-Invariant: a verb file is thin (it reads its job, calls the rooms, prints), and no verb imports
+The command line, `--help`, shell completion and the README's table read nothing else.
+Invariant: a verb's file is thin (it reads its job, calls other rooms, prints), and no verb imports
 another.
 """
 
@@ -21,38 +22,40 @@ from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
 
 VERBS = {
-    "train": "Train a model; without any key a small one on Python source, in minutes.",
+    "train": "Train a model. Without any key: a small one on Python source, in minutes.",
     "plan": "Check a training job before the queue: problems, memory, traffic, hours, price.",
-    "submit": "Put a training job into the queue of a SLURM cluster; it requeues itself.",
-    "status": "Show what runs are doing, what they have reached and where their time went.",
-    "logs": "Follow what the ranks of a run print; of a failed run, the rank that failed first.",
-    "stop": "Have a run save and end, wherever it runs; the queue doesn't start it again.",
-    "generate": "Let a trained model write text.",
+    "submit": "Submit a training job to SLURM. It requeues itself until the run is complete.",
+    "status": "Show the state, the progress and the time use of runs.",
+    "logs": "Follow the output of a run's ranks; of a failed run, the rank that failed first.",
+    "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
+    "generate": "Write text with a trained model.",
     "eval": "Score a trained model on held-out text: loss, perplexity, bits per byte.",
-    "export": "Write a model as Hugging Face transformers reads it.",
+    "export": "Write a checkpoint as a Hugging Face transformers model.",
     "shards": "Turn your own text into tokenised, checksummed webdataset shards.",
     "check": "Verify a dataset, a checkpoint or a run, byte for byte.",
-    "pin": "Keep a checkpoint for good, whatever else is deleted.",
-    "prune": "Delete the checkpoints that need not stay; first show them.",
-    "study": "Plan runs, launch them, fit a scaling law, predict a bigger run, score predictions.",
-    "doctor": "Show what this machine has for training, and how to mend what it lacks.",
-    "drill": "Inject faults into a tiny run, and show what it survives and what that costs.",
+    "pin": "Keep a checkpoint for good; nothing deletes it.",
+    "prune": "List the checkpoints that are no longer needed, and delete them.",
+    "study": "Plan runs, launch them, fit a scaling law, predict a larger run, score predictions.",
+    "doctor": "Show what this machine offers for training, and how to fix what is missing.",
+    "drill": "Inject faults into a tiny run, and show what it survives and at what cost.",
+    "completion": "Print the shell completion script for bash, zsh or fish.",
 }
 
 
 class Verb(Protocol):
-    """What a verb's file holds."""
+    """What the file of a verb defines."""
 
     JOB: type[Job]
     EXAMPLES: Sequence[str]
 
-    def main(self, words: list[str]) -> int: ...
+    def main(self, arguments: list[str], /) -> int:
+        """Run the verb with these arguments and return the exit code."""
 
 
 def load(name: str) -> Verb:
-    """The file of a verb, imported. Raises UserError for a name that is none, with the nearest."""
+    """Return the imported file of a verb. Raises UserError if there is no verb of this name."""
     if name not in VERBS:
         near = nearest_first(name, VERBS)[0]
-        raise UserError(name, "no such verb", f"the nearest is `forescale {near}`; see --help")
+        raise UserError(name, "no such verb", f"did you mean forescale {near}?")
     module: ModuleType = importlib.import_module(f"{__name__}.{name}")
     return cast(Verb, module)

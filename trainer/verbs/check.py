@@ -1,7 +1,6 @@
 """`forescale check`: verify a dataset, a checkpoint or a run, byte for byte.
 
-Exit codes: 0 whole; 2 with faults, which are named, one a line: what was given is not as it should
-be, as with any bad input.
+Exit codes: 0 complete; 2 with faults, which are printed one per line (like any bad input).
 """
 
 import sys
@@ -29,6 +28,7 @@ class CheckJob(RunJob):
     VERB: ClassVar[str] = "check"
 
     target: str | None = key(None, "a dataset, a checkpoint or a run")
+    trust: bool = key(False, "allow running the objective (_target_) that a run's config names")
 
 
 JOB = CheckJob
@@ -51,14 +51,14 @@ def main(words: list[str]) -> int:
             nonlocal done
             with lock:
                 done += count
-                progress("read back", done, total, "bytes")
+                progress("read", done, total, "bytes")
 
         def replayed(count: int) -> None:
             nonlocal tokens
             tokens += count
             progress("compare tokens", tokens, None, "tokens")
 
-        found = _check(kind, path, tick, replayed)
+        found = _check(kind, path, tick, replayed, job.trust)
     for line in found.verified:
         print(f"  {line}")
     for line in found.notes:
@@ -68,16 +68,16 @@ def main(words: list[str]) -> int:
     seconds = time.monotonic() - began
     verdict = f"{len(found.faults)} fault{'s' * (len(found.faults) != 1)}"
     print(
-        f"{kind.capitalize()} {path}: {verdict if found.faults else 'whole'} "
-        f"({done:,} bytes read back{f', {tokens:,} tokens compared' * bool(tokens)} "
+        f"{kind.capitalize()} {path}: {verdict if found.faults else 'complete'} "
+        f"({done:,} bytes read{f', {tokens:,} tokens compared' * bool(tokens)} "
         f"in {seconds:.1f} s)."
     )
     return USER if found.faults else DONE
 
 
 def _what(job: CheckJob) -> tuple[str, Path]:
-    """Dataset, checkpoint or run, and where it is. A part that is missing may be the fault that is
-    looked for, so the table of files counts too."""
+    """Return "dataset", "checkpoint" or "run", and its path. A missing file may be the fault to
+    find, so a file listed in the table is enough."""
     path = Path(job.target or "").expanduser()
     if not (path / "config.yaml").is_file():
         listed = _listed(path)
@@ -96,9 +96,9 @@ def _listed(path: Path) -> set[str]:
         return set()
 
 
-def _check(kind: str, path: Path, tick, replayed) -> Findings:
+def _check(kind: str, path: Path, tick, replayed, trust: bool) -> Findings:
     if kind == "run":
-        return check_run(Run(path), tick, replayed)
+        return check_run(Run(path), tick, replayed, trust)
     if kind == "checkpoint":
         return check_checkpoint(path, tick)
     from forescale.data.check import check

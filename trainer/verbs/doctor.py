@@ -1,4 +1,4 @@
-"""`forescale doctor`: a line a finding; exit code 2 where something keeps training from running."""
+"""`forescale doctor`: print one line per finding; exit code 2 if something prevents training."""
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
@@ -18,8 +18,8 @@ from forescale.monitor.doctor import examine
 class DoctorJob(Job):
     VERB: ClassVar[str] = "doctor"
 
-    run: RootConfig = section(RootConfig, "where the runs would live")
-    data: CorpusConfig = section(CorpusConfig, "where the corpus would be kept")
+    run: RootConfig = section(RootConfig, "where runs will be stored")
+    data: CorpusConfig = section(CorpusConfig, "where the corpus will be stored")
 
 
 JOB = DoctorJob
@@ -31,11 +31,11 @@ def main(words: list[str]) -> int:
     counts = {"ok": 0, "note": 0, "fault": 0}
     for found in examine(Path(job.run.root).expanduser(), job.data):
         counts[found.level] += 1
-        mend = f"; {found.mend}" if found.mend else ""
-        print(f"{found.level:<5}  {found.name:<10}  {found.what}{mend}.", flush=True)
+        fix = f"; {found.fix}" if found.fix else ""
+        print(f"{found.level:<5}  {found.name:<10}  {found.what}{fix}.", flush=True)
     if counts["fault"]:
         one = counts["fault"] == 1
-        print(f"\n{counts['fault']} fault{'' if one else 's'} to mend before `forescale train`.")
+        print(f"\n{counts['fault']} fault{'' if one else 's'} to fix before `forescale train`.")
         return USER
     print("\nReady: forescale train")
     return DONE

@@ -1,6 +1,6 @@
-"""`forescale drill`: faults strike a tiny run; a line a scenario as it ends, then a table of all.
+"""`forescale drill`: inject faults into a tiny run; print a line per scenario, then a table.
 
-Exit codes: 0 all was survived; 1 something was not.
+Exit codes: 0 if the run survived all scenarios, 1 if not.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
@@ -21,7 +21,7 @@ from forescale.config.duration import Duration
 from forescale.config.job import Job, Problems
 from forescale.config.schema import key
 from forescale.console import open_console
-from forescale.drill.judge import Evidence, Verdict
+from forescale.drill.judge import Evidence, Judgement
 from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BY_NAME, SCENARIOS, STEPS
 from forescale.drill.scenarios import problems as problems_of_scenarios
@@ -31,16 +31,24 @@ from forescale.storage import write_json
 
 @dataclass
 class DrillJob(Job):
+    """The scenarios to run, and where."""
+
     VERB: ClassVar[str] = "drill"
 
-    scenarios: list[str] = key([], f"some of {', '.join(BY_NAME)}; none: all")
-    processes: Literal[2, 4] = key(2, "ranks of the tiny run; a fault strikes one of them")
-    limit: Duration = key(Duration(180, "seconds"), "a command that takes longer is ended")
-    to: str | None = key(None, "an empty directory to work in; null: a temporary one")
-    keep: bool = key(False, "keep a temporary directory; it is kept where something failed")
-    json: str | None = key(None, "a file for the results")
+    scenarios: list[str] = key([], f"the scenarios to run, of {', '.join(BY_NAME)}; empty: all")
+    processes: Literal[2, 4] = key(
+        2, "ranks of the tiny run; each fault is injected into one of them"
+    )
+    limit: Duration = key(
+        Duration(180, "seconds"),
+        "a training command that runs longer is killed and counts as failed",
+    )
+    to: str | None = key(None, "an empty directory for the runs; null: a temporary one")
+    keep: bool = key(False, "keep the temporary directory; it is always kept if a scenario fails")
+    json: str | None = key(None, "file for the results, as JSON")
 
     def problems(self) -> Problems:
+        """Return unknown scenarios, and a limit that is no wall time."""
         found = problems_of_scenarios(self.scenarios)
         if self.limit.unit != "seconds" or not self.limit.amount:
             found.append(("limit", "must be a wall time", "write limit='3 min'"))
@@ -55,27 +63,28 @@ EXAMPLES = (
 )
 
 
-def main(words: list[str]) -> int:
-    job = compose(DrillJob, overrides_of(DrillJob, words))
+def main(arguments: list[str]) -> int:
+    """Run the scenarios. Return 0 if all were survived, else 1."""
+    job = compose(DrillJob, overrides_of(DrillJob, arguments))
     chosen = [BY_NAME[name] for name in job.scenarios] or list(SCENARIOS)
     temporary = job.to is None
     directory = Path(tempfile.mkdtemp(prefix="drill-") if temporary else job.to or "").expanduser()
-    verdicts: list[Verdict] = []
+    judgements: list[Judgement] = []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through `finally`
     try:
         drill = Drill(directory, job.processes, job.limit.seconds or 0.0)
         print(f"In {directory}: a run of {STEPS} steps on {job.processes} ranks.", flush=True)
         undisturbed = drill.undisturbed()
-        print(f"Undisturbed it takes {undisturbed.seconds:.1f} s.", flush=True)
+        print(f"Without faults it takes {undisturbed.seconds:.1f} s.", flush=True)
         for n, scenario in enumerate(chosen, 1):
             print(f"{n:>2}/{len(chosen)}  {scenario.title} ... ", end="", flush=True)
-            verdicts.append(drill.run(scenario))
-            print(verdicts[-1], flush=True)
-        _show(verdicts, undisturbed)
+            judgements.append(drill.run(scenario))
+            print(judgements[-1], flush=True)
+        _show(judgements, undisturbed)
         if job.json:
-            write_json(Path(job.json).expanduser(), _results(verdicts, undisturbed))
+            write_json(Path(job.json).expanduser(), _results(judgements, undisturbed))
     finally:
-        whole = len(verdicts) == len(chosen) and all(v.survived for v in verdicts)
+        whole = len(judgements) == len(chosen) and all(v.survived for v in judgements)
         if temporary and whole and not job.keep:
             shutil.rmtree(directory, ignore_errors=True)
         else:
@@ -83,14 +92,14 @@ def main(words: list[str]) -> int:
     return DONE if whole else CRASHED
 
 
-def _show(verdicts: Sequence[Verdict], undisturbed: Evidence) -> None:
+def _show(judgements: Sequence[Judgement], undisturbed: Evidence) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("fault", "survived"):
         table.add_column(name)
     for name in ("steps lost", "seconds lost", "noticed after"):
         table.add_column(name, justify="right")
-    table.add_column("by")
-    for v in verdicts:
+    table.add_column("noticed by")
+    for v in judgements:
         table.add_row(
             v.title,
             "[green]yes[/]" if v.survived else "[red]no[/]",
@@ -102,21 +111,21 @@ def _show(verdicts: Sequence[Verdict], undisturbed: Evidence) -> None:
     console = open_console()
     console.print()
     console.print(table)
-    survived = sum(v.survived for v in verdicts)
+    survived = sum(v.survived for v in judgements)
     print(
-        f"\n{survived} of {len(verdicts)} survived. Of the wall clock, computing that counts was "
-        f"{_ettr(verdicts):.1%} in the drill (ETTR) and "
-        f"{undisturbed.compute / undisturbed.seconds:.1%} in the undisturbed run: one so short is "
-        f"mostly start-up."
+        f"\n{survived} of {len(judgements)} survived. Computing of steps that count took "
+        f"{_ettr(judgements):.1%} of the wall time in the drill (ETTR), and "
+        f"{undisturbed.compute / undisturbed.seconds:.1%} without faults; the rest is mostly "
+        f"start-up, because the runs are short."
     )
 
 
-def _ettr(verdicts: Sequence[Verdict]) -> float:
-    return sum(v.compute for v in verdicts) / max(1e-9, sum(v.wall for v in verdicts))
+def _ettr(judgements: Sequence[Judgement]) -> float:
+    return sum(v.compute for v in judgements) / max(1e-9, sum(v.wall for v in judgements))
 
 
-def _results(verdicts: Sequence[Verdict], undisturbed: Evidence) -> dict:
-    """For programs; seconds."""
+def _results(judgements: Sequence[Judgement], undisturbed: Evidence) -> dict:
+    """Return the content of the JSON file; times in seconds."""
     whole = {"seconds": undisturbed.seconds, "compute": undisturbed.compute}
-    rows = [{**vars(v), "survived": v.survived} for v in verdicts]
-    return {"undisturbed": whole, "ettr": _ettr(verdicts), "scenarios": rows}
+    rows = [{**vars(v), "survived": v.survived} for v in judgements]
+    return {"undisturbed": whole, "ettr": _ettr(judgements), "scenarios": rows}

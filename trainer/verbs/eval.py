@@ -1,4 +1,4 @@
-"""`forescale eval`: what a trained model's loss is on a dataset, beside what compressors need."""
+"""`forescale eval`: score a trained model on a dataset, in comparison with compressors."""
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
@@ -14,7 +14,8 @@ from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
 from forescale.data.progress import console
 from forescale.errors import DONE
-from forescale.inference.view import RunView, open_view
+from forescale.inference.view import RunView, best_device, open_view
+from forescale.run.feed import objective_of
 
 if TYPE_CHECKING:
     from forescale.train.evaluate import Score
@@ -22,16 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvalJob(RunJob):
+    """A checkpoint and the windows to score it on."""
+
     VERB: ClassVar[str] = "eval"
 
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
-    step: int | None = key(None, "the checkpoint at this step; null: the newest", ge=0)
-    split: Literal["train", "validation"] = key("validation", "which part of the dataset")
-    windows: int | None = key(None, "so many windows, evenly spread over it; null: all", ge=1)
-    micro_batch: int = key(8, "windows at once", ge=1)
-    trust: bool = key(False, "run the class that the run's config names as its model's _target_")
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
+    split: Literal["train", "validation"] = key("validation", "part of the dataset")
+    windows: int | None = key(
+        None, "number of windows, evenly spread over the split; null: all", ge=1
+    )
+    micro_batch: int = key(8, "windows in one forward pass", ge=1)
+    trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
     data: CorpusConfig = section(
-        CorpusConfig, "what it is scored on; null: what the run trained on"
+        CorpusConfig, "the dataset to score on; null: the datasets of the run"
     )
 
 
@@ -42,11 +47,11 @@ EXAMPLES = (
 )
 
 
-def main(words: list[str]) -> int:
-    job = compose(EvalJob, overrides_of(EvalJob, words))
+def main(arguments: list[str]) -> int:
+    """Print the scores of a checkpoint on each dataset."""
+    job = compose(EvalJob, overrides_of(EvalJob, arguments))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
-    from forescale.inference.device import best_device
     from forescale.inference.scoring import datasets_of, score
 
     datasets = datasets_of(view, job.data)
@@ -61,6 +66,7 @@ def main(words: list[str]) -> int:
                 micro_batch=job.micro_batch,
                 windows=job.windows,
                 documents=view.config.data.document_mask,
+                objective=objective_of(view.config, dataset.vocab_size),
                 progress=progress,
             )
         _print(job, view, checkpoint.position, dataset, found)
@@ -86,13 +92,17 @@ def _print(
         widest = max(map(len, others))
         for name, bits in others.items():
             compared = bits and job.windows is None  # over the same bytes
-            ratio = f"   the model needs {found.bits_per_byte / bits:.3f} of it" if compared else ""
+            ratio = (
+                f"   the model needs {found.bits_per_byte / bits:.3f} times this"
+                if compared
+                else ""
+            )
             print(f"  {name:<{widest}}  {bits:.4f}{ratio}")
 
 
 def _seen(view: RunView, dataset: Dataset, split: str) -> str:
-    """How this dataset stands to what the run was trained on."""
+    """Return a remark if the run was trained on this split, or not on this dataset."""
     known = view.identity["dataset"]["sources"].values()
     if dataset.identity not in [source["identity"] for source in known]:
-        return "; not what the run was trained on"
+        return "; the run was trained on other data"
     return "; the run was trained on this split" if split == "train" else ""

@@ -1,4 +1,4 @@
-"""`forescale export`: a checkpoint for `transformers.AutoModelForCausalLM`."""
+"""`forescale export`: write a checkpoint for `transformers.AutoModelForCausalLM`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ from forescale.inference.view import open_view
 
 @dataclass
 class ExportJob(RunJob):
+    """A checkpoint and where to write it."""
+
     VERB: ClassVar[str] = "export"
 
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
-    step: int | None = key(None, "the checkpoint at this step; null: the newest", ge=0)
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     to: str | None = key(None, "the directory to write; null: exports/RUN-STEP")
 
 
@@ -24,12 +26,13 @@ JOB = ExportJob
 EXAMPLES = ("export first to=exports/first",)
 
 
-def main(words: list[str]) -> int:
-    job = compose(ExportJob, overrides_of(ExportJob, words))
+def main(arguments: list[str]) -> int:
+    """Write the directory, and print how to load it."""
+    job = compose(ExportJob, overrides_of(ExportJob, arguments))
     view = open_view(job.target or "", job.run.root)
     from forescale.inference.export import export, family
 
-    architecture = family(view)  # the likeliest refusal, before gigabytes are read
+    architecture = family(view)  # refuse here, before gigabytes are read
     checkpoint = view.checkpoint(job.step)
     step = checkpoint.position.step
     to = export(view, checkpoint, Path(job.to or f"exports/{view.name}-{step}").expanduser())

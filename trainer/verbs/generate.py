@@ -1,4 +1,4 @@
-"""`forescale generate`: a trained model writes, token by token, until its document ends."""
+"""`forescale generate`: write text with a trained model, until its document ends."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,21 +9,23 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.errors import DONE
-from forescale.inference.view import open_view
+from forescale.inference.view import best_device, open_view
 
 
 @dataclass
 class GenerateJob(RunJob):
+    """A checkpoint, a prompt, and how to sample."""
+
     VERB: ClassVar[str] = "generate"
 
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
-    step: int | None = key(None, "the checkpoint at this step; null: the newest", ge=0)
-    prompt: str = key("", "the text to go on from; nothing: the start of a document")
-    num_tokens: int = key(200, "tokens to write", ge=1)
-    temperature: float = key(0.8, "0: always the likeliest token", ge=0)
-    top_k: int | None = key(50, "choose among so many likeliest tokens; null: all", ge=1)
-    seed: int = key(1337, "of the sampling", ge=0)
-    trust: bool = key(False, "run the class that the run's config names as its model's _target_")
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
+    prompt: str = key("", "text that the model continues; empty: it begins a document")
+    num_tokens: int = key(200, "the most tokens to write", ge=1)
+    temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)
+    top_k: int | None = key(50, "sample among this number of most likely tokens; null: all", ge=1)
+    seed: int = key(1337, "seed of the sampling", ge=0)
+    trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
 
 
 JOB = GenerateJob
@@ -33,12 +35,11 @@ EXAMPLES = (
 )
 
 
-def main(words: list[str]) -> int:
-    """The text goes to stdout, prompt first; everything else to stderr."""
-    job = compose(GenerateJob, overrides_of(GenerateJob, words))
+def main(arguments: list[str]) -> int:
+    """Print the prompt and the text to stdout, everything else to stderr."""
+    job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
-    from forescale.inference.device import best_device
     from forescale.inference.sampling import pieces, prompt_ids, sampled
 
     model = view.load(checkpoint, job.trust).to(best_device())
@@ -61,7 +62,7 @@ def main(words: list[str]) -> int:
 
 
 def _document(ids: Iterable[int], end: int) -> Iterator[int]:
-    """The ids up to the end of the document; says so where it comes early."""
+    """Yield the ids up to the end of the document, and note on stderr if it ends early."""
     for count, token in enumerate(ids):
         if token == end:
             print(f"\n(The document ends after {count} tokens.)", file=sys.stderr)

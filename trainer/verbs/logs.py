@@ -1,4 +1,5 @@
-"""`forescale logs`: what a rank of a run says, as it says it; what the first to fail said last."""
+"""`forescale logs`: print the log of a rank as it grows; after a failure, the end of the log of the
+rank that failed first."""
 
 import sys
 import time
@@ -17,19 +18,19 @@ from forescale.run.directory import Attempt, Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission, submissions, waiting_or_running
 
-_EVERY = 0.3  # seconds between two looks
-_ASK = 15.0  # seconds between two questions to the queue
-_LAST_WORDS = 25  # lines of a rank that failed
+_EVERY = 0.3  # seconds between two reads
+_ASK = 15.0  # seconds between two queries of the queue
+_LAST_LINES = 25  # of the rank that failed first
 
 
 @dataclass
 class LogsJob(RunJob):
     VERB: ClassVar[str] = "logs"
 
-    rank: int | None = key(0, "whose words; null: the batch script's", ge=0)
-    attempt: int | None = key(None, "null: the newest that has any", ge=1)
-    lines: int = key(50, "so many of the last lines first", ge=0)
-    follow: bool = key(True, "go on while the run does")
+    rank: int | None = key(0, "the rank whose log to print; null: the batch script", ge=0)
+    attempt: int | None = key(None, "number of the attempt; null: the newest with a log", ge=1)
+    lines: int = key(50, "number of last lines to begin with", ge=0)
+    follow: bool = key(True, "print new lines until the attempt ends")
 
 
 JOB = LogsJob
@@ -61,7 +62,7 @@ def _log(attempt: Attempt, rank: int) -> Path:
 
 
 def _attempt(run: Run, job: LogsJob) -> Attempt | None:
-    """The one that is asked for, else the newest in which that rank, or any, has said something."""
+    """Return the requested attempt, or the newest with a log of the rank; None without a log."""
     found = [a for a in run.attempts() if job.attempt in (None, a.number)]
     if job.attempt is not None and not found:
         raise UserError(str(run.path), f"has no attempt {job.attempt}", "see forescale status RUN")
@@ -69,7 +70,7 @@ def _attempt(run: Run, job: LogsJob) -> Attempt | None:
 
 
 def _job(run: Run) -> tuple[Submission, queue.Job] | None:
-    """Of the queue, where it can be asked."""
+    """Return the run's job in the queue; None without one, or if the queue can't be read."""
     try:
         return waiting_or_running(run)
     except UserError:
@@ -79,21 +80,22 @@ def _job(run: Run) -> tuple[Submission, queue.Job] | None:
 def _why_nothing(run: Run, job: LogsJob) -> str:
     if found := _job(run):
         reason = f" ({found[1].reason})" if found[1].is_waiting else ""
-        return f"Job {found[1].id} is {found[1].state.lower()}{reason}; no rank has begun."
-    told = next((t for a in reversed(run.attempts()) if (t := launch_of(a.path))), {})
-    if "slurm" in told:
-        how = f": {told['how'].rstrip('.')}" if "how" in told else ""
-        return f"No rank of {run.name} has begun{how}. The batch script: rank=null."
-    if told and not job.rank:
+        return f"Job {found[1].id} is {found[1].state.lower()}{reason}; no rank has started."
+    records = (launch_of(a.path) for a in reversed(run.attempts()))
+    record = next(filter(None, records), {})
+    if "slurm" in record:
+        how = f": {record['how'].rstrip('.')}" if "how" in record else ""
+        return f"No rank of {run.name} has started{how}. See the batch script's log: rank=null."
+    if record and not job.rank:
         return (
-            f"Rank 0 of {run.name} speaks to the terminal that started it; what happened is in "
-            f"{run.events}, the others' words with rank=1."
+            f"Rank 0 of {run.name} prints to the terminal that started it. Events are in "
+            f"{run.events}; for the log of another rank give rank=1."
         )
-    return f"Rank {job.rank} of {run.name} has said nothing yet."
+    return f"Rank {job.rank} of {run.name} has no log yet."
 
 
 def _show(path: Path, lines: int, goes_on) -> None:
-    """The last lines, then what is added while it goes on."""
+    """Print the last lines, then new ones while `goes_on()`."""
     with open(path, errors="replace") as f:
         sys.stdout.writelines(deque(f, maxlen=lines) if lines else _skipped(f))
         while True:
@@ -112,7 +114,7 @@ def _skipped(f) -> Iterator[str]:
 
 
 def _is_over(run: Run, attempt: Attempt) -> bool:
-    """Whether the attempt can't say more."""
+    """Return True if the attempt's logs can't grow any more."""
     if "ended" in launch_of(attempt.path):
         return True
     newer = [a for a in run.attempts() if a.number > attempt.number]
@@ -120,35 +122,35 @@ def _is_over(run: Run, attempt: Attempt) -> bool:
 
 
 def _show_failure(attempt: Attempt, shown: int) -> None:
-    """How the attempt ended; and of the rank that failed first, the last lines."""
-    told = launch_of(attempt.path)
-    if "ended" not in told:
+    """Print how the attempt ended, and the last lines of the rank that failed first."""
+    record = launch_of(attempt.path)
+    if "ended" not in record:
         return
-    print(f"== Attempt {attempt.number} ended: {told['how']}.")
-    rank = told.get("rank", 0)
+    print(f"== Attempt {attempt.number} ended: {record['how']}.")
+    rank = record.get("rank", 0)
     path = _log(attempt, rank)
-    if told["code"] in (DONE, INTERRUPTED, USER) or rank == shown or not path.exists():
+    if record["code"] in (DONE, INTERRUPTED, USER) or rank == shown or not path.exists():
         return
     print(f"== {path}, the rank that failed first")
     with open(path, errors="replace") as f:
-        sys.stdout.writelines(deque(f, maxlen=_LAST_WORDS))
+        sys.stdout.writelines(deque(f, maxlen=_LAST_LINES))
 
 
 def _show_batch(run: Run, job: LogsJob) -> int:
-    """The batch script's own words, of the newest submission."""
+    """Print the log of the newest submission's batch script."""
     found = submissions(run)
     if not found:
         raise UserError(str(run.path), "was never submitted", "give a rank, such as rank=0")
-    newest, asked, lives = found[-1], 0.0, True
+    newest, asked, alive = found[-1], 0.0, True
     if not (path := newest.log).exists():
         print(_why_nothing(run, job))
         return DONE
 
     def goes_on() -> bool:
-        nonlocal asked, lives
-        if lives and time.monotonic() - asked > _ASK:
-            lives, asked = _job(run) is not None, time.monotonic()
-        return job.follow and lives
+        nonlocal asked, alive
+        if alive and time.monotonic() - asked > _ASK:
+            alive, asked = _job(run) is not None, time.monotonic()
+        return job.follow and alive
 
     print(f"== {path}", flush=True)
     _show(path, job.lines, goes_on if queue.is_here() else lambda: False)

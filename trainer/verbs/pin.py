@@ -1,4 +1,4 @@
-"""`forescale pin`: keep a checkpoint for good, or no longer."""
+"""`forescale pin`: keep a checkpoint for good, or undo that."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,15 @@ from forescale.run.directory import Run
 class PinJob(RunJob):
     VERB: ClassVar[str] = "pin"
 
-    step: int | None = key(None, "the checkpoint at this step", ge=0)
-    off: bool = key(False, "keep it no longer than the others")
+    step: int | None = key(None, "step of the checkpoint", ge=0)
+    off: bool = key(False, "unpin: treat it like the others again")
 
     def problems(self) -> Problems:
         found = super().problems()
         if self.step is None:
-            found.append(("step", "names no checkpoint", "write step=500; see forescale status"))
+            found.append(
+                ("step", "is missing", "write step=500; forescale status lists the checkpoints")
+            )
         return found
 
 

@@ -1,4 +1,4 @@
-"""`forescale plan`: what a training job needs and costs, before the queue; a page, or JSON."""
+"""`forescale plan`: print what a training job needs and costs, as a page or as JSON."""
 
 import json
 import sys
@@ -10,21 +10,20 @@ from forescale.plan.config import PlanJob
 from forescale.plan.page import as_json, show
 from forescale.plan.plan import Plan
 
-_DAY = 86_400.0
-
-
 JOB = PlanJob
 EXAMPLES = (
     "plan model=llama-7b engine=zero3 plan.gpus=64 train.tokens=1e12   (all keys of train)",
     "plan machine=a100-80g plan.nodes=4 model=llama-1b data=dataset data.path=/data/books",
-    "plan plan.from_run=first plan.gpu_hour=2.5   (speed as a run measured it)",
+    "plan plan.from_run=first plan.gpu_hour=2.5   (the measured speed of a run)",
     "plan model=llama-7b plan.gpus=64 plan.deepspeed=true --json",
 )
 
 
 def main(words: list[str]) -> int:
-    """Returns 0; raises ConfigError (exit code 2) with all problems, behind the page."""
-    words = ["plan.json=true" if word == "--json" else word for word in words]
+    """Print the plan and return 0.
+
+    Raises ConfigError (exit code 2) with all problems, after the page.
+    """
     job = compose(PlanJob, overrides_of(PlanJob, words))
     plan = Plan(job)
     if job.plan.json:

@@ -1,6 +1,6 @@
-"""`forescale prune`: delete the checkpoints of a run that need not stay, once it is told yes.
+"""`forescale prune`: delete checkpoints of a run that need not be kept; only with yes=true.
 
-Exit codes: 0 done, or shown; 2 where a checkpoint that stays is damaged, or the run is training.
+Exit codes: 0 deleted, or listed; 2 if a checkpoint that stays is damaged, or the run is training.
 """
 
 import shutil
@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from forescale.checkpoint.retention import (
     Keep,
-    Losses,
+    ValidationLosses,
     delete,
     leftovers,
     reasons,
-    relied_on,
+    steps_to_verify,
     survey,
     verify,
 )
@@ -31,8 +31,8 @@ from forescale.run.directory import Run
 class PruneJob(RunJob):
     VERB: ClassVar[str] = "prune"
 
-    keep: int = key(2, "newest checkpoints kept, beside what its config and pins keep", ge=2)
-    yes: bool = key(False, "delete; false: only show what would be")
+    keep: int = key(2, "newest checkpoints kept, besides those kept by config and pins", ge=2)
+    yes: bool = key(False, "delete; false: only list what would be deleted")
 
 
 JOB = PruneJob
@@ -49,16 +49,16 @@ def main(words: list[str]) -> int:
     config = status.job.checkpoint
     every = status.job.steps_of(config.keep_every) if config.keep_every else None
     keep = Keep(job.keep, every, config.keep_best, frozenset(config.at))
-    found = survey(run, Losses(run.metrics)())
+    found = survey(run, ValidationLosses(run.metrics)())
     stay = reasons(found, keep)
     doomed, left = [f.step for f in found if f.step not in stay], leftovers(run)
     for step in run.checkpoint_steps():
         path = run.checkpoint_path(step)
-        why = f"goes ({_megabytes(size_of(path))})" if step in doomed else "stays"
-        reason = stay.get(step, "" if step in doomed else "can't be read: see check")
+        why = f"delete ({_megabytes(size_of(path))})" if step in doomed else "keep"
+        reason = stay.get(step, "" if step in doomed else "can't be read, see forescale check")
         print(f"  {path.name}: {why}{f': {reason}' if reason else ''}")
     for path in left:
-        print(f"  {path.name}: goes ({_megabytes(_bytes_in(path))}): left by what was cut off")
+        print(f"  {path.name}: delete ({_megabytes(_bytes_in(path))}): left by an interrupted save")
     if not doomed and not left:
         print("Nothing to delete.")
         return DONE
@@ -66,27 +66,27 @@ def main(words: list[str]) -> int:
     if not job.yes:
         print(f"Would free {_megabytes(freed)}; nothing is deleted without yes=true.")
         return DONE
-    _expect_nobody(status)
+    _expect_not_running(status)
     if doomed:
-        _expect_whole(run, relied_on(found, keep))
+        _expect_complete(run, steps_to_verify(found, keep))
     kept = [step for step in doomed if not delete(run, step)]
     for path in left:
         shutil.rmtree(path)
     for step in kept:
-        print(f"Kept {run.checkpoint_path(step)}: it has been pinned meanwhile.")
+        print(f"Kept {run.checkpoint_path(step)}: it was pinned meanwhile.")
     print(f"Deleted {len(doomed) - len(kept)} checkpoints, {_megabytes(freed)} in all.")
     return DONE
 
 
-def _expect_nobody(status: Status) -> None:
+def _expect_not_running(status: Status) -> None:
     if status.state == "running":
-        what = "an attempt seems to be training; it deletes by itself what checkpoint.keep says"
+        what = "the run is training; it deletes checkpoints itself, by checkpoint.keep"
         raise UserError(str(status.run.path), what, "stop it first, or set checkpoint.keep")
 
 
-def _expect_whole(run: Run, steps: list[int]) -> None:
+def _expect_complete(run: Run, steps: list[int]) -> None:
     if faults := verify(run, steps):
-        what = f"nothing is deleted, for a newer checkpoint is damaged ({faults[0]})"
+        what = f"nothing is deleted, because a checkpoint that stays is damaged ({faults[0]})"
         raise UserError(str(run.path), what, f"see forescale check {run.path}")
 
 

@@ -1,7 +1,7 @@
-"""`forescale shards`: the user's text into a dataset, with an account of what was left out.
+"""`forescale shards`: build a dataset from text, with a report of what was left out.
 
-Corpora that are tokenised already are indexed where they lie; `forescale shards show` looks into
-what came of it.
+Corpora that are tokenised already are indexed in place; `forescale shards show` displays the
+contents of a dataset.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
@@ -17,7 +17,7 @@ from forescale.config.suggest import nearest_first
 from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
-from forescale.data.prepare.report import printed
+from forescale.data.prepare.report import summary_lines
 from forescale.data.progress import console
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
@@ -28,76 +28,85 @@ _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
 
 @dataclass
 class ShardsJob(Job):
+    """Keys of `forescale shards`."""
+
     VERB: ClassVar[str] = "shards"
     TARGET: ClassVar[str] = "input"
 
     input: list[str] = key(
-        [], "folders, globs, files, URLs, hf:// data sets; or corpora that are tokenised already"
+        [], "text: folders, globs, files, URLs or hf:// datasets; or corpora of token ids"
     )
-    output: str | None = key(None, "the directory of the dataset; must not exist yet")
-    text_key: str = key("text", "the field of a JSON line or the column that holds the text")
-    undecodable: Literal["skip", "replace", "fail"] = key("skip", "text that isn't UTF-8")
-    empty: Literal["skip", "fail"] = key("skip", "documents without text")
+    output: str | None = key(None, "directory of the dataset; must not exist yet")
+    text_key: str = key("text", "field of a JSON line, or column of a table, that holds the text")
+    undecodable: Literal["skip", "replace", "fail"] = key(
+        "skip", "what to do with text that isn't UTF-8"
+    )
+    empty: Literal["skip", "fail"] = key("skip", "what to do with documents without text")
     long: Literal["keep", "cut", "skip", "fail"] = key(
-        "keep", "documents of more than max_document_bytes"
+        "keep", "what to do with documents longer than max_document_bytes"
     )
-    max_document_bytes: int | None = key(None, "where `long` isn't keep", ge=1)
+    max_document_bytes: int | None = key(None, "limit for `long`; required unless it is keep", ge=1)
     tokenizer: str | None = key(
         None,
-        "a tokenizer.json, a Hugging Face directory with one, or bytes (one token a byte); "
+        "tokenizer.json, Hugging Face directory with one, or bytes (one token per byte); "
         "null: train a byte-level BPE",
     )
-    vocab_size: int = key(32_768, "entries of a tokenizer that is trained", ge=257)
-    end_of_text: str | None = key(None, "the token that ends a document; null: the usual names")
+    vocab_size: int = key(32_768, "vocabulary entries, if a tokenizer is trained", ge=257)
+    end_of_text: str | None = key(None, "token that ends a document; null: try common names")
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = key(
-        None, "of the tokens in a flat .bin that is used in place"
+        None, "type of the token ids in a flat .bin that is used in place"
     )
-    shard_tokens: int = key(1 << 24, "tokens a tar, about", ge=1)
-    member_tokens: int = key(1 << 20, "tokens a member of a tar", ge=1)
-    validation_fraction: float = key(0.01, "share of the documents held out", ge=0, le=0.5)
-    seed: int = key(1337, "of the shuffle of documents", ge=0)
-    workers: int | None = key(None, "processes; null: the CPUs that this one may use", ge=1)
+    shard_tokens: int = key(1 << 24, "approximate tokens per tar", ge=1)
+    member_tokens: int = key(1 << 20, "tokens per member of a tar", ge=1)
+    validation_fraction: float = key(
+        0.01, "fraction of the documents held out for validation", ge=0, le=0.5
+    )
+    seed: int = key(1337, "seed for shuffling the documents", ge=0)
+    workers: int | None = key(
+        None, "number of processes; null: the CPUs available to this process", ge=1
+    )
 
     def problems(self) -> Problems:
+        """Return (key, problem, what to do) for every invalid key."""
         found: Problems = []
         if not self.input:
-            found.append(
-                ("input", "names no text", "give a path: forescale shards TEXT output=DIR")
-            )
+            found.append(("input", "is empty", "give a path: forescale shards TEXT output=DIR"))
         if not self.output:
-            found.append(("output", "names no directory", "write output=DIR"))
+            found.append(("output", "is empty", "write output=DIR"))
         if self.shard_tokens < self.member_tokens:
             what = f"{self.shard_tokens} is less than member_tokens={self.member_tokens}"
             found.append(("shard_tokens", what, "make it a multiple of member_tokens"))
         if (self.long == "keep") != (self.max_document_bytes is None):
-            what = f"{self.max_document_bytes} doesn't go with long={self.long}"
-            todo = "give both a limit and what happens to longer ones, or neither"
+            what = f"{self.max_document_bytes} doesn't fit long={self.long}"
+            todo = "set both max_document_bytes and long (cut, skip or fail), or neither"
             found.append(("max_document_bytes", what, todo))
         return found
 
 
 JOB = ShardsJob
+FIRST = ("show",)
 EXAMPLES = (
     "shards books/ output=/data/books",
     "shards wiki.jsonl.zst output=w tokenizer=bytes",
     "shards 's3://bucket/web/*.parquet' output=/data/web text_key=content",
     "shards corpus.bin output=/data/web tokenizer=tokenizer.json   (token ids, used in place)",
-    "shards show /data/books   (what a dataset holds)",
+    "shards show /data/books   (display the contents of a dataset)",
 )
 
 
-def main(words: list[str]) -> int:
-    if words[:1] == ["show"]:
-        return _show(words[1:])
-    job = compose(ShardsJob, overrides_of(ShardsJob, words))
+def main(arguments: list[str]) -> int:
+    """Run the verb; return the exit code."""
+    if arguments[:1] == ["show"]:
+        return _show(arguments[1:])
+    job = compose(ShardsJob, overrides_of(ShardsJob, arguments))
     output = Path(job.output or "").expanduser()
     was_there = (output / MANIFEST).is_file()
     if output.exists() and not was_there:
-        raise UserError(str(output), "exists, and is not a dataset", "choose another output")
+        raise UserError(str(output), "exists and isn't a dataset", "choose another output")
     make = _index if _are_tokenised(job.input) else _build
     with console() as progress:
         make(job, output, progress)
-    print(_told(Dataset(output), was_there))
+    print(_summary(Dataset(output), was_there))
     return DONE
 
 
@@ -108,7 +117,7 @@ def _build(job: ShardsJob, output: Path, progress: Any) -> None:
 
 
 def build_config(job: ShardsJob) -> BuildConfig:
-    """The job's keys in the builder's words."""
+    """Return the builder's configuration for this job."""
     return BuildConfig(
         tokenizer=job.tokenizer or "bpe",
         vocab_size=job.vocab_size,
@@ -121,7 +130,7 @@ def build_config(job: ShardsJob) -> BuildConfig:
 
 
 def _are_tokenised(inputs: list[str]) -> bool:
-    """Whether all inputs hold tokens, not text. Raises UserError for a mix of both."""
+    """Return True if all inputs hold tokens, not text. Raises UserError for a mix of both."""
     from forescale.data.tokenised.inplace import in_place_kind
 
     kinds = {path: in_place_kind(path) for path in inputs}
@@ -129,8 +138,8 @@ def _are_tokenised(inputs: list[str]) -> bool:
         return False
     if text := [path for path, kind in kinds.items() if kind is None]:
         tokens = next(path for path, kind in kinds.items() if kind)
-        what = f"is text, and {tokens} is tokenised already"
-        raise UserError(text[0], what, "make a dataset of each, and mix them with data.sources")
+        what = f"is text, but {tokens} is tokenised already"
+        raise UserError(text[0], what, "build a dataset from each, and mix them with data.sources")
     return True
 
 
@@ -138,8 +147,8 @@ def _index(job: ShardsJob, output: Path, progress: Any) -> None:
     from forescale.data.tokenised.inplace import index_corpus
 
     if job.tokenizer is None:
-        what = "a corpus that is tokenised already doesn't say by which one"
-        raise UserError("tokenizer", what, "give its tokenizer.json")
+        what = "is required, because a tokenised corpus doesn't name its tokenizer"
+        raise UserError("tokenizer", what, "write tokenizer=PATH/tokenizer.json")
     index_corpus(
         job.input,
         output,
@@ -151,42 +160,44 @@ def _index(job: ShardsJob, output: Path, progress: Any) -> None:
         member_tokens=job.member_tokens,
         progress=progress,
     )
-    print("The tokens stay where they are: nothing was copied, so don't move or change them.\n")
+    print("The tokens were not copied: don't move or change the original files.\n")
 
 
-def _told(dataset: Dataset, was_there: bool) -> str:
-    head = "was there already, made from the same" if was_there else "is made"
+def _summary(dataset: Dataset, was_there: bool) -> str:
+    head = "existed already, built from the same request" if was_there else "was built"
     return "\n".join(
         [
             f"Dataset {dataset.path} {head} (corpus hash {dataset.corpus_hash[:16]}; "
             f"{dataset.vocab_size:,} tokens in the vocabulary):",
             "",
-            *printed(dataset.manifest),
+            *summary_lines(dataset.manifest),
             "",
             f"Next: forescale train mine data.path={dataset.path}",
         ]
     )
 
 
-def _show(words: list[str]) -> int:
-    """`forescale shards show DATASET [windows=N] [sequence_length=N] [seed=N]`."""
+def _show(arguments: list[str]) -> int:
+    """Run `forescale shards show DATASET [windows=N] [sequence_length=N] [seed=N]`."""
     from forescale.data.show import show
 
-    paths = [word for word in words if "=" not in word or "://" in word]
+    paths = [argument for argument in arguments if "=" not in argument or "://" in argument]
     if len(paths) != 1:
         todo = "write forescale shards show DATASET"
-        raise UserError(" ".join(["show", *paths]), "needs one dataset", todo)
-    asked = dict(_SHOW)
-    for word in words:
-        name, _, value = word.partition("=")
-        if word in paths:
+        raise UserError(" ".join(["show", *paths]), "needs exactly one dataset", todo)
+    values = dict(_SHOW)
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if argument in paths:
             continue
-        if name not in asked:
-            near = nearest_first(name, asked)[0]
-            raise UserError(name, "no such key of shards show", f"the nearest is {near}")
+        if name not in values:
+            near = nearest_first(name, values)[0]
+            raise UserError(name, "isn't a key of shards show", f"did you mean {near}?")
         if not value.isdecimal():
-            raise UserError(name, f"{value!r} is no whole number", f"such as {name}={_SHOW[name]}")
-        asked[name] = int(value)
+            raise UserError(
+                name, f"{value!r} isn't a whole number", f"write such as {name}={_SHOW[name]}"
+            )
+        values[name] = int(value)
     where = paths[0] if "://" in paths[0] else Path(paths[0]).expanduser()
-    print(show(where, **asked))
+    print(show(where, **values))
     return DONE

@@ -32,10 +32,11 @@ _REDRAW = 2.0  # seconds
 class StatusJob(Job):
     VERB: ClassVar[str] = "status"
     TARGET: ClassVar[str] = "target"
+    FLAGS: ClassVar = {"--live": "live"}
 
     target: str | None = key(None, "a run (name or directory); null: all of them")
-    live: bool = key(False, "draw it anew every two seconds; --live does the same")
-    run: RootConfig = section(RootConfig, "where the runs live")
+    live: bool = key(False, "refresh every two seconds; --live does the same")
+    run: RootConfig = section(RootConfig, "where the runs are stored")
 
 
 JOB = StatusJob
@@ -46,7 +47,6 @@ EXAMPLES = (
 
 
 def main(words: list[str]) -> int:
-    words = ["live=true" if word == "--live" else word for word in words]
     job = compose(StatusJob, overrides_of(StatusJob, words))
     console = open_console()
     if not job.live:
@@ -59,7 +59,7 @@ def main(words: list[str]) -> int:
 
 
 def _page(job: StatusJob, width: int) -> Text:
-    """All of it as one text, whether it is printed once or drawn again and again."""
+    """Return the whole page as one text, to be printed once or repeatedly."""
     root = Path(job.run.root).expanduser()
     text = StringIO()
     page = Console(highlight=False, width=width, file=text, force_terminal=True)
@@ -69,15 +69,15 @@ def _page(job: StatusJob, width: int) -> Text:
     elif runs := runs_under(root):
         show_runs([Status(run) for run in runs], page, _jobs(runs, page))
     else:
-        page.print(f"No runs under {escape(str(root))} yet; begin one with: forescale train")
+        page.print(f"No runs in {escape(str(root))} yet; start one with: forescale train")
     return Text.from_ansi(text.getvalue().rstrip())
 
 
 def _jobs(runs: Sequence[Run], console: Console) -> dict[str, queue.Job]:
-    """What the queue says of the runs that it holds, by name; one question for all."""
+    """Return the jobs of these runs in the queue, by the run's name; one query for all."""
     try:
         found = in_queue(s for run in runs for s in newest(run))
-    except UserError as e:  # the files tell of runs without it
-        console.print(escape(f"The queue can't be asked: {e}"), soft_wrap=True)
+    except UserError as e:  # the files show the runs without it
+        console.print(escape(f"The queue can't be read: {e}"), soft_wrap=True)
         return {}
     return {s.run.name: job for s, job in found}

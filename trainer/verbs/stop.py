@@ -1,4 +1,4 @@
-"""`forescale stop`: a run saves and ends, wherever it runs; in a queue it isn't started again."""
+"""`forescale stop`: make a run save and exit, here or in the queue, which won't restart it."""
 
 import os
 import signal
@@ -23,6 +23,7 @@ from forescale.slurm.submission import Submission, waiting_or_running
 @dataclass
 class StopJob(RunJob):
     VERB: ClassVar[str] = "stop"
+    FLAGS: ClassVar = {"--now": "now"}
 
     now: bool = key(False, "cancel at once, without saving; --now does the same")
 
@@ -35,8 +36,8 @@ EXAMPLES = (
 
 
 def main(words: list[str]) -> int:
-    """Returns 0 when the run was asked; raises UserError where nothing of it runs."""
-    words = ["now=true" if word == "--now" else word for word in words]
+    """Returns 0 when the request is sent; raises UserError if the run runs neither here nor in the
+    queue."""
     job = compose(StopJob, overrides_of(StopJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     found = waiting_or_running(run) if run.jobs() else None
@@ -45,36 +46,37 @@ def main(words: list[str]) -> int:
     elif process := _launcher(run):
         _stop_launcher(process, job.now)
     else:
-        todo = "see forescale status; another machine's processes can't be asked from here"
-        raise UserError(str(run.path), "nothing of it runs here or waits in the queue", todo)
+        todo = "see forescale status; on another machine, give this command there"
+        raise UserError(str(run.path), "it neither runs on this machine nor is in the queue", todo)
     return DONE
 
 
 def _stop_job(submission: Submission, job: queue.Job, now: bool) -> None:
-    submission.stop()  # first, so that no life of the job begins in between
+    submission.stop()  # first, so that the job isn't restarted in between
     if now or job.is_waiting:
         queue.cancel(job.id)
-        was = "waited in the queue" if job.is_waiting else "is cancelled without saving"
-        print(f"Job {job.id} {was}; it is gone. forescale submit goes on with the run.")
+        was = "was still waiting" if job.is_waiting else "did not save"
+        print(f"Job {job.id} is cancelled; it {was}. Resume the run with forescale submit.")
         return
-    queue.tell(job.id, "USR1")
+    queue.signal_batch(job.id, "USR1")
     print(
-        f"Job {job.id} was told to save and end; it isn't requeued. Follow: forescale logs "
+        f"Job {job.id} saves and exits, and isn't requeued. Follow it: forescale logs "
         f"{submission.path.parents[1].name} rank=null"
     )
 
 
 def _launcher(run: Run) -> psutil.Process | None:
-    """The process on this machine that started the newest attempt, if it is alive."""
+    """Return the process on this machine that started the newest attempt, if it is alive."""
     for attempt in reversed(run.attempts()):
-        told = launch_of(attempt.path)
-        if told.get("host") == socket.gethostname() and "ended" not in told and "pid" in told:
+        record = launch_of(attempt.path)
+        here = record.get("host") == socket.gethostname()
+        if here and "ended" not in record and "pid" in record:
             with suppress(psutil.Error):
-                process = psutil.Process(told["pid"])
-                # Its number may belong to another process by now.
-                if process.create_time() <= told["begun"]:
+                process = psutil.Process(record["pid"])
+                # The process id may belong to another process by now.
+                if process.create_time() <= record["begun"]:
                     return process
-        if told:
+        if record:
             return None
     return None
 
@@ -82,7 +84,7 @@ def _launcher(run: Run) -> psutil.Process | None:
 def _stop_launcher(process: psutil.Process, now: bool) -> None:
     if now:
         process.kill()  # its ranks die with it
-        print(f"Process {process.pid} is killed; what was not saved is lost.")
+        print(f"Process {process.pid} is killed; steps since the last checkpoint are lost.")
         return
     os.kill(process.pid, signal.SIGTERM)
-    print(f"Process {process.pid} was told to save and end.")
+    print(f"Process {process.pid} saves and exits.")

@@ -1,27 +1,29 @@
-"""`forescale train`: starts the ranks and restarts them; or, started as a rank, is one.
+"""`forescale train`: start the local ranks of a run; or, started as a rank, be one.
 
-Invariant: the same command again goes on where the run was, whatever ended it.
+Invariant: the same command again resumes the run, whatever ended it. Ranks of our own launchers
+read the frozen config in the run directory, which the command has compared and written before.
 """
 
 import os
 import sys
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.frozen import thaw
 from forescale.config.schema import ConfigError, Problem
+from forescale.config.target import targets
 from forescale.config.train import TrainJob
-from forescale.errors import CRASHED, DONE, GAVE_UP, INTERRUPTED, UserError, storage_error
+from forescale.errors import DONE, UserError
 from forescale.resilience import launcher
-from forescale.resilience.outcome import launch_of, leave_word
-from forescale.run.directory import Attempt, Run
+from forescale.resilience.outcome import report_error
+from forescale.run.directory import Run
 from forescale.run.feed import epochs, feed_of, notes
 from forescale.run.start import Start, start
 
-FROZEN = "--frozen"
+_FROZEN = "--frozen"
+_TRUST = "trust=true"
 
 
 JOB = TrainJob
@@ -37,8 +39,8 @@ EXAMPLES = (
 def main(words: list[str]) -> int:
     """Returns 0 when the run is complete, 75 when it was interrupted, 76 when it keeps crashing."""
     began = time.monotonic()
-    job = _frozen(words) if FROZEN in words else compose(TrainJob, overrides_of(TrainJob, words))
-    if launcher.joined():
+    job = _frozen(words) if _FROZEN in words else compose(TrainJob, overrides_of(TrainJob, words))
+    if launcher.started_as_rank():
         return _rank(job, began)
     processes = job.launch.processes or launcher.default_processes()
     if problems := job.problems(world_size=processes):
@@ -47,7 +49,10 @@ def main(words: list[str]) -> int:
         print(f"Note: {note}")
     started = start(job)
     _introduce(started, processes)
-    code = _keep_going(started, words, processes)
+    trust = [_TRUST] if targets(job) else []  # the user has just named them
+    command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]
+    grace = job.launch.grace.seconds or 0.0
+    code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], processes, grace)
     if code == DONE:
         from forescale.inference.summary import summarize
 
@@ -55,16 +60,19 @@ def main(words: list[str]) -> int:
     return code
 
 
-def _frozen(words: list[str]) -> TrainJob:
-    """The job as a run's directory has it: RUN --frozen, and trust=true where it names a class of
-    the user's own. What a job in a queue goes by, for months."""
-    names = [word for word in words if word not in (FROZEN, "trust=true")]
-    if len(names) != 1 or "=" in names[0]:
-        todo = f"write forescale train RUN {FROZEN}, and nothing else"
-        raise UserError(" ".join(words), "is not one run", todo)
+def _frozen(arguments: list[str]) -> TrainJob:
+    """Return the job in a run's directory, from the arguments RUN --frozen, and trust=true if it
+    names a class of the user's own. Ranks use this, in a queue perhaps months later."""
+    names = [argument for argument in arguments if argument not in (_FROZEN, _TRUST)]
+    if len(names) != 1 or ("=" in names[0] and not Path(names[0]).exists()):
+        todo = f"write forescale train RUN {_FROZEN}, and nothing else"
+        raise UserError(" ".join(arguments), "is not one run", todo)
     run = Run.existing(names[0])
-    job = thaw(TrainJob, run.config, trust="trust=true" in words)
-    where = run.path.resolve()  # the directory may have been moved since
+    job = thaw(TrainJob, run.config, trust=_TRUST in arguments)
+    where = run.path.resolve()
+    if job.run.directory.resolve() == where:
+        return job
+    # The directory was moved, or a relative run.root was typed elsewhere.
     return replace(job, run=replace(job.run, name=where.name, root=str(where.parent)))
 
 
@@ -79,31 +87,18 @@ def _rank(job: TrainJob, began: float) -> int:
         with explained(job):
             code = run_rank(job, began)
     except BaseException as e:
-        code = _last_words(e, isinstance(e, Exception) and lost_peer(e))
-    # Worker threads of the libraries may hold up a normal exit, and peers wait in a collective for
-    # a rank that is slow to die; everything is on disk.
+        attempt = os.environ.get(launcher.ATTEMPT)
+        code = report_error(
+            Path(attempt) if attempt else None,
+            int(os.environ["RANK"]),
+            e,
+            isinstance(e, Exception) and lost_peer(e),
+        )
+    # Worker threads of the libraries may delay a normal exit, and the other ranks wait in a
+    # collective for a rank that exits slowly; everything is on disk.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _last_words(error: BaseException, has_lost_peer: bool) -> int:
-    """Say what this rank dies of, to whoever reads its log and to its launcher; its exit code."""
-    rank = os.environ["RANK"]
-    if has_lost_peer:
-        # Where that rank stood says why; where this one waited for it would only hide that.
-        what = f"rank {rank} has lost another rank ({str(error).splitlines()[0]})"
-        print(f"forescale: {what}; see what that one said last.", file=sys.stderr)
-        return CRASHED
-    fault = storage_error(error) if isinstance(error, OSError) else None
-    error = fault or error
-    if launcher.ATTEMPT in os.environ:
-        leave_word(Path(os.environ[launcher.ATTEMPT]), int(rank), error)
-    if isinstance(error, UserError):
-        print(f"forescale: {error}", file=sys.stderr)
-        return error.code
-    traceback.print_exception(error)
-    return CRASHED
 
 
 def _introduce(started: Start, processes: int) -> None:
@@ -121,41 +116,3 @@ def _introduce(started: Start, processes: int) -> None:
             print(f"  {name}: {times:.2f} epochs of {sources.datasets[name].where}")
     for note in notes(job, feed):
         print(f"Note: {note}", flush=True)
-
-
-def _keep_going(started: Start, words: list[str], processes: int) -> int:
-    """Attempt after attempt until the run is done, interrupted, or crashes without progress."""
-    command = [sys.executable, "-P", "-m", "forescale", "train", *words]
-    grace = started.job.launch.grace.seconds or 0.0
-    crashes = 0
-    while True:
-        before = set(started.run.checkpoint_steps())
-        attempt = started.run.new_attempt()
-        code = launcher.start_ranks(command, processes, attempt.path, print, grace)
-        progress = set(started.run.checkpoint_steps()) - before
-        crashes = 1 if progress else crashes + 1
-        action = launcher.after(code, crashes)
-        if action == "end":
-            if code == INTERRUPTED:
-                print("Interrupted. The same command goes on where the run was.")
-            return code
-        if action == "give up":
-            print(
-                f"Gave up after {crashes} crashes without a new checkpoint. Likely cause: "
-                f"{launch_of(attempt.path)['how']}. Attempts: {attempt.path.parent}",
-                file=sys.stderr,
-            )
-            return GAVE_UP
-        if newer := [a for a in started.run.attempts() if a.number > attempt.number]:
-            _leave_to_others(newer)
-        time.sleep(2.0**crashes / 2)
-        print(f"Restarting (crash {crashes} of {launcher.MOST_CRASHES} without a new checkpoint).")
-
-
-def _leave_to_others(newer: list[Attempt]) -> None:
-    """A launcher that slept while another went on must not start against it. An attempt that began
-    with a rollback is of its own ranks, and has no launcher."""
-    for attempt in newer:
-        if launch_of(attempt.path):
-            what = f"attempt {attempt.number} was started elsewhere meanwhile"
-            raise UserError(str(attempt.path), what, "nothing: the newer attempt goes on")

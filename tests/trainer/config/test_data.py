@@ -19,21 +19,21 @@ def problems(*overrides):
 @pytest.mark.parametrize(
     ("overrides", "key", "said"),
     [
-        (["data.sources={web: /x}", "data.path=/z"], "data.sources", "take one of them out"),
-        (["data=mixture"], "data.sources", "needs a value"),
+        (["data.sources={web: /x}", "data.path=/z"], "data.sources", "remove one of them"),
+        (["data=mixture"], "data.sources", "is required"),
         (["data=mixture", "data.sources={web: 3}"], "data.sources.web", "names no dataset"),
-        (["data=mixture", "data.sources={a.b: /x}"], "data.sources", "'a.b' is no name"),
+        (["data=mixture", "data.sources={a.b: /x}"], "data.sources", "'a.b' isn't a valid name"),
         ([*MIXED, "data.weights={wbe: 1}"], "data.weights.wbe", "data.sources has web"),
-        ([*MIXED, "data.weights={web: -1, code: 1}"], "data.weights.web", "-1 is no share"),
+        ([*MIXED, "data.weights={web: -1, code: 1}"], "data.weights.web", "-1 isn't a share"),
         ([*MIXED, "data.weights={web: 0, code: 0}"], "data.weights", "are all 0"),
         ([*MIXED, "data.weights={web: 1, code: 1e-9}"], "data.weights.code", "a millionth"),
-        ([*MIXED, "data.max_epochs={web: 0}"], "data.max_epochs.web", "no number of epochs"),
-        (["data.max_epochs={web: 1}"], "data.max_epochs.web", "give data.sources"),
+        ([*MIXED, "data.max_epochs={web: 0}"], "data.max_epochs.web", "positive number of epochs"),
+        (["data.max_epochs={web: 1}"], "data.max_epochs.web", "set data.sources"),
         ([*MIXED, "data.stages=[{form: 1}]"], "data.stages[0]", "is not a stage"),
         (
             [*MIXED, "data.stages=[{from: 10 %, weights: {web: 1}}]"],
             "data.stages[0].from",
-            "count from the beginning in steps or tokens",
+            "give a positive number of steps or tokens",
         ),
         (
             [*MIXED, "data.stages=[{from: soon, weights: {web: 1}}]"],
@@ -43,7 +43,7 @@ def problems(*overrides):
         (
             [*MIXED, "data.stages=[{from: 5 steps, weights: {wbe: 1}}]"],
             "data.stages[0].weights.wbe",
-            "is no source",
+            "isn't a source",
         ),
         (["data.workers=65"], "data.workers", "64"),
         (["data.damaged=ignore"], "data.damaged", "substitute"),
@@ -64,4 +64,4 @@ def test_stages_follow_on_each_other(second):
     """In whatever unit: 5 steps are 10,240 tokens here."""
     weights = "weights: {web: 1}"
     stages = f"data.stages=[{{from: 5 steps, {weights}}}, {{from: {second}, {weights}}}]"
-    assert "after the one before" in problems(*MIXED, stages)["data.stages[1].from"]
+    assert "choose a later start" in problems(*MIXED, stages)["data.stages[1].from"]

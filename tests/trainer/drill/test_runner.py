@@ -12,7 +12,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.faults import KINDS, problems, read
 from forescale.config.train import TrainJob
-from forescale.drill.judge import Command, Evidence, Told, judge
+from forescale.drill.judge import Command, Evidence, Line, judge
 from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BASE, BY_NAME, SCENARIOS, STEPS, Scenario
 from forescale.errors import UserError
@@ -39,8 +39,8 @@ def row(step: int, attempt: int = 1, **changed) -> dict:
     return {**made, **changed}
 
 
-def line(step: int, time: float) -> Told:
-    return Told(time, f"step {step:>2}/10 ({step:.0%}) | loss 4.2 | eta 00:01")
+def line(step: int, time: float) -> Line:
+    return Line(time, f"step {step:>2}/10 ({step:.0%}) | loss 4.2 | eta 00:01")
 
 
 def make(path: Path, *attempts: tuple[Parent, list[dict]]) -> Run:
@@ -59,7 +59,7 @@ def strike(run: Run, fault: str, time: float, attempt: int = 0) -> None:
     path.write_text(json.dumps({"fault": str(read(fault)), "time": time, "at": "forward"}) + "\n")
 
 
-def command(code: int | None, said: list[Told], began: float = BEGIN, seconds: float = 30.0):
+def command(code: int | None, said: list[Line], began: float = BEGIN, seconds: float = 30.0):
     return Command(code, began, began + seconds, said)
 
 
@@ -78,7 +78,7 @@ def killed(path: Path, second=None, code: int = 0, said: str = "rank 0 ended wit
     after = rows(*range(4, 11)) if second is None else second
     run = make(path / "killed", (Parent(0), rows(*range(1, 6))), (Parent(3, "c"), after))
     strike(run, "kill@6", BEGIN + 5.5)
-    told = [line(s, BEGIN + s) for s in range(1, 6)] + [Told(BEGIN + 5.75, said)]
+    told = [line(s, BEGIN + s) for s in range(1, 6)] + [Line(BEGIN + 5.75, said)]
     told += [line(s, BEGIN + 12 + s) for s in range(4, 11)]
     return Evidence(run, [command(code, told)])
 
@@ -112,11 +112,11 @@ def test_a_row_that_differs_in_the_last_digit_is_not_survived(tmp_path, undistur
 
 def test_steps_that_are_missing_are_not_survived(tmp_path, undisturbed):
     verdict = judge(KILL, killed(tmp_path, rows(*range(4, 10))), undisturbed, no_fresh)
-    assert "9 steps count where 10 are right" in str(verdict)
+    assert "9 steps count instead of 10" in str(verdict)
 
 
 @pytest.mark.parametrize(
-    ("code", "says"), [(76, "ended with code 76 where 0 is right"), (None, "still ran after 30 s")]
+    ("code", "says"), [(76, "ended with code 76 instead of 0"), (None, "still ran after 30 s")]
 )
 def test_a_wrong_end_is_not_survived(tmp_path, undisturbed, code, says):
     verdict = judge(KILL, killed(tmp_path, code=code), undisturbed, no_fresh)
@@ -125,14 +125,14 @@ def test_a_wrong_end_is_not_survived(tmp_path, undisturbed, code, says):
 
 def test_a_fault_that_nobody_notices_is_not_survived(tmp_path, undisturbed):
     verdict = judge(KILL, killed(tmp_path, said="all is well"), undisturbed, no_fresh)
-    assert verdict.wrong == ["nobody noticed"]
+    assert verdict.wrong == ["no fault was noticed"]
     assert verdict.noticed is None
 
 
 def test_what_was_said_before_the_fault_notices_nothing(tmp_path, undisturbed):
     evidence = killed(tmp_path)
     strike(evidence.run, "kill@6", BEGIN + 5.8)
-    assert judge(KILL, evidence, undisturbed, no_fresh).wrong == ["nobody noticed"]
+    assert judge(KILL, evidence, undisturbed, no_fresh).wrong == ["no fault was noticed"]
 
 
 def test_a_fault_that_never_struck_proves_nothing(tmp_path, undisturbed):
@@ -161,7 +161,7 @@ def full(path: Path, *said: str, torn=()) -> Evidence:
         path / "full", (Parent(0), rows(*range(1, 8))), (Parent(3, "c"), rows(*range(4, 11)))
     )
     strike(run, "enospc@6", BEGIN + 6)
-    first = Command(2, BEGIN, BEGIN + 9, [Told(BEGIN + 7, text) for text in said], torn)
+    first = Command(2, BEGIN, BEGIN + 9, [Line(BEGIN + 7, text) for text in said], torn)
     return Evidence(run, [first, command(0, [], BEGIN + 9)])
 
 
@@ -173,8 +173,8 @@ def test_a_full_disk_needs_one_sentence(tmp_path, undisturbed):
     ("said", "torn", "says"),
     [
         ((SENTENCE, "Traceback (most recent call last):"), (), "a traceback"),
-        ((), (), "didn't say in one sentence"),
-        ((SENTENCE, SENTENCE), (), "didn't say in one sentence"),
+        ((), (), "did not print exactly one error message"),
+        ((SENTENCE, SENTENCE), (), "did not print exactly one error message"),
         ((SENTENCE,), ("step-00000003/state.json: missing",), "left a damaged checkpoint (step-"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_rollback_is_compared_with_a_run_that_never_read_the_samples(tmp_path,
     assert not judge(scenario, evidence, undisturbed, lambda i: undisturbed).survived
     nothing = Evidence(make(tmp_path / "no", (Parent(0), rows(*range(1, 11)))), [command(0, [])])
     strike(nothing.run, "spike@6", BEGIN)
-    assert "it passed over no samples" in str(judge(scenario, nothing, undisturbed, fresh))
+    assert "it skipped no samples" in str(judge(scenario, nothing, undisturbed, fresh))
 
 
 def test_scenarios_ask_for_what_there_is(dataset):
@@ -254,8 +254,8 @@ def test_scenarios_ask_for_what_there_is(dataset):
 def test_a_choice_that_is_no_scenario_is_a_sentence(forescale):
     code, out, err = forescale("drill", "scenarios=[kil,freeze-data,slo]", "limit=5")
     assert (code, out) == (2, "")
-    assert "no such scenario, 'kil'; choose of kill" in err
-    assert "no such scenario, 'slo'; choose of slow" in err
+    assert "'kil' is not a scenario; choose some of kill" in err
+    assert "'slo' is not a scenario; choose some of slow" in err
     assert "limit: must be a wall time" in err
 
 
@@ -283,7 +283,7 @@ def test_lines_are_heard_when_they_are_said(stubbed):
     run, command = drill._command("x", ())
     made = drill._run(command, run, "x")
     assert made.code == 3
-    assert [told.text for told in made.said] == ["one", "two"]
+    assert [line.text for line in made.said] == ["one", "two"]
     assert made.said[1].time - made.said[0].time > 0.9
     assert "two" in (drill.directory / "x.log").read_text()
 
@@ -298,7 +298,7 @@ def test_a_command_that_hangs_is_ended(stubbed):
 
 
 def test_an_undisturbed_run_that_fails_is_told(stubbed):
-    with pytest.raises(UserError, match="ends with code 5"):
+    with pytest.raises(UserError, match="ended with code 5"):
         stubbed("raise SystemExit(5)").undisturbed()
 
 

@@ -84,14 +84,14 @@ def test_a_checkpoint_of_a_branch_that_was_left_does_not_count(own_run):
 
 
 def test_what_is_not_there_is_said(own_run, tmp_path):
-    with pytest.raises(UserError, match=r"no run of this name.*small"):
+    with pytest.raises(UserError, match=r"no run has this name.*small"):
         forescale.open_run("smal")
     with pytest.raises(UserError, match="no such dataset"):
         forescale.open_dataset(tmp_path / "nothing")
     alone = tmp_path / "alone" / "step-00000004"
     alone.parent.mkdir()
     own_run.checkpoint_path(4).rename(alone)
-    with pytest.raises(UserError, match="outside of its run"):
+    with pytest.raises(UserError, match="not in the directory of its run"):
         forescale.open_run(alone)
 
 

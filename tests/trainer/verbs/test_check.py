@@ -9,9 +9,9 @@ from forescale import open_run
 from forescale.checkpoint.reader import Position, coverage_faults
 from forescale.config.frozen import freeze, thaw
 from forescale.config.train import TrainJob
-from forescale.monitor.audit import row_faults
-from forescale.monitor.replay import replay_faults
-from forescale.run.directory import Parent, read_rows
+from forescale.monitor.audit import replay_faults, row_faults
+from forescale.run.directory import Parent
+from forescale.run.rows import read_rows
 from forescale.storage import read_json, read_table, write_file, write_json, write_table
 from tests.trainer.small_run import feed, make_job, make_run, save, train_row
 
@@ -41,7 +41,7 @@ def test_a_whole_run_a_checkpoint_and_a_dataset(trained, forescale, small_data):
     assert code == 0
     size = sum(p.stat().st_size for p in trained.checkpoint_path(4).iterdir())
     table = (trained.checkpoint_path(4) / "files.json").stat().st_size
-    assert f"({size - table:,} bytes read back" in out
+    assert f"({size - table:,} bytes read" in out
     code, out, _ = forescale("check", small_data)
     assert code == 0
     assert "validation: " in out
@@ -81,7 +81,7 @@ def test_harm_to_a_dataset_is_named(small_data, tmp_path, forescale, harm, name)
     code, out, err = forescale("check", copy)
     assert code == 2
     assert f"copy/{name}" in err
-    assert "whole" not in out
+    assert "complete" not in out
 
 
 def gap(fragments):
@@ -128,14 +128,14 @@ ROWS = {
     "a double": (lambda rows: rows[:3] + rows[2:], "step 3 follows step 3"),
     "a lost head": (lambda rows: rows[1:], "step 2 follows step 0"),
     "samples": (lambda rows: [*rows[:3], rows[3] | {"g0": 13, "g1": 17}, *rows[4:]], "sample 13"),
-    "tokens": (lambda rows: [*rows[:3], rows[3] | {"tokens": 7}, *rows[4:]], "counts 7 tokens in"),
+    "tokens": (lambda rows: [*rows[:3], rows[3] | {"tokens": 7}, *rows[4:]], "but counts 7 in"),
     "a batch": (
         lambda rows: [*rows[:7], rows[7] | {"g1": 30}],
         "ends at sample 30; train.global_batch makes it 32",
     ),
-    "a lost tail": (lambda rows: rows[:7], "no row of step 8"),
+    "a lost tail": (lambda rows: rows[:7], "no row for step 8"),
     "another step": (lambda rows: [*rows[:7], rows[7] | {"tokens": 1020}], "checkpoint at step 8"),
-    "a lame row": (lambda rows: [{"kind": "train"}, *rows[1:]], "lacks what every row has"),
+    "a lame row": (lambda rows: [{"kind": "train"}, *rows[1:]], "a row lacks a field"),
 }
 
 
@@ -143,12 +143,12 @@ ROWS = {
     ("change", "said"),
     [
         ({"tokens_hash": 7}, "step 3 was trained on other tokens than the shards hold now"),
-        ({"shares": {"data": 127}, "tokens": 0}, "step 3 says {'data': 127} targets"),
+        ({"shares": {"data": 127}, "tokens": 0}, "step 3 has {'data': 127} targets in its row"),
     ],
 )
 def test_rows_are_compared_with_the_shards(own_run, change, said):
     """What the other checks can't see: the tokens themselves."""
-    rows = [row for row in read_rows(own_run.metrics) if row["kind"] == "train"]
+    rows = read_rows(own_run.metrics, kind="train")
     data = feed(own_run.path)
     assert list(replay_faults(rows, data)) == []
     rows[2] |= change
@@ -163,7 +163,7 @@ def test_changed_shards_are_found_and_missing_ones_noted(own_run, forescale, sma
     write_json(own_run.identity, identity)
     code, out, _ = forescale("check", "small")
     assert code == 0
-    assert "each step's tokens are those of the shards" in out
+    assert "each step's tokens are those in the shards" in out
     flip(copy / "train-000000.tar")
     code, _, err = forescale("check", "small")
     assert code == 2
@@ -171,12 +171,12 @@ def test_changed_shards_are_found_and_missing_ones_noted(own_run, forescale, sma
     shutil.rmtree(copy)
     code, out, _ = forescale("check", "small")
     assert code == 0
-    assert "the tokens themselves were not compared" in out
+    assert "the tokens were not compared" in out
 
 
 def test_skipped_samples_are_no_gap(own_run):
     job = thaw(TrainJob, own_run.config, True)
-    rows = [row for row in read_rows(own_run.metrics) if row["kind"] == "train"]
+    rows = read_rows(own_run.metrics, kind="train")
     by = [5 * (row["step"] > 3) for row in rows]
     moved = [
         row | {"g0": row["g0"] + n, "g1": row["g1"] + n} for row, n in zip(rows, by, strict=True)
@@ -189,7 +189,7 @@ def test_skipped_samples_are_no_gap(own_run):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_that_do_not_follow_on_each_other_are_named(own_run, forescale, name):
+def test_rows_with_gaps_are_reported(own_run, forescale, name):
     harm, said = ROWS[name]
     rewrite_rows(own_run, harm)
     code, _, err = forescale("check", "small")
@@ -218,19 +218,19 @@ def test_a_config_that_cannot_be_read_is_named(own_run, forescale, name):
     assert "tokenizer.json: missing" in forescale("check", "small")[2]
 
 
-def test_what_a_left_branch_saved_is_noted_and_does_no_harm(own_run, forescale):
+def test_checkpoints_of_an_abandoned_branch_are_noted(own_run, forescale):
     attempt = own_run.new_attempt()
     attempt.start_from(Parent(4, str(own_run.checkpoint_path(4))), own_run)
     code, out, _ = forescale("check", "small")
     assert code == 0
-    assert "step-00000008: doesn't count" in out
+    assert "step-00000008: not eligible" in out
 
 
 def test_leftovers_of_a_killed_save_are_noted(own_run, forescale):
     (own_run.checkpoints / ".step-00000009.attempt-0001.stage").mkdir()
     code, out, _ = forescale("check", "small")
     assert code == 0
-    assert "cut off" in out
+    assert "interrupted save" in out
 
 
 def test_a_branch_begins_where_its_origin_was(own_run, forescale, small_data):
@@ -251,11 +251,11 @@ def test_a_branch_begins_where_its_origin_was(own_run, forescale, small_data):
     assert forescale("check", "branch")[0] == 0
 
 
-def test_what_is_nothing_is_said(own_run, forescale, tmp_path):
+def test_a_path_without_anything_is_refused(own_run, forescale, tmp_path):
     for target in (tmp_path, "nothing"):
         code, _, err = forescale("check", target)
         assert code == 2
-        assert "no run of this name or path" in err
+        assert "no run has this name or path" in err
 
 
 def test_a_checkpoint_with_another_name_than_its_step(own_run, forescale):

@@ -101,7 +101,7 @@ def test_the_default_place_is_named_by_run_and_step(own_run, forescale):
     assert config["model_type"] == "apertus"
     code, _, err = forescale("export", "small", "step=4")
     assert code == 2
-    assert "exists already" in err
+    assert "already exists" in err
 
 
 def test_the_model_that_trains_by_default_can_leave():

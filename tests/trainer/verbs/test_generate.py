@@ -89,12 +89,12 @@ def test_a_character_over_several_tokens_comes_at_once():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nope"], "nope: no run of this name or path"),
+        (["nope"], "nope: no run has this name or path"),
         (["small", "step=3"], "no such checkpoint; choose one of these steps: 4, 8"),
         (["small", "temperature=-1"], "temperature: must be at least 0"),
         (["small", "top_k=0"], "top_k: must be at least 1"),
         (["small", "prompts=x"], "did you mean prompt"),
-        ([], "names nothing"),
+        ([], "target: is missing"),
     ],
 )
 def test_bad_input_is_one_sentence(own_run, forescale, words, said):

@@ -31,7 +31,7 @@ def test_a_folder_becomes_a_dataset_with_an_account(folder, forescale):
     assert f"{train.num_documents:,} documents" in out
     assert f"{train.num_bytes:,} bytes" in out
     assert f"{train.num_tokens:,} tokens" in out
-    assert f"{train.num_bytes / train.num_tokens:.2f} bytes a token" in out
+    assert f"{train.num_bytes / train.num_tokens:.2f} bytes per token" in out
     assert "1  duplicate: books/copy.md" in out
     assert "1  undecodable: books/broken.py (byte 0)" in out
     assert "1  other suffix: books/picture.png" in out
@@ -45,10 +45,10 @@ def test_again_finds_it_and_otherwise_is_refused(folder, forescale):
     before = {p.name: p.stat().st_mtime_ns for p in (folder.parent / "data").iterdir()}
     code, out, _ = forescale(*words)
     assert code == 0
-    assert "was there already" in out
+    assert "existed already" in out
     code, _, err = forescale(*words, "seed=3")
     assert code == 2
-    assert "built otherwise (seed" in err
+    assert "built with different seed" in err
     assert {p.name: p.stat().st_mtime_ns for p in (folder.parent / "data").iterdir()} == before
 
 
@@ -61,7 +61,7 @@ def test_lines_plain_and_compressed(tmp_path, monkeypatch, forescale):
     files = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")
     code, _, err = forescale("shards", *files, "output=data", "tokenizer=bytes")
     assert code == 2
-    assert "name the key (there are body)" in err
+    assert "set text_key (keys: body)" in err
     words = ("text_key=body", "tokenizer=bytes", "validation_fraction=0.3")
     assert forescale("shards", *files, "output=data", *words)[0] == 0
     splits = Dataset("data").manifest["splits"].values()
@@ -92,7 +92,7 @@ def test_a_worker_that_finds_a_fault_says_it_in_one_sentence(folder, forescale):
     assert code == 2
     assert err.splitlines()[-1] == (
         "forescale: books/broken.py: isn't UTF-8 (byte 0); "
-        "mend it, or choose undecodable=skip or replace."
+        "fix it, or choose undecodable=skip or replace."
     )
 
 
@@ -118,16 +118,16 @@ def test_a_given_tokenizer_is_used(folder, forescale, trained):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["books"], "output: names no directory"),
-        (["output=data"], "input: names no text"),
+        (["books"], "output: is empty"),
+        (["output=data"], "input: is empty"),
         (["nothing", "output=data"], "nothing: no such file or folder"),
-        (["books/picture.png", "output=data"], "its suffix says no kind of text"),
-        (["books", "output=books"], "exists, and is not a dataset"),
-        (["books", "output=data", "tokenizer=nothing.json"], "no such tokenizer"),
+        (["books/picture.png", "output=data"], "its suffix isn't a known kind of text"),
+        (["books", "output=books"], "exists and isn't a dataset"),
+        (["books", "output=data", "tokenizer=nothing.json"], "no such file"),
         (["books", "output=data", "vocab_size=20"], "vocab_size: must be at least 257"),
         (["books", "output=data", "validation_fraction=0.9"], "validation_fraction: must be at"),
         (["books", "output=data", "shard_tokens=5"], "shard_tokens: 5 is less than"),
-        (["books", "output=books/0.txt/data"], "a file stands where a directory is needed"),
+        (["books", "output=books/0.txt/data"], "is a file, but a directory is needed"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(folder, forescale, words, said):

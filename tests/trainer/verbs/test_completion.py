@@ -1,0 +1,145 @@
+"""Candidates, and the scripts as real shells run them."""
+
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forescale.config.compose import groups
+from forescale.config.train import TrainJob
+from forescale.verbs import VERBS
+from forescale.verbs.completion import candidates
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with two runs and a file."""
+    for name in ("first", "fifth"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    (tmp_path / "runs" / "no-run").mkdir()
+    (tmp_path / "zebra.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["tr"], ["train"]),
+        (["--v"], ["--version"]),
+        (["train", "tr"], ["train."]),
+        (["train", "train.steps"], ["train.steps="]),
+        (["train", "run.from.r"], ["run.from.run="]),
+        (["train", "model"], ["model.", "model="]),
+        (["train", "model=ti"], ["model=tiny"]),
+        (["train", "train.compile="], [f"train.compile={v}" for v in ("auto", "off", "on")]),
+        (["train", "data.document_mask=t"], ["data.document_mask=true"]),
+        (["train", "data.path="], []),
+        (["train", "no.such.key="], []),
+        (["train", "fi"], ["fifth", "first"]),
+        (["eval", "x", "target=fi"], ["target=fifth", "target=first"]),
+        (["status", "fir"], ["first"]),
+        (["status", "run.root=elsewhere", "fir"], []),
+        (["status", "--"], ["--help", "--live"]),
+        (["submit", "trai"], ["train", "train."]),
+        (["submit", "--d"], ["--dry-run"]),
+        (["completion", "z"], ["zsh"]),
+        (["doctor", "zz"], []),
+    ],
+)
+def test_candidates(here, line, expected):
+    *before, last = line
+    assert candidates(before, last) == expected
+
+
+def test_all_verbs_and_all_choices_are_offered():
+    assert set(VERBS) <= set(candidates([], ""))
+    for name, group in groups(TrainJob).items():
+        assert candidates(["train"], f"{name}=") == [f"{name}={c}" for c in sorted(group.files)]
+
+
+def test_a_wrong_command_line_has_no_candidates(forescale):
+    assert forescale("completion", "--words", "no-such-verb", "x") == (0, "", "")
+
+
+def test_completing_imports_no_torch_and_composes_nothing():
+    code = (
+        "import sys; from forescale import cli\n"
+        "cli.main(['completion', '--words', 'train', 'model='])\n"
+        "assert not {'torch', 'hydra.core.global_hydra.GlobalHydra'} & set(sys.modules)\n"
+        "from hydra.core.global_hydra import GlobalHydra\n"
+        "import forescale.config.compose as c\n"
+        "c.hydra_compose = None; cli.main(['completion', '--words', 'submit', 'slurm.'])\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True)
+
+
+def test_the_shell_must_be_named(forescale):
+    assert forescale("completion")[0] == 2
+    code, _, err = forescale("completion", "tcsh")
+    assert code == 2
+    assert "is not one of" in err
+
+
+LINES = [
+    ("forescale exp", "forescale export "),
+    ("forescale train tr", "forescale train train."),
+    ("forescale train model=ti", "forescale train model=tiny "),
+    ("forescale train train.glo", "forescale train train.global_batch="),
+    ("forescale generate fir", "forescale generate first "),
+    ("forescale shards ze", "forescale shards zebra.txt "),
+    ("forescale train data.path=ze", "forescale train data.path=zebra.txt "),
+]
+
+
+def typed(command: list[str], setup: str, line: str) -> str:
+    """What a line on a terminal becomes at TAB."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(PS1="", TERM="dumb", HISTFILE="")
+        os.execvp(command[0], command)
+    # Ctrl-A and Ctrl-E put the completed line in quotes, which echo then prints.
+    os.write(terminal, f"{setup}\n{line}\t\x01echo 'got<\x05>'\nexit\n".encode())
+    seen = b""
+    try:
+        while data := os.read(terminal, 4096):
+            seen += data
+    except OSError:  # the shell has closed the terminal
+        pass
+    os.waitpid(pid, 0)
+    (found,) = [
+        text.partition("got<")[2].partition(">")[0]
+        for text in seen.decode().splitlines()
+        if text.startswith("got<")
+    ]
+    return found
+
+
+@pytest.mark.parametrize(("line", "expected"), LINES)
+@pytest.mark.parametrize(
+    ("shell", "options"), [("bash", ["--norc", "--noprofile"]), ("zsh", ["-f"])]
+)
+def test_a_terminal_completes_a_line(here, shell, options, line, expected):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    setup = f'eval "$(forescale completion {shell})"; bindkey -e 2>/dev/null'
+    assert typed([shell, *options, "-i"], setup, line).rstrip() == expected.rstrip()
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_fish_completes_a_line(here, line, expected):
+    script = f"forescale completion fish | source; complete -C '{line}'"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True
+    )
+    last = expected.rstrip().rpartition(" ")[2]
+    assert [text.partition("\t")[0] for text in done.stdout.splitlines()] == [last]
