@@ -1,15 +1,15 @@
-"""From a config to a trained model; and the Python door to what was trained.
+"""Pretraining of transformers, and read access to runs and datasets from Python:
 
     import forescale
 
-    run = trainer.open_run("runs/first")            # or "first", under runs/
-    run.metrics().plot("tokens", "loss")            # a DataFrame, a row a step
+    run = forescale.open_run("runs/first")          # or "first", under runs/
+    run.metrics().plot("tokens", "loss")            # a DataFrame with one row a step
     run.metrics("validation")[["step", "bits_per_byte"]]
     model = run.model()                             # a torch module: fp32, eval mode
     ids = run.tokenizer.encode("def main(").ids
-    dataset = trainer.open_dataset("data/books")    # .split("train").num_tokens, .tokenizer
+    dataset = forescale.open_dataset("data/books")  # .split("train").num_tokens, .tokenizer
 
-Importing this imports nothing heavy: torch comes with the first model.
+Importing this package is fast: torch is imported with the first model.
 """
 
 from pathlib import Path
@@ -23,15 +23,21 @@ __all__ = ["open_dataset", "open_run"]
 
 
 def open_run(path: str | Path, root: str | Path = "runs") -> "RunView":
-    """The run in the directory `path`, or of that name under `root`; or the run of a checkpoint,
-    with that checkpoint chosen. Raises UserError where there is none."""
+    """Return the run at `path`, or the run of that name under `root`.
+
+    The path of a checkpoint opens its run with that checkpoint chosen. Raises UserError if there is
+    no such run.
+    """
     from forescale.inference.view import open_view
 
     return open_view(path, root)
 
 
 def open_dataset(path: str | Path) -> "Dataset":
-    """The dataset that `forescale shards` built in `path`. Raises UserError where there is none."""
+    """Return the dataset that `forescale shards` built in `path`.
+
+    Raises UserError if there is none.
+    """
     from forescale.data.dataset import Dataset
 
     return Dataset(Path(path).expanduser())

@@ -1,7 +1,7 @@
-"""`python -m forescale` is `forescale`.
+"""`python -m forescale` is the command `forescale`.
 
-Without -P Python puts the working directory before everything else, where a file of the user's
-named random.py would replace Python's own. It is taken out before anything more is imported.
+Without -P, Python searches the working directory before everything else, so a file such as
+random.py there would replace Python's own. Its entry is removed before anything more is imported.
 """
 
 import sys

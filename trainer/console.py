@@ -1,4 +1,4 @@
-"""The terminal, as all pages use it: a console, tables without lines, lengths of time in words."""
+"""The terminal, as all pages use it: a console, tables without lines, and time spans as text."""
 
 import os
 from collections.abc import Collection
@@ -19,8 +19,8 @@ def open_console(wide: int = 140) -> Console:
 
 
 def table(*names: str, left: Collection[str] = ()) -> Table:
-    """A table without lines: a column for each name, to the left those of `left`, the others to
-    the right."""
+    """A table without lines: a column for each name, those in `left` left-aligned, the others
+    right-aligned."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in names:
         made.add_column(name, justify="left" if name in left else "right", no_wrap=True)

@@ -1,9 +1,9 @@
-"""Files that are whole or absent: stage, hash, fsync, rename; and the table of files with hashes.
+"""Atomic, durable files and directories: stage, hash, fsync, rename; and the table of file hashes.
 
 Datasets and checkpoints are directories published the same way: everything is written to a stage
 directory beside the final one, hashed while written, fsynced; the table of files goes in last; one
-rename gives the directory its name. So a name never stands for something half-written, and what
-a name stands for can be checked, byte for byte, for ever after.
+rename gives the directory its name. So a name never stands for partial content, and the content
+can be verified byte for byte at any later time.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from forescale.errors import UserError
 
 TABLE = "files.json"
 _BLOCK = 1 << 22
-_MOST_UNHASHED = 1 << 30  # bytes that hashing may lie behind, where it goes on beside the writing
+_MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag behind writing
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class FileEntry:
 class HashingFile:
     """A new file that is hashed while it is written; `finish` makes it durable.
 
-    beside: hash in a thread of its own, beside the writing and the fsync; what is written must
-    then stay as it is until `finish`.
+    beside: hash in a thread of its own while writing and fsync go on; the written buffers must then
+    not change until `finish`.
     """
 
     def __init__(self, path: Path, beside: bool = False):
@@ -45,16 +45,17 @@ class HashingFile:
         self._file = open(self.path, "wb")  # noqa: SIM115 - closed in finish
         self._hash = hashlib.sha256()
         self._beside = ThreadPoolExecutor(1, "hash") if beside else None
-        self._unhashed: deque[tuple[Future, int]] = deque()  # and where each ends
+        self._unhashed: deque[tuple[Future, int]] = deque()  # and the offset of each end
         self._hashed = 0
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> int:
+        """Append data; returns the size so far."""
         end = self.size + memoryview(data).nbytes
         if self._beside is None:
             self._hash.update(data)
         else:
-            # The disk has its own pace: the sooner it has all, the more of its time is also ours.
+            # The disk is slower: the earlier it gets everything, the more hashing is hidden.
             self._wait_for_hash(end - _MOST_UNHASHED)
             self._unhashed.append((self._beside.submit(self._hash.update, data), end))
         with naming(self.path):
@@ -63,6 +64,7 @@ class HashingFile:
         return self.size
 
     def finish(self) -> FileEntry:
+        """Fsync and close the file; returns its size and hash."""
         with naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -81,14 +83,14 @@ class HashingFile:
     def __exit__(self, *exc) -> None:
         if self._beside is not None:
             self._beside.shutdown(wait=True, cancel_futures=True)
-        # What a failed write left in the buffer would fail once more, in place of its own error.
+        # Data left in the buffer by a failed write would fail again and hide the first error.
         with suppress(OSError):
             self._file.close()
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError name its file; those of an open file don't."""
+    """Add the file's name to an OSError in the block; errors of open files have none."""
     try:
         yield
     except OSError as e:
@@ -97,7 +99,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a written file durable, or the names in a directory (renames are not, until this)."""
+    """Make a written file durable, or the names in a directory: a rename is durable only then."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -122,14 +124,17 @@ def write_file(path: Path, data: bytes) -> FileEntry:
 
 
 def write_json(path: Path, value: Any, compact: bool = False) -> FileEntry:
-    """Replace `path` by `value` as JSON; keys keep their order: equal values, equal bytes. compact:
-    in one line, which takes C a third of the time, and holds up other threads for less."""
+    """Replace `path` by `value` as JSON. Keys keep their order: equal values give equal bytes.
+
+    compact: write one line, which takes a third of the time and blocks other threads for less.
+    """
     form: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 1}
     return write_file(path, (json.dumps(value, **form) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError where the file is missing, can't be read or isn't JSON."""
+    """Return the content of a JSON file. Raises UserError if it is missing, unreadable or not
+    JSON."""
     try:
         return json.loads(Path(path).read_bytes(), object_pairs_hook=_unique)
     except (FileNotFoundError, NotADirectoryError):
@@ -141,20 +146,21 @@ def read_json(path: Path) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A flipped bit can turn a name into its neighbour's, which would then hide it."""
+    """Refuse a repeated key: a flipped bit can turn one key into another, which would hide it."""
     if len(made := dict(pairs)) < len(pairs):
         raise ValueError("a key appears twice")
     return made
 
 
 def write_table(directory: Path, entries: dict[str, FileEntry]) -> None:
-    """Write the table of files, the last thing that goes into a stage directory."""
+    """Write the table of files; it is the last file written to a stage directory."""
     table = {name: vars(entry) for name, entry in sorted(entries.items())}
     write_json(Path(directory) / TABLE, table)
 
 
 def read_table(directory: Path) -> dict[str, FileEntry]:
-    """Raises UserError where the table is missing, damaged or names files outside the directory."""
+    """Return the table of files. Raises UserError if it is missing, damaged or names files outside
+    the directory."""
     path = Path(directory) / TABLE
     raw = read_json(path)
     try:
@@ -169,9 +175,9 @@ def read_table(directory: Path) -> dict[str, FileEntry]:
 def hash_file(
     path: Path, tick: Callable[[int], None] = lambda n: None, afresh: bool = False
 ) -> FileEntry:
-    """Size and sha256 of a file; `tick` is told of every block read, in bytes.
+    """Return size and sha256 of a file. tick: called with the bytes of every block read.
 
-    afresh: as the storage has it, not the page cache, where the system can be told so.
+    afresh: read from the storage instead of the page cache, if the system supports that.
     """
     digest, size = hashlib.sha256(), 0
     with naming(path), open(path, "rb", buffering=0) as f:
@@ -192,10 +198,10 @@ def check_table(
     only: str | None = None,
     afresh: bool = False,
 ) -> list[str]:
-    """Compare a published directory with its table; one sentence a fault, none if it is whole.
+    """Compare a published directory with its table; return one sentence per fault.
 
-    part (i, n): of its files the i-th, the one n later, and so on, largest first, so that n who
-    share the work have alike much of it; only: this one; afresh: see `hash_file`.
+    part (i, n): verify every n-th file starting at the i-th, largest first, so that n ranks share
+    the work evenly; only: verify this file alone; afresh: see `hash_file`.
     """
     directory, (first, parts) = Path(directory), part
     try:
@@ -214,7 +220,7 @@ def check_table(
             if not path.is_file():
                 return f"{path}: missing"
             if (size := path.stat().st_size) != want.size:
-                return f"{path}: {size:,} bytes where the table says {want.size:,}"
+                return f"{path}: {size:,} bytes instead of the {want.size:,} in the table"
             if hash_file(path, tick, afresh).sha256 != want.sha256:
                 return f"{path}: its sha256 differs from the table's (damaged)"
         except OSError as e:
@@ -226,7 +232,7 @@ def check_table(
 
 
 def publish(stage: Path, final: Path) -> None:
-    """Give a finished stage directory its name. Raises OSError if the name is taken."""
+    """Rename a finished stage directory to its final name. Raises OSError if the name is taken."""
     stage, final = Path(stage), Path(final)
     fsync_path(stage)
     os.rename(stage, final)
@@ -235,9 +241,9 @@ def publish(stage: Path, final: Path) -> None:
 
 @contextmanager
 def staged(final: Path, tag: str = "new") -> Iterator[Path]:
-    """A clean stage directory for `final`; published if the block ends well, removed if not.
+    """Yield an empty stage directory for `final`; publish it after the block, remove it on error.
 
-    Leftovers of an earlier, killed try under the same tag are removed first.
+    What a killed attempt with the same tag left is removed first.
     """
     final = Path(final)
     stage = final.with_name(f".{final.name}.{tag}.stage")

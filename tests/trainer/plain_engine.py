@@ -1,7 +1,7 @@
 """An engine without DeepSpeed, and worlds without processes: the real code of checkpoints on them.
 
 The state is a number: every element of every weight and moment is a function of `step`, so a test
-sees at once which step a checkpoint holds, and whether it is of one piece.
+sees at once which step a checkpoint holds, and whether all of it is of that step.
 """
 
 import threading
@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from forescale.checkpoint.reader import newest_whole
+from forescale.checkpoint.reader import Position, newest_complete
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
-from forescale.checkpoint.writer import Position
+from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.layout import Bare
-from forescale.run.directory import Parent, Run, read_rows
+from forescale.engine.ranks import Ranks
+from forescale.run.directory import Parent, Run
 
 STATES = {"weight": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}  # what is added to the step
 
@@ -35,28 +36,25 @@ class Exchange:
         return found
 
 
-class World:
+class World(Ranks):
     """One thread among others, as forescale.engine.world.World."""
 
     device = torch.device("cpu")
 
     def __init__(self, rank: int = 0, size: int = 1, exchanges: list | None = None):
-        self.rank, self.size, self._exchanges = rank, size, exchanges
+        super().__init__(rank, size)
+        self._exchanges = exchanges
         self._groups = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def gather(self, value):
         return [value] if self.size == 1 else self._exchanges[0].gather(self.rank, value)
 
-    def to_main(self, value):
+    def gather_to_main(self, value):
         found = self.gather(value)
         return found if self.is_main else None
 
     def in_background(self, name):
-        """A world of its own: another exchange."""
+        """Return ranks with an exchange of their own."""
         self._groups += 1
         own = self._exchanges and [self._exchanges[self._groups]]
         return World(self.rank, self.size, own)
@@ -68,7 +66,7 @@ def worlds(size: int) -> list[World]:
 
 
 def on_all(parts, work):
-    """work(part) in a thread each; what it returned or raised, in order."""
+    """Call work(part) in a thread each; return what it returned or raised, in order."""
     found = [None] * len(parts)
 
     def run(i, part):
@@ -82,12 +80,12 @@ def on_all(parts, work):
         t.start()
     for t in threads:
         t.join(60)
-        assert not t.is_alive(), "a rank waits for ever"
+        assert not t.is_alive(), "a rank waits forever"
     return found
 
 
 def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
-    """A linear layer, a norm and a buffer under AdamW: what checkpoints know of an engine."""
+    """A linear layer, a norm and a buffer under AdamW, with the attributes that checkpoints use."""
     module = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width))
     module.register_buffer("offset", torch.zeros(3))
     optimizer = torch.optim.AdamW([{"params": list(module.parameters()), "name": "all"}])
@@ -103,7 +101,7 @@ def engine(world: World | None = None, width: int = 8) -> SimpleNamespace:
 
 @torch.no_grad()
 def set_step(engine, step: int) -> None:
-    """Make the engine's state that of `step`, in place as training does."""
+    """Set the engine's state to that of `step`, in place as training does."""
     engine.module.offset.fill_(step)
     for p in engine.module.parameters():
         p.fill_(step + STATES["weight"])
@@ -130,14 +128,14 @@ def step_in(checkpoint) -> int:
 
 
 def begin(run: Run, step: int = 0):
-    """A new attempt that goes on from `step`."""
+    """Return a new attempt that starts from `step`."""
     attempt = run.new_attempt()
     attempt.start_from(Parent(step), run)
     return attempt
 
 
 class Gate:
-    """Stands in for `midway`: the writer waits half-way until it is opened."""
+    """Used as `midway`: the writer waits half-way until the gate is opened."""
 
     def __init__(self):
         self.reached, self.opened = threading.Event(), threading.Event()
@@ -151,14 +149,20 @@ def saver(run, attempt, engine, **more):
     return Saver(run, attempt, engine, more.pop("facts", dict), Keep(2), **more)
 
 
+def write_checkpoint(run, attempt, position, engine):
+    """Write and publish a checkpoint at once; every rank calls it. Returns its path."""
+    snapshot = Snapshot.of(engine, position, {})
+    return write(run, attempt, snapshot, engine.world).path
+
+
 def save(saver, engine, step):
     set_step(engine, step)
     saver.begin(position(step))
 
 
 def newest(run):
-    """The step of the newest checkpoint, whole and of one piece; 0 if there is none."""
-    found = newest_whole(run, lambda kind, **facts: pytest.fail(f"{kind} {facts}"))
+    """Return the step of the newest checkpoint, after checking it; 0 if there is none."""
+    found = newest_complete(run, lambda kind, **facts: pytest.fail(f"{kind} {facts}"))
     return step_in(found) if found else 0
 
 
@@ -167,8 +171,7 @@ def hidden(run):
 
 
 def events(run, kind):
-    rows = [row for a in run.attempts() for row in read_rows(a.events.path)]
-    return [row for row in rows if row["kind"] == kind]
+    return run.read_events(kind=kind)
 
 
 def harm(run, step):

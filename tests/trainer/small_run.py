@@ -1,4 +1,4 @@
-"""A dataset and a run of a few steps, made without an engine: what the small verbs' tests read.
+"""A dataset and a run of a few steps, made without an engine, for the tests of the small verbs.
 
 The checkpoints have two ranks' files, written by the product's own writer from a plain module.
 """
@@ -16,7 +16,7 @@ from forescale.data.feed import Feed
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
 from forescale.engine.state import WEIGHT, Fragment, write_fragments
-from forescale.monitor.replay import feed_of_run
+from forescale.monitor.audit import feed_of_run
 from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.start import start
 from forescale.storage import read_json, write_json, write_table
@@ -83,7 +83,8 @@ def make_run(dataset: Path, root: Path, name: str = "small", *overrides: str) ->
 @cache
 def feed(run: Path) -> Feed:
     """What a run reads."""
-    return feed_of_run(thaw(TrainJob, run / "config.yaml", True), read_json(run / "run.json"), ())
+    job, identity = thaw(TrainJob, run / "config.yaml", True), read_json(run / "run.json")
+    return feed_of_run(job, identity, (), trust=True)
 
 
 def tokens(attempt: Attempt, step: int) -> int:

@@ -52,7 +52,11 @@ def failing(error):
             USER,
             "forescale: /d: the name is too long; choose",
         ),
-        (KeyboardInterrupt(), INTERRUPTED, "forescale: interrupted; the same command goes on.\n"),
+        (
+            KeyboardInterrupt(),
+            INTERRUPTED,
+            "forescale: interrupted; run the same command again to resume.\n",
+        ),
     ],
 )
 def test_a_fault_that_is_not_ours_is_one_sentence(forescale, verb, error, code, said):
@@ -75,7 +79,7 @@ def test_a_reader_who_had_enough_is_no_fault(name, code):
     """As in `forescale status | head`; a training that ends so is not done."""
     body = (
         "import sys, forescale.verbs.status as s, forescale.verbs.train as t\n"
-        "from trainer import cli\n"
+        "from forescale import cli\n"
         "def main(words):\n"
         "    while True: print('x' * 10)\n"
         "s.main = t.main = main\n"
@@ -93,7 +97,7 @@ def test_a_reader_who_had_enough_is_no_fault(name, code):
 def test_a_wrong_verb_is_answered_with_the_nearest(forescale):
     code, _, err = forescale("trian")
     assert code == USER
-    assert err == "forescale: trian: no such verb; the nearest is `forescale train`; see --help.\n"
+    assert err == "forescale: trian: no such verb; did you mean forescale train?\n"
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
@@ -164,7 +168,7 @@ def test_several_runs_at_once_are_pointed_to_studies(forescale):
 def test_what_is_said_stands_in_a_log_in_the_order_in_which_it_was_said(tmp_path):
     """Two streams into one file, as a batch system has it; nothing else makes Python hurry."""
     code = (
-        "import sys; from trainer import cli\n"
+        "import sys; from forescale import cli\n"
         "def said(words): print('first'); print('second', file=sys.stderr); print('third')\n"
         "cli._dispatch = said; cli.main([])"
     )

@@ -164,7 +164,7 @@ def test_a_full_disk_is_named_with_its_file(tmp_path):
             write_file(disk / "a", bytes(1 << 20))
         fault = storage_error(caught.value)
         assert str(disk / ".a.") in str(fault)
-        assert "the disk is full; free some space and give the same command again" in str(fault)
+        assert "the disk is full; free some space and run the same command again" in str(fault)
         assert names(disk) == ["a"]
         assert (disk / "a").read_bytes() == b"old"
         with pytest.raises(OSError, match="No space left"), staged(disk / "data") as stage:

@@ -1,16 +1,16 @@
-"""Checkpoints as they lie on disk: what one says of itself, whether it is whole, which one counts.
+"""Reads published checkpoints: their content, whether they are complete, which one is eligible.
 
     checkpoints/step-00001000/
       rank-00000.safetensors ...   fragments of weights and moments (engine/state.py)
-      state.json                   step, g, who wrote it, which fragment lies where, counters
+      state.json                   step, g, who wrote it, where each fragment is, counters
       files.json                   the table: size and sha256 of each, written last
 
-Invariant: nothing here needs an engine, or runs code that a checkpoint holds; and nothing but
-reading tensors imports torch, so that `status` starts at once.
+Invariant: nothing here needs an engine or runs code from a checkpoint; only reading tensors imports
+torch, so that `status` starts at once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from forescale.engine.state import FragmentReader
 
-Tell = Callable[..., None]
+Report = Callable[..., None]
 FORMAT = 1
 STATE = "state.json"
 _RESTORE = "restore the checkpoint, or choose another"
@@ -35,9 +35,12 @@ _KEYS = {"position", "attempt", "world_size", "shapes", "fragments", "counters"}
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: optimizer steps, the next global sample index, targets trained on; which
-    samples were passed over for good (half-open intervals), and which members (source, shard's
-    number, key) count as damaged from here on."""
+    """How far a run is.
+
+    step: optimizer steps made; g: the next global sample index; tokens: targets trained on.
+    skipped: half-open intervals of samples skipped for good; quarantined: members (source, shard's
+    number, key) that count as damaged from here on.
+    """
 
     step: int = 0
     g: int = 0
@@ -47,20 +50,20 @@ class Position:
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> "Position":
-        """From JSON, which knows no tuples."""
+        """Return the position that was stored as JSON, whose lists become tuples again."""
         lists = {k: tuple(map(tuple, v)) for k, v in stored.items() if isinstance(v, list)}
         return cls(**{**stored, **lists})
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Step, g and tokens, which every row of metrics has too."""
+        """(step, g, tokens), which every row of metrics has too."""
         return self.step, self.g, self.tokens
 
 
 class Checkpoint:
     """One published checkpoint, readable without an engine, tensor by tensor.
 
-    Raises UserError where the path holds none, or one of a format that this version doesn't know.
+    Raises UserError if the path holds none, or one of a format that this version can't read.
     """
 
     def __init__(self, path: Path | str):
@@ -76,10 +79,12 @@ class Checkpoint:
 
     @property
     def position(self) -> Position:
+        """Where the run was when it was saved."""
         return Position.of(self.state["position"])
 
     @property
     def attempt(self) -> int:
+        """The number of the attempt that saved it."""
         return self.state["attempt"]
 
     @property
@@ -94,13 +99,13 @@ class Checkpoint:
 
     @cached_property
     def reader(self) -> "FragmentReader":
-        """Reads ranges of the states; opens only the files that hold them."""
+        """Reader of ranges of the states; opens only the files that hold them."""
         from forescale.engine.state import FragmentReader
 
         return FragmentReader(self.path, self.state["fragments"])
 
     def tensor(self, name: str, state: str = "weight") -> "Tensor":
-        """One whole parameter or moment, fp32, in its shape."""
+        """Return a full parameter or moment, fp32, in its shape."""
         from torch import empty, float32
 
         out = empty(self.shapes[name], dtype=float32)
@@ -108,12 +113,21 @@ class Checkpoint:
         return out
 
     def weights(self) -> "Weights":
-        """All parameters and buffers by name, fp32, each read when it is asked for."""
+        """Return all parameters and buffers by name, fp32; each is read on access."""
         return Weights(self)
+
+    def expect_shapes(self, model: Mapping[str, Sequence[int]]) -> None:
+        """Raise UserError unless the parameters and persistent buffers of `model` (shape by name)
+        are those of the checkpoint."""
+        for name in sorted(model.keys() | self.shapes.keys()):
+            ours = list(model[name]) if name in model else None
+            if ours != (stored := self.shapes.get(name)):
+                what = f"parameter {name} is {stored} there and {ours} in this model"
+                raise UserError(str(self.path), what, "use the model of the run that saved it")
 
 
 class Weights(Mapping[str, "Tensor"]):
-    """A checkpoint's weights, none of them held."""
+    """A checkpoint's weights by name, read on access and not kept."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
@@ -131,7 +145,8 @@ class Weights(Mapping[str, "Tensor"]):
 
 
 def coverage_faults(state: dict[str, Any]) -> list[str]:
-    """Where the fragments of a state.json don't hold every element of every state exactly once."""
+    """Return where the fragments of a state.json don't cover every element of every state exactly
+    once, a sentence each."""
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for rows in state["fragments"].values():
         for name, kind, start, size in rows:
@@ -155,36 +170,38 @@ def coverage_faults(state: dict[str, Any]) -> list[str]:
     return faults
 
 
-def newest_whole(run: Run, tell: Tell, ranks: Ranks = ALONE) -> Checkpoint | None:
-    """The newest eligible checkpoint whose every byte is as it was written, or None for a run that
-    has none. `tell(kind, **facts)` is told of each that is passed over. Every one of `ranks` calls
-    it together and reads its share of the files; all get the same answer.
+def newest_complete(run: Run, report: Report, ranks: Ranks = ALONE) -> Checkpoint | None:
+    """Return the newest eligible checkpoint whose every byte is verified; None if the run has none.
 
-    Raises UserError where there are checkpoints but none can be used: never back to step 0.
+    Every rank calls it and reads its share of the files; all get the same answer.
+    report(kind, **facts): receives an event for each checkpoint that is passed over.
+    Raises UserError if there are checkpoints but none can be used: never back to step 0.
     """
     steps = _steps(run, ranks)
-    found = _first_whole(run, reversed(steps), tell, ranks)
+    found = _first_complete(run, reversed(steps), report, ranks)
     if found is None and steps:
         raise UserError(
             str(run.checkpoints),
             f"none of its {len(steps)} checkpoints can be used",
-            f"`forescale check {run.path}` names the faults; restore one, or give run.name another",
+            f"see `forescale check {run.path}`; restore one, or choose another run.name",
         )
     return found
 
 
-def before(run: Run, newest: int, strictly: bool, tell: Tell, ranks: Ranks = ALONE) -> Checkpoint:
-    """The newest whole eligible checkpoint of step `newest` or before; where there is none and it
-    is not needed `strictly`, the oldest of those after. Called and told as `newest_whole`.
+def newest_before(
+    run: Run, newest: int, strictly: bool, report: Report, ranks: Ranks = ALONE
+) -> Checkpoint:
+    """Return the newest complete eligible checkpoint at step `newest` or before; if there is none
+    and `strictly` is false, the oldest after it. Called as `newest_complete`.
 
-    Raises UserError where there is none to go to.
+    Raises UserError if there is none.
     """
     steps = _steps(run, ranks)
     early = [s for s in reversed(steps) if s <= newest]
     later = [] if strictly else [s for s in steps if s > newest]
-    if found := _first_whole(run, early + later, tell, ranks):
+    if found := _first_complete(run, early + later, report, ranks):
         return found
-    what = f"has no whole checkpoint of step {newest:,} or before to go back to"
+    what = f"has no complete checkpoint of step {newest:,} or before to roll back to"
     raise UserError(str(run.path), what, "keep more with checkpoint.keep or checkpoint.keep_every")
 
 
@@ -192,30 +209,33 @@ def _steps(run: Run, ranks: Ranks) -> list[int]:
     return ranks.from_main(run.checkpoint_steps, run.checkpoints)
 
 
-def _first_whole(run: Run, steps: Iterable[int], tell: Tell, ranks: Ranks) -> Checkpoint | None:
+def _first_complete(
+    run: Run, steps: Iterable[int], report: Report, ranks: Ranks
+) -> Checkpoint | None:
     for step in steps:
         path = run.checkpoint_path(step)
-        # What it says of itself is little, and may make it needless to read the rest.
+        # Its state.json is small, and may make it unnecessary to read the rest.
         faults, counts = ranks.from_main(partial(_first_look, run, step), path)
         if not faults and not counts:
-            tell("checkpoint_passed_over", step=step, reason="a later attempt went on before it")
-        elif faults := faults or shared_faults(path, ranks):
-            tell("checkpoint_damaged", step=step, faults=faults)
+            reason = "a later attempt started before this step"
+            report("checkpoint_passed_over", step=step, reason=reason)
+        elif faults := faults or find_faults(path, ranks):
+            report("checkpoint_damaged", step=step, faults=faults)
         else:
             return _own(path, ranks)
     return None
 
 
 def _own(path: Path, ranks: Ranks) -> Checkpoint:
-    """The checkpoint as each rank reads it: what one says of itself grows with the ranks that wrote
-    it, so nobody hands it on."""
+    """Open the checkpoint on each rank. Its state.json grows with the number of ranks that wrote
+    it, so each rank reads it instead of receiving it."""
     found: list[Checkpoint] = []
     ranks.together(lambda: found.append(Checkpoint(path)), path)
     return found[0]
 
 
 def _first_look(run: Run, step: int) -> tuple[list[str], bool]:
-    """The faults of a checkpoint's state.json, and whether the checkpoint is eligible."""
+    """Return the faults of a checkpoint's state.json, and whether the checkpoint is eligible."""
     path = run.checkpoint_path(step)
     if faults := check_table(path, only=STATE):
         return faults, False
@@ -225,19 +245,19 @@ def _first_look(run: Run, step: int) -> tuple[list[str], bool]:
     return [], run.is_eligible(checkpoint.attempt, step)
 
 
-def shared_faults(path: Path, ranks: Ranks, afresh: bool = False) -> list[str]:
-    """Every byte of a published directory against its table, each rank's share of the files read by
-    that rank; the faults that all have found, on every rank. afresh: as durable.hash_file."""
+def find_faults(path: Path, ranks: Ranks, afresh: bool = False) -> list[str]:
+    """Check every byte of a published directory against its table, each rank a share of the files;
+    return the faults of all ranks on every rank. afresh: as in storage.hash_file."""
     mine = partial(check_table, path, part=(ranks.rank, ranks.size), afresh=afresh)
     found = ranks.together(mine, path)
     return list(dict.fromkeys(fault for faults in found for fault in faults))
 
 
 def at_step(run: Run, step: int | None, ranks: Ranks = ALONE) -> Checkpoint:
-    """The checkpoint of `step`, or the newest whole one; UserError where there is none. Called as
-    `newest_whole`."""
+    """Return the checkpoint of `step`, or the newest complete one, verified. Called as
+    `newest_complete`. Raises UserError if there is none, or it is damaged."""
     if step is None:
-        checkpoint = newest_whole(run, lambda kind, **facts: None, ranks)
+        checkpoint = newest_complete(run, lambda kind, **facts: None, ranks)
         if checkpoint is None:
             todo = f"train it: forescale train run.name={run.name}"
             raise UserError(str(run.path), "this run has no checkpoint yet", todo)
@@ -247,20 +267,20 @@ def at_step(run: Run, step: int | None, ranks: Ranks = ALONE) -> Checkpoint:
     if step not in known:
         steps = ", ".join(map(str, known)) or "none"
         raise UserError(str(path), "no such checkpoint", f"choose one of these steps: {steps}")
-    return whole(path, ranks)
+    return verified(path, ranks)
 
 
-def readable(path: Path) -> Checkpoint | None:
-    """A checkpoint that says what it is; None for one whose state.json is lost or damaged."""
+def open_readable(path: Path) -> Checkpoint | None:
+    """Return the checkpoint at a path, or None if its state.json is missing or damaged."""
     try:
         return Checkpoint(path)
     except UserError:
         return None
 
 
-def whole(path: Path | str, ranks: Ranks = ALONE) -> Checkpoint:
-    """The checkpoint at a path, every byte of it verified; UserError where it is damaged. Called
-    as `newest_whole`."""
-    if faults := shared_faults(Path(path), ranks):
+def verified(path: Path | str, ranks: Ranks = ALONE) -> Checkpoint:
+    """Return the checkpoint at a path, every byte verified. Called as `newest_complete`. Raises
+    UserError if it is damaged."""
+    if faults := find_faults(Path(path), ranks):
         raise UserError(str(path), f"damaged ({faults[0]})", "choose another step")
     return Checkpoint(path)

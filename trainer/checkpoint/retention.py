@@ -1,26 +1,24 @@
-"""Which checkpoints of a run stay, and the deleting of the others; pins.
+"""Which checkpoints of a run are kept, deleting the others, and pins.
 
     checkpoints/step-00001000/       a checkpoint
-    checkpoints/step-00001000.pin    an empty file: somebody wants it kept
+    checkpoints/step-00001000.pin    an empty file: keep this checkpoint
 
-Invariant: nothing is deleted that a later one has not been read back to replace: the newest ones
-that count, which training would go on from, are verified on the storage itself before the older
-ones go. An attempt that was left behind deletes nothing. What can't be read stays, for `check` to
-name. Imports no torch.
+Invariant: a checkpoint is deleted only after the newest `keep` eligible ones were re-read from the
+storage and verified. An attempt that a newer one has replaced deletes nothing. A checkpoint that
+can't be read stays, so that `check` can report it. Imports no torch.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from forescale.checkpoint.reader import readable, shared_faults
+from forescale.checkpoint.reader import find_faults, open_readable
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.errors import UserError
 from forescale.run.directory import Run
+from forescale.run.rows import RowReader, select
 from forescale.storage import fsync_path, write_file
 
 _LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.stage|replaced|deleted)")
@@ -28,8 +26,8 @@ _LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.stage|replaced|deleted)")
 
 @dataclass(frozen=True)
 class Keep:
-    """newest: so many of those that count; every: multiples of so many steps; best: the one of the
-    lowest validation loss; at: steps."""
+    """What to keep. newest: number of newest eligible checkpoints; every: all at multiples of this
+    step; best: the one with the lowest validation loss; at: these steps."""
 
     newest: int = 2
     every: int | None = None
@@ -38,20 +36,20 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What retention asks of a checkpoint. counts: it lies on the trajectory that goes on, and is
-    not known to be damaged; loss: on the held-out text at its step, None where it isn't known."""
+class CheckpointFacts:
+    """What retention must know of a checkpoint. eligible: on the current trajectory and not known
+    to be damaged; loss: the validation loss at its step, None if unknown."""
 
     step: int
     attempt: int
-    counts: bool
+    eligible: bool
     pinned: bool = False
     loss: float | None = None
 
 
-def reasons(found: Sequence[Facts], keep: Keep) -> dict[int, str]:
-    """Why each checkpoint that stays does, by step; the others may go. Pure."""
-    good = sorted((f for f in found if f.counts), key=lambda f: f.step)
+def reasons(found: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:
+    """Return the steps of the checkpoints to keep, each with the reason. Pure."""
+    good = sorted((f for f in found if f.eligible), key=lambda f: f.step)
     scored = [f for f in good if f.loss is not None]
     newest = max(((f.attempt, f.step) for f in good), default=(0, 0))
     stay: dict[int, str] = {}
@@ -69,15 +67,15 @@ def reasons(found: Sequence[Facts], keep: Keep) -> dict[int, str]:
     for f in found:
         if f.pinned:
             stay[f.step] = "pinned"
-        elif not f.counts and (f.attempt, f.step) > newest:
-            # It can't be loaded, but nothing that can has been saved since: a human may want it.
-            stay[f.step] = "nothing saved since counts"
+        elif not f.eligible and (f.attempt, f.step) > newest:
+            # It can't be loaded, but no eligible one was saved later: a human may want it.
+            stay[f.step] = "no eligible checkpoint was saved later"
     return stay
 
 
-def relied_on(found: Sequence[Facts], keep: Keep) -> list[int]:
-    """The steps that must be whole before anything goes, newest first. Pure."""
-    return sorted((f.step for f in found if f.counts), reverse=True)[: keep.newest]
+def steps_to_verify(found: Sequence[CheckpointFacts], keep: Keep) -> list[int]:
+    """Return the steps that must be verified before anything is deleted, newest first. Pure."""
+    return sorted((f.step for f in found if f.eligible), reverse=True)[: keep.newest]
 
 
 def survey(
@@ -85,57 +83,52 @@ def survey(
     losses: dict[int, float],
     damaged: Collection[int] = (),
     known: dict[int, int] | None = None,
-) -> list[Facts]:
-    """The checkpoints that say what they are, oldest first. losses: by step; damaged: steps; known:
-    by step the attempt that wrote it, added to: what a checkpoint says of itself can be long."""
+) -> list[CheckpointFacts]:
+    """Return the readable checkpoints, oldest first.
+
+    losses: by step; damaged: steps known to be damaged; known: the attempt that wrote each step.
+    `known` is added to, because a state.json can be long and slow to read.
+    """
     found, known = [], {} if known is None else known
     for step in run.checkpoint_steps():
-        if step not in known and (checkpoint := readable(run.checkpoint_path(step))):
+        if step not in known and (checkpoint := open_readable(run.checkpoint_path(step))):
             known[step] = checkpoint.attempt
         if (attempt := known.get(step)) is not None:
-            counts = step not in damaged and run.is_eligible(attempt, step)
-            found.append(Facts(step, attempt, counts, is_pinned(run, step), losses.get(step)))
+            eligible = step not in damaged and run.is_eligible(attempt, step)
+            found.append(
+                CheckpointFacts(step, attempt, eligible, is_pinned(run, step), losses.get(step))
+            )
     return found
 
 
-class Losses:
-    """Validation losses by step from a file of rows; each call reads on where the last ended."""
+class ValidationLosses:
+    """Validation losses by step from a metrics file; each call reads only the new rows."""
 
     def __init__(self, rows: Path):
-        self._rows, self._read = rows, 0
+        self._rows = RowReader(rows, kind="validation")
         self._found: dict[int, float] = {}
 
     def __call__(self) -> dict[int, float]:
-        if self._rows.exists():
-            with open(self._rows, "rb") as f:
-                f.seek(self._read)
-                for line in f:
-                    if not line.endswith(b"\n"):
-                        break  # of a row that is being written
-                    self._read += len(line)
-                    if b'"validation"' in line:
-                        self._take(json.loads(line))
+        """Return the loss over all sources by step, of all rows so far."""
+        new = select(self._rows.read(), dataset="validation")
+        self._found |= {row["step"]: row["loss"] for row in new}
         return self._found
-
-    def _take(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "validation" and row["dataset"] == "validation":
-            self._found[row["step"]] = row["loss"]
 
 
 class Retention:
-    """Retention while one attempt trains; remembers what it has read back. `tell(kind, **facts)` is
-    told, on rank 0, of what goes and of damage."""
+    """Retention while one attempt trains; remembers what it has verified. report(kind, **facts):
+    receives, on rank 0, events of deleted and damaged checkpoints."""
 
-    def __init__(self, run: Run, attempt: int, keep: Keep, rows: Path, tell: Callable[..., None]):
-        self.run, self.attempt, self.keep, self._tell = run, attempt, keep, tell
-        self._losses = Losses(rows)
+    def __init__(self, run: Run, attempt: int, keep: Keep, rows: Path, report: Callable[..., None]):
+        self.run, self.attempt, self.keep, self._report = run, attempt, keep, report
+        self._losses = ValidationLosses(rows)
         self._verified: set[int] = set()
         self._damaged: set[int] = set()
-        self._attempts: dict[int, int] = {}  # by step, who wrote it
+        self._attempts: dict[int, int] = {}  # by step: the attempt that wrote it
 
     def __call__(self, ranks: Ranks) -> None:
-        """Delete what need not stay; every rank calls it. Raises UserError, on all ranks, where the
-        storage refuses."""
+        """Delete what need not be kept; every rank calls it. Raises UserError on all ranks if the
+        storage fails."""
         where = self.run.checkpoints
         while True:
             doomed, unread = ranks.from_main(self._plan, where)
@@ -143,50 +136,50 @@ class Retention:
                 return
             if not unread:
                 break
-            faults = shared_faults(self.run.checkpoint_path(unread[0]), ranks, afresh=True)
+            faults = find_faults(self.run.checkpoint_path(unread[0]), ranks, afresh=True)
             (self._damaged if faults else self._verified).add(unread[0])
             if faults and ranks.is_main:
-                self._tell("checkpoint_damaged", step=unread[0], faults=faults)
+                self._report("checkpoint_damaged", step=unread[0], faults=faults)
         ranks.from_main(lambda: self._delete(doomed), where)
 
     def saved(self, step: int) -> None:
-        """There is a new checkpoint at `step`: what was known of an older one there is void."""
+        """Forget what was known of an older checkpoint at `step`: there is a new one."""
         self._verified.discard(step)
         self._damaged.discard(step)
         self._attempts[step] = self.attempt
 
     def _plan(self) -> tuple[list[int], list[int]]:
-        """Steps that may go, and steps that must be read back first."""
+        """Return the steps to delete, and the steps that must be verified first."""
         if self.run.attempts()[-1].number != self.attempt:
             return [], []
         losses = self._losses() if self.keep.best else {}
         found = survey(self.run, losses, self._damaged, self._attempts)
         stay = reasons(found, self.keep)
-        unread = [s for s in relied_on(found, self.keep) if s not in self._verified]
+        unread = [s for s in steps_to_verify(found, self.keep) if s not in self._verified]
         return [f.step for f in found if f.step not in stay], unread
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
             if self.run.attempts()[-1].number == self.attempt and delete(self.run, step):
-                self._tell("checkpoint_deleted", step=step)
+                self._report("checkpoint_deleted", step=step)
 
 
 def delete(run: Run, step: int) -> bool:
-    """Delete a checkpoint, unless it has been pinned meanwhile; whether it is gone."""
+    """Delete a checkpoint unless it was pinned meanwhile. Returns True if it was deleted."""
     if is_pinned(run, step):
         return False
     path = run.checkpoint_path(step)
     doomed = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)  # first the name, so that a kill here leaves nothing half-deleted
+    path.rename(doomed)  # the name first: a kill here leaves no partial checkpoint
     fsync_path(run.checkpoints)
     shutil.rmtree(doomed)
     return True
 
 
 def leftovers(run: Run, attempt: int | None = None) -> list[Path]:
-    """What saves and deletions left that were cut off; of those before `attempt`, if one is given:
-    nothing, unless it is the newest, for what a newer one does is not left over."""
+    """Return what interrupted saves and deletions left; with `attempt`, only of earlier attempts,
+    and nothing unless it is the newest: what a newer one writes is not left over."""
     if attempt is not None and run.attempts()[-1].number != attempt:
         return []
     found = []
@@ -202,14 +195,14 @@ def _pin_path(run: Run, step: int) -> Path:
 
 
 def is_pinned(run: Run, step: int) -> bool:
-    """Whether the checkpoint at `step` stays until it is unpinned."""
+    """Return True if the checkpoint at `step` is pinned."""
     return _pin_path(run, step).exists()
 
 
 def pin(run: Run, step: int, off: bool = False) -> bool:
-    """Keep the checkpoint at `step` until it is pinned `off` again; whether that changed anything.
+    """Pin the checkpoint at `step`, or unpin it if `off`. Returns True if that changed anything.
 
-    Raises UserError where there is no such checkpoint.
+    Raises UserError if there is no such checkpoint.
     """
     if step not in (known := run.checkpoint_steps()):
         steps = ", ".join(map(str, known)) or "none"
@@ -226,6 +219,6 @@ def pin(run: Run, step: int, off: bool = False) -> bool:
 
 
 def verify(run: Run, steps: Sequence[int]) -> list[str]:
-    """Faults of these checkpoints, read back from the storage."""
+    """Return the faults of these checkpoints, re-read from the storage."""
     paths = map(run.checkpoint_path, steps)
-    return [fault for path in paths for fault in shared_faults(path, ALONE, afresh=True)]
+    return [fault for path in paths for fault in find_faults(path, ALONE, afresh=True)]

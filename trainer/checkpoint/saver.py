@@ -1,9 +1,9 @@
-"""When a state is saved: copied at a boundary, then written, published and tidied up after in a
-thread of its own, while the ranks train on.
+"""Saves the engine's state: copied between two steps, then written, published and followed by
+retention in a thread of its own, while training goes on.
 
-Invariant: at most one save is in flight, and whatever is decided in it (that it failed, what is
-deleted) is decided on all ranks alike, through a gather of its own. A rank that is killed before
-the one rename leaves the checkpoint before as the newest.
+Invariant: at most one save is in flight. Its decisions (that it failed, what is deleted) are the
+same on all ranks, through a process group of its own. A rank that is killed before the one rename
+leaves the previous checkpoint as the newest.
 """
 
 import shutil
@@ -13,25 +13,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep, Retention, leftovers
-from forescale.checkpoint.writer import Position, Snapshot, write
+from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.ranks import Ranks
 from forescale.engine.state import HostCopy
 from forescale.engine.step import Engine
 from forescale.run.directory import Attempt, Run
 
 
-def _unheard(step: int, path: Path) -> None:
-    """In place of who wants to hear of a file that is half written."""
+def _ignore(step: int, path: Path) -> None:
+    """The default of `midway`."""
 
 
 class Saver:
-    """The saves of one attempt. Every rank makes one, and calls its methods, together.
+    """The saves of one attempt. Every rank makes one and calls its methods at the same time.
 
-    facts: gives more for state.json, at the moment of the copy. background: write behind the
-    training from a copy in memory; else `begin` itself writes, and nothing is copied. midway: told
-    the step and this rank's file when half of the file is written, by the thread that writes.
-    `failed`: what is behind the training has failed on this rank; `finish` raises it.
+    facts: returns further content of state.json, at the moment of the copy. background: write from
+    a copy in memory while training goes on; otherwise `begin` itself writes, and nothing is copied.
+    midway: called with the step and this rank's file when half of it is written, in the writing
+    thread. `failed`: True if the save in flight has failed on this rank; `finish` raises the error.
     """
 
     def __init__(
@@ -42,11 +43,10 @@ class Saver:
         facts: Callable[[], dict[str, Any]],
         keep: Keep,
         background: bool = True,
-        midway: Callable[[int, Path], None] = _unheard,
+        midway: Callable[[int, Path], None] = _ignore,
     ):
         world = engine.world
-        line = world.in_background("saves") if background else world
-        self._ranks = Ranks(world.rank, world.size, line.gather, line.to_main)
+        self._ranks: Ranks = world.in_background("saves") if background else world
         self._run, self._attempt, self._engine, self._facts = run, attempt, engine, facts
         self._copy = HostCopy() if background else None
         self._midway = midway
@@ -57,8 +57,8 @@ class Saver:
         self.failed = False
 
     def begin(self, position: Position) -> None:
-        """Save the state that the engine is in, at `position`. Raises, on every rank, what made the
-        save before fail; without a background, this one too."""
+        """Save the engine's state at `position`. Raises on every rank the error of the previous
+        save, and in the foreground also of this one."""
         began = time.perf_counter()
         self.finish()
         copied = self._copy.take if self._copy else list
@@ -75,7 +75,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in flight until it is published; raises what made it fail."""
+        """Wait until the save in flight is published; raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -87,7 +87,7 @@ class Saver:
         try:
             self._publish(snapshot, began, stall)
             self._retention(self._ranks)
-        except BaseException as e:  # of any kind: `finish` raises it where training looks
+        except BaseException as e:  # of any kind: `finish` raises it in the training thread
             self._fault = e
             self.failed = True
 
@@ -96,7 +96,7 @@ class Saver:
         if not self._swept:
             self._ranks.from_main(self._sweep, self._run.checkpoints)
             self._swept = True
-        # No checkpoint may know of a step that the rows don't.
+        # No checkpoint may hold a step that has no durable row.
         self._ranks.from_main(attempt.metrics.sync, attempt.metrics.path)
         written = write(self._run, attempt.number, snapshot, self._ranks, self._midway)
         self._retention.saved(step)
@@ -111,7 +111,7 @@ class Saver:
             )
 
     def _sweep(self) -> None:
-        """Remove what earlier attempts left unfinished when they were killed."""
+        """Remove unfinished saves and deletions of earlier attempts."""
         names = []
         for path in leftovers(self._run, self._attempt.number):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Checkpoints, the engine's side: written by all ranks, published by one rename, loaded into any
-engine. When that is done, and what else goes on meanwhile, is saving.py's; what lies on disk, and
-which of it counts, is stored.py's; what is kept of it, retention.py's.
+"""Writes checkpoints from all ranks, publishes them by one rename, and loads them into any engine.
 
-Invariant: what bears a checkpoint's name is whole. It is written to a stage directory that carries
-the attempt's number, hashed as it is written, fsynced; rank 0 writes the table after every rank's
-word, and renames. Nothing here runs code while loading: safetensors and JSON only.
+saver.py decides when and in which thread; reader.py reads what is on disk; retention.py deletes.
+
+Invariant: a directory with a checkpoint's name is complete. It is written to a stage directory
+named after the attempt, hashed while written, fsynced; when all ranks have finished, rank 0 writes
+the table and renames. Loading runs no code from the checkpoint: safetensors and JSON only.
 """
 
 import shutil
@@ -18,11 +18,8 @@ from forescale.checkpoint.reader import (
     STATE,
     Checkpoint,
     Position,
-    at_step,
-    before,
     coverage_faults,
-    newest_whole,
-    readable,
+    open_readable,
 )
 from forescale.checkpoint.retention import is_pinned
 from forescale.engine.ranks import Ranks
@@ -33,15 +30,13 @@ from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.storage import fsync_path, publish, write_json, write_table
 
-__all__ = ["Checkpoint", "Position", "at_step", "before", "load", "newest_whole", "save", "write"]
-
-_SLACK = 1 << 20  # bytes on the disk beside the tensors, and as much again as they are described by
-_HEADER = 512  # about as many bytes describe a fragment, in its file and in state.json
+_SLACK = 1 << 20  # bytes that must be free on the disk besides the tensors and their descriptions
+_HEADER = 512  # about this many bytes describe a fragment, in its file and in state.json
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's part of a state, as it was at `position`; facts: more for state.json."""
+    """One rank's part of a state at `position`; facts: further content of state.json."""
 
     position: Position
     fragments: list[Fragment]
@@ -56,31 +51,22 @@ class Snapshot:
         facts: dict[str, Any],
         copied: Callable[[Any], list[Fragment]] = list,
     ) -> "Snapshot":
-        """Of an engine as it stands; valid until it trains on, unless `copied` copies."""
+        """Return a snapshot of an engine. Unless `copied` copies, it is valid only until the engine
+        trains on."""
         return cls(position, copied(owned_fragments(engine)), scalars(engine), facts)
 
     @property
     def size(self) -> int:
-        """Bytes on disk, about."""
+        """Approximate bytes on disk."""
         return sum(f.data.nbytes + _HEADER for f in self.fragments)
 
 
 @dataclass(frozen=True)
 class Written:
-    """A published checkpoint, and its tensors' bytes over all ranks, as rank 0 knows them."""
+    """A published checkpoint; bytes: of the tensors of all ranks, None on ranks but 0."""
 
     path: Path
     bytes: int | None
-
-
-def save(run: Run, attempt: int, position: Position, engine: Engine, facts: dict) -> Path:
-    """Write and publish a checkpoint at once; every rank calls it. facts: more for state.json.
-
-    Raises UserError on every rank if any rank's storage fails; nothing half-written stays.
-    """
-    world = engine.world
-    ranks = Ranks(world.rank, world.size, world.gather, world.to_main)
-    return write(run, attempt, Snapshot.of(engine, position, facts), ranks).path
 
 
 def write(
@@ -90,18 +76,18 @@ def write(
     ranks: Ranks,
     midway: Callable[[int, Path], None] = lambda step, path: None,
 ) -> Written:
-    """Write and publish what all ranks have in their snapshots; every rank calls it.
+    """Write and publish the snapshots of all ranks; every rank calls it.
 
-    midway: told the step and this rank's file when half of the file is written. Raises UserError
-    on every rank if any rank's storage fails, if there is no room (before anything is written), or
-    if a newer attempt has gone on from before this step; nothing half-written stays.
+    midway: called with the step and this rank's file when half of the file is written. Raises
+    UserError on every rank if any rank's storage fails, if there is no room (before anything is
+    written), or if a newer attempt started before this step; no partial checkpoint stays.
     """
     position, final = snapshot.position, run.checkpoint_path(snapshot.position.step)
     stage = final.with_name(f".{final.name}.attempt-{attempt:04d}.stage")
     file = f"rank-{ranks.rank:05d}.safetensors"
 
     def make_stage() -> None:
-        _expect_to_count(run, attempt, position.step)
+        _expect_eligible(run, attempt, position.step)
         shutil.rmtree(stage, ignore_errors=True)
         if not run.checkpoints.is_dir():
             run.checkpoints.mkdir(parents=True)
@@ -111,8 +97,7 @@ def write(
 
     def write_own() -> tuple:
         path = stage / file
-        told = lambda: midway(position.step, path)  # noqa: E731 - what write_rank_file calls
-        entry, rows = write_rank_file(path, snapshot.fragments, told)
+        entry, rows = write_rank_file(path, snapshot.fragments, lambda: midway(position.step, path))
         shapes = {f.name: list(f.shape) for f in snapshot.fragments}
         return file, entry, rows, shapes, snapshot.counters
 
@@ -123,13 +108,13 @@ def write(
             "attempt": attempt,
             "world_size": ranks.size,
             **snapshot.facts,
-            "counters": _merged_counters([w[4] for w in words]),
-            "shapes": {k: v for w in words for k, v in w[3].items()},
-            "fragments": {w[0]: w[2] for w in words},
+            "counters": _merged_counters([p[4] for p in parts]),
+            "shapes": {k: v for p in parts for k, v in p[3].items()},
+            "fragments": {p[0]: p[2] for p in parts},
         }
-        # Ours to guarantee, so an assertion.
+        # A fault here is a bug of ours, so an assertion.
         assert not (faults := coverage_faults(state)), faults[0]
-        table = {w[0]: w[1] for w in words}
+        table = {p[0]: p[1] for p in parts}
         table[STATE] = write_json(stage / STATE, state, compact=True)
         write_table(stage, table)
         _replace(run, stage, final, attempt)
@@ -137,45 +122,45 @@ def write(
     sizes = ranks.gather(snapshot.size)
     try:
         ranks.from_main(make_stage, run.checkpoints)
-        words = ranks.handed_in(write_own, stage) or []
+        parts = ranks.together_for_main(write_own, stage) or []
         ranks.from_main(commit, stage)
     except UserError:
         if ranks.is_main:
             shutil.rmtree(stage, ignore_errors=True)
         raise
-    return Written(final, sum(w[1].size for w in words) if ranks.is_main else None)
+    return Written(final, sum(p[1].size for p in parts) if ranks.is_main else None)
 
 
-def _expect_to_count(run: Run, attempt: int, step: int) -> None:
-    """Raises UserError for an attempt that was left behind: stopped for a while, say, or cut off
-    from the others, until a newer one went on from before this step. Nothing of it can count."""
+def _expect_eligible(run: Run, attempt: int, step: int) -> None:
+    """Raises UserError if a newer attempt started before this step, so that the checkpoint could
+    never be loaded. (This one was suspended, or cut off from the others.)"""
     if not run.is_eligible(attempt, step):
         newest = run.attempts()[-1].number
-        what = f"attempt {newest} has gone on from before step {step:,}, and this is {attempt}"
-        raise UserError(str(run.path), what, "nothing: the newer attempt goes on")
+        what = f"attempt {newest} started before step {step:,}, and this is attempt {attempt}"
+        raise UserError(str(run.path), what, "do nothing: the newer attempt goes on")
 
 
 def _expect_room(run: Run, size: int) -> None:
-    """Raises UserError where the disk has no room; a quota can't be seen from here."""
+    """Raises UserError if the disk has no room. (A quota can't be seen here.)"""
     needed, free = size + _SLACK, shutil.disk_usage(run.path).free
     if free < needed:
         what = f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free"
-        todo = "free some space and give the same command again"
+        todo = "free some space, then give the same command again"
         raise UserError(str(run.checkpoints), what, todo)
 
 
 def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:
-    """Publish. A checkpoint of this step that is there already makes way only now: it is of an
-    older attempt and doesn't count, or couldn't be read when this one chose its parent. One that
-    somebody has pinned stays on the disk, out of the way."""
+    """Publish. An existing checkpoint of this step is replaced only now: it is of an older attempt
+    and not eligible, or could not be read when this attempt chose its parent. A pinned one stays on
+    the disk under another name."""
     step = int(final.name.rpartition("-")[2])
-    _expect_to_count(run, attempt, step)
+    _expect_eligible(run, attempt, step)
     if not final.exists():
         return publish(stage, final)
-    present = readable(final)
+    present = open_readable(final)
     if present and present.attempt > attempt:
         what = f"attempt {present.attempt} has saved this step, and this is attempt {attempt}"
-        raise UserError(str(final), what, "nothing: the newer attempt goes on")
+        raise UserError(str(final), what, "do nothing: the newer attempt goes on")
     pinned = present is not None and is_pinned(run, step)
     kind = f"attempt-{present.attempt:04d}.pinned" if present and pinned else "replaced"
     aside = final.with_name(f".{final.name}.{kind}")
@@ -187,22 +172,17 @@ def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:
 
 
 def _merged_counters(parts: list[dict]) -> dict:
-    """Counters of all ranks: a rank that holds no piece of a group doesn't know its step."""
+    """Merge the counters of all ranks: a rank without a part of a group has no step for it."""
     steps = {k: v for part in parts for k, v in part["optimizer_steps"].items()}
     return {**parts[0], "optimizer_steps": steps}
 
 
 def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> None:
-    """Set every rank's part of the engine; any world size, stage and precision.
+    """Load a checkpoint into every rank's part of an engine of any world size, stage and precision.
 
-    Raises UserError where the checkpoint is of another model.
+    Raises UserError if the checkpoint is of another model.
     """
-    model = {name: list(shape) for name, shape in _model_shapes(engine).items()}
-    for name in sorted(model.keys() | checkpoint.shapes.keys()):
-        ours, stored = model.get(name), checkpoint.shapes.get(name)
-        if ours != stored:
-            what = f"parameter {name} is {stored} there and {ours} in this model"
-            raise UserError(str(checkpoint.path), what, "use the model of the run that saved it")
+    checkpoint.expect_shapes(_model_shapes(engine))
     counters = None if weights_only else checkpoint.state["counters"]
     load_fragments(engine, checkpoint.reader, counters)
 

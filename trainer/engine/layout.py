@@ -1,22 +1,24 @@
-"""Where DeepSpeed keeps a parameter's master weight, moments and gradient, by optimizer class.
+"""Where DeepSpeed stores a parameter's master weight, moments and gradient, by optimizer class.
 
 The only file that touches DeepSpeed's private attributes (read in 0.19.8). A *unit* is one tensor
-that the base optimizer steps, with the pieces of our parameters that lie in it; whoever holds a
-`Piece` can read and write its range. Invariant: between `backward` and `step` every layout shows
-the averaged gradient, not clipped and not yet orthogonalised by Muon.
+that the base optimizer updates, with the pieces of our parameters that it holds; a `Piece` gives
+the range to read and write. Invariant: between `backward` and `step` every layout returns the
+averaged gradient, not clipped and not yet orthogonalised by Muon.
 
-What was found, and is worked around here:
+Facts about DeepSpeed that are worked around here:
 - DeepSpeed 0.19.8 builds four optimizers from our configs: none around the base optimizer (stage 0,
   fp32), FP16_UnfusedOptimizer (stage 0, bf16 and fp16), DeepSpeedZeroOptimizer (1, 2) and
-  DeepSpeedZeroOptimizer_Stage3. Its tensor-fragment functions serve none of them fully: None at
-  stage 0, an error for every parameter group but the first at 1 and 2, a hang on Muon's momentum.
-- At stages 1 and 2 Muon orthogonalises inside `backward`, so its norm and clip see the update and
-  not the gradient. We hold the gradient back there and let DeepSpeed flatten it in `step`.
-- At stages 1 and 2 a rank's Muon momentum is a row of whole matrices, of every parameter that the
-  rank touches, and not a flat partition as all other states are.
-- FP16_UnfusedOptimizer takes one step with zero gradients while it is built.
-- Muon hands over a flat partition's gradient as the update; only 2-D weights are orthogonalised in
-  the base optimizer's own step (stage 0).
+  DeepSpeedZeroOptimizer_Stage3. Its tensor-fragment functions work fully for none of them: they
+  return None at stage 0, raise for every parameter group but the first at 1 and 2, and can hang on
+  Muon's momentum.
+- At stages 1 and 2 Muon orthogonalises inside `backward`, so DeepSpeed's norm and clipping
+  see the update instead of the gradient. We hold the gradient back there, and let DeepSpeed flatten
+  it in `step`.
+- At stages 1 and 2 a rank's Muon momentum is a row of complete matrices, one for each parameter of
+  which the rank holds a part; all other states are flat partitions.
+- FP16_UnfusedOptimizer makes one step with zero gradients while it is built.
+- The base optimizer (Muon) takes the gradient of a flat partition as the update; its own step
+  orthogonalises only 2-D weights (stage 0).
 """
 
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Piece:
-    """`size` elements of a parameter's flattened form, from `start`, lying at `at` in a unit."""
+    """`size` elements of a flattened parameter from `start`, stored at offset `at` of a unit."""
 
     param: nn.Parameter
     start: int
@@ -38,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """A tensor that the base optimizer steps (fp32), its param group's index and its pieces."""
+    """A tensor that the base optimizer updates (fp32), its parameter group's index, its pieces."""
 
     group: int
     master: Tensor
@@ -46,7 +48,7 @@ class Unit:
 
 
 def layout_of(engine) -> "Layout":
-    """The layout for a DeepSpeed engine. Raises AssertionError for an optimizer we don't know."""
+    """Return the layout of a DeepSpeed engine. Raises AssertionError for an unknown optimizer."""
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     if optimizer is engine.basic_optimizer:
@@ -61,7 +63,7 @@ def layout_of(engine) -> "Layout":
 
 
 class Layout:
-    """What all have in common. `replicated`: every rank holds every element."""
+    """The common base. `replicated`: every rank holds every element."""
 
     replicated = True
 
@@ -72,31 +74,34 @@ class Layout:
         self.factor = 1.0
 
     def is_muon(self, group: int) -> bool:
+        """True if Muon updates the parameter group."""
         return bool(self.base.param_groups[group].get("use_muon", False))
 
     def units(self) -> Iterator[Unit]:
+        """Yield this rank's units, in an order that never varies."""
         raise NotImplementedError
 
     def gradients(self) -> Iterator[Tensor]:
-        """The averaged gradient of each element that this rank owns, still times `loss_scale`."""
+        """Yield the averaged gradient of all elements that this rank owns, times `loss_scale`."""
         raise NotImplementedError
 
     def momentum_slot(self, unit: Unit, piece: Piece) -> tuple[int, int, int] | None:
-        """(start in the parameter, offset in the buffer, size) of Muon's momentum, where it isn't
-        laid out like the master weight; else None."""
+        """Return (start in the parameter, offset in the buffer, size) of Muon's momentum; None if
+        it is laid out like the master weight."""
         return None
 
     def momentum_size(self, unit: Unit) -> int:
-        """Elements of Muon's momentum buffer of a unit."""
+        """Return the number of elements of a unit's Muon momentum buffer."""
         return unit.master.numel()
 
     @property
     def loss_scale(self) -> float:
+        """The factor by which gradients are scaled in fp16; 1.0 otherwise."""
         return float(getattr(self.optimizer, "loss_scale", 1.0))
 
     @property
     def backward_scale(self) -> float:
-        """What the loss must be multiplied with, because DeepSpeed doesn't."""
+        """A factor that the loss must be multiplied with because DeepSpeed doesn't do it."""
         return 1.0
 
     def prepare_step(self, factor: float) -> None:
@@ -104,17 +109,17 @@ class Layout:
         self.factor = factor
 
     def discard(self) -> None:
-        """Forget the gradients, as if there had been no backward."""
+        """Discard the gradients, as if there had been no backward."""
         self.engine.zero_grad()
 
     def before_load(self) -> None:
-        """Called before masters and moments are overwritten."""
+        """Prepare for masters and moments being overwritten."""
 
     def after_load(self) -> None:
-        """Make the forward weights follow the masters again (DeepSpeed's setters do not)."""
+        """Copy the masters to the forward weights (DeepSpeed's setters don't)."""
 
     def scale_in_step(self, is_scaled) -> None:
-        """Wrap DeepSpeed's unscaling so that it clips by our factor, in fp32."""
+        """Wrap DeepSpeed's unscaling so that it also multiplies by our factor, in fp32."""
         original = self.optimizer.unscale_and_clip_grads
 
         def unscale_and_clip_grads(first, *args, **kwargs):
@@ -128,7 +133,7 @@ class Layout:
 
 
 class Bare(Layout):
-    """Stage 0 in fp32: the parameters themselves."""
+    """Stage 0 in fp32: a unit is the parameter itself."""
 
     def units(self):
         for i, group in enumerate(self.base.param_groups):
@@ -147,11 +152,11 @@ class Bare(Layout):
 
 
 class Unfused(Layout):
-    """Stage 0 in bf16 or fp16: an fp32 master beside every parameter."""
+    """Stage 0 in bf16 or fp16: a unit is the fp32 master of a parameter."""
 
     def __init__(self, engine):
         super().__init__(engine)
-        self.base.state.clear()  # of the step that DeepSpeed took while it was built
+        self.base.state.clear()  # left by the step that DeepSpeed made while it was built
         self.scale_in_step(lambda norm: self._master_gradients())
 
     def units(self):
@@ -162,7 +167,7 @@ class Unfused(Layout):
 
     @property
     def backward_scale(self):
-        # DeepSpeed scales the loss for ZeRO only, but here too it divides the gradients again.
+        # DeepSpeed scales the loss only for ZeRO, but it divides the gradients here too.
         return self.loss_scale
 
     def gradients(self):
@@ -179,7 +184,7 @@ class Unfused(Layout):
 
 
 class Zero12(Layout):
-    """Stages 1 and 2: flat fp32 partitions; whole averaged gradients held back until the step."""
+    """Stages 1 and 2: flat fp32 partitions; complete averaged gradients, held until the step."""
 
     replicated = False
 
@@ -193,15 +198,15 @@ class Zero12(Layout):
             self.scale_in_step(self._scaled)
 
     def _hold(self, tensors, first_offset, partition_size, dtype, device, param_group_idx, **kw):
-        """Stands in for `get_flat_partition` in backward: keep what it would flatten."""
+        """Replace `get_flat_partition` in backward: keep what it would flatten."""
         o, i = self.optimizer, param_group_idx
         arguments = (tensors, first_offset, partition_size, dtype, device, i)
         self._held[i] = (o.all_grad_tensors[i], arguments, kw)
         return []
 
     def _scaled(self, grads):
-        """Of the partition about to be unscaled: its gradient, unless Muon has made it an update
-        (whose gradient was scaled before)."""
+        """Yield the gradient of the partition about to be unscaled, unless Muon has turned it into
+        an update (its gradient was multiplied before)."""
         for i, master in enumerate(self.optimizer.single_partition_of_fp32_groups):
             if master.grad is grads[0] and not self.is_muon(i):
                 yield master.grad
@@ -285,7 +290,7 @@ class Zero12(Layout):
 
 
 class Zero3(Layout):
-    """Stage 3: flat partitions of sub-groups; every parameter is cut into equal parts by rank."""
+    """Stage 3: flat partitions of sub-groups; every parameter is cut into one equal part a rank."""
 
     replicated = False
 
@@ -310,7 +315,9 @@ class Zero3(Layout):
             for p in params:
                 _, at, padded = o.grad_position[o.get_param_id(p)]
                 start = o._get_param_partition_rank(p) * padded
-                size = max(0, min(padded, p.ds_numel - start))  # without the last rank's padding
+                size = max(
+                    0, min(padded, p.ds_numel - start)
+                )  # the last rank's part may end in padding
                 if size:
                     pieces.append(Piece(p, start, at, size))
             yield Unit(self._group(s), master, pieces)
@@ -356,7 +363,7 @@ class Zero3(Layout):
 
 
 def fp32_square_sum(tensors: Iterator[Tensor], device) -> Tensor:
-    """Sum of squares in fp32, shape (): one kernel a tensor, no synchronisation."""
+    """Return the sum of squares in fp32, shape (): one kernel per tensor, no synchronisation."""
     squares = [
         torch.linalg.vector_norm(t, dtype=torch.float32).square().to(device) for t in tensors
     ]

@@ -1,13 +1,13 @@
-"""Parameters and moments as portable fragments: out of DeepSpeed into files, and back.
+"""Parameters and moments as portable fragments: from DeepSpeed to files, and back.
 
 A fragment is one contiguous range of one parameter's row-major state: the fp32 weight, or a moment
-of the base optimizer. Its key in a safetensors file is `name|state|start`. Invariant: the union of
-all ranks' fragments holds every element exactly once, whatever the stage and the world size, so any
-other stage and world size can pick its own ranges from it. No collective moves tensor data: each
-rank writes what it owns, and reads what it needs.
+of the base optimizer. Its key in a safetensors file is `name|state|start`. Invariant: the fragments
+of all ranks together hold every element exactly once, at any stage and world size, so every other
+stage and world size can read its own ranges from them. No collective moves tensor data: each rank
+writes what it owns, and reads what it needs.
 
-Exact but for one thing: Muon's momentum is kept in bf16 by stages 1 to 3 in bf16, and in fp32 by
-stage 0 and in fp32, so going from the latter to the former rounds it.
+The state is exact, with one exception: stages 1 to 3 in bf16 keep Muon's momentum in bf16, all
+others in fp32, so moving it from fp32 to bf16 rounds it.
 """
 
 import json
@@ -45,16 +45,17 @@ class Fragment:
 
     @property
     def key(self) -> str:
+        """Its name in a safetensors file."""
         return f"{self.name}|{self.state}|{self.start}"
 
 
 def shape_of(param) -> tuple[int, ...]:
-    """A parameter's full shape, partitioned by ZeRO-3 or not."""
+    """Return a parameter's full shape, even if ZeRO-3 has partitioned it."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) -> Fragment:
-    """Everything of a piece's `state` that lies in `tensor`, the unit's."""
+    """Return everything of a piece's `state` that the unit's `tensor` holds."""
     slot = (piece.start, piece.at, piece.size)
     if state == MOMENTUM:
         slot = engine.layout.momentum_slot(unit, piece) or slot
@@ -64,7 +65,7 @@ def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) 
 
 
 def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
-    """The part of a held fragment that this rank writes."""
+    """Return the part of a held fragment that this rank writes; None if it writes nothing of it."""
     first, end = piece.start, piece.start + piece.size
     if engine.layout.replicated:
         part = -(-piece.size // engine.world.size)
@@ -77,8 +78,8 @@ def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
 
 
 def owned_fragments(engine: Engine) -> Iterator[Fragment]:
-    """What this rank writes: views, not copies. Buffers and frozen parameters are rank 0's
-    (under stage 3 each rank's own part)."""
+    """Yield what this rank writes, as views. Rank 0 writes buffers and frozen parameters; at stage
+    3 each rank writes its part of the frozen parameters."""
     base = engine.layout.base
     for unit in engine.layout.units():
         states = {WEIGHT: unit.master}
@@ -95,7 +96,7 @@ def _is_moment(value: Any) -> bool:
 
 
 def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
-    """Persistent buffers and frozen parameters."""
+    """Yield persistent buffers and frozen parameters."""
     main = engine.world.is_main or not writing
     kept = engine.module.state_dict(keep_vars=True)
     for name, buffer in engine.module.named_buffers():
@@ -116,9 +117,9 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
 
 
 def scalars(engine: Engine) -> dict[str, Any]:
-    """What isn't a tensor range: each group's step count (by group name) and the loss scaler.
+    """Return what isn't a tensor range: each group's step count, by its name, and the loss scaler.
 
-    The base optimizer's own count is kept: it need not equal the run's step.
+    The count is the base optimizer's own, which may differ from the run's step.
     """
     layout, steps = engine.layout, {}
     for unit in layout.units():
@@ -142,9 +143,9 @@ def _scaler(layout: Layout) -> dict[str, Any]:
 
 
 class HostCopy:
-    """Host memory for one copy of what this rank writes, kept from save to save.
+    """Host memory for one copy of what this rank writes, reused by every save.
 
-    Invariant: what `take` returned stays as it is until the next `take`, whatever the engine does.
+    Invariant: what `take` returned doesn't change until the next `take`, whatever the engine does.
     """
 
     def __init__(self) -> None:
@@ -152,9 +153,9 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """The same fragments in host memory, page-locked if they come from a GPU.
+        """Return the same fragments in host memory, page-locked if they come from a GPU.
 
-        Raises UserError where there isn't that much memory.
+        Raises UserError if there isn't enough memory.
         """
         found, starts, end = list(fragments), [], 0
         for f in found:
@@ -172,7 +173,7 @@ class HostCopy:
 
     def _room(self, size: int, pinned: bool) -> Tensor:
         if self._memory is None or self._memory.numel() < size:
-            self._memory = None  # so that never both are held
+            self._memory = None  # first, so that the two are never held together
             try:
                 self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
             except RuntimeError as e:
@@ -185,10 +186,10 @@ class HostCopy:
 def write_fragments(
     path: Path, fragments: list[Fragment], midway: Callable[[], None] = lambda: None
 ) -> tuple[FileEntry, list[list[Any]]]:
-    """Write a safetensors file, one tensor at a time, hashed beside it and fsynced.
+    """Write a safetensors file, one tensor at a time, hashed meanwhile and fsynced.
 
-    midway: called when half of the fragments are written. Returns the file's entry for the table
-    of files and its rows [name, state, start, size].
+    midway: called when half of the fragments are written. Return the file's entry for the table of
+    files, and its rows [name, state, start, size].
     """
     header: dict[str, Any] = {}
     offset = 0
@@ -215,10 +216,10 @@ def write_fragments(
 
 
 class FragmentReader:
-    """Ranges of parameters' states from the files of one checkpoint.
+    """Reads ranges of parameters' states from the files of one checkpoint.
 
-    rows: {file name: [[name, state, start, size], ...]}. Opens only the files that it reads.
-    Raises UserError where one is no safetensors file, or lies elsewhere: nothing is unpickled.
+    rows: {file name: [[name, state, start, size], ...]}. Opens only the files that it reads, and
+    unpickles nothing. Raises UserError for a file that isn't safetensors or is outside `directory`.
     """
 
     def __init__(self, directory: Path, rows: dict[str, list[list[Any]]]):
@@ -233,11 +234,11 @@ class FragmentReader:
         self._open: dict[str, Any] = {}
 
     def states(self, name: str) -> list[str]:
-        """The states that are stored of a parameter."""
+        """Return the names of a parameter's stored states."""
         return [state for stored, state in self._where if stored == name]
 
     def read_into(self, name: str, state: str, start: int, out: Tensor) -> None:
-        """Fill `out` (1-D) with the range from `start`. Raises KeyError if it isn't all there."""
+        """Fill `out` (1-D) with the range from `start`. Raises KeyError if a part is missing."""
         filled = 0
         for first, size, file in self._where.get((name, state), []):
             a, b = max(start, first), min(start + out.numel(), first + size)
@@ -260,9 +261,10 @@ class FragmentReader:
 
 @torch.no_grad()
 def load_fragments(engine: Engine, reader: FragmentReader, stored: dict[str, Any] | None) -> None:
-    """Set this rank's part of weights, buffers and, with `stored` (of `scalars`), moments.
+    """Set this rank's part of weights and buffers; and of moments, if `stored` is given.
 
-    Without `stored` the optimizer starts anew: a branch that takes the weights only.
+    stored: what `scalars` returned. With None the optimizer starts anew, as in a branch that takes
+    the weights only.
     """
     layout = engine.layout
     layout.before_load()
@@ -283,7 +285,8 @@ def load_fragments(engine: Engine, reader: FragmentReader, stored: dict[str, Any
 
 
 def _moments(engine: Engine, unit: Unit, reader: FragmentReader, steps: dict) -> dict[str, Tensor]:
-    """The unit's moments, created as zeros for the states that the checkpoint holds."""
+    """Return the unit's moments by state, for the states that the checkpoint holds; those that the
+    engine doesn't have yet are created as zeros."""
     layout = engine.layout
     group = layout.base.param_groups[unit.group]
     names = {engine.names[piece.param] for piece in unit.pieces}
@@ -298,6 +301,6 @@ def _moments(engine: Engine, unit: Unit, reader: FragmentReader, steps: dict) ->
             shape = unit.master.shape if size == unit.master.numel() else (size,)
             state[key] = torch.zeros(shape, dtype=torch.float32, device=unit.master.device)
     if group["name"] in steps:
-        # As torch's fused AdamW keeps it: an fp32 scalar beside the parameter.
+        # As torch's fused AdamW keeps it: an fp32 scalar on the parameter's device.
         state["step"] = torch.tensor(float(steps[group["name"]]), device=unit.master.device)
     return {key: state[key] for key in keys}

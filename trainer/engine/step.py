@@ -11,7 +11,7 @@ random state has to be saved.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,43 +19,50 @@ from torch import Tensor, nn
 
 from forescale.engine.layout import Layout, fp32_square_sum, layout_of
 from forescale.engine.world import World
+from forescale.errors import UserError
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one step on this rank. losses: sum of nats a micro-batch, shape (n,); grad_norm: global;
-    applied: False where the update was dropped."""
+    """A step as this rank knows it.
+
+    losses: sum of nats of each micro-batch, shape (n,); grad_norm: global; applied: False if the
+    update was dropped. extra: further numbers by name, such as those of the model's `metrics()`
+    (see train/model.py); world.share takes their mean over ranks with the rest.
+    """
 
     losses: Tensor
     grad_norm: float
     applied: bool
+    extra: dict[str, float | Tensor] = field(default_factory=dict)
 
 
 def is_finite(loss: float, norm: float) -> bool:
-    """The least that must hold of a step: its mean loss and gradient norm are numbers."""
+    """True if a step's mean loss and gradient norm are finite: the least that must hold."""
     return math.isfinite(loss) and math.isfinite(norm)
 
 
 class Engine:
-    """`model` under ZeRO. Its parameters are `optimizer`'s, in groups with a "name" and a
-    "peak_learning_rate" each.
+    """`model` under ZeRO. `optimizer` holds its parameters, in groups that each have a "name" and
+    a "peak_learning_rate".
 
     model: `forward(tokens_BL, targets_BL)` returns each window's summed loss in nats, shape (B,),
-    or that and a scalar penalty; where documents are kept apart it is given documents_BL too.
-    Attributes: `module` the model, `layout` where its state lies.
+    or that and a scalar penalty; if documents are kept apart, it receives documents_BL too.
+    Attributes: `module` is the model; `layout` says where its state is stored.
     """
 
     def __init__(self, world: World, model: nn.Module, optimizer, *, seed: int, clip: float | None):
         self.world, self.seed, self.clip = world, seed, clip
-        # Stage 0 in bf16 steps once while it is built: with a zero rate, nothing moves.
+        # At stage 0 in bf16, DeepSpeed makes a step while it is built; at rate 0 nothing moves.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self._deepspeed, _ = world.accelerator.prepare(model, optimizer)
         self.module: nn.Module = self._deepspeed.module
         self.layout: Layout = layout_of(self._deepspeed)
         self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}
-        self.mark: Callable[[str], None] = lambda at: None  # hears where inside a step the rank is
-        # May spoil the weights before a step, by its number, and give a factor for its gradient.
+        self.mark: Callable[[str], None] = lambda at: None  # receives the place inside a step
+        # For injected faults: may damage the weights before a step, given its number, and returns
+        # a factor for its gradient.
         self.disturb: Callable[[int, nn.Module], float] | None = None
 
     @property
@@ -74,30 +81,31 @@ class Engine:
         may_apply: Callable[[float, float], bool] = is_finite,
         before_update: Callable[[Any, Tensor], None] | None = None,
     ) -> Facts:
-        """One optimizer step over this rank's micro-batches of `batch` (a data.stream.Batch).
+        """Make one optimizer step over this rank's micro-batches of `batch` (a data.stream.Batch).
 
-        multiplier: of every group's peak learning rate. may_apply: asked on every rank alike, with
-        the step's mean loss and gradient norm, whether the weights are updated. before_update: gets
-        the batch and the losses while the weights are still those that made them.
+        multiplier: of every group's peak learning rate. may_apply: called on every rank with the
+        step's mean loss and gradient norm; the weights are updated if it returns True, as it must
+        on all ranks alike. before_update: receives the batch and the losses before the update.
         """
         losses = self.backward(batch)
+        extra = self.metrics()
         self.mark("norm")
         loss, norm = self.measure(losses, batch.targets)
         if before_update is not None:
             before_update(batch, losses)
-        # In fp16 an overflow is DeepSpeed's to handle: it lowers the scale and skips the update.
+        # In fp16 DeepSpeed handles an overflow: it lowers the loss scale and skips the update.
         scaled = self.layout.loss_scale != 1.0 and not math.isfinite(norm)
         if not scaled and not may_apply(loss, norm):
             self.drop()
-            return Facts(losses, norm, False)
+            return Facts(losses, norm, False, extra)
         clipped = self.clip is not None and norm > self.clip
         self.mark("update")
         applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0)
-        return Facts(losses, norm, applied)
+        return Facts(losses, norm, applied, extra)
 
     def backward(self, batch) -> Tensor:
-        """Accumulate the gradient of the step's mean loss per target; returns the micro-batches'
-        summed losses, fp32 of shape (n,)."""
+        """Accumulate the gradient of the step's mean loss per target. Return the summed loss of
+        each micro-batch, fp32 of shape (n,)."""
         if not self.module.training:
             self.module.train()
         # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
@@ -117,35 +125,44 @@ class Engine:
             losses.append(total.detach().float())
         return torch.stack(losses)
 
+    def metrics(self) -> dict[str, float | Tensor]:
+        """Return the numbers of the model's own `metrics()`, detached; none without such a method.
+
+        Raises UserError if one isn't a number or a tensor of one element.
+        """
+        own = getattr(type(self.module), "metrics", None)
+        found = {} if own is None else own(self.module)
+        return {name: _number(name, value) for name, value in found.items()}
+
     def seed_for(self, step: int, micro_batch: int) -> None:
-        """Set the random state that a micro-batch is computed with."""
+        """Set the random state for a micro-batch."""
         _seed(_mix(self.seed, step, micro_batch))
 
     def forward(self, micro):
-        """The model's output for a micro-batch (a data.stream.MicroBatch)."""
+        """Return the model's output for a micro-batch (a data.stream.MicroBatch)."""
         positional, named = micro.arguments(self.world.device)
         return self._deepspeed(*positional, **named)
 
     def gradient_norm(self) -> float:
-        """The global L2 norm of the averaged gradient, as `measure` gives it."""
+        """Return the global L2 norm of the averaged gradient, as `measure` does."""
         return self.measure(torch.zeros(1), 1)[1]
 
     def measure(self, losses: Tensor, targets: int) -> tuple[float, float]:
-        """The step's mean loss per target and the global L2 norm of the averaged gradient: one
-        all-reduce of two numbers.
+        """Return the step's mean loss per target and the global L2 norm of the averaged gradient,
+        after one all-reduce of two numbers.
 
-        Not finite where a loss or gradient isn't. In fp16 the loss scale is divided out.
+        They are not finite if a loss or gradient isn't. In fp16 the loss scale is divided out.
         """
         with torch.no_grad():
             square = fp32_square_sum(self.layout.gradients(), self.world.device).double()
             pair = torch.stack([square, losses.sum().to(self.world.device, torch.float64)])
         if self.layout.replicated:
-            pair[0] /= self.world.size  # every rank has all of the gradient
+            pair[0] /= self.world.size  # every rank holds the complete gradient
         square_sum, loss_sum = self.world.sum(pair).tolist()
         return loss_sum / targets, math.sqrt(square_sum) / self.layout.loss_scale
 
     def apply(self, multiplier: float, factor: float = 1.0) -> bool:
-        """Update the weights. factor: multiplies the gradient (clipping). Returns False where
+        """Update the weights. factor: multiplies the gradient (clipping). Return False if
         DeepSpeed's fp16 loss scaler skipped the update."""
         for group in self.param_groups:
             group["lr"] = group["peak_learning_rate"] * multiplier
@@ -155,15 +172,15 @@ class Engine:
         return not getattr(self.layout.optimizer, "overflow", False)
 
     def drop(self) -> None:
-        """Forget the gradient: weights, moments and Muon's momentum stay as they are."""
+        """Discard the gradient. Weights, moments and Muon's momentum stay as they are."""
         self.layout.discard()
 
     @torch.no_grad()
     def losses(self, micro) -> Tensor:
-        """Summed nats of each window of a micro-batch, fp32 of shape (B,), without dropout or
-        gradient.
+        """Return the summed nats of each window of a micro-batch, fp32 of shape (B,), without
+        dropout or gradient.
 
-        At stage 3 every rank must call it equally often: weights are gathered as it runs.
+        At stage 3 every rank must call it the same number of times: it gathers weights.
         """
         self.module.eval()
         loss, _ = split_penalty(self.forward(micro))
@@ -171,63 +188,31 @@ class Engine:
 
 
 def split_penalty(output) -> tuple[Tensor, Tensor | float]:
-    """A model's losses and its penalty (0.0 where it returns none)."""
+    """Return a model's losses and its penalty (0.0 if it returns none)."""
     return output if isinstance(output, tuple) else (output, 0.0)
 
 
+def _number(name: str, value: Any) -> float | Tensor:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(()).clone()  # the update comes before it is shared
+    if isinstance(value, int | float):
+        return float(value)
+    what = f"returns {name!r} as {type(value).__name__}, which is not one number"
+    raise UserError("the model's metrics()", what, "return floats or tensors of one element")
+
+
 def _seed(value: int) -> None:
-    """What `torch.manual_seed` does for the devices there are. That one looks at the Python stack
-    for every other kind of device, which costs up to a millisecond."""
+    """Do what `torch.manual_seed` does, for the devices that exist. torch's own inspects the Python
+    stack for every other kind of device, which takes up to a millisecond."""
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(value)
 
 
 def _mix(seed: int, step: int, index: int) -> int:
-    """A 63-bit seed from three numbers (splitmix64's finaliser over their sum of odd multiples)."""
+    """Return a 63-bit seed from three numbers (splitmix64's finaliser over their sum of odd
+    multiples)."""
     x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
     return (x ^ (x >> 31)) >> 1
-
-
-def build_optimizer(kind: str, groups: list[dict], **settings) -> torch.optim.Optimizer:
-    """AdamW, or DeepSpeed's Muon with AdamW for the groups that aren't `use_muon`.
-
-    groups: dicts with "params", "name", "peak_learning_rate", "weight_decay", "use_muon".
-    settings: betas, eps, momentum. The class is DeepSpeed's own and its auxiliary half torch's: a
-    config-made Muon compiles FusedAdam (half a minute, and nothing without a compiler). On a CPU
-    it iterates in bf16 ("standard"), which every CPU does alike; "gram" takes fp16 where there is
-    some.
-    """
-    adam = {"betas": settings["betas"], "eps": settings["eps"]}
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=1.0, fused=True, **adam)
-    muon = _import_muon()
-    method = "gram" if torch.cuda.is_available() else "standard"
-    for group in groups:
-        group["lr"] = group["peak_learning_rate"]
-        if group["use_muon"]:
-            group |= {"momentum": settings["momentum"], "ns_method": method}
-        else:
-            group |= adam | group  # its own eps, where it has one
-        for p in group["params"]:
-            p.use_muon = group["use_muon"]
-
-    def auxiliary(aux_groups: list[dict], **_) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(aux_groups, fused=True)
-
-    return muon(groups, adam_optimizer=auxiliary)
-
-
-def _import_muon() -> Any:
-    """DeepSpeed's Muon, not compiled. It compiles itself while it is imported, once a shape: half a
-    minute at the first step of a CPU, for iterations that are no faster than eager ones there."""
-    from deepspeed.runtime import compiler
-
-    decorator, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:
-        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-    finally:
-        compiler.compile = decorator
-    return MuonWithAuxAdam

@@ -1,7 +1,7 @@
 """Weights & Biases and TensorBoard, through Accelerate's trackers.
 
-Invariant: one run of ours is one curve there, over all attempts; and no tracker asks a question or
-needs an account.
+Invariant: a run is one curve there, over all its attempts; no tracker waits for an answer on the
+terminal, and none needs an account.
 """
 
 import hashlib
@@ -14,9 +14,10 @@ from forescale.errors import UserError
 
 
 def open_trackers(logging: Any, run: Path, name: str, config: dict, first_step: int) -> list[Any]:
-    """The trackers that `logging` (LoggingConfig) asks for; each has `log(values, step=...)`.
+    """Return the trackers that `logging` (LoggingConfig) enables; each has `log(values, step=...)`.
 
-    Raises UserError where a tracker's package is missing.
+    first_step: the step that the attempt begins at. Raises UserError if a tracker's package is
+    missing.
     """
     trackers: list[Any] = []
     if logging.tensorboard:
@@ -38,7 +39,7 @@ def _tensorboard(run: Path, first_step: int) -> Any:
     if not is_tensorboard_available():
         todo = 'pip install "forescale[tensorboard]", or set logging.tensorboard=false'
         raise UserError("logging.tensorboard", "tensorboard is not installed", todo)
-    # What an earlier attempt wrote beyond the step that this one starts from is not drawn.
+    # Values that an earlier attempt wrote beyond this attempt's first step are not drawn.
     return TensorBoardTracker("tensorboard", logging_dir=run, purge_step=first_step + 1)
 
 
@@ -50,7 +51,9 @@ def _wandb(settings: Any, run: Path, name: str) -> Any:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
     elif mode == "online" and not has_account():
         todo = "run `wandb login`, or set logging.wandb.mode=offline"
-        raise UserError("logging.wandb.mode=online", "nobody is logged in to wandb here", todo)
+        raise UserError(
+            "logging.wandb.mode=online", "no wandb account is logged in on this machine", todo
+        )
     identity = hashlib.sha256(f"{settings.project}/{name}".encode()).hexdigest()[:16]
     return WandBTracker(
         settings.project,
@@ -64,7 +67,7 @@ def _wandb(settings: Any, run: Path, name: str) -> Any:
 
 
 def has_account() -> bool:
-    """Whether somebody is logged in to wandb: in the environment, or in ~/.netrc."""
+    """True if a wandb account is logged in, by the environment or ~/.netrc."""
     import netrc
 
     if "WANDB_API_KEY" in os.environ:

@@ -1,30 +1,35 @@
-"""The processes of a run: who this rank is, its device, and the one word that ranks share a step.
+"""The processes of a run: this rank, its device, and the summary of a step that all ranks share.
 
-Invariant: after `join` the world really has the size that was asked for, and DeepSpeed really runs
-in it. Accelerate alone doesn't promise that: with `cpu=True` it falls back to plain DDP, and with
-its DeepSpeed switch but no backend every rank gets a world of its own, both silently.
+All cross-rank decisions travel in one all-reduced StepSummary per step. Invariant: after `join` the
+world really has the requested size, and DeepSpeed really runs in it. Accelerate alone doesn't
+promise that: with `cpu=True` it falls back to plain DDP, and with its DeepSpeed switch but no
+backend every rank gets a world of its own, both silently.
 """
 
 import os
 import resource
 import socket
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 
+from forescale.engine.ranks import Ranks
+from forescale.errors import UserError
+
 
 def set_environment() -> None:
-    """Must run before deepspeed or accelerate are imported: both read these while importing."""
+    """Set what deepspeed and accelerate read while they are imported; call it before that."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # A group of gloo's holds a connection to every rank.
+    # A process group of gloo holds a connection to every rank.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -36,19 +41,20 @@ def set_environment() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on at this moment."""
+    """Return a TCP port of this host that nobody listens on at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 @dataclass(frozen=True)
-class Word:
-    """What all ranks know of a step, the same on each.
+class StepSummary:
+    """What all ranks know of a step; the same on each.
 
-    `losses`: sum of nats of each micro-batch, in global order; `tokens_hash`: see data.stream;
-    `stop`: some rank was asked to end; `failed`: some rank's save behind the training has failed;
-    `seconds`: rank 0's clock, so that all read the same time.
+    losses: sum of nats of each micro-batch, in global order; tokens_hash: see data/stream.py;
+    stop: some rank was asked to end; failed: some rank's save in the background has failed;
+    seconds: rank 0's clock, so that all ranks read the same time; extra: further numbers by name
+    (engine.step.Facts.extra), each the mean over ranks.
     """
 
     step: int
@@ -57,81 +63,40 @@ class Word:
     stop: bool
     failed: bool
     seconds: float
+    extra: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Line:
-    """Objects between ranks, over a group of theirs; None: the default one."""
-
-    rank: int
-    size: int
-    group: Any = None
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, on every rank, in rank order. A synchronisation."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def to_main(self, value: Any) -> list[Any] | None:
-        """Everybody's value, in rank order, on rank 0; None on the others."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self.group)
-        return values
-
-
-class World:
-    """This rank among its peers. `device` is where its model lives."""
+class World(Ranks):
+    """All ranks of this job, and this one among them. `device`: where this rank's model lives."""
 
     def __init__(self, accelerator):
+        super().__init__(accelerator.process_index, accelerator.num_processes)
         self.accelerator = accelerator
-        self.rank: int = accelerator.process_index
-        self.size: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        self._line = Line(self.rank, self.size)
-        self._lines: dict[str, Line] = {}
-        self._words: deque = deque()
+        self._groups: dict[str, Ranks] = {}
+        self._pending: deque = deque()  # all-reduces of steps whose summary nobody has read
+        self._extra: tuple[str, ...] | None = None  # the names of the first step
         self._began = time.monotonic()
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+    def in_background(self, name: str, new: bool = False) -> Ranks:
+        """Return the ranks over a process group of their own, for one other thread, which may use
+        it while this one trains. Every rank calls this together.
 
-    def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, on every rank, in rank order. A synchronisation."""
-        return self._line.gather(value)
-
-    def to_main(self, value: Any) -> list[Any] | None:
-        """Everybody's value, in rank order, on rank 0; None on the others."""
-        return self._line.to_main(value)
-
-    def in_background(self, name: str, new: bool = False) -> "Line":
-        """A line for one other thread, which may use it while this one trains. Every rank calls
-        this together. The same name gives the same line again, for a group holds a connection to
-        every rank; `new` where one that was used may have been left in the middle of a word."""
-        if new or name not in self._lines:
+        The same name gives the same group again, because a group holds a connection to every rank;
+        with `new`, a new one: the old one may have been left in the middle of a collective.
+        """
+        if new or name not in self._groups:
             group = dist.new_group(backend="gloo") if self.size > 1 else None
-            self._lines[name] = Line(self.rank, self.size, group)
-        return self._lines[name]
+            self._groups[name] = Ranks(self.rank, self.size, group)
+        return self._groups[name]
 
     def union_in_background(self) -> Callable[[frozenset], frozenset]:
-        """A function that unites what the ranks give it, for one other thread."""
-        line = self.in_background("union", new=True)
-        return lambda mine: frozenset().union(*line.gather(mine))
-
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+        """Return a function, for one other thread, that returns the union of all ranks' sets."""
+        ranks = self.in_background("union", new=True)
+        return lambda mine: frozenset().union(*ranks.gather(mine))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place."""
+        """Sum a tensor over ranks, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -145,57 +110,93 @@ class World:
         tokens_hash: int,
         stop: bool,
         failed: bool = False,
+        extra: Mapping[str, float | torch.Tensor] = MappingProxyType({}),
     ) -> None:
-        """Send this rank's part of a step's word; never waits.
+        """Start the all-reduce of a step's summary; never waits.
 
-        losses: this rank's micro-batch sums, shape (n,), which stand at `first` of `count`.
-        Each sum has one non-zero term a slot, so it is exact; the hash travels as two halves of 32
-        bits, whose sums stay exact in fp64.
+        losses: this rank's micro-batch sums, shape (n,), which stand at `first` of `count`. Each
+        slot has one non-zero term, so the sum is exact. The hash travels as two halves of 32 bits,
+        whose sums stay exact in fp64. extra: numbers or 0-dim tensors; the names must be those of
+        the first step, on all ranks (UserError).
         """
-        part = torch.zeros(count + 5, dtype=torch.float64, device=self.device)
+        names = self._check_names(tuple(extra))
+        part = torch.zeros(
+            count + 5 + len(names) + bool(names), dtype=torch.float64, device=self.device
+        )
         part[first : first + len(losses)] = losses
         clock = time.monotonic() - self._began if self.is_main else 0.0
-        rest = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), int(failed), clock]
-        part[count:] = torch.tensor(rest, dtype=torch.float64)
+        own = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), int(failed), clock]
+        own += [_hash_of(names)] if names else []
+        part[count : count + len(own)] = torch.tensor(own, dtype=torch.float64)
+        for slot, value in enumerate(extra.values(), count + len(own)):
+            part[slot] = value  # a copy on the device: nothing waits for the value
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
-        self._words.append((step, part, work))
+        self._pending.append((step, count, part, work))
 
-    def words(self, behind: int) -> Iterator[Word]:
-        """The words sent so far, oldest first, but for the `behind` newest."""
-        while len(self._words) > behind:
-            step, part, work = self._words.popleft()
+    def _check_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        if self._extra is None:
+            self._extra = names
+        if names != self._extra:
+            what = f"are {', '.join(names) or 'none'}, and were {', '.join(self._extra) or 'none'}"
+            raise UserError("metrics(): the names", what, _SAME_NAMES)
+        return names
+
+    def summaries(self, behind: int) -> Iterator[StepSummary]:
+        """Yield the summaries of the shared steps, oldest first, but for the `behind` newest.
+
+        Raises UserError if the ranks' `extra` have different names.
+        """
+        while len(self._pending) > behind:
+            step, count, part, work = self._pending.popleft()
             if work is not None:
                 work.wait()
-            *losses, high, low, stop, failed, clock = part.tolist()
+            values = part.tolist()
+            high, low, stop, failed, clock = values[count : count + 5]
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
-            yield Word(step, losses, tokens_hash, stop > 0, failed > 0, clock)
+            extra = self._means(values[count + 5 :])
+            yield StepSummary(step, values[:count], tokens_hash, stop > 0, failed > 0, clock, extra)
+
+    def _means(self, sums: list[float]) -> dict[str, float]:
+        """From the slots behind a summary's own: the hash of the names, then a sum for each."""
+        names = self._extra or ()
+        if names and sums[0] != self.size * _hash_of(names):
+            what = f"differ between ranks (here: {', '.join(names)})"
+            raise UserError("metrics(): the names", what, _SAME_NAMES)
+        return {name: value / self.size for name, value in zip(names, sums[1:], strict=True)}
 
     def close(self) -> None:
-        """Leave together: a rank that is gone resets its connections, and would take from a slower
-        one the answer to the last collective."""
+        """Wait for all ranks, then leave: a rank that has left resets its connections, and a slower
+        rank would not receive the answer to its last collective."""
         if self.size > 1:
-            with suppress(RuntimeError):  # of this one the answer doesn't matter
+            with suppress(RuntimeError):  # the answer to this one doesn't matter
                 dist.barrier()
 
 
+_SAME_NAMES = "let the model return the same names on all ranks at every step"
+
+
+def _hash_of(names: Iterable[str]) -> int:
+    return zlib.crc32("\0".join(names).encode())
+
+
 def lost_peer(error: Exception) -> bool:
-    """Whether an error says no more than that another rank is gone, or doesn't answer."""
+    """True for an error that only says that another rank has left, or doesn't answer."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def join(config: dict, size: int, timeout_seconds: float) -> World:
-    """Join the ranks that the environment names, and check that they are `size`.
+    """Join the ranks that the environment names, and check that there are `size` of them.
 
-    config: the DeepSpeed JSON. timeout_seconds: how long a collective may wait for a peer.
+    config: the DeepSpeed JSON. timeout_seconds: how long a collective may wait for another rank.
     """
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     class Plugin(DeepSpeedPlugin):
         def set_deepspeed_weakref(self) -> None:
-            """Serves models that transformers builds; needs transformers, and we don't."""
+            """Do nothing: this is for models of transformers, and would import it."""
 
     _quiet_deepspeed()
     cuda = torch.cuda.is_available()
@@ -210,14 +211,14 @@ def join(config: dict, size: int, timeout_seconds: float) -> World:
     kind = accelerator.distributed_type
     assert kind == DistributedType.DEEPSPEED, f"accelerate runs {kind} and not DeepSpeed"
     joined = dist.get_world_size() if dist.is_initialized() else 0
-    assert joined == size, f"{joined} ranks have joined where {size} were asked for"
+    assert joined == size, f"{joined} ranks have joined but {size} were requested"
     return World(accelerator)
 
 
 def _quiet_deepspeed() -> None:
-    """Keep DeepSpeed to warnings, and from compiling its shared-memory collectives on a CPU: the
-    build takes over a minute, and a process killed in it leaves a lock that hangs the next one;
-    gloo does the same work."""
+    """Silence DeepSpeed below errors, and keep it from compiling its shared-memory collectives on a
+    CPU: the build takes over a minute, a process killed during it leaves a lock that hangs the next
+    one, and gloo does the same work."""
     import logging
     import warnings
 
@@ -225,6 +226,6 @@ def _quiet_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # DeepSpeed calls what newer versions of torch give new names.
+    # DeepSpeed calls functions that newer versions of torch have renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

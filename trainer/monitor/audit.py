@@ -1,31 +1,40 @@
-"""All that can be said against a checkpoint or a run, from its files alone.
+"""Audits a checkpoint or a run from its files, and a run against the tokens of its shards.
 
 Invariant: a run without a fault has a readable config, one train row for every step since its
-origin with no gap in steps, samples or tokens, and checkpoints that are whole, cover every element
-of every state exactly once, and agree with the rows. Changes nothing; imports no torch.
+origin without a gap in steps, samples or tokens, and checkpoints that are complete, cover every
+element of every state exactly once, and agree with the rows. It has consumed exactly the samples of
+its rows, and the tokens_hash of each row is that of the tokens in the shards today. Changes
+nothing; imports no torch.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from forescale.checkpoint.reader import Checkpoint, Position, coverage_faults
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
-from forescale.data.mixture import Interval, without
+from forescale.data.dataset import Sources
+from forescale.data.feed import Feed, LostMember
+from forescale.data.mixture import Interval, unskipped
 from forescale.errors import UserError
-from forescale.monitor.replay import feed_of_run, replay_faults
-from forescale.run.directory import Run, read_rows
+from forescale.run.directory import Run
+from forescale.run.feed import feed_of
+from forescale.run.rows import Row, read_rows
+from forescale.run.start import open_dataset
 from forescale.storage import check_table, read_json, read_table
 
 Tick = Callable[[int], None]
+_AT_ONCE = 64  # rows that threads compare at the same time
 
 
 @dataclass
 class Findings:
-    """`verified`: what was looked at, a line each; `notes`: what is odd but harmless."""
+    """verified: what was checked, a line each; notes: what is unusual but harmless."""
 
     verified: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -33,7 +42,7 @@ class Findings:
 
 
 def size_of(directory: Path) -> int:
-    """Bytes that a published directory's table lists; 0 where the table can't be read."""
+    """Return the bytes that a published directory's table lists; 0 if the table can't be read."""
     try:
         return sum(entry.size for entry in read_table(directory).values())
     except UserError:
@@ -41,7 +50,7 @@ def size_of(directory: Path) -> int:
 
 
 def check_checkpoint(path: Path, tick: Tick = lambda n: None) -> Findings:
-    """Every byte against the table of files, then state.json, then what the fragments cover."""
+    """Check every byte against the table of files, then state.json and the fragments' coverage."""
     found = Findings(faults=check_table(path, tick))
     try:
         checkpoint = Checkpoint(path)
@@ -53,7 +62,7 @@ def check_checkpoint(path: Path, tick: Tick = lambda n: None) -> Findings:
     except UserError as e:
         found.faults += [str(e)] if str(e) not in found.faults else []
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        found.faults.append(f"{path}: state.json is not what a checkpoint holds ({e!r})")
+        found.faults.append(f"{path}: state.json is not that of a checkpoint ({e!r})")
     if not found.faults:
         found.verified.append(
             f"checkpoint {path.name}: step {position.step:,}, {shapes} parameters in "
@@ -62,16 +71,23 @@ def check_checkpoint(path: Path, tick: Tick = lambda n: None) -> Findings:
     return found
 
 
-def check_run(run: Run, tick: Tick = lambda n: None, replayed: Tick = lambda n: None) -> Findings:
-    """Config and identity, every checkpoint, the rows, how they fit each other and the data.
+def check_run(
+    run: Run,
+    tick: Tick = lambda n: None,
+    replayed: Tick = lambda n: None,
+    trust: bool = False,
+) -> Findings:
+    """Check a run's config, identity, checkpoints and rows, against each other and the data.
 
-    tick hears of bytes of checkpoints read back, replayed of tokens compared with the shards.
+    tick: called with bytes of checkpoints as they are read; replayed: with tokens as they are
+    compared with the shards. trust: allow running an objective of the user's own that the run's
+    config names.
     """
     found = Findings()
     job = _read(found, run.config, lambda path: thaw(TrainJob, path, trust=True))
     identity = _read(found, run.identity, read_json)
     if identity is not None and not isinstance(identity.get("dataset"), dict):
-        found.faults.append(f"{run.identity}: says nothing of the dataset")
+        found.faults.append(f"{run.identity}: has no section dataset")
     if not run.tokenizer.is_file():
         found.faults.append(f"{run.tokenizer}: missing")
     eligible: list[Position] = []
@@ -88,21 +104,23 @@ def check_run(run: Run, tick: Tick = lambda n: None, replayed: Tick = lambda n: 
         elif run.is_eligible(checkpoint.attempt, step):
             eligible.append(checkpoint.position)
         else:
-            found.notes.append(f"{path}: doesn't count, a later attempt went on from before it")
+            found.notes.append(f"{path}: not eligible, a later attempt started before this step")
     for stage in sorted(run.checkpoints.glob(".*")) if run.checkpoints.is_dir() else []:
-        found.notes.append(f"{stage}: left by a save that was cut off; may be removed")
+        found.notes.append(f"{stage}: left by an interrupted save; forescale prune removes it")
     rows = _check_rows(found, run, job, eligible)
     if job and identity and rows and not found.faults:
-        _replay(found, job, identity, rows, _skipped(run), replayed)
+        _replay(found, job, identity, rows, _skipped(run), replayed, trust)
     return found
 
 
-def _replay(found: Findings, job: TrainJob, identity: dict, rows: list, skipped, tick) -> None:
-    """Compare what the rows say with the tokens that the shards hold."""
+def _replay(
+    found: Findings, job: TrainJob, identity: dict, rows: list, skipped, tick: Tick, trust: bool
+) -> None:
+    """Compare the rows with the tokens in the shards."""
     try:
-        feed = feed_of_run(job, identity, skipped)
+        feed = feed_of_run(job, identity, skipped, trust)
     except UserError as e:
-        found.notes.append(f"the tokens themselves were not compared: {str(e).rstrip('.')}")
+        found.notes.append(f"the tokens were not compared: {str(e).rstrip('.')}")
         return
     try:
         faults = list(replay_faults(rows, feed, tick))
@@ -114,12 +132,12 @@ def _replay(found: Findings, job: TrainJob, identity: dict, rows: list, skipped,
         passed = sum(min(b, last) - max(a, first) for a, b in skipped if a < last and b > first)
         note = f", {passed:,} of them skipped" if passed else ""
         found.verified.append(
-            f"samples {first:,} to {last:,}{note}: each step's tokens are those of the shards"
+            f"samples {first:,} to {last:,}{note}: each step's tokens are those in the shards"
         )
 
 
 def _skipped(run: Run) -> list[tuple[int, int]]:
-    """Intervals that the run passed over, sorted, as its newest checkpoint that counts has them."""
+    """Return the skipped intervals, sorted, from the newest eligible checkpoint."""
     for step in reversed(run.checkpoint_steps()):
         checkpoint = Checkpoint(run.checkpoint_path(step))
         if run.is_eligible(checkpoint.attempt, step):
@@ -140,9 +158,10 @@ def _read(found: Findings, path: Path, read: Callable[[Path], Any]) -> Any:
 def _check_rows(
     found: Findings, run: Run, job: TrainJob | None, eligible: list[Position]
 ) -> list[dict[str, Any]]:
-    """The train rows; none where they can't be read."""
+    """Check the train rows and return them; none if they can't be read."""
     rows: list[dict[str, Any]] = []
     try:
+        # Not filtered by read_rows: a row without a kind is a fault.
         rows = [row for row in read_rows(run.metrics) if row["kind"] == "train"]
         faults = list(row_faults(rows, _origin(run, job), job, _skipped(run)))
         faults += _disagreements(rows, eligible)
@@ -150,7 +169,7 @@ def _check_rows(
     except json.JSONDecodeError as e:
         found.faults.append(f"{run.metrics}: a line is not JSON ({e.msg})")
     except (AttributeError, KeyError, TypeError) as e:
-        found.faults.append(f"{run.metrics}: a row lacks what every row has ({e!r})")
+        found.faults.append(f"{run.metrics}: a row lacks a field ({e!r})")
     except UserError as e:
         found.faults.append(str(e))
     else:
@@ -160,7 +179,7 @@ def _check_rows(
 
 
 def _origin(run: Run, job: TrainJob | None) -> Position:
-    """Where the first step began: at nothing, or at the checkpoint of a run branched off from."""
+    """Return where the first step began: at 0, or at the checkpoint that the run branched from."""
     if job is None or job.run.origin.run is None or job.run.origin.what == "weights":
         return Position()
     parent = next((a.parent for a in run.attempts() if a.parent), None)
@@ -176,16 +195,18 @@ def row_faults(
     job: TrainJob | None = None,
     skipped: Sequence[Interval] = (),
 ) -> Iterator[str]:
-    """Where train rows don't follow on each other, the first of each kind of fault. Numbers below
-    zero in `origin` are unknown; skipped: samples that no row may have."""
-    said: set[str] = set()
+    """Yield where train rows don't continue each other, the first fault of each kind.
+
+    origin: negative numbers in it are unknown; skipped: samples that no row may have.
+    """
+    reported: set[str] = set()
     step, g, tokens = origin.step, origin.g, origin.tokens
     for row in rows:
         here = f"step {row['step']:,}"
         targets = sum(row["shares"].values())
-        expected = g if g < 0 else without(skipped, g, 1)[0][0]
+        expected = g if g < 0 else unskipped(skipped, g, 1)[0][0]
         size = job.train.global_batch if job else row["g1"] - row["g0"]
-        end = without(skipped, row["g0"], size)[-1][1]
+        end = unskipped(skipped, row["g0"], size)[-1][1]
         checks = {
             "steps": (row["step"] == step + 1, f"{here} follows step {step:,}"),
             "samples": (
@@ -194,8 +215,7 @@ def row_faults(
             ),
             "tokens": (
                 tokens < 0 or row["tokens"] == tokens + targets,
-                f"{here} counts {row['tokens']:,} tokens in all, {targets:,} more than "
-                f"{row['tokens'] - targets:,} and not than {tokens:,}",
+                f"{here} adds {targets:,} tokens to {tokens:,} but counts {row['tokens']:,} in all",
             ),
             "batch": (
                 row["g1"] == end,
@@ -203,22 +223,88 @@ def row_faults(
             ),
         }
         for kind, (holds, fault) in checks.items():
-            if not holds and kind not in said:
-                said.add(kind)
+            if not holds and kind not in reported:
+                reported.add(kind)
                 yield fault
         step, g, tokens = row["step"], row["g1"], row["tokens"]
 
 
 def _disagreements(rows: list[dict[str, Any]], eligible: list[Position]) -> Iterator[str]:
-    """Checkpoints that count, but don't stand where the rows were at their step."""
+    """Yield where eligible checkpoints differ from the row of their step."""
     at = {row["step"]: (row["step"], row["g1"], row["tokens"]) for row in rows}
     for position in eligible:
         row = at.get(position.step)
         if row is None:
-            yield f"has no row of step {position.step:,}, of which there is a checkpoint"
+            yield f"has no row for step {position.step:,}, which has a checkpoint"
         elif row != position.counts:
             names = "step {:,}, sample {:,}, {:,} tokens"
             yield (
-                f"stands at {names.format(*row)}, the checkpoint at "
-                f"{names.format(*position.counts)}"
+                f"is at {names.format(*row)}, the checkpoint at {names.format(*position.counts)}"
             )
+
+
+def feed_of_run(
+    job: TrainJob, identity: Row, skipped: Sequence[Interval], trust: bool = False
+) -> Feed:
+    """Return the feed of a run, from the data that its run.json names.
+
+    Raises UserError if a dataset isn't there any more, or is another one now; and for an objective
+    of the user's own without `trust`, because making it runs code that a stored file names.
+    """
+    if job.objective.target and not trust:
+        what = f"names code to run, {job.objective.target}"
+        raise UserError("objective._target_", what, "give trust=true if you trust the run")
+    found = {}
+    for name, stored in identity["dataset"]["sources"].items():
+        path = stored["path"]
+        if "://" not in path and not Path(path).exists():
+            what = f"the dataset {name} is not at {path} any more"
+            raise UserError("run.json", what, "restore it there to compare its tokens")
+        found[name] = open_dataset(path, job.data)
+        if found[name].identity != stored["identity"]:
+            what = f"is not the dataset any more on which the run was trained as {name}"
+            raise UserError(path, what, "restore that dataset")
+    return feed_of(job, Sources(found), skipped)
+
+
+def replay_faults(
+    rows: Sequence[Row], feed: Feed, tick: Callable[[int], None] = lambda tokens: None
+) -> Iterator[str]:
+    """Yield the first disagreement of each kind between rows and shards, a sentence each.
+
+    tick: called with the number of tokens compared. Raises UserError if the data can't be read.
+    """
+    reported: set[str] = set()
+
+    def compare(row: Row) -> tuple[str, str] | None:
+        samples = samples_of(row, feed)
+        lost = frozenset(LostMember(*member) for member in row.get("quarantined", ()))
+        found = feed.read(samples, lost)
+        shares = dict(zip(feed.names, feed.targets(samples).tolist(), strict=True))
+        where = f"step {row['step']:,}"
+        if shares != row["shares"]:
+            return (
+                "shares",
+                f"{where} has {row['shares']} targets in its row, {shares} in its samples",
+            )
+        if found.hash != row["tokens_hash"]:
+            return "hash", f"{where} was trained on other tokens than the shards hold now"
+        if unknown := found.lost:
+            return "lost", f"{where} read {sorted(unknown)[0]}, which is damaged now"
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        remaining = iter(rows)
+        while some := list(islice(remaining, _AT_ONCE)):
+            for fault in pool.map(compare, some):
+                if fault and fault[0] not in reported:
+                    reported.add(fault[0])
+                    yield fault[1]
+            tick(sum(sum(row["shares"].values()) for row in some))
+
+
+def samples_of(row: Row, feed: Feed) -> list[Interval]:
+    """Return the samples of a row's step: [g0, g1) without the skipped intervals."""
+    width = row["g1"] - row["g0"]
+    passed = sum(max(0, min(b, row["g1"]) - max(a, row["g0"])) for a, b in feed.skipped)
+    return feed.step(row["g0"], width - passed)

@@ -1,7 +1,7 @@
-"""What this machine has for training, and the mend for each thing that it lacks.
+"""Checks what this machine has for training, and how to fix what it lacks.
 
-Invariant: each finding is one line; a fault is what keeps `forescale train` from running here, a
-note what makes it slower or smaller. Changes nothing, needs no network, imports no deepspeed.
+Invariant: each finding is one line. A fault prevents `forescale train` from running here; a note
+makes it slower or smaller. Changes nothing, needs no network, imports no deepspeed.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from forescale.config.data import CorpusConfig
 from forescale.errors import UserError
 
-# As pyproject.toml says it, for a checkout that isn't installed.
+# As in pyproject.toml, for a checkout that isn't installed.
 SUPPORTED = {
     "torch": ">=2.9",
     "deepspeed": ">=0.19.8,<0.20",
@@ -29,19 +29,21 @@ _GIB = 2**30
 _RUN_NEEDS = _GIB // 2  # a few checkpoints of the default model, its logs
 _CACHE_NEEDS = _GIB // 8  # the embedded corpus, while it is built
 _MEMORY_NEEDS = 2 * _GIB  # the default run, one rank
-_BUILD = 600  # seconds that a build of DeepSpeed's takes at most
+_BUILD = 600  # longest time of a build of DeepSpeed's kernels, in seconds
 
 
 class Finding(NamedTuple):
+    """One line: what was checked, what was found, and how to fix it."""
+
     level: Literal["ok", "note", "fault"]
     name: str
     what: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(root: Path, data: CorpusConfig) -> Iterator[Finding]:
-    """Everything that is to be said, in the order of a fresh installation. root: where the runs
-    would live; data: what they would train on."""
+    """Yield all findings, in the order of a fresh installation. root: where runs will be stored;
+    data: what they will train on."""
     yield python()
     for package, wanted in SUPPORTED.items():
         yield package_version(package, wanted)
@@ -59,6 +61,7 @@ def examine(root: Path, data: CorpusConfig) -> Iterator[Finding]:
 
 
 def python() -> Finding:
+    """Check the version of Python."""
     what = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info < PYTHON:
         return Finding("fault", "python", what, "use Python 3.11 or newer")
@@ -66,21 +69,21 @@ def python() -> Finding:
 
 
 def package_version(package: str, wanted: str) -> Finding:
-    """Whether a package is there, in a version that the project supports."""
+    """Check that a package is installed in a supported version."""
     from packaging.specifiers import SpecifierSet
 
-    mend = f"pip install '{package}{wanted}'"
+    fix = f"pip install '{package}{wanted}'"
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return Finding("fault", package, "not installed", mend)
+        return Finding("fault", package, "not installed", fix)
     if not SpecifierSet(wanted).contains(version, prereleases=True):
-        return Finding("fault", package, f"{version}, not {wanted}", mend)
+        return Finding("fault", package, f"{version}, not {wanted}", fix)
     return Finding("ok", package, f"{version} (supported: {wanted})")
 
 
 def graphics() -> Finding:
-    """GPUs that torch can use, or that are there and it can't."""
+    """Check that torch can use the GPUs, if there are any."""
     import torch
 
     if torch.cuda.is_available():
@@ -89,13 +92,14 @@ def graphics() -> Finding:
         return Finding("ok", "gpu", f"{len(cards)}: {names}; CUDA {torch.version.cuda}")
     if any(Path("/proc/driver/nvidia/gpus").glob("*")):
         why = "is built without CUDA" if torch.version.cuda is None else "can't start CUDA"
-        what = f"there is one, but torch {torch.__version__} {why}"
-        mend = "install a build of torch for this driver's CUDA (see pytorch.org)"
-        return Finding("fault", "gpu", what, mend)
+        what = f"present, but torch {torch.__version__} {why}"
+        fix = "install a build of torch for this driver's CUDA (see pytorch.org)"
+        return Finding("fault", "gpu", what, fix)
     return Finding("note", "gpu", "none; training on the CPU", "fine for small models")
 
 
 def compiler() -> Finding:
+    """Check that torch.compile can compile."""
     from forescale.engine.build import compiler_missing
 
     missing = compiler_missing()
@@ -106,6 +110,7 @@ def compiler() -> Finding:
 
 
 def ninja() -> Finding:
+    """Check that ninja is there for builds of DeepSpeed's kernels."""
     if shutil.which("ninja"):
         return Finding("ok", "ninja", str(shutil.which("ninja")))
     if importlib.util.find_spec("ninja"):
@@ -115,13 +120,13 @@ def ninja() -> Finding:
 
 
 def extensions_directory() -> Path:
-    """Where torch and DeepSpeed build their extensions."""
+    """Return where torch and DeepSpeed build their extensions."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     return Path(given or "~/.cache/torch_extensions").expanduser()
 
 
 def build_lock(root: Path) -> Finding:
-    """A lock that a killed build left behind: the next build waits for it for ever."""
+    """Check that no killed build left a lock, for which the next build would wait for ever."""
     locks = [p for depth in ("*/lock", "*/*/lock") for p in root.glob(depth)]
     if not locks:
         return Finding("ok", "builds", f"no lock in {root}")
@@ -129,21 +134,23 @@ def build_lock(root: Path) -> Finding:
     age = time.time() - oldest.stat().st_mtime
     what = f"a lock of {age / 60:.0f} minutes at {oldest}"
     if age < _BUILD:
-        return Finding("note", "builds", what, "a build is running, or was killed just now")
+        return Finding("note", "builds", what, "a build is running or was just killed")
     return Finding("fault", "builds", f"{what}, left by a killed build", f"rm {oldest}")
 
 
 def cores() -> Finding:
+    """Check that all cores may be used."""
     mine, all_ = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS")
     limit = f"; OMP_NUM_THREADS={threads}" if threads else ""
     if threads and threads.isdigit() and int(threads) < mine:
-        mend = "unset OMP_NUM_THREADS to train on all cores"
-        return Finding("note", "cores", f"{mine} of {all_}{limit}", mend)
+        fix = "unset OMP_NUM_THREADS to train on all cores"
+        return Finding("note", "cores", f"{mine} of {all_}{limit}", fix)
     return Finding("ok", "cores", f"{mine} of {all_}{limit}")
 
 
 def memory() -> Finding:
+    """Check that there is memory for a small run."""
     import psutil
 
     facts = psutil.virtual_memory()
@@ -154,24 +161,24 @@ def memory() -> Finding:
 
 
 def disk(key: str, path: Path, needs: int) -> Finding:
-    """Whether a directory can be written to, or made, with room for what goes there."""
+    """Check that a directory can be written or made, with room for `needs` bytes."""
     there = path.absolute()
     while not there.exists():
         there = there.parent
     if not there.is_dir():
         return Finding("fault", key, f"{there} is a file", f"choose another {key}")
     if not os.access(there, os.W_OK | os.X_OK):
-        return Finding("fault", key, f"{there} may not be written to", f"choose another {key}")
+        return Finding("fault", key, f"{there} is not writable", f"choose another {key}")
     free = shutil.disk_usage(there).free
     what = f"{free / _GIB:.1f} GiB free at {path}"
     if free < needs:
-        mend = f"free some space (about {needs / _GIB:.2f} GiB), or choose another {key}"
-        return Finding("fault", key, what, mend)
+        fix = f"free some space (about {needs / _GIB:.2f} GiB), or choose another {key}"
+        return Finding("fault", key, what, fix)
     return Finding("ok", key, what)
 
 
 def corpus(data: CorpusConfig) -> Finding:
-    """The data that `forescale train` would read."""
+    """Check the data that `forescale train` will read."""
     from forescale.data.dataset import Dataset
     from forescale.data.prepare.corpus import PythonSource, embedded_path
 
@@ -180,7 +187,9 @@ def corpus(data: CorpusConfig) -> Finding:
             path = embedded_path(PythonSource(), data.cache_directory)
             if not path.exists():
                 what = f"the embedded one is not prepared yet in {path.parent}"
-                return Finding("note", "corpus", what, "forescale train does, in about a minute")
+                return Finding(
+                    "note", "corpus", what, "forescale train prepares it, in about a minute"
+                )
         else:
             path = Path(data.path).expanduser()
         dataset = Dataset(path)
@@ -192,12 +201,13 @@ def corpus(data: CorpusConfig) -> Finding:
 
 
 def wandb() -> Finding:
+    """Check whether Weights & Biases can be used."""
     if not importlib.util.find_spec("wandb"):
-        return Finding("note", "wandb", "not installed", "pip install wandb, if you want it")
+        return Finding("note", "wandb", "not installed", "pip install wandb, if you need it")
     from forescale.engine.trackers import has_account
 
     version = importlib.metadata.version("wandb")
     if has_account():
         return Finding("ok", "wandb", f"{version}, logged in; switch it on with logging=wandb")
     what = f"{version}, not logged in; logging=wandb writes offline"
-    return Finding("note", "wandb", what, "wandb login, if you want it online")
+    return Finding("note", "wandb", what, "run wandb login to send them online")

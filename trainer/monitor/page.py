@@ -1,6 +1,6 @@
-"""What runs are doing, for people: a table of all, a page of one.
+"""Prints the status of runs: a table of all, a page about one.
 
-Invariant: derived, never stored; a run that can't be read is named, and hides no other.
+Invariant: derived, never stored; a run that can't be read is reported and doesn't hide the others.
 """
 
 import time
@@ -18,15 +18,16 @@ from forescale.console import span, table
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
+from forescale.resilience.diagnosis import OWN_WORK
 from forescale.resilience.outcome import launch_of
-from forescale.resilience.stragglers import ALONE
-from forescale.run.directory import Attempt, Run, read_rows
-from forescale.run.forecast import band_of, told
+from forescale.run.directory import Attempt, Run
+from forescale.run.forecast import describe, prediction_interval_of
+from forescale.run.rows import read_rows
 
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job
 
-_TELLS_NOTHING = 0.5  # expected waste above which an assumed rate of failures is no news
+_USELESS = 0.5  # expected waste above which an assumed failure rate says nothing
 _COLOURS = {
     "running": "green",
     "complete": "cyan",
@@ -34,17 +35,17 @@ _COLOURS = {
     "queued": "yellow",
     "crashed": "red",
 }
-_RECENT = 20  # steps that a speed is taken over
+_RECENT = 20  # steps over which the speed is taken
 _COLUMNS = (
     "run", "state", "attempt", "step", "done", "loss", "bits/byte", "tokens/s", "MFU", "ETTR",
     "ETA", "saved", "seen", "last event",
 )  # fmt: skip
 _NARROW = ("run", "state", "step", "done", "loss", "tokens/s", "ETA", "saved")
-_WIDE = 120  # columns of a terminal from which all are shown
+_WIDE = 120  # terminal columns from which all columns are shown
 
 
 def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, "Job"]) -> None:
-    """jobs: those that the queue holds, by the run's name."""
+    """Print a table of all runs. jobs: those in the queue, by the run's name."""
     names = _COLUMNS if console.width >= _WIDE else _NARROW
     made = table(*names, left=("run", "state", "last event"))
     faults = []
@@ -87,20 +88,19 @@ def _cells(s: Status, job: "Job | None") -> dict[str, str]:
 
 
 def _last_event(s: Status) -> str:
-    """Of those that tell of something, not of every save."""
+    """Return the kind of the last event that isn't a save."""
     rows = [row for a in s.attempts[-2:] for row in read_rows(a.events.path)]
     kinds = [row["kind"] for row in rows if row["kind"] != "checkpoint_saved"]
     return kinds[-1].replace("_", " ") if kinds else "-"
 
 
 def state_of(s: Status, job: "Job | None") -> str:
-    """By the queue where it holds the run, else as the run's files tell."""
+    """Return the state by the queue, if it holds the run, else by the run's files."""
     if job is None or s.state == "complete":
         return _coloured(s.state)
     if job.is_waiting:
         return f"{_coloured('queued')} ({escape(job.reason)})"
-    word = "running" if job.state == "RUNNING" else job.state.lower()
-    return _coloured(word)
+    return _coloured("running" if job.state == "RUNNING" else job.state.lower())
 
 
 def _coloured(state: str) -> str:
@@ -108,6 +108,7 @@ def _coloured(state: str) -> str:
 
 
 def show_run(s: Status, console: Console, job: "Job | None") -> None:
+    """Print all about one run. job: its job in the queue."""
     total = s.job.total_steps
     loss = f", loss {s.train[-1]['loss']:.4f}" if s.train else ""
     console.print(
@@ -136,21 +137,20 @@ def show_run(s: Status, console: Console, job: "Job | None") -> None:
 
 
 def _forecast(s: Status) -> str | None:
-    """How the run came out by its card, once it has ended; until then, what is due."""
-    events = (row for a in s.attempts for row in read_rows(a.events.path))
-    rows = [row for row in events if row["kind"] == "forecast"]
+    """Return how the final loss compares with the forecast; before the end, what is predicted."""
+    rows = s.run.read_events(kind="forecast_scored")
     total, scored = s.job.total_steps, s.validation
     if rows and (rows[-1]["step"] == total or s.job.forecast is None):
-        return told(rows[-1])
+        return describe(rows[-1])
     try:
-        band = band_of(s.job)
+        prediction = prediction_interval_of(s.job)
     except UserError as e:  # the run goes on without it
         return f"The forecast can't be read: {e}"
-    if band is None:
+    if prediction is None:
         return None
     if scored is not None and scored["step"] == total:
-        return told(band.judge(scored["loss"]))
-    return band.due(s.job)
+        return describe(prediction.compare(scored["loss"]))
+    return prediction.due_message(s.job)
 
 
 def _show_job(job: "Job", console: Console) -> None:
@@ -158,14 +158,22 @@ def _show_job(job: "Job", console: Console) -> None:
         begins = f", expected to start {job.start}" if job.start[:1].isdigit() else ""
         line = f"Job {job.id} waits in the queue ({job.reason}){begins}."
     else:
-        line = (
-            f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left of its limit."
-        )
+        line = f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left."
     console.print(escape(line), soft_wrap=True)
 
 
 def _show_checkpoints(s: Status, console: Console) -> None:
-    names = ("checkpoint", "tokens", "MiB", "ranks", "stage", "attempt", "counts", "pinned", "age")
+    names = (
+        "checkpoint",
+        "tokens",
+        "MiB",
+        "ranks",
+        "stage",
+        "attempt",
+        "eligible",
+        "pinned",
+        "age",
+    )
     made = table(*names)
     for c in s.checkpoints:
         made.add_row(
@@ -187,15 +195,15 @@ def _show_checkpoints(s: Status, console: Console) -> None:
 
 def _show_attempts(s: Status, console: Console) -> None:
     lives = {a.number: launch_of(a.path).get("slurm") for a in s.attempts}
-    names = ("attempt", "went on from", "begun", "end", *(["nodes"] * any(lives.values())))
-    made = table(*names, left=("went on from", "end", "nodes"))
+    names = ("attempt", "started from", "begun", "end", *(["nodes"] * any(lives.values())))
+    made = table(*names, left=("started from", "end", "nodes"))
     ends = {a.number: _end(launch, a, s) for launch in s.goodput.launches for a in launch.attempts}
     for attempt in s.attempts:
         parent = attempt.parent
         if parent is None:
-            came = "never got as far as training"
+            came = "did not begin to train"
         elif parent.checkpoint is None:
-            came = "the beginning"
+            came = "step 0"
         else:
             came = f"step {parent.step:,}{_elsewhere(s.run, parent.checkpoint)}"
         # The directory's own time changes with every new file in it; parent.json is written once.
@@ -219,7 +227,7 @@ def _show_attempts(s: Status, console: Console) -> None:
 
 
 def _nodes(life: dict[str, Any] | None) -> str:
-    """Where an attempt ran, the job in brackets."""
+    """Return the nodes of an attempt, with its job."""
     if not life:
         return "-"
     some = ", ".join(life["nodes"][:3]) + (", ..." if len(life["nodes"]) > 3 else "")
@@ -227,30 +235,30 @@ def _nodes(life: dict[str, Any] | None) -> str:
 
 
 def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
-    """How an attempt ended, in a word."""
+    """Return how an attempt ended."""
     if attempt is not launch.attempts[-1]:
         return "rolled back"
     if s.state == "running" and launch is s.goodput.launches[-1]:
         return "running"
     if attempt.number in s.hangs():
         return "hang"
-    words = {DONE: "done", INTERRUPTED: "interrupted", USER: "stopped", None: "not seen"}
+    words = {DONE: "done", INTERRUPTED: "interrupted", USER: "stopped", None: "not recorded"}
     return words.get(launch.code, "crash")
 
 
 def _show_ranks(s: Status, console: Console) -> None:
-    """While it runs: where the ranks are, and which is behind."""
-    if not (ranks := s.ranks()):
+    """While it runs: print where the ranks are, and which one is behind."""
+    if not (ranks := [status.heartbeat for status in s.ranks()]):
         return
-    last = min(ranks, key=lambda r: (r.beat.step, -r.beat.here))
-    own = {r.beat.rank: sum(r.beat.pace.get(at, 0.0) for at in ALONE) for r in ranks}
+    last = min(ranks, key=lambda b: (b.step, -b.here))
+    own = {b.rank: sum(b.pace.get(at, 0.0) for at in OWN_WORK) for b in ranks}
     slowest = max(own, key=lambda rank: own[rank])
-    places = Counter(r.beat.at for r in ranks).most_common(4)
+    places = Counter(b.at for b in ranks).most_common(4)
     where = ", ".join(f"{n} in {at}" for at, n in places)
-    line = f"Ranks {len(ranks)}: {where}; the last is rank {last.beat.rank} on {last.beat.host} "
-    line += f"(step {last.beat.step:,}, {last.beat.at} for {last.beat.here:.1f} s)"
+    line = f"Ranks {len(ranks)}: {where}; the last is rank {last.rank} on {last.host} "
+    line += f"(step {last.step:,}, {last.at} for {last.here:.1f} s)"
     if own[slowest]:
-        line += f"; the slowest rank {slowest} ({own[slowest] * 1e3:.1f} ms a step of its own)"
+        line += f"; the slowest is rank {slowest} ({own[slowest] * 1e3:.1f} ms per step alone)"
     console.print(escape(line), soft_wrap=True)
 
 
@@ -260,7 +268,7 @@ def _elsewhere(run: Run, checkpoint: str) -> str:
 
 
 def _show_time(s: Status, console: Console) -> None:
-    """Where the wall clock went, over all attempts."""
+    """Print where the wall clock went, over all attempts."""
     goodput, wall = s.goodput, s.goodput.wall
     if not wall:
         return
@@ -271,21 +279,19 @@ def _show_time(s: Status, console: Console) -> None:
     console.print(f"Time {wall:,.1f} s: {', '.join(shares)}{gone}", soft_wrap=True)
     between = f", {span(goodput.mtbf)} between them" if goodput.mtbf else ""
     fails = f"{goodput.failures} failure{'' if goodput.failures == 1 else 's'}{between}"
-    console.print(
-        f"ETTR {goodput.ettr:.3f} (compute of steps that count, over the wall clock); {fails}"
-    )
+    console.print(f"ETTR {goodput.ettr:.3f} (compute of kept steps / wall clock); {fails}")
 
 
 def _show_interval(s: Status, console: Console) -> None:
-    """The interval between checkpoints that the run's own numbers ask for."""
+    """Print the best interval between checkpoints by the run's own times."""
     if (found := s.goodput.interval()) is None:
         return
-    if found.assumed and found.waste > _TELLS_NOTHING:
-        console.print("No failure was seen, in too short a time to propose checkpoint.every from.")
+    if found.assumed and found.waste > _USELESS:
+        console.print("No failure was observed, in too short a time to propose a checkpoint.every.")
         return
     often = f"a failure every {span(found.mtbf)}"
     if found.assumed:
-        often = f"{often} (none was seen; three in the time so far are assumed)"
+        often = f"{often} (none was observed; three in the time so far are assumed)"
     console.print(
         f"Saving stalls {found.stall:.2f} s, a restart takes {span(found.restart)}, {often}: "
         f"checkpoint.every='{Duration(found.steps)}' (about {span(found.seconds)}; Daly 2006) "

@@ -1,10 +1,12 @@
-"""Who is it that the others wait for? A pure function over beats; and the report of its answer.
+"""Diagnosis of ranks from their heartbeats: which one hangs, which ones are slow, and the report.
 
-    attempts/0003/hang.json         the verdict: the first that was published, the same for all
+    attempts/0003/hang.json         the diagnosis: the first that was published holds for all nodes
     attempts/0003/hang-HOST.txt     what a node's ranks did, with the Python stacks of those that
-                                    answer
+                                    answered
 
-Invariant: a rank that waits for others is never blamed, nor one that may still be where it is.
+Invariant: a rank that waits for others is never blamed, nor one that is still within its time
+limit. Slowness is compared only at places where all ranks do the same work, each alone: where they
+wait for each other, the slow rank waits least.
 """
 
 import json
@@ -15,23 +17,32 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from statistics import median_low
 from types import FrameType
 
-from forescale.resilience.heartbeat import Seen
+from forescale.resilience.heartbeat import Heartbeat, RankStatus
 
-VERDICT = "hang.json"
-# Places at which a rank may wait for others; in every other place it has its own work to do.
-WAITS = frozenset({"backward", "norm", "update", "word"})
+HANG = "hang.json"
+# Places at which a rank may wait for others; at every other place it has work of its own.
+WAITING_PLACES = frozenset({"backward", "norm", "update", "summary"})
+OWN_WORK = ("data", "forward")  # places where every rank does the same work, alone
+_LEAST_STEPS = 10  # over which a pace is measured
+_LEAST_SHARE = 0.05  # of a step's time: a smaller difference is noise
 
 
-def waits_of(stage: int) -> frozenset[str]:
-    """WAITS at a ZeRO stage: at stage 3 the forward gathers weights, layer by layer."""
-    return WAITS | {"forward"} if stage == 3 else WAITS
+def waiting_places(stage: int) -> frozenset[str]:
+    """Return the places where ranks wait for each other at a ZeRO stage: at stage 3 also the
+    forward, which gathers weights layer by layer."""
+    return WAITING_PLACES | {"forward"} if stage == 3 else WAITING_PLACES
 
 
 @dataclass(frozen=True)
 class Hang:
-    """ranks, host, at, step: who is waited for, and where that rank is; sentence: all of it."""
+    """A diagnosed hang.
+
+    ranks, host: the ranks that the others wait for, and their hosts. at, step: where the one that
+    has been there longest is. seconds: how long. sentence: all of it, for people.
+    """
 
     ranks: tuple[int, ...]
     host: str
@@ -41,103 +52,110 @@ class Hang:
     sentence: str
 
 
-def diagnose(seen: Sequence[Seen], world_size: int, waits: Collection[str] = WAITS) -> Hang | None:
-    """Why the ranks stand still, or None while nobody does or whoever is waited for may yet be
-    where it is.
+def diagnose(
+    ranks: Sequence[RankStatus], world_size: int, waits: Collection[str] = WAITING_PLACES
+) -> Hang | None:
+    """Return who the ranks wait for, or None if no rank hangs or the ones waited for are still
+    within their time limits.
 
-    In this order: ranks that don't answer; ranks that never came; of the ranks at the lowest step
-    those that have work of their own while others wait; those at the lowest step; and if nobody is
-    behind, all (the collective itself hangs).
+    Blamed are, in this order: ranks that don't answer; ranks that never started; among the ranks at
+    the lowest step those with work of their own while others wait; the ranks at the lowest step;
+    and if no rank is behind, all (the collective itself hangs).
     """
-    present = [s for s in seen if not s.beat.has_ended]
+    present = [s for s in ranks if not s.heartbeat.has_ended]
     stuck = [s for s in present if s.is_stuck]
-    # A rank that waits for a silent one is stuck a moment before that one has been silent as long.
-    silent = [s for s in present if s.is_silent or (stuck and s.silence > s.beat.quiet / 2)]
+    # A rank that waits for a silent one is stuck a moment before the other's silence is as long.
+    silent = [s for s in present if s.is_silent or (stuck and s.silence > s.heartbeat.quiet / 2)]
     if silent:
         return _hang(silent, present, waits, "has not answered for")
     if not stuck:
         return None
-    missing = sorted(set(range(world_size)) - {s.beat.rank for s in seen})
-    if missing and len(stuck) == len(seen) and all(s.beat.starting for s in stuck):
-        return _never_came(missing, stuck)
+    missing = sorted(set(range(world_size)) - {s.heartbeat.rank for s in ranks})
+    if missing and len(stuck) == len(ranks) and all(s.heartbeat.starting for s in stuck):
+        return _never_started(missing, stuck)
     lowest = min(_step(s) for s in present)
     behind = [s for s in present if _step(s) == lowest]
-    working = [s for s in behind if s.beat.at not in waits]
-    guilty = [s for s in working or behind if s.is_stuck]
-    return _hang(guilty, present, waits, "has been") if guilty else None
+    working = [s for s in behind if s.heartbeat.at not in waits]
+    blamed = [s for s in working or behind if s.is_stuck]
+    return _hang(blamed, present, waits, "has been") if blamed else None
 
 
-def _step(seen: Seen) -> int:
-    """The step that a rank works for. Its data comes before the step begins."""
-    return seen.beat.step + (seen.beat.at == "data")
+def _step(status: RankStatus) -> int:
+    """Return the step that a rank works for. Its data is read before the step begins."""
+    return status.heartbeat.step + (status.heartbeat.at == "data")
 
 
-def _hang(guilty: list[Seen], present: list[Seen], waits: Collection[str], how: str) -> Hang:
+def _hang(
+    blamed: list[RankStatus], present: list[RankStatus], waits: Collection[str], how: str
+) -> Hang:
     silent = how == "has not answered for"
-    first = max(guilty, key=lambda s: (s.silence if silent else s.beat.here, -s.beat.rank))
-    beat, step = first.beat, _step(first)
-    seconds = first.silence if silent else beat.here
-    hosts = sorted({s.beat.host for s in guilty})
-    who = _ranks([s.beat.rank for s in guilty])
+    first = max(
+        blamed, key=lambda s: (s.silence if silent else s.heartbeat.here, -s.heartbeat.rank)
+    )
+    at, step = first.heartbeat.at, _step(first)
+    seconds = first.silence if silent else first.heartbeat.here
+    hosts = sorted({s.heartbeat.host for s in blamed})
+    who = _format_ranks([s.heartbeat.rank for s in blamed])
     where = f"on host{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:4])}"
-    how = how if len(guilty) == 1 else how.replace("has", "have", 1)
+    how = how if len(blamed) == 1 else how.replace("has", "have", 1)
     if silent:
-        what = f"{how} {seconds:.0f} s; last seen in {beat.at} at step {step:,}"
+        what = f"{how} {seconds:.0f} s; last seen in {at} at step {step:,}"
     else:
-        what = f"{how} in {beat.at} for {seconds:.0f} s at step {step:,}"
-    blamed = {s.beat.rank for s in guilty}
-    others = [s for s in present if s.beat.rank not in blamed]
-    nobody = "nobody is behind: the collective itself hangs"
-    if beat.at not in waits or silent:
-        nobody = "nobody else is there to wait"
+        what = f"{how} in {at} for {seconds:.0f} s at step {step:,}"
+    numbers = {s.heartbeat.rank for s in blamed}
+    others = [s.heartbeat for s in present if s.heartbeat.rank not in numbers]
+    nobody = "no rank is behind: the collective itself hangs"
+    if at not in waits or silent:
+        nobody = "no other rank waits"
     return Hang(
-        tuple(s.beat.rank for s in guilty),
+        tuple(s.heartbeat.rank for s in blamed),
         ", ".join(hosts),
-        beat.at,
+        at,
         step,
         round(seconds, 3),
         f"{who} {where} {what}; {_waiting(others, waits) or nobody}",
     )
 
 
-def _waiting(others: Iterable[Seen], waits: Collection[str]) -> str:
-    """Where the others are, those at one place together."""
+def _waiting(others: Iterable[Heartbeat], waits: Collection[str]) -> str:
+    """Describe where the other ranks are, grouped by place."""
     parts = []
-    by_place = sorted(others, key=lambda s: (s.beat.at, s.beat.rank))
-    for at, group in groupby(by_place, key=lambda s: s.beat.at):
-        ranks = [s.beat.rank for s in group]
+    by_place = sorted(others, key=lambda b: (b.at, b.rank))
+    for at, group in groupby(by_place, key=lambda b: b.at):
+        ranks = [b.rank for b in group]
         verbs = ("waits", "wait") if at in waits else ("is", "are")
-        parts.append(f"{_ranks(ranks)} {verbs[len(ranks) > 1]} in {at}")
+        parts.append(f"{_format_ranks(ranks)} {verbs[len(ranks) > 1]} in {at}")
     return ", ".join(parts)
 
 
-def _never_came(missing: list[int], stuck: list[Seen]) -> Hang:
-    seconds = min(s.beat.here for s in stuck)
-    others = _ranks([s.beat.rank for s in stuck])
-    verb = "waits" if len(stuck) == 1 else "wait"
+def _never_started(missing: list[int], stuck: list[RankStatus]) -> Hang:
+    seconds = min(s.heartbeat.here for s in stuck)
+    others = _format_ranks([s.heartbeat.rank for s in stuck])
+    verb = "has" if len(stuck) == 1 else "have"
     sentence = (
-        f"{_ranks(missing)} never came; {others} {verb} since {seconds:.0f} s at {stuck[0].beat.at}"
+        f"{_format_ranks(missing)} never started; {others} {verb} waited for {seconds:.0f} s in "
+        f"{stuck[0].heartbeat.at}"
     )
     return Hang(tuple(missing), "", "startup", 0, round(seconds, 3), sentence)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    """rank 3; ranks 0 to 6 and 8."""
+def _format_ranks(ranks: Sequence[int]) -> str:
+    """Return text such as "rank 3" or "ranks 0 to 6 and 8"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    spoken = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a} to {b}" for a, b in runs]
-    shown = spoken if len(spoken) <= 6 else [*spoken[:6], f"{len(spoken) - 6} more groups"]
+    texts = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a} to {b}" for a, b in runs]
+    shown = texts if len(texts) <= 6 else [*texts[:6], f"{len(texts) - 6} more groups"]
     text = ", ".join(shown[:-1]) + " and " + shown[-1] if len(shown) > 1 else shown[0]
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
-def publish(attempt: Path, hang: Hang) -> Hang:
-    """Make it the attempt's verdict, or return the one that was published before."""
-    path, temporary = attempt / VERDICT, attempt / f".{VERDICT}.{os.getpid()}"
+def publish_hang(attempt: Path, hang: Hang) -> Hang:
+    """Write hang.json unless it exists, and return the diagnosis that it holds."""
+    path, temporary = attempt / HANG, attempt / f".{HANG}.{os.getpid()}"
     temporary.write_text(json.dumps(asdict(hang), indent=1) + "\n")
     try:
         os.link(temporary, path)  # unlike a rename it never replaces
@@ -146,20 +164,20 @@ def publish(attempt: Path, hang: Hang) -> Hang:
         temporary.unlink()
     except OSError:  # a file system without links
         os.replace(temporary, path)
-    return verdict(attempt) or hang
+    return read_hang(attempt) or hang
 
 
-def verdict(attempt: Path) -> Hang | None:
-    """What an attempt hung in, where it did."""
+def read_hang(attempt: Path) -> Hang | None:
+    """Return the hang in which an attempt ended, or None."""
     try:
-        stored = json.loads((attempt / VERDICT).read_bytes())
+        stored = json.loads((attempt / HANG).read_bytes())
         return Hang(**{**stored, "ranks": tuple(stored["ranks"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def python_stacks() -> str:
-    """Where all threads of this process are, without the lines of the source, which may lie on a
+    """Return the stacks of all threads of this process, without source lines: those may lie on a
     storage that hangs."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines: list[str] = []
@@ -174,18 +192,64 @@ def python_stacks() -> str:
     return "\n".join(lines)
 
 
-def report(hang: Hang, seen: Iterable[Seen], stacks: dict[int, str]) -> str:
-    """The whole report of a node as text; stacks: of its ranks that answered."""
+def hang_report(hang: Hang, ranks: Sequence[RankStatus], stacks: dict[int, str]) -> str:
+    """Return a node's report as text. stacks: by rank, of those that answered."""
     lines = [f"Hang: {hang.sentence}.", ""]
-    for s in seen:
-        b = s.beat
-        state = "has ended" if b.has_ended else f"in {b.at}, for {b.here:.1f} s when it beat last"
+    for s in ranks:
+        b = s.heartbeat
+        state = f"in {b.at}, for {b.here:.1f} s at its last heartbeat"
         lines.append(
-            f"rank {b.rank} (host {b.host}, process {b.pid}): step {b.step}, {state}, "
-            f"heard {s.silence:.1f} s ago"
+            f"rank {b.rank} (host {b.host}, process {b.pid}): step {b.step}, "
+            f"{'has ended' if b.has_ended else state}, {s.silence:.1f} s ago"
         )
-    for s in seen:
-        rank = s.beat.rank
+    for s in ranks:
+        rank = s.heartbeat.rank
         lines += ["", f"Python stacks of rank {rank}:"]
-        lines.append(stacks.get(rank) or "  it doesn't answer: stopped, dead, or in the kernel")
+        lines.append(stacks.get(rank) or "  no answer: it is stopped, dead, or inside the kernel")
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A slow rank. seconds, median: time per step at the place, of this rank and of all."""
+
+    rank: int
+    host: str
+    at: str
+    seconds: float
+    median: float
+    steps: int
+
+    @property
+    def sentence(self) -> str:
+        """The finding for people, without a full stop."""
+        times = f" ({self.seconds / self.median:.1f} times)" if self.median else ""
+        return (
+            f"rank {self.rank} on host {self.host} is slow: {self.seconds * 1e3:.1f} ms per step "
+            f"in {self.at}, where the median of all ranks is {self.median * 1e3:.1f} ms{times}, "
+            f"over {self.steps} steps"
+        )
+
+
+def stragglers(
+    heartbeats: Sequence[Heartbeat], factor: float, waits: Collection[str] = ()
+) -> list[Straggler]:
+    """Return the ranks that take more than `factor` times the median at some place and lose at
+    least a twentieth of a step there; the slowest first.
+
+    Of two ranks the faster one is the median: with their mean the slower would never be found.
+    """
+    running = [b for b in heartbeats if b.steps >= _LEAST_STEPS and not b.has_ended]
+    if len(running) < 2:
+        return []
+    step = median_low([sum(b.pace.values()) for b in running])
+    found = []
+    for at in OWN_WORK:
+        if at in waits:
+            continue
+        median = median_low([b.pace.get(at, 0.0) for b in running])
+        for b in running:
+            seconds = b.pace.get(at, 0.0)
+            if seconds > factor * median and seconds - median > _LEAST_SHARE * step:
+                found.append(Straggler(b.rank, b.host, at, seconds, median, b.steps))
+    return sorted(found, key=lambda s: s.median - s.seconds)

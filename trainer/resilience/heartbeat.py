@@ -1,15 +1,17 @@
-"""What a rank says of itself now and then, and where: on its node, and one file a node for the run.
+"""Heartbeats: what each rank reports about itself, in its node's memory and in the run directory.
 
-    /dev/shm/forescale-UID-HASH/        one directory a node and launch (HASH: of its first attempt)
-      rank-3.json                       a rank's beat, replaced as a whole
+    /dev/shm/forescale-UID-HASH/        one directory per node and launch (HASH: of its first
+                                        attempt and the master's port)
+      rank-3.json                       the rank's heartbeat, replaced as a whole
       rank-3.place                      its step and place at this moment, mapped into its memory
-      rank-3.stacks                     where faulthandler writes when the rank is asked (SIGUSR2)
-      over                              the node's report is written: all leave
-    attempts/0003/pulse/HOST.json       all beats of a node, with how long each has been silent
+      rank-3.stacks                     its Python stacks, written when they are requested
+      asked                             exists: all ranks write their stacks
+      over                              exists: the node's report is written, all ranks exit
+    attempts/0003/heartbeat/HOST.json   all heartbeats of a node, with the silence of each rank
 
-Invariant: a rank writes only memory of its own node, however many ranks there are; one rank a node
-writes to the run. So 2,000 nodes write 2,000 small files every `pulse.share`, and nobody reads them
-but who has a reason to.
+Invariant: a rank writes only to the memory of its own node, and one rank per node writes to the run
+directory. So 2,000 nodes write 2,000 small files every `share_interval`, and they are read only
+when something is wrong.
 """
 
 import hashlib
@@ -30,14 +32,20 @@ from forescale.errors import UserError
 from forescale.resilience.phases import PLACE
 
 ENDED = "ended"
-_OLD = 600.0  # seconds; a process that another container runs can't be seen from this one
+# Seconds until a directory counts as left behind: processes of another container can't be seen.
+_OLD = 600.0
 
 
 @dataclass(frozen=True)
-class Beat:
-    """Of one rank. began, time: seconds since the epoch at which its process began and this was
-    said; here: seconds that it has been at `at`; limit: how many are too many; quiet: for how long
-    it may say nothing; pace: seconds a step at each place, over its last `steps` steps."""
+class Heartbeat:
+    """What one rank reports about itself.
+
+    began, time: seconds since the epoch when its process began and when this was written.
+    here: seconds that it has been at the place `at`; limit: seconds after which that is a hang.
+    quiet: seconds without a heartbeat after which the rank counts as silent.
+    starting: it has not finished its first step, which may take long.
+    pace: seconds per step at each place, over the last `steps` steps.
+    """
 
     rank: int
     host: str
@@ -56,119 +64,131 @@ class Beat:
 
     @property
     def has_ended(self) -> bool:
-        """It said that it leaves: nobody may wait for it any more."""
+        """True if the rank has announced its exit: nobody waits for it any more."""
         return self.phase == ENDED
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A beat, and how many seconds ago, for the reader's patience, it was heard."""
+class RankStatus:
+    """The last heartbeat of a rank, and for how many seconds none has come since."""
 
-    beat: Beat
+    heartbeat: Heartbeat
     silence: float
 
     @property
     def is_silent(self) -> bool:
-        return not self.beat.has_ended and self.silence > self.beat.quiet
+        """True if no heartbeat has come for longer than the rank's `quiet`."""
+        return not self.heartbeat.has_ended and self.silence > self.heartbeat.quiet
 
     @property
     def is_stuck(self) -> bool:
-        """Longer at its place than ever before, by far."""
-        return not self.beat.has_ended and self.beat.here > self.beat.limit
+        """True if the rank has been at its place for longer than its `limit`."""
+        return not self.heartbeat.has_ended and self.heartbeat.here > self.heartbeat.limit
 
 
-_FIELDS = {f.name for f in fields(Beat)}
+_FIELDS = {f.name for f in fields(Heartbeat)}
 
 
-def _beat(stored: dict[str, Any]) -> Beat:
-    return Beat(**{k: v for k, v in stored.items() if k in _FIELDS})
+def _from_json(stored: dict[str, Any]) -> Heartbeat:
+    return Heartbeat(**{k: v for k, v in stored.items() if k in _FIELDS})
 
 
 def node_path(attempt: Path, port: str) -> Path:
-    """A launch's directory on each of its nodes. port: of its master; a run that was deleted and
-    begun anew has the same attempt once more."""
+    """Return the directory of a launch in a node's memory.
+
+    port: the master's. It is part of the name because a run that was deleted and started anew has
+    the same attempt path again.
+    """
     name = hashlib.sha256(f"{attempt.resolve()}:{port}".encode()).hexdigest()[:16]
     return _memory() / f"forescale-{os.getuid()}-{name}"
 
 
-class Node:
-    """The directory in which the ranks of a launch on this host meet. Raises UserError where it
-    can't be made, or belongs to somebody else."""
+class NodeDirectory:
+    """The directory in which the ranks of a launch on this host exchange heartbeats.
+
+    Raises UserError if it belongs to another user, OSError if it can't be made.
+    """
 
     def __init__(self, attempt: Path):
         self.path = node_path(attempt, os.environ.get("MASTER_PORT", ""))
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
         if self.path.is_symlink() or self.path.stat().st_uid != os.getuid():
-            raise UserError(str(self.path), "belongs to somebody else", "remove it")
+            raise UserError(str(self.path), "belongs to another user", "remove it")
 
     def _file(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.json"
 
     def stacks(self, rank: int) -> Path:
-        """Where a rank's Python stacks come when it is asked for them."""
+        """Return the file into which a rank writes its Python stacks when they are requested."""
         return self.path / f"rank-{rank}.stacks"
 
     def mirror(self, rank: int) -> mmap.mmap:
-        """Memory for the place of a rank, which others see as it changes."""
+        """Return memory for the place of a rank, which other processes can read as it changes."""
         path = self.path / f"rank-{rank}.place"
         path.write_bytes(bytes(PLACE.size))
         with open(path, "r+b") as f:
             return mmap.mmap(f.fileno(), PLACE.size)
 
-    def write(self, beat: Beat) -> None:
-        """Say it. Where there is no room for words, at least show a sign of life."""
-        path = self._file(beat.rank)
+    def write(self, heartbeat: Heartbeat) -> None:
+        """Write a heartbeat. If there is no room for it, at least touch the file."""
+        path = self._file(heartbeat.rank)
         temporary = path.with_suffix(".new")
         try:
-            temporary.write_text(json.dumps(asdict(beat)))
+            temporary.write_text(json.dumps(asdict(heartbeat)))
             os.replace(temporary, path)
         except OSError:
             with suppress(OSError):
                 os.utime(path)
 
-    def read(self) -> dict[int, tuple[Beat, int]]:
-        """By rank: its last beat, and a number that changes with every sign of life. Where the rank
-        has moved on since, or was stopped in between, its beat stands at the new place."""
+    def read(self) -> dict[int, tuple[Heartbeat, int]]:
+        """Return, by rank, the last heartbeat and a number that changes with every new one.
+
+        If the rank has moved on since, or was stopped after that, the heartbeat has the new place.
+        """
         found = {}
         for path in self.path.glob("rank-*.json"):
             with suppress(OSError, ValueError, TypeError):  # it has just been removed
-                sign = path.stat().st_mtime_ns
-                beat = _moved(_beat(json.loads(path.read_bytes())), path.with_suffix(".place"))
-                found[beat.rank] = (beat, sign)
+                changed = path.stat().st_mtime_ns
+                stored = _from_json(json.loads(path.read_bytes()))
+                heartbeat = _at_newest_place(stored, path.with_suffix(".place"))
+                found[heartbeat.rank] = (heartbeat, changed)
         return dict(sorted(found.items()))
 
-    def ask(self) -> None:
-        """Have the ranks of the node write down their stacks."""
+    def request_stacks(self) -> None:
+        """Ask the ranks of the node to write their Python stacks."""
         with suppress(OSError):
             (self.path / "asked").touch()
 
-    def is_asked(self) -> bool:
+    def stacks_are_requested(self) -> bool:
+        """Return True after `request_stacks`."""
         return (self.path / "asked").exists()
 
-    def end(self) -> None:
-        """Have all ranks of the node leave, hard."""
+    def request_exit(self) -> None:
+        """Ask all ranks of the node to exit at once."""
         with suppress(OSError):
             (self.path / "over").touch()
 
-    def is_over(self) -> bool:
+    def exit_is_requested(self) -> bool:
+        """Return True after `request_exit`."""
         return (self.path / "over").exists()
 
     def remove(self) -> None:
+        """Delete the directory."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _moved(beat: Beat, mirror: Path) -> Beat:
+def _at_newest_place(heartbeat: Heartbeat, mirror: Path) -> Heartbeat:
     with suppress(OSError, struct.error, UnicodeDecodeError):
         step, text = PLACE.unpack(mirror.read_bytes())
         at = text.rstrip(b"\0").decode()
-        if at and (step, at) != (beat.step, beat.at):
-            return replace(beat, step=step, at=at, here=0.0)
-    return beat
+        if at and (step, at) != (heartbeat.step, heartbeat.at):
+            return replace(heartbeat, step=step, at=at, here=0.0)
+    return heartbeat
 
 
-def sweep() -> None:
-    """Remove what launches of this user left behind whose processes are all gone."""
+def remove_stale() -> None:
+    """Delete this user's directories of earlier launches whose processes are all gone."""
     for path in _memory().glob(f"forescale-{os.getuid()}-*"):
         with suppress(OSError, ValueError, KeyError):
             pids = [json.loads(p.read_bytes())["pid"] for p in path.glob("rank-*.json")]
@@ -182,25 +202,30 @@ def _memory() -> Path:
     return shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
 
 
-def share(attempt: Path, host: str, seen: Iterable[Seen]) -> None:
-    """Put a node's beats where the whole run can read them. Atomic; not durable, for the next one
-    comes soon."""
-    path = attempt / "pulse" / f"{host}.json"
-    rows = [{**asdict(s.beat), "silence": round(s.silence, 3)} for s in seen]
+def write_node(attempt: Path, host: str, ranks: Iterable[RankStatus]) -> None:
+    """Write a node's heartbeats to the run directory, atomically. They are not fsynced: the next
+    ones replace them soon."""
+    path = attempt / "heartbeat" / f"{host}.json"
+    rows = [{**asdict(s.heartbeat), "silence": round(s.silence, 3)} for s in ranks]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(exist_ok=True)
     temporary.write_text(json.dumps({"host": host, "time": time.time(), "ranks": rows}))
     os.replace(temporary, path)
 
 
-def shared(attempt: Path, without: str = "", every: float = 0.0) -> list[Seen]:
-    """The beats of all nodes of an attempt but `without`, by rank. every: how often they come; what
-    is older than twice that adds to its ranks' silence, by the clocks of the two nodes."""
+def read_nodes(attempt: Path, without: str = "", every: float = 0.0) -> list[RankStatus]:
+    """Return the ranks of all nodes of an attempt, sorted by rank, leaving out the host `without`.
+
+    every: seconds between two writes of a node. What a file's age exceeds twice that is added to
+    the silence of its ranks, by the clocks of the two nodes.
+    """
     found, now = [], time.time()
-    for path in (attempt / "pulse").glob("*.json"):
+    for path in (attempt / "heartbeat").glob("*.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
             stored = json.loads(path.read_bytes())
             late = max(0.0, now - stored["time"] - 2 * every)
             if stored["host"] != without:
-                found += [Seen(_beat(row), row["silence"] + late) for row in stored["ranks"]]
-    return sorted(found, key=lambda s: s.beat.rank)
+                found += [
+                    RankStatus(_from_json(row), row["silence"] + late) for row in stored["ranks"]
+                ]
+    return sorted(found, key=lambda s: s.heartbeat.rank)

@@ -1,8 +1,8 @@
-"""Makes faults happen on one rank, each once a run, however often its step is made again.
+"""Injects faults on one rank, each once per run, even if its step is made again.
 
-Invariant: a fault is on disk before it strikes, in attempts/NNNN/faults-rank-N.jsonl, which this
-rank alone writes; what stands there in any attempt doesn't strike again. A run without faults has
-no injector.
+Invariant: a fault is recorded durably before it strikes, in attempts/NNNN/faults-rank-N.jsonl,
+which this rank alone writes; a fault recorded in any attempt doesn't strike again. A run without
+faults has no injector.
 """
 
 import errno
@@ -16,66 +16,69 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from forescale.config.faults import Fault, read
-from forescale.resilience.phases import Pulse
-from forescale.run.directory import Attempt, Rows, Run, read_rows
+from forescale.resilience.phases import PhaseTimer
+from forescale.run.directory import Attempt, Run
+from forescale.run.rows import RowWriter, read_rows
 from forescale.storage import fsync_path
 
 if TYPE_CHECKING:
     from torch import nn
 
-_SPIKE = 1000.0  # what the gradient is multiplied by
-_SLEEP, _SLEEPY_STEPS = 0.1, 20  # seconds a step, and for how many steps, of a slow rank
+_SPIKE = 1000.0  # factor on the gradient
+_SLEEP, _SLOW_STEPS = 0.1, 20  # a slow rank: seconds of sleep per step, and number of steps
 _RECORDS = "faults-rank-*.jsonl"
 
 
 class Injected(Exception):
-    """A crash that somebody asked for."""
+    """The exception of an injected crash."""
 
 
 def injector_of(
-    faults: Iterable[str], rank: int, run: Run, attempt: Attempt, pulse: Pulse
+    faults: Iterable[str], rank: int, run: Run, attempt: Attempt, phases: PhaseTimer
 ) -> "Injector | None":
-    """The injector of a rank, or None where nothing is left to happen on it. faults: without
-    problems, see faults.problems."""
+    """Return the injector of a rank, or None if no fault is left for it. faults: texts without
+    problems (see config/faults.py)."""
     struck = {row["fault"] for row in records(run)}
     left = [f for f in map(read, faults) if f.rank == rank and str(f) not in struck]
-    return Injector(left, run, attempt, pulse) if left else None
+    return Injector(left, run, attempt, phases) if left else None
 
 
 def records(run: Run) -> list[dict]:
-    """The faults that have struck a run, each with its "time" (seconds since the epoch), in the
-    order of time."""
+    """Return the faults that have struck a run in the order of time, each a row with "fault" and
+    "time" (seconds since the epoch)."""
     files = (path for a in run.attempts() for path in a.path.glob(_RECORDS))
     return sorted((row for f in files for row in read_rows(f)), key=lambda row: row["time"])
 
 
 class Injector:
-    """Hears of every place that the rank comes to (as `pulse.hook`), of every step before its
-    forward (`disturb`), of every checkpoint's file that it writes (`writing`), and of every attempt
-    that it works for (`begin`)."""
+    """The faults of one rank that are left.
 
-    def __init__(self, faults: list[Fault], run: Run, attempt: Attempt, pulse: Pulse):
-        self.run, self.attempt, self.pulse = run, attempt, pulse
+    It is called at every place the rank comes to (as the phase timer's hook), before the forward of
+    every step (`disturb`), within every checkpoint file (`writing`), and when an attempt begins.
+    """
+
+    def __init__(self, faults: list[Fault], run: Run, attempt: Attempt, phases: PhaseTimer):
+        self.run, self.attempt, self.phases = run, attempt, phases
         self._left = list(faults)
-        self._made = self._stood = pulse.step  # steps made or being made; where the pulse stood
+        self._step = self._seen_step = phases.step  # the step being made; the timer's last
         self._lock = Lock()  # checkpoints may be written by another thread
-        self._sleepy: tuple[str, int] | None = None  # a slow rank: the place, and its last step
-        self._slept = 0  # the last step that it slept in
-        pulse.hook = self._arrive
+        self._slow: tuple[str, int] | None = None  # place and last step of a slow rank
+        self._slept = 0  # the last step in which it slept
+        phases.hook = self._arrive
 
     def begin(self, attempt: Attempt, step: int) -> None:
-        """Go on in `attempt`, after `step` steps."""
-        self.attempt, self._made, self._stood = attempt, step, self.pulse.step
+        """Go on in `attempt`, which has made `step` steps so far."""
+        self.attempt, self._step, self._seen_step = attempt, step, self.phases.step
 
     def _arrive(self) -> None:
-        place = self.pulse.at
-        if self.pulse.step != self._stood:
-            self._made = self._stood = self.pulse.step
-        step = self._made + (place == "data")  # what the data is for has not begun yet
+        place = self.phases.at
+        if self.phases.step != self._seen_step:
+            self._step = self._seen_step = self.phases.step
+        step = self._step + (place == "data")  # data is read before its step begins
         for fault in self._left_at(place, step):
             self._strike(fault)
-        if self._sleepy and place == self._sleepy[0] and self._slept < step <= self._sleepy[1]:
-            self._slept = step  # once a step, however many micro-batches it has
+        if self._slow and place == self._slow[0] and self._slept < step <= self._slow[1]:
+            self._slept = step  # once per step, not per micro-batch
             time.sleep(_SLEEP)
 
     def _left_at(self, place: str, step: int) -> list[Fault]:
@@ -83,14 +86,14 @@ class Injector:
 
     def _is_due(self, fault: Fault, step: int) -> bool:
         if fault.kind in ("nan", "spike", "flip", "enospc"):
-            return False  # `disturb` and `writing` see to them
+            return False  # injected by `disturb` and `writing`
         if fault.kind == "corrupt":
             return step >= fault.step and bool(self.run.checkpoint_steps())
         return step == fault.step
 
     def disturb(self, step: int, module: "nn.Module") -> float:
-        """Called before the forward of the update that makes `step`: may flip a bit of the weights,
-        and returns what the step's loss is multiplied by on this rank before its backward."""
+        """Inject the faults of `step`, which is about to begin its forward; may flip a bit of the
+        weights. Returns the factor on this rank's loss before the backward."""
         factor = 1.0
         for fault in [f for f in self._left if f.step == step]:
             if fault.kind in ("nan", "spike", "flip"):
@@ -102,8 +105,8 @@ class Injector:
         return factor
 
     def writing(self, step: int, path: Path) -> None:
-        """Called while this rank's file of the checkpoint at `step` is being written, by the thread
-        that writes. Raises OSError where the disk is to be full."""
+        """Inject faults while this rank's file of the checkpoint at `step` is half written, in the
+        writing thread. Raises OSError for a disk that is to be full."""
         for fault in [f for f in self._left if step >= f.step]:
             if fault.kind == "enospc":
                 self._record(fault)
@@ -114,12 +117,12 @@ class Injector:
     def _record(self, fault: Fault) -> None:
         with self._lock:
             self._left.remove(fault)
-            facts = {"fault": str(fault), "time": time.time(), "at": self.pulse.at}
-            rows = Rows(self.attempt.path / _RECORDS.replace("*", str(fault.rank)))
+            facts = {"fault": str(fault), "time": time.time(), "at": self.phases.at}
+            rows = RowWriter(self.attempt.path / _RECORDS.replace("*", str(fault.rank)))
             rows.add(facts)
             rows.sync()
             fsync_path(self.attempt.path)
-            if fault.rank == 0:  # who writes the events
+            if fault.rank == 0:  # which writes the events
                 self.attempt.event("fault_injected", fault=str(fault), step=fault.step)
 
     def _strike(self, fault: Fault) -> None:
@@ -133,20 +136,20 @@ class Injector:
                 while True:
                     time.sleep(60)
             case "exit":
-                raise Injected(f"the fault {fault}, as `faults` asked for")
+                raise Injected(f"the fault {fault}, set by the key `faults`")
             case "slow":
-                self._sleepy = (fault.place, fault.step + _SLEEPY_STEPS - 1)
+                self._slow = (fault.place, fault.step + _SLOW_STEPS - 1)
             case "corrupt":
                 damage(self.run.checkpoint_path(self.run.checkpoint_steps()[-1]))
 
 
 def flip_a_weight(module: "nn.Module") -> None:
-    """Flip the lowest bit of the exponent of the first parameter's largest weight: it doubles or
-    halves, and stays a number."""
+    """Flip the lowest exponent bit of the first parameter's largest weight: the weight doubles or
+    halves and stays finite."""
     import torch
 
     first = next(module.parameters())
-    # What ZeRO stage 3 leaves of a parameter on this rank, where the parameter itself is empty.
+    # At ZeRO stage 3 the parameter itself is empty; ds_tensor is this rank's part of it.
     held = getattr(first, "ds_tensor", first).data.view(-1)
     mantissa = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}[held.dtype]
     largest = int(held.abs().argmax())
@@ -155,7 +158,7 @@ def flip_a_weight(module: "nn.Module") -> None:
 
 
 def damage(checkpoint: Path) -> Path:
-    """Flip a bit in the middle of a checkpoint's largest file, and return it."""
+    """Flip a bit in the middle of a checkpoint's largest file; return the file."""
     path = max(checkpoint.iterdir(), key=lambda p: (p.stat().st_size, p.name))
     with open(path, "r+b") as f:
         f.seek(path.stat().st_size // 2)

@@ -1,8 +1,8 @@
-"""Starts local ranks and watches them; joins where torchrun, accelerate or srun started them.
+"""Starts local ranks, waits for them and restarts them; and how a rank handles stop signals.
 
-Invariant: ranks never outlive their launcher, and restart by one policy, `after`, a pure function.
-A signal to the launcher reaches every rank as a wish: they save and end with code 75, or, when the
-time for that is over, end without.
+Invariant: ranks never outlive their launcher, and are restarted by one policy, the pure function
+`next_action`. A stop signal to the launcher reaches every rank as a stop request: the rank saves
+and exits with code 75, or exits without saving when its time is over.
 """
 
 import ctypes
@@ -20,53 +20,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from forescale.errors import DONE, INTERRUPTED, USER
+from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience import outcome
 from forescale.resilience.heartbeat import node_path
+from forescale.run.directory import Attempt, Run
 
-WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-MOST_CRASHES = 3  # in a row, without a new checkpoint
-ATTEMPT = "FORESCALE_ATTEMPT"  # the directory of the attempt that a rank is started for
-_GRACE = 120.0  # seconds that ranks have to save and end, unless `launch.grace` says otherwise
-_LATE = 5.0  # seconds after that, until the launcher ends ranks that can't do it themselves
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MAX_CRASHES = 3  # in a row without a new checkpoint
+ATTEMPT = "FORESCALE_ATTEMPT"  # environment variable: the attempt's directory, set for every rank
+_GRACE = 120.0  # default of launch.grace: seconds that ranks have to save and exit
+_LATE = 5.0  # seconds after the grace until the launcher kills ranks that didn't exit themselves
 
 
-def joined() -> bool:
-    """Whether a launcher (ours, torchrun, accelerate, srun) has started this process as a rank."""
-    # The batch script itself has SLURM_PROCID too, but it is no step.
+def started_as_rank() -> bool:
+    """Return True if a launcher (ours, torchrun, accelerate, srun) started this process as a rank.
+    Sets torch's variables from srun's."""
+    # The batch script itself has SLURM_PROCID too, but it is no job step.
     if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        _adopt_slurm()
+        names = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
+        for ours, theirs in names.items():
+            os.environ.setdefault(ours, os.environ[f"SLURM_{theirs}"])
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _adopt_slurm() -> None:
-    """srun's names in torch's words; the batch script sets MASTER_ADDR and MASTER_PORT."""
-    words = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
-    for ours, theirs in words.items():
-        os.environ.setdefault(ours, os.environ[f"SLURM_{theirs}"])
-
-
 @dataclass
-class Wish:
-    """Set by a signal, polled at every step. The first is a wish, the second is a command."""
+class StopRequest:
+    """True once a stop signal has arrived; polled at every step. A second SIGINT exits at once."""
 
     signal: int | None = None
 
-    def listen(self, grace: float = _GRACE) -> "Wish":
-        """Begin to hear. A process that is still there `grace` seconds after a wish ends with code
-        75, wherever its main thread waits."""
-        # Python calls a handler only when the main thread is back from whatever it waits in; the
-        # byte in this pipe is there at once.
-        heard, tell = os.pipe()
-        os.set_blocking(tell, False)
-        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-        threading.Thread(target=_expire, args=(heard, grace), name="grace", daemon=True).start()
-        for number in WISHES:
-            signal.signal(number, self._hear)
-        hear_wishes()
+    def listen(self, grace: float = _GRACE) -> "StopRequest":
+        """Handle stop signals from now on. `grace` seconds after the first one the process exits
+        with code 75, whatever its main thread waits for."""
+        # Python runs a handler only when the main thread returns from whatever it waits in; the
+        # byte in this pipe arrives at once.
+        received, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        threading.Thread(
+            target=_exit_after_grace, args=(received, grace), name="grace", daemon=True
+        ).start()
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+        unblock_stop_signals()
         return self
 
-    def _hear(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame) -> None:
         if self.signal is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal = number
@@ -75,41 +74,93 @@ class Wish:
         return self.signal is not None
 
 
-def _expire(heard: int, grace: float) -> None:
-    while not set(os.read(heard, 64)) & set(WISHES):
+def _exit_after_grace(received: int, grace: float) -> None:
+    while not set(os.read(received, 64)) & set(STOP_SIGNALS):
         pass
     time.sleep(grace)
     rank = os.environ.get("RANK", "0")
-    sentence = f"rank {rank} could not save and end in {grace:.0f} s; the checkpoint before stands."
-    print(f"forescale: {sentence}", file=sys.stderr, flush=True)
+    what = f"rank {rank} could not save and exit in {grace:.0f} s; the last checkpoint remains."
+    print(f"forescale: {what}", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 
-def hear_wishes() -> None:
-    """Let in what waited: a signal that met a rank while it imports its libraries could be lost,
-    for some of them catch everything."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
+def unblock_stop_signals() -> None:
+    """Deliver the stop signals that were blocked while the rank imported its libraries: some of
+    those catch everything, and a signal could be lost in them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def after(code: int, crashes: int) -> Literal["end", "give up", "restart"]:
-    """What to do when an attempt ended with `code`, the `crashes`-th crash in a row without a new
-    checkpoint (0: there was a new one, or it is none). Serves this launcher and the batch script.
+@contextmanager
+def stop_signals_handled_by(handler: Callable) -> Iterator[None]:
+    """Send stop signals to `handler` within the block; then restore the previous handlers."""
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def next_action(code: int, crashes: int) -> Literal["end", "give up", "restart"]:
+    """Return what to do after an attempt that ended with `code`. Also used by the batch script.
+
+    crashes: crashes in a row without a new checkpoint, this attempt included.
     """
     if code in (DONE, USER, INTERRUPTED):
         return "end"
-    return "give up" if crashes >= MOST_CRASHES else "restart"
+    return "give up" if crashes >= MAX_CRASHES else "restart"
+
+
+def run_attempts(run: Run, command: list[str], processes: int, grace: float = _GRACE) -> int:
+    """Start attempt after attempt until the run is complete, is interrupted, or has crashed
+    MAX_CRASHES times without a new checkpoint. Returns the exit code.
+
+    Raises UserError if another launcher has started a newer attempt of the run.
+    """
+    crashes = 0
+    while True:
+        before = set(run.checkpoint_steps())
+        attempt = run.new_attempt()
+        code = start_ranks(command, processes, attempt.path, print, grace)
+        progress = set(run.checkpoint_steps()) - before
+        crashes = 1 if progress else crashes + 1
+        action = next_action(code, crashes)
+        if action == "end":
+            if code == INTERRUPTED:
+                print("Interrupted. Give the same command again to resume.")
+            return code
+        if action == "give up":
+            print(
+                f"Gave up after {crashes} crashes without a new checkpoint. Likely cause: "
+                f"{outcome.launch_of(attempt.path)['how']}. Attempts: {attempt.path.parent}",
+                file=sys.stderr,
+            )
+            return GAVE_UP
+        _expect_no_newer_launch([a for a in run.attempts() if a.number > attempt.number])
+        time.sleep(2.0**crashes / 2)
+        print(f"Restarting (crash {crashes} of {MAX_CRASHES} without a new checkpoint).")
+
+
+def _expect_no_newer_launch(newer: list[Attempt]) -> None:
+    """Raises UserError if another launcher started one of these attempts while this one slept. An
+    attempt that began with a rollback has no launcher: the ranks of this one made it."""
+    for attempt in newer:
+        if outcome.launch_of(attempt.path):
+            what = f"another launcher has started attempt {attempt.number} meanwhile"
+            raise UserError(str(attempt.path), what, "do nothing: the newer attempt goes on")
 
 
 def start_ranks(
-    command: list[str], processes: int, attempt: Path, tell: Callable, grace: float = _GRACE
+    command: list[str], processes: int, attempt: Path, report: Callable, grace: float = _GRACE
 ) -> int:
-    """Run `command` as ranks 0 to processes - 1 of a world of their own; the code of the attempt.
+    """Run `command` as ranks 0 to processes - 1 of a world of their own; return its exit code.
 
-    Rank 0 speaks to this terminal, the others to attempt/rank-N.log. When one fails the others are
-    ended: nobody waits in a collective for the dead. grace: seconds that they have after a signal.
-    Afterwards signals mean what they did before. How it went stands in launch.json.
+    Rank 0 prints to this terminal, the others to attempt/rank-N.log. When one fails, the others are
+    stopped: no rank waits in a collective for a dead one. Signal handlers are restored at the end.
+    launch.json records start and end. grace: seconds that ranks have to save and exit after a stop
+    signal; report: prints a line.
     """
-    outcome.begin(attempt, command, processes)
+    outcome.record_start(attempt, command, processes)
     kills = outcome.kills_for_memory()
     environment = {
         **os.environ,
@@ -125,24 +176,24 @@ def start_ranks(
     # then costs a factor of seven; with a shorter spin 2.8, and nothing on a quiet machine.
     environment.setdefault("GOMP_SPINCOUNT", "10000")
     ranks: list[subprocess.Popen] = []
-    wish = Wish()
+    stop = StopRequest()
     deadline = [float("inf")]
 
     def pass_on(number: int, frame) -> None:
-        again = wish.signal is not None
-        wish.signal = number
+        again = stop.signal is not None
+        stop.signal = number
         if not again:
             deadline[0] = time.monotonic() + grace + _LATE
-            kill = " Once more kills them." if number == signal.SIGINT else ""
-            tell(f"Stopping: the ranks save and end, in at most {grace:.0f} s.{kill}")
+            kill = " A second Ctrl-C kills them." if number == signal.SIGINT else ""
+            report(f"Stopping: the ranks save and exit within {grace:.0f} s.{kill}")
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if again and number == signal.SIGINT else number)
 
-    def begin(rank: int) -> subprocess.Popen:
+    def start(rank: int) -> subprocess.Popen:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = open(attempt / f"rank-{rank}.log", "ab") if rank else None  # noqa: SIM115
-        made = subprocess.Popen(
+        started = subprocess.Popen(
             command,
             env={**environment, **own},
             stdout=log,
@@ -152,63 +203,52 @@ def start_ranks(
         )
         if log:
             log.close()
-        return made
+        return started
 
-    with heard(pass_on):
-        # A signal waits until every rank is there to get it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)
+    with stop_signals_handled_by(pass_on):
+        # A signal is held back until every rank is there to get it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            ranks += map(begin, range(processes))
-            if wish:  # it came before there was anybody to tell
+            ranks += map(start, range(processes))
+            if stop:  # it came before there was any rank
                 for started in ranks:
                     started.send_signal(signal.SIGTERM)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)
-        rank, code = _watch(ranks, attempt, lambda: time.monotonic() > deadline[0])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        rank, code = _wait(ranks, attempt, lambda: time.monotonic() > deadline[0])
     shutil.rmtree(node_path(attempt, environment["MASTER_PORT"]), ignore_errors=True)
-    # A signal that came before the rank could listen ends it there: nothing is lost by that.
-    result = INTERRUPTED if wish and code not in (DONE, USER) else code
-    how, more = outcome.how_it_ended(attempt, rank, result, outcome.kills_for_memory() > kills)
-    outcome.end(attempt, result, how, rank)
+    # A signal before the rank handled it kills the rank there: nothing is lost by that.
+    result = INTERRUPTED if stop and code not in (DONE, USER) else code
+    how, more = outcome.describe_end(attempt, rank, result, outcome.kills_for_memory() > kills)
+    outcome.record_end(attempt, result, how, rank)
     if result == USER and rank:
-        tell(_last_words(attempt / f"rank-{rank}.log"))
+        report(_last_message(attempt / f"rank-{rank}.log"))
     elif result not in (DONE, USER, INTERRUPTED):
-        tell(f"{how}; {more}")
+        report(f"{how}; {more}")
     return result
 
 
-@contextmanager
-def heard(handler: Callable) -> Iterator[None]:
-    """Wishes go to `handler` meanwhile; afterwards they mean what they did before."""
-    previous = {number: signal.signal(number, handler) for number in WISHES}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-def _watch(
+def _wait(
     ranks: list[subprocess.Popen], attempt: Path, too_late: Callable[[], bool]
 ) -> tuple[int, int]:
-    """Wait for all: (rank, code) of the one whose end explains that of the others; code 0 only if
-    all ended well."""
+    """Wait for all ranks; return (rank, code) of the one that failed first, or (0, DONE)."""
     while True:
         codes = [r.poll() for r in ranks]  # of all: any() would stop at the first that runs
         failed = {i: code for i, code in enumerate(codes) if code}
         if failed or too_late():
             patient = not set(failed.values()).isdisjoint((USER, INTERRUPTED)) and not too_late()
-            killed = _end(ranks, grace=5.0 if patient else 1.0)
+            killed = _stop(ranks, grace=5.0 if patient else 1.0)
             own = {i: r.returncode for i, r in enumerate(ranks) if r.returncode and i not in killed}
-            rank = outcome.guilty(attempt, own) if own else min(killed)
+            rank = outcome.first_failed(attempt, own) if own else min(killed)
             return rank, ranks[rank].returncode
         if None not in codes:
             return 0, DONE
         time.sleep(0.05)
 
 
-def _end(ranks: list[subprocess.Popen], grace: float) -> set[int]:
-    """Wait so long, then kill (SIGKILL ends stopped ones too); those that had to be."""
+def _stop(ranks: list[subprocess.Popen], grace: float) -> set[int]:
+    """Wait `grace` seconds, then kill the ranks that are left (SIGKILL ends suspended ones too);
+    return those."""
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(r.poll() is None for r in ranks):
         time.sleep(0.05)
@@ -220,10 +260,10 @@ def _end(ranks: list[subprocess.Popen], grace: float) -> set[int]:
     return left
 
 
-def _last_words(log: Path) -> str:
-    """What a rank said last before it ended with a user's fault."""
-    _, mark, said = log.read_text(errors="replace").rpartition("forescale: ")
-    return (mark + said).strip() if mark else f"see {log}"
+def _last_message(log: Path) -> str:
+    """Return the last message of ours in a rank's log."""
+    _, mark, text = log.read_text(errors="replace").rpartition("forescale: ")
+    return (mark + text).strip() if mark else f"see {log}"
 
 
 def _free_port() -> int:
@@ -233,16 +273,16 @@ def _free_port() -> int:
 
 
 def die_with_parent() -> None:
-    """In the new process: on Linux the kernel kills it when its parent dies, however that was.
+    """In a new process: on Linux the kernel kills it when its parent dies, for whatever reason.
 
-    Wishes stay blocked, and so wait, until the rank listens; `hear_wishes` lets them in.
+    Stop signals stay blocked, and so wait, until the rank calls `unblock_stop_signals`.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def default_processes() -> int:
-    """One rank a GPU, else one; without importing torch."""
+    """Return the number of local ranks: one per GPU, else one. Doesn't import torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))

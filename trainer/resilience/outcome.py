@@ -1,16 +1,17 @@
-"""How launches end, and the likely cause where they end badly.
+"""How launches end, and the likely cause of a failure.
 
     attempts/0003/launch.json      begun, command, host, pid, processes; ended, code, rank, how
                                    (seconds since the epoch). Written by the launcher alone
-    attempts/0003/rank-1.fault     what a rank died of, in one line, by the rank itself
+    attempts/0003/rank-1.error     one line by the rank itself: the error that ended it
 
-Invariant: a cause is what somebody saw (a rank's own exception, a hang report, a signal), never a
-guess dressed as one. Imports no torch.
+Invariant: a cause is something observed (a rank's own exception, a diagnosed hang, a signal), never
+a guess. Imports no torch.
 """
 
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -18,43 +19,66 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from forescale.errors import DONE, INTERRUPTED, USER, UserError
-from forescale.resilience.diagnosis import Hang, verdict
+from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError, storage_error
+from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
 from forescale.storage import read_json, write_json
 
 LAUNCH = "launch.json"
-_LONGEST = 500  # characters of a cause
+_LONGEST = 500  # characters of an error
 
 
-def begin(attempt: Path, command: Sequence[str], processes: int, **more: Any) -> None:
+def record_start(attempt: Path, command: Sequence[str], processes: int, **more: Any) -> None:
+    """Write launch.json when the ranks are started; `more` fields as given."""
     facts = {"begun": time.time(), "command": list(command), "host": socket.gethostname()}
     facts |= {"pid": os.getpid(), "processes": processes}
     write_json(attempt / LAUNCH, {**facts, **more})
 
 
-def end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -> None:
-    """rank: the one whose end explains that of the others."""
-    note(attempt, ended=time.time(), code=code, rank=rank, how=how, **more)
+def record_end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -> None:
+    """Add the end to launch.json. rank: the one that failed first."""
+    add_to_launch(attempt, ended=time.time(), code=code, rank=rank, how=how, **more)
 
 
-def note(attempt: Path, **more: Any) -> None:
-    """Add to what launch.json says; for the launcher alone."""
+def add_to_launch(attempt: Path, **more: Any) -> None:
+    """Add fields to launch.json; for the launcher alone."""
     write_json(attempt / LAUNCH, {**read_json(attempt / LAUNCH), **more})
 
 
 def launch_of(attempt: Path) -> dict[str, Any]:
-    """What launch.json says; empty where no launcher of ours started the attempt."""
+    """Return the content of launch.json; empty if no launcher of ours started the attempt."""
     try:
         return read_json(attempt / LAUNCH)
     except UserError:
         return {}
 
 
-def leave_word(attempt: Path, rank: int, error: BaseException) -> None:
-    """Say what a rank dies of, for its launcher to read."""
+def report_error(
+    attempt: Path | None, rank: int, error: BaseException, lost_peer: bool = False
+) -> int:
+    """Print the error that ends a rank, record it for its launcher, and return the exit code.
+
+    attempt: None under a launcher that isn't ours. lost_peer: the rank failed only because another
+    one is gone; then nothing is recorded, because that one's error is the cause.
+    """
+    if lost_peer:
+        what = f"rank {rank} has lost another rank ({str(error).splitlines()[0]})"
+        print(f"forescale: {what}; see the last lines of that rank.", file=sys.stderr)
+        return CRASHED
+    error = (storage_error(error) if isinstance(error, OSError) else None) or error
+    if attempt is not None:
+        write_error(attempt, rank, error)
+    if isinstance(error, UserError):
+        print(f"forescale: {error}", file=sys.stderr)
+        return error.code
+    traceback.print_exception(error)
+    return CRASHED
+
+
+def write_error(attempt: Path, rank: int, error: BaseException) -> None:
+    """Write the error that ends a rank for its launcher to read; never raises."""
     with suppress(OSError):
-        _fault(attempt, rank).write_text(_sentence(error)[:_LONGEST] + "\n")
+        _error_path(attempt, rank).write_text(_sentence(error)[:_LONGEST] + "\n")
 
 
 def _sentence(error: BaseException) -> str:
@@ -66,51 +90,52 @@ def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}{where}"
 
 
-def _fault(attempt: Path, rank: int) -> Path:
-    return attempt / f"rank-{rank}.fault"
+def _error_path(attempt: Path, rank: int) -> Path:
+    return attempt / f"rank-{rank}.error"
 
 
-def has_left_word(attempt: Path, rank: int) -> bool:
-    """Whether a rank said what it died of; one that only lost a peer doesn't."""
-    return _fault(attempt, rank).exists()
+def has_written_error(attempt: Path, rank: int) -> bool:
+    """Return True if a rank recorded its error; one that only lost another rank doesn't."""
+    return _error_path(attempt, rank).exists()
 
 
-def guilty(attempt: Path, codes: Mapping[int, int]) -> int:
-    """Of the ranks that ended by themselves and not well, the one whose end explains the others':
-    those that only lost a peer come last."""
+def first_failed(attempt: Path, codes: Mapping[int, int]) -> int:
+    """Return the rank whose failure caused the others', among ranks that exited with these codes:
+    a user's error first, then a signal, then a recorded error; ranks that only lost another last.
+    """
 
     def order(rank: int) -> tuple[int, int]:
         code = codes[rank]
-        reasons = (code == USER, code < 0, has_left_word(attempt, rank), code == INTERRUPTED)
+        reasons = (code == USER, code < 0, has_written_error(attempt, rank), code == INTERRUPTED)
         return next((i for i, holds in enumerate(reasons) if holds), len(reasons)), rank
 
     return min(codes, key=order)
 
 
 def hang_of(attempt: Path) -> tuple[Hang, Path] | None:
-    """What a launch hung in, and the attempt in which it did: it may have rolled back into a newer
-    one than it began with."""
+    """Return the hang that ended a launch and the attempt in which it happened: the launch may have
+    rolled back into a newer attempt than its first."""
     newer = [a.path for a in Run(attempt.parents[1]).attempts() if a.path.name > attempt.name]
-    found = ((hang, path) for path in (attempt, *newer) if (hang := verdict(path)))
+    found = ((hang, path) for path in (attempt, *newer) if (hang := read_hang(path)))
     return next(found, None)
 
 
-def how_it_ended(attempt: Path, rank: int, code: int, killed_for_memory: bool) -> tuple[str, str]:
-    """The likely cause of an attempt's end, `code` of `rank` being the first that failed: one
-    sentence without a full stop; and where there is more to read of it."""
+def describe_end(attempt: Path, rank: int, code: int, killed_for_memory: bool) -> tuple[str, str]:
+    """Return the likely cause of an attempt's end as a sentence without a full stop, and where to
+    read more. rank, code: of the rank that failed first."""
     if code in (DONE, INTERRUPTED):
         return "done" if code == DONE else "interrupted", ""
     if found := hang_of(attempt):
         return found[0].sentence, f"see {found[1]}/hang-*.txt"
     more = f"see {attempt / f'rank-{rank}.log'}" if rank else "its message is above"
     with suppress(OSError):
-        said = _fault(attempt, rank).read_text(errors="replace").strip()
-        if said:
-            return said if code == USER else f"rank {rank} ended with {said}", more
-    return f"rank {rank} ended with {_spoken(code, killed_for_memory)}", more
+        error = _error_path(attempt, rank).read_text(errors="replace").strip()
+        if error:
+            return error if code == USER else f"rank {rank} ended with {error}", more
+    return f"rank {rank} ended with {_describe_code(code, killed_for_memory)}", more
 
 
-def _spoken(code: int, killed_for_memory: bool) -> str:
+def _describe_code(code: int, killed_for_memory: bool) -> str:
     if code >= 0:
         return f"code {code}"
     name = signal.Signals(-code).name
@@ -118,11 +143,11 @@ def _spoken(code: int, killed_for_memory: bool) -> str:
         return name
     if killed_for_memory:
         return f"{name}: memory ran out, and the kernel killed it"
-    return f"{name} (the kernel kills so when memory runs out)"
+    return f"{name} (the kernel sends it when memory runs out)"
 
 
 def kills_for_memory() -> int:
-    """How often this machine's kernel has killed a process because memory ran out."""
+    """Return how many processes this machine's kernel has killed because memory ran out."""
     with suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

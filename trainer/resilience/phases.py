@@ -1,7 +1,7 @@
-"""Where the time goes: every second of a rank's life falls in one phase, and at one place in it.
+"""Measures where a rank's time goes: every second falls in one phase, and at one place within it.
 
 Invariant: phases don't nest, so their seconds add up to the wall clock. Only the training thread
-changes a pulse; others may read it at any time (forescale.resilience.watchdog).
+changes a phase timer; other threads may read it at any time (see resilience/reporter.py).
 """
 
 import struct
@@ -15,14 +15,16 @@ T = TypeVar("T")
 PLACE = struct.Struct("<q24s")  # step, and place in ASCII
 
 
-class Pulse:
-    """Seconds by phase since the last `take`; `began` is a time.monotonic().
+class PhaseTimer:
+    """Seconds by phase since the last `take`.
 
-    `step` is the one being made, `at` a finer place inside the phase, `since` when the rank came
-    there. `spent` and `longest` are the seconds at each place that it has left, in all and in one
-    visit, the latter without start-up and the `first` step, which compiles. `mirror`, if there is
-    one, is memory that others see too: step and place stand there (PLACE), for whoever finds this
-    process stopped. `hook`, if there is one, is called at every change, in the training thread.
+    step: the step being made; at: the place inside the phase; since: when the rank came there.
+    spent, longest: seconds at each place that the rank has left, in all and in the longest visit;
+    `longest` leaves out start-up and the `first` step, which compiles.
+    mirror: None, or memory that other processes map too; step and place are written there (PLACE),
+    so that they can be read when this process is stopped.
+    hook: None, or a function that the training thread calls at every change.
+    began and since are values of time.monotonic().
     """
 
     def __init__(self, phase: str, began: float | None = None):
@@ -37,18 +39,18 @@ class Pulse:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def enter(self, phase: str) -> str:
-        """Begin a phase; returns the one that ends."""
+        """Begin a phase and return the one that it ends."""
         now = time.monotonic()
         self._seconds[self.phase] += now - self._counted
         self._counted, previous, self.phase = now, self.phase, phase
-        self._come(phase, now)
+        self._move(phase, now)
         return previous
 
     def mark(self, at: str) -> None:
-        """Say where inside the phase the rank is, such as "forward" inside "compute"."""
-        self._come(at, time.monotonic())
+        """Set the place inside the phase, such as "forward" inside "compute"."""
+        self._move(at, time.monotonic())
 
-    def _come(self, at: str, now: float) -> None:
+    def _move(self, at: str, now: float) -> None:
         left, visit = self.at, now - self.since
         self.spent[left] = self.spent.get(left, 0.0) + visit
         if self.step != self.first:
@@ -56,7 +58,8 @@ class Pulse:
                 self.first = self.step
             elif visit > self.longest.get(left, -1.0):
                 self.longest[left] = visit
-        self.since = now  # first: who reads between the two must not see an old visit as this one's
+        # `since` first: a reader between the two lines must not take an old visit for the new one.
+        self.since = now
         self.at = at
         if self.mirror is not None:
             PLACE.pack_into(self.mirror, 0, self.step, at.encode())
@@ -65,6 +68,7 @@ class Pulse:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Count the block as `phase`, then return to the phase before."""
         previous = self.enter(phase)
         try:
             yield
@@ -72,7 +76,7 @@ class Pulse:
             self.enter(previous)
 
     def each(self, phase: str, items: Iterable[T]) -> Iterator[T]:
-        """The items, with the time that they take to come counted as `phase`."""
+        """Yield the items, and count the time spent waiting for each as `phase`."""
         iterator = iter(items)
         while True:
             with self(phase):
@@ -82,7 +86,7 @@ class Pulse:
             yield item
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
+        """Return the seconds by phase since the last call."""
         now = time.monotonic()
         self._seconds[self.phase] += now - self._counted
         self._counted = now

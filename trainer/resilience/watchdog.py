@@ -1,11 +1,13 @@
-"""The watchdog: of a node's ranks the lowest that answers looks for one that the others wait for.
+"""The watchdog: finds ranks that hang, reports them and ends the launch; reports slow ranks too.
 
-    somebody is stuck or silent  -> the verdict, the report, and this node's ranks end
-    every `pulse.share`          -> the node's beats to the run; has another node found something?
-    rank 0, now and then         -> who is slow?
+    a rank is stuck or silent    -> diagnose, publish, report, and end this node's ranks
+    every share_interval         -> write the node's heartbeats to the run directory; read whether
+                                    another node has published a diagnosis
+    rank 0, now and then         -> look for slow ranks
 
-Invariant: it has a thread of its own, for all of this needs the run's storage, which may be what
-hangs. Where it doesn't come back from there in time, the heart ends the rank without a report.
+The lowest answering rank of each node does this. Invariant: it has a thread of its own, because all
+of this needs the run's storage, which may be what hangs. If the thread doesn't come back from there
+in time, the heartbeat reporter ends the rank without a report.
 """
 
 import os
@@ -21,152 +23,164 @@ from pathlib import Path
 
 import psutil
 
-from forescale.config.runtime import PulseConfig
+from forescale.config.runtime import HeartbeatConfig
 from forescale.errors import CRASHED
-from forescale.resilience.diagnosis import Hang, diagnose, publish, python_stacks, report, verdict
-from forescale.resilience.heartbeat import Node, Seen, share, shared
-from forescale.resilience.stragglers import stragglers
+from forescale.resilience.diagnosis import (
+    Hang,
+    diagnose,
+    hang_report,
+    publish_hang,
+    python_stacks,
+    read_hang,
+    stragglers,
+)
+from forescale.resilience.heartbeat import NodeDirectory, RankStatus, read_nodes, write_node
 from forescale.run.directory import Attempt
 
-_AGAIN = 300.0  # seconds until a slow rank is told of once more
-_TURNS = 30  # nodes that get a turn of their own; those beyond share one
-_ANSWER = 1.0  # seconds, and two beats, that ranks have to show their stacks
+_AGAIN = 300.0  # seconds until a slow rank is reported once more
+_TURNS = 30  # nodes that get a turn of their own; all later nodes share one
+_ANSWER = 1.0  # seconds, besides two heartbeats, that ranks get to write their stacks
 
 
 class Watchdog:
-    """Of one rank. `attempt` may be set anew, when the launch goes on in another one."""
+    """The watchdog of one rank. `attempt` is replaced when the launch goes on in another one."""
 
     def __init__(
         self,
-        node: Node,
+        node: NodeDirectory,
         attempt: Attempt,
         rank: int,
         world_size: int,
-        settings: PulseConfig,
+        settings: HeartbeatConfig,
         waits: Collection[str],
         leave: Callable[[int], None],
     ):
         self.node, self.attempt, self.rank, self.world_size = node, attempt, rank, world_size
         self.host, self.waits, self.leave = socket.gethostname(), waits, leave
-        lengths = (settings.beat, settings.share, settings.patience)
-        self.beat, self.share, self.patience = (d.seconds or 0.0 for d in lengths)
+        self.interval, self.share_interval = settings.interval, settings.share_interval
+        self.patience = settings.patience.seconds or 0.0
         self.factor = settings.straggler
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._seen: list[Seen] = []
+        self._ranks: list[RankStatus] = []
+        # Seconds since a rank became suspect, and since this thread last came back from storage.
         self._suspected = self._waited = 0.0
         self._next_share = self._next_look = 0.0
-        self._told: dict[tuple[int, str], float] = {}
+        self._reported: dict[tuple[int, str], float] = {}
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
+        """Stop the thread."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
-    def is_lost(self, seen: list[Seen], lived: float) -> bool:
-        """Hear of the node's ranks, `lived` seconds after the last time. True where this rank has
-        to act, and its watchdog hasn't come back from the storage in time."""
-        self._seen = seen
-        suspects = any(s.is_silent or s.is_stuck for s in seen)
-        self._suspected = self._suspected + lived if suspects else 0.0
-        self._waited += lived
+    def is_stuck_on_storage(self, ranks: list[RankStatus], elapsed: float) -> bool:
+        """Take in the node's ranks, `elapsed` seconds after the last call. Returns True if there is
+        a hang to report and the watchdog's thread hasn't come back from the storage in time."""
+        self._ranks = ranks
+        suspects = any(s.is_silent or s.is_stuck for s in ranks)
+        self._suspected = self._suspected + elapsed if suspects else 0.0
+        self._waited += elapsed
         if not suspects or self._waited <= self.patience + _ANSWER:
             return False
-        if hang := diagnose(seen, len(seen), self.waits):
+        if hang := diagnose(ranks, len(ranks), self.waits):
             what = f"{hang.sentence}; and the run's storage doesn't answer"
             print(f"forescale: hang: {what}.", file=sys.stderr, flush=True)
         return hang is not None
 
     def _run(self) -> None:
-        while not self._stopped.wait(self.beat):
+        while not self._stopped.wait(self.interval):
             self._waited = 0.0
             try:
-                self._look(self._seen)
-            except Exception:  # it must go on: it is why nobody waits for ever
+                self._look(self._ranks)
+            except Exception:  # it must go on: without it a hang would last for ever
                 traceback.print_exc()
         self._waited = float("-inf")
 
-    def _look(self, seen: list[Seen]) -> None:
-        answering = [s.beat.rank for s in seen if not s.is_silent and not s.beat.has_ended]
+    def _look(self, ranks: list[RankStatus]) -> None:
+        running = [s for s in ranks if not s.heartbeat.has_ended]
+        answering = [s.heartbeat.rank for s in running if not s.is_silent]
         if self.rank == min(answering, default=-1):
-            self._lead(seen)
-        if self.rank == 0 and seen:
-            self._find_stragglers(seen)
+            self._watch_node(ranks)
+        if self.rank == 0 and ranks:
+            self._find_stragglers(ranks)
 
-    def _lead(self, seen: list[Seen]) -> None:
-        """What one rank does for its node."""
+    def _watch_node(self, ranks: list[RankStatus]) -> None:
+        """Do what one rank does for its node."""
         now = time.monotonic()
         suspected, due = self._suspected, now >= self._next_share
-        if (suspected or due) and (hang := verdict(self.attempt.path)):
-            return self._end(hang, seen)
+        if (suspected or due) and (hang := read_hang(self.attempt.path)):
+            return self._end(hang, ranks)
         if due:
-            self._next_share = now + self.share
-            with suppress(OSError):  # a full disk hurts whoever must write, not this
-                share(self.attempt.path, self.host, seen)
-        if suspected and (hang := self._judge(seen)):
-            self._end(publish(self.attempt.path, hang), seen)
+            self._next_share = now + self.share_interval
+            with suppress(OSError):  # training itself reports a full disk
+                write_node(self.attempt.path, self.host, ranks)
+        if suspected and (hang := self._diagnose(ranks)):
+            self._end(publish_hang(self.attempt.path, hang), ranks)
 
-    def _judge(self, seen: list[Seen]) -> Hang | None:
-        if len(seen) >= self.world_size or any(s.is_silent for s in seen):
-            return diagnose(seen, self.world_size, self.waits)
-        # Other nodes are there. The first node speaks first, and the others one after the other, so
-        # that not all read everything.
-        first = min(s.beat.rank for s in seen)
-        turn = 3 + min(first // len(seen), _TURNS) if first else 0
-        if self._suspected < turn * self.share:
+    def _diagnose(self, ranks: list[RankStatus]) -> Hang | None:
+        if len(ranks) >= self.world_size or any(s.is_silent for s in ranks):
+            return diagnose(ranks, self.world_size, self.waits)
+        # There are other nodes. The first node diagnoses first, the others one after the other, so
+        # that not all nodes read all heartbeats.
+        first = min(s.heartbeat.rank for s in ranks)
+        turn = 3 + min(first // len(ranks), _TURNS) if first else 0
+        if self._suspected < turn * self.share_interval:
             return None
-        others = shared(self.attempt.path, without=self.host, every=self.share)
-        return diagnose([*seen, *others], self.world_size, self.waits)
+        others = read_nodes(self.attempt.path, without=self.host, every=self.share_interval)
+        return diagnose([*ranks, *others], self.world_size, self.waits)
 
-    def _end(self, hang: Hang, seen: list[Seen]) -> None:
-        """Report, and end this node's ranks, hard: none of them could leave by itself."""
-        self._waited = 0.0  # the storage has just answered, and has its time for the report too
+    def _end(self, hang: Hang, ranks: list[RankStatus]) -> None:
+        """Report the hang, and end this node's ranks at once: none of them can leave by itself."""
+        self._waited = 0.0  # the storage has just answered; the report gets the full time again
         print(f"forescale: hang: {hang.sentence}.", file=sys.stderr, flush=True)
         with suppress(OSError):
             if self.rank == 0:
                 self.attempt.event("hang", **vars(hang))
-            stacks = self._collect(seen)
+            stacks = self._collect_stacks(ranks)
             path = self.attempt.path / f"hang-{self.host}.txt"
-            path.write_text(report(hang, seen, stacks))
-            silent = [str(s.beat.rank) for s in seen if s.beat.rank not in stacks]
+            path.write_text(hang_report(hang, ranks, stacks))
+            silent = [str(s.heartbeat.rank) for s in ranks if s.heartbeat.rank not in stacks]
             but = f" (but for rank {', '.join(silent)}: no answer)" if silent else ""
             print(f"forescale: Python stacks{but}: {path}", file=sys.stderr, flush=True)
-        self.node.end()
+        self.node.request_exit()
         self.leave(CRASHED)
 
-    def _collect(self, seen: list[Seen]) -> dict[int, str]:
-        """Ask the ranks of this node for their stacks; those that answer in time. Those whose heart
-        doesn't beat are asked by a signal too."""
-        others = [s for s in seen if not s.beat.has_ended and s.beat.rank != self.rank]
-        asked = {s.beat.rank: self.node.stacks(s.beat.rank) for s in others}
-        before = {rank: _size(path) for rank, path in asked.items()}
-        self.node.ask()
+    def _collect_stacks(self, ranks: list[RankStatus]) -> dict[int, str]:
+        """Request the stacks of this node's ranks, and return those that come in time. Ranks
+        without heartbeats get a signal as well."""
+        others = [s for s in ranks if not s.heartbeat.has_ended and s.heartbeat.rank != self.rank]
+        files = {s.heartbeat.rank: self.node.stacks(s.heartbeat.rank) for s in others}
+        before = {rank: _size(path) for rank, path in files.items()}
+        self.node.request_stacks()
         for s in others:
             with suppress(OSError, psutil.Error):
-                # A rank that is gone may have left its number to a stranger.
-                if s.is_silent and psutil.Process(s.beat.pid).create_time() <= s.beat.time:
-                    os.kill(s.beat.pid, signal.SIGUSR2)
-        time.sleep(_ANSWER + 2 * self.beat if others else 0.0)
+                # The process id of a rank that is gone may belong to another process by now.
+                process = psutil.Process(s.heartbeat.pid)
+                if s.is_silent and process.create_time() <= s.heartbeat.time:
+                    os.kill(s.heartbeat.pid, signal.SIGUSR2)
+        time.sleep(_ANSWER + 2 * self.interval if others else 0.0)
         found = {self.rank: python_stacks().rstrip()}
-        for rank, path in asked.items():
+        for rank, path in files.items():
             with suppress(OSError):
                 if text := path.read_bytes()[before[rank] :].decode(errors="replace"):
                     found[rank] = text.rstrip()
         return found
 
-    def _find_stragglers(self, seen: list[Seen]) -> None:
+    def _find_stragglers(self, ranks: list[RankStatus]) -> None:
         now = time.monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + 3 * self.share
-        if len(seen) < self.world_size:
-            seen = [*seen, *shared(self.attempt.path, without=self.host)]
-        for slow in stragglers([s.beat for s in seen], self.factor, self.waits):
-            if now - self._told.get((slow.rank, slow.at), -_AGAIN) >= _AGAIN:
-                self._told[slow.rank, slow.at] = now
+        self._next_look = now + 3 * self.share_interval
+        if len(ranks) < self.world_size:
+            ranks = [*ranks, *read_nodes(self.attempt.path, without=self.host)]
+        for slow in stragglers([s.heartbeat for s in ranks], self.factor, self.waits):
+            if now - self._reported.get((slow.rank, slow.at), -_AGAIN) >= _AGAIN:
+                self._reported[slow.rank, slow.at] = now
                 self.attempt.event("straggler", **vars(slow))
                 print(f"Note: {slow.sentence}.", flush=True)
 

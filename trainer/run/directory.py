@@ -1,56 +1,53 @@
-"""The run directory: its names, its attempts and their lineage. The only file that knows them.
+"""The run directory: its names, its attempts and their lineage. No other file knows these names.
 
     runs/<name>/
       config.yaml  run.json         the frozen config; identity (versions, data)
-      tokenizer.json                a copy of the dataset's, so that a run explains itself
+      tokenizer.json                a copy of the dataset's, so that the run can be used without it
       metrics.jsonl  events.jsonl   links to the newest attempt's
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
 
-Invariant: an attempt writes only inside its own directory, and one process writes a file. So an old
-attempt that wakes up while a newer one runs can't damage it; whether a checkpoint counts is judged
-by lineage, when it is loaded.
+Invariant: an attempt writes only inside its own directory, and a file has one writing process. So
+an old attempt that wakes up while a newer one runs can't damage it; whether a checkpoint is
+eligible is decided by lineage, when it is loaded.
 """
 
-import json
-import math
 import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from forescale.errors import UserError
-from forescale.storage import naming, read_json, write_file, write_json
+from forescale.run.rows import Row, RowWriter, read_rows, to_json
+from forescale.storage import read_json, write_file, write_json
 
 _PREFIX = "step-"
-_NUMBERS = {"loss", "grad_norm", "loss_stderr", "bits_per_byte"}
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The checkpoint that an attempt started from; step 0 and no name where it started anew.
+    """The checkpoint that an attempt started from: step 0 and None at the beginning of a run.
 
-    skipped: samples that it passes over for good; ill: the step that the run rolled back from to
-    begin this attempt, None for any other beginning.
+    skipped: intervals [first, end) of samples that are skipped for good. rolled_back_from: the
+    anomalous step, if a rollback began this attempt.
     """
 
     step: int
     checkpoint: str | None = None
     skipped: tuple[tuple[int, int], ...] = ()
-    ill: int | None = None
+    rolled_back_from: int | None = None
 
     @classmethod
     def of(cls, stored: dict[str, Any]) -> "Parent":
-        """From JSON, which knows no tuples."""
+        """Return the parent that was stored as JSON, whose lists become tuples again."""
         return cls(**{**stored, "skipped": tuple(map(tuple, stored.get("skipped", ())))})
 
 
 class Run:
-    """One training trajectory, however many attempts it took."""
+    """One training trajectory, with all its attempts."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -63,59 +60,68 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The name of the directory."""
         return self.path.name
 
     @classmethod
     def existing(cls, target: str | Path, root: str | Path = "runs") -> "Run":
-        """The run at a path, or of a name under `root`. Raises UserError where there is none."""
+        """Return the run at a path, or the one with a name under `root`. Raises UserError if there
+        is none."""
         for path in (Path(target), Path(root) / target):
             if (path / "config.yaml").is_file():
                 return cls(path)
         names = sorted(p.parent.name for p in Path(root).glob("[!.]*/config.yaml"))
-        known = f"the runs under {root} are: {', '.join(names)}" if names else "train one first"
-        raise UserError(str(target), f"no run of this name or path (looked in {root} too)", known)
+        known = f"the runs in {root} are: {', '.join(names)}" if names else "train one first"
+        raise UserError(str(target), f"no run has this name or path (searched {root} too)", known)
 
     def checkpoint_path(self, step: int) -> Path:
+        """Return the directory of the checkpoint at `step`."""
         return self.checkpoints / f"{_PREFIX}{step:08d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the published checkpoints, oldest first, eligible or not."""
+        """Return the steps of all published checkpoints, ascending, eligible or not."""
         paths = self.checkpoints.glob(f"{_PREFIX}*") if self.checkpoints.is_dir() else []
         return sorted(int(p.name.removeprefix(_PREFIX)) for p in paths if p.is_dir())
 
     def attempts(self) -> list["Attempt"]:
-        """Oldest first."""
+        """Return all attempts, oldest first."""
         return [Attempt(path) for path in _numbered(self.path / "attempts")]
 
     def new_attempt(self) -> "Attempt":
+        """Make the directory of the next attempt."""
         return Attempt(_next(self.path / "attempts"))
 
     def jobs(self) -> list[Path]:
-        """Of every time that it was submitted, oldest first."""
+        """Return the directories of all submissions to SLURM, oldest first."""
         return _numbered(self.path / "jobs")
 
     def new_job(self) -> Path:
+        """Make the directory of the next submission."""
         return _next(self.path / "jobs")
 
+    def read_events(self, **fields: Any) -> list[Row]:
+        """Return the events of all attempts, oldest attempt first; filters as in `read_rows`."""
+        return [row for a in self.attempts() for row in read_rows(a.events.path, **fields)]
+
     def is_eligible(self, attempt: int, step: int) -> bool:
-        """Whether a checkpoint of `attempt` at `step` lies on the trajectory that goes on: no later
-        attempt started from before it."""
+        """Return True if a checkpoint of `attempt` at `step` is on the current trajectory: no later
+        attempt started before that step."""
         later = (a.parent for a in self.attempts() if a.number > attempt)
         return all(parent is None or step <= parent.step for parent in later)
 
     def skipped(self) -> tuple[tuple[int, int], ...]:
-        """Samples that some attempt has passed over for good: a checkpoint from before that
-        doesn't know of them yet."""
+        """Return all intervals of samples that some attempt skips for good. (A checkpoint that was
+        saved earlier doesn't contain them.)"""
         parents = [a.parent for a in self.attempts()]
         return tuple(interval for p in parents if p for interval in p.skipped)
 
     def rollbacks(self) -> list[int]:
-        """The ill steps that the run has rolled back from, oldest first."""
+        """Return the anomalous steps that the run has rolled back from, oldest first."""
         parents = [a.parent for a in self.attempts()]
-        return [p.ill for p in parents if p and p.ill is not None]
+        return [p.rolled_back_from for p in parents if p and p.rolled_back_from is not None]
 
     def point_to(self, attempt: "Attempt") -> None:
-        """Make metrics.jsonl and events.jsonl stand for this attempt's."""
+        """Make the run's metrics.jsonl and events.jsonl links to this attempt's."""
         for link in (self.metrics, self.events):
             temporary = link.with_name(f".{link.name}.{os.getpid()}")
             temporary.unlink(missing_ok=True)
@@ -129,7 +135,7 @@ def _numbered(root: Path) -> list[Path]:
 
 
 def _next(root: Path) -> Path:
-    """Take the next number, by an exclusive mkdir: two launches never share one."""
+    """Make the directory with the next number. mkdir is exclusive: two launches never share one."""
     root.mkdir(parents=True, exist_ok=True)
     number = max((int(path.name) for path in _numbered(root)), default=0)
     while True:
@@ -143,95 +149,44 @@ def _next(root: Path) -> Path:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One launch of all ranks. `number` is its directory's name."""
+    """One launch of all ranks, or its continuation after a rollback."""
 
     path: Path
 
     @property
     def number(self) -> int:
+        """The attempt's number, from 1; its directory's name."""
         return int(self.path.name)
 
     @cached_property
-    def metrics(self) -> "Rows":
-        return Rows(self.path / "metrics.jsonl")
+    def metrics(self) -> RowWriter:
+        """Writer of one row per step and evaluation."""
+        return RowWriter(self.path / "metrics.jsonl")
 
     @cached_property
-    def events(self) -> "Rows":
-        return Rows(self.path / "events.jsonl")
+    def events(self) -> RowWriter:
+        """Writer of events."""
+        return RowWriter(self.path / "events.jsonl")
 
     @property
     def parent(self) -> Parent | None:
-        """None for an attempt that never got as far as training."""
+        """The checkpoint it started from; None if it never began to train."""
         path = self.path / "parent.json"
         return Parent.of(read_json(path)) if path.exists() else None
 
+    def own_steps(self) -> list[Row]:
+        """Return the train rows of the steps that this attempt made itself."""
+        return read_rows(self.metrics.path, kind="train", attempt=self.number)
+
     def event(self, kind: str, **facts: Any) -> None:
-        """Record that something happened which a reader of the run must know."""
+        """Write an event: its kind, and facts by name."""
         self.events.add({"kind": kind, "attempt": self.number, "time": time.time(), **facts})
 
     def start_from(self, parent: Parent, run: Run) -> None:
-        """Fix the parent, and begin the rows with the valid history up to its step."""
-        kept = [row for row in read_rows(run.metrics) if row.get("step", 0) <= parent.step]
-        text = "".join(_strict(row) + "\n" for row in kept if parent.step)
+        """Record the parent, and begin metrics.jsonl with the run's rows up to its step."""
+        kept = read_rows(run.metrics, until=parent.step) if parent.step else []
+        text = "".join(to_json(row) + "\n" for row in kept)
         write_file(self.metrics.path, text.encode())
         self.events.path.touch()
         write_json(self.path / "parent.json", vars(parent))
         run.point_to(self)
-
-
-class Rows:
-    """A JSONL file with one writer, of which several threads may add. Each row is one write of a
-    whole line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._file: Any = None
-        self._lock = Lock()
-
-    def add(self, row: dict[str, Any]) -> None:
-        line = (_strict(row) + "\n").encode()
-        with self._lock, naming(self.path):
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            while line:  # a disk that fills up takes a part of it, and then none
-                line = line[self._file.write(line) :]
-
-    def sync(self) -> None:
-        """Make what was added durable, against a machine that goes down."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-
-def _strict(row: dict[str, Any]) -> str:
-    """As JSON that every reader takes: it knows no NaN and no infinity, which become null (which of
-    them it was, an event says)."""
-    try:
-        return json.dumps(row, allow_nan=False)
-    except ValueError:
-        return json.dumps({k: None if _no_number(v) else v for k, v in row.items()})
-
-
-def _read(line: bytes) -> dict[str, Any]:
-    """A row, with the numbers that were none as NaN again."""
-    row = json.loads(line)
-    for name in _NUMBERS & row.keys():
-        if row[name] is None:
-            row[name] = math.nan
-    return row
-
-
-def _no_number(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none where there is no file. A last line that a kill cut short is
-    left out: the step that it was for is not in any checkpoint."""
-    if not path.exists():
-        return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = [_read(line) for line in lines if line]
-    try:
-        return rows + ([_read(last)] if last else [])
-    except json.JSONDecodeError:
-        return rows

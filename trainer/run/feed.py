@@ -1,26 +1,29 @@
-"""From a job and its opened data to the sequence of windows that it trains on.
+"""Builds the sequence of windows on which a job trains, from its config and opened data.
 
-Invariant: `feed_of` is the only place where configuration becomes an order, so a run, its audit and
-its benchmarks read the same windows.
+Invariant: only `feed_of` turns a config into a data order, so a run, its audit and its benchmarks
+read the same windows.
 """
 
 import hashlib
 from collections.abc import Sequence
 
+from forescale.config.schema import TargetConfig
+from forescale.config.target import make
 from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources
 from forescale.data.feed import Feed
-from forescale.data.mixture import Interval, Mixture, Stage
+from forescale.data.mixture import Interval, Mixture, MixtureStage
+from forescale.data.objective import NEXT_TOKEN, Objective
 from forescale.data.order import Order
 from forescale.data.packing_table import Bins, open_bins
-from forescale.data.sources import Sources
 from forescale.errors import UserError
 
-_MANY_EPOCHS = 4  # repeating up to so often is nearly as good as new (Muennighoff et al. 2023)
+_MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 
 
 def feed_of(job: TrainJob, sources: Sources, skipped: Sequence[Interval] = ()) -> Feed:
-    """The training feed of a settled job. Raises UserError where a source holds no window, or the
-    run would read one more often than data.max_epochs says."""
+    """Return the training feed of a settled job. Raises UserError if a source has no window, or the
+    run would read it more often than data.max_epochs allows."""
     bins = _bins(job, sources) if job.data.packing == "best_fit" else {}
     mixture = _mixture(job, sources, bins)
     _check_epochs(job, mixture)
@@ -32,17 +35,29 @@ def feed_of(job: TrainJob, sources: Sources, skipped: Sequence[Interval] = ()) -
         substitute=job.data.damaged == "substitute",
         documents=job.data.document_mask,
         bins=bins,
+        objective=objective_of(job, sources.vocab_size),
         seed=job.train.seed,
     )
 
 
+def objective_of(job: TrainJob, vocab_size: int) -> Objective:
+    """The objective of a job, made. Raises UserError if a class of the user's own can't be made."""
+    config = job.objective
+    if config.is_next_token:
+        return NEXT_TOKEN
+    target = TargetConfig(config.class_name, config.arguments)
+    length = job.train.sequence_length
+    offered = {"seed": job.train.seed, "vocab_size": vocab_size, "sequence_length": length}
+    return make("objective", target, **offered)
+
+
 def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:
-    """How often the whole run reads each source, without skips."""
+    """Return how often the whole run reads each source, without skipped samples."""
     return feed.mixture.epochs(job.total_steps * job.train.global_batch)
 
 
 def notes(job: TrainJob, feed: Feed) -> list[str]:
-    """What a user should know of the data although nothing is wrong, a sentence each."""
+    """Return what a user should know about the data although nothing is wrong, a sentence each."""
     return [
         f"{name if len(feed.names) > 1 else 'The data'} is read {times:.1f} times; more than "
         f"{_MANY_EPOCHS} times teaches little that is new."
@@ -52,7 +67,7 @@ def notes(job: TrainJob, feed: Feed) -> list[str]:
 
 
 def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
-    """The packing tables of each source, made where the cache hasn't got them."""
+    """Return the packing tables of each source; those missing from the cache are made."""
     length, cache = job.train.sequence_length, job.data.cache_directory
     return {
         name: open_bins(split, length, sources.datasets[name].identity, cache)
@@ -76,14 +91,14 @@ def _mixture(job: TrainJob, sources: Sources, bins: dict[str, Bins]) -> Mixture:
     ]
     shares = [weights, *(stage["weights"] for stage in job.data.stages)]
     stages = [
-        Stage.of(first, [share.get(name, 0) for name in orders])
+        MixtureStage.of(first, [share.get(name, 0) for name in orders])
         for first, share in zip(firsts, shares, strict=True)
     ]
     return Mixture(orders, stages, seed)
 
 
 def _own_seed(seed: int, name: str) -> int:
-    """Sources must not come in lockstep, even two of the same shards."""
+    """Return a source's own seed: two sources with the same shards must not run in lockstep."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -94,6 +109,6 @@ def _check_epochs(job: TrainJob, mixture: Mixture) -> None:
         if times[name] > limit:
             raise UserError(
                 f"data.max_epochs.{name}",
-                f"the run reads {name} {times[name]:.2f} times where {limit:g} is the most",
-                "train shorter, give it less weight, or raise the limit",
+                f"the run reads {name} {times[name]:.2f} times; the limit is {limit:g}",
+                "train shorter, lower its weight, or raise the limit",
             )

@@ -1,8 +1,9 @@
-"""From a typed job to a run directory: settle what the data decides, freeze, or compare and go on.
+"""Turns a job into a run directory: resolves values from the data, and freezes the config or
+compares it with the frozen one.
 
-Invariant: a run directory belongs to one frozen config and one dataset. What would change its
-trajectory is refused with the list; what costs the last bits is told; the rest is taken. Imports no
-torch, so that a refusal comes in a second.
+Invariant: a run directory belongs to one frozen config and one dataset. Changes of the trajectory
+are refused with the list; all other changes are frozen before ranks start. (Ranks write an event
+for each change that ends bit-exactness.) Imports no torch, so that a refusal comes in a second.
 """
 
 import platform
@@ -15,15 +16,14 @@ from forescale.config.data import ONLY
 from forescale.config.frozen import freeze, may_resume, thaw
 from forescale.config.schema import leaves, plain
 from forescale.config.train import CorpusConfig, DataConfig, TrainJob
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import prepare_embedded
 from forescale.data.progress import console
-from forescale.data.sources import Sources
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of
-from forescale.run.forecast import band_of
+from forescale.run.forecast import prediction_interval_of
 from forescale.storage import read_json, staged, write_file, write_json
 
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
@@ -31,7 +31,7 @@ PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizer
 
 @dataclass(frozen=True)
 class Start:
-    """A run that is ready to be trained: its job as it holds from now on."""
+    """A run that is ready to be trained, with its job as frozen and its opened data."""
 
     run: Run
     job: TrainJob
@@ -39,18 +39,18 @@ class Start:
 
 
 def start(job: TrainJob, again: bool = False) -> Start:
-    """Prepare the data, then open or make the run directory of `job`. again: this command has
-    started it before (in the launcher, on rank 0), so that `run.resume` has been obeyed.
+    """Prepare the data, then open or make the run directory of `job`.
 
-    Raises UserError where the directory belongs to another config or dataset.
+    again: this command has started the run before (in the launcher, or on rank 0), so `run.resume`
+    is not checked again. Raises UserError if the directory belongs to another config or dataset.
     """
     run = Run(job.run.directory)
     if not again:
         _check_resume(job, run)
     sources = open_sources(job.data)
     job = settle(job, sources)
-    feed_of(job, sources)  # what is wrong with the mixture is said before anything is written
-    band_of(job)  # and with the card that foretold it
+    feed_of(job, sources)  # errors of the mixture are reported before anything is written
+    prediction_interval_of(job)  # likewise for a forecast that does not fit the job
     if run.config.exists():
         _check_data(run, sources)
         old = thaw(TrainJob, run.config, trust=True)  # compared, not run: the typed job is
@@ -58,8 +58,8 @@ def start(job: TrainJob, again: bool = False) -> Start:
         if refusals:
             raise UserError(
                 str(run.path),
-                "the run was begun with another config: " + "; ".join(map(str, refusals)),
-                "take those back, or choose another run.name",
+                "the run was started with another config: " + "; ".join(map(str, refusals)),
+                "undo these changes, or choose another run.name",
             )
         if any(taken):
             write_file(run.config, freeze(job).encode())
@@ -70,7 +70,7 @@ def start(job: TrainJob, again: bool = False) -> Start:
 
 
 def open_sources(data: DataConfig) -> Sources:
-    """The datasets of a job; the embedded corpus is prepared first if it isn't there yet."""
+    """Open the datasets of a job; the embedded corpus is prepared first if it is missing."""
     if data.sources:
         opened = {name: open_dataset(path, data) for name, path in data.sources.items()}
     elif data.path:
@@ -80,19 +80,19 @@ def open_sources(data: DataConfig) -> Sources:
             path = prepare_embedded(data.cache_directory, progress, data.embedded)
         opened = {ONLY: Dataset(path)}
     sources = Sources(opened)
-    _ = sources.tokenizer  # verified now: scores and samples need it at the end of the run
+    _ = sources.tokenizer  # verified now: it is needed at the end of the run
     return sources
 
 
 def open_dataset(path: str, data: CorpusConfig) -> Dataset:
-    """The dataset in a directory or behind a URL, which is kept in the cache as it is read."""
+    """Open the dataset in a directory, or at a URL, which is cached as it is read."""
     where = path if "://" in path else Path(path).expanduser()
     return Dataset(where, data.cache_directory / "remote", data.cache_bytes)
 
 
 def settle(job: TrainJob, sources: Sources) -> TrainJob:
-    """The job with all filled in that its data decides: the model's vocabulary and longest
-    sequence, the weights of a mixture."""
+    """Return the job with the values that depend on its data: the model's vocabulary and longest
+    sequence, and the weights of a mixture."""
     if sources.is_mixture and not job.data.weights:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if not isinstance(job.model, ModelConfig):
@@ -108,7 +108,7 @@ def _check_resume(job: TrainJob, run: Run) -> None:
     if job.run.resume == "must" and not exists:
         raise UserError(str(run.path), "there is no run to resume", "check run.name and run.root")
     if job.run.resume == "never" and any(a.parent for a in run.attempts()):
-        todo = "choose another run.name, or run.resume=auto to go on with it"
+        todo = "choose another run.name, or run.resume=auto to resume it"
         raise UserError(str(run.path), "the run exists already", todo)
     if run.path.exists() and not exists and any(run.path.iterdir()):
         what = "is neither empty nor a run (no config.yaml)"
@@ -120,23 +120,23 @@ def _check_data(run: Run, sources: Sources) -> None:
     if stored["identity"] != sources.identity:
         raise UserError(
             str(run.path),
-            f"the run was begun on other data ({stored['path']}) than {sources.where}",
-            "give the data.path that it was begun on, or choose another run.name",
+            f"the run was started on other data ({stored['path']}) than {sources.where}",
+            "give its data.path, or choose another run.name",
         )
 
 
 def _data_of(run: Run) -> dict[str, str]:
-    """Where the data that a run was begun on was, and its identity."""
+    """Return the path and identity of the data on which a run was started."""
     stored = read_json(run.identity)
     try:
         return {key: stored["dataset"][key] for key in ("path", "identity")}
     except (KeyError, TypeError):
-        what = "doesn't say which data the run was begun on"
+        what = "has no path and identity of the run's data"
         raise UserError(str(run.identity), what, "restore the file from a copy") from None
 
 
 def _check_origin(job: TrainJob, sources: Sources) -> None:
-    """A branch that keeps its place in the data needs the same data."""
+    """Raises UserError if a branch that keeps its position in the data has other data."""
     origin = job.run.origin
     if origin.run is None:
         return
@@ -147,7 +147,7 @@ def _check_origin(job: TrainJob, sources: Sources) -> None:
 
 
 def _make(run: Run, job: TrainJob, sources: Sources) -> None:
-    """Publish the run directory, whole: one that a kill or a full disk cut short is no run."""
+    """Publish the run directory at once, so that a kill or a full disk leaves no partial run."""
     identity = {
         "name": run.name,
         "dataset": {
@@ -168,7 +168,7 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -181,7 +181,7 @@ def versions() -> dict[str, str]:
 def numerics(
     job: TrainJob, world_size: int, device: str, threads: int, compiled: bool
 ) -> dict[str, Any]:
-    """All that must be equal for a resumed run to repeat the uninterrupted one bit for bit."""
+    """Return all that must stay equal for a resumed run to be bit-identical to an unbroken one."""
     kinds, rules = leaves(TrainJob), plain(job.guard)
     guard = {f"guard.{k}": str(v) for k, v in rules.items()}
     return {

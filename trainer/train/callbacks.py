@@ -1,75 +1,156 @@
-"""The parts of a training loop: evaluation and checkpoints (metrics.py has the third).
+"""The callbacks of the training loop: what looks at each step (metrics.py holds one more).
 
-Invariant: a part decides from the step and the shared word alone, so every rank decides alike.
+A callback of the user's own is any class with one method, named in the config by
+`callbacks=[{_target_: mypackage.Mine, ...}]`:
+
+    __init__(**kwargs): the other keys of the mapping; `engine` (engine.step.Engine) and `folder`
+        (pathlib.Path, the attempt's directory) are added if the signature has them.
+    see(step, summary): called on every rank for every step, in order. `step` (Step) is what this
+        rank knows of the step, `summary` (engine.world.StepSummary) what all ranks know. It is
+        called one step late, so the weights may already be those of the next step. It may raise
+        train.guard.Rollback or train.guard.Halt, on all ranks alike: decide from `summary` alone.
+
+Invariant: a callback decides from the step and its summary alone, so every rank decides alike.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
-from forescale.checkpoint.writer import Position
 from forescale.config.duration import Duration
-from forescale.engine.step import Engine
-from forescale.engine.world import Word
+from forescale.engine.step import Engine, Facts
+from forescale.engine.world import StepSummary
 from forescale.run.directory import Attempt, Run
 from forescale.train.evaluate import Score
-from forescale.train.loop import Step
+from forescale.train.guard import HEALTHY, Anomaly, Decision, Halt, Rollback
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step, as this rank knows it.
+
+    position: after the step; g0: its first window; shares: its targets by source; learning_rate: as
+    a fraction of the peak; seconds: by phase, since the step before; decision: the guard's.
+    """
+
+    position: Position
+    g0: int
+    shares: dict[str, int]
+    learning_rate: float
+    facts: Facts
+    seconds: dict[str, float]
+    decision: Decision = HEALTHY
+
+    @property
+    def targets(self) -> int:
+        """Targets of the step, over all ranks."""
+        return sum(self.shares.values())
+
+
+class Callback:
+    """Looks at every step, in order, on every rank.
+
+    phase: what its time is counted as. failed: work that it does in the background has failed on
+    this rank.
+    """
+
+    phase = "logging"
+    failed = False
+
+    def is_due(self, step: int) -> bool:
+        """True if it must see `step` before the next one is made."""
+        return False
+
+    def see(self, step: Step, summary: StepSummary) -> None:
+        """Look at a step. May raise guard.Rollback or guard.Halt, on all ranks alike."""
+        raise NotImplementedError
+
+
+class Own(Callback):
+    """A callback of the user's own, which has `see` alone.
+
+    event: records why it ended the attempt, as the guard records it. rollbacks_left: with 0, a
+    rollback becomes a halt, as guard.most_rollbacks says.
+    """
+
+    def __init__(self, own: Any, event: Callable[..., None], rollbacks_left: int):
+        self._own, self._event, self._left = own, event, rollbacks_left
+
+    def see(self, step: Step, summary: StepSummary) -> None:
+        """Pass on to the user's method."""
+        try:
+            self._own.see(step, summary)
+        except Anomaly as raised:
+            anomaly = raised
+            if isinstance(raised, Rollback) and self._left <= 0:
+                what = f"{raised.reason}, and the run may not roll back any more"
+                anomaly = Halt(raised.step, what)
+            self._event(anomaly.kind, step=anomaly.step, reason=anomaly.reason)
+            raise anomaly from None
 
 
 class Every:
-    """True at every so many steps (or so much of rank 0's time), at those of `at`, and at the last
-    step."""
+    """True at every n-th step (or each time an interval of rank 0's clock has passed), at the steps
+    `at`, and at the last step."""
 
     def __init__(self, length: Duration, steps: int | None, last: int, at: Collection[int] = ()):
         self.steps, self.seconds, self.last = steps, length.seconds, last
         self._at = frozenset(at)
         self._since = 0.0
-        self._ahead: int | None = None
+        self._next: int | None = None
 
     def __call__(self, step: int) -> bool:
-        if step in (self.last, self._ahead) or step in self._at:
+        if step in (self.last, self._next) or step in self._at:
             return True
         return self.steps is not None and step % self.steps == 0
 
-    def hear(self, step: int, word: Word) -> bool:
-        """Whether `step`, with its word, is due; and look ahead by rank 0's clock."""
+    def update(self, step: int, summary: StepSummary) -> bool:
+        """True if `step` is due. With a time interval, also schedules the next due step from rank
+        0's clock."""
         due = self(step)
         if due:
-            self._since, self._ahead = word.seconds, None
-        elif self.seconds is not None and word.seconds - self._since >= self.seconds:
-            # Words come a step late: the weights are at step + 1, which was not due.
-            self._ahead = self._ahead or step + 2
+            self._since, self._next = summary.seconds, None
+        elif self.seconds is not None and summary.seconds - self._since >= self.seconds:
+            # Summaries are read one step late: step + 1 is already made, and was not due.
+            self._next = self._next or step + 2
         return due
 
 
-class Validation:
-    """Scores held-out splits; `tell` gets the step and the scores by the splits' names."""
+class Validation(Callback):
+    """Scores the held-out splits when due. `log` receives the step and the scores by the splits'
+    names."""
 
     phase = "evaluation"
-    failed = False
 
     def __init__(
         self,
         due: Every,
         score: Callable[[bool], dict[str, Score]],
-        tell: Callable[[Step, dict[str, Score]], None],
+        log: Callable[[Step, dict[str, Score]], None],
     ):
-        self.is_due, self._score, self._tell = due, score, tell
+        self._due, self._score, self._log = due, score, log
 
-    def see(self, step: Step, word: Word) -> None:
-        if self.is_due.hear(step.position.step, word):
-            whole = step.position.step == self.is_due.last
-            self._tell(step, self._score(whole))
+    def is_due(self, step: int) -> bool:
+        """True if the step is to be scored."""
+        return self._due(step)
+
+    def see(self, step: Step, summary: StepSummary) -> None:
+        """Score if due; at the last step the complete splits."""
+        if self._due.update(step.position.step, summary):
+            complete = step.position.step == self._due.last
+            self._log(step, self._score(complete))
 
 
-class Checkpoints:
-    """Saves, behind the training, and deletes what is no longer kept. The last of the parts, so
-    that whatever is said about a step is said before it is saved.
+class Checkpoints(Callback):
+    """Saves in the background, and deletes what is no longer kept. It is the last callback, so that
+    everything logged about a step is logged before the step is saved.
 
-    keep, keep_every, at (steps), keep_best: see retention.Keep; facts, background, midway: see
-    saving.Saver. `saved`: the step that was saved last, or is being saved.
+    keep, keep_every, at (steps), keep_best: see retention.Keep. facts, background, midway: see
+    saver.Saver.
     """
 
     phase = "checkpoint"
@@ -89,33 +170,40 @@ class Checkpoints:
         background: bool = True,
         midway: Callable[[int, Path], None] = lambda step, path: None,
     ):
-        self.is_due = due
         rules = Keep(keep, keep_every, keep_best, frozenset(at))
+        self._due = due
         self._saver = Saver(run, attempt, engine, facts, rules, background, midway)
         self._saved: Position | None = None
 
     @property
-    def failed(self) -> bool:
+    def failed(self) -> bool:  # type: ignore[override]
+        """True if a save in the background has failed on this rank."""
         return self._saver.failed
 
     @property
     def saved(self) -> int | None:
+        """The step that was saved last, or is being saved; None before the first save."""
         return None if self._saved is None else self._saved.step
 
-    def see(self, step: Step, word: Word) -> None:
-        if word.failed:
+    def is_due(self, step: int) -> bool:
+        """True if the step is to be saved."""
+        return self._due(step)
+
+    def see(self, step: Step, summary: StepSummary) -> None:
+        """Save if due; raise the error of a save that has failed on some rank."""
+        if summary.failed:
             self.finish()
-        if self.is_due.hear(step.position.step, word):
+        if self._due.update(step.position.step, summary):
             self._begin(step.position)
 
     def save(self, position: Position) -> None:
-        """Save now, unless it is saved or being saved; wait until it is published. Every rank
-        calls it together."""
+        """Save now, unless this position is already saved or being saved; wait until it is
+        published. Every rank calls it together."""
         self._begin(position)
         self.finish()
 
     def finish(self) -> None:
-        """Wait until what is being saved is published; raises what made it fail."""
+        """Wait until the save in progress is published; raise the error if it has failed."""
         self._saver.finish()
 
     def _begin(self, position: Position) -> None:

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from forescale.data.dataset import Split
-from forescale.data.stream import IGNORED, MicroBatch, validation_windows
+from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
+from forescale.data.stream import MicroBatch, validation_windows
+from forescale.engine.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean nats per target; loss_stderr: its standard error, windows taken as independent;
-    bits_per_byte: of the UTF-8 text that the targets stand for, end-of-text tokens paid for but of
-    no bytes, so that tokenizers compare."""
+    """The score of held-out text.
+
+    loss: mean nats per target; loss_stderr: its standard error, windows taken as independent;
+    bits_per_byte: bits per byte of the UTF-8 text that the targets stand for, which compares
+    tokenizers: an end-of-text token costs its bits and counts no bytes. targets, bytes, windows:
+    how many were scored.
+    """
 
     loss: float
     loss_stderr: float
@@ -31,7 +37,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token; only comparable under one tokenizer."""
+        """Perplexity per token; only comparable under one tokenizer."""
         return math.exp(self.loss)
 
 
@@ -44,18 +50,18 @@ def evaluate(
     micro_batch: int,
     windows: int | None = None,
     documents: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[list], list] = lambda value: [value],
+    objective: Objective = NEXT_TOKEN,
+    ranks: Ranks = ALONE,
 ) -> Score:
-    """Score a split, or `windows` of its windows, evenly spread; on several ranks all call it
-    together. Of an empty split there is nothing to score: 0 windows, and NaN.
+    """Score a split, or `windows` of its windows, evenly spread. All of `ranks` call it together.
+    An empty split gives NaN over 0 windows.
 
-    losses: of a micro-batch, the summed nats of each window, (B,); documents: keep them apart.
+    losses: returns the summed nats of each window of a micro-batch, (B,). token_bytes: bytes of
+    each token, by id. documents: attention stays within documents.
     """
     mine = []
     parts = validation_windows(
-        split, sequence_length, micro_batch, rank, world_size, windows, documents
+        split, sequence_length, micro_batch, ranks.rank, ranks.size, windows, documents, objective
     )
     for micro in parts:
         sums = losses(micro).double().cpu()
@@ -63,7 +69,7 @@ def evaluate(
         bytes_ = torch.from_numpy(token_bytes)[micro.targets.clamp(min=0)] * real
         rows = zip(sums.tolist(), real.sum(1).tolist(), bytes_.sum(1).tolist(), strict=True)
         mine += [(micro.index, i, *row) for i, row in enumerate(rows) if row[1]]
-    every = sorted(row for part in gather(mine) for row in part)
+    every = sorted(row for part in ranks.gather(mine) for row in part)
     if not every:
         return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)
     nats, targets, count = (np.array([row[k] for row in every]) for k in (2, 3, 4))
@@ -79,8 +85,8 @@ def evaluate(
 
 
 def pooled(scores: Sequence[Score]) -> Score:
-    """Of several splits together. Each split is a stratum of its own, so the variances of the
-    strata's sums add (Cochran 1977, section 5.3)."""
+    """Return the score of several splits together. Each split is a stratum, so the variances of
+    the strata's sums add (Cochran 1977, section 5.3)."""
     targets, size = sum(s.targets for s in scores), sum(s.bytes for s in scores)
     if not targets:
         return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)
@@ -96,7 +102,8 @@ def pooled(scores: Sequence[Score]) -> Score:
 
 
 def _ratio_stderr(sums: np.ndarray, counts: np.ndarray, ratio: float) -> float:
-    """Standard error of sum(sums) / sum(counts) (Cochran 1977, Sampling Techniques, eq. 2.39)."""
+    """Return the standard error of sum(sums) / sum(counts) (Cochran 1977, Sampling Techniques,
+    eq. 2.39)."""
     n = len(sums)
     if n < 2:
         return math.nan

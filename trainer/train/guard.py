@@ -1,51 +1,90 @@
-"""Is this step ill? Judged between gradient and update, from numbers that all ranks share.
+"""The guard: is a step anomalous, and what happens to its update? Decided between gradient and
+update, from numbers that all ranks share.
 
-A loss or gradient norm that is no number is ill; so is one far above the last ones, by a robust
-score: how many standard deviations it lies above the median of a window, where the median absolute
-deviation stands for them (times 1.4826, as for normal noise; Rousseeuw & Croux 1993), so that a few
-outliers in the window hide nothing. What the rules (GuardConfig) say of it is done by the loop: the
-update is dropped, or the run goes back to a checkpoint and passes over the samples, or it stops.
+A loss or gradient norm that isn't finite is anomalous. So is one far above the last ones, by a
+robust score: the number of standard deviations above the median of a window. The standard deviation
+is estimated as 1.4826 times the median absolute deviation, as for normal noise (Rousseeuw & Croux
+1993), so a few outliers in the window don't hide the next one. The rules (GuardConfig) name the
+action: the update is dropped; or the run loads an earlier checkpoint and skips the samples; or the
+run stops.
 
-Invariant: a verdict is a function of the losses and norms of the steps before, of which `state`
-holds what counts; so all ranks, and a resumed run, judge alike.
+Invariant: a decision is a function of the losses and norms of the steps before, as far as `state`
+holds them. So all ranks decide alike, a resumed run decides as the uninterrupted one would, and
+every rollback or halt is an event before it is acted on.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from forescale.config.train import GuardConfig
+from forescale.data.stream import Batch
+from forescale.engine.selfcheck import SelfCheck, fault_of
+from forescale.resilience.phases import PhaseTimer
+from forescale.run.directory import Attempt
 
 Action = Literal["apply", "note", "skip", "rollback", "halt"]
 _SPREAD = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
-_FLOOR = 0.01  # least spread, as a part of the median: what hardly moves has no spikes of a percent
+_FLOOR = 0.01  # least spread, as a part of the median: a nearly constant value has no 1 % spikes
+
+
+class Anomaly(Exception):
+    """A step that ends this attempt; raised on all ranks alike. `trusted`: the weights before the
+    step may be saved. `position`: the last good one, where the weights are; the loop sets it."""
+
+    kind = "anomaly"  # the event that records it
+
+    def __init__(self, step: int, reason: str, trusted: bool = True):
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.reason, self.trusted = step, reason, trusted
+        self.position: Any = None
+
+
+class Rollback(Anomaly):
+    """Load a checkpoint of step `newest` or before, and skip the samples of `interval` from there
+    on (None if the data are not at fault)."""
+
+    kind = "rollback"
+
+    def __init__(self, step: int, reason: str, newest: int, interval: tuple[int, int] | None):
+        super().__init__(step, reason)
+        self.newest, self.interval = newest, interval
+
+
+class Halt(Anomaly):
+    """Stop the run."""
+
+    kind = "halt"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of a step, and why if it is ill."""
+class Decision:
+    """What happens to a step's update, and the reason if the step is anomalous."""
 
     action: Action
     reason: str = ""
 
     @property
     def may_apply(self) -> bool:
+        """True if the weights are updated."""
         return self.action in ("apply", "note")
 
 
-HEALTHY = Verdict("apply")
+HEALTHY = Decision("apply")
 
 
 class Window:
-    """The last healthy values of one number."""
+    """The last healthy values of one number, at most `size`."""
 
     def __init__(self, size: int, values: Sequence[float] = ()):
         self.values: deque[float] = deque(values, maxlen=size)
 
     def score(self, value: float) -> float:
-        """Standard deviations above the median; below it, less than 0."""
+        """Return how many standard deviations `value` is above the median (negative: below)."""
         ordered = sorted(self.values)
         middle = _median(ordered)
         spread = _SPREAD * _median(sorted(abs(v - middle) for v in ordered))
@@ -58,47 +97,50 @@ def _median(ordered: Sequence[float]) -> float:
 
 
 class Guard:
-    """Judges steps by `rules`; `rollbacks`: the steps that the run has rolled back from before.
+    """Decides on each step by `rules`.
 
-    state: as `state` of a checkpoint gave it, or None at the beginning of a run.
+    rollbacks: the steps that the run has rolled back from. state: the `state` that a checkpoint
+    holds; None at the beginning of a run.
     """
 
     def __init__(
         self, rules: GuardConfig, rollbacks: Sequence[int] = (), state: dict[str, Any] | None = None
     ):
         self.rules, self.rollbacks = rules, tuple(rollbacks)
-        stored = state or {"losses": [], "norms": [], "ill_in_a_row": 0}
+        stored = state or {"losses": [], "norms": [], "anomalous_in_a_row": 0}
         self._losses = Window(rules.window, stored["losses"])
         self._norms = Window(rules.window, stored["norms"])
-        self._ill_in_a_row: int = stored["ill_in_a_row"]
+        self._anomalous_in_a_row: int = stored["anomalous_in_a_row"]
 
     @property
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: what the next verdicts depend on."""
+        """What the next decisions depend on; a checkpoint stores it."""
         return {
             "losses": list(self._losses.values),
             "norms": list(self._norms.values),
-            "ill_in_a_row": self._ill_in_a_row,
+            "anomalous_in_a_row": self._anomalous_in_a_row,
         }
 
-    def judge(self, step: int, loss: float, norm: float) -> Verdict:
-        """Of the step being made, once: its mean loss and the norm of its gradient."""
-        found = max(self._faults(loss, norm), key=lambda fault: _RANK[fault.action], default=None)
+    def judge(self, step: int, loss: float, norm: float) -> Decision:
+        """Return the decision on a step from its mean loss and gradient norm. Call it once a step,
+        in order."""
+        faults = self._faults(loss, norm)
+        found = max(faults, key=lambda fault: _SEVERITY[fault.action], default=None)
         if found is None or found.action == "note":
-            # A note is remembered as any other: a level that has changed for good becomes usual.
+            # A noted value is remembered too: a level that has changed for good becomes usual.
             self._losses.values.append(loss)
             self._norms.values.append(norm)
-            self._ill_in_a_row = 0
+            self._anomalous_in_a_row = 0
             return found or HEALTHY
-        self._ill_in_a_row += 1
-        return self._bounded(step, found)
+        self._anomalous_in_a_row += 1
+        return self._limited(step, found)
 
-    def _faults(self, loss: float, norm: float) -> Iterator[Verdict]:
+    def _faults(self, loss: float, norm: float) -> Iterator[Decision]:
         rules = self.rules
         if not math.isfinite(loss):
-            yield Verdict(rules.non_finite, "the loss is not finite")
+            yield Decision(rules.non_finite, "the loss is not finite")
         elif not math.isfinite(norm):
-            yield Verdict(rules.non_finite, "the gradient is not finite")
+            yield Decision(rules.non_finite, "the gradient is not finite")
         elif len(self._losses.values) >= rules.warmup:
             spikes = (
                 (rules.loss_spike, "loss", loss, self._losses.score(loss)),
@@ -106,44 +148,101 @@ class Guard:
             )
             for policy, name, value, score in spikes:
                 if score > rules.threshold:
-                    yield Verdict(policy, f"the {name} is {value:.4g}, {score:.1f} deviations up")
+                    how = f"{score:.1f} standard deviations above the median"
+                    yield Decision(policy, f"the {name} is {value:.4g}, {how}")
 
-    def _bounded(self, step: int, found: Verdict) -> Verdict:
+    def _limited(self, step: int, found: Decision) -> Decision:
+        """Apply the limits on anomalous steps in a row and on rollbacks."""
         rules = self.rules
-        if self._ill_in_a_row > rules.patience:
-            what = f"{found.reason}, and so were the {rules.patience} steps before"
-            return Verdict("halt", what)
+        if self._anomalous_in_a_row > rules.patience:
+            what = f"{found.reason}, and the {rules.patience} steps before were anomalous too"
+            return Decision("halt", what)
         if found.action == "rollback" and self.rollbacks:
             if step - self.rollbacks[-1] <= rules.cooldown:
-                return Verdict("skip", f"{found.reason}; soon after a rollback")
+                return Decision("skip", f"{found.reason}; the last rollback was only just before")
             if len(self.rollbacks) >= rules.most_rollbacks:
-                what = f"{found.reason}, and the run has gone back {len(self.rollbacks)} times"
-                return Verdict("halt", what)
+                what = f"{found.reason}, and the run has rolled back {len(self.rollbacks)} times"
+                return Decision("halt", what)
         return found
 
 
-_RANK: dict[str, int] = {"note": 0, "skip": 1, "rollback": 2, "halt": 3}
+_SEVERITY: dict[str, int] = {"note": 0, "skip": 1, "rollback": 2, "halt": 3}
 
 
-class Ill(Exception):
-    """A step was not made, and training doesn't go on as if nothing had been: raised on all ranks
-    alike. `position`: before that step, where the weights still are; `trusted`: they may be saved.
+class StepGuard:
+    """Acts on the decisions of one attempt, and runs the self-check when it is due. The loop and
+    the engine call begin, before_update, may_apply and end, in this order, at every step.
+
+    replay: steps between two self-checks, None for none. began: the step that the attempt begins
+    at, whose weights are trusted. has_checkpoint: True if there is a checkpoint to roll back to;
+    the same on all ranks.
     """
 
-    def __init__(self, step: int, reason: str, trusted: bool = True):
-        super().__init__(f"step {step}: {reason}")
-        self.step, self.reason, self.trusted = step, reason, trusted
-        self.position: Any = None
+    def __init__(
+        self,
+        guard: Guard,
+        check: SelfCheck,
+        replay: int | None,
+        attempt: Attempt,
+        phases: PhaseTimer,
+        began: int,
+        has_checkpoint: Callable[[], bool],
+        is_main: bool,
+    ):
+        self.guard, self.attempt, self.is_main = guard, attempt, is_main
+        self.rules, self.phases, self.decision = guard.rules, phases, HEALTHY
+        self._check, self._replay, self._has_checkpoint = check, replay, has_checkpoint
+        # The first windows of the last steps: where a rollback begins to skip.
+        self._firsts: deque[int] = deque(maxlen=self.rules.skip_before + 1)
+        self._step, self._end, self._trusted = began, 0, began
+        self._corrupt: str | None = None
 
+    def begin(self, batch: Batch) -> None:
+        """Prepare for the step over `batch`."""
+        self._step, self._end, self.decision = batch.step + 1, batch.g1, HEALTHY
+        self._firsts.append(batch.g0)
 
-class Rollback(Ill):
-    """Go back to a checkpoint of step `newest` or before, and pass over the samples of `interval`
-    (None where it isn't the data's fault)."""
+    def before_update(self, batch: Batch, losses: Tensor) -> None:
+        """Run the self-check if it is due, with the weights that the gradient was computed with."""
+        if self._replay is None or self._step % self._replay:
+            return
+        self.phases.mark("selfcheck")
+        measured = self._check.tolerance is not None
+        found = fault_of(self._check(batch, losses))
+        if not measured and self._check.tolerance:
+            self._event("selfcheck_inexact", tolerance=self._check.tolerance)
+        if found is None:
+            self._trusted = self._step - 1
+            return
+        policy = self.rules.corruption
+        self._event("silent_corruption", what=found, policy=policy, trusted=self._trusted)
+        self._corrupt = found if policy != "note" else None
 
-    def __init__(self, step: int, reason: str, newest: int, interval: tuple[int, int] | None):
-        super().__init__(step, reason)
-        self.newest, self.interval = newest, interval
+    def may_apply(self, loss: float, norm: float) -> bool:
+        """Decide, from the step's mean loss and gradient norm; True if the weights are updated."""
+        if self._corrupt:
+            self.decision = Decision(self.rules.corruption, f"silent corruption: {self._corrupt}")
+        else:
+            self.decision = self.guard.judge(self._step, loss, norm)
+        if self.decision.action == "rollback" and not self._has_checkpoint():
+            instead: Action = "halt" if self._corrupt else "skip"
+            self.decision = Decision(instead, f"{self.decision.reason}; there is no checkpoint yet")
+        if self.decision.action in ("rollback", "halt"):
+            facts = {"reason": self.decision.reason, "loss": loss, "grad_norm": norm}
+            self._event(self.decision.action, **facts)
+        return self.decision.may_apply
 
+    def end(self) -> None:
+        """Raise Rollback or Halt, on all ranks alike, if the decision says so."""
+        reason = self.decision.reason
+        if self.decision.action == "halt":
+            raise Halt(self._step, reason, trusted=not self._corrupt)
+        if self.decision.action == "rollback":
+            if self._corrupt:
+                raise Rollback(self._step, reason, self._trusted, None)
+            newest = self._step - self.rules.back
+            raise Rollback(self._step, reason, newest, (self._firsts[0], self._end))
 
-class Halt(Ill):
-    """Stop."""
+    def _event(self, kind: str, **facts: Any) -> None:
+        if self.is_main:
+            self.attempt.event(kind, step=self._step, **facts)

@@ -1,128 +1,129 @@
 """The training loop, on one screen.
 
-Invariant: whatever ranks must agree on is a field of the one word that they share a step. It is
-read one step late, so that nothing waits for it, and at once where a part is due (a save, an
-evaluation, the end), so that a part always sees the step that the weights are at.
+Invariant: all cross-rank decisions travel in one all-reduced StepSummary per step. It is read one
+step late, so that nothing waits for it; and at once when a callback is due (a save, an evaluation,
+the end), so that such a callback always sees the step that the weights are at.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
-from forescale.checkpoint.writer import Position
+from forescale.checkpoint.reader import Position
 from forescale.data.stream import Batch
-from forescale.engine.step import Engine, Facts
-from forescale.engine.world import Word
-from forescale.resilience.phases import Pulse
-from forescale.train.guard import HEALTHY, Ill, Verdict
+from forescale.engine.step import Engine
+from forescale.resilience.phases import PhaseTimer
+from forescale.train.callbacks import Callback, Step
+from forescale.train.guard import Anomaly, Decision
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step that was made. `position` is after it, `g0` its first window, `seconds` by phase since
-    the step before; `shares`: its targets by source; `learning_rate` as a fraction of the peak;
-    `verdict`: what the guard said of it."""
+class Guard(Protocol):
+    """Decides between a step's gradient and its update, on every rank alike (guard.StepGuard)."""
 
-    position: Position
-    g0: int
-    shares: dict[str, int]
-    learning_rate: float
-    facts: Facts
-    seconds: dict[str, float]
-    verdict: Verdict = HEALTHY
-
-    @property
-    def targets(self) -> int:
-        return sum(self.shares.values())
-
-
-class Part(Protocol):
-    """Something that looks at every step, in order, on every rank."""
-
-    phase: str
-    failed: bool  # something of it that goes on behind the training has failed on this rank
-
-    def is_due(self, step: int) -> bool:
-        """Whether it must see `step` before the next one is made."""
-
-    def see(self, step: Step, word: Word) -> None:
-        """Look at a step and what all ranks know of it."""
-
-
-class Watch(Protocol):
-    """Looks at a step between gradient and update, on every rank alike."""
-
-    verdict: Verdict  # of the last step
+    decision: Decision  # on the last step
 
     def begin(self, batch: Batch) -> None:
-        """Hear of the step that is made next."""
-
-    def may_apply(self, loss: float, norm: float) -> bool:
-        """Whether the weights are updated, from the step's mean loss and gradient norm."""
+        """Prepare for the next step."""
 
     def before_update(self, batch: Batch, losses: Tensor) -> None:
-        """Look at the state that the gradient was computed with."""
+        """Examine the weights that the gradient was computed with."""
+
+    def may_apply(self, loss: float, norm: float) -> bool:
+        """True if the weights are updated, given the step's mean loss and gradient norm."""
 
     def end(self) -> None:
-        """Raise guard.Rollback or guard.Halt where the step's verdict says so, on all ranks."""
+        """Raise guard.Rollback or guard.Halt if the step's decision says so, on all ranks."""
 
 
 def train(
     engine: Engine,
     batches: Iterable[Batch],
     learning_rate: Callable[[int], float],
-    parts: list[Part],
+    callbacks: Sequence[Callback],
     position: Position,
-    pulse: Pulse,
-    asked_to_stop: Callable[[], bool],
-    watch: Watch,
+    phases: PhaseTimer,
+    stop_requested: Callable[[], bool],
+    guard: Guard,
 ) -> tuple[Position, bool]:
-    """Train over `batches` from `position`; where it ended, and whether because some rank was asked
-    to stop. Where `watch` raises, all steps before are told, and Ill.position is after them."""
-    world = engine.world
-    pulse.enter("compute")  # what is between the other phases
-    made: dict[int, Step] = {}  # that the ranks have not heard of yet
+    """Train over `batches` from `position`. Return the position at the end, and True if some rank
+    was asked to stop.
 
-    def tell(behind: int) -> bool:
+    Raises Rollback or Halt if the guard or a callback does. Earlier steps are logged first;
+    `exc.position` is the last good one.
+    """
+    reporter = _Reporter(engine, callbacks, phases)
+    phases.enter("compute")  # everything outside the other phases
+    try:
+        for batch in phases.each("data", batches):
+            rate = learning_rate(batch.step)
+            phases.step = batch.step + 1
+            guard.begin(batch)
+            with phases("compute"):
+                facts = engine.train_step(batch, rate, guard.may_apply, guard.before_update)
+            guard.end()
+            position = _after(position, batch)
+            step = Step(
+                position, batch.g0, batch.shares, rate, facts, phases.take(), guard.decision
+            )
+            if reporter.report(step, batch, stop_requested()):
+                reporter.flush()
+                return position, True
+        reporter.flush()
+        return position, False
+    except Anomaly as anomaly:
+        reporter.drain()
+        anomaly.position = position
+        raise
+
+
+class _Reporter:
+    """Shares each step with all ranks, and shows it to the callbacks once its summary is read."""
+
+    def __init__(self, engine: Engine, callbacks: Sequence[Callback], phases: PhaseTimer):
+        self.world, self.callbacks, self.phases = engine.world, list(callbacks), phases
+        self._pending: dict[int, Step] = {}  # steps whose summary is not read yet
+
+    def report(self, step: Step, batch: Batch, stop: bool) -> bool:
+        """Share a step, and read the summaries that are due. Return True if some rank was asked to
+        stop."""
+        at, facts = step.position.step, step.facts
+        self._pending[at] = step
+        first, count = batch.micro[0].index, len(batch.micro) * self.world.size
+        failed = any(callback.failed for callback in self.callbacks)
+        self.world.share(
+            at, facts.losses, first, count, batch.window_hash, stop, failed, facts.extra
+        )
+        due = any(callback.is_due(at) for callback in self.callbacks)
+        return self._read(behind=0 if due else 1)
+
+    def flush(self) -> None:
+        """Read the summaries of all steps that were shared."""
+        self._read(behind=0)
+
+    def drain(self) -> None:
+        """As `flush`, after an anomaly; a further one changes nothing, because the loop ends."""
+        while self._pending:
+            with suppress(Anomaly):
+                self.flush()
+
+    def _read(self, behind: int) -> bool:
         stop = False
-        pulse.mark("word")
-        for word in world.words(behind):
-            step = made.pop(word.step)
-            for part in parts:
-                with pulse(part.phase):
-                    part.see(step, word)
-            stop |= word.stop
+        self.phases.mark("summary")
+        for summary in self.world.summaries(behind):
+            step = self._pending.pop(summary.step)
+            for i, callback in enumerate(self.callbacks):
+                try:
+                    with self.phases(callback.phase):
+                        callback.see(step, summary)
+                except Anomaly:
+                    # Steps that are already made are still logged, but nothing is saved any more.
+                    self.callbacks = self.callbacks[:i]
+                    raise
+            stop |= summary.stop
         return stop
-
-    for batch in pulse.each("data", batches):
-        rate = learning_rate(batch.step)
-        pulse.step = batch.step + 1
-        watch.begin(batch)
-        with pulse("compute"):
-            facts = engine.train_step(batch, rate, watch.may_apply, watch.before_update)
-        try:
-            watch.end()
-        except Ill as ill:
-            tell(behind=0)
-            ill.position = position
-            raise
-        position = _after(position, batch)
-        made[position.step] = Step(
-            position, batch.g0, batch.shares, rate, facts, pulse.take(), watch.verdict
-        )
-        failed = any(part.failed for part in parts)
-        first, count = batch.micro[0].index, len(batch.micro) * world.size
-        world.share(
-            position.step, facts.losses, first, count, batch.window_hash, asked_to_stop(), failed
-        )
-        due = any(part.is_due(position.step) for part in parts)
-        if tell(behind=0 if due else 1):
-            tell(behind=0)
-            return position, True
-    tell(behind=0)
-    return position, False
 
 
 def _after(position: Position, batch: Batch) -> Position:

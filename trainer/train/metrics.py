@@ -1,6 +1,6 @@
-"""What is told of a step: rows for programs, a line for people, and sinks such as wandb.
+"""What is logged of a step: rows for programs, a line for people, and numbers for trackers.
 
-Invariant: metrics.jsonl holds one `train` row a step, with all digits, whatever the sinks do.
+Invariant: metrics.jsonl holds one `train` row per step, with all digits, whatever the trackers do.
 """
 
 import math
@@ -10,74 +10,74 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from forescale.checkpoint.writer import Position
-from forescale.engine.world import Word
+from forescale.checkpoint.reader import Position
+from forescale.engine.world import StepSummary
 from forescale.run.directory import Attempt
-from forescale.run.forecast import Band, told
-from forescale.train.callbacks import Every
+from forescale.run.forecast import PredictionInterval, describe
+from forescale.train.callbacks import Callback, Every, Step
 from forescale.train.evaluate import Score
-from forescale.train.loop import Step
 
 
-class Sink(Protocol):
-    """Somebody who wants the numbers of the rows: wandb, TensorBoard."""
+class Tracker(Protocol):
+    """A tracker that receives the numbers of the rows, such as wandb or TensorBoard."""
 
-    def log(self, values: dict[str, float], step: int) -> None: ...
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Take the numbers of one row, by flat names."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Wait until everything is written."""
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What a token costs, in FLOPs (forward and backward), and what the devices can do a second.
+    """FLOPs per token (forward and backward) by three conventions, and the devices' peak.
 
-    full: attention over the square, no recomputation (PaLM, appendix B), which MFU is counted
-    with; causal: exactly what a causal model needs; six_n: 6N.
+    full: attention over the whole square, no recomputation (PaLM, appendix B); MFU uses it.
+    causal: exactly what a causal model needs. six_n: 6N. peak: FLOP/s of all devices together.
     """
 
     full: float
     causal: float
     six_n: float
-    peak: float  # FLOP/s, all devices
+    peak: float
 
 
-class Metrics:
-    """Writes the rows of this attempt and shows progress; on ranks but 0 it does nothing."""
+class Metrics(Callback):
+    """Writes the rows of this attempt and shows progress, on rank 0; on the others it does nothing.
 
-    phase = "logging"
-    failed = False
+    peak_rates: peak learning rate of each parameter group; memory: returns bytes; lost: the members
+    already reported as damaged; prediction: what the final validation loss is compared with.
+    """
 
     def __init__(
         self,
         attempt: Attempt,
         prices: Prices,
         peak_rates: dict[str, float],
-        line: "Line",
-        sinks: list[Sink],
+        line: "ProgressLine",
+        trackers: list[Tracker],
         memory: Callable[[], int],
         is_main: bool,
         lost: Iterable[tuple[str, int, str]] = (),
-        band: Band | None = None,
+        prediction: PredictionInterval | None = None,
     ):
         self.attempt, self.prices, self.peak_rates = attempt, prices, peak_rates
-        self.line, self.sinks, self.memory, self.is_main = line, sinks, memory, is_main
-        self.lost = set(lost)  # members whose damage has been told
-        self.band = band  # that the last score is measured by
+        self.line, self.trackers, self.memory, self.is_main = line, trackers, memory, is_main
+        self.lost = set(lost)
+        self.prediction = prediction
 
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def see(self, step: Step, word: Word) -> None:
+    def see(self, step: Step, summary: StepSummary) -> None:
+        """Write the step's row, its events and its line."""
         if not self.is_main:
             return
-        row = self._row(step, word)
+        row = self._row(step, summary)
         self.attempt.metrics.add(row)
-        self._tell_lost(step)
-        self._tell_ill(step, row)
-        self.line.show(row, word)
+        self._report_lost(step)
+        self._report_anomaly(step, row)
+        self.line.show(row, summary)
         self._send(row)
 
-    def _row(self, step: Step, word: Word) -> dict[str, Any]:
+    def _row(self, step: Step, summary: StepSummary) -> dict[str, Any]:
         p, tokens, seconds = step.position, step.targets, step.seconds
         busy = seconds.get("compute", 0.0) + seconds.get("data", 0.0)
         rate = tokens / busy if busy else 0.0
@@ -89,11 +89,11 @@ class Metrics:
             "g1": p.g,
             "tokens": p.tokens,
             "shares": step.shares,
-            "tokens_hash": word.tokens_hash,
+            "tokens_hash": summary.tokens_hash,
             "flops_causal": self.prices.causal * p.tokens,
             "flops_full": self.prices.full * p.tokens,
             "flops_6nd": self.prices.six_n * p.tokens,
-            "loss": sum(word.losses) / tokens,  # added in the global order of micro-batches
+            "loss": sum(summary.losses) / tokens,  # added in the global order of micro-batches
             "grad_norm": step.facts.grad_norm,
             "applied": step.facts.applied,
             "learning_rate": {k: v * step.learning_rate for k, v in self.peak_rates.items()},
@@ -102,52 +102,55 @@ class Metrics:
             "memory_bytes": self.memory(),
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
             **({"quarantined": p.quarantined} if p.quarantined else {}),
+            **{f"extra.{name}": value for name, value in summary.extra.items()},
         }
 
-    def _tell_ill(self, step: Step, row: dict[str, Any]) -> None:
-        """Say that an update was dropped, or that a step looked odd."""
-        reason = step.verdict.reason
+    def _report_anomaly(self, step: Step, row: dict[str, Any]) -> None:
+        """Report a dropped update, or a step that the guard noted."""
+        reason = step.decision.reason
         if not step.facts.applied:
-            reason = reason or "the gradient overflowed, and the loss scale is lowered"
+            reason = reason or "the gradient overflowed, so the loss scale is lowered"
             self.attempt.event("update_dropped", step=row["step"], reason=reason)
-            self.line.say(f"step {row['step']:,}: the update is dropped: {reason}")
+            self.line.print(f"step {row['step']:,}: the update was dropped: {reason}")
         elif reason:
             self.attempt.event("spike_noted", step=row["step"], reason=reason)
 
-    def _tell_lost(self, step: Step) -> None:
-        """Say which members count as damaged from this step on, once each."""
+    def _report_lost(self, step: Step) -> None:
+        """Report, once each, the members that count as damaged from this step on."""
         for source, shard, member in step.position.quarantined:
             if (source, shard, member) not in self.lost:
                 self.lost.add((source, shard, member))
                 facts = {"source": source, "shard": shard, "member": member}
                 self.attempt.event("member_quarantined", step=step.position.step, **facts)
-                self.line.say(
+                self.line.print(
                     f"Damaged: member {member or '(all)'} of shard {shard} of {source}; other "
-                    f"windows stand in for its own from step {step.position.step:,} on."
+                    f"windows replace its own from step {step.position.step:,} on."
                 )
 
-    def validated(self, step: Step, scores: dict[str, Score]) -> None:
-        """Record scores of held-out splits by their names; "validation" is all of them."""
+    def scored(self, step: Step, scores: dict[str, Score]) -> None:
+        """Log the scores of held-out splits by their names; "validation" is all of them pooled."""
         for dataset, score in scores.items() if self.is_main else ():
-            self._validated(step, dataset, score)
+            self._scored(step, dataset, score)
             if dataset == "validation" and step.position.step == self.line.total:
-                self._judge(step.position, score)
+                self._compare_with_forecast(step.position, score)
 
-    def _judge(self, position: Position, score: Score) -> None:
-        """Measure the end by what was foretold; before it no band is due."""
-        if self.band is None or not score.windows:
+    def _compare_with_forecast(self, position: Position, score: Score) -> None:
+        """Compare the final validation loss with the forecast; earlier losses have none."""
+        if self.prediction is None or not score.windows:
             return
-        facts = {"step": position.step, "tokens": position.tokens, **self.band.judge(score.loss)}
-        self.attempt.event("forecast", **facts)
-        self.line.say(told(facts))
-        if not self.band.holds(score.loss):
-            self.attempt.event("left_forecast", **facts)
-            self.line.say(f"Warning: the run left the forecast of {self.band.card}.")
+        at = {"step": position.step, "tokens": position.tokens}
+        facts = {**at, **self.prediction.compare(score.loss)}
+        self.attempt.event("forecast_scored", **facts)
+        self.line.print(describe(facts))
+        if not self.prediction.contains(score.loss):
+            self.attempt.event("forecast_missed", **facts)
+            path = self.prediction.forecast
+            self.line.print(f"Warning: the loss is outside the prediction interval of {path}.")
 
-    def _validated(self, step: Step, dataset: str, score: Score) -> None:
+    def _scored(self, step: Step, dataset: str, score: Score) -> None:
         if not score.windows:
             self.attempt.event("nothing_to_validate", step=step.position.step)
-            self.line.say(f"Nothing is scored: {dataset} holds no held-out text.")
+            self.line.print(f"No validation loss: {dataset} has no held-out text.")
             return
         row = {
             "kind": "validation",
@@ -158,22 +161,22 @@ class Metrics:
             **vars(score),
         }
         self.attempt.metrics.add(row)
-        self.line.say(
+        self.line.print(
             f"step {row['step']:,}: {dataset} loss {score.loss:.4f} ± {score.loss_stderr:.4f}, "
             f"{score.bits_per_byte:.4f} bits per byte over {score.windows:,} windows"
         )
         self._send(row)
 
     def _send(self, row: dict[str, Any]) -> None:
-        numbers = {f"{row['kind']}/{name}": v for name, v in _numbers(row)} if self.sinks else {}
-        for sink in self.sinks:
-            sink.log(numbers, step=row["step"])
+        numbers = {f"{row['kind']}/{name}": v for name, v in _numbers(row)} if self.trackers else {}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        """End the live line, and wait until the sinks have written what they hold."""
+        """End the live line, and wait until the trackers have written everything."""
         self.line.close()
-        for sink in self.sinks:
-            sink.finish()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def _numbers(row: dict[str, Any]):
@@ -184,8 +187,12 @@ def _numbers(row: dict[str, Any]):
             yield name, value
 
 
-class Line:
-    """Progress: a live line on a terminal, a plain one at intervals elsewhere."""
+class ProgressLine:
+    """The progress line: live on a terminal, else printed whenever `due`.
+
+    total: steps of the run; done: steps before this attempt; active: False on ranks that print
+    nothing.
+    """
 
     def __init__(self, due: Every, total: int, done: int, active: bool):
         self.due, self.total = due, total
@@ -194,15 +201,16 @@ class Line:
         if active and sys.stdout.isatty():
             self._live, self._task = _live_progress(total, done)
 
-    def show(self, row: dict[str, Any], word: Word) -> None:
-        """Of a train row."""
-        tokens = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
-        self._recent.append((row["step"], word.seconds))
-        due = self.due.hear(row["step"], word)
+    def show(self, row: dict[str, Any], summary: StepSummary) -> None:
+        """Show a train row."""
+        mfu_per_rate = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
+        self._recent.append((row["step"], summary.seconds))
+        due = self.due.update(row["step"], summary)
         if self._live:
-            self._live.update(self._task, completed=row["step"], text=self._text(row, tokens))
+            text = self._text(row, mfu_per_rate)
+            self._live.update(self._task, completed=row["step"], text=text)
         elif due:
-            print(self._text(row, tokens), flush=True)
+            print(self._text(row, mfu_per_rate), flush=True)
 
     def _text(self, row: dict[str, Any], mfu_per_rate: float) -> str:
         (first, since), (last, now) = self._recent[0], self._recent[-1]
@@ -217,14 +225,15 @@ class Line:
             f"mfu {rate * mfu_per_rate:.1%} | eta {eta}"
         )
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the live one."""
+    def print(self, text: str) -> None:
+        """Print a line of its own, above the live one."""
         if self._live:
             self._live.console.print(text, highlight=False)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
+        """End the live line."""
         if self._live:
             self._live.stop()
             self._live = None
@@ -236,7 +245,9 @@ def _live_progress(total: int, done: int):
 
     progress = Progress(
         TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=None, table_column=Column(ratio=1)),  # the room that the text leaves
+        BarColumn(
+            bar_width=None, table_column=Column(ratio=1)
+        ),  # takes the width that the text leaves
         expand=True,
         refresh_per_second=4,
     )
@@ -246,7 +257,7 @@ def _live_progress(total: int, done: int):
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 4:05 or 2:03:09."""
+    """Return seconds as 4:05 or 2:03:09; "--:--" if not finite."""
     if not math.isfinite(seconds):
         return "--:--"
     minutes, second = divmod(round(seconds), 60)

@@ -1,20 +1,24 @@
-"""The model of a job: ours from its config, or a class of the user's; and what a token costs in it.
+"""The model of a job, ours or a class of the user's own, and its FLOPs per token.
 
 The protocol for a class of the user's own, named by `model._target_=mypackage.Model`:
 
     __init__(**kwargs): the other keys under `model`; `vocab_size` and `sequence_length` are added
-        where the signature has them.
-    forward(tokens_BL, targets_BL=None): int64 each, -100 where there is no target. With targets it
-        returns each window's summed cross-entropy in nats, (B,), or that and a scalar penalty for
-        the objective only; without, logits (B, L, V) (for `generate`).
-        documents_BL=None, an argument that is optional too, and passed by name, only where
-        attention is to stay within documents: the number of each token's document inside its
-        window, nondecreasing along it. A token must then attend to its own document alone, at
-        positions that count from the document's first token in the window.
+        if the signature has them.
+    forward(tokens_BL, targets_BL=None): int64 each; a target of -100 doesn't count. With targets it
+        returns each window's summed cross-entropy in nats, (B,), or that and a scalar penalty that
+        is added to the objective only; without targets, logits (B, L, V) (for `generate`).
+        documents_BL=None is optional too, and is passed by name, only if attention must stay within
+        documents: the number of each token's document in its window, nondecreasing. A token must
+        then attend to its own document alone, at positions that count from the document's first
+        token in the window.
     muon_parameters() -> names, optional: the matrices for Muon; see engine.optim.parameter_groups.
     optimizer_factors() -> {name: models.parametrization.Factors}, optional: what AdamW's learning
         rate, weight decay and eps are multiplied with, and the name of the parameter's class.
-    flops_per_token(sequence_length) -> int, optional: forward and backward; without it 6N counts.
+    flops_per_token(sequence_length) -> int, optional: forward and backward; without it, 6N.
+    metrics() -> {name: float or 0-dim tensor}, optional: numbers of the step, called once per step
+        after its last micro-batch. metrics.jsonl holds them as `extra.NAME`, the mean over ranks.
+        The names must be the same on all ranks at every step. Return what forward has stored, not
+        a function of parameters: stage 3 partitions them. A tensor costs no synchronisation.
 """
 
 from typing import Any
@@ -31,9 +35,9 @@ from forescale.models.flops import count, flops_6n, flops_per_token
 
 
 def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
-    """The model with its initial weights, which `train.init_seed` decides, else `train.seed`.
+    """Return the model with its initial weights, drawn from `train.init_seed`, else `train.seed`.
 
-    Raises UserError where a class of the user's can't be imported or made.
+    Raises UserError if a class of the user's own can't be imported or made.
     """
     seed = job.train.init_seed
     torch.manual_seed(job.train.seed if seed is None else seed)
@@ -53,7 +57,7 @@ def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -
 
 
 def prices_of(job: TrainJob, model: nn.Module) -> dict[str, float]:
-    """FLOPs of one token, forward and backward, under each convention of metrics.Prices."""
+    """Return the FLOPs per token, forward and backward, by each convention of metrics.Prices."""
     length = job.train.sequence_length
     if isinstance(job.model, ModelConfig):
         config = job.model
@@ -67,12 +71,13 @@ def prices_of(job: TrainJob, model: nn.Module) -> dict[str, float]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Trainable parameters, each once; whole ones, even where ZeRO-3 has cut them."""
+    """Return the number of trainable parameters, each counted once and in full, even if ZeRO-3 has
+    partitioned it."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def describe(job: TrainJob, model: nn.Module) -> dict[str, Any]:
-    """Parameters under every convention: total, and for our models by part."""
+    """Return parameter counts by every convention: the total, and for our models each part."""
     if isinstance(job.model, ModelConfig):
         counts = count(job.model)
         return {**vars(counts), "blocks_and_head": counts.blocks_and_head}

@@ -1,5 +1,6 @@
-"""A trace of some steps, for a look at where the time goes (open it in ui.perfetto.dev)."""
+"""A trace of some steps, which shows where the time goes (open it in ui.perfetto.dev)."""
 
+import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 @contextmanager
 def traced(interval: tuple[int, int] | None, folder: Path, batches: Any) -> Iterator[Any]:
-    """The batches; steps [first, end) of `interval` are recorded into folder/rank-N.json."""
+    """Give the batches; record steps [first, end) of `interval` to folder/rank-N.json."""
     if interval is None:
         yield batches
         return
@@ -39,8 +40,6 @@ def traced(interval: tuple[int, int] | None, folder: Path, batches: Any) -> Iter
 
 
 def _write(profiler: Any, folder: Path) -> None:
-    import os
-
     profiler.stop()
     folder.mkdir(exist_ok=True)
     profiler.export_chrome_trace(str(folder / f"rank-{os.environ['RANK']}.json"))

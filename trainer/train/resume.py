@@ -1,71 +1,78 @@
-"""Where an attempt sets out: from which checkpoint, at which position, and what it passes over.
+"""Where an attempt resumes: from which checkpoint, at which position, and which samples it skips.
 
-Invariant: all ranks load the same checkpoint, verified by them together; and samples that the run
-has once passed over stay so, also where the checkpoint is from before and doesn't know of it.
+Invariant: all ranks load the same checkpoint, which they verify together. Samples that the run has
+once skipped stay skipped, even if the checkpoint is older and doesn't know of them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from forescale.checkpoint import writer
-from forescale.checkpoint.writer import Checkpoint, Position
+from forescale.checkpoint import reader, writer
+from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.train import TrainJob
-from forescale.data.mixture import united
-from forescale.engine.ranks import Ranks
+from forescale.data.mixture import merged_intervals
 from forescale.engine.step import Engine
 from forescale.run.directory import Parent, Run
 from forescale.train.guard import Rollback
 
-Tell = Callable[..., None]
+Report = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Departure:
-    """A state that is loaded. `found`: the checkpoint that it comes from, None at the beginning of
-    a run; guard: the guard's state there; ill: the step that a rollback came from."""
+class ResumePoint:
+    """The state that the engine holds when an attempt begins.
+
+    checkpoint: where it was loaded from, None at the beginning of a run; guard: the guard's state
+    there; rolled_back_from: the anomalous step, if a rollback led here.
+    """
 
     position: Position
-    found: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     guard: dict[str, Any] | None = None
-    ill: int | None = None
+    rolled_back_from: int | None = None
 
     @property
     def parent(self) -> Parent:
-        name = str(self.found.path) if self.found else None
-        return Parent(self.position.step, name, self.position.skipped, self.ill)
+        """What the attempt's parent.json holds."""
+        name = str(self.checkpoint.path) if self.checkpoint else None
+        return Parent(self.position.step, name, self.position.skipped, self.rolled_back_from)
 
 
-def set_out(run: Run, job: TrainJob, engine: Engine, ranks: Ranks, tell: Tell) -> Departure:
-    """Load the newest whole checkpoint, or the origin's, or begin. Every rank calls it.
+def resume(run: Run, job: TrainJob, engine: Engine, report: Report) -> ResumePoint:
+    """Load the newest complete checkpoint of the run; without one, that of the run that it branches
+    from; else begin at step 0. Every rank calls it.
 
-    tell(kind, **facts): hears of checkpoints that are passed over. Raises UserError where there are
-    checkpoints and none can be used.
+    report(kind, **facts): receives the checkpoints that are passed over. Raises UserError if there
+    are checkpoints but none can be used.
     """
-    found = writer.newest_whole(run, tell, ranks)
-    origin, weights_only = job.run.origin, False
+    ranks, origin, weights_only = engine.world, job.run.origin, False
+    found = reader.newest_complete(run, report, ranks)
     if found is None and origin.run is not None:
-        found = writer.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
+        found = reader.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
         weights_only = origin.what == "weights"
     skipped = (*map(tuple, job.data.skip), *ranks.from_main(run.skipped, run.path))
     if found is None:
-        return Departure(Position(skipped=united(skipped)))
+        return ResumePoint(Position(skipped=merged_intervals(skipped)))
     writer.load(found, engine, weights_only)
     if weights_only:
-        return Departure(Position(skipped=united(skipped)), found)
+        return ResumePoint(Position(skipped=merged_intervals(skipped)), found)
     position = found.position
-    position = replace(position, skipped=united((*position.skipped, *skipped)))
-    return Departure(position, found, found.state.get("guard"))
+    position = replace(position, skipped=merged_intervals((*position.skipped, *skipped)))
+    return ResumePoint(position, found, found.state.get("guard"))
 
 
-def go_back(rollback: Rollback, run: Run, engine: Engine, ranks: Ranks, tell: Tell) -> Departure:
-    """Load a checkpoint from before an ill step, whose samples are passed over from here on. One
-    that is nearer than the rule says is better than none, but where the weights can't be trusted.
+def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> ResumePoint:
+    """Load a checkpoint from before an anomalous step, and skip the step's samples from there on.
+
+    If there is none as old as the rule says, a newer one serves, unless the weights themselves are
+    not trusted (a rollback without an interval). Every rank calls it. Raises UserError if there is
+    no checkpoint to load.
     """
     strictly = rollback.interval is None
-    found = writer.before(run, rollback.newest, strictly, tell, ranks)
+    found = reader.newest_before(run, rollback.newest, strictly, report, engine.world)
     more = (rollback.interval,) if rollback.interval else ()
     writer.load(found, engine)
-    skipped = united((*rollback.position.skipped, *more))
+    skipped = merged_intervals((*rollback.position.skipped, *more))
     position = replace(found.position, skipped=skipped)
-    return Departure(position, found, found.state.get("guard"), rollback.step)
+    return ResumePoint(position, found, found.state.get("guard"), rollback.step)

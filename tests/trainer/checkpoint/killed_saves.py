@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from forescale.checkpoint import writer
-from forescale.checkpoint.reader import newest_whole
+from forescale.checkpoint.reader import newest_complete
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
-from forescale.run.directory import Run, read_rows
+from forescale.run.directory import Run
+from forescale.run.rows import read_rows
 from forescale.storage import check_table
 from tests.trainer import plain_engine as plain
 
@@ -40,7 +41,7 @@ def train(run: Run, steps: int, said: int) -> None:
     """One attempt, of `steps` saves; writes each step to the pipe `said` when its save begins: when
     the one before it has been published."""
     attempt = run.new_attempt()
-    found = newest_whole(run, passed_over)
+    found = newest_complete(run, passed_over)
     first = found.position.step if found else 0
     attempt.start_from(plain.Parent(first), run)
     engine = plain.engine()
@@ -76,7 +77,7 @@ class Witness:
         run, names = self.run, self.run.checkpoint_steps()
         for step in names:  # whatever has a name is whole, counted or not
             assert check_table(run.checkpoint_path(step)) == [], step
-        found = newest_whole(run, passed_over)
+        found = newest_complete(run, passed_over)
         step = plain.step_in(found) if found else 0
         allowed = {begun, begun - 1} if begun else {self.newest}
         assert step in allowed, f"{step} is the newest, {begun} was begun, {self.newest} before"
@@ -164,7 +165,7 @@ def at_every_change(folder: Path) -> Counter[str]:
     plain.begin(base, 2)
     engine = plain.engine()
     plain.set_step(engine, 2)
-    writer.save(base, 2, plain.position(2), engine, {})
+    plain.write_checkpoint(base, 2, plain.position(2), engine)
     (base.checkpoints / ".step-00000009.attempt-0001.stage").mkdir()
     total: Counter[str] = Counter()
     for kills in count():
@@ -188,7 +189,7 @@ def at_every_change(folder: Path) -> Counter[str]:
             return total
         before = witness.newest
         attempt(run, 3)
-        found = newest_whole(run, passed_over)
+        found = newest_complete(run, passed_over)
         assert found is not None
         assert plain.step_in(found) == before + 3
         assert not list(run.checkpoints.glob(".*")), "leftovers stay"

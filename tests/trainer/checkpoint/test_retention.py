@@ -7,27 +7,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.checkpoint import retention, writer
+from forescale.checkpoint import retention
 from forescale.checkpoint.retention import (
-    Facts,
+    CheckpointFacts,
     Keep,
-    Losses,
     Retention,
+    ValidationLosses,
     is_pinned,
     pin,
     reasons,
-    relied_on,
+    steps_to_verify,
 )
 from forescale.config.duration import Duration
-from forescale.engine.ranks import ALONE, Ranks
+from forescale.engine.ranks import ALONE
 from forescale.errors import UserError
 from forescale.monitor.status import Status
-from forescale.run.directory import Run, read_rows
+from forescale.run.directory import Run
+from forescale.run.rows import read_rows
 from forescale.storage import hash_file
 from forescale.train.callbacks import Checkpoints, Every
 from tests.trainer import plain_engine as plain
 
-FOUND = [Facts(step, 1, True) for step in (10, 20, 30, 40, 50, 60)]
+FOUND = [CheckpointFacts(step, 1, True) for step in (10, 20, 30, 40, 50, 60)]
 
 
 def kept(found, **keep):
@@ -40,10 +41,10 @@ def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
     assert kept(FOUND, every=20) == [20, 40, 50, 60]
     assert kept(FOUND, at=frozenset({10, 15, 40})) == [10, 40, 50, 60]
     losses = {10: 3.0, 20: 2.5, 30: 2.25, 40: 2.75}
-    scored = [Facts(f.step, 1, True, loss=losses.get(f.step)) for f in FOUND]
+    scored = [CheckpointFacts(f.step, 1, True, loss=losses.get(f.step)) for f in FOUND]
     assert kept(scored, best=True) == [30, 50, 60]
     assert kept(scored) == [50, 60]
-    assert kept([Facts(10, 1, True, pinned=True), *FOUND[1:]]) == [10, 50, 60]
+    assert kept([CheckpointFacts(10, 1, True, pinned=True), *FOUND[1:]]) == [10, 50, 60]
     assert reasons(scored, Keep(2, 20, True)) == {
         20: "a multiple of 20 steps",
         30: "the lowest validation loss",
@@ -55,20 +56,32 @@ def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
 
 def test_what_does_not_count_is_no_safety_and_goes_once_something_newer_counts():
     """Such a one can never be loaded again, but it may be all that a human has."""
-    stale = [Facts(30, 1, False), Facts(40, 1, False)]
-    assert kept([Facts(10, 1, True), Facts(20, 1, True), *stale]) == [10, 20, 30, 40]
-    assert kept([Facts(20, 2, True), *stale]) == [20]
+    stale = [CheckpointFacts(30, 1, False), CheckpointFacts(40, 1, False)]
+    assert kept([CheckpointFacts(10, 1, True), CheckpointFacts(20, 1, True), *stale]) == [
+        10,
+        20,
+        30,
+        40,
+    ]
+    assert kept([CheckpointFacts(20, 2, True), *stale]) == [20]
     assert kept(stale) == [30, 40]
-    assert kept([Facts(20, 1, True), Facts(30, 2, False), Facts(40, 3, False)]) == [20, 30, 40]
-    assert kept([Facts(20, 1, True), Facts(30, 1, False), Facts(40, 1, True)]) == [20, 40]
-    assert kept([Facts(20, 2, True), Facts(30, 1, False, pinned=True)]) == [20, 30]
+    assert kept(
+        [CheckpointFacts(20, 1, True), CheckpointFacts(30, 2, False), CheckpointFacts(40, 3, False)]
+    ) == [20, 30, 40]
+    assert kept(
+        [CheckpointFacts(20, 1, True), CheckpointFacts(30, 1, False), CheckpointFacts(40, 1, True)]
+    ) == [20, 40]
+    assert kept([CheckpointFacts(20, 2, True), CheckpointFacts(30, 1, False, pinned=True)]) == [
+        20,
+        30,
+    ]
 
 
 facts = st.builds(
-    Facts,
+    CheckpointFacts,
     step=st.integers(1, 40),
     attempt=st.integers(1, 4),
-    counts=st.booleans(),
+    eligible=st.booleans(),
     pinned=st.booleans(),
     loss=st.none() | st.floats(1, 9),
 )
@@ -83,10 +96,10 @@ def test_whatever_there_is_the_newest_and_the_pinned_stay_and_deleting_twice_is_
 ):
     found.sort(key=lambda f: f.step)
     stay = reasons(found, keep)
-    good = [f.step for f in found if f.counts]
+    good = [f.step for f in found if f.eligible]
     assert set(good[-keep.newest :]) <= stay.keys() <= {f.step for f in found}
     assert {f.step for f in found if f.pinned} <= stay.keys()
-    assert relied_on(found, keep) == good[-keep.newest :][::-1]
+    assert steps_to_verify(found, keep) == good[-keep.newest :][::-1]
     left = [f for f in found if f.step in stay]
     assert reasons(left, keep).keys() == stay.keys()
 
@@ -103,7 +116,7 @@ def publish(run, attempt, *steps):
     engine = plain.engine(width=2)
     for step in steps:
         plain.set_step(engine, step)
-        writer.save(run, attempt.number, plain.position(step), engine, {})
+        plain.write_checkpoint(run, attempt.number, plain.position(step), engine)
 
 
 def retain(run, attempt, keep=Keep(), ranks=ALONE, parts=None):  # noqa: B008
@@ -187,18 +200,18 @@ def test_each_rank_reads_back_its_share_and_one_that_finds_damage_stops_all(run,
 
         def save(world, step=step):
             plain.set_step(engines[world.rank], step)
-            writer.save(run, attempt.number, plain.position(step), engines[world.rank], {})
+            plain.write_checkpoint(run, attempt.number, plain.position(step), engines[world.rank])
 
         plain.on_all(worlds, save)
     path = run.checkpoint_path(30) / "rank-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    told = plain.on_all(worlds, lambda w: retain(run, attempt, ranks=Ranks(w.rank, 3, w.gather)))
+    told = plain.on_all(worlds, lambda w: retain(run, attempt, ranks=w))
     assert told == [[("damaged", 30)], [], []]
     assert run.checkpoint_steps() == [10, 20, 30]
 
 
 def test_losses_are_read_on_from_where_they_ended(tmp_path):
-    rows, found = tmp_path / "metrics.jsonl", Losses(tmp_path / "metrics.jsonl")
+    rows, found = tmp_path / "metrics.jsonl", ValidationLosses(tmp_path / "metrics.jsonl")
     assert found() == {}
     row = '{{"kind": "{}", "step": {}, "dataset": "{}", "loss": {}}}\n'
     first = row.format("validation", 4, "validation", 2.5)
@@ -232,7 +245,7 @@ def test_the_part_keeps_multiples_the_best_and_the_pinned(run):
         if step == 20:
             pin(run, 20)
     assert run.checkpoint_steps() == [20, 30, 40, 80, 90]
-    deleted = [r["step"] for r in read_rows(run.events) if r["kind"] == "checkpoint_deleted"]
+    deleted = [r["step"] for r in read_rows(run.events, kind="checkpoint_deleted")]
     assert deleted == [10, 50, 60, 70]
     pin(run, 20, off=True)
     part.save(plain.position(100))
@@ -247,13 +260,13 @@ def test_a_pin_is_no_checkpoint_and_holds_for_what_is_deleted_at_that_moment(run
     assert run.checkpoint_steps() == [10, 20, 30]
     assert retain(run, attempt) == []
     pin(run, 10, off=True)
-    whole = retention.shared_faults
+    whole = retention.find_faults
 
     def pinned_meanwhile(*args, **more):
         pin(run, 10)
         return whole(*args, **more)
 
-    monkeypatch.setattr(retention, "shared_faults", pinned_meanwhile)
+    monkeypatch.setattr(retention, "find_faults", pinned_meanwhile)
     assert retain(run, attempt) == []
     assert run.checkpoint_steps() == [10, 20, 30]
     with pytest.raises(UserError, match="choose one of these steps: 10, 20, 30"):
@@ -283,7 +296,7 @@ def test_pin_and_unpin(long_run, forescale):
     code, _, err = forescale("pin", "small", "step=5")
     assert (code, err.count("\n")) == (2, 1)
     assert "no such checkpoint; choose one of these steps: 2, 4, 6, 8." in err
-    assert "step: names no checkpoint" in forescale("pin", "small")[2]
+    assert "step: is missing" in forescale("pin", "small")[2]
 
 
 def test_prune_shows_first_and_deletes_when_told(long_run, forescale):
@@ -293,11 +306,11 @@ def test_prune_shows_first_and_deletes_when_told(long_run, forescale):
     assert code == 0
     lines = [line.split(":")[:2] for line in out.splitlines()[:5]]
     assert [(a.strip(), b.split()[0]) for a, b in lines] == [
-        ("step-00000002", "stays"),
-        ("step-00000004", "goes"),
-        ("step-00000006", "stays"),
-        ("step-00000008", "stays"),
-        (".step-00000009.attempt-0001.stage", "goes"),
+        ("step-00000002", "keep"),
+        ("step-00000004", "delete"),
+        ("step-00000006", "keep"),
+        ("step-00000008", "keep"),
+        (".step-00000009.attempt-0001.stage", "delete"),
     ]
     assert "nothing is deleted without yes=true" in out
     assert long_run.checkpoint_steps() == [2, 4, 6, 8]
@@ -314,7 +327,7 @@ def test_prune_deletes_nothing_where_a_newer_one_is_damaged(long_run, forescale)
     plain.harm(long_run, 8)
     code, _, err = forescale("prune", "small", "yes=true")
     assert code == 2
-    assert "nothing is deleted, for a newer checkpoint is damaged" in err
+    assert "nothing is deleted, because a checkpoint that stays is damaged" in err
     assert "step-00000008" in err
     assert long_run.checkpoint_steps() == [2, 4, 6, 8]
 
@@ -324,5 +337,5 @@ def test_prune_leaves_a_run_alone_that_trains(long_run, forescale, monkeypatch):
     assert forescale("prune", "small")[0] == 0
     code, _, err = forescale("prune", "small", "yes=true")
     assert code == 2
-    assert "an attempt seems to be training" in err
+    assert "the run is training" in err
     assert long_run.checkpoint_steps() == [2, 4, 6, 8]

@@ -10,7 +10,7 @@ import torch
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.duration import Duration
 from forescale.engine.state import HostCopy
-from forescale.engine.world import Word
+from forescale.engine.world import StepSummary
 from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.train.callbacks import Checkpoints, Every
@@ -150,17 +150,17 @@ def test_a_fault_surfaces_at_the_next_word_or_save(run):
         def __init__(self, step):
             self.position = plain.position(step)
 
-    def word(step, failed):
-        return Word(step, [1.0], 0, False, failed, 0.0)
+    def summary(step, failed):
+        return StepSummary(step, [1.0], 0, False, failed, 0.0)
 
-    part.see(Step(2), word(2, False))
+    part.see(Step(2), summary(2, False))
     assert part.saved == 2
-    part.see(Step(3), word(3, part.failed))  # in flight: nothing is known yet
+    part.see(Step(3), summary(3, part.failed))  # in flight: nothing is known yet
     gate.opened.set()
     part._saver._thread.join()
     assert part.failed
     with pytest.raises(UserError, match="the disk is full"):
-        part.see(Step(4), word(4, True))
+        part.see(Step(4), summary(4, True))
     assert hidden(run) == []
     assert newest(run) == 0
 

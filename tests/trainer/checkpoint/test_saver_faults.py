@@ -112,7 +112,7 @@ def on_disk(tmp_path, monkeypatch):
 def test_a_disk_that_gets_full_while_writing(on_disk, leave):
     run, disk, expect = on_disk
     disks.fill(disk, leave)
-    expect("the disk is full; free some space and give the same command again")
+    expect("the disk is full; free some space and run the same command again")
     assert hidden(run) == []
 
 
@@ -180,7 +180,7 @@ def test_an_attempt_left_behind_is_told_so_and_displaces_nothing(run):
     save(part, new_engine, 4)
     part.finish()
     save(asleep, engine, 6)
-    with pytest.raises(UserError, match="attempt 2 has gone on from before step 6"):
+    with pytest.raises(UserError, match="attempt 2 started before step 6"):
         asleep.finish()
     assert run.checkpoint_steps() == [2, 4]
     assert newest(run) == 4

@@ -15,7 +15,7 @@ import yaml
 import forescale
 from forescale import storage
 from forescale.checkpoint import reader, writer
-from forescale.checkpoint.reader import Checkpoint, newest_whole
+from forescale.checkpoint.reader import Checkpoint, newest_complete
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.engine.ranks import Ranks
@@ -28,7 +28,7 @@ from tests.trainer import plain_engine as plain
 def save(run, attempt, step, engine=None):
     engine = engine or plain.engine(width=2)
     plain.set_step(engine, step)
-    return writer.save(run, attempt.number, plain.position(step), engine, {})
+    return plain.write_checkpoint(run, attempt.number, plain.position(step), engine)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ class Told(list):
 def chosen(run, **more):
     """(the step that is loaded, what was said on the way)"""
     told = Told()
-    found = newest_whole(run, told, **more)
+    found = newest_complete(run, told, **more)
     return found and plain.step_in(found), told
 
 
@@ -97,9 +97,9 @@ def test_without_a_whole_one_it_never_starts_anew(run):
     plain.harm(run, 10)
     plain.harm(run, 20)
     with pytest.raises(UserError, match=r"none of its 2 .* can be used; .*forescale check"):
-        newest_whole(run, Told())
+        newest_complete(run, Told())
     shutil.rmtree(run.checkpoints)
-    assert newest_whole(run, Told()) is None
+    assert newest_complete(run, Told()) is None
 
 
 def test_storage_that_gives_an_error_in_place_of_bytes_is_a_damage(run, monkeypatch):
@@ -124,9 +124,9 @@ def test_a_checkpoint_under_another_name_is_a_damage(run):
 def test_what_does_not_count_is_passed_over_without_being_read(run, monkeypatch):
     plain.begin(run, 10)
     seen = []
-    whole = reader.shared_faults
+    whole = reader.find_faults
     monkeypatch.setattr(
-        reader, "shared_faults", lambda path, *more: seen.append(path) or whole(path, *more)
+        reader, "find_faults", lambda path, *more: seen.append(path) or whole(path, *more)
     )
     assert chosen(run) == (10, [("checkpoint_passed_over", 20)])
     assert seen == [run.checkpoint_path(10)]
@@ -136,10 +136,10 @@ def test_going_back_takes_the_newest_that_is_early_enough(run):
     save(run, run.attempts()[0], 30)
 
     def back(newest, strictly=False):
-        return reader.before(run, newest, strictly, Told()).position.step
+        return reader.newest_before(run, newest, strictly, Told()).position.step
 
     assert [back(n) for n in (30, 29, 10, 9)] == [30, 20, 10, 10]
-    with pytest.raises(UserError, match="no whole checkpoint of step 9 or before"):
+    with pytest.raises(UserError, match="no complete checkpoint of step 9 or before"):
         back(9, strictly=True)
     plain.harm(run, 20)
     assert back(29) == 10
@@ -164,7 +164,7 @@ def test_ranks_share_the_reading_and_all_hear_of_a_fault_that_one_has_found(
     monkeypatch.setattr(storage, "hash_file", noted)
 
     def load(world):
-        return chosen(run, ranks=Ranks(world.rank, size, world.gather))
+        return chosen(run, ranks=world)
 
     assert plain.on_all(worlds, load) == [(20, [])] * size
     # state.json twice: first, before it is believed, and as one of the shares
@@ -186,19 +186,24 @@ def test_ranks_hand_nothing_on_that_grows_with_ranks(tmp_path):
     engines = [plain.engine(world, width=4) for world in worlds]
     heard = []
 
-    def listening(world):
-        def gather(value):
-            heard.append(len(pickle.dumps(value)))
-            return world.gather(value)
+    class Listening(Ranks):
+        def __init__(self, world):
+            super().__init__(world.rank, world.size)
+            self.world = world
 
-        return Ranks(world.rank, 2, gather, world.to_main)
+        def gather(self, value):
+            heard.append(len(pickle.dumps(value)))
+            return self.world.gather(value)
+
+        def gather_to_main(self, value):
+            return self.world.gather_to_main(value)
 
     def go(world):
         engine = engines[world.rank]
         plain.set_step(engine, 10)
         snapshot = writer.Snapshot.of(engine, plain.position(10), {})
-        writer.write(run, attempt.number, snapshot, listening(world))
-        return chosen(run, ranks=listening(world))
+        writer.write(run, attempt.number, snapshot, Listening(world))
+        return chosen(run, ranks=Listening(world))
 
     assert plain.on_all(worlds, go) == [(10, [])] * 2
     assert max(heard) < 300, "a size, a fault, a few steps"
@@ -213,7 +218,7 @@ def test_what_was_saved_is_loaded_whatever_the_number_of_ranks(tmp_path):
         other = plain.engine(width=5)
         writer.load(Checkpoint(run.checkpoint_path(10)), other)
         again = Run(tmp_path / f"{size}-again")
-        writer.save(again, 1, plain.position(10), other, {})
+        plain.write_checkpoint(again, 1, plain.position(10), other)
         assert plain.step_in(Checkpoint(again.checkpoint_path(10))) == 10
 
 
@@ -263,7 +268,7 @@ def test_a_planted_pickle_is_refused_and_never_run(run, tmp_path, kind):
     mark = tmp_path / "it-ran"
     data = kind(Bomb(mark))
     planted(run, lambda path: (path / "rank-00000.safetensors").write_bytes(data))
-    found = newest_whole(run, Told())
+    found = newest_complete(run, Told())
     for look in (
         lambda: writer.load(found, plain.engine(width=2)),
         lambda: dict(found.weights()),
@@ -286,7 +291,7 @@ def test_a_pickle_in_place_of_json_is_refused_and_never_run(run, tmp_path, name)
     else:
         planted(run, lambda path: (path / name).write_bytes(data))
         with pytest.raises(UserError, match=r"state\.json: not valid JSON"):
-            newest_whole(run, Told())
+            newest_complete(run, Told())
     assert not mark.exists()
 
 
@@ -302,7 +307,7 @@ def test_a_state_that_names_files_elsewhere_is_refused(run, tmp_path):
 
     planted(run, point_there)
     with pytest.raises(UserError, match="names a file outside its directory"):
-        writer.load(newest_whole(run, Told()), plain.engine(width=2))
+        writer.load(newest_complete(run, Told()), plain.engine(width=2))
 
 
 def test_a_stored_config_that_names_a_target_imports_nothing(own_run, tmp_path, monkeypatch):

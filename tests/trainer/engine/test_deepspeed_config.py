@@ -86,7 +86,7 @@ def test_what_has_no_key_of_ours_is_laid_over_section_by_section():
     ],
 )
 def test_what_has_a_key_of_ours_is_refused_with_it(mine):
-    with pytest.raises(ConfigError, match=r"is derived from our own keys; use "):
+    with pytest.raises(ConfigError, match=r"is controlled by other keys; use "):
         derived(f"engine.deepspeed.{mine}")
 
 

@@ -5,10 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.config.compose import compose
 from forescale.config.duration import Duration
-from forescale.config.train import OptimizerConfig, ScheduleConfig, TrainJob
-from forescale.engine.optim import batch, first_window, learning_rate, parameter_groups
+from forescale.config.optimizer import OptimizerConfig
+from forescale.config.train import ScheduleConfig
+from forescale.engine.optim import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+)
 from forescale.errors import UserError
 from forescale.models.parametrization import Factors
 
@@ -73,13 +77,6 @@ def test_the_shapes():
     assert learning_rate(cosine, 120, 100, TOKENS) == pytest.approx(0.1)
 
 
-def test_batch_is_a_function_of_the_step():
-    job = compose(TrainJob, ["train.global_batch=16"])
-    assert [first_window(job, t + 1) - first_window(job, t) for t in range(3)] == [
-        batch(job, t) for t in range(3)
-    ]
-
-
 SHAPES = {
     "embedding.weight": 2,
     "position.weight": 2,
@@ -110,7 +107,7 @@ def test_adamw_decays_matrices_alone():
         "norm.weight",
     ]
     assert len(decayed.names) + len(undecayed.names) == len(NAMED)
-    assert not decayed.use_muon
+    assert not decayed.update.is_by_matrix
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():
@@ -119,7 +116,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     assert names(groups)["decayed"] == ["embedding.weight", "head.weight"]
     assert "position.weight" in names(groups)["undecayed"]
     assert [g.peak_learning_rate for g in groups] == [0.02, 0.004, 0.004]
-    assert [g.use_muon for g in groups] == [True, False, False]
+    assert [g.update.is_by_matrix for g in groups] == [True, False, False]
     assert all(len(g.params) == len(g.names) for g in groups)
 
 
@@ -171,14 +168,11 @@ def test_classes_of_a_parametrisation_are_groups_of_their_own():
 def test_a_group_s_own_eps_reaches_its_optimizer(kind):
     from torch import nn
 
-    from forescale.engine.step import build_optimizer
-
     model = nn.ModuleDict({"head": nn.Linear(2, 3), "up": nn.Linear(2, 3)})
     factors = {"head.weight": Factors("head", epsilon=0.5)}
     settings = MUON if kind == "muon" else OptimizerConfig()
     groups = parameter_groups(model.named_parameters(), settings, factors=factors)
-    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}
-    made = build_optimizer(kind, [vars(g) for g in groups], **adam)
+    made = build_optimizer(settings, [g.as_dict() for g in groups])
     found = {g["name"]: g["eps"] for g in made.param_groups if not g["use_muon"]}
     assert found["decayed_head"] == 0.5e-8
     assert found["undecayed"] == 1e-8

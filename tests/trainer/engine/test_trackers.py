@@ -21,7 +21,7 @@ def logging_of(*overrides):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What wandb is started with; and nobody is logged in."""
+    """Record the arguments that wandb is started with; no account is logged in."""
     calls = []
 
     class Tracker:
@@ -71,7 +71,7 @@ def test_all_attempts_of_a_run_are_one_curve(asked, tmp_path):
 
 def test_without_an_account_nothing_is_asked(asked, tmp_path, monkeypatch):
     assert started(asked, tmp_path)[1]["mode"] == "offline"
-    with pytest.raises(UserError, match=r"nobody is logged in .*wandb login.*mode=offline"):
+    with pytest.raises(UserError, match=r"no wandb account .*wandb login.*mode=offline"):
         started(asked, tmp_path, "first", "logging.wandb.mode=online")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert started(asked, tmp_path)[1]["mode"] == "online"

@@ -36,14 +36,14 @@ def test_this_machine_is_ready(forescale, tmp_path, small_data):
     assert not (tmp_path / "runs").exists()  # looking makes nothing
 
 
-def test_faults_end_with_code_2_and_a_mend(forescale, tmp_path):
+def test_faults_end_with_code_2_and_a_fix(forescale, tmp_path):
     (tmp_path / "file").touch()
     words = [f"run.root={tmp_path / 'file' / 'runs'}", f"data.path={tmp_path / 'nothing'}"]
     code, out, _ = forescale("doctor", *words)
     assert code == 2
     assert re.search(r"fault +run\.root .*is a file; choose another run\.root", out)
     assert re.search(r"fault +corpus .*no such dataset", out)
-    assert "2 faults to mend" in out
+    assert "2 faults to fix" in out
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_versions_against_the_range(monkeypatch, version, level):
     monkeypatch.setattr("importlib.metadata.version", of)
     found = doctor.package_version("deepspeed", SUPPORTED["deepspeed"])
     assert found.level == level
-    assert level == "ok" or found.mend == "pip install 'deepspeed>=0.19.8,<0.20'"
+    assert level == "ok" or found.fix == "pip install 'deepspeed>=0.19.8,<0.20'"
 
 
 @pytest.mark.parametrize("version", ["2.13.0+cpu", "2.14.0.dev20260101+cu128"])
@@ -75,7 +75,7 @@ def test_no_compiler_is_a_note_that_says_what_it_costs(monkeypatch):
     assert found.level == "note"
     assert "no-such-compiler" in found.what
     assert "twice as long" in found.what
-    assert "g++" in found.mend
+    assert "g++" in found.fix
 
 
 def test_a_lock_left_by_a_killed_build(tmp_path):
@@ -87,7 +87,7 @@ def test_a_lock_left_by_a_killed_build(tmp_path):
     os.utime(lock, (time.time() - 3600,) * 2)
     found = doctor.build_lock(tmp_path)
     assert found.level == "fault"
-    assert found.mend == f"rm {lock}"
+    assert found.fix == f"rm {lock}"
 
 
 def test_the_build_directory_is_that_of_torch(monkeypatch, tmp_path):
@@ -99,7 +99,7 @@ def test_a_full_disk(monkeypatch, tmp_path):
     assert doctor.disk("run.root", tmp_path / "a" / "b", 1).level == "ok"
     found = doctor.disk("run.root", tmp_path, 1 << 60)
     assert found.level == "fault"
-    assert "free some space" in found.mend
+    assert "free some space" in found.fix
 
 
 def test_a_directory_that_may_not_be_written_to(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from forescale.errors import DONE, INTERRUPTED, USER
 from forescale.monitor.goodput import BUCKETS, Goodput, optimal_interval, wasted
 from forescale.resilience import heartbeat, outcome
-from forescale.resilience.heartbeat import Beat, Seen, share
+from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent, Run
 from forescale.storage import write_json
 
@@ -37,8 +37,8 @@ def launch(run, begun, ended=None, code=None, came=0, rank_began=None, said=None
 
 def beat(attempt, began, said):
     facts = dict(host="a", pid=1, step=1, phase="compute", at="norm", here=0.0, starting=False)
-    one = Beat(rank=0, began=T0 + began, time=T0 + said, limit=1.0, quiet=1.0, **facts)
-    share(attempt.path, "a", [Seen(one, 0.0)])
+    one = Heartbeat(rank=0, began=T0 + began, time=T0 + said, limit=1.0, quiet=1.0, **facts)
+    write_node(attempt.path, "a", [RankStatus(one, 0.0)])
 
 
 def row(attempt, step, **seconds):
@@ -136,7 +136,7 @@ def test_a_rollback_is_recovery_inside_one_launch(run):
         row(one, step, compute=10.0)
     ended(one, "rollback", 31)
     two = run.new_attempt()
-    two.start_from(Parent(1, "checkpoints/step-1", ((2, 3),), ill=3), run)
+    two.start_from(Parent(1, "checkpoints/step-1", ((2, 3),), rolled_back_from=3), run)
     beat(two, 1, 55)
     row(two, 2, recovery=4.0, compute=10.0)
     ended(two, "complete", 58, checkpoint=2.0)
@@ -215,8 +215,8 @@ def test_a_proposal_from_a_runs_own_numbers(run):
 
 def test_beats_that_cannot_be_read_are_no_beats(run):
     one = launch(run, 0, 31, DONE, rank_began=2)
-    (one.path / "pulse" / "a.json").write_text("{")
-    assert not heartbeat.shared(one.path)
+    (one.path / "heartbeat" / "a.json").write_text("{")
+    assert not heartbeat.read_nodes(one.path)
     row(one, 1, startup=6.0, compute=10.0)
     assert buckets(run).buckets["startup"] == 21.0
     assert time.time() > T0

@@ -12,9 +12,10 @@ import pytest
 
 from forescale import open_run
 from forescale.monitor.status import Status
-from forescale.resilience.diagnosis import Hang, publish
-from forescale.resilience.heartbeat import Beat, Seen, share
-from forescale.run.directory import Parent, Rows, Run
+from forescale.resilience.diagnosis import Hang, publish_hang
+from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
+from forescale.run.directory import Parent, Run
+from forescale.run.rows import RowWriter
 from forescale.storage import write_json
 from tests.trainer.small_run import STEPS, make_run, save, train_row
 
@@ -57,18 +58,18 @@ def test_one_damaged_run_does_not_hide_the_others(own_run, forescale, small_data
     assert code == 0
     assert re.search(r"bad +unreadable", out)
     assert re.search(r"small +complete", out)
-    assert "runs/bad/config.yaml: is damaged" in out
+    assert "runs/bad/config.yaml: is not valid YAML" in out
     bad.metrics.resolve().write_text("x\n")
     assert forescale("status")[0] == 0
 
 
-def test_one_run_in_full(own_run, forescale):
+def test_the_page_of_one_run(own_run, forescale):
     code, out, _ = forescale("status", "small")
     assert code == 0
     assert "complete, step 8 of 8 (100.0%), 1,024 tokens, loss 0.7500" in out
     assert "Validation at step 8: 2.2500 bits per byte, loss 3.0000 ± 0.1000" in out
     assert re.search(r"^ +4 +512 +\d\.\d +2 +1 +1 +yes", out, re.MULTILINE)
-    assert re.search(r"^ +1 +the beginning", out, re.MULTILINE)
+    assert re.search(r"^ +1 +step 0", out, re.MULTILINE)
     assert "Time 16.0 s: compute 12.0 s (75.0%), data 4.0 s (25.0%)" in out
     assert "Events: 2 checkpoint_saved" in out
 
@@ -153,7 +154,9 @@ def test_a_run_whose_launcher_saw_it_end_is_not_running(unfinished, forescale):
 def test_a_rollback_is_part_of_its_launch(unfinished):
     number = unfinished.attempts()[-1].number
     again = unfinished.new_attempt()
-    again.start_from(Parent(4, str(unfinished.checkpoint_path(4)), ((20, 24),), ill=6), unfinished)
+    again.start_from(
+        Parent(4, str(unfinished.checkpoint_path(4)), ((20, 24),), rolled_back_from=6), unfinished
+    )
     assert Status(unfinished).state == "running"
     say_how_it_went(unfinished.attempts()[number - 1], 1)
     assert Status(unfinished).state == "interrupted", "all that counts is saved"
@@ -161,7 +164,9 @@ def test_a_rollback_is_part_of_its_launch(unfinished):
 
 def test_a_hang_is_said(unfinished, forescale):
     attempt = unfinished.attempts()[-1]
-    publish(attempt.path, Hang((1,), "n7", "data", 6, 12.0, "rank 1 on host n7 has been in data"))
+    publish_hang(
+        attempt.path, Hang((1,), "n7", "data", 6, 12.0, "rank 1 on host n7 has been in data")
+    )
     say_how_it_went(attempt, 1, "rank 1 on host n7 has been in data")
     _, out, _ = forescale("status", "small")
     assert re.search(r"^ +2 +step 4 .* hang *$", out, re.MULTILINE)
@@ -169,7 +174,7 @@ def test_a_hang_is_said(unfinished, forescale):
     assert "attempts/0002/hang-*.txt" in out
 
 
-def test_where_the_time_went_and_what_it_asks_for(own_run, forescale):
+def test_the_page_shows_where_the_time_went(own_run, forescale):
     say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
     rows = [json.loads(line) for line in own_run.metrics.read_text().splitlines()]
     rows[4]["seconds"]["checkpoint"] = 0.5
@@ -178,13 +183,13 @@ def test_where_the_time_went_and_what_it_asks_for(own_run, forescale):
     assert re.search(r"^Time 20.0 s: compute 12.0 s \(60.0%\), data 4.0 s", out, re.MULTILINE)
     assert "ETTR 0.600" in out
     assert "0 failures" in out
-    assert "none was seen; three in the time so far are assumed" in out
+    assert "none was observed; three in the time so far are assumed" in out
     assert re.search(
         r"Saving stalls 0.25 s, .* checkpoint.every='\d+ steps?' .*; it is 500 steps", out
     )
 
 
-def test_nothing_is_proposed_from_a_time_too_short_to_tell(own_run, forescale):
+def test_a_short_run_without_failures_gets_no_proposal(own_run, forescale):
     say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
     rows = [json.loads(line) for line in own_run.metrics.read_text().splitlines()]
     for row in rows:
@@ -192,12 +197,12 @@ def test_nothing_is_proposed_from_a_time_too_short_to_tell(own_run, forescale):
             row["seconds"]["checkpoint"] = 60.0  # a save stalls for longer than was ever trained
     own_run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, out, _ = forescale("status", "small")
-    assert "in too short a time to propose checkpoint.every from" in out
+    assert "in too short a time to propose a checkpoint.every" in out
     assert "loses least" not in out
 
 
 def test_injected_faults_and_pins_are_said(own_run, forescale):
-    rows = Rows(own_run.attempts()[0].path / "faults-rank-1.jsonl")
+    rows = RowWriter(own_run.attempts()[0].path / "faults-rank-1.jsonl")
     rows.add({"fault": "kill@3:rank1", "time": 1.0, "at": "forward"})
     (own_run.checkpoints / "step-00000004.pin").touch()
     _, out, _ = forescale("status", "small")
@@ -206,33 +211,33 @@ def test_injected_faults_and_pins_are_said(own_run, forescale):
     assert re.search(r"^ +8 +1,024 +\d\.\d +2 +1 +1 +yes +no", out, re.MULTILINE)
 
 
-def test_the_ranks_of_a_run_that_runs(unfinished, forescale):
+def test_the_ranks_of_a_running_run(unfinished, forescale):
     facts = dict(
         pid=1, began=0.0, time=time.time(), limit=60.0, quiet=60.0, starting=False, steps=20
     )
     pace = {"forward": 0.2, "backward": 9.0}
     ranks = [
-        Beat(
+        Heartbeat(
             rank=0, host="a", step=6, phase="compute", at="backward", here=4.0, pace=pace, **facts
         ),
-        Beat(
+        Heartbeat(
             rank=1, host="b", step=5, phase="data", at="data", here=4.5, pace={"data": 0.5}, **facts
         ),
     ]
     for beat in ranks:
-        share(unfinished.attempts()[-1].path, beat.host, [Seen(beat, 0.0)])
+        write_node(unfinished.attempts()[-1].path, beat.host, [RankStatus(beat, 0.0)])
     _, out, _ = forescale("status", "small")
     assert (
         "Ranks 2: 1 in backward, 1 in data; the last is rank 1 on b (step 5, data for 4.5 s); "
-        "the slowest rank 1 (500.0 ms a step of its own)"
+        "the slowest is rank 1 (500.0 ms per step alone)"
     ) in out
     age_by(unfinished, 3600)
     assert "Ranks 2" not in forescale("status", "small")[1]
 
 
-def test_an_attempt_that_never_trained_is_said(own_run, forescale):
+def test_an_attempt_that_never_trained_is_reported(own_run, forescale):
     own_run.new_attempt()
-    assert "never got as far as training" in forescale("status", "small")[1]
+    assert "did not begin to train" in forescale("status", "small")[1]
 
 
 def test_checkpoints_that_cannot_be_read_are_counted(own_run, forescale):
@@ -242,15 +247,15 @@ def test_checkpoints_that_cannot_be_read_are_counted(own_run, forescale):
     assert "1 more can't be read" in out
 
 
-def test_nothing_there_yet(tmp_path, forescale):
+def test_a_directory_without_runs(tmp_path, forescale):
     code, out, _ = forescale("status", f"run.root={tmp_path}")
     assert code == 0
-    assert "begin one with: forescale train" in out
+    assert "start one with: forescale train" in out
     assert forescale("status", "nope", f"run.root={tmp_path}")[0] == 2
 
 
-def test_a_queue_that_cannot_be_asked_hides_no_run(own_run, forescale, monkeypatch):
-    """SLURM's commands are there, and its controller is away."""
+def test_an_unreachable_queue_hides_no_run(own_run, forescale, monkeypatch):
+    """SLURM's commands are there, and its controller can't be reached."""
     from forescale.errors import UserError
     from forescale.slurm import queue
     from forescale.slurm.submission import Submission
@@ -263,7 +268,7 @@ def test_a_queue_that_cannot_be_asked_hides_no_run(own_run, forescale, monkeypat
     monkeypatch.setattr(queue, "jobs", away)
     code, out, _ = forescale("status")
     assert code == 0
-    assert "The queue can't be asked: squeue: SLURM says: unable to contact" in out
+    assert "The queue can't be read: squeue: SLURM says: unable to contact" in out
     assert re.search(r"small +complete", out)
     assert forescale("status", "small")[0] == 0
     assert forescale("logs", "small", "follow=false")[0] == 0
@@ -274,9 +279,7 @@ def test_a_queue_that_cannot_be_asked_hides_no_run(own_run, forescale, monkeypat
 @pytest.mark.parametrize(
     ("state", "said"), [("PENDING", r"queued \(Resources\)"), ("RUNNING", "running")]
 )
-def test_the_queue_tells_of_a_run_that_has_not_begun(
-    forescale, small_data, tmp_path, monkeypatch, state, said
-):
+def test_the_state_of_a_run_in_the_queue(forescale, small_data, tmp_path, monkeypatch, state, said):
     from forescale.slurm import queue
     from forescale.slurm.submission import Submission
 

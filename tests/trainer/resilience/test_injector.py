@@ -20,8 +20,9 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.resilience import injector as module
 from forescale.resilience.injector import Injected, damage, flip_a_weight, injector_of, records
-from forescale.resilience.phases import Pulse
-from forescale.run.directory import Run, read_rows
+from forescale.resilience.phases import PhaseTimer
+from forescale.run.directory import Run
+from forescale.run.rows import read_rows
 
 ROOT = Path(__file__).parents[3]
 
@@ -58,17 +59,17 @@ def test_what_is_written_is_read_again(kind, step, rank, place):
         ("kil@10", "the nearest is kill"),
         ("freze@3:rank1", "the nearest is freeze"),
         ("enospace@3", "the nearest is enospc"),
-        ("kill", "write it like kill@120:rank1"),
+        ("kill", "write, for example, kill@120:rank1"),
         ("kill@", "is not KIND@STEP"),
         ("kill@x", "is not KIND@STEP"),
         ("kill@-3", "is not KIND@STEP"),
         ("", "is not KIND@STEP"),
-        ("kill@0", "the first step that is made is 1"),
+        ("kill@0", "the first step is 1"),
         ("kill@5:rank1:dta", "the nearest is data"),
         ("kill@5:ranl1", "the nearest is rank1"),
         ("kill@5:rank1:rank2", "names two ranks"),
         ("kill@5:norm:data", "names two places"),
-        ("nan@5:data", "nan has a place of its own"),
+        ("nan@5:data", "nan takes no place"),
     ],
 )
 def test_a_wrong_one_is_a_sentence(text, says):
@@ -81,7 +82,7 @@ def test_a_wrong_one_is_a_sentence(text, says):
 def test_all_problems_come_at_once():
     found = problems(["kil@1", "kill@3", "kill@3:rank0", "nan@9:rank2", "nan@41", "ok"], 2, 40)
     sentences = "\n".join(": ".join(p) for p in found)
-    for says in ("kil@1", "stands twice", "there is no rank 2", "last step, 40", "'ok'"):
+    for says in ("kil@1", "is given twice", "there is no rank 2", "last step, 40", "'ok'"):
         assert says in sentences
     assert len(found) == 5
     assert problems(["kill@99:rank7"]) == []  # as long as ranks and steps are not known
@@ -111,53 +112,53 @@ def run(tmp_path) -> Run:
     return made
 
 
-def inject(run, *faults, rank=0, pulse=None):
-    pulse = pulse or Pulse("startup")
-    return injector_of(faults, rank, run, run.attempts()[-1], pulse), pulse
+def inject(run, *faults, rank=0, phases=None):
+    phases = phases or PhaseTimer("startup")
+    return injector_of(faults, rank, run, run.attempts()[-1], phases), phases
 
 
-def make(pulse: Pulse, injector, step: int, micro_batches: int = 1) -> list[str]:
+def make(phases: PhaseTimer, injector, step: int, micro_batches: int = 1) -> list[str]:
     """Make a step as the loop does: the places that the rank comes to."""
     seen: list[str] = []
-    hook = pulse.hook
+    hook = phases.hook
 
     def hear():
-        seen.append(pulse.at)
+        seen.append(phases.at)
         hook()
 
-    pulse.hook = hear
-    pulse.enter("compute")
+    phases.hook = hear
+    phases.enter("compute")
     try:
-        with pulse("data"):
+        with phases("data"):
             pass
-        pulse.step = step
-        with pulse("compute"):
+        phases.step = step
+        with phases("compute"):
             if injector is not None:
                 injector.disturb(step, torch.nn.Linear(2, 2))
             for _ in range(micro_batches):
-                pulse.mark("forward")
-                pulse.mark("backward")
-            pulse.mark("norm")
-            pulse.mark("update")
-        pulse.mark("word")
+                phases.mark("forward")
+                phases.mark("backward")
+            phases.mark("norm")
+            phases.mark("update")
+        phases.mark("summary")
         for phase in ("evaluation", "checkpoint"):
-            with pulse(phase):
+            with phases(phase):
                 pass
     finally:
-        pulse.hook = hook
+        phases.hook = hook
     return seen
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if p != "write"])
 def test_it_strikes_in_its_step_at_its_place_and_once_a_run(run, place):
-    injector, pulse = inject(run, f"exit@3:{place}")
+    injector, phases = inject(run, f"exit@3:{place}")
     for step in (1, 2):
-        make(pulse, injector, step)
+        make(phases, injector, step)
     with pytest.raises(Injected, match="exit@3"):
-        make(pulse, injector, 3)
-    assert pulse.step == (2 if place == "data" else 3)  # its data comes before it begins
+        make(phases, injector, 3)
+    assert phases.step == (2 if place == "data" else 3)  # its data comes before it begins
     injector.begin(run.attempts()[0], 2)
-    make(pulse, injector, 3)  # made again, after a rollback
+    make(phases, injector, 3)  # made again, after a rollback
     run.new_attempt()
     assert inject(run, f"exit@3:{place}")[0] is None  # and in a later one
     (row,) = records(run)
@@ -165,42 +166,42 @@ def test_it_strikes_in_its_step_at_its_place_and_once_a_run(run, place):
 
 
 def test_the_data_of_an_attempts_first_step_is_that_steps(run):
-    injector, pulse = inject(run, "exit@21:data", "exit@26:data", "exit@1:data")
+    injector, phases = inject(run, "exit@21:data", "exit@26:data", "exit@1:data")
     injector.begin(run.attempts()[0], 20)  # a resumed run
     with pytest.raises(Injected, match="exit@21"):
-        make(pulse, injector, 21)
+        make(phases, injector, 21)
     for step in range(21, 26):
-        make(pulse, injector, step)
+        make(phases, injector, step)
     second = run.new_attempt()
-    injector.begin(second, 20)  # a rollback: the pulse still stands at 25
+    injector.begin(second, 20)  # a rollback: the phases still stands at 25
     for step in range(21, 26):
-        make(pulse, injector, step)
+        make(phases, injector, step)
     with pytest.raises(Injected, match="exit@26"):
-        make(pulse, injector, 26)
+        make(phases, injector, 26)
     assert (second.path / "faults-rank-0.jsonl").exists()
 
 
 def test_it_is_on_disk_before_it_strikes_and_rank_0_tells(run):
-    injector, pulse = inject(run, "exit@1:rank0", "exit@1:rank1")
+    injector, phases = inject(run, "exit@1:rank0", "exit@1:rank1")
     before = time.time()
     with pytest.raises(Injected):
-        make(pulse, injector, 1)
+        make(phases, injector, 1)
     (row,) = read_rows(run.attempts()[0].path / "faults-rank-0.jsonl")
     assert row["fault"] == "exit@1:rank0"
     assert before <= row["time"] <= time.time()
     (event,) = read_rows(run.attempts()[0].events.path)
     assert (event["kind"], event["fault"], event["step"]) == ("fault_injected", "exit@1:rank0", 1)
-    other, pulse = inject(run, "exit@1:rank0", "exit@1:rank1", rank=1)
+    other, phases = inject(run, "exit@1:rank0", "exit@1:rank1", rank=1)
     with pytest.raises(Injected):
-        make(pulse, other, 1)
+        make(phases, other, 1)
     assert len(read_rows(run.attempts()[0].events.path)) == 1  # one process writes a file
     assert [row["fault"] for row in records(run)] == ["exit@1:rank0", "exit@1:rank1"]
 
 
 def test_a_run_without_faults_has_no_injector(run):
-    injector, pulse = inject(run)
+    injector, phases = inject(run)
     assert injector is None
-    assert pulse.hook is None
+    assert phases.hook is None
     assert inject(run, "kill@3:rank1", rank=0)[0] is None
 
 
@@ -245,13 +246,13 @@ def publish(run: Run, step: int) -> Path:
 
 
 def test_the_newest_checkpoint_is_damaged_as_soon_as_there_is_one(run):
-    injector, pulse = inject(run, "corrupt@2")
+    injector, phases = inject(run, "corrupt@2")
     for step in (1, 2, 3):
-        make(pulse, injector, step)
+        make(phases, injector, step)
     assert not records(run)
     old, new = publish(run, 3), publish(run, 4)
-    make(pulse, injector, 4)
-    make(pulse, injector, 5)
+    make(phases, injector, 4)
+    make(phases, injector, 5)
     contents = [(p / "rank-00000.safetensors").read_bytes() for p in (old, new)]
     assert contents[0] == bytes(1000)
     assert sum(byte.bit_count() for byte in contents[1]) == 1
@@ -263,8 +264,8 @@ def test_damage_strikes_the_largest_file(run):
 
 
 def test_the_next_checkpoint_finds_the_disk_full(run):
-    injector, pulse = inject(run, "enospc@15")
-    make(pulse, injector, 15)
+    injector, phases = inject(run, "enospc@15")
+    make(phases, injector, 15)
     injector.writing(10, Path("rank-00000.safetensors"))
     with pytest.raises(OSError, match="rank-00000") as e:
         injector.writing(20, Path("rank-00000.safetensors"))
@@ -273,8 +274,8 @@ def test_the_next_checkpoint_finds_the_disk_full(run):
 
 
 def test_a_fault_strikes_while_a_checkpoint_is_written(run):
-    injector, pulse = inject(run, "exit@15:write")
-    make(pulse, injector, 15)
+    injector, phases = inject(run, "exit@15:write")
+    make(phases, injector, 15)
     with pytest.raises(Injected):
         injector.writing(20, Path("f"))
     injector.writing(30, Path("f"))
@@ -283,9 +284,9 @@ def test_a_fault_strikes_while_a_checkpoint_is_written(run):
 def test_a_slow_rank_sleeps_once_a_step_for_twenty_steps(run, monkeypatch):
     slept = []
     monkeypatch.setattr(module.time, "sleep", slept.append)
-    injector, pulse = inject(run, "slow@3")
+    injector, phases = inject(run, "slow@3")
     for step in range(1, 40):
-        make(pulse, injector, step, micro_batches=4)
+        make(phases, injector, step, micro_batches=4)
         assert len(slept) == max(0, min(step - 2, 20))
     assert set(slept) == {0.1}
 
@@ -294,17 +295,17 @@ CHILD = """
 import signal, sys, time
 from pathlib import Path
 from forescale.resilience.injector import injector_of
-from forescale.resilience.phases import Pulse
+from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Run
 def answer(*_):
     print("answered", flush=True)
     raise SystemExit(7)
 signal.signal(signal.SIGTERM, answer)
-run, pulse = Run(sys.argv[1]), Pulse("startup")
-injector_of([sys.argv[2]], 0, run, run.attempts()[-1], pulse)
+run, phases = Run(sys.argv[1]), PhaseTimer("startup")
+injector_of([sys.argv[2]], 0, run, run.attempts()[-1], phases)
 print("ready", flush=True)
-pulse.step = 5
-pulse.mark("forward")
+phases.step = 5
+phases.mark("forward")
 print("went on", flush=True)
 """
 

@@ -1,4 +1,4 @@
-"""The launcher over small commands in place of ranks: codes, signals, and nobody left behind."""
+"""The launcher with small commands in place of ranks: exit codes, signals, no process left over."""
 
 import os
 import signal
@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience import launcher as module
 from forescale.resilience import outcome
-from forescale.resilience.diagnosis import Hang, publish
-from forescale.resilience.launcher import after, start_ranks
+from forescale.resilience.diagnosis import Hang, publish_hang
+from forescale.resilience.launcher import next_action, start_ranks
+from forescale.run.directory import Run
 from forescale.storage import read_json
 
 ROOT = Path(__file__).parents[3]
@@ -35,23 +36,71 @@ DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     ],
 )
 def test_the_restart_policy(code, crashes, action):
-    assert after(code, crashes) == action
+    assert next_action(code, crashes) == action
 
 
-LISTEN = "from forescale.resilience.launcher import hear_wishes\nhear_wishes()\n"  # as a rank does
+@pytest.fixture
+def launches(tmp_path, monkeypatch):
+    """Returns a function that runs attempts on an empty run. Each argument is what the ranks of one
+    attempt do: (exit code, function of the run). It returns the exit code and the attempts."""
+    run = Run(tmp_path / "run")
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+
+    def go(*ways):
+        todo, attempts = list(ways), []
+
+        def start_ranks(command, processes, attempt, report, grace):
+            attempts.append(int(attempt.name))
+            outcome.record_start(attempt, command, processes)
+            code, act = todo.pop(0)
+            act(run)
+            return code
+
+        monkeypatch.setattr(module, "start_ranks", start_ranks)
+        return module.run_attempts(run, [], 1), attempts
+
+    return go
+
+
+def do_nothing(run):
+    pass
+
+
+def roll_back(run):
+    run.new_attempt()
+
+
+def be_overtaken(run):
+    outcome.record_start(run.new_attempt().path, ["forescale", "train"], 2)
+
+
+def test_a_crash_is_followed_by_another_attempt(launches):
+    assert launches((CRASHED, do_nothing), (DONE, do_nothing)) == (DONE, [1, 2])
+
+
+def test_an_attempt_begun_by_a_rollback_is_the_launchers_own(launches):
+    assert launches((CRASHED, roll_back), (DONE, do_nothing)) == (DONE, [1, 3])
+
+
+def test_a_launcher_leaves_the_run_to_a_newer_one(launches):
+    with pytest.raises(UserError, match="another launcher has started attempt 2 meanwhile"):
+        launches((CRASHED, be_overtaken), (DONE, do_nothing))
+
+
+LISTEN = "from forescale.resilience.launcher import unblock_stop_signals as f\nf()\n"
 
 
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
-    """Start ranks that run a snippet, which knows `rank`: (code, what was told)."""
+    """Returns a function that runs a snippet, with `rank` set, on ranks: (code, lines reported)."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
     def run(snippet, processes=2):
-        told = []
+        reported = []
         body = f"{LISTEN}import os, time\nrank = int(os.environ['RANK'])\n"
         body += textwrap.dedent(snippet)
-        code = start_ranks([sys.executable, "-c", body], processes, tmp_path, told.append)
-        return code, told
+        code = start_ranks([sys.executable, "-c", body], processes, tmp_path, reported.append)
+        return code, reported
 
     return run
 
@@ -60,38 +109,38 @@ def launched(attempt):
     return read_json(attempt / outcome.LAUNCH)
 
 
-def test_ranks_know_who_they_are(ranks, tmp_path):
+def test_ranks_get_their_environment(ranks, tmp_path):
     facts = "'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'FORESCALE_ATTEMPT'"
-    code, told = ranks(
+    code, reported = ranks(
         f"open('{tmp_path}/' + str(rank), 'w').write(' '.join(map(os.environ.get, ({facts}))))", 3
     )
-    assert (code, told) == (0, [])
+    assert (code, reported) == (0, [])
     for rank in range(3):
         assert (tmp_path / str(rank)).read_text() == f"3 {rank} 3 127.0.0.1 {tmp_path}"
 
 
-def test_all_ended_well_is_done_and_logs_are_kept(ranks, tmp_path):
+def test_successful_ranks_mean_done_and_logs_are_kept(ranks, tmp_path):
     assert ranks("print('hello from', rank)\ntime.sleep(0.2 * rank)") == (0, [])
     assert (tmp_path / "rank-1.log").read_text() == "hello from 1\n"
-    assert not (tmp_path / "rank-0.log").exists()  # it speaks to the terminal
+    assert not (tmp_path / "rank-0.log").exists()  # it prints to the terminal
 
 
-def test_one_that_crashes_ends_the_others_at_once(ranks, tmp_path):
+def test_a_crash_ends_the_other_ranks_at_once(ranks, tmp_path):
     began = time.monotonic()
-    code, (told,) = ranks("if rank == 1: raise SystemExit(1)\ntime.sleep(60)")
+    code, (reported,) = ranks("if rank == 1: raise SystemExit(1)\ntime.sleep(60)")
     assert code == 1
-    assert told == f"rank 1 ended with code 1; see {tmp_path / 'rank-1.log'}"
+    assert reported == f"rank 1 ended with code 1; see {tmp_path / 'rank-1.log'}"
     assert time.monotonic() - began < 10
     assert launched(tmp_path)["how"] == "rank 1 ended with code 1"
-    code, (told,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    code, (reported,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
     assert code == -signal.SIGKILL
-    assert "rank 0 ended with SIGKILL (the kernel kills so when memory runs out)" in told
+    assert "rank 0 ended with SIGKILL (the kernel sends it when memory runs out)" in reported
 
 
-LEAVE = "from pathlib import Path\nfrom forescale.resilience.outcome import leave_word\n"
+RECORD = "from pathlib import Path\nfrom forescale.resilience.outcome import write_error\n"
 
 
-def test_how_it_went_is_written_down(ranks, tmp_path):
+def test_start_and_end_are_recorded(ranks, tmp_path):
     before = time.time()
     ranks("raise SystemExit(75 * rank)")
     found = launched(tmp_path)
@@ -102,86 +151,88 @@ def test_how_it_went_is_written_down(ranks, tmp_path):
     assert (launched(tmp_path)["code"], launched(tmp_path)["how"]) == (0, "done")
 
 
-def test_the_cause_is_what_the_rank_itself_died_of(ranks, tmp_path):
+def test_the_cause_is_the_error_that_a_rank_recorded(ranks, tmp_path):
     """Rank 0 only lost its peer, though it ended first."""
-    die = f"leave_word(Path({str(tmp_path)!r}), 1, ValueError('too wide'))"
-    code, (told,) = ranks(f"{LEAVE}if rank == 1:\n    time.sleep(0.5)\n    {die}\nos._exit(1)")
+    die = f"write_error(Path({str(tmp_path)!r}), 1, ValueError('too wide'))"
+    code, (reported,) = ranks(f"{RECORD}if rank == 1:\n    time.sleep(0.5)\n    {die}\nos._exit(1)")
     assert code == 1
-    assert told == f"rank 1 ended with ValueError: too wide; see {tmp_path / 'rank-1.log'}"
+    assert reported == f"rank 1 ended with ValueError: too wide; see {tmp_path / 'rank-1.log'}"
 
 
 def test_a_signal_explains_more_than_an_error(ranks, tmp_path):
-    die = f"leave_word(Path({str(tmp_path)!r}), 0, RuntimeError('connection reset'))"
-    code, (told,) = ranks(f"{LEAVE}if rank: os.kill(os.getpid(), 11)\n{die}\nos._exit(1)")
+    die = f"write_error(Path({str(tmp_path)!r}), 0, RuntimeError('connection reset'))"
+    code, (reported,) = ranks(f"{RECORD}if rank: os.kill(os.getpid(), 11)\n{die}\nos._exit(1)")
     assert code == -signal.SIGSEGV
-    assert told.startswith("rank 1 ended with SIGSEGV")
+    assert reported.startswith("rank 1 ended with SIGSEGV")
 
 
-def test_a_hang_is_the_cause_of_all_that_follows(ranks, tmp_path):
-    publish(tmp_path, Hang((1,), "a", "data", 3, 9.0, "rank 1 on host a has been in data for 9 s"))
-    _, (told,) = ranks("os._exit(1)")
-    assert told == f"rank 1 on host a has been in data for 9 s; see {tmp_path}/hang-*.txt"
+def test_a_hang_is_the_cause_of_all_later_errors(ranks, tmp_path):
+    publish_hang(
+        tmp_path, Hang((1,), "a", "data", 3, 9.0, "rank 1 on host a has been in data for 9 s")
+    )
+    _, (reported,) = ranks("os._exit(1)")
+    assert reported == f"rank 1 on host a has been in data for 9 s; see {tmp_path}/hang-*.txt"
 
 
-def test_a_kill_for_memory_is_known_for_one(ranks, tmp_path, monkeypatch):
+def test_a_kill_for_memory_is_recognised(ranks, tmp_path, monkeypatch):
     kills = iter((4, 5))
     monkeypatch.setattr(outcome, "kills_for_memory", lambda: next(kills))
-    _, (told,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
-    assert "rank 0 ended with SIGKILL: memory ran out, and the kernel killed it" in told
+    _, (reported,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    assert "rank 0 ended with SIGKILL: memory ran out, and the kernel killed it" in reported
 
 
-def test_words_of_an_error_name_its_place(tmp_path):
+def test_a_recorded_error_names_its_place(tmp_path):
     try:
         raise ValueError("one\ntwo")
     except ValueError as e:
-        outcome.leave_word(tmp_path, 3, e)
-    said = (tmp_path / "rank-3.fault").read_text()
-    assert said.startswith(f"ValueError: one ({__file__}, line ")
-    outcome.leave_word(tmp_path, 3, UserError("disk", "is full", "free some"))
-    assert (tmp_path / "rank-3.fault").read_text() == "disk: is full; free some.\n"
-    outcome.leave_word(tmp_path / "gone", 3, ValueError())  # nothing may hide the fault itself
+        outcome.write_error(tmp_path, 3, e)
+    text = (tmp_path / "rank-3.error").read_text()
+    assert text.startswith(f"ValueError: one ({__file__}, line ")
+    outcome.write_error(tmp_path, 3, UserError("disk", "is full", "free some"))
+    assert (tmp_path / "rank-3.error").read_text() == "disk: is full; free some.\n"
+    outcome.write_error(tmp_path / "gone", 3, ValueError())  # it must not hide the error itself
 
 
-def test_a_users_fault_on_another_rank_is_said_here(ranks):
-    """Rank 1's words are in its log; a user who sees code 2 and no sentence is lost."""
-    said = "forescale: shard.tar: is damaged; restore it."
-    code, told = ranks(
-        f"if rank == 1: print('noise'); print({said!r}); raise SystemExit(2)\ntime.sleep(1)"
+def test_a_users_error_on_another_rank_is_reported_here(ranks):
+    """Rank 1 prints to its log; a user who sees code 2 without a message is lost."""
+    text = "forescale: shard.tar: is damaged; restore it."
+    code, reported = ranks(
+        f"if rank == 1: print('noise'); print({text!r}); raise SystemExit(2)\ntime.sleep(1)"
     )
     assert code == USER
-    assert told == [said]
+    assert reported == [text]
 
 
-def test_a_users_fault_counts_more_than_its_echo(ranks):
+def test_a_users_error_counts_more_than_its_consequence(ranks):
     """Rank 0 only lost a peer; by its code the launcher would try again and again."""
-    code, told = ranks("raise SystemExit(1 + rank)")
+    code, reported = ranks("raise SystemExit(1 + rank)")
     assert code == USER
-    assert len(told) == 1
+    assert len(reported) == 1
 
 
-def test_an_interrupted_rank_leaves_the_others_time_to_save(ranks, tmp_path):
+def test_the_others_have_time_to_save_when_one_rank_is_interrupted(ranks, tmp_path):
     wait = f"time.sleep(1); open('{tmp_path}/saved', 'w')"
     assert ranks(f"if rank == 0: raise SystemExit(75)\n{wait}\nraise SystemExit(75)") == (75, [])
     assert (tmp_path / "saved").exists()
 
 
-def test_it_waits_only_so_long_for_one_that_does_not_end(ranks, monkeypatch):
+def test_a_rank_that_does_not_exit_is_killed_after_a_while(ranks, monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda real=time.monotonic: 10 * real())
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     code, _ = ranks(f"{deaf}if rank == 0: raise SystemExit(2)\ntime.sleep(60)")
     assert code == USER
 
 
-def test_signals_mean_afterwards_what_they_did_before(ranks):
-    before = [signal.getsignal(n) for n in module.WISHES]
+def test_signal_handlers_are_restored(ranks):
+    before = [signal.getsignal(n) for n in module.STOP_SIGNALS]
     ranks("pass")
-    assert [signal.getsignal(n) for n in module.WISHES] == before
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(module.WISHES)
+    assert [signal.getsignal(n) for n in module.STOP_SIGNALS] == before
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(module.STOP_SIGNALS)
 
 
 @pytest.fixture
 def launcher(tmp_path):
-    """Start a launcher of its own over two ranks that run a snippet; ends with the test."""
+    """Returns a function that starts a launcher process with two ranks that run a snippet."""
     started = []
 
     def run(snippet, before="", grace=120.0, listen=LISTEN):
@@ -207,7 +258,7 @@ def launcher(tmp_path):
 
 
 def children(process, count=2):
-    """The ranks, once they are all up."""
+    """Return the ranks, once all of them are up."""
     assert process.stdout.readline() == "up\n"
     log = Path(process.args[2].split("Path('")[1].split("'")[0]) / "rank-1.log"
     deadline = time.monotonic() + 20
@@ -224,8 +275,8 @@ def gone(processes):
     return not alive
 
 
-@pytest.mark.parametrize("number", module.WISHES, ids=lambda n: n.name)
-def test_a_signal_reaches_every_rank_as_a_wish(launcher, number):
+@pytest.mark.parametrize("number", module.STOP_SIGNALS, ids=lambda n: n.name)
+def test_a_signal_reaches_every_rank(launcher, number):
     listening = f"signal.signal({number:d}, lambda *_: sys.exit(75))\n"
     process = launcher(NAP.replace("print", listening + "print") + "time.sleep(60)")
     ranks = children(process)
@@ -242,7 +293,7 @@ def test_the_ranks_die_with_a_launcher_that_is_killed(launcher):
     assert gone(ranks)
 
 
-def test_a_second_interrupt_kills_ranks_that_do_not_listen(launcher):
+def test_a_second_interrupt_kills_ranks_that_ignore_signals(launcher):
     deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     process = launcher(NAP.replace("print", deaf + "print") + "time.sleep(60)")
     ranks = children(process)
@@ -254,17 +305,17 @@ def test_a_second_interrupt_kills_ranks_that_do_not_listen(launcher):
     assert gone(ranks)
 
 
-def test_a_signal_before_the_ranks_can_listen_is_an_interruption_too(launcher):
+def test_a_signal_before_the_ranks_handle_it_is_an_interruption_too(launcher):
     process = launcher(NAP + "time.sleep(60)")  # with Python's own handler
     children(process)
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=20)
     assert process.returncode == INTERRUPTED
-    assert "ended with" not in rest  # the user knows why
+    assert "ended with" not in rest  # the user sent it
 
 
 def test_a_signal_while_the_ranks_are_started_reaches_all_of_them(launcher):
-    """Sent between the first and the second; the second doesn't exist yet."""
+    """The signal comes between the first rank and the second, which doesn't exist yet."""
     between = (
         "import os, signal, subprocess, forescale.resilience.launcher as launch\n"
         "class Slow(subprocess.Popen):\n"
@@ -280,11 +331,11 @@ def test_a_signal_while_the_ranks_are_started_reaches_all_of_them(launcher):
     assert time.monotonic() - began < 15
 
 
-GRACE = "from forescale.resilience.launcher import Wish\nWish().listen(1.0)\n"
+GRACE = "from forescale.resilience.launcher import StopRequest\nStopRequest().listen(1.0)\n"
 
 
-def test_a_rank_that_waits_ends_when_its_time_is_over(launcher, tmp_path):
-    """In a call that Python doesn't come back from to run a handler."""
+def test_a_blocked_rank_exits_when_its_time_is_over(launcher, tmp_path):
+    """It waits in a call that doesn't return to Python for a handler."""
     # A mutex that is locked twice: its wait goes on after every signal.
     waits = "import ctypes\nm = ctypes.create_string_buffer(64)\n"
     waits += "lock = ctypes.CDLL(None).pthread_mutex_lock\nlock(m)\nlock(m)\n"
@@ -293,13 +344,13 @@ def test_a_rank_that_waits_ends_when_its_time_is_over(launcher, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == INTERRUPTED
     assert gone(ranks)
-    assert "Stopping: the ranks save and end, in at most 1 s." in process.stdout.read()
+    assert "Stopping: the ranks save and exit within 1 s." in process.stdout.read()
     log = (tmp_path / "rank-1.log").read_text()
-    assert "rank 1 could not save and end in 1 s; the checkpoint before stands." in log
+    assert "rank 1 could not save and exit in 1 s; the last checkpoint remains." in log
 
 
-def test_ranks_that_are_stopped_end_when_the_time_is_over(launcher, tmp_path):
-    """They hear no signal but the one that nobody can block."""
+def test_suspended_ranks_are_killed_when_the_time_is_over(launcher, tmp_path):
+    """They receive no signal but SIGKILL."""
     process = launcher(GRACE + NAP + "time.sleep(600)", grace=0.5)
     ranks = children(process)
     for rank in ranks:
@@ -312,17 +363,19 @@ def test_ranks_that_are_stopped_end_when_the_time_is_over(launcher, tmp_path):
 
 def test_a_rank_that_saves_in_time_is_left_alone(launcher, tmp_path):
     save = f"time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w'); sys.exit(75)"
-    hears = "from forescale.resilience.launcher import Wish\nwish = Wish().listen(60.0)\n"
-    waits = "while not wish: time.sleep(0.05)\n"
-    process = launcher(hears + NAP + waits + save, listen="")  # not before it hears
+    hears = (
+        "from forescale.resilience.launcher import StopRequest\nstop = StopRequest().listen(60.0)\n"
+    )
+    waits = "while not stop: time.sleep(0.05)\n"
+    process = launcher(hears + NAP + waits + save, listen="")  # blocked until it listens
     children(process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == INTERRUPTED
     assert (tmp_path / "saved").exists()
 
 
-def test_a_users_fault_after_a_wish_stays_one(launcher):
-    """The disk was full when it wanted to save: to come again is no use."""
+def test_a_users_error_after_a_stop_request_stays_one(launcher):
+    """The disk was full when it wanted to save: a restart would not help."""
     full = NAP.replace("print", "signal.signal(signal.SIGTERM, lambda *_: sys.exit(2)); print")
     process = launcher(full + "time.sleep(60)")
     children(process)
@@ -330,20 +383,20 @@ def test_a_users_fault_after_a_wish_stays_one(launcher):
     assert process.wait(20) == USER
 
 
-def test_a_world_is_joined_by_its_environment(monkeypatch):
+def test_a_rank_is_recognised_by_its_environment(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    assert not module.joined()
+    assert not module.started_as_rank()
     os.environ.update(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_LOCALID="0")
-    assert not module.joined(), "a batch script is no rank"
+    assert not module.started_as_rank(), "a batch script is not a rank"
     os.environ.update(SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_STEP_ID="0")
-    assert module.joined()
+    assert module.started_as_rank()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     assert [os.environ[name] for name in names] == ["3", "4", "1"]
     monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2"})
-    assert module.joined()
+    assert module.started_as_rank()
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("", 1), ("-1", 1), ("GPU-a", 1)])
-def test_one_rank_a_visible_gpu(monkeypatch, visible, count):
+def test_one_rank_per_visible_gpu(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert module.default_processes() == count

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forescale.errors import UserError
-from forescale.run.directory import Attempt, Parent, Rows, Run, read_rows
+from forescale.run.directory import Attempt, Parent, Run
+from forescale.run.rows import RowWriter, read_rows
 from tests import disks
 
 
@@ -139,7 +140,7 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
 def test_a_row_that_a_full_disk_cuts_short_is_an_error_and_no_silence(tmp_path):
     """A disk that is almost full takes a part of the row and reports no error for it."""
     with disks.small_disk(tmp_path / "disk", "64k") as disk:
-        rows = Rows(disk / "metrics.jsonl")
+        rows = RowWriter(disk / "metrics.jsonl")
         rows.add(row(1))
         written = [1]
         filling = disks.fill(disk)
@@ -159,7 +160,7 @@ def test_an_unknown_run_is_answered_with_the_known_ones(tmp_path):
     for name in ("a", "b", ".a.new.stage"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").touch()
-    with pytest.raises(UserError, match=r"no run of this name.*are: a, b\."):
+    with pytest.raises(UserError, match=r"no run has this name.*are: a, b\."):
         Run.existing("c", tmp_path)
     assert Run.existing("a", tmp_path).path == tmp_path / "a"
     assert Run.existing(tmp_path / "b").name == "b"

@@ -6,8 +6,8 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources
 from forescale.data.prepare.builder import BuildConfig, build_dataset
-from forescale.data.sources import Sources
 from forescale.data.text.files import Files
 from forescale.errors import UserError
 from forescale.run.feed import epochs, feed_of, notes
@@ -76,7 +76,7 @@ def test_a_limit_on_epochs_is_held_before_anything_starts(paths):
     job, sources = opened(paths, "data.weights={web: 1, code: 1}", "data.max_epochs={code: 4}")
     with pytest.raises(UserError, match=r"max_epochs\.code: the run reads code 4\.00 times|") as e:
         feed_of(job, sources)
-    assert "where 4 is the most" in str(e.value)
+    assert "the limit is 4" in str(e.value)
     within, sources = opened(
         paths, "data.weights={web: 1, code: 1}", "data.max_epochs={code: 4}", steps=90
     )
@@ -93,7 +93,7 @@ def test_many_epochs_are_said(paths):
 def test_a_source_without_a_window_is_named(paths, tmp_path):
     hollow = write_dataset(tmp_path / "hollow", [[1]])
     job, sources = opened({**paths, "hollow": hollow})
-    with pytest.raises(UserError, match="hollow: holds no two tokens in a row"):
+    with pytest.raises(UserError, match="hollow: has no shard with two tokens"):
         feed_of(job, sources)
 
 
@@ -103,7 +103,7 @@ def test_one_tokenizer_for_all(paths, tmp_path):
     for i in range(50):
         (folder / f"{i}.txt").write_text(f"text number {i}, and so on and on")
     other = build_dataset(Files([folder]), tmp_path / "other", BuildConfig(vocab_size=300))
-    with pytest.raises(UserError, match=r"data\.sources\.other: .* has another tokenizer"):
+    with pytest.raises(UserError, match=r"data\.sources\.other: .* has a different tokenizer"):
         opened({**paths, "other": other})
 
 

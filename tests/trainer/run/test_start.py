@@ -69,7 +69,7 @@ def test_what_changes_the_trajectory_is_refused_with_the_list(job):
     with pytest.raises(UserError) as caught:
         start(job(*changes, "logging.every=1"))
     said = str(caught.value)
-    assert said.startswith(f"{run.path}: the run was begun with another config: ")
+    assert said.startswith(f"{run.path}: the run was started with another config: ")
     for words in (
         "train.seed: 1337 -> 5",
         "optimizer.learning_rate: ",
@@ -113,7 +113,7 @@ def test_other_data_is_refused_and_a_moved_copy_is_not(job, small_data, tmp_path
     copy = shutil.copytree(small_data, tmp_path / "copy")
     start(job(f"data.path={copy}"))
     other = make_dataset(tmp_path / "other", vocab_size=280)
-    with pytest.raises(UserError, match=r"begun on other data .*give the data.path"):
+    with pytest.raises(UserError, match=r"started on other data .*give its data.path"):
         start(job(f"data.path={other}"))
 
 

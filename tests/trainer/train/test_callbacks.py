@@ -1,6 +1,6 @@
 """What is due when, seen through the real loop with a counting engine in place of DeepSpeed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.checkpoint.writer import Position
+from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
 from forescale.engine.step import Facts
-from forescale.engine.world import World
+from forescale.engine.world import StepSummary, World
 from forescale.errors import UserError
-from forescale.resilience.phases import Pulse
+from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Run
-from forescale.train.callbacks import Checkpoints, Every, Validation
+from forescale.train.callbacks import Checkpoints, Every, Own, Validation
 from forescale.train.evaluate import Score
-from forescale.train.guard import HEALTHY
+from forescale.train.guard import HEALTHY, Halt, Rollback
 from forescale.train.loop import train
 
 
@@ -28,9 +28,9 @@ class Clock(World):
         super().__init__(SimpleNamespace(process_index=0, num_processes=1, device="cpu"))
         self.per_step = per_step
 
-    def words(self, behind):
-        for word in super().words(behind):
-            yield type(word)(**{**vars(word), "seconds": word.step * self.per_step})
+    def summaries(self, behind):
+        for summary in super().summaries(behind):
+            yield replace(summary, seconds=summary.step * self.per_step)
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Engine:
 
 
 class Healthy:
-    """A watch that finds nothing."""
+    """A guard that finds nothing."""
 
-    verdict = HEALTHY
+    decision = HEALTHY
 
     def begin(self, batch): ...
 
@@ -64,7 +64,7 @@ class Healthy:
 
 @dataclass
 class Recorder:
-    """A part that, like those of the product, acts where its Every is due."""
+    """A callback that, like those of the product, acts if its Every is due."""
 
     is_due: Every
     engine: Engine
@@ -72,8 +72,8 @@ class Recorder:
     failed: bool = False
     acted: list = field(default_factory=list)  # (step, what the weights were at)
 
-    def see(self, step, word):
-        if self.is_due.hear(step.position.step, word):
+    def see(self, step, summary):
+        if self.is_due.update(step.position.step, summary):
             self.acted.append((step.position.step, self.engine.made))
 
 
@@ -93,14 +93,16 @@ def batches(total, first=0):
 
 def run_loop(total, *lengths, stop_at=None, per_step=1.0):
     engine = Engine(Clock(per_step))
-    parts = []
+    callbacks = []
     for length in map(Duration.parse, lengths):
         every = Every(length, length.steps(10, total), total)
-        parts.append(Recorder(every, engine))
+        callbacks.append(Recorder(every, engine))
     asked = (lambda: engine.made >= stop_at) if stop_at else (lambda: False)
-    pulse = Pulse("startup")
-    where = train(engine, batches(total), lambda t: 1.0, parts, Position(), pulse, asked, Healthy())
-    return where, [part.acted for part in parts], engine
+    phases = PhaseTimer("startup")
+    where = train(
+        engine, batches(total), lambda t: 1.0, callbacks, Position(), phases, asked, Healthy()
+    )
+    return where, [callback.acted for callback in callbacks], engine
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_counted_lengths_are_exact(length, steps):
 
 
 def test_a_wall_time_is_due_two_steps_after_the_clock_says_so():
-    """One, until its word is read, and one, so that all ranks are ready for it."""
+    """One until its summary is read, and one so that all ranks are ready for it."""
     _, (acted,), _ = run_loop(20, "5 s")
     assert [step for step, _ in acted] == [7, 14, 20]
 
@@ -135,18 +137,18 @@ def test_a_wall_time_is_due_two_steps_after_the_clock_says_so():
     st.integers(1, 30),
     st.sampled_from([0.3, 1.0, 4.0]),
 )
-def test_who_acts_on_a_step_finds_the_weights_of_that_step(lengths, total, per_step):
-    """Or a checkpoint would be named after another step than its weights are of."""
+def test_a_callback_that_is_due_sees_the_weights_of_its_step(lengths, total, per_step):
+    """Otherwise a checkpoint would have another step's weights than its name says."""
     texts = [f"{n} {unit}" for n, unit in lengths]
     _, acted, _ = run_loop(total, *texts, per_step=per_step)
-    for part in acted:
-        assert all(step == weights for step, weights in part)
-        assert part[-1][0] == total
-        assert len({step for step, _ in part}) == len(part)
+    for callback in acted:
+        assert all(step == weights for step, weights in callback)
+        assert callback[-1][0] == total
+        assert len({step for step, _ in callback}) == len(callback)
 
 
 @given(st.integers(1, 12), st.integers(1, 12))
-def test_a_wish_to_stop_ends_all_within_a_step_where_the_weights_are(total, stop_at):
+def test_a_stop_request_ends_training_within_a_step_at_the_position_of_the_weights(total, stop_at):
     (position, stopped), (acted,), engine = run_loop(total, "3 steps", stop_at=stop_at)
     assert position.step == engine.made
     assert engine.made <= min(total, stop_at + 1)
@@ -154,41 +156,48 @@ def test_a_wish_to_stop_ends_all_within_a_step_where_the_weights_are(total, stop
     assert all(step == weights for step, weights in acted)
 
 
-def test_every_step_is_told_once_in_order_whatever_is_due():
+def test_every_step_is_seen_once_and_in_order_whatever_is_due():
     seen = []
-    watcher = SimpleNamespace(phase="watch", failed=False, is_due=lambda step: step in (2, 5, 6))
-    watcher.see = lambda step, word: seen.append((step.position.step, word.step))
+    watcher = SimpleNamespace(phase="test", failed=False, is_due=lambda step: step in (2, 5, 6))
+    watcher.see = lambda step, summary: seen.append((step.position.step, summary.step))
     train(
         Engine(),
         batches(9),
         lambda t: 1.0,
         [watcher],
         Position(),
-        Pulse("s"),
+        PhaseTimer("s"),
         lambda: False,
         Healthy(),
     )
     assert seen == [(t, t) for t in range(1, 10)]
 
 
-def test_the_periodic_score_is_capped_and_the_last_is_whole():
-    asked, told = [], []
+def test_the_periodic_score_is_capped_and_the_last_is_complete():
+    asked, logged = [], []
     engine = Engine()
     score = Score(1.0, 0.1, 2.0, 10, 20, 3)
-    part = Validation(
+    callback = Validation(
         Every(Duration(4), 4, 10),
-        lambda whole: asked.append(whole) or score,
-        lambda step, found: told.append((step.position.step, found)),
+        lambda complete: asked.append(complete) or score,
+        lambda step, found: logged.append((step.position.step, found)),
     )
     train(
-        engine, batches(10), lambda t: 1.0, [part], Position(), Pulse("s"), lambda: False, Healthy()
+        engine,
+        batches(10),
+        lambda t: 1.0,
+        [callback],
+        Position(),
+        PhaseTimer("s"),
+        lambda: False,
+        Healthy(),
     )
     assert asked == [False, False, True]
-    assert told == [(4, score), (8, score), (10, score)]
+    assert logged == [(4, score), (8, score), (10, score)]
 
 
 class Saves:
-    """In place of a Saver: what was begun; and a fault of what goes on behind, where given."""
+    """In place of a Saver: records what was begun, and fails in the background if given a fault."""
 
     def __init__(self, fault=None):
         self.begun, self.fault, self.failed = [], fault, False
@@ -203,34 +212,36 @@ class Saves:
 
 
 def save_along(tmp_path, monkeypatch, total, saves):
-    """Train `total` steps with a part that saves every 4."""
+    """Train `total` steps with a callback that saves every 4."""
     run, engine = Run(tmp_path), Engine()
     monkeypatch.setattr("forescale.train.callbacks.Saver", lambda *_: saves)
-    part = Checkpoints(Every(Duration(4), 4, total), 2, run, run.new_attempt(), engine, dict)
+    callback = Checkpoints(Every(Duration(4), 4, total), 2, run, run.new_attempt(), engine, dict)
     train(
         engine,
         batches(total),
         lambda t: 1.0,
-        [part],
+        [callback],
         Position(),
-        Pulse("s"),
+        PhaseTimer("s"),
         lambda: False,
         Healthy(),
     )
-    return part
+    return callback
 
 
 def test_a_step_is_saved_once(tmp_path, monkeypatch):
     saves = Saves()
-    part = save_along(tmp_path, monkeypatch, 8, saves)
-    assert part.saved == 8
-    part.save(saves.begun[-1])  # as at the end of every run
+    callback = save_along(tmp_path, monkeypatch, 8, saves)
+    assert callback.saved == 8
+    callback.save(saves.begun[-1])  # as at the end of every run
     assert [(p.step, p.g) for p in saves.begun] == [(4, 4), (8, 8)]
-    part.save(Position(8, 9))  # the run went back, and came to the step by another way
+    callback.save(Position(8, 9))  # after a rollback the run came to the step by another way
     assert len(saves.begun) == 3
 
 
-def test_a_save_that_fails_behind_the_training_ends_it_with_the_next_word(tmp_path, monkeypatch):
+def test_a_save_that_fails_in_the_background_ends_training_at_the_next_summary(
+    tmp_path, monkeypatch
+):
     fault = UserError("disk", "full", "free some space")
     saves = Saves(fault)
     with pytest.raises(UserError, match="disk: full"):
@@ -238,6 +249,73 @@ def test_a_save_that_fails_behind_the_training_ends_it_with_the_next_word(tmp_pa
     assert [p.step for p in saves.begun] == [4]
 
 
-def test_steps_that_are_named_are_due_too():
+def test_named_steps_are_due_too():
     every = Every(Duration(4), 4, 10, at=(3, 7))
     assert [step for step in range(1, 11) if every(step)] == [3, 4, 7, 8, 10]
+
+
+class Raises:
+    """A callback that raises at one step."""
+
+    phase, failed = "test", False
+
+    def __init__(self, step, error):
+        self.step, self.error, self.seen = step, error, []
+
+    def is_due(self, step):
+        return False
+
+    def see(self, step, summary):
+        self.seen.append(summary.step)
+        if summary.step == self.step:
+            raise self.error
+
+
+def test_after_an_anomaly_of_a_callback_the_steps_made_are_logged_and_nothing_is_saved():
+    engine, first, last = Engine(), Raises(None, None), Raises(None, None)
+    raises = Raises(4, Rollback(4, "the loss is odd", 2, None))
+    callbacks, phases = [first, raises, last], PhaseTimer("s")
+    with pytest.raises(Rollback) as caught:
+        train(
+            engine,
+            batches(9),
+            lambda t: 1.0,
+            callbacks,
+            Position(),
+            phases,
+            lambda: False,
+            Healthy(),
+        )
+    assert caught.value.position.step == engine.made == 5, "the summary is read one step late"
+    assert first.seen == [1, 2, 3, 4, 5], "every step has its row"
+    assert raises.seen == [1, 2, 3, 4]
+    assert last.seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("error", "left", "kind", "reason"),
+    [
+        (Halt(3, "enough"), 1, "halt", "enough"),
+        (Rollback(3, "odd", 1, None), 1, "rollback", "odd"),
+        (Rollback(3, "odd", 1, None), 0, "halt", "odd, and the run may not roll back any more"),
+    ],
+)
+def test_a_callback_of_the_users_own_leaves_an_event_before_it_ends_the_attempt(
+    error, left, kind, reason
+):
+    events = []
+    own = Own(Raises(3, error), lambda kind, **facts: events.append((kind, facts)), left)
+    summaries = [StepSummary(t, [1.0], 0, False, False, 0.0) for t in (2, 3)]
+    own.see(None, summaries[0])
+    with pytest.raises(Halt if kind == "halt" else Rollback):
+        own.see(None, summaries[1])
+    assert events == [(kind, {"step": 3, "reason": reason})]
+
+
+def test_extra_numbers_arrive_as_means_by_their_names():
+    world = Clock()
+    world.share(1, torch.tensor([2.0]), 0, 1, 7, False, extra={"a": torch.tensor(0.5), "b": 3})
+    (summary,) = world.summaries(0)
+    assert (summary.losses, summary.extra) == ([2.0], {"a": 0.5, "b": 3.0})
+    with pytest.raises(UserError, match="the names: are b, and were a, b"):
+        world.share(2, torch.tensor([2.0]), 0, 1, 7, False, extra={"b": 1.0})

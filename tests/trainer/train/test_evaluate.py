@@ -11,6 +11,7 @@ from forescale.data.dataset import Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
 from forescale.train.evaluate import Score, evaluate, pooled
+from tests.trainer.plain_engine import on_all, worlds
 
 LENGTH = 16
 
@@ -43,15 +44,8 @@ def score(dataset, **more):
 
 
 def score_on_ranks(dataset, size, **more):
-    """Rank after rank; the gathering of each is answered with the parts of all."""
-    parts: list = []
-    for rank in range(size):
-        keep = dict(rank=rank, world_size=size, gather=lambda part: parts.append(part) or [part])
-        score(dataset, **keep, **more)
-    return [
-        score(dataset, rank=rank, world_size=size, gather=lambda part: parts, **more)
-        for rank in range(size)
-    ]
+    """The score that each of `size` ranks gets, in a thread each."""
+    return on_all(worlds(size), lambda ranks: score(dataset, ranks=ranks, **more))
 
 
 def windows(dataset):
@@ -106,7 +100,7 @@ def test_it_is_the_same_at_any_micro_batch(dataset):
     assert score(dataset, micro_batch=1) == score(dataset, micro_batch=1000)
 
 
-def test_a_cap_takes_windows_from_all_over_the_split(dataset):
+def test_a_limit_takes_windows_from_the_whole_split(dataset):
     every = windows(dataset)
     nats, targets, _ = np.array([every[i * len(every) // 5] for i in range(5)]).T
     found = score(dataset, windows=5)
@@ -115,7 +109,7 @@ def test_a_cap_takes_windows_from_all_over_the_split(dataset):
     assert math.isnan(score(dataset, windows=1).loss_stderr)
 
 
-def test_of_an_empty_split_there_is_nothing_to_score(tmp_path):
+def test_an_empty_split_gives_nan_over_no_windows(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
     (text / "a.py").write_text("x = 1\n" * 99)
@@ -126,7 +120,7 @@ def test_of_an_empty_split_there_is_nothing_to_score(tmp_path):
     assert math.isnan(found.loss)
 
 
-def test_pooled_is_what_one_split_of_both_would_give(dataset):
+def test_pooled_equals_the_score_of_one_split_of_both(dataset):
     split = dataset.split("validation")
     whole = score(dataset)
     assert pooled([whole]) == whole
@@ -150,26 +144,21 @@ def test_perplexity_is_of_the_mean_loss(dataset):
     assert found.perplexity == math.exp(found.loss)
 
 
-def test_ranks_are_asked_equally_often(dataset):
-    """At ZeRO-3 each call gathers the weights: a rank that asks once less would hang the others."""
-    asked = []
-    for rank in range(3):
-        calls = 0
+def test_all_ranks_make_the_same_number_of_calls(dataset):
+    """At ZeRO-3 each call gathers weights: a rank with one call less would hang the others."""
+
+    def calls_of(ranks):
+        calls = []
 
         def counted(micro):
-            nonlocal calls
-            calls += 1
+            calls.append(micro)
             assert micro.tokens.shape == micro.targets.shape == (3, LENGTH)
             return torch.zeros(3)
 
-        evaluate(
-            counted,
-            dataset.split("validation"),
-            dataset.token_bytes,
-            sequence_length=LENGTH,
-            micro_batch=3,
-            rank=rank,
-            world_size=3,
-        )
-        asked.append(calls)
-    assert len(set(asked)) == 1
+        split, bytes_ = dataset.split("validation"), dataset.token_bytes
+        evaluate(counted, split, bytes_, sequence_length=LENGTH, micro_batch=3, ranks=ranks)
+        return len(calls)
+
+    first, *others = on_all(worlds(3), calls_of)
+    assert first > 0
+    assert others == [first, first]

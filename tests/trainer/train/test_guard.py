@@ -1,4 +1,5 @@
-"""Verdicts on made-up runs: what is ill, what is done, and that a resumed guard judges alike."""
+"""Decisions on simulated runs: what is anomalous, what is done, and that a resumed guard decides as
+one that was never stopped."""
 
 import json
 import math
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.config.train import GuardConfig
-from forescale.data.mixture import united
+from forescale.data.mixture import merged_intervals
 from forescale.train.guard import Guard, Window
 
 RULES = GuardConfig(loss_spike="rollback", gradient_spike="skip", window=32, warmup=16)
@@ -34,7 +35,7 @@ def test_the_score_is_that_of_a_normal_distribution():
     assert window.score(4.0) == pytest.approx(-3.0, rel=0.1)
 
 
-def test_a_quarter_of_outliers_hides_no_spike():
+def test_a_quarter_of_outliers_does_not_hide_a_spike():
     values = noise(96) + [1e6] * 32
     assert Window(128, values).score(8.0) > 20
 
@@ -51,34 +52,34 @@ def test_a_quarter_of_outliers_hides_no_spike():
         (4.0, math.inf, "skip", "the gradient is not finite"),
     ],
 )
-def test_what_is_done(loss, norm, action, says):
-    verdict = settled().judge(41, loss, norm)
-    assert verdict.action == action
-    assert says in verdict.reason
-    assert verdict.may_apply == (action == "apply")
+def test_the_action_and_its_reason(loss, norm, action, says):
+    decision = settled().judge(41, loss, norm)
+    assert decision.action == action
+    assert says in decision.reason
+    assert decision.may_apply == (action == "apply")
 
 
-def test_spikes_are_not_looked_for_before_there_is_something_to_compare_with():
+def test_spikes_are_not_detected_before_there_are_values_to_compare_with():
     guard = settled(steps=RULES.warmup - 1)
     assert guard.judge(16, 1e9, 1e9).action == "apply"
-    assert Guard(RULES).judge(1, math.nan, 1.0).action == "skip"  # but that is always ill
+    assert Guard(RULES).judge(1, math.nan, 1.0).action == "skip"  # but this is always anomalous
 
 
-def test_what_hardly_moves_has_no_spikes_of_a_percent():
+def test_a_nearly_constant_value_has_no_spikes_of_a_percent():
     guard = Guard(RULES)
     for step in range(40):
         guard.judge(step, 4.0, 1.0)
     assert guard.judge(40, 4.02, 1.005).action == "apply"
 
 
-def test_a_note_is_remembered_and_a_level_that_changed_becomes_usual():
+def test_a_noted_value_is_remembered_and_a_changed_level_becomes_usual():
     guard = settled(replace(RULES, loss_spike="note"))
     actions = [guard.judge(step, 9.0, 1.0).action for step in range(41, 41 + 2 * RULES.window)]
     assert actions[0] == "note"
     assert actions[-1] == "apply"
 
 
-def test_ill_steps_in_a_row_stop_the_run_and_a_healthy_one_forgives():
+def test_anomalous_steps_in_a_row_stop_the_run_and_a_healthy_one_resets_the_count():
     guard = settled(replace(RULES, patience=3))
     for _ in range(2):
         assert [guard.judge(41, math.nan, 1.0).action for _ in range(3)] == ["skip"] * 3
@@ -103,22 +104,22 @@ def test_rollbacks_are_few_and_far_between():
     ),
     st.integers(0, 80),
 )
-def test_a_guard_restored_anywhere_judges_as_one_that_was_never_stopped(values, cut):
+def test_a_guard_restored_anywhere_decides_as_one_that_was_never_stopped(values, cut):
     rules = replace(RULES, window=12, warmup=8, patience=1000)
     whole, first = Guard(rules), Guard(rules)
-    verdicts = [whole.judge(step, *value) for step, value in enumerate(values)]
+    decisions = [whole.judge(step, *value) for step, value in enumerate(values)]
     for step, value in enumerate(values[:cut]):
         first.judge(step, *value)
     second = Guard(rules, state=json.loads(json.dumps(first.state)))
     again = [second.judge(step, *v) for step, v in list(enumerate(values))[cut:]]
-    assert again == verdicts[cut:]
+    assert again == decisions[cut:]
     assert second.state == whole.state
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=8))
 def test_united_intervals_hold_the_same_samples_sorted_and_apart(pairs):
     intervals = [(a, a + n) for a, n in pairs]
-    made = united(intervals)
+    made = merged_intervals(intervals)
     assert {g for a, b in made for g in range(a, b)} == {
         g for a, b in intervals for g in range(a, b)
     }

@@ -1,4 +1,4 @@
-"""Rows, the progress line, and sinks."""
+"""Rows, the progress line, and trackers."""
 
 import json
 import math
@@ -8,21 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from forescale.checkpoint.writer import Position
+from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
 from forescale.engine.step import Facts
-from forescale.engine.world import Word
-from forescale.run.directory import Run, read_rows
-from forescale.train.callbacks import Every
+from forescale.engine.world import StepSummary
+from forescale.run.directory import Run
+from forescale.run.rows import read_rows
+from forescale.train.callbacks import Every, Step
 from forescale.train.evaluate import Score
-from forescale.train.guard import Verdict
-from forescale.train.loop import Step
-from forescale.train.metrics import Line, Metrics, Prices, clock
+from forescale.train.guard import Decision
+from forescale.train.metrics import Metrics, Prices, ProgressLine, clock
 
 TOTAL = 1954
 
 
-class Sink:
+class Tracker:
     def __init__(self):
         self.rows = []
 
@@ -32,16 +32,16 @@ class Sink:
 
 @pytest.fixture
 def metrics(tmp_path):
-    """Metrics of rank 0 with one sink; `.attempt`, `.sinks`."""
+    """Metrics of rank 0 with one tracker; `.attempt`, `.trackers`."""
 
     def make(every="10 steps", is_main=True, **more):
         run = Run(tmp_path / "first")
         attempt = run.new_attempt()
         length = Duration.parse(every)
-        line = Line(Every(length, length.steps(20, TOTAL), TOTAL), TOTAL, 0, is_main)
+        line = ProgressLine(Every(length, length.steps(20, TOTAL), TOTAL), TOTAL, 0, is_main)
         prices = Prices(full=600.0, causal=500.0, six_n=400.0, peak=1e6)
         rates = {"muon": 0.02, "decayed": 0.004}
-        return Metrics(attempt, prices, rates, line, [Sink()], lambda: 4096, is_main)
+        return Metrics(attempt, prices, rates, line, [Tracker()], lambda: 4096, is_main)
 
     return make
 
@@ -53,14 +53,14 @@ def step(t, loss=30.0, seconds=0.25, applied=True, norm=2.0):
     return Step(position, 8 * (t - 1), {"data": 20}, 0.5, facts, spent)
 
 
-def word(t, losses=(30.0, 50.0), seconds=0.5):
-    return Word(t, list(losses), 2**63 + t, False, False, seconds * t)
+def summary(t, losses=(30.0, 50.0), seconds=0.5):
+    return StepSummary(t, list(losses), 2**63 + t, False, False, seconds * t)
 
 
-def test_a_row_holds_all_and_all_digits(metrics):
+def test_a_row_holds_every_key_with_all_digits(metrics):
     made = metrics()
     losses = (1 / 3, 1 / 7)
-    made.see(step(5), word(5, losses))
+    made.see(step(5), summary(5, losses))
     (row,) = read_rows(made.attempt.metrics.path)
     assert row.pop("seconds") == {"data": 0.05, "compute": 0.2, "logging": 1.0}
     assert row == {
@@ -85,10 +85,18 @@ def test_a_row_holds_all_and_all_digits(metrics):
     }
 
 
+def test_extra_numbers_are_a_key_each(metrics):
+    made = metrics()
+    made.see(step(5), replace(summary(5), extra={"entropy": 0.25, "routed": 3.0}))
+    (row,) = read_rows(made.attempt.metrics.path)
+    assert (row["extra.entropy"], row["extra.routed"]) == (0.25, 3.0)
+    assert made.trackers[0].rows[0][1]["train/extra.entropy"] == 0.25
+
+
 def test_a_dropped_update_is_an_event(metrics):
     made = metrics()
-    made.see(step(1), word(1))
-    made.see(step(2, applied=False, norm=math.inf), word(2))
+    made.see(step(1), summary(1))
+    made.see(step(2, applied=False, norm=math.inf), summary(2))
     (event,) = read_rows(made.attempt.events.path)
     assert (event["kind"], event["step"]) == ("update_dropped", 2)
     rows = read_rows(made.attempt.metrics.path)
@@ -97,24 +105,24 @@ def test_a_dropped_update_is_an_event(metrics):
     assert '"grad_norm": null' in made.attempt.metrics.path.read_text()  # JSON knows no infinity
 
 
-def test_a_verdict_s_reason_is_told(metrics, capsys):
+def test_the_reason_of_a_decision_is_logged(metrics, capsys):
     made = metrics()
-    made.see(replace(step(1), verdict=Verdict("note", "the loss is odd")), word(1))
-    ill = replace(step(2, applied=False), verdict=Verdict("skip", "the loss is worse"))
-    made.see(ill, word(2))
+    made.see(replace(step(1), decision=Decision("note", "the loss is odd")), summary(1))
+    anomalous = replace(step(2, applied=False), decision=Decision("skip", "the loss is worse"))
+    made.see(anomalous, summary(2))
     events = [(e["kind"], e["step"], e["reason"]) for e in read_rows(made.attempt.events.path)]
     assert events == [
         ("spike_noted", 1, "the loss is odd"),
         ("update_dropped", 2, "the loss is worse"),
     ]
-    assert "the update is dropped: the loss is worse" in capsys.readouterr().out
+    assert "the update was dropped: the loss is worse" in capsys.readouterr().out
 
 
-def test_a_damaged_member_is_told_once(metrics, capsys):
+def test_a_damaged_member_is_reported_once(metrics, capsys):
     made = metrics()
     for t in (1, 2):
         lost = replace(step(t), position=Position(t, 8 * t, 20 * t, (), (("web", 3, "000001"),)))
-        made.see(lost, word(t))
+        made.see(lost, summary(t))
     (event,) = read_rows(made.attempt.events.path)
     assert (event["kind"], event["step"]) == ("member_quarantined", 1)
     assert (event["source"], event["shard"], event["member"]) == ("web", 3, "000001")
@@ -123,30 +131,30 @@ def test_a_damaged_member_is_told_once(metrics, capsys):
     assert rows[1]["quarantined"] == [["web", 3, "000001"]]
 
 
-def test_validation_rows_and_what_is_said(metrics, capsys):
+def test_a_validation_row_and_its_line(metrics, capsys):
     made = metrics()
-    made.validated(step(7), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    made.scored(step(7), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     (row,) = read_rows(made.attempt.metrics.path)
     assert row["kind"] == "validation"
     assert (row["step"], row["tokens"], row["dataset"]) == (7, 140, "validation")
     assert (row["loss"], row["loss_stderr"], row["bits_per_byte"]) == (2.5, 0.125, 1.75)
-    said = "step 7: validation loss 2.5000 ± 0.1250, 1.7500 bits per byte over 1,234 windows\n"
-    assert capsys.readouterr().out == said
+    line = "step 7: validation loss 2.5000 ± 0.1250, 1.7500 bits per byte over 1,234 windows\n"
+    assert capsys.readouterr().out == line
 
 
-def test_nothing_to_validate_is_said_and_an_event(metrics, capsys):
+def test_an_empty_split_is_printed_and_an_event(metrics, capsys):
     made = metrics()
-    made.validated(step(7), {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
+    made.scored(step(7), {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
     assert not made.attempt.metrics.path.exists()
     assert [row["kind"] for row in read_rows(made.attempt.events.path)] == ["nothing_to_validate"]
-    assert "web holds no held-out text" in capsys.readouterr().out
+    assert "web has no held-out text" in capsys.readouterr().out
 
 
 def test_a_sink_gets_numbers_by_flat_names(metrics):
     made = metrics()
-    made.see(step(5), word(5))
-    made.validated(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
-    (first, train), (second, validation) = made.sinks[0].rows
+    made.see(step(5), summary(5))
+    made.scored(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    (first, train), (second, validation) = made.trackers[0].rows
     assert first == second == 5
     assert train["train/loss"] == 4.0
     assert train["train/learning_rate/muon"] == 0.01
@@ -156,19 +164,19 @@ def test_a_sink_gets_numbers_by_flat_names(metrics):
     assert "train/step" not in train
 
 
-def test_other_ranks_write_and_say_nothing(metrics, capsys):
+def test_other_ranks_write_and_print_nothing(metrics, capsys):
     made = metrics(is_main=False)
-    made.see(step(5), word(5))
-    made.validated(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    made.see(step(5), summary(5))
+    made.scored(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     assert not made.attempt.metrics.path.exists()
-    assert made.sinks[0].rows == []
+    assert made.trackers[0].rows == []
     assert capsys.readouterr().out == ""
 
 
 def test_plain_lines_come_at_their_interval(metrics, capsys):
     made = metrics("10 steps")
     for t in range(1, 32):
-        made.see(step(t), word(t))
+        made.see(step(t), summary(t))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("/")[0] for line in lines] == ["step   10", "step   20", "step   30"]
     # 20 tokens in the half second that a step really takes, whatever compute says.
@@ -179,9 +187,9 @@ def test_plain_lines_come_at_their_interval(metrics, capsys):
     )
 
 
-def test_the_first_line_knows_no_pace_yet(metrics, capsys):
+def test_the_first_line_has_no_estimate_yet(metrics, capsys):
     made = metrics("1 steps")
-    made.see(step(1), word(1))
+    made.see(step(1), summary(1))
     assert capsys.readouterr().out == (
         "step    1/1954 (  0.1%) | loss 4.0000 | 80 tokens/s | mfu 4.8% | eta --:--\n"
     )
@@ -196,8 +204,8 @@ def test_the_live_line_fits_a_terminal_of_80_columns(metrics, capsys, monkeypatc
     made = metrics("10 steps")
     assert module.sys.stdout.isatty()
     for t in (1, 2, 1953):
-        made.see(step(t), word(t, (30.0, 50.0), 1 / 3000))
-    made.line.say("above the line")
+        made.see(step(t), summary(t, (30.0, 50.0), 1 / 3000))
+    made.line.print("above the line")
     made.line.close()
     made.line.close()  # twice does no harm
     out = capsys.readouterr().out
@@ -229,7 +237,7 @@ def test_clock(seconds, text):
 def test_rows_are_json_a_line(metrics):
     made = metrics()
     for t in range(1, 4):
-        made.see(step(t), word(t))
+        made.see(step(t), summary(t))
     lines = made.attempt.metrics.path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert SimpleNamespace(**json.loads(lines[0])).kind == "train"

@@ -1,4 +1,4 @@
-"""A class of the user's own: what it is given, and what is said where it can't be made."""
+"""A class of the user's own: its arguments, and the message if it can't be instantiated."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ def job(small_data, tmp_path, monkeypatch):
     return make
 
 
-def said(job, *words):
+def expect_error(job, *expected):
     with pytest.raises(UserError) as caught:
         build_model(job, 300)
     text = str(caught.value)
     assert text.startswith("model._target_=")
     assert "\n" not in text
-    for word in words:
-        assert word in text
+    for part in expected:
+        assert part in text
 
 
 MODEL = (
@@ -52,7 +52,7 @@ MODEL = (
 )
 
 
-def test_it_gets_its_keys_and_what_the_data_decides(job):
+def test_it_receives_its_keys_and_the_sizes_that_the_data_decide(job):
     made = build_model(job("Model", "width=6", source=MODEL), 300)
     assert made.given == (300, 32, 6)
     assert build_model(job("Model", "vocab_size=512", source=MODEL), 300).given[0] == 512
@@ -73,35 +73,49 @@ def test_its_parameters_are_counted_and_priced(job):
     assert prices_of(made, build_model(made, 300)) == {"full": 1032, "causal": 1032, "six_n": 7200}
 
 
-def test_what_cannot_be_imported(job):
-    said(job("Missing"), "can't be imported", "'Missing'", "run from the directory that it is in")
+def test_a_class_that_cannot_be_imported(job):
+    expect_error(
+        job("Missing"),
+        "can't be imported",
+        "'Missing'",
+        "run the command in the directory that contains it",
+    )
     made = job("Model", source=MODEL)
     made.model.target = "nowhere.Model"
-    said(made, "can't be imported (No module named 'nowhere')", "install the package")
+    expect_error(made, "can't be imported (No module named 'nowhere')", "install the package")
 
 
-def test_what_fails_while_it_is_imported(job):
-    said(job("Model", source="import nowhere\n"), "No module named 'nowhere'")
-    said(job("Model", source="def broken(:\n"), "can't be imported", "invalid syntax")
+def test_a_module_that_fails_while_it_is_imported(job):
+    expect_error(job("Model", source="import nowhere\n"), "No module named 'nowhere'")
+    expect_error(job("Model", source="def broken(:\n"), "can't be imported", "invalid syntax")
 
 
-def test_wrong_keys_and_other_faults_of_making_it(job):
-    said(job("Model", "depth=3", source=MODEL), "can't be made", "'depth'", "keys under model")
+def test_wrong_keys_and_other_errors_of_the_constructor(job):
+    expect_error(
+        job("Model", "depth=3", source=MODEL),
+        "can't be instantiated",
+        "'depth'",
+        "keys of section model",
+    )
     needs = "class Needs(Base):\n    def __init__(self, size):\n        super().__init__()\n"
-    said(job("Needs", source=needs), "can't be made", "'size'")
+    expect_error(job("Needs", source=needs), "can't be instantiated", "'size'")
     fussy = (
         "class Fussy(Base):\n    def __init__(self, heads=3):\n        super().__init__()\n"
         "        raise ValueError('heads must be even')\n"
     )
-    said(job("Fussy", source=fussy), "can't be made (heads must be even)")
+    expect_error(job("Fussy", source=fussy), "can't be instantiated (heads must be even)")
 
 
-def test_what_is_no_module(job):
-    said(job("thing", source="def thing():\n    return 3\n"), "is a int", "name a torch.nn.Module")
-    said(job("thing", source="thing = 3\n"), "can't be made (3 is not a callable object)")
+def test_a_class_that_is_no_module(job):
+    expect_error(
+        job("thing", source="def thing():\n    return 3\n"), "is a int", "name a torch.nn.Module"
+    )
+    expect_error(
+        job("thing", source="thing = 3\n"), "can't be instantiated (3 is not a callable object)"
+    )
 
 
-def test_the_seed_of_the_weights_is_apart_from_that_of_the_data(small_data, tmp_path):
+def test_the_seed_of_the_weights_is_independent_of_that_of_the_data(small_data, tmp_path):
     def begun(name, *overrides):
         sizes = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
         started = start(make_job(small_data, tmp_path, name, *sizes, *overrides))
@@ -118,7 +132,7 @@ def test_the_seed_of_the_weights_is_apart_from_that_of_the_data(small_data, tmp_
     assert torch.equal(begun("named", "train.init_seed=1337")[0], weights)
 
 
-def test_ours_is_made_from_its_config(small_data, tmp_path):
+def test_our_model_is_built_from_its_config(small_data, tmp_path):
     started = start(make_job(small_data, tmp_path))
     model = build_model(started.job, 300)
     assert isinstance(model, nn.Module)

@@ -1,4 +1,4 @@
-"""The main command on real DeepSpeed: it learns, and goes on exactly where it was when it ended.
+"""The main command on real DeepSpeed: it learns, and resumes exactly where it ended.
 
 A thin set; every ZeRO stage on two ranks is in tests/distributed/test_resume.py.
 """
@@ -21,7 +21,7 @@ def finished(dataset, tmp_path_factory):
     return folder / "whole", output
 
 
-def test_a_run_learns_and_leaves_its_rows(finished):
+def test_a_run_learns_and_writes_its_rows(finished):
     run, output = finished
     rows = launching.rows(run)
     assert [row["step"] for row in rows] == list(range(1, 61))
@@ -50,7 +50,7 @@ def test_the_same_command_on_a_complete_run_changes_nothing(finished, dataset):
     [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
     ids=lambda s: s.name,
 )
-def test_an_interrupted_run_goes_on_to_the_bit(finished, dataset, tmp_path, number):
+def test_an_interrupted_run_resumes_bit_for_bit(finished, dataset, tmp_path, number):
     whole, _ = finished
     command = ("run.name=cut", f"data.path={dataset}", *LENGTH, "checkpoint.background=false")
     run = tmp_path / "cut"
@@ -59,14 +59,14 @@ def test_an_interrupted_run_goes_on_to_the_bit(finished, dataset, tmp_path, numb
     reached = len(launching.rows(run))
     assert reached < 60
     output = launching.train(tmp_path, *command)
-    assert "Going on from" in output
+    assert "Resuming from" in output
     assert launching.trajectory(run) == launching.trajectory(whole)
     assert "numerics_changed" not in launching.events(run)
     if number == signal.SIGINT:  # it had saved first: nothing was done twice
         assert f"(step {reached:,})" in output
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(finished, dataset, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, dataset, tmp_path):
     whole, _ = finished
     command = ("run.name=hurt", f"data.path={dataset}", *LENGTH)
     run = tmp_path / "hurt"
@@ -78,12 +78,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(finished, dataset, tmp_pat
     file.write_bytes(data)
     output = launching.train(tmp_path, *command)
     assert "checkpoint damaged" in output
-    assert "Going on from" in output
+    assert "Resuming from" in output
     assert launching.trajectory(run) == launching.trajectory(whole)
     assert "checkpoint_damaged" in launching.events(run)
 
 
-def test_without_a_usable_checkpoint_it_never_begins_again(finished, dataset, tmp_path):
+def test_without_a_usable_checkpoint_it_never_starts_again_at_step_0(finished, dataset, tmp_path):
     command = ("run.name=lost", f"data.path={dataset}", *LENGTH)
     run = tmp_path / "lost"
     launching.interrupt(launching.start(tmp_path, *command), run, 28, signal.SIGINT)
@@ -95,8 +95,8 @@ def test_without_a_usable_checkpoint_it_never_begins_again(finished, dataset, tm
     assert launching.rows(run)[-1]["step"] >= 28
 
 
-def test_a_module_of_the_users_own_trains(dataset, tmp_path):
-    """model._target_: the protocol of train/model.py on a class that knows nothing of us."""
+def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
+    """model._target_ and callbacks: classes that import nothing of forescale but Halt."""
     package = tmp_path / "mypackage.py"
     package.write_text(
         "import torch\n"
@@ -109,21 +109,49 @@ def test_a_module_of_the_users_own_trains(dataset, tmp_path):
         "        self.head = nn.Linear(width, vocab_size)\n"
         "    def forward(self, tokens, targets=None):\n"
         "        x = self.embedding(tokens)\n"
+        "        self.spread = x.detach().float().std()\n"
         "        logits = self.head(x + self.middle(x).relu())\n"
         "        if targets is None:\n"
         "            return logits\n"
         "        return nn.functional.cross_entropy(\n"
         "            logits.float().transpose(1, 2), targets, reduction='none').sum(1)\n"
+        "    def metrics(self):\n"
+        "        return {'spread': self.spread, 'width': self.head.in_features}\n"
+        "class Recorder:\n"
+        "    def __init__(self, folder, engine, at):\n"
+        "        self.file, self.at = folder / 'seen', at\n"
+        "        assert engine.world.is_main\n"
+        "    def see(self, step, summary):\n"
+        "        with open(self.file, 'a') as file:\n"
+        "            print(summary.step, sum(summary.losses) / step.targets, file=file)\n"
+        "        if summary.step == self.at:\n"
+        "            from forescale.train.guard import Halt\n"
+        "            raise Halt(summary.step, 'as told')\n"
     )
+
+    def with_callback(at):
+        return (*command, f"callbacks=[{{_target_: mypackage.Recorder, at: {at}}}]")
+
     command = ("run.name=own", f"data.path={dataset}", *LENGTH, "checkpoint.background=false")
     how = {"model": ["model._target_=mypackage.Bigram", "model.width=24"]}
     how["PYTHONPATH"] = str(tmp_path)
     run = tmp_path / "own"
-    launching.interrupt(launching.start(tmp_path, *command, **how), run, 28, signal.SIGKILL)
-    output = launching.train(tmp_path, *command, **how)
-    assert "Going on from" in output
+    process = launching.start(tmp_path, *with_callback(99), **how)
+    launching.interrupt(process, run, 28, signal.SIGKILL)
+    output = launching.train(tmp_path, *with_callback(45), code=2, **how)
+    assert "Resuming from" in output
+    assert "step 45: halted: as told" in output
+    assert "Traceback" not in output
+    kinds = [kind for kind in launching.events(run) if kind != "checkpoint_deleted"]
+    assert kinds[-3:] == ["halt", "checkpoint_saved", "ended"]
+    output = launching.train(tmp_path, *with_callback(99), **how)
+    assert "(step 46)" in output, "a summary is read one step late"
     rows = launching.rows(run)
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert rows[-1]["loss"] < rows[0]["loss"]
+    seen = [line.split() for line in (run / "attempts/0003/seen").read_text().splitlines()]
+    assert seen == [[str(row["step"]), str(row["loss"])] for row in rows[46:]]
+    assert {row["extra.width"] for row in rows} == {24.0}
+    assert 0 < rows[0]["extra.spread"] != rows[-1]["extra.spread"]
     parameters = 512 * 24 + 24 * 24 + 24 + 512 * 24 + 512
     assert rows[-1]["flops_6nd"] == 6 * parameters * rows[-1]["tokens"]

@@ -1,0 +1,122 @@
+"""Commands in a working directory whose files have the names of modules that we import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forescale.verbs import VERBS
+
+FILES = ("trainer", "random", "torch", "yaml", "types", "json", "numpy", "hydra", "logging", "cli")
+FOLDERS = ("models", "conf", "slurm", "trainer", "data")
+FORESCALE = str(Path(sys.executable).parent / "forescale")
+AS_MODULE = (sys.executable, "-m", "forescale")  # without -P: Python puts this directory first
+MODEL = '''
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Model(nn.Module):
+    """Predict each token from the one before it."""
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.head = nn.Linear(width, vocab_size)
+
+    def forward(self, tokens, targets=None, **others):
+        logits = self.head(self.embedding(tokens))
+        if targets is None:
+            return logits
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        return losses.view(targets.shape).sum(1)
+'''
+SHORT = (
+    *("train.sequence_length=32", "train.global_batch=8", "train.micro_batch=8", "train.steps=3"),
+    *("train.compile=off", "optimizer=adamw", "schedule.warmup=1", "validation.windows=2"),
+    *("launch.processes=1", "machine=cpu"),
+)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A directory in which every import of a file ends the process."""
+    path = tmp_path_factory.mktemp("hostile")
+    for name in FOLDERS:
+        (path / name).mkdir()
+        (path / name / "__init__.py").write_text('raise SystemExit("replaced")\n')
+        (path / name / "train.yaml").write_text("no: [")
+    for name in FILES:
+        (path / f"{name}.py").write_text('raise SystemExit("replaced")\n')
+    (path / "forescale").mkdir()
+    (path / "mypackage.py").write_text(MODEL)
+    return path
+
+
+def run(here, *arguments, command=(FORESCALE,), code=0):
+    """The output of a command in this directory."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "replaced" not in done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_its_help(here, verb):
+    assert f"forescale {verb}" in run(here, verb, "--help")
+
+
+@pytest.mark.parametrize("verb", ["plan", "study", "generate"])
+def test_the_module_does_too_without_a_safe_path(here, verb):
+    assert f"forescale {verb}" in run(here, verb, "--help", command=AS_MODULE)
+
+
+@pytest.fixture(scope="module")
+def own(here, small_data):
+    """A run of the user's own model, trained in this directory by a launcher and its rank."""
+    keys = (f"data.path={small_data}", "model=custom", "model._target_=mypackage.Model")
+    return "own", (*keys, "model.width=16", *SHORT)
+
+
+@pytest.fixture(scope="module")
+def trained_here(here, own):
+    name, keys = own
+    run(here, "train", name, *(k for k in keys if not k.startswith("machine")))
+    return name
+
+
+def test_train_finds_the_users_own_model(here, trained_here):
+    assert (here / "runs" / trained_here / "checkpoints").is_dir()
+
+
+def test_a_second_start_as_a_module_finds_it_too(here, own, trained_here):
+    keys = (k for k in own[1] if not k.startswith(("machine", "train.steps")))
+    run(here, "train", "again", *keys, "train.steps=2", command=AS_MODULE)
+
+
+def test_plan_finds_it(here, own):
+    assert "parameters" in run(here, "plan", own[0], *own[1]).lower()
+
+
+def test_generate_and_eval_find_it(here, trained_here):
+    run(here, "generate", trained_here, "num_tokens=3", "trust=true")
+    assert "bits per byte" in run(here, "eval", trained_here, "windows=2", "trust=true")
+
+
+def test_status_needs_nothing_of_the_user(here, trained_here):
+    assert trained_here in run(here, "status")
+
+
+def test_our_own_model_trains_plans_writes_and_is_scored(here, small_data):
+    model = ("model.num_layers=1", "model.width=32", "model.num_heads=2")
+    keys = (f"data.path={small_data}", *model, *SHORT)
+    run(here, "train", "ours", *(k for k in keys if not k.startswith("machine")))
+    run(here, "plan", "ours", *keys)
+    run(here, "generate", "ours", "num_tokens=3")
+    run(here, "eval", "ours", "windows=2")
+    assert "ours" in run(here, "status", "ours")

@@ -1,0 +1,203 @@
+"""Builds the parts of one attempt from the job: data stream, guard, metrics, callbacks.
+
+Invariant: nothing here trains or decides; each attempt gets parts of its own.
+"""
+
+import socket
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from forescale.checkpoint.reader import Position
+from forescale.config.duration import Duration
+from forescale.config.schema import plain
+from forescale.config.target import make
+from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources
+from forescale.data.feed import LostMember
+from forescale.data.stream import Batch, StepShare, stream
+from forescale.engine.build import peak_flops
+from forescale.engine.selfcheck import SelfCheck
+from forescale.engine.step import Engine
+from forescale.engine.trackers import open_trackers
+from forescale.resilience.injector import Injector
+from forescale.resilience.phases import PhaseTimer
+from forescale.run.directory import Attempt, Run
+from forescale.run.feed import feed_of, objective_of
+from forescale.run.forecast import PredictionInterval
+from forescale.train.callbacks import Callback, Checkpoints, Every, Own, Validation
+from forescale.train.evaluate import Score, evaluate, pooled
+from forescale.train.guard import Guard, StepGuard
+from forescale.train.metrics import Metrics, Prices, ProgressLine
+from forescale.train.model import prices_of
+from forescale.train.resume import ResumePoint
+
+
+@dataclass
+class Parts:
+    """What one attempt trains with."""
+
+    batches: Generator[Batch, None, None]
+    guard: StepGuard
+    metrics: Metrics
+    validation: Validation
+    own: list[Own]
+    checkpoints: Checkpoints
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """All callbacks in their order: a step is logged first and saved last."""
+        return [self.metrics, self.validation, *self.own, self.checkpoints]
+
+    def close(self) -> None:
+        """End the workers of the data stream, and write what the metrics still hold."""
+        self.batches.close()
+        self.metrics.close()
+
+
+@dataclass
+class Builder:
+    """Builds Parts. numerics: what state.json records of the numerics; see run.start.numerics."""
+
+    job: TrainJob
+    run: Run
+    sources: Sources
+    model: nn.Module
+    engine: Engine
+    phases: PhaseTimer
+    numerics: dict[str, Any]
+    injector: Injector | None
+    prediction: PredictionInterval | None
+
+    def parts(self, attempt: Attempt, point: ResumePoint) -> Parts:
+        """Return the parts of an attempt that begins at `point`. Every rank calls it."""
+        ranks, began = self.engine.world, point.position.step
+        rollbacks = ranks.from_main(self.run.rollbacks, self.run.path)
+        judge = Guard(self.job.guard, rollbacks, point.guard)
+        metrics = self._metrics(attempt, point.position)
+        validation = Validation(self._every(self.job.validation.every), self._score, metrics.scored)
+        checkpoints = self._checkpoints(attempt, judge)
+        guard = self._guard(
+            judge, attempt, began, lambda: began > 0 or checkpoints.saved is not None
+        )
+        batches = self._batches(attempt, point.position)
+        own = self._own(attempt, self.job.guard.most_rollbacks - len(rollbacks))
+        return Parts(batches, guard, metrics, validation, own, checkpoints)
+
+    def _every(self, length: Duration, at: tuple[int, ...] = ()) -> Every:
+        return Every(length, self.job.steps_of(length), self.job.total_steps, at)
+
+    def _batches(self, attempt: Attempt, position: Position) -> Generator[Batch, None, None]:
+        job, world = self.job, self.engine.world
+        feed = feed_of(job, self.sources, position.skipped)
+        share = StepShare(job.train.global_batch, job.train.micro_batch, world.rank, world.size)
+        shared = feed.substitute and world.size > 1
+
+        def log(sentence: str) -> None:
+            print(f"Rank {world.rank}: {sentence}.", file=sys.stderr, flush=True)
+            if world.is_main:
+                attempt.event("data_stalled", what=sentence)
+
+        return stream(
+            feed,
+            share,
+            range(position.step, job.total_steps),
+            position.g,
+            workers=job.data.workers,
+            quarantine=frozenset(LostMember(*lost) for lost in position.quarantined),
+            agree=world.union_in_background() if shared else None,
+            log=log,
+        )
+
+    def _guard(
+        self, judge: Guard, attempt: Attempt, began: int, has_checkpoint: Callable[[], bool]
+    ) -> StepGuard:
+        replay = self.job.guard.replay
+        return StepGuard(
+            judge,
+            SelfCheck(self.engine, socket.gethostname()),
+            self.job.steps_of(replay) if replay else None,
+            attempt,
+            self.phases,
+            began,
+            has_checkpoint,
+            self.engine.world.is_main,
+        )
+
+    def _metrics(self, attempt: Attempt, position: Position) -> Metrics:
+        job, world = self.job, self.engine.world
+        main, total = world.is_main, job.total_steps
+        trackers = []
+        if main:
+            name, began = self.run.name, position.step
+            trackers = open_trackers(job.logging, self.run.path, name, plain(job), began)
+        peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
+        return Metrics(
+            attempt,
+            Prices(**prices_of(job, self.model), peak=peak * world.size),
+            {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups},
+            ProgressLine(self._every(job.logging.every), total, position.step, main),
+            trackers,
+            _memory_of(world.device),
+            main,
+            position.quarantined,
+            self.prediction,
+        )
+
+    def _own(self, attempt: Attempt, rollbacks_left: int) -> list[Own]:
+        """The callbacks of the user's own."""
+        main = self.engine.world.is_main
+        event = attempt.event if main else lambda *_, **__: None
+        found = []
+        for i, config in enumerate(self.job.callbacks):
+            own = make(f"callbacks.{i}", config, engine=self.engine, folder=attempt.path)
+            found.append(Own(own, event, rollbacks_left))
+        return found
+
+    def _checkpoints(self, attempt: Attempt, judge: Guard) -> Checkpoints:
+        job, rules = self.job, self.job.checkpoint
+        return Checkpoints(
+            self._every(rules.every, tuple(rules.at)),
+            rules.keep,
+            self.run,
+            attempt,
+            self.engine,
+            lambda: {"numerics": self.numerics, "guard": judge.state},
+            keep_every=job.steps_of(rules.keep_every) if rules.keep_every else None,
+            at=rules.at,
+            keep_best=rules.keep_best,
+            background=rules.background,
+            **({"midway": self.injector.writing} if self.injector else {}),
+        )
+
+    def _score(self, complete: bool) -> dict[str, Score]:
+        """Scores of the held-out split of each source of a mixture, and of all together."""
+        job, world, scores = self.job, self.engine.world, {}
+        for name, split in self.sources.split("validation").items():
+            scores[name] = evaluate(
+                self.engine.losses,
+                split,
+                self.sources.token_bytes,
+                sequence_length=job.train.sequence_length,
+                micro_batch=job.train.micro_batch,
+                windows=None if complete else job.validation.windows,
+                documents=job.data.document_mask,
+                objective=objective_of(job, self.sources.vocab_size),
+                ranks=world,
+            )
+        together = pooled(list(scores.values()))
+        return {**(scores if len(scores) > 1 else {}), "validation": together}
+
+
+def _memory_of(device: torch.device) -> Callable[[], int]:
+    """A function that returns bytes: the peak of the GPU's allocator, else what this process has
+    resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated
+    process = psutil.Process()
+    return lambda: process.memory_info().rss
