@@ -1,5 +1,6 @@
 """Fixtures for all: a small real dataset, of this project's own source."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -8,6 +9,13 @@ from hypothesis import settings
 
 # A shell that starts us in the background has this signal ignored, and so would all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# pytest-xdist sets it in its workers: pages would be as wide as the terminal that tests run in.
+os.environ.pop("COLUMNS", None)
+
+# A worker for each core: more threads would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes is the machine's affair.
 settings.register_profile("ours", deadline=None)

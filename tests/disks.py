@@ -1,4 +1,4 @@
-"""Small disks for tests: they fill up, or turn read-only, for root too."""
+"""Small disks for tests of full and read-only disks; they work for root too."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(path: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of `size` (such as 1m) mounted at `path`. Skips the test where we may not mount."""
+    """Mount a tmpfs of `size` (such as 1m) at `path`. Skips the test if mounting isn't allowed."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a small disk needs Linux and root")
     path.mkdir(exist_ok=True)
@@ -22,7 +22,7 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
         text=True,
     )
     if made.returncode:
-        pytest.skip(f"this machine doesn't let us mount a small disk: {made.stderr.strip()}")
+        pytest.skip(f"mounting a small disk isn't allowed here: {made.stderr.strip()}")
     try:
         yield path
     finally:
@@ -30,7 +30,7 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
 
 
 def fill(path: Path, leave: int = 0) -> Path:
-    """Fill the disk at `path` but for `leave` bytes, with one file; returns it."""
+    """Fill the disk at `path` except for `leave` bytes, with one file; return the file."""
     file = path / "filling"
     file.write_bytes(bytes(leave))
     with open(path / "rest", "wb", buffering=0) as f:
@@ -44,5 +44,5 @@ def fill(path: Path, leave: int = 0) -> Path:
 
 
 def make_read_only(path: Path) -> None:
-    """Remount the small disk at `path` so that nobody can write to it."""
+    """Remount the small disk at `path` as read-only."""
     subprocess.run(["mount", "-o", "remount,ro", path], check=True)

@@ -1,4 +1,4 @@
-"""Runs the real command for a test, in a process of its own, and kills it when told to."""
+"""Runs `forescale train` for tests in a process of its own, and sends it signals."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def start(folder: Path, *overrides: str, model=TINY, **environment: str) -> subp
 
 
 def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environment: str) -> str:
-    """Run it to its end; what it printed. Fails unless it ends with `code`."""
+    """Run it to its end and return its output. Fails unless it exits with `code`."""
     process = start(folder, *overrides, model=model, **environment)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == code, output
@@ -38,9 +38,9 @@ def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environmen
 
 
 def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> str:
-    """Send a signal as soon as the run's rows have reached `step`; what it printed until it ended.
+    """Send a signal as soon as the run's rows have reached `step`; return the output.
 
-    SIGKILL goes to the launcher alone: its ranks must not outlive it.
+    SIGKILL is sent to the launcher alone: its ranks must not outlive it.
     """
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in rows(run)):
@@ -54,21 +54,23 @@ def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> s
 
 
 def processes(folder: Path) -> list[int]:
-    """Ids of the processes that train under `folder`, a moment from now."""
+    """Return the ids of the launchers and ranks that train under `folder`, after 0.2 s."""
     time.sleep(0.2)
-    found = subprocess.run(["pgrep", "-f", f"run.root={folder}"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-f", f"forescale train .*{folder}"], capture_output=True, text=True
+    )
     return [int(word) for word in found.stdout.split()]
 
 
 def rows(run: Path, kind: str = "train") -> list[dict]:
-    """The run's rows of a kind; those that are whole, if somebody is writing at this moment."""
+    """Return the run's rows of a kind; only complete lines, as it may be writing now."""
     path = run / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
 def events(run: Path) -> list[str]:
-    """Kinds of the events of all attempts, in order."""
+    """Return the kinds of the events of all attempts, in order."""
     files = sorted(run.glob("attempts/*/events.jsonl"))
     return [json.loads(line)["kind"] for f in files for line in f.read_text().splitlines()]
 
@@ -77,5 +79,5 @@ TRAJECTORY = ("step", "g0", "g1", "tokens", "tokens_hash", "loss", "grad_norm", 
 
 
 def trajectory(run: Path) -> list[dict]:
-    """What an exact resume repeats: every step's data, loss, norm and rate, with all digits."""
+    """Return what an exact resume repeats: data, loss, norm and rate of every step."""
     return [{key: row[key] for key in TRAJECTORY} for row in rows(run)]

@@ -1,13 +1,13 @@
-"""Building shards against a bare `tokenizers.encode_batch` over the same text with as many workers;
-and, called by itself, the memory that a build of any size needs:
+"""Building shards compared with a bare `tokenizers.encode_batch` over the same text with as many
+workers; and, run as a script, the memory that a build of any size needs:
 
     python tests/benchmarks/bench_build.py --gigabytes 5 --workers 2 --folder /tmp
 
-The text is Python source in documents of some 4 kB, as JSON lines; the tokenizer a BPE of 4,096
-entries, trained before and given to both. What is bare has its texts in memory as Python strings.
-A build reads its texts from disk two or three times, finds duplicates, shuffles, and writes shards;
-and where some text is held out it tries compressors on that, which takes some seconds whatever the
-size (from 16 MB of held-out text on it doesn't), a good part of so short a build.
+The text is Python source code in documents of about 4 kB, as JSON lines; the tokenizer is a BPE of
+4,096 entries, trained before and given to both. The bare side has its texts in memory as Python
+strings. A build reads its texts from disk two or three times, finds duplicates, shuffles, and
+writes shards; if some text is held out it also runs compressors on it, which takes some seconds for
+any size (it is left out above 16 MB of held-out text), a considerable part of such a short build.
 """
 
 import argparse
@@ -29,9 +29,8 @@ from tokenizers import Tokenizer
 from forescale.data.dataset import Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.corpus import PythonSource
-from forescale.data.text.documents import Report
+from forescale.data.text.documents import ReadingReport, pieces
 from forescale.data.text.files import Files
-from forescale.data.text.pieces import pieces
 from forescale.data.tokenizer import train_bpe
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import Side, isolated, peak_memory
@@ -39,18 +38,18 @@ from tests.benchmarks.processes import Side, isolated, peak_memory
 BYTES = 44_000_000
 DOCUMENT = 4_000  # bytes
 FILES = 4
-HELD_OUT = 0.01  # as `forescale shards` has it
+HELD_OUT = 0.01  # the default of `forescale shards`
 
 
 def measure(rounds: int) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         isolated(prepare, Path(folder))
         workers = min(2, len(os.sched_getaffinity(0)))
-        return compare(max(3, rounds // 2), Path(folder), workers)  # each takes seconds
+        return compare(max(3, rounds // 2), Path(folder), workers)  # each round takes seconds
 
 
 def prepare(folder: Path) -> None:
-    """The text and the tokenizer."""
+    """Write the text and the tokenizer."""
     texts = list(islice(documents(), BYTES // DOCUMENT))
     (folder / "text").mkdir()
     for number in range(FILES):
@@ -62,12 +61,13 @@ def prepare(folder: Path) -> None:
 def documents() -> Iterator[str]:
     source = PythonSource()
     for unit in source.units():
-        for document in source.read(unit, Report()):
+        for document in source.read(unit, ReadingReport()):
             yield from pieces(document.text, DOCUMENT)
 
 
 def compare(rounds: int, folder: Path, workers: int) -> list[Result]:
-    """Tokens a second of whole builds, and of the phase that does what the bare one does."""
+    """Compare tokens per second of whole builds, and of the phase that corresponds to the bare
+    side."""
     sides = [lambda share=share: build(folder, workers, share) for share in (HELD_OUT, 0.0)]
     with Side(bare, folder, workers) as theirs:
         turns = [(theirs(), *(side() for side in sides)) for _ in range(rounds + 1)][1:]
@@ -97,11 +97,11 @@ def bare(turn: Callable, folder: Path, workers: int) -> None:
 
 def read(source: Files) -> Iterator[Any]:
     for unit in source.units():
-        yield from source.read(unit, Report())
+        yield from source.read(unit, ReadingReport())
 
 
 def build(folder: Path, workers: int, held_out: float) -> tuple[float, float]:
-    """Tokens a second of a build, and of its phase "tokenise"."""
+    """Return tokens per second of a build, and of its phase "tokenise"."""
     output, ends = folder / "built", []
 
     def progress(phase: str, done: int, total: int | None, unit: str, *, tokens: int = 0) -> None:
@@ -113,7 +113,9 @@ def build(folder: Path, workers: int, held_out: float) -> tuple[float, float]:
     whole = time.perf_counter() - began
     at = [phase for phase, _ in ends].index("tokenise")
     splits = Dataset(output).manifest["splits"].values()
-    tokens = sum(split["tokens"] - split["documents"] for split in splits)  # without the ends
+    tokens = sum(
+        split["tokens"] - split["documents"] for split in splits
+    )  # without end-of-text tokens
     shutil.rmtree(output)
     return tokens / whole, tokens / (ends[at][1] - ends[at - 1][1])
 
@@ -124,8 +126,8 @@ def config(folder: Path, held_out: float, tokenizer: str | None = None) -> Build
 
 
 def write_text(folder: Path, size: int) -> None:
-    """`size` bytes of JSON lines: words by Zipf's law, documents of some bytes to 100 kB, every
-    hundredth twice, and one of some 10 MB."""
+    """Write `size` bytes of JSON lines: words by Zipf's law, documents of some bytes to 100 kB,
+    every hundredth one twice, and one of about 10 MB."""
     rng = np.random.default_rng(0)
     words = sorted({w for text in islice(documents(), 500) for w in text.split() if len(w) < 20})
     rng.shuffle(words)
@@ -145,7 +147,8 @@ def write_text(folder: Path, size: int) -> None:
 
 
 def watched(folder: Path, workers: int, tokenizer: str | None) -> dict[str, float]:
-    """A build in this process; seconds, and bytes that it and its workers had resident at most."""
+    """Run a build in this process; return seconds, and the maximum resident bytes of it and its
+    workers."""
     highest: dict[int, int] = {}
     stop = threading.Event()
 
@@ -155,7 +158,7 @@ def watched(folder: Path, workers: int, tokenizer: str | None) -> dict[str, floa
                 try:
                     status = Path(f"/proc/{child.pid}/status").read_text()
                     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-                except (OSError, IndexError):  # it has just ended
+                except (OSError, IndexError):  # the process has just ended
                     continue
                 highest[child.pid] = max(highest.get(child.pid, 0), peak)
 
@@ -172,8 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The memory that a build needs.")
     parser.add_argument("--gigabytes", type=float, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where there is room for four times as much")
-    parser.add_argument("--tokenizer", help="null: a BPE of 4,096 entries; bytes; a path")
+    parser.add_argument(
+        "--folder", type=Path, help="folder with free space for four times --gigabytes"
+    )
+    parser.add_argument("--tokenizer", help="bytes, or a path; default: a BPE of 4,096 entries")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=wanted.folder) as name:
         folder = Path(name)

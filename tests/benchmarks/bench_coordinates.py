@@ -15,7 +15,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from forescale.config.train import OptimizerConfig
+from forescale.config.optimizer import OptimizerConfig
 from forescale.models import Transformer
 from forescale.models.config import PARAMETRIZATIONS
 from tests.benchmarks.coordinates import (

@@ -1,9 +1,9 @@
-"""The fit of a law against the published loop of scipy L-BFGS-B starts, on the same runs: seconds,
-and whose objective is lower. Beside it, 4,000 bootstraps with a certificate each.
+"""Benchmark of the fit: seconds and objective, against the published loop of L-BFGS-B starts.
 
-The runs are those of arXiv 2404.10102 where the public data is here, else synthetic ones, as many.
-The loop differentiates numerically, as published; of its 4,500 starts one of SHARE is made, evenly
-spread and others in each round, and its time is scaled up.
+Also times 4,000 bootstraps with a certificate each. The runs are those of arXiv 2404.10102 if the
+public data is available, else as many synthetic ones. The loop differentiates numerically, as
+published. Only one in SHARE of its 4,500 starts is run, evenly spread and different in each round,
+and its time is scaled up.
 """
 
 import os
@@ -23,16 +23,17 @@ STARTS = (  # a, b, e, alpha, beta
     np.arange(0, 2.5, 0.5),
     np.arange(0, 2.5, 0.5),
 )
-SHARE = 150  # one start of so many is made
+SHARE = 150  # one in this many starts is run
 ROOT = Path(__file__).parents[2]
 
 
 def measure(rounds: int) -> list[Result]:
+    """Time the fit, the published loop and the bootstraps, once per round."""
     from forescale.scaling.fitting.bootstrap import pairs
     from forescale.scaling.fitting.fit import fit
     from forescale.scaling.fitting.laws import CHINCHILLA
 
-    points, whose = runs()
+    points, source = runs()
     fit(CHINCHILLA, points)  # warms up
     rows, boots, worst, fewer = [], [], 0.0, 0
     for i in range(rounds):
@@ -47,23 +48,23 @@ def measure(rounds: int) -> list[Result]:
         boots.append((time.perf_counter() - began,))
         worst = max(worst, float(found.gradient.max()))
     facts = {
-        "runs": f"{len(points)}, {whose}",
-        "starts made, of 4,500": made,
+        "runs": f"{len(points)}, {source}",
+        "starts run, of 4,500": made,
         "objective no higher than the loop's": f"{fewer} of {rounds}",
         "scaled gradient": ours.certificate.scaled_gradient,
-        "basins": len(ours.certificate.basins),
+        "minima": len(ours.certificate.minima),
     }
-    asked = "at most 1/500, and 0.5 s"
+    required = "at most 1/500, and 0.5 s"
     labels = ("certified fit", "4,500 starts of L-BFGS-B")
     bound = {"largest scaled gradient": worst, "uncertified": found.uncertified}
     return [
-        Result("fit of 5 parameters", "s", labels, rows, asked, facts),
+        Result("fit of 5 parameters", "s", labels, rows, required, facts),
         Result("4,000 bootstraps", "s", ("pairs",), boots, "20 s, gradients below 1e-8", bound),
     ]
 
 
 def runs():
-    """Points of 240 runs, and where they are from."""
+    """Return points of 240 runs, and their source."""
     from forescale.scaling.fitting.laws import CHINCHILLA
     from forescale.scaling.fitting.points import Points
 
@@ -84,7 +85,7 @@ def runs():
 
 
 def published_loop(points, offset: int) -> tuple[float, float, int]:
-    """The lowest objective of some starts, the seconds that all would take, how many it made."""
+    """Return the lowest objective of some starts, the seconds for all of them, and their number."""
     from scipy.optimize import minimize
 
     x, y, log_loss = points.log("parameters"), points.log("tokens"), points.log("loss")

@@ -1,26 +1,36 @@
-"""Runs chosen by what they tell of the target, against runs chosen at random: the error at the
-dearest budget after a share of what all runs between would cost. Each share is spent at once, from
-the two cheapest budgets on. Both ways foretell alike: by the law as `study fit` has it, by one with
-weights toward the target, and by the linear law with its discrepancy that the choice is made by.
+"""Runs chosen by the rule of next_runs.py against runs chosen at random.
 
-Public data where it is here (Llama 3's isoFLOP points; those of arXiv 2404.10102, off a figure, in
-their nine budgets), each seed with another 70 % of it to choose from; and made-up surfaces, a new
-one a seed: the Chinchilla law scattered, 7 budgets of 7 sizes over three decades, noise of 0.2 %,
-and what leaves the law (2 % a decade): a walk, a slope that sets in late, a bend, nothing.
+Measures the error at the most expensive budget after a share of the cost of all runs in between is
+spent at once, starting from the two cheapest budgets. Both choices predict by the same law: as
+`study fit` fits it (plain), with weights toward the target (toward), or by the linear law with the
+discrepancy that the choice uses (process).
+
+Public data, if it is there (Llama 3's isoFLOP points; those of arXiv 2404.10102, digitised from a
+figure, in their nine budgets); each seed may choose from another 70 % of it. And simulated studies,
+a new one per seed: the Chinchilla law scattered, 7 budgets of 7 sizes over three decades, noise of
+0.2 %, and a discrepancy of 2 % per decade: a walk, a slope that starts late, a bend, or nothing.
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 
-from forescale.scaling.design.next_runs import By, Replay, replay
+from forescale.errors import UserError
+from forescale.scaling.analysis.weights import RunNoise, weigh
+from forescale.scaling.design.next_runs import NOISE, choose, posterior, run_set
 from forescale.scaling.design.simulate import PUBLISHED
-from forescale.scaling.fitting.backtest import PRIOR
+from forescale.scaling.fitting import bootstrap
+from forescale.scaling.fitting.backtest import PRIOR, CalibratedLaw, Discrepancy, calibrate, spent
+from forescale.scaling.fitting.fit import fit
+from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points
 from tests.benchmarks.pairing import Result
 
@@ -28,13 +38,116 @@ ROOT = Path(__file__).parents[2]
 SHARES = (0.03, 0.1, 0.3)
 # Hoffmann et al. 2022, arXiv 2203.15556, figure 3.
 EPOCH = np.array([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21])
+By = Literal["plain", "toward", "process"]  # how a replay predicts the target
+START = 2  # budgets that a replay knows from the start
+PART = 0.7  # of the others, drawn by each seed: the pool to choose from
 SURFACES = ("walk", "slope", "bend", "nothing")
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Mean absolute error (log loss) at the held-out runs, after each share of the pool's cost:
+    (seeds, shares), with the rule's choice and with a random one; start: (seeds,), before any."""
+
+    shares: Sequence[float]
+    rule: Array
+    random: Array
+    start: Array
+
+
+def replay(
+    points: Points,
+    budgets: Array,
+    shares: Sequence[float] = (0.03, 0.1, 0.3),
+    seeds: Sequence[int] = range(20),
+    by: By = "process",
+    form: Form = CHINCHILLA,
+    goal: Objective | None = None,
+) -> Replay:
+    """Choose among runs whose losses are known, and return the errors of the predictions.
+
+    The runs of the two cheapest budgets are known from the start, those of the most expensive one
+    are the target, and each seed draws the pool to choose from out of the others. The law is refit
+    at each share of the cost. budgets: (n,), nominal. Raises UserError for fewer than four.
+    """
+    distinct = np.unique(budgets)
+    if len(distinct) < START + 2:
+        what = f"{len(distinct)} budgets leave no runs to choose from"
+        raise UserError(points.where, what, "give four or more")
+    known = np.flatnonzero(budgets <= distinct[START - 1])
+    held, between = budgets == distinct[-1], (budgets > distinct[START - 1])
+    target = points.take(held)
+    rows = list[list[list[float]]]()
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        others = np.flatnonzero(between & ~held)
+        pool = rng.choice(others, max(1, round(PART * len(others))), replace=False)
+        ways = (None, rng)
+        rows.append(
+            [
+                _errors(points, known, np.sort(pool), target, shares, way, by, form, goal)
+                for way in ways
+            ]
+        )
+    found = np.array(rows)  # (seeds, 2, 1 + shares)
+    return Replay(shares, found[:, 0, 1:], found[:, 1, 1:], found[:, 0, 0])
+
+
+def _errors(
+    points: Points, known: Array, pool: Array, target: Points, shares: Sequence[float],
+    rng: np.random.Generator | None, by: By, form: Form, goal: Objective | None,
+) -> list[float]:  # fmt: skip
+    """Errors at the start and after each share, chosen by the rule (rng None) or at random."""
+    cost = spent(points)
+    total, used = cost[pool].sum(), 0.0
+    law, error = _refit(points.take(known), target, by, form, goal)
+    errors = [error]
+    for share in shares:
+        cap = share * total - used
+        if (cost[pool] <= cap).any():
+            if rng is None:
+                chosen = choose(law, run_set(points.take(pool)), run_set(target), cap)[0]
+            else:
+                chosen = _random_choice(cost[pool], cap, rng)
+            known, used = np.append(known, pool[chosen]), used + cost[pool[chosen]].sum()
+            pool = np.delete(pool, chosen)
+            law, error = _refit(points.take(known), target, by, form, goal)
+        errors.append(error)
+    return errors
+
+
+def _refit(
+    known: Points, target: Points, by: By, form: Form, goal: Objective | None
+) -> tuple[CalibratedLaw, float]:
+    """Fit the known runs; return the law and its mean error at the target."""
+    made = fit(form, known, goal)
+    law = calibrate(made, bootstrap.pairs(made, 1), Discrepancy())
+    if by == "process":
+        mean = posterior(law, run_set(target))[0]
+    else:
+        if by == "toward":
+            aim = float(np.exp(np.log(spent(target)).mean()))
+            noise = RunNoise(max(law.noise, NOISE))
+            made = fit(form, known, goal, weigh(spent(known), noise, aim))
+        mean = np.log(made.predict(**{c: np.exp(target.log(c)) for c in form.columns}))
+    return law, float(np.abs(mean - np.log(target.loss)).mean())
+
+
+def _random_choice(cost: Array, cap: float, rng: np.random.Generator) -> list[int]:
+    found = list[int]()
+    for i in rng.permutation(len(cost)).tolist():
+        if cost[i] <= cap:
+            found.append(i)
+            cap -= cost[i]
+    return found
+
+
 def measure(rounds: int, seeds: int = 40) -> list[Result]:
-    """A result a set and share; `rounds` is not asked: nothing is timed."""
-    print("error at the dearest budget, by the rule and at random; difference ± its standard error")
-    print("| runs | foretold by | " + " | ".join(f"{s:.0%} of the pool" for s in SHARES) + " |")
+    """Return a result for each set of runs and share. `rounds` is ignored: nothing is timed."""
+    print(
+        "error at the most expensive budget: by the rule, at random (difference ± standard error)"
+    )
+    print("| runs | predicted by | " + " | ".join(f"{s:.0%} of the pool" for s in SHARES) + " |")
     print("|" + "---|" * (2 + len(SHARES)), flush=True)
     found = []
     for by, name in product(get_args(By), (*public(), *SURFACES)):
@@ -57,7 +170,7 @@ def cell(made: Replay) -> str:
 
 
 def replay_of(name: str, seeds: int, by: By, share: float) -> Replay:
-    """Of public data, or of surfaces, a new one a seed."""
+    """Replay public data, or simulated studies, a new one per seed."""
     if name in (sets := public()):
         return replay(*sets[name], (share,), range(seeds), by)
     each = [replay(*surface(name, s), (share,), (s,), by) for s in range(seeds)]
@@ -66,7 +179,7 @@ def replay_of(name: str, seeds: int, by: By, share: float) -> Replay:
 
 
 def surface(kind: str, seed: int, noise: float = 2e-3) -> tuple[Points, Array]:
-    """49 runs and their budgets."""
+    """Return 49 simulated runs and their budgets."""
     rng, steps = np.random.default_rng(seed), np.geomspace(1e18, 1e21, 7)
     c = np.repeat(steps, 7)
     n = np.sqrt(c / 120) * np.tile(np.geomspace(0.3, 3, 7), 7)
@@ -86,7 +199,7 @@ def surface(kind: str, seed: int, noise: float = 2e-3) -> tuple[Points, Array]:
 
 
 def public() -> dict[str, tuple[Points, Array]]:
-    """Points and budgets, of what is here."""
+    """Return points and budgets of the public data that is there."""
     data = Path(os.environ.get("FORESCALE_DATA", ROOT.parent / "shared" / "data")) / "scaling"
     found = {}
     if (path := data / "llama3_isoflops" / "llama_3.csv").exists():

@@ -30,18 +30,23 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from forescale.checkpoint.reader import STATE, Checkpoint, Position, newest_whole
+from forescale.checkpoint.reader import STATE, Checkpoint, Position, newest_complete
 from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.ranks import Ranks
 from forescale.engine.state import Fragment, FragmentReader, write_fragments
-from forescale.engine.world import Word, World
+from forescale.engine.world import StepSummary, World
 from forescale.monitor.status import Status
 from forescale.resilience import outcome
-from forescale.resilience.diagnosis import diagnose, report
-from forescale.resilience.heartbeat import Beat, Node, Seen, share, shared
-from forescale.resilience.stragglers import stragglers
+from forescale.resilience.diagnosis import diagnose, hang_report, stragglers
+from forescale.resilience.heartbeat import (
+    Heartbeat,
+    NodeDirectory,
+    RankStatus,
+    read_nodes,
+    write_node,
+)
 from forescale.run.directory import Parent, Run
-from forescale.slurm.findings import Report, Wanted
+from forescale.slurm.findings import PreflightReport, Wanted
 from forescale.slurm.policy import past
 from forescale.slurm.preflight import Preflight
 from forescale.slurm.steps import failures
@@ -74,7 +79,7 @@ ROWS = {  # what, where, how often, growth
     "past": (f"lives of a job, {ATTEMPTS} attempts", "batch script", "an attempt's end", "nodes"),
     "lineage": (f"lineage, {ATTEMPTS} attempts", "rank 0", "a save, each kept", "constant"),
     "preflight": ("preflight: all nodes heard", "batch script", "an attempt", "nodes"),
-    "word": (f"word of a step, {MICRO_BATCHES} micro-batches", "each rank", "a step", "ranks"),
+    "summary": (f"summary, {MICRO_BATCHES} micro-batches", "each rank", "a step", "ranks"),
     "gather": ("a gather of nothing", "each rank", "up to 9 a save", "ranks"),
     "union": ("union of damage, if substituted", "each rank", "a step", "ranks"),
     "store": ("ranks come to torch's store", "rank 0", "an attempt", "ranks"),
@@ -125,7 +130,8 @@ def measure(rounds: int, worlds: Sequence[int] = WORLDS) -> list[Result]:
 
 def simulate(worlds: Sequence[int], rounds: int) -> dict[tuple[str, int], tuple]:
     """Seconds (0: none) and bytes (or a count) by row and number of ranks."""
-    parts = (beating, lives, preflight, words, meetings, partial(save, FLAT), partial(save, CUT))
+    saves = (partial(save, FLAT), partial(save, CUT))
+    parts = (beating, lives, preflight, summaries, meetings, *saves)
     cells = {}
     for part, world in product(parts, worlds):
         with tempfile.TemporaryDirectory() as folder:
@@ -134,33 +140,35 @@ def simulate(worlds: Sequence[int], rounds: int) -> dict[tuple[str, int], tuple]
     return cells
 
 
-def _beats(world: int, folder: Path, last_at: str = "backward", here: float = 0.1) -> list[Seen]:
+def _beats(
+    world: int, folder: Path, last_at: str = "backward", here: float = 0.1
+) -> list[RankStatus]:
     """All nodes say what a run says, its last rank that it is at `last_at`; the first's ranks."""
-    places = ("data", "forward", "backward", "norm", "update", "word", "compute", "logging")
+    places = ("data", "forward", "backward", "norm", "update", "summary", "compute", "logging")
     found, now, pace = [], time.time(), dict.fromkeys(places, 0.0123456)
     for rank in range(world):
         at = last_at if rank == world - 1 else "backward"
         said = (rank, f"node-{rank // EACH:04d}", 10_000 + rank, now - 9e3, now, 123_456)
-        beat = Beat(*said, "compute", at, here, 300.0, 300.0, False, pace, 29)
-        found.append(Seen(beat, 0.123))
+        beat = Heartbeat(*said, "compute", at, here, 300.0, 300.0, False, pace, 29)
+        found.append(RankStatus(beat, 0.123))
     for i in range(0, world, EACH):
-        share(folder, found[i].beat.host, found[i : i + EACH])
+        write_node(folder, found[i].heartbeat.host, found[i : i + EACH])
     return found[:EACH]
 
 
 def beating(world: int, folder: Path, rounds: int) -> Cells:
-    first, node = _beats(world, folder), Node(folder)
-    host = first[0].beat.host
-    written = _seconds(rounds, lambda: [node.write(s.beat) for s in first]) / EACH
+    first, node = _beats(world, folder), NodeDirectory(folder)
+    host = first[0].heartbeat.host
+    written = _seconds(rounds, lambda: [node.write(s.heartbeat) for s in first]) / EACH
     yield "beat", written, (size := (node.path / "rank-0.json").stat().st_size)
     yield "beats", _seconds(rounds, node.read), size * EACH
     node.remove()
-    files = [path.stat().st_size for path in (folder / "pulse").iterdir()]
-    yield "share", _seconds(rounds, lambda: share(folder, host, first)), files[0]
+    files = [path.stat().st_size for path in (folder / "heartbeat").iterdir()]
+    yield "share", _seconds(rounds, lambda: write_node(folder, host, first)), files[0]
     yield "shares", None, len(files)
     yield "shared", None, sum(files)
-    every = lambda: [*first, *shared(folder, without=host)]  # noqa: E731
-    look = lambda: stragglers([s.beat for s in every()], 1.5)  # noqa: E731
+    every = lambda: [*first, *read_nodes(folder, without=host)]  # noqa: E731
+    look = lambda: stragglers([s.heartbeat for s in every()], 1.5)  # noqa: E731
     judge = lambda: diagnose(every(), world)  # noqa: E731
     yield "slow", _seconds(rounds, look), sum(files)
     first = _beats(world, folder, "forward", here=400.0)
@@ -169,7 +177,7 @@ def beating(world: int, folder: Path, rounds: int) -> Cells:
     yield "behind", _seconds(rounds, judge), sum(files)
     first = _beats(world, folder, here=400.0)
     yield "alike", _seconds(rounds, judge), sum(files)
-    yield "reports", None, len(report(hang, first, {})) * len(files)
+    yield "reports", None, len(hang_report(hang, first, {})) * len(files)
 
 
 def lives(world: int, folder: Path, rounds: int) -> Cells:
@@ -179,8 +187,8 @@ def lives(world: int, folder: Path, rounds: int) -> Cells:
     for _ in range(ATTEMPTS):
         attempt = run.new_attempt()
         attempt.start_from(Parent(0), run)
-        outcome.begin(attempt.path, ["srun"], world, slurm=life)
-        outcome.end(attempt.path, 1, "rank 0 ended with code 1")
+        outcome.record_start(attempt.path, ["srun"], world, slurm=life)
+        outcome.record_end(attempt.path, 1, "rank 0 ended with code 1")
         size += (attempt.path / outcome.LAUNCH).stat().st_size
     for rank in range(world):
         (attempt.path / f"rank-{rank}.log").touch()
@@ -199,7 +207,7 @@ def preflight(world: int, folder: Path, rounds: int) -> Cells:
     hosts = [f"node-{i:04d}" for i in range(world // EACH)]
     wanted = Wanted(str(folder), [], EACH, 0, None, None, 0, skew=60.0, reduce=False)
 
-    def heard() -> Report:
+    def heard() -> PreflightReport:
         server = Preflight(wanted, hosts, "127.0.0.1")
         with ThreadPoolExecutor(len(hosts)) as pool:
             told = [pool.submit(_node, server, host) for host in hosts]
@@ -224,18 +232,18 @@ def _node(server: Any, host: str) -> bytes:
         return heard.readline()
 
 
-def words(n: int, folder: Path, rounds: int) -> Cells:
+def summaries(n: int, folder: Path, rounds: int) -> Cells:
     """Our side of World's collectives, in a group of torch's own that sends nothing."""
     dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
     world = World(SimpleNamespace(process_index=0, num_processes=n, device=torch.device("cpu")))
     losses, nothing = torch.ones(MICRO_BATCHES), (None, None)
 
-    def step() -> Word:
+    def step() -> StepSummary:
         world.share(1, losses, 0, MICRO_BATCHES * n, 1 << 60, False)
-        return next(world.words(behind=0))
+        return next(world.summaries(behind=0))
 
     unite = lambda: frozenset().union(*world.gather(frozenset()))  # noqa: E731 - see World
-    yield "word", _seconds(50 * rounds, step), 8 * (len(step().losses) + 5)
+    yield "summary", _seconds(50 * rounds, step), 8 * (len(step().losses) + 5)
     few, size = 5 * rounds, n * len(pickle.dumps(nothing))
     yield "gather", _seconds(few, lambda: world.gather(nothing)), size
     yield "union", _seconds(few, unite), n * len(pickle.dumps(frozenset()))
@@ -285,6 +293,15 @@ class Others:
         return values
 
 
+class Simulated(Ranks):
+    """Rank 0 of `size`, whose gathers are answered by Others."""
+
+    def __init__(self, size: int, gather: Others, to_main: Others | None = None):
+        super().__init__(0, size)
+        self.gather = gather  # type: ignore[method-assign]
+        self.gather_to_main = to_main or gather  # type: ignore[method-assign]
+
+
 def _cut(world: int, rank: int, kind: str) -> list[tuple[int, int, int]]:
     """(parameter, start, size) of what a rank writes of a state, where each has 8 x world."""
     if kind == CUT:
@@ -323,7 +340,7 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
     attempt = run.new_attempt()
     attempt.start_from(Parent(0), run)
     snapshot = Snapshot(Position(1, 8, 64), fragments(0), {"optimizer_steps": {"all": 1}}, {})
-    path = write(run, attempt.number, snapshot, Ranks(0, world, others, main)).path
+    path = write(run, attempt.number, snapshot, Simulated(world, others, main)).path
     state, table = ((path / file).stat().st_size for file in (STATE, TABLE))
     yield f"said, {kind}", main.seconds, main.bytes
     yield f"commit, {kind}", others.between[-1], state
@@ -331,7 +348,7 @@ def save(kind: str, world: int, folder: Path, rounds: int) -> Cells:
     rows = Checkpoint(path).state["fragments"]
     yield f"where, {kind}", _seconds(rounds, lambda: FragmentReader(path, rows)), None
     chosen = Others(world)
-    assert newest_whole(run, lambda *_, **__: None, Ranks(0, world, chosen)) is not None
+    assert newest_complete(run, lambda *_, **__: None, Simulated(world, chosen)) is not None
     yield f"chosen, {kind}", chosen.seconds, chosen.bytes
     if kind == FLAT:
         yield "choose", sum(chosen.between), state + table

@@ -1,10 +1,10 @@
-"""How often nominal 90 % intervals hold the truth, over 200 studies of made-up runs: of the law's
-parameters, of a in N* ~ C^a, of the loss at 4 and at 10 times the dearest run's compute.
+"""Coverage of nominal 90 % intervals over 200 simulated studies.
 
-The design: 5 budgets from 1e18 to 1e20 FLOPs, half a decade apart, 6 sizes each, from the best N
-over 2.5 to 2.5 times that (30 runs), of the Chinchilla law as refitted in arXiv 2404.10102, off by
-seed noise alone. Fitted and resampled as `study fit` does it. Nothing here leaves the law: what the
-law itself is off by is for the roll-outs.
+The intervals are those of the law's parameters, of a in N* ~ C^a, and of the loss at extrapolation
+factors of 4 and 10. The design has 5 budgets from 1e18 to 1e20 FLOPs, half a decade apart, with 6
+sizes each, from the optimal N divided by 2.5 to 2.5 times that (30 runs). The losses are those of
+the Chinchilla law as refitted in arXiv 2404.10102 with seed noise, fitted and resampled as in
+`study fit`. The simulated law is exact: backtests measure the error of a law itself.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from forescale.scaling.fitting.points import Array, Points
 from tests.benchmarks.pairing import Result
 
 BUDGETS, SIZES, SPREAD = np.geomspace(1e18, 1e20, 5), 6, 2.5
-NEAR = 0.04  # as `study fit` has it: runs within 4 % of the least loss of their budget
+NEAR = 0.04  # as in `study fit`: runs within 4 % of the least loss of their budget
 LEVEL = 0.9
 DRAWS = ("pairs", "residuals")
 NAMES = (*CHINCHILLA.symbols, "a", "loss at 4 C", "loss at 10 C")
@@ -30,7 +30,7 @@ COLUMNS = ("noise", "objective", "resampled", "interval", *NAMES)
 
 
 def measure(rounds: int, replicates: int = 200, studies: int = 200) -> list[Result]:
-    """A row an interval; `rounds` is not asked: coverage is no time."""
+    """Return and print a row per kind of interval; `rounds` is unused, since nothing is timed."""
     print(f"{studies} studies, {replicates} replicates each; % that a {LEVEL:.0%} interval covers")
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS), flush=True)
@@ -39,20 +39,24 @@ def measure(rounds: int, replicates: int = 200, studies: int = 200) -> list[Resu
                         (2e-3, LEAST_SQUARES)):  # fmt: skip
         covers = coverage(noise, goal, replicates, studies)
         for (draw, method), each in covers.items():
-            words = (f"{noise:g}", str(goal).removesuffix(" on log loss"), draw, method)
-            print("| " + " | ".join([*words, *(f"{100 * x:.1f}" for x in each)]) + " |", flush=True)
-            name, facts = ", ".join(words), dict(zip(NAMES, map(float, each), strict=True))
-            asked = "0.84 to 0.96 each" if (draw, method) == ("pairs", "corrected") else ""
+            labels = (f"{noise:g}", str(goal).removesuffix(" on log loss"), draw, method)
+            print(
+                "| " + " | ".join([*labels, *(f"{100 * x:.1f}" for x in each)]) + " |", flush=True
+            )
+            name, facts = ", ".join(labels), dict(zip(NAMES, map(float, each), strict=True))
+            required = "0.84 to 0.96 each" if (draw, method) == ("pairs", "corrected") else ""
             rows = [(float(x),) for x in each]
-            found.append(Result(name, "covered", (LABEL,), rows, asked, facts))
+            found.append(Result(name, "covered", (LABEL,), rows, required, facts))
     return found
 
 
 def coverage(
     noise: float, goal: Objective, replicates: int, studies: int, draws: tuple[str, ...] = DRAWS
 ) -> dict[tuple[str, str], Array]:
-    """Share of studies whose interval holds the truth, in NAMES' order, by (resampled, interval).
-    noise: of a seed, standard deviation of log loss."""
+    """Return the share of studies whose interval holds the truth, by (resampling, interval method).
+
+    Each is (8,), in the order of NAMES. noise: standard deviation of log loss between seeds.
+    """
     truth = quantities(CHINCHILLA.vector(PUBLISHED))
     inside: dict[tuple[str, str], list[Array]] = {}
     for seed in range(studies):
@@ -64,6 +68,7 @@ def coverage(
 def intervals(
     noise: float, goal: Objective, replicates: int, seed: int, draws: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, str], Array]]:
+    """Yield the intervals of one study, (2, 8), by (resampling, interval method)."""
     made = fit(CHINCHILLA, study(noise, seed), goal)
     for draw in draws:
         found: Replicates = getattr(bootstrap, draw)(made, replicates, seed)
@@ -72,6 +77,7 @@ def intervals(
 
 
 def study(noise: float, seed: int) -> Points:
+    """Return the runs of one simulated study that `study fit` would use."""
     c = np.repeat(BUDGETS, SIZES)
     n = np.sqrt(c / 120) * np.tile(np.geomspace(1 / SPREAD, SPREAD, SIZES), len(BUDGETS))
     d = c / (6 * n)
@@ -82,7 +88,7 @@ def study(noise: float, seed: int) -> Points:
 
 
 def quantities(values: Array) -> Array:
-    """(..., 8) of published parameters (..., 5), in NAMES' order."""
+    """Return all quantities in NAMES, (..., 8), of published parameters, (..., 5)."""
     target = np.array([4, 10]) * BUDGETS[-1]
     n = np.sqrt(target / 120)
     loss = CHINCHILLA.predict(values, parameters=n, tokens=target / (6 * n))

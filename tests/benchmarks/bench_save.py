@@ -68,12 +68,12 @@ class Bench:
         from forescale.engine import build
         from forescale.run.directory import Parent
         from forescale.train.model import build_model
-        from forescale.train.trainer import Rank
+        from forescale.train.trainer import Trainer
         from tests.benchmarks.training import batches, make_job, world
 
         world.set_environment()
         job = make_job(folder, "optimizer=adamw", "train.compile=off", *model, *BATCH)
-        rank = Rank(job, time.monotonic())
+        rank = Trainer(job, time.monotonic())
         job, self.run, self.attempt = rank.job, rank.run, rank.attempt
         module = build_model(job, rank.sources.vocab_size)
         self.parameters = sum(p.numel() for p in module.parameters())
@@ -106,13 +106,13 @@ class Bench:
     def save(self, saver: Any) -> dict[str, Any]:
         """The event of a save that nothing goes on beside."""
         from forescale.checkpoint.reader import Position
-        from forescale.run.directory import read_rows
+        from forescale.run.rows import read_rows
 
         self.step += 1
         self._settle()
         saver.begin(Position(self.step))
         saver.finish()
-        return [r for r in read_rows(self.run.events) if r["kind"] == "checkpoint_saved"][-1]
+        return read_rows(self.run.events, kind="checkpoint_saved")[-1]
 
     def plain(self) -> float:
         """Seconds to write the bytes of a checkpoint's tensors from memory, and fsync."""

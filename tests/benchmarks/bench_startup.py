@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from forescale.run.directory import read_rows
+from forescale.run.rows import read_rows
 from tests.benchmarks.pairing import Result
 
 ROOT = Path(__file__).parents[2]

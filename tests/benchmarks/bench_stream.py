@@ -1,8 +1,8 @@
-"""The stream's int64 batches, order and checks included, against three ways to have the like: a raw
-numpy memmap read in random order, plain webdataset, and litdata. Warm cache, tokens a second.
+"""The stream's int64 batches, including order and checks, compared with three alternatives: a raw
+numpy memmap read in random order, plain webdataset, and litdata. Warm cache, tokens per second.
 
 Ours is what a run reads: a dataset of tars, windows in the order of `data.shuffle_shards` shards,
-inputs and targets of a step as int64. A side counts L tokens a window.
+inputs and targets of a step as int64. Each side counts L tokens per window.
 """
 
 import tempfile
@@ -19,20 +19,20 @@ import torch
 
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER, Dataset
 from forescale.data.feed import Feed
-from forescale.data.mixture import Mixture, Stage
+from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.order import Order
 from forescale.data.prepare.writer import ShardWriter
-from forescale.data.stream import Share, stream
+from forescale.data.stream import StepShare, stream
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.storage import write_file, write_json, write_table
 from tests.benchmarks.pairing import Result, interleaved
 
 SHARDS, SHARD_TOKENS = 8, 1 << 22
-SHUFFLE_SHARDS = 8  # as conf/data has it
-STEP = 1 << 18  # tokens a step of one rank, its share of a batch of some millions
+SHUFFLE_SHARDS = 8  # the default in conf/data
+STEP = 1 << 18  # tokens per step of one rank, its share of a batch of several million
 END, VOCABULARY = 256, 257
 WINDOW = 2048
-SECONDS = 0.4  # that one turn measures
+SECONDS = 0.4  # seconds per measurement
 SAMPLES = 4096  # members of the tar for webdataset
 
 
@@ -76,15 +76,15 @@ def compare(
             found = stack.enter_context(closing(batches(root, length, workers)))
             sides.append(partial(rate, found))
         read = 0
-        while read < SHARDS * SHARD_TOKENS:  # all that there is, once
+        while read < SHARDS * SHARD_TOKENS:  # everything once, to warm the caches
             read += next(sides[0].args[0])
         rates = interleaved(rounds, *sides)
     return Result(name, "M tokens/s", ("ours", other.__name__), rates, asked)
 
 
 def rate(batches: Iterator[int]) -> float:
-    """How fast it goes on, in million tokens a second."""
-    next(batches)  # what was made while the other side had its turn
+    """Return the throughput in million tokens per second."""
+    next(batches)  # the batch that was prepared while the other side was measured
     began, tokens = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < SECONDS:
         tokens += next(batches)
@@ -94,15 +94,15 @@ def rate(batches: Iterator[int]) -> float:
 def ours(root: Path, length: int, workers: int) -> Iterator[int]:
     split = Dataset(root / "dataset").split("train")
     order = Order(split.shard_tokens, length, 1, SHUFFLE_SHARDS)
-    feed = Feed({"data": split}, Mixture({"data": order}, [Stage.of(0, [1])], 1), VOCABULARY)
+    feed = Feed({"data": split}, Mixture({"data": order}, [MixtureStage.of(0, [1])], 1), VOCABULARY)
     windows = STEP // length
     micro = max(1, windows // 8)
-    for batch in stream(feed, Share(windows, micro), range(1 << 40), 0, workers=workers):
+    for batch in stream(feed, StepShare(windows, micro), range(1 << 40), 0, workers=workers):
         yield sum(m.tokens.numel() for m in batch.micro)
 
 
 def memmap(root: Path, length: int) -> tuple[np.memmap, Iterator[np.ndarray]]:
-    """The tokens, and where the windows of a step begin, in random order."""
+    """Return the tokens, and the first tokens of the windows of each step, in random order."""
     data = np.memmap(root / "tokens.bin", "<u2", "r")
     firsts = np.random.default_rng(0).permutation((len(data) - 1) // length) * length
     windows = STEP // length
@@ -111,7 +111,7 @@ def memmap(root: Path, length: int) -> tuple[np.memmap, Iterator[np.ndarray]]:
 
 
 def rows(root: Path, length: int, workers: int) -> Iterator[int]:
-    """Window by window, as training scripts do, without a copy too many."""
+    """Window by window, as training scripts do, without unnecessary copies."""
     data, steps = memmap(root, length)
     for starts in steps:
         pair = np.empty((2, len(starts), length), np.int64)
@@ -122,7 +122,7 @@ def rows(root: Path, length: int, workers: int) -> Iterator[int]:
 
 
 def strided(root: Path, length: int, workers: int) -> Iterator[int]:
-    """All windows of a step by one index into a strided view of the file, with no check at all."""
+    """All windows of a step with one index into a strided view of the file, without any check."""
     data, steps = memmap(root, length)
     windows = np.lib.stride_tricks.sliding_window_view(np.asarray(data), length + 1)
     for starts in steps:
@@ -132,7 +132,7 @@ def strided(root: Path, length: int, workers: int) -> Iterator[int]:
 
 
 def webdataset(root: Path, length: int, workers: int) -> Iterator[int]:
-    """Members as they come: no shuffle, no batches, no int64."""
+    """Members in stored order: no shuffle, no batches, no int64."""
     from webdataset import WebDataset
 
     while True:
@@ -152,7 +152,7 @@ def litdata(root: Path, length: int, workers: int) -> Iterator[int]:
 
 
 def write(root: Path) -> None:
-    """A dataset of random tokens, and the same tokens in one flat file."""
+    """Write a dataset of random tokens, and the same tokens as one flat file."""
     path, rng = root / "dataset", np.random.default_rng(0)
     path.mkdir()
     files = {TOKENIZER: write_file(path / TOKENIZER, byte_tokenizer().to_str().encode())}
@@ -193,7 +193,7 @@ def write_members(root: Path) -> None:
 
 
 def write_chunks(root: Path) -> None:
-    """The same tokens as litdata keeps them, in chunks of 32 MB."""
+    """Write the same tokens in litdata's format, in chunks of 32 MB."""
     from litdata import TokensLoader
     from litdata.streaming.writer import BinaryWriter
 

@@ -1,5 +1,5 @@
 """What it costs to be watched: what the training thread does for it in a step (marks, verdict,
-hash of the windows, row), and a beat of the heart beside it.
+hash of the windows, row), and the heartbeat thread beside it.
 
 The marks of a step are made as the loop and the engine make them, and nothing else, so what is
 timed is theirs alone. A rank beats in a thread of its own: its time counts against the training
@@ -19,28 +19,28 @@ STEP = 0.1  # seconds: what the shares are of
 
 
 def measure(rounds: int) -> list[Result]:
-    from forescale.config.runtime import PulseConfig
-    from forescale.resilience.phases import Pulse
-    from forescale.resilience.reporter import Heart
+    from forescale.config.runtime import HeartbeatConfig
+    from forescale.resilience.phases import PhaseTimer
+    from forescale.resilience.reporter import HeartbeatReporter
     from forescale.run.directory import Attempt
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "attempts" / "0001"
         path.mkdir(parents=True)
-        settings = PulseConfig()
-        pulse, mirrored = Pulse("startup"), Pulse("startup")
-        heart = Heart(mirrored, Attempt(path), 0, 1, settings)
-        mirrored.mirror = heart.node.mirror(0)
-        marks = interleaved(rounds, lambda: _marks(mirrored), lambda: _marks(pulse))
-        beats = [(_beats(heart),) for _ in range(rounds)]
+        settings = HeartbeatConfig()
+        phases, mirrored = PhaseTimer("startup"), PhaseTimer("startup")
+        reporter = HeartbeatReporter(mirrored, Attempt(path), 0, 1, settings)
+        mirrored.mirror = reporter.node.mirror(0)
+        marks = interleaved(rounds, lambda: _marks(mirrored), lambda: _marks(phases))
+        beats = [(_beats(reporter),) for _ in range(rounds)]
         rows = [(_verdicts(), _hashes(), _rows(Attempt(path))) for _ in range(rounds)]
-        heart.node.remove()
+        reporter.node.remove()
     share = sorted(row[0] for row in marks)[len(marks) // 2] / 1e6 / STEP
-    every = settings.beat.seconds or 1.0
+    every = settings.interval
     beat = sorted(row[0] for row in beats)[len(beats) // 2] / 1e6 / every
     labels = ("with the place mirrored", "without")
     facts = {"micro-batches": MICRO_BATCHES, "share of a 100 ms step": f"{share:.4%}"}
-    bound = {"share of a core at pulse.beat": f"{beat:.4%}"}
+    bound = {"share of a core at one heartbeat a second": f"{beat:.4%}"}
     asked = "at most 1 % of a step with all else"
     middle = [sorted(column)[rounds // 2] for column in zip(*rows, strict=True)]
     names = ("a verdict", "the hash of the windows", "a row")
@@ -52,34 +52,34 @@ def measure(rounds: int) -> list[Result]:
             "guard, hash and row of a step", "us", ("all",), [(sum(r),) for r in rows], facts=own
         ),
         Result("marks of a step", "us", labels, marks, asked, facts),
-        Result("a beat of the heart", "us", ("beat",), beats, facts=bound),
+        Result("a heartbeat", "us", ("beat",), beats, facts=bound),
     ]
 
 
-def _marks(pulse) -> float:
+def _marks(phases) -> float:
     """Microseconds a step."""
     began = time.perf_counter()
-    for _ in pulse.each("data", range(STEPS)):
-        pulse.step += 1
-        with pulse("compute"):
+    for _ in phases.each("data", range(STEPS)):
+        phases.step += 1
+        with phases("compute"):
             for _ in range(MICRO_BATCHES):
-                pulse.mark("forward")
-                pulse.mark("backward")
-            pulse.mark("norm")
-            pulse.mark("update")
-        pulse.take()
-        pulse.mark("word")
+                phases.mark("forward")
+                phases.mark("backward")
+            phases.mark("norm")
+            phases.mark("update")
+        phases.take()
+        phases.mark("summary")
         for phase in ("logging", "evaluation", "checkpoint"):
-            with pulse(phase):
+            with phases(phase):
                 pass
     return (time.perf_counter() - began) / STEPS * 1e6
 
 
-def _beats(heart, count: int = 500) -> float:
+def _beats(reporter, count: int = 500) -> float:
     """Microseconds each."""
     began = time.perf_counter()
     for _ in range(count):
-        heart._tick(0.0)
+        reporter._tick(0.0)
     return (time.perf_counter() - began) / count * 1e6
 
 
@@ -108,16 +108,15 @@ def _rows(attempt, count: int = 1_000) -> float:
     import psutil
     import torch
 
-    from forescale.checkpoint.writer import Position
+    from forescale.checkpoint.reader import Position
     from forescale.config.duration import Duration
     from forescale.engine.step import Facts
-    from forescale.engine.world import Word
-    from forescale.train.callbacks import Every
-    from forescale.train.loop import Step
-    from forescale.train.metrics import Line, Metrics, Prices
+    from forescale.engine.world import StepSummary
+    from forescale.train.callbacks import Every, Step
+    from forescale.train.metrics import Metrics, Prices, ProgressLine
 
     process = psutil.Process()
-    line = Line(Every(Duration(10**6), 10**6, 10**6), 10**6, 0, True)
+    line = ProgressLine(Every(Duration(10**6), 10**6, 10**6), 10**6, 0, True)
     prices = Prices(full=6e6, causal=5e6, six_n=4e6, peak=1e12)
     rates = {"muon": 0.02, "decayed": 0.004, "undecayed": 0.004}
     memory = lambda: process.memory_info().rss  # noqa: E731
@@ -127,7 +126,7 @@ def _rows(attempt, count: int = 1_000) -> float:
 
     def see(_, t: int) -> None:
         step = Step(Position(t, 8 * t, 2048 * t), 8 * t - 8, {"data": 2048}, 1.0, facts, spent)
-        metrics.see(step, Word(t, [8192.0], 1 << 60, False, False, 0.06 * t))
+        metrics.see(step, StepSummary(t, [8192.0], 1 << 60, False, False, 0.06 * t))
 
     return _each(range(1, count + 1), see)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.config.train import OptimizerConfig
+from forescale.config.optimizer import OptimizerConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 
@@ -57,7 +57,7 @@ def optimizers(model: Transformer, settings: OptimizerConfig) -> list[torch.opti
     made: list[torch.optim.Optimizer] = []
     for g in parameter_groups(named, settings, muon, model.optimizer_factors()):
         shared: dict[str, Any] = {"lr": g.peak_learning_rate, "weight_decay": g.weight_decay}
-        if g.use_muon:
+        if g.update.is_by_matrix:
             made.append(torch.optim.Muon(g.params, momentum=settings.momentum or 0.0, **shared))
         else:
             betas = (settings.beta1, settings.beta2)
@@ -99,7 +99,7 @@ def _heard(model: Transformer) -> Iterator[dict[str, Tensor]]:
     """What each layer puts out the first time."""
     last: Any = model.blocks[-1]
     modules: dict[str, nn.Module] = {"embedding": model.embedding, "stream": last}
-    modules |= {"attention": last.attention, "mlp": last.mlp}
+    modules |= {"attention": last.mixer, "mlp": last.mlp}
     found: dict[str, Tensor] = {}
 
     def hear(layer: str):

@@ -1,7 +1,7 @@
-"""The two loops over the same work: ours with all its parts, and DeepSpeed alone.
+"""The two loops over the same work: ours with all its callbacks, and DeepSpeed alone.
 
 Both are called with a number of steps and return tokens/s. Only in a process of its own: an engine
-is one a process, and `Rank` takes over the signals.
+is one a process, and `Trainer` takes over the signals.
 """
 
 import time
@@ -14,18 +14,18 @@ import torch
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.data.sources import Sources
-from forescale.data.stream import Batch, Share, stream
+from forescale.data.dataset import Sources
+from forescale.data.stream import Batch, StepShare, stream
 from forescale.engine import build, world
 from forescale.engine.deepspeed_config import deepspeed_config, merged
-from forescale.engine.optim import parameter_groups
-from forescale.engine.step import build_optimizer
-from forescale.run.directory import read_rows
+from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.run.feed import feed_of
+from forescale.run.rows import read_rows
 from forescale.run.start import open_sources, settle
 from forescale.train.loop import train
 from forescale.train.model import build_model
-from forescale.train.trainer import Rank
+from forescale.train.resume import resume
+from forescale.train.trainer import Trainer
 
 NEVER = "1000000 steps"
 
@@ -42,22 +42,19 @@ class Ours:
 
     def __init__(self, job: TrainJob):
         world.set_environment()
-        self.rank = rank = Rank(job, time.monotonic())
-        job = rank.job
-        model = build_model(job, rank.sources.vocab_size)
-        rank.engine = build.build_engine(rank.world, model, job)
-        self.position = rank._resume()
+        self.rank = rank = Trainer(job, time.monotonic())
+        rank._build()
+        point = rank._begin(resume(rank.run, rank.job, rank.engine, rank._warn))
         if rank.compilation.wanted:
             rank.engine.compile()
-        self.parts = rank._parts(model, self.position)
-        self.batches = rank._batches(self.position)
+        self.position, self.parts = point.position, rank.builder.parts(rank.attempt, point)
         self.forget()
 
     def __call__(self, steps: int) -> float:
         began, rank, tokens = time.perf_counter(), self.rank, self.position.tokens
-        batches = islice(self.batches, steps)
-        arguments = (rank._rate, self.parts, self.position, rank.pulse, rank._asked)
-        self.position, _ = train(rank.engine, batches, *arguments)
+        parts, batches = self.parts, islice(self.parts.batches, steps)
+        arguments = (rank._learning_rate, parts.callbacks, self.position, rank.phases)
+        self.position, _ = train(rank.engine, batches, *arguments, lambda: False, parts.guard)
         return (self.position.tokens - tokens) / (time.perf_counter() - began)
 
     def forget(self) -> None:
@@ -66,21 +63,21 @@ class Ours:
 
     def watch(self) -> None:
         """Time what our loop does beside forward, backward and step, under `spent`."""
-        metrics, *others = self.parts
+        metrics, *others = self.parts.callbacks
         engine: Any = self.rank.engine
         ranks: Any = self.rank.world
-        self._time(self.rank, "_rate", "learning rate")
+        self._time(self.rank, "_learning_rate", "learning rate")
         self._time(torch, "manual_seed", "seeding")
         self._time(engine, "gradient_norm", "gradient norm")
         self._time(engine.layout, "prepare_step", "flattening, and Muon's iterations")
         self._time(engine.layout.optimizer, "unscale_and_clip_grads", "clipping")
-        self._time(ranks, "share", "word")
-        words = ranks.words
-        ranks.words = lambda behind: iter(list(words(behind)))
-        self._time(ranks, "words", "word")
+        self._time(ranks, "share", "summary")
+        summaries = ranks.summaries
+        ranks.summaries = lambda behind: iter(list(summaries(behind)))
+        self._time(ranks, "summaries", "summary")
         self._time(metrics, "see", "metrics row")
-        for part in others:
-            self._time(part, "see", "other parts")
+        for callback in others:
+            self._time(callback, "see", "other callbacks")
 
     def _time(self, owner: Any, name: str, label: str) -> None:
         function = getattr(owner, name)
@@ -96,7 +93,7 @@ class Ours:
 
     def facts(self) -> dict[str, Any]:
         """What each part took, and how many of the steps were clipped, since `forget`."""
-        rows = [r for r in read_rows(self.rank.run.metrics) if r["step"] > self._from]
+        rows = read_rows(self.rank.run.metrics, after=self._from)
         spent = {"data wait": sum(r["seconds"]["data"] for r in rows), **self.spent}
         clip = self.rank.job.optimizer.clip or float("inf")
         return {
@@ -122,9 +119,8 @@ class Bare:
         self.data = batches(job, sources, 64)
         model = build_model(job, sources.vocab_size)
         o, muon = job.optimizer, model.muon_parameters()  # type: ignore[operator]
-        groups = [vars(g) for g in parameter_groups(model.named_parameters(), o, muon)]
-        settings = {"betas": (o.beta1, o.beta2), "eps": o.eps, "momentum": o.momentum}
-        optimizer = build_optimizer(o.kind, groups, **settings)
+        groups = [g.as_dict() for g in parameter_groups(model.named_parameters(), o, muon)]
+        optimizer = build_optimizer(o, groups)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_learning_rate"] / 10
         config = deepspeed_config(job, 1)
@@ -151,5 +147,5 @@ class Bare:
 
 def batches(job: TrainJob, sources: Sources, steps: int) -> list[Batch]:
     """The first batches of a job, in memory."""
-    share = Share(job.train.global_batch, job.train.micro_batch)
+    share = StepShare(job.train.global_batch, job.train.micro_batch)
     return list(stream(feed_of(job, sources), share, range(steps), 0))

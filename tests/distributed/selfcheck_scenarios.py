@@ -1,20 +1,20 @@
-"""What ranks do for test_selfcheck.py."""
+"""What runs inside the ranks of test_selfcheck.py."""
 
 import os
 
 import torch
 
-from forescale.engine.selfcheck import SelfCheck, judged
+from forescale.engine.selfcheck import SelfCheck, fault_of
 from tests.distributed import small
 
 
 def trained(stage: int, optimizer: str, precision: str, checks: bool) -> dict:
-    """Losses and norms of some steps, and what the self-checks between them said."""
+    """Losses and norms of some steps, and the results of the self-checks between them."""
     engine = small.build(stage, optimizer, precision)
     check, said = SelfCheck(engine, "here"), []
 
     def before_update(batch, losses):
-        said.append(judged(check(batch, losses)))
+        said.append(fault_of(check(batch, losses)))
 
     found = []
     for step in range(6):
@@ -26,7 +26,7 @@ def trained(stage: int, optimizer: str, precision: str, checks: bool) -> dict:
 
 
 def corrupt(stage: int, what: str) -> str | None:
-    """What is said after something went wrong on the last rank."""
+    """The result of the self-check after something went wrong on the last rank."""
     engine = small.build(stage, "adamw", "bf16")
     check, last = SelfCheck(engine, "here"), int(os.environ["WORLD_SIZE"]) - 1
     said: list[str | None] = []
@@ -39,7 +39,7 @@ def corrupt(stage: int, what: str) -> str | None:
                 losses = losses * (1 + 1e-4)
             elif what == "compute":
                 wrong_now_and_then(engine)
-        said.append(judged(check(batch, losses)))
+        said.append(fault_of(check(batch, losses)))
 
     for step in range(2):
         data = small.batch(step, engine.world.rank, engine.world.size)
@@ -50,12 +50,12 @@ def corrupt(stage: int, what: str) -> str | None:
 
 @torch.no_grad()
 def flip(weight: torch.Tensor) -> None:
-    """One bit of one element, the least that can go wrong."""
+    """Flip one bit of one element, the smallest possible fault."""
     weight.view(-1).view(torch.int16)[5] ^= 1
 
 
 def wrong_now_and_then(engine) -> None:
-    """A device that gets every second product wrong."""
+    """Act as a device that computes every second product wrong."""
     calls = iter(range(1000))
     engine.module.register_forward_hook(
         lambda module, arguments, losses: losses * (1 + 1e-3 * (next(calls) % 2))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from forescale.config.optimizer import OptimizerConfig
 from forescale.data.stream import MicroBatch
 
 VOCABULARY, WIDTH, LENGTH = 101, 24, 16
@@ -74,7 +75,13 @@ def groups(model: nn.Module, optimizer: str) -> list[dict]:
     ]
 
 
-SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}
+SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}  # of a plain loop
+
+
+def settings(optimizer: str) -> OptimizerConfig:
+    """The same, as a config."""
+    muon = {"momentum": 0.95, "adam_learning_rate": 3e-3} if optimizer == "muon" else {}
+    return OptimizerConfig(optimizer, beta1=0.9, beta2=0.95, eps=1e-8, **muon)
 
 
 def job(stage: int, optimizer: str, precision: str, offload: bool = False) -> SimpleNamespace:
@@ -86,7 +93,7 @@ def job(stage: int, optimizer: str, precision: str, offload: bool = False) -> Si
         train=SimpleNamespace(micro_batch=2),
         engine=SimpleNamespace(**engine),
         precision=SimpleNamespace(kind=precision),
-        optimizer=SimpleNamespace(kind=optimizer),
+        optimizer=settings(optimizer),
     )
 
 
@@ -97,7 +104,8 @@ def build(stage: int, optimizer: str, precision: str, clip=None, offload=False, 
     from accelerate.state import AcceleratorState
 
     from forescale.engine.deepspeed_config import deepspeed_config
-    from forescale.engine.step import Engine, build_optimizer
+    from forescale.engine.optim import build_optimizer
+    from forescale.engine.step import Engine
     from forescale.engine.world import join
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
@@ -105,7 +113,7 @@ def build(stage: int, optimizer: str, precision: str, clip=None, offload=False, 
     world = join(deepspeed_config(job(stage, optimizer, precision, offload), size), size, 60)
     torch.manual_seed(seed)
     model = Model()
-    base = build_optimizer(optimizer, groups(model, optimizer), **SETTINGS)
+    base = build_optimizer(settings(optimizer), groups(model, optimizer))
     return Engine(world, model, base, seed=7, clip=clip)
 
 

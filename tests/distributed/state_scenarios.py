@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from forescale.checkpoint import writer
-from forescale.checkpoint.writer import Checkpoint, Position
+from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.run.directory import Run
 from tests.distributed import small
 

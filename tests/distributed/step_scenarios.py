@@ -18,31 +18,62 @@ def dropped(cases):
     for stage, optimizer, precision, clip, offload in cases:
         plain = small.train(small.build(stage, optimizer, precision, clip, offload), range(6))
         engine = small.build(stage, optimizer, precision, clip, offload)
-        told = []
+        rows = []
         for step in range(6):
-            for sick in (100, 101):
-                engine.backward(small.batch(sick + step, engine.world.rank, engine.world.size))
+            for broken in (100, 101):
+                engine.backward(small.batch(broken + step, engine.world.rank, engine.world.size))
                 engine.gradient_norm()
                 engine.drop()
-            told += small.train(engine, range(step, step + 1))
-        results.append([plain, told])
+            rows += small.train(engine, range(step, step + 1))
+        results.append([plain, rows])
     return results
 
 
 def not_finite(cases):
-    """For each case, [losses before, facts of a sick step, losses after] and the same without."""
+    """For each case, [losses before, facts of a broken step, losses after] and the same without."""
     results = []
     for stage, optimizer, precision in cases:
         engine = small.build(stage, optimizer, precision)
         before = small.train(engine, range(2))
-        sick = small.batch(50, engine.world.rank, engine.world.size)
+        broken = small.batch(50, engine.world.rank, engine.world.size)
         handle = engine.module.norm.register_forward_hook(lambda *a: a[2] * float("nan"))
-        facts = engine.train_step(sick, 1.0)
+        facts = engine.train_step(broken, 1.0)
         handle.remove()
         after = small.train(engine, range(2, 4))
         plain = small.train(small.build(stage, optimizer, precision), range(4))
         results.append([before + after, plain, facts.applied])
     return results
+
+
+def extra():
+    """What a model's own numbers become on every rank, and the error if their names differ."""
+    import torch
+
+    from forescale.errors import UserError
+
+    class Model(small.Model):
+        def forward(self, tokens, targets):
+            losses = super().forward(tokens, targets)
+            self.largest = losses.max()
+            return losses
+
+        def metrics(self):
+            return {"rank": engine.world.rank, "largest": self.largest}
+
+    plain, small.Model = small.Model, Model
+    engine = small.build(1, "adamw", "fp32")
+    small.Model, world = plain, engine.world
+    facts = engine.train_step(small.batch(0, world.rank, world.size), 1.0)
+    world.share(1, facts.losses, 2 * world.rank, 4, 7, False, extra=facts.extra)
+    (summary,) = world.summaries(0)
+    own = world.gather(float(facts.extra["largest"]))
+    world._extra = None
+    mine = {f"of rank {world.rank}": torch.tensor(1.0)}
+    world.share(2, facts.losses, 2 * world.rank, 4, 7, False, extra=mine)
+    try:
+        list(world.summaries(0))
+    except UserError as e:
+        return [summary.extra, own, str(e)]
 
 
 def _newton_schulz_in_fp32():

@@ -64,7 +64,7 @@ def flip(path: Path, member: int) -> None:
         f.write(bytes([byte[0] ^ 1]))
 
 
-def test_a_mixture_in_stages_goes_on_elsewhere_with_the_same_tokens(sources, tmp_path):
+def test_a_mixture_in_stages_resumes_at_another_world_size_with_the_same_tokens(sources, tmp_path):
     command = (*mixture(sources), *LENGTH, "data.document_mask=true")
     launching.train(tmp_path, "run.name=still", *command, "launch.processes=1")
     process = launching.start(tmp_path, "run.name=moving", *command, "launch.processes=2")
@@ -88,7 +88,7 @@ def test_a_mixture_in_stages_goes_on_elsewhere_with_the_same_tokens(sources, tmp
     assert "each step's tokens are those of the shards" in check(tmp_path / "moving")
 
 
-def test_damage_is_named_and_nothing_is_trained_on_it(sources, tmp_path):
+def test_damage_is_reported_and_never_trained_on(sources, tmp_path):
     command = (f"data.path={sources['prose']}", *LENGTH, "launch.processes=2")
     shard = sources["prose"] / "train-000001.tar"
     for member in range(4):
@@ -98,8 +98,9 @@ def test_damage_is_named_and_nothing_is_trained_on_it(sources, tmp_path):
     assert "Traceback" not in said
 
 
-def test_substitutes_are_agreed_on_and_survive_a_kill(sources, tmp_path):
-    """Ranks find damage at different times; all go on with the same windows, at any world size."""
+def test_all_ranks_use_the_same_substitutes_also_after_a_kill(sources, tmp_path):
+    """Ranks find damage at different times; all continue with the same windows, at any world
+    size."""
     command = (f"data.path={sources['prose']}", *LENGTH, "data.damaged=substitute")
     flip(sources["prose"] / "train-000000.tar", 2)
     flip(sources["prose"] / "train-000002.tar", 5)

@@ -1,4 +1,4 @@
-"""Faults that are asked for strike real ranks, once, and the run ends with the same bits."""
+"""Requested faults are injected into real ranks, once, and the run ends with the same bits."""
 
 import pytest
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.distributed
 TWO = ("launch.processes=2", "train.steps=40", "checkpoint.every=10", "validation.every=40")
 
 
-def test_ranks_are_killed_and_the_run_goes_on_to_the_bit(dataset, tmp_path):
+def test_ranks_are_killed_and_the_run_resumes_bit_for_bit(dataset, tmp_path):
     command = (f"data.path={dataset}", *TWO)
     launching.train(tmp_path, "run.name=whole", *command)
     faults = "faults=[kill@15:rank1:norm,kill@30:write]"
@@ -23,7 +23,7 @@ def test_ranks_are_killed_and_the_run_goes_on_to_the_bit(dataset, tmp_path):
     assert launching.train(tmp_path, "run.name=struck", faults, *command)  # nothing strikes again
 
 
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(dataset, tmp_path):
+def test_a_full_disk_gives_one_sentence_and_the_same_command_resumes(dataset, tmp_path):
     command = ("run.name=full", f"data.path={dataset}", *TWO, "faults=[enospc@20:rank1]")
     output = launching.train(tmp_path, *command, code=2)
     assert "the disk is full" in output

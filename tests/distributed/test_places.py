@@ -1,4 +1,4 @@
-"""Real ranks in the places that a cluster has: another launcher, and a disk that fills up."""
+"""Real ranks under conditions of a cluster: another launcher, and a disk that fills up."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=10", "validat
 
 
 @pytest.mark.distributed
-def test_torchrun_starts_the_same_run_as_we_do(dataset, tmp_path):
+def test_torchrun_starts_the_same_run_as_our_launcher(dataset, tmp_path):
     command = (f"data.path={dataset}", *LENGTH)
     launching.train(tmp_path, "run.name=ours", *command, "launch.processes=2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -39,8 +39,8 @@ def checkpoints(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_disk_that_gets_full_while_saving(dataset, tmp_path, ranks):
-    """One sentence and code 2; the last checkpoint is whole, and with room the run goes on."""
+def test_a_disk_that_fills_up_during_a_save(dataset, tmp_path, ranks):
+    """One sentence and code 2; the last checkpoint is complete, and with room the run resumes."""
     from forescale.storage import check_table
 
     command = (f"data.path={dataset}", *LENGTH, f"launch.processes={ranks}")
@@ -67,8 +67,8 @@ def test_a_disk_that_gets_full_while_saving(dataset, tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_an_interrupt_at_any_moment_of_the_start(dataset, tmp_path):
-    """While ranks are started, import, join, and train: always 75, and then it goes on."""
+def test_an_interrupt_at_any_moment_of_the_start_up(dataset, tmp_path):
+    """While ranks are started, import, join, and train: always code 75, and then it resumes."""
     command = ("run.name=early", f"data.path={dataset}", *LENGTH, "launch.processes=2")
     for delay in (0, 0.1, 0.3, 0.9, 1.5, 2.1):
         process = launching.start(tmp_path, *command)

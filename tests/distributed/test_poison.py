@@ -1,4 +1,4 @@
-"""Poisoned data on real ranks: the update is dropped, the run goes back, or it stops."""
+"""Poisoned data on real ranks: the update is dropped, the run rolls back, or it halts."""
 
 import json
 import signal
@@ -46,7 +46,7 @@ def poisoned(tmp_path_factory):
     for i in range(40):
         (root / "text" / f"{i:02d}.txt").write_text(f"the story of {i} and its end. " * 20)
     for i in range(2):
-        (root / "text" / f"ill-{i}.txt").write_text("\x01" * 40 + str(i))
+        (root / "text" / f"poison-{i}.txt").write_text("\x01" * 40 + str(i))
     config = BuildConfig(tokenizer="bytes", validation=0.1)
     build_dataset(Files([root / "text"]), root / "dataset", config)
     (root / "poisoned.py").write_text(MODEL)
@@ -74,24 +74,24 @@ def parents(run):
         ("1000", ("guard.gradient_spike=rollback", "engine=zero3")),
     ],
 )
-def test_after_rollbacks_a_run_equals_one_that_was_told_what_to_skip(
+def test_after_rollbacks_a_run_equals_one_whose_config_skips_the_same_samples(
     poisoned, tmp_path, ruin, policies
 ):
     policies = (*policies, "guard.most_rollbacks=9", "launch.processes=2")
-    output = train(poisoned, tmp_path, "ill", ruin, *policies)
+    output = train(poisoned, tmp_path, "anomalous", ruin, *policies)
     assert "Rolling back" in output
-    run = tmp_path / "ill"
+    run = tmp_path / "anomalous"
     skipped = parents(run)[-1]["skipped"]
     assert len(parents(run)) > 1
     assert "rollback" in launching.events(run)
-    train(poisoned, tmp_path, "told", ruin, *policies, f"data.skip={skipped}")
-    assert len(parents(tmp_path / "told")) == 1
-    assert launching.trajectory(run) == launching.trajectory(tmp_path / "told")
+    train(poisoned, tmp_path, "skips", ruin, *policies, f"data.skip={skipped}")
+    assert len(parents(tmp_path / "skips")) == 1
+    assert launching.trajectory(run) == launching.trajectory(tmp_path / "skips")
     assert [row["step"] for row in launching.rows(run)] == list(range(1, 61))
 
 
-def test_a_kill_after_a_rollback_does_not_bring_the_samples_back(poisoned, tmp_path):
-    """Before the next checkpoint, the only one there is knows nothing of them."""
+def test_a_kill_after_a_rollback_does_not_bring_skipped_samples_back(poisoned, tmp_path):
+    """The kill comes before the next checkpoint; the only existing one doesn't know of them."""
     policies = ("guard.non_finite=rollback", "guard.most_rollbacks=9")
     train(poisoned, tmp_path, "whole", "-1", *policies)
     process = train(poisoned, tmp_path, "cut", "-1", *policies, start=True)
@@ -104,7 +104,7 @@ def test_a_kill_after_a_rollback_does_not_bring_the_samples_back(poisoned, tmp_p
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
 
 
-def test_a_skip_drops_the_update_and_a_halt_saves_what_is_healthy(poisoned, tmp_path):
+def test_a_skip_drops_the_update_and_a_halt_saves_the_last_healthy_step(poisoned, tmp_path):
     train(poisoned, tmp_path, "skips", "-1", "guard.non_finite=skip")
     rows = launching.rows(tmp_path / "skips")
     dropped = [row["step"] for row in rows if not row["applied"]]

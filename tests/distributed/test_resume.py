@@ -15,19 +15,19 @@ TWO = ("launch.processes=2", *LENGTH)
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_go_on_to_the_bit(dataset, tmp_path, stage, optimizer):
+def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
     command += ("model.dropout=0.1",)  # whose randomness must repeat too
     launching.train(tmp_path, "run.name=whole", *command)
     process = launching.start(tmp_path, "run.name=cut", *command)
     launching.interrupt(process, tmp_path / "cut", 24, signal.SIGKILL)
-    assert "Going on from" in launching.train(tmp_path, "run.name=cut", *command)
+    assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
     whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
     assert len(whole) == 50
     assert cut == whole
 
 
-def test_it_goes_on_at_other_stages_and_world_sizes(dataset, tmp_path):
+def test_a_run_resumes_at_other_stages_and_world_sizes(dataset, tmp_path):
     base = ("run.name=moving", f"data.path={dataset}", *LENGTH)
     launching.train(tmp_path, "run.name=still", *base[1:], "launch.processes=1", "engine=zero1")
     run = tmp_path / "moving"
@@ -43,7 +43,7 @@ def test_it_goes_on_at_other_stages_and_world_sizes(dataset, tmp_path):
     assert "numerics_changed" in launching.events(run)
 
 
-def test_a_rank_that_dies_takes_its_attempt_with_it_and_the_run_goes_on(dataset, tmp_path):
+def test_a_rank_that_dies_ends_its_attempt_and_the_run_resumes(dataset, tmp_path):
     """The other rank doesn't wait in a collective, and the launcher starts a new attempt."""
     import os
     import time
@@ -65,7 +65,7 @@ def test_a_rank_that_dies_takes_its_attempt_with_it_and_the_run_goes_on(dataset,
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
 
 
-def test_a_decay_branches_off_a_trunk(dataset, tmp_path):
+def test_a_decay_branches_off_a_run(dataset, tmp_path):
     """run.from: the branch keeps g, and repeats the trunk until its own decay begins."""
     trunk = ("run.name=trunk", f"data.path={dataset}", *LENGTH, "schedule=constant")
     trunk += ("schedule.decay=null",)

@@ -25,7 +25,7 @@ def length(steps, every):
 
 
 def ranks_of(process):
-    """The ranks of a launcher by their numbers; those that are there at this moment."""
+    """The ranks of a launcher that exist at this moment, by their numbers."""
     found = {}
     for child in psutil.Process(process.pid).children():
         try:
@@ -50,7 +50,7 @@ def wait_for(process, holds, what):
 
 
 def expect_whole(run):
-    """Whatever bears a checkpoint's name, while the next one may be in the making."""
+    """Everything with a checkpoint's name, while the next one may be being written."""
     found = Run(run)
     for step in found.checkpoint_steps():
         faults = check_table(found.checkpoint_path(step))
@@ -58,7 +58,7 @@ def expect_whole(run):
 
 
 @pytest.mark.timeout(7200)
-def test_killed_at_random_instants_it_ends_with_the_same_bits(dataset, tmp_path):
+def test_a_run_killed_at_random_instants_ends_with_the_same_bits(dataset, tmp_path):
     """FORESCALE_JOB_KILLS says how often. Whoever is killed, the launcher or a rank: the run goes
     on from a whole checkpoint, by itself or by the same command."""
     kills, seed = int(os.environ.get("FORESCALE_JOB_KILLS", "5")), int.from_bytes(os.urandom(4))
@@ -98,7 +98,7 @@ def test_killed_at_random_instants_it_ends_with_the_same_bits(dataset, tmp_path)
     print(f"killed: {victims}; attempts: {len(list((run / 'attempts').iterdir()))}")
 
 
-def test_an_old_attempt_that_wakes_up_does_no_harm(dataset, tmp_path):
+def test_an_old_attempt_that_wakes_up_changes_nothing(dataset, tmp_path):
     """A whole attempt, launcher and ranks, sleeps while a newer one goes on, and wakes up in the
     midst of it: what it still saves is refused or doesn't count, and the run is as undisturbed."""
     command = (f"data.path={dataset}", "launch.processes=2", *length(120, 5))
@@ -134,7 +134,7 @@ def test_an_old_attempt_that_wakes_up_does_no_harm(dataset, tmp_path):
 
 
 def ulps(a: float, b: float) -> int:
-    """How many fp32 numbers apart two losses are."""
+    """Return how many fp32 numbers lie between two losses."""
     x, y = (struct.unpack("<i", struct.pack("<f", value))[0] for value in (a, b))
     return abs(x - y)
 
@@ -180,7 +180,7 @@ def test_a_chain_over_worlds_of_4_2_1_and_2_ranks(dataset, tmp_path, precision, 
 
 
 def keep_only(run, step):
-    """What was saved after `step`, before the kill came, goes: the next attempt starts there."""
+    """Remove what was saved after `step` before the kill: the next attempt starts there."""
     for path in (run / "checkpoints").glob("step-*"):
         if int(path.name[5:]) > step:
             subprocess.run(["rm", "-r", path], check=True)

@@ -1,4 +1,4 @@
-"""The self-check on real ranks: it disturbs nothing, finds what is wrong, and says where."""
+"""The self-check on real ranks: it changes nothing, finds what is wrong, and names the rank."""
 
 import pytest
 
@@ -14,13 +14,13 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("stage", "optimizer", "precision"), COMBINATIONS)
-def test_training_goes_on_as_if_nobody_had_looked(stage, optimizer, precision):
+def test_the_self_check_does_not_change_the_training(stage, optimizer, precision):
     how = {"stage": stage, "optimizer": optimizer, "precision": precision}
-    looked = ranks.run("selfcheck_scenarios:trained", 2, checks=True, **how)
-    assert looked["said"] == [None] * 3
-    assert looked["tolerance"] == 0.0
+    checked = ranks.run("selfcheck_scenarios:trained", 2, checks=True, **how)
+    assert checked["said"] == [None] * 3
+    assert checked["tolerance"] == 0.0
     alone = ranks.run("selfcheck_scenarios:trained", 2, checks=False, **how)
-    assert looked["facts"] == alone["facts"]
+    assert checked["facts"] == alone["facts"]
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def test_training_goes_on_as_if_nobody_had_looked(stage, optimizer, precision):
         (1, "compute", "rank 2 on here: a micro-batch computed again differs"),
     ],
 )
-def test_who_computes_wrong_is_named(stage, what, says):
+def test_the_rank_that_computes_wrong_is_named(stage, what, says):
     assert says in ranks.run("selfcheck_scenarios:corrupt", 3, stage=stage, what=what)
 
 
-def test_of_two_that_differ_both_are_named():
+def test_if_two_ranks_differ_both_are_named():
     said = ranks.run("selfcheck_scenarios:corrupt", 2, stage=1, what="weight")
     assert "ranks 0 on here, 1 on here differ" in said

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from forescale.checkpoint.writer import Checkpoint
+from forescale.checkpoint.reader import Checkpoint
 from forescale.engine.state import MOMENTUM
 from tests.distributed import ranks
 
@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
     return folder, after
 
 
-def test_what_is_chosen_of_the_matrix_has_every_pair_of_stages_and_every_value():
+def test_the_chosen_cases_have_every_pair_of_stages_and_every_value():
     for size in SIZES:
         of = {o: [c for c in chosen(size) if c[1] == o] for o in OPTIMIZERS}
         assert all({c[0] for c in cases} == {0, 1, 2, 3} for cases in of.values())

@@ -8,7 +8,8 @@ from tests.distributed import ranks, small
 pytestmark = pytest.mark.distributed
 
 STEPS = 20
-CASES = [[stage, kind, "fp32", 2.0, False] for stage in range(4) for kind in ("adamw", "muon")]
+KINDS = ("adamw", "lion", "muon")
+CASES = [[stage, kind, "fp32", 2.0, False] for stage in range(4) for kind in KINDS]
 OFFLOAD = [[stage, kind, "fp32", 2.0, True] for stage in (1, 2, 3) for kind in ("adamw", "muon")]
 
 
@@ -17,7 +18,8 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
     torch.manual_seed(0)
     model = small.Model()
     groups = small.groups(model, kind)
-    adam = torch.optim.AdamW(
+    elementwise = Lion if kind == "lion" else torch.optim.AdamW
+    rest = elementwise(
         [{**g, "lr": g["peak_learning_rate"]} for g in groups if not g["use_muon"]],
         betas=(0.9, 0.95),
     )
@@ -32,13 +34,30 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
         loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
-        adam.step()
+        rest.step()
         with torch.no_grad():
             for p, momentum in zip(muon, momenta, strict=True):
                 p.mul_(1 - 0.02 * 0.1).sub_(0.02 * orthogonal_update(p.grad, momentum))
         model.zero_grad()
         rows.append([loss.item(), norm.item()])
     return rows
+
+
+class Lion:
+    """Algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), line by line."""
+
+    def __init__(self, groups, betas):
+        self.betas = betas
+        self.groups = [(g, [torch.zeros_like(p) for p in g["params"]]) for g in groups]
+
+    @torch.no_grad()
+    def step(self):
+        b1, b2 = self.betas
+        for group, moments in self.groups:
+            for p, m in zip(group["params"], moments, strict=True):
+                update = torch.sign(b1 * m + (1 - b1) * p.grad)
+                p -= group["lr"] * (update + group["weight_decay"] * p)
+                m.copy_(b2 * m + (1 - b2) * p.grad)
 
 
 def orthogonal_update(grad: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
@@ -77,16 +96,23 @@ def test_a_dropped_gradient_leaves_no_trace():
         for precision, clip in (("fp32", 1.0), ("bf16", None))
     ]
     cases += [[stage, kind, "bf16", 1.0, True] for stage in (1, 2, 3) for kind in ("adamw", "muon")]
-    for case, (plain, told) in zip(
+    for case, (plain, rows) in zip(
         cases, ranks.run("step_scenarios:dropped", 2, cases=cases), strict=True
     ):
-        assert told == plain, case
+        assert rows == plain, case
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied():
     cases = [[s, k, p] for s in range(4) for k in ("adamw", "muon") for p in ("fp32", "bf16")]
-    for case, (told, plain, applied) in zip(
+    for case, (rows, plain, applied) in zip(
         cases, ranks.run("step_scenarios:not_finite", 2, cases=cases), strict=True
     ):
         assert not applied, case
-        assert told == plain, case
+        assert rows == plain, case
+
+
+def test_a_models_own_numbers_are_means_over_ranks():
+    extra, own, error = ranks.run("step_scenarios:extra", 2)
+    assert own[0] != own[1]
+    assert extra == {"rank": 0.5, "largest": sum(own) / 2}
+    assert "the names: differ between ranks (here: of rank 0)" in error
