@@ -120,3 +120,11 @@ def test_our_own_model_trains_plans_writes_and_is_scored(here, small_data):
     run(here, "generate", "ours", "num_tokens=3")
     run(here, "eval", "ours", "windows=2")
     assert "ours" in run(here, "status", "ours")
+
+
+def test_workers_that_build_a_dataset_are_not_replaced(here, tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"text {i} " * 50)
+    keys = ("tokenizer=bytes", "workers=2", f"output={tmp_path / 'data'}")
+    run(here, "shards", tmp_path, *keys)
+    assert (tmp_path / "data" / "manifest.json").exists()

@@ -109,7 +109,7 @@ class _Worker:
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT.format(fd=theirs.fileno())],
+                [sys.executable, "-P", "-c", _BOOT.format(fd=theirs.fileno())],
                 env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
