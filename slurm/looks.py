@@ -182,8 +182,8 @@ def count_gpus(root: Path, environment: Mapping[str, str]) -> tuple[int, str]:
         slices = sum(line.startswith("MIG ") for line in lines)
         present = slices or sum(line.startswith("GPU ") for line in lines)
     elif listed:
-        said = (listed.stdout + listed.stderr).strip().splitlines() or [f"{listed.returncode}"]
-        why = f" (nvidia-smi: {said[0].rstrip('.')})"
+        lines = (listed.stdout + listed.stderr).strip().splitlines() or [f"{listed.returncode}"]
+        why = f" (nvidia-smi: {lines[0].rstrip('.')})"
     else:  # may include GPUs that cgroups hide from this job
         present = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
     visible = environment.get("CUDA_VISIBLE_DEVICES")

@@ -186,10 +186,10 @@ def _once(command: list[str], deaf: bool = False) -> str:
         what = f"SLURM did not answer in {_TIMEOUT:.0f} s (timed out)"
         raise UserError(command[0], what, "check sinfo, and try again") from None
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"ended with code {done.returncode}"
-        said = said.removeprefix(f"{command[0]}: ").removeprefix("error: ")
+        message = " ".join(done.stderr.split()) or f"ended with code {done.returncode}"
+        message = message.removeprefix(f"{command[0]}: ").removeprefix("error: ")
         raise UserError(
-            command[0], f"SLURM says: {said}", "correct the setting it names; see sinfo"
+            command[0], f"SLURM says: {message}", "correct the setting it names; see sinfo"
         )
     return done.stdout
 

@@ -268,7 +268,7 @@ class TrainJob(Job):
             )
             found.append(("data.packing", what, "write data.packing=windows"))
         if not has_length:
-            return found  # said by the train section; what follows needs the length
+            return found  # the train section reports it; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
             found.append(("train.tokens", what, "train longer or lower train.global_batch"))

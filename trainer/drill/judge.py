@@ -36,14 +36,14 @@ class Line:
 class Command:
     """One `forescale train` command, from its start to its end.
 
-    code: exit code; None if it was killed at the time limit; said: its output; torn: a sentence for
+    code: exit code; None if it was killed at the time limit; lines: output; torn: a sentence for
     each checkpoint that was damaged after its end.
     """
 
     code: int | None
     began: float
     ended: float
-    said: Sequence[Line]
+    lines: Sequence[Line]
     torn: Sequence[str] = ()
 
     @property
@@ -78,15 +78,15 @@ class Evidence:
     @property
     def step_times(self) -> dict[int, float]:
         """The time of each step's last output line."""
-        said = [line for c in self.commands for line in c.said]
-        found = ((_STEP_LINE.match(line.text), line.time) for line in said)
+        lines = [line for c in self.commands for line in c.lines]
+        found = ((_STEP_LINE.match(line.text), line.time) for line in lines)
         return {int(match[1]): time for match, time in found if match}
 
     def lines(self) -> list[Line]:
         """Return output lines and events by time; an event as its kind and its JSON."""
         events = self.run.read_events()
         found = [Line(row["time"], f"{row['kind']} {json.dumps(row)}") for row in events]
-        return sorted([*found, *(t for c in self.commands for t in c.said)], key=lambda t: t.time)
+        return sorted([*found, *(t for c in self.commands for t in c.lines)], key=lambda t: t.time)
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ def _commands(scenario: Scenario, evidence: Evidence) -> Iterator[str]:
         elif command.code != code:
             yield f"{which} ended with code {command.code} instead of {code}"
         if code == USER:
-            said = [line.text for line in command.said]
-            if any("Traceback" in text for text in said):
+            lines = [line.text for line in command.lines]
+            if any("Traceback" in text for text in lines):
                 yield f"{which} ended with a traceback instead of one sentence"
-            if sum(text.startswith("forescale: ") for text in said) != 1:
+            if sum(text.startswith("forescale: ") for text in lines) != 1:
                 yield f"{which} did not print exactly one error message"
         if command is not evidence.commands[-1] and command.torn:
             yield f"{which} left a damaged checkpoint ({command.torn[0]})"

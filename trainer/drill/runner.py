@@ -99,7 +99,7 @@ class Drill:
     ) -> Command:
         """Run one command to its end or to the time limit."""
         self._signalled: float | None = None
-        said: list[Line] = []
+        lines: list[Line] = []
         began = time.time()
         process = subprocess.Popen(
             command,
@@ -117,8 +117,8 @@ class Drill:
         def listen() -> None:
             with open(self.directory / f"{name}.log", "a") as log:
                 for line in process.stdout or ():
-                    said.append(Line(time.time(), line.rstrip("\n")))
-                    log.write(f"{said[-1].time - began:7.2f}  {line}")
+                    lines.append(Line(time.time(), line.rstrip("\n")))
+                    log.write(f"{lines[-1].time - began:7.2f}  {line}")
 
         listener = Thread(target=listen)
         listener.start()
@@ -134,7 +134,7 @@ class Drill:
             process.wait()
             listener.join()
         torn = [f for s in run.checkpoint_steps() for f in check_table(run.checkpoint_path(s))]
-        return Command(code, began, time.time(), said, torn)
+        return Command(code, began, time.time(), lines, torn)
 
     @staticmethod
     def _has_made(run: Run, step: int) -> bool:

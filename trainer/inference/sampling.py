@@ -49,7 +49,7 @@ def pieces(tokenizer: Tokenizer, before: list[int], ids: Iterable[int]) -> Itera
     """Yield the text of `ids`, which follow `before`, in pieces of complete characters."""
     # Decoding depends on previous tokens (SentencePiece drops a leading space), so each piece is
     # the text of the last tokens with the new ones, minus their text without.
-    held, said = list(before), len(before)
+    held, written = list(before), len(before)
 
     def text(end: int) -> str:
         return tokenizer.decode(held[:end])
@@ -57,7 +57,7 @@ def pieces(tokenizer: Tokenizer, before: list[int], ids: Iterable[int]) -> Itera
     for token in ids:
         held.append(token)
         if not text(len(held)).endswith(_BROKEN):
-            yield text(len(held))[len(text(said)) :]
+            yield text(len(held))[len(text(written)) :]
             held = held[-_CONTEXT:]
-            said = len(held)
-    yield text(len(held))[len(text(said)) :]
+            written = len(held)
+    yield text(len(held))[len(text(written)) :]

@@ -283,8 +283,8 @@ def test_lines_are_heard_when_they_are_said(stubbed):
     run, command = drill._command("x", ())
     made = drill._run(command, run, "x")
     assert made.code == 3
-    assert [line.text for line in made.said] == ["one", "two"]
-    assert made.said[1].time - made.said[0].time > 0.9
+    assert [line.text for line in made.lines] == ["one", "two"]
+    assert made.lines[1].time - made.lines[0].time > 0.9
     assert "two" in (drill.directory / "x.log").read_text()
 
 

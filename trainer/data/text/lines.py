@@ -103,7 +103,7 @@ def lines_between(
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that begin in [start, stop) with their offsets; without `stop` up to the end.
 
-    `f` must be at max(0, start - 1): only the byte before `start` tells whether a line begins
+    `f` must be at max(0, start - 1): only the byte before `start` shows whether a line begins
     there.
     """
     at = max(0, start - 1)
