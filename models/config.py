@@ -68,9 +68,7 @@ class ModelConfig:
     num_layers: int | None = None  # None: depth
     width: int | None = None  # None: 64 * depth
     num_heads: int | None = None  # None: width / 64
-    num_kv_heads: int | None = (
-        None  # fewer than num_heads: grouped-query attention; None: num_heads
-    )
+    num_kv_heads: int | None = None  # fewer than num_heads: grouped-query; None: num_heads
     mlp_width: int | None = None  # None: 4 * width, or 8/3 * width for swiglu
     vocab_size: int | None = None  # None: the dataset's
     max_sequence_length: int | None = None  # None: the training's
@@ -79,16 +77,15 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the variance in norms
-    mixer: str = "attention"  # how tokens exchange information: attention
+    mixer: str = "attention"  # how tokens exchange information; see models/costs/__init__.py
     mlp: str = "swiglu"  # swiglu | gelu | relu2
     bias: bool = False  # use biases in linear layers and layernorm
     qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training
     tie_embeddings: bool = False  # use one matrix for the token embedding and the output head
     dropout: float = 0.0  # dropout rate after the embedding, in attention and on residual branches
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
-    loss_chunk: int = field(
-        default=512, metadata=_NUMERICS
-    )  # targets per chunk of the loss; 0: all
+    loss_chunk: int = field(default=512, metadata=_NUMERICS)  # targets per loss chunk; 0: all
+    # Keep only the input of each layer, and compute the rest again in the backward pass.
     activation_checkpointing: bool = field(default=False, metadata=_NUMERICS)
     init_std: float | None = None  # None: see models/parametrization.py
     parametrization: str = "standard"  # standard | mup | completep

@@ -61,8 +61,8 @@ def past(run: Run, submission: str) -> Past:
 def is_crash(launch: dict[str, Any]) -> bool:
     """True if an attempt ended in a way that may repeat.
 
-    An attempt without a recorded end counts: the job may be what kills its nodes. One that got a
-    stop signal doesn't, nor one that never began because of nodes that are excluded from then on.
+    An attempt without a recorded end counts, because the job may crash its nodes. Attempts that got
+    a stop signal, or never began because of faulty nodes, don't count.
     """
     if launch.get("stop_signal") or launch.get("faulty"):
         return False

@@ -1,6 +1,6 @@
-"""The code that a job runs, kept as it was: this project's packages, and the user's own.
+"""A copy of the code that a job runs: this project's packages, and the user's own.
 
-Invariant: one input gives the same bytes, and nothing is packed that isn't source: no caches.
+Invariant: one input gives the same bytes, and only source files are packed.
 """
 
 import importlib
@@ -52,8 +52,8 @@ def write_code(target: Path, more: list[Path]) -> None:
 
 
 def _members(more: list[Path]) -> dict[Path, Path]:
-    """The file of each name in the tar. Our packages lie in several folders of a checkout, and in
-    one of site-packages: by its name each file is packed once, where Python will look for it."""
+    """The file of each name in the tar. In a checkout our packages are in several folders, when
+    installed in one. Each file is packed once, at its import path."""
     found = dict[Path, Path]()
     for package in _PACKAGES:
         root = Path(next(iter(importlib.import_module(package).__path__)))
@@ -94,7 +94,7 @@ def pack_environment(root: Path) -> Path:
     """A tar of the virtual environment that runs this, under `root`; made once for each state of
     it. Raises UserError outside of one."""
     if sys.prefix == sys.base_prefix:
-        what = "this Python is no virtual environment, which alone can be moved"
+        what = "this Python is not in a virtual environment, and only one of those can be packed"
         raise UserError("slurm.pack", what, "install forescale in one (python3 -m venv)")
     packages = Path(sysconfig.get_paths()["purelib"])
     newest = max(p.stat().st_mtime_ns for p in (packages, *packages.glob("*.dist-info")))

@@ -34,7 +34,7 @@ from forescale.models import ModelConfig, Transformer, costs, hf
 from forescale.models.costs.record import Part, linear, matrix_flops
 from forescale.models.flops import activations, cache_bytes, count, flops_per_token, shapes
 from forescale.models.init import Linear
-from forescale.models.parametrization import factors, folds
+from forescale.models.parametrization import factors, folds, scales
 from forescale.plan.memory import memory
 from forescale.plan.parameters import inventory
 from forescale.run.feed import feed_of
@@ -44,15 +44,18 @@ from tests.trainer.data.test_stream import collect
 
 
 class Shift(nn.Module):
-    """A mixer: each token sees itself and the one before it."""
+    """A mixer: each token sees itself and the one before it, if that one is visible to it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.sizes.width
-        self.inner = Linear(2 * width, width, config.bias, 0.02)
+        self.inner = Linear(2 * width, width, config.bias, scales(config).writing_std)
 
     def forward(self, x_BLD: Tensor, context) -> Tensor:
         before_BLD = nn.functional.pad(x_BLD, (0, 0, 1, 0))[:, :-1]
+        if context.mask is not None:  # 0 where the key is visible, else -inf
+            is_visible = context.mask[:, 0].diagonal(-1, 1, 2) == 0
+            before_BLD = before_BLD * nn.functional.pad(is_visible, (1, 0))[..., None]
         return self.inner(torch.cat([x_BLD, before_BLD], -1))
 
 
@@ -90,6 +93,14 @@ def test_a_mixer_is_counted_as_it_is(shift):
     assert cache_bytes(shift, 1000) == 4 * 2 * 128
     attends = replace(shift, mixer="attention")
     assert activations(shift, 1, 128).total < activations(attends, 1, 128).total
+
+
+def test_a_mixer_stays_within_its_documents(shift):
+    model, tokens = Transformer(shift).eval(), torch.randint(0, 512, (1, 8))
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
+    whole = model(tokens, documents_BL=numbers)
+    alone = [model(tokens[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 8))]
+    torch.testing.assert_close(whole, torch.cat(alone, 1))
 
 
 def test_a_mixer_is_parametrised_and_has_no_export(shift):

@@ -28,7 +28,10 @@ class Part:
     """A mixer or an MLP.
 
     module: the dotted name of its class, a torch.nn.Module that is made with the config alone. A
-        mixer's forward takes (x_BLD, context), see transformer.Context; an MLP's takes (x_BLD).
+        mixer's forward takes (x_BLD, context), see transformer.Context, and may only use tokens
+        that context.mask shows; an MLP's takes (x_BLD). Every layer is made alike. Muon updates the
+        matrices of init.Linear, AdamW all other parameters; parametrization.scales has the initial
+        standard deviations that mup and completep need.
     shapes: every parameter's name inside the part and its shape, in the order of
         module.named_parameters().
     flops: (config, sequence_length, causal) -> forward FLOPs of one token in one layer, its
@@ -36,8 +39,8 @@ class Part:
         otherwise as PaLM counts for MFU: each token attends to every position.
     activation_bytes: (config, bytes_per_value, norm_bytes) -> bytes that autograd keeps of one
         token in one layer. norm_bytes: bytes per value of the input of an RMS norm.
-    cache_bytes: (config, length, bytes_per_value) -> bytes that decoding keeps for a sequence of
-        `length` tokens in one layer.
+    cache_bytes: (config, length, bytes_per_value) -> bytes that a decoding cache would keep of
+        one sequence of `length` tokens in one layer; `plan` shows it.
     writes: the modules inside that write to the residual stream (parametrization, rules 3 and 4).
     per_head: the modules whose parameters all heads share (parametrization, rule 10).
     folds: (config, scores) -> the factor of each module that gives the same outputs without the

@@ -197,7 +197,7 @@ def test_a_packed_environment_runs_from_another_place(tmp_path):
 
 def test_outside_of_an_environment_there_is_nothing_to_pack(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-    with pytest.raises(UserError, match="is no virtual environment"):
+    with pytest.raises(UserError, match="is not in a virtual environment"):
         pack_environment(tmp_path)
 
 

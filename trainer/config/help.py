@@ -107,10 +107,13 @@ def _help(leaf: Leaf) -> str:
 
 @cache
 def _comments() -> dict[str, str]:
-    """Return the comment beside each field of the model's schema, which has no help metadata."""
+    """Return the comment beside or above each field of the model's schema, which has no help
+    metadata."""
     source = inspect.getsource(ModelConfig)
     beside = re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
-    return {f"model.{name}": text.replace("None:", "null:") for name, text in beside}
+    above = re.findall(r"^    # (.*)\n    (\w+): [^#]*$", source, re.MULTILINE)
+    found = {**{name: text for text, name in above}, **dict(beside)}
+    return {f"model.{name}": text.replace("None:", "null:") for name, text in found.items()}
 
 
 def _row(head: str, text: str) -> str:

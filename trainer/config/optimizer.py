@@ -41,9 +41,9 @@ class Update:
 
     moments: number of fp32 tensors of a parameter's size in the state. has_counter: whether the
         state has 4 more bytes for each tensor that is updated.
-    is_by_matrix: whether an update needs whole matrices; otherwise each element is updated
-        independently, so ZeRO may cut a parameter anywhere. At stages 1 to 3 DeepSpeed keeps the
-        momentum of matrices in the precision of the weights.
+    is_by_matrix: whether an update needs whole matrices, which DeepSpeed does for its Muon alone;
+        otherwise each element is updated independently, so ZeRO may cut a parameter anywhere. At
+        stages 1 to 3 DeepSpeed keeps the momentum of matrices in the precision of the weights.
     flops: maps a shape to the FLOPs of one update, without elementwise operations.
     """
 

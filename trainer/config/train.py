@@ -1,8 +1,8 @@
 """What a training job is: every key with its meaning, default, kind and rules.
 
-Invariant: a rule stands beside the fields that it rules, and one over several sections stands on
-TrainJob; `problems()` returns (key, what, what to do) and never raises. Defaults here are what a
-key means when nobody mentions it; recipes are the files under `conf/`.
+Invariant: a rule about one section is in its class, a rule about several is in TrainJob;
+`problems()` returns (key, what, what to do) and never raises. A default is the value of a key that
+is not set; recipes are the files under `conf/`.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)

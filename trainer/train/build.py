@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -137,9 +138,15 @@ class Builder:
             name, began = self.run.name, position.step
             trackers = open_trackers(job.logging, self.run.path, name, plain(job), began)
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
+        prices = prices_of(job, self.model)
+        if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
+            length = job.train.sequence_length
+            objective = objective_of(job, self.sources.vocab_size)
+            each = length / int(objective.num_targets(np.array([length + 1]))[0])
+            prices = {convention: each * flops for convention, flops in prices.items()}
         return Metrics(
             attempt,
-            Prices(**prices_of(job, self.model), peak=peak * world.size),
+            Prices(**prices, peak=peak * world.size),
             {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups},
             ProgressLine(self._every(job.logging.every), total, position.step, main),
             trackers,

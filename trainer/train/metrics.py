@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class Prices:
-    """FLOPs per token (forward and backward) by three conventions, and the devices' peak.
+    """FLOPs per target (forward and backward) by three conventions, and the devices' peak.
 
     full: attention over the whole square, no recomputation (PaLM, appendix B); MFU uses it.
     causal: exactly what a causal model needs. six_n: 6N. peak: FLOP/s of all devices together.

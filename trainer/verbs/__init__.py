@@ -2,14 +2,15 @@
 
 A verb NAME is a line of VERBS and the file verbs/NAME.py, which defines
 
-    JOB       a dataclass derived from config.job.Job: the verb's keys, defaults, help and rules
+    JOB       a dataclass derived from config.job.Job: VERB is the verb's name, the fields are its
+              keys, with their defaults, help and rules
     EXAMPLES  command lines without the word forescale, for --help
     FIRST     optional: words that the first argument may be, such as `train` in `submit train`
     main      takes the arguments after the verb, prints, and returns the exit code
 
-The command line, `--help`, shell completion and the README's table read nothing else.
-Invariant: a verb's file is thin (it reads its job, calls other rooms, prints), and no verb imports
-another.
+The command line, `--help` and shell completion read nothing else, and a test compares the README's
+table with it. Invariant: a verb's file is thin (it reads its job, calls the rooms that
+tests/test_walls.py allows, prints), and no verb imports another.
 """
 
 import importlib

@@ -217,6 +217,9 @@ def test_the_manual_says_every_key_and_every_choice():
         page = "\n".join(explain(schema, VERBS[verb], action=action) for action in actions)
         assert max(map(len, page.splitlines())) <= 100
         assert all(f" {path} " in page for path in leaves(schema))
+        begun = [row[2:].split() for row in page.splitlines() if row[2:3].strip()]
+        rows = {words[0]: words for words in begun}
+        assert not [path for path in leaves(schema) if len(rows[path]) < 3], "keys without help"
         assert all(choice in page for g in groups(schema).values() for choice in g.files)
     assert "! optimizer.learning_rate        0.02 " in explain(TrainJob, "")
 
