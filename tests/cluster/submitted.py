@@ -89,7 +89,7 @@ class Job:
             self.lab.wait(what, seconds)
         except AssertionError as e:
             for node in self.lab.nodes:  # where do they stand?
-                for pid in self.lab.pids(node, "-m slurm."):
+                for pid in self.lab.pids(node, "-m forescale.slurm."):
                     os.kill(pid, signal.SIGUSR2)
             time.sleep(1)
             raise AssertionError(f"{e}\n{self.said()}") from None

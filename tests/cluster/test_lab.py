@@ -130,9 +130,10 @@ def test_a_cluster_dies_with_the_process_that_started_it(can_start):
             [sys.executable, "-c", HOLDER, folder],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parent,
+            cwd=Path(__file__).parents[2],
         )
         pid = holder.stdout.readline().strip()
+        assert pid
         assert Path(f"/proc/{pid}").exists()
         holder.kill()
         holder.wait()

@@ -21,7 +21,7 @@ def _save(case, folder):
     engine = small.build(*case[:3], None, case[3], seed=1)
     small.train(engine, range(3))
     run = Run(folder / f"{_name(case)}-w{engine.world.size}")
-    writer.save(run, 1, Position(3, 24, 0), engine, {})
+    writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
     return small.train(engine, range(3, 6))
 
 
@@ -36,7 +36,7 @@ def load(cases, sources, folder):
             writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
             key = f"{_name(case)}-w{engine.world.size}<{source}"
             run = Run(Path(folder) / "again" / key)
-            writer.save(run, 1, Position(3, 24, 0), engine, {})
+            writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
             results[key] = small.train(engine, range(3, 6))
     return results
 

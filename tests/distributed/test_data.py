@@ -85,7 +85,7 @@ def test_a_mixture_in_stages_resumes_at_another_world_size_with_the_same_tokens(
     assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=0.02)
     datasets = [r["dataset"] for r in launching.rows(tmp_path / "still", "validation")]
     assert datasets[-3:] == ["prose", "code", "validation"]
-    assert "each step's tokens are those of the shards" in check(tmp_path / "moving")
+    assert "each step's tokens are those in the shards" in check(tmp_path / "moving")
 
 
 def test_damage_is_reported_and_never_trained_on(sources, tmp_path):
@@ -116,7 +116,7 @@ def test_all_ranks_use_the_same_substitutes_also_after_a_kill(sources, tmp_path)
         newest = max((run / "checkpoints").iterdir())
         state = json.loads((newest / "state.json").read_text())
         assert {tuple(m) for m in state["position"]["quarantined"]} == lost
-        assert "each step's tokens are those of the shards" in check(run)
+        assert "each step's tokens are those in the shards" in check(run)
     still, moving = (launching.rows(tmp_path / name) for name in ("still", "moving"))
     assert [r["tokens"] for r in moving] == [r["tokens"] for r in still]
     hashes = [[r["tokens_hash"] for r in rows] for rows in (still, moving)]

@@ -20,7 +20,7 @@ def test_torchrun_starts_the_same_run_as_our_launcher(dataset, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = [*launching.SHORT, *launching.TINY, f"run.root={tmp_path}", "run.name=theirs", *command]
     process = subprocess.run(
-        [*torchrun, "-P", "-m", "forescale", "train", *words],
+        [*torchrun, "-m", "forescale", "train", *words],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

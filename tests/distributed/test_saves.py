@@ -124,7 +124,7 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(dataset, tmp_path):
     assert new.returncode == 0, output
     said, _ = old.communicate(timeout=240)
     assert old.returncode == 2, said
-    assert "attempt 2 has gone on from before step" in said
+    assert "attempt 2 started before step" in said
     assert "Traceback" not in said
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
     assert len(list((run / "attempts").iterdir())) == 2

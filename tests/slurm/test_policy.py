@@ -2,6 +2,7 @@
 
 import pytest
 
+from forescale.checkpoint.reader import FORMAT
 from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
@@ -104,7 +105,7 @@ def _checkpoint(run, step, attempt):
     path = run.checkpoint_path(step)
     path.mkdir(parents=True)
     keys = {"position": {}, "world_size": 2, "shapes": {}, "fragments": {}, "counters": {}}
-    write_json(path / "state.json", {"format": 1, "attempt": attempt, **keys})
+    write_json(path / "state.json", {"format": FORMAT, "attempt": attempt, **keys})
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from forescale.checkpoint.reader import FORMAT
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
@@ -126,7 +127,7 @@ def save(run: Run, attempt: Attempt, step: int, module: torch.nn.Module) -> Path
         owned = [_part(name, p, rank) for name, p in module.named_parameters()]
         table[file], fragments[file] = write_fragments(path / file, owned)
     state = {
-        "format": 1,
+        "format": FORMAT,
         "position": {"step": step, "g": step * BATCH, "tokens": tokens(attempt, step)},
         "attempt": attempt.number,
         "world_size": 2,

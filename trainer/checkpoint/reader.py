@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from forescale.engine.state import FragmentReader
 
 Report = Callable[..., None]
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 _RESTORE = "restore the checkpoint, or choose another"
 _KEYS = {"position", "attempt", "world_size", "shapes", "fragments", "counters"}

@@ -8,6 +8,7 @@ storage and verified. An attempt that a newer one has replaced deletes nothing. 
 can't be read stays, so that `check` can report it. Imports no torch.
 """
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -109,9 +110,9 @@ class ValidationLosses:
         self._found: dict[int, float] = {}
 
     def __call__(self) -> dict[int, float]:
-        """Return the loss over all sources by step, of all rows so far."""
+        """Return the loss over all sources by step, of all rows so far whose loss is a number."""
         new = select(self._rows.read(), dataset="validation")
-        self._found |= {row["step"]: row["loss"] for row in new}
+        self._found |= {row["step"]: row["loss"] for row in new if math.isfinite(row["loss"])}
         return self._found
 
 

@@ -172,7 +172,13 @@ class Attempt:
     def parent(self) -> Parent | None:
         """The checkpoint it started from; None if it never began to train."""
         path = self.path / "parent.json"
-        return Parent.of(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return Parent.of(read_json(path))
+        except TypeError as e:
+            what = f"is not a parent that this version can read ({e})"
+            raise UserError(str(path), what, "use the version that wrote the run") from None
 
     def own_steps(self) -> list[Row]:
         """Return the train rows of the steps that this attempt made itself."""

@@ -118,6 +118,9 @@ class LaunchKeys:
     arguments: list[str] = key(
         [], "more arguments of `forescale submit`; better written after `--`"
     )
+    trust: bool = key(
+        False, "allow running the classes (_target_) that the study's stored arguments name"
+    )
     follow: bool = key(True, "with launch.slurm: stay, and submit cells as they become ready")
 
 

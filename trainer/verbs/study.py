@@ -16,6 +16,8 @@ from rich.live import Live
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.schema import leaves
+from forescale.config.target import targets
+from forescale.config.train import TrainJob
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.run.directory import Run
@@ -148,6 +150,8 @@ def _plan(job: StudyJob) -> int:
 
 def _launch(job: StudyJob) -> int:
     study = Study(job.folder)
+    if not job.launch.trust:
+        _expect_no_targets(study)
     with study.deciding():
         if job.launch.retry:
             for state in study.states():
@@ -162,6 +166,16 @@ def _launch(job: StudyJob) -> int:
     if code == DONE:
         _conclude(study, is_waiting=bool(job.launch.slurm and not job.launch.follow))
     return code
+
+
+def _expect_no_targets(study: Study) -> None:
+    """Raise UserError if the stored arguments of the runs name classes of the user's own: launching
+    would run code that a file names, and not the command."""
+    if named := targets(compose(TrainJob, study.job.plan.shared)):
+        key, target = next(iter(named.items()))
+        what = f"plan.arguments names code to run, {key}={target}"
+        todo = "give launch.trust=true if you trust the study"
+        raise UserError(str(study.folder / "study.yaml"), what, todo)
 
 
 def _conclude(study: Study, is_waiting: bool) -> None:

@@ -216,6 +216,7 @@ def test_losses_are_read_on_from_where_they_ended(tmp_path):
     row = '{{"kind": "{}", "step": {}, "dataset": "{}", "loss": {}}}\n'
     first = row.format("validation", 4, "validation", 2.5)
     others = row.format("train", 5, "validation", 1.0) + row.format("validation", 6, "web", 1.0)
+    others += row.format("validation", 2, "validation", "null")  # it was no number: never the best
     rows.write_text(first + others + first[:20])
     assert found() == {4: 2.5}
     with open(rows, "a") as f:

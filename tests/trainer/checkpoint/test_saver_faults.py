@@ -175,7 +175,7 @@ def test_an_attempt_left_behind_is_told_so_and_displaces_nothing(run):
     part.finish()
     assert len(events(run, "leftovers_removed")) == 1
     slow.opened.set()
-    with pytest.raises(UserError, match=r"attempt 2 has gone on|No such file"):
+    with pytest.raises(UserError, match=r"attempt 2 started before|No such file"):
         asleep.finish()
     save(part, new_engine, 4)
     part.finish()

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from forescale.checkpoint.reader import FORMAT
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.run.directory import Parent
@@ -67,7 +68,7 @@ def train(arguments, loss=None) -> None:
     path = run.checkpoint_path(step)
     path.mkdir(parents=True)
     position = {"step": step, "g": 0, "tokens": tokens}
-    state = {"format": 1, "position": position, "attempt": attempt.number, "world_size": 1}
+    state = {"format": FORMAT, "position": position, "attempt": attempt.number, "world_size": 1}
     more = {"numerics": {"stage": 1}, "counters": {}, "shapes": {}, "fragments": {}}
     write_table(path, {"state.json": write_json(path / "state.json", state | more)})
     loss = simulated_loss(record(run)) if loss is None else loss

@@ -336,6 +336,7 @@ def settings(job: StudyJob, overrides: Sequence[str]) -> StudyJob:
     if not frozen.is_file():
         return job
     tree, typed = plain(thaw(StudyJob, frozen)), plain(job)
+    tree["launch"] = typed["launch"]  # how to launch is the command's own, never a stored file's
     for override in (*overrides, "study=", "studies=", "input="):
         *path, name = override.partition("=")[0].split(".")
         into, source = tree, typed

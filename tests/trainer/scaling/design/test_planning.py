@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from forescale.cli import main
 from forescale.config.compose import compose
@@ -97,3 +98,17 @@ def test_an_impossible_plan_is_refused_with_a_sentence(plan, tmp_path, arguments
     assert message in out + err
     assert "Traceback" not in err
     assert not (tmp_path / "studies").exists()
+
+
+def test_stored_arguments_that_name_code_need_trust(plan, tmp_path, capsys):
+    """study.yaml may come from anybody: launching it must not import what it names."""
+    assert plan("plan.cap=1e15")[0] == 0
+    path = tmp_path / "studies/mine/study.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["plan"]["arguments"] = ["data=bytes", "optimizer=own", "optimizer._target_=os.system"]
+    tree["launch"]["trust"] = True  # a stored word for itself counts for nothing
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["study", "launch", "study=mine"]) == 2
+    said = capsys.readouterr().err
+    assert "optimizer._target_=os.system; give launch.trust=true" in said
+    assert not list(tmp_path.glob("studies/mine/cells/*"))
