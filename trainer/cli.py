@@ -75,7 +75,7 @@ def usage() -> str:
         [
             "forescale VERB [TARGET] [KEY=VALUE ...] [--FLAG]",
             "",
-            "Pretrain transformers: exact, unlosable, without surprises, predictive.",
+            "Pretrain transformers with DeepSpeed, on a laptop or on a SLURM cluster.",
             "",
             *lines,
             "",
