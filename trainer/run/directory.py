@@ -125,7 +125,7 @@ class Run:
         for link in (self.metrics, self.events):
             temporary = link.with_name(f".{link.name}.{os.getpid()}")
             temporary.unlink(missing_ok=True)
-            temporary.symlink_to(attempt.path.relative_to(self.path) / link.name)
+            temporary.symlink_to(Path("attempts", attempt.path.name, link.name))
             os.replace(temporary, link)
 
 
