@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -170,3 +171,13 @@ def test_an_attempt_that_never_trained_has_no_parent(tmp_path):
     attempt = Run(tmp_path).new_attempt()
     assert attempt.parent is None
     assert Attempt(attempt.path).number == 1
+
+
+def test_links_do_not_depend_on_how_the_paths_are_written(tmp_path, monkeypatch):
+    """On a cluster the attempt's path is absolute, and the run's may be relative."""
+    monkeypatch.chdir(tmp_path)
+    attempt = Run(tmp_path / "runs/x").new_attempt()
+    attempt.start_from(Parent(0), Run("runs/x"))
+    attempt.event("seen")
+    assert [row["kind"] for row in Run("runs/x").read_events()] == ["seen"]
+    assert Path("runs/x/events.jsonl").readlink() == Path("attempts/0001/events.jsonl")
