@@ -25,7 +25,7 @@ from forescale.monitor.status import Status
 from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
-from forescale.slurm import blame, policy, queue, steps
+from forescale.slurm import policy, queue, steps
 from forescale.slurm.preflight import Preflight, PreflightReport, Wanted
 from forescale.slurm.submission import Submission
 
@@ -118,7 +118,7 @@ class Batch:
             return self._end(attempt, faults)
         if self.stop_signal:
             return self._end(
-                attempt, blame.AttemptOutcome(INTERRUPTED, 0, "interrupted before ranks")
+                attempt, policy.AttemptOutcome(INTERRUPTED, 0, "interrupted before ranks")
             )
         self._log(f"Attempt {attempt.number}: {world} ranks; logs {attempt.path}/rank-*.log")
         port = str(_free_port())
@@ -127,7 +127,7 @@ class Batch:
         code = self._step.wait(self._is_late, self._number)
         failed, self._step = self._step.failures, None
         return self._end(
-            attempt, blame.outcome_of(attempt.path, code, failed, bool(self.stop_signal))
+            attempt, policy.outcome_of(attempt.path, code, failed, bool(self.stop_signal))
         )
 
     def _is_late(self) -> bool:
@@ -160,13 +160,13 @@ class Batch:
             found["OMP_NUM_THREADS"] = str(self.settings.cpus_per_task or 1)
         return found
 
-    def _end(self, attempt: Attempt, end: blame.AttemptOutcome) -> int:
+    def _end(self, attempt: Attempt, end: policy.AttemptOutcome) -> int:
         more = {"blamed": end.blamed, "faulty": end.faulty, "stop_signal": self.stop_signal}
         outcome.record_end(attempt.path, end.code, end.how, end.rank, **more)
         self._log(f"Attempt {attempt.number}: {end.how.rstrip('.')}.")
         return end.code
 
-    def _preflight(self, attempt: Attempt) -> blame.AttemptOutcome | None:
+    def _preflight(self, attempt: Attempt) -> policy.AttemptOutcome | None:
         """Prepare and check all nodes. Return an outcome if ranks can't start, else None."""
         facts = self.submission.facts
         wanted = Wanted(
@@ -189,17 +189,17 @@ class Batch:
         end = time.monotonic() + (_LEAVE if self.settings.preflight else _LOOK)
         code = step.wait(lambda: bool(self.stop_signal) or time.monotonic() > end, self._number)
         if self.stop_signal:
-            return blame.AttemptOutcome(INTERRUPTED, 0, "interrupted during the preflight")
+            return policy.AttemptOutcome(INTERRUPTED, 0, "interrupted during the preflight")
         if self.settings.preflight:
             return self._judge(report)
         looks.close()
         how = f"the nodes could not be prepared (srun ended with code {code}; see {log})"
-        return blame.AttemptOutcome(CRASHED, 0, how) if code else None
+        return policy.AttemptOutcome(CRASHED, 0, how) if code else None
 
     def _is_enough(self, step: steps.JobStep) -> bool:
         return bool(self.stop_signal) or step.is_over or step.has_failed
 
-    def _judge(self, report: PreflightReport) -> blame.AttemptOutcome | None:
+    def _judge(self, report: PreflightReport) -> policy.AttemptOutcome | None:
         for note in report.notes:
             self._log(f"Note: {note}")
         if not report.faults:
@@ -217,10 +217,10 @@ class Batch:
         elif common:
             # If no node answers or connects, srun may have failed: not a problem of the config.
             mute = all(f.kind in ("silent", "network") for f in common)
-            return blame.AttemptOutcome(CRASHED if mute else USER, 0, common[0].sentence)
+            return policy.AttemptOutcome(CRASHED if mute else USER, 0, common[0].sentence)
         # No training was lost: exclude such a node at once.
         how = "; ".join(f"{host}: {what}" for host, what in faulty.items())
-        return blame.AttemptOutcome(CRASHED, 0, f"preflight: {how}", faulty=faulty)
+        return policy.AttemptOutcome(CRASHED, 0, f"preflight: {how}", faulty=faulty)
 
     def _requeue(self, decision: policy.JobDecision) -> int:
         """Requeue the job. SLURM ends this start while we wait."""

@@ -15,13 +15,14 @@ FILES = sorted(
 
 # From which rooms a room may import, beside itself: the whole plan of the house. A room stands
 # below those that are allowed to see it. GROUND is seen by all but models and conf.
-GROUND = "errors storage console"
+GROUND = "errors storage console progress"
 ALLOWED = {
     "models": "",
     "conf": "",
     "errors": "",
     "storage": "errors",
     "console": "errors",
+    "progress": "console",
     "config": "models conf",
     "data": "",
     "engine": "models config",

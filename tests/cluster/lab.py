@@ -3,7 +3,7 @@ namespaces with a network address, a host name, a process tree, a /dev/shm and a
 their own; files, users, the clock and the cores they share. Nodes can be cut off, crashed,
 switched off and slowed down.
 
-    with Lab(Path("/tmp/lab"), nodes=2) as lab:
+    with Lab(folder, nodes=2) as lab:
         job = lab.run("sbatch", "--parsable", "-N2", "job.sh").strip()
         lab.power_off("n2")
         lab.wait(lambda: lab.state(job) == "PENDING")

@@ -9,7 +9,7 @@ from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import write_error
 from forescale.run.directory import Run
-from forescale.slurm.blame import outcome_of
+from forescale.slurm.policy import outcome_of
 from forescale.slurm.steps import Failure, JobStep, failures
 
 # As srun 24.11 wrote them.

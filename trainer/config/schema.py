@@ -50,6 +50,10 @@ class ConfigError(UserError):
         self.problems = list(dict.fromkeys(problems))
         super().__init__(*self.problems[0])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the problems: rank 0 sends its errors to the other ranks."""
+        return type(self), (self.problems,)
+
     def __str__(self) -> str:
         return "\n".join(map(str, self.problems))
 

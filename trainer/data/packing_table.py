@@ -26,9 +26,9 @@ import xxhash
 
 from forescale.data.dataset import Split
 from forescale.data.packing import Packing, pack
-from forescale.data.progress import Progress, silent
 from forescale.data.remote.store import LocalFile
 from forescale.errors import UserError
+from forescale.progress import Progress, silent
 from forescale.storage import HashingFile, fsync_path
 
 _VERSION = 1  # increase it also if the result of `pack` changes

@@ -13,10 +13,10 @@ from forescale.config.data import ONLY
 from forescale.config.train import CorpusConfig
 from forescale.data.dataset import Dataset
 from forescale.data.objective import NEXT_TOKEN, Objective
-from forescale.data.progress import Progress, silent
 from forescale.data.stream import MicroBatch
 from forescale.errors import UserError
 from forescale.inference.view import RunView
+from forescale.progress import Progress, silent
 from forescale.run.start import open_dataset
 from forescale.storage import hash_file
 from forescale.train.evaluate import Score, evaluate

@@ -105,8 +105,8 @@ def to_json(row: Row) -> str:
 def _parse(line: bytes) -> Row:
     """Return a row; numbers that were not finite are NaN again."""
     row = json.loads(line)
-    for name in _NUMBERS & row.keys():
-        if row[name] is None:
+    for name, value in row.items():
+        if value is None and (name in _NUMBERS or name.startswith("extra.")):
             row[name] = math.nan
     return row
 

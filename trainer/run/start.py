@@ -18,9 +18,9 @@ from forescale.config.schema import leaves, plain
 from forescale.config.train import CorpusConfig, DataConfig, TrainJob
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import prepare_embedded
-from forescale.data.progress import console
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
+from forescale.progress import shown
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of
 from forescale.run.forecast import prediction_interval_of
@@ -76,7 +76,7 @@ def open_sources(data: DataConfig) -> Sources:
     elif data.path:
         opened = {ONLY: open_dataset(data.path, data)}
     else:
-        with console() as progress:
+        with shown() as progress:
             path = prepare_embedded(data.cache_directory, progress, data.embedded)
         opened = {ONLY: Dataset(path)}
     sources = Sources(opened)

@@ -12,9 +12,9 @@ from forescale.config.job import RunJob
 from forescale.config.schema import key, section
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
-from forescale.data.progress import console
 from forescale.errors import DONE
 from forescale.inference.view import RunView, best_device, open_view
+from forescale.progress import shown
 from forescale.run.feed import objective_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     datasets = datasets_of(view, job.data)
     model = view.load(checkpoint, job.trust).to(best_device())
     for dataset in datasets.values():
-        with console() as progress:
+        with shown() as progress:
             found = score(
                 model,
                 dataset,

@@ -18,10 +18,10 @@ from forescale.data.dataset import MANIFEST, Dataset
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
 from forescale.data.prepare.report import summary_lines
-from forescale.data.progress import console
 from forescale.data.text.documents import Policy
 from forescale.data.text.files import Files
 from forescale.errors import DONE, UserError
+from forescale.progress import shown
 
 _SHOW = {"windows": 3, "sequence_length": 256, "seed": 0}
 
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
     if output.exists() and not was_there:
         raise UserError(str(output), "exists and isn't a dataset", "choose another output")
     make = _index if _are_tokenised(job.input) else _build
-    with console() as progress:
+    with shown() as progress:
         make(job, output, progress)
     print(_summary(Dataset(output), was_there))
     return DONE

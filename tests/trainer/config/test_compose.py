@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -242,3 +244,9 @@ def test_files_of_the_users_own_by_the_environment(tmp_path, monkeypatch, capsys
     assert (job.slurm.partition, job.slurm.nodes) == ("gpu", 3)
     main(["submit", "--help"])
     assert "The cluster upstairs." in capsys.readouterr().out
+
+
+def test_all_problems_reach_the_other_ranks():
+    error = refusal("train.stpes=3", "model=gpt3")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), len(again.problems)) == (ConfigError, str(error), 2)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import pytest
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience import launcher as module
 from forescale.resilience import outcome
-from forescale.resilience.diagnosis import Hang, publish_hang
-from forescale.resilience.launcher import next_action, start_ranks
+from forescale.resilience.launcher import next_action
 from forescale.run.directory import Run
-from forescale.storage import read_json
+from tests.trainer.resilience.snippets import LISTEN, launched
 
 ROOT = Path(__file__).parents[3]
 NAP = "import signal, sys, time\nprint('up', flush=True)\n"
@@ -87,28 +85,6 @@ def test_a_launcher_leaves_the_run_to_a_newer_one(launches):
         launches((CRASHED, be_overtaken), (DONE, do_nothing))
 
 
-LISTEN = "from forescale.resilience.launcher import unblock_stop_signals as f\nf()\n"
-
-
-@pytest.fixture
-def ranks(tmp_path, monkeypatch):
-    """Returns a function that runs a snippet, with `rank` set, on ranks: (code, lines reported)."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-
-    def run(snippet, processes=2):
-        reported = []
-        body = f"{LISTEN}import os, time\nrank = int(os.environ['RANK'])\n"
-        body += textwrap.dedent(snippet)
-        code = start_ranks([sys.executable, "-c", body], processes, tmp_path, reported.append)
-        return code, reported
-
-    return run
-
-
-def launched(attempt):
-    return read_json(attempt / outcome.LAUNCH)
-
-
 def test_ranks_get_their_environment(ranks, tmp_path):
     facts = "'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'FORESCALE_ATTEMPT'"
     code, reported = ranks(
@@ -135,62 +111,6 @@ def test_a_crash_ends_the_other_ranks_at_once(ranks, tmp_path):
     code, (reported,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
     assert code == -signal.SIGKILL
     assert "rank 0 ended with SIGKILL (the kernel sends it when memory runs out)" in reported
-
-
-RECORD = "from pathlib import Path\nfrom forescale.resilience.outcome import write_error\n"
-
-
-def test_start_and_end_are_recorded(ranks, tmp_path):
-    before = time.time()
-    ranks("raise SystemExit(75 * rank)")
-    found = launched(tmp_path)
-    assert before <= found["begun"] <= found["ended"] <= time.time()
-    assert (found["code"], found["how"], found["processes"]) == (75, "interrupted", 2)
-    assert found["command"][0] == sys.executable
-    ranks("pass")
-    assert (launched(tmp_path)["code"], launched(tmp_path)["how"]) == (0, "done")
-
-
-def test_the_cause_is_the_error_that_a_rank_recorded(ranks, tmp_path):
-    """Rank 0 only lost its peer, though it ended first."""
-    die = f"write_error(Path({str(tmp_path)!r}), 1, ValueError('too wide'))"
-    code, (reported,) = ranks(f"{RECORD}if rank == 1:\n    time.sleep(0.5)\n    {die}\nos._exit(1)")
-    assert code == 1
-    assert reported == f"rank 1 ended with ValueError: too wide; see {tmp_path / 'rank-1.log'}"
-
-
-def test_a_signal_explains_more_than_an_error(ranks, tmp_path):
-    die = f"write_error(Path({str(tmp_path)!r}), 0, RuntimeError('connection reset'))"
-    code, (reported,) = ranks(f"{RECORD}if rank: os.kill(os.getpid(), 11)\n{die}\nos._exit(1)")
-    assert code == -signal.SIGSEGV
-    assert reported.startswith("rank 1 ended with SIGSEGV")
-
-
-def test_a_hang_is_the_cause_of_all_later_errors(ranks, tmp_path):
-    publish_hang(
-        tmp_path, Hang((1,), "a", "data", 3, 9.0, "rank 1 on host a has been in data for 9 s")
-    )
-    _, (reported,) = ranks("os._exit(1)")
-    assert reported == f"rank 1 on host a has been in data for 9 s; see {tmp_path}/hang-*.txt"
-
-
-def test_a_kill_for_memory_is_recognised(ranks, tmp_path, monkeypatch):
-    kills = iter((4, 5))
-    monkeypatch.setattr(outcome, "kills_for_memory", lambda: next(kills))
-    _, (reported,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
-    assert "rank 0 ended with SIGKILL: memory ran out, and the kernel killed it" in reported
-
-
-def test_a_recorded_error_names_its_place(tmp_path):
-    try:
-        raise ValueError("one\ntwo")
-    except ValueError as e:
-        outcome.write_error(tmp_path, 3, e)
-    text = (tmp_path / "rank-3.error").read_text()
-    assert text.startswith(f"ValueError: one ({__file__}, line ")
-    outcome.write_error(tmp_path, 3, UserError("disk", "is full", "free some"))
-    assert (tmp_path / "rank-3.error").read_text() == "disk: is full; free some.\n"
-    outcome.write_error(tmp_path / "gone", 3, ValueError())  # it must not hide the error itself
 
 
 def test_a_users_error_on_another_rank_is_reported_here(ranks):

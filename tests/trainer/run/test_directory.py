@@ -1,6 +1,7 @@
 """Attempts, lineage and rows: what a run directory promises, without an engine."""
 
 import json
+import math
 import random
 import threading
 from pathlib import Path
@@ -181,3 +182,12 @@ def test_links_do_not_depend_on_how_the_paths_are_written(tmp_path, monkeypatch)
     attempt.event("seen")
     assert [row["kind"] for row in Run("runs/x").read_events()] == ["seen"]
     assert Path("runs/x/events.jsonl").readlink() == Path("attempts/0001/events.jsonl")
+
+
+def test_numbers_that_were_not_finite_come_back_as_nan(tmp_path):
+    row = {"kind": "train", "step": 1, "loss": math.inf, "extra.width": math.nan, "why": None}
+    RowWriter(tmp_path / "m.jsonl").add(row)
+    (found,) = read_rows(tmp_path / "m.jsonl")
+    assert math.isnan(found["loss"])
+    assert math.isnan(found["extra.width"])
+    assert found["why"] is None

@@ -38,10 +38,10 @@ from forescale.data.prepare.sample import TOKENIZER as TOKENIZER_SAMPLE
 from forescale.data.prepare.sample import BaselinesJob, SampleJob, texts
 from forescale.data.prepare.selection import SPLITS, ChangedError, NoTextError, Selection, choose
 from forescale.data.prepare.work import Work, build_lock, expect_same, work_path, work_request
-from forescale.data.progress import Meter, Progress, silent
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
 from forescale.errors import UserError
+from forescale.progress import Meter, Progress, silent
 from forescale.storage import FileEntry, write_file, write_json, write_table
 
 

@@ -26,9 +26,9 @@ from typing import Any
 
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.prepare.pool import available
-from forescale.data.progress import Progress, silent
 from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
 from forescale.errors import UserError
+from forescale.progress import Progress, silent
 
 PACKAGES = ("torch", "networkx")
 RECIPE = 2  # increase it whenever a rule below changes: caches of other recipes are not reused

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from forescale.data.dataset import Dataset
-from forescale.data.progress import Progress, log_line
 from forescale.data.text.documents import DocumentSource, Unit
 from forescale.errors import UserError
+from forescale.progress import Progress, log_line
 from forescale.storage import fsync_path, publish, read_json, write_json
 
 _FORMAT = 1  # increase it whenever units are made differently: older ones are then not used

@@ -28,7 +28,6 @@ import numpy as np
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
 from forescale.data.prepare.selection import SPLITS
 from forescale.data.prepare.work import build_lock, expect_same
-from forescale.data.progress import Meter, Progress, silent
 from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.inputs import HUB, input_name, kind_of
@@ -37,6 +36,7 @@ from forescale.data.tokenised.indexing import Indexer, dtype_name
 from forescale.data.tokenised.kinds import TokenFile, bin_of, describe, kind_of_file
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
 from forescale.errors import UserError
+from forescale.progress import Meter, Progress, silent
 from forescale.storage import staged, write_file, write_json, write_table
 
 _KINDS = ".bin with .idx, .npy, .bin, or .tar of such arrays"

@@ -106,7 +106,7 @@ def amount(done: int, total: int | None, unit: str) -> str:
 
 
 @contextmanager
-def console(every: float = 10.0) -> Iterator[Progress]:
+def shown(every: float = 10.0) -> Iterator[Progress]:
     """Yield a live display on a terminal; elsewhere print a line at each phase's end and `every`
     seconds."""
     if sys.stderr.isatty():

@@ -1,6 +1,6 @@
 """Progress of a build: amounts, rates, time left; plain lines if there is no terminal."""
 
-from forescale.data.progress import Meter, Rates, amount, console, log_line
+from forescale.progress import Meter, Rates, amount, log_line, shown
 
 
 def test_a_rate_covers_the_last_30_seconds_and_gives_the_time_left():
@@ -22,7 +22,7 @@ def test_amounts_are_readable():
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):
-    with console(every=0) as progress:
+    with shown(every=0) as progress:
         meter = Meter(progress, "tokenise", 3_000_000, "bytes")
         meter(1_500_000, 400_000)
         meter(1_400_000, 400_000)

@@ -1,0 +1,65 @@
+"""Why a launch ended: the rank that failed first, its error or signal, a hang, a lack of memory."""
+
+import signal
+import sys
+import time
+
+from forescale.errors import UserError
+from forescale.resilience import outcome
+from forescale.resilience.diagnosis import Hang, publish_hang
+from tests.trainer.resilience.snippets import launched
+
+RECORD = "from pathlib import Path\nfrom forescale.resilience.outcome import write_error\n"
+
+
+def test_start_and_end_are_recorded(ranks, tmp_path):
+    before = time.time()
+    ranks("raise SystemExit(75 * rank)")
+    found = launched(tmp_path)
+    assert before <= found["begun"] <= found["ended"] <= time.time()
+    assert (found["code"], found["how"], found["processes"]) == (75, "interrupted", 2)
+    assert found["command"][0] == sys.executable
+    ranks("pass")
+    assert (launched(tmp_path)["code"], launched(tmp_path)["how"]) == (0, "done")
+
+
+def test_the_cause_is_the_error_that_a_rank_recorded(ranks, tmp_path):
+    """Rank 0 only lost its peer, though it ended first."""
+    die = f"write_error(Path({str(tmp_path)!r}), 1, ValueError('too wide'))"
+    code, (reported,) = ranks(f"{RECORD}if rank == 1:\n    time.sleep(0.5)\n    {die}\nos._exit(1)")
+    assert code == 1
+    assert reported == f"rank 1 ended with ValueError: too wide; see {tmp_path / 'rank-1.log'}"
+
+
+def test_a_signal_explains_more_than_an_error(ranks, tmp_path):
+    die = f"write_error(Path({str(tmp_path)!r}), 0, RuntimeError('connection reset'))"
+    code, (reported,) = ranks(f"{RECORD}if rank: os.kill(os.getpid(), 11)\n{die}\nos._exit(1)")
+    assert code == -signal.SIGSEGV
+    assert reported.startswith("rank 1 ended with SIGSEGV")
+
+
+def test_a_hang_is_the_cause_of_all_later_errors(ranks, tmp_path):
+    publish_hang(
+        tmp_path, Hang((1,), "a", "data", 3, 9.0, "rank 1 on host a has been in data for 9 s")
+    )
+    _, (reported,) = ranks("os._exit(1)")
+    assert reported == f"rank 1 on host a has been in data for 9 s; see {tmp_path}/hang-*.txt"
+
+
+def test_a_kill_for_memory_is_recognised(ranks, tmp_path, monkeypatch):
+    kills = iter((4, 5))
+    monkeypatch.setattr(outcome, "kills_for_memory", lambda: next(kills))
+    _, (reported,) = ranks("if rank == 0: os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    assert "rank 0 ended with SIGKILL: memory ran out, and the kernel killed it" in reported
+
+
+def test_a_recorded_error_names_its_place(tmp_path):
+    try:
+        raise ValueError("one\ntwo")
+    except ValueError as e:
+        outcome.write_error(tmp_path, 3, e)
+    text = (tmp_path / "rank-3.error").read_text()
+    assert text.startswith(f"ValueError: one ({__file__}, line ")
+    outcome.write_error(tmp_path, 3, UserError("disk", "is full", "free some"))
+    assert (tmp_path / "rank-3.error").read_text() == "disk: is full; free some.\n"
+    outcome.write_error(tmp_path / "gone", 3, ValueError())  # it must not hide the error itself
