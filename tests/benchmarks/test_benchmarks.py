@@ -54,7 +54,7 @@ def test_a_process_of_its_own_answers_or_tells_why_not():
         isolated(float, "x")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 64 simulated ranks
 def test_ranks_are_simulated_and_every_row_has_its_cells(capsys):
     results = bench_ranks.measure(1, worlds=(16, 32))
     assert len(capsys.readouterr().out.split("|")) == 6  # the table's head

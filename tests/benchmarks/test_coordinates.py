@@ -6,7 +6,7 @@ import pytest
 from forescale.config.optimizer import OptimizerConfig
 from tests.benchmarks.coordinates import ADAMW, MUON, over, slopes
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # trains models of several widths and depths
 
 
 def found(axis: str, parametrization: str, optimizer: OptimizerConfig = ADAMW, **more):
@@ -36,7 +36,7 @@ def test_depth_changes_nothing_under_completep_and_much_under_mup():
     assert found("depth", "mup")["stream moves"] > 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # trains several widths
 @pytest.mark.parametrize("parametrization", ["mup", "completep"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda o: o.kind)

@@ -37,7 +37,7 @@ def checkpoints(run):
     return sorted(p.name for p in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # runs on several disks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_fills_up_during_a_save(dataset, tmp_path, ranks):
     """One sentence and code 2; the last checkpoint is complete, and with room the run resumes."""
@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_during_a_save(dataset, tmp_path, ranks):
         assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a start for each moment
 def test_an_interrupt_at_any_moment_of_the_start_up(dataset, tmp_path):
     """While ranks are started, import, join, and train: always code 75, and then it resumes."""
     command = ("run.name=early", f"data.path={dataset}", *LENGTH, "launch.processes=2")

@@ -248,7 +248,7 @@ def test_killed_at_every_change_to_the_file_system(tmp_path):
     assert min(met[kind] for kind in ("stage", "replaced", "deleted")) > 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 200 kills
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments(tmp_path):
     """FORESCALE_KILLS says how often; each time in the midst of saving, or a little before."""

@@ -302,7 +302,7 @@ def test_an_undisturbed_run_that_fails_is_told(stubbed):
         stubbed("raise SystemExit(5)").undisturbed()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 13 faults, each with runs on 2 ranks
 @pytest.mark.timeout(1800)
 def test_the_whole_drill(tmp_path):
     results = tmp_path / "drill.json"

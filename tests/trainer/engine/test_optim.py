@@ -163,7 +163,7 @@ def test_classes_of_a_parametrisation_are_groups_of_their_own():
     assert "decayed_block" not in names(rest)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # imports DeepSpeed
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_group_s_own_eps_reaches_its_optimizer(kind):
     from torch import nn

@@ -139,6 +139,7 @@ def logged(dataset, tmp_path_factory):
     return folder / "all", launching.train(folder, *command, WANDB_MODE="offline")
 
 
+@pytest.mark.slow  # a real run with profiler, wandb and TensorBoard
 def test_a_real_trace_has_the_work_of_the_steps(logged):
     run, _ = logged
     trace = json.loads((run / "attempts/0001/trace/rank-0.json").read_text())
@@ -147,6 +148,7 @@ def test_a_real_trace_has_the_work_of_the_steps(logged):
     assert any("backward" in str(name).lower() for name in names)
 
 
+@pytest.mark.slow  # a real run with profiler, wandb and TensorBoard
 def test_tensorboard_has_every_row(logged):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -160,6 +162,7 @@ def test_tensorboard_has_every_row(logged):
     assert [e.step for e in events.Scalars("validation/bits_per_byte")] == [8]
 
 
+@pytest.mark.slow  # a real run with profiler, wandb and TensorBoard
 def test_wandb_holds_every_row_and_asks_nothing(logged):
     """Its own process writes; a rank that left without waiting for it left an empty file."""
     run, output = logged

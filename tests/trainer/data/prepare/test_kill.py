@@ -200,7 +200,7 @@ def test_a_killed_worker_is_reported_and_the_next_attempt_continues(expect_same,
     expect_same()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # kills a build again and again
 @pytest.mark.parametrize("seed", range(4))
 def test_a_build_killed_at_random_moments(tmp_path, seed):
     whole = digest(build_dataset(MANY, tmp_path / "whole", SMALL))

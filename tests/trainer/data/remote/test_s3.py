@@ -20,7 +20,7 @@ from forescale.errors import UserError
 from tests.trainer.data.remote_files import DATA, QUICK, SMALL, read, sentence
 from tests.trainer.data.small_dataset import write_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # makes an environment for the server
 ROOT = Path(__file__).parents[4]
 SERVES = """
 import sys

@@ -191,7 +191,7 @@ def test_two_budgets_give_no_backtests_and_fewer_rivals(tmp_path):
     assert "line" in facts["rivals"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two bootstraps
 def test_the_interval_resamples_trunks_if_the_job_asks_for_clusters():
     """Branches of a trunk share its error."""
     rows = table(noise=0.0)

@@ -32,7 +32,7 @@ def backtest(factors, errors) -> Backtest:
     return Backtest(3, 15, np.array(factors), np.array(errors), 0.0, n, n)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # backtests of each law
 def test_each_simulated_law_is_chosen_for_its_own_runs():
     target = TargetPoint(flops=1e21)
     made = chosen(table(CHINCHILLA, CHINCHILLAS), target=target)

@@ -163,7 +163,7 @@ def test_a_replay_is_reproducible_and_both_choices_start_alike():
     assert one.rule[0, 0] != one.start[0] != one.random[0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 40 replays
 @pytest.mark.parametrize("kind", ["slope", "walk"])
 def test_the_choice_beats_a_random_one_when_the_truth_leaves_the_law(kind):
     """At a tenth of the cost of all runs, predicted by the law that chooses. At 3 % it doesn't: see
@@ -172,7 +172,7 @@ def test_the_choice_beats_a_random_one_when_the_truth_leaves_the_law(kind):
     assert made.rule.mean() < made.random.mean()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 40 replays
 def test_the_choice_beats_a_random_one_on_the_chinchilla_runs(published):
     """At 10 % and 30 % of the cost, over twenty pools."""
     points, budgets = public()["Chinchilla"]

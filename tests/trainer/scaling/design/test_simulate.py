@@ -25,7 +25,7 @@ def target():
     return Target.of(COMMON, flops=1e21)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # hundreds of fits
 def test_the_interval_covers_as_often_as_its_level(design, target):
     found = expected(design, target, draws=100)
     assert found.coverage[0.9] == pytest.approx(0.9, abs=0.08)
@@ -39,7 +39,7 @@ def test_the_simulation_is_reproducible(design, target):
     assert expected(design, target, draws=5) != expected(design, target, draws=5, seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # four simulated designs
 def test_noise_and_distance_widen_the_interval(design, target):
     def half(**changed):
         return expected(design, target, Assumptions(**changed), draws=15)

@@ -75,7 +75,7 @@ def test_branches_of_a_trunk_are_drawn_together(make):
     assert narrow.errors["alpha"] < 0.65 * wide.errors["alpha"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # hundreds of bootstraps
 @pytest.mark.parametrize("draw", [pairs, residuals])
 def test_intervals_cover(draw, make):
     """Nominal 90 % intervals of a law that is true, in 60 experiments."""

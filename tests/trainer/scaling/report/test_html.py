@@ -158,7 +158,7 @@ def test_unusable_parabolas_are_explained():
     assert 'id="isoflop-curves"' in html
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a report of each law
 @pytest.mark.parametrize("form", ["kaplan", "frontier", "over-training"])
 def test_every_law_has_a_report(form):
     html = page(study(surface(), form=form, target=TargetPoint(flops=2e21)), "runs", COMMAND)

@@ -10,7 +10,7 @@ from forescale.scaling.design.plan_file import dump, load
 from forescale.scaling.study.directory import Study
 from tests.trainer.scaling.fake_training import FakeTraining, best_rate
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # plans, fits and forecasts a whole study
 
 PLAN = ["plan.kind=isoflop", "plan.budgets=3", "plan.sizes=3", "plan.cap=1e14"]
 SMALL = ["plan.sequence_length=32", "target.flops=4e13", "near=null", "bootstraps=100"]
