@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import LostMember
+from forescale.data.objective import Objective
 from forescale.data.stream import Batch, StepShare, stream
 from forescale.engine.build import peak_flops
 from forescale.engine.selfcheck import SelfCheck
@@ -74,6 +76,11 @@ class Builder:
     numerics: dict[str, Any]
     injector: Injector | None
     prediction: PredictionInterval | None
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What counts as a target, of the scores and of the rows as of the batches."""
+        return objective_of(self.job, self.sources.vocab_size)
 
     def parts(self, attempt: Attempt, point: ResumePoint) -> Parts:
         """Return the parts of an attempt that begins at `point`. Every rank calls it."""
@@ -141,8 +148,7 @@ class Builder:
         prices = prices_of(job, self.model)
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
             length = job.train.sequence_length
-            objective = objective_of(job, self.sources.vocab_size)
-            each = length / int(objective.num_targets(np.array([length + 1]))[0])
+            each = length / int(self.objective.num_targets(np.array([length + 1]))[0])
             prices = {convention: each * flops for convention, flops in prices.items()}
         return Metrics(
             attempt,
@@ -194,7 +200,7 @@ class Builder:
                 micro_batch=job.train.micro_batch,
                 windows=None if complete else job.validation.windows,
                 documents=job.data.document_mask,
-                objective=objective_of(job, self.sources.vocab_size),
+                objective=self.objective,
                 ranks=world,
             )
         together = pooled(list(scores.values()))

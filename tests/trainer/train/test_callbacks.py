@@ -91,6 +91,14 @@ def batches(total, first=0):
         )
 
 
+def trained(engine, total, callbacks, asked=lambda: False):
+    """What the loop returns after `total` healthy steps at a rate of 1 with these callbacks."""
+    timer = PhaseTimer("startup")
+    return train(
+        engine, batches(total), lambda t: 1.0, callbacks, Position(), timer, asked, Healthy()
+    )
+
+
 def run_loop(total, *lengths, stop_at=None, per_step=1.0):
     engine = Engine(Clock(per_step))
     callbacks = []
@@ -98,10 +106,7 @@ def run_loop(total, *lengths, stop_at=None, per_step=1.0):
         every = Every(length, length.steps(10, total), total)
         callbacks.append(Recorder(every, engine))
     asked = (lambda: engine.made >= stop_at) if stop_at else (lambda: False)
-    phases = PhaseTimer("startup")
-    where = train(
-        engine, batches(total), lambda t: 1.0, callbacks, Position(), phases, asked, Healthy()
-    )
+    where = trained(engine, total, callbacks, asked)
     return where, [callback.acted for callback in callbacks], engine
 
 
@@ -160,16 +165,7 @@ def test_every_step_is_seen_once_and_in_order_whatever_is_due():
     seen = []
     watcher = SimpleNamespace(phase="test", failed=False, is_due=lambda step: step in (2, 5, 6))
     watcher.see = lambda step, summary: seen.append((step.position.step, summary.step))
-    train(
-        Engine(),
-        batches(9),
-        lambda t: 1.0,
-        [watcher],
-        Position(),
-        PhaseTimer("s"),
-        lambda: False,
-        Healthy(),
-    )
+    trained(Engine(), 9, [watcher])
     assert seen == [(t, t) for t in range(1, 10)]
 
 
@@ -182,16 +178,7 @@ def test_the_periodic_score_is_capped_and_the_last_is_complete():
         lambda complete: asked.append(complete) or score,
         lambda step, found: logged.append((step.position.step, found)),
     )
-    train(
-        engine,
-        batches(10),
-        lambda t: 1.0,
-        [callback],
-        Position(),
-        PhaseTimer("s"),
-        lambda: False,
-        Healthy(),
-    )
+    trained(engine, 10, [callback])
     assert asked == [False, False, True]
     assert logged == [(4, score), (8, score), (10, score)]
 
@@ -216,16 +203,7 @@ def save_along(tmp_path, monkeypatch, total, saves):
     run, engine = Run(tmp_path), Engine()
     monkeypatch.setattr("forescale.train.callbacks.Saver", lambda *_: saves)
     callback = Checkpoints(Every(Duration(4), 4, total), 2, run, run.new_attempt(), engine, dict)
-    train(
-        engine,
-        batches(total),
-        lambda t: 1.0,
-        [callback],
-        Position(),
-        PhaseTimer("s"),
-        lambda: False,
-        Healthy(),
-    )
+    trained(engine, total, [callback])
     return callback
 
 
@@ -274,18 +252,9 @@ class Raises:
 def test_after_an_anomaly_of_a_callback_the_steps_made_are_logged_and_nothing_is_saved():
     engine, first, last = Engine(), Raises(None, None), Raises(None, None)
     raises = Raises(4, Rollback(4, "the loss is odd", 2, None))
-    callbacks, phases = [first, raises, last], PhaseTimer("s")
+    callbacks = [first, raises, last]
     with pytest.raises(Rollback) as caught:
-        train(
-            engine,
-            batches(9),
-            lambda t: 1.0,
-            callbacks,
-            Position(),
-            phases,
-            lambda: False,
-            Healthy(),
-        )
+        trained(engine, 9, callbacks)
     assert caught.value.position.step == engine.made == 5, "the summary is read one step late"
     assert first.seen == [1, 2, 3, 4, 5], "every step has its row"
     assert raises.seen == [1, 2, 3, 4]

@@ -14,7 +14,7 @@ from tests.benchmarks.bench_recovery import NAMES, coverage
 REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 200 simulated studies, each with 200 bootstraps
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("noise", "goal"),
