@@ -117,7 +117,7 @@ def test_damage_in_a_bucket_is_reported_and_not_cached(put, bucket, tmp_path):
 def test_a_file_of_another_size_is_reported(bucket, tmp_path, size):
     bucket.pipe("books/a", (DATA + b"x")[:size])
     file = open_store("s3://books", tmp_path, 1 << 26, QUICK).open("a", len(DATA), "v1")
-    with pytest.raises(UserError, match=f"s3://books/a: {size:,} bytes on the server where"):
+    with pytest.raises(UserError, match=f"s3://books/a: has {size:,} bytes on the server, expected"):
         read(file)
 
 
@@ -157,7 +157,7 @@ def test_missing_inputs_are_reported(url):
 
 def test_a_missing_dataset_is_reported(tmp_path):
     for url in ("s3://books/nothing", "s3://no-bucket/d"):
-        with pytest.raises(UserError, match=f"{url}: doesn't exist"):
+        with pytest.raises(UserError, match=f"{url}: no such dataset"):
             Dataset(url, tmp_path)
     with pytest.raises(Missing):
         open_store("s3://books", tmp_path, 1 << 26, QUICK).read("nothing")
@@ -171,7 +171,7 @@ def test_missing_credentials_are_reported(put, bucket, tmp_path, monkeypatch):
     for act in acts:
         with pytest.raises(UserError, match=r"s3://books/d.*: access denied") as caught:
             act()
-        assert "give your credentials to the environment" in sentence(caught)
+        assert "set your credentials in the environment" in sentence(caught)
 
 
 def test_a_build_from_a_bucket_equals_one_from_a_folder(bucket, tmp_path):
