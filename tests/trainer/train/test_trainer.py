@@ -4,6 +4,7 @@ A thin set; every ZeRO stage on two ranks is in tests/distributed/test_resume.py
 """
 
 import itertools
+import shutil
 import signal
 
 import pytest
@@ -45,54 +46,70 @@ def test_the_same_command_on_a_complete_run_changes_nothing(finished, dataset):
     assert launching.trajectory(run) == before
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-    ids=lambda s: s.name,
-)
-def test_an_interrupted_run_resumes_bit_for_bit(finished, dataset, tmp_path, number):
-    whole, _ = finished
+@pytest.fixture(scope="module")
+def killed(dataset, tmp_path_factory):
+    """(run directory, the command) of a run whose launcher was killed -9 after step 45."""
+    folder = tmp_path_factory.mktemp("killed")
     command = ("run.name=cut", f"data.path={dataset}", *LENGTH, "checkpoint.background=false")
+    run = folder / "cut"
+    launching.interrupt(launching.start(folder, *command), run, 45, signal.SIGKILL)
+    assert not launching.processes(folder), "ranks outlive their launcher"
+    assert len(launching.rows(run)) < 60
+    return run, command
+
+
+@pytest.fixture
+def cut(killed, tmp_path):
+    """(copy of the killed run's directory, the command), to be resumed."""
+    run, command = killed
+    return shutil.copytree(run, tmp_path / "cut", symlinks=True), command
+
+
+def test_a_killed_run_resumes_bit_for_bit(finished, cut):
+    run, command = cut
+    output = launching.train(run.parent, *command)
+    assert "Resuming from" in output
+    assert "(step 40)" in output
+    assert launching.trajectory(run) == launching.trajectory(finished[0])
+    assert "numerics_changed" not in launching.events(run)
+
+
+@pytest.mark.slow  # one more run in two parts; SIGTERM is in tests/distributed
+def test_an_interrupted_run_saves_first_and_repeats_no_step(finished, dataset, tmp_path):
+    command = ("run.name=cut", f"data.path={dataset}", *LENGTH)
     run = tmp_path / "cut"
-    launching.interrupt(launching.start(tmp_path, *command), run, 28, number)
-    assert not launching.processes(tmp_path), "ranks outlive their launcher"
+    launching.interrupt(launching.start(tmp_path, *command), run, 28, signal.SIGINT)
     reached = len(launching.rows(run))
     assert reached < 60
     output = launching.train(tmp_path, *command)
     assert "Resuming from" in output
-    assert launching.trajectory(run) == launching.trajectory(whole)
-    assert "numerics_changed" not in launching.events(run)
-    if number == signal.SIGINT:  # it had saved first: nothing was done twice
-        assert f"(step {reached:,})" in output
+    assert f"(step {reached:,})" in output
+    assert launching.trajectory(run) == launching.trajectory(finished[0])
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, dataset, tmp_path):
-    whole, _ = finished
-    command = ("run.name=hurt", f"data.path={dataset}", *LENGTH)
-    run = tmp_path / "hurt"
-    launching.interrupt(launching.start(tmp_path, *command), run, 45, signal.SIGINT)
+def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, cut):
+    run, command = cut
     newest = sorted((run / "checkpoints").iterdir())[-1]
     file = next(newest.glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    output = launching.train(tmp_path, *command)
+    output = launching.train(run.parent, *command)
     assert "checkpoint damaged" in output
     assert "Resuming from" in output
-    assert launching.trajectory(run) == launching.trajectory(whole)
+    assert "(step 20)" in output
+    assert launching.trajectory(run) == launching.trajectory(finished[0])
     assert "checkpoint_damaged" in launching.events(run)
 
 
-def test_without_a_usable_checkpoint_it_never_starts_again_at_step_0(finished, dataset, tmp_path):
-    command = ("run.name=lost", f"data.path={dataset}", *LENGTH)
-    run = tmp_path / "lost"
-    launching.interrupt(launching.start(tmp_path, *command), run, 28, signal.SIGINT)
+def test_without_a_usable_checkpoint_it_never_starts_again_at_step_0(cut):
+    run, command = cut
     for table in run.glob("checkpoints/*/files.json"):
         table.unlink()
-    output = launching.train(tmp_path, *command, code=2)
+    output = launching.train(run.parent, *command, code=2)
     assert "none of its" in output
     assert "Traceback" not in output
-    assert launching.rows(run)[-1]["step"] >= 28
+    assert launching.rows(run)[-1]["step"] >= 45
 
 
 def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
@@ -136,10 +153,7 @@ def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
     how = {"model": ["model._target_=mypackage.Bigram", "model.width=24"]}
     how["PYTHONPATH"] = str(tmp_path)
     run = tmp_path / "own"
-    process = launching.start(tmp_path, *with_callback(99), **how)
-    launching.interrupt(process, run, 28, signal.SIGKILL)
     output = launching.train(tmp_path, *with_callback(45), code=2, **how)
-    assert "Resuming from" in output
     assert "step 45: halted: as told" in output
     assert "Traceback" not in output
     kinds = [kind for kind in launching.events(run) if kind != "checkpoint_deleted"]
@@ -149,7 +163,7 @@ def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
     rows = launching.rows(run)
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    seen = [line.split() for line in (run / "attempts/0003/seen").read_text().splitlines()]
+    seen = [line.split() for line in (run / "attempts/0002/seen").read_text().splitlines()]
     assert seen == [[str(row["step"]), str(row["loss"])] for row in rows[46:]]
     assert {row["extra.width"] for row in rows} == {24.0}
     assert 0 < rows[0]["extra.spread"] != rows[-1]["extra.spread"]
