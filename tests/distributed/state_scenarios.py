@@ -46,3 +46,39 @@ def load_weights(case, source, folder):
     path = Path(folder) / source / "checkpoints/step-00000003"
     writer.load(Checkpoint(path), engine, weights_only=True)
     return small.train(engine, range(3, 6))
+
+
+def between_precisions(stage, folder):
+    """Save an fp16 engine whose loss scale has been lowered by overflows, and a bf16 one; load each
+    into the other kind and into its own. Returns by "target<source" the scale, whether a step
+    without a finite gradient was applied, and whether one with a finite one was."""
+    found = {}
+    for kind in ("fp16", "bf16"):
+        engine = small.build(stage, "adamw", kind, seed=1)
+        small.train(engine, range(2))
+        for step in (2, 3, 4) if kind == "fp16" else ():
+            poisoned(engine, step)
+        run = Run(Path(folder) / kind)
+        writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
+        found[kind] = engine.layout.loss_scale
+    for target in ("fp16", "bf16"):
+        for source in ("fp16", "bf16"):
+            engine = small.build(stage, "adamw", target, seed=2)
+            fresh = engine.layout.loss_scale
+            writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
+            scale = engine.layout.loss_scale
+            found[f"{target}<{source}"] = [scale, fresh, poisoned(engine, 6), applied(engine, 7)]
+    return found
+
+
+def applied(engine, step):
+    world = engine.world
+    return engine.train_step(small.batch(step, world.rank, world.size), 1.0).applied
+
+
+def poisoned(engine, step):
+    engine.disturb = lambda step, module: float("nan")
+    try:
+        return applied(engine, step)
+    finally:
+        engine.disturb = None

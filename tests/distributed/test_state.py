@@ -105,3 +105,23 @@ def test_moments_matter(saved):
     )
     assert after[0] == continued[f"{source}-w2"][0]
     assert after[1] != continued[f"{source}-w2"][1]
+
+
+HAS_FP16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@pytest.mark.skipif(not HAS_FP16, reason="this CPU doesn't compute in fp16")
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_loss_scale_goes_from_fp16_to_fp16_alone(tmp_path, stage):
+    """In a bf16 engine a stored scale of 65,536 was taken for DeepSpeed's own check of overflows:
+    a step with a NaN gradient was applied."""
+    found = ranks.run("state_scenarios:between_precisions", 1, stage=stage, folder=str(tmp_path))
+    lowered = found["fp16"]
+    assert found["bf16"] == 1.0 < lowered
+    for case in ("bf16<fp16", "bf16<bf16"):
+        assert found[case][0] == 1.0
+    assert found["fp16<fp16"][0] == lowered
+    scale, fresh, *_ = found["fp16<bf16"]
+    assert scale == fresh > lowered
+    for case in ("bf16<fp16", "bf16<bf16", "fp16<fp16", "fp16<bf16"):
+        assert found[case][2:] == [False, True], case

@@ -117,7 +117,8 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
 
 
 def scalars(engine: Engine) -> dict[str, Any]:
-    """Return what isn't a tensor range: each group's step count, by its name, and the loss scaler.
+    """Return what isn't a tensor range: each group's step count, by its name, and the state of an
+    fp16 loss scale.
 
     The count is the base optimizer's own, which may differ from the run's step.
     """
@@ -138,8 +139,24 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _scaler(layout: Layout) -> dict[str, Any]:
+    """Return the state of the fp16 loss scale that DeepSpeed adapts; {} in every other engine."""
     scaler = _scaler_object(layout)
-    return {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)} if scaler else {}
+    found = {k: getattr(scaler, k) for k in _SCALER if hasattr(scaler, k)} if scaler else {}
+    return found if _adapts(found) else {}
+
+
+def _adapts(scaler: dict[str, Any]) -> bool:
+    """True for the state of an fp16 loss scale that is adapted. The constant 1.0 of bf16 and fp32,
+    which checkpoints may hold too, and a constant scale of the config have no last overflow."""
+    return scaler.get("last_overflow_iter") is not None
+
+
+def _load_scaler(layout: Layout, stored: dict[str, Any]) -> None:
+    """Set the loss scale from a checkpoint, from fp16 to fp16 alone: in bf16 a large scale would
+    make gradients wrong, in fp16 a scale of 1.0 would make them vanish."""
+    own = _scaler(layout)
+    for key in own.keys() & stored.keys() if _adapts(stored) else ():
+        setattr(_scaler_object(layout), key, stored[key])
 
 
 class HostCopy:
@@ -279,9 +296,8 @@ def load_fragments(engine: Engine, reader: FragmentReader, stored: dict[str, Any
     for held in _untrained(engine, writing=False):
         reader.read_into(held.name, held.state, held.start, held.data)
     layout.after_load()
-    if stored is not None and (scaler := _scaler_object(layout)):
-        for key, value in stored["loss_scaler"].items():
-            setattr(scaler, key, value)
+    if stored is not None:
+        _load_scaler(layout, stored["loss_scaler"])
 
 
 def _moments(engine: Engine, unit: Unit, reader: FragmentReader, steps: dict) -> dict[str, Tensor]:

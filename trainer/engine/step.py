@@ -94,14 +94,18 @@ class Engine:
         if before_update is not None:
             before_update(batch, losses)
         # In fp16 DeepSpeed handles an overflow: it lowers the loss scale and skips the update.
-        scaled = self.layout.loss_scale != 1.0 and not math.isfinite(norm)
-        if not scaled and not may_apply(loss, norm):
+        overflowed = self._is_scaled() and not math.isfinite(norm)
+        if not overflowed and not may_apply(loss, norm):
             self.drop()
             return Facts(losses, norm, False, extra)
         clipped = self.clip is not None and norm > self.clip
         self.mark("update")
         applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0)
         return Facts(losses, norm, applied, extra)
+
+    def _is_scaled(self) -> bool:
+        """True if DeepSpeed looks for an overflow itself: in fp16 alone, with a scale to lower."""
+        return self._deepspeed.fp16_enabled() and self.layout.loss_scale != 1.0
 
     def backward(self, batch) -> Tensor:
         """Accumulate the gradient of the step's mean loss per target. Return the summed loss of
