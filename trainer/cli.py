@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
+from forescale.errors import DONE, INTERRUPTED, UserError, storage_error
 from forescale.verbs import VERBS, load
 
 _python_warning = warnings.formatwarning
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (fault := storage_error(e)) is None:
             raise
         print(f"forescale: {fault}", file=sys.stderr)
-        return USER
+        return fault.code
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,11 +1,14 @@
 """UserError, for problems that the user can fix, and the exit codes that the launcher acts on.
 
 Invariant: a problem of the user's (a wrong key, a missing file, a full disk) is raised as a
-UserError and ends the command with code 2 and one sentence, without a traceback. Every other
-exception is a bug of this project and keeps its traceback.
+UserError and ends the command with code 2 and one sentence, without a traceback. A fault that may
+go away by itself (storage or a server that fails for a moment) is a Transient: one sentence too,
+but with code 1, so that the launcher tries again. Every other exception is a bug of this project
+and keeps its traceback.
 """
 
 import errno
+import os
 
 DONE = 0
 CRASHED = 1  # any other error: the launcher tries again a few times
@@ -28,6 +31,13 @@ class UserError(Exception):
         return f"{self.where}: {self.what}; {self.todo}{end}"
 
 
+class Transient(UserError):
+    """A fault of storage or of a server that may go away by itself. It says nothing about the
+    content of files."""
+
+    code = CRASHED
+
+
 _STORAGE = {
     errno.ENOSPC: ("the disk is full", "free some space and run the same command again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space and run the same command again"),
@@ -38,16 +48,36 @@ _STORAGE = {
     errno.EEXIST: ("is a file, but a directory is needed", "move it or choose another path"),
     errno.EISDIR: ("is a directory, but a file is needed", "move it or choose another path"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
-    errno.EIO: (
-        "the storage reports an I/O error",
-        "check the disk, then run the same command again",
-    ),
 }
+_AGAIN = "check the storage, then run the same command again"
+# Faults that another try may not meet. Some are also faults of connections: they are the storage's
+# if they come with the name of a file.
+_SURELY_STORAGE = "EIO ESTALE EREMOTEIO"
+_TRANSIENT = (
+    "EAGAIN EINTR EBUSY EMFILE ENFILE ENOMEM ENOLCK EDEADLK ENXIO ENODEV EPROTO ECOMM ENOLINK "
+    "ETIMEDOUT ENOTCONN ESHUTDOWN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ENONET "
+    "ECONNRESET ECONNABORTED ECONNREFUSED"
+)
 
 
 def storage_error(error: OSError) -> UserError | None:
-    """Return the UserError for a failure of the storage, or None for any other OSError."""
-    if error.errno not in _STORAGE:
-        return None
-    what, todo = _STORAGE[error.errno]
-    return UserError(str(error.filename or "storage"), what, todo)
+    """Return the UserError for a failure of the storage, or None for any other OSError. It is a
+    Transient if another try may succeed."""
+    where = str(error.filename or "storage")
+    if error.errno in _STORAGE:
+        return UserError(where, *_STORAGE[error.errno])
+    name = errno.errorcode.get(error.errno or 0, "none")
+    if name in _SURELY_STORAGE.split() or (name in _TRANSIENT.split() and error.filename):
+        return unknown_storage_error(error, where)
+    return None
+
+
+def unknown_storage_error(error: OSError, where: str) -> Transient:
+    """Return the Transient for an OSError that came from storage; `where` if it names no file."""
+    number = error.errno or 0
+    if number == errno.EIO:
+        what = "the storage reports an I/O error"
+    else:
+        reason = error.strerror or (os.strerror(number) if number else str(error))
+        what = f"the storage fails ({reason})"
+    return Transient(str(error.filename or where), what, _AGAIN)

@@ -10,19 +10,22 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from forescale.errors import UserError
+from forescale.errors import Transient, UserError, storage_error
 
 TABLE = "files.json"
 _BLOCK = 1 << 22
 _MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag behind writing
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds between the tries of `retried`
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ def read_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(str(path), "no such file", "check the path") from None
     except OSError as e:
+        if isinstance(error := storage_error(e), Transient):
+            raise error from e
         raise UserError(str(path), f"can't be read ({e.strerror})", "restore the file") from None
     except ValueError as e:
         raise UserError(str(path), f"not valid JSON ({e})", "restore the file or rebuild it") from e
@@ -221,8 +226,10 @@ def check_table(
                 return f"{path}: missing"
             if (size := path.stat().st_size) != want.size:
                 return f"{path}: {size:,} bytes instead of the {want.size:,} in the table"
-            if hash_file(path, tick, afresh).sha256 != want.sha256:
+            if retried(lambda: hash_file(path, tick, afresh)).sha256 != want.sha256:
                 return f"{path}: its sha256 differs from the table's (damaged)"
+        except Transient as e:
+            return f"{path}: {e.what}"
         except OSError as e:
             return f"{path}: can't be read ({e.strerror})"
         return None
@@ -256,3 +263,27 @@ def staged(final: Path, tag: str = "new") -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def retried(
+    work: Callable[[], T], failed: Callable[[Transient, float], None] = lambda error, pause: None
+) -> T:
+    """Return the result of `work`, which is done again, after growing pauses, when the storage
+    fails in a way that may go away by itself.
+
+    failed: called with the error and the seconds of the pause before the next try. Raises the last
+    Transient if all tries fail, every other error at once.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return work()
+        except (OSError, Transient) as e:
+            error = e if isinstance(e, Transient) else storage_error(e)
+            if not isinstance(error, Transient):
+                raise
+            if pause is None:
+                what = f"{error.what} (tried {len(PAUSES) + 1} times)"
+                raise type(error)(error.where, what, error.todo) from e
+        failed(error, pause)
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")

@@ -10,7 +10,7 @@ import pytest
 
 from forescale import cli
 from forescale.config.compose import compose, overrides_of
-from forescale.errors import INTERRUPTED, USER, UserError
+from forescale.errors import CRASHED, INTERRUPTED, USER, UserError
 from forescale.run.start import versions
 from forescale.verbs import load
 from forescale.verbs.shards import ShardsJob
@@ -51,6 +51,11 @@ def failing(error):
             OSError(errno.ENAMETOOLONG, "x", "/d"),
             USER,
             "forescale: /d: the name is too long; choose",
+        ),
+        (
+            OSError(errno.ESTALE, "Stale file handle", "/d"),
+            CRASHED,
+            "forescale: /d: the storage fails (Stale file handle); check the storage, then run",
         ),
         (
             KeyboardInterrupt(),

@@ -1,17 +1,18 @@
 """Saves the engine's state: copied between two steps, then written, published and followed by
 retention in a thread of its own, while training goes on.
 
-Invariant: at most one save is in flight. Its decisions (that it failed, what is deleted) are the
-same on all ranks, through a process group of its own. A rank that is killed before the one rename
-leaves the previous checkpoint as the newest.
+Invariant: at most one save is in flight. Its decisions (that it failed, that it is tried again,
+what is deleted) are the same on all ranks, through a process group of its own. A rank that is
+killed before the one rename leaves the previous checkpoint as the newest.
 """
 
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep, Retention, leftovers
@@ -19,7 +20,11 @@ from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.ranks import Ranks
 from forescale.engine.state import HostCopy
 from forescale.engine.step import Engine
+from forescale.errors import Transient
 from forescale.run.directory import Attempt, Run
+from forescale.storage import retried
+
+T = TypeVar("T")
 
 
 def _ignore(step: int, path: Path) -> None:
@@ -86,29 +91,58 @@ class Saver:
     def _save(self, snapshot: Snapshot, began: float, stall: float | None) -> None:
         try:
             self._publish(snapshot, began, stall)
-            self._retention(self._ranks)
+            self._retried(snapshot.position.step, lambda: self._retention(self._ranks))
         except BaseException as e:  # of any kind: `finish` raises it in the training thread
             self._fault = e
             self.failed = True
 
     def _publish(self, snapshot: Snapshot, began: float, stall: float | None) -> None:
-        attempt, step = self._attempt, snapshot.position.step
+        ranks, step = self._ranks, snapshot.position.step
+        self._retried(step, self._prepare)
+        number, midway = self._attempt.number, self._midway
+        written = self._retried(step, lambda: write(self._run, number, snapshot, ranks, midway))
+        self._retention.saved(step)
+        seconds = time.perf_counter() - began
+        facts = {
+            "step": step,
+            "bytes": written.bytes,
+            "seconds": round(seconds, 6),
+            "stall_seconds": round(seconds if stall is None else stall, 6),
+        }
+        events = self._attempt.events.path
+        report = lambda: self._attempt.event("checkpoint_saved", **facts)  # noqa: E731
+        self._retried(step, lambda: ranks.from_main(report, events))
+
+    def _prepare(self) -> None:
         if not self._swept:
             self._ranks.from_main(self._sweep, self._run.checkpoints)
             self._swept = True
         # No checkpoint may hold a step that has no durable row.
-        self._ranks.from_main(attempt.metrics.sync, attempt.metrics.path)
-        written = write(self._run, attempt.number, snapshot, self._ranks, self._midway)
-        self._retention.saved(step)
-        if self._ranks.is_main:
-            seconds = time.perf_counter() - began
-            attempt.event(
-                "checkpoint_saved",
-                step=step,
-                bytes=written.bytes,
-                seconds=round(seconds, 6),
-                stall_seconds=round(seconds if stall is None else stall, 6),
-            )
+        metrics = self._attempt.metrics
+        self._ranks.from_main(metrics.sync, metrics.path)
+
+    def _retried(self, step: int, work: Callable[[], T]) -> T:
+        """Do `work`, and again if the storage fails for a moment; every rank calls it. Each failure
+        is an event, written before the next try, and if that fails, before the one after."""
+        faults: list[dict[str, Any]] = []
+
+        def report() -> None:
+            while faults:
+                self._attempt.event("save_retried", step=step, **faults[0])
+                del faults[0]
+
+        def tried() -> T:
+            if faults:
+                self._ranks.from_main(report, self._attempt.events.path)
+            return work()
+
+        def failed(error: Transient, pause: float) -> None:
+            faults.append({"error": str(error), "pause": pause})
+            if self._ranks.is_main:
+                text = f"forescale: the save of step {step:,} failed, next try in {pause:g} s"
+                print(f"{text}: {error}", file=sys.stderr, flush=True)
+
+        return retried(tried, failed)
 
     def _sweep(self) -> None:
         """Remove unfinished saves and deletions of earlier attempts."""

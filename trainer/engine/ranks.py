@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forescale.errors import UserError, storage_error
+from forescale.errors import UserError, storage_error, unknown_storage_error
 
 
 class Ranks:
@@ -85,16 +85,11 @@ def _tried(work: Callable[[], Any], where: Path | None) -> tuple[Any, Exception 
     except UserError as e:
         return None, e
     except OSError as e:
-        return None, storage_error(e) or (_unknown(e, where) if where else e)
+        return None, storage_error(e) or (unknown_storage_error(e, str(where)) if where else e)
 
 
 def _nothing() -> None:
     return None
-
-
-def _unknown(error: OSError, where: Path) -> UserError:
-    what = f"the storage fails ({error.strerror or error})"
-    return UserError(str(error.filename or where), what, "check it, then run the command again")
 
 
 ALONE = Ranks()

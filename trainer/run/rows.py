@@ -16,30 +16,64 @@ from typing import Any
 from forescale.storage import naming
 
 Row = dict[str, Any]
+_MOST_UNSYNCED = 16 << 20  # bytes of rows that are held in memory until they are durable
 _NUMBERS = {"loss", "grad_norm", "loss_stderr", "bits_per_byte"}
 
 
 class RowWriter:
-    """Appends rows to a JSONL file. Several threads may add; each row is one whole line."""
+    """Appends rows to a JSONL file. Several threads may add; each row is one whole line.
+
+    After an error it may be used again: what a failed `add` left of its row is removed first, and
+    after a failed `sync` the rows since the sync before are written again, because a system forgets
+    what it couldn't write.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._file: Any = None
-        self._lock = Lock()
+        self._lock, self._syncing = Lock(), Lock()
+        self._end = self._synced = 0  # bytes: of whole rows; and of those that are durable
+        self._since: list[bytes] = []  # the rows after `_synced`
+        self._torn = self._doubtful = False  # an `add`, a `sync` has failed
 
     def add(self, row: Row) -> None:
         """Append a row. Raises OSError, with the file's name, if the storage refuses."""
         line = (to_json(row) + "\n").encode()
         with self._lock, naming(self.path):
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            while line:  # a disk that fills up takes a part of the line first, then raises
-                line = line[self._file.write(line) :]
+            self._write(line)
+            self._since.append(line)
+            long = self._end - self._synced > _MOST_UNSYNCED
+        if long:
+            self.sync()
 
     def sync(self) -> None:
-        """Make the added rows durable, so that they survive a failure of the machine."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        """Make the added rows durable, so that they survive a failure of the machine. Raises
+        OSError, with the file's name."""
+        with self._syncing, naming(self.path):
+            with self._lock:
+                if self._file is None:
+                    return
+                if self._doubtful:
+                    self._end, self._torn = self._synced, True  # cut off here before writing
+                    self._write(b"".join(self._since))
+                end, count = self._end, len(self._since)
+                self._doubtful = True
+            os.fsync(self._file.fileno())  # other threads may add meanwhile
+            with self._lock:
+                self._doubtful, self._synced = False, end
+                del self._since[:count]
+
+    def _write(self, lines: bytes) -> None:
+        if self._file is None:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self._end = self._synced = os.fstat(self._file.fileno()).st_size
+        if self._torn:
+            os.ftruncate(self._file.fileno(), self._end)
+        self._torn, left = True, lines
+        while left:  # a disk that fills up takes a part of the line first, then raises
+            left = left[self._file.write(left) :]
+        self._torn = False
+        self._end += len(lines)
 
 
 def read_rows(

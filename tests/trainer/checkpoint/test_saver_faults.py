@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from forescale import storage
 from forescale.checkpoint import saver as module
 from forescale.checkpoint import writer
 from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.retention import pin
-from forescale.errors import UserError
+from forescale.errors import CRASHED, USER, Transient, UserError
 from forescale.run.directory import Run
 from forescale.storage import check_table
 from tests import disks
@@ -26,6 +27,11 @@ from tests.trainer.plain_engine import Gate, events, hidden, newest, save, saver
 @pytest.fixture
 def run(tmp_path):
     return Run(tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0, 0.0))
 
 
 def refuse(error):
@@ -56,6 +62,70 @@ def test_what_fails_on_one_rank_fails_on_all_in_the_same_words(run, rank):
     assert len({*said}) == 1
     assert "the disk quota is used up; free some space" in said[0]
     assert f"rank-{rank:05d}" in said[0]
+    assert newest(run) == 1
+    assert hidden(run) == []
+
+
+class Cough:
+    """A storage that fails so many times while step 2 is written, and then works."""
+
+    def __init__(self, error, times):
+        self.error, self.times, self.calls = error, times, 0
+
+    def __call__(self, step, path):
+        self.calls += step == 2
+        if step == 2 and self.calls <= self.times:
+            raise OSError(self.error, os.strerror(self.error), str(path))
+
+
+MOMENTARY = [errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN]
+
+
+@pytest.mark.parametrize("error", [*MOMENTARY, errno.ENOTCONN, errno.EAGAIN, errno.ENOENT])
+@pytest.mark.parametrize("background", [True, False])
+def test_storage_that_fails_for_a_moment_is_tried_again_on_all_ranks(
+    run, capsys, error, background
+):
+    ranks, attempt, cough = plain.worlds(2), plain.begin(run), Cough(error, 2)
+    engines = [plain.engine(world) for world in ranks]
+
+    def train(world):
+        midway = cough if world.rank == 1 else lambda *_: None
+        part = saver(run, attempt, engines[world.rank], midway=midway, background=background)
+        for step in (1, 2):
+            save(part, engines[world.rank], step)
+        part.finish()
+        return part.failed
+
+    assert plain.on_all(ranks, train) == [False, False]
+    assert cough.calls == 3
+    assert newest(run) == 2
+    assert hidden(run) == []
+    assert check_table(run.checkpoint_path(2)) == []
+    found = events(run, "save_retried")
+    assert [event["step"] for event in found] == [2, 2]
+    assert all(os.strerror(error) in e["error"] or "I/O error" in e["error"] for e in found)
+    assert capsys.readouterr().err.count("the save of step 2 failed, next try in 0 s") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "code"),
+    [
+        *((error, 4, CRASHED) for error in MOMENTARY),
+        *((e, 1, USER) for e in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)),
+        (errno.EROFS, 1, USER),
+    ],
+)
+def test_only_what_the_user_must_mend_ends_a_run_for_good(run, error, tries, code):
+    cough, engine = Cough(error, 99), plain.engine()
+    part = saver(run, plain.begin(run), engine, midway=cough)
+    for step in (1, 2):
+        save(part, engine, step)
+    with pytest.raises(UserError) as caught:
+        part.finish()
+    assert (cough.calls, caught.value.code) == (tries, code)
+    assert isinstance(caught.value, Transient) == (code == CRASHED)
+    assert ("(tried 4 times)" in str(caught.value)) == (code == CRASHED)
     assert newest(run) == 1
     assert hidden(run) == []
 

@@ -115,8 +115,10 @@ def test_storage_that_gives_an_error_in_place_of_bytes_is_a_damage(run, monkeypa
         return real(path, *args, **more)
 
     monkeypatch.setattr(storage, "open", failing, raising=False)
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
     assert chosen(run) == (10, [("checkpoint_damaged", 20)])
-    assert "can't be read (Input/output error)" in check_table(run.checkpoint_path(20))[0]
+    (fault,) = check_table(run.checkpoint_path(20))
+    assert "rank-00000.safetensors: the storage reports an I/O error (tried 2 times)" in fault
 
 
 def test_a_checkpoint_under_another_name_is_a_damage(run):

@@ -1,7 +1,9 @@
 """Attempts, lineage and rows: what a run directory promises, without an engine."""
 
+import errno
 import json
 import math
+import os
 import random
 import threading
 from pathlib import Path
@@ -156,6 +158,46 @@ def test_a_row_that_a_full_disk_cuts_short_is_an_error_and_no_silence(tmp_path):
             write_on()
         filling.unlink()
         assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == written
+
+
+def test_after_a_failed_row_the_next_ones_are_whole(tmp_path):
+    with disks.small_disk(tmp_path / "disk", "64k") as disk:
+        rows, written = RowWriter(disk / "metrics.jsonl"), []
+        filling = disks.fill(disk)
+        step = 0
+        while step < 200:  # more than fits into the page that the disk still has
+            step += 1
+            try:
+                rows.add(row(step, text="x" * 300))
+                written.append(step)
+            except OSError:
+                break
+        filling.unlink()
+        rows.add(row(1000))
+        assert [r["step"] for r in read_rows(disk / "metrics.jsonl")] == [*written, 1000]
+
+
+def test_rows_that_a_failed_sync_lost_are_written_again(tmp_path, monkeypatch):
+    """After a failed fsync the system may have dropped what it couldn't write."""
+    path = tmp_path / "metrics.jsonl"
+    rows = RowWriter(path)
+    rows.add(row(1))
+    rows.sync()
+    durable = path.stat().st_size
+    rows.add(row(2))
+
+    def losing(fd):
+        os.truncate(path, durable)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", losing)
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            rows.sync()
+    rows.add(row(3))
+    rows.sync()
+    rows.add(row(4))
+    assert [r["step"] for r in read_rows(path)] == [1, 2, 3, 4]
 
 
 def test_an_unknown_run_is_answered_with_the_known_ones(tmp_path):
