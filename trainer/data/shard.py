@@ -21,7 +21,7 @@ import xxhash
 
 from forescale.data.memory import BUFFERS, CHUNK, MEMORY, Resident
 from forescale.data.remote.store import File, LocalFile, Store
-from forescale.data.remote.transfer import Unreachable
+from forescale.data.remote.transfer import WrongFile
 from forescale.errors import UserError
 
 FORMAT = 2  # version of the dataset format
@@ -33,8 +33,8 @@ RESTORE = "restore it from a copy or build the dataset again"
 
 
 class Damaged(UserError):
-    """A part of a shard that can't be used: truncated, unreadable, or different from what was
-    written.
+    """A part of a shard that can't be used: missing, truncated, or different from what was written.
+    The content proves it; storage that only fails to read raises other errors.
 
     split, shard: which shard; member: its key, or "" if the shard as a whole is damaged.
     """
@@ -248,9 +248,10 @@ class Shard:
             raise self._unusable(e, self.members[at].key) from e
 
     def _unusable(self, e: UserError, member: str = "") -> UserError:
-        """Return the error to raise for a storage error. An unreachable server says nothing about
-        the bytes, so it isn't reported as damage: other windows must not replace these."""
-        if isinstance(e, Unreachable):
+        """Return the error to raise for a storage error. Storage or a server that fails, or denies
+        access, says nothing about the bytes, so it isn't reported as damage: other windows must not
+        replace these."""
+        if not isinstance(e, WrongFile):
             return e
         what = f"member {member}: {e.what}" if member else e.what
         return self._damaged(e.where, what, e.todo, member)

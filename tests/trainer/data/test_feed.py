@@ -1,16 +1,20 @@
 """Continuing despite damage: windows are substituted, the same on all ranks, and everything is
 reported."""
 
+import os
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
+from forescale import storage
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import LostMember
 from forescale.data.stream import StepShare, stream
-from forescale.errors import UserError
+from forescale.errors import CRASHED, Transient, UserError
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.test_stream import make_feed
 
@@ -175,3 +179,73 @@ def test_a_window_reads_only_what_it_needs(tmp_path):
         list(stream(feed, StepShare(8, 1), range(5, 6), g, workers=0))
         assert 0 < sum(read) <= 8 * 2 * 65536
         assert np.mean(read) <= 65536
+
+
+@pytest.fixture
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+
+
+@contextmanager
+def no_more_files():
+    """Take away this process's right to open another file: EMFILE from the kernel."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore:.*next try")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_storage_that_fails_to_open_a_shard_puts_nothing_away(path, without_pauses, workers):
+    """With substitutes allowed, each shard fails once, all are read afterwards."""
+    feed, want = feed_of(path), sequence(run(path))
+    with no_more_files(), pytest.raises(Transient, match=r"train-00000\d") as caught:
+        list(stream(feed, StepShare(BATCH, 1), STEPS, 0, workers=workers))
+    assert "Too many open files) (tried 3 times)" in str(caught.value)
+    assert caught.value.code == CRASHED
+    rows = [(batch,) for batch in stream(feed, StepShare(BATCH, 1), STEPS, 0, workers=workers)]
+    assert sequence(rows) == want
+    assert not any(batch.quarantine for (batch,) in rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*next try")
+def test_a_stale_handle_is_opened_again_and_its_tokens_are_read(path, without_pauses):
+    """As a file server that restarted: the open file gives an I/O error, its path works."""
+    feed, want = feed_of(path), sequence(run(path))
+    for number in range(3):
+        fd = feed.splits[0].shard(number).file._fd
+        with open("/proc/self/mem", "rb") as broken:  # the kernel answers EIO below address 4096
+            os.dup2(broken.fileno(), fd)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pread(fd, 1, 0)
+    rows = [(batch,) for batch in stream(feed, StepShare(BATCH, 1), STEPS, 0)]
+    assert sequence(rows) == want
+    assert not any(batch.lost for (batch,) in rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*next try")
+def test_a_file_system_that_is_gone_is_no_damage_but_a_file_that_is_gone_is(path, without_pauses):
+    feed = feed_of(path)
+    kept = path.rename(path.with_name("elsewhere"))
+    for left in (False, True):  # the place where it was mounted is there, and empty
+        if left:
+            path.mkdir()
+        with pytest.raises(Transient, match=r"folder is gone or empty \(tried 3 times\)"):
+            list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
+    path.rmdir()
+    kept.rename(path)
+    (path / "train-000002.tar").unlink()
+    rows = list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
+    assert rows[-1].quarantine == {LostMember("data", 2, "")}
+
+
+def test_a_shard_that_may_not_be_read_is_no_damage(path, without_pauses):
+    feed = feed_of(path)
+    (path / "train-000001.tar").unlink()
+    (path / "train-000001.tar").symlink_to("train-000001.tar")  # ELOOP, for root too
+    with pytest.raises(UserError, match=r"train-000001\.tar: can't be read") as caught:
+        list(stream(feed, StepShare(BATCH, 1), STEPS, 0))
+    assert not isinstance(caught.value, Damaged | Transient)

@@ -9,10 +9,11 @@ import hashlib
 import os
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from forescale.data.remote.buckets import FsspecOrigin
 from forescale.data.remote.cache import BlockCache
@@ -22,15 +23,18 @@ from forescale.data.remote.transfer import (
     Missing,
     Origin,
     Patience,
+    WrongFile,
     is_url,
     persist,
     receive,
     without_secrets,
 )
 from forescale.data.remote.web import HttpOrigin
-from forescale.errors import UserError
+from forescale.errors import Transient, UserError, storage_error
+from forescale.storage import retried
 
 CACHE_BYTES = 8 << 30
+T = TypeVar("T")
 
 
 class File(Protocol):
@@ -72,34 +76,46 @@ class Store(Protocol):
 
 
 class LocalFile:
-    """A File of the local file system."""
+    """A File of the local file system. Where reading fails for a moment, the file is opened again
+    and read again, several times: a handle that a file server has forgotten stays useless."""
 
     def __init__(self, path: Path, size: int | None = None):
         """Raises UserError if the file can't be opened or has another size."""
         self._path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise _unreadable(path, e) from e
-        self.size = os.fstat(self._fd).st_size
+        self._fd = _persist(path, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        self.size = _persist(path, lambda: os.fstat(self._fd).st_size)
         if size is not None and size != self.size:
             self.close()
-            what = f"has {self.size:,} bytes, expected {size:,}"
-            raise UserError(str(path), what, "restore it from a copy or build the dataset again")
+            raise _other_size(path, self.size, size)
 
     def read_at(self, offset: int, into: memoryview) -> None:
         """See File."""
-        # Not mmap: a storage error would kill the process (SIGBUS) without a message.
         try:
-            count = os.preadv(self._fd, (into,), offset)
-            while count < len(into):  # a signal, a read of 2 GiB, or the end of the file
-                more = os.preadv(self._fd, (into[count:],), offset + count)
-                if not more:
-                    size = os.fstat(self._fd).st_size
-                    raise _ends(str(self._path), size, offset + len(into) - size)
-                count += more
+            self._fill(offset, into)
         except OSError as e:
-            raise _unreadable(self._path, e) from e
+            if not isinstance(error := _unreadable(self._path, e), Transient):
+                raise error from e
+            _persist(self._path, lambda: self._fill_afresh(offset, into))
+
+    def _fill(self, offset: int, into: memoryview) -> None:
+        # Not mmap: a storage error would kill the process (SIGBUS) without a message.
+        count = os.preadv(self._fd, (into,), offset)
+        while count < len(into):  # a signal, a read of 2 GiB, or the end of the file
+            more = os.preadv(self._fd, (into[count:],), offset + count)
+            if not more:
+                size = os.fstat(self._fd).st_size
+                raise _ends(str(self._path), size, offset + len(into) - size)
+            count += more
+
+    def _fill_afresh(self, offset: int, into: memoryview) -> None:
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if (size := os.fstat(fd).st_size) != self.size:
+                raise _other_size(self._path, size, self.size)
+            os.dup2(fd, self._fd, inheritable=False)  # at once, also for reads of other threads
+        finally:
+            os.close(fd)
+        self._fill(offset, into)
 
     def forget(self, offset: int, size: int) -> bool:
         """See File."""
@@ -230,10 +246,7 @@ class LocalStore:
         if is_url(name):
             return self._remote().read(name, size, version)
         path = self.directory / name
-        try:
-            return path.read_bytes()
-        except OSError as e:
-            raise _unreadable(path, e) from e
+        return _persist(path, path.read_bytes)
 
     def open(self, name: str, size: int | None = None, version: str = "") -> File:
         """See Store."""
@@ -243,7 +256,10 @@ class LocalStore:
 
     def exists(self, name: str) -> bool:
         """See Store."""
-        return self._remote().exists(name) if is_url(name) else (self.directory / name).is_file()
+        if is_url(name):
+            return self._remote().exists(name)
+        path = self.directory / name
+        return _persist(path, path.is_file)
 
 
 def open_store(
@@ -274,13 +290,49 @@ def _numbers(offset: int, size: int) -> range:
     return range(offset // BLOCK, -(-(offset + size) // BLOCK))
 
 
+def _persist(path: Path, work: Callable[[], T]) -> T:
+    """Return the result of `work` on a local file, done again if the storage fails for a moment.
+    Raises UserError."""
+
+    def tried() -> T:
+        try:
+            return work()
+        except OSError as e:
+            raise _unreadable(path, e) from e
+
+    def failed(error: Transient, pause: float) -> None:
+        text = f"{error.where}: {error.what}; next try in {pause:g} s"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    return retried(tried, failed)
+
+
 def _unreadable(path: Path, e: OSError) -> UserError:
     if isinstance(e, FileNotFoundError):
-        return UserError(str(path), "is missing", "restore it from a copy, or check the path")
+        if _has_files(path.parent):
+            return Missing(str(path), "is missing", "restore it from a copy, or check the path")
+        todo = "check that its file system is mounted, then run the same command again"
+        return Transient(str(path), "its folder is gone or empty", todo)
+    e.filename = e.filename or str(path)
+    if isinstance(error := storage_error(e), Transient):
+        return error
     what = f"can't be read ({e.strerror})"
     return UserError(str(path), what, "check the storage and its permissions")
 
 
-def _ends(where: str, size: int, lacks: int) -> UserError:
+def _has_files(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except OSError:  # it is gone itself, or doesn't answer
+        return False
+
+
+def _other_size(path: Path, size: int, expected: int) -> WrongFile:
+    what = f"has {size:,} bytes, expected {expected:,}"
+    return WrongFile(str(path), what, "restore it from a copy or build the dataset again")
+
+
+def _ends(where: str, size: int, lacks: int) -> WrongFile:
     todo = "restore it from a copy or build the dataset again"
-    return UserError(where, f"ends after {size:,} bytes, {lacks:,} too early", todo)
+    return WrongFile(where, f"ends after {size:,} bytes, {lacks:,} too early", todo)

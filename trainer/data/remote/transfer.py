@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from forescale.errors import CRASHED, UserError
+from forescale.errors import Transient, UserError
 
 MIB = 1 << 20
 _LONGEST = 30.0  # maximum seconds between two tries, unless the server asks for more
@@ -39,17 +39,16 @@ class Patience:
 PATIENCE = Patience()
 
 
-class Unreachable(UserError):
-    """A server failed for longer than the Patience allows.
-
-    It says nothing about the file's bytes, and the server may answer again: the launcher retries.
-    """
-
-    code = CRASHED
+class Unreachable(Transient):
+    """A server failed for longer than the Patience allows."""
 
 
-class Missing(UserError):
-    """The server reports that the file doesn't exist."""
+class WrongFile(UserError):
+    """The file isn't the one that was prepared: it is gone, or has another size or version."""
+
+
+class Missing(WrongFile):
+    """The storage or the server reports that the file doesn't exist."""
 
 
 class RetryableError(Exception):
@@ -88,10 +87,10 @@ class Origin:
         """Store size and version. Raises UserError if they differ from those of earlier answers."""
         if size is not None and self.size is not None and size != self.size:
             what = f"has {size:,} bytes on the server, expected {self.size:,}"
-            raise UserError(self.shown, what, _CHANGED)
+            raise WrongFile(self.shown, what, _CHANGED)
         if tag and self.tag and tag != self.tag:
             what = f"changed on the server between two requests (from {self.tag} to {tag})"
-            raise UserError(self.shown, what, _CHANGED)
+            raise WrongFile(self.shown, what, _CHANGED)
         self.size, self.tag = self.size if size is None else size, self.tag or tag
 
 

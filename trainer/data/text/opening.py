@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from forescale.data.remote.transfer import is_url, without_secrets
-from forescale.errors import UserError
+from forescale.errors import Transient, UserError, storage_error
 
 COMPRESSED = (".gz", ".tgz", ".zst")
 _BLOCK = 1 << 20
@@ -44,6 +44,9 @@ def reading(where: str) -> Iterator[None]:
         what = f"truncated or damaged ({e})"
         raise UserError(shown(where), what, "restore the file from its source") from e
     except OSError as e:
+        e.filename = e.filename or where
+        if isinstance(error := storage_error(e), Transient):
+            raise Transient(shown(error.where), error.what, error.todo) from e
         name = os.fsdecode(e.filename) if isinstance(e.filename, str | bytes) else where
         what, todo = f"can't be read ({e.strerror or e})", "check the storage"
         if isinstance(e, FileNotFoundError):
