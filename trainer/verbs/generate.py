@@ -8,7 +8,7 @@ from typing import ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
-from forescale.errors import DONE
+from forescale.errors import DONE, UserError
 from forescale.inference.view import best_device, open_view
 
 
@@ -20,7 +20,9 @@ class GenerateJob(RunJob):
 
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    prompt: str = key("", "text that the model continues; empty: it begins a document")
+    prompt: str = key(
+        "", "text that the model continues; empty: it begins a document; -: read standard input"
+    )
     num_tokens: int = key(200, "the most tokens to write", ge=1)
     temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)
     top_k: int | None = key(50, "sample among this number of most likely tokens; null: all", ge=1)
@@ -32,19 +34,22 @@ JOB = GenerateJob
 EXAMPLES = (
     'generate first prompt="def main("',
     "generate first step=500 temperature=0",
+    "generate first prompt=- < start.txt",
 )
+_MOST = 16 << 20  # bytes of a prompt from standard input
 
 
 def main(arguments: list[str]) -> int:
     """Print the prompt and the text to stdout, everything else to stderr."""
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
+    text = _standard_input() if job.prompt == "-" else job.prompt
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
     from forescale.inference.sampling import pieces, prompt_ids, sampled
 
     model = view.load(checkpoint, job.trust).to(best_device())
     end = view.identity["dataset"]["end_of_text"]
-    prompt = prompt_ids(view.tokenizer, job.prompt, end)
+    prompt = prompt_ids(view.tokenizer, text, end)
     ids = sampled(
         model,
         prompt,
@@ -54,11 +59,27 @@ def main(arguments: list[str]) -> int:
         seed=job.seed,
         max_context=view.config.train.sequence_length,
     )
-    print(job.prompt, end="", flush=True)
+    print(text, end="", flush=True)
     for piece in pieces(view.tokenizer, prompt, _document(ids, end)):
         print(piece, end="", flush=True)
     print()
     return DONE
+
+
+def _standard_input() -> str:
+    """Return the text on standard input, without the line end that `echo` adds. Raises
+    UserError."""
+    if sys.stdin is None:
+        raise UserError("prompt", "standard input is closed", "write prompt=TEXT")
+    raw = sys.stdin.buffer.read(_MOST + 1)
+    if len(raw) > _MOST:
+        what = f"standard input has more than {_MOST:,} bytes"
+        raise UserError("prompt", what, "give its last part, such as with tail -c 100000")
+    try:
+        return raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as e:
+        what = f"standard input isn't UTF-8 (byte {e.start})"
+        raise UserError("prompt", what, "convert it with iconv -t utf-8") from None
 
 
 def _document(ids: Iterable[int], end: int) -> Iterator[int]:

@@ -1,7 +1,9 @@
 """`forescale generate`: text as it comes, whole characters only, without an engine."""
 
+import io
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -24,6 +26,34 @@ def test_it_writes_what_the_sampler_draws_after_the_prompt(trained, forescale):
     code, out, _ = forescale("generate", trained.path, "prompt=def ", "num_tokens=20", "seed=3")
     assert code == 0
     assert out == view.tokenizer.decode(ids) + "\n"
+
+
+def piped(monkeypatch, raw: bytes) -> None:
+    """Let standard input be a file with these bytes."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the test's end
+    file.write(raw)
+    file.seek(0)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+
+
+@pytest.mark.parametrize("raw", [b"d\xc3\xa9f x():", b"d\xc3\xa9f x():\n", b"d\xc3\xa9f x():\r\n"])
+def test_a_prompt_comes_from_a_pipe(trained, forescale, monkeypatch, raw):
+    words = ("generate", trained.path, "num_tokens=5")
+    want = forescale(*words, "prompt='déf x():'")
+    piped(monkeypatch, raw)
+    assert forescale(*words, "prompt=-") == want
+    assert want[1].startswith("déf x():")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [(b"\xff", "isn't UTF-8 (byte 0)"), (b"x" * 17_000_000, "more than 16,777,216 bytes")],
+)
+def test_a_pipe_that_holds_no_prompt_is_one_sentence(trained, forescale, monkeypatch, raw, said):
+    piped(monkeypatch, raw)
+    code, _, err = forescale("generate", trained.path, "prompt=-")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"prompt: standard input {said}" in err.replace("has ", "")
 
 
 def test_an_empty_prompt_begins_a_document(trained, forescale):
