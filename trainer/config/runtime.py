@@ -142,8 +142,13 @@ class ValidationConfig:
     every: Duration = key(
         Duration(500), "time between two evaluations; the last step is always evaluated"
     )
+    # Losses of windows of 256 tokens of code have a standard deviation of about 0.55 nats.
     windows: int | None = key(
-        None, "windows in a periodic evaluation; null: all (as always at the end)", ge=1
+        2048,
+        "windows in a periodic evaluation, evenly spread; null: all (as always at the end). The "
+        "standard error of the loss is about 0.012 nats with 2,048 of 256 tokens, half of it with "
+        "four times as many; `plan` shows what they cost",
+        ge=1,
     )
 
     def problems(self) -> Problems:

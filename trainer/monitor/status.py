@@ -24,6 +24,7 @@ from forescale.resilience.injector import records
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows, select
+from forescale.run.scores import is_evaluated
 
 State = Literal["new", "running", "interrupted", "crashed", "complete"]
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
@@ -111,12 +112,12 @@ class Status:
 
     @property
     def state(self) -> State:
-        """new: no attempt yet. complete: the last step is saved. interrupted: the newest attempt
-        recorded its end, or saved its last step. running: its files grew lately, by its own pace.
-        crashed: none of these, and steps are lost.
+        """new: no attempt yet. complete: the last step is saved and evaluated. interrupted: the
+        newest attempt recorded its end, or saved its last step. running: its files grew lately, by
+        its own pace. crashed: none of these, and steps are lost.
         """
         saved = max((c.position.step for c in self.checkpoints if self.is_eligible(c)), default=0)
-        if saved >= self.job.total_steps:
+        if saved >= self.job.total_steps and is_evaluated(self.run, self.job.total_steps):
             return "complete"
         if any(read_rows(a.events.path, kind="ended") for a in self.attempts[-1:]):
             return "interrupted"

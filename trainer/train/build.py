@@ -33,6 +33,7 @@ from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
 from forescale.run.feed import feed_of, objective_of
 from forescale.run.forecast import PredictionInterval
+from forescale.run.scores import is_evaluated
 from forescale.train.callbacks import Callback, Checkpoints, Every, Own, Validation
 from forescale.train.evaluate import Score, evaluate, pooled
 from forescale.train.guard import Guard, StepGuard
@@ -54,8 +55,9 @@ class Parts:
 
     @property
     def callbacks(self) -> list[Callback]:
-        """All callbacks in their order: a step is logged first and saved last."""
-        return [self.metrics, self.validation, *self.own, self.checkpoints]
+        """All callbacks in their order: a step is logged first; it is saved before it is scored,
+        which may take an hour."""
+        return [self.metrics, *self.own, self.checkpoints, self.validation]
 
     def close(self) -> None:
         """End the workers of the data stream, and write what the metrics still hold."""
@@ -96,6 +98,18 @@ class Builder:
         batches = self._batches(attempt, point.position)
         own = self._own(attempt, self.job.guard.most_rollbacks - len(rollbacks))
         return Parts(batches, guard, metrics, validation, own, checkpoints)
+
+    def lacks_score(self, point: ResumePoint) -> bool:
+        """True if the run ended between the save that it resumes from and the evaluation of the
+        same step. Every rank calls it, after the attempt has taken over the earlier rows."""
+        step, found = point.position.step, point.checkpoint
+        if found is None or found.path.parent != self.run.checkpoints:
+            return False  # the rows of another run tell nothing of this one
+        if not self._every(self.job.validation.every)(step):
+            return False
+        return not self.engine.world.from_main(
+            lambda: is_evaluated(self.run, step), self.run.metrics
+        )
 
     def _every(self, length: Duration, at: tuple[int, ...] = ()) -> Every:
         return Every(length, self.job.steps_of(length), self.job.total_steps, at)
@@ -202,6 +216,7 @@ class Builder:
                 documents=job.data.document_mask,
                 objective=self.objective,
                 ranks=world,
+                mark=self.phases.mark,
             )
         together = pooled(list(scores.values()))
         return {**(scores if len(scores) > 1 else {}), "validation": together}

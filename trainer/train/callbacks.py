@@ -121,8 +121,8 @@ class Every:
 
 
 class Validation(Callback):
-    """Scores the held-out splits when due. `log` receives the step and the scores by the splits'
-    names."""
+    """Scores the held-out splits when due. `log` receives the position after the step, and the
+    scores by the splits' names."""
 
     phase = "evaluation"
 
@@ -130,7 +130,7 @@ class Validation(Callback):
         self,
         due: Every,
         score: Callable[[bool], dict[str, Score]],
-        log: Callable[[Step, dict[str, Score]], None],
+        log: Callable[[Position, dict[str, Score]], None],
     ):
         self._due, self._score, self._log = due, score, log
 
@@ -141,13 +141,17 @@ class Validation(Callback):
     def see(self, step: Step, summary: StepSummary) -> None:
         """Score if due; at the last step the complete splits."""
         if self._due.update(step.position.step, summary):
-            complete = step.position.step == self._due.last
-            self._log(step, self._score(complete))
+            self.score(step.position)
+
+    def score(self, position: Position) -> None:
+        """Score now. Every rank calls it together."""
+        self._log(position, self._score(position.step == self._due.last))
 
 
 class Checkpoints(Callback):
-    """Saves in the background, and deletes what is no longer kept. It is the last callback, so that
-    everything logged about a step is logged before the step is saved.
+    """Saves in the background, and deletes what is no longer kept. A step has its row and all own
+    callbacks have seen it before it is saved. Only its evaluation comes later: a run that is killed
+    there resumes from this save, and evaluates first.
 
     keep, keep_every, at (steps), keep_best: see retention.Keep. facts, background, midway: see
     saver.Saver.

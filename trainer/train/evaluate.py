@@ -52,23 +52,27 @@ def evaluate(
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
     ranks: Ranks = ALONE,
+    mark: Callable[[str], None] = lambda at: None,
 ) -> Score:
     """Score a split, or `windows` of its windows, evenly spread. All of `ranks` call it together.
     An empty split gives NaN over 0 windows.
 
     losses: returns the summed nats of each window of a micro-batch, (B,). token_bytes: bytes of
-    each token, by id. documents: attention stays within documents.
+    each token, by id. documents: attention stays within documents. mark: receives the place of this
+    rank, at every micro-batch anew, so that a long evaluation doesn't look like a rank that hangs.
     """
     mine = []
     parts = validation_windows(
         split, sequence_length, micro_batch, ranks.rank, ranks.size, windows, documents, objective
     )
     for micro in parts:
+        mark("evaluation")
         sums = losses(micro).double().cpu()
         real = micro.targets != IGNORED
         bytes_ = torch.from_numpy(token_bytes)[micro.targets.clamp(min=0)] * real
         rows = zip(sums.tolist(), real.sum(1).tolist(), bytes_.sum(1).tolist(), strict=True)
         mine += [(micro.index, i, *row) for i, row in enumerate(rows) if row[1]]
+    mark("summary")
     every = sorted(row for part in ranks.gather(mine) for row in part)
     if not every:
         return Score(math.nan, math.nan, math.nan, targets=0, bytes=0, windows=0)

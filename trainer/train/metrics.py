@@ -127,12 +127,12 @@ class Metrics(Callback):
                     f"windows replace its own from step {step.position.step:,} on."
                 )
 
-    def scored(self, step: Step, scores: dict[str, Score]) -> None:
+    def scored(self, position: Position, scores: dict[str, Score]) -> None:
         """Log the scores of held-out splits by their names; "validation" is all of them pooled."""
         for dataset, score in scores.items() if self.is_main else ():
-            self._scored(step, dataset, score)
-            if dataset == "validation" and step.position.step == self.line.total:
-                self._compare_with_forecast(step.position, score)
+            self._scored(position, dataset, score)
+            if dataset == "validation" and position.step == self.line.total:
+                self._compare_with_forecast(position, score)
 
     def _compare_with_forecast(self, position: Position, score: Score) -> None:
         """Compare the final validation loss with the forecast; earlier losses have none."""
@@ -147,16 +147,16 @@ class Metrics(Callback):
             path = self.prediction.forecast
             self.line.print(f"Warning: the loss is outside the prediction interval of {path}.")
 
-    def _scored(self, step: Step, dataset: str, score: Score) -> None:
+    def _scored(self, position: Position, dataset: str, score: Score) -> None:
         if not score.windows:
-            self.attempt.event("nothing_to_validate", step=step.position.step)
+            self.attempt.event("nothing_to_validate", step=position.step, dataset=dataset)
             self.line.print(f"No validation loss: {dataset} has no held-out text.")
             return
         row = {
             "kind": "validation",
-            "step": step.position.step,
+            "step": position.step,
             "attempt": self.attempt.number,
-            "tokens": step.position.tokens,
+            "tokens": position.tokens,
             "dataset": dataset,
             **vars(score),
         }

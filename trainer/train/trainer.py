@@ -68,7 +68,7 @@ class Trainer:
         self._build()
         point = self._begin(resume(self.run, self.job, self.engine, self._warn))
         position, total = point.position, self.job.total_steps
-        if position.step >= total:
+        if position.step >= total and not self.builder.lacks_score(point):
             self._print(f"{self.run.name} is complete: {position.step:,} steps are trained.")
             return DONE
         if any(self.world.gather(bool(self.stop_request))):
@@ -130,8 +130,9 @@ class Trainer:
         return point
 
     def _train_attempt(self, point: ResumePoint) -> tuple[Position, bool]:
-        """Train one attempt to the end of the run or a stop request, and save there. Return the
-        position, and True if it was stopped.
+        """Train one attempt to the end of the run or a stop request, and save there; first evaluate
+        the step that it begins after, if that is still missing. Return the position, and True if it
+        was stopped.
 
         Raises Rollback; and UserError if the guard or a callback halts the run.
         """
@@ -139,6 +140,9 @@ class Trainer:
         parts = self.builder.parts(self.attempt, point)
         reason = None
         try:
+            if self.builder.lacks_score(point):
+                with self.phases("evaluation"):
+                    parts.validation.score(position)
             folder = self.attempt.path / "trace"
             with traced(self.job.profile.interval, folder, parts.batches) as batches:
                 position, stopped = train(
@@ -152,8 +156,9 @@ class Trainer:
                     parts.guard,
                 )
             stopped = stopped and position.step < self.job.total_steps
-            with self.phases("checkpoint"):
-                parts.checkpoints.save(position)
+            if position.step > point.position.step:
+                with self.phases("checkpoint"):
+                    parts.checkpoints.save(position)
             reason = "interrupted" if stopped else "complete"
         except Rollback as rollback:
             position = rollback.position

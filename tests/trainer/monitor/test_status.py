@@ -63,6 +63,17 @@ def test_one_damaged_run_does_not_hide_the_others(own_run, forescale, small_data
     assert forescale("status")[0] == 0
 
 
+def test_a_run_without_its_last_evaluation_is_not_complete(own_run, forescale):
+    """It is saved before it is evaluated, and was killed in between: the job must run again."""
+    rows = own_run.metrics.resolve()
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    assert Status(own_run).state == "running"  # it has just written
+    age_by(own_run, 1e4)
+    assert Status(own_run).state == "interrupted"
+    own_run.attempts()[-1].event("nothing_to_validate", step=STEPS)
+    assert Status(own_run).state == "complete"
+
+
 def test_the_page_of_one_run(own_run, forescale):
     code, out, _ = forescale("status", "small")
     assert code == 0

@@ -102,6 +102,18 @@ def test_rare_phases_have_the_long_limit(reporter, clock):
         assert found.quiet == 10, "but it must answer"
 
 
+def test_a_long_evaluation_lives_as_long_as_its_micro_batches_go_on(reporter, clock):
+    """1 % of 1e12 tokens takes longer than any limit; a micro-batch of it never does."""
+    run_steps(reporter, clock, 1, 1)
+    with reporter.phases("evaluation"):
+        for _ in range(4):
+            reporter.phases.mark("evaluation")
+            seen = [RankStatus(tick(reporter, clock), 0.0) for _ in range(50)]
+            assert not any(status.is_stuck for status in seen)
+        seen = [RankStatus(tick(reporter, clock), 0.0) for _ in range(101)]
+        assert seen[-1].is_stuck, "beyond three times the longest micro-batch without a mark"
+
+
 def test_time_while_the_process_was_suspended_does_not_count(reporter, clock):
     run_steps(reporter, clock, 1, 1)
     reporter.phases.mark("backward")

@@ -192,7 +192,7 @@ def score(made, step, loss, windows=3):
     position = Position(step, 4 * step, D // STEPS * step)
     last = Step(position, 0, {}, 1.0, Facts(torch.zeros(1), 1.0, True), {})
     source = Score(9.9, 0.1, 2.0, 10, 20, windows)
-    made.scored(last, {"web": source, "validation": replace(source, loss=loss)})
+    made.scored(last.position, {"web": source, "validation": replace(source, loss=loss)})
     return [row for row in read_rows(made.attempt.events.path) if "forecast" in row["kind"]]
 
 

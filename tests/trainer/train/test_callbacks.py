@@ -15,6 +15,7 @@ from forescale.engine.world import StepSummary, World
 from forescale.errors import UserError
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Run
+from forescale.train.build import Parts
 from forescale.train.callbacks import Checkpoints, Every, Own, Validation
 from forescale.train.evaluate import Score
 from forescale.train.guard import HEALTHY, Halt, Rollback
@@ -176,11 +177,29 @@ def test_the_periodic_score_is_capped_and_the_last_is_complete():
     callback = Validation(
         Every(Duration(4), 4, 10),
         lambda complete: asked.append(complete) or score,
-        lambda step, found: logged.append((step.position.step, found)),
+        lambda position, found: logged.append((position.step, found)),
     )
     trained(engine, 10, [callback])
     assert asked == [False, False, True]
     assert logged == [(4, score), (8, score), (10, score)]
+
+
+def test_a_step_is_saved_before_it_is_scored_and_after_all_else_has_seen_it():
+    """An evaluation can take an hour; nothing before it may be lost with it."""
+    engine, acted = Engine(), []
+
+    class Noted(Recorder):
+        def see(self, step, summary):
+            if self.is_due.update(step.position.step, summary):
+                acted.append((self.phase, step.position.step))
+
+    def each(name):
+        return Noted(Every(Duration(2), 2, 4), engine, name)
+
+    parts = Parts(None, None, each("row"), each("score"), [each("own")], each("save"))
+    trained(engine, 4, parts.callbacks)
+    order = ["row", "own", "save", "score"]
+    assert acted == [(name, step) for step in (2, 4) for name in order]
 
 
 class Saves:

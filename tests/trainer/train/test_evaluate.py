@@ -48,6 +48,22 @@ def score_on_ranks(dataset, size, **more):
     return on_all(worlds(size), lambda ranks: score(dataset, ranks=ranks, **more))
 
 
+def test_it_tells_at_every_micro_batch_that_it_lives_and_then_that_it_waits(dataset):
+    """The watchdog blames a rank that hangs in a micro-batch, and not those that wait for it."""
+    marks, scored = [], []
+
+    def noted(micro):
+        scored.append(marks[-1])
+        return losses(micro)
+
+    split = dataset.split("validation")
+    settings = {"sequence_length": LENGTH, "micro_batch": 3, "mark": marks.append}
+    evaluate(noted, split, dataset.token_bytes, **settings)
+    assert len(scored) > 5
+    assert scored == ["evaluation"] * len(scored)
+    assert marks == [*scored, "summary"]
+
+
 def windows(dataset):
     """(nats, targets, bytes) of each window, token by token, from the text of each."""
     split, found = dataset.split("validation"), []

@@ -133,7 +133,7 @@ def test_a_damaged_member_is_reported_once(metrics, capsys):
 
 def test_a_validation_row_and_its_line(metrics, capsys):
     made = metrics()
-    made.scored(step(7), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    made.scored(step(7).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     (row,) = read_rows(made.attempt.metrics.path)
     assert row["kind"] == "validation"
     assert (row["step"], row["tokens"], row["dataset"]) == (7, 140, "validation")
@@ -144,7 +144,7 @@ def test_a_validation_row_and_its_line(metrics, capsys):
 
 def test_an_empty_split_is_printed_and_an_event(metrics, capsys):
     made = metrics()
-    made.scored(step(7), {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
+    made.scored(step(7).position, {"web": Score(math.nan, math.nan, math.nan, 0, 0, 0)})
     assert not made.attempt.metrics.path.exists()
     assert [row["kind"] for row in read_rows(made.attempt.events.path)] == ["nothing_to_validate"]
     assert "web has no held-out text" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_an_empty_split_is_printed_and_an_event(metrics, capsys):
 def test_a_sink_gets_numbers_by_flat_names(metrics):
     made = metrics()
     made.see(step(5), summary(5))
-    made.scored(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    made.scored(step(5).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     (first, train), (second, validation) = made.trackers[0].rows
     assert first == second == 5
     assert train["train/loss"] == 4.0
@@ -167,7 +167,7 @@ def test_a_sink_gets_numbers_by_flat_names(metrics):
 def test_other_ranks_write_and_print_nothing(metrics, capsys):
     made = metrics(is_main=False)
     made.see(step(5), summary(5))
-    made.scored(step(5), {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
+    made.scored(step(5).position, {"validation": Score(2.5, 0.125, 1.75, 1000, 2000, 1234)})
     assert not made.attempt.metrics.path.exists()
     assert made.trackers[0].rows == []
     assert capsys.readouterr().out == ""

@@ -87,6 +87,68 @@ def test_an_interrupted_run_saves_first_and_repeats_no_step(finished, dataset, t
     assert launching.trajectory(run) == launching.trajectory(finished[0])
 
 
+@pytest.mark.slow  # four launches; the order of save and evaluation is in test_callbacks
+def test_a_run_killed_in_an_evaluation_resumes_from_the_same_step_and_evaluates_it(
+    dataset, tmp_path
+):
+    """A step is saved first; so nothing is lost, and no evaluation is missing at the end."""
+    (tmp_path / "mypackage.py").write_text(
+        "import os\n"
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        "class Bigram(nn.Module):\n"
+        "    def __init__(self, vocab_size, folder):\n"
+        "        super().__init__()\n"
+        "        self.embedding = nn.Embedding(vocab_size, 16)\n"
+        "        self.head = nn.Linear(16, vocab_size)\n"
+        "        self.folder, self.evaluated = Path(folder), 0\n"
+        "    def forward(self, tokens, targets=None):\n"
+        "        self.evaluated += not self.training\n"
+        "        kills = self.folder / str(self.evaluated)\n"
+        "        if not self.training and kills.exists():\n"
+        "            kills.unlink()\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "        logits = self.head(self.embedding(tokens))\n"
+        "        if targets is None:\n"
+        "            return logits\n"
+        "        return nn.functional.cross_entropy(\n"
+        "            logits.float().transpose(1, 2), targets, reduction='none').sum(1)\n"
+    )
+    # 8 windows of 2 are 4 micro-batches: the 2nd of the first evaluation; then, in a process that
+    # has made up for that and evaluated step 40, the 3rd of the last.
+    kills, never = tmp_path / "kills", tmp_path / "never"
+    for folder in (kills, never):
+        folder.mkdir()
+    for number in (2, 4 + 4 + 3):
+        (kills / str(number)).touch()
+    for folder in (kills, never):
+        model = ["model._target_=mypackage.Bigram", f"model.folder={folder}"]
+        command = (f"run.name={folder.name}-run", f"data.path={dataset}", *LENGTH)
+        settings = ("checkpoint.background=false", "optimizer=adamw")
+        output = launching.train(
+            tmp_path, *command, *settings, model=model, PYTHONPATH=str(tmp_path)
+        )
+        if folder is kills:
+            assert "(step 20)" in output
+            assert "(step 60)" in output
+            assert not list(kills.iterdir())
+    keys = ("step", "tokens", "loss", "bits_per_byte", "windows")
+    scores = [
+        [
+            [row[key] for key in keys]
+            for row in launching.rows(tmp_path / f"{name}-run", "validation")
+        ]
+        for name in ("kills", "never")
+    ]
+    assert scores[0] == scores[1]
+    assert [row[0] for row in scores[0]] == [20, 40, 60]
+    assert launching.trajectory(tmp_path / "kills-run") == launching.trajectory(
+        tmp_path / "never-run"
+    )
+    saves = launching.events(tmp_path / "kills-run").count("checkpoint_saved")
+    assert saves == 3, "the last step is not saved again"
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, cut):
     run, command = cut
     newest = sorted((run / "checkpoints").iterdir())[-1]
@@ -97,7 +159,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, cut):
     output = launching.train(run.parent, *command)
     assert "checkpoint damaged" in output
     assert "Resuming from" in output
-    assert "(step 20)" in output
+    assert "(step 20)" in output, output
     assert launching.trajectory(run) == launching.trajectory(finished[0])
     assert "checkpoint_damaged" in launching.events(run)
 
