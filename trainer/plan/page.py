@@ -13,6 +13,7 @@ from rich.table import Table
 
 from forescale.config.schema import plain
 from forescale.console import open_console, span, table
+from forescale.plan.evaluation import Evaluation
 from forescale.plan.failures import FailureEstimate
 from forescale.plan.memory import as_dict
 from forescale.plan.options import ShardingOption
@@ -43,6 +44,7 @@ def show(plan: Plan) -> None:
     console.print()
     for head, lines in (
         ("Time", _time(plan)),
+        ("Evals", _evaluations(plan)),
         ("Saves", _saves(plan)),
     ):
         _lines(console, head, lines)
@@ -177,7 +179,9 @@ def _time(plan: Plan) -> list[str]:
     if plan.seconds is None:
         return [*lines, "not known, because no speed is known"]
     hours, p = plan.gpu_hours or 0.0, plan.given.plan
-    lines.append(f"{span(plan.seconds)} for all steps; {hours:,.1f} GPU-hours including failures")
+    lines.append(
+        f"{span(plan.seconds)} for all steps; {hours:,.1f} GPU-hours, with evaluations and failures"
+    )
     if p.gpu_hour is not None:
         lines.append(f"cost: {hours * p.gpu_hour:,.2f} at {p.gpu_hour:g} per GPU-hour")
     if plan.machine.watts:
@@ -185,6 +189,28 @@ def _time(plan: Plan) -> list[str]:
         cost = energy * p.kilowatt_hour if p.kilowatt_hour is not None else None
         paid = "" if cost is None else f", cost: {cost:,.2f}"
         lines.append(f"{energy:,.0f} kWh at {plan.machine.watts:,.0f} W per GPU{paid}")
+    return lines
+
+
+def _evaluations(plan: Plan) -> list[str]:
+    cost = plan.evaluation
+    if cost is None:
+        return ["not known, because the data can't be opened"]
+
+    def one(evaluation: Evaluation) -> str:
+        seconds = evaluation.seconds
+        took = "" if seconds is None else f", {span(seconds)}"
+        many = "" if evaluation.windows == 1 else "s"
+        return f"{evaluation.windows:,} window{many}, {_flops(evaluation.flops)}{took}"
+
+    every = plan.job.validation.every
+    lines = [f"every {every}: {one(cost.periodic)} each; at the end all {one(cost.at_end)}"]
+    if cost.flops is not None and cost.times is not None:
+        parts = [f"{cost.times + 1:,} evaluations: {_flops(cost.flops)}"]
+        if cost.seconds is not None and plan.seconds:
+            share = cost.seconds / (cost.seconds + plan.seconds)
+            parts.append(f"{span(cost.seconds)}, {share:.1%} of the time with the steps")
+        lines.append(", ".join(parts))
     return lines
 
 
@@ -245,6 +271,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "options": {o.name: _option(o, plan) for o in [*plan.options, plan.chosen]},
         "seconds": plan.seconds,
         "gpu_hours": plan.gpu_hours,
+        "evaluation": _evaluation(plan),
         "checkpoint": {
             "bytes": plan.checkpoint_bytes,
             "max_on_disk": plan.checkpoints_kept,
@@ -259,6 +286,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "measured": _measured(plan),
     }
+
+
+def _evaluation(plan: Plan) -> dict[str, Any] | None:
+    if (cost := plan.evaluation) is None:
+        return None
+    every = {"periodic": vars(cost.periodic), "at_end": vars(cost.at_end)}
+    return {**every, "times": cost.times, "flops": cost.flops, "seconds": cost.seconds}
 
 
 def _option(option: ShardingOption, plan: Plan) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from forescale.config.schema import Problem
+from forescale.console import span
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
 from forescale.engine.deepspeed_config import deepspeed_config
@@ -21,6 +22,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import cache_bytes, count, flops_6n
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
+from forescale.plan.evaluation import EvaluationCost, estimate_evaluation
 from forescale.plan.failures import FailureEstimate, estimate_failures
 from forescale.plan.memory import BYTES, checkpoint_bytes
 from forescale.plan.options import ShardingOption, ShardingOptions, name_of
@@ -191,6 +193,14 @@ class Plan:
         step = self.chosen.step.seconds
         return None if step is None else step * self.job.total_steps
 
+    @cached_property
+    def evaluation(self) -> EvaluationCost | None:
+        """The cost of the evaluations; None if the data can't be opened."""
+        if self.sources is None:
+            return None
+        splits = [split.shard_tokens for split in self.sources.split("validation").values()]
+        return estimate_evaluation(self.job, splits, self.per_token, self.chosen.step, self.world)
+
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint."""
@@ -248,10 +258,16 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float | None:
-        """GPU-hours of the run, including the time that failures cost."""
+        """GPU-hours of the run, including the time that evaluations and failures cost."""
         if self.seconds is None:
             return None
-        return self.seconds / max(self.failures(self.world).ettr, 1e-9) * self.world / 3600
+        evaluating = (self.evaluation.seconds if self.evaluation else None) or 0.0
+        return (
+            (self.seconds + evaluating)
+            / max(self.failures(self.world).ettr, 1e-9)
+            * self.world
+            / 3600
+        )
 
     # Problems and notes
 
@@ -265,6 +281,13 @@ class Plan:
                 f"launch.grace allows {grace:,.0f} s after a signal, but a step and a save are "
                 f"predicted to take {lead:,.0f} s. Raise launch.grace and the lead time of the "
                 "signal, or write to faster storage."
+            )
+        evaluating = (self.evaluation.periodic.seconds if self.evaluation else None) or 0.0
+        if evaluating > grace:
+            self.notes.append(
+                f"A periodic evaluation is predicted to take {span(evaluating)}: after a stop "
+                f"signal in it, launch.grace ({span(grace)}) ends before it does, and the run "
+                "resumes from the last checkpoint. Lower validation.windows."
             )
         interval = self.interval
         if interval is not None and interval < self.save_seconds:

@@ -1,0 +1,87 @@
+"""The price of evaluation in `forescale plan`: windows as they are read, steps as they are due."""
+
+import json
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.duration import Duration
+from forescale.data.dataset import Dataset
+from forescale.data.objective import IGNORED
+from forescale.data.stream import validation_windows
+from forescale.plan.config import PlanJob
+from forescale.plan.evaluation import estimate_evaluation
+from forescale.plan.step_time import StepTime, TokenFlops
+from forescale.train.callbacks import Every
+
+PRICE = TokenFlops(full=300.0, causal=200.0, six_n=100.0, recomputed=100.0)
+SIZES = ["train.sequence_length=32", "train.global_batch=8", "train.micro_batch=2"]
+
+
+def cost(dataset, *words, seconds=None, world=2):
+    job = compose(PlanJob, [*SIZES, "schedule.warmup=0", *words])
+    tokens = job.tokens_per_step
+    step = StepTime(seconds, 0.0, 0.0, tokens, 300.0 * tokens, None)
+    splits = [dataset.split("validation").shard_tokens] if dataset else [[0]]
+    return estimate_evaluation(job, splits, PRICE, step, world)
+
+
+@pytest.mark.parametrize("limit", [None, 5, 10_000])
+def test_windows_and_work_are_those_that_ranks_really_evaluate(small_data, limit):
+    dataset = Dataset(small_data)
+    found = cost(dataset, "train.steps=10", f"validation.windows={limit or 'null'}", seconds=8.0)
+    ranks = [
+        list(validation_windows(dataset.split("validation"), 32, 2, r, 2, limit)) for r in (0, 1)
+    ]
+    real = sum(int((m.targets != IGNORED).any(1).sum()) for rank in ranks for m in rank)
+    assert found.periodic.windows == real > 0
+    assert found.periodic.flops == real * 32 * 100.0  # the forward is a third of 300
+    # Padding included: as many micro-batches on each rank, of a step's time for 8 windows.
+    rows = 2 * 2 * len(ranks[0])
+    assert found.periodic.seconds == pytest.approx(8.0 * rows / 8 * 100 / (300 + 100))
+    assert found.at_end.windows >= found.periodic.windows
+
+
+@pytest.mark.parametrize("every", ["3 steps", "5 steps", "20 %", "100 %", "700 tokens"])
+def test_evaluations_are_counted_as_they_are_due(every):
+    length = Duration.parse(every)
+    job = compose(PlanJob, [*SIZES, "train.steps=20", "schedule.warmup=0"])
+    due = Every(length, job.steps_of(length), 20)
+    found = cost(None, "train.steps=20", f"validation.every='{every}'")
+    assert found.times + 1 == sum(due(step) for step in range(1, 21))
+    assert found.seconds is None
+
+
+def test_evaluations_by_the_clock_need_a_speed():
+    words = ("train.steps=21", "validation.every='1 min'")
+    assert cost(None, *words).times is None
+    assert cost(None, *words).flops is None
+    assert cost(None, *words, seconds=10.0).times == 3
+
+
+def test_the_plan_shows_time_and_flops_of_each_and_of_all(forescale, small_data):
+    words = ["plan", f"data.path={small_data}", "data=dataset", "model=tiny", "train.steps=100",
+             "schedule.warmup=0", "validation.every=20", "validation.windows=1",
+             "machine=cpu", "plan.mfu=0.5", "logging.peak_flops=1e11"]  # fmt: skip
+    code, out, _ = forescale(*words)
+    assert code == 0
+    assert "Evals  every 20 steps: 1 window, " in out
+    assert "; at the end all " in out
+    assert "5 evaluations: " in out
+    assert "% of the time with the steps" in out
+    code, out, _ = forescale(*words, "--json")
+    plan = json.loads(out)
+    found = plan["evaluation"]
+    assert found["times"] == 4
+    total = 4 * found["periodic"]["seconds"] + found["at_end"]["seconds"]
+    assert found["seconds"] == pytest.approx(total)
+    assert plan["gpu_hours"] * 3600 > plan["seconds"] + found["seconds"]
+
+
+def test_an_evaluation_longer_than_the_grace_of_a_stop_is_noted(forescale, small_data):
+    words = ["plan", f"data.path={small_data}", "data=dataset", "model=tiny", "train.steps=100",
+             "schedule.warmup=0", "machine=cpu", "plan.mfu=0.5"]  # fmt: skip
+    _, out, _ = forescale(*words, "logging.peak_flops=1e6")
+    assert "Lower validation.windows" in out
+    _, out, _ = forescale(*words, "logging.peak_flops=1e13")
+    assert "Lower validation.windows" not in out

@@ -1,0 +1,83 @@
+"""What the evaluations of a run cost: windows, FLOPs and seconds, each and in total.
+
+Invariant: pure functions of the job, the manifests and the predicted step; what isn't known (the
+data, the speed) is None and not guessed. Windows are counted and dealt to ranks as in
+data/stream.py, `validation_windows`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from forescale.config.train import TrainJob
+from forescale.plan.step_time import StepTime, TokenFlops
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation. flops: forward alone, as MFU counts; seconds: None without a known speed."""
+
+    windows: int
+    flops: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class EvaluationCost:
+    """The evaluations of a run: `times` periodic ones before the last step, then one `at_end` of
+    all held-out windows. times: None if they come by the clock and no speed is known."""
+
+    periodic: Evaluation
+    times: int | None
+    at_end: Evaluation
+
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of all evaluations."""
+        if self.times is None:
+            return None
+        return self.times * self.periodic.flops + self.at_end.flops
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of all evaluations."""
+        if self.times is None or self.periodic.seconds is None or self.at_end.seconds is None:
+            return None
+        return self.times * self.periodic.seconds + self.at_end.seconds
+
+
+def estimate_evaluation(
+    job: TrainJob,
+    splits: Iterable[list[int]],
+    per_token: TokenFlops,
+    step: StepTime,
+    world: int,
+) -> EvaluationCost:
+    """Return the cost of a job's evaluations on `world` ranks.
+
+    splits: the tokens of every shard, for the held-out split of each source. The forward is a third
+    of a step's FLOPs without recomputation, and runs at the speed of a step.
+    """
+    length, limit = job.train.sequence_length, job.validation.windows
+    complete = [sum(-(-max(0, n - 1) // length) for n in shards) for shards in splits]
+    capped = [n if limit is None else min(limit, n) for n in complete]
+    of_step = (per_token.full + per_token.recomputed) * job.tokens_per_step
+
+    def evaluation(windows: list[int]) -> Evaluation:
+        flops = per_token.full / 3 * length
+        # All ranks make the same number of micro-batches, the last of them partly padding.
+        rounds = sum(-(-n // (job.train.micro_batch * world)) for n in windows)
+        rows = rounds * job.train.micro_batch * world
+        seconds = None if step.seconds is None else step.seconds * rows * flops / of_step
+        return Evaluation(sum(windows), sum(windows) * flops, seconds)
+
+    return EvaluationCost(evaluation(capped), _times(job, step), evaluation(complete))
+
+
+def _times(job: TrainJob, step: StepTime) -> int | None:
+    """Return the number of evaluations before the last step."""
+    every = job.validation.every
+    if steps := job.steps_of(every):
+        return (job.total_steps - 1) // steps
+    if step.seconds is None or not every.seconds:
+        return None
+    return int((job.total_steps - 1) * step.seconds / every.seconds)
