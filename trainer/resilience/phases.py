@@ -7,12 +7,19 @@ changes a phase timer; other threads may read it at any time (see resilience/rep
 import struct
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 PLACE = struct.Struct("<q24s")  # step, and place in ASCII
+_BESIDE = ("evaluation", "checkpoint", "startup", "recovery")  # between steps, now and then
+
+
+def training_seconds(seconds: Mapping[str, float]) -> float:
+    """Return the seconds of a step itself, given its row's seconds by phase: without evaluation,
+    saving and start-up, which say nothing of how fast steps are."""
+    return sum(spent for phase, spent in seconds.items() if phase not in _BESIDE)
 
 
 class PhaseTimer:

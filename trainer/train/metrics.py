@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from forescale.checkpoint.reader import Position
 from forescale.engine.world import StepSummary
+from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt
 from forescale.run.forecast import PredictionInterval, describe
 from forescale.train.callbacks import Callback, Every, Step
@@ -190,13 +191,14 @@ def _numbers(row: dict[str, Any]):
 class ProgressLine:
     """The progress line: live on a terminal, else printed whenever `due`.
 
-    total: steps of the run; done: steps before this attempt; active: False on ranks that print
-    nothing.
+    Speed and time left are of the steps alone, the last 50, without evaluation and saving. total:
+    steps of the run; done: steps before this attempt; active: False on ranks that print nothing.
     """
 
     def __init__(self, due: Every, total: int, done: int, active: bool):
         self.due, self.total = due, total
-        self._recent: deque[tuple[int, float]] = deque(maxlen=50)
+        self._recent: deque[float] = deque(maxlen=50)  # seconds of steps
+        self._is_first = True  # a step that compiles says nothing of the others
         self._live = None
         if active and sys.stdout.isatty():
             self._live, self._task = _live_progress(total, done)
@@ -204,26 +206,37 @@ class ProgressLine:
     def show(self, row: dict[str, Any], summary: StepSummary) -> None:
         """Show a train row."""
         mfu_per_rate = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
-        self._recent.append((row["step"], summary.seconds))
+        if not self._is_first:
+            self._recent.append(training_seconds(row["seconds"]))
+        self._is_first = False
         due = self.due.update(row["step"], summary)
         if self._live:
-            text = self._text(row, mfu_per_rate)
+            text = self._text(row, mfu_per_rate, self._live.console.width)
             self._live.update(self._task, completed=row["step"], text=text)
         elif due:
             print(self._text(row, mfu_per_rate), flush=True)
 
-    def _text(self, row: dict[str, Any], mfu_per_rate: float) -> str:
-        (first, since), (last, now) = self._recent[0], self._recent[-1]
-        pace = (now - since) / (last - first) if last > first else 0.0
+    def _text(self, row: dict[str, Any], mfu_per_rate: float, width: int | None = None) -> str:
+        """Return the line; without its less important parts where `width` columns are too few."""
+        pace = sum(self._recent) / len(self._recent) if self._recent else 0.0
         tokens = row["tokens"] / row["step"]
         rate = tokens / pace if pace else row["tokens_per_second"]
         eta = clock((self.total - row["step"]) * pace) if pace else "--:--"
-        width = len(str(self.total))
-        return (
-            f"step {row['step']:>{width}}/{self.total} ({row['step'] / self.total:6.1%}) | "
-            f"loss {row['loss']:.4f} | {rate:,.0f} tokens/s | "
-            f"mfu {rate * mfu_per_rate:.1%} | eta {eta}"
-        )
+        step = f"step {row['step']:>{len(str(self.total))}}/{self.total}"
+        parts = {
+            "step": f"{step} ({row['step'] / self.total:6.1%})",
+            "loss": f"loss {row['loss']:.4f}",
+            "lr": f"lr {max(row['learning_rate'].values(), default=0.0):.1e}",
+            "norm": f"norm {row['grad_norm']:.3g}",
+            "rate": f"{rate:,.0f} tokens/s",
+            "mfu": f"mfu {rate * mfu_per_rate:.1%}",
+            "eta": f"eta {eta}",
+        }
+        for shorter in ({"mfu": ""}, {"step": step}, {"norm": ""}, {"lr": ""}):
+            if width is None or len(_joined(parts)) < width:
+                break
+            parts |= shorter
+        return _joined(parts)
 
     def print(self, text: str) -> None:
         """Print a line of its own, above the live one."""
@@ -237,6 +250,10 @@ class ProgressLine:
         if self._live:
             self._live.stop()
             self._live = None
+
+
+def _joined(parts: dict[str, str]) -> str:
+    return " | ".join(part for part in parts.values() if part)
 
 
 def _live_progress(total: int, done: int):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -179,19 +180,33 @@ def test_plain_lines_come_at_their_interval(metrics, capsys):
         made.see(step(t), summary(t))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("/")[0] for line in lines] == ["step   10", "step   20", "step   30"]
-    # 20 tokens in the half second that a step really takes, whatever compute says.
-    eta = clock((TOTAL - 30) / 2)
-    mfu = 600 * 40 / 1e6
+    # 20 tokens in the 1.25 seconds that a step takes with all that belongs to it.
+    eta = clock((TOTAL - 30) * 1.25)
+    mfu = 600 * 16 / 1e6
     assert lines[-1] == (
-        f"step   30/1954 (  1.5%) | loss 4.0000 | 40 tokens/s | mfu {mfu:.1%} | eta {eta}"
+        "step   30/1954 (  1.5%) | loss 4.0000 | lr 1.0e-02 | norm 2 | 16 tokens/s | "
+        f"mfu {mfu:.1%} | eta {eta}"
     )
+
+
+def test_speed_and_time_left_are_of_steps_without_evaluations_and_saves(metrics, capsys):
+    made = metrics("10 steps")
+    for t in range(1, 11):
+        one = step(t)
+        beside = {"startup": 90.0} if t == 1 else {"evaluation": 500.0, "checkpoint": 50.0}
+        made.see(replace(one, seconds=one.seconds | beside), summary(t))
+    eta = clock((TOTAL - 10) * 1.25)
+    line = capsys.readouterr().out
+    assert "| 16 tokens/s |" in line
+    assert line.endswith(f"| eta {eta}\n")
 
 
 def test_the_first_line_has_no_estimate_yet(metrics, capsys):
     made = metrics("1 steps")
     made.see(step(1), summary(1))
     assert capsys.readouterr().out == (
-        "step    1/1954 (  0.1%) | loss 4.0000 | 80 tokens/s | mfu 4.8% | eta --:--\n"
+        "step    1/1954 (  0.1%) | loss 4.0000 | lr 1.0e-02 | norm 2 | 80 tokens/s | mfu 4.8% | "
+        "eta --:--\n"
     )
 
 
@@ -204,7 +219,7 @@ def test_the_live_line_fits_a_terminal_of_80_columns(metrics, capsys, monkeypatc
     made = metrics("10 steps")
     assert module.sys.stdout.isatty()
     for t in (1, 2, 1953):
-        made.see(step(t), summary(t, (30.0, 50.0), 1 / 3000))
+        made.see(step(t, seconds=1 / 3000), summary(t))
     made.line.print("above the line")
     made.line.close()
     made.line.close()  # twice does no harm
@@ -213,7 +228,7 @@ def test_the_live_line_fits_a_terminal_of_80_columns(metrics, capsys, monkeypatc
     frames = [f for f in out.replace("\r", "\n").split("\n") if "1953/1954" in f]
     assert frames
     for frame in frames:
-        assert "eta" in frame, "the end is cut off"
+        assert re.search(r"\| lr 1.0e-02 \| norm 2 \| .* \| eta 0:0\d", frame), "the end is cut off"
 
 
 @pytest.mark.parametrize(
