@@ -38,6 +38,9 @@ class ShardsJob(Job):
     )
     output: str | None = key(None, "directory of the dataset; must not exist yet")
     text_key: str = key("text", "field of a JSON line, or column of a table, that holds the text")
+    suffixes: list[str] = key(
+        [], "suffixes of further files that are plain text, such as [.log, .nfo]"
+    )
     undecodable: Literal["skip", "replace", "fail"] = key(
         "skip", "what to do with text that isn't UTF-8"
     )
@@ -112,7 +115,7 @@ def main(arguments: list[str]) -> int:
 
 def _build(job: ShardsJob, output: Path, progress: Any) -> None:
     policy = Policy(job.undecodable, job.empty, job.long, job.max_document_bytes)
-    source = Files(job.input, job.text_key, policy)
+    source = Files(job.input, job.text_key, policy, suffixes=job.suffixes)
     build_dataset(source, output, build_config(job), progress, job.workers or available())
 
 

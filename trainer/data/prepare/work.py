@@ -30,7 +30,7 @@ from forescale.errors import UserError
 from forescale.progress import Progress, log_line
 from forescale.storage import fsync_path, publish, read_json, write_json
 
-_FORMAT = 1  # increase it whenever units are made differently: older ones are then not used
+_FORMAT = 2  # increase it whenever units are made differently: older ones are then not used
 _FOLDERS = ("hashes", "ranges", "samples", "tokens", "rows", "dataset")
 _REQUEST = "request.json"
 

@@ -6,7 +6,7 @@ out silently.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -60,13 +60,23 @@ class Policy:
 
     `replace` writes U+FFFD for bytes that aren't UTF-8; `cut` drops the text beyond the limit,
     between two characters; `fail` raises an error that names the document. All except `keep` are
-    counted.
+    counted. What the limit drops isn't examined otherwise.
     """
 
     undecodable: str = "skip"  # skip | replace | fail
     empty: str = "skip"  # skip | fail
     long: str = "keep"  # keep | cut | skip | fail
     max_document_bytes: int | None = None  # for cut, skip and fail: the longest document allowed
+
+    @property
+    def is_cut(self) -> bool:
+        """True if long documents are cut."""
+        return self.long == "cut"
+
+    def is_long(self, size: int) -> bool:
+        """Return True if a document of `size` bytes is longer than the limit, if there is one."""
+        limit = self.max_document_bytes
+        return self.long != "keep" and limit is not None and size > limit
 
     def check(self) -> None:
         """Raise UserError for an unknown choice, or a limit that has no effect."""
@@ -138,39 +148,68 @@ DEFAULT_POLICY = Policy()
 
 
 def decoded(
-    name: str, text: bytes | str, report: ReadingReport, policy: Policy = DEFAULT_POLICY
+    name: str,
+    text: bytes | str,
+    report: ReadingReport,
+    policy: Policy = DEFAULT_POLICY,
+    convert: Callable[[str], str] | None = None,
 ) -> Iterator[Document]:
     """Yield the document, or nothing, according to the policy. Raises UserError if that is `fail`.
 
-    A str comes from a JSON parser or a table; its only possible fault is half a surrogate pair.
+    A str comes from a JSON parser or a table; its only possible fault is half a surrogate pair. Of
+    bytes, what is beyond the policy's limit by more than 3 bytes may be left out. convert: makes
+    the document's text from the decoded one.
     """
+    is_cut = False
+    if isinstance(text, bytes) and policy.is_long(len(text)):
+        if (short := _within(name, text, report, policy)) is None:
+            return
+        text, is_cut = short, True
     try:
         raw = _utf8(text)
     except UnicodeError as e:
-        at = f"byte {e.start}" if isinstance(e, UnicodeDecodeError) else "half a surrogate pair"
-        if policy.undecodable == "fail":
-            todo = "fix it, or choose undecodable=skip or replace"
-            raise UserError(name, f"isn't UTF-8 ({at})", todo) from None
-        if policy.undecodable == "skip":
-            report.add("undecodable", f"{name} ({at})")
+        if not may_replace(name, e, report, policy):
             return
-        report.add("undecodable, replaced", f"{name} ({at})")
         raw = _replaced(text)
-    limit = policy.max_document_bytes
-    if limit is not None and len(raw) > limit and policy.long != "keep":
-        if policy.long == "fail":
-            what = f"is {len(raw):,} bytes long, the limit is {limit:,}"
-            raise UserError(name, what, "raise max_document_bytes, or choose long=cut or skip")
-        report.add("long, cut" if policy.long == "cut" else "long", name)
-        if policy.long == "skip":
+    if policy.is_long(len(raw)):
+        unreported = ReadingReport() if is_cut else report
+        if (short := _within(name, raw, unreported, policy)) is None:
             return
-        raw = raw[: character_end(raw, limit)]
+        raw = short
+    if convert is not None:
+        raw = convert(raw.decode("utf-8")).encode("utf-8")
     if not raw or raw.isspace():
         if policy.empty == "fail":
             raise UserError(name, "holds no text", "remove it, or choose empty=skip")
         report.add("empty", name)
         return
     yield Document(name, raw)
+
+
+def may_replace(name: str, fault: UnicodeError, report: ReadingReport, policy: Policy) -> bool:
+    """Report text that isn't UTF-8; return True if the policy is to replace what is wrong. Raises
+    UserError if it is to fail."""
+    at = f"byte {fault.start}" if isinstance(fault, UnicodeDecodeError) else "half a surrogate pair"
+    if policy.undecodable == "fail":
+        todo = "fix it, or choose undecodable=skip or replace"
+        raise UserError(name, f"isn't UTF-8 ({at})", todo) from None
+    replaced = policy.undecodable == "replace"
+    report.add("undecodable, replaced" if replaced else "undecodable", f"{name} ({at})")
+    return replaced
+
+
+def expect_not_long(name: str, report: ReadingReport, policy: Policy, what: str = "long") -> None:
+    """Report a document that is skipped as too long. Raises UserError if the policy is to fail."""
+    if policy.long == "fail":
+        todo = "raise max_document_bytes, or choose long=cut or skip"
+        raise UserError(name, f"is longer than {policy.max_document_bytes:,} bytes", todo)
+    report.add(what, name)
+
+
+def _within(name: str, raw: bytes, report: ReadingReport, policy: Policy) -> bytes | None:
+    """Return the part of a long document that the policy keeps; None if that is nothing."""
+    expect_not_long(name, report, policy, "long, cut" if policy.long == "cut" else "long")
+    return raw[: character_end(raw, policy.max_document_bytes or 0)] if policy.is_cut else None
 
 
 def _utf8(text: bytes | str) -> bytes:
@@ -186,9 +225,10 @@ def _replaced(text: bytes | str) -> bytes:
 
 
 def character_end(text: bytes, limit: int) -> int:
-    """Return the largest end of a character in valid UTF-8 that is at most `limit`."""
+    """Return the largest end of a character that is at most `limit`. In bytes that aren't UTF-8 it
+    is an end within 3 bytes of it."""
     end = min(limit, len(text))
-    while 0 < end < len(text) and text[end] & 0xC0 == 0x80:
+    while max(0, limit - 3) < end < len(text) and text[end] & 0xC0 == 0x80:
         end -= 1
     return end
 

@@ -21,9 +21,15 @@ from forescale.data.text.documents import (
     Unit,
     decoded,
 )
-from forescale.data.text.inputs import InputFile, find_files, input_name, is_hub
+from forescale.data.text.inputs import (
+    InputFile,
+    clean_suffixes,
+    find_files,
+    input_name,
+    is_hub,
+)
 from forescale.data.text.lines import TextKey, lines_between, read_lines
-from forescale.data.text.opening import bare, open_stream, reading, shown
+from forescale.data.text.opening import Budget, bare, open_stream, reading, shown
 from forescale.data.text.tables import (
     hub_parts,
     load_hub,
@@ -31,7 +37,7 @@ from forescale.data.text.tables import (
     read_hub,
     read_parquet,
 )
-from forescale.data.text.tars import read_tar
+from forescale.data.text.tars import read_plain, read_tar
 
 __all__ = ["Document", "DocumentSource", "Files", "Policy", "ReadingReport", "Unit", "decoded"]
 
@@ -42,16 +48,19 @@ _LEAST, _MOST = 1 << 20, 16 << 20  # bytes of a unit
 class Files:
     """Documents of files, folders, globs, URLs and Hugging Face data sets, in the order given.
 
-        .txt .md .py      one document per file
+        .txt .md .rst ... one document per file (all suffixes: inputs.PLAIN)
+        .html .htm        one document per file, its text without the markup
+        no suffix         one document per file, if its content is text
         .jsonl            one document per line, text in field `text_key` ("meta.text" is nested)
         .parquet          one document per row, text in column `text_key`
-        .tar              a webdataset's members: .txt .md .py, .json, and the lines of .jsonl
+        .tar              a webdataset's members: the same, .json, and the lines of .jsonl
         hf://NAME:SPLIT   one document per row, see `load_hub`
 
-    All except .parquet may be compressed (.gz, .zst). Folders are read recursively in sorted order;
-    hidden files and files with other suffixes are left out and reported; the policy decides about
-    faulty, blank and long text. Raises UserError for an input that doesn't exist, can't be read, is
-    truncated or damaged, or contains no text under the key.
+    All except .parquet may be compressed (.gz, .zst). Folders are read recursively in sorted order.
+    Hidden files, files with other suffixes, and files without a suffix that hold no text are left
+    out and reported; the policy decides about faulty, blank and long text. Raises UserError for an
+    input that doesn't exist, can't be read, is truncated or damaged, or contains no text under the
+    key.
     """
 
     def __init__(
@@ -60,9 +69,12 @@ class Files:
         text_key: str = "text",
         policy: Policy | None = None,
         unit_bytes: int | None = None,
+        suffixes: Sequence[str] = (),
     ):
-        """unit_bytes: approximate bytes per unit; default: from the size of the input."""
+        """unit_bytes: approximate bytes per unit; default: from the size of the input. suffixes:
+        further ones of plain text."""
         self.text_key, self.policy = text_key, policy or Policy()
+        self.suffixes = clean_suffixes(suffixes)
         self.policy.check()
         self._skipped = ReadingReport()
         self._files: list[InputFile] = []
@@ -73,7 +85,7 @@ class Files:
                 self._tables[path] = load_hub(path)
                 self._files.append(InputFile(input_name(path), path, 0, "table", index))
             else:
-                self._files += find_files(path, index, self._skipped)
+                self._files += find_files(path, index, self._skipped, self.suffixes)
         self.sources = _distinct([input_name(str(path)) for path in paths])
         held = sum(file.size for file in self._files)
         held += sum(table.data.nbytes for table in self._tables.values())
@@ -81,9 +93,11 @@ class Files:
 
     def describe(self) -> dict[str, Any]:
         """Return the request, sizes and a hash of the file names; see DocumentSource."""
+        more = {"suffixes": sorted(self.suffixes)} if self.suffixes else {}
         return {
             "kind": "files",
             "names": self.sources,
+            **more,
             "text_key": self.text_key,
             "policy": asdict(self.policy),
             "files": len(self._files),
@@ -135,15 +149,15 @@ class Files:
     ) -> Iterator[Document]:
         name, where, key, policy = file.name, file.where, self.text_key, self.policy
         match file.kind:
-            case "plain":
+            case "plain" | "html" | "bare":
                 with open_stream(name, where) as f:
-                    yield from decoded(name, f.read(), report, policy)
+                    yield from read_plain(name, where, f, file.kind, report, policy)
             case "lines":
                 yield from self._read_lines(file, start, stop, report)
             case "parquet":
                 yield from read_parquet(name, where, start, stop, key, report, policy)
             case "tar":
-                yield from read_tar(name, where, key, report, policy)
+                yield from read_tar(name, where, key, report, policy, self.suffixes)
             case "table":
                 table = self._tables[where]
                 yield from read_hub(name, table, start, stop, key, report, policy)
@@ -153,7 +167,8 @@ class Files:
     ) -> Iterator[Document]:
         text_key = TextKey(self.text_key)
         with open_stream(file.name, file.where, max(0, start - 1)) as f:
-            lines = lines_between(f, start, stop or None)
+            budget = Budget.of_line(file.name, file.where, self.policy)
+            lines = lines_between(f, budget, start, stop or None)
             yield from read_lines(file.name, lines, text_key, report, self.policy)
         if start == 0:  # a later part alone can't be judged
             text_key.check(shown(file.where), "line")

@@ -8,20 +8,38 @@ ReadingReport.
 import glob
 import io
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import ReadingReport
-from forescale.data.text.opening import bare, open_raw, reading, shown
+from forescale.data.text.opening import (
+    COMPRESSED,
+    bare,
+    is_text,
+    open_raw,
+    open_stream,
+    reading,
+    shown,
+)
 from forescale.errors import UserError
 
 HUB = "hf://"
-PLAIN = (".txt", ".md", ".py")
-KNOWN = ".txt .md .py .jsonl (also with .gz or .zst), .parquet, .tar"
+_TEXT = (
+    ".txt .text .md .markdown .rst .tex .org .adoc .asciidoc .textile "
+    ".py .pyi .c .h .cc .cpp .cxx .hh .hpp .cu .cs .go .hs .java .jl .js .jsx .kt .lua .ml .php "
+    ".pl .pm .r .rb .rs .scala .sh .sql .swift .ts .tsx"
+)
+PLAIN = tuple(_TEXT.split())
+HTML = (".html", ".htm", ".xhtml")
+KNOWN = (
+    ".txt .md .rst .tex .html .jsonl and source code (also with .gz or .zst), .parquet, .tar, or "
+    "text without a suffix; suffixes=[.xyz] adds others"
+)
 _MAGIC = "*?["
 
 
@@ -29,8 +47,8 @@ _MAGIC = "*?["
 class InputFile:
     """One file of an input.
 
-    name: the same on every machine; where: path or address to open; size: in bytes; kind: plain,
-    lines, parquet, tar or table; source: index of its input.
+    name: the same on every machine; where: path or address to open; size: in bytes; kind: as of
+    `kind_of`, or table; source: index of its input.
     """
 
     name: str
@@ -40,17 +58,37 @@ class InputFile:
     source: int
 
 
-def kind_of(name: str) -> str | None:
-    """Return how a file is read, by its suffix; None if the suffix isn't one of text."""
+def kind_of(name: str, suffixes: Sequence[str] = ()) -> str | None:
+    """Return how a file is read, by its suffix: plain, html, lines, parquet, tar; bare if it has
+    none, so that its content decides; None if the suffix isn't one of text.
+
+    suffixes: further ones of plain text.
+    """
     stem = bare(name)
-    if stem.endswith(PLAIN):
+    if stem.endswith((*PLAIN, *suffixes)):
         return "plain"
+    if stem.endswith(HTML):
+        return "html"
     # C4 and Dolma call compressed lines .json.gz; a plain .json is mostly one object or an array.
     if stem.endswith(".jsonl") or (len(stem) < len(name) and stem.endswith(".json")):
         return "lines"
     if stem.endswith(".tar") or name.lower().endswith(".tgz"):
         return "tar"
-    return "parquet" if name.lower().endswith(".parquet") else None
+    if name.lower().endswith(".parquet"):
+        return "parquet"
+    return None if PurePosixPath(stem).suffix else "bare"
+
+
+def clean_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:
+    """Return suffixes in lower case and with their dot. Raises UserError for what is none."""
+    found = tuple(f".{suffix.strip().lower().lstrip('.')}" for suffix in suffixes)
+    for given, suffix in zip(suffixes, found, strict=True):
+        if not re.fullmatch(r"(\.[\w+-]+)+", suffix):
+            raise UserError("suffixes", f"{given!r} isn't a suffix", "write such as [.log, .nfo]")
+        if suffix in (*COMPRESSED, ".parquet", ".tar", ".jsonl"):
+            what = f"{given!r} has its own meaning and can't be plain text"
+            raise UserError("suffixes", what, "leave it out")
+    return found
 
 
 def is_hub(path: str) -> bool:
@@ -68,8 +106,11 @@ def input_name(path: str) -> str:
     return clean(Path(path).name or Path(path).resolve().name)
 
 
-def find_files(path: str, source: int, skipped: ReadingReport) -> list[InputFile]:
-    """Return all files of an input, sorted by name. Raises UserError if there is none to read."""
+def find_files(
+    path: str, source: int, skipped: ReadingReport, suffixes: Sequence[str] = ()
+) -> list[InputFile]:
+    """Return all files of an input, sorted by name. Raises UserError if there is none to read.
+    suffixes: further ones of plain text."""
     if not path.strip():
         raise UserError(
             "input", "one of the inputs is empty", "give a file, a folder, a glob or an address"
@@ -80,7 +121,9 @@ def find_files(path: str, source: int, skipped: ReadingReport) -> list[InputFile
     with reading(path):
         listed = list(_remote(path, skipped) if is_url(path) else _local(path, skipped))
     for name, where, size in listed:
-        if kind := kind_of(name):
+        if kind := kind_of(name, suffixes):
+            if kind == "bare" and where == path:
+                _expect_text(name, where)
             found.append(InputFile(name, where, _known(where, size), kind, source))
         elif where == path:
             raise _unknown(path)
@@ -96,6 +139,14 @@ def _unknown(path: str) -> UserError:
         todo = f"convert it to lines: jq -c '.[]' {shown(path)} > rows.jsonl"
         return UserError(shown(path), "a .json file isn't a list of documents", todo)
     return UserError(shown(path), "its suffix isn't a known kind of text", f"expected {KNOWN}")
+
+
+def _expect_text(name: str, where: str) -> None:
+    """Raise UserError if the one file of an input has no suffix and isn't text."""
+    with open_stream(name, where) as stream:
+        if not is_text(stream):
+            what = "has no suffix, and its content isn't text"
+            raise UserError(shown(where), what, f"expected {KNOWN}")
 
 
 def _local(path: str, skipped: ReadingReport) -> Iterator[tuple[str, str, int]]:

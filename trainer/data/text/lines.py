@@ -9,7 +9,15 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
+from forescale.data.text.documents import (
+    Document,
+    Policy,
+    ReadingReport,
+    decoded,
+    expect_not_long,
+    may_replace,
+)
+from forescale.data.text.opening import Budget
 from forescale.errors import UserError
 
 _BLOCK = 1 << 20
@@ -60,17 +68,21 @@ class TextKey:
 
 def read_lines(
     name: str,
-    lines: Iterator[tuple[int, bytes]],
+    lines: Iterator[tuple[int, bytes | None]],
     text_key: TextKey,
     report: ReadingReport,
     policy: Policy,
 ) -> Iterator[Document]:
     """Yield the document of every (offset, line), named by its offset in bytes: "rows.jsonl@1234".
 
-    Blank lines are skipped; other lines that give no document are reported.
+    Blank lines are skipped; other lines that give no document are reported, also those that are too
+    long to be held (None).
     """
     for offset, line in lines:
-        if not line.isspace():
+        if line is None:
+            text_key.rows += 1
+            expect_not_long(f"{name}@{offset}", report, policy, "long line")
+        elif not line.isspace():
             yield from json_document(f"{name}@{offset}", line, text_key, report, policy)
 
 
@@ -82,10 +94,8 @@ def json_document(
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        if policy.undecodable != "replace":
-            yield from decoded(name, raw, report, policy)
+        if not may_replace(name, e, report, policy):
             return
-        report.add("undecodable, replaced", f"{name} (byte {e.start})")
         text = raw.decode("utf-8", "replace")
     try:
         found = text_key.text(json.loads(text.removeprefix("\ufeff")))
@@ -99,9 +109,10 @@ def json_document(
 
 
 def lines_between(
-    f: BinaryIO, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, bytes]]:
+    f: BinaryIO, budget: Budget, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, bytes | None]]:
     """Yield the lines that begin in [start, stop) with their offsets; without `stop` up to the end.
+    A line that the budget doesn't allow is None.
 
     `f` must be at max(0, start - 1): only the byte before `start` shows whether a line begins
     there.
@@ -113,6 +124,24 @@ def lines_between(
             if not part or (stop is not None and at >= stop):
                 return  # the line that began earlier extends beyond this range
         at += len(part)
-    while (stop is None or at < stop) and (line := f.readline()):
+    while stop is None or at < stop:
+        line, size = _line(f, budget)
+        if not size:
+            return
         yield at, line
-        at += len(line)
+        at += size
+
+
+def _line(f: BinaryIO, budget: Budget) -> tuple[bytes | None, int]:
+    """Return the next line and its length; None if it may not be held."""
+    part = f.readline(_BLOCK)
+    if len(part) < _BLOCK or part.endswith(b"\n"):
+        return part, len(part)
+    held, size = [part], len(part)
+    while not part.endswith(b"\n") and (part := f.readline(_BLOCK)):
+        size += len(part)
+        if budget.allows(size):
+            held.append(part)
+        else:
+            held.clear()
+    return (b"".join(held) if held else None), size

@@ -4,24 +4,39 @@ Invariant: a stream gives everything that its file holds, or raises UserError na
 truncated compressed file is never taken for a shorter one: the decoder must reach the end marked by
 the format. (If a file of several members or frames is cut exactly between two, there is no such
 mark.)
+
+What is unpacked passes through in pieces of at most some 30 MB, and of one document no more is held
+than its policy asks for. Without a limit a document may be large, but not a hundred times as large
+as the file that it comes from: that is no text, but a file made to fill the memory.
 """
 
+import codecs
+import errno
 import io
 import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import zstandard
 
 from forescale.data.remote.transfer import is_url, without_secrets
+from forescale.data.text.documents import Policy
 from forescale.errors import Transient, UserError, storage_error
 
 COMPRESSED = (".gz", ".tgz", ".zst")
 _BLOCK = 1 << 20
-_PACKED = 1 << 17  # bytes given to a decoder at once; their output may be a thousand times larger
+_SNIFFED = 1 << 16  # bytes from which `is_text` judges
+_PACKED = 1 << 17  # bytes of a compressed file that are read at once
+# Bytes given to a decoder at once. Their output may be a thousand times larger with gzip, and
+# 33,000 times with zstd (a block of 128 kB in 4 bytes).
+_GZIP, _ZSTD = 1 << 14, 1 << 10
+_WINDOW = 1 << 27  # bytes that zstd may look back, unless the file is larger, as zstd's own tool
+_LARGE, _LARGE_LINE = 256 << 20, 64 << 20  # bytes that a document, a line may have in any case
+_RATIO = 100  # a longer one has at most so many times the bytes that its file takes on the disk
 
 
 def bare(name: str) -> str:
@@ -41,6 +56,9 @@ def reading(where: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError) as e:
+        if "too much memory" in str(e):
+            what = "unpacking it needs more memory than the file is large"
+            raise UserError(shown(where), what, "decompress it first: zstd -d --long=31") from e
         what = f"truncated or damaged ({e})"
         raise UserError(shown(where), what, "restore the file from its source") from e
     except OSError as e:
@@ -72,36 +90,128 @@ def open_stream(name: str, where: str, start: int = 0) -> Iterator[io.BufferedRe
     with open_raw(where) as raw:
         if start:
             raw.seek(start)
-        yield io.BufferedReader(Blocks(where, unpacked(name, raw)), _BLOCK)
+        yield io.BufferedReader(Blocks(where, unpacked(name, raw, where)), _BLOCK)
 
 
-def unpacked(name: str, f: BinaryIO) -> Iterator[bytes]:
-    """Yield the blocks of an open file, decompressed according to its name."""
+def unpacked(name: str, f: BinaryIO, where: str) -> Iterator[bytes]:
+    """Yield the blocks of an open file, decompressed according to its name. where: the file on the
+    disk that it is, or that it is a member of."""
     name = name.lower()
     if name.endswith((".gz", ".tgz")):
-        return _frames(f, lambda: zlib.decompressobj(wbits=31), padding=b"\0")
+        return _frames(f, lambda start: zlib.decompressobj(wbits=31), _GZIP, padding=b"\0")
     if name.endswith(".zst"):
-        return _frames(
-            f, lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        )
+        return _frames(f, lambda start: _zstd(start, where), _ZSTD)
     return iter(lambda: f.read(_BLOCK), b"")
 
 
-def _frames(f: BinaryIO, new: Callable[[], Any], padding: bytes = b"") -> Iterator[bytes]:
+def _zstd(start: bytes, where: str) -> Any:
+    """Return a decoder of the frame that begins with `start`, in the file `where`."""
+    window = _WINDOW
+    try:
+        wanted = zstandard.get_frame_parameters(start).window_size
+    except zstandard.ZstdError:  # its header goes on in the next piece
+        wanted = window + 1
+    if wanted > window:
+        window = min(max(window, stored_bytes(where)), 1 << 31)
+    return zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
+
+
+def _frames(
+    f: BinaryIO, new: Callable[[bytes], Any], at_once: int, padding: bytes = b""
+) -> Iterator[bytes]:
     # The libraries' own stream readers end without an error if a .zst is truncated.
     frame, frames = None, 0
-    while block := f.read(_PACKED):
-        while block:
-            if frame is None:
-                if frames and padding and not (block := block.lstrip(padding)):
-                    break
-                frame = new()
-            yield frame.decompress(block)
-            block = frame.unused_data if frame.eof else b""
-            frames += frame.eof
-            frame = None if frame.eof else frame
+    while packed := f.read(_PACKED):
+        for start in range(0, len(packed), at_once):
+            block = packed[start : start + at_once]
+            while block:
+                if frame is None:
+                    if frames and padding and not (block := block.lstrip(padding)):
+                        break
+                    frame = new(block)
+                yield frame.decompress(block)
+                block = frame.unused_data if frame.eof else b""
+                frames += frame.eof
+                frame = None if frame.eof else frame
     if frame is not None or not frames:
         raise EOFError("it ends too early" if frame else "it is empty")
+
+
+def stored_bytes(where: str) -> int:
+    """Return the bytes that a file takes where it is stored: without the holes of a sparse one."""
+    with open_raw(where) as f, reading(where):
+        size = f.seek(0, io.SEEK_END)
+        if is_url(where):
+            return size
+        held = at = 0
+        while at < size:
+            try:
+                at = os.lseek(f.fileno(), at, os.SEEK_DATA)
+            except OSError as e:
+                if e.errno != errno.ENXIO:  # a file system that doesn't know its holes
+                    return size
+                break  # only a hole is left
+            end = os.lseek(f.fileno(), at, os.SEEK_HOLE)
+            held, at = held + end - at, end
+        return held
+
+
+class Budget:
+    """How many bytes of one document, or of one line, are held in memory.
+
+    most: by its policy, None without a limit; large: so many in any case, unless most is less.
+    """
+
+    def __init__(self, name: str, where: str, most: int | None, large: int = _LARGE):
+        """name, where: of the document, and of the file that it comes from."""
+        self._name, self._where, self._most, self._large = name, where, most, large
+
+    @classmethod
+    def of_line(cls, name: str, where: str, policy: Policy) -> "Budget":
+        """Return the budget of a line of JSON; its text may be a small part of it."""
+        limit = policy.max_document_bytes
+        most = None if limit is None else (16 << 20) + 8 * limit
+        return cls(name, where, most, _LARGE_LINE)
+
+    def allows(self, size: int) -> bool:
+        """Return True if `size` bytes may be held. Raises UserError for more than honest text can
+        have in such a file."""
+        if self._most is not None and size > self._most:
+            return False
+        if size > self._large:
+            if size > _RATIO * self._stored:
+                what = f"unpacks to more than {_RATIO} times the {self._stored:,} bytes of its file"
+                todo = "remove it; or set max_document_bytes and long (cut or skip)"
+                raise UserError(self._name, what, todo)
+            self._large = _RATIO * self._stored
+        return True
+
+    @cached_property
+    def _stored(self) -> int:
+        return stored_bytes(self._where)
+
+
+def read_document(name: str, where: str, stream: BinaryIO, policy: Policy) -> bytes:
+    """Return the bytes of a document, to the end of the stream; beyond the policy's limit perhaps
+    not all, but some: then it is known to be long, and the rest is only verified. Raises
+    UserError."""
+    budget, held, size = Budget(name, where, policy.max_document_bytes), [], 0
+    while block := stream.read(_BLOCK):
+        if budget.allows(size):
+            held.append(block)
+        size += len(block)
+    return held[0] if len(held) == 1 else b"".join(held)
+
+
+def is_text(stream: io.BufferedReader) -> bool:
+    """Return True if a stream begins like text: valid UTF-8 without a zero byte. Nothing of it is
+    consumed."""
+    head = stream.peek(_SNIFFED)[:_SNIFFED]
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
 
 
 class Blocks(io.RawIOBase):

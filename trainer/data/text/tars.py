@@ -8,23 +8,76 @@ archive; here only the two zero blocks that end every archive count as its end.
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
-from forescale.data.text.documents import Document, Policy, ReadingReport, decoded
-from forescale.data.text.inputs import PLAIN, clean
+from forescale.data.text.documents import (
+    Document,
+    Policy,
+    ReadingReport,
+    decoded,
+    expect_not_long,
+)
+from forescale.data.text.inputs import KNOWN, clean, kind_of
 from forescale.data.text.lines import TextKey, json_document, lines_between, read_lines
-from forescale.data.text.opening import Blocks, bare, open_stream, reading, shown, unpacked
+from forescale.data.text.markup import text_of
+from forescale.data.text.opening import (
+    Blocks,
+    Budget,
+    bare,
+    is_text,
+    open_stream,
+    read_document,
+    reading,
+    shown,
+    unpacked,
+)
 from forescale.errors import UserError
 
 _BLOCK = 1 << 16
+_HEADER = 1 << 20  # bytes of all headers of one member
 _SUFFIXES = 8  # maximum number named in a message
 
 
 class BrokenTarError(EOFError):
     """Damage of a tar; not a tarfile.HeaderError, which TarFile.next takes for the end of the
     archive."""
+
+
+class _Headers:
+    """The file of a tar, which gives at most _HEADER bytes of headers for one member: a header can
+    claim any length, and tarfile would hold it."""
+
+    def __init__(self, f: BinaryIO):
+        self._f = f
+        self.left: int | None = None  # bytes of headers that may still be read; None: of members
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._f, name)
+
+    def read(self, size: int) -> bytes:
+        if self.left is not None:
+            self.left -= size
+            if self.left < 0:
+                raise BrokenTarError(f"a header has more than {_HEADER:,} bytes")
+        return self._f.read(size)
+
+
+class BoundedTar(tarfile.TarFile):
+    """A tar, open for reading. A member whose headers are too long raises BrokenTarError."""
+
+    def __init__(self, name: Any = None, mode: Any = "r", fileobj: Any = None, **more: Any):
+        super().__init__(name, mode, cast(Any, _Headers(fileobj)), **more)
+
+    def next(self) -> tarfile.TarInfo | None:
+        """Return the next member, or None at the end."""
+        headers = cast(_Headers, self.fileobj)
+        headers.left = _HEADER
+        try:
+            return super().next()
+        finally:
+            headers.left = None
 
 
 class _Header(tarfile.TarInfo):
@@ -39,32 +92,62 @@ class _Header(tarfile.TarInfo):
             raise BrokenTarError(str(e)) from e
 
 
-class _Tar(tarfile.TarFile):
+class _Tar(BoundedTar):
     tarinfo = _Header
     at_end = False
 
 
-def read_tar(
-    name: str, where: str, key: str, report: ReadingReport, policy: Policy
+def read_plain(
+    name: str,
+    where: str,
+    stream: io.BufferedReader,
+    kind: str,
+    report: ReadingReport,
+    policy: Policy,
 ) -> Iterator[Document]:
-    """Yield a document for every .txt, .md, .py and .json member, and for every line of a .jsonl
-    member.
+    """Yield the document that a stream holds. kind: plain, html or bare, as of `inputs.kind_of`."""
+    if kind == "bare" and not is_text(stream):
+        while stream.read(_BLOCK):  # verify the rest: it may be compressed
+            pass
+        report.add("no suffix and not text", name)
+        return
+    raw = read_document(name, where, stream, policy)
+    if kind == "html":
+        report.add("markup removed", name)
+    yield from decoded(name, raw, report, policy, text_of if kind == "html" else None)
 
-    They are named like "00000.tar/000123.txt". Members may be compressed (.gz, .zst). Raises
-    UserError for a damaged tar, and for one without any text member.
+
+def read_tar(
+    name: str,
+    where: str,
+    key: str,
+    report: ReadingReport,
+    policy: Policy,
+    suffixes: Sequence[str] = (),
+) -> Iterator[Document]:
+    """Yield a document for every member of text or .json, and for every line of a .jsonl member.
+
+    They are named like "00000.tar/000123.txt". Members may be compressed (.gz, .zst). suffixes:
+    further ones of plain text. Raises UserError for a damaged tar, and for one without any text
+    member.
     """
     text_key = TextKey(key)
     plain, others = 0, Counter[str]()
     for path, f in _members(name, where, report):
-        full, stem = f"{name}/{path}", bare(path)
-        stream = io.BufferedReader(Blocks(where, unpacked(path, f)))
-        if stem.endswith(PLAIN):
-            plain += 1
-            yield from decoded(full, stream.read(), report, policy)
-        elif stem.endswith(".json"):
-            yield from json_document(full, stream.read(), text_key, report, policy)
-        elif stem.endswith(".jsonl"):
-            yield from read_lines(full, lines_between(stream), text_key, report, policy)
+        full, kind = f"{name}/{path}", kind_of(path, suffixes)
+        stream = io.BufferedReader(Blocks(where, unpacked(path, f, where)))
+        if kind in ("plain", "html", "bare"):
+            if kind == "bare" and not is_text(stream):
+                others["no suffix"] += 1
+            else:
+                plain += 1
+            yield from read_plain(full, where, stream, kind, report, policy)
+        elif bare(path).endswith(".json"):
+            budget = Budget.of_line(full, where, policy)
+            yield from _whole_json(full, stream, budget, text_key, report, policy)
+        elif kind == "lines":
+            lines = lines_between(stream, Budget.of_line(full, where, policy))
+            yield from read_lines(full, lines, text_key, report, policy)
         else:
             others[PurePosixPath(path).suffix or path] += 1
             report.add("other suffix", full)
@@ -76,7 +159,29 @@ def read_tar(
             return
         ends = ", ".join(suffix for suffix, _ in others.most_common(_SUFFIXES))
         what = f"holds no text: its members end in {ends}"
-        raise UserError(shown(where), what, "expected .txt .md .py .json or .jsonl")
+        raise UserError(shown(where), what, f"expected {KNOWN}")
+
+
+def _whole_json(
+    name: str,
+    stream: BinaryIO,
+    budget: Budget,
+    text_key: TextKey,
+    report: ReadingReport,
+    policy: Policy,
+) -> Iterator[Document]:
+    held, size = [], 0
+    while block := stream.read(_BLOCK):
+        size += len(block)
+        if budget.allows(size):
+            held.append(block)
+        else:
+            held.clear()
+    if size and not held:
+        text_key.rows += 1
+        expect_not_long(name, report, policy)
+        return
+    yield from json_document(name, b"".join(held), text_key, report, policy)
 
 
 def _members(name: str, where: str, report: ReadingReport) -> Iterator[tuple[str, BinaryIO]]:

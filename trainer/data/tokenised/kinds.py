@@ -21,14 +21,16 @@ import numpy as np
 
 from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import ReadingReport
+from forescale.data.text.inputs import HTML, PLAIN
 from forescale.data.text.opening import open_raw, reading, shown
+from forescale.data.text.tars import BoundedTar, BrokenTarError
 from forescale.data.tokenised.megatron import read_idx
 from forescale.errors import UserError
 
 RESTORE = "restore it from its source"
 _RAW = (".bin", ".tok")
 _ARRAYS = (".npy", *_RAW)
-_TEXTS = (".txt", ".md", ".py", ".jsonl")
+_TEXTS = (*PLAIN, *HTML, ".jsonl")
 _PEEKED = 32  # members of a tar that decide its kind
 _DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64", "uint64")
 
@@ -186,7 +188,7 @@ def tar_members(f: BinaryIO, where: str, size: int) -> list[tarfile.TarInfo]:
     the end, at least two blocks and up to the last byte.
     """
     f.seek(0)
-    with reading(where), tarfile.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
+    with reading(where), BoundedTar.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
         members = tar.getmembers()
         end = tar.offset
     f.seek(end)
@@ -203,7 +205,7 @@ def _holds_arrays(where: str) -> bool:
     seen = False
     with open_raw(where) as f, reading(where):
         try:
-            with tarfile.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
+            with BoundedTar.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
                 for _ in range(_PEEKED):
                     if (info := tar.next()) is None:
                         break
@@ -211,6 +213,6 @@ def _holds_arrays(where: str) -> bool:
                     if name.endswith(_TEXTS):
                         return False
                     seen = seen or name.endswith(_ARRAYS)
-        except tarfile.TarError:
+        except (tarfile.TarError, BrokenTarError):
             return seen  # the reader will report the damage
     return seen

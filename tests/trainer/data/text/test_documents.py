@@ -56,8 +56,20 @@ def test_long():
     # The limit falls into the middle of the character.
     assert take(text, long="cut", max_document_bytes=5) == ([b"1234"], counted("long, cut"))
     assert take(text, long="skip", max_document_bytes=6) == ([], counted("long"))
-    with pytest.raises(UserError, match="a: is 7 bytes long, the limit is 6"):
+    with pytest.raises(UserError, match="a: is longer than 6 bytes"):
         take(text, long="fail", max_document_bytes=6)
+
+
+def test_text_beyond_the_limit_is_not_examined_and_before_it_it_is():
+    cut = {"long": "cut", "max_document_bytes": 4}
+    assert take(b"1234567\xff", **cut) == ([b"1234"], counted("long, cut"))
+    assert take(b"12\xff4567", **cut) == (
+        [],
+        counted("long, cut") | counted("undecodable", "a (byte 2)"),
+    )
+    both = counted("long, cut") | counted("undecodable, replaced", "a (byte 2)")
+    assert take(b"12\xff4567", undecodable="replace", **cut) == ([b"12"], both)
+    assert take(b"\x80" * 9, **cut)[0] == []  # nothing in it ends a character
 
 
 def test_the_text_left_after_a_cut_may_be_blank():

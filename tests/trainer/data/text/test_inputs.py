@@ -108,7 +108,7 @@ def test_compressed_json_is_read_as_lines_like_c4_and_dolma(tmp_path):
     [
         ("nowhere", "nowhere: no such file or folder; check the path"),
         ("*.txt", r"no such file or folder"),
-        ("", "holds no text file; expected .txt .md .py .jsonl"),
+        ("", "holds no text file; expected .txt .md .rst"),
         ("a.pdf", r"a\.pdf: its suffix isn't a known kind of text; expected .txt"),
         ("*.pdf", r"\*\.pdf: holds no text file"),
         (
@@ -208,3 +208,52 @@ def test_missing_addresses_raise_a_clear_error(bucket):
         read(f"{bucket[1]}/b/p.png")
     with pytest.raises(UserError, match="would run a command"):
         read("pipe:cat rows.jsonl")
+
+
+def test_text_of_many_suffixes_and_without_one(tmp_path):
+    """What is text by its name or by its content is read; the rest is counted and named."""
+    names = ("a.rst", "b.tex", "c.org", "d.cpp", "E.TXT", "README", "sub/part-00000", "f.rst.gz")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = f"text of {name}\n".encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    (tmp_path / "LICENSE.gz").write_bytes(gzip.compress("Füße".encode()))
+    (tmp_path / "binary").write_bytes(b"\x7fELF\0\0 ")
+    (tmp_path / "latin").write_bytes("Füße".encode("latin-1"))
+    (tmp_path / "empty").touch()
+    (tmp_path / "log.nfo").write_text("more")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+    root = tmp_path.name
+    found, report = read(tmp_path)
+    assert {name.removeprefix(f"{root}/") for name, _ in found} == {*names, "LICENSE.gz"}
+    assert dict(found)[f"{root}/README"] == b"text of README\n"
+    assert report.listed == {
+        "no suffix and not text": [f"{root}/binary", f"{root}/latin"],
+        "other suffix": [f"{root}/log.nfo", f"{root}/photo.jpg"],
+        "empty": [f"{root}/empty"],
+    }
+    found, report = read(tmp_path, suffixes=["NFO"])
+    assert dict(found)[f"{root}/log.nfo"] == b"more"
+    assert report.listed["other suffix"] == [f"{root}/photo.jpg"]
+
+
+def test_text_cut_within_a_character_where_it_is_judged_is_text(tmp_path):
+    text = b"a" + "é".encode() * 100_000
+    (tmp_path / "README").write_bytes(text)
+    assert read(tmp_path / "README")[0] == [("README", text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffixes", "sentence"),
+    [
+        ("binary", [], "binary: has no suffix, and its content isn't text; expected .txt"),
+        ("a.nfo", [], r"a.nfo: its suffix isn't a known kind.*suffixes=\[.xyz\] adds others"),
+        ("a.nfo", ["nf o"], "suffixes: 'nf o' isn't a suffix; write such as"),
+        ("a.nfo", [".gz"], "suffixes: '.gz' has its own meaning"),
+        ("a.nfo", ["/"], "suffixes: '/' isn't a suffix"),
+    ],
+)
+def test_what_is_no_text_is_one_sentence(tmp_path, name, suffixes, sentence):
+    (tmp_path / name).write_bytes(b"\0")
+    with pytest.raises(UserError, match=sentence):
+        read(tmp_path / name, suffixes=suffixes)

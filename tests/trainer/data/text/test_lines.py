@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from forescale.data.text.files import Files, ReadingReport
 from forescale.data.text.lines import lines_between
+from forescale.data.text.opening import Budget
 from forescale.errors import UserError
 from tests.trainer.data.read_files import lines, read
 
+FREE = Budget("rows", "rows", None)
 PIECES = st.lists(
     st.sampled_from([b"\n", b"\r\n", b"a", b"bc", b'{"x": 1}', b"long " * 9]), max_size=30
 )
@@ -22,13 +24,13 @@ PIECES = st.lists(
 @given(PIECES, st.integers(1, 90))
 def test_ranges_of_any_size_hold_the_lines_of_the_whole(pieces, size):
     raw = b"".join(pieces)
-    whole = list(lines_between(io.BytesIO(raw)))
+    whole = list(lines_between(io.BytesIO(raw), FREE))
     assert b"".join(line for _, line in whole) == raw
     found = []
     for start in range(0, len(raw), size):
         f = io.BytesIO(raw)
         f.seek(max(0, start - 1))
-        found += lines_between(f, start, start + size)
+        found += lines_between(f, FREE, start, start + size)
     assert found == whole
 
 

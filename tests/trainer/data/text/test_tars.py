@@ -179,3 +179,23 @@ def test_policies_apply_to_members(tmp_path):
     assert report.counts == {"undecodable, replaced": 2}
     with pytest.raises(UserError, match=r"x\.tar/a\.txt: isn't UTF-8"):
         read(tmp_path / "x.tar", policy=Policy(undecodable="fail"))
+
+
+def test_members_of_many_suffixes_and_without_one(tmp_path):
+    page = b"<p>one<script>no()</script><p>two &amp; three"
+    members = {"README": b"plain", "a.rst": b"rst", "b.html": page, "c.nfo": b"more", "d": b"\0"}
+    (tmp_path / "x.tar").write_bytes(tar(members))
+    found, report = read(tmp_path / "x.tar", suffixes=[".nfo"])
+    assert found == [
+        ("x.tar/README", b"plain"),
+        ("x.tar/a.rst", b"rst"),
+        ("x.tar/b.html", b"one\ntwo & three\n"),
+        ("x.tar/c.nfo", b"more"),
+    ]
+    assert report.listed == {
+        "markup removed": ["x.tar/b.html"],
+        "no suffix and not text": ["x.tar/d"],
+    }
+    (tmp_path / "x.tar").write_bytes(tar({"d": b"\0"}))
+    with pytest.raises(UserError, match="its members end in no suffix; expected"):
+        read(tmp_path / "x.tar")
