@@ -2,7 +2,8 @@
 
     attempts    launch.json (begun, ended), seconds by phase in the rows, `ended` events, the last
                 heartbeats
-    launches    from a start of the ranks to their end: an attempt and those after its rollbacks
+    launches    from a start of the ranks to their end: an attempt and those after its rollbacks;
+                the same command on a run that was complete changes nothing, so it isn't counted
     buckets     BUCKETS; every second of every launch, and between launches, falls in one of them
 
 Invariant: the buckets add up to the wall clock. Time that no row covers, before the first and after
@@ -83,7 +84,7 @@ class SaveInterval:
     """A proposal for `checkpoint.every`.
 
     stall: seconds per save; restart: seconds until a launch trains; mtbf: mean seconds between
-    failures, `assumed` if there was none; waste: the expected share of time lost.
+    failures; waste: the expected share of time lost.
     """
 
     seconds: float
@@ -91,7 +92,6 @@ class SaveInterval:
     stall: float
     restart: float
     mtbf: float
-    assumed: bool
     waste: float
 
 
@@ -119,6 +119,17 @@ class Goodput:
         return found
 
     @cached_property
+    def counted(self) -> list[Launch]:
+        """The launches without those that found the run complete, and did nothing."""
+        found: list[Launch] = []
+        for launch in self.launches:
+            was_done = any(earlier.code == DONE for earlier in found)
+            did_nothing = not launch.recorded and launch.code in (None, DONE, INTERRUPTED, USER)
+            if not (was_done and did_nothing):
+                found.append(launch)
+        return found
+
+    @cached_property
     def _kept(self) -> set[tuple[int, int]]:
         rows = read_rows(self.run.metrics, kind="train")
         return {(row["attempt"], row["step"]) for row in rows}
@@ -128,7 +139,7 @@ class Goodput:
         """Seconds by bucket; they add up to `wall`."""
         sums: dict[str, float] = defaultdict(float)
         before = None
-        for i, launch in enumerate(self.launches):
+        for i, launch in enumerate(self.counted):
             queued = launch.queued(before)
             sums["queue"] += queued
             if before is not None:
@@ -156,8 +167,8 @@ class Goodput:
     def wall(self) -> float:
         """Seconds from the first start (or from when the queue could have started it) to the last
         end. Time in which two launches were alive counts twice."""
-        waits = (max(0.0, b.begun - a.ended) for a, b in pairwise(self.launches))
-        first = self.launches[0].queued(None) if self.launches else 0.0
+        waits = (max(0.0, b.begun - a.ended) for a, b in pairwise(self.counted))
+        first = self.counted[0].queued(None) if self.counted else 0.0
         return first + self.alive + sum(waits)
 
     @property
@@ -171,12 +182,12 @@ class Goodput:
     @property
     def failures(self) -> int:
         """Number of launches that failed, except by an error in the config or the input."""
-        return sum(launch.failed and launch.code != USER for launch in self.launches)
+        return sum(launch.failed and launch.code != USER for launch in self.counted)
 
     @property
     def alive(self) -> float:
         """Seconds in which a launch was alive."""
-        return sum(launch.ended - launch.begun for launch in self.launches)
+        return sum(launch.ended - launch.begun for launch in self.counted)
 
     @property
     def mtbf(self) -> float | None:
@@ -190,33 +201,26 @@ class Goodput:
         return sum((row["attempt"], row["step"]) not in self._kept for row in rows)
 
     def interval(self) -> SaveInterval | None:
-        """Return the best checkpoint interval by this run's own times; None if nothing was
-        saved yet.
-
-        See `optimal_interval`. Without a failure the mean time between failures is taken as a third
-        of the observed time, which it exceeds with 95 % confidence (the rule of three: Hanley and
-        Lippman-Hand 1983).
-        """
+        """Return the best checkpoint interval by this run's own times; None if nothing was saved
+        yet, or no failure has shown how often they come. See `optimal_interval`."""
         rows = [row for launch in self.launches for row in launch.rows]
         by_phase: Counter[str] = Counter()
         for seconds_of in [*(row["seconds"] for row in rows), *(x.after for x in self.launches)]:
             by_phase.update(seconds_of)
         stall = by_phase["checkpoint"] / max(1, self._saves())
-        if not rows or not stall:
+        if not rows or not stall or self.mtbf is None:
             return None
         step = (by_phase["compute"] + by_phase["data"]) / len(rows)
         last = next(launch for launch in reversed(self.launches) if launch.rows)
         restart = last.head + last.rows[0]["seconds"].get("startup", 0.0)
-        mtbf = self.mtbf or self.alive / 3
-        seconds = optimal_interval(stall, mtbf)
+        seconds = optimal_interval(stall, self.mtbf)
         return SaveInterval(
             seconds=seconds,
             steps=max(1, round(seconds / step)) if step else 1,
             stall=stall,
             restart=restart,
-            mtbf=mtbf,
-            assumed=not self.failures,
-            waste=wasted(seconds, stall, restart, mtbf),
+            mtbf=self.mtbf,
+            waste=wasted(seconds, stall, restart, self.mtbf),
         )
 
     def _saves(self) -> int:

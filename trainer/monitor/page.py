@@ -27,7 +27,6 @@ from forescale.run.rows import read_rows
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job
 
-_USELESS = 0.5  # expected waste above which an assumed failure rate says nothing
 _COLOURS = {
     "running": "green",
     "complete": "cyan",
@@ -283,17 +282,12 @@ def _show_time(s: Status, console: Console) -> None:
 
 
 def _show_interval(s: Status, console: Console) -> None:
-    """Print the best interval between checkpoints by the run's own times."""
+    """Print the best interval between checkpoints by the run's own times and failures."""
     if (found := s.goodput.interval()) is None:
         return
-    if found.assumed and found.waste > _USELESS:
-        console.print("No failure was observed, in too short a time to propose a checkpoint.every.")
-        return
-    often = f"a failure every {span(found.mtbf)}"
-    if found.assumed:
-        often = f"{often} (none was observed; three in the time so far are assumed)"
     console.print(
-        f"Saving stalls {found.stall:.2f} s, a restart takes {span(found.restart)}, {often}: "
+        f"Saving stalls {found.stall:.2f} s, a restart takes {span(found.restart)}, a failure came "
+        f"every {span(found.mtbf)}: "
         f"checkpoint.every='{Duration(found.steps)}' (about {span(found.seconds)}; Daly 2006) "
         f"loses least, {found.waste:.1%}; it is {s.job.checkpoint.every}",
         soft_wrap=True,
