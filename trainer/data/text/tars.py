@@ -135,7 +135,7 @@ def read_tar(
     plain, others = 0, Counter[str]()
     for path, f in _members(name, where, report):
         full, kind = f"{name}/{path}", kind_of(path, suffixes)
-        stream = io.BufferedReader(Blocks(where, unpacked(path, f, where)))
+        stream: io.BufferedReader = io.BufferedReader(Blocks(where, unpacked(path, f, where)))
         if kind in ("plain", "html", "bare"):
             if kind == "bare" and not is_text(stream):
                 others["no suffix"] += 1
