@@ -22,7 +22,6 @@ from forescale.resilience.diagnosis import OWN_WORK
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
-from forescale.run.rows import read_rows
 
 if TYPE_CHECKING:
     from forescale.slurm.queue import Job
@@ -34,20 +33,17 @@ _COLOURS = {
     "queued": "yellow",
     "crashed": "red",
 }
-_RECENT = 20  # steps over which the speed is taken
 _COLUMNS = (
     "run", "state", "attempt", "step", "done", "loss", "bits/byte", "tokens/s", "MFU", "ETTR",
     "ETA", "saved", "seen", "last event",
 )  # fmt: skip
-_NARROW = ("run", "state", "step", "done", "loss", "tokens/s", "ETA", "saved")
-_WIDE = 120  # terminal columns from which all columns are shown
+_LEAST_FIRST = ("last event", "attempt", "ETTR", "MFU", "seen", "done", "saved", "loss", "ETA")
 
 
 def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, "Job"]) -> None:
-    """Print a table of all runs. jobs: those in the queue, by the run's name."""
-    names = _COLUMNS if console.width >= _WIDE else _NARROW
-    made = table(*names, left=("run", "state", "last event"))
-    faults = []
+    """Print a table of all runs, with the columns that fit. jobs: those in the queue, by the run's
+    name."""
+    rows, faults = [], []
     for status in sorted(runs, key=lambda s: s.age):
         name = escape(status.run.name)
         try:
@@ -55,14 +51,23 @@ def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, "Job"
         except UserError as e:  # one damaged run must not hide the others
             cells = {"run": name, "state": "[red]unreadable[/]"}
             faults.append(str(e))
-        made.add_row(*(cells.get(column, "-") for column in names))
+        rows.append(cells)
+    names = list(_COLUMNS)
+    for column in ("", *_LEAST_FIRST):
+        names = [name for name in names if name != column]
+        made = table(*names, left=("run", "state", "last event"))
+        for cells in rows:
+            made.add_row(*(cells.get(name, "-") for name in names))
+        unbounded = console.options.update(width=10_000)
+        if console.measure(made, options=unbounded).maximum <= console.width:
+            break
     console.print(made)
     for fault in faults:
         console.print(escape(fault), soft_wrap=True)
 
 
 def _cells(s: Status, job: "Job | None") -> dict[str, str]:
-    total, last, recent = s.job.total_steps, s.validation, s.train[-_RECENT:]
+    total, last = s.job.total_steps, s.validation
     found = {
         "state": state_of(s, job),
         "attempt": str(s.attempts[-1].number) if s.attempts else "-",
@@ -72,25 +77,17 @@ def _cells(s: Status, job: "Job | None") -> dict[str, str]:
         "ETTR": f"{s.goodput.ettr:.2f}" if s.goodput.wall else "-",
         "saved": f"{span(s.now - s.saved)} ago" if s.saved else "-",
         "seen": f"{span(s.age)} ago",
-        "last event": _last_event(s),
+        "last event": escape((s.last_event or "-").replace("_", " ")),
     }
-    if recent:
-        seconds = sum(sum(row["seconds"].values()) for row in recent) / len(recent)
-        mfu = recent[-1].get("mfu")
+    if s.train:
+        mfu, rate, left = s.train[-1].get("mfu"), s.tokens_per_second, s.seconds_left
         found |= {
-            "loss": f"{recent[-1]['loss']:.4f}",
-            "tokens/s": f"{s.job.tokens_per_step / seconds:,.0f}" if seconds else "-",
+            "loss": f"{s.train[-1]['loss']:.4f}",
+            "tokens/s": f"{rate:,.0f}" if rate else "-",
             "MFU": f"{mfu:.1%}" if mfu else "-",
-            "ETA": span(seconds * (total - s.step)) if s.step < total else "-",
+            "ETA": span(left) if left else "-",
         }
     return found
-
-
-def _last_event(s: Status) -> str:
-    """Return the kind of the last event that isn't a save."""
-    rows = [row for a in s.attempts[-2:] for row in read_rows(a.events.path)]
-    kinds = [row["kind"] for row in rows if row["kind"] != "checkpoint_saved"]
-    return kinds[-1].replace("_", " ") if kinds else "-"
 
 
 def state_of(s: Status, job: "Job | None") -> str:

@@ -22,11 +22,13 @@ from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.resilience.heartbeat import RankStatus, read_nodes
 from forescale.resilience.injector import records
 from forescale.resilience.outcome import launch_of
+from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows, select
 from forescale.run.scores import is_evaluated
 
 State = Literal["new", "running", "interrupted", "crashed", "complete"]
+_RECENT = 20  # steps over which the speed is taken
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
 
 
@@ -72,6 +74,32 @@ class Status:
     def tokens(self) -> int:
         """Tokens trained on so far."""
         return self.train[-1]["tokens"] if self.train else 0
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a step, over the last steps, without evaluation and saving; None before the
+        first step."""
+        recent = [training_seconds(row["seconds"]) for row in self.train[-_RECENT:]]
+        return (sum(recent) / len(recent) or None) if recent else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second of these steps."""
+        return self.job.tokens_per_step / self.step_seconds if self.step_seconds else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds of the steps that are left, without evaluations and saves; None after the last
+        step and before the first."""
+        left = self.job.total_steps - self.step
+        return self.step_seconds * left if self.step_seconds and left > 0 else None
+
+    @property
+    def last_event(self) -> str | None:
+        """The kind of the last event that isn't a save."""
+        rows = [row for a in self.attempts[-2:] for row in read_rows(a.events.path)]
+        kinds = [row["kind"] for row in rows if row["kind"] != "checkpoint_saved"]
+        return kinds[-1] if kinds else None
 
     @property
     def validation(self) -> Row | None:

@@ -2,12 +2,13 @@
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.live import Live
@@ -15,10 +16,11 @@ from rich.markup import escape
 from rich.text import Text
 
 from forescale.config.compose import compose, overrides_of
-from forescale.config.job import Job, RootConfig
+from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
+from forescale.monitor.facts import facts
 from forescale.monitor.page import show_run, show_runs
 from forescale.monitor.status import Status, runs_under
 from forescale.run.directory import Run
@@ -32,23 +34,36 @@ _REDRAW = 2.0  # seconds
 class StatusJob(Job):
     VERB: ClassVar[str] = "status"
     TARGET: ClassVar[str] = "target"
-    FLAGS: ClassVar = {"--live": "live"}
+    FLAGS: ClassVar = {"--live": "live", "--json": "json"}
 
     target: str | None = key(None, "a run (name or directory); null: all of them")
     live: bool = key(False, "refresh every two seconds; --live does the same")
+    json: bool = key(
+        False, "print JSON, for programs (keys: trainer/monitor/README.md); --json does the same"
+    )
     run: RootConfig = section(RootConfig, "where the runs are stored")
+
+    def problems(self) -> Problems:
+        """Return a problem if two kinds of output are requested."""
+        if self.live and self.json:
+            return [("json", "can't be refreshed", "give --json or --live, not both")]
+        return []
 
 
 JOB = StatusJob
 EXAMPLES = (
     "status",
     "status first",
+    "status first --json",
 )
 
 
 def main(words: list[str]) -> int:
     job = compose(StatusJob, overrides_of(StatusJob, words))
     console = open_console()
+    if job.json:
+        print(json.dumps(_facts(job), indent=2, allow_nan=False))
+        return DONE
     if not job.live:
         console.print(_page(job, console.width), soft_wrap=True)
         return DONE
@@ -56,6 +71,17 @@ def main(words: list[str]) -> int:
         while True:
             live.update(_page(job, console.width), refresh=True)
             time.sleep(_REDRAW)
+
+
+def _facts(job: StatusJob) -> dict[str, Any]:
+    """Return one run, or {"runs": all of them}."""
+    root, errors = Path(job.run.root).expanduser(), Console(stderr=True)
+    if job.target:
+        run = Run.existing(Path(job.target).expanduser(), root)
+        return facts(Status(run), _jobs([run], errors).get(run.name))
+    runs = runs_under(root)
+    jobs = _jobs(runs, errors)
+    return {"runs": [facts(Status(run), jobs.get(run.name)) for run in runs]}
 
 
 def _page(job: StatusJob, width: int) -> Text:

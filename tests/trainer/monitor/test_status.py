@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -48,8 +49,63 @@ def test_all_runs_in_a_table(own_run, forescale, small_data):
 def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = forescale("status")
-    assert out.splitlines()[0].split()[:4] == ["run", "state", "step", "done"]
+    header = out.splitlines()[0].split()
+    assert header[:3] == ["run", "state", "step"]
+    assert {"bits/byte", "loss", "tokens/s"} <= set(header)
+    assert "2.2500" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_large_run_has_its_bits_per_byte_in_80_columns(
+    forescale, small_data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    sizes = ("model.num_layers=1", "model.width=32", "model.num_heads=2")
+    make_run(small_data, "runs", "llama-1b-web-3e-4", *sizes, "train.steps=238419")
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = forescale("status")
+    header, row = out.splitlines()
+    assert "bits/byte" in header
+    assert {"llama-1b-web-3e-4", "8/238,419", "2.2500"} <= set(row.split())
+    assert len(row) <= 80
+
+
+def test_speed_and_time_left_are_without_evaluations_and_saves(unfinished):
+    before = Status(unfinished)
+    assert (before.step_seconds, before.seconds_left) == (2.0, 4.0)
+    with changed_rows(unfinished) as rows:
+        rows[-1]["seconds"] |= {"evaluation": 200.0, "checkpoint": 30.0, "startup": 9.0}
+    after = Status(unfinished)
+    assert (after.step_seconds, after.seconds_left) == (2.0, 4.0)
+    assert after.tokens_per_second == before.tokens_per_second > 0
+
+
+def test_json_has_every_documented_key(unfinished, forescale, small_data):
+    bad = make_run(small_data, "runs", "bad")
+    bad.config.write_text("{]")
+    with changed_rows(unfinished) as rows:
+        rows[-1]["loss"] = None  # as a row stores NaN
+    code, out, err = forescale("status", "--json")
+    assert (code, err) == (0, "")
+    broken, small = json.loads(out)["runs"]
+    page = (Path(__file__).parents[3] / "trainer/monitor/README.md").read_text()
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [key for cell in table for key in re.findall(r"`(\w+)`", cell)]
+    assert set(small) == set(broken) == set(named)
+    assert (broken["state"], broken["step"]) == ("unreadable", None)
+    assert "is not valid YAML" in broken["error"]
+    assert (small["state"], small["step"], small["total_steps"]) == ("running", 6, 8)
+    assert (small["seconds_per_step"], small["seconds_left"], small["loss"]) == (2.0, 4.0, None)
+    assert small["validation"] is None
+    assert [c["step"] for c in small["checkpoints"]] == [4, 8]
+    assert sum(small["seconds"].values()) == pytest.approx(small["wall_seconds"])
+    code, out, _ = forescale("status", "small", "json=true")
+    one = json.loads(out)
+    assert (code, one["path"], one["lost_steps"]) == (0, "runs/small", 4)
+    assert forescale("status", "small", "--json", "--live")[0] == 2
+    make_run(small_data, "runs", "whole")
+    scored = json.loads(forescale("status", "whole", "--json")[1])["validation"]
+    assert (scored["step"], scored["bits_per_byte"], scored["windows"]) == (8, 2.25, 7)
 
 
 def test_one_damaged_run_does_not_hide_the_others(own_run, forescale, small_data):

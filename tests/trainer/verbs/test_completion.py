@@ -48,7 +48,7 @@ def here(tmp_path, monkeypatch):
         (["eval", "x", "target=fi"], ["target=fifth", "target=first"]),
         (["status", "fir"], ["first"]),
         (["status", "run.root=elsewhere", "fir"], []),
-        (["status", "--"], ["--help", "--live"]),
+        (["status", "--"], ["--help", "--json", "--live"]),
         (["submit", "trai"], ["train", "train."]),
         (["submit", "--d"], ["--dry-run"]),
         (["completion", "z"], ["zsh"]),

@@ -1,0 +1,76 @@
+"""Runs as plain values, for programs: what `forescale status --json` prints.
+
+Invariant: every run has every key that README.md beside this file names, None where it has no
+value; seconds, bytes and fractions are not rounded. A key is never renamed, and its meaning stays.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from forescale.checkpoint.reader import Checkpoint
+from forescale.errors import UserError
+from forescale.monitor.status import Status
+
+if TYPE_CHECKING:
+    from forescale.slurm.queue import Job
+
+KEYS = (
+    "name", "path", "state", "error", "job", "attempt", "step", "total_steps", "tokens", "loss",
+    "validation", "tokens_per_second", "seconds_per_step", "seconds_left", "mfu", "checkpoints",
+    "seen", "last_event", "wall_seconds", "seconds", "ettr", "failures", "lost_steps",
+)  # fmt: skip
+_VALIDATION = ("step", "tokens", "loss", "loss_stderr", "bits_per_byte", "windows")
+
+
+def facts(status: Status, job: "Job | None" = None) -> dict[str, Any]:
+    """Return what is known of a run, by KEYS. job: its job in the queue. A run that can't be read
+    has the state "unreadable", and the reason as `error`."""
+    run = status.run
+    found: dict[str, Any] = {"name": run.name, "path": str(run.path)}
+    try:
+        found |= _facts(status, job)
+    except UserError as e:
+        found |= {"state": "unreadable", "error": str(e)}
+    return {key: _finite(found.get(key)) for key in KEYS}
+
+
+def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
+    last, scored, goodput = s.train[-1] if s.train else {}, s.validation, s.goodput
+    return {
+        "state": s.state,
+        "job": job and {"id": job.id, "state": job.state, "nodes": job.nodes},
+        "attempt": s.attempts[-1].number if s.attempts else None,
+        "step": s.step,
+        "total_steps": s.job.total_steps,
+        "tokens": s.tokens,
+        "loss": last.get("loss"),
+        "validation": scored and {key: _finite(scored.get(key)) for key in _VALIDATION},
+        "tokens_per_second": s.tokens_per_second,
+        "seconds_per_step": s.step_seconds,
+        "seconds_left": s.seconds_left,
+        "mfu": last.get("mfu"),
+        "checkpoints": [_checkpoint(s, c) for c in s.checkpoints],
+        "seen": s.last_seen,
+        "last_event": s.last_event,
+        "wall_seconds": goodput.wall,
+        "seconds": goodput.buckets,
+        "ettr": goodput.ettr if goodput.wall else None,
+        "failures": goodput.failures,
+        "lost_steps": s.lost().steps,
+    }
+
+
+def _checkpoint(s: Status, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "step": checkpoint.position.step,
+        "tokens": checkpoint.position.tokens,
+        "bytes": checkpoint.size,
+        "attempt": checkpoint.attempt,
+        "eligible": s.is_eligible(checkpoint),
+        "pinned": s.is_pinned(checkpoint),
+        "saved": checkpoint.path.stat().st_mtime,
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
