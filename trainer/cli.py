@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from forescale.errors import DONE, INTERRUPTED, UserError, storage_error
+from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 from forescale.verbs import VERBS, load
 
 _python_warning = warnings.formatwarning
+# What only some verbs import, and the extra of pyproject.toml that installs it.
+_EXTRAS = {name: "study" for name in ("pandas", "scipy", "plotly", "matplotlib")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has closed it: no error, but a training stops
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED if given[:1] == ["train"] else DONE
+    except ModuleNotFoundError as e:
+        if e.name not in _EXTRAS:
+            raise
+        verb = f"forescale: forescale {given[0]}: needs {e.name}, which isn't installed"
+        print(f"{verb}; pip install 'forescale[{_EXTRAS[e.name]}]'.", file=sys.stderr)
+        return USER
     except OSError as e:
         if (fault := storage_error(e)) is None:
             raise

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from platformdirs import user_cache_path
+
 from forescale.errors import Transient, UserError, storage_error
 
 TABLE = "files.json"
@@ -287,3 +289,10 @@ def retried(
         failed(error, pause)
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def cache_directory(cache: str | Path | None = None) -> Path:
+    """Return the given directory, or $FORESCALE_CACHE, or the user's own as the system has it:
+    $XDG_CACHE_HOME/forescale or ~/.cache/forescale on Linux."""
+    chosen = cache or os.environ.get("FORESCALE_CACHE") or user_cache_path("forescale")
+    return Path(chosen).expanduser()

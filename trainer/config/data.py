@@ -7,7 +7,6 @@ how they are read are `free`.
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from forescale.config.duration import Duration
 from forescale.config.schema import key
 from forescale.config.suggest import nearest_first
+from forescale.storage import cache_directory
 
 Problems = list[tuple[str, str, str]]
 ONLY = "data"  # the name of a single source
@@ -40,8 +40,7 @@ class CorpusConfig:
     @property
     def cache_directory(self) -> Path:
         """The cache directory, with its default filled in."""
-        chosen = self.cache or os.environ.get("FORESCALE_CACHE") or "~/.cache/forescale"
-        return Path(chosen).expanduser()
+        return cache_directory(self.cache)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from forescale.data.prepare.pool import available
 from forescale.data.text.documents import Document, ReadingReport, Unit, decoded
 from forescale.errors import UserError
 from forescale.progress import Progress, silent
+from forescale.storage import cache_directory
 
 PACKAGES = ("torch", "networkx")
 RECIPE = 2  # increase it whenever a rule below changes: caches of other recipes are not reused
@@ -157,12 +158,6 @@ def installed_roots(missing: list[str]) -> dict[str, Path]:
         else:
             roots[name] = Path(next(iter(spec.submodule_search_locations)))
     return roots
-
-
-def cache_directory(cache: str | Path | None = None) -> Path:
-    """Return the given directory, or $FORESCALE_CACHE, or ~/.cache/forescale."""
-    chosen = cache or os.environ.get("FORESCALE_CACHE") or "~/.cache/forescale"
-    return Path(chosen).expanduser()
 
 
 def prepare_embedded(

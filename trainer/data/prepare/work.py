@@ -12,7 +12,6 @@ whenever it was made. At most one process builds at an output, and an existing d
 only if it was built from an equal request.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -23,6 +22,8 @@ from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from forescale.data.dataset import Dataset
 from forescale.data.text.documents import DocumentSource, Unit
@@ -118,13 +119,16 @@ def work_request(
 def build_lock(output: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock of an output; the kernel releases it when the process ends, however it ends."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output.parent / f".{output.name}.lock", "wb") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log_line(progress, f"{output}: waiting for another process that is building it")
-            fcntl.flock(f, fcntl.LOCK_EX)
+    lock = FileLock(output.parent / f".{output.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log_line(progress, f"{output}: waiting for another process that is building it")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def expect_same(output: Path, request: dict[str, Any]) -> None:

@@ -12,8 +12,6 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from socket import gaierror
 from typing import Any
@@ -115,11 +113,12 @@ def _number(text: str) -> int | None:
 
 def _seconds(after: str) -> float:
     """Return the seconds of a Retry-After, which is a number or a date; 0 for neither."""
-    if _number(after) is not None:
-        return float(after)
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util.retry import Retry
+
     try:
-        return max(0.0, (parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+        return Retry().parse_retry_after(after)
+    except InvalidHeader:
         return 0.0
 
 

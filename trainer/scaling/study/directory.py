@@ -14,7 +14,6 @@ process at a time decides (`deciding`), and each decision is one atomic write, s
 the same command resumes.
 """
 
-import fcntl
 import json
 import math
 import re
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import build, plain
@@ -129,14 +129,17 @@ class Study:
     def deciding(self) -> Iterator[None]:
         """Hold the study's lock, which the kernel frees if the process dies. Raises UserError if
         another process holds it."""
-        with open(self.folder / "launcher.lock", "w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                what = "is being launched by another process"
-                todo = "see forescale study status, or stop that process first"
-                raise UserError(str(self.folder), what, todo) from None
+        lock = FileLock(self.folder / "launcher.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            what = "is being launched by another process"
+            todo = "see forescale study status, or stop that process first"
+            raise UserError(str(self.folder), what, todo) from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append an event, durably."""
