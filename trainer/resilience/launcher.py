@@ -23,6 +23,7 @@ from typing import Literal
 from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
 from forescale.resilience import outcome
 from forescale.resilience.heartbeat import node_path
+from forescale.resilience.output import close, copied_output
 from forescale.run.directory import Attempt, Run
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -155,10 +156,10 @@ def start_ranks(
 ) -> int:
     """Run `command` as ranks 0 to processes - 1 of a world of their own; return its exit code.
 
-    Rank 0 prints to this terminal, the others to attempt/rank-N.log. When one fails, the others are
-    stopped: no rank waits in a collective for a dead one. Signal handlers are restored at the end.
-    launch.json records start and end. grace: seconds that ranks have to save and exit after a stop
-    signal; report: prints a line.
+    Rank N prints to attempt/rank-N.log, rank 0 also to this terminal. When one fails, the others
+    are stopped: no rank waits in a collective for a dead one. Signal handlers are restored at the
+    end. launch.json records start and end. grace: seconds that ranks have to save and exit after a
+    stop signal; report: prints a line.
     """
     outcome.record_start(attempt, command, processes)
     kills = outcome.kills_for_memory()
@@ -196,16 +197,18 @@ def start_ranks(
         started = subprocess.Popen(
             command,
             env={**environment, **own},
-            stdout=log,
-            stderr=log,
+            stdout=log or ends["stdout"],
+            stderr=log or ends["stderr"],
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
         if log:
             log.close()
+        else:
+            close(ends)
         return started
 
-    with stop_signals_handled_by(pass_on):
+    with stop_signals_handled_by(pass_on), copied_output(attempt / "rank-0.log") as ends:
         # A signal is held back until every rank is there to get it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:

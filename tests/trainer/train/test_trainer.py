@@ -34,6 +34,9 @@ def test_a_run_learns_and_writes_its_rows(finished):
     assert scores[-1]["windows"] > scores[0]["windows"] == 8, "bytes a token differ between them"
     assert "bits per byte" in output
     assert "Next:" in output
+    logged = (run / "attempts/0001/rank-0.log").read_text()
+    assert "step 60/60 (100.0%) | loss " in logged
+    assert logged in output, "the log of rank 0 is what it has printed"
     kept = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert kept == ["step-00000040", "step-00000060"]
 
