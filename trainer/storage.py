@@ -9,10 +9,12 @@ can be verified byte for byte at any later time.
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from platformdirs import user_cache_path
 from forescale.errors import Transient, UserError, storage_error
 
 TABLE = "files.json"
+CHECKSUM = "file_sha256"  # the key under which a JSON file carries its own checksum
 _BLOCK = 1 << 22
 _MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag behind writing
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds between the tries of `retried`
@@ -112,13 +115,14 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes) -> FileEntry:
-    """Replace `path` by `data`, atomically and durably."""
+def write_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
+    """Replace `path` by `data` or its blocks, atomically and durably."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with HashingFile(temporary) as f:
-            f.write(data)
+            for block in [data] if isinstance(data, bytes) else data:
+                f.write(block)
             entry = f.finish()
         os.replace(temporary, path)
     except BaseException:
@@ -137,18 +141,47 @@ def write_json(path: Path, value: Any, compact: bool = False) -> FileEntry:
     return write_file(path, (json.dumps(value, **form) + "\n").encode())
 
 
+def write_checked_json(path: Path, value: dict[str, Any]) -> FileEntry:
+    """Replace `path` by a JSON object that carries its own checksum, which `read_json` verifies and
+    takes out again: in any state that it has, the file and its checksum belong together."""
+    return write_file(path, _checked(value))
+
+
+def _checked(value: dict[str, Any]) -> bytes:
+    """The only bytes that the file of `value` can have."""
+    digest = hashlib.sha256(json.dumps(value, indent=1).encode()).hexdigest()
+    return (json.dumps({CHECKSUM: digest, **value}, indent=1) + "\n").encode()
+
+
+def has_checksum(path: Path) -> bool:
+    """Return True if a readable JSON file carries its own checksum."""
+    value = _loaded(path)[1]
+    return isinstance(value, dict) and CHECKSUM in value
+
+
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises UserError if it is missing, unreadable or not
-    JSON."""
+    """Return the content of a JSON file. Raises UserError if it is missing, unreadable, not JSON,
+    or not what its own checksum says."""
+    raw, value = _loaded(path)
+    if isinstance(value, dict) and CHECKSUM in value:
+        del value[CHECKSUM]
+        if raw != _checked(value):
+            what = "was changed since it was written (its checksum differs)"
+            raise UserError(str(path), what, "restore it from a copy")
+    return value
+
+
+def _loaded(path: Path) -> tuple[bytes, Any]:
     try:
-        return json.loads(Path(path).read_bytes(), object_pairs_hook=_unique)
+        raw = Path(path).read_bytes()
+        return raw, json.loads(raw, object_pairs_hook=_unique)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(str(path), "no such file", "check the path") from None
     except OSError as e:
         if isinstance(error := storage_error(e), Transient):
             raise error from e
         raise UserError(str(path), f"can't be read ({e.strerror})", "restore the file") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(str(path), f"not valid JSON ({e})", "restore the file or rebuild it") from e
 
 
@@ -179,22 +212,34 @@ def read_table(directory: Path) -> dict[str, FileEntry]:
     return table
 
 
-def hash_file(
-    path: Path, tick: Callable[[int], None] = lambda n: None, afresh: bool = False
-) -> FileEntry:
-    """Return size and sha256 of a file. tick: called with the bytes of every block read.
-
-    afresh: read from the storage instead of the page cache, if the system supports that.
-    """
-    digest, size = hashlib.sha256(), 0
+def blocks_of(path: Path, size: int | None = None, afresh: bool = False) -> Iterator[bytes]:
+    """Yield a file, or its first `size` bytes, in blocks. afresh: as in `hash_file`."""
+    left = size
     with naming(path), open(path, "rb", buffering=0) as f:
         if afresh and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := f.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-            tick(len(block))
-    return FileEntry(size, digest.hexdigest())
+        while block := f.read(_BLOCK if left is None else min(_BLOCK, left)):
+            left = None if left is None else left - len(block)
+            yield block
+
+
+def hash_file(
+    path: Path,
+    tick: Callable[[int], None] = lambda n: None,
+    afresh: bool = False,
+    size: int | None = None,
+) -> FileEntry:
+    """Return size and sha256 of a file. tick: called with the bytes of every block read.
+
+    afresh: read from the storage instead of the page cache, if the system supports that. size: of
+    its first bytes alone.
+    """
+    digest, read = hashlib.sha256(), 0
+    for block in blocks_of(path, size, afresh):
+        digest.update(block)
+        read += len(block)
+        tick(len(block))
+    return FileEntry(read, digest.hexdigest())
 
 
 def check_table(
@@ -252,12 +297,19 @@ def publish(stage: Path, final: Path) -> None:
 def staged(final: Path, tag: str = "new") -> Iterator[Path]:
     """Yield an empty stage directory for `final`; publish it after the block, remove it on error.
 
-    What a killed attempt with the same tag left is removed first.
+    Each caller has a stage of its own: of several that make the same directory at once, one
+    publishes, and the others get the OSError of `publish`. What processes of this host that live no
+    more left behind, with the same tag, is removed first.
     """
     final = Path(final)
-    stage = final.with_name(f".{final.name}.{tag}.stage")
-    shutil.rmtree(stage, ignore_errors=True)
+    begin, end = f".{final.name}.{tag}.{socket.gethostname()}.", ".stage"
     final.parent.mkdir(parents=True, exist_ok=True)
+    for old in final.parent.iterdir():
+        if old.name.startswith(begin) and old.name.endswith(end):
+            process = old.name[len(begin) :].partition(".")[0]
+            if process.isdecimal() and not _lives(int(process)):
+                shutil.rmtree(old, ignore_errors=True)
+    stage = final.with_name(f"{begin}{os.getpid()}.{secrets.token_hex(3)}{end}")
     stage.mkdir()
     try:
         yield stage
@@ -265,6 +317,16 @@ def staged(final: Path, tag: str = "new") -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no possible number
+        return True
+    return True
 
 
 def retried(

@@ -208,7 +208,7 @@ def test_a_list_of_hosts_that_is_one_needs_no_slurm():
 def test_the_lead_follows_what_the_run_has_measured(tmp_path):
     """Twice the longest save and step so far; before there is any, twice what is planned."""
     from forescale.plan.plan import Plan
-    from forescale.run.directory import Run
+    from forescale.run.directory import Parent, Run
     from forescale.slurm.submit import _save_seconds
 
     root = f"run.root={tmp_path}"
@@ -216,11 +216,11 @@ def test_the_lead_follows_what_the_run_has_measured(tmp_path):
     plan, run = Plan(job), Run(tmp_path / "first")
     assert _save_seconds(plan, run) == plan.lead_seconds
     attempt = run.new_attempt()
+    attempt.start_from(Parent(0), run)
     for seconds in (30.0, 95.0, 40.0):
         attempt.event("checkpoint_saved", step=1, seconds=seconds)
     row = {"kind": "train", "step": 1, "attempt": 1, "seconds": {"compute": 4.0, "data": 1.0}}
     attempt.metrics.add(row)
-    run.point_to(attempt)
     assert _save_seconds(plan, run) == 100.0
     assert job.lead(_save_seconds(plan, run)) == 210
     assert job.lead(1.0) == 30, "never less than the grace, and the way of the signal"

@@ -4,6 +4,7 @@ The checkpoints have two ranks' files, written by the product's own writer from 
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from forescale.data.text.files import Files
 from forescale.engine.state import WEIGHT, Fragment, write_fragments
 from forescale.monitor.audit import feed_of_run
 from forescale.run.directory import Attempt, Parent, Run
+from forescale.run.rows import RowWriter, read_rows
 from forescale.run.start import start
 from forescale.storage import read_json, write_json, write_table
 from forescale.train.model import build_model
@@ -86,6 +88,15 @@ def feed(run: Path) -> Feed:
     """What a run reads."""
     job, identity = thaw(TrainJob, run / "config.yaml", True), read_json(run / "run.json")
     return feed_of_run(job, identity, (), trust=True)
+
+
+def change_rows(path: Path, change: Callable[[list[dict]], list[dict]]) -> None:
+    """Put the rows of a file through `change`, as if they had been written so."""
+    written = RowWriter(path.with_name("changed.jsonl"))
+    for row in change(read_rows(path)):
+        written.add(row)
+    path.write_bytes(written.path.read_bytes() if written.path.exists() else b"")
+    written.path.unlink(missing_ok=True)
 
 
 def tokens(attempt: Attempt, step: int) -> int:

@@ -67,6 +67,63 @@ def test_what_a_killed_try_left_is_removed(tmp_path):
     assert names(final) == ["whole"]
 
 
+def test_of_several_that_make_the_same_one_wins_and_no_other_is_harmed(tmp_path):
+    """Each in a process, all at the same time, each with files of its own."""
+    final, children = tmp_path / "data", []
+    begin, gate = os.pipe()
+    for number in range(4):
+        if (child := os.fork()) == 0:
+            try:
+                os.close(gate)
+                os.read(begin, 1)  # nothing comes: it ends when the gate is closed
+                with staged(final) as stage:
+                    for name in range(20):
+                        (stage / str(name)).write_bytes(b"%d" % number)
+                os._exit(0)
+            except OSError as e:
+                os._exit(3 if e.errno in (errno.ENOTEMPTY, errno.EEXIST) else 4)
+        children.append(child)
+    os.close(gate)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(codes) == [0, 3, 3, 3]
+    winner = b"%d" % codes.index(0)
+    assert names(tmp_path) == ["data"]
+    assert [p.read_bytes() for p in final.iterdir()] == [winner] * 20
+
+
+def test_the_stage_of_a_process_that_lives_is_left_alone(tmp_path):
+    with staged(tmp_path / "data") as first:
+        with staged(tmp_path / "other"):
+            assert first.is_dir()
+        with pytest.raises(OSError, match="No space"), staged(tmp_path / "data"):
+            full()
+        write_file(first / "whole", b"2")
+    assert names(tmp_path / "data") == ["whole"]
+    assert names(tmp_path) == ["data", "other"]
+
+
+@pytest.mark.parametrize("value", [{"a": [1, 0.1, None, "é\udc80"], "b": {}}, {}])
+def test_every_flipped_bit_of_a_checked_file_is_found(tmp_path, value):
+    """But where it hides the checksum itself: then the content is as it was."""
+    path = tmp_path / "run.json"
+    storage.write_checked_json(path, value)
+    assert read_json(path) == value
+    assert storage.has_checksum(path)
+    whole, hidden = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        harmed = bytearray(whole)
+        harmed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(harmed)
+        try:
+            found = read_json(path)
+        except UserError:
+            continue
+        hidden += 1
+        assert list(found.items())[1:] == list(value.items())
+        assert not storage.has_checksum(path)
+    assert hidden <= 8 * len(storage.CHECKSUM)
+
+
 def test_a_name_that_is_taken_stays(tmp_path):
     final = tmp_path / "data"
     final.mkdir()

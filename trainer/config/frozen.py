@@ -4,6 +4,8 @@ Invariant: `thaw(type(job), freeze(job)) == job`, and reading a frozen job needs
 Hydra, no conf tree, no environment variables.
 """
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +28,7 @@ from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 
+_FIRST_LINE = re.compile(rb"# sha256: ([0-9a-f]{64})")
 J = TypeVar("J", bound=Job)
 
 
@@ -46,11 +49,24 @@ def freeze(job: Any) -> str:
     return yaml.safe_dump(plain(job), sort_keys=False, allow_unicode=True, width=1 << 16)
 
 
+def frozen_file(job: Any) -> bytes:
+    """Return the content of a job's file: the sha256 of the rest in the first line, then the job as
+    YAML. `thaw` verifies it. One file holds both, so one rename replaces both."""
+    text = freeze(job).encode()
+    return b"# sha256: %s\n%s" % (hashlib.sha256(text).hexdigest().encode(), text)
+
+
+def has_checksum(path: Path) -> bool:
+    """Return True if the first line of a readable file is a checksum of the rest."""
+    return _FIRST_LINE.match(path.read_bytes()) is not None
+
+
 def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
     """Return the job that `freeze` wrote. source: its text, or the Path of its file.
 
-    Raises UserError if the file can't be read, if keys or values are wrong, or if it has a
-    `_target_` and `trust` is False: that names code to run, which the user did not type.
+    Raises UserError if the file can't be read or differs from its checksum, if keys or values are
+    wrong, or if it has a `_target_` and `trust` is False: that names code to run, which the user
+    did not type.
     """
     where = str(source) if isinstance(source, Path) else "config"
     tree = _read_yaml(source, where)
@@ -68,8 +84,9 @@ def thaw(schema: type[J], source: str | Path, trust: bool = False) -> J:
 
 def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
     try:
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        tree = yaml.safe_load(text)
+        raw = source.read_bytes() if isinstance(source, Path) else source.encode()
+        _verify(raw, where)
+        tree = yaml.safe_load(raw.decode())
     except FileNotFoundError:
         raise UserError(where, "no such file", "check the path") from None
     except OSError as e:
@@ -79,6 +96,16 @@ def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         raise UserError(where, "has no sections", "restore the file")
     return tree
+
+
+def _verify(raw: bytes, where: str) -> None:
+    """Raise UserError if the file has a checksum, and it is that of another content."""
+    if found := _FIRST_LINE.match(raw):
+        end, text = raw[found.end() : found.end() + 1], raw[found.end() + 1 :]
+        if end != b"\n" or hashlib.sha256(text).hexdigest().encode() != found[1]:
+            what = "was changed since it was written (its checksum differs)"
+            todo = "restore it from a copy; or, if you changed it on purpose, remove its first line"
+            raise UserError(where, what, todo)
 
 
 def diff(old: Any, new: Any) -> list[Change]:

@@ -22,7 +22,7 @@ from typing import Any
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError, storage_error
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
-from forescale.storage import read_json, write_json
+from forescale.storage import read_json, write_checked_json
 
 LAUNCH = "launch.json"
 _LONGEST = 500  # characters of an error
@@ -32,7 +32,7 @@ def record_start(attempt: Path, command: Sequence[str], processes: int, **more: 
     """Write launch.json when the ranks are started; `more` fields as given."""
     facts = {"begun": time.time(), "command": list(command), "host": socket.gethostname()}
     facts |= {"pid": os.getpid(), "processes": processes}
-    write_json(attempt / LAUNCH, {**facts, **more})
+    write_checked_json(attempt / LAUNCH, {**facts, **more})
 
 
 def record_end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -> None:
@@ -42,15 +42,13 @@ def record_end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -
 
 def add_to_launch(attempt: Path, **more: Any) -> None:
     """Add fields to launch.json; for the launcher alone."""
-    write_json(attempt / LAUNCH, {**read_json(attempt / LAUNCH), **more})
+    write_checked_json(attempt / LAUNCH, {**read_json(attempt / LAUNCH), **more})
 
 
 def launch_of(attempt: Path) -> dict[str, Any]:
-    """Return the content of launch.json; empty if no launcher of ours started the attempt."""
-    try:
-        return read_json(attempt / LAUNCH)
-    except UserError:
-        return {}
+    """Return the content of launch.json; empty if no launcher of ours started the attempt. Raises
+    UserError if it is damaged."""
+    return read_json(attempt / LAUNCH) if (attempt / LAUNCH).exists() else {}
 
 
 def report_error(

@@ -3,17 +3,18 @@
     runs/<name>/
       config.yaml  run.json         the frozen config; identity (versions, data)
       tokenizer.json                a copy of the dataset's, so that the run can be used without it
-      metrics.jsonl  events.jsonl   links to the newest attempt's
+      metrics.jsonl  events.jsonl   links to the newest attempt's, for people; not read here
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
 
 Invariant: an attempt writes only inside its own directory, and a file has one writing process. So
-an old attempt that wakes up while a newer one runs can't damage it; whether a checkpoint is
-eligible is decided by lineage, when it is loaded.
+an old attempt that wakes up while a newer one runs can't damage it. Which checkpoints are eligible,
+and which attempt holds the history, is decided by lineage when they are read.
 """
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from forescale.errors import UserError
-from forescale.run.rows import Row, RowWriter, read_rows, to_json
-from forescale.storage import read_json, write_file, write_json
+from forescale.run.rows import Prefix, Row, RowWriter, prefix_until, read_rows
+from forescale.storage import blocks_of, read_json, write_checked_json, write_file
 
 _PREFIX = "step-"
+_STEP = re.compile(r"step-[0-9]{8,18}")
+_NUMBER = re.compile(r"[0-9]{4,9}")
+_METRICS, _EVENTS, _PARENT = "metrics.jsonl", "events.jsonl", "parent.json"
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,23 @@ class Run:
         self.identity = self.path / "run.json"
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
-        self.events = self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """The rows of the newest attempt that began to train: the run's history."""
+        begun = self.begun()
+        return (begun.path if begun else self.path) / _METRICS
+
+    @property
+    def events(self) -> Path:
+        """The events of that attempt."""
+        begun = self.begun()
+        return (begun.path if begun else self.path) / _EVENTS
+
+    @property
+    def has_links(self) -> bool:
+        """True if an attempt has once begun to train here."""
+        return os.path.lexists(self.path / _METRICS)
 
     @property
     def name(self) -> str:
@@ -79,17 +98,42 @@ class Run:
         return self.checkpoints / f"{_PREFIX}{step:08d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the steps of all published checkpoints, ascending, eligible or not."""
-        paths = self.checkpoints.glob(f"{_PREFIX}*") if self.checkpoints.is_dir() else []
-        return sorted(int(p.name.removeprefix(_PREFIX)) for p in paths if p.is_dir())
+        """Return the steps of all published checkpoints, ascending, eligible or not. Other names
+        (`cp -r` of a checkpoint to step-00000083.bak) are no checkpoints."""
+        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
+        found = (p for p in paths if _STEP.fullmatch(p.name) and p.is_dir())
+        steps = {p.name: int(p.name.removeprefix(_PREFIX)) for p in found}
+        return sorted(n for name, n in steps.items() if name == self.checkpoint_path(n).name)
 
     def attempts(self) -> list["Attempt"]:
         """Return all attempts, oldest first."""
         return [Attempt(path) for path in _numbered(self.path / "attempts")]
 
+    def begun(self) -> "Attempt | None":
+        """Return the newest attempt that began to train."""
+        return next((a for a in reversed(self.attempts()) if a.has_begun), None)
+
     def new_attempt(self) -> "Attempt":
         """Make the directory of the next attempt."""
         return Attempt(_next(self.path / "attempts"))
+
+    def attempt_after(self, attempt: "Attempt") -> "Attempt":
+        """Make the directory of the attempt that follows `attempt`. Raises UserError if there is
+        one already: another launch has overtaken this one."""
+        following = attempt.path.with_name(f"{attempt.number + 1:04d}")
+        try:
+            following.mkdir()
+        except FileExistsError:
+            self.expect_newest(attempt)
+            raise
+        return Attempt(following)
+
+    def expect_newest(self, attempt: "Attempt") -> None:
+        """Raise UserError if another launch has started an attempt after this one."""
+        newest = self.attempts()[-1].number
+        if newest > attempt.number:
+            what = f"attempt {newest} was started after this one, attempt {attempt.number}"
+            raise UserError(str(self.path), what, "do nothing: the newer attempt goes on")
 
     def jobs(self) -> list[Path]:
         """Return the directories of all submissions to SLURM, oldest first."""
@@ -120,18 +164,22 @@ class Run:
         parents = [a.parent for a in self.attempts()]
         return [p.rolled_back_from for p in parents if p and p.rolled_back_from is not None]
 
-    def point_to(self, attempt: "Attempt") -> None:
-        """Make the run's metrics.jsonl and events.jsonl links to this attempt's."""
-        for link in (self.metrics, self.events):
-            temporary = link.with_name(f".{link.name}.{os.getpid()}")
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(Path("attempts", attempt.path.name, link.name))
-            os.replace(temporary, link)
+    def _link(self) -> None:
+        """Make the run's metrics.jsonl and events.jsonl links to those of the newest attempt that
+        began to train."""
+        linked = None
+        while linked != (newest := self.begun()):  # again if a newer one began meanwhile
+            linked = newest
+            for name in (_METRICS, _EVENTS) if newest else ():
+                temporary = self.path / f".{name}.{newest.path.name}"
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(Path("attempts", newest.path.name, name))
+                os.replace(temporary, self.path / name)
 
 
 def _numbered(root: Path) -> list[Path]:
-    names = sorted(p.name for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
-    return [root / name for name in names]
+    names = [p.name for p in root.iterdir() if _NUMBER.fullmatch(p.name)] if root.is_dir() else []
+    return [root / name for name in sorted(names, key=int)]
 
 
 def _next(root: Path) -> Path:
@@ -161,17 +209,22 @@ class Attempt:
     @cached_property
     def metrics(self) -> RowWriter:
         """Writer of one row per step and evaluation."""
-        return RowWriter(self.path / "metrics.jsonl")
+        return RowWriter(self.path / _METRICS)
 
     @cached_property
     def events(self) -> RowWriter:
         """Writer of events."""
-        return RowWriter(self.path / "events.jsonl")
+        return RowWriter(self.path / _EVENTS)
+
+    @property
+    def has_begun(self) -> bool:
+        """True if it began to train: then its rows hold the whole history."""
+        return (self.path / _PARENT).exists()
 
     @property
     def parent(self) -> Parent | None:
         """The checkpoint it started from; None if it never began to train."""
-        path = self.path / "parent.json"
+        path = self.path / _PARENT
         if not path.exists():
             return None
         try:
@@ -188,11 +241,16 @@ class Attempt:
         """Write an event: its kind, and facts by name."""
         self.events.add({"kind": kind, "attempt": self.number, "time": time.time(), **facts})
 
-    def start_from(self, parent: Parent, run: Run) -> None:
-        """Record the parent, and begin metrics.jsonl with the run's rows up to its step."""
-        kept = read_rows(run.metrics, until=parent.step) if parent.step else []
-        text = "".join(to_json(row) + "\n" for row in kept)
-        write_file(self.metrics.path, text.encode())
+    def start_from(self, parent: Parent, run: Run, history: Prefix | None = None) -> None:
+        """Record the parent, and begin metrics.jsonl with the rows of the run up to its step.
+
+        history: those rows, if their file is known (history.py); else they are those of `run` now.
+        An attempt that a newer one has overtaken changes nothing outside its directory.
+        """
+        if history is None:
+            history = prefix_until(run.metrics, parent.step) if parent.step else None
+        write_file(self.metrics.path, blocks_of(history.path, history.size) if history else b"")
         self.events.path.touch()
-        write_json(self.path / "parent.json", vars(parent))
-        run.point_to(self)
+        write_checked_json(self.path / _PARENT, vars(parent))
+        if run.attempts()[-1].number == self.number:
+            run._link()

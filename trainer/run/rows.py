@@ -1,23 +1,37 @@
 """Rows of metrics and events: JSONL files, with one writer and one reader.
 
-Invariant: a file has one writing process, and a row is one complete line. What a kill cut short at
-the end of a file is no row: the step that it belonged to is in no checkpoint.
+Invariant: a file has one writing process, and a row is one complete line that carries its own
+checksum (`crc`, which readers here verify and take out). What a kill cut short at the end of a file
+is no row: the step that it belonged to is in no checkpoint.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from forescale.storage import naming
+from forescale.errors import UserError
+from forescale.storage import FileEntry, blocks_of, naming
 
 Row = dict[str, Any]
+_CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}$')
 _MOST_UNSYNCED = 16 << 20  # bytes of rows that are held in memory until they are durable
 _NUMBERS = {"loss", "grad_norm", "loss_stderr", "bits_per_byte"}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The first `size` bytes of a file of rows, which end with a whole row."""
+
+    path: Path
+    size: int
 
 
 class RowWriter:
@@ -34,17 +48,26 @@ class RowWriter:
         self._lock, self._syncing = Lock(), Lock()
         self._end = self._synced = 0  # bytes: of whole rows; and of those that are durable
         self._since: list[bytes] = []  # the rows after `_synced`
+        self._hash = hashlib.sha256()  # of the whole rows
         self._torn = self._doubtful = False  # an `add`, a `sync` has failed
 
     def add(self, row: Row) -> None:
         """Append a row. Raises OSError, with the file's name, if the storage refuses."""
-        line = (to_json(row) + "\n").encode()
+        line = _encoded(row)
         with self._lock, naming(self.path):
             self._write(line)
+            self._hash.update(line)
             self._since.append(line)
             long = self._end - self._synced > _MOST_UNSYNCED
         if long:
             self.sync()
+
+    def state(self) -> FileEntry:
+        """Return size and sha256 of the file as it is now. Cheap: they are kept while rows are
+        added."""
+        with self._lock, naming(self.path):
+            self._open()
+            return FileEntry(self._end, self._hash.hexdigest())
 
     def sync(self) -> None:
         """Make the added rows durable, so that they survive a failure of the machine. Raises
@@ -63,10 +86,16 @@ class RowWriter:
                 self._doubtful, self._synced = False, end
                 del self._since[:count]
 
-    def _write(self, lines: bytes) -> None:
+    def _open(self) -> None:
         if self._file is None:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            self._end = self._synced = os.fstat(self._file.fileno()).st_size
+            for block in blocks_of(self.path):
+                self._hash.update(block)
+                self._end += len(block)
+            self._synced = self._end
+
+    def _write(self, lines: bytes) -> None:
+        self._open()
         if self._torn:
             os.ftruncate(self._file.fileno(), self._end)
         self._torn, left = True, lines
@@ -76,20 +105,46 @@ class RowWriter:
         self._end += len(lines)
 
 
+def each_row(path: Path) -> Iterator[tuple[Row, int]]:
+    """Yield each row of a file with the offset of its end; none if there is no file.
+
+    Raises UserError for a damaged row that isn't the last.
+    """
+    if not path.exists():
+        return
+    with naming(path), open(path, "rb") as f:
+        end = 0
+        for number, line in enumerate(f, 1):
+            end += len(line)
+            if line == b"\n":
+                continue
+            try:
+                row = _parse(line.removesuffix(b"\n"))
+            except (ValueError, RecursionError) as e:
+                if not line.endswith(b"\n"):
+                    return  # cut short by a kill
+                raise _damaged(f"{path}, line {number:,}", e) from None
+            yield row, end
+
+
 def read_rows(
     path: Path, *, after: int | None = None, until: int | None = None, **fields: Any
 ) -> list[Row]:
     """Return the rows of a file, filtered as by `select`; none if there is no file.
 
-    Raises json.JSONDecodeError for a damaged line that isn't the last.
+    Raises UserError for a damaged row that isn't the last.
     """
-    if not path.exists():
-        return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = [_parse(line) for line in lines if line]
-    with suppress(json.JSONDecodeError):  # cut short by a kill
-        rows += [_parse(last)] if last else []
-    return select(rows, after=after, until=until, **fields)
+    return select((row for row, _ in each_row(path)), after=after, until=until, **fields)
+
+
+def prefix_until(path: Path, step: int) -> Prefix:
+    """Return the rows of a file up to `step`: those before the first row of a later step."""
+    end = 0
+    for row, end_of_row in each_row(path):
+        if row.get("step", 0) > step:
+            break
+        end = end_of_row
+    return Prefix(path, end)
 
 
 def select(
@@ -124,7 +179,10 @@ class RowReader:
             self._offset = f.tell() - len(rest)
         # Looked for as bytes first: a long run has a million rows of other kinds.
         mark = json.dumps(self.kind).encode()
-        return select((_parse(line) for line in lines if mark in line), kind=self.kind)
+        try:
+            return select((_parse(line) for line in lines if mark in line), kind=self.kind)
+        except (ValueError, RecursionError) as e:
+            raise _damaged(str(self.path), e) from None
 
 
 def to_json(row: Row) -> str:
@@ -136,13 +194,32 @@ def to_json(row: Row) -> str:
         return json.dumps({k: None if _is_not_finite(v) else v for k, v in row.items()})
 
 
+def _encoded(row: Row) -> bytes:
+    """A row's line: its JSON, whose last field is the CRC-32 of the JSON without that field."""
+    text = to_json(row).encode()
+    return b'%s, "crc": "%08x"}\n' % (text[:-1], zlib.crc32(text))
+
+
 def _parse(line: bytes) -> Row:
-    """Return a row; numbers that were not finite are NaN again."""
+    """Return a row; numbers that were not finite are NaN again. Raises ValueError if it is damaged.
+    (Lines of earlier versions carry no checksum.)"""
+    if found := _CRC.search(line):
+        line = line[: found.start()] + b"}"
+        if zlib.crc32(line) != int(found[1], 16):
+            raise ValueError("its checksum differs")
     row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
     for name, value in row.items():
         if value is None and (name in _NUMBERS or name.startswith("extra.")):
             row[name] = math.nan
     return row
+
+
+def _damaged(where: str, error: Exception) -> UserError:
+    reason = error if type(error) is ValueError else "not JSON"
+    todo = "restore the file from a copy, or remove the line"
+    return UserError(where, f"the row is damaged ({reason})", todo)
 
 
 def _is_not_finite(value: Any) -> bool:

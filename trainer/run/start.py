@@ -6,6 +6,8 @@ are refused with the list; all other changes are frozen before ranks start. (Ran
 for each change that ends bit-exactness.) Imports no torch, so that a refusal comes in a second.
 """
 
+import errno
+import hashlib
 import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.config.data import ONLY
-from forescale.config.frozen import freeze, may_resume, thaw
+from forescale.config.frozen import frozen_file, may_resume, thaw
 from forescale.config.schema import leaves, plain
 from forescale.config.train import CorpusConfig, DataConfig, TrainJob
 from forescale.data.dataset import Dataset, Sources
@@ -24,7 +26,7 @@ from forescale.progress import shown
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of
 from forescale.run.forecast import prediction_interval_of
-from forescale.storage import read_json, staged, write_file, write_json
+from forescale.storage import read_json, staged, write_checked_json, write_file
 
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
 
@@ -42,7 +44,8 @@ def start(job: TrainJob, again: bool = False) -> Start:
     """Prepare the data, then open or make the run directory of `job`.
 
     again: this command has started the run before (in the launcher, or on rank 0), so `run.resume`
-    is not checked again. Raises UserError if the directory belongs to another config or dataset.
+    is not checked again, and the frozen config stays as it is. Raises UserError if the directory
+    belongs to another config or dataset, or another command makes it at the same moment.
     """
     run = Run(job.run.directory)
     if not again:
@@ -61,8 +64,8 @@ def start(job: TrainJob, again: bool = False) -> Start:
                 "the run was started with another config: " + "; ".join(map(str, refusals)),
                 "undo these changes, or choose another run.name",
             )
-        if any(taken):
-            write_file(run.config, freeze(job).encode())
+        if any(taken) and not again:  # a rank may wake up after another launch has changed it
+            write_file(run.config, frozen_file(job))
     else:
         _check_origin(job, sources)
         _make(run, job, sources)
@@ -110,7 +113,8 @@ def _check_resume(job: TrainJob, run: Run) -> None:
     if job.run.resume == "never" and any(a.parent for a in run.attempts()):
         todo = "choose another run.name, or run.resume=auto to resume it"
         raise UserError(str(run.path), "the run exists already", todo)
-    if run.path.exists() and not exists and any(run.path.iterdir()):
+    made = run.path.exists() and any(run.path.iterdir())
+    if made and not run.config.exists():  # asked anew: another command may make the run just now
         what = "is neither empty nor a run (no config.yaml)"
         raise UserError(str(run.path), what, "choose another run.name or run.root")
 
@@ -150,6 +154,7 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
     """Publish the run directory at once, so that a kill or a full disk leaves no partial run."""
     identity = {
         "name": run.name,
+        "tokenizer_sha256": hashlib.sha256(sources.first.tokenizer_json).hexdigest(),
         "dataset": {
             "path": sources.where,
             "identity": sources.identity,
@@ -160,11 +165,18 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
         },
         "versions": versions(),
     }
-    with staged(run.path.resolve()) as stage:
-        new = Run(stage)
-        write_file(new.tokenizer, sources.first.tokenizer_json)
-        write_json(new.identity, identity)
-        write_file(new.config, freeze(job).encode())
+    try:
+        with staged(run.path.resolve()) as stage:
+            new = Run(stage)
+            write_file(new.tokenizer, sources.first.tokenizer_json)
+            write_checked_json(new.identity, identity)
+            write_file(new.config, frozen_file(job))
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not run.config.exists():
+            raise
+        what = "another command has made this run at the same moment, and trains it"
+        todo = "give the same command again to resume it later, or choose another run.name"
+        raise UserError(str(run.path), what, todo) from None
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from forescale.config.compose import CONF, compose, defaults, diff, freeze, groups, may_resume, thaw
+from forescale.config.frozen import frozen_file, has_checksum
 from forescale.config.schema import ConfigError, flatten, plain
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
@@ -165,3 +166,21 @@ def test_no_growth_where_the_past_would_differ():
     assert longer_decay[0] == ["train.steps", "schedule.decay"]
     constant = ["train.steps=1000", "schedule=constant"]
     assert changed("train.steps=2000", base=constant, at_step=1000)[0] == []
+
+
+def test_every_flipped_byte_of_a_frozen_file_is_found(tmp_path):
+    """Within its checksum as well; only a line that is no checksum any more is a comment."""
+    path, job = tmp_path / "config.yaml", compose(TrainJob, ["run.name=a"])
+    whole = frozen_file(job)
+    path.write_bytes(whole)
+    assert thaw(TrainJob, path) == job
+    assert has_checksum(path)
+    places = [*range(80), *range(80, len(whole), 37)]
+    for i in places:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :])
+        try:
+            found = thaw(TrainJob, path)
+        except UserError:
+            continue
+        assert found == job
+        assert not has_checksum(path)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import forescale
+from forescale.config.frozen import freeze, thaw
+from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.storage import read_json, write_json
 from forescale.train.model import build_model
@@ -60,7 +62,7 @@ def test_a_checkpoint_opens_its_run_at_that_step(trained):
 
 
 def test_a_checkpoint_of_another_model_is_refused(own_run):
-    text = own_run.config.read_text().replace("width: 32", "width: 64")
+    text = freeze(thaw(TrainJob, own_run.config)).replace("width: 32", "width: 64")
     own_run.config.write_text(text)
     with pytest.raises(UserError, match=r"parameter .* in this model"):
         forescale.open_run(own_run.path).model()

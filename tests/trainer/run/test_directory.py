@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from forescale.errors import UserError
 from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.rows import RowWriter, read_rows
+from forescale.storage import hash_file
 from tests import disks
 
 
@@ -117,13 +118,97 @@ def test_the_links_stand_for_the_newest_attempt_that_trained(tmp_path):
     run.new_attempt()  # dies before it trains
     assert read_rows(run.events)[0]["kind"] == "ended"
     second = begin(run, 0)
-    for link, file in ((run.metrics, second.metrics.path), (run.events, second.events.path)):
+    for name, file in (("metrics", second.metrics.path), ("events", second.events.path)):
+        link = tmp_path / f"{name}.jsonl"
         assert link.is_symlink()
         assert link.resolve() == file.resolve()
         assert not link.readlink().is_absolute()  # so that the directory can be moved
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert read_rows(Run(moved).events) == []
     moved.rename(tmp_path)
+
+
+def test_an_attempt_that_was_overtaken_while_it_started_takes_nothing(tmp_path):
+    """It was suspended before it began; a newer one trained meanwhile."""
+    run = Run(tmp_path)
+    late, newer = run.new_attempt(), run.new_attempt()
+    newer.start_from(Parent(0), run)
+    for step in range(1, 6):
+        newer.metrics.add(row(step))
+
+    def outside():
+        found = (p for p in tmp_path.rglob("*") if late.path not in (p, *p.parents))
+        return {
+            p: p.readlink() if p.is_symlink() else p.is_file() and p.read_bytes() for p in found
+        }
+
+    before = outside()
+    late.start_from(Parent(2), run)
+    late.metrics.add(row(3))
+    assert outside() == before
+    assert run.metrics == newer.metrics.path
+    assert [r["step"] for r in read_rows(run.metrics)] == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match=r"attempt 2 was started after this one.*do nothing"):
+        run.expect_newest(late)
+    with pytest.raises(UserError, match="attempt 2 was started after this one"):
+        run.attempt_after(late)  # a rollback of the late one
+    assert run.attempt_after(newer).number == 3
+
+
+def test_history_is_judged_when_it_is_read_and_not_by_the_links(tmp_path):
+    run = Run(tmp_path)
+    old, new = begin(run, 0), begin(run, 0)
+    new.metrics.add(row(1))
+    run_link = tmp_path / "metrics.jsonl"
+    run_link.unlink()
+    run_link.symlink_to(Path("attempts", old.path.name, "metrics.jsonl"))
+    assert [r["step"] for r in read_rows(run.metrics)] == [1]
+
+
+def test_copies_beside_checkpoints_and_attempts_are_neither(tmp_path):
+    run = Run(tmp_path)
+    begin(run, 0)
+    run.checkpoint_path(83).mkdir(parents=True)
+    for name in ("step-00000083.bak", "step-83", "step-", "step-x", "step-0000008²"):
+        (run.checkpoints / name).mkdir()
+    for name in ("0001.bak", "²", "1"):
+        (tmp_path / "attempts" / name).mkdir()
+    assert run.checkpoint_steps() == [83]
+    assert [a.number for a in run.attempts()] == [1]
+
+
+def flipped(data):
+    for i in range(len(data)):
+        yield i, data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :]
+
+
+def test_a_flipped_byte_of_a_row_is_a_sentence_or_changes_nothing(tmp_path):
+    """It may hide the checksum, or cut the file's last row off."""
+    writer = RowWriter(tmp_path / "m.jsonl")
+    for step in (1, 2):
+        writer.add(row(step, loss=1 / 3, seconds={"data": 0.5}))
+    whole, rows = writer.path.read_bytes(), read_rows(writer.path)
+    assert "crc" not in rows[0]
+    for _, harmed in flipped(whole):
+        writer.path.write_bytes(harmed)
+        try:
+            found = read_rows(writer.path)
+        except UserError:
+            continue
+        found = [{k: r.get(k) for k in rows[0]} for r in found]  # without a key like "crb"
+        assert found in (rows, rows[:1])
+
+
+def test_a_writer_knows_size_and_checksum_of_its_file(tmp_path):
+    writer = RowWriter(tmp_path / "m.jsonl")
+    assert writer.state().size == 0
+    for step in (1, 2, 3):
+        writer.add(row(step))
+        assert writer.state() == hash_file(writer.path)
+    again = RowWriter(writer.path)
+    assert again.state() == writer.state()
+    again.add(row(4))
+    assert again.state() == hash_file(writer.path)
 
 
 @pytest.mark.parametrize("torn", ["", "{", '{"kind": "train", "st', '{"kind": "train", "step": 3'])

@@ -28,6 +28,7 @@ from forescale.train.callbacks import Every, Step
 from forescale.train.evaluate import Score
 from forescale.train.metrics import Metrics, Prices, ProgressLine
 from tests import launching
+from tests.trainer.small_run import change_rows
 
 MODEL = ModelConfig(
     num_layers=1, width=32, num_heads=2, mlp="relu2", vocab_size=300, max_sequence_length=32
@@ -274,9 +275,7 @@ def test_status_compares_the_final_loss(forecast_run, forescale):
 
 
 def test_status_shows_the_forecast_of_a_run_that_goes_on(forecast_run, forescale):
-    *rows, scored = forecast_run.run.metrics.read_text().splitlines(keepends=True)
-    midway = scored.replace('"step": 8', '"step": 4')
-    forecast_run.run.metrics.write_text("".join([*rows[:4], midway]))
+    change_rows(forecast_run.run.metrics, lambda rows: [*rows[:4], rows[-1] | {"step": 4}])
     text = "Forecast 0001: loss 2.9500 expected at step 8 (90 % interval 2.9000 to 3.1000)."
     assert text in forescale("status", "small")[1]
     forecast_run.path.write_text("{}")

@@ -138,7 +138,7 @@ def test_an_empty_directory_will_do_and_so_will_a_link_to_one(job, tmp_path):
     assert (tmp_path / "scratch" / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("at", ["write_file", "write_json", "freeze"])
+@pytest.mark.parametrize("at", ["write_file", "write_checked_json", "frozen_file"])
 def test_a_kill_while_it_is_made_leaves_no_half_run(job, monkeypatch, at):
     """In a process of its own, which ends there; then the same again."""
     real, calls = getattr(start_module, at), []
@@ -156,6 +156,69 @@ def test_a_kill_while_it_is_made_leaves_no_half_run(job, monkeypatch, at):
     assert not job().run.directory.exists()
     run = start(job()).run
     assert [p.name for p in run.path.parent.iterdir()] == ["first"]
+
+
+def test_of_two_first_launches_one_wins_and_the_run_is_whole(job):
+    """Each in a process, let go at the same time. A loser is told, or finds the run made."""
+    made = job().run.directory
+    begin, gate = os.pipe()
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            os.close(gate)
+            os.read(begin, 1)  # nothing comes: it ends when the gate is closed
+            try:
+                start(job())
+            except UserError as e:
+                os._exit(2 if "another command has made this run" in str(e) else 3)
+            except BaseException:
+                os._exit(4)
+            os._exit(0)
+        children.append(child)
+    os.close(gate)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert set(codes) <= {0, 2}
+    assert 0 in codes
+    assert [p.name for p in made.parent.iterdir()] == ["first"]
+    assert start(job()).job.run.name == "first"
+
+
+def test_the_second_of_two_first_launches_says_so(job, monkeypatch):
+    """The other one publishes while this one writes."""
+    real, other = start_module.frozen_file, job().run.directory
+
+    def overtaken(made):
+        monkeypatch.setattr(start_module, "frozen_file", real)
+        start(job())
+        return real(made)
+
+    monkeypatch.setattr(start_module, "frozen_file", overtaken)
+    with pytest.raises(UserError, match=r"another command has made this run.*run\.name"):
+        start(job())
+    assert [p.name for p in other.parent.iterdir()] == ["first"]
+    assert start(job()).run.path == other
+
+
+def test_a_rank_does_not_write_the_config(job):
+    """It may have slept while another launch changed it."""
+    run = start(job()).run
+    start(job("checkpoint.keep=5"))
+    before = listing(run.path)
+    assert start(job(), again=True).job.checkpoint.keep == 2
+    assert listing(run.path) == before
+
+
+def test_a_config_that_was_changed_is_refused_and_train_may_change_it(job):
+    run = start(job()).run
+    start(job("checkpoint.keep=5"))
+    whole = run.config.read_bytes()
+    run.config.write_bytes(whole.replace(b"rope_theta: 10000", b"rope_theta: 10001"))
+    assert run.config.read_bytes() != whole
+    with pytest.raises(UserError, match=r"config.yaml: was changed since it was written"):
+        start(job("checkpoint.keep=5"))
+    run.config.write_bytes(whole)
+    start(job("checkpoint.keep=6"))
+    assert thaw(TrainJob, run.config).checkpoint.keep == 6
 
 
 def test_must_needs_a_run(job):

@@ -1,6 +1,5 @@
 """`forescale check`: every fault that is put in is named, and nothing else."""
 
-import json
 import shutil
 
 import pytest
@@ -13,14 +12,12 @@ from forescale.monitor.audit import replay_faults, row_faults
 from forescale.run.directory import Parent
 from forescale.run.rows import read_rows
 from forescale.storage import read_json, read_table, write_file, write_json, write_table
-from tests.trainer.small_run import feed, make_job, make_run, save, train_row
+from tests.trainer.small_run import change_rows, feed, make_job, make_run, save, train_row
 
 
 def rewrite_rows(run, change):
     """Put the newest attempt's rows through `change`."""
-    path = run.metrics.resolve()
-    rows = change([json.loads(line) for line in path.read_text().splitlines()])
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change_rows(run.metrics, change)
 
 
 def rewrite_state(checkpoint, change):
@@ -198,14 +195,14 @@ def test_rows_with_gaps_are_reported(own_run, forescale, name):
 
 
 def test_a_line_that_is_no_json_is_named_but_a_torn_last_one_is_not(own_run, forescale):
-    path = own_run.metrics.resolve()
+    path = own_run.metrics
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"kind": "tr')
     assert forescale("check", "small")[0] == 0
     path.write_bytes(b"x" + whole)
     code, _, err = forescale("check", "small")
     assert code == 2
-    assert "not JSON" in err
+    assert "metrics.jsonl, line 1: the row is damaged" in err
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json"])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from forescale import open_dataset, open_run
+from forescale.storage import read_json
 from tests.trainer.small_run import LENGTH, make_dataset, make_run
 
 
@@ -77,7 +78,7 @@ def test_another_tokenizer_cannot_be_scored(trained, forescale, tmp_path):
 
 
 def test_data_that_has_moved_is_asked_for(own_run, forescale, small_data):
-    identity = json.loads(own_run.identity.read_text())
+    identity = read_json(own_run.identity)
     identity["dataset"]["sources"]["data"]["path"] = "/nowhere/data"
     own_run.identity.write_text(json.dumps(identity))
     code, _, err = forescale("eval", "small")

@@ -46,7 +46,7 @@ def test_frozen_takes_one_run_and_nothing_else(own_run, forescale, words, messag
 
 
 def test_a_frozen_class_of_the_user_needs_trust(own_run, forescale):
-    config = own_run.config.read_text()
+    config = freeze(thaw(TrainJob, own_run.config))
     head, _, rest = config.partition("model:\n")
     rest = rest[rest.index("\ndata:") :]
     own_run.config.write_text(f"{head}model:\n  _target_: somewhere.Net{rest}")

@@ -11,7 +11,8 @@ from forescale.errors import UserError
 from forescale.models.flops import count, flops_per_token
 from forescale.run.directory import Run
 from forescale.scaling.records.records import Refused, of_export, of_runs, points, record
-from tests.trainer.small_run import make_run
+from forescale.storage import read_json
+from tests.trainer.small_run import change_rows, make_run
 
 
 @pytest.fixture
@@ -21,9 +22,10 @@ def run(small_data, tmp_path, monkeypatch) -> Run:
 
 
 def change(run: Run, kind: str, **values) -> None:
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    rows = [{**row, **values} if row["kind"] == kind else row for row in rows]
-    run.metrics.resolve().write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def changed(rows):
+        return [{**row, **values} if row["kind"] == kind else row for row in rows]
+
+    change_rows(run.metrics, changed)
 
 
 def test_a_record_has_every_convention(run):
@@ -90,7 +92,7 @@ def test_a_record_has_its_unique_tokens_epochs_and_bytes(run, small_data):
 
 
 def test_a_replaced_dataset_is_not_used(run):
-    stored = json.loads(run.identity.read_text())
+    stored = read_json(run.identity)
     for source in stored["dataset"]["sources"].values():
         source["identity"] = "0" * 64
     run.identity.write_text(json.dumps(stored))
@@ -124,7 +126,7 @@ def test_device_hours_sum_over_launches_with_their_own_ranks(run):
     for attempt, ranks in ((first, 2), (second, 4)):
         record_start(attempt.path, ["x"], ranks)
         record_end(attempt.path, 0, "done")
-    launches = [json.loads((a.path / "launch.json").read_text()) for a in (first, second)]
+    launches = [read_json(a.path / "launch.json") for a in (first, second)]
     for attempt, facts, (begun, ended) in zip(
         (first, second), launches, ((1000, 4600), (5000, 6800)), strict=True
     ):
