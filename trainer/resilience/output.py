@@ -38,7 +38,8 @@ _BAR = " ━╸╺"  # what the progress line draws at its end
 def copied_output(log: Path) -> Iterator[dict[str, int]]:
     """Yield the file descriptors `stdout` and `stderr` for rank 0, whose output is copied to `log`
     and to this process's own. Close them (`close`) once rank 0 has them."""
-    ends, ways = {}, []
+    ends: dict[str, int] = {}
+    ways = []
     same = _are_same(1, 2)
     for name, target in (("stdout", 1), ("stderr", 2)):
         if name == "stderr" and same:

@@ -217,14 +217,14 @@ class ProgressLine:
             print(self._text(row, mfu_per_rate), flush=True)
 
     def _text(self, row: dict[str, Any], mfu_per_rate: float, width: int | None = None) -> str:
-        """Return the line; without its less important parts where `width` columns are too few."""
+        """Return the line; shorter where `width` columns are too few for all of it."""
         pace = sum(self._recent) / len(self._recent) if self._recent else 0.0
         tokens = row["tokens"] / row["step"]
         rate = tokens / pace if pace else row["tokens_per_second"]
         eta = clock((self.total - row["step"]) * pace) if pace else "--:--"
-        step = f"step {row['step']:>{len(str(self.total))}}/{self.total}"
+        step = f"{row['step']:>{len(str(self.total))}}/{self.total}"
         parts = {
-            "step": f"{step} ({row['step'] / self.total:6.1%})",
+            "step": f"step {step} ({row['step'] / self.total:6.1%})",
             "loss": f"loss {row['loss']:.4f}",
             "lr": f"lr {max(row['learning_rate'].values(), default=0.0):.1e}",
             "norm": f"norm {row['grad_norm']:.3g}",
@@ -232,16 +232,26 @@ class ProgressLine:
             "mfu": f"mfu {rate * mfu_per_rate:.1%}",
             "eta": f"eta {eta}",
         }
-        for shorter in ({"mfu": ""}, {"step": step}, {"norm": ""}, {"lr": ""}):
+        shorter = (
+            {"mfu": ""},
+            {"step": f"step {step}"},
+            {"rate": f"{short(rate)} tokens/s"},
+            {"norm": f"norm {row['grad_norm']:.2g}"},
+            {"step": step},
+            {"loss": f"loss {row['loss']:.3f}"},
+            {"norm": ""},
+            {"lr": ""},
+        )
+        for part in shorter:
             if width is None or len(_joined(parts)) < width:
                 break
-            parts |= shorter
+            parts |= part
         return _joined(parts)
 
     def print(self, text: str) -> None:
         """Print a line of its own, above the live one."""
         if self._live:
-            self._live.console.print(text, highlight=False)
+            self._live.console.print(text, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -250,6 +260,14 @@ class ProgressLine:
         if self._live:
             self._live.stop()
             self._live = None
+
+
+def short(number: float) -> str:
+    """Return a number in at most five characters: 950, 24.4k, 1.21M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
 
 
 def _joined(parts: dict[str, str]) -> str:

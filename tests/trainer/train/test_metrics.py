@@ -18,7 +18,7 @@ from forescale.run.rows import read_rows
 from forescale.train.callbacks import Every, Step
 from forescale.train.evaluate import Score
 from forescale.train.guard import Decision
-from forescale.train.metrics import Metrics, Prices, ProgressLine, clock
+from forescale.train.metrics import Metrics, Prices, ProgressLine, clock, short
 
 TOTAL = 1954
 
@@ -229,6 +229,32 @@ def test_the_live_line_fits_a_terminal_of_80_columns(metrics, capsys, monkeypatc
     assert frames
     for frame in frames:
         assert re.search(r"\| lr 1.0e-02 \| norm 2 \| .* \| eta 0:0\d", frame), "the end is cut off"
+
+
+@pytest.mark.parametrize(
+    ("width", "text"),
+    [
+        (99, "step  400/1954 ( 20.5%) | loss 4.0000 | lr 1.0e-02 | norm 0.123 | 24,440 tokens/s | "
+             "eta 0:01"),
+        (85, "step  400/1954 | loss 4.0000 | lr 1.0e-02 | norm 0.123 | 24,440 tokens/s | eta 0:01"),
+        (80, " 400/1954 | loss 4.0000 | lr 1.0e-02 | norm 0.12 | 24.4k tokens/s | eta 0:01"),
+        (60, " 400/1954 | loss 4.000 | 24.4k tokens/s | eta 0:01"),
+    ],
+)  # fmt: skip
+def test_what_the_line_leaves_out_where_there_is_no_room(metrics, width, text):
+    """Learning rate and norm are there on the common terminal of 80 columns."""
+    line = metrics().line
+    line._recent.append(20 / 24_440)
+    row = {"step": 400, "tokens": 8000, "loss": 4.0, "grad_norm": 0.1234}
+    row |= {"learning_rate": {"muon": 0.01, "decayed": 0.002}, "tokens_per_second": 1.0}
+    assert line._text(row, 0.0, width) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(7.4, "7"), (999.4, "999"), (999_999, "1M"), (1_234_567, "1.23M")]
+)
+def test_short_numbers(number, text):
+    assert short(number) == text
 
 
 @pytest.mark.parametrize(
