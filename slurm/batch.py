@@ -10,7 +10,6 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.monitor.status import Status
+from forescale.rendezvous import free_port
 from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
@@ -121,7 +121,7 @@ class Batch:
                 attempt, policy.AttemptOutcome(INTERRUPTED, 0, "interrupted before ranks")
             )
         self._log(f"Attempt {attempt.number}: {world} ranks; logs {attempt.path}/rank-*.log")
-        port = str(_free_port())
+        port = str(free_port())
         log = attempt.path / "srun.log"
         self._step = steps.JobStep(command, self._environment(attempt, port), log)
         code = self._step.wait(self._is_late, self._number)
@@ -251,12 +251,6 @@ class Batch:
 
     def _log(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -23,6 +23,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from forescale.rendezvous import free_port, interface_to, open_store
 from forescale.slurm.findings import Wanted, rounds
 from forescale.slurm.looks import Here, look
 from forescale.slurm.preflight import ADDRESS
@@ -35,32 +36,6 @@ _LOST = re.compile(
     r"by peer|time(d )?out|refused|broken pipe|remote process|aborted", re.IGNORECASE
 )
 _LATE = 5.0  # seconds after its time until the process is killed
-
-
-def interface_to(host: str) -> str | None:
-    """Return the network interface of the route to `host`, for gloo and NCCL.
-
-    On `host` itself: the interface with the address of its name; if that is the loopback (Debian's
-    127.0.1.1), the one of the default route. None for a loopback address, or if nothing is found.
-    """
-    if host == "localhost" or host.startswith("127.") or host == "::1":
-        return None
-    import psutil
-
-    for target in (
-        host,
-        socket.gethostname(),
-        "192.0.2.1",
-    ):  # the last address is reserved, for the default route
-        with suppress(OSError):
-            family, kind, _, _, address = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind) as s:
-                s.connect(address)  # sends nothing; chooses a route
-                own = s.getsockname()[0].partition("%")[0]
-            for name, addresses in psutil.net_if_addrs().items():
-                if name != "lo" and any(a.address.partition("%")[0] == own for a in addresses):
-                    return name
-    return None
 
 
 class Network:
@@ -97,14 +72,16 @@ class Network:
         import torch.distributed as dist
 
         go, wanted = self.go, self.here.wanted
-        os.environ |= {"MASTER_ADDR": go["address"], "MASTER_PORT": str(go["port"])}
         self.at = f"meeting the others at {go['address']}"
         device = torch.device("cuda:0" if wanted.cuda else "cpu")
+        seconds, size = max(1.0, go["seconds"] * 0.8), len(self.hosts)
+        store = open_store(go["address"], go["port"], self.rank, size, seconds)
         dist.init_process_group(
             "nccl" if wanted.cuda else "gloo",
+            store=store,
             rank=self.rank,
-            world_size=len(self.hosts),
-            timeout=timedelta(seconds=max(1.0, go["seconds"] * 0.8)),
+            world_size=size,
+            timeout=timedelta(seconds=seconds),
         )
         mine = torch.ones(max(1, wanted.reduce_bytes // 4), device=device)
         theirs = torch.empty_like(mine)
@@ -197,7 +174,7 @@ def serve(connection: Connection, token: str, host: str, supervisor: str) -> Non
     began = time.monotonic()
     faults = [{k: v for k, v in asdict(f).items() if k != "host"} for f in look(here, seconds / 2)]
     here.facts["look_seconds"] = round(time.monotonic() - began, 3)
-    report = {"facts": here.facts, "faults": faults, "received": received, "port": _free_port()}
+    report = {"facts": here.facts, "faults": faults, "received": received, "port": free_port()}
     connection.send(report)
     with suppress(OSError):  # the supervisor already has this node's report
         if go := connection.receive(end - time.monotonic()):
@@ -222,13 +199,6 @@ def _take_part(connection: Connection, network: Network, end: float) -> None:
             how = f"no end after {time.monotonic() - began:.0f} s"
             connection.send(network.broken(how, lost=network.at != Network.ALONE))
             is_sent = True
-
-
-def _free_port() -> int:
-    """Return a free port, on which the nodes connect if this is the first of them."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
 
 
 def main() -> int:

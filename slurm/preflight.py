@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+from forescale.rendezvous import meeting_address
 from forescale.slurm.findings import (
     NodeFault,
     PreflightReport,
@@ -80,16 +81,17 @@ class _Line:
 
 
 class Preflight:
-    """A server for the nodes' processes, on a free port of all interfaces.
+    """A server for the nodes' processes, on a free port of one address.
 
-    hosts: SLURM's names of the nodes; address: of this host, for the other nodes.
+    hosts: SLURM's names of the nodes; address: a name or address of this host.
     """
 
     def __init__(self, wanted: Wanted, hosts: list[str], address: str):
-        self.wanted, self.hosts, self.address = wanted, list(hosts), address
+        self.wanted, self.hosts = wanted, list(hosts)
+        self.address = meeting_address(address)
         self.token = secrets.token_hex(16)
         self._nodes = {host: _Node(host) for host in hosts}
-        self._server = _listen(len(hosts))
+        self._server = _listen(self.address, len(hosts))
         self.port: int = self._server.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ, None)
@@ -199,7 +201,7 @@ class Preflight:
                 raise ValueError("a second process of this node")
             line.node, node.line, node.came, node.sent = node, line, True, message["time"]
             here, there = line.socket.getsockname()[0], line.socket.getpeername()[0]
-            node.facts["address"] = self.address if here == there else _plain(there)
+            node.facts["address"] = self.address if here == there else there
             node.answered = time.time()
             mark, seconds = self._mark.name, self._end - time.monotonic() - 1.0
             line.send({"wanted": asdict(self.wanted), "mark": mark, "seconds": seconds})
@@ -301,18 +303,10 @@ class Preflight:
         return found
 
 
-def _listen(hosts: int) -> socket.socket:
+def _listen(address: str, hosts: int) -> socket.socket:
     """Return a listening socket, and raise the limit of open files if all hosts need it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hosts + 256:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
-        )
-    return socket.create_server(("", 0), backlog=4096)
-
-
-def _plain(address: str) -> str:
-    """Return an IPv4 address without the IPv6 prefix that a dual-stack socket adds."""
-    return address.removeprefix("::ffff:")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family, backlog=4096)

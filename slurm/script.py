@@ -15,6 +15,7 @@ import jinja2
 
 from forescale.run.start import versions
 from forescale.slurm.config import SlurmConfig
+from forescale.slurm.steps import own_scratch
 from forescale.slurm.submission import Submission
 
 
@@ -59,6 +60,7 @@ def render(order: Order) -> str:
         modules=settings.modules,
         setup=settings.setup,
         scratch=settings.scratch.rstrip("/"),
+        own_scratch=own_scratch('"$FORESCALE_SCRATCH"'),
         offline=settings.offline,
         exports=settings.exports,
         interface=settings.interface,

@@ -160,6 +160,7 @@ def nodes(submission: Submission) -> list[str]:
     look = [python(submission), "-P", "-m", module] if settings.preflight else ["true"]
     lines = [
         "set -e",
+        *own_scratch(_SCRATCH),
         # Remove files of old jobs whose nodes went down.
         f"find {_SCRATCH} -maxdepth 1 -name 'job-*' -mtime +7 -exec rm -rf {{}} + 2>&- || true",
         *_unpack(submission.code, '"$FORESCALE_NODE"'),
@@ -169,6 +170,19 @@ def nodes(submission: Submission) -> list[str]:
     lines.append(f"exec {shlex.join(look)}")
     # A node that fails must not end the reports of the others.
     return [*srun(settings, 1, "--kill-on-bad-exit=0"), "bash", "-c", "\n".join(lines)]
+
+
+def own_scratch(place: str) -> list[str]:
+    """Return shell lines that make a directory for this user alone, and end with code 2 if another
+    user has made it: whoever owns it could replace the code that runs from it."""
+    fault = "belongs to another user, or is a link; set another slurm.scratch"
+    return [
+        f"mkdir -p -m 700 {place}",
+        f"if [ ! -O {place} ] || [ -L {place} ]; then",
+        f'  echo "forescale: "{place}": {fault}." >&2',
+        "  exit 2",
+        "fi",
+    ]
 
 
 def _unpack(tar: Path | str, place: str) -> list[str]:

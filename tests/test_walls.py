@@ -15,7 +15,7 @@ FILES = sorted(
 
 # From which rooms a room may import, beside itself: the whole plan of the house. A room stands
 # below those that are allowed to see it. GROUND is seen by all but models and conf.
-GROUND = "errors storage console progress"
+GROUND = "errors storage console progress rendezvous"
 ALLOWED = {
     "models": "",
     "conf": "",
@@ -23,6 +23,7 @@ ALLOWED = {
     "storage": "errors",
     "console": "errors",
     "progress": "console",
+    "rendezvous": "",
     "config": "models conf",
     "data": "",
     "engine": "models config",

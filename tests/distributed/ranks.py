@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(scenario: str, size: int, timeout: float = 280, **arguments):
     """scenario: "module:function" beside this file. Returns its JSON result on rank 0."""
-    from forescale.engine.world import free_port
+    from forescale.rendezvous import free_port
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "result.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from forescale.rendezvous import interface_to
 from forescale.slurm import looks as looks_of
-from forescale.slurm import node
 from forescale.slurm.findings import NodeFault, PreflightReport, Wanted, rounds, skew_of, slow_nodes
 from tests.slurm.plain_wanted import PLAIN
 
@@ -214,5 +214,5 @@ def test_a_look_that_hangs_or_breaks_is_a_fault():
 
 
 def test_the_interface_of_a_host():
-    assert node.interface_to("localhost") is node.interface_to("127.0.0.1") is None
-    assert node.interface_to(socket.gethostname()) in [None, *os.listdir("/sys/class/net")]
+    assert interface_to("localhost") is interface_to("127.0.0.1") is None
+    assert interface_to(socket.gethostname()) in [None, *os.listdir("/sys/class/net")]

@@ -1,5 +1,7 @@
 """What srun says of tasks that end badly, read; and which of them explains the others."""
 
+import shlex
+import subprocess
 import sys
 import time
 
@@ -10,7 +12,7 @@ from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import write_error
 from forescale.run.directory import Run
 from forescale.slurm.policy import outcome_of
-from forescale.slurm.steps import Failure, JobStep, failures
+from forescale.slurm.steps import Failure, JobStep, failures, own_scratch
 
 # As srun 24.11 wrote them.
 SAID = """\
@@ -126,3 +128,18 @@ def test_a_collective_that_hangs_over_several_nodes_blames_none(attempt):
     publish_hang(attempt, Hang((0, 1), "n1, n2", "backward", 5, 4.0, "ranks 0, 1 stand"))
     found = outcome_of(attempt, 1, [failed(0, CRASHED)], False)
     assert (found.how, found.blamed) == ("ranks 0, 1 stand (on n0)", {})
+
+
+def test_the_scratch_on_a_nodes_disk_is_the_users_own(tmp_path):
+    """Its name can be guessed, and code runs from it: nobody else may have made it."""
+    place, link = tmp_path / "it's/mine", tmp_path / "link"
+    make = lambda path: subprocess.run(  # noqa: E731
+        ["bash", "-c", "\n".join(own_scratch(shlex.quote(str(path))))],
+        capture_output=True,
+        text=True,
+    )
+    assert make(place).returncode == make(place).returncode == 0
+    assert place.stat().st_mode & 0o777 == 0o700
+    link.symlink_to(place)
+    assert make(link).returncode == 2
+    assert f"{link}: belongs to another user, or is a link" in make(link).stderr

@@ -4,6 +4,7 @@ The state is a number: every element of every weight and moment is a function of
 sees at once which step a checkpoint holds, and whether all of it is of that step.
 """
 
+import json
 import threading
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ class Exchange:
         self._slots, self._gate = [None] * size, threading.Barrier(size)
 
     def gather(self, rank: int, value):
-        self._slots[rank] = value
+        self._slots[rank] = json.loads(json.dumps(value))  # as between processes
         self._gate.wait(60)
         found = list(self._slots)
         self._gate.wait(60)

@@ -28,7 +28,7 @@ from forescale.engine.state import write_fragments as write_rank_file
 from forescale.engine.step import Engine
 from forescale.errors import UserError
 from forescale.run.directory import Run
-from forescale.storage import fsync_path, publish, write_json, write_table
+from forescale.storage import FileEntry, fsync_path, publish, write_json, write_table
 
 _SLACK = 1 << 20  # bytes that must be free on the disk besides the tensors and their descriptions
 _HEADER = 512  # about this many bytes describe a fragment, in its file and in state.json
@@ -99,7 +99,7 @@ def write(
         path = stage / file
         entry, rows = write_rank_file(path, snapshot.fragments, lambda: midway(position.step, path))
         shapes = {f.name: list(f.shape) for f in snapshot.fragments}
-        return file, entry, rows, shapes, snapshot.counters
+        return file, vars(entry), rows, shapes, snapshot.counters
 
     def commit() -> None:
         state = {
@@ -114,7 +114,7 @@ def write(
         }
         # A fault here is a bug of ours, so an assertion.
         assert not (faults := coverage_faults(state)), faults[0]
-        table = {p[0]: p[1] for p in parts}
+        table = {p[0]: FileEntry(**p[1]) for p in parts}
         table[STATE] = write_json(stage / STATE, state, compact=True)
         write_table(stage, table)
         _replace(run, stage, final, attempt)
@@ -128,7 +128,7 @@ def write(
         if ranks.is_main:
             shutil.rmtree(stage, ignore_errors=True)
         raise
-    return Written(final, sum(p[1].size for p in parts) if ranks.is_main else None)
+    return Written(final, sum(p[1]["size"] for p in parts) if ranks.is_main else None)
 
 
 def _expect_eligible(run: Run, attempt: int, step: int) -> None:
@@ -152,23 +152,43 @@ def _expect_room(run: Run, size: int) -> None:
 def _replace(run: Run, stage: Path, final: Path, attempt: int) -> None:
     """Publish. An existing checkpoint of this step is replaced only now: it is of an older attempt
     and not eligible, or could not be read when this attempt chose its parent. A pinned one stays on
-    the disk under another name."""
+    the disk under another name.
+
+    This attempt may be suspended anywhere here and overtaken. So the old checkpoint is judged when
+    no other attempt can reach it any more, and goes back if it is a newer attempt's.
+    """
     step = int(final.name.rpartition("-")[2])
     _expect_eligible(run, attempt, step)
     if not final.exists():
         return publish(stage, final)
-    present = open_readable(final)
-    if present and present.attempt > attempt:
-        what = f"attempt {present.attempt} has saved this step, and this is attempt {attempt}"
-        raise UserError(str(final), what, "do nothing: the newer attempt goes on")
-    pinned = present is not None and is_pinned(run, step)
-    kind = f"attempt-{present.attempt:04d}.pinned" if present and pinned else "replaced"
-    aside = final.with_name(f".{final.name}.{kind}")
+    _expect_older(open_readable(final), attempt)
+    pinned = is_pinned(run, step)
+    kind = "pinned" if pinned else "replaced"  # what is called pinned, nothing sweeps away
+    aside = final.with_name(f".{final.name}.attempt-{attempt:04d}.{kind}")
     shutil.rmtree(aside, ignore_errors=True)
     final.rename(aside)
+    try:
+        present = open_readable(aside)
+        _expect_older(present, attempt)
+        _expect_eligible(run, attempt, step)
+    except UserError:
+        if not final.exists():
+            aside.rename(final)
+        raise
+    if present is not None and pinned:
+        kept = final.with_name(f".{final.name}.attempt-{present.attempt:04d}.pinned")
+        shutil.rmtree(kept, ignore_errors=True)
+        aside.rename(kept)
     publish(stage, final)
-    if not pinned:
+    if present is None or not pinned:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _expect_older(present: Checkpoint | None, attempt: int) -> None:
+    """Raise UserError if a newer attempt has saved the checkpoint that is to be replaced."""
+    if present and present.attempt > attempt:
+        what = f"attempt {present.attempt} has saved this step, and this is attempt {attempt}"
+        raise UserError(str(present.path), what, "do nothing: the newer attempt goes on")
 
 
 def _merged_counters(parts: list[dict]) -> dict:

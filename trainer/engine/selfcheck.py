@@ -53,8 +53,8 @@ class SelfCheck:
         """
         world = self.engine.world
         fault = self._fault(batch, losses[0])
-        mine = Finding(world.rank, self.host, fault, self._weights_hash())
-        return world.gather(mine)
+        mine = (world.rank, self.host, fault, self._weights_hash())
+        return [Finding(*fields) for fields in world.gather(mine)]
 
     def _fault(self, batch, loss: Tensor) -> str | None:
         first, second = (self._replay(batch) for _ in range(2))

@@ -8,7 +8,6 @@ backend every rank gets a world of its own, both silently.
 
 import os
 import resource
-import socket
 import time
 import zlib
 from collections import deque
@@ -17,12 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from forescale.engine.ranks import Ranks
 from forescale.errors import UserError
+from forescale.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
 
 
 def set_environment() -> None:
@@ -37,14 +38,9 @@ def set_environment() -> None:
     if "RANK" not in os.environ:
         os.environ.update(alone)
         os.environ["MASTER_PORT"] = str(free_port())
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-
-
-def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on at this moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    os.environ.setdefault("MASTER_ADDR", LOOPBACK)
+    if is_loopback(os.environ["MASTER_ADDR"]):
+        use_loopback()
 
 
 @dataclass(frozen=True)
@@ -90,10 +86,15 @@ class World(Ranks):
             self._groups[name] = Ranks(self.rank, self.size, group)
         return self._groups[name]
 
-    def union_in_background(self) -> Callable[[frozenset], frozenset]:
-        """Return a function, for one other thread, that returns the union of all ranks' sets."""
+    def union_in_background(self, item: Callable[..., Any]) -> Callable[[frozenset], frozenset]:
+        """Return a function, for one other thread, that returns the union of all ranks' sets of
+        tuples; `item` makes such a tuple from its fields."""
         ranks = self.in_background("union", new=True)
-        return lambda mine: frozenset().union(*ranks.gather(mine))
+
+        def union(mine: frozenset) -> frozenset:
+            return frozenset(item(*fields) for part in ranks.gather([*mine]) for fields in part)
+
+        return union
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over ranks, in place, and return it."""
@@ -200,6 +201,8 @@ def join(config: dict, size: int, timeout_seconds: float) -> World:
 
     _quiet_deepspeed()
     cuda = torch.cuda.is_available()
+    if not dist.is_initialized() and not _has_store():
+        _meet("nccl" if cuda else "gloo", size, timeout_seconds)
     group = InitProcessGroupKwargs(
         backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
     )
@@ -213,6 +216,20 @@ def join(config: dict, size: int, timeout_seconds: float) -> World:
     joined = dist.get_world_size() if dist.is_initialized() else 0
     assert joined == size, f"{joined} ranks have joined but {size} were requested"
     return World(accelerator)
+
+
+def _has_store() -> bool:
+    """Return True if the ranks meet at a store that their launcher serves, as torchrun's do."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _meet(backend: str, size: int, seconds: float) -> None:
+    """Make the default process group over a store of ours; left alone, torch makes a store that
+    listens on all interfaces. Accelerate and DeepSpeed take the group that is there."""
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    store = open_store(os.environ["MASTER_ADDR"], port, rank, size, seconds)
+    wait = timedelta(seconds=seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 def _quiet_deepspeed() -> None:

@@ -9,7 +9,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
+from forescale.rendezvous import LOOPBACK, free_port
 from forescale.resilience import outcome
 from forescale.resilience.heartbeat import node_path
 from forescale.resilience.output import close, copied_output
@@ -165,8 +165,8 @@ def start_ranks(
     kills = outcome.kills_for_memory()
     environment = {
         **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         ATTEMPT: str(attempt),
@@ -267,12 +267,6 @@ def _last_message(log: Path) -> str:
     """Return the last message of ours in a rank's log."""
     _, mark, text = log.read_text(errors="replace").rpartition("forescale: ")
     return (mark + text).strip() if mark else f"see {log}"
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def die_with_parent() -> None:

@@ -132,7 +132,7 @@ class Builder:
             position.g,
             workers=job.data.workers,
             quarantine=frozenset(LostMember(*lost) for lost in position.quarantined),
-            agree=world.union_in_background() if shared else None,
+            agree=world.union_in_background(LostMember) if shared else None,
             log=log,
         )
 

@@ -51,9 +51,7 @@ class Trainer:
         again = ATTEMPT in os.environ or not self.world.is_main
         started = self.world.main_first(lambda: start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources
-        self.prediction = self.world.from_main(
-            lambda: prediction_interval_of(self.job), self.run.path
-        )
+        self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
         launched = os.environ.get(ATTEMPT)  # numbered by our launcher; other launchers don't
         self.attempt = Attempt(Path(launched)) if launched else self._new_attempt()
         rank = self.world.rank
@@ -66,7 +64,7 @@ class Trainer:
     def train(self) -> int:
         """Train to the end, or until a signal requests a stop. Return DONE or INTERRUPTED."""
         self._build()
-        point = self._begin(resume(self.run, self.job, self.engine, self._warn))
+        point = self._begin(resume(self.run, self.job, self.engine, self._warn, self.attempt))
         position, total = point.position, self.job.total_steps
         if position.step >= total and not self.builder.lacks_score(point):
             self._print(f"{self.run.name} is complete: {position.step:,} steps are trained.")
@@ -122,7 +120,7 @@ class Trainer:
         if self.injector:
             self.injector.begin(self.attempt, point.position.step)
         if self.world.is_main:
-            self.attempt.start_from(point.parent, self.run)
+            self.attempt.start_from(point.parent, self.run, point.history)
             self._report_numerics(point.checkpoint)
             if point.checkpoint is not None:
                 step = point.position.step
@@ -185,7 +183,10 @@ class Trainer:
         """Load a checkpoint from before an anomalous step, and begin a new attempt there."""
         self._print(f"Step {rollback.step:,}: {rollback.reason}. Rolling back.")
         point = roll_back(rollback, self.run, self.engine, self._warn)
-        self.attempt = self._new_attempt()
+        following = self.world.from_main(
+            lambda: str(self.run.attempt_after(self.attempt).path), self.run.path
+        )
+        self.attempt = Attempt(Path(following))
         return self._begin(point)
 
     def _halted(self, halt: Anomaly) -> UserError:

@@ -197,7 +197,7 @@ def test_ranks_hand_nothing_on_that_grows_with_ranks(tmp_path):
             self.world = world
 
         def gather(self, value):
-            heard.append(len(pickle.dumps(value)))
+            heard.append(len(json.dumps(value)))
             return self.world.gather(value)
 
         def gather_to_main(self, value):
