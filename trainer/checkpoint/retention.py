@@ -22,7 +22,7 @@ from forescale.run.directory import Run
 from forescale.run.rows import RowReader, select
 from forescale.storage import fsync_path, write_file
 
-_LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.stage|replaced|deleted)")
+_LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.(stage|replaced)|replaced|deleted)")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Retention:
 
     def _plan(self) -> tuple[list[int], list[int]]:
         """Return the steps to delete, and the steps that must be verified first."""
-        if self.run.attempts()[-1].number != self.attempt:
+        if not self._is_newest():
             return [], []
         losses = self._losses() if self.keep.best else {}
         found = survey(self.run, losses, self._damaged, self._attempts)
@@ -161,18 +161,29 @@ class Retention:
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
-            if self.run.attempts()[-1].number == self.attempt and delete(self.run, step):
+            if self._is_newest() and delete(self.run, step, self._is_newest):
                 self._report("checkpoint_deleted", step=step)
 
+    def _is_newest(self) -> bool:
+        return self.run.attempts()[-1].number == self.attempt
 
-def delete(run: Run, step: int) -> bool:
-    """Delete a checkpoint unless it was pinned meanwhile. Returns True if it was deleted."""
+
+def delete(run: Run, step: int, may: Callable[[], bool] = lambda: True) -> bool:
+    """Delete a checkpoint unless it was pinned meanwhile. Returns True if it was deleted.
+
+    may: asked when no other attempt can reach the checkpoint any more. If False (this attempt was
+    suspended and overtaken), it goes back.
+    """
     if is_pinned(run, step):
         return False
     path = run.checkpoint_path(step)
     doomed = path.with_name(f".{path.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)  # the name first: a kill here leaves no partial checkpoint
+    if not may():
+        if not path.exists():
+            doomed.rename(path)
+        return False
     fsync_path(run.checkpoints)
     shutil.rmtree(doomed)
     return True

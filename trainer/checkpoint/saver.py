@@ -67,7 +67,8 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         copied = self._copy.take if self._copy else list
-        snapshot = Snapshot.of(self._engine, position, self._facts(), copied)
+        facts = {**self._facts(), **self._logged()}
+        snapshot = Snapshot.of(self._engine, position, facts, copied)
         stall = time.perf_counter() - began if self._copy else None
         work = threading.Thread(
             target=self._save, args=(snapshot, began, stall), name="save", daemon=True
@@ -78,6 +79,13 @@ class Saver:
         else:
             work.run()
             self.finish()
+
+    def _logged(self) -> dict[str, Any]:
+        """What the attempt has logged so far: size and sha256 of its files of rows."""
+        if not self._ranks.is_main:
+            return {}
+        files = (self._attempt.metrics, self._attempt.events)
+        return {"logged": {f.path.name: vars(f.state()) for f in files}}
 
     def finish(self) -> None:
         """Wait until the save in flight is published; raises its error."""

@@ -249,7 +249,8 @@ class Attempt:
         """
         if history is None:
             history = prefix_until(run.metrics, parent.step) if parent.step else None
-        write_file(self.metrics.path, blocks_of(history.path, history.size) if history else b"")
+        copied = blocks_of(history.path, history.size) if history and history.size else b""
+        write_file(self.metrics.path, copied)
         self.events.path.touch()
         write_checked_json(self.path / _PARENT, vars(parent))
         if run.attempts()[-1].number == self.number:

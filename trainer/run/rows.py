@@ -18,10 +18,11 @@ from threading import Lock
 from typing import Any
 
 from forescale.errors import UserError
-from forescale.storage import FileEntry, blocks_of, naming
+from forescale.storage import FileEntry, blocks_of, hash_file, naming
 
 Row = dict[str, Any]
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"}$')
+_NOTHING = hashlib.sha256().hexdigest()
 _MOST_UNSYNCED = 16 << 20  # bytes of rows that are held in memory until they are durable
 _NUMBERS = {"loss", "grad_norm", "loss_stderr", "bits_per_byte"}
 
@@ -66,7 +67,8 @@ class RowWriter:
         """Return size and sha256 of the file as it is now. Cheap: they are kept while rows are
         added."""
         with self._lock, naming(self.path):
-            self._open()
+            if self._file is None:
+                return hash_file(self.path) if self.path.exists() else FileEntry(0, _NOTHING)
             return FileEntry(self._end, self._hash.hexdigest())
 
     def sync(self) -> None:
@@ -105,17 +107,22 @@ class RowWriter:
         self._end += len(lines)
 
 
-def each_row(path: Path) -> Iterator[tuple[Row, int]]:
+def each_row(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[Row, int]]:
     """Yield each row of a file with the offset of its end; none if there is no file.
 
-    Raises UserError for a damaged row that isn't the last.
+    begin, end: only whole rows within these bytes. Raises UserError for a damaged row that isn't
+    the last.
     """
     if not path.exists():
         return
     with naming(path), open(path, "rb") as f:
-        end = 0
+        at = f.seek(max(0, begin - 1))
+        if begin:
+            at += len(f.readline())  # ends the row before, or the one that is cut
         for number, line in enumerate(f, 1):
-            end += len(line)
+            at += len(line)
+            if end is not None and at > end:
+                return
             if line == b"\n":
                 continue
             try:
@@ -123,8 +130,9 @@ def each_row(path: Path) -> Iterator[tuple[Row, int]]:
             except (ValueError, RecursionError) as e:
                 if not line.endswith(b"\n"):
                     return  # cut short by a kill
-                raise _damaged(f"{path}, line {number:,}", e) from None
-            yield row, end
+                place = f"the row at byte {at - len(line):,}" if begin else f"line {number:,}"
+                raise _damaged(f"{path}, {place}", e) from None
+            yield row, at
 
 
 def read_rows(

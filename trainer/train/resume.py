@@ -13,7 +13,10 @@ from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.train import TrainJob
 from forescale.data.mixture import merged_intervals
 from forescale.engine.step import Engine
-from forescale.run.directory import Parent, Run
+from forescale.run.directory import Attempt, Parent, Run
+from forescale.run.history import Saved, expect_whole, history_of
+from forescale.run.rows import Prefix
+from forescale.storage import FileEntry
 from forescale.train.guard import Rollback
 
 Report = Callable[..., None]
@@ -24,13 +27,15 @@ class ResumePoint:
     """The state that the engine holds when an attempt begins.
 
     checkpoint: where it was loaded from, None at the beginning of a run; guard: the guard's state
-    there; rolled_back_from: the anomalous step, if a rollback led here.
+    there; rolled_back_from: the anomalous step, if a rollback led here; history: the rows up to the
+    checkpoint, on rank 0, if it is one of the run itself.
     """
 
     position: Position
     checkpoint: Checkpoint | None = None
     guard: dict[str, Any] | None = None
     rolled_back_from: int | None = None
+    history: Prefix | None = None
 
     @property
     def parent(self) -> Parent:
@@ -39,15 +44,19 @@ class ResumePoint:
         return Parent(self.position.step, name, self.position.skipped, self.rolled_back_from)
 
 
-def resume(run: Run, job: TrainJob, engine: Engine, report: Report) -> ResumePoint:
+def resume(
+    run: Run, job: TrainJob, engine: Engine, report: Report, attempt: Attempt
+) -> ResumePoint:
     """Load the newest complete checkpoint of the run; without one, that of the run that it branches
     from; else begin at step 0. Every rank calls it.
 
-    report(kind, **facts): receives the checkpoints that are passed over. Raises UserError if there
-    are checkpoints but none can be used.
+    report(kind, **facts): receives the checkpoints that are passed over. attempt: the one that is
+    starting. Raises UserError if there are checkpoints but none can be used, if what the run has
+    saved or logged is missing or damaged, or if a newer attempt was started.
     """
     ranks, origin, weights_only = engine.world, job.run.origin, False
     found = reader.newest_complete(run, report, ranks)
+    history = _history(run, found, report, engine, attempt)
     if found is None and origin.run is not None:
         found = reader.at_step(Run.existing(origin.run, job.run.root), origin.step, ranks)
         weights_only = origin.what == "weights"
@@ -59,7 +68,35 @@ def resume(run: Run, job: TrainJob, engine: Engine, report: Report) -> ResumePoi
         return ResumePoint(Position(skipped=merged_intervals(skipped)), found)
     position = found.position
     position = replace(position, skipped=merged_intervals((*position.skipped, *skipped)))
-    return ResumePoint(position, found, found.state.get("guard"))
+    return ResumePoint(position, found, found.state.get("guard"), history=history)
+
+
+def _history(
+    run: Run,
+    found: Checkpoint | None,
+    report: Report,
+    engine: Engine,
+    starting: Attempt | None = None,
+) -> Prefix | None:
+    """Return the rows to begin with, on rank 0, verified; raise its UserError on every rank."""
+    own: list[Prefix] = []
+
+    def judge() -> None:
+        saved = found and _saved(found)
+        if starting is not None:
+            expect_whole(run, starting, saved)
+        if saved is not None:
+            own.append(history_of(run, saved))
+            if (path := own[0].path).parent.name != f"{saved.attempt:04d}":
+                report("history_restored", attempt=saved.attempt, file=str(path))
+
+    engine.world.from_main(judge, run.path)
+    return own[0] if own else None
+
+
+def _saved(found: Checkpoint) -> Saved:
+    rows = found.state.get("logged", {}).get("metrics.jsonl")
+    return Saved(found.position.step, found.attempt, FileEntry(**rows) if rows else None)
 
 
 def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> ResumePoint:
@@ -75,4 +112,5 @@ def roll_back(rollback: Rollback, run: Run, engine: Engine, report: Report) -> R
     writer.load(found, engine)
     skipped = merged_intervals((*rollback.position.skipped, *more))
     position = replace(found.position, skipped=skipped)
-    return ResumePoint(position, found, found.state.get("guard"), rollback.step)
+    guard, history = found.state.get("guard"), _history(run, found, report, engine)
+    return ResumePoint(position, found, guard, rollback.step, history)

@@ -15,9 +15,10 @@ from forescale import storage
 from forescale.checkpoint import saver as module
 from forescale.checkpoint import writer
 from forescale.checkpoint.reader import Checkpoint
-from forescale.checkpoint.retention import pin
+from forescale.checkpoint.retention import delete, pin
 from forescale.errors import CRASHED, USER, Transient, UserError
 from forescale.run.directory import Run
+from forescale.run.history import Saved, history_of
 from forescale.storage import check_table
 from tests import disks
 from tests.trainer import plain_engine as plain
@@ -256,6 +257,61 @@ def test_an_attempt_left_behind_is_told_so_and_displaces_nothing(run):
     assert newest(run) == 4
     assert Checkpoint(run.checkpoint_path(4)).attempt == new.number
     assert hidden(run) == []
+
+
+def test_an_attempt_that_is_overtaken_while_it_publishes_puts_back_what_it_took(run, monkeypatch):
+    """It had judged the old checkpoint, and slept until a newer attempt had saved the same step."""
+    engine, newer = plain.engine(), plain.engine()
+    part = saver(run, plain.begin(run), engine)
+    save(part, engine, 2)
+    part.finish()
+    asleep = saver(run, plain.begin(run), engine)  # goes on from step 0: that one doesn't count
+    real = writer.is_pinned
+
+    def overtaken(*facts):
+        monkeypatch.setattr(writer, "is_pinned", real)
+        part = saver(run, plain.begin(run), newer)
+        save(part, newer, 2)
+        part.finish()
+        return real(*facts)
+
+    monkeypatch.setattr(writer, "is_pinned", overtaken)
+    save(asleep, engine, 2)
+    with pytest.raises(UserError, match="attempt 3 has saved this step, and this is attempt 2"):
+        asleep.finish()
+    assert Checkpoint(run.checkpoint_path(2)).attempt == 3
+    assert check_table(run.checkpoint_path(2)) == []
+    assert hidden(run) == []
+
+
+def test_an_attempt_that_is_overtaken_while_it_deletes_puts_back_what_it_took(run):
+    engine = plain.engine()
+    part = saver(run, plain.begin(run), engine)
+    save(part, engine, 2)
+    part.finish()
+    assert not delete(run, 2, lambda: False)
+    assert check_table(run.checkpoint_path(2)) == []
+    assert hidden(run) == []
+    assert delete(run, 2)
+
+
+def test_a_checkpoint_knows_what_was_logged_before_it(run):
+    """Later rows of the attempt change nothing of it."""
+    engine, attempt = plain.engine(), plain.begin(run)
+    part = saver(run, attempt, engine)
+    for step in (1, 2):
+        attempt.metrics.add({"kind": "train", "step": step})
+    save(part, engine, 2)
+    part.finish()
+    attempt.metrics.add({"kind": "validation", "step": 2})
+    attempt.metrics.add({"kind": "train", "step": 3})
+    logged = Checkpoint(run.checkpoint_path(2)).state["logged"]
+    saved = Saved(2, attempt.number, storage.FileEntry(**logged["metrics.jsonl"]))
+    found = history_of(run, saved)
+    assert found.path == attempt.metrics.path
+    lines = attempt.metrics.path.read_bytes()[: found.size].splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
+    assert logged["events.jsonl"]["size"] == 0
 
 
 def test_a_checkpoint_that_does_not_count_makes_way_and_a_pinned_one_stays_on_the_disk(run):

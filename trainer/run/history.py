@@ -1,0 +1,152 @@
+"""The rows that an attempt begins with: those of its checkpoint's run up to its step, verified.
+
+Invariant: what a run has logged is never lost in silence. A checkpoint records size and sha256 of
+the rows of its attempt when it was saved; resuming copies exactly these bytes, from whichever
+attempt still has them, or refuses.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from forescale.errors import UserError
+from forescale.run.directory import Attempt, Run
+from forescale.run.rows import Prefix, each_row
+from forescale.storage import FileEntry, hash_file
+
+_TAIL = 1 << 16  # bytes in which the last train row is looked for
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of its history: its step, the number of its attempt, and the attempt's
+    metrics.jsonl when it was saved (None: written by a version that didn't record it)."""
+
+    step: int
+    attempt: int
+    rows: FileEntry | None = None
+
+
+def history_of(run: Run, saved: Saved) -> Prefix:
+    """Return the rows of the run up to a checkpoint, from the attempt that saved it, or from
+    another one that began with a copy of them.
+
+    Raises UserError if no attempt has them whole.
+    """
+    attempts, origin = run.attempts(), origin_of(run)
+    own = [a for a in attempts if a.number == saved.attempt]
+    others = [a for a in reversed(attempts) if a.number != saved.attempt and a.has_begun]
+    reasons = []
+    for attempt in (*own, *others):
+        path = attempt.metrics.path
+        try:
+            return _history_in(path, saved, origin)
+        except _Incomplete as e:
+            reasons.append(str(e))
+        except UserError as e:  # a damaged row
+            reasons.append(f"{e.where.removeprefix(f'{path}, ')}: {e.what}")
+    where = run.path / "attempts" / f"{saved.attempt:04d}" / "metrics.jsonl"
+    why = f" ({reasons[0]})" if own else ""
+    raise UserError(
+        str(where),
+        f"the rows up to step {saved.step:,}, to resume after, are damaged or missing{why}",
+        f"restore the file from a copy, or go on under another name: run.from.run={run.name} "
+        f"run.from.step={saved.step} run.name=NEW",
+    )
+
+
+def origin_of(run: Run) -> int:
+    """Return the step before the first one of the run: not 0 in a branch."""
+    return next((a.parent.step for a in run.attempts() if a.parent), 0)
+
+
+class _Incomplete(Exception):
+    """Rows that don't reach from the origin to the step."""
+
+
+def _history_in(path: Path, saved: Saved, origin: int) -> Prefix:
+    if not path.exists():
+        raise _Incomplete("the file is missing")
+    if saved.rows is None:
+        return _contiguous(path, saved.step, origin)
+    size = saved.rows.size
+    if path.stat().st_size < size or hash_file(path, size=size) != saved.rows:
+        _contiguous(path, saved.step, origin)  # has a better reason if it raises
+        raise _Incomplete("they were changed since the checkpoint was saved")
+    if (last := _last_step(path, size)) not in (saved.step, None) or (
+        last is None and saved.step != origin
+    ):
+        raise _Incomplete(f"they end at step {last or origin:,}")
+    return Prefix(path, _end_of_step(path, size, saved.step))
+
+
+def _contiguous(path: Path, step: int, origin: int) -> Prefix:
+    """Return the rows up to a step, read one by one. Raises _Incomplete if steps are missing."""
+    end = 0
+
+    def steps() -> Iterator[int]:
+        nonlocal end
+        yield origin
+        for row, end_of_row in each_row(path):
+            if row.get("step", 0) > step:
+                return
+            end = end_of_row
+            if row.get("kind") == "train":
+                yield row["step"]
+
+    last = origin
+    for before, last in pairwise(steps()):
+        if last != before + 1:
+            raise _Incomplete(f"step {last:,} follows step {before:,}")
+    if last != step:
+        raise _Incomplete(f"they end at step {last:,}")
+    return Prefix(path, end)
+
+
+def _last_step(path: Path, size: int) -> int | None:
+    """Return the step of the last train row in the first `size` bytes; None without one."""
+    found = None
+    begin = max(0, size - _TAIL)
+    for row, _ in each_row(path, begin, size):
+        if row.get("kind") == "train":
+            found = row["step"]
+    if found is None and begin:  # rows that long are possible
+        found = next((row["step"] for row, _ in each_row(path, 0, size) if "loss" in row), None)
+    return found
+
+
+def _end_of_step(path: Path, size: int, step: int) -> int:
+    """Return where the rows of a step end that was saved at `size`: its evaluation comes later."""
+    for row, end in each_row(path, size):
+        if row.get("step", 0) > step:
+            break
+        size = end
+    return size
+
+
+def expect_whole(run: Run, own: Attempt, saved: Saved | None) -> None:
+    """Raise UserError unless the attempts of a run tell where it goes on, or it is a new one.
+
+    own: the attempt that is starting; saved: of the checkpoint that it has found, if any.
+    """
+    run.expect_newest(own)
+    numbers = [a.number for a in run.attempts()]
+    restore = "restore it from a copy, or choose another run.name"
+    if missing := sorted(set(range(1, own.number)) - set(numbers)):
+        where = run.path / "attempts" / f"{missing[0]:04d}"
+        what = "is missing, so it isn't known which checkpoints and samples count"
+        raise UserError(str(where), what, restore)
+    begun = [a for a in run.attempts() if a.has_begun]
+    if saved is not None:
+        if saved.attempt not in [a.number for a in begun]:
+            where = run.path / "attempts" / f"{saved.attempt:04d}"
+            what = f"is missing or empty, but it has saved the checkpoint of step {saved.step:,}"
+            raise UserError(str(where), what, restore)
+        return
+    if not begun and run.has_links:
+        what = "is empty, but the run has trained"
+        raise UserError(str(run.path / "attempts"), what, restore)
+    if steps := [e["step"] for e in run.read_events(kind="checkpoint_saved")]:
+        what = f"is empty or missing, but step {max(steps):,} of the run was saved"
+        raise UserError(str(run.checkpoints), what, restore)
