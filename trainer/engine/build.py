@@ -16,6 +16,7 @@ from torch import nn
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
 from forescale.engine.optim import build_optimizer, parameter_groups
+from forescale.engine.optimizers.muon import import_muon
 from forescale.engine.step import Engine
 from forescale.engine.world import World
 from forescale.errors import UserError
@@ -53,6 +54,7 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
     )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
+    import_muon()  # first, because DeepSpeed imports it for every optimizer
     optimizer = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
     return Engine(world, model, optimizer, seed=job.train.seed, clip=job.optimizer.clip)
 
@@ -70,7 +72,9 @@ def be_deterministic() -> None:
     and after a few dozen steps two equal runs differ in the last bits.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The same flag as use_deterministic_algorithms(True, warn_only=True), which imports torch's
+    # compiler to tell it too, in each rank that compiles nothing. See Engine.compile.
+    torch.set_deterministic_debug_mode("warn")
     # Only useful for debugging, and costs one pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

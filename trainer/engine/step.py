@@ -72,6 +72,8 @@ class Engine:
 
     def compile(self) -> None:
         """Compile the model's forward (and so its backward) in place."""
+        # Also tells the compiler what be_deterministic() has told torch.
+        torch.use_deterministic_algorithms(True, warn_only=True)
         self._deepspeed.compile()
 
     def train_step(

@@ -17,7 +17,7 @@ def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
     minute and needs a compiler. On a CPU the iterations use bf16 (ns_method "standard"), which
     gives the same results on every CPU; "gram" uses fp16 if the device supports it.
     """
-    muon = _import_muon()
+    muon = import_muon()
     adam = {"betas": (config.beta1, config.beta2), "eps": config.eps}
     method = "gram" if torch.cuda.is_available() else "standard"
     for group in groups:
@@ -35,11 +35,13 @@ def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
     return muon(groups, adam_optimizer=auxiliary)
 
 
-def _import_muon() -> Any:
+def import_muon() -> Any:
     """Return DeepSpeed's Muon class without compilation.
 
     On import it wraps its iterations in torch.compile, once per shape. On a CPU this takes half a
-    minute at the first step, and the compiled iterations are not faster than eager ones.
+    minute at the first step, and the compiled iterations are not faster than eager ones. To wrap
+    them alone imports the whole compiler, 1.5 s of each rank, and DeepSpeed imports this module to
+    look at any optimizer: so it has to be imported here first.
     """
     from deepspeed.runtime import compiler
 
