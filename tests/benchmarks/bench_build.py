@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,27 +36,38 @@ from forescale.data.tokenizer import train_bpe
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import Side, isolated, peak_memory
 
-BYTES = 44_000_000
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of text, entries of the tokenizer, worker processes."""
+
+    text: int
+    vocabulary: int
+    workers: int
+
+
+REAL = Sizes(44_000_000, 4096, workers=2)
+TOY = Sizes(40_000, 300, workers=1)
 DOCUMENT = 4_000  # bytes
 FILES = 4
 HELD_OUT = 0.01  # the default of `forescale shards`
 
 
-def measure(rounds: int) -> list[Result]:
+def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
-        isolated(prepare, Path(folder))
-        workers = min(2, len(os.sched_getaffinity(0)))
-        return compare(max(3, rounds // 2), Path(folder), workers)  # each round takes seconds
+        isolated(prepare, Path(folder), sizes)
+        workers = min(sizes.workers, len(os.sched_getaffinity(0)))
+        return compare(max(1, rounds // 2), Path(folder), workers)  # each round takes seconds
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, sizes: Sizes) -> None:
     """Write the text and the tokenizer."""
-    texts = list(islice(documents(), BYTES // DOCUMENT))
+    texts = list(islice(documents(), sizes.text // DOCUMENT))
     (folder / "text").mkdir()
     for number in range(FILES):
         with open(folder / "text" / f"{number}.jsonl", "w") as f:
             f.writelines(json.dumps({"text": text}) + "\n" for text in texts[number::FILES])
-    (folder / "tokenizer.json").write_text(train_bpe(texts[::4], 4096).to_str())
+    (folder / "tokenizer.json").write_text(train_bpe(texts[::4], sizes.vocabulary).to_str())
 
 
 def documents() -> Iterator[str]:
@@ -182,7 +194,7 @@ def main() -> None:
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=wanted.folder) as name:
         folder = Path(name)
-        isolated(prepare, folder)
+        isolated(prepare, folder, REAL)
         shutil.rmtree(folder / "text")
         (folder / "text").mkdir()
         isolated(write_text, folder / "text", int(wanted.gigabytes * 1e9))

@@ -6,6 +6,7 @@ Nothing here is timed: a row is a seed, of which there are two at most. Some ten
 
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -30,23 +31,41 @@ from tests.benchmarks.coordinates import (
 )
 from tests.benchmarks.pairing import Result
 
-AXES = {"width": (64, 128, 256, 512, 1024), "depth": (2, 4, 8, 16, 32)}
 PICTURE = Path("runs/coordinates.html")
-
-WIDTHS, RATES = (64, 256), tuple(2.0**-n for n in range(11, 3, -1))
-STEPS, WARMUP, LENGTH, WINDOWS, HELD_OUT = 100, 10, 64, 16, 200_000
+WARMUP, LENGTH, WINDOWS, HELD_OUT = 10, 64, 16, 200_000
 
 
-def measure(rounds: int) -> list[Result]:
-    return [*activations(min(rounds, 2)), *learning_rates()]
+@dataclass(frozen=True)
+class Sizes:
+    """Over which widths and depths activations are measured, after so many updates; at which widths
+    which learning rates are tried, each for so many steps."""
+
+    width: tuple[int, ...]
+    depth: tuple[int, ...]
+    updates: int
+    widths: tuple[int, ...]
+    rates: tuple[float, ...]
+    steps: int
 
 
-def activations(seeds: int) -> Iterator[Result]:
-    """The slope of each layer over AXES, and their picture."""
+REAL = Sizes(
+    width=(64, 128, 256, 512, 1024), depth=(2, 4, 8, 16, 32), updates=8,
+    widths=(64, 256), rates=tuple(2.0**-n for n in range(11, 3, -1)), steps=100,
+)  # fmt: skip
+TOY = Sizes(width=(64, 80), depth=(1, 2), updates=1, widths=(64,), rates=(2**-8,), steps=WARMUP + 1)
+
+
+def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
+    return [*activations(min(rounds, 2), sizes), *learning_rates(sizes)]
+
+
+def activations(seeds: int, sizes: Sizes) -> Iterator[Result]:
+    """The slope of each layer over width and depth, and their picture."""
     curves = {}
-    for settings, (axis, sizes) in product((ADAMW, MUON), AXES.items()):
+    axes = {"width": sizes.width, "depth": sizes.depth}
+    for settings, (axis, values) in product((ADAMW, MUON), axes.items()):
         for kind in PARAMETRIZATIONS:
-            found = over(axis, sizes, kind, settings, seeds)
+            found = over(axis, values, kind, settings, seeds, sizes.updates)
             title = f"{settings.kind}, {kind}, {axis}"
             curves[title] = found
             for what in ("size", "move"):
@@ -55,13 +74,16 @@ def activations(seeds: int) -> Iterator[Result]:
     draw(curves)
 
 
-def learning_rates() -> Iterator[Result]:
-    """The best of RATES at each of WIDTHS."""
+def learning_rates(sizes: Sizes) -> Iterator[Result]:
+    """The best of the rates at each of the widths."""
     for kind in ("standard", "mup"):
-        losses = {width: [final_loss(kind, width, rate) for rate in RATES] for width in WIDTHS}
-        labels = tuple(f"width {width}" for width in WIDTHS)
-        best = tuple(RATES[row.index(min(row))] for row in losses.values())
-        tried = [f"{rate:.5f}" for rate in RATES]
+        losses = {
+            width: [final_loss(kind, width, rate, sizes.steps) for rate in sizes.rates]
+            for width in sizes.widths
+        }
+        labels = tuple(f"width {width}" for width in sizes.widths)
+        best = tuple(sizes.rates[row.index(min(row))] for row in losses.values())
+        tried = [f"{rate:.5f}" for rate in sizes.rates]
         facts = {
             f"losses, width {w}": dict(zip(tried, row, strict=True)) for w, row in losses.items()
         }
@@ -88,8 +110,8 @@ def draw(curves: dict[str, dict[int, list[Coordinates]]]) -> None:
     print(f"Drawn in {PICTURE}.")
 
 
-def final_loss(parametrization: str, width: int, rate: float) -> float:
-    """Nats a byte on windows that were held out, after STEPS updates on the source of Python's
+def final_loss(parametrization: str, width: int, rate: float, steps: int) -> float:
+    """Nats a byte on windows that were held out, after `steps` updates on the source of Python's
     library: warm-up, then linear to nothing."""
     config = model_of(parametrization, width, vocab_size=256, max_sequence_length=LENGTH)
     torch.manual_seed(0)
@@ -97,11 +119,11 @@ def final_loss(parametrization: str, width: int, rate: float) -> float:
     made = optimizers(model, OptimizerConfig(learning_rate=rate))
     groups = [(group, group["lr"]) for o in made for group in o.param_groups]
     generator = torch.Generator().manual_seed(0)
-    for step in range(STEPS):
+    for step in range(steps):
         x, y = windows(_text()[:-HELD_OUT], WINDOWS, generator)
         (model(x, y).sum() / y.numel()).backward()
         for group, peak in groups:
-            group["lr"] = peak * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
+            group["lr"] = peak * min((step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
         for optimizer in made:
             optimizer.step()
             optimizer.zero_grad()

@@ -10,23 +10,29 @@ from pathlib import Path
 
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated
+from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
 
-STEPS = 10  # a turn: half a second to a second of the default model
+REAL, TOY = (
+    TrainingSizes(),
+    TOY_TRAINING,
+)  # a turn is half a second to a second of the default model
 RIVALS = (("adamw", False), ("muon", False), ("adamw", True))  # whether DeepSpeed clips
 
 
-def measure(rounds: int) -> list[Result]:
-    return [isolated(compare, *rival, rounds) for rival in RIVALS]
+def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
+    return [isolated(compare, *rival, rounds, sizes) for rival in RIVALS]
 
 
-def compare(optimizer: str, clips: bool, rounds: int) -> Result:
+def compare(optimizer: str, clips: bool, rounds: int, sizes: TrainingSizes) -> Result:
     from tests.benchmarks.training import Bare, Ours, make_job
 
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(Path(folder), f"optimizer={optimizer}")
+        job = make_job(Path(folder), sizes, f"optimizer={optimizer}")
         ours, bare = Ours(job), Bare(job, clips)
         ours.watch()
-        rows = interleaved(rounds, lambda: ours(STEPS), lambda: bare(STEPS), ours.forget)
+        rows = interleaved(
+            rounds, lambda: ours(sizes.steps), lambda: bare(sizes.steps), ours.forget
+        )
         facts = ours.facts()
     labels = ("ours", "DeepSpeed that clips" if clips else "bare DeepSpeed")
     return Result(f"loop, {optimizer}", "tokens/s", labels, rows, "at least 0.97", facts)

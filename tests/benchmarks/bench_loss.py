@@ -6,6 +6,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,19 +21,30 @@ from forescale.models.loss import token_losses
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated
 
-# Tokens of a micro-batch, vocabulary, width: the default job's, and a head of a larger model.
-SIZES = ((2048, 4096, 128), (4096, 32768, 256))
+
+@dataclass(frozen=True)
+class Sizes:
+    """heads: tokens of a micro-batch, vocabulary, width, each. compiled: whether each is measured
+    compiled too. seconds: a measurement, at least."""
+
+    heads: tuple[tuple[int, int, int], ...]
+    compiled: bool
+    seconds: float
 
 
-def measure(rounds: int) -> list[Result]:
-    ways = (True, False) if compiler_missing() is None else (False,)
-    few = max(1, rounds // 2)  # the larger takes seconds
-    return [
-        result
-        for compiled in ways
-        for size, n in zip(SIZES, (rounds, few), strict=True)
-        for result in isolated(compare, n, *size, ModelConfig().loss_chunk, compiled)
-    ]
+# The default job's head, and one of a larger model.
+REAL = Sizes(((2048, 4096, 128), (4096, 32768, 256)), compiled=True, seconds=0.2)
+TOY = Sizes(((64, 256, 16),), compiled=False, seconds=0.0)
+
+
+def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
+    ways = (True, False) if sizes.compiled and compiler_missing() is None else (False,)
+    found = list[Result]()
+    for compiled, head in product(ways, sizes.heads):
+        few = rounds if head is sizes.heads[0] else max(1, rounds // 2)  # the larger takes seconds
+        chunk = ModelConfig().loss_chunk
+        found += isolated(compare, few, *head, chunk, compiled, sizes.seconds)
+    return found
 
 
 def chunked(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
@@ -43,7 +56,13 @@ def full(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int) ->
 
 
 def compare(
-    rounds: int, tokens: int, vocabulary: int, width: int, chunk: int, compiled: bool
+    rounds: int,
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    chunk: int,
+    compiled: bool,
+    seconds: float = 0.2,
 ) -> list[Result]:
     """Of time and of memory, at one size in bf16."""
     torch.manual_seed(0)
@@ -64,7 +83,7 @@ def compare(
     way = "compiled" if compiled else "eager"
     where = f"loss, {way}, {tokens:,} tokens, {vocabulary:,} entries, width {width}"
     labels = (f"chunks of {chunk}", "full")
-    times = interleaved(rounds, *(lambda run=run: _milliseconds(run) for run in sides))
+    times = interleaved(rounds, *(lambda run=run: _milliseconds(run, seconds) for run in sides))
     memory = [tuple(allocated(run) / 1e6 for run in sides)]
     return [
         Result(f"{where}, time", "ms", labels, times),
@@ -72,10 +91,10 @@ def compare(
     ]
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
-    """The mean over a fifth of a second or more, so that short calls are measured as well."""
+def _milliseconds(run: Callable[[], None], seconds: float) -> float:
+    """The mean over so many seconds or more, so that short calls are measured as well."""
     began, calls = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < 0.2 or not calls:
+    while (spent := time.perf_counter() - began) < seconds or not calls:
         run()
         calls += 1
     return 1e3 * spent / calls

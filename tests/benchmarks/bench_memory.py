@@ -7,17 +7,19 @@ from pathlib import Path
 
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import isolated, peak_memory
+from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
 
-LARGER = ("model=depth", "model.depth=8", "optimizer=adamw", "train.compile=off")
-MODELS = {"default model": (12, ()), "depth 8": (2, LARGER)}
+_LARGER = ("model=depth", "model.depth=8", "optimizer=adamw", "train.compile=off")
+REAL = {"default model": TrainingSizes(12), "depth 8": TrainingSizes(2, _LARGER)}
+TOY = {"toy": TOY_TRAINING}
 
 
-def measure(rounds: int) -> list[Result]:
+def measure(rounds: int, sizes: dict[str, TrainingSizes] = REAL) -> list[Result]:
     """A number that hardly varies: two rounds at most."""
     results = []
-    for name, (steps, overrides) in MODELS.items():
+    for name, training in sizes.items():
         pairs = [
-            tuple(isolated(peak, loop, steps, overrides) for loop in ("Ours", "Bare"))
+            tuple(isolated(peak, loop, training) for loop in ("Ours", "Bare"))
             for _ in range(min(rounds, 2))
         ]
         labels = ("ours", "bare DeepSpeed")
@@ -25,10 +27,10 @@ def measure(rounds: int) -> list[Result]:
     return results
 
 
-def peak(loop: str, steps: int, overrides: tuple[str, ...]) -> float:
+def peak(loop: str, sizes: TrainingSizes) -> float:
     """MB that a process has resident at most when it trains so."""
     from tests.benchmarks import training
 
     with tempfile.TemporaryDirectory() as folder:
-        getattr(training, loop)(training.make_job(Path(folder), *overrides))(steps)
+        getattr(training, loop)(training.make_job(Path(folder), sizes))(sizes.steps)
     return peak_memory() / 1e6

@@ -35,7 +35,6 @@ from forescale.scaling.fitting.points import Array, Points
 from tests.benchmarks.pairing import Result
 
 ROOT = Path(__file__).parents[2]
-SHARES = (0.03, 0.1, 0.3)
 # Hoffmann et al. 2022, arXiv 2203.15556, figure 3.
 EPOCH = np.array([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21])
 By = Literal["plain", "toward", "process"]  # how a replay predicts the target
@@ -142,18 +141,36 @@ def _random_choice(cost: Array, cap: float, rng: np.random.Generator) -> list[in
     return found
 
 
-def measure(rounds: int, seeds: int = 40) -> list[Result]:
+@dataclass(frozen=True)
+class Sizes:
+    """seeds: replays of each set of runs, two or more; shares: of the cost of the pool; surfaces:
+    of simulated studies; public: whether public data is taken too."""
+
+    seeds: int
+    shares: tuple[float, ...]
+    surfaces: tuple[str, ...]
+    public: bool
+
+
+REAL = Sizes(40, (0.03, 0.1, 0.3), SURFACES, public=True)
+TOY = Sizes(2, (0.1,), ("bend",), public=False)
+
+
+def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     """Return a result for each set of runs and share. `rounds` is ignored: nothing is timed."""
     print(
         "error at the most expensive budget: by the rule, at random (difference ± standard error)"
     )
-    print("| runs | predicted by | " + " | ".join(f"{s:.0%} of the pool" for s in SHARES) + " |")
-    print("|" + "---|" * (2 + len(SHARES)), flush=True)
+    print(
+        "| runs | predicted by | " + " | ".join(f"{s:.0%} of the pool" for s in sizes.shares) + " |"
+    )
+    print("|" + "---|" * (2 + len(sizes.shares)), flush=True)
     found = []
-    for by, name in product(get_args(By), (*public(), *SURFACES)):
+    names = (*(public() if sizes.public else ()), *sizes.surfaces)
+    for by, name in product(get_args(By), names):
         row = []
-        for share in SHARES:
-            made = replay_of(name, seeds, by, share)
+        for share in sizes.shares:
+            made = replay_of(name, sizes.seeds, by, share)
             row.append(cell(made))
             pairs = zip(made.rule[:, 0].tolist(), made.random[:, 0].tolist(), strict=True)
             title = f"{name}, {by}, {share:.0%} of the pool"

@@ -10,28 +10,29 @@ from pathlib import Path
 
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import Side
+from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
 
-STEPS = 10  # a turn
+REAL, TOY = TrainingSizes(), TOY_TRAINING
 SAME = ("optimizer=adamw",)
 
 
-def measure(rounds: int) -> list[Result]:
-    with Side(ours) as a, Side(theirs, (rounds + 1) * STEPS) as b:
+def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
+    with Side(ours, sizes) as a, Side(theirs, sizes, (rounds + 1) * sizes.steps) as b:
         rows = interleaved(rounds, a, b)
     return [Result("peer, adamw", "tokens/s", ("ours", "HF Trainer"), rows)]
 
 
-def ours(turn) -> None:
+def ours(turn, sizes: TrainingSizes) -> None:
     from tests.benchmarks.training import Ours, make_job
 
     with tempfile.TemporaryDirectory() as folder:
-        loop = Ours(make_job(Path(folder), *SAME))
+        loop = Ours(make_job(Path(folder), sizes, *SAME))
         turn()
         while True:
-            turn(loop(STEPS))
+            turn(loop(sizes.steps))
 
 
-def theirs(turn, steps: int) -> None:
+def theirs(turn, sizes: TrainingSizes, steps: int) -> None:
     """transformers.Trainer for so many steps. Weights are fp32 under autocast, as its bf16 is."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -43,7 +44,7 @@ def theirs(turn, steps: int) -> None:
     from tests.benchmarks.training import batches, make_job
 
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(Path(folder), *SAME)
+        job = make_job(Path(folder), sizes, *SAME)
         sources = open_sources(job.data)
         job = settle(job, sources)
         assert isinstance(job.model, ModelConfig)
@@ -58,7 +59,7 @@ def theirs(turn, steps: int) -> None:
             per_device_train_batch_size=batch,
             use_cpu=not torch.cuda.is_available(),
             bf16=True,
-            torch_compile=True,
+            torch_compile=job.train.compile != "off",
             optim="adamw_torch_fused",
             learning_rate=o.learning_rate,
             adam_beta1=o.beta1,
@@ -79,24 +80,24 @@ def theirs(turn, steps: int) -> None:
             model=model,
             args=arguments,
             train_dataset=[windows[i % len(windows)] for i in range(steps * batch)],
-            callbacks=[_taking_turns(turn, STEPS * job.tokens_per_step)],
+            callbacks=[_taking_turns(turn, sizes.steps, job.tokens_per_step)],
         )
         trainer.train()
 
 
-def _taking_turns(turn, tokens: int):
+def _taking_turns(turn, steps: int, tokens: int):
     from transformers import TrainerCallback
 
     class TakingTurns(TrainerCallback):
-        """Stops the loop after every so many steps until it is its turn again."""
+        """Stops the loop after every `steps` until it is its turn again. tokens: of a step."""
 
         def on_train_begin(self, *_, **__):
             turn()
             self.began = time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
-            if state.global_step % STEPS == 0:
-                turn(tokens / (time.perf_counter() - self.began))
+            if state.global_step % steps == 0:
+                turn(steps * tokens / (time.perf_counter() - self.began))
                 self.began = time.perf_counter()
 
     return TakingTurns()

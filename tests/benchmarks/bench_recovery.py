@@ -8,6 +8,7 @@ the Chinchilla law as refitted in arXiv 2404.10102 with seed noise, fitted and r
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,8 +30,18 @@ LABEL = f"nominally {LEVEL:.0%}:"
 COLUMNS = ("noise", "objective", "resampled", "interval", *NAMES)
 
 
-def measure(rounds: int, replicates: int = 200, studies: int = 200) -> list[Result]:
+@dataclass(frozen=True)
+class Sizes:
+    replicates: int
+    studies: int
+
+
+REAL, TOY = Sizes(200, 200), Sizes(50, 1)
+
+
+def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     """Return and print a row per kind of interval; `rounds` is unused, since nothing is timed."""
+    studies, replicates = sizes.studies, sizes.replicates
     print(f"{studies} studies, {replicates} replicates each; % that a {LEVEL:.0%} interval covers")
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS), flush=True)

@@ -15,20 +15,23 @@ from typing import Any
 
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import isolated
+from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
 
-MODEL = ("model.num_layers=5", "model.width=640", "model.num_heads=10", "model.mlp_width=2560")
-BATCH = ("train.sequence_length=64", "train.global_batch=8", "train.micro_batch=8")
+_MODEL = ("model.num_layers=5", "model.width=640", "model.num_heads=10", "model.mlp_width=2560")
+_BATCH = ("train.sequence_length=64", "train.global_batch=8", "train.micro_batch=8")
+# Its steps are those of training, to see what a save behind it costs.
+REAL = TrainingSizes(6, (*_MODEL, *_BATCH, "train.compile=off"))
+TOY = TOY_TRAINING
 _BLOCK = 1 << 22
-_STEPS = 6  # of training, to see what a save behind it costs
 
 
-def measure(rounds: int) -> list[Result]:
-    return isolated(compare, rounds, MODEL)
+def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
+    return isolated(compare, rounds, sizes)
 
 
-def compare(rounds: int, model: tuple[str, ...]) -> list[Result]:
+def compare(rounds: int, sizes: TrainingSizes) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), model)
+        bench = Bench(Path(folder), sizes)
         bench.turn()  # warms up: memory is taken
         bench.take_data()
         turns = [bench.turn() for _ in range(rounds)]
@@ -62,7 +65,7 @@ def compare(rounds: int, model: tuple[str, ...]) -> list[Result]:
 class Bench:
     """An engine that has trained a step, its two ways to save, and plain writing."""
 
-    def __init__(self, folder: Path, model: tuple[str, ...]):
+    def __init__(self, folder: Path, sizes: TrainingSizes):
         from forescale.checkpoint.retention import Keep
         from forescale.checkpoint.saver import Saver
         from forescale.engine import build
@@ -72,13 +75,13 @@ class Bench:
         from tests.benchmarks.training import batches, make_job, world
 
         world.set_environment()
-        job = make_job(folder, "optimizer=adamw", "train.compile=off", *model, *BATCH)
+        job = make_job(folder, sizes, "optimizer=adamw")
         rank = Trainer(job, time.monotonic())
         job, self.run, self.attempt = rank.job, rank.run, rank.attempt
         module = build_model(job, rank.sources.vocab_size)
         self.parameters = sum(p.numel() for p in module.parameters())
         self.engine = build.build_engine(rank.world, module, job)
-        self.batches = batches(job, rank.sources, _STEPS)
+        self.batches = batches(job, rank.sources, sizes.steps)
         self.engine.train_step(self.batches[0], 1e-3)  # makes the moments
         self.attempt.start_from(Parent(0), self.run)
         self.step, self.folder, self.bytes, self.first_stall = 0, folder, 0, 0.0

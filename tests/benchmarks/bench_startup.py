@@ -11,24 +11,27 @@ from statistics import median
 
 from forescale.run.rows import read_rows
 from tests.benchmarks.pairing import Result
+from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
 
-ROOT = Path(__file__).parents[2]
+REAL, TOY = TrainingSizes(), TOY_TRAINING
 PATIENCE = 600.0  # seconds
 
 
-def measure(rounds: int) -> list[Result]:
-    first_step()  # fills the caches
-    rows = [first_step() for _ in range(min(rounds, 3))]
+def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
+    if sizes is REAL:
+        first_step(sizes)  # fills the caches
+    rows = [first_step(sizes) for _ in range(min(rounds, 3))]
     phases = {k: median(r[1][k] for r in rows) for k in rows[0][1]}
     facts = {"seconds inside the rank": phases}
     totals = [(total,) for total, _ in rows]
     return [Result("start-up to the first step", "s", ("ours",), totals, facts=facts)]
 
 
-def first_step() -> tuple[float, dict[str, float]]:
+def first_step(sizes: TrainingSizes) -> tuple[float, dict[str, float]]:
     """Seconds until the first row is on disk, and the row's own by phase."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-P", "-m", "forescale", "train", f"run.root={folder}"]
+        command = [sys.executable, "-P", "-m", "forescale", "train"]
+        command += sizes.words(Path(folder))
         began = time.monotonic()
         process = subprocess.Popen(
             command,

@@ -9,16 +9,30 @@ only while it holds the interpreter, so a beat's time over its interval is an up
 import random
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.pairing import Result, interleaved
 
-STEPS = 20_000
 MICRO_BATCHES = 4
 STEP = 0.1  # seconds: what the shares are of
 
 
-def measure(rounds: int) -> list[Result]:
+@dataclass(frozen=True)
+class Sizes:
+    """How many of each are timed."""
+
+    steps: int = 20_000
+    heartbeats: int = 500
+    verdicts: int = 5_000
+    hashes: int = 2_000
+    rows: int = 1_000
+
+
+REAL, TOY = Sizes(), Sizes(20, 5, 20, 5, 5)
+
+
+def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
     from forescale.config.runtime import HeartbeatConfig
     from forescale.resilience.phases import PhaseTimer
     from forescale.resilience.reporter import HeartbeatReporter
@@ -31,9 +45,14 @@ def measure(rounds: int) -> list[Result]:
         phases, mirrored = PhaseTimer("startup"), PhaseTimer("startup")
         reporter = HeartbeatReporter(mirrored, Attempt(path), 0, 1, settings)
         mirrored.mirror = reporter.node.mirror(0)
-        marks = interleaved(rounds, lambda: _marks(mirrored), lambda: _marks(phases))
-        beats = [(_beats(reporter),) for _ in range(rounds)]
-        rows = [(_verdicts(), _hashes(), _rows(Attempt(path))) for _ in range(rounds)]
+        marks = interleaved(
+            rounds, lambda: _marks(mirrored, sizes.steps), lambda: _marks(phases, sizes.steps)
+        )
+        beats = [(_beats(reporter, sizes.heartbeats),) for _ in range(rounds)]
+        rows = [
+            (_verdicts(sizes.verdicts), _hashes(sizes.hashes), _rows(Attempt(path), sizes.rows))
+            for _ in range(rounds)
+        ]
         reporter.node.remove()
     share = sorted(row[0] for row in marks)[len(marks) // 2] / 1e6 / STEP
     every = settings.interval
@@ -56,10 +75,10 @@ def measure(rounds: int) -> list[Result]:
     ]
 
 
-def _marks(phases) -> float:
+def _marks(phases, steps: int) -> float:
     """Microseconds a step."""
     began = time.perf_counter()
-    for _ in phases.each("data", range(STEPS)):
+    for _ in phases.each("data", range(steps)):
         phases.step += 1
         with phases("compute"):
             for _ in range(MICRO_BATCHES):
@@ -72,10 +91,10 @@ def _marks(phases) -> float:
         for phase in ("logging", "evaluation", "checkpoint"):
             with phases(phase):
                 pass
-    return (time.perf_counter() - began) / STEPS * 1e6
+    return (time.perf_counter() - began) / steps * 1e6
 
 
-def _beats(reporter, count: int = 500) -> float:
+def _beats(reporter, count: int) -> float:
     """Microseconds each."""
     began = time.perf_counter()
     for _ in range(count):
@@ -83,7 +102,7 @@ def _beats(reporter, count: int = 500) -> float:
     return (time.perf_counter() - began) / count * 1e6
 
 
-def _verdicts(count: int = 5_000) -> float:
+def _verdicts(count: int) -> float:
     """Microseconds each."""
     from forescale.config.train import GuardConfig
     from forescale.train.guard import Guard
@@ -93,7 +112,7 @@ def _verdicts(count: int = 5_000) -> float:
     return _each(pairs, lambda step, pair: guard.judge(step, *pair))
 
 
-def _hashes(count: int = 2_000) -> float:
+def _hashes(count: int) -> float:
     """Of the default job's windows, microseconds a step."""
     import numpy as np
 
@@ -103,7 +122,7 @@ def _hashes(count: int = 2_000) -> float:
     return _each(range(count), lambda step, g: [window_hash(g, window) for window in windows])
 
 
-def _rows(attempt, count: int = 1_000) -> float:
+def _rows(attempt, count: int) -> float:
     """Microseconds each, by the product's own part, with what the shared word told."""
     import psutil
     import torch

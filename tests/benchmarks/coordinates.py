@@ -122,12 +122,14 @@ def over(
     parametrization: str,
     settings: OptimizerConfig = ADAMW,
     seeds: int = 2,
+    steps: int = 8,
     **more: Any,
 ) -> dict[int, list[Coordinates]]:
-    """Of models of each of `sizes` along `axis` (width | depth), one a seed. more: of the model."""
+    """Of models of each of `sizes` along `axis` (width | depth), one a seed, after `steps`
+    updates. more: of the model."""
     return {
         size: [
-            coordinates(model_of(parametrization, **{axis: size}, **more), settings, seed=seed)
+            coordinates(model_of(parametrization, **{axis: size}, **more), settings, steps, seed)
             for seed in range(seeds)
         ]
         for size in sizes

@@ -12,7 +12,7 @@ import matplotlib
 import pandas as pd
 
 _MEDIAN = 25  # steps of the running median, centred
-_GREY, _BLUE, _RED = "#b8b8b8", "#1f5fa8", "#c23b22"
+GREY, BLUE, RED = "#b8b8b8", "#1f5fa8", "#c23b22"
 
 
 def draw(run: Path, output: Path) -> None:
@@ -24,10 +24,10 @@ def draw(run: Path, output: Path) -> None:
     rows = pd.DataFrame(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
     train, held_out = (rows[rows.kind == kind] for kind in ("train", "validation"))
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    axes.plot(train.tokens / 1e6, train.loss, ".", ms=1.5, color=_GREY, rasterized=True)
+    axes.plot(train.tokens / 1e6, train.loss, ".", ms=1.5, color=GREY, rasterized=True)
     middle = train.loss.rolling(_MEDIAN, center=True, min_periods=1).median()
-    axes.plot(train.tokens[::5] / 1e6, middle[::5], color=_BLUE, lw=1.2, label="training")
-    axes.plot(held_out.tokens / 1e6, held_out.loss, "o", color=_RED, ms=5, label="held-out files")
+    axes.plot(train.tokens[::5] / 1e6, middle[::5], color=BLUE, lw=1.2, label="training")
+    axes.plot(held_out.tokens / 1e6, held_out.loss, "o", color=RED, ms=5, label="held-out files")
     axes.set(xlabel="million tokens", ylabel="loss, nats a token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

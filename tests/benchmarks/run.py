@@ -1,4 +1,4 @@
-"""The benchmarks: python tests/benchmarks/run.py [NAME ...] [--rounds N] [--json FILE]
+"""The benchmarks: python tests/benchmarks/run.py [NAME ...] [--rounds N] [--json FILE] [--toy]
 
 Prints each result as it comes (A against B, the median ratio of pairs, its least and greatest, how
 many) and writes all to a file, with what a reader needs to judge them. Timings decide no test.
@@ -8,11 +8,14 @@ import argparse
 import importlib
 import os
 import platform
+import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -20,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from forescale.run.start import versions  # noqa: E402
 from forescale.storage import write_json  # noqa: E402
 from tests.benchmarks.pairing import Result  # noqa: E402
+from tests.benchmarks.processes import share_imports  # noqa: E402
 
 NAMES = (
     "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
@@ -31,22 +35,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES) + "; all")
     parser.add_argument("--rounds", type=int, default=8, help="pairs a comparison (8)")
-    parser.add_argument("--replicates", type=int, default=200, help="of a study, recovery (200)")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks.json"))
+    toy = "so small that each takes seconds: shows that it runs, and its numbers mean nothing"
+    parser.add_argument("--toy", action="store_true", help=toy)
     wanted = parser.parse_args()
     if unknown := set(wanted.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if wanted.toy:
+        share_imports()
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     # As the launcher sets them for a rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    report = new_report(wanted.rounds)
+    report = new_report(wanted.rounds) | {"toy": wanted.toy}
     print(" | ".join(f"{k} {v}" for k, v in report["machine"].items()), flush=True)
     for name in wanted.names or NAMES:
         began, load = time.monotonic(), os.getloadavg()[0]
-        own = {"replicates": wanted.replicates} if name == "recovery" else {}
-        results = importlib.import_module(f"tests.benchmarks.bench_{name}").measure(
-            wanted.rounds, **own
-        )
+        bench = importlib.import_module(f"tests.benchmarks.bench_{name}")
+        results = bench.measure(wanted.rounds, bench.TOY if wanted.toy else bench.REAL)
         for result in results:
             print(result, flush=True)
         seconds, after = time.monotonic() - began, os.getloadavg()[0]
@@ -60,6 +67,7 @@ def main() -> None:
 def new_report(rounds: int) -> dict[str, Any]:
     """The machine and the versions, with no result yet."""
     machine = {
+        "commit": _commit(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -72,6 +80,16 @@ def new_report(rounds: int) -> dict[str, Any]:
 
 def add(report: dict[str, Any], name: str, results: list[Result], **facts: Any) -> None:
     report["benchmarks"][name] = {**facts, "results": [r.as_json() for r in results]}
+
+
+def _commit() -> str:
+    """The checkout's commit, with a + if its files are no longer those; unknown without git."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

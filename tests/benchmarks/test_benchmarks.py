@@ -1,12 +1,20 @@
-"""The benchmarks' machinery, at toy size: no time decides anything here, what is allocated does."""
+"""Each benchmark runs, at toy size, and a picture of a run is drawn. No time decides anything here,
+what is allocated does."""
 
 import json
+import math
+import subprocess
+import sys
+from xml.etree import ElementTree
 
 import pytest
 
-from tests.benchmarks import bench_loss, bench_ranks, run
+from forescale.engine.build import compiler_missing
+from tests.benchmarks import bench_loss, run
+from tests.benchmarks.draw_run import BLUE, RED, draw
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated, peak_memory
+from tests.trainer.small_run import make_dataset, make_run
 
 
 def test_sides_take_turns_and_warm_up_first():
@@ -24,7 +32,7 @@ def test_sides_take_turns_and_warm_up_first():
 
 
 def test_chunks_need_less_memory_and_the_report_holds_every_pair(tmp_path):
-    times, memory = bench_loss.compare(3, 256, 2048, 16, chunk=32, compiled=False)
+    times, memory = bench_loss.compare(3, 256, 2048, 16, chunk=32, compiled=False, seconds=0.0)
     assert memory.ratios[0] < 0.5
     report = run.new_report(rounds=3)
     run.add(report, "loss", [times, memory], seconds=1.0)
@@ -54,14 +62,39 @@ def test_a_process_of_its_own_answers_or_tells_why_not():
         isolated(float, "x")
 
 
-@pytest.mark.slow  # 64 simulated ranks
-def test_ranks_are_simulated_and_every_row_has_its_cells(capsys):
-    results = bench_ranks.measure(1, worlds=(16, 32))
-    assert len(capsys.readouterr().out.split("|")) == 6  # the table's head
-    table = {r.name: r for r in results}
-    assert table["files of beats, all nodes"].facts["sizes"] == (2, 4)
-    assert table["files of ranks' logs"].facts["sizes"] == (16, 32)
-    for result in results:
-        seconds, sizes = result.rows[0], result.facts["sizes"]
-        assert all(a or b for a, b in zip(seconds, sizes, strict=True)), result.name
-        assert len(str(result).split("|")) == 6
+def test_a_picture_of_a_run_is_drawn(tmp_path):
+    made = make_run(make_dataset(tmp_path / "data"), tmp_path / "runs")
+    draw(made.path, tmp_path / "run.svg")
+    drawn = (tmp_path / "run.svg").read_text()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert "<image" in drawn  # the steps
+    assert f"stroke: {BLUE}" in drawn  # their running median
+    assert f"stroke: {RED}" in drawn  # evaluations
+    draw(made.path, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawn
+
+
+@pytest.mark.slow  # 15 benchmarks, most of which train a model
+@pytest.mark.timeout(900)
+def test_each_benchmark_runs_and_prints_finite_numbers(tmp_path):
+    names = [name for name in run.NAMES if name != "compile" or compiler_missing() is None]
+    words = [*names, "--toy", "--rounds", "1", "--json", "report.json"]
+    command = [sys.executable, run.__file__, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    assert list(report) == names
+    for benchmark, results in ((name, report[name]["results"]) for name in names):
+        assert results, benchmark
+        for result in results:
+            assert result["name"] in done.stdout
+            numbers = [number for row in result["rows"] for number in row]
+            if benchmark == "ranks":  # 0 s where a row counts only bytes or files
+                numbers = list(map(max, numbers, [size or 0 for size in result["facts"]["sizes"]]))
+            assert numbers, result["name"]
+            assert all(map(math.isfinite, numbers)), result["name"]
+            if result["unit"] not in ("", "covered"):  # a slope; a share of intervals
+                assert min(numbers) > 0, result["name"]
+    ranks = {result["name"]: result["facts"]["sizes"] for result in report["ranks"]["results"]}
+    assert ranks["files of beats, all nodes"] == [2]
+    assert ranks["files of ranks' logs"] == [16]

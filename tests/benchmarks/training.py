@@ -26,15 +26,16 @@ from forescale.train.loop import train
 from forescale.train.model import build_model
 from forescale.train.resume import resume
 from forescale.train.trainer import Trainer
+from tests.benchmarks.sizes import TrainingSizes
 
 NEVER = "1000000 steps"
 
 
-def make_job(folder: Path, *overrides: str) -> TrainJob:
-    """The default job, but for `overrides`, with no evaluation and no checkpoint ever due."""
-    endless = ["train.tokens=null", f"train.steps={NEVER.split()[0]}", f"run.root={folder}"]
+def make_job(folder: Path, sizes: TrainingSizes, *overrides: str) -> TrainJob:
+    """The job of `sizes` in `folder`, with no evaluation and no checkpoint ever due."""
+    endless = ["train.tokens=null", f"train.steps={NEVER.split()[0]}"]
     undue = [f"checkpoint.every={NEVER}", f"validation.every={NEVER}"]
-    return compose(TrainJob, [*endless, *undue, *overrides])
+    return compose(TrainJob, [*endless, *undue, *sizes.words(folder), *overrides])
 
 
 class Ours:
@@ -44,7 +45,7 @@ class Ours:
         world.set_environment()
         self.rank = rank = Trainer(job, time.monotonic())
         rank._build()
-        point = rank._begin(resume(rank.run, rank.job, rank.engine, rank._warn))
+        point = rank._begin(resume(rank.run, rank.job, rank.engine, rank._warn, rank.attempt))
         if rank.compilation.wanted:
             rank.engine.compile()
         self.position, self.parts = point.position, rank.builder.parts(rank.attempt, point)
