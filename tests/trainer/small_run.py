@@ -143,6 +143,7 @@ def save(run: Run, attempt: Attempt, step: int, module: torch.nn.Module) -> Path
         "attempt": attempt.number,
         "world_size": 2,
         "numerics": {"stage": 1},
+        "logged": {f.path.name: vars(f.state()) for f in (attempt.metrics, attempt.events)},
         "counters": {},
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "fragments": fragments,

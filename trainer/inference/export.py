@@ -62,7 +62,7 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
         }
         for name, content in files.items():
             (stage / name).write_text(json.dumps(content, indent=2) + "\n")
-        (stage / "tokenizer.json").write_bytes(view.run.tokenizer.read_bytes())
+        (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
         _write_weights(stage, tensors)
         for path in stage.iterdir():
             fsync_path(path)

@@ -47,7 +47,7 @@ class RunView:
         """The tokenizer of the run's dataset."""
         from forescale.data.tokenizer import load_tokenizer
 
-        return load_tokenizer(self.run.tokenizer)
+        return load_tokenizer(self.run.verified_tokenizer())
 
     def metrics(self, kind: str | None = "train") -> "pd.DataFrame":
         """Return the rows of one kind (train: one row a step; validation) or of all (None), oldest

@@ -7,38 +7,33 @@ its rows, and the tokens_hash of each row is that of the tokens in the shards to
 nothing; imports no torch.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from forescale.checkpoint.reader import Checkpoint, Position, coverage_faults
-from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed, LostMember
 from forescale.data.mixture import Interval, unskipped
 from forescale.errors import UserError
+from forescale.monitor.files import (
+    Findings,
+    check_attempts,
+    check_identity,
+    check_logged,
+    strangers,
+)
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of
 from forescale.run.rows import Row, read_rows
 from forescale.run.start import open_dataset
-from forescale.storage import check_table, read_json, read_table
+from forescale.storage import check_table, read_table
 
 Tick = Callable[[int], None]
 _AT_ONCE = 64  # rows that threads compare at the same time
-
-
-@dataclass
-class Findings:
-    """verified: what was checked, a line each; notes: what is unusual but harmless."""
-
-    verified: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def size_of(directory: Path) -> int:
@@ -84,12 +79,8 @@ def check_run(
     config names.
     """
     found = Findings()
-    job = _read(found, run.config, lambda path: thaw(TrainJob, path, trust=True))
-    identity = _read(found, run.identity, read_json)
-    if identity is not None and not isinstance(identity.get("dataset"), dict):
-        found.faults.append(f"{run.identity}: has no section dataset")
-    if not run.tokenizer.is_file():
-        found.faults.append(f"{run.tokenizer}: missing")
+    job, identity = check_identity(found, run)
+    check_attempts(found, run)
     eligible: list[Position] = []
     for step in run.checkpoint_steps():
         path = run.checkpoint_path(step)
@@ -99,14 +90,14 @@ def check_run(
         if more.faults:
             continue
         checkpoint = Checkpoint(path)
+        check_logged(found, run, checkpoint)
         if checkpoint.position.step != step:
             found.faults.append(f"{path}: holds step {checkpoint.position.step:,}")
         elif run.is_eligible(checkpoint.attempt, step):
             eligible.append(checkpoint.position)
         else:
             found.notes.append(f"{path}: not eligible, a later attempt started before this step")
-    for stage in sorted(run.checkpoints.glob(".*")) if run.checkpoints.is_dir() else []:
-        found.notes.append(f"{stage}: left by an interrupted save; forescale prune removes it")
+    found.notes += strangers(run)
     rows = _check_rows(found, run, job, eligible)
     if job and identity and rows and not found.faults:
         _replay(found, job, identity, rows, _skipped(run), replayed, trust)
@@ -145,16 +136,6 @@ def _skipped(run: Run) -> list[tuple[int, int]]:
     return []
 
 
-def _read(found: Findings, path: Path, read: Callable[[Path], Any]) -> Any:
-    try:
-        value = read(path)
-    except UserError as e:
-        found.faults.append(str(e))
-        return None
-    found.verified.append(f"{path.name}: readable")
-    return value
-
-
 def _check_rows(
     found: Findings, run: Run, job: TrainJob | None, eligible: list[Position]
 ) -> list[dict[str, Any]]:
@@ -166,8 +147,6 @@ def _check_rows(
         faults = list(row_faults(rows, _origin(run, job), job, _skipped(run)))
         faults += _disagreements(rows, eligible)
         steps = f"steps {rows[0]['step']:,} to {rows[-1]['step']:,}" if rows else "none"
-    except json.JSONDecodeError as e:
-        found.faults.append(f"{run.metrics}: a line is not JSON ({e.msg})")
     except (AttributeError, KeyError, TypeError) as e:
         found.faults.append(f"{run.metrics}: a row lacks a field ({e!r})")
     except UserError as e:

@@ -137,8 +137,8 @@ def run_attempts(run: Run, command: list[str], processes: int, grace: float = _G
                 file=sys.stderr,
             )
             return GAVE_UP
-        _expect_no_newer_launch([a for a in run.attempts() if a.number > attempt.number])
         time.sleep(2.0**crashes / 2)
+        _expect_no_newer_launch([a for a in run.attempts() if a.number > attempt.number])
         print(f"Restarting (crash {crashes} of {MAX_CRASHES} without a new checkpoint).")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from forescale.errors import UserError
 from forescale.run.rows import Prefix, Row, RowWriter, prefix_until, read_rows
-from forescale.storage import blocks_of, read_json, write_checked_json, write_file
+from forescale.storage import blocks_of, hash_file, read_json, write_checked_json, write_file
 
 _PREFIX = "step-"
 _STEP = re.compile(r"step-[0-9]{8,18}")
@@ -92,6 +92,16 @@ class Run:
         names = sorted(p.parent.name for p in Path(root).glob("[!.]*/config.yaml"))
         known = f"the runs in {root} are: {', '.join(names)}" if names else "train one first"
         raise UserError(str(target), f"no run has this name or path (searched {root} too)", known)
+
+    def verified_tokenizer(self) -> Path:
+        """Return the path of tokenizer.json. Raises UserError if it isn't the one that run.json
+        names."""
+        path = self.tokenizer
+        expected = read_json(self.identity).get("tokenizer_sha256")  # None: an earlier version
+        if expected is not None and path.is_file() and hash_file(path).sha256 != expected:
+            what = "was changed since it was written (run.json has another checksum)"
+            raise UserError(str(path), what, "restore it from the dataset")
+        return path
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the directory of the checkpoint at `step`."""
@@ -217,14 +227,19 @@ class Attempt:
         return RowWriter(self.path / _EVENTS)
 
     @property
+    def parent_path(self) -> Path:
+        """Where its parent is recorded."""
+        return self.path / _PARENT
+
+    @property
     def has_begun(self) -> bool:
         """True if it began to train: then its rows hold the whole history."""
-        return (self.path / _PARENT).exists()
+        return self.parent_path.exists()
 
     @property
     def parent(self) -> Parent | None:
         """The checkpoint it started from; None if it never began to train."""
-        path = self.path / _PARENT
+        path = self.parent_path
         if not path.exists():
             return None
         try:
@@ -252,6 +267,6 @@ class Attempt:
         copied = blocks_of(history.path, history.size) if history and history.size else b""
         write_file(self.metrics.path, copied)
         self.events.path.touch()
-        write_checked_json(self.path / _PARENT, vars(parent))
+        write_checked_json(self.parent_path, vars(parent))
         if run.attempts()[-1].number == self.number:
             run._link()

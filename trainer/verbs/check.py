@@ -41,7 +41,8 @@ EXAMPLES = (
 def main(words: list[str]) -> int:
     job = compose(CheckJob, overrides_of(CheckJob, words))
     kind, path = _what(job)
-    directories = Run(path).checkpoints.glob("step-*") if kind == "run" else [path]
+    run = Run(path)
+    directories = map(run.checkpoint_path, run.checkpoint_steps()) if kind == "run" else [path]
     total, done, began = sum(map(size_of, directories)), 0, time.monotonic()
     tokens = 0
     lock = Lock()

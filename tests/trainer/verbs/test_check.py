@@ -9,6 +9,7 @@ from forescale.checkpoint.reader import Position, coverage_faults
 from forescale.config.frozen import freeze, thaw
 from forescale.config.train import TrainJob
 from forescale.monitor.audit import replay_faults, row_faults
+from forescale.resilience.outcome import record_start
 from forescale.run.directory import Parent
 from forescale.run.rows import read_rows
 from forescale.storage import read_json, read_table, write_file, write_json, write_table
@@ -215,6 +216,68 @@ def test_a_config_that_cannot_be_read_is_named(own_run, forescale, name):
     assert "tokenizer.json: missing" in forescale("check", "small")[2]
 
 
+SMALL = ("config.yaml", "run.json", "tokenizer.json")
+OF_ATTEMPTS = ("parent.json", "launch.json", "metrics.jsonl", "events.jsonl")
+
+
+@pytest.fixture
+def launched(own_run):
+    """A run that a launcher of ours has started."""
+    record_start(own_run.attempts()[0].path, ["train"], 2)
+    return own_run
+
+
+@pytest.mark.parametrize("name", [*SMALL, *(f"attempts/0001/{name}" for name in OF_ATTEMPTS)])
+def test_a_flipped_byte_of_any_small_file_is_named(launched, forescale, name):
+    assert forescale("check", "small")[0] == 0
+    path = launched.path / name
+    whole = path.read_bytes()
+    for place in (len(whole) // 3, 2 * len(whole) // 3, len(whole) - 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+        code, _, err = forescale("check", "small")
+        assert (code, name in err, "Traceback" in err) == (2, True, False), place
+    path.write_bytes(whole)
+    assert forescale("check", "small")[0] == 0
+
+
+def test_another_rope_theta_is_not_whole_and_scores_nothing(own_run, forescale):
+    text = own_run.config.read_text()
+    own_run.config.write_text(text.replace("rope_theta: 10000", "rope_theta: 20000"))
+    assert own_run.config.read_text() != text
+    for verb in ("check", "eval", "status", "generate"):
+        code, _, err = forescale(verb, "small")
+        assert (code, "checksum differs" in err) == (2, True), verb
+
+
+def test_rows_that_are_gone_since_a_checkpoint_are_named(own_run, forescale):
+    """An event without which the rest is whole; then the whole attempt."""
+    events = own_run.attempts()[0].events.path
+    first, *rest = events.read_bytes().splitlines(keepends=True)
+    events.write_bytes(b"".join(rest))
+    code, _, err = forescale("check", "small")
+    assert code == 2
+    assert "0001/events.jsonl: its first" in err
+    events.write_bytes(first + b"".join(rest))
+    assert forescale("check", "small")[0] == 0
+    for _ in range(2):
+        attempt = own_run.new_attempt()
+        attempt.start_from(Parent(8, str(own_run.checkpoint_path(8))), own_run)
+    shutil.rmtree(own_run.path / "attempts/0002")
+    code, _, err = forescale("check", "small")
+    assert (code, "attempts/0002: missing" in err) == (2, True)
+
+
+def test_a_copy_of_a_checkpoint_beside_it_harms_no_verb(own_run, forescale):
+    shutil.copytree(own_run.checkpoint_path(8), own_run.checkpoints / "step-00000008.bak")
+    shutil.copytree(own_run.path / "attempts/0001", own_run.path / "attempts/0001.bak")
+    code, out, _ = forescale("check", "small")
+    assert code == 0
+    assert "step-00000008.bak: not the name of a checkpoint" in out
+    for words in (["status", "small"], ["status"], ["prune", "small"], ["eval", "small"]):
+        assert forescale(*words)[0] == 0
+    assert forescale("pin", "small", "step=8")[0] == 0
+
+
 def test_checkpoints_of_an_abandoned_branch_are_noted(own_run, forescale):
     attempt = own_run.new_attempt()
     attempt.start_from(Parent(4, str(own_run.checkpoint_path(4))), own_run)
@@ -241,6 +304,8 @@ def test_a_branch_begins_where_its_origin_was(own_run, forescale, small_data):
     assert code == 2
     assert "step 1 follows step 4" in err
     rewrite_rows(branch, lambda rows: rows[4:])
+    for step in (4, 8):  # written anew, as if the rows had been so
+        rewrite_state(branch.checkpoint_path(step), lambda state: state.pop("logged"))
     assert forescale("check", "branch")[0] == 2  # its checkpoint at step 4 has no row
     shutil.rmtree(branch.checkpoint_path(4))
     assert forescale("check", "branch")[0] == 0

@@ -1,0 +1,135 @@
+"""Audits the small files of a run by their checksums, and its rows by what checkpoints say of them.
+
+Invariant: a file without a fault is, byte for byte, as the run wrote it. Files that are written
+once carry their own checksum. Files that grow carry one in each row, and each checkpoint records
+their size and sha256 at its time. Changes nothing; imports no torch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forescale.checkpoint.reader import Checkpoint
+from forescale.config import frozen
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
+from forescale.resilience.outcome import LAUNCH
+from forescale.run.directory import Attempt, Run
+from forescale.run.rows import each_row
+from forescale.storage import FileEntry, has_checksum, hash_file, read_json
+
+
+@dataclass
+class Findings:
+    """verified: what was checked, a line each; notes: what is unusual but harmless."""
+
+    verified: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_identity(found: Findings, run: Run) -> tuple[TrainJob | None, dict[str, Any] | None]:
+    """Check config.yaml, run.json and tokenizer.json; return the job and the content of run.json,
+    each None if it is damaged."""
+    job = _read(found, run.config, _thawed, frozen.has_checksum)
+    identity = _read(found, run.identity, read_json, has_checksum)
+    if identity is not None and not isinstance(identity.get("dataset"), dict):
+        found.faults.append(f"{run.identity}: has no section dataset")
+    if not run.tokenizer.is_file():
+        found.faults.append(f"{run.tokenizer}: missing")
+    elif identity is not None:
+        _read(found, run.tokenizer, lambda path: run.verified_tokenizer())
+    return job, identity
+
+
+def _thawed(path: Path) -> TrainJob:
+    return frozen.thaw(TrainJob, path, trust=True)
+
+
+def _read(
+    found: Findings,
+    path: Path,
+    read: Callable[[Path], Any],
+    checked: Callable[[Path], bool] = lambda path: True,
+) -> Any:
+    try:
+        value, whole = read(path), checked(path)
+    except UserError as e:
+        found.faults.append(str(e))
+        return None
+    if whole:
+        found.verified.append(f"{path.name}: as it was written")
+    else:
+        found.notes.append(f"{path}: readable, but without a checksum: of an earlier version")
+    return value
+
+
+def check_attempts(found: Findings, run: Run) -> None:
+    """Check the files of each attempt; their rows only one by one (see `check_logged`)."""
+    attempts, history, rows = run.attempts(), run.begun(), 0
+    before = len(found.faults)
+    last = attempts[-1].number if attempts else 0
+    for number in sorted(set(range(1, last)) - {a.number for a in attempts}):
+        found.faults.append(f"{run.path / 'attempts' / f'{number:04d}'}: missing")
+    for attempt in attempts:
+        own = Findings()
+        for name in (attempt.parent_path, attempt.path / LAUNCH):
+            if name.exists():
+                _read(own, name, read_json, has_checksum)
+        found.faults += own.faults
+        found.notes += own.notes
+        try:
+            rows += sum(1 for _ in each_row(attempt.events.path))
+            if attempt != history:  # whose rows are compared with the shards
+                rows += sum(1 for _ in _train_rows(attempt))
+        except UserError as e:
+            found.faults.append(str(e))
+        except (KeyError, TypeError) as e:
+            found.faults.append(f"{attempt.metrics.path}: a row lacks a field ({e!r})")
+    if attempts and len(found.faults) == before:
+        what = f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}"
+        found.verified.append(f"{what}: parents, launches and {rows:,} other rows, as written")
+
+
+def _train_rows(attempt: Attempt) -> Iterator[int]:
+    """Yield the steps of an attempt's rows. Raises UserError if they don't follow each other, or if
+    it made steps and has no parent.json."""
+    before: int | None = None
+    for row, _ in each_row(attempt.metrics.path):
+        if row.get("kind") != "train":
+            continue
+        if before is not None and row["step"] != before + 1:
+            what = f"step {row['step']:,} follows step {before:,}"
+            raise UserError(str(attempt.metrics.path), what, "restore the file from a copy")
+        before = row["step"]
+        yield row["step"]
+    if before is not None and not attempt.has_begun:
+        raise UserError(str(attempt.parent_path), "missing", "restore the file from a copy")
+
+
+def check_logged(found: Findings, run: Run, checkpoint: Checkpoint) -> None:
+    """Compare the files of rows with what a checkpoint says of them: their beginning is as it was
+    when it was saved."""
+    folder = run.path / "attempts" / f"{checkpoint.attempt:04d}"
+    for name, stored in checkpoint.state.get("logged", {}).items():
+        entry = FileEntry(**stored)
+        path = folder / name
+        if not path.exists():
+            found.faults.append(f"{path}: missing")
+        elif hash_file(path, size=entry.size) != entry:
+            at = f"{checkpoint.path.name} was saved"
+            found.faults.append(f"{path}: its first {entry.size:,} bytes were changed since {at}")
+
+
+def strangers(run: Run) -> list[str]:
+    """Return what lies between the checkpoints and is none, a sentence each."""
+    known = {run.checkpoint_path(step).name for step in run.checkpoint_steps()}
+    known |= {f"{name}.pin" for name in known}
+    found = []
+    for path in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []:
+        if path.name.startswith("."):
+            found.append(f"{path}: left by an interrupted save; forescale prune removes it")
+        elif path.name not in known:
+            found.append(f"{path}: not the name of a checkpoint, so nothing uses it")
+    return found
