@@ -125,8 +125,9 @@ class SlurmConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-            if f.name != "setup" and any("\n" in text for text in texts):
-                found.append((f.name, "has more than one line", "write it in one"))
+            if f.name != "setup" and any(not text.isprintable() for text in texts):
+                what = "has a line break or another control character"
+                found.append((f.name, what, "write it in one line"))
         return found
 
     def _gpus(self) -> Problems:

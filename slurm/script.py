@@ -1,7 +1,8 @@
 """The batch script of one run or of an array of runs.
 
 Invariant: the script contains every setting, so a user can read it, change it and submit it by
-hand. Every value in it is quoted for the shell.
+hand. Every value in it is quoted for the shell; a line for sbatch or a comment holds no character
+that could end the line.
 """
 
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jinja2
 
+from forescale.errors import UserError
 from forescale.run.start import versions
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.steps import own_scratch
@@ -38,7 +40,7 @@ class Order:
 
 
 def render(order: Order) -> str:
-    """Return the script as text."""
+    """Return the script as text. Raises UserError for an option that doesn't fit in one line."""
     room = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -46,6 +48,7 @@ def render(order: Order) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    room.filters["comment"] = _in_one_line
     room.filters["quoted"] = lambda text: shlex.quote(str(text))
     names, settings = order.names, order.settings
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -90,7 +93,7 @@ def options(order: Order) -> list[tuple[str, str]]:
             (f"--array=0-{len(order.names) - 1}{throttle}", "one task of the array per run")
         )
     if s.gres:
-        found.append((f"--gres={s.gres}", ""))
+        found.append((f"--gres={shlex.quote(s.gres)}", ""))
     elif s.gpus_per_node:
         found.append((f"--gpus-per-node={s.gpus_per_node}", "all ranks of a node see all its GPUs"))
     for name in ("partition", "account", "qos", "constraint", "reservation", "mem"):
@@ -105,14 +108,25 @@ def options(order: Order) -> list[tuple[str, str]]:
     if s.exclusive:
         found.append(("--exclusive", ""))
     if s.exclude:
-        found.append((f"--exclude={','.join(s.exclude)}", ""))
+        found.append((f"--exclude={shlex.quote(','.join(s.exclude))}", ""))
     if s.after:
         found.append((f"--dependency=afterok:{':'.join(s.after)}", ""))
         found.append(
             ("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay in the queue")
         )
     found.append(("--requeue" if s.requeue else "--no-requeue", ""))
-    return found + [(option, "") for option in s.options]
+    found += [(option, "") for option in s.options]
+    for option, _ in found:
+        if not option.isprintable():
+            what = "has a line break or another control character, which sbatch can't read"
+            todo = "choose another directory or value"
+            raise UserError(_in_one_line(option), what, todo)
+    return found
+
+
+def _in_one_line(value: object) -> str:
+    """Return text for a comment: what could end its line is shown as an escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def _time(seconds: float) -> str:

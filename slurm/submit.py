@@ -15,7 +15,7 @@ from typing import Any
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.schema import ConfigError, plain
-from forescale.config.target import targets
+from forescale.config.target import refuse_targets, targets
 from forescale.errors import UserError
 from forescale.plan.page import show
 from forescale.plan.plan import Plan
@@ -33,13 +33,16 @@ from forescale.storage import write_file
 _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, pinned buffers
 
 
-def submit(overrides: Sequence[str]) -> None:
+def submit(overrides: Sequence[str], trust: bool = True) -> None:
     """Plan the training jobs that `key=value` overrides describe, show the plan, and submit them.
 
-    With submit.dry_run, only print the script. Raises ConfigError with all problems of all runs
-    before anything is written, and UserError if SLURM refuses the job.
+    trust: allow classes of the user's own; False for overrides that a file names, and not the
+    command. With submit.dry_run, only print the script. Raises ConfigError with all problems of all
+    runs before anything is written, and UserError if SLURM refuses the job.
     """
     jobs = _jobs(overrides)
+    for job in jobs:
+        refuse_targets(job, trust)
     plans = [Plan(job) for job in jobs]
     dry = jobs[0].submit.dry_run
     if not dry:
@@ -69,11 +72,14 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
         raise UserError(str(path), f"can't be read ({e.strerror})", "check slurm.runs") from None
     found: dict[str, SubmitJob] = {}
     for number, line in enumerate(lines, 1):
-        words = shlex.split(line, comments=True)
+        where = f"{path}, line {number}"
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as e:  # a quotation that doesn't end
+            raise UserError(where, f"can't be read ({e})", "quote it as for a shell") from None
         if not words:
             continue
-        where = f"{path}, line {number}"
-        if any(word.startswith(("slurm", "submit")) for word in words):
+        if any(word.lstrip("+~").startswith(("slurm", "submit")) for word in words):
             what = "sets a key of slurm or submit, which all runs of an array share"
             raise UserError(where, what, "set it on the command line")
         try:

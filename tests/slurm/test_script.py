@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from forescale.config.duration import Duration
+from forescale.errors import UserError
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.script import Order, render
 from forescale.slurm.submission import Submission
@@ -56,7 +57,7 @@ def test_no_value_reaches_the_shell_unquoted(tmp_path):
     evil = "x'; touch pwned; '$(touch pwned)"
     made = order(
         names=("first",), root=str(tmp_path / evil), exports={"X": evil}, modules=[evil],
-        scratch=f"/tmp/{evil}", python="true",
+        scratch=str(tmp_path / evil), python="true",
     )  # fmt: skip
     body = render(made).replace("module load", "echo").replace('tar -xf "$job/code.tar"', ": ")
     body = body.replace('mkdir -p "$FORESCALE_NODE"', ":")
@@ -96,3 +97,26 @@ def test_a_container_is_for_the_ranks_alone():
 
     script = render(order(container="image", python="python3"))
     assert f"exec {sys.executable} -P -m forescale.slurm.batch" in script
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x0b", "\x85", "\u2028"])
+def test_a_line_break_in_a_name_adds_no_line_to_the_script(end):
+    """A directory or a profile may have any name."""
+    evil = f"x{end}#SBATCH --wrap=pwned{end}touch pwned"
+    with pytest.raises(UserError, match="can't read; choose another directory") as caught:
+        render(order(root=f"/tmp/{evil}"))
+    assert str(caught.value).isprintable()
+    plain = replace(order(), profile=evil, names=(evil,), submissions=order().submissions)
+    with pytest.raises(UserError, match=r"^--job-name"):
+        render(plain)
+    some = replace(order(names=("a", "b")), profile=evil, names=("a", evil))
+    assert len(render(some).splitlines()) == len(
+        render(replace(some, names=("a", "b"))).splitlines()
+    )
+
+
+@pytest.mark.parametrize("key", ["partition", "gres", "options", "exclude", "modules", "scratch"])
+def test_a_value_of_several_lines_is_refused(key):
+    value = ["/a\rb"] if isinstance(getattr(SlurmConfig(), key), list) else "/a\nb"
+    found = replace(SlurmConfig(), **{key: value}).problems()
+    assert (key, "has a line break or another control character") in [f[:2] for f in found]

@@ -18,6 +18,8 @@ from forescale.config.optimizer import OptimizerConfig
 from forescale.config.schema import TargetConfig
 from forescale.errors import UserError
 
+STORED = "--stored"  # of `train`: the arguments come from a file, which may name no code
+
 
 def targets(job: Any) -> dict[str, str]:
     """Return the classes of the user's own that a job names, by their keys."""
@@ -29,6 +31,14 @@ def targets(job: Any) -> dict[str, str]:
     kinds = (TargetConfig, OptimizerConfig, ObjectiveConfig)
     named = {k: v.target for k, v in found.items() if isinstance(v, kinds) and v.target}
     return {f"{key}._target_": target for key, target in named.items()}
+
+
+def refuse_targets(job: Any, trust: bool) -> None:
+    """Raise UserError if a job whose arguments are stored in a file names a class of the user's
+    own, and `trust` is False: it would run code that no command has named."""
+    for key, target in targets(job).items() if not trust else ():
+        what = f"would run the class {target}, which a stored file names, and not your command"
+        raise UserError(key, what, "give launch.trust=true if you trust the study")
 
 
 def _search_here() -> None:

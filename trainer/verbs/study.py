@@ -5,6 +5,7 @@ refused.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -151,26 +152,33 @@ def _plan(job: StudyJob) -> int:
 def _launch(job: StudyJob) -> int:
     study = Study(job.folder)
     if not job.launch.trust:
-        _expect_no_targets(study)
+        _expect_no_code(study)
     with study.deciding():
         if job.launch.retry:
             for state in study.states():
                 if state.status in ("diverged", "failed"):
                     study.retry(state.cell.name)
         keys = job.launch
-        launcher: Launcher | Queue = Launcher(study, keys.at_once, _log, keys.target)
+        launcher: Launcher | Queue = Launcher(study, keys.at_once, _log, keys.target, keys.trust)
         if keys.slurm:
             more = [f"slurm={keys.slurm}", *keys.arguments]
-            launcher = Queue(study, more, keys.at_once, _log, keys.follow, keys.target)
+            launcher = Queue(study, more, keys.at_once, _log, keys.follow, keys.target, keys.trust)
         code = launcher.go()
     if code == DONE:
         _conclude(study, is_waiting=bool(job.launch.slurm and not job.launch.follow))
     return code
 
 
-def _expect_no_targets(study: Study) -> None:
-    """Raise UserError if the stored arguments of the runs name classes of the user's own: launching
-    would run code that a file names, and not the command."""
+def _expect_no_code(study: Study) -> None:
+    """Raise UserError if the study's files name classes of the user's own, or read the environment
+    by a resolver such as ${oc.env:NAME}: launching would do what a file says, and not the command.
+    The job of each cell is judged again where it is composed."""
+    for cell in study.plan.cells:
+        for text in study.arguments(cell):
+            if re.search(r"\$\{.*:", text):
+                what = f"the stored argument {text} reads more than the study's own files"
+                todo = "give launch.trust=true if you trust the study"
+                raise UserError(str(study.folder), what, todo)
     if named := targets(compose(TrainJob, study.job.plan.shared)):
         key, target = next(iter(named.items()))
         what = f"plan.arguments names code to run, {key}={target}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from forescale.config.compose import compose, overrides_of
 from forescale.config.frozen import thaw
 from forescale.config.schema import ConfigError, Problem
-from forescale.config.target import targets
+from forescale.config.target import STORED, refuse_targets, targets
 from forescale.config.train import TrainJob
 from forescale.errors import DONE, UserError
 from forescale.resilience import launcher
@@ -39,7 +39,10 @@ EXAMPLES = (
 def main(words: list[str]) -> int:
     """Returns 0 when the run is complete, 75 when it was interrupted, 76 when it keeps crashing."""
     began = time.monotonic()
+    is_stored = STORED in words
+    words = [word for word in words if word != STORED]
     job = _frozen(words) if _FROZEN in words else compose(TrainJob, overrides_of(TrainJob, words))
+    refuse_targets(job, trust=not is_stored)
     if launcher.started_as_rank():
         return _rank(job, began)
     processes = job.launch.processes or launcher.default_processes()

@@ -14,6 +14,7 @@ import numpy as np
 
 from forescale.checkpoint.reader import FORMAT
 from forescale.config.compose import compose
+from forescale.config.target import STORED
 from forescale.config.train import TrainJob
 from forescale.run.directory import Parent
 from forescale.run.start import start
@@ -56,7 +57,7 @@ class FakeTraining:
 
 def train(arguments, loss=None) -> None:
     """Make a complete run with these arguments of `train`."""
-    made = start(compose(TrainJob, arguments))
+    made = start(compose(TrainJob, [a for a in arguments if a != STORED]))
     job, run = made.job, made.run
     attempt, step = run.new_attempt(), job.total_steps
     tokens = step * job.tokens_per_step

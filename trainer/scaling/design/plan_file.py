@@ -4,6 +4,7 @@ Invariant: `load(dump(plan)) == plan`. A plan is read as it was decided, even by
 that would decide otherwise.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -21,7 +22,8 @@ def dump(plan: StudyPlan) -> dict[str, Any]:
 
 
 def load(facts: Mapping[str, Any]) -> StudyPlan:
-    """Return the plan that `dump` wrote. Raises KeyError or TypeError for anything else."""
+    """Return the plan that `dump` wrote. Raises KeyError, TypeError or ValueError for anything
+    else."""
     common = {
         **facts["common"],
         "base": ModelConfig(**facts["common"]["base"]),
@@ -40,6 +42,9 @@ def _stage(facts: Mapping[str, Any]) -> StudyStage:
 
 
 def _cell(facts: Mapping[str, Any]) -> Cell:
+    for name in (facts["name"], facts["trunk"]):  # directories and log files are named by them
+        if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(f"{name!r} is no name of a cell")
     shape = Shape(**{**facts["shape"], "model": ModelConfig(**facts["shape"]["model"])})
     return _made(Cell, {**facts, "shape": shape})
 

@@ -166,12 +166,19 @@ class Study:
         return Run(self.folder / "cells" / name)
 
     def arguments(self, cell: Cell) -> list[str]:
-        """Return the arguments of `forescale train` for a cell."""
+        """Return the arguments of `forescale train` for a cell. Raises UserError if the study's
+        files name one that no command line has."""
         own = {**cell.keys, "run.root": str(self.folder / "cells")}
         if forecast := self._forecast_of(cell.name):
             own["forecast"] = str(forecast.path)
         typed = [f"{key}={_quoted(value)}" for key, value in own.items()]
-        return [*self.job.plan.shared, *typed]
+        made = [*self.job.plan.shared, *typed]
+        for text in made:
+            if not text.isprintable() or text.startswith("-"):
+                what = f"{text!r} is no argument KEY=VALUE of forescale train"
+                todo = "restore the files of the study, or plan it again"
+                raise UserError(str(self.folder), what, todo)
+        return made
 
     def _forecast_of(self, name: str) -> Forecast | None:
         return next(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from forescale.config.target import STORED
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.launcher import die_with_parent, stop_signals_handled_by
 from forescale.scaling.design.cells import Cell
@@ -57,12 +58,19 @@ def expect_within_cap(study: Study, cell: Cell, under_way: Collection[str]) -> N
 
 class Launcher:
     """Runs one study on this machine. at_once: cells at the same time; log: gets a line when a cell
-    ends and at each decision; target: whether to train the target after all others."""
+    ends and at each decision; target: whether to train the target after all others; trust: whether
+    cells may run classes that the study's files name."""
 
     def __init__(
-        self, study: Study, at_once: int, log: Callable[[str], None], target: bool = False
+        self,
+        study: Study,
+        at_once: int,
+        log: Callable[[str], None],
+        target: bool = False,
+        trust: bool = False,
     ):
         self.study, self.at_once, self.log, self._target = study, at_once, log, target
+        self._stored = [] if trust else [STORED]
         self._running: dict[str, subprocess.Popen] = {}
         self._stop_signal: int | None = None
         self._fault: str | None = None
@@ -114,9 +122,10 @@ class Launcher:
         path.parent.mkdir(exist_ok=True)
         alone = cell.role == "target"
         threads = max(1, len(os.sched_getaffinity(0)) // (1 if alone else self.at_once))
+        words = [*self.study.arguments(cell), *self._stored]
         with open(path, "ab") as f:
             self._running[cell.name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "forescale", "train", *self.study.arguments(cell)],
+                [sys.executable, "-P", "-m", "forescale", "train", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=f,
                 stderr=subprocess.STDOUT,

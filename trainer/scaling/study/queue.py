@@ -36,9 +36,11 @@ class Queue:
         log: Log,
         follow: bool = True,
         target: bool = False,
+        trust: bool = False,
     ):
         self.study, self._arguments, self._at_once = study, list(arguments), at_once
         self.log, self._follow, self._target = log, follow, target
+        self._trust = trust
         self._stop_signal: int | None = None
         self._ended = {s.cell.name for s in study.states() if s.has_ended}
 
@@ -114,7 +116,7 @@ class Queue:
             f"slurm.at_once={self._at_once}",
             *wait,
         ]
-        submit(arguments)
+        submit(arguments, self._trust)
         for cell in cells:
             self.study.event("cell_submitted", cell=cell.name, wave=path.name, after=after)
 

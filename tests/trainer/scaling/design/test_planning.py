@@ -11,6 +11,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.scaling.design import planning
 from forescale.scaling.study.directory import Study
+from forescale.slurm.submit import submit
 
 
 @pytest.fixture
@@ -112,3 +113,49 @@ def test_stored_arguments_that_name_code_need_trust(plan, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "optimizer._target_=os.system; give launch.trust=true" in said
     assert not list(tmp_path.glob("studies/mine/cells/*"))
+
+
+NO_ARGUMENT, READS = "is no argument KEY=VALUE", "reads more than the study's own files"
+STORED = {
+    "a\nb": NO_ARGUMENT,
+    "train.seed=1\noptimizer._target_=os.system": NO_ARGUMENT,
+    "--frozen": NO_ARGUMENT,
+    "run.name=${oc.env:HOME}": READS,
+    "data.path='https://x/${oc.${a}:HOME}'": READS,
+    "callbacks=[{_target_: os.system}]": "names code to run",
+}
+
+
+def test_what_a_stored_study_may_not_say(plan, tmp_path, capsys):
+    """Neither an argument that runs code or reads the environment, nor a cell somewhere else."""
+    assert plan("plan.cap=1e15")[0] == 0
+    study = tmp_path / "studies/mine"
+    good = yaml.safe_load((study / "study.yaml").read_text())
+    for text, message in STORED.items():
+        arguments = {**good["plan"], "arguments": ["data=bytes", text]}
+        (study / "study.yaml").write_text(yaml.safe_dump({**good, "plan": arguments}))
+        assert main(["study", "launch", "study=mine"]) == 2
+        assert message in capsys.readouterr().err
+    (study / "study.yaml").write_text(yaml.safe_dump(good))
+    tree = json.loads((study / "plan.json").read_text())
+    for name in ("../../out", "a/b", "a\nb", ".hidden", "", "-x"):
+        tree["stages"][0]["cells"][0]["name"] = name
+        (study / "plan.json").write_text(json.dumps(tree))
+        assert main(["study", "launch", "study=mine"]) == 2
+        assert "is no name of a cell" in capsys.readouterr().err
+    assert not list(study.glob("cells/*"))
+
+
+def test_stored_arguments_run_no_class_wherever_they_are_composed(tmp_path, monkeypatch, capsys):
+    """`train` and `submit` judge the job itself, whichever file its arguments came from."""
+    monkeypatch.chdir(tmp_path)
+    named = ["run.name=a", "model._target_=os.system", "train.steps=99"]
+    assert main(["train", *named, "--stored"]) == 2
+    assert "model._target_: would run the class os.system" in capsys.readouterr().err
+    (tmp_path / "runs.txt").write_text(" ".join(named) + "\n")
+    with pytest.raises(UserError, match="would run the class"):
+        submit(["slurm.runs=runs.txt", "submit.dry_run=true", "machine=cpu"], trust=False)
+    for word in ("+slurm.setup=[x]", "++submit.dry_run=false"):
+        (tmp_path / "runs.txt").write_text(f"run.name=a {word}\n")
+        with pytest.raises(UserError, match="which all runs of an array share"):
+            submit(["slurm.runs=runs.txt", "submit.dry_run=true", "machine=cpu"])
