@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from forescale.console import visible_output
 from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 from forescale.verbs import VERBS, load
 
@@ -24,8 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     warnings.formatwarning = _warning
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Also in a pipe or a log file, lines of stdout and stderr keep the order of printing.
-        sys.stdout.reconfigure(line_buffering=True)
+        # Also in a pipe or a log file, lines of stdout and stderr keep the order of printing. What
+        # the locale can't show is an escape, and no error.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    with visible_output():
+        return _run(given)
+
+
+def _run(given: list[str]) -> int:
     try:
         return _dispatch(given)
     except UserError as e:

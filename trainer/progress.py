@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from forescale.console import span
+from forescale.console import is_terminal, open_console, span
 
 _WINDOW = 30.0  # seconds that a rate is measured over
 
@@ -109,7 +109,7 @@ def amount(done: int, total: int | None, unit: str) -> str:
 def shown(every: float = 10.0) -> Iterator[Progress]:
     """Yield a live display on a terminal; elsewhere print a line at each phase's end and `every`
     seconds."""
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         yield from _live()
     else:
         yield _Lines(every)
@@ -138,7 +138,6 @@ class _Lines:
 
 
 def _live() -> Iterator[Progress]:
-    from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
@@ -150,7 +149,7 @@ def _live() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[rates]}"),
     )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(*columns, console=open_console(stderr=True)) as bars:
         tasks: dict = {}
         rates: dict[str, Rates] = {}
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from forescale import cli
 from forescale.config.compose import compose, overrides_of
 from forescale.errors import CRASHED, INTERRUPTED, USER, UserError
+from forescale.resilience import outcome
+from forescale.run.directory import Run
 from forescale.run.start import versions
 from forescale.verbs import load
 from forescale.verbs.shards import ShardsJob
@@ -183,3 +186,42 @@ def test_what_is_said_stands_in_a_log_in_the_order_in_which_it_was_said(tmp_path
             [sys.executable, "-c", code], stdout=log, stderr=log, env=environment, check=True
         )
     assert (tmp_path / "log").read_text().split() == ["first", "second", "third"]
+
+
+CONTROL = "\x1b]0;title\x07\x1b[2J\x9b31m"
+SHOWN = r"\x1b]0;title\x07\x1b[2J\x9b31m"
+
+
+@pytest.fixture
+def hostile(own_run):
+    """A run with control characters in its name, a log, an event and the end of its attempt."""
+    path = own_run.path.with_name(f"a{CONTROL}\udcff")
+    shutil.move(own_run.path, path)
+    run = Run(path)
+    attempt = run.attempts()[-1]
+    (attempt.path / "rank-0.log").write_text(f"step {CONTROL}\n")
+    attempt.event(f"found {CONTROL}")
+    outcome.record_start(attempt.path, ["x"], 2)
+    outcome.record_end(attempt.path, 1, f"ValueError {CONTROL}", 1)
+    return run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status",),
+        ("status", "RUN"),
+        ("logs", "RUN"),
+        ("check", "RUN"),
+        ("pin", "RUN", "step=4"),
+        ("generate", "none"),  # the message lists the runs
+        ("study", "fit", "points.csv"),
+    ],
+)
+def test_a_verb_shows_control_characters_as_text(hostile, forescale, words):
+    (hostile.path.parent.parent / "points.csv").write_text(f"los{CONTROL}\n1\n")
+    name = str(hostile.path)
+    _, out, err = forescale(*(name if word == "RUN" else word for word in words))
+    assert SHOWN in out + err
+    assert not set("\x1b\x07\x9b") & set(out + err)
+    assert words[0] == "study" or r"\xff" in out + err

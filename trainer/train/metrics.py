@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from forescale.checkpoint.reader import Position
+from forescale.console import is_terminal, open_console
 from forescale.engine.world import StepSummary
 from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt
@@ -200,7 +201,7 @@ class ProgressLine:
         self._recent: deque[float] = deque(maxlen=50)  # seconds of steps
         self._is_first = True  # a step that compiles says nothing of the others
         self._live = None
-        if active and sys.stdout.isatty():
+        if active and is_terminal(sys.stdout):
             self._live, self._task = _live_progress(total, done)
 
     def show(self, row: dict[str, Any], summary: StepSummary) -> None:
@@ -285,6 +286,7 @@ def _live_progress(total: int, done: int):
         ),  # takes the width that the text leaves
         expand=True,
         refresh_per_second=4,
+        console=open_console(),
     )
     task = progress.add_task("", total=total, completed=done, text="starting")
     progress.start()

@@ -8,6 +8,7 @@ from typing import ClassVar
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
+from forescale.console import unchanged_output
 from forescale.errors import DONE, UserError
 from forescale.inference.view import best_device, open_view
 
@@ -59,10 +60,11 @@ def main(arguments: list[str]) -> int:
         seed=job.seed,
         max_context=view.config.train.sequence_length,
     )
-    print(text, end="", flush=True)
+    out = unchanged_output()
+    print(text, end="", flush=True, file=out)
     for piece in pieces(view.tokenizer, prompt, _document(ids, end)):
-        print(piece, end="", flush=True)
-    print()
+        print(piece, end="", flush=True, file=out)
+    print(file=out)
     return DONE
 
 

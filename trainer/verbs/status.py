@@ -75,7 +75,7 @@ def main(words: list[str]) -> int:
 
 def _facts(job: StatusJob) -> dict[str, Any]:
     """Return one run, or {"runs": all of them}."""
-    root, errors = Path(job.run.root).expanduser(), Console(stderr=True)
+    root, errors = Path(job.run.root).expanduser(), open_console(stderr=True)
     if job.target:
         run = Run.existing(Path(job.target).expanduser(), root)
         return facts(Status(run), _jobs([run], errors).get(run.name))
@@ -88,7 +88,7 @@ def _page(job: StatusJob, width: int) -> Text:
     """Return the whole page as one text, to be printed once or repeatedly."""
     root = Path(job.run.root).expanduser()
     text = StringIO()
-    page = Console(highlight=False, width=width, file=text, force_terminal=True)
+    page = open_console(width=width, file=text, force_terminal=True)
     if job.target:
         run = Run.existing(Path(job.target).expanduser(), root)
         show_run(Status(run), page, _jobs([run], page).get(run.name))
