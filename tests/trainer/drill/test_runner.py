@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -302,11 +303,16 @@ def test_an_undisturbed_run_that_fails_is_told(stubbed):
         stubbed("raise SystemExit(5)").undisturbed()
 
 
-@pytest.mark.slow  # 13 faults, each with runs on 2 ranks
+ELSEWHERE = {"freeze-data", "hang", "crash"}  # in tests/distributed/test_hangs.py
+CHOSEN = [s.name for s in SCENARIOS if os.environ.get("FORESCALE_DRILL") or s.name not in ELSEWHERE]
+
+
+@pytest.mark.distributed
 @pytest.mark.timeout(1800)
-def test_the_whole_drill(tmp_path):
+def test_the_drill(tmp_path):
+    """FORESCALE_DRILL=all takes all scenarios."""
     results = tmp_path / "drill.json"
-    words = [f"to={tmp_path / 'drill'}", f"json={results}"]
+    words = [f"scenarios=[{','.join(CHOSEN)}]", f"to={tmp_path / 'drill'}", f"json={results}"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "forescale", "drill", *words],
         capture_output=True,
@@ -314,6 +320,6 @@ def test_the_whole_drill(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(results.read_text())
-    assert [s["name"] for s in found["scenarios"]] == [s.name for s in SCENARIOS]
+    assert [s["name"] for s in found["scenarios"]] == CHOSEN
     assert all(s["survived"] for s in found["scenarios"])
-    assert f"{len(SCENARIOS)} of {len(SCENARIOS)} survived" in done.stdout
+    assert f"{len(CHOSEN)} of {len(CHOSEN)} survived" in done.stdout

@@ -24,7 +24,7 @@ OF_ALL = [
 ]
 
 
-@pytest.mark.slow  # a real study of some 20 runs
+@pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     dataset, tmp_path, monkeypatch, capsys
