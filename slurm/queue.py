@@ -85,6 +85,15 @@ def show(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", text))
 
 
+def owner_and_script(job: str) -> tuple[int | None, Path | None]:
+    """Return the user id of a job's owner and the path of the script that was submitted, as SLURM
+    knows them; None if it doesn't."""
+    text = _run(["scontrol", "--oneliner", "show", "job", job])
+    owner = re.search(r"\bUserId=[^ ]*\((\d+)\)", text)
+    script = re.search(r"\bCommand=(.*?)(?= [A-Z]\w*=|$)", text, re.MULTILINE)
+    return int(owner[1]) if owner else None, Path(script[1]) if script else None
+
+
 def eligible(job: str) -> float | None:
     """Return when the job became eligible to start, in seconds since the epoch; None if unknown."""
     with suppress(UserError, ValueError):

@@ -1,7 +1,7 @@
 """How launches end, and the likely cause of a failure.
 
-    attempts/0003/launch.json      begun, command, host, pid, processes; ended, code, rank, how
-                                   (seconds since the epoch). Written by the launcher alone
+    attempts/0003/launch.json      begun, command, host, pid, process, processes; ended, code, rank,
+                                   how (seconds since the epoch). Written by the launcher alone
     attempts/0003/rank-1.error     one line by the rank itself: the error that ended it
 
 Invariant: a cause is something observed (a rank's own exception, a diagnosed hang, a signal), never
@@ -31,8 +31,22 @@ _LONGEST = 500  # characters of an error
 def record_start(attempt: Path, command: Sequence[str], processes: int, **more: Any) -> None:
     """Write launch.json when the ranks are started; `more` fields as given."""
     facts = {"begun": time.time(), "command": list(command), "host": socket.gethostname()}
-    facts |= {"pid": os.getpid(), "processes": processes}
+    own = os.getpid()
+    facts |= {"pid": own, "process": process_mark(own), "processes": processes}
     write_checked_json(attempt / LAUNCH, {**facts, **more})
+
+
+def process_mark(pid: int) -> str | None:
+    """Return what tells a process from all others that had or will have its id on this machine: the
+    boot, and the clock ticks from it to the start of the process. None if there is no such process,
+    or this system doesn't say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # The second field is the name in parentheses, which may hold spaces and parentheses.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return f"{boot}:{fields[19]}"
+    except (OSError, IndexError):
+        return None
 
 
 def record_end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -> None:

@@ -1,8 +1,9 @@
 """`forescale stop`: make a run save and exit, here or in the queue, which won't restart it."""
 
 import os
-import signal
+import shlex
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.errors import DONE, UserError
-from forescale.resilience.outcome import launch_of
+from forescale.resilience.launcher import ATTEMPT
+from forescale.resilience.outcome import launch_of, process_mark
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import Submission, waiting_or_running
+
+_RESTART = 10.0  # seconds: longer than a launcher waits before it starts ranks again
 
 
 @dataclass
@@ -42,6 +46,7 @@ def main(words: list[str]) -> int:
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     found = waiting_or_running(run) if run.jobs() else None
     if found:
+        _expect_job_of(*found)
         _stop_job(*found, job.now)
     elif process := _launcher(run):
         _stop_launcher(process, job.now)
@@ -49,6 +54,18 @@ def main(words: list[str]) -> int:
         todo = "see forescale status; on another machine, give this command there"
         raise UserError(str(run.path), "it neither runs on this machine nor is in the queue", todo)
     return DONE
+
+
+def _expect_job_of(submission: Submission, job: queue.Job) -> None:
+    """Raise UserError unless the job is this user's, and its script that of this submission: the
+    file with its id may be anybody's, and name any job."""
+    owner, script = queue.owner_and_script(job.id)
+    text = script.read_text(errors="replace") if script and script.is_file() else ""
+    jobs = [line.strip() for line in text.splitlines()]
+    if owner != os.getuid() or shlex.quote(str(submission.path.resolve())) not in jobs:
+        what = f"names job {job.id}, which SLURM doesn't know as a job of yours for this run"
+        todo = f"if it is yours after all: scancel {job.id}"
+        raise UserError(str(submission.path / "job.json"), what, todo)
 
 
 def _stop_job(submission: Submission, job: queue.Job, now: bool) -> None:
@@ -66,25 +83,54 @@ def _stop_job(submission: Submission, job: queue.Job, now: bool) -> None:
 
 
 def _launcher(run: Run) -> psutil.Process | None:
-    """Return the process on this machine that started the newest attempt, if it is alive."""
+    """Return the process on this machine that started the newest attempt, if it is alive.
+
+    launch.json may be anybody's, and name any process: only one that began when the file says, that
+    is this user's, and whose ranks have this attempt is returned. Raises UserError for another
+    user's.
+    """
     for attempt in reversed(run.attempts()):
         record = launch_of(attempt.path)
         here = record.get("host") == socket.gethostname()
-        if here and "ended" not in record and "pid" in record:
+        if here and "ended" not in record and isinstance(pid := record.get("pid"), int) and pid > 1:
             with suppress(psutil.Error):
-                process = psutil.Process(record["pid"])
-                # The process id may belong to another process by now.
-                if process.create_time() <= record["begun"]:
-                    return process
+                process = psutil.Process(pid)
+                if record.get("process") not in (None, process_mark(pid)):
+                    return None  # the id belongs to another process by now
+                if (owner := process.uids().real) != os.getuid():
+                    what = f"process {pid}, which started it, belongs to user {owner}"
+                    raise UserError(str(run.path), what, "ask them to stop it")
+                return process if _trains(process, attempt.path) else None
         if record:
             return None
     return None
 
 
+def _trains(process: psutil.Process, attempt: Path) -> bool:
+    """Return True if a process has started ranks of this attempt. A launcher that restarts them has
+    none for some seconds, which are waited for."""
+    end = time.monotonic() + _RESTART
+    while True:
+        for child in process.children():
+            with suppress(psutil.Error):
+                path = child.environ().get(ATTEMPT)
+                if path and (Path(process.cwd()) / path).resolve() == attempt.resolve():
+                    return True
+        if time.monotonic() > end or not _is_launcher(process):
+            return False
+        time.sleep(0.1)
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """Return True if the command of a process is one that may start ranks."""
+    command = process.cmdline()
+    return process.is_running() and "train" in command and "forescale" in " ".join(command)
+
+
 def _stop_launcher(process: psutil.Process, now: bool) -> None:
     if now:
-        process.kill()  # its ranks die with it
+        process.kill()  # its ranks die with it; psutil signals no later process of the same id
         print(f"Process {process.pid} is killed; steps since the last checkpoint are lost.")
         return
-    os.kill(process.pid, signal.SIGTERM)
+    process.terminate()
     print(f"Process {process.pid} saves and exits.")

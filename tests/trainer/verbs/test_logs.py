@@ -1,6 +1,8 @@
 """`forescale logs` and `stop` of runs on this machine."""
 
+import os
 import signal
+import sys
 import time
 from contextlib import suppress
 
@@ -8,7 +10,9 @@ import psutil
 import pytest
 
 from forescale.resilience import outcome
+from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Run
+from forescale.slurm.submission import Submission
 from tests.trainer.small_run import make_run
 
 
@@ -85,19 +89,92 @@ def test_rank_0_of_a_local_run_prints_to_its_terminal(own_run, forescale):
     assert "prints to the terminal that started it" in forescale("logs", "small")[1]
 
 
-@pytest.mark.parametrize(("words", "number"), [((), signal.SIGTERM), (("--now",), signal.SIGKILL)])
-def test_stop_asks_the_launcher(run, forescale, words, number):
-    """And no other process with the same process id."""
-    process = psutil.Popen(["sleep", "60"])
-    try:
-        path = run.attempts()[-1].path
-        outcome.add_to_launch(path, pid=process.pid, begun=process.create_time() - 10)
-        code, _, err = forescale("stop", "small", *words)
-        assert code == 2, "that one is younger than the attempt"
-        assert "neither runs on this machine" in err
-        outcome.add_to_launch(path, begun=process.create_time() + 10)
-        assert forescale("stop", "small", *words)[0] == 0
-        assert process.wait(10) == -number
-    finally:
+@pytest.fixture
+def started(run):
+    """Start a process with a child that has an attempt, as launchers have."""
+    processes = []
+
+    def start(path):
+        code = "import subprocess, sys; subprocess.run(['sleep', '60'])"
+        environment = {**os.environ, ATTEMPT: str(path)}
+        process = psutil.Popen([sys.executable, "-c", code], env=environment)
+        processes.append(process)
+        while not process.children():
+            time.sleep(0.01)
+        facts = {"pid": process.pid, "process": outcome.process_mark(process.pid)}
+        outcome.add_to_launch(run.attempts()[-1].path, **facts)
+        return process
+
+    yield start
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.kill()
+            for one in (*process.children(), process):
+                one.kill()
+
+
+@pytest.mark.parametrize(("words", "number"), [((), signal.SIGTERM), (("--now",), signal.SIGKILL)])
+def test_stop_asks_the_launcher(run, forescale, started, words, number):
+    """And no other process with the same process id."""
+    path = run.attempts()[-1].path
+    process = started(path)
+    mark = outcome.process_mark(process.pid)
+    outcome.add_to_launch(path, process=mark[:-1])
+    code, _, err = forescale("stop", "small", *words)
+    assert (code, "neither runs on this machine" in err) == (2, True), "another start"
+    outcome.add_to_launch(path, process=mark)
+    assert forescale("stop", "small", *words)[0] == 0
+    assert process.wait(10) == -number
+
+
+def test_stop_signals_no_process_that_a_foreign_file_names(run, forescale, started):
+    """Not one of the user's own that trains something else, and none of another user."""
+    path = run.attempts()[-1].path
+    others = started(path.with_name("0001"))
+    assert forescale("stop", "small", "--now")[0] == 2
+    assert others.is_running()
+    theirs = psutil.Popen(["sleep", "60"], user=65534) if os.getuid() == 0 else psutil.Process(1)
+    pid = theirs.pid
+    outcome.add_to_launch(path, pid=pid, process=outcome.process_mark(pid))
+    code, _, err = forescale("stop", "small", "--now")
+    assert (code, f"process {pid}, which started it, belongs to user" in err) == (2, True)
+    assert theirs.is_running()
+    if os.getuid() == 0:
+        theirs.kill()
+    for wrong in (True, "1", 10**30, -1, 0):
+        outcome.add_to_launch(path, pid=wrong)
+        assert forescale("stop", "small", "--now")[0] == 2
+
+
+SQUEUE = "echo '12|RUNNING|None|1:00|2:00|n1|N/A'"
+SCONTROL = "echo 'JobId=12 JobName=a b UserId=me({uid}) Command={script} WorkDir=/tmp'"
+
+
+def test_stop_cancels_no_job_that_a_foreign_file_names(run, forescale, tmp_path, monkeypatch):
+    """SLURM itself says whose job it is, and of which script."""
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    submission = Submission(run.new_job().resolve())
+    submission.submitted("12")
+    script = submission.path / "job.sbatch"
+
+    def cluster(uid, script):
+        says = {"squeue": SQUEUE, "scontrol": SCONTROL.format(uid=uid, script=script)}
+        says |= {"sbatch": "", "scancel": f'echo "$@" >> {calls}'}
+        for name, line in says.items():
+            (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+            (programs / name).chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    script.write_text(f"jobs=(\n    {submission.path.parent}/0009\n)\n")
+    mine = os.getuid()
+    for uid, path in ((mine, "/tmp/an other"), (mine, script), (mine + 1, script)):
+        cluster(uid, path)
+        code, _, err = forescale("stop", "small", "--now")
+        assert (code, "doesn't know as a job of yours for this run" in err) == (2, True)
+        script.write_text(f"jobs=(\n    {submission.path}\n)\n" * (path == script))
+    assert not calls.exists()
+    assert not submission.is_stopped
+    cluster(mine, script)
+    script.write_text(f"jobs=(\n    {submission.path}\n)\n")
+    assert forescale("stop", "small", "--now")[0] == 0
+    assert calls.read_text() == "12\n"
