@@ -178,9 +178,9 @@ class Run:
         """Make the run's metrics.jsonl and events.jsonl links to those of the newest attempt that
         began to train."""
         linked = None
-        while linked != (newest := self.begun()):  # again if a newer one began meanwhile
+        while (newest := self.begun()) and newest != linked:  # again if one began meanwhile
             linked = newest
-            for name in (_METRICS, _EVENTS) if newest else ():
+            for name in (_METRICS, _EVENTS):
                 temporary = self.path / f".{name}.{newest.path.name}"
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(Path("attempts", newest.path.name, name))

@@ -82,7 +82,7 @@ def _history(
     own: list[Prefix] = []
 
     def judge() -> None:
-        saved = found and _saved(found)
+        saved = None if found is None else _saved(found)
         if starting is not None:
             expect_whole(run, starting, saved)
         if saved is not None:
