@@ -6,7 +6,6 @@ Invariant: one input gives the same bytes, and only source files are packed.
 import importlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,12 +13,10 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import forescale
 from forescale.config.target import find_package, targets
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 
-CHECKOUT = Path(next(iter(forescale.__path__))).resolve().parent  # of an editable install
 _PACKAGES = ("forescale", "forescale.models", "forescale.conf", "forescale.slurm")
 
 
@@ -71,23 +68,6 @@ def _sources(path: Path) -> Iterator[Path]:
     for file in path.rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
             yield file
-
-
-def version_of_checkout() -> dict[str, str]:
-    """The commit that the code stands on, and whether files differ from it; empty where it is no
-    checkout."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(
-            ["git", "-C", str(CHECKOUT), *words], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if not (CHECKOUT / ".git").exists() or shutil.which("git") is None:
-        return {}
-    if (commit := git("rev-parse", "HEAD")) is None:
-        return {}
-    return {"commit": commit, "changed": "yes" if git("status", "--porcelain") else "no"}
 
 
 def pack_environment(root: Path) -> Path:

@@ -21,12 +21,13 @@ from forescale.plan.page import show
 from forescale.plan.plan import Plan
 from forescale.run.directory import Run
 from forescale.run.forecast import find
+from forescale.run.identity import version_of_checkout
 from forescale.run.rows import read_rows
 from forescale.run.start import Start, start, versions
 from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.script import Order, render
-from forescale.slurm.snapshot import own_packages, pack_environment, version_of_checkout, write_code
+from forescale.slurm.snapshot import own_packages, pack_environment, write_code
 from forescale.slurm.submission import Submission, waiting_or_running
 from forescale.storage import write_file
 

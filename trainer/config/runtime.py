@@ -160,6 +160,10 @@ class WandbConfig:
     enabled: bool = key(False, "send metrics to Weights & Biases")
     project: str = key("forescale", "the project there")
     entity: str | None = key(None, "the account or team; null: yours")
+    group: str | None = key(
+        None, "the group of the run there; null: the study of a cell, else none"
+    )
+    tags: list[str] = key([], "tags of the run there")
     mode: Literal["auto", "online", "offline"] = key(
         "auto", "auto: online if an account is logged in, else offline"
     )

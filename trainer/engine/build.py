@@ -108,15 +108,20 @@ def compilation(job: TrainJob) -> Compilation:
     return Compilation(job.engine.stage < 3 or job.train.compile == "on")
 
 
+def device_name(world: World) -> str:
+    """Return the name of this rank's GPU, or "cpu"."""
+    on_gpu = world.device.type == "cuda"
+    return str(torch.cuda.get_device_name(world.device)) if on_gpu else "cpu"
+
+
 def peak_flops(world: World, configured: float | None, precision: str) -> float:
     """Return the peak FLOP/s of one device in matrix products: configured, known, or measured."""
     if configured:
         return configured
-    if world.device.type == "cuda":
-        name = torch.cuda.get_device_name(world.device)
-        for known, peak in _KNOWN_PEAKS.items():
-            if known in name:
-                return peak if precision != "fp32" else peak / 2
+    name = device_name(world)
+    for known, peak in _KNOWN_PEAKS.items():
+        if known in name:
+            return peak if precision != "fp32" else peak / 2
     return measured_peak(world.device, precision)
 
 

@@ -54,6 +54,11 @@ def shape_of(param) -> tuple[int, ...]:
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
+def num_parameters(engine: Engine) -> int:
+    """Return the number of the model's parameters, frozen ones too."""
+    return sum(math.prod(shape_of(param)) for param in engine.names)
+
+
 def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) -> Fragment:
     """Return everything of a piece's `state` that the unit's `tensor` holds."""
     slot = (piece.start, piece.at, piece.size)

@@ -1,11 +1,11 @@
 """Weights & Biases and TensorBoard, through Accelerate's trackers.
 
-Invariant: a run is one curve there, over all its attempts; no tracker waits for an answer on the
-terminal, and none needs an account.
+Invariant: a run is one curve there, over all its attempts, whatever other runs are called; no
+tracker waits for an answer on the terminal, and none needs an account.
 """
 
-import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,23 +13,36 @@ from urllib.parse import urlparse
 from forescale.errors import UserError
 
 
-def open_trackers(logging: Any, run: Path, name: str, config: dict, first_step: int) -> list[Any]:
+def open_trackers(
+    logging: Any, run: Path, identity: Mapping[str, Any], config: dict, first_step: int
+) -> list[Any]:
     """Return the trackers that `logging` (LoggingConfig) enables; each has `log(values, step=...)`.
 
-    first_step: the step that the attempt begins at. Raises UserError if a tracker's package is
-    missing.
+    run: its directory; identity: the content of its run.json; first_step: the step that the attempt
+    begins at. Raises UserError if a tracker's package is missing.
     """
     trackers: list[Any] = []
     if logging.tensorboard:
         trackers.append(_tensorboard(run, first_step))
     if logging.wandb.enabled:
-        trackers.append(_wandb(logging.wandb, run, name))
+        trackers.append(_wandb(logging.wandb, run, identity))
     for tracker in trackers:
         if hasattr(tracker, "start"):
             tracker.start()
         if logging.wandb.enabled and tracker.name == "wandb":
-            tracker.store_init_configuration(config)
+            tracker.store_init_configuration({**config, **_facts(identity)})
     return trackers
+
+
+def _facts(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what wandb's table of runs is sorted and filtered by."""
+    return {
+        "parameters": identity.get("parameters"),
+        "dataset_hash": identity.get("dataset", {}).get("identity"),
+        "git_commit": identity.get("git", {}).get("commit"),
+        "gpu": identity.get("device"),
+        "versions": identity.get("versions"),
+    }
 
 
 def _tensorboard(run: Path, first_step: int) -> Any:
@@ -43,8 +56,9 @@ def _tensorboard(run: Path, first_step: int) -> Any:
     return TensorBoardTracker("tensorboard", logging_dir=run, purge_step=first_step + 1)
 
 
-def _wandb(settings: Any, run: Path, name: str) -> Any:
+def _wandb(settings: Any, run: Path, identity: Mapping[str, Any]) -> Any:
     from accelerate.tracking import WandBTracker
+    from wandb import Settings
 
     mode = settings.mode
     if mode == "auto":
@@ -54,15 +68,18 @@ def _wandb(settings: Any, run: Path, name: str) -> Any:
         raise UserError(
             "logging.wandb.mode=online", "no wandb account is logged in on this machine", todo
         )
-    identity = hashlib.sha256(f"{settings.project}/{name}".encode()).hexdigest()[:16]
     return WandBTracker(
         settings.project,
         entity=settings.entity,
-        id=identity,
-        name=name,
+        id=identity["wandb_id"],
+        name=run.name,
+        group=settings.group,
+        tags=settings.tags or None,
         resume="allow",
         mode=mode,
         dir=str(run),
+        # Left alone, wandb reads the address of the git remote, in which a token may stand.
+        settings=Settings(disable_git=True),
     )
 
 

@@ -26,6 +26,7 @@ from forescale.progress import shown
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of
 from forescale.run.forecast import prediction_interval_of
+from forescale.run.identity import code_and_id, data_fields
 from forescale.storage import read_json, staged, write_checked_json, write_file
 
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
@@ -155,15 +156,9 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
     identity = {
         "name": run.name,
         "tokenizer_sha256": hashlib.sha256(sources.first.tokenizer_json).hexdigest(),
-        "dataset": {
-            "path": sources.where,
-            "identity": sources.identity,
-            "corpus_hash": sources.corpus_hash,
-            "vocab_size": sources.vocab_size,
-            "end_of_text": sources.end_of_text,
-            "sources": sources.describe(),
-        },
+        "dataset": data_fields(sources),
         "versions": versions(),
+        **code_and_id(),
     }
     try:
         with staged(run.path.resolve()) as stage:

@@ -24,8 +24,9 @@ from forescale.data.dataset import Sources
 from forescale.data.feed import LostMember
 from forescale.data.objective import Objective
 from forescale.data.stream import Batch, StepShare, stream
-from forescale.engine.build import peak_flops
+from forescale.engine.build import device_name, peak_flops
 from forescale.engine.selfcheck import SelfCheck
+from forescale.engine.state import num_parameters
 from forescale.engine.step import Engine
 from forescale.engine.trackers import open_trackers
 from forescale.resilience.injector import Injector
@@ -33,6 +34,7 @@ from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
 from forescale.run.feed import feed_of, objective_of
 from forescale.run.forecast import PredictionInterval
+from forescale.run.identity import complete
 from forescale.run.scores import is_evaluated
 from forescale.train.callbacks import Callback, Checkpoints, Every, Own, Validation
 from forescale.train.evaluate import Score, evaluate, pooled
@@ -156,8 +158,8 @@ class Builder:
         main, total = world.is_main, job.total_steps
         trackers = []
         if main:
-            name, began = self.run.name, position.step
-            trackers = open_trackers(job.logging, self.run.path, name, plain(job), began)
+            known = complete(self.run, num_parameters(self.engine), device_name(world))
+            trackers = open_trackers(job.logging, self.run.path, known, plain(job), position.step)
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
         prices = prices_of(job, self.model)
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer

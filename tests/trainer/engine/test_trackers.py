@@ -1,6 +1,7 @@
 """TensorBoard, wandb and traces: whose package is asked for what, and what a real run leaves."""
 
 import json
+import struct
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.engine import trackers
 from forescale.errors import UserError
+from forescale.storage import read_json
 from forescale.train.profiler import traced
 from tests import launching
 
@@ -45,37 +47,38 @@ def asked(monkeypatch):
     return calls
 
 
-def started(asked, run, name="first", *overrides):
+def started(asked, run, *overrides, **identity):
     asked.clear()
     logging = logging_of("logging.wandb.enabled=true", *overrides)
-    trackers.open_trackers(logging, run, name, {"train": {"seed": 1}}, 0)
+    known = {"wandb_id": "0a1b", **identity}
+    trackers.open_trackers(logging, run, known, {"train": {"seed": 1}}, 0)
     return asked[0]
 
 
 def test_nothing_is_opened_unless_asked_for(tmp_path):
-    assert trackers.open_trackers(logging_of(), tmp_path, "first", {}, 0) == []
+    assert trackers.open_trackers(logging_of(), tmp_path, {}, {}, 0) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_attempts_of_a_run_are_one_curve(asked, tmp_path):
-    project, first = started(asked, tmp_path)
-    assert (project, first["name"], first["resume"]) == ("forescale", "first", "allow")
-    assert first["dir"] == str(tmp_path)
-    assert asked[1] == {"train": {"seed": 1}}
-    assert started(asked, tmp_path)[1]["id"] == first["id"]
-    assert started(asked, tmp_path, "second")[1]["id"] != first["id"]
-    other = started(asked, tmp_path, "first", "logging.wandb.project=mine")
-    assert other[0] == "mine"
-    assert other[1]["id"] != first["id"]
+def test_a_run_is_one_curve_under_the_id_of_its_run_json(asked, tmp_path):
+    more = ("logging.wandb.project=mine", "logging.wandb.group=wide", "logging.wandb.tags=[a,b]")
+    data = {"identity": "f00d"}
+    known = {"parameters": 7, "dataset": data, "git": {"commit": "c0de"}, "device": "H100"}
+    project, first = started(asked, tmp_path / "first", *more, **known)
+    assert (project, first["name"], first["resume"]) == ("mine", "first", "allow")
+    assert (first["id"], first["group"], first["tags"]) == ("0a1b", "wide", ["a", "b"])
+    assert first["dir"] == str(tmp_path / "first")
+    facts = {"parameters": 7, "dataset_hash": "f00d", "git_commit": "c0de", "gpu": "H100"}
+    assert asked[1] == {"train": {"seed": 1}, **facts, "versions": None}
 
 
 def test_without_an_account_nothing_is_asked(asked, tmp_path, monkeypatch):
     assert started(asked, tmp_path)[1]["mode"] == "offline"
     with pytest.raises(UserError, match=r"no wandb account .*wandb login.*mode=offline"):
-        started(asked, tmp_path, "first", "logging.wandb.mode=online")
+        started(asked, tmp_path, "logging.wandb.mode=online")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert started(asked, tmp_path)[1]["mode"] == "online"
-    assert started(asked, tmp_path, "first", "logging.wandb.mode=offline")[1]["mode"] == "offline"
+    assert started(asked, tmp_path, "logging.wandb.mode=offline")[1]["mode"] == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert started(asked, tmp_path)[1]["mode"] == "disabled"
 
@@ -95,7 +98,7 @@ def test_a_missing_package_is_a_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(accelerate.utils, "is_tensorboard_available", lambda: False)
     with pytest.raises(UserError, match=r'pip install "forescale\[tensorboard\]"'):
-        trackers.open_trackers(logging_of("logging.tensorboard=true"), tmp_path, "first", {}, 0)
+        trackers.open_trackers(logging_of("logging.tensorboard=true"), tmp_path, {}, {}, 0)
 
 
 def batches(first, end):
@@ -135,6 +138,7 @@ def logged(dataset, tmp_path_factory):
     """A real run that everything was asked of: (run directory, output)."""
     folder = tmp_path_factory.mktemp("logged")
     everything = ("profile.steps=3:5", "logging.tensorboard=true", "logging.wandb.enabled=true")
+    everything += ("logging.wandb.group=g", "logging.wandb.tags=[t]")
     command = ("run.name=all", f"data.path={dataset}", *LENGTH, *everything)
     return folder / "all", launching.train(folder, *command, WANDB_MODE="offline")
 
@@ -167,6 +171,42 @@ def test_wandb_holds_every_row_and_asks_nothing(logged):
     """Its own process writes; a rank that left without waiting for it left an empty file."""
     run, output = logged
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    assert file.read_bytes().count(b"train/loss") >= len(launching.rows(run))
+    rows = [r for r in wandb_records(file) if r.HasField("history")]
+    keys = [{"/".join(i.nested_key) or i.key for i in r.history.item} for r in rows]
+    assert sum("train/loss" in each for each in keys) == len(launching.rows(run))
     assert "(1)" not in output  # the menu of its log-in
     assert "Next:" in output
+
+
+@pytest.mark.slow  # a real run with profiler, wandb and TensorBoard
+def test_wandb_knows_which_run_it_is_and_what_it_ran_on(logged):
+    run, _ = logged
+    identity = read_json(run / "run.json")
+    (file,) = run.glob(f"wandb/offline-run-*/run-{identity['wandb_id']}.wandb")
+    found = next(r.run for r in wandb_records(file) if r.HasField("run"))
+    assert (found.run_id, found.run_group, list(found.tags)) == (identity["wandb_id"], "g", ["t"])
+    updates = [r.config for r in wandb_records(file) if r.HasField("config")]
+    config = {i.key: json.loads(i.value_json) for c in (found.config, *updates) for i in c.update}
+    assert config["dataset_hash"] == identity["dataset"]["identity"]
+    assert config["parameters"] == identity["parameters"] > 10_000
+    assert config["git_commit"] == identity["git"].get("commit")
+    assert config["gpu"] == identity["device"] == "cpu"
+    assert config["train"]["seed"] == 1337
+
+
+def wandb_records(file):
+    """The records of an offline run: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, found, parts = file.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        parts, at = parts + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # a whole record, or its last part
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found

@@ -169,6 +169,8 @@ class Study:
         """Return the arguments of `forescale train` for a cell. Raises UserError if the study's
         files name one that no command line has."""
         own = {**cell.keys, "run.root": str(self.folder / "cells")}
+        if not any(text.startswith("logging.wandb.group=") for text in self.job.plan.shared):
+            own["logging.wandb.group"] = self.folder.name
         if forecast := self._forecast_of(cell.name):
             own["forecast"] = str(forecast.path)
         typed = [f"{key}={_quoted(value)}" for key, value in own.items()]
