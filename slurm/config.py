@@ -16,6 +16,7 @@ from forescale.config.train import Problems, TrainJob
 from forescale.plan.config import PlanJob
 
 _NAME = re.compile(r"[^\W\d]\w*")
+_SECRET = re.compile(r"token$|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
 _UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
 _LATE = 10.0  # seconds until a signal has reached all ranks and the last rank has ended
@@ -106,6 +107,9 @@ class SlurmConfig:
                         "use letters, digits and _",
                     )
                 )
+            elif _SECRET.search(name):
+                todo = "export it in your shell before you submit: sbatch passes it on"
+                found.append(("exports", f"{name} would be stored in job.sbatch", todo))
         for job in self.after:
             if not re.fullmatch(r"[0-9]+(_[0-9]+)?", job):
                 found.append(("after", f"{job!r} is not a job id", "see squeue --me"))

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, plain
-from forescale.config.target import refuse_targets, targets
+from forescale.config.target import refuse_targets, remember, targets
 from forescale.errors import UserError
 from forescale.plan.page import show
 from forescale.plan.plan import Plan
+from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.forecast import find
 from forescale.run.identity import version_of_checkout
@@ -58,12 +59,14 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
         print(render(order(plans, runs, folders, profile)), end="")
         return
     made, job = enter(plans, profile)
+    for plan in plans if trust else ():
+        remember(plan.given, plan.given.run.directory)
     _report(made, job)
 
 
 def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
     """Return one job, or one for each line of the file slurm.runs, on top of `overrides`."""
-    first = on_nodes(compose(SubmitJob, overrides))
+    first = on_nodes(job_of(SubmitJob, overrides))
     if first.slurm.runs is None:
         return [first]
     path = Path(first.slurm.runs).expanduser()
@@ -84,7 +87,7 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
             what = "sets a key of slurm or submit, which all runs of an array share"
             raise UserError(where, what, "set it on the command line")
         try:
-            job = on_nodes(compose(SubmitJob, [*overrides, *overrides_of(SubmitJob, words)]))
+            job = on_nodes(job_of(SubmitJob, [*overrides, *overrides_of(SubmitJob, words)]))
         except ConfigError as e:
             raise ConfigError(p._replace(key=f"{where}: {p.key}") for p in e.problems) from None
         if job.run.name in found:

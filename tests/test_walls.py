@@ -15,11 +15,12 @@ FILES = sorted(
 
 # From which rooms a room may import, beside itself: the whole plan of the house. A room stands
 # below those that are allowed to see it. GROUND is seen by all but models and conf.
-GROUND = "errors storage console progress rendezvous"
+GROUND = "errors storage console progress rendezvous addresses"
 ALLOWED = {
     "models": "",
     "conf": "",
-    "errors": "",
+    "addresses": "",
+    "errors": "addresses",
     "storage": "errors",
     "console": "errors",
     "progress": "console",

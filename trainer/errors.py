@@ -10,11 +10,21 @@ and keeps its traceback.
 import errno
 import os
 
+from forescale.addresses import masked
+
 DONE = 0
 CRASHED = 1  # any other error: the launcher tries again a few times
 USER = 2  # the config or the input is wrong: never tried again
 INTERRUPTED = 75  # saved: the same command resumes
 GAVE_UP = 76  # too many crashes in a row without a new checkpoint
+
+
+_LONGEST = 1000  # characters of each part of a sentence
+
+
+def shortened(text: str, most: int) -> str:
+    """Return text of at most `most` characters: of a longer one its begin and its end."""
+    return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[-(most // 2 - 2) :]}"
 
 
 class UserError(Exception):
@@ -27,8 +37,12 @@ class UserError(Exception):
         self.where, self.what, self.todo = str(where), what, todo
 
     def __str__(self) -> str:
+        """The sentence: one line, however long the parts are, and without secrets of addresses."""
         end = "" if self.todo.endswith("?") else "."
-        return f"{self.where}: {self.what}; {self.todo}{end}"
+        where, what, todo = (
+            shortened(part, _LONGEST) for part in (self.where, self.what, self.todo)
+        )
+        return masked(f"{where}: {what}; {todo}{end}").replace("\r", "\\r").replace("\n", "\\n")
 
 
 class Transient(UserError):

@@ -12,7 +12,7 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.slurm import queue
-from forescale.slurm.config import SubmitJob
+from forescale.slurm.config import SlurmConfig, SubmitJob
 from forescale.slurm.snapshot import own_packages, pack_environment, write_code
 
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
@@ -224,3 +224,10 @@ def test_the_lead_follows_what_the_run_has_measured(tmp_path):
     assert _save_seconds(plan, run) == 100.0
     assert job.lead(_save_seconds(plan, run)) == 210
     assert job.lead(1.0) == 30, "never less than the grace, and the way of the signal"
+
+
+def test_a_secret_among_the_variables_of_the_ranks_is_refused():
+    """It would be stored in job.sbatch; sbatch passes the environment on without that."""
+    found = SlurmConfig(exports={"WANDB_API_KEY": "x", "HF_TOKEN": "y", "TOKENS": "3", "A": "b"})
+    names = [what.split()[0] for key, what, _ in found.problems() if key == "exports"]
+    assert names == ["WANDB_API_KEY", "HF_TOKEN"]

@@ -8,7 +8,7 @@ and accept `+new.key=`.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -22,8 +22,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from forescale import conf
+from forescale.addresses import PREFIX, masked, secret_in
 from forescale.config.frozen import Change, diff, freeze, may_resume, thaw
-from forescale.config.job import Job
+from forescale.config.job import Job, overrides_of
+from forescale.config.layers import LENGTHS, keep_one_length, keys_of, over_frozen
 from forescale.config.schema import (
     ConfigError,
     Leaf,
@@ -38,7 +40,8 @@ from forescale.config.schema import (
     unknown_key,
 )
 from forescale.config.suggest import nearest_first
-from forescale.errors import UserError
+from forescale.config.target import refuse_stored
+from forescale.errors import UserError, shortened
 
 __all__ = [
     "Change",
@@ -49,15 +52,22 @@ __all__ = [
     "freeze",
     "groups",
     "may_resume",
+    "overrides_of",
     "thaw",
 ]
 
 CONF = Path(next(iter(conf.__path__))).resolve()
+_NAME, _ROOT = "run.name", "run.root"
 VARIABLE = "FORESCALE_CONF"  # environment variable: directories with the user's own choices
 _TARGET = "model._target_"  # the class of the user's own model
-_LENGTHS = ("train.steps", "train.tokens")
+_NAME_IT = (
+    f"it would be stored: export it as {PREFIX}NAME and write ${PREFIX}NAME in its place "
+    "(single quotes keep the shell from filling it in), or use ~/.netrc"
+)
+_LONGEST = 200  # characters of an argument in a message
 _STUDY = "give one value; to train several runs, see forescale study --help"
 J = TypeVar("J", bound=Job)
+Find = Callable[[Path], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -70,13 +80,18 @@ class Group:
 
 
 def compose(
-    schema: type[J], overrides: Sequence[str] = (), conf_dirs: Sequence[str | Path] = ()
+    schema: type[J],
+    overrides: Sequence[str] = (),
+    conf_dirs: Sequence[str | Path] = (),
+    find: Find | None = None,
 ) -> J:
     """Return the job of class `schema` that `key=value` overrides describe.
 
     conf_dirs: the user's own directories with more choices for the groups; by default those in the
-    environment variable FORESCALE_CONF. Raises ConfigError with all problems, and UserError if a
-    directory doesn't exist.
+    environment variable FORESCALE_CONF. find: returns the frozen config of the run in a directory,
+    or None. If the overrides name such a run, what they don't set has the run's values and not the
+    defaults. Raises ConfigError with all problems; and UserError if a directory doesn't exist, or
+    if only the frozen config names a class of the user's own.
     """
     known = groups(schema, conf_dirs)
     faults: list[Problem] = []
@@ -84,14 +99,42 @@ def compose(
     if _TARGET in typed and "model" in known:
         picks.setdefault("model", "custom")  # without the keys of our default model
     config = _hydra(schema, picks, conf_dirs)
-    unknown = _lay_over(config, typed, schema, faults)
-    job, more, wrong = build(schema, _resolve(config, "", faults))
+    chosen = keys_of(picks, {name: group.files for name, group in known.items()})
+    keep_one_length(config, chosen)
+    run = _named(config, typed) if find else None
+    frozen = find(run) if find and run else None
+    unknown, laid = _lay_over(config, typed, schema, faults, frozen or {})
+    tree = _resolve(config, "", faults)
+    if frozen is not None:
+        tree = over_frozen(tree, frozen, {*chosen, *laid})
+    job, more, wrong = build(schema, tree)
     faults += wrong
     paths = [*known, *leaves(schema)]
     unknowns = [unknown_key(path, paths, schema.VERB) for path in unknown + more]
-    if problems := unknowns + faults + check(job, faults):
+    if problems := unknowns + faults + check(job, faults) + _secrets(job):
         raise ConfigError(problems)
+    if frozen is not None and run is not None:
+        refuse_stored(job, run, {*chosen, *laid})
     return job
+
+
+def _secrets(job: Any) -> list[Problem]:
+    """Return a problem for each address with a secret in it: what a job says is stored."""
+    found = []
+    for path, value in flatten(plain(job), ""):
+        for text in _texts(value):
+            if what := secret_in(re.sub(r"^[\w.+]+=(?=\w+://)", "", text)):
+                found.append(Problem(path, f"{masked(text)} has {what} in it", _NAME_IT))
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts of a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def defaults(schema: type[Job]) -> dict[str, Any]:
@@ -150,6 +193,7 @@ def _read(
     for text in overrides:
         name, equals, value = text.partition("=")
         where = text if text.strip() and text.isprintable() else repr(text)
+        where = shortened(where, _LONGEST)
         name = name.removeprefix("+").removeprefix("+").strip()
         if text in ("-m", "--multirun"):
             faults.append(Problem(where, "one command trains one run", _STUDY))
@@ -192,18 +236,31 @@ def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | P
     return config
 
 
+def _named(config: DictConfig, typed: Mapping[str, str]) -> Path | None:
+    """Return the directory of the run that the command line names; None if it names none."""
+    if _NAME not in typed:
+        return None
+    root = _value(_ROOT, typed[_ROOT], str) if _ROOT in typed else config.run.root
+    return Path(root).expanduser() / _value(_NAME, typed[_NAME], str)
+
+
 def _lay_over(
-    config: DictConfig, typed: dict[str, str], schema: type, faults: list[Problem]
-) -> list[str]:
-    """Set the values of the command line in `config`, and return its unknown keys."""
+    config: DictConfig,
+    typed: dict[str, str],
+    schema: type,
+    faults: list[Problem],
+    frozen: Mapping[str, Any],
+) -> tuple[list[str], list[str]]:
+    """Set the values of the command line in `config`; return its unknown keys, and those set."""
     known = leaves(schema)
     free = [p for p, leaf in known.items() if get_origin(leaf.type) is dict]
     composed: Any = OmegaConf.to_container(config, resolve=False)
-    if _TARGET in typed or _TARGET in dict(flatten(composed, "")):
+    if _TARGET in typed or _TARGET in {*dict(flatten(composed, "")), *dict(flatten(frozen, ""))}:
         free.append("model")
     unknown: list[str] = []
-    if len(given := [name for name in _LENGTHS if typed.get(name, "null") != "null"]) == 1:
-        (other,) = set(_LENGTHS) - set(given)
+    laid: list[str] = []
+    if len(given := [name for name in LENGTHS if typed.get(name, "null") != "null"]) == 1:
+        (other,) = set(LENGTHS) - set(given)
         OmegaConf.update(config, other, None, force_add=True)  # giving one length unsets the other
     for name, text in typed.items():
         is_section = any(path.startswith(name + ".") for path in known)
@@ -213,11 +270,12 @@ def _lay_over(
         try:
             value = _value(name, text, known[name].type if name in known else None)
             OmegaConf.update(config, name, value, merge=True, force_add=True)
+            laid += [path for path, _ in flatten(value, name)] if is_section else [name]
         except UserError as e:
             faults.append(Problem(e.where, e.what, e.todo))
         except OmegaConfBaseException:
             faults.append(_no_reference(name, text))
-    return unknown
+    return unknown, laid
 
 
 def _value(name: str, text: str, type_: Any) -> Any:
@@ -236,14 +294,14 @@ def _value(name: str, text: str, type_: Any) -> Any:
         is_several = override.is_sweep_override()
         value = None if is_several else override.value()
         readable = isinstance(value, bool | int | float | str | list | dict | None)
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):  # a number of 5,000 digits; "[" * 1000
         is_several = readable = False
     if wants_text and (is_several or not readable):
         return text  # the quotes at its ends are part of the text
     if is_several:
-        raise UserError(name, f"got several values, {text}", _STUDY)
+        raise UserError(name, f"got several values, {shortened(text, _LONGEST)}", _STUDY)
     if not readable:
-        raise UserError(name, f"{text!r} can't be read as a value", "put it in '\"quotes\"'")
+        raise UserError(name, f"{shown(text)} can't be read as a value", "put it in '\"quotes\"'")
     return value
 
 
@@ -268,36 +326,3 @@ def _resolve(node: Any, path: str, faults: list[Problem]) -> Any:
 def _no_reference(name: str, text: str) -> Problem:
     what = f"{text} refers to a key that doesn't exist"
     return Problem(name, what, r"correct the reference, or write \${ for a literal ${")
-
-
-def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
-    """Return a verb's arguments as overrides: flags and names become `key=value`.
-
-    Raises UserError if there are more names than the verb takes.
-    """
-    target, verb = schema.TARGET, schema.VERB
-    arguments = [f"{schema.FLAGS[a]}=true" if a in schema.FLAGS else a for a in arguments]
-    names = [a for a in arguments if "=" not in a and not a.startswith(("-", "~", "+"))]
-    rest = [a for a in arguments if a not in names]
-    if not names:
-        return rest
-    if not target:
-        todo = f"see forescale {verb} --help"
-        raise UserError(" ".join(names), f"forescale {verb} takes no name", todo)
-    if target == "input":
-        quoted = ",".join(_quoted(name) for name in names)
-        return [f"input=[{quoted}]", *rest]
-    if len(names) > 1:
-        todo = f"leave out all but one, and write settings as KEY=VALUE (forescale {verb} --help)"
-        raise UserError(" ".join(names), f"forescale {verb} takes one name, not {len(names)}", todo)
-    if target == "run.name" and "/" in names[0]:
-        root, _, name = names[0].rstrip("/").rpartition("/")
-        return [f"run.root={_quoted(root or '/')}", f"run.name={_quoted(name)}", *rest]
-    return [f"{target}={_quoted(names[0])}", *rest]
-
-
-def _quoted(text: str) -> str:
-    """Return text in quotes, so that Hydra's grammar reads it back unchanged."""
-    # In that grammar a backslash is literal, except before a quote.
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
-    return f"'{escaped}'"

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from forescale.errors import shortened
+
 _UNITS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("", "step", "steps"), ("steps", 1)),
     **dict.fromkeys(("token", "tokens"), ("tokens", 1)),
@@ -20,6 +22,7 @@ _UNITS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("d", "day", "days"), ("seconds", 86400)),
 }
 _FORM = re.compile(r"\s*([0-9._]+(?:e[+-]?[0-9]+)?)\s*(%|[a-z]*)\s*", re.IGNORECASE)
+_LONGEST = 1e18  # of any unit; whole seconds, steps and tokens fit 64 bits
 EXAMPLES = '"500 steps", "2e9 tokens", "30 min" or "10 %"'
 
 
@@ -31,8 +34,10 @@ class Duration:
     unit: Literal["steps", "tokens", "seconds", "percent"] = "steps"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.amount < math.inf:
+        if not self.amount >= 0:
             raise ValueError("a length must be at least 0")
+        if self.amount > _LONGEST:
+            raise ValueError(f"a length must be at most {_LONGEST:g} {self.unit}")
         if self.unit in ("steps", "tokens") and self.amount != int(self.amount):
             raise ValueError(f"{self.amount:g} is not a whole number of {self.unit}")
 
@@ -46,12 +51,14 @@ class Duration:
             return value
         match = _FORM.fullmatch(str(value))
         if isinstance(value, bool) or not match or match[2].lower() not in _UNITS:
-            raise ValueError(f"expects a length such as {EXAMPLES}, got {value!r}")
+            got = shortened(repr(value), 200)
+            raise ValueError(f"expects a length such as {EXAMPLES}, got {got}")
         unit, factor = _UNITS[match[2].lower()]
         try:
-            return cls(float(match[1]) * factor, unit)  # type: ignore[arg-type]
-        except OverflowError:
-            raise ValueError(f"{value} is too long") from None
+            amount = float(match[1])
+        except ValueError:
+            raise ValueError(f"{match[1]!r} is not a number") from None
+        return cls(amount * factor, unit)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         amount, name = self.amount, self.unit.replace("percent", "%").replace("seconds", "s")

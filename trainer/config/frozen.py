@@ -26,6 +26,7 @@ from forescale.config.schema import (
 )
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
+from forescale.config.yaml_text import read_yaml
 from forescale.errors import UserError
 
 _FIRST_LINE = re.compile(rb"# sha256: ([0-9a-f]{64})")
@@ -86,13 +87,11 @@ def _read_yaml(source: str | Path, where: str) -> dict[str, Any]:
     try:
         raw = source.read_bytes() if isinstance(source, Path) else source.encode()
         _verify(raw, where)
-        tree = yaml.safe_load(raw.decode())
     except FileNotFoundError:
         raise UserError(where, "no such file", "check the path") from None
     except OSError as e:
         raise UserError(where, f"can't be read ({e.strerror})", "check the path") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(where, "is not valid YAML", "restore the file") from e
+    tree = read_yaml(raw, where)
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         raise UserError(where, "has no sections", "restore the file")
     return tree
@@ -144,15 +143,10 @@ def may_resume(
 
 def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
     """True if `new` is only longer: the warm-up is the same, and neither decay has begun."""
-
-    def decay_begins(job: TrainJob) -> int:
-        decay = job.schedule.decay
-        return job.total_steps - (job.steps_of(decay) or 0 if decay else 0)
-
     return (
         old.schedule == new.schedule
         and new.schedule.kind in ("wsd", "constant")
         and new.total_steps >= old.total_steps
         and old.steps_of(old.schedule.warmup) == new.steps_of(new.schedule.warmup)
-        and at_step <= min(decay_begins(old), decay_begins(new))
+        and at_step <= min(old.decay_begins, new.decay_begins)
     )

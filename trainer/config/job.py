@@ -6,11 +6,13 @@ field whose type is a dataclass is a section, and its fields are keys `section.n
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from forescale.config.schema import key, section
+from forescale.errors import UserError
 
 Problems = list[tuple[str, str, str]]  # (key, what is wrong, what to do)
 
@@ -66,3 +68,36 @@ class RunJob(Job):
         if self.target:
             return []
         return [("target", "is missing", f"name a run or a path: forescale {self.VERB} first")]
+
+
+def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
+    """Return a verb's arguments as overrides: flags and names become `key=value`.
+
+    Raises UserError if there are more names than the verb takes.
+    """
+    target, verb = schema.TARGET, schema.VERB
+    arguments = [f"{schema.FLAGS[a]}=true" if a in schema.FLAGS else a for a in arguments]
+    names = [a for a in arguments if "=" not in a and not a.startswith(("-", "~", "+"))]
+    rest = [a for a in arguments if a not in names]
+    if not names:
+        return rest
+    if not target:
+        todo = f"see forescale {verb} --help"
+        raise UserError(" ".join(names), f"forescale {verb} takes no name", todo)
+    if target == "input":
+        quoted = ",".join(_quoted(name) for name in names)
+        return [f"input=[{quoted}]", *rest]
+    if len(names) > 1:
+        todo = f"leave out all but one, and write settings as KEY=VALUE (forescale {verb} --help)"
+        raise UserError(" ".join(names), f"forescale {verb} takes one name, not {len(names)}", todo)
+    if target == "run.name" and "/" in names[0]:
+        root, _, name = names[0].rstrip("/").rpartition("/")
+        return [f"run.root={_quoted(root or '/')}", f"run.name={_quoted(name)}", *rest]
+    return [f"{target}={_quoted(names[0])}", *rest]
+
+
+def _quoted(text: str) -> str:
+    """Return text in quotes, so that Hydra's grammar reads it back unchanged."""
+    # In that grammar a backslash is literal, except before a quote.
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return f"'{escaped}'"

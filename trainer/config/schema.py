@@ -20,10 +20,15 @@ from typing import Any, Literal, NamedTuple, Union
 
 from forescale.config.duration import Duration
 from forescale.config.suggest import meant, nearest_first
-from forescale.errors import UserError
+from forescale.errors import UserError, shortened
 
 Kind = Literal["identity", "numerics", "free"]
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+# Of any number, so that no product of some of them is infinite or 0, and each whole number fits 64
+# bits.
+LARGEST, SMALLEST = 1e40, 1e-40
+_WHOLE = 2**63 - 1
+_LONGEST = 200  # characters of a value in a message
 _BOUNDS = {
     "ge": ("at least", lambda value, bound: value >= bound),
     "gt": ("more than", lambda value, bound: value > bound),
@@ -251,17 +256,31 @@ def _target(value: Any) -> TargetConfig:
 
 def _plain(kind: Any, value: Any) -> Any:
     if kind in (int, float) and isinstance(value, int | float | str) and type(value) is not bool:
-        try:
-            number = float(value) if not isinstance(value, int) else value
-        except ValueError:
-            number = math.nan
+        number = _number(value)
+        if math.isfinite(number) and number and not SMALLEST <= abs(number) <= LARGEST:
+            what = "large" if abs(number) > 1 else "close to 0"
+            raise ValueError(f"{shown(value)} is too {what}")
         if kind is int and math.isfinite(number) and number == int(number):
-            return int(value) if isinstance(value, str) and _digits(value) else int(number)
+            is_exact = isinstance(value, int) or (isinstance(value, str) and _digits(value))
+            whole = int(value) if is_exact else int(number)
+            if abs(whole) > _WHOLE:
+                raise ValueError(f"{shown(value)} is too large")
+            return whole
         if kind is float and math.isfinite(number):
-            return float(number)
+            return number
     elif kind is Any or (kind in (bool, str) and type(value) is kind):
         return value
     raise ValueError(f"expects {_TYPES.get(kind, kind)}, got {shown(value)}")
+
+
+def _number(value: int | float | str) -> float:
+    """Return a number, or the number that a text means; NaN if it means none."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+    except OverflowError:  # a whole number that no float can be
+        return 2 * LARGEST
 
 
 def _digits(text: str) -> bool:
@@ -293,12 +312,15 @@ def example(type_: Any, f: Field[Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as messages show it."""
+    """Return a value as messages show it, shortened if it is long."""
     if value is None or value == "":
         return "an empty text" if value == "" else "null"
     if isinstance(value, Mapping):
-        return "a section with keys (" + ", ".join(map(str, value)) + ")"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+        return shortened("a section with keys (" + ", ".join(map(str, value)) + ")", _LONGEST)
+    try:
+        return str(value).lower() if isinstance(value, bool) else shortened(repr(value), _LONGEST)
+    except (ValueError, RecursionError):  # Python prints no number of 5,000 digits
+        return f"a {type(value).__name__} that is too long to print"
 
 
 def flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:

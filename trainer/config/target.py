@@ -1,21 +1,31 @@
 """The user's own classes, named by `_target_` keys: how they are imported and instantiated.
 
 Invariant: the working directory is searched last, so a file there never replaces a module of the
-standard library, of a package or of this project. All verbs, ranks and workers search alike.
+standard library, of a package or of this project. All verbs, ranks and workers search alike. A
+class is run because a command of this user names it, or has named it before for the same run with
+the same arguments: that is remembered in the user's own directory, not in the run's, which another
+may have written.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import fields
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
+
+from platformdirs import user_state_path
 
 from forescale.config.objective import ObjectiveConfig
 from forescale.config.optimizer import OptimizerConfig
-from forescale.config.schema import TargetConfig
+from forescale.config.schema import TargetConfig, plain
 from forescale.errors import UserError
 
 STORED = "--stored"  # of `train`: the arguments come from a file, which may name no code
@@ -39,6 +49,36 @@ def refuse_targets(job: Any, trust: bool) -> None:
     for key, target in targets(job).items() if not trust else ():
         what = f"would run the class {target}, which a stored file names, and not your command"
         raise UserError(key, what, "give launch.trust=true if you trust the study")
+
+
+def refuse_stored(job: Any, run: Path, typed: Collection[str]) -> None:
+    """Raise UserError if the job of an existing run names a class of the user's own that only the
+    run's config names: none of the keys and sections `typed` has it, no earlier command of this
+    user named it for this run, and there is no trust=true."""
+    if job.trust or not (named := targets(job)) or _memory(job, run).exists():
+        return
+    for key, target in named.items():
+        if not any(key.startswith(f"{path}.") or key == path for path in typed):
+            what = f"the run's config names the class {target}, and your command doesn't"
+            raise UserError(key, what, f"give {key}={target}, or trust=true if you trust the run")
+
+
+def remember(job: Any, run: Path) -> None:
+    """Remember that this user's command named the classes of `job` for the run in a directory, so
+    that its name alone resumes it. Without a place to remember it in, it is named again."""
+    if targets(job):
+        with suppress(OSError):
+            path = _memory(job, run)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.touch()
+
+
+def _memory(job: Any, run: Path) -> Path:
+    """Return the file that is there if this user has named the classes of `job` for a run."""
+    sections = sorted({key.partition(".")[0] for key in targets(job)})
+    named = {"run": str(run.resolve()), **{name: plain(getattr(job, name)) for name in sections}}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()
+    return user_state_path("forescale") / "named" / digest
 
 
 def _search_here() -> None:

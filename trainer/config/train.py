@@ -9,7 +9,7 @@ is not set; recipes are the files under `conf/`.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -55,11 +55,19 @@ class RunConfig:
     resume: Literal["auto", "must", "never"] = key(
         "auto", "auto: resume the run if it exists; must: refuse a new run; never: refuse to resume"
     )
+    access: Literal["owner", "group", "all"] = key(
+        "owner", "who may read the run's directory: mode 0700, 0750 or 0755"
+    )
     origin: OriginConfig = section(OriginConfig, "branch off another run", "identity", "from")
 
     @property
     def directory(self) -> Path:
         return Path(self.root).expanduser() / self.name
+
+    @property
+    def mode(self) -> int:
+        """The mode of the run's directory."""
+        return {"owner": 0o700, "group": 0o750, "all": 0o755}[self.access]
 
     def problems(self) -> Problems:
         if re.fullmatch(r"\w[\w.+-]*", self.name):
@@ -231,6 +239,13 @@ class TrainJob(Job):
         kind="free",
     )
 
+    trust: bool = key(
+        False,
+        "allow running a class of your own that an existing run's config names, and no command of "
+        "yours",
+        kind="free",
+    )
+
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.train.sequence_length
@@ -247,10 +262,45 @@ class TrainJob(Job):
         """A length in optimizer steps, rounded up; None for a wall time (`length.seconds`)."""
         return length.steps(self.tokens_per_step, self.total_steps)
 
+    def fitted(self) -> "TrainJob":
+        """Return the job, its warm-up shortened where it and the decay are longer than the run."""
+        if (steps := self._warmup_that_fits()) is None:
+            return self
+        return replace(self, schedule=replace(self.schedule, warmup=Duration(steps)))
+
+    def _warmup_that_fits(self) -> int | None:
+        """Return the steps of a warm-up that was written for a longer run; None if it fits.
+
+        A tenth of the run, but no more than the decay leaves.
+        """
+        warmup, total = self.schedule.warmup, self.total_steps
+        left = total - self._decay_steps
+        if warmup.unit == "percent" or left < 0 or (self.steps_of(warmup) or 0) <= left:
+            return None
+        return min(max(1, total // 10), left)
+
+    @property
+    def _decay_steps(self) -> int:
+        decay = self.schedule.decay
+        return self.steps_of(decay) or 0 if decay else 0
+
+    @property
+    def decay_begins(self) -> int:
+        """The last step before the decay of the learning rate: until there, a longer run would have
+        had the same rates. The last step of all if there is no decay."""
+        return self.total_steps - self._decay_steps
+
     def notes(self) -> list[str]:
         """What a user should know although nothing is wrong; a sentence each."""
-        fp16 = "precision fp16 has not been proven: its loss scaling was never run on a GPU."
-        return [fp16] if self.precision.kind == "fp16" else []
+        found = []
+        if self.precision.kind == "fp16":
+            found.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
+        if (steps := self._warmup_that_fits()) is not None:
+            found.append(
+                f"schedule.warmup={self.schedule.warmup} doesn't fit in a run of "
+                f"{self.total_steps:,} steps; its warm-up is {Duration(steps)}."
+            )
+        return found
 
     def problems(self, world_size: int | None = None) -> Problems:
         """Rules over several sections. `world_size`: the ranks that are really there; without it,
@@ -287,11 +337,14 @@ class TrainJob(Job):
 
     def _length_problems(self) -> Problems:
         found: Problems = []
-        total, warmup, decay = self.total_steps, self.schedule.warmup, self.schedule.decay
-        ramps = [self.steps_of(length) or 0 for length in (warmup, decay) if length is not None]
-        if sum(ramps) > total:
-            what = f"warm-up and decay take {sum(ramps)} steps of a run of {total}"
-            todo = "shorten schedule.warmup or schedule.decay, or train longer"
+        total, warmup = self.total_steps, self.steps_of(self.schedule.warmup) or 0
+        if self._decay_steps > total:
+            what = f"the decay takes {self._decay_steps:,} steps of a run of {total:,}"
+            found.append(("schedule.decay", what, "shorten schedule.decay, or train longer"))
+        elif warmup + self._decay_steps > total and self._warmup_that_fits() is None:
+            ramps = f"{warmup + self._decay_steps:,} steps of a run of {total:,}"
+            what = f"warm-up and decay take {ramps}"
+            todo = "shorten schedule.warmup or schedule.decay"
             found.append(("schedule.warmup", what, todo))
         if self.profile.interval and self.profile.interval[1] > total:
             what = f"{self.profile.steps} reaches beyond the run's {total} steps"

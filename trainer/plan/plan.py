@@ -10,7 +10,7 @@ communication.py, step_time.py and failures.py; options.py evaluates the ways to
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from forescale.config.schema import Problem
 from forescale.console import span
@@ -117,6 +117,7 @@ class Plan:
         settled: Any = self._try(lambda: settle(job, self.sources)) if self.sources else None
         if settled is not None:
             return settled
+        job = cast(PlanJob, job.fitted())
         if isinstance(job.model, ModelConfig):
             vocabulary = job.model.vocab_size or VOCABULARY[job.data.embedded]
             if not job.model.vocab_size and (job.data.path or job.data.sources):

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from forescale.addresses import masked
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError, storage_error
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.run.directory import Run
@@ -83,7 +84,7 @@ def report_error(
     if isinstance(error, UserError):
         print(f"forescale: {error}", file=sys.stderr)
         return error.code
-    traceback.print_exception(error)
+    print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return CRASHED
 
 
@@ -99,7 +100,7 @@ def _sentence(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {first}{where}"
+    return masked(f"{type(error).__name__}: {first}{where}")
 
 
 def _error_path(attempt: Path, rank: int) -> Path:

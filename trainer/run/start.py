@@ -8,6 +8,7 @@ for each change that ends bit-exactness.) Imports no torch, so that a refusal co
 
 import errno
 import hashlib
+import itertools
 import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -67,6 +68,8 @@ def start(job: TrainJob, again: bool = False) -> Start:
             )
         if any(taken) and not again:  # a rank may wake up after another launch has changed it
             write_file(run.config, frozen_file(job))
+            if any(change.key == "run.access" for change in itertools.chain(*taken)):
+                run.path.chmod(job.run.mode)
     else:
         _check_origin(job, sources)
         _make(run, job, sources)
@@ -95,8 +98,9 @@ def open_dataset(path: str, data: CorpusConfig) -> Dataset:
 
 
 def settle(job: TrainJob, sources: Sources) -> TrainJob:
-    """Return the job with the values that depend on its data: the model's vocabulary and longest
-    sequence, and the weights of a mixture."""
+    """Return the job with the values that depend on its data (the model's vocabulary and longest
+    sequence, and the weights of a mixture), and with a warm-up that fits its length."""
+    job = job.fitted()
     if sources.is_mixture and not job.data.weights:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if not isinstance(job.model, ModelConfig):
@@ -162,6 +166,7 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
     }
     try:
         with staged(run.path.resolve()) as stage:
+            stage.chmod(job.run.mode)
             new = Run(stage)
             write_file(new.tokenizer, sources.first.tokenizer_json)
             write_checked_json(new.identity, identity)

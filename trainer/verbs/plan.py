@@ -3,12 +3,13 @@
 import json
 import sys
 
-from forescale.config.compose import compose, overrides_of
+from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.errors import DONE
 from forescale.plan.config import PlanJob
 from forescale.plan.page import as_json, show
 from forescale.plan.plan import Plan
+from forescale.run.command import job_of
 
 JOB = PlanJob
 EXAMPLES = (
@@ -24,7 +25,7 @@ def main(words: list[str]) -> int:
 
     Raises ConfigError (exit code 2) with all problems, after the page.
     """
-    job = compose(PlanJob, overrides_of(PlanJob, words))
+    job = job_of(PlanJob, overrides_of(PlanJob, words))
     plan = Plan(job)
     if job.plan.json:
         json.dump(as_json(plan), sys.stdout, indent=2)

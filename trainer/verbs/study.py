@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 from rich.live import Live
 
+from forescale.addresses import PREFIX
 from forescale.config.compose import compose, overrides_of
 from forescale.config.schema import leaves
 from forescale.config.target import targets
@@ -171,11 +172,11 @@ def _launch(job: StudyJob) -> int:
 
 def _expect_no_code(study: Study) -> None:
     """Raise UserError if the study's files name classes of the user's own, or read the environment
-    by a resolver such as ${oc.env:NAME}: launching would do what a file says, and not the command.
-    The job of each cell is judged again where it is composed."""
+    by a resolver such as ${oc.env:NAME}, or a secret by its name: launching would do what a file
+    says, and not the command. The job of each cell is judged again where it is composed."""
     for cell in study.plan.cells:
         for text in study.arguments(cell):
-            if re.search(r"\$\{.*:", text):
+            if re.search(r"\$\{.*:", text) or f"${PREFIX}" in text:
                 what = f"the stored argument {text} reads more than the study's own files"
                 todo = "give launch.trust=true if you trust the study"
                 raise UserError(str(study.folder), what, todo)

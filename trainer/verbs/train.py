@@ -10,14 +10,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from forescale.config.compose import compose, overrides_of
 from forescale.config.frozen import thaw
+from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
-from forescale.config.target import STORED, refuse_targets, targets
+from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.errors import DONE, UserError
 from forescale.resilience import launcher
 from forescale.resilience.outcome import report_error
+from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.feed import epochs, feed_of, notes
 from forescale.run.start import Start, start
@@ -41,7 +42,7 @@ def main(words: list[str]) -> int:
     began = time.monotonic()
     is_stored = STORED in words
     words = [word for word in words if word != STORED]
-    job = _frozen(words) if _FROZEN in words else compose(TrainJob, overrides_of(TrainJob, words))
+    job = _frozen(words) if _FROZEN in words else job_of(TrainJob, overrides_of(TrainJob, words))
     refuse_targets(job, trust=not is_stored)
     if launcher.started_as_rank():
         return _rank(job, began)
@@ -51,6 +52,8 @@ def main(words: list[str]) -> int:
     for note in job.notes():
         print(f"Note: {note}")
     started = start(job)
+    if not is_stored:
+        remember(started.job, started.run.path)
     _introduce(started, processes)
     trust = [_TRUST] if targets(job) else []  # the user has just named them
     command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]

@@ -250,3 +250,32 @@ def test_all_problems_reach_the_other_ranks():
     error = refusal("train.stpes=3", "model=gpt3")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), len(again.problems)) == (ConfigError, str(error), 2)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (TrainJob, ["data=dataset", "data.path=https://me:pA55@host/d"]),
+        (TrainJob, ["data=mixture", "data.sources={a: 'https://host/d?sig=pA55'}"]),
+        (
+            TrainJob,
+            ["data=dataset", "data.path=https://host/d?token=pA55", "modl=https://u:pA55@h/"],
+        ),
+        (TrainJob, ["model._target_=a.B", "model.data=s3://k:pA55@bucket/x"]),
+        (TrainJob, ["data=dataset", "data.path=${oc.env:ADDRESS}"]),
+    ],
+)
+def test_an_address_with_a_secret_is_refused_and_not_shown(schema, words, monkeypatch):
+    """Whatever a job says is stored, in files and at wandb."""
+    monkeypatch.setenv("ADDRESS", "https://me:pA55@host/d")
+    with pytest.raises(ConfigError) as caught:
+        compose(schema, words)
+    said = str(caught.value)
+    assert "export it as FORESCALE_SECRET_NAME and write $FORESCALE_SECRET_NAME" in said
+    assert "pA55" not in said
+
+
+def test_an_address_that_names_its_secrets_is_kept_as_it_is():
+    address = "https://$FORESCALE_SECRET_LOGIN@host/d?$FORESCALE_SECRET_SAS"
+    job = compose(TrainJob, ["data=dataset", f"data.path={address}"])
+    assert job.data.path == address

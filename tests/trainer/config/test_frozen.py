@@ -89,7 +89,7 @@ def test_callbacks_are_mappings_that_name_a_class(value):
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "config.yaml"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"config\.yaml: (is not valid YAML|has no sections)"):
+    with pytest.raises(UserError, match=r"config\.yaml(, line 1)?: (is not valid YAML|has no sec)"):
         thaw(TrainJob, path)
 
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -39,7 +40,8 @@ def test_lengths_of_a_run():
         (["train.tokens=100", "schedule.warmup=0"], "train.tokens"),
         (["train.global_batch=12"], "train.global_batch"),
         (["launch.processes=3"], "train.global_batch"),
-        (["train.steps=60"], "schedule.warmup"),
+        (["schedule.warmup=80 %"], "schedule.warmup"),
+        (["train.steps=60", "schedule.decay=61"], "schedule.decay"),
         (["schedule.warmup=30 min"], "schedule.warmup"),
         (["schedule.decay=null"], "schedule.decay"),
         (["schedule=cosine", "schedule.decay=10 %"], "schedule.decay"),
@@ -143,3 +145,30 @@ def test_a_job_made_in_python_can_be_checked():
     from forescale.config.schema import check
 
     assert {p.key for p in check(TrainJob())} == {"train.steps", "model.depth"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warmup"),
+    [
+        (["train.steps=20"], 2),  # 50 steps, and a decay of 8
+        (["train.steps=60"], 6),
+        (["train.steps=3"], 1),
+        (["train.steps=1"], 0),
+        (["train.steps=90", "schedule.warmup=1e6 tokens"], 9),
+        (["train.steps=90"], None),
+        (["schedule=constant", "train.steps=50"], None),
+    ],
+)
+def test_a_warm_up_that_is_longer_than_the_run_is_shortened_and_said(overrides, warmup):
+    job = compose(TrainJob, overrides)
+    fitted = job.fitted()
+    assert fitted.fitted() == fitted
+    assert fitted.notes() == []
+    if warmup is None:
+        assert fitted == job
+        assert job.notes() == []
+    else:
+        assert fitted.steps_of(fitted.schedule.warmup) == warmup
+        assert replace(fitted, schedule=job.schedule) == job
+        (note,) = job.notes()
+        assert f"doesn't fit in a run of {job.total_steps} steps" in note

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -292,3 +293,15 @@ def test_another_guard_is_told_as_what_ends_exactness():
     usual = found()
     changed = found("guard.loss_spike=rollback", "guard.replay=5 steps")
     assert {k for k in usual if usual[k] != changed[k]} == {"guard.loss_spike"}
+
+
+@pytest.mark.parametrize(("access", "mode"), [("owner", 0o700), ("group", 0o750), ("all", 0o755)])
+def test_who_may_read_a_run(small_data, tmp_path, access, mode):
+    """By default its owner alone; the key counts when the run is made, and when it is changed."""
+    job = make_job(small_data, tmp_path)
+    if access != job.run.access:
+        job = replace(job, run=replace(job.run, access=access))
+    run = start(job).run
+    assert run.path.stat().st_mode & 0o777 == mode
+    start(replace(job, run=replace(job.run, access="all")))
+    assert run.path.stat().st_mode & 0o777 == 0o755

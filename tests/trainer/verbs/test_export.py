@@ -1,6 +1,7 @@
 """`forescale export`: what transformers loads computes what we compute."""
 
 import json
+import os
 import shutil
 import weakref
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_the_default_place_is_named_by_run_and_step(own_run, forescale):
     code, _, err = forescale("export", "small", "step=4")
     assert code == 2
     assert "already exists" in err
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_an_export_follows_the_umask(own_run, forescale, mask):
+    """Although nobody but its owner may enter the run."""
+    own_run.path.chmod(0o700)
+    before = os.umask(mask)
+    try:
+        assert forescale("export", "small")[0] == 0
+    finally:
+        os.umask(before)
+    (config,) = Path().rglob("exports/*/config.json")
+    assert config.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert config.parent.stat().st_mode & 0o777 == 0o777 & ~mask
 
 
 def test_the_model_that_trains_by_default_can_leave():

@@ -1,7 +1,8 @@
 """Files behind all other protocols of fsspec: s3, gs, and more.
 
-Credentials and endpoints come from the environment (AWS_*, FSSPEC_S3_ENDPOINT_URL, ...), so that
-none is stored in a config. Listings are never cached: a folder is listed as it is now.
+Credentials and endpoints come from the environment (AWS_*, FSSPEC_S3_ENDPOINT_URL, ...), or by a
+name in the address (see addresses.py), so that none is stored in a config. Listings are never
+cached: a folder is listed as it is now.
 
 Invariant: a call ends within its timeout if the file system is asynchronous (s3 and gs are), and
 exceptions of the packages behind fsspec become a RetryableError or a UserError.
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError, without_secrets
+from forescale.addresses import masked
+from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
 from forescale.errors import UserError
 
 _PIECE = 4 * MIB
@@ -59,8 +61,9 @@ def call(url: str, method: str, timeout: float, **kwargs: Any) -> Any:
     import fsspec
     from fsspec.asyn import AsyncFileSystem, sync
 
+    address = for_request(url)
     with _faults(url, timeout):
-        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+        fs, path = fsspec.url_to_fs(address, use_listings_cache=False)
         if isinstance(fs, AsyncFileSystem):
             return sync(fs.loop, getattr(fs, f"_{method}"), path, timeout=timeout, **kwargs)
         return getattr(fs, method)(path, **kwargs)
@@ -68,7 +71,7 @@ def call(url: str, method: str, timeout: float, **kwargs: Any) -> Any:
 
 @contextmanager
 def _faults(url: str, timeout: float) -> Iterator[None]:
-    shown, protocol = without_secrets(url), url.partition(":")[0]
+    shown, protocol = masked(url), url.partition(":")[0]
     try:
         yield
     except ImportError as e:

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from typing import BinaryIO
 from urllib.parse import urljoin
 
+from forescale.addresses import masked
 from forescale.data.remote.buckets import call
 from forescale.data.remote.store import origin_of
 from forescale.data.remote.transfer import (
@@ -23,7 +24,6 @@ from forescale.data.remote.transfer import (
     is_url,
     persist,
     receive,
-    without_secrets,
 )
 from forescale.errors import UserError
 
@@ -41,7 +41,7 @@ def list_files(url: str, patience: Patience = PATIENCE) -> list[tuple[str, int |
     web = url.startswith(("http://", "https://"))
     found = sorted(_web_files(url, patience) if web else _bucket_files(url, patience))
     if not found:
-        raise UserError(without_secrets(url), "has no files", "check the address")
+        raise UserError(masked(url), "has no files", "check the address")
     return found
 
 
@@ -136,7 +136,7 @@ class _Stream(io.RawIOBase):
 def _bucket_files(url: str, patience: Patience) -> Iterator[tuple[str, int | None]]:
     method = "glob" if re.search(r"[*?\[]", url) else "find"
     protocol = url.partition("://")[0]
-    shown = without_secrets(url)
+    shown = masked(url)
     attempt = partial(call, url, method, patience.seconds, detail=True)
     for path, info in persist(shown, patience, attempt).items():
         if info.get("type") == "file":

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from forescale.addresses import masked
 from forescale.data.remote.buckets import FsspecOrigin
 from forescale.data.remote.cache import BlockCache
 from forescale.data.remote.prefetch import BLOCK, RemoteBlocks
@@ -27,7 +28,6 @@ from forescale.data.remote.transfer import (
     is_url,
     persist,
     receive,
-    without_secrets,
 )
 from forescale.data.remote.web import HttpOrigin
 from forescale.errors import Transient, UserError, storage_error
@@ -180,7 +180,7 @@ class RemoteStore:
 
     def __init__(self, url: str, cache: Path, cache_bytes: int, patience: Patience):
         """Open the cache; nothing is requested yet."""
-        self._url, self.where, self._patience = url, without_secrets(url), patience
+        self._url, self.where, self._patience = url, masked(url), patience
         self._blocks = RemoteBlocks(BlockCache(cache, cache_bytes), patience)
         self._origins: dict[tuple[str, str], Origin] = {}
 

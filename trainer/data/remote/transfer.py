@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from forescale.addresses import masked, with_secrets
 from forescale.errors import Transient, UserError
 
 MIB = 1 << 20
@@ -57,7 +58,7 @@ class RetryableError(Exception):
     def __init__(self, what: str, wait: float = 0.0):
         """what: a part of a sentence for messages."""
         super().__init__(what)
-        self.what, self.wait = what, wait
+        self.what, self.wait = masked(what), wait
 
 
 class Origin:
@@ -67,8 +68,8 @@ class Origin:
     """
 
     def __init__(self, url: str, size: int | None = None):
-        """url: address of the file."""
-        self.url, self.shown, self.size, self.tag = url, without_secrets(url), size, ""
+        """url: address of the file; it may name variables that hold its secrets."""
+        self.url, self.shown, self.size, self.tag = url, masked(url), size, ""
 
     def pieces(self, start: int, stop: int | None, timeout: float, whole: bool) -> Iterator[bytes]:
         """Yield the bytes [start, stop) in one try, up to the end with None. There may be fewer,
@@ -115,10 +116,15 @@ def is_url(name: str | Path) -> bool:
     return found is not None
 
 
-def without_secrets(url: str) -> str:
-    """Return an address without password and signature, for messages."""
-    head, _, query = url.partition("?")
-    return re.sub(r"(?<=://)[^/]*@", "", head) + ("?..." if query else "")
+def for_request(url: str) -> str:
+    """Return an address with its secrets, from the environment. Raises UserError if one is not
+    set."""
+    try:
+        return with_secrets(url)
+    except LookupError as e:
+        name = e.args[0]
+        what = f"needs the environment variable {name}, which is not set"
+        raise UserError(masked(url), what, f"set it: export {name}=VALUE") from None
 
 
 def receive(

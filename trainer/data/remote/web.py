@@ -16,7 +16,8 @@ from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 from socket import gaierror
 from typing import Any
 
-from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError
+from forescale.addresses import masked
+from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
 from forescale.errors import UserError
 
 _WHOLE = 8 * MIB  # a file up to this size is read even if the server ignores ranges
@@ -64,8 +65,9 @@ class HttpOrigin(Origin):
             _sessions.session = requests.Session()
         # If the body were compressed in transit, ranges would count other bytes.
         headers = {"Range": spread, "Accept-Encoding": "identity", "User-Agent": "forescale"}
+        url = for_request(self.url)
         with _faults(self.shown, timeout):
-            return _sessions.session.get(self.url, headers=headers, timeout=timeout, stream=True)
+            return _sessions.session.get(url, headers=headers, timeout=timeout, stream=True)
 
     def _judge(self, answer: Any, start: int, whole: bool) -> int:
         """Compare an answer with the request; return how many of its bytes to skip."""
@@ -182,4 +184,4 @@ def _reason(causes: list[BaseException], timeout: float) -> str:
         return "the answer was cut off"
     if among(HTTPException):
         return "the answer isn't HTTP"
-    return f"the transfer fails ({causes[-1]})"
+    return masked(f"the transfer fails ({causes[-1]})")

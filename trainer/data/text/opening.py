@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from forescale.data.remote.transfer import is_url, without_secrets
+from forescale.addresses import masked
+from forescale.data.remote.transfer import is_url
 from forescale.data.text.documents import Policy
 from forescale.errors import Transient, UserError, storage_error
 
@@ -47,7 +48,7 @@ def bare(name: str) -> str:
 
 def shown(where: str) -> str:
     """Return a path or an address without secrets, for messages."""
-    return without_secrets(where) if is_url(where) else where
+    return masked(where) if is_url(where) else where
 
 
 @contextmanager

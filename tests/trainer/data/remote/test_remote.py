@@ -111,6 +111,23 @@ def test_passwords_and_signatures_are_used_and_never_shown(server, tmp_path):
     assert f"{server.url}/d/nothing?..." in str(caught.value)
 
 
+def test_secrets_by_name_are_used_and_the_cache_outlives_them(
+    server, tmp_path, monkeypatch
+):
+    """Another signature of the same file is no other file."""
+    address = server.url.replace("://", "://$FORESCALE_SECRET_LOGIN@") + "/d?$FORESCALE_SECRET_SAS"
+    monkeypatch.setenv("FORESCALE_SECRET_LOGIN", "me:secret")
+    store = open_store(address, tmp_path, 1 << 26, QUICK)
+    with pytest.raises(UserError, match="needs the environment variable FORESCALE_SECRET_SAS"):
+        store.read("small")
+    for signature in ("sig=one", "sig=two"):
+        monkeypatch.setenv("FORESCALE_SECRET_SAS", signature)
+        again = open_store(address, tmp_path, 1 << 26, QUICK)
+        assert again.read("small", len(SMALL), "v1") == SMALL
+        assert signature not in again.where
+    assert len(server.requests("/d/small")) == 1
+
+
 # -- small files, and files of unknown size
 
 

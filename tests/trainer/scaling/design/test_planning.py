@@ -122,6 +122,7 @@ STORED = {
     "--frozen": NO_ARGUMENT,
     "run.name=${oc.env:HOME}": READS,
     "data.path='https://x/${oc.${a}:HOME}'": READS,
+    "data.path=https://x/?$FORESCALE_SECRET_SAS": READS,
     "callbacks=[{_target_: os.system}]": "names code to run",
 }
 

@@ -1,0 +1,35 @@
+"""Values without bounds, as keys take them."""
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.schema import ConfigError
+from forescale.config.train import TrainJob
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=" + "9" * 400, "is too large"),
+        ("train.steps=9223372036854775808", "is too large"),
+        ("train.seed=" + "9" * 5000, "can't be read as a value"),
+        ("optimizer.eps=1e-300", "is too close to 0"),
+        ("optimizer.learning_rate=1e300", "is too large"),
+        ("checkpoint.every=1e30 steps", "at most 1e+18 steps"),
+        ("checkpoint.every=1.2.3 steps", "'1.2.3' is not a number"),
+        ("engine.deepspeed=" + "[" * 3000, "can't be read as a value"),
+        ("[" * 3000, "is not KEY=VALUE"),
+        ("train.seed=a\nb", "'a\\nb' can't be read"),
+    ],
+)
+def test_numbers_and_texts_without_bounds_are_refused_in_a_line(override, said):
+    with pytest.raises(ConfigError) as caught:
+        compose(TrainJob, [override])
+    line = str(caught.value)
+    assert said in line
+    assert "\n" not in line
+    assert len(line) < 600
+
+
+def test_the_largest_seed_is_one():
+    assert compose(TrainJob, ["train.seed=9223372036854775807"]).train.seed == 2**63 - 1

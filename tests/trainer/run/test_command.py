@@ -1,0 +1,180 @@
+"""A command that names an existing run means that run: only what it types is changed."""
+
+import shutil
+from dataclasses import fields, replace
+
+import pytest
+
+from forescale.config.frozen import diff, freeze, frozen_file, thaw
+from forescale.config.schema import ConfigError, TargetConfig
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
+from forescale.plan.config import PlanJob
+from forescale.run.command import job_of
+from forescale.slurm.config import SubmitJob
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    """What this user's commands have named is remembered under tmp_path."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def frozen(run):
+    return thaw(TrainJob, run.config, trust=True)
+
+
+def typed(*words, schema=TrainJob):
+    return job_of(schema, ["run.name=small", "run.root=runs", *words])
+
+
+@pytest.mark.parametrize("schema", [TrainJob, PlanJob, SubmitJob])
+def test_what_is_not_typed_is_the_runs(own_run, schema):
+    for words in ((), ("logging.every=3", "train.steps=9")):
+        nodes = () if schema is TrainJob else ("machine=cpu",)
+        made = typed(*words, *nodes, schema=schema)
+        changed = {c.key for c in diff(frozen(own_run), trained(made))} - {"run.root"}
+        assert changed == {word.partition("=")[0] for word in words}
+
+
+def trained(job):
+    """The part of a job that `train` has too."""
+    return TrainJob(**{f.name: getattr(job, f.name) for f in fields(TrainJob)})
+
+
+def test_a_name_alone_is_diffed_only_in_what_is_typed(own_run, forescale):
+    code, _, err = forescale("train", "small", "train.seed=5", "logging.every=3")
+    assert code == 2
+    assert err == (
+        "forescale: runs/small: the run was started with another config: train.seed: 1337 -> 5; "
+        "undo these changes, or choose another run.name.\n"
+    )
+
+
+def test_a_run_that_is_not_named_is_not_taken(own_run):
+    """The defaults name the run `first`: who types no name means the defaults."""
+    shutil.copytree(own_run.path, "runs/first", symlinks=True)
+    assert job_of(TrainJob, []).train.steps is None
+    assert job_of(TrainJob, ["run.name=first"]).train.steps == 8
+
+
+def test_the_length_that_is_typed_unsets_the_runs(own_run):
+    made = typed("train.tokens=5120")
+    assert (made.train.steps, made.train.tokens) == (None, 5120)
+
+
+def test_a_choice_of_a_group_sets_its_whole_section(own_run):
+    own_run.config.write_bytes(frozen_file(replace(frozen(own_run), engine=offloaded(own_run))))
+    assert typed().engine.offload_parameters
+    made = typed("engine=zero2")
+    assert (made.engine.stage, made.engine.offload_parameters) == (2, False)
+    assert made.data.path == frozen(own_run).data.path
+
+
+def offloaded(run):
+    return replace(frozen(run).engine, stage=3, offload_parameters=True)
+
+
+def test_an_experiment_sets_its_keys_and_no_others(own_run):
+    made, old = typed("experiment=quick"), frozen(own_run)
+    assert made.train.tokens == 500_000
+    assert made.train.steps is None
+    assert made.train.sequence_length == old.train.sequence_length
+    assert made.model.width == 128  # it chooses model=tiny
+    assert made.optimizer == old.optimizer
+
+
+def test_how_the_first_command_resumed_is_not_frozen(own_run):
+    old = frozen(own_run)
+    own_run.config.write_bytes(frozen_file(replace(old, run=replace(old.run, resume="never"))))
+    assert typed().run.resume == "auto"
+    assert typed("run.resume=must").run.resume == "must"
+
+
+def test_a_moved_run_keeps_its_new_place(own_run, tmp_path):
+    own_run.path.rename(tmp_path / "other")
+    made = job_of(TrainJob, [f"run.root={tmp_path}", "run.name=other"])
+    assert (made.run.root, made.run.name) == (str(tmp_path), "other")
+
+
+def test_wrong_keys_over_a_run_are_reported_together(own_run):
+    with pytest.raises(ConfigError) as caught:
+        typed("model.widht=3", "train.seed=many")
+    assert [p.key for p in caught.value.problems] == ["model.widht", "train.seed"]
+
+
+@pytest.fixture
+def with_class(own_run):
+    """The run `small`, as if its model were a class of the user's own."""
+    job = replace(frozen(own_run), model=TargetConfig("mine.Model", {"width": 64}))
+    own_run.config.write_bytes(frozen_file(job))
+    return own_run
+
+
+def test_a_class_that_only_the_run_names_needs_trust(with_class):
+    with pytest.raises(UserError, match=r"model\._target_: .*mine\.Model.*or trust=true"):
+        typed()
+    job = typed("trust=true")
+    assert job.model.arguments == {"width": 64}
+    assert not job.trust
+    assert "trust: false" in freeze(job)
+
+
+def test_a_stored_trust_counts_for_nothing(with_class):
+    text = with_class.config.read_bytes().partition(b"\n")[2]
+    with_class.config.write_bytes(text.replace(b"trust: false", b"trust: true"))
+    with pytest.raises(UserError, match=r"trust=true"):
+        typed()
+
+
+def test_a_class_that_is_typed_needs_none_and_has_the_typed_arguments(with_class):
+    job = typed("model._target_=mine.Model", "model.depth=3")
+    assert job.model == TargetConfig("mine.Model", {"depth": 3})
+
+
+def test_arguments_of_the_runs_class_can_be_typed_alone(with_class):
+    assert typed("trust=true", "model.depth=3").model.arguments == {"width": 64, "depth": 3}
+
+
+def test_a_class_that_this_user_has_named_is_remembered_for_this_run_and_these_arguments(
+    with_class, tmp_path
+):
+    from forescale.config.target import remember
+
+    remember(frozen(with_class), with_class.path)
+    assert typed().model.target == "mine.Model"
+    shutil.copytree(with_class.path, "runs/copy", symlinks=True)
+    with pytest.raises(UserError, match=r"trust=true"):
+        job_of(TrainJob, ["run.name=copy"])
+    job = replace(frozen(with_class), model=TargetConfig("mine.Model", {"width": "evil"}))
+    with_class.config.write_bytes(frozen_file(job))
+    with pytest.raises(UserError, match=r"trust=true"):
+        typed()
+
+
+def test_an_experiment_of_the_users_that_names_the_class_is_the_users_command(
+    with_class, tmp_path, monkeypatch
+):
+    folder = tmp_path / "my" / "experiment"
+    folder.mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /model: custom\n\nmodel:\n"
+    (folder / "mine.yaml").write_text(f"{text}  _target_: mine.Model\n  width: 32\n")
+    monkeypatch.setenv("FORESCALE_CONF", str(tmp_path / "my"))
+    assert typed("experiment=mine").model.arguments == {"width": 32}
+
+
+@pytest.mark.parametrize(
+    ("mine", "length"),
+    [("steps: 7", (7, None)), ("tokens: 4096", (None, 4096)), ("seed: 3", (None, 5_000_000))],
+)
+def test_an_experiments_length_replaces_that_of_the_files_below(
+    tmp_path, monkeypatch, mine, length
+):
+    folder = tmp_path / "my" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"# @package _global_\ntrain:\n  {mine}\n")
+    monkeypatch.setenv("FORESCALE_CONF", str(tmp_path / "my"))
+    made = job_of(TrainJob, ["experiment=mine"]).train
+    assert (made.steps, made.tokens) == length
+    made = job_of(TrainJob, ["experiment=mine", "train.steps=3"]).train
+    assert (made.steps, made.tokens) == (3, None)

@@ -1,0 +1,70 @@
+"""How the layers of a config lie over each other: the run's frozen config, the files that a command
+chooses, and the keys that it types.
+
+Invariant: of a frozen config only what the command sets is replaced, and what says how this one
+command resumes, or what it trusts, never comes from there.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from forescale.config.schema import flatten
+
+LENGTHS = ("train.steps", "train.tokens")  # a run has one of them
+_OF_COMMAND = ("run.name", "run.root", "run.resume", "trust")
+
+
+def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -> list[str]:
+    """Return what the chosen files set: each group's section as a whole, and the keys of an
+    experiment in their order, those of the files that it is laid over first.
+
+    picks: the choice of each group; files: all choices of each group.
+    """
+    found: list[str] = []
+
+    def visit(group: str, path: Path) -> None:
+        text = path.read_text()
+        is_global = any(line.startswith("# @package _global_") for line in text.splitlines())
+        tree = yaml.safe_load(text) or {}
+        for entry in tree.pop("defaults", None) or []:
+            if isinstance(entry, dict):
+                found.extend(str(name).split()[-1].lstrip("/") for name in entry)
+            elif entry in files[group]:
+                visit(group, files[group][entry])
+        found.extend(p for p, _ in flatten(tree, "") if p) if is_global else found.append(group)
+
+    for group, choice in picks.items():
+        if choice in files[group]:
+            visit(group, files[group][choice])
+    return found
+
+
+def keep_one_length(config: DictConfig, chosen: Sequence[str]) -> None:
+    """Unset the length that a file below an experiment gives, if the experiment gives the other."""
+    lengths = {name: OmegaConf.select(config, name) for name in chosen if name in LENGTHS}
+    if given := [name for name, value in lengths.items() if value is not None]:
+        (other,) = set(LENGTHS) - {given[-1]}
+        OmegaConf.update(config, other, None, force_add=True)
+
+
+def over_frozen(tree: Any, frozen: Mapping[str, Any], taken: Iterable[str]) -> dict[str, Any]:
+    """Return the frozen config with the values that `tree` has at the paths `taken`, and with the
+    sections of `tree` that it lacks. Paths are of keys, or of sections with all their keys."""
+    made = {**tree, **copy.deepcopy(dict(frozen))}
+    given = [*taken, *_OF_COMMAND]
+    given += LENGTHS if any(name in given for name in LENGTHS) else ()
+    for path in given:
+        *sections, name = path.split(".")
+        here, there = tree, made
+        for section in sections:
+            here, there = here.get(section) or {}, there.setdefault(section, {})
+        if name in here:
+            there[name] = copy.deepcopy(here[name])
+        else:
+            there.pop(name, None)
+    return made

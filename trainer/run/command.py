@@ -1,0 +1,34 @@
+"""The job of a command line that trains: new, or that of the existing run that it names.
+
+Invariant: in the job of an existing run, what the command doesn't set has the value of the run's
+frozen config, never a default of today.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from forescale.config.compose import compose
+from forescale.config.frozen import thaw
+from forescale.config.schema import plain
+from forescale.config.train import TrainJob
+from forescale.run.directory import Run
+
+J = TypeVar("J", bound=TrainJob)
+
+
+def job_of(schema: type[J], overrides: Sequence[str]) -> J:
+    """Return the job that `key=value` overrides describe. If run.name is one of them and the run
+    exists, they are laid over its frozen config.
+
+    Raises ConfigError with all problems; and UserError if the frozen config can't be read, or names
+    a class of the user's own that this user has named in no command (unless trust=true).
+    """
+    # What is typed now is trusted now; nothing stored says so.
+    return replace(compose(schema, overrides, find=_frozen), trust=False)
+
+
+def _frozen(directory: Path) -> dict[str, Any] | None:
+    run = Run(directory)
+    return plain(thaw(TrainJob, run.config, trust=True)) if run.config.exists() else None
