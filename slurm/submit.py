@@ -43,8 +43,8 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     runs before anything is written, and UserError if SLURM refuses the job.
     """
     jobs = _jobs(overrides)
-    for job in jobs:
-        refuse_targets(job, trust)
+    for each in jobs:
+        refuse_targets(each, trust)
     plans = [Plan(job) for job in jobs]
     dry = jobs[0].submit.dry_run
     if not dry:
