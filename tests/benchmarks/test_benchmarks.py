@@ -3,6 +3,7 @@ what is allocated does."""
 
 import json
 import math
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -72,6 +73,15 @@ def test_a_picture_of_a_run_is_drawn(tmp_path):
     assert f"stroke: {RED}" in drawn  # evaluations
     draw(made.path, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == drawn
+
+
+def test_each_measured_ratio_names_the_commit_at_which_it_was_measured():
+    text = (run.ROOT / "tests/README.md").read_text()
+    found = re.findall(r"^\|.*\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE)
+    assert len(found) >= 10
+    for name, commit in found:
+        assert name in run.NAMES
+        assert re.fullmatch("[0-9a-f]{7,}", commit), name
 
 
 @pytest.mark.slow  # 15 benchmarks, most of which train a model
