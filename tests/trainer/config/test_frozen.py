@@ -45,7 +45,7 @@ def test_every_choice_composes_and_survives_freezing():
 def test_frozen_is_complete_and_in_the_schema_s_order():
     tree = yaml.safe_load(freeze(compose(TrainJob, [])))
     assert list(tree)[:3] == ["run", "train", "model"]
-    assert list(tree["run"]) == ["name", "root", "resume", "from"]
+    assert list(tree["run"]) == ["name", "root", "resume", "access", "from"]
     assert tree["checkpoint"]["every"] == "500 steps"
     assert tree["checkpoint"]["keep"] == 2
 
