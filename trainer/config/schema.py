@@ -235,7 +235,8 @@ def convert(
         raise ValueError(f"expects a list, got {shown(value)}")
     if typing.get_origin(kind) is dict or kind is dict:
         if isinstance(value, Mapping):
-            return dict(value)
+            inner = typing.get_args(kind)
+            return {k: _text(v) for k, v in value.items()} if inner == (str, str) else dict(value)
         raise ValueError(f"expects a mapping, got {shown(value)}")
     made = _plain(kind, value)
     for name, bound in bounds.items():
@@ -243,6 +244,13 @@ def convert(
         if not holds(made, bound):
             raise ValueError(f"must be {words} {bound:g}, got {shown(value)}")
     return made
+
+
+def _text(value: Any) -> str:
+    """Return a value of a mapping of texts as it was typed: 3 is a text there too."""
+    if isinstance(value, str | int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    raise ValueError(f"expects texts, got {shown(value)}")
 
 
 def _target(value: Any) -> TargetConfig:

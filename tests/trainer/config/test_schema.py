@@ -5,6 +5,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
+from forescale.scaling.config import StudyJob
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,13 @@ def test_numbers_and_texts_without_bounds_are_refused_in_a_line(override, said):
     assert said in line
     assert "\n" not in line
     assert len(line) < 600
+
+
+def test_a_mapping_of_texts_takes_numbers_as_they_are_typed():
+    job = compose(StudyJob, ["rows={seed: 3, warm: true}", "input=[a]"])
+    assert job.rows == {"seed": "3", "warm": "true"}
+    with pytest.raises(ConfigError, match="rows: expects texts, got"):
+        compose(StudyJob, ["rows={seed: [3]}", "input=[a]"])
 
 
 def test_the_largest_seed_is_one():

@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from forescale.config.schema import shown
 from forescale.errors import UserError
 
 SUFFIXES = (".csv", ".parquet", ".json", ".jsonl", ".ndjson")
@@ -78,7 +79,7 @@ def is_export(path: Path) -> bool:
         return path.suffix in SUFFIXES
     try:
         return any(_is_run(one) for file in _files(path)[:1] for one in _objects(file))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -90,7 +91,7 @@ def read_export(path: Path) -> Export:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except FileNotFoundError:
         raise UserError(str(path), "there is no such file", "check the path") from None
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, RecursionError, OverflowError) as e:
         what = f"can't be read as a table ({(str(e).splitlines() or [type(e).__name__])[0]})"
         todo = "give a CSV with a header, parquet, JSON lines, or a directory of JSON files"
         raise UserError(str(path), what, todo) from None
@@ -198,7 +199,10 @@ def _row(one: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoded(section: Any) -> dict[str, Any]:
     """Return a section as a dict; the service gives it as text."""
-    return json.loads(section) if isinstance(section, str) else dict(section or {})
+    made = json.loads(section) if isinstance(section, str) else section or {}
+    if not isinstance(made, Mapping):
+        raise ValueError(f"config or summary of a run is no object, but {shown(made)}")
+    return dict(made)
 
 
 def _bare(value: Any) -> Any:
@@ -234,6 +238,6 @@ def _parsed(path: Path, row: dict[Any, Any]) -> dict[str, Any]:
     try:
         trees = {name: ast.parse(row[name], mode="eval") for name in ("config", "summary")}
         return row | {k: ast.literal_eval(_Numbers().visit(tree)) for k, tree in trees.items()}
-    except (SyntaxError, TypeError, ValueError):
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # "[" * 1000
         what = f"config and summary of {row['name']} are not dicts"
         raise UserError(str(path), what, "write them as Python dicts or JSON objects") from None

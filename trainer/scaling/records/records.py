@@ -13,6 +13,7 @@ Imports no torch.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from forescale.config.schema import LARGEST, SMALLEST, shown
 from forescale.config.suggest import nearest_first
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
@@ -46,6 +48,8 @@ RECIPE = ("optimizer", "learning_rate", "weight_decay", "batch_tokens", "schedul
 EXTRA = ("trunk", "budget", "name", "seed", "init_seed")  # further columns of a table
 _N = tuple(f"parameters_{name}" for name in (*SIZES, "active"))
 _C = tuple(f"flops_{name}" for name in COSTS)
+# Columns of numbers that a fit reads.
+_NUMERIC = {*COLUMNS, "budget", *_N, *_C}
 KNOWN = tuple(dict.fromkeys((*COLUMNS, *EXTRA, *_N, *_C, *HELD, *RECIPE)))
 
 
@@ -250,11 +254,53 @@ def of_export(
         raise UserError(str(path), "has no column 'loss'", todo)
     refused = export.refused([theirs for ours, theirs in columns.items() if ours in COLUMNS])
     kept = table[~table.index.isin(refused)]
+    if table.empty:
+        raise UserError(str(path), "has no rows", "give a table with a row for each run")
     if kept.empty:
         why = next(iter(refused.values())).why
         what = f"none of its {len(table)} runs is finished and has {', '.join(chosen)}"
         raise UserError(str(path), f"{what}; of the first, {why}", "choose other rows or columns")
-    return pd.DataFrame({o: kept[t] for o, t in chosen.items()}), list(refused.values())
+    made = {o: _numbers(path, t, kept[t]) if o in _NUMERIC else kept[t] for o, t in chosen.items()}
+    return _expect_budgets(path, pd.DataFrame(made)), list(refused.values())
+
+
+def _number(cell: Any) -> float:
+    """Return a cell as a number: NaN if it is none, infinity if it is too large for one."""
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+    except OverflowError:
+        return math.inf
+
+
+def _expect_budgets(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table, without its column of budgets if all are empty. Raises UserError if only
+    some are, or if one isn't positive."""
+    if "budget" not in table or table["budget"].isna().all():
+        return table.drop(columns="budget", errors="ignore")
+    if (bad := table.index[~table["budget"].between(SMALLEST, LARGEST)]).size:
+        cell = table["budget"][bad[0]]
+        what = "is empty" if math.isnan(cell) else f"{cell:g} is not a positive number"
+        where = f"{path}, budget of row {bad[0]}"
+        todo = "give each run the budget that it belongs to, or leave out the column"
+        raise UserError(where, what, todo)
+    return table
+
+
+def _numbers(path: Path, column: str, cells: pd.Series) -> pd.Series:
+    """Return the cells of a column as numbers; an empty one is NaN. Raises UserError for the first
+    that is no number of usual size."""
+    numbers = cells.map(_number).astype(float)
+    is_usual = numbers.abs().between(SMALLEST, LARGEST) | (numbers == 0)
+    wrong = cells.notna() & ~is_usual & (cells != numbers)  # not the infinite loss of a run
+    wrong |= np.isfinite(numbers) & ~is_usual
+    if wrong.any():
+        row, cell = next((row, cell) for row, cell in cells[wrong].items())
+        where = f"{path}, column {column!r}, row {row}"  # 0 is the first below the header
+        todo = "write plain numbers, such as 7503872 or 7.5e6, and nothing in an empty cell"
+        raise UserError(where, f"{shown(cell)} is not a number that can be used", todo)
+    return numbers
 
 
 def _only(path: Path, export: Export, rows: Mapping[str, str]) -> Export:

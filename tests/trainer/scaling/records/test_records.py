@@ -246,3 +246,58 @@ def test_the_convention_selects_the_column():
     assert found.parameters == [5]
     assert found.flops is None
     assert math.isclose(found.tokens[0], 3)
+
+
+@pytest.mark.parametrize("column", ["parameters", "budget"])
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        ('"7,503,872"', "'7,503,872'"),
+        ("7.5M", "'7.5M'"),
+        ("1e300", "1e+300"),
+        ("\x1b[2J", r"'\x1b[2J'"),
+    ],
+)
+def test_a_cell_that_is_no_number_is_named(tmp_path, column, cell, shown):
+    table = tmp_path / "points.csv"
+    table.write_text(f"loss,{column}\n3.1,1e15\n3.0,{cell}\n")
+    with pytest.raises(UserError) as caught:
+        of_export(table, {})
+    assert f"{table}, column '{column}', row 1: {shown}" in str(caught.value)
+    assert "7503872 or 7.5e6" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ("1e15 1e15", None),
+        ("1e15 1e400", "inf is not a positive"),
+        (" ", None),
+        ("1e15 ", "is empty"),
+        ("1e15 0", "0 is not a positive"),
+    ],
+)
+def test_budgets_are_of_all_runs_or_of_none(tmp_path, cells, said):
+    table = tmp_path / "points.csv"
+    first, second = cells.split(" ")
+    table.write_text(f"loss,budget\n3.1,{first}\n3.0,{second}\n")
+    if said is None:
+        assert ("budget" in of_export(table, {})[0]) == bool(first)
+        return
+    with pytest.raises(UserError, match=f"budget of row 1: {said}; give each run"):
+        of_export(table, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "loss,tokens\n", "has no rows"),
+        ("a.json", "[" * 100_000, "can't be read as a table"),
+        ("a.json", '[{"config": 3, "summary": 4}]', "is no object, but 3"),
+        ("a.csv", 'config,summary,name\n"' + "[" * 2000 + '",{},x\n', "are not dicts"),
+    ],
+)
+def test_a_table_of_another_shape_is_refused(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        of_export(tmp_path / name, {})
