@@ -225,3 +225,15 @@ def test_a_verb_shows_control_characters_as_text(hostile, forescale, words):
     assert SHOWN in out + err
     assert not set("\x1b\x07\x9b") & set(out + err)
     assert words[0] == "study" or r"\xff" in out + err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    """As in an installation without it: the import fails, whatever is installed here."""
+    for name in [n for n in sys.modules if n.startswith("forescale.verbs.study")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert cli.main(["study", "fit"]) == 2
+    assert capsys.readouterr().err == (
+        "forescale: forescale study: needs pandas, which isn't installed; "
+        "pip install 'forescale[study]'.\n"
+    )
