@@ -30,8 +30,9 @@ from forescale.slurm.config import SubmitJob
 from forescale.slurm.script import Order, render
 from forescale.slurm.snapshot import own_packages, pack_environment, write_code
 from forescale.slurm.submission import Submission, waiting_or_running
-from forescale.storage import write_file
+from forescale.storage import read_text, write_file
 
+_LARGEST = 16 << 20  # bytes of slurm.runs
 _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, pinned buffers
 
 
@@ -70,10 +71,7 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
     if first.slurm.runs is None:
         return [first]
     path = Path(first.slurm.runs).expanduser()
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as e:
-        raise UserError(str(path), f"can't be read ({e.strerror})", "check slurm.runs") from None
+    lines = read_text(path, _LARGEST).splitlines()
     found: dict[str, SubmitJob] = {}
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"

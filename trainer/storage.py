@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -116,8 +117,11 @@ def fsync_path(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
-    """Replace `path` by `data` or its blocks, atomically and durably."""
+    """Replace `path` by `data` or its blocks, atomically and durably. Raises UserError if it is no
+    file: root would replace /dev/null, too."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(str(path), "is not a regular file", "choose another path")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with HashingFile(temporary) as f:
@@ -130,6 +134,23 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
         raise
     fsync_path(path.parent)
     return entry
+
+
+def read_text(path: Path, most: int) -> str:
+    """Return the text of a file that a user names. Raises UserError if it is missing, no regular
+    file (a device may never end), larger than `most` bytes, or not UTF-8."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(str(path), "is not a regular file", "give a text file")
+        with open(path, "rb") as f:
+            raw = f.read(most + 1)
+        if len(raw) > most:
+            what = f"has more than {most:,} bytes"
+            raise UserError(str(path), what, "give a smaller file")
+        return raw.decode()
+    except (OSError, ValueError) as e:  # ValueError: a name with a null character, or no UTF-8
+        what = f"can't be read ({(isinstance(e, OSError) and e.strerror) or e})"
+        raise UserError(str(path), what, "give a text file") from None
 
 
 def write_json(path: Path, value: Any, compact: bool = False) -> FileEntry:

@@ -113,8 +113,19 @@ def test_a_bad_line_is_named(submit, tmp_path, lines, said):
     assert said in err
 
 
-def test_a_missing_file_of_runs_is_a_sentence(submit):
-    assert "can't be read" in submit("train", "slurm.runs=none.txt", "--dry-run")[2]
+def test_a_file_of_runs_that_can_not_be_read_is_a_sentence(submit, tmp_path):
+    """One that is missing, never ends, waits for a writer, is no text or too large."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with open(tmp_path / "large", "wb") as sparse:
+        sparse.truncate(1 << 40)
+    files = {"none.txt": "can't be read", "/dev/zero": "is not a regular file", "pipe": "regular"}
+    files |= {"latin": "can't be read", "large": "has more than", ".": "regular"}
+    for name, said in files.items():
+        code, _, err = submit("train", f"slurm.runs={name}", "--dry-run")
+        assert code == 2
+        assert said in err
+        assert err.count("\n") == 1
 
 
 def test_the_code_runs_as_it_was(tmp_path):

@@ -254,3 +254,10 @@ def test_hashing_beside_the_writing_is_the_same(tmp_path, monkeypatch, sizes, mo
 
 def test_an_error_that_is_not_of_the_storage_gets_no_sentence():
     assert storage_error(OSError(errno.EPIPE, "Broken pipe")) is None
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a regular file; choose another path"):
+        write_file(tmp_path / "pipe", b"x")
+    assert (tmp_path / "pipe").is_fifo()

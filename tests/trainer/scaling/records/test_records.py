@@ -271,10 +271,10 @@ def test_a_cell_that_is_no_number_is_named(tmp_path, column, cell, shown):
     ("cells", "said"),
     [
         ("1e15 1e15", None),
-        ("1e15 1e400", "inf is not a positive"),
+        ("1e15 1e400", "inf is not a positive number"),
         (" ", None),
         ("1e15 ", "is empty"),
-        ("1e15 0", "0 is not a positive"),
+        ("1e15 0", "0 is not a positive number"),
     ],
 )
 def test_budgets_are_of_all_runs_or_of_none(tmp_path, cells, said):
