@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from forescale.checkpoint.origin import hold, newest_step
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, plain
 from forescale.config.target import refuse_targets, remember, targets
@@ -132,7 +133,11 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
-    started = [start(_given(plan).training) for plan in plans]
+    started = [start(_given(plan).training, newest=newest_step) for plan in plans]
+    for begun in started:
+        held = hold(begun.run, begun.job.run.origin, begun.job.run.root)
+        for note in (*begun.notes, *held):
+            print(f"Note: {note}")
     runs = [s.run for s in started]
     folders = [run.new_job() for run in runs]
     try:

@@ -64,6 +64,7 @@ class Engine:
         # For injected faults: may damage the weights before a step, given its number, and returns
         # a factor for its gradient.
         self.disturb: Callable[[int, nn.Module], float] | None = None
+        self.has_stepped = False  # True once this process has made a step
 
     @property
     def param_groups(self) -> list[dict]:
@@ -103,6 +104,7 @@ class Engine:
         clipped = self.clip is not None and norm > self.clip
         self.mark("update")
         applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0)
+        self.has_stepped = True
         return Facts(losses, norm, applied, extra)
 
     def _is_scaled(self) -> bool:
@@ -124,7 +126,7 @@ class Engine:
             last = micro is batch.micro[-1]
             self._deepspeed.set_gradient_accumulation_boundary(last)
             self.mark("forward")
-            loss, penalty = split_penalty(self.forward(micro))
+            loss, penalty = checked_losses(self.forward(micro), len(micro.tokens))
             total = loss.sum()
             self.mark("backward")
             self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
@@ -189,13 +191,33 @@ class Engine:
         At stage 3 every rank must call it the same number of times: it gathers weights.
         """
         self.module.eval()
-        loss, _ = split_penalty(self.forward(micro))
+        loss, _ = checked_losses(self.forward(micro), len(micro.tokens))
         return loss.float()
 
 
 def split_penalty(output) -> tuple[Tensor, Tensor | float]:
     """Return a model's losses and its penalty (0.0 if it returns none)."""
     return output if isinstance(output, tuple) else (output, 0.0)
+
+
+def checked_losses(
+    output, windows: int, where: str = "the model's forward()"
+) -> tuple[Tensor, Tensor | float]:
+    """Return the same for a forward pass of so many windows. Raises UserError if the losses are not
+    one number a window, or the penalty is not one number; `where` for its message."""
+    loss, penalty = output if isinstance(output, tuple) and len(output) == 2 else (output, 0.0)
+    todo = "return each window's summed loss in nats, or that and a penalty of one number"
+    if not isinstance(loss, Tensor) or tuple(loss.shape) != (windows,):
+        got = (
+            f"a loss of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else type(loss).__name__
+        )
+        what = f"with targets it returns {got} for {windows} windows, not ({windows},)"
+        raise UserError(where, what, todo)
+    if isinstance(penalty, Tensor) and penalty.numel() != 1:
+        raise UserError(where, f"its penalty has the shape {tuple(penalty.shape)}", todo)
+    return loss, penalty
 
 
 def _number(name: str, value: Any) -> float | Tensor:

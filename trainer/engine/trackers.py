@@ -4,6 +4,7 @@ Invariant: a run is one curve there, over all its attempts, whatever other runs 
 tracker waits for an answer on the terminal, and none needs an account.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ def open_trackers(
     run: its directory; identity: the content of its run.json; first_step: the step that the attempt
     begins at. Raises UserError if a tracker's package is missing.
     """
+    check_trackers(logging)
     trackers: list[Any] = []
     if logging.tensorboard:
         trackers.append(_tensorboard(run, first_step))
@@ -32,6 +34,28 @@ def open_trackers(
         if logging.wandb.enabled and tracker.name == "wandb":
             tracker.store_init_configuration({**config, **_facts(identity)})
     return trackers
+
+
+def check_trackers(logging: Any) -> None:
+    """Raise UserError if a tracker that `logging` enables has no package, or no account. Imports
+    neither."""
+    if logging.tensorboard and not any(map(_is_installed, ("tensorboard", "tensorboardX"))):
+        todo = 'pip install "forescale[tensorboard]", or set logging.tensorboard=false'
+        raise UserError("logging.tensorboard", "tensorboard is not installed", todo)
+    if logging.wandb.enabled:
+        if not _is_installed("wandb"):
+            todo = "pip install wandb, or set logging.wandb.enabled=false"
+            raise UserError("logging.wandb.enabled", "wandb is not installed", todo)
+        if logging.wandb.mode == "online" and not has_account():
+            todo = "run `wandb login`, or set logging.wandb.mode=offline"
+            what = "no wandb account is logged in on this machine"
+            raise UserError("logging.wandb.mode=online", what, todo)
+
+
+def _is_installed(package: str) -> bool:
+    """True if a package can be imported. A directory of this name without code is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _facts(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,11 +71,7 @@ def _facts(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensorboard(run: Path, first_step: int) -> Any:
     from accelerate.tracking import TensorBoardTracker
-    from accelerate.utils import is_tensorboard_available
 
-    if not is_tensorboard_available():
-        todo = 'pip install "forescale[tensorboard]", or set logging.tensorboard=false'
-        raise UserError("logging.tensorboard", "tensorboard is not installed", todo)
     # Values that an earlier attempt wrote beyond this attempt's first step are not drawn.
     return TensorBoardTracker("tensorboard", logging_dir=run, purge_step=first_step + 1)
 
@@ -63,11 +83,6 @@ def _wandb(settings: Any, run: Path, identity: Mapping[str, Any]) -> Any:
     mode = settings.mode
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
-    elif mode == "online" and not has_account():
-        todo = "run `wandb login`, or set logging.wandb.mode=offline"
-        raise UserError(
-            "logging.wandb.mode=online", "no wandb account is logged in on this machine", todo
-        )
     return WandBTracker(
         settings.project,
         entity=settings.entity,

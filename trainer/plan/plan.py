@@ -17,6 +17,7 @@ from forescale.console import span
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import VOCABULARY, PythonSource, embedded_path
 from forescale.engine.deepspeed_config import deepspeed_config
+from forescale.engine.trackers import check_trackers
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import cache_bytes, count, flops_6n
@@ -66,6 +67,7 @@ class Plan:
         self.sources = self._open(job)
         self.job: PlanJob = self._settled(job)
         self._try(lambda: prediction_interval_of(self.job))
+        self._try(lambda: check_trackers(job.logging))
         self.machine, self.world = job.machine, job.world_size
         self.nodes, self.per_node = job.nodes, job.per_node
         self.measured: MeasuredSpeed | None = None
@@ -336,7 +338,9 @@ def _users_model(job: PlanJob, vocab_size: int) -> tuple[Inventory, TokenFlops]:
     import torch
 
     from forescale.train.model import build_model, prices_of
+    from forescale.train.probe import examine_model
 
+    examine_model(job, vocab_size)
     with torch.device("meta"):
         model = build_model(job, vocab_size)
     every = [Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]

@@ -1,22 +1,24 @@
 """Turns a job into a run directory: resolves values from the data, and freezes the config or
 compares it with the frozen one.
 
-Invariant: a run directory belongs to one frozen config and one dataset. Changes of the trajectory
-are refused with the list; all other changes are frozen before ranks start. (Ranks write an event
-for each change that ends bit-exactness.) Imports no torch, so that a refusal comes in a second.
+Invariant: from its first step on, a run directory belongs to one frozen config and one dataset.
+Changes of the trajectory are refused with the list; all other changes are frozen before ranks
+start. (Ranks write an event for each change that ends bit-exactness.) Until the first step, a
+corrected command replaces the config. Imports no torch, so that a refusal comes in a second.
 """
 
 import errno
 import hashlib
 import itertools
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from forescale.config.data import ONLY
-from forescale.config.frozen import frozen_file, may_resume, thaw
+from forescale.config.frozen import diff, frozen_file, may_resume, thaw
 from forescale.config.schema import leaves, plain
 from forescale.config.train import CorpusConfig, DataConfig, TrainJob
 from forescale.data.dataset import Dataset, Sources
@@ -24,30 +26,42 @@ from forescale.data.prepare.corpus import prepare_embedded
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.progress import shown
+from forescale.run.branch import NewestStep, check_origin, data_of, with_step
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.identity import code_and_id, data_fields
+from forescale.run.rows import each_row
 from forescale.storage import read_json, staged, write_checked_json, write_file
 
+Examine = Callable[[TrainJob, Sources], None]
 PACKAGES = ("forescale", "torch", "deepspeed", "accelerate", "numpy", "tokenizers")
 
 
 @dataclass(frozen=True)
 class Start:
-    """A run that is ready to be trained, with its job as frozen and its opened data."""
+    """A run that is ready to be trained, with its job as frozen and its opened data. notes: what
+    the user should know of how it was started, a sentence each."""
 
     run: Run
     job: TrainJob
     sources: Sources
+    notes: tuple[str, ...] = ()
 
 
-def start(job: TrainJob, again: bool = False) -> Start:
+def start(
+    job: TrainJob,
+    again: bool = False,
+    examine: Examine | None = None,
+    newest: NewestStep | None = None,
+) -> Start:
     """Prepare the data, then open or make the run directory of `job`.
 
     again: this command has started the run before (in the launcher, or on rank 0), so `run.resume`
-    is not checked again, and the frozen config stays as it is. Raises UserError if the directory
-    belongs to another config or dataset, or another command makes it at the same moment.
+    is not checked again, and the frozen config stays as it is. examine: raises UserError if the
+    job's own classes don't work, before the config of a run without a step is written. newest: the
+    newest step of a run that the job branches off, see branch.with_step. Raises UserError if the
+    directory belongs to another config or dataset, or another command makes it at the same moment.
     """
     run = Run(job.run.directory)
     if not again:
@@ -56,24 +70,72 @@ def start(job: TrainJob, again: bool = False) -> Start:
     job = settle(job, sources)
     feed_of(job, sources)  # errors of the mixture are reported before anything is written
     prediction_interval_of(job)  # likewise for a forecast that does not fit the job
-    if run.config.exists():
-        _check_data(run, sources)
-        old = thaw(TrainJob, run.config, trust=True)  # compared, not run: the typed job is
-        refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
-        if refusals:
-            raise UserError(
-                str(run.path),
-                "the run was started with another config: " + "; ".join(map(str, refusals)),
-                "undo these changes, or choose another run.name",
-            )
-        if any(taken) and not again:  # a rank may wake up after another launch has changed it
-            write_file(run.config, frozen_file(job))
-            if any(change.key == "run.access" for change in itertools.chain(*taken)):
-                run.path.chmod(job.run.mode)
-    else:
-        _check_origin(job, sources)
+    # Compared, not run: the typed job is.
+    old = thaw(TrainJob, run.config, trust=True) if run.config.exists() else None
+    job = with_step(job, old, newest)
+    if old is not None and (again or has_stepped(run)):
+        _go_on(run, old, job, sources, again)
+        return Start(run, job, sources)
+    check_origin(job, sources)
+    if examine is not None:
+        examine(job, sources)
+    if old is None:
         _make(run, job, sources)
-    return Start(run, job, sources)
+        return Start(run, job, sources)
+    return Start(run, job, sources, _correct(run, old, job, sources))
+
+
+def has_stepped(run: Run) -> bool:
+    """Return True if an attempt of the run has made a step, or if that can't be known any more."""
+    attempts = run.attempts()
+    if run.checkpoint_steps() or run.read_events(kind="checkpoint_saved"):
+        return True
+    if run.has_links and not any(a.has_begun for a in attempts):
+        return True  # attempts were deleted
+    files = (attempt.metrics.path for attempt in attempts)
+    return any(row.get("kind") == "train" for path in files for row, _ in each_row(path))
+
+
+def _go_on(run: Run, old: TrainJob, job: TrainJob, sources: Sources, again: bool) -> None:
+    """Compare a job with the run's frozen config, and freeze the changes that are allowed."""
+    _check_data(run, sources)
+    refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
+    if refusals:
+        raise UserError(
+            str(run.path),
+            "the run was started with another config: " + "; ".join(map(str, refusals)),
+            "undo these changes, or choose another run.name",
+        )
+    if any(taken) and not again:  # a rank may wake up after another launch has changed it
+        _freeze(run, job, [change.key for change in itertools.chain(*taken)])
+
+
+def _freeze(run: Run, job: TrainJob, changed: list[str]) -> None:
+    write_file(run.config, frozen_file(job))
+    if "run.access" in changed:
+        run.path.chmod(job.run.mode)
+
+
+def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[str, ...]:
+    """Replace the config, and where it differs the data, of a run that has made no step. Return a
+    sentence for what that changes, if anything does."""
+    changes = diff(old, job)
+    told = [str(change) for change in changes if change.kind == "identity"]
+    stored, tokenizer = data_of(run), sources.first.tokenizer_json
+    if stored["identity"] != sources.identity:
+        told.append(f"data: {stored['path']} -> {sources.where}")
+    # A kill in between leaves a run that the same command corrects again.
+    if not run.tokenizer.exists() or run.tokenizer.read_bytes() != tokenizer:
+        write_file(run.tokenizer, tokenizer)
+    if told:
+        measured = ("parameters", "device")  # of the old config; the next attempt adds them
+        kept = {k: v for k, v in read_json(run.identity).items() if k not in measured}
+        write_checked_json(run.identity, kept | _of_data(sources) | {"versions": versions()})
+    if changes:
+        _freeze(run, job, [change.key for change in changes])
+    if not told:
+        return ()
+    return (f"{run.path} has made no step yet, so its config is replaced: {'; '.join(told)}.",)
 
 
 def open_sources(data: DataConfig) -> Sources:
@@ -125,7 +187,7 @@ def _check_resume(job: TrainJob, run: Run) -> None:
 
 
 def _check_data(run: Run, sources: Sources) -> None:
-    stored = _data_of(run)
+    stored = data_of(run)
     if stored["identity"] != sources.identity:
         raise UserError(
             str(run.path),
@@ -134,33 +196,11 @@ def _check_data(run: Run, sources: Sources) -> None:
         )
 
 
-def _data_of(run: Run) -> dict[str, str]:
-    """Return the path and identity of the data on which a run was started."""
-    stored = read_json(run.identity)
-    try:
-        return {key: stored["dataset"][key] for key in ("path", "identity")}
-    except (KeyError, TypeError):
-        what = "has no path and identity of the run's data"
-        raise UserError(str(run.identity), what, "restore the file from a copy") from None
-
-
-def _check_origin(job: TrainJob, sources: Sources) -> None:
-    """Raises UserError if a branch that keeps its position in the data has other data."""
-    origin = job.run.origin
-    if origin.run is None:
-        return
-    stored = _data_of(Run.existing(origin.run, job.run.root))
-    if origin.what == "everything" and stored["identity"] != sources.identity:
-        what = f"{origin.run} was trained on other data ({stored['path']}) than {sources.where}"
-        raise UserError("run.from", what, "give its data.path, or run.from.what=weights")
-
-
 def _make(run: Run, job: TrainJob, sources: Sources) -> None:
     """Publish the run directory at once, so that a kill or a full disk leaves no partial run."""
     identity = {
         "name": run.name,
-        "tokenizer_sha256": hashlib.sha256(sources.first.tokenizer_json).hexdigest(),
-        "dataset": data_fields(sources),
+        **_of_data(sources),
         "versions": versions(),
         **code_and_id(),
     }
@@ -177,6 +217,11 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
         what = "another command has made this run at the same moment, and trains it"
         todo = "give the same command again to resume it later, or choose another run.name"
         raise UserError(str(run.path), what, todo) from None
+
+
+def _of_data(sources: Sources) -> dict[str, Any]:
+    digest = hashlib.sha256(sources.first.tokenizer_json).hexdigest()
+    return {"tokenizer_sha256": digest, "dataset": data_fields(sources)}
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from forescale.checkpoint.origin import hold, newest_step
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
@@ -27,11 +28,13 @@ from forescale.resilience.phases import PhaseTimer
 from forescale.resilience.reporter import HeartbeatReporter
 from forescale.run.directory import Attempt
 from forescale.run.forecast import prediction_interval_of
-from forescale.run.start import numerics, start
+from forescale.run.start import Start, numerics, start
 from forescale.train.build import Builder
 from forescale.train.guard import Anomaly, Halt, Rollback
 from forescale.train.loop import train
 from forescale.train.model import build_model
+from forescale.train.own_code import as_users
+from forescale.train.probe import examine
 from forescale.train.profiler import traced
 from forescale.train.resume import ResumePoint, resume, roll_back
 
@@ -49,7 +52,7 @@ class Trainer:
         seconds = job.launch.timeout.seconds or 1800.0
         self.world: World = join(deepspeed_config(job, size), size, seconds)
         again = ATTEMPT in os.environ or not self.world.is_main
-        started = self.world.main_first(lambda: start(job, again))
+        started = self.world.main_first(lambda: self._start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources
         self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
         launched = os.environ.get(ATTEMPT)  # numbered by our launcher; other launchers don't
@@ -60,6 +63,22 @@ class Trainer:
         self.reporter = HeartbeatReporter(
             self.phases, self.attempt, rank, size, self.job.heartbeat, waits
         ).start()
+
+    @property
+    def has_stepped(self) -> bool:
+        """True if this process has made a step."""
+        return hasattr(self, "engine") and self.engine.has_stepped
+
+    @staticmethod
+    def _start(job: TrainJob, again: bool) -> Start:
+        """Open the run, or make it where no launcher of ours has."""
+        if again:
+            return start(job, again)
+        started = start(job, examine=examine, newest=newest_step)
+        held = hold(started.run, started.job.run.origin, started.job.run.root)
+        for note in (*job.notes(), *started.notes, *held):
+            print(f"Note: {note}", flush=True)
+        return started
 
     def train(self) -> int:
         """Train to the end, or until a signal requests a stop. Return DONE or INTERRUPTED."""
@@ -227,7 +246,13 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
     began: when the process started, by time.monotonic().
     """
     trainer = Trainer(job, time.monotonic() if began is None else began)
-    code = trainer.train()
+    try:
+        code = trainer.train()
+    except Exception as e:
+        users = None if trainer.has_stepped else as_users(e, targets(job).values())
+        if users is None:
+            raise
+        raise users from e
     trainer.reporter.stop()
     trainer.world.close()
     return code

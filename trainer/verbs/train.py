@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from forescale.checkpoint.origin import hold, newest_step
 from forescale.config.frozen import thaw
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
@@ -22,6 +23,7 @@ from forescale.run.command import job_of
 from forescale.run.directory import Run
 from forescale.run.feed import epochs, feed_of, notes
 from forescale.run.start import Start, start
+from forescale.train.probe import examine_apart
 
 _FROZEN = "--frozen"
 _TRUST = "trust=true"
@@ -51,10 +53,12 @@ def main(words: list[str]) -> int:
         raise ConfigError(Problem(*p) for p in problems)
     for note in job.notes():
         print(f"Note: {note}")
-    started = start(job)
+    started = start(job, examine=examine_apart, newest=newest_step)
     if not is_stored:
         remember(started.job, started.run.path)
     _introduce(started, processes)
+    for note in (*started.notes, *hold(started.run, started.job.run.origin, started.job.run.root)):
+        print(f"Note: {note}", flush=True)
     trust = [_TRUST] if targets(job) else []  # the user has just named them
     command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]
     grace = job.launch.grace.seconds or 0.0

@@ -94,9 +94,8 @@ def test_an_account_may_be_in_netrc_for_the_server_that_is_used(asked, tmp_path,
 
 
 def test_a_missing_package_is_a_sentence(tmp_path, monkeypatch):
-    import accelerate.utils
 
-    monkeypatch.setattr(accelerate.utils, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "forescale\[tensorboard\]"'):
         trackers.open_trackers(logging_of("logging.tensorboard=true"), tmp_path, {}, {}, 0)
 

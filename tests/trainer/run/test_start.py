@@ -10,6 +10,8 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
+from forescale.data.prepare.builder import BuildConfig, build_dataset
+from forescale.data.text.files import Files
 from forescale.errors import UserError
 from forescale.run import start as start_module
 from forescale.run.directory import Parent, Run
@@ -36,7 +38,9 @@ def listing(folder):
 
 
 def train_a_step(run):
-    run.new_attempt().start_from(Parent(0), run)
+    attempt = run.new_attempt()
+    attempt.start_from(Parent(0), run)
+    attempt.metrics.add({"kind": "train", "step": 1, "attempt": attempt.number})
 
 
 def test_a_new_run_explains_itself(job, small_data):
@@ -65,6 +69,7 @@ def test_the_same_again_changes_nothing(job):
 
 def test_what_changes_the_trajectory_is_refused_with_the_list(job):
     run = start(job()).run
+    train_a_step(run)
     before = listing(run.path)
     changes = ("train.seed=5", "optimizer.learning_rate=0.5", "train.global_batch=8")
     with pytest.raises(UserError) as caught:
@@ -110,7 +115,7 @@ def test_a_schedule_without_decay_may_grow(job):
 
 
 def test_other_data_is_refused_and_a_moved_copy_is_not(job, small_data, tmp_path):
-    start(job())
+    train_a_step(start(job()).run)
     copy = shutil.copytree(small_data, tmp_path / "copy")
     start(job(f"data.path={copy}"))
     other = make_dataset(tmp_path / "other", vocab_size=280)
@@ -259,14 +264,117 @@ def test_a_damaged_identity_is_said(job):
         start(job())
 
 
-def test_a_branch_needs_the_data_of_its_trunk(job, tmp_path, small_data):
-    start(job())
-    other = make_dataset(tmp_path / "other", vocab_size=280)
-    branch = ("run.name=branch", "run.from.run=first", f"data.path={other}")
+@pytest.fixture
+def branch(job, small_data, tmp_path):
+    """Make the job of a branch of `first`, on other data with the same tokenizer unless told:
+    branch("key=value", ...)."""
+    train_a_step(start(job()).run)
+    config = BuildConfig(tokenizer=str(small_data / "tokenizer.json"), validation=0.3)
+    build_dataset(Files([small_data.with_name("text")]), tmp_path / "other", config)
+    named = ("run.name=branch", "run.from.run=first", f"data.path={tmp_path / 'other'}")
+
+    def make(*overrides):
+        return job(*named, *overrides)
+
+    return make
+
+
+def test_a_branch_needs_the_data_of_its_trunk(branch, tmp_path):
     with pytest.raises(UserError, match=r"first was trained on other data"):
-        start(job(*branch))
+        start(branch())
     assert not Run(tmp_path / "runs" / "branch").path.exists()
-    start(job(*branch, "run.from.what=weights"))
+    start(branch("run.from.what=weights"))
+
+
+@pytest.mark.parametrize("what", ["weights", "everything"])
+def test_a_branch_needs_the_tokenizer_of_its_trunk(branch, tmp_path, what):
+    """The same ids would be other text, and nothing would show it but the loss."""
+    other = make_dataset(tmp_path / "foreign", vocab_size=280)
+    with pytest.raises(UserError, match=r"first was trained with another tokenizer than that of"):
+        start(branch(f"data.path={other}", f"run.from.what={what}"))
+    assert not Run(tmp_path / "runs" / "branch").path.exists()
+
+
+def test_a_branch_that_would_end_before_it_begins_is_refused(branch, small_data):
+    here = f"data.path={small_data}"
+    with pytest.raises(UserError, match=r"end at step 8, and first is at step 8 already.*steps=12"):
+        start(branch(here), newest=lambda run: 8)
+    assert start(branch(here, "train.steps=12"), newest=lambda run: 8).job.run.origin.step == 8
+
+
+def test_a_branch_freezes_the_step_that_it_came_from(branch, small_data):
+    """And keeps it, whatever its origin saves later and whether the command names it or not."""
+    made = branch(f"data.path={small_data}", "train.steps=20")
+    run = start(made, newest=lambda run: 8).run
+    for _ in range(2):
+        assert start(made, newest=lambda run: 12).job.run.origin.step == 8
+        assert thaw(TrainJob, run.config).run.origin.step == 8
+        train_a_step(run)
+    named = branch(f"data.path={small_data}", "train.steps=20", "run.from.step=4")
+    with pytest.raises(UserError, match=r"run\.from\.step: 8 -> 4"):
+        start(named)
+
+
+def test_a_run_that_made_no_step_takes_a_corrected_command(job, tmp_path):
+    run = start(job("run.access=all")).run
+    before = thaw(TrainJob, run.config)
+    run.new_attempt().start_from(Parent(0), run)  # it began, and failed in its first step
+    other = make_dataset(tmp_path / "other", vocab_size=280)
+    started = start(job("train.seed=5", "model.width=64", f"data.path={other}", "logging.every=3"))
+    (note,) = started.notes
+    for words in ("made no step yet, so its config is replaced", "train.seed: 1337 -> 5", "data: "):
+        assert words in note
+    assert "logging" not in note
+    assert thaw(TrainJob, run.config) == started.job != before
+    assert run.verified_tokenizer().read_bytes() == (other / "tokenizer.json").read_bytes()
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    assert start(started.job).notes == ()
+    train_a_step(run)
+    with pytest.raises(UserError, match=r"other data"):
+        start(job("train.seed=5", "model.width=64"))
+
+
+def test_a_rank_corrects_nothing(job):
+    run = start(job()).run
+    before = listing(run.path)
+    with pytest.raises(UserError, match="another config"):
+        start(job("train.seed=5"), again=True)
+    assert listing(run.path) == before
+
+
+def lose_rows(run):
+    (run.path / "attempts" / "0001" / "metrics.jsonl").write_bytes(b"")
+
+
+def lose_attempts(run):
+    shutil.rmtree(run.path / "attempts")
+
+
+@pytest.mark.parametrize("lose", [lose_rows, lose_attempts])
+def test_a_run_that_lost_its_history_is_not_taken_for_one_without_a_step(job, lose):
+    run = start(job()).run
+    train_a_step(run)
+    run.attempts()[0].event("checkpoint_saved", step=1)
+    lose(run)
+    with pytest.raises(UserError, match="another config"):
+        start(job("train.seed=5"))
+
+
+def test_what_does_not_work_is_found_before_anything_is_written(job):
+    def examine(made, sources):
+        assert made.model.vocab_size == sources.vocab_size
+        raise UserError("model", "does not work", "correct it")
+
+    with pytest.raises(UserError, match="does not work"):
+        start(job(), examine=examine)
+    assert not job().run.directory.parent.exists()
+    run = start(job()).run
+    before = listing(run.path)
+    with pytest.raises(UserError, match="does not work"):
+        start(job("train.seed=5"), examine=examine)
+    assert listing(run.path) == before
+    train_a_step(run)
+    start(job(), examine=examine)  # it worked when it made its step
 
 
 def test_numerics_change_with_what_changes_bits(job):

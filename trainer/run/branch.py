@@ -1,0 +1,84 @@
+"""A run that begins with the state of another one (`run.from`): at which step, and what must fit.
+
+Invariant: a branch belongs to one checkpoint of its origin. Its step is frozen with the config of
+the branch, so that no later checkpoint takes its place. Its data has the tokenizer of the origin:
+in another one the same ids are other text.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources
+from forescale.errors import UserError
+from forescale.run.directory import Run
+from forescale.storage import hash_file, read_json
+
+NewestStep = Callable[[Run], int]
+
+
+def origin_of(job: TrainJob) -> Run | None:
+    """Return the run that a job branches off. Raises UserError if it doesn't exist."""
+    origin = job.run.origin
+    return None if origin.run is None else Run.existing(origin.run, job.run.root)
+
+
+def with_step(job: TrainJob, frozen: TrainJob | None, newest: NewestStep | None) -> TrainJob:
+    """Return the job with the step that it branches off at: the one of its frozen config, else the
+    newest of its origin.
+
+    newest: returns the step of a run's newest checkpoint; None leaves the step open.
+    """
+    origin = job.run.origin
+    if origin.run is None or origin.step is not None:
+        return job
+    if frozen is not None and frozen.run.origin.run == origin.run:
+        step = frozen.run.origin.step
+    else:
+        step = newest(Run.existing(origin.run, job.run.root)) if newest else None
+    return replace(job, run=replace(job.run, origin=replace(origin, step=step)))
+
+
+def check_origin(job: TrainJob, sources: Sources) -> None:
+    """Raise UserError if a branch can't begin with its origin's state: it has another tokenizer, it
+    keeps its position in the data and has other data, or it ends before it begins."""
+    run, origin = origin_of(job), job.run.origin
+    if run is None:
+        return
+    if _tokenizer_of(run) != hashlib.sha256(sources.first.tokenizer_json).hexdigest():
+        what = f"{origin.run} was trained with another tokenizer than that of {sources.where}"
+        todo = f"build the data with `forescale shards ... tokenizer={run.tokenizer}`"
+        raise UserError("run.from", what, todo)
+    if origin.what == "weights":
+        return
+    stored = data_of(run)
+    if stored["identity"] != sources.identity:
+        what = f"{origin.run} was trained on other data ({stored['path']}) than {sources.where}"
+        raise UserError("run.from", what, "give its data.path, or run.from.what=weights")
+    step, total = origin.step, job.total_steps
+    if step is not None and step >= total:
+        what = (
+            f"this run would end at step {total:,}, and {origin.run} is at step {step:,} already: "
+            "the length counts from the origin's first step"
+        )
+        longer = step + max(1, total - job.decay_begins)
+        todo = f"write train.steps={longer} or more, or run.from.what=weights to begin at step 0"
+        raise UserError("run.from", what, todo)
+
+
+def data_of(run: Run) -> dict[str, str]:
+    """Return the path and identity of the data on which a run was started."""
+    stored = read_json(run.identity)
+    try:
+        return {key: stored["dataset"][key] for key in ("path", "identity")}
+    except (KeyError, TypeError):
+        what = "has no path and identity of the run's data"
+        raise UserError(str(run.identity), what, "restore the file from a copy") from None
+
+
+def _tokenizer_of(run: Run) -> str:
+    """Return the sha256 of a run's tokenizer.json."""
+    if not run.tokenizer.is_file():
+        raise UserError(str(run.tokenizer), "no such file", "restore the run's tokenizer.json")
+    return hash_file(run.verified_tokenizer()).sha256

@@ -1,0 +1,149 @@
+"""Tries the user's own classes before a run directory is made: builds them, and lets the model make
+one forward pass on the meta device, with shapes but without values.
+
+Invariant: what is refused here can't train. What the meta device can't do (a custom kernel, a value
+that decides a branch) is no fault: then the first step decides. A launcher tries them in a process
+of its own, because importing torch takes it 3 s and 220 MB, and the user's modules may do anything.
+Our own models need no try: the rules beside their keys say the same without torch.
+"""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from forescale.config.frozen import freeze, thaw
+from forescale.config.schema import TargetConfig
+from forescale.config.target import import_target, targets
+from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources
+from forescale.engine.trackers import check_trackers
+from forescale.errors import UserError
+from forescale.models.config import ModelConfig
+from forescale.train.own_code import described
+
+
+def examine(job: TrainJob, sources: Sources) -> None:
+    """Raise UserError if a class of the user's own in `job` can't be made or doesn't work, or if a
+    tracker's package is missing."""
+    check_trackers(job.logging)
+    _examine(job, sources.vocab_size)
+
+
+def examine_apart(job: TrainJob, sources: Sources) -> None:
+    """Do the same, the user's classes in a process of its own. What ends that process otherwise is
+    left to the ranks."""
+    check_trackers(job.logging)
+    if not targets(job):
+        return
+    received, sent = os.pipe()
+    try:
+        subprocess.run(
+            [sys.executable, "-P", "-m", __name__, str(sent), str(sources.vocab_size)],
+            input=freeze(job).encode(),
+            pass_fds=[sent],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    finally:
+        os.close(sent)
+        with open(received, "rb") as f:
+            answer = f.read()
+    if answer:
+        raise UserError(*json.loads(answer))
+
+
+def _examine(job: TrainJob, vocab_size: int) -> None:
+    for key, name in targets(job).items():
+        import_target(key, name)
+    for i, callback in enumerate(job.callbacks):
+        _expect_arguments(f"callbacks.{i}", callback)
+    if job.optimizer.target:
+        _examine_optimizer(job)
+    if not isinstance(job.model, ModelConfig):
+        examine_model(job, vocab_size)
+
+
+def _expect_arguments(where: str, config: TargetConfig) -> None:
+    cls = import_target(f"{where}._target_", config.target)
+    try:
+        inspect.signature(cls).bind_partial(**config.arguments)
+    except TypeError as e:
+        what, todo = f"can't be instantiated ({e})", f"check the keys of section {where}"
+        raise UserError(f"{where}._target_={config.target}", what, todo) from None
+    except ValueError:  # a class without a signature
+        return
+
+
+def _examine_optimizer(job: TrainJob) -> None:
+    import torch
+
+    from forescale.engine.optimizers.own import build
+
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0, "name": "all"}
+    build(job.optimizer, [group])
+
+
+def examine_model(job: TrainJob, vocab_size: int) -> None:
+    """Raise UserError if the user's model in `job` can't be built, or its forward pass fails."""
+    import torch
+
+    from forescale.engine.step import checked_losses
+    from forescale.train.model import build_model
+
+    assert isinstance(job.model, TargetConfig)
+    named, where = [job.model.target], f"model._target_={job.model.target}"
+    try:
+        with torch.device("meta"):
+            model = build_model(job, vocab_size)
+    except Exception as e:
+        if _is_of_meta(e):
+            return
+        if isinstance(e, UserError):
+            raise
+        raise UserError(
+            where, f"can't be built ({described(e, named)})", "correct the class"
+        ) from e
+    shape = (job.train.micro_batch, job.train.sequence_length)
+    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+    more = {"documents_BL": ids.int()} if job.data.document_mask else {}
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            output = model(ids, ids, **more)
+    except Exception as e:
+        if _is_certain(e):
+            size = f"{shape[0]} windows of {shape[1]} tokens"
+            what = f"its forward fails on {size} ({described(e, named)})"
+            raise UserError(where, what, "correct the class") from e
+        return
+    checked_losses(output, shape[0], where)
+
+
+def _is_of_meta(error: BaseException) -> bool:
+    """True if only the meta device, which has no values, may have caused it."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+
+
+def _is_certain(error: Exception) -> bool:
+    """True if it would happen with values too: wrong arguments, names or shapes."""
+    if _is_of_meta(error):
+        return False
+    words = ("shape", "size", "dim", "broadcast", "same dtype")
+    is_of_shapes = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return is_of_shapes or isinstance(error, TypeError | AttributeError | NameError)
+
+
+def _main(words: list[str]) -> None:
+    sent, vocab_size = map(int, words)
+    job: Any = thaw(TrainJob, sys.stdin.read(), trust=True)  # the command's, by our launcher
+    try:
+        _examine(job, vocab_size)
+    except UserError as e:
+        os.write(sent, json.dumps([e.where, e.what, e.todo]).encode())
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
