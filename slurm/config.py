@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from forescale.config.duration import Duration
 from forescale.config.schema import key, section
-from forescale.config.train import Problems, TrainJob
+from forescale.config.train import Problems
 from forescale.plan.config import PlanJob
 
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -171,11 +171,6 @@ class SubmitJob(PlanJob):
     @property
     def per_node(self) -> int:
         return self.slurm.ranks_per_node
-
-    @property
-    def training(self) -> TrainJob:
-        """The job that the ranks train."""
-        return TrainJob(**{f.name: getattr(self, f.name) for f in fields(TrainJob)})
 
     def lead(self, save_seconds: float) -> int:
         """Return how many seconds before the time limit the ranks get the signal to save.

@@ -28,12 +28,14 @@ _LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.(stage|replaced)|replaced|d
 @dataclass(frozen=True)
 class Keep:
     """What to keep. newest: number of newest eligible checkpoints; every: all at multiples of this
-    step; best: the one with the lowest validation loss; at: these steps."""
+    step; best: the one with the lowest validation loss; at: these steps; decay: the newest one up
+    to this step, where the decay begins: a longer run can only go on from there."""
 
     newest: int = 2
     every: int | None = None
     best: bool = False
     at: frozenset[int] = frozenset()
+    decay: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def reasons(found: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:
     for f in good:
         if f.step in keep.at:
             stay.setdefault(f.step, "named in checkpoint.at")
+    if early := [f.step for f in good if keep.decay is not None and f.step <= keep.decay]:
+        stay.setdefault(early[-1], "the last before the decay, from which a longer run can go on")
     if keep.best and scored:
         best = min(scored, key=lambda f: (f.loss, f.step))
         stay.setdefault(best.step, "the lowest validation loss")

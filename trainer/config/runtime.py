@@ -36,7 +36,12 @@ class CheckpointConfig:
     every: Duration = key(
         Duration(500), "time between two checkpoints; the last step is always saved"
     )
-    keep: int = key(2, "newest checkpoints kept; at least two are safe: one may be damaged", ge=2)
+    keep: int = key(
+        2,
+        "newest checkpoints kept, and the last before the decay; at least two are safe: one may be "
+        "damaged",
+        ge=2,
+    )
     keep_every: Duration | None = key(
         None, "keep every checkpoint at a multiple of this for good; null: none"
     )

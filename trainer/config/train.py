@@ -9,7 +9,7 @@ is not set; recipes are the files under `conf/`.
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -262,6 +262,11 @@ class TrainJob(Job):
         """A length in optimizer steps, rounded up; None for a wall time (`length.seconds`)."""
         return length.steps(self.tokens_per_step, self.total_steps)
 
+    @property
+    def training(self) -> "TrainJob":
+        """The part of a verb's job that `train` has too."""
+        return TrainJob(**{f.name: getattr(self, f.name) for f in fields(TrainJob)})
+
     def fitted(self) -> "TrainJob":
         """Return the job, its warm-up shortened where it and the decay are longer than the run."""
         if (steps := self._warmup_that_fits()) is None:
@@ -283,6 +288,11 @@ class TrainJob(Job):
     def _decay_steps(self) -> int:
         decay = self.schedule.decay
         return self.steps_of(decay) or 0 if decay else 0
+
+    @property
+    def has_decay(self) -> bool:
+        """True if the learning rate stays at its peak and decays at the end."""
+        return self._decay_steps > 0
 
     @property
     def decay_begins(self) -> int:

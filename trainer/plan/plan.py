@@ -66,13 +66,13 @@ class Plan:
         self.given = job
         self.sources = self._open(job)
         self.job: PlanJob = self._settled(job)
-        self._try(lambda: prediction_interval_of(self.job))
-        self._try(lambda: check_trackers(job.logging))
+        self.check(lambda: prediction_interval_of(self.job))
+        self.check(lambda: check_trackers(job.logging))
         self.machine, self.world = job.machine, job.world_size
         self.nodes, self.per_node = job.nodes, job.per_node
         self.measured: MeasuredSpeed | None = None
         if job.plan.from_run:
-            self.measured = self._try(lambda: measure(str(job.plan.from_run), job.run.root))
+            self.measured = self.check(lambda: measure(str(job.plan.from_run), job.run.root))
         if isinstance(self.job.model, ModelConfig):
             self.trained = inventory(self.job)
             six_n = flops_6n(self.job.model)
@@ -92,7 +92,7 @@ class Plan:
 
     def _open(self, job: PlanJob) -> Sources | None:
         if job.data.path or job.data.sources:
-            return self._try(lambda: open_sources(job.data))
+            return self.check(lambda: open_sources(job.data))
         path = embedded_path(PythonSource(), job.data.cache_directory, job.data.embedded)
         if not (path / "manifest.json").exists():
             self.notes.append(
@@ -100,9 +100,9 @@ class Plan:
                 "`forescale train` prepares it."
             )
             return None
-        return self._try(lambda: Sources({"data": Dataset(path)}))
+        return self.check(lambda: Sources({"data": Dataset(path)}))
 
-    def _try(self, make):
+    def check(self, make):
         """Return the result of `make`; if it raises UserError, record the problem, return None."""
         try:
             return make()
@@ -116,7 +116,7 @@ class Plan:
         return self.sources.vocab_size if self.sources else VOCABULARY[self.given.data.embedded]
 
     def _settled(self, job: PlanJob) -> PlanJob:
-        settled: Any = self._try(lambda: settle(job, self.sources)) if self.sources else None
+        settled: Any = self.check(lambda: settle(job, self.sources)) if self.sources else None
         if settled is not None:
             return settled
         job = cast(PlanJob, job.fitted())
@@ -139,7 +139,7 @@ class Plan:
         total = self.job.total_steps * self.job.tokens_per_step
         times: dict[str, float] = {}
         if self.job.data.packing == "windows":
-            feed = self._try(lambda: feed_of(self.job, self.sources))
+            feed = self.check(lambda: feed_of(self.job, self.sources))
             if feed is not None:
                 times = epochs(self.job, feed)
                 self.notes += notes(self.job, feed)
@@ -233,7 +233,7 @@ class Plan:
     def checkpoints_kept(self) -> int:
         """Maximum number of checkpoints on disk, including one that is being written."""
         job, keep = self.job, self.job.checkpoint
-        found = keep.keep + 1 + int(keep.keep_best) + len(keep.at)
+        found = keep.keep + 1 + int(keep.keep_best) + int(job.has_decay) + len(keep.at)
         if keep.keep_every is not None and (every := job.steps_of(keep.keep_every)):
             found += job.total_steps // every
         return found

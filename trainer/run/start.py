@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from forescale.config.data import ONLY
-from forescale.config.frozen import diff, frozen_file, may_resume, thaw
+from forescale.config.frozen import Change, diff, frozen_file, may_resume, thaw
+from forescale.config.layers import LENGTHS
 from forescale.config.schema import leaves, plain
 from forescale.config.train import CorpusConfig, DataConfig, TrainJob
 from forescale.data.dataset import Dataset, Sources
@@ -99,15 +100,34 @@ def has_stepped(run: Run) -> bool:
 def _go_on(run: Run, old: TrainJob, job: TrainJob, sources: Sources, again: bool) -> None:
     """Compare a job with the run's frozen config, and freeze the changes that are allowed."""
     _check_data(run, sources)
+    taken = _allowed(run, old, job)
+    if taken and not again:  # a rank may wake up after another launch has changed it
+        _freeze(run, job, [change.key for change in taken])
+
+
+def check_changes(job: TrainJob) -> None:
+    """Raise UserError if the run of a job, as `settle` returns it, exists and `start` would refuse
+    the changes of its config."""
+    run = Run(job.run.directory)
+    if run.config.exists() and has_stepped(run):
+        old = thaw(TrainJob, run.config, trust=True)
+        _allowed(run, old, with_step(job, old, None))
+
+
+def _allowed(run: Run, old: TrainJob, job: TrainJob) -> list[Change]:
+    """Return the changes of a run's config. Raises UserError if one is refused."""
     refusals, *taken = may_resume(old, job, max(run.checkpoint_steps(), default=0))
-    if refusals:
-        raise UserError(
-            str(run.path),
-            "the run was started with another config: " + "; ".join(map(str, refusals)),
-            "undo these changes, or choose another run.name",
-        )
-    if any(taken) and not again:  # a rank may wake up after another launch has changed it
-        _freeze(run, job, [change.key for change in itertools.chain(*taken)])
+    if not refusals:
+        return [*itertools.chain(*taken)]
+    what = "the run was started with another config: " + "; ".join(map(str, refusals))
+    todo = "undo these changes, or choose another run.name"
+    before = [step for step in run.checkpoint_steps() if step <= old.decay_begins]
+    if {change.key for change in refusals} <= {*LENGTHS} and job.total_steps > old.total_steps:
+        what += "; and its learning rate has begun to decay"
+        if before:  # a longer run branches off there
+            branch = f"run.name=NEW run.from.run={run.name} run.from.step={before[-1]}"
+            todo = f"go on from before the decay with {branch}, or undo these changes"
+    raise UserError(str(run.path), what, todo)
 
 
 def _freeze(run: Run, job: TrainJob, changed: list[str]) -> None:

@@ -200,6 +200,7 @@ class Builder:
             keep_every=job.steps_of(rules.keep_every) if rules.keep_every else None,
             at=rules.at,
             keep_best=rules.keep_best,
+            decay=job.decay_begins if job.has_decay else None,
             background=rules.background,
             **({"midway": self.injector.writing} if self.injector else {}),
         )

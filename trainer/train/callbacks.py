@@ -153,8 +153,8 @@ class Checkpoints(Callback):
     callbacks have seen it before it is saved. Only its evaluation comes later: a run that is killed
     there resumes from this save, and evaluates first.
 
-    keep, keep_every, at (steps), keep_best: see retention.Keep. facts, background, midway: see
-    saver.Saver.
+    keep, keep_every, at (steps), keep_best, decay: see retention.Keep. facts, background, midway:
+    see saver.Saver.
     """
 
     phase = "checkpoint"
@@ -171,10 +171,11 @@ class Checkpoints(Callback):
         keep_every: int | None = None,
         at: Collection[int] = (),
         keep_best: bool = False,
+        decay: int | None = None,
         background: bool = True,
         midway: Callable[[int, Path], None] = lambda step, path: None,
     ):
-        rules = Keep(keep, keep_every, keep_best, frozenset(at))
+        rules = Keep(keep, keep_every, keep_best, frozenset(at), decay)
         self._due = due
         self._saver = Saver(run, attempt, engine, facts, rules, background, midway)
         self._saved: Position | None = None

@@ -10,6 +10,7 @@ from forescale.plan.config import PlanJob
 from forescale.plan.page import as_json, show
 from forescale.plan.plan import Plan
 from forescale.run.command import job_of
+from forescale.run.start import check_changes
 
 JOB = PlanJob
 EXAMPLES = (
@@ -25,8 +26,11 @@ def main(words: list[str]) -> int:
 
     Raises ConfigError (exit code 2) with all problems, after the page.
     """
-    job = job_of(PlanJob, overrides_of(PlanJob, words))
+    overrides = overrides_of(PlanJob, words)
+    job = job_of(PlanJob, overrides)
     plan = Plan(job)
+    if any(word.startswith("run.name=") for word in overrides):
+        plan.check(lambda: check_changes(plan.job.training))
     if job.plan.json:
         json.dump(as_json(plan), sys.stdout, indent=2)
         print()

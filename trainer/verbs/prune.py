@@ -48,7 +48,8 @@ def main(words: list[str]) -> int:
     status = Status(run)
     config = status.job.checkpoint
     every = status.job.steps_of(config.keep_every) if config.keep_every else None
-    keep = Keep(job.keep, every, config.keep_best, frozenset(config.at))
+    decay = status.job.decay_begins if status.job.has_decay else None
+    keep = Keep(job.keep, every, config.keep_best, frozenset(config.at), decay)
     found = survey(run, ValidationLosses(run.metrics)())
     stay = reasons(found, keep)
     doomed, left = [f.step for f in found if f.step not in stay], leftovers(run)

@@ -54,6 +54,16 @@ def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
     }
 
 
+def test_the_last_one_before_the_decay_stays():
+    """A longer run can only go on from there."""
+    assert kept(FOUND, decay=35) == [30, 50, 60]
+    assert kept(FOUND, decay=30) == [30, 50, 60]
+    assert kept(FOUND, decay=70) == [50, 60]
+    assert kept(FOUND, decay=5) == [50, 60]
+    damaged = [CheckpointFacts(f.step, 1, f.step != 30) for f in FOUND]
+    assert kept(damaged, decay=35) == [20, 50, 60]
+
+
 def test_what_does_not_count_is_no_safety_and_goes_once_something_newer_counts():
     """Such a one can never be loaded again, but it may be all that a human has."""
     stale = [CheckpointFacts(30, 1, False), CheckpointFacts(40, 1, False)]
@@ -301,14 +311,14 @@ def test_pin_and_unpin(long_run, forescale):
 
 
 def test_prune_shows_first_and_deletes_when_told(long_run, forescale):
-    forescale("pin", "small", "step=2")
+    forescale("pin", "small", "step=4")
     (long_run.checkpoints / ".step-00000009.attempt-0001.stage").mkdir()
     code, out, _ = forescale("prune", "small")
     assert code == 0
     lines = [line.split(":")[:2] for line in out.splitlines()[:5]]
     assert [(a.strip(), b.split()[0]) for a, b in lines] == [
-        ("step-00000002", "keep"),
-        ("step-00000004", "delete"),
+        ("step-00000002", "delete"),
+        ("step-00000004", "keep"),
         ("step-00000006", "keep"),
         ("step-00000008", "keep"),
         (".step-00000009.attempt-0001.stage", "delete"),
@@ -318,10 +328,18 @@ def test_prune_shows_first_and_deletes_when_told(long_run, forescale):
     code, out, _ = forescale("prune", "small", "yes=true")
     assert code == 0
     assert "Deleted 1 checkpoints" in out
-    assert long_run.checkpoint_steps() == [2, 6, 8]
+    assert long_run.checkpoint_steps() == [4, 6, 8]
     assert not list(long_run.checkpoints.glob(".*"))
     assert "Nothing to delete." in forescale("prune", "small", "yes=true")[1]
     assert "keep: must be at least 2" in forescale("prune", "small", "keep=1")[2]
+
+
+def test_prune_keeps_the_last_one_before_the_decay(long_run, forescale):
+    out = forescale("prune", "small", "keep=2", "yes=true")[1]
+    assert (
+        "step-00000004: keep: the last before the decay, from which a longer run can go on" in out
+    )
+    assert long_run.checkpoint_steps() == [4, 6, 8]
 
 
 def test_prune_deletes_nothing_where_a_newer_one_is_damaged(long_run, forescale):

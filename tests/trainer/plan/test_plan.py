@@ -197,7 +197,9 @@ def test_disk_space_and_the_time_to_save_after_a_signal(planned):
     _, plan, _ = planned(*words, *keep)
     saves = plan["checkpoint"]
     assert saves["bytes"] == 12 * 6_738_415_616
-    assert saves["max_on_disk"] == 3 + 1 + 1 + plan["steps"] // 5000
+    assert (
+        saves["max_on_disk"] == 3 + 1 + 1 + plan["steps"] // 5000 + 1
+    )  # the last: before the decay
     assert saves["save_seconds"] == pytest.approx(saves["bytes"] / 16e9)
     _, plan, _ = planned(*words, "launch.grace='5 s'")
     assert any("launch.grace" in note for note in plan["notes"])
@@ -234,3 +236,11 @@ def test_plan_keys_do_not_change_what_is_trained():
     for name in ("train", "model", "data", "optimizer", "schedule", "engine", "checkpoint"):
         assert getattr(job, name) == getattr(train, name)
     assert Plan(job).chosen.name == "zero1"
+
+
+def test_the_plan_of_an_existing_run_is_judged_as_train_would(own_run, forescale):
+    code, _, err = forescale("plan", "small", "train.seed=5", "plan.gpus=1", "machine=cpu")
+    assert code == 2
+    assert "another config: train.seed: 1337 -> 5" in err
+    code, _, err = forescale("plan", "small", "plan.gpus=1", "machine=cpu")
+    assert (code, err) == (0, "")

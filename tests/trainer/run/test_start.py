@@ -114,6 +114,19 @@ def test_a_schedule_without_decay_may_grow(job):
         start(job("schedule=constant"))
 
 
+def test_a_run_that_decays_is_told_where_a_longer_one_goes_on(job):
+    wsd = ("schedule=wsd", "schedule.decay=4")
+    run = start(job(*wsd)).run
+    for step in (2, 4, 6, 8):
+        run.checkpoint_path(step).mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        start(job(*wsd, "train.steps=20"))
+    assert "begun to decay; go on from before the decay with" in str(caught.value)
+    assert "run.name=NEW run.from.run=first run.from.step=4," in str(caught.value)
+    with pytest.raises(UserError, match=r"undo these changes, or choose another run\.name\.$"):
+        start(job(*wsd, "train.steps=20", "train.seed=3"))
+
+
 def test_other_data_is_refused_and_a_moved_copy_is_not(job, small_data, tmp_path):
     train_a_step(start(job()).run)
     copy = shutil.copytree(small_data, tmp_path / "copy")
