@@ -28,6 +28,12 @@ from forescale.rendezvous import LOOPBACK, free_port, is_loopback, open_store, u
 
 def set_environment() -> None:
     """Set what deepspeed and accelerate read while they are imported; call it before that."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate launch --cpu
+    # What `accelerate launch` sets beside the ranks (precision, compilation, sharding) is the
+    # affair of our config; on a CPU it would leave DeepSpeed out.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     # A process group of gloo holds a connection to every rank.

@@ -7,6 +7,7 @@ and exits with code 75, or exits without saving when its time is over.
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -278,8 +279,24 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def asked_of_accelerate() -> int | None:
+    """Return the number of ranks that `accelerate launch` was asked for, if it has started this one
+    process instead, as it does without GPUs; it tells its process nothing of the number."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or started_as_rank():
+        return None
+    import psutil
+
+    parent = psutil.Process().parent()
+    words = " ".join(parent.cmdline()) if parent else ""
+    found = re.search(r"--num[-_]processes[ =](\d+)", words)
+    return int(found[1]) if found and int(found[1]) > 1 else None
+
+
 def default_processes() -> int:
-    """Return the number of local ranks: one per GPU, else one. Doesn't import torch."""
+    """Return the number of local ranks: what `accelerate launch` was asked for, else one per GPU,
+    else one. Doesn't import torch."""
+    if (asked := asked_of_accelerate()) is not None:
+        return asked
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))

@@ -53,6 +53,8 @@ def main(words: list[str]) -> int:
         raise ConfigError(Problem(*p) for p in problems)
     for note in job.notes():
         print(f"Note: {note}")
+    if launcher.asked_of_accelerate():
+        print(f"Note: accelerate launch has started one process; it starts {processes} ranks.")
     started = start(job, examine=examine_apart, newest=newest_step)
     if not is_stored:
         remember(started.job, started.run.path)
