@@ -36,6 +36,7 @@ from forescale.plan.step_time import (
     predict_step_time,
     token_flops,
 )
+from forescale.run.branch import check_origin
 from forescale.run.feed import epochs, feed_of, notes
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import open_sources, settle
@@ -68,6 +69,8 @@ class Plan:
         self.job: PlanJob = self._settled(job)
         self.check(lambda: prediction_interval_of(self.job))
         self.check(lambda: check_trackers(job.logging))
+        if (sources := self.sources) is not None:
+            self.check(lambda: check_origin(self.job, sources))
         self.machine, self.world = job.machine, job.world_size
         self.nodes, self.per_node = job.nodes, job.per_node
         self.measured: MeasuredSpeed | None = None

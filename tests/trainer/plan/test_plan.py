@@ -244,3 +244,10 @@ def test_the_plan_of_an_existing_run_is_judged_as_train_would(own_run, forescale
     assert "another config: train.seed: 1337 -> 5" in err
     code, _, err = forescale("plan", "small", "plan.gpus=1", "machine=cpu")
     assert (code, err) == (0, "")
+
+
+def test_the_plan_of_a_branch_is_judged_as_train_would(own_run, forescale, small_data):
+    words = ("run.from.run=small", "run.from.step=8", "train.steps=8", f"data.path={small_data}")
+    code, _, err = forescale("plan", "branch", *words, "machine=cpu", "plan.gpus=1")
+    assert code == 2
+    assert "run.from: this run would end at step 8, and small is at step 8 already" in err
