@@ -87,7 +87,7 @@ def unchanged_output() -> TextIO:
 class VisibleConsole(Console):
     """A console that shows control characters in its texts as text."""
 
-    def render_str(self, text: str, **more: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **more: Any) -> Text:
         """Return text as rich shows it; here, so that tables measure what they show."""
         return super().render_str(visible(text), **more)
 

@@ -16,7 +16,7 @@ _DEEPEST = 100  # levels; our own files have fewer than ten
 _MOST_NODES = 200_000  # of a file with every anchor written out; our own have some hundred
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
