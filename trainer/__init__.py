@@ -9,8 +9,8 @@
     ids = run.tokenizer.encode("def main(").ids
     dataset = forescale.open_dataset("data/books")  # .split("train").num_tokens, .tokenizer
 
-Importing this package is fast: torch is imported with the first model. DataFrames need pandas, which
-`pip install "forescale[study]"` brings.
+Importing this package is fast: torch is imported with the first model. DataFrames need pandas,
+which `pip install "forescale[study]"` brings.
 """
 
 from pathlib import Path
