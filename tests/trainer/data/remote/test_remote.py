@@ -111,9 +111,7 @@ def test_passwords_and_signatures_are_used_and_never_shown(server, tmp_path):
     assert f"{server.url}/d/nothing?..." in str(caught.value)
 
 
-def test_secrets_by_name_are_used_and_the_cache_outlives_them(
-    server, tmp_path, monkeypatch
-):
+def test_secrets_by_name_are_used_and_the_cache_outlives_them(server, tmp_path, monkeypatch):
     """Another signature of the same file is no other file."""
     address = server.url.replace("://", "://$FORESCALE_SECRET_LOGIN@") + "/d?$FORESCALE_SECRET_SAS"
     monkeypatch.setenv("FORESCALE_SECRET_LOGIN", "me:secret")

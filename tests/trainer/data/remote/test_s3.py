@@ -117,7 +117,7 @@ def test_damage_in_a_bucket_is_reported_and_not_cached(put, bucket, tmp_path):
 def test_a_file_of_another_size_is_reported(bucket, tmp_path, size):
     bucket.pipe("books/a", (DATA + b"x")[:size])
     file = open_store("s3://books", tmp_path, 1 << 26, QUICK).open("a", len(DATA), "v1")
-    with pytest.raises(UserError, match=f"s3://books/a: has {size:,} bytes on the server, expected"):
+    with pytest.raises(UserError, match=f"s3://books/a: has {size:,} bytes on the server"):
         read(file)
 
 
