@@ -115,7 +115,7 @@ def test_one_damaged_run_does_not_hide_the_others(own_run, forescale, small_data
     assert code == 0
     assert re.search(r"bad +unreadable", out)
     assert re.search(r"small +complete", out)
-    assert "runs/bad/config.yaml: is not valid YAML" in out
+    assert "runs/bad/config.yaml, line 1: is not valid YAML" in out
     bad.metrics.resolve().write_text("x\n")
     assert forescale("status")[0] == 0
 

@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch):
     [
         (["tr"], ["train"]),
         (["--v"], ["--version"]),
-        (["train", "tr"], ["train."]),
+        (["train", "tr"], ["train.", "trust="]),
         (["train", "train.steps"], ["train.steps="]),
         (["train", "run.from.r"], ["run.from.run="]),
         (["train", "model"], ["model.", "model="]),
@@ -91,7 +91,7 @@ def test_the_shell_must_be_named(forescale):
 
 LINES = [
     ("forescale exp", "forescale export "),
-    ("forescale train tr", "forescale train train."),
+    ("forescale train tra", "forescale train train."),
     ("forescale train model=ti", "forescale train model=tiny "),
     ("forescale train train.glo", "forescale train train.global_batch="),
     ("forescale generate fir", "forescale generate first "),

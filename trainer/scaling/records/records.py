@@ -65,14 +65,15 @@ def record(run: Run) -> dict[str, Any] | Refused:
     """
     status = Status(run)
     job = status.job
+    scored = status.validation
     if status.state != "complete":
-        return Refused(run.name, f"{status.state} at step {status.step:,} of {job.total_steps:,}")
+        why = f"{status.state} at step {status.step:,} of {job.total_steps:,}"
+        if status.step >= job.total_steps and (scored is None or scored["step"] != status.step):
+            why = "its last step was not evaluated"
+        return Refused(run.name, why)
     if not isinstance(job.model, ModelConfig):
         return Refused(run.name, "its model is a custom class of unknown size")
-    scored = status.validation
-    if scored is None or scored["step"] != status.step:
-        return Refused(run.name, "its last step was not evaluated")
-    if not scored["loss"] < float("inf"):
+    if scored is None or not scored["loss"] < float("inf"):
         return Refused(run.name, "it diverged: its loss is not finite")
     last, sizes, length = status.train[-1], count(job.model), job.train.sequence_length
     identity = read_json(run.identity)
