@@ -200,7 +200,8 @@ def _host_memory(plan: Plan, job: SubmitJob) -> int:
 
 def _save_seconds(plan: Plan, run: Run) -> float:
     """Return the longest measured time of a step and a save of the run, else the planned one."""
-    saves = [row["seconds"] for row in run.read_events(kind="checkpoint_saved")]
+    events = run.read_events(kind="checkpoint_saved")
+    saves = [row["seconds"] for row in events if "seconds" in row]
     if not saves:
         return plan.lead_seconds
     steps = [sum(row["seconds"].values()) for row in read_rows(run.metrics, kind="train")]

@@ -50,6 +50,10 @@ def _run(given: list[str]) -> int:
         verb = f"forescale: forescale {given[0]}: needs {e.name}, which isn't installed"
         print(f"{verb}; pip install 'forescale[{_EXTRAS[e.name]}]'.", file=sys.stderr)
         return USER
+    except MemoryError as e:
+        what = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"
+        print(f"forescale: {given[0]}: {what}; make what you gave smaller.", file=sys.stderr)
+        return USER
     except OSError as e:
         if (fault := storage_error(e)) is None:
             raise

@@ -1,3 +1,3 @@
-"""The small dataset of tests/trainer, and a command line in this process."""
+"""The small dataset and run of tests/trainer, and a command line in this process."""
 
-from tests.trainer.conftest import forescale, small_data  # noqa: F401
+from tests.trainer.conftest import forescale, small_data, trained  # noqa: F401

@@ -173,6 +173,7 @@ def validation_windows(
     ]
     if limit is not None and limit < len(places):
         places = [places[i * len(places) // limit] for i in range(limit)]
+    micro_batch = min(micro_batch, max(1, len(places)))  # nor more rows than there are windows
     count = -(-len(places) // micro_batch)
     for index in range(rank, -(-count // world_size) * world_size, world_size):
         chosen = places[index * micro_batch : (index + 1) * micro_batch]
