@@ -317,7 +317,7 @@ def test_some_words_end_in_a_sentence(scratch, words):
 
 
 @pytest.mark.slow  # a thousand commands, about a minute
-@pytest.mark.timeout(1800 if not MORE else 0)
+@pytest.mark.timeout(0 if MORE else 1200)  # a hang; how long it takes is the machine's affair
 @drawn(1000)
 @given(lines([*VERBS]))
 def test_a_thousand_words_end_in_a_sentence(scratch, words):

@@ -1,5 +1,6 @@
 """Commands in a working directory whose files have the names of modules that we import."""
 
+import json
 import os
 import subprocess
 import sys
@@ -114,6 +115,20 @@ def test_train_finds_the_users_own_model(here, trained_here):
 def test_a_start_as_a_module_finds_it_too(without_types, own):
     keys = (k for k in own[1] if not k.startswith(("machine", "train.steps")))
     run(without_types, "train", "again", *keys, "train.steps=2", command=AS_MODULE)
+
+
+@pytest.mark.slow  # two ranks under another launcher
+@pytest.mark.parametrize("command", ["program", "module"])
+def test_torchrun_starts_ranks_that_find_it(without_types, own, command):
+    """Started as `torchrun $(which forescale)`, and as `torchrun -m forescale`."""
+    torchrun = (str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2")
+    started = {"program": ("--no-python", FORESCALE), "module": ("-m", "forescale")}[command]
+    swapped = ("machine", "train.steps", "train.micro_batch", "launch")
+    keys = (k for k in own[1] if not k.startswith(swapped))
+    more = ("train.steps=2", "train.micro_batch=4", "checkpoint.every=1 steps")
+    run(without_types, "train", command, *keys, *more, command=(*torchrun, *started))
+    state = without_types / "runs" / command / "checkpoints" / "step-00000002" / "state.json"
+    assert json.loads(state.read_text())["world_size"] == 2
 
 
 def test_plan_finds_it(here, own):

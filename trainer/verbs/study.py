@@ -4,6 +4,7 @@ Invariant: an action gets only keys that it reads (scaling/config.py, ACTIONS); 
 refused.
 """
 
+import glob
 import json
 import re
 import sys
@@ -127,9 +128,7 @@ def _print_refused(refused: list[Refused]) -> None:
 def _runs(name: str, root: Path) -> list[Run]:
     """The runs of a name: a run, a directory of runs, or a glob pattern of either."""
     for base in (Path(), root):
-        pattern = str(base / name)
-        found = sorted(Path().glob(pattern)) if not Path(pattern).is_absolute() else None
-        found = sorted(Path("/").glob(pattern[1:])) if found is None else found
+        found = sorted(map(Path, glob.glob(str(base / name))))
         runs = [Run(path) for path in found if (path / "config.yaml").is_file()]
         inside = [Run(c.parent) for path in found for c in sorted(path.glob("[!.]*/config.yaml"))]
         if runs or inside:

@@ -140,6 +140,8 @@ def test_records_of_our_own_runs_can_be_fitted(small_data, tmp_path, monkeypatch
         (("fit", "x.csv", "--", "a=1"), "study fit takes no arguments after it"),
         (("fit",), "input: names no runs"),
         (("fit", "nothing*"), "names no run"),
+        (("fit", "."), "names no run"),
+        (("fit", "a**"), "names no run"),
         (("fit", "a.csv", "b"), "mixes tables and runs"),
         (("fit", "x", "form=chinchila"), "form"),
     ],
