@@ -9,6 +9,7 @@ import pytest
 from forescale.run.rows import read_rows
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import Job
+from tests.trainer.test_stranger import hostile
 
 
 @pytest.fixture
@@ -144,3 +145,12 @@ def test_a_job_waits_for_another_to_be_done(job):
     assert after.until_over() == "COMPLETED", after.said()
     assert job.lab.state(job.id) == "COMPLETED"
     assert after.lives()[0]["begun"] >= job.lives()[0]["ended"]
+
+
+def test_a_directory_full_of_names_of_modules_replaces_none_on_any_node(job):
+    """Ranks start where the job was submitted, with files like random.py and types.py there."""
+    hostile(job.root.parent)
+    job.submit(**{"train.steps": "12", "slurm.allreduce": "false"})
+    assert job.until_over() == "COMPLETED", job.said()
+    assert "replaced" not in job.log + job.forescale("logs", "small")
+    assert job.step == 12
