@@ -29,6 +29,7 @@ def whole(dataset, tmp_path_factory):
     return folder
 
 
+@pytest.mark.distributed  # alone on the machine: it has to meet a rank in its start-up
 def test_an_attempt_that_sleeps_in_its_start_steals_no_history(dataset, tmp_path, whole):
     command = ("run.name=first", f"data.path={dataset}", *QUICK)
     asleep = launching.start(tmp_path, *command)
