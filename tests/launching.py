@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 SHORT = [
     *("train.sequence_length=32", "train.global_batch=8", "train.micro_batch=2"),
@@ -51,6 +53,18 @@ def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> s
     output, _ = process.communicate(timeout=120)
     assert process.returncode in (75, -signal.SIGKILL), output
     return output
+
+
+def ranks_of(process):
+    """The ranks of a launcher that exist at this moment, by their numbers."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        try:
+            if "RANK" in (environment := child.environ()):
+                found[int(environment["RANK"])] = child
+        except psutil.Error:
+            continue
+    return found
 
 
 def processes(folder: Path) -> list[int]:

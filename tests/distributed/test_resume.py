@@ -61,9 +61,7 @@ def test_a_rank_that_dies_ends_its_attempt_and_the_run_resumes(dataset, tmp_path
     while not any(row["step"] >= 24 for row in launching.rows(run)):
         assert process.poll() is None
         time.sleep(0.002)
-    ranks = [int(p) for p in os.popen(f"pgrep -P {process.pid}").read().split()]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
+    launching.ranks_of(process)[1].kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert "Restarting" in output

@@ -24,18 +24,6 @@ def length(steps, every):
     return ("train.tokens=null", f"train.steps={steps}", f"checkpoint.every={every}", undue)
 
 
-def ranks_of(process):
-    """The ranks of a launcher that exist at this moment, by their numbers."""
-    found = {}
-    for child in psutil.Process(process.pid).children():
-        try:
-            if "RANK" in (environment := child.environ()):
-                found[int(environment["RANK"])] = child
-        except psutil.Error:
-            continue
-    return found
-
-
 def newest_attempt(run):
     """The newest attempt that has made a step."""
     return max((row["attempt"] for row in launching.rows(run)), default=0)
@@ -80,7 +68,7 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(dataset, tmp_pa
             process.communicate(timeout=60)
             while launching.processes(tmp_path):  # the ranks go with it
                 time.sleep(0.1)
-        elif victim in (there := ranks_of(process)):
+        elif victim in (there := launching.ranks_of(process)):
             there[victim].kill()
         expect_whole(run)
         killed += 1
@@ -106,7 +94,7 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(dataset, tmp_path):
     old = launching.start(tmp_path, "run.name=cut", *command)
     run = tmp_path / "cut"
     wait_for(old, lambda: any(r["step"] >= 12 for r in launching.rows(run)), "step 12")
-    asleep = [psutil.Process(old.pid), *ranks_of(old).values()]
+    asleep = [psutil.Process(old.pid), *launching.ranks_of(old).values()]
     assert len(asleep) == 3
     for process in asleep:
         process.suspend()
@@ -129,7 +117,8 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(dataset, tmp_path):
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
     assert len(list((run / "attempts").iterdir())) == 2
     kept = [Checkpoint(p) for p in sorted((run / "checkpoints").glob("step-*"))]
-    assert [(c.position.step, c.attempt) for c in kept] == [(115, 2), (120, 2)]
+    # Two as checkpoint.keep says, and the last one before the decay.
+    assert [(c.position.step, c.attempt) for c in kept] == [(95, 2), (115, 2), (120, 2)]
     assert not list((run / "checkpoints").glob(".*"))
 
 
