@@ -13,6 +13,7 @@ NORMS = ("rmsnorm", "layernorm")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
 
 HEAD_DIM = 64
+MOST_LAYERS = 2048  # of a plan that takes seconds; trained models have some hundred
 WIDTH_PER_LAYER = 64
 
 
@@ -141,6 +142,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append((name, f"{value} is not a size", "give at least 1"))
+        for name in ("depth", "num_layers"):
+            if (getattr(self, name) or 0) > MOST_LAYERS:
+                what = f"{getattr(self, name)} layers are too many"
+                found.append((name, what, f"give at most {MOST_LAYERS:,}"))
         choices = {"position": POSITIONS, "norm": NORMS, "mixer": tuple(MIXERS), "mlp": tuple(MLPS)}
         for name, known in (*choices.items(), ("parametrization", PARAMETRIZATIONS)):
             value = getattr(self, name)

@@ -20,11 +20,13 @@ draws more, and others each time.
 import contextlib
 import io
 import os
+import resource
 import shutil
 import string
 from functools import cache
 from typing import Literal, get_args, get_origin
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -176,11 +178,15 @@ def scratch(tmp_path_factory, small_data, trained):
     for name in ("small", "noise", "aliases", "nested", "numbers", "rows"):
         shutil.copytree(trained.path, path / "runs" / name, symlinks=True)
     fill(path)
+    most, hard = resource.getrlimit(resource.RLIMIT_AS)
+    room = psutil.Process().memory_info().vms + (8 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (room, hard))  # a greedy word fails, and not the machine
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         for name in ("HOME", "FORESCALE_CACHE"):  # the words name ~, and no key a cache
             patch.setenv(name, str(path / name))
         yield
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def fill(path):

@@ -137,6 +137,7 @@ class ScheduleConfig:
         return found
 
 
+_MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
 # Settings of DeepSpeed that our own keys control, so that engine.deepspeed must not set them.
 _OURS = {
     "train_batch_size": "train.global_batch",
@@ -347,6 +348,10 @@ class TrainJob(Job):
 
     def _length_problems(self) -> Problems:
         found: Problems = []
+        if self.total_steps * self.tokens_per_step > _MOST_TOKENS:
+            name = "train.steps" if self.train.steps is not None else "train.tokens"
+            what = f"the run reads {self.total_steps * self.tokens_per_step:.3g} tokens"
+            return [(name, what, f"train on at most {_MOST_TOKENS:.0e}")]
         total, warmup = self.total_steps, self.steps_of(self.schedule.warmup) or 0
         if self._decay_steps > total:
             what = f"the decay takes {self._decay_steps:,} steps of a run of {total:,}"

@@ -26,8 +26,10 @@ class MachineConfig:
     reserved_bytes: float = key(
         2e9, "memory that the driver, NCCL and the libraries take before training starts", ge=0
     )
-    peak_bf16: float | None = key(None, "dense FLOP/s of a GPU in bf16 and fp16; null: unknown")
-    peak_fp32: float | None = key(None, "dense FLOP/s of a GPU in fp32; null: unknown")
+    peak_bf16: float | None = key(
+        None, "dense FLOP/s of a GPU in bf16 and fp16; null: unknown", gt=0
+    )
+    peak_fp32: float | None = key(None, "dense FLOP/s of a GPU in fp32; null: unknown", gt=0)
     efficiency: float = key(
         0.45, "fraction of the peak that a GPU reaches while it computes, recomputation included",
         gt=0, le=1,

@@ -50,6 +50,7 @@ def trace_gathers(
     calls = _calls(_in_order(held), recompute)
     free = {m: {n: k for n, k in of.items() if n not in resident} for m, of in held.items()}
     sizes = {module: sum(of.values()) for module, of in held.items()}
+    soon = _soon(calls, sizes, reuse)
     here: dict[str, int] = {}
     gathered, most, standing = [0, 0], 0, 0
     for at, call in enumerate(calls):
@@ -59,22 +60,24 @@ def trace_gathers(
                 standing += numel
                 gathered[call.is_backward] += -(-numel // world) * world
         most = max(most, standing)
-        if free[call.module] and not call.is_kept and not _soon(calls, at, sizes, reuse):
+        if free[call.module] and not call.is_kept and not soon[at]:
             for name in free[call.module]:
                 standing -= here.pop(name, 0)
     return GatherTrace(gathered[0], gathered[1], most)
 
 
-def _soon(calls: Sequence[_Call], at: int, sizes: dict[str, int], reuse: int) -> bool:
-    """Whether the module of call `at` is called again within the next `reuse` elements."""
-    passed = 0
-    for ahead in range(at + 1, len(calls)):
-        if passed >= reuse:
-            return False
-        if calls[ahead].module == calls[at].module:
-            return True
-        passed += sizes[calls[ahead].module]
-    return False
+def _soon(calls: Sequence[_Call], sizes: dict[str, int], reuse: int) -> list[bool]:
+    """Return for each call whether its module is called again within the next `reuse` elements."""
+    found: list[bool] = []
+    later: dict[str, int] = {}  # elements from the module's next call to the end
+    rest = 0  # elements behind the call
+    for call in reversed(calls):
+        again = later.get(call.module)
+        # Between the two calls lies what is behind this one, without the next one and its rest.
+        found.append(again is not None and rest - again < reuse)
+        rest += sizes[call.module]
+        later[call.module] = rest
+    return found[::-1]
 
 
 def _in_order(held: Collection[str]) -> list[str]:

@@ -5,6 +5,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
+from forescale.plan.config import PlanJob
 from forescale.scaling.config import StudyJob
 
 
@@ -21,11 +22,16 @@ from forescale.scaling.config import StudyJob
         ("engine.deepspeed=" + "[" * 3000, "can't be read as a value"),
         ("[" * 3000, "is not KEY=VALUE"),
         ("train.seed=a\nb", "'a\\nb' can't be read"),
+        ("train.steps=9e18", "the run reads 1.84e+22 tokens; train on at most 1e+18"),
+        ("model.num_layers=1e7", "10000000 layers are too many; give at most 2,048"),
+        ("model.depth=1e7", "10000000 layers are too many; give at most 2,048"),
+        ("machine.peak_bf16=0", "must be more than 0, got 0"),
+        ("machine.peak_fp32=-1", "must be more than 0, got -1"),
     ],
 )
 def test_numbers_and_texts_without_bounds_are_refused_in_a_line(override, said):
     with pytest.raises(ConfigError) as caught:
-        compose(TrainJob, [override])
+        compose(PlanJob, [override])
     line = str(caught.value)
     assert said in line
     assert "\n" not in line
