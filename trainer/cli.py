@@ -15,6 +15,7 @@ from forescale.console import visible_output
 from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
 from forescale.verbs import VERBS, load
 
+_NO_HOME = "Could not determine home directory."  # all that pathlib says of ~nobody
 _python_warning = warnings.formatwarning
 # What only some verbs import, and the extra of pyproject.toml that installs it.
 _EXTRAS = {name: "study" for name in ("pandas", "scipy", "plotly", "matplotlib")}
@@ -49,6 +50,12 @@ def _run(given: list[str]) -> int:
             raise
         verb = f"forescale: forescale {given[0]}: needs {e.name}, which isn't installed"
         print(f"{verb}; pip install 'forescale[{_EXTRAS[e.name]}]'.", file=sys.stderr)
+        return USER
+    except RuntimeError as e:
+        if str(e) != _NO_HOME:
+            raise
+        what = "a path begins with ~ and a name that is no user's"
+        print(f"forescale: {given[0]}: {what}; write the full path.", file=sys.stderr)
         return USER
     except MemoryError as e:
         what = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"

@@ -164,7 +164,17 @@ TEXTS = [
 PATHS = [
     *("small", "runs/small", "runs", "dataset", "folder", "folder/", "file", "points.csv", "."),
     *("runs/small/checkpoints/step-00000004", "bad.csv", "bombs", "deep.json", "aliases.yaml"),
-    *("..", "/", "missing", "missing/deep", "file/below", "~", "~nobody/x", "caf\udce9", "loop"),
+    *(
+        "..",
+        "/",
+        "missing",
+        "missing/deep",
+        "file/below",
+        "~",
+        "~nobody-here/x",
+        "caf\udce9",
+        "loop",
+    ),
     *("/proc", "/proc/self", "/proc/self/mem", "/proc/1/environ", "/sys", "a" * 300, "a/" * 3000),
     *("empty", "\x00", "a\nb", "noise", "aliases", "nested", "numbers", "rows", "rows/rows"),
 ]

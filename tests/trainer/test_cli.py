@@ -55,6 +55,7 @@ def failing(error):
             USER,
             "forescale: /d: the name is too long; choose",
         ),
+        (MemoryError("7 GiB"), USER, "forescale: status: not enough memory (7 GiB); make what you"),
         (
             OSError(errno.ESTALE, "Stale file handle", "/d"),
             CRASHED,
@@ -73,6 +74,12 @@ def test_a_fault_that_is_not_ours_is_one_sentence(forescale, verb, error, code, 
     assert (got, out) == (code, "")
     assert err.startswith(said)
     assert err.count("\n") == 1
+
+
+def test_a_home_of_nobody_is_a_sentence(forescale):
+    code, _, err = forescale("status", "~nobody-here/run")
+    assert code == USER
+    assert err.endswith("a path begins with ~ and a name that is no user's; write the full path.\n")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOTCONN, "x")])
