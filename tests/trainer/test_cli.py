@@ -77,7 +77,7 @@ def test_a_fault_that_is_not_ours_is_one_sentence(forescale, verb, error, code, 
 
 
 def test_a_home_of_nobody_is_a_sentence(forescale):
-    code, _, err = forescale("status", "~nobody-here/run")
+    code, _, err = forescale("status", "target=~nobody-here/run")
     assert code == USER
     assert err.endswith("a path begins with ~ and a name that is no user's; write the full path.\n")
 
