@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale import cli, verbs
-from forescale.config import optimizer as optimizers
 from forescale.config.compose import compose
 from forescale.config.frozen import freeze, thaw
 from forescale.config.job import Job
-from forescale.config.optimizer import OptimizerSpec, Update
 from forescale.config.schema import ConfigError, key
+from forescale.config.sections import optimizer as optimizers
+from forescale.config.sections.optimizer import OptimizerSpec, Update
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.data.objective import IGNORED, NEXT_TOKEN

@@ -16,7 +16,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.models import Transformer
 from forescale.models.config import PARAMETRIZATIONS
 from tests.benchmarks.coordinates import (

@@ -33,7 +33,7 @@ REAL, TOY = Sizes(), Sizes(20, 5, 20, 5, 5)
 
 
 def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
-    from forescale.config.runtime import HeartbeatConfig
+    from forescale.config.sections.runtime import HeartbeatConfig
     from forescale.resilience.phases import PhaseTimer
     from forescale.resilience.reporter import HeartbeatReporter
     from forescale.run.directory import Attempt

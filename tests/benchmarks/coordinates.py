@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 

@@ -3,7 +3,7 @@ so, and don't where it doesn't. Over a wider range: run.py coordinates."""
 
 import pytest
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from tests.benchmarks.coordinates import ADAMW, MUON, over, slopes
 
 pytestmark = pytest.mark.slow  # trains models of several widths and depths

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.data.stream import MicroBatch
 
 VOCABULARY, WIDTH, LENGTH = 101, 24, 16

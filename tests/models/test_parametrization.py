@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.engine.optim import parameter_groups
 from forescale.models import ModelConfig, Transformer
 from forescale.models.parametrization import Factors, factors, folds, scales

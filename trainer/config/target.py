@@ -23,9 +23,9 @@ from typing import Any
 
 from platformdirs import user_state_path
 
-from forescale.config.objective import ObjectiveConfig
-from forescale.config.optimizer import OptimizerConfig
 from forescale.config.schema import TargetConfig, plain
+from forescale.config.sections.objective import ObjectiveConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.errors import UserError
 
 STORED = "--stored"  # of `train`: the arguments come from a file, which may name no code

@@ -13,13 +13,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from forescale.config.data import CorpusConfig, DataConfig
 from forescale.config.duration import Duration
-from forescale.config.faults import problems as faults_problems
 from forescale.config.job import Job, Problems
-from forescale.config.objective import ObjectiveConfig
-from forescale.config.optimizer import OptimizerConfig
-from forescale.config.runtime import (
+from forescale.config.schema import TargetConfig, flatten, key, section
+from forescale.config.sections.data import CorpusConfig, DataConfig
+from forescale.config.sections.faults import problems as faults_problems
+from forescale.config.sections.objective import ObjectiveConfig
+from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.runtime import (
     CheckpointConfig,
     GuardConfig,
     HeartbeatConfig,
@@ -28,7 +29,6 @@ from forescale.config.runtime import (
     ProfileConfig,
     ValidationConfig,
 )
-from forescale.config.schema import TargetConfig, flatten, key, section
 from forescale.models.config import ModelConfig
 
 __all__ = ["CorpusConfig", "DataConfig"]

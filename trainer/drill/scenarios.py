@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from forescale.config.faults import read
+from forescale.config.sections.faults import read
 from forescale.config.suggest import nearest_first
 from forescale.errors import DONE, INTERRUPTED, USER
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from forescale.config.optimizer import OptimizerSpec
+from forescale.config.sections.optimizer import OptimizerSpec
 
 
 def deepspeed_config(job, world_size: int) -> dict[str, Any]:

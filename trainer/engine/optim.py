@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from forescale.config.optimizer import OptimizerConfig, Update
+from forescale.config.sections.optimizer import OptimizerConfig, Update
 from forescale.config.train import ScheduleConfig
 from forescale.errors import UserError
 from forescale.models.parametrization import Factors

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from forescale.config.data import CorpusConfig
+from forescale.config.sections.data import CorpusConfig
 from forescale.errors import UserError
 
 # As in pyproject.toml, for a checkout that isn't installed.

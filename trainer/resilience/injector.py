@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from forescale.config.faults import Fault, read
+from forescale.config.sections.faults import Fault, read
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import RowWriter, read_rows
@@ -37,7 +37,7 @@ def injector_of(
     faults: Iterable[str], rank: int, run: Run, attempt: Attempt, phases: PhaseTimer
 ) -> "Injector | None":
     """Return the injector of a rank, or None if no fault is left for it. faults: texts without
-    problems (see config/faults.py)."""
+    problems (see config/sections/faults.py)."""
     struck = {row["fault"] for row in records(run)}
     left = [f for f in map(read, faults) if f.rank == rank and str(f) not in struck]
     return Injector(left, run, attempt, phases) if left else None

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from forescale.config.runtime import HeartbeatConfig
+from forescale.config.sections.runtime import HeartbeatConfig
 from forescale.errors import CRASHED
 from forescale.resilience.diagnosis import WAITING_PLACES, python_stacks
 from forescale.resilience.heartbeat import (

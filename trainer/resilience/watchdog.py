@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from forescale.config.runtime import HeartbeatConfig
+from forescale.config.sections.runtime import HeartbeatConfig
 from forescale.errors import CRASHED
 from forescale.resilience.diagnosis import (
     Hang,

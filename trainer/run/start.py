@@ -17,10 +17,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from forescale.config.data import ONLY
 from forescale.config.frozen import Change, diff, frozen_file, may_resume, thaw
 from forescale.config.layers import LENGTHS
 from forescale.config.schema import leaves, plain
+from forescale.config.sections.data import ONLY
 from forescale.config.train import CorpusConfig, DataConfig, TrainJob
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import prepare_embedded

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from forescale.config.compose import compose, overrides_of
-from forescale.config.data import CorpusConfig
 from forescale.config.job import Job, RootConfig
 from forescale.config.schema import section
+from forescale.config.sections.data import CorpusConfig
 from forescale.errors import DONE, USER
 from forescale.monitor.doctor import examine
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from forescale.checkpoint.reader import Position
 from forescale.config.compose import compose, overrides_of
-from forescale.config.data import CorpusConfig
 from forescale.config.job import RunJob
 from forescale.config.schema import key, section
+from forescale.config.sections.data import CorpusConfig
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
 from forescale.errors import DONE

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from rich.cells import cell_len
 
-from forescale.config.data import DataConfig
+from forescale.config.sections.data import DataConfig
 from forescale.data.dataset import Dataset
 from forescale.data.order import Order
 from forescale.data.prepare.builder import BuildConfig, build_dataset

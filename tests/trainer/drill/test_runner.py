@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from forescale.config.compose import compose
-from forescale.config.faults import KINDS, problems, read
+from forescale.config.sections.faults import KINDS, problems, read
 from forescale.config.train import TrainJob
 from forescale.drill.judge import Command, Evidence, Line, judge
 from forescale.drill.runner import Drill

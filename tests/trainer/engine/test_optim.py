@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.config.duration import Duration
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.config.train import ScheduleConfig
 from forescale.engine.optim import (
     build_optimizer,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forescale.config.data import CorpusConfig
+from forescale.config.sections.data import CorpusConfig
 from forescale.monitor import doctor
 from forescale.monitor.doctor import SUPPORTED, Finding
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.config.compose import ConfigError, compose
-from forescale.config.faults import KINDS, PLACES, Fault, problems, read
+from forescale.config.sections.faults import KINDS, PLACES, Fault, problems, read
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.resilience import injector as module

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from forescale.config.duration import Duration
-from forescale.config.runtime import HeartbeatConfig
+from forescale.config.sections.runtime import HeartbeatConfig
 from forescale.resilience import heartbeat
 from forescale.resilience.heartbeat import (
     Heartbeat,

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from forescale.config.duration import Duration
-from forescale.config.runtime import HeartbeatConfig
+from forescale.config.sections.runtime import HeartbeatConfig
 from forescale.errors import CRASHED
 from forescale.resilience import heartbeat
 from forescale.resilience.diagnosis import (

@@ -2,7 +2,7 @@
 
 import torch
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 
 
 def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:

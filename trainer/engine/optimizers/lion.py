@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 
 
 class Lion(torch.optim.Optimizer):

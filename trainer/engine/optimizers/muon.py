@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 
 
 def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:

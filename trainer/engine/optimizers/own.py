@@ -8,7 +8,7 @@ their names.
 
 import torch
 
-from forescale.config.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.config.target import import_target
 from forescale.errors import UserError
 

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from forescale.config.data import Problems
 from forescale.config.duration import Duration
 from forescale.config.schema import key, section
+from forescale.config.sections.data import Problems
 
 
 def _positive(**lengths: Duration | None) -> Problems:

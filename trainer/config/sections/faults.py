@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forescale.config.data import Problems
+from forescale.config.sections.data import Problems
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
 
