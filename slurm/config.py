@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from forescale.config.duration import Duration
+from forescale.config.job import Problems
 from forescale.config.schema import key, section
-from forescale.config.train import Problems
 from forescale.plan.config import PlanJob
 
 _NAME = re.compile(r"[^\W\d]\w*")

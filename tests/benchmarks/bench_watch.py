@@ -104,7 +104,7 @@ def _beats(reporter, count: int) -> float:
 
 def _verdicts(count: int) -> float:
     """Microseconds each."""
-    from forescale.config.train import GuardConfig
+    from forescale.config.sections.runtime import GuardConfig
     from forescale.train.guard import Guard
 
     guard, rng = Guard(GuardConfig()), random.Random(0)

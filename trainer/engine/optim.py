@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forescale.config.sections.optimizer import OptimizerConfig, Update
-from forescale.config.train import ScheduleConfig
+from forescale.config.sections.training import ScheduleConfig
 from forescale.errors import UserError
 from forescale.models.parametrization import Factors
 

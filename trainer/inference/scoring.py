@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from forescale.config.sections.data import ONLY
-from forescale.config.train import CorpusConfig
+from forescale.config.sections.data import ONLY, CorpusConfig
 from forescale.data.dataset import Dataset
 from forescale.data.objective import NEXT_TOKEN, Objective
 from forescale.data.stream import MicroBatch

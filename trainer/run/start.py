@@ -20,8 +20,8 @@ from typing import Any
 from forescale.config.frozen import Change, diff, frozen_file, may_resume, thaw
 from forescale.config.layers import LENGTHS
 from forescale.config.schema import leaves, plain
-from forescale.config.sections.data import ONLY
-from forescale.config.train import CorpusConfig, DataConfig, TrainJob
+from forescale.config.sections.data import ONLY, CorpusConfig, DataConfig
+from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare.corpus import prepare_embedded
 from forescale.errors import UserError

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from forescale.config.train import GuardConfig
+from forescale.config.sections.runtime import GuardConfig
 from forescale.data.stream import Batch
 from forescale.engine.selfcheck import SelfCheck, fault_of
 from forescale.resilience.phases import PhaseTimer

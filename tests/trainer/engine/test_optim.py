@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from forescale.config.duration import Duration
 from forescale.config.sections.optimizer import OptimizerConfig
-from forescale.config.train import ScheduleConfig
+from forescale.config.sections.training import ScheduleConfig
 from forescale.engine.optim import (
     build_optimizer,
     learning_rate,

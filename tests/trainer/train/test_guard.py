@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.config.train import GuardConfig
+from forescale.config.sections.runtime import GuardConfig
 from forescale.data.mixture import merged_intervals
 from forescale.train.guard import Guard, Window
 

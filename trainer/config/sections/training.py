@@ -1,0 +1,184 @@
+"""Config sections `run`, `train`, `schedule`, `engine` and `precision`: what a run is called, how
+long it is, and how its ranks compute.
+
+Invariant: a rule about one section is in its class.
+"""
+
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from forescale.config.duration import Duration
+from forescale.config.job import Problems
+from forescale.config.schema import flatten, key, section
+
+
+@dataclass
+class OriginConfig:
+    run: str | None = key(None, "run to branch from: its name or its directory")
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
+    what: Literal["everything", "weights"] = key(
+        "everything", "everything: continue at its step; weights: begin at step 0 with its weights"
+    )
+
+    def problems(self) -> Problems:
+        if self.run is None and self.step is not None:
+            return [("step", "needs run.from.run", "set run.from.run=NAME")]
+        return []
+
+
+@dataclass
+class RunConfig:
+    name: str = key("first", "the run's name; its directory is run.root/run.name")
+    root: str = key("runs", "the directory that holds the runs")
+    resume: Literal["auto", "must", "never"] = key(
+        "auto", "auto: resume the run if it exists; must: refuse a new run; never: refuse to resume"
+    )
+    access: Literal["owner", "group", "all"] = key(
+        "owner", "who may read the run's directory: mode 0700, 0750 or 0755"
+    )
+    origin: OriginConfig = section(OriginConfig, "branch off another run", "identity", "from")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.root).expanduser() / self.name
+
+    @property
+    def mode(self) -> int:
+        """The mode of the run's directory."""
+        return {"owner": 0o700, "group": 0o750, "all": 0o755}[self.access]
+
+    def problems(self) -> Problems:
+        if re.fullmatch(r"\w[\w.+-]*", self.name):
+            return []
+        what = f"{self.name!r} can't be the name of a directory in run.root"
+        return [("name", what, "use letters, digits and . _ - +")]
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = key(None, "length in optimizer steps, instead of train.tokens", ge=1)
+    tokens: int | None = key(
+        None, "length in tokens, rounded up to whole steps, instead of train.steps", ge=1
+    )
+    sequence_length: int = key(256, "targets per window; a window has one token more", ge=1)
+    global_batch: int = key(8, "windows per optimizer step, over all ranks", ge=1)
+    micro_batch: int = key(
+        8,
+        "windows per rank and forward pass; gradient accumulation follows from it",
+        kind="numerics",
+        ge=1,
+    )
+    seed: int = key(1337, "seed of initial weights, data order and dropout", ge=0)
+    init_seed: int | None = key(None, "seed of the initial weights; null: train.seed", ge=0)
+    compile: Literal["auto", "on", "off"] = key(
+        "auto", "torch.compile; auto: on if there is a compiler", kind="numerics"
+    )
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        if self.steps is None and self.tokens is None:
+            found.append(("steps", "the run has no length", "give train.steps or train.tokens"))
+        if self.steps is not None and self.tokens is not None:
+            todo = "set one of them to null, such as train.tokens=null"
+            found.append(("steps", "can't be combined with train.tokens", todo))
+        if self.global_batch % self.micro_batch:
+            what = f"{self.global_batch} windows are not a multiple of the micro-batch"
+            todo = "change train.global_batch or train.micro_batch"
+            found.append(("global_batch", f"{what}, {self.micro_batch}", todo))
+        return found
+
+
+@dataclass
+class ScheduleConfig:
+    kind: Literal["wsd", "cosine", "constant"] = key(
+        "constant", "shape of the learning rate after the warm-up"
+    )
+    warmup: Duration = key(
+        Duration(0), "length of the linear warm-up from 0 to the peak learning rate"
+    )
+    decay: Duration | None = key(None, "wsd: length of the linear decay at the end")
+    final: float = key(0.0, "learning rate at the end, as a fraction of the peak", ge=0, le=1)
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        for name, length in (("warmup", self.warmup), ("decay", self.decay)):
+            if length is not None and length.unit == "seconds":
+                todo = "write it in steps, tokens or percent"
+                found.append(
+                    (name, "must not be a wall time, on which the trajectory would depend", todo)
+                )
+        if self.kind == "wsd" and self.decay is None:
+            found.append(("decay", "is required for schedule=wsd", "write schedule.decay='20 %'"))
+        if self.kind != "wsd" and self.decay is not None:
+            todo = "set schedule.decay=null, or choose schedule=wsd"
+            found.append(("decay", f"schedule.kind={self.kind} has no decay", todo))
+        return found
+
+
+# Settings of DeepSpeed that our own keys control, so that engine.deepspeed must not set them.
+_OURS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "the optimizer section",
+    "zero_allow_untested_optimizer": "the optimizer section",
+    "zero_force_ds_cpu_optimizer": "engine.offload_optimizer",
+    "scheduler": "the schedule section",
+    "bf16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "zero_optimization.stage": "engine.stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "zero_optimization.offload_param.device": "engine.offload_parameters",
+    "zero_optimization.reduce_bucket_size": "engine.bucket_bytes",
+    "zero_optimization.allgather_bucket_size": "engine.bucket_bytes",
+    "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
+    "compile": "train.compile",
+    "activation_checkpointing": "model.activation_checkpointing",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
+}
+
+
+@dataclass
+class EngineConfig:
+    stage: Literal[0, 1, 2, 3] = key(
+        1, "ZeRO stage; shards 1: optimizer state, 2: also gradients, 3: also parameters"
+    )
+    offload_optimizer: bool = key(False, "keep the optimizer state in CPU memory (stages 1 to 3)")
+    offload_parameters: bool = key(False, "keep the parameters in CPU memory (stage 3)")
+    bucket_bytes: int = key(500_000_000, "bytes of a communication bucket", ge=1)
+    hierarchical_partition: int = key(
+        1, "stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off", ge=1
+    )
+    deepspeed: dict[str, Any] = key(
+        {}, "settings of DeepSpeed that have no key here, in its JSON format"
+    )
+
+    def problems(self) -> Problems:
+        found: Problems = []
+        if self.offload_optimizer and self.stage == 0:
+            found.append(("offload_optimizer", "needs ZeRO", "choose engine.stage=1, 2 or 3"))
+        for name, off in (("offload_parameters", False), ("hierarchical_partition", 1)):
+            if getattr(self, name) != off and self.stage != 3:
+                found.append((name, "needs ZeRO stage 3", "choose engine.stage=3"))
+        for path, _ in flatten(self.deepspeed, ""):
+            for taken, ours in _OURS.items():
+                if path == taken or path.startswith(taken + "."):
+                    found.append(
+                        (f"deepspeed.{path}", "is controlled by other keys", f"use {ours}")
+                    )
+        return found
+
+
+@dataclass
+class PrecisionConfig:
+    kind: Literal["bf16", "fp16", "fp32"] = key(
+        "bf16", "number format of forward and backward; master weights are fp32"
+    )
