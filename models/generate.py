@@ -25,7 +25,8 @@ def generate(
     token; `top_k` samples among the k most likely; `generator` makes it repeatable; `max_context`:
     maximum number of tokens that the model sees (default: the model's max_sequence_length, if any).
     The model runs in eval mode; its mode is restored at the end.
-    Raises ValueError for an empty prompt, a negative temperature or a top_k below 1.
+    Raises ValueError for an empty prompt, a negative temperature or a top_k below 1, and
+    FloatingPointError if no probabilities follow from the logits, such as of NaN.
     """
     if tokens_BL.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token.")
@@ -41,6 +42,9 @@ def generate(
         for _ in range(num_tokens):
             context = tokens_BL if max_context is None else tokens_BL[:, -max_context:]
             logits_BV = model(context)[:, -1].float()
+            # A model may rule out single tokens by -inf.
+            if not logits_BV.logsumexp(-1).isfinite().all():
+                raise FloatingPointError("the logits are not finite")
             next_B1 = _sample(logits_BV, temperature, top_k, generator)
             tokens_BL = torch.cat((tokens_BL, next_B1), dim=1)
     finally:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from forescale.errors import UserError
 from forescale.models.generate import generate
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -35,13 +36,18 @@ def sampled(
 ) -> Iterator[int]:
     """Yield `num_tokens` ids that the model samples after `prompt`; see models/generate.py.
 
-    The same seed on the same device gives the same ids.
+    The same seed on the same device gives the same ids. Raises UserError if the model's logits are
+    not finite.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
     for _ in range(num_tokens):
-        tokens = generate(model, tokens, 1, temperature, top_k, generator, max_context)
+        try:
+            tokens = generate(model, tokens, 1, temperature, top_k, generator, max_context)
+        except FloatingPointError as e:
+            todo = "use an earlier checkpoint, from before the training diverged"
+            raise UserError("the model", f"can't write text ({e})", todo) from e
         yield int(tokens[0, -1])
 
 

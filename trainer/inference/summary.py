@@ -2,6 +2,7 @@
 
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare import baselines
+from forescale.errors import UserError
 from forescale.inference.sampling import pieces, prompt_ids, sampled
 from forescale.inference.view import RunView
 from forescale.run.rows import read_rows
@@ -18,8 +19,12 @@ def summarize(started: Start) -> None:
     if scores:
         newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
         print(_scores(newest, started.sources))
-    print(f"\nA sample, after {PROMPT!r}:\n")
-    print(_indented(sample(started, PROMPT)))
+    try:
+        text = sample(started, PROMPT)
+    except UserError as e:  # the weights are no numbers any more: the run is complete nevertheless
+        print(f"\nNo sample: {e}")
+    else:
+        print(f"\nA sample, after {PROMPT!r}:\n\n{_indented(text)}")
     name = run.name
     print(
         f"\nNext:\n"

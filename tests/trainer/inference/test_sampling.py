@@ -1,0 +1,45 @@
+"""Sampling from a model that has diverged ends with a sentence, also at the end of a run."""
+
+import pytest
+import torch
+
+from forescale.errors import UserError
+from forescale.inference import summary
+from forescale.inference.sampling import sampled
+from forescale.run.start import start
+from tests.trainer.small_run import make_job
+
+OPTIONS = {"temperature": 1.0, "top_k": None, "seed": 0, "max_context": 8}
+
+
+class Constant(torch.nn.Module):
+    """A model with the same logits everywhere."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self, tokens):
+        return self.logits.expand(*tokens.shape, -1)
+
+
+def test_a_model_whose_logits_are_finite_is_sampled():
+    assert list(sampled(Constant([float("-inf"), 0.0]), [0], 3, **OPTIONS)) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_refused_with_a_sentence(temperature):
+    model = Constant([0.0, float("nan")])
+    with pytest.raises(UserError, match=r"the model: can't write text .*; use an earlier checkp"):
+        list(sampled(model, [0], 3, **{**OPTIONS, "temperature": temperature}))
+
+
+def test_a_run_that_has_diverged_ends_with_its_summary(small_data, tmp_path, monkeypatch, capsys):
+    started = start(make_job(small_data, tmp_path / "runs", "first"))
+    size = started.sources.vocab_size
+    nan = Constant([float("nan")] * size)
+    monkeypatch.setattr(summary.RunView, "model", lambda *_, **__: nan)
+    summary.summarize(started)
+    out = capsys.readouterr().out
+    assert "No sample: the model: can't write text" in out
+    assert "Next:" in out
