@@ -58,6 +58,8 @@ def _run(given: list[str]) -> int:
         print(f"forescale: {given[0]}: {what}; write the full path.", file=sys.stderr)
         return USER
     except MemoryError as e:
+        if given[0] == "train":  # others on the machine may have taken it: tried again
+            raise
         what = f"not enough memory ({' '.join(str(e).split()) or 'of this process'})"
         print(f"forescale: {given[0]}: {what}; make what you gave smaller.", file=sys.stderr)
         return USER

@@ -34,7 +34,7 @@ def history_of(run: Run, saved: Saved) -> Prefix:
 
     Raises UserError if no attempt has them whole.
     """
-    attempts, origin = run.attempts(), origin_of(run)
+    attempts, origin = run.attempts(), step_before(run)
     own = [a for a in attempts if a.number == saved.attempt]
     others = [a for a in reversed(attempts) if a.number != saved.attempt and a.has_begun]
     reasons = []
@@ -56,7 +56,7 @@ def history_of(run: Run, saved: Saved) -> Prefix:
     )
 
 
-def origin_of(run: Run) -> int:
+def step_before(run: Run) -> int:
     """Return the step before the first one of the run: not 0 in a branch."""
     return next((a.parent.step for a in run.attempts() if a.parent), 0)
 

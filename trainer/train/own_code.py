@@ -54,10 +54,16 @@ def _users_line(error: BaseException, classes: Collection[str]) -> str | None:
 
 def _is_certain(error: Exception) -> bool:
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-        text = str(error)
-        is_of_device = "CUDA" in text or "NCCL" in text or "OutOfMemory" in type(error).__name__
-        return not is_of_device and _OF_SHAPES.search(text) is not None
+        return is_of_shapes(error)
     return isinstance(error, _KINDS)
+
+
+def is_of_shapes(error: Exception) -> bool:
+    """Return True for a RuntimeError of torch that shapes and types decide, and not a device."""
+    text = str(error)
+    is_of_device = "CUDA" in text or "NCCL" in text or "OutOfMemory" in type(error).__name__
+    is_runtime = isinstance(error, RuntimeError) and not is_of_device
+    return is_runtime and _OF_SHAPES.search(text) is not None
 
 
 def _first_line(error: BaseException) -> str:

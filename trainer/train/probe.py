@@ -22,7 +22,7 @@ from forescale.data.dataset import Sources
 from forescale.engine.trackers import check_trackers
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.train.own_code import described
+from forescale.train.own_code import described, is_of_shapes
 
 
 def examine(job: TrainJob, sources: Sources) -> None:
@@ -131,9 +131,7 @@ def _is_certain(error: Exception) -> bool:
     """True if it would happen with values too: wrong arguments, names or shapes."""
     if _is_of_meta(error):
         return False
-    words = ("shape", "size", "dim", "broadcast", "same dtype")
-    is_of_shapes = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    return is_of_shapes or isinstance(error, TypeError | AttributeError | NameError)
+    return is_of_shapes(error) or isinstance(error, TypeError | AttributeError | NameError)
 
 
 def _main(words: list[str]) -> None:
