@@ -5,6 +5,7 @@ given value. Imports no torch: a plan reads this file on a login node.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 from forescale.models.costs import MIXERS, MLPS
 
@@ -45,7 +46,7 @@ Problem = tuple[str, str, str]  # field, what is wrong, what to do
 _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shapes the trajectory
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """A pre-norm decoder-only transformer.
 
@@ -182,7 +183,7 @@ class ModelConfig:
                 raise ValueError(f"model.{name}: not known from the data; give it.")
         return full
 
-    @property
+    @cached_property
     def sizes(self) -> Sizes:
         """All sizes as plain numbers. Raises ValueError like resolved()."""
         full = self.resolved()
