@@ -226,7 +226,7 @@ def _parse(line: bytes) -> Row:
 
 def _damaged(where: str, error: Exception) -> UserError:
     reason = error if type(error) is ValueError else "not JSON"
-    todo = "restore the file from a copy, or remove the line"
+    todo = "restore the file from a copy; or remove the line, to look at the others"
     return UserError(where, f"the row is damaged ({reason})", todo)
 
 
