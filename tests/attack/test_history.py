@@ -1,7 +1,6 @@
 """Attacks on what a run has logged, on real ranks: an attempt that sleeps while a newer one trains,
 and rows and directories that are gone."""
 
-import os
 import shutil
 import signal
 import time
@@ -17,10 +16,6 @@ KEYS = ("launch.processes=1", "train.tokens=null", "train.steps=40", "checkpoint
 QUICK = (*KEYS, "validation.every=40", "engine=zero0")
 
 
-def ranks_of(process) -> list[int]:
-    return [int(p) for p in os.popen(f"pgrep -P {process.pid}").read().split()]
-
-
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
     """A folder with a complete run named first."""
@@ -29,19 +24,29 @@ def whole(dataset, tmp_path_factory):
     return folder
 
 
-@pytest.mark.distributed  # alone on the machine: it has to meet a rank in its start-up
+def suspended_in_its_start(dataset, tmp_path):
+    """(process, run, command) of a launch whose rank sleeps before its attempt has begun. On a busy
+    machine the rank may be past that: then a run of another name is tried."""
+    for name in ("first", "second", "third", "fourth"):
+        command = (f"run.name={name}", f"data.path={dataset}", *QUICK)
+        process, run = launching.start(tmp_path, *command), Run(tmp_path / name)
+        while not (found := launching.ranks_of(process)) or not run.attempts():
+            assert process.poll() is None
+            time.sleep(0.01)
+        found[0].suspend()
+        if not run.attempts()[0].has_begun:
+            return process, run, command
+        process.kill()
+        process.communicate()
+    raise AssertionError("no rank was met in its start-up")
+
+
 def test_an_attempt_that_sleeps_in_its_start_steals_no_history(dataset, tmp_path, whole):
-    command = ("run.name=first", f"data.path={dataset}", *QUICK)
-    asleep = launching.start(tmp_path, *command)
-    run = Run(tmp_path / "first")
-    while not (found := ranks_of(asleep)) or not run.attempts():
-        assert asleep.poll() is None
-        time.sleep(0.01)
-    os.kill(found[0], signal.SIGSTOP)  # it imports its libraries
+    asleep, run, command = suspended_in_its_start(dataset, tmp_path)
     newer = launching.start(tmp_path, *command)
     output = launching.interrupt(newer, run.path, 23, signal.SIGINT)
     assert newer.returncode == 75, output
-    os.kill(found[0], signal.SIGCONT)
+    launching.ranks_of(asleep)[0].resume()
     output, _ = asleep.communicate(timeout=120)
     assert asleep.returncode == 2, output
     assert "attempt 2 was started after this one, attempt 1; do nothing" in output
