@@ -187,10 +187,9 @@ def test_frozen_parameters_are_left_out():
 def test_agrees_with_the_model_s_own_word():
     from forescale.models import ModelConfig, Transformer
 
-    config = ModelConfig(num_layers=1, width=64, vocab_size=64, max_sequence_length=8)
+    sizes = {"num_layers": 1, "width": 64, "vocab_size": 64, "max_sequence_length": 8}
     for position in ("learned", "rotary"):
-        config.position = position
-        model = Transformer(config)
+        model = Transformer(ModelConfig(**sizes, position=position))
         by_rule = parameter_groups(model.named_parameters(), MUON)
         by_model = parameter_groups(model.named_parameters(), MUON, model.muon_parameters())
         assert names(by_rule) == names(by_model)
