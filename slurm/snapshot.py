@@ -1,8 +1,10 @@
 """A copy of the code that a job runs: this project's packages, and the user's own.
 
-Invariant: one input gives the same bytes, and only source files are packed.
+Invariant: one input gives the same bytes, and only source files are packed. A name is searched as a
+job searches it, the working directory last, so what is packed hides nothing that is installed.
 """
 
+import ast
 import importlib
 import io
 import os
@@ -11,6 +13,7 @@ import sys
 import sysconfig
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from forescale.config.target import find_package, targets
@@ -18,24 +21,82 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 
 _PACKAGES = ("forescale", "forescale.models", "forescale.conf", "forescale.slurm")
+_LARGEST = 64 << 20  # bytes of the user's own code
 
 
 def own_packages(job: TrainJob) -> list[Path]:
     """Return the user's packages and modules that hold the classes of the job's `_target_` keys,
-    without the installed ones. Raises UserError if Python doesn't find one."""
+    and those beside them that they import, in turn; without the installed ones.
+
+    Raises UserError if Python doesn't find the module of a class, or if all are too large.
+    """
     found: list[Path] = []
-    installed = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")}
     for key, target in targets(job).items():
         top = target.partition(".")[0]
-        spec = find_package(top)
-        if spec is None:
+        if find_package(top) is None:
             what = f"Python finds no module {top} from here"
             raise UserError(key, what, "submit from the directory that holds it")
-        where = spec.submodule_search_locations
-        path = Path(next(iter(where))) if where else Path(spec.origin or "")
-        if str(path.parent) not in installed and path.exists() and path not in found:
+        new = [path] if (path := _own_place(top)) else []
+        while new:
+            if (path := new.pop(0)) in found:
+                continue
             found.append(path)
+            _refuse_large(found, key)
+            beside = (place for name in sorted(_imports(path)) if (place := _own_place(name)))
+            new += [place for place in beside if place.parent == path.parent]
     return found
+
+
+def described(own: list[Path]) -> str:
+    """Return a sentence that names what `own_packages` found."""
+    names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in own)
+    files = [file for path in own for file in _sources(path)]
+    size = sum(file.stat().st_size for file in files)
+    where = ", ".join(sorted({str(path.parent) for path in own}))
+    count = f"{len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e3:,.1f} kB"
+    return f"your own code is frozen with the job: {names} from {where} ({count})."
+
+
+def _own_place(name: str) -> Path | None:
+    """Return the file or directory of a top-level module or package of the user's own; None for one
+    that is installed, that Python itself has, that is ours, or that isn't found."""
+    with suppress(ImportError, ValueError):  # ValueError: of a module without a spec
+        if name not in _PACKAGES and (spec := find_package(name)):
+            text = next(iter(spec.submodule_search_locations or ()), spec.origin)
+            path = Path(text) if text else None
+            if path and path.exists() and not _is_installed(path):
+                return path
+    return None
+
+
+def _is_installed(path: Path) -> bool:
+    is_of_python = path.is_relative_to(sysconfig.get_paths()["stdlib"])
+    return is_of_python or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+
+
+def _imports(path: Path) -> set[str]:
+    """Return the top-level names that the Python files of a module or package import."""
+    names = set()
+    for file in _sources(path):
+        if file.suffix == ".py":
+            with suppress(SyntaxError, ValueError):  # where it is imported, Python says so better
+                for node in ast.walk(ast.parse(file.read_bytes())):
+                    if isinstance(node, ast.Import):
+                        names |= {alias.name for alias in node.names}
+                    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                        names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def _refuse_large(own: list[Path], key: str) -> None:
+    sizes = {path: sum(file.stat().st_size for file in _sources(path)) for path in own}
+    if sum(sizes.values()) > _LARGEST:
+        largest = max(own, key=lambda path: sizes[path])
+        what = (
+            f"more than {_LARGEST >> 20} MiB of files would be frozen with the job, of which "
+            f"{sizes[largest] / 2**20:,.1f} are in {largest}"
+        )
+        raise UserError(key, what, "move data out of the package, or install it with pip")
 
 
 def write_code(target: Path, more: list[Path]) -> None:
@@ -66,7 +127,9 @@ def _sources(path: Path) -> Iterator[Path]:
         yield path
         return
     for file in path.rglob("*"):
-        if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
+        parts = file.relative_to(path).parts
+        is_hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+        if file.is_file() and not is_hidden:
             yield file
 
 

@@ -1,0 +1,94 @@
+"""The user's own code that a job takes with it: what its classes import from beside them."""
+
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
+from forescale.slurm import snapshot
+from forescale.slurm.snapshot import described, own_packages, write_code
+
+# A model beside a module, a package with data, and files that nothing imports.
+FILES = {
+    "net.py": "import json\nimport helpers\n\n\nclass Net:\n    sizes = helpers.sizes()\n",
+    "helpers.py": "def sizes():\n    from pieces.block import SIZES\n\n    return SIZES\n",
+    "pieces/__init__.py": "",
+    "pieces/block.py": (
+        "import importlib.resources as r, json\nimport net\n"
+        "SIZES = json.loads((r.files('pieces') / 'sizes.json').read_text())\n"
+    ),
+    "pieces/sizes.json": "[3, 5]",
+    "pieces/.cache/large.bin": "x",
+    "json.py": "raise SystemExit('this is not the standard library')\n",
+    "yaml.py": "raise SystemExit('this is not the installed one')\n",
+    "notes.py": "import yaml\n",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    for name, text in FILES.items():
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the search appends this directory
+    return tmp_path / "mine"
+
+
+def job(target="net.Net"):
+    return compose(TrainJob, [f"model._target_={target}"])
+
+
+def test_a_model_runs_elsewhere_with_all_that_it_imports_from_beside_it(here, tmp_path):
+    own = own_packages(job())
+    assert own == [here / "net.py", here / "helpers.py", here / "pieces"]
+    write_code(tmp_path / "code.tar", own)
+    with tarfile.open(tmp_path / "code.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+        own_files = {n for n in tar.getnames() if not n.startswith("code/forescale/")}
+    assert own_files == {f"code/{n}" for n in FILES if n.startswith(("net", "help", "pieces/"))} - {
+        "code/pieces/.cache/large.bin"
+    }
+    here.rename(tmp_path / "gone")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import net, json; print(json.dumps(net.Net.sizes))"],
+        env={"PYTHONPATH": str(tmp_path / "code")}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [3, 5], done.stderr
+
+
+def test_a_file_that_the_library_or_an_installed_package_hides_is_not_taken(here):
+    """It would hide them on the nodes, where the frozen code is searched first."""
+    assert own_packages(job("notes.Any")) == [here / "notes.py"]
+    assert here / "json.py" not in own_packages(job())
+
+
+def test_a_sentence_names_what_is_frozen(here):
+    own = own_packages(job())
+    size = sum(len(FILES[n]) for n in FILES if n.startswith(("net", "help", "pieces/"))) - 1
+    assert described(own) == (
+        "your own code is frozen with the job: net.py, helpers.py, pieces/ "
+        f"from {here} (5 files, {size / 1e3:.1f} kB)."
+    )
+
+
+def test_too_much_code_is_refused_with_where_it_lies(here, monkeypatch):
+    with open(here / "pieces/weights.bin", "wb") as sparse:
+        sparse.truncate(snapshot._LARGEST + 1)
+    with pytest.raises(UserError) as caught:
+        own_packages(job())
+    assert str(caught.value) == (
+        "model._target_: more than 64 MiB of files would be frozen with the job, of which 64.0 are "
+        f"in {here / 'pieces'}; move data out of the package, or install it with pip."
+    )
+
+
+def test_a_file_that_is_no_python_ends_nothing(here):
+    (here / "pieces/old.py").write_text("print 'of Python 2'\n")
+    assert here / "pieces" in own_packages(job())
