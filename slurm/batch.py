@@ -157,7 +157,7 @@ class Batch:
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         if "OMP_NUM_THREADS" not in os.environ:
-            found["OMP_NUM_THREADS"] = str(self.settings.cpus_per_task or 1)
+            found["OMP_NUM_THREADS"] = str(steps.cpus_per_rank(self.settings))
         return found
 
     def _end(self, attempt: Attempt, end: policy.AttemptOutcome) -> int:
@@ -173,12 +173,12 @@ class Batch:
             run=str(self.run.path),
             data=facts["data"],
             tasks=self.settings.ranks_per_node,
-            gpus=self.settings.gpus_per_node,
+            gpus=self.settings.gpus,
             memory=facts.get("memory"),
             scratch=os.environ["FORESCALE_SCRATCH"],
             scratch_bytes=2**30,
             reduce=self.settings.allreduce,
-            cuda=bool(self.settings.gpus_per_node),
+            cuda=self.settings.has_gpus,
         )
         log = attempt.path / "preflight.log"
         looks = Preflight(wanted, self.hosts, self.hosts[0])

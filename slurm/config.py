@@ -7,8 +7,9 @@ and its format (64G for memory).
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 import re
+import shlex
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
@@ -19,6 +20,8 @@ _NAME = re.compile(r"[^\W\d]\w*")
 _SECRET = re.compile(r"token$|secret|passw|credential|api_?key|access_?key", re.IGNORECASE)
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
 _UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
+# An entry of --gres: name[[:type]:count], one if it has no count.
+_GPUS = re.compile(r"(?:gres[:/])?gpu(?::(?![0-9]+(?:$|:))[^:]+)?(?::(?P<count>[0-9]+))?")
 _LATE = 10.0  # seconds until a signal has reached all ranks and the last rank has ended
 
 
@@ -32,12 +35,19 @@ class SlurmConfig:
     constraint: str | None = key(None, "features that nodes must have")
     reservation: str | None = key(None, "reservation to use")
     nodes: int = key(1, "number of nodes", ge=1)
-    gpus_per_node: int = key(0, "GPUs per node, one rank each; 0: ranks on CPUs", ge=0)
+    gpus_per_node: int = key(
+        0, "GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs", ge=0
+    )
     gres: str | None = key(
-        None, "GPUs as a generic resource, such as gpu:a100:4, if the cluster needs it"
+        None, "generic resources per node, such as gpu:a100:4, if the cluster needs GPUs so"
     )
     tasks_per_node: int | None = key(None, "ranks per node; null: one per GPU, or one", ge=1)
-    cpus_per_task: int | None = key(None, "CPUs per rank; null: the cluster's default", ge=1)
+    cpus_per_task: int | None = key(
+        None, "CPUs per rank; null: an equal share of those that the job gets", ge=1
+    )
+    cpu_bind: str | None = key(
+        None, "--cpu-bind of srun for ranks; null: cores, if a rank has several CPUs"
+    )
     mem: str | None = key(None, "memory per node, such as 64G; 0: all; null: the cluster's default")
     time: Duration | None = key(
         None, "time limit of one job, such as 24 h; a run may take many jobs"
@@ -46,7 +56,7 @@ class SlurmConfig:
     exclude: list[str] = key([], "names of nodes not to use")
     after: list[str] = key([], "ids of jobs that must have succeeded before this one starts")
     options: list[str] = key([], "more options of sbatch, such as --mail-type=END")
-    srun: list[str] = key([], "more options of srun, such as --cpu-bind=cores")
+    srun: list[str] = key([], "more options of srun, such as --mpi=none")
     requeue: bool = key(True, "requeue the job after a time limit, a preemption or a node failure")
     lead: Duration | None = key(
         None, "how long before the time limit the run saves; null: from the duration of a save"
@@ -54,9 +64,18 @@ class SlurmConfig:
     modules: list[str] = key([], "environment modules to load")
     setup: list[str] = key([], "shell commands to run first, on the first node")
     exports: dict[str, str] = key({}, "environment variables of all ranks")
-    python: str | None = key(None, "path of Python on the nodes; null: the one that submits")
-    container: str | None = key(None, "container image for the ranks, run by Pyxis")
-    mounts: list[str] = key([], "mounts of the container, HOST:INSIDE, beside the run and its data")
+    python: str | None = key(
+        None,
+        "command of Python on the nodes, of one or more words; null: the Python that submits, in a "
+        "container python3",
+    )
+    container: str | None = key(None, "container image for the ranks")
+    runtime: Literal["pyxis", "apptainer"] | None = key(
+        None, "what runs the container; null: apptainer for an image *.sif, else pyxis"
+    )
+    mounts: list[str] = key(
+        [], "mounts of the container, HOST:INSIDE, beside the run, its data and slurm.scratch"
+    )
     scratch: str = key("/tmp", "directory on each node's local disk, for code and caches")
     pack: bool = key(False, "copy the Python environment to slurm.scratch, and import from there")
     offline: bool = key(
@@ -74,11 +93,28 @@ class SlurmConfig:
 
     @property
     def ranks_per_node(self) -> int:
-        return self.tasks_per_node or max(1, self.gpus_per_node)
+        return self.tasks_per_node or max(1, self.gpus)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs per node."""
+        return self.gpus_per_node or self.gpus_of_gres
+
+    @property
+    def gpus_of_gres(self) -> int:
+        """GPUs per node that slurm.gres requests."""
+        found = map(_GPUS.fullmatch, (self.gres or "").split(","))
+        return sum(int(match["count"] or 1) for match in found if match)
 
     @property
     def has_gpus(self) -> bool:
-        return bool(self.gpus_per_node or self.gres)
+        return bool(self.gpus)
+
+    @property
+    def container_runtime(self) -> str:
+        """What runs slurm.container."""
+        is_sif = (self.container or "").endswith(".sif")
+        return self.runtime or ("apptainer" if is_sif else "pyxis")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -115,8 +151,16 @@ class SlurmConfig:
                 found.append(("after", f"{job!r} is not a job id", "see squeue --me"))
         if self.at_once is not None and self.runs is None:
             found.append(("at_once", "needs slurm.runs", "set slurm.runs=FILE"))
-        if self.mounts and self.container is None:
-            found.append(("mounts", "needs a container", "set slurm.container"))
+        for name in ("mounts", "runtime"):
+            if getattr(self, name) and self.container is None:
+                found.append((name, "needs a container", "set slurm.container"))
+        try:
+            words = shlex.split(self.python) if self.python is not None else ["python"]
+            what = "" if words else "has no word"
+        except ValueError as e:
+            what = f"{self.python!r} can't be read ({e})"
+        if what:
+            found.append(("python", what, "write it as for a shell, such as 'conda run python'"))
         return found + self._paths() + self._gpus()
 
     def _paths(self) -> Problems:
@@ -135,12 +179,35 @@ class SlurmConfig:
         return found
 
     def _gpus(self) -> Problems:
-        if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
-            what = (
-                f"{self.tasks_per_node} ranks need one GPU each, but there are {self.gpus_per_node}"
-            )
-            return [("tasks_per_node", what, f"write slurm.tasks_per_node={self.gpus_per_node}")]
+        for part in (self.gres or "").split(","):
+            if re.match(r"(gres[:/])?gpu\b", part) and not _GPUS.fullmatch(part):
+                what = f"{part} has no number of GPUs that can be read"
+                return [("gres", what, "write it as gpu:8 or gpu:h100:8")]
+        if self.gpus_per_node and self.gpus_of_gres not in (0, self.gpus_per_node):
+            what = f"{self.gpus_per_node} GPUs, but slurm.gres={self.gres} has {self.gpus_of_gres}"
+            return [("gpus_per_node", what, f"write slurm.gpus_per_node={self.gpus_of_gres}")]
+        if self.gpus and self.ranks_per_node > self.gpus:
+            what = f"{self.tasks_per_node} ranks need one GPU each, but there are {self.gpus}"
+            return [("tasks_per_node", what, f"write slurm.tasks_per_node={self.gpus}")]
         return []
+
+    def notes(self) -> list[str]:
+        """Return sentences about what follows from keys that aren't set."""
+        found = []
+        if self.gpus and not self.gpus_per_node:
+            ranks = "1 rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks"
+            found.append(f"slurm.gres={self.gres} is {self.gpus} GPUs per node: {ranks} on each.")
+        if self.cpus_per_task is None and self.exclusive:
+            found.append("slurm.cpus_per_task is not set: ranks share all CPUs of a node equally.")
+        elif self.cpus_per_task is None:
+            # sbatch's manual: "Without this option, the controller will just try to allocate one
+            # processor per task." DefCpuPerGPU of a partition may change that. A guess from the
+            # nodes' sizes could ask for more than the cluster gives, and the job would never start.
+            found.append(
+                "slurm.cpus_per_task is not set: a rank gets 1 CPU, unless the partition gives "
+                "more; set it, or slurm.exclusive=true for all CPUs of the nodes."
+            )
+        return found
 
 
 @dataclass
@@ -181,6 +248,9 @@ class SubmitJob(PlanJob):
         if self.slurm.lead is not None:
             return int(self.slurm.lead.seconds or 0)
         return round(max(self.launch.grace.seconds or 0.0, 2 * save_seconds) + _LATE)
+
+    def notes(self) -> list[str]:
+        return [*super().notes(), *self.slurm.notes()]
 
     def problems(self, world_size: int | None = None) -> Problems:
         """Return the problems of the training job, and those over several sections."""

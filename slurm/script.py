@@ -6,7 +6,6 @@ that could end the line.
 """
 
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import jinja2
 from forescale.errors import UserError
 from forescale.run.start import versions
 from forescale.slurm.config import SlurmConfig
+from forescale.slurm.containers import python_of_host
 from forescale.slurm.steps import own_scratch
 from forescale.slurm.submission import Submission
 
@@ -68,8 +68,7 @@ def render(order: Order) -> str:
         exports=settings.exports,
         interface=settings.interface,
         directory=Path.cwd(),
-        # Outside of a container, the Python that submits.
-        python=sys.executable if settings.container else settings.python or sys.executable,
+        python=shlex.join(python_of_host(settings)),
     )
 
 
@@ -94,7 +93,7 @@ def options(order: Order) -> list[tuple[str, str]]:
         )
     if s.gres:
         found.append((f"--gres={shlex.quote(s.gres)}", ""))
-    elif s.gpus_per_node:
+    if s.gpus_per_node and not s.gpus_of_gres:
         found.append((f"--gpus-per-node={s.gpus_per_node}", "all ranks of a node see all its GPUs"))
     for name in ("partition", "account", "qos", "constraint", "reservation", "mem"):
         if (value := getattr(s, name)) is not None:

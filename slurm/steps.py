@@ -9,16 +9,15 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 
 from forescale.errors import CRASHED, UserError
-from forescale.slurm import queue
+from forescale.slurm import containers, queue
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.submission import Submission
 
@@ -28,6 +27,7 @@ _SCRATCH = '"$FORESCALE_SCRATCH"'
 _PATIENCE = 60.0  # seconds from the first failure until the other tasks are killed
 _LAST = 30.0  # seconds from then until srun itself is killed
 _MORE = 5.0  # seconds after a failure in which other tasks may still report
+_SIBLINGS = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
 
 
 @dataclass(frozen=True)
@@ -134,30 +134,66 @@ def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]
     """Return the start of a command that runs on all nodes of the job."""
     command = ["srun", f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes}"]
     command.append(f"--ntasks={settings.nodes * tasks_per_node}")
-    if settings.cpus_per_task:
+    if settings.cpus_per_task or cpus_per_rank(settings) > 1:
         # Since 22.05 srun doesn't inherit this from sbatch. A single task of a node gets all CPUs.
         share = settings.ranks_per_node // tasks_per_node
-        command.append(f"--cpus-per-task={settings.cpus_per_task * share}")
-    if settings.container:
-        own = [os.environ["FORESCALE_SCRATCH"], os.getcwd(), *settings.mounts]
-        mounts = ",".join(m if ":" in m else f"{m}:{m}" for m in own)
-        command += [f"--container-image={settings.container}", f"--container-mounts={mounts}"]
+        command.append(f"--cpus-per-task={cpus_per_rank(settings) * share}")
     return [*command, *settings.srun, *options]
+
+
+def cpus_per_rank(settings: SlurmConfig, threads: int | None = None) -> int:
+    """Return the CPUs of a rank: slurm.cpus_per_task, or an equal share of what SLURM gave the job.
+
+    threads: CPUs of a core; None: as on this node. A share is whole cores, since SLURM gives no
+    core to two tasks: with half of one each, a step might not fit in its own job.
+    """
+    if settings.cpus_per_task:
+        return settings.cpus_per_task
+    given = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")  # such as 72(x2),36
+    least = min((int(n) for n in re.findall(r"(?:^|,)([0-9]+)", given)), default=1)
+    threads = threads or _threads_per_core()
+    return max(1, least // settings.ranks_per_node // threads * threads)
+
+
+def _threads_per_core() -> int:
+    with suppress(OSError):
+        text = _SIBLINGS.read_text()  # such as 0,64 or 0-1
+        ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+        return sum(end[-1] - end[0] + 1 for end in ends)
+    return 1
+
+
+def _binding(settings: SlurmConfig) -> list[str]:
+    """Return srun's options that give each rank cores of its own, in the order of the GPUs.
+
+    srun's manual of --cpu-bind=cores: "If the number of tasks differs from the number of allocated
+    cores this can result in sub-optimal binding." A rank with one CPU on an exclusive node would be
+    held on one core, and the others be idle: it isn't bound. Of --distribution, * leaves tasks on
+    their nodes, and block fills one socket after the other: by default neighbours are on different
+    sockets, while most nodes have the first half of their GPUs on the first one. Nothing binds
+    GPUs: a rank takes that of its local rank, and NCCL connects those that a rank sees.
+    """
+    kind = settings.cpu_bind or ("cores" if cpus_per_rank(settings) > 1 else None)
+    return [f"--cpu-bind={kind}", "--distribution=*:block"] if kind else []
 
 
 def ranks(submission: Submission, run: Path, attempt: Path, words: Sequence[str]) -> list[str]:
     """Return the command that runs all ranks of the training."""
     settings = submission.settings
     log = str(attempt).replace("%", "%%") + "/rank-%t.log"
-    begin = srun(settings, settings.ranks_per_node, "--kill-on-bad-exit=1", f"--output={log}")
-    return [*begin, python(submission), "-P", "-m", "forescale.slurm.rank", str(run), *words]
+    own = ["--kill-on-bad-exit=1", f"--output={log}", *containers.options(submission)]
+    bound = replace(settings, srun=[*_binding(settings), *settings.srun])  # of two the last holds
+    begin = srun(bound, settings.ranks_per_node, *own)
+    rank = [*python(submission), "-P", "-m", "forescale.slurm.rank", str(run), *words]
+    return [*begin, *containers.prefix(submission), *rank]
 
 
 def nodes(submission: Submission) -> list[str]:
     """Return the command that prepares and checks every node, with one task per node."""
     settings = submission.settings
     module = "forescale.slurm.node"
-    look = [python(submission), "-P", "-m", module] if settings.preflight else ["true"]
+    look = [*python(submission), "-P", "-m", module] if settings.preflight else ["true"]
+    look = [*containers.prefix(submission), *look]
     lines = [
         "set -e",
         *own_scratch(_SCRATCH),
@@ -169,7 +205,14 @@ def nodes(submission: Submission) -> list[str]:
         lines += _unpack(submission.facts["environment"], shlex.quote(place))
     lines.append(f"exec {shlex.join(look)}")
     # A node that fails must not end the reports of the others.
-    return [*srun(settings, 1, "--kill-on-bad-exit=0"), "bash", "-c", "\n".join(lines)]
+    each = "--kill-on-bad-exit=0"
+    inside = srun(settings, 1, each, *containers.options(submission))
+    host = srun(replace(settings, srun=[x for x in settings.srun if "container" not in x]), 1, each)
+    return containers.prepared(
+        submission,
+        host=[*host, "bash", "-c", "\n".join(["set -e", *own_scratch(_SCRATCH)])],
+        inside=[*inside, "bash", "-c", "\n".join(lines)],
+    )
 
 
 def own_scratch(place: str) -> list[str]:
@@ -206,8 +249,7 @@ def _environment(submission: Submission) -> str | None:
     return f"{os.environ['FORESCALE_SCRATCH']}/{Path(tar).stem}" if tar else None
 
 
-def python(submission: Submission) -> str:
-    """Return the path of Python on the nodes."""
-    if place := _environment(submission):
-        return f"{place}/bin/python"
-    return submission.settings.python or sys.executable
+def python(submission: Submission) -> list[str]:
+    """Return the command of Python for the ranks."""
+    place = _environment(submission)
+    return [f"{place}/bin/python"] if place else containers.python(submission.settings)

@@ -29,7 +29,7 @@ from forescale.run.start import Start, start, versions
 from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.script import Order, render
-from forescale.slurm.snapshot import own_packages, pack_environment, write_code
+from forescale.slurm.snapshot import described, own_packages, pack_environment, write_code
 from forescale.slurm.submission import Submission, waiting_or_running
 from forescale.storage import read_text, write_file
 
@@ -60,6 +60,8 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
         folders = [run.path / "jobs" / "NNNN" for run in runs]
         print(render(order(plans, runs, folders, profile)), end="")
         return
+    for note in {described(own): "" for each in jobs if (own := own_packages(each))}:
+        print(f"Note: {note}")
     made, job = enter(plans, profile)
     for plan in plans if trust else ():
         remember(plan.given, plan.given.run.directory)

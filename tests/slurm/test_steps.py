@@ -7,12 +7,16 @@ import time
 
 import pytest
 
+from forescale.config.schema import plain
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.outcome import write_error
 from forescale.run.directory import Run
+from forescale.slurm import steps
+from forescale.slurm.config import SlurmConfig
 from forescale.slurm.policy import outcome_of
-from forescale.slurm.steps import Failure, JobStep, failures, own_scratch
+from forescale.slurm.steps import Failure, JobStep, cpus_per_rank, failures, own_scratch
+from forescale.slurm.submission import Submission
 
 # As srun 24.11 wrote them.
 SAID = """\
@@ -143,3 +147,55 @@ def test_the_scratch_on_a_nodes_disk_is_the_users_own(tmp_path):
     link.symlink_to(place)
     assert make(link).returncode == 2
     assert f"{link}: belongs to another user, or is a link" in make(link).stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "threads", "share"),
+    [
+        ("128", 8, 1, 16),
+        ("72(x2),36", 4, 1, 9),  # the node with the fewest
+        ("72", 8, 2, 8),  # whole cores: 9 CPUs of each are half a core too many
+        ("8", 8, 2, 1),
+        ("4", 8, 1, 1),
+        (None, 8, 1, 1),
+    ],
+)
+def test_ranks_share_the_cpus_of_the_job(monkeypatch, given, ranks, threads, share):
+    if given:
+        monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", given)
+    assert cpus_per_rank(SlurmConfig(tasks_per_node=ranks), threads) == share
+    assert cpus_per_rank(SlurmConfig(tasks_per_node=ranks, cpus_per_task=3), threads) == 3
+
+
+def command(run, settings, monkeypatch, cpus="1"):
+    """The options of srun for ranks, and for the nodes before them."""
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", cpus)
+    monkeypatch.setattr(steps, "_SIBLINGS", run / "none")  # of a node with a thread a core
+    made = Submission(Run(run / "run").new_job())
+    made.write(slurm=plain(settings), data=[])
+    ranks = steps.ranks(made, made.run.path, run, [])
+    nodes = steps.nodes(made)
+    return ranks[: ranks.index("-P") - 1], nodes[: nodes.index("bash")]
+
+
+@pytest.mark.parametrize("keys", [{"cpus_per_task": 16}, {"exclusive": True}])
+def test_each_rank_has_cores_of_its_own_near_its_gpu(tmp_path, monkeypatch, keys):
+    """With the cluster's default, ranks share all cores, and neighbours are on other sockets."""
+    settings = SlurmConfig(gres="gpu:8", srun=["--mpi=none"], **keys)
+    ranks, nodes = command(tmp_path, settings, monkeypatch, "128")
+    bound = ["--cpus-per-task=16", "--cpu-bind=cores", "--distribution=*:block", "--mpi=none"]
+    assert ranks[4:8] == bound
+    assert nodes[4:6] == ["--cpus-per-task=128", "--mpi=none"]
+
+
+def test_a_rank_with_one_cpu_is_bound_as_the_cluster_does(tmp_path, monkeypatch):
+    """--cpu-bind=cores would hold it on one core while those of an exclusive node are idle."""
+    ranks, _ = command(tmp_path, SlurmConfig(gpus_per_node=8), monkeypatch)
+    assert not any("bind" in word or "cpus" in word for word in ranks)
+
+
+def test_what_the_user_binds_holds(tmp_path, monkeypatch):
+    settings = SlurmConfig(cpus_per_task=4, cpu_bind="verbose,rank_ldom", srun=["--cpu-bind=none"])
+    ranks, _ = command(tmp_path, settings, monkeypatch)
+    binds = [word for word in ranks if word.startswith("--cpu-bind")]
+    assert binds == ["--cpu-bind=verbose,rank_ldom", "--cpu-bind=none"], "of two the last holds"

@@ -1,0 +1,68 @@
+"""The keys of a cluster: what follows from them, and which contradict each other."""
+
+from dataclasses import replace
+
+import pytest
+
+from forescale.slurm.config import SlurmConfig
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("gpu:8", 8),
+        ("gpu:h100:8", 8),
+        ("gpu", 1),
+        ("gpu:h100", 1),
+        ("gres/gpu:4", 4),
+        ("tmp:200G,gpu:a100:2,gpu:h100:4", 6),
+        ("gpu:1g.10gb:7", 7),
+        ("tmp:200G", 0),
+        (None, 0),
+    ],
+)
+def test_each_gpu_of_gres_gets_a_rank(gres, gpus):
+    settings = SlurmConfig(gres=gres)
+    assert (settings.gpus, settings.ranks_per_node) == (gpus, gpus or 1)
+    assert settings.has_gpus == bool(gpus)
+    assert settings.problems() == []
+
+
+def test_what_gres_gives_is_said():
+    (said,) = SlurmConfig(gres="gpu:h100:8", cpus_per_task=2).notes()
+    assert said == "slurm.gres=gpu:h100:8 is 8 GPUs per node: 8 ranks on each."
+    assert SlurmConfig(gres="gpu:8", gpus_per_node=8, cpus_per_task=2).notes() == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        (
+            {"gres": "gpu:h100:8", "gpus_per_node": 4},
+            ("gpus_per_node", "4 GPUs, but slurm.gres=gpu:h100:8 has 8"),
+        ),
+        (
+            {"gres": "gpu:h100:many"},
+            ("gres", "gpu:h100:many has no number of GPUs that can be read"),
+        ),
+        (
+            {"gres": "gpu:2", "tasks_per_node": 4},
+            ("tasks_per_node", "4 ranks need one GPU each, but there are 2"),
+        ),
+        ({"runtime": "apptainer"}, ("runtime", "needs a container")),
+        (
+            {"python": "conda run 'x"},
+            ("python", "\"conda run 'x\" can't be read (No closing quotation)"),
+        ),
+        ({"python": " "}, ("python", "has no word")),
+    ],
+)
+def test_keys_that_contradict_each_other_are_a_problem(keys, problem):
+    assert [found[:2] for found in SlurmConfig(**keys).problems()] == [problem]
+
+
+def test_a_rank_without_a_number_of_cpus_is_said():
+    few = SlurmConfig()
+    assert "a rank gets 1 CPU" in few.notes()[0]
+    assert "share all CPUs" in replace(few, exclusive=True).notes()[0]
+    assert replace(few, cpus_per_task=8).notes() == []

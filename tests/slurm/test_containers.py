@@ -1,0 +1,159 @@
+"""Ranks in containers, and Python as a command of several words: what srun and bash are given.
+
+Neither Pyxis nor Apptainer can be had for these tests. `srun` and `apptainer` are stand-ins that do
+what their manuals say: refuse to mount what doesn't exist, and prefer the variables of the image.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forescale.config.schema import plain
+from forescale.errors import UserError
+from forescale.run.directory import Run
+from forescale.slurm import containers, steps
+from forescale.slurm.config import SlurmConfig
+from forescale.slurm.script import Order, render
+from forescale.slurm.submission import Submission
+
+IMAGE = '{"PYTHONPATH": "/of/the/image", "MINE": "of the image"}'
+STAND_IN = f"""\
+#!{sys.executable} -P
+import json, os, sys
+from pathlib import Path
+words, image = sys.argv[1:], {IMAGE}
+name = Path(sys.argv[0]).name
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([name, *words]) + "\\n")
+options = []
+while words[0].startswith("-") or words[0] == "exec":
+    options.append(words.pop(0))
+    if options[-1] in ("--bind", "--pwd"):
+        options[-1] += "=" + words.pop(0)
+given = dict(option.split("=", 1) for option in options if "=" in option)
+for mount in given.get("--container-mounts", given.get("--bind", "")).split(","):
+    if mount and not Path(mount.split(":")[0]).exists():
+        sys.exit(f"{{name}}: can't mount {{mount}}")
+if name == "apptainer":
+    os.environ |= image
+    os.chdir(given["--pwd"])
+    words.pop(0)
+os.execvp(words[0], words)
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A folder with the stand-ins on PATH, and what the batch script has exported."""
+    tools, here = tmp_path / "tools", tmp_path / "here"
+    for path in (tools, here, tmp_path / "data", tmp_path / "root"):
+        path.mkdir()
+    for name in ("srun", "apptainer"):
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(0o755)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("FORESCALE_SCRATCH", str(tmp_path / "scratch/forescale-0"))
+    monkeypatch.setenv("FORESCALE_NODE", str(tmp_path / "scratch/forescale-0/job-1"))
+    monkeypatch.setenv("PYTHONPATH", "/code,frozen")
+    return tmp_path
+
+
+def submission(bench: Path, **keys) -> Submission:
+    made = Submission(Run(bench / "root/first").new_job())
+    subprocess.run(["tar", "-cf", made.code, "-T", "/dev/null"], check=True)
+    made.write(slurm=plain(SlurmConfig(**keys)), data=[str(bench / "data"), "s3://bucket/more"])
+    return made
+
+
+def calls(bench: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (bench / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("keys", "runtime"),
+    [
+        ({"container": "/images/x.sif"}, "apptainer"),
+        ({"container": "/images/x.sqsh"}, "pyxis"),
+        ({"container": "nvcr.io#nvidia/pytorch:25.09-py3"}, "pyxis"),
+        ({"container": "/sandbox/", "runtime": "apptainer"}, "apptainer"),
+    ],
+)
+def test_the_image_says_what_runs_it(bench, keys, runtime):
+    made = submission(bench, **keys)
+    assert bool(containers.prefix(made)) == (runtime == "apptainer")
+    assert bool(containers.options(made)) == (runtime == "pyxis")
+    assert containers.python(made.settings) == ["python3"]
+
+
+def test_what_a_rank_reads_and_writes_is_mounted_where_it_is(bench):
+    made = submission(bench, container="x", mounts=["/opt", "/a:/b"])
+    own = [bench / name for name in ("data", "here", "root", "scratch/forescale-0")]
+    expected = ",".join([*(f"{path}:{path}" for path in own), "/opt:/opt", "/a:/b"])
+    command = steps.ranks(made, made.run.path, bench, [])
+    assert f"--container-mounts={expected}" in command
+    assert f"--container-workdir={bench / 'here'}" in command
+    assert command[-5:] == ["python3", "-P", "-m", "forescale.slurm.rank", str(made.run.path)]
+
+
+def test_a_path_that_a_list_of_mounts_can_not_hold_is_a_sentence(bench, monkeypatch):
+    (bench / "a,b").mkdir()
+    monkeypatch.chdir(bench / "a,b")
+    with pytest.raises(UserError, match="has a comma or a colon"):
+        containers.mounts(submission(bench, container="x"))
+
+
+@pytest.mark.parametrize(
+    ("image", "more"), [("x.sqsh", ["--container-writable"]), ("x.sif", ["--mpi=none"])]
+)
+def test_the_scratch_directory_is_there_before_it_is_mounted(bench, image, more):
+    """On each node the host makes it; a mount of what is missing would fail."""
+    made = submission(bench, container=image, preflight=False, srun=more)
+    done = subprocess.run(steps.nodes(made), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (bench / "scratch/forescale-0/job-1").is_dir()
+    first, last = calls(bench)
+    assert not any("container" in word for word in first[: first.index("bash")])
+    assert last[0] == ("apptainer" if image == "x.sif" else "srun")
+
+
+def test_in_apptainer_the_code_is_that_of_the_job_and_gpus_are_shown(bench):
+    (bench / "scratch/forescale-0").mkdir(parents=True)
+    code = "import json, os; e = os.environ; "
+    code += "print(json.dumps([os.getcwd(), e['PYTHONPATH'], e['MINE']]))"
+    made = submission(bench, container="x.sif", gres="gpu:2")
+    done = subprocess.run(
+        [*containers.prefix(made), sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) == [str(bench / "here"), "/code,frozen", "of the image"]
+    assert calls(bench)[0][:3] == ["apptainer", "exec", "--nv"]
+    assert "--nv" not in containers.prefix(submission(bench, container="x.sif"))
+
+
+def batch_words(bench: Path, **keys) -> list[str]:
+    made = Submission(bench / "root/first/jobs/0001")
+    script = render(Order(["first"], [made.run.path], [made], SlurmConfig(**keys), 70))
+    return shlex.split(script.splitlines()[-1])
+
+
+def test_python_of_several_words_is_kept_as_words(bench):
+    text = "conda run -n 'my $env' python"
+    words = ["conda", "run", "-n", "my $env", "python", "-P", "-m"]
+    assert batch_words(bench, python=text)[1:8] == words
+    made = submission(bench, python=text)
+    command = steps.ranks(made, made.run.path, bench, [])
+    assert command[command.index("conda") :][:7] == words
+    look = steps.nodes(made)[-1].splitlines()[-1]
+    assert shlex.split(look)[1:8] == words
+
+
+def test_the_batch_script_stays_outside_of_an_image(bench):
+    """SLURM's commands are rarely in one."""
+    for keys in ({"python": "singularity exec x.sif python3"}, {"container": "x", "python": "p"}):
+        assert batch_words(bench, **keys)[1] == sys.executable
