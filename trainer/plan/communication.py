@@ -10,16 +10,21 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
   gradients, momenta and updates. stage3_max_reuse_distance decides which weights are gathered a
   second time, see zero3.py. With a hierarchical partition only the first gather of a step uses all
   ranks.
-A few scalars per step (norm, overflow, the StepSummary) are left out: they cost latency, not
-bandwidth.
+A few scalars per step (norm, overflow, the StepSummary) are left out.
 
-Times are those of ring algorithms at the configured speeds, without latency. For S bytes over n
-ranks, each rank sends 2 (n-1)/n S for an all-reduce and (n-1)/n S for an all-gather or a
-reduce-scatter (Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms"). A ring over
-several nodes enters and leaves each node once, so a node sends as much as one GPU, through all its
-network cards together.
+The time of a collective is latency + bytes / speed, as NCCL's own model has it (ncclTopoTuneModel
+in src/graph/tuning.cc of NCCL 2.30). For S bytes over n ranks of m nodes:
+- A ring takes n-1 steps for an all-gather or a reduce-scatter, m-1 of them between nodes, and twice
+  as many for an all-reduce. Each rank sends (n-1)/n S, or twice that (Patarasu and Yuan 2009,
+  "Bandwidth optimal all-reduce algorithms"). A ring over several nodes enters and leaves each node
+  once, so a node sends as much as one GPU, through all its network cards together.
+- An all-reduce over several nodes may be a tree instead: its latency is that of 2 (n/m - 1) steps
+  in a node and 2 log2(m) between nodes, at 0.92 of the speed. NCCL takes what is faster.
+NCCL has no tree for all-gathers and reduce-scatters over several GPUs of each node, so their
+latency grows with the number of ranks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,47 +33,75 @@ from forescale.config.train import TrainJob
 from forescale.plan.config import MachineConfig
 from forescale.plan.memory import ZeroSettings, partition, recomputes
 from forescale.plan.parameters import Inventory
-from forescale.plan.zero3 import trace_gathers
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+_TREE = 0.92  # speed of NCCL's tree, as a fraction of the ring's
+_START = 14e-6  # seconds: NCCL's base latency of a collective (its protocol LL128)
+_STAGE_0_BUCKET = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 
 
 @dataclass(frozen=True)
 class Collective:
     """All collectives of one kind in a step.
 
-    payload: bytes of the whole tensors. ranks: number of ranks that take part. beside: the fraction
-    of the step's computation that it can overlap with, on a machine that overlaps.
+    payload: bytes of the whole tensors. ranks: number of ranks that take part. calls: number of
+    collectives. beside: the fraction of the step's computation that they can overlap with, on a
+    machine that overlaps.
     """
 
     what: str
     kind: Kind
     payload: int
     ranks: int
+    calls: int = 1
     beside: float = 0.0
 
     @property
     def sent(self) -> int:
         """Bytes that each rank sends per step."""
-        factor = 2 if self.kind == "all_reduce" else 1
-        return factor * (self.ranks - 1) * self.payload // self.ranks
+        return self._rounds * (self.ranks - 1) * self.payload // self.ranks
+
+    @property
+    def _rounds(self) -> int:
+        return 2 if self.kind == "all_reduce" else 1
 
     def between(self, per_node: int) -> int:
         """Return the bytes that a node of `per_node` ranks sends to other nodes."""
         return self.sent if self.ranks > per_node else 0
 
     def inside_seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Return the seconds on the links inside a node."""
+        """Return the seconds on the links inside a node, without latency."""
         inside = self.sent if per_node > 1 else 0
         return inside / (machine.intra_node * machine.link_efficiency)
 
     def between_seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Return the seconds on the links between nodes."""
+        """Return the seconds on the links between nodes, without latency."""
         return self.between(per_node) / (machine.inter_node * machine.link_efficiency)
 
+    def latency_seconds(self, machine: MachineConfig, per_node: int) -> float:
+        """Return the seconds of all steps from rank to rank, however few bytes are sent."""
+        return self._fastest(machine, per_node)[0]
+
     def seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Return the seconds on the slowest link, which sets the speed of a ring."""
-        return max(self.inside_seconds(machine, per_node), self.between_seconds(machine, per_node))
+        """Return the seconds of all calls: their latency, and the bytes on the slowest link."""
+        return sum(self._fastest(machine, per_node))
+
+    def _fastest(self, machine: MachineConfig, per_node: int) -> tuple[float, float]:
+        """Return (seconds of latency, seconds of bytes) of the faster algorithm."""
+        inside, between = machine.intra_latency, machine.inter_latency
+        nodes = -(-self.ranks // per_node)
+        crossed = self._rounds * (nodes - 1)
+        steps = self._rounds * (self.ranks - 1) - crossed
+        moving = max(
+            self.inside_seconds(machine, per_node), self.between_seconds(machine, per_node)
+        )
+        ring = self.calls * (_START + steps * inside + crossed * between), moving
+        if self.kind != "all_reduce" or nodes == 1:
+            return ring
+        deep = 2 * ((per_node - 1) * inside + math.log2(nodes) * between)
+        return min(ring, (self.calls * (_START + deep), moving / _TREE), key=sum)
 
 
 def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collective]:
@@ -84,11 +117,25 @@ def _replicated(s: ZeroSettings, trained: Inventory) -> list[Collective]:
     # only in the backward pass of the last micro-batch.
     beside = (2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation) if s.stage and s.overlap else 0.0
     gradients = s.size * trained.numel * times
-    found = [Collective("gradients", "all_reduce", gradients, s.world, beside)]
+    calls = times * _buckets(trained, s.bucket if s.stage else _STAGE_0_BUCKET)
+    found = [Collective("gradients", "all_reduce", gradients, s.world, calls, beside)]
     if s.stage:
-        weights = s.size * s.world * sum(partition(g, s.world) for g in trained.groups)
-        found.append(Collective("weights after the update", "all_gather", weights, s.world))
+        parts = [partition(group, s.world) for group in trained.groups]
+        weights = s.size * s.world * sum(parts)
+        found.append(
+            Collective("weights after the update", "all_gather", weights, s.world, len(parts))
+        )
     return found
+
+
+def _buckets(trained: Inventory, most: int) -> int:
+    """Return the number of buckets that hold all gradients in the order of the backward pass."""
+    count, filled = 0, 0
+    for p in reversed(trained.parameters):
+        if not count or filled + p.numel > most:
+            count, filled = count + 1, 0
+        filled += p.numel
+    return count
 
 
 def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Collective]:
@@ -99,48 +146,58 @@ def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Col
         chosen = (p.numel for p in every if names is None or p.name in names)
         return s.size * s.world * sum(-(-n // s.world) for n in chosen)
 
-    trace = trace_gathers(every, small, s.reuse, recomputes(job), s.world)
-    forward, backward = s.size * trace.forward, s.size * trace.backward
+    trace = s.gathers(every, recomputes(job))
+    first, again = s.size * trace.first, s.size * trace.again
     beside = 1.0 if s.overlap else 0.0
-    muon = [p for g in trained.groups if g.update.is_by_matrix for p in g.params]
     near, n = s.near, s.accumulation
-    far = forward if near > 1 else n * (forward + backward)
+    payload, calls = n * (first + again), n * trace.calls
+    far = (first, trace.calls - trace.calls_again) if near > 1 else (payload, calls)
     found = [
-        Collective("weights in forward and backward", "all_gather", far, s.world, beside),
-        Collective("small weights after the update", "all_gather", padded(small), s.world),
+        Collective(
+            "weights in forward and backward", "all_gather", far[0], s.world, far[1], beside
+        ),
+        Collective(
+            "small weights after the update", "all_gather", padded(small), s.world, len(small)
+        ),
     ]
     if near > 1:
-        close = n * (forward + backward) - forward
+        close = payload - far[0], calls - far[1]
         found.append(
-            Collective("weights from the nearer partition", "all_gather", close, near, beside)
+            Collective(
+                "weights from the nearer partition", "all_gather", close[0], near, close[1], beside
+            )
         )
-    if not s.zero.get("reduce_scatter", True):
-        payload = n * s.size * trained.numel
-        found.append(Collective("gradients", "all_reduce", payload, s.world, beside))
-    else:
-        found.append(Collective("gradients", "reduce_scatter", n * padded(), s.world, beside))
-    if muon:
-        gathers = 2 * padded({p.name for p in muon}) + 2 * s.size * _rounds(s, muon)
-        found.append(Collective("Muon's gradients and momenta", "all_gather", gathers, s.world))
+    kind: Kind = "reduce_scatter" if s.zero.get("reduce_scatter", True) else "all_reduce"
+    gradients = padded() if kind == "reduce_scatter" else s.size * trained.numel
+    calls = n * _buckets(trained, s.bucket)
+    found.append(Collective("gradients", kind, n * gradients, s.world, calls, beside))
+    if muon := [p for g in trained.groups if g.update.is_by_matrix for p in g.params]:
+        calls, updates = _muon_gathers(s, muon)
+        gathers = 2 * padded({p.name for p in muon}) + 2 * s.size * updates
+        what = "Muon's gradients and momenta"
+        found.append(Collective(what, "all_gather", gathers, s.world, calls))
     return found
 
 
-def _rounds(s: ZeroSettings, params: Sequence) -> int:
-    """Return the elements that the all-gathers of Muon's updates move.
+def _muon_gathers(s: ZeroSettings, params: Sequence) -> tuple[int, int]:
+    """Return the number of Muon's all-gathers, and the elements that those of its updates move.
 
-    The matrices are split into buckets. In a bucket each all-gather takes one matrix per rank, and
-    pads each to the largest of them.
+    The matrices are split into buckets, whose gradients and momenta are gathered. Then each
+    all-gather of updates, and of the new momenta, takes one matrix per rank, and pads each to the
+    largest of them.
     """
-    total, start = 0, 0
+    calls, total, start = 0, 0, 0
     while start < len(params):
         end, numel = start, 0
         while end < len(params) and (end == start or numel + params[end].numel <= s.bucket):
             numel += params[end].numel
             end += 1
+        calls += 2
         for first in range(start, end, s.world):
+            calls += 2
             total += s.world * max(p.numel for p in params[first : min(first + s.world, end)])
         start = end
-    return total
+    return calls, total
 
 
 def exposed(

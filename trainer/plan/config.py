@@ -7,7 +7,7 @@ are in bytes.
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
@@ -43,6 +43,12 @@ class MachineConfig:
         gt=0,
         le=1,
     )
+    intra_latency: float = key(
+        1.9e-6, "seconds that a collective takes for each step from GPU to GPU in a node", ge=0
+    )
+    inter_latency: float = key(
+        4e-6, "seconds that a collective takes for each step from node to node", ge=0
+    )
     overlap: bool = key(True, "communication can overlap with computation; false on a CPU")
     fused_norms: bool = key(True, "RMSNorm is one kernel; false on a CPU, which keeps more")
     to_host: float = key(2e10, "bytes/s from a GPU to the memory of its host", gt=0)
@@ -73,10 +79,10 @@ class PlanConfig:
         lt=1,
     )
     failures: float = key(
-        6.5,
-        "failures that end a job, per 1,000 node-days; 6.5: Meta's RSC-1 (Kokolis et al. 2024, "
-        "arXiv 2410.21680), 3.8: Llama 3 (419 unexpected in 54 days of 2,048 nodes; arXiv "
-        "2407.21783, section 3.3.4)",
+        3.8,
+        "failures that end a job, per 1,000 node-days; 3.8: Llama 3 (419 unexpected in 54 days of "
+        "2,048 nodes; arXiv 2407.21783, section 3.3.4), 6.5: Meta's RSC-1 (Kokolis et al. 2024, "
+        "arXiv 2410.21680)",
         ge=0,
     )
     detect: Duration | None = key(
@@ -108,6 +114,11 @@ class PlanJob(TrainJob):
 
     machine: MachineConfig = section(MachineConfig, "what it runs on", "free")
     plan: PlanConfig = section(PlanConfig, "what is planned with", "free")
+
+    @property
+    def native_precision(self) -> Literal["bf16", "fp32"]:
+        """What precision.kind=auto means on the planned machine; for a CPU, on this one."""
+        return "bf16" if self.machine.memory_bytes is not None else super().native_precision
 
     @property
     def world_size(self) -> int:

@@ -13,12 +13,12 @@ Beyond the table of the paper:
 - Stage 1 keeps all gradients while micro-batches are accumulated; stage 2 reduces them after each.
 - Stage 3 pads each parameter to a multiple of the number of ranks. It always keeps its gradient
   partition, its bucket, and all small parameters (up to stage3_param_persistence_threshold
-  elements) whole in addition to their partition. It keeps other parameters whole after their use if
-  they are used again soon.
+  elements) whole in addition to their partition. It gathers others ahead of their use, and keeps
+  them whole after it if they are used again soon, see zero3.py.
 - The update makes fp32 copies of the gradients of one group (stage 3: one sub-group) at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -27,8 +27,8 @@ from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
 from forescale.models.flops import Activations, activations
-from forescale.plan.parameters import Inventory
-from forescale.plan.zero3 import trace_gathers
+from forescale.plan.parameters import Inventory, Parameter
+from forescale.plan.zero3 import GatherTrace, trace_gathers
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a value by precision
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
@@ -109,15 +109,17 @@ class ZeroSettings:
         """Elements up to which stage 3 keeps a parameter whole."""
         return int(self.zero.get("stage3_param_persistence_threshold", 10**5))
 
-    @property
-    def reuse(self) -> int:
-        """Elements; stage 3 keeps a parameter that is used again within this distance."""
-        return int(self.zero.get("stage3_max_reuse_distance", 10**9))
-
-    @property
-    def prefetch(self) -> int:
-        """Elements that stage 3 gathers ahead of their use."""
-        return int(self.zero.get("stage3_prefetch_bucket_size", 5 * 10**7))
+    def gathers(self, parameters: Sequence[Parameter], recompute: bool) -> GatherTrace:
+        """Return what stage 3 gathers in one micro-batch."""
+        return trace_gathers(
+            tuple(parameters),
+            frozenset(p.name for p in parameters if p.numel <= self.persistence),
+            recompute,
+            reuse=int(self.zero.get("stage3_max_reuse_distance", 10**9)),
+            prefetch=int(self.zero.get("stage3_prefetch_bucket_size", 5 * 10**7)),
+            live=int(self.zero.get("stage3_max_live_parameters", 10**9)),
+            world=self.world,
+        )
 
     def offloads(self, what: str) -> bool:
         """Whether `what` (offload_optimizer, offload_param) is kept outside the device."""
@@ -224,9 +226,7 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     resident = [p for p in every if p.numel <= s.persistence and not alone]
     # The second partition of a parameter exists from its first use in a step until the update.
     second = sum(-(-p.numel // s.world) * s.world // s.near for p in every) if s.near > 1 else 0
-    trace = trace_gathers(every, {p.name for p in resident}, s.reuse, recompute)
-    rest = trained.numel - sum(p.numel for p in resident)
-    most = 0 if alone else min(trace.most + s.prefetch, rest)
+    most = 0 if alone else s.gathers(every, recompute).most
     largest = max(min(part, max(_SUB_GROUP // s.world, 1)) for part in parts.values())
     muon = 2 * s.size * s.world * sum(parts[g.name] for g in groups if g.update.is_by_matrix)
     return States(

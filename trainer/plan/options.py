@@ -4,6 +4,7 @@ Invariant: an option changes the ZeRO stage, the hierarchical partition, the mic
 checkpointing or the number of GPUs. It never changes what the model learns.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
@@ -16,6 +17,7 @@ from forescale.plan.parameters import Inventory
 from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predict_step_time
 
 _MOST_GPUS = 16_384
+_MOST_MICRO_BATCH = 2**16
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,24 @@ class ShardingOption:
     job: PlanJob
     memory: Memory
     toggled_activations: int  # bytes if activation checkpointing is switched
-    largest_micro_batch: int | None  # that fits; None: none does
+    largest_micro_batch: int | None  # that fits and divides the global batch; None: none does
+    memory_micro_batch: int | None  # that fits with a larger global batch; None: not known
     traffic: list[Collective]
     inside_seconds: float  # per step, of the links inside a node
     between_seconds: float  # per step, of the links between nodes
+    latency_seconds: float  # per step, of all collectives, however few bytes they send
     step: StepTime
 
     def fits(self, available: float) -> bool:
         """Whether the memory of a rank fits in `available` bytes."""
         return self.memory.total <= available
+
+    @property
+    def is_limited_by_batch(self) -> bool:
+        """Whether a larger micro-batch would fit, if the global batch had more windows."""
+        largest, room = self.largest_micro_batch, self.memory_micro_batch
+        is_whole = largest == self.job.train.global_batch // self.job.world_size
+        return is_whole and room is not None and room > (largest or 0)
 
 
 @dataclass(frozen=True)
@@ -60,16 +71,18 @@ class ShardingOptions:
         world, per_node, machine = job.world_size, job.per_node, self.machine
         traffic = collectives(job, self.trained, world)
         mfu = self.plan.mfu
-        other = self.memory(_toggled(job)).activations
+        other = self.memory(toggled(job)).activations
         return ShardingOption(
             name=name_of(job),
             job=job,
             memory=self.memory(job),
             toggled_activations=other.total - other.logits if other else 0,
             largest_micro_batch=self.largest_micro_batch(job),
+            memory_micro_batch=self.memory_micro_batch(job),
             traffic=traffic,
             inside_seconds=sum(t.inside_seconds(machine, per_node) for t in traffic),
             between_seconds=sum(t.between_seconds(machine, per_node) for t in traffic),
+            latency_seconds=sum(t.latency_seconds(machine, per_node) for t in traffic),
             step=predict_step_time(
                 job,
                 self.trained,
@@ -111,13 +124,22 @@ class ShardingOptions:
                 return micro
         return None
 
+    def memory_micro_batch(self, job: PlanJob) -> int | None:
+        """Return the largest micro-batch that fits if the global batch grows with it; None if none
+        does, or if the memory of activations is not known."""
+        if self.memory(job).activations is None:
+            return None
+        sizes = range(1, _MOST_MICRO_BATCH)
+        # The first that doesn't fit, found by bisection, is one too large.
+        return bisect_left(sizes, True, key=lambda n: not self.fits(_alone(job, n))) or None
+
     def smallest_fix(self, job: PlanJob) -> str | None:
         """Return the config keys of the smallest change that fits; None if none was found."""
         if (micro := self.largest_micro_batch(job)) is not None:
             return f"set train.micro_batch={micro}"
         variants = [("", job)]
         if isinstance(job.model, ModelConfig) and not job.model.activation_checkpointing:
-            variants.append(("model.activation_checkpointing=true ", _toggled(job)))
+            variants.append(("model.activation_checkpointing=true ", toggled(job)))
         for stage in range(job.engine.stage, 4):
             for keys, variant in variants:
                 staged = _staged(variant, stage)
@@ -159,11 +181,17 @@ def _with(job: PlanJob, micro_batch: int) -> PlanJob:
     return replace(job, train=replace(job.train, micro_batch=micro_batch))
 
 
+def _alone(job: PlanJob, micro_batch: int) -> PlanJob:
+    """Return the job with one micro-batch a step on each rank."""
+    batch = micro_batch * job.world_size
+    return replace(job, train=replace(job.train, micro_batch=micro_batch, global_batch=batch))
+
+
 def _on(job: PlanJob, gpus: int) -> PlanJob:
     return replace(job, plan=replace(job.plan, gpus=gpus, nodes=None))
 
 
-def _toggled(job: PlanJob) -> PlanJob:
+def toggled(job: PlanJob) -> PlanJob:
     """Return the job with activation checkpointing switched on if it was off, and off if on."""
     if not isinstance(job.model, ModelConfig):
         return job

@@ -1,25 +1,23 @@
-"""The output of a plan: a page for people, JSON for programs.
+"""The output of a plan as a page for people; json_page.py has it for programs.
 
-Invariant: this file only formats numbers that `Plan` computed.
+Invariant: this file only formats numbers that `Plan` computed. A number that nobody measured is
+named as a guess, with the key that sets it: one who sets the key knows better.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from forescale.config.schema import plain
 from forescale.console import open_console, span, table
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.failures import FailureEstimate
-from forescale.plan.memory import as_dict
 from forescale.plan.options import ShardingOption
 from forescale.plan.plan import Plan
 
-_CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also shown
+CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also shown
 
 
 def show(plan: Plan) -> None:
@@ -50,6 +48,7 @@ def show(plan: Plan) -> None:
         _lines(console, head, lines)
     console.print()
     console.print(_failures(plan))
+    _lines(console, "Guess", _guesses(plan))
     for note in plan.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
     if job.plan.deepspeed:
@@ -73,7 +72,7 @@ def _model(plan: Plan) -> list[str]:
     lines = [
         f"{kinds['total']:,} parameters" + (": " + ", ".join(parts) if parts else ""),
         f"{_flops(per_token.full)} per token (causal {_flops(per_token.causal)}, 6N "
-        f"{_flops(per_token.six_n)}), {_flops(whole)} in total; "
+        f"{_flops(per_token.six_n)}), {_work(whole)} in total; "
         f"{_flops(per_token.recomputed)} per token recomputed",
     ]
     if plan.cache_bytes is not None:
@@ -124,6 +123,9 @@ def _options(plan: Plan) -> Table:
     line(f"  total, of {shown(plan.available)}", lambda o: shown(o.memory.total))
     line("fits", lambda o: "yes" if o.fits(plan.available) else "[red]no[/]")
     line("largest micro-batch", lambda o: str(o.largest_micro_batch or "none"))
+    if any(option.is_limited_by_batch for option in every):
+        line("  limited by", lambda o: "global batch" if o.is_limited_by_batch else "memory")
+        line("  with a larger global batch", lambda o: f"{o.memory_micro_batch or 0:,}")
     if mine.toggled_activations:
         on = getattr(plan.job.model, "activation_checkpointing", False)
         name = f"activations {'without' if on else 'with'} checkpointing"
@@ -135,6 +137,9 @@ def _options(plan: Plan) -> Table:
         line("  time inside a node, s", lambda o: f"{o.inside_seconds:,.3f}")
     if plan.nodes > 1:
         line("  time between nodes, s", lambda o: f"{o.between_seconds:,.3f}")
+    if plan.world > 1:
+        line("  collectives per step", lambda o: f"{sum(t.calls for t in o.traffic):,}")
+        line("  their latency, s", lambda o: f"{o.latency_seconds:,.3f}")
     # A measured speed and an MFU already include the waiting.
     is_whole = plan.measured is not None or plan.given.plan.mfu is not None
     if plan.world > 1 and mine.step.computing is not None and not is_whole:
@@ -148,23 +153,48 @@ def _options(plan: Plan) -> Table:
 
 
 def _assumptions(plan: Plan) -> str:
-    """Return the speeds that the table assumes."""
+    """Return what the table stands on."""
     m, p = plan.machine, plan.given.plan
-    links = f"links at {m.link_efficiency:.0%} of {m.intra_node / 1e9:,.0f} GB/s per GPU in a node"
+    links = f"links of {m.intra_node / 1e9:,.0f} GB/s per GPU in a node"
     if plan.nodes > 1:
         links += f" and {m.inter_node / 1e9:,.0f} GB/s per node between nodes"
     if plan.measured is not None:
         speed = f"the speed of run {plan.measured.run}, which includes waiting"
     elif p.mfu is not None:
-        speed = f"an MFU of {p.mfu:.0%} (plan.mfu)"
+        speed = f"an MFU of {p.mfu:.0%} (plan.mfu), which includes waiting"
     elif plan.chosen.step.peak is None:
         todo = "set plan.from_run or logging.peak_flops"
         return f"The peak FLOP/s of the device are not known: {todo}. Assumed: {links}."
     else:
-        peak = plan.chosen.step.peak / plan.world / 1e12
-        speed = f"computation at {m.efficiency:.0%} of {peak:,.0f} TFLOP/s"
+        speed = f"a peak of {plan.chosen.step.peak / plan.world / 1e12:,.0f} TFLOP/s per GPU"
     overlap = "only stage 3 overlaps communication by default" if m.overlap else "no overlap"
     return f"Assumed: {speed}; {links}; {overlap}. Activations and times are estimates."
+
+
+def _guesses(plan: Plan) -> list[str]:
+    """Return the numbers that nobody measured for this job, unless the user set their keys."""
+    m, p = plan.machine, plan.given.plan
+    found = []
+    if plan.measured is None and p.mfu is None and plan.chosen.step.peak is not None:
+        found.append(
+            f"GPUs compute at {m.efficiency:.0%} of their peak (machine.efficiency; "
+            "plan.from_run=NAME measures it)"
+        )
+    if plan.world > 1:
+        links = (
+            f"links reach {m.link_efficiency:.0%} of their speed (machine.link_efficiency); a step "
+            f"of a collective takes {m.intra_latency * 1e6:g} us in a node (machine.intra_latency)"
+        )
+        if plan.nodes > 1:
+            links += f", {m.inter_latency * 1e6:g} us between nodes (machine.inter_latency)"
+        found.append(links)
+    found.append(f"a node writes {_bytes(m.node_write)}/s (machine.node_write)")
+    if p.failures:
+        found.append(
+            f"{p.failures:g} failures per 1,000 node-days (plan.failures); {p.restart} from when "
+            "one is noticed until it trains again (plan.restart)"
+        )
+    return found
 
 
 def _time(plan: Plan) -> list[str]:
@@ -180,7 +210,8 @@ def _time(plan: Plan) -> list[str]:
         return [*lines, "not known, because no speed is known"]
     hours, p = plan.gpu_hours or 0.0, plan.given.plan
     lines.append(
-        f"{span(plan.seconds)} for all steps; {hours:,.1f} GPU-hours, with evaluations and failures"
+        f"{_days(plan.seconds)} for all steps; {hours:,.{1 if hours < 1000 else 0}f} GPU-hours, "
+        "with evaluations and failures"
     )
     if p.gpu_hour is not None:
         lines.append(f"cost: {hours * p.gpu_hour:,.2f} at {p.gpu_hour:g} per GPU-hour")
@@ -188,7 +219,8 @@ def _time(plan: Plan) -> list[str]:
         energy = hours * plan.machine.watts / 1000
         cost = energy * p.kilowatt_hour if p.kilowatt_hour is not None else None
         paid = "" if cost is None else f", cost: {cost:,.2f}"
-        lines.append(f"{energy:,.0f} kWh at {plan.machine.watts:,.0f} W per GPU{paid}")
+        used = f"{energy:,.0f} kWh" if energy < 1e5 else f"{energy / 1e3:,.0f} MWh"
+        lines.append(f"{used} at {plan.machine.watts:,.0f} W per GPU{paid}")
     return lines
 
 
@@ -220,21 +252,24 @@ def _saves(plan: Plan) -> list[str]:
     often = f" (every {span(every)})" if every and is_counted else ""
     grace = plan.job.launch.grace.seconds or 0.0
     return [
-        f"{size / 1e9:,.2f} GB every {plan.job.checkpoint.every}{often}; at most {kept} on disk: "
-        f"{kept * size / 1e9:,.1f} GB",
-        f"a save pauses training for {plan.stall_seconds:,.1f} s and is written after "
-        f"{plan.save_seconds:,.1f} s; after a signal the run is saved within "
-        f"{plan.lead_seconds:,.1f} s (allowed: {grace:,.0f} s, launch.grace)",
+        f"{_bytes(size)} every {plan.job.checkpoint.every}{often}; at most {kept} on disk: "
+        f"{_bytes(kept * size)}",
+        f"a save pauses training for {span(plan.stall_seconds)} and is written after "
+        f"{span(plan.save_seconds)}; after a signal the run is saved within "
+        f"{span(plan.lead_seconds)} (allowed: {span(grace)}, launch.grace)",
     ]
 
 
-def _failures(plan: Plan) -> Table:
-    """Return a table with a column for each cluster size.
+def _failures(plan: Plan) -> Table | str:
+    """Return a table with a column for each cluster size; a sentence if there are no failures.
 
     ETTR: effective training time ratio, the fraction of the wall time that is kept training.
     """
+    if not plan.given.plan.failures:
+        useful = plan.failures(plan.world).ettr
+        return f"Failures: none expected (plan.failures=0); saves leave {useful:.1%} useful time"
     head = f"Failures ({plan.given.plan.failures:g} per 1,000 node-days)"
-    others = [n for n in _CLUSTERS if n != plan.world and plan.machine.gpus_per_node]
+    others = [n for n in CLUSTERS if n != plan.world and plan.machine.gpus_per_node]
     gpus = [plan.world, *others]
     made = table(head, *(f"{n:,} rank{'s' * (n > 1)}" for n in gpus), left=[head])
     estimates = [plan.failures(n) for n in gpus]
@@ -250,99 +285,27 @@ def _failures(plan: Plan) -> Table:
     return made
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Return the whole plan as plain values; bytes and seconds are not rounded."""
-    job = plan.job
-    return {
-        "problems": [p._asdict() for p in plan.problems],
-        "notes": plan.notes,
-        "config": plain(job),
-        "deepspeed": plan.deepspeed,
-        "gpus": plan.world,
-        "nodes": plan.nodes,
-        "parameters": plan.parameters,
-        "flops_per_token": vars(plan.per_token),
-        "decoding_cache_bytes": plan.cache_bytes,
-        "steps": job.total_steps,
-        "tokens": job.total_steps * job.tokens_per_step,
-        "sources": [vars(s) for s in plan.data],
-        "available_bytes": plan.available,
-        "chosen": plan.chosen.name,
-        "options": {o.name: _option(o, plan) for o in [*plan.options, plan.chosen]},
-        "seconds": plan.seconds,
-        "gpu_hours": plan.gpu_hours,
-        "evaluation": _evaluation(plan),
-        "checkpoint": {
-            "bytes": plan.checkpoint_bytes,
-            "max_on_disk": plan.checkpoints_kept,
-            "stall_seconds": plan.stall_seconds,
-            "save_seconds": plan.save_seconds,
-            "signal_lead_seconds": plan.lead_seconds,
-            "interval_seconds": plan.interval,
-        },
-        "failures": {
-            str(n): {k: _finite(v) for k, v in vars(plan.failures(n)).items()}
-            for n in (plan.world, *_CLUSTERS)
-        },
-        "measured": _measured(plan),
-    }
-
-
-def _evaluation(plan: Plan) -> dict[str, Any] | None:
-    if (cost := plan.evaluation) is None:
-        return None
-    every = {"periodic": vars(cost.periodic), "at_end": vars(cost.at_end)}
-    return {**every, "times": cost.times, "flops": cost.flops, "seconds": cost.seconds}
-
-
-def _option(option: ShardingOption, plan: Plan) -> dict[str, Any]:
-    memory, step = option.memory, option.step
-    return {
-        "bytes": memory.rows(),
-        "states": as_dict(memory.states),
-        "activations": vars(memory.activations) if memory.activations else None,
-        "total_bytes": memory.total,
-        "fits": option.fits(plan.available),
-        "largest_micro_batch": option.largest_micro_batch,
-        "traffic": [
-            {**vars(t), "sent_by_gpu": t.sent, "sent_by_node": t.between(plan.per_node)}
-            for t in option.traffic
-        ],
-        "step": {
-            **vars(step),
-            "seconds": step.seconds,
-            "tokens_per_second": step.tokens_per_second,
-            "mfu": step.mfu,
-        },
-    }
-
-
-def _measured(plan: Plan) -> dict[str, Any] | None:
-    if plan.measured is None or plan.predicted_for_measured is None:
-        return None
-    m = plan.measured
-    return {
-        "run": m.run,
-        "ranks": m.world,
-        "step_seconds": m.seconds,
-        "predicted_step_seconds": plan.predicted_for_measured.seconds,
-        "flops_per_second": m.rate,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
-
-
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.3g}" if size < 1e9 else f"{size / 1e9:,.1f}"
 
 
 def _bytes(number: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:,.0f} bytes"
+
+
+def _days(seconds: float) -> str:
+    """A length of time; of two days and more, days and hours: 12 h, 2 d 4 h, 38 d."""
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h" if 2 <= days < 10 and hours else span(seconds)
+
+
+def _work(flops: float) -> str:
+    """FLOPs of a run; of large ones also in PFLOP-days."""
+    days = flops / 1e15 / 86_400
+    return _flops(flops) + (f" ({days:,.3g} PFLOP-days)" if days >= 0.1 else "")
 
 
 def _short(number: float) -> str:

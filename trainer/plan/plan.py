@@ -26,12 +26,12 @@ from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import EvaluationCost, estimate_evaluation
 from forescale.plan.failures import FailureEstimate, estimate_failures
 from forescale.plan.memory import BYTES, checkpoint_bytes
-from forescale.plan.options import ShardingOption, ShardingOptions, name_of
-from forescale.plan.parameters import Inventory, Parameter, inventory
+from forescale.plan.options import ShardingOption, ShardingOptions, name_of, toggled
+from forescale.plan.own_model import own_model
+from forescale.plan.parameters import inventory
 from forescale.plan.step_time import (
     MeasuredSpeed,
     StepTime,
-    TokenFlops,
     measure,
     predict_step_time,
     token_flops,
@@ -81,7 +81,7 @@ class Plan:
             six_n = flops_6n(self.job.model)
             self.per_token = token_flops(self.job.model, job.train.sequence_length, six_n)
         else:
-            self.trained, self.per_token = _users_model(self.job, self.vocab_size)
+            self.trained, self.per_token = own_model(self.job, self.vocab_size)
             self.notes.append(
                 "The model is a class of your own: the memory of its activations is not known and "
                 "not included."
@@ -281,6 +281,8 @@ class Plan:
         _ = self.data  # also records problems of the data
         if not self.chosen.fits(self.available):
             self.problems.append(self._memory_problem())
+        elif getattr(self.job.model, "activation_checkpointing", False):
+            self._note_checkpointing()
         lead, grace = self.lead_seconds, self.job.launch.grace.seconds or 0.0
         if lead > grace:
             self.notes.append(
@@ -300,6 +302,18 @@ class Plan:
             self.notes.append(
                 f"A checkpoint is due every {interval:,.0f} s, but writing one takes "
                 f"{self.save_seconds:,.0f} s: training will wait. Raise checkpoint.every."
+            )
+
+    def _note_checkpointing(self) -> None:
+        """Add a note if the job would also fit without activation checkpointing."""
+        without = self._options.memory(toggled(self.job))
+        if without.total <= self.available:
+            per_token = self.per_token
+            saved = per_token.recomputed / (per_token.full + per_token.recomputed)
+            self.notes.append(
+                f"Activation checkpointing could be off: without it a rank needs "
+                f"{without.total / 2**30:,.1f} of {self.available / 2**30:,.1f} GiB, and computes "
+                f"{saved:.0%} less. Set model.activation_checkpointing=false."
             )
 
     def _memory_problem(self) -> Problem:
@@ -334,20 +348,3 @@ class Plan:
         if not isinstance(model, ModelConfig):
             return None
         return cache_bytes(model, length, BYTES[self.job.precision.kind])
-
-
-def _users_model(job: PlanJob, vocab_size: int) -> tuple[Inventory, TokenFlops]:
-    """Return parameters and FLOPs of a class of the user's own, built without values."""
-    import torch
-
-    from forescale.train.model import build_model, prices_of
-    from forescale.train.probe import examine_model
-
-    examine_model(job, vocab_size)
-    with torch.device("meta"):
-        model = build_model(job, vocab_size)
-    every = [Parameter(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
-    names = getattr(model, "muon_parameters", None)
-    prices = prices_of(job, model)
-    made = inventory(job, every, names() if names else None)
-    return made, TokenFlops(prices["full"], prices["causal"], prices["six_n"])

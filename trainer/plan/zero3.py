@@ -1,69 +1,126 @@
 """The parameters that ZeRO-3 gathers in a step, and how many exist whole at the same time.
 
-Follows DeepSpeed 0.19.8's coordinator (zero/partitioned_param_coordinator.py): a module's
-parameters are gathered before it runs, in forward and backward, and released after it, unless one
-of the next modules, within stage3_max_reuse_distance elements, uses them again. Invariant: only
-counts elements; tests/distributed/test_real_costs.py compares them with the collectives of real
-ranks.
+Follows DeepSpeed 0.19.8's coordinator (zero/partitioned_param_coordinator.py): before a module
+runs, in forward and backward, its parameters are gathered, and those of the next modules ahead of
+their use, up to stage3_prefetch_bucket_size elements at once and about stage3_max_live_parameters
+in all. They are released after the module, unless a later use of them was already passed over
+while gathering ahead, or one of the next modules, within stage3_max_reuse_distance elements, uses
+them again. Invariant: only counts; tests/distributed/test_real_costs.py compares the elements with
+the collectives of real ranks, tests/trainer/plan/test_zero3.py the number of collectives.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 
 @dataclass(frozen=True)
 class GatherTrace:
-    """Elements that one micro-batch gathers.
+    """What one micro-batch gathers.
 
-    forward, backward: gathered in each pass. most: maximum that exists whole at the same time.
+    first: elements that are gathered for the first time; again: those that were released since.
+    calls: number of all-gathers; calls_again: those among them with elements of `again`. most:
+    maximum of elements that exist whole at the same time.
     """
 
-    forward: int
-    backward: int
+    first: int
+    again: int
+    calls: int
+    calls_again: int
     most: int
 
 
 @dataclass(frozen=True)
 class _Call:
     module: str
-    is_backward: bool = False
     is_kept: bool = False  # its parameters are not released after it
 
 
+@lru_cache(maxsize=16)  # the same for all micro-batches that a plan tries
 def trace_gathers(
-    parameters: Sequence[Any],
-    resident: Collection[str],
-    reuse: int,
+    parameters: tuple[Any, ...],
+    resident: frozenset[str],
     recompute: bool,
+    *,
+    reuse: int,
+    prefetch: int,
+    live: int,
     world: int = 1,
 ) -> GatherTrace:
     """Return what ZeRO-3 gathers in one micro-batch.
 
     parameters: with `name` and `numel`, in the order of the forward pass. resident: names of those
-    that are never released. reuse: elements, stage3_max_reuse_distance. recompute: with activation
-    checkpointing. world: each gathered parameter is padded to a multiple of it.
+    that are never released. recompute: with activation checkpointing. reuse, prefetch, live:
+    elements, see above. world: each gathered parameter is padded to a multiple of it.
     """
     held: dict[str, dict[str, int]] = {}
     for p in parameters:
         held.setdefault(p.name.rpartition(".")[0], {})[p.name] = p.numel
     calls = _calls(_in_order(held), recompute)
-    free = {m: {n: k for n, k in of.items() if n not in resident} for m, of in held.items()}
     sizes = {module: sum(of.values()) for module, of in held.items()}
     soon = _soon(calls, sizes, reuse)
-    here: dict[str, int] = {}
-    gathered, most, standing = [0, 0], 0, 0
+    ahead = [(at, n, k) for at, c in enumerate(calls) for n, k in held.get(c.module, {}).items()]
+    counted = _Gathered(resident, world)
+    seen: dict[str, int] = {}  # the last call of each parameter that the look ahead has passed
+    start = 0  # of the look ahead
     for at, call in enumerate(calls):
-        for name, numel in free[call.module].items():
-            if name not in here:
-                here[name] = numel
-                standing += numel
-                gathered[call.is_backward] += -(-numel // world) * world
-        most = max(most, standing)
-        if free[call.module] and not call.is_kept and not soon[at]:
-            for name in free[call.module]:
-                standing -= here.pop(name, 0)
-    return GatherTrace(gathered[0], gathered[1], most)
+        own = held.get(call.module, {})
+        counted.gather(own)
+        if any(seen.get(name, -1) < at for name in own):
+            while start < len(ahead) and ahead[start][0] <= at:
+                start += 1
+            seen.update((name, max(at, seen.get(name, -1))) for name in own)
+        room, chosen, size = min(live - counted.standing, prefetch), {}, 0
+        while start < len(ahead) and size < room:
+            used, name, numel = ahead[start]
+            start += 1
+            seen[name] = used
+            if not counted.has(name) and name not in chosen:
+                chosen[name] = numel
+                size += numel
+        counted.gather(chosen)
+        if not call.is_kept and not soon[at]:
+            counted.release(name for name in own if seen[name] <= at + 1)
+    return counted.trace
+
+
+class _Gathered:
+    """The parameters that exist whole now, and what was gathered until now."""
+
+    def __init__(self, resident: Collection[str], world: int):
+        self.standing = 0
+        self._resident, self._world = resident, world
+        self._here: dict[str, int] = {}
+        self._ever: set[str] = set()
+        self._elements = {"first": 0, "again": 0}
+        self._calls = self._calls_again = self._most = 0
+
+    def has(self, name: str) -> bool:
+        return name in self._here or name in self._resident
+
+    def gather(self, wanted: Mapping[str, int]) -> None:
+        """Gather those of `wanted`, elements by name, that don't exist whole, in one collective."""
+        missing = {name: numel for name, numel in wanted.items() if not self.has(name)}
+        for name, numel in missing.items():
+            which = "again" if name in self._ever else "first"
+            self._elements[which] += -(-numel // self._world) * self._world
+        self._calls += bool(missing)
+        self._calls_again += any(name in self._ever for name in missing)
+        self._ever.update(missing)
+        self._here.update(missing)
+        self.standing += sum(missing.values())
+        self._most = max(self._most, self.standing)
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.standing -= self._here.pop(name, 0)
+
+    @property
+    def trace(self) -> GatherTrace:
+        return GatherTrace(
+            **self._elements, calls=self._calls, calls_again=self._calls_again, most=self._most
+        )
 
 
 def _soon(calls: Sequence[_Call], sizes: dict[str, int], reuse: int) -> list[bool]:
@@ -75,7 +132,7 @@ def _soon(calls: Sequence[_Call], sizes: dict[str, int], reuse: int) -> list[boo
         again = later.get(call.module)
         # Between the two calls lies what is behind this one, without the next one and its rest.
         found.append(again is not None and rest - again < reuse)
-        rest += sizes[call.module]
+        rest += sizes.get(call.module, 0)
         later[call.module] = rest
     return found[::-1]
 
@@ -90,14 +147,27 @@ def _in_order(held: Collection[str]) -> list[str]:
 
 
 def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
-    calls = [_Call(module) for module in order]
+    """Return the calls of modules, with those that hold no parameters but only other modules."""
+    calls = [_Call(name) for name in ("", *_with_parents(order), "")]
     for block in reversed(_blocks(order)):
         if recompute and block[0].startswith("blocks."):
             # The backward of the last module needs activations, so the other modules run again.
-            calls.append(_Call(block[-1], True, is_kept=True))
-            calls += [_Call(module, True) for module in block[:-1]]
-        calls += [_Call(module, True) for module in reversed(block)]
+            calls.append(_Call(block[-1], is_kept=True))
+            calls += map(_Call, _with_parents(block[:-1]))
+        calls += map(_Call, _with_parents(block[::-1]))
     return calls
+
+
+def _with_parents(order: Sequence[str]) -> list[str]:
+    """Return the modules, each preceded by those that contain it where they are first met."""
+    found: list[str] = []
+    met = {"blocks"}  # a list isn't called
+    for module in order:
+        parts = module.split(".")
+        parents = [".".join(parts[:n]) for n in range(1, len(parts))]
+        found += [*(parent for parent in parents if parent not in met), module]
+        met.update(parents)
+    return found
 
 
 def _blocks(order: Sequence[str]) -> list[list[str]]:

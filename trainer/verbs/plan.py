@@ -7,17 +7,19 @@ from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError
 from forescale.errors import DONE
 from forescale.plan.config import PlanJob
-from forescale.plan.page import as_json, show
+from forescale.plan.json_page import as_json
+from forescale.plan.page import show
 from forescale.plan.plan import Plan
 from forescale.run.command import job_of
 from forescale.run.start import check_changes
 
 JOB = PlanJob
 EXAMPLES = (
-    "plan model=llama-7b engine=zero3 plan.gpus=64 train.tokens=1e12   (all keys of train)",
-    "plan machine=a100-80g plan.nodes=4 model=llama-1b data=dataset data.path=/data/books",
+    "plan model=llama-7b engine=zero3 plan.gpus=64 train.global_batch=1024   (all keys of train)",
+    "plan machine=a100-80g plan.nodes=4 model=llama-1b train.global_batch=256 "
+    "data=dataset data.path=/data/books",
     "plan plan.from_run=first plan.gpu_hour=2.5   (the measured speed of a run)",
-    "plan model=llama-7b plan.gpus=64 plan.deepspeed=true --json",
+    "plan model=llama-7b plan.gpus=64 train.global_batch=512 plan.deepspeed=true --json",
 )
 
 

@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from forescale.config.compose import compose
+from forescale.plan.config import PlanConfig, PlanJob
 from forescale.plan.failures import estimate_failures, ettr, mtbf
 
 
@@ -32,12 +34,12 @@ def test_ettr_agrees_with_a_simulation(interval, stall, restart, mean):
     assert ettr(interval, stall, restart, mean) == pytest.approx(sum(found) / 5, rel=0.03)
 
 
-def test_ettr_agrees_with_llama_3():
+def test_the_default_predicts_the_failures_of_llama_3():
     """419 unexpected interruptions in 54 days on 16,384 GPUs, and over 90 % of effective training
-    time (arXiv 2407.21783, section 3.3.4)."""
-    rate = 419 / 54 / 2048 * 1000
-    assert rate == pytest.approx(3.8, abs=0.02)
-    assert mtbf(2048, rate) / 3600 == pytest.approx(54 * 24 / 419)
+    time (arXiv 2407.21783, table 5 and section 3.3.4)."""
+    rate = compose(PlanJob, []).plan.failures
+    assert rate == PlanConfig().failures
+    assert 54 * 86_400 / mtbf(16_384 // 8, rate) == pytest.approx(419, rel=0.01)
     found = estimate_failures(2048, rate, stall=1.0, restart=600, interval=600)
     assert 0.9 < found.ettr < found.best_ettr < 0.96
 

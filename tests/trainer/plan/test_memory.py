@@ -1,4 +1,4 @@
-"""Partitions, memory by kind, communication, and its times at given link speeds."""
+"""Partitions, and memory by kind."""
 
 from dataclasses import replace
 
@@ -6,7 +6,6 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.engine.optim import Group
-from forescale.plan.communication import Collective, collectives, exposed
 from forescale.plan.config import PlanJob
 from forescale.plan.memory import checkpoint_bytes, memory, partition, states, touched
 from forescale.plan.parameters import Parameter, inventory
@@ -72,47 +71,3 @@ def test_checkpoint_bytes_are_those_of_weights_and_moments(optimizer):
     held = inventory(made)
     muon = sum(p.numel for g in held.groups if g.update.is_by_matrix for p in g.params)
     assert checkpoint_bytes(made, held) == 12 * held.numel - 4 * muon
-
-
-def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
-    held = inventory(job())
-
-    def sent(stage, batch):
-        made = job(f"engine=zero{stage}", f"train.global_batch={batch}", "train.micro_batch=1")
-        return {c.what: c.sent for c in collectives(made, held, 8)}
-
-    for stage, name, times in ((0, "gradients", 1), (1, "gradients", 1), (2, "gradients", 4)):
-        assert sent(stage, 32)[name] == times * sent(stage, 8)[name]
-    weights = "weights in forward and backward"
-    assert sent(3, 32).get(weights, 0) == 4 * sent(3, 8).get(weights, 0)
-    assert sent(3, 32)["gradients"] == pytest.approx(4 * sent(3, 8)["gradients"], abs=8)
-
-
-def test_a_hierarchical_partition_sends_less_between_nodes():
-    made = job("model=llama-1b", "engine=zero3", "plan.gpus=64", "train.global_batch=512")
-    held = inventory(made)
-    near = replace(made, engine=replace(made.engine, hierarchical_partition=8))
-    between = [sum(c.between(8) for c in collectives(j, held, 64)) for j in (made, near)]
-    assert between[1] < between[0]
-
-
-def test_one_rank_sends_nothing():
-    for stage in range(4):
-        made = job(f"engine=zero{stage}")
-        assert collectives(made, inventory(made), 1) == []
-
-
-def test_times_of_the_slowest_link_and_of_waiting():
-    machine = job().machine
-    machine = replace(machine, intra_node=100.0, inter_node=50.0, link_efficiency=0.5)
-    inside = Collective("a", "all_reduce", 1000, 4)
-    across = Collective("b", "all_gather", 1600, 16, beside=0.5)
-    assert inside.sent == 2 * 3 * 1000 // 4
-    assert (inside.between(4), across.between(4)) == (0, 1500)
-    assert inside.seconds(machine, 4) == pytest.approx(1500 / 50)
-    assert across.seconds(machine, 4) == pytest.approx(1500 / 25)
-    # b takes 60 s and overlaps with half of the computation; a never overlaps
-    assert exposed([inside, across], machine, 4, 200.0) == pytest.approx(30)
-    assert exposed([inside, across], machine, 4, 40.0) == pytest.approx(30 + 40)
-    alone = replace(machine, overlap=False)
-    assert exposed([inside, across], alone, 4, 200.0) == pytest.approx(90)

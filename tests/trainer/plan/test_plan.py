@@ -61,7 +61,65 @@ def test_json_contains_the_whole_plan(planned):
     assert plan["decoding_cache_bytes"] == 2 * 4096 * 4096 * 32 * 2  # keys and values, bf16
     job = compose(PlanJob, [*BIG, BATCH, "engine=zero2", "plan.nodes=8", "train.micro_batch=4"])
     assert plan["deepspeed"] == deepspeed_config(job, 64)
-    assert plan["failures"]["16384"]["mtbf"] == pytest.approx(86_400_000 / 6.5 / 2048)
+    assert plan["failures"]["16384"]["mtbf"] == pytest.approx(86_400_000 / 3.8 / 2048)
+
+
+def test_the_micro_batch_is_said_to_be_limited_by_the_global_batch_or_by_memory(forescale, planned):
+    words = [*BIG, "engine=zero3", "plan.gpus=64", "train.micro_batch=1"]
+
+    def found(batch):
+        _, plan, _ = planned(*words, f"train.global_batch={batch}")
+        option = plan["options"]["zero3"]
+        return option["largest_micro_batch"], option["memory_micro_batch"]
+
+    few, room = found(128)
+    assert (few, room > 8) == (2, True)
+    # With a batch that is large enough, the memory limits, where the first plan said.
+    assert found(64 * room) == (room, room)
+    _, out, _ = forescale("plan", *words, "train.global_batch=128")
+    assert re.search(r"limited by( +(memory|global batch)){3} +global batch", out)
+
+
+def test_checkpointing_that_is_not_needed_is_noted_and_can_be_switched_off(planned):
+    words = [*BIG, BATCH, "engine=zero3", "plan.gpus=64"]
+    fix = "model.activation_checkpointing=false"
+
+    def hints(*more):
+        code, plan, _ = planned(*words, *more)
+        assert code == 0
+        return [note for note in plan["notes"] if fix in note]
+
+    assert len(hints("train.micro_batch=1")) == 1
+    assert hints("train.micro_batch=1", fix) == []
+    assert hints("train.micro_batch=16") == []  # would not fit without
+
+
+def test_guesses_are_named_with_the_keys_that_set_them(forescale):
+    words = ("plan", *BIG, BATCH, "engine=zero3", "plan.gpus=64", "train.micro_batch=1")
+
+    def guesses(*more):
+        page = forescale(*words, *more)[1]
+        return set(re.findall(r"(?:plan|machine)\.\w+", page[page.index("Guess ") :]))
+
+    speed, network = {"machine.efficiency", "plan.from_run"}, {"machine.inter_latency"}
+    failing = {"plan.failures", "plan.restart"}
+    links = {"machine.link_efficiency", "machine.intra_latency"}
+    every = speed | network | failing | links | {"machine.node_write"}
+    assert guesses() == every
+    assert guesses("plan.gpus=8", "plan.mfu=0.4", "plan.failures=0") == links | {
+        "machine.node_write"
+    }
+
+
+def test_amounts_have_the_units_that_people_use(forescale):
+    words = (*BIG, BATCH, "engine=zero3", "plan.gpus=64", "train.micro_batch=1")
+    _, out, _ = forescale("plan", *words, "train.tokens=1e12", "checkpoint.keep=100")
+    assert "(533 PFLOP-days) in total" in out
+    assert "at most 102 on disk: 8.25 TB" in out
+    assert re.search(r"\d d for all steps; \d+,\d{3} GPU-hours", out)
+    _, out, _ = forescale("plan", *words, "plan.failures=0")
+    assert "none expected (plan.failures=0)" in out
+    assert not re.search(r"\binf\b", out)
 
 
 def test_plan_loads_no_torch_and_writes_nothing(tmp_path):

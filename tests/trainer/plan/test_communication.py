@@ -1,0 +1,152 @@
+"""Communication of a step: bytes, number of collectives, times at given speeds and latencies."""
+
+from dataclasses import replace
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.plan.communication import Collective, collectives, exposed
+from forescale.plan.config import PlanJob
+from forescale.plan.parameters import inventory
+from forescale.plan.step_time import predict_step_time, token_flops
+from tests.distributed.cost_jobs import job_of
+
+SMALL = "stage3_param_persistence_threshold: 50"
+FAR = "stage3_max_reuse_distance: 0"
+SOME = "stage3_max_reuse_distance: 4000"
+LAZY = "stage3_prefetch_bucket_size: 0"
+FEW = "stage3_max_live_parameters: 5000"
+CHECKPOINTING = "model.activation_checkpointing=true"
+
+
+def job(*overrides, vocab_size=512):
+    made = compose(PlanJob, ["model=tiny", "train.steps=10", "schedule.warmup=0", *overrides])
+    return replace(made, model=made.model.resolved(vocab_size, made.train.sequence_length))
+
+
+def zero(*settings):
+    return f"engine.deepspeed={{zero_optimization: {{{', '.join(settings)}}}}}"
+
+
+# Collectives and bytes of their tensors in the third step of DeepSpeed 0.19.8 on two real ranks of
+# gloo, counted as `traffic` of tests/distributed/cost_scenarios.py counts.
+@pytest.mark.parametrize(
+    ("case", "reduced", "gathered"),
+    [
+        ([0, "adamw", "bf16"], (1, 28_144), (0, 0)),
+        ([1, "adamw", "bf16"], (8, 28_144), (2, 28_144)),
+        ([1, "muon", "bf16"], (8, 28_144), (3, 28_144)),
+        ([2, "adamw", "bf16"], (24, 84_432), (2, 28_144)),
+        ([3, "adamw", "bf16"], (24, 84_432), (25, 28_144)),
+        ([3, "adamw", "bf16", zero(SMALL)], (24, 84_432), (24, 83_824)),
+        ([3, "muon", "bf16", zero(SMALL)], (24, 84_432), (52, 172_528)),
+        ([3, "adamw", "bf16", zero(SMALL, FAR, LAZY)], (24, 84_432), (105, 167_344)),
+        ([3, "adamw", "bf16", zero(SMALL, FAR, LAZY), CHECKPOINTING], (24, 84_432), (141, 218_608)),
+        (
+            [3, "adamw", "bf16", zero(SMALL, SOME, LAZY), CHECKPOINTING],
+            (24, 84_432),
+            (123, 178_864),
+        ),
+        ([3, "adamw", "bf16", zero(SMALL, FAR), CHECKPOINTING], (24, 84_432), (27, 94_048)),
+        ([3, "adamw", "bf16", zero(SMALL, SOME, FEW)], (24, 84_432), (72, 139_408)),
+        ([3, "adamw", "bf16", zero(SMALL, SOME, FEW), CHECKPOINTING], (24, 84_432), (81, 158_128)),
+    ],
+)
+def test_collectives_are_those_that_were_counted_on_real_ranks(case, reduced, gathered):
+    made = job_of(case, 2)
+    found = collectives(made, inventory(made), 2)
+
+    def sums(is_gather):
+        chosen = [c for c in found if (c.kind == "all_gather") == is_gather]
+        return sum(c.calls for c in chosen), sum(c.payload for c in chosen)
+
+    assert (sums(False), sums(True)) == (reduced, gathered)
+
+
+def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
+    made = job("train.micro_batch=1")
+    held = inventory(made)
+
+    def sent(stage, batch):
+        engine, train = replace(made.engine, stage=stage), replace(made.train, global_batch=batch)
+        staged = replace(made, engine=engine, train=train)
+        return {c.what: c.sent for c in collectives(staged, held, 8)}
+
+    for stage, name, times in ((0, "gradients", 1), (1, "gradients", 1), (2, "gradients", 4)):
+        assert sent(stage, 32)[name] == times * sent(stage, 8)[name]
+    weights = "weights in forward and backward"
+    assert sent(3, 32).get(weights, 0) == 4 * sent(3, 8).get(weights, 0)
+    assert sent(3, 32)["gradients"] == pytest.approx(4 * sent(3, 8)["gradients"], abs=8)
+
+
+def test_a_hierarchical_partition_sends_less_between_nodes():
+    made = job("model=llama-1b", "engine=zero3", "plan.gpus=64", "train.global_batch=512")
+    held = inventory(made)
+    near = replace(made, engine=replace(made.engine, hierarchical_partition=8))
+    between = [sum(c.between(8) for c in collectives(j, held, 64)) for j in (made, near)]
+    assert between[1] < between[0]
+
+
+def test_one_rank_sends_nothing():
+    for stage in range(4):
+        made = job(f"engine=zero{stage}")
+        assert collectives(made, inventory(made), 1) == []
+
+
+def test_times_of_the_slowest_link_and_of_waiting():
+    machine = job().machine
+    still = {"intra_latency": 0.0, "inter_latency": 0.0}
+    machine = replace(machine, intra_node=100.0, inter_node=50.0, link_efficiency=0.5, **still)
+    inside = Collective("a", "all_reduce", 1000, 4)
+    across = Collective("b", "all_gather", 1600, 16, beside=0.5)
+    assert inside.sent == 2 * 3 * 1000 // 4
+    assert (inside.between(4), across.between(4)) == (0, 1500)
+    assert inside.seconds(machine, 4) == pytest.approx(1500 / 50)
+    assert across.seconds(machine, 4) == pytest.approx(1500 / 25)
+    # b takes 60 s and overlaps with half of the computation; a never overlaps
+    assert exposed([inside, across], machine, 4, 200.0) == pytest.approx(30)
+    assert exposed([inside, across], machine, 4, 40.0) == pytest.approx(30 + 40)
+    alone = replace(machine, overlap=False)
+    assert exposed([inside, across], alone, 4, 200.0) == pytest.approx(90)
+
+
+def test_latency_is_that_of_a_ring_or_of_a_tree():
+    """By the model of NCCL: 16 ranks in 4 nodes are 15 steps around the ring, 3 between nodes."""
+    machine = replace(job().machine, intra_latency=1.0, inter_latency=10.0)
+    gather = Collective("a", "all_gather", 16, 16, calls=5)
+    assert gather.latency_seconds(machine, 4) == pytest.approx(5 * (12 * 1 + 3 * 10), rel=1e-3)
+    # All in one node: no tree; on 4 nodes a tree of 2 levels; on 2 nodes of 1 both need 2 steps.
+    reduce = Collective("b", "all_reduce", 16, 16)
+    assert reduce.latency_seconds(machine, 16) == pytest.approx(2 * 15 * 1, rel=1e-3)
+    assert reduce.latency_seconds(machine, 4) == pytest.approx(2 * (3 * 1 + 2 * 10), rel=1e-3)
+    pair = Collective("c", "all_reduce", 16, 2)
+    assert pair.latency_seconds(machine, 1) == pytest.approx(2 * 10, rel=1e-3)
+
+
+def test_zero1_becomes_faster_than_zero3_on_many_nodes():
+    """Llama 3 8B, a window of 8,192 tokens for each H100: ZeRO-3 hides its traffic behind the
+    computation until the latency of its hundreds of collectives takes longer."""
+    words = ["model=llama-7b", "model.num_kv_heads=8", "model.mlp_width=14336",
+             "model.vocab_size=128256", "optimizer=adamw", "train.sequence_length=8192",
+             "train.micro_batch=1"]  # fmt: skip
+    made = job(*words, vocab_size=128_256)
+    held, price = inventory(made), token_flops(made.model, 8192, 0.0)
+
+    def seconds(stage, nodes, **machine):
+        staged = replace(
+            made,
+            engine=replace(made.engine, stage=stage),
+            train=replace(made.train, global_batch=8 * nodes),
+        )
+        found = collectives(staged, held, 8 * nodes)
+        machine = replace(made.machine, **machine)
+        return predict_step_time(staged, held, price, found, machine, 8 * nodes, 8).seconds
+
+    nodes = [2**n for n in range(10)]
+    zero1, zero3 = ([seconds(stage, n) for n in nodes] for stage in (1, 3))
+    assert zero1 == sorted(zero1)
+    assert zero3 == sorted(zero3)
+    is_faster = dict(zip(nodes, map(lambda a, b: a < b, zero1, zero3), strict=True))
+    assert [n for n in nodes if is_faster[n]] == [256, 512]
+    still = {"intra_latency": 0.0, "inter_latency": 0.0}
+    assert seconds(3, 512, **still) < seconds(1, 512, **still)  # it is the latency
