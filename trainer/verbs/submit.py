@@ -11,11 +11,13 @@ FIRST = ("train",)
 
 JOB = SubmitJob
 EXAMPLES = (
-    "submit train big slurm.nodes=8 slurm.gpus_per_node=8 model=llama-7b engine=zero3",
-    "submit train big --dry-run   (print the script, write nothing)",
-    "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 slurm.time='2 h'",
-    "submit train slurm.runs=sweep.txt slurm.at_once=4   (one array; a line of the file is a run)",
-    "submit train big   (again: the run resumes from its newest checkpoint)",
+    "submit train big slurm.nodes=8 slurm.gpus_per_node=8 model=llama-7b engine=zero3 "
+    "train.global_batch=1024   (the same command again resumes the run)",
+    "submit train slurm.gpus_per_node=1 --dry-run   (print the script, write nothing)",
+    "submit train machine=cpu slurm.partition=cpu slurm.tasks_per_node=4 train.micro_batch=2 "
+    "slurm.time='2 h'",
+    "submit train slurm.runs=sweep.txt slurm.at_once=4 slurm.gpus_per_node=1   "
+    "(one array; a line of the file is a run)",
 )
 
 
