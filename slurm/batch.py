@@ -120,7 +120,9 @@ class Batch:
             return self._end(
                 attempt, policy.AttemptOutcome(INTERRUPTED, 0, "interrupted before ranks")
             )
-        self._log(f"Attempt {attempt.number}: {world} ranks; logs {attempt.path}/rank-*.log")
+        each = steps.cpus_per_rank(self.settings)
+        cpus = f" of {each} CPUs" if each > 1 else ""
+        self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/rank-*.log")
         port = str(free_port())
         log = attempt.path / "srun.log"
         self._step = steps.JobStep(command, self._environment(attempt, port), log)

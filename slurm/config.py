@@ -154,6 +154,9 @@ class SlurmConfig:
         for name in ("mounts", "runtime"):
             if getattr(self, name) and self.container is None:
                 found.append((name, "needs a container", "set slurm.container"))
+        if self.pack and self.container:
+            what = "is for nodes without containers: an image has its own Python"
+            found.append(("pack", what, "leave out slurm.pack or slurm.container"))
         try:
             words = shlex.split(self.python) if self.python is not None else ["python"]
             what = "" if words else "has no word"

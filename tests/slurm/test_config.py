@@ -51,6 +51,10 @@ def test_what_gres_gives_is_said():
         ),
         ({"runtime": "apptainer"}, ("runtime", "needs a container")),
         (
+            {"container": "x.sif", "pack": True},
+            ("pack", "is for nodes without containers: an image has its own Python"),
+        ),
+        (
             {"python": "conda run 'x"},
             ("python", "\"conda run 'x\" can't be read (No closing quotation)"),
         ),
