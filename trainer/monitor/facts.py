@@ -35,7 +35,7 @@ def facts(status: Status, job: "Job | None" = None) -> dict[str, Any]:
 
 
 def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
-    last, scored, goodput = s.train[-1] if s.train else {}, s.validation, s.goodput
+    last, scored, goodput = s.last, s.validation, s.goodput
     return {
         "state": s.state,
         "job": job and {"id": job.id, "state": job.state, "nodes": job.nodes},

@@ -18,10 +18,12 @@ from functools import cached_property
 from itertools import pairwise
 
 from forescale.errors import DONE, INTERRUPTED, USER
+from forescale.monitor.ledger import Steps
+from forescale.monitor.memory import Memory
 from forescale.resilience.heartbeat import read_nodes
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
-from forescale.run.rows import Row, read_rows, select
+from forescale.run.rows import Row, select
 
 BUCKETS = {
     "compute": "forward, backward and update of steps that were kept",
@@ -42,8 +44,9 @@ _START = ("startup", "recovery")
 class Launch:
     """One start of the ranks, until their end. Times in seconds since the epoch.
 
-    rows: the train rows that it made itself; after: seconds by phase after the last row, if it
-    ended well; eligible: since when it could have started, if it was in a queue.
+    made: the steps that each of its attempts made itself; lost: those of them that were not kept;
+    after: seconds by phase after the last row, if it ended well; eligible: since when it could have
+    started, if it was in a queue.
     """
 
     attempts: list[Attempt]
@@ -53,13 +56,14 @@ class Launch:
     code: int | None  # None: no launcher recorded the end
     how: str = ""
     eligible: float | None = None
-    rows: list[Row] = field(default_factory=list)
+    made: list[Steps] = field(default_factory=list)
+    lost: list[Steps] = field(default_factory=list)
     after: dict[str, float] = field(default_factory=dict)
 
     @property
     def recorded(self) -> float:
         """Seconds that its rows and its end account for."""
-        return sum(sum(r["seconds"].values()) for r in self.rows) + sum(self.after.values())
+        return sum(steps.total for steps in self.made) + sum(self.after.values())
 
     @property
     def head(self) -> float:
@@ -97,10 +101,10 @@ class SaveInterval:
 
 class Goodput:
     """Where the wall clock of one run went. running: its newest launch is alive, so that its last
-    steps are not lost yet."""
+    steps are not lost yet. memory: what an earlier look has read."""
 
-    def __init__(self, run: Run, running: bool = False):
-        self.run, self.running = run, running
+    def __init__(self, run: Run, running: bool = False, memory: Memory | None = None):
+        self.run, self.running, self._memory = run, running, memory or Memory()
 
     @cached_property
     def launches(self) -> list[Launch]:
@@ -109,14 +113,47 @@ class Goodput:
         for attempt in self.run.attempts():
             parent = attempt.parent
             if found and parent is not None and parent.rolled_back_from is not None:
-                _prolong(found[-1], attempt)
-            elif launch := _launch(attempt):
+                self._prolong(found[-1], attempt)
+            elif launch := self._launch(attempt):
                 found.append(launch)
         for launch in found:
             launch.ended = max(launch.ended, launch.begun + launch.recorded)
         if found and self.running and found[-1].code is None:
             found[-1].code = DONE  # so far
         return found
+
+    def _launch(self, attempt: Attempt) -> Launch | None:
+        """Return the launch that an attempt began; None if its directory was never used."""
+        record = launch_of(attempt.path)
+        main = [s.heartbeat for s in read_nodes(attempt.path) if s.heartbeat.rank == 0]
+        began = main[0].began if main else None
+        begun = record.get("begun", began)
+        ended, code = record.get("ended"), record.get("code")
+        made = Launch([], begun or 0.0, began, ended or 0.0, code, record.get("how", ""))
+        made.eligible = record.get("slurm", {}).get("eligible")
+        self._prolong(made, attempt)
+        if begun is None:  # neither launcher nor heartbeats: count back from the last row
+            path = attempt.metrics.path
+            if not made.made or not path.exists():
+                return None
+            made.begun = path.stat().st_mtime - made.recorded
+        return made
+
+    def _prolong(self, launch: Launch, attempt: Attempt) -> None:
+        """Add an attempt to its launch."""
+        launch.attempts.append(attempt)
+        # The seconds of an attempt that ended by a rollback went on counting into the next rows.
+        events = self._memory.events(attempt)
+        for event in select(events, kind="ended"):
+            for phase, seconds in event["seconds"].items():
+                launch.after[phase] = launch.after.get(phase, 0.0) + seconds
+            if launch.code is None and event["reason"] in ("complete", "interrupted"):
+                launch.code = DONE if event["reason"] == "complete" else INTERRUPTED
+        if (own := self._memory.own(attempt)).count:
+            launch.made.append(own)
+            launch.lost.append(self._memory.lost(attempt, self.run))
+        if not launch_of(launch.attempts[0].path).get("ended"):
+            launch.ended = max([launch.ended, *_signs(launch, attempt, events)])
 
     @cached_property
     def counted(self) -> list[Launch]:
@@ -128,11 +165,6 @@ class Goodput:
             if not (was_done and did_nothing):
                 found.append(launch)
         return found
-
-    @cached_property
-    def _kept(self) -> set[tuple[int, int]]:
-        rows = read_rows(self.run.metrics, kind="train")
-        return {(row["attempt"], row["step"]) for row in rows}
 
     @cached_property
     def buckets(self) -> dict[str, float]:
@@ -150,16 +182,17 @@ class Goodput:
         return {k: sums[k] for k in (*BUCKETS, *sorted(sums.keys() - BUCKETS)) if sums[k]}
 
     def _spent(self, launch: Launch, start: str) -> Iterable[tuple[str, float]]:
-        for row in launch.rows:
-            kept = (row["attempt"], row["step"]) in self._kept
-            for phase, seconds in row["seconds"].items():
+        for made, lost in zip(launch.made, launch.lost, strict=True):
+            for phase, seconds in made.seconds.items():
                 bucket = start if phase == "startup" else phase
-                yield (bucket if kept or bucket in _START else "lost"), seconds
+                gone = 0.0 if bucket in _START else lost.seconds[phase]
+                yield bucket, seconds - gone
+                yield "lost", gone
         for phase, seconds in launch.after.items():
             yield (start if phase == "startup" else phase), seconds
         rest = launch.ended - launch.begun - launch.recorded
         # Its last row was written when all the recorded time had passed on rank 0.
-        tail = (rest - min(launch.head, rest) if launch.rows else rest) if launch.failed else 0.0
+        tail = (rest - min(launch.head, rest) if launch.made else rest) if launch.failed else 0.0
         yield start, rest - tail
         yield "lost", tail
 
@@ -197,22 +230,21 @@ class Goodput:
     @property
     def lost_steps(self) -> int:
         """Number of steps made but not kept."""
-        rows = (row for launch in self.launches for row in launch.rows)
-        return sum((row["attempt"], row["step"]) not in self._kept for row in rows)
+        return sum(steps.count for launch in self.launches for steps in launch.lost)
 
     def interval(self) -> SaveInterval | None:
         """Return the best checkpoint interval by this run's own times; None if nothing was saved
         yet, or no failure has shown how often they come. See `optimal_interval`."""
-        rows = [row for launch in self.launches for row in launch.rows]
+        made = [steps for launch in self.launches for steps in launch.made]
         by_phase: Counter[str] = Counter()
-        for seconds_of in [*(row["seconds"] for row in rows), *(x.after for x in self.launches)]:
+        for seconds_of in [*(steps.seconds for steps in made), *(x.after for x in self.launches)]:
             by_phase.update(seconds_of)
         stall = by_phase["checkpoint"] / max(1, self._saves())
-        if not rows or not stall or self.mtbf is None:
+        if not made or not stall or self.mtbf is None:
             return None
-        step = (by_phase["compute"] + by_phase["data"]) / len(rows)
-        last = next(launch for launch in reversed(self.launches) if launch.rows)
-        restart = last.head + last.rows[0]["seconds"].get("startup", 0.0)
+        step = (by_phase["compute"] + by_phase["data"]) / sum(steps.count for steps in made)
+        last = next(launch for launch in reversed(self.launches) if launch.made)
+        restart = last.head + last.made[0].first.get("startup", 0.0)
         seconds = optimal_interval(stall, self.mtbf)
         return SaveInterval(
             seconds=seconds,
@@ -225,39 +257,6 @@ class Goodput:
 
     def _saves(self) -> int:
         return len(self.run.read_events(kind="checkpoint_saved"))
-
-
-def _launch(attempt: Attempt) -> Launch | None:
-    """Return the launch that an attempt began; None if its directory was never used."""
-    record = launch_of(attempt.path)
-    main = [s.heartbeat for s in read_nodes(attempt.path) if s.heartbeat.rank == 0]
-    began = main[0].began if main else None
-    begun = record.get("begun", began)
-    ended, code = record.get("ended"), record.get("code")
-    made = Launch([], begun or 0.0, began, ended or 0.0, code, record.get("how", ""))
-    made.eligible = record.get("slurm", {}).get("eligible")
-    _prolong(made, attempt)
-    if begun is None:  # neither launcher nor heartbeats: count back from the last row
-        path = attempt.metrics.path
-        if not made.rows or not path.exists():
-            return None
-        made.begun = path.stat().st_mtime - made.recorded
-    return made
-
-
-def _prolong(launch: Launch, attempt: Attempt) -> None:
-    """Add an attempt to its launch."""
-    launch.attempts.append(attempt)
-    # The seconds of an attempt that ended by a rollback went on counting into the next one's rows.
-    events = read_rows(attempt.events.path)
-    for event in select(events, kind="ended"):
-        for phase, seconds in event["seconds"].items():
-            launch.after[phase] = launch.after.get(phase, 0.0) + seconds
-        if launch.code is None and event["reason"] in ("complete", "interrupted"):
-            launch.code = DONE if event["reason"] == "complete" else INTERRUPTED
-    launch.rows += attempt.own_steps()
-    if not launch_of(launch.attempts[0].path).get("ended"):
-        launch.ended = max([launch.ended, *_signs(launch, attempt, events)])
 
 
 def _signs(launch: Launch, attempt: Attempt, events: list[Row]) -> Iterable[float]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from forescale.config.duration import Duration
 from forescale.console import span, table
@@ -37,6 +38,7 @@ _COLUMNS = (
     "run", "state", "attempt", "step", "done", "loss", "bits/byte", "tokens/s", "MFU", "ETTR",
     "ETA", "saved", "seen", "last event",
 )  # fmt: skip
+_BETWEEN = 2  # spaces between two columns of console.table
 _LEAST_FIRST = ("last event", "attempt", "ETTR", "MFU", "seen", "done", "saved", "loss", "ETA")
 
 
@@ -45,25 +47,47 @@ def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, "Job"
     name."""
     rows, faults = [], []
     for status in sorted(runs, key=lambda s: s.age):
-        name = escape(status.run.name)
+        cells = {"run": escape(status.run.name)}
         try:
-            cells = {"run": name, **_cells(status, jobs.get(status.run.name))}
+            cells |= _cells(status, jobs.get(status.run.name))
         except UserError as e:  # one damaged run must not hide the others
-            cells = {"run": name, "state": "[red]unreadable[/]"}
+            cells["state"] = "[red]unreadable[/]"
             faults.append(str(e))
-        rows.append(cells)
-    names = list(_COLUMNS)
-    for column in ("", *_LEAST_FIRST):
-        names = [name for name in names if name != column]
-        made = table(*names, left=("run", "state", "last event"))
-        for cells in rows:
-            made.add_row(*(cells.get(name, "-") for name in names))
-        unbounded = console.options.update(width=10_000)
-        if console.measure(made, options=unbounded).maximum <= console.width:
-            break
+        rows.append((status, cells))
+    names = _columns([cells for _, cells in rows], console.width)
+    if "ETTR" in names:
+        faults += [fault for status, cells in rows if (fault := _add_ettr(status, cells))]
+    made = table(*names, left=("run", "state", "last event"))
+    for _, cells in rows:
+        made.add_row(*(cells.get(name, "-") for name in names))
     console.print(made)
     for fault in faults:
         console.print(escape(fault), soft_wrap=True)
+
+
+def _columns(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Return the names of the columns that fit, the most wanted ones."""
+    names = list(_COLUMNS)
+    wide = {
+        name: max(len(name), *(Text.from_markup(cells.get(name, "-")).cell_len for cells in rows))
+        for name in names
+    }
+    for column in _LEAST_FIRST:
+        if sum(wide[name] + _BETWEEN for name in names) - _BETWEEN <= width:
+            break
+        names.remove(column)
+    return names
+
+
+def _add_ettr(s: Status, cells: dict[str, str]) -> str | None:
+    """Add the ETTR, for which all rows are read. Return why it can't be known, or None."""
+    try:
+        if "ETTR" in cells:
+            cells["ETTR"] = f"{s.goodput.ettr:.2f}" if s.goodput.wall else "-"
+    except UserError as e:
+        cells["ETTR"] = "-"
+        return str(e)
+    return None
 
 
 def _cells(s: Status, job: "Job | None") -> dict[str, str]:
@@ -74,15 +98,15 @@ def _cells(s: Status, job: "Job | None") -> dict[str, str]:
         "step": f"{s.step:,}/{total:,}",
         "done": f"{s.step / total:.1%}",
         "bits/byte": f"{last['bits_per_byte']:.4f}" if last else "-",
-        "ETTR": f"{s.goodput.ettr:.2f}" if s.goodput.wall else "-",
+        "ETTR": "0.00",  # as wide as the number, which is added if there is room for it
         "saved": f"{span(s.now - s.saved)} ago" if s.saved else "-",
         "seen": f"{span(s.age)} ago",
         "last event": escape((s.last_event or "-").replace("_", " ")),
     }
-    if s.train:
-        mfu, rate, left = s.train[-1].get("mfu"), s.tokens_per_second, s.seconds_left
+    if s.last:
+        mfu, rate, left = s.last.get("mfu"), s.tokens_per_second, s.seconds_left
         found |= {
-            "loss": f"{s.train[-1]['loss']:.4f}",
+            "loss": f"{s.last['loss']:.4f}",
             "tokens/s": f"{rate:,.0f}" if rate else "-",
             "MFU": f"{mfu:.1%}" if mfu else "-",
             "ETA": span(left) if left else "-",
@@ -106,7 +130,7 @@ def _coloured(state: str) -> str:
 def show_run(s: Status, console: Console, job: "Job | None") -> None:
     """Print all about one run. job: its job in the queue."""
     total = s.job.total_steps
-    loss = f", loss {s.train[-1]['loss']:.4f}" if s.train else ""
+    loss = f", loss {s.last['loss']:.4f}" if s.last else ""
     console.print(
         f"[bold]{escape(str(s.run.path))}[/]: {state_of(s, job)}, step {s.step:,} of {total:,} "
         f"({s.step / total:.1%}), {s.tokens:,} tokens{loss}; last seen {span(s.age)} ago"

@@ -18,6 +18,8 @@ from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.errors import INTERRUPTED
 from forescale.monitor.goodput import Goodput
+from forescale.monitor.memory import Mark, Memory, marks_of
+from forescale.monitor.tail import Tail
 from forescale.resilience.diagnosis import Hang, read_hang
 from forescale.resilience.heartbeat import RankStatus, read_nodes
 from forescale.resilience.injector import records
@@ -28,7 +30,6 @@ from forescale.run.rows import Row, read_rows, select
 from forescale.run.scores import is_evaluated
 
 State = Literal["new", "running", "interrupted", "crashed", "complete"]
-_RECENT = 20  # steps over which the speed is taken
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
 
 
@@ -41,15 +42,23 @@ class Lost:
 
 
 class Status:
-    """The status of one run. Its rows are those of the newest attempt, from the first step on."""
+    """The status of one run. Its rows are those of the newest attempt, from the first step on.
 
-    def __init__(self, run: Run, now: float | None = None):
+    It is of one moment: what it has read once, it doesn't read again. memory: what an earlier look
+    has read.
+    """
+
+    def __init__(self, run: Run, now: float | None = None, memory: Memory | None = None):
         self.run, self.now = run, time.time() if now is None else now
+        self._memory = memory or Memory()
+        self._goodput: dict[bool, Goodput] = {}  # by whether its newest launch is alive
+        self._state: tuple[float, State] | None = None
 
     @cached_property
     def job(self) -> TrainJob:
         """The run's frozen job."""
-        return thaw(TrainJob, self.run.config, trust=True)
+        read = lambda path: thaw(TrainJob, path, trust=True)  # noqa: E731
+        return self._memory.once(self.run.config, read)
 
     @cached_property
     def attempts(self) -> list[Attempt]:
@@ -57,29 +66,39 @@ class Status:
         return self.run.attempts()
 
     @cached_property
-    def _rows(self) -> list[Row]:
-        return read_rows(self.run.metrics)
+    def train(self) -> list[Row]:
+        """The train rows, one per step: of a long run many, so they are read when asked for."""
+        return read_rows(self.run.metrics, kind="train")
 
     @cached_property
-    def train(self) -> list[Row]:
-        """The train rows, one per step."""
-        return select(self._rows, kind="train")
+    def _tail(self) -> Tail:
+        return self._memory.tail(self.run.metrics)
+
+    @cached_property
+    def recent(self) -> list[Row]:
+        """The last train rows, over which the speed is taken."""
+        return self._tail.steps
+
+    @property
+    def last(self) -> Row:
+        """The last train row; empty before the first step."""
+        return self.recent[-1] if self.recent else {}
 
     @property
     def step(self) -> int:
         """Steps made so far."""
-        return self.train[-1]["step"] if self.train else 0
+        return self.last.get("step", 0)
 
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.train[-1]["tokens"] if self.train else 0
+        return self.last.get("tokens", 0)
 
     @property
     def step_seconds(self) -> float | None:
         """Seconds of a step, over the last steps, without evaluation and saving; None before the
         first step."""
-        recent = [training_seconds(row["seconds"]) for row in self.train[-_RECENT:]]
+        recent = [training_seconds(row["seconds"]) for row in self.recent]
         return (sum(recent) / len(recent) or None) if recent else None
 
     @property
@@ -97,20 +116,22 @@ class Status:
     @property
     def last_event(self) -> str | None:
         """The kind of the last event that isn't a save."""
-        rows = [row for a in self.attempts[-2:] for row in read_rows(a.events.path)]
+        rows = [row for a in self.attempts[-2:] for row in self._memory.events(a)]
         kinds = [row["kind"] for row in rows if row["kind"] != "checkpoint_saved"]
         return kinds[-1] if kinds else None
 
     @property
     def validation(self) -> Row | None:
         """The last validation row, or None."""
-        return next(reversed(select(self._rows, kind="validation")), None)
+        return next(reversed(self._tail.scores), None)
 
     @cached_property
     def checkpoints(self) -> list[Checkpoint]:
         """The readable checkpoints, oldest first. (`check` reports the faults of the others.)"""
+        read = lambda path: open_readable(path.parent)  # noqa: E731
         paths = map(self.run.checkpoint_path, self.run.checkpoint_steps())
-        return [found for path in paths if (found := open_readable(path))]
+        found = [self._memory.once(path / "state.json", read) for path in paths]
+        return [checkpoint for checkpoint in found if checkpoint]
 
     @property
     def saved(self) -> float | None:
@@ -125,7 +146,7 @@ class Status:
         """Return True if a checkpoint is pinned."""
         return is_pinned(self.run, checkpoint.position.step)
 
-    @property
+    @cached_property
     def last_seen(self) -> float:
         """When the newest attempt last wrote, or the run was made: seconds since the epoch."""
         if not self.attempts:
@@ -140,24 +161,38 @@ class Status:
 
     @property
     def state(self) -> State:
+        """The state by the files, as it is at `now`: see `_judge`."""
+        if self._state is None or self._state[0] != self.now:
+            self._state = self.now, self._judge()
+        return self._state[1]
+
+    def _judge(self) -> State:
         """new: no attempt yet. complete: the last step is saved and evaluated. interrupted: the
         newest attempt recorded its end, or saved its last step. running: its files grew lately, by
         its own pace. crashed: none of these, and steps are lost.
         """
         saved = max((c.position.step for c in self.checkpoints if self.is_eligible(c)), default=0)
-        if saved >= self.job.total_steps and is_evaluated(self.run, self.job.total_steps):
+        if saved >= self.job.total_steps and self._is_evaluated(self.job.total_steps):
             return "complete"
-        if any(read_rows(a.events.path, kind="ended") for a in self.attempts[-1:]):
+        if any(select(self._memory.events(a), kind="ended") for a in self.attempts[-1:]):
             return "interrupted"
         if ended := self._launch_that_ended():
             kept = saved and saved == self.step
             return "interrupted" if kept or ended.get("code") == INTERRUPTED else "crashed"
-        longest = max((sum(row["seconds"].values()) for row in self.train), default=0.0)
-        if self.attempts and self.age < _PATIENCE + 2 * longest:
+        if self.attempts and (self.age < _PATIENCE or self.age < _PATIENCE + 2 * self._longest):
             return "running"
         if not self.attempts:
             return "new"
         return "interrupted" if saved and saved == self.step else "crashed"
+
+    def _is_evaluated(self, step: int) -> bool:
+        known = select(self._tail.scores, step=step, dataset="validation")
+        return bool(known) or is_evaluated(self.run, step)
+
+    @property
+    def _longest(self) -> float:
+        """Seconds of the longest step: of all, so they are read for it."""
+        return self._memory.ledger(self.run.metrics).longest
 
     def _launch_that_ended(self) -> Row | None:
         """Return the launch record of the newest attempt, if our launcher saw its ranks end."""
@@ -168,10 +203,13 @@ class Status:
                 return None  # another launcher started it; after a rollback it is the same launch
         return None
 
-    @cached_property
+    @property
     def goodput(self) -> Goodput:
         """Where the run's wall clock went."""
-        return Goodput(self.run, running=self.state == "running")
+        running = self.state == "running"
+        if running not in self._goodput:
+            self._goodput[running] = Goodput(self.run, running, self._memory)
+        return self._goodput[running]
 
     def hangs(self) -> dict[int, Hang]:
         """Return the hangs, by the number of the attempt."""
@@ -189,14 +227,31 @@ class Status:
 
     def lost(self) -> Lost:
         """Return the steps that attempts made beyond the step from which a later one started."""
-        kept = {(row["attempt"], row["step"]) for row in self.train}
-        made = (row for attempt in self.attempts for row in attempt.own_steps())
-        rows = [row for row in made if (row["attempt"], row["step"]) not in kept]
-        return Lost(len(rows), sum(sum(row["seconds"].values()) for row in rows))
+        lost = [self._memory.lost(attempt, self.run) for attempt in self.attempts]
+        return Lost(sum(steps.count for steps in lost), sum(steps.total for steps in lost))
 
     def events(self) -> Counter[str]:
         """Return the number of events of each kind, over all attempts."""
         return Counter(row["kind"] for row in self.run.read_events())
+
+
+class Statuses:
+    """The statuses of runs, for a page that is drawn again and again: that of a run of which no
+    file has changed is the same, only later."""
+
+    def __init__(self) -> None:
+        self._memory = Memory()
+        self._seen: dict[Path, tuple[list[Mark], Status]] = {}
+
+    def of(self, run: Run) -> Status:
+        """Return the status of a run as it is now."""
+        now = marks_of(run)
+        before = self._seen.get(run.path)
+        if before is None or before[0] != now:
+            self._seen[run.path] = now, Status(run, memory=self._memory)
+        status = self._seen[run.path][1]
+        status.now = time.time()
+        return status
 
 
 def runs_under(root: Path) -> list[Run]:

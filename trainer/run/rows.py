@@ -110,8 +110,8 @@ class RowWriter:
 def each_row(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[Row, int]]:
     """Yield each row of a file with the offset of its end; none if there is no file.
 
-    begin, end: only whole rows within these bytes. Raises UserError for a damaged row that isn't
-    the last.
+    begin, end: only whole rows within these bytes. Raises UserError for a damaged row; a last line
+    without its end is none.
     """
     if not path.exists():
         return
@@ -123,15 +123,15 @@ def each_row(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tup
             at += len(line)
             if end is not None and at > end:
                 return
+            if not line.endswith(b"\n"):
+                return  # cut short by a kill, or still being written
             if line == b"\n":
                 continue
             try:
-                row = _parse(line.removesuffix(b"\n"))
+                row = parse_row(line[:-1])
             except (ValueError, RecursionError) as e:
-                if not line.endswith(b"\n"):
-                    return  # cut short by a kill
                 place = f"the row at byte {at - len(line):,}" if begin else f"line {number:,}"
-                raise _damaged(f"{path}, {place}", e) from None
+                raise damaged(f"{path}, {place}", e) from None
             yield row, at
 
 
@@ -140,7 +140,7 @@ def read_rows(
 ) -> list[Row]:
     """Return the rows of a file, filtered as by `select`; none if there is no file.
 
-    Raises UserError for a damaged row that isn't the last.
+    Raises UserError for a damaged row; a last line without its end is none.
     """
     return select((row for row, _ in each_row(path)), after=after, until=until, **fields)
 
@@ -188,9 +188,9 @@ class RowReader:
         # Looked for as bytes first: a long run has a million rows of other kinds.
         mark = json.dumps(self.kind).encode()
         try:
-            return select((_parse(line) for line in lines if mark in line), kind=self.kind)
+            return select((parse_row(line) for line in lines if mark in line), kind=self.kind)
         except (ValueError, RecursionError) as e:
-            raise _damaged(str(self.path), e) from None
+            raise damaged(str(self.path), e) from None
 
 
 def to_json(row: Row) -> str:
@@ -208,7 +208,7 @@ def _encoded(row: Row) -> bytes:
     return b'%s, "crc": "%08x"}\n' % (text[:-1], zlib.crc32(text))
 
 
-def _parse(line: bytes) -> Row:
+def parse_row(line: bytes) -> Row:
     """Return a row; numbers that were not finite are NaN again. Raises ValueError if it is damaged.
     (Lines of earlier versions carry no checksum.)"""
     if found := _CRC.search(line):
@@ -224,7 +224,8 @@ def _parse(line: bytes) -> Row:
     return row
 
 
-def _damaged(where: str, error: Exception) -> UserError:
+def damaged(where: str, error: Exception) -> UserError:
+    """Return the error of a row that `parse_row` refused."""
     reason = error if type(error) is ValueError else "not JSON"
     todo = "restore the file from a copy; or remove the line, to look at the others"
     return UserError(where, f"the row is damaged ({reason})", todo)

@@ -22,7 +22,7 @@ from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.monitor.facts import facts
 from forescale.monitor.page import show_run, show_runs
-from forescale.monitor.status import Status, runs_under
+from forescale.monitor.status import Status, Statuses, runs_under
 from forescale.run.directory import Run
 from forescale.slurm import queue
 from forescale.slurm.submission import in_queue, newest
@@ -65,11 +65,12 @@ def main(words: list[str]) -> int:
         print(json.dumps(_facts(job), indent=2, allow_nan=False))
         return DONE
     if not job.live:
-        console.print(_page(job, console.width), soft_wrap=True)
+        console.print(page_of(job, Statuses(), console.width), soft_wrap=True)
         return DONE
+    statuses = Statuses()
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
-            live.update(_page(job, console.width), refresh=True)
+            live.update(page_of(job, statuses, console.width), refresh=True)
             time.sleep(_REDRAW)
 
 
@@ -84,16 +85,16 @@ def _facts(job: StatusJob) -> dict[str, Any]:
     return {"runs": [facts(Status(run), jobs.get(run.name)) for run in runs]}
 
 
-def _page(job: StatusJob, width: int) -> Text:
+def page_of(job: StatusJob, statuses: Statuses, width: int) -> Text:
     """Return the whole page as one text, to be printed once or repeatedly."""
     root = Path(job.run.root).expanduser()
     text = StringIO()
     page = open_console(width=width, file=text, force_terminal=True)
     if job.target:
         run = Run.existing(Path(job.target).expanduser(), root)
-        show_run(Status(run), page, _jobs([run], page).get(run.name))
+        show_run(statuses.of(run), page, _jobs([run], page).get(run.name))
     elif runs := runs_under(root):
-        show_runs([Status(run) for run in runs], page, _jobs(runs, page))
+        show_runs([statuses.of(run) for run in runs], page, _jobs(runs, page))
     else:
         page.print(f"No runs in {escape(str(root))} yet; start one with: forescale train")
     return Text.from_ansi(text.getvalue().rstrip())

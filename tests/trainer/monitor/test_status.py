@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from forescale import open_run
-from forescale.monitor.status import Status
+from forescale.monitor import tail
+from forescale.monitor.memory import Memory
+from forescale.monitor.status import Status, Statuses
 from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent, Run
@@ -54,6 +56,46 @@ def test_a_narrow_terminal_gets_fewer_columns(own_run, forescale, monkeypatch):
     assert {"bits/byte", "loss", "tokens/s"} <= set(header)
     assert "2.2500" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_table_without_ettr_reads_the_last_rows_alone(own_run, forescale, monkeypatch):
+    """A month of rows is read only for what needs it. Damage further back hides nothing else."""
+    monkeypatch.setattr(tail, "BLOCK", 300)  # as if the file were long
+    monkeypatch.setattr(tail, "RECENT", 2)
+    with changed_rows(own_run) as rows:
+        rows[0]["crc"] = "00000000"
+    _, wide, _ = forescale("status")
+    assert re.search(r"small +complete .* - ", wide)
+    assert "metrics.jsonl, line 1: the row is damaged" in wide
+    monkeypatch.setattr(Memory, "ledger", lambda self, path, own=None: pytest.fail("all rows"))
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = forescale("status")
+    assert {"8/8", "2.2500", "complete"} <= set(out.split())
+
+
+def test_a_redraw_reads_a_run_again_when_a_file_of_it_has_changed(unfinished):
+    statuses = Statuses()
+    before = statuses.of(unfinished)
+    assert (before.step, before.state) == (6, "running")
+    assert statuses.of(unfinished) is before
+    unfinished.attempts()[-1].metrics.add(train_row(unfinished.attempts()[-1], 7))
+    assert statuses.of(unfinished).step == 7
+    unfinished.attempts()[-1].event("ended", reason="interrupted", step=7, seconds={})
+    assert statuses.of(unfinished).state == "interrupted"
+    shutil.rmtree(unfinished.checkpoint_path(8))
+    assert [c.position.step for c in statuses.of(unfinished).checkpoints] == [4]
+    unfinished.new_attempt().start_from(Parent(4), unfinished)
+    assert (statuses.of(unfinished).step, statuses.of(unfinished).lost().steps) == (4, 4 + 3)
+
+
+def test_a_run_that_stops_writing_is_not_running_for_ever(unfinished, monkeypatch):
+    """No file of it changes; time passes."""
+    statuses = Statuses()
+    assert statuses.of(unfinished).state == "running"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    assert statuses.of(unfinished).state == "crashed"
+    assert statuses.of(unfinished).goodput.failures == 2
 
 
 def test_a_large_run_has_its_bits_per_byte_in_80_columns(

@@ -117,8 +117,8 @@ def test_copying_a_long_history_reads_no_row(run, monkeypatch):
             f.write(line % (step, b"x" * LONG))
     saved = Saved(20_000, 1, attempt.metrics.state())
     parsed = []
-    real = rows._parse
-    monkeypatch.setattr(rows, "_parse", lambda line: parsed.append(1) or real(line))
+    real = rows.parse_row
+    monkeypatch.setattr(rows, "parse_row", lambda line: parsed.append(1) or real(line))
     second = run.new_attempt()
     second.start_from(Parent(20_000), run, history_of(run, saved))
     assert len(parsed) < 1_000

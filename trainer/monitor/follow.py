@@ -1,0 +1,105 @@
+"""Follow a file of rows while it grows: each look reads only what was added since the last one.
+
+Invariant: what a follower knows of a file is what a new one would find. A file that was replaced,
+cut off or changed in place is read again from its beginning; of an old part that changes while the
+file also grows, only the last row is compared.
+"""
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Self
+
+from forescale.run.rows import damaged, parse_row
+from forescale.storage import naming
+
+BLOCK = 1 << 16  # bytes that are read at once
+TRAIN = b'{"kind": "train", '  # how the line of a step begins
+_COMPARED = 256  # bytes of the last row
+
+
+class Follower:
+    """Reads the whole lines of a file, block by block; a subclass says what it makes of them.
+
+    A damaged line raises UserError, now and at each later look.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._seen: tuple[int, ...] = ()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew. Subclasses forget what they know."""
+        self._file: tuple[int, ...] = ()
+        self._offset, self._last = 0, b""  # the end of the lines that were read, and of the last
+
+    def _begin(self, f: IO[bytes]) -> int:
+        """Return the offset of the first line that is needed."""
+        return 0
+
+    def _take(self, lines: list[bytes]) -> None:
+        """Take the next lines, all of which are sound."""
+        raise NotImplementedError
+
+    def update(self) -> Self:
+        """Read what was added since the last call. Raises UserError for a damaged row."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            self._forget()
+            self._seen = ()
+            return self
+        seen = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if seen != self._seen:
+            self._seen = ()  # if a row is damaged, look again next time
+            with naming(self.path), open(self.path, "rb") as f:
+                if not self._goes_on(seen, f):
+                    self._forget()
+                    self._offset, self._file = self._begin(f), seen[:2]
+                self._read(f)
+            self._seen = seen
+        return self
+
+    def _goes_on(self, seen: tuple[int, ...], f: IO[bytes]) -> bool:
+        """Return True if the file is the one that was read before, and has only grown."""
+        if seen[:2] != self._file or seen[2] <= self._offset:
+            return False
+        f.seek(self._offset - len(self._last))
+        return f.read(len(self._last)) == self._last
+
+    def _read(self, f: IO[bytes]) -> None:
+        f.seek(self._offset)
+        rest = b""  # of a line that the block cuts
+        while block := f.read(BLOCK):
+            block = rest + block
+            if end := block.rfind(b"\n") + 1:
+                lines = block[: end - 1].split(b"\n")
+                self._expect_sound(lines)
+                self._take(lines)
+                self._offset += end
+                self._last = block[max(0, end - _COMPARED) : end]
+            rest = block[end:]
+
+    def _expect_sound(self, lines: list[bytes]) -> None:
+        """Raise UserError if a row is damaged. Only where the checksum differs, or an earlier
+        version wrote none, a row is parsed for it."""
+        crc32 = zlib.crc32
+        for line in lines:
+            if not line.endswith(b', "crc": "%08x"}' % crc32(b"}", crc32(line[:-20]))):
+                try:
+                    if line:
+                        parse_row(line)
+                except (ValueError, RecursionError) as e:
+                    raise damaged(f"{self.path}, line {self._number(line):,}", e) from None
+
+    def _number(self, wanted: bytes) -> int:
+        """Return the number of the first line with this content, from 1."""
+        with open(self.path, "rb") as f:
+            return next((n for n, line in enumerate(f, 1) if line[:-1] == wanted), 0)
+
+
+def lines_of(kind: bytes, lines: list[bytes]) -> Iterator[bytes]:
+    """Yield the lines of rows of a kind."""
+    mark = b'"kind": "%s"' % kind
+    return (line for line in lines if mark in line)

@@ -1,0 +1,86 @@
+"""What views of runs hold between two looks, so that the second one reads only what has changed.
+
+Invariant: what is held is what the files say now. Ledgers and tails follow their files; another
+file is read again when its time, size or number has changed.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import TypeVar
+
+from forescale.monitor.ledger import Ledger, Steps
+from forescale.monitor.tail import Tail
+from forescale.run.directory import Attempt, Run
+from forescale.run.rows import Row, read_rows
+
+T = TypeVar("T")
+Mark = tuple[str, int, int, int]
+# Of each attempt; of the newest one, everything counts.
+_FILES = ("", "parent.json", "metrics.jsonl", "events.jsonl", "launch.json", "heartbeat")
+
+
+class Memory:
+    """Ledgers and tails of files of rows, and what was read of other files."""
+
+    def __init__(self) -> None:
+        self._ledgers: dict[Path, Ledger] = {}
+        self._tails: dict[Path, Tail] = {}
+        self._read: dict[Path, tuple[list[Mark], object]] = {}
+
+    def ledger(self, path: Path, own: int | None = None) -> Ledger:
+        """Return the ledger of a file, up to date. own: only the rows of this attempt are needed.
+        Raises UserError for a damaged row."""
+        found = self._ledgers.get(path)
+        if found is None or (own is None and found.own is not None):
+            found = self._ledgers[path] = Ledger(path, own)
+        return found.update()
+
+    def tail(self, path: Path) -> Tail:
+        """Return the last rows of a file. Raises UserError if one is damaged."""
+        return self._tails.setdefault(path, Tail(path)).update()
+
+    def events(self, attempt: Attempt) -> list[Row]:
+        """Return the events of an attempt. Raises UserError for a damaged row."""
+        return self.once(attempt.events.path, read_rows)
+
+    def own(self, attempt: Attempt) -> Steps:
+        """Return the steps that an attempt made itself, as they are now."""
+        found = self.ledger(attempt.metrics.path, attempt.number)
+        return deepcopy(found.by_attempt.get(attempt.number, Steps()))
+
+    def lost(self, attempt: Attempt, run: Run) -> Steps:
+        """Return the steps that an attempt made, and that a later one did not start from."""
+        kept = self.ledger(run.metrics).by_attempt.get(attempt.number)
+        return self.own(attempt).without(kept)
+
+    def once(self, path: Path, read: Callable[[Path], T]) -> T:
+        """Return `read(path)`, which is called again only if the file has changed since."""
+        now = marks([path])
+        if path not in self._read or self._read[path][0] != now:
+            self._read[path] = now, read(path)
+        return self._read[path][1]  # type: ignore[return-value]
+
+
+def marks(paths: list[Path]) -> list[Mark]:
+    """Return name, number, size and time of those of the files that exist."""
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            seen = path.stat()
+            found.append((str(path), seen.st_ino, seen.st_size, seen.st_mtime_ns))
+    return found
+
+
+def marks_of(run: Run) -> list[Mark]:
+    """Return what changes when anything changes of which a run's status is made."""
+    paths, attempts = [run.config, run.path / "attempts", run.checkpoints], run.attempts()
+    for attempt in attempts:
+        paths += [attempt.path / name for name in _FILES]
+    for attempt in attempts[-1:]:
+        paths += sorted(attempt.path.glob("*"))
+    for step in run.checkpoint_steps():
+        folder = run.checkpoint_path(step)
+        paths += [folder, folder / "state.json"]
+    return marks(paths)
