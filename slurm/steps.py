@@ -27,6 +27,8 @@ _SCRATCH = '"$FORESCALE_SCRATCH"'
 _PATIENCE = 60.0  # seconds from the first failure until the other tasks are killed
 _LAST = 30.0  # seconds from then until srun itself is killed
 _MORE = 5.0  # seconds after a failure in which other tasks may still report
+# Set if slurm.options has --cpus-per-gpu, which excludes --cpus-per-task, or another count of CPUs.
+_OWN_COUNT = {"SLURM_CPUS_PER_GPU", "SLURM_THREADS_PER_CORE", "SLURM_HINT"}
 _SIBLINGS = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
 
 
@@ -144,11 +146,13 @@ def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]
 def cpus_per_rank(settings: SlurmConfig, threads: int | None = None) -> int:
     """Return the CPUs of a rank: slurm.cpus_per_task, or an equal share of what SLURM gave the job.
 
-    threads: CPUs of a core; None: as on this node. A share is whole cores, since SLURM gives no
-    core to two tasks: with half of one each, a step might not fit in its own job.
+    1 where slurm.options decide. threads: CPUs of a core; None: as on this node. A share is whole
+    cores, since SLURM gives no core to two tasks: with half of one each, a step might not fit.
     """
     if settings.cpus_per_task:
         return settings.cpus_per_task
+    if not _OWN_COUNT.isdisjoint(os.environ):
+        return 1
     given = os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")  # such as 72(x2),36
     least = min((int(n) for n in re.findall(r"(?:^|,)([0-9]+)", given)), default=1)
     threads = threads or _threads_per_core()

@@ -167,6 +167,14 @@ def test_ranks_share_the_cpus_of_the_job(monkeypatch, given, ranks, threads, sha
     assert cpus_per_rank(SlurmConfig(tasks_per_node=ranks, cpus_per_task=3), threads) == 3
 
 
+@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_GPU", "SLURM_THREADS_PER_CORE", "SLURM_HINT"])
+def test_no_cpus_are_requested_where_options_of_sbatch_count_them(monkeypatch, name):
+    """srun refuses --cpus-per-gpu with --cpus-per-task, or has no room for so many."""
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "128")
+    monkeypatch.setenv(name, "1")
+    assert cpus_per_rank(SlurmConfig(tasks_per_node=8), 1) == 1
+
+
 def command(run, settings, monkeypatch, cpus="1"):
     """The options of srun for ranks, and for the nodes before them."""
     monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", cpus)
