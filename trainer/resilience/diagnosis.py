@@ -41,7 +41,8 @@ class Hang:
     """A diagnosed hang.
 
     ranks, host: the ranks that the others wait for, and their hosts. at, step: where the one that
-    has been there longest is. seconds: how long. sentence: all of it, for people.
+    has been there longest is. seconds: how long. sentence: all of it, for people, with place, step
+    and seconds of each rank that it names.
     """
 
     ranks: tuple[int, ...]
@@ -67,7 +68,7 @@ def diagnose(
     # A rank that waits for a silent one is stuck a moment before the other's silence is as long.
     silent = [s for s in present if s.is_silent or (stuck and s.silence > s.heartbeat.quiet / 2)]
     if silent:
-        return _hang(silent, present, waits, "has not answered for")
+        return _hang(silent, present, waits, silent=True)
     if not stuck:
         return None
     missing = sorted(set(range(world_size)) - {s.heartbeat.rank for s in ranks})
@@ -77,7 +78,7 @@ def diagnose(
     behind = [s for s in present if _step(s) == lowest]
     working = [s for s in behind if s.heartbeat.at not in waits]
     blamed = [s for s in working or behind if s.is_stuck]
-    return _hang(blamed, present, waits, "has been") if blamed else None
+    return _hang(blamed, present, waits) if blamed else None
 
 
 def _step(status: RankStatus) -> int:
@@ -86,35 +87,56 @@ def _step(status: RankStatus) -> int:
 
 
 def _hang(
-    blamed: list[RankStatus], present: list[RankStatus], waits: Collection[str], how: str
+    blamed: list[RankStatus],
+    present: list[RankStatus],
+    waits: Collection[str],
+    silent: bool = False,
 ) -> Hang:
-    silent = how == "has not answered for"
-    first = max(
-        blamed, key=lambda s: (s.silence if silent else s.heartbeat.here, -s.heartbeat.rank)
-    )
-    at, step = first.heartbeat.at, _step(first)
-    seconds = first.silence if silent else first.heartbeat.here
+    longest = {s.heartbeat.rank: s.silence if silent else s.heartbeat.here for s in blamed}
+    first = max(blamed, key=lambda s: (longest[s.heartbeat.rank], -s.heartbeat.rank))
+    at, seconds = first.heartbeat.at, longest[first.heartbeat.rank]
     hosts = sorted({s.heartbeat.host for s in blamed})
-    who = _format_ranks([s.heartbeat.rank for s in blamed])
+    who = _format_ranks(list(longest))
     where = f"on host{'s' if len(hosts) > 1 else ''} {', '.join(hosts[:4])}"
-    how = how if len(blamed) == 1 else how.replace("has", "have", 1)
-    if silent:
-        what = f"{how} {seconds:.0f} s; last seen in {at} at step {step:,}"
-    else:
-        what = f"{how} in {at} for {seconds:.0f} s at step {step:,}"
-    numbers = {s.heartbeat.rank for s in blamed}
-    others = [s.heartbeat for s in present if s.heartbeat.rank not in numbers]
+    others = [s.heartbeat for s in present if s.heartbeat.rank not in longest]
     nobody = "no rank is behind: the collective itself hangs"
     if at not in waits or silent:
         nobody = "no other rank waits"
+    what = _blame(blamed, [*longest.values()], silent)
     return Hang(
-        tuple(s.heartbeat.rank for s in blamed),
+        tuple(longest),
         ", ".join(hosts),
         at,
-        step,
+        _step(first),
         round(seconds, 3),
         f"{who} {where} {what}; {_waiting(others, waits) or nobody}",
     )
+
+
+def _blame(blamed: Sequence[RankStatus], seconds: Sequence[float], silent: bool) -> str:
+    """Describe what the blamed ranks do, and for how long; by place and step if these differ."""
+    have = "has" if len(blamed) == 1 else "have"
+    places: dict[tuple[int, str], list[int]] = {}
+    for s in blamed:
+        places.setdefault((_step(s), s.heartbeat.at), []).append(s.heartbeat.rank)
+    ((step, at), *more) = sorted(places)
+    if silent and not more:
+        return f"{have} not answered for {_span(seconds)}; last seen in {at} at step {step:,}"
+    if not more:
+        return f"{have} been in {at} for {_span(seconds)} at step {step:,}"
+    each = ", ".join(
+        f"{_format_ranks(ranks)} in {at} at step {step:,}"
+        for (step, at), ranks in sorted(places.items())
+    )
+    if silent:
+        return f"{have} not answered for {_span(seconds)}; last seen: {each}"
+    return f"{have} not moved for {_span(seconds)}: {each}"
+
+
+def _span(seconds: Sequence[float]) -> str:
+    """Return text such as "12 s" or "11 to 12 s"."""
+    low, high = f"{min(seconds):.0f}", f"{max(seconds):.0f}"
+    return f"{high} s" if low == high else f"{low} to {high} s"
 
 
 def _waiting(others: Iterable[Heartbeat], waits: Collection[str]) -> str:
@@ -129,13 +151,15 @@ def _waiting(others: Iterable[Heartbeat], waits: Collection[str]) -> str:
 
 
 def _never_started(missing: list[int], stuck: list[RankStatus]) -> Hang:
-    seconds = min(s.heartbeat.here for s in stuck)
+    here = [s.heartbeat.here for s in stuck]
+    seconds = min(here)
     others = _format_ranks([s.heartbeat.rank for s in stuck])
     verb = "has" if len(stuck) == 1 else "have"
+    places = " and ".join(sorted({s.heartbeat.at for s in stuck}))
     sentence = (
-        f"{_format_ranks(missing)} never started; {others} {verb} waited for {seconds:.0f} s in "
-        f"{stuck[0].heartbeat.at}"
+        f"{_format_ranks(missing)} never started; {others} {verb} waited for {_span(here)} in "
     )
+    sentence += places
     return Hang(tuple(missing), "", "startup", 0, round(seconds, 3), sentence)
 
 
@@ -199,7 +223,7 @@ def hang_report(hang: Hang, ranks: Sequence[RankStatus], stacks: dict[int, str])
         b = s.heartbeat
         state = f"in {b.at}, for {b.here:.1f} s at its last heartbeat"
         lines.append(
-            f"rank {b.rank} (host {b.host}, process {b.pid}): step {b.step}, "
+            f"rank {b.rank} (host {b.host}, process {b.pid}): step {_step(s)}, "
             f"{'has ended' if b.has_ended else state}, {s.silence:.1f} s ago"
         )
     for s in ranks:

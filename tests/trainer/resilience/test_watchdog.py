@@ -101,6 +101,22 @@ def test_where_all_wait_the_collective_itself_hangs():
     )
 
 
+def test_each_rank_that_is_named_has_its_own_place_and_step():
+    """And not those of the one that has been there longest."""
+    ranks = [seen(0, "backward", 12), seen(1, "data", 12, step=29), seen(2, "forward", 14)]
+    found = diagnose(ranks, 3)
+    assert found.sentence == (
+        "ranks 1, 2 on host a have not moved for 12 to 14 s: rank 1 in data at step 30, "
+        "rank 2 in forward at step 30; rank 0 waits in backward"
+    )
+    assert (found.ranks, found.at, found.step, found.seconds) == ((1, 2), "forward", 30, 14)
+    silent = [seen(r, "norm", step=step, silence=20 + r) for r, step in ((1, 30), (2, 31), (3, 31))]
+    assert sentence(seen(0, "backward", 12), *silent).startswith(
+        "ranks 1 to 3 on host a have not answered for 21 to 23 s; last seen: rank 1 in norm at "
+        "step 30, ranks 2, 3 in norm at step 31; rank 0 waits in backward"
+    )
+
+
 def test_one_rank_alone():
     assert sentence(seen(0, "data", 12, step=29)) == (
         "rank 0 on host a has been in data for 12 s at step 30; no other rank waits"
@@ -112,7 +128,7 @@ def test_a_rank_that_never_started():
     ranks = [seen(0, "startup", 12, **begun), seen(2, "startup", 11, **begun)]
     assert (
         sentence(*ranks, size=4) == "ranks 1 and 3 never started; "
-        "ranks 0 and 2 have waited for 11 s in startup"
+        "ranks 0 and 2 have waited for 11 to 12 s in startup"
     )
     assert diagnose(ranks[:1], 1).ranks == (0,)
 
