@@ -6,7 +6,7 @@ their use, up to stage3_prefetch_bucket_size elements at once and about stage3_m
 in all. They are released after the module, unless a later use of them was already passed over
 while gathering ahead, or one of the next modules, within stage3_max_reuse_distance elements, uses
 them again. Invariant: only counts; tests/distributed/test_real_costs.py compares the elements with
-the collectives of real ranks, tests/trainer/plan/test_zero3.py the number of collectives.
+the collectives of real ranks, tests/trainer/plan/test_communication.py their number.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

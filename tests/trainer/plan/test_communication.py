@@ -63,6 +63,21 @@ def test_collectives_are_those_that_were_counted_on_real_ranks(case, reduced, ga
     assert (sums(False), sums(True)) == (reduced, gathered)
 
 
+def test_only_the_first_gather_of_a_hierarchical_partition_uses_all_ranks():
+    """Counted on four real ranks, as above."""
+    near = "engine.hierarchical_partition=2"
+    made = job_of([3, "adamw", "bf16", zero(SMALL, SOME, FEW), CHECKPOINTING, near], 4)
+    found: dict[str, tuple[int, int]] = {}
+    for c in collectives(made, inventory(made), 4):
+        calls, payload = found.get(f"{c.kind}/{c.ranks}", (0, 0))
+        found[f"{c.kind}/{c.ranks}"] = calls + c.calls, payload + c.payload
+    assert found == {
+        "all_gather/4": (20, 28_144),
+        "all_gather/2": (61, 129_984),
+        "reduce_scatter/4": (24, 84_432),
+    }
+
+
 def test_accumulation_multiplies_the_traffic_of_stages_2_and_3():
     made = job("train.micro_batch=1")
     held = inventory(made)
