@@ -5,8 +5,10 @@ runs, in forward and backward, its parameters are gathered, and those of the nex
 their use, up to stage3_prefetch_bucket_size elements at once and about stage3_max_live_parameters
 in all. They are released after the module, unless a later use of them was already passed over
 while gathering ahead, or one of the next modules, within stage3_max_reuse_distance elements, uses
-them again. Invariant: only counts; tests/distributed/test_real_costs.py compares the elements with
-the collectives of real ranks, tests/trainer/plan/test_communication.py their number.
+them again. DeepSpeed also gathers ahead before a module without parameters, such as a dropout. They
+are left out: of Llama 3 8B no gather changes, of the tiny models of our tests up to 6 % of them.
+Invariant: only counts; tests/distributed/test_real_costs.py compares the elements with those of
+real ranks, tests/trainer/plan/test_communication.py also the number of collectives.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
