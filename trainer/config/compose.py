@@ -109,6 +109,7 @@ def compose(
         tree = over_frozen(tree, frozen, {*chosen, *laid})
     job, more, wrong = build(schema, tree)
     faults += wrong
+    job = job.for_machine()
     paths = [*known, *leaves(schema)]
     unknowns = [unknown_key(path, paths, schema.VERB) for path in unknown + more]
     if problems := unknowns + faults + check(job, faults) + _secrets(job):

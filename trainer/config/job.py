@@ -9,7 +9,7 @@ field whose type is a dataclass is a section, and its fields are keys `section.n
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from forescale.config.schema import key, section
 from forescale.errors import UserError
@@ -45,6 +45,10 @@ class Job:
     TARGET: ClassVar[str] = ""
     FLAGS: ClassVar[Mapping[str, str]] = {}
     ACTIONS: ClassVar[Mapping[str, Action]] = {}
+
+    def for_machine(self) -> Self:
+        """Return the job with the values that follow from the machine it is for."""
+        return self
 
 
 @dataclass

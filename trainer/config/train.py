@@ -9,9 +9,10 @@ is not set; recipes are the files under `conf/`.
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
 from forescale.config.duration import Duration
+from forescale.config.hardware import native_precision
 from forescale.config.job import Job, Problems
 from forescale.config.schema import TargetConfig, key, section
 from forescale.config.sections.data import DataConfig
@@ -103,6 +104,17 @@ class TrainJob(Job):
     def training(self) -> "TrainJob":
         """The part of a verb's job that `train` has too."""
         return TrainJob(**{f.name: getattr(self, f.name) for f in fields(TrainJob)})
+
+    @property
+    def native_precision(self) -> Literal["bf16", "fp32"]:
+        """What precision.kind=auto means on the machine that trains."""
+        return native_precision()
+
+    def for_machine(self) -> Self:
+        """Return the job with a precision that is settled: a run never changes it by itself."""
+        if self.precision.kind != "auto":
+            return self
+        return replace(self, precision=PrecisionConfig(self.native_precision))
 
     def fitted(self) -> "TrainJob":
         """Return the job, its warm-up shortened where it and the decay are longer than the run."""

@@ -16,7 +16,7 @@ from torch import nn
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
 from forescale.engine.optim import build_optimizer, parameter_groups
-from forescale.engine.optimizers.muon import import_muon
+from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.step import Engine
 from forescale.engine.world import World
 from forescale.errors import UserError
@@ -54,7 +54,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
     )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
-    import_muon()  # first, because DeepSpeed imports it for every optimizer
+    # First, because DeepSpeed imports it for every optimizer.
+    use_precision(job.precision.kind)
     optimizer = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
     return Engine(world, model, optimizer, seed=job.train.seed, clip=job.optimizer.clip)
 

@@ -179,6 +179,8 @@ class EngineConfig:
 
 @dataclass
 class PrecisionConfig:
-    kind: Literal["bf16", "fp16", "fp32"] = key(
-        "bf16", "number format of forward and backward; master weights are fp32"
+    kind: Literal["auto", "bf16", "fp16", "fp32"] = key(
+        "bf16",
+        "number format of forward and backward (master weights are fp32); auto: bf16 where the "
+        "device computes in it, else fp32",
     )

@@ -1,0 +1,63 @@
+"""Which number format a machine multiplies matrices in, and what precision=auto becomes."""
+
+from pathlib import Path
+
+import pytest
+
+from forescale.config import hardware, train
+from forescale.config.compose import compose
+from forescale.config.frozen import freeze
+from forescale.config.hardware import native_precision
+from forescale.config.train import TrainJob
+from forescale.plan.config import PlanJob
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "kind"),
+    [
+        ("flags\t\t: fpu avx avx2 fma", "fp32"),
+        ("flags\t\t: fpu avx2 avx512f avx512bw avx512vl", "bf16"),
+        ("Features\t: fp asimd bf16", "bf16"),
+        ("Features\t: fp asimd", "fp32"),
+        ("model name\t: bf16 avx512bw", "fp32"),
+        (None, "fp32"),
+    ],
+)
+def test_a_cpu_is_asked_by_its_flags(tmp_path, cpuinfo, kind):
+    (tmp_path / "proc").mkdir()
+    if cpuinfo is not None:
+        (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}\n")
+    assert native_precision(tmp_path) == kind
+
+
+def test_a_gpu_that_ranks_may_use_computes_in_bf16(tmp_path, monkeypatch):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert native_precision(tmp_path) == "bf16"
+    (tmp_path / "hidden/dev").mkdir(parents=True)
+    (tmp_path / "hidden/dev/nvidia0").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert native_precision(tmp_path / "hidden") == "fp32"
+
+
+def test_torch_agrees_about_this_cpu():
+    import torch
+
+    if native_precision() == "bf16" and not torch.cuda.is_available():
+        assert torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_a_job_names_what_it_trains_in(monkeypatch, kind):
+    monkeypatch.setattr(train, "native_precision", lambda: kind)
+    job = compose(TrainJob, ["run.name=x"])
+    assert job.precision.kind == kind
+    assert f"kind: {kind}" in freeze(job)
+    assert compose(PlanJob, ["machine=cpu"]).precision.kind == kind
+    assert compose(PlanJob, ["machine=h100-sxm"]).precision.kind == "bf16"
+    assert compose(TrainJob, ["precision=fp16"]).precision.kind == "fp16"
+
+
+def test_it_imports_nothing_heavy():
+    assert "import torch" not in Path(hardware.__file__).read_text()
