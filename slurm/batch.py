@@ -30,7 +30,6 @@ from forescale.slurm.preflight import Preflight, PreflightReport, Wanted
 from forescale.slurm.submission import Submission
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_LOOK = 120.0  # seconds that the preflight may take
 _LEAVE = 10.0  # seconds that their processes then have to end
 _PAUSE = 2.0  # seconds before ranks start again, doubled after each crash
 
@@ -41,7 +40,7 @@ class Batch:
     def __init__(self, run: Run, submission: Submission):
         self.run, self.submission, self.settings = run, submission, submission.settings
         self.job: TrainJob = thaw(TrainJob, run.config, trust=True)
-        self.id = os.environ["SLURM_JOB_ID"]
+        self.id = queue.own_job()
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])
         self.stop_signal: str | None = None
@@ -57,48 +56,65 @@ class Batch:
         where = f"on {os.environ['SLURM_JOB_NODELIST']}"
         again = f", requeued {self.restart} times" if self.restart else ""
         self._log(f"Job {self.id} {where}{again}: run {self.run.path}.")
-        if why := self._is_over():
-            self._log(f"Nothing to do: {why}.")
-            return DONE
+        if over := self._is_over():
+            return self._say(over)
         while True:
             code = self._attempt_once()
             past = policy.past(self.run, self._name)
-            decision = policy.decide(
-                code,
-                past,
-                self.hosts,
-                is_stopped=self.submission.is_stopped,
-                may_requeue=self.settings.requeue,
-                state=self._state(),
-                down=queue.unusable(self.hosts) if code not in (DONE, INTERRUPTED, USER) else (),
-            )
-            self._log(f"{decision.why[0].upper()}{decision.why[1:]}.")
+            decision = self._decide(code, past)
+            self._say(decision)
             if decision.action == "end":
                 return decision.code
             if decision.action == "requeue":
                 return self._requeue(decision)
             time.sleep(_PAUSE * 2 ** max(0, past.crashes - 1))
 
+    def _say(self, decision: policy.JobDecision) -> int:
+        self._log(f"{decision.why[0].upper()}{decision.why[1:]}.")
+        return decision.code
+
+    def _decide(self, code: int, past: policy.Past) -> policy.JobDecision:
+        out = policy.excluded(past, self.hosts)
+        partition = os.environ.get("SLURM_JOB_PARTITION", "")
+        return policy.decide(
+            code,
+            past,
+            self.hosts,
+            is_stopped=self.submission.is_stopped,
+            may_requeue=self.settings.requeue,
+            state=self._state(),
+            down=queue.unusable(self.hosts) if code not in (DONE, INTERRUPTED, USER) else (),
+            enough=not out or queue.num_usable(partition, out) >= len(self.hosts),
+            most=self.settings.max_requeues,
+        )
+
     @property
     def _name(self) -> str:
         return self.submission.name
 
     def _state(self) -> str:
-        """Return SLURM's state of this start of the job, or "overtaken" if the job started again.
+        """Return SLURM's state of this start of the job, or "" if the job started again.
 
         After a network failure, an old supervisor may still run while the job runs elsewhere.
         """
         found = queue.show(self.id)
         is_current = found.get("Restarts") == str(self.restart)
-        return found.get("JobState", "") if is_current else "overtaken"
+        return found.get("JobState", "") if is_current else ""
 
-    def _is_over(self) -> str | None:
-        """Return why no rank needs to start, or None."""
+    def _is_over(self) -> policy.JobDecision | None:
+        """Return why no rank needs to start, and the exit code of the job; or None.
+
+        A job that was stopped ends as one that was stopped later: jobs that wait for its success
+        must not start.
+        """
         if self.submission.is_stopped:
-            return "the job was stopped while it waited"
+            why = "nothing to do: the job was stopped while it waited"
+            return policy.JobDecision("end", INTERRUPTED, why)
         if Status(self.run).state == "complete":
-            return f"the run is complete, {self.job.total_steps:,} steps"
-        return None
+            why = f"nothing to do: the run is complete, {self.job.total_steps:,} steps"
+            return policy.JobDecision("end", DONE, why)
+        # SLURM requeues by itself, too: of that only the next start can count.
+        return policy.give_up(policy.past(self.run, self._name), self.settings.max_requeues)
 
     def _attempt_once(self) -> int:
         attempt = self.run.new_attempt()
@@ -143,8 +159,9 @@ class Batch:
     def _arguments(self) -> list[str]:
         return ["trust=true"] if self.submission.facts.get("trust") else []
 
-    def _number(self) -> str:
-        """Return JOB.STEP of the running step; steps run one after the other."""
+    def _number(self) -> str | None:
+        """Return JOB.STEP of the running step; steps run one after the other. None if SLURM knows
+        no step of this job."""
         return queue.newest_step(self.id)
 
     def _environment(self, attempt: Attempt, port: str) -> dict[str, str]:
@@ -186,9 +203,15 @@ class Batch:
         looks = Preflight(wanted, self.hosts, self.hosts[0])
         step = steps.JobStep(steps.nodes(self.submission), looks.environment, log)
         if self.settings.preflight:
-            report = looks.collect(lambda: self._is_enough(step), _LOOK)
+            report = looks.collect(
+                lambda: self._is_enough(step),
+                self.settings.check_time.seconds or 0.0,
+                self.settings.start_time.seconds or 0.0,
+                lambda host: steps.phase_of(log, host),
+            )
             (attempt.path / "preflight.json").write_text(json.dumps(asdict(report), indent=2))
-        end = time.monotonic() + (_LEAVE if self.settings.preflight else _LOOK)
+        leave = self.settings.start_time.seconds or 0.0
+        end = time.monotonic() + (_LEAVE if self.settings.preflight else leave)
         code = step.wait(lambda: bool(self.stop_signal) or time.monotonic() > end, self._number)
         if self.stop_signal:
             return policy.AttemptOutcome(INTERRUPTED, 0, "interrupted during the preflight")
@@ -227,14 +250,9 @@ class Batch:
     def _requeue(self, decision: policy.JobDecision) -> int:
         """Requeue the job. SLURM ends this start while we wait."""
         out = decision.exclude
-        partition = os.environ.get("SLURM_JOB_PARTITION", "")
         try:
-            if out and queue.num_usable(partition, out) < len(self.hosts):
-                self._log(
-                    f"Without {', '.join(out)} too few nodes remain, so they are not excluded."
-                )
-                out = ()
-            queue.requeue(self.id, [*self.settings.exclude, *out] if out else ())
+            exclude = [*self.settings.exclude, *out] if out else ()
+            queue.requeue(self.id, exclude, decision.pause)
         except UserError as e:
             self._log(f"{e} Submit the run again to resume.")
             return decision.code

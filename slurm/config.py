@@ -58,6 +58,9 @@ class SlurmConfig:
     options: list[str] = key([], "more options of sbatch, such as --mail-type=END")
     srun: list[str] = key([], "more options of srun, such as --mpi=none")
     requeue: bool = key(True, "requeue the job after a time limit, a preemption or a node failure")
+    max_requeues: int = key(
+        5, "requeues in a row without a new checkpoint; then the job ends with code 76", ge=0
+    )
     lead: Duration | None = key(
         None, "how long before the time limit the run saves; null: from the duration of a save"
     )
@@ -86,6 +89,13 @@ class SlurmConfig:
     )
     preflight: bool = key(True, "check every node before ranks start")
     allreduce: bool = key(True, "measure the network in these checks")
+    start_time: Duration = key(
+        Duration(600, "seconds"),
+        "how long a node may take to unpack, or to pull a container, before these checks",
+    )
+    check_time: Duration = key(
+        Duration(120, "seconds"), "how long these checks may take, and then measuring the network"
+    )
     runs: str | None = key(
         None, "file with one run per line, as KEY=VALUE ...; all become one array job"
     )
@@ -130,7 +140,7 @@ class SlurmConfig:
             found.append(
                 ("mem", f"{self.mem!r} is not a size", "write, for example, slurm.mem=64G")
             )
-        for name in ("time", "lead"):
+        for name in ("time", "lead", "start_time", "check_time"):
             length = getattr(self, name)
             if length is not None and (length.unit != "seconds" or not length.amount):
                 found.append((name, "must be a wall time", f"write slurm.{name}='24 h'"))

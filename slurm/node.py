@@ -166,8 +166,8 @@ def serve(connection: Connection, token: str, host: str, supervisor: str) -> Non
     if message is None:
         raise ConnectionError("the supervisor did not accept this process as one of its nodes")
     seconds = message["seconds"]
-    end = time.monotonic() + seconds
-    faulthandler.dump_traceback_later(seconds + _LATE, exit=True)
+    end = time.monotonic() + message["wait"]
+    faulthandler.dump_traceback_later(message["wait"] + _LATE, exit=True)
     here = Here(host, Wanted(**message["wanted"]), message["mark"])
     if moved is not None:
         here.facts["fake_clock"] = moved
@@ -178,7 +178,8 @@ def serve(connection: Connection, token: str, host: str, supervisor: str) -> Non
     connection.send(report)
     with suppress(OSError):  # the supervisor already has this node's report
         if go := connection.receive(end - time.monotonic()):
-            _take_part(connection, Network(here, go, supervisor), end)
+            until = min(end, time.monotonic() + go["seconds"])
+            _take_part(connection, Network(here, go, supervisor), until)
 
 
 def _take_part(connection: Connection, network: Network, end: float) -> None:

@@ -3,9 +3,9 @@
     ranks end -> outcome, blamed nodes -> end the job, start again on the same nodes, requeue, or
                                           give up
 
-Invariant: everything counted over attempts (crashes, blamed nodes) is read from the run's files, so
-it survives any end of the batch script. A node is blamed only for an observation (a process was
-killed there, a rank hung, a device failed), never for a Python error of a rank.
+Invariant: everything counted over attempts (crashes, starts, blamed nodes) is read from the run's
+files, so it survives any end of the batch script. A node is blamed only for an observation (a
+process was killed there, a rank hung, a device failed), never for a Python error of a rank.
 """
 
 import re
@@ -25,6 +25,7 @@ JobAction = Literal["end", "restart", "requeue"]
 # In the error of a rank: failures of a device, a link or a disk, not of a program.
 _DEVICE = re.compile(r"CUDA error|NCCL error|\bECC\b|\bXid\b|Input/output error", re.IGNORECASE)
 _TOO_OFTEN = 2  # failures of a node until it is excluded
+_PAUSE = 30.0  # seconds before the third start of a job without a new checkpoint, then doubled
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ class Past:
     """The attempts of one submission, summed up.
 
     crashes: in a row, without a new checkpoint; blamed: the observed failures of each node; faulty:
-    nodes that failed the preflight.
+    nodes that failed the preflight; idle: starts of the job in a row without a new checkpoint.
     """
 
     crashes: int = 0
     blamed: dict[str, list[str]] = field(default_factory=dict)
     faulty: dict[str, str] = field(default_factory=dict)
+    idle: int = 0
 
     @property
     def excluded(self) -> dict[str, str]:
@@ -121,7 +123,24 @@ def past(run: Run, submission: str) -> Past:
         for host, reason in launch.get("blamed", {}).items():
             blamed.setdefault(host, []).append(reason)
         faulty |= launch.get("faulty", {})
-    return Past(crashes, blamed, faulty)
+    return Past(crashes, blamed, faulty, _idle(own, saved))
+
+
+def _idle(own: Sequence[tuple[int, dict[str, Any]]], saved: Sequence[int]) -> int:
+    """Return how many of the last starts of the job, in a row, brought no new checkpoint.
+
+    own: numbers and launch records of the submission's attempts; saved: numbers of attempts that
+    wrote a checkpoint. A start that SLURM ended by itself (SIGTERM: a preemption, a requeue by
+    hand) doesn't count, because that may happen often without any fault.
+    """
+    count, after = 0, float("inf")
+    ended_by_slurm = {t["slurm"].get("restart"): t.get("stop_signal") == "SIGTERM" for _, t in own}
+    for restart, is_exempt in reversed(ended_by_slurm.items()):
+        first = min(n for n, t in own if t["slurm"].get("restart") == restart)
+        if any(first <= author < after for author in saved):
+            break
+        count, after = count + (not is_exempt), first
+    return count
 
 
 def is_crash(launch: dict[str, Any]) -> bool:
@@ -145,12 +164,16 @@ def _author(run: Run, step: int) -> int | None:
 
 @dataclass(frozen=True)
 class JobDecision:
-    """What to do, the exit code if the job ends, and the reason as text."""
+    """What to do, the exit code if the job ends, and the reason as text.
+
+    exclude: nodes that a requeued job must not get; pause: seconds that it then waits at least.
+    """
 
     action: JobAction
     code: int
     why: str
     exclude: tuple[str, ...] = ()
+    pause: float = 0.0
 
 
 def decide(
@@ -162,23 +185,28 @@ def decide(
     may_requeue: bool,
     state: str,
     down: Sequence[str] = (),
+    enough: bool = True,
+    most: int = 5,
 ) -> JobDecision:
     """What to do when ranks ended with `code`.
 
     past: including this end; nodes: of the job; state: SLURM's state of the job; down: nodes of the
-    job that SLURM calls down. Whether a crash is tried again follows the rule of the local launcher
-    (`launcher.next_action`).
+    job that SLURM calls down; enough: whether enough nodes remain without the excluded ones; most:
+    requeues in a row without a new checkpoint. Whether a crash is tried again follows the rule of
+    the local launcher (`launcher.next_action`).
     """
     if is_stopped and code != DONE:
         return JobDecision("end", INTERRUPTED, "stopped on request; submit it again to resume")
     if state != "RUNNING":
         # SLURM cancels or requeues it already; to requeue it now would undo a cancel.
-        return JobDecision("end", code, f"SLURM is ending the job ({state.lower() or 'unknown'})")
-    out = tuple(host for host in nodes if host in past.excluded)
+        how = f"is ending this start of the job ({state.lower()})"
+        why = f"SLURM {how}" if state else "SLURM has started the job again, or no longer knows it"
+        return JobDecision("end", code, why)
+    out = excluded(past, nodes)
     action = launcher.next_action(code, past.crashes)
     if code == INTERRUPTED:
         if may_requeue:
-            return JobDecision("requeue", code, "requeued to resume", out)
+            return _requeue(code, past, "to resume", out if enough else (), most)
         return JobDecision("end", code, "slurm.requeue=false; submit it again to resume")
     if action == "end":
         return JobDecision("end", code, "done" if code == DONE else "trying again would not help")
@@ -192,4 +220,31 @@ def decide(
         return JobDecision(
             "end", code, f"it needs other nodes, but slurm.requeue=false: {', '.join(named)}"
         )
-    return JobDecision("requeue", code, f"requeued to use other nodes: {', '.join(named)}", out)
+    if enough:
+        return _requeue(code, past, f"to use other nodes: {', '.join(named)}", out, most)
+    why = f"though too few nodes remain without those at fault: {', '.join(named)}"
+    return _requeue(code, past, why, (), most)
+
+
+def excluded(past: Past, nodes: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the nodes that are not to be used again."""
+    return tuple(host for host in nodes if host in past.excluded)
+
+
+def give_up(past: Past, most: int) -> JobDecision | None:
+    """Return the end of a job whose starts bring nothing any more; None while they may."""
+    if past.idle <= most:
+        return None
+    why = f"gave up after {past.idle} starts of the job in a row without a new checkpoint"
+    if past.faulty:
+        todo = f"repair or exclude the nodes at fault ({', '.join(past.faulty)})"
+    else:
+        todo = "see how the last attempts ended; if time ran out, set a longer slurm.time"
+    return JobDecision("end", GAVE_UP, f"{why} (slurm.max_requeues={most}); {todo}")
+
+
+def _requeue(code: int, past: Past, why: str, out: tuple[str, ...], most: int) -> JobDecision:
+    """Return the decision to requeue, with a pause that grows while nothing is saved."""
+    pause = _PAUSE * 2 ** (past.idle - 2) if past.idle > 1 else 0.0
+    later = f", in {pause:.0f} s" if pause else ""
+    return give_up(past, most) or JobDecision("requeue", code, f"requeued{later} {why}", out, pause)

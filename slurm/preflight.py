@@ -2,13 +2,16 @@
 
     the supervisor (Preflight)             a node (node.py); each message is a line of JSON
                                        <-  token, host, time
-    wanted, mark, seconds              ->
+    wanted, mark, seconds, wait        ->
                                        <-  facts, faults, received (its clock), port (a free one)
     go, or the connection is closed    ->
                                        <-  pairs, reduce; or fault, lost
 
+Three times are limited apart: until a node's process connects, which is longer where an image or an
+environment is copied first; the checks of the nodes that came; the measurement.
+
 Invariant: only processes with the token are accepted; every host ends with a complete report or a
-fault of its own; the timeout holds for all. Imports no torch.
+fault of its own, which names what the node was doing. Imports no torch.
 """
 
 import json
@@ -44,12 +47,14 @@ _STRANGER, _KNOWN = 1 << 12, 1 << 24  # most bytes of a line before and after th
 
 @dataclass
 class _Node:
-    """The reports of a host so far. seconds: until its checks were done."""
+    """The reports of a host so far. connected: when, by our monotonic clock; seconds: that its
+    checks took."""
 
     host: str
     line: "_Line | None" = None  # while it is connected
     came: bool = False
     sent: float = 0.0
+    connected: float = 0.0
     answered: float = 0.0
     seconds: float | None = None
     port: int = 0
@@ -95,7 +100,7 @@ class Preflight:
         self.port: int = self._server.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ, None)
-        self._measuring = False
+        self._measuring = 0.0  # when it began, by our monotonic clock
         self._mark = Path(wanted.run) / f".preflight-{self.token[:8]}"
         try:  # a node that doesn't see this file has another directory of that name
             self._mark.touch()
@@ -107,13 +112,22 @@ class Preflight:
         """Environment variables for the nodes' processes, beside SLURM's own."""
         return {ADDRESS: f"{self.address}:{self.port}:{self.token}"}
 
-    def collect(self, is_over: Callable[[], bool], timeout: float) -> PreflightReport:
+    def collect(
+        self,
+        is_over: Callable[[], bool],
+        timeout: float,
+        starting: float | None = None,
+        phase: Callable[[str], str | None] = lambda host: None,
+    ) -> PreflightReport:
         """Return the report once all nodes have reported, their step has ended, or time is up.
 
-        Call it once: it closes the server, which also ends the nodes' processes.
+        timeout: seconds for the checks, and again for the measurement; starting: seconds until the
+        nodes' processes must have connected, if not the same; phase: what a host that didn't
+        connect was doing, if known. Call it once: it closes the server, which also ends the nodes'
+        processes.
         """
-        began = self._began = time.monotonic()
-        self._end = began + timeout
+        self._began, self._timeout = time.monotonic(), timeout
+        self._starting = timeout if starting is None else starting
         failed, over = 0.0, False
         try:
             while time.monotonic() < self._end and not self._have_all():
@@ -125,9 +139,19 @@ class Preflight:
                     failed = failed or time.monotonic()
                     if time.monotonic() - failed > _GRACE:
                         break
-            return self._report(time.monotonic() - began, over)
+            return self._report(time.monotonic() - self._began, over, phase)
         finally:
             self.close()
+
+    @property
+    def _end(self) -> float:
+        """When the current one of the three times is up, by our monotonic clock."""
+        nodes = self._nodes.values()
+        if self._measuring:
+            return self._measuring + self._timeout
+        if all(n.came for n in nodes):
+            return max(n.connected for n in nodes) + self._timeout
+        return self._began + self._starting
 
     def close(self) -> None:
         """Close the server and all connections, and remove the file in the run directory."""
@@ -150,7 +174,7 @@ class Preflight:
         well = all(n.line and all(f.note for f in n.faults) for n in nodes)
         if not (self.wanted.reduce and len(nodes) > 1 and well):
             return True
-        self._measuring = True
+        self._measuring = time.monotonic()
         first = self._nodes[self.hosts[0]]
         go = {
             "hosts": self.hosts,
@@ -202,13 +226,15 @@ class Preflight:
             line.node, node.line, node.came, node.sent = node, line, True, message["time"]
             here, there = line.socket.getsockname()[0], line.socket.getpeername()[0]
             node.facts["address"] = self.address if here == there else there
-            node.answered = time.time()
-            mark, seconds = self._mark.name, self._end - time.monotonic() - 1.0
-            line.send({"wanted": asdict(self.wanted), "mark": mark, "seconds": seconds})
+            node.connected, node.answered = time.monotonic(), time.time()
+            answer = {"wanted": asdict(self.wanted), "mark": self._mark.name}
+            # Until the last node has come, all have checked, and all have measured.
+            wait = self._began + self._starting + 2 * self._timeout - time.monotonic()
+            line.send({**answer, "seconds": self._timeout - 1.0, "wait": wait})
         elif "facts" in message:
             node.facts |= message["facts"]
             node.faults = [NodeFault(node.host, **f) for f in message["faults"]]
-            node.seconds, node.port = time.monotonic() - self._began, message["port"]
+            node.seconds, node.port = time.monotonic() - node.connected, message["port"]
             self._judge_clock(node, message["received"])
         elif "broken" in message:
             node.broken, node.lost = NodeFault(node.host, **message["broken"]), message["lost"]
@@ -224,10 +250,12 @@ class Preflight:
             what = f"its clock is {abs(skew):.1f} s {way} the first node's{fake}"
             node.faults.append(node.fault(what, "set its clock, or exclude the node", "clock"))
 
-    def _report(self, seconds: float, over: bool) -> PreflightReport:
+    def _report(
+        self, seconds: float, over: bool, phase: Callable[[str], str | None]
+    ) -> PreflightReport:
         nodes = list(self._nodes.values())
         faults = [f for n in nodes for f in n.faults]
-        faults += self._silent(seconds, over)
+        faults += self._silent(seconds, over, phase)
         notes: list[str] = []
         reduce = None
         if self._measuring:
@@ -249,21 +277,30 @@ class Preflight:
             [f for f in faults if not f.note], notes, facts, reduce, round(seconds, 3)
         )
 
-    def _silent(self, seconds: float, over: bool) -> list[NodeFault]:
+    def _silent(
+        self, seconds: float, over: bool, phase: Callable[[str], str | None]
+    ) -> list[NodeFault]:
         """Return faults of nodes that never connected, or connected and did not report."""
         nodes = self._nodes.values()
         others = max((n.seconds for n in nodes if n.seconds is not None), default=None)
         beside = f"; the others did in {others:.0f} s" if others is not None else ""
-        todo = "see the job's log for a reason, or exclude the node"
         found = []
         for n in nodes:
             if n.seconds is not None or (over and n.line):  # it was interrupted by us
                 continue
-            what = f"did not answer in {seconds:.0f} s{beside}"
-            if n.came and n.line is None:
+            todo = "see preflight.log of this attempt, or exclude the node"
+            at = f" ({last})" if not n.came and (last := phase(n.host)) else ""
+            if n.line:
+                took = time.monotonic() - n.connected
+                what = f"did not finish its checks in {took:.0f} s{beside}"
+                todo = "see preflight.log, raise slurm.check_time, or exclude the node"
+            elif n.came:
                 what = f"its preflight process ended without a report{beside}"
             elif over:
-                what = f"its preflight process never connected{beside}"
+                what = f"its preflight process never connected{at}{beside}"
+            else:
+                what = f"its preflight process did not start in {seconds:.0f} s{at}"
+                todo = "see preflight.log, raise slurm.start_time, or exclude the node"
             found.append(n.fault(what, todo, "silent"))
         return found
 

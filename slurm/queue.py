@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,12 @@ _TIMEOUT = 60.0  # seconds; a controller that is busy or fails over answers late
 _GONE = re.compile(r"Invalid job id|do not exist|unable to load job", re.IGNORECASE)
 _BUSY = re.compile(r"timed out|unable to contact|connection (failure|refused)", re.IGNORECASE)
 _AWAY = 900.0  # seconds that a job waits for a controller to come back
-_FORMAT = "%i|%T|%r|%M|%L|%N|%S"  # the fields of Job, in their order
+_FORMAT = "%i|%T|%r|%M|%L|%N|%S|%V|%o"  # the fields of Job, in their order
+# What a job leaves in its environment, and another that is submitted from there must not take over.
+_OF_A_JOB = re.compile(
+    r"(SLURM_(?!CONF$|CLUSTERS$|JWT$)|SLURMD_|PMIX?_|FORESCALE_(ATTEMPT|NODE|SCRATCH)$"
+    r"|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$)"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Job:
     """A job in the queue.
 
     reason: SLURM's reason why it waits; elapsed, left: times as squeue prints them; start: when it
-    began or is expected to begin.
+    began or is expected to begin; submitted: when SLURM took it; script: the path that sbatch got.
     """
 
     id: str
@@ -39,6 +44,8 @@ class Job:
     left: str
     nodes: str
     start: str
+    submitted: str = ""
+    script: str = ""
 
     @property
     def is_waiting(self) -> bool:
@@ -57,9 +64,31 @@ def must_be_here() -> None:
         _once(["sbatch", "--version"])
 
 
+def own_job() -> str:
+    """Return the id of the job that this process is part of.
+
+    Of a task of an array it is 40_2. Its SLURM_JOB_ID is another number, and for one of the tasks
+    it is 40, the number of the whole array: a command about it would be one about all tasks.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
 def submit(script: Path) -> str:
-    """Submit a script and return the id of the job. Raises UserError if SLURM refuses."""
-    return _run(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
+    """Submit a script and return the id of the job. Raises UserError if SLURM refuses.
+
+    Within another job (salloc) sbatch gets none of its variables: as defaults of options they would
+    contradict the script, and the new job would start with them.
+    """
+    own = {name: value for name, value in os.environ.items() if not _OF_A_JOB.match(name)}
+    return _once(["sbatch", "--parsable", str(script)], environment=own).strip().partition(";")[0]
+
+
+def cluster() -> str | None:
+    """Return the name of the cluster whose controller answers here; None if it doesn't say."""
+    settings = _run(["scontrol", "show", "config"])
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", settings, re.MULTILINE)
+    return found[1] if found else None
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:
@@ -71,7 +100,7 @@ def jobs(ids: Iterable[str]) -> list[Job]:
         if _GONE.search(e.what):  # a single id that the controller no longer knows
             return []
         raise
-    return [Job(*line.split("|")) for line in lines if line]
+    return [Job(*line.split("|", _FORMAT.count("|"))) for line in lines if line]
 
 
 def show(job: str) -> dict[str, str]:
@@ -101,15 +130,16 @@ def eligible(job: str) -> float | None:
     return None
 
 
-def requeue(job: str, exclude: Sequence[str] = ()) -> None:
-    """Requeue a running job, without the nodes `exclude`.
+def requeue(job: str, exclude: Sequence[str] = (), pause: float = 0.0) -> None:
+    """Requeue a running job, without the nodes `exclude`, to start in `pause` seconds or later.
 
     If the caller is part of the job, SLURM ends it, too.
     """
     _run(["scontrol", "requeue", job], deaf=True)
-    if exclude:  # allowed only while the job waits
-        command = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}"]
-        _run(command, deaf=True)
+    changes = [f"ExcNodeList={','.join(exclude)}"] if exclude else []
+    changes += [f"StartTime=now+{pause:.0f}"] if pause else []
+    if changes:  # allowed only while the job waits
+        _run(["scontrol", "update", f"JobId={job}", *changes], deaf=True)
 
 
 def cancel(job: str) -> None:
@@ -127,11 +157,11 @@ def end_step(step: str) -> None:
     _run(["scancel", "--signal=KILL", step])
 
 
-def newest_step(job: str) -> str:
-    """Return JOB.STEP of the newest step of a job; the job's id if it has no step."""
+def newest_step(job: str) -> str | None:
+    """Return JOB.STEP of the newest step of a job; None if it has no step."""
     lines = _run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]).split()
     numbers = [int(n) for _, _, n in (line.rpartition(".") for line in lines) if n.isdigit()]
-    return f"{job}.{max(numbers)}" if numbers else job
+    return f"{job}.{max(numbers)}" if numbers else None
 
 
 def unusable(nodes: Sequence[str]) -> list[str]:
@@ -175,16 +205,18 @@ def _run(command: list[str], deaf: bool = False) -> str:
             time.sleep(5.0)
 
 
-def _once(command: list[str], deaf: bool = False) -> str:
-    # Names of months and days come in English, times in local time.
-    environment = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+def _once(
+    command: list[str], deaf: bool = False, environment: Mapping[str, str] | None = None
+) -> str:
+    # By default names of months and days come in English, times in local time.
+    english = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT,
-            env=environment,
+            env=environment or english,
             preexec_fn=_ignore if deaf else None,
         )
     except FileNotFoundError:

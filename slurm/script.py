@@ -34,9 +34,10 @@ class Order:
 
     @property
     def log(self) -> Path:
-        """The log of the batch script; in an array, %a is the number of the task."""
-        name = "slurm-%a.log" if len(self.names) > 1 else "slurm.log"
-        return self.submissions[0].path / name
+        """The log of the batch script; in an array, %a is the number of the task, and the file a
+        link to the log beside the task's own run."""
+        first = self.submissions[0]
+        return first.links / "%a" if len(self.names) > 1 else first.log
 
 
 def render(order: Order) -> str:

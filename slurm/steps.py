@@ -24,6 +24,7 @@ from forescale.slurm.submission import Submission
 _FAILED = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
 _SCRATCH = '"$FORESCALE_SCRATCH"'
+_NOW, _ENVIRONMENT = "forescale-now", "environment"
 _PATIENCE = 60.0  # seconds from the first failure until the other tasks are killed
 _LAST = 30.0  # seconds from then until srun itself is killed
 _MORE = 5.0  # seconds after a failure in which other tasks may still report
@@ -100,10 +101,11 @@ class JobStep:
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGUSR1)
 
-    def wait(self, is_late: Callable[[], bool], number: Callable[[], str]) -> int:
+    def wait(self, is_late: Callable[[], bool], number: Callable[[], str | None]) -> int:
         """Wait for srun and return its code.
 
-        is_late: True if the time of the ranks is over; number: returns JOB.STEP, to kill it.
+        is_late: True if the time of the ranks is over; number: returns JOB.STEP, to kill it; None
+        if it isn't known: then srun alone is killed, never the whole job.
         """
         killed: float | None = None
         while not self.is_over:
@@ -126,10 +128,11 @@ class JobStep:
                     self._failed = time.monotonic()
 
 
-def _end_step(number: Callable[[], str]) -> None:
+def _end_step(number: Callable[[], str | None]) -> None:
     """Kill the step, in a thread of its own: the controller may not answer for minutes."""
     with suppress(UserError):
-        queue.end_step(number())
+        if step := number():
+            queue.end_step(step)
 
 
 def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
@@ -200,14 +203,23 @@ def nodes(submission: Submission) -> list[str]:
     look = [*containers.prefix(submission), *look]
     lines = [
         "set -e",
+        f'now() {{ echo "{_NOW} ${{SLURMD_NODENAME:-?}} $*"; }}',
+        "now making its scratch directory",
         *own_scratch(_SCRATCH),
-        # Remove files of old jobs whose nodes went down.
-        f"find {_SCRATCH} -maxdepth 1 -name 'job-*' -mtime +7 -exec rm -rf {{}} + 2>&- || true",
+        # What no job has used for long: code of jobs whose nodes went down, and old environments.
+        *(
+            f"find {_SCRATCH} -maxdepth 1 -name '{name}-*' -mtime +{days} -exec rm -rf {{}} + "
+            "2>&- || true"
+            for name, days in (("job", 7), (_ENVIRONMENT, 30))
+        ),
+        "now unpacking the code",
         *_unpack(submission.code, '"$FORESCALE_NODE"'),
     ]
     if place := _environment(submission):
+        lines.append("now unpacking the Python environment")
         lines += _unpack(submission.facts["environment"], shlex.quote(place))
-    lines.append(f"exec {shlex.join(look)}")
+        lines.append(f"touch {shlex.quote(place)}")
+    lines += ["now starting Python", f"exec {shlex.join(look)}"]
     # A node that fails must not end the reports of the others.
     each = "--kill-on-bad-exit=0"
     inside = srun(settings, 1, each, *containers.options(submission))
@@ -217,6 +229,14 @@ def nodes(submission: Submission) -> list[str]:
         host=[*host, "bash", "-c", "\n".join(["set -e", *own_scratch(_SCRATCH)])],
         inside=[*inside, "bash", "-c", "\n".join(lines)],
     )
+
+
+def phase_of(log: Path, host: str) -> str:
+    """Return what a host was doing last, by the output of the command of `nodes`."""
+    with suppress(OSError):
+        said = re.findall(rf"^{_NOW} (\S+) (.*)$", log.read_text(errors="replace"), re.MULTILINE)
+        return dict(said).get(host, "starting the step, or its container")
+    return "starting the step, or its container"
 
 
 def own_scratch(place: str) -> list[str]:
@@ -250,7 +270,7 @@ def _unpack(tar: Path | str, place: str) -> list[str]:
 def _environment(submission: Submission) -> str | None:
     """Return the path of the packed environment on each node, or None."""
     tar = submission.facts.get("environment")
-    return f"{os.environ['FORESCALE_SCRATCH']}/{Path(tar).stem}" if tar else None
+    return f"{os.environ['FORESCALE_SCRATCH']}/{_ENVIRONMENT}-{Path(tar).stem}" if tar else None
 
 
 def python(submission: Submission) -> list[str]:

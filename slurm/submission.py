@@ -4,9 +4,11 @@
       submission.json    the settings of SLURM, data, memory, versions and command
       job.sbatch         the script for sbatch
       code.tar           forescale and the user's own package at that time
-      job.json           the id of the job
+      job.json           the id of the job, and what tells it from others that get this id later
       stop               exists if a stop was requested: the job is not requeued
       slurm.log          the output of the batch script
+      logs/0             of an array, in the folder of its first run: a link for each task to the
+                         slurm.log of its own run
 
 Invariant: `submit` alone writes them, except slurm.log and stop. So a job that is requeued for
 months reads the settings of the day of its submission.
@@ -45,8 +47,12 @@ class Submission:
 
     @property
     def log(self) -> Path:
-        task = (self.job or "").partition("_")[2]
-        return Path(self.facts["log"].replace("%a", task))
+        return self.path / "slurm.log"
+
+    @property
+    def links(self) -> Path:
+        """The directory of an array's links to the logs of its tasks."""
+        return self.path / "logs"
 
     @property
     def name(self) -> str:
@@ -66,13 +72,33 @@ class Submission:
     @property
     def job(self) -> str | None:
         """The id of the job; None if sbatch did not accept it."""
-        try:
-            return str(read_json(self.path / "job.json")["id"])
-        except UserError:
-            return None
+        found = self.accepted.get("id")
+        return None if found is None else str(found)
 
-    def submitted(self, job: str) -> None:
-        write_json(self.path / "job.json", {"id": job, "submitted": time.time()})
+    @property
+    def accepted(self) -> dict[str, Any]:
+        """What `submitted` wrote; empty if sbatch did not accept the job."""
+        try:
+            return dict(read_json(self.path / "job.json"))
+        except UserError:
+            return {}
+
+    def submitted(self, job: str, script: Path, cluster: str | None, at: str) -> None:
+        """Write the id of the job, with the script that sbatch got, the name of the cluster, and
+        when SLURM took the job, as it prints times."""
+        facts = {"id": job, "script": str(script), "cluster": cluster, "accepted": at}
+        write_json(self.path / "job.json", {**facts, "submitted": time.time()})
+
+    def is_of(self, job: queue.Job) -> bool:
+        """Return True if a job in the queue is that of this submission: the ids of a cluster may
+        begin anew, and the queue may be another cluster's.
+
+        A job keeps its script, and it is never older than when it was taken. (Some versions of
+        SLURM set its time anew when it is requeued.)
+        """
+        told = self.accepted
+        script = told.get("script", str(self.script))
+        return job.script == script and job.submitted >= told.get("accepted", "")
 
     @property
     def is_stopped(self) -> bool:
@@ -93,14 +119,16 @@ def waiting_or_running(run: Run) -> tuple[Submission, queue.Job] | None:
 
 
 def newest(run: Run) -> list[Submission]:
-    """Return the last submission, or none. Only its job can be in the queue."""
-    return submissions(run)[-1:]
+    """Return the last submission that sbatch accepted, or none. Only its job can be in the queue: a
+    run is not submitted while a job of it is there."""
+    return [s for s in reversed(submissions(run)) if s.job][:1]
 
 
 def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
-    """Return the submissions whose jobs are in the queue, with one query for all of them."""
+    """Return the submissions whose jobs are in the queue, with one query for all of them. A job
+    that only has the id of one is left out."""
     by_id = {s.job: s for s in found if s.job}
     if not by_id or not queue.is_here():
         return []
     jobs = {j.id: j for j in queue.jobs(sorted({str(i).partition("_")[0] for i in by_id}))}
-    return [(s, jobs[i]) for i, s in by_id.items() if i in jobs]
+    return [(s, jobs[i]) for i, s in by_id.items() if i in jobs and s.is_of(jobs[i])]

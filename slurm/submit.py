@@ -4,11 +4,13 @@ Invariant: a run with a problem is never submitted. If SLURM refuses the job, no
 submission is left.
 """
 
+import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,11 @@ from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.script import Order, render
 from forescale.slurm.snapshot import described, own_packages, pack_environment, write_code
-from forescale.slurm.submission import Submission, waiting_or_running
+from forescale.slurm.submission import Submission, in_queue, submissions, waiting_or_running
 from forescale.storage import read_text, write_file
 
 _LARGEST = 16 << 20  # bytes of slurm.runs
+_UNDER_WAY = 600.0  # seconds that a command may take to submit
 _HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, pinned buffers
 
 
@@ -143,18 +146,40 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     runs = [s.run for s in started]
     folders = [run.new_job() for run in runs]
     try:
+        for run, folder in zip(runs, folders, strict=True):
+            _refuse_second(run, folder)
         made = order(plans, runs, folders, profile)
         for plan, begun, submission in zip(plans, started, made.submissions, strict=True):
             _describe(plan, begun, submission, made)
             write_file(submission.script, render(made).encode())
+        _link_logs(made.submissions)
         job = queue.submit(made.submissions[0].script)
     except BaseException:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    for i, submission in enumerate(made.submissions):
-        submission.submitted(f"{job}_{i}" if len(folders) > 1 else job)
+    _accepted(made, job)
     return made, job
+
+
+def _link_logs(tasks: Sequence[Submission]) -> None:
+    """Make links by which sbatch writes the log of each task of an array beside its own run."""
+    if len(tasks) > 1:
+        links = tasks[0].links
+        links.mkdir()
+        for i, task in enumerate(tasks):
+            (links / str(i)).symlink_to(os.path.relpath(task.log, links))
+
+
+def _accepted(made: Order, job: str) -> None:
+    """Write the job of each submission."""
+    several, at, cluster = len(made.names) > 1, "", None
+    with suppress(UserError):  # a controller that is slow to answer
+        at = queue.show(f"{job}_0" if several else job).get("SubmitTime", "")
+        cluster = queue.cluster()
+    for i, submission in enumerate(made.submissions):
+        script = made.submissions[0].script
+        submission.submitted(f"{job}_{i}" if several else job, script, cluster, at)
 
 
 def _given(plan: Plan) -> SubmitJob:
@@ -171,6 +196,20 @@ def _refuse_twice(run: Run) -> None:
         )
 
 
+def _refuse_second(run: Run, folder: Path) -> None:
+    """Raise UserError if another command submits this run now. `folder` was made by this command;
+    of two commands the one with the older folder goes on."""
+    older = [s for s in submissions(run) if s.name < folder.name][-1:]
+    if older and in_queue(older):
+        _refuse_twice(run)
+    if older and older[0].job is None:
+        age = time.time() - older[0].path.stat().st_mtime
+        if age < _UNDER_WAY:
+            what = f"another command began to submit it {age:.0f} s ago"
+            todo = f"wait for it; if it was killed, remove {older[0].path}"
+            raise UserError(str(run.path), what, todo)
+
+
 def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> None:
     """Write the code and all facts that the job needs beside the run's config."""
     job = _given(plan)
@@ -178,7 +217,6 @@ def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> 
     write_code(submission.code, more)
     facts: dict[str, Any] = {
         "slurm": plain(job.slurm),
-        "log": str(made.log),
         "submitted": time.time(),
         "command": sys.argv,
         "directory": str(Path.cwd()),

@@ -8,7 +8,7 @@ from forescale.config.compose import compose
 from forescale.config.frozen import freeze
 from forescale.config.schema import plain
 from forescale.config.train import TrainJob
-from forescale.errors import CRASHED, DONE, USER
+from forescale.errors import CRASHED, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
 from forescale.slurm import batch, queue
@@ -80,11 +80,12 @@ def test_a_single_node_gets_one_chance_on_another(make):
 
 
 def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):
+    """And it doesn't end well: a job that waits for its success must not start."""
     job = make()
     job.submission.stop()
     before = {number: signal.getsignal(number) for number in batch._SIGNALS}
     try:
-        assert job.supervise() == DONE
+        assert job.supervise() == INTERRUPTED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -96,8 +97,8 @@ def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):
     ("told", "state"),
     [
         ({"Restarts": "0", "JobState": "RUNNING"}, "RUNNING"),
-        ({"Restarts": "1", "JobState": "RUNNING"}, "overtaken"),
-        ({}, "overtaken"),
+        ({"Restarts": "1", "JobState": "RUNNING"}, ""),
+        ({}, ""),
     ],
 )
 def test_a_life_that_another_one_overtook_knows_it(make, monkeypatch, told, state):

@@ -6,14 +6,14 @@ from forescale.checkpoint.reader import FORMAT
 from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
-from forescale.slurm.policy import Past, decide, past
+from forescale.slurm.policy import Past, decide, give_up, past
 
 NODES = ["a", "b"]
 
 
-def decided(code, crashes=0, *, blamed=None, faulty=None, state="RUNNING", **more):
+def decided(code, crashes=0, *, blamed=None, faulty=None, idle=0, state="RUNNING", **more):
     found = {"is_stopped": False, "may_requeue": True, **more}
-    made = Past(crashes, blamed or {}, faulty or {})
+    made = Past(crashes, blamed or {}, faulty or {}, idle)
     return decide(code, made, NODES, state=state, **found)
 
 
@@ -44,7 +44,7 @@ def test_a_run_that_was_done_before_it_was_stopped_is_done():
     assert decided(DONE, is_stopped=True).code == DONE
 
 
-@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED", "", "overtaken"])
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED", ""])
 @pytest.mark.parametrize("code", [INTERRUPTED, 1, -9])
 def test_a_job_that_slurm_ends_is_left_to_it(code, state):
     """To requeue it would undo a cancel, or start it twice."""
@@ -79,15 +79,39 @@ def test_a_node_that_is_down_asks_for_others():
     assert (found.action, found.exclude) == ("requeue", ())
 
 
+def test_requeues_that_bring_nothing_wait_longer_and_longer_and_then_end():
+    pauses = [decided(INTERRUPTED, idle=n, most=5).pause for n in range(1, 6)]
+    assert pauses == [0, 30, 60, 120, 240]
+    found = decided(INTERRUPTED, idle=6, most=5)
+    assert (found.action, found.code) == ("end", GAVE_UP)
+    assert "6 starts of the job in a row without a new checkpoint (slurm.max_requeues=5)" in found.why
+    assert "set a longer slurm.time" in found.why
+    assert decided(INTERRUPTED, idle=1, most=0).action == "end"
+
+
+def test_a_job_that_slurm_requeues_for_ever_is_ended_at_its_next_start():
+    assert give_up(Past(idle=5), 5) is None
+    found = give_up(Past(faulty={"n1": "too little room"}, idle=6), 5)
+    assert found.code == GAVE_UP
+    assert "repair or exclude the nodes at fault (n1)" in found.why
+
+
+def test_where_too_few_other_nodes_remain_none_is_promised():
+    found = decided(1, 0, faulty={"a": "has no GPU"}, enough=False)
+    assert (found.action, found.exclude) == ("requeue", ())
+    assert "though too few nodes remain without those at fault: a (has no GPU)" in found.why
+
+
 class Attempts:
     """Attempts of a run, with what their launchers tell."""
 
     def __init__(self, path):
         self.run = Run(path)
 
-    def add(self, code=None, *, saves=None, submission="0001", **more):
+    def add(self, code=None, *, saves=None, submission="0001", restart=0, **more):
         attempt = self.run.new_attempt()
-        outcome.record_start(attempt.path, ["x"], 2, slurm={"submission": submission})
+        start = {"submission": submission, "restart": restart}
+        outcome.record_start(attempt.path, ["x"], 2, slurm=start)
         if code is not None:
             outcome.record_end(attempt.path, code, "", **more)
         if saves is not None:
@@ -141,3 +165,18 @@ def test_blame_is_kept(attempts):
     assert attempts.past.blamed == {"b": ["killed", "hung"]}
     assert attempts.past.excluded == {"b": "killed; hung", "c": "too little memory"}
     assert attempts.past.crashes == 2, "nodes that are refused before ranks start are no crash"
+
+
+def test_starts_without_a_new_checkpoint_count_whatever_ended_them(attempts):
+    assert attempts.past.idle == 0
+    attempts.add(1, restart=0).add(1, restart=0)  # two attempts of one start
+    assert attempts.past.idle == 1
+    attempts.add(INTERRUPTED, restart=1, stop_signal="SIGUSR1").add(1, restart=2, faulty={"c": "x"})
+    assert attempts.past.idle == 3
+    attempts.add(None, restart=3)  # nobody saw its end
+    assert attempts.past.idle == 4
+    attempts.add(INTERRUPTED, restart=4, stop_signal="SIGTERM")  # as a preemption does
+    assert attempts.past.idle == 4
+    attempts.add(1, restart=5, saves=40).add(1, restart=5)
+    assert attempts.past.idle == 0
+    assert attempts.add(1, restart=6).past.idle == 1

@@ -74,10 +74,10 @@ def test_a_node_that_never_comes_is_named_and_so_is_a_clock(wanted):
     looks = preflight(replace(wanted, reduce=True), "a", "b", "c")
     fake = {"FORESCALE_FAKE_CLOCK": "-30", "FORESCALE_FAKE_CLOCK_NODE": "b"}
     with nodes(looks, "a", "b", **fake):
-        report = looks.collect(lambda: False, 3)
+        report = looks.collect(lambda: False, 3, phase=lambda host: "unpacking")
     assert list(report.of_nodes) == ["b", "c"]
     assert report.of_nodes["b"].startswith("its clock is 30.0 s behind the first node's (a fake")
-    assert report.of_nodes["c"].startswith("did not answer in 3 s; the others did in ")
+    assert report.of_nodes["c"].startswith("its preflight process did not start in 3 s (unpacking)")
     assert report.nodes["c"] == {}
     assert report.nodes["b"]["fake_clock"] == -30
     assert report.notes == [
@@ -115,7 +115,7 @@ def test_strangers_are_not_believed(wanted):
     for line, lie in zip(lines, lies, strict=True):
         line.sendall(json.dumps(lie).encode() + b"\n")
     report = looks.collect(lambda: False, 0.5)
-    assert "did not answer" in report.faults[0].what
+    assert "did not start" in report.faults[0].what
     for line in lines:
         line.settimeout(5)
         assert line.recv(100) == b""

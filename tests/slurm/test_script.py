@@ -60,7 +60,7 @@ def test_no_value_reaches_the_shell_unquoted(tmp_path):
         scratch=str(tmp_path / evil), python="true",
     )  # fmt: skip
     body = render(made).replace("module load", "echo").replace('tar -xf "$job/code.tar"', ": ")
-    body = body.replace('mkdir -p "$FORESCALE_NODE"', ":")
+    body = body.replace('mkdir "$FORESCALE_NODE"', ":")
     run = ["bash", "-c", body + "\n"]
     subprocess.run(run, cwd=tmp_path, check=True, env={"SLURM_JOB_ID": "1", "PATH": "/bin"})
     assert not (tmp_path / "pwned").exists()
@@ -77,8 +77,8 @@ def test_an_array_gives_each_task_its_run(tmp_path):
     made = order(names=("a", "b", "c"), runs="x", at_once=2)
     script = render(made)
     assert "--array=0-2%2" in lines(script)
-    assert "--output=/runs/a/jobs/0001/slurm-%a.log" in lines(script)
-    head = script[: script.index("# On each node")] + 'echo "$run $job"'
+    assert "--output=/runs/a/jobs/0001/logs/%a" in lines(script)
+    head = script[: script.index("set -u")] + 'echo "$run $job"'
     done = subprocess.run(
         ["bash", "-c", head], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True
     )

@@ -15,6 +15,7 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.errors import DONE, UserError
+from forescale.monitor.status import Status
 from forescale.resilience.launcher import ATTEMPT
 from forescale.resilience.outcome import launch_of, process_mark
 from forescale.run.directory import Run
@@ -46,6 +47,9 @@ def main(words: list[str]) -> int:
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     found = waiting_or_running(run) if run.jobs() else None
     if found:
+        if Status(run).state == "complete":
+            what = f"the run is complete, and its job {found[1].id} ends by itself"
+            raise UserError(str(run.path), what, f"if it doesn't: scancel {found[1].id}")
         _expect_job_of(*found)
         _stop_job(*found, job.now)
     elif process := _launcher(run):
@@ -57,12 +61,14 @@ def main(words: list[str]) -> int:
 
 
 def _expect_job_of(submission: Submission, job: queue.Job) -> None:
-    """Raise UserError unless the job is this user's, and its script that of this submission: the
-    file with its id may be anybody's, and name any job."""
+    """Raise UserError unless the job is this user's, on the cluster that took it, and its script
+    that of this submission: the file with its id may be anybody's, and name any job, and ids begin
+    anew. (That it is not older than the submission is known from the queue.)"""
     owner, script = queue.owner_and_script(job.id)
     text = script.read_text(errors="replace") if script and script.is_file() else ""
     jobs = [line.strip() for line in text.splitlines()]
-    if owner != os.getuid() or shlex.quote(str(submission.path.resolve())) not in jobs:
+    its = owner == os.getuid() and shlex.quote(str(submission.path.resolve())) in jobs
+    if not its or submission.accepted.get("cluster") not in (None, queue.cluster()):
         what = f"names job {job.id}, which SLURM doesn't know as a job of yours for this run"
         todo = f"if it is yours after all: scancel {job.id}"
         raise UserError(str(submission.path / "job.json"), what, todo)

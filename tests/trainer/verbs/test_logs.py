@@ -1,6 +1,7 @@
 """`forescale logs` and `stop` of runs on this machine."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -145,8 +146,11 @@ def test_stop_signals_no_process_that_a_foreign_file_names(run, forescale, start
         assert forescale("stop", "small", "--now")[0] == 2
 
 
-SQUEUE = "echo '12|RUNNING|None|1:00|2:00|n1|N/A'"
-SCONTROL = "echo 'JobId=12 JobName=a b UserId=me({uid}) Command={script} WorkDir=/tmp'"
+TAKEN = "2026-11-26T16:01:45"
+SQUEUE = f"echo '12|RUNNING|None|1:00|2:00|n1|N/A|{TAKEN}|{{script}}'"
+SCONTROL = """\
+[ "$2" = config ] && echo 'ClusterName = {cluster}' && exit
+echo 'JobId=12 JobName=a b UserId=me({uid}) Command={script} WorkDir=/tmp'"""
 
 
 def test_stop_cancels_no_job_that_a_foreign_file_names(run, forescale, tmp_path, monkeypatch):
@@ -154,19 +158,24 @@ def test_stop_cancels_no_job_that_a_foreign_file_names(run, forescale, tmp_path,
     programs, calls = tmp_path / "bin", tmp_path / "calls"
     programs.mkdir()
     submission = Submission(run.new_job().resolve())
-    submission.submitted("12")
     script = submission.path / "job.sbatch"
 
-    def cluster(uid, script):
-        says = {"squeue": SQUEUE, "scontrol": SCONTROL.format(uid=uid, script=script)}
+    def cluster(uid, script, name="lab"):
+        submission.submitted("12", script, "lab", TAKEN)
+        says = {"squeue": SQUEUE.format(script=script)}
+        says["scontrol"] = SCONTROL.format(uid=uid, script=script, cluster=name)
         says |= {"sbatch": "", "scancel": f'echo "$@" >> {calls}'}
         for name, line in says.items():
             (programs / name).write_text(f"#!/bin/sh\n{line}\n")
             (programs / name).chmod(0o755)
 
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    script.write_text(f"jobs=(\n    {submission.path.parent}/0009\n)\n")
     mine = os.getuid()
+    script.write_text(f"jobs=(\n    {submission.path}\n)\n")
+    cluster(mine, script)
+    assert "the run is complete, and its job 12 ends by itself" in forescale("stop", "small")[2]
+    shutil.rmtree(run.checkpoint_path(max(run.checkpoint_steps())))
+    script.write_text(f"jobs=(\n    {submission.path.parent}/0009\n)\n")
     for uid, path in ((mine, "/tmp/an other"), (mine, script), (mine + 1, script)):
         cluster(uid, path)
         code, _, err = forescale("stop", "small", "--now")
@@ -174,7 +183,10 @@ def test_stop_cancels_no_job_that_a_foreign_file_names(run, forescale, tmp_path,
         script.write_text(f"jobs=(\n    {submission.path}\n)\n" * (path == script))
     assert not calls.exists()
     assert not submission.is_stopped
-    cluster(mine, script)
     script.write_text(f"jobs=(\n    {submission.path}\n)\n")
+    cluster(mine, script, "another")
+    assert forescale("stop", "small", "--now")[0] == 2
+    assert not calls.exists()
+    cluster(mine, script)
     assert forescale("stop", "small", "--now")[0] == 0
     assert calls.read_text() == "12\n"

@@ -1,0 +1,104 @@
+"""What is asked of SLURM, and with which words; its commands are stand-ins that write down what
+they were given (the lab of tests/cluster has the real ones)."""
+
+import json
+import os
+
+import pytest
+
+from forescale.errors import UserError
+from forescale.run.directory import Run
+from forescale.slurm import queue
+from forescale.slurm.submission import Submission, in_queue, newest
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """commands(name="shell lines", ...) puts stand-ins on the PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def put(**scripts):
+        for name, lines in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
+            (folder / name).chmod(0o755)
+
+    return put
+
+
+def test_a_task_of_an_array_has_an_id_of_its_own(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "40")
+    assert queue.own_job() == "40"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert queue.own_job() == "40_2"
+
+
+def test_a_job_without_a_step_is_never_killed_as_a_whole(commands):
+    commands(squeue="echo 40_2.batch; echo 40_2.extern")
+    assert queue.newest_step("40_2") is None
+    commands(squeue="echo 40_2.batch; echo 40_2.0; echo 40_2.11; echo 40_2.3")
+    assert queue.newest_step("40_2") == "40_2.11"
+
+
+def test_a_job_submitted_within_another_takes_over_nothing_of_it(commands, tmp_path, monkeypatch):
+    of_the_other = ["SLURM_JOB_ID", "SLURM_NNODES", "SLURM_MEM_PER_CPU", "SLURMD_NODENAME", "RANK"]
+    of_the_other += ["LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "PMI_RANK", "FORESCALE_ATTEMPT"]
+    kept = ["SLURM_CONF", "SBATCH_ACCOUNT", "HOME", "FORESCALE_CONF"]
+    for name in (*of_the_other, *kept):
+        monkeypatch.setenv(name, "x")
+    commands(sbatch=f"env > {tmp_path}/seen; echo '17;lab'")
+    assert queue.submit(tmp_path / "job.sbatch") == "17"
+    seen = {line.partition("=")[0] for line in (tmp_path / "seen").read_text().splitlines()}
+    assert seen.isdisjoint(of_the_other)
+    assert seen.issuperset(kept)
+
+
+def test_a_requeued_job_waits_where_it_is_told_to(commands, tmp_path):
+    commands(scontrol=f'echo "$@" >> {tmp_path}/calls')
+    queue.requeue("40_2")
+    queue.requeue("40_2", ["n1", "n2"], 60)
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        *("requeue 40_2", "requeue 40_2"),
+        "update JobId=40_2 ExcNodeList=n1,n2 StartTime=now+60",
+    ]
+
+
+@pytest.fixture
+def submission(tmp_path):
+    found = Submission(Run(tmp_path / "runs/x").new_job())
+    found.submitted("12", found.script, "lab", "2026-11-26T16:01:45")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("time", "script", "is_its"),
+    [
+        ("2026-11-26T16:01:45", None, True),
+        ("2026-11-27T09:00:00", None, True),  # some versions say when it was requeued
+        ("2026-11-26T16:01:44", None, False),
+        ("2026-11-27T09:00:00", "/home/other/job.sbatch", False),
+    ],
+)
+def test_an_id_that_began_anew_is_another_job(commands, submission, time, script, is_its):
+    line = f"12|RUNNING|None|1:00|2:00|n1|N/A|{time}|{script or submission.script}"
+    commands(sbatch="", squeue=f"echo '{line}'")
+    assert [s for s, _ in in_queue([submission])] == [submission] * is_its
+
+
+def test_a_submission_that_never_got_a_job_hides_none(submission):
+    submission.run.new_job()
+    assert newest(submission.run) == [submission]
+
+
+def test_what_slurm_says_is_the_message(commands):
+    commands(scancel="echo 'scancel: error: Kill job error on job id 7: Access denied' >&2; exit 1")
+    with pytest.raises(UserError, match="SLURM says: Kill job error on job id 7: Access denied"):
+        queue.cancel("7")
+
+
+def test_the_name_of_the_cluster_is_kept(commands, submission):
+    commands(scontrol="echo 'AccountingStorageHost = x'; echo 'ClusterName             = lab2'")
+    assert queue.cluster() == "lab2"
+    assert json.loads((submission.path / "job.json").read_text())["cluster"] == "lab"
