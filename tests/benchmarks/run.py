@@ -27,7 +27,7 @@ from tests.benchmarks.processes import share_imports  # noqa: E402
 
 NAMES = (
     "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
-    "ranks", "plan", "fit", "recovery", "next", "coordinates",
+    "ranks", "status", "plan", "fit", "recovery", "next", "coordinates",
 )  # fmt: skip
 
 

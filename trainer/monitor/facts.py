@@ -12,6 +12,7 @@ from forescale.errors import UserError
 from forescale.monitor.status import Status
 
 if TYPE_CHECKING:
+    from forescale.slurm.asked import EarlyEnd
     from forescale.slurm.queue import Job
 
 KEYS = (
@@ -22,13 +23,19 @@ KEYS = (
 _VALIDATION = ("step", "tokens", "loss", "loss_stderr", "bits_per_byte", "windows")
 
 
-def facts(status: Status, job: "Job | None" = None) -> dict[str, Any]:
-    """Return what is known of a run, by KEYS. job: its job in the queue. A run that can't be read
-    has the state "unreadable", and the reason as `error`."""
-    run = status.run
+def facts(
+    status: Status, job: "Job | None" = None, end: "EarlyEnd | None" = None
+) -> dict[str, Any]:
+    """Return what is known of a run, by KEYS. job: its job in the queue; end: of its job, if no
+    rank of it began. A run that can't be read has the state "unreadable", and the reason as
+    `error`."""
+    run, status.job_runs = status.run, job is not None and not job.is_waiting
     found: dict[str, Any] = {"name": run.name, "path": str(run.path)}
     try:
         found |= _facts(status, job)
+        if end is not None and status.state != "complete":
+            ended = {"id": end.submission.job, "state": end.state, "nodes": "", "exit": end.code}
+            found |= {"state": "crashed", "job": ended}
     except UserError as e:
         found |= {"state": "unreadable", "error": str(e)}
     return {key: _finite(found.get(key)) for key in KEYS}
@@ -38,7 +45,7 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
     last, scored, goodput = s.last, s.validation, s.goodput
     return {
         "state": s.state,
-        "job": job and {"id": job.id, "state": job.state, "nodes": job.nodes},
+        "job": job and {"id": job.id, "state": job.state, "nodes": job.nodes, "exit": None},
         "attempt": s.attempts[-1].number if s.attempts else None,
         "step": s.step,
         "total_steps": s.job.total_steps,

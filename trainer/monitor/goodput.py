@@ -11,7 +11,7 @@ the last row of a launch, is measured by the clocks of its launcher and of rank 
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -185,7 +185,7 @@ class Goodput:
         for made, lost in zip(launch.made, launch.lost, strict=True):
             for phase, seconds in made.seconds.items():
                 bucket = start if phase == "startup" else phase
-                gone = 0.0 if bucket in _START else lost.seconds[phase]
+                gone = 0.0 if bucket in _START else lost.seconds.get(phase, 0.0)
                 yield bucket, seconds - gone
                 yield "lost", gone
         for phase, seconds in launch.after.items():
@@ -236,9 +236,10 @@ class Goodput:
         """Return the best checkpoint interval by this run's own times; None if nothing was saved
         yet, or no failure has shown how often they come. See `optimal_interval`."""
         made = [steps for launch in self.launches for steps in launch.made]
-        by_phase: Counter[str] = Counter()
+        by_phase: dict[str, float] = defaultdict(float)
         for seconds_of in [*(steps.seconds for steps in made), *(x.after for x in self.launches)]:
-            by_phase.update(seconds_of)
+            for phase, spent in seconds_of.items():
+                by_phase[phase] += spent
         stall = by_phase["checkpoint"] / max(1, self._saves())
         if not made or not stall or self.mtbf is None:
             return None

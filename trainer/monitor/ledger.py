@@ -4,7 +4,6 @@ Invariant: the sums are those of all rows, each of which was verified; see follo
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ class Steps:
     count: int = 0
     last: int = 0
     first: Mapping[str, float] = field(default_factory=dict)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -40,8 +39,8 @@ class Steps:
             return self
         if kept.last >= self.last:
             return Steps()
-        left = {k: max(0.0, v - kept.seconds[k]) for k, v in self.seconds.items()}
-        return Steps(self.count - kept.count, self.last, {}, Counter(left))
+        left = {k: max(0.0, v - kept.seconds.get(k, 0.0)) for k, v in self.seconds.items()}
+        return Steps(self.count - kept.count, self.last, {}, left)
 
 
 class Ledger(Follower):
@@ -110,7 +109,7 @@ class Ledger(Follower):
         made.count += count
         made.last = last["step"]
         for phase, spent in seconds.items():
-            made.seconds[phase] += spent  # type: ignore[assignment]
+            made.seconds[phase] = made.seconds.get(phase, 0.0) + spent
         self.longest = max(self.longest, longest)
 
 
@@ -125,8 +124,8 @@ def first_of(path: Path, attempt: int) -> int:
             low = row[1]
         else:
             high = middle
-    for row, end in each_row(path, low):
-        if row.get("attempt", 0) >= attempt:
+    for later, end in each_row(path, low):
+        if later.get("attempt", 0) >= attempt:
             break
         low = end
     return low

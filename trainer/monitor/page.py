@@ -25,6 +25,7 @@ from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
 
 if TYPE_CHECKING:
+    from forescale.slurm.asked import EarlyEnd
     from forescale.slurm.queue import Job
 
 _COLOURS = {
@@ -38,18 +39,28 @@ _COLUMNS = (
     "run", "state", "attempt", "step", "done", "loss", "bits/byte", "tokens/s", "MFU", "ETTR",
     "ETA", "saved", "seen", "last event",
 )  # fmt: skip
+_LAST_LINES = 15  # of the log of a job that ended early
 _BETWEEN = 2  # spaces between two columns of console.table
 _LEAST_FIRST = ("last event", "attempt", "ETTR", "MFU", "seen", "done", "saved", "loss", "ETA")
 
 
-def show_runs(runs: Sequence[Status], console: Console, jobs: Mapping[str, "Job"]) -> None:
+def show_runs(
+    runs: Sequence[Status],
+    console: Console,
+    jobs: Mapping[str, "Job"],
+    ends: Mapping[str, "EarlyEnd"],
+) -> None:
     """Print a table of all runs, with the columns that fit. jobs: those in the queue, by the run's
-    name."""
+    name; ends: those of which no rank began."""
     rows, faults = [], []
     for status in sorted(runs, key=lambda s: s.age):
-        cells = {"run": escape(status.run.name)}
+        name = status.run.name
+        status.job_runs = _runs(jobs.get(name))
+        cells = {"run": escape(name)}
         try:
-            cells |= _cells(status, jobs.get(status.run.name))
+            cells |= _cells(status, jobs.get(name), ends.get(name))
+            if name in ends and status.state != "complete":
+                faults.append(f"{name}: {ends[name].sentence} See forescale logs {name}")
         except UserError as e:  # one damaged run must not hide the others
             cells["state"] = "[red]unreadable[/]"
             faults.append(str(e))
@@ -90,10 +101,10 @@ def _add_ettr(s: Status, cells: dict[str, str]) -> str | None:
     return None
 
 
-def _cells(s: Status, job: "Job | None") -> dict[str, str]:
+def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, str]:
     total, last = s.job.total_steps, s.validation
     found = {
-        "state": state_of(s, job),
+        "state": state_of(s, job, end),
         "attempt": str(s.attempts[-1].number) if s.attempts else "-",
         "step": f"{s.step:,}/{total:,}",
         "done": f"{s.step / total:.1%}",
@@ -114,8 +125,11 @@ def _cells(s: Status, job: "Job | None") -> dict[str, str]:
     return found
 
 
-def state_of(s: Status, job: "Job | None") -> str:
-    """Return the state by the queue, if it holds the run, else by the run's files."""
+def state_of(s: Status, job: "Job | None", end: "EarlyEnd | None" = None) -> str:
+    """Return the state by the queue, if it holds the run, else by the run's files. end: of its job,
+    if no rank of it began."""
+    if end is not None and s.state != "complete":
+        return f"[red]{(end.state or 'never began').lower().replace('_', ' ')}[/]"
     if job is None or s.state == "complete":
         return _coloured(s.state)
     if job.is_waiting:
@@ -123,16 +137,22 @@ def state_of(s: Status, job: "Job | None") -> str:
     return _coloured("running" if job.state == "RUNNING" else job.state.lower())
 
 
+def _runs(job: "Job | None") -> bool:
+    return job is not None and not job.is_waiting
+
+
 def _coloured(state: str) -> str:
     return f"[{_COLOURS[state]}]{state}[/]" if state in _COLOURS else state
 
 
-def show_run(s: Status, console: Console, job: "Job | None") -> None:
-    """Print all about one run. job: its job in the queue."""
-    total = s.job.total_steps
+def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | None" = None) -> None:
+    """Print all about one run. job: its job in the queue; end: of its job, if no rank of it
+    began."""
+    s.job_runs = _runs(job)
+    total, state = s.job.total_steps, state_of(s, job, end)
     loss = f", loss {s.last['loss']:.4f}" if s.last else ""
     console.print(
-        f"[bold]{escape(str(s.run.path))}[/]: {state_of(s, job)}, step {s.step:,} of {total:,} "
+        f"[bold]{escape(str(s.run.path))}[/]: {state}, step {s.step:,} of {total:,} "
         f"({s.step / total:.1%}), {s.tokens:,} tokens{loss}; last seen {span(s.age)} ago"
     )
     if last := s.validation:
@@ -144,6 +164,8 @@ def show_run(s: Status, console: Console, job: "Job | None") -> None:
         console.print(escape(line), soft_wrap=True)
     if job is not None:
         _show_job(job, console)
+    if end is not None and s.state != "complete":
+        _show_early_end(end, console)
     _show_checkpoints(s, console)
     _show_attempts(s, console)
     _show_ranks(s, console)
@@ -180,6 +202,14 @@ def _show_job(job: "Job", console: Console) -> None:
     else:
         line = f"Job {job.id} runs on {job.nodes} for {job.elapsed}; {job.left} are left."
     console.print(escape(line), soft_wrap=True)
+
+
+def _show_early_end(end: "EarlyEnd", console: Console) -> None:
+    """Print how a job ended of which no rank began, with the end of its log."""
+    lines = end.tail(_LAST_LINES)
+    log = f"Its log, {end.submission.log}, ends:" if lines else f"No log: {end.submission.log}"
+    for line in (f"{end.sentence} {log}", *(f"  {line}" for line in lines)):
+        console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 def _show_checkpoints(s: Status, console: Console) -> None:
@@ -258,7 +288,8 @@ def _end(launch: Launch, attempt: Attempt, s: Status) -> str:
     """Return how an attempt ended."""
     if attempt is not launch.attempts[-1]:
         return "rolled back"
-    if s.state == "running" and launch is s.goodput.launches[-1]:
+    open_end = "ended" not in launch_of(launch.attempts[0].path)
+    if launch is s.goodput.launches[-1] and open_end and (s.job_runs or s.state == "running"):
         return "running"
     if attempt.number in s.hangs():
         return "hang"

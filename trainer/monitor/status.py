@@ -51,6 +51,7 @@ class Status:
     def __init__(self, run: Run, now: float | None = None, memory: Memory | None = None):
         self.run, self.now = run, time.time() if now is None else now
         self._memory = memory or Memory()
+        self.job_runs = False  # SLURM says that a job of it runs, whatever the files show
         self._goodput: dict[bool, Goodput] = {}  # by whether its newest launch is alive
         self._state: tuple[float, State] | None = None
 
@@ -206,7 +207,7 @@ class Status:
     @property
     def goodput(self) -> Goodput:
         """Where the run's wall clock went."""
-        running = self.state == "running"
+        running = self.job_runs or self.state == "running"
         if running not in self._goodput:
             self._goodput[running] = Goodput(self.run, running, self._memory)
         return self._goodput[running]

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,11 +16,10 @@ from forescale.config.schema import key
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
-from forescale.slurm import queue
-from forescale.slurm.submission import Submission, submissions, waiting_or_running
+from forescale.slurm import asked, queue
+from forescale.slurm.submission import newest, submissions
 
 _EVERY = 0.3  # seconds between two reads
-_ASK = 15.0  # seconds between two queries of the queue
 _LAST_LINES = 25  # of the rank that failed first
 
 
@@ -54,6 +54,8 @@ def main(words: list[str]) -> int:
     print(f"== {path}", flush=True)
     _show(path, job.lines, lambda: job.follow and not _is_over(run, attempt))
     _show_failure(attempt, job.rank)
+    if early := _early_end(run):
+        print(_told(early))
     return DONE
 
 
@@ -69,18 +71,35 @@ def _attempt(run: Run, job: LogsJob) -> Attempt | None:
     return next((a for a in reversed(found) if _log(a, job.rank or 0).exists()), None)
 
 
-def _job(run: Run) -> tuple[Submission, queue.Job] | None:
+def _job(run: Run) -> queue.Job | None:
     """Return the run's job in the queue; None without one, or if the queue can't be read."""
-    try:
-        return waiting_or_running(run)
-    except UserError:
-        return None
+    with suppress(UserError):
+        return next((job for _, job in asked.in_queue(newest(run))), None)
+    return None
+
+
+def _early_end(run: Run) -> asked.EarlyEnd | None:
+    """Return the end of the run's newest job, if no rank of it began."""
+    with suppress(UserError):  # the queue can't be read
+        found = newest(run)
+        if found and not asked.in_queue(found):
+            return asked.early_end(found[0])
+    return None
+
+
+def _told(early: asked.EarlyEnd) -> str:
+    """Return how a job ended of which no rank began, and the end of its log."""
+    lines = early.tail(_LAST_LINES)
+    log = f"== {early.submission.log}" if lines else f"No log: {early.submission.log}"
+    return "\n".join([f"== {early.sentence}", log, *lines])
 
 
 def _why_nothing(run: Run, job: LogsJob) -> str:
     if found := _job(run):
-        reason = f" ({found[1].reason})" if found[1].is_waiting else ""
-        return f"Job {found[1].id} is {found[1].state.lower()}{reason}; no rank has started."
+        reason = f" ({found.reason})" if found.is_waiting else ""
+        return f"Job {found.id} is {found.state.lower()}{reason}; no rank has started."
+    if early := _early_end(run):
+        return _told(early)
     records = (launch_of(a.path) for a in reversed(run.attempts()))
     record = next(filter(None, records), {})
     if "slurm" in record:
@@ -97,15 +116,23 @@ def _why_nothing(run: Run, job: LogsJob) -> str:
 def _show(path: Path, lines: int, goes_on) -> None:
     """Print the last lines, then new ones while `goes_on()`."""
     with open(path, errors="replace") as f:
-        sys.stdout.writelines(deque(f, maxlen=lines) if lines else _skipped(f))
+        sys.stdout.writelines(map(_in_words, deque(f, maxlen=lines) if lines else _skipped(f)))
         while True:
             more = f.read()
-            sys.stdout.write(more)
+            sys.stdout.write(_in_words(more))
             sys.stdout.flush()
             if not more and not goes_on():
                 break
             time.sleep(_EVERY if not more else 0.0)
-        sys.stdout.write(f.read())
+        sys.stdout.write(_in_words(f.read()))
+
+
+def _in_words(text: str) -> str:
+    """Return the text of a log with a sentence for what earlier versions put in a word."""
+    return text.replace(
+        "SLURM is ending the job (overtaken)",
+        "SLURM has started the job again, so this start of it ends",
+    )
 
 
 def _skipped(f) -> Iterator[str]:
@@ -141,17 +168,19 @@ def _show_batch(run: Run, job: LogsJob) -> int:
     found = submissions(run)
     if not found:
         raise UserError(str(run.path), "was never submitted", "give a rank, such as rank=0")
-    newest, asked, alive = found[-1], 0.0, True
-    if not (path := newest.log).exists():
+    since, alive = 0.0, True
+    if not (path := (newest(run) or found[-1:])[0].log).exists():
         print(_why_nothing(run, job))
         return DONE
 
     def goes_on() -> bool:
-        nonlocal asked, alive
-        if alive and time.monotonic() - asked > _ASK:
-            alive, asked = _job(run) is not None, time.monotonic()
+        nonlocal since, alive
+        if alive and time.monotonic() - since > asked.EVERY:
+            alive, since = _job(run) is not None, time.monotonic()
         return job.follow and alive
 
     print(f"== {path}", flush=True)
     _show(path, job.lines, goes_on if queue.is_here() else lambda: False)
+    if early := _early_end(run):
+        print(f"== {early.sentence}")
     return DONE

@@ -24,8 +24,8 @@ from forescale.monitor.facts import facts
 from forescale.monitor.page import show_run, show_runs
 from forescale.monitor.status import Status, Statuses, runs_under
 from forescale.run.directory import Run
-from forescale.slurm import queue
-from forescale.slurm.submission import in_queue, newest
+from forescale.slurm import asked, queue
+from forescale.slurm.submission import newest
 
 _REDRAW = 2.0  # seconds
 
@@ -77,12 +77,17 @@ def main(words: list[str]) -> int:
 def _facts(job: StatusJob) -> dict[str, Any]:
     """Return one run, or {"runs": all of them}."""
     root, errors = Path(job.run.root).expanduser(), open_console(stderr=True)
+    runs = _runs(job, root)
+    jobs, ends = _jobs(runs, errors)
+    found = [facts(Status(run), jobs.get(run.name), ends.get(run.name)) for run in runs]
+    return found[0] if job.target else {"runs": found}
+
+
+def _runs(job: StatusJob, root: Path) -> list[Run]:
+    """Return the requested run, or all."""
     if job.target:
-        run = Run.existing(Path(job.target).expanduser(), root)
-        return facts(Status(run), _jobs([run], errors).get(run.name))
-    runs = runs_under(root)
-    jobs = _jobs(runs, errors)
-    return {"runs": [facts(Status(run), jobs.get(run.name)) for run in runs]}
+        return [Run.existing(Path(job.target).expanduser(), root)]
+    return runs_under(root)
 
 
 def page_of(job: StatusJob, statuses: Statuses, width: int) -> Text:
@@ -90,21 +95,28 @@ def page_of(job: StatusJob, statuses: Statuses, width: int) -> Text:
     root = Path(job.run.root).expanduser()
     text = StringIO()
     page = open_console(width=width, file=text, force_terminal=True)
+    runs = _runs(job, root)
+    jobs, ends = _jobs(runs, page)
     if job.target:
-        run = Run.existing(Path(job.target).expanduser(), root)
-        show_run(statuses.of(run), page, _jobs([run], page).get(run.name))
-    elif runs := runs_under(root):
-        show_runs([statuses.of(run) for run in runs], page, _jobs(runs, page))
+        name = runs[0].name
+        show_run(statuses.of(runs[0]), page, jobs.get(name), ends.get(name))
+    elif runs:
+        show_runs([statuses.of(run) for run in runs], page, jobs, ends)
     else:
         page.print(f"No runs in {escape(str(root))} yet; start one with: forescale train")
     return Text.from_ansi(text.getvalue().rstrip())
 
 
-def _jobs(runs: Sequence[Run], console: Console) -> dict[str, queue.Job]:
-    """Return the jobs of these runs in the queue, by the run's name; one query for all."""
+def _jobs(
+    runs: Sequence[Run], console: Console
+) -> tuple[dict[str, queue.Job], dict[str, asked.EarlyEnd]]:
+    """Return the jobs of these runs in the queue, with one query for all, and those that ended
+    before a rank began; by the run's name."""
+    found = {run.name: last for run in runs for last in newest(run)}
     try:
-        found = in_queue(s for run in runs for s in newest(run))
+        jobs = {s.run.name: job for s, job in asked.in_queue(found.values())}
     except UserError as e:  # the files show the runs without it
         console.print(escape(f"The queue can't be read: {e}"), soft_wrap=True)
-        return {}
-    return {s.run.name: job for s, job in found}
+        return {}, {}
+    ends = {name: asked.early_end(last) for name, last in found.items() if name not in jobs}
+    return jobs, {name: end for name, end in ends.items() if end}

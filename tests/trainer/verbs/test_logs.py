@@ -13,6 +13,7 @@ import pytest
 from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Run
+from forescale.slurm import queue
 from forescale.slurm.submission import Submission
 from tests.trainer.small_run import make_run
 
@@ -88,6 +89,37 @@ def test_what_is_not_there(run, forescale, words, code, said):
 def test_rank_0_of_a_local_run_prints_to_its_terminal(own_run, forescale):
     outcome.record_start(own_run.attempts()[-1].path, ["x"], 1)
     assert "prints to the terminal that started it" in forescale("logs", "small")[1]
+
+
+@pytest.fixture
+def gone(run, monkeypatch, tmp_path) -> Submission:
+    """A submission whose job ended early. Stands in for SLURM's commands."""
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
+    made = Submission(run.new_job())
+    made.submitted("12", made.script, None, "2026-01-01T00:00:00")
+    made.write(slurm={}, log=str(made.path / "slurm.log"))
+    facts = {"JobState": "FAILED", "ExitCode": "127:0", "Restarts": "0"}
+    monkeypatch.setattr(queue, "is_here", lambda: True)
+    monkeypatch.setattr(queue, "jobs", lambda ids: [])
+    monkeypatch.setattr(queue, "show", lambda job: facts)
+    return made
+
+
+def test_the_log_of_a_job_of_which_no_rank_began_is_that_of_its_script(run, forescale, gone):
+    gone.log.write_text("begun\npython: command not found\n")
+    told = "== Job 12 ended before any rank of it began: FAILED, exit code 127."
+    end = [told, f"== {gone.log}", "begun", "python: command not found"]
+    _, out, _ = forescale("logs", "small", "follow=false", "lines=1")
+    assert out.splitlines()[-5:] == ["step 99", *end], "after the newest log of a rank"
+    shutil.rmtree(run.path / "attempts")
+    assert forescale("logs", "small")[1].splitlines() == end
+    assert forescale("logs", "small", "rank=null")[1].splitlines() == [*end[1:], told]
+
+
+def test_a_word_of_an_earlier_version_is_a_sentence(run, forescale, gone, monkeypatch):
+    monkeypatch.setattr(queue, "is_here", lambda: False)
+    gone.log.write_text("12:00:00 SLURM is ending the job (overtaken).\n")
+    assert "SLURM has started the job again, so" in forescale("logs", "small", "rank=null")[1]
 
 
 @pytest.fixture

@@ -1,0 +1,249 @@
+"""What SLURM says of jobs, for views that are drawn again and again: it is asked seldom.
+
+    ~/.cache/forescale/queue-UID-HASH.json   mode 0600: the last answer of squeue, how jobs ended
+
+Invariant: all processes of a user together ask squeue once in EVERY seconds at most, whatever they
+show; each question is about all jobs that any of them has shown lately. What is stored is only ever
+a shortcut: if it is damaged, foreign or open to others, SLURM is asked. What decides something
+(submit, stop) asks the queue itself.
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from forescale.errors import UserError
+from forescale.resilience.outcome import launch_of
+from forescale.slurm import queue
+from forescale.slurm.submission import Submission
+from forescale.storage import cache_directory
+
+EVERY = 10.0  # seconds
+_WANTED = 60.0  # seconds that a job is asked about after it was last shown
+_KEPT = 7 * 86_400.0  # seconds that the end of a job is kept
+_REMEMBERED = 3_600.0  # seconds after the last sign of a job in which scontrol may know it
+_LONGEST = 90.0  # seconds to wait for another process that asks
+_MOST = 1 << 24  # bytes of a file that is read
+_OVER = re.compile(
+    r"COMPLETED|FAILED|CANCELLED|TIMEOUT|PREEMPTED|BOOT_FAIL|DEADLINE|NODE_FAIL|OUT_OF_MEMORY"
+)
+
+
+@dataclass
+class Answer:
+    """What SLURM said last.
+
+    at: when, in seconds since the epoch; asked: about which jobs; jobs: those in the queue; error:
+    of squeue, if it failed; wanted: when each job was last shown; ends: when the end of each job
+    was looked up, and scontrol's facts about it.
+    """
+
+    at: float = 0.0
+    asked: list[str] = field(default_factory=list)
+    jobs: list[queue.Job] = field(default_factory=list)
+    error: list[str] | None = None
+    wanted: dict[str, float] = field(default_factory=dict)
+    ends: dict[str, tuple[float, dict[str, str]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, text: bytes) -> "Answer":
+        """Return an answer that was stored. Raises an error of some kind if it is damaged."""
+        stored: dict[str, Any] = json.loads(text)
+        error = stored["error"]
+        made = cls(
+            float(stored["at"]),
+            [str(job) for job in stored["asked"]],
+            [queue.Job(**{k: str(v) for k, v in job.items()}) for job in stored["jobs"]],
+            None if error is None else [str(text) for text in error[:3]],
+            {str(job): float(at) for job, at in stored["wanted"].items()},
+            {str(job): (float(at), dict(facts)) for job, (at, facts) in stored["ends"].items()},
+        )
+        return made if made.at <= time.time() else cls()
+
+    def text(self) -> str:
+        """Return what is stored."""
+        return json.dumps(asdict(self))
+
+    def ask(self) -> None:
+        """Ask squeue about all jobs that were shown lately."""
+        self.at = time.time()
+        self.wanted = {job: at for job, at in self.wanted.items() if self.at - at < _WANTED}
+        self.asked, self.jobs, self.error = sorted(self.wanted), [], None
+        try:
+            self.jobs = queue.jobs(self.asked)
+        except UserError as e:
+            self.error = [e.where, e.what, e.todo]
+
+
+def jobs(ids: Iterable[str]) -> list[queue.Job]:
+    """Return those of the jobs that are in the queue, as it was at most EVERY seconds ago. Waits so
+    long if others were asked about just now. Raises UserError if squeue fails."""
+    wanted = set(ids)
+    while True:
+        with _answer() as answer:
+            now = time.time()
+            answer.wanted |= dict.fromkeys(wanted, now)
+            wait = answer.at + EVERY - now
+            if wait <= 0:
+                answer.ask()
+            if wanted <= set(answer.asked):
+                break
+        time.sleep(min(wait, EVERY))
+    if answer.error:
+        raise UserError(*answer.error)
+    return [job for job in answer.jobs if {job.id, job.id.partition("_")[0]} & wanted]
+
+
+def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
+    """Return the submissions whose jobs are in the queue, as `submission.in_queue`."""
+    by_id = {s.job: s for s in found if s.job}
+    if not by_id or not queue.is_here():
+        return []
+    known = {job.id: job for job in jobs({str(i).partition("_")[0] for i in by_id})}
+    return [(s, known[i]) for i, s in by_id.items() if i in known and s.is_of(known[i])]
+
+
+@dataclass(frozen=True)
+class EarlyEnd:
+    """A job that ended before a rank of it began, and often before any process of ours did.
+
+    state, code: SLURM's state and exit code of the job; None if SLURM no longer knows it.
+    """
+
+    submission: Submission
+    state: str | None = None
+    code: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What happened."""
+        job = self.submission.job
+        if self.state is None:
+            return f"Job {job} is no longer in the queue, and no rank of it began."
+        code = f", exit code {self.code}" if self.code else ""
+        return f"Job {job} ended before any rank of it began: {self.state}{code}."
+
+    def tail(self, lines: int) -> list[str]:
+        """Return the last lines of the batch script's log; none without a log."""
+        with suppress(OSError), open(self.submission.log, "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - (1 << 16)))
+            return f.read().decode(errors="replace").splitlines()[-lines:]
+        return []
+
+
+def early_end(submission: Submission) -> EarlyEnd | None:
+    """Return the early end of a job that is not in the queue; None if a rank of it began, if it was
+    stopped on request, or if SLURM can't be asked. Never raises."""
+    if not submission.job or submission.is_stopped or not queue.is_here():
+        return None
+    try:
+        launches = [launch_of(a.path).get("slurm", {}) for a in submission.run.attempts()]
+        starts = [str(x.get("restart")) for x in launches if x.get("submission") == submission.name]
+        facts = _end_of(submission) if not starts or _is_recent(submission) else {}
+    except (UserError, OSError):
+        return None
+    # Of a job that SLURM has started again, the ranks of its last start count.
+    if facts.get("Restarts", starts[-1] if starts else None) in starts:
+        return None
+    if facts and not _OVER.match(facts.get("JobState", "")):
+        return None  # in the queue, after all
+    code, _, number = facts.get("ExitCode", "").partition(":")
+    by_signal = f" (signal {number})" if number not in ("", "0") else ""
+    return EarlyEnd(submission, facts.get("JobState"), f"{code}{by_signal}" if code else None)
+
+
+def _is_recent(submission: Submission) -> bool:
+    signs = [p.stat().st_mtime for p in (submission.log, submission.path) if p.exists()]
+    return time.time() - max(signs, default=0.0) < _REMEMBERED
+
+
+def _end_of(submission: Submission) -> dict[str, str]:
+    """Return scontrol's facts about a job; empty if it no longer knows it. That a job has ended is
+    asked once."""
+    job, now = str(submission.job), time.time()
+    with _answer() as answer:
+        answer.ends = {k: v for k, v in answer.ends.items() if 0 <= now - v[0] < _KEPT}
+        if job in answer.ends:
+            return answer.ends[job][1]
+        facts = queue.show(job) if _is_recent(submission) else {}
+        script = submission.accepted.get("script", str(submission.script))
+        if not script.startswith(facts.get("Command", script)):
+            facts = {}  # another job has this id by now
+        facts = {k: facts[k] for k in ("JobState", "ExitCode", "Restarts") if k in facts}
+        if not facts or _OVER.match(facts.get("JobState", "")):
+            answer.ends[job] = now, facts
+        return facts
+
+
+@contextmanager
+def _answer() -> Iterator[Answer]:
+    """Yield the last answer, to be read and changed by this process alone; a new one if it can't be
+    kept."""
+    path = cache_directory() / f"queue-{os.getuid()}-{_cluster()}.json"
+    lock = FileLock(path.with_suffix(".lock"), timeout=_LONGEST, mode=0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _expect_own(os.lstat(lock.lock_file) if os.path.lexists(lock.lock_file) else None)
+        lock.acquire()
+    except (OSError, NotImplementedError, Timeout):  # a file system without locks, another's file
+        yield Answer()
+        return
+    try:
+        answer = _load(path)
+        before = answer.text()
+        yield answer
+        if answer.text() != before:
+            _store(path, answer)
+    finally:
+        lock.release()
+
+
+def _load(path: Path) -> Answer:
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as f:
+            _expect_own(os.fstat(f.fileno()))
+            return Answer.of(f.read(_MOST))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return Answer()
+
+
+def _expect_own(found: os.stat_result | None) -> None:
+    """Raise OSError unless a file is this user's own, and closed to all others."""
+    if found and (found.st_uid != os.getuid() or found.st_mode & 0o077):
+        raise PermissionError("of another user, or open to others")
+    if found and not stat.S_ISREG(found.st_mode):
+        raise PermissionError("no file")
+
+
+def _store(path: Path, answer: Answer) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+            f.write(answer.text())
+        os.replace(temporary, path)
+
+
+def _cluster() -> str:
+    """Return what tells the cluster from others whose nodes share the home directory."""
+    names = [os.environ.get("SLURM_CLUSTERS", "")]
+    own = os.environ.get("SLURM_CONF")
+    for config in [own] if own else ["/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf"]:
+        with suppress(OSError):
+            text = Path(config).read_text(errors="replace")
+            names += re.findall(r"(?im)^\s*ClusterName\s*=\s*(\S+)", text)
+            break
+    else:
+        names.append(socket.gethostname())
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:8]
