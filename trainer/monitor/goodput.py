@@ -149,7 +149,7 @@ class Goodput:
                 launch.after[phase] = launch.after.get(phase, 0.0) + seconds
             if launch.code is None and event["reason"] in ("complete", "interrupted"):
                 launch.code = DONE if event["reason"] == "complete" else INTERRUPTED
-        if (own := self._memory.own(attempt)).count:
+        if (own := self._memory.own(attempt, self.run)).count:
             launch.made.append(own)
             launch.lost.append(self._memory.lost(attempt, self.run))
         if not launch_of(launch.attempts[0].path).get("ended"):

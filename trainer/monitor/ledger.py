@@ -81,20 +81,21 @@ class Ledger(Follower):
         if same != (last["attempt"], last["step"] + 1, list(last.get("seconds", ()))) or not names:
             return False
         # Only the numbers of `"seconds": {"data": 0.1, "compute": 0.2}` are left of each line.
-        starts = ((line, line.rfind(_SECONDS)) for line in lines)
-        parts = [line[at + len(_SECONDS) : line.find(b"}", at)] for line, at in starts]
-        text = b", ".join(parts)
+        _, *parts = b"\n".join(lines).split(_SECONDS)
+        text = b", ".join([part.partition(b"}")[0] for part in parts])
         for name in names:
             text = text.replace(json.dumps(name).encode() + b": ", b"")
         try:
             values = [*map(float, text.split(b", "))]
-            rows = [*zip(*[iter(values)] * len(names), strict=True)]
         except ValueError:  # other phases in between
             return False
-        if len(rows) != len(lines):
+        if len(parts) != len(lines) or len(values) != len(lines) * len(names):
             return False
         sums = {name: sum(values[i :: len(names)]) for i, name in enumerate(names)}
-        self._add(last, len(lines), first["seconds"], sums, max(map(sum, rows)))
+        longest = 0.0
+        if max(values) * len(names) > self.longest:  # else no step is longer
+            longest = max(map(sum, zip(*[iter(values)] * len(names), strict=True)))
+        self._add(last, len(lines), first["seconds"], sums, longest)
         return True
 
     def _add(

@@ -45,15 +45,16 @@ class Memory:
         """Return the events of an attempt. Raises UserError for a damaged row."""
         return self.once(attempt.events.path, read_rows)
 
-    def own(self, attempt: Attempt) -> Steps:
+    def own(self, attempt: Attempt, run: Run) -> Steps:
         """Return the steps that an attempt made itself, as they are now."""
-        found = self.ledger(attempt.metrics.path, attempt.number)
+        path = attempt.metrics.path
+        found = self.ledger(path, None if path == run.metrics else attempt.number)
         return deepcopy(found.by_attempt.get(attempt.number, Steps()))
 
     def lost(self, attempt: Attempt, run: Run) -> Steps:
         """Return the steps that an attempt made, and that a later one did not start from."""
         kept = self.ledger(run.metrics).by_attempt.get(attempt.number)
-        return self.own(attempt).without(kept)
+        return self.own(attempt, run).without(kept)
 
     def once(self, path: Path, read: Callable[[Path], T]) -> T:
         """Return `read(path)`, which is called again only if the file has changed since."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from forescale.errors import UserError
 from forescale.monitor import follow, ledger, tail
+from forescale.monitor.goodput import Goodput
 from forescale.monitor.ledger import Ledger
 from forescale.monitor.memory import Memory
 from forescale.monitor.tail import RECENT, Tail
@@ -94,7 +95,7 @@ def known(run, memory):
     """What a run's views show of its rows, by a memory."""
     tail, whole = memory.tail(run.metrics), memory.ledger(run.metrics)
     lost = [memory.lost(attempt, run) for attempt in run.attempts()]
-    own = [memory.own(attempt) for attempt in run.attempts()]
+    own = [memory.own(attempt, run) for attempt in run.attempts()]
     return {
         "recent": tail.steps,
         "score": tail.scores[-1:],
@@ -175,6 +176,27 @@ def test_only_what_was_added_is_read(tmp_path, monkeypatch):
     life.attempt.metrics.add(life.row(life.step + 1))
     assert found.update().by_attempt[1].last == last.update().steps[-1]["step"] == life.step + 1
     assert [len(lines) for lines in taken] == [1, 1]
+
+
+def test_a_row_is_read_once_for_all_sums(tmp_path, monkeypatch):
+    """Of an old attempt only its own rows, not the copied ones before them."""
+    life, taken = Life(tmp_path, 6), []
+    for _ in range(60):
+        life.grow()
+    life.start()
+    life.grow()
+    take = Ledger._take
+    monkeypatch.setattr(
+        Ledger, "_take", lambda self, lines: taken.extend(lines) or take(self, lines)
+    )
+    assert Goodput(life.run).lost_steps
+    own, newest = (read_rows(a.metrics.path) for a in life.run.attempts())
+    assert len(taken) == len(own) + len(newest)
+    taken.clear()
+    life.start()
+    life.grow()
+    assert Goodput(life.run).launches[1].made[0].count == len(life.run.attempts()[1].own_steps())
+    assert len(taken) < len(own) + len(read_rows(life.run.metrics)) + len(newest) / 2
 
 
 @pytest.mark.parametrize("kind", [Ledger, Tail])
