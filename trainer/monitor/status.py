@@ -180,7 +180,7 @@ class Status:
         if ended := self._launch_that_ended():
             kept = saved and saved == self.step
             return "interrupted" if kept or ended.get("code") == INTERRUPTED else "crashed"
-        if self.attempts and (self.age < _PATIENCE or self.age < _PATIENCE + 2 * self._longest):
+        if self.attempts and self._may_live:
             return "running"
         if not self.attempts:
             return "new"
@@ -191,9 +191,22 @@ class Status:
         return bool(known) or is_evaluated(self.run, step)
 
     @property
-    def _longest(self) -> float:
-        """Seconds of the longest step: of all, so they are read for it."""
-        return self._memory.ledger(self.run.metrics).longest
+    def _may_live(self) -> bool:
+        """True if the files grew lately: for no longer than twice the longest step, and some
+        patience, they didn't. All rows are read for it only if nothing else shows it."""
+        beyond = (self.age - _PATIENCE) / 2
+        if beyond < 0:
+            return True
+        if beyond > self.last_seen - self._made:  # no step was longer than the run's whole life
+            return False
+        return beyond < self._memory.ledger(self.run.metrics).longest
+
+    @property
+    def _made(self) -> float:
+        """When the run was made, by the oldest of its files: seconds since the epoch."""
+        first = self.attempts[0].path
+        paths = (self.run.config, self.run.identity, first / "parent.json", first)
+        return min(p.stat().st_mtime for p in paths if p.exists())
 
     def _launch_that_ended(self) -> Row | None:
         """Return the launch record of the newest attempt, if our launcher saw its ranks end."""

@@ -188,9 +188,10 @@ def test_the_page_of_one_run(own_run, forescale):
 
 
 def age_by(run: Run, seconds: float):
+    """Move all files back in time."""
     for path in run.path.rglob("*"):
         if not path.is_symlink():
-            os.utime(path, (time.time() - seconds,) * 2)
+            os.utime(path, (path.stat().st_mtime - seconds,) * 2)
 
 
 @contextmanager
@@ -228,6 +229,17 @@ def test_a_slow_run_is_running_for_longer(unfinished):
         rows[-1]["seconds"]["evaluation"] = 200.0
     age_by(unfinished, 300)
     assert Status(unfinished).state == "running"
+    (unfinished.attempts()[-1].path / "rank-0.log").write_text("")
+    age_by(unfinished, 300)
+    assert Status(unfinished).state == "running"
+    age_by(unfinished, 1e5)
+    assert Status(unfinished).state == "crashed"
+
+
+def test_no_row_is_read_of_a_run_that_was_dead_for_longer_than_it_lived(unfinished, monkeypatch):
+    age_by(unfinished, 3600)
+    monkeypatch.setattr(Memory, "ledger", lambda self, path, own=None: pytest.fail("all rows"))
+    assert Status(unfinished).state == "crashed"
 
 
 def test_a_run_that_no_attempt_was_made_of_is_new(own_run):
