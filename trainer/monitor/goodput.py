@@ -88,7 +88,7 @@ class SaveInterval:
     """A proposal for `checkpoint.every`.
 
     stall: seconds per save; restart: seconds until a launch trains; mtbf: mean seconds between
-    failures; waste: the expected share of time lost.
+    failures of launches that trained; waste: the expected share of time lost.
     """
 
     seconds: float
@@ -234,26 +234,32 @@ class Goodput:
 
     def interval(self) -> SaveInterval | None:
         """Return the best checkpoint interval by this run's own times; None if nothing was saved
-        yet, or no failure has shown how often they come. See `optimal_interval`."""
+        yet, or no failure has shown how often they come. See `optimal_interval`.
+
+        A launch that failed before its first step says nothing of how often training fails.
+        """
+        trained = [launch for launch in self.counted if launch.made]
+        failures = sum(launch.failed and launch.code != USER for launch in trained)
         made = [steps for launch in self.launches for steps in launch.made]
         by_phase: dict[str, float] = defaultdict(float)
         for seconds_of in [*(steps.seconds for steps in made), *(x.after for x in self.launches)]:
             for phase, spent in seconds_of.items():
                 by_phase[phase] += spent
         stall = by_phase["checkpoint"] / max(1, self._saves())
-        if not made or not stall or self.mtbf is None:
+        if not stall or not failures:
             return None
+        mtbf = sum(launch.ended - launch.begun for launch in trained) / failures
         step = (by_phase["compute"] + by_phase["data"]) / sum(steps.count for steps in made)
-        last = next(launch for launch in reversed(self.launches) if launch.made)
+        last = trained[-1]
         restart = last.head + last.made[0].first.get("startup", 0.0)
-        seconds = optimal_interval(stall, self.mtbf)
+        seconds = optimal_interval(stall, mtbf)
         return SaveInterval(
             seconds=seconds,
             steps=max(1, round(seconds / step)) if step else 1,
             stall=stall,
             restart=restart,
-            mtbf=self.mtbf,
-            waste=wasted(seconds, stall, restart, self.mtbf),
+            mtbf=mtbf,
+            waste=wasted(seconds, stall, restart, mtbf),
         )
 
     def _saves(self) -> int:

@@ -225,8 +225,11 @@ def test_a_proposal_from_a_runs_own_numbers(run):
     assert (found.restart, found.mtbf) == (10.0, 1000.0)
     assert found.seconds == pytest.approx(optimal_interval(9.9 / 2, 1000.0))
     assert found.steps == round(found.seconds / 5.0)
-    write_json(one.path / outcome.LAUNCH, {"begun": T0, "ended": T0 + 1000, "code": 0})
+    write_json(one.path / outcome.LAUNCH, {"begun": T0, "ended": T0 + 1000, "code": 75})
     assert Goodput(run).interval() is None, "nothing has shown how often failures come"
+    launch(run, 1010, 1020, 1, came=100)
+    assert Goodput(run).failures == 1
+    assert Goodput(run).interval() is None, "it failed before it trained"
 
 
 def test_beats_that_cannot_be_read_are_no_beats(run):
