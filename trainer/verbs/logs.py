@@ -50,12 +50,15 @@ def main(words: list[str]) -> int:
     if attempt is None:
         print(_why_nothing(run, job))
         return DONE
-    path = _log(attempt, job.rank)
+    path, is_gone = _log(attempt, job.rank), _JobIsGone(run)
     print(f"== {path}", flush=True)
-    _show(path, job.lines, lambda: job.follow and not _is_over(run, attempt))
+    _show(path, job.lines, lambda: job.follow and not _is_over(run, attempt, is_gone))
     _show_failure(attempt, job.rank)
     if early := _early_end(run):
         print(_told(early))
+    elif "ended" not in launch_of(attempt.path) and is_gone.of(attempt):
+        how = f"is no longer in the queue; how attempt {attempt.number} ended was not recorded"
+        print(f"== Job {newest(run)[0].job} {how}. See the batch script's log: rank=null")
     return DONE
 
 
@@ -76,6 +79,27 @@ def _job(run: Run) -> queue.Job | None:
     with suppress(UserError):
         return next((job for _, job in asked.in_queue(newest(run))), None)
     return None
+
+
+class _JobIsGone:
+    """Whether the run's newest job has left the queue. Asks again now and then, while it is called;
+    False where SLURM can't be asked."""
+
+    def __init__(self, run: Run):
+        self._newest, self._asked, self._answer = newest(run), -asked.EVERY, False
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if not self._answer and now - self._asked >= asked.EVERY and queue.is_here():
+            self._asked = now
+            with suppress(UserError):
+                self._answer = bool(self._newest) and not asked.in_queue(self._newest)
+        return self._answer
+
+    def of(self, attempt: Attempt) -> bool:
+        """Return True if an attempt is of this job, which has left the queue."""
+        own = launch_of(attempt.path).get("slurm", {}).get("submission")
+        return own in [s.name for s in self._newest] and self()
 
 
 def _early_end(run: Run) -> asked.EarlyEnd | None:
@@ -140,12 +164,12 @@ def _skipped(f) -> Iterator[str]:
     return iter(())
 
 
-def _is_over(run: Run, attempt: Attempt) -> bool:
+def _is_over(run: Run, attempt: Attempt, is_gone: _JobIsGone) -> bool:
     """Return True if the attempt's logs can't grow any more."""
     if "ended" in launch_of(attempt.path):
         return True
     newer = [a for a in run.attempts() if a.number > attempt.number]
-    return any(launch_of(a.path) for a in newer)
+    return any(launch_of(a.path) for a in newer) or is_gone.of(attempt)
 
 
 def _show_failure(attempt: Attempt, shown: int) -> None:
@@ -168,19 +192,13 @@ def _show_batch(run: Run, job: LogsJob) -> int:
     found = submissions(run)
     if not found:
         raise UserError(str(run.path), "was never submitted", "give a rank, such as rank=0")
-    since, alive = 0.0, True
     if not (path := (newest(run) or found[-1:])[0].log).exists():
         print(_why_nothing(run, job))
         return DONE
 
-    def goes_on() -> bool:
-        nonlocal since, alive
-        if alive and time.monotonic() - since > asked.EVERY:
-            alive, since = _job(run) is not None, time.monotonic()
-        return job.follow and alive
-
+    is_gone = _JobIsGone(run)
     print(f"== {path}", flush=True)
-    _show(path, job.lines, goes_on if queue.is_here() else lambda: False)
+    _show(path, job.lines, lambda: job.follow and queue.is_here() and not is_gone())
     if early := _early_end(run):
         print(f"== {early.sentence}")
     return DONE

@@ -10,6 +10,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from forescale.errors import UserError
 from forescale.resilience import outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Run
@@ -114,6 +115,30 @@ def test_the_log_of_a_job_of_which_no_rank_began_is_that_of_its_script(run, fore
     shutil.rmtree(run.path / "attempts")
     assert forescale("logs", "small")[1].splitlines() == end
     assert forescale("logs", "small", "rank=null")[1].splitlines() == [*end[1:], told]
+
+
+def test_nobody_waits_for_the_log_of_a_job_that_is_gone(run, forescale, gone, monkeypatch):
+    """Its node died: how the attempt ended was never recorded."""
+    slurm, end = {"submission": gone.name, "restart": 0}, "how attempt 2 ended was not recorded"
+    outcome.record_start(run.attempts()[-1].path, ["srun"], 2, slurm=slurm)
+    _, last, told = forescale("logs", "small", "lines=1")[1].splitlines()
+    assert (last, end in told) == ("step 99", True)
+
+    def nap(seconds):
+        """It goes on while the queue can't be read; then the job is seen to be gone."""
+        monkeypatch.setattr(queue, "jobs", lambda ids: [])
+        shutil.rmtree(os.environ["FORESCALE_CACHE"])
+        monkeypatch.setattr(time, "monotonic", lambda: 1e9)
+
+    def away(ids):
+        raise UserError("squeue", "SLURM says: unable to contact the controller", "see sinfo")
+
+    shutil.rmtree(os.environ["FORESCALE_CACHE"])
+    monkeypatch.setattr(queue, "jobs", away)
+    monkeypatch.setattr(time, "sleep", nap)
+    _, last, told = forescale("logs", "small", "lines=1")[1].splitlines()
+    assert (last, end in told) == ("step 99", True)
+    assert time.monotonic() == 1e9
 
 
 def test_a_word_of_an_earlier_version_is_a_sentence(run, forescale, gone, monkeypatch):
