@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,11 @@ class Batch:
 
     def _end(self, attempt: Attempt, end: policy.AttemptOutcome) -> int:
         more = {"blamed": end.blamed, "faulty": end.faulty, "stop_signal": self.stop_signal}
-        outcome.record_end(attempt.path, end.code, end.how, end.rank, **more)
         self._log(f"Attempt {attempt.number}: {end.how.rstrip('.')}.")
+        try:
+            outcome.record_end(attempt.path, end.code, end.how, end.rank, **more)
+        except UserError as e:  # such as a full disk; what follows was decided by then
+            self._log(f"Its end could not be recorded: {e}")
         return end.code
 
     def _preflight(self, attempt: Attempt) -> policy.AttemptOutcome | None:
@@ -207,9 +211,10 @@ class Batch:
                 lambda: self._is_enough(step),
                 self.settings.check_time.seconds or 0.0,
                 self.settings.start_time.seconds or 0.0,
-                lambda host: steps.phase_of(log, host),
+                step.phase_of,
             )
-            (attempt.path / "preflight.json").write_text(json.dumps(asdict(report), indent=2))
+            with suppress(OSError):  # a record for whoever looks; its faults are logged below
+                (attempt.path / "preflight.json").write_text(json.dumps(asdict(report), indent=2))
         leave = self.settings.start_time.seconds or 0.0
         end = time.monotonic() + (_LEAVE if self.settings.preflight else leave)
         code = step.wait(lambda: bool(self.stop_signal) or time.monotonic() > end, self._number)
@@ -270,7 +275,8 @@ class Batch:
             self._step.request_stop()
 
     def _log(self, text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+        with suppress(OSError):  # the log lies on the run's disk, too, which may be full
+            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -279,9 +285,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return Batch(Run(arguments[0]), Submission(Path(arguments[1]))).supervise()
     except UserError as e:
-        print(f"forescale: {e}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"forescale: {e}", file=sys.stderr, flush=True)
         return e.code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)  # Python itself would end with 120 where the log can't be written

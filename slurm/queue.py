@@ -125,7 +125,7 @@ def owner_and_script(job: str) -> tuple[int | None, Path | None]:
 
 def eligible(job: str) -> float | None:
     """Return when the job became eligible to start, in seconds since the epoch; None if unknown."""
-    with suppress(UserError, ValueError):
+    with suppress(UserError, ValueError, KeyError):
         return time.mktime(time.strptime(show(job)["EligibleTime"], "%Y-%m-%dT%H:%M:%S"))
     return None
 

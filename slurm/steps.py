@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 
 _SCRATCH = '"$FORESCALE_SCRATCH"'
 _NOW, _ENVIRONMENT = "forescale-now", "environment"
 _PATIENCE = 60.0  # seconds from the first failure until the other tasks are killed
+_LINES = 10_000  # the last ones of srun that are kept
 _LAST = 30.0  # seconds from then until srun itself is killed
 _MORE = 5.0  # seconds after a failure in which other tasks may still report
 # Set if slurm.options has --cpus-per-gpu, which excludes --cpus-per-task, or another count of CPUs.
@@ -68,17 +70,31 @@ def _first(hosts: str) -> str:
 
 
 class JobStep:
-    """A running srun. log: file for srun's output."""
+    """A running srun. log: file for srun's output.
+
+    The output is also kept here, because what it says of failed tasks must be known even where the
+    file can't be written: a full disk is why they fail.
+    """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path):
         self.log = log
         self._failed: float | None = None
-        self._size = 0
-        with open(log, "ab") as f:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
-                stdout=f, stderr=f,
-            )  # fmt: skip
+        self._said: deque[str] = deque(maxlen=_LINES)
+        self._num_read = self._num_seen = 0
+        self.process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._said.append(line)
+            self._num_read += 1
+            with suppress(OSError), open(self.log, "a") as f:
+                f.write(line)
 
     @property
     def is_over(self) -> bool:
@@ -94,7 +110,12 @@ class JobStep:
     @property
     def failures(self) -> list[Failure]:
         """The failed tasks so far."""
-        return failures(self.log.read_text(errors="replace"))
+        return failures("".join(list(self._said)))
+
+    def phase_of(self, host: str) -> str:
+        """What a host was doing last, by what the command of `nodes` prints."""
+        said = re.findall(rf"^{_NOW} (\S+) (.*)$", "".join(list(self._said)), re.MULTILINE)
+        return dict(said).get(host, "starting the step, or its container")
 
     def request_stop(self) -> None:
         """Send all ranks the signal to save and end; srun forwards it."""
@@ -117,15 +138,14 @@ class JobStep:
                 Thread(target=_end_step, args=(number,), daemon=True).start()
             if killed is not None and time.monotonic() - killed > _LAST:
                 self.process.kill()  # srun waits for a node that doesn't answer
+        self._reader.join(_LAST)  # a child of srun may hold the pipe open
         return self.process.returncode
 
     def _look(self) -> None:
-        with suppress(OSError):
-            size = self.log.stat().st_size
-            if self._failed is None and size != self._size:
-                self._size = size
-                if self.failures:
-                    self._failed = time.monotonic()
+        if self._failed is None and self._num_read != self._num_seen:
+            self._num_seen = self._num_read
+            if self.failures:
+                self._failed = time.monotonic()
 
 
 def _end_step(number: Callable[[], str | None]) -> None:
@@ -229,14 +249,6 @@ def nodes(submission: Submission) -> list[str]:
         host=[*host, "bash", "-c", "\n".join(["set -e", *own_scratch(_SCRATCH)])],
         inside=[*inside, "bash", "-c", "\n".join(lines)],
     )
-
-
-def phase_of(log: Path, host: str) -> str:
-    """Return what a host was doing last, by the output of the command of `nodes`."""
-    with suppress(OSError):
-        said = re.findall(rf"^{_NOW} (\S+) (.*)$", log.read_text(errors="replace"), re.MULTILINE)
-        return dict(said).get(host, "starting the step, or its container")
-    return "starting the step, or its container"
 
 
 def own_scratch(place: str) -> list[str]:

@@ -28,7 +28,7 @@ from forescale.run.forecast import find
 from forescale.run.identity import version_of_checkout
 from forescale.run.rows import read_rows
 from forescale.run.start import Start, start, versions
-from forescale.slurm import queue
+from forescale.slurm import queue, remembered
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.script import Order, render
 from forescale.slurm.snapshot import described, own_packages, pack_environment, write_code
@@ -53,6 +53,10 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     plans = [Plan(job) for job in jobs]
     dry = jobs[0].submit.dry_run
     if not dry:
+        if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
+            print(
+                "Note: keys of slurm and machine that you don't give are as you submitted it last."
+            )
         show(plans[0])
         sys.stdout.flush()
     if problems := [p for plan in plans for p in plan.problems]:
@@ -66,14 +70,19 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     for note in {described(own): "" for each in jobs if (own := own_packages(each))}:
         print(f"Note: {note}")
     made, job = enter(plans, profile)
-    for plan in plans if trust else ():
-        remember(plan.given, plan.given.run.directory)
+    for plan in plans:
+        remembered.remember(_given(plan))
+        if trust:
+            remember(plan.given, plan.given.run.directory)
     _report(made, job)
 
 
 def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
     """Return one job, or one for each line of the file slurm.runs, on top of `overrides`."""
-    first = on_nodes(job_of(SubmitJob, overrides))
+    # The runs of an array share their settings, so none has its last ones.
+    is_array = any(word.startswith("slurm.runs=") for word in overrides)
+    last = None if is_array else remembered.recall
+    first = on_nodes(job_of(SubmitJob, overrides, last))
     if first.slurm.runs is None:
         return [first]
     path = Path(first.slurm.runs).expanduser()

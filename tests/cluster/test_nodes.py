@@ -1,7 +1,9 @@
 """What is wrong with a node is said in the first seconds, by its name, before any rank starts."""
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from tests.cluster.lab import Lab
 from tests.cluster.submitted import Job
 
+ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
+more = pytest.mark.skipif(not ALL, reason="one of those that FORESCALE_CLUSTER=all adds")
 CGROUP = Path("/sys/fs/cgroup/memory")
 
 
@@ -91,3 +95,29 @@ def test_what_all_nodes_lack_is_the_users_and_ends_the_job(job, lab):
     assert lab.show(job.id)["ExitCode"] == "2:0"
     assert "all nodes: " in job.log
     assert len(job.lives()) == 1
+
+
+@more
+def test_a_full_disk_of_the_run_is_a_sentence_and_it_goes_on_when_there_is_room(job, lab):
+    """The same disk holds the log of the batch script and what it records."""
+    job.root.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", job.root], check=True)
+    try:
+        lab.reset()  # machines see what was mounted before they start
+        keys = {"train.steps": "400", "checkpoint.every": "20 steps"}
+        job.submit(**keys).until_step(45)
+        ballast = job.root / "ballast"
+        subprocess.run(["sh", "-c", f"cat /dev/zero > {ballast}"], stderr=subprocess.DEVNULL)
+        assert job.until_over() == "FAILED", job.said()
+        assert lab.show(job.id)["ExitCode"] == "2:0", job.said()
+        assert "the disk is full" in job.lives()[-1]["how"]
+        assert "Traceback" not in job.log
+        assert re.search(r"small +(crashed|interrupted)", job.forescale("status"))
+        ballast.unlink()
+        job.submit(**keys)
+        assert job.until_over() == "COMPLETED", job.said()
+        assert job.step == 400
+    finally:
+        lab.stop()
+        subprocess.run(["umount", "-l", job.root], check=True)
+        lab.start()

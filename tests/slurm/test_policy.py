@@ -84,7 +84,9 @@ def test_requeues_that_bring_nothing_wait_longer_and_longer_and_then_end():
     assert pauses == [0, 30, 60, 120, 240]
     found = decided(INTERRUPTED, idle=6, most=5)
     assert (found.action, found.code) == ("end", GAVE_UP)
-    assert "6 starts of the job in a row without a new checkpoint (slurm.max_requeues=5)" in found.why
+    assert (
+        "6 starts of the job in a row without a new checkpoint (slurm.max_requeues=5)" in found.why
+    )
     assert "set a longer slurm.time" in found.why
     assert decided(INTERRUPTED, idle=1, most=0).action == "end"
 

@@ -290,6 +290,8 @@ def _value(name: str, text: str, type_: Any) -> Any:
     wants_text = str in alternatives or (list[str] in alternatives and not text.startswith("["))
     if wants_text and not is_quoted:
         return None if text == "null" and type(None) in alternatives else text
+    if list[str] in alternatives:  # 40_2, a task of an array of jobs, is no number
+        text = re.sub(r"(?<=[\[,\s])(\d+(?:_\d+)+)(?=\s*[,\]])", r"'\1'", text)
     try:
         override = OverridesParser.create().parse_override(f"x={text}")
         is_several = override.is_sweep_override()

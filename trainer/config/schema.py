@@ -226,7 +226,8 @@ def convert(
         return Duration.parse(value)
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list | tuple) else [value]
-        return [convert(typing.get_args(kind)[0], item) for item in items]
+        (inner,) = typing.get_args(kind)
+        return [_text(item) if inner is str else convert(inner, item) for item in items]
     if kind is TargetConfig:
         return _target(value)
     if kind is list:
@@ -247,7 +248,7 @@ def convert(
 
 
 def _text(value: Any) -> str:
-    """Return a value of a mapping of texts as it was typed: 3 is a text there too."""
+    """Return a value of a list or mapping of texts as it was typed: 3 is a text there too."""
     if isinstance(value, str | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
     raise ValueError(f"expects texts, got {shown(value)}")

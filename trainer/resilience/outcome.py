@@ -26,6 +26,7 @@ from forescale.run.directory import Run
 from forescale.storage import read_json, write_checked_json
 
 LAUNCH = "launch.json"
+_ROOM = ".room"  # a file that is removed to make room for the end in launch.json
 _LONGEST = 500  # characters of an error
 
 
@@ -35,6 +36,8 @@ def record_start(attempt: Path, command: Sequence[str], processes: int, **more: 
     own = os.getpid()
     facts |= {"pid": own, "process": process_mark(own), "processes": processes}
     write_checked_json(attempt / LAUNCH, {**facts, **more})
+    with suppress(OSError):
+        (attempt / _ROOM).write_bytes(bytes(1 << 16))
 
 
 def process_mark(pid: int) -> str | None:
@@ -51,7 +54,12 @@ def process_mark(pid: int) -> str | None:
 
 
 def record_end(attempt: Path, code: int, how: str, rank: int = 0, **more: Any) -> None:
-    """Add the end to launch.json. rank: the one that failed first."""
+    """Add the end to launch.json. rank: the one that failed first.
+
+    Room for it was kept since the start: a full disk is one of the ends to be recorded.
+    """
+    with suppress(OSError):
+        (attempt / _ROOM).unlink(missing_ok=True)
     add_to_launch(attempt, ended=time.time(), code=code, rank=rank, how=how, **more)
 
 
@@ -89,9 +97,15 @@ def report_error(
 
 
 def write_error(attempt: Path, rank: int, error: BaseException) -> None:
-    """Write the error that ends a rank for its launcher to read; never raises."""
-    with suppress(OSError):
-        _error_path(attempt, rank).write_text(_sentence(error)[:_LONGEST] + "\n")
+    """Write the error that ends a rank for its launcher to read; never raises. On a full disk it
+    takes the room that was kept for the end of the attempt, and leaves most of it."""
+    text = _sentence(error)[:_LONGEST] + "\n"
+    try:
+        _error_path(attempt, rank).write_text(text)
+    except OSError:
+        with suppress(OSError):
+            (attempt / _ROOM).unlink(missing_ok=True)
+            _error_path(attempt, rank).write_text(text)
 
 
 def _sentence(error: BaseException) -> str:

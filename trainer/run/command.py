@@ -4,7 +4,7 @@ Invariant: in the job of an existing run, what the command doesn't set has the v
 frozen config, never a default of today.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,19 +16,23 @@ from forescale.config.train import TrainJob
 from forescale.run.directory import Run
 
 J = TypeVar("J", bound=TrainJob)
+More = Callable[[Path], dict[str, Any]]
 
 
-def job_of(schema: type[J], overrides: Sequence[str]) -> J:
+def job_of(schema: type[J], overrides: Sequence[str], more: More | None = None) -> J:
     """Return the job that `key=value` overrides describe. If run.name is one of them and the run
-    exists, they are laid over its frozen config.
+    exists, they are laid over its frozen config, and over the sections that `more` returns for the
+    directory of the run.
 
     Raises ConfigError with all problems; and UserError if the frozen config can't be read, or names
     a class of the user's own that this user has named in no command (unless trust=true).
     """
+
+    def found(directory: Path) -> dict[str, Any] | None:
+        run = Run(directory)
+        if not run.config.exists():
+            return None
+        return plain(thaw(TrainJob, run.config, trust=True)) | (more(directory) if more else {})
+
     # What is typed now is trusted now; nothing stored says so.
-    return replace(compose(schema, overrides, find=_frozen), trust=False)
-
-
-def _frozen(directory: Path) -> dict[str, Any] | None:
-    run = Run(directory)
-    return plain(thaw(TrainJob, run.config, trust=True)) if run.config.exists() else None
+    return replace(compose(schema, overrides, find=found), trust=False)
