@@ -13,7 +13,7 @@ from typing import IO, Self
 from forescale.run.rows import damaged, parse_row
 from forescale.storage import naming
 
-BLOCK = 1 << 16  # bytes that are read at once
+BLOCK = 1 << 17  # bytes that are read at once
 TRAIN = b'{"kind": "train", '  # how the line of a step begins
 _COMPARED = 256  # bytes of the last row
 

@@ -31,7 +31,7 @@ class Tail(Follower):
 
     def _begin(self, f: IO[bytes]) -> int:
         end = f.seek(0, 2)
-        size = 4 * BLOCK
+        size = 2 * BLOCK
         while size < end:
             f.seek(end - size)
             block = f.read(size)
