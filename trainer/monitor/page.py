@@ -1,18 +1,16 @@
-"""Prints the status of runs: a table of all, a page about one.
+"""Prints all about one run: its state, checkpoints, attempts and where its time went.
 
-Invariant: derived, never stored; a run that can't be read is reported and doesn't hide the others.
+Invariant: derived, never stored.
 """
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from forescale.config.duration import Duration
 from forescale.console import span, table
@@ -35,94 +33,7 @@ _COLOURS = {
     "queued": "yellow",
     "crashed": "red",
 }
-_COLUMNS = (
-    "run", "state", "attempt", "step", "done", "loss", "bits/byte", "tokens/s", "MFU", "ETTR",
-    "ETA", "saved", "seen", "last event",
-)  # fmt: skip
 _LAST_LINES = 15  # of the log of a job that ended early
-_BETWEEN = 2  # spaces between two columns of console.table
-_LEAST_FIRST = ("last event", "attempt", "ETTR", "MFU", "seen", "done", "saved", "loss", "ETA")
-
-
-def show_runs(
-    runs: Sequence[Status],
-    console: Console,
-    jobs: Mapping[str, "Job"],
-    ends: Mapping[str, "EarlyEnd"],
-) -> None:
-    """Print a table of all runs, with the columns that fit. jobs: those in the queue, by the run's
-    name; ends: those of which no rank began."""
-    rows, faults = [], []
-    for status in sorted(runs, key=lambda s: s.age):
-        name = status.run.name
-        status.job_runs = _runs(jobs.get(name))
-        cells = {"run": escape(name)}
-        try:
-            cells |= _cells(status, jobs.get(name), ends.get(name))
-            if name in ends and status.state != "complete":
-                faults.append(f"{name}: {ends[name].sentence} See forescale logs {name}")
-        except UserError as e:  # one damaged run must not hide the others
-            cells["state"] = "[red]unreadable[/]"
-            faults.append(str(e))
-        rows.append((status, cells))
-    names = _columns([cells for _, cells in rows], console.width)
-    if "ETTR" in names:
-        faults += [fault for status, cells in rows if (fault := _add_ettr(status, cells))]
-    made = table(*names, left=("run", "state", "last event"))
-    for _, cells in rows:
-        made.add_row(*(cells.get(name, "-") for name in names))
-    console.print(made)
-    for fault in faults:
-        console.print(escape(fault), soft_wrap=True)
-
-
-def _columns(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Return the names of the columns that fit, the most wanted ones."""
-    names = list(_COLUMNS)
-    wide = {
-        name: max(len(name), *(Text.from_markup(cells.get(name, "-")).cell_len for cells in rows))
-        for name in names
-    }
-    for column in _LEAST_FIRST:
-        if sum(wide[name] + _BETWEEN for name in names) - _BETWEEN <= width:
-            break
-        names.remove(column)
-    return names
-
-
-def _add_ettr(s: Status, cells: dict[str, str]) -> str | None:
-    """Add the ETTR, for which all rows are read. Return why it can't be known, or None."""
-    try:
-        if "ETTR" in cells:
-            cells["ETTR"] = f"{s.goodput.ettr:.2f}" if s.goodput.wall else "-"
-    except UserError as e:
-        cells["ETTR"] = "-"
-        return str(e)
-    return None
-
-
-def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, str]:
-    total, last = s.job.total_steps, s.validation
-    found = {
-        "state": state_of(s, job, end),
-        "attempt": str(s.attempts[-1].number) if s.attempts else "-",
-        "step": f"{s.step:,}/{total:,}",
-        "done": f"{s.step / total:.1%}",
-        "bits/byte": f"{last['bits_per_byte']:.4f}" if last else "-",
-        "ETTR": "0.00",  # as wide as the number, which is added if there is room for it
-        "saved": f"{span(s.now - s.saved)} ago" if s.saved else "-",
-        "seen": f"{span(s.age)} ago",
-        "last event": escape((s.last_event or "-").replace("_", " ")),
-    }
-    if s.last:
-        mfu, rate, left = s.last.get("mfu"), s.tokens_per_second, s.seconds_left
-        found |= {
-            "loss": f"{s.last['loss']:.4f}",
-            "tokens/s": f"{rate:,.0f}" if rate else "-",
-            "MFU": f"{mfu:.1%}" if mfu else "-",
-            "ETA": span(left) if left else "-",
-        }
-    return found
 
 
 def state_of(s: Status, job: "Job | None", end: "EarlyEnd | None" = None) -> str:
@@ -137,7 +48,8 @@ def state_of(s: Status, job: "Job | None", end: "EarlyEnd | None" = None) -> str
     return _coloured("running" if job.state == "RUNNING" else job.state.lower())
 
 
-def _runs(job: "Job | None") -> bool:
+def runs_now(job: "Job | None") -> bool:
+    """Return True if a job has started, by the queue."""
     return job is not None and not job.is_waiting
 
 
@@ -148,7 +60,7 @@ def _coloured(state: str) -> str:
 def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | None" = None) -> None:
     """Print all about one run. job: its job in the queue; end: of its job, if no rank of it
     began."""
-    s.job_runs = _runs(job)
+    s.job_runs = runs_now(job)
     total, state = s.job.total_steps, state_of(s, job, end)
     loss = f", loss {s.last['loss']:.4f}" if s.last else ""
     console.print(

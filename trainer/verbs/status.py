@@ -21,7 +21,8 @@ from forescale.config.schema import key, section
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.monitor.facts import facts
-from forescale.monitor.page import show_run, show_runs
+from forescale.monitor.overview import show_runs
+from forescale.monitor.page import show_run
 from forescale.monitor.status import Status, Statuses, runs_under
 from forescale.run.directory import Run
 from forescale.slurm import asked, queue
