@@ -1,0 +1,101 @@
+"""A week in the life of a cluster, in minutes: runs and an array in the queue, while faults of all
+kinds meet whatever runs at that moment.
+
+Every run ends complete, with the losses of one that nothing happened to; no job is left behind, and
+no requeue brings nothing twice. FORESCALE_CLUSTER=all has 20 runs and 24 faults.
+"""
+
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.lab import Lab
+from tests.cluster.submitted import Job
+from tests.cluster.test_arrays import submit_array
+
+ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
+ALONE, OF_ARRAY, FAULTS = (8, 12, 24) if ALL else (2, 4, 6)
+RANK = "forescale.slurm.rank"
+STEPS = 120
+KEYS = {
+    "slurm.nodes": "1",
+    "slurm.allreduce": "false",
+    "train.steps": str(STEPS),
+    # Ranks of a node that dies twice may end alike: that is not what a crash loop is.
+    "faults": "[" + ",".join(f"slow@{step}:rank0" for step in range(5, STEPS, 10)) + "]",
+}
+pytestmark = pytest.mark.timeout(3600)
+
+
+class Week:
+    """The faults that can happen, each to a job or a node that is chosen by `chance`."""
+
+    def __init__(self, lab: Lab, folder: Path, chance: random.Random):
+        self.lab, self.folder, self.chance = lab, folder, chance
+        self.told: list[str] = []
+
+    def happens(self, fault: str, jobs: list[Job]) -> None:
+        running = [job for job in jobs if self.lab.state(job.id) == "RUNNING" and job.step]
+        if not running:
+            return
+        job = self.chance.choice(running)
+        node = self.lab.show(job.id).get("BatchHost", "")
+        with suppress(AssertionError, ProcessLookupError, ValueError):  # it has ended just now
+            getattr(self, fault)(job, node)
+            self.told.append(f"{fault}: {job.name} on {node}, step {job.step}")
+
+    def limit(self, job: Job, node: str) -> None:
+        self.lab.run("scancel", "--batch", "--signal=USR1", job.id)
+
+    def requeue(self, job: Job, node: str) -> None:
+        self.lab.run("scontrol", "requeue", job.id)
+
+    def preempt(self, job: Job, node: str) -> None:
+        words = ["sbatch", "-p", "high", "-w", node, "--exclusive", "--wrap", "sleep 2"]
+        self.lab.run(*words, cwd=self.folder)
+
+    def kill(self, job: Job, node: str) -> None:
+        os.kill(self.chance.choice(self.lab.pids(node, RANK)), signal.SIGKILL)
+
+    def slurmd(self, job: Job, node: str) -> None:
+        self.lab.kill_slurmd(node)
+        time.sleep(1)
+        self.lab.start_slurmd(node)
+
+    def power(self, job: Job, node: str) -> None:
+        self.lab.power_off(node)
+        self.lab.wait(lambda: "DOWN" in self.lab.node_state(node), 60)
+        self.lab.power_on(node)
+
+    def down(self, job: Job, node: str) -> None:
+        self.lab.down(node)
+        time.sleep(1)
+        self.lab.resume(node)
+
+
+def test_a_week_of_faults_changes_no_loss(lab, tmp_path, dataset):
+    chance = random.Random(7)
+    twin = Job(lab, tmp_path / "runs", "twin", dataset, KEYS).submit()
+    assert twin.until_over(240) == "COMPLETED", twin.said()
+    alone = [Job(lab, tmp_path / "runs", f"s{i}", dataset, KEYS).submit() for i in range(ALONE)]
+    first = Job(lab, tmp_path / "runs", "r0", dataset, KEYS)
+    jobs = [*alone, *submit_array(first, OF_ARRAY)]
+    week = Week(lab, tmp_path, chance)
+    kinds = [name for name in vars(Week) if name[0] != "_" and name != "happens"]
+    for fault in (kinds * FAULTS)[:FAULTS]:
+        time.sleep(chance.uniform(2, 6))
+        week.happens(fault, jobs)
+    said = "\n".join(week.told)
+    assert len(week.told) >= FAULTS // 2, said
+    for job in jobs:
+        assert job.until_over(600) == "COMPLETED", f"{said}\n{job.said()}"
+        assert job.losses() == twin.losses(), f"{said}\n{job.said()}"
+        assert "Gave up" not in job.log
+    assert not lab.run("squeue", "-h").strip()
+    for node in lab.nodes:
+        assert not lab.pids(node, "forescale"), said
