@@ -23,7 +23,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
 from forescale.monitor.status import Status
 from forescale.rendezvous import free_port
-from forescale.resilience import outcome
+from forescale.resilience import alerts, outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import policy, queue, steps
@@ -49,6 +49,7 @@ class Batch:
         self._deadline = float("inf")
         self._attempt: Attempt | None = None
         self._is_noted = False
+        self._how = ""  # how the last attempt ended
 
     def supervise(self) -> int:
         """Run attempts until the job ends or SLURM ends it. Return the job's exit code."""
@@ -65,6 +66,8 @@ class Batch:
             decision = self._decide(code, past)
             self._say(decision)
             if decision.action == "end":
+                if not self.submission.is_stopped:
+                    alerts.tell(self.run, decision.code, f"{self._how}; {decision.why}.", self._log)
                 return decision.code
             if decision.action == "requeue":
                 return self._requeue(decision)
@@ -182,7 +185,8 @@ class Batch:
 
     def _end(self, attempt: Attempt, end: policy.AttemptOutcome) -> int:
         more = {"blamed": end.blamed, "faulty": end.faulty, "stop_signal": self.stop_signal}
-        self._log(f"Attempt {attempt.number}: {end.how.rstrip('.')}.")
+        self._how = f"Attempt {attempt.number}: {end.how.rstrip('.')}"
+        self._log(f"{self._how}.")
         try:
             outcome.record_end(attempt.path, end.code, end.how, end.rank, **more)
         except UserError as e:  # such as a full disk; what follows was decided by then

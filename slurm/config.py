@@ -57,6 +57,9 @@ class SlurmConfig:
     after: list[str] = key([], "ids of jobs that must have succeeded before this one starts")
     options: list[str] = key([], "more options of sbatch, such as --mail-type=END")
     srun: list[str] = key([], "more options of srun, such as --mpi=none")
+    mail: str | None = key(
+        None, "address that SLURM writes to when the job has ended (see FORESCALE_WEBHOOK, too)"
+    )
     requeue: bool = key(True, "requeue the job after a time limit, a preemption or a node failure")
     max_requeues: int = key(
         5, "requeues in a row without a new checkpoint; then the job ends with code 76", ge=0

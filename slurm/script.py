@@ -114,6 +114,9 @@ def options(order: Order) -> list[tuple[str, str]]:
         found.append(
             ("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay in the queue")
         )
+    if s.mail:
+        found.append((f"--mail-user={shlex.quote(s.mail)}", ""))
+        found.append(("--mail-type=END,FAIL", "not for each requeue"))
     found.append(("--requeue" if s.requeue else "--no-requeue", ""))
     found += [(option, "") for option in s.options]
     for option, _ in found:

@@ -46,7 +46,9 @@ def lines(script):
         ("after", ["12", "13_4"], "--dependency=afterok:12:13_4"),
         ("requeue", True, "--requeue"),
         ("requeue", False, "--no-requeue"),
-        ("options", ["--mail-type=END"], "--mail-type=END"),
+        ("options", ["--mail-type=ALL"], "--mail-type=ALL"),
+        ("mail", "me@example.org", "--mail-user=me@example.org"),
+        ("mail", "me@example.org", "--mail-type=END,FAIL"),
     ],
 )
 def test_a_key_becomes_an_option(key, value, said):

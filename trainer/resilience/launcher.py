@@ -143,6 +143,13 @@ def run_attempts(run: Run, command: list[str], processes: int, grace: float = _G
         print(f"Restarting (crash {crashes} of {MAX_CRASHES} without a new checkpoint).")
 
 
+def last_end(run: Run) -> str:
+    """Return how the newest attempt with a launcher ended, as a sentence; "" if that isn't known."""
+    launches = (outcome.launch_of(attempt.path) for attempt in reversed(run.attempts()))
+    how = next((launch.get("how", "") for launch in launches if launch), "")
+    return f"{how[0].upper()}{how[1:].rstrip('.')}." if how else ""
+
+
 def _expect_no_newer_launch(newer: list[Attempt]) -> None:
     """Raises UserError if another launcher started one of these attempts while this one slept. An
     attempt that began with a rollback has no launcher: the ranks of this one made it."""

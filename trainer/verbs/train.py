@@ -17,7 +17,7 @@ from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.errors import DONE, UserError
-from forescale.resilience import launcher
+from forescale.resilience import alerts, launcher
 from forescale.resilience.outcome import report_error
 from forescale.run.command import job_of
 from forescale.run.directory import Run
@@ -65,6 +65,7 @@ def main(words: list[str]) -> int:
     command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]
     grace = job.launch.grace.seconds or 0.0
     code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], processes, grace)
+    alerts.tell(started.run, code, launcher.last_end(started.run), print)
     if code == DONE:
         from forescale.inference.summary import summarize
 
