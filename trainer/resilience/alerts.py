@@ -2,7 +2,8 @@
 by a guard or a wrong input.
 
     FORESCALE_WEBHOOK=https://...   gets a POST of JSON: text (a sentence; Slack, Mattermost and
-                                    Teams show it), content (the same, for Discord), run, event, code
+                                    Teams show it), content (the same, for Discord), run, event and
+                                    code
 
 Invariant: no run depends on it: one try, and a failure is a line in the log. The address is a
 secret: it stands in the environment, and in no config, log or file of a run.

@@ -144,7 +144,7 @@ def run_attempts(run: Run, command: list[str], processes: int, grace: float = _G
 
 
 def last_end(run: Run) -> str:
-    """Return how the newest attempt with a launcher ended, as a sentence; "" if that isn't known."""
+    """Return how the newest attempt with a launcher ended, as a sentence; "" if unknown."""
     launches = (outcome.launch_of(attempt.path) for attempt in reversed(run.attempts()))
     how = next((launch.get("how", "") for launch in launches if launch), "")
     return f"{how[0].upper()}{how[1:].rstrip('.')}." if how else ""
