@@ -175,7 +175,10 @@ def test_activation_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "change",
-    [{}, {"position": "learned", "norm": "layernorm", "activation_checkpointing": True}],
+    [
+        {"position": "learned", "norm": "layernorm", "activation_checkpointing": True},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_as_one_graph(change, backend):
     """aot_eager needs no C++ compiler; inductor is what a training compiles with."""

@@ -108,9 +108,14 @@ def test_activation_checkpointing_changes_no_gradient(dropout):
     "change",
     [
         {},
-        {"tie_embeddings": True, "z_loss": 1e-4},
-        {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
-        {"activation_checkpointing": True, "mlp": "relu2", "position": "sinusoidal"},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)  # seconds each
+            for change in (
+                {"tie_embeddings": True, "z_loss": 1e-4},
+                {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
+                {"activation_checkpointing": True, "mlp": "relu2", "position": "sinusoidal"},
+            )
+        ),
     ],
 )
 def test_compiles_as_one_graph(change):

@@ -116,12 +116,14 @@ class Ledger(Follower):
 
 def first_of(path: Path, attempt: int) -> int:
     """Return the offset of the first row of an attempt, or of a later one; the file's end if there
-    is none. Rows are in the order of attempts, so few are read."""
+    is none. Rows are in the order of attempts, so few are read. (Rows of other kinds than steps may
+    not say of which attempt they are.)"""
     low, high = 0, path.stat().st_size
     while high - low > BLOCK:
         middle = (low + high) // 2
-        row = next(each_row(path, middle), None)
-        if row is not None and row[0].get("attempt", 0) < attempt:
+        rows = each_row(path, middle)
+        row = next((found for found in rows if "attempt" in found[0]), None)
+        if row is not None and row[0]["attempt"] < attempt:
             low = row[1]
         else:
             high = middle

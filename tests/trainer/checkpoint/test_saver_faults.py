@@ -368,6 +368,7 @@ def killed(folder, *words):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow  # a process for each change
 def test_killed_at_every_change_to_the_file_system(tmp_path):
     met = killed(tmp_path, "changes", 0)
     assert met["changes"] > 50

@@ -66,6 +66,7 @@ def named(path: Path, name: str) -> bool:
     return any(name in fault for fault in check(path))
 
 
+@pytest.mark.slow  # each byte of a tar
 def test_every_flipped_byte_of_a_tar(data):
     tar, good, owner, dataset = data / TAR, (data / TAR).read_bytes(), owners(data), Dataset(data)
     want = content(dataset)

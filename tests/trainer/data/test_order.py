@@ -35,7 +35,7 @@ def test_permutation_stays_in_range_and_inverts_when_huge(n):
 
 
 @given(SHARDS, st.integers(1, 20), st.integers(0, 9), st.integers(1, 8), st.integers(0, 10**12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_every_token_except_a_shards_first_is_a_target_once_per_epoch(
     shards, L, seed, block, epoch
 ):
@@ -51,7 +51,7 @@ def test_every_token_except_a_shards_first_is_a_target_once_per_epoch(
 
 
 @given(ORDERS, st.integers(0, 300), st.integers(0, 100), st.integers(0, 100))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_ranges_join_and_targets_are_counted(order, g, a, b):
     whole = order.windows(g, g + a + b)
     parts = [order.windows(g, g + a), order.windows(g + a, g + a + b)]

@@ -38,7 +38,7 @@ def triples(found) -> list[tuple[int, int]]:
 
 
 @given(SHARDS, st.integers(1, 40), st.integers(1, 4), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_an_epoch_has_each_next_token_of_each_document_once(shards, L, block, masked):
     with TemporaryDirectory() as folder:
         dataset = Dataset(write_dataset(Path(folder) / "d", shards))

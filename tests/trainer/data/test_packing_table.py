@@ -147,6 +147,7 @@ def test_a_document_that_continues_in_another_shard_is_packed_too(tmp_path):
     assert all_pieces(bins) == [[[(0, 30)], [(30, 20)]]]
 
 
+@pytest.mark.slow  # each byte
 def test_damage_is_reported_before_a_table_is_used(opened, tmp_path):
     bins = bins_of(opened, tmp_path)
     path, good, right = bins.path, bins.path.read_bytes(), all_pieces(bins)

@@ -71,7 +71,7 @@ shards = st.lists(documents, min_size=1, max_size=5).filter(lambda s: max(map(su
     skips=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=2),
     later=st.integers(1, 30),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_chain_of_restarts_reads_one_sequence(
     sources, L, seed, block, micro, chain, first, skips, later
 ):
@@ -126,7 +126,7 @@ def _windows(found):
 
 
 @given(sources=st.lists(shards, min_size=1, max_size=3), L=st.integers(1, 60))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_every_token_except_a_shards_first_is_a_target_once_per_epoch(sources, L):
     with TemporaryDirectory() as folder:
         for i, source in enumerate(sources):

@@ -270,6 +270,7 @@ def test_a_blocked_rank_exits_when_its_time_is_over(launcher, tmp_path):
     assert "rank 1 could not save and exit in 1 s; the last checkpoint remains." in log
 
 
+@pytest.mark.slow  # the time has to be over
 def test_suspended_ranks_are_killed_when_the_time_is_over(launcher, tmp_path):
     """They receive no signal but SIGKILL."""
     process = launcher(GRACE + NAP + "time.sleep(600)", grace=0.5)

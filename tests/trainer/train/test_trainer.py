@@ -152,6 +152,7 @@ def test_a_run_killed_in_an_evaluation_resumes_from_the_same_step_and_evaluates_
     assert saves == 3, "the last step is not saved again"
 
 
+@pytest.mark.slow  # one more run
 def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, cut):
     run, command = cut
     newest = sorted((run / "checkpoints").iterdir())[-1]

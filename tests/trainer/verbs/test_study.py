@@ -103,6 +103,7 @@ def test_diverged_runs_are_left_out_with_a_note(fit):
     assert "Note: 1 diverged runs are left out: their loss is not finite." in out
 
 
+@pytest.mark.slow  # a fit of its own
 def test_unusable_parabolas_are_listed_by_budget(fit):
     table = surface()
     edge = table["budget"] == 1e18

@@ -161,6 +161,7 @@ def test_a_build_killed_at_every_change_to_the_file_system(expect_same, tmp_path
     expect_same()
 
 
+@pytest.mark.slow  # many builds
 def test_only_damaged_units_are_made_again(expect_same, tmp_path):
     build = start(DAMAGED, tmp_path / "d")
     out, err = build.communicate(timeout=100)

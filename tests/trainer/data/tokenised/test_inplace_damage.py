@@ -24,7 +24,7 @@ from tests.trainer.data.tokenised_files import (
 )
 
 
-@pytest.mark.parametrize("kind", ["uint16", "npy", "tar"])
+@pytest.mark.parametrize("kind", ["uint16", "npy", pytest.param("tar", marks=pytest.mark.slow)])
 def test_every_flipped_byte_of_a_token_is_caught(kind, tmp_path):
     """Every byte of the ids of a small corpus: reading raises, and check names member and file."""
     path, more = write(kind, tmp_path / "in")

@@ -27,6 +27,7 @@ def plan(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow  # a plan of a whole study
 def test_a_plan_stays_within_its_cap_and_shows_its_precision(plan, tmp_path):
     code, out, _ = plan("plan.cap=1e15", "target.flops=1e15", "plan.rate=2e10")
     assert code == 0
