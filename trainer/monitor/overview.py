@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from forescale.console import span, table
+from forescale.console import span, table, visible
 from forescale.errors import UserError
 from forescale.monitor.page import runs_now, state_of
 from forescale.monitor.status import Status
@@ -64,14 +64,18 @@ def _columns(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
     """Return the names of the columns that fit, the most wanted ones."""
     names = list(_COLUMNS)
     wide = {
-        name: max(len(name), *(Text.from_markup(cells.get(name, "-")).cell_len for cells in rows))
-        for name in names
+        name: max(len(name), *(_width(cells.get(name, "-")) for cells in rows)) for name in names
     }
     for column in _LEAST_FIRST:
         if sum(wide[name] + _BETWEEN for name in names) - _BETWEEN <= width:
             break
         names.remove(column)
     return names
+
+
+def _width(cell: str) -> int:
+    """Return the columns that a cell takes, control characters as they are shown."""
+    return Text.from_markup(visible(cell)).cell_len
 
 
 def _add_ettr(s: Status, cells: dict[str, str]) -> str | None:

@@ -105,6 +105,7 @@ def test_every_block_of_a_tar_zeroed(data):
     assert caught == 6
 
 
+@pytest.mark.slow  # each length of a tar
 def test_a_tar_truncated_to_every_length(data):
     good, dataset = (data / TAR).read_bytes(), Dataset(data)
     for size in range(len(good) - 1, -1, -1):

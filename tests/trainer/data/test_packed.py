@@ -67,7 +67,7 @@ def test_an_epoch_has_each_next_token_of_each_document_once(shards, L, block, ma
     st.integers(0, 10**12),
     st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.integers(1, 3)), max_size=3),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_any_chain_of_restarts_reads_one_sequence(sources, L, first, chain):
     with TemporaryDirectory() as folder:
         datasets = {

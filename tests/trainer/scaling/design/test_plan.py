@@ -182,6 +182,7 @@ def test_the_cost_of_an_exact_stage_is_within_the_range_of_its_draft(grid):
         assert was.low * 0.99 <= made.low <= was.high * 1.01
 
 
+@pytest.mark.slow  # a plan of a whole study
 def test_a_plan_above_the_cap_is_refused_with_one_that_fits(grid):
     with pytest.raises(UserError, match=r"4 budgets up to .* of 5 sizes cost .* and fit"):
         isoflop_grid(COMMON, GRID, grid.high * 0.5)
