@@ -8,7 +8,7 @@ and accept `+new.key=`.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -24,7 +24,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from forescale import conf
 from forescale.addresses import PREFIX, masked, secret_in
 from forescale.config.frozen import Change, diff, freeze, may_resume, thaw
-from forescale.config.job import Job, overrides_of
+from forescale.config.job import Find, Job, overrides_of
 from forescale.config.layers import LENGTHS, keep_one_length, keys_of, over_frozen
 from forescale.config.schema import (
     ConfigError,
@@ -67,7 +67,6 @@ _NAME_IT = (
 _LONGEST = 200  # characters of an argument in a message
 _STUDY = "give one value; to train several runs, see forescale study --help"
 J = TypeVar("J", bound=Job)
-Find = Callable[[Path], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def compose(
         tree = over_frozen(tree, frozen, {*chosen, *laid})
     job, more, wrong = build(schema, tree)
     faults += wrong
-    job = job.for_machine()
+    job = job.for_machine(find)
     paths = [*known, *leaves(schema)]
     unknowns = [unknown_key(path, paths, schema.VERB) for path in unknown + more]
     if problems := unknowns + faults + check(job, faults) + _secrets(job):

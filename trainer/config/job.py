@@ -7,13 +7,15 @@ field whose type is a dataclass is a section, and its fields are keys `section.n
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 from forescale.config.schema import key, section
 from forescale.errors import UserError
 
+Find = Callable[[Path], Mapping[str, Any] | None]
 Problems = list[tuple[str, str, str]]  # (key, what is wrong, what to do)
 
 
@@ -46,8 +48,9 @@ class Job:
     FLAGS: ClassVar[Mapping[str, str]] = {}
     ACTIONS: ClassVar[Mapping[str, Action]] = {}
 
-    def for_machine(self) -> Self:
-        """Return the job with the values that follow from the machine it is for."""
+    def for_machine(self, find: Find | None = None) -> Self:
+        """Return the job with the values that follow from the machine it is for, or from the frozen
+        config that `find` returns for the directory of its run."""
         return self
 
 

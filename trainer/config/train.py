@@ -8,12 +8,13 @@ is not set; recipes are the files under `conf/`.
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Self
 
 from forescale.config.duration import Duration
 from forescale.config.hardware import native_precision
-from forescale.config.job import Job, Problems
+from forescale.config.job import Find, Job, Problems
 from forescale.config.schema import TargetConfig, key, section
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.faults import problems as faults_problems
@@ -35,6 +36,7 @@ from forescale.config.sections.training import (
     ScheduleConfig,
     TrainConfig,
 )
+from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 
 _MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
@@ -110,10 +112,14 @@ class TrainJob(Job):
         """What precision.kind=auto means on the machine that trains."""
         return native_precision()
 
-    def for_machine(self) -> Self:
-        """Return the job with a precision that is settled: a run never changes it by itself."""
+    def for_machine(self, find: Find | None = None) -> Self:
+        """Return the job with a precision that is settled: that of the run, if it exists, and else
+        of the machine. A run that goes on elsewhere doesn't change it by itself."""
         if self.precision.kind != "auto":
             return self
+        with suppress(UserError):  # of a damaged config: `start` reports it
+            if frozen := find(self.run.directory) if find else None:
+                return replace(self, precision=PrecisionConfig(**frozen["precision"]))
         return replace(self, precision=PrecisionConfig(self.native_precision))
 
     def fitted(self) -> "TrainJob":

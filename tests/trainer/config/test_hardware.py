@@ -8,6 +8,7 @@ from forescale.config import hardware, train
 from forescale.config.compose import compose
 from forescale.config.frozen import freeze
 from forescale.config.hardware import native_precision
+from forescale.config.schema import plain
 from forescale.config.train import TrainJob
 from forescale.plan.config import PlanJob
 
@@ -61,3 +62,13 @@ def test_a_job_names_what_it_trains_in(monkeypatch, kind):
 
 def test_it_imports_nothing_heavy():
     assert "import torch" not in Path(hardware.__file__).read_text()
+
+
+def test_a_run_that_goes_on_on_another_machine_keeps_its_own(monkeypatch):
+    """Whether its name is typed or not; what is typed holds."""
+    monkeypatch.setattr(train, "native_precision", lambda: "fp32")
+    frozen = plain(compose(TrainJob, ["precision=bf16"]))
+    for words in ([], ["run.name=first"], ["train.seed=5"]):
+        assert compose(TrainJob, words, find=lambda run: frozen).precision.kind == "bf16"
+    assert compose(TrainJob, ["precision=fp16"], find=lambda run: frozen).precision.kind == "fp16"
+    assert compose(TrainJob, [], find=lambda run: None).precision.kind == "fp32"
