@@ -246,4 +246,4 @@ def _cluster() -> str:
             break
     else:
         names.append(socket.gethostname())
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:8]
+    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()[:8]

@@ -5,6 +5,7 @@ lines of shell, and a run's directory may have been written by another.
 """
 
 import hashlib
+import os
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -46,5 +47,5 @@ def recall(run: Path) -> dict[str, Any]:
 
 
 def _file(run: Path) -> Path:
-    digest = hashlib.sha256(str(run.expanduser().resolve()).encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(run.expanduser().resolve())).hexdigest()
     return user_state_path("forescale") / "submitted" / f"{digest}.json"

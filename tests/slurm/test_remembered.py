@@ -42,6 +42,7 @@ def test_they_are_read_from_no_directory_that_another_may_have_written(named, tm
     assert not [p for p in (tmp_path / "runs").rglob("*") if "submitted" in p.name]
     other = tmp_path / "other/small"
     assert remembered.recall(other) == {}
+    assert remembered.recall(tmp_path / "caf\udce9") == {}, "bytes of a name that aren't UTF-8"
 
 
 def test_a_damaged_file_is_as_none(named, tmp_path):
