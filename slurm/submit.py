@@ -149,7 +149,8 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
         _refuse_twice(Run(plan.given.run.directory))
     started = [start(_given(plan).training, newest=newest_step) for plan in plans]
     for begun in started:
-        held = hold(begun.run, begun.job.run.origin, begun.job.run.root)
+        waits = bool(_given(plans[0]).slurm.after)  # perhaps for the run that it branches off
+        held = hold(begun.run, begun.job.run.origin, begun.job.run.root, ahead=waits)
         for note in (*begun.notes, *held):
             print(f"Note: {note}")
     runs = [s.run for s in started]

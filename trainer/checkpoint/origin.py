@@ -23,18 +23,18 @@ def newest_step(run: Run) -> int:
     raise UserError(str(run.path), "this run has no checkpoint yet", todo)
 
 
-def hold(branch: Run, origin: Any, root: str) -> list[str]:
+def hold(branch: Run, origin: Any, root: str, ahead: bool = False) -> list[str]:
     """Pin the checkpoint that a branch begins with, unless it has one of its own. Return a sentence
     if it can't be pinned, such as in the run of somebody else.
 
-    origin: `run.from` of its job, with the step; root: where runs are looked for. Raises UserError
-    if there is no such checkpoint.
+    origin: `run.from` of its job, with the step; root: where runs are looked for; ahead: the branch
+    waits for a job that may have yet to make it. Raises UserError if there is no such checkpoint.
     """
     if origin.run is None or origin.step is None or branch.checkpoint_steps():
         return []
     run = Run.existing(origin.run, root)
     try:
-        pin(run, origin.step)
+        pin(run, origin.step, ahead=ahead)
     except OSError as e:
         where = run.checkpoint_path(origin.step)
         return [f"{where} can't be pinned ({e.strerror}); it may be deleted there."]

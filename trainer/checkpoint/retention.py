@@ -215,12 +215,14 @@ def is_pinned(run: Run, step: int) -> bool:
     return _pin_path(run, step).exists()
 
 
-def pin(run: Run, step: int, off: bool = False) -> bool:
+def pin(run: Run, step: int, off: bool = False, ahead: bool = False) -> bool:
     """Pin the checkpoint at `step`, or unpin it if `off`. Returns True if that changed anything.
 
-    Raises UserError if there is no such checkpoint.
+    ahead: also one that the run has yet to make. Raises UserError if there is no such checkpoint.
     """
-    if step not in (known := run.checkpoint_steps()):
+    known = run.checkpoint_steps()
+    is_to_come = ahead and step > max(known, default=0)
+    if step not in known and not is_to_come:
         steps = ", ".join(map(str, known)) or "none"
         todo = f"choose one of these steps: {steps}"
         raise UserError(str(run.checkpoint_path(step)), "no such checkpoint", todo)
@@ -230,6 +232,7 @@ def pin(run: Run, step: int, off: bool = False) -> bool:
         _pin_path(run, step).unlink()
         fsync_path(run.checkpoints)
     else:
+        run.checkpoints.mkdir(exist_ok=True)
         write_file(_pin_path(run, step), b"")
     return True
 

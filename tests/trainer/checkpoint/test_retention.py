@@ -295,6 +295,20 @@ def long_run(own_run):
     return own_run
 
 
+def test_a_checkpoint_that_is_to_come_is_pinned_ahead(tmp_path):
+    """For a branch that waits in the queue until its trunk has made it."""
+    run = Run(tmp_path / "trunk")
+    run.path.mkdir()
+    with pytest.raises(UserError, match="no such checkpoint"):
+        pin(run, 16)
+    assert pin(run, 16, ahead=True)
+    assert is_pinned(run, 16)
+    assert run.checkpoint_steps() == []
+    run.checkpoint_path(20).mkdir()
+    with pytest.raises(UserError, match="no such checkpoint"):
+        pin(run, 12, ahead=True)  # it was passed
+
+
 def test_pin_and_unpin(long_run, forescale):
     assert forescale("pin", "small", "step=4")[:2] == (
         0,
