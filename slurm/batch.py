@@ -67,7 +67,8 @@ class Batch:
             self._say(decision)
             if decision.action == "end":
                 if not self.submission.is_stopped:
-                    alerts.tell(self.run, decision.code, f"{self._how}; {decision.why}.", self._log)
+                    more = "" if decision.code == DONE else f"; {decision.why}"
+                    alerts.tell(self.run, decision.code, f"{self._how}{more}.", self._log)
                 return decision.code
             if decision.action == "requeue":
                 return self._requeue(decision)

@@ -26,7 +26,7 @@ KEYS = {
     "slurm.nodes": "1",
     "slurm.allreduce": "false",
     "train.steps": str(STEPS),
-    # Ranks of a node that dies twice may end alike: that is not what a crash loop is.
+    # Some steps take longer, so that a run lasts long enough to meet a fault.
     "faults": "[" + ",".join(f"slow@{step}:rank0" for step in range(5, STEPS, 10)) + "]",
 }
 pytestmark = pytest.mark.timeout(3600)
