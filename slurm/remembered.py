@@ -26,10 +26,13 @@ def remember(job: SubmitJob) -> None:
     """Keep the settings of a job that SLURM has accepted. Without a place for them, they are typed
     again the next time."""
     settings = {k: v for k, v in plain(job.slurm).items() if k not in _OF_ONE_COMMAND}
+    machine = plain(job.machine)
+    if not job.slurm.has_gpus:
+        machine["memory_bytes"] = None  # on CPUs it follows from slurm.mem
     with suppress(OSError, UserError):
         path = _file(job.run.directory)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(path, {"slurm": settings, "machine": plain(job.machine)})
+        write_json(path, {"slurm": settings, "machine": machine})
 
 
 def recall(run: Path) -> dict[str, Any]:

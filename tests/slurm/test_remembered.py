@@ -7,7 +7,7 @@ from forescale.run.command import job_of
 from forescale.run.start import start
 from forescale.slurm import remembered
 from forescale.slurm.config import SubmitJob
-from forescale.slurm.submit import _jobs
+from forescale.slurm.submit import _jobs, on_nodes
 from tests.trainer.small_run import make_job
 
 
@@ -27,7 +27,7 @@ def test_settings_are_those_of_the_last_submission(named):
         "slurm.setup=[source x]",
         "slurm.after=[7]",
     ]
-    remembered.remember(job_of(SubmitJob, [*named, *words]))
+    remembered.remember(on_nodes(job_of(SubmitJob, [*named, *words])))
     (job,) = _jobs([*named, "train.micro_batch=1"])
     assert (job.machine.name, job.slurm.nodes, job.slurm.setup) == ("CPU", 2, ["source x"])
     assert job.slurm.after == [], "that was for one submission"
