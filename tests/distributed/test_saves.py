@@ -4,6 +4,7 @@ world; always the same losses."""
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import time
@@ -37,6 +38,19 @@ def wait_for(process, holds, what):
         time.sleep(0.002)
 
 
+def await_attempt(process, trains):
+    """The launcher, when its new attempt trains; or None where there is none any more: it was
+    killed, or it gave up (76), as it must when three kills in a row come before a checkpoint."""
+    deadline = time.monotonic() + 120
+    while process is not None and not trains():
+        if process.poll() is not None:
+            assert process.returncode in (-signal.SIGKILL, 76), process.stdout.read()
+            return None
+        assert time.monotonic() < deadline, "in vain: a step of a new attempt"
+        time.sleep(0.002)
+    return process
+
+
 def expect_whole(run):
     """Everything with a checkpoint's name, while the next one may be being written."""
     found = Run(run)
@@ -56,19 +70,21 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(dataset, tmp_pa
     launching.train(tmp_path, "run.name=whole", *command)
     process, killed, last, victims = None, 0, 0, []
     while killed < kills:
-        if process is None or process.poll() is not None:
+        process = await_attempt(process, lambda: newest_attempt(run) > last)  # noqa: B023
+        if process is None:
             process = launching.start(tmp_path, "run.name=cut", *command)
-        this = process
-        wait_for(this, lambda: newest_attempt(run) > last, "a step of a new attempt")  # noqa: B023
+            continue
         time.sleep(rng.uniform(0, 0.6))
+        victim, there = rng.choice(["launcher", 0, 1]), launching.ranks_of(process)
+        if victim != "launcher" and victim not in there:
+            continue
         last = newest_attempt(run)
-        victim = rng.choice(["launcher", 0, 1])
         if victim == "launcher":
             process.kill()
             process.communicate(timeout=60)
             while launching.processes(tmp_path):  # the ranks go with it
                 time.sleep(0.1)
-        elif victim in (there := launching.ranks_of(process)):
+        else:
             there[victim].kill()
         expect_whole(run)
         killed += 1
