@@ -27,7 +27,7 @@ from forescale.resilience import alerts, outcome
 from forescale.resilience.launcher import ATTEMPT
 from forescale.run.directory import Attempt, Run
 from forescale.slurm import policy, queue, steps
-from forescale.slurm.preflight import Preflight, PreflightReport, Wanted
+from forescale.slurm.preflight.collect import Preflight, PreflightReport, Wanted
 from forescale.slurm.submission import Submission
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

@@ -218,7 +218,7 @@ def ranks(submission: Submission, run: Path, attempt: Path, words: Sequence[str]
 def nodes(submission: Submission) -> list[str]:
     """Return the command that prepares and checks every node, with one task per node."""
     settings = submission.settings
-    module = "forescale.slurm.node"
+    module = "forescale.slurm.preflight.node"
     look = [*python(submission), "-P", "-m", module] if settings.preflight else ["true"]
     look = [*containers.prefix(submission), *look]
     lines = [

@@ -45,9 +45,9 @@ from forescale.resilience.heartbeat import (
     write_node,
 )
 from forescale.run.directory import Parent, Run
-from forescale.slurm.findings import PreflightReport, Wanted
 from forescale.slurm.policy import past
-from forescale.slurm.preflight import Preflight
+from forescale.slurm.preflight.collect import Preflight
+from forescale.slurm.preflight.findings import PreflightReport, Wanted
 from forescale.slurm.steps import failures
 from forescale.storage import TABLE, check_table
 from tests.benchmarks.pairing import Result
@@ -220,7 +220,7 @@ def preflight(world: int, folder: Path, rounds: int) -> Cells:
 
 
 def _node(server: Any, host: str) -> bytes:
-    """Says what slurm.node says of a node that is well, and stays until the line is closed."""
+    """Says what a node that is well says, and stays until the line is closed."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as line:
         heard = line.makefile("rb")
         say = lambda word: line.sendall(json.dumps(word).encode() + b"\n")  # noqa: E731

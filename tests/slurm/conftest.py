@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from forescale.slurm.findings import Wanted
+from forescale.slurm.preflight.findings import Wanted
 from tests.slurm.plain_wanted import PLAIN
 
 

@@ -14,7 +14,7 @@ from forescale.run.directory import Run
 from forescale.slurm import batch, queue
 from forescale.slurm.batch import Batch
 from forescale.slurm.config import SlurmConfig
-from forescale.slurm.findings import NodeFault, PreflightReport
+from forescale.slurm.preflight.findings import NodeFault, PreflightReport
 from forescale.slurm.submission import Submission
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.errors import storage_error
-from forescale.slurm.findings import NodeFault, Wanted
+from forescale.slurm.preflight.findings import NodeFault, Wanted
 
 _GIB = 2**30
 _LITTLE, _FEW = _GIB, 10_000  # warn below these free bytes and inodes of the run's storage

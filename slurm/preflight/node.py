@@ -1,4 +1,5 @@
-"""The preflight of one node, `python -P -m forescale.slurm.node`: reports faults to the supervisor.
+"""The preflight of one node, `python -P -m forescale.slurm.preflight.node`: reports faults to the
+supervisor.
 
 Invariant: it ends in time, whatever hangs. The main thread only waits; other threads do what may
 hang (storage, a driver, a peer). If the main thread hangs too, faulthandler ends the process. Exit
@@ -24,9 +25,9 @@ from functools import partial
 from typing import Any
 
 from forescale.rendezvous import free_port, interface_to, open_store
-from forescale.slurm.findings import Wanted, rounds
-from forescale.slurm.looks import Here, look
-from forescale.slurm.preflight import ADDRESS
+from forescale.slurm.preflight.collect import ADDRESS
+from forescale.slurm.preflight.findings import Wanted, rounds
+from forescale.slurm.preflight.looks import Here, look
 
 _CONNECT = 20.0  # seconds to reach the supervisor
 _ANSWER = 120.0  # seconds for its first answer

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from forescale.slurm import node
-from forescale.slurm.findings import ALL, Wanted
-from forescale.slurm.preflight import Preflight
+from forescale.slurm.preflight import node
+from forescale.slurm.preflight.collect import Preflight
+from forescale.slurm.preflight.findings import ALL, Wanted
 from tests.slurm.plain_wanted import PLAIN
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def start(looks: Preflight, host: str, **environment: str) -> subprocess.Popen:
@@ -28,7 +28,7 @@ def start(looks: Preflight, host: str, **environment: str) -> subprocess.Popen:
         "OMP_NUM_THREADS": "1",
         **environment,
     }
-    return subprocess.Popen([sys.executable, "-m", "forescale.slurm.node"], env=words)
+    return subprocess.Popen([sys.executable, "-m", "forescale.slurm.preflight.node"], env=words)
 
 
 @contextmanager

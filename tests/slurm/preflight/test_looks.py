@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from forescale.rendezvous import interface_to
-from forescale.slurm import looks as looks_of
-from forescale.slurm.findings import NodeFault, PreflightReport, Wanted, rounds, skew_of, slow_nodes
+from forescale.slurm.preflight import looks as looks_of
+from forescale.slurm.preflight.findings import (
+    NodeFault,
+    PreflightReport,
+    Wanted,
+    rounds,
+    skew_of,
+    slow_nodes,
+)
 from tests.slurm.plain_wanted import PLAIN
 
 DATASET = {"file": "train-000000.tar", "size": 7, "index": "train-000000.index.json"}

@@ -28,7 +28,7 @@ from statistics import median_high
 from typing import Any
 
 from forescale.rendezvous import meeting_address
-from forescale.slurm.findings import (
+from forescale.slurm.preflight.findings import (
     NodeFault,
     PreflightReport,
     Wanted,
