@@ -42,6 +42,22 @@ class Order:
 
 def render(order: Order) -> str:
     """Return the script as text. Raises UserError for an option that doesn't fit in one line."""
+    names = order.names
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return rendered(
+        "job.sbatch.j2",
+        order.settings,
+        title=f"Run {some}",
+        profile=order.profile,
+        script=order.submissions[0].script,
+        options=options(order),
+        runs=order.runs,
+        jobs=[s.path for s in order.submissions],
+    )
+
+
+def rendered(template: str, settings: SlurmConfig, **values: object) -> str:
+    """Return the script that a template of this directory makes of `values` and the settings."""
     room = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -51,16 +67,10 @@ def render(order: Order) -> str:
     )
     room.filters["comment"] = _in_one_line
     room.filters["quoted"] = lambda text: shlex.quote(str(text))
-    names, settings = order.names, order.settings
-    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return room.get_template("job.sbatch.j2").render(
-        title=f"Run {some}, of {time.strftime('%Y-%m-%d %H:%M:%S')}.",
+    return room.get_template(template).render(
+        values,
+        time=time.strftime("%Y-%m-%d %H:%M:%S"),
         version=versions()["forescale"],
-        profile=order.profile,
-        script=order.submissions[0].script,
-        options=options(order),
-        runs=order.runs,
-        jobs=[s.path for s in order.submissions],
         modules=settings.modules,
         setup=settings.setup,
         scratch=settings.scratch.rstrip("/"),
@@ -80,7 +90,7 @@ def options(order: Order) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = [
         (f"--job-name={shlex.quote(order.names[0] + ('+' if several else ''))}", ""),
         (
-            f"--output={_escaped(log)}",
+            f"--output={escaped(log)}",
             "output of this script; ranks write to attempts/NNNN/rank-N.log",
         ),
         ("--open-mode=append", "a requeued job appends to the same file"),
@@ -92,6 +102,22 @@ def options(order: Order) -> list[tuple[str, str]]:
         found.append(
             (f"--array=0-{len(order.names) - 1}{throttle}", "one task of the array per run")
         )
+    found += resources(s)
+    if s.time is not None:
+        why = "this many seconds before the limit, ranks save and end"
+        found.append((f"--signal=B:USR1@{order.lead}", why))
+    if s.after:
+        found.append((f"--dependency=afterok:{':'.join(s.after)}", ""))
+        found.append(
+            ("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay in the queue")
+        )
+    found.append(("--requeue" if s.requeue else "--no-requeue", ""))
+    return in_lines([*found, *((option, "") for option in s.options)])
+
+
+def resources(s: SlurmConfig) -> list[tuple[str, str]]:
+    """Return sbatch's options for what a job gets, for how long, and who hears of its end."""
+    found: list[tuple[str, str]] = []
     if s.gres:
         found.append((f"--gres={shlex.quote(s.gres)}", ""))
     if s.gpus_per_node and not s.gpus_of_gres:
@@ -103,22 +129,18 @@ def options(order: Order) -> list[tuple[str, str]]:
         found.append((f"--cpus-per-task={s.cpus_per_task}", ""))
     if s.time is not None:
         found.append((f"--time={_time(s.time.seconds or 0.0)}", ""))
-        why = "this many seconds before the limit, ranks save and end"
-        found.append((f"--signal=B:USR1@{order.lead}", why))
     if s.exclusive:
         found.append(("--exclusive", ""))
     if s.exclude:
         found.append((f"--exclude={shlex.quote(','.join(s.exclude))}", ""))
-    if s.after:
-        found.append((f"--dependency=afterok:{':'.join(s.after)}", ""))
-        found.append(
-            ("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay in the queue")
-        )
     if s.mail:
         found.append((f"--mail-user={shlex.quote(s.mail)}", ""))
         found.append(("--mail-type=END,FAIL", "not for each requeue"))
-    found.append(("--requeue" if s.requeue else "--no-requeue", ""))
-    found += [(option, "") for option in s.options]
+    return found
+
+
+def in_lines(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the options. Raises UserError for one that doesn't fit in one line."""
     for option, _ in found:
         if not option.isprintable():
             what = "has a line break or another control character, which sbatch can't read"
@@ -140,7 +162,7 @@ def _time(seconds: float) -> str:
     return f"{days}-{hours:02d}:{minutes:02d}:{rest:02d}"
 
 
-def _escaped(path: Path) -> str:
+def escaped(path: Path) -> str:
     """Return a quoted file name for sbatch, with % escaped in the directory."""
     directory = str(path.parent).replace("%", "%%")
     return shlex.quote(f"{directory}/{path.name}")
