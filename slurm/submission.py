@@ -14,6 +14,8 @@ Invariant: `submit` alone writes them, except slurm.log and stop. So a job that 
 months reads the settings of the day of its submission.
 """
 
+import os
+import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -132,3 +134,17 @@ def in_queue(found: Iterable[Submission]) -> list[tuple[Submission, queue.Job]]:
         return []
     jobs = {j.id: j for j in queue.jobs(sorted({str(i).partition("_")[0] for i in by_id}))}
     return [(s, jobs[i]) for i, s in by_id.items() if i in jobs and s.is_of(jobs[i])]
+
+
+def expect_own(submission: Submission, job: queue.Job) -> None:
+    """Raise UserError unless the job is this user's, on the cluster that took it, and its script
+    that of this submission: the file with its id may be anybody's, and name any job, and ids begin
+    anew. (That it is not older than the submission is known from the queue.)"""
+    owner, script = queue.owner_and_script(job.id)
+    text = script.read_text(errors="replace") if script and script.is_file() else ""
+    jobs = [line.strip() for line in text.splitlines()]
+    its = owner == os.getuid() and shlex.quote(str(submission.path.resolve())) in jobs
+    if not its or submission.accepted.get("cluster") not in (None, queue.cluster()):
+        what = f"names job {job.id}, which SLURM doesn't know as a job of yours for this run"
+        todo = f"if it is yours after all: scancel {job.id}"
+        raise UserError(str(submission.path / "job.json"), what, todo)

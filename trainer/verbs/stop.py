@@ -1,7 +1,6 @@
 """`forescale stop`: make a run save and exit, here or in the queue, which won't restart it."""
 
 import os
-import shlex
 import socket
 import time
 from contextlib import suppress
@@ -20,7 +19,7 @@ from forescale.resilience.launcher import ATTEMPT
 from forescale.resilience.outcome import launch_of, process_mark
 from forescale.run.directory import Run
 from forescale.slurm import queue
-from forescale.slurm.submission import Submission, waiting_or_running
+from forescale.slurm.submission import Submission, expect_own, waiting_or_running
 
 _RESTART = 10.0  # seconds: longer than a launcher waits before it starts ranks again
 
@@ -50,7 +49,7 @@ def main(words: list[str]) -> int:
         if Status(run).state == "complete":
             what = f"the run is complete, and its job {found[1].id} ends by itself"
             raise UserError(str(run.path), what, f"if it doesn't: scancel {found[1].id}")
-        _expect_job_of(*found)
+        expect_own(*found)
         _stop_job(*found, job.now)
     elif process := _launcher(run):
         _stop_launcher(process, job.now)
@@ -58,20 +57,6 @@ def main(words: list[str]) -> int:
         todo = "see forescale status; on another machine, give this command there"
         raise UserError(str(run.path), "it neither runs on this machine nor is in the queue", todo)
     return DONE
-
-
-def _expect_job_of(submission: Submission, job: queue.Job) -> None:
-    """Raise UserError unless the job is this user's, on the cluster that took it, and its script
-    that of this submission: the file with its id may be anybody's, and name any job, and ids begin
-    anew. (That it is not older than the submission is known from the queue.)"""
-    owner, script = queue.owner_and_script(job.id)
-    text = script.read_text(errors="replace") if script and script.is_file() else ""
-    jobs = [line.strip() for line in text.splitlines()]
-    its = owner == os.getuid() and shlex.quote(str(submission.path.resolve())) in jobs
-    if not its or submission.accepted.get("cluster") not in (None, queue.cluster()):
-        what = f"names job {job.id}, which SLURM doesn't know as a job of yours for this run"
-        todo = f"if it is yours after all: scancel {job.id}"
-        raise UserError(str(submission.path / "job.json"), what, todo)
 
 
 def _stop_job(submission: Submission, job: queue.Job, now: bool) -> None:
