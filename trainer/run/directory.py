@@ -7,6 +7,7 @@
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
+      evaluations/0001/             the same for evaluations, see slurm/evaluations.py
 
 Invariant: an attempt writes only inside its own directory, and a file has one writing process. So
 an old attempt that wakes up while a newer one runs can't damage it. Which checkpoints are eligible,
@@ -152,6 +153,10 @@ class Run:
     def new_job(self) -> Path:
         """Make the directory of the next submission."""
         return _next(self.path / "jobs")
+
+    def new_evaluations(self) -> Path:
+        """Make the directory of the next evaluations that are submitted to SLURM."""
+        return _next(self.path / "evaluations")
 
     def read_events(self, **fields: Any) -> list[Row]:
         """Return the events of all attempts, oldest attempt first; filters as in `read_rows`."""
