@@ -14,7 +14,7 @@ from forescale.config.compose import compose, groups, overrides_of
 from forescale.config.schema import leaves
 from forescale.config.train import TrainJob
 from forescale.slurm.config import SubmitJob
-from forescale.verbs import VERBS, load
+from forescale.verbs import VERBS, load, schema_of
 from forescale.verbs.study import refuse_other_keys
 from tests.benchmarks.run import NAMES
 
@@ -115,13 +115,13 @@ def test_every_key_that_is_named_exists(path):
 def test_every_command_line_of_a_block_is_one(path):
     for words in commands(path.read_text()):
         verb, *rest = words
-        job = load(verb).JOB
+        job = schema_of(load(verb), rest)
         rest, more = divided(rest)
         rest = [word for word in rest if not word.startswith("--")]  # flags stand for keys
         if verb == "study":
             action, *rest = rest
             refuse_other_keys(action, overrides_of(job, rest))
-        if rest[:1] == ["train"]:
+        if verb == "submit" and rest[0] in ("train", "eval"):
             rest = rest[1:]
         if rest[:1] == ["show"]:
             rest = ["text", "output=none"]

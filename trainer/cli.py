@@ -13,7 +13,7 @@ from pathlib import Path
 
 from forescale.console import visible_output
 from forescale.errors import DONE, INTERRUPTED, USER, UserError, storage_error
-from forescale.verbs import VERBS, load
+from forescale.verbs import VERBS, load, schema_of
 
 _NO_HOME = "Could not determine home directory."  # all that pathlib says of ~nobody
 _python_warning = warnings.formatwarning
@@ -84,7 +84,10 @@ def _dispatch(arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in rest):
         from forescale.config.help import explain
 
-        print(explain(verb.JOB, VERBS[name], verb.EXAMPLES, action=rest[0]), end="")
+        schema = schema_of(verb, rest)
+        purpose = VERBS[name] if schema is verb.JOB else str(schema.__doc__)
+        examples = [line for line in verb.EXAMPLES if line.startswith(schema.VERB)]
+        print(explain(schema, purpose, examples, action=rest[0]), end="")
         return DONE
     return verb.main(rest)
 

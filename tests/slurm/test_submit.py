@@ -54,9 +54,9 @@ def test_a_dry_run_prints_the_script_alone_and_writes_nothing(submit, tmp_path):
 
 def test_train_is_what_is_submitted_where_nothing_is_said(submit):
     assert submit("run.name=x", "--dry-run")[0] == 0
-    code, _, err = submit("eval", "x")
+    code, _, err = submit("generate", "x")
     assert code == 2
-    assert "eval: can't be submitted" in err
+    assert "generate: can't be submitted; write forescale submit train" in err
 
 
 def test_without_slurm_there_is_a_sentence_and_no_trace_of_a_job(submit, tmp_path):

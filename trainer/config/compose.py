@@ -150,7 +150,7 @@ def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str,
     (Hydra would silently take one of them).
     """
     found: dict[str, Group] = {}
-    for name, default in _choices_of(schema.VERB):
+    for name, default in _choices_of(_primary(schema)):
         files: dict[str, Path] = {}
         for root in (CONF, *_own(conf_dirs)):
             if not root.is_dir():
@@ -168,6 +168,11 @@ def _own(conf_dirs: Sequence[str | Path]) -> list[Path]:
     """Return the user's directories: `conf_dirs`, or those in FORESCALE_CONF if it is empty."""
     given = conf_dirs or [d for d in os.environ.get(VARIABLE, "").split(os.pathsep) if d]
     return [Path(d).expanduser() for d in given]
+
+
+def _primary(schema: type[Job]) -> str:
+    """Return the name of a verb's primary config: submit-eval for `submit eval`."""
+    return schema.VERB.replace(" ", "-")
 
 
 def _choices_of(primary: str) -> Iterator[tuple[str, str | None]]:
@@ -218,7 +223,7 @@ def _read(
 
 def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
     """Return the conf tree with the chosen files, not yet resolved; empty if the verb has none."""
-    if not (CONF / f"{schema.VERB}.yaml").exists():
+    if not (CONF / f"{_primary(schema)}.yaml").exists():
         return OmegaConf.create()
     chosen = [f"{group}={choice}" for group, choice in picks.items()]
     if own := _own(conf_dirs):
@@ -226,7 +231,7 @@ def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | P
         chosen.append(f"hydra.searchpath=[{paths}]")
     try:
         with initialize_config_dir(str(CONF), job_name="forescale", version_base="1.3"):
-            config = hydra_compose(schema.VERB, overrides=chosen)
+            config = hydra_compose(_primary(schema), overrides=chosen)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else " ".join(chosen)

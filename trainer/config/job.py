@@ -37,7 +37,8 @@ class Action(NamedTuple):
 class Job:
     """One command, read and checked.
 
-    VERB: the verb's name. If the verb has groups of choices, conf/VERB.yaml is its primary config.
+    VERB: the verb's name, with its first word if that has a job of its own. If it has groups of
+    choices, conf/VERB.yaml is its primary config, with - for a space.
     TARGET: the key that an argument without `=` sets; "" if the verb takes no such argument.
     FLAGS: each flag, such as --json, with the key that it sets to true.
     ACTIONS: the actions by name, if the verb has several; each reads some of the keys.

@@ -6,6 +6,7 @@ A verb NAME is a line of VERBS and the file verbs/NAME.py, which defines
               keys, with their defaults, help and rules
     EXAMPLES  command lines without the word forescale, for --help
     FIRST     optional: words that the first argument may be, such as `train` in `submit train`
+    JOBS      optional: by such a word, the job with its keys, where that isn't JOB
     main      takes the arguments after the verb, prints, and returns the exit code
 
 The command line, `--help` and shell completion read nothing else, and a test compares the README's
@@ -14,7 +15,7 @@ tests/test_walls.py allows, prints), and no verb imports another.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -41,6 +42,12 @@ VERBS = {
     "drill": "Inject faults into a tiny run, and show what it survives and at what cost.",
     "completion": "Print the shell completion script for bash, zsh or fish.",
 }
+
+
+def schema_of(verb: "Verb", words: Sequence[str]) -> type[Job]:
+    """Return the job of a verb that is followed by `words`: their first one may have its own."""
+    found: Mapping[str, type[Job]] = getattr(verb, "JOBS", {})
+    return found.get(words[0] if words else "", verb.JOB)
 
 
 class Verb(Protocol):

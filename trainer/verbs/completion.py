@@ -14,7 +14,7 @@ from forescale.config.compose import compose, groups, overrides_of
 from forescale.config.job import Job
 from forescale.config.schema import key, leaves, options
 from forescale.errors import DONE, UserError
-from forescale.verbs import VERBS, load
+from forescale.verbs import VERBS, load, schema_of
 
 _WORDS = "--words"  # not for users: the scripts call it
 _RUNS = ("target", "run.name", "run.from.run", "plan.from_run", "target.run")  # hold names of runs
@@ -101,7 +101,7 @@ def candidates(before: Sequence[str], last: str) -> list[str]:
     if not before:
         return [word for word in (*VERBS, "--help", "--version") if word.startswith(last)]
     verb = load(before[0])
-    schema = verb.JOB
+    schema = schema_of(verb, before[1:])
     name, equals, value = last.partition("=")
     if equals:
         found = _values(schema, name, before[1:])

@@ -1,15 +1,10 @@
 """`forescale eval`: score a trained model on a dataset, in comparison with compressors."""
 
-# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
-
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from forescale.checkpoint.reader import Position
 from forescale.config.compose import compose, overrides_of
-from forescale.config.job import RunJob
-from forescale.config.schema import key, section
-from forescale.config.sections.data import CorpusConfig
+from forescale.config.eval import EvalJob
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
 from forescale.errors import DONE
@@ -19,25 +14,6 @@ from forescale.run.feed import objective_of
 
 if TYPE_CHECKING:
     from forescale.train.evaluate import Score
-
-
-@dataclass
-class EvalJob(RunJob):
-    """A checkpoint and the windows to score it on."""
-
-    VERB: ClassVar[str] = "eval"
-
-    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
-    split: Literal["train", "validation"] = key("validation", "part of the dataset")
-    windows: int | None = key(
-        None, "number of windows, evenly spread over the split; null: all", ge=1
-    )
-    micro_batch: int = key(8, "windows in one forward pass", ge=1)
-    trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
-    data: CorpusConfig = section(
-        CorpusConfig, "the dataset to score on; null: the datasets of the run"
-    )
 
 
 JOB = EvalJob

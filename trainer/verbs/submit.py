@@ -1,15 +1,18 @@
-"""`forescale submit train`: plan a job, freeze it, and submit it to SLURM."""
+"""`forescale submit`: freeze a training job, or evaluations of its checkpoints, and submit it to
+SLURM."""
 
 from forescale.config.compose import overrides_of
 from forescale.errors import DONE, UserError
+from forescale.slurm import evaluations
 from forescale.slurm.config import SubmitJob
 from forescale.slurm.submit import submit
 
-_TODO = "write forescale submit train [RUN] [KEY=VALUE ...]"
+_TODO = "write forescale submit train [RUN] [KEY=VALUE ...], or forescale submit eval RUN"
 
-FIRST = ("train",)
+FIRST = ("train", "eval")
 
 JOB = SubmitJob
+JOBS = {"eval": evaluations.EvaluationsJob}
 EXAMPLES = (
     "submit train big slurm.nodes=8 slurm.gpus_per_node=8 model=llama-7b engine=zero3 "
     "train.global_batch=1024   (the same command again resumes the run)",
@@ -18,12 +21,17 @@ EXAMPLES = (
     "slurm.time='2 h'",
     "submit train slurm.runs=sweep.txt slurm.at_once=4 slurm.gpus_per_node=1   "
     "(one array; a line of the file is a run)",
+    "submit eval big   (all its checkpoints; keys: forescale submit eval --help)",
+    "submit eval big steps=[10000,20000] slurm.at_once=1   (also those that are yet to be saved)",
 )
 
 
 def main(arguments: list[str]) -> int:
     """Return 0. Raises ConfigError with all problems of all runs before anything is written."""
     first = arguments[0] if arguments else "train"
+    if first == "eval":
+        evaluations.submit(arguments[1:])
+        return DONE
     if first != "train" and first not in SubmitJob.FLAGS and "=" not in first:
         raise UserError(first, "can't be submitted", _TODO)
     submit(overrides_of(SubmitJob, arguments[1:] if first == "train" else arguments))

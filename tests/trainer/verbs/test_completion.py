@@ -51,6 +51,8 @@ def here(tmp_path, monkeypatch):
         (["status", "--"], ["--help", "--json", "--live"]),
         (["submit", "trai"], ["train", "train."]),
         (["submit", "--d"], ["--dry-run"]),
+        (["submit", "eval", "st"], ["steps="]),
+        (["submit", "eval", "fi"], ["fifth", "first"]),
         (["completion", "z"], ["zsh"]),
         (["doctor", "zz"], []),
     ],

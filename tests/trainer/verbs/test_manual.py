@@ -13,6 +13,15 @@ def test_help_shows_examples_and_keys(verb, forescale):
     assert "run.root" in out or verb in ("shards", "drill", "study", "completion")
 
 
+def test_a_first_word_with_keys_of_its_own_has_a_page_of_its_own(forescale):
+    code, out, _ = forescale("submit", "eval", "--help")
+    assert code == 0
+    assert out.startswith("forescale submit eval [RUN|PATH] ")
+    assert "\n  steps " in out
+    assert "train.steps" not in out
+    assert "steps=" not in forescale("submit", "train", "--help")[1].partition("Keys")[2]
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_key_is_a_sentence(verb, forescale):
     code, out, err = forescale(verb, "zzz.yyy=1")

@@ -1,0 +1,345 @@
+"""Evaluations of a run's checkpoints as jobs of SLURM: one array, whose tasks are `forescale eval`
+of one checkpoint each. Run as a program, `python -P -m forescale.slurm.evaluations JOB STEP
+ARGUMENTS`, this is such a task.
+
+    runs/<name>/evaluations/0001/
+      submission.json, job.sbatch, code.tar, job.json    as in jobs/, see submission.py
+      step-00010000.log                                  what a task prints: the scores
+      logs/0                                             of each task, a link to its log
+
+Invariant: a task reads the run and writes its log alone, so it may fail, or start again, at any
+time. A checkpoint that is waited for is pinned first, so that the run doesn't delete it.
+"""
+
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar
+
+from forescale.checkpoint.retention import pin
+from forescale.config.compose import compose, overrides_of
+from forescale.config.eval import ScoreJob
+from forescale.config.frozen import thaw
+from forescale.config.job import Problems
+from forescale.config.schema import ConfigError, Problem, build, key, plain, section
+from forescale.config.train import TrainJob
+from forescale.errors import INTERRUPTED, UserError
+from forescale.monitor.status import Status
+from forescale.run.directory import Run
+from forescale.run.identity import version_of_checkout
+from forescale.run.start import versions
+from forescale.slurm import containers, queue, remembered, steps
+from forescale.slurm.config import SlurmConfig, SubmitConfig
+from forescale.slurm.script import escaped, in_lines, rendered, resources
+from forescale.slurm.snapshot import described, own_packages, write_code
+from forescale.slurm.submission import Submission, expect_own, waiting_or_running
+from forescale.storage import read_json, write_file
+
+_SOONEST = 60.0  # seconds until a task looks again for its checkpoint
+_GPUS = re.compile(r"(\bgpu(?::[^,:]*[^0-9,:][^,:]*)?):[0-9]+")  # of --gres, without their number
+# Keys of slurm that say how many ranks there are, or how a job of many ranks starts and goes on.
+_OF_RANKS = (
+    *("nodes", "spares", "tasks_per_node", "srun", "runs"),
+    *("pack", "lead", "requeue", "max_requeues"),
+)
+
+
+@dataclass
+class EvaluationSlurm(SlurmConfig):
+    """Section `slurm` of evaluations: one process each."""
+
+    at_once: int | None = key(None, "largest number of evaluations at a time", ge=1)
+
+    def problems(self) -> Problems:
+        return [problem for problem in super().problems() if problem[0] != "at_once"]
+
+
+@dataclass
+class EvaluationsJob(ScoreJob):
+    """Evaluate checkpoints of a run, each in a SLURM job of its own, as soon as it exists."""
+
+    VERB: ClassVar[str] = "submit eval"
+    FLAGS: ClassVar = {"--dry-run": "submit.dry_run"}
+
+    target: str | None = key(None, "a run (its name or its directory)")
+    steps: list[int] = key(
+        [], "the checkpoints of these steps, also of those to come; empty: all that exist now"
+    )
+    slurm: EvaluationSlurm = section(EvaluationSlurm, "what each evaluation gets of the cluster")
+    submit: SubmitConfig = section(SubmitConfig, "how to submit")
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """One array. training: the job that has yet to make these checkpoints; None if all exist."""
+
+    run: Run
+    steps: Sequence[int]
+    submission: Submission
+    settings: SlurmConfig
+    words: Sequence[str]
+    profile: str
+    training: str | None = None
+
+    def script(self) -> str:
+        """Return the script as text. Raises UserError for a value that doesn't fit in one line."""
+        return rendered(
+            "evaluations.sbatch.j2",
+            self.settings,
+            title=f"Evaluations of run {self.run.name}",
+            profile=self.profile,
+            script=self.submission.script,
+            options=self._options(),
+            steps=self.steps,
+            job=self.submission.path,
+            words=shlex.join(self.words),
+        )
+
+    def log(self, step: int) -> Path:
+        return self.submission.path / f"{self.run.checkpoint_path(step).name}.log"
+
+    def _options(self) -> list[tuple[str, str]]:
+        s = self.settings
+        found = [
+            (f"--job-name={shlex.quote(f'{self.run.name}-eval')}", ""),
+            (f"--output={escaped(self.submission.links / '%a')}", "a link to step-N.log"),
+            ("--open-mode=truncate", "a task that starts again writes a new log"),
+            ("--nodes=1", ""),
+            ("--ntasks=1", ""),
+            (f"--array=0-{len(self.steps) - 1}{f'%{s.at_once}' if s.at_once else ''}", "the steps"),
+            *resources(s),
+            ("--requeue", "also how a task waits for its checkpoint"),
+        ]
+        waits = [f"after:{self.training}"] if self.training else []  # until it has begun
+        if s.after:
+            waits.append(f"afterok:{':'.join(s.after)}")
+            found.append(("--kill-on-invalid-dep=yes", "a job that can never start doesn't stay"))
+        if waits:
+            found.append((f"--dependency={','.join(waits)}", ""))
+        return in_lines([*found, *((option, "") for option in s.options)])
+
+
+def submit(arguments: Sequence[str]) -> None:
+    """Submit the evaluations that a command line describes; with submit.dry_run, only print the
+    scripts. Raises ConfigError with all wrong steps, and UserError if SLURM refuses."""
+    words = overrides_of(EvaluationsJob, arguments)
+    job = compose(EvaluationsJob, words)
+    run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
+    trained = thaw(TrainJob, run.config, job.trust)
+    here, to_come = _divided(run, trained, job.steps)
+    if not job.submit.dry_run:
+        queue.must_be_here()
+    training = _training(run, to_come) if to_come else None
+    settings = _settings(job, words, run)
+    profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
+    groups = [(here, None), (to_come, training)]
+
+    def made(found: Sequence[int], waits: str | None, folder: Path) -> Evaluations:
+        at, target = Submission(folder.resolve()), str(run.path.resolve())
+        return Evaluations(run, found, at, settings, [target, *_of_eval(words)], profile, waits)
+
+    groups = [group for group in groups if group[0]]
+    if job.submit.dry_run:
+        for found, waits in groups:
+            print(made(found, waits, run.path / "evaluations" / "NNNN").script(), end="")
+        return
+    if own := own_packages(trained):
+        print(f"Note: {described(own)}")
+    _enter([made(*group, run.new_evaluations()) for group in groups], trained, job)
+
+
+def _divided(run: Run, trained: TrainJob, wanted: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the wanted steps whose checkpoints exist, and those still to come. Raises ConfigError
+    for the others."""
+    known, total = run.checkpoint_steps(), trained.total_steps
+    if not wanted and not known:
+        todo = "name steps that it is going to save, such as steps=[1000,2000]"
+        raise UserError(str(run.path), "this run has no checkpoint yet", todo)
+    here = sorted({*wanted} & {*known}) if wanted else known
+    to_come = sorted({*wanted} - {*known})
+    newest, every = max(known, default=0), trained.steps_of(trained.checkpoint.every)
+    sure = {total, *trained.checkpoint.at}
+    problems = []
+    for step in to_come:
+        if step > total:
+            what, todo = f"{step:,} is after the last step of the run, {total:,}", "leave it out"
+        elif step <= newest:
+            what = f"the run is past step {step:,}, and has no checkpoint of it"
+            todo = f"choose of these: {', '.join(map(str, known)) or 'those to come'}"
+        elif step not in sure and (every is None or step % every):
+            what = f"no checkpoint is planned for step {step:,}"
+            todo = f"choose another, or give checkpoint.at=[{step}] to forescale submit train"
+        else:
+            continue
+        problems.append(Problem("steps", what, todo))
+    if problems:
+        raise ConfigError(problems)
+    return here, to_come
+
+
+def _training(run: Run, to_come: Sequence[int]) -> str:
+    """Return the id of the run's job in the queue. Raises UserError if there is none."""
+    if (found := waiting_or_running(run)) is None:
+        what = f"no job of this run is in the queue, and it has no checkpoint of step {to_come[0]}"
+        raise UserError(str(run.path), what, f"give first: forescale submit train {run.name}")
+    expect_own(*found)
+    return found[1].id
+
+
+def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfig:
+    """Return what each evaluation gets: what the command gives; besides, of the profile that it
+    names, or else of the run's last submission, one GPU and no more than a share of a node.
+
+    Raises ConfigError for keys that one process has no use for.
+    """
+    typed = {w.split("=")[0].split(".")[1] for w in words if re.match(r"slurm\.\w+", w)}
+    what, todo = "an evaluation is one process, which starts anew if it ends early", "leave it out"
+    if wrong := [name for name in _OF_RANKS if name in typed]:
+        raise ConfigError(Problem(f"slurm.{name}", what, todo) for name in wrong)
+    found: SlurmConfig = job.slurm
+    last = remembered.recall(run.path).get("slurm")
+    if last and not any(w.startswith("slurm=") for w in words):
+        found, _, _ = build(EvaluationSlurm, last)
+        found = replace(found, **{name: getattr(job.slurm, name) for name in typed})
+    one = {"nodes": 1, "tasks_per_node": 1, "pack": False, "exclusive": False}
+    one["gpus_per_node"] = min(1, found.gpus_per_node)
+    one["gres"] = _GPUS.sub(r"\1:1", found.gres) if found.gres else None
+    found = replace(found, **{name: value for name, value in one.items() if name not in typed})
+    if wrong := [Problem(f"slurm.{k}", what, todo) for k, what, todo in found.problems()]:
+        raise ConfigError(wrong)
+    return found
+
+
+def _of_eval(words: Iterable[str]) -> list[str]:
+    """Return those of a command's overrides that `forescale eval` takes, but not the run."""
+    names = {f.name for f in fields(ScoreJob)} - {"target", "run"}
+    return [word for word in words if re.split(r"[.=]", word)[0] in names]
+
+
+def _enter(groups: Sequence[Evaluations], trained: TrainJob, job: EvaluationsJob) -> None:
+    """Pin the checkpoints, submit the arrays and say what they do. If SLURM refuses one, nothing of
+    any of them is left."""
+    run, pinned, ids = groups[0].run, list[int](), list[str]()
+    try:
+        for group in groups:
+            pinned += [step for step in group.steps if pin(run, step, ahead=True)]
+            _write(group, trained, job)
+            ids.append(queue.submit(group.submission.script))
+    except BaseException:
+        for id in ids:
+            queue.cancel(id)
+        for group in groups:
+            shutil.rmtree(group.submission.path, ignore_errors=True)
+        for step in pinned:
+            pin(run, step, off=True, ahead=True)
+        raise
+    for group, id in zip(groups, ids, strict=True):
+        _accepted(group, id)
+    _report(groups, ids)
+
+
+def _write(group: Evaluations, trained: TrainJob, job: EvaluationsJob) -> None:
+    """Write the files of an array, and the links by which sbatch names its logs after steps."""
+    submission, more = group.submission, own_packages(trained)
+    write_code(submission.code, more)
+    sources = read_json(group.run.identity)["dataset"]["sources"].values()
+    data = [job.data.path] if job.data.path else [source["path"] for source in sources]
+    submission.write(
+        slurm=plain(group.settings),
+        steps=list(group.steps),
+        submitted=time.time(),
+        command=sys.argv,
+        directory=str(Path.cwd()),
+        data=[path if "://" in path else str(Path(path).expanduser().resolve()) for path in data],
+        versions={**versions(), **version_of_checkout()},
+        packages=[str(path) for path in more],
+    )
+    submission.links.mkdir()
+    for i, step in enumerate(group.steps):
+        log = os.path.relpath(group.log(step), submission.links)
+        (submission.links / str(i)).symlink_to(log)
+    write_file(submission.script, group.script().encode())
+
+
+def _accepted(group: Evaluations, id: str) -> None:
+    at, cluster = "", None
+    with suppress(UserError):  # a controller that is slow to answer
+        at = queue.show(f"{id}_0").get("SubmitTime", "")
+        cluster = queue.cluster()
+    group.submission.submitted(id, group.submission.script, cluster, at)
+
+
+def _report(groups: Sequence[Evaluations], ids: Sequence[str]) -> None:
+    run, settings = groups[0].run, groups[0].settings
+    for group, id in zip(groups, ids, strict=True):
+        several = f"steps {', '.join(f'{s:,}' for s in group.steps)}"
+        what = several if len(group.steps) > 1 else f"step {group.steps[0]:,}"
+        waits = f", each when job {group.training} has saved it" if group.training else ""
+        print(f"Submitted array {id}: {what} of {run.name}{waits}.")
+        print(f"  Script: {group.submission.script}")
+        print(f"  Scores: {group.log(group.steps[0])}{', ...' if len(group.steps) > 1 else ''}")
+    device = "one GPU" if settings.gpus == 1 else f"{settings.gpus or 'no'} GPUs"
+    print(f"Each is one process with {device}. Its checkpoint is pinned: see forescale pin --help.")
+    print(f"Follow them: squeue --jobs={','.join(ids)}. Stop them: scancel {' '.join(ids)}")
+
+
+def _look_again(run: Run, step: int) -> int:
+    """Requeue this task until half of the time has passed that the run needs up to `step`, by its
+    present pace. Return the code with which the task ends, if SLURM doesn't end it first."""
+    status = Status(run)
+    pause = max(_SOONEST, (step - status.step) * (status.step_seconds or 0.0) / 2)
+    print(
+        f"{time.strftime('%H:%M:%S')} The run is at step {status.step:,} and has not saved step "
+        f"{step:,} yet; this task looks again in {pause / 60:.0f} min.",
+        flush=True,
+    )
+    shutil.rmtree(os.environ["FORESCALE_NODE"], ignore_errors=True)  # the next start has its own
+    queue.requeue(queue.own_job(), pause=pause)
+    time.sleep(300)
+    return INTERRUPTED
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Become `forescale eval` of the checkpoint; or be requeued, if the run has yet to make it.
+
+    Raises UserError if it never will.
+    """
+    submission, step, words = Submission(Path(arguments[0])), int(arguments[1]), arguments[2:]
+    run = submission.run
+    if step not in run.checkpoint_steps():
+        goes_on = waiting_or_running(run) is not None
+        known = run.checkpoint_steps()  # only now: the job may have ended with this checkpoint
+        if step not in known and goes_on and step > max(known, default=0):
+            return _look_again(run, step)
+        if step not in known:
+            what = "no such checkpoint, and no job of the run that will make it"
+            again = f"forescale submit train {run.name}, and forescale submit eval {run.name}"
+            raise UserError(str(run.checkpoint_path(step)), what, f"give {again} steps=[{step}]")
+    command = _command(submission, words)
+    os.execvp(command[0], command)
+
+
+def _command(submission: Submission, words: Sequence[str]) -> list[str]:
+    """Return the command of the evaluation, in the container if there is one."""
+    settings = submission.settings
+    score = [*containers.python(settings), "-P", "-m", "forescale", "eval", *words]
+    inside = [*containers.prefix(submission), *score]
+    of_pyxis = containers.options(submission)  # of srun
+    return [*steps.srun(settings, 1, *of_pyxis), *inside] if of_pyxis else inside
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as e:
+        print(f"forescale: {e}", file=sys.stderr, flush=True)
+        sys.exit(e.code)
