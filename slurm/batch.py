@@ -2,6 +2,8 @@
 
     preflight on every node -> srun starts ranks -> ranks end -> policy -> next attempt or requeue
 
+A job with spare nodes has more than an attempt: the others replace lost and faulty ones.
+
 Invariant: whenever the job ends, its log and the attempt contain the reason. Decisions depend on
 the run's files alone, so every start of the job decides alike.
 """
@@ -43,9 +45,11 @@ class Batch:
         self.job: TrainJob = thaw(TrainJob, run.config, trust=True)
         self.id = queue.own_job()
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self.hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])
+        self.job_hosts = queue.hosts(os.environ["SLURM_JOB_NODELIST"])  # the first is this one
+        self.hosts = self.job_hosts[: self.settings.nodes]  # those of the attempt
         self.stop_signal: str | None = None
         self._step: steps.JobStep | None = None
+        self._standby: steps.JobStep | None = None
         self._deadline = float("inf")
         self._attempt: Attempt | None = None
         self._is_noted = False
@@ -79,8 +83,9 @@ class Batch:
         return decision.code
 
     def _decide(self, code: int, past: policy.Past) -> policy.JobDecision:
-        out = policy.excluded(past, self.hosts)
+        out = policy.excluded(past, self.job_hosts)
         partition = os.environ.get("SLURM_JOB_PARTITION", "")
+        may_be_lost = code not in (DONE, INTERRUPTED, USER)
         return policy.decide(
             code,
             past,
@@ -88,8 +93,9 @@ class Batch:
             is_stopped=self.submission.is_stopped,
             may_requeue=self.settings.requeue,
             state=self._state(),
-            down=queue.unusable(self.hosts) if code not in (DONE, INTERRUPTED, USER) else (),
-            enough=not out or queue.num_usable(partition, out) >= len(self.hosts),
+            others=[host for host in self.job_hosts if host not in self.hosts],
+            down=queue.lost(self.id, self.job_hosts) if may_be_lost else (),
+            enough=not out or queue.num_usable(partition, out) >= len(self.job_hosts),
             most=self.settings.max_requeues,
         )
 
@@ -121,9 +127,29 @@ class Batch:
         # SLURM requeues by itself, too: of that only the next start can count.
         return policy.give_up(policy.past(self.run, self._name), self.settings.max_requeues)
 
+    def _choose_nodes(self) -> None:
+        """Set the nodes of the next attempt, and start the standby on one of them."""
+        if not self.settings.spares:
+            return
+        out = policy.past(self.run, self._name).excluded
+        down = queue.lost(self.id, self.job_hosts)
+        before, self.hosts = self.hosts, policy.chosen(self.hosts, self.job_hosts, out, down)
+        gone = [host for host in before if host not in self.hosts]
+        new = [host for host in self.hosts if host not in before]
+        for old, spare in zip(gone, new, strict=True):
+            self._log(f"Node {spare} takes the place of {old} ({out.get(old, 'it is down')}).")
+        if self.settings.outlives_nodes and (self._standby is None or self._standby.is_over):
+            words = [self.id, str(self.restart), "requeue" if self.settings.requeue else "cancel"]
+            command = steps.standby(self.submission, self.hosts[-1], words)
+            log = self.submission.path / f"{steps.STANDBY}.log"
+            self._standby = steps.JobStep(command, {}, log)
+
     def _attempt_once(self) -> int:
+        self._choose_nodes()
         attempt = self.run.new_attempt()
-        command = steps.ranks(self.submission, self.run.path, attempt.path, self._arguments())
+        command = steps.ranks(
+            self.submission, self.hosts, self.run.path, attempt.path, self._arguments()
+        )
         start: dict[str, Any] = {
             "job": self.id,
             "restart": self.restart,
@@ -141,6 +167,9 @@ class Batch:
             return self._end(
                 attempt, policy.AttemptOutcome(INTERRUPTED, 0, "interrupted before ranks")
             )
+        if self._standby and self._standby.is_over:
+            lost = "if this node is lost, cancel the job and submit the run again"
+            self._log(f"Note: the standby has ended (see {self._standby.log}): {lost}.")
         each = steps.cpus_per_rank(self.settings)
         cpus = f" of {each} CPUs" if each > 1 else ""
         self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/rank-*.log")
@@ -148,9 +177,9 @@ class Batch:
         log = attempt.path / "srun.log"
         self._step = steps.JobStep(command, self._environment(attempt, port), log)
         code = self._step.wait(self._is_late, self._number)
-        failed, self._step = self._step.failures, None
+        failed, lost, self._step = self._step.failures, self._step.lost_node, None
         return self._end(
-            attempt, policy.outcome_of(attempt.path, code, failed, bool(self.stop_signal))
+            attempt, policy.outcome_of(attempt.path, code, failed, bool(self.stop_signal), lost)
         )
 
     def _is_late(self) -> bool:
@@ -165,9 +194,9 @@ class Batch:
         return ["trust=true"] if self.submission.facts.get("trust") else []
 
     def _number(self) -> str | None:
-        """Return JOB.STEP of the running step; steps run one after the other. None if SLURM knows
-        no step of this job."""
-        return queue.newest_step(self.id)
+        """Return JOB.STEP of the running step; steps run one after the other, beside the standby.
+        None if SLURM knows no step of this job."""
+        return queue.newest_step(self.id, besides=steps.STANDBY)
 
     def _environment(self, attempt: Attempt, port: str) -> dict[str, str]:
         """Return environment variables for all ranks."""
@@ -195,7 +224,11 @@ class Batch:
         return end.code
 
     def _preflight(self, attempt: Attempt) -> policy.AttemptOutcome | None:
-        """Prepare and check all nodes. Return an outcome if ranks can't start, else None."""
+        """Prepare and check the attempt's nodes. Return an outcome if ranks can't start, else None.
+
+        A spare node is checked when it takes the place of another: its faults, or its silence, must
+        not hold up an attempt that doesn't need it.
+        """
         facts = self.submission.facts
         wanted = Wanted(
             run=str(self.run.path),
@@ -209,8 +242,8 @@ class Batch:
             cuda=self.settings.has_gpus,
         )
         log = attempt.path / "preflight.log"
-        looks = Preflight(wanted, self.hosts, self.hosts[0])
-        step = steps.JobStep(steps.nodes(self.submission), looks.environment, log)
+        looks = Preflight(wanted, self.hosts, self.job_hosts[0])
+        step = steps.JobStep(steps.nodes(self.submission, self.hosts), looks.environment, log)
         if self.settings.preflight:
             report = looks.collect(
                 lambda: self._is_enough(step),

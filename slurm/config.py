@@ -35,6 +35,9 @@ class SlurmConfig:
     constraint: str | None = key(None, "features that nodes must have")
     reservation: str | None = key(None, "reservation to use")
     nodes: int = key(1, "number of nodes", ge=1)
+    spares: int = key(
+        0, "more nodes than the run needs, which replace lost or faulty ones inside the job", ge=0
+    )
     gpus_per_node: int = key(
         0, "GPUs per node, one rank each; 0: those of slurm.gres, else ranks on CPUs", ge=0
     )
@@ -103,6 +106,14 @@ class SlurmConfig:
         None, "file with one run per line, as KEY=VALUE ...; all become one array job"
     )
     at_once: int | None = key(None, "largest number of runs of the array at a time", ge=1)
+
+    @property
+    def outlives_nodes(self) -> bool:
+        """True if a job goes on when one of its nodes goes down (--no-kill of sbatch).
+
+        A run on one node is on the first, with the batch script: it could not go on.
+        """
+        return bool(self.spares) and self.nodes > 1
 
     @property
     def ranks_per_node(self) -> int:
@@ -213,6 +224,11 @@ class SlurmConfig:
         if self.gpus and not self.gpus_per_node:
             ranks = "1 rank" if self.ranks_per_node == 1 else f"{self.ranks_per_node} ranks"
             found.append(f"slurm.gres={self.gres} is {self.gpus} GPUs per node: {ranks} on each.")
+        if self.spares:
+            found.append(
+                f"slurm.spares={self.spares}: the job holds {self.nodes + self.spares} nodes and "
+                f"trains on {self.nodes}; plans and prices leave out the others."
+            )
         if self.cpus_per_task is None and self.exclusive:
             found.append("slurm.cpus_per_task is not set: ranks share all CPUs of a node equally.")
         elif self.cpus_per_task is None:

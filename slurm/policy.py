@@ -1,7 +1,7 @@
 """How the ranks of a job ended, which nodes are to blame, and what to do with the job then.
 
-    ranks end -> outcome, blamed nodes -> end the job, start again on the same nodes, requeue, or
-                                          give up
+    ranks end -> outcome, blamed nodes -> end the job, start again on the same nodes or with spare
+                                          ones, requeue, or give up
 
 Invariant: everything counted over attempts (crashes, starts, blamed nodes) is read from the run's
 files, so it survives any end of the batch script. A node is blamed only for an observation (a
@@ -9,7 +9,7 @@ process was killed there, a rank hung, a device failed), never for a Python erro
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,14 +44,22 @@ class AttemptOutcome:
 
 
 def outcome_of(
-    attempt: Path, srun_code: int, failures: Sequence[Failure], stop_requested: bool
+    attempt: Path,
+    srun_code: int,
+    failures: Sequence[Failure],
+    stop_requested: bool,
+    lost: str | None = None,
 ) -> AttemptOutcome:
-    """Return how the attempt ended. failures: of srun, in their order."""
+    """Return how the attempt ended. failures: of srun, in their order; lost: a node that SLURM lost
+    later than those."""
     if not srun_code:
         return AttemptOutcome(DONE, 0, "done")
     first = _first(attempt, failures)
     if first is None:
         how = f"srun ended with code {srun_code}, and no task did"
+        if lost and not stop_requested:
+            how = f"SLURM lost node {lost}"
+            return AttemptOutcome(CRASHED, 0, how, {lost: how})
         return AttemptOutcome(INTERRUPTED if stop_requested else CRASHED, 0, how)
     code = INTERRUPTED if stop_requested and first.code != USER else first.code
     how, _ = outcome.describe_end(attempt, first.rank, code, first.how.startswith("Out Of Memory"))
@@ -184,16 +192,18 @@ def decide(
     is_stopped: bool,
     may_requeue: bool,
     state: str,
+    others: Sequence[str] = (),
     down: Sequence[str] = (),
     enough: bool = True,
     most: int = 5,
 ) -> JobDecision:
     """What to do when ranks ended with `code`.
 
-    past: including this end; nodes: of the job; state: SLURM's state of the job; down: nodes of the
-    job that SLURM calls down; enough: whether enough nodes remain without the excluded ones; most:
-    requeues in a row without a new checkpoint. Whether a crash is tried again follows the rule of
-    the local launcher (`launcher.next_action`).
+    past: including this end; nodes: of the attempt; others: more nodes of the job; state: SLURM's
+    state of the job; down: nodes of the job that SLURM calls down; enough: whether enough nodes of
+    the partition remain without the excluded ones; most: requeues in a row without a new
+    checkpoint. Whether a crash is tried again follows the rule of the local launcher
+    (`launcher.next_action`).
     """
     if is_stopped and code != DONE:
         return JobDecision("end", INTERRUPTED, "stopped on request; submit it again to resume")
@@ -202,7 +212,7 @@ def decide(
         how = f"is ending this start of the job ({state.lower()})"
         why = f"SLURM {how}" if state else "SLURM has started the job again, or no longer knows it"
         return JobDecision("end", code, why)
-    out = excluded(past, nodes)
+    out = excluded(past, [*nodes, *others])
     action = launcher.next_action(code, past.crashes)
     if code == INTERRUPTED:
         if may_requeue:
@@ -213,9 +223,16 @@ def decide(
     if action == "give up":
         why = f"{past.crashes} crashes in a row without a new checkpoint"
         return JobDecision("end", GAVE_UP, f"gave up after {why}")
-    if not out and not down:
+    left = [host for host in nodes if host in out or host in down]
+    if not left:
         return JobDecision("restart", code, "starting again on the same nodes")
-    named = [f"{host} ({past.excluded[host]})" for host in out] + [f"{h} is down" for h in down]
+    if len(left) <= sum(host not in out and host not in down for host in others):
+        gone = ", ".join(f"{host} ({past.excluded.get(host, 'it is down')})" for host in left)
+        takes = "a spare node takes its place" if len(left) == 1 else "spare nodes take their place"
+        return JobDecision("restart", code, f"starting again without {gone}: {takes}")
+    named = [f"{host} ({past.excluded[host]})" for host in out] + [
+        f"{host} is down" for host in down if host not in out
+    ]
     if not may_requeue:
         return JobDecision(
             "end", code, f"it needs other nodes, but slurm.requeue=false: {', '.join(named)}"
@@ -229,6 +246,19 @@ def decide(
 def excluded(past: Past, nodes: Sequence[str]) -> tuple[str, ...]:
     """Return those of the nodes that are not to be used again."""
     return tuple(host for host in nodes if host in past.excluded)
+
+
+def chosen(
+    current: Sequence[str], job: Sequence[str], out: Container[str], down: Container[str]
+) -> list[str]:
+    """Return the nodes of the next attempt, as many as `current` has, in the order of the job's, in
+    which SLURM numbers ranks.
+
+    current: nodes of the last attempt, which it keeps; out: nodes not to be used again; down: nodes
+    that can't be used. Only where others are too few it has some of these.
+    """
+    best = sorted(job, key=lambda host: (host in down, host in out, host not in current))
+    return [host for host in job if host in best[: len(current)]]
 
 
 def give_up(past: Past, most: int) -> JobDecision | None:

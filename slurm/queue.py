@@ -157,11 +157,23 @@ def end_step(step: str) -> None:
     _run(["scancel", "--signal=KILL", step])
 
 
-def newest_step(job: str) -> str | None:
-    """Return JOB.STEP of the newest step of a job; None if it has no step."""
-    lines = _run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i"]).split()
-    numbers = [int(n) for _, _, n in (line.rpartition(".") for line in lines) if n.isdigit()]
+def newest_step(job: str, besides: str) -> str | None:
+    """Return JOB.STEP of the newest step of a job, except those named `besides`; None if it has no
+    step."""
+    lines = _run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i %j"])
+    found = [line.split(maxsplit=1) for line in lines.splitlines()]
+    others = [words[0].rpartition(".")[2] for words in found if words[1:] != [besides]]
+    numbers = [int(n) for n in others if n.isdigit()]
     return f"{job}.{max(numbers)}" if numbers else None
+
+
+def lost(job: str, nodes: Sequence[str]) -> list[str]:
+    """Return those of a job's nodes that it no longer has (see --no-kill of sbatch), or that are
+    unusable."""
+    kept = show(job).get("NodeList", "")
+    left = hosts(kept) if re.match(r"\w", kept) else nodes
+    down = unusable(nodes)
+    return [node for node in nodes if node not in left or node in down]
 
 
 def unusable(nodes: Sequence[str]) -> list[str]:

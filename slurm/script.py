@@ -94,9 +94,11 @@ def options(order: Order) -> list[tuple[str, str]]:
             "output of this script; ranks write to attempts/NNNN/rank-N.log",
         ),
         ("--open-mode=append", "a requeued job appends to the same file"),
-        (f"--nodes={s.nodes}", ""),
+        (f"--nodes={s.nodes + s.spares}", f"{s.spares} of them to spare" if s.spares else ""),
         (f"--ntasks-per-node={s.ranks_per_node}", "one task per rank"),
     ]
+    if s.outlives_nodes:
+        found.append(("--no-kill", "the job goes on when it loses a node, with a spare one"))
     if several:
         throttle = f"%{s.at_once}" if s.at_once else ""
         found.append(

@@ -1,4 +1,4 @@
-"""Steps of a job: run a command on all its nodes with srun, and read which tasks failed.
+"""Steps of a job: run a command on nodes of it with srun, and read which tasks failed.
 
 Invariant: a step is waited for, or killed and abandoned. The supervisor never hangs on a node that
 doesn't answer.
@@ -22,7 +22,9 @@ from forescale.slurm import containers, queue
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.submission import Submission
 
+STANDBY = "standby"  # the name of a step, and of its log
 _FAILED = re.compile(r"srun: error: (\S+): tasks? ([0-9,\- ]+): (.*)")
+_LOST = re.compile(r"srun: error: Node failure on (\S+)")
 _KILLS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Bus error": 7, "Aborted": 6}
 _SCRATCH = '"$FORESCALE_SCRATCH"'
 _NOW, _ENVIRONMENT = "forescale-now", "environment"
@@ -48,10 +50,11 @@ class Failure:
 def failures(output: str) -> list[Failure]:
     """Return the failures in srun's output, in their order.
 
-    A line is, for example: `srun: error: n2: tasks 2-3: Exited with exit code 1`.
+    A line is, for example: `srun: error: n2: tasks 2-3: Exited with exit code 1`. What follows the
+    loss of a node is left out: then SLURM kills the tasks of all nodes.
     """
     found = []
-    for host, tasks, how in _FAILED.findall(output):
+    for host, tasks, how in _FAILED.findall(_LOST.split(output, maxsplit=1)[0]):
         code = next((-n for word, n in _KILLS.items() if how.startswith(word)), None)
         if how.startswith("Out Of Memory"):
             code = -signal.SIGKILL
@@ -61,6 +64,12 @@ def failures(output: str) -> list[Failure]:
         ranks = [part.partition("-")[0] for part in tasks.replace(" ", "").split(",")]
         found += [Failure(int(r), _first(host), code, how.strip()) for r in ranks if r]
     return found
+
+
+def lost_node(output: str) -> str | None:
+    """Return the node that SLURM lost during the step, by srun's output; None if it lost none."""
+    found = _LOST.search(output)
+    return found[1] if found else None
 
 
 def _first(hosts: str) -> str:
@@ -110,11 +119,20 @@ class JobStep:
     @property
     def failures(self) -> list[Failure]:
         """The failed tasks so far."""
-        return failures("".join(list(self._said)))
+        return failures(self._output)
+
+    @property
+    def lost_node(self) -> str | None:
+        """The node that SLURM lost during the step, or None."""
+        return lost_node(self._output)
+
+    @property
+    def _output(self) -> str:
+        return "".join(list(self._said))
 
     def phase_of(self, host: str) -> str:
         """What a host was doing last, by what the command of `nodes` prints."""
-        said = re.findall(rf"^{_NOW} (\S+) (.*)$", "".join(list(self._said)), re.MULTILINE)
+        said = re.findall(rf"^{_NOW} (\S+) (.*)$", self._output, re.MULTILINE)
         return dict(said).get(host, "starting the step, or its container")
 
     def request_stop(self) -> None:
@@ -144,7 +162,7 @@ class JobStep:
     def _look(self) -> None:
         if self._failed is None and self._num_read != self._num_seen:
             self._num_seen = self._num_read
-            if self.failures:
+            if self.failures or self.lost_node:
                 self._failed = time.monotonic()
 
 
@@ -156,7 +174,7 @@ def _end_step(number: Callable[[], str | None]) -> None:
 
 
 def srun(settings: SlurmConfig, tasks_per_node: int, *options: str) -> list[str]:
-    """Return the start of a command that runs on all nodes of the job."""
+    """Return the start of a command that runs on as many nodes as the ranks."""
     command = ["srun", f"--ntasks-per-node={tasks_per_node}", f"--nodes={settings.nodes}"]
     command.append(f"--ntasks={settings.nodes * tasks_per_node}")
     if settings.cpus_per_task or cpus_per_rank(settings) > 1:
@@ -204,19 +222,21 @@ def _binding(settings: SlurmConfig) -> list[str]:
     return [f"--cpu-bind={kind}", "--distribution=*:block"] if kind else []
 
 
-def ranks(submission: Submission, run: Path, attempt: Path, words: Sequence[str]) -> list[str]:
-    """Return the command that runs all ranks of the training."""
+def ranks(
+    submission: Submission, hosts: Sequence[str], run: Path, attempt: Path, words: Sequence[str]
+) -> list[str]:
+    """Return the command that runs all ranks of the training on these hosts of the job."""
     settings = submission.settings
-    log = str(attempt).replace("%", "%%") + "/rank-%t.log"
-    own = ["--kill-on-bad-exit=1", f"--output={log}", *containers.options(submission)]
+    own = ["--kill-on-bad-exit=1", _on(hosts), f"--output={_escaped(attempt)}/rank-%t.log"]
+    own += containers.options(submission)
     bound = replace(settings, srun=[*_binding(settings), *settings.srun])  # of two the last holds
     begin = srun(bound, settings.ranks_per_node, *own)
     rank = [*python(submission), "-P", "-m", "forescale.slurm.rank", str(run), *words]
     return [*begin, *containers.prefix(submission), *rank]
 
 
-def nodes(submission: Submission) -> list[str]:
-    """Return the command that prepares and checks every node, with one task per node."""
+def nodes(submission: Submission, hosts: Sequence[str]) -> list[str]:
+    """Return the command that prepares and checks these hosts of the job, with a task on each."""
     settings = submission.settings
     module = "forescale.slurm.preflight.node"
     look = [*python(submission), "-P", "-m", module] if settings.preflight else ["true"]
@@ -241,14 +261,50 @@ def nodes(submission: Submission) -> list[str]:
         lines.append(f"touch {shlex.quote(place)}")
     lines += ["now starting Python", f"exec {shlex.join(look)}"]
     # A node that fails must not end the reports of the others.
-    each = "--kill-on-bad-exit=0"
-    inside = srun(settings, 1, each, *containers.options(submission))
-    host = srun(replace(settings, srun=[x for x in settings.srun if "container" not in x]), 1, each)
+    own = ["--kill-on-bad-exit=0", _on(hosts)]
+    inside = srun(settings, 1, *own, *containers.options(submission))
+    host = srun(replace(settings, srun=_outside(settings)), 1, *own)
     return containers.prepared(
         submission,
         host=[*host, "bash", "-c", "\n".join(["set -e", *own_scratch(_SCRATCH)])],
         inside=[*inside, "bash", "-c", "\n".join(lines)],
     )
+
+
+def standby(submission: Submission, host: str, words: Sequence[str]) -> list[str]:
+    """Return the command that runs standby.py on one host, beside whatever runs there."""
+    log = f"{_escaped(submission.path)}/{STANDBY}.log"
+    node = '"$FORESCALE_NODE"'
+    module = ["-P", "-m", "forescale.slurm.standby", *words]
+    lines = [
+        "set -e",
+        *own_scratch(_SCRATCH),
+        *_unpack(submission.code, node),
+        f"exec {shlex.join([*containers.python_of_host(submission.settings), *module])}",
+    ]
+    return [
+        *("srun", f"--job-name={STANDBY}", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1"),
+        # It takes no CPU, memory or GPU away from other steps.
+        *("--overlap", "--mem=0", "--gres=none"),
+        *_outside(submission.settings),
+        # slurmstepd writes the log: srun, on the first node, may be gone.
+        *(_on([host]), f"--output={log}", "--open-mode=append"),
+        *("bash", "-c", "\n".join(lines)),
+    ]
+
+
+def _on(hosts: Sequence[str]) -> str:
+    return f"--nodelist={','.join(hosts)}"
+
+
+def _escaped(path: Path) -> str:
+    """Return a path for srun's --output, where % begins a field."""
+    return str(path).replace("%", "%%")
+
+
+def _outside(settings: SlurmConfig) -> list[str]:
+    """Return the user's options of srun for a command outside of the container."""
+    return [option for option in settings.srun if "container" not in option]
 
 
 def own_scratch(place: str) -> list[str]:

@@ -7,10 +7,11 @@
       job.json           the id of the job, and what tells it from others that get this id later
       stop               exists if a stop was requested: the job is not requeued
       slurm.log          the output of the batch script
+      standby.log        that of standby.py, in a job with spare nodes
       logs/0             of an array, in the folder of its first run: a link for each task to the
                          slurm.log of its own run
 
-Invariant: `submit` alone writes them, except slurm.log and stop. So a job that is requeued for
+Invariant: `submit` alone writes them, except the logs and stop. So a job that is requeued for
 months reads the settings of the day of its submission.
 """
 

@@ -140,6 +140,29 @@ def test_a_node_loses_its_power(lab, job, reference):
     check(job, reference, fault)
 
 
+def test_a_spare_node_replaces_one_that_loses_its_power(lab, job, reference):
+    job.submit(**{"slurm.spares": "1"}).until_step(45)
+    fault = Fault(job, "node powered off, with a spare one")
+    lab.power_off("n2")
+    fault.again()
+    assert "Node n3 takes the place of n2" in job.log
+    check(job, reference, fault)
+    assert [life["slurm"]["nodes"] for life in job.lives()] == [["n1", "n2"], ["n1", "n3"]]
+    assert lab.show(job.id)["Restarts"] == "0", "the job never went back to the queue"
+
+
+@more
+def test_the_first_node_loses_its_power_and_spare_ones_cannot_help(lab, job, reference):
+    """The batch script is gone with it, and SLURM leaves such a job without one."""
+    job.submit(**{"slurm.spares": "1"}).until_step(45)
+    fault = Fault(job, "first node powered off, with a spare one")
+    lab.power_off("n1")
+    fault.again()
+    assert lab.show(job.id)["Restarts"] == "1"
+    assert job.lives()[-1]["slurm"]["nodes"] == ["n2", "n3"]
+    check(job, reference, fault)
+
+
 def test_a_node_is_cut_off_and_comes_back(lab, job, reference):
     """The first node: with the batch script, and with rank 0, which writes rows and checkpoints.
     They are alive all the time, in the same file system."""

@@ -11,7 +11,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import CRASHED, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
-from forescale.slurm import batch, queue
+from forescale.slurm import batch, queue, steps
 from forescale.slurm.batch import Batch
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.preflight.findings import NodeFault, PreflightReport
@@ -22,8 +22,8 @@ from forescale.slurm.submission import Submission
 def make(tmp_path, monkeypatch):
     """A life of a job on so many nodes."""
 
-    def made(nodes=2, **keys):
-        hosts = [f"n{i}" for i in range(1, nodes + 1)]
+    def made(nodes=2, spares=0, **keys):
+        hosts = [f"n{i}" for i in range(1, nodes + spares + 1)]
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", ",".join(hosts))
         monkeypatch.setattr(queue, "hosts", lambda nodelist: nodelist.split(","))
@@ -31,7 +31,8 @@ def make(tmp_path, monkeypatch):
         run.path.mkdir(exist_ok=True)
         run.config.write_text(freeze(compose(TrainJob, ["run.name=run", *keys])))
         submission = Submission(run.new_job())
-        submission.write(slurm=plain(SlurmConfig(nodes=nodes)), log=str(submission.path / "log"))
+        slurm = SlurmConfig(nodes=nodes, spares=spares)
+        submission.write(slurm=plain(slurm), log=str(submission.path / "log"))
         return Batch(run, submission)
 
     return made
@@ -77,6 +78,30 @@ def test_a_single_node_gets_one_chance_on_another(make):
     outcome.record_start(attempt.path, [], 1, slurm={"submission": "0001"})
     outcome.record_end(attempt.path, CRASHED, "", faulty={"n0": "has no GPU"})
     assert job._judge(alone).code == USER
+
+
+@pytest.mark.parametrize(
+    ("faulty", "lost", "nodes", "said"),
+    [
+        ([], [], ["n1", "n2"], ""),
+        ([], ["n2"], ["n1", "n3"], "Node n3 takes the place of n2 (it is down)."),
+        (["n1"], ["n3"], ["n2", "n4"], "Node n4 takes the place of n1 (has no GPU)."),
+    ],
+)
+def test_spare_nodes_replace_others_in_the_next_attempt(
+    make, monkeypatch, capsys, faulty, lost, nodes, said
+):
+    job, stood = make(nodes=2, spares=2), []
+    monkeypatch.setattr(queue, "lost", lambda job, nodes: lost)
+    monkeypatch.setattr(steps, "standby", lambda _, host, words: stood.append(host) or ["true"])
+    attempt = job.run.new_attempt()
+    outcome.record_start(attempt.path, [], 1, slurm={"submission": "0001"})
+    outcome.record_end(attempt.path, CRASHED, "", faulty=dict.fromkeys(faulty, "has no GPU"))
+    job._choose_nodes()
+    assert job.hosts == nodes
+    assert job._environment(attempt, "1")["MASTER_ADDR"] == nodes[0]
+    assert said in capsys.readouterr().out
+    assert stood == [nodes[1]], "never the first node, which it watches"
 
 
 def test_a_run_that_was_stopped_in_the_queue_starts_nothing(make, capsys):

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from forescale.slurm.config import SlurmConfig
+from forescale.config.compose import compose
+from forescale.slurm.config import SlurmConfig, SubmitJob
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,13 @@ def test_what_gres_gives_is_said():
 )
 def test_keys_that_contradict_each_other_are_a_problem(keys, problem):
     assert [found[:2] for found in SlurmConfig(**keys).problems()] == [problem]
+
+
+def test_a_spare_node_is_no_node_of_the_run():
+    keys = ["machine=cpu", "train.micro_batch=2", "slurm.nodes=2", "slurm.spares=1"]
+    job = compose(SubmitJob, keys)
+    assert (job.world_size, job.nodes) == (2, 2)
+    assert "holds 3 nodes and trains on 2" in "".join(job.slurm.notes())
 
 
 def test_a_rank_without_a_number_of_cpus_is_said():

@@ -96,7 +96,7 @@ def test_what_a_rank_reads_and_writes_is_mounted_where_it_is(bench):
     made = submission(bench, container="x", mounts=["/opt", "/a:/b"])
     own = [bench / name for name in ("data", "here", "root", "scratch/forescale-0")]
     expected = ",".join([*(f"{path}:{path}" for path in own), "/opt:/opt", "/a:/b"])
-    command = steps.ranks(made, made.run.path, bench, [])
+    command = steps.ranks(made, ["n1"], made.run.path, bench, [])
     assert f"--container-mounts={expected}" in command
     assert f"--container-workdir={bench / 'here'}" in command
     assert command[-5:] == ["python3", "-P", "-m", "forescale.slurm.rank", str(made.run.path)]
@@ -115,7 +115,7 @@ def test_a_path_that_a_list_of_mounts_can_not_hold_is_a_sentence(bench, monkeypa
 def test_the_scratch_directory_is_there_before_it_is_mounted(bench, image, more):
     """On each node the host makes it; a mount of what is missing would fail."""
     made = submission(bench, container=image, preflight=False, srun=more)
-    done = subprocess.run(steps.nodes(made), capture_output=True, text=True)
+    done = subprocess.run(steps.nodes(made, ["n1"]), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (bench / "scratch/forescale-0/job-1").is_dir()
     first, last = calls(bench)
@@ -147,9 +147,9 @@ def test_python_of_several_words_is_kept_as_words(bench):
     words = ["conda", "run", "-n", "my $env", "python", "-P", "-m"]
     assert batch_words(bench, python=text)[1:8] == words
     made = submission(bench, python=text)
-    command = steps.ranks(made, made.run.path, bench, [])
+    command = steps.ranks(made, ["n1"], made.run.path, bench, [])
     assert command[command.index("conda") :][:7] == words
-    look = steps.nodes(made)[-1].splitlines()[-1]
+    look = steps.nodes(made, ["n1"])[-1].splitlines()[-1]
     assert shlex.split(look)[1:8] == words
 
 

@@ -6,7 +6,7 @@ from forescale.checkpoint.reader import FORMAT
 from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER
 from forescale.resilience import outcome
 from forescale.run.directory import Run
-from forescale.slurm.policy import Past, decide, give_up, past
+from forescale.slurm.policy import Past, chosen, decide, give_up, past
 
 NODES = ["a", "b"]
 
@@ -77,6 +77,49 @@ def test_a_node_that_is_not_of_this_job_is_no_reason_to_requeue():
 def test_a_node_that_is_down_asks_for_others():
     found = decided(1, 1, down=["b"])
     assert (found.action, found.exclude) == ("requeue", ())
+
+
+def test_a_spare_node_takes_the_place_of_one_that_is_left_out():
+    """In the same job: it neither waits in the queue nor counts as a requeue."""
+    found = decided(-9, 2, blamed={"b": ["killed", "hung"]}, others=["c"], idle=6)
+    assert (found.action, found.pause) == ("restart", 0)
+    assert found.why == "starting again without b (killed; hung): a spare node takes its place"
+    found = decided(1, 1, down=["a", "b"], others=["c", "d"], may_requeue=False, enough=False)
+    assert found.action == "restart"
+    assert "without a (it is down), b (it is down): spare nodes take their place" in found.why
+
+
+@pytest.mark.parametrize(
+    ("down", "faulty"), [(["b", "c"], {}), (["b"], {"c": "x"}), ([], {"a": "x", "b": "y"})]
+)
+def test_where_spare_nodes_are_too_few_the_queue_gives_others(down, faulty):
+    found = decided(1, 0, down=down, faulty=faulty, others=["c"])
+    assert found.action == "requeue"
+    assert set(found.exclude) == faulty.keys()
+
+
+def test_what_becomes_of_a_spare_node_moves_no_rank():
+    found = decided(1, 1, down=["c"], others=["c", "d"], faulty={"d": "has no GPU"})
+    assert found.why == "starting again on the same nodes"
+
+
+def test_spare_nodes_do_not_make_crashes_endless():
+    assert decided(1, 3, down=["b"], others=["c"]).code == GAVE_UP
+
+
+@pytest.mark.parametrize(
+    ("current", "out", "down", "nodes"),
+    [
+        ("ab", "", "", "ab"),
+        ("ab", "a", "", "bc"),  # in the order of the job, as SLURM numbers ranks
+        ("ab", "a", "c", "bd"),
+        ("bc", "", "", "bc"),  # one that is well again changes nothing
+        ("ab", "acd", "", "ab"),  # too few are well
+        ("ab", "cd", "ab", "cd"),  # where nothing runs at all comes last
+    ],
+)
+def test_the_nodes_of_the_next_attempt(current, out, down, nodes):
+    assert chosen(list(current), list("abcd"), set(out), set(down)) == list(nodes)
 
 
 def test_requeues_that_bring_nothing_wait_longer_and_longer_and_then_end():

@@ -37,9 +37,23 @@ def test_a_task_of_an_array_has_an_id_of_its_own(monkeypatch):
 
 def test_a_job_without_a_step_is_never_killed_as_a_whole(commands):
     commands(squeue="echo 40_2.batch; echo 40_2.extern")
-    assert queue.newest_step("40_2") is None
-    commands(squeue="echo 40_2.batch; echo 40_2.0; echo 40_2.11; echo 40_2.3")
-    assert queue.newest_step("40_2") == "40_2.11"
+    assert queue.newest_step("40_2", besides="standby") is None
+    commands(squeue="echo 40_2.batch batch; echo 40_2.0 a b; echo 40_2.11 bash; echo 40_2.3 bash")
+    assert queue.newest_step("40_2", besides="standby") == "40_2.11"
+
+
+def test_the_step_that_only_stands_by_is_not_the_one_to_kill(commands):
+    commands(squeue="echo 7.batch batch; echo 7.1 bash; echo 7.2 standby")
+    assert queue.newest_step("7", besides="standby") == "7.1"
+
+
+def test_a_node_is_lost_when_slurm_took_it_from_the_job_even_if_it_came_back(commands):
+    told = 'show) echo "JobId=7 ReqNodeList=(null) NodeList=$left BatchHost=n1" ;;'
+    commands(
+        scontrol=f'left="n[1,3-4]"\ncase "$1$2" in --oneliner{told} *) printf "n1 n3 n4" ;; esac',
+        sinfo="echo 'n1 mixed'; echo 'n2 idle'; echo 'n3 mixed*'; echo 'n4 mixed'",
+    )
+    assert queue.lost("7", ["n1", "n2", "n3", "n4"]) == ["n2", "n3"]
 
 
 def test_a_job_submitted_within_another_takes_over_nothing_of_it(commands, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ def lines(script):
         ("reservation", "r", "--reservation=r"),
         ("mem", "64G", "--mem=64G"),
         ("nodes", 8, "--nodes=8"),
+        ("spares", 2, "--nodes=3"),
         ("gpus_per_node", 4, "--gpus-per-node=4"),
         ("gpus_per_node", 4, "--ntasks-per-node=4"),
         ("gres", "gpu:a100:2", "--gres=gpu:a100:2"),
@@ -53,6 +54,14 @@ def lines(script):
 )
 def test_a_key_becomes_an_option(key, value, said):
     assert said in lines(render(order(**{key: value})))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "spares", "goes_on"), [(2, 1, True), (2, 0, False), (1, 1, False)]
+)
+def test_slurm_ends_no_job_that_can_replace_the_node_it_lost(nodes, spares, goes_on):
+    """A run of one node is lost with the batch script that is there."""
+    assert ("--no-kill" in lines(render(order(nodes=nodes, spares=spares)))) == goes_on
 
 
 def test_no_value_reaches_the_shell_unquoted(tmp_path):

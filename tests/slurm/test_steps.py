@@ -15,7 +15,14 @@ from forescale.run.directory import Run
 from forescale.slurm import steps
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.policy import outcome_of
-from forescale.slurm.steps import Failure, JobStep, cpus_per_rank, failures, own_scratch
+from forescale.slurm.steps import (
+    Failure,
+    JobStep,
+    cpus_per_rank,
+    failures,
+    lost_node,
+    own_scratch,
+)
 from forescale.slurm.submission import Submission
 
 # As srun 24.11 wrote them.
@@ -27,6 +34,26 @@ srun: error: n[2-3]: tasks 2-3,5: Terminated
 srun: error: n4: task 7: Out Of Memory
 srun: error: n4: task 8: Segmentation fault (core dumped)
 """
+
+
+# The same, when it lost a node before any rank noticed.
+LOST = """\
+srun: error: Node failure on n2
+srun: error: n1: task 0: Killed
+srun: Force Terminated StepId=1.0
+"""
+
+
+def test_a_node_that_slurm_lost_explains_what_follows(attempt):
+    """SLURM kills the other ranks then: no node but the lost one is to blame."""
+    assert (failures(LOST), lost_node(LOST)) == ([], "n2")
+    found = outcome_of(attempt, 1, failures(LOST), False, lost_node(LOST))
+    assert (found.code, found.how) == (CRASHED, "SLURM lost node n2")
+    assert found.blamed.keys() == {"n2"}
+    noticed = "srun: error: n1: task 0: Exited with exit code 1\n" + LOST
+    found = outcome_of(attempt, 1, failures(noticed), False, lost_node(noticed))
+    assert found.how == "rank 0 ended with code 1 (on n1)"
+    assert outcome_of(attempt, 1, failures(LOST), True, lost_node(LOST)).code == INTERRUPTED
 
 
 def test_each_kind_of_end():
@@ -181,8 +208,8 @@ def command(run, settings, monkeypatch, cpus="1"):
     monkeypatch.setattr(steps, "_SIBLINGS", run / "none")  # of a node with a thread a core
     made = Submission(Run(run / "run").new_job())
     made.write(slurm=plain(settings), data=[])
-    ranks = steps.ranks(made, made.run.path, run, [])
-    nodes = steps.nodes(made)
+    ranks = steps.ranks(made, ["n1", "n3"], made.run.path, run, [])
+    nodes = steps.nodes(made, ["n1", "n3"])
     return ranks[: ranks.index("-P") - 1], nodes[: nodes.index("bash")]
 
 
@@ -194,6 +221,11 @@ def test_each_rank_has_cores_of_its_own_near_its_gpu(tmp_path, monkeypatch, keys
     bound = ["--cpus-per-task=16", "--cpu-bind=cores", "--distribution=*:block", "--mpi=none"]
     assert ranks[4:8] == bound
     assert nodes[4:6] == ["--cpus-per-task=128", "--mpi=none"]
+
+
+def test_ranks_run_on_the_hosts_of_their_attempt_alone(tmp_path, monkeypatch):
+    for words in command(tmp_path, SlurmConfig(nodes=2, spares=1), monkeypatch):
+        assert {"--nodes=2", "--ntasks=2", "--nodelist=n1,n3"} <= set(words)
 
 
 def test_a_rank_with_one_cpu_is_bound_as_the_cluster_does(tmp_path, monkeypatch):
