@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from forescale.checkpoint.mirror import mirror_of
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.errors import CRASHED, DONE, INTERRUPTED, USER, UserError
@@ -64,12 +65,17 @@ class Batch:
         self._log(f"Job {self.id} {where}{again}: run {self.run.path}.")
         if over := self._is_over():
             return self._say(over)
+        mirror = mirror_of(self.run, self.job, self._log)
+        if mirror:
+            mirror.start()
         while True:
             code = self._attempt_once()
             past = policy.past(self.run, self._name)
             decision = self._decide(code, past)
             self._say(decision)
             if decision.action == "end":
+                if mirror:
+                    mirror.close(finish=decision.code != INTERRUPTED)
                 if not self.submission.is_stopped:
                     more = "" if decision.code == DONE else f"; {decision.why}"
                     alerts.tell(self.run, decision.code, f"{self._how}{more}.", self._log)

@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.origin import hold, newest_step
+from forescale.checkpoint.restore import restore
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, plain
 from forescale.config.target import refuse_targets, remember, targets
@@ -147,7 +149,12 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
+    for plan in plans:
+        restore(_given(plan).training, print)
     started = [start(_given(plan).training, newest=newest_step) for plan in plans]
+    for begun in started:
+        if mirror := mirror_of(begun.run, begun.job, print):
+            mirror.check()
     for begun in started:
         waits = bool(_given(plans[0]).slurm.after)  # perhaps for the run that it branches off
         held = hold(begun.run, begun.job.run.origin, begun.job.run.root, ahead=waits)

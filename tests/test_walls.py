@@ -30,7 +30,7 @@ ALLOWED = {
     "engine": "models config",
     "run": "models config data",
     "resilience": "config run",
-    "checkpoint": "engine run",
+    "checkpoint": "config data engine run",
     "monitor": "config data engine run resilience checkpoint",
     "train": "models config data engine run resilience checkpoint",
     "drill": "config data run resilience monitor",

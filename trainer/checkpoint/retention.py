@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forescale.checkpoint.reader import find_faults, open_readable
+from forescale.config.train import TrainJob
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.errors import UserError
 from forescale.run.directory import Run
@@ -48,6 +49,18 @@ class CheckpointFacts:
     eligible: bool
     pinned: bool = False
     loss: float | None = None
+
+
+def keep_of(job: TrainJob, newest: int | None = None) -> Keep:
+    """Return the rule of a job's config; newest: another number of newest ones."""
+    rules = job.checkpoint
+    return Keep(
+        newest=rules.keep if newest is None else newest,
+        every=job.steps_of(rules.keep_every) if rules.keep_every else None,
+        best=rules.keep_best,
+        at=frozenset(rules.at),
+        decay=job.decay_begins if job.has_decay else None,
+    )
 
 
 def reasons(found: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:

@@ -179,7 +179,7 @@ class Run:
         parents = [a.parent for a in self.attempts()]
         return [p.rolled_back_from for p in parents if p and p.rolled_back_from is not None]
 
-    def _link(self) -> None:
+    def link(self) -> None:
         """Make the run's metrics.jsonl and events.jsonl links to those of the newest attempt that
         began to train."""
         linked = None
@@ -274,4 +274,4 @@ class Attempt:
         self.events.path.touch()
         write_checked_json(self.parent_path, vars(parent))
         if run.attempts()[-1].number == self.number:
-            run._link()
+            run.link()

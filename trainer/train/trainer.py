@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.origin import hold, newest_step
 from forescale.checkpoint.reader import Checkpoint, Position
+from forescale.checkpoint.restore import restore
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
 from forescale.engine.build import be_deterministic, build_engine, check_world, compilation
@@ -52,6 +54,7 @@ class Trainer:
         seconds = job.launch.timeout.seconds or 1800.0
         self.world: World = join(deepspeed_config(job, size), size, seconds)
         again = ATTEMPT in os.environ or not self.world.is_main
+        self.mirror: Mirror | None = None
         started = self.world.main_first(lambda: self._start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources
         self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
@@ -69,15 +72,18 @@ class Trainer:
         """True if this process has made a step."""
         return hasattr(self, "engine") and self.engine.has_stepped
 
-    @staticmethod
-    def _start(job: TrainJob, again: bool) -> Start:
+    def _start(self, job: TrainJob, again: bool) -> Start:
         """Open the run, or make it where no launcher of ours has."""
         if again:
             return start(job, again)
+        restore(job, print)
         started = start(job, examine=examine, newest=newest_step)
         held = hold(started.run, started.job.run.origin, started.job.run.root)
         for note in (*job.notes(), *started.notes, *held):
             print(f"Note: {note}", flush=True)
+        if mirror := mirror_of(started.run, started.job, self._print):
+            # Our own launcher copies the run in its process, which outlives the ranks.
+            self.mirror = mirror.check().start()
         return started
 
     def train(self) -> int:
@@ -254,5 +260,7 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
             raise
         raise users from e
     trainer.reporter.stop()
+    if trainer.mirror:
+        trainer.mirror.close(finish=code == DONE)
     trainer.world.close()
     return code

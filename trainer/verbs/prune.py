@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from forescale.checkpoint.retention import (
-    Keep,
     ValidationLosses,
     delete,
+    keep_of,
     leftovers,
     reasons,
     steps_to_verify,
@@ -46,10 +46,7 @@ def main(words: list[str]) -> int:
     job = compose(PruneJob, overrides_of(PruneJob, words))
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     status = Status(run)
-    config = status.job.checkpoint
-    every = status.job.steps_of(config.keep_every) if config.keep_every else None
-    decay = status.job.decay_begins if status.job.has_decay else None
-    keep = Keep(job.keep, every, config.keep_best, frozenset(config.at), decay)
+    keep = keep_of(status.job, job.keep)
     found = survey(run, ValidationLosses(run.metrics)())
     stay = reasons(found, keep)
     doomed, left = [f.step for f in found if f.step not in stay], leftovers(run)

@@ -10,13 +10,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.origin import hold, newest_step
+from forescale.checkpoint.restore import restore
 from forescale.config.frozen import thaw
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
-from forescale.errors import DONE, UserError
+from forescale.errors import DONE, INTERRUPTED, UserError
 from forescale.resilience import alerts, launcher
 from forescale.resilience.outcome import report_error
 from forescale.run.command import job_of
@@ -55,7 +57,11 @@ def main(words: list[str]) -> int:
         print(f"Note: {note}")
     if launcher.asked_of_accelerate():
         print(f"Note: accelerate launch has started one process; it starts {processes} ranks.")
+    restore(job, print)
     started = start(job, examine=examine_apart, newest=newest_step)
+    mirror = mirror_of(started.run, started.job, print)
+    if mirror:
+        mirror.check().start()
     if not is_stored:
         remember(started.job, started.run.path)
     _introduce(started, processes)
@@ -65,6 +71,8 @@ def main(words: list[str]) -> int:
     command = [sys.executable, "-P", "-m", "forescale", "train", str(started.run.path.absolute())]
     grace = job.launch.grace.seconds or 0.0
     code = launcher.run_attempts(started.run, [*command, _FROZEN, *trust], processes, grace)
+    if mirror:
+        mirror.close(finish=code != INTERRUPTED)
     alerts.tell(started.run, code, launcher.last_end(started.run), print)
     if code == DONE:
         from forescale.inference.summary import summarize

@@ -50,9 +50,21 @@ class CheckpointConfig:
     background: bool = key(
         True, "write from a copy in memory while training goes on; false: training waits"
     )
+    mirror: str | None = key(
+        None,
+        "where to copy the checkpoints in the background, such as s3://bucket/runs; a run whose "
+        "directory is missing is restored from there",
+        kind="free",
+    )
 
     def problems(self) -> Problems:
         found = _positive(every=self.every, keep_every=self.keep_every)
+        if self.mirror is not None and not re.match(r"/|~|[a-z][\w+.-]*://[^?#]+$", self.mirror):
+            what = f"{self.mirror} is neither an address nor an absolute path"
+            found.append(("mirror", what, "write, for example, s3://bucket/runs or /backup/runs"))
+        elif re.match(r"(https?|file|local)://", self.mirror or ""):
+            what = f"{self.mirror} can't be written to"
+            found.append(("mirror", what, "use the address of a bucket, or a path"))
         if self.keep_every is not None and self.keep_every.unit == "seconds":
             todo = "write it in steps, tokens or percent"
             found.append(("keep_every", "can't be a wall time", todo))

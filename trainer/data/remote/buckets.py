@@ -10,6 +10,7 @@ exceptions of the packages behind fsspec become a RetryableError or a UserError.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from forescale.addresses import masked
@@ -58,15 +59,44 @@ def call(url: str, method: str, timeout: float, **kwargs: Any) -> Any:
 
     Raises RetryableError or UserError.
     """
+    with _faults(url, timeout):
+        fs, path = _opened(url)
+        return _called(fs, method, timeout, path, **kwargs)
+
+
+def listed(url: str, timeout: float) -> dict[str, int]:
+    """Return the size in bytes of each file below a folder, by its path in it. Raises like `call`;
+    stores that know no folders answer {} where there is none."""
+    with _faults(url, timeout):
+        fs, path = _opened(url)
+        found = _called(fs, "find", timeout, path, detail=True)
+        top = path.rstrip("/") + "/"
+        files = {p: info for p, info in found.items() if info.get("type") == "file"}
+        return {p.removeprefix(top): info["size"] for p, info in files.items()}
+
+
+def upload(file: Path, url: str, timeout: float) -> None:
+    """Copy a local file to an address, of which it replaces the content. Raises like `call`."""
+    with _faults(url, timeout):
+        fs, path = _opened(url)
+        if not hasattr(fs, "loop"):  # of a disk: stores at servers have no folders
+            fs.makedirs(fs._parent(path), exist_ok=True)
+        _called(fs, "put_file", timeout, str(file), path)
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
     import fsspec
+
+    return fsspec.url_to_fs(for_request(url), use_listings_cache=False)
+
+
+def _called(fs: Any, method: str, timeout: float, *args: Any, **kwargs: Any) -> Any:
     from fsspec.asyn import AsyncFileSystem, sync
 
-    address = for_request(url)
-    with _faults(url, timeout):
-        fs, path = fsspec.url_to_fs(address, use_listings_cache=False)
-        if isinstance(fs, AsyncFileSystem):
-            return sync(fs.loop, getattr(fs, f"_{method}"), path, timeout=timeout, **kwargs)
-        return getattr(fs, method)(path, **kwargs)
+    if isinstance(fs, AsyncFileSystem):
+        return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=timeout, **kwargs)
+    return getattr(fs, method)(*args, **kwargs)
 
 
 @contextmanager
@@ -84,8 +114,10 @@ def _faults(url: str, timeout: float) -> Iterator[None]:
         raise _refused(shown, e) from e
     except TimeoutError as e:
         raise RetryableError(f"no answer within {timeout:g} s") from e
-    except (ValueError, TypeError, NotImplementedError, IsADirectoryError) as e:
-        raise UserError(shown, f"can't be read ({e})", "check the address") from e
+    except (IsADirectoryError, NotADirectoryError) as e:
+        raise UserError(shown, f"is no place for a file ({e.strerror})", "check the path") from e
+    except (ValueError, TypeError, NotImplementedError) as e:
+        raise UserError(shown, f"can't be used ({e})", "check the address") from e
     except Exception as e:  # each package has its own exceptions, few are OSErrors
         if "Credential" in type(e).__name__:
             raise _refused(shown, e) from e

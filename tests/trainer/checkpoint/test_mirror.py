@@ -1,0 +1,203 @@
+"""The copy of a run elsewhere: what it holds, when it counts, what goes; and the way back."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from forescale.checkpoint.mirror import Mirror, Taken, mirror_of
+from forescale.checkpoint.reader import Checkpoint
+from forescale.checkpoint.restore import restore
+from forescale.checkpoint.retention import Keep, delete, pin
+from forescale.config.frozen import thaw
+from forescale.config.train import TrainJob
+from forescale.data.remote.folder import Folder
+from forescale.errors import UserError
+from forescale.monitor.audit import check_run
+from forescale.run.directory import Parent, Run
+from forescale.storage import check_table
+from tests.trainer.small_run import make_job, save, train_row
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "mirror"
+
+
+@pytest.fixture
+def job(own_run, place):
+    """The job of the run, mirrored."""
+    job = thaw(TrainJob, own_run.config)
+    here = replace(job.run, root="runs")
+    return replace(job, run=here, checkpoint=replace(job.checkpoint, mirror=str(place)))
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def mirror(own_run, job, said):
+    return mirror_of(own_run, job, said.append)
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_restored_run_is_the_run(own_run, job, mirror, said):
+    mirror.close(finish=True)
+    assert said[-1].endswith("up to step 8.")
+    before = own_run.path.rename(own_run.path.with_name("before"))
+    restore(job, said.append)
+    assert "step 8" in said[-1]
+    assert not check_run(own_run).faults
+    after = Run(own_run.path)
+    assert after.checkpoint_steps() == [8]
+    assert contents(after.checkpoints / "step-00000008") == contents(
+        before / "checkpoints" / "step-00000008"
+    )
+    assert after.metrics.read_bytes() == Run(before).metrics.read_bytes()
+    assert (after.path / "metrics.jsonl").resolve() == after.metrics.resolve()
+    restore(job, said.append)  # it is there: nothing more to do
+    assert len([s for s in said if "Restored" in s]) == 1
+
+
+def test_a_checkpoint_counts_only_when_it_is_there_whole(own_run, job, mirror, place, said):
+    """At every file that can be the last one sent before a kill."""
+    mirror.sync()
+    there = place / own_run.name
+    newest = there / "checkpoints" / "step-00000008"
+    shutil.rmtree(own_run.path)
+    for doomed in ("files.json", "state.json", "rank-00001.safetensors"):
+        (newest / doomed).rename(there.with_name("aside"))
+        restore(job, said.append)
+        assert Run(own_run.path).checkpoint_steps() == [4]
+        shutil.rmtree(own_run.path)
+        there.with_name("aside").rename(newest / doomed)
+    data = (newest / "state.json").read_bytes()
+    (newest / "state.json").write_bytes(data[:-2] + b" }")  # of the same size
+    restore(job, said.append)
+    assert Run(own_run.path).checkpoint_steps() == [4]
+
+
+def test_a_mirror_without_a_whole_checkpoint_is_refused(own_run, job, mirror, place, said):
+    mirror.sync()
+    shutil.rmtree(own_run.path)
+    for table in place.rglob("files.json"):
+        table.unlink()
+    with pytest.raises(UserError, match="holds no whole checkpoint of the run"):
+        restore(job, said.append)
+    assert not own_run.path.exists()
+
+
+def test_nothing_is_sent_twice(own_run, job, mirror, said, monkeypatch):
+    sent = []
+    put = Folder.put
+    monkeypatch.setattr(Folder, "put", lambda f, n, p: (sent.append(n), put(f, n, p))[1])
+    mirror.sync()
+    assert len(sent) == len(set(sent)) > 8
+    sent.clear()
+    mirror.sync()
+    assert sent == []
+    mirror_of(own_run, job, said.append).sync()  # another process, later
+    assert not [name for name in sent if name.startswith("checkpoints/")]
+
+
+def test_a_checkpoint_that_was_made_anew_replaces_the_old_one(own_run, mirror, place):
+    mirror.sync()
+    path = own_run.checkpoint_path(8)
+    old = contents(path)
+    state = Checkpoint(path).state
+    attempt = own_run.new_attempt()
+    attempt.start_from(Parent(4, "checkpoints/step-00000004"), own_run)
+    for step in range(5, 9):
+        attempt.metrics.add(train_row(attempt, step))
+    shutil.rmtree(path)
+    from forescale.train.model import build_model
+
+    job = thaw(TrainJob, own_run.config)
+    save(own_run, attempt, 8, build_model(job, job.model.vocab_size))
+    assert state["attempt"] != Checkpoint(path).attempt
+    mirror.sync()
+    there = place / own_run.name / "checkpoints" / "step-00000008"
+    assert contents(there) == contents(path) != old
+    assert not check_table(there)
+
+
+def test_what_the_run_deleted_goes_once_something_newer_is_there(own_run, said, place):
+    mirror = Mirror(own_run, Folder(str(place)), Keep(newest=1), said.append)
+    mirror.sync()
+    delete(own_run, 4)
+    mirror.sync()
+    assert Folder(str(place)).list().keys() >= {"checkpoints/step-00000008/files.json"}
+    assert not (place / "checkpoints" / "step-00000004").exists()
+
+
+@pytest.mark.parametrize("why", ["keep", "pin", "nothing newer"])
+def test_what_the_rule_keeps_stays_though_the_run_lost_it(own_run, said, place, why):
+    """A restored run has the newest checkpoint alone, and a purged scratch perhaps none."""
+    mirror = Mirror(own_run, Folder(str(place)), Keep(2 if why == "keep" else 1), said.append)
+    mirror.sync()
+    if why == "pin":
+        pin(own_run, 4)
+    for step in (4, 8) if why == "nothing newer" else (4,):
+        shutil.rmtree(own_run.checkpoint_path(step))
+    mirror.sync()
+    assert not check_table(place / "checkpoints" / "step-00000004")
+
+
+def test_a_mirror_that_is_ahead_is_not_overwritten(own_run, job, mirror, place, said):
+    """The run was restored and trained elsewhere; then somebody starts the old directory."""
+    mirror.sync()
+    elsewhere = own_run.path.with_name("elsewhere")
+    shutil.copytree(own_run.path, elsewhere, symlinks=True)
+    other = Run(elsewhere)
+    other.new_attempt().start_from(Parent(8, "checkpoints/step-00000008"), other)
+    ahead = Mirror(other, Folder(f"{place}/{own_run.name}"), Keep(), said.append)
+    ahead.close(finish=True)
+    old = mirror_of(own_run, job, said.append)
+    with pytest.raises(Taken, match="holds attempt 0002"):
+        old.check()
+    before = contents(place)
+    # Both had been started before either began an attempt.
+    own_run.new_attempt().start_from(Parent(8, "checkpoints/step-00000008"), own_run)
+    with pytest.raises(Taken, match="got attempt 0002"):
+        mirror._send_run()
+    assert contents(place) == before
+
+
+def test_a_place_that_fails_is_told_of_once_and_harms_nothing(own_run, said, tmp_path):
+    (tmp_path / "full").write_text("a file where a directory should be")
+    mirror = Mirror(own_run, Folder(str(tmp_path / "full" / "x")), Keep(), said.append)
+    with pytest.raises(UserError):
+        mirror.check()
+    mirror.close(finish=True)
+    assert len(said) == 2
+    assert "The mirror is incomplete, the run is not affected" in said[1]
+
+
+def test_a_fresh_run_of_a_mirrored_name_is_refused(own_run, job, mirror, said):
+    mirror.sync()
+    shutil.rmtree(own_run.path)
+    never = replace(job, run=replace(job.run, resume="never"))
+    with pytest.raises(UserError, match="holds a run of this name already"):
+        restore(never, said.append)
+    assert not own_run.path.exists()
+
+
+def test_a_name_that_leads_out_is_refused(own_run, job, mirror, said, monkeypatch):
+    mirror.sync()
+    shutil.rmtree(own_run.path)
+    names = Folder.list(Folder(f"{job.checkpoint.mirror}/{job.run.name}"))
+    monkeypatch.setattr(Folder, "list", lambda f: {**names, "../../outside": 3})
+    with pytest.raises(UserError, match="it is no mirror"):
+        restore(job, said.append)
+    assert not own_run.path.exists()
+
+
+@pytest.mark.parametrize("wrong", ["relative/path", "https://host/x", "s3://b/x?a=b"])
+def test_a_wrong_address_is_a_problem_of_the_config(small_data, tmp_path, wrong):
+    with pytest.raises(UserError, match=r"checkpoint\.mirror"):
+        make_job(small_data, tmp_path, "a", f"checkpoint.mirror='{wrong}'")

@@ -1,0 +1,49 @@
+"""Copies in a folder elsewhere: read back before they count, found again, deleted. The store in
+memory is fsspec's own; a real S3 server is in test_s3.py."""
+
+import fsspec
+import pytest
+
+from forescale.data.remote.folder import Folder
+from forescale.data.remote.transfer import Unreachable
+from forescale.errors import UserError
+from forescale.storage import hash_file
+from tests.trainer.data.remote_files import QUICK
+
+
+@pytest.fixture(params=["a directory", "memory://there"])
+def folder(request, tmp_path):
+    where = str(tmp_path / "there") if request.param == "a directory" else request.param
+    yield Folder(where, QUICK)
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_what_is_put_is_found_read_and_deleted(folder, tmp_path):
+    assert folder.list() == {}
+    (tmp_path / "a").write_bytes(b"abc" * 1000)
+    for name in ("a", "x/b", "x/y/c"):
+        assert folder.put(name, tmp_path / "a") == hash_file(tmp_path / "a")
+    assert folder.list() == {"a": 3000, "x/b": 3000, "x/y/c": 3000}
+    assert b"".join(folder.get("x/b")) == b"abc" * 1000
+    assert folder.has("x/b")
+    assert not folder.has("b")
+    folder.remove("a")
+    folder.remove("a")
+    folder.remove_all("x")
+    folder.remove_all("x")
+    assert folder.list() == {}
+
+
+def test_a_copy_that_differs_is_no_copy(folder, tmp_path, monkeypatch):
+    """A store that loses the last byte: tried again, then an error that names it."""
+    (tmp_path / "a").write_bytes(b"abc")
+    monkeypatch.setattr(Folder, "get", lambda self, name: iter([b"ab"]))
+    with pytest.raises(Unreachable, match="the copy of a differs from the file"):
+        folder.put("a", tmp_path / "a")
+
+
+def test_a_place_that_can_not_be_written_to_is_one_sentence(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    for where in (str(tmp_path / "a" / "below"), "nostore://x"):
+        with pytest.raises(UserError):
+            Folder(where, QUICK).put("a", tmp_path / "a")

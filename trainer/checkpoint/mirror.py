@@ -1,0 +1,267 @@
+"""A copy of a run at another place, kept up while it trains: its checkpoints and their history.
+
+    checkpoint published -> files of the run -> files of the checkpoint -> its table, last
+
+    ADDRESS/NAME/config.yaml run.json tokenizer.json ...
+    ADDRESS/NAME/attempts/0003/metrics.jsonl ...
+    ADDRESS/NAME/checkpoints/step-00001000/
+
+Invariant: a checkpoint counts there once its table is there, which is sent after every other file
+was read back and had the sha256 of the table. Nothing of another trajectory is replaced: a copy
+that has attempts which this directory lacks is refused. Training never waits for it, nor fails by
+it. Imports no torch.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from forescale.checkpoint.retention import (
+    CheckpointFacts,
+    Keep,
+    ValidationLosses,
+    is_pinned,
+    keep_of,
+    reasons,
+    survey,
+)
+from forescale.config.train import TrainJob
+from forescale.data.remote.folder import Folder
+from forescale.errors import UserError
+from forescale.run.directory import Run
+from forescale.storage import TABLE, FileEntry, read_table
+
+_LOOK = 5.0  # seconds between two looks for a new checkpoint
+_PAUSE = 300.0  # most seconds between two tries while the other place fails
+_AT_ONCE = 4  # files that are sent at a time
+
+
+def folder_of(job: TrainJob) -> Folder | None:
+    """Return where a job's run is mirrored, or None: `checkpoint.mirror` and the run's name."""
+    if (address := job.checkpoint.mirror) is None:
+        return None
+    base = address if "://" in address else str(Path(address).expanduser())
+    return Folder(f"{base.rstrip('/')}/{job.run.name}")
+
+
+def mirror_of(run: Run, job: TrainJob, report: Callable[[str], object]) -> "Mirror | None":
+    """Return the mirror of a run that a job asks for, or None."""
+    folder = folder_of(job)
+    return Mirror(run, folder, keep_of(job), report) if folder else None
+
+
+class Taken(UserError):
+    """The mirror holds attempts that this run directory lacks: another copy of the run went on."""
+
+
+class Mirror:
+    """Copies one run to a folder, of which it is the only writer.
+
+    keep: by which rule checkpoints are deleted there that the run itself no longer has; report:
+    prints a line.
+    """
+
+    def __init__(self, run: Run, folder: Folder, keep: Keep, report: Callable[[str], object]):
+        self._run, self._folder, self._keep, self._report = run, folder, keep, report
+        self._there: dict[str, int] | None = None  # size by name
+        self._own: set[str] = set()  # attempts that are known to be of this trajectory
+        self._sent: dict[str, tuple[int, int]] = {}  # size and time of change, by name
+        self._whole: dict[int, bytes] = {}  # the table of each checkpoint that is there, by step
+        self._known: dict[int, int] = {}  # see `survey`
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def expect_own(self) -> None:
+        """Raise Taken if the folder holds attempts that the run doesn't have, another UserError if
+        it can't be listed."""
+        if self._there is None:
+            self._there = self._folder.list()
+            found = {n.split("/")[1] for n in self._there if n.startswith("attempts/")}
+            if missing := sorted(found - {a.path.name for a in self._run.attempts()}):
+                what = f"holds attempt {missing[-1]} of {self._run.name}, which isn't in"
+                todo = (
+                    "another copy of the run went on: go on with that one, or move this directory "
+                    "away and give the command again to restore it, or set another "
+                    "checkpoint.mirror"
+                )
+                raise Taken(self._folder.where, f"{what} {self._run.path}", todo)
+            self._own = found
+
+    def check(self) -> "Mirror":
+        """Raise UserError if the folder is another run's, or can't be written to and read."""
+        self.expect_own()
+        self._send(self._run.identity)
+        return self
+
+    def start(self) -> "Mirror":
+        """Copy in a thread from now on, until `close`."""
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self, finish: bool) -> None:
+        """Stop. finish: first copy what is missing, which may take as long as a checkpoint takes;
+        otherwise what is being sent is left incomplete, and doesn't count."""
+        self._closing.set()
+        if not finish:
+            return
+        if any(step not in self._whole for step in self._run.checkpoint_steps()):
+            self._report(f"Copying the last checkpoint to {self._folder.where} ...")
+        try:
+            self.sync()
+            self._send_run()  # the scores after the last checkpoint
+        except UserError as e:
+            self._report(f"The mirror is incomplete, the run is not affected: {e}")
+            return
+        last = max(self._whole, default=None)
+        if last is not None:
+            self._report(f"Mirrored to {self._folder.where} up to step {last:,}.")
+
+    def _work(self) -> None:
+        said, pause = "", _LOOK
+        while not self._closing.wait(pause):
+            try:
+                self.sync()
+                said, pause = "", _LOOK
+            except UserError as e:
+                if str(e) != said:
+                    self._report(f"The mirror failed, training goes on: {e}")
+                said, pause = str(e), min(2 * pause, _PAUSE)
+                if isinstance(e, Taken):
+                    return
+
+    def sync(self) -> None:
+        """Copy what is new, newest checkpoint first, and delete what need not be kept. Raises
+        UserError; whatever was sent whole by then counts."""
+        with self._lock:
+            self.expect_own()
+            for step in reversed(self._run.checkpoint_steps()):
+                self._copy(step)
+            self._prune()
+
+    def _copy(self, step: int) -> None:
+        path = self._run.checkpoint_path(step)
+        try:
+            table = read_table(path)
+            raw = (path / TABLE).read_bytes()
+        except (UserError, OSError):
+            return  # deleted meanwhile, or damaged: the audit tells of it
+        if self._whole.get(step) == raw:
+            return
+        if self._is_there(step, raw, table):
+            self._whole[step] = raw
+            return
+        self._send_run()
+        name = self._name(path)
+        self._remove(f"{name}/{TABLE}")  # of an older checkpoint of this step
+        try:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for _ in pool.map(lambda item: self._send_part(path, *item), table.items()):
+                    pass
+            self._send(path / TABLE)
+        except UserError:
+            if path.is_dir():
+                raise
+            return  # retention has deleted it
+        self._whole[step] = raw
+
+    def _is_there(self, step: int, raw: bytes, table: dict[str, FileEntry]) -> bool:
+        """True if this very checkpoint is there already."""
+        assert self._there is not None
+        name = self._name(self._run.checkpoint_path(step))
+        sizes = {f: self._there.get(f"{name}/{f}") for f in table}
+        if f"{name}/{TABLE}" not in self._there or any(sizes[f] != table[f].size for f in table):
+            return False
+        return b"".join(self._folder.get(f"{name}/{TABLE}")) == raw
+
+    def _send_part(self, checkpoint: Path, name: str, entry: FileEntry) -> None:
+        if self._send(checkpoint / name) != entry:
+            what = "was changed since it was written (its sha256 differs from the table's)"
+            raise UserError(str(checkpoint / name), what, f"see forescale check {self._run.path}")
+
+    def _send_run(self) -> None:
+        """Send the files of the run that have changed: config, identity, history, pins."""
+        attempts = self._run.attempts()
+        for path in run_files(self._run):
+            stat = path.stat()
+            now, name = (stat.st_size, stat.st_mtime_ns), self._name(path)
+            parts = name.split("/")
+            if parts[0] == "attempts":
+                self._expect_free(parts[1])
+                is_newest = attempts[-1].path.name == parts[1]
+                # Older attempts change no more. Their rows are long, and a new process of this
+                # mirror would send them all again.
+                if not is_newest and self._there and self._there.get(name) == now[0]:
+                    continue
+            if self._sent.get(name) != now:
+                self._send(path)
+                self._sent[name] = now
+
+    def _expect_free(self, attempt: str) -> None:
+        """Raise Taken if an attempt that began since `expect_own` is there already."""
+        if attempt not in self._own:
+            if any(self._folder.has(f"attempts/{attempt}/{n}") for n in _OF_AN_ATTEMPT):
+                what = f"got attempt {attempt} of {self._run.name} from another copy of the run"
+                raise Taken(self._folder.where, what, "stop one of them")
+            self._own.add(attempt)
+
+    def _send(self, path: Path) -> FileEntry:
+        assert self._there is not None
+        name = self._name(path)
+        entry = self._folder.put(name, path)
+        self._there[name] = entry.size
+        return entry
+
+    def _remove(self, name: str) -> None:
+        assert self._there is not None
+        if name in self._there:
+            self._folder.remove(name)
+            del self._there[name]
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._run.path).as_posix()
+
+    def _prune(self) -> None:
+        """Delete there what the run no longer has and its rule would not keep; never anything while
+        the run has no newer checkpoint that is there whole."""
+        assert self._there is not None
+        found = {int(s): n for n in self._there if (s := _step_of(n)) is not None}
+        gone = found.keys() - set(self._run.checkpoint_steps())
+        if not gone:
+            return
+        losses = ValidationLosses(self._run.metrics)() if self._keep.best else {}
+        local = survey(self._run, losses, known=self._known)
+        lost = [
+            CheckpointFacts(s, 0, True, is_pinned(self._run, s), losses.get(s))
+            for s in sorted(gone)
+        ]
+        stay = reasons([*local, *lost], self._keep)
+        newest = max((f.step for f in local if f.step in self._whole), default=0)
+        for step in sorted(s for s in gone if s not in stay and s < newest):
+            name = self._name(self._run.checkpoint_path(step))
+            self._remove(f"{name}/{TABLE}")  # first: what is left of it doesn't count
+            self._folder.remove_all(name)
+            self._there = {n: s for n, s in self._there.items() if not n.startswith(f"{name}/")}
+            self._whole.pop(step, None)
+
+
+_OF_AN_ATTEMPT = ("parent.json", "launch.json")  # files of which each attempt has one
+
+
+def run_files(run: Run) -> Iterator[Path]:
+    """Yield what a run needs beside its checkpoints to go on elsewhere: its own files, the rows and
+    records of its attempts, and its pins."""
+    for folder in (run.path, *(a.path for a in run.attempts()), run.checkpoints):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            is_kept = path.suffix in (".json", ".jsonl", ".yaml", ".pin")
+            if is_kept and path.is_file() and not path.is_symlink() and path.name[0] != ".":
+                yield path
+
+
+def _step_of(name: str) -> str | None:
+    parts = name.split("/")
+    is_of_one = len(parts) == 3 and parts[0] == "checkpoints" and parts[1].startswith("step-")
+    number = parts[1].removeprefix("step-") if is_of_one else ""
+    return number if number.isdecimal() else None
