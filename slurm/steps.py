@@ -284,8 +284,7 @@ def standby(submission: Submission, host: str, words: Sequence[str]) -> list[str
     ]
     return [
         *("srun", f"--job-name={STANDBY}", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1"),
-        # It takes no CPU, memory or GPU away from other steps.
-        *("--overlap", "--mem=0", "--gres=none"),
+        *("--overlap", "--mem=0"),  # it takes no CPU, memory or GPU away from other steps
         *_outside(submission.settings),
         # slurmstepd writes the log: srun, on the first node, may be gone.
         *(_on([host]), f"--output={log}", "--open-mode=append"),

@@ -153,6 +153,14 @@ def test_python_of_several_words_is_kept_as_words(bench):
     assert shlex.split(look)[1:8] == words
 
 
+def test_the_standby_stays_outside_of_an_image(bench):
+    made = submission(bench, container="x.sqsh", srun=["--container-writable", "--mpi=none"])
+    words = steps.standby(made, "n2", ["7", "0", "requeue"])
+    assert "--mpi=none" in words
+    assert not any(word.startswith("--container") for word in words)
+    assert shlex.split(words[-1].splitlines()[-1])[1] == sys.executable
+
+
 def test_the_batch_script_stays_outside_of_an_image(bench):
     """SLURM's commands are rarely in one."""
     for keys in ({"python": "singularity exec x.sif python3"}, {"container": "x", "python": "p"}):
