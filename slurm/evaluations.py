@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from forescale.checkpoint.retention import pin
 from forescale.config.compose import compose, overrides_of
@@ -136,21 +136,20 @@ def submit(arguments: Sequence[str]) -> None:
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     trained = thaw(TrainJob, run.config, job.trust)
     here, to_come = _divided(run, trained, job.steps)
+    settings = _settings(job, words, run)
     if not job.submit.dry_run:
         queue.must_be_here()
-    training = _training(run, to_come) if to_come else None
-    settings = _settings(job, words, run)
+    groups: list[tuple[list[int], str | None]] = [(here, None)] if here else []
+    groups += [(to_come, _training(run, to_come))] if to_come else []
     profile = next((w.partition("=")[2] for w in words if w.startswith("slurm=")), "plain")
-    groups = [(here, None), (to_come, training)]
 
     def made(found: Sequence[int], waits: str | None, folder: Path) -> Evaluations:
         at, target = Submission(folder.resolve()), str(run.path.resolve())
         return Evaluations(run, found, at, settings, [target, *_of_eval(words)], profile, waits)
 
-    groups = [group for group in groups if group[0]]
     if job.submit.dry_run:
-        for found, waits in groups:
-            print(made(found, waits, run.path / "evaluations" / "NNNN").script(), end="")
+        for group in groups:
+            print(made(*group, run.path / "evaluations" / "NNNN").script(), end="")
         return
     if own := own_packages(trained):
         print(f"Note: {described(own)}")
@@ -210,12 +209,12 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
     if last and not any(w.startswith("slurm=") for w in words):
         found, _, _ = build(EvaluationSlurm, last)
         found = replace(found, **{name: getattr(job.slurm, name) for name in typed})
-    one = {"nodes": 1, "tasks_per_node": 1, "pack": False, "exclusive": False}
+    one: dict[str, Any] = {"nodes": 1, "tasks_per_node": 1, "pack": False, "exclusive": False}
     one["gpus_per_node"] = min(1, found.gpus_per_node)
     one["gres"] = _GPUS.sub(r"\1:1", found.gres) if found.gres else None
     found = replace(found, **{name: value for name, value in one.items() if name not in typed})
-    if wrong := [Problem(f"slurm.{k}", what, todo) for k, what, todo in found.problems()]:
-        raise ConfigError(wrong)
+    if problems := [Problem(f"slurm.{name}", *rest) for name, *rest in found.problems()]:
+        raise ConfigError(problems)
     return found
 
 
