@@ -1,30 +1,23 @@
 """`forescale status`: derived from files, honest about what they show, and quick."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from forescale import open_run
-from forescale.errors import UserError
 from forescale.monitor import tail
 from forescale.monitor.memory import Memory
 from forescale.monitor.status import Status, Statuses
-from forescale.resilience.diagnosis import Hang, publish_hang
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
-from forescale.run.directory import Parent, Run
-from forescale.run.rows import RowWriter, read_rows
-from forescale.slurm import queue
-from forescale.slurm.submission import Submission
-from forescale.storage import write_json
-from tests.trainer.small_run import STEPS, make_run, save, train_row
+from forescale.run.directory import Parent
+from forescale.run.rows import RowWriter
+from tests.trainer.monitor.changed_run import age_by, changed_rows, say_how_it_went
+from tests.trainer.small_run import STEPS, make_run, train_row
 
 
 def test_it_starts_without_torch(trained):
@@ -187,124 +180,6 @@ def test_the_page_of_one_run(own_run, forescale):
     assert "Events: 2 checkpoint_saved" in out
 
 
-def age_by(run: Run, seconds: float):
-    """Move all files back in time."""
-    for path in run.path.rglob("*"):
-        if not path.is_symlink():
-            os.utime(path, (path.stat().st_mtime - seconds,) * 2)
-
-
-@contextmanager
-def changed_rows(run: Run):
-    """The rows of a run's history, written again when they were changed."""
-    rows = read_rows(run.metrics)
-    yield rows
-    run.metrics.resolve().write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def unfinished(own_run) -> Run:
-    """Resumed at step 4 of 8, with rows up to step 6."""
-    attempt = own_run.new_attempt()
-    attempt.start_from(Parent(4, str(own_run.checkpoint_path(4))), own_run)
-    for step in (5, 6):
-        attempt.metrics.add(train_row(attempt, step))
-    return own_run
-
-
-def test_states(unfinished):
-    assert Status(unfinished).state == "running"
-    age_by(unfinished, 3600)
-    assert Status(unfinished).state == "crashed"  # steps 5 and 6 are in no checkpoint
-    model = open_run(unfinished.path).model(4)
-    save(unfinished, unfinished.attempts()[-1], 6, model)
-    age_by(unfinished, 3600)
-    assert Status(unfinished).state == "interrupted"
-
-
-def test_a_slow_run_is_running_for_longer(unfinished):
-    age_by(unfinished, 300)
-    assert Status(unfinished).state == "crashed"
-    with changed_rows(unfinished) as rows:
-        rows[-1]["seconds"]["evaluation"] = 200.0
-    age_by(unfinished, 300)
-    assert Status(unfinished).state == "running"
-    (unfinished.attempts()[-1].path / "rank-0.log").write_text("")
-    age_by(unfinished, 300)
-    assert Status(unfinished).state == "running"
-    age_by(unfinished, 1e5)
-    assert Status(unfinished).state == "crashed"
-
-
-def test_no_row_is_read_of_a_run_that_was_dead_for_longer_than_it_lived(unfinished, monkeypatch):
-    age_by(unfinished, 3600)
-    monkeypatch.setattr(Memory, "ledger", lambda self, path, own=None: pytest.fail("all rows"))
-    assert Status(unfinished).state == "crashed"
-
-
-def test_a_run_that_no_attempt_was_made_of_is_new(own_run):
-    shutil.rmtree(own_run.path / "attempts")
-    shutil.rmtree(own_run.checkpoints)
-    for link in (own_run.metrics, own_run.events):
-        link.unlink()
-    status = Status(own_run)
-    assert (status.state, status.step, status.validation) == ("new", 0, None)
-
-
-def test_what_was_lost_and_what_does_not_count(unfinished, forescale):
-    status = Status(unfinished)
-    assert status.step == 6
-    lost = status.lost()
-    assert (lost.steps, lost.seconds) == (STEPS - 4, 2.0 * (STEPS - 4))
-    kept = {k: status.goodput.buckets[k] for k in ("data", "compute", "lost")}
-    assert kept == pytest.approx({"data": 3.0, "compute": 9.0, "lost": 8.0}, abs=1.0)
-    code, out, _ = forescale("status", "small")
-    assert code == 0
-    assert "; lost 4 steps" in out
-    assert re.search(r"^ +8 +1,024 .* no ", out, re.MULTILINE)
-    assert re.search(r"^ +2 +step 4 ", out, re.MULTILINE)
-
-
-def say_how_it_went(attempt, code, how="so", spans=10.0):
-    """As our launcher does."""
-    begun = time.time() - spans
-    facts = {"begun": begun, "command": [], "host": "a", "processes": 2}
-    write_json(
-        attempt.path / "launch.json", facts | {"ended": time.time(), "code": code} | {"how": how}
-    )
-
-
-def test_a_run_whose_launcher_saw_it_end_is_not_running(unfinished, forescale):
-    say_how_it_went(unfinished.attempts()[-1], 1, "rank 1 ended with ValueError: too wide")
-    assert Status(unfinished).state == "crashed"
-    _, out, _ = forescale("status", "small")
-    assert re.search(r"^ +2 +step 4 .* crash *$", out, re.MULTILINE)
-    assert "Attempt 2 ended: rank 1 ended with ValueError: too wide." in out
-
-
-def test_a_rollback_is_part_of_its_launch(unfinished):
-    number = unfinished.attempts()[-1].number
-    again = unfinished.new_attempt()
-    again.start_from(
-        Parent(4, str(unfinished.checkpoint_path(4)), ((20, 24),), rolled_back_from=6), unfinished
-    )
-    assert Status(unfinished).state == "running"
-    say_how_it_went(unfinished.attempts()[number - 1], 1)
-    assert Status(unfinished).state == "interrupted", "all that counts is saved"
-
-
-def test_a_hang_is_said(unfinished, forescale):
-    attempt = unfinished.attempts()[-1]
-    publish_hang(
-        attempt.path, Hang((1,), "n7", "data", 6, 12.0, "rank 1 on host n7 has been in data")
-    )
-    say_how_it_went(attempt, 1, "rank 1 on host n7 has been in data")
-    _, out, _ = forescale("status", "small")
-    assert re.search(r"^ +2 +step 4 .* hang *$", out, re.MULTILINE)
-    assert out.count("rank 1 on host n7 has been in data") == 1
-    assert "attempts/0002/hang-*.txt" in out
-
-
 def test_the_page_shows_where_the_time_went(own_run, forescale):
     say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
     with changed_rows(own_run) as rows:
@@ -374,115 +249,3 @@ def test_a_directory_without_runs(tmp_path, forescale):
     assert code == 0
     assert "start one with: forescale train" in out
     assert forescale("status", "nope", f"run.root={tmp_path}")[0] == 2
-
-
-def submitted(run: Run) -> Submission:
-    """Of job 7."""
-    made = Submission(run.new_job())
-    made.submitted("7", made.script, None, "2026-01-01T00:00:00")
-    made.write(slurm={}, log=str(made.path / "slurm.log"))
-    return made
-
-
-def queued(submission: Submission, state: str) -> queue.Job:
-    times = ("0:10", "9:50", "n[1-2]", "N/A", "2026-01-01T00:00:00")
-    return queue.Job("7", state, "Resources", *times, str(submission.script))
-
-
-@pytest.fixture
-def cluster(monkeypatch, tmp_path):
-    """Stands in for SLURM's commands: cluster(jobs in the queue, scontrol's facts)."""
-    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(queue, "is_here", lambda: True)
-
-    def has(*jobs, **facts):
-        monkeypatch.setattr(queue, "jobs", lambda ids: list(jobs))
-        monkeypatch.setattr(queue, "show", lambda job: facts)
-
-    return has
-
-
-def test_an_unreachable_queue_hides_no_run(own_run, forescale, monkeypatch, cluster):
-    """SLURM's commands are there, and its controller can't be reached."""
-
-    def away(ids):
-        raise UserError("squeue", "SLURM says: unable to contact the controller", "see sinfo")
-
-    submitted(own_run)
-    monkeypatch.setattr(queue, "jobs", away)
-    code, out, _ = forescale("status")
-    assert code == 0
-    assert "The queue can't be read: squeue: SLURM says: unable to contact" in out
-    assert re.search(r"small +complete", out)
-    assert forescale("status", "small")[0] == 0
-    assert forescale("logs", "small", "follow=false")[0] == 0
-    code, _, err = forescale("stop", "small")
-    assert (code, "unable to contact" in err) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("state", "said"), [("PENDING", r"queued \(Resources\)"), ("RUNNING", "running")]
-)
-def test_the_state_of_a_run_in_the_queue(
-    forescale, small_data, tmp_path, monkeypatch, cluster, state, said
-):
-    monkeypatch.chdir(tmp_path)
-    run = make_run(small_data, "runs", "other")
-    shutil.rmtree(run.checkpoints)
-    cluster(queued(submitted(run), state))
-    _, out, _ = forescale("status")
-    assert re.search(f"other +{said}", out), out
-    _, out, _ = forescale("status", "other")
-    assert ("waits in the queue (Resources)" in out) == (state == "PENDING")
-    assert ("runs on n[1-2] for 0:10; 9:50 are left" in out) == (state == "RUNNING")
-
-
-def test_a_job_that_died_before_our_process_began_is_told(unfinished, forescale, cluster):
-    """In the table, on the page with the end of its log, and to programs."""
-    submission = submitted(unfinished)
-    (submission.path / "slurm.log").write_text("x" * 99 + "\nmodule load: no module [bold]cuda\n")
-    cluster(JobState="FAILED", ExitCode="1:0", Restarts="0", Command=str(submission.script))
-    _, out, _ = forescale("status")
-    assert re.search(r"small +failed +2 ", out)
-    sentence = "Job 7 ended before any rank of it began: FAILED, exit code 1."
-    assert f"small: {sentence} See forescale logs small" in out
-    _, out, _ = forescale("status", "small")
-    assert f"{sentence} Its log, {submission.log}, ends:" in out
-    assert "\n  module load: no module [bold]cuda\n" in out
-    found = json.loads(forescale("status", "small", "--json")[1])
-    assert (found["state"], found["job"]["state"], found["job"]["exit"]) == (
-        "crashed",
-        "FAILED",
-        "1",
-    )
-
-
-def test_nothing_is_said_of_a_job_that_cannot_be_known(unfinished, forescale, monkeypatch, cluster):
-    submitted(unfinished)
-    cluster()
-    assert re.search(r"small +never began", forescale("status")[1])
-    assert (
-        "no longer in the queue, and no rank of it began. No log: "
-        in forescale("status", "small")[1]
-    )
-    monkeypatch.setattr(queue, "is_here", lambda: False)
-    assert re.search(r"small +running", forescale("status")[1])
-
-
-def test_a_job_that_runs_has_not_failed_however_long_it_writes_nothing(
-    unfinished, forescale, cluster
-):
-    """So there is no advice that would rest on its failure."""
-    with changed_rows(unfinished) as rows:
-        rows[-1]["seconds"]["checkpoint"] = 0.5
-    say_how_it_went(unfinished.attempts()[0], 0)
-    write_json(unfinished.attempts()[1].path / "launch.json", {"begun": time.time() - 5000})
-    submission = submitted(unfinished)
-    age_by(unfinished, 3600)
-    cluster()
-    assert "checkpoint.every" in forescale("status", "small")[1]
-    shutil.rmtree(os.environ["FORESCALE_CACHE"])
-    cluster(queued(submission, "RUNNING"))
-    _, out, _ = forescale("status", "small")
-    assert "checkpoint.every" not in out
-    assert re.search(r"^ +2 +step 4 .* running *$", out, re.MULTILINE)
