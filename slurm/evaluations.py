@@ -48,7 +48,7 @@ _SOONEST = 60.0  # seconds until a task looks again for its checkpoint
 _GPUS = re.compile(r"(\bgpu(?::[^,:]*[^0-9,:][^,:]*)?):[0-9]+")  # of --gres, without their number
 # Keys of slurm that say how many ranks there are, or how a job of many ranks starts and goes on.
 _OF_RANKS = (
-    *("nodes", "spares", "tasks_per_node", "srun", "runs"),
+    *("nodes", "spares", "tasks_per_node", "runs"),
     *("pack", "lead", "requeue", "max_requeues"),
 )
 
@@ -209,8 +209,8 @@ def _settings(job: EvaluationsJob, words: Iterable[str], run: Run) -> SlurmConfi
     if last and not any(w.startswith("slurm=") for w in words):
         found, _, _ = build(EvaluationSlurm, last)
         found = replace(found, **{name: getattr(job.slurm, name) for name in typed})
-    one: dict[str, Any] = {"nodes": 1, "tasks_per_node": 1, "pack": False, "exclusive": False}
-    one["gpus_per_node"] = min(1, found.gpus_per_node)
+    one: dict[str, Any] = {"nodes": 1, "spares": 0, "tasks_per_node": 1, "exclusive": False}
+    one |= {"pack": False, "gpus_per_node": min(1, found.gpus_per_node)}
     one["gres"] = _GPUS.sub(r"\1:1", found.gres) if found.gres else None
     found = replace(found, **{name: value for name, value in one.items() if name not in typed})
     if problems := [Problem(f"slurm.{name}", *rest) for name, *rest in found.problems()]:

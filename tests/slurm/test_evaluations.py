@@ -210,6 +210,21 @@ def test_a_task_becomes_the_evaluation_of_its_checkpoint(task):
     assert task(4) == (0, "-P -m forescale eval small step=4\n")
 
 
+@pytest.mark.parametrize(
+    ("image", "begin"),
+    [("image.sif", ["apptainer", "exec"]), ("image", ["srun", "--ntasks-per-node=1", "--nodes=1"])],
+)
+def test_a_task_scores_in_the_container_of_the_run(run, monkeypatch, tmp_path, image, begin):
+    monkeypatch.setenv("FORESCALE_SCRATCH", str(tmp_path / "scratch"))
+    submission = Submission(run.new_evaluations())
+    settings = SlurmConfig(container=image, tasks_per_node=1)
+    submission.write(slurm=plain(settings), data=["/data/books"])
+    command = evaluations._command(submission, ["small", "step=4"])
+    assert command[: len(begin)] == begin
+    assert command[-7:] == ["python3", "-P", "-m", "forescale", "eval", "small", "step=4"]
+    assert "/data/books:/data/books" in " ".join(command)
+
+
 def test_a_task_whose_checkpoint_is_to_come_is_requeued_by_the_pace_of_the_run(
     task, run, in_queue, commands, tmp_path
 ):
