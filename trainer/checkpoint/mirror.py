@@ -15,7 +15,9 @@ it. Imports no torch.
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from forescale.checkpoint.retention import (
     CheckpointFacts,
@@ -30,7 +32,7 @@ from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
 from forescale.run.directory import Run
-from forescale.storage import TABLE, FileEntry, read_table
+from forescale.storage import TABLE, FileEntry, read_table, write_json
 
 _LOOK = 5.0  # seconds between two looks for a new checkpoint
 _PAUSE = 300.0  # most seconds between two tries while the other place fails
@@ -69,6 +71,7 @@ class Mirror:
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of change, by name
         self._whole: dict[int, bytes] = {}  # the table of each checkpoint that is there, by step
         self._known: dict[int, int] = {}  # see `survey`
+        self._noted: dict[str, Any] = {}  # what `status` was told last
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -113,6 +116,7 @@ class Mirror:
             self.sync()
             self._send_run()  # the scores after the last checkpoint
         except UserError as e:
+            self._note(str(e))
             self._report(f"The mirror is incomplete, the run is not affected: {e}")
             return
         last = max(self._whole, default=None)
@@ -126,6 +130,7 @@ class Mirror:
                 self.sync()
                 said, pause = "", _LOOK
             except UserError as e:
+                self._note(str(e))
                 if str(e) != said:
                     self._report(f"The mirror failed, training goes on: {e}")
                 said, pause = str(e), min(2 * pause, _PAUSE)
@@ -140,6 +145,15 @@ class Mirror:
             for step in reversed(self._run.checkpoint_steps()):
                 self._copy(step)
             self._prune()
+            self._note(None)
+
+    def _note(self, error: str | None) -> None:
+        """Write for `status` what is there."""
+        noted = {"where": self._folder.where, "steps": sorted(self._whole), "error": error}
+        if noted != self._noted:
+            with suppress(OSError, UserError):  # such as a full disk, of which the run itself tells
+                write_json(self._run.mirror, noted)
+                self._noted = noted
 
     def _copy(self, step: int) -> None:
         path = self._run.checkpoint_path(step)
@@ -247,6 +261,7 @@ class Mirror:
             self._whole.pop(step, None)
 
 
+_KEPT = (".json", ".jsonl", ".yaml", ".pin")
 _OF_AN_ATTEMPT = ("parent.json", "launch.json")  # files of which each attempt has one
 
 
@@ -256,7 +271,13 @@ def run_files(run: Run) -> Iterator[Path]:
     for folder in (run.path, *(a.path for a in run.attempts()), run.checkpoints):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             is_kept = path.suffix in (".json", ".jsonl", ".yaml", ".pin")
-            if is_kept and path.is_file() and not path.is_symlink() and path.name[0] != ".":
+            if (
+                is_kept
+                and path != run.mirror
+                and path.is_file()
+                and not path.is_symlink()
+                and path.name[0] != "."
+            ):
                 yield path
 
 

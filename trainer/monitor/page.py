@@ -21,6 +21,7 @@ from forescale.resilience.diagnosis import OWN_WORK
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
+from forescale.storage import read_json
 
 if TYPE_CHECKING:
     from forescale.slurm.asked import EarlyEnd
@@ -79,6 +80,8 @@ def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | No
     if end is not None and s.state != "complete":
         _show_early_end(end, console)
     _show_checkpoints(s, console)
+    if line := _mirrored(s.run):
+        console.print(escape(line), soft_wrap=True)
     _show_attempts(s, console)
     _show_ranks(s, console)
     _show_time(s, console)
@@ -105,6 +108,17 @@ def _forecast(s: Status) -> str | None:
     if scored is not None and scored["step"] == total:
         return describe(prediction.compare(scored["loss"]))
     return prediction.due_message(s.job)
+
+
+def _mirrored(run: Run) -> str | None:
+    """Return what the mirror holds, and why it holds no more; None without a mirror."""
+    try:
+        noted = read_json(run.mirror) if run.mirror.exists() else {}
+        where, steps, error = noted["where"], noted["steps"], noted["error"]
+    except (UserError, KeyError, TypeError):
+        return None
+    newest = f"up to step {max(steps):,}" if steps else "nothing yet"
+    return f"Mirrored to {where}: {newest}." + (f" It fails now: {error}" if error else "")
 
 
 def _show_job(job: "Job", console: Console) -> None:

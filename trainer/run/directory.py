@@ -4,6 +4,7 @@
       config.yaml  run.json         the frozen config; identity (versions, data)
       tokenizer.json                a copy of the dataset's, so that the run can be used without it
       metrics.jsonl  events.jsonl   links to the newest attempt's, for people; not read here
+      mirror.json                   what is copied elsewhere, see checkpoint/mirror.py
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
@@ -60,6 +61,7 @@ class Run:
         self.identity = self.path / "run.json"
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
+        self.mirror = self.path / "mirror.json"
 
     @property
     def metrics(self) -> Path:

@@ -24,12 +24,16 @@ def place(tmp_path):
     return tmp_path / "mirror"
 
 
-@pytest.fixture
-def job(own_run, place):
+def mirror_job(run, place):
     """The job of the run, mirrored."""
-    job = thaw(TrainJob, own_run.config)
+    job = thaw(TrainJob, run.config)
     here = replace(job.run, root="runs")
     return replace(job, run=here, checkpoint=replace(job.checkpoint, mirror=str(place)))
+
+
+@pytest.fixture
+def job(own_run, place):
+    return mirror_job(own_run, place)
 
 
 @pytest.fixture
@@ -166,6 +170,15 @@ def test_a_mirror_that_is_ahead_is_not_overwritten(own_run, job, mirror, place, 
     with pytest.raises(Taken, match="got attempt 0002"):
         mirror._send_run()
     assert contents(place) == before
+
+
+def test_status_says_what_is_there_and_what_fails(own_run, mirror, place, forescale):
+    mirror.close(finish=True)
+    assert f"Mirrored to {place}/small: up to step 8." in forescale("status", "small")[1]
+    shutil.rmtree(place)
+    place.write_text("a file where a directory should be")
+    mirror_of(own_run, mirror_job(own_run, place), print).close(finish=True)
+    assert "nothing yet. It fails now:" in forescale("status", "small")[1]
 
 
 def test_a_place_that_fails_is_told_of_once_and_harms_nothing(own_run, said, tmp_path):
