@@ -227,9 +227,8 @@ def decide(
     if not left:
         return JobDecision("restart", code, "starting again on the same nodes")
     if len(left) <= sum(host not in out and host not in down for host in others):
-        gone = ", ".join(f"{host} ({past.excluded.get(host, 'it is down')})" for host in left)
-        takes = "a spare node takes its place" if len(left) == 1 else "spare nodes take their place"
-        return JobDecision("restart", code, f"starting again without {gone}: {takes}")
+        spare = "a spare node in the place" if len(left) == 1 else "spare nodes in the places"
+        return JobDecision("restart", code, f"starting again with {spare} of {', '.join(left)}")
     named = [f"{host} ({past.excluded[host]})" for host in out] + [
         f"{host} is down" for host in down if host not in out
     ]

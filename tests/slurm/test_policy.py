@@ -83,10 +83,10 @@ def test_a_spare_node_takes_the_place_of_one_that_is_left_out():
     """In the same job: it neither waits in the queue nor counts as a requeue."""
     found = decided(-9, 2, blamed={"b": ["killed", "hung"]}, others=["c"], idle=6)
     assert (found.action, found.pause) == ("restart", 0)
-    assert found.why == "starting again without b (killed; hung): a spare node takes its place"
+    assert found.why == "starting again with a spare node in the place of b"
     found = decided(1, 1, down=["a", "b"], others=["c", "d"], may_requeue=False, enough=False)
     assert found.action == "restart"
-    assert "without a (it is down), b (it is down): spare nodes take their place" in found.why
+    assert found.why == "starting again with spare nodes in the places of a, b"
 
 
 @pytest.mark.parametrize(
