@@ -116,7 +116,7 @@ class Evaluations:
             ("--nodes=1", ""),
             ("--ntasks=1", ""),
             (f"--array=0-{len(self.steps) - 1}{f'%{s.at_once}' if s.at_once else ''}", "the steps"),
-            *resources(s),
+            *((option, "") for option, _ in resources(s)),
             ("--requeue", "also how a task waits for its checkpoint"),
         ]
         waits = [f"after:{self.training}"] if self.training else []  # until it has begun
@@ -286,8 +286,10 @@ def _report(groups: Sequence[Evaluations], ids: Sequence[str]) -> None:
         print(f"Submitted array {id}: {what} of {run.name}{waits}.")
         print(f"  Script: {group.submission.script}")
         print(f"  Scores: {group.log(group.steps[0])}{', ...' if len(group.steps) > 1 else ''}")
-    device = "one GPU" if settings.gpus == 1 else f"{settings.gpus or 'no'} GPUs"
-    print(f"Each is one process with {device}. Its checkpoint is pinned: see forescale pin --help.")
+    device = {0: "on CPUs", 1: "with one GPU"}.get(settings.gpus, f"with {settings.gpus} GPUs")
+    print(f"Each is one process {device}. Its checkpoint is pinned: see forescale pin --help.")
+    if settings.mem == "0":
+        print("Note: each takes all memory of a node (slurm.mem=0), unless you give slurm.mem.")
     print(f"Follow them: squeue --jobs={','.join(ids)}. Stop them: scancel {' '.join(ids)}")
 
 
