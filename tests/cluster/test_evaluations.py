@@ -25,7 +25,7 @@ def test_checkpoints_are_evaluated_once_the_run_has_saved_them(
     array = said.partition("Submitted array ")[2].partition(":")[0]
     assert f"each when job {job.id} has saved it" in said
     tasks = [f"{array}_0", f"{array}_1"]
-    assert [lab.show(task)["Reason"] for task in tasks] == ["Dependency"] * 2
+    job.until(lambda: {lab.show(task)["Reason"] for task in tasks} == {"Dependency"})
     lab.run("scancel", others)
     assert job.until_over() == "COMPLETED", job.said()
     assert job.run.checkpoint_steps() == [20, 40, 60]
