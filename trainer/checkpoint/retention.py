@@ -235,7 +235,8 @@ def pin(run: Run, step: int, off: bool = False, ahead: bool = False) -> bool:
     """
     known = run.checkpoint_steps()
     is_to_come = ahead and step > max(known, default=0)
-    if step not in known and not is_to_come:
+    is_left = off and is_pinned(run, step)  # of a checkpoint that was never made
+    if step not in known and not is_to_come and not is_left:
         steps = ", ".join(map(str, known)) or "none"
         todo = f"choose one of these steps: {steps}"
         raise UserError(str(run.checkpoint_path(step)), "no such checkpoint", todo)

@@ -307,6 +307,8 @@ def test_a_checkpoint_that_is_to_come_is_pinned_ahead(tmp_path):
     run.checkpoint_path(20).mkdir()
     with pytest.raises(UserError, match="no such checkpoint"):
         pin(run, 12, ahead=True)  # it was passed
+    assert pin(run, 16, off=True)  # nobody waits for it any more
+    assert not is_pinned(run, 16)
 
 
 def test_pin_and_unpin(long_run, forescale):
