@@ -26,7 +26,7 @@ from forescale.errors import UserError
 VERBS = {
     "train": "Train a model. Without any key: a small one on Python source, in minutes.",
     "plan": "Check a training job before the queue: problems, memory, traffic, hours, price.",
-    "submit": "Submit to SLURM: a job that trains until the run is complete, or evaluations of a run.",
+    "submit": "Submit to SLURM: a job that trains until its run is complete, or evaluations.",
     "status": "Show the state, the progress and the time use of runs.",
     "logs": "Follow the output of a run's ranks; of a failed run, the rank that failed first.",
     "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
