@@ -174,8 +174,8 @@ class Batch:
                 attempt, policy.AttemptOutcome(INTERRUPTED, 0, "interrupted before ranks")
             )
         if self._standby and self._standby.is_over:
-            lost = "if this node is lost, cancel the job and submit the run again"
-            self._log(f"Note: the standby has ended (see {self._standby.log}): {lost}.")
+            todo = "if this node is lost, cancel the job and submit the run again"
+            self._log(f"Note: the standby has ended (see {self._standby.log}): {todo}.")
         each = steps.cpus_per_rank(self.settings)
         cpus = f" of {each} CPUs" if each > 1 else ""
         self._log(f"Attempt {attempt.number}: {world} ranks{cpus}; logs {attempt.path}/rank-*.log")
