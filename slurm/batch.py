@@ -89,7 +89,7 @@ class Batch:
         return decision.code
 
     def _decide(self, code: int, past: policy.Past) -> policy.JobDecision:
-        out = policy.excluded(past, self.job_hosts)
+        out = tuple(past.excluded)
         partition = os.environ.get("SLURM_JOB_PARTITION", "")
         may_be_lost = code not in (DONE, INTERRUPTED, USER)
         return policy.decide(

@@ -212,11 +212,13 @@ def decide(
         how = f"is ending this start of the job ({state.lower()})"
         why = f"SLURM {how}" if state else "SLURM has started the job again, or no longer knows it"
         return JobDecision("end", code, why)
-    out = excluded(past, [*nodes, *others])
+    out = tuple(host for host in (*nodes, *others) if host in past.excluded)
+    # Those of earlier nodes, too: SLURM keeps only the list that it got last.
+    never = tuple(past.excluded) if out and enough else ()
     action = launcher.next_action(code, past.crashes)
     if code == INTERRUPTED:
         if may_requeue:
-            return _requeue(code, past, "to resume", out if enough else (), most)
+            return _requeue(code, past, "to resume", never, most)
         return JobDecision("end", code, "slurm.requeue=false; submit it again to resume")
     if action == "end":
         return JobDecision("end", code, "done" if code == DONE else "trying again would not help")
@@ -237,14 +239,9 @@ def decide(
             "end", code, f"it needs other nodes, but slurm.requeue=false: {', '.join(named)}"
         )
     if enough:
-        return _requeue(code, past, f"to use other nodes: {', '.join(named)}", out, most)
+        return _requeue(code, past, f"to use other nodes: {', '.join(named)}", never, most)
     why = f"though too few nodes remain without those at fault: {', '.join(named)}"
     return _requeue(code, past, why, (), most)
-
-
-def excluded(past: Past, nodes: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the nodes that are not to be used again."""
-    return tuple(host for host in nodes if host in past.excluded)
 
 
 def chosen(

@@ -70,6 +70,13 @@ def test_a_node_that_the_preflight_refused_is_left_out_at_once():
     assert (found.action, found.exclude) == ("requeue", ("a",))
 
 
+def test_a_node_that_was_left_out_before_stays_out():
+    """SLURM replaces the whole list with each requeue."""
+    found = decided(1, 0, faulty={"z": "has no GPU", "a": "no clock"})
+    assert (found.action, set(found.exclude)) == ("requeue", {"a", "z"})
+    assert "z" not in found.why.replace("requeued", "")
+
+
 def test_a_node_that_is_not_of_this_job_is_no_reason_to_requeue():
     assert decided(1, 1, blamed={"z": ["killed", "killed"]}).action == "restart"
 
