@@ -12,6 +12,7 @@ that has attempts which this directory lacks is refused. Training never waits fo
 it. Imports no torch.
 """
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
 from forescale.run.directory import Run
-from forescale.storage import TABLE, FileEntry, read_table, write_json
+from forescale.storage import TABLE, FileEntry, read_json, read_table, write_json
 
 _LOOK = 5.0  # seconds between two looks for a new checkpoint
 _PAUSE = 300.0  # most seconds between two tries while the other place fails
@@ -80,17 +81,27 @@ class Mirror:
         """Raise Taken if the folder holds attempts that the run doesn't have, another UserError if
         it can't be listed."""
         if self._there is None:
-            self._there = self._folder.list()
-            found = {n.split("/")[1] for n in self._there if n.startswith("attempts/")}
-            if missing := sorted(found - {a.path.name for a in self._run.attempts()}):
-                what = f"holds attempt {missing[-1]} of {self._run.name}, which isn't in"
+            there = self._folder.list()
+            found = {n.split("/")[1] for n in there if n.startswith("attempts/")}
+            missing = found - {a.path.name for a in self._run.attempts()}
+            if strange := sorted(missing) or [a for a in sorted(found) if self._differs(a, there)]:
+                what = f"holds attempt {strange[-1]} of {self._run.name}, which isn't the one in"
                 todo = (
                     "another copy of the run went on: go on with that one, or move this directory "
                     "away and give the command again to restore it, or set another "
                     "checkpoint.mirror"
                 )
                 raise Taken(self._folder.where, f"{what} {self._run.path}", todo)
-            self._own = found
+            self._there, self._own = there, found
+
+    def _differs(self, attempt: str, there: dict[str, int]) -> bool:
+        """True if the attempt of this number there is the launch of another copy of the run."""
+        name = f"attempts/{attempt}/{_LAUNCH}"
+        path = self._run.path / name
+        if name not in there or not path.exists():  # torchrun and others write none
+            return False
+        copied = json.loads(b"".join(self._folder.get(name)))
+        return copied.get("begun") != read_json(path).get("begun")
 
     def check(self) -> "Mirror":
         """Raise UserError if the folder is another run's, or can't be written to and read."""
@@ -262,7 +273,8 @@ class Mirror:
 
 
 _KEPT = (".json", ".jsonl", ".yaml", ".pin")
-_OF_AN_ATTEMPT = ("parent.json", "launch.json")  # files of which each attempt has one
+_LAUNCH = "launch.json"  # written by resilience/outcome.py
+_OF_AN_ATTEMPT = ("parent.json", _LAUNCH)  # files of which each attempt has one
 
 
 def run_files(run: Run) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
 from forescale.monitor.audit import check_run
 from forescale.run.directory import Parent, Run
-from forescale.storage import check_table
+from forescale.storage import check_table, write_json
 from tests.trainer.small_run import make_job, save, train_row
 
 
@@ -169,6 +169,19 @@ def test_a_mirror_that_is_ahead_is_not_overwritten(own_run, job, mirror, place, 
     own_run.new_attempt().start_from(Parent(8, "checkpoints/step-00000008"), own_run)
     with pytest.raises(Taken, match="got attempt 0002"):
         mirror._send_run()
+    assert contents(place) == before
+
+
+def test_an_attempt_of_the_same_number_from_elsewhere_is_not_overwritten(own_run, job, said, place):
+    launch = own_run.attempts()[0].path / "launch.json"
+    write_json(launch, {"begun": 1.0})
+    mirror_of(own_run, job, said.append).sync()
+    write_json(launch, {"begun": 1.0, "code": 0})  # it has ended meanwhile
+    mirror_of(own_run, job, said.append).check()
+    write_json(launch, {"begun": 2.0})
+    before = contents(place)
+    with pytest.raises(Taken, match="holds attempt 0001 of small, which isn't the one in"):
+        mirror_of(own_run, job, said.append).check()
     assert contents(place) == before
 
 
