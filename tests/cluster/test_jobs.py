@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
     return Job(lab, tmp_path / "runs", "small", dataset, {"train.steps": "60"})
 
 
-def test_a_job_from_its_submission_to_its_end(job):
+def test_a_job_from_its_submission_to_its_end(job, tmp_path):
+    job.keys["checkpoint.mirror"] = str(tmp_path / "mirror")
     said = job.submit().forescale("status")
     assert re.search(r"small +(running|queued \(\w+\))", said), said
     with pytest.raises(AssertionError, match=f"is already in the queue, as job {job.id}"):
@@ -31,7 +33,10 @@ def test_a_job_from_its_submission_to_its_end(job):
     (life,) = job.lives()
     assert (life["slurm"]["job"], life["slurm"]["nodes"]) == (job.id, ["n1", "n2"])
     assert re.search(r"small +complete", job.forescale("status"))
-    # Submitted once more there is nothing to do, and it takes no rank to say so.
+    assert f"Mirrored to {tmp_path / 'mirror' / 'small'} up to step 60." in job.log
+    # Submitted once more, though scratch was purged meanwhile, there is nothing to do, and it takes
+    # no rank to say so.
+    shutil.rmtree(job.run.path)
     job.submit()
     assert job.until_over() == "COMPLETED"
     assert "Nothing to do: the run is complete, 60 steps" in job.log
