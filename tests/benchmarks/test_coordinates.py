@@ -1,10 +1,13 @@
 """Width and depth leave activations and their updates as they are, where the parametrisation says
 so, and don't where it doesn't. Over a wider range: run.py coordinates."""
 
+import itertools
+
 import pytest
 
 from forescale.config.sections.optimizer import OptimizerConfig
 from tests.benchmarks.coordinates import ADAMW, MUON, over, slopes
+from tests.matrix import more
 
 pytestmark = pytest.mark.slow  # trains models of several widths and depths
 
@@ -37,9 +40,21 @@ def test_depth_changes_nothing_under_completep_and_much_under_mup():
 
 
 @pytest.mark.slow  # trains several widths
-@pytest.mark.parametrize("parametrization", ["mup", "completep"])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda o: o.kind)
+@pytest.mark.parametrize(
+    ("optimizer", "tied", "parametrization"),
+    [
+        (ADAMW, True, "mup"),
+        (MUON, False, "completep"),
+        *(
+            pytest.param(optimizer, tied, parametrization, marks=more)
+            for optimizer, tied, parametrization in itertools.product(
+                (ADAMW, MUON), (False, True), ("mup", "completep")
+            )
+            if (optimizer, tied, parametrization)
+            not in ((ADAMW, True, "mup"), (MUON, False, "completep"))
+        ),
+    ],
+)
 def test_width_changes_nothing_with_muon_or_a_tied_table(optimizer, tied, parametrization):
     flat = found("width", parametrization, optimizer, tie_embeddings=tied)
     assert all(abs(slope) < 0.25 for slope in flat.values()), flat

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests import disks, launching
+from tests.matrix import FULL, more
 
 LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=10", "validation.every=30")
 
@@ -38,7 +39,7 @@ def checkpoints(run):
 
 
 @pytest.mark.slow  # runs on several disks
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=more), 2])
 def test_a_disk_that_fills_up_during_a_save(dataset, tmp_path, ranks):
     """One sentence and code 2; the last checkpoint is complete, and with room the run resumes."""
     from forescale.storage import check_table
@@ -70,7 +71,7 @@ def test_a_disk_that_fills_up_during_a_save(dataset, tmp_path, ranks):
 def test_an_interrupt_at_any_moment_of_the_start_up(dataset, tmp_path):
     """While ranks are started, import, join, and train: always code 75, and then it resumes."""
     command = ("run.name=early", f"data.path={dataset}", *LENGTH, "launch.processes=2")
-    for delay in (0, 0.1, 0.3, 0.9, 1.5, 2.1):
+    for delay in (0, 0.1, 0.3, 0.9, 1.5, 2.1)[:: 1 if FULL else 2]:
         process = launching.start(tmp_path, *command)
         while "Data" not in process.stdout.readline():
             assert process.poll() is None

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from tests import launching
+from tests.matrix import more
 
 pytestmark = pytest.mark.distributed
 
@@ -70,7 +71,7 @@ def parents(run):
     ("ruin", "policies"),
     [
         ("-1", ("guard.non_finite=rollback",)),
-        ("1000", ("guard.loss_spike=rollback",)),
+        pytest.param("1000", ("guard.loss_spike=rollback",), marks=more),
         ("1000", ("guard.gradient_spike=rollback", "engine=zero3")),
     ],
 )

@@ -4,8 +4,6 @@ At 2 ranks all cases; at 1 and 4, where only the cut of the states is new, every
 FORESCALE_MATRIX=full takes all.
 """
 
-import os
-
 import pytest
 
 from forescale.plan.communication import collectives
@@ -13,6 +11,7 @@ from forescale.plan.memory import states
 from forescale.plan.parameters import inventory
 from tests.distributed import ranks
 from tests.distributed.cost_jobs import MICRO_BATCHES, job_of
+from tests.matrix import FULL
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +30,7 @@ CASES += [[3, "adamw", "bf16"]]  # every parameter is small, and stays
 
 
 def chosen(cases, size):
-    full = size == 2 or os.environ.get("FORESCALE_MATRIX") == "full"
+    full = size == 2 or FULL
     return cases if full else [case for i, case in enumerate(cases) if (i + i // 4) % 2 == 0]
 
 

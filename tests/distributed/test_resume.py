@@ -5,13 +5,13 @@ Each stage with one of the optimizers, in turns; FORESCALE_MATRIX=full takes bot
 optimizer is saved and loaded at each stage is in test_state.py, to the bit.)
 """
 
-import os
 import signal
 import time
 
 import pytest
 
 from tests import launching
+from tests.matrix import FULL
 
 pytestmark = pytest.mark.distributed
 
@@ -20,7 +20,7 @@ TWO = ("launch.processes=2", *LENGTH)
 
 
 KINDS = [(stage, optimizer) for stage in range(4) for optimizer in ("muon", "adamw")]
-CHOSEN = KINDS if os.environ.get("FORESCALE_MATRIX") == "full" else [KINDS[i] for i in (1, 2, 4, 7)]
+CHOSEN = KINDS if FULL else [KINDS[i] for i in (1, 2, 4, 7)]
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), CHOSEN)

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ import torch
 from forescale.checkpoint.reader import Checkpoint
 from forescale.engine.state import MOMENTUM
 from tests.distributed import ranks
+from tests.matrix import FULL
 
 STATE = "checkpoints/step-00000003"
 SIZES = (1, 2, 4)
 OPTIMIZERS = ("adamw", "muon")
-FULL = os.environ.get("FORESCALE_MATRIX") == "full"
 LIMIT = 5400 if FULL else 280  # seconds of a launch
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(4 * LIMIT)]
 

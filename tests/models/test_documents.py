@@ -10,6 +10,7 @@ from forescale.models import ModelConfig, Transformer
 from forescale.models.attention import visible_keys
 from forescale.models.config import POSITIONS
 from forescale.models.position import document_starts, positions_of
+from tests.matrix import more
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
 
 SOME = VARIANTS[::5]  # each pair of choices
@@ -177,7 +178,7 @@ def test_activation_checkpointing_changes_no_gradient():
     "change",
     [
         {"position": "learned", "norm": "layernorm", "activation_checkpointing": True},
-        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({}, marks=more),
     ],
 )
 def test_compiles_as_one_graph(change, backend):

@@ -375,11 +375,11 @@ def test_killed_at_every_change_to_the_file_system(tmp_path):
     assert min(met[kind] for kind in ("stage", "replaced", "deleted")) > 2
 
 
-@pytest.mark.slow  # 200 kills
+@pytest.mark.slow  # 60 kills
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments(tmp_path):
     """FORESCALE_KILLS says how often; each time in the midst of saving, or a little before."""
-    kills = int(os.environ.get("FORESCALE_KILLS", "200"))
+    kills = int(os.environ.get("FORESCALE_KILLS", "60"))
     met = killed(tmp_path, kills, seed := int.from_bytes(os.urandom(4)))
     print(f"{kills} kills with seed {seed}: {met}")
     assert met["published"] + met["not published"] > 0.8 * kills

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.remote.listing import list_files, open_input
@@ -36,9 +37,13 @@ sys.stdin.read()
 def endpoint(tmp_path_factory):
     """The server has its own environment: its boto3 and the aiobotocore of s3fs need different
     versions of botocore, and pip searches for many minutes for a version that suits both."""
-    root = tmp_path_factory.mktemp("moto")
-    subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
-    subprocess.run([root / "bin" / "pip", "install", "-q", "moto[server]>=5"], check=True)
+    shared = tmp_path_factory.getbasetemp().parent  # by the workers of one session
+    root = shared / "moto"
+    with FileLock(shared / "moto.lock"):
+        if not (root / "made").exists():
+            subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
+            subprocess.run([root / "bin" / "pip", "install", "-q", "moto[server]>=5"], check=True)
+            (root / "made").touch()
     quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([root / "bin" / "python", "-c", SERVES], text=True, **quiet) as process:
         port = process.stdout.readline().strip()

@@ -10,6 +10,7 @@ import pytest
 
 from forescale.scaling.fitting.objective import LEAST_SQUARES, Objective
 from tests.benchmarks.bench_recovery import NAMES, coverage
+from tests.matrix import more
 
 REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
 
@@ -18,7 +19,11 @@ REPLICATES = int(os.environ.get("FORESCALE_REPLICATES", "200"))
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("noise", "goal"),
-    [(2e-3, Objective()), (5e-3, Objective()), (2e-3, LEAST_SQUARES)],
+    [
+        pytest.param(2e-3, Objective(), marks=more),
+        (5e-3, Objective()),
+        (2e-3, LEAST_SQUARES),
+    ],
 )
 def test_nominal_90_percent_covers_84_to_96(noise, goal):
     """Coverage of each parameter and each quantity in NAMES, over 200 studies.
