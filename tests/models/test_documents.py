@@ -173,7 +173,8 @@ def test_activation_checkpointing_changes_no_gradient():
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "change",
     [

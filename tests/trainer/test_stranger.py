@@ -10,6 +10,7 @@ import pytest
 
 from forescale.verbs import VERBS
 
+pytestmark = pytest.mark.slow  # each command is a process of its own
 FILES = ("trainer", "random", "torch", "yaml", "types", "json", "numpy", "hydra", "logging", "cli")
 FOLDERS = ("models", "conf", "slurm", "trainer", "data")
 FORESCALE = str(Path(sys.executable).parent / "forescale")

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from forescale.slurm.preflight import node
 from forescale.slurm.preflight.collect import Preflight
 from forescale.slurm.preflight.findings import ALL, Wanted
@@ -70,6 +72,7 @@ def test_nodes_that_are_well(wanted, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scratch"]
 
 
+@pytest.mark.slow  # waits for a node that never comes
 def test_a_node_that_never_comes_is_named_and_so_is_a_clock(wanted):
     looks = preflight(replace(wanted, reduce=True), "a", "b", "c")
     fake = {"FORESCALE_FAKE_CLOCK": "-30", "FORESCALE_FAKE_CLOCK_NODE": "b"}
@@ -132,6 +135,7 @@ def test_a_node_without_a_supervisor_says_so(monkeypatch, capfd):
     assert "can't reach the supervisor at 127.0.0.1:1" in capfd.readouterr().err
 
 
+@pytest.mark.slow  # nodes in processes of their own
 def test_the_network_is_measured(wanted):
     hosts = ["a", "b", "c"]
     looks = preflight(replace(wanted, reduce=True, reduce_bytes=1 << 20, slow=1e6), *hosts)

@@ -30,6 +30,7 @@ def combinations():
         yield picks, [*(f"{name}={choice}" for name, choice in picks.items()), *needs]
 
 
+@pytest.mark.slow  # seconds: every choice
 def test_every_choice_composes_and_survives_freezing():
     seen = set()
     for picks, overrides in combinations():

@@ -153,6 +153,7 @@ def damaged(path: Path, step: int) -> Iterator[int]:
         yield size
 
 
+@pytest.mark.slow  # seconds each
 @pytest.mark.parametrize("name", [INDEX, "manifest.json", TABLE, "tokenizer.json"])
 def test_every_flipped_byte_and_every_length_of_the_small_files(data, name):
     path, want = data / name, content(Dataset(data))

@@ -20,7 +20,10 @@ def words_of(example):
 def here(trained, small_data, tmp_path, monkeypatch):
     """A directory with all that the examples name; returns what to write instead of a word."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained.path, "runs/first", symlinks=True)
+    for name in ("first", "big"):
+        shutil.copytree(trained.path, f"runs/{name}", symlinks=True)
+    for step in (10_000, 20_000):
+        shutil.copytree(trained.checkpoint_path(8), f"runs/big/checkpoints/step-{step:08d}")
     Path("sweep.txt").write_text(LINES)
     return {"data.path=/data/books": f"data.path={small_data}"}
 

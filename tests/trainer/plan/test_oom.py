@@ -104,6 +104,7 @@ def test_other_errors_pass_unchanged():
         raise RuntimeError("size mismatch")
 
 
+@pytest.mark.slow  # fills memory
 def test_a_process_that_really_runs_out_of_memory():
     """A limit on the address space makes torch raise its own error."""
     body = (

@@ -41,6 +41,7 @@ def test_a_run_learns_and_writes_its_rows(finished):
     assert kept == ["step-00000040", "step-00000060"]
 
 
+@pytest.mark.slow  # a launch of its own
 def test_the_same_command_on_a_complete_run_changes_nothing(finished, dataset):
     run, _ = finished
     before = launching.trajectory(run)
@@ -168,6 +169,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_reported(finished, cut):
     assert "checkpoint_damaged" in launching.events(run)
 
 
+@pytest.mark.slow  # a launch of its own
 def test_without_a_usable_checkpoint_it_never_starts_again_at_step_0(cut):
     run, command = cut
     for table in run.glob("checkpoints/*/files.json"):
@@ -178,6 +180,7 @@ def test_without_a_usable_checkpoint_it_never_starts_again_at_step_0(cut):
     assert launching.rows(run)[-1]["step"] >= 45
 
 
+@pytest.mark.slow  # two trainings
 def test_a_model_and_a_callback_of_the_users_own(dataset, tmp_path):
     """model._target_ and callbacks: classes that import nothing of forescale but Halt."""
     package = tmp_path / "mypackage.py"

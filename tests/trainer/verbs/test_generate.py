@@ -134,6 +134,7 @@ def test_bad_input_is_one_sentence(own_run, forescale, words, said):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow  # a process of its own
 def test_reading_a_checkpoint_never_imports_deepspeed(trained):
     code = (
         "import sys; from forescale.cli import main; "

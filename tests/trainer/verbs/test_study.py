@@ -89,6 +89,7 @@ def test_an_unusable_table_is_refused_with_a_sentence(fit, change, message):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow  # seconds of bootstraps
 def test_two_budgets_give_no_backtests(fit):
     code, out, _ = fit(surface(0.01, budgets=(1e18, 1e20)), "bootstraps=100")
     assert code == 0
@@ -206,6 +207,7 @@ def test_a_forecast_is_written_and_scored(tmp_path, monkeypatch, forescale):
     assert forescale("study", "score", "points.csv", "study=none")[0] == 2
 
 
+@pytest.mark.slow  # draws a whole report
 def test_a_report_is_one_file(fit, forescale, tmp_path):
     surface(0.003).to_csv("points.csv", index=False)
     own = ("points.csv", "columns={parameters: N}", "bootstraps=100", "study=mine")

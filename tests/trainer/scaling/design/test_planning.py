@@ -53,6 +53,7 @@ def test_the_simulation_uses_the_same_near_as_the_fit(plan, monkeypatch):
     assert given == [0.2]
 
 
+@pytest.mark.slow  # seconds
 def test_cells_are_runs(plan, tmp_path):
     """Their arguments compose to the planned length."""
     plan("plan.cap=1e15")

@@ -52,6 +52,7 @@ def test_noise_and_distance_widen_the_interval(design, target):
     assert near.half[0.9] < calm.half[0.9]
 
 
+@pytest.mark.slow  # simulated studies
 def test_without_discrepancy_only_noise_is_left(design, target):
     assumed = Assumptions(discrepancy=0.0, noise=1e-4, floor=1e-4, gap=0.0)
     found = expected(design, target, assumed, draws=10)

@@ -215,6 +215,7 @@ def test_runs_without_a_plan_bring_no_forecasts_or_costs(tmp_path, seen):
     assert own.rate_sweeps
 
 
+@pytest.mark.slow  # draws several reports
 def test_a_planned_study_has_a_report_at_any_time(small_data, tmp_path, capsys):
     """Before there is a law, and when all cells are complete."""
     own = [f"studies={tmp_path}", "study=own"]

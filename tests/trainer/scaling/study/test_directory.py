@@ -30,6 +30,7 @@ def state(folder, name):
     return next(s for s in Study(folder).states() if s.cell.name == name)
 
 
+@pytest.mark.slow  # launches
 def test_a_diverged_cell_is_not_run_again(little, fake_training):
     run, folder = little
     fake_training.losses["r1"] = 9.0
@@ -42,6 +43,7 @@ def test_a_diverged_cell_is_not_run_again(little, fake_training):
     assert "r1" not in set(Study(folder).table()["name"])
 
 
+@pytest.mark.slow  # launches
 def test_an_error_of_the_users_ends_the_launch_with_its_message(little, fake_training, capsys):
     run, folder = little
     fake_training.codes["r0"] = 2
