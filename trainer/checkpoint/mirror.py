@@ -181,6 +181,7 @@ class Mirror:
         self._send_run()
         name = self._name(path)
         self._remove(f"{name}/{TABLE}")  # of an older checkpoint of this step
+        self._whole.pop(step, None)
         try:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 for _ in pool.map(lambda item: self._send_part(path, *item), table.items()):
