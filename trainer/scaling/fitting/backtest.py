@@ -6,10 +6,11 @@
     interval     noise of the fit (resampling), noise of a run (residuals), discrepancy; Student's t
 
 Invariant: an origin is one observation, however many runs it predicts. An interval is tested only
-on runs that were unknown when it was made: origin k is calibrated by the origins before it.
+on runs that were unknown when it was made: origin k is calibrated by the errors that the origins
+before it made at budgets up to k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +86,16 @@ class CalibratedLaw:
         half = t * np.sqrt(variance)
         return np.exp(fitted - half), np.exp(fitted + half)
 
+    def errors(self, later: Points) -> tuple[Array, Array]:
+        """Return the log of predicted over observed loss, and the extrapolation factors, (m,)."""
+        columns = {c: np.exp(later.log(c)) for c in self.fit.form.columns}
+        found = np.log(self.fit.predict(**columns)) - np.log(later.loss)
+        return found, spent(later) / self.greatest
+
+    def per_decade(self, later: Points) -> float:
+        """Return the error per decade of compute at later runs, without the noise of a run."""
+        return _per_decade(*self.errors(later), self.noise)
+
 
 def fit_calibrated(
     form: Form, points: Points, goal: Objective, count: int, seed: int, discrepancy: Discrepancy
@@ -141,8 +152,12 @@ class Backtest:
         It is one ratio over all later runs: those at small factors show little but noise, and have
         little weight.
         """
-        excess = np.maximum(0.0, self.errors**2 - self.noise**2)
-        return float(np.sqrt(excess.sum() / np.square(np.log10(self.factors)).sum()))
+        return _per_decade(self.errors, self.factors, self.noise)
+
+
+def _per_decade(errors: Array, factors: Array, noise: float) -> float:
+    excess = np.maximum(0.0, errors**2 - noise**2)
+    return float(np.sqrt(excess.sum() / np.square(np.log10(factors)).sum()))
 
 
 def backtests(
@@ -152,17 +167,31 @@ def backtests(
 
     budgets: the nominal budget of each run, (n,).
     """
-    found: list[Backtest] = []
     distinct = np.unique(budgets)
+    return [
+        _backtest(law, k, points.take(budgets > distinct[k - 1]), level)
+        for k, law in laws_of_origins(form, points, budgets, goal, count)
+    ]
+
+
+def laws_of_origins(
+    form: Form, points: Points, budgets: Array, goal: Objective, count: int = 200
+) -> Iterator[tuple[int, CalibratedLaw]]:
+    """Yield the number of budgets and the law of every origin whose runs determine it.
+
+    A law knows nothing beyond its origin: those before it count by their errors up to there.
+    """
+    distinct, made = np.unique(budgets), list[tuple[float, CalibratedLaw]]()
     for k in range(_LEAST, len(distinct)):
-        known, later = budgets <= distinct[k - 1], budgets > distinct[k - 1]
-        before = Discrepancy().after([b.per_decade for b in found])
+        known = budgets <= distinct[k - 1]
+        seen = [law.per_decade(points.take(known & (budgets > last))) for last, law in made]
+        before = Discrepancy().after(seen)
         try:
             law = fit_calibrated(form, points.take(known), goal, count, k, before)
         except UserError:
             continue  # the runs don't determine the law, so this is no origin
-        found.append(_backtest(law, k, points.take(later), level))
-    return found
+        made.append((float(distinct[k - 1]), law))
+        yield k, law
 
 
 def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> Backtest:
@@ -174,11 +203,12 @@ def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> 
         return form.predict(values, **columns)
 
     resampled = law.replicates.interval(level, losses)
+    errors, factors = law.errors(later)
     return Backtest(
         budgets,
         len(law.fit.points),
-        flops / law.greatest,
-        np.log(law.fit.predict(**columns)) - np.log(later.loss),
+        factors,
+        errors,
         law.noise,
         (resampled[0] <= later.loss) & (later.loss <= resampled[1]),
         (low <= later.loss) & (later.loss <= high),
