@@ -1,0 +1,123 @@
+"""Forecasts of larger budgets by level and shape apart, each with its own doubt.
+
+    minimum   the continued level of a budget (level.py)
+    run       that level, plus the run's excess by the shape (shape.py)
+    doubt     prior scales, corrected by the errors that the same method made at earlier origins
+
+Invariant: a forecaster reads the runs of the budgets that it knows, and nothing beyond them; its
+doubt too. Errors are of log loss.
+
+The constants were chosen by backtests on nine public tables (analysis/judge.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from forescale.scaling.fitting.level import Levels, extrapolate, levels
+from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.shape import Shape, fit_shape
+
+LEVEL = 0.0015  # deviation of a level that is not extrapolated: half of a level's noise
+# Of a level beyond the last budget: PER_DECADE * decades^POWER. A known slope would give the power
+# 1, a drifting one 3/2; the errors on the tables are between.
+PER_DECADE, POWER = 0.0125, 1.25
+RUN, EXCESS = 0.001, 0.2  # of a run about its level: a floor, and a share of its excess
+BELIEF = 3  # a prior scale counts as this many earlier forecasts, as in backtest.py
+FADE = 0.5  # weight of an earlier forecast, for every budget that has been added since
+FREEDOM = 4  # of Student's t: a few errors are known, and some tables break
+_LEAST = 2  # budgets that a curve is continued from
+_AHEAD = 2  # an origin is judged by the next budget and the one after
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A forecast of log loss, and its deviation; of one value, or (m,) each."""
+
+    log_loss: Array
+    deviation: Array
+
+    def half(self, level: float) -> Array:
+        """Return half of the width of the interval of log loss."""
+        found: Array = stats.t.ppf((1 + level) / 2, FREEDOM) * self.deviation
+        return found
+
+    def interval(self, level: float) -> tuple[Array, Array]:
+        """Return the low and the high end of the loss."""
+        half = self.half(level)
+        return np.exp(self.log_loss - half), np.exp(self.log_loss + half)
+
+
+@dataclass(frozen=True)
+class Forecaster:
+    """The forecaster of a study's known runs. scales: what earlier errors make of the prior doubts
+    of the level, and of a run about its level."""
+
+    levels: Levels
+    shape: Shape
+    scales: tuple[float, float] = (1.0, 1.0)
+
+    def minimum(self, budget: float) -> Forecast:
+        """Return the forecast of the lowest loss of a budget, the last known one or a larger."""
+        level = self._level(budget)
+        return replace(level, log_loss=level.log_loss + self.levels.offset)
+
+    def of_runs(self, parameters: Array, tokens: Array, budget: float) -> Forecast:
+        """Return the forecast of runs of one budget. parameters, tokens: N and D, (m,)."""
+        level = self._level(budget)
+        excess = self.shape.excess(np.log(parameters), np.log(tokens), np.log(budget))
+        about = self.scales[1] * np.hypot(RUN, EXCESS * excess)
+        return Forecast(level.log_loss + excess, np.hypot(level.deviation, about))
+
+    def _level(self, budget: float) -> Forecast:
+        x, target = self.levels.log_budgets, float(np.log(budget))
+        decades = max(0.0, target - float(x[-1])) / np.log(10)
+        doubt = self.scales[0] * np.hypot(LEVEL, PER_DECADE * decades**POWER)
+        return Forecast(np.array(extrapolate(x, self.levels.smooth, target)), np.array(doubt))
+
+    def errors(self, later: Points, budget: float) -> tuple[float, float]:
+        """Return the errors at the runs of a later budget, in deviations of this forecaster.
+
+        The first is that of the minimum. The second is the mean over runs of the error of a run
+        less that of the minimum, over the deviation of the run about its level.
+        """
+        n, d = np.exp(later.log("parameters")), np.exp(later.log("tokens"))
+        lowest, each = self.minimum(budget), self.of_runs(n, d, budget)
+        at_minimum = lowest.log_loss - np.log(later.loss.min())
+        about = np.sqrt(np.maximum(each.deviation**2 - lowest.deviation**2, RUN**2))
+        apart = np.abs(each.log_loss - np.log(later.loss) - at_minimum)
+        return float(np.abs(at_minimum) / lowest.deviation), float(np.mean(apart / about))
+
+
+def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
+    """Yield the forecaster of the first two budgets, of the first three, and so on up to all.
+
+    budgets: the nominal budget of each run, (n,). Each one is calibrated by the errors of those
+    before it at the budgets that it knows itself:
+
+        scale = (BELIEF + sum w |z|) / (BELIEF + sum w),  w = FADE^(budgets known since)
+
+    with an error z for each earlier forecaster at the next budget and the one after.
+    """
+    distinct, made = np.unique(budgets), list[Forecaster]()
+    errors, ages = np.empty((0, 2)), np.empty(0)
+    for last in distinct[_LEAST - 1 :]:
+        ages = ages + 1
+        if made:
+            at_last = points.take(budgets == last)
+            new = [one.errors(at_last, float(last)) for one in made[-_AHEAD:]]
+            errors, ages = np.vstack((errors, new)), np.append(ages, np.zeros(len(new)))
+        known = budgets <= last
+        own = points.take(known)
+        made.append(Forecaster(levels(own, budgets[known]), fit_shape(own, budgets[known])))
+        w = FADE**ages
+        scales = (BELIEF + w @ errors) / (BELIEF + w.sum())
+        yield replace(made[-1], scales=(float(scales[0]), float(scales[1])))
+
+
+def forecaster(points: Points, budgets: Array) -> Forecaster:
+    """Return the forecaster of all runs, of two budgets at least."""
+    *_, last = forecasters(points, budgets)
+    return last
