@@ -50,6 +50,14 @@ _FAR = 30.0  # greatest extrapolation factor of a prediction
 _PER = 6.0  # FLOPs per parameter and token, of C = 6 N D
 
 
+def with_tokens(table: pd.DataFrame, size: str) -> pd.DataFrame:
+    """Return the table itself, or with D = C / 6N if it has N and C without tokens."""
+    sizes = table.get("parameters", table.get(f"parameters_{size}"))
+    if "tokens" in table or "flops" not in table or sizes is None:
+        return table
+    return table.assign(tokens=table["flops"] / _PER / sizes)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The predicted loss of a run.
@@ -103,12 +111,9 @@ class StudyFit:
         return table.reset_index(drop=True)
 
     def _points(self, where: str) -> Points:
-        table = self.table
-        counted = {"parameters", f"parameters_{self.job.size}"} & set(table.columns)
-        if "tokens" not in table and "flops" in table and counted:
+        table = with_tokens(self.table, self.job.size)
+        if table is not self.table:
             self.notes.append("The table has no tokens: D is computed as C / 6N.")
-            sizes = table.get("parameters", table.get(f"parameters_{self.job.size}"))
-            table = table.assign(tokens=table["flops"] / _PER / sizes)
         return points(table, self.job.size, self.job.cost, where)
 
     def _near_best(self) -> Array:

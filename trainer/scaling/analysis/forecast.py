@@ -24,11 +24,10 @@ import pandas as pd
 
 from forescale.errors import UserError
 from forescale.run.forecast import GENESIS, SAME, Forecast, hash_of, read_forecasts
+from forescale.scaling.analysis import rivals as simple
 from forescale.scaling.analysis.answer import Prediction, StudyFit
 from forescale.scaling.config import TargetPoint
-from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.points import Points
 from forescale.storage import write_json
 
@@ -135,28 +134,16 @@ def data_hash(points: Points) -> str:
 def rivals(points: Points, extrapolation_factor: float) -> dict[str, dict[str, float]]:
     """Return the losses that simpler methods predict for the target, by method.
 
-    extrapolation_factor: compute of the target over the greatest of the runs. "line": a line in
-    log C and log loss through the best runs of the last two budgets; "L(C)": a law of three
-    parameters through the best run of every budget. A method for which there are too few runs is
-    absent.
+    extrapolation_factor: compute of the target over the greatest of the runs. The methods, of
+    rivals.py, read the best run of every budget; one for which there are too few runs is absent.
     """
     cost = spent(points)
     wanted = float(cost.max()) * extrapolation_factor
     order = np.argsort(cost)
     groups = np.split(order, np.flatnonzero(np.diff(np.log(cost[order])) > np.log1p(0.05)) + 1)
     best = np.array([g[np.argmin(points.loss[g])] for g in groups])
-    c, loss = np.log(cost[best]), np.log(points.loss[best])
-    found: dict[str, dict[str, float]] = {}
-    if len(best) >= 2:
-        slope = (loss[-1] - loss[-2]) / (c[-1] - c[-2])
-        found["line"] = {"loss": float(np.exp(loss[-1] + slope * (math.log(wanted) - c[-1])))}
-    if len(best) >= laws.FRONTIER.size:
-        try:
-            law = fit(laws.FRONTIER, Points(points.loss[best], flops=cost[best]))
-            found["L(C)"] = {"loss": float(law.predict(flops=wanted)[0])}
-        except UserError:
-            pass  # these runs don't determine the law
-    return found
+    found = simple.rivals(cost[best], points.loss[best])
+    return {name: {"loss": loss(wanted)} for name, loss in found.items()}
 
 
 @dataclass(frozen=True)
