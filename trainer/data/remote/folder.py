@@ -44,8 +44,9 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Return True if there is a file of this name now. Raises UserError."""
+        origin = FsspecOrigin(self._at(name))
         try:
-            FsspecOrigin(self._at(name)).ask(self._patience.timeout)
+            persist(self.where, self._patience, partial(origin.ask, self._patience.timeout))
         except Missing:
             return False
         return True

@@ -4,8 +4,9 @@ memory is fsspec's own; a real S3 server is in test_s3.py."""
 import fsspec
 import pytest
 
+from forescale.data.remote.buckets import FsspecOrigin
 from forescale.data.remote.folder import Folder
-from forescale.data.remote.transfer import Unreachable
+from forescale.data.remote.transfer import RetryableError, Unreachable
 from forescale.errors import UserError
 from forescale.storage import hash_file
 from tests.trainer.data.remote_files import QUICK
@@ -32,6 +33,21 @@ def test_what_is_put_is_found_read_and_deleted(folder, tmp_path):
     folder.remove_all("x")
     folder.remove_all("x")
     assert folder.list() == {}
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(folder, tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"abc")
+    folder.put("a", tmp_path / "a")
+    ask, fails = FsspecOrigin.ask, [True]
+
+    def answer(origin, timeout):
+        if fails and fails.pop():
+            raise RetryableError("503")
+        ask(origin, timeout)
+
+    monkeypatch.setattr(FsspecOrigin, "ask", answer)
+    assert folder.has("a")
+    assert not fails
 
 
 def test_a_copy_that_differs_is_no_copy(folder, tmp_path, monkeypatch):
