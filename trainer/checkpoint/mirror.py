@@ -15,11 +15,12 @@ it. Imports no torch.
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
+from forescale.addresses import masked
 from forescale.checkpoint.retention import (
     CheckpointFacts,
     Keep,
@@ -31,7 +32,7 @@ from forescale.checkpoint.retention import (
 )
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
-from forescale.errors import UserError
+from forescale.errors import UserError, storage_error
 from forescale.run.directory import Run
 from forescale.storage import TABLE, FileEntry, read_json, read_table, write_json
 
@@ -126,9 +127,10 @@ class Mirror:
         try:
             self.sync()
             self._send_run()  # the scores after the last checkpoint
-        except UserError as e:
-            self._note(str(e))
-            self._report(f"The mirror is incomplete, the run is not affected: {e}")
+        except Exception as e:
+            why = _sentence(e)
+            self._note(why)
+            self._report(f"The mirror is incomplete, the run is not affected: {why}")
             return
         last = max(self._whole, default=None)
         if last is not None:
@@ -140,21 +142,25 @@ class Mirror:
             try:
                 self.sync()
                 said, pause = "", _LOOK
-            except UserError as e:
-                self._note(str(e))
-                if str(e) != said:
-                    self._report(f"The mirror failed, training goes on: {e}")
-                said, pause = str(e), min(2 * pause, _PAUSE)
+            except Exception as e:
+                why = _sentence(e)
+                self._note(why)
+                if why != said:
+                    with suppress(OSError):  # such as a closed pipe
+                        self._report(f"The mirror failed, training goes on: {why}")
+                said, pause = why, min(2 * pause, _PAUSE)
                 if isinstance(e, Taken):
                     return
 
     def sync(self) -> None:
         """Copy what is new, newest checkpoint first, and delete what need not be kept. Raises
-        UserError; whatever was sent whole by then counts."""
+        UserError, or OSError of the run's own storage; whatever was sent whole by then counts."""
         with self._lock:
             self.expect_own()
-            for step in reversed(self._run.checkpoint_steps()):
-                self._copy(step)
+            done: set[int] = set()
+            while left := set(self._run.checkpoint_steps()) - done:  # one may be saved meanwhile
+                self._copy(max(left))
+                done.add(max(left))
             self._prune()
             self._note(None)
 
@@ -182,12 +188,11 @@ class Mirror:
         name = self._name(path)
         self._remove(f"{name}/{TABLE}")  # of an older checkpoint of this step
         self._whole.pop(step, None)
+        self._known.pop(step, None)
         try:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                for _ in pool.map(lambda item: self._send_part(path, *item), table.items()):
-                    pass
+            self._send_parts(path, table)
             self._send(path / TABLE)
-        except UserError:
+        except (UserError, OSError):
             if path.is_dir():
                 raise
             return  # retention has deleted it
@@ -196,11 +201,36 @@ class Mirror:
     def _is_there(self, step: int, raw: bytes, table: dict[str, FileEntry]) -> bool:
         """True if this very checkpoint is there already."""
         assert self._there is not None
-        name = self._name(self._run.checkpoint_path(step))
+        name = self._name_of(step)
         sizes = {f: self._there.get(f"{name}/{f}") for f in table}
         if f"{name}/{TABLE}" not in self._there or any(sizes[f] != table[f].size for f in table):
             return False
         return b"".join(self._folder.get(f"{name}/{TABLE}")) == raw
+
+    def _send_parts(self, checkpoint: Path, table: dict[str, FileEntry]) -> None:
+        """Send the files of a checkpoint, some at a time, by daemon threads: those of an executor
+        would finish all files before an interrupted process can exit."""
+        left: SimpleQueue[tuple[str, FileEntry]] = SimpleQueue()
+        for item in table.items():
+            left.put(item)
+        failed: list[Exception] = []
+
+        def work() -> None:
+            with suppress(Empty):
+                while not failed:
+                    name, entry = left.get_nowait()
+                    try:
+                        self._send_part(checkpoint, name, entry)
+                    except Exception as e:
+                        failed.append(e)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(_AT_ONCE)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
 
     def _send_part(self, checkpoint: Path, name: str, entry: FileEntry) -> None:
         if self._send(checkpoint / name) != entry:
@@ -249,6 +279,9 @@ class Mirror:
     def _name(self, path: Path) -> str:
         return path.relative_to(self._run.path).as_posix()
 
+    def _name_of(self, step: int) -> str:
+        return self._name(self._run.checkpoint_path(step))
+
     def _prune(self) -> None:
         """Delete there what the run no longer has and its rule would not keep; never anything while
         the run has no newer checkpoint that is there whole."""
@@ -259,21 +292,21 @@ class Mirror:
             return
         losses = ValidationLosses(self._run.metrics)() if self._keep.best else {}
         local = survey(self._run, losses, known=self._known)
+        whole = {s for s in gone if f"{self._name_of(s)}/{TABLE}" in self._there}
         lost = [
-            CheckpointFacts(s, 0, True, is_pinned(self._run, s), losses.get(s))
+            CheckpointFacts(s, 0, s in whole, is_pinned(self._run, s), losses.get(s))
             for s in sorted(gone)
         ]
         stay = reasons([*local, *lost], self._keep)
         newest = max((f.step for f in local if f.step in self._whole), default=0)
         for step in sorted(s for s in gone if s not in stay and s < newest):
-            name = self._name(self._run.checkpoint_path(step))
+            name = self._name_of(step)
             self._remove(f"{name}/{TABLE}")  # first: what is left of it doesn't count
             self._folder.remove_all(name)
             self._there = {n: s for n, s in self._there.items() if not n.startswith(f"{name}/")}
             self._whole.pop(step, None)
 
 
-_KEPT = (".json", ".jsonl", ".yaml", ".pin")
 _LAUNCH = "launch.json"  # written by resilience/outcome.py
 _OF_AN_ATTEMPT = ("parent.json", _LAUNCH)  # files of which each attempt has one
 
@@ -292,6 +325,14 @@ def run_files(run: Run) -> Iterator[Path]:
                 and path.name[0] != "."
             ):
                 yield path
+
+
+def _sentence(error: Exception) -> str:
+    """Return what went wrong. Whatever it is, it must not end the training."""
+    known = (storage_error(error) if isinstance(error, OSError) else None) or error
+    return (
+        str(known) if isinstance(known, UserError) else masked(f"{type(error).__name__}: {error}")
+    )
 
 
 def _step_of(name: str) -> str | None:

@@ -1,6 +1,7 @@
 """The copy of a run elsewhere: what it holds, when it counts, what goes; and the way back."""
 
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,57 @@ def test_what_the_run_deleted_goes_once_something_newer_is_there(own_run, said, 
     mirror.sync()
     assert Folder(str(place)).list().keys() >= {"checkpoints/step-00000008/files.json"}
     assert not (place / "checkpoints" / "step-00000004").exists()
+
+
+def test_what_retention_deletes_while_it_is_sent_is_left(own_run, mirror, place, monkeypatch):
+    path, put = own_run.checkpoint_path(4), Folder.put
+
+    def put_late(folder, name, file):
+        if file.parent == path and path.exists():
+            shutil.rmtree(path)
+        return put(folder, name, file)
+
+    monkeypatch.setattr(Folder, "put", put_late)
+    mirror.sync()
+    there = place / own_run.name / "checkpoints"
+    assert not check_table(there / "step-00000008")
+    assert not (there / "step-00000004" / "files.json").exists()
+
+
+def test_half_a_checkpoint_takes_no_place_of_a_whole_one(own_run, said, place):
+    mirror = Mirror(own_run, Folder(str(place)), Keep(newest=2), said.append)
+    mirror.sync()
+    half = place / "checkpoints" / "step-00000006"
+    half.mkdir()
+    (half / "state.json").write_text("{}")
+    shutil.rmtree(own_run.checkpoint_path(4))  # not by the rule
+    Mirror(own_run, Folder(str(place)), Keep(newest=2), said.append).sync()
+    assert not check_table(place / "checkpoints" / "step-00000004")
+    assert not half.exists()
+
+
+def test_an_interrupted_process_does_not_wait_for_what_is_sent(own_run, mirror, monkeypatch):
+    threads, put = [], Folder.put
+
+    def put_here(folder, name, file):
+        threads.append(threading.current_thread())
+        return put(folder, name, file)
+
+    monkeypatch.setattr(Folder, "put", put_here)
+    mirror.start().sync()
+    others = {thread for thread in threads if thread is not threading.current_thread()}
+    assert others
+    assert all(thread.daemon for thread in others)
+    mirror.close(finish=False)
+
+
+def test_an_error_that_nobody_foresaw_harms_nothing(own_run, mirror, said, monkeypatch):
+    def broken(folder, name, file):
+        raise ValueError("an answer that the package can't read")
+
+    monkeypatch.setattr(Folder, "put", broken)
+    mirror.close(finish=True)
+    assert said[-1].startswith("The mirror is incomplete, the run is not affected: ValueError")
 
 
 @pytest.mark.parametrize("why", ["keep", "pin", "nothing newer"])
