@@ -12,7 +12,6 @@ that has attempts which this directory lacks is refused. Training never waits fo
 it. Imports no torch.
 """
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from forescale.addresses import masked
+from forescale.checkpoint.copies import LAUNCH, PARENT, Taken, expect_own
 from forescale.checkpoint.retention import (
     CheckpointFacts,
     Keep,
@@ -34,7 +34,7 @@ from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
 from forescale.errors import UserError, storage_error
 from forescale.run.directory import Run
-from forescale.storage import TABLE, FileEntry, read_json, read_table, write_json
+from forescale.storage import TABLE, FileEntry, read_table, write_json
 
 _LOOK = 5.0  # seconds between two looks for a new checkpoint
 _PAUSE = 300.0  # most seconds between two tries while the other place fails
@@ -53,10 +53,6 @@ def mirror_of(run: Run, job: TrainJob, report: Callable[[str], object]) -> "Mirr
     """Return the mirror of a run that a job asks for, or None."""
     folder = folder_of(job)
     return Mirror(run, folder, keep_of(job), report) if folder else None
-
-
-class Taken(UserError):
-    """The mirror holds attempts that this run directory lacks: another copy of the run went on."""
 
 
 class Mirror:
@@ -79,30 +75,15 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def expect_own(self) -> None:
-        """Raise Taken if the folder holds attempts that the run doesn't have, another UserError if
-        it can't be listed."""
+        """Raise Taken if the folder holds another run, or attempts that this one doesn't have;
+        another UserError if it can't be listed, or is the run's own directory."""
         if self._there is None:
+            if self._folder.is_at(self._run.path):
+                todo = "set another checkpoint.mirror than the directory where runs are"
+                raise UserError(self._folder.where, "is the run itself, not a copy of it", todo)
             there = self._folder.list()
-            found = {n.split("/")[1] for n in there if n.startswith("attempts/")}
-            missing = found - {a.path.name for a in self._run.attempts()}
-            if strange := sorted(missing) or [a for a in sorted(found) if self._differs(a, there)]:
-                what = f"holds attempt {strange[-1]} of {self._run.name}, which isn't the one in"
-                todo = (
-                    "another copy of the run went on: go on with that one, or move this directory "
-                    "away and give the command again to restore it, or set another "
-                    "checkpoint.mirror"
-                )
-                raise Taken(self._folder.where, f"{what} {self._run.path}", todo)
-            self._there, self._own = there, found
-
-    def _differs(self, attempt: str, there: dict[str, int]) -> bool:
-        """True if the attempt of this number there is the launch of another copy of the run."""
-        name = f"attempts/{attempt}/{_LAUNCH}"
-        path = self._run.path / name
-        if name not in there or not path.exists():  # torchrun and others write none
-            return False
-        copied = json.loads(b"".join(self._folder.get(name)))
-        return copied.get("begun") != read_json(path).get("begun")
+            self._own = expect_own(self._run, self._folder, there)
+            self._there = there
 
     def check(self) -> "Mirror":
         """Raise UserError if the folder is another run's, or can't be written to and read."""
@@ -161,6 +142,7 @@ class Mirror:
             while left := set(self._run.checkpoint_steps()) - done:  # one may be saved meanwhile
                 self._copy(max(left))
                 done.add(max(left))
+            self._unpin()
             self._prune()
             self._note(None)
 
@@ -258,7 +240,7 @@ class Mirror:
     def _expect_free(self, attempt: str) -> None:
         """Raise Taken if an attempt that began since `expect_own` is there already."""
         if attempt not in self._own:
-            if any(self._folder.has(f"attempts/{attempt}/{n}") for n in _OF_AN_ATTEMPT):
+            if any(self._folder.has(f"attempts/{attempt}/{n}") for n in (LAUNCH, PARENT)):
                 what = f"got attempt {attempt} of {self._run.name} from another copy of the run"
                 raise Taken(self._folder.where, what, "stop one of them")
             self._own.add(attempt)
@@ -282,6 +264,17 @@ class Mirror:
     def _name_of(self, step: int) -> str:
         return self._name(self._run.checkpoint_path(step))
 
+    def _is_pinned(self, step: int) -> bool:
+        """True if it is pinned here or there: what purges a directory takes the pins, too."""
+        assert self._there is not None
+        return is_pinned(self._run, step) or f"{self._name_of(step)}.pin" in self._there
+
+    def _unpin(self) -> None:
+        """Remove there the pins of checkpoints that the run has without a pin."""
+        for step in self._run.checkpoint_steps():
+            if not is_pinned(self._run, step):
+                self._remove(f"{self._name_of(step)}.pin")
+
     def _prune(self) -> None:
         """Delete there what the run no longer has and its rule would not keep; never anything while
         the run has no newer checkpoint that is there whole."""
@@ -294,7 +287,7 @@ class Mirror:
         local = survey(self._run, losses, known=self._known)
         whole = {s for s in gone if f"{self._name_of(s)}/{TABLE}" in self._there}
         lost = [
-            CheckpointFacts(s, 0, s in whole, is_pinned(self._run, s), losses.get(s))
+            CheckpointFacts(s, 0, s in whole, self._is_pinned(s), losses.get(s))
             for s in sorted(gone)
         ]
         stay = reasons([*local, *lost], self._keep)
@@ -305,10 +298,6 @@ class Mirror:
             self._folder.remove_all(name)
             self._there = {n: s for n, s in self._there.items() if not n.startswith(f"{name}/")}
             self._whole.pop(step, None)
-
-
-_LAUNCH = "launch.json"  # written by resilience/outcome.py
-_OF_AN_ATTEMPT = ("parent.json", _LAUNCH)  # files of which each attempt has one
 
 
 def run_files(run: Run) -> Iterator[Path]:

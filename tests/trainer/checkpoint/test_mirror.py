@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from forescale.checkpoint.mirror import Mirror, Taken, mirror_of
+from forescale.checkpoint.copies import Taken
+from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import Keep, delete, pin
@@ -16,7 +17,7 @@ from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
 from forescale.monitor.audit import check_run
 from forescale.run.directory import Parent, Run
-from forescale.storage import check_table, write_json
+from forescale.storage import check_table, read_json, write_checked_json, write_json
 from tests.trainer.small_run import make_job, save, train_row
 
 
@@ -235,6 +236,62 @@ def test_an_attempt_of_the_same_number_from_elsewhere_is_not_overwritten(own_run
     with pytest.raises(Taken, match="holds attempt 0001 of small, which isn't the one in"):
         mirror_of(own_run, job, said.append).check()
     assert contents(place) == before
+
+
+@pytest.mark.parametrize("launched", ["here", "there", "nowhere"])
+def test_an_attempt_that_torchrun_began_elsewhere_is_not_overwritten(
+    own_run, job, said, place, launched
+):
+    """It has no launch.json."""
+    other = Run(own_run.path.with_name("elsewhere"))
+    shutil.copytree(own_run.path, other.path, symlinks=True)
+    for run, where, loss in (own_run, "here", 1.0), (other, "there", 2.0):
+        attempt = run.new_attempt()
+        if where == launched:
+            write_json(attempt.path / "launch.json", {"begun": 1.0})
+        attempt.start_from(Parent(8, "checkpoints/step-00000008"), run)
+        attempt.metrics.add(train_row(attempt, 9) | {"loss": loss})
+    mirror_of(other, job, said.append).close(finish=True)
+    mirror_of(other, job, said.append).check()
+    before = contents(place)
+    with pytest.raises(Taken, match="holds attempt 0002"):
+        mirror_of(own_run, job, said.append).check()
+    assert contents(place) == before
+
+
+def test_another_run_of_the_same_name_is_not_overwritten(own_run, job, mirror, said, place):
+    mirror.sync()
+    before = contents(place)
+    identity = read_json(own_run.identity)
+    write_checked_json(own_run.identity, {**identity, "wandb_id": "other"})
+    with pytest.raises(Taken, match="holds another run of the name small"):
+        mirror_of(own_run, job, said.append).check()
+    assert contents(place) == before
+
+
+def test_a_run_is_no_mirror_of_itself(own_run, said):
+    job = mirror_job(own_run, own_run.path.parent)
+    with pytest.raises(UserError, match="is the run itself, not a copy of it"):
+        mirror_of(own_run, job, said.append).check()
+
+
+def test_a_pin_that_was_purged_with_its_checkpoint_still_holds(own_run, job, mirror, said, place):
+    pin(own_run, 4)
+    mirror.sync()
+    there = place / own_run.name / "checkpoints" / "step-00000004"
+    (own_run.checkpoints / "step-00000004.pin").unlink()
+    shutil.rmtree(own_run.checkpoint_path(4))
+    Mirror(own_run, Folder(str(there.parents[1])), Keep(newest=1), said.append).sync()
+    assert not check_table(there)
+
+
+def test_what_was_unpinned_is_unpinned_there(own_run, mirror, place):
+    pin(own_run, 4)
+    mirror.sync()
+    assert list(place.rglob("*.pin"))
+    pin(own_run, 4, off=True)
+    mirror.sync()
+    assert not list(place.rglob("*.pin"))
 
 
 def test_status_says_what_is_there_and_what_fails(own_run, mirror, place, forescale):

@@ -34,6 +34,10 @@ class Folder:
         self._address, self._patience = address.rstrip("/"), patience
         self.where = masked(self._address)
 
+    def is_at(self, path: Path) -> bool:
+        """Return True if this is the directory at `path`."""
+        return "://" not in self._address and Path(self._address).resolve() == path.resolve()
+
     def list(self) -> dict[str, int]:
         """Return the size in bytes of each file, by name. Raises UserError."""
         attempt = partial(listed, self._address, self._patience.seconds)
