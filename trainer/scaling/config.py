@@ -194,6 +194,15 @@ ACTIONS = {
         (*_STUDY, *_RUNS, *_LAW, *_TARGET, "target.branches", "target.run"),
         ("study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",),
     ),
+    "backtest": Action(
+        "Judge forecasts by finished studies: what each method would have said, and how far off.",
+        (*_STUDY, *_RUNS, "form", "size", "cost", "delta", "near", "json"),
+        (
+            "study backtest study=mine",
+            "study backtest points.csv columns='{parameters: Model Size, budget: C}'",
+            "study backtest 'tables/*.csv' --json   (of every table, and of all together)",
+        ),
+    ),
     "score": Action(
         "Compare the stored forecasts with the losses observed since.",
         (*_STUDY, *_RUNS, "json"),
@@ -222,8 +231,8 @@ class StudyJob(Job):
     studies: str = key("studies", "the directory that holds the studies")
     input: list[str] = key(
         [],
-        "runs (names, directories, glob patterns), or one table (CSV, parquet, JSON); none: the "
-        "cells of the study",
+        "runs (names, directories, glob patterns), or one table (CSV, parquet, JSON; several for "
+        "backtest); none: the cells of the study",
     )
     columns: dict[str, str] = key(
         {},

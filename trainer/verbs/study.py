@@ -4,14 +4,12 @@ Invariant: an action gets only keys that it reads (scaling/config.py, ACTIONS); 
 refused.
 """
 
-import glob
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pandas as pd
 from rich.live import Live
@@ -23,7 +21,8 @@ from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
-from forescale.run.directory import Run
+from forescale.progress import shown
+from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.export import as_dict
 from forescale.scaling.analysis.forecast import read_forecasts, score, write_forecast
@@ -33,12 +32,11 @@ from forescale.scaling.design import planning
 from forescale.scaling.design.next_runs import candidates_of, recommend
 from forescale.scaling.design.next_runs import show as show_next_runs
 from forescale.scaling.design.simulate import Target
-from forescale.scaling.records.exports import is_export
-from forescale.scaling.records.records import Refused, of_export, of_runs
-from forescale.scaling.report.terminal import show, show_score
+from forescale.scaling.report.terminal import show, show_score, show_scores
 from forescale.scaling.study.board import board
 from forescale.scaling.study.decisions import add_runs, advance
 from forescale.scaling.study.directory import Study, must_be_free, settings
+from forescale.scaling.study.inputs import read, read_finished
 from forescale.scaling.study.local import Launcher
 from forescale.scaling.study.queue import Queue
 
@@ -67,9 +65,11 @@ def main(arguments: list[str]) -> int:
         job = settings(job, overrides)
     if passed_on:
         job = _with_arguments(job, action, passed_on)
+    if action == "backtest":
+        return _backtest(job)
     if action in _OF_STUDY:
         return _OF_STUDY[action](job)
-    return _OF_RECORDS[action](job, *_read(job))
+    return _OF_RECORDS[action](job, *read(job))
 
 
 def refuse_other_keys(action: str, overrides: Sequence[str]) -> None:
@@ -94,46 +94,6 @@ def _with_arguments(job: StudyJob, action: str, arguments: list[str]) -> StudyJo
         "submit)"
     )
     raise UserError("--", f"study {action} takes no arguments after it", todo)
-
-
-def _read(job: StudyJob) -> tuple[pd.DataFrame, str]:
-    """The records, and how messages call them. Prints a note for each run that gives no record."""
-    if not job.input:
-        table = Study(job.folder).table()
-        if table.empty:
-            todo = f"forescale study launch study={job.study}"
-            raise UserError(str(job.folder), "none of its cells is complete", todo)
-        return table, f"{len(table)} cells of {job.folder}"
-    paths = [Path(name).expanduser() for name in job.input]
-    if any(map(is_export, paths)):
-        if len(paths) > 1:
-            raise UserError("input", "mixes tables and runs", "give one table, or runs")
-        table, refused = of_export(paths[0], job.columns, job.rows)
-        _print_refused(refused)
-        return table, str(paths[0])
-    runs = [run for name in job.input for run in _runs(name, Path(job.run.root).expanduser())]
-    table, refused = of_runs(runs)
-    _print_refused(refused)
-    if table.empty:
-        what = f"none of {len(runs)} runs is complete and evaluated"
-        raise UserError(" ".join(job.input), what, "train them to their end")
-    return table, f"{len(table)} runs"
-
-
-def _print_refused(refused: list[Refused]) -> None:
-    for one in refused:
-        print(f"Note: {one.name} gives no record: {one.why}.", file=sys.stderr)
-
-
-def _runs(name: str, root: Path) -> list[Run]:
-    """The runs of a name: a run, a directory of runs, or a glob pattern of either."""
-    for base in (Path(), root):
-        found = sorted(map(Path, glob.glob(str(base / name))))
-        runs = [Run(path) for path in found if (path / "config.yaml").is_file()]
-        inside = [Run(c.parent) for path in found for c in sorted(path.glob("[!.]*/config.yaml"))]
-        if runs or inside:
-            return runs or inside
-    raise UserError(name, f"names no run (looked in {root} too)", "see forescale status")
 
 
 def _plan(job: StudyJob) -> int:
@@ -321,6 +281,19 @@ def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         print()
         return DONE
     show_score(found, made, open_console())
+    return DONE
+
+
+def _backtest(job: StudyJob) -> int:
+    """Judge what each method would have forecast; of several tables, apart and together."""
+    studies = read_finished(job)
+    with shown() as progress:
+        found = judge.scores(judge.forecasts(studies, job, progress=progress))
+    if job.json:
+        json.dump(judge.as_dict(found), sys.stdout, indent=2)
+        print()
+        return DONE
+    show_scores(found, open_console())
     return DONE
 
 

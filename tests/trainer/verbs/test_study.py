@@ -207,6 +207,53 @@ def test_a_forecast_is_written_and_scored(tmp_path, monkeypatch, forescale):
     assert forescale("study", "score", "points.csv", "study=none")[0] == 2
 
 
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """Two tables with five budgets, and one with three."""
+    monkeypatch.chdir(tmp_path)
+    five = np.geomspace(1e18, 1e20, 5)
+    for name, noise, budgets in (("a", 0.003, five), ("b", 0.01, five), ("few", 0.003, five[:3])):
+        table = surface(noise, budgets, 4).rename(columns={"N": "parameters"})
+        table.to_csv(f"{name}.csv", index=False)
+
+
+@pytest.mark.slow  # a law at every origin
+def test_forecasts_are_judged_by_several_tables(tables, forescale):
+    code, out, err = forescale("study", "backtest", "*.csv", "a.csv", "near=null")
+    assert code == 0
+    assert "Note: few.csv is left out: has 3 budgets with a finite loss, too few" in err
+    assert "backtest: 20 fits" in err
+    assert "Forecasts at every origin of 2 tables." in out
+    assert re.search(r"^level +4 +\d\.\d+% +[+-]\d\.\d+% +\d+% \d+%", out, re.MULTILINE)
+    assert re.search(r"^law +2 +\d\.\d+%.* [+-]\d+\.\d+ +[+-]\d+\.\d+$", out, re.MULTILINE)
+    assert re.search(r"^last minimum +2 +\d+\.\d+% +\+\d+\.\d+% +-", out, re.MULTILINE)
+    assert re.search(r"^b +2 +1 +\d\.\d+%", out, re.MULTILINE)
+    own = ("backtest", "a.csv", "near=null", "--json")
+    code, out, _ = forescale("study", *own)
+    found = json.loads(out)["scores"]
+    assert code == 0
+    assert {one["table"] for one in found} == {None, "a.csv"}
+    assert {one["method"] for one in found} == {"level", "law", "line", "L(C)", "last minimum"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("few.csv",), "few.csv: has 3 budgets with a finite loss, too few for a backtest; give a"),
+        (("few.csv", "no.csv"), "none of 2 tables can be judged; the first has 3 budgets"),
+        (("a.csv", "runs"), "runs: is no table, as others of the input are; give tables alone"),
+        (("a.csv", "form=auto"), "form: auto can't be judged; give one of chinchilla"),
+        (("no.csv",), "no.csv: there is no such file"),
+        (("a.csv", "level=0.5"), "level: is no key of forescale study backtest"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_with_a_sentence(tables, forescale, arguments, message):
+    code, out, err = forescale("study", "backtest", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.slow  # draws a whole report
 def test_a_report_is_one_file(fit, forescale, tmp_path):
     surface(0.003).to_csv("points.csv", index=False)

@@ -197,8 +197,9 @@ def forecasts(
         for k, name, method in _methods(one, job, chosen):
             rows += _rows(one, k, name, method)
             done += 1
-            progress("forecasts at origins", done, total, "origins")
-    progress("forecasts at origins", total, total, "origins")
+            progress("backtest", done, total, "fits")
+    if done < total:  # a method that needs more runs has no fit at some origins
+        progress("backtest", total, total, "fits")
     return pd.concat(rows, ignore_index=True)
 
 
@@ -292,7 +293,7 @@ def _skill(means: Array) -> float:
     return float(1 - ours / theirs) if theirs else 0.0
 
 
-def as_dict(found: Sequence[Scores]) -> list[dict[str, Any]]:
+def as_dict(found: Sequence[Scores]) -> dict[str, Any]:
     """Return the scores as plain values, for JSON; a share of no runs is None."""
 
     def plain(value: Any) -> Any:
@@ -300,4 +301,4 @@ def as_dict(found: Sequence[Scores]) -> list[dict[str, Any]]:
             return {k: plain(v) for k, v in value.items()}
         return None if isinstance(value, float) and np.isnan(value) else value
 
-    return [plain(asdict(one)) for one in found]
+    return {"scores": [plain(asdict(one)) for one in found]}

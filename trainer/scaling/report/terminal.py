@@ -13,7 +13,11 @@ from rich.table import Table
 from forescale.console import table
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import Forecast, Score
+from forescale.scaling.analysis.judge import GROUPS, LEVEL, METHODS, RIVALS, Scores
+from forescale.scaling.analysis.rivals import LINE
 from forescale.scaling.analysis.weights import effective
+
+_AHEAD = {1: "One budget ahead", 2: "Two budgets ahead"}
 
 
 def show(made: StudyFit, console: Console, where: str) -> None:
@@ -91,6 +95,66 @@ def show_score(found: Sequence[Forecast], made: Score, console: Console) -> None
             f"Interval score {made.interval_score:.4f}; skill against simpler predictions: {skill}"
         )
         console.print(line, soft_wrap=True)
+
+
+def show_scores(found: Sequence[Scores], console: Console) -> None:
+    """Print the scores of all methods over all tables, then those of each table apart."""
+    apart = [one for one in found if one.table is not None]
+    count = len({one.table for one in apart})
+    tables = f"{count} tables" if count > 1 else "1 table"
+    console.print(
+        f"Forecasts at every origin of {tables}. An origin knows the runs of its budgets, three or "
+        "more, and nothing beyond them.",
+        soft_wrap=True,
+    )
+    for ahead, words in _AHEAD.items():
+        if own := [one for one in found if one.table is None and one.ahead == ahead]:
+            console.print(f"\n[bold]{words}[/]")
+            console.print(_pooled(own))
+    if count > 1:
+        console.print("\n[bold]Each table apart[/]: errors of all methods, then more of level")
+        console.print(_apart(apart))
+    console.print(
+        "\nerror: median |log of predicted over observed loss| at the minima of budgets; bias: its "
+        "mean with sign; minima, near, other: shares inside the 50 % and the 90 % interval, of "
+        "minima, of runs within 1 % of their budget's minimum, and of other runs; score: of the "
+        "90 % intervals at the minima, lower is better; vs: skill, 1 - mean |error| over that of "
+        "the rival.",
+        soft_wrap=True,
+    )
+
+
+def _pooled(found: Sequence[Scores]) -> Table:
+    skills = [f"vs {rival}" for rival in RIVALS]
+    made = table("method", "forecasts", "error", "bias", *GROUPS, "score", *skills,
+                 left=("method",))  # fmt: skip
+    for one in found:
+        score = "-" if one.interval_score is None else f"{one.interval_score:.2%}"
+        inside = (_inside(one, group) for group in GROUPS)
+        skill = (f"{one.skill[r]:+.2f}" if r in one.skill else "-" for r in RIVALS)
+        own = f"{one.median:.2%}", f"{one.bias:+.2%}"
+        made.add_row(one.method, str(one.count), *own, *inside, score, *skill)
+    return made
+
+
+def _apart(found: Sequence[Scores]) -> Table:
+    made = table("table", "ahead", "forecasts", *METHODS, "bias", *GROUPS, "vs line",
+                 left=("table",))  # fmt: skip
+    by = {(one.table, one.ahead, one.method): one for one in found}
+    for one in found:
+        if one.method != LEVEL:
+            continue
+        beside = (by.get((one.table, one.ahead, method)) for method in METHODS)
+        errors = ("-" if other is None else f"{other.median:.2%}" for other in beside)
+        inside = (_inside(one, group) for group in GROUPS)
+        own = escape(one.table or ""), str(one.ahead), str(one.count)
+        made.add_row(*own, *errors, f"{one.bias:+.2%}", *inside, f"{one.skill[LINE]:+.2f}")
+    return made
+
+
+def _inside(one: Scores, group: str) -> str:
+    found = one.coverage.get(group)
+    return f"{found.inner:.0%} {found.outer:.0%}" if found and found.count else "-"
 
 
 def _show_backtests(made: StudyFit, console: Console) -> None:

@@ -1,0 +1,161 @@
+"""The judge of forecasts: every method at every origin, with nothing known beyond it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forescale.errors import UserError
+from forescale.scaling.analysis.judge import (
+    LAST,
+    LAW,
+    LEVEL,
+    MINIMA,
+    NEAR,
+    OTHER,
+    RIVALS,
+    as_dict,
+    finished,
+    forecasts,
+    scores,
+)
+from forescale.scaling.analysis.rivals import FRONTIER, LINE
+from forescale.scaling.config import StudyJob
+from forescale.scaling.fitting.laws import CHINCHILLA
+from forescale.scaling.records.records import of_export
+
+TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
+BUDGETS = np.geomspace(1e18, 1e20, 5)
+QUICK = (LEVEL, LINE, LAST)  # the others fit laws
+
+
+def table(noise=0.003, budgets=BUDGETS):
+    """IsoFLOP runs of a law, as records."""
+    c = np.repeat(budgets, 6)
+    n = 0.1 * c**0.5 * np.tile(np.geomspace(0.3, 3, 6), len(budgets))
+    loss = CHINCHILLA.predict(TRUTH, parameters=n, tokens=c / (6 * n))
+    loss *= np.exp(noise * np.random.default_rng(0).standard_normal(len(c)))
+    columns = {"parameters": n, "tokens": c / (6 * n), "flops": c, "budget": c, "loss": loss}
+    return pd.DataFrame(columns)
+
+
+def judged(rows, methods=QUICK, **keys):
+    """The forecasts of a table."""
+    job = StudyJob(**keys)
+    return forecasts([finished(rows, job, "mine")], job, methods)
+
+
+def test_each_method_forecasts_the_next_two_budgets_of_every_origin():
+    found = judged(table(), (LEVEL, *RIVALS))
+    minima = found[(found.group == MINIMA) & (found.method == LINE)]
+    pairs = [(3, 1), (3, 2), (4, 1)]
+    assert list(zip(minima.origin, minima.ahead, strict=True)) == pairs
+    runs = found[(found.method == LEVEL) & (found.group != MINIMA)]
+    assert set(runs.group) == {NEAR, OTHER}
+    assert len(runs) == 6 * len(pairs)
+    assert not set(found[found.group != MINIMA].method) & set(RIVALS)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [(LEVEL, *RIVALS), pytest.param((LAW,), marks=pytest.mark.slow)],  # a law takes a second
+)
+def test_losses_beyond_an_origin_change_none_of_its_forecasts(methods):
+    """The last two budgets have other losses: at origins before them, errors move by just that."""
+    late = np.repeat([False, False, False, False, True, True], 6)
+    rows = table(budgets=np.geomspace(1e18, 10**20.5, 6))
+    other = rows.assign(loss=rows.loss * np.where(late, 1.2, 1))
+    found = [judged(each, methods, near=None) for each in (rows, other)]
+    one, two = (f[f.origin <= 4] for f in found)
+    beyond = (one.origin + one.ahead > 4).to_numpy()
+    assert two.error.to_numpy() == pytest.approx(one.error - beyond * np.log(1.2), abs=1e-12)
+    np.testing.assert_array_equal(one[["inner", "outer"]], two[["inner", "outer"]])
+    assert beyond.sum() > 3
+
+
+@pytest.mark.slow  # a law at each origin
+def test_the_law_of_an_exact_surface_forecasts_it_exactly():
+    found = judged(table(noise=0), (LAW,), near=None)
+    assert set(found.origin) == {3, 4}
+    assert found.error.abs().max() < 2e-3  # the lowest run is a little above the optimum
+    assert (found.outer > found.inner).all()
+
+
+def test_the_scores_of_given_errors():
+    """Two minima and four runs, each with half widths of 1 % (50 %) and 2 % (90 %)."""
+    own = {"table": "t", "ahead": 1, "inner": 0.01, "outer": 0.02}
+    rows = [
+        *({**own, "method": LEVEL, "origin": k, "group": MINIMA, "error": e}
+          for k, e in ((3, 0.005), (4, -0.03))),
+        *({**own, "method": LEVEL, "origin": 3, "group": g, "error": e}
+          for g, e in ((NEAR, 0.015), (NEAR, 0.0), (OTHER, 0.05), (OTHER, 0.015))),
+        *({**own, "method": LINE, "origin": k, "group": MINIMA, "error": e,
+           "inner": np.nan, "outer": np.nan} for k, e in ((3, 0.04), (4, 0.03))),
+    ]  # fmt: skip
+    found = {(s.table, s.method): s for s in scores(pd.DataFrame(rows))}
+    level, line = found[None, LEVEL], found[None, LINE]
+    assert (level.count, level.median, level.bias) == pytest.approx((2, 0.0175, -0.0125))
+    assert level.interval_score == pytest.approx(0.04 + 20 * 0.01 / 2)
+    shares = {g: (c.count, c.inner, c.outer) for g, c in level.coverage.items()}
+    assert shares == {MINIMA: (2, 0.5, 0.5), NEAR: (2, 0.5, 1), OTHER: (2, 0, 0.5)}
+    assert level.skill == {LINE: pytest.approx(0.5)}
+    assert (line.interval_score, line.coverage, line.skill) == (None, {}, {})
+    assert found["t", LEVEL].median == level.median
+
+
+def test_skill_compares_the_origins_that_both_methods_forecast():
+    found = judged(table(), (LEVEL, FRONTIER))
+    missing = (found.method == FRONTIER) & (found.origin == 3)
+    both = found[(found.origin == 4) & (found.group == MINIMA)].set_index("method").error.abs()
+    one = next(s for s in scores(found[~missing]) if s.method == LEVEL and s.ahead == 1)
+    assert one.skill[FRONTIER] == pytest.approx(1 - both[LEVEL] / both[FRONTIER])
+
+
+def test_tables_are_scored_together_and_apart():
+    job = StudyJob()
+    studies = [finished(table(n), job, name) for n, name in ((0.003, "a"), (0.01, "b"))]
+    found = scores(forecasts(studies, job, QUICK))
+    counts = [(s.table, s.ahead, s.count) for s in found if s.method == LAST]
+    assert counts[:2] == [(None, 1, 4), (None, 2, 2)]
+    assert counts[2:] == [("a", 1, 2), ("a", 2, 1), ("b", 1, 2), ("b", 2, 1)]
+    assert [s.method for s in found[:3]] == [LEVEL, LINE, LAST]
+
+
+def test_the_scores_for_programs_have_no_nan():
+    one = scores(judged(table()))
+    assert as_dict(one)["scores"][1]["interval_score"] is None
+    assert as_dict(one)["scores"][0]["coverage"][MINIMA]["count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns="budget"), "mine: has no column 'budget'; name the column"),
+        (lambda t: t[t.budget < 3e19], "mine: has 3 budgets with a finite loss, too few"),
+        (lambda t: t.assign(loss=t.loss.where(t.budget < 3e19)), "has 3 budgets with a finite"),
+        (lambda t: t.drop(columns=["tokens", "flops"]), "there is no column 'tokens'"),
+    ],
+)
+def test_a_table_that_cannot_be_judged_is_refused_with_a_sentence(change, message):
+    with pytest.raises(UserError) as refused:
+        finished(change(table()), StudyJob(), "mine")
+    assert message in str(refused.value)
+
+
+def test_a_choice_among_laws_is_not_judged():
+    with pytest.raises(UserError, match="auto can't be judged; give one of chinchilla"):
+        judged(table(), form="auto")
+
+
+@pytest.mark.slow  # 129 forecasts of nine tables
+def test_level_beats_the_line_on_public_tables(published):
+    paths = sorted((published / "backtest").glob("*.csv"))
+    if not paths:
+        pytest.skip(f"the tables for backtests are not at {published / 'backtest'}")
+    job = StudyJob()
+    studies = [finished(of_export(path, {})[0], job, path.stem) for path in paths]
+    found = [s for s in scores(forecasts(studies, job, (LEVEL, LINE))) if s.method == LEVEL]
+    for one in found[:2]:
+        assert one.table is None
+        assert one.skill[LINE] > 0.15
+        assert 0.80 < one.coverage[MINIMA].outer < 0.98
+        assert one.median < 0.005
