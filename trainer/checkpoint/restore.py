@@ -2,31 +2,44 @@
 scratch was purged.
 
 Invariant: the directory gets its name once everything is in it and a whole checkpoint was verified
-byte by byte against its table; a kill before leaves none. Imports no torch.
+byte by byte against its table; a kill before leaves none. Only names that a mirror has are brought,
+and of a checkpoint only what its table lists. Imports no torch.
 """
 
+import errno
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from forescale.checkpoint.copies import LAUNCH
 from forescale.checkpoint.mirror import folder_of
-from forescale.checkpoint.reader import open_readable
+from forescale.checkpoint.reader import STATE, open_readable
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
 from forescale.errors import UserError
 from forescale.progress import Meter, shown
 from forescale.run.directory import Run
-from forescale.storage import TABLE, check_table, staged, write_file
+from forescale.storage import TABLE, check_table, read_json, read_table, staged, write_file
+
+_FILE = r"[^/.][^/]*\.(json|jsonl|yaml)"
+_OF_RUN = re.compile(
+    rf"({_FILE}|attempts/[0-9]{{4,9}}/{_FILE}|checkpoints/step-[0-9]{{8,18}}\.pin)"
+)
+_TABLE = re.compile(rf"checkpoints/step-([0-9]{{8,18}})/{re.escape(TABLE)}")
+_SUBMISSION = re.compile(r"[0-9]{4,9}")
 
 
 def restore(job: TrainJob, report: Callable[[str], object]) -> None:
     """Bring back the run of a job, if its directory is missing and its mirror has it. Reports what
     it did in a line.
 
-    Raises UserError if the mirror can't be read, holds no whole checkpoint, or `run.resume=never`.
+    Raises UserError if the mirror can't be read, holds no whole checkpoint, or `run.resume=never`;
+    and if the directory lacks its config.yaml, but not all files.
     """
     folder, run = folder_of(job), Run(job.run.directory)
-    if folder is None or run.config.exists() or (run.path.exists() and any(run.path.iterdir())):
+    if folder is None or run.config.exists():
         return
     names = folder.list()
     if run.config.name not in names:
@@ -34,54 +47,108 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> None:
     if job.run.resume == "never":
         todo = "choose another run.name, or run.resume=auto to restore and resume it"
         raise UserError(folder.where, "holds a run of this name already", todo)
-    with staged(run.path.resolve(), tag="restored") as stage:
-        stage.chmod(job.run.mode)
-        made = Run(stage)
-        for name in names:
-            if not _is_of_checkpoint(name):
+    if found := next(_files(run.path), None):
+        what = f"has no config.yaml, but other files, such as {found.relative_to(run.path)}"
+        todo = f"move it away and give the command again to restore the run from {folder.where}"
+        raise UserError(str(run.path), what, todo)
+    for name in names:
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            todo = "it is no mirror: check the address"
+            raise UserError(folder.where, f"has a file {name!r}", todo)
+    try:
+        with staged(run.path.resolve(), tag="restored") as stage:
+            stage.chmod(job.run.mode)
+            made = Run(stage)
+            for name in filter(_OF_RUN.fullmatch, names):
                 _bring(folder, name, stage)
-        step = _bring_checkpoint(folder, names, made)
-        made.link()
+            step = _bring_checkpoint(folder, names, made)
+            made.link()
+            _reserve(made)
+            _clear(run.path)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        what = "another command has made this run at the same moment"
+        todo = "give the same command again to resume it later, or choose another run.name"
+        raise UserError(str(run.path), what, todo) from None
     report(f"Restored {run.path} from {folder.where}: step {step:,}.")
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (p for p in directory.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
+def _clear(directory: Path) -> None:
+    """Remove a directory without files: what purges old files leaves their directories."""
+    if next(_files(directory), None) is None:
+        for path in sorted(directory.resolve().rglob("*"), reverse=True):
+            path.rmdir()
+
+
+def _reserve(made: Run) -> None:
+    """Reserve the names of the run's submissions to SLURM: crashes and faulty nodes are counted by
+    submission, and those before are no longer of interest."""
+    names = [_submission_of(attempt.path / LAUNCH) for attempt in made.attempts()]
+    if known := [name for name in names if _SUBMISSION.fullmatch(name)]:
+        (made.path / "jobs" / max(known, key=int)).mkdir(parents=True)
+
+
+def _submission_of(launch: Path) -> str:
+    try:
+        return str(read_json(launch)["slurm"]["submission"])
+    except (UserError, KeyError, TypeError):  # begun without SLURM, or damaged
+        return ""
 
 
 def _bring_checkpoint(folder: Folder, names: dict[str, int], made: Run) -> int:
     """Bring the newest whole checkpoint on the run's trajectory; return its step."""
     reasons = []
-    tables = [n for n in names if _is_of_checkpoint(n) and n.endswith(f"/{TABLE}")]
-    steps = {int(n.split("/")[1].removeprefix("step-")): n.rpartition("/")[0] for n in tables}
-    for step in sorted(steps, reverse=True):
+    for step in sorted({int(m[1]) for n in names if (m := _TABLE.fullmatch(n))}, reverse=True):
         path = made.checkpoint_path(step)
-        inside = [n for n in names if n.startswith(f"{steps[step]}/")]
-        with shown() as progress:
-            size = sum(names[n] for n in inside)
-            meter = Meter(progress, f"step {step:,} from the mirror", size, "bytes")
-            for name in inside:
-                _bring(folder, name, made.path, lambda n: meter(n, 0))  # noqa: B023
-            meter.end()
-        found, faults = open_readable(path), check_table(path)
-        if found and not faults and made.is_eligible(found.attempt, step):
-            return step
-        reasons += faults[:1]
-        shutil.rmtree(path)
+        place = path.relative_to(made.path).as_posix()
+        if f"{place}/{TABLE}" in names:
+            if not (faults := _bring_whole(folder, names, made, step)):
+                return step
+            reasons += faults[:1]
+            shutil.rmtree(path)
     why = f" ({reasons[0]})" if reasons else ""
     todo = "restore the mirror from a copy, or choose another run.name"
     raise UserError(folder.where, f"holds no whole checkpoint of the run{why}", todo)
 
 
-def _is_of_checkpoint(name: str) -> bool:
-    parts = name.split("/")
-    return parts[0] == "checkpoints" and len(parts) > 2 and parts[1].startswith("step-")
+def _bring_whole(folder: Folder, names: dict[str, int], made: Run, step: int) -> list[str]:
+    """Bring a checkpoint, its small files first: they may make the rest unnecessary. Return why it
+    can't be used, if it can't."""
+    path = made.checkpoint_path(step)
+    place = path.relative_to(made.path).as_posix()
+    _bring(folder, f"{place}/{TABLE}", made.path)
+    try:
+        table = read_table(path)
+    except UserError as e:
+        return [str(e)]
+    sizes = {name: names.get(f"{place}/{name}") for name in table}
+    if wrong := [name for name in table if sizes[name] != table[name].size]:
+        return [f"{place}/{wrong[0]} is not as long as the table says"]
+    if STATE in table:
+        _bring(folder, f"{place}/{STATE}", made.path)
+    if (found := open_readable(path)) is None:
+        return [f"{place}/{STATE} is damaged"]
+    if not made.is_eligible(found.attempt, step):
+        return [f"a later attempt started before step {step:,}"]
+    with shown() as progress:
+        size = sum(entry.size for entry in table.values())
+        meter = Meter(progress, f"step {step:,} from the mirror", size, "bytes")
+        for name in table:
+            _bring(folder, f"{place}/{name}", made.path, lambda n: meter(n, 0))
+        meter.end()
+    return check_table(path)
 
 
-def _bring(folder: Folder, name: str, to: Path, tick: Callable[[int], object] = id) -> None:
-    parts = PurePosixPath(name).parts
-    if ".." in parts or PurePosixPath(name).is_absolute():
-        raise UserError(folder.where, f"has a file {name!r}", "it is no mirror: check the address")
-    path = to.joinpath(*parts)
+def _bring(folder: Folder, name: str, to: Path, tick: Callable[[int], Any] = id) -> None:
+    path = to.joinpath(*PurePosixPath(name).parts)
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def counted():
+    def counted() -> Iterator[bytes]:
         for piece in folder.get(name):
             tick(len(piece))
             yield piece

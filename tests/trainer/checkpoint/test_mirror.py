@@ -332,6 +332,64 @@ def test_a_name_that_leads_out_is_refused(own_run, job, mirror, said, monkeypatc
     assert not own_run.path.exists()
 
 
+ODD = ["checkpoints/step-abc/files.json", "checkpoints/step-00000012.bak/files.json"]
+ODD += ["checkpoints/step-12/files.json", "checkpoints/step-00000008/code.py"]
+ODD += ["jobs/0001/job.sbatch", "callbacks.py", "attempts/0001/.launch.json.17.tmp"]
+
+
+def test_only_what_a_mirror_has_is_brought(own_run, job, mirror, said, place):
+    """Others may have put copies beside it, or programs into it."""
+    mirror.sync()
+    shutil.rmtree(own_run.path)
+    for odd in ODD:
+        path = place / own_run.name / odd
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    restore(job, said.append)
+    assert own_run.checkpoint_steps() == [8]
+    assert not [odd for odd in ODD if (own_run.path / odd).exists()]
+
+
+def test_directories_that_a_purge_has_left_are_no_run(own_run, job, mirror, said):
+    mirror.sync()
+    files = [p for p in own_run.path.rglob("*") if p.is_symlink() or p.is_file()]
+    last = own_run.identity
+    for path in files:
+        if path != last:
+            path.unlink()
+    with pytest.raises(UserError, match=r"but other files, such as run\.json; move it"):
+        restore(job, said.append)
+    last.unlink()
+    restore(job, said.append)
+    assert own_run.checkpoint_steps() == [8]
+
+
+def test_of_two_commands_that_restore_at_once_one_does(own_run, job, mirror, said, monkeypatch):
+    mirror.sync()
+    aside, get = own_run.path.rename(own_run.path.with_name("aside")), Folder.get
+
+    def get_late(folder, name):
+        if not own_run.path.exists():
+            shutil.copytree(aside, own_run.path, symlinks=True)
+            own_run.new_attempt()
+        return get(folder, name)
+
+    monkeypatch.setattr(Folder, "get", get_late)
+    with pytest.raises(UserError, match="another command has made this run at the same moment"):
+        restore(job, said.append)
+    assert contents(own_run.path) == contents(aside)
+    assert [attempt.number for attempt in own_run.attempts()] == [1, 2]
+
+
+def test_a_restored_run_begins_a_submission_of_its_own(own_run, job, said, place):
+    """Not with the crashes and the faulty nodes of the one before."""
+    write_json(own_run.attempts()[0].path / "launch.json", {"slurm": {"submission": "0003"}})
+    mirror_of(own_run, job, said.append).sync()
+    shutil.rmtree(own_run.path)
+    restore(job, said.append)
+    assert own_run.new_job().name == "0004"
+
+
 @pytest.mark.parametrize("wrong", ["relative/path", "https://host/x", "s3://b/x?a=b"])
 def test_a_wrong_address_is_a_problem_of_the_config(small_data, tmp_path, wrong):
     with pytest.raises(UserError, match=r"checkpoint\.mirror"):
