@@ -160,7 +160,11 @@ def _rivals(one: Finished) -> Iterator[tuple[int, str, Method]]:
     for k in range(_LEAST, len(distinct)):
         for name, loss in rivals(distinct[:k], lowest[:k]).items():
             yield k, name, _Rival(loss)
-        yield k, LAST, _Rival(lambda budget, last=lowest[k - 1]: float(last))
+        yield k, LAST, _Rival(_constant(float(lowest[k - 1])))
+
+
+def _constant(loss: float) -> Callable[[float], float]:
+    return lambda budget: loss
 
 
 def _methods(
