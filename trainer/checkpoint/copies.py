@@ -74,7 +74,7 @@ def _begin_alike(run: Run, folder: Folder, name: str) -> bool:
 
 
 def _read(folder: Folder, name: str) -> dict[str, Any]:
-    """Return a JSON object of the folder; empty if a kill has left it torn."""
+    """Return a JSON object of the folder; empty if it is none."""
     try:
         found = json.loads(b"".join(folder.get(name)))
     except ValueError:

@@ -16,6 +16,7 @@ from typing import Any
 from forescale.addresses import masked
 from forescale.data.remote.transfer import MIB, Missing, Origin, RetryableError, for_request
 from forescale.errors import UserError
+from forescale.storage import blocks_of, write_file
 
 _PIECE = 4 * MIB
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -76,12 +77,18 @@ def listed(url: str, timeout: float) -> dict[str, int]:
 
 
 def upload(file: Path, url: str, timeout: float) -> None:
-    """Copy a local file to an address, of which it replaces the content. Raises like `call`."""
+    """Copy a local file to an address, of which it replaces the content, in a directory as at a
+    store: all at once. Raises like `call`."""
     with _faults(url, timeout):
+        from fsspec.implementations.local import LocalFileSystem
+
         fs, path = _opened(url)
         if not hasattr(fs, "loop"):  # of a disk: stores at servers have no folders
             fs.makedirs(fs._parent(path), exist_ok=True)
-        _called(fs, "put_file", timeout, str(file), path)
+        if isinstance(fs, LocalFileSystem):
+            write_file(Path(path), blocks_of(file))
+        else:
+            _called(fs, "put_file", timeout, str(file), path)
 
 
 def _opened(url: str) -> tuple[Any, str]:

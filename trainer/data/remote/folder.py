@@ -1,8 +1,7 @@
 """A folder that files are copied to and from: in a bucket, or in another directory.
 
 Invariant: `put` returns only after the copy was read back and has the sha256 of what was sent. A
-file at a store is replaced as a whole; a kill leaves the old one, the new one, or (in a directory)
-a torn one, so that whoever reads must verify.
+file is replaced as a whole, in a directory as at a store: a kill leaves the old or the new one.
 """
 
 import hashlib

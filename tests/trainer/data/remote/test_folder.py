@@ -35,6 +35,18 @@ def test_what_is_put_is_found_read_and_deleted(folder, tmp_path):
     assert folder.list() == {}
 
 
+def test_a_file_in_a_directory_is_replaced_as_a_whole(tmp_path):
+    """A kill while a config was copied would leave half of it, and no way back."""
+    folder = Folder(str(tmp_path / "there"), QUICK)
+    (tmp_path / "a").write_bytes(b"old")
+    folder.put("a", tmp_path / "a")
+    (tmp_path / "a").write_bytes(b"new")
+    with open(tmp_path / "there" / "a", "rb") as before:
+        folder.put("a", tmp_path / "a")
+        assert before.read() == b"old"
+    assert folder.list() == {"a": 3}
+
+
 def test_a_store_that_fails_for_a_moment_is_asked_again(folder, tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"abc")
     folder.put("a", tmp_path / "a")
