@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -235,7 +236,8 @@ def _enter(groups: Sequence[Evaluations], trained: TrainJob, job: EvaluationsJob
             ids.append(queue.submit(group.submission.script))
     except BaseException:
         for id in ids:
-            queue.cancel(id)
+            with suppress(UserError):  # without its files it ends by itself
+                queue.cancel(id)
         for group in groups:
             shutil.rmtree(group.submission.path, ignore_errors=True)
         for step in pinned:
@@ -304,8 +306,12 @@ def _look_again(run: Run, step: int) -> int:
         flush=True,
     )
     shutil.rmtree(os.environ["FORESCALE_NODE"], ignore_errors=True)  # the next start has its own
+    ended: list[int] = []  # SLURM may end this process as soon as the task is requeued
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     queue.requeue(queue.own_job(), pause=pause)
-    time.sleep(300)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not ended:
+        time.sleep(300)
     return INTERRUPTED
 
 

@@ -160,7 +160,7 @@ def test_if_slurm_refuses_one_array_nothing_of_any_is_left(
 ):
     run.checkpoint_path(4).with_suffix(".pin").touch()  # by the user
     commands(sbatch='grep -q dependency "$2" && echo no >&2 && exit 1; echo 41')
-    commands(scancel=f"echo $1 > {tmp_path}/cancelled")
+    commands(scancel=f"echo $1 > {tmp_path}/cancelled; exit 1")  # it is there no more
     code, _, err = submit("steps=[2,4,6]")
     assert code == 2
     assert "sbatch: SLURM says: no" in err
@@ -232,8 +232,8 @@ def test_a_task_whose_checkpoint_is_to_come_is_requeued_by_the_pace_of_the_run(
     attempt.start_from(Parent(0), run)
     seconds = {"data": 100.0, "compute": 300.0}
     attempt.metrics.add({"kind": "train", "step": 4, "attempt": 1, "seconds": seconds})
-    # As SLURM does, it ends this start of the task.
-    commands(scontrol=f'echo "$@" >> {tmp_path}/calls; [ $1 = update ] && kill -TERM $PPID; true')
+    # As SLURM does, it ends this start of the task, at once.
+    commands(scontrol=f'echo "$@" >> {tmp_path}/calls; [ $1 = requeue ] && kill -TERM $PPID; true')
     _, said = task(8)
     assert "at step 4 and has not saved step 8 yet; this task looks again in 13 min." in said
     assert (tmp_path / "calls").read_text() == (
