@@ -32,7 +32,7 @@ from forescale.checkpoint.retention import (
 )
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
-from forescale.errors import UserError, storage_error
+from forescale.errors import Transient, UserError, storage_error
 from forescale.run.directory import Run
 from forescale.storage import TABLE, FileEntry, read_table, write_json
 
@@ -86,9 +86,16 @@ class Mirror:
             self._there = there
 
     def check(self) -> "Mirror":
-        """Raise UserError if the folder is another run's, or can't be written to and read."""
-        self.expect_own()
-        self._send(self._run.identity)
+        """Raise UserError if the folder is another run's, or can't be written to and read. Of a run
+        that has begun, a fault that may go away is only reported: it must not keep it from going
+        on."""
+        try:
+            self.expect_own()
+            self._send(self._run.identity)
+        except Transient as e:
+            if not self._run.attempts():
+                raise
+            self._report(f"The mirror fails now, training goes on: {e}")
         return self
 
     def start(self) -> "Mirror":

@@ -14,6 +14,7 @@ from forescale.checkpoint.retention import Keep, delete, pin
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
+from forescale.data.remote.transfer import Unreachable
 from forescale.errors import UserError
 from forescale.monitor.audit import check_run
 from forescale.run.directory import Parent, Run
@@ -311,6 +312,21 @@ def test_a_place_that_fails_is_told_of_once_and_harms_nothing(own_run, said, tmp
     mirror.close(finish=True)
     assert len(said) == 2
     assert "The mirror is incomplete, the run is not affected" in said[1]
+
+
+def test_a_place_that_is_away_keeps_only_a_new_run_from_beginning(
+    own_run, mirror, said, monkeypatch
+):
+    def away(folder):
+        raise Unreachable(folder.where, "no answer", "check the network")
+
+    monkeypatch.setattr(Folder, "list", away)
+    mirror.check()
+    assert len(said) == 1
+    assert said[0].startswith("The mirror fails now, training goes on: ")
+    shutil.rmtree(own_run.path / "attempts")
+    with pytest.raises(Unreachable):
+        mirror.check()
 
 
 def test_a_fresh_run_of_a_mirrored_name_is_refused(own_run, job, mirror, said):
