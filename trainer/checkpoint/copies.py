@@ -14,7 +14,7 @@ from forescale.storage import read_json
 
 LAUNCH = "launch.json"  # written by resilience/outcome.py; torchrun and rollbacks write none
 PARENT = "parent.json"  # later than launch.json, and sent after it
-_ROWS = "metrics.jsonl"
+ROWS = "metrics.jsonl"
 
 
 class Taken(UserError):
@@ -49,7 +49,7 @@ def _is_of_another_run(run: Run, folder: Folder, there: dict[str, int]) -> bool:
 
 def _differs(run: Run, attempt: str, folder: Folder, there: dict[str, int]) -> bool:
     """True if the attempt of this number there is that of another copy of the run."""
-    launch, parent, rows = (f"attempts/{attempt}/{name}" for name in (LAUNCH, PARENT, _ROWS))
+    launch, parent, rows = (f"attempts/{attempt}/{name}" for name in (LAUNCH, PARENT, ROWS))
     here = run.path / launch
     if launch in there and here.exists():
         copied = _read(folder, launch)
@@ -57,7 +57,7 @@ def _differs(run: Run, attempt: str, folder: Folder, there: dict[str, int]) -> b
     if launch in there or here.exists():
         return launch in there or parent in there
     # The rows of the newest attempt begin with all the history before it.
-    is_newest = rows == max(n for n in (*there, rows) if n.endswith(f"/{_ROWS}"))
+    is_newest = rows == max(n for n in (*there, rows) if n.endswith(f"/{ROWS}"))
     is_on_both = rows in there and (run.path / rows).exists()
     return is_newest and is_on_both and not _begin_alike(run, folder, rows)
 

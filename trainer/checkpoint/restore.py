@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from forescale.checkpoint.copies import LAUNCH
+from forescale.checkpoint.copies import LAUNCH, PARENT, ROWS
 from forescale.checkpoint.mirror import folder_of
 from forescale.checkpoint.reader import STATE, open_readable
 from forescale.config.train import TrainJob
@@ -60,7 +60,8 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> None:
             stage.chmod(job.run.mode)
             made = Run(stage)
             for name in filter(_OF_RUN.fullmatch, names):
-                _bring(folder, name, stage)
+                if not _is_half(name, names):
+                    _bring(folder, name, stage)
             step = _bring_checkpoint(folder, names, made)
             made.link()
             _reserve(made)
@@ -72,6 +73,12 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> None:
         todo = "give the same command again to resume it later, or choose another run.name"
         raise UserError(str(run.path), what, todo) from None
     report(f"Restored {run.path} from {folder.where}: step {step:,}.")
+
+
+def _is_half(name: str, names: dict[str, int]) -> bool:
+    """True for rows of an attempt whose parent.json, which is sent last, a kill has kept back."""
+    attempt, _, file = name.rpartition("/")
+    return file == ROWS and f"{attempt}/{PARENT}" not in names
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -348,6 +348,21 @@ def test_a_name_that_leads_out_is_refused(own_run, job, mirror, said, monkeypatc
     assert not own_run.path.exists()
 
 
+def test_an_attempt_that_was_half_sent_does_not_count(own_run, job, said, place):
+    """After a rollback: a kill between its rows and its parent."""
+    attempt = own_run.new_attempt()
+    attempt.start_from(Parent(4, "checkpoints/step-00000004"), own_run)
+    attempt.metrics.add(train_row(attempt, 5))
+    mirror_of(own_run, job, said.append).sync()
+    (place / own_run.name / "attempts/0002/parent.json").unlink()
+    shutil.rmtree(own_run.path)
+    restore(job, said.append)
+    assert own_run.checkpoint_steps() == [8]
+    assert not check_run(own_run).faults
+    mirror_of(own_run, job, said.append).check()
+    assert own_run.new_attempt().number == 3
+
+
 ODD = ["checkpoints/step-abc/files.json", "checkpoints/step-00000012.bak/files.json"]
 ODD += ["checkpoints/step-12/files.json", "checkpoints/step-00000008/code.py"]
 ODD += ["jobs/0001/job.sbatch", "callbacks.py", "attempts/0001/.launch.json.17.tmp"]
