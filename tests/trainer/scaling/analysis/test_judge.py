@@ -141,6 +141,14 @@ def test_a_table_that_cannot_be_judged_is_refused_with_a_sentence(change, messag
     assert message in str(refused.value)
 
 
+def test_runs_that_diverged_or_that_a_study_does_not_fit_are_left_out():
+    rows = table().assign(fitted=np.arange(30) != 7)
+    rows.loc[2, "loss"] = np.nan
+    kept = finished(rows, StudyJob(), "mine")
+    assert kept.points.loss.tolist() == rows.loss.drop([2, 7]).tolist()
+    assert kept.budgets.tolist() == rows.budget.drop([2, 7]).tolist()
+
+
 def test_a_choice_among_laws_is_not_judged():
     with pytest.raises(UserError, match="auto can't be judged; give one of chinchilla"):
         judged(table(), form="auto")
