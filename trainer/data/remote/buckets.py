@@ -94,7 +94,13 @@ def upload(file: Path, url: str, timeout: float) -> None:
 def _opened(url: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it."""
     import fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
+    if "://" not in url:  # a path, in which fsspec would read :: as a chain, too
+        return LocalFileSystem(), url
+    if "::" in url:
+        what = "has :: in it, which stands for a chain of addresses"
+        raise UserError(masked(url), what, "give an address without it")
     return fsspec.url_to_fs(for_request(url), use_listings_cache=False)
 
 
@@ -111,6 +117,8 @@ def _faults(url: str, timeout: float) -> Iterator[None]:
     shown, protocol = masked(url), url.partition(":")[0]
     try:
         yield
+    except UserError:
+        raise
     except ImportError as e:
         extra = _EXTRAS.get(protocol)
         todo = f"pip install 'forescale[{extra}]'" if extra else "install it"

@@ -35,6 +35,29 @@ def test_what_is_put_is_found_read_and_deleted(folder, tmp_path):
     assert folder.list() == {}
 
 
+def test_a_path_is_taken_as_it_is(tmp_path):
+    """fsspec would write each of these files to `there`."""
+    (tmp_path / "there").write_bytes(b"of somebody else")
+    folder = Folder(str(tmp_path / "there::x#?%20*[y]"), QUICK)
+    folder.put("c/d", tmp_path / "there")
+    assert folder.list() == {"c/d": 16}
+    folder.remove_all("c")
+    assert (tmp_path / "there").read_bytes() == b"of somebody else"
+
+
+@pytest.mark.parametrize(
+    ("address", "what"),
+    [
+        ("s3://bucket/a::b", "has :: in it, which stands for a chain of addresses"),
+        ("s3://$FORESCALE_SECRET_NOWHERE@bucket", "FORESCALE_SECRET_NOWHERE, which is not set"),
+    ],
+)
+def test_an_address_that_can_not_be_used_is_not_tried_again(address, what):
+    with pytest.raises(UserError, match=what) as caught:
+        Folder(address, QUICK).list()
+    assert "tried" not in str(caught.value)
+
+
 def test_a_file_in_a_directory_is_replaced_as_a_whole(tmp_path):
     """A kill while a config was copied would leave half of it, and no way back."""
     folder = Folder(str(tmp_path / "there"), QUICK)
