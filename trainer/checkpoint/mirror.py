@@ -12,6 +12,7 @@ that has attempts which this directory lacks is refused. Training never waits fo
 it. Imports no torch.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -180,11 +181,14 @@ class Mirror:
         self._known.pop(step, None)
         try:
             self._send_parts(path, table)
-            self._send(path / TABLE)
+            sent = self._send(path / TABLE)
         except (UserError, OSError):
             if path.is_dir():
                 raise
             return  # retention has deleted it
+        if sent.sha256 != hashlib.sha256(raw).hexdigest():
+            self._remove(f"{name}/{TABLE}")  # of a checkpoint that has just replaced this one
+            return
         self._whole[step] = raw
 
     def _is_there(self, step: int, raw: bytes, table: dict[str, FileEntry]) -> bool:

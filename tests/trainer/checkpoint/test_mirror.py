@@ -157,6 +157,24 @@ def test_what_retention_deletes_while_it_is_sent_is_left(own_run, mirror, place,
     assert not (there / "step-00000004" / "files.json").exists()
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_sent_is_sent_again(
+    own_run, mirror, place, monkeypatch
+):
+    path, put, late = own_run.checkpoint_path(8), Folder.put, [True]
+
+    def put_late(folder, name, file):
+        if file == path / "files.json" and late and late.pop():
+            file.write_bytes(file.read_bytes() + b" ")
+        return put(folder, name, file)
+
+    monkeypatch.setattr(Folder, "put", put_late)
+    mirror.sync()
+    there = place / own_run.name / "checkpoints" / "step-00000008"
+    assert not (there / "files.json").exists()
+    mirror.sync()
+    assert contents(there) == contents(path)
+
+
 def test_half_a_checkpoint_takes_no_place_of_a_whole_one(own_run, said, place):
     mirror = Mirror(own_run, Folder(str(place)), Keep(newest=2), said.append)
     mirror.sync()
