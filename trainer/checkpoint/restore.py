@@ -7,6 +7,7 @@ and of a checkpoint only what its table lists. Imports no torch.
 """
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -97,7 +98,9 @@ def _reserve(made: Run) -> None:
     submission, and those before are no longer of interest."""
     names = [_submission_of(attempt.path / LAUNCH) for attempt in made.attempts()]
     if known := [name for name in names if _SUBMISSION.fullmatch(name)]:
-        (made.path / "jobs" / max(known, key=int)).mkdir(parents=True)
+        place = made.path / "jobs" / max(known, key=int)
+        place.mkdir(parents=True)
+        os.utime(place, (0, 0))  # an empty one that is new is a submission that is under way
 
 
 def _submission_of(launch: Path) -> str:

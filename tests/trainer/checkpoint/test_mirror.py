@@ -18,6 +18,7 @@ from forescale.data.remote.transfer import Unreachable
 from forescale.errors import UserError
 from forescale.monitor.audit import check_run
 from forescale.run.directory import Parent, Run
+from forescale.slurm.submit import _refuse_second
 from forescale.storage import check_table, read_json, write_checked_json, write_json
 from tests.trainer.small_run import make_job, save, train_row
 
@@ -436,7 +437,9 @@ def test_a_restored_run_begins_a_submission_of_its_own(own_run, job, said, place
     mirror_of(own_run, job, said.append).sync()
     shutil.rmtree(own_run.path)
     restore(job, said.append)
-    assert own_run.new_job().name == "0004"
+    folder = own_run.new_job()
+    assert folder.name == "0004"
+    _refuse_second(own_run, folder)  # nobody else submits it now
 
 
 @pytest.mark.parametrize("wrong", ["relative/path", "https://host/x", "s3://b/x?a=b"])
