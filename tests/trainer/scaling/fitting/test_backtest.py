@@ -70,7 +70,7 @@ def test_an_origin_is_calibrated_by_nothing_beyond_it():
     other = Points(made.loss * np.where(budgets > BUDGETS[4] * 1.01, 2, 1), made.parameters,
                    made.tokens, made.flops)  # fmt: skip
     found = [
-        {k: law.discrepancy for k, law in laws_of_origins(CHINCHILLA, p, budgets, Objective(), 100)}
+        {k: law.discrepancy for k, law in laws_of_origins(CHINCHILLA, p, budgets, Objective(), 10)}
         for p in (made, other)
     ]
     assert [found[0][k] for k in (3, 4, 5)] == [found[1][k] for k in (3, 4, 5)]
