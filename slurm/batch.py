@@ -74,11 +74,12 @@ class Batch:
             decision = self._decide(code, past)
             self._say(decision)
             if decision.action == "end":
-                if mirror:
-                    mirror.close(finish=decision.code != INTERRUPTED)
                 if not self.submission.is_stopped:
                     more = "" if decision.code == DONE else f"; {decision.why}"
                     alerts.tell(self.run, decision.code, f"{self._how}{more}.", self._log)
+                if mirror:
+                    ended = self.stop_signal is not None
+                    mirror.close(not ended, lambda: self.stop_signal is not None)
                 return decision.code
             if decision.action == "requeue":
                 return self._requeue(decision)

@@ -52,8 +52,10 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
     jobs = _jobs(overrides)
     for each in jobs:
         refuse_targets(each, trust)
-    plans = [Plan(job) for job in jobs]
     dry = jobs[0].submit.dry_run
+    if not dry and queue.is_here() and any([restore(each.training, print) for each in jobs]):
+        jobs = _jobs(overrides)  # over the configs of the runs, as for any run
+    plans = [Plan(job) for job in jobs]
     if not dry:
         if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
             print(
@@ -149,8 +151,6 @@ def enter(plans: Sequence[Plan], profile: str) -> tuple[Order, str]:
     queue.must_be_here()
     for plan in plans:
         _refuse_twice(Run(plan.given.run.directory))
-    for plan in plans:
-        restore(_given(plan).training, print)
     started = [start(_given(plan).training, newest=newest_step) for plan in plans]
     for begun in started:
         if mirror := mirror_of(begun.run, begun.job, print):

@@ -105,12 +105,22 @@ class Mirror:
         self._thread.start()
         return self
 
-    def close(self, finish: bool) -> None:
-        """Stop. finish: first copy what is missing, which may take as long as a checkpoint takes;
-        otherwise what is being sent is left incomplete, and doesn't count."""
+    def close(self, finish: bool, stop: Callable[[], bool] = lambda: False) -> None:
+        """Stop. finish: first copy what is missing, which may take as long as a checkpoint takes,
+        until `stop` returns True; otherwise what is being sent is left incomplete, and doesn't
+        count."""
         self._closing.set()
         if not finish:
             return
+        last = threading.Thread(target=self._finish, name="mirror", daemon=True)
+        last.start()
+        while last.is_alive():
+            last.join(0.1)
+            if stop():
+                self._report("The mirror is incomplete: the job is to end now.")
+                return
+
+    def _finish(self) -> None:
         if any(step not in self._whole for step in self._run.checkpoint_steps()):
             self._report(f"Copying the last checkpoint to {self._folder.where} ...")
         try:

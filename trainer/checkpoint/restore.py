@@ -32,19 +32,19 @@ _TABLE = re.compile(rf"checkpoints/step-([0-9]{{8,18}})/{re.escape(TABLE)}")
 _SUBMISSION = re.compile(r"[0-9]{4,9}")
 
 
-def restore(job: TrainJob, report: Callable[[str], object]) -> None:
+def restore(job: TrainJob, report: Callable[[str], object]) -> bool:
     """Bring back the run of a job, if its directory is missing and its mirror has it. Reports what
-    it did in a line.
+    it did in a line. Returns True if it did: what was typed belongs over the run's own config then.
 
     Raises UserError if the mirror can't be read, holds no whole checkpoint, or `run.resume=never`;
     and if the directory lacks its config.yaml, but not all files.
     """
     folder, run = folder_of(job), Run(job.run.directory)
     if folder is None or run.config.exists():
-        return
+        return False
     names = folder.list()
     if run.config.name not in names:
-        return
+        return False
     if job.run.resume == "never":
         todo = "choose another run.name, or run.resume=auto to restore and resume it"
         raise UserError(folder.where, "holds a run of this name already", todo)
@@ -74,6 +74,7 @@ def restore(job: TrainJob, report: Callable[[str], object]) -> None:
         todo = "give the same command again to resume it later, or choose another run.name"
         raise UserError(str(run.path), what, todo) from None
     report(f"Restored {run.path} from {folder.where}: step {step:,}.")
+    return True
 
 
 def _is_half(name: str, names: dict[str, int]) -> bool:

@@ -80,7 +80,7 @@ def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | No
     if end is not None and s.state != "complete":
         _show_early_end(end, console)
     _show_checkpoints(s, console)
-    if line := _mirrored(s.run):
+    if s.job.checkpoint.mirror and (line := _mirrored(s.run)):
         console.print(escape(line), soft_wrap=True)
     _show_attempts(s, console)
     _show_ranks(s, console)

@@ -260,7 +260,7 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
             raise
         raise users from e
     trainer.reporter.stop()
-    if trainer.mirror:
-        trainer.mirror.close(finish=code == DONE)
     trainer.world.close()
+    if trainer.mirror:  # only now: no rank waits in a collective for what this one copies
+        trainer.mirror.close(finish=code == DONE)
     return code

@@ -50,6 +50,8 @@ def main(words: list[str]) -> int:
     refuse_targets(job, trust=not is_stored)
     if launcher.started_as_rank():
         return _rank(job, began)
+    if restore(job, print):
+        job = job_of(TrainJob, overrides_of(TrainJob, words))  # over its config, as for any run
     processes = job.launch.processes or launcher.default_processes()
     if problems := job.problems(world_size=processes):
         raise ConfigError(Problem(*p) for p in problems)
@@ -57,7 +59,6 @@ def main(words: list[str]) -> int:
         print(f"Note: {note}")
     if launcher.asked_of_accelerate():
         print(f"Note: accelerate launch has started one process; it starts {processes} ranks.")
-    restore(job, print)
     started = start(job, examine=examine_apart, newest=newest_step)
     mirror = mirror_of(started.run, started.job, print)
     if mirror:

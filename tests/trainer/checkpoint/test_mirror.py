@@ -11,7 +11,7 @@ from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.reader import Checkpoint
 from forescale.checkpoint.restore import restore
 from forescale.checkpoint.retention import Keep, delete, pin
-from forescale.config.frozen import thaw
+from forescale.config.frozen import frozen_file, thaw
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
 from forescale.data.remote.transfer import Unreachable
@@ -314,7 +314,17 @@ def test_what_was_unpinned_is_unpinned_there(own_run, mirror, place):
     assert not list(place.rglob("*.pin"))
 
 
-def test_status_says_what_is_there_and_what_fails(own_run, mirror, place, forescale):
+def test_a_job_that_is_to_end_waits_for_no_copy(own_run, mirror, said, monkeypatch):
+    """Such as at its time limit: it must still say how the run ended."""
+    held = threading.Event()
+    monkeypatch.setattr(Folder, "put", lambda f, n, p: held.wait(60))
+    mirror.close(True, stop=lambda: True)
+    held.set()
+    assert said[-1] == "The mirror is incomplete: the job is to end now."
+
+
+def test_status_says_what_is_there_and_what_fails(own_run, job, mirror, place, forescale):
+    own_run.config.write_bytes(frozen_file(job))
     mirror.close(finish=True)
     assert f"Mirrored to {place}/small: up to step 8." in forescale("status", "small")[1]
     shutil.rmtree(place)
