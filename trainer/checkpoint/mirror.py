@@ -14,7 +14,7 @@ it. Imports no torch.
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -34,12 +34,13 @@ from forescale.checkpoint.retention import (
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
 from forescale.errors import Transient, UserError, storage_error
-from forescale.run.directory import Run
+from forescale.run.directory import Run, step_named
 from forescale.storage import TABLE, FileEntry, read_table, write_json
 
 _LOOK = 5.0  # seconds between two looks for a new checkpoint
 _PAUSE = 300.0  # most seconds between two tries while the other place fails
 _AT_ONCE = 4  # files that are sent at a time
+_KEPT = {".json", ".jsonl", ".yaml", ".pin"}  # what else a run needs, by suffix
 
 
 def folder_of(job: TrainJob) -> Folder | None:
@@ -73,7 +74,6 @@ class Mirror:
         self._noted: dict[str, Any] = {}  # what `status` was told last
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
 
     def expect_own(self) -> None:
         """Raise Taken if the folder holds another run, or attempts that this one doesn't have;
@@ -101,8 +101,7 @@ class Mirror:
 
     def start(self) -> "Mirror":
         """Copy in a thread from now on, until `close`."""
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, name="mirror", daemon=True).start()
         return self
 
     def close(self, finish: bool, stop: Callable[[], bool] = lambda: False) -> None:
@@ -300,8 +299,7 @@ class Mirror:
         """Delete there what the run no longer has and its rule would not keep; never anything while
         the run has no newer checkpoint that is there whole."""
         assert self._there is not None
-        found = {int(s): n for n in self._there if (s := _step_of(n)) is not None}
-        gone = found.keys() - set(self._run.checkpoint_steps())
+        gone = steps_in(self._there) - set(self._run.checkpoint_steps())
         if not gone:
             return
         losses = ValidationLosses(self._run.metrics)() if self._keep.best else {}
@@ -326,14 +324,8 @@ def run_files(run: Run) -> Iterator[Path]:
     records of its attempts, and its pins."""
     for folder in (run.path, *(a.path for a in run.attempts()), run.checkpoints):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            is_kept = path.suffix in (".json", ".jsonl", ".yaml", ".pin")
-            if (
-                is_kept
-                and path != run.mirror
-                and path.is_file()
-                and not path.is_symlink()
-                and path.name[0] != "."
-            ):
+            is_named = path.suffix in _KEPT and path.name[0] != "." and path != run.mirror
+            if is_named and path.is_file() and not path.is_symlink():
                 yield path
 
 
@@ -345,8 +337,8 @@ def _sentence(error: Exception) -> str:
     )
 
 
-def _step_of(name: str) -> str | None:
-    parts = name.split("/")
-    is_of_one = len(parts) == 3 and parts[0] == "checkpoints" and parts[1].startswith("step-")
-    number = parts[1].removeprefix("step-") if is_of_one else ""
-    return number if number.isdecimal() else None
+def steps_in(names: Iterable[str]) -> set[int]:
+    """Return the steps of the checkpoints of which a mirror has any file."""
+    parts = (name.split("/") for name in names)
+    found = {step_named(p[1]) for p in parts if len(p) == 3 and p[0] == "checkpoints"}
+    return {step for step in found if step is not None}

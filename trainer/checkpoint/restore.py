@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from forescale.checkpoint.copies import LAUNCH, PARENT, ROWS
-from forescale.checkpoint.mirror import folder_of
+from forescale.checkpoint.mirror import folder_of, steps_in
 from forescale.checkpoint.reader import STATE, open_readable
 from forescale.config.train import TrainJob
 from forescale.data.remote.folder import Folder
@@ -28,7 +28,6 @@ _FILE = r"[^/.][^/]*\.(json|jsonl|yaml)"
 _OF_RUN = re.compile(
     rf"({_FILE}|attempts/[0-9]{{4,9}}/{_FILE}|checkpoints/step-[0-9]{{8,18}}\.pin)"
 )
-_TABLE = re.compile(rf"checkpoints/step-([0-9]{{8,18}})/{re.escape(TABLE)}")
 _SUBMISSION = re.compile(r"[0-9]{4,9}")
 
 
@@ -114,7 +113,7 @@ def _submission_of(launch: Path) -> str:
 def _bring_checkpoint(folder: Folder, names: dict[str, int], made: Run) -> int:
     """Bring the newest whole checkpoint on the run's trajectory; return its step."""
     reasons = []
-    for step in sorted({int(m[1]) for n in names if (m := _TABLE.fullmatch(n))}, reverse=True):
+    for step in sorted(steps_in(names), reverse=True):
         path = made.checkpoint_path(step)
         place = path.relative_to(made.path).as_posix()
         if f"{place}/{TABLE}" in names:

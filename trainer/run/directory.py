@@ -114,9 +114,8 @@ class Run:
         """Return the steps of all published checkpoints, ascending, eligible or not. Other names
         (`cp -r` of a checkpoint to step-00000083.bak) are no checkpoints."""
         paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
-        found = (p for p in paths if _STEP.fullmatch(p.name) and p.is_dir())
-        steps = {p.name: int(p.name.removeprefix(_PREFIX)) for p in found}
-        return sorted(n for name, n in steps.items() if name == self.checkpoint_path(n).name)
+        found = {step_named(p.name) for p in paths if p.is_dir()}
+        return sorted(step for step in found if step is not None)
 
     def attempts(self) -> list["Attempt"]:
         """Return all attempts, oldest first."""
@@ -192,6 +191,12 @@ class Run:
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(Path("attempts", newest.path.name, name))
                 os.replace(temporary, self.path / name)
+
+
+def step_named(name: str) -> int | None:
+    """Return the step of a checkpoint by the name of its directory; None if it is no such name."""
+    step = int(name.removeprefix(_PREFIX)) if _STEP.fullmatch(name) else None
+    return step if step is not None and name == f"{_PREFIX}{step:08d}" else None
 
 
 def _numbered(root: Path) -> list[Path]:
