@@ -21,7 +21,7 @@ def noisy(scale=0.003, seed=0):
     return LOSS * np.exp(scale * np.random.default_rng(seed).standard_normal(len(LOSS)))
 
 
-def foretold(one, units=(1.0, 1.0, 1.0)):
+def forecasts_of(one, units=(1.0, 1.0, 1.0)):
     """All that a forecaster says of a budget beyond all runs."""
     c = 1e21
     n = 0.1 * c**0.5 * np.geomspace(0.3, 3, 6)
@@ -47,7 +47,7 @@ def test_losses_beyond_the_known_budgets_change_nothing():
         list(forecasters(Points(other, N, D), BUDGETS))[:2],
         strict=True,
     ):
-        assert (foretold(one) == foretold(two)).all()
+        assert (forecasts_of(one) == forecasts_of(two)).all()
 
 
 def test_there_is_one_for_each_prefix_of_budgets():
@@ -60,8 +60,10 @@ def test_there_is_one_for_each_prefix_of_budgets():
 def test_units_change_nothing():
     units = (1e-6, 1e-9, 1e-3)
     scaled = Points(noisy(), N * units[0], D * units[1])
-    found = foretold(forecaster(scaled, BUDGETS * units[2]), units)
-    assert found == pytest.approx(foretold(forecaster(Points(noisy(), N, D), BUDGETS)), abs=1e-5)
+    found = forecasts_of(forecaster(scaled, BUDGETS * units[2]), units)
+    assert found == pytest.approx(
+        forecasts_of(forecaster(Points(noisy(), N, D), BUDGETS)), abs=1e-5
+    )
 
 
 def test_intervals_widen_with_distance_excess_and_level():
@@ -76,7 +78,7 @@ def test_intervals_widen_with_distance_excess_and_level():
 
 
 def test_a_study_that_broke_its_own_forecasts_has_wider_intervals():
-    """A level that jumps at the fourth budget: the fifth is foretold with more doubt."""
+    """A level that jumps at the fourth budget: the forecast of the fifth has more doubt."""
     smooth = forecaster(Points(noisy(), N, D), BUDGETS)
     broken = forecaster(Points(noisy() * np.where(IS_LATE, 0.95, 1), N, D), BUDGETS)
     assert broken.scales[0] > 2 * smooth.scales[0]
