@@ -20,22 +20,18 @@ from forescale.scaling.analysis.judge import (
 )
 from forescale.scaling.analysis.rivals import FRONTIER, LINE
 from forescale.scaling.config import StudyJob
-from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.records.records import of_export
+from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
 
-TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 BUDGETS = np.geomspace(1e18, 1e20, 5)
 QUICK = (LEVEL, LINE, LAST)  # the others fit laws
 
 
 def table(noise=0.003, budgets=BUDGETS):
     """IsoFLOP runs of a law, as records."""
-    c = np.repeat(budgets, 6)
-    n = 0.1 * c**0.5 * np.tile(np.geomspace(0.3, 3, 6), len(budgets))
-    loss = CHINCHILLA.predict(TRUTH, parameters=n, tokens=c / (6 * n))
-    loss *= np.exp(noise * np.random.default_rng(0).standard_normal(len(c)))
-    columns = {"parameters": n, "tokens": c / (6 * n), "flops": c, "budget": c, "loss": loss}
-    return pd.DataFrame(columns)
+    made, c = iso_flop_runs(budgets, noise=noise)
+    sizes = {"parameters": made.parameters, "tokens": made.tokens}
+    return pd.DataFrame({**sizes, "flops": c, "budget": c, "loss": made.loss})
 
 
 def judged(rows, methods=QUICK, **keys):

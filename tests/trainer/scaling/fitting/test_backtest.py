@@ -16,20 +16,16 @@ from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Points
 from forescale.scaling.records.records import of_export, points
+from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
 
-TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 BUDGETS = np.geomspace(1e18, 1e21, 7)
 
 
 def surface(noise=0.0, bend=0.0, seed=0):
     """IsoFLOP runs of a law; bend: deviation of log loss from the law, per decade from 1e19 on."""
-    c = np.repeat(BUDGETS, 6)
-    n = 0.1 * c**0.5 * np.tile(np.geomspace(0.3, 3, 6), len(BUDGETS))
-    d = c / (6 * n)
-    loss = CHINCHILLA.predict(TRUTH, parameters=n, tokens=d)
-    rng = np.random.default_rng(seed)
-    off = bend * np.maximum(0, np.log10(c / 1e18) - 1) + noise * rng.standard_normal(len(c))
-    return Points(loss * np.exp(off), parameters=n, tokens=d, flops=c), c
+    made, c = iso_flop_runs(BUDGETS, noise=noise, seed=seed)
+    off = np.exp(bend * np.maximum(0, np.log10(c / 1e18) - 1))
+    return Points(made.loss * off, made.parameters, made.tokens, made.flops), c
 
 
 def test_a_law_without_noise_is_predicted_almost_exactly():

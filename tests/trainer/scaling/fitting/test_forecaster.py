@@ -6,14 +6,12 @@ import pytest
 from forescale.scaling.fitting.forecaster import forecaster, forecasters
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.points import Points
+from tests.trainer.scaling.iso_flop_runs import TRUTH, iso_flop_runs
 
-TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
 DISTINCT = np.geomspace(1e18, 1e20, 5)
-BUDGETS = np.repeat(DISTINCT, 6)
+RUNS, BUDGETS = iso_flop_runs(DISTINCT)
+N, D, LOSS = RUNS.parameters, RUNS.tokens, RUNS.loss
 IS_LATE = np.repeat([False, False, False, True, True], 6)  # the fourth budget and the fifth
-N = 0.1 * BUDGETS**0.5 * np.tile(np.geomspace(0.3, 3, 6), 5)
-D = BUDGETS / (6 * N)
-LOSS = CHINCHILLA.predict(TRUTH, parameters=N, tokens=D)
 
 
 def noisy(scale=0.003, seed=0):

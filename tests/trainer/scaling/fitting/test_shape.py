@@ -6,12 +6,10 @@ import pytest
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.points import Points
 from forescale.scaling.fitting.shape import excess, fit_shape
+from tests.trainer.scaling.iso_flop_runs import TRUTH, iso_flop_runs
 
-TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
-BUDGETS = np.repeat(np.geomspace(1e18, 1e20, 4), 7)
-N = 0.1 * BUDGETS**0.5 * np.tile(np.geomspace(0.2, 5, 7), 4)
-D = BUDGETS / (6 * N)
-LOSS = CHINCHILLA.predict(TRUTH, parameters=N, tokens=D)
+RUNS, BUDGETS = iso_flop_runs(np.geomspace(1e18, 1e20, 4), sizes=7, width=5)
+N, D, LOSS = RUNS.parameters, RUNS.tokens, RUNS.loss
 
 
 def at_next(shape, units=(1.0, 1.0, 1.0)):
