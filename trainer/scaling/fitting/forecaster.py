@@ -44,11 +44,6 @@ class Forecast:
         found: Array = stats.t.ppf((1 + level) / 2, FREEDOM) * self.deviation
         return found
 
-    def interval(self, level: float) -> tuple[Array, Array]:
-        """Return the low and the high end of the loss."""
-        half = self.half(level)
-        return np.exp(self.log_loss - half), np.exp(self.log_loss + half)
-
 
 @dataclass(frozen=True)
 class Forecaster:
@@ -115,9 +110,3 @@ def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
         w = FADE**ages
         scales = (BELIEF + w @ errors) / (BELIEF + w.sum())
         yield replace(made[-1], scales=(float(scales[0]), float(scales[1])))
-
-
-def forecaster(points: Points, budgets: Array) -> Forecaster:
-    """Return the forecaster of all runs, of two budgets at least."""
-    *_, last = forecasters(points, budgets)
-    return last
