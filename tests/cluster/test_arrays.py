@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import Lab
-from tests.cluster.submitted import Job
+from tests.cluster.submitted import Fault, Job, tell
 
 pytestmark = pytest.mark.timeout(900)
 ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
@@ -44,13 +44,17 @@ def test_one_task_of_an_array_is_requeued_alone(job, lab, limit):
         one.until_step(10)
     told = jobs[1]
     if limit == "limit":
+        fault = Fault(told, "time limit of one task of an array")
         lab.run("scontrol", "update", f"jobid={told.id}", "TimeLimit=1")
         told.until(lambda: "SIGUSR1: ranks save" in told.log, 120)
+        fault.began = fault.told  # SLURM looks at limits only now and then
     else:
+        fault = Fault(told, "one task of an array told to end (`scancel --signal=USR1`)")
         lab.run("scancel", "--batch", "--signal=USR1", told.id)
     told.until(lambda: lab.show(told.id).get("Restarts") == "1")
     if limit == "limit":
         lab.run("scontrol", "update", f"jobid={told.id}", "TimeLimit=20")
+    fault.again()
     for one in jobs:
         assert one.until_over(240) == "COMPLETED", one.said()
     assert [len(one.lives()) for one in jobs] == [1, 2, 1, 1]
@@ -58,6 +62,7 @@ def test_one_task_of_an_array_is_requeued_alone(job, lab, limit):
     assert [life["code"] for life in told.lives()] == [75, 0]
     assert told.losses() == jobs[0].losses()
     assert all("Done." in one.log for one in jobs), "each log lies with its own run"
+    tell(fault)
 
 
 def test_requeues_that_bring_no_checkpoint_come_to_an_end(job, lab):
