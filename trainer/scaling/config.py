@@ -32,6 +32,7 @@ class TargetPoint:
         [], "D of shorter runs that branch off the target; each is predicted too"
     )
     run: str | None = key(None, "name that the target run will have; its loss scores the forecast")
+    far: bool = key(False, "predict beyond 30 times the compute of the largest run too")
 
     @property
     def is_given(self) -> bool:
@@ -128,10 +129,10 @@ class LaunchKeys:
 _STUDY = ("study", "studies")
 _RUNS = ("input", "columns", "rows", "run.root")
 _LAW = (
-    "form", "size", "cost", "delta", "weights", "drop_largest", "near", "bootstraps", "resample",
-    "level", "seed",
+    "form", "method", "size", "cost", "delta", "weights", "drop_largest", "near", "bootstraps",
+    "resample", "level", "seed",
 )  # fmt: skip
-_TARGET = ("target.parameters", "target.tokens", "target.flops")
+_TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")
 
 ACTIONS = {
     "plan": Action(
@@ -246,6 +247,12 @@ class StudyJob(Job):
         "chinchilla",
         "the law to fit; auto: the one with the lowest backtest error near the target's "
         "extrapolation factor",
+    )
+    method: Literal["auto", "level", "law"] = key(
+        "auto",
+        "what predicts losses beyond the largest budget; level: the levels of the budgets, "
+        "continued, and the loss off the optimum; law: the fitted law; auto: level, if three "
+        "budgets have three sizes or more",
     )
     size: Literal["blocks_and_head", "non_embedding", "total"] = key(
         "blocks_and_head", "which parameters N counts, for our own runs"

@@ -264,7 +264,8 @@ def _predict(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     print(
         f"{made.path}: loss {facts['loss']:.4f}, 50% interval {facts['interval_50'][0]:.4f} to "
         f"{facts['interval_50'][1]:.4f}, {job.level:.0%} interval {facts['interval'][0]:.4f} to "
-        f"{facts['interval'][1]:.4f}; from {facts['backtests']} backtests. When {job.target.run} "
+        f"{facts['interval'][1]:.4f}, by {facts['method']}, calibrated with "
+        f"{facts['backtests']} earlier forecasts. When {job.target.run} "
         "is trained: forescale study score RUNS"
     )
     return DONE

@@ -11,14 +11,17 @@ disagree.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
+from forescale.scaling.analysis import prediction
+from forescale.scaling.analysis.judge import Scores, judged
+from forescale.scaling.analysis.prediction import LAW, LEVEL, Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
+from forescale.scaling.analysis.tables import PER, with_tokens
 from forescale.scaling.analysis.weights import RunNoise, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting import bootstrap, laws
@@ -31,50 +34,14 @@ from forescale.scaling.fitting.backtest import (
     spent,
 )
 from forescale.scaling.fitting.fit import Fit, fit
-from forescale.scaling.fitting.forms import Form
+from forescale.scaling.fitting.forecaster import Forecaster
 from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
+from forescale.scaling.fitting.predicted import Predicted
 from forescale.scaling.records.records import points
 
-FORMS: Mapping[str, Form] = {
-    "chinchilla": laws.CHINCHILLA,
-    "shared-exponent": laws.SHARED_EXPONENT,
-    "over-training": laws.OVER_TRAINING,
-    "kaplan": laws.KAPLAN,
-    "frontier": laws.FRONTIER,
-    "data-constrained": laws.data_constrained(),
-}
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}
-_FAR = 30.0  # greatest extrapolation factor of a prediction
-_PER = 6.0  # FLOPs per parameter and token, of C = 6 N D
-
-
-def with_tokens(table: pd.DataFrame, size: str) -> pd.DataFrame:
-    """Return the table itself, or with D = C / 6N if it has N and C without tokens."""
-    sizes = table.get("parameters", table.get(f"parameters_{size}"))
-    if "tokens" in table or "flops" not in table or sizes is None:
-        return table
-    return table.assign(tokens=table["flops"] / _PER / sizes)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted loss of a run.
-
-    loss: by the law; inner, outer: intervals of 50 % and of the requested level; resampled: the
-    interval at that level from the resampled fits alone; extrapolation_factor: the run's compute
-    over the greatest of the fit; origins: backtests that the intervals were calibrated with.
-    """
-
-    parameters: float
-    tokens: float
-    loss: float
-    inner: tuple[float, float]
-    outer: tuple[float, float]
-    resampled: tuple[float, float]
-    extrapolation_factor: float
-    origins: int
 
 
 class StudyFit:
@@ -91,7 +58,7 @@ class StudyFit:
         self.all_points = self._points(where)
         self.is_fitted = self._near_best()
         self.points = self.all_points.take(self.is_fitted)
-        self.form = FORMS[job.form]
+        self.form = laws.FORMS[job.form]
         self.goal = Objective(np.inf if job.delta is None else job.delta)
         self.noise: RunNoise = noise_of_repeats(self.table, self.all_points)
         self.weights = self._weighed(self.points)
@@ -137,6 +104,11 @@ class StudyFit:
             return []
         budgets = self.table["budget"].to_numpy()[self.is_fitted]
         return backtests(self.form, self.points, budgets, self.goal, self.job.level)
+
+    @cached_property
+    def skill(self) -> list[Scores]:
+        """Return how well such predictions did at earlier origins; empty with few budgets."""
+        return judged(self.table, self.job, LEVEL if self.forecaster else LAW)
 
     @cached_property
     def discrepancy(self) -> Discrepancy:
@@ -226,64 +198,18 @@ class StudyFit:
         """Return the law with all that is known of its errors."""
         return calibrate(self.fit, self.replicates, self.discrepancy)
 
+    @cached_property
+    def forecaster(self) -> Forecaster | None:
+        """Return the forecaster of budgets beyond the runs, or None if the law predicts them."""
+        return prediction.forecaster_of(self)
+
+    def predicted(self, columns: Mapping[str, Array], flops: Array) -> Predicted:
+        """Return the prediction for m runs; see prediction.py."""
+        return prediction.predicted(self, columns, flops)
+
     def predict(self, target: TargetPoint | None = None) -> Prediction | None:
-        """Return the prediction for `target`, by default the job's, or None if there is none.
-
-        Raises UserError if it is too far beyond the runs or lacks what the law reads.
-        """
-        target = target or self.job.target
-        if not target.is_given:
-            return None
-        columns, parameters, tokens, flops = self.run_of(target)
-        factor = flops / float(spent(self.points).max())
-        if factor > _FAR:
-            what = f"needs {factor:.0f} times the compute of the largest run"
-            todo = f"add larger runs: the limit of this extrapolation factor is {_FAR:.0f}"
-            raise UserError("target", what, todo)
-
-        def loss(values: Array) -> Array:
-            return self.form.predict(values, **columns)[..., 0]
-
-        resampled = self.replicates.interval(self.job.level, loss)
-        law = self.calibrated
-        arrays = {name: np.array([value]) for name, value in columns.items()}
-
-        def within(level: float) -> tuple[float, float]:
-            low, high = law.interval(arrays, np.array([flops]), level)
-            return float(low[0]), float(high[0])
-
-        value = float(self.fit.predict(**columns)[0])
-        ends = (within(0.5), within(self.job.level), (float(resampled[0]), float(resampled[1])))
-        return Prediction(parameters, tokens, value, *ends, factor, self.discrepancy.origins)
-
-    def run_of(self, t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
-        """Return the columns that the law reads of a target, and its N, D and C.
-
-        FLOPs alone mean the compute-optimal run. Raises UserError if more values are needed.
-        """
-        n, d, c = t.parameters, t.tokens, t.flops
-        if self.form.columns == ("flops",):
-            if c is None:
-                what = f"has no flops, which the law {self.form.name} reads"
-                raise UserError("target", what, "write target.flops=")
-            return {"flops": c}, float("nan"), float("nan"), c
-        if n is None and d is None and c is not None:
-            if "unique_tokens" in self.form.columns:
-                what = "does not say how often data is repeated, which the law reads"
-                todo = "write target.parameters= and target.tokens= instead"
-                raise UserError("target.flops", what, todo)
-            best = laws.compute_optimal(self.form, self.fit.vector, c, self.per_token())
-            n, d = float(best[0][0]), float(best[1][0])
-        elif n is None or d is None:
-            if c is None:
-                todo = "give two of target.parameters, target.tokens and target.flops, or flops"
-                raise UserError("target", "does not determine a run", todo)
-            n = n or c / (self.per_token() * (d or 1.0))
-            d = d or c / (self.per_token() * n)
-        columns = {"parameters": n, "tokens": d}
-        if "unique_tokens" in self.form.columns:
-            columns["unique_tokens"] = d
-        return columns, n, d, c or self.per_token() * n * d
+        """Return the prediction for `target`, by default the job's; see prediction.py."""
+        return prediction.predict(self, target or self.job.target)
 
     def _weighed(self, points: Points) -> Array | None:
         """Return the weights of runs, (n,), or None if all are equal."""
@@ -308,7 +234,7 @@ class StudyFit:
         """Return the mean FLOPs per parameter and token of these runs: 6 without attention's."""
         p = self.points
         if p.flops is None or p.parameters is None or p.tokens is None:
-            return _PER
+            return PER
         return float(np.exp(np.mean(np.log(p.flops / p.parameters / p.tokens))))
 
     def influence(self, most: int = 5) -> list[tuple[str, dict[str, float]]]:

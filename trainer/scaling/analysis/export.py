@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import StudyFit
 
 
@@ -51,5 +52,6 @@ def as_dict(made: StudyFit) -> dict[str, Any]:
             }
             for b in made.backtests
         ],
+        "skill": judge.as_dict(made.skill)["scores"],
         "notes": [*made.notes, *made.disagreements()],
     }  # fmt: skip

@@ -67,14 +67,9 @@ def write_forecast(
         "level": made.job.level,
         "points": [_point(p) for p in (predicted, *branches) if math.isfinite(p.tokens)],
         "rivals": rivals(made.points, factor)
-        | {
-            "without discrepancy": {
-                "loss": predicted.loss,
-                "interval": list(predicted.resampled),
-            }
-        },
+        | {"law alone": {"loss": predicted.law, "interval": list(predicted.resampled)}},
+        "method": predicted.method,
         "backtests": predicted.origins,
-        "discrepancy_per_decade": made.discrepancy.per_decade,
         "form": made.form.name,
         "values": made.fit.values,
         "certified": made.fit.certificate.holds,

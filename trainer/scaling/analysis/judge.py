@@ -12,24 +12,26 @@ of predicted over observed loss, which is about the relative error.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
 from forescale.progress import Progress, silent
-from forescale.scaling.analysis.answer import FORMS, with_tokens
+from forescale.scaling.analysis.prediction import LAW, LEVEL
 from forescale.scaling.analysis.rivals import FRONTIER, LINE, rivals
+from forescale.scaling.analysis.tables import with_tokens
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.backtest import CalibratedLaw, laws_of_origins, spent
 from forescale.scaling.fitting.forecaster import Forecaster, forecasters
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
+from forescale.scaling.fitting.predicted import Predicted
 from forescale.scaling.records.records import points
 
-LEVEL, LAW, LAST = "level", "law", "last minimum"
+LAST = "last minimum"
 METHODS = (LEVEL, LAW, LINE, FRONTIER, LAST)
 RIVALS = (LINE, FRONTIER, LAST)
 GROUPS = MINIMA, NEAR, OTHER = "minima", "near", "other"
@@ -67,22 +69,13 @@ def finished(table: pd.DataFrame, job: StudyJob, name: str) -> Finished:
     return Finished(name, made, table["budget"].to_numpy())
 
 
-class Guess(NamedTuple):
-    """Forecasts of log loss, (m,), and halves of the widths of their 50 and 90 % intervals; NaN if
-    the method has no intervals."""
-
-    log_loss: Array
-    inner: Array
-    outer: Array
-
-
 class Method(Protocol):
     """A method that knows the runs of an origin."""
 
-    def minimum(self, budget: float) -> Guess:
+    def minimum(self, budget: float) -> Predicted:
         """Return the forecast of the lowest loss of a budget, (1,)."""
 
-    def of_runs(self, later: Points, budget: float) -> Guess | None:
+    def of_runs(self, later: Points, budget: float) -> Predicted | None:
         """Return the forecasts of a budget's runs, (m,), or None; it reads no loss of `later`."""
 
 
@@ -90,49 +83,39 @@ class Method(Protocol):
 class _Level:
     made: Forecaster
 
-    def minimum(self, budget: float) -> Guess:
-        one = self.made.minimum(budget)
-        return Guess(*(np.atleast_1d(v) for v in (one.log_loss, one.half(INNER), one.half(OUTER))))
+    def minimum(self, budget: float) -> Predicted:
+        return self.made.minimum(budget)
 
-    def of_runs(self, later: Points, budget: float) -> Guess:
+    def of_runs(self, later: Points, budget: float) -> Predicted:
         n, d = np.exp(later.log("parameters")), np.exp(later.log("tokens"))
-        each = self.made.of_runs(n, d, budget)
-        return Guess(each.log_loss, each.half(INNER), each.half(OUTER))
+        return self.made.of_runs(n, d, budget)
 
 
 @dataclass(frozen=True)
 class _Law:
     made: CalibratedLaw
 
-    def minimum(self, budget: float) -> Guess:
+    def minimum(self, budget: float) -> Predicted:
         law, flops = self.made.fit, np.array([budget])
         if law.form.columns == ("flops",):
-            return self._guess({"flops": flops}, flops)
+            return self.made.predicted({"flops": flops}, flops)
         p, per = law.points, 6.0
         if p.flops is not None:
             per = float(np.exp(np.mean(p.log("flops") - p.log("parameters") - p.log("tokens"))))
         n, d = laws.compute_optimal(law.form, law.vector, flops, per)
-        return self._guess({"parameters": n, "tokens": d}, flops)
+        return self.made.predicted({"parameters": n, "tokens": d}, flops)
 
-    def of_runs(self, later: Points, budget: float) -> Guess:
+    def of_runs(self, later: Points, budget: float) -> Predicted:
         columns = {c: np.exp(later.log(c)) for c in self.made.fit.form.columns}
-        return self._guess(columns, spent(later))
-
-    def _guess(self, columns: dict[str, Array], flops: Array) -> Guess:
-        inner, outer = (
-            np.log(high / low) / 2
-            for low, high in (self.made.interval(columns, flops, at) for at in (INNER, OUTER))
-        )
-        return Guess(np.log(self.made.fit.predict(**columns)), inner, outer)
+        return self.made.predicted(columns, spent(later))
 
 
 @dataclass(frozen=True)
 class _Rival:
     loss: Callable[[float], float]
 
-    def minimum(self, budget: float) -> Guess:
-        unknown = np.full(1, np.nan)
-        return Guess(np.log([self.loss(budget)]), unknown, unknown)
+    def minimum(self, budget: float) -> Predicted:
+        return Predicted(np.log([self.loss(budget)]), np.full(1, np.nan), 1.0)
 
     def of_runs(self, later: Points, budget: float) -> None:
         return None
@@ -150,7 +133,7 @@ def _laws(one: Finished, job: StudyJob) -> Iterator[tuple[int, Method]]:
     kept = near_best(one.points.loss, one.budgets, job.near)
     goal = Objective(np.inf if job.delta is None else job.delta)
     runs, budgets = one.points.take(kept), one.budgets[kept]
-    for k, law in laws_of_origins(FORMS[job.form], runs, budgets, goal, _RESAMPLED):
+    for k, law in laws_of_origins(laws.FORMS[job.form], runs, budgets, goal, _RESAMPLED):
         yield k, _Law(law)
 
 
@@ -213,15 +196,16 @@ def _rows(one: Finished, k: int, name: str, method: Method) -> Iterator[pd.DataF
         later = one.points.take(one.budgets == budget)
         own = {"table": one.name, "method": name, "origin": k, "ahead": ahead}
         y, lowest = later.log("loss"), float(np.log(later.loss.min()))
-        guess = method.minimum(budget)
-        yield pd.DataFrame({**own, "group": MINIMA, **_against(guess, np.array([lowest]))})
+        least = method.minimum(budget)
+        yield pd.DataFrame({**own, "group": MINIMA, **_against(least, np.array([lowest]))})
         if (each := method.of_runs(later, budget)) is not None:
             group = np.where(y - lowest <= np.log1p(_NEAR), NEAR, OTHER)
             yield pd.DataFrame({**own, "group": group, **_against(each, y)})
 
 
-def _against(guess: Guess, observed: Array) -> dict[str, Array]:
-    return {"error": guess.log_loss - observed, "inner": guess.inner, "outer": guess.outer}
+def _against(found: Predicted, observed: Array) -> dict[str, Array]:
+    error = np.atleast_1d(found.log_loss - observed)
+    return {"error": error, "inner": found.half(INNER), "outer": found.half(OUTER)}
 
 
 @dataclass(frozen=True)
@@ -295,6 +279,18 @@ def _coverage(rows: pd.DataFrame) -> Coverage:
 def _skill(means: Array) -> float:
     ours, theirs = means
     return float(1 - ours / theirs) if theirs else 0.0
+
+
+def judged(table: pd.DataFrame, job: StudyJob, method: str) -> list[Scores]:
+    """Return the scores of one method and of the rivals at the origins of one table; none if its
+    budgets are too few, or if its law can't be judged."""
+    if job.form not in JUDGED:
+        return []
+    try:
+        one = finished(table, job, "runs")
+    except UserError:
+        return []
+    return scores(forecasts([one], job, (method, *RIVALS)))
 
 
 def as_dict(found: Sequence[Scores]) -> dict[str, Any]:

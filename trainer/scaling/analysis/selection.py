@@ -14,6 +14,7 @@ import pandas as pd
 
 from forescale.errors import UserError
 from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.config import LawName, StudyJob
 from forescale.scaling.fitting.backtest import Backtest, spent
 
@@ -79,5 +80,5 @@ def _extrapolation_factor(made: StudyFit, job: StudyJob) -> float | None:
     """Return the target's compute over the greatest of the runs, at least 1; None without one."""
     if not job.target.is_given:
         return None
-    flops = made.run_of(job.target)[3]
+    flops = run_of(made, job.target)[3]
     return max(1.0, flops / float(spent(made.points).max()))

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
+from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.fit import Fit, fit
@@ -124,7 +125,7 @@ def _loss(
     """Return the loss of the target by the law with these `values`, or None without a target."""
     if not made.job.target.is_given:
         return None
-    columns, _, _, _ = made.run_of(made.job.target)
+    columns, _, _, _ = run_of(made, made.job.target)
     for name, column in (("parameters", n), ("flops", c)):
         if name in columns and column is not None:
             own = np.log(getattr(made.points, name))

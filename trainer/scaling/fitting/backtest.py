@@ -3,28 +3,31 @@
     origin k     budgets 1..k -> fit -> each run of budgets k+1.. -> error, inside the interval?
     discrepancy  the law's own error in log loss per decade of compute beyond its runs: a prior of
                  2 %, updated by the origins so far
-    interval     noise of the fit (resampling), noise of a run (residuals), discrepancy; Student's t
+    interval     noise of the fit (resampling), noise of a run (residuals), discrepancy, and a share
+                 of what the run loses off the optimum beyond that of fitted runs; Student's t
 
 Invariant: an origin is one observation, however many runs it predicts. An interval is tested only
 on runs that were unknown when it was made: origin k is calibrated by the errors that the origins
 before it made at budgets up to k.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy import stats
 
 from forescale.errors import UserError
-from forescale.scaling.fitting import bootstrap
+from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.fit import Fit, fit
 from forescale.scaling.fitting.forms import Form
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.predicted import Predicted
 
 PRIOR = 0.02  # standard deviation of log loss per decade of compute
 BELIEF = 3  # the prior counts as this many origins; with fewer origins the result is "prior only"
+EXCESS = 0.2  # of what a run loses off the optimum beyond that of fitted runs, as forecaster.py has
 _LEAST = 3  # budgets that a law is fitted to at least
 
 
@@ -67,24 +70,41 @@ class CalibratedLaw:
     greatest: float
     discrepancy: Discrepancy
 
-    def interval(
-        self, columns: dict[str, Array], flops: Array, level: float
-    ) -> tuple[Array, Array]:
-        """Return the prediction interval of the loss of m runs: its low and high ends, (m,) each.
+    def predicted(self, columns: dict[str, Array], flops: Array) -> Predicted:
+        """Return the predicted log loss of m runs.
 
         columns: what the law reads, (m,) each; flops: C of each run, (m,).
         """
         form = self.fit.form
         resampled = np.log(form.predict(self.replicates.values, **columns))  # (R, m)
-        fitted = np.log(self.fit.predict(**columns))
         # Resampled fits scatter around the fit with long tails; half their middle 68 % is robust.
         low, high = np.percentile(resampled, [15.87, 84.13], axis=0)
         decades = np.maximum(0.0, np.log10(flops / self.greatest))
         variance = ((high - low) / 2) ** 2 + self.noise**2
         variance += (self.discrepancy.per_decade * decades) ** 2
-        t = stats.t.ppf((1 + level) / 2, BELIEF + self.discrepancy.origins)
-        half = t * np.sqrt(variance)
-        return np.exp(fitted - half), np.exp(fitted + half)
+        further = np.maximum(0.0, self._excess(columns) - self._reach)
+        variance += (EXCESS * further) ** 2
+        freedom = BELIEF + self.discrepancy.origins
+        return Predicted(np.log(self.fit.predict(**columns)), np.sqrt(variance), freedom)
+
+    @cached_property
+    def _reach(self) -> float:
+        """The greatest excess of the fitted runs."""
+        points = self.fit.points
+        return float(self._excess({c: np.exp(points.log(c)) for c in self.fit.form.columns}).max())
+
+    def _excess(self, columns: Mapping[str, Array]) -> Array:
+        """Log loss of m runs above that of the best N and D of the same N D, (m,), by the law; 0
+        for a law that has no such optimum."""
+        form, vector = self.fit.form, self.fit.vector
+        if form.columns != ("parameters", "tokens"):
+            return np.zeros(len(next(iter(columns.values()))))
+        both = columns["parameters"] * columns["tokens"]
+        n, d = laws.compute_optimal(form, vector, both, 1.0)
+        found: Array = np.log(
+            self.fit.predict(**columns) / self.fit.predict(parameters=n, tokens=d)
+        )
+        return found
 
     def errors(self, later: Points) -> tuple[Array, Array]:
         """Return the log of predicted over observed loss, and the extrapolation factors, (m,)."""
@@ -197,7 +217,7 @@ def laws_of_origins(
 def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> Backtest:
     form, flops = law.fit.form, spent(later)
     columns = {c: np.exp(later.log(c)) for c in form.columns}
-    low, high = law.interval(columns, flops, level)
+    low, high = law.predicted(columns, flops).interval(level)
 
     def losses(values: Array) -> Array:
         return form.predict(values, **columns)

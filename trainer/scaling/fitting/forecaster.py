@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from forescale.scaling.fitting.level import Levels, extrapolate, levels
 from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.predicted import Predicted
 from forescale.scaling.fitting.shape import Shape, fit_shape
 
 LEVEL = 0.0015  # deviation of a level that is not extrapolated: half of a level's noise
@@ -29,48 +29,46 @@ BELIEF = 3  # a prior scale counts as this many earlier forecasts, as in backtes
 FADE = 0.5  # weight of an earlier forecast, for every budget that has been added since
 FREEDOM = 4  # of Student's t: a few errors are known, and some tables break
 _LEAST = 2  # budgets that a curve is continued from
+_SAME = 1.001  # a budget within this factor of the last known one isn't larger
+# Budgets that can be continued, and sizes that each must have: with fewer sizes the lowest loss of
+# a budget isn't known.
+BUDGETS, SIZES = 3, 3
 _AHEAD = 2  # an origin is judged by the next budget and the one after
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """A forecast of log loss, and its deviation; of one value, or (m,) each."""
-
-    log_loss: Array
-    deviation: Array
-
-    def half(self, level: float) -> Array:
-        """Return half of the width of the interval of log loss."""
-        found: Array = stats.t.ppf((1 + level) / 2, FREEDOM) * self.deviation
-        return found
 
 
 @dataclass(frozen=True)
 class Forecaster:
     """The forecaster of a study's known runs. scales: what earlier errors make of the prior doubts
-    of the level, and of a run about its level."""
+    of the level, and of a run about its level; earlier: number of the earlier forecasts of a budget
+    that these are from."""
 
     levels: Levels
     shape: Shape
     scales: tuple[float, float] = (1.0, 1.0)
+    earlier: int = 0
 
-    def minimum(self, budget: float) -> Forecast:
+    def minimum(self, budget: float) -> Predicted:
         """Return the forecast of the lowest loss of a budget, the last known one or a larger."""
         level = self._level(budget)
         return replace(level, log_loss=level.log_loss + self.levels.offset)
 
-    def of_runs(self, parameters: Array, tokens: Array, budget: float) -> Forecast:
+    def of_runs(self, parameters: Array, tokens: Array, budget: float) -> Predicted:
         """Return the forecast of runs of one budget. parameters, tokens: N and D, (m,)."""
         level = self._level(budget)
         excess = self.shape.excess(np.log(parameters), np.log(tokens), np.log(budget))
         about = self.scales[1] * np.hypot(RUN, EXCESS * excess)
-        return Forecast(level.log_loss + excess, np.hypot(level.deviation, about))
+        return Predicted(level.log_loss + excess, np.hypot(level.deviation, about), FREEDOM)
 
-    def _level(self, budget: float) -> Forecast:
+    def is_beyond(self, budget: float) -> bool:
+        """Return True if a budget is larger than the last known one."""
+        return budget > _SAME * float(np.exp(self.levels.log_budgets[-1]))
+
+    def _level(self, budget: float) -> Predicted:
         x, target = self.levels.log_budgets, float(np.log(budget))
         decades = max(0.0, target - float(x[-1])) / np.log(10)
         doubt = self.scales[0] * np.hypot(LEVEL, PER_DECADE * decades**POWER)
-        return Forecast(np.array(extrapolate(x, self.levels.smooth, target)), np.array(doubt))
+        center = extrapolate(x, self.levels.smooth, target)
+        return Predicted(np.array(center), np.array(doubt), FREEDOM)
 
     def errors(self, later: Points, budget: float) -> tuple[float, float]:
         """Return the errors at the runs of a later budget, in deviations of this forecaster.
@@ -84,6 +82,16 @@ class Forecaster:
         about = np.sqrt(np.maximum(each.deviation**2 - lowest.deviation**2, RUN**2))
         apart = np.abs(each.log_loss - np.log(later.loss) - at_minimum)
         return float(np.abs(at_minimum) / lowest.deviation), float(np.mean(apart / about))
+
+
+def continued(budgets: Array, parameters: Array) -> Array:
+    """Return the mask of the runs whose budgets have SIZES sizes or more, (n,); no run if they are
+    fewer than BUDGETS. budgets, parameters: nominal budget and N of each run, (n,)."""
+    sizes = np.log(parameters).round(3)
+    distinct = np.unique(budgets)
+    kept = [c for c in distinct if len(np.unique(sizes[budgets == c])) >= SIZES]
+    found: Array = np.isin(budgets, kept if len(kept) >= BUDGETS else [])
+    return found
 
 
 def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
@@ -109,4 +117,5 @@ def forecasters(points: Points, budgets: Array) -> Iterator[Forecaster]:
         made.append(Forecaster(levels(own, budgets[known]), fit_shape(own, budgets[known])))
         w = FADE**ages
         scales = (BELIEF + w @ errors) / (BELIEF + w.sum())
-        yield replace(made[-1], scales=(float(scales[0]), float(scales[1])))
+        own_scales = float(scales[0]), float(scales[1])
+        yield replace(made[-1], scales=own_scales, earlier=len(ages))

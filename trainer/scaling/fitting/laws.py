@@ -237,6 +237,16 @@ def data_constrained(reference: Mapping[str, float] | None = None) -> DataConstr
     )
 
 
+FORMS: Mapping[str, Form] = {
+    "chinchilla": CHINCHILLA,
+    "shared-exponent": SHARED_EXPONENT,
+    "over-training": OVER_TRAINING,
+    "kaplan": KAPLAN,
+    "frontier": FRONTIER,
+    "data-constrained": data_constrained(),
+}
+
+
 def allocation(form: Form, values: Mapping[str, float] | ArrayLike) -> Array:
     """Return a of N* ~ C^a, (...), for published parameters, (..., p).
 

@@ -20,11 +20,11 @@ from forescale.scaling.fitting.points import Array, Points
 
 # The prior of the exponent: log gamma ~ N(log GAMMA, SPREAD^2). Published exponents of L(C) are
 # 0.05 (Kaplan et al. 2020) to 0.18 (by the law of Besiroglu et al. 2024); a few budgets give none.
-GAMMA, SPREAD = 0.12, 1.0
+GAMMA, SPREAD = 0.15, 1.0
 NOISE = 0.003  # deviation of a level: seeds, and sizes that miss the optimum, move it by about this
 # How much the slope of the errors changes within a decade. Real curves bend off every power law;
 # twice the value follows the noise, and none trusts the form as if it were exact.
-DRIFT = 0.03
+DRIFT = 0.033
 # Further deviation of a known level at a distance of one decade from the target. It grows with the
 # power 3/2 of the distance, as the errors of a drifting slope do.
 FORGET = 0.01

@@ -220,10 +220,9 @@ class Figures:
         greatest = made.calibrated.greatest
         on = np.append(greatest, self.grid[self.grid > greatest])
         at = self._best(made.fit.vector, on)
+        ahead = made.predicted(at, on)
         for level, colour in ((made.job.level, style.WIDE), (0.5, style.NARROW)):
-            figure.add_trace(
-                style.band(on, np.stack(made.calibrated.interval(at, on, level)), colour)
-            )
+            figure.add_trace(style.band(on, ahead.interval(level), colour))
         figure.add_trace(style.band(self.grid, band, style.BAND))
         text = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
         figure.add_trace(style.line(self.grid, value, style.INK, text=text))
@@ -321,13 +320,12 @@ class Figures:
         return figure
 
     def _along(self, factors: Array, level: float) -> Array:
-        """Today's interval divided by the law, (2, m), along the best runs, at these multiples of
-        the most expensive run."""
+        """Today's interval divided by the predicted loss, (2, m), along the best runs, at these
+        multiples of the most expensive run."""
         flops = factors * self.made.calibrated.greatest
         at = self._best(self.made.fit.vector, flops)
-        return np.stack(self.made.calibrated.interval(at, flops, level)) / self.made.fit.predict(
-            **at
-        )
+        found = self.made.predicted(at, flops)
+        return found.interval(level) / found.loss
 
     def _star(self, x: float, y: float, f: Prediction, ends: tuple[float, float] | None = None):
         level = f"{self.made.job.level:.0%}"

@@ -13,9 +13,11 @@ from rich.table import Table
 from forescale.console import table
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import Forecast, Score
-from forescale.scaling.analysis.judge import GROUPS, LEVEL, METHODS, RIVALS, Scores
+from forescale.scaling.analysis.judge import GROUPS, METHODS, RIVALS, Scores
+from forescale.scaling.analysis.prediction import LEVEL
 from forescale.scaling.analysis.rivals import LINE
 from forescale.scaling.analysis.weights import effective
+from forescale.scaling.report.words import doubt_of, skill_lines
 
 _AHEAD = {1: "One budget ahead", 2: "Two budgets ahead"}
 
@@ -52,21 +54,33 @@ def show(made: StudyFit, console: Console, where: str) -> None:
         console.print(f"By the law, N* grows as C^{a:.4f} ({low:.4f} to {high:.4f})")
     _show_isoflop(made, console)
     _show_backtests(made, console)
-    if (f := made.predict()) is not None:
-        source = "a prior alone" if made.discrepancy.is_prior else f"{f.origins} backtests"
-        console.print(
-            f"\n[bold]Prediction[/] for N {f.parameters:.4g}, D {f.tokens:.4g}, "
-            f"{f.extrapolation_factor:.2g} times the compute of the largest run: loss "
-            f"{f.loss:.4f}; 50% interval {f.inner[0]:.4f} to {f.inner[1]:.4f}, {job.level:.0%} "
-            f"interval {f.outer[0]:.4f} to {f.outer[1]:.4f}. Its discrepancy of "
-            f"{made.discrepancy.per_decade:.1%} per decade comes from {source}; resampling alone "
-            f"would give {f.resampled[0]:.4f} to {f.resampled[1]:.4f}.",
-            soft_wrap=True,
-        )
+    for line in skill_lines(made.skill):
+        console.print(line, soft_wrap=True)
+    _show_prediction(made, console)
     _show_sensitivity(made, console)
     console.print("\nMost influential runs: " + ", ".join(n for n, _ in made.influence()))
     for note in [*made.notes, *made.disagreements()]:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _show_prediction(made: StudyFit, console: Console) -> None:
+    if (f := made.predict()) is None:
+        return
+    level = f"{made.job.level:.0%}"
+    best = ""
+    if f.sizes is not None:
+        (low_n, high_n), (low_d, high_d) = f.sizes
+        best = (
+            f"Best at {f.flops:.4g} FLOPs: N* {f.parameters:.4g} ({low_n:.3g} to {high_n:.3g}), "
+            f"D* {f.tokens:.4g} ({low_d:.3g} to {high_d:.3g}). "
+        )
+    console.print(
+        f"\n[bold]Prediction[/] for N {f.parameters:.4g}, D {f.tokens:.4g}, "
+        f"{f.extrapolation_factor:.2g} times the compute of the largest run: loss {f.loss:.4f}; "
+        f"50% interval {f.inner[0]:.4f} to {f.inner[1]:.4f}, {level} interval {f.outer[0]:.4f} to "
+        f"{f.outer[1]:.4f}. {best}{doubt_of(made, f)}",
+        soft_wrap=True,
+    )
 
 
 def show_score(found: Sequence[Forecast], made: Score, console: Console) -> None:

@@ -19,6 +19,7 @@ import pandas as pd
 from forescale.errors import UserError
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.forecast import read_forecasts, write_forecast
+from forescale.scaling.analysis.prediction import run_of
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.design.cells import Cell, make_cell
@@ -234,7 +235,7 @@ def _best_size(study: Study, table: pd.DataFrame, flops: float) -> float:
     if "budget" in table:
         return optimum(table, study.job)(flops)
     made = law_of(table, study.job, f"{len(table)} runs of {study.folder}")
-    return made.run_of(TargetPoint(flops=flops))[1]
+    return run_of(made, TargetPoint(flops=flops))[1]
 
 
 def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:

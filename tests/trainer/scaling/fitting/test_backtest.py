@@ -81,7 +81,7 @@ def test_intervals_widen_with_the_extrapolation_factor_and_the_level():
     columns = {"parameters": n, "tokens": flops / 6 / n}
     widths = {}
     for level in (0.5, 0.9):
-        low, high = law.interval(columns, flops, level)
+        low, high = law.predicted(columns, flops).interval(level)
         assert (low < law.fit.predict(**columns)).all()
         widths[level] = np.log(high / low)
         assert (np.diff(widths[level]) > 0).all()

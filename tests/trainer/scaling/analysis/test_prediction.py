@@ -1,0 +1,94 @@
+"""What predicts the loss of a target, and how sure it is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from forescale.config.compose import compose
+from forescale.errors import UserError
+from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.config import StudyJob, TargetPoint
+from tests.trainer.scaling.analysis.test_forecast import loss_of, study, table
+
+
+@pytest.fixture(scope="module")
+def made() -> StudyFit:
+    return study()
+
+
+@pytest.fixture(scope="module")
+def by_law(made) -> StudyFit:
+    return study("method=law")
+
+
+def half(ends) -> float:
+    return float(np.diff(np.log(ends))[0]) / 2
+
+
+def test_a_run_beyond_the_budgets_is_predicted_by_their_levels(made, by_law):
+    target = TargetPoint(parameters=5e9, tokens=1e11)
+    one, other = made.predict(target), by_law.predict(target)
+    f = made.forecaster
+    (want,) = f.of_runs(np.array([5e9]), np.array([1e11]), 6 * 5e9 * 1e11).loss
+    assert (one.method, other.method) == ("level", "law")
+    assert one.loss == pytest.approx(want, rel=1e-9)
+    assert one.law == other.loss == other.law
+    assert made.fit.values == by_law.fit.values, "the law is the same"
+    assert one.loss == pytest.approx(loss_of(5e9, 1e11), rel=0.02)
+
+
+def test_a_run_within_the_budgets_is_predicted_by_the_law(made, by_law):
+    target = TargetPoint(parameters=1e9, tokens=5e10)
+    assert made.predict(target) == by_law.predict(target)
+    assert made.predict(target).method == "law"
+
+
+def test_runs_that_share_no_budgets_are_predicted_by_the_law():
+    rows = table().drop(columns="budget")
+    assert study(rows=rows).predict(TargetPoint(flops=3e21)).method == "law"
+    with pytest.raises(UserError, match="level is not possible: the table has no column"):
+        study("method=level", rows=rows).predict(TargetPoint(flops=3e21))
+    few = table().groupby("budget").head(2)
+    with pytest.raises(UserError, match="fewer than 3 budgets have 3 sizes"):
+        study("method=level", rows=few).predict(TargetPoint(flops=3e21))
+
+
+@pytest.mark.parametrize("of", ["made", "by_law"])
+def test_the_doubt_grows_with_the_distance_in_compute_and_off_the_optimum(of, request):
+    """A model of 1e12 parameters on 1e9 tokens isn't known within some percent."""
+    fit = request.getfixturevalue(of)
+    near, further = (fit.predict(TargetPoint(flops=c)) for c in (2e21, 2e22))
+    assert half(near.outer) < 0.7 * half(further.outer)
+    best = fit.predict(TargetPoint(flops=6e21))
+    odd = fit.predict(TargetPoint(parameters=1e12, tokens=1e9))
+    assert half(odd.outer) > 3 * half(best.outer)
+    assert half(odd.outer) > 0.05
+
+
+def test_far_beyond_the_runs_a_prediction_is_made_when_it_is_asked_for(made):
+    far = TargetPoint(flops=2.26e23)
+    with pytest.raises(UserError, match=r"226 times the compute.*target\.far=true"):
+        made.predict(far)
+    one = made.predict(replace(far, far=True))
+    assert one.extrapolation_factor == pytest.approx(226)
+    assert half(one.outer) > 0.04
+
+
+def test_the_best_sizes_of_a_compute_have_intervals(made):
+    one = made.predict(TargetPoint(flops=3e21))
+    (low_n, high_n), (low_d, high_d) = one.sizes
+    assert low_n < one.parameters < high_n
+    assert low_d < one.tokens < high_d
+    assert low_n * high_d * 6 == pytest.approx(3e21, rel=0.01)
+    assert made.predict(TargetPoint(parameters=1e9, tokens=1e12)).sizes is None
+
+
+def test_a_fit_knows_how_well_such_predictions_did(made, by_law):
+    """At the only origin of four budgets, the first three."""
+    for fit, method in ((made, "level"), (by_law, "law")):
+        own = [one for one in fit.skill if one.method == method and one.table is None]
+        assert [(one.ahead, one.count) for one in own] == [(1, 1)]
+    rows = table()
+    assert study(rows=rows[rows.budget < 5e20]).skill == []
+    assert compose(StudyJob, ["input=[x]"]).method == "auto"

@@ -1,0 +1,184 @@
+"""The predicted loss of a run: how `study fit`, `predict` and `report` get it.
+
+    up to the runs' compute   the law, with its calibrated doubt (fitting/backtest.py)
+    beyond                    the method of the job: "level", which forecasts the lowest loss of a
+                              budget and the loss off the optimum apart (fitting/forecaster.py), or
+                              the law
+    run_of                    what a target leaves open is filled in: N* and D* of its compute
+
+Invariant: the law, and with it N* and D*, is the same whatever method predicts the loss.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from forescale.errors import UserError
+from forescale.scaling.config import TargetPoint
+from forescale.scaling.fitting import laws
+from forescale.scaling.fitting.backtest import spent
+from forescale.scaling.fitting.forecaster import (
+    BUDGETS,
+    SIZES,
+    Forecaster,
+    continued,
+    forecasters,
+)
+from forescale.scaling.fitting.points import Array
+from forescale.scaling.fitting.predicted import Predicted
+
+if TYPE_CHECKING:
+    from forescale.scaling.analysis.answer import StudyFit
+
+LEVEL, LAW = "level", "law"
+FAR = 30.0  # greatest extrapolation factor of a prediction without target.far
+_OF_SIZE = ("parameters", "tokens")
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted loss of a run.
+
+    loss: by `method`; inner, outer: intervals of 50 % and of the requested level; law: the loss by
+    the law alone; resampled: its interval from the resampled fits; sizes: intervals of N* and of D*
+    at the requested level if the target is given by its compute alone, else None;
+    extrapolation_factor: the run's compute over the greatest of the fit; origins: number of earlier
+    forecasts that the intervals were calibrated with.
+    """
+
+    method: str
+    parameters: float
+    tokens: float
+    flops: float
+    loss: float
+    inner: Interval
+    outer: Interval
+    law: float
+    resampled: Interval
+    sizes: tuple[Interval, Interval] | None
+    extrapolation_factor: float
+    origins: int
+
+
+def forecaster_of(made: "StudyFit") -> Forecaster | None:
+    """Return the forecaster of the budgets; None if the job asks for the law, or if the runs have
+    too few budgets with enough sizes. Raises UserError if the job asks for `level` all the same."""
+    if made.job.method == LAW:
+        return None
+    if made.form.columns != _OF_SIZE:
+        why = f"the law {made.form.name} isn't one of N and D"
+    elif "budget" not in made.table:
+        why = "the table has no column 'budget'"
+    else:
+        points, budgets = made.all_points, made.table["budget"].to_numpy(dtype=float)
+        kept = continued(budgets, np.exp(points.log("parameters")))
+        if kept.any():
+            *_, last = forecasters(points.take(kept), budgets[kept])
+            return last
+        why = f"fewer than {BUDGETS} budgets have {SIZES} sizes"
+    if made.job.method == LEVEL:
+        raise UserError("method", f"level is not possible: {why}", "write method=law")
+    return None
+
+
+def predicted(made: "StudyFit", columns: Mapping[str, Array], flops: Array) -> Predicted:
+    """Return the prediction for m runs. columns: what the law reads; flops: C; (m,) each."""
+    by_law = made.calibrated.predicted(dict(columns), flops)
+    found = made.forecaster
+    if found is None:
+        return by_law
+    n, d = columns["parameters"], columns["tokens"]
+    center, deviation = by_law.log_loss.copy(), by_law.deviation.copy()
+    freedom = np.full(len(n), float(by_law.freedom))
+    for i, budget in enumerate((found.shape.per * n * d).tolist()):
+        if found.is_beyond(budget):
+            one = found.of_runs(n[i : i + 1], d[i : i + 1], budget)
+            center[i], deviation[i] = one.log_loss[0], one.deviation[0]
+            freedom[i] = one.freedom
+    return Predicted(center, deviation, freedom)
+
+
+def predict(made: "StudyFit", target: TargetPoint) -> Prediction | None:
+    """Return the prediction for a target, or None if it is empty.
+
+    Raises UserError if it is too far beyond the runs, or lacks what the law reads.
+    """
+    if not target.is_given:
+        return None
+    columns, n, d, c = run_of(made, target)
+    factor = c / float(spent(made.points).max())
+    if factor > FAR and not target.far:
+        what = f"needs {factor:.0f} times the compute of the largest run"
+        todo = (
+            f"add larger runs, or write target.far=true for a prediction beyond {FAR:.0f} times, "
+            "where errors are known only from much nearer forecasts"
+        )
+        raise UserError("target", what, todo)
+
+    def loss(values: Array) -> Array:
+        return made.form.predict(values, **columns)[..., 0]
+
+    one = predicted(made, {k: np.array([v]) for k, v in columns.items()}, np.array([c]))
+    found = made.forecaster
+    level = found is not None and found.is_beyond(found.shape.per * n * d)
+    earlier = found.earlier if found and level else made.discrepancy.origins
+    low, high = made.replicates.interval(made.job.level, loss)
+    return Prediction(
+        LEVEL if level else LAW, n, d, c, float(one.loss[0]),
+        _pair(one.interval(0.5)), _pair(one.interval(made.job.level)),
+        float(made.fit.predict(**columns)[0]), (float(low), float(high)),
+        _sizes(made, target, c), factor, earlier,
+    )  # fmt: skip
+
+
+def _pair(ends: Array) -> Interval:
+    low, high = ends.ravel().tolist()
+    return low, high
+
+
+def _sizes(made: "StudyFit", target: TargetPoint, c: float) -> tuple[Interval, Interval] | None:
+    """Return the intervals of N* and D* by the resampled fits."""
+    if target.parameters or target.tokens or made.form.columns != _OF_SIZE:
+        return None
+
+    def best(values: Array) -> Array:
+        n, d = laws.compute_optimal(made.form, values, np.array([c]), made.per_token())
+        return np.log(np.concatenate((n, d), axis=-1))
+
+    ends = np.exp(made.replicates.interval(made.job.level, best))  # (2, 2)
+    return _pair(ends[:, 0]), _pair(ends[:, 1])
+
+
+def run_of(made: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, float, float]:
+    """Return the columns that the law reads of a target, and its N, D and C.
+
+    FLOPs alone mean the compute-optimal run. Raises UserError if more values are needed.
+    """
+    n, d, c = t.parameters, t.tokens, t.flops
+    form, per = made.form, made.per_token()
+    if form.columns == ("flops",):
+        if c is None:
+            what = f"has no flops, which the law {form.name} reads"
+            raise UserError("target", what, "write target.flops=")
+        return {"flops": c}, float("nan"), float("nan"), c
+    if n is None and d is None and c is not None:
+        if "unique_tokens" in form.columns:
+            what = "does not say how often data is repeated, which the law reads"
+            todo = "write target.parameters= and target.tokens= instead"
+            raise UserError("target.flops", what, todo)
+        best = laws.compute_optimal(form, made.fit.vector, c, per)
+        n, d = float(best[0][0]), float(best[1][0])
+    elif n is None or d is None:
+        if c is None:
+            todo = "give two of target.parameters, target.tokens and target.flops, or flops"
+            raise UserError("target", "does not determine a run", todo)
+        n = n or c / (per * (d or 1.0))
+        d = d or c / (per * n)
+    columns = {"parameters": n, "tokens": d}
+    if "unique_tokens" in form.columns:
+        columns["unique_tokens"] = d
+    return columns, n, d, c or per * n * d
