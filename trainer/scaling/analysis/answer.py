@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.scaling.analysis import prediction
-from forescale.scaling.analysis.judge import Scores, judged
+from forescale.scaling.analysis import judge, prediction
 from forescale.scaling.analysis.prediction import LAW, LEVEL, Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
 from forescale.scaling.analysis.tables import PER, with_tokens
@@ -105,10 +104,21 @@ class StudyFit:
         budgets = self.table["budget"].to_numpy()[self.is_fitted]
         return backtests(self.form, self.points, budgets, self.goal, self.job.level)
 
+    @property
+    def method(self) -> str:
+        """Return what predicts losses beyond the largest budget."""
+        return LEVEL if self.forecaster else LAW
+
     @cached_property
-    def skill(self) -> list[Scores]:
-        """Return how well such predictions did at earlier origins; empty with few budgets."""
-        return judged(self.table, self.job, LEVEL if self.forecaster else LAW)
+    def earlier(self) -> pd.DataFrame | None:
+        """Return what this method and its rivals would have predicted at earlier origins; None with
+        few budgets. See judge.forecasts."""
+        return judge.earlier(self.table, self.job, self.method)
+
+    @cached_property
+    def skill(self) -> list[judge.Scores]:
+        """Return how far off those predictions were; empty with few budgets."""
+        return [] if self.earlier is None else judge.scores(self.earlier)
 
     @cached_property
     def discrepancy(self) -> Discrepancy:
@@ -160,14 +170,16 @@ class StudyFit:
         return found
 
     def disagreements(self) -> list[str]:
-        """Return a sentence for each parameter that a fit of `others` moves by over its error."""
+        """Return a sentence for each fit of `others` that moves a parameter by over its error."""
         errors, found = self.replicates.errors, []
         for name, other in self.others.items():
-            for symbol, value in self.fit.values.items():
-                if abs(other.values[symbol] - value) > errors[symbol]:
-                    found.append(
-                        f"With {name}, {symbol} is {other.values[symbol]:.4g}, not {value:.4g}."
-                    )
+            moved = [
+                f"{symbol} is {other.values[symbol]:.4g}, not {value:.4g}"
+                for symbol, value in self.fit.values.items()
+                if abs(other.values[symbol] - value) > errors[symbol]
+            ]
+            if moved:
+                found.append(f"With {name}, {'; '.join(moved)}.")
         return found
 
     @property

@@ -169,9 +169,10 @@ def forecasts(
 ) -> pd.DataFrame:
     """Return all forecasts, a row each.
 
-    table, method; origin: its number of budgets; ahead: budgets beyond it; group: "minima", or of a
-    run "near" or "other"; error: log of predicted over observed loss; inner, outer: half of the
-    width of the intervals in log loss. chosen: the methods. Raises UserError for a law that has no
+    table, method; origin: its number of budgets; ahead: budgets beyond it; beyond: the budget over
+    the last known one; group: "minima", or of a run "near" or "other"; observed: the loss; error:
+    log of predicted over observed loss; inner, outer: half of the width of the intervals in log
+    loss. chosen: the methods. Raises UserError for a law that has no
     forecast of a budget's minimum.
     """
     if job.form not in JUDGED:
@@ -192,9 +193,11 @@ def forecasts(
 
 def _rows(one: Finished, k: int, name: str, method: Method) -> Iterator[pd.DataFrame]:
     """Yield the forecasts of a method at an origin."""
-    for ahead, budget in zip(AHEAD, np.unique(one.budgets)[k:].tolist(), strict=False):
+    distinct = np.unique(one.budgets)
+    for ahead, budget in zip(AHEAD, distinct[k:].tolist(), strict=False):
         later = one.points.take(one.budgets == budget)
-        own = {"table": one.name, "method": name, "origin": k, "ahead": ahead}
+        beyond = budget / float(distinct[k - 1])
+        own = {"table": one.name, "method": name, "origin": k, "ahead": ahead, "beyond": beyond}
         y, lowest = later.log("loss"), float(np.log(later.loss.min()))
         least = method.minimum(budget)
         yield pd.DataFrame({**own, "group": MINIMA, **_against(least, np.array([lowest]))})
@@ -205,7 +208,8 @@ def _rows(one: Finished, k: int, name: str, method: Method) -> Iterator[pd.DataF
 
 def _against(found: Predicted, observed: Array) -> dict[str, Array]:
     error = np.atleast_1d(found.log_loss - observed)
-    return {"error": error, "inner": found.half(INNER), "outer": found.half(OUTER)}
+    half = {"inner": found.half(INNER), "outer": found.half(OUTER)}
+    return {"observed": np.exp(observed), "error": error, **half}
 
 
 @dataclass(frozen=True)
@@ -281,16 +285,16 @@ def _skill(means: Array) -> float:
     return float(1 - ours / theirs) if theirs else 0.0
 
 
-def judged(table: pd.DataFrame, job: StudyJob, method: str) -> list[Scores]:
-    """Return the scores of one method and of the rivals at the origins of one table; none if its
+def earlier(table: pd.DataFrame, job: StudyJob, method: str) -> pd.DataFrame | None:
+    """Return the forecasts of one method and of the rivals at the origins of one table; None if its
     budgets are too few, or if its law can't be judged."""
     if job.form not in JUDGED:
-        return []
+        return None
     try:
         one = finished(table, job, "runs")
     except UserError:
-        return []
-    return scores(forecasts([one], job, (method, *RIVALS)))
+        return None
+    return forecasts([one], job, (method, *RIVALS))
 
 
 def as_dict(found: Sequence[Scores]) -> dict[str, Any]:

@@ -9,13 +9,14 @@ smoothed or left out. Names reach plotly escaped, since it reads text as markup.
 """
 
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from forescale.errors import UserError
+from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import Prediction, StudyFit
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.backtest import spent
@@ -148,8 +149,8 @@ class Figures:
             )
         if (n := made.all_points.parameters) is None:
             return "The table has no N."
-        figure = axes(self.n, self.loss, logarithmic(n), {})
         budgets = table["budget"].to_numpy(dtype=float)
+        figure = axes(self.n, self.loss, logarithmic(n), self._of_loss())
         if isinstance(self.iso, IsoFlop):
             usable = [b for b in self.shades if b not in self._refused]
             for budget, v in zip(usable, self.iso.vertices, strict=True):
@@ -168,8 +169,22 @@ class Figures:
                 for v in self.iso.vertices
             ]
             at = [v.parameters for v in self.iso.vertices], [v.floor for v in self.iso.vertices]
-            figure.add_trace(style.marks(*at, text))
+            figure.add_trace(style.marks(*at, text, "minimum of a parabola"))
         return figure
+
+    def _of_loss(self) -> dict[str, Any]:
+        """The axis of the losses, clipped above the minima where the runs share budgets."""
+        made, y = self.made, self.made.all_points.loss
+        if not self.shades:
+            return {"type": "log"}
+        budgets = made.table["budget"].to_numpy(dtype=float)
+        return style.clipped(y, np.array([y[budgets == b].min() for b in self.shades]))
+
+    def above(self) -> str:
+        """A sentence about the runs above the axis of the losses; empty if all are on it."""
+        top = 10 ** self._of_loss().get("range", (0, np.inf))[1]
+        count = int((self.made.all_points.loss > top).sum())
+        return f" {count} runs with a loss above {top:.4g} are not shown." if count else ""
 
     def optimum(self, which: str) -> Picture:
         """N* or D* over C. which: "parameters" or "tokens"."""
@@ -190,20 +205,24 @@ class Figures:
             figure.add_trace(style.band(self.grid, band, style.BAND))
             text = [f"by the law<br>C {c:.4g}<br>{symbol}* {x:.4g}" for c, x in
                     zip(self.grid, value, strict=True)]  # fmt: skip
-            figure.add_trace(style.line(self.grid, value, style.INK, text=text))
+            figure.add_trace(style.line(self.grid, value, style.INK, text=text, name="law"))
         if isinstance(self.iso, IsoFlop):
             law_of = getattr(self.iso, which)
             band = law_of.interval(self.made.job.level, self.grid)
             if np.isfinite(band).all():
                 figure.add_trace(style.band(self.grid, band, style.OTHER_BAND))
-            figure.add_trace(style.line(self.grid, law_of(self.grid), style.OTHER, "dash"))
+            figure.add_trace(
+                style.line(
+                    self.grid, law_of(self.grid), style.OTHER, "dash", name="line of the minima"
+                )
+            )
             text = [f"<b>{v.budget:.3g} FLOPs</b><br>{symbol}* {getattr(v, which):.5g}"
                     for v in self.iso.vertices]  # fmt: skip
             at = (
                 [v.budget for v in self.iso.vertices],
                 [getattr(v, which) for v in self.iso.vertices],
             )
-            figure.add_trace(style.marks(*at, text))
+            figure.add_trace(style.marks(*at, text, "minimum of a parabola"))
         if isinstance(f := self.prediction, Prediction) and np.isfinite(getattr(f, which)):
             flops = f.extrapolation_factor * self.made.calibrated.greatest
             figure.add_trace(self._star(flops, getattr(f, which), f))
@@ -215,17 +234,20 @@ class Figures:
             return frontier
         assert self.compute is not None
         of_c = logarithmic(self.grid, power=True)
-        made, figure = self.made, axes(self.c, self.loss, of_c, {"type": "log"})
+        made = self.made
+        figure = axes(self.c, self.loss, of_c, {"type": "log"})
         value, band = frontier["loss"]
         greatest = made.calibrated.greatest
         on = np.append(greatest, self.grid[self.grid > greatest])
         at = self._best(made.fit.vector, on)
         ahead = made.predicted(at, on)
         for level, colour in ((made.job.level, style.WIDE), (0.5, style.NARROW)):
-            figure.add_trace(style.band(on, ahead.interval(level), colour))
+            ends = ahead.interval(level)
+            figure.add_trace(style.band(on, ends, colour, f"{level:.0%} prediction"))
+        figure.add_trace(style.line(on, ahead.loss, style.TARGET, "dot", name="predicted"))
         figure.add_trace(style.band(self.grid, band, style.BAND))
         text = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
-        figure.add_trace(style.line(self.grid, value, style.INK, text=text))
+        figure.add_trace(style.line(self.grid, value, style.INK, text=text, name="law"))
         figure.add_trace(self._runs(self.compute, made.all_points.loss))
         if isinstance(f := self.prediction, Prediction):
             flops = f.extrapolation_factor * made.calibrated.greatest
@@ -287,44 +309,41 @@ class Figures:
         return figure
 
     def backtests(self) -> Picture:
-        """Errors of the backtests, over the extrapolation factor."""
+        """Errors of the predictions that the fit's method would have made at earlier origins."""
         made = self.made
-        if not made.backtests:
+        if made.earlier is None:
             has = "no budgets" if "budget" not in made.table else "fewer than four budgets"
             return f"The table has {has}, so cheap ones can't predict more expensive ones."
-        x = np.geomspace(1, max(r.factors.max() for r in made.backtests) * 1.1, _GRID)
+        rows = made.earlier[made.earlier["method"] == made.method]
+        rows = rows[rows["group"] != judge.MINIMA]
+        x = np.geomspace(1, rows["beyond"].max() * 1.1, _GRID)
         figure = axes(
-            "compute, relative to the most expensive fitted run",
+            "compute, relative to the largest known budget",
             "observed loss relative to predicted loss (%)",
             logarithmic(x),
             {"zeroline": True},
         )
-        for level, colour in ((made.job.level, style.WIDE), (0.5, style.NARROW)):
-            figure.add_trace(style.band(x, 100 * (self._along(x, level) - 1), colour))
-        rows = np.flatnonzero(made.is_fitted)
-        budgets = made.table["budget"].to_numpy(dtype=float)[rows]
-        distinct = np.unique(budgets)
-        for r in made.backtests:
-            later = rows[budgets > distinct[r.budgets - 1]]
-            seen = 100 * np.expm1(-r.errors)
+        for level, colour in ((judge.OUTER, style.WIDE), (judge.INNER, style.NARROW)):
+            ends = 100 * (self._along(x, level) - 1)
+            figure.add_trace(style.band(x, ends, colour, f"today's {level:.0%} interval"))
+        shades = list(self.shades.values())
+        for origin, own in rows.groupby("origin"):
+            outside = (own["error"].abs() > own["outer"]).to_numpy()
             text = [
-                f"{self._hover_text[i]}<br>predicted {made.all_points.loss[i] * np.exp(e):.5g} "
-                f"from {r.runs} runs of {r.budgets} budgets<br>{'inside' if c else 'outside'} the "
-                f"calibrated interval,<br>{'inside' if b else 'outside'} the resampled one"
-                for i, e, b, c in zip(
-                    later, r.errors, r.inside_resampled, r.inside_calibrated, strict=True
-                )
+                f"predicted {y * np.exp(e):.5g} from {origin} budgets<br>observed {y:.5g}<br>"
+                f"{'outside' if out else 'inside'} the 90% interval"
+                for y, e, out in zip(own["observed"], own["error"], outside, strict=True)
             ]
-            shade = np.full(len(later), self.shades[float(distinct[r.budgets - 1])])
-            figure.add_trace(style.dots(r.factors, seen, shade, ~r.inside_calibrated, text))
+            shade = np.full(len(own), shades[int(origin) - 1])
+            seen = 100 * np.expm1(-own["error"].to_numpy())
+            figure.add_trace(style.dots(own["beyond"].to_numpy(), seen, shade, outside, text))
         return figure
 
     def _along(self, factors: Array, level: float) -> Array:
         """Today's interval divided by the predicted loss, (2, m), along the best runs, at these
         multiples of the most expensive run."""
         flops = factors * self.made.calibrated.greatest
-        at = self._best(self.made.fit.vector, flops)
-        found = self.made.predicted(at, flops)
+        found = self.made.predicted(self._best(self.made.fit.vector, flops), flops)
         return found.interval(level) / found.loss
 
     def _star(self, x: float, y: float, f: Prediction, ends: tuple[float, float] | None = None):

@@ -1,6 +1,6 @@
 """`study report`: one HTML file of a fit that opens anywhere, without a network.
 
-Its order: the prediction, the doubts, the figures, the numbers, and where they come from.
+Its order: the answer, the doubts, the figures, the numbers, and where they come from.
 
 Invariant: the same study and versions give the same bytes. Every number in a table is there in full
 (<data value=>). A section without data says why. Nothing is loaded from elsewhere.
@@ -20,6 +20,7 @@ from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.figures import Figures
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
 from forescale.scaling.report.sections import Cell, Section, flops_key, number, percent, span
+from forescale.scaling.report.words import doubt_of, skill_lines
 from forescale.storage import write_file
 
 _SYMBOLS = (
@@ -83,7 +84,7 @@ def _sections(
         return [why, *study_sections.sections(seen, shades), origin]
     figures = Figures(made, *counted(made))
     law = [
-        _prediction(made, figures),
+        _answer(made, figures),
         _notes(made),
         *_pictures(made, figures),
         _parameters(made),
@@ -107,39 +108,52 @@ def _lead(made: StudyFit) -> list[Cell]:
         for name, x in given
         if x is not None
     ]
+    return [_SYMBOLS, Markup("; ").join([f"{len(p)} runs", *ranges]) + "."]
+
+
+def _answer(made: StudyFit, figures: Figures) -> Section:
+    """The prediction with its doubt, the law in numbers, and the note that matters most."""
+    section = Section("prediction", "Answer")
+    f = figures.prediction
+    if isinstance(f, Prediction):
+        section.rows = _predicted(made, f)
+        section.after = [doubt_of(made, f)]
+    else:
+        why = f or "No target is given (target.flops, target.parameters, target.tokens)."
+        section.rows = [["Loss", why]]
+    values = Markup(", ").join(
+        Markup("{} = {}").format(symbol, number(value, 4))
+        for symbol, value in made.fit.values.items()
+    )
     verdict = "certified" if made.fit.certificate.holds else "not certified"
-    law = f"{len(p)} runs; the fit is {verdict} as the global optimum"
-    if notes := len(made.notes) + len(made.disagreements()):
-        law += f"; {notes} reason{'s' * (notes > 1)} for doubt below"
-    return [_SYMBOLS, f"{law}.", Markup("; ").join(ranges) + "."]
+    section.rows.append(["Law", values])
+    section.rows += [["", made.form.source], ["Fit", f"{verdict} as the global optimum"]]
+    section.rows += [["N* grows as", text] for text in _allocation(made)]
+    notes = [*made.notes, *made.disagreements()]
+    more = f" ({len(notes) - 1} more below)" if len(notes) > 1 else ""
+    section.rows.append(["First doubt", f"{notes[0]}{more}" if notes else "none was found"])
+    section.after += skill_lines(made.skill)
+    return section
 
 
-def _prediction(made: StudyFit, figures: Figures) -> Section:
-    section = Section("prediction", "Prediction")
-    f, level = figures.prediction, f"{made.job.level:.0%}"
-    if not isinstance(f, Prediction):
-        section.absent = f or "No target is given (target.flops, target.parameters, target.tokens)."
-        return section
-    section.rows = [
+def _predicted(made: StudyFit, f: Prediction) -> list[list[Cell]]:
+    level = f"{made.job.level:.0%}"
+    rows: list[list[Cell]] = [
         ["Loss", number(f.loss)],
         ["50% interval", span(f.inner)],
         [f"{level} interval", span(f.outer)],
-        [f"{level} interval of resampling alone", span(f.resampled)],
-        ["N, parameters", number(f.parameters)],
-        ["D, tokens", number(f.tokens)],
-        ["Compute, relative to the most expensive run", number(f.extrapolation_factor, 4)],
     ]
-    if not np.isfinite(f.parameters):
-        section.rows = [r for r in section.rows if r[0] not in ("N, parameters", "D, tokens")]
-    source = "a prior alone" if made.discrepancy.is_prior else f"{f.origins} backtests"
-    section.after = [
-        Markup(
-            "The intervals are for the loss of one new run. They combine the uncertainty of the "
-            "fit, the noise of a run, and an error of the law itself: {} of the loss per decade of "
-            "compute beyond the runs, which comes from {}. Resampling alone covers only the first."
-        ).format(percent(made.discrepancy.per_decade), source)
-    ]
-    return section
+    names = (
+        ("N*, best parameters", "D*, best tokens") if f.sizes else ("N, parameters", "D, tokens")
+    )
+    for i, (name, value) in enumerate(zip(names, (f.parameters, f.tokens), strict=True)):
+        if np.isfinite(value):  # not by a law of C alone
+            ends = Markup(" ({})").format(span(f.sizes[i], 3)) if f.sizes else ""
+            rows.append([name, Markup("{}{}").format(number(value), ends)])
+    compute = Markup("{} FLOPs, {} times the most expensive run").format(
+        number(f.flops, 4), number(f.extrapolation_factor, 4)
+    )
+    return [*rows, ["Compute", compute]]
 
 
 def _notes(made: StudyFit) -> Section:
@@ -156,7 +170,7 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
              "Each colour is one compute budget. The curve is a parabola in log N fitted to its "
              "runs, and the diamond its minimum: the best size for this compute. Hollow dots are "
              "runs of a budget whose parabola was rejected, or runs that the law is not fitted to "
-             "(the parabola is). Hover over a dot for the reason."),
+             "(the parabola is). Hover over a dot for the reason." + figures.above()),
         ], after=_isoflop_numbers(made), key=key),
         Section("optimum", "Best model size and number of tokens for a compute budget", [
             ("best-parameters", figures.optimum("parameters"), ""),
@@ -165,14 +179,14 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
              f"resampled fits. Dashed blue line: the power law through the diamonds, which are the "
              f"minima of the parabolas, with its {level} band. Both estimate the same quantity; "
              "where they differ, the runs do not determine it. Star: the target."),
-        ], after=_allocation(made)),
+        ]),
         Section("envelope", "Loss against compute", [
             ("loss-by-compute", figures.loss_by_compute(),
              "The line is L*(C), the lowest loss at each compute by the law. Without noise, all "
              f"runs would lie on it or above. Grey: its {level} band from the resampled fits. "
-             f"Orange, beyond the most expensive run: 50% and {level} prediction intervals for a "
-             f"new run. Star: the target, with its {level} interval. The law is not fitted to "
-             "hollow dots."),
+             "Orange, beyond the most expensive run: the predicted loss of a new run, with its 50% "
+             f"and {level} intervals. Star: the target, with its {level} interval. The law is not "
+             "fitted to hollow dots."),
         ], key=key),
         Section("surface", "Predicted loss over model size and tokens", [
             ("contours", figures.contours(),
@@ -189,10 +203,10 @@ def _pictures(made: StudyFit, figures: Figures) -> list[Section]:
         ], key=key),
         Section("backtests", "Backtests: predictions of more expensive runs", [
             ("backtest-errors", figures.backtests(),
-             "The law was fitted to the cheap budgets alone and predicted the more expensive ones. "
-             "Each dot is one predicted run; its colour is the most expensive budget in that fit. "
-             "Hollow dots are outside the interval that was calibrated with earlier backtests. The "
-             f"shaded areas are the 50% and {level} intervals of today's fit, as for the target."),
+             "What this study would have predicted from its cheap budgets alone, by the method of "
+             "the answer, one and two budgets ahead. Each dot is one predicted run; its colour is "
+             "the largest budget known then. Hollow dots are outside the 90% interval of that "
+             "moment. The shaded areas are today's 50% and 90% intervals."),
         ], key=key),
     ]  # fmt: skip
 
@@ -221,11 +235,7 @@ def _allocation(made: StudyFit) -> list[Cell]:
     if made.allocation is None:
         return []
     a, ends = made.allocation
-    return [
-        Markup("By the law, N* grows as C<sup>a</sup>, a = {} ({}).").format(
-            number(a, 4), span(ends.tolist(), 4)
-        )
-    ]
+    return [Markup("C<sup>a</sup>, a = {} ({})").format(number(a, 4), span(ends.tolist(), 4))]
 
 
 def _parameters(made: StudyFit) -> Section:
@@ -266,7 +276,7 @@ def _certificate(made: StudyFit) -> Section:
 
 def _backtests(made: StudyFit) -> Section:
     level = f"{made.job.level:.0%}"
-    section = Section("backtest-table", "Backtests in numbers", head=True)
+    section = Section("backtest-table", "Backtests of the law alone", head=True)
     if not made.backtests:
         section.absent = "There are no backtests; the section with their figure says why."
         return section

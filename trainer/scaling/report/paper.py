@@ -17,11 +17,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import (
     FuncFormatter,
     LogFormatterSciNotation,
@@ -71,19 +73,50 @@ def drawn(panels: Sequence[go.Figure], key: Sequence[tuple[Cell, str]] = ()) -> 
     """Return the drawn panels by format. key: labels (HTML) and their colours."""
     with matplotlib.rc_context(_STYLE):
         heights = [_height(p) for p in panels]
-        rows = math.ceil(len(key) / 3)
+        marked = _marked(panels)
+        rows = math.ceil((len(key) + len(marked)) / 3)
         size = (_WIDTH, sum(heights) + 0.16 * rows)
         figure = Figure(size, layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
         for axes, panel in zip(grid[:, 0], panels, strict=True):
             _panel(axes, panel)
-        if key:
-            style: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 4}
-            handles = [Line2D([], [], color=_colour(c), label=_text(t), **style) for t, c in key]
-            figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(key)),
-                          handletextpad=0.1, columnspacing=1.0)  # fmt: skip
+        handles = [*_key(key), *marked.values()]
+        if handles:
+            figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)),
+                          handletextpad=0.4, columnspacing=1.0)  # fmt: skip
         return {form: _saved(figure, form) for form in FORMATS}
+
+
+def _key(key: Sequence[tuple[Cell, str]]) -> list[Line2D]:
+    """The entries of the colours."""
+    style: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 4}
+    return [Line2D([], [], color=_colour(c), label=_text(t), **style) for t, c in key]
+
+
+def _marked(panels: Sequence[go.Figure]) -> dict[str, Artist]:
+    """An entry for each name of a trace: lines, bands, diamonds, the star."""
+    found = dict[str, Artist]()
+    traces = [trace for panel in panels for trace in panel.data]
+    if any(str(s).endswith("-open") for t in traces for s in _each(t.marker.symbol or "", 1)):
+        hollow = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": INK, "markersize": 4}
+        found["not used"] = Line2D([], [], linestyle="", label="not used", **hollow)
+    for trace in (trace for trace in traces if trace.name):
+        if trace.fill == "toself":
+            colour = _colour(trace.fillcolor)
+            found[trace.name] = Patch(facecolor=colour, linewidth=0, label=trace.name)
+        elif trace.mode == "lines":
+            style = {"color": _colour(trace.line.color), "linewidth": _POINTS * trace.line.width}
+            dash = _DASHES[trace.line.dash or "solid"]
+            found[trace.name] = Line2D([], [], linestyle=dash, label=trace.name, **style)
+        else:
+            mark = trace.marker
+            found[trace.name] = Line2D(
+                [], [], linestyle="", marker=_SHAPES[mark.symbol], label=trace.name,
+                markerfacecolor=_colour(mark.color), markeredgecolor=_colour(mark.line.color),
+                markersize=_POINTS * mark.size, markeredgewidth=_POINTS * mark.line.width,
+            )  # fmt: skip
+    return found
 
 
 def _saved(figure: Figure, form: str) -> bytes:

@@ -19,6 +19,7 @@ INK, FAINT, TARGET, OTHER = "#1f2328", "#b4bac2", "#c2410c", "#216ea0"
 BAND, OTHER_BAND = "rgba(31,35,40,0.14)", "rgba(33,110,160,0.18)"
 WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
 _DARK, _LIGHT = 0.0, 0.86  # ends of the colour scale; lighter is invisible on white
+_ROOM = 0.06  # log loss that an axis shows at least above the highest minimum of a budget
 _DECADES = 2.0  # an axis with more decades has numbers at powers of ten only
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _LINE = 34  # characters per line of hover text, so that it fits a phone
@@ -53,6 +54,16 @@ def logarithmic(*values: Array | Sequence[float], power: bool = False) -> dict[s
     return form | ({"dtick": 1} | minor if many else {"dtick": "D2"})
 
 
+def clipped(losses: Array, lowest: Array) -> dict[str, Any]:
+    """Return a logarithmic axis of losses that ends a little above the minima of the budgets,
+    where the picture is decided, or at the highest loss below that. lowest: the minima, (B,)."""
+    low, high = float(lowest.min()), float(lowest.max())
+    room = 0.25 * np.log(high / low) + _ROOM
+    top = min(float(np.max(losses)), high * float(np.exp(room)))
+    ends = np.log10([low * np.exp(-0.1 * room), top * np.exp(0.1 * room)])
+    return {"type": "log", "range": ends.tolist()}
+
+
 def ordinal(labels: Sequence[str], down: bool = False) -> dict[str, Any]:
     """Return an axis with these labels at 0, 1, ...; down: the first one on top."""
     ends = (len(labels) - 0.4, -0.6) if down else (-0.6, len(labels) - 0.4)
@@ -67,19 +78,22 @@ def shades(budgets: Array) -> dict[float, str]:
     return dict(zip(map(float, distinct), sample_colorscale("Viridis", list(places)), strict=True))
 
 
-def line(x: Array, y: Array, colour: str, dash: str = "solid", text: Sequence[str] = ()):
-    """Return a line. text: hover text of its points; without, the line has none."""
+def line(
+    x: Array, y: Array, colour: str, dash: str = "solid", text: Sequence[str] = (), name: str = ""
+):  # fmt: skip
+    """Return a line. text: hover text of its points; without, the line has none; name: what the
+    key of a figure for papers calls it; without, the key leaves it out. So in all functions."""
     style = {"color": colour, "width": 1.6, "dash": dash}
     shown = {"text": text, **hover()} if len(text) else {"hoverinfo": "skip"}
-    return go.Scatter(x=x, y=y, mode="lines", line=style, **shown)
+    return go.Scatter(x=x, y=y, mode="lines", line=style, name=name, **shown)
 
 
-def band(x: Array, ends: Array, colour: str):
+def band(x: Array, ends: Array, colour: str, name: str = ""):
     """Return a filled band. ends: (2, m), low and high."""
     there_and_back = np.concatenate((x, x[::-1])), np.concatenate((ends[0], ends[1][::-1]))
     return go.Scatter(
         x=there_and_back[0], y=there_and_back[1], fill="toself", fillcolor=colour, mode="lines",
-        line={"width": 0}, hoverinfo="skip",
+        line={"width": 0}, hoverinfo="skip", name=name,
     )  # fmt: skip
 
 
@@ -111,10 +125,10 @@ def bars(lengths: Sequence[float], colour: str, text: Sequence[str]):
     return go.Bar(x=list(lengths), y=at, hovertext=list(text), **hidden, hoverinfo="text")
 
 
-def marks(x: Sequence[float], y: Sequence[float], text: Sequence[str]):
+def marks(x: Sequence[float], y: Sequence[float], text: Sequence[str], name: str = ""):
     """Return diamonds, for vertices."""
     mark = {"symbol": "diamond", "size": 9, "color": "#fff", "line": {"width": 1.6, "color": INK}}
-    return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), **hover())
+    return go.Scatter(x=x, y=y, mode="markers", marker=mark, text=list(text), name=name, **hover())
 
 
 def star(x: float, y: float, text: str, ends: tuple[float, float] | None = None):
@@ -124,7 +138,9 @@ def star(x: float, y: float, text: str, ends: tuple[float, float] | None = None)
     if ends:
         sides = {"array": [ends[1] - y], "arrayminus": [y - ends[0]]}
         error = {"error_y": {"type": "data", "symmetric": False, "color": TARGET, **sides}}
-    return go.Scatter(x=[x], y=[y], mode="markers", marker=mark, text=[text], **hover(), **error)
+    return go.Scatter(
+        x=[x], y=[y], mode="markers", marker=mark, text=[text], name="target", **hover(), **error
+    )
 
 
 def hover() -> dict[str, str]:

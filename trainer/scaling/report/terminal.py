@@ -30,6 +30,12 @@ def show(made: StudyFit, console: Console, where: str) -> None:
     columns = (("parameters N", p.parameters), ("tokens D", p.tokens), ("FLOPs C", p.flops))
     ranges = [f"{n} {x.min():.3g} to {x.max():.3g}" for n, x in columns if x is not None]
     console.print(f"{', '.join(ranges)}; loss {p.loss.min():.4g} to {p.loss.max():.4g}")
+    _show_prediction(made, console)
+    for line in skill_lines(made.skill):
+        console.print(line, soft_wrap=True)
+    notes = [*made.notes, *made.disagreements()]
+    if notes:
+        console.print(f"[yellow]First note:[/] {escape(notes[0])}", soft_wrap=True)
     console.print()
     console.print(_parameters(made))
     c = fit.certificate
@@ -54,12 +60,9 @@ def show(made: StudyFit, console: Console, where: str) -> None:
         console.print(f"By the law, N* grows as C^{a:.4f} ({low:.4f} to {high:.4f})")
     _show_isoflop(made, console)
     _show_backtests(made, console)
-    for line in skill_lines(made.skill):
-        console.print(line, soft_wrap=True)
-    _show_prediction(made, console)
     _show_sensitivity(made, console)
     console.print("\nMost influential runs: " + ", ".join(n for n, _ in made.influence()))
-    for note in [*made.notes, *made.disagreements()]:
+    for note in notes[1:]:
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
 
 
@@ -75,7 +78,7 @@ def _show_prediction(made: StudyFit, console: Console) -> None:
             f"D* {f.tokens:.4g} ({low_d:.3g} to {high_d:.3g}). "
         )
     console.print(
-        f"\n[bold]Prediction[/] for N {f.parameters:.4g}, D {f.tokens:.4g}, "
+        f"[bold]Prediction[/] for N {f.parameters:.4g}, D {f.tokens:.4g}, "
         f"{f.extrapolation_factor:.2g} times the compute of the largest run: loss {f.loss:.4f}; "
         f"50% interval {f.inner[0]:.4f} to {f.inner[1]:.4f}, {level} interval {f.outer[0]:.4f} to "
         f"{f.outer[1]:.4f}. {best}{doubt_of(made, f)}",

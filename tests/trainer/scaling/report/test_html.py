@@ -83,9 +83,10 @@ def test_every_section_and_figure_is_there(html):
 
 def test_numbers_are_those_of_the_fit(made, html):
     f = made.predict()
-    want = [f.loss, *f.inner, *f.outer, *f.resampled, f.parameters, f.tokens]
-    want.append(f.extrapolation_factor)
-    assert values(section(html, "prediction"))[:-1] == want
+    sizes = (f.parameters, *f.sizes[0], f.tokens, *f.sizes[1])
+    want = [f.loss, *f.inner, *f.outer, *sizes, f.flops, f.extrapolation_factor]
+    want += made.fit.values.values()
+    assert values(section(html, "prediction"))[: len(want)] == want
     low, high = made.replicates.interval(made.job.level)
     rows = [
         [value, made.replicates.errors[s], low[i], high[i],

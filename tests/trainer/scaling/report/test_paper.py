@@ -39,7 +39,13 @@ def test_a_png_of_a_column_at_300_dots_an_inch():
     assert width == round(3.4 * 300)
     assert 500 < height < 1000
     two = imread(BytesIO(drawn([figure(), figure()])["png"]))
-    assert two.shape[:2] == (2 * height, width)
+    assert 1.9 * height < two.shape[0] <= 2 * height, "two figures have one key"
+    assert two.shape[1] == width
+
+
+def test_a_key_names_all_marks():
+    svg = drawn([figure()])["svg"].decode()
+    assert {"<!-- target -->", "<!-- not used -->"} <= set(re.findall("<!-- .* -->", svg))
 
 
 def test_colours_and_hollow_dots_are_those_of_the_page():
