@@ -195,6 +195,15 @@ ACTIONS = {
         (*_STUDY, *_RUNS, *_LAW, *_TARGET, "target.branches", "target.run"),
         ("study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",),
     ),
+    "compare": Action(
+        "Compare two recipes or datasets: how many times less compute reaches the same loss.",
+        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "by", "groups", "to", "json"),
+        (
+            "study compare old.csv new.csv target.flops=1e21 to=compare.html",
+            "study compare 'runs/adamw-*' 'runs/muon-*'   (or two studies by name)",
+            "study compare points.csv by=dataset groups=[c4,web]",
+        ),
+    ),
     "backtest": Action(
         "Judge forecasts by finished studies: what each method would have said, and how far off.",
         (*_STUDY, *_RUNS, "form", "size", "cost", "delta", "near", "json"),
@@ -233,7 +242,7 @@ class StudyJob(Job):
     input: list[str] = key(
         [],
         "runs (names, directories, glob patterns), or one table (CSV, parquet, JSON; several for "
-        "backtest); none: the cells of the study",
+        "backtest; two inputs for compare, also studies); none: the cells of the study",
     )
     columns: dict[str, str] = key(
         {},
@@ -242,6 +251,12 @@ class StudyJob(Job):
     )
     rows: dict[str, str] = key(
         {}, "read only the table's rows with these values, such as {dataset: c4}, by its own names"
+    )
+    by: str | None = key(
+        None, "the column whose values tell the two groups apart, of one table, of runs or of cells"
+    )
+    groups: list[str] = key(
+        [], "the two values of `by` to compare; the first is the reference; []: the only two"
     )
     form: LawName = key(
         "chinchilla",
@@ -291,7 +306,9 @@ class StudyJob(Job):
     seed: int = key(
         0, "seed of the bootstrap, of simulated studies, and, unless 0, of planned runs", ge=0
     )
-    to: str | None = key(None, "the HTML file to write; null: studies/STUDY/report.html")
+    to: str | None = key(
+        None, "the HTML file to write; null: studies/STUDY/report.html (compare writes none)"
+    )
     json: bool = key(False, "print the result as JSON; --json does the same")
     plan: PlanKeys = section(PlanKeys, "which runs a study trains")
     launch: LaunchKeys = section(LaunchKeys, "how the runs of a study are launched")

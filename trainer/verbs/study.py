@@ -32,6 +32,7 @@ from forescale.scaling.design import planning
 from forescale.scaling.design.next_runs import candidates_of, recommend
 from forescale.scaling.design.next_runs import show as show_next_runs
 from forescale.scaling.design.simulate import Target
+from forescale.scaling.report import questions
 from forescale.scaling.report.terminal import show, show_score, show_scores
 from forescale.scaling.study.board import board
 from forescale.scaling.study.decisions import add_runs, advance
@@ -65,8 +66,8 @@ def main(arguments: list[str]) -> int:
         job = settings(job, overrides)
     if passed_on:
         job = _with_arguments(job, action, passed_on)
-    if action == "backtest":
-        return _backtest(job)
+    if action in _OF_INPUT:
+        return _OF_INPUT[action](job)
     if action in _OF_STUDY:
         return _OF_STUDY[action](job)
     return _OF_RECORDS[action](job, *read(job))
@@ -305,6 +306,10 @@ def _records(job: StudyJob, table: pd.DataFrame, where: str) -> int:
 
 _OF_STUDY: dict[str, Callable[[StudyJob], int]] = {
     "plan": _plan, "launch": _launch, "status": _status, "sync": _sync, "exclude": _exclude,
+}  # fmt: skip
+# These actions read the input in a way of their own.
+_OF_INPUT: dict[str, Callable[[StudyJob], int]] = {
+    "backtest": _backtest, "compare": questions.compare_groups,
 }  # fmt: skip
 _OF_RECORDS: dict[str, Callable[[StudyJob, pd.DataFrame, str], int]] = {
     "next": _next, "fit": _fit, "report": _report, "predict": _predict, "score": _score,

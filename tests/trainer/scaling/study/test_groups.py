@@ -1,0 +1,74 @@
+"""The two groups that are compared: tables, studies, and values of a column."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forescale.errors import UserError
+from forescale.scaling.config import StudyJob
+from forescale.scaling.study.groups import read_groups
+
+
+def rows(**more) -> pd.DataFrame:
+    """Six runs; columns of their own by `more`."""
+    n = np.geomspace(1e6, 1e8, 6)
+    return pd.DataFrame({"parameters": n, "tokens": 20 * n, "loss": np.linspace(4, 3, 6), **more})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows().to_csv("old.csv", index=False)
+    rows(parameters=np.geomspace(2e6, 2e8, 6)).to_csv("new.csv", index=False)
+    kinds = ["c4", "c4", "web", "web", "code", "code"]
+    rows(dataset=kinds, size=["s", "l"] * 3).to_csv("all.csv", index=False)
+    return tmp_path
+
+
+def test_two_tables_are_the_groups_in_their_order(folder):
+    (one, a, where), (other, b, _) = read_groups(StudyJob(input=["old.csv", "new.csv"]))
+    assert (one, other, where) == ("old", "new", "old.csv")
+    assert b.parameters.tolist() == pytest.approx((2 * a.parameters).tolist())
+
+
+def test_a_column_of_a_table_tells_its_groups_apart(folder):
+    job = StudyJob(input=["all.csv"], by="dataset", groups=["web", "c4"])
+    (one, a, where), (other, b, _) = read_groups(job)
+    assert (one, other, where) == ("web", "c4", "all.csv, dataset=web")
+    assert a.loss.tolist() == rows().loss[2:4].tolist()
+    assert b.loss.tolist() == rows().loss[:2].tolist()
+
+
+def test_rows_are_chosen_before_the_groups(folder):
+    job = StudyJob(input=["all.csv"], by="dataset", groups=["c4", "web"], rows={"size": "l"})
+    (_, a, _), (_, b, _) = read_groups(job)
+    assert (a.loss.tolist(), b.loss.tolist()) == ([rows().loss[1]], [rows().loss[3]])
+
+
+def test_the_only_two_values_of_a_column_need_no_names(folder):
+    (one, a, _), (other, _, _) = read_groups(StudyJob(input=["all.csv"], by="size"))
+    assert (one, other, len(a)) == ("s", "l", 3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"input": ["old.csv"]}, "study compare: has 1 inputs, not two; give two tables"),
+        ({"input": ["old.csv", "new.csv"], "groups": ["a", "b"]}, "are given without a column"),
+        ({"input": ["all.csv"], "by": "data"}, "has no column 'data'; the nearest are 'dataset'"),
+        ({"input": ["all.csv"], "by": "dataset"}, "has 3 values of dataset: c4, web, code; name"),
+        (
+            {"input": ["all.csv"], "by": "dataset", "groups": ["c4", "wob"]},
+            "no run has dataset=wob; use two of c4, web, code",
+        ),
+        (
+            {"input": ["all.csv"], "by": "dataset", "groups": ["c4", "c4"]},
+            "name two of them: groups=",
+        ),
+        ({"input": ["old.csv", "no.csv"]}, "no.csv: there is no such file"),
+    ],
+)
+def test_what_gives_no_two_groups_is_refused_with_a_sentence(folder, keys, message):
+    with pytest.raises(UserError) as refused:
+        read_groups(StudyJob(**keys))
+    assert message in str(refused.value)

@@ -1,0 +1,342 @@
+"""Comparison of two recipes or datasets: how many times less compute reaches the same loss.
+
+    path        how N and D grow with C: along each law's own optimum, or at the D/N of the target
+    multiplier  m(L) = C_A(L) / C_B(L): A's compute for a loss over B's; above 1, B needs less
+    range       the losses that both laws reach within the compute of their own runs
+    interval    of log C_A and log C_B apart, from the resampled fits of each; of their difference
+                by the square-and-add rule (Zou and Donner 2008, Statistics in Medicine 27)
+
+Invariant: nothing is shared by the two sides, and exchanging them gives exactly 1 / m. Each side
+counts C in its own way, so that a recipe pays for the FLOPs that it adds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from forescale.errors import UserError
+from forescale.scaling.analysis.answer import Prediction, StudyFit
+from forescale.scaling.analysis.loss_path import BEYOND, LossPath
+from forescale.scaling.analysis.ratio import Ratio, inverse, ratios
+from forescale.scaling.analysis.selection import law_of
+from forescale.scaling.config import StudyJob
+from forescale.scaling.fitting import laws
+from forescale.scaling.fitting.backtest import spent
+from forescale.scaling.fitting.points import Array
+from forescale.scaling.records.records import HELD
+
+GRID = 25  # losses of the range
+_NEAR = 1e-6  # log C this near an end of where it is looked for is beyond it
+
+
+@dataclass(frozen=True)
+class Side:
+    """One recipe or dataset: its name, its fit and the path of its law."""
+
+    name: str
+    made: StudyFit
+    path: LossPath
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Return C of its cheapest and of its most expensive fitted run."""
+        c = spent(self.made.points)
+        return float(c.min()), float(c.max())
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Return the loss by the law at both ends: the highest and the lowest within its runs."""
+        high, low = self.loss(np.array(self.ends))
+        return float(high), float(low)
+
+    def loss(self, flops: Array) -> Array:
+        """Return the loss by the law at C, (m,)."""
+        found: Array = np.exp(self.path.log_loss(self.made.fit.vector[None], np.log(flops))[0])
+        return found
+
+    def band(self, flops: Array) -> Array:
+        """Return the interval of the loss from the resampled fits at C, (2, m)."""
+        found: Array = np.exp(self.made.replicates.interval(
+            self.made.job.level, lambda values: self.path.log_loss(values, np.log(flops))
+        ))  # fmt: skip
+        return found
+
+    def flops(self, loss: Array) -> Array:
+        """Return C at which the law has these losses, (m,); infinite for a loss it never has."""
+        log_c = self.path.log_compute(self.made.fit.vector[None], loss)[0]
+        found: Array = np.exp(np.where(log_c >= self.path.greatest - _NEAR, np.inf, log_c))
+        return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """One loss at which both sides are compared.
+
+    flops: C of A and of B for this loss; multiplier: of compute; loss_ratio: the loss of B over
+    that of A at A's compute.
+    """
+
+    loss: float
+    flops: tuple[float, float]
+    multiplier: Ratio
+    loss_ratio: Ratio
+
+
+class Comparison:
+    """Two fits compared.
+
+    places: of the common range, from its highest loss to its lowest, none if the two have no loss
+    in common; mean: the geometric mean of the multiplier over them; trend: the multiplier at the
+    lowest loss over that at the highest; target: at the loss that A reaches with the target's
+    compute; predictions: of both sides for the target.
+    """
+
+    def __init__(self, a: Side, b: Side):
+        self.a, self.b = a, b
+        self.places: list[Place] = []
+        self.mean: Ratio | None = None
+        self.trend: Ratio | None = None
+        self.target: Place | None = None
+        self.predictions: tuple[Prediction, Prediction] | None = None
+        losses = self._target()
+        if (common := self.range) is not None:
+            losses = np.append(np.geomspace(*common, GRID), losses)
+        if not len(losses):
+            raise UserError(f"{a.name}, {b.name}", *self._apart())
+        self._compare(losses, 0 if common is None else GRID)
+
+    @cached_property
+    def range(self) -> tuple[float, float] | None:
+        """Return the highest and the lowest loss that both sides reach within their runs."""
+        one, other = self.a.losses, self.b.losses
+        high, low = min(one[0], other[0]), max(one[1], other[1])
+        return (high, low) if low < high else None
+
+    @property
+    def level(self) -> float:
+        """Return the level of all intervals."""
+        return self.a.made.job.level
+
+    def _apart(self) -> tuple[str, str]:
+        spans = [
+            f"{side.name} goes from {side.losses[0]:.4g} to {side.losses[1]:.4g}"
+            for side in (self.a, self.b)
+        ]
+        what = f"no loss is reached by both within the compute of their runs: {', '.join(spans)}"
+        return what, "add runs to one of them, or compare beyond the runs with target.flops="
+
+    def _target(self) -> Array:
+        """Return the loss that A reaches at the target, (1,) or (0,)."""
+        one, other = self.a.made.predict(), self.b.made.predict()
+        if one is None or other is None:
+            return np.empty(0)
+        self.predictions = one, other
+        return self.a.loss(np.array([one.extrapolation_factor * self.a.ends[1]]))
+
+    def _compare(self, losses: Array, common: int) -> None:
+        """Fill in the ratios. losses: (m,); common: the number of those of the common range."""
+        weights = np.eye(len(losses))
+        if common:
+            mean = (np.arange(len(losses)) < common) / common
+            weights = np.column_stack((weights, mean, weights[:, common - 1] - weights[:, 0]))
+
+        def compute(side: Side) -> Array:
+            """Return log C at the losses, their mean and their trend, with both ends, (3, K)."""
+            found = _with_ends(side, lambda v: side.path.log_compute(v, losses) @ weights)
+            own = found[:, : len(losses)]
+            own[own >= side.path.greatest - _NEAR] = np.inf
+            own[own <= side.path.least + _NEAR] = -np.inf
+            return found
+
+        found = ratios(compute(self.a), compute(self.b))
+        flops = [side.flops(losses) for side in (self.a, self.b)]
+        at = np.log(flops[0])
+        lost = ratios(*(_with_ends(side, lambda v, s=side: s.path.log_loss(v, at))
+                         for side in (self.b, self.a)))  # fmt: skip
+        every = [
+            Place(float(losses[i]), (float(flops[0][i]), float(flops[1][i])), found[i], lost[i])
+            for i in range(len(losses))
+        ]
+        self.places = every[:common]
+        if common:
+            self.mean, self.trend = found[-2:]
+        if self.predictions is not None:
+            self.target = every[-1]
+
+    @property
+    def headline(self) -> Ratio:
+        """Return the multiplier to quote: the mean over the range, or that at the target."""
+        if self.mean is not None:
+            return self.mean
+        assert self.target is not None  # Comparison refuses to have neither
+        return self.target.multiplier
+
+    @property
+    def crossing(self) -> float | None:
+        """Return the loss at which the side that needs less compute changes; None if none is shown.
+
+        It is shown if one end of the range has an interval above 1 and the other one below 1.
+        """
+        if not self.places:
+            return None
+        first, last = (place.multiplier for place in (self.places[0], self.places[-1]))
+        if not (first.low > 1 > last.high or first.high < 1 < last.low):
+            return None
+        logs = np.log([(place.multiplier.value, place.loss) for place in self.places])
+        order = np.argsort(logs[:, 0])
+        return float(np.exp(np.interp(0.0, *logs[order].T)))
+
+    @property
+    def summary(self) -> str:
+        """Return in a sentence what the range shows, or the target if there is no range."""
+        if (loss := self.crossing) is None:
+            return self.verdict(self.headline)
+        above, below = self.b.name, self.a.name
+        if self.places[0].multiplier.value < 1:
+            above, below = below, above
+        return (
+            f"The two cross: above a loss of {loss:.4g} {above} needs less compute, below {below}."
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what makes the comparison doubtful, as sentences."""
+        found = []
+        if self.a.made.form is not self.b.made.form:
+            names = f"{self.a.made.form.name} for {self.a.name}, {self.b.made.form.name}"
+            found.append(f"The laws differ: {names} for {self.b.name}.")
+        counts = [side.made.points.convention for side in (self.a, self.b)]
+        if counts[0] != counts[1]:
+            found.append(f"N or C are counted in different ways: {counts[0]}; {counts[1]}.")
+        if not all("loss_definition" in side.made.table for side in (self.a, self.b)):
+            found.append(
+                "The tables don't say what their losses are measured on: the comparison holds only "
+                "if it is the same text and the same tokenizer."
+            )
+        if self.target is not None and self.predictions is not None:
+            losses = [prediction.loss for prediction in self.predictions]
+            if (self.target.multiplier.value > 1) != (losses[1] < losses[0]):
+                better = (self.a, self.b)[losses[1] < losses[0]].name
+                found.append(
+                    f"At the target the laws and the predictions disagree: {better} is predicted "
+                    "the lower loss."
+                )
+            factors = [c / side.ends[1] for c, side in
+                       zip(self.target.flops, (self.a, self.b), strict=True)]  # fmt: skip
+            if max(factors) > 1:
+                far = " and ".join(f"{f:.2g} times {side.name}'s" for f, side in
+                                   zip(factors, (self.a, self.b), strict=True))  # fmt: skip
+                found.append(
+                    f"At the target the compute is {far} most expensive run: there the interval, "
+                    "of resampled fits alone, leaves out the error of the laws themselves."
+                )
+        for side in (self.a, self.b):
+            found += [f"{side.name}: {note}" for note in side.made.notes]
+        return found
+
+    def verdict(self, ratio: Ratio) -> str:
+        """Return in a sentence which side needs less compute, or that it isn't shown."""
+        a, b, level = self.a.name, self.b.name, f"{self.level:.0%}"
+        if ratio.includes_one:
+            return (
+                f"{b} needs {_times(ratio, self.level)} the compute of {a} for the same loss. The "
+                f"{level} interval includes 1: these runs don't show which needs less."
+            )
+        better, worse, own = (b, a, ratio) if ratio.value > 1 else (a, b, inverse(ratio))
+        if own.value == np.inf:
+            return f"By its law, {worse} never reaches that loss; {better} does."
+        ends = f"{own.low:.3g} to {_open(own.high)}"
+        return (
+            f"{better} reaches the same loss with {own.value:.3g} times less compute than {worse} "
+            f"({level}: {ends})."
+        )
+
+
+def _times(ratio: Ratio, level: float) -> str:
+    own = inverse(ratio)
+    return f"{own.value:.3g} times ({level:.0%}: {own.low:.3g} to {_open(own.high)})"
+
+
+def _open(end: float) -> str:
+    return f"{end:.3g}" if np.isfinite(end) else "no upper end"
+
+
+def _with_ends(side: Side, of: Any) -> Array:
+    """Return a function of published parameters for the fit, with both ends, (3, K)."""
+    made = side.made
+    ends = made.replicates.interval(made.job.level, of)
+    return np.vstack((of(made.fit.vector[None]), ends))
+
+
+def compare(tables: Sequence[tuple[str, pd.DataFrame, str]], job: StudyJob) -> Comparison:
+    """Return the comparison of two tables: (name, records, how messages call them) each.
+
+    The first is the reference, A. With both target.parameters and target.tokens all is compared at
+    their D/N, otherwise along the optimum of each law. Raises UserError if the losses are not
+    comparable, if a law can't be fitted, or if the two have no loss in common and no target.
+    """
+    _expect_comparable([table for _, table, _ in tables])
+    t = job.target
+    ratio = t.tokens / t.parameters if t.tokens and t.parameters else None
+    sides = []
+    for i, (name, table, where) in enumerate(tables):
+        made = law_of(table, replace(job, seed=job.seed + i), where)
+        try:
+            if made.form.columns != ("flops",):
+                laws.allocation(made.form, made.fit.vector)
+        except UserError as e:
+            todo = "compare with form=chinchilla, or another law of N and D"
+            raise UserError(f"form={job.form}", e.what, todo) from None
+        c = spent(made.points)
+        least, greatest = np.log(c.min() / BEYOND), np.log(c.max() * BEYOND)
+        own = None if made.form.columns == ("flops",) else ratio
+        path = LossPath(made.form, made.per_token(), own, float(least), float(greatest))
+        sides.append(Side(name, made, path))
+    return Comparison(*sides)
+
+
+def _expect_comparable(tables: Sequence[pd.DataFrame]) -> None:
+    """Raise UserError if the two tables differ in what must be equal for losses to be compared."""
+    for name in HELD:
+        if not all(name in table for table in tables):
+            continue
+        one, other = (sorted(map(str, table[name].dropna().unique())) for table in tables)
+        if one != other and one and other:
+            what = f"losses are not comparable: {name} is {', '.join(one)} and {', '.join(other)}"
+            raise UserError("study compare", what, "compare runs that share it")
+
+
+def as_dict(made: Comparison) -> dict[str, Any]:
+    """Return the comparison as plain values, for JSON; what is 0 or unbounded is None."""
+
+    def ratio(r: Ratio) -> dict[str, Any]:
+        value, low, high = (x if 0 < x < np.inf else None for x in (r.value, r.low, r.high))
+        return {"value": value, "low": low, "high": high, "includes_one": r.includes_one}
+
+    def place(p: Place) -> dict[str, Any]:
+        return {
+            "loss": p.loss, "flops": [c if c < np.inf else None for c in p.flops],
+            "multiplier": ratio(p.multiplier), "loss_ratio": ratio(p.loss_ratio),
+        }  # fmt: skip
+
+    return {
+        "sides": [
+            {"name": s.name, "runs": len(s.made.points), "form": s.made.form.name,
+             "values": s.made.fit.values, "flops": list(s.ends)}
+            for s in (made.a, made.b)
+        ],
+        "level": made.level,
+        "tokens_per_parameter": made.a.path.ratio,
+        "multiplier": ratio(made.headline),
+        "crossing": made.crossing,
+        "mean": None if made.mean is None else ratio(made.mean),
+        "trend": None if made.trend is None else ratio(made.trend),
+        "range": [place(p) for p in made.places],
+        "target": None if made.target is None else place(made.target),
+        "predictions": None if made.predictions is None else [vars(p) for p in made.predictions],
+        "notes": made.notes,
+    }  # fmt: skip

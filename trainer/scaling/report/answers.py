@@ -1,0 +1,99 @@
+"""Prints the answers of `study compare` in the terminal.
+
+Invariant: everything that makes the numbers doubtful is printed with them.
+"""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from forescale.console import table
+from forescale.scaling.analysis.compare import Comparison, Place
+from forescale.scaling.analysis.ratio import Ratio
+
+_SHOWN = 5  # losses of the range that are printed
+
+
+def show_comparison(made: Comparison, console: Console) -> None:
+    """Print the multiplier over the range and at the target, and what makes it doubtful."""
+    for letter, side in (("A", made.a), ("B", made.b)):
+        low, high = side.ends
+        high_loss, low_loss = side.losses
+        verdict = "certified" if side.made.fit.certificate.holds else "[red]not certified[/]"
+        console.print(
+            f"{letter} [bold]{escape(side.name)}[/]: {len(side.made.points)} runs, C {low:.3g} to "
+            f"{high:.3g}, {escape(side.made.form.name)}, {verdict}; along its path the loss falls "
+            f"from {high_loss:.4g} to {low_loss:.4g}",
+            soft_wrap=True,
+        )
+    console.print(path_of(made) + "\n", soft_wrap=True)
+    console.print(_places(made))
+    console.print(
+        "A over B: the compute that A needs for the loss over that of B, the multiplier. Loss of "
+        "B: relative to the loss of A, at A's compute.",
+        soft_wrap=True,
+    )
+    if made.mean is not None:
+        console.print(f"\n[bold]Over the common range[/]: {escape(made.summary)}",
+                      soft_wrap=True)  # fmt: skip
+        if (text := trend_of(made)) is not None:
+            console.print(escape(text), soft_wrap=True)
+    else:
+        console.print("\nNo loss is reached by both within the compute of their runs.")
+    if made.target is not None and made.predictions is not None:
+        console.print(f"[bold]At the target[/]: {escape(made.verdict(made.target.multiplier))}",
+                      soft_wrap=True)  # fmt: skip
+        for side, f in zip((made.a, made.b), made.predictions, strict=True):
+            console.print(
+                f"  {escape(side.name)}, trained with it: loss {f.loss:.4f}, {made.level:.0%} "
+                f"interval {f.outer[0]:.4f} to {f.outer[1]:.4f}",
+                soft_wrap=True,
+            )
+    for note in made.notes:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+
+
+def path_of(made: Comparison) -> str:
+    """Return along which runs the two are compared, as a sentence."""
+    if (ratio := made.a.path.ratio) is not None:
+        return f"Compared at {ratio:.4g} tokens per parameter, those of the target."
+    return "Compared along the compute-optimal runs of each."
+
+
+def trend_of(made: Comparison) -> str | None:
+    """Return whether the multiplier changes with scale, as a sentence; None without a range."""
+    if (trend := made.trend) is None:
+        return None
+    first, last = (place.multiplier.value for place in (made.places[0], made.places[-1]))
+    moves = f"from {first:.3g} at the highest loss to {last:.3g} at the lowest"
+    if trend.includes_one:
+        return f"It goes {moves}; a multiplier that stays the same is inside the interval."
+    return f"It goes {moves}: it changes with scale, so quote it at the scale that you need."
+
+
+def _places(made: Comparison) -> Table:
+    """Return a row for some losses of the range, the mean of all, and the target."""
+    level = f"{made.level:.0%}"
+    names = ("loss", "C of A", "C of B", "A over B", f"{level} low", "high", "loss of B")
+    found = table(*names, f"{level} low", "high", "", left=("",))
+    step = max(1, (len(made.places) - 1) // (_SHOWN - 1))
+    for place in made.places[::step]:
+        found.add_row(*_cells(place), "")
+    if made.mean is not None:
+        found.add_row("", "", "", *_ratio(made.mean), "", "", "", "mean of the range")
+    if made.target is not None:
+        found.add_row(*_cells(made.target), "target")
+    return found
+
+
+def _cells(place: Place) -> list[str]:
+    """Return the cells of one loss: compute, the multiplier, the change of loss at equal C."""
+    losses = place.loss_ratio
+    changes = [f"{x - 1:+.2%}" for x in (losses.value, losses.low, losses.high)]
+    flops = [f"{c:.3g}" for c in place.flops]
+    return [f"{place.loss:.4f}", *flops, *_ratio(place.multiplier), *changes]
+
+
+def _ratio(ratio: Ratio) -> list[str]:
+    high = f"{ratio.high:.3g}" if ratio.high < float("inf") else "-"
+    return [f"{ratio.value:.3g}", f"{ratio.low:.3g}" if ratio.low > 0 else "-", high]
