@@ -1,8 +1,13 @@
 """IsoFLOP analysis: a parabola through the runs of each budget, a power law through the vertices.
 
 Hoffmann et al. 2022 (arXiv 2203.15556), approach 2: the optimal N and D without a law of the loss.
+
+    kept     the runs of a budget near its lowest loss, because loss is no parabola in log N far off
+    vertex   N* at the least of the parabola; D* at N*, by the runs' own line of log D over log N
+    law      N*(C) and D*(C), C as the runs count it
+
 Invariant: a budget whose parabola has no valid vertex is refused with the reason, never repaired;
-the power law uses all the others.
+the power law uses all the others. No convention of C is assumed: C, N and D are those of the runs.
 """
 
 from collections.abc import Sequence
@@ -12,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from forescale.errors import UserError
-from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.points import Array, Points, near_best
 
 SPREAD = 0.05  # greatest spread of compute in a budget; more moves the loss as much as a parabola
 
@@ -21,15 +26,27 @@ SPREAD = 0.05  # greatest spread of compute in a budget; more moves the loss as 
 class Vertex:
     """The vertex of a budget's parabola, loss = floor + bend (log N - log N*)^2.
 
-    budget: FLOPs; runs: their number; parameters, tokens: N* and D*, at the least loss.
+    nominal: the budget as named; budget: the mean C of its runs, FLOPs; runs: the number that the
+    parabola is fitted to; sizes: their least and greatest N; parameters, tokens: N* and D*, at the
+    least loss; path: log D of the runs as a polynomial in log N - log N*, from the highest power
+    down.
     """
 
+    nominal: float
     budget: float
     runs: int
+    sizes: tuple[float, float]
     parameters: float
     tokens: float
     floor: float
     bend: float
+    path: tuple[float, ...]
+
+    def tokens_at(self, parameters: ArrayLike) -> Array:
+        """Return D of runs of this budget with other N, by `path`; inside `sizes` only."""
+        away = np.log(np.asarray(parameters, dtype=float) / self.parameters)
+        found: Array = np.exp(np.polyval(self.path, away))
+        return found
 
 
 @dataclass(frozen=True)
@@ -94,21 +111,23 @@ class IsoFlop:
 def isoflop(
     points: Points,
     budgets: ArrayLike | None = None,
-    per_parameter_token: float = 6.0,
+    near: float | None = None,
     count: int = 2000,
     seed: int = 0,
 ) -> IsoFlop:
-    """Return the isoFLOP analysis of runs.
+    """Return the isoFLOP analysis of runs with N and D.
 
     budgets: the nominal budget of each run, (n,); without it, runs are grouped by their compute,
-    points.flops or else per_parameter_token N D. Raises UserError, with every refusal, if fewer
-    than two budgets have a vertex.
+    points.flops or else 6 N D. near: the parabolas are fitted to the runs that `near_best` keeps,
+    and to the sizes beside the best one. Raises UserError, with every refusal, if fewer than two
+    budgets have a vertex.
     """
-    x, spent = points.log("parameters"), _spent(points, per_parameter_token)
+    x, z, spent = points.log("parameters"), points.log("tokens"), _spent(points)
     groups = _grouped(points, spent, budgets)
     vertices, refusals, fits = [], [], []
     for budget, rows in groups:
-        found = vertex(budget, x[rows], points.loss[rows], spent[rows], per_parameter_token)
+        rows = rows[_kept(x[rows], points.loss[rows], near)]
+        found = vertex(budget, x[rows], z[rows], points.loss[rows], spent[rows])
         if isinstance(found, Refusal):
             refusals.append(found)
         else:
@@ -118,21 +137,32 @@ def isoflop(
         whys = "; ".join(f"{r.budget:.2g} FLOPs: {r.why}" for r in refusals)
         what = f"{len(vertices)} of {len(groups)} budgets have a vertex ({whys})"
         raise UserError(points.where, what, "add runs on both sides of each optimum")
-    c = np.log([v.budget for v in vertices])
+    c, best = np.log([v.budget for v in vertices]), np.log([v.parameters for v in vertices])
     rng = np.random.default_rng(seed)
     drawn = _redrawn(fits, count, rng)
-    laws = []
-    for sign, start in ((1.0, np.zeros_like(c)), (-1.0, c - np.log(per_parameter_token))):
-        y = start + sign * np.log([v.parameters for v in vertices])
-        laws.append(_law(c, y, start + sign * drawn, count, rng))
-    return IsoFlop(tuple(vertices), tuple(refusals), *laws)
+    parameters = _law(c, best, drawn, count, rng)
+    fed = np.stack([np.polyval(v.path, drawn[:, b] - best[b]) for b, v in enumerate(vertices)], 1)
+    tokens = _law(c, np.log([v.tokens for v in vertices]), fed, count, rng)
+    return IsoFlop(tuple(vertices), tuple(refusals), parameters, tokens)
 
 
-def _spent(points: Points, per: float) -> Array:
+def _spent(points: Points) -> Array:
     if points.flops is not None:
         return points.flops
-    found: Array = per * np.exp(points.log("parameters") + points.log("tokens"))
+    found: Array = 6 * np.exp(points.log("parameters") + points.log("tokens"))
     return found
+
+
+def _kept(x: Array, loss: Array, near: float | None) -> Array:
+    """Return the mask of the runs of one budget that its parabola is fitted to, (m,).
+
+    A parabola needs runs on both sides: the sizes beside the best one are kept at any distance.
+    """
+    kept = near_best(loss, np.zeros_like(loss), near)
+    sizes = np.unique(x)
+    best = int(np.searchsorted(sizes, x[np.argmin(loss)]))
+    beside: Array = kept | np.isin(x, sizes[max(0, best - 1) : best + 2])
+    return beside
 
 
 def _grouped(points: Points, spent: Array, budgets: ArrayLike | None) -> list[tuple[float, Array]]:
@@ -146,8 +176,11 @@ def _grouped(points: Points, spent: Array, budgets: ArrayLike | None) -> list[tu
     return [(float(np.exp(np.log(spent[r]).mean())), r) for r in np.split(order, breaks)]
 
 
-def vertex(budget: float, x: Array, loss: Array, spent: Array, per: float) -> Vertex | Refusal:
-    """Return the vertex of one budget, or the refusal. x: log N; x, loss, spent: (m,)."""
+def vertex(budget: float, x: Array, z: Array, loss: Array, spent: Array) -> Vertex | Refusal:
+    """Return the vertex of one budget, or the refusal.
+
+    budget: as named; x, z: log N and log D; spent: C, FLOPs; all but the budget: (m,).
+    """
 
     def no(why: str) -> Refusal:
         return Refusal(budget, len(x), why)
@@ -155,20 +188,28 @@ def vertex(budget: float, x: Array, loss: Array, spent: Array, per: float) -> Ve
     low, high = float(spent.min()), float(spent.max())
     if high > low * (1 + SPREAD):
         return no(f"its runs range from {low:.3g} to {high:.3g} FLOPs, which is not one budget")
-    if len(np.unique(x)) < 3:
-        return no(f"{len(np.unique(x))} sizes don't determine a parabola")
+    if (sizes := len(np.unique(x))) < 3:
+        return no(f"{sizes} sizes don't determine a parabola")
     bend, slope, level = _parabola(x - x.mean(), loss[None])[0]
     if not bend > 1e-12 * np.abs(loss).max():
         return no("its parabola has no minimum")
-    at = -slope / (2 * bend)
-    n = float(np.exp(at + x.mean()))
-    if not x.min() <= at + x.mean() <= x.max():
-        where = "below" if at < 0 else "above"
+    at = float(x.mean() - slope / (2 * bend))
+    n = float(np.exp(at))
+    if not x.min() <= at <= x.max():
+        where = "below" if at < x.mean() else "above"
         return no(f"the vertex, at {n:.3g} parameters, is {where} all of its sizes")
-    if len(best := np.flatnonzero(loss == loss.min())) and x[best[0]] in (x.min(), x.max()):
+    if x[np.argmin(loss)] in (x.min(), x.max()):
         return no("the lowest loss is at its smallest or largest size")
-    mean = float(np.exp(np.log(spent).mean()))
-    return Vertex(mean, len(x), n, mean / (per * n), level - slope**2 / (4 * bend), float(bend))
+    path = np.polyfit(x - at, z, 2 if sizes > 3 else 1)  # C/ND may change with N
+    return Vertex(
+        budget, float(np.exp(np.log(spent).mean())), len(x), _ends(np.exp(x)), n,
+        float(np.exp(path[-1])), float(level - slope**2 / (4 * bend)), float(bend),
+        tuple(map(float, path)),
+    )  # fmt: skip
+
+
+def _ends(values: Array) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
 
 
 def _parabola(x: Array, loss: Array) -> Array:

@@ -248,9 +248,9 @@ def optimum(table: pd.DataFrame, job: StudyJob) -> Callable[[float], float]:
     size, cost = fitted[f"parameters_{job.size}"], fitted[f"flops_{job.cost}"]
     found = dict[float, float]()
     for budget, own in fitted.groupby("budget"):
-        n = np.log(size[own.index].to_numpy(dtype=float))
+        n, d = (np.log(c[own.index].to_numpy(dtype=float)) for c in (size, own["tokens"]))
         losses, spent = own["loss"].to_numpy(), cost[own.index].to_numpy()
-        at = vertex(float(budget), n, losses, spent, 6.0)
+        at = vertex(float(budget), n, d, losses, spent)
         found[float(budget)] = (
             at.parameters if isinstance(at, Vertex) else float(np.exp(n[np.argmin(losses)]))
         )

@@ -1,6 +1,7 @@
-"""Parabolas through the runs of a budget: exact, noisy and refused ones."""
+"""Parabolas through the runs of a budget: exact, noisy, refused, and those of public runs."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from forescale.errors import UserError
@@ -35,6 +36,80 @@ def test_the_law_of_exact_parabolas_is_recovered():
     assert found.vertices[0].bend == pytest.approx(0.05)
     assert not found.refusals
     assert found.parameters(1e24) == pytest.approx(1e11)
+
+
+@pytest.mark.parametrize("near", [None, 0.01])
+def test_the_best_tokens_are_those_of_the_runs_however_compute_is_counted(near):
+    own, C = runs(np.linspace(-1.0, 1.7, 6))
+    per = 9 * (own["parameters"] / 1e9) ** 0.1  # C / (N D) grows with N
+    own["tokens"] = C / (per * own["parameters"])
+    found = isoflop(Points(**own, flops=C), C, near=near)
+    best = np.array([0.1 * b**0.5 for b in BUDGETS])
+    assert [v.parameters for v in found.vertices] == pytest.approx(best, rel=1e-6)
+    tokens = BUDGETS / (9 * (best / 1e9) ** 0.1 * best)
+    assert [v.tokens for v in found.vertices] == pytest.approx(tokens, rel=1e-6)
+    assert found.tokens.a == pytest.approx(1 - 1.1 * 0.5)
+    v = found.vertices[0]
+    assert v.tokens_at(own["parameters"][:6]) == pytest.approx(own["tokens"][:6])
+
+
+def test_rounded_budgets_change_no_law():
+    own, C = runs()
+    own["tokens"] *= np.repeat([1.04, 0.97, 1.02, 0.96], len(EVEN))
+    exact = isoflop(Points(**own), C * np.repeat([1.04, 0.97, 1.02, 0.96], len(EVEN)))
+    named = isoflop(Points(**own), C)
+    assert named.parameters.a == exact.parameters.a
+    assert named.tokens.k == exact.tokens.k
+    assert [v.nominal for v in named.vertices] == list(BUDGETS)
+    assert [v.budget for v in named.vertices] == pytest.approx(
+        BUDGETS * np.array([1.04, 0.97, 1.02, 0.96])
+    )
+
+
+def test_runs_far_from_the_optimum_dont_bend_the_parabolas_of_near():
+    """The loss rises as a power law on one side: no parabola of log N."""
+    offsets = np.linspace(-2.5, 2.5, 11)
+    own, C = runs(offsets)
+    steep = np.tile(np.where(offsets < -1, -offsets - 1, 0), len(BUDGETS))
+    own["loss"] += 0.5 * steep**3 * (C / 1e19) ** 0.1  # the more, the larger the budget
+    far, close = (isoflop(Points(**own), C, near=near) for near in (None, 0.02))
+    assert abs(close.parameters.a - 0.5) < 0.001 < abs(far.parameters.a - 0.5)
+    assert close.vertices[0].runs < far.vertices[0].runs == 11
+    assert close.vertices[0].sizes[0] > far.vertices[0].sizes[0]
+
+
+def test_the_sizes_beside_the_best_are_kept_at_any_distance():
+    """All but the smallest size are near: a parabola without it would have no left side."""
+    offsets = np.array([-1.0, 0.1, 0.2, 0.3, 0.4])
+    own, C = runs(offsets)
+    own["loss"][offsets.size * np.arange(4)] *= 1.5
+    own["loss"] += np.tile([0, 0, 0.01, 0.02, 0.03], 4)
+    found = isoflop(Points(**own), C, near=0.02)
+    assert not found.refusals
+    assert [v.runs for v in found.vertices] == [5] * 4
+
+
+PUBLISHED = {  # exponents of N* of Porian et al. 2024 and of the Llama 3 paper
+    "porian_owt2_long_kaplan_count": 0.864,
+    "porian_owt2_long": 0.699,
+    "porian_owt2_short": 0.603,
+    "porian_owt2_cosine": 0.574,
+    "porian_owt2_tuned": 0.518,
+    "llama3": 1 - 0.537,
+}
+
+
+def test_published_exponents_are_met_nearer_the_optimum(published):
+    def errors(near):
+        for name, a in PUBLISHED.items():
+            t = pd.read_csv(published / "backtest" / f"{name}.csv")
+            columns = {k: t[k].to_numpy() for k in ("loss", "parameters", "tokens", "flops")}
+            law = isoflop(Points(**columns), t["budget"], near, count=200).parameters
+            yield abs(law.a - a), np.diff(law.interval(0.9)[:, 1])[0]
+
+    close, far = (np.mean(list(errors(near)), axis=0) for near in (0.04, None))
+    assert close[0] < 0.01 < far[0]
+    assert close[1] < 0.04 < 0.08 < far[1]
 
 
 def test_runs_are_grouped_by_compute_without_budgets():
