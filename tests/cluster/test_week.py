@@ -45,7 +45,7 @@ class Week:
             return
         job = self.chance.choice(running)
         node = self.lab.show(job.id).get("BatchHost", "")
-        with suppress(AssertionError, ProcessLookupError, ValueError):  # it has ended just now
+        with suppress(AssertionError, LookupError, ProcessLookupError, ValueError):  # just over
             getattr(self, fault)(job, node)
             self.told.append(f"{fault}: {job.name} on {node}, step {job.step}")
 
@@ -60,6 +60,7 @@ class Week:
         self.lab.run(*words, cwd=self.folder)
 
     def kill(self, job: Job, node: str) -> None:
+        # LookupError: no rank is there, between two attempts
         os.kill(self.chance.choice(self.lab.pids(node, RANK)), signal.SIGKILL)
 
     def slurmd(self, job: Job, node: str) -> None:
