@@ -38,7 +38,8 @@ ALLOWED = {
     "plan": "models config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
-    "scaling.config": "config",
+    "scaling.actions": "config",
+    "scaling.config": "config scaling.actions",
     "scaling.fitting": "",
     "scaling.records": "models config data run resilience monitor scaling.fitting",
     "scaling.analysis": "run scaling.config scaling.fitting scaling.records",
@@ -54,8 +55,8 @@ ALLOWED = {
     ),
     "verbs": (
         "config data engine run resilience checkpoint monitor train drill inference plan slurm "
-        "scaling.config scaling.records scaling.analysis scaling.design scaling.study "
-        "scaling.report"
+        "scaling.actions scaling.config scaling.records scaling.analysis scaling.design "
+        "scaling.study scaling.report"
     ),
     "cli": "config run verbs",
     "__init__": "data inference",

@@ -1,6 +1,6 @@
 """`forescale study ACTION`: train runs by a plan, fit a scaling law, predict a bigger run.
 
-Invariant: an action gets only keys that it reads (scaling/config.py, ACTIONS); any other key is
+Invariant: an action gets only keys that it reads (scaling/actions.py); any other key is
 refused.
 """
 
@@ -22,12 +22,13 @@ from forescale.config.train import TrainJob
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.progress import shown
+from forescale.scaling.actions import ACTIONS
 from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.export import as_dict
 from forescale.scaling.analysis.forecast import read_forecasts, score, write_forecast
 from forescale.scaling.analysis.selection import law_of
-from forescale.scaling.config import ACTIONS, StudyJob
+from forescale.scaling.config import StudyJob
 from forescale.scaling.design import planning
 from forescale.scaling.design.next_runs import candidates_of, recommend
 from forescale.scaling.design.next_runs import show as show_next_runs
@@ -309,7 +310,7 @@ _OF_STUDY: dict[str, Callable[[StudyJob], int]] = {
 }  # fmt: skip
 # These actions read the input in a way of their own.
 _OF_INPUT: dict[str, Callable[[StudyJob], int]] = {
-    "backtest": _backtest, "compare": questions.compare_groups,
+    "backtest": _backtest, "compare": questions.compare_groups, "tasks": questions.predict_tasks,
 }  # fmt: skip
 _OF_RECORDS: dict[str, Callable[[StudyJob, pd.DataFrame, str], int]] = {
     "next": _next, "fit": _fit, "report": _report, "predict": _predict, "score": _score,

@@ -11,15 +11,16 @@ from typing import Any
 
 from forescale.console import open_console
 from forescale.errors import DONE
-from forescale.scaling.analysis.compare import as_dict, compare
+from forescale.scaling.analysis import compare, tasks
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.answers import show_comparison
+from forescale.scaling.report.answers import show_comparison, show_tasks
 from forescale.scaling.study.groups import read_groups
+from forescale.scaling.study.tasks import read_tasks
 
 
 def compare_groups(job: StudyJob) -> int:
     """Compare two groups of runs; with `to`, also write the picture."""
-    made = compare(read_groups(job), job)
+    made = compare.compare(read_groups(job), job)
     if job.to:
         from forescale.scaling.report.compare import write  # plotly and matplotlib are slow
 
@@ -28,8 +29,17 @@ def compare_groups(job: StudyJob) -> int:
         for written in write(made, path, ["forescale", *sys.argv[1:]]):
             print(written, file=sys.stderr)
     if job.json:
-        return _print(as_dict(made))
+        return _print(compare.as_dict(made))
     show_comparison(made, open_console())
+    return DONE
+
+
+def predict_tasks(job: StudyJob) -> int:
+    """Fit the link from loss to accuracy of each task, and predict the target's metrics."""
+    found = tasks.fit_tasks(read_tasks(job), job)
+    if job.json:
+        return _print(tasks.as_dict(found))
+    show_tasks(found, open_console())
     return DONE
 
 
