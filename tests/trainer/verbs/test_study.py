@@ -48,9 +48,9 @@ def test_a_fit_of_noiseless_runs_recovers_the_law(fit):
     assert found["prediction"]["extrapolation_factor"] == pytest.approx(10)
     n, d = found["prediction"]["parameters"], found["prediction"]["tokens"]
     assert 6 * n * d == pytest.approx(1e22)
-    assert found["prediction"]["loss"] == pytest.approx(
-        TRUTH["E"] + TRUTH["A"] / n ** TRUTH["alpha"] + TRUTH["B"] / d ** TRUTH["beta"], rel=1e-8
-    )
+    want = TRUTH["E"] + TRUTH["A"] / n ** TRUTH["alpha"] + TRUTH["B"] / d ** TRUTH["beta"]
+    assert found["prediction"]["law"] == pytest.approx(want, rel=1e-8)
+    assert found["prediction"]["loss"] == pytest.approx(want, rel=0.02)
     assert found["allocation"][0] == pytest.approx(0.37 / 0.72, rel=1e-5)
 
 
@@ -63,7 +63,8 @@ def test_the_output_has_the_law_its_uncertainty_and_its_doubts(fit):
     assert re.search(
         r"Prediction for N 1e\+10, D 2e\+11, 12 times .*: loss 2\.\d+; 50% interval 2\.", out
     )
-    assert "per decade comes from a prior alone; resampling alone" in out, "one backtest"
+    assert "the widths come from the errors of 3 earlier forecasts" in out
+    assert "Backtest, one budget ahead, once: predictions by level were off by" in out
     assert re.search(r"^ +3 +\d+ +10 to 10 x +\d\.\d+%", out, re.MULTILINE), out
     assert "Most influential runs: run " in out
 
@@ -101,7 +102,7 @@ def test_diverged_runs_are_left_out_with_a_note(fit):
     table.loc[3, "loss"] = np.nan
     code, out, _ = fit(table)
     assert code == 0
-    assert "Note: 1 diverged runs are left out: their loss is not finite." in out
+    assert "note: 1 diverged runs are left out: their loss is not finite." in out
 
 
 @pytest.mark.slow  # a fit of its own

@@ -37,9 +37,10 @@ def skill_lines(found: Sequence[Scores]) -> list[str]:
         if mine is None or line is None:
             continue
         held = mine.coverage[MINIMA]
+        times = f"{mine.count} times" if mine.count > 1 else "once"
         said.append(
-            f"Backtest, {words} ahead, {mine.count} times: predictions by {mine.method} were off "
-            f"by {mine.median:.2%} (median; mean {mine.bias:+.2%}) at the lowest loss of a budget, "
+            f"Backtest, {words} ahead, {times}: predictions by {mine.method} were off by "
+            f"{mine.median:.2%} (median; mean {mine.bias:+.2%}) at the lowest loss of a budget, "
             f"a straight line through the last two budgets by {line.median:.2%} (skill "
             f"{mine.skill[LINE]:+.2f}); {round(held.outer * held.count)} of {held.count} were "
             "inside the 90% interval."
