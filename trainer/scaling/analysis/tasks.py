@@ -10,7 +10,7 @@ the loss, the resampled fits of the link, and the scatter of runs around it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -95,7 +95,8 @@ class TaskFit:
         weights = drawn[:, groups]
         if self.ideal:
             weights = np.column_stack((weights, np.ones(len(weights))))
-        return bootstrap.replicates(self.link, weights=weights)
+            groups = np.append(groups, count)
+        return replace(bootstrap.replicates(self.link, weights=weights), groups=groups)
 
     @cached_property
     def residuals(self) -> Array:
