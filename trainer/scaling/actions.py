@@ -94,6 +94,14 @@ ACTIONS = {
             "study tasks runs.csv checkpoints.csv tasks='{arc: acc_arc}'   (step 2 by checkpoints)",
         ),
     ),
+    "rates": Action(
+        "Fit how the best learning rate and batch depend on N and D, from a table of sweeps.",
+        (*_STUDY, *_RUNS, "size", "cost", "level", *_TARGET, "against", "json"),
+        (
+            "study rates sweeps.csv target.parameters=7e9 target.tokens=1e12",
+            "study rates 'runs/*' against=[flops] target.flops=1e21",
+        ),
+    ),
     "backtest": Action(
         "Judge forecasts by finished studies: what each method would have said, and how far off.",
         (*_STUDY, *_RUNS, "form", "size", "cost", "delta", "near", "json"),

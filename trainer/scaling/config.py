@@ -169,6 +169,9 @@ class StudyJob(Job):
         "sigmoid",
         "the law from a loss to the accuracy; exponential: Err = epsilon - k exp(-gamma L)",
     )
+    against: list[Literal["parameters", "tokens", "flops"]] = key(
+        [], "what the laws of `rates` depend on; []: N and D, as far as the sweeps tell them apart"
+    )
     form: LawName = key(
         "chinchilla",
         "the law to fit; auto: the one with the lowest backtest error near the target's "

@@ -1,4 +1,4 @@
-"""Prints the answers of `study compare` and `study tasks` in the terminal.
+"""Prints the answers of `study compare`, `study tasks` and `study rates` in the terminal.
 
 Invariant: everything that makes the numbers doubtful is printed with them.
 """
@@ -13,6 +13,7 @@ from forescale.console import table
 from forescale.scaling.analysis.compare import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.tasks import TaskFit
+from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaw, RateLaws
 
 _SHOWN = 5  # losses of the range that are printed
 
@@ -144,4 +145,46 @@ def _predicted_tasks(found: Sequence[TaskFit], level: str) -> Table:
             spans = (f"{a:.1%} to {b:.1%}" for a, b in (p.inner, p.outer))
             loss = (f"{p.loss.loss:.4f}", f"{low:.4f} to {high:.4f}")
             made.add_row(escape(one.task.name), *loss, f"{p.value:.1%}", *spans)
+    return made
+
+
+def show_rates(made: RateLaws, console: Console, where: str) -> None:
+    """Print the laws of the best learning rate and batch, their values for the target, refusals."""
+    console.print(f"[bold]{escape(where)}[/]: {len(made.optima)} sweeps with an optimum inside")
+    console.print()
+    level = f"{made.job.level:.0%}"
+    console.print(_rate_laws([law for law in (made.rate, made.batch) if law], made.job.level))
+    if made.cost is not None:
+        console.print(
+            f"At twice the best learning rate the loss is {made.cost:.2%} higher (median)."
+        )
+    for what, (value, low, high) in made.target.items():
+        unit = " tokens" if what == BATCH else ""
+        console.print(
+            f"[bold]For the target[/]: best {what} {value:.3g}{unit}, {level} interval "
+            f"{low:.3g} to {high:.3g}",
+            soft_wrap=True,
+        )
+    for one in made.refused:
+        console.print(
+            f"  no optimum at N {one.at['parameters']:.3g}, D {one.at['tokens']:.3g}: {one.why}",
+            soft_wrap=True,
+        )
+    for note in made.notes:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+
+
+def _rate_laws(laws: Sequence[RateLaw], level: float) -> Table:
+    """Return a row for each law: its coefficient and its exponents with intervals."""
+    names = [f"exponent of {SYMBOLS[c]}" for c in laws[0].columns]
+    ends = [column for name in names for column in (name, f"{level:.0%} interval")]
+    made = table("best", "sweeps", "k", *ends, "scatter", left=("best",))
+    for law in laws:
+        cells = [
+            cell
+            for value, low, high in law.exponents(level).values()
+            for cell in (f"{value:.3f}", f"{low:.3f} to {high:.3f}")
+        ]
+        count = str(law.freedom + len(law.columns) + 1)
+        made.add_row(law.what, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
     return made

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from forescale.console import open_console
 from forescale.errors import DONE
 from forescale.scaling.analysis import compare, tasks
 from forescale.scaling.config import StudyJob
-from forescale.scaling.report.answers import show_comparison, show_tasks
+from forescale.scaling.design import rate_laws
+from forescale.scaling.report.answers import show_comparison, show_rates, show_tasks
 from forescale.scaling.study.groups import read_groups
 from forescale.scaling.study.tasks import read_tasks
 
@@ -40,6 +43,15 @@ def predict_tasks(job: StudyJob) -> int:
     if job.json:
         return _print(tasks.as_dict(found))
     show_tasks(found, open_console())
+    return DONE
+
+
+def fit_rates(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """Fit the laws of the best learning rate and batch, and give both for the target."""
+    made = rate_laws.rate_laws(table, job, where)
+    if job.json:
+        return _print(rate_laws.as_dict(made))
+    show_rates(made, open_console(), where)
     return DONE
 
 
