@@ -3,7 +3,8 @@
     origin     the first k budgets of a table, three or more; each method knows their runs alone
     forecasts  the lowest loss of the next budget and of the one after, and each of their runs
     methods    "level" (fitting/forecaster.py); "law", as `study fit` fits and calibrates it; and
-               rivals without intervals: "line", "L(C)" (rivals.py), "last minimum"
+               rivals with intervals by their own earlier errors: "line", "L(C)" (rivals.py),
+               "last minimum"
     scores     by method and budgets ahead, for every table and pooled over all
 
 Invariant: no forecast, interval or calibration at an origin reads a loss beyond it. Errors are log
@@ -24,7 +25,13 @@ from forescale.scaling.analysis.rivals import FRONTIER, LINE, rivals
 from forescale.scaling.analysis.tables import with_tokens
 from forescale.scaling.config import StudyJob
 from forescale.scaling.fitting import laws
-from forescale.scaling.fitting.backtest import CalibratedLaw, laws_of_origins, spent
+from forescale.scaling.fitting.backtest import (
+    BELIEF,
+    CalibratedLaw,
+    Discrepancy,
+    laws_of_origins,
+    spent,
+)
 from forescale.scaling.fitting.forecaster import Forecaster, forecasters
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
@@ -112,10 +119,16 @@ class _Law:
 
 @dataclass(frozen=True)
 class _Rival:
+    """loss: from a budget to its lowest loss; last: the last known budget; doubt: what the errors
+    of the same rival at earlier origins show."""
+
     loss: Callable[[float], float]
+    last: float
+    doubt: Discrepancy
 
     def minimum(self, budget: float) -> Predicted:
-        return Predicted(np.log([self.loss(budget)]), np.full(1, np.nan), 1.0)
+        deviation = self.doubt.per_decade * np.log10([budget / self.last])
+        return Predicted(np.log([self.loss(budget)]), deviation, BELIEF + self.doubt.origins)
 
     def of_runs(self, later: Points, budget: float) -> None:
         return None
@@ -140,10 +153,18 @@ def _laws(one: Finished, job: StudyJob) -> Iterator[tuple[int, Method]]:
 def _rivals(one: Finished) -> Iterator[tuple[int, str, Method]]:
     distinct = np.unique(one.budgets)
     lowest = np.array([one.points.loss[one.budgets == c].min() for c in distinct])
-    for k in range(_LEAST, len(distinct)):
-        for name, loss in rivals(distinct[:k], lowest[:k]).items():
-            yield k, name, _Rival(loss)
-        yield k, LAST, _Rival(_constant(float(lowest[k - 1])))
+    seen: dict[str, list[tuple[int, Callable[[float], float]]]] = {name: [] for name in RIVALS}
+    for k in range(_LEAST - 1, len(distinct)):
+        found = rivals(distinct[:k], lowest[:k]) | {LAST: _constant(float(lowest[k - 1]))}
+        for name, loss in found.items():
+            errors = [
+                abs(np.log(old(distinct[j]) / lowest[j])) / np.log10(distinct[j] / distinct[i - 1])
+                for i, old in seen[name]
+                for j in range(i, min(i + len(AHEAD), k))
+            ]
+            seen[name].append((k, loss))
+            if k >= _LEAST:
+                yield k, name, _Rival(loss, distinct[k - 1], Discrepancy().after(errors))
 
 
 def _constant(loss: float) -> Callable[[float], float]:
@@ -269,7 +290,9 @@ def _scores(name: str | None, method: str, ahead: int, rows: pd.DataFrame) -> Sc
         float(own["error"].abs().median()),
         float(own["error"].mean()),
         None if np.isnan(mark) else mark,
-        {} if np.isnan(mark) else {g: _coverage(mine[mine["group"] == g]) for g in GROUPS},
+        {} if np.isnan(mark) else {
+            g: _coverage(each) for g in GROUPS if len(each := mine[mine["group"] == g])
+        },
         {rival: _skill(errors[[method, rival]].dropna().abs().mean().to_numpy())
          for rival in RIVALS if rival in errors and rival != method},
     )  # fmt: skip

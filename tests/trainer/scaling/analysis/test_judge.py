@@ -1,5 +1,7 @@
 """The judge of forecasts: every method at every origin, with nothing known beyond it."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -106,6 +108,19 @@ def test_skill_compares_the_origins_that_both_methods_forecast():
     assert one.skill[FRONTIER] == pytest.approx(1 - both[LEVEL] / both[FRONTIER])
 
 
+def test_a_rival_is_as_sure_as_its_own_earlier_errors_allow():
+    """A line is exact on one half of a table and bends on the other, so that its interval grows."""
+    x = np.log10(np.geomspace(1e18, 1e21, 7) / 1e18)
+    bends = np.maximum(0, x - 1.5) ** 2
+    rows = table(noise=0, budgets=np.geomspace(1e18, 1e21, 7))
+    lowest = rows.groupby("budget").loss.transform("min")
+    level = np.exp(-0.1 * x + 0.2 * bends)[rows.budget.rank(method="dense").astype(int) - 1]
+    found = judged(rows.assign(loss=rows.loss / lowest * level), (LINE,))
+    own = found[found.ahead == 1].set_index("origin")
+    assert own.error[3] == pytest.approx(0, abs=1e-9)
+    assert own.outer[4] < own.outer[3] < own.outer[6]
+
+
 def test_tables_are_scored_together_and_apart():
     job = StudyJob()
     studies = [finished(table(n), job, name) for n, name in ((0.003, "a"), (0.01, "b"))]
@@ -118,7 +133,7 @@ def test_tables_are_scored_together_and_apart():
 
 def test_the_scores_for_programs_have_no_nan():
     one = scores(judged(table()))
-    assert as_dict(one)["scores"][1]["interval_score"] is None
+    assert "NaN" not in json.dumps(as_dict(one))
     assert as_dict(one)["scores"][0]["coverage"][MINIMA]["count"] == 2
 
 
