@@ -14,6 +14,9 @@ from forescale.run.directory import Attempt, Run
 from forescale.run.rows import read_rows
 from tests.cluster.lab import Lab
 
+# The rarer faults, and more runs, are tested too.
+ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
+
 # A constant learning rate, so that a short run is the beginning of a long one; steps of some 60 ms.
 KEYS = {
     "machine": "cpu",

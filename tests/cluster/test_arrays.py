@@ -2,16 +2,14 @@
 nothing come to an end."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.lab import Lab
-from tests.cluster.submitted import Fault, Job, tell
+from tests.cluster.submitted import ALL, Fault, Job, tell
 
 pytestmark = pytest.mark.timeout(900)
-ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from forescale.run.rows import read_rows
 from tests.cluster.lab import Lab
-from tests.cluster.submitted import Job
+from tests.cluster.submitted import ALL, Job
 from tests.trainer.test_stranger import hostile
 
 
@@ -97,7 +97,7 @@ def test_an_array_with_a_throttle(job, lab):
     lines = "".join(
         f"r{i} train.seed={i} optimizer.learning_rate={i + 1}e-3\n" for i in range(count)
     )
-    (job.root.parent / "sweep.txt").write_text(lines)
+    (job.root.parent / "sweep.txt").write_text("".join(words))
     job.name = "r0"
     keys = {"slurm.runs": "sweep.txt", "slurm.at_once": "2", "slurm.nodes": "1"}
     job.submit(**keys, **{"train.steps": "12", "slurm.allreduce": "false"})

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import Lab
-from tests.cluster.submitted import Job
+from tests.cluster.submitted import ALL, Job
 
-ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
 more = pytest.mark.skipif(not ALL, reason="one of those that FORESCALE_CLUSTER=all adds")
 CGROUP = Path("/sys/fs/cgroup/memory")
 

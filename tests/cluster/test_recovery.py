@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import Lab
-from tests.cluster.submitted import Fault, Job, tell
+from tests.cluster.submitted import ALL, Fault, Job, tell
 
 # The first one trains the undisturbed run too; each wait has a limit of its own.
 pytestmark = pytest.mark.timeout(900)
-ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
 more = pytest.mark.skipif(not ALL, reason="one of the faults that FORESCALE_CLUSTER=all adds")
 LONGEST = 600  # steps
 LIMITS = 3 if ALL else 1  # times that a run meets its time limit

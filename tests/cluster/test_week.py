@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.lab import Lab
-from tests.cluster.submitted import Job
+from tests.cluster.submitted import ALL, Job
 from tests.cluster.test_arrays import submit_array
 
-ALL = os.environ.get("FORESCALE_CLUSTER") == "all"
 ALONE, OF_ARRAY, FAULTS = (8, 12, 24) if ALL else (2, 4, 6)
 RANK = "forescale.slurm.rank"
 STEPS = 120
