@@ -94,10 +94,8 @@ def test_a_users_fault_is_not_tried_again(job):
 def test_an_array_with_a_throttle(job, lab):
     count = 8 if ALL else 4
     job.root.parent.mkdir(exist_ok=True)
-    lines = "".join(
-        f"r{i} train.seed={i} optimizer.learning_rate={i + 1}e-3\n" for i in range(count)
-    )
-    (job.root.parent / "sweep.txt").write_text("".join(words))
+    lines = (f"r{i} train.seed={i} optimizer.learning_rate={i + 1}e-3\n" for i in range(count))
+    (job.root.parent / "sweep.txt").write_text("".join(lines))
     job.name = "r0"
     keys = {"slurm.runs": "sweep.txt", "slurm.at_once": "2", "slurm.nodes": "1"}
     job.submit(**keys, **{"train.steps": "12", "slurm.allreduce": "false"})
