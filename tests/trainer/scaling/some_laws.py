@@ -29,3 +29,10 @@ def certify(form, points, values, objective=None, weights=None) -> tuple[float, 
     measure = certified if task.goal.delta == 0 else measured
     one = measure(task, np.log(points.loss)[None], w, np.clip(theta, task.low, task.high))
     return float(one.value[0]), certificate_of(task, one)
+
+
+def sizes(n: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """N and D of n runs over two or three decades each."""
+    rng = np.random.default_rng(seed)
+    N, D = np.exp(rng.uniform(np.log([[1e7], [1e9]]), np.log([[1e10], [1e12]]), (2, n)))
+    return {"parameters": N, "tokens": D}

@@ -6,7 +6,8 @@
     leave_one_out  leave out each run in turn: its influence on the fit
     interval       percentiles of the replicates, corrected for bias, skewness and few runs
 
-All but `residuals` are weights on the same runs, so that one batched solve suffices.
+All but `residuals` are weights on the same runs, so that batched solves suffice. At most four
+million weights are in memory at once, so that memory doesn't grow with the square of the runs.
 Invariant: a replicate that reached no minimum is kept and counted as uncertified, never dropped.
 """
 
@@ -22,10 +23,14 @@ from scipy.stats import norm, t
 from forescale.errors import UserError
 from forescale.scaling.fitting.fit import Fit, polish, starts
 from forescale.scaling.fitting.newton import TOLERANCE, Solved, join
+from forescale.scaling.fitting.objective import curvatures, local
 from forescale.scaling.fitting.points import Array
 
 COUNT = 4000
 _MINIMA = 3  # of the fit, that replicates start from
+_WEIGHTS = 1 << 22  # runs times replicates that are in memory at once
+_REFITS = 1000  # runs, or groups of them, that are left out by a refit each
+_SMOOTH = 1e-3  # delta of Huber's function that stands for least absolute deviations in one step
 
 
 @dataclass(frozen=True)
@@ -63,20 +68,26 @@ class Replicates:
 
     @cached_property
     def _drawn(self) -> Array:
-        """Return the mask of each group's runs, (G, n), for groups with a weight."""
-        groups = np.arange(len(self.fit.points)) if self.groups is None else self.groups
-        found: Array = groups == np.unique(groups[self.fit.weights > 0])[:, None]
+        """Return the groups with a weight, (G,)."""
+        found: Array = np.unique(self._groups[self.fit.weights > 0])
         return found
+
+    @property
+    def _groups(self) -> Array:
+        return np.arange(len(self.fit.points)) if self.groups is None else self.groups
 
     @cached_property
     def without(self) -> Array:
         """Return the published parameters of the fits without one group, (G, p) at most.
 
-        A group without which the others don't determine the parameters has no row.
+        A group without which the others don't determine the parameters has no row. Of more than a
+        thousand groups, each is left out by one Newton step.
         """
         if len(self._drawn) <= self.fit.form.size:
             return self.values[:0]
-        found = replicates(self.fit, weights=~self._drawn)
+        if len(self._drawn) > _REFITS:
+            return _without_by_a_step(self.fit, self._groups)[self._drawn]
+        found = _left_out(self.fit, self._groups, self._drawn)
         values: Array = found.values[found.certified]
         return values
 
@@ -152,9 +163,12 @@ def clusters(
     if place.shape != (len(fit.points),) or len(names) < 2:
         what = f"{len(place)} runs in {len(names)} groups, for a fit of {len(fit.points)} runs"
         raise UserError("groups", what, "name the trunk of each run; there must be two or more")
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count)
-    return replace(replicates(fit, weights=drawn[:, place]), groups=place)
+    rng, equal = np.random.default_rng(seed), np.full(len(names), 1 / len(names))
+    parts = [
+        replicates(fit, weights=rng.multinomial(len(names), equal, size=part)[:, place])
+        for part in _parts(fit, count)
+    ]
+    return replace(_joined(parts), groups=place)
 
 
 def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
@@ -165,23 +179,73 @@ def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
     """
     kept = fit.residuals[fit.weights > 0]
     kept = (kept - kept.mean()) / np.sqrt(max(1, len(kept) - fit.form.size) / len(kept))
-    drawn = np.random.default_rng(seed).integers(len(kept), size=(count, len(fit.points)))
+    rng, n = np.random.default_rng(seed), len(fit.points)
     fitted = np.log(fit.points.loss) - fit.residuals
-    return replicates(fit, losses=np.exp(fitted + kept[drawn]))
+    parts = [
+        replicates(fit, losses=np.exp(fitted + kept[rng.integers(len(kept), size=(part, n))]))
+        for part in _parts(fit, count)
+    ]
+    return _joined(parts)
+
+
+def _parts(fit: Fit, count: int) -> list[int]:
+    """Return the numbers of replicates that are made at a time, `count` together."""
+    size = max(1, _WEIGHTS // len(fit.points))
+    return [min(size, count - i) for i in range(0, count, size)]
+
+
+def _joined(parts: Sequence[Replicates]) -> Replicates:
+    """Return the replicates of all parts, in their order."""
+    names = ("values", "objective", "gradient", "curvature", "edge")
+    rows = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    return Replicates(parts[0].fit, *rows)
 
 
 def leave_one_out(fit: Fit) -> Replicates:
     """Return n refits; replicate i leaves out run i."""
-    return replicates(fit, weights=1 - np.eye(len(fit.points)))
+    own = np.arange(len(fit.points))
+    return _left_out(fit, own, own)
+
+
+def _left_out(fit: Fit, groups: Array, left_out: Array) -> Replicates:
+    """Return a refit without each of the groups `left_out`; groups: that of each run, (n,)."""
+    ends = np.cumsum(_parts(fit, len(left_out)))
+    return _joined(
+        [replicates(fit, weights=groups != own[:, None]) for own in np.split(left_out, ends[:-1])]
+    )
+
+
+def _without_by_a_step(fit: Fit, groups: Array) -> Array:
+    """Return the published parameters after one Newton step without each group, (G, p).
+
+    It is the infinitesimal jackknife (Efron and Tibshirani 1993, section 22.4), for theta: the
+    error is of the second order in a group's share. groups: numbers from 0 to G - 1, (n,).
+    """
+    task, theta = fit.task, fit.theta
+    if task.goal.delta == 0:
+        task = replace(task, goal=replace(task.goal, delta=_SMOOTH))
+    y, w = np.log(fit.points.loss)[None], fit.weights[None]
+    here = local(task.form, task.at, y, w, theta, task.goal)
+    hessian, _ = curvatures(task.form, task.at, w, theta, task.goal, here)
+    pull = w * here.clipped * (1.0 if here.scale is None else here.scale)
+    each = [np.bincount(groups, weights=row) for row in -here.jacobian[0] * pull]
+    free = np.flatnonzero((theta[0] > task.low) & (theta[0] < task.high))
+    moved = np.repeat(theta, len(each[0]), axis=0)
+    inverse = np.linalg.pinv(hessian[0][np.ix_(free, free)], rcond=1e-13, hermitian=True)
+    moved[:, free] += np.stack(each, axis=1)[:, free] @ inverse
+    return task.form.published(np.clip(moved, task.low, task.high), task.at.centre)
 
 
 def influence(fit: Fit, of: Callable[[Array], Array] | None = None) -> Array:
     """Return the influence of each run: the fit with it minus the fit without it, (n, ...).
 
-    It is that on the published parameters, or on a function `of` them as in `interval`.
+    It is that on the published parameters, or on a function `of` them as in `interval`. Of more
+    than a thousand runs, each is left out by one Newton step.
     """
     function = of or (lambda values: values)
-    without = np.asarray(function(leave_one_out(fit).values))
+    n = len(fit.points)
+    values = _without_by_a_step(fit, np.arange(n)) if n > _REFITS else leave_one_out(fit).values
+    without = np.asarray(function(values))
     found: Array = np.asarray(function(fit.vector[None])) - without
     return found
 

@@ -5,12 +5,14 @@
     polish   newton.solve from all starts at once (least_absolute.py for least absolute deviations)
     minima   the different local minima that the starts reached; the lowest is the fit
 
+Of more than a thousand runs, a thousand make the starts and polish them first.
+
 Invariant: every Fit holds a certificate. It fails if the scaled gradient is above 1e-8, if the
 curvature is not positive, or if a start ended lower without reaching a minimum.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from forescale.errors import UserError
-from forescale.scaling.fitting.forms import Form, design
+from forescale.scaling.fitting.forms import Design, Form, design
 from forescale.scaling.fitting.least_absolute import SMOOTHED, solve_absolute
 from forescale.scaling.fitting.newton import TOLERANCE, Solved, Task, join, solve
 from forescale.scaling.fitting.objective import ROUNDING, Objective
@@ -28,6 +30,7 @@ from forescale.scaling.fitting.points import Array, Points
 # need hundreds of steps along a bent valley; if not, few others converge.
 _BOLD, _FAINT = 0.2, 1e-4
 _STARTS = 32
+_MANY = 1000  # runs that the starts come from at most
 # Two starts reached the same minimum if they differ by less than these.
 _SAME = 1e-6  # objective, relative
 _APART = 1e-3  # internal parameters
@@ -84,8 +87,7 @@ class Certificate:
 class Fit:
     """A fitted law, built by `fit`.
 
-    weights: of the runs, (n,); values: the published parameters; value: the objective; theta: the
-    internal parameters, (1, p).
+    weights: (n,); values: published parameters; value: the objective; theta: internal, (1, p).
     """
 
     form: Form
@@ -133,16 +135,35 @@ def fit(
     w = _weights(points, weights)
     y = np.log(points.loss)[None]
     _refuse_underdetermined(task, points, w)
-    found = polish(task, y, w[None], starts(task, y, w[None], _BOLD))
+    found = _searched(task, y, w[None], _BOLD)
     best, minima, failed, undercut = _minima(task, found, w)
-    if not minima or undercut:
-        found = join([found, polish(task, y, w[None], starts(task, y, w[None], _FAINT))])
+    if not minima or undercut or found.edge[best].any():
+        found = join([found, _searched(task, y, w[None], _FAINT)])
         best, minima, failed, undercut = _minima(task, found, w)
     one = found.take(np.array([best]))
     certificate = certificate_of(task, one, minima, failed, undercut)
     values = form.published(one.theta, task.at.centre)[0]
     named = dict(zip(form.symbols, map(float, values), strict=True))
     return Fit(form, points, goal, w, named, float(one.value[0]), certificate, task, one.theta)
+
+
+def _searched(task: Task, y: Array, w: Array, least: float) -> Solved:
+    """Return what the starts of the profile grid reach. y, w: (1, n)."""
+    first = starts(task, y, w, least)
+    if y.shape[1] <= _MANY:
+        return polish(task, y, w, first)
+    near = polish(*_thinned(task, y, w), first).theta
+    _, one, which = np.unique(near.round(6), axis=0, return_index=True, return_inverse=True)
+    return polish(task, y, w, near[one]).take(which)
+
+
+def _thinned(task: Task, y: Array, w: Array) -> tuple[Task, Array, Array]:
+    """Return the task, losses and weights of `_MANY` runs, spread evenly over the losses."""
+    order = np.flatnonzero(w[0] > 0)
+    order = order[np.argsort(y[0, order], kind="stable")]
+    kept = order[np.linspace(0, len(order) - 1, min(_MANY, len(order))).astype(int)]
+    at = Design({c: x[kept] for c, x in task.at.logs.items()}, task.at.centre)
+    return replace(task, at=at), y[:, kept], w[:, kept]
 
 
 def polish(task: Task, y: Array, w: Array, start: Array) -> Solved:
@@ -176,6 +197,8 @@ def starts(task: Task, y: Array, w: Array, least: float = _FAINT) -> Array:
 
     y, w: (1, n); least: the least share of the loss that a term starts with.
     """
+    if y.shape[1] > _MANY:
+        task, y, w = _thinned(task, y, w)
     form = task.form
     grid = _held_exponents(task)
     basis, power = form.basis(grid, task.at)
@@ -314,6 +337,9 @@ def _refuse_underdetermined(task: Task, points: Points, w: Array) -> None:
     if different < free:
         what = f"{different} different runs don't determine the {free} parameters of {form.name}"
         raise UserError(points.where, what, "add runs, or fit a law with fewer parameters")
+    if np.ptp(points.loss[w > 0]) == 0:
+        what = "all runs have the same loss, which determines no law"
+        raise UserError(points.where, what, "check its column; add runs with other losses")
     for c, x in zip(form.columns, seen, strict=True):
         if np.ptp(x) == 0 and c != "unique_tokens" and free == form.size:
             raise UserError(points.where, f"all runs have the same {c}", "add runs with others")

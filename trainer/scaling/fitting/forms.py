@@ -109,6 +109,13 @@ class Form(ABC):
     def internal(self, values: Array, centre: Mapping[str, float]) -> Array:
         """Return theta, (R, p), of published parameters, (R, p), for these centres."""
 
+    def summands(self) -> list[tuple[int, int]]:
+        """Return the indices of each term's log coefficient and exponent, if terms add up to L.
+
+        The exponent is -1 if a term has none of its own.
+        """
+        return []
+
     def vector(self, values: Mapping[str, float] | ArrayLike) -> Array:
         """Return published parameters in the order of `symbols`, (..., p).
 
@@ -159,6 +166,12 @@ class PowerSum(Form):
         """Return the indices of each term's coefficient and exponent in `symbols`; -1 for none."""
         of = {s: i for i, s in enumerate(self.symbols)} | {"": -1}
         return [(of[t.coefficient], of[t.exponent]) for t in self.terms]
+
+    def summands(self) -> list[tuple[int, int]]:
+        """Return the indices of each term's coefficient and exponent; see Form.summands."""
+        places = self._places()
+        exponents = [e for _, e in places]
+        return [(c, e if exponents.count(e) == 1 else -1) for c, e in places]
 
     def logs(self, theta: Any, at: Design) -> dict[str, Any]:
         """Return the log of each term's column, (n,) or (R, n)."""

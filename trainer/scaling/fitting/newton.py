@@ -5,6 +5,11 @@ damping and leaves the batch when it is done. Steps are taken in coordinates in 
 reweighted least squares is the identity, so that units and correlations of the parameters don't
 matter. Negative curvatures enter by their absolute value, so that saddles don't attract. Parameters
 stay within a box: a parameter at an end is frozen while the descent direction points outwards.
+
+A law that is a sum of terms c x^-alpha has long bent valleys: if alpha is small, the runs determine
+only c alpha, and c plus the constant. In the coordinates c and c alpha these valleys are straight.
+In theta, log c and alpha, the valleys of a term that only the smallest runs determine are straight.
+A replicate begins with the first coordinates, and changes between the two whenever a step fails.
 Invariant: no step raises the objective by more than its rounding error, and the returned scaled
 gradient was computed at the returned theta.
 """
@@ -19,8 +24,10 @@ from forescale.scaling.fitting.points import Array
 
 TOLERANCE = 1e-8  # greatest scaled gradient that is certified
 _AIM = 1e-11  # scaled gradient at which the solver stops; it stops earlier only because of rounding
-_CHUNK = 64  # replicates per batch, so that their arrays stay in the cache of a core
+_CHUNK = 64  # replicates per batch at most, and losses: their arrays stay in the cache of a core
+_LOSSES = 1 << 15
 _STEPS = 300
+_LEAST_FACTOR = 0.01  # a step multiplies a coefficient by this at least
 _OPEN = 3e5  # greatest stretch; its square is a condition number that leaves no digits
 
 
@@ -83,7 +90,8 @@ def solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
     """
     R = max(len(log_loss), len(weight), len(start))
     start = np.broadcast_to(start, (R, start.shape[1]))
-    spans = [slice(i, i + _CHUNK) for i in range(0, R, _CHUNK)]
+    size = min(_CHUNK, max(1, _LOSSES // log_loss.shape[1]))
+    spans = [slice(i, i + size) for i in range(0, R, size)]
     # A step to an infinite loss is rejected, so its overflow needs no warning.
     with np.errstate(over="ignore", invalid="ignore"):
         return join([_solve(task, _rows(log_loss, s), _rows(weight, s), start[s]) for s in spans])
@@ -103,7 +111,7 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
     y, w, t = log_loss, weight, theta
     here = local(task.form, task.at, y, w, t, task.goal)
     left = task.left(t, here)
-    tries = np.zeros(R, dtype=int)
+    tries, linear = np.zeros(R, dtype=int), np.ones(R, dtype=bool)
     while steps < _STEPS:
         # After 20 rejections in a row nothing but rounding is left to gain.
         going = (left > _AIM) & (tries < 20)
@@ -111,11 +119,12 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
             final[ids[~going]] = t[~going]
             ids, t, here = ids[going], t[going], here.rows(going)
             y, w = _rows(y, going), _rows(w, going)
-            damping, left, tries = damping[going], left[going], tries[going]
+            damping, left = damping[going], left[going]
+            tries, linear = tries[going], linear[going]
         if not len(ids):
             break
         steps += 1
-        step, gain = _step(task, w, t, here, damping)
+        step, gain = _step(task, w, t, here, damping, linear)
         new = np.clip(t + step, task.low, task.high)
         there = local(task.form, task.at, y, w, new, task.goal)
         there_left = task.left(new, there)
@@ -132,6 +141,7 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
         )
         tries = np.where(good, 0, tries + 1)
         bad = ~good
+        linear = linear ^ bad
         there.put(bad, here)
         new[bad] = t[bad]
         t, here, left = new, there, np.where(good, there_left, left)
@@ -139,30 +149,49 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
     return measured(task, log_loss, weight, final, steps)
 
 
-def _step(task: Task, w: Array, t: Array, here: Local, damping: Array) -> tuple[Array, Array]:
-    """Return the step, (R, p), and the decrease that the quadratic model predicts for it, (R,)."""
+def _step(
+    task: Task, w: Array, t: Array, here: Local, damping: Array, linear: Array
+) -> tuple[Array, Array]:
+    """Return the step, (R, p), and the decrease that the quadratic model predicts for it, (R,).
+
+    linear: True to take it in coefficients c and products c alpha, not in log c and alpha, (R,).
+    """
     frozen = task.frozen(t, here.gradient)
-    values, vectors, back, _ = _whitened(task, w, t, here, frozen)
+    values, vectors, back, _ = _whitened(task, w, t, here, frozen, linear)
     g = np.where(frozen, 0.0, here.gradient)
     turned = (vectors.swapaxes(1, 2) @ (back.swapaxes(1, 2) @ g[:, :, None]))[:, :, 0]
     size = np.abs(values) + damping[:, None] + 1e-10
     along = -turned / size
     gain = -(turned * along + values * along**2 / 2).sum(-1)
     step = (back @ (vectors @ along[:, :, None]))[:, :, 0]
-    return np.where(frozen, 0.0, step), gain
+    step = np.where(frozen, 0.0, step)
+    for c, e in task.form.summands():
+        factor = np.where(linear, np.maximum(1 + step[:, c], _LEAST_FACTOR), 1.0)
+        step[:, c] = np.where(linear, np.log(factor), step[:, c])
+        if e >= 0:
+            step[:, e] /= factor
+    return step, gain
 
 
 def _whitened(
-    task: Task, w: Array, t: Array, here: Local, frozen: Array
+    task: Task, w: Array, t: Array, here: Local, frozen: Array, linear: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """Return the Hessian in coordinates in which that of reweighted least squares is the identity.
 
     As its eigenvalues, (R, p), and eigenvectors, (R, p, p); the map back to theta, (R, p, p); and
     the greatest stretch of that map after scaling the parameters, (R,). Frozen parameters are
-    decoupled, with eigenvalue 1.
+    decoupled, with eigenvalue 1. linear: see _step; the Hessian by other coordinates differs by
+    their second derivatives times the gradient.
     """
     hessian, sphere = curvatures(task.form, task.at, w, t, task.goal, here)
     p = t.shape[1]
+    if linear is not None:
+        g = here.gradient * linear[:, None]
+        for c, e in task.form.summands():
+            hessian[:, c, c] -= g[:, c]
+            if e >= 0:
+                hessian[:, c, e] -= g[:, e]
+                hessian[:, e, c] -= g[:, e]
     one = np.eye(p)
     aside = frozen[:, :, None] | frozen[:, None, :]
     # The gradient of a vanishing term falls e-fold by a step of -1 in its log coefficient. This

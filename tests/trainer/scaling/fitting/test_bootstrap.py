@@ -3,6 +3,7 @@
 The coverage is measured in test_recovery.py.
 """
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from scipy import stats
 
 from forescale.errors import UserError
+from forescale.scaling.fitting import bootstrap
 from forescale.scaling.fitting.bootstrap import (
     _accelerated,
     _quantiles,
@@ -24,7 +26,7 @@ from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
 from forescale.scaling.fitting.points import Points
-from tests.trainer.scaling.some_laws import BASE
+from tests.trainer.scaling.some_laws import BASE, sizes
 
 
 @pytest.mark.parametrize("goal", [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES], ids=str)
@@ -61,6 +63,60 @@ def test_leave_one_out_and_influence_equal_the_fits_without_a_run(make):
     own = dict(parameters=points.parameters, tokens=points.tokens)
     spoilt = fit(CHINCHILLA, Points(loss, **own), LEAST_SQUARES)
     assert np.abs(influence(spoilt) / spoilt.vector).max(1).argmax() == 11
+
+
+# Optima of least absolute deviations jump between runs; a step shows what they do in the mean.
+@pytest.mark.parametrize(
+    ("goal", "off"), [(Objective(), 0.01), (LEAST_SQUARES, 0.01), (LEAST_ABSOLUTE, 0.3)], ids=str
+)
+def test_many_runs_are_left_out_by_a_step_that_is_near_their_refit(goal, off, make, monkeypatch):
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003, **sizes(1500)), goal)
+    stepped = influence(one)
+    some = np.arange(0, 1500, 100)
+    w = np.ones((len(some), 1500))
+    w[np.arange(len(some)), some] = 0
+    refits = one.vector - replicates(one, weights=w).values
+    errors = pairs(one, 40).values.std(0)
+    assert np.abs((stepped[some] - refits) / errors).max() < off
+    assert np.abs(refits / errors).max() > 0.03
+
+
+def test_many_groups_are_left_out_by_a_step(make, monkeypatch):
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003, **sizes(400)))
+    found = clusters(one, np.arange(400) // 2, 100)
+    monkeypatch.setattr(bootstrap, "_REFITS", 100)
+    stepped = replace(found).without
+    off = np.abs(stepped - found.fit.vector).max(0)
+    monkeypatch.undo()
+    assert (np.abs(stepped - found.without).max(0) < 0.1 * off).all()
+
+
+def test_replicates_made_in_parts_are_the_same(make, monkeypatch):
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003))
+    whole = pairs(one, 50), leave_one_out(one)
+    monkeypatch.setattr(bootstrap, "_WEIGHTS", 60 * 7)
+    for before, after in zip(whole, (pairs(one, 50), leave_one_out(one)), strict=True):
+        np.testing.assert_allclose(after.values, before.values, rtol=1e-9)
+    assert residuals(one, 50).values.shape == (50, 5)
+
+
+def test_a_tenth_of_a_million_runs_need_little_memory(make):
+    """Their leave-one-out weights alone would be 80 GB."""
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.003, **sizes(100_000)), LEAST_SQUARES)
+    tracemalloc.start()
+    found = pairs(one, 3)
+    assert influence(one).shape == found.without.shape == (100_000, 5)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 500e6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_noisy_runs_leave_no_replicate_without_a_minimum(seed, make):
+    """Their terms fade, or become logarithms: long valleys of the objective."""
+    one = fit(CHINCHILLA, make(CHINCHILLA, BASE, noise=0.02, seed=seed, **sizes(16, seed)))
+    assert one.certificate.failed_starts == 0
+    assert pairs(one, 100).uncertified == 0
 
 
 def test_branches_of_a_trunk_are_drawn_together(make):

@@ -12,7 +12,7 @@ from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER, SHARED_EXPONENT, data_constrained
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
 from forescale.scaling.fitting.points import Points
-from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES, certify
+from tests.trainer.scaling.some_laws import BASE, LAWS, NAMES, certify, sizes
 
 GOALS = [Objective(), LEAST_ABSOLUTE, LEAST_SQUARES, Objective(1e-3, "loss")]
 
@@ -157,6 +157,35 @@ def test_runs_that_allow_two_laws_have_two_minima(make):
     flat = fit(SHARED_EXPONENT, points).certificate
     assert not flat.holds
     assert "no minimum, or a flat one" in flat.problems[-1]
+
+
+def test_many_runs_have_the_optimum_of_starts_from_all_of_them(make, monkeypatch):
+    points = make(CHINCHILLA, BASE, noise=0.01, **sizes(1500))
+    for goal in GOALS[0], GOALS[2]:
+        found = fit(CHINCHILLA, points, goal)
+        with monkeypatch.context() as patch:
+            patch.setattr("forescale.scaling.fitting.fit._MANY", 10_000)
+            thorough = fit(CHINCHILLA, points, goal)
+        assert found.value == pytest.approx(thorough.value, rel=1e-10)
+        assert found.certificate.holds
+        assert sum(m.starts for m in found.certificate.minima) > 16
+
+
+def test_a_law_is_no_worse_than_one_that_it_contains(make):
+    """For losses of pure noise, whose optima are at the ends of the ranges."""
+    for seed in (0, 1):
+        points = make(CHINCHILLA, BASE, seed=seed, **sizes(30, seed))
+        loss = 3 * np.exp(0.02 * np.random.default_rng(seed).standard_normal(30))
+        noise = Points(loss, parameters=points.parameters, tokens=points.tokens)
+        with_two = fit(CHINCHILLA, noise).value
+        assert with_two <= fit(SHARED_EXPONENT, noise).value * (1 + 1e-9)
+
+
+def test_runs_with_one_loss_are_refused(make):
+    own = make(CHINCHILLA, BASE)
+    same = Points(np.full(60, 3.0), parameters=own.parameters, tokens=own.tokens)
+    with pytest.raises(UserError, match="all runs have the same loss"):
+        fit(CHINCHILLA, same)
 
 
 def test_too_few_different_runs_are_refused(make):
