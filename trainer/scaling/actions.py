@@ -94,6 +94,11 @@ ACTIONS = {
             "study tasks runs.csv checkpoints.csv tasks='{arc: acc_arc}'   (step 2 by checkpoints)",
         ),
     ),
+    "profile": Action(
+        "Find how far E and each exponent can go before the fit becomes clearly worse.",
+        (*_STUDY, *_RUNS, *_LAW, "json"),
+        ("study profile study=mine", "study profile points.csv delta=null level=0.95"),
+    ),
     "rates": Action(
         "Fit how the best learning rate and batch depend on N and D, from a table of sweeps.",
         (*_STUDY, *_RUNS, "size", "cost", "level", *_TARGET, "against", "json"),

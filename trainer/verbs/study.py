@@ -314,5 +314,5 @@ _OF_INPUT: dict[str, Callable[[StudyJob], int]] = {
 }  # fmt: skip
 _OF_RECORDS: dict[str, Callable[[StudyJob, pd.DataFrame, str], int]] = {
     "next": _next, "fit": _fit, "report": _report, "predict": _predict, "score": _score,
-    "records": _records, "rates": questions.fit_rates,
+    "records": _records, "rates": questions.fit_rates, "profile": questions.profile_law,
 }  # fmt: skip

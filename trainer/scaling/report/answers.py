@@ -1,4 +1,4 @@
-"""Prints the answers of `study compare`, `study tasks` and `study rates` in the terminal.
+"""Prints the answers of `study compare`, `tasks`, `rates` and `profile` in the terminal.
 
 Invariant: everything that makes the numbers doubtful is printed with them.
 """
@@ -10,10 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from forescale.console import table
+from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.compare import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.analysis.tasks import TaskFit
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaw, RateLaws
+from forescale.scaling.fitting.profile import Profile
 
 _SHOWN = 5  # losses of the range that are printed
 
@@ -188,3 +190,26 @@ def _rate_laws(laws: Sequence[RateLaw], level: float) -> Table:
         count = str(law.freedom + len(law.columns) + 1)
         made.add_row(law.what, count, f"{law.k:.4g}", *cells, f"{law.scatter:.1%}")
     return made
+
+
+def show_profiles(found: Sequence[Profile], made: StudyFit, console: Console, where: str) -> None:
+    """Print each profile interval beside that of the resampled fits, and what is not determined."""
+    level = f"{made.job.level:.0%}"
+    console.print(f"[bold]{escape(where)}[/]: {len(made.points)} runs, {escape(made.form.source)}")
+    low, high = made.replicates.interval(made.job.level)
+    rows = table("", "value", f"{level} low", "high", "resampled low", "high", left=("",))
+    for one in found:
+        i = made.form.symbols.index(one.symbol)
+        ends = ("open" if end is None else f"{end:.5g}" for end in (one.low, one.high))
+        rows.add_row(one.symbol, f"{one.value:.5g}", *ends, f"{low[i]:.5g}", f"{high[i]:.5g}")
+    console.print(rows)
+    for one in found:
+        sides = [side for side, end in (("below", one.low), ("above", one.high)) if end is None]
+        if sides:
+            console.print(
+                f"[yellow]Note:[/] {one.symbol} is open {' and '.join(sides)}: to the end of its "
+                "range the fit is not clearly worse, so these runs don't determine it there.",
+                soft_wrap=True,
+            )
+    for note in made.notes:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)

@@ -14,9 +14,11 @@ import pandas as pd
 from forescale.console import open_console
 from forescale.errors import DONE
 from forescale.scaling.analysis import compare, tasks
+from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design import rate_laws
-from forescale.scaling.report.answers import show_comparison, show_rates, show_tasks
+from forescale.scaling.fitting.profile import profiles
+from forescale.scaling.report.answers import show_comparison, show_profiles, show_rates, show_tasks
 from forescale.scaling.study.groups import read_groups
 from forescale.scaling.study.tasks import read_tasks
 
@@ -52,6 +54,17 @@ def fit_rates(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     if job.json:
         return _print(rate_laws.as_dict(made))
     show_rates(made, open_console(), where)
+    return DONE
+
+
+def profile_law(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """Print the profile intervals of a law beside those of its resampled fits."""
+    made = law_of(table, job, where)
+    found = profiles(made.fit, job.level)
+    if job.json:
+        return _print({"form": made.form.name, "level": job.level, "notes": made.notes,
+                       "profiles": [vars(one) for one in found]})  # fmt: skip
+    show_profiles(found, made, open_console(), where)
     return DONE
 
 

@@ -1,0 +1,105 @@
+"""Profile intervals: their ends by the statistic, open ends, and coverage."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from forescale.errors import UserError
+from forescale.scaling.fitting.bootstrap import pairs
+from forescale.scaling.fitting.fit import fit
+from forescale.scaling.fitting.laws import CHINCHILLA, FRONTIER, KAPLAN
+from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
+from forescale.scaling.fitting.points import Points
+from forescale.scaling.fitting.profile import profiles
+from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
+
+FRONTIER_TRUTH = {"K": 1000.0, "E": 1.7, "gamma": 0.15}
+
+
+def frontier(noise=0.002, decades=4.0, count=12, seed=0) -> Points:
+    """Compute-optimal runs over some decades of C. noise: of log loss."""
+    c = np.geomspace(1e18, 1e18 * 10**decades, count)
+    loss = FRONTIER.predict(FRONTIER_TRUTH, flops=c)
+    return Points(
+        loss * np.exp(noise * np.random.default_rng(seed).standard_normal(count)), flops=c
+    )
+
+
+def by_symbol(made, level=0.9):
+    return {one.symbol: one for one in profiles(made, level)}
+
+
+def test_at_the_ends_the_sum_of_squares_has_risen_to_the_quantile_of_f():
+    points = frontier()
+    made = fit(FRONTIER, points, LEAST_SQUARES)
+    limit = stats.f.ppf(0.9, 1, 12 - 3)
+    for symbol, one in by_symbol(made).items():
+        for end in (one.low, one.high):
+            held = fit(FRONTIER, points, LEAST_SQUARES, fixed={symbol: end})
+            statistic = (held.value - made.value) / (made.value / (12 - 3))
+            assert statistic == pytest.approx(limit, rel=0.02)
+
+
+def test_intervals_are_near_those_of_resampled_fits_where_runs_determine_the_law():
+    points, _ = iso_flop_runs(np.geomspace(1e18, 1e21, 4), noise=0.003, seed=1)
+    made = fit(CHINCHILLA, points)
+    low, high = pairs(made, 200).interval(0.9)
+    found = by_symbol(made)
+    assert set(found) == {"E", "alpha", "beta"}
+    for symbol, one in found.items():
+        i = CHINCHILLA.symbols.index(symbol)
+        assert 0.5 < (one.high - one.low) / (high[i] - low[i]) < 2
+
+
+def test_an_irreducible_loss_that_runs_do_not_determine_is_open_below():
+    made = fit(FRONTIER, frontier(noise=0.01, decades=1.0, seed=1), LEAST_SQUARES)
+    found = by_symbol(made)["E"]
+    assert found.low is None
+    assert FRONTIER_TRUTH["E"] < found.high < frontier().loss.max()
+
+
+def test_weights_that_are_all_doubled_change_nothing():
+    points = frontier()
+    one, other = (fit(FRONTIER, points, Objective(3e-3), np.full(12, w)) for w in (1.0, 2.0))
+    assert by_symbol(one)["E"].low == pytest.approx(by_symbol(other)["E"].low, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "objective", "count", "message"),
+    [
+        (FRONTIER, LEAST_ABSOLUTE, 12, "delta=0: least absolute deviations have no profile"),
+        (FRONTIER, LEAST_SQUARES, 3, "3 runs leave none to tell the scatter of 3 parameters"),
+    ],
+)
+def test_what_has_no_profile_is_refused_with_a_sentence(form, objective, count, message):
+    with pytest.raises(UserError) as refused:
+        profiles(fit(form, frontier(count=count), objective), 0.9)
+    assert message in str(refused.value)
+
+
+def test_a_law_that_is_no_sum_is_refused():
+    points, _ = iso_flop_runs(np.geomspace(1e18, 1e20, 3), noise=0.003)
+    with pytest.raises(UserError, match="kaplan: is no sum of power laws"):
+        profiles(fit(KAPLAN, points), 0.9)
+
+
+@pytest.mark.slow  # 200 profiles
+@pytest.mark.parametrize("delta", [np.inf, 1e-3])
+def test_nominal_intervals_cover_the_truth(delta):
+    inside = np.zeros(2)
+    for seed in range(100):
+        found = by_symbol(fit(FRONTIER, frontier(count=16, seed=seed), Objective(delta)))
+        for i, (symbol, one) in enumerate(found.items()):
+            inside[i] += (one.low or 0) <= FRONTIER_TRUTH[symbol] <= (one.high or np.inf)
+    assert (inside >= 80).all(), inside
+
+
+def test_the_command_prints_open_ends(tmp_path, monkeypatch, forescale):
+    monkeypatch.chdir(tmp_path)
+    points = frontier(noise=0.01, decades=1.0, seed=1)
+    lines = [f"{c},{loss}" for c, loss in zip(points.flops, points.loss, strict=True)]
+    (tmp_path / "points.csv").write_text("\n".join(["flops,loss", *lines]))
+    own = ("study", "profile", "points.csv", "form=frontier", "delta=null", "bootstraps=100")
+    code, out, _ = forescale(*own)
+    assert code == 0
+    assert "Note: E is open below: to the end of its range the fit is not clearly worse" in out
