@@ -99,14 +99,17 @@ class StudyPlan:
         """Return the plan with its first draft stage made exact.
 
         best: N*(C), as isoflop(...).parameters; rule: for batch and learning rate, None keeps the
-        plan's. Raises UserError if no draft is left, if no model has about N* parameters, or if
-        the plan would cost more than its cap.
+        plan's. Where N* is so small that half of the sizes have no model, they begin at the
+        smallest model instead. Raises UserError if no draft is left, if no model has about N*
+        parameters, or if the plan would cost more than its cap.
         """
         stage = next((s for s in self.stages if not s.exact), None)
         if self.grid is None or stage is None or stage.budget is None:
             raise UserError("stage", "all stages are exact", "launch them, or plan a new study")
         common = replace(self.common, rule=rule or self.common.rule)
-        cells = self.grid.cells(common, stage.number, centre := float(best(stage.budget)))
+        least = common.family.smallest * self.grid.spread
+        centre = max(float(best(stage.budget)), least)
+        cells = self.grid.cells(common, stage.number, centre)
         cost = sum(c.cost for c in cells)
         made = replace(stage, cells=cells, low=cost, high=cost + _reserve(cells), exact=True)
         found = self.with_stage(made)

@@ -178,6 +178,12 @@ class Family:
     def _size(self, model: ModelConfig) -> int:
         return int(getattr(count(model), self.convention))
 
+    @cached_property
+    def smallest(self) -> int:
+        """Return N of the smallest model."""
+        width = next(self._widths())
+        return min(self._size(self.model(width, layers)) for layers in self._layers(width))
+
     def solve(self, wanted: float, most: float = _OFF) -> Shape:
         """Return the model with the nearest N.
 

@@ -125,8 +125,12 @@ def _centre(study: Study, stage: StudyStage, log: Log) -> None:
     if study.job.target.is_given and not any(e["kind"] == "noise_measured" for e in study.events):
         _measure(study, table, log)
     centre = best(stage.budget or 0.0)
-    log(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, sizes around N={centre:,.0f}.")
     grid = [c for c in own.cells if c.role == "grid"]
+    sizes = [c.shape.parameters for c in grid]
+    log(
+        f"Stage {stage.number}: {stage.budget:.3g} FLOPs, sizes from N={min(sizes):,} to "
+        f"{max(sizes):,}; the optimum so far is N={centre:,.0f}."
+    )
     forecast_cells(study, table, grid, log)
     study.revise(made, "stage_centred", stage=stage.number, centre=centre)
 

@@ -175,6 +175,14 @@ def test_the_next_stage_is_centred_at_the_found_optimum(grid):
         grid.centre_next_stage(lambda c: float("nan"))
 
 
+def test_sizes_around_a_very_small_optimum_begin_at_the_smallest_model(grid):
+    """A cheap budget's best model may be the smallest there is; the study goes on."""
+    made = grid.centre_next_stage(lambda c: 100.0).stages[1]
+    sizes = [c.shape.parameters for c in of(made.cells, "grid")]
+    assert sizes[0] == COMMON.family.smallest
+    assert len(sizes) >= 4
+
+
 def test_the_cost_of_an_exact_stage_is_within_the_range_of_its_draft(grid):
     for factor in (0.6, 1.0, 1.7):
         made = grid.centre_next_stage(lambda c, f=factor: COMMON.centre(c) * f).stages[1]
