@@ -141,8 +141,9 @@ class StudyJob(Job):
     studies: str = key("studies", "the directory that holds the studies")
     input: list[str] = key(
         [],
-        "runs (names, directories, glob patterns), or one table (CSV, parquet, JSON; several for "
-        "backtest; two inputs for compare, also studies); none: the cells of the study",
+        "runs (names, directories, glob patterns), or one table (.csv, .tsv, .csv.gz, .tsv.gz, "
+        ".parquet, .json, .jsonl; several for backtest; two inputs for compare, also studies); "
+        "none: the cells of the study",
     )
     columns: dict[str, str] = key(
         {},

@@ -11,6 +11,7 @@ from rich.table import Table
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.console import table
+from forescale.data.prepare.corpus import VOCABULARY
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.run.start import open_sources
@@ -35,7 +36,7 @@ def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
     if keys.cap is None:
         todo = "write plan.cap=1e16, the FLOPs that the study may spend"
         raise UserError("plan.cap", "is not given", todo)
-    common = common_of(job)
+    common = common_of(job, opened=True)
     if keys.kind == "ladder":
         made = ladder(common, keys.ladder, keys.multiples, keys.cap)
     elif keys.kind == "list":
@@ -51,11 +52,13 @@ def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
     return made, expected(RunSet.of(made), target, seed=job.seed, near=job.near)
 
 
-def common_of(job: StudyJob) -> Common:
+def common_of(job: StudyJob, opened: bool = False) -> Common:
     """Return what all cells have in common: base model, vocabulary, data size and conventions.
 
-    Raises UserError (ConfigError is one) if plan.arguments has keys that `train` doesn't know or
-    that each cell sets itself.
+    opened: the embedded corpus is opened too, for the number of its tokens, and prepared if it is
+    missing; else runs that name no data may have any number of tokens. Raises UserError
+    (ConfigError is one) if plan.arguments has keys that `train` doesn't know or that each cell sets
+    itself.
     """
     keys = job.plan
     for argument in keys.arguments:
@@ -70,7 +73,10 @@ def common_of(job: StudyJob) -> Common:
         raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)
     vocabulary, unique = keys.vocab_size, keys.unique
     adam = train.optimizer.adam_learning_rate
-    if vocabulary is None or unique is None:
+    is_embedded = not (train.data.path or train.data.sources)
+    if is_embedded and not opened:
+        vocabulary = vocabulary or VOCABULARY[train.data.embedded]
+    elif vocabulary is None or unique is None:
         sources = open_sources(train.data)
         vocabulary = vocabulary or sources.vocab_size
         splits = sources.split("train").values()

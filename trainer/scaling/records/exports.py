@@ -1,9 +1,9 @@
 """Read exported tables of runs that were trained elsewhere, as one row per run.
 
-    CSV, parquet       rows and columns unchanged. Two formats of wandb are recognised by their
-                       headers: the runs table (Name, State, then the shown columns), and a chart
-                       (x-axis, then "RUN - METRIC" with __MIN and __MAX beside it), of which the
-                       last value of each run is taken
+    CSV, TSV, parquet  rows and columns unchanged; CSV and TSV may be compressed by gzip. Two
+                       formats of wandb are recognised by their headers: the runs table (Name,
+                       State, then the shown columns), and a chart (x-axis, then "RUN - METRIC" with
+                       __MIN and __MAX beside it), of which the last value of each run is taken
     JSON, JSON lines   objects; those with `config` and `summary` are runs of wandb's API (with
                        `config`, `summary`, `name`, `state`); nested keys become dotted names
     a directory        of JSON files
@@ -14,6 +14,7 @@ chart has no states, and wandb thins it to 1,500 points per run or fewer.
 
 import ast
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ import pandas as pd
 from forescale.config.schema import shown
 from forescale.errors import UserError
 
-SUFFIXES = (".csv", ".parquet", ".json", ".jsonl", ".ndjson")
+_TEXT = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}  # with their separators
+_OBJECTS = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (*_TEXT, ".parquet", *_OBJECTS)
 FINISHED = "finished"
 # wandb.apis.public.Run.state, and further states that the table of runs shows.
 _STATES = {FINISHED, "failed", "crashed", "killed", "running", "pending", "preempting", "preempted",
@@ -76,7 +79,7 @@ class Export:
 def is_export(path: Path) -> bool:
     """Return True for a file with the suffix of a table, and for a directory of dumped runs."""
     if not path.is_dir():
-        return path.suffix in SUFFIXES
+        return path.name.endswith(SUFFIXES)
     try:
         return any(_is_run(one) for file in _files(path)[:1] for one in _objects(file))
     except (OSError, ValueError, RecursionError):
@@ -86,14 +89,19 @@ def is_export(path: Path) -> bool:
 def read_export(path: Path) -> Export:
     """Read a file or directory of any format above. Raises UserError if it can't be read."""
     try:
-        if path.is_dir() or path.suffix not in (".csv", ".parquet"):
+        separator = next((own for end, own in _TEXT.items() if path.name.endswith(end)), None)
+        if path.is_dir() or not (separator or path.suffix == ".parquet"):
             return _of_objects(path, [o for p in _files(path) or [path] for o in _objects(p)])
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        table = pd.read_csv(path, sep=separator) if separator else pd.read_parquet(path)
     except FileNotFoundError:
         raise UserError(str(path), "there is no such file", "check the path") from None
-    except (OSError, ValueError, ImportError, RecursionError, OverflowError) as e:
+    except (OSError, EOFError, zlib.error, ValueError, ImportError, RecursionError,
+            OverflowError) as e:  # fmt: skip
         what = f"can't be read as a table ({(str(e).splitlines() or [type(e).__name__])[0]})"
-        todo = "give a CSV with a header, parquet, JSON lines, or a directory of JSON files"
+        todo = (
+            "give a CSV or TSV with a header (.csv, .tsv, .csv.gz, .tsv.gz), parquet, JSON lines, "
+            "or a directory of JSON files"
+        )
         raise UserError(str(path), what, todo) from None
     if {"config", "summary", "name"} <= set(table.columns):  # the example in wandb's manual
         return _of_objects(path, [_parsed(path, row) for row in table.to_dict("records")])
@@ -105,7 +113,7 @@ def read_export(path: Path) -> Export:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
-    return sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl", ".ndjson"))
+    return sorted(p for p in path.iterdir() if p.suffix in _OBJECTS)
 
 
 def _of_runs_table(table: pd.DataFrame) -> Export:

@@ -14,7 +14,7 @@ from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.scaling.analysis.judge import Finished, finished
 from forescale.scaling.config import StudyJob
-from forescale.scaling.records.exports import is_export
+from forescale.scaling.records.exports import SUFFIXES, is_export
 from forescale.scaling.records.records import Refused, of_export, of_runs
 from forescale.scaling.study.directory import Study
 
@@ -96,4 +96,7 @@ def _runs(name: str, root: Path) -> list[Run]:
         inside = [Run(c.parent) for path in found for c in sorted(path.glob("[!.]*/config.yaml"))]
         if runs or inside:
             return runs or inside
+    if Path(name).is_file():
+        todo = f"give a file with one of the endings {', '.join(SUFFIXES)}"
+        raise UserError(name, "is no table by the ending of its name", todo)
     raise UserError(name, f"names no run (looked in {root} too)", "see forescale status")

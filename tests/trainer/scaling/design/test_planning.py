@@ -9,6 +9,7 @@ from forescale.cli import main
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
+from forescale.scaling.config import StudyJob
 from forescale.scaling.design import planning
 from forescale.scaling.study.directory import Study
 from forescale.slurm.submit import submit
@@ -162,3 +163,20 @@ def test_stored_arguments_run_no_class_wherever_they_are_composed(tmp_path, monk
         (tmp_path / "runs.txt").write_text(f"run.name=a {word}\n")
         with pytest.raises(UserError, match="which all runs of an array share"):
             submit(["slurm.runs=runs.txt", "submit.dry_run=true", "machine=cpu"])
+
+
+def test_what_follows_a_table_opens_no_corpus_that_is_not_named(monkeypatch):
+    """The table's runs were trained on other data, of which the number of tokens isn't known."""
+
+    def refuse(_data):
+        raise AssertionError("a corpus is opened")
+
+    monkeypatch.setattr(planning, "open_sources", refuse)
+    common = planning.common_of(compose(StudyJob, ["input=[points.csv]"]))
+    assert (common.vocab_size, common.unique) == (257, None)
+    given = ["input=[points.csv]", "plan.vocab_size=512", "plan.unique=1e9"]
+    common = planning.common_of(compose(StudyJob, given))
+    assert (common.vocab_size, common.unique) == (512, 1e9)
+    job = compose(StudyJob, ["input=[points.csv]", "plan.arguments=['data.path=/none']"])
+    with pytest.raises(AssertionError, match="a corpus is opened"):
+        planning.common_of(job)

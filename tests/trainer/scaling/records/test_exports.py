@@ -6,9 +6,12 @@ import math
 import pandas as pd
 import pytest
 
+from forescale.config.compose import compose
 from forescale.errors import UserError
+from forescale.scaling.config import StudyJob
 from forescale.scaling.records.exports import is_export, read_export
 from forescale.scaling.records.records import of_export
+from forescale.scaling.study.inputs import read
 
 # The table of runs as the web page exports it: all values quoted, config and summary in one row.
 RUNS = """\
@@ -47,6 +50,28 @@ def write(tmp_path):
         return path
 
     return file
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv", "a.tsv.gz"])
+def test_tables_may_be_separated_by_tabs_and_compressed(name, tmp_path):
+    rows = pd.DataFrame({"parameters": [1e6, 2e6], "loss": [3.5, 3.25], "name": ["a, b", "c"]})
+    path = tmp_path / name
+    rows.to_csv(path, index=False, sep="\t" if ".tsv" in name else ",")
+    assert is_export(path)
+    pd.testing.assert_frame_equal(read_export(path).table, rows)
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.tsv.gz"])
+def test_a_file_that_is_not_what_its_name_says_is_refused(name, write):
+    with pytest.raises(UserError, match=r"can't be read as a table .*\.tsv\.gz"):
+        read_export(write(name, "loss"))
+
+
+def test_a_file_with_another_ending_is_refused_with_those_that_are_read(write):
+    path = write("points.xlsx", "loss")
+    job = compose(StudyJob, [f"input=[{path}]"])
+    with pytest.raises(UserError, match=r"is no table by .*\.csv\.gz, \.tsv, \.tsv\.gz"):
+        read(job)
 
 
 def test_unfinished_runs_of_a_table_are_refused(write):
