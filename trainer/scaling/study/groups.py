@@ -31,6 +31,8 @@ def read_groups(job: StudyJob) -> tuple[Group, Group]:
     if len(job.input) != 2:
         todo = "give two tables, studies or names of runs, or one with by=COLUMN"
         raise UserError("study compare", f"has {len(job.input)} inputs, not two", todo)
+    if job.input[0] == job.input[1]:
+        raise UserError(job.input[0], "is given twice", "give two different groups")
     stems = [Path(name).stem for name in job.input]
     names = stems if len(set(stems)) == 2 and is_export(Path(job.input[0])) else job.input
     one, other = ((name, *_read(job, given)) for name, given in zip(names, job.input, strict=True))

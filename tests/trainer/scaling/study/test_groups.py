@@ -6,6 +6,7 @@ import pytest
 
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
+from forescale.scaling.study import groups
 from forescale.scaling.study.groups import read_groups
 
 
@@ -50,6 +51,41 @@ def test_the_only_two_values_of_a_column_need_no_names(folder):
     assert (one, other, len(a)) == ("s", "l", 3)
 
 
+class FakeStudy:
+    """A study whose cells are the rows of cells.csv in its directory."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def table(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "cells.csv")
+
+
+def test_studies_are_given_by_name_or_by_directory(folder, monkeypatch):
+    monkeypatch.setattr(groups, "Study", FakeStudy)
+    for name, factor in (("one", 1), ("two", 2)):
+        own = folder / "studies" / name
+        own.mkdir(parents=True)
+        (own / "plan.json").write_text("{}")
+        rows().assign(loss=factor * rows().loss).to_csv(own / "cells.csv", index=False)
+    (one, a, where), (other, b, _) = read_groups(StudyJob(input=["one", "studies/two"]))
+    assert (one, other, where) == ("one", "studies/two", "6 cells of studies/one")
+    assert b.loss.tolist() == pytest.approx((2 * a.loss).tolist())
+
+
+def test_a_column_of_records_tells_runs_apart(folder, monkeypatch):
+    """The input is runs, or the cells of the study."""
+    records = rows(optimizer=["adamw", "muon"] * 3, schedule=["wsd", "cosine", "linear"] * 2)
+    monkeypatch.setattr(groups, "read", lambda job: (records, "6 runs"))
+    (one, a, where), (other, b, _) = read_groups(StudyJob(input=["runs/*"], by="optimizer"))
+    assert (one, other, where) == ("adamw", "muon", "6 runs, optimizer=adamw")
+    assert (a.loss.tolist(), b.loss.tolist()) == (
+        records.loss[::2].tolist(), records.loss[1::2].tolist()
+    )  # fmt: skip
+    with pytest.raises(UserError, match="6 runs: has 3 values of schedule"):
+        read_groups(StudyJob(input=["runs/*"], by="schedule"))
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -65,6 +101,7 @@ def test_the_only_two_values_of_a_column_need_no_names(folder):
             {"input": ["all.csv"], "by": "dataset", "groups": ["c4", "c4"]},
             "name two of them: groups=",
         ),
+        ({"input": ["old.csv", "old.csv"]}, "old.csv: is given twice"),
         ({"input": ["old.csv", "no.csv"]}, "no.csv: there is no such file"),
     ],
 )
