@@ -102,7 +102,7 @@ def test_diverged_runs_are_left_out_with_a_note(fit):
     table.loc[3, "loss"] = np.nan
     code, out, _ = fit(table)
     assert code == 0
-    assert "note: 1 diverged runs are left out: their loss is not finite." in out
+    assert "Note: 1 diverged runs are left out: their loss is not finite." in out
 
 
 @pytest.mark.slow  # a fit of its own

@@ -5,9 +5,8 @@
                     -> the isoFLOP parabolas, if runs share budgets
                     -> the same under every convention of N and C, if the job asks for it
 
-Invariant: everything that makes the result doubtful is one of its `notes`, as a sentence: a failed
-certificate, a parameter at an end of its range, another minimum nearly as low, objectives that
-disagree.
+Invariant: everything that makes the result doubtful is one of its `doubts`, as a sentence; `notes`
+say what was done with the table.
 """
 
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ import pandas as pd
 
 from forescale.errors import UserError
 from forescale.scaling.analysis import judge, prediction
+from forescale.scaling.analysis.budgets import grouped
+from forescale.scaling.analysis.doubts import Target, doubts
 from forescale.scaling.analysis.prediction import LAW, LEVEL, Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
 from forescale.scaling.analysis.tables import PER, with_tokens
@@ -55,6 +56,7 @@ class StudyFit:
         self.job, self.notes, self.records = job, list[str](), table
         self.table = self._kept(table)
         self.all_points = self._points(where)
+        self._group()
         self.is_fitted = self._near_best()
         self.points = self.all_points.take(self.is_fitted)
         self.form = laws.FORMS[job.form]
@@ -62,7 +64,7 @@ class StudyFit:
         self.noise: RunNoise = noise_of_repeats(self.table, self.all_points)
         self.weights = self._weighed(self.points)
         self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
-        self._note_doubts()
+        self._note_weights()
 
     def _kept(self, table: pd.DataFrame) -> pd.DataFrame:
         table = table[table["fitted"]] if "fitted" in table else table
@@ -81,6 +83,15 @@ class StudyFit:
         if table is not self.table:
             self.notes.append("The table has no tokens: D is computed as C / 6N.")
         return points(table, self.job.size, self.job.cost, where)
+
+    def _group(self) -> None:
+        """Take the budgets that the runs' C shows, if the table names none."""
+        p = self.all_points
+        if "budget" in self.table or p.parameters is None or p.tokens is None:
+            return
+        if (found := grouped(spent(p), p.parameters)) is not None:
+            self.table = self.table.assign(budget=found.of_run)
+            self.notes.append(found.note)
 
     def _near_best(self) -> Array:
         """Return the mask of the runs near the optimum of their budget, (n,).
@@ -125,21 +136,22 @@ class StudyFit:
         """Return the law's error beyond its runs, as the backtests show it."""
         return Discrepancy().after([b.per_decade for b in self.backtests])
 
-    def _note_doubts(self) -> None:
-        certificate = self.fit.certificate
-        self.notes += [f"The fit is not certified: {p}." for p in certificate.problems]
+    @cached_property
+    def doubts(self) -> list[str]:
+        """Return what makes the numbers doubtful as sentences, the most serious first."""
+        target = None
+        if self.job.target.is_given:
+            target = Target(*prediction.run_of(self, self.job.target)[1:])
+        level, columns = self.job.level, self.job.columns
+        own = (self.table, self.all_points, self.replicates, self.isoflop, target, level, columns)
+        return [*doubts(*own), *self.disagreements()]
+
+    def _note_weights(self) -> None:
         if self.job.weights in ("noise", "both") and not self.noise.freedom:
             what = "No two runs differ by their seed alone"
             self.notes.append(f"{what}: a noise of {self.noise.at:.1%} is assumed for all runs.")
         if self.job.weights != "none" and "budget" in self.table:
             self.notes.append("The backtests fit the law without weights.")
-        self.notes += [
-            f"{edge} of its range: these runs don't determine it." for edge in certificate.edges
-        ]
-        rivals = [m for m in certificate.minima[1:] if m.objective < 1.05 * self.fit.value]
-        if rivals:
-            what = ", ".join(f"{k} {v:.4g}" for k, v in rivals[0].values.items())
-            self.notes.append(f"Another minimum is nearly as low: {what}.")
 
     @cached_property
     def replicates(self) -> bootstrap.Replicates:
@@ -201,7 +213,7 @@ class StudyFit:
         if "budget" not in self.table:
             return None
         try:
-            return isoflop(self.all_points, self.table["budget"].to_numpy())
+            return isoflop(self.all_points, self.table["budget"].to_numpy(), self.job.near)
         except UserError as e:
             return str(e)
 

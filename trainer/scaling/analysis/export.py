@@ -53,5 +53,6 @@ def as_dict(made: StudyFit) -> dict[str, Any]:
             for b in made.backtests
         ],
         "skill": judge.as_dict(made.skill)["scores"],
-        "notes": [*made.notes, *made.disagreements()],
+        "doubts": made.doubts,
+        "notes": made.notes,
     }  # fmt: skip

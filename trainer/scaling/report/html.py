@@ -85,12 +85,13 @@ def _sections(
     figures = Figures(made, *counted(made))
     law = [
         _answer(made, figures),
-        _notes(made),
+        _doubts(made),
         *_pictures(made, figures),
         _parameters(made),
         _certificate(made),
         _backtests(made),
         _influence(made),
+        _notes(made),
     ]
     size, cost, unit = counted(made)
     runs = f"{len(made.points)} of {len(made.all_points)} runs"
@@ -129,9 +130,10 @@ def _answer(made: StudyFit, figures: Figures) -> Section:
     section.rows.append(["Law", values])
     section.rows += [["", made.form.source], ["Fit", f"{verdict} as the global optimum"]]
     section.rows += [["N* grows as", text] for text in _allocation(made)]
-    notes = [*made.notes, *made.disagreements()]
-    more = f" ({len(notes) - 1} more below)" if len(notes) > 1 else ""
-    section.rows.append(["First doubt", f"{notes[0]}{more}" if notes else "none was found"])
+    count = len(made.doubts) - 1
+    more = f" ({count} more below)" if count > 0 else ""
+    first = f"{made.doubts[0]}{more}" if made.doubts else "none was found"
+    section.rows.append(["First doubt", first])
     section.after += skill_lines(made.skill)
     return section
 
@@ -156,10 +158,14 @@ def _predicted(made: StudyFit, f: Prediction) -> list[list[Cell]]:
     return [*rows, ["Compute", compute]]
 
 
+def _doubts(made: StudyFit) -> Section:
+    absent = "" if made.doubts else "No reason was found to doubt the numbers."
+    return Section("doubts", "Reasons for doubt", after=[*made.doubts], absent=absent)
+
+
 def _notes(made: StudyFit) -> Section:
-    notes: list[Cell] = [*made.notes, *made.disagreements()]
-    absent = "" if notes else "No reason was found to doubt the numbers."
-    return Section("notes", "Reasons for doubt", after=notes, absent=absent)
+    absent = "" if made.notes else "All rows of the table are used as they are."
+    return Section("notes", "What was done with the table", after=[*made.notes], absent=absent)
 
 
 def _pictures(made: StudyFit, figures: Figures) -> list[Section]:

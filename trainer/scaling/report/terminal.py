@@ -33,9 +33,9 @@ def show(made: StudyFit, console: Console, where: str) -> None:
     _show_prediction(made, console)
     for line in skill_lines(made.skill):
         console.print(line, soft_wrap=True)
-    notes = [*made.notes, *made.disagreements()]
-    if notes:
-        console.print(f"[yellow]First note:[/] {escape(notes[0])}", soft_wrap=True)
+    first, *others = made.doubts or ["No reason was found to doubt these numbers."]
+    console.print(f"[yellow]First doubt:[/] {escape(first)}" if made.doubts else first,
+                  soft_wrap=True)  # fmt: skip
     console.print()
     console.print(_parameters(made))
     c = fit.certificate
@@ -62,8 +62,10 @@ def show(made: StudyFit, console: Console, where: str) -> None:
     _show_backtests(made, console)
     _show_sensitivity(made, console)
     console.print("\nMost influential runs: " + ", ".join(n for n, _ in made.influence()))
-    for note in notes[1:]:
-        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)
+    for doubt in others:
+        console.print(f"[yellow]Doubt:[/] {escape(doubt)}", soft_wrap=True)
+    for note in made.notes:
+        console.print(f"Note: {escape(note)}", soft_wrap=True)
 
 
 def _show_prediction(made: StudyFit, console: Console) -> None:

@@ -46,12 +46,21 @@ def test_a_run_within_the_budgets_is_predicted_by_the_law(made, by_law):
 
 def test_runs_that_share_no_budgets_are_predicted_by_the_law():
     rows = table().drop(columns="budget")
+    rows["flops"] *= np.geomspace(1, 3, len(rows))
+    rows["tokens"] *= np.geomspace(1, 3, len(rows))
     assert study(rows=rows).predict(TargetPoint(flops=3e21)).method == "law"
     with pytest.raises(UserError, match="level is not possible: the table has no column"):
         study("method=level", rows=rows).predict(TargetPoint(flops=3e21))
     few = table().groupby("budget").head(2)
     with pytest.raises(UserError, match="fewer than 3 budgets have 3 sizes"):
         study("method=level", rows=few).predict(TargetPoint(flops=3e21))
+
+
+def test_budgets_that_the_compute_of_the_runs_shows_are_taken(made):
+    one = study(rows=table().drop(columns="budget"))
+    assert one.predict(TargetPoint(flops=3e21)).method == "level"
+    assert any("falls into 4 groups" in note for note in one.notes)
+    assert one.fit.values == pytest.approx(made.fit.values)
 
 
 @pytest.mark.parametrize("of", ["made", "by_law"])

@@ -25,8 +25,8 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 COMMAND = ("forescale", "study", "report", "my runs.csv")
 PICTURES = ("isoflop-curves", "best-parameters", "best-tokens", "loss-by-compute", "contours",
             "residuals-by-compute", "residuals-by-size", "backtest-errors")  # fmt: skip
-SECTIONS = ("prediction", "notes", "isoflop", "optimum", "envelope", "surface", "residuals",
-            "backtests", "parameters", "certificate", "backtest-table", "influence",
+SECTIONS = ("prediction", "doubts", "isoflop", "optimum", "envelope", "surface", "residuals",
+            "backtests", "parameters", "certificate", "backtest-table", "influence", "notes",
             "provenance")  # fmt: skip
 
 
@@ -55,7 +55,9 @@ def page(made: StudyFit, where: str, command=COMMAND) -> str:
 
 @pytest.fixture(scope="module")
 def made() -> StudyFit:
-    return study(surface(HOSTILE), target=TargetPoint(flops=5e21))
+    """With a run that is there twice, so that there is a doubt."""
+    rows = surface(HOSTILE)
+    return study(pd.concat([rows, rows.iloc[[3]]]), target=TargetPoint(flops=5e21))
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +104,12 @@ def test_numbers_are_those_of_the_fit(made, html):
 
 def test_every_doubt_is_on_the_page(made, html):
     assert made.notes
-    for note in [*made.notes, *made.disagreements()]:
+    for note in made.notes:
         assert note in text(section(html, "notes"))
+    assert made.doubts
+    for doubt in made.doubts:
+        assert doubt in text(section(html, "doubts"))
+    assert made.doubts[0] in text(section(html, "prediction"))
     (refused,) = made.isoflop.refusals
     assert refused.why in text(section(html, "isoflop"))
 
@@ -136,7 +142,9 @@ def test_the_same_study_gives_the_same_bytes(made, html):
 
 
 def test_sections_without_budgets_or_target_say_why():
-    html = page(study(surface().drop(columns="budget")), "runs", COMMAND)
+    rows = surface().drop(columns="budget")
+    rows["flops"] *= np.geomspace(1, 3, len(rows))  # no two runs have the same compute
+    html = page(study(rows), "runs", COMMAND)
     assert "No target is given" in section(html, "prediction")
     assert "no budgets" in section(html, "isoflop")
     assert "no budgets" in section(html, "backtests")
