@@ -83,19 +83,18 @@ def fit_shape(points: Points, budgets: Array) -> Shape:
     log_n, log_d, y = (points.log(c) for c in ("parameters", "tokens", "loss"))
     centre = float(log_n.mean()), float(log_d.mean())
     x, z = log_n - centre[0], log_d - centre[1]
-    W = _whitening(y, budgets)
+    whitened = _Whitening.of(y, budgets)
 
     def residual(theta: Array) -> Array:
-        found: Array = W @ (y - np.logaddexp.reduce(_logs(theta, x, z), axis=0))
-        return found
+        rest = y - np.logaddexp.reduce(_logs(theta, x, z), axis=0)
+        return whitened(rest[:, None])[:, 0]
 
     def jacobian(theta: Array) -> Array:
         logs = _logs(theta, x, z)
         p = np.exp(logs - np.logaddexp.reduce(logs, axis=0))
-        found: Array = -W @ np.stack((p[0], p[1], p[2], -p[0] * x, -p[1] * z), axis=1)
-        return found
+        return -whitened(np.stack((p[0], p[1], p[2], -p[0] * x, -p[1] * z), axis=1))
 
-    theta = _lowest(residual, jacobian, _starts(x, z, points.loss, W))
+    theta = _lowest(residual, jacobian, _starts(x, z, points.loss, whitened))
     last = budgets == budgets.max()
     per = float(np.median(budgets[last] / np.exp((log_n + log_d)[last])))
     return Shape(theta, centre, per)
@@ -107,23 +106,42 @@ def _logs(theta: Array, x: Array, z: Array) -> Array:
     return np.stack((a - alpha * x, b - beta * z, e + 0 * x))
 
 
-def _whitening(log_loss: Array, budgets: Array) -> Array:
-    """Return the matrix, (n, n), that makes residuals independent with a variance of 1."""
-    variance = NOISE**2 + (OFF * excess(log_loss, budgets)) ** 2
-    W = np.zeros((len(log_loss), len(log_loss)))
-    for c in np.unique(budgets):
-        own = np.flatnonzero(budgets == c)
-        values, vectors = np.linalg.eigh(np.diag(variance[own]) + FREE**2)
-        W[np.ix_(own, own)] = (vectors / np.sqrt(values)) @ vectors.T
-    return W
+@dataclass(frozen=True)
+class _Whitening:
+    """A linear map that makes residuals of runs independent with a variance of 1.
+
+    With the covariance diag(v) + FREE^2 within a budget, it is (I + (s - 1) u u^T) diag(v)^-1/2,
+    where u is the unit vector along v^-1/2, and s = (1 + FREE^2 sum 1/v)^-1/2: O(n), for any
+    number of runs. scale: v^-1/2; unit: u; group: the budget's place; shrink: s - 1 of each budget.
+    """
+
+    scale: Array
+    unit: Array
+    group: Array
+    shrink: Array
+
+    @classmethod
+    def of(cls, log_loss: Array, budgets: Array) -> "_Whitening":
+        scale = 1 / np.hypot(NOISE, OFF * excess(log_loss, budgets))
+        group = np.unique(budgets, return_inverse=True)[1]
+        squares = np.bincount(group, scale**2)
+        shrink = 1 / np.sqrt(1 + FREE**2 * squares) - 1
+        return cls(scale, scale / np.sqrt(squares)[group], group, shrink)
+
+    def __call__(self, x: Array) -> Array:
+        """Return x, (n, k), whitened along its first axis."""
+        y = self.scale[:, None] * x
+        along = np.zeros((len(self.shrink), y.shape[1]))
+        np.add.at(along, self.group, self.unit[:, None] * y)
+        return y + self.unit[:, None] * (self.shrink[:, None] * along)[self.group]
 
 
-def _starts(x: Array, z: Array, loss: Array, W: Array) -> list[Array]:
+def _starts(x: Array, z: Array, loss: Array, whitened: _Whitening) -> list[Array]:
     """Return theta at the best points of the grid, the best first."""
-    one, found = W @ np.ones_like(x), []
+    one, found = whitened(np.ones_like(x)[:, None])[:, 0], []
     for alpha, beta in _GRID:
         terms = np.stack((np.exp(-alpha * x), np.exp(-beta * z), np.ones_like(x)), axis=1)
-        shares, error = optimize.nnls(W @ (terms / loss[:, None]), one)
+        shares, error = optimize.nnls(whitened(terms / loss[:, None]), one)
         logs = np.log(np.maximum(shares, _LEAST_SHARE * loss.mean()))
         found.append((error, np.array([*logs, alpha, beta])))
     return [theta for _, theta in sorted(found, key=lambda start: float(start[0]))[:_STARTS]]

@@ -51,7 +51,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 7, "legend.frameon": False, "svg.hashsalt": "forescale",
 }  # fmt: skip
 _SHAPES = {"circle": "o", "diamond": "D", "square": "s", "triangle-up": "^", "x": "X", "star": "*"}
-_DASHES = {"solid": "-", "dash": (0, (5, 2.5)), "dot": ":", "dashdot": "-."}
+_DASHES: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2.5)), "dot": ":", "dashdot": "-."}
 _LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -99,16 +99,24 @@ def _marked(panels: Sequence[go.Figure]) -> dict[str, Artist]:
     found = dict[str, Artist]()
     traces = [trace for panel in panels for trace in panel.data]
     if any(str(s).endswith("-open") for t in traces for s in _each(t.marker.symbol or "", 1)):
-        hollow = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": INK, "markersize": 4}
+        hollow: dict[str, Any] = {
+            "marker": "o",
+            "markerfacecolor": "none",
+            "markeredgecolor": INK,
+            "markersize": 4,
+        }
         found["not used"] = Line2D([], [], linestyle="", label="not used", **hollow)
     for trace in (trace for trace in traces if trace.name):
         if trace.fill == "toself":
             colour = _colour(trace.fillcolor)
             found[trace.name] = Patch(facecolor=colour, linewidth=0, label=trace.name)
         elif trace.mode == "lines":
-            style = {"color": _colour(trace.line.color), "linewidth": _POINTS * trace.line.width}
+            style: dict[str, Any] = {
+                "color": _colour(trace.line.color),
+                "linewidth": _POINTS * trace.line.width,
+            }
             dash = _DASHES[trace.line.dash or "solid"]
-            found[trace.name] = Line2D([], [], linestyle=dash, label=trace.name, **style)
+            found[trace.name] = Line2D([], [], label=trace.name, linestyle=dash, **style)
         else:
             mark = trace.marker
             found[trace.name] = Line2D(
