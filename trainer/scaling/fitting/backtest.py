@@ -222,7 +222,7 @@ def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> 
     def losses(values: Array) -> Array:
         return form.predict(values, **columns)
 
-    resampled = law.replicates.interval(level, losses)
+    resampled = law.replicates.interval(level, losses, "percentile")
     errors, factors = law.errors(later)
     return Backtest(
         budgets,
