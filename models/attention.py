@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: "Context") -> Tensor:
         B, L, _ = x_BLD.shape
-        rotation, mask_B1LL = context
+        rotation, mask = context
         q_BLHK = self.query(x_BLD).view(B, L, self.num_heads, -1)
         k_BLGK = self.key(x_BLD).view(B, L, self.num_kv_heads, -1)
         v_BLGK = self.value(x_BLD).view(B, L, self.num_kv_heads, -1)
@@ -84,9 +84,9 @@ class Attention(nn.Module):
             q_BLHK.transpose(1, 2),
             k_BLGK.transpose(1, 2),
             v_BLGK.transpose(1, 2),
-            attn_mask=mask_B1LL,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask_B1LL is None,
+            is_causal=mask is None,
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )

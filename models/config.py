@@ -4,12 +4,14 @@ Invariant: a ModelConfig without problems() can be built; resolved() sets every 
 given value. Imports no torch: a plan reads this file on a login node.
 """
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from forescale.models.costs import MIXERS, MLPS
 
-POSITIONS = ("rotary", "learned", "sinusoidal", "none")
+POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
+ROPE_SCALINGS = ("none", "ntk", "yarn")
 NORMS = ("rmsnorm", "layernorm")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
 
@@ -75,8 +77,11 @@ class ModelConfig:
     vocab_size: int | None = None  # None: the dataset's
     max_sequence_length: int | None = None  # None: the training's
 
-    position: str = "rotary"  # rotary | learned | sinusoidal | none
+    position: str = "rotary"  # rotary | alibi | learned | sinusoidal | none
     rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
+    rope_scaling: str = "none"  # none | ntk | yarn, for longer contexts: models/rope_scaling.py
+    rope_factor: float = 1.0  # ntk, yarn: new length / original length
+    rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the variance in norms
     mixer: str = "attention"  # how tokens exchange information; see models/costs/__init__.py
@@ -101,7 +106,7 @@ class ModelConfig:
 
         Args: `vocab_size` and `sequence_length` of the data, if known.
         """
-        found = self._problems_of_values()
+        found = self._problems_of_values() or self._problems_of_scaling()
         if found:
             return found
         if self.depth is None and (self.num_layers is None or self.width is None):
@@ -121,6 +126,8 @@ class ModelConfig:
         elif full.position == "rotary" and width // num_heads % 2:
             what = f"rotary position needs even heads, not {width // num_heads} wide"
             found.append(("num_heads", what, "choose another num_heads or position"))
+        elif full.rope_scaling == "ntk" and width // num_heads < 4:
+            found.append(("num_heads", "ntk needs heads of at least 4", "choose fewer heads"))
         if num_heads % num_kv_heads:
             what = f"{num_kv_heads} do not divide {num_heads} heads"
             found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
@@ -139,7 +146,8 @@ class ModelConfig:
         found: list[Problem] = []
         sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
         bases = ("base_width", "base_depth")
-        for name in (*sizes, "vocab_size", "max_sequence_length", *bases):
+        lengths = ("max_sequence_length", "rope_original_length")
+        for name in (*sizes, "vocab_size", *lengths, *bases):
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append((name, f"{value} is not a size", "give at least 1"))
@@ -148,6 +156,7 @@ class ModelConfig:
                 what = f"{getattr(self, name)} layers are too many"
                 found.append((name, what, f"give at most {MOST_LAYERS:,}"))
         choices = {"position": POSITIONS, "norm": NORMS, "mixer": tuple(MIXERS), "mlp": tuple(MLPS)}
+        choices["rope_scaling"] = ROPE_SCALINGS
         for name, known in (*choices.items(), ("parametrization", PARAMETRIZATIONS)):
             value = getattr(self, name)
             if value not in known:
@@ -162,6 +171,29 @@ class ModelConfig:
             found.append(("dropout", f"{self.dropout} is not a probability below 1", "give 0 to 1"))
         if self.init_std is not None and not self.init_std > 0:
             found.append(("init_std", "must be above 0", "leave it out for the rule"))
+        return found
+
+    def _problems_of_scaling(self) -> list[Problem]:
+        """Return the broken rules of positions among values that are each allowed."""
+        found: list[Problem] = []
+        kind, factor = self.rope_scaling, self.rope_factor
+        if self.position == "alibi" and not MIXERS[self.mixer].takes_alibi:
+            what = f"mixer {self.mixer} does not add alibi's biases to scores"
+            found.append(("position", what, "choose another position"))
+        if kind != "none" and self.position != "rotary":
+            what = f"{kind} scales rotary positions, not {self.position}"
+            found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
+        elif kind == "none" and factor != 1:
+            todo = "choose rope_scaling=ntk or yarn, or leave it out"
+            found.append(("rope_factor", "has no effect without rope_scaling", todo))
+        elif kind != "none" and not 1 < factor < math.inf:
+            what = f"{factor} does not lengthen the context"
+            found.append(("rope_factor", what, "give new length / original length, above 1"))
+        elif kind == "yarn" and self.rope_theta <= 1:
+            found.append(("rope_theta", "yarn needs more than 1", "give more, such as 10000"))
+        if kind != "yarn" and self.rope_original_length:
+            todo = "leave it out, or choose rope_scaling=yarn"
+            found.append(("rope_original_length", "only yarn depends on it", todo))
         return found
 
     def resolved(
@@ -188,6 +220,11 @@ class ModelConfig:
         """All sizes as plain numbers. Raises ValueError like resolved()."""
         full = self.resolved()
         return Sizes(**{size.name: getattr(full, size.name) for size in fields(Sizes)})
+
+    @property
+    def original_length(self) -> float:
+        """The sequence length before scaling, for yarn. Raises ValueError like resolved()."""
+        return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
 
     def _sized(self) -> "ModelConfig":
         """Apply the rule of the class docstring; needs depth, or num_layers and width."""

@@ -134,7 +134,7 @@ class Activations:
     again: int  # with activation checkpointing: the layer that is being recomputed
     head: int  # the final norm's input and output
     logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient
-    mask: int  # of documents or padding, shared by all layers
+    mask: int  # of documents, padding or alibi, shared by all layers
     kept_logits: int  # the part of `logits` kept by the forward pass, if all fit one chunk
 
     @property
@@ -164,7 +164,7 @@ def activations(
     records of the mixer and the MLP give (costs/). If RMSNorm is not one kernel (fused_norms=False:
     a CPU), its input is kept a second time. The final norm and the logits of one chunk, with their
     gradients, are added. Dropout adds a byte per value. A masked forward pass (documents or
-    padding) has one mask for all layers.
+    padding) has one mask for all layers, and so has alibi, with a square for each head.
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
@@ -183,9 +183,16 @@ def activations(
         again=tokens * layer if config.activation_checkpointing else 0,
         head=tokens * (norm + b) * s.width,
         logits=chunk * s.vocab_size * (2 * b + 4),
-        mask=b * tokens * sequence_length if masked else 0,
+        mask=b * sequence_length**2 * _masks(config, micro_batch, masked),
         kept_logits=b * tokens * s.vocab_size if chunk == tokens else 0,
     )
+
+
+def _masks(config: ModelConfig, micro_batch: int, masked: bool) -> int:
+    """Return the number of (L, L) squares in the mask: one per row, and with alibi per head."""
+    if config.position == "alibi":
+        return config.sizes.num_heads * (micro_batch if masked else 1)
+    return micro_batch if masked else 0
 
 
 def activation_bytes(

@@ -2,7 +2,8 @@
 
 Works on plain dicts; transformers is needed only by whoever loads the result. Weights survive
 there and back bit for bit, and so does every architectural field of the config; what only training
-knows (z_loss, loss_chunk, activation_checkpointing, init_std; dropout but for GPT-2) does not.
+knows (z_loss, loss_chunk, activation_checkpointing, init_std; dropout but for GPT-2) does not, and
+ntk comes back as the larger rope_theta that it is.
 Their configs have no place for the multipliers of mup and completep, which go into the weights
 (parametrization.folds): what comes back is `standard`, and computes the same.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
+from forescale.models.hf_positions import positions_from_hf, positions_to_hf, require
 from forescale.models.parametrization import folds
 
 State = dict[str, Tensor]
@@ -160,9 +162,9 @@ def _items(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, State]:
     """The inverse of to_hf, also for models that others trained.
 
-    Raises ValueError for another architecture, for a variant that we don't compute (scaled rotary
-    positions, sliding windows, heads that don't add up to the width), and for unknown or missing
-    weights.
+    Raises ValueError for another architecture, for a variant that we don't compute (rotary
+    positions scaled otherwise than by yarn as we do it, sliding windows, heads that don't add up to
+    the width), and for unknown or missing weights.
     """
     family = hf_config.get("model_type", "")
     if family not in FAMILIES:
@@ -251,22 +253,22 @@ def _hf_config(family: str, c: ModelConfig) -> dict[str, Any]:
             "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout,
         }
-    return shared | {
-        "hidden_size": c.width,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.sizes.head_dim,
-        "intermediate_size": c.mlp_width,
-        "hidden_act": _activation(c),
-        "max_position_embeddings": c.max_sequence_length,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,  # transformers 4 reads this and the next key, 5 the third
-        "rope_scaling": None,  # Apertus scales its positions unless told otherwise
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_bias": c.bias,
-        "mlp_bias": c.bias,
-    }
+    return (
+        shared
+        | positions_to_hf(c)
+        | {
+            "hidden_size": c.width,
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+            "head_dim": c.sizes.head_dim,
+            "intermediate_size": c.mlp_width,
+            "hidden_act": _activation(c),
+            "rms_norm_eps": c.norm_eps,
+            "attention_bias": c.bias,
+            "mlp_bias": c.bias,
+        }
+    )
 
 
 def _activation(c: ModelConfig) -> str:
@@ -281,8 +283,8 @@ def _our_config(family: str, hf: dict[str, Any]) -> ModelConfig:
         tie_embeddings=hf.get("tie_word_embeddings", family == "gpt2"),
     )
     if family == "gpt2":
-        _require(hf.get("activation_function", "gelu_new") == "gelu_new", "activation_function")
-        _require(not hf.get("scale_attn_by_inverse_layer_idx"), "scale_attn_by_inverse_layer_idx")
+        require(hf.get("activation_function", "gelu_new") == "gelu_new", "activation_function")
+        require(not hf.get("scale_attn_by_inverse_layer_idx"), "scale_attn_by_inverse_layer_idx")
         return replace(
             base,
             num_layers=hf["n_layer"],
@@ -293,14 +295,12 @@ def _our_config(family: str, hf: dict[str, Any]) -> ModelConfig:
             norm_eps=hf.get("layer_norm_epsilon", 1e-5),
             dropout=hf.get("resid_pdrop", 0.1),
         ).resolved()
-    _require(hf.get("hidden_act", _activation(base)) == _activation(base), "hidden_act")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    require(hf.get("hidden_act", _activation(base)) == _activation(base), "hidden_act")
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    _require(rope.get("rope_type", rope.get("type", "default")) == "default", "rope_parameters")
-    _require((hf.get("head_dim") or width // heads) * heads == width, "head_dim")
-    _require(not hf.get("use_sliding_window"), "use_sliding_window")
+    require((hf.get("head_dim") or width // heads) * heads == width, "head_dim")
+    require(not hf.get("use_sliding_window"), "use_sliding_window")
     bias = bool(hf.get("attention_bias", False))
-    _require(bias == bool(hf.get("mlp_bias", False)), "attention_bias without mlp_bias")
+    require(bias == bool(hf.get("mlp_bias", False)), "attention_bias without mlp_bias")
     return replace(
         base,
         bias=bias,
@@ -309,12 +309,6 @@ def _our_config(family: str, hf: dict[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads") or heads,
         mlp_width=hf["intermediate_size"],
-        max_sequence_length=hf["max_position_embeddings"],
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+        **positions_from_hf(hf),
     ).resolved()
-
-
-def _require(true: bool, key: str) -> None:
-    if not true:
-        raise ValueError(f"this model's {key} is a variant that is not supported here.")

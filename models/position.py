@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
 from forescale.models.parametrization import scales
+from forescale.models.rope_scaling import frequencies
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K/2)
 
@@ -42,16 +43,12 @@ def positions_of(
     return before_BL
 
 
-def _angles(positions: Tensor, size: int, theta: float) -> Tensor:
-    """positions (...) -> (..., size/2) in fp32: position * theta^(-2i/size)."""
-    even = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
-    return positions[..., None].float() * (1.0 / theta ** (even / size))
-
-
-def rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
-    """Return the rotation at each position: (...) -> cos, sin, each (..., 1, head_dim/2), fp32."""
-    angles = _angles(positions, head_dim, theta)[..., None, :]
-    return angles.cos(), angles.sin()
+def rotation(positions: Tensor, config: ModelConfig) -> Rotation:
+    """Return the rotation at each position: (...) -> cos, sin, each (..., 1, K/2), fp32."""
+    by, length = frequencies(config, positions.device)
+    angles = (positions[..., None].float() * by)[..., None, :]
+    turn = angles.cos(), angles.sin()
+    return turn if length == 1 else (turn[0] * length, turn[1] * length)
 
 
 def rotate(x_BLHK: Tensor, by: Rotation) -> Tensor:
@@ -66,7 +63,8 @@ def rotate(x_BLHK: Tensor, by: Rotation) -> Tensor:
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
     """Return (...) -> (..., width), fp32: sine and cosine in turns (Vaswani et al. 2017, 3.5)."""
-    angles = _angles(positions, width, 10_000.0)
+    even = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * (1.0 / 10_000.0 ** (even / width))
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 

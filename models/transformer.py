@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from forescale.models.alibi import biased_mask
 from forescale.models.attention import additive_mask, visible_keys
 from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
@@ -62,7 +63,8 @@ class Context(NamedTuple):
 
     rotation: of queries and keys, with rotary positions. mask (B, 1, L, L): added to the scores, 0
     for a visible key, else -inf (attention.additive_mask); without it a token attends to itself and
-    all earlier tokens.
+    all earlier tokens. With alibi, which only mixers that take it receive, mask is (B or 1, H, L,
+    L) and has a bias for a visible key (alibi.biased_mask).
     """
 
     rotation: Rotation | None = None
@@ -151,7 +153,7 @@ class Transformer(nn.Module):
         x_BLD = self.embedding(tokens_BL)
         turn = None
         if config.position == "rotary":
-            turn = rotation(positions, s.head_dim, config.rope_theta)
+            turn = rotation(positions, config)
         elif config.position == "sinusoidal":
             x_BLD = x_BLD * self.scales.sinusoidal  # sinusoids have amplitude 1
             x_BLD = x_BLD + sinusoids(positions, s.width).to(x_BLD.dtype)
@@ -163,10 +165,14 @@ class Transformer(nn.Module):
                 )
             x_BLD = x_BLD + self.position(positions)
         x_BLD = self.dropout(x_BLD)
-        mask_B1LL = None
+        seen_B1LL = mask = None
         if padding_mask_BL is not None or starts_BL is not None:
-            mask_B1LL = additive_mask(visible_keys(padding_mask_BL, starts_BL), x_BLD.dtype)
-        context = Context(turn, mask_B1LL)
+            seen_B1LL = visible_keys(padding_mask_BL, starts_BL)
+        if config.position == "alibi":
+            mask = biased_mask(positions, seen_B1LL, s.num_heads, x_BLD.dtype)
+        elif seen_B1LL is not None:
+            mask = additive_mask(seen_B1LL, x_BLD.dtype)
+        context = Context(turn, mask)
         for block in self.blocks:
             if config.activation_checkpointing and torch.is_grad_enabled():
                 x_BLD = checkpoint(block, x_BLD, *context, use_reentrant=False)

@@ -62,4 +62,5 @@ ATTENTION = Part(
     writes=("output",),
     per_head=("query_norm", "key_norm"),
     folds=_folds,
+    takes_alibi=True,
 )

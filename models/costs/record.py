@@ -45,6 +45,8 @@ class Part:
     per_head: the modules whose parameters all heads share (parametrization, rule 10).
     folds: (config, scores) -> the factor of each module that gives the same outputs without the
         multiplier `scores` of attention scores (parametrization, rule 6).
+    takes_alibi: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
+        that it may have alibi's biases (alibi.biased_mask).
     is_gated: the MLP has three matrices; its default width is 2/3 of that of an MLP with two.
     """
 
@@ -56,6 +58,7 @@ class Part:
     cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
     per_head: tuple[str, ...] = ()
     folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
+    takes_alibi: bool = False
     is_gated: bool = False
 
 

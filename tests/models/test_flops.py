@@ -134,6 +134,7 @@ CHANGES = [
     dict(num_kv_heads=1),
     dict(mlp="relu2", tie_embeddings=True, position="sinusoidal"),
     dict(mlp="gelu", norm="layernorm", qk_norm=False, position="learned", bias=True),
+    dict(position="alibi", num_kv_heads=1),
     dict(activation_checkpointing=True),
     dict(loss_chunk=0),
     dict(loss_chunk=64),

@@ -29,10 +29,12 @@ GPT2 = ModelConfig(
 ORACLES = {
     "llama": LLAMA,
     "llama-bias-tied": replace(LLAMA, bias=True, tie_embeddings=True),
+    "llama-yarn": replace(LLAMA, rope_scaling="yarn", rope_factor=3.0),
     "qwen3": QWEN3,
     "qwen3-tied": replace(QWEN3, tie_embeddings=True),
     "arcee": replace(LLAMA, mlp="relu2"),
     "apertus": replace(QWEN3, mlp="relu2"),
+    "apertus-yarn": replace(QWEN3, mlp="relu2", rope_scaling="yarn", rope_factor=1.5),
     "gpt2": GPT2,
     "gpt2-untied": replace(GPT2, tie_embeddings=False),
 }

@@ -80,7 +80,7 @@ def test_sinusoids_are_the_papers():
 def test_only_learned_positions_end_and_say_so():
     with pytest.raises(ValueError, match="max_sequence_length = 17"):
         build("learned", "rmsnorm", "gelu", False, None)(tokens(1, L + 6))
-    for position in ("rotary", "sinusoidal", "none"):
+    for position in ("rotary", "alibi", "sinusoidal", "none"):
         build(position, "rmsnorm", "gelu", False, None)(tokens(1, L + 6))
 
 

@@ -49,7 +49,7 @@ def test_the_datas_numbers_fill_in():
         ({"depth": 2, "width": 9, "num_heads": 3}, "num_heads"),  # rotary: heads of 3
         ({"depth": 2, "num_kv_heads": 3}, "num_kv_heads"),
         ({"depth": 2, "width": 15, "num_heads": 3, "position": "sinusoidal"}, "width"),
-        ({"depth": 2, "position": "alibi"}, "position"),
+        ({"depth": 2, "position": "t5"}, "position"),
         ({"depth": 2, "norm": "batch"}, "norm"),
         ({"depth": 2, "mlp": "relu"}, "mlp"),
         ({"depth": 2, "dropout": 1.0}, "dropout"),
@@ -72,7 +72,7 @@ def test_each_problem_names_its_field(given, field):
 
 
 def test_all_problems_are_told_at_once():
-    config = ModelConfig(depth=2, position="alibi", norm="batch", dropout=2.0)
+    config = ModelConfig(depth=2, position="t5", norm="batch", dropout=2.0)
     assert [problem[0] for problem in config.problems()] == ["position", "norm", "dropout"]
     assert ModelConfig(depth=2).problems() == []
 

@@ -1,0 +1,73 @@
+"""Keys of rotary positions in Hugging Face's config.json, to and from ours.
+
+Invariant: what transformers 4 and 5 compute from the keys equals what we compute.
+"""
+
+from typing import Any
+
+from forescale.models.config import ModelConfig
+from forescale.models.rope_scaling import BETA_FAST, BETA_SLOW, ntk_theta, yarn_attention
+
+
+def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of rotary positions.
+
+    ntk is a larger base and no scaling: their "dynamic" would change with the sequence. For yarn,
+    transformers 4 takes the factor from the two lengths and 5 takes the factor, so all three must
+    agree. Raises ValueError if they can't, because the original length isn't whole.
+    """
+    theta = ntk_theta(c) if c.rope_scaling == "ntk" else c.rope_theta
+    longest, scaling = c.max_sequence_length, None  # Apertus scales unless told otherwise
+    if c.rope_scaling == "yarn":
+        longest = round(c.original_length * c.rope_factor)
+        if c.original_length % 1 or longest != c.original_length * c.rope_factor:
+            raise ValueError(
+                f"Hugging Face's config needs whole lengths, not yarn from {c.original_length:g} "
+                f"to {c.original_length * c.rope_factor:g} tokens; give model.rope_original_length."
+            )
+        scaling = {
+            "rope_type": "yarn",
+            "factor": c.rope_factor,
+            "original_max_position_embeddings": int(c.original_length),
+            "attention_factor": yarn_attention(c.rope_factor),
+            "beta_fast": float(BETA_FAST),
+            "beta_slow": float(BETA_SLOW),
+        }
+    return {
+        "max_position_embeddings": longest,
+        "rope_theta": theta,  # transformers 4 reads this and the next key, 5 the third
+        "rope_scaling": scaling,
+        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta},
+    }
+
+
+def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of ModelConfig: the inverse of positions_to_hf.
+
+    Raises ValueError for a scaling that we don't compute.
+    """
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    found = {
+        "max_sequence_length": hf["max_position_embeddings"],
+        "rope_theta": float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require(kind in ("default", "yarn"), "rope_parameters")
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings") or found["max_sequence_length"]
+        factor = float(rope.get("factor") or found["max_sequence_length"] / original)
+        usual: dict[str, Any] = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "truncate": True}
+        usual |= {"mscale": None, "mscale_all_dim": None}
+        usual["attention_factor"] = yarn_attention(factor)
+        for name, value in usual.items():
+            require(rope.get(name) in (None, value), f"rope_parameters.{name}")
+        found |= {"rope_scaling": "yarn", "rope_factor": factor}
+        if original * factor != found["max_sequence_length"]:
+            found["rope_original_length"] = original
+    return found
+
+
+def require(true: bool, key: str) -> None:
+    """Raise ValueError that names `key` unless `true`."""
+    if not true:
+        raise ValueError(f"this model's {key} is a variant that is not supported here.")

@@ -1,0 +1,102 @@
+"""ALiBi's slopes and biases equal transformers' and the paper's formula."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.alibi import biased_mask, slopes
+from forescale.models.attention import visible_keys
+from forescale.models.costs import MIXERS
+from forescale.models.position import document_starts, positions_of
+
+HEADS = [1, 2, 3, 8, 12, 16, 20, 32, 71]
+
+
+@pytest.mark.parametrize("num_heads", HEADS)
+def test_biases_are_those_of_bloom(num_heads):
+    """Bloom adds slope * key; a softmax doesn't change by the slope * query that we take off."""
+    pytest.importorskip("transformers")
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 24), num_heads, torch.float32)  # (H, 1, L)
+    causal = torch.ones(24, 24, dtype=torch.bool).tril()
+    ours = biased_mask(torch.arange(24), None, num_heads, torch.float32)
+    assert ours.shape == (1, num_heads, 24, 24)
+    expected = theirs.expand(-1, 24, -1).masked_fill(~causal, -torch.inf)
+    torch.testing.assert_close(ours[0].softmax(-1), expected.softmax(-1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 8, 32])
+def test_biases_are_those_of_mpt(num_heads):
+    """Of powers of two; MPT has other slopes for other numbers of heads than the authors."""
+    pytest.importorskip("transformers")
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    theirs = build_mpt_alibi_tensor(num_heads, 24)  # (H, 1, L): of the last query
+    ours = biased_mask(torch.arange(24), None, num_heads, torch.float32)[0, :, -1:]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_slopes_are_the_papers():
+    assert slopes(8) == [2**-i for i in range(1, 9)]  # section 3
+    assert slopes(16)[:3] == [2**-0.5, 2**-1, 2**-1.5]
+    assert slopes(12) == slopes(8) + slopes(16)[:8:2]
+
+
+def test_distances_count_real_tokens_of_the_own_document():
+    documents = torch.tensor([[3, 3, 3, 4, 4, 4]])
+    padding = torch.tensor([[1, 0, 1, 1, 1, 1]])
+    starts = document_starts(documents)
+    positions = positions_of(documents, padding, starts)
+    seen = visible_keys(padding, starts)
+    mask = biased_mask(positions, seen, 1, torch.float32)[0, 0] * 256  # the slope of one head
+    none = -torch.inf
+    assert mask[2].tolist() == [-1, none, 0, none, none, none]
+    assert mask[5].tolist() == [none, none, none, -2, -1, 0]
+
+
+def test_a_bias_in_bf16_is_rounded_once():
+    """Distances above 256 aren't exact in bf16."""
+    exact = biased_mask(torch.arange(1000), None, 3, torch.float32)
+    ours = biased_mask(torch.arange(1000), None, 3, torch.bfloat16)
+    assert torch.equal(ours, exact.bfloat16())
+
+
+def test_attention_is_the_papers_written_out():
+    """softmax(q k / sqrt(K) - slope * distance) v, of grouped queries, in one layer."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        num_layers=1,
+        width=24,
+        num_heads=6,
+        num_kv_heads=2,
+        vocab_size=30,
+        max_sequence_length=8,
+        position="alibi",
+        qk_norm=False,
+        init_std=0.5,
+    )
+    model, tokens = Transformer(config), torch.randint(0, 30, (2, 8))
+    mixer, seen = model.blocks[0].mixer, []
+    mixer.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    model(tokens)
+    ((x, out),) = seen
+    q, k, v = (
+        f(x).view(2, 8, -1, 4).transpose(1, 2) for f in (mixer.query, mixer.key, mixer.value)
+    )
+    k, v = (part.repeat_interleave(3, 1) for part in (k, v))
+    columns = torch.arange(8)
+    distance = columns[:, None] - columns
+    bias = torch.tensor(slopes(6))[:, None, None] * distance
+    scores = (q @ k.transpose(-1, -2) / 2 - bias).masked_fill(distance < 0, -torch.inf)
+    expected = mixer.output((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 8, 24))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixer_that_adds_no_biases_is_refused(monkeypatch):
+    monkeypatch.setitem(MIXERS, "other", replace(MIXERS["attention"], takes_alibi=False))
+    (problem,) = ModelConfig(depth=2, position="alibi", mixer="other").problems()
+    assert problem[0] == "position"
+    assert ModelConfig(depth=2, position="rotary", mixer="other").problems() == []

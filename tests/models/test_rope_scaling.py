@@ -1,0 +1,143 @@
+"""Frequencies of scaled rotary positions equal transformers' and the formulas of the papers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.position import rotation
+from forescale.models.rope_scaling import frequencies, ntk_theta
+
+CPU = torch.device("cpu")
+BASE = ModelConfig(num_layers=1, width=256, num_heads=2, vocab_size=50, max_sequence_length=8192)
+SHAPES = [
+    (4.0, 10_000.0, 2, 2048),
+    (8.0, 500_000.0, 4, 4096),
+    (1.5, 500.0, 8, 96),
+    (32.0, 1e6, 2, 7),
+]
+
+
+def scaled(kind, factor, theta, heads, original):
+    config = replace(BASE, rope_scaling=kind, rope_factor=factor, rope_theta=theta, num_heads=heads)
+    given = {"rope_original_length": original} if kind == "yarn" else {}
+    return replace(config, **given).resolved()
+
+
+def of_transformers(kind, original, config, **parameters):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = transformers.LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=config.num_heads,
+        max_position_embeddings=original,
+        rope_parameters={"rope_type": kind, "rope_theta": config.rope_theta, **parameters},
+    )
+    return lambda **more: ROPE_INIT_FUNCTIONS[kind](theirs, CPU, **more)
+
+
+@pytest.mark.parametrize(("factor", "theta", "heads", "original"), SHAPES)
+def test_yarn_is_that_of_transformers(factor, theta, heads, original):
+    config = scaled("yarn", factor, theta, heads, original)
+    found, attention = frequencies(config, CPU)
+    lengths = {"factor": factor, "original_max_position_embeddings": original}
+    expected, factor_of_theirs = of_transformers("yarn", original, config, **lengths)()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert attention == pytest.approx(factor_of_theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "theta", "heads", "original"), SHAPES)
+def test_ntk_is_the_dynamic_one_of_transformers_at_the_new_length(factor, theta, heads, original):
+    """Theirs, with a factor of 1, at a sequence of `factor` times the original length."""
+    config = scaled("ntk", factor, theta, heads, original)
+    found, attention = frequencies(config, CPU)
+    expected, _ = of_transformers("dynamic", original, config, factor=1.0)(
+        seq_len=factor * original
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert attention == 1
+
+
+def test_ntk_divides_the_lowest_frequency_by_the_factor_and_keeps_the_highest():
+    plain, ours = (frequencies(c, CPU)[0] for c in (BASE, scaled("ntk", 4.0, 10_000.0, 2, None)))
+    assert ours[0] == plain[0] == 1
+    torch.testing.assert_close(ours[-1], plain[-1] / 4, rtol=1e-6, atol=0)
+    assert (ours[1:] < plain[1:]).all()
+
+
+def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
+    config = scaled("yarn", 4.0, 10_000.0, 2, 2048)
+    plain, ours = (frequencies(c, CPU)[0] for c in (BASE, config))
+    rotations = 2048 * plain / (2 * math.pi)
+    fast, slow = rotations > 40, rotations < 0.8  # a whole pair around the limits of 32 and 1
+    assert fast.any()
+    assert slow.any()
+    torch.testing.assert_close(ours[fast], plain[fast])
+    torch.testing.assert_close(ours[slow], plain[slow] / 4)
+    assert ((ours <= plain * (1 + 1e-6)) & (ours >= plain / 4 * (1 - 1e-6))).all()
+
+
+def test_the_original_length_is_the_longest_over_the_factor_unless_given():
+    given = scaled("yarn", 4.0, 10_000.0, 2, 2048)
+    derived = replace(given, rope_original_length=None)
+    assert derived.original_length == 2048
+    assert torch.equal(frequencies(given, CPU)[0], frequencies(derived, CPU)[0])
+
+
+def test_without_scaling_the_angles_are_what_they_were():
+    positions = torch.arange(100)
+    even = torch.arange(0, 128, 2, dtype=torch.float32)
+    angles = positions[:, None, None].float() * (1.0 / 10_000.0 ** (even / 128))
+    cos, sin = rotation(positions, BASE)
+    assert torch.equal(cos, angles.cos())
+    assert torch.equal(sin, angles.sin())
+
+
+def test_ntk_is_a_larger_base():
+    torch.manual_seed(0)
+    ours = Transformer(scaled("ntk", 4.0, 10_000.0, 2, None))
+    plain = Transformer(replace(BASE, rope_theta=ntk_theta(ours.config)))
+    plain.load_state_dict(ours.state_dict())
+    tokens = torch.arange(40)[None]
+    assert torch.equal(ours(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize("kind", ["ntk", "yarn"])
+def test_a_token_does_not_know_how_long_its_sequence_is(kind):
+    torch.manual_seed(0)
+    model = Transformer(replace(BASE, rope_scaling=kind, rope_factor=4.0, max_sequence_length=16))
+    tokens = torch.randint(0, 50, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[:, :10], model(tokens[:, :10]))
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_scaling": "ntk"}, "rope_factor"),
+        ({"rope_scaling": "yarn", "rope_factor": 0.5}, "rope_factor"),
+        ({"rope_scaling": "yarn", "rope_factor": math.nan}, "rope_factor"),
+        ({"rope_factor": 4.0}, "rope_factor"),
+        ({"rope_scaling": "yarn", "rope_factor": 4.0, "position": "alibi"}, "rope_scaling"),
+        ({"rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 1.0}, "rope_theta"),
+        ({"rope_scaling": "ntk", "rope_factor": 4.0, "num_heads": 128}, "num_heads"),
+        ({"rope_original_length": 32}, "rope_original_length"),
+        (
+            {"rope_scaling": "ntk", "rope_factor": 4.0, "rope_original_length": 32},
+            "rope_original_length",
+        ),
+        (
+            {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 0},
+            "rope_original_length",
+        ),
+    ],
+)
+def test_what_cannot_be_scaled_names_its_field(given, field):
+    config = replace(BASE, **given)
+    assert [problem[0] for problem in config.problems()] == [field]
+    with pytest.raises(ValueError, match=rf"^model\.{field}: .*; .*\.$"):
+        Transformer(config)
