@@ -23,7 +23,7 @@ from forescale.config.schema import leaves, plain
 from forescale.config.sections.data import ONLY, CorpusConfig, DataConfig
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset, Sources
-from forescale.data.prepare.corpus import prepare_embedded
+from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.progress import shown
@@ -171,6 +171,12 @@ def open_sources(data: DataConfig) -> Sources:
     sources = Sources(opened)
     _ = sources.tokenizer  # verified now: it is needed at the end of the run
     return sources
+
+
+def embedded_vocabulary(data: DataConfig) -> int | None:
+    """Return the vocabulary size of the embedded corpus, which needn't exist for that; None if the
+    job names other data."""
+    return None if data.path or data.sources else VOCABULARY[data.embedded]
 
 
 def open_dataset(path: str, data: CorpusConfig) -> Dataset:

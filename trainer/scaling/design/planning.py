@@ -11,10 +11,9 @@ from rich.table import Table
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.console import table
-from forescale.data.prepare.corpus import VOCABULARY
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.run.start import open_sources
+from forescale.run.start import embedded_vocabulary, open_sources
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.plan import Grid, StudyPlan, explicit, isoflop_grid, ladder
 from forescale.scaling.design.shapes import Common
@@ -73,9 +72,9 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)
     vocabulary, unique = keys.vocab_size, keys.unique
     adam = train.optimizer.adam_learning_rate
-    is_embedded = not (train.data.path or train.data.sources)
-    if is_embedded and not opened:
-        vocabulary = vocabulary or VOCABULARY[train.data.embedded]
+    embedded = embedded_vocabulary(train.data)
+    if embedded and not opened:
+        vocabulary = vocabulary or embedded
     elif vocabulary is None or unique is None:
         sources = open_sources(train.data)
         vocabulary = vocabulary or sources.vocab_size

@@ -86,7 +86,7 @@ def test_the_target_is_one_run_in_all_rows():
     """Its N and C are converted, so that without noise all laws predict nearly the same loss."""
     made = study(records(), target=TargetPoint(parameters=1e9, tokens=1e10))
     losses = [row.loss for row in made.sensitivity]
-    assert losses[0] == pytest.approx(made.predict().loss, rel=1e-8)
+    assert losses[0] == pytest.approx(made.predict().law, rel=1e-8)
     assert losses == pytest.approx([losses[0]] * 4, rel=0.002)
     unconverted = CHINCHILLA.predict(made.sensitivity[2].values, parameters=1e9, tokens=1e10)[0]
     assert abs(unconverted / losses[0] - 1) > 0.002, "with N not converted"
