@@ -19,11 +19,9 @@ from forescale.errors import UserError
 from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.fitting.backtest import BELIEF, PRIOR, Discrepancy, fit_calibrated
-from forescale.scaling.fitting.forecaster import continued, forecasters
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
-from forescale.scaling.fitting.predicted import Predicted
 
 # Besiroglu et al. 2024, arXiv 2404.10102: the refit of Hoffmann et al. 2022.
 PUBLISHED = {"A": 482.01, "B": 2085.43, "E": 1.8172, "alpha": 0.3478, "beta": 0.3658}
@@ -221,24 +219,9 @@ def _answer(
     if design.budgets is not None:
         points = points.take(near_best(loss, design.budgets, near))
     law = fit_calibrated(CHINCHILLA, points, Objective(), bootstraps, seed, Discrepancy())
+    found = law.predicted(dict(at), flops)
     bare = replace(law, discrepancy=Discrepancy(0.0)).predicted(dict(at), flops)
-    found = _by_level(design, loss, at) or law.predicted(dict(at), flops)
     error = abs(float(found.log_loss[0]) - truth)
     halves = [float(found.half(level)[0]) for level in _LEVELS]
     inside = [float(error <= half) for half in halves]
     return [*halves, *inside, error, *(float(bare.half(level)[0]) for level in _LEVELS)]
-
-
-def _by_level(design: RunSet, loss: Array, at: Mapping[str, Array]) -> Predicted | None:
-    """Return the prediction that `study predict` makes of the target beyond the runs; None where
-    the law makes it."""
-    if design.budgets is None:
-        return None
-    usable = continued(design.budgets, design.parameters)
-    points = Points(loss, design.parameters, design.tokens, design.flops).take(usable)
-    if not usable.any():
-        return None
-    *_, last = forecasters(points, design.budgets[usable])
-    n, d = at["parameters"], at["tokens"]
-    budget = float(last.shape.per * n[0] * d[0])
-    return last.of_runs(n, d, budget) if last.is_beyond(budget) else None
