@@ -23,6 +23,12 @@ class ScoreJob(RunJob):
     windows: int | None = key(
         None, "number of windows, evenly spread over the split; null: all", ge=1
     )
+    sequence_length: int | None = key(
+        None, "tokens in a window, and a table of loss by position; null: as in training", ge=1
+    )
+    rope_scaling: Literal["ntk", "yarn"] | None = key(
+        None, "scale rotary positions to sequence_length; null: as in training"
+    )
     micro_batch: int = key(8, "windows in one forward pass", ge=1)
     trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
     data: CorpusConfig = section(

@@ -80,7 +80,7 @@ def evaluate(
     loss = math.fsum(nats) / int(targets.sum())
     return Score(
         loss=loss,
-        loss_stderr=_ratio_stderr(nats, targets, loss),
+        loss_stderr=ratio_stderr(nats, targets, loss),
         bits_per_byte=math.fsum(nats) / math.log(2) / int(count.sum()),
         targets=int(targets.sum()),
         bytes=int(count.sum()),
@@ -105,7 +105,7 @@ def pooled(scores: Sequence[Score]) -> Score:
     )
 
 
-def _ratio_stderr(sums: np.ndarray, counts: np.ndarray, ratio: float) -> float:
+def ratio_stderr(sums: np.ndarray, counts: np.ndarray, ratio: float) -> float:
     """Return the standard error of sum(sums) / sum(counts) (Cochran 1977, Sampling Techniques,
     eq. 2.39)."""
     n = len(sums)

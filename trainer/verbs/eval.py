@@ -13,6 +13,7 @@ from forescale.progress import shown
 from forescale.run.feed import objective_of
 
 if TYPE_CHECKING:
+    from forescale.inference.lengths import Bucket
     from forescale.train.evaluate import Score
 
 
@@ -20,6 +21,7 @@ JOB = EvalJob
 EXAMPLES = (
     "eval first",
     "eval first data.path=/data/books",
+    "eval first sequence_length=1024 rope_scaling=yarn",
 )
 
 
@@ -28,17 +30,21 @@ def main(arguments: list[str]) -> int:
     job = compose(EvalJob, overrides_of(EvalJob, arguments))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
+    from forescale.inference.lengths import at_length, edges_of, loss_by_position
     from forescale.inference.scoring import datasets_of, score
 
     datasets = datasets_of(view, job.data)
-    model = view.load(checkpoint, job.trust).to(best_device())
+    trained = view.config.train.sequence_length
+    length = job.sequence_length or trained
+    model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
+    model = model.to(best_device())
     for dataset in datasets.values():
         with shown() as progress:
             found = score(
                 model,
                 dataset,
                 job.split,
-                sequence_length=view.config.train.sequence_length,
+                sequence_length=length,
                 micro_batch=job.micro_batch,
                 windows=job.windows,
                 documents=view.config.data.document_mask,
@@ -46,7 +52,34 @@ def main(arguments: list[str]) -> int:
                 progress=progress,
             )
         _print(job, view, checkpoint.position, dataset, found)
+        if job.sequence_length is None:
+            continue
+        with shown() as progress:
+            buckets = loss_by_position(
+                model,
+                dataset,
+                job.split,
+                sequence_length=length,
+                edges=edges_of(length, trained),
+                windows=job.windows,
+                documents=view.config.data.document_mask,
+                objective=objective_of(view.config, dataset.vocab_size),
+                progress=progress,
+            )
+        _print_buckets(buckets, length, trained, job.rope_scaling)
     return DONE
+
+
+def _print_buckets(buckets: list["Bucket"], length: int, trained: int, scaling: str | None) -> None:
+    how = f", rotary positions scaled by {scaling} to {length / trained:g} times" if scaling else ""
+    print(
+        f"\nLoss by position, the number of earlier tokens that the model sees, in windows of "
+        f"{length:,}\n(trained in windows of {trained:,}{how}):\n"
+    )
+    print(f"  {'positions':>17}  {'nats a token':<17}  tokens")
+    for b in buckets:
+        loss = f"{b.loss:.4f} ± {b.loss_stderr:.4f}" if b.targets else "none"
+        print(f"  {f'{b.first:,} to {b.last:,}':>17}  {loss:<17}  {b.targets:,}")
 
 
 def _print(
