@@ -9,6 +9,7 @@ from forescale.scaling.analysis.tasks import Task, TaskFit, as_dict, fit_tasks
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.links import LINKS
+from tests.matrix import FULL
 from tests.trainer.scaling.iso_flop_runs import TRUTH
 
 SIGMOID = {"a": -0.72, "L_0": 2.9, "k": 3.0, "b": 1.0}
@@ -118,12 +119,12 @@ def test_what_determines_no_task_is_refused_with_a_sentence(change, message):
     assert message in str(refused.value)
 
 
-@pytest.mark.slow  # 60 ladders
+@pytest.mark.slow  # a ladder a draw
 def test_the_interval_of_a_task_covers_new_runs():
     """Four times the compute of the largest run; 90 % nominal, with the prior for the law's error,
     which these runs don't have: too wide rather than too narrow."""
     inside = []
-    for seed in range(60):
+    for seed in range(60 if FULL else 20):
         found = fitted(table("exponential", noise=0.005, seed=seed), link="exponential").chained
         rng = np.random.default_rng(10_000 + seed)
         loss = truth()[0] * np.exp(0.005 * rng.standard_normal())
