@@ -9,8 +9,8 @@ from forescale.config.job import Action
 _STUDY = ("study", "studies")
 _RUNS = ("input", "columns", "rows", "run.root")
 _LAW = (
-    "form", "method", "size", "cost", "delta", "weights", "drop_largest", "near", "bootstraps",
-    "resample", "level", "seed",
+    "form", "method", "size", "cost", "delta", "residual", "weights", "drop_largest", "near",
+    "bootstraps", "resample", "level", "seed",
 )  # fmt: skip
 _TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")
 
@@ -109,7 +109,7 @@ ACTIONS = {
     ),
     "backtest": Action(
         "Judge forecasts by finished studies: what each method would have said, and how far off.",
-        (*_STUDY, *_RUNS, "form", "size", "cost", "delta", "near", "json"),
+        (*_STUDY, *_RUNS, "form", "size", "cost", "delta", "residual", "near", "json"),
         (
             "study backtest study=mine",
             "study backtest points.csv columns='{parameters: Model Size, budget: C}'",

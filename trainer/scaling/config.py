@@ -192,9 +192,12 @@ class StudyJob(Job):
     )
     delta: float | None = key(
         1e-3,
-        "delta of the Huber objective on log loss; 0: least absolute deviations; null: least "
-        "squares",
+        "delta of the Huber objective, in units of the residual; 0: least absolute deviations; "
+        "null: least squares",
         ge=0,
+    )
+    residual: Literal["log", "loss"] = key(
+        "log", "what is minimised: residuals of log loss, or of the loss itself"
     )
     weights: Literal["none", "noise", "distance", "both"] = key(
         "none",

@@ -60,7 +60,7 @@ class StudyFit:
         self.is_fitted = self._near_best()
         self.points = self.all_points.take(self.is_fitted)
         self.form = laws.FORMS[job.form]
-        self.goal = Objective(np.inf if job.delta is None else job.delta)
+        self.goal = Objective.of(job.delta, job.residual)
         self.noise: RunNoise = noise_of_repeats(self.table, self.all_points)
         self.weights = self._weighed(self.points)
         self.fit: Fit = fit(self.form, self.points, self.goal, self.weights)
@@ -172,8 +172,9 @@ class StudyFit:
         """Return fits of the law with other objectives and, if some were left out, all runs."""
 
         def by(delta: float) -> Fit:
-            own = delta == self.goal.delta
-            return self.fit if own else fit(self.form, self.points, Objective(delta), self.weights)
+            goal = Objective(delta)
+            own = goal == self.goal
+            return self.fit if own else fit(self.form, self.points, goal, self.weights)
 
         found = {name: by(delta) for name, delta in _OTHERS.items()}
         if not self.is_fitted.all():

@@ -144,7 +144,7 @@ def _levels(one: Finished) -> Iterator[tuple[int, Method]]:
 
 def _laws(one: Finished, job: StudyJob) -> Iterator[tuple[int, Method]]:
     kept = near_best(one.points.loss, one.budgets, job.near)
-    goal = Objective(np.inf if job.delta is None else job.delta)
+    goal = Objective.of(job.delta, job.residual)
     runs, budgets = one.points.take(kept), one.budgets[kept]
     for k, law in laws_of_origins(laws.FORMS[job.form], runs, budgets, goal, _RESAMPLED):
         yield k, _Law(law)

@@ -37,6 +37,11 @@ class Objective:
             what = f"there is no objective with delta={self.delta} on '{self.on}'"
             raise UserError("objective", what, "give a delta of 0 to inf, on 'log' or 'loss'")
 
+    @classmethod
+    def of(cls, delta: float | None, on: str) -> "Objective":
+        """Return the objective of a job's keys; a delta of None is least squares."""
+        return cls(np.inf if delta is None else delta, on)
+
     def __str__(self) -> str:
         """Return the name of the objective, such as "Huber 0.001 on log loss"."""
         kind = {0.0: "least absolute deviations", np.inf: "least squares"}.get(self.delta)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import optimize
 
 from forescale.errors import UserError
 from forescale.scaling.analysis.answer import StudyFit
@@ -146,3 +147,21 @@ def test_delta_of_none_is_least_squares():
     found = study(rows, delta=None)
     assert found.fit.values == fit(CHINCHILLA, points(rows), LEAST_SQUARES).values
     assert "least squares" in found.fit.certificate.method
+
+
+def test_residuals_of_the_loss_itself_are_those_of_a_least_squares_fit_elsewhere():
+    """scipy's curve_fit, begun at the truth, is the oracle."""
+    rows = table(lambda c: 0.003)
+    made = study(rows, delta=None, residual="loss")
+
+    def loss(x, a, b, e, alpha, beta):
+        return e + np.exp(a) * x[0] ** -alpha + np.exp(b) * x[1] ** -beta
+
+    n, d = rows.parameters.to_numpy(), rows.tokens.to_numpy()
+    start = [np.log(LAW["A"]), np.log(LAW["B"]), LAW["E"], LAW["alpha"], LAW["beta"]]
+    best, _ = optimize.curve_fit(loss, (n, d), rows.loss.to_numpy(), start, maxfev=100_000)
+    squares = np.square(rows.loss - loss((n, d), *best)).sum()
+    assert made.fit.certificate.holds
+    assert 2 * made.fit.value <= squares * (1 + 1e-6)
+    assert made.fit.values["E"] == pytest.approx(best[2], rel=1e-3)
+    assert made.fit.value != pytest.approx(study(rows, delta=None).fit.value, rel=1e-3)
