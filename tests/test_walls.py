@@ -42,7 +42,8 @@ ALLOWED = {
     "scaling.config": "config scaling.actions",
     "scaling.fitting": "",
     "scaling.records": "models config data run resilience monitor scaling.fitting",
-    "scaling.analysis": "run scaling.config scaling.fitting scaling.records",
+    "scaling.doubts": "scaling.fitting",
+    "scaling.analysis": "run scaling.config scaling.fitting scaling.records scaling.doubts",
     "scaling.design": (
         "models config run scaling.config scaling.fitting scaling.records scaling.analysis"
     ),

@@ -17,13 +17,13 @@ import pandas as pd
 
 from forescale.errors import UserError
 from forescale.scaling.analysis import judge, prediction
-from forescale.scaling.analysis.budgets import grouped
-from forescale.scaling.analysis.doubts import Target, doubts
 from forescale.scaling.analysis.prediction import LAW, LEVEL, Prediction
 from forescale.scaling.analysis.sensitivity import SensitivityRow, sensitivity
 from forescale.scaling.analysis.tables import PER, with_tokens
 from forescale.scaling.analysis.weights import RunNoise, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
+from forescale.scaling.doubts.budgets import grouped
+from forescale.scaling.doubts.fit import Target, doubts
 from forescale.scaling.fitting import bootstrap, laws
 from forescale.scaling.fitting.backtest import (
     Backtest,

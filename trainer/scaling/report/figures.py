@@ -154,8 +154,7 @@ class Figures:
         if isinstance(self.iso, IsoFlop):
             usable = [b for b in self.shades if b not in self._refused]
             for budget, v in zip(usable, self.iso.vertices, strict=True):
-                of = n[budgets == budget]
-                x = np.geomspace(of.min(), of.max(), _FINE)
+                x = np.geomspace(*v.sizes, _FINE)
                 y = v.floor + v.bend * np.log(x / v.parameters) ** 2
                 figure.add_trace(style.line(x, y, self.shades[budget]))
         whys = {b: wrapped(f"No parabola: {w}") for b, w in self._refused.items()}

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.scaling.analysis.budgets import grouped, mismatch
+from forescale.scaling.doubts.budgets import grouped, mismatch
 
 DISTINCT = np.geomspace(1e18, 1e20, 5)
 BUDGETS = np.repeat(DISTINCT, 6)

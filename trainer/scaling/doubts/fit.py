@@ -1,7 +1,7 @@
 """What makes the numbers of a fit doubtful, as sentences, the most serious first.
 
-    data        the runs themselves (data_doubts.py): as long as they are wrong, nothing else counts
-    optimum     the law and the parabolas disagree on it, or show none (optimum_doubts.py)
+    data        the runs themselves (data.py): as long as they are wrong, nothing else counts
+    optimum     the law and the parabolas disagree on it, or show none (optimum.py)
     law         it explains no losses; terms that the runs don't determine; the certificate
     target      far outside the runs
     budgets     named otherwise than C is counted (budgets.py)
@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.budgets import mismatch
-from forescale.scaling.analysis.data_doubts import data_doubts
-from forescale.scaling.analysis.optimum_doubts import optimum_doubts, order_doubts
+from forescale.scaling.doubts.budgets import mismatch
+from forescale.scaling.doubts.data import data_doubts
+from forescale.scaling.doubts.optimum import optimum_doubts, order_doubts
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.isoflop import IsoFlop
 from forescale.scaling.fitting.laws import allocation

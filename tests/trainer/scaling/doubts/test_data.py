@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from forescale.scaling.analysis.data_doubts import data_doubts
+from forescale.scaling.doubts.data import data_doubts
 from forescale.scaling.fitting.points import Points
 from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
 

@@ -1,0 +1,1 @@
+"""What makes the numbers of a fit doubtful, said in sentences."""
