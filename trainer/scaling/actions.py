@@ -88,8 +88,7 @@ ACTIONS = {
         "Predict the accuracy of tasks in two steps: N and D to a loss, the loss to the accuracy.",
         (*_STUDY, *_RUNS, *_LAW, *_TARGET, "tasks", "task_losses", "metric", "link", "json"),
         (
-            "study tasks runs.csv tasks='{arc: acc_arc}' task_losses='{arc: bpb_arc}' "
-            "target.parameters=7e9 target.tokens=4e12",
+            "study tasks runs.csv tasks='{arc: acc}' task_losses='{arc: bpb}' target.flops=1e24",
             "study tasks runs.csv tasks='{average: err_avg}' metric=error link=exponential",
             "study tasks runs.csv checkpoints.csv tasks='{arc: acc_arc}'   (step 2 by checkpoints)",
         ),
