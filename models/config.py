@@ -84,7 +84,7 @@ class ModelConfig:
     rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the variance in norms
-    mixer: str = "attention"  # how tokens exchange information; see models/costs/__init__.py
+    mixer: str = "attention"  # attention | mingru: how tokens exchange information
     mlp: str = "swiglu"  # swiglu | gelu | relu2
     bias: bool = False  # use biases in linear layers and layernorm
     qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training

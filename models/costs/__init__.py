@@ -6,10 +6,10 @@ here. FLOPs, parameter counts, memory, plans, muP and the choice of modules read
 else in the project knows the part. Invariant: imports no torch, because plans run on login nodes.
 """
 
-from forescale.models.costs import attention, mlp
+from forescale.models.costs import attention, mingru, mlp
 from forescale.models.costs.record import Part
 
-MIXERS: dict[str, Part] = {"attention": attention.ATTENTION}
+MIXERS: dict[str, Part] = {"attention": attention.ATTENTION, "mingru": mingru.MINGRU}
 MLPS: dict[str, Part] = {"swiglu": mlp.SWIGLU, "gelu": mlp.GELU, "relu2": mlp.RELU2}
 
 __all__ = ["MIXERS", "MLPS", "Part"]

@@ -135,6 +135,7 @@ CHANGES = [
     dict(mlp="relu2", tie_embeddings=True, position="sinusoidal"),
     dict(mlp="gelu", norm="layernorm", qk_norm=False, position="learned", bias=True),
     dict(position="alibi", num_kv_heads=1),
+    dict(mixer="mingru"),
     dict(activation_checkpointing=True),
     dict(loss_chunk=0),
     dict(loss_chunk=64),

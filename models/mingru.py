@@ -1,0 +1,102 @@
+"""A gated linear recurrence as a mixer: minGRU (Feng et al. 2024, arXiv 2410.01201).
+
+    h_t = (1 - z_t) h_{t-1} + z_t v_t,   z_t = sigmoid(gate(x_t) - log_memory),   v_t = value(x_t)
+
+Gate and value read the token alone, not the state. So the states of all tokens follow from a scan
+of log2(L) passes over the sequence, and decoding needs one vector of state a layer.
+
+Invariant: where the previous token isn't visible (another document, padding), the state starts
+again from 0, exactly: no bit of another document arrives.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from forescale.models.config import ModelConfig
+from forescale.models.init import Linear
+from forescale.models.parametrization import scales
+
+if TYPE_CHECKING:
+    from forescale.models.transformer import Context
+
+
+def scan(a_BLD: Tensor, b_BLD: Tensor) -> Tensor:
+    """Return h, (B, L, D), with h_t = a_t h_{t-1} + b_t and h_{-1} = 0, by doubling (Hillis and
+    Steele 1986): after pass i, each entry holds the sum over its last 2^i tokens."""
+    step = 1
+    while step < b_BLD.shape[1]:
+        earlier_a, earlier_b = _shifted(a_BLD, step), _shifted(b_BLD, step)
+        b_BLD = b_BLD + a_BLD * earlier_b
+        a_BLD = a_BLD * earlier_a
+        step *= 2
+    return b_BLD
+
+
+def _shifted(x_BLD: Tensor, by: int) -> Tensor:
+    """Return x of `by` tokens earlier, 0 before the first."""
+    return nn.functional.pad(x_BLD, (0, 0, by, 0))[:, : x_BLD.shape[1]]
+
+
+class Recurrence(torch.autograd.Function):
+    """States of all tokens from gates and values, in fp32 or more.
+
+    The backward pass is the same scan from the last token to the first. Autograd through `scan`
+    would keep the tensors of each pass: log2(L) times as many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logit_BLD: Tensor, value_BLD: Tensor, keep_BL1: Tensor) -> Tensor:
+        """Return h. logit, value (B, L, D); keep (B or 1, L, 1): 0 where the state starts again."""
+        precise = torch.promote_types(logit_BLD.dtype, torch.float32)
+        z_BLD = torch.sigmoid(logit_BLD.to(precise))
+        h_BLD = scan((1 - z_BLD) * keep_BL1, z_BLD * value_BLD.to(precise))
+        ctx.save_for_backward(logit_BLD, value_BLD, keep_BL1, h_BLD)
+        return h_BLD.to(value_BLD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of logit and value."""
+        logit_BLD, value_BLD, keep_BL1, h_BLD = ctx.saved_tensors
+        z_BLD = torch.sigmoid(logit_BLD.to(h_BLD.dtype))
+        # The state of token t enters token t + 1 with this weight.
+        onward_BLD = _shifted(((1 - z_BLD) * keep_BL1).flip(1), 1)
+        g_BLD = scan(onward_BLD, grad[0].to(h_BLD.dtype).flip(1)).flip(1)
+        change_BLD = value_BLD.to(h_BLD.dtype) - keep_BL1 * _shifted(h_BLD, 1)
+        d_logit = g_BLD * change_BLD * z_BLD * (1 - z_BLD)
+        return d_logit.to(logit_BLD.dtype), (g_BLD * z_BLD).to(value_BLD.dtype), None
+
+
+class MinGRU(nn.Module):
+    """(B, L, D) -> (B, L, D): the states of a gated linear recurrence, and a matrix after them.
+
+    log_memory (D,): log of the number of tokens that each channel remembers at first, from 1 to
+    max_sequence_length in equal ratios (chrono initialisation: Tallec and Ollivier 2018, arXiv
+    1804.11188). Without it all channels would begin with a memory of two tokens. Positions, heads
+    and QK-norm play no part.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        s, scale = config.sizes, scales(config)
+        longest = math.log(max(2, s.max_sequence_length))
+        self.log_memory = nn.Parameter(torch.linspace(0, longest, s.width))
+        self.gate = Linear(s.width, s.width, config.bias, scale.hidden_std)
+        self.value = Linear(s.width, s.width, config.bias, scale.hidden_std)
+        self.output = Linear(s.width, s.width, config.bias, scale.writing_std)
+
+    def forward(self, x_BLD: Tensor, context: "Context") -> Tensor:
+        logit_BLD = self.gate(x_BLD) - self.log_memory
+        h_BLD = Recurrence.apply(logit_BLD, self.value(x_BLD), _kept(x_BLD, context.mask))
+        return self.output(h_BLD)
+
+
+def _kept(x_BLD: Tensor, mask: Tensor | None) -> Tensor:
+    """Return (B or 1, L, 1), 1 where the previous token is visible, else 0."""
+    if mask is None:
+        kept_BL = x_BLD.new_ones(1, x_BLD.shape[1] - 1)
+    else:  # 0 where the key is visible, else -inf
+        kept_BL = (mask[:, 0].diagonal(-1, 1, 2) == 0).to(x_BLD.dtype)
+    return nn.functional.pad(kept_BL, (1, 0))[..., None]

@@ -1,0 +1,115 @@
+"""minGRU: its parallel form, its gradients, its documents, its costs, and that it learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.flops import cache_bytes, count, flops_per_token, shapes
+from forescale.models.mingru import Recurrence, scan
+
+CONFIG = ModelConfig(num_layers=2, width=64, num_heads=1, vocab_size=32, max_sequence_length=64,
+                     mixer="mingru")  # fmt: skip
+
+
+def step_by_step(logit, value, keep):
+    """The definition, one token after the other."""
+    z, h, found = torch.sigmoid(logit), torch.zeros_like(value[:, 0]), []
+    for t in range(value.shape[1]):
+        h = (1 - z[:, t]) * keep[:, t] * h + z[:, t] * value[:, t]
+        found.append(h)
+    return torch.stack(found, 1)
+
+
+def inputs(length, dtype=torch.float64, batch=2, width=3):
+    torch.manual_seed(length)
+    logit, value = (torch.randn(batch, length, width, dtype=dtype) for _ in range(2))
+    keep = (torch.rand(batch, length, 1) > 0.2).to(dtype)
+    return logit.requires_grad_(), value.requires_grad_(), keep
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 100])
+def test_the_parallel_form_equals_the_definition(length):
+    given = inputs(length)
+    torch.testing.assert_close(Recurrence.apply(*given), step_by_step(*given))
+    single = [x.float() for x in given]
+    want = step_by_step(*given).float()
+    torch.testing.assert_close(Recurrence.apply(*single), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradients_are_those_of_the_definition():
+    given = inputs(9)
+    assert torch.autograd.gradcheck(Recurrence.apply, given)
+    ours, theirs = (
+        torch.autograd.grad(form(*given).square().sum(), given[:2])
+        for form in (Recurrence.apply, step_by_step)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_scan_of_ones_counts():
+    ones = torch.ones(1, 10, 1)
+    assert scan(ones, ones).flatten().tolist() == list(range(1, 11))
+
+
+def test_no_output_depends_on_later_tokens():
+    model, tokens = Transformer(CONFIG).eval(), torch.randint(0, 32, (1, 32))
+    other = tokens.clone()
+    other[:, 20:] = (other[:, 20:] + 1) % 32
+    one, two = model(tokens), model(other)
+    assert torch.equal(one[:, :20], two[:, :20])
+    assert not torch.equal(one[:, 20:], two[:, 20:])
+
+
+def test_each_document_and_each_padded_row_is_as_if_alone():
+    model, tokens = Transformer(CONFIG).eval(), torch.randint(0, 32, (1, 12))
+    numbers = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
+    whole = model(tokens, documents_BL=numbers)
+    alone = [model(tokens[:, a:b]) for a, b in ((0, 5), (5, 9), (9, 12))]
+    torch.testing.assert_close(whole, torch.cat(alone, 1))
+    real = torch.tensor([[False] * 4 + [True] * 8])
+    torch.testing.assert_close(model(tokens, None, real)[:, 4:], model(tokens[:, 4:]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_is_counted_as_it_is(bias):
+    config = replace(CONFIG, bias=bias)
+    model, tokens = Transformer(config), torch.zeros(2, 64, dtype=torch.long)
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == shapes(config)
+    assert count(config).total == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).sum().backward()
+    assert counter.get_total_flops() == flops_per_token(config, 64) * tokens.numel()
+    assert cache_bytes(config, 1000) == cache_bytes(config, 10) == 2 * 4 * 64
+
+
+def test_channels_begin_with_memories_from_one_token_to_the_longest_sequence():
+    decay = Transformer(CONFIG).blocks[0].mixer.log_memory.exp()
+    assert decay[0] == 1
+    assert decay[-1].item() == pytest.approx(64)
+
+
+def test_it_compiles_without_a_break():
+    model, tokens = Transformer(CONFIG), torch.randint(0, 32, (2, 16))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(tokens, tokens).sum().backward()
+    found = model.blocks[0].mixer.log_memory.grad.clone()
+    model.zero_grad()
+    model(tokens, tokens).sum().backward()
+    torch.testing.assert_close(found, model.blocks[0].mixer.log_memory.grad)
+
+
+def test_it_learns_to_repeat_what_it_saw():
+    """Each row repeats one token, so that a state that remembers predicts all but the first."""
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    update = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        tokens = torch.randint(0, 32, (16, 1)).expand(16, 16)
+        loss = model(tokens[:, :-1], tokens[:, 1:]).mean() / 15
+        update.zero_grad()
+        loss.backward()
+        update.step()
+    assert loss < 0.5 * 3.47
