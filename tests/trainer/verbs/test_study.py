@@ -227,7 +227,7 @@ def test_forecasts_are_judged_by_several_tables(tables, forescale):
     assert "Forecasts at every origin of 2 tables." in out
     assert re.search(r"^level +4 +\d\.\d+% +[+-]\d\.\d+% +\d+% \d+%", out, re.MULTILINE)
     assert re.search(r"^law +2 +\d\.\d+%.* [+-]\d+\.\d+ +[+-]\d+\.\d+$", out, re.MULTILINE)
-    assert re.search(r"^last minimum +2 +\d+\.\d+% +\+\d+\.\d+% +-", out, re.MULTILINE)
+    assert re.search(r"^last minimum +2 +\d+\.\d+% +\+\d+\.\d+% +\d+% \d+% +- ", out, re.MULTILINE)
     assert re.search(r"^b +2 +1 +\d\.\d+%", out, re.MULTILINE)
     own = ("backtest", "a.csv", "near=null", "--json")
     code, out, _ = forescale("study", *own)
