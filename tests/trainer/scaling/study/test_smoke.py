@@ -25,7 +25,7 @@ OF_ALL = [
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # a dozen trainings, beside other tests
 def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
     dataset, tmp_path, monkeypatch, capsys
 ):
