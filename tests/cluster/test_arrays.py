@@ -47,7 +47,7 @@ def test_one_task_of_an_array_is_requeued_alone(job, lab, limit):
         told.until(lambda: "SIGUSR1: ranks save" in told.log, 120)
         fault.began = fault.told  # SLURM looks at limits only now and then
     else:
-        fault = Fault(told, "one task of an array told to end (`scancel --signal=USR1`)")
+        fault = Fault(told, "one task of an array asked to end (`scancel --signal=USR1`)")
         lab.run("scancel", "--batch", "--signal=USR1", told.id)
     told.until(lambda: lab.show(told.id).get("Restarts") == "1")
     if limit == "limit":
