@@ -10,7 +10,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
 from forescale.models.norm import RMSNorm
 from forescale.models.parametrization import scales
-from forescale.models.position import rotate
+from forescale.models.positions.position import rotate
 
 if TYPE_CHECKING:
     from forescale.models.transformer import Context

@@ -6,7 +6,7 @@ Invariant: what transformers 4 and 5 compute from the keys equals what we comput
 from typing import Any
 
 from forescale.models.config import ModelConfig
-from forescale.models.rope_scaling import BETA_FAST, BETA_SLOW, ntk_theta, yarn_attention
+from forescale.models.positions.rope_scaling import BETA_FAST, BETA_SLOW, ntk_theta, yarn_attention
 
 
 def positions_to_hf(c: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forescale.models.alibi import biased_mask
 from forescale.models.attention import additive_mask, visible_keys
 from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
@@ -22,7 +21,8 @@ from forescale.models.init import Linear
 from forescale.models.loss import window_losses
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import Factors, factors, scales
-from forescale.models.position import (
+from forescale.models.positions.alibi import biased_mask
+from forescale.models.positions.position import (
     LearnedPosition,
     Rotation,
     document_starts,

@@ -38,10 +38,11 @@ from forescale.monitor.status import Status
 from forescale.run.directory import Run
 from forescale.run.identity import version_of_checkout
 from forescale.run.start import versions
-from forescale.slurm import containers, queue, remembered, steps
+from forescale.slurm import containers, queue, steps
 from forescale.slurm.config import SlurmConfig, SubmitConfig
+from forescale.slurm.login import remembered
+from forescale.slurm.login.snapshot import described, own_packages, write_code
 from forescale.slurm.script import escaped, in_lines, rendered, resources
-from forescale.slurm.snapshot import described, own_packages, write_code
 from forescale.slurm.submission import Submission, expect_own, waiting_or_running
 from forescale.storage import read_json, write_file
 

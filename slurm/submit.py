@@ -30,10 +30,11 @@ from forescale.run.forecast import find
 from forescale.run.identity import version_of_checkout
 from forescale.run.rows import read_rows
 from forescale.run.start import Start, start, versions
-from forescale.slurm import queue, remembered
+from forescale.slurm import queue
 from forescale.slurm.config import SubmitJob
+from forescale.slurm.login import remembered
+from forescale.slurm.login.snapshot import described, own_packages, pack_environment, write_code
 from forescale.slurm.script import Order, render
-from forescale.slurm.snapshot import described, own_packages, pack_environment, write_code
 from forescale.slurm.submission import Submission, in_queue, submissions, waiting_or_running
 from forescale.storage import read_text, write_file
 

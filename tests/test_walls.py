@@ -42,8 +42,11 @@ ALLOWED = {
     "scaling.config": "config scaling.actions",
     "scaling.fitting": "",
     "scaling.records": "models config data run resilience monitor scaling.fitting",
+    "scaling.forecasting": "scaling.fitting",
     "scaling.doubts": "scaling.fitting",
-    "scaling.analysis": "run scaling.config scaling.fitting scaling.records scaling.doubts",
+    "scaling.analysis": (
+        "run scaling.config scaling.fitting scaling.forecasting scaling.records scaling.doubts"
+    ),
     "scaling.design": (
         "models config run scaling.config scaling.fitting scaling.records scaling.analysis"
     ),

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from forescale.models import ModelConfig, Transformer
 from forescale.models.attention import visible_keys
 from forescale.models.config import POSITIONS
-from forescale.models.position import document_starts, positions_of
+from forescale.models.positions.position import document_starts, positions_of
 from tests.matrix import more
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
 

@@ -15,8 +15,9 @@ from forescale.config.schema import plain
 from forescale.errors import UserError
 from forescale.run.directory import Parent, Run
 from forescale.run.start import start
-from forescale.slurm import evaluations, remembered
+from forescale.slurm import evaluations
 from forescale.slurm.config import SlurmConfig
+from forescale.slurm.login import remembered
 from forescale.slurm.submission import Submission
 from tests.trainer.small_run import make_job
 

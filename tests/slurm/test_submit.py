@@ -13,7 +13,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitJob
-from forescale.slurm.snapshot import own_packages, pack_environment, write_code
+from forescale.slurm.login.snapshot import own_packages, pack_environment, write_code
 
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
 
@@ -180,7 +180,7 @@ def test_a_packed_environment_runs_from_another_place(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     code = (
         "import sys; from pathlib import Path; "
-        "from forescale.slurm.snapshot import pack_environment as p; "
+        "from forescale.slurm.login.snapshot import pack_environment as p; "
     )
     code += "print(p(Path(sys.argv[1])))"
     packages = [path for path in sys.path if path.endswith("-packages")]

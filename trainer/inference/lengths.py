@@ -16,7 +16,7 @@ from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.errors import UserError
-from forescale.models.position import document_starts, positions_of
+from forescale.models.positions.position import document_starts, positions_of
 from forescale.models.transformer import Transformer
 from forescale.progress import Progress, silent
 from forescale.train.evaluate import ratio_stderr

@@ -34,11 +34,11 @@ from forescale.scaling.fitting.backtest import (
     spent,
 )
 from forescale.scaling.fitting.fit import Fit, fit
-from forescale.scaling.fitting.forecaster import Forecaster
 from forescale.scaling.fitting.isoflop import IsoFlop, isoflop
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
 from forescale.scaling.fitting.predicted import Predicted
+from forescale.scaling.forecasting.forecaster import Forecaster
 from forescale.scaling.records.records import points
 
 _OTHERS = {"Huber 1e-3": 1e-3, "Huber 3e-2": 3e-2, "least absolute deviations": 0.0}

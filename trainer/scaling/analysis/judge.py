@@ -2,8 +2,8 @@
 
     origin     the first k budgets of a table, three or more; each method knows their runs alone
     forecasts  the lowest loss of the next budget and of the one after, and each of their runs
-    methods    "level" (fitting/forecaster.py); "law", as `study fit` fits and calibrates it; and
-               rivals with intervals by their own earlier errors: "line", "L(C)" (rivals.py),
+    methods    "level" (forecasting/forecaster.py); "law", as `study fit` fits and calibrates it;
+               and rivals with intervals by their own earlier errors: "line", "L(C)" (rivals.py),
                "last minimum"
     scores     by method and budgets ahead, for every table and pooled over all
 
@@ -32,10 +32,10 @@ from forescale.scaling.fitting.backtest import (
     laws_of_origins,
     spent,
 )
-from forescale.scaling.fitting.forecaster import Forecaster, forecasters
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Array, Points, near_best
 from forescale.scaling.fitting.predicted import Predicted
+from forescale.scaling.forecasting.forecaster import Forecaster, forecasters
 from forescale.scaling.records.records import points
 
 LAST = "last minimum"

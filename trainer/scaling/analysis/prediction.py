@@ -2,8 +2,8 @@
 
     up to the runs' compute   the law, with its calibrated doubt (fitting/backtest.py)
     beyond                    the method of the job: "level", which forecasts the lowest loss of a
-                              budget and the loss off the optimum apart (fitting/forecaster.py), or
-                              the law
+                              budget and the loss off the optimum apart
+                              (forecasting/forecaster.py), or the law
     run_of                    what a target leaves open is filled in: N* and D* of its compute
 
 Invariant: the law, and with it N* and D*, is the same whatever method predicts the loss.
@@ -19,15 +19,15 @@ from forescale.errors import UserError
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting import laws
 from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.forecaster import (
+from forescale.scaling.fitting.points import Array
+from forescale.scaling.fitting.predicted import Predicted
+from forescale.scaling.forecasting.forecaster import (
     BUDGETS,
     SIZES,
     Forecaster,
     continued,
     forecasters,
 )
-from forescale.scaling.fitting.points import Array
-from forescale.scaling.fitting.predicted import Predicted
 
 if TYPE_CHECKING:
     from forescale.scaling.analysis.answer import StudyFit

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from forescale.scaling.fitting.level import extrapolate, levels, vertex
 from forescale.scaling.fitting.points import Points
+from forescale.scaling.forecasting.level import extrapolate, levels, vertex
 
 BUDGETS = np.geomspace(1e18, 1e20, 5)
 

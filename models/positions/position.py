@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
 from forescale.models.parametrization import scales
-from forescale.models.rope_scaling import frequencies
+from forescale.models.positions.rope_scaling import frequencies
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K/2)
 

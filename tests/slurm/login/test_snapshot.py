@@ -10,8 +10,8 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
-from forescale.slurm import snapshot
-from forescale.slurm.snapshot import described, own_packages, write_code
+from forescale.slurm.login import snapshot
+from forescale.slurm.login.snapshot import described, own_packages, write_code
 
 # A model beside a module, a package with data, and files that nothing imports.
 FILES = {

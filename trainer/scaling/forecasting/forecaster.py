@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forescale.scaling.fitting.level import Levels, extrapolate, levels
 from forescale.scaling.fitting.points import Array, Points
 from forescale.scaling.fitting.predicted import Predicted
-from forescale.scaling.fitting.shape import Shape, fit_shape
+from forescale.scaling.forecasting.level import Levels, extrapolate, levels
+from forescale.scaling.forecasting.shape import Shape, fit_shape
 
 LEVEL = 0.0015  # deviation of a level that is not extrapolated: half of a level's noise
 # Of a level beyond the last budget: PER_DECADE * decades^POWER. A known slope would give the power

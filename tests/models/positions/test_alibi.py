@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.alibi import biased_mask, slopes
 from forescale.models.attention import visible_keys
 from forescale.models.costs import MIXERS
-from forescale.models.position import document_starts, positions_of
+from forescale.models.positions.alibi import biased_mask, slopes
+from forescale.models.positions.position import document_starts, positions_of
 
 HEADS = [1, 2, 3, 8, 12, 16, 20, 32, 71]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.position import rotation
-from forescale.models.rope_scaling import frequencies, ntk_theta
+from forescale.models.positions.position import rotation
+from forescale.models.positions.rope_scaling import frequencies, ntk_theta
 
 CPU = torch.device("cpu")
 BASE = ModelConfig(num_layers=1, width=256, num_heads=2, vocab_size=50, max_sequence_length=8192)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from forescale.scaling.fitting.forecaster import forecasters
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.points import Points
+from forescale.scaling.forecasting.forecaster import forecasters
 from tests.trainer.scaling.iso_flop_runs import TRUTH, iso_flop_runs
 
 DISTINCT = np.geomspace(1e18, 1e20, 5)

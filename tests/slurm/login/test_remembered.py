@@ -5,8 +5,8 @@ import pytest
 from forescale.config.compose import compose
 from forescale.run.command import job_of
 from forescale.run.start import start
-from forescale.slurm import remembered
 from forescale.slurm.config import SubmitJob
+from forescale.slurm.login import remembered
 from forescale.slurm.submit import _jobs, on_nodes
 from tests.trainer.small_run import make_job
 

@@ -5,7 +5,7 @@ import pytest
 
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.points import Points
-from forescale.scaling.fitting.shape import excess, fit_shape
+from forescale.scaling.forecasting.shape import excess, fit_shape
 from tests.trainer.scaling.iso_flop_runs import TRUTH, iso_flop_runs
 
 RUNS, BUDGETS = iso_flop_runs(np.geomspace(1e18, 1e20, 4), sizes=7, width=5)

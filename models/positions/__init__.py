@@ -1,0 +1,1 @@
+"""Where tokens are: tables and sinusoids, rotations and their scaling, biases by distance."""

@@ -1,0 +1,1 @@
+"""What only the login node does for a job: the code that it freezes, the settings of last time."""

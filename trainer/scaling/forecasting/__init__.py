@@ -1,0 +1,1 @@
+"""Forecasts of larger budgets from the levels of the known ones and the shape of a study."""
