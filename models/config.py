@@ -79,9 +79,7 @@ class ModelConfig:
 
     position: str = "rotary"  # rotary | alibi | learned | sinusoidal | none
     rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
-    rope_scaling: str = (
-        "none"  # none | ntk | yarn: models/positions/rope_scaling.py
-    )
+    rope_scaling: str = "none"  # none | ntk | yarn: models/positions/rope_scaling.py
     rope_factor: float = 1.0  # ntk, yarn: new length / original length
     rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
     norm: str = "rmsnorm"  # rmsnorm | layernorm
