@@ -235,7 +235,7 @@ class Comparison:
                     "of resampled fits alone, leaves out the error of the laws themselves."
                 )
         for side in (self.a, self.b):
-            found += [f"{side.name}: {note}" for note in side.made.notes]
+            found += [f"{side.name}: {said}" for said in (*side.made.doubts, *side.made.notes)]
         return found
 
     def verdict(self, ratio: Ratio) -> str:

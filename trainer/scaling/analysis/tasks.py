@@ -146,7 +146,7 @@ class TaskFit:
                     f"The link is extrapolated: it has seen no loss below {least:.4g}, and "
                     f"{made.loss.loss:.4g} is predicted."
                 )
-            found += self.law.notes
+            found += [*self.law.doubts, *self.law.notes]
         return found
 
 

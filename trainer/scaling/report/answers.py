@@ -211,5 +211,5 @@ def show_profiles(found: Sequence[Profile], made: StudyFit, console: Console, wh
                 "range the fit is not clearly worse, so these runs don't determine it there.",
                 soft_wrap=True,
             )
-    for note in made.notes:
+    for note in (*made.doubts, *made.notes):
         console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)

@@ -62,8 +62,8 @@ def profile_law(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     made = law_of(table, job, where)
     found = profiles(made.fit, job.level)
     if job.json:
-        return _print({"form": made.form.name, "level": job.level, "notes": made.notes,
-                       "profiles": [vars(one) for one in found]})  # fmt: skip
+        return _print({"form": made.form.name, "level": job.level, "doubts": made.doubts,
+                       "notes": made.notes, "profiles": [vars(one) for one in found]})  # fmt: skip
     show_profiles(found, made, open_console(), where)
     return DONE
 

@@ -143,6 +143,12 @@ def test_doubts_of_the_comparison_are_notes(twice):
     assert not any("most expensive run" in note for note in within.notes)
 
 
+def test_a_doubt_about_one_side_is_a_doubt_about_the_comparison():
+    rows = table()
+    found = compared(rows, pd.concat([rows, rows.iloc[[3]]]))
+    assert any(note.startswith("b: ") and "twice" in note for note in found.notes), found.notes
+
+
 @pytest.mark.parametrize("form", ["frontier", "kaplan", "shared-exponent", "over-training"])
 def test_other_laws_of_equal_tables_have_a_multiplier_of_one(form):
     best = table(sizes=3) if form != "frontier" else table(sizes=3).iloc[1::3]
