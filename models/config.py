@@ -85,6 +85,10 @@ class ModelConfig:
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the variance in norms
     mixer: str = "attention"  # attention | mingru: how tokens exchange information
+    # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
+    # empty: `mixer` in each layer.
+    mixer_pattern: list[str] = field(default_factory=list)
+    causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
     mlp: str = "swiglu"  # swiglu | gelu | relu2
     bias: bool = False  # use biases in linear layers and layernorm
     qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training
@@ -133,6 +137,9 @@ class ModelConfig:
             found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
         if full.position == "sinusoidal" and width % 2:
             found.append(("width", "sinusoidal position needs an even width", "make it even"))
+        if len(self.mixer_pattern) > (full.num_layers or 0):
+            what = f"{len(self.mixer_pattern)} mixers for {full.num_layers} layers"
+            found.append(("mixer_pattern", what, "give at most one a layer"))
         if self.vocab_size and vocab_size and self.vocab_size < vocab_size:
             what = f"{self.vocab_size} is less than the tokenizer's {vocab_size}"
             found.append(("vocab_size", what, "leave it out, or give at least as many"))
@@ -155,12 +162,15 @@ class ModelConfig:
             if (getattr(self, name) or 0) > MOST_LAYERS:
                 what = f"{getattr(self, name)} layers are too many"
                 found.append((name, what, f"give at most {MOST_LAYERS:,}"))
-        choices = {"position": POSITIONS, "norm": NORMS, "mixer": tuple(MIXERS), "mlp": tuple(MLPS)}
-        choices["rope_scaling"] = ROPE_SCALINGS
-        for name, known in (*choices.items(), ("parametrization", PARAMETRIZATIONS)):
-            value = getattr(self, name)
-            if value not in known:
-                found.append((name, f"unknown value {value!r}", f"choose from {', '.join(known)}"))
+        choices = [("position", POSITIONS), ("norm", NORMS), ("mixer", tuple(MIXERS))]
+        choices += [("mlp", tuple(MLPS)), ("rope_scaling", ROPE_SCALINGS)]
+        choices += [("mixer_pattern", tuple(MIXERS)), ("parametrization", PARAMETRIZATIONS)]
+        for name, known in choices:
+            given = getattr(self, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value not in known:
+                    todo = f"choose from {', '.join(known)}"
+                    found.append((name, f"unknown value {value!r}", todo))
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 found.append((name, "must be above 0", "give a positive number"))
@@ -177,9 +187,16 @@ class ModelConfig:
         """Return the broken rules of positions among values that are each allowed."""
         found: list[Problem] = []
         kind, factor = self.rope_scaling, self.rope_factor
-        if self.position == "alibi" and not MIXERS[self.mixer].takes_alibi:
-            what = f"mixer {self.mixer} does not add alibi's biases to scores"
-            found.append(("position", what, "choose another position"))
+        for mixer in dict.fromkeys(self.mixer_pattern or [self.mixer]):
+            if self.position == "alibi" and not MIXERS[mixer].takes_alibi:
+                what = f"mixer {mixer} does not add alibi's biases to scores"
+                found.append(("position", what, "choose another position"))
+            if not self.causal and not MIXERS[mixer].takes_future:
+                what = f"mixer {mixer} can't let a token see later ones"
+                found.append(("causal", what, "choose another mixer, or leave it out"))
+        if self.position == "alibi" and not self.causal:
+            todo = "choose another position"
+            found.append(("position", "alibi's biases are for causal models", todo))
         if kind != "none" and self.position != "rotary":
             what = f"{kind} scales rotary positions, not {self.position}"
             found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
@@ -220,6 +237,12 @@ class ModelConfig:
         """All sizes as plain numbers. Raises ValueError like resolved()."""
         full = self.resolved()
         return Sizes(**{size.name: getattr(full, size.name) for size in fields(Sizes)})
+
+    @cached_property
+    def mixers(self) -> tuple[str, ...]:
+        """The mixer of each layer. Raises ValueError like resolved()."""
+        pattern = self.mixer_pattern or [self.mixer]
+        return tuple(pattern[i % len(pattern)] for i in range(self.sizes.num_layers))
 
     @property
     def original_length(self) -> float:

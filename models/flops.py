@@ -8,6 +8,7 @@ compare these numbers exactly with torch's counter. Imports no torch. A config w
 vocabulary or longest sequence is unknown raises ValueError.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -37,7 +38,8 @@ def count(config: ModelConfig) -> Counts:
     """Return the numbers of parameters of a Transformer of this config."""
     s = config.sizes
     outer = {name: prod(shape) for name, shape in _outer_shapes(config).items()}
-    blocks = s.num_layers * sum(map(prod, layer_shapes(config).values()))
+    layers = (layer_shapes(config, i) for i in range(s.num_layers))
+    blocks = sum(prod(shape) for layer in layers for shape in layer.values())
     norm = sum(size for name, size in outer.items() if name.startswith("norm."))
     return Counts(
         total=sum(outer.values()) + blocks,
@@ -58,8 +60,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
     does not depend on the data. Evaluation and generation (forward only) cost a third.
     """
     s = config.sizes
-    parts = sum(part.flops(config, sequence_length, causal) for part in parts_of(config).values())
-    return 3 * (s.num_layers * parts + 2 * s.vocab_size * s.width)
+    parts = _sum(config, lambda part: part.flops(config, sequence_length, causal))
+    return 3 * (parts + 2 * s.vocab_size * s.width)
 
 
 def flops_6n(config: ModelConfig) -> int:
@@ -67,25 +69,35 @@ def flops_6n(config: ModelConfig) -> int:
     return 6 * count(config).blocks_and_head
 
 
-def parts_of(config: ModelConfig) -> dict[str, Part]:
+def parts_of(config: ModelConfig, layer: int) -> dict[str, Part]:
     """Return the parts of a block by name, in the order of the forward pass."""
-    return {"mixer": MIXERS[config.mixer], "mlp": MLPS[config.mlp]}
+    return {"mixer": MIXERS[config.mixers[layer]], "mlp": MLPS[config.mlp]}
+
+
+def layers_of(config: ModelConfig) -> list[dict[str, Part]]:
+    """Return the parts of each block, from the first to the last."""
+    return [parts_of(config, i) for i in range(config.sizes.num_layers)]
+
+
+def _sum(config: ModelConfig, of: Callable[[Part], int]) -> int:
+    """Return the sum over all parts of all layers."""
+    return sum(of(part) for parts in layers_of(config) for part in parts.values())
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return every parameter's name and shape, in the order of Transformer.named_parameters()."""
-    outer, layer = _outer_shapes(config), layer_shapes(config)
+    outer = _outer_shapes(config)
     before = ("embedding.weight", "position.weight")
     found: Shapes = {name: outer[name] for name in before if name in outer}
     for i in range(config.sizes.num_layers):
-        found |= {f"blocks.{i}.{name}": shape for name, shape in layer.items()}
+        found |= {f"blocks.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()}
     return found | {name: shape for name, shape in outer.items() if name not in before}
 
 
-def layer_shapes(config: ModelConfig) -> Shapes:
+def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     """Return the parameters of one block: name inside the block -> shape."""
     found = Shapes()
-    for name, part in parts_of(config).items():
+    for name, part in parts_of(config, layer).items():
         found |= _norm(config, f"{name}_norm")
         found |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
     return found
@@ -110,8 +122,14 @@ def _norm(config: ModelConfig, name: str) -> Shapes:
 
 def matrices(config: ModelConfig) -> set[str]:
     """Return the names of Transformer.muon_parameters(), without building the model."""
-    every = shapes(config).items()
-    return {name for name, shape in every if len(shape) == 2 and name.startswith("blocks.")}
+    found = set()
+    for i in range(config.sizes.num_layers):
+        parts = parts_of(config, i).items()
+        others = {f"{name}.{inner}" for name, part in parts for inner in part.not_muon}
+        inside = layer_shapes(config, i).items()
+        named = {name for name, shape in inside if len(shape) == 2 and name not in others}
+        found |= {f"blocks.{i}.{name}" for name in named}
+    return found
 
 
 def flops_recomputed(config: ModelConfig, sequence_length: int) -> int:
@@ -172,15 +190,16 @@ def activations(
     tokens = micro_batch * sequence_length
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
     norm = rms if config.norm == "rmsnorm" else 4
-    parts = parts_of(config).values()
-    layer = len(parts) * (norm + b) * s.width
-    layer += sum(part.activation_bytes(config, b, rms) for part in parts)
-    layer += len(parts) * s.width if config.dropout else 0
-    kept = b * s.width if config.activation_checkpointing else layer
+    layers = [
+        sum((norm + b) * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
+        + (len(parts) * s.width if config.dropout else 0)
+        for parts in layers_of(config)
+    ]
+    kept = b * s.width * len(layers) if config.activation_checkpointing else sum(layers)
     chunk = min(tokens, config.loss_chunk or tokens)
     return Activations(
-        layers=tokens * s.num_layers * kept,
-        again=tokens * layer if config.activation_checkpointing else 0,
+        layers=tokens * kept,
+        again=tokens * max(layers) if config.activation_checkpointing else 0,
         head=tokens * (norm + b) * s.width,
         logits=chunk * s.vocab_size * (2 * b + 4),
         mask=b * sequence_length**2 * _masks(config, micro_batch, masked),
@@ -190,6 +209,8 @@ def activations(
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool) -> int:
     """Return the number of (L, L) squares in the mask: one per row, and with alibi per head."""
+    if not any(parts["mixer"].takes_mask for parts in layers_of(config)):
+        return 0
     if config.position == "alibi":
         return config.sizes.num_heads * (micro_batch if masked else 1)
     return micro_batch if masked else 0
@@ -208,7 +229,4 @@ def activation_bytes(
 
 def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
     """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers."""
-    parts = parts_of(config).values()
-    return config.sizes.num_layers * sum(
-        p.cache_bytes(config, length, bytes_per_value) for p in parts
-    )
+    return _sum(config, lambda part: part.cache_bytes(config, length, bytes_per_value))

@@ -1,25 +1,40 @@
 """Sampling, one token at a time.
 
-Every step runs the model on the whole context. There is no cache, so there is no second
-implementation of attention that could differ from the one in training. This is enough for samples
-and small models; to serve a model, export it.
+With a cache the model reads each token once. Once the rows are longer than the context that the
+model may see, the oldest tokens leave it and the positions of all others change, so from there on
+each step runs the model on the whole context. Models of a user's own have no cache.
 """
+
+from collections.abc import Generator
+from contextlib import closing
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from forescale.models.transformer import Transformer
+
+
+def generate(model: nn.Module, tokens_BL: Tensor, num_tokens: int, **how: Any) -> Tensor:
+    """Continue each row by num_tokens sampled tokens: (B, L) int64 -> (B, L + num_tokens).
+
+    Arguments and errors: see `stream`.
+    """
+    with closing(stream(model, tokens_BL, **how)) as following:
+        return torch.cat([tokens_BL, *islice(following, num_tokens)], 1)
+
 
 @torch.no_grad()
-def generate(
+def stream(
     model: nn.Module,
     tokens_BL: Tensor,
-    num_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
     max_context: int | None = None,
-) -> Tensor:
-    """Continue each row by num_tokens sampled tokens: (B, L) int64 -> (B, L + num_tokens).
+) -> Generator[Tensor]:
+    """Yield the next token of each row, (B, 1) int64, without end.
 
     Args: `model` maps tokens (B, L) to logits (B, L, V); `temperature` 0 takes the most likely
     token; `top_k` samples among the k most likely; `generator` makes it repeatable; `max_context`:
@@ -39,17 +54,22 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for _ in range(num_tokens):
-            context = tokens_BL if max_context is None else tokens_BL[:, -max_context:]
-            logits_BV = model(context)[:, -1].float()
+        cache = model.new_cache() if isinstance(model, Transformer) else None
+        unread_BL = tokens_BL
+        while True:
+            if cache is not None and (max_context is None or tokens_BL.shape[1] <= max_context):
+                logits_BV = model(unread_BL, cache=cache)[:, -1].float()
+            else:
+                context = tokens_BL if max_context is None else tokens_BL[:, -max_context:]
+                logits_BV = model(context)[:, -1].float()
             # A model may rule out single tokens by -inf.
             if not logits_BV.logsumexp(-1).isfinite().all():
                 raise FloatingPointError("the logits are not finite")
-            next_B1 = _sample(logits_BV, temperature, top_k, generator)
-            tokens_BL = torch.cat((tokens_BL, next_B1), dim=1)
+            unread_BL = _sample(logits_BV, temperature, top_k, generator)
+            tokens_BL = torch.cat((tokens_BL, unread_BL), dim=1)
+            yield unread_BL
     finally:
         model.train(was_training)
-    return tokens_BL
 
 
 def _sample(

@@ -103,6 +103,7 @@ def family_of(config: ModelConfig) -> str:
         if "num_kv_heads" in wanted:
             wanted["num_kv_heads"] = config.num_heads
         has = {field: getattr(config, field) for field in wanted}
+        has["mixer"] = ", ".join(dict.fromkeys(config.mixers))
         differing[name] = [f"{k}={v} ({wanted[k]})" for k, v in has.items() if v != wanted[k]]
     nearest = min(differing, key=lambda name: len(differing[name]))
     if not differing[nearest]:

@@ -61,7 +61,7 @@ import math
 from dataclasses import dataclass
 
 from forescale.models.config import HEAD_DIM, ModelConfig
-from forescale.models.flops import parts_of, shapes
+from forescale.models.flops import layers_of, shapes
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def factors(config: ModelConfig) -> dict[str, Factors]:
         Factors("norm", epsilon=1 / m),
     )
     by_name = {c.of: c for c in classes}
-    shared = {module for part in parts_of(config).values() for module in part.per_head}
+    parts = [part for layer in layers_of(config) for part in layer.values()]
+    shared = {module for part in parts for module in part.per_head}
     return {name: by_name[_class_of(name, shape, shared)] for name, shape in shapes(config).items()}
 
 
@@ -142,12 +143,11 @@ def folds(config: ModelConfig) -> dict[str, float]:
         return {}
     s, scale = config.sizes, scales(config)
     scores = scale.attention * math.sqrt(s.head_dim)
-    ends = dict[str, float]()
-    for name, part in parts_of(config).items():
-        inner = dict.fromkeys(part.writes, scale.residual) | part.folds(config, scores)
-        ends |= {f"{name}.{module}": by for module, by in inner.items()}
     found = {"norm": scale.logits}
-    found |= {f"blocks.{i}.{end}": by for i in range(s.num_layers) for end, by in ends.items()}
+    for i, parts in enumerate(layers_of(config)):
+        for name, part in parts.items():
+            inner = dict.fromkeys(part.writes, scale.residual) | part.folds(config, scores)
+            found |= {f"blocks.{i}.{name}.{module}": by for module, by in inner.items()}
     by_parameter = {name: found.get(name.rpartition(".")[0], 1.0) for name in shapes(config)}
     return {name: by for name, by in by_parameter.items() if by != 1.0}
 

@@ -6,19 +6,21 @@ need not know that the weights are partitioned. A tied table is one module that 
 """
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forescale.models.attention import additive_mask, visible_keys
+from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
-from forescale.models.flops import parts_of
+from forescale.models.flops import layers_of, parts_of
 from forescale.models.init import Linear
 from forescale.models.loss import window_losses
+from forescale.models.mixers.context import Context
+from forescale.models.mixers.masks import additive_mask, visible_keys
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import Factors, factors, scales
 from forescale.models.positions.alibi import biased_mask
@@ -58,19 +60,6 @@ class Vocabulary(nn.Module):
         return window_losses(x, self.weight, targets_BL, self.chunk, self.z_loss)
 
 
-class Context(NamedTuple):
-    """The inputs of a mixer besides the hidden states, the same for all layers; None: absent.
-
-    rotation: of queries and keys, with rotary positions. mask (B, 1, L, L): added to the scores, 0
-    for a visible key, else -inf (attention.additive_mask); without it a token attends to itself and
-    all earlier tokens. With alibi, which only mixers that take it receive, mask is (B or 1, H, L,
-    L) and has a bias for a visible key (alibi.biased_mask).
-    """
-
-    rotation: Rotation | None = None
-    mask: Tensor | None = None
-
-
 def module_of(part: Part) -> type[nn.Module]:
     """Import and return the class of a part of a block."""
     module, _, name = part.module.rpartition(".")
@@ -80,9 +69,9 @@ def module_of(part: Part) -> type[nn.Module]:
 class Block(nn.Module):
     """(B, L, D) -> (B, L, D): mixer and MLP, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
-        parts = parts_of(config)
+        parts = parts_of(config, layer)
         self.mixer_norm = make_norm(config)
         self.mixer = module_of(parts["mixer"])(config)
         self.mlp_norm = make_norm(config)
@@ -114,7 +103,8 @@ class Transformer(nn.Module):
         self.embedding = Vocabulary(config)
         self.position = LearnedPosition(config) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(self.sizes.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(self.sizes.num_layers))
+        self.takes_mask = any(part["mixer"].takes_mask for part in layers_of(config))
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else Vocabulary(config)
 
@@ -124,6 +114,7 @@ class Transformer(nn.Module):
         targets_BL: Tensor | None = None,
         padding_mask_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Return logits, or the loss of each window.
 
@@ -133,52 +124,95 @@ class Transformer(nn.Module):
         token belongs to, nondecreasing along the row (a change begins a new document). Then a
         token attends only to its own document, and positions count from the document's first token
         in the row, so each document has the same outputs as if it were alone. Without documents a
-        token attends to all earlier tokens. For the cost of masks see attention.additive_mask.
+        token attends to all earlier tokens. For the cost of masks see masks.additive_mask. cache:
+        what was read of these rows before, to which this call adds (new_cache makes an empty one);
+        tokens and padding mask are then those of the new columns. Padding is on the left, and there
+        are no documents.
         Returns, without targets: logits (B, L, V). With targets: losses (B,) fp32, each window's
         sum of cross-entropy in nats over its targets; with z_loss (losses, penalty), where penalty
         is a scalar, summed over all targets, for the training objective only.
-        Raises ValueError if a sequence is longer than the learned position table.
+        Raises ValueError if a sequence is longer than the learned position table, and for a cache
+        with documents or of a model that is not causal.
         """
-        x_BLD = self._hidden(tokens_BL, padding_mask_BL, documents_BL)
+        x_BLD = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache)
         head = self.embedding if self.head is None else self.head
         return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
 
+    def new_cache(self) -> Cache:
+        """Return an empty cache, for one batch of rows."""
+        return Cache(self.sizes.num_layers)
+
     def _hidden(
-        self, tokens_BL: Tensor, padding_mask_BL: Tensor | None, documents_BL: Tensor | None
+        self,
+        tokens_BL: Tensor,
+        padding_mask_BL: Tensor | None,
+        documents_BL: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """Return the input of the head: (B, L) -> (B, L, D)."""
-        config, s = self.config, self.sizes
-        starts_BL = None if documents_BL is None else document_starts(documents_BL)
-        positions = positions_of(tokens_BL, padding_mask_BL, starts_BL)
-        x_BLD = self.embedding(tokens_BL)
-        turn = None
-        if config.position == "rotary":
-            turn = rotation(positions, config)
-        elif config.position == "sinusoidal":
-            x_BLD = x_BLD * self.scales.sinusoidal  # sinusoids have amplitude 1
-            x_BLD = x_BLD + sinusoids(positions, s.width).to(x_BLD.dtype)
-        elif self.position is not None:
-            if tokens_BL.shape[1] > s.max_sequence_length:
-                raise ValueError(
-                    f"{tokens_BL.shape[1]} tokens are more than the model's learned positions; "
-                    f"give at most max_sequence_length = {s.max_sequence_length}."
-                )
-            x_BLD = x_BLD + self.position(positions)
-        x_BLD = self.dropout(x_BLD)
-        seen_B1LL = mask = None
-        if padding_mask_BL is not None or starts_BL is not None:
-            seen_B1LL = visible_keys(padding_mask_BL, starts_BL)
-        if config.position == "alibi":
-            mask = biased_mask(positions, seen_B1LL, s.num_heads, x_BLD.dtype)
-        elif seen_B1LL is not None:
-            mask = additive_mask(seen_B1LL, x_BLD.dtype)
-        context = Context(turn, mask)
-        for block in self.blocks:
-            if config.activation_checkpointing and torch.is_grad_enabled():
+        real, starts = padding_mask_BL, None
+        memories: list[Memory | None] = [None] * len(self.blocks)
+        if cache is not None:
+            if documents_BL is not None or not self.config.causal:
+                raise ValueError("a cache is for causal models, without documents.")
+            real, memories = cache.advance(tokens_BL, padding_mask_BL), [*cache.layers]
+        elif documents_BL is not None:
+            starts = document_starts(documents_BL)
+        columns = tokens_BL.shape[1] if cache is None else cache.length
+        positions = positions_of(columns, tokens_BL.device, real, starts)
+        x_BLD, turn = self._embedded(tokens_BL, positions)
+        mask = self._mask(positions, real, starts, tokens_BL.shape[1], x_BLD.dtype)
+        context = Context(turn, mask, starts, real)
+        for block, memory in zip(self.blocks, memories, strict=True):
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x_BLD = checkpoint(block, x_BLD, *context, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, *context)
+                x_BLD = block(x_BLD, *context._replace(memory=memory))
         return self.norm(x_BLD)
+
+    def _embedded(self, tokens_BL: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
+        """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
+
+        positions: of all columns, of which the tokens are the last L.
+        """
+        config, s, length = self.config, self.sizes, tokens_BL.shape[1]
+        own = positions[..., -length:]
+        x_BLD = self.embedding(tokens_BL)
+        if config.position == "rotary":
+            return self.dropout(x_BLD), rotation(own, config)
+        if config.position == "sinusoidal":
+            x_BLD = x_BLD * self.scales.sinusoidal  # sinusoids have amplitude 1
+            x_BLD = x_BLD + sinusoids(own, s.width).to(x_BLD.dtype)
+        elif self.position is not None:
+            if positions.shape[-1] > s.max_sequence_length:
+                raise ValueError(
+                    f"{positions.shape[-1]} tokens are more than the model's learned positions; "
+                    f"give at most max_sequence_length = {s.max_sequence_length}."
+                )
+            x_BLD = x_BLD + self.position(own)
+        return self.dropout(x_BLD), None
+
+    def _mask(
+        self,
+        positions: Tensor,
+        real: Tensor | None,
+        starts: Tensor | None,
+        length: int,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
+        columns = positions.shape[-1]
+        if not self.takes_mask:
+            return None
+        if real is None and starts is None and 1 < length < columns:
+            # A causal kernel would take the first query for the first key's.
+            real = torch.ones(1, columns, dtype=torch.bool, device=positions.device)
+        seen = None
+        if real is not None or starts is not None:
+            seen = visible_keys(real, starts, length, self.config.causal)
+        if self.config.position == "alibi":
+            return biased_mask(positions, seen, self.sizes.num_heads, dtype, length)
+        return None if seen is None else additive_mask(seen, dtype)
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""

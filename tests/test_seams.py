@@ -34,6 +34,7 @@ from forescale.models import ModelConfig, Transformer, costs, hf
 from forescale.models.costs.record import Part, linear, matrix_flops
 from forescale.models.flops import activations, cache_bytes, count, flops_per_token, shapes
 from forescale.models.init import Linear
+from forescale.models.mixers.context import continued
 from forescale.models.parametrization import factors, folds, scales
 from forescale.plan.memory import memory
 from forescale.plan.parameters import inventory
@@ -52,10 +53,9 @@ class Shift(nn.Module):
         self.inner = Linear(2 * width, width, config.bias, scales(config).writing_std)
 
     def forward(self, x_BLD: Tensor, context) -> Tensor:
-        before_BLD = nn.functional.pad(x_BLD, (0, 0, 1, 0))[:, :-1]
-        if context.mask is not None:  # 0 where the key is visible, else -inf
-            is_visible = context.mask[:, 0].diagonal(-1, 1, 2) == 0
-            before_BLD = before_BLD * nn.functional.pad(is_visible, (1, 0))[..., None]
+        whole_BLD = x_BLD if context.memory is None else context.memory.keep_last("x", x_BLD, 1)
+        before_BLD = nn.functional.pad(whole_BLD, (0, 0, 1, 0))[:, -x_BLD.shape[1] - 1 : -1]
+        before_BLD = before_BLD * continued(x_BLD, context)[..., None]
         return self.inner(torch.cat([x_BLD, before_BLD], -1))
 
 
@@ -101,6 +101,13 @@ def test_a_mixer_stays_within_its_documents(shift):
     whole = model(tokens, documents_BL=numbers)
     alone = [model(tokens[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 8))]
     torch.testing.assert_close(whole, torch.cat(alone, 1))
+
+
+def test_a_mixer_decodes_with_a_cache(shift):
+    model, tokens = Transformer(shift).eval(), torch.randint(0, 512, (2, 8))
+    cache = model.new_cache()
+    found = [model(piece, cache=cache) for piece in tokens.split([3, 1, 4], 1)]
+    torch.testing.assert_close(torch.cat(found, 1), model(tokens))
 
 
 def test_a_mixer_is_parametrised_and_has_no_export(shift):

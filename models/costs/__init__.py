@@ -1,9 +1,10 @@
 """The cost records of the parts of a block, by the config value that chooses the part.
 
 A block has a mixer (`model.mixer`: tokens exchange information) and an MLP (`model.mlp`: acts on
-each token). To add one, write its module in models/NAME.py, its record in costs/NAME.py, and a line
-here. FLOPs, parameter counts, memory, plans, muP and the choice of modules read the record; nothing
-else in the project knows the part. Invariant: imports no torch, because plans run on login nodes.
+each token). To add one, write its module in models/mixers/NAME.py or models/NAME.py, its record in
+costs/NAME.py, and a line here. FLOPs, parameter counts, memory, plans, muP and the choice of
+modules read the record; nothing else in the project knows the part. Invariant: imports no torch,
+because plans run on login nodes.
 """
 
 from forescale.models.costs import attention, mingru, mlp

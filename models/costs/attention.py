@@ -1,4 +1,4 @@
-"""The costs of softmax attention; its module is models/attention.py."""
+"""The costs of softmax attention; its module is models/mixers/attention.py."""
 
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
     The last two take 2 * width FLOPs per key each. A token attends to L keys, or in a causal model
     to exactly (L + 1) / 2 on average.
     """
-    doubled_keys = sequence_length + 1 if causal else 2 * sequence_length
+    is_half = causal and config.causal
+    doubled_keys = sequence_length + 1 if is_half else 2 * sequence_length
     return matrix_flops(_shapes(config)) + 2 * config.sizes.width * doubled_keys
 
 
@@ -54,7 +55,7 @@ def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
 
 
 ATTENTION = Part(
-    module="forescale.models.attention.Attention",
+    module="forescale.models.mixers.attention.Attention",
     shapes=_shapes,
     flops=_flops,
     activation_bytes=_activation_bytes,
@@ -62,5 +63,6 @@ ATTENTION = Part(
     writes=("output",),
     per_head=("query_norm", "key_norm"),
     folds=_folds,
+    takes_future=True,
     takes_alibi=True,
 )

@@ -1,4 +1,4 @@
-"""The costs of a gated linear recurrence; its module is models/mingru.py."""
+"""The costs of a gated linear recurrence; its module is models/mixers/mingru.py."""
 
 from typing import TYPE_CHECKING
 
@@ -36,10 +36,11 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
 
 
 MINGRU = Part(
-    module="forescale.models.mingru.MinGRU",
+    module="forescale.models.mixers.mingru.MinGRU",
     shapes=_shapes,
     flops=_flops,
     activation_bytes=_activation_bytes,
     cache_bytes=_cache_bytes,
     writes=("output",),
+    takes_mask=False,
 )

@@ -28,10 +28,11 @@ class Part:
     """A mixer or an MLP.
 
     module: the dotted name of its class, a torch.nn.Module that is made with the config alone. A
-        mixer's forward takes (x_BLD, context), see transformer.Context, and may only use tokens
-        that context.mask shows; an MLP's takes (x_BLD). Every layer is made alike. Muon updates the
-        matrices of init.Linear, AdamW all other parameters; parametrization.scales has the initial
-        standard deviations that mup and completep need.
+        mixer's forward takes (x_BLD, context), see mixers/context.py, and may only use tokens that
+        the context shows, and keeps in context.memory what later columns need, if it is given; an
+        MLP's takes (x_BLD). Muon updates the matrices of init.Linear, AdamW
+        all other parameters; parametrization.scales has the initial standard deviations that mup
+        and completep need.
     shapes: every parameter's name inside the part and its shape, in the order of
         module.named_parameters().
     flops: (config, sequence_length, causal) -> forward FLOPs of one token in one layer, its
@@ -45,6 +46,10 @@ class Part:
     per_head: the modules whose parameters all heads share (parametrization, rule 10).
     folds: (config, scores) -> the factor of each module that gives the same outputs without the
         multiplier `scores` of attention scores (parametrization, rule 6).
+    not_muon: the matrices inside that are not of init.Linear, by parameter name, such as the gates
+        of several kinds in one matrix.
+    takes_mask: the mixer reads context.mask; without such a mixer no mask is built.
+    takes_future: the mixer lets a token see later ones where config.causal is false.
     takes_alibi: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
         that it may have alibi's biases (alibi.biased_mask).
     is_gated: the MLP has three matrices; its default width is 2/3 of that of an MLP with two.
@@ -58,6 +63,9 @@ class Part:
     cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
     per_head: tuple[str, ...] = ()
     folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
+    not_muon: tuple[str, ...] = ()
+    takes_mask: bool = True
+    takes_future: bool = False
     takes_alibi: bool = False
     is_gated: bool = False
 

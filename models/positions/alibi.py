@@ -24,20 +24,26 @@ def slopes(num_heads: int) -> list[float]:
 
 
 def biased_mask(
-    positions: Tensor, seen_B1LL: Tensor | None, num_heads: int, dtype: torch.dtype
+    positions: Tensor,
+    seen_B1LS: Tensor | None,
+    num_heads: int,
+    dtype: torch.dtype,
+    num_queries: int | None = None,
 ) -> Tensor:
     """Return what is added to the scores: -slope * distance for a visible key, else -inf.
 
-    Args: positions (L,) or (B, L); seen (B, 1, L, L), True for a visible key, with positions
-    (B, L); None: all keys up to the query. Returns (1, H, L, L) or (B, H, L, L) in `dtype`, which
-    is kept until the backward pass ends: H times as much as attention.additive_mask, and without
-    documents too. Products are made in fp32 and rounded once: a bias is relatively exact, and zero
-    for the query's own position. The kernels that skip invisible keys (flash) can't be used.
+    Args: positions (S,) or (B, S); seen (B, 1, L, S), True for a visible key, with positions
+    (B, S); None: all keys up to the query; num_queries: L, the last of the S columns; None: all of
+    them. Returns (1, H, L, S) or (B, H, L, S) in `dtype`, which is kept until the backward pass
+    ends: H times as much as masks.additive_mask, and without documents too. Products are made in
+    fp32 and rounded once: a bias is relatively exact, and zero for the query's own position. The
+    kernels that skip invisible keys (flash) can't be used.
     """
-    distance_B1LL = (positions[..., :, None] - positions[..., None, :]).view(
-        -1, 1, positions.shape[-1], positions.shape[-1]
+    queries = positions if num_queries is None else positions[..., -num_queries:]
+    distance_B1LS = (queries[..., :, None] - positions[..., None, :]).view(
+        -1, 1, queries.shape[-1], positions.shape[-1]
     )
     slopes_H11 = torch.tensor(slopes(num_heads), device=positions.device)[:, None, None]
-    bias_BHLL = (-slopes_H11 * distance_B1LL).to(dtype)
-    seen = distance_B1LL >= 0 if seen_B1LL is None else seen_B1LL
-    return bias_BHLL.masked_fill(~seen, -torch.inf)
+    bias_BHLS = (-slopes_H11 * distance_B1LS).to(dtype)
+    seen = distance_B1LS >= 0 if seen_B1LS is None else seen_B1LS
+    return bias_BHLS.masked_fill(~seen, -torch.inf)

@@ -30,11 +30,14 @@ def document_starts(documents_BL: Tensor) -> Tensor:
 
 
 def positions_of(
-    tokens_BL: Tensor, padding_mask_BL: Tensor | None = None, starts_BL: Tensor | None = None
+    length: int,
+    device: torch.device,
+    padding_mask_BL: Tensor | None = None,
+    starts_BL: Tensor | None = None,
 ) -> Tensor:
     """Return positions (L,); (B, L) with a padding mask (True: real token) or document starts."""
     if padding_mask_BL is None:
-        columns_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        columns_L = torch.arange(length, device=device)
         return columns_L if starts_BL is None else columns_L - starts_BL
     real_BL = padding_mask_BL.long()
     before_BL = real_BL.cumsum(-1) - real_BL  # number of real tokens before each token

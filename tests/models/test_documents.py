@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.attention import visible_keys
 from forescale.models.config import POSITIONS
+from forescale.models.mixers.masks import visible_keys
 from forescale.models.positions.position import document_starts, positions_of
 from tests.matrix import more
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
@@ -115,7 +115,7 @@ def test_what_is_seen_and_where_tokens_stand():
     documents = torch.tensor([[3, 3, 4, 9, 9, 9]])
     starts = document_starts(documents)
     assert starts.tolist() == [[0, 0, 2, 3, 3, 3]]
-    assert positions_of(documents, None, starts).tolist() == [[0, 1, 0, 0, 1, 2]]
+    assert positions_of(6, documents.device, None, starts).tolist() == [[0, 1, 0, 0, 1, 2]]
     assert visible_keys(None, starts)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -125,7 +125,7 @@ def test_what_is_seen_and_where_tokens_stand():
         [0, 0, 0, 1, 1, 1],
     ]
     mask = torch.tensor([[0, 1, 1, 0, 1, 1]])
-    real = positions_of(documents, mask, starts)[mask.bool()]
+    real = positions_of(6, documents.device, mask, starts)[mask.bool()]
     assert real.tolist() == [0, 0, 0, 1]
     seen = visible_keys(mask, starts)[0, 0].int()
     assert seen[5].tolist() == [0, 0, 0, 0, 1, 1]

@@ -177,6 +177,10 @@ class TrainJob(Job):
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
+        if not getattr(self.model, "causal", True) and self.objective.is_next_token:
+            what = "a model that sees later tokens is shown the token that it must predict"
+            todo = "leave it out, or give an objective.kind that hides its targets"
+            found.append(("model.causal", what, todo))
         if self.data.packing == "best_fit" and not self.objective.is_next_token:
             what = (
                 f"best_fit counts next tokens, not the targets of objective {self.objective.kind}"

@@ -127,7 +127,8 @@ def _sums(
     logits_LV = model(tokens_1L, **named)[0].float()
     nats_L = F.cross_entropy(logits_LV, targets_1L[0], ignore_index=IGNORED, reduction="none")
     starts_1L = None if window.documents is None else document_starts(window.documents)
-    positions_L = positions_of(window.tokens, None, starts_1L).view(-1)
+    length, where = window.tokens.shape[1], window.tokens.device
+    positions_L = positions_of(length, where, None, starts_1L).view(-1)
     bucket_L = torch.bucketize(positions_L, limits[1:-1], right=True)
     real_L = window.targets[0] != IGNORED
     size = len(limits) - 1

@@ -5,13 +5,14 @@ bytes of a character are spread over several tokens, it comes with the last of t
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 
 from forescale.errors import UserError
-from forescale.models.generate import generate
+from forescale.models.generate import stream
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT = 4  # previous tokens that are decoded together with new ones
@@ -42,13 +43,13 @@ def sampled(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.tensor([prompt], device=device)
-    for _ in range(num_tokens):
-        try:
-            tokens = generate(model, tokens, 1, temperature, top_k, generator, max_context)
-        except FloatingPointError as e:
-            todo = "use an earlier checkpoint, from before the training diverged"
-            raise UserError("the model", f"can't write text ({e})", todo) from e
-        yield int(tokens[0, -1])
+    ids = stream(model, tokens, temperature, top_k, generator, max_context)
+    try:
+        for next_11 in islice(ids, num_tokens):
+            yield int(next_11)
+    except FloatingPointError as e:
+        todo = "use an earlier checkpoint, from before the training diverged"
+        raise UserError("the model", f"can't write text ({e})", todo) from e
 
 
 def pieces(tokenizer: Tokenizer, before: list[int], ids: Iterable[int]) -> Iterator[str]:

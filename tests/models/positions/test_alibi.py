@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.attention import visible_keys
 from forescale.models.costs import MIXERS
+from forescale.models.mixers.masks import visible_keys
 from forescale.models.positions.alibi import biased_mask, slopes
 from forescale.models.positions.position import document_starts, positions_of
 
@@ -49,7 +49,7 @@ def test_distances_count_real_tokens_of_the_own_document():
     documents = torch.tensor([[3, 3, 3, 4, 4, 4]])
     padding = torch.tensor([[1, 0, 1, 1, 1, 1]])
     starts = document_starts(documents)
-    positions = positions_of(documents, padding, starts)
+    positions = positions_of(6, documents.device, padding, starts)
     seen = visible_keys(padding, starts)
     mask = biased_mask(positions, seen, 1, torch.float32)[0, 0] * 256  # the slope of one head
     none = -torch.inf

@@ -22,7 +22,15 @@ def test_it_writes_what_the_sampler_draws_after_the_prompt(trained, forescale):
     view = open_run(trained.path)
     before = prompt_ids(view.tokenizer, "def ", 0)
     generator = torch.Generator().manual_seed(3)
-    ids = generate(view.model(), torch.tensor([before]), 20, 0.8, 50, generator, 32)[0].tolist()
+    ids = generate(
+        view.model(),
+        torch.tensor([before]),
+        20,
+        temperature=0.8,
+        top_k=50,
+        generator=generator,
+        max_context=32,
+    )[0].tolist()
     code, out, _ = forescale("generate", trained.path, "prompt=def ", "num_tokens=20", "seed=3")
     assert code == 0
     assert out == view.tokenizer.decode(ids) + "\n"

@@ -10,17 +10,15 @@ again from 0, exactly: no bit of another document arrives.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
+from forescale.models.mixers.context import Context, continued
 from forescale.models.parametrization import scales
-
-if TYPE_CHECKING:
-    from forescale.models.transformer import Context
 
 
 def scan(a_BLD: Tensor, b_BLD: Tensor) -> Tensor:
@@ -40,6 +38,19 @@ def _shifted(x_BLD: Tensor, by: int) -> Tensor:
     return nn.functional.pad(x_BLD, (0, 0, by, 0))[:, : x_BLD.shape[1]]
 
 
+def states(
+    logit_BLD: Tensor, value_BLD: Tensor, keep_BL1: Tensor, before_B1D: Tensor | None = None
+) -> Tensor:
+    """Return the states of all tokens, (B, L, D) in fp32 or more; before: the state to begin with,
+    None: 0. Other arguments as in Recurrence.forward."""
+    precise = torch.promote_types(logit_BLD.dtype, torch.float32)
+    z_BLD = torch.sigmoid(logit_BLD.to(precise))
+    a_BLD, b_BLD = (1 - z_BLD) * keep_BL1, z_BLD * value_BLD.to(precise)
+    if before_B1D is not None:
+        b_BLD[:, :1] += a_BLD[:, :1] * before_B1D
+    return scan(a_BLD, b_BLD)
+
+
 class Recurrence(torch.autograd.Function):
     """States of all tokens from gates and values, in fp32 or more.
 
@@ -50,9 +61,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logit_BLD: Tensor, value_BLD: Tensor, keep_BL1: Tensor) -> Tensor:
         """Return h. logit, value (B, L, D); keep (B or 1, L, 1): 0 where the state starts again."""
-        precise = torch.promote_types(logit_BLD.dtype, torch.float32)
-        z_BLD = torch.sigmoid(logit_BLD.to(precise))
-        h_BLD = scan((1 - z_BLD) * keep_BL1, z_BLD * value_BLD.to(precise))
+        h_BLD = states(logit_BLD, value_BLD, keep_BL1)
         ctx.save_for_backward(logit_BLD, value_BLD, keep_BL1, h_BLD)
         return h_BLD.to(value_BLD.dtype)
 
@@ -87,16 +96,13 @@ class MinGRU(nn.Module):
         self.value = Linear(s.width, s.width, config.bias, scale.hidden_std)
         self.output = Linear(s.width, s.width, config.bias, scale.writing_std)
 
-    def forward(self, x_BLD: Tensor, context: "Context") -> Tensor:
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         logit_BLD = self.gate(x_BLD) - self.log_memory
-        h_BLD = Recurrence.apply(logit_BLD, self.value(x_BLD), _kept(x_BLD, context.mask))
-        return self.output(h_BLD)
-
-
-def _kept(x_BLD: Tensor, mask: Tensor | None) -> Tensor:
-    """Return (B or 1, L, 1), 1 where the previous token is visible, else 0."""
-    if mask is None:
-        kept_BL = x_BLD.new_ones(1, x_BLD.shape[1] - 1)
-    else:  # 0 where the key is visible, else -inf
-        kept_BL = (mask[:, 0].diagonal(-1, 1, 2) == 0).to(x_BLD.dtype)
-    return nn.functional.pad(kept_BL, (1, 0))[..., None]
+        value_BLD, keep_BL1 = self.value(x_BLD), continued(x_BLD, context)[..., None]
+        memory = context.memory
+        if memory is None:
+            return self.output(Recurrence.apply(logit_BLD, value_BLD, keep_BL1))
+        # Decoding has no gradients, and begins where the last call ended.
+        h_BLD = states(logit_BLD, value_BLD, keep_BL1, memory.get("state"))
+        memory["state"] = h_BLD[:, -1:].clone()
+        return self.output(h_BLD.to(value_BLD.dtype))

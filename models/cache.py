@@ -1,0 +1,88 @@
+"""What decoding keeps of the tokens that a model has read, so that it reads each only once.
+
+Invariant: a model that reads a row in pieces with a cache computes the same logits as one that
+reads the whole row, whatever the pieces. Only mixers write to a Memory, each to its own.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """What one layer keeps: tensors by name, all with the rows of the batch first."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._lengths: dict[str, int] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """True until the layer has read its first token."""
+        return not self._kept
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the state that was kept under `name`; None: none."""
+        return self._kept.get(name)
+
+    def __setitem__(self, name: str, state: Tensor) -> None:
+        """Replace a state of fixed size, such as a recurrence's."""
+        self._kept[name] = state
+
+    def extend(self, name: str, new: Tensor) -> Tensor:
+        """Append `new`, (B, L, ...), to what is kept under `name`; return all, (B, S, ...).
+
+        Room is doubled when it is used up, so S tokens cost O(S) copies in all.
+        """
+        before = self._lengths.get(name, 0)
+        length = before + new.shape[1]
+        kept = self._kept.get(name)
+        if kept is None or kept.shape[1] < length:
+            room = new.new_empty(new.shape[0], max(length, 2 * before), *new.shape[2:])
+            if kept is not None:
+                room[:, :before] = kept[:, :before]
+            self._kept[name] = kept = room
+        kept[:, before:length] = new
+        self._lengths[name] = length
+        return kept[:, :length]
+
+    def keep_last(self, name: str, new: Tensor, count: int) -> Tensor:
+        """Append `new`, (B, L, ...); keep the last `count` tokens, and return those that were kept
+        before with all of `new`: a window needs no more."""
+        kept = self._kept.get(name)
+        whole = new if kept is None else torch.cat([kept, new], 1)
+        self._kept[name] = whole[:, max(0, whole.shape[1] - count) :].clone()
+        return whole
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
+
+class Cache:
+    """A Memory for each layer, the number of columns read, and which of them are padding.
+
+    Make an empty one for a batch of rows, and give it to each call of the model with the next
+    columns. Rows of different lengths are padded on the left.
+    """
+
+    def __init__(self, num_layers: int):
+        self.layers = [Memory() for _ in range(num_layers)]
+        self.length = 0
+        self.real: Tensor | None = None  # (B, length) bool; None: no padding so far
+
+    def advance(self, tokens_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor | None:
+        """Count the new columns; return which of all columns are real, (B, S), or None for all."""
+        if padding_mask_BL is not None or self.real is not None:
+            device, columns = tokens_BL.device, self.length + tokens_BL.shape[1]
+            ones = torch.ones(len(tokens_BL), columns, dtype=torch.bool, device=device)
+            old = ones[:, : self.length] if self.real is None else self.real
+            new = ones[:, self.length :] if padding_mask_BL is None else padding_mask_BL.bool()
+            self.real = torch.cat([old, new], 1)
+        self.length += tokens_BL.shape[1]
+        return self.real
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all layers have allocated."""
+        return sum(memory.num_bytes for memory in self.layers)

@@ -1,0 +1,1 @@
+"""The mixers: how tokens exchange information, one file each, chosen by `model.mixer`."""

@@ -1,0 +1,51 @@
+"""What a mixer is given besides the hidden states: positions, who sees whom, and its cache.
+
+Invariant: a mixer that takes the mask sees exactly the keys that the mask shows; one that doesn't
+uses `starts` and `real`, which say the same, and needs nothing of size L by L.
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from forescale.models.cache import Memory
+from forescale.models.positions.position import Rotation
+
+
+class Context(NamedTuple):
+    """The same for all layers but for `memory`; None: absent. L columns are read now, and S = L +
+    those that the cache has read before.
+
+    rotation: of queries and keys, with rotary positions. mask (B, 1, L, S): added to the scores, 0
+    for a visible key, else -inf (masks.additive_mask); without it a token attends to itself and all
+    earlier tokens or, in a model that is not causal, to all tokens. With alibi, which only mixers
+    that take it receive, mask is (B or 1, H, L, S) and has a bias for a visible key
+    (alibi.biased_mask). starts (B, S): the column at which each token's document begins. real (B,
+    S): False at padding. memory: the layer's part of the cache, in which a mixer finds what it kept
+    of earlier columns and keeps what it needs of these.
+    """
+
+    rotation: Rotation | None = None
+    mask: Tensor | None = None
+    starts: Tensor | None = None
+    real: Tensor | None = None
+    memory: Memory | None = None
+
+
+def continued(x_BLD: Tensor, context: Context) -> Tensor:
+    """Return (B or 1, L), 1 where the token before is visible, else 0, in x's dtype.
+
+    A recurrence starts again at each 0: at a new document, after padding, at the first token.
+    """
+    length = x_BLD.shape[1]
+    told = context.starts if context.starts is not None else context.real
+    if told is None:
+        is_first = context.memory is None or context.memory.is_empty
+        return F.pad(x_BLD.new_ones(1, length - is_first), (int(is_first), 0))
+    follows_BS = told.new_ones(told.shape[0], told.shape[1] - 1).bool()
+    if context.starts is not None:
+        follows_BS = context.starts[:, 1:] == context.starts[:, :-1]
+    if context.real is not None:
+        follows_BS = follows_BS & context.real[:, 1:].bool() & context.real[:, :-1].bool()
+    return F.pad(follows_BS, (1, 0))[:, -length:].to(x_BLD.dtype)

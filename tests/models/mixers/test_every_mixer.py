@@ -1,0 +1,133 @@
+"""What holds for each mixer of the table: order, padding, documents, cache, counts, one graph.
+
+A new mixer is tested here as soon as costs.MIXERS has it; SETTINGS has what it needs to be small.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.costs import MIXERS
+from forescale.models.flops import cache_bytes, count, flops_per_token, matrices, shapes
+
+L, V = 12, 37
+SETTINGS: dict[str, dict] = {}
+# Patterns of several mixers; the first of each name above is tested alone.
+PATTERNS = [[name] for name in MIXERS] + [["mingru", "attention"]]
+
+
+def small(pattern: list[str], **more) -> ModelConfig:
+    sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
+    settings = {k: v for name in pattern for k, v in SETTINGS.get(name, {}).items()}
+    # A standard deviation so large that a leak could not hide in rounding.
+    base = dict(max_sequence_length=32, loss_chunk=0, init_std=0.3)
+    return ModelConfig(**sizes | base | settings | dict(mixer_pattern=pattern) | more)
+
+
+def build(pattern: list[str], **more) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(small(pattern, **more)).eval()
+
+
+def tokens(rows: int, length: int = L) -> Tensor:
+    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+pytestmark = pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
+
+
+@torch.no_grad()
+def test_the_future_never_changes_a_past_logit(pattern):
+    model, x = build(pattern), tokens(1).repeat(L, 1)
+    changed = x.clone()
+    changed[torch.arange(L), torch.arange(L)] = (x[0] + 1) % V  # row t differs at position t
+    difference = (model(x) - model(changed)).abs().amax(-1)
+    past = torch.ones(L, L, dtype=torch.bool).tril(-1)
+    assert difference[past].max() < 1e-5, "batched products may round rows differently"
+    assert difference.diagonal().min() > 1e-3, "the present does change"
+
+
+@torch.no_grad()
+def test_a_padded_row_equals_the_unpadded_one(pattern):
+    model, row, pad = build(pattern), tokens(1), 5
+    batch = tokens(3, L + pad).roll(1, 0)
+    batch[0, pad:], batch[1, :L] = row[0], row[0]  # padded on the left, on the right
+    mask = torch.ones(3, L + pad, dtype=torch.bool)
+    mask[0, :pad] = mask[1, L:] = False
+    logits, alone = model(batch, padding_mask_BL=mask), model(row)
+    close(logits[0, pad:], alone[0])
+    close(logits[1, :L], alone[0])
+
+
+def test_a_document_is_computed_as_if_it_were_alone(pattern):
+    model, x, cuts = build(pattern), tokens(1), (0, 3, 4, 9, L)
+    numbers = torch.tensor([[i for i in range(4) for _ in range(cuts[i], cuts[i + 1])]])
+    alone = [model(x[:, a:b]) for a, b in pairwise(cuts)]
+    together = model(x, documents_BL=numbers)
+    close(together, torch.cat(alone, 1))
+    expected = torch.autograd.grad(torch.cat(alone, 1).square().sum(), list(model.parameters()))
+    found = torch.autograd.grad(together.square().sum(), list(model.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * 24, [7, 1, 1, 5, 10]], ids=["ones", "mixed"])
+def test_reading_in_pieces_with_a_cache_equals_reading_whole(pattern, pieces):
+    model, x = build(pattern), tokens(2, 24)
+    cache = model.new_cache()
+    found = [model(piece, cache=cache) for piece in x.split(pieces, 1)]
+    close(torch.cat(found, 1), model(x))
+    assert cache.length == 24
+
+
+@torch.no_grad()
+def test_a_batch_with_padding_on_the_left_decodes_as_each_row_alone(pattern):
+    model, x, pads = build(pattern), tokens(3, 20), (0, 4, 7)
+    real = torch.stack([torch.arange(20) >= pad for pad in pads])
+    cache = model.new_cache()
+    found = [model(x[:, :10], padding_mask_BL=real[:, :10], cache=cache)]
+    found += [model(x[:, i : i + 1], cache=cache) for i in range(10, 20)]
+    for i, pad in enumerate(pads):
+        close(torch.cat(found, 1)[i, pad:], model(x[i : i + 1, pad:])[0])
+
+
+def test_it_is_counted_as_it_is(pattern):
+    config = small(pattern)
+    model, x = build(pattern), tokens(2, 32)
+    named = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert list(shapes(config).items()) == list(named.items())
+    assert count(config).total == sum(p.numel() for p in model.parameters())
+    assert matrices(config) == model.muon_parameters()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, x).sum().backward()
+    assert counter.get_total_flops() == flops_per_token(config, 32) * x.numel()
+    assert flops_per_token(config, 32, causal=True) <= flops_per_token(config, 32)
+
+
+@torch.no_grad()
+def test_the_cache_takes_the_bytes_that_are_planned(pattern):
+    model = build(pattern)
+    cache = model.new_cache()
+    model(tokens(1, 32), cache=cache)
+    assert cache.num_bytes == cache_bytes(model.config, 32, 4)
+
+
+def test_it_compiles_as_one_graph(pattern):
+    torch._dynamo.reset()
+    model, x = build(pattern).train(), tokens(2)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(x, x).sum(), parameters)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x, x).sum(), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
