@@ -1,0 +1,31 @@
+"""The files of conf/model have the sizes that were published, counted without building a weight."""
+
+import pytest
+
+from forescale.config.compose import CONF, compose
+from forescale.config.train import TrainJob
+from forescale.models.flops import count
+
+# Trainable parameters as published, or as the authors' own weights have them; None: of no paper.
+PUBLISHED = {
+    "gpt2-124m": 124_439_808,
+    "gpt2-350m": 354_823_168,  # called 345M in the paper, 355M by those who count
+    "llama-160m": 162_417_408,  # JackFram/llama-160m of the hub
+    "llama-1b": 1_100_048_384,  # TinyLlama
+    "llama-3b": 3_212_749_824,  # Llama 3.2
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-70b": 68_976_648_192,  # Llama 2
+}
+OF_NO_PAPER = {"tiny", "depth", "custom"}
+
+
+def test_every_size_is_here():
+    assert PUBLISHED.keys() | OF_NO_PAPER == {path.stem for path in (CONF / "model").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_it_has_the_parameters_that_were_published(name):
+    job = compose(TrainJob, [f"model={name}", "train.sequence_length=512", "train.steps=100"])
+    config = job.model.resolved(sequence_length=512)
+    assert count(config).total == PUBLISHED[name]
