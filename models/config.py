@@ -84,7 +84,7 @@ class ModelConfig:
     rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-6  # added to the variance in norms
-    mixer: str = "attention"  # attention | mingru: how tokens exchange information
+    mixer: str = "attention"  # attention | lstm | mingru: how tokens exchange information
     # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
     # empty: `mixer` in each layer.
     mixer_pattern: list[str] = field(default_factory=list)

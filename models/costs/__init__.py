@@ -7,10 +7,14 @@ modules read the record; nothing else in the project knows the part. Invariant: 
 because plans run on login nodes.
 """
 
-from forescale.models.costs import attention, mingru, mlp
+from forescale.models.costs import attention, lstm, mingru, mlp
 from forescale.models.costs.record import Part
 
-MIXERS: dict[str, Part] = {"attention": attention.ATTENTION, "mingru": mingru.MINGRU}
+MIXERS: dict[str, Part] = {
+    "attention": attention.ATTENTION,
+    "lstm": lstm.LSTM,
+    "mingru": mingru.MINGRU,
+}
 MLPS: dict[str, Part] = {"swiglu": mlp.SWIGLU, "gelu": mlp.GELU, "relu2": mlp.RELU2}
 
 __all__ = ["MIXERS", "MLPS", "Part"]
