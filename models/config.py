@@ -108,7 +108,8 @@ class ModelConfig:
     ) -> list[Problem]:
         """Return the broken rules as (field, what, todo); without any, the model can be built.
 
-        Args: `vocab_size` and `sequence_length` of the data, if known.
+        Args: `vocab_size` and `sequence_length` of the data, if known; the vocabulary with the ids
+        that the objective adds.
         """
         found = self._problems_of_values() or self._problems_of_scaling()
         if found:
@@ -141,7 +142,7 @@ class ModelConfig:
             what = f"{len(self.mixer_pattern)} mixers for {full.num_layers} layers"
             found.append(("mixer_pattern", what, "give at most one a layer"))
         if self.vocab_size and vocab_size and self.vocab_size < vocab_size:
-            what = f"{self.vocab_size} is less than the tokenizer's {vocab_size}"
+            what = f"{self.vocab_size} is less than the {vocab_size} of tokenizer and objective"
             found.append(("vocab_size", what, "leave it out, or give at least as many"))
         longest = self.max_sequence_length
         if longest and sequence_length and longest < sequence_length:

@@ -45,7 +45,7 @@ _LLAMA_INNER = {
 _GATE = {"mlp.gate": "mlp.gate_proj"}
 _QK_NORM = {"mixer.query_norm": "self_attn.q_norm", "mixer.key_norm": "self_attn.k_norm"}
 _LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_ROTARY = {"mixer": "attention", "position": "rotary", "norm": "rmsnorm"}
+_ROTARY = {"causal": True, "mixer": "attention", "position": "rotary", "norm": "rmsnorm"}
 
 
 def _llama_like(architecture: str, fits: dict[str, Any], inner: dict[str, str]) -> _Family:
@@ -68,6 +68,7 @@ FAMILIES = {
     "gpt2": _Family(
         "GPT2LMHeadModel",
         {
+            "causal": True,
             "mixer": "attention",
             "position": "learned",
             "norm": "layernorm",

@@ -11,6 +11,7 @@ ADDED = {
     "anneal": (["data.sources={web: /data/web, fine: /data/fine}"], ["data.sources"]),
     "branch": (["train.steps=5000"], ["train.steps"]),
     "gpus64": (["data.path=/data/web"], ["data.path"]),
+    "masked": ([], []),
     "own-model": (["model._target_=mypackage.Model"], ["model._target_"]),
     "quick": ([], []),
     "study": ([], []),

@@ -179,8 +179,11 @@ class TrainJob(Job):
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
         if not getattr(self.model, "causal", True) and self.objective.is_next_token:
             what = "a model that sees later tokens is shown the token that it must predict"
-            todo = "leave it out, or give an objective.kind that hides its targets"
+            todo = "leave it out, or give objective.kind=masked, which hides its targets"
             found.append(("model.causal", what, todo))
+        if getattr(self.model, "causal", False) and self.objective.spec.sees_both_sides:
+            what = f"objective {self.objective.kind} is for a model that sees both sides"
+            found.append(("model.causal", what, "write model.causal=false"))
         if self.data.packing == "best_fit" and not self.objective.is_next_token:
             what = (
                 f"best_fit counts next tokens, not the targets of objective {self.objective.kind}"

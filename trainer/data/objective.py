@@ -15,7 +15,13 @@ IGNORED = -100  # marks positions without a target; the default of torch.nn.func
 
 class Objective(Protocol):
     """What an objective must do. It is made with the keyword arguments of the config; a class whose
-    signature has `seed`, `vocab_size` or `sequence_length` gets these of the run."""
+    signature has `seed`, `vocab_size` or `sequence_length` gets these of the run; vocab_size is the
+    tokenizer's. For held-out text it is made with seed 0, so that all runs are scored on the same
+    examples.
+
+    An attribute hides_padding = True is needed if its model sees later tokens: where a window ends
+    early, the model is then told so, by padding_mask_BL (see stream.MicroBatch).
+    """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:
         """Return the number of targets of windows of `sizes` tokens, int64 of the same shape."""
@@ -25,7 +31,7 @@ class Objective(Protocol):
 
         tokens: (n, L + 1), of which the first sizes[i] of row i are real; sizes: (n,); numbers:
         (n,), the number of each window in the order of training, from which random choices must be
-        drawn (for held-out text its number in the split). Positions without a target are IGNORED;
+        drawn (for held-out text, its number in the split). Positions without a target are IGNORED;
         inputs beyond a window's end are 0.
         """
 

@@ -31,13 +31,19 @@ class MicroBatch:
     tokens: torch.Tensor  # (micro_batch, L) int64
     targets: torch.Tensor  # (micro_batch, L) int64, IGNORED if there is none
     documents: torch.Tensor | None = None  # (micro_batch, L) int32, with document_mask
+    # (micro_batch, L) bool, False beyond a window's end; only where one ends early, and only for a
+    # model that sees later tokens (hides_padding of the objective).
+    padding_mask: torch.Tensor | None = None
 
     def arguments(self, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """Return positional and named arguments of the model, on the device."""
         placed = [t.to(device, non_blocking=True) for t in (self.tokens, self.targets)]
-        if self.documents is None:
-            return tuple(placed), {}
-        return tuple(placed), {"documents_BL": self.documents.to(device, non_blocking=True)}
+        named = {"documents_BL": self.documents, "padding_mask_BL": self.padding_mask}
+        return tuple(placed), {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in named.items()
+            if tensor is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -171,20 +177,24 @@ def validation_windows(
         for shard, tokens in enumerate(split.shard_tokens)
         for start in range(0, tokens - 1, sequence_length)
     ]
+    numbers = np.arange(len(places))
     if limit is not None and limit < len(places):
-        places = [places[i * len(places) // limit] for i in range(limit)]
+        numbers = np.arange(limit) * len(places) // limit
+        places = [places[i] for i in numbers.tolist()]
     micro_batch = min(micro_batch, max(1, len(places)))  # nor more rows than there are windows
     count = -(-len(places) // micro_batch)
     for index in range(rank, -(-count // world_size) * world_size, world_size):
-        chosen = places[index * micro_batch : (index + 1) * micro_batch]
+        rows = slice(index * micro_batch, (index + 1) * micro_batch)
+        chosen = places[rows], numbers[rows]
         shape = (micro_batch, sequence_length)
-        yield _validation_micro_batch(split, index, chosen, shape, documents, objective)
+        yield _validation_micro_batch(split, index, *chosen, shape, documents, objective)
 
 
 def _validation_micro_batch(
     split: Split,
     index: int,
     places: list[tuple[int, int, int]],
+    windows: np.ndarray,
     shape: tuple[int, int],
     documents: bool,
     objective: Objective,
@@ -198,20 +208,33 @@ def _validation_micro_batch(
         if numbers is not None:
             ends = split.document_ends(*place)
             numbers[i] = np.searchsorted(ends, np.arange(shape[1] + 1), side="right")
-    windows = index * shape[0] + np.arange(shape[0])
+    windows = np.pad(windows, (0, shape[0] - len(places)))  # missing rows are padding
     pair = objective.examples(tokens, lengths, windows)
-    pair[1, len(places) :] = IGNORED  # rows of padding
+    pair[1, len(places) :] = IGNORED
     inputs, targets = torch.from_numpy(pair)
-    return MicroBatch(index, inputs, targets, _document_numbers(numbers))
+    hidden = _padding_mask(lengths, shape[1], objective)
+    return MicroBatch(index, inputs, targets, _document_numbers(numbers), hidden)
 
 
 def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> list[MicroBatch]:
     pair = objective.examples(rows.tokens, rows.sizes, rows.numbers)
     if rows.begins is not None:
         pair[1][rows.begins[:, 1:]] = IGNORED  # the first token of a packed document
-    tensors = (*torch.from_numpy(pair), _document_numbers(rows.documents))
-    parts = zip(*(t.split(share.micro_batch) for t in tensors if t is not None), strict=True)
-    return [MicroBatch(share.first + i, *part) for i, part in enumerate(parts)]
+    inputs, targets = torch.from_numpy(pair)
+    documents, found = _document_numbers(rows.documents), []
+    for i, first in enumerate(range(0, len(inputs), share.micro_batch)):
+        part = slice(first, first + share.micro_batch)
+        own = None if documents is None else documents[part]
+        hidden = _padding_mask(rows.sizes[part], inputs.shape[1], objective)
+        found.append(MicroBatch(share.first + i, inputs[part], targets[part], own, hidden))
+    return found
+
+
+def _padding_mask(sizes: np.ndarray, length: int, objective: Objective) -> torch.Tensor | None:
+    """Return what MicroBatch has of windows of `sizes` tokens: (n,) -> (n, L) or None."""
+    if not getattr(objective, "hides_padding", False) or (sizes > length).all():
+        return None
+    return torch.from_numpy(np.arange(length) < sizes[:, None] - 1)
 
 
 def _document_numbers(documents: np.ndarray | None) -> torch.Tensor | None:

@@ -14,8 +14,11 @@ PROMPT = "def "
 
 def summarize(started: Start) -> None:
     """Print the summary of a complete run."""
-    run = started.run
+    run, objective = started.run, started.job.objective
     scores = read_rows(run.metrics, kind="validation")
+    if objective.spec.sees_both_sides:
+        _summarize_encoder(run.name, scores, objective.spec.targets)
+        return
     if scores:
         newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
         print(_scores(newest, started.sources))
@@ -33,6 +36,19 @@ def summarize(started: Start) -> None:
         f"  forescale export {name}                       to Hugging Face transformers\n"
         f"  forescale train bigger model.depth=4          a model of your own\n"
         f"  forescale shards TEXT output=DIR              a dataset of your own"
+    )
+
+
+def _summarize_encoder(name: str, scores: list[dict], targets: str) -> None:
+    """Print the last scores of an encoder, which compare with no compressor: it writes no text."""
+    for dataset, row in {row["dataset"]: row for row in scores}.items():
+        print(
+            f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of {targets}."
+        )
+    print(
+        f"\nNext:\n"
+        f"  forescale status {name}                       its progress and losses\n"
+        f"  forescale eval {name}                         its loss on other text"
     )
 
 

@@ -69,9 +69,10 @@ def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | No
         f"({s.step / total:.1%}), {s.tokens:,} tokens{loss}; last seen {span(s.age)} ago"
     )
     if last := s.validation:
+        of = f" of {last['scored']}" if "scored" in last else ""
         console.print(
-            f"Validation at step {last['step']:,}: {last['bits_per_byte']:.4f} bits per byte, loss "
-            f"{last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,} windows"
+            f"Validation at step {last['step']:,}: {last['bits_per_byte']:.4f} bits per byte{of}, "
+            f"loss {last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,} windows"
         )
     if line := _forecast(s):
         console.print(escape(line), soft_wrap=True)

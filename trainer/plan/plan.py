@@ -129,6 +129,8 @@ class Plan:
                 self.notes.append(
                     f"The data can't be opened, so a vocabulary of {vocabulary:,} is assumed."
                 )
+            if not job.model.vocab_size:
+                vocabulary += job.objective.spec.extra_ids
             made = job.model.resolved(vocabulary, job.train.sequence_length)
             return replace(job, model=made)
         return job

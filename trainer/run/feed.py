@@ -7,7 +7,6 @@ read the same windows.
 import hashlib
 from collections.abc import Sequence
 
-from forescale.config.schema import TargetConfig
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
@@ -40,15 +39,22 @@ def feed_of(job: TrainJob, sources: Sources, skipped: Sequence[Interval] = ()) -
     )
 
 
-def objective_of(job: TrainJob, vocab_size: int) -> Objective:
-    """The objective of a job, made. Raises UserError if a class of the user's own can't be made."""
-    config = job.objective
-    if config.is_next_token:
+def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Objective:
+    """The objective of a job, made. held_out: for the text of scores, whose random choices are the
+    same in all runs, so that their losses compare models and not masks.
+
+    Raises UserError if a class of the user's own can't be made, or hides no padding from a model
+    that would see it.
+    """
+    if job.objective.is_next_token:
         return NEXT_TOKEN
-    target = TargetConfig(config.class_name, config.arguments)
-    length = job.train.sequence_length
-    offered = {"seed": job.train.seed, "vocab_size": vocab_size, "sequence_length": length}
-    return make("objective", target, **offered)
+    length, seed = job.train.sequence_length, 0 if held_out else job.train.seed
+    offered = {"seed": seed, "vocab_size": vocab_size, "sequence_length": length}
+    made = make("objective", job.objective.made_with, **offered)
+    if not (getattr(job.model, "causal", True) or getattr(made, "hides_padding", False)):
+        what = "its class does not hide padding, which a model with model.causal=false would see"
+        raise UserError("objective._target_", what, "give the class hides_padding = True")
+    return made
 
 
 def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:

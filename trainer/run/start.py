@@ -194,9 +194,10 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
     if not isinstance(job.model, ModelConfig):
         return job
     length = job.train.sequence_length
-    for name, what, todo in job.model.problems(sources.vocab_size, length):
+    vocabulary = sources.vocab_size + job.objective.spec.extra_ids
+    for name, what, todo in job.model.problems(vocabulary, length):
         raise UserError(f"model.{name}", what, todo)
-    return replace(job, model=job.model.resolved(sources.vocab_size, length))
+    return replace(job, model=job.model.resolved(vocabulary, length))
 
 
 def _check_resume(job: TrainJob, run: Run) -> None:

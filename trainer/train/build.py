@@ -83,8 +83,8 @@ class Builder:
 
     @cached_property
     def objective(self) -> Objective:
-        """What counts as a target, of the scores and of the rows as of the batches."""
-        return objective_of(self.job, self.sources.vocab_size)
+        """What counts as a target, of the scores and of the rows."""
+        return objective_of(self.job, self.sources.vocab_size, held_out=True)
 
     def parts(self, attempt: Attempt, point: ResumePoint) -> Parts:
         """Return the parts of an attempt that begins at `point`. Every rank calls it."""
@@ -176,6 +176,7 @@ class Builder:
             main,
             position.quarantined,
             self.prediction,
+            job.objective.spec.targets,
         )
 
     def _own(self, attempt: Attempt, rollbacks_left: int) -> list[Own]:

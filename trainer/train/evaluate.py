@@ -1,7 +1,8 @@
 """Losses on held-out text, and bits per byte.
 
-Invariant: every token of the split but a shard's first is scored exactly once, and sums are added
-in the order of the windows, so the result is the same at any world size.
+Invariant: every target of the split is scored exactly once, and sums are added in the order of the
+windows, so the result is the same at any world size. With the next token as objective, every token
+but a shard's first is a target.
 """
 
 import math
@@ -26,6 +27,12 @@ class Score:
     bits_per_byte: bits per byte of the UTF-8 text that the targets stand for, which compares
     tokenizers: an end-of-text token costs its bits and counts no bytes. targets, bytes, windows:
     how many were scored.
+
+    With masked tokens as objective all this is of the targets alone, about 15 % of the text, each
+    predicted from the tokens on both sides that the fixed masks of held-out text leave. Then bits
+    per byte are not the size of a compressed text, and perplexity is a pseudo-perplexity (Salazar
+    et al. 2020, arXiv 1910.14659, who mask one token at a time). They compare encoders with equal
+    keys of `objective`, and never an encoder with a causal model.
     """
 
     loss: float

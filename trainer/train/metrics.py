@@ -48,7 +48,8 @@ class Metrics(Callback):
     """Writes the rows of this attempt and shows progress, on rank 0; on the others it does nothing.
 
     peak_rates: peak learning rate of each parameter group; memory: returns bytes; lost: the members
-    already reported as damaged; prediction: what the final validation loss is compared with.
+    already reported as damaged; prediction: what the final validation loss is compared with;
+    targets: what validation losses are of, if not of tokens: the rows name it as `scored`.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Metrics(Callback):
         is_main: bool,
         lost: Iterable[tuple[str, int, str]] = (),
         prediction: PredictionInterval | None = None,
+        targets: str = "tokens",
     ):
         self.attempt, self.prices, self.peak_rates = attempt, prices, peak_rates
         self.line, self.trackers, self.memory, self.is_main = line, trackers, memory, is_main
         self.lost = set(lost)
-        self.prediction = prediction
+        self.prediction, self.targets = prediction, targets
 
     def see(self, step: Step, summary: StepSummary) -> None:
         """Write the step's row, its events and its line."""
@@ -162,10 +164,13 @@ class Metrics(Callback):
             "dataset": dataset,
             **vars(score),
         }
+        of = ""
+        if self.targets != "tokens":
+            row["scored"], of = self.targets, f" of {self.targets}"
         self.attempt.metrics.add(row)
         self.line.print(
             f"step {row['step']:,}: {dataset} loss {score.loss:.4f} ± {score.loss_stderr:.4f}, "
-            f"{score.bits_per_byte:.4f} bits per byte over {score.windows:,} windows"
+            f"{score.bits_per_byte:.4f} bits per byte{of} over {score.windows:,} windows"
         )
         self._send(row)
 

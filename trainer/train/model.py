@@ -3,7 +3,7 @@
 The protocol for a class of the user's own, named by `model._target_=mypackage.Model`:
 
     __init__(**kwargs): the other keys under `model`; `vocab_size` and `sequence_length` are added
-        if the signature has them.
+        if the signature has them. vocab_size counts the ids that the objective adds too.
     forward(tokens_BL, targets_BL=None): int64 each; a target of -100 doesn't count. With targets it
         returns each window's summed cross-entropy in nats, (B,), or that and a scalar penalty that
         is added to the objective only; without targets, logits (B, L, V) (for `generate`).
@@ -11,6 +11,8 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
         documents: the number of each token's document in its window, nondecreasing. A token must
         then attend to its own document alone, at positions that count from the document's first
         token in the window.
+        padding_mask_BL=None, too, only with objective.kind=masked, in micro-batches in which a
+        window ends early: bool, False for what no other token may see.
     muon_parameters() -> names, optional: the matrices for Muon; see engine.optim.parameter_groups.
     optimizer_factors() -> {name: models.parametrization.Factors}, optional: what AdamW's learning
         rate, weight decay and eps are multiplied with, and the name of the parameter's class.
@@ -45,7 +47,8 @@ def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
         from forescale.models import Transformer
 
         return Transformer(job.model)
-    return _build_target(job.model, vocab_size, job.train.sequence_length)
+    whole = vocab_size + job.objective.spec.extra_ids
+    return _build_target(job.model, whole, job.train.sequence_length)
 
 
 def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -> nn.Module:

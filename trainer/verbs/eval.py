@@ -48,11 +48,14 @@ def main(arguments: list[str]) -> int:
                 micro_batch=job.micro_batch,
                 windows=job.windows,
                 documents=view.config.data.document_mask,
-                objective=objective_of(view.config, dataset.vocab_size),
+                objective=objective_of(view.config, dataset.vocab_size, held_out=True),
                 progress=progress,
             )
         _print(job, view, checkpoint.position, dataset, found)
         if job.sequence_length is None:
+            continue
+        if view.config.objective.spec.sees_both_sides:
+            print("\nNo loss by position: an encoder sees the tokens on both sides of each target.")
             continue
         with shown() as progress:
             buckets = loss_by_position(
@@ -63,7 +66,7 @@ def main(arguments: list[str]) -> int:
                 edges=edges_of(length, trained),
                 windows=job.windows,
                 documents=view.config.data.document_mask,
-                objective=objective_of(view.config, dataset.vocab_size),
+                objective=objective_of(view.config, dataset.vocab_size, held_out=True),
                 progress=progress,
             )
         _print_buckets(buckets, length, trained, job.rope_scaling)
@@ -86,16 +89,22 @@ def _print(
     job: EvalJob, view: RunView, position: Position, dataset: Dataset, found: "Score"
 ) -> None:
     part = "" if job.windows is None else f", {found.windows:,} windows spread over it"
+    objective = view.config.objective
+    is_encoder, targets = objective.spec.sees_both_sides, objective.spec.targets
+    name = "pseudo-perplexity" if is_encoder else "perplexity"
+    of = f" of {targets}; not comparable with a causal model's" if is_encoder else ""
     print(
         f"Run {view.name}, step {position.step:,} ({position.tokens:,} tokens), in fp32, on the "
         f"{job.split} split of {dataset.where}{part}\n"
         f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n\n"
-        f"  bits per byte  {found.bits_per_byte:.4f}\n"
+        f"  bits per byte  {found.bits_per_byte:.4f}{of}\n"
         f"  loss           {found.loss:.4f} ± {found.loss_stderr:.4f} nats a token\n"
-        f"  perplexity     {found.perplexity:.2f} (only comparable under this tokenizer)\n"
-        f"  tokens         {found.targets:,}\n"
+        f"  {name:<14} {found.perplexity:.2f} (only comparable under this tokenizer)\n"
+        f"  {targets:<14} {found.targets:,}\n"
         f"  bytes          {found.bytes:,}"
     )
+    if is_encoder:
+        return
     if job.split == "validation" and (others := baselines.bits_per_byte(dataset.manifest)):
         print("\nCompressors over the whole split, in bits per byte:\n")
         widest = max(map(len, others))

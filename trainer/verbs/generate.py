@@ -45,6 +45,9 @@ def main(arguments: list[str]) -> int:
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
     text = _standard_input() if job.prompt == "-" else job.prompt
     view = open_view(job.target or "", job.run.root)
+    if view.config.objective.spec.sees_both_sides:
+        what = f"is an encoder (objective.kind={view.config.objective.kind}), which writes no text"
+        raise UserError(view.name, what, "score it with `forescale eval`, or name a causal model")
     checkpoint = view.checkpoint(job.step)
     from forescale.inference.sampling import pieces, prompt_ids, sampled
 

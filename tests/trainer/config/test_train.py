@@ -173,3 +173,24 @@ def test_a_warm_up_that_is_longer_than_the_run_is_shortened_and_said(overrides, 
         assert replace(fitted, schedule=job.schedule) == job
         (note,) = job.notes()
         assert f"doesn't fit in a run of {job.total_steps} steps" in note
+
+
+MASKED = ["objective.kind=masked", "model.causal=false"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "said"),
+    [
+        (["objective.kind=masked"], "model.causal", "write model.causal=false"),
+        (["model.causal=false"], "model.causal", "objective.kind=masked"),
+        (["objective.masked_rate=0.3"], "objective.masked_rate", "no such setting"),
+        ([*MASKED, "objective.masked_hidden=0.95"], "objective.masked_hidden", "at most 1"),
+        ([*MASKED, "objective.masked_rate=0"], "objective.masked_rate", "more than 0"),
+        ([*MASKED, "model.mixer=mingru"], "model.causal", "later ones"),
+        ([*MASKED, "data.packing=best_fit"], "data.packing", "windows"),
+    ],
+)
+def test_rules_of_encoders(overrides, key, said):
+    found = problems(*overrides)
+    assert list(found) == [key]
+    assert said in found[key]

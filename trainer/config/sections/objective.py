@@ -1,24 +1,63 @@
-"""The pretraining objectives: their names, and the config section.
+"""The pretraining objectives: what the project must know of each, and the config section.
 
-To add an objective, write a file in data/ with its class (see data/objective.py for the protocol)
-and a line in OBJECTIVES here. Invariant: imports no torch.
+To add an objective, write a file in data/objectives/ with its class (see data/objective.py for the
+protocol) and a line in OBJECTIVES here. Invariant: imports no torch.
 """
 
 # ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from forescale.config.job import Problems
 from forescale.config.schema import TargetConfig, key
 from forescale.config.suggest import nearest_first
 
-OBJECTIVES = {"next_token": "forescale.data.objective.NextToken"}
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """What the rest of the project must know about an objective.
+
+    name: the dotted name of its class.
+    sees_both_sides: whether its model is an encoder, with model.causal=false.
+    extra_ids: the number of ids that it adds beyond the tokenizer's vocabulary.
+    targets: what a target is, in words for people.
+    settings: the keys of this section that are arguments of its class, with their names there.
+    """
+
+    name: str
+    sees_both_sides: bool = False
+    extra_ids: int = 0
+    targets: str = "tokens"
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+OBJECTIVES = {
+    "next_token": ObjectiveSpec("forescale.data.objective.NextToken"),
+    "masked": ObjectiveSpec(
+        "forescale.data.objectives.masked.MaskedTokens",
+        sees_both_sides=True,
+        extra_ids=1,
+        targets="masked tokens",
+        settings=(
+            ("masked_rate", "rate"),
+            ("masked_hidden", "hidden"),
+            ("masked_random", "random"),
+        ),
+    ),
+}
 
 
 @dataclass
 class ObjectiveConfig:
     kind: str = key("next_token", f"the pretraining objective: {', '.join(OBJECTIVES)}, or own")
+    masked_rate: float = key(0.15, "masked: share of the tokens that are targets", gt=0, lt=1)
+    masked_hidden: float = key(
+        0.8, "masked: share of the targets that the mask token replaces in the inputs", ge=0, le=1
+    )
+    masked_random: float = key(
+        0.1, "masked: share that a random token replaces; all other targets stay", ge=0, le=1
+    )
     target: str | None = key(
         None,
         "own: your class, such as mypackage.MyObjective (see data/objective.py)",
@@ -31,17 +70,38 @@ class ObjectiveConfig:
         return self.kind == "next_token"
 
     @property
-    def class_name(self) -> str:
-        """The dotted name of the objective's class."""
-        return self.target or OBJECTIVES[self.kind]
+    def spec(self) -> ObjectiveSpec:
+        """What is known of the objective; of a class of the user's own, only its name."""
+        return OBJECTIVES.get(self.kind) or ObjectiveSpec(self.target or "", targets="targets")
+
+    @property
+    def made_with(self) -> TargetConfig:
+        """The class of the objective and its keyword arguments from this section."""
+        own = {argument: getattr(self, name) for name, argument in self.spec.settings}
+        return TargetConfig(self.spec.name, own or self.arguments)
 
     def problems(self) -> Problems:
         if self.kind == "own":
-            return TargetConfig(self.target or "").problems()
+            return TargetConfig(self.target or "").problems() + self._problems_of_settings()
         if self.kind not in OBJECTIVES:
             near = ", ".join(nearest_first(self.kind, [*OBJECTIVES, "own"]))
             return [("kind", f"{self.kind!r} is no objective", f"choose one of {near}")]
+        found = self._problems_of_settings()
         if self.target:
             todo = "write objective.kind=own, or take it out"
-            return [("_target_", f"{self.kind} has no such setting", todo)]
-        return []
+            found.append(("_target_", f"{self.kind} has no such setting", todo))
+        if self.masked_hidden + self.masked_random > 1:
+            both = f"{self.masked_hidden:g} and masked_random={self.masked_random:g}"
+            todo = "give shares whose sum is at most 1"
+            found.append(("masked_hidden", f"{both} are more than all targets", todo))
+        return found
+
+    def _problems_of_settings(self) -> Problems:
+        """Settings of other objectives that differ from their defaults."""
+        own = {name for name, _ in self.spec.settings}
+        others = {name for spec in OBJECTIVES.values() for name, _ in spec.settings} - own
+        return [
+            (f.name, f"objective {self.kind} has no such setting", "take it out")
+            for f in fields(self)
+            if f.name in others and getattr(self, f.name) != f.default
+        ]

@@ -70,6 +70,11 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
     if not isinstance(train.model, ModelConfig):
         todo = "choose a model=CHOICE whose width and layers forescale sets"
         raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)
+    if not train.objective.is_next_token:
+        what = f"objective {train.objective.kind} has other targets than each next token, which D, "
+        what += "C and the laws of a study count"
+        todo = "take it out, and compare runs of it by `forescale eval`"
+        raise UserError("plan.arguments", what, todo)
     vocabulary, unique = keys.vocab_size, keys.unique
     adam = train.optimizer.adam_learning_rate
     embedded = embedded_vocabulary(train.data)

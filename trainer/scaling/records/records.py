@@ -73,6 +73,9 @@ def record(run: Run) -> dict[str, Any] | Refused:
         return Refused(run.name, why)
     if not isinstance(job.model, ModelConfig):
         return Refused(run.name, "its model is a custom class of unknown size")
+    if not job.objective.is_next_token:
+        why = f"its objective {job.objective.kind} has other targets than each next token"
+        return Refused(run.name, why)
     if scored is None or not scored["loss"] < float("inf"):
         return Refused(run.name, "it diverged: its loss is not finite")
     last, sizes, length = status.train[-1], count(job.model), job.train.sequence_length

@@ -1,0 +1,34 @@
+"""Objectives other than the next token on two real ranks: they resume to the bit after kill -9, and
+read the same targets at another stage, world size and micro-batch."""
+
+import signal
+
+import pytest
+
+from tests import launching
+
+pytestmark = pytest.mark.distributed
+
+LENGTH = ("train.tokens=null", "train.steps=30", "checkpoint.every=10", "validation.every=30")
+MASKED = ("objective.kind=masked", "model.causal=false", "model.dropout=0.1")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_masked_tokens_resume_bit_for_bit(dataset, tmp_path, stage):
+    command = (f"data.path={dataset}", *LENGTH, *MASKED, f"engine=zero{stage}")
+    command += ("launch.processes=2",)
+    launching.train(tmp_path, "run.name=whole", *command)
+    process = launching.start(tmp_path, "run.name=cut", *command)
+    launching.interrupt(process, tmp_path / "cut", 14, signal.SIGKILL)
+    assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
+    whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
+    assert len(whole) == 30
+    assert cut == whole
+    if stage == 3:
+        return
+    alone = ("train.micro_batch=8", "launch.processes=1", "engine=zero0")
+    launching.train(tmp_path, "run.name=alone", *command[:-2], *alone)
+    two, one = (launching.rows(tmp_path / name) for name in ("whole", "alone"))
+    for key in ("step", "g0", "g1", "tokens", "tokens_hash"):
+        assert [row[key] for row in two] == [row[key] for row in one]
+    assert two[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=0.02)

@@ -1,0 +1,211 @@
+"""An encoder: both sides seen, padding and documents kept apart; others' encoders as oracles."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.flops import activations, flops_per_token
+from forescale.models.hf import family_of, to_hf
+from tests.models.test_flops import SIZES as FLOP_SIZES
+
+L, V = 12, 37
+SMALL = ModelConfig(
+    num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V,
+    max_sequence_length=32, init_std=0.3, loss_chunk=0, causal=False,
+)  # fmt: skip
+LEARNED = replace(
+    SMALL, position="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False,
+    num_kv_heads=4, norm_eps=1e-6, mlp_width=48,
+)  # fmt: skip
+CONFIGS = {
+    "rotary": SMALL,
+    "learned": LEARNED,
+    "sinusoidal": replace(SMALL, position="sinusoidal"),
+    "none": replace(SMALL, position="none"),
+}
+each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def build(config, **more):
+    torch.manual_seed(0)
+    return Transformer(replace(config, **more)).eval()
+
+
+def tokens(rows, length=L):
+    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+@each
+def test_a_prediction_depends_on_both_sides_and_a_causal_one_never_on_later_tokens(config):
+    for causal in (False, True):
+        model, x = build(config, causal=causal), tokens(1)
+        for masked in (0, 5, L - 1):
+            changed = x.repeat(L, 1)
+            changed[torch.arange(L), torch.arange(L)] = (x[0] + 1) % V  # row t differs at t
+            difference = (model(changed)[:, masked] - model(x)[:, masked]).abs().amax(-1)
+            before, after = difference[:masked], difference[masked + 1 :]
+            assert (before > 1e-3).all()
+            assert (after < 1e-5).all() if causal else (after > 1e-3).all()
+
+
+@torch.no_grad()
+@each
+def test_padding_on_either_side_changes_nothing(config):
+    model, row, pad = build(config), tokens(1), 5
+    batch = tokens(3, L + pad).roll(1, 0)
+    batch[0, pad:], batch[1, :L] = row[0], row[0]
+    mask = torch.ones(3, L + pad, dtype=torch.bool)
+    mask[0, :pad] = mask[1, L:] = False
+    logits, alone = model(batch, padding_mask_BL=mask), model(row)
+    torch.testing.assert_close(logits[0, pad:], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1, :L], alone[0], rtol=1e-4, atol=1e-5)
+    assert (model(batch)[1, :L] - alone[0]).abs().max() > 1e-3, "without a mask it would be seen"
+
+
+@each
+@pytest.mark.parametrize("pad", [0, 3])
+def test_a_document_is_computed_as_if_it_were_alone(config, pad):
+    model, x, cuts = build(config), tokens(1), (0, 3, 4, 9, L)
+    numbers = torch.tensor([[i for i in range(4) for _ in range(cuts[i], cuts[i + 1])]])
+    alone = torch.cat([model(x[:, a:b]) for a, b in pairwise(cuts)], 1)
+    real = F.pad(torch.ones(1, L, dtype=torch.bool), (0, pad))
+    padded, same = F.pad(x, (0, pad), value=7), F.pad(numbers, (0, pad), value=3)
+    together = model(padded, padding_mask_BL=real if pad else None, documents_BL=same)[:, :L]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(alone.square().sum(), list(model.parameters()))
+    found = torch.autograd.grad(together.square().sum(), list(model.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@each
+def test_flops_are_counted_over_the_whole_square(config):
+    model, x = build(config), tokens(2, 32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, x).sum().backward()
+    whole = flops_per_token(config, 32)
+    assert counter.get_total_flops() == whole * x.numel()
+    assert flops_per_token(config, 32, causal=True) == whole, "no key is left out"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_activations_are_what_autograd_keeps(masked):
+    config = ModelConfig(**FLOP_SIZES[1], causal=False)
+    L = config.max_sequence_length
+    model, x = Transformer(config), torch.zeros(2, L, dtype=torch.long)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    real = torch.arange(L).expand(2, L) < torch.tensor([[L], [9]])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = model(x, x, padding_mask_BL=real if masked else None)
+    assert losses.requires_grad
+    estimate = activations(config, 2, L, 4, masked, fused_norms=False).saved
+    assert sum(s.nbytes() for s in kept.values()) == pytest.approx(estimate, rel=0.03)
+
+
+def scrambled(config):
+    """None of whose weights is at a special value, so that a swapped one shows."""
+    model = build(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+SIGLIP = {
+    "embedding": "embeddings.token_embedding",
+    "position": "embeddings.position_embedding",
+    "mixer_norm": "layer_norm1",
+    "mixer.query": "self_attn.q_proj",
+    "mixer.key": "self_attn.k_proj",
+    "mixer.value": "self_attn.v_proj",
+    "mixer.output": "self_attn.out_proj",
+    "mlp_norm": "layer_norm2",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+    "norm": "final_layer_norm",
+}
+
+
+def in_siglip(name):
+    """Our parameter's name -> that of the text encoder of SigLIP."""
+    module, leaf = name.rsplit(".", 1)
+    if not module.startswith("blocks."):
+        return f"{SIGLIP[module]}.{leaf}"
+    _, layer, inner = module.split(".", 2)
+    return f"encoder.layers.{layer}.{SIGLIP[inner]}.{leaf}"
+
+
+def siglip(ours):
+    """The same weights in the text encoder of SigLIP: pre-norm, with learned positions, biases and
+    tanh's GELU, as our `learned`. (BERT itself is post-norm.)"""
+    transformers = pytest.importorskip("transformers")
+    c = ours.config
+    config = transformers.SiglipTextConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp_width,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, layer_norm_eps=c.norm_eps,
+        max_position_embeddings=c.max_sequence_length, hidden_act="gelu_pytorch_tanh",
+        attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    theirs = transformers.SiglipTextModel(config).eval()
+    inner = getattr(theirs, "text_model", theirs)
+    state = {in_siglip(n): p for n, p in ours.state_dict().items() if not n.startswith("head.")}
+    missing, unexpected = inner.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.startswith("head.") for name in missing)  # of its pooled output
+    return theirs
+
+
+def test_hidden_states_and_gradients_equal_siglip_s_text_encoder():
+    ours = scrambled(LEARNED)
+    theirs = siglip(ours)
+    x, real = tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    real[1, 14:] = False
+    got = ours._hidden(x, real, None, None)
+    expected = theirs(x, attention_mask=real.long()).last_hidden_state
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
+    got[real].square().sum().backward()
+    expected[real].square().sum().backward()
+    found = dict(getattr(theirs, "text_model", theirs).named_parameters())
+    for name, parameter in ours.named_parameters():
+        if not name.startswith("head."):
+            other = found[in_siglip(name)].grad
+            torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-3)
+
+
+def test_logits_equal_a_llama_that_is_shown_the_whole_square():
+    """Rotary positions, grouped queries and SwiGLU: Llama's weights under a mask of both sides."""
+    transformers = pytest.importorskip("transformers")
+    ours = scrambled(replace(SMALL, qk_norm=False))
+    causal = replace(ours.config, causal=True)
+    hf_config, state = to_hf(causal, ours.state_dict())
+    settings = {k: v for k, v in hf_config.items() if k not in ("architectures", "model_type")}
+    config = transformers.LlamaConfig(**settings, attn_implementation="eager")
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(dict(state))
+    x = tokens(2, 20)
+    real = torch.arange(20).expand(2, 20) < torch.tensor([[20], [13]])
+    shown = torch.zeros(2, 1, 20, 20).masked_fill(~real[:, None, None, :], -1e30)
+    with torch.no_grad():
+        expected = theirs(x, attention_mask=shown).logits
+        got = ours(x, padding_mask_BL=real)
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+def test_no_causal_family_takes_an_encoder():
+    with pytest.raises(ValueError, match=r"causal=False \(True\)"):
+        family_of(SMALL.resolved())

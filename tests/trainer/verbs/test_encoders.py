@@ -1,0 +1,131 @@
+"""What the verbs do with a run of masked tokens, and what they say that they can't."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from forescale import open_dataset, open_run
+from forescale.config.compose import compose
+from forescale.data.objective import IGNORED
+from forescale.data.objectives.masked import MaskedTokens
+from forescale.errors import UserError
+from forescale.run.feed import feed_of, objective_of
+from forescale.run.start import open_sources, settle
+from forescale.scaling.config import StudyJob
+from forescale.scaling.design.planning import common_of
+from forescale.scaling.records.records import Refused, record
+from forescale.train.model import build_model
+from tests.trainer.small_run import LENGTH, make_job, make_run
+
+ENCODER = ["model.num_layers=1", "model.width=32", "model.num_heads=2"]
+ENCODER += ["objective.kind=masked", "model.causal=false"]
+
+
+@pytest.fixture(scope="module")
+def encoder(small_data, tmp_path_factory):
+    return make_run(small_data, tmp_path_factory.mktemp("encoders"), "encoder", *ENCODER)
+
+
+def test_the_mask_token_is_the_id_beyond_the_vocabulary(encoder, small_data, tmp_path):
+    view, dataset = open_run(encoder.path), open_dataset(small_data)
+    assert view.config.model.vocab_size == dataset.vocab_size + 1
+    objective = objective_of(view.config, dataset.vocab_size)
+    assert objective.mask_token == dataset.vocab_size
+    roomy = make_job(small_data, tmp_path, "roomy", *ENCODER, "model.vocab_size=512")
+    assert settle(roomy, open_sources(roomy.data)).model.vocab_size == 512
+    tight = make_job(small_data, tmp_path, "t", *ENCODER, f"model.vocab_size={dataset.vocab_size}")
+    with pytest.raises(UserError, match=r"model\.vocab_size.*tokenizer and objective"):
+        settle(tight, open_sources(tight.data))
+
+
+def test_eval_scores_the_fixed_masks(encoder, small_data, forescale):
+    dataset, model = open_dataset(small_data), open_run(encoder.path).model()
+    split, objective = dataset.split("validation"), MaskedTokens(dataset.vocab_size, seed=0)
+    nats = targets = size = number = 0
+    for shard, tokens in enumerate(split.shard_tokens):
+        for start in range(0, tokens - 1, LENGTH):
+            text = split.read(shard, start, min(LENGTH + 1, tokens - start))[None]
+            counts, numbers = np.array([text.shape[1]]), np.array([number])
+            pair = torch.from_numpy(objective.examples(text, counts, numbers))
+            with torch.no_grad():  # a window alone, without padding
+                logits = model(pair[0])
+            nats += F.cross_entropy(logits[0], pair[1, 0], reduction="sum").item()
+            real = pair[1, 0][pair[1, 0] != IGNORED]
+            targets, number = targets + len(real), number + 1
+            size += int(dataset.token_bytes[real].sum())
+    code, out, _ = forescale("eval", encoder.path, "micro_batch=3")
+    assert code == 0
+    assert f"  masked tokens  {targets:,}\n" in out
+    assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)
+    bits = re.search(r"bits per byte +([\d.]+) of masked tokens; not comparable", out)[1]
+    assert float(bits) == pytest.approx(nats / math.log(2) / size, abs=1e-4)
+    assert "pseudo-perplexity" in out
+    assert "the model needs" not in out, "a compressor codes every byte"
+
+
+def test_eval_at_another_length_has_no_table_by_position(encoder, forescale):
+    code, out, _ = forescale("eval", encoder.path, "sequence_length=64", "rope_scaling=yarn")
+    assert code == 0
+    assert "No loss by position: an encoder sees the tokens on both sides" in out
+    assert "nats a token\n" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"), [("generate", "an encoder .* writes no text"), ("export", "causal=False")]
+)
+def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, said):
+    code, out, err = forescale(verb, encoder.path)
+    assert (code, out) == (2, "")
+    assert re.search(said, err), err
+
+
+def test_no_study_of_it(encoder):
+    words = ["data=bytes", "objective.kind=masked", "model.causal=false"]
+    shared = f"plan.arguments={words}"
+    with pytest.raises(UserError, match="other targets than each next token"):
+        common_of(compose(StudyJob, ["input=[none]", shared]))
+    assert isinstance(record(encoder), Refused)
+
+
+def test_held_out_masks_are_those_of_every_seed(small_data, tmp_path):
+    tokens = np.arange(65, dtype=np.uint16)[None]
+    made = []
+    for seed in (1, 2):
+        job = make_job(small_data, tmp_path, "a", *ENCODER, f"train.seed={seed}")
+        for held_out in (False, True):
+            objective = objective_of(job, 300, held_out)
+            made.append(objective.examples(tokens, np.array([65]), np.array([9]))[1])
+    assert np.array_equal(made[1], made[3])
+    assert not np.array_equal(made[0], made[2])
+
+
+class Seeing:
+    """An objective of a user's own that says nothing of padding."""
+
+    def num_targets(self, sizes):
+        return np.asarray(sizes) - 1
+
+
+def test_an_own_objective_of_an_encoder_must_hide_padding(small_data, tmp_path):
+    own = [*ENCODER[:3], "model.causal=false", "objective.kind=own"]
+    job = make_job(small_data, tmp_path, "a", *own, f"objective._target_={__name__}.Seeing")
+    with pytest.raises(UserError, match="hides_padding = True"):
+        feed_of(job, open_sources(job.data))
+
+
+class Own(torch.nn.Module):
+    """A model of a user's own."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = torch.nn.Embedding(vocab_size, 4)
+
+
+def test_a_model_of_a_user_s_own_gets_room_for_the_mask_token(small_data, tmp_path):
+    words = ["objective.kind=masked", f"model._target_={__name__}.Own"]
+    job = make_job(small_data, tmp_path, "own", *words)
+    assert build_model(job, 300).table.num_embeddings == 301

@@ -1,0 +1,58 @@
+"""Masked tokens: the objective of an encoder, which sees the tokens on both sides of its targets.
+
+Invariant: the mask of a window is a pure function of the seed, the window's number and its length;
+the number of its targets depends on its length alone.
+"""
+
+import numpy as np
+
+from forescale.data.objective import IGNORED
+from forescale.data.objectives.draws import Draws
+
+
+class MaskedTokens:
+    """BERT's masks (Devlin et al. 2019, arXiv 1810.04805, section 3.1).
+
+    A window of L + 1 tokens gives L inputs, all but its last token. So every token but a shard's
+    last is an input exactly once an epoch. Of these, round(rate * L), but at least one, are
+    targets. In the inputs a share `hidden` of the targets is replaced by the mask token, a share
+    `random` by a token drawn from the whole vocabulary, and the rest stays. BERT masks no special
+    token; here the ends of documents are tokens as others.
+
+    The mask token is the first id beyond the vocabulary, vocab_size: no text has it, whatever the
+    tokenizer, so also one of bytes; a tokenizer's own mask token, if any, is not used. The model
+    needs that id, so it is built with vocab_size + 1 (config.sections.objective). Each batch has
+    new masks of the same text ("dynamic", Liu et al. 2019, arXiv 1907.11692, section 4.1).
+    """
+
+    hides_padding = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        seed: int,
+        rate: float = 0.15,
+        hidden: float = 0.8,
+        random: float = 0.1,
+    ):
+        self.vocab_size, self.seed, self.mask_token = vocab_size, seed, vocab_size
+        self.rate, self.hidden, self.random = rate, hidden, random
+
+    def num_targets(self, sizes: np.ndarray) -> np.ndarray:
+        inputs = np.asarray(sizes, np.int64) - 1
+        return np.minimum(np.maximum(np.rint(self.rate * inputs).astype(np.int64), 1), inputs)
+
+    def examples(self, tokens: np.ndarray, sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        pair = np.full((2, len(tokens), tokens.shape[1] - 1), IGNORED, np.int64)
+        pair[0] = tokens[:, :-1]
+        counts = self.num_targets(sizes).tolist()
+        rows = zip(pair[0], pair[1], sizes.tolist(), counts, numbers.tolist(), strict=True)
+        for inputs, targets, size, count, number in rows:
+            inputs[size - 1 :] = 0
+            draws = Draws(self.seed, number)
+            chosen, kinds = draws.chosen(size - 1, count), draws.shares(count)
+            targets[chosen] = inputs[chosen]
+            is_random = (kinds >= self.hidden) & (kinds < self.hidden + self.random)
+            inputs[chosen[is_random]] = draws.below(self.vocab_size, count)[is_random]
+            inputs[chosen[kinds < self.hidden]] = self.mask_token
+        return pair
