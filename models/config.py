@@ -13,6 +13,9 @@ from forescale.models.costs import MIXERS, MLPS
 POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 ROPE_SCALINGS = ("none", "ntk", "yarn")
 NORMS = ("rmsnorm", "layernorm")
+NORM_PLACEMENTS = ("pre", "post", "sandwich")
+QK_NORM_OVER = ("head", "layer")
+ATTENTION_GATES = ("none", "head", "channel")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
 
 HEAD_DIM = 64
@@ -50,7 +53,7 @@ _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shap
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm decoder-only transformer.
+    """A transformer: a causal decoder unless told otherwise.
 
     Give only `depth`, or `num_layers` and `width`. Other given sizes override the rule.
     The rule for a size that is not given:
@@ -82,16 +85,23 @@ class ModelConfig:
     rope_scaling: str = "none"  # none | ntk | yarn: models/positions/rope_scaling.py
     rope_factor: float = 1.0  # ntk, yarn: new length / original length
     rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
+    rope_fraction: float = 1.0  # part of each head that rotates; the rest has no position
     norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_placement: str = "pre"  # pre | post | sandwich: before a part, after it (OLMo 2), or both
     norm_eps: float = 1e-6  # added to the variance in norms
     mixer: str = "attention"  # attention | lstm | mingru: how tokens exchange information
     # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
     # empty: `mixer` in each layer.
     mixer_pattern: list[str] = field(default_factory=list)
     causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
-    mlp: str = "swiglu"  # swiglu | gelu | relu2
+    mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2
     bias: bool = False  # use biases in linear layers and layernorm
     qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training
+    qk_norm_over: str = "head"  # head | layer: over each head alone, or over all of them (OLMo 2)
+    # none | head | channel: a sigmoid of the input gates what each head (or channel) gives.
+    attention_gate: str = "none"
+    scale_embedding: bool = False  # multiply the embedding by sqrt(width), as Gemma
+    logit_softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
     tie_embeddings: bool = False  # use one matrix for the token embedding and the output head
     dropout: float = 0.0  # dropout rate after the embedding, in attention and on residual branches
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
@@ -131,6 +141,9 @@ class ModelConfig:
         elif full.position == "rotary" and width // num_heads % 2:
             what = f"rotary position needs even heads, not {width // num_heads} wide"
             found.append(("num_heads", what, "choose another num_heads or position"))
+        elif full.position == "rotary" and width // num_heads * self.rope_fraction % 2:
+            what = f"{self.rope_fraction:g} of {width // num_heads} is not an even number"
+            found.append(("rope_fraction", what, "choose one that gives an even part of a head"))
         elif full.rope_scaling == "ntk" and width // num_heads < 4:
             found.append(("num_heads", "ntk needs heads of at least 4", "choose fewer heads"))
         if num_heads % num_kv_heads:
@@ -165,6 +178,8 @@ class ModelConfig:
                 found.append((name, what, f"give at most {MOST_LAYERS:,}"))
         choices = [("position", POSITIONS), ("norm", NORMS), ("mixer", tuple(MIXERS))]
         choices += [("mlp", tuple(MLPS)), ("rope_scaling", ROPE_SCALINGS)]
+        choices += [("norm_placement", NORM_PLACEMENTS), ("qk_norm_over", QK_NORM_OVER)]
+        choices += [("attention_gate", ATTENTION_GATES)]
         choices += [("mixer_pattern", tuple(MIXERS)), ("parametrization", PARAMETRIZATIONS)]
         for name, known in choices:
             given = getattr(self, name)
@@ -175,9 +190,11 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 found.append((name, "must be above 0", "give a positive number"))
-        for name in ("z_loss", "loss_chunk"):
+        for name in ("z_loss", "loss_chunk", "logit_softcap"):
             if not getattr(self, name) >= 0:
                 found.append((name, "must not be negative", "give 0 to switch it off"))
+        if not 0 < self.rope_fraction <= 1:
+            found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))
         if not 0 <= self.dropout < 1:
             found.append(("dropout", f"{self.dropout} is not a probability below 1", "give 0 to 1"))
         if self.init_std is not None and not self.init_std > 0:
@@ -198,6 +215,12 @@ class ModelConfig:
         if self.position == "alibi" and not self.causal:
             todo = "choose another position"
             found.append(("position", "alibi's biases are for causal models", todo))
+        if self.rope_fraction != 1 and self.position != "rotary":
+            todo = "leave it out, or choose position=rotary"
+            found.append(("rope_fraction", f"{self.position} positions don't rotate", todo))
+        if self.scale_embedding and self.position == "sinusoidal":
+            what = "sinusoidal positions scale the embedding already"
+            found.append(("scale_embedding", what, "leave it out"))
         if kind != "none" and self.position != "rotary":
             what = f"{kind} scales rotary positions, not {self.position}"
             found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
@@ -244,6 +267,11 @@ class ModelConfig:
         """The mixer of each layer. Raises ValueError like resolved()."""
         pattern = self.mixer_pattern or [self.mixer]
         return tuple(pattern[i % len(pattern)] for i in range(self.sizes.num_layers))
+
+    @property
+    def rotary_width(self) -> int:
+        """The part of each head that rotates: head_dim * rope_fraction."""
+        return round(self.sizes.head_dim * self.rope_fraction)
 
     @property
     def original_length(self) -> float:

@@ -98,8 +98,11 @@ def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     """Return the parameters of one block: name inside the block -> shape."""
     found = Shapes()
     for name, part in parts_of(config, layer).items():
-        found |= _norm(config, f"{name}_norm")
+        if config.norm_placement != "post":
+            found |= _norm(config, f"{name}_norm")
         found |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
+        if config.norm_placement != "pre":
+            found |= _norm(config, f"{name}_post_norm")
     return found
 
 
@@ -190,8 +193,10 @@ def activations(
     tokens = micro_batch * sequence_length
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
     norm = rms if config.norm == "rmsnorm" else 4
+    # The part's input, which is a norm's output or the stream itself, and the input of each norm.
+    norms = b + norm * (2 if config.norm_placement == "sandwich" else 1)
     layers = [
-        sum((norm + b) * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
+        sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
         + (len(parts) * s.width if config.dropout else 0)
         for parts in layers_of(config)
     ]

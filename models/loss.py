@@ -17,16 +17,27 @@ from torch import Tensor
 IGNORE = -100  # marks a position without a target: padding, or a token that has no loss
 
 
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Return softcap * tanh(logits / softcap) (Gemma 2, 2024, arXiv 2408.00118); 0: the logits."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def window_losses(
-    hidden_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor, chunk: int = 0, z_loss: float = 0.0
+    hidden_BLD: Tensor,
+    weight_VD: Tensor,
+    targets_BL: Tensor,
+    chunk: int = 0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return each window's sum of cross-entropy over its targets: losses (B,) in nats, fp32.
 
     With z_loss > 0: (losses, penalty), where penalty is z_loss * log(Z)^2 summed over all targets,
     a scalar that belongs to the training objective only (PaLM, arXiv 2204.02311, section 5).
+    softcap: see `capped`.
     """
     targets_N = targets_BL.flatten()
-    losses_N, log_z_N = token_losses(hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk)
+    losses_N, log_z_N = token_losses(hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk, softcap)
     losses_B = losses_N.view(targets_BL.shape).sum(-1)
     if not z_loss:
         return losses_B
@@ -34,14 +45,15 @@ def window_losses(
 
 
 def token_losses(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 0
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 0, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return cross-entropy and log-partition of each token.
 
-    Args: hidden (N, D), head weight (V, D), targets (N,) int64, `chunk` tokens at once (0: all).
+    Args: hidden (N, D), head weight (V, D), targets (N,) int64, `chunk` tokens at once (0: all),
+    softcap of the logits (0: off).
     Returns: losses (N,) in nats, 0 where the target is IGNORE, and log Z (N,); both fp32.
     """
-    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, chunk or len(targets_N))
+    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, chunk or len(targets_N), softcap)
 
 
 def _index(targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,13 +67,18 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        chunk: int,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
         losses, log_z = [], []
         for hidden_CD, targets_C in zip(
             hidden_ND.split(chunk), targets_N.split(chunk), strict=True
         ):
-            logits_CV = F.linear(hidden_CD, weight_VD)
+            logits_CV = capped(F.linear(hidden_CD, weight_VD), softcap)
             ignored_C, index_C1 = _index(targets_C)
             log_z.append(logits_CV.float().logsumexp(-1))
             target_logit_C = logits_CV.gather(1, index_C1)[:, 0].float()
@@ -69,7 +86,7 @@ class _TokenLosses(torch.autograd.Function):
         log_z_N = torch.cat(log_z)
         whole = logits_CV if len(losses) == 1 else None
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_z_N, whole)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.softcap = chunk, softcap
         return torch.cat(losses), log_z_N
 
     @staticmethod
@@ -84,11 +101,15 @@ class _TokenLosses(torch.autograd.Function):
         for hidden_CD, index_C1, log_z_C, grad_target_C, grad_all_C in zip(
             *(x.split(ctx.chunk) for x in rows), strict=True
         ):
-            logits_CV = F.linear(hidden_CD, weight_VD) if whole is None else whole
+            logits_CV = whole
+            if whole is None:
+                logits_CV = capped(F.linear(hidden_CD, weight_VD), ctx.softcap)
             # d log Z / d logits = softmax; d loss / d logits = softmax - onehot
             grad_CV = (logits_CV - log_z_C[:, None]).exp_().mul_(grad_all_C[:, None])
             grad_CV.scatter_add_(1, index_C1, -grad_target_C[:, None])
+            if ctx.softcap:  # d capped / d logits = 1 - tanh^2
+                grad_CV.mul_(1 - (logits_CV / ctx.softcap).square())
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden.append(grad_CV @ weight_VD)
             grad_weight_VD += grad_CV.T @ hidden_CD
-        return torch.cat(grad_hidden), grad_weight_VD.to(weight_VD.dtype), None, None
+        return torch.cat(grad_hidden), grad_weight_VD.to(weight_VD.dtype), None, None, None

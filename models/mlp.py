@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: SwiGLU, GELU or squared ReLU."""
+"""The feed-forward part of a block: SwiGLU, GEGLU, GELU or squared ReLU."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ class MLP(nn.Module):
     """(B, L, D) -> (B, L, D) through mlp_width.
 
     swiglu: down(silu(gate(x)) * up(x)), Shazeer 2020 (arXiv 2002.05202).
+    geglu:  down(gelu(gate(x)) * up(x)), the same paper; the tanh approximation, as Gemma.
     gelu:   down(gelu(up(x))) with the tanh approximation, as GPT-2 was trained.
     relu2:  down(relu(up(x))^2), So et al. 2021 (Primer, arXiv 2109.08668).
     """
@@ -20,7 +21,7 @@ class MLP(nn.Module):
         super().__init__()
         s, scale = config.sizes, scales(config)
         self.kind = config.mlp
-        if self.kind == "swiglu":
+        if self.kind in ("swiglu", "geglu"):
             self.gate = Linear(s.width, s.mlp_width, config.bias, scale.hidden_std)
         self.up = Linear(s.width, s.mlp_width, config.bias, scale.hidden_std)
         self.down = Linear(s.mlp_width, s.width, config.bias, scale.writing_std)
@@ -29,6 +30,8 @@ class MLP(nn.Module):
         up_BLF = self.up(x_BLD)
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(x_BLD)) * up_BLF)
+        if self.kind == "geglu":
+            return self.down(F.gelu(self.gate(x_BLD), approximate="tanh") * up_BLF)
         if self.kind == "gelu":
             return self.down(F.gelu(up_BLF, approximate="tanh"))
         return self.down(F.relu(up_BLF).square())

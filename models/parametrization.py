@@ -27,8 +27,9 @@ Initial standard deviations and the forward pass (`Scales`)
 6. Attention scores: times sqrt(64) / head_dim in mup and completep (2203.03466, definition 4.1:
    1 / d, for queries and keys grow aligned), else 1 / sqrt(head_dim). Both are 1 / 8 for heads of
    64. Doubt: where the number of heads grows and not their width, neither matters.
-7. Sinusoidal positions: the embedding is multiplied by sqrt(width) in `standard` (Vaswani et al.
-   2017, section 3.4), by sqrt(base_width) where rule 1 holds its scale constant.
+7. Sinusoidal positions and scale_embedding: the embedding is multiplied by sqrt(width) in
+   `standard` (Vaswani et al. 2017, section 3.4; Gemma), by sqrt(base_width) where rule 1 holds its
+   scale constant.
 
 The optimizer, AdamW (`Factors`), in mup and completep; all 1 in `standard`
 
@@ -74,7 +75,7 @@ class Scales:
     residual: float  # multiplies a branch before it is added to the stream
     logits: float
     attention: float  # multiplies the products of queries and keys
-    sinusoidal: float  # multiplies the embedding, with sinusoidal positions
+    embedding: float  # multiplies the embedding, with sinusoidal positions and scale_embedding
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def scales(config: ModelConfig) -> Scales:
         residual=1 / n,
         logits=1 / m,
         attention=attention,
-        sinusoidal=math.sqrt(width),
+        embedding=math.sqrt(width),
     )
 
 
@@ -131,13 +132,13 @@ def factors(config: ModelConfig) -> dict[str, Factors]:
 
 
 def folds(config: ModelConfig) -> dict[str, float]:
-    """Return factors of the weights, by parameter, that replace the multipliers of rules 4 to 6.
+    """Return factors of the weights, by parameter, that replace the multipliers of rules 4 to 7.
 
     A `standard` model of the same sizes with the multiplied weights computes the same, up to the
     rounding of one product. Parameters that don't change are left out. Logits are linear in the
     final norm's gain and bias, which a tied table does not share. The mixer's cost record names the
-    module that scores are linear in. Rule 7 can't be replaced like this, but no exported model has
-    sinusoidal positions.
+    module that scores are linear in. Rule 7 goes into the embedding; the final norm undoes it where
+    the head is the same table. No exported model has sinusoidal positions.
     """
     if config.parametrization == "standard":
         return {}
@@ -146,8 +147,16 @@ def folds(config: ModelConfig) -> dict[str, float]:
     found = {"norm": scale.logits}
     for i, parts in enumerate(layers_of(config)):
         for name, part in parts.items():
-            inner = dict.fromkeys(part.writes, scale.residual) | part.folds(config, scores)
+            inner = part.folds(config, scores)
+            if config.norm_placement == "pre":
+                inner |= dict.fromkeys(part.writes, scale.residual)
+            else:  # a norm after the part undoes any multiplier inside, and has its own gain
+                found[f"blocks.{i}.{name}_post_norm"] = scale.residual
             found |= {f"blocks.{i}.{name}.{module}": by for module, by in inner.items()}
+    if config.scale_embedding:  # a standard model multiplies by sqrt(width)
+        found["embedding"] = scale.embedding / math.sqrt(s.width)
+        if config.tie_embeddings:
+            found["norm"] /= found["embedding"]
     by_parameter = {name: found.get(name.rpartition(".")[0], 1.0) for name in shapes(config)}
     return {name: by for name, by in by_parameter.items() if by != 1.0}
 

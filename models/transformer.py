@@ -18,7 +18,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
 from forescale.models.flops import layers_of, parts_of
 from forescale.models.init import Linear
-from forescale.models.loss import window_losses
+from forescale.models.loss import capped, window_losses
 from forescale.models.mixers.context import Context
 from forescale.models.mixers.masks import additive_mask, visible_keys
 from forescale.models.norm import make_norm
@@ -45,6 +45,7 @@ class Vocabulary(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.chunk, self.z_loss = config.loss_chunk, config.z_loss
+        self.softcap = config.logit_softcap
         self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
         scale = scales(config)
         self.multiplier = scale.logits
@@ -56,8 +57,8 @@ class Vocabulary(nn.Module):
         if self.multiplier != 1:
             x = x * self.multiplier  # not the logits, which are many more
         if targets_BL is None:
-            return F.linear(x, self.weight)
-        return window_losses(x, self.weight, targets_BL, self.chunk, self.z_loss)
+            return capped(F.linear(x, self.weight), self.softcap)
+        return window_losses(x, self.weight, targets_BL, self.chunk, self.z_loss, self.softcap)
 
 
 def module_of(part: Part) -> type[nn.Module]:
@@ -67,15 +68,21 @@ def module_of(part: Part) -> type[nn.Module]:
 
 
 class Block(nn.Module):
-    """(B, L, D) -> (B, L, D): mixer and MLP, each after a norm and added to the residual stream."""
+    """(B, L, D) -> (B, L, D): mixer and MLP, each with its norms, added to the residual stream.
+
+    pre: x + f(norm(x)). post: x + norm(f(x)), as OLMo 2. sandwich: x + norm(f(norm(x))), as Gemma.
+    """
 
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         parts = parts_of(config, layer)
-        self.mixer_norm = make_norm(config)
+        before, after = (config.norm_placement != place for place in ("post", "pre"))
+        self.mixer_norm = make_norm(config) if before else None
         self.mixer = module_of(parts["mixer"])(config)
-        self.mlp_norm = make_norm(config)
+        self.mixer_post_norm = make_norm(config) if after else None
+        self.mlp_norm = make_norm(config) if before else None
         self.mlp = module_of(parts["mlp"])(config)
+        self.mlp_post_norm = make_norm(config) if after else None
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = scales(config).residual
 
@@ -84,10 +91,17 @@ class Block(nn.Module):
 
         Activation checkpointing tracks only tensors that are direct arguments.
         """
-        y_BLD = self.mixer(self.mixer_norm(x_BLD), Context(*context))
-        x_BLD = torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
-        y_BLD = self.mlp(self.mlp_norm(x_BLD))
+        y_BLD = self.mixer(_normed(self.mixer_norm, x_BLD), Context(*context))
+        x_BLD = self._add(x_BLD, _normed(self.mixer_post_norm, y_BLD))
+        y_BLD = self.mlp(_normed(self.mlp_norm, x_BLD))
+        return self._add(x_BLD, _normed(self.mlp_post_norm, y_BLD))
+
+    def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         return torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
+
+
+def _normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
+    return x_BLD if norm is None else norm(x_BLD)
 
 
 class Transformer(nn.Module):
@@ -178,10 +192,12 @@ class Transformer(nn.Module):
         config, s, length = self.config, self.sizes, tokens_BL.shape[1]
         own = positions[..., -length:]
         x_BLD = self.embedding(tokens_BL)
+        if config.scale_embedding:
+            x_BLD = x_BLD * self.scales.embedding
         if config.position == "rotary":
             return self.dropout(x_BLD), rotation(own, config)
         if config.position == "sinusoidal":
-            x_BLD = x_BLD * self.scales.sinusoidal  # sinusoids have amplitude 1
+            x_BLD = x_BLD * self.scales.embedding  # sinusoids have amplitude 1
             x_BLD = x_BLD + sinusoids(own, s.width).to(x_BLD.dtype)
         elif self.position is not None:
             if positions.shape[-1] > s.max_sequence_length:

@@ -15,6 +15,11 @@ MIXERS: dict[str, Part] = {
     "lstm": lstm.LSTM,
     "mingru": mingru.MINGRU,
 }
-MLPS: dict[str, Part] = {"swiglu": mlp.SWIGLU, "gelu": mlp.GELU, "relu2": mlp.RELU2}
+MLPS: dict[str, Part] = {
+    "swiglu": mlp.SWIGLU,
+    "geglu": mlp.GEGLU,
+    "gelu": mlp.GELU,
+    "relu2": mlp.RELU2,
+}
 
 __all__ = ["MIXERS", "MLPS", "Part"]

@@ -13,9 +13,19 @@ def _shapes(config: "ModelConfig") -> Shapes:
     for name, outputs in (("query", s.width), ("key", s.kv_width), ("value", s.kv_width)):
         found |= linear(name, s.width, outputs, config.bias)
     found |= linear("output", s.width, s.width, config.bias)
+    if config.attention_gate != "none":
+        found |= linear("gate", s.width, gates(config), config.bias)
     if config.qk_norm:
-        found |= {f"{name}_norm.weight": (s.head_dim,) for name in ("query", "key")}
+        over_layer = config.qk_norm_over == "layer"
+        widths = (s.width, s.kv_width) if over_layer else (s.head_dim, s.head_dim)
+        names = ("query_norm.weight", "key_norm.weight")
+        found |= {name: (width,) for name, width in zip(names, widths, strict=True)}
     return found
+
+
+def gates(config: "ModelConfig") -> int:
+    """Return the number of gates of a token: of its heads, or of their channels."""
+    return config.sizes.num_heads if config.attention_gate == "head" else config.sizes.width
 
 
 def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
@@ -32,11 +42,14 @@ def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
 def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
     """Return the bytes of queries and keys (kernel inputs, and inputs of QK-norm), values, output.
 
-    Also the normaliser of the output in fp32, one per head. Flash attention keeps no scores.
+    Also the normaliser of the output in fp32, one per head, and what a gate multiplies. Flash
+    attention keeps no scores.
     """
     s = config.sizes
     heads = s.width + s.kv_width
     kernel = bytes_per_value * (heads + s.kv_width + s.width) + 4 * s.num_heads
+    if config.attention_gate != "none":
+        kernel += bytes_per_value * (s.width + gates(config))  # the gated output, and the gates
     return kernel + (norm_bytes * heads if config.qk_norm else 0)
 
 

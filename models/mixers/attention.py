@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
+from forescale.models.costs.attention import gates
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Context
 from forescale.models.norm import RMSNorm
@@ -15,7 +16,9 @@ class Attention(nn.Module):
     """(B, L, D) -> (B, L, D); H query heads share G key and value heads (Ainslie et al. 2023,
     arXiv 2305.13245). Query, key and value have separate matrices: Muon orthogonalises each.
     QK-norm (Henry et al. 2020, arXiv 2010.04245) comes before the rotation, one weight for all
-    heads, as in Qwen3.
+    heads, as in Qwen3; or one norm over all heads, as in OLMo 2 (2024, arXiv 2501.00656). The gate,
+    a sigmoid of the layer's input for each head or channel, multiplies the heads' outputs (Qiu et
+    al. 2025, arXiv 2505.06708).
     """
 
     def __init__(self, config: ModelConfig):
@@ -29,16 +32,25 @@ class Attention(nn.Module):
         self.key = Linear(s.width, s.kv_width, bias, std)
         self.value = Linear(s.width, s.kv_width, bias, std)
         self.output = Linear(s.width, s.width, bias, scale.writing_std)
-        self.query_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(s.head_dim, config.norm_eps) if config.qk_norm else None
+        self.gate = None
+        if config.attention_gate != "none":
+            self.gate = Linear(s.width, gates(config), bias, std)
+        self.query_norm = self.key_norm = None
+        self.norms_layer = config.qk_norm_over == "layer"
+        if config.qk_norm:
+            self.query_norm = RMSNorm(s.width if self.norms_layer else s.head_dim, config.norm_eps)
+            self.key_norm = RMSNorm(s.kv_width if self.norms_layer else s.head_dim, config.norm_eps)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         B, L, _ = x_BLD.shape
         rotation, mask, memory = context.rotation, context.mask, context.memory
-        q_BLHK = self.query(x_BLD).view(B, L, self.num_heads, -1)
-        k_BLGK = self.key(x_BLD).view(B, L, self.num_kv_heads, -1)
+        q_BLD, k_BLD = self.query(x_BLD), self.key(x_BLD)
         v_BLGK = self.value(x_BLD).view(B, L, self.num_kv_heads, -1)
-        if self.query_norm is not None and self.key_norm is not None:
+        if self.norms_layer and self.query_norm is not None and self.key_norm is not None:
+            q_BLD, k_BLD = self.query_norm(q_BLD), self.key_norm(k_BLD)
+        q_BLHK = q_BLD.view(B, L, self.num_heads, -1)
+        k_BLGK = k_BLD.view(B, L, self.num_kv_heads, -1)
+        if not self.norms_layer and self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
         if rotation is not None:
             q_BLHK, k_BLGK = rotate(q_BLHK, rotation), rotate(k_BLGK, rotation)
@@ -54,4 +66,7 @@ class Attention(nn.Module):
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.output(y_BHLK.transpose(1, 2).reshape(B, L, -1))
+        y_BLHK = y_BHLK.transpose(1, 2)
+        if self.gate is not None:
+            y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().view(B, L, self.num_heads, -1)
+        return self.output(y_BLHK.reshape(B, L, -1))

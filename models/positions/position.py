@@ -14,7 +14,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.parametrization import scales
 from forescale.models.positions.rope_scaling import frequencies
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, K/2) or (B, L, 1, K/2)
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each (L, 1, R/2) or (B, L, 1, R/2)
 
 
 def document_starts(documents_BL: Tensor) -> Tensor:
@@ -47,7 +47,8 @@ def positions_of(
 
 
 def rotation(positions: Tensor, config: ModelConfig) -> Rotation:
-    """Return the rotation at each position: (...) -> cos, sin, each (..., 1, K/2), fp32."""
+    """Return the rotation at each position: (...) -> cos, sin, each (..., 1, R/2), fp32, where R is
+    config.rotary_width."""
     by, length = frequencies(config, positions.device)
     angles = (positions[..., None].float() * by)[..., None, :]
     turn = angles.cos(), angles.sin()
@@ -55,13 +56,16 @@ def rotation(positions: Tensor, config: ModelConfig) -> Rotation:
 
 
 def rotate(x_BLHK: Tensor, by: Rotation) -> Tensor:
-    """Rotate each head, (B, L, H, K) -> (B, L, H, K); coordinate i is paired with i + K/2.
+    """Rotate each head, (B, L, H, K) -> (B, L, H, K); coordinate i is paired with i + R/2, where R
+    is the width that rotates: the first coordinates; the rest stay as they are.
 
     Su et al. 2021 (arXiv 2104.09864), in the pairing of GPT-NeoX and of Llama in transformers.
     """
     cos, sin = by
-    a, b = x_BLHK.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BLHK.dtype)
+    turning, still = x_BLHK.tensor_split([2 * cos.shape[-1]], dim=-1)
+    a, b = turning.float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BLHK.dtype)
+    return torch.cat((turned, still), -1) if still.shape[-1] else turned
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:

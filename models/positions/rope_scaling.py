@@ -28,7 +28,7 @@ def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, floa
     paper blends linearly in the number of rotations; the authors' code and transformers blend
     linearly in i, between whole numbers. We do as they do, because exports must compute the same.
     """
-    size, factor = config.sizes.head_dim, config.rope_factor
+    size, factor = config.rotary_width, config.rope_factor
     theta = ntk_theta(config) if config.rope_scaling == "ntk" else config.rope_theta
     even = torch.arange(0, size, 2, dtype=torch.float32, device=device)
     plain = 1.0 / theta ** (even / size)
@@ -43,7 +43,7 @@ def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, floa
 
 def ntk_theta(config: ModelConfig) -> float:
     """Return the base of `ntk`; rotary positions with this base and no scaling are the same."""
-    size = config.sizes.head_dim
+    size = config.rotary_width
     return config.rope_theta * config.rope_factor ** (size / (size - 2))
 
 
@@ -56,4 +56,4 @@ def _pair(config: ModelConfig, rotations: float) -> float:
     """Return the index of the pair that rotates this often within the original length."""
     original = config.original_length
     per_size = math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-    return config.sizes.head_dim * per_size
+    return config.rotary_width * per_size

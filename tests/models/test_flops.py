@@ -31,6 +31,13 @@ VARIANTS = [
     )
 ]
 
+VARIANTS += [
+    replace(BASE, norm_placement="post", qk_norm_over="layer", num_kv_heads=1),
+    replace(BASE, norm_placement="sandwich", mlp="geglu", scale_embedding=True, bias=True),
+    replace(BASE, attention_gate="head", logit_softcap=30.0, rope_fraction=0.5),
+    replace(BASE, attention_gate="channel", bias=True),
+]
+
 
 def test_parameters_of_every_variant():
     for config in VARIANTS:
@@ -72,7 +79,7 @@ def counted(config, B, L):
 def test_flops_of_every_choice_exactly():
     """Every eleventh variant: that meets every pair of choices."""
     B, L = 2, 16
-    for config in VARIANTS[::11]:
+    for config in [*VARIANTS[:-4:11], *VARIANTS[-4:]]:
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 
@@ -139,6 +146,10 @@ CHANGES = [
     dict(position="alibi", num_kv_heads=1),
     dict(mixer="mingru"),
     dict(mixer="lstm"),
+    dict(norm_placement="post", qk_norm_over="layer"),
+    dict(norm_placement="sandwich", mlp="geglu", norm="layernorm"),
+    dict(attention_gate="head"),
+    dict(attention_gate="channel", logit_softcap=30.0),
     dict(activation_checkpointing=True),
     dict(loss_chunk=0),
     dict(loss_chunk=64),

@@ -20,26 +20,28 @@ def inputs(dtype):
     return hidden, weight, targets
 
 
-def plain(hidden, weight, targets, z_loss):
+def plain(hidden, weight, targets, z_loss, softcap=0.0):
     logits = hidden @ weight.T
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(-1)
     log_z = logits.logsumexp(-1)
     return losses, z_loss * (log_z.square() * (targets != IGNORE)).sum()
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 30, 64])
-@pytest.mark.parametrize("z_loss", [0.0, 0.3])
-def test_value_and_gradient_equal_plain_cross_entropy(chunk, z_loss):
+@pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, 0.0), (0.3, 0.0), (0.3, 3.0)])
+def test_value_and_gradient_equal_plain_cross_entropy(chunk, z_loss, softcap):
     weights = torch.tensor([0.5, -2.0, 3.0])  # a gradient that differs from window to window
     hidden, weight, targets = inputs(torch.float32)
-    found = window_losses(hidden, weight, targets, chunk, z_loss)
+    found = window_losses(hidden, weight, targets, chunk, z_loss, softcap)
     losses, penalty = found if z_loss else (found, 0.0)
     assert losses.dtype == torch.float32
     assert losses.shape == (B,)
     gradients = torch.autograd.grad((losses * weights).sum() + penalty, (hidden, weight))
 
     hidden, weight, targets = inputs(torch.float64)
-    expected, expected_penalty = plain(hidden, weight, targets, z_loss)
+    expected, expected_penalty = plain(hidden, weight, targets, z_loss, softcap)
     expected_gradients = torch.autograd.grad(
         (expected * weights).sum() + expected_penalty, (hidden, weight)
     )

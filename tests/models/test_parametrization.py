@@ -32,11 +32,11 @@ def test_weights_and_forward_of_each():
     assert standard.attention == 1 / math.sqrt(128)
     assert standard.table_std == standard.hidden_std == math.sqrt(2 / (5 * 256))
     assert standard.writing_std == standard.hidden_std / math.sqrt(12)
-    assert standard.sinusoidal == 16
+    assert standard.embedding == 16
     mup = scales(replace(LARGE, parametrization="mup"))
     assert (mup.table_std, mup.hidden_std) == (SIGMA, SIGMA / 2)
     assert mup.writing_std == SIGMA / 2 / math.sqrt(12)
-    assert (mup.residual, mup.logits, mup.attention, mup.sinusoidal) == (1, 1 / 4, 8 / 128, 8)
+    assert (mup.residual, mup.logits, mup.attention, mup.embedding) == (1, 1 / 4, 8 / 128, 8)
     completep = scales(replace(LARGE, parametrization="completep"))
     assert completep == replace(mup, residual=1 / 3, writing_std=SIGMA / 2 / math.sqrt(4))
     assert scales(replace(LARGE, parametrization="mup", init_std=0.5)).hidden_std == 0.25

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a directory that Hugging Face transformers loads (mapping: models/hf.py).
+"""Write a checkpoint as a directory that Hugging Face transformers loads (mapping: models/hf).
 
 Invariant: the directory appears complete, by one rename, or not at all. Its logits equal ours.
 """

@@ -12,7 +12,12 @@ from forescale.scaling.analysis.forecast import read_forecasts
 from forescale.scaling.study.directory import Study
 
 PLAN = [
-    *("plan.kind=ladder", "plan.ladder=[1.5e4,3e4,6e4]", "plan.multiples=[0.2,0.4]", "plan.cap=4e12"),
+    *(
+        "plan.kind=ladder",
+        "plan.ladder=[1.5e4,3e4,6e4]",
+        "plan.multiples=[0.2,0.4]",
+        "plan.cap=4e12",
+    ),
     *("plan.seeds=[1,1]", "plan.sequence_length=64", "form=shared-exponent", "bootstraps=100"),
     "target.flops=2.5e11",
 ]

@@ -7,7 +7,7 @@ import torch
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.hf import family_of, from_hf, to_hf
-from forescale.models.hf_positions import positions_from_hf, positions_to_hf
+from forescale.models.hf.positions import positions_from_hf, positions_to_hf
 from forescale.models.positions.rope_scaling import frequencies, ntk_theta
 
 CONFIG = ModelConfig(num_layers=1, width=32, num_heads=2, vocab_size=50, max_sequence_length=4096)

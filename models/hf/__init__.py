@@ -1,4 +1,4 @@
-"""Convert weights to and from Hugging Face's formats: Llama, Qwen3, Arcee, Apertus, GPT-2.
+"""Convert weights to and from Hugging Face's formats; families.py lists the architectures.
 
 Works on plain dicts; transformers is needed only by whoever loads the result. Weights survive
 there and back bit for bit, and so does every architectural field of the config; what only training
@@ -10,90 +10,18 @@ Their configs have no place for the multipliers of mup and completep, which go i
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
-from forescale.models.hf_positions import positions_from_hf, positions_to_hf, require
+from forescale.models.hf.families import FAMILIES, GAINS_BESIDE_ONE
+from forescale.models.hf.positions import positions_from_hf, positions_to_hf, require
 from forescale.models.parametrization import folds
 
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Family:
-    architecture: str
-    fits: dict[str, Any]  # the fields that make a config one of this family
-    outer: dict[str, str]  # our module -> theirs
-    layer: str  # what a block is called, with {} for its number
-    inner: dict[str, str]  # our module within a block -> theirs
-
-
-_LLAMA_INNER = {
-    "mixer_norm": "input_layernorm",
-    "mixer.query": "self_attn.q_proj",
-    "mixer.key": "self_attn.k_proj",
-    "mixer.value": "self_attn.v_proj",
-    "mixer.output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-_GATE = {"mlp.gate": "mlp.gate_proj"}
-_QK_NORM = {"mixer.query_norm": "self_attn.q_norm", "mixer.key_norm": "self_attn.k_norm"}
-_LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_ROTARY = {"causal": True, "mixer": "attention", "position": "rotary", "norm": "rmsnorm"}
-
-
-def _llama_like(architecture: str, fits: dict[str, Any], inner: dict[str, str]) -> _Family:
-    return _Family(
-        architecture, _ROTARY | fits, _LLAMA_OUTER, "model.layers.{}", _LLAMA_INNER | inner
-    )
-
-
-FAMILIES = {
-    "llama": _llama_like("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False}, _GATE),
-    "qwen3": _llama_like(
-        "Qwen3ForCausalLM", {"mlp": "swiglu", "qk_norm": True, "bias": False}, _GATE | _QK_NORM
-    ),
-    "arcee": _llama_like("ArceeForCausalLM", {"mlp": "relu2", "qk_norm": False}, {}),
-    "apertus": _llama_like(
-        "ApertusForCausalLM",
-        {"mlp": "relu2", "qk_norm": True, "bias": False},
-        _QK_NORM | {"mixer_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
-    ),
-    "gpt2": _Family(
-        "GPT2LMHeadModel",
-        {
-            "causal": True,
-            "mixer": "attention",
-            "position": "learned",
-            "norm": "layernorm",
-            "mlp": "gelu",
-            "bias": True,
-            "qk_norm": False,
-            "num_kv_heads": "num_heads",
-        },
-        {
-            "embedding": "transformer.wte",
-            "position": "transformer.wpe",
-            "norm": "transformer.ln_f",
-            "head": "lm_head",
-        },
-        "transformer.h.{}",
-        {
-            "mixer_norm": "ln_1",
-            "mixer.qkv": "attn.c_attn",
-            "mixer.output": "attn.c_proj",
-            "mlp_norm": "ln_2",
-            "mlp.up": "mlp.c_fc",
-            "mlp.down": "mlp.c_proj",
-        },
-    ),
-}
 
 
 def family_of(config: ModelConfig) -> str:
@@ -154,6 +82,8 @@ def _renamed(
     names = _names(family, config)
     for name, tensor in _fused(state) if family == "gpt2" else _items(state):
         module, leaf = name.rsplit(".", 1)
+        if family in GAINS_BESIDE_ONE and module.endswith("norm"):
+            tensor = tensor - 1
         yield f"{names[module]}.{leaf}", tensor
 
 
@@ -184,6 +114,8 @@ def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, St
             continue
         if module not in ours:
             raise ValueError(f"unexpected weight {name!r} in a {family} model.")
+        if family in GAINS_BESIDE_ONE and ours[module].endswith("norm"):
+            tensor = tensor + 1
         state[f"{ours[module]}.{leaf}"] = tensor
     if missing := set(ours.values()) - {name.rpartition(".")[0] for name in state}:
         raise ValueError(f"the weights of {', '.join(sorted(missing))} are missing.")
@@ -255,7 +187,7 @@ def _hf_config(family: str, c: ModelConfig) -> dict[str, Any]:
             "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout,
         }
-    return (
+    found = (
         shared
         | positions_to_hf(c)
         | {
@@ -271,10 +203,36 @@ def _hf_config(family: str, c: ModelConfig) -> dict[str, Any]:
             "mlp_bias": c.bias,
         }
     )
+    return found | _gemma_config(c, found) if family == "gemma3_text" else found
+
+
+def _gemma_config(c: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that only Gemma 3 has; its positions are given for each kind of layer."""
+    kinds = ("full_attention", "sliding_attention")
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": c.sizes.head_dim,
+        "final_logit_softcapping": c.logit_softcap or None,
+        "layer_types": ["full_attention"] * c.sizes.num_layers,
+        "rope_local_base_freq": found["rope_theta"],  # transformers 4
+        "rope_parameters": {kind: found["rope_parameters"] for kind in kinds},
+    }
 
 
 def _activation(c: ModelConfig) -> str:
-    return "relu2" if c.mlp == "relu2" else "silu"
+    return {"relu2": "relu2", "geglu": "gelu_pytorch_tanh"}.get(c.mlp, "silu")
+
+
+def _from_gemma(base: ModelConfig, hf: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the config with what only Gemma 3 has, and theirs with the keys that Llama has."""
+    require(set(hf.get("layer_types") or ["?"]) == {"full_attention"}, "layer_types")
+    require(not hf.get("attn_logit_softcapping"), "attn_logit_softcapping")
+    require(not hf.get("use_bidirectional_attention"), "use_bidirectional_attention")
+    require(hf.get("query_pre_attn_scalar", 256) == hf["head_dim"], "query_pre_attn_scalar")
+    base = replace(base, logit_softcap=float(hf.get("final_logit_softcapping") or 0))
+    rope = (hf.get("rope_parameters") or {}).get("full_attention")
+    act = hf.get("hidden_activation", "gelu_pytorch_tanh")
+    return base, hf | {"rope_parameters": rope, "hidden_act": act}
 
 
 def _our_config(family: str, hf: dict[str, Any]) -> ModelConfig:
@@ -297,6 +255,8 @@ def _our_config(family: str, hf: dict[str, Any]) -> ModelConfig:
             norm_eps=hf.get("layer_norm_epsilon", 1e-5),
             dropout=hf.get("resid_pdrop", 0.1),
         ).resolved()
+    if family == "gemma3_text":
+        base, hf = _from_gemma(base, hf)
     require(hf.get("hidden_act", _activation(base)) == _activation(base), "hidden_act")
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     require((hf.get("head_dim") or width // heads) * heads == width, "head_dim")

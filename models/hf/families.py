@@ -1,0 +1,126 @@
+"""The architectures of Hugging Face that our models can be: what each fixes, and its names.
+
+Invariant: a config that fits a family computes what the family's model in transformers computes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a config must be to be one of a Hugging Face architecture, and that one's names."""
+
+    architecture: str
+    fits: dict[str, Any]  # the fields that make a config one of this family
+    outer: dict[str, str]  # our module -> theirs
+    layer: str  # what a block is called, with {} for its number
+    inner: dict[str, str]  # our module within a block -> theirs
+
+
+_LLAMA_INNER = {
+    "mixer_norm": "input_layernorm",
+    "mixer.query": "self_attn.q_proj",
+    "mixer.key": "self_attn.k_proj",
+    "mixer.value": "self_attn.v_proj",
+    "mixer.output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+_GATE = {"mlp.gate": "mlp.gate_proj"}
+_QK_NORM = {"mixer.query_norm": "self_attn.q_norm", "mixer.key_norm": "self_attn.k_norm"}
+_LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+# The choices that all families share unless their own say otherwise.
+_PLAIN = {
+    "mixer": "attention",
+    "causal": True,
+    "norm_placement": "pre",
+    "qk_norm_over": "head",
+    "attention_gate": "none",
+    "rope_fraction": 1.0,
+    "logit_softcap": 0.0,
+    "scale_embedding": False,
+}
+_ROTARY = _PLAIN | {"position": "rotary", "norm": "rmsnorm"}
+_POST_NORMS = {"mixer_post_norm": "post_attention_layernorm"}
+_POST_NORMS |= {"mlp_post_norm": "post_feedforward_layernorm"}
+
+
+def _llama_like(
+    architecture: str, fits: dict[str, Any], inner: dict[str, str], without: tuple[str, ...] = ()
+) -> Family:
+    """Return a family with Llama's names, and `inner`; `without`: its free fields and what modules
+    it doesn't have."""
+    names = {ours: theirs for ours, theirs in (_LLAMA_INNER | inner).items() if ours not in without}
+    fixed = {k: v for k, v in (_ROTARY | fits).items() if k not in without}
+    return Family(architecture, fixed, _LLAMA_OUTER, "model.layers.{}", names)
+
+
+FAMILIES = {
+    "llama": _llama_like("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False}, _GATE),
+    "qwen3": _llama_like(
+        "Qwen3ForCausalLM", {"mlp": "swiglu", "qk_norm": True, "bias": False}, _GATE | _QK_NORM
+    ),
+    "arcee": _llama_like("ArceeForCausalLM", {"mlp": "relu2", "qk_norm": False}, {}),
+    "apertus": _llama_like(
+        "ApertusForCausalLM",
+        {"mlp": "relu2", "qk_norm": True, "bias": False},
+        _QK_NORM | {"mixer_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+    ),
+    "olmo2": _llama_like(
+        "Olmo2ForCausalLM",
+        {
+            "mlp": "swiglu",
+            "norm_placement": "post",
+            "qk_norm": True,
+            "qk_norm_over": "layer",
+            "bias": False,
+        },
+        _GATE | _QK_NORM | _POST_NORMS,
+        without=("mixer_norm", "mlp_norm"),
+    ),
+    "gemma3_text": _llama_like(
+        "Gemma3ForCausalLM",
+        {
+            "mlp": "geglu",
+            "norm_placement": "sandwich",
+            "qk_norm": True,
+            "scale_embedding": True,
+            "bias": False,
+        },
+        _GATE | _QK_NORM | _POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm"},
+        without=("logit_softcap",),
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        _PLAIN
+        | {
+            "position": "learned",
+            "norm": "layernorm",
+            "mlp": "gelu",
+            "bias": True,
+            "qk_norm": False,
+            "num_kv_heads": "num_heads",
+        },
+        {
+            "embedding": "transformer.wte",
+            "position": "transformer.wpe",
+            "norm": "transformer.ln_f",
+            "head": "lm_head",
+        },
+        "transformer.h.{}",
+        {
+            "mixer_norm": "ln_1",
+            "mixer.qkv": "attn.c_attn",
+            "mixer.output": "attn.c_proj",
+            "mlp_norm": "ln_2",
+            "mlp.up": "mlp.c_fc",
+            "mlp.down": "mlp.c_proj",
+        },
+    ),
+}
+
+# A gain of 1 is stored as 0 in these. The difference is exact for gains from 0.5 to 2; others are
+# rounded once.
+GAINS_BESIDE_ONE = ("gemma3_text",)

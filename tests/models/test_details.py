@@ -1,0 +1,110 @@
+"""Details of current recipes that no family of the exports has, against others' code and by hand.
+
+(OLMo 2's and Gemma 3's are compared whole in hf/test_hf.py.)
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.mixers.attention import Attention
+from forescale.models.mixers.context import Context
+from forescale.models.positions.position import rotation
+
+BASE = ModelConfig(
+    num_layers=2,
+    width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=50,
+    max_sequence_length=32,
+    init_std=0.3,
+)
+
+
+def test_a_gate_and_partial_rotation_equal_those_of_qwen3_next():
+    """Its attention with our weights: query and gate are one matrix, head by head."""
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    config = replace(BASE, attention_gate="channel", rope_fraction=0.25).resolved()
+    theirs = module.Qwen3NextAttention(
+        module.Qwen3NextConfig(
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            rms_norm_eps=config.norm_eps,
+            attn_implementation="eager",
+        ),
+        0,
+    )
+    ours = Attention(config)
+    both = torch.stack([m.weight.view(4, 16, 64) for m in (ours.query, ours.gate)], 1)
+    state = {"q_proj": both.reshape(128, 64), "k_proj": ours.key.weight}
+    state |= {"v_proj": ours.value.weight, "o_proj": ours.output.weight}
+    state |= {"q_norm": torch.zeros(16), "k_norm": torch.zeros(16)}  # it stores a gain less 1
+    theirs.load_state_dict({f"{name}.weight": weight for name, weight in state.items()})
+    x_BLD = torch.randn(2, 12, 64)
+    cos, sin = rotation(torch.arange(12), config)
+    angles = [torch.cat([turn, turn], -1)[:, 0][None] for turn in (cos, sin)]
+    mask = torch.full((12, 12), -torch.inf).triu(1)[None, None]
+    expected, _ = theirs(x_BLD, tuple(angles), mask)
+    found = ours(x_BLD, Context((cos, sin)))
+    assert cos.shape[-1] == 2, "a quarter of 16 turns, in 2 pairs"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gate_of_a_head_multiplies_all_of_its_channels():
+    ours = Attention(replace(BASE, attention_gate="head").resolved())
+    x_BLD = torch.randn(2, 12, 64)
+    with torch.no_grad():
+        ours.output.weight.copy_(torch.eye(64))
+        gated, gate_BLH = ours(x_BLD, Context()), ours.gate(x_BLD).sigmoid()
+        ours.gate = None
+        plain = ours(x_BLD, Context())
+    expected = plain.view(2, 12, 4, 16) * gate_BLH[..., None]
+    torch.testing.assert_close(gated.view(2, 12, 4, 16), expected)
+
+
+def test_logits_stay_within_the_cap():
+    model, tokens = Transformer(replace(BASE, logit_softcap=2.0)), torch.arange(12).view(1, 12)
+    plain = Transformer(BASE)
+    plain.load_state_dict(model.state_dict())
+    assert plain(tokens).abs().max() > 2
+    torch.testing.assert_close(model(tokens), 2 * (plain(tokens) / 2).tanh())
+    assert model(tokens).abs().max() < 2
+
+
+@pytest.mark.parametrize("placement", ["post", "sandwich"])
+def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
+    """What each part adds has a root mean square of 1, whatever its weights."""
+    model, added = Transformer(replace(BASE, norm_placement=placement)), []
+    for block in model.blocks:
+        for norm in (block.mixer_post_norm, block.mlp_post_norm):
+            norm.register_forward_hook(lambda module, args, out: added.append(out))
+    model(torch.arange(12).view(1, 12))
+    assert len(added) == 4
+    for out in added:
+        torch.testing.assert_close(out.square().mean(-1), torch.ones(1, 12), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field", "said"),
+    [
+        (dict(norm_placement="after"), "norm_placement", "unknown value"),
+        (dict(rope_fraction=0.3), "rope_fraction", "even"),
+        (dict(rope_fraction=0.0), "rope_fraction", "part of a head"),
+        (dict(rope_fraction=0.5, position="learned"), "rope_fraction", "rotate"),
+        (dict(attention_gate="all"), "attention_gate", "unknown value"),
+        (dict(logit_softcap=-1.0), "logit_softcap", "negative"),
+        (dict(scale_embedding=True, position="sinusoidal"), "scale_embedding", "already"),
+        (dict(mixer_pattern=["mingru", "attention", "mingru"]), "mixer_pattern", "3 mixers for 2"),
+        (dict(mixer_pattern=["mamba"]), "mixer_pattern", "unknown value 'mamba'"),
+        (dict(causal=False, mixer="mingru"), "causal", "later"),
+    ],
+)
+def test_nonsense_has_its_sentence(wrong, field, said):
+    ((name, what, _),) = replace(BASE, **wrong).problems()
+    assert name == field
+    assert said in what
