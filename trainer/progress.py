@@ -14,6 +14,7 @@ from typing import Protocol
 from forescale.console import is_terminal, open_console, span
 
 _WINDOW = 30.0  # seconds that a rate is measured over
+_LEAST = 3  # units from which a time left follows
 
 
 class Progress(Protocol):
@@ -87,12 +88,20 @@ class Rates:
         if (seconds := now - then) < 1:
             return ""
         rate = (done - done0) / seconds
-        parts = [f"{rate / 1e6:.1f} MB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"]
+        parts = [
+            f"{rate / 1e6:.1f} MB/s" if unit == "bytes" else f"{rate:,.{_digits(rate)}f} {unit}/s"
+        ]
         if tokens and unit != "tokens":
             parts.append(f"{(tokens - tokens0) / seconds:,.0f} tokens/s")
-        if rate and total and done < total:
+        # One or two of a few large units say little about the time of the rest.
+        if total and done < total and done - done0 >= _LEAST:
             parts.append(f"{span((total - done) / rate)} left")
         return ", ".join(parts)
+
+
+def _digits(rate: float) -> int:
+    """Return the decimals of a rate: it is never shown as 0."""
+    return 0 if rate >= 10 else 1 if rate >= 1 else 2
 
 
 def amount(done: int, total: int | None, unit: str) -> str:

@@ -15,6 +15,14 @@ def test_a_rate_covers_the_last_30_seconds_and_gives_the_time_left():
     assert rates.text(done, "bytes") == "5.5 MB/s, 1,375,000 tokens/s"
 
 
+def test_a_few_slow_units_give_a_rate_and_no_time_left_yet():
+    rates = Rates(now=0.0)
+    rates.see(20.0, 1, 0)
+    assert rates.text(8, "fits") == "0.05 fits/s"
+    rates.see(24.0, 4, 0)
+    assert rates.text(8, "fits") == "0.17 fits/s, 24 s left"
+
+
 def test_amounts_are_readable():
     assert amount(12_000_000, 40_000_000, "bytes") == "12.0 of 40.0 MB (30%)"
     assert amount(1_234, 1_234, "bytes") == "1,234 bytes"
