@@ -1,4 +1,5 @@
 """The benchmarks: python tests/benchmarks/run.py [NAME ...] [--rounds N] [--json FILE] [--toy]
+[--mixers NAME,NAME]
 
 Prints each result as it comes (A against B, the median ratio of pairs, its least and greatest, how
 many) and writes all to a file, with what a reader needs to judge them. Timings decide no test.
@@ -11,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tests.benchmarks.processes import share_imports  # noqa: E402
 NAMES = (
     "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
     "ranks", "status", "plan", "fit", "recovery", "next", "coordinates",
+    "mixers",
 )  # fmt: skip
 
 
@@ -38,6 +41,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks.json"))
     toy = "so small that each takes seconds: shows that it runs, and its numbers mean nothing"
     parser.add_argument("--toy", action="store_true", help=toy)
+    mixers = "of the benchmark mixers: NAME,NAME, or NAME+NAME for layers in turns (all mixers)"
+    parser.add_argument("--mixers", type=lambda names: tuple(names.split(",")), help=mixers)
     wanted = parser.parse_args()
     if unknown := set(wanted.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
@@ -53,7 +58,10 @@ def main() -> None:
     for name in wanted.names or NAMES:
         began, load = time.monotonic(), os.getloadavg()[0]
         bench = importlib.import_module(f"tests.benchmarks.bench_{name}")
-        results = bench.measure(wanted.rounds, bench.TOY if wanted.toy else bench.REAL)
+        sizes = bench.TOY if wanted.toy else bench.REAL
+        if name == "mixers" and wanted.mixers:
+            sizes = replace(sizes, mixers=wanted.mixers)
+        results = bench.measure(wanted.rounds, sizes)
         for result in results:
             print(result, flush=True)
         seconds, after = time.monotonic() - began, os.getloadavg()[0]

@@ -6,13 +6,17 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 from forescale.engine.build import compiler_missing
-from tests.benchmarks import bench_loss, run
+from forescale.models.costs import MIXERS
+from forescale.models.flops import count
+from tests.benchmarks import bench_loss, bench_mixers, draw_mixers, run
 from tests.benchmarks.draw_run import BLUE, RED, draw
+from tests.benchmarks.mixers import crossings, model_of
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated, peak_memory
 from tests.trainer.small_run import make_dataset, make_run
@@ -75,6 +79,28 @@ def test_a_picture_of_a_run_is_drawn(tmp_path):
     assert (tmp_path / "again.svg").read_text() == drawn
 
 
+@pytest.mark.parametrize("name", [*MIXERS, "mingru+attention"])
+def test_mixers_are_compared_with_as_many_parameters(name):
+    base = replace(bench_mixers.REAL.speed, max_sequence_length=512)
+    model = model_of(name, base)
+    assert model.mixers == tuple((name.split("+") * 2)[:2])
+    assert count(model).total == pytest.approx(count(base).total, rel=0.01)
+
+
+def test_curves_cross_where_they_are_equal():
+    xs = [1, 10, 100, 1000]
+    assert [*crossings(xs, [x**0.5 for x in xs], [30**0.5] * 4)] == pytest.approx([30])
+    assert not [*crossings(xs, xs, [2 * x for x in xs])]
+
+
+def test_a_picture_of_mixers_has_a_line_for_each(tmp_path):
+    panel = draw_mixers.Panel("speed", "tokens", [1, 2], {"one": [3, 4], "two": [5, 4]}, mark=2)
+    draw_mixers.draw([panel] * 4, tmp_path / "mixers.svg")
+    drawn = (tmp_path / "mixers.svg").read_text()
+    for colour in draw_mixers.COLOURS[:2]:
+        assert drawn.count(f"stroke: {colour}") >= 4
+
+
 def test_each_measured_ratio_names_the_commit_at_which_it_was_measured():
     text = (run.ROOT / "tests/README.md").read_text()
     found = re.findall(r"^\|.*\| `(\w+)` \| ([^|]*) \|$", text, re.MULTILINE)
@@ -84,7 +110,7 @@ def test_each_measured_ratio_names_the_commit_at_which_it_was_measured():
         assert re.fullmatch("[0-9a-f]{7,}", commit), name
 
 
-@pytest.mark.slow  # 17 benchmarks, most of which train a model
+@pytest.mark.slow  # 18 benchmarks, most of which train a model
 @pytest.mark.timeout(900)
 def test_each_benchmark_runs_and_prints_finite_numbers(tmp_path):
     names = [name for name in run.NAMES if name != "compile" or compiler_missing() is None]
