@@ -89,10 +89,13 @@ class ModelConfig:
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_placement: str = "pre"  # pre | post | sandwich: before a part, after it (OLMo 2), or both
     norm_eps: float = 1e-6  # added to the variance in norms
-    mixer: str = "attention"  # attention | lstm | mingru: how tokens exchange information
+    # How tokens exchange information: attention | gated_deltanet | lstm | mingru
+    mixer: str = "attention"
     # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
     # empty: `mixer` in each layer.
     mixer_pattern: list[str] = field(default_factory=list)
+    delta_value_dim: int | None = None  # gated_deltanet: width of a value head; None: head width
+    delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
     causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
     mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2
     bias: bool = False  # use biases in linear layers and layernorm
@@ -166,7 +169,7 @@ class ModelConfig:
     def _problems_of_values(self) -> list[Problem]:
         found: list[Problem] = []
         sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
-        bases = ("base_width", "base_depth")
+        bases = ("base_width", "base_depth", "delta_value_dim", "delta_conv")
         lengths = ("max_sequence_length", "rope_original_length")
         for name in (*sizes, "vocab_size", *lengths, *bases):
             value = getattr(self, name)

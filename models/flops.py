@@ -138,13 +138,14 @@ def matrices(config: ModelConfig) -> set[str]:
 def flops_recomputed(config: ModelConfig, sequence_length: int) -> int:
     """Return the recomputed FLOPs of one token, which `flops_per_token` does not count.
 
-    These are the head's forward pass for a loss in chunks and, with activation checkpointing, the
-    forward pass of every layer.
+    These are the head's forward pass for a loss in chunks, what a mixer's backward pass makes again
+    (Part.recomputed) and, with activation checkpointing, the forward pass of every layer.
     """
     s = config.sizes
     head = 2 * s.vocab_size * s.width if config.loss_chunk else 0
     layers = flops_per_token(config, sequence_length) // 3 - 2 * s.vocab_size * s.width
-    return head + (layers if config.activation_checkpointing else 0)
+    parts = _sum(config, lambda part: part.recomputed(config, sequence_length))
+    return head + parts + (layers if config.activation_checkpointing else 0)
 
 
 @dataclass(frozen=True)

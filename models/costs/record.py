@@ -19,6 +19,10 @@ def _nothing(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
     return 0
 
 
+def _none_again(config: "ModelConfig", length: int) -> int:
+    return 0
+
+
 def _no_folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     return {}
 
@@ -38,6 +42,8 @@ class Part:
     flops: (config, sequence_length, causal) -> forward FLOPs of one token in one layer, its
         matrices included. causal: exactly what a causal model needs, averaged over the positions;
         otherwise as PaLM counts for MFU: each token attends to every position.
+    recomputed: (config, sequence_length) -> FLOPs of one token in one layer that the backward pass
+        makes again, beside twice the forward's: what the part does not keep.
     activation_bytes: (config, bytes_per_value, norm_bytes) -> bytes that autograd keeps of one
         token in one layer. norm_bytes: bytes per value of the input of an RMS norm.
     cache_bytes: (config, length, bytes_per_value) -> bytes that a decoding cache would keep of
@@ -61,6 +67,7 @@ class Part:
     activation_bytes: Callable[["ModelConfig", int, int], int]
     writes: tuple[str, ...]
     cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
+    recomputed: Callable[["ModelConfig", int], int] = _none_again
     per_head: tuple[str, ...] = ()
     folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
     not_muon: tuple[str, ...] = ()

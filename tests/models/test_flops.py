@@ -150,6 +150,7 @@ CHANGES = [
     dict(norm_placement="sandwich", mlp="geglu", norm="layernorm"),
     dict(attention_gate="head"),
     dict(attention_gate="channel", logit_softcap=30.0),
+    dict(mixer="gated_deltanet"),
     dict(activation_checkpointing=True),
     dict(loss_chunk=0),
     dict(loss_chunk=64),

@@ -1,0 +1,225 @@
+"""The gated delta rule (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464), chunk by chunk.
+
+A head has a state S, (K, V), that answers a key with a value. Each token lets it decay and corrects
+what it answers to the token's key:
+
+    S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(K)
+
+with decay a_t in (0, 1), writing strength b_t in (0, 1), and q_t and k_t of length 1. All
+corrections of a chunk of C tokens follow from one triangular system (the WY representation and UT
+transform: Yang et al. 2024, arXiv 2406.06484, section 3.2; with decays 2412.06464, section 3.3), so
+only one state a chunk is made in turn. Here N is the number of chunks and E that of rows times
+heads; everything is computed in fp32 or more.
+
+Invariant: where the token before isn't visible (another document, padding), the state starts again
+from 0: all weights across are exactly 0. Decays are exponentials of sums between two tokens, and
+never quotients, so they can't overflow.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forescale.models.costs.gated_deltanet import chunks
+
+_EPS = 1e-6  # added to the squared length of queries and keys, as in the authors' kernels
+
+
+class _Chunks(NamedTuple):
+    """What can be said of each chunk without the state before it; each tensor is (N, E, C, ...)."""
+
+    q: Tensor  # (..., K), of length 1, over sqrt(K)
+    k: Tensor  # (..., K), of length 1
+    q_scale: Tensor  # (..., 1): 1 / the length before
+    k_scale: Tensor
+    v: Tensor  # (..., V)
+    beta: Tensor  # (..., 1)
+    reach: Tensor  # (..., C + 1): the decay since the state before, and since each token
+    key_scores: Tensor  # (..., C): keys with keys
+    query_scores: Tensor  # (..., C): queries with keys
+    inverse: Tensor  # (..., C): of the triangular system
+    u: Tensor  # (..., V): the corrections, if the state before were 0
+    w: Tensor  # (..., K): their part for each key of the state before
+
+    @property
+    def since(self) -> Tensor:
+        """The decay since the state before, (..., 1)."""
+        return self.reach[..., :1]
+
+    @property
+    def decay(self) -> Tensor:
+        """The decay from a token (column) to a later one (row), (..., C); 0 to an earlier one."""
+        return self.reach[..., 1:]
+
+    @property
+    def until(self) -> Tensor:
+        """The decay until the end of the chunk, (..., 1)."""
+        return self.decay[..., -1, :, None]
+
+    @property
+    def whole(self) -> Tensor:
+        """The decay over the whole chunk, (N, E, 1, 1)."""
+        return self.since[..., -1:, :]
+
+
+def delta_rule(
+    q_BLHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHV: Tensor,
+    log_decay_BLH: Tensor,
+    beta_BLH: Tensor,
+    keep_BL: Tensor,
+    state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs (B, L, H, V), the states before each chunk (N, E, K, V), the last state.
+
+    q, k: of any length. keep (B or 1, L): 0 where the state starts again from 0. state: before the
+    first token; None: 0. Autograd through it keeps everything; use DeltaRule.
+    """
+    c = _chunks(q_BLHK, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH, keep_BL)
+    (B, L, H, K), V = q_BLHK.shape, v_BLHV.shape[-1]
+    until_k_NECK = c.k * c.until
+    state = c.u.new_zeros(B * H, K, V) if state_BHKV is None else state_BHKV.flatten(0, 1)
+    states, corrections = [], []
+    for n in range(len(c.u)):
+        states.append(state)
+        corrections.append(torch.baddbmm(c.u[n], c.w[n], state, alpha=-1))
+        decayed = c.whole[n] * state
+        state = torch.baddbmm(decayed, until_k_NECK[n].mT, corrections[-1])
+    states_NEKV = torch.stack(states)
+    o_NECV = (c.q * c.since) @ states_NEKV
+    o_NECV = o_NECV + (c.query_scores * c.decay) @ torch.stack(corrections)
+    o_BLHV = _joined(o_NECV, B, L).to(v_BLHV.dtype)
+    return o_BLHV, states_NEKV, state.reshape(B, H, K, V)
+
+
+class DeltaRule(torch.autograd.Function):
+    """Outputs of all tokens, from no state before.
+
+    It keeps its inputs and a state a chunk; the backward pass makes the rest again. Autograd
+    through `delta_rule` would keep some 18 values for each of v in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        """Return o (B, L, H, V). given: as for delta_rule, without a state."""
+        o_BLHV, states_NEKV, _ = delta_rule(*given)
+        ctx.save_for_backward(*given, states_NEKV)
+        return o_BLHV
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of q, k, v, log_decay and beta."""
+        *given, states_NEKV = ctx.saved_tensors
+        c = _chunks(*given)
+        B, L = given[0].shape[:2]
+        d_o_NECV = _chunked(grad[0], states_NEKV.dtype)
+        new_NECV = c.u - c.w @ states_NEKV
+        d_new_NECV, d_after_NEKV = _backward_in_turn(c, d_o_NECV)
+        found = _gradients(c, states_NEKV, new_NECV, d_o_NECV, d_new_NECV, d_after_NEKV)
+        q, k, v, log_decay, beta = (_joined(x, B, L) for x in found)
+        log_decay = log_decay[..., 0] * given[5][..., None]
+        d = (q, k, v, log_decay, beta[..., 0])
+        return *(new.to(old.dtype) for new, old in zip(d, given, strict=False)), None
+
+
+def _chunked(x_BLHK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (B, L, H, K) as (N, E, C, K), padded with zeros: such tokens change nothing."""
+    B, L, H, K = x_BLHK.shape
+    num, size = chunks(L)
+    x_BLHK = F.pad(x_BLHK.to(dtype), (0, 0, 0, 0, 0, num * size - L))
+    return x_BLHK.reshape(B, num, size, H, K).permute(1, 0, 3, 2, 4).reshape(num, B * H, size, K)
+
+
+def _joined(x_NECK: Tensor, B: int, L: int) -> Tensor:
+    """Return (N, E, C, K) as (B, L, H, K): what _chunked took apart."""
+    num, E, size, K = x_NECK.shape
+    x_BLHK = x_NECK.reshape(num, B, E // B, size, K).permute(1, 0, 3, 2, 4)
+    return x_BLHK.reshape(B, num * size, E // B, K)[:, :L].contiguous()
+
+
+def _chunks(
+    q_BLHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHV: Tensor,
+    log_decay_BLH: Tensor,
+    beta_BLH: Tensor,
+    keep_BL: Tensor,
+) -> _Chunks:
+    """Return all that needs no state. Arguments as for delta_rule."""
+    precise = torch.promote_types(q_BLHK.dtype, torch.float32)
+    log_BLH = log_decay_BLH.masked_fill(keep_BL[..., None] == 0, -torch.inf)
+    q, k, v, log, beta = (
+        _chunked(x, precise)
+        for x in (q_BLHK, k_BLHK, v_BLHV, log_BLH[..., None], beta_BLH[..., None])
+    )
+    q_scale, k_scale = (torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) for x in (q, k))
+    q, k = q * (q_scale * q.shape[-1] ** -0.5), k * k_scale
+    C = q.shape[2]
+    # Entry (i, j) sums the logarithms after token j - 1 until token i: the rows below the diagonal.
+    reach = log.expand(*log.shape[:3], C + 1).tril().cumsum(-2).exp().tril(1)
+    since, decay = reach[..., :1], reach[..., 1:]
+    key_scores = k @ k.mT
+    system = (key_scores * decay * beta).tril(-1)  # its diagonal of ones is implied below
+    eye = torch.eye(C, dtype=precise, device=q.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+    return _Chunks(
+        q, k, q_scale, k_scale, v, beta, reach,
+        key_scores, q @ k.mT, inverse, inverse @ (v * beta), inverse @ (k * (beta * since)),
+    )  # fmt: skip
+
+
+def _backward_in_turn(c: _Chunks, d_o_NECV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the corrections (N, E, C, V) and of the state after each chunk."""
+    d_new_NECV = (c.query_scores * c.decay).mT @ d_o_NECV
+    d_read_NEKV = (c.q * c.since).mT @ d_o_NECV
+    until_k_NECK = c.k * c.until
+    d_state, new, after = torch.zeros_like(d_read_NEKV[0]), [], []
+    for n in reversed(range(len(d_o_NECV))):
+        after.append(d_state)
+        new.append(torch.baddbmm(d_new_NECV[n], until_k_NECK[n], d_state))
+        d_kept = d_read_NEKV[n] + c.whole[n] * d_state
+        d_state = torch.baddbmm(d_kept, c.w[n].mT, new[-1], alpha=-1)
+    return torch.stack(new[::-1]), torch.stack(after[::-1])
+
+
+def _gradients(
+    c: _Chunks, states: Tensor, new: Tensor, d_o: Tensor, d_new: Tensor, d_after: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k, v, log_decay and beta, each (N, E, C, its width).
+
+    new: the corrections; the other arguments as they are called above, in chunks.
+    """
+    q, k, v, beta, decay, since = c.q, c.k, c.v, c.beta, c.decay, c.since
+    d_weights = d_o @ new.mT
+    d_since_q, d_until_k = d_o @ states.mT, new @ d_after.mT
+    d_v = c.inverse.mT @ d_new  # of v * beta
+    d_w = c.inverse.mT @ (d_new @ states.mT).neg()  # of k * beta * since
+    d_system = (d_v @ c.u.mT + d_w @ c.w.mT).neg().tril(-1)
+    d_query_scores, d_key_scores = d_weights * decay, d_system * decay * beta
+    d_q = d_query_scores @ k + d_since_q * since
+    d_k = d_query_scores.mT @ q + (d_key_scores + d_key_scores.mT) @ k
+    d_k = d_k + d_until_k * c.until + d_w * (beta * since)
+    w_k, read = _dot(d_w, k), c.key_scores * decay
+    d_beta = _dot(d_system, read) + w_k * since + _dot(d_v, v)
+    # Each entry of reach is the exponential of a sum: times itself is the gradient of the sum.
+    d_since = _dot(d_since_q, q) + w_k * beta
+    d_decay = d_system * c.key_scores * beta + d_weights * c.query_scores
+    d_reach = torch.cat([d_since, d_decay], -1)
+    d_reach[..., -1, 0] += (states * d_after).sum((-2, -1))
+    d_reach[..., -1, 1:] += _dot(d_until_k, k)[..., 0]
+    d_reach = d_reach * c.reach
+    # A sum from j until i is the difference of two sums from the start of the chunk.
+    d_sums = d_reach.sum(-1) - d_reach.sum(-2)[..., 1:]
+    d_log = d_sums.flip(-1).cumsum(-1).flip(-1)[..., None]
+    scale = q.shape[-1] ** -0.5
+    d_q = c.q_scale * scale * (d_q - q * (_dot(q, d_q) / scale**2))
+    d_k = c.k_scale * (d_k - k * _dot(k, d_k))
+    return d_q, d_k, d_v * beta, d_log, d_beta
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of vectors, (..., K) and (..., K) -> (..., 1)."""
+    return (a * b).sum(-1, keepdim=True)

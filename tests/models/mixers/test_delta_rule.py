@@ -1,0 +1,120 @@
+"""The gated delta rule in chunks against its definition, its gradients, and others' code."""
+
+import pytest
+import torch
+
+from forescale.models.mixers.delta_rule import DeltaRule, delta_rule
+
+LENGTHS = [1, 2, 63, 64, 65, 100, 192]
+
+
+def inputs(length, dtype=torch.float64, rows=2, heads=3, K=8, V=5, resets=0.2):
+    make = torch.Generator().manual_seed(length)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=make)  # noqa: E731
+    q, k, v = (
+        draw(rows, length, heads, K),
+        draw(rows, length, heads, K),
+        draw(rows, length, heads, V),
+    )
+    log_decay, beta = -draw(rows, length, heads).exp(), draw(rows, length, heads).sigmoid()
+    keep = (torch.rand(rows, length, generator=make) >= resets).to(dtype)
+    given = [x.to(dtype).requires_grad_() for x in (q, k, v, log_decay, beta)]
+    return [*given, keep]
+
+
+def step_by_step(q, k, v, log_decay, beta, keep, state=None):
+    """The definition, one token after the other; also the last state."""
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    B, L, H, K = q.shape
+    state = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state
+    found = []
+    for t in range(L):
+        state = state * (log_decay[:, t].exp() * keep[:, t, None])[..., None, None]
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + torch.einsum("bhk,bhv,bh->bhkv", k[:, t], error, beta[:, t])
+        found.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * K**-0.5)
+    return torch.stack(found, 1), state
+
+
+def gradients(form, given):
+    weights = torch.linspace(-1, 1, given[2].numel(), dtype=given[2].dtype).view_as(given[2])
+    return torch.autograd.grad((form(*given) * weights).sum(), given[:5])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunks_equal_the_definition(length):
+    given = inputs(length)
+    torch.testing.assert_close(DeltaRule.apply(*given), step_by_step(*given)[0])
+    single = [x.detach().float() for x in given]
+    torch.testing.assert_close(
+        DeltaRule.apply(*single), step_by_step(*given)[0].float(), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_gradients_equal_those_of_the_definition(length):
+    given = inputs(length)
+    expected = gradients(lambda *given: step_by_step(*given)[0], given)
+    torch.testing.assert_close(gradients(DeltaRule.apply, given), expected)
+    torch.testing.assert_close(gradients(lambda *given: delta_rule(*given)[0], given), expected)
+    single = [x.detach().float().requires_grad_(i < 5) for i, x in enumerate(given)]
+    for found, wanted in zip(gradients(DeltaRule.apply, single), expected, strict=True):
+        scale = max(1, wanted.abs().max().item())
+        torch.testing.assert_close(found / scale, wanted.float() / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_is_carried_from_call_to_call():
+    given = [x.detach() for x in inputs(100)]
+    whole, last = step_by_step(*given)
+    found, state = [], None
+    for a, b in ((0, 1), (1, 70), (70, 71), (71, 100)):
+        o, _, state = delta_rule(*(x[:, a:b] for x in given), state)
+        found.append(o)
+    torch.testing.assert_close(torch.cat(found, 1), whole)
+    torch.testing.assert_close(state, last)
+
+
+def test_it_equals_transformers():
+    """Qwen3-Next's form in chunks and its form by steps, in fp32, with their gradients."""
+    theirs = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    given = inputs(150, torch.float32, K=32, V=16, resets=0)
+    for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+
+        def form(q, k, v, g, beta, keep, name=name):
+            more = dict(g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+            return getattr(theirs, name)(q, k, v, **more)[0]
+
+        torch.testing.assert_close(DeltaRule.apply(*given), form(*given), rtol=1e-5, atol=1e-5)
+        ours, expected = gradients(DeltaRule.apply, given), gradients(form, given)
+        for found, wanted in zip(ours, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_not_a_bit_of_another_document_arrives():
+    given = [x.detach().float() for x in inputs(100, resets=0)]
+    given[5][:, 40] = 0
+    other = [x.clone() for x in given]
+    for x in other[:3]:
+        x[:, :40] = 1e6 * torch.randn_like(x[:, :40])
+    other[3][:, :41], other[4][:, :40] = -1e9, 0.5  # the decay at the first token plays no part
+    one, two = DeltaRule.apply(*given), DeltaRule.apply(*other)
+    assert torch.equal(one[:, 40:], two[:, 40:])
+
+
+@pytest.mark.parametrize("log_decay", [-1e30, -300.0, -1e-30, 0.0])
+def test_no_decay_overflows(log_decay):
+    given = inputs(130)
+    given[3] = torch.full_like(given[3], log_decay).requires_grad_()
+    single = [x.detach().float().requires_grad_(i < 5) for i, x in enumerate(given)]
+    found = DeltaRule.apply(*single)
+    torch.testing.assert_close(found, step_by_step(*given)[0].float(), rtol=1e-5, atol=1e-5)
+    assert all(x.isfinite().all() for x in gradients(DeltaRule.apply, single))
+
+
+def test_equal_keys_replace_what_was_stored():
+    """With a writing strength of 1 and no decay, the state answers a key with its last value."""
+    k = torch.eye(4)[[0, 1, 0, 2, 1]].view(1, 5, 1, 4).double()
+    v = torch.randn(1, 5, 1, 3, dtype=torch.float64)
+    ones = torch.ones(1, 5, 1, dtype=torch.float64)
+    _, _, state = delta_rule(k, k, v, 0 * ones, ones, ones[..., 0])
+    torch.testing.assert_close(state[0, 0, :3], v[0, [2, 4, 3], 0], rtol=1e-5, atol=1e-5)
