@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from forescale.models.costs import MIXERS, MLPS
+from forescale.models.costs.moe import problems_of_sizes as problems_of_experts
+from forescale.models.costs.record import Problem
 
 POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 ROPE_SCALINGS = ("none", "ntk", "yarn")
@@ -46,8 +48,6 @@ class Sizes:
         return self.num_kv_heads * self.head_dim
 
 
-Problem = tuple[str, str, str]  # field, what is wrong, what to do
-
 _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shapes the trajectory
 
 
@@ -68,7 +68,10 @@ class ModelConfig:
     4. num_kv_heads = num_heads: plain multi-head attention.
     5. mlp_width = 4 * width (Vaswani et al. 2017, section 3.3); for swiglu 8/3 * width, which with
        its third matrix holds as many parameters (Shazeer 2020, arXiv 2002.05202, section 2),
-       rounded up to a multiple of 64 for the matrix units.
+       rounded up to a multiple of 64 for the matrix units; moe as swiglu.
+    6. moe_width = mlp_width / (moe_top_k + moe_shared), so that a token's FLOPs are those of the
+       dense model (Dai et al. 2024, arXiv 2401.06066, section 3.1). Doubt: Mixtral's experts are
+       as wide as a dense MLP.
     """
 
     depth: int | None = None  # sets num_layers and width (64 * depth); or give both
@@ -97,7 +100,18 @@ class ModelConfig:
     delta_value_dim: int | None = None  # gated_deltanet: width of a value head; None: head width
     delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
     causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
-    mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2
+    mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2 | moe: experts, models/moe.py
+    moe_experts: int = 8  # moe: experts of a layer (Mixtral: 8)
+    moe_top_k: int = 2  # moe: experts that a token uses (GShard, Mixtral: 2)
+    moe_width: int | None = None  # of an expert; None: mlp_width / (moe_top_k + moe_shared)
+    moe_shared: int = 0  # moe: experts that every token uses too
+    moe_dense_layers: int = 0  # moe: first layers that keep a dense swiglu of mlp_width
+    moe_scores: str = "softmax"  # softmax | sigmoid: the router's scores
+    moe_renormalise: bool = True  # divide a token's scores by the sum of those of its experts
+    moe_balance_loss: float = 0.01  # coefficient of the load-balancing loss (Switch: 0.01); 0: off
+    moe_z_loss: float = 0.001  # coefficient of the router's z-loss (ST-MoE: 0.001); 0: off
+    moe_bias_speed: float = 0.0  # loss-free balance: bias step (DeepSeek-V3: 0.001); 0: off
+    moe_capacity: float = 0.0  # places of an expert / mean load (Switch: 1.25); 0: drop no token
     bias: bool = False  # use biases in linear layers and layernorm
     qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training
     qk_norm_over: str = "head"  # head | layer: over each head alone, or over all of them (OLMo 2)
@@ -125,6 +139,7 @@ class ModelConfig:
         that the objective adds.
         """
         found = self._problems_of_values() or self._problems_of_scaling()
+        found = found or MLPS[self.mlp].problems(self) or self._problems_without_experts()
         if found:
             return found
         if self.depth is None and (self.num_layers is None or self.width is None):
@@ -152,6 +167,8 @@ class ModelConfig:
         if num_heads % num_kv_heads:
             what = f"{num_kv_heads} do not divide {num_heads} heads"
             found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
+        if self.mlp == "moe":
+            found += problems_of_experts(self, full)
         if full.position == "sinusoidal" and width % 2:
             found.append(("width", "sinusoidal position needs an even width", "make it even"))
         if len(self.mixer_pattern) > (full.num_layers or 0):
@@ -203,6 +220,15 @@ class ModelConfig:
         if self.init_std is not None and not self.init_std > 0:
             found.append(("init_std", "must be above 0", "leave it out for the rule"))
         return found
+
+    def _problems_without_experts(self) -> list[Problem]:
+        """Return the keys moe_* that are set though there are no experts."""
+        if self.mlp == "moe":
+            return []
+        keys = [f for f in fields(self) if f.name.startswith("moe_")]
+        given = [key.name for key in keys if getattr(self, key.name) != key.default]
+        todo = "leave it out, or choose mlp=moe"
+        return [(name, f"has no effect with mlp={self.mlp}", todo) for name in given]
 
     def _problems_of_scaling(self) -> list[Problem]:
         """Return the broken rules of positions among values that are each allowed."""
@@ -277,6 +303,13 @@ class ModelConfig:
         return round(self.sizes.head_dim * self.rope_fraction)
 
     @property
+    def expert_width(self) -> int:
+        """The width of an expert of a mixture. Raises ValueError like resolved()."""
+        width = self.resolved().moe_width
+        assert width is not None, "a config without experts"
+        return width
+
+    @property
     def original_length(self) -> float:
         """The sequence length before scaling, for yarn. Raises ValueError like resolved()."""
         return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
@@ -286,11 +319,14 @@ class ModelConfig:
         width = self.width or WIDTH_PER_LAYER * (self.depth or 0)
         num_heads = self.num_heads or max(1, width // HEAD_DIM)
         gated = -(-8 * width // (3 * 64)) * 64
+        mlp_width = self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width)
+        active = self.moe_top_k + self.moe_shared
         return replace(
             self,
             num_layers=self.num_layers or self.depth,
             width=width,
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads or num_heads,
-            mlp_width=self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width),
+            mlp_width=mlp_width,
+            moe_width=self.moe_width or (mlp_width // active if self.mlp == "moe" else None),
         )

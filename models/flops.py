@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs import MIXERS, MLPS, Part
+from forescale.models.costs import MIXERS, MLPS, Part, moe
 from forescale.models.costs.record import Shapes
 
 
@@ -27,11 +27,17 @@ class Counts:
     blocks: int  # all layers
     non_embedding: int  # blocks and final norm: Kaplan's N
     head: int  # the matrix that makes the logits, even if it is the token table (tied)
+    active: int  # total without the experts that a token does not use: all, but for a mixture
 
     @property
     def blocks_and_head(self) -> int:
-        """The parameters that a token is multiplied by: the N whose 6N is nearest to the FLOPs."""
+        """The hidden matrices and the head: but for experts, what a token is multiplied by."""
         return self.blocks + self.head
+
+    @property
+    def active_blocks_and_head(self) -> int:
+        """The parameters that a token is multiplied by: the N whose 6N is nearest to the FLOPs."""
+        return self.blocks_and_head - (self.total - self.active)
 
 
 def count(config: ModelConfig) -> Counts:
@@ -41,13 +47,15 @@ def count(config: ModelConfig) -> Counts:
     layers = (layer_shapes(config, i) for i in range(s.num_layers))
     blocks = sum(prod(shape) for layer in layers for shape in layer.values())
     norm = sum(size for name, size in outer.items() if name.startswith("norm."))
+    total = sum(outer.values()) + blocks
     return Counts(
-        total=sum(outer.values()) + blocks,
+        total=total,
         embedding=outer["embedding.weight"],
         position=outer.get("position.weight", 0),
         blocks=blocks,
         non_embedding=blocks + norm,
         head=outer["embedding.weight"],
+        active=total - _sum(config, lambda part: part.idle(config)),
     )
 
 
@@ -65,13 +73,15 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
 
 
 def flops_6n(config: ModelConfig) -> int:
-    """Return 6N FLOPs of one token, N = blocks + head (Kaplan et al. 2020, 2.1): no attention."""
-    return 6 * count(config).blocks_and_head
+    """Return 6N FLOPs of one token, N = blocks + head (Kaplan et al. 2020, 2.1): no attention, and
+    of a mixture only the experts that a token uses."""
+    return 6 * count(config).active_blocks_and_head
 
 
 def parts_of(config: ModelConfig, layer: int) -> dict[str, Part]:
     """Return the parts of a block by name, in the order of the forward pass."""
-    return {"mixer": MIXERS[config.mixers[layer]], "mlp": MLPS[config.mlp]}
+    mlp = moe.part_of(config, layer) if config.mlp == "moe" else MLPS[config.mlp]
+    return {"mixer": MIXERS[config.mixers[layer]], "mlp": mlp}
 
 
 def layers_of(config: ModelConfig) -> list[dict[str, Part]]:
@@ -131,6 +141,7 @@ def matrices(config: ModelConfig) -> set[str]:
         others = {f"{name}.{inner}" for name, part in parts for inner in part.not_muon}
         inside = layer_shapes(config, i).items()
         named = {name for name, shape in inside if len(shape) == 2 and name not in others}
+        named |= {f"{name}.{inner}" for name, part in parts for inner in part.stacked}
         found |= {f"blocks.{i}.{name}" for name in named}
     return found
 

@@ -9,22 +9,24 @@ from forescale.models.parametrization import scales
 
 
 class MLP(nn.Module):
-    """(B, L, D) -> (B, L, D) through mlp_width.
+    """(..., D) -> (..., D) through mlp_width, or `width` where it is given.
 
     swiglu: down(silu(gate(x)) * up(x)), Shazeer 2020 (arXiv 2002.05202).
     geglu:  down(gelu(gate(x)) * up(x)), the same paper; the tanh approximation, as Gemma.
     gelu:   down(gelu(up(x))) with the tanh approximation, as GPT-2 was trained.
     relu2:  down(relu(up(x))^2), So et al. 2021 (Primer, arXiv 2109.08668).
+    moe:    swiglu: a dense layer of a mixture, and its shared experts (models/moe.py).
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width: int | None = None):
         super().__init__()
         s, scale = config.sizes, scales(config)
-        self.kind = config.mlp
+        self.kind = "swiglu" if config.mlp == "moe" else config.mlp
+        inner = width or s.mlp_width
         if self.kind in ("swiglu", "geglu"):
-            self.gate = Linear(s.width, s.mlp_width, config.bias, scale.hidden_std)
-        self.up = Linear(s.width, s.mlp_width, config.bias, scale.hidden_std)
-        self.down = Linear(s.mlp_width, s.width, config.bias, scale.writing_std)
+            self.gate = Linear(s.width, inner, config.bias, scale.hidden_std)
+        self.up = Linear(s.width, inner, config.bias, scale.hidden_std)
+        self.down = Linear(inner, s.width, config.bias, scale.writing_std)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         up_BLF = self.up(x_BLD)

@@ -128,7 +128,13 @@ def factors(config: ModelConfig) -> dict[str, Factors]:
     by_name = {c.of: c for c in classes}
     parts = [part for layer in layers_of(config) for part in layer.values()]
     shared = {module for part in parts for module in part.per_head}
-    return {name: by_name[_class_of(name, shape, shared)] for name, shape in shapes(config).items()}
+    stacked = tuple(f".{name}" for part in parts for name in part.stacked)
+
+    def class_of(name: str, shape: tuple[int, ...]) -> str:
+        is_stack = len(shape) == 3 and name.endswith(stacked)
+        return "hidden" if is_stack else _class_of(name, shape, shared)
+
+    return {name: by_name[class_of(name, shape)] for name, shape in shapes(config).items()}
 
 
 def folds(config: ModelConfig) -> dict[str, float]:

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from forescale.models.balance import Routing, Tallies, penalty_of, until_last_target
 from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
 from forescale.models.flops import layers_of, parts_of
+from forescale.models.grouped import GroupedLinear
 from forescale.models.init import Linear
 from forescale.models.loss import capped, window_losses
 from forescale.models.mixers.context import Context
@@ -71,6 +73,9 @@ class Block(nn.Module):
     """(B, L, D) -> (B, L, D): mixer and MLP, each with its norms, added to the residual stream.
 
     pre: x + f(norm(x)). post: x + norm(f(x)), as OLMo 2. sandwich: x + norm(f(norm(x))), as Gemma.
+
+    With experts (is_routed) it returns the Routing too: as an output, because what is computed
+    again for the backward pass then counts once.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0):
@@ -83,18 +88,25 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config) if before else None
         self.mlp = module_of(parts["mlp"])(config)
         self.mlp_post_norm = make_norm(config) if after else None
+        self.is_routed = parts["mlp"].is_routed
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = scales(config).residual
 
-    def forward(self, x_BLD: Tensor, *context: Any) -> Tensor:
+    def forward(self, x_BLD: Tensor, *context: Any) -> Any:
         """Return the output of the block. context: the fields of a Context, as separate arguments.
 
         Activation checkpointing tracks only tensors that are direct arguments.
         """
-        y_BLD = self.mixer(_normed(self.mixer_norm, x_BLD), Context(*context))
+        own, routing = Context(*context), ()
+        y_BLD = self.mixer(_normed(self.mixer_norm, x_BLD), own)
         x_BLD = self._add(x_BLD, _normed(self.mixer_post_norm, y_BLD))
-        y_BLD = self.mlp(_normed(self.mlp_norm, x_BLD))
-        return self._add(x_BLD, _normed(self.mlp_post_norm, y_BLD))
+        y_BLD = _normed(self.mlp_norm, x_BLD)
+        if self.is_routed:
+            y_BLD, routing = self.mlp(y_BLD, own.counted)
+        else:
+            y_BLD = self.mlp(y_BLD)
+        x_BLD = self._add(x_BLD, _normed(self.mlp_post_norm, y_BLD))
+        return (x_BLD, *routing) if self.is_routed else x_BLD
 
     def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         return torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
@@ -121,6 +133,8 @@ class Transformer(nn.Module):
         self.takes_mask = any(part["mixer"].takes_mask for part in layers_of(config))
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else Vocabulary(config)
+        routed = sum(parts["mlp"].is_routed for parts in layers_of(config))
+        self.tallies = Tallies(routed, config.moe_experts, config.moe_top_k) if routed else None
 
     def forward(
         self,
@@ -143,14 +157,26 @@ class Transformer(nn.Module):
         tokens and padding mask are then those of the new columns. Padding is on the left, and there
         are no documents.
         Returns, without targets: logits (B, L, V). With targets: losses (B,) fp32, each window's
-        sum of cross-entropy in nats over its targets; with z_loss (losses, penalty), where penalty
-        is a scalar, summed over all targets, for the training objective only.
+        sum of cross-entropy in nats over its targets; with z_loss, or in training with losses that
+        balance experts, (losses, penalty), where penalty is a scalar, summed over all targets, for
+        the training objective only.
         Raises ValueError if a sequence is longer than the learned position table, and for a cache
         with documents or of a model that is not causal.
         """
-        x_BLD = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache)
+        counted_BL = padding_mask_BL
+        tallies = self.tallies if self.training else None
+        if tallies is not None and targets_BL is not None:
+            counted_BL = until_last_target(targets_BL, padding_mask_BL)
+        x_BLD, routings = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
         head = self.embedding if self.head is None else self.head
-        return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
+        if targets_BL is None:
+            return head(x_BLD)
+        found = head(x_BLD, targets_BL)
+        if tallies is None:
+            return found
+        tallies.add(routings)
+        losses_B, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        return losses_B, penalty + penalty_of(routings, targets_BL)
 
     def new_cache(self) -> Cache:
         """Return an empty cache, for one batch of rows."""
@@ -162,8 +188,9 @@ class Transformer(nn.Module):
         padding_mask_BL: Tensor | None,
         documents_BL: Tensor | None,
         cache: Cache | None,
-    ) -> Tensor:
-        """Return the input of the head: (B, L) -> (B, L, D)."""
+        counted_BL: Tensor | None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Return the input of the head, (B, L) -> (B, L, D), and the routing of the experts."""
         real, starts = padding_mask_BL, None
         memories: list[Memory | None] = [None] * len(self.blocks)
         if cache is not None:
@@ -176,13 +203,16 @@ class Transformer(nn.Module):
         positions = positions_of(columns, tokens_BL.device, real, starts)
         x_BLD, turn = self._embedded(tokens_BL, positions)
         mask = self._mask(positions, real, starts, tokens_BL.shape[1], x_BLD.dtype)
-        context = Context(turn, mask, starts, real)
+        context, routings = Context(turn, mask, starts, real, counted=counted_BL), []
         for block, memory in zip(self.blocks, memories, strict=True):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, *context, use_reentrant=False)
+                out = checkpoint(block, x_BLD, *context, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, *context._replace(memory=memory))
-        return self.norm(x_BLD)
+                out = block(x_BLD, *context._replace(memory=memory))
+            x_BLD = out[0] if block.is_routed else out
+            if block.is_routed:
+                routings.append(Routing(*out[1:]))
+        return self.norm(x_BLD), routings
 
     def _embedded(self, tokens_BL: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
@@ -232,8 +262,28 @@ class Transformer(nn.Module):
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""
-        linear = (name for name, module in self.named_modules() if isinstance(module, Linear))
+        kinds = (Linear, GroupedLinear)
+        linear = (name for name, module in self.named_modules() if isinstance(module, kinds))
         return {f"{name}.weight" for name in linear}
+
+    def counters(self) -> Tensor | None:
+        """Return the counts of training forward passes; see trainer/train/model.py."""
+        return None if self.tallies is None else self.tallies.counts
+
+    def counted(self, totals: Tensor) -> None:
+        """Take the counts of the whole step, over all micro-batches and ranks."""
+        if self.tallies is not None:
+            self.tallies.totals = totals
+
+    def updated(self) -> None:
+        """Follow the optimizer's update: move the biases of the experts' choice."""
+        if self.tallies is not None and self.config.moe_bias_speed:
+            layers = [block.mlp for block in self.blocks if block.is_routed]
+            self.tallies.move_biases(layers)  # type: ignore[arg-type]
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the experts' load in the step; nothing without experts."""
+        return {} if self.tallies is None else self.tallies.metrics()
 
     def optimizer_factors(self) -> dict[str, Factors]:
         """Return multipliers of AdamW's settings by parameter name; see parametrization.py."""

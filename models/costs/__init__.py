@@ -7,7 +7,7 @@ modules read the record; nothing else in the project knows the part. Invariant: 
 because plans run on login nodes.
 """
 
-from forescale.models.costs import attention, gated_deltanet, lstm, mingru, mlp
+from forescale.models.costs import attention, gated_deltanet, lstm, mingru, mlp, moe
 from forescale.models.costs.record import Part
 
 MIXERS: dict[str, Part] = {
@@ -21,6 +21,7 @@ MLPS: dict[str, Part] = {
     "geglu": mlp.GEGLU,
     "gelu": mlp.GELU,
     "relu2": mlp.RELU2,
+    "moe": moe.MOE,
 }
 
 __all__ = ["MIXERS", "MLPS", "Part"]

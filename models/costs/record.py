@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
+Problem = tuple[str, str, str]  # field, what is wrong, what to do
 
 
 def _nothing(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
@@ -21,6 +22,14 @@ def _nothing(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
 
 def _none_again(config: "ModelConfig", length: int) -> int:
     return 0
+
+
+def _no_idle(config: "ModelConfig") -> int:
+    return 0
+
+
+def _no_problems(config: "ModelConfig") -> list[Problem]:
+    return []
 
 
 def _no_folds(config: "ModelConfig", scores: float) -> dict[str, float]:
@@ -54,10 +63,14 @@ class Part:
         multiplier `scores` of attention scores (parametrization, rule 6).
     not_muon: the matrices inside that are not of init.Linear, by parameter name, such as the gates
         of several kinds in one matrix.
+    stacked: the parameters that are a matrix for each expert, (E, out, in): Muon takes each matrix.
+    idle: config -> the parameters that one token does not use, such as other tokens' experts.
+    problems: config -> the broken rules of its own keys, as ModelConfig.problems has them.
     takes_mask: the mixer reads context.mask; without such a mixer no mask is built.
     takes_future: the mixer lets a token see later ones where config.causal is false.
     takes_alibi: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
         that it may have alibi's biases (alibi.biased_mask).
+    is_routed: the MLP's forward takes (x_BLD, real_BL) and returns (y_BLD, moe.Routing).
     is_gated: the MLP has three matrices; its default width is 2/3 of that of an MLP with two.
     """
 
@@ -71,10 +84,14 @@ class Part:
     per_head: tuple[str, ...] = ()
     folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
     not_muon: tuple[str, ...] = ()
+    stacked: tuple[str, ...] = ()
+    idle: Callable[["ModelConfig"], int] = _no_idle
+    problems: Callable[["ModelConfig"], list[Problem]] = _no_problems
     takes_mask: bool = True
     takes_future: bool = False
     takes_alibi: bool = False
     is_gated: bool = False
+    is_routed: bool = False
 
 
 def linear(name: str, inputs: int, outputs: int, bias: bool) -> Shapes:

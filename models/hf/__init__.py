@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
+from forescale.models.hf import experts
 from forescale.models.hf.families import FAMILIES, GAINS_BESIDE_ONE
 from forescale.models.hf.positions import positions_from_hf, positions_to_hf, require
 from forescale.models.parametrization import folds
@@ -80,7 +81,7 @@ def _renamed(
     family: str, config: ModelConfig, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     names = _names(family, config)
-    for name, tensor in _fused(state) if family == "gpt2" else _items(state):
+    for name, tensor in _FORMS.get(family, _items)(state):
         module, leaf = name.rsplit(".", 1)
         if family in GAINS_BESIDE_ONE and module.endswith("norm"):
             tensor = tensor - 1
@@ -119,6 +120,8 @@ def from_hf(hf_config: dict[str, Any], hf_state: State) -> tuple[ModelConfig, St
         state[f"{ours[module]}.{leaf}"] = tensor
     if missing := set(ours.values()) - {name.rpartition(".")[0] for name in state}:
         raise ValueError(f"the weights of {', '.join(sorted(missing))} are missing.")
+    if family in experts.FITS:
+        return config, experts.stacked(state)
     return config, _split(state) if family == "gpt2" else state
 
 
@@ -131,8 +134,17 @@ def _names(family: str, config: ModelConfig) -> dict[str, str]:
     return outer | {
         f"blocks.{i}.{ours}": f"{f.layer.format(i)}.{theirs}"
         for i in range(config.sizes.num_layers)
-        for ours, theirs in f.inner.items()
+        for ours, theirs in _inner(family, config, i).items()
     }
+
+
+def _inner(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
+    """Return our module within a block -> theirs, for one layer."""
+    inner = FAMILIES[family].inner
+    if family not in experts.FITS:
+        return inner
+    own = {ours: theirs for ours, theirs in inner.items() if not ours.startswith("mlp.")}
+    return own | experts.names(family, config, layer)
 
 
 def _is_gpt2_matrix(name: str, tensor: Tensor) -> bool:
@@ -149,6 +161,9 @@ def _fused(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             parts = [state[name.replace(".query.", f".{part}.")] for part in ("key", "value")]
             name, tensor = name.replace(".query.", ".qkv."), torch.cat([tensor, *parts])
         yield name, tensor.T.contiguous() if _is_gpt2_matrix(name, tensor) else tensor
+
+
+_FORMS = {"gpt2": _fused} | dict.fromkeys(experts.FITS, experts.unstacked)
 
 
 def _split(state: State) -> State:
@@ -202,6 +217,7 @@ def _hf_config(family: str, c: ModelConfig) -> dict[str, Any]:
             "attention_bias": c.bias,
             "mlp_bias": c.bias,
         }
+        | experts.experts_to_hf(family, c)
     )
     return found | _gemma_config(c, found) if family == "gemma3_text" else found
 
@@ -263,14 +279,13 @@ def _our_config(family: str, hf: dict[str, Any]) -> ModelConfig:
     require(not hf.get("use_sliding_window"), "use_sliding_window")
     bias = bool(hf.get("attention_bias", False))
     require(bias == bool(hf.get("mlp_bias", False)), "attention_bias without mlp_bias")
-    return replace(
-        base,
-        bias=bias,
-        num_layers=hf["num_hidden_layers"],
-        width=width,
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        mlp_width=hf["intermediate_size"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        **positions_from_hf(hf),
-    ).resolved()
+    sizes = {
+        "num_layers": hf["num_hidden_layers"],
+        "width": width,
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "mlp_width": hf["intermediate_size"],
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+    }
+    sizes |= positions_from_hf(hf) | experts.experts_from_hf(family, hf)
+    return replace(base, bias=bias, **sizes).resolved()

@@ -23,7 +23,8 @@ class Context(NamedTuple):
     that take it receive, mask is (B or 1, H, L, S) and has a bias for a visible key
     (alibi.biased_mask). starts (B, S): the column at which each token's document begins. real (B,
     S): False at padding. memory: the layer's part of the cache, in which a mixer finds what it kept
-    of earlier columns and keeps what it needs of these.
+    of earlier columns and keeps what it needs of these. counted (B, L): the tokens that count for
+    the balance of experts; None: all.
     """
 
     rotation: Rotation | None = None
@@ -31,6 +32,7 @@ class Context(NamedTuple):
     starts: Tensor | None = None
     real: Tensor | None = None
     memory: Memory | None = None
+    counted: Tensor | None = None
 
 
 def continued(x_BLD: Tensor, context: Context) -> Tensor:

@@ -29,6 +29,7 @@ VARIANTS = [
     for p, n, m, b, q, g, t in product(
         POSITIONS, NORMS, MLPS, (False, True), (False, True), (None, 1), (False, True)
     )
+    if not (m == "moe" and b)  # experts have no biases
 ]
 
 VARIANTS += [
@@ -53,7 +54,9 @@ def test_parameters_of_every_variant():
         assert counts.blocks == under("blocks.")
         assert counts.non_embedding == under("blocks.") + under("norm.")
         assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
-        assert flops_6n(config) == 6 * (counts.blocks + counts.head)
+        idle = counts.total - counts.active
+        assert (idle > 0) == (config.mlp == "moe")
+        assert flops_6n(config) == 6 * (counts.blocks + counts.head - idle)
 
 
 def test_shapes_are_those_of_the_model_in_its_order():
@@ -72,14 +75,20 @@ def counted(config, B, L):
     """
     model, x = Transformer(config), torch.zeros(B, L, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(x, x).sum().backward()
+        objective(model(x, x)).backward()
     return counter.get_total_flops()
 
 
+def objective(output):
+    """The sum of losses, and of a penalty if there is one."""
+    losses, penalty = output if isinstance(output, tuple) else (output, 0.0)
+    return losses.sum() + penalty
+
+
 def test_flops_of_every_choice_exactly():
-    """Every eleventh variant: that meets every pair of choices."""
+    """Every thirteenth variant: that meets every pair of choices."""
     B, L = 2, 16
-    for config in [*VARIANTS[:-4:11], *VARIANTS[-4:]]:
+    for config in [*VARIANTS[:-4:13], *VARIANTS[-4:]]:
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 
@@ -126,9 +135,9 @@ def saved(config, dtype, B=2, documents=False):
     # oneDNN's LSTM keeps a workspace of its own.
     plain = torch.backends.mkldnn.flags(enabled=config.mixer != "lstm")
     with plain, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = model(x, x, documents_BL=x if documents else None)
+        total = objective(model(x, x, documents_BL=x if documents else None))
     found = sum(storage.nbytes() for storage in kept.values())
-    assert losses.requires_grad  # the graph was alive until now
+    assert total.requires_grad  # the graph was alive until now
     return found
 
 
@@ -151,6 +160,10 @@ CHANGES = [
     dict(attention_gate="head"),
     dict(attention_gate="channel", logit_softcap=30.0),
     dict(mixer="gated_deltanet"),
+    dict(mlp="moe"),
+    dict(mlp="moe", moe_z_loss=0.0, moe_renormalise=False, moe_width=96, moe_dense_layers=1),
+    dict(mlp="moe", moe_scores="sigmoid", moe_experts=16, moe_top_k=4, moe_shared=1, moe_width=64),
+    dict(mlp="moe", moe_capacity=1.5),
     dict(activation_checkpointing=True),
     dict(loss_chunk=0),
     dict(loss_chunk=64),

@@ -91,9 +91,9 @@ class Engine:
         on all ranks alike. before_update: receives the batch and the losses before the update.
         """
         losses = self.backward(batch)
-        extra = self.metrics()
         self.mark("norm")
         loss, norm = self.measure(losses, batch.targets)
+        extra = self.metrics()
         if before_update is not None:
             before_update(batch, losses)
         # In fp16 DeepSpeed handles an overflow: it lowers the loss scale and skips the update.
@@ -104,6 +104,8 @@ class Engine:
         clipped = self.clip is not None and norm > self.clip
         self.mark("update")
         applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0)
+        if applied and self._counters() is not None:
+            self.module.updated()  # type: ignore[operator]
         self.has_stepped = True
         return Facts(losses, norm, applied, extra)
 
@@ -120,6 +122,8 @@ class Engine:
         scale = self.world.size / batch.targets * self.layout.backward_scale
         if self.disturb is not None:
             scale *= self.disturb(batch.step + 1, self.module)
+        if (counters := self._counters()) is not None:
+            counters.zero_()
         losses = []
         for micro in batch.micro:
             self.seed_for(batch.step, micro.index)
@@ -132,6 +136,11 @@ class Engine:
             self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
             losses.append(total.detach().float())
         return torch.stack(losses)
+
+    def _counters(self) -> Tensor | None:
+        """Return the model's own `counters()`; None without such a method."""
+        own = getattr(type(self.module), "counters", None)
+        return None if own is None else own(self.module)
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Return the numbers of the model's own `metrics()`, detached; none without such a method.
@@ -157,16 +166,22 @@ class Engine:
 
     def measure(self, losses: Tensor, targets: int) -> tuple[float, float]:
         """Return the step's mean loss per target and the global L2 norm of the averaged gradient,
-        after one all-reduce of two numbers.
+        after one all-reduce of two numbers, and of the model's counters, which it is then told.
 
         They are not finite if a loss or gradient isn't. In fp16 the loss scale is divided out.
         """
+        counters = self._counters()
         with torch.no_grad():
             square = fp32_square_sum(self.layout.gradients(), self.world.device).double()
             pair = torch.stack([square, losses.sum().to(self.world.device, torch.float64)])
         if self.layout.replicated:
             pair[0] /= self.world.size  # every rank holds the complete gradient
-        square_sum, loss_sum = self.world.sum(pair).tolist()
+        if counters is not None:  # fp64 holds integers up to 2^53
+            pair = torch.cat([pair, counters.flatten().double()])
+        sums = self.world.sum(pair)
+        if counters is not None:
+            self.module.counted(sums[2:].long().view_as(counters))  # type: ignore[operator]
+        square_sum, loss_sum = sums[:2].tolist()
         return loss_sum / targets, math.sqrt(square_sum) / self.layout.loss_scale
 
     def apply(self, multiplier: float, factor: float = 1.0) -> bool:

@@ -21,6 +21,12 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
         after its last micro-batch. metrics.jsonl holds them as `extra.NAME`, the mean over ranks.
         The names must be the same on all ranks at every step. Return what forward has stored, not
         a function of parameters: stage 3 partitions them. A tensor costs no synchronisation.
+    counters() -> int64 tensor or None, optional: what training forward passes have counted, of the
+        same shape on all ranks, not persistent. The engine zeroes it before a step. After the last
+        micro-batch counted(totals) receives the sum over micro-batches and ranks, exact below 2^53,
+        before metrics() is called; updated() is called after the optimizer's update, but not if the
+        update was dropped. Both are needed with counters(). State that depends on it is best a
+        persistent integer buffer, which checkpoints hold and no precision rounds.
 """
 
 from typing import Any

@@ -28,11 +28,12 @@ def _orthogonalisation(shape: Sequence[int]) -> float:
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
-    rows, columns = shape[0], 1
-    for size in shape[1:]:
+    matrices = shape[0] if len(shape) == 3 else 1  # one for each expert
+    rows, columns = shape[len(shape) == 3], 1
+    for size in shape[1 + (len(shape) == 3) :]:
         columns *= size
     m, n = min(rows, columns), max(rows, columns)
-    return _NEWTON_SCHULZ * (4 * m * m * n + 2 * m**3)
+    return matrices * _NEWTON_SCHULZ * (4 * m * m * n + 2 * m**3)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""The costs and the rules of a mixture of experts; its module is models/moe.py."""
+
+from typing import TYPE_CHECKING
+
+from forescale.models.costs.mlp import SWIGLU
+from forescale.models.costs.record import Part, Problem, Shapes, linear
+
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
+
+SCORES = ("softmax", "sigmoid")
+_INNER = ("gate", "up")  # from width to moe_width; "down" leads back
+
+
+def part_of(config: "ModelConfig", layer: int) -> Part:
+    """Return the record of the MLP of a layer: the first moe_dense_layers are dense."""
+    return SWIGLU if layer < config.moe_dense_layers else MOE
+
+
+def _shapes(config: "ModelConfig") -> Shapes:
+    width, e, inner = config.sizes.width, config.moe_experts, config.expert_width
+    found: Shapes = {"router.weight": (e, width)}
+    found |= {f"{name}.weight": (e, inner, width) for name in _INNER}
+    found["down.weight"] = (e, width, inner)
+    if config.moe_shared:
+        for name in _INNER:
+            found |= linear(f"shared.{name}", width, config.moe_shared * inner, False)
+        found |= linear("shared.down", config.moe_shared * inner, width, False)
+    return found
+
+
+def _expert(config: "ModelConfig") -> int:
+    """Return the parameters of one expert."""
+    return 3 * config.sizes.width * config.expert_width
+
+
+def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+    """Return the FLOPs of the router and of the experts that a token uses, the shared ones too.
+
+    A capacity changes nothing here: as for MFU, neither places without a token are counted, nor are
+    dropped tokens subtracted.
+    """
+    active = config.moe_top_k + config.moe_shared
+    return 2 * (active * _expert(config) + config.moe_experts * config.sizes.width)
+
+
+def _idle(config: "ModelConfig") -> int:
+    return (config.moe_experts - config.moe_top_k) * _expert(config)
+
+
+def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+    """Return the bytes that router, rows and experts keep of a token.
+
+    Router, in fp32: its input where it isn't, probabilities, and logits for the z-loss; a number a
+    token for each of that loss's log Z, the token's share of the means, and the sum of sigmoid
+    scores. Pair of token and expert: weight and its divisor, three numbers (int64) of where it is,
+    and the expert's output. Row of an expert, of which a capacity makes more: its input, gate,
+    silu(gate), up, and the product of the last two.
+    """
+    c, s, b, k = config, config.sizes, bytes_per_value, config.moe_top_k
+    has_loss = c.moe_z_loss > 0 or c.moe_balance_loss > 0
+    has_sum = c.moe_scores == "sigmoid"
+    router = 4 * c.moe_experts * (1 + (c.moe_z_loss > 0)) + (4 * s.width if b < 4 else 0)
+    router += 4 * ((c.moe_z_loss > 0) + has_loss + has_sum)
+    pairs = k * (16 + b + b * s.width) + (4 * k + 4 if c.moe_renormalise else 0)
+    row = 8 + b * (s.width + 4 * c.expert_width)
+    rows = k * (c.moe_capacity or 1.0) * row
+    return int(router + pairs + rows) + 4 * b * c.moe_shared * c.expert_width
+
+
+def _problems(c: "ModelConfig") -> list[Problem]:
+    """Return the broken rules of the keys moe_*, for a mixture of experts."""
+    found: list[Problem] = []
+
+    def add(name: str, what: str, todo: str) -> None:
+        found.append((f"moe_{name}", what, todo))
+
+    if c.moe_experts < 2:
+        add("experts", f"{c.moe_experts} is no mixture", "give at least 2, or choose mlp=swiglu")
+    elif not 1 <= c.moe_top_k <= c.moe_experts:
+        what = f"a token can't use {c.moe_top_k} of {c.moe_experts} experts"
+        add("top_k", what, f"give 1 to {c.moe_experts}")
+    if c.moe_width is not None and c.moe_width < 1:
+        add("width", f"{c.moe_width} is not a size", "give at least 1")
+    for name in ("shared", "dense_layers"):
+        value = getattr(c, f"moe_{name}")
+        if value < 0:
+            add(name, f"{value} is not a count", "give 0 or more")
+    if c.moe_scores not in SCORES:
+        add("scores", f"unknown value {c.moe_scores!r}", f"choose from {', '.join(SCORES)}")
+    for name in ("balance_loss", "z_loss", "bias_speed", "capacity"):
+        value = getattr(c, f"moe_{name}")
+        if not 0 <= value < float("inf"):
+            add(name, f"{value} must be 0 or more", "give 0 to switch it off")
+    if 0 < c.moe_capacity < 1:
+        what = f"{c.moe_capacity} leaves tokens without a place even where all experts are alike"
+        add("capacity", what, "give 1 or more, such as 1.25, or 0 to drop nothing")
+    if c.moe_bias_speed and c.moe_scores == "softmax":
+        what = "a bias of the choice is on the scale of sigmoid scores"
+        add("bias_speed", what, "choose moe_scores=sigmoid, or give 0")
+    if c.moe_top_k == 1 and c.moe_renormalise:
+        what = "the score of the only expert becomes 1, and the router learns nothing"
+        add("renormalise", what, "set it to false, or give moe_top_k=2 or more")
+    if c.bias:
+        found.append(("bias", "experts have no biases", "set it to false, or choose another mlp"))
+    return found
+
+
+def problems_of_sizes(given: "ModelConfig", c: "ModelConfig") -> list[Problem]:
+    """Return the broken rules among the sizes of a mixture: c is `given` with its sizes set."""
+    found: list[Problem] = []
+    active = c.moe_top_k + c.moe_shared
+    if given.moe_width is None and (c.mlp_width or 0) % active:
+        what = f"{active} experts a token do not divide mlp_width {c.mlp_width}"
+        found.append(("moe_width", what, "give it"))
+    if c.moe_dense_layers >= (c.num_layers or 1):
+        what = f"{c.moe_dense_layers} dense layers of {c.num_layers} leave no mixture"
+        found.append(("moe_dense_layers", what, "give fewer, or choose mlp=swiglu"))
+    return found
+
+
+MOE = Part(
+    module="forescale.models.moe.MixtureOfExperts",
+    shapes=_shapes,
+    flops=_flops,
+    activation_bytes=_activation_bytes,
+    writes=("down", "shared.down"),
+    not_muon=("router.weight",),
+    stacked=("gate.weight", "up.weight", "down.weight"),
+    idle=_idle,
+    problems=_problems,
+    is_gated=True,
+    is_routed=True,
+)

@@ -1,0 +1,109 @@
+"""Experts in Hugging Face's formats, Mixtral and Qwen3-MoE, to and from ours.
+
+Invariant: the files have a tensor for each expert, as the published ones, which transformers 4 and
+5 load; ours has all experts of a layer in one.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forescale.models.config import ModelConfig
+from forescale.models.hf.positions import require
+
+_EXPERTS = {"mlp": "moe", "bias": False, "moe_scores": "softmax", "moe_shared": 0}
+FITS: dict[str, dict[str, Any]] = {
+    "mixtral": _EXPERTS | {"qk_norm": False, "moe_renormalise": True, "moe_dense_layers": 0},
+    "qwen3_moe": _EXPERTS | {"qk_norm": True},
+}
+_MATRICES = ("gate", "up", "down")
+_STACK = re.compile(r"(.*\.mlp\.(?:gate|up|down))\.(\d+)\.weight")
+
+
+def names(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
+    """Return our name -> theirs for the modules of a layer's MLP, each expert a module."""
+    if layer < config.moe_dense_layers:
+        return {f"mlp.{matrix}": f"mlp.{matrix}_proj" for matrix in _MATRICES}
+    is_mixtral = family == "mixtral"
+    inside = "block_sparse_moe" if is_mixtral else "mlp"
+    theirs = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+    return {"mlp.router": f"{inside}.gate"} | {
+        f"mlp.{matrix}.{e}": f"{inside}.experts.{e}.{name}"
+        for e in range(config.moe_experts)
+        for matrix, name in zip(_MATRICES, theirs, strict=True)
+    }
+
+
+def unstacked(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights, the matrix of each expert under a name of its own."""
+    for name in state:
+        tensor = state[name]
+        if tensor.dim() != 3:
+            yield name, tensor
+            continue
+        module, _, leaf = name.rpartition(".")
+        for e, matrix in enumerate(tensor):
+            yield f"{module}.{e}.{leaf}", matrix.clone()  # a file holds no views
+
+
+def stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of unstacked."""
+    found: dict[str, Any] = {}
+    for name, tensor in state.items():
+        if match := _STACK.fullmatch(name):
+            found.setdefault(f"{match[1]}.weight", {})[int(match[2])] = tensor
+        else:
+            found[name] = tensor
+    return {
+        name: torch.stack([value[e] for e in sorted(value)]) if isinstance(value, dict) else value
+        for name, value in found.items()
+    }
+
+
+def experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
+    """Return the keys of experts in config.json; none for a family without."""
+    if family == "mixtral":
+        return {
+            "num_local_experts": c.moe_experts,
+            "num_experts_per_tok": c.moe_top_k,
+            "intermediate_size": c.expert_width,
+            "sliding_window": None,
+        }
+    if family == "qwen3_moe":
+        return {
+            "num_experts": c.moe_experts,
+            "num_experts_per_tok": c.moe_top_k,
+            "moe_intermediate_size": c.expert_width,
+            "norm_topk_prob": c.moe_renormalise,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(range(c.moe_dense_layers)),
+        }
+    return {}
+
+
+def experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of ModelConfig: the inverse of experts_to_hf.
+
+    mlp_width, which Mixtral has no place for and does not use, follows the rule for moe_width.
+    Raises ValueError for a variant that we don't compute.
+    """
+    if family not in FITS:
+        return {}
+    top_k = hf.get("num_experts_per_tok", 2 if family == "mixtral" else 8)
+    number = hf.get("num_experts", hf.get("num_local_experts", 8 if family == "mixtral" else 128))
+    found: dict[str, Any] = {"moe_experts": number, "moe_top_k": top_k}
+    if family == "mixtral":
+        require(hf.get("sliding_window") is None, "sliding_window")
+        width = hf["intermediate_size"]
+        return found | {"moe_width": width, "mlp_width": top_k * width}
+    dense = list(hf.get("mlp_only_layers") or [])
+    require(hf.get("decoder_sparse_step", 1) == 1, "decoder_sparse_step")
+    require(dense == list(range(len(dense))), "mlp_only_layers")
+    return found | {
+        "moe_width": hf["moe_intermediate_size"],
+        "moe_renormalise": hf.get("norm_topk_prob", False),
+        "moe_dense_layers": len(dense),
+    }
