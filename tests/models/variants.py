@@ -26,7 +26,7 @@ def build(position, norm, mlp, qk_norm, num_kv_heads, **more) -> Transformer:
         norm=norm,
         mlp=mlp,
         qk_norm=qk_norm,
-        bias=norm == "layernorm",
+        bias=norm == "layernorm" and mlp != "moe",
         init_std=0.3,  # large enough that a leak could not hide in rounding
     )
     return Transformer(config).eval()

@@ -68,9 +68,12 @@ def _model(plan: Plan) -> list[str]:
     tied = plan.job.model.tie_embeddings if hasattr(plan.job.model, "tie_embeddings") else False
     if tied:
         parts[-1] += " (tied: counted once)"
+    has_experts = kinds.get("active", kinds["total"]) < kinds["total"]
     whole = per_token.full * plan.job.total_steps * plan.job.tokens_per_step
     lines = [
-        f"{kinds['total']:,} parameters" + (": " + ", ".join(parts) if parts else ""),
+        f"{kinds['total']:,} parameters"
+        + (f", {kinds['active']:,} active for a token" if has_experts else "")
+        + (": " + ", ".join(parts) if parts else ""),
         f"{_flops(per_token.full)} per token (causal {_flops(per_token.causal)}, 6N "
         f"{_flops(per_token.six_n)}), {_work(whole)} in total; "
         f"{_flops(per_token.recomputed)} per token recomputed",

@@ -25,7 +25,7 @@ from forescale.storage import read_json, write_json
 
 GENESIS = "0" * 64  # stands for the hash of the file before the first forecast
 SAME = 0.01  # two runs are the same point if log N and log D differ by less than this
-_SIZES = ("blocks_and_head", "non_embedding", "total")  # conventions of N
+_SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
 _STUDIES = Path("studies")
 _TODO = (
     "give the path of a forecast, such as studies/tiny/forecasts/0003.json, or STUDY/ID, such as "

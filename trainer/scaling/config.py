@@ -184,8 +184,10 @@ class StudyJob(Job):
         "continued, and the loss off the optimum; law: the fitted law; auto: level, if three "
         "budgets have three sizes or more",
     )
-    size: Literal["blocks_and_head", "non_embedding", "total"] = key(
-        "blocks_and_head", "which parameters N counts, for our own runs"
+    size: Literal["blocks_and_head", "non_embedding", "total", "active"] = key(
+        "blocks_and_head",
+        "which parameters N counts, for our own runs; active: all but the experts that a token "
+        "does not use",
     )
     cost: Literal["causal", "full", "6nd"] = key(
         "causal", "how C is counted, for our own runs: causal or full attention, or 6 N D"

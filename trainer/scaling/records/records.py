@@ -38,7 +38,7 @@ from forescale.storage import hash_file, read_json
 
 __all__ = ["Refused"]
 
-SIZES = ("blocks_and_head", "non_embedding", "total")  # conventions of N
+SIZES = ("blocks_and_head", "non_embedding", "total", "active")  # conventions of N
 COSTS = ("causal", "full", "6nd")  # conventions of C
 # Columns that must be equal in all runs of a study: otherwise losses are not comparable.
 HELD = ("vocab_size", "sequence_length", "tokenizer", "parametrization", "loss_definition")
@@ -46,7 +46,7 @@ HELD = ("vocab_size", "sequence_length", "tokenizer", "parametrization", "loss_d
 RECIPE = ("optimizer", "learning_rate", "weight_decay", "batch_tokens", "schedule", "warmup_steps",
           "decay_steps", "precision", "width", "layers", "parametrization", "data")  # fmt: skip
 EXTRA = ("trunk", "budget", "name", "seed", "init_seed")  # further columns of a table
-_N = tuple(f"parameters_{name}" for name in (*SIZES, "active"))
+_N = tuple(f"parameters_{name}" for name in SIZES)
 _C = tuple(f"flops_{name}" for name in COSTS)
 # Columns of numbers that a fit reads.
 _NUMERIC = {*COLUMNS, "budget", *_N, *_C}
@@ -58,10 +58,10 @@ def record(run: Run) -> dict[str, Any] | Refused:
 
     Losses are held-out, in nats per token, of the last complete evaluation, with standard errors
     over its windows (sequences). Sizes are in parameters, costs in FLOPs of training.
-    `parameters_active` are all parameters, because no model here is a mixture of experts. `seconds`
-    are wall-clock time over all attempts, waits between them included; `device_hours` are the hours
-    of each launch times its ranks; `mfu` is that of the median step. A branch has its own seconds,
-    but its tokens include the trunk's.
+    `parameters_active` are all parameters but the experts that a token does not use; 6N counts the
+    blocks and head among them. `seconds` are wall-clock time over all attempts, waits between them
+    included; `device_hours` are the hours of each launch times its ranks; `mfu` is that of the
+    median step. A branch has its own seconds, but its tokens include the trunk's.
     """
     status = Status(run)
     job = status.job
@@ -84,7 +84,6 @@ def record(run: Run) -> dict[str, Any] | Refused:
     return {
         "name": run.name,
         **{f"parameters_{n}": getattr(sizes, n) for n in SIZES},
-        "parameters_active": sizes.total,
         "flops_causal": last["tokens"] * flops_per_token(job.model, length, causal=True),
         "flops_full": last["tokens"] * flops_per_token(job.model, length),
         "flops_6nd": last["tokens"] * flops_6n(job.model),

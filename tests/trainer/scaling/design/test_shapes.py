@@ -84,7 +84,7 @@ def test_impossible_sizes_are_refused():
     with pytest.raises(UserError, match="vocab_size"):
         Family(PLAIN, None, 256)
     with pytest.raises(UserError, match="no convention"):
-        Family(PLAIN, 512, 256, "active")
+        Family(PLAIN, 512, 256, "none-such")
     with pytest.raises(UserError, match="smaller vocabulary"):
         Family(PLAIN, 50_304, 256, "total").solve(1e5)
     for wrong in (0.0, -1.0, math.nan, math.inf):

@@ -36,7 +36,7 @@ def test_a_record_has_every_convention(run):
     assert row["parameters_blocks_and_head"] == sizes.blocks + sizes.head
     assert row["parameters_total"] == sizes.total
     assert row["parameters_non_embedding"] == sizes.non_embedding
-    assert row["parameters_active"] == sizes.total, "no model here is a mixture of experts"
+    assert row["parameters_active"] == sizes.active == sizes.total, "it has no experts"
     assert row["tokens"] == job.total_steps * job.tokens_per_step
     assert row["learning_rate"] == job.optimizer.learning_rate
     assert row["loss"] > 0
