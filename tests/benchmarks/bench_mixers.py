@@ -5,7 +5,7 @@
 
 Speeds are of eager fp32, mixers in turns. Each mixer is trained with every learning rate, and its
 best is shown: one seed, so a small difference means nothing. The first mixer is what the others
-are compared with. The picture is runs/mixers.svg. About a minute a mixer on two idle cores.
+are compared with. The picture is runs/mixers.svg. Some minutes on two cores that do nothing else.
 """
 
 import tempfile
@@ -146,10 +146,10 @@ def _losses(sizes: Sizes) -> tuple[list[Panel], list[Result]]:
     buckets = {name: [b.loss for b in run.positions] for name, run in best.items()}
     places = [(b.first, b.last) for b in best[sizes.mixers[0]].positions]
     panels = [
-        Panel("held-out loss, nats a token", "FLOPs of training", spent, loss, is_log=False),
+        Panel("held-out loss, nats a token", "FLOPs of training", spent, loss),
         Panel(
             f"loss by position, trained with {length} tokens", "position",
-            [(first + last) / 2 for first, last in places], buckets, length, is_log=False,
+            [(first + last) / 2 for first, last in places], buckets, length,
         ),
     ]  # fmt: skip
 

@@ -14,21 +14,23 @@ COLOURS = (
 
 @dataclass(frozen=True)
 class Panel:
-    """lines: the ys of each mixer at xs. mark: an x that deserves a line, such as the trained
-    length, and 0 for none."""
+    """lines: the ys of each mixer at xs. mark: an x that gets a line, such as the trained length;
+    0: none."""
 
     title: str
     across: str
     xs: Sequence[float]
     lines: Mapping[str, Sequence[float]]
     mark: float = 0
-    is_log: bool = True  # the ys
 
 
 def draw(panels: Sequence[Panel], output: Path) -> None:
-    """Write the panels, three a row, on logarithmic axes; the same numbers give the same bytes."""
+    """Write the panels, three a row; the same numbers give the same bytes.
+
+    xs are logarithmic, and ys where they span more than a factor of 30.
+    """
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "forescale"
+    matplotlib.rcParams |= {"svg.hashsalt": "forescale", "svg.fonttype": "none"}
     from matplotlib import pyplot as plt
 
     rows = -(-len(panels) // 3)
@@ -36,8 +38,15 @@ def draw(panels: Sequence[Panel], output: Path) -> None:
     for at, panel in zip(axes.flat, panels, strict=False):
         for colour, (name, ys) in zip(COLOURS, panel.lines.items(), strict=False):
             at.plot(panel.xs, ys, ".-", color=colour, lw=1.2, label=name)
-        at.set_xscale("log", base=2 if min(panel.xs) < 1e6 else 10)
-        if panel.is_log:
+        is_count = max(panel.xs) < 1e6  # of tokens
+        at.set_xscale("log", base=2 if is_count else 10)
+        if is_count:
+            at.xaxis.set_major_formatter("{x:,.0f}")
+        else:
+            at.set_xticks(panel.xs, [f"{x:.1e}" for x in panel.xs])
+            at.minorticks_off()
+        every = [y for ys in panel.lines.values() for y in ys]
+        if max(every) > 30 * min(every):
             at.set_yscale("log")
         if panel.mark:
             at.axvline(panel.mark, color="#b8b8b8", lw=0.8)
