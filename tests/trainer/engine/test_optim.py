@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forescale.config.duration import Duration
-from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.optimizer import OPTIMIZERS, OptimizerConfig
 from forescale.config.sections.training import ScheduleConfig
 from forescale.engine.optim import (
     build_optimizer,
@@ -32,6 +32,11 @@ def schedules(draw):
 
 def curve(schedule, total):
     return [learning_rate(schedule, t, total, TOKENS) for t in range(total)]
+
+
+def test_muon_orthogonalises_the_matrix_of_each_expert():
+    flops = OPTIMIZERS["muon"].matrices.flops
+    assert flops((5, 8, 6)) == 5 * flops((8, 6)) != flops((8, 30))
 
 
 @given(schedules())

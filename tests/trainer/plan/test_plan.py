@@ -48,6 +48,22 @@ def test_page_of_a_large_job(forescale, small_data):
     assert max(map(len, out.splitlines())) < 300
 
 
+def test_experts_that_a_token_does_not_use_are_told_apart(forescale, small_data, planned):
+    data = ["data=dataset", f"data.path={small_data}"]
+    code, out, err = forescale("plan", *data, *SHORT, "model.mlp=moe", "plan.gpus=1")
+    assert (code, err) == (0, "")
+    total, active = (int(n.replace(",", "")) for n in re.findall(r"([\d,]{7,}) (?:para|act)", out))
+    assert total > 1.4 * active
+    _, dense, _ = planned(*SHORT, "plan.gpus=1")
+    _, sparse, _ = planned(*SHORT, "model.mlp=moe", "plan.gpus=1")
+    assert sparse["parameters"]["active"] == active
+    routers = active - dense["parameters"]["total"]
+    assert 0 < routers < 0.01 * active, "by the rule, a token meets as many weights as without"
+    code, out, err = forescale("plan", *data, *SHORT, "model.mlp=moe", "model.moe_top_k=9")
+    assert code == 2
+    assert "model.moe_top_k: a token can't use 9 of 8 experts" in err
+
+
 def test_json_contains_the_whole_plan(planned):
     code, plan, _ = planned(*BIG, BATCH, "engine=zero2", "plan.nodes=8", "train.micro_batch=4")
     assert code == 0
