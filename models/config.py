@@ -88,17 +88,20 @@ class ModelConfig:
     rope_scaling: str = "none"  # none | ntk | yarn: models/positions/rope_scaling.py
     rope_factor: float = 1.0  # ntk, yarn: new length / original length
     rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
-    rope_fraction: float = 1.0  # part of each head that rotates; the rest has no position
+    # The part of each head that rotates; the rest has no position. None: all, with latent half.
+    rope_fraction: float | None = None
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_placement: str = "pre"  # pre | post | sandwich: before a part, after it (OLMo 2), or both
     norm_eps: float = 1e-6  # added to the variance in norms
-    # How tokens exchange information: attention | gated_deltanet | lstm | mingru
+    # How tokens exchange information: attention | gated_deltanet | latent | lstm | mingru
     mixer: str = "attention"
     # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
     # empty: `mixer` in each layer.
     mixer_pattern: list[str] = field(default_factory=list)
     delta_value_dim: int | None = None  # gated_deltanet: width of a value head; None: head width
     delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
+    latent_rank: int | None = None  # latent: width of what is cached; None: 4 heads, half the width
+    latent_query_rank: int | None = None  # latent: width of the queries' latent; None: no latent
     causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
     mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2 | moe: experts, models/moe.py
     moe_experts: int = 8  # moe: experts of a layer (Mixtral: 8)
@@ -159,11 +162,17 @@ class ModelConfig:
         elif full.position == "rotary" and width // num_heads % 2:
             what = f"rotary position needs even heads, not {width // num_heads} wide"
             found.append(("num_heads", what, "choose another num_heads or position"))
-        elif full.position == "rotary" and width // num_heads * self.rope_fraction % 2:
-            what = f"{self.rope_fraction:g} of {width // num_heads} is not an even number"
+        elif full.position == "rotary" and width // num_heads * (full.rope_fraction or 1) % 2:
+            what = f"{full.rope_fraction:g} of {width // num_heads} is not an even number"
             found.append(("rope_fraction", what, "choose one that gives an even part of a head"))
         elif full.rope_scaling == "ntk" and width // num_heads < 4:
             found.append(("num_heads", "ntk needs heads of at least 4", "choose fewer heads"))
+        if self._halves_rotation and self.rope_fraction == 1:
+            what = "mixer latent needs a part of each head that does not rotate"
+            found.append(("rope_fraction", what, "give less than 1, or leave it out"))
+        if self._has_latent and (self.latent_rank or 0) >= 2 * width:
+            what = f"{self.latent_rank} does not compress keys and values, {2 * width} a token"
+            found.append(("latent_rank", what, "give less, or leave it out"))
         if num_heads % num_kv_heads:
             what = f"{num_kv_heads} do not divide {num_heads} heads"
             found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
@@ -187,8 +196,9 @@ class ModelConfig:
         found: list[Problem] = []
         sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
         bases = ("base_width", "base_depth", "delta_value_dim", "delta_conv")
+        ranks = ("latent_rank", "latent_query_rank")
         lengths = ("max_sequence_length", "rope_original_length")
-        for name in (*sizes, "vocab_size", *lengths, *bases):
+        for name in (*sizes, "vocab_size", *lengths, *bases, *ranks):
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append((name, f"{value} is not a size", "give at least 1"))
@@ -213,7 +223,7 @@ class ModelConfig:
         for name in ("z_loss", "loss_chunk", "logit_softcap"):
             if not getattr(self, name) >= 0:
                 found.append((name, "must not be negative", "give 0 to switch it off"))
-        if not 0 < self.rope_fraction <= 1:
+        if self.rope_fraction is not None and not 0 < self.rope_fraction <= 1:
             found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))
         if not 0 <= self.dropout < 1:
             found.append(("dropout", f"{self.dropout} is not a probability below 1", "give 0 to 1"))
@@ -244,7 +254,7 @@ class ModelConfig:
         if self.position == "alibi" and not self.causal:
             todo = "choose another position"
             found.append(("position", "alibi's biases are for causal models", todo))
-        if self.rope_fraction != 1 and self.position != "rotary":
+        if self.rope_fraction not in (None, 1) and self.position != "rotary":
             todo = "leave it out, or choose position=rotary"
             found.append(("rope_fraction", f"{self.position} positions don't rotate", todo))
         if self.scale_embedding and self.position == "sinusoidal":
@@ -300,7 +310,7 @@ class ModelConfig:
     @property
     def rotary_width(self) -> int:
         """The part of each head that rotates: head_dim * rope_fraction."""
-        return round(self.sizes.head_dim * self.rope_fraction)
+        return round(self.sizes.head_dim * (self._sized().rope_fraction or 1))
 
     @property
     def expert_width(self) -> int:
@@ -313,6 +323,14 @@ class ModelConfig:
     def original_length(self) -> float:
         """The sequence length before scaling, for yarn. Raises ValueError like resolved()."""
         return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
+
+    @property
+    def _has_latent(self) -> bool:
+        return "latent" in (self.mixer_pattern or [self.mixer])
+
+    @property
+    def _halves_rotation(self) -> bool:
+        return self._has_latent and self.position == "rotary"
 
     def _sized(self) -> "ModelConfig":
         """Apply the rule of the class docstring; needs depth, or num_layers and width."""
@@ -328,5 +346,6 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads or num_heads,
             mlp_width=mlp_width,
+            rope_fraction=self.rope_fraction or (0.5 if self._halves_rotation else 1.0),
             moe_width=self.moe_width or (mlp_width // active if self.mlp == "moe" else None),
         )

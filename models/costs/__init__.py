@@ -7,12 +7,13 @@ modules read the record; nothing else in the project knows the part. Invariant: 
 because plans run on login nodes.
 """
 
-from forescale.models.costs import attention, gated_deltanet, lstm, mingru, mlp, moe
+from forescale.models.costs import attention, gated_deltanet, latent, lstm, mingru, mlp, moe
 from forescale.models.costs.record import Part
 
 MIXERS: dict[str, Part] = {
     "attention": attention.ATTENTION,
     "gated_deltanet": gated_deltanet.GATED_DELTANET,
+    "latent": latent.LATENT,
     "lstm": lstm.LSTM,
     "mingru": mingru.MINGRU,
 }

@@ -28,15 +28,20 @@ def gates(config: "ModelConfig") -> int:
     return config.sizes.num_heads if config.attention_gate == "head" else config.sizes.width
 
 
-def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
-    """Return the FLOPs of the matrices, the scores, and their product with the values.
+def scores_flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+    """Return the FLOPs of one token's scores, and of their product with the values.
 
-    The last two take 2 * width FLOPs per key each. A token attends to L keys, or in a causal model
-    to exactly (L + 1) / 2 on average.
+    Each takes 2 * width FLOPs per key. A token attends to L keys, or in a causal model to exactly
+    (L + 1) / 2 on average.
     """
     is_half = causal and config.causal
     doubled_keys = sequence_length + 1 if is_half else 2 * sequence_length
-    return matrix_flops(_shapes(config)) + 2 * config.sizes.width * doubled_keys
+    return 2 * config.sizes.width * doubled_keys
+
+
+def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+    """Return the FLOPs of the matrices, the scores, and their product with the values."""
+    return matrix_flops(_shapes(config)) + scores_flops(config, sequence_length, causal)
 
 
 def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:

@@ -12,6 +12,33 @@ from forescale.models.parametrization import scales
 from forescale.models.positions.position import rotate
 
 
+def attend(
+    q_BLHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    """Return the weighted means of values, (B, L, H, V), by a flash kernel if one takes these.
+
+    mask: see Context; without one, a query sees all keys or, if causal, those up to its own, and
+    the last query all. G divides H.
+    """
+    y_BHLV = F.scaled_dot_product_attention(
+        q_BLHK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGV.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None and q_BLHK.shape[1] > 1,
+        scale=scale,
+        enable_gqa=k_BSGK.shape[2] != q_BLHK.shape[2],
+    )
+    return y_BHLV.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """(B, L, D) -> (B, L, D); H query heads share G key and value heads (Ainslie et al. 2023,
     arXiv 2305.13245). Query, key and value have separate matrices: Muon orthogonalises each.
@@ -56,17 +83,8 @@ class Attention(nn.Module):
             q_BLHK, k_BLGK = rotate(q_BLHK, rotation), rotate(k_BLGK, rotation)
         if memory is not None:
             k_BLGK, v_BLGK = memory.extend("key", k_BLGK), memory.extend("value", v_BLGK)
-        y_BHLK = F.scaled_dot_product_attention(
-            q_BLHK.transpose(1, 2),
-            k_BLGK.transpose(1, 2),
-            v_BLGK.transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal and mask is None and L > 1,
-            scale=self.scale,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
-        y_BLHK = y_BHLK.transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, self.scale, self.causal, dropout)
         if self.gate is not None:
             y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().view(B, L, self.num_heads, -1)
         return self.output(y_BLHK.reshape(B, L, -1))

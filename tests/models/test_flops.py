@@ -160,6 +160,8 @@ CHANGES = [
     dict(attention_gate="head"),
     dict(attention_gate="channel", logit_softcap=30.0),
     dict(mixer="gated_deltanet"),
+    dict(mixer="latent"),
+    dict(mixer="latent", position="alibi", latent_query_rank=48),
     dict(mlp="moe"),
     dict(mlp="moe", moe_z_loss=0.0, moe_renormalise=False, moe_width=96, moe_dense_layers=1),
     dict(mlp="moe", moe_scores="sigmoid", moe_experts=16, moe_top_k=4, moe_shared=1, moe_width=64),

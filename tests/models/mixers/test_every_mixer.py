@@ -26,6 +26,7 @@ L, V = 12, 37
 SETTINGS: dict[str, dict] = {
     # Its output norm magnifies the rounding of outputs near 0: a query may miss all keys.
     "gated_deltanet": dict(norm_eps=1e-2, delta_value_dim=12),
+    "latent": dict(latent_rank=12, latent_query_rank=20),
 }
 # FLOPs a row and layer that are counted for a whole step, and that torch doesn't need.
 SPARED = {"lstm": 2 * 4 * 32 * 32}  # the gradient of the state before the first token

@@ -1,0 +1,81 @@
+"""The costs of multi-head latent attention; its module is models/mixers/latent.py."""
+
+from typing import TYPE_CHECKING
+
+from forescale.models.costs.attention import scores_flops
+from forescale.models.costs.record import Part, Shapes, linear, matrix_flops
+
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
+
+
+def ranks(config: "ModelConfig") -> tuple[int, int]:
+    """Return the widths of the latent of keys and values, and of that of queries (0: none).
+
+    Rule for the first: 4 * head_dim (DeepSeek-V2, arXiv 2405.04434, section 2.1.4: d_c = 4 d_h),
+    but at most half of the width. Doubt: that is for 128 heads; the second part, for models of
+    fewer than 8 heads, where 4 * head_dim would hardly compress, is ours.
+    """
+    s = config.sizes
+    rank = config.latent_rank or max(1, min(4 * s.head_dim, s.width // 2))
+    return rank, config.latent_query_rank or 0
+
+
+def turning(config: "ModelConfig") -> int:
+    """Return the width of the part of a head that rotates, whose key all heads share."""
+    return config.rotary_width if config.position == "rotary" else 0
+
+
+def _shapes(config: "ModelConfig") -> Shapes:
+    s, bias, (rank, query_rank), found = config.sizes, config.bias, ranks(config), Shapes()
+    if query_rank:
+        found |= linear("query_latent", s.width, query_rank, bias)
+        found["query_norm.weight"] = (query_rank,)
+    found |= linear("query", query_rank or s.width, s.width, bias)
+    found |= linear("latent", s.width, rank, bias)
+    found["latent_norm.weight"] = (rank,)
+    if turning(config):
+        found |= linear("rope_key", s.width, turning(config), bias)
+    found |= linear("key", rank, s.num_heads * (s.head_dim - turning(config)), bias)
+    found |= linear("value", rank, s.width, bias)
+    return found | linear("output", s.width, s.width, bias)
+
+
+def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+    """Return the FLOPs of the matrices and of the scores: keys and values are expanded."""
+    return matrix_flops(_shapes(config)) + scores_flops(config, sequence_length, causal)
+
+
+def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
+    """Return the bytes of queries, keys, values and output, of the output's normaliser in fp32, and
+    of the latents before and after their norms."""
+    s = config.sizes
+    return (
+        4 * bytes_per_value * s.width
+        + 4 * s.num_heads
+        + sum(ranks(config)) * (norm_bytes + bytes_per_value)
+    )
+
+
+def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+    """Return the bytes of the latents and the keys that rotate, of all tokens."""
+    return (ranks(config)[0] + turning(config)) * length * bytes_per_value
+
+
+def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
+    """Return the factor of the module that the scores are linear in."""
+    return {"query": scores}
+
+
+LATENT = Part(
+    module="forescale.models.mixers.latent.LatentAttention",
+    shapes=_shapes,
+    flops=_flops,
+    activation_bytes=_activation_bytes,
+    cache_bytes=_cache_bytes,
+    writes=("output",),
+    per_head=("latent_norm", "query_norm"),
+    folds=_folds,
+    takes_future=True,
+    takes_alibi=True,
+)

@@ -1,0 +1,130 @@
+"""Latent attention against DeepSeek-V3's module; both of its forms; its cache, costs and config."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.costs.latent import ranks
+from forescale.models.flops import cache_bytes
+from forescale.models.mixers.context import Context
+from forescale.models.mixers.latent import LatentAttention, PerHead
+from forescale.models.positions.position import positions_of, rotation
+
+CONFIG = ModelConfig(
+    num_layers=2, width=64, num_heads=4, vocab_size=32, max_sequence_length=64, mixer="latent",
+    latent_rank=24,
+)  # fmt: skip
+
+
+def theirs(config, ours, interleaved):
+    """DeepSeek-V3's module with our weights. It has the rotating part of a head last, keys and
+    values of a head together and, interleaved, the two coordinates of a rotation side by side."""
+    hf = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    s, (rank, query_rank), T = config.sizes, ranks(config), config.rotary_width
+    known = hf.DeepseekV3Config(
+        hidden_size=s.width, num_attention_heads=s.num_heads, num_key_value_heads=s.num_heads,
+        q_lora_rank=query_rank or None, kv_lora_rank=rank, qk_rope_head_dim=T,
+        qk_nope_head_dim=s.head_dim - T, v_head_dim=s.head_dim, rope_interleave=interleaved,
+        attention_bias=False, num_hidden_layers=1, max_position_embeddings=64,
+    )  # fmt: skip
+    known._attn_implementation = "eager"
+    order = torch.arange(T).view(2, -1).T.flatten() if interleaved else torch.arange(T)
+    heads = ours.query.weight.unflatten(0, (s.num_heads, -1))
+    last = torch.cat([heads[:, T:], heads[:, :T][:, order]], 1).flatten(0, 1)
+    pair = [m.weight.unflatten(0, (s.num_heads, -1)) for m in (ours.key, ours.value)]
+    state = {
+        "kv_a_proj_with_mqa.weight": torch.cat([ours.latent.weight, ours.rope_key.weight[order]]),
+        "kv_a_layernorm.weight": ours.latent_norm.weight,
+        "kv_b_proj.weight": torch.cat(pair, 1).flatten(0, 1),
+        "o_proj.weight": ours.output.weight,
+        "q_b_proj.weight" if query_rank else "q_proj.weight": last,
+    }
+    if query_rank:
+        state["q_a_proj.weight"] = ours.query_latent.weight
+        state["q_a_layernorm.weight"] = ours.query_norm.weight
+    module = hf.DeepseekV3Attention(known, 0)
+    module.load_state_dict(state)
+    return module, hf.DeepseekV3RotaryEmbedding(known)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("query_rank", [None, 20])
+def test_it_equals_deepseek_v3(query_rank, interleaved):
+    torch.manual_seed(0)
+    config = replace(CONFIG, latent_query_rank=query_rank, init_std=0.2)
+    ours, x = LatentAttention(config), torch.randn(2, 11, 64)
+    torch.nn.init.normal_(ours.latent_norm.weight, 1, 0.1)
+    other, rotary = theirs(config, ours, interleaved)
+    at = positions_of(11, x.device)
+    seen = torch.full((11, 11), -torch.inf).triu(1)[None, None]
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = ours(one, Context(rotation(at, config)))
+    expected, _ = other(two, rotary(two, at[None]), seen)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("position", ["rotary", "alibi", "none"])
+def test_absorbed_matrices_give_the_same_as_expanded_keys(position, bias, monkeypatch):
+    torch.manual_seed(0)
+    config = replace(CONFIG, position=position, bias=bias, init_std=0.2)
+    model, tokens = Transformer(config).eval(), torch.randint(0, 32, (2, 40))
+    for module in model.modules():
+        if isinstance(module, PerHead) and bias:
+            module.bias.normal_()
+    used = []
+    absorbed = LatentAttention._absorbed
+    monkeypatch.setattr(
+        LatentAttention, "_absorbed", lambda *given: (used.append(1), absorbed(*given))[1]
+    )
+    real = torch.ones(2, 40, dtype=torch.bool)
+    real[1, :3] = False
+    whole, cache = model(tokens, padding_mask_BL=real), model.new_cache()
+    assert not used
+    pieces = zip(tokens.split([20, 1, 5, 14], 1), real.split([20, 1, 5, 14], 1), strict=True)
+    found = [model(piece, padding_mask_BL=mask, cache=cache) for piece, mask in pieces]
+    assert len(used) == 2 * 3, "not for the first 20 tokens, which are more than a head is wide"
+    torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_holds_the_latent_and_one_key_alone():
+    published = ModelConfig(
+        num_layers=1, width=8192, num_heads=64, vocab_size=32, max_sequence_length=64,
+        mixer="latent",
+    )  # fmt: skip
+    assert ranks(published) == (512, 0), "DeepSeek-V2's width for heads of 128"
+    assert cache_bytes(published, 10) == (512 + 64) * 10 * 2
+    plain = replace(published, mixer="attention")
+    assert cache_bytes(plain, 10) / cache_bytes(published, 10) > 28
+    assert ranks(replace(CONFIG, latent_rank=None))[0] == 32, "half of the width, for few heads"
+
+
+def test_keys_and_values_start_as_large_as_attentions():
+    torch.manual_seed(0)
+    config = replace(CONFIG, width=512, num_heads=8, latent_rank=64, latent_query_rank=128)
+    mixer, x = LatentAttention(config), torch.randn(1, 200, 512)
+    latent = mixer.latent_norm(mixer.latent(x))
+    plain = Transformer(replace(config, mixer="attention", num_layers=1)).blocks[0].mixer
+    expected = plain.value(x).std().item()
+    assert mixer.value(latent).std().item() == pytest.approx(expected, rel=0.1)
+    assert mixer.key(latent).std().item() == pytest.approx(expected, rel=0.1)
+    assert mixer._queries(x, Context()).std().item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(rope_fraction=1.0), r"rope_fraction: mixer latent needs .* leave it out"),
+        (dict(latent_rank=128), r"latent_rank: 128 does not compress"),
+        (dict(latent_query_rank=0), r"latent_query_rank: 0 is not a size"),
+    ],
+)
+def test_what_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        replace(CONFIG, **change).resolved()
