@@ -184,6 +184,9 @@ class TrainJob(Job):
         if getattr(self.model, "causal", False) and self.objective.spec.sees_both_sides:
             what = f"objective {self.objective.kind} is for a model that sees both sides"
             found.append(("model.causal", what, "write model.causal=false"))
+        if self.data.document_mask and self.objective.kind == "seq2seq":
+            what = "source and target of seq2seq have the documents of a window, not their own"
+            found.append(("data.document_mask", what, "leave it out"))
         if self.data.packing == "best_fit" and not self.objective.is_next_token:
             what = (
                 f"best_fit counts next tokens, not the targets of objective {self.objective.kind}"

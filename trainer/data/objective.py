@@ -19,8 +19,11 @@ class Objective(Protocol):
     tokenizer's. For held-out text it is made with seed 0, so that all runs are scored on the same
     examples.
 
-    An attribute hides_padding = True is needed if its model sees later tokens: where a window ends
-    early, the model is then told so, by padding_mask_BL (see stream.MicroBatch).
+    These are optional. padding_mask(sizes): bool of (n, L), False where a row has no token, or None
+    if the model needn't know; needed if the model sees later tokens. window_length: the tokens of a
+    window, less one, if not the run's sequence_length, which is the L of the examples. extra_ids:
+    the number of ids in the examples beyond the tokenizer's vocabulary; the model has room for
+    them.
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:
@@ -34,6 +37,16 @@ class Objective(Protocol):
         drawn (for held-out text, its number in the split). Positions without a target are IGNORED;
         inputs beyond a window's end are 0.
         """
+
+
+def window_length(objective: Objective, sequence_length: int) -> int:
+    """Return the L of the windows of L + 1 tokens that an objective takes."""
+    return getattr(objective, "window_length", sequence_length)
+
+
+def extra_ids(objective: Objective) -> int:
+    """Return the number of ids that an objective adds beyond the tokenizer's vocabulary."""
+    return getattr(objective, "extra_ids", 0)
 
 
 class NextToken:

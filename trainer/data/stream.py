@@ -31,8 +31,8 @@ class MicroBatch:
     tokens: torch.Tensor  # (micro_batch, L) int64
     targets: torch.Tensor  # (micro_batch, L) int64, IGNORED if there is none
     documents: torch.Tensor | None = None  # (micro_batch, L) int32, with document_mask
-    # (micro_batch, L) bool, False beyond a window's end; only where one ends early, and only for a
-    # model that sees later tokens (hides_padding of the objective).
+    # (micro_batch, L) bool, False where a row has no token; only where a window ends early, and
+    # only with an objective whose model must know (its padding_mask).
     padding_mask: torch.Tensor | None = None
 
     def arguments(self, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
@@ -212,7 +212,7 @@ def _validation_micro_batch(
     pair = objective.examples(tokens, lengths, windows)
     pair[1, len(places) :] = IGNORED
     inputs, targets = torch.from_numpy(pair)
-    hidden = _padding_mask(lengths, shape[1], objective)
+    hidden = _padding_mask(lengths, objective)
     return MicroBatch(index, inputs, targets, _document_numbers(numbers), hidden)
 
 
@@ -225,16 +225,15 @@ def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> lis
     for i, first in enumerate(range(0, len(inputs), share.micro_batch)):
         part = slice(first, first + share.micro_batch)
         own = None if documents is None else documents[part]
-        hidden = _padding_mask(rows.sizes[part], inputs.shape[1], objective)
+        hidden = _padding_mask(rows.sizes[part], objective)
         found.append(MicroBatch(share.first + i, inputs[part], targets[part], own, hidden))
     return found
 
 
-def _padding_mask(sizes: np.ndarray, length: int, objective: Objective) -> torch.Tensor | None:
+def _padding_mask(sizes: np.ndarray, objective: Objective) -> torch.Tensor | None:
     """Return what MicroBatch has of windows of `sizes` tokens: (n,) -> (n, L) or None."""
-    if not getattr(objective, "hides_padding", False) or (sizes > length).all():
-        return None
-    return torch.from_numpy(np.arange(length) < sizes[:, None] - 1)
+    found = own(sizes) if (own := getattr(objective, "padding_mask", None)) else None
+    return None if found is None else torch.from_numpy(found)
 
 
 def _document_numbers(documents: np.ndarray | None) -> torch.Tensor | None:

@@ -16,8 +16,8 @@ def summarize(started: Start) -> None:
     """Print the summary of a complete run."""
     run, objective = started.run, started.job.objective
     scores = read_rows(run.metrics, kind="validation")
-    if objective.spec.sees_both_sides:
-        _summarize_encoder(run.name, scores, objective.spec.targets)
+    if not objective.spec.continues_text:
+        _summarize_other(run.name, scores, objective.spec.targets)
         return
     if scores:
         newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
@@ -39,8 +39,8 @@ def summarize(started: Start) -> None:
     )
 
 
-def _summarize_encoder(name: str, scores: list[dict], targets: str) -> None:
-    """Print the last scores of an encoder, which compare with no compressor: it writes no text."""
+def _summarize_other(name: str, scores: list[dict], targets: str) -> None:
+    """Print the last scores of a model that continues no text: they compare with no compressor."""
     for dataset, row in {row["dataset"]: row for row in scores}.items():
         print(
             f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of {targets}."

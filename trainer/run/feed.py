@@ -12,7 +12,7 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
-from forescale.data.objective import NEXT_TOKEN, Objective
+from forescale.data.objective import NEXT_TOKEN, Objective, extra_ids, window_length
 from forescale.data.order import Order
 from forescale.data.packing_table import Bins, open_bins
 from forescale.errors import UserError
@@ -24,7 +24,9 @@ def feed_of(job: TrainJob, sources: Sources, skipped: Sequence[Interval] = ()) -
     """Return the training feed of a settled job. Raises UserError if a source has no window, or the
     run would read it more often than data.max_epochs allows."""
     bins = _bins(job, sources) if job.data.packing == "best_fit" else {}
-    mixture = _mixture(job, sources, bins)
+    objective = objective_of(job, sources.vocab_size)
+    length = window_length(objective, job.train.sequence_length)
+    mixture = _mixture(job, sources, bins, length)
     _check_epochs(job, mixture)
     return Feed(
         sources.split("train"),
@@ -34,7 +36,7 @@ def feed_of(job: TrainJob, sources: Sources, skipped: Sequence[Interval] = ()) -
         substitute=job.data.damaged == "substitute",
         documents=job.data.document_mask,
         bins=bins,
-        objective=objective_of(job, sources.vocab_size),
+        objective=objective,
         seed=job.train.seed,
     )
 
@@ -51,10 +53,16 @@ def objective_of(job: TrainJob, vocab_size: int, held_out: bool = False) -> Obje
     length, seed = job.train.sequence_length, 0 if held_out else job.train.seed
     offered = {"seed": seed, "vocab_size": vocab_size, "sequence_length": length}
     made = make("objective", job.objective.made_with, **offered)
-    if not (getattr(job.model, "causal", True) or getattr(made, "hides_padding", False)):
+    if not (getattr(job.model, "causal", True) or hasattr(made, "padding_mask")):
         what = "its class does not hide padding, which a model with model.causal=false would see"
-        raise UserError("objective._target_", what, "give the class hides_padding = True")
+        raise UserError("objective._target_", what, "give the class a method padding_mask")
     return made
+
+
+def vocabulary_of(job: TrainJob, vocab_size: int) -> int:
+    """Return the ids that a job's model must have: the tokenizer's vocab_size, and those that the
+    objective adds."""
+    return vocab_size + extra_ids(objective_of(job, vocab_size))
 
 
 def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:
@@ -81,11 +89,11 @@ def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
     }
 
 
-def _mixture(job: TrainJob, sources: Sources, bins: dict[str, Bins]) -> Mixture:
+def _mixture(job: TrainJob, sources: Sources, bins: dict[str, Bins], length: int) -> Mixture:
     seed, orders = job.train.seed, {}
     for name, split in sources.split("train").items():
         own = _own_seed(seed, name) if sources.is_mixture else seed
-        length, block = job.train.sequence_length, job.data.shuffle_shards
+        block = job.data.shuffle_shards
         try:
             orders[name] = Order(split.shard_tokens, length, own, block, bins.get(name))
         except UserError as e:

@@ -22,7 +22,7 @@ from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import LostMember
-from forescale.data.objective import Objective
+from forescale.data.objective import Objective, window_length
 from forescale.data.stream import Batch, StepShare, stream
 from forescale.engine.build import device_name, peak_flops
 from forescale.engine.selfcheck import SelfCheck
@@ -85,6 +85,10 @@ class Builder:
     def objective(self) -> Objective:
         """What counts as a target, of the scores and of the rows."""
         return objective_of(self.job, self.sources.vocab_size, held_out=True)
+
+    @property
+    def _window_length(self) -> int:
+        return window_length(self.objective, self.job.train.sequence_length)
 
     def parts(self, attempt: Attempt, point: ResumePoint) -> Parts:
         """Return the parts of an attempt that begins at `point`. Every rank calls it."""
@@ -163,8 +167,8 @@ class Builder:
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
         prices = prices_of(job, self.model)
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
-            length = job.train.sequence_length
-            each = length / int(self.objective.num_targets(np.array([length + 1]))[0])
+            size = np.array([self._window_length + 1])
+            each = job.train.sequence_length / int(self.objective.num_targets(size)[0])
             prices = {convention: each * flops for convention, flops in prices.items()}
         return Metrics(
             attempt,
@@ -214,7 +218,7 @@ class Builder:
                 self.engine.losses,
                 split,
                 self.sources.token_bytes,
-                sequence_length=job.train.sequence_length,
+                sequence_length=self._window_length,
                 micro_batch=job.train.micro_batch,
                 windows=None if complete else job.validation.windows,
                 documents=job.data.document_mask,

@@ -28,8 +28,9 @@ class Score:
     tokenizers: an end-of-text token costs its bits and counts no bytes. targets, bytes, windows:
     how many were scored.
 
-    With masked tokens as objective all this is of the targets alone, about 15 % of the text, each
-    predicted from the tokens on both sides that the fixed masks of held-out text leave. Then bits
+    With masked tokens or spans as objective all this is of the targets alone, about 15 % of the
+    text, each predicted from the tokens on both sides that the fixed masks of held-out text leave
+    (a span's sentinel costs its bits and counts no bytes). Then bits
     per byte are not the size of a compressed text, and perplexity is a pseudo-perplexity (Salazar
     et al. 2020, arXiv 1910.14659, who mask one token at a time). They compare encoders with equal
     keys of `objective`, and never an encoder with a causal model.
@@ -76,7 +77,8 @@ def evaluate(
         mark("evaluation")
         sums = losses(micro).double().cpu()
         real = micro.targets != IGNORED
-        bytes_ = torch.from_numpy(token_bytes)[micro.targets.clamp(min=0)] * real
+        has_text = real & (micro.targets < len(token_bytes))  # unlike ids that an objective adds
+        bytes_ = torch.from_numpy(token_bytes)[micro.targets * has_text] * has_text
         rows = zip(sums.tolist(), real.sum(1).tolist(), bytes_.sum(1).tolist(), strict=True)
         mine += [(micro.index, i, *row) for i, row in enumerate(rows) if row[1]]
     mark("summary")

@@ -11,8 +11,8 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
         documents: the number of each token's document in its window, nondecreasing. A token must
         then attend to its own document alone, at positions that count from the document's first
         token in the window.
-        padding_mask_BL=None, too, only with objective.kind=masked, in micro-batches in which a
-        window ends early: bool, False for what no other token may see.
+        padding_mask_BL=None, too, only with objective.kind=masked or seq2seq, in micro-batches in
+        which a window ends early: bool, False for what no other token may see.
     muon_parameters() -> names, optional: the matrices for Muon; see engine.optim.parameter_groups.
     optimizer_factors() -> {name: models.parametrization.Factors}, optional: what AdamW's learning
         rate, weight decay and eps are multiplied with, and the name of the parameter's class.
@@ -40,6 +40,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count, flops_6n, flops_per_token
+from forescale.run.feed import vocabulary_of
 
 
 def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
@@ -53,7 +54,7 @@ def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
         from forescale.models import Transformer
 
         return Transformer(job.model)
-    whole = vocab_size + job.objective.spec.extra_ids
+    whole = vocabulary_of(job, vocab_size)
     return _build_target(job.model, whole, job.train.sequence_length)
 
 

@@ -110,7 +110,7 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
     shape = (job.train.micro_batch, job.train.sequence_length)
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")
     more = {"documents_BL": ids.int()} if job.data.document_mask else {}
-    if job.objective.spec.sees_both_sides:
+    if not job.objective.spec.continues_text:
         more["padding_mask_BL"] = ids.bool()
     try:
         with torch.no_grad(), torch.device("meta"):

@@ -1,13 +1,15 @@
 """`forescale eval`: score a trained model on a dataset, in comparison with compressors."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from forescale.checkpoint.reader import Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
 from forescale.data.dataset import Dataset
+from forescale.data.objective import window_length
 from forescale.data.prepare import baselines
-from forescale.errors import DONE
+from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
 from forescale.progress import shown
 from forescale.run.feed import objective_of
@@ -36,26 +38,31 @@ def main(arguments: list[str]) -> int:
     datasets = datasets_of(view, job.data)
     trained = view.config.train.sequence_length
     length = job.sequence_length or trained
+    if length != trained and view.config.objective.kind == "seq2seq":
+        what = "rows of seq2seq have the length of the training"
+        raise UserError("sequence_length", what, "leave it out")
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
     model = model.to(best_device())
+    scored = replace(view.config, train=replace(view.config.train, sequence_length=length))
     for dataset in datasets.values():
+        objective = objective_of(scored, dataset.vocab_size, held_out=True)
         with shown() as progress:
             found = score(
                 model,
                 dataset,
                 job.split,
-                sequence_length=length,
+                sequence_length=window_length(objective, length),
                 micro_batch=job.micro_batch,
                 windows=job.windows,
                 documents=view.config.data.document_mask,
-                objective=objective_of(view.config, dataset.vocab_size, held_out=True),
+                objective=objective,
                 progress=progress,
             )
         _print(job, view, checkpoint.position, dataset, found)
         if job.sequence_length is None:
             continue
-        if view.config.objective.spec.sees_both_sides:
-            print("\nNo loss by position: an encoder sees the tokens on both sides of each target.")
+        if not view.config.objective.spec.continues_text:
+            print("\nNo loss by position: a target here is predicted from tokens on both sides.")
             continue
         with shown() as progress:
             buckets = loss_by_position(
@@ -66,7 +73,7 @@ def main(arguments: list[str]) -> int:
                 edges=edges_of(length, trained),
                 windows=job.windows,
                 documents=view.config.data.document_mask,
-                objective=objective_of(view.config, dataset.vocab_size, held_out=True),
+                objective=objective,
                 progress=progress,
             )
         _print_buckets(buckets, length, trained, job.rope_scaling)
@@ -90,9 +97,9 @@ def _print(
 ) -> None:
     part = "" if job.windows is None else f", {found.windows:,} windows spread over it"
     objective = view.config.objective
-    is_encoder, targets = objective.spec.sees_both_sides, objective.spec.targets
-    name = "pseudo-perplexity" if is_encoder else "perplexity"
-    of = f" of {targets}; not comparable with a causal model's" if is_encoder else ""
+    is_other, targets = not objective.spec.continues_text, objective.spec.targets
+    name = "pseudo-perplexity" if is_other else "perplexity"
+    of = f" of {targets}; not comparable with a causal model's" if is_other else ""
     print(
         f"Run {view.name}, step {position.step:,} ({position.tokens:,} tokens), in fp32, on the "
         f"{job.split} split of {dataset.where}{part}\n"
@@ -103,7 +110,7 @@ def _print(
         f"  {targets:<14} {found.targets:,}\n"
         f"  bytes          {found.bytes:,}"
     )
-    if is_encoder:
+    if is_other:
         return
     if job.split == "validation" and (others := baselines.bits_per_byte(dataset.manifest)):
         print("\nCompressors over the whole split, in bits per byte:\n")

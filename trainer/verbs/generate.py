@@ -45,8 +45,10 @@ def main(arguments: list[str]) -> int:
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
     text = _standard_input() if job.prompt == "-" else job.prompt
     view = open_view(job.target or "", job.run.root)
-    if view.config.objective.spec.sees_both_sides:
-        what = f"is an encoder (objective.kind={view.config.objective.kind}), which writes no text"
+    if not view.config.objective.spec.continues_text:
+        what = (
+            f"was trained with objective.kind={view.config.objective.kind}, and continues no text"
+        )
         raise UserError(view.name, what, "score it with `forescale eval`, or name a causal model")
     checkpoint = view.checkpoint(job.step)
     from forescale.inference.sampling import pieces, prompt_ids, sampled

@@ -186,6 +186,8 @@ MASKED = ["objective.kind=masked", "model.causal=false"]
         (["objective.masked_rate=0.3"], "objective.masked_rate", "no such setting"),
         ([*MASKED, "objective.masked_hidden=0.95"], "objective.masked_hidden", "at most 1"),
         ([*MASKED, "objective.masked_rate=0"], "objective.masked_rate", "more than 0"),
+        (["objective.spans_rate=0.3"], "objective.spans_rate", "no such setting"),
+        (["objective.kind=seq2seq", "data.document_mask=true"], "data.document_mask", "leave it"),
         ([*MASKED, "model.mixer=mingru"], "model.causal", "later ones"),
         ([*MASKED, "data.packing=best_fit"], "data.packing", "windows"),
     ],

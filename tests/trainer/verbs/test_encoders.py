@@ -1,4 +1,4 @@
-"""What the verbs do with a run of masked tokens, and what they say that they can't."""
+"""What the verbs do with a run of masked tokens or spans, and what they say that they can't."""
 
 import math
 import re
@@ -44,7 +44,10 @@ def test_the_mask_token_is_the_id_beyond_the_vocabulary(encoder, small_data, tmp
 
 def test_eval_scores_the_fixed_masks(encoder, small_data, forescale):
     dataset, model = open_dataset(small_data), open_run(encoder.path).model()
-    split, objective = dataset.split("validation"), MaskedTokens(dataset.vocab_size, seed=0)
+    split, objective = (
+        dataset.split("validation"),
+        MaskedTokens(dataset.vocab_size, seed=0, sequence_length=LENGTH),
+    )
     nats = targets = size = number = 0
     for shard, tokens in enumerate(split.shard_tokens):
         for start in range(0, tokens - 1, LENGTH):
@@ -70,12 +73,13 @@ def test_eval_scores_the_fixed_masks(encoder, small_data, forescale):
 def test_eval_at_another_length_has_no_table_by_position(encoder, forescale):
     code, out, _ = forescale("eval", encoder.path, "sequence_length=64", "rope_scaling=yarn")
     assert code == 0
-    assert "No loss by position: an encoder sees the tokens on both sides" in out
+    assert "No loss by position: a target here is predicted from tokens on both sides" in out
     assert "nats a token\n" in out
 
 
 @pytest.mark.parametrize(
-    ("verb", "said"), [("generate", "an encoder .* writes no text"), ("export", "causal=False")]
+    ("verb", "said"),
+    [("generate", "objective.kind=masked, and continues no text"), ("export", "causal=False")],
 )
 def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, said):
     code, out, err = forescale(verb, encoder.path)
@@ -113,7 +117,7 @@ class Seeing:
 def test_an_own_objective_of_an_encoder_must_hide_padding(small_data, tmp_path):
     own = [*ENCODER[:3], "model.causal=false", "objective.kind=own"]
     job = make_job(small_data, tmp_path, "a", *own, f"objective._target_={__name__}.Seeing")
-    with pytest.raises(UserError, match="hides_padding = True"):
+    with pytest.raises(UserError, match="a method padding_mask"):
         feed_of(job, open_sources(job.data))
 
 
@@ -129,3 +133,46 @@ def test_a_model_of_a_user_s_own_gets_room_for_the_mask_token(small_data, tmp_pa
     words = ["objective.kind=masked", f"model._target_={__name__}.Own"]
     job = make_job(small_data, tmp_path, "own", *words)
     assert build_model(job, 300).table.num_embeddings == 301
+
+
+SPANS = [*ENCODER[:3], "objective.kind=seq2seq"]
+
+
+@pytest.fixture(scope="module")
+def spans(small_data, tmp_path_factory):
+    return make_run(small_data, tmp_path_factory.mktemp("spans"), "spans", *SPANS)
+
+
+def test_spans_have_rows_of_the_sequence_length_and_room_for_sentinels(spans, small_data):
+    view, dataset = open_run(spans.path), open_dataset(small_data)
+    job = view.config
+    objective = objective_of(job, dataset.vocab_size)
+    assert job.model.vocab_size == dataset.vocab_size + objective.extra_ids
+    feed = feed_of(job, open_sources(job.data))
+    assert feed.mixture.sequence_length == objective.window_length < LENGTH
+    samples = feed.read([(0, 4)])
+    assert objective.examples(samples.tokens, samples.sizes, samples.numbers).shape[2] == LENGTH
+
+
+def test_eval_scores_the_spans_of_the_whole_split(spans, small_data, forescale):
+    dataset = open_dataset(small_data)
+    objective = objective_of(open_run(spans.path).config, dataset.vocab_size, held_out=True)
+    length, count = objective.window_length, 0
+    for size in dataset.split("validation").shard_tokens:
+        starts = np.arange(0, size - 1, length)
+        count += objective.num_targets(np.minimum(length + 1, size - starts)).sum()
+    code, out, _ = forescale("eval", spans.path, "micro_batch=3")
+    assert code == 0
+    assert f"  tokens of spans {count:,}\n" in out
+    assert "the model needs" not in out
+    code, _, err = forescale("eval", spans.path, "sequence_length=64")
+    assert code == 2
+    assert "rows of seq2seq" in err
+    assert forescale("generate", spans.path)[0] == 2
+    assert forescale("check", spans.path)[0] == 0
+
+
+def test_a_row_too_short_for_a_span_is_said(small_data, tmp_path):
+    job = make_job(small_data, tmp_path, "short", *SPANS, "train.sequence_length=3")
+    with pytest.raises(UserError, match="too few for a span"):
+        settle(job, open_sources(job.data))

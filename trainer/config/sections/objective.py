@@ -20,14 +20,14 @@ class ObjectiveSpec:
 
     name: the dotted name of its class.
     sees_both_sides: whether its model is an encoder, with model.causal=false.
-    extra_ids: the number of ids that it adds beyond the tokenizer's vocabulary.
+    continues_text: whether its model can continue a text, and its losses are those of a text.
     targets: what a target is, in words for people.
     settings: the keys of this section that are arguments of its class, with their names there.
     """
 
     name: str
     sees_both_sides: bool = False
-    extra_ids: int = 0
+    continues_text: bool = True
     targets: str = "tokens"
     settings: tuple[tuple[str, str], ...] = ()
 
@@ -37,13 +37,19 @@ OBJECTIVES = {
     "masked": ObjectiveSpec(
         "forescale.data.objectives.masked.MaskedTokens",
         sees_both_sides=True,
-        extra_ids=1,
+        continues_text=False,
         targets="masked tokens",
         settings=(
             ("masked_rate", "rate"),
             ("masked_hidden", "hidden"),
             ("masked_random", "random"),
         ),
+    ),
+    "seq2seq": ObjectiveSpec(
+        "forescale.data.objectives.spans.Spans",
+        continues_text=False,
+        targets="tokens of spans",
+        settings=(("spans_rate", "rate"), ("spans_mean", "mean")),
     ),
 }
 
@@ -58,6 +64,8 @@ class ObjectiveConfig:
     masked_random: float = key(
         0.1, "masked: share that a random token replaces; all other targets stay", ge=0, le=1
     )
+    spans_rate: float = key(0.15, "seq2seq: share of the tokens that spans take out", gt=0, lt=1)
+    spans_mean: float = key(3.0, "seq2seq: mean length of a span, in tokens", ge=1)
     target: str | None = key(
         None,
         "own: your class, such as mypackage.MyObjective (see data/objective.py)",

@@ -21,21 +21,23 @@ class MaskedTokens:
 
     The mask token is the first id beyond the vocabulary, vocab_size: no text has it, whatever the
     tokenizer, so also one of bytes; a tokenizer's own mask token, if any, is not used. The model
-    needs that id, so it is built with vocab_size + 1 (config.sections.objective). Each batch has
+    needs that id, so it is built with vocab_size + 1. Each epoch has
     new masks of the same text ("dynamic", Liu et al. 2019, arXiv 1907.11692, section 4.1).
     """
 
-    hides_padding = True
+    extra_ids = 1
 
     def __init__(
         self,
         vocab_size: int,
         seed: int,
+        sequence_length: int,
         rate: float = 0.15,
         hidden: float = 0.8,
         random: float = 0.1,
     ):
         self.vocab_size, self.seed, self.mask_token = vocab_size, seed, vocab_size
+        self.sequence_length = sequence_length
         self.rate, self.hidden, self.random = rate, hidden, random
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:
@@ -56,3 +58,8 @@ class MaskedTokens:
             inputs[chosen[is_random]] = draws.below(self.vocab_size, count)[is_random]
             inputs[chosen[kinds < self.hidden]] = self.mask_token
         return pair
+
+    def padding_mask(self, sizes: np.ndarray) -> np.ndarray | None:
+        """Return (n, L), False beyond a window's end; None if no window ends early."""
+        length = self.sequence_length
+        return None if (sizes > length).all() else np.arange(length) < sizes[:, None] - 1

@@ -26,7 +26,7 @@ def windows(count, length, seed=0):
 )
 def test_the_shares_are_those_of_the_config_over_many_windows(rate, hidden, random):
     tokens, sizes, numbers = windows(2000, 100)
-    inputs, targets = MaskedTokens(V, 7, rate, hidden, random).examples(tokens, sizes, numbers)
+    inputs, targets = MaskedTokens(V, 7, 100, rate, hidden, random).examples(tokens, sizes, numbers)
     text, chosen = tokens[:, :-1].astype(np.int64), targets != IGNORED
     assert (chosen.sum(1) == round(rate * 100)).all()
     assert np.array_equal(targets[chosen], text[chosen])
@@ -48,7 +48,7 @@ def test_the_shares_are_those_of_the_config_over_many_windows(rate, hidden, rand
 def test_the_number_of_targets_depends_on_the_length_alone(size, number, rate):
     tokens = np.zeros((1, 301), np.uint16)
     tokens[0, :size] = np.arange(size) % V
-    objective = MaskedTokens(V, 3, rate)
+    objective = MaskedTokens(V, 3, 300, rate)
     sizes = np.array([size])
     inputs, targets = objective.examples(tokens, sizes, np.array([number]))
     (count,) = objective.num_targets(sizes)
@@ -58,7 +58,7 @@ def test_the_number_of_targets_depends_on_the_length_alone(size, number, rate):
 
 
 def test_a_row_of_padding_has_no_target():
-    objective = MaskedTokens(V, 3)
+    objective = MaskedTokens(V, 3, 64)
     assert objective.num_targets(np.array([1])) == 0
     pair = objective.examples(np.zeros((1, 9), np.uint16), np.array([1]), np.array([0]))
     assert (pair[1] == IGNORED).all()
@@ -68,14 +68,14 @@ def test_a_mask_depends_on_seed_and_number_and_not_on_its_neighbours():
     tokens, sizes, _ = windows(1, 64)
     rows = np.repeat(tokens, 6, 0)
     numbers = np.array([5, 6, 5, 10**15, 7, 6])
-    pair = MaskedTokens(V, 1).examples(rows, np.repeat(sizes, 6), numbers)
+    pair = MaskedTokens(V, 1, 64).examples(rows, np.repeat(sizes, 6), numbers)
     for i, j in ((0, 2), (1, 5)):
         assert np.array_equal(pair[:, i], pair[:, j])
     for i, j in ((0, 1), (0, 3), (1, 4)):
         assert not np.array_equal(pair[1, i], pair[1, j])
-    alone = MaskedTokens(V, 1).examples(tokens, sizes, np.array([7]))
+    alone = MaskedTokens(V, 1, 64).examples(tokens, sizes, np.array([7]))
     assert np.array_equal(alone[:, 0], pair[:, 4])
-    other = MaskedTokens(V, 2).examples(tokens, sizes, np.array([7]))
+    other = MaskedTokens(V, 2, 64).examples(tokens, sizes, np.array([7]))
     assert not np.array_equal(alone, other)
 
 
@@ -101,7 +101,7 @@ def philox(counter, key):
 @pytest.fixture
 def feed(dataset):
     split = Dataset(dataset).split("train")
-    return make_feed({"data": split}, 64, 3, 2, objective=MaskedTokens(V, 3))
+    return make_feed({"data": split}, 64, 3, 2, objective=MaskedTokens(V, 3, 64))
 
 
 @pytest.mark.parametrize(("world", "micro", "workers"), [(1, 4, 0), (2, 2, 1), (4, 1, 2)])
@@ -147,7 +147,7 @@ def test_padding_is_what_lies_beyond_the_window(feed):
 @pytest.mark.parametrize("documents", [False, True])
 def test_held_out_masks_are_fixed(dataset, documents):
     """At any micro-batch and world size, and for a part of the windows as for all."""
-    split, objective = Dataset(dataset).split("validation"), MaskedTokens(V, 0)
+    split, objective = Dataset(dataset).split("validation"), MaskedTokens(V, 0, 32)
 
     def rows(micro, world=1, limit=None):
         found = {}
