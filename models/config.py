@@ -102,6 +102,9 @@ class ModelConfig:
     delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
     latent_rank: int | None = None  # latent: width of what is cached; None: 4 heads, half the width
     latent_query_rank: int | None = None  # latent: width of the queries' latent; None: no latent
+    # Layers of an encoder before the num_layers of the decoder (objective.kind=seq2seq); 0: none.
+    encoder_layers: int = 0
+    source_length: int | None = None  # columns that the encoder reads; None: as the objective says
     causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
     mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2 | moe: experts, models/moe.py
     moe_experts: int = 8  # moe: experts of a layer (Mixtral: 8)
@@ -186,6 +189,9 @@ class ModelConfig:
         if self.vocab_size and vocab_size and self.vocab_size < vocab_size:
             what = f"{self.vocab_size} is less than the {vocab_size} of tokenizer and objective"
             found.append(("vocab_size", what, "leave it out, or give at least as many"))
+        if self.source_length and sequence_length and self.source_length >= sequence_length:
+            what = f"{self.source_length} leaves the decoder none of {sequence_length} columns"
+            found.append(("source_length", what, "leave it out"))
         longest = self.max_sequence_length
         if longest and sequence_length and longest < sequence_length:
             what = f"{longest} is less than the sequence length {sequence_length}"
@@ -197,7 +203,7 @@ class ModelConfig:
         sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
         bases = ("base_width", "base_depth", "delta_value_dim", "delta_conv")
         ranks = ("latent_rank", "latent_query_rank")
-        lengths = ("max_sequence_length", "rope_original_length")
+        lengths = ("max_sequence_length", "rope_original_length", "source_length")
         for name in (*sizes, "vocab_size", *lengths, *bases, *ranks):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -242,7 +248,7 @@ class ModelConfig:
 
     def _problems_of_scaling(self) -> list[Problem]:
         """Return the broken rules of positions among values that are each allowed."""
-        found: list[Problem] = []
+        found = self._problems_of_encoder()
         kind, factor = self.rope_scaling, self.rope_factor
         for mixer in dict.fromkeys(self.mixer_pattern or [self.mixer]):
             if self.position == "alibi" and not MIXERS[mixer].takes_alibi:
@@ -276,6 +282,34 @@ class ModelConfig:
             found.append(("rope_original_length", "only yarn depends on it", todo))
         return found
 
+    def _problems_of_encoder(self) -> list[Problem]:
+        """Return the broken rules of an encoder-decoder."""
+        if not self.encoder_layers:
+            if self.source_length:
+                return [("source_length", "there is no encoder", "leave it out")]
+            return []
+        if not 0 < self.encoder_layers <= MOST_LAYERS:
+            what = f"{self.encoder_layers} is not a number of layers"
+            return [("encoder_layers", what, f"give 0 to {MOST_LAYERS:,}")]
+        found: list[Problem] = []
+        if not self.causal:
+            what = "the decoder of an encoder-decoder sees no later token"
+            found.append(("causal", what, "leave it out"))
+        if self.position == "alibi":
+            todo = "choose another position"
+            found.append(("position", "alibi's biases are for causal models", todo))
+        if self.mlp == "moe":
+            what = "an encoder-decoder has no experts"
+            found.append(("mlp", what, "choose another mlp, or leave out encoder_layers"))
+        if self.parametrization == "completep":
+            what = "completep has a rule for one stack of layers, not for encoder and decoder"
+            found.append(("parametrization", what, "choose mup or standard"))
+        for mixer in dict.fromkeys(self.mixer_pattern or [self.mixer]):
+            if not MIXERS[mixer].takes_future:
+                what = f"mixer {mixer} can't let a token of the encoder see later ones"
+                found.append(("encoder_layers", what, "choose another mixer"))
+        return found
+
     def resolved(
         self, vocab_size: int | None = None, sequence_length: int | None = None
     ) -> "ModelConfig":
@@ -290,7 +324,7 @@ class ModelConfig:
             vocab_size=self.vocab_size or vocab_size,
             max_sequence_length=self.max_sequence_length or sequence_length,
         )
-        for name in ("vocab_size", "max_sequence_length"):
+        for name in ("vocab_size", "max_sequence_length", *["source_length"] * self.has_encoder):
             if getattr(full, name) is None:
                 raise ValueError(f"model.{name}: not known from the data; give it.")
         return full
@@ -305,7 +339,23 @@ class ModelConfig:
     def mixers(self) -> tuple[str, ...]:
         """The mixer of each layer. Raises ValueError like resolved()."""
         pattern = self.mixer_pattern or [self.mixer]
-        return tuple(pattern[i % len(pattern)] for i in range(self.sizes.num_layers))
+        return tuple(pattern[i % len(pattern)] for i in range(self.num_blocks))
+
+    @property
+    def has_encoder(self) -> bool:
+        """True for an encoder-decoder."""
+        return self.encoder_layers > 0
+
+    @property
+    def num_blocks(self) -> int:
+        """The layers of encoder and decoder. Raises ValueError like resolved()."""
+        return self.encoder_layers + self.sizes.num_layers
+
+    def of_block(self, index: int) -> "ModelConfig":
+        """Return the config of a block: in the encoder of an encoder-decoder, an encoder's."""
+        if index >= self.encoder_layers:
+            return self
+        return replace(self, causal=False, encoder_layers=0, source_length=None)
 
     @property
     def rotary_width(self) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs import MIXERS, MLPS, Part, moe
+from forescale.models.costs import CROSS, MIXERS, MLPS, Part, moe
 from forescale.models.costs.record import Shapes
 
 
@@ -42,9 +42,8 @@ class Counts:
 
 def count(config: ModelConfig) -> Counts:
     """Return the numbers of parameters of a Transformer of this config."""
-    s = config.sizes
     outer = {name: prod(shape) for name, shape in _outer_shapes(config).items()}
-    layers = (layer_shapes(config, i) for i in range(s.num_layers))
+    layers = (layer_shapes(config, i) for i in range(config.num_blocks))
     blocks = sum(prod(shape) for layer in layers for shape in layer.values())
     norm = sum(size for name, size in outer.items() if name.startswith("norm."))
     total = sum(outer.values()) + blocks
@@ -59,34 +58,67 @@ def count(config: ModelConfig) -> Counts:
     )
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> int:
+def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = False) -> float:
     """Return forward and backward FLOPs of one token in a sequence of this length, with the head.
 
     causal=False counts attention over the whole square (PaLM's convention, for MFU): L keys per
     token. causal=True counts what a causal model needs, exactly: (L + 1) / 2 keys on average.
     Attention within documents needs fewer keys. This is not subtracted, so that the cost of a token
-    does not depend on the data. Evaluation and generation (forward only) cost a third.
+    does not depend on the data. Evaluation and generation (forward only) cost a third. Of an
+    encoder-decoder: flops_per_row over all columns of the row; otherwise a whole number.
     """
+    if config.has_encoder:
+        return flops_per_row(config, sequence_length, causal) / sequence_length
     s = config.sizes
     parts = _sum(config, lambda part: part.flops(config, sequence_length, causal))
     return 3 * (parts + 2 * s.vocab_size * s.width)
 
 
+def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> int:
+    """Return forward and backward FLOPs of one row of an encoder-decoder, with the head.
+
+    The encoder's layers act on the first source_length columns, each of which sees them all; the
+    decoder's and the head on the others.
+    """
+    found = 2 * config.sizes.vocab_size * config.sizes.width
+    found *= columns_of(config, config.encoder_layers, columns)
+    source = columns_of(config, 0, columns)
+    for i, parts in enumerate(layers_of(config)):
+        own, length = config.of_block(i), columns_of(config, i, columns)
+        for name, part in parts.items():
+            seen = source if name == "cross" else length
+            found += length * part.flops(own, seen, causal) + source * part.source_flops(own)
+    return 3 * found
+
+
+def columns_of(config: ModelConfig, block: int, columns: int) -> int:
+    """Return how many columns of a row a block acts on."""
+    if not config.has_encoder or config.source_length is None:
+        return columns
+    is_encoder = block < config.encoder_layers
+    return config.source_length if is_encoder else columns - config.source_length
+
+
 def flops_6n(config: ModelConfig) -> int:
     """Return 6N FLOPs of one token, N = blocks + head (Kaplan et al. 2020, 2.1): no attention, and
-    of a mixture only the experts that a token uses."""
+    of a mixture only the experts that a token uses.
+
+    In an encoder-decoder a token is multiplied by only the half that it passes: this is too much.
+    """
     return 6 * count(config).active_blocks_and_head
 
 
 def parts_of(config: ModelConfig, layer: int) -> dict[str, Part]:
     """Return the parts of a block by name, in the order of the forward pass."""
     mlp = moe.part_of(config, layer) if config.mlp == "moe" else MLPS[config.mlp]
-    return {"mixer": MIXERS[config.mixers[layer]], "mlp": mlp}
+    is_decoder = config.has_encoder and layer >= config.encoder_layers
+    cross = {"cross": CROSS} if is_decoder else {}
+    return {"mixer": MIXERS[config.mixers[layer]], **cross, "mlp": mlp}
 
 
 def layers_of(config: ModelConfig) -> list[dict[str, Part]]:
     """Return the parts of each block, from the first to the last."""
-    return [parts_of(config, i) for i in range(config.sizes.num_layers)]
+    return [parts_of(config, i) for i in range(config.num_blocks)]
 
 
 def _sum(config: ModelConfig, of: Callable[[Part], int]) -> int:
@@ -99,7 +131,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     outer = _outer_shapes(config)
     before = ("embedding.weight", "position.weight")
     found: Shapes = {name: outer[name] for name in before if name in outer}
-    for i in range(config.sizes.num_layers):
+    for i in range(config.num_blocks):
         found |= {f"blocks.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()}
     return found | {name: shape for name, shape in outer.items() if name not in before}
 
@@ -113,6 +145,8 @@ def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
         found |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
         if config.norm_placement != "pre":
             found |= _norm(config, f"{name}_post_norm")
+    if layer == config.encoder_layers - 1:
+        found |= _norm(config, "output_norm")
     return found
 
 
@@ -136,7 +170,7 @@ def _norm(config: ModelConfig, name: str) -> Shapes:
 def matrices(config: ModelConfig) -> set[str]:
     """Return the names of Transformer.muon_parameters(), without building the model."""
     found = set()
-    for i in range(config.sizes.num_layers):
+    for i in range(config.num_blocks):
         parts = parts_of(config, i).items()
         others = {f"{name}.{inner}" for name, part in parts for inner in part.not_muon}
         inside = layer_shapes(config, i).items()
@@ -146,17 +180,21 @@ def matrices(config: ModelConfig) -> set[str]:
     return found
 
 
-def flops_recomputed(config: ModelConfig, sequence_length: int) -> int:
+def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:
     """Return the recomputed FLOPs of one token, which `flops_per_token` does not count.
 
     These are the head's forward pass for a loss in chunks, what a mixer's backward pass makes again
     (Part.recomputed) and, with activation checkpointing, the forward pass of every layer.
     """
     s = config.sizes
-    head = 2 * s.vocab_size * s.width if config.loss_chunk else 0
-    layers = flops_per_token(config, sequence_length) // 3 - 2 * s.vocab_size * s.width
+    head: float = 2 * s.vocab_size * s.width
+    if config.has_encoder:
+        decoder = columns_of(config, config.encoder_layers, sequence_length)
+        head *= decoder / sequence_length
+    layers = flops_per_token(config, sequence_length) / 3 - head
     parts = _sum(config, lambda part: part.recomputed(config, sequence_length))
-    return head + parts + (layers if config.activation_checkpointing else 0)
+    again = layers * config.activation_checkpointing
+    return head * bool(config.loss_chunk) + parts + again
 
 
 @dataclass(frozen=True)
@@ -202,26 +240,41 @@ def activations(
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
     s, b = config.sizes, bytes_per_value
-    tokens = micro_batch * sequence_length
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
     norm = rms if config.norm == "rmsnorm" else 4
     # The part's input, which is a norm's output or the stream itself, and the input of each norm.
     norms = b + norm * (2 if config.norm_placement == "sandwich" else 1)
-    layers = [
-        sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
-        + (len(parts) * s.width if config.dropout else 0)
-        for parts in layers_of(config)
+    source = micro_batch * columns_of(config, 0, sequence_length)
+    columns = [
+        micro_batch * columns_of(config, i, sequence_length) for i in range(config.num_blocks)
     ]
-    kept = b * s.width * len(layers) if config.activation_checkpointing else sum(layers)
+    layers = [
+        count * sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
+        + count * (len(parts) * s.width if config.dropout else 0)
+        + source * sum(p.source_bytes(config, b, rms) for p in parts.values())
+        for count, parts in zip(columns, layers_of(config), strict=True)
+    ]
+    kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
+    if config.has_encoder:  # its output, and the norm before it
+        kept += source * s.width * (b + (0 if config.activation_checkpointing else norm))
+    tokens = columns[-1]
     chunk = min(tokens, config.loss_chunk or tokens)
     return Activations(
-        layers=tokens * kept,
-        again=tokens * max(layers) if config.activation_checkpointing else 0,
+        layers=kept,
+        again=max(layers) if config.activation_checkpointing else 0,
         head=tokens * (norm + b) * s.width,
         logits=chunk * s.vocab_size * (2 * b + 4),
-        mask=b * sequence_length**2 * _masks(config, micro_batch, masked),
+        mask=b * _squares(config, sequence_length) * _masks(config, micro_batch, masked),
         kept_logits=b * tokens * s.vocab_size if chunk == tokens else 0,
     )
+
+
+def _squares(config: ModelConfig, columns: int) -> int:
+    """Return the values of a mask: L^2, or of an encoder-decoder one for each of its parts."""
+    if not config.has_encoder:
+        return columns**2
+    source, decoder = (columns_of(config, i, columns) for i in (0, config.encoder_layers))
+    return source**2 + decoder**2 + source
 
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool) -> int:
@@ -245,5 +298,8 @@ def activation_bytes(
 
 
 def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
-    """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers."""
+    """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers; 0 of
+    an encoder-decoder, which decodes with no cache."""
+    if config.has_encoder:
+        return 0
     return _sum(config, lambda part: part.cache_bytes(config, length, bytes_per_value))

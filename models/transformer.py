@@ -1,4 +1,4 @@
-"""The decoder-only transformer: embedding, pre-norm blocks, and a head that is also the loss.
+"""The transformer: embedding, blocks, and a head that is also the loss.
 
 Invariant: a parameter is read only inside the forward method of the module that owns it, and every
 module is used by calling it. ZeRO-3 gathers a module's parameters around its call, so this code
@@ -6,6 +6,7 @@ need not know that the weights are partitioned. A tied table is one module that 
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class Block(nn.Module):
     """(B, L, D) -> (B, L, D): mixer and MLP, each with its norms, added to the residual stream.
 
     pre: x + f(norm(x)). post: x + norm(f(x)), as OLMo 2. sandwich: x + norm(f(norm(x))), as Gemma.
+    In the decoder of an encoder-decoder, attention to the encoder's output comes between the two,
+    and the encoder's last block ends with a norm.
 
     With experts (is_routed) it returns the Routing too: as an output, because what is computed
     again for the backward pass then counts once.
@@ -80,15 +83,22 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
-        parts = parts_of(config, layer)
+        parts, is_last = parts_of(config, layer), layer == config.encoder_layers - 1
+        config = config.of_block(layer)
         before, after = (config.norm_placement != place for place in ("post", "pre"))
         self.mixer_norm = make_norm(config) if before else None
         self.mixer = module_of(parts["mixer"])(config)
         self.mixer_post_norm = make_norm(config) if after else None
+        self.cross_norm = self.cross = self.cross_post_norm = None
+        if "cross" in parts:
+            self.cross_norm = make_norm(config) if before else None
+            self.cross = module_of(parts["cross"])(config)
+            self.cross_post_norm = make_norm(config) if after else None
         self.mlp_norm = make_norm(config) if before else None
         self.mlp = module_of(parts["mlp"])(config)
         self.mlp_post_norm = make_norm(config) if after else None
         self.is_routed = parts["mlp"].is_routed
+        self.output_norm = make_norm(config) if is_last else None
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = scales(config).residual
 
@@ -100,12 +110,16 @@ class Block(nn.Module):
         own, routing = Context(*context), ()
         y_BLD = self.mixer(_normed(self.mixer_norm, x_BLD), own)
         x_BLD = self._add(x_BLD, _normed(self.mixer_post_norm, y_BLD))
+        if self.cross is not None:
+            y_BLD = self.cross(_normed(self.cross_norm, x_BLD), own)
+            x_BLD = self._add(x_BLD, _normed(self.cross_post_norm, y_BLD))
         y_BLD = _normed(self.mlp_norm, x_BLD)
         if self.is_routed:
             y_BLD, routing = self.mlp(y_BLD, own.counted)
         else:
             y_BLD = self.mlp(y_BLD)
         x_BLD = self._add(x_BLD, _normed(self.mlp_post_norm, y_BLD))
+        x_BLD = _normed(self.output_norm, x_BLD)
         return (x_BLD, *routing) if self.is_routed else x_BLD
 
     def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
@@ -119,6 +133,10 @@ def _normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """A language model of `config`, whose vocabulary and longest sequence must be known.
 
+    With encoder_layers it is an encoder-decoder: a row is [source | decoder's inputs], and the
+    first source_length columns are the encoder's. Both share the embedding, and count positions
+    each from their own first token; the first blocks are the encoder's.
+
     Raises ValueError with one sentence if the config has problems.
     """
 
@@ -129,7 +147,7 @@ class Transformer(nn.Module):
         self.embedding = Vocabulary(config)
         self.position = LearnedPosition(config) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(self.sizes.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_blocks))
         self.takes_mask = any(part["mixer"].takes_mask for part in layers_of(config))
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else Vocabulary(config)
@@ -156,18 +174,28 @@ class Transformer(nn.Module):
         what was read of these rows before, to which this call adds (new_cache makes an empty one);
         tokens and padding mask are then those of the new columns. Padding is on the left, and there
         are no documents.
-        Returns, without targets: logits (B, L, V). With targets: losses (B,) fp32, each window's
-        sum of cross-entropy in nats over its targets; with z_loss, or in training with losses that
-        balance experts, (losses, penalty), where penalty is a scalar, summed over all targets, for
-        the training objective only.
-        Raises ValueError if a sequence is longer than the learned position table, and for a cache
-        with documents or of a model that is not causal.
+        Returns, without targets: logits (B, L, V), of an encoder-decoder (B, T, V), those of the
+        decoder's T columns; targets of the source's are not read. With targets: losses (B,) fp32,
+        each window's sum of cross-entropy in nats over its targets; with z_loss, or in training
+        with losses that balance experts, (losses, penalty), where penalty is a scalar, summed over
+        all targets, for the training objective only.
+        Raises ValueError if a sequence is longer than the learned position table, for a cache with
+        documents or of a model that is not causal, and for both in an encoder-decoder.
         """
         counted_BL = padding_mask_BL
         tallies = self.tallies if self.training else None
         if tallies is not None and targets_BL is not None:
             counted_BL = until_last_target(targets_BL, padding_mask_BL)
-        x_BLD, routings = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
+        routings: list[Routing] = []
+        if self.config.has_encoder:
+            if cache is not None or documents_BL is not None:
+                raise ValueError("an encoder-decoder takes no cache and no documents.")
+            x_BLD = self._decoded(tokens_BL, padding_mask_BL)
+            targets_BL = None if targets_BL is None else targets_BL[:, -x_BLD.shape[1] :]
+        else:
+            x_BLD, routings = self._hidden(
+                tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL
+            )
         head = self.embedding if self.head is None else self.head
         if targets_BL is None:
             return head(x_BLD)
@@ -192,7 +220,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """Return the input of the head, (B, L) -> (B, L, D), and the routing of the experts."""
         real, starts = padding_mask_BL, None
-        memories: list[Memory | None] = [None] * len(self.blocks)
+        memories: list[Memory | None] = []
         if cache is not None:
             if documents_BL is not None or not self.config.causal:
                 raise ValueError("a cache is for causal models, without documents.")
@@ -202,9 +230,25 @@ class Transformer(nn.Module):
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
         x_BLD, turn = self._embedded(tokens_BL, positions)
-        mask = self._mask(positions, real, starts, tokens_BL.shape[1], x_BLD.dtype)
-        context, routings = Context(turn, mask, starts, real, counted=counted_BL), []
-        for block, memory in zip(self.blocks, memories, strict=True):
+        length, causal = tokens_BL.shape[1], self.config.causal
+        mask = self._mask(positions, real, starts, length, x_BLD.dtype, causal)
+        context = Context(turn, mask, starts, real, counted=counted_BL)
+        x_BLD, routings = self._through(0, len(self.blocks), x_BLD, context, memories)
+        return self.norm(x_BLD), routings
+
+    def _through(
+        self,
+        first: int,
+        end: int,
+        x_BLD: Tensor,
+        context: Context,
+        memories: Sequence[Memory | None] = (),
+    ) -> tuple[Tensor, list[Routing]]:
+        """Return the output of the blocks [first, end), and the routing of their experts. memories:
+        one a block; (): no cache."""
+        routings = []
+        for i in range(first, end):
+            block, memory = self.blocks[i], memories[i] if memories else None
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 out = checkpoint(block, x_BLD, *context, use_reentrant=False)
             else:
@@ -212,7 +256,35 @@ class Transformer(nn.Module):
             x_BLD = out[0] if block.is_routed else out
             if block.is_routed:
                 routings.append(Routing(*out[1:]))
-        return self.norm(x_BLD), routings
+        return x_BLD, routings
+
+    def _decoded(self, tokens_BL: Tensor, real_BL: Tensor | None) -> Tensor:
+        """Return the input of the head of an encoder-decoder: (B, S + T) -> (B, T, D)."""
+        config, device = self.config, tokens_BL.device
+        assert config.source_length is not None
+        parts = (slice(0, config.source_length), slice(config.source_length, tokens_BL.shape[1]))
+        reals = [None if real_BL is None else real_BL[:, part] for part in parts]
+        positions = [
+            positions_of(part.stop - part.start, device, real)
+            for part, real in zip(parts, reals, strict=True)
+        ]
+        x_BLD, turn = self._embedded(tokens_BL, torch.cat(positions, -1))
+        contexts: list[Context] = []
+        for part, own, real in zip(parts, positions, reals, strict=True):
+            is_causal, length = bool(contexts), part.stop - part.start
+            turned = None if turn is None else (turn[0][..., part, :, :], turn[1][..., part, :, :])
+            mask = self._mask(own, real, None, length, x_BLD.dtype, is_causal)
+            contexts.append(Context(turned, mask, None, real))
+        source, _ = self._through(0, config.encoder_layers, x_BLD[:, parts[0]], contexts[0])
+        seen = None
+        if reals[0] is not None:  # a source of padding alone is seen: no softmax is over nothing
+            real_BS = reals[0].bool()
+            real_BS = real_BS | ~real_BS.any(-1, keepdim=True)
+            seen = additive_mask(real_BS[:, None, None], x_BLD.dtype)
+        context = contexts[1]._replace(source=source, source_mask=seen)
+        first, end = config.encoder_layers, len(self.blocks)
+        x_BLD, _ = self._through(first, end, x_BLD[:, parts[1]], context)
+        return self.norm(x_BLD)
 
     def _embedded(self, tokens_BL: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
@@ -245,6 +317,7 @@ class Transformer(nn.Module):
         starts: Tensor | None,
         length: int,
         dtype: torch.dtype,
+        causal: bool,
     ) -> Tensor | None:
         """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
         columns = positions.shape[-1]
@@ -255,7 +328,7 @@ class Transformer(nn.Module):
             real = torch.ones(1, columns, dtype=torch.bool, device=positions.device)
         seen = None
         if real is not None or starts is not None:
-            seen = visible_keys(real, starts, length, self.config.causal)
+            seen = visible_keys(real, starts, length, causal)
         if self.config.position == "alibi":
             return biased_mask(positions, seen, self.sizes.num_heads, dtype, length)
         return None if seen is None else additive_mask(seen, dtype)

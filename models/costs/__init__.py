@@ -7,7 +7,16 @@ modules read the record; nothing else in the project knows the part. Invariant: 
 because plans run on login nodes.
 """
 
-from forescale.models.costs import attention, gated_deltanet, latent, lstm, mingru, mlp, moe
+from forescale.models.costs import (
+    attention,
+    cross,
+    gated_deltanet,
+    latent,
+    lstm,
+    mingru,
+    mlp,
+    moe,
+)
 from forescale.models.costs.record import Part
 
 MIXERS: dict[str, Part] = {
@@ -17,6 +26,7 @@ MIXERS: dict[str, Part] = {
     "lstm": lstm.LSTM,
     "mingru": mingru.MINGRU,
 }
+CROSS = cross.CROSS  # between mixer and MLP in the decoder of an encoder-decoder
 MLPS: dict[str, Part] = {
     "swiglu": mlp.SWIGLU,
     "geglu": mlp.GEGLU,
@@ -25,4 +35,4 @@ MLPS: dict[str, Part] = {
     "moe": moe.MOE,
 }
 
-__all__ = ["MIXERS", "MLPS", "Part"]
+__all__ = ["CROSS", "MIXERS", "MLPS", "Part"]

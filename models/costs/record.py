@@ -32,6 +32,10 @@ def _no_problems(config: "ModelConfig") -> list[Problem]:
     return []
 
 
+def _no_source(config: "ModelConfig") -> int:
+    return 0
+
+
 def _no_folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     return {}
 
@@ -57,6 +61,8 @@ class Part:
         token in one layer. norm_bytes: bytes per value of the input of an RMS norm.
     cache_bytes: (config, length, bytes_per_value) -> bytes that a decoding cache would keep of
         one sequence of `length` tokens in one layer; `plan` shows it.
+    source_flops: (config) -> forward FLOPs of one token of the encoder's output in one layer.
+    source_bytes: (config, bytes_per_value, norm_bytes) -> what autograd keeps of such a token.
     writes: the modules inside that write to the residual stream (parametrization, rules 3 and 4).
     per_head: the modules whose parameters all heads share (parametrization, rule 10).
     folds: (config, scores) -> the factor of each module that gives the same outputs without the
@@ -81,6 +87,8 @@ class Part:
     writes: tuple[str, ...]
     cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
     recomputed: Callable[["ModelConfig", int], int] = _none_again
+    source_flops: Callable[["ModelConfig"], int] = _no_source
+    source_bytes: Callable[["ModelConfig", int, int], int] = _nothing
     per_head: tuple[str, ...] = ()
     folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
     not_muon: tuple[str, ...] = ()

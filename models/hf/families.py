@@ -37,6 +37,7 @@ _LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head":
 _PLAIN = {
     "mixer": "attention",
     "causal": True,
+    "encoder_layers": 0,
     "norm_placement": "pre",
     "qk_norm_over": "head",
     "attention_gate": "none",

@@ -3,13 +3,14 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from forescale.models.cache import Memory
 from forescale.models.config import ModelConfig
 from forescale.models.costs.attention import gates
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Context
 from forescale.models.norm import RMSNorm
 from forescale.models.parametrization import scales
-from forescale.models.positions.position import rotate
+from forescale.models.positions.position import Rotation, rotate
 
 
 def attend(
@@ -69,14 +70,29 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(s.kv_width if self.norms_layer else s.head_dim, config.norm_eps)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        return self.attend(
+            x_BLD, x_BLD, context.mask, self.causal, context.rotation, context.memory
+        )
+
+    def attend(
+        self,
+        x_BLD: Tensor,
+        source_BSD: Tensor,
+        mask: Tensor | None,
+        is_causal: bool = False,
+        rotation: Rotation | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """Return what each token of x, (B, L, D), takes from the source, (B, S, D). The other
+        arguments are as in Context."""
         B, L, _ = x_BLD.shape
-        rotation, mask, memory = context.rotation, context.mask, context.memory
-        q_BLD, k_BLD = self.query(x_BLD), self.key(x_BLD)
-        v_BLGK = self.value(x_BLD).view(B, L, self.num_kv_heads, -1)
+        S = source_BSD.shape[1]
+        q_BLD, k_BLD = self.query(x_BLD), self.key(source_BSD)
+        v_BLGK = self.value(source_BSD).view(B, S, self.num_kv_heads, -1)
         if self.norms_layer and self.query_norm is not None and self.key_norm is not None:
             q_BLD, k_BLD = self.query_norm(q_BLD), self.key_norm(k_BLD)
         q_BLHK = q_BLD.view(B, L, self.num_heads, -1)
-        k_BLGK = k_BLD.view(B, L, self.num_kv_heads, -1)
+        k_BLGK = k_BLD.view(B, S, self.num_kv_heads, -1)
         if not self.norms_layer and self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
         if rotation is not None:
@@ -84,7 +100,7 @@ class Attention(nn.Module):
         if memory is not None:
             k_BLGK, v_BLGK = memory.extend("key", k_BLGK), memory.extend("value", v_BLGK)
         dropout = self.dropout if self.training else 0.0
-        y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, self.scale, self.causal, dropout)
+        y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, self.scale, is_causal, dropout)
         if self.gate is not None:
             y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().view(B, L, self.num_heads, -1)
         return self.output(y_BLHK.reshape(B, L, -1))

@@ -24,7 +24,8 @@ class Context(NamedTuple):
     (alibi.biased_mask). starts (B, S): the column at which each token's document begins. real (B,
     S): False at padding. memory: the layer's part of the cache, in which a mixer finds what it kept
     of earlier columns and keeps what it needs of these. counted (B, L): the tokens that count for
-    the balance of experts; None: all.
+    the balance of experts; None: all. source (B, S, D): the encoder's output, in the decoder of an
+    encoder-decoder. source_mask (B, 1, 1, S): added to the scores of its tokens.
     """
 
     rotation: Rotation | None = None
@@ -33,6 +34,8 @@ class Context(NamedTuple):
     real: Tensor | None = None
     memory: Memory | None = None
     counted: Tensor | None = None
+    source: Tensor | None = None
+    source_mask: Tensor | None = None
 
 
 def continued(x_BLD: Tensor, context: Context) -> Tensor:

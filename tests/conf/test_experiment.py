@@ -12,6 +12,7 @@ ADDED = {
     "branch": (["train.steps=5000"], ["train.steps"]),
     "gpus64": (["data.path=/data/web"], ["data.path"]),
     "masked": ([], []),
+    "seq2seq": ([], []),
     "own-model": (["model._target_=mypackage.Model"], ["model._target_"]),
     "quick": ([], []),
     "study": ([], []),

@@ -184,6 +184,9 @@ class TrainJob(Job):
         if getattr(self.model, "causal", False) and self.objective.spec.sees_both_sides:
             what = f"objective {self.objective.kind} is for a model that sees both sides"
             found.append(("model.causal", what, "write model.causal=false"))
+        if getattr(self.model, "encoder_layers", 0) and self.objective.is_next_token:
+            what = "an encoder-decoder needs rows of a source and a target"
+            found.append(("model.encoder_layers", what, "write objective.kind=seq2seq"))
         if self.data.document_mask and self.objective.kind == "seq2seq":
             what = "source and target of seq2seq have the documents of a window, not their own"
             found.append(("data.document_mask", what, "leave it out"))

@@ -336,7 +336,7 @@ def memory(
             job.train.micro_batch,
             job.train.sequence_length,
             BYTES[job.precision.kind],
-            masked=job.data.document_mask or not job.model.causal,
+            masked=job.data.document_mask or not job.objective.spec.continues_text,
             fused_norms=fused_norms,
         )
     return Memory(states(job, trained, world), found, reserved, margin)

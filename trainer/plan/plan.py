@@ -37,7 +37,7 @@ from forescale.plan.step_time import (
     token_flops,
 )
 from forescale.run.branch import check_origin
-from forescale.run.feed import epochs, feed_of, notes, vocabulary_of
+from forescale.run.feed import epochs, feed_of, notes, resolved_model
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import open_sources, settle
 
@@ -130,7 +130,7 @@ class Plan:
                     f"The data can't be opened, so a vocabulary of {vocabulary:,} is assumed."
                 )
             if not job.model.vocab_size:
-                vocabulary = vocabulary_of(job, vocabulary)
+                return replace(job, model=resolved_model(job, vocabulary))
             made = job.model.resolved(vocabulary, job.train.sequence_length)
             return replace(job, model=made)
         return job

@@ -6,6 +6,7 @@ read the same windows.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from forescale.config.target import make
 from forescale.config.train import TrainJob
@@ -16,6 +17,7 @@ from forescale.data.objective import NEXT_TOKEN, Objective, extra_ids, window_le
 from forescale.data.order import Order
 from forescale.data.packing_table import Bins, open_bins
 from forescale.errors import UserError
+from forescale.models.config import ModelConfig
 
 _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 
@@ -63,6 +65,25 @@ def vocabulary_of(job: TrainJob, vocab_size: int) -> int:
     """Return the ids that a job's model must have: the tokenizer's vocab_size, and those that the
     objective adds."""
     return vocab_size + extra_ids(objective_of(job, vocab_size))
+
+
+def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
+    """Return the config of a job's model, with all that follows from the tokenizer's vocab_size and
+    from the objective. Raises UserError for one that doesn't fit them."""
+    model, length = job.model, job.train.sequence_length
+    assert isinstance(model, ModelConfig)
+    if model.has_encoder:
+        split = getattr(objective_of(job, vocab_size), "split", None)
+        if split is None or (model.source_length or split) != split:
+            what = f"the source of objective {job.objective.kind} has {split or 'no fixed'} columns"
+            raise UserError(
+                "model.source_length", what, "leave it out, or take objective.kind=seq2seq"
+            )
+        model = replace(model, source_length=split)
+    vocabulary = vocabulary_of(job, vocab_size)
+    for name, what, todo in model.problems(vocabulary, length):
+        raise UserError(f"model.{name}", what, todo)
+    return model.resolved(vocabulary, length)
 
 
 def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:

@@ -29,7 +29,7 @@ from forescale.models.config import ModelConfig
 from forescale.progress import shown
 from forescale.run.branch import NewestStep, check_origin, data_of, with_step
 from forescale.run.directory import Run
-from forescale.run.feed import feed_of, vocabulary_of
+from forescale.run.feed import feed_of, resolved_model
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.identity import code_and_id, data_fields
 from forescale.run.rows import each_row
@@ -193,11 +193,7 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if not isinstance(job.model, ModelConfig):
         return job
-    length = job.train.sequence_length
-    vocabulary = vocabulary_of(job, sources.vocab_size)
-    for name, what, todo in job.model.problems(vocabulary, length):
-        raise UserError(f"model.{name}", what, todo)
-    return replace(job, model=job.model.resolved(vocabulary, length))
+    return replace(job, model=resolved_model(job, sources.vocab_size))
 
 
 def _check_resume(job: TrainJob, run: Run) -> None:

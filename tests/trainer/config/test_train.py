@@ -188,6 +188,7 @@ MASKED = ["objective.kind=masked", "model.causal=false"]
         ([*MASKED, "objective.masked_rate=0"], "objective.masked_rate", "more than 0"),
         (["objective.spans_rate=0.3"], "objective.spans_rate", "no such setting"),
         (["objective.kind=seq2seq", "data.document_mask=true"], "data.document_mask", "leave it"),
+        (["model.encoder_layers=2"], "model.encoder_layers", "seq2seq"),
         ([*MASKED, "model.mixer=mingru"], "model.causal", "later ones"),
         ([*MASKED, "data.packing=best_fit"], "data.packing", "windows"),
     ],

@@ -176,3 +176,40 @@ def test_a_row_too_short_for_a_span_is_said(small_data, tmp_path):
     job = make_job(small_data, tmp_path, "short", *SPANS, "train.sequence_length=3")
     with pytest.raises(UserError, match="too few for a span"):
         settle(job, open_sources(job.data))
+
+
+def test_an_encoder_decoder_splits_its_rows_where_the_objective_does(
+    small_data, tmp_path, forescale
+):
+    run = make_run(small_data, tmp_path / "runs", "both", *SPANS, "model.encoder_layers=2")
+    view, dataset = open_run(run.path), open_dataset(small_data)
+    objective = objective_of(view.config, dataset.vocab_size, held_out=True)
+    assert view.config.model.source_length == objective.split
+    model, split = view.model(), dataset.split("validation")
+    nats = targets = number = 0
+    for shard, tokens in enumerate(split.shard_tokens):
+        for start in range(0, tokens - 1, objective.window_length):
+            size = min(objective.window_length + 1, tokens - start)
+            text = np.zeros((1, objective.window_length + 1), split.dtype)
+            text[0, :size] = split.read(shard, start, size)
+            sizes, numbers = np.array([size]), np.array([number])
+            inputs, wanted = torch.from_numpy(objective.examples(text, sizes, numbers))
+            real = objective.padding_mask(sizes)
+            mask = None if real is None else torch.from_numpy(real)
+            with torch.no_grad():
+                nats += model(inputs, wanted, mask).item()
+            targets, number = targets + int((wanted != IGNORED).sum()), number + 1
+    code, out, _ = forescale("eval", run.path, "micro_batch=5")
+    assert code == 0
+    assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)
+    assert forescale("plan", run.path)[0] == 0
+    code, _, err = forescale("export", run.path)
+    assert code == 2
+    assert "encoder_layers=2 (0)" in err
+
+
+def test_another_split_than_the_objective_s_is_refused(small_data, tmp_path):
+    words = [*SPANS, "model.encoder_layers=2", "model.source_length=5"]
+    job = make_job(small_data, tmp_path, "other", *words)
+    with pytest.raises(UserError, match=r"model\.source_length.* columns"):
+        settle(job, open_sources(job.data))
