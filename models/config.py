@@ -4,24 +4,14 @@ Invariant: a ModelConfig without problems() can be built; resolved() sets every 
 given value. Imports no torch: a plan reads this file on a login node.
 """
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
-from forescale.models.costs import MIXERS, MLPS
-from forescale.models.costs.moe import problems_of_sizes as problems_of_experts
+from forescale.models import rules
+from forescale.models.costs import MLPS
 from forescale.models.costs.record import Problem
+from forescale.models.rules import HEAD_DIM
 
-POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
-ROPE_SCALINGS = ("none", "ntk", "yarn")
-NORMS = ("rmsnorm", "layernorm")
-NORM_PLACEMENTS = ("pre", "post", "sandwich")
-QK_NORM_OVER = ("head", "layer")
-ATTENTION_GATES = ("none", "head", "channel")
-PARAMETRIZATIONS = ("standard", "mup", "completep")
-
-HEAD_DIM = 64
-MOST_LAYERS = 2048  # of a plan that takes seconds; trained models have some hundred
 WIDTH_PER_LAYER = 64
 
 
@@ -144,171 +134,7 @@ class ModelConfig:
         Args: `vocab_size` and `sequence_length` of the data, if known; the vocabulary with the ids
         that the objective adds.
         """
-        found = self._problems_of_values() or self._problems_of_scaling()
-        found = found or MLPS[self.mlp].problems(self) or self._problems_without_experts()
-        if found:
-            return found
-        if self.depth is None and (self.num_layers is None or self.width is None):
-            return [("depth", "the model has no size", "give depth, or num_layers and width")]
-        full = self._sized()
-        width, num_heads, num_kv_heads = full.width, full.num_heads, full.num_kv_heads
-        assert width is not None
-        assert num_heads is not None
-        assert num_kv_heads is not None
-        if self.num_heads is None and width % HEAD_DIM:
-            found.append(
-                ("num_heads", f"{HEAD_DIM} does not divide width {width}", "give num_heads")
-            )
-        elif width % num_heads:
-            what = f"{num_heads} heads do not divide width {width}"
-            found.append(("num_heads", what, "choose a divisor of width"))
-        elif full.position == "rotary" and width // num_heads % 2:
-            what = f"rotary position needs even heads, not {width // num_heads} wide"
-            found.append(("num_heads", what, "choose another num_heads or position"))
-        elif full.position == "rotary" and width // num_heads * (full.rope_fraction or 1) % 2:
-            what = f"{full.rope_fraction:g} of {width // num_heads} is not an even number"
-            found.append(("rope_fraction", what, "choose one that gives an even part of a head"))
-        elif full.rope_scaling == "ntk" and width // num_heads < 4:
-            found.append(("num_heads", "ntk needs heads of at least 4", "choose fewer heads"))
-        if self._halves_rotation and self.rope_fraction == 1:
-            what = "mixer latent needs a part of each head that does not rotate"
-            found.append(("rope_fraction", what, "give less than 1, or leave it out"))
-        if self._has_latent and (self.latent_rank or 0) >= 2 * width:
-            what = f"{self.latent_rank} does not compress keys and values, {2 * width} a token"
-            found.append(("latent_rank", what, "give less, or leave it out"))
-        if num_heads % num_kv_heads:
-            what = f"{num_kv_heads} do not divide {num_heads} heads"
-            found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
-        if self.mlp == "moe":
-            found += problems_of_experts(self, full)
-        if full.position == "sinusoidal" and width % 2:
-            found.append(("width", "sinusoidal position needs an even width", "make it even"))
-        if len(self.mixer_pattern) > (full.num_layers or 0):
-            what = f"{len(self.mixer_pattern)} mixers for {full.num_layers} layers"
-            found.append(("mixer_pattern", what, "give at most one a layer"))
-        if self.vocab_size and vocab_size and self.vocab_size < vocab_size:
-            what = f"{self.vocab_size} is less than the {vocab_size} of tokenizer and objective"
-            found.append(("vocab_size", what, "leave it out, or give at least as many"))
-        if self.source_length and sequence_length and self.source_length >= sequence_length:
-            what = f"{self.source_length} leaves the decoder none of {sequence_length} columns"
-            found.append(("source_length", what, "leave it out"))
-        longest = self.max_sequence_length
-        if longest and sequence_length and longest < sequence_length:
-            what = f"{longest} is less than the sequence length {sequence_length}"
-            found.append(("max_sequence_length", what, "leave it out, or raise it"))
-        return found
-
-    def _problems_of_values(self) -> list[Problem]:
-        found: list[Problem] = []
-        sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
-        bases = ("base_width", "base_depth", "delta_value_dim", "delta_conv")
-        ranks = ("latent_rank", "latent_query_rank")
-        lengths = ("max_sequence_length", "rope_original_length", "source_length")
-        for name in (*sizes, "vocab_size", *lengths, *bases, *ranks):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append((name, f"{value} is not a size", "give at least 1"))
-        for name in ("depth", "num_layers"):
-            if (getattr(self, name) or 0) > MOST_LAYERS:
-                what = f"{getattr(self, name)} layers are too many"
-                found.append((name, what, f"give at most {MOST_LAYERS:,}"))
-        choices = [("position", POSITIONS), ("norm", NORMS), ("mixer", tuple(MIXERS))]
-        choices += [("mlp", tuple(MLPS)), ("rope_scaling", ROPE_SCALINGS)]
-        choices += [("norm_placement", NORM_PLACEMENTS), ("qk_norm_over", QK_NORM_OVER)]
-        choices += [("attention_gate", ATTENTION_GATES)]
-        choices += [("mixer_pattern", tuple(MIXERS)), ("parametrization", PARAMETRIZATIONS)]
-        for name, known in choices:
-            given = getattr(self, name)
-            for value in given if isinstance(given, list) else [given]:
-                if value not in known:
-                    todo = f"choose from {', '.join(known)}"
-                    found.append((name, f"unknown value {value!r}", todo))
-        for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                found.append((name, "must be above 0", "give a positive number"))
-        for name in ("z_loss", "loss_chunk", "logit_softcap"):
-            if not getattr(self, name) >= 0:
-                found.append((name, "must not be negative", "give 0 to switch it off"))
-        if self.rope_fraction is not None and not 0 < self.rope_fraction <= 1:
-            found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))
-        if not 0 <= self.dropout < 1:
-            found.append(("dropout", f"{self.dropout} is not a probability below 1", "give 0 to 1"))
-        if self.init_std is not None and not self.init_std > 0:
-            found.append(("init_std", "must be above 0", "leave it out for the rule"))
-        return found
-
-    def _problems_without_experts(self) -> list[Problem]:
-        """Return the keys moe_* that are set though there are no experts."""
-        if self.mlp == "moe":
-            return []
-        keys = [f for f in fields(self) if f.name.startswith("moe_")]
-        given = [key.name for key in keys if getattr(self, key.name) != key.default]
-        todo = "leave it out, or choose mlp=moe"
-        return [(name, f"has no effect with mlp={self.mlp}", todo) for name in given]
-
-    def _problems_of_scaling(self) -> list[Problem]:
-        """Return the broken rules of positions among values that are each allowed."""
-        found = self._problems_of_encoder()
-        kind, factor = self.rope_scaling, self.rope_factor
-        for mixer in dict.fromkeys(self.mixer_pattern or [self.mixer]):
-            if self.position == "alibi" and not MIXERS[mixer].takes_alibi:
-                what = f"mixer {mixer} does not add alibi's biases to scores"
-                found.append(("position", what, "choose another position"))
-            if not self.causal and not MIXERS[mixer].takes_future:
-                what = f"mixer {mixer} can't let a token see later ones"
-                found.append(("causal", what, "choose another mixer, or leave it out"))
-        if self.position == "alibi" and not self.causal:
-            todo = "choose another position"
-            found.append(("position", "alibi's biases are for causal models", todo))
-        if self.rope_fraction not in (None, 1) and self.position != "rotary":
-            todo = "leave it out, or choose position=rotary"
-            found.append(("rope_fraction", f"{self.position} positions don't rotate", todo))
-        if self.scale_embedding and self.position == "sinusoidal":
-            what = "sinusoidal positions scale the embedding already"
-            found.append(("scale_embedding", what, "leave it out"))
-        if kind != "none" and self.position != "rotary":
-            what = f"{kind} scales rotary positions, not {self.position}"
-            found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
-        elif kind == "none" and factor != 1:
-            todo = "choose rope_scaling=ntk or yarn, or leave it out"
-            found.append(("rope_factor", "has no effect without rope_scaling", todo))
-        elif kind != "none" and not 1 < factor < math.inf:
-            what = f"{factor} does not lengthen the context"
-            found.append(("rope_factor", what, "give new length / original length, above 1"))
-        elif kind == "yarn" and self.rope_theta <= 1:
-            found.append(("rope_theta", "yarn needs more than 1", "give more, such as 10000"))
-        if kind != "yarn" and self.rope_original_length:
-            todo = "leave it out, or choose rope_scaling=yarn"
-            found.append(("rope_original_length", "only yarn depends on it", todo))
-        return found
-
-    def _problems_of_encoder(self) -> list[Problem]:
-        """Return the broken rules of an encoder-decoder."""
-        if not self.encoder_layers:
-            if self.source_length:
-                return [("source_length", "there is no encoder", "leave it out")]
-            return []
-        if not 0 < self.encoder_layers <= MOST_LAYERS:
-            what = f"{self.encoder_layers} is not a number of layers"
-            return [("encoder_layers", what, f"give 0 to {MOST_LAYERS:,}")]
-        found: list[Problem] = []
-        if not self.causal:
-            what = "the decoder of an encoder-decoder sees no later token"
-            found.append(("causal", what, "leave it out"))
-        if self.position == "alibi":
-            todo = "choose another position"
-            found.append(("position", "alibi's biases are for causal models", todo))
-        if self.mlp == "moe":
-            what = "an encoder-decoder has no experts"
-            found.append(("mlp", what, "choose another mlp, or leave out encoder_layers"))
-        if self.parametrization == "completep":
-            what = "completep has a rule for one stack of layers, not for encoder and decoder"
-            found.append(("parametrization", what, "choose mup or standard"))
-        for mixer in dict.fromkeys(self.mixer_pattern or [self.mixer]):
-            if not MIXERS[mixer].takes_future:
-                what = f"mixer {mixer} can't let a token of the encoder see later ones"
-                found.append(("encoder_layers", what, "choose another mixer"))
-        return found
+        return rules.problems(self, vocab_size, sequence_length)
 
     def resolved(
         self, vocab_size: int | None = None, sequence_length: int | None = None
@@ -320,7 +146,7 @@ class ModelConfig:
         for name, what, todo in self.problems(vocab_size, sequence_length):
             raise ValueError(f"model.{name}: {what}; {todo}.")
         full = replace(
-            self._sized(),
+            self.sized(),
             vocab_size=self.vocab_size or vocab_size,
             max_sequence_length=self.max_sequence_length or sequence_length,
         )
@@ -360,7 +186,7 @@ class ModelConfig:
     @property
     def rotary_width(self) -> int:
         """The part of each head that rotates: head_dim * rope_fraction."""
-        return round(self.sizes.head_dim * (self._sized().rope_fraction or 1))
+        return round(self.sizes.head_dim * (self.sized().rope_fraction or 1))
 
     @property
     def expert_width(self) -> int:
@@ -375,14 +201,16 @@ class ModelConfig:
         return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
 
     @property
-    def _has_latent(self) -> bool:
+    def has_latent(self) -> bool:
+        """True if a layer has latent attention."""
         return "latent" in (self.mixer_pattern or [self.mixer])
 
     @property
-    def _halves_rotation(self) -> bool:
-        return self._has_latent and self.position == "rotary"
+    def halves_rotation(self) -> bool:
+        """True if only a part of each head may rotate, by default one half."""
+        return self.has_latent and self.position == "rotary"
 
-    def _sized(self) -> "ModelConfig":
+    def sized(self) -> "ModelConfig":
         """Apply the rule of the class docstring; needs depth, or num_layers and width."""
         width = self.width or WIDTH_PER_LAYER * (self.depth or 0)
         num_heads = self.num_heads or max(1, width // HEAD_DIM)
@@ -396,6 +224,6 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads or num_heads,
             mlp_width=mlp_width,
-            rope_fraction=self.rope_fraction or (0.5 if self._halves_rotation else 1.0),
+            rope_fraction=self.rope_fraction or (0.5 if self.halves_rotation else 1.0),
             moe_width=self.moe_width or (mlp_width // active if self.mlp == "moe" else None),
         )

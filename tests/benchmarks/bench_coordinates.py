@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.models import Transformer
-from forescale.models.config import PARAMETRIZATIONS
+from forescale.models.rules import PARAMETRIZATIONS
 from tests.benchmarks.coordinates import (
     ADAMW,
     LAYERS,

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.config import POSITIONS
 from forescale.models.mixers.masks import visible_keys
 from forescale.models.positions.position import document_starts, positions_of
+from forescale.models.rules import POSITIONS
 from tests.matrix import more
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.config import MLPS, NORMS, POSITIONS
+from forescale.models.costs import MLPS
 from forescale.models.flops import (
     activation_bytes,
     activations,
@@ -20,6 +20,7 @@ from forescale.models.flops import (
     matrices,
     shapes,
 )
+from forescale.models.rules import NORMS, POSITIONS
 
 BASE = ModelConfig(
     num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16

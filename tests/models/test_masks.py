@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from forescale.models.config import POSITIONS
 from forescale.models.mixers.masks import visible_keys
+from forescale.models.rules import POSITIONS
 from tests.models.variants import VARIANTS, L, V, build, named, tokens
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.config import MLPS, NORMS, POSITIONS
+from forescale.models.costs import MLPS
+from forescale.models.rules import NORMS, POSITIONS
 
 VARIANTS = list(product(POSITIONS, NORMS, MLPS, (False, True), (None, 1)))
 L, V = 12, 37
