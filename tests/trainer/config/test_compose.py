@@ -49,7 +49,7 @@ def test_all_mistakes_at_once_with_suggestions():
         "trian.seed": "did you mean train.seed",
         "train.lr": "did you mean optimizer.learning_rate",
         "modle": "did you mean model",
-        "model": "choose one of gpt2-124m, ",
+        "model": "choose one of gpt2-",
         "train.seed": "expects a whole number, got 'abc'",
         "checkpoint.keep": "at least 2, got 1",
         "a b": "KEY=VALUE",
