@@ -8,6 +8,7 @@ compare these numbers exactly with torch's counter. Imports no torch. A config w
 vocabulary or longest sequence is unknown raises ValueError.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -43,8 +44,8 @@ class Counts:
 def count(config: ModelConfig) -> Counts:
     """Return the numbers of parameters of a Transformer of this config."""
     outer = {name: prod(shape) for name, shape in _outer_shapes(config).items()}
-    layers = (layer_shapes(config, i) for i in range(config.num_blocks))
-    blocks = sum(prod(shape) for layer in layers for shape in layer.values())
+    kinds = ((layer_shapes(config, i), times) for i, times in _kinds(config))
+    blocks = sum(times * prod(shape) for layer, times in kinds for shape in layer.values())
     norm = sum(size for name, size in outer.items() if name.startswith("norm."))
     total = sum(outer.values()) + blocks
     return Counts(
@@ -121,9 +122,21 @@ def layers_of(config: ModelConfig) -> list[dict[str, Part]]:
     return [parts_of(config, i) for i in range(config.num_blocks)]
 
 
+def _kinds(config: ModelConfig) -> list[tuple[int, int]]:
+    """Return the first block of each kind, and how many there are: a plan counts thousands of
+    models of a hundred equal layers."""
+    last = config.encoder_layers - 1  # it has a norm that the others don't
+    layers = enumerate(layers_of(config))
+    # By identity, for to hash a record takes longer than all else here.
+    kinds = [(*map(id, parts.values()), i == last) for i, parts in layers]
+    return [(kinds.index(kind), times) for kind, times in Counter(kinds).items()]
+
+
 def _sum(config: ModelConfig, of: Callable[[Part], int]) -> int:
     """Return the sum over all parts of all layers."""
-    return sum(of(part) for parts in layers_of(config) for part in parts.values())
+    return sum(
+        times * of(part) for i, times in _kinds(config) for part in parts_of(config, i).values()
+    )
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -30,7 +30,11 @@ def draw(panels: Sequence[Panel], output: Path) -> None:
     xs are logarithmic, and ys where they span more than a factor of 30.
     """
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "forescale", "svg.fonttype": "none"}
+    with matplotlib.rc_context({"svg.hashsalt": "forescale", "svg.fonttype": "none"}):
+        _draw(panels, output)
+
+
+def _draw(panels: Sequence[Panel], output: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = -(-len(panels) // 3)

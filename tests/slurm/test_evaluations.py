@@ -56,7 +56,7 @@ def in_queue(run, commands):
     training.submitted("17", training.script, "lab", "2026-11-26T16:01:45")
     line = f"17|PENDING|None|0:00|1:00||N/A|2026-11-26T16:01:45|{training.script}"
     show = f"UserId=me({os.getuid()}) Command={training.script}"
-    commands(squeue=f"echo '{line}'")
+    commands(squeue=f"echo '{line}'", sbatch="exit 1")  # where it is, there is a queue
     commands(scontrol=f'[ "$2" = config ] && echo ClusterName = lab || echo "{show}"')
 
 
