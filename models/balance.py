@@ -21,7 +21,7 @@ ENTROPY_UNIT = 1e-6  # nats: entropies are counted in whole units, whose sum has
 
 
 class Routing(NamedTuple):
-    """What a layer tells of a training forward pass, apart from its output.
+    """What a layer reports of a training forward pass, apart from its output.
 
     penalty: (), of one token, differentiable. counts (E + 2,) int64, of the tokens that count:
     pairs of token and expert by expert, pairs that were dropped, and the sum of the router's
@@ -81,6 +81,6 @@ class Tallies(nn.Module):
 
     def move_biases(self, layers: Sequence["MixtureOfExperts"]) -> None:
         """Move the bias of each layer by the load of the step."""
-        assert self.totals is not None, "the engine tells the totals before the update"
+        assert self.totals is not None, "the engine gives the totals before the update"
         for layer, counts in zip(layers, self.totals, strict=True):
             layer.move_bias(counts[:-2])

@@ -43,7 +43,7 @@ _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shap
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformer: a causal decoder unless told otherwise.
+    """A transformer: a causal decoder by default.
 
     Give only `depth`, or `num_layers` and `width`. Other given sizes override the rule.
     The rule for a size that is not given:

@@ -44,11 +44,11 @@ def continued(x_BLD: Tensor, context: Context) -> Tensor:
     A recurrence starts again at each 0: at a new document, after padding, at the first token.
     """
     length = x_BLD.shape[1]
-    told = context.starts if context.starts is not None else context.real
-    if told is None:
+    given = context.starts if context.starts is not None else context.real
+    if given is None:
         is_first = context.memory is None or context.memory.is_empty
         return F.pad(x_BLD.new_ones(1, length - is_first), (int(is_first), 0))
-    follows_BS = told.new_ones(told.shape[0], told.shape[1] - 1).bool()
+    follows_BS = given.new_ones(given.shape[0], given.shape[1] - 1).bool()
     if context.starts is not None:
         follows_BS = context.starts[:, 1:] == context.starts[:, :-1]
     if context.real is not None:

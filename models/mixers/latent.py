@@ -96,7 +96,7 @@ class LatentAttention(nn.Module):
             latent_BSR = memory.extend("latent", latent_BSR)
             if turned_BS1T is not None:
                 turned_BS1T = memory.extend("rope_key", turned_BS1T)
-        # With ranks of some head_dim, fewer tokens than this make expanding all keys dearer.
+        # With ranks of some head_dim, expanding all keys is more expensive for fewer tokens.
         is_absorbed = memory is not None and x_BLD.shape[1] < self.head_dim
         form = self._absorbed if is_absorbed else self._expanded
         return self.output(form(q_BLHK, latent_BSR, turned_BS1T, context).flatten(-2))

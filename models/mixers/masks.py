@@ -1,4 +1,4 @@
-"""Which tokens a token may attend to, and the masks that tell attention so."""
+"""Which tokens a token may attend to, and the masks that attention takes."""
 
 import torch
 from torch import Tensor

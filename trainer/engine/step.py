@@ -166,7 +166,8 @@ class Engine:
 
     def measure(self, losses: Tensor, targets: int) -> tuple[float, float]:
         """Return the step's mean loss per target and the global L2 norm of the averaged gradient,
-        after one all-reduce of two numbers, and of the model's counters, which it is then told.
+        after one all-reduce of two numbers, and of the model's counters, whose sums the model then
+        receives.
 
         They are not finite if a loss or gradient isn't. In fp16 the loss scale is divided out.
         """
