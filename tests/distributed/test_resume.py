@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests import launching
-from tests.matrix import FULL
+from tests.matrix import FULL, more
 
 pytestmark = pytest.mark.distributed
 
@@ -33,6 +33,34 @@ def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
     whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
     assert len(whole) == 50
+    assert cut == whole
+
+
+# Every mixer in one model, with experts whose biases are counted. Attention is in the tests above.
+ALL_PARTS = (
+    "model.num_layers=5",
+    "model.mixer_pattern=[lstm,mingru,gated_deltanet,latent,attention]",
+    "model.mlp=moe",
+    "model.moe_scores=sigmoid",
+    "model.moe_bias_speed=0.01",
+    "model.moe_dense_layers=1",
+    "train.compile=off",
+)
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [(3, "muon"), *(pytest.param(*k, marks=more) for k in KINDS if k != (3, "muon"))],
+)
+def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, stage, optimizer):
+    command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
+    command += (*ALL_PARTS, "data.document_mask=true", "train.steps=20", "validation.every=20")
+    launching.train(tmp_path, "run.name=whole", *command)
+    process = launching.start(tmp_path, "run.name=cut", *command)
+    launching.interrupt(process, tmp_path / "cut", 14, signal.SIGKILL)
+    assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
+    whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
+    assert len(whole) == 20
     assert cut == whole
 
 

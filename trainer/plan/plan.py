@@ -345,8 +345,9 @@ class Plan:
 
     @property
     def cache_bytes(self) -> int | None:
-        """Bytes that decoding keeps for one sequence; None if the model is not one of ours."""
+        """Bytes that decoding keeps for one sequence; None if the model is not one of ours, or
+        doesn't decode with a cache."""
         model, length = self.job.model, self.job.train.sequence_length
-        if not isinstance(model, ModelConfig):
+        if not isinstance(model, ModelConfig) or not model.causal or model.has_encoder:
             return None
         return cache_bytes(model, length, BYTES[self.job.precision.kind])

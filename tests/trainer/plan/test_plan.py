@@ -325,3 +325,16 @@ def test_the_plan_of_a_branch_is_judged_as_train_would(own_run, forescale, small
     code, _, err = forescale("plan", "branch", *words, "machine=cpu", "plan.gpus=1")
     assert code == 2
     assert "run.from: this run would end at step 8, and small is at step 8 already" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.causal=false", "objective.kind=masked"],
+        ["model.encoder_layers=2", "objective.kind=seq2seq"],
+    ],
+)
+def test_a_model_that_does_not_decode_with_a_cache_keeps_none(planned, words):
+    code, plan, _ = planned(*SHORT, *words)
+    assert code == 0
+    assert plan["decoding_cache_bytes"] is None
