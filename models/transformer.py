@@ -5,7 +5,6 @@ module is used by calling it. ZeRO-3 gathers a module's parameters around its ca
 need not know that the weights are partitioned. A tied table is one module that is called twice.
 """
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from forescale.models.balance import Routing, Tallies, penalty_of, until_last_target
+from forescale.models.block import Block
 from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
-from forescale.models.costs import Part
-from forescale.models.flops import layers_of, parts_of
+from forescale.models.flops import layers_of
 from forescale.models.grouped import GroupedLinear
 from forescale.models.init import Linear
 from forescale.models.loss import capped, window_losses
@@ -62,72 +61,6 @@ class Vocabulary(nn.Module):
         if targets_BL is None:
             return capped(F.linear(x, self.weight), self.softcap)
         return window_losses(x, self.weight, targets_BL, self.chunk, self.z_loss, self.softcap)
-
-
-def module_of(part: Part) -> type[nn.Module]:
-    """Import and return the class of a part of a block."""
-    module, _, name = part.module.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-class Block(nn.Module):
-    """(B, L, D) -> (B, L, D): mixer and MLP, each with its norms, added to the residual stream.
-
-    pre: x + f(norm(x)). post: x + norm(f(x)), as OLMo 2. sandwich: x + norm(f(norm(x))), as Gemma.
-    In the decoder of an encoder-decoder, attention to the encoder's output comes between the two,
-    and the encoder's last block ends with a norm.
-
-    With experts (is_routed) it returns the Routing too: as an output, because what is computed
-    again for the backward pass then counts once.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int = 0):
-        super().__init__()
-        parts, is_last = parts_of(config, layer), layer == config.encoder_layers - 1
-        config = config.of_block(layer)
-        before, after = (config.norm_placement != place for place in ("post", "pre"))
-        self.mixer_norm = make_norm(config) if before else None
-        self.mixer = module_of(parts["mixer"])(config)
-        self.mixer_post_norm = make_norm(config) if after else None
-        self.cross_norm = self.cross = self.cross_post_norm = None
-        if "cross" in parts:
-            self.cross_norm = make_norm(config) if before else None
-            self.cross = module_of(parts["cross"])(config)
-            self.cross_post_norm = make_norm(config) if after else None
-        self.mlp_norm = make_norm(config) if before else None
-        self.mlp = module_of(parts["mlp"])(config)
-        self.mlp_post_norm = make_norm(config) if after else None
-        self.is_routed = parts["mlp"].is_routed
-        self.output_norm = make_norm(config) if is_last else None
-        self.dropout = nn.Dropout(config.dropout)
-        self.multiplier = scales(config).residual
-
-    def forward(self, x_BLD: Tensor, *context: Any) -> Any:
-        """Return the output of the block. context: the fields of a Context, as separate arguments.
-
-        Activation checkpointing tracks only tensors that are direct arguments.
-        """
-        own, routing = Context(*context), ()
-        y_BLD = self.mixer(_normed(self.mixer_norm, x_BLD), own)
-        x_BLD = self._add(x_BLD, _normed(self.mixer_post_norm, y_BLD))
-        if self.cross is not None:
-            y_BLD = self.cross(_normed(self.cross_norm, x_BLD), own)
-            x_BLD = self._add(x_BLD, _normed(self.cross_post_norm, y_BLD))
-        y_BLD = _normed(self.mlp_norm, x_BLD)
-        if self.is_routed:
-            y_BLD, routing = self.mlp(y_BLD, own.counted)
-        else:
-            y_BLD = self.mlp(y_BLD)
-        x_BLD = self._add(x_BLD, _normed(self.mlp_post_norm, y_BLD))
-        x_BLD = _normed(self.output_norm, x_BLD)
-        return (x_BLD, *routing) if self.is_routed else x_BLD
-
-    def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-        return torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
-
-
-def _normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
-    return x_BLD if norm is None else norm(x_BLD)
 
 
 class Transformer(nn.Module):
