@@ -1,26 +1,46 @@
-"""A block of the transformer, made of the modules that its cost records name.
+"""A block of the transformer, made of the modules that its cost records name, and its mixer's view.
 
 Invariant: a block knows no mixer and no MLP by name.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs import Part
-from forescale.models.flops import parts_of
-from forescale.models.mixers.context import Context
+from forescale.models.flops import layers_of, parts_of
+from forescale.models.mixers.context import Columns, Context
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import scales
 
 
-def module_of(part: Part) -> type[nn.Module]:
-    """Import and return the class of a part of a block."""
-    module, _, name = part.module.rpartition(".")
+def named(dotted: str) -> Any:
+    """Import and return the class or function of a cost record."""
+    module, _, name = dotted.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+Viewer = Callable[[Columns], Any]
+
+
+def no_view(columns: Columns) -> None:
+    """The viewer of mixers that need no view."""
+
+
+def viewers(config: ModelConfig) -> list[Viewer]:
+    """Return what makes the view of each layer; layers that share a view have the same."""
+    made: dict[tuple[str, int], Any] = {}
+    found = []
+    for i, parts in enumerate(layers_of(config)):
+        mixer = parts["mixer"]
+        key = mixer.viewer, i if mixer.varies(config) else 0
+        if key not in made:
+            made[key] = named(mixer.viewer)(config, i) if mixer.viewer else no_view
+        found.append(made[key])
+    return found
 
 
 class Block(nn.Module):
@@ -40,15 +60,15 @@ class Block(nn.Module):
         config = config.of_block(layer)
         before, after = (config.norm_placement != place for place in ("post", "pre"))
         self.mixer_norm = make_norm(config) if before else None
-        self.mixer = module_of(parts["mixer"])(config)
+        self.mixer = named(parts["mixer"].module)(config)
         self.mixer_post_norm = make_norm(config) if after else None
         self.cross_norm = self.cross = self.cross_post_norm = None
         if "cross" in parts:
             self.cross_norm = make_norm(config) if before else None
-            self.cross = module_of(parts["cross"])(config)
+            self.cross = named(parts["cross"].module)(config)
             self.cross_post_norm = make_norm(config) if after else None
         self.mlp_norm = make_norm(config) if before else None
-        self.mlp = module_of(parts["mlp"])(config)
+        self.mlp = named(parts["mlp"].module)(config)
         self.mlp_post_norm = make_norm(config) if after else None
         self.is_routed = parts["mlp"].is_routed
         self.output_norm = make_norm(config) if is_last else None

@@ -83,7 +83,8 @@ class ModelConfig:
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_placement: str = "pre"  # pre | post | sandwich: before a part, after it (OLMo 2), or both
     norm_eps: float = 1e-6  # added to the variance in norms
-    # How tokens exchange information: attention | gated_deltanet | latent | lstm | mingru
+    # How tokens exchange information:
+    # attention | window | block_sparse | gated_deltanet | latent | lstm | mingru
     mixer: str = "attention"
     # Mixers of successive layers, repeated over the depth, such as [mingru, mingru, attention];
     # empty: `mixer` in each layer.
@@ -95,8 +96,15 @@ class ModelConfig:
     # Layers of an encoder before the num_layers of the decoder (objective.kind=seq2seq); 0: none.
     encoder_layers: int = 0
     source_length: int | None = None  # columns that the encoder reads; None: as the objective says
+    window: int | None = None  # mixer=window: tokens that a token sees, itself included
+    global_tokens: int = 0  # mixer=window: first tokens of a document that all its tokens see
+    sparse_pattern: str = "strided"  # mixer=block_sparse: strided | fixed | bigbird
+    sparse_block: int = 64  # mixer=block_sparse: tokens per block
+    sparse_local: int = 4  # mixer=block_sparse: blocks of the neighbourhood; strided, fixed: stride
+    sparse_global: int = 1  # bigbird: first blocks of a document that all its tokens see
+    sparse_random: int = 2  # bigbird: random blocks that a block sees
     causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
-    mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2 | moe: experts, models/moe.py
+    mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2 | moe: experts, models/experts/moe.py
     moe_experts: int = 8  # moe: experts of a layer (Mixtral: 8)
     moe_top_k: int = 2  # moe: experts that a token uses (GShard, Mixtral: 2)
     moe_width: int | None = None  # of an expert; None: mlp_width / (moe_top_k + moe_shared)

@@ -218,7 +218,7 @@ class Activations:
     again: int  # with activation checkpointing: the layer that is being recomputed
     head: int  # the final norm's input and output
     logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient
-    mask: int  # of documents, padding or alibi, shared by all layers
+    mask: int  # of documents, padding, alibi or a mixer's view, shared by layers
     kept_logits: int  # the part of `logits` kept by the forward pass, if all fit one chunk
 
     @property
@@ -247,8 +247,9 @@ def activations(
     `bytes_per_value` unless marked fp32: inputs (fp32) and outputs of both norms, and what the cost
     records of the mixer and the MLP give (costs/). If RMSNorm is not one kernel (fused_norms=False:
     a CPU), its input is kept a second time. The final norm and the logits of one chunk, with their
-    gradients, are added. Dropout adds a byte per value. A masked forward pass (documents or
-    padding) has one mask for all layers, and so has alibi, with a square for each head.
+    gradients, are added. There, mixers that have a plain form besides a GPU's kernels run in it,
+    and keep Part.plain_bytes more. Dropout adds a byte per value. A masked forward pass (documents
+    or padding) has one mask for all layers, and so has alibi, with a square for each head.
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
@@ -257,6 +258,9 @@ def activations(
     norm = rms if config.norm == "rmsnorm" else 4
     # The part's input, which is a norm's output or the stream itself, and the input of each norm.
     norms = b + norm * (2 if config.norm_placement == "sandwich" else 1)
+    plain = [(0, 0)] * config.num_blocks
+    if not fused_norms:
+        plain = _plain_forms(config, micro_batch, sequence_length, b, masked)
     source = micro_batch * columns_of(config, 0, sequence_length)
     columns = [
         micro_batch * columns_of(config, i, sequence_length) for i in range(config.num_blocks)
@@ -265,19 +269,21 @@ def activations(
         count * sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
         + count * (len(parts) * s.width if config.dropout else 0)
         + source * sum(p.source_bytes(config, b, rms) for p in parts.values())
-        for count, parts in zip(columns, layers_of(config), strict=True)
+        + inside
+        for count, parts, (inside, _) in zip(columns, layers_of(config), plain, strict=True)
     ]
     kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
     if config.has_encoder:  # its output, and the norm before it
         kept += source * s.width * (b + (0 if config.activation_checkpointing else norm))
     tokens = columns[-1]
     chunk = min(tokens, config.loss_chunk or tokens)
+    mask = b * _squares(config, sequence_length) * _masks(config, micro_batch, masked)
     return Activations(
         layers=kept,
         again=max(layers) if config.activation_checkpointing else 0,
         head=tokens * (norm + b) * s.width,
         logits=chunk * s.vocab_size * (2 * b + 4),
-        mask=b * _squares(config, sequence_length) * _masks(config, micro_batch, masked),
+        mask=mask + sum(view for _, view in plain),
         kept_logits=b * tokens * s.vocab_size if chunk == tokens else 0,
     )
 
@@ -288,6 +294,20 @@ def _squares(config: ModelConfig, columns: int) -> int:
         return columns**2
     source, decoder = (columns_of(config, i, columns) for i in (0, config.encoder_layers))
     return source**2 + decoder**2 + source
+
+
+def _plain_forms(
+    config: ModelConfig, micro_batch: int, columns: int, bytes_per_value: int, masked: bool
+) -> list[tuple[int, int]]:
+    """Return Part.plain_bytes of the mixer of each block, a view only where it is made."""
+    found, made = [], set()
+    for i, name in enumerate(config.mixers):
+        part, length = MIXERS[name], columns_of(config, i, columns)
+        inside, view = part.plain_bytes(config, micro_batch, length, bytes_per_value, masked)
+        is_new = name not in made or part.varies(config)
+        found.append((inside, view if is_new else 0))
+        made.add(name)
+    return found
 
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool) -> int:

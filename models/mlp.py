@@ -15,7 +15,7 @@ class MLP(nn.Module):
     geglu:  down(gelu(gate(x)) * up(x)), the same paper; the tanh approximation, as Gemma.
     gelu:   down(gelu(up(x))) with the tanh approximation, as GPT-2 was trained.
     relu2:  down(relu(up(x))^2), So et al. 2021 (Primer, arXiv 2109.08668).
-    moe:    swiglu: a dense layer of a mixture, and its shared experts (models/moe.py).
+    moe:    swiglu: a dense layer of a mixture, and its shared experts (models/experts/moe.py).
     """
 
     def __init__(self, config: ModelConfig, width: int | None = None):

@@ -22,6 +22,9 @@ NORM_PLACEMENTS = ("pre", "post", "sandwich")
 QK_NORM_OVER = ("head", "layer")
 ATTENTION_GATES = ("none", "head", "channel")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
+SPARSE_PATTERNS = ("strided", "fixed", "bigbird")
+WINDOW_KEYS = ("window", "global_tokens")
+SPARSE_KEYS = ("sparse_pattern", "sparse_block", "sparse_local", "sparse_global", "sparse_random")
 
 HEAD_DIM = 64
 MOST_LAYERS = 2048  # of a plan that takes seconds; trained models have some hundred
@@ -45,6 +48,7 @@ def problems(
     return (
         _of_heads(config, full)
         + _of_sizes(config, full)
+        + _of_patterns(config, sequence_length)
         + _of_data(config, vocab_size, sequence_length)
     )
 
@@ -226,4 +230,65 @@ def _of_encoder(config: "ModelConfig") -> list[Problem]:
         if not MIXERS[mixer].takes_future:
             what = f"mixer {mixer} can't let a token of the encoder see later ones"
             found.append(("encoder_layers", what, "choose another mixer"))
+    return found
+
+
+def _of_patterns(c: "ModelConfig", sequence_length: int | None) -> list[Problem]:
+    """Return the broken rules of attention to few keys."""
+    used = c.mixer_pattern or [c.mixer]
+    longest = c.max_sequence_length or sequence_length
+    found = _without_pattern(c, used)
+    if "window" in used:
+        if c.window is None:
+            found.append(("window", "mixer window has no width", "give how many tokens one sees"))
+        elif c.window < 1:
+            found.append(("window", f"{c.window} tokens are no window", "give at least 1"))
+        elif longest and c.window > longest:
+            what = f"{c.window} tokens are more than the context's {longest}"
+            found.append(("window", what, "give fewer, or choose mixer attention"))
+        if c.global_tokens < 0:
+            found.append(("global_tokens", "must not be negative", "give 0 for none"))
+        elif longest and c.global_tokens > longest:
+            what = f"{c.global_tokens} tokens are more than the context's {longest}"
+            found.append(("global_tokens", what, "give fewer"))
+    if "block_sparse" in used:
+        found += _of_blocks(c, longest)
+    return found
+
+
+def _without_pattern(c: "ModelConfig", used: list[str]) -> list[Problem]:
+    """Return the keys of patterns that are set and have no effect."""
+    of_mixer = {"window": WINDOW_KEYS, "block_sparse": SPARSE_KEYS}
+    found: list[Problem] = []
+    for mixer, names in of_mixer.items():
+        for name in names:
+            if mixer not in used and getattr(c, name) != getattr(type(c), name):
+                what = f"has no effect without mixer {mixer}"
+                found.append((name, what, f"leave it out, or choose mixer={mixer}"))
+    for name in ("sparse_global", "sparse_random"):
+        changed = getattr(c, name) != getattr(type(c), name)
+        if changed and "block_sparse" in used and c.sparse_pattern != "bigbird":
+            what = f"has no effect on pattern {c.sparse_pattern}"
+            found.append((name, what, "leave it out, or choose sparse_pattern=bigbird"))
+    return found
+
+
+def _of_blocks(c: "ModelConfig", longest: int | None) -> list[Problem]:
+    """Return the broken rules of block_sparse."""
+    if c.sparse_pattern not in SPARSE_PATTERNS:
+        what, todo = f"unknown value {c.sparse_pattern!r}", ", ".join(SPARSE_PATTERNS)
+        return [("sparse_pattern", what, f"choose from {todo}")]
+    if c.sparse_block < 1:
+        return [("sparse_block", f"{c.sparse_block} is not a size", "give at least 1")]
+    found: list[Problem] = []
+    least = 1 if c.sparse_pattern == "bigbird" else 2
+    if c.sparse_local < least:
+        what = f"{c.sparse_local} is too little for pattern {c.sparse_pattern}"
+        found.append(("sparse_local", what, f"give at least {least} blocks"))
+    for name in ("sparse_global", "sparse_random"):
+        if getattr(c, name) < 0:
+            found.append((name, "must not be negative", "give 0 for none"))
+    if longest and c.sparse_block * c.sparse_local > longest:
+        what = f"{c.sparse_local} blocks of {c.sparse_block} are more than the context's {longest}"
+        found.append(("sparse_local", what, "give smaller or fewer blocks, or mixer attention"))
     return found

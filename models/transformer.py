@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forescale.models.balance import Routing, Tallies, penalty_of, until_last_target
-from forescale.models.block import Block
+from forescale.models.block import Block, Viewer, viewers
 from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
+from forescale.models.experts.balance import Routing, Tallies, penalty_of, until_last_target
+from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
-from forescale.models.grouped import GroupedLinear
 from forescale.models.init import Linear
 from forescale.models.loss import capped, window_losses
-from forescale.models.mixers.context import Context
+from forescale.models.mixers.context import Columns, Context
 from forescale.models.mixers.masks import additive_mask, visible_keys
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import Factors, factors, scales
@@ -82,6 +82,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_blocks))
         self.takes_mask = any(part["mixer"].takes_mask for part in layers_of(config))
+        self.viewers = viewers(config)
         self.norm = make_norm(config)
         self.head = None if config.tie_embeddings else Vocabulary(config)
         routed = sum(parts["mlp"].is_routed for parts in layers_of(config))
@@ -163,10 +164,19 @@ class Transformer(nn.Module):
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
         x_BLD, turn = self._embedded(tokens_BL, positions)
-        length, causal = tokens_BL.shape[1], self.config.causal
-        mask = self._mask(positions, real, starts, length, x_BLD.dtype, causal)
-        context = Context(turn, mask, starts, real, counted=counted_BL)
-        x_BLD, routings = self._through(0, len(self.blocks), x_BLD, context, memories)
+        seen = Columns(
+            positions,
+            tokens_BL.shape[1],
+            starts,
+            real,
+            dtype=x_BLD.dtype,
+            decoding=cache is not None,
+            drops=self.training and self.config.dropout > 0,
+        )
+        context = Context(
+            turn, self._mask(seen, self.config.causal), starts, real, counted=counted_BL
+        )
+        x_BLD, routings = self._through(0, len(self.blocks), x_BLD, context, seen, memories)
         return self.norm(x_BLD), routings
 
     def _through(
@@ -175,17 +185,23 @@ class Transformer(nn.Module):
         end: int,
         x_BLD: Tensor,
         context: Context,
+        seen: Columns,
         memories: Sequence[Memory | None] = (),
     ) -> tuple[Tensor, list[Routing]]:
-        """Return the output of the blocks [first, end), and the routing of their experts. memories:
-        one a block; (): no cache."""
-        routings = []
+        """Return the output of the blocks [first, end), and the routing of their experts. seen: of
+        what tokens views are made; memories: one a block; (): no cache."""
+        routings: list[Routing] = []
+        views: dict[Viewer, Any] = {}
         for i in range(first, end):
             block, memory = self.blocks[i], memories[i] if memories else None
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            viewer = self.viewers[i]
+            if viewer not in views:
+                views[viewer] = viewer(seen)
+            context = context._replace(memory=memory, view=views[viewer])
+            if self.config.activation_checkpointing and memory is None and torch.is_grad_enabled():
                 out = checkpoint(block, x_BLD, *context, use_reentrant=False)
             else:
-                out = block(x_BLD, *context._replace(memory=memory))
+                out = block(x_BLD, *context)
             x_BLD = out[0] if block.is_routed else out
             if block.is_routed:
                 routings.append(Routing(*out[1:]))
@@ -202,21 +218,23 @@ class Transformer(nn.Module):
             for part, real in zip(parts, reals, strict=True)
         ]
         x_BLD, turn = self._embedded(tokens_BL, torch.cat(positions, -1))
+        drops = self.training and config.dropout > 0
+        columns: list[Columns] = []
         contexts: list[Context] = []
         for part, own, real in zip(parts, positions, reals, strict=True):
             is_causal, length = bool(contexts), part.stop - part.start
             turned = None if turn is None else (turn[0][..., part, :, :], turn[1][..., part, :, :])
-            mask = self._mask(own, real, None, length, x_BLD.dtype, is_causal)
-            contexts.append(Context(turned, mask, None, real))
-        source, _ = self._through(0, config.encoder_layers, x_BLD[:, parts[0]], contexts[0])
+            columns.append(Columns(own, length, None, real, x_BLD.dtype, drops=drops))
+            contexts.append(Context(turned, self._mask(columns[-1], is_causal), None, real))
+        first, end = config.encoder_layers, len(self.blocks)
+        source, _ = self._through(0, first, x_BLD[:, parts[0]], contexts[0], columns[0])
         seen = None
         if reals[0] is not None:  # a source of padding alone is seen: no softmax is over nothing
             real_BS = reals[0].bool()
             real_BS = real_BS | ~real_BS.any(-1, keepdim=True)
             seen = additive_mask(real_BS[:, None, None], x_BLD.dtype)
         context = contexts[1]._replace(source=source, source_mask=seen)
-        first, end = config.encoder_layers, len(self.blocks)
-        x_BLD, _ = self._through(first, end, x_BLD[:, parts[1]], context)
+        x_BLD, _ = self._through(first, end, x_BLD[:, parts[1]], context, columns[1])
         return self.norm(x_BLD)
 
     def _embedded(self, tokens_BL: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
@@ -243,28 +261,21 @@ class Transformer(nn.Module):
             x_BLD = x_BLD + self.position(own)
         return self.dropout(x_BLD), None
 
-    def _mask(
-        self,
-        positions: Tensor,
-        real: Tensor | None,
-        starts: Tensor | None,
-        length: int,
-        dtype: torch.dtype,
-        causal: bool,
-    ) -> Tensor | None:
+    def _mask(self, seen: Columns, causal: bool) -> Tensor | None:
         """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
+        positions, length, starts, real = seen[:4]
         columns = positions.shape[-1]
         if not self.takes_mask:
             return None
         if real is None and starts is None and 1 < length < columns:
             # A causal kernel would take the first query for the first key's.
             real = torch.ones(1, columns, dtype=torch.bool, device=positions.device)
-        seen = None
+        shown = None
         if real is not None or starts is not None:
-            seen = visible_keys(real, starts, length, causal)
+            shown = visible_keys(real, starts, length, causal)
         if self.config.position == "alibi":
-            return biased_mask(positions, seen, self.sizes.num_heads, dtype, length)
-        return None if seen is None else additive_mask(seen, dtype)
+            return biased_mask(positions, shown, self.sizes.num_heads, seen.dtype, length)
+        return None if shown is None else additive_mask(shown, seen.dtype)
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""

@@ -9,6 +9,7 @@ because plans run on login nodes.
 
 from forescale.models.costs import (
     attention,
+    blocks,
     cross,
     gated_deltanet,
     latent,
@@ -25,6 +26,8 @@ MIXERS: dict[str, Part] = {
     "latent": latent.LATENT,
     "lstm": lstm.LSTM,
     "mingru": mingru.MINGRU,
+    "window": blocks.WINDOW,
+    "block_sparse": blocks.BLOCK_SPARSE,
 }
 CROSS = cross.CROSS  # between mixer and MLP in the decoder of an encoder-decoder
 MLPS: dict[str, Part] = {

@@ -1,4 +1,4 @@
-"""The costs and the rules of a mixture of experts; its module is models/moe.py."""
+"""The costs and the rules of a mixture of experts; its module is models/experts/moe.py."""
 
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,7 @@ def problems_of_sizes(given: "ModelConfig", c: "ModelConfig") -> list[Problem]:
 
 
 MOE = Part(
-    module="forescale.models.moe.MixtureOfExperts",
+    module="forescale.models.experts.moe.MixtureOfExperts",
     shapes=_shapes,
     flops=_flops,
     activation_bytes=_activation_bytes,

@@ -40,6 +40,16 @@ def _no_folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     return {}
 
 
+def _never(config: "ModelConfig") -> bool:
+    return False
+
+
+def _no_plain_form(
+    config: "ModelConfig", micro_batch: int, length: int, bytes_per_value: int, masked: bool
+) -> tuple[int, int]:
+    return 0, 0
+
+
 @dataclass(frozen=True)
 class Part:
     """A mixer or an MLP.
@@ -76,6 +86,13 @@ class Part:
     takes_future: the mixer lets a token see later ones where config.causal is false.
     takes_alibi: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
         that it may have alibi's biases (alibi.biased_mask).
+    viewer: the dotted name of a function (config, layer) -> a function of mixers/context.Columns
+        that makes context.view, for a mixer that needs one. It is called once in a forward pass for
+        all layers of the mixer or, where varies(config), for each.
+    varies: views differ from layer to layer.
+    plain_bytes: (config, micro_batch, length, bytes_per_value, masked) -> bytes that autograd keeps
+        where the mixer runs in a plain form instead of a GPU's kernels: in each layer, besides
+        activation_bytes, and for a view.
     is_routed: the MLP's forward takes (x_BLD, real_BL) and returns (y_BLD, moe.Routing).
     is_gated: the MLP has three matrices; its default width is 2/3 of that of an MLP with two.
     """
@@ -98,6 +115,9 @@ class Part:
     takes_mask: bool = True
     takes_future: bool = False
     takes_alibi: bool = False
+    viewer: str = ""
+    varies: Callable[["ModelConfig"], bool] = _never
+    plain_bytes: Callable[["ModelConfig", int, int, int, bool], tuple[int, int]] = _no_plain_form
     is_gated: bool = False
     is_routed: bool = False
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from forescale.models.config import ModelConfig
 from forescale.models.hf import experts
-from forescale.models.hf import experts
 from forescale.models.hf.families import FAMILIES, GAINS_BESIDE_ONE
 from forescale.models.hf.positions import positions_from_hf, positions_to_hf, require
 from forescale.models.parametrization import folds

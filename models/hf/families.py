@@ -8,8 +8,6 @@ from typing import Any
 
 from forescale.models.hf import experts
 
-from forescale.models.hf import experts
-
 
 @dataclass(frozen=True)
 class Family:
@@ -97,8 +95,6 @@ FAMILIES = {
         _GATE | _QK_NORM | _POST_NORMS | {"mlp_norm": "pre_feedforward_layernorm"},
         without=("logit_softcap",),
     ),
-    "mixtral": _llama_like("MixtralForCausalLM", experts.FITS["mixtral"], {}),
-    "qwen3_moe": _llama_like("Qwen3MoeForCausalLM", experts.FITS["qwen3_moe"], _QK_NORM),
     "mixtral": _llama_like("MixtralForCausalLM", experts.FITS["mixtral"], {}),
     "qwen3_moe": _llama_like("Qwen3MoeForCausalLM", experts.FITS["qwen3_moe"], _QK_NORM),
     "gpt2": Family(

@@ -3,14 +3,13 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forescale.models.cache import Memory
 from forescale.models.config import ModelConfig
 from forescale.models.costs.attention import gates
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Context
 from forescale.models.norm import RMSNorm
 from forescale.models.parametrization import scales
-from forescale.models.positions.position import Rotation, rotate
+from forescale.models.positions.position import rotate
 
 
 def attend(
@@ -70,21 +69,10 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(s.kv_width if self.norms_layer else s.head_dim, config.norm_eps)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        return self.attend(
-            x_BLD, x_BLD, context.mask, self.causal, context.rotation, context.memory
-        )
+        return self.attend(x_BLD, x_BLD, context)
 
-    def attend(
-        self,
-        x_BLD: Tensor,
-        source_BSD: Tensor,
-        mask: Tensor | None,
-        is_causal: bool = False,
-        rotation: Rotation | None = None,
-        memory: Memory | None = None,
-    ) -> Tensor:
-        """Return what each token of x, (B, L, D), takes from the source, (B, S, D). The other
-        arguments are as in Context."""
+    def attend(self, x_BLD: Tensor, source_BSD: Tensor, context: Context) -> Tensor:
+        """Return what each token of x, (B, L, D), takes from the source, (B, S, D)."""
         B, L, _ = x_BLD.shape
         S = source_BSD.shape[1]
         q_BLD, k_BLD = self.query(x_BLD), self.key(source_BSD)
@@ -95,12 +83,20 @@ class Attention(nn.Module):
         k_BLGK = k_BLD.view(B, S, self.num_kv_heads, -1)
         if not self.norms_layer and self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
-        if rotation is not None:
-            q_BLHK, k_BLGK = rotate(q_BLHK, rotation), rotate(k_BLGK, rotation)
-        if memory is not None:
-            k_BLGK, v_BLGK = memory.extend("key", k_BLGK), memory.extend("value", v_BLGK)
-        dropout = self.dropout if self.training else 0.0
-        y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, mask, self.scale, is_causal, dropout)
+        if context.rotation is not None:
+            q_BLHK, k_BLGK = rotate(q_BLHK, context.rotation), rotate(k_BLGK, context.rotation)
+        y_BLHK = self._attend(q_BLHK, k_BLGK, v_BLGK, context)
         if self.gate is not None:
             y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().view(B, L, self.num_heads, -1)
         return self.output(y_BLHK.reshape(B, L, -1))
+
+    def _attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: Context) -> Tensor:
+        """Return the values, averaged by the scores of the keys that each query sees: (B, L, H, K).
+
+        A subclass that lets a query see fewer keys replaces this method alone.
+        """
+        mask, memory = context.mask, context.memory
+        if memory is not None:
+            k_BLGK, v_BLGK = memory.extend("key", k_BLGK), memory.extend("value", v_BLGK)
+        dropout = self.dropout if self.training else 0.0
+        return attend(q_BLHK, k_BLGK, v_BLGK, mask, self.scale, self.causal, dropout)

@@ -1,11 +1,13 @@
 """What a mixer is given besides the hidden states: positions, who sees whom, and its cache.
 
 Invariant: a mixer that takes the mask sees exactly the keys that the mask shows; one that doesn't
-uses `starts` and `real`, which say the same, and needs nothing of size L by L.
+uses `starts` and `real`, which say the same, or a view made of them, and needs nothing of size L by
+L.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +27,8 @@ class Context(NamedTuple):
     S): False at padding. memory: the layer's part of the cache, in which a mixer finds what it kept
     of earlier columns and keeps what it needs of these. counted (B, L): the tokens that count for
     the balance of experts; None: all. source (B, S, D): the encoder's output, in the decoder of an
-    encoder-decoder. source_mask (B, 1, 1, S): added to the scores of its tokens.
+    encoder-decoder. source_mask (B, 1, 1, S): added to the scores of its tokens. view: what the
+    viewer of the mixer's cost record (Part.viewer) made of the Columns of this forward pass.
     """
 
     rotation: Rotation | None = None
@@ -36,6 +39,23 @@ class Context(NamedTuple):
     counted: Tensor | None = None
     source: Tensor | None = None
     source_mask: Tensor | None = None
+    view: Any = None
+
+
+class Columns(NamedTuple):
+    """Of which tokens a forward pass has queries, and which of them may see each other.
+
+    positions (S,) or (B, S), see positions_of; length: L queries, the last of the S columns; starts
+    and real as in Context; dtype: of queries and keys; decoding: with a cache; drops: with dropout.
+    """
+
+    positions: Tensor
+    length: int
+    starts: Tensor | None = None
+    real: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    decoding: bool = False
+    drops: bool = False
 
 
 def continued(x_BLD: Tensor, context: Context) -> Tensor:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from forescale.models.config import ModelConfig
 from forescale.models.mixers.attention import Attention
 from forescale.models.mixers.context import Context
 
@@ -12,6 +13,10 @@ class CrossAttention(Attention):
     the source has its positions already.
     """
 
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.causal = False
+
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         assert context.source is not None
-        return self.attend(x_BLD, context.source, context.source_mask)
+        return self.attend(x_BLD, context.source, Context(mask=context.source_mask))

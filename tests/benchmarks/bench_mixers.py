@@ -20,7 +20,7 @@ from forescale.models.costs import MIXERS
 from forescale.models.flops import count, flops_per_token
 from forescale.run.start import open_sources
 from tests.benchmarks.draw_mixers import Panel, draw
-from tests.benchmarks.mixers import Learning, Speed, crossings, learn, model_of, speeds
+from tests.benchmarks.mixers import Learning, Settings, Speed, crossings, learn, model_of, speeds
 from tests.benchmarks.pairing import Result
 from tests.benchmarks.processes import Side
 from tests.benchmarks.sizes import TrainingSizes
@@ -32,11 +32,12 @@ Row = Mapping[str, Sequence[float]]  # of each mixer, the ys of a curve
 
 @dataclass(frozen=True)
 class Sizes:
-    """mixers: names, as mixers.model_of takes them; lengths: at which speed is measured, with a
-    model of `speed`; the others: of the models that are trained, for as many FLOPs as the first
-    mixer needs for training.steps, and of their scores."""
+    """mixers: names, as mixers.model_of takes them, with their settings; lengths: at which speed is
+    measured, with a model of `speed`; the others: of the models that are trained, for as many FLOPs
+    as the first mixer needs for training.steps, and of their scores."""
 
     mixers: tuple[str, ...]
+    settings: Settings
     lengths: tuple[int, ...]
     speed: ModelConfig
     learning: ModelConfig
@@ -53,6 +54,7 @@ def _training(steps: int, length: int, batch: int, *more: str, **options: bool) 
 
 REAL = Sizes(
     tuple(MIXERS),
+    {"window": {"window": 128}},
     lengths=(256, 512, 1024, 2048, 4096, 8192),
     speed=ModelConfig(width=128, num_layers=2, vocab_size=256),
     learning=ModelConfig(width=64, num_layers=2),
@@ -63,6 +65,7 @@ REAL = Sizes(
 )
 TOY = Sizes(
     tuple(MIXERS),
+    {"window": {"window": 8}, "block_sparse": {"sparse_block": 4}},
     lengths=(16, 32),
     speed=ModelConfig(width=32, num_layers=1, num_heads=2, vocab_size=32),
     learning=ModelConfig(width=32, num_layers=1, num_heads=2),
@@ -89,7 +92,7 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
 def _speeds(rounds: int, sizes: Sizes) -> tuple[list[Panel], list[Result]]:
     """Measure all mixers in turns, each in a process of its own."""
     longest = replace(sizes.speed, max_sequence_length=2 * max(sizes.lengths))
-    configs = {name: model_of(name, longest) for name in sizes.mixers}
+    configs = {name: model_of(name, longest, sizes.settings) for name in sizes.mixers}
     found: dict[int, list[list[Speed]]] = {}
     with ExitStack() as stack:
         arguments = (sizes.lengths, rounds)
@@ -127,7 +130,7 @@ def _losses(sizes: Sizes) -> tuple[list[Panel], list[Result]]:
         length = job.train.sequence_length
         vocabulary = open_sources(job.data).vocab_size
         base = replace(sizes.learning, vocab_size=vocabulary, max_sequence_length=2 * length)
-        configs = {name: model_of(name, base) for name in sizes.mixers}
+        configs = {name: model_of(name, base, sizes.settings) for name in sizes.mixers}
         first = flops_per_token(configs[sizes.mixers[0]], length, causal=True)
         budget = first * sizes.training.steps * job.train.global_batch * length
         for name, config in configs.items():

@@ -8,7 +8,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -27,12 +27,15 @@ from forescale.run.start import open_sources
 from tests.benchmarks.coordinates import optimizers
 
 MB = 1e6
+Settings = Mapping[str, Mapping[str, int]]  # of a mixer, by its name: keys of its own
 
 
-def model_of(name: str, base: ModelConfig) -> ModelConfig:
+def model_of(name: str, base: ModelConfig, settings: Settings) -> ModelConfig:
     """Return `base` with the mixer of this name (several, one a layer: mingru+attention), and the
     width of the MLP with which it has as many parameters as base."""
-    mixed = replace(base, mixer_pattern=name.split("+"))
+    names = name.split("+")
+    own = {key: value for one in names for key, value in settings.get(one, {}).items()}
+    mixed = replace(base, mixer_pattern=names, **own)
     one, two = (count(replace(mixed, mlp_width=width)).total for width in (1, 2))
     width = 1 + (count(base).total - one) / (two - one)
     return replace(mixed, mlp_width=max(8, 8 * round(width / 8)))

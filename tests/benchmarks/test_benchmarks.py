@@ -79,10 +79,10 @@ def test_a_picture_of_a_run_is_drawn(tmp_path):
     assert (tmp_path / "again.svg").read_text() == drawn
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "mingru+attention"])
+@pytest.mark.parametrize("name", [*MIXERS, "mingru+attention", "window+attention"])
 def test_mixers_are_compared_with_as_many_parameters(name):
     base = replace(bench_mixers.REAL.speed, max_sequence_length=512)
-    model = model_of(name, base)
+    model = model_of(name, base, bench_mixers.REAL.settings)
     assert model.mixers == tuple((name.split("+") * 2)[:2])
     assert count(model).total == pytest.approx(count(base).total, rel=0.01)
 

@@ -245,6 +245,8 @@ def test_logits_and_gradients_equal_pegasus():
         (dict(causal=False), "causal"),
         (dict(position="alibi"), "position"),
         (dict(mixer="mingru"), "encoder_layers"),
+        (dict(mixer="window", window=4), "encoder_layers"),
+        (dict(mixer="block_sparse", sparse_block=4), "encoder_layers"),
         (dict(mlp="moe"), "mlp"),
         (dict(parametrization="completep"), "parametrization"),
         (dict(encoder_layers=-1), "encoder_layers"),

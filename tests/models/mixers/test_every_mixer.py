@@ -27,12 +27,14 @@ SETTINGS: dict[str, dict] = {
     # Its output norm magnifies the rounding of outputs near 0: a query may miss all keys.
     "gated_deltanet": dict(norm_eps=1e-2, delta_value_dim=12),
     "latent": dict(latent_rank=12, latent_query_rank=20),
+    "window": dict(window=5, global_tokens=2),
+    "block_sparse": dict(sparse_block=4, sparse_local=2, sparse_pattern="bigbird", sparse_random=1),
 }
 # FLOPs a row and layer that are counted for a whole step, and that torch doesn't need.
 SPARED = {"lstm": 2 * 4 * 32 * 32}  # the gradient of the state before the first token
 BREAKS = {"lstm": "torch.compile can't trace nn.LSTM, and breaks the graph around it"}
 # Patterns of several mixers; the first of each name above is tested alone.
-PATTERNS = [[name] for name in MIXERS] + [["mingru", "attention"]]
+PATTERNS = [[name] for name in MIXERS] + [["mingru", "attention"], ["window", "attention"]]
 
 
 def small(pattern: list[str], **more) -> ModelConfig:
@@ -102,6 +104,20 @@ def test_reading_in_pieces_with_a_cache_equals_reading_whole(pattern, pieces):
     found = [model(piece, cache=cache) for piece in x.split(pieces, 1)]
     close(torch.cat(found, 1), model(x))
     assert cache.length == 24
+
+
+def test_a_cache_is_read_where_layers_would_be_computed_again(pattern):
+    model, x, found = build(pattern, activation_checkpointing=True), tokens(1), []
+    cache = model.new_cache()
+    for piece in x.split([7, 5], 1):  # with gradients
+        found.append(model(piece, cache=cache))
+    close(torch.cat(found, 1), model(x))
+    _, weight = next(iter(model.blocks[0].mixer.named_parameters()))
+    read, whole = (
+        torch.autograd.grad(model(x, cache=cache).square().mean(), weight)[0]
+        for cache in (model.new_cache(), None)
+    )
+    close(read, whole)
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import ModelConfig, Transformer
+from forescale.models.experts.grouped import GroupedLinear
+from forescale.models.experts.moe import MixtureOfExperts
 from forescale.models.flops import count, flops_6n, flops_per_token
-from forescale.models.grouped import GroupedLinear
-from forescale.models.moe import MixtureOfExperts
 
 V, E, K = 61, 6, 2
 BASE = ModelConfig(

@@ -6,7 +6,7 @@ experts' outputs, weighted by their scores, which moe_renormalise divides by the
 experts (DeepSeekMoE, Dai et al. 2024, arXiv 2401.06066) act on every token with weight 1.
 
 Dropless: the pairs of a token and an expert are sorted by expert, and each expert multiplies its
-rows (models/grouped.py, as MegaBlocks, Gale et al. 2022, arXiv 2211.15841). With moe_capacity each
+rows (grouped.py, as MegaBlocks, Gale et al. 2022, arXiv 2211.15841). With moe_capacity each
 expert has ceil(capacity * top_k * tokens / E) places in a micro-batch in training; first choices
 come before second ones, earlier tokens before later ones (GShard, Lepikhin et al. 2020, arXiv
 2006.16668, algorithm 1), and a pair without a place adds nothing. Evaluation drops nothing.
@@ -40,9 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forescale.models.balance import ENTROPY_UNIT, Routing
 from forescale.models.config import ModelConfig
-from forescale.models.grouped import GroupedLinear
+from forescale.models.experts.balance import ENTROPY_UNIT, Routing
+from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.mlp import MLP
 from forescale.models.parametrization import scales
 

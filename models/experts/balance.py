@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from forescale.models.loss import IGNORE
 
 if TYPE_CHECKING:
-    from forescale.models.moe import MixtureOfExperts
+    from forescale.models.experts.moe import MixtureOfExperts
 
 ENTROPY_UNIT = 1e-6  # nats: entropies are counted in whole units, whose sum has no rounding
 

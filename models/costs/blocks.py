@@ -1,0 +1,84 @@
+"""The costs of attention to few keys; its module is models/mixers/block_attention.py.
+
+causal=True counts exactly the pairs of query and key that see each other. causal=False counts what
+the plain form multiplies, as models/mixers/patterns.py cuts it into blocks: some of it is hidden by
+masks. Both are rounded to whole FLOPs a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from forescale.models.costs.attention import ATTENTION
+from forescale.models.costs.record import Part, matrix_flops
+from forescale.models.mixers.patterns import Sparse, Window
+
+if TYPE_CHECKING:
+    from forescale.models.config import ModelConfig
+
+_MODULE = "forescale.models.mixers.block_attention"
+_Pattern = Callable[["ModelConfig"], Window | Sparse]
+
+
+def _flops(of: _Pattern) -> Callable[["ModelConfig", int, bool], int]:
+    def flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
+        """Scores and their product with the values take 2 * width FLOPs per pair each."""
+        pattern = of(config)
+        pairs = pattern.pairs(sequence_length)
+        if not causal:
+            layout = pattern.layout(sequence_length)
+            pairs = layout.num_blocks * layout.size * layout.reads
+        scored = round(4 * config.sizes.width * pairs / sequence_length)
+        return matrix_flops(ATTENTION.shapes(config)) + scored
+
+    return flops
+
+
+def _plain_bytes(
+    of: _Pattern,
+) -> Callable[["ModelConfig", int, int, int, bool], tuple[int, int]]:
+    def plain_bytes(
+        config: "ModelConfig", micro_batch: int, length: int, bytes_per_value: int, masked: bool
+    ) -> tuple[int, int]:
+        """Padding around keys, or a copy of all that blocks read where some come from elsewhere;
+        the output, in blocks and in rows; and the mask."""
+        s, layout = config.sizes, of(config).layout(length, aligned=not masked)
+        N, padded = layout.num_blocks, layout.num_blocks * layout.size
+        read = N * layout.reads if layout.extra else layout.left + padded
+        queries = 2 * padded - 2 * length if N > 1 else 0  # their padding, and the output's
+        output = padded if N > 1 else 0
+        values = 2 * s.kv_width * (read - length) + s.width * (queries + output)
+        mask = (micro_batch if masked else 1) * padded * layout.reads
+        return micro_batch * bytes_per_value * values, bytes_per_value * mask
+
+    return plain_bytes
+
+
+def _window_cache(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+    """Return the bytes of the keys and values that later queries can see."""
+    pattern = Window.of(config)
+    tokens = min(length, pattern.tokens - 1) + pattern.first
+    return 2 * config.sizes.kv_width * tokens * bytes_per_value
+
+
+def _part(of: _Pattern, module: str, view: str) -> Part:
+    return replace(
+        ATTENTION,
+        module=f"{_MODULE}.{module}",
+        flops=_flops(of),
+        plain_bytes=_plain_bytes(of),
+        viewer=f"{_MODULE}.{view}",
+        takes_mask=False,
+        takes_future=False,
+        takes_alibi=False,
+    )
+
+
+WINDOW = replace(
+    _part(Window.of, "WindowAttention", "window_viewer"),
+    cache_bytes=_window_cache,
+)
+BLOCK_SPARSE = replace(
+    _part(Sparse.of, "BlockSparseAttention", "sparse_viewer"),
+    varies=lambda config: bool(Sparse.of(config).random),
+)
