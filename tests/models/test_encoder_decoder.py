@@ -148,6 +148,7 @@ def test_activations_are_what_autograd_keeps(change, masked):
     assert saved(config, masked) == pytest.approx(estimate, rel=0.03)
 
 
+@pytest.mark.slow  # seconds each
 def test_it_compiles_as_one_graph():
     torch._dynamo.reset()
     model, x = build(SMALL).train(), tokens(2)

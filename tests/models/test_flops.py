@@ -183,7 +183,9 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_activations_are_what_autograd_keeps(change, dtype, documents):
     """On a CPU, where RMSNorm is several kernels."""
-    for sizes in SIZES:
+    # Each size with some of the changes, and all with none.
+    turn = CHANGES.index(change) + documents + dtype.itemsize // 2
+    for sizes in [SIZES[turn % len(SIZES)]] if change else SIZES:
         config = ModelConfig(**sizes, **change)
         length, size = config.max_sequence_length, dtype.itemsize
         estimate = activations(config, 2, length, size, documents, fused_norms=False).saved

@@ -9,7 +9,12 @@ from forescale.models import ModelConfig, Transformer
 from forescale.models.costs import MLPS
 from forescale.models.rules import NORMS, POSITIONS
 
-VARIANTS = list(product(POSITIONS, NORMS, MLPS, (False, True), (None, 1)))
+# The MLP, which acts on each token alone, in turns.
+OTHERS = list(product(POSITIONS, NORMS, (False, True), (None, 1)))
+VARIANTS = [
+    (position, norm, [*MLPS][(i + i // 4) % len(MLPS)], qk_norm, kv_heads)
+    for i, (position, norm, qk_norm, kv_heads) in enumerate(OTHERS)
+]
 L, V = 12, 37
 
 

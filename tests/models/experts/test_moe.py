@@ -337,11 +337,12 @@ def test_enough_capacity_drops_nothing():
     "change",
     [
         {},
-        pytest.param({"moe_capacity": 1.0}, marks=pytest.mark.slow),
-        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
+        {"moe_capacity": 1.0},
+        {"activation_checkpointing": True},
     ],
     ids=str,
 )
+@pytest.mark.slow  # seconds each
 def test_it_compiles_as_one_graph(change):
     torch._dynamo.reset()
     model, x = build(replace(BASE, **change)), tokens()

@@ -157,6 +157,7 @@ def test_the_cache_takes_the_bytes_that_are_planned(pattern):
     assert cache.num_bytes == cache_bytes(model.config, 32, 4)
 
 
+@pytest.mark.slow  # seconds each
 def test_it_compiles_as_one_graph(pattern):
     for name in BREAKS.keys() & set(pattern):
         pytest.skip(BREAKS[name])

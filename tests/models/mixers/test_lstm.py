@@ -89,6 +89,7 @@ def test_wider_gates_learn_slower_under_mup():
     assert of["recurrence.bias_hh_l0"].learning_rate == 1
 
 
+@pytest.mark.slow  # seconds each
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 def test_it_trains_compiled_with_breaks_around_the_layer(cut, again):
