@@ -19,7 +19,8 @@ PLAN = [
         "plan.cap=4e12",
     ),
     *("plan.seeds=[1,1]", "plan.sequence_length=64", "form=shared-exponent", "bootstraps=100"),
-    "target.flops=2.5e11",
+    # Given whole: the law of six runs determines no best N.
+    *("target.parameters=6e4", "target.tokens=6e5"),
 ]
 OF_ALL = [
     "optimizer=adamw",
