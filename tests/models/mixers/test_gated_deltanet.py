@@ -128,7 +128,7 @@ def test_it_learns_to_recall():
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, num_heads=2, delta_value_dim=None))
     update = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    for _ in range(400):
+    for _ in range(800):
         keys = torch.stack([torch.randperm(16)[:4] for _ in range(32)])
         values, order = torch.randint(16, 32, (32, 4)), torch.rand(32, 4).argsort(1)
         rows = [keys, values], [keys.gather(1, order), values.gather(1, order)]
