@@ -38,8 +38,10 @@ def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
 
 # Every mixer in one model, with experts whose biases are counted. Attention is in the tests above.
 ALL_PARTS = (
-    "model.num_layers=5",
-    "model.mixer_pattern=[lstm,mingru,gated_deltanet,latent,attention]",
+    "model.num_layers=7",
+    "model.mixer_pattern=[lstm,mingru,gated_deltanet,latent,window,block_sparse,attention]",
+    "model.window=8",
+    "model.sparse_block=4",
     "model.mlp=moe",
     "model.moe_scores=sigmoid",
     "model.moe_bias_speed=0.01",
@@ -48,19 +50,21 @@ ALL_PARTS = (
 )
 
 
+@pytest.mark.timeout(900)  # seven kinds of layers, none of them compiled
 @pytest.mark.parametrize(
     ("stage", "optimizer"),
     [(3, "muon"), *(pytest.param(*k, marks=more) for k in KINDS if k != (3, "muon"))],
 )
 def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
-    command += (*ALL_PARTS, "data.document_mask=true", "train.steps=20", "validation.every=20")
+    command += (*ALL_PARTS, "data.document_mask=true", "train.steps=12", "validation.every=12")
+    command += ("checkpoint.every=5",)
     launching.train(tmp_path, "run.name=whole", *command)
     process = launching.start(tmp_path, "run.name=cut", *command)
-    launching.interrupt(process, tmp_path / "cut", 14, signal.SIGKILL)
+    launching.interrupt(process, tmp_path / "cut", 7, signal.SIGKILL)
     assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
     whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
-    assert len(whole) == 20
+    assert len(whole) == 12
     assert cut == whole
 
 
