@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from forescale.models import rules
-from forescale.models.costs import MLPS
+from forescale.models.costs import MIXERS, MLPS
 from forescale.models.costs.record import Problem
 from forescale.models.rules import HEAD_DIM
 
@@ -208,23 +208,14 @@ class ModelConfig:
         """The sequence length before scaling, for yarn. Raises ValueError like resolved()."""
         return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
 
-    @property
-    def has_latent(self) -> bool:
-        """True if a layer has latent attention."""
-        return "latent" in (self.mixer_pattern or [self.mixer])
-
-    @property
-    def halves_rotation(self) -> bool:
-        """True if only a part of each head may rotate, by default one half."""
-        return self.has_latent and self.position == "rotary"
-
     def sized(self) -> "ModelConfig":
         """Apply the rule of the class docstring; needs depth, or num_layers and width."""
         width = self.width or WIDTH_PER_LAYER * (self.depth or 0)
         num_heads = self.num_heads or max(1, width // HEAD_DIM)
         gated = -(-8 * width // (3 * 64)) * 64
         mlp_width = self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width)
-        active = self.moe_top_k + self.moe_shared
+        active = max(1, self.moe_top_k + self.moe_shared)
+        turning = min(MIXERS[mixer].turning for mixer in self.mixer_pattern or [self.mixer])
         return replace(
             self,
             num_layers=self.num_layers or self.depth,
@@ -232,6 +223,6 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads or num_heads,
             mlp_width=mlp_width,
-            rope_fraction=self.rope_fraction or (0.5 if self.halves_rotation else 1.0),
+            rope_fraction=self.rope_fraction or (turning if self.position == "rotary" else 1.0),
             moe_width=self.moe_width or (mlp_width // active if self.mlp == "moe" else None),
         )

@@ -1,16 +1,14 @@
 """The rules of a model's config: which values, and which of them together, can be built.
 
 Invariant: what no rule forbids can be built; each broken rule names its field, what is wrong and
-what to do. Rules of experts are beside their costs. Imports no torch.
+what to do. What only one mixer or MLP reads has its rules beside its costs. Imports no torch.
 """
 
 import math
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from forescale.models.costs import MIXERS, MLPS
-from forescale.models.costs.moe import problems_of_sizes as problems_of_experts
-from forescale.models.costs.record import Problem
+from forescale.models.costs.record import Problem, below_1
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -22,9 +20,6 @@ NORM_PLACEMENTS = ("pre", "post", "sandwich")
 QK_NORM_OVER = ("head", "layer")
 ATTENTION_GATES = ("none", "head", "channel")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
-SPARSE_PATTERNS = ("strided", "fixed", "bigbird")
-WINDOW_KEYS = ("window", "global_tokens")
-SPARSE_KEYS = ("sparse_pattern", "sparse_block", "sparse_local", "sparse_global", "sparse_random")
 
 HEAD_DIM = 64
 MOST_LAYERS = 2048  # of a plan that takes seconds; trained models have some hundred
@@ -38,9 +33,7 @@ def problems(
     Args: `vocab_size` and `sequence_length` of the data, if known; the vocabulary with the ids
     that the objective adds.
     """
-    found = _of_values(config) or _of_positions(config)
-    found = found or MLPS[config.mlp].problems(config) or _without_experts(config)
-    if found:
+    if found := _of_values(config) or _of_positions(config):
         return found
     if config.depth is None and (config.num_layers is None or config.width is None):
         return [("depth", "the model has no size", "give depth, or num_layers and width")]
@@ -48,7 +41,7 @@ def problems(
     return (
         _of_heads(config, full)
         + _of_sizes(config, full)
-        + _of_patterns(config, sequence_length)
+        + _of_parts(config, full, config.max_sequence_length or sequence_length)
         + _of_data(config, vocab_size, sequence_length)
     )
 
@@ -73,12 +66,6 @@ def _of_heads(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
         found.append(("rope_fraction", what, "choose one that gives an even part of a head"))
     elif full.rope_scaling == "ntk" and width // num_heads < 4:
         found.append(("num_heads", "ntk needs heads of at least 4", "choose fewer heads"))
-    if config.halves_rotation and config.rope_fraction == 1:
-        what = "mixer latent needs a part of each head that does not rotate"
-        found.append(("rope_fraction", what, "give less than 1, or leave it out"))
-    if config.has_latent and (config.latent_rank or 0) >= 2 * width:
-        what = f"{config.latent_rank} does not compress keys and values, {2 * width} a token"
-        found.append(("latent_rank", what, "give less, or leave it out"))
     if num_heads % num_kv_heads:
         what = f"{num_kv_heads} do not divide {num_heads} heads"
         found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
@@ -86,11 +73,9 @@ def _of_heads(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
 
 
 def _of_sizes(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
-    """Return the broken rules of experts, positions and layers. full: config.sized()."""
+    """Return the broken rules of positions and layers. full: config.sized()."""
     found: list[Problem] = []
     assert full.width is not None
-    if config.mlp == "moe":
-        found += problems_of_experts(config, full)
     if full.position == "sinusoidal" and full.width % 2:
         found.append(("width", "sinusoidal position needs an even width", "make it even"))
     if len(config.mixer_pattern) > (full.num_layers or 0):
@@ -120,13 +105,9 @@ def _of_data(
 def _of_values(config: "ModelConfig") -> list[Problem]:
     found: list[Problem] = []
     sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
-    bases = ("base_width", "base_depth", "delta_value_dim", "delta_conv")
-    ranks = ("latent_rank", "latent_query_rank")
+    bases = ("base_width", "base_depth")
     lengths = ("max_sequence_length", "rope_original_length", "source_length")
-    for name in (*sizes, "vocab_size", *lengths, *bases, *ranks):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            found.append((name, f"{value} is not a size", "give at least 1"))
+    found += below_1(config, *sizes, "vocab_size", *lengths, *bases)
     for name in ("depth", "num_layers"):
         if (getattr(config, name) or 0) > MOST_LAYERS:
             what = f"{getattr(config, name)} layers are too many"
@@ -157,14 +138,21 @@ def _of_values(config: "ModelConfig") -> list[Problem]:
     return found
 
 
-def _without_experts(config: "ModelConfig") -> list[Problem]:
-    """Return the keys moe_* that are set though there are no experts."""
-    if config.mlp == "moe":
-        return []
-    keys = [f for f in fields(config) if f.name.startswith("moe_")]
-    given = [key.name for key in keys if getattr(config, key.name) != key.default]
-    todo = "leave it out, or choose mlp=moe"
-    return [(name, f"has no effect with mlp={config.mlp}", todo) for name in given]
+def _of_parts(config: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
+    """Return the broken rules of mixers and MLP, each of its own keys, and the keys that are given
+    though no part of the model reads them. full: config.sized(); longest: sequence, if known."""
+    mixers = dict.fromkeys(config.mixer_pattern or [config.mixer])
+    parts = [*(MIXERS[name] for name in mixers), MLPS[config.mlp]]
+    found = [problem for part in parts for problem in part.problems(config, full, longest)]
+    read = {key for part in parts for key in part.keys}
+    for kind, table in (("mixer", MIXERS), ("mlp", MLPS)):
+        for name, part in table.items():
+            for key in part.keys:
+                if key not in read and getattr(config, key) != getattr(type(config), key):
+                    what = f"has no effect without {kind} {name}"
+                    found.append((key, what, f"leave it out, or choose {kind}={name}"))
+                    read.add(key)  # others read it too: one is named
+    return found
 
 
 def _of_positions(config: "ModelConfig") -> list[Problem]:
@@ -230,65 +218,4 @@ def _of_encoder(config: "ModelConfig") -> list[Problem]:
         if not MIXERS[mixer].takes_future:
             what = f"mixer {mixer} can't let a token of the encoder see later ones"
             found.append(("encoder_layers", what, "choose another mixer"))
-    return found
-
-
-def _of_patterns(c: "ModelConfig", sequence_length: int | None) -> list[Problem]:
-    """Return the broken rules of attention to few keys."""
-    used = c.mixer_pattern or [c.mixer]
-    longest = c.max_sequence_length or sequence_length
-    found = _without_pattern(c, used)
-    if "window" in used:
-        if c.window is None:
-            found.append(("window", "mixer window has no width", "give how many tokens one sees"))
-        elif c.window < 1:
-            found.append(("window", f"{c.window} tokens are no window", "give at least 1"))
-        elif longest and c.window > longest:
-            what = f"{c.window} tokens are more than the context's {longest}"
-            found.append(("window", what, "give fewer, or choose mixer attention"))
-        if c.global_tokens < 0:
-            found.append(("global_tokens", "must not be negative", "give 0 for none"))
-        elif longest and c.global_tokens > longest:
-            what = f"{c.global_tokens} tokens are more than the context's {longest}"
-            found.append(("global_tokens", what, "give fewer"))
-    if "block_sparse" in used:
-        found += _of_blocks(c, longest)
-    return found
-
-
-def _without_pattern(c: "ModelConfig", used: list[str]) -> list[Problem]:
-    """Return the keys of patterns that are set and have no effect."""
-    of_mixer = {"window": WINDOW_KEYS, "block_sparse": SPARSE_KEYS}
-    found: list[Problem] = []
-    for mixer, names in of_mixer.items():
-        for name in names:
-            if mixer not in used and getattr(c, name) != getattr(type(c), name):
-                what = f"has no effect without mixer {mixer}"
-                found.append((name, what, f"leave it out, or choose mixer={mixer}"))
-    for name in ("sparse_global", "sparse_random"):
-        changed = getattr(c, name) != getattr(type(c), name)
-        if changed and "block_sparse" in used and c.sparse_pattern != "bigbird":
-            what = f"has no effect on pattern {c.sparse_pattern}"
-            found.append((name, what, "leave it out, or choose sparse_pattern=bigbird"))
-    return found
-
-
-def _of_blocks(c: "ModelConfig", longest: int | None) -> list[Problem]:
-    """Return the broken rules of block_sparse."""
-    if c.sparse_pattern not in SPARSE_PATTERNS:
-        what, todo = f"unknown value {c.sparse_pattern!r}", ", ".join(SPARSE_PATTERNS)
-        return [("sparse_pattern", what, f"choose from {todo}")]
-    if c.sparse_block < 1:
-        return [("sparse_block", f"{c.sparse_block} is not a size", "give at least 1")]
-    found: list[Problem] = []
-    least = 1 if c.sparse_pattern == "bigbird" else 2
-    if c.sparse_local < least:
-        what = f"{c.sparse_local} is too little for pattern {c.sparse_pattern}"
-        found.append(("sparse_local", what, f"give at least {least} blocks"))
-    for name in ("sparse_global", "sparse_random"):
-        if getattr(c, name) < 0:
-            found.append((name, "must not be negative", "give 0 for none"))
-    if longest and c.sparse_block * c.sparse_local > longest:
-        what = f"{c.sparse_local} blocks of {c.sparse_block} are more than the context's {longest}"
-        found.append(("sparse_local", what, "give smaller or fewer blocks, or mixer attention"))
     return found

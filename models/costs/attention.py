@@ -72,6 +72,7 @@ def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     return {"query_norm" if config.qk_norm else "query": scores}
 
 
+KEYS = ("qk_norm_over", "attention_gate")
 ATTENTION = Part(
     module="forescale.models.mixers.attention.Attention",
     shapes=_shapes,
@@ -81,6 +82,7 @@ ATTENTION = Part(
     writes=("output",),
     per_head=("query_norm", "key_norm"),
     folds=_folds,
+    keys=KEYS,
     takes_future=True,
     takes_alibi=True,
 )

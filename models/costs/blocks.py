@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from forescale.models.costs.attention import ATTENTION
-from forescale.models.costs.record import Part, matrix_flops
+from forescale.models.costs.record import Part, Problem, matrix_flops
 from forescale.models.mixers.patterns import Sparse, Window
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
+PATTERNS = ("strided", "fixed", "bigbird")
+_SPARSE = ("sparse_pattern", "sparse_block", "sparse_local", "sparse_global", "sparse_random")
 _MODULE = "forescale.models.mixers.block_attention"
 _Pattern = Callable[["ModelConfig"], Window | Sparse]
 
@@ -61,6 +63,46 @@ def _window_cache(config: "ModelConfig", length: int, bytes_per_value: int) -> i
     return 2 * config.sizes.kv_width * tokens * bytes_per_value
 
 
+def _of_window(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
+    found: list[Problem] = []
+    if c.window is None:
+        found.append(("window", "mixer window has no width", "give how many tokens one sees"))
+    elif c.window < 1:
+        found.append(("window", f"{c.window} tokens are no window", "give at least 1"))
+    elif longest and c.window > longest:
+        what = f"{c.window} tokens are more than the context's {longest}"
+        found.append(("window", what, "give fewer, or choose mixer attention"))
+    if c.global_tokens < 0:
+        found.append(("global_tokens", "must not be negative", "give 0 for none"))
+    elif longest and c.global_tokens > longest:
+        what = f"{c.global_tokens} tokens are more than the context's {longest}"
+        found.append(("global_tokens", what, "give fewer"))
+    return found
+
+
+def _of_sparse(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
+    if c.sparse_pattern not in PATTERNS:
+        what, todo = f"unknown value {c.sparse_pattern!r}", ", ".join(PATTERNS)
+        return [("sparse_pattern", what, f"choose from {todo}")]
+    if c.sparse_block < 1:
+        return [("sparse_block", f"{c.sparse_block} is not a size", "give at least 1")]
+    found: list[Problem] = []
+    least = 1 if c.sparse_pattern == "bigbird" else 2
+    if c.sparse_local < least:
+        what = f"{c.sparse_local} is too little for pattern {c.sparse_pattern}"
+        found.append(("sparse_local", what, f"give at least {least} blocks"))
+    for name in ("sparse_global", "sparse_random"):
+        if getattr(c, name) < 0:
+            found.append((name, "must not be negative", "give 0 for none"))
+        elif c.sparse_pattern != "bigbird" and getattr(c, name) != getattr(type(c), name):
+            what = f"has no effect on pattern {c.sparse_pattern}"
+            found.append((name, what, "leave it out, or choose sparse_pattern=bigbird"))
+    if longest and c.sparse_block * c.sparse_local > longest:
+        what = f"{c.sparse_local} blocks of {c.sparse_block} are more than the context's {longest}"
+        found.append(("sparse_local", what, "give smaller or fewer blocks, or mixer attention"))
+    return found
+
+
 def _part(of: _Pattern, module: str, view: str) -> Part:
     return replace(
         ATTENTION,
@@ -77,8 +119,12 @@ def _part(of: _Pattern, module: str, view: str) -> Part:
 WINDOW = replace(
     _part(Window.of, "WindowAttention", "window_viewer"),
     cache_bytes=_window_cache,
+    keys=(*ATTENTION.keys, "window", "global_tokens"),
+    problems=_of_window,
 )
 BLOCK_SPARSE = replace(
     _part(Sparse.of, "BlockSparseAttention", "sparse_viewer"),
     varies=lambda config: bool(Sparse.of(config).random),
+    keys=(*ATTENTION.keys, *_SPARSE),
+    problems=_of_sparse,
 )

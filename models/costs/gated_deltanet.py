@@ -6,7 +6,7 @@ key head, V that of a value head, C the tokens of a chunk.
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.record import Part, Shapes, linear, matrix_flops
+from forescale.models.costs.record import Part, Problem, Shapes, below_1, linear, matrix_flops
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -91,6 +91,11 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
     return _STATE * heads * K * V + bytes_per_value * last * _convolved(config)
 
 
+def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
+    return below_1(c, *_KEYS)
+
+
+_KEYS = ("delta_value_dim", "delta_conv")
 GATED_DELTANET = Part(
     module="forescale.models.mixers.gated_deltanet.GatedDeltaNet",
     shapes=_shapes,
@@ -100,5 +105,7 @@ GATED_DELTANET = Part(
     cache_bytes=_cache_bytes,
     writes=("output",),
     per_head=("output_norm",),
+    keys=_KEYS,
+    problems=_problems,
     takes_mask=False,
 )

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from forescale.models.costs.attention import scores_flops
-from forescale.models.costs.record import Part, Shapes, linear, matrix_flops
+from forescale.models.costs.record import Part, Problem, Shapes, below_1, linear, matrix_flops
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -67,6 +67,19 @@ def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     return {"query": scores}
 
 
+def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
+    found = below_1(c, *_KEYS)
+    if c.position == "rotary" and c.rope_fraction == 1:
+        what = "mixer latent needs a part of each head that does not rotate"
+        found.append(("rope_fraction", what, "give less than 1, or leave it out"))
+    both = 2 * (full.width or 0)
+    if (c.latent_rank or 0) >= both:
+        what = f"{c.latent_rank} does not compress keys and values, {both} a token"
+        found.append(("latent_rank", what, "give less, or leave it out"))
+    return found
+
+
+_KEYS = ("latent_rank", "latent_query_rank")
 LATENT = Part(
     module="forescale.models.mixers.latent.LatentAttention",
     shapes=_shapes,
@@ -76,6 +89,9 @@ LATENT = Part(
     writes=("output",),
     per_head=("latent_norm", "query_norm"),
     folds=_folds,
+    keys=_KEYS,
+    problems=_problems,
+    turning=0.5,
     takes_future=True,
     takes_alibi=True,
 )

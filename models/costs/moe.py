@@ -68,8 +68,12 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     return int(router + pairs + rows) + 4 * b * c.moe_shared * c.expert_width
 
 
-def _problems(c: "ModelConfig") -> list[Problem]:
-    """Return the broken rules of the keys moe_*, for a mixture of experts."""
+def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
+    """Return the broken rules of the keys moe_*: of their values, then among the sizes."""
+    return _of_values(c) or _of_sizes(c, full)
+
+
+def _of_values(c: "ModelConfig") -> list[Problem]:
     found: list[Problem] = []
 
     def add(name: str, what: str, todo: str) -> None:
@@ -106,8 +110,7 @@ def _problems(c: "ModelConfig") -> list[Problem]:
     return found
 
 
-def problems_of_sizes(given: "ModelConfig", c: "ModelConfig") -> list[Problem]:
-    """Return the broken rules among the sizes of a mixture: c is `given` with its sizes set."""
+def _of_sizes(given: "ModelConfig", c: "ModelConfig") -> list[Problem]:
     found: list[Problem] = []
     active = c.moe_top_k + c.moe_shared
     if given.moe_width is None and (c.mlp_width or 0) % active:
@@ -119,6 +122,19 @@ def problems_of_sizes(given: "ModelConfig", c: "ModelConfig") -> list[Problem]:
     return found
 
 
+_KEYS = (
+    "moe_experts",
+    "moe_top_k",
+    "moe_width",
+    "moe_shared",
+    "moe_dense_layers",
+    "moe_scores",
+    "moe_renormalise",
+    "moe_balance_loss",
+    "moe_z_loss",
+    "moe_bias_speed",
+    "moe_capacity",
+)
 MOE = Part(
     module="forescale.models.experts.moe.MixtureOfExperts",
     shapes=_shapes,
@@ -128,6 +144,7 @@ MOE = Part(
     not_muon=("router.weight",),
     stacked=("gate.weight", "up.weight", "down.weight"),
     idle=_idle,
+    keys=_KEYS,
     problems=_problems,
     is_gated=True,
     is_routed=True,

@@ -28,7 +28,7 @@ def _no_idle(config: "ModelConfig") -> int:
     return 0
 
 
-def _no_problems(config: "ModelConfig") -> list[Problem]:
+def _no_problems(config: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     return []
 
 
@@ -57,9 +57,8 @@ class Part:
     module: the dotted name of its class, a torch.nn.Module that is made with the config alone. A
         mixer's forward takes (x_BLD, context), see mixers/context.py, and may only use tokens that
         the context shows, and keeps in context.memory what later columns need, if it is given; an
-        MLP's takes (x_BLD). Muon updates the matrices of init.Linear, AdamW
-        all other parameters; parametrization.scales has the initial standard deviations that mup
-        and completep need.
+        MLP's takes (x_BLD). Muon updates the matrices of init.Linear, AdamW all other parameters;
+        parametrization.scales has the initial standard deviations that mup and completep need.
     shapes: every parameter's name inside the part and its shape, in the order of
         module.named_parameters().
     flops: (config, sequence_length, causal) -> forward FLOPs of one token in one layer, its
@@ -81,7 +80,11 @@ class Part:
         of several kinds in one matrix.
     stacked: the parameters that are a matrix for each expert, (E, out, in): Muon takes each matrix.
     idle: config -> the parameters that one token does not use, such as other tokens' experts.
-    problems: config -> the broken rules of its own keys, as ModelConfig.problems has them.
+    keys: the fields of ModelConfig that this part reads and most others don't: where no part of the
+        model has them, they must be left out.
+    problems: (config, full, longest) -> the broken rules of these keys, as ModelConfig.problems has
+        them. full: config with its sizes set; longest: the longest sequence, if known.
+    turning: the default of rope_fraction, the part of each head that rotates.
     takes_mask: the mixer reads context.mask; without such a mixer no mask is built.
     takes_future: the mixer lets a token see later ones where config.causal is false.
     takes_alibi: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
@@ -111,7 +114,9 @@ class Part:
     not_muon: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
     idle: Callable[["ModelConfig"], int] = _no_idle
-    problems: Callable[["ModelConfig"], list[Problem]] = _no_problems
+    keys: tuple[str, ...] = ()
+    problems: Callable[["ModelConfig", "ModelConfig", int | None], list[Problem]] = _no_problems
+    turning: float = 1.0
     takes_mask: bool = True
     takes_future: bool = False
     takes_alibi: bool = False
@@ -131,3 +136,13 @@ def linear(name: str, inputs: int, outputs: int, bias: bool) -> Shapes:
 def matrix_flops(shapes: Shapes) -> int:
     """Return the forward FLOPs of one token that is multiplied by each matrix once."""
     return 2 * sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
+
+
+def below_1(config: "ModelConfig", *names: str) -> list[Problem]:
+    """Return the problems of those of the fields that are given and are no size."""
+    given = [(name, getattr(config, name)) for name in names]
+    return [
+        (name, f"{value} is not a size", "give at least 1")
+        for name, value in given
+        if value is not None and value < 1
+    ]

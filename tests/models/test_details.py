@@ -102,6 +102,10 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
         (dict(mixer_pattern=["mingru", "attention", "mingru"]), "mixer_pattern", "3 mixers for 2"),
         (dict(mixer_pattern=["mamba"]), "mixer_pattern", "unknown value 'mamba'"),
         (dict(causal=False, mixer="mingru"), "causal", "later"),
+        (dict(delta_conv=2), "delta_conv", "no effect without mixer gated_deltanet"),
+        (dict(latent_rank=8), "latent_rank", "no effect without mixer latent"),
+        (dict(attention_gate="head", mixer="lstm"), "attention_gate", "without mixer attention"),
+        (dict(moe_top_k=1), "moe_top_k", "no effect without mlp moe"),
     ],
 )
 def test_nonsense_has_its_sentence(wrong, field, said):

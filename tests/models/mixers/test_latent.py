@@ -110,7 +110,8 @@ def test_keys_and_values_start_as_large_as_attentions():
     config = replace(CONFIG, width=512, num_heads=8, latent_rank=64, latent_query_rank=128)
     mixer, x = LatentAttention(config), torch.randn(1, 200, 512)
     latent = mixer.latent_norm(mixer.latent(x))
-    plain = Transformer(replace(config, mixer="attention", num_layers=1)).blocks[0].mixer
+    others = dict(mixer="attention", latent_rank=None, latent_query_rank=None)
+    plain = Transformer(replace(config, **others, num_layers=1)).blocks[0].mixer
     expected = plain.value(x).std().item()
     assert mixer.value(latent).std().item() == pytest.approx(expected, rel=0.1)
     assert mixer.key(latent).std().item() == pytest.approx(expected, rel=0.1)
