@@ -38,6 +38,15 @@ def family(view: RunView) -> str:
         raise UserError("model", what[0].lower() + what[1:], todo) from None
 
 
+def is_exportable(view: RunView) -> bool:
+    """Return True if a transformers class fits the run's model."""
+    try:
+        family(view)
+    except UserError:
+        return False
+    return True
+
+
 def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
     """Write the directory `to` in fp32 and return it.
 

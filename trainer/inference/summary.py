@@ -3,6 +3,7 @@
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare import baselines
 from forescale.errors import UserError
+from forescale.inference.export import is_exportable
 from forescale.inference.sampling import pieces, prompt_ids, sampled
 from forescale.inference.view import RunView
 from forescale.run.rows import read_rows
@@ -32,10 +33,13 @@ def summarize(started: Start) -> None:
     print(
         f"\nNext:\n"
         f"  forescale status {name}                       its progress and losses\n"
-        f'  forescale generate {name} prompt="import "    write text\n'
-        f"  forescale export {name}                       to Hugging Face transformers\n"
-        f"  forescale train bigger model.depth=4          a model of your own\n"
-        f"  forescale shards TEXT output=DIR              a dataset of your own"
+        f'  forescale generate {name} prompt="import "    write text'
+    )
+    if is_exportable(RunView(run)):
+        print(f"  forescale export {name}                       to Hugging Face transformers")
+    print(
+        "  forescale train bigger model.depth=4          a model of your own\n"
+        "  forescale shards TEXT output=DIR              a dataset of your own"
     )
 
 

@@ -43,3 +43,14 @@ def test_a_run_that_has_diverged_ends_with_its_summary(small_data, tmp_path, mon
     out = capsys.readouterr().out
     assert "No sample: the model: can't write text" in out
     assert "Next:" in out
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mingru"])
+def test_the_summary_names_an_export_only_of_a_model_that_has_one(
+    small_data, tmp_path, monkeypatch, capsys, mixer
+):
+    started = start(make_job(small_data, tmp_path / "runs", "first", f"model.mixer={mixer}"))
+    model = Constant([0.0] * started.sources.vocab_size)
+    monkeypatch.setattr(summary.RunView, "model", lambda *_, **__: model)
+    summary.summarize(started)
+    assert ("forescale export first" in capsys.readouterr().out) == (mixer == "attention")

@@ -26,6 +26,12 @@ FAMILIES = {
     "ArceeForCausalLM": ["model.mlp=relu2", "model.qk_norm=false"],
     "Qwen3ForCausalLM": ["model.mlp=swiglu", "model.qk_norm=true", "model.tie_embeddings=true"],
     "LlamaForCausalLM": SWIGLU,
+    "Olmo2ForCausalLM": ["model.norm_placement=post", "model.qk_norm_over=layer"],
+    "Gemma3ForCausalLM": [
+        *("model.norm_placement=sandwich", "model.mlp=geglu", "model.scale_embedding=true"),
+        *("model.tie_embeddings=true", "model.logit_softcap=30"),
+    ],
+    "MixtralForCausalLM": ["model.mlp=moe", "model.qk_norm=false"],
     "GPT2LMHeadModel": [*GPT2, "model.qk_norm=false", "model.tie_embeddings=true"],
 }
 
