@@ -95,3 +95,14 @@ TRAJECTORY = ("step", "g0", "g1", "tokens", "tokens_hash", "loss", "grad_norm", 
 def trajectory(run: Path) -> list[dict]:
     """Return what an exact resume repeats: data, loss, norm and rate of every step."""
     return [{key: row[key] for key in TRAJECTORY} for row in rows(run)]
+
+
+def whole_and_resumed(folder: Path, *command: str, step: int) -> tuple[list[dict], list[dict]]:
+    """Return the trajectories of an undisturbed run, `whole`, and of one that is killed once it is
+    past `step` and started again by the same command, `cut`."""
+    train(folder, "run.name=whole", *command)
+    process = start(folder, "run.name=cut", *command)
+    interrupt(process, folder / "cut", step, signal.SIGKILL)
+    assert "Resuming from" in train(folder, "run.name=cut", *command)
+    whole, cut = (trajectory(folder / name) for name in ("whole", "cut"))
+    return whole, cut

@@ -1,8 +1,6 @@
 """Objectives other than the next token on two real ranks: they resume to the bit after kill -9, and
 read the same targets at another stage, world size and micro-batch."""
 
-import signal
-
 import pytest
 
 from tests import launching
@@ -24,11 +22,7 @@ SEQ2SEQ = ("objective.kind=seq2seq", "model.encoder_layers=2", "model.dropout=0.
 def test_they_resume_bit_for_bit(dataset, tmp_path, kind, stage):
     command = (f"data.path={dataset}", *LENGTH, *kind, f"engine=zero{stage}")
     command += ("launch.processes=2",)
-    launching.train(tmp_path, "run.name=whole", *command)
-    process = launching.start(tmp_path, "run.name=cut", *command)
-    launching.interrupt(process, tmp_path / "cut", 14, signal.SIGKILL)
-    assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
-    whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=14)
     assert len(whole) == 30
     assert cut == whole
     if kind is SEQ2SEQ or stage == 3:

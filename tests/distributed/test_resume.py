@@ -27,11 +27,7 @@ CHOSEN = KINDS if FULL else [KINDS[i] for i in (1, 2, 4, 7)]
 def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
     command += ("model.dropout=0.1",)  # whose randomness must repeat too
-    launching.train(tmp_path, "run.name=whole", *command)
-    process = launching.start(tmp_path, "run.name=cut", *command)
-    launching.interrupt(process, tmp_path / "cut", 24, signal.SIGKILL)
-    assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
-    whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=24)
     assert len(whole) == 50
     assert cut == whole
 
@@ -59,11 +55,7 @@ def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, stage, opti
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
     command += (*ALL_PARTS, "data.document_mask=true", "train.steps=12", "validation.every=12")
     command += ("checkpoint.every=5",)
-    launching.train(tmp_path, "run.name=whole", *command)
-    process = launching.start(tmp_path, "run.name=cut", *command)
-    launching.interrupt(process, tmp_path / "cut", 7, signal.SIGKILL)
-    assert "Resuming from" in launching.train(tmp_path, "run.name=cut", *command)
-    whole, cut = (launching.trajectory(tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=7)
     assert len(whole) == 12
     assert cut == whole
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import activations, flops_per_token
 from forescale.models.hf import family_of, to_hf
+from tests.models.checks import kept_bytes
 from tests.models.test_flops import SIZES as FLOP_SIZES
 
 L, V = 12, 37
@@ -100,21 +101,10 @@ def test_activations_are_what_autograd_keeps(masked):
     config = ModelConfig(**FLOP_SIZES[1], causal=False)
     L = config.max_sequence_length
     model, x = Transformer(config), torch.zeros(2, L, dtype=torch.long)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
     real = torch.arange(L).expand(2, L) < torch.tensor([[L], [9]])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = model(x, x, padding_mask_BL=real if masked else None)
-    assert losses.requires_grad
+    found = kept_bytes(model, lambda: model(x, x, padding_mask_BL=real if masked else None).sum())
     estimate = activations(config, 2, L, 4, masked, fused_norms=False).saved
-    assert sum(s.nbytes() for s in kept.values()) == pytest.approx(estimate, rel=0.03)
+    assert found == pytest.approx(estimate, rel=0.03)
 
 
 def scrambled(config):

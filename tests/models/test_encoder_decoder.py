@@ -19,6 +19,7 @@ from forescale.models.flops import (
 )
 from forescale.models.hf import family_of
 from forescale.models.parametrization import factors
+from tests.models.checks import assert_one_graph, kept_bytes
 
 S, T, V = 11, 7, 37
 SMALL = ModelConfig(
@@ -116,25 +117,13 @@ def test_it_is_counted_as_it_is(config, chunk, checkpointing):
     assert counter.get_total_flops() == pytest.approx(2 * (row + again), abs=1e-3)
 
 
-def saved(config, masked, checkpointing=False):
+def saved(config, masked):
     """Bytes of all storages that autograd keeps after a forward, beside the weights."""
     L = config.max_sequence_length
     model, x = Transformer(config), torch.zeros(2, L, dtype=torch.long)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
     real = torch.ones(2, L, dtype=torch.bool)
     real[0, :9] = False
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = model(x, x, padding_mask_BL=real if masked else None)
-    assert losses.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return kept_bytes(model, lambda: model(x, x, padding_mask_BL=real if masked else None).sum())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -150,14 +139,8 @@ def test_activations_are_what_autograd_keeps(change, masked):
 
 @pytest.mark.slow  # seconds each
 def test_it_compiles_as_one_graph():
-    torch._dynamo.reset()
     model, x = build(SMALL).train(), tokens(2)
-    parameters = list(model.parameters())
-    expected = torch.autograd.grad(model(x, x).sum(), parameters)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(x, x).sum(), parameters)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert_one_graph(model, lambda of: of(x, x).sum())
 
 
 PEGASUS = {

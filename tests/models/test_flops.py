@@ -21,6 +21,7 @@ from forescale.models.flops import (
     shapes,
 )
 from forescale.models.rules import NORMS, POSITIONS
+from tests.models.checks import kept_bytes
 
 BASE = ModelConfig(
     num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16
@@ -121,25 +122,14 @@ def test_what_is_computed_twice(checkpointing, chunk):
 
 
 def saved(config, dtype, B=2, documents=False):
-    """Bytes of all storages that autograd keeps after a forward, beside the weights."""
+    """Bytes that autograd keeps after a forward pass, beside the weights."""
     L = config.max_sequence_length
     model, x = Transformer(config).to(dtype), torch.zeros(B, L, dtype=torch.long)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
     # oneDNN's LSTM keeps a workspace of its own.
-    plain = torch.backends.mkldnn.flags(enabled=config.mixer != "lstm")
-    with plain, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = objective(model(x, x, documents_BL=x if documents else None))
-    found = sum(storage.nbytes() for storage in kept.values())
-    assert total.requires_grad  # the graph was alive until now
-    return found
+    with torch.backends.mkldnn.flags(enabled=config.mixer != "lstm"):
+        return kept_bytes(
+            model, lambda: objective(model(x, x, documents_BL=x if documents else None))
+        )
 
 
 SIZES = [

@@ -8,6 +8,7 @@ import torch
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.generate import generate
+from tests.models.checks import assert_one_graph
 
 SMALL = ModelConfig(
     num_layers=3,
@@ -119,16 +120,9 @@ def test_activation_checkpointing_changes_no_gradient(dropout):
     ],
 )
 def test_compiles_as_one_graph(change):
-    """aot_eager traces forward and backward, and needs no C++ compiler."""
-    torch._dynamo.reset()
     model = Transformer(replace(SMALL, **change))
     objective = (lambda out: out[0].sum() + out[1]) if "z_loss" in change else torch.sum
-    objective(model(*data())).backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    objective(torch.compile(model, fullgraph=True, backend="aot_eager")(*data())).backward()
-    for p, e in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, e, rtol=1e-4, atol=1e-4)
+    assert_one_graph(model, lambda of: objective(of(*data())), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal"])

@@ -11,6 +11,7 @@ from forescale.data.objective import IGNORED
 from forescale.data.objectives.draws import Draws
 from forescale.data.objectives.masked import MaskedTokens
 from forescale.data.stream import validation_windows
+from tests.trainer.data.objectives.exact import assert_same_anywhere
 from tests.trainer.data.test_stream import collect, make_feed
 
 V = 257
@@ -108,14 +109,7 @@ def feed(dataset):
 def test_masks_are_the_same_at_any_world_size_micro_batch_and_resume_point(
     feed, world, micro, workers
 ):
-    whole = collect(feed, (0, 6), 0, 1, 8, 8, 1)
-    parts = collect(feed, (0, 2), 0, world, 8, micro, workers)
-    parts += collect(feed, (2, 6), parts[-1][0].g1, world, 8, micro, workers)
-    for (a, one, _), (b, many, _) in zip(whole, parts, strict=True):
-        assert (a.step, a.targets) == (b.step, b.targets)
-        for name in ("tokens", "targets"):
-            found = torch.cat([getattr(m, name) for m in many])
-            assert torch.equal(getattr(one[0], name), found)
+    assert_same_anywhere(feed, world, micro, workers)
 
 
 def test_only_a_micro_batch_with_a_short_window_hides_padding(feed):

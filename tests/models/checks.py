@@ -1,0 +1,42 @@
+"""What several tests of models measure alike."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Return the bytes of all storages that autograd keeps after a forward pass, beside the
+    weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        total = forward()
+    found = sum(storage.nbytes() for storage in kept.values())
+    assert total.requires_grad  # the graph was alive until now
+    return found
+
+
+def assert_one_graph(
+    model: nn.Module, total: Callable[[Callable], Tensor], tolerance: float = 1e-3
+) -> None:
+    """Compile the model as one graph; its gradients must equal those without.
+
+    total: of the model, or of it compiled, the sum that is differentiated. aot_eager traces forward
+    and backward, and needs no C++ compiler.
+    """
+    torch._dynamo.reset()
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(total(model), parameters)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(total(compiled), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
