@@ -1,4 +1,4 @@
-"""The model: a decoder-only transformer in pure PyTorch, with its FLOPs and memory.
+"""The model: a transformer in pure PyTorch, with its FLOPs and memory.
 
 It knows nothing about files, ranks or the trainer. `Transformer` is imported on first use, so that
 reading a configuration or counting parameters never loads torch.

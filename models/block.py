@@ -4,7 +4,6 @@ Invariant: a block knows no mixer and no MLP by name.
 """
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
 from forescale.models.flops import layers_of, parts_of
-from forescale.models.mixers.context import Columns, Context
+from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import scales
 
@@ -21,9 +20,6 @@ def named(dotted: str) -> Any:
     """Import and return the class or function of a cost record."""
     module, _, name = dotted.rpartition(".")
     return getattr(importlib.import_module(module), name)
-
-
-Viewer = Callable[[Columns], Any]
 
 
 def no_view(columns: Columns) -> None:

@@ -56,9 +56,9 @@ class ModelConfig:
     3. num_heads = width / 64: heads of 64, as in Vaswani et al. 2017 and all of GPT-2. A width
        that 64 doesn't divide needs num_heads.
     4. num_kv_heads = num_heads: plain multi-head attention.
-    5. mlp_width = 4 * width (Vaswani et al. 2017, section 3.3); for swiglu 8/3 * width, which with
-       its third matrix holds as many parameters (Shazeer 2020, arXiv 2002.05202, section 2),
-       rounded up to a multiple of 64 for the matrix units; moe as swiglu.
+    5. mlp_width = 4 * width (Vaswani et al. 2017, section 3.3); for swiglu and geglu 8/3 * width,
+       which with its third matrix holds as many parameters (Shazeer 2020, arXiv 2002.05202, section
+       2), rounded up to a multiple of 64 for the matrix units; moe as swiglu.
     6. moe_width = mlp_width / (moe_top_k + moe_shared), so that a token's FLOPs are those of the
        dense model (Dai et al. 2024, arXiv 2401.06066, section 3.1). Doubt: Mixtral's experts are
        as wide as a dense MLP.
@@ -69,9 +69,9 @@ class ModelConfig:
     width: int | None = None  # None: 64 * depth
     num_heads: int | None = None  # None: width / 64
     num_kv_heads: int | None = None  # fewer than num_heads: grouped-query; None: num_heads
-    mlp_width: int | None = None  # None: 4 * width, or 8/3 * width for swiglu
+    mlp_width: int | None = None  # None: 4 * width, or 8/3 * width with a gate
     vocab_size: int | None = None  # None: the dataset's
-    max_sequence_length: int | None = None  # None: the training's
+    max_sequence_length: int | None = None  # of a row; None: the training's
 
     position: str = "rotary"  # rotary | alibi | learned | sinusoidal | none
     rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
@@ -169,9 +169,15 @@ class ModelConfig:
         full = self.resolved()
         return Sizes(**{size.name: getattr(full, size.name) for size in fields(Sizes)})
 
+    @property
+    def mixers_used(self) -> list[str]:
+        """The mixers that some layer has, each once."""
+        return list(dict.fromkeys(self.mixer_pattern or [self.mixer]))
+
     @cached_property
     def mixers(self) -> tuple[str, ...]:
-        """The mixer of each layer. Raises ValueError like resolved()."""
+        """The mixer of each block; in an encoder-decoder the pattern runs on from the encoder into
+        the decoder. Raises ValueError like resolved()."""
         pattern = self.mixer_pattern or [self.mixer]
         return tuple(pattern[i % len(pattern)] for i in range(self.num_blocks))
 
@@ -187,19 +193,24 @@ class ModelConfig:
 
     def of_block(self, index: int) -> "ModelConfig":
         """Return the config of a block: in the encoder of an encoder-decoder, an encoder's."""
-        if index >= self.encoder_layers:
-            return self
-        return replace(self, causal=False, encoder_layers=0, source_length=None)
+        return self if index >= self.encoder_layers else self._encoder
+
+    @cached_property
+    def _encoder(self) -> "ModelConfig":
+        found = replace(self, causal=False, encoder_layers=0, source_length=None)
+        # The whole has been checked; alone, it may have keys that only the decoder reads.
+        found.__dict__["sizes"] = replace(self.sizes, num_layers=self.encoder_layers)
+        return found
 
     @property
     def rotary_width(self) -> int:
         """The part of each head that rotates: head_dim * rope_fraction."""
-        return round(self.sizes.head_dim * (self.sized().rope_fraction or 1))
+        return round(self.sizes.head_dim * (self.rope_fraction or self.sized().rope_fraction or 1))
 
     @property
     def expert_width(self) -> int:
         """The width of an expert of a mixture. Raises ValueError like resolved()."""
-        width = self.resolved().moe_width
+        width = self.moe_width or self.resolved().moe_width
         assert width is not None, "a config without experts"
         return width
 
@@ -215,7 +226,7 @@ class ModelConfig:
         gated = -(-8 * width // (3 * 64)) * 64
         mlp_width = self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width)
         active = max(1, self.moe_top_k + self.moe_shared)
-        turning = min(MIXERS[mixer].turning for mixer in self.mixer_pattern or [self.mixer])
+        turning = min(MIXERS[mixer].turning for mixer in self.mixers_used)
         return replace(
             self,
             num_layers=self.num_layers or self.depth,

@@ -16,8 +16,9 @@ Initial standard deviations and the forward pass (`Scales`)
    the ratio of widths stands for that of fan-ins, so mlp_width / width should stay what it is.
 3. Hidden matrices that write to the residual stream (attention and MLP output): those of rule 2
    over sqrt(2 * num_layers), so that the stream's variance doesn't grow with depth (GPT-2, Radford
-   et al. 2019, section 2.3). completep takes base_depth for num_layers: its branches shrink by
-   rule 4 instead (Dey et al. 2025, arXiv 2505.01618, table 1).
+   et al. 2019, section 2.3); of an encoder-decoder, encoder and decoder by their own layers, and a
+   layer of the decoder has 3 such matrices. completep takes base_depth for num_layers: its branches
+   shrink by rule 4 instead (Dey et al. 2025, arXiv 2505.01618, table 1).
 4. Residual branches: times 1 / n in completep (table 1 with alpha = 1), else 1. Doubt: Yang et al.
    2023 (arXiv 2310.02244) find 1 / sqrt(n) best, for blocks of one layer; ours have two and more,
    where Zheng et al. 2026 (arXiv 2603.00541) derive 1 / n too.
@@ -95,13 +96,14 @@ def scales(config: ModelConfig) -> Scales:
     transfers = config.parametrization != "standard"
     width = config.base_width if transfers else s.width
     depth = config.base_depth if config.parametrization == "completep" else s.num_layers
+    writers = 3 if config.has_encoder else 2
     sigma = config.init_std or math.sqrt(2 / (5 * width))
     hidden = sigma / math.sqrt(m)
     attention = math.sqrt(HEAD_DIM) / s.head_dim if transfers else 1 / math.sqrt(s.head_dim)
     return Scales(
         table_std=sigma,
         hidden_std=hidden,
-        writing_std=hidden / math.sqrt(2 * depth),
+        writing_std=hidden / math.sqrt(writers * depth),
         residual=1 / n,
         logits=1 / m,
         attention=attention,

@@ -61,15 +61,24 @@ def _of_heads(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
     elif full.position == "rotary" and width // num_heads % 2:
         what = f"rotary position needs even heads, not {width // num_heads} wide"
         found.append(("num_heads", what, "choose another num_heads or position"))
-    elif full.position == "rotary" and width // num_heads * (full.rope_fraction or 1) % 2:
-        what = f"{full.rope_fraction:g} of {width // num_heads} is not an even number"
-        found.append(("rope_fraction", what, "choose one that gives an even part of a head"))
-    elif full.rope_scaling == "ntk" and width // num_heads < 4:
-        found.append(("num_heads", "ntk needs heads of at least 4", "choose fewer heads"))
+    elif full.position == "rotary":
+        found += _of_rotation(full, width // num_heads * (full.rope_fraction or 1))
     if num_heads % num_kv_heads:
         what = f"{num_kv_heads} do not divide {num_heads} heads"
         found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
     return found
+
+
+def _of_rotation(full: "ModelConfig", turning: float) -> list[Problem]:
+    """Return the broken rules of the width that rotates in each head."""
+    even = 2 * round(turning / 2)
+    if abs(turning - even) > 1e-6 * turning or not even:  # a fraction of a width is hardly exact
+        what = f"{full.rope_fraction:g} of a head is {turning:g} wide, which is not even"
+        return [("rope_fraction", what, "choose one that gives an even part of a head")]
+    if full.rope_scaling == "ntk" and even < 4:
+        what = f"ntk needs at least 4 of a head that rotate, not {even}"
+        return [("num_heads", what, "choose fewer heads, or a larger rope_fraction")]
+    return []
 
 
 def _of_sizes(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
@@ -92,10 +101,11 @@ def _of_data(
     if config.vocab_size and vocab_size and config.vocab_size < vocab_size:
         what = f"{config.vocab_size} is less than the {vocab_size} of tokenizer and objective"
         found.append(("vocab_size", what, "leave it out, or give at least as many"))
-    if config.source_length and sequence_length and config.source_length >= sequence_length:
-        what = f"{config.source_length} leaves the decoder none of {sequence_length} columns"
-        found.append(("source_length", what, "leave it out"))
     longest = config.max_sequence_length
+    columns = sequence_length or longest
+    if config.source_length and columns and config.source_length >= columns:
+        what = f"{config.source_length} leaves the decoder none of {columns} columns"
+        found.append(("source_length", what, "leave it out"))
     if longest and sequence_length and longest < sequence_length:
         what = f"{longest} is less than the sequence length {sequence_length}"
         found.append(("max_sequence_length", what, "leave it out, or raise it"))
@@ -127,13 +137,13 @@ def _of_values(config: "ModelConfig") -> list[Problem]:
         if not getattr(config, name) > 0:
             found.append((name, "must be above 0", "give a positive number"))
     for name in ("z_loss", "loss_chunk", "logit_softcap"):
-        if not getattr(config, name) >= 0:
-            found.append((name, "must not be negative", "give 0 to switch it off"))
+        if not 0 <= getattr(config, name) < math.inf:
+            found.append((name, "must be a number, not negative", "give 0 to switch it off"))
     if config.rope_fraction is not None and not 0 < config.rope_fraction <= 1:
         found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))
     if not 0 <= config.dropout < 1:
         found.append(("dropout", f"{config.dropout} is not a probability below 1", "give 0 to 1"))
-    if config.init_std is not None and not config.init_std > 0:
+    if config.init_std is not None and not 0 < config.init_std < math.inf:
         found.append(("init_std", "must be above 0", "leave it out for the rule"))
     return found
 
@@ -141,8 +151,7 @@ def _of_values(config: "ModelConfig") -> list[Problem]:
 def _of_parts(config: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     """Return the broken rules of mixers and MLP, each of its own keys, and the keys that are given
     though no part of the model reads them. full: config.sized(); longest: sequence, if known."""
-    mixers = dict.fromkeys(config.mixer_pattern or [config.mixer])
-    parts = [*(MIXERS[name] for name in mixers), MLPS[config.mlp]]
+    parts = [*(MIXERS[name] for name in config.mixers_used), MLPS[config.mlp]]
     found = [problem for part in parts for problem in part.problems(config, full, longest)]
     read = {key for part in parts for key in part.keys}
     for kind, table in (("mixer", MIXERS), ("mlp", MLPS)):
@@ -159,14 +168,16 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
     """Return the broken rules of positions among values that are each allowed."""
     found = _of_encoder(config)
     kind, factor = config.rope_scaling, config.rope_factor
-    for mixer in dict.fromkeys(config.mixer_pattern or [config.mixer]):
+    # The key by which tokens see later ones, if they do.
+    sees_all = "encoder_layers" if config.has_encoder else "" if config.causal else "causal"
+    for mixer in config.mixers_used:
         if config.position == "alibi" and not MIXERS[mixer].takes_alibi:
             what = f"mixer {mixer} does not add alibi's biases to scores"
             found.append(("position", what, "choose another position"))
-        if not config.causal and not MIXERS[mixer].takes_future:
-            what = f"mixer {mixer} can't let a token see later ones"
-            found.append(("causal", what, "choose another mixer, or leave it out"))
-    if config.position == "alibi" and not config.causal:
+        if sees_all and not MIXERS[mixer].takes_future:
+            what = f"mixer {mixer} can't let a token of an encoder see later ones"
+            found.append((sees_all, what, "choose another mixer, or leave it out"))
+    if config.position == "alibi" and sees_all:
         todo = "choose another position"
         found.append(("position", "alibi's biases are for causal models", todo))
     if config.rope_fraction not in (None, 1) and config.position != "rotary":
@@ -205,17 +216,10 @@ def _of_encoder(config: "ModelConfig") -> list[Problem]:
     if not config.causal:
         what = "the decoder of an encoder-decoder sees no later token"
         found.append(("causal", what, "leave it out"))
-    if config.position == "alibi":
-        todo = "choose another position"
-        found.append(("position", "alibi's biases are for causal models", todo))
     if config.mlp == "moe":
         what = "an encoder-decoder has no experts"
         found.append(("mlp", what, "choose another mlp, or leave out encoder_layers"))
     if config.parametrization == "completep":
         what = "completep has a rule for one stack of layers, not for encoder and decoder"
         found.append(("parametrization", what, "choose mup or standard"))
-    for mixer in dict.fromkeys(config.mixer_pattern or [config.mixer]):
-        if not MIXERS[mixer].takes_future:
-            what = f"mixer {mixer} can't let a token of the encoder see later ones"
-            found.append(("encoder_layers", what, "choose another mixer"))
     return found

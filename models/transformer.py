@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forescale.models.block import Block, Viewer, viewers
+from forescale.models.block import Block, viewers
 from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
-from forescale.models.experts.balance import Routing, Tallies, penalty_of, until_last_target
+from forescale.models.experts.balance import Routing, Tallies, penalty_of, that_count
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
 from forescale.models.init import Linear
 from forescale.models.loss import capped, window_losses
-from forescale.models.mixers.context import Columns, Context
+from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import additive_mask, visible_keys
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import Factors, factors, scales
@@ -110,16 +110,16 @@ class Transformer(nn.Module):
         are no documents.
         Returns, without targets: logits (B, L, V), of an encoder-decoder (B, T, V), those of the
         decoder's T columns; targets of the source's are not read. With targets: losses (B,) fp32,
-        each window's sum of cross-entropy in nats over its targets; with z_loss, or in training
-        with losses that balance experts, (losses, penalty), where penalty is a scalar, summed over
-        all targets, for the training objective only.
+        each window's sum of cross-entropy in nats over its targets; with z_loss, or with experts
+        in training, (losses, penalty), where penalty is a scalar, summed over all targets, for the
+        training objective only.
         Raises ValueError if a sequence is longer than the learned position table, for a cache with
         documents or of a model that is not causal, and for both in an encoder-decoder.
         """
         counted_BL = padding_mask_BL
         tallies = self.tallies if self.training else None
         if tallies is not None and targets_BL is not None:
-            counted_BL = until_last_target(targets_BL, padding_mask_BL)
+            counted_BL = that_count(targets_BL, padding_mask_BL, self.config.causal)
         routings: list[Routing] = []
         if self.config.has_encoder:
             if cache is not None or documents_BL is not None:

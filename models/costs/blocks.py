@@ -97,6 +97,12 @@ def _of_sparse(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> li
         elif c.sparse_pattern != "bigbird" and getattr(c, name) != getattr(type(c), name):
             what = f"has no effect on pattern {c.sparse_pattern}"
             found.append((name, what, "leave it out, or choose sparse_pattern=bigbird"))
+    if longest and c.sparse_pattern == "bigbird":
+        blocks = -(-longest // c.sparse_block)
+        for name in ("sparse_global", "sparse_random"):
+            if getattr(c, name) > blocks:
+                what = f"{getattr(c, name)} are more than the context's {blocks} blocks"
+                found.append((name, what, "give fewer"))
     if longest and c.sparse_block * c.sparse_local > longest:
         what = f"{c.sparse_local} blocks of {c.sparse_block} are more than the context's {longest}"
         found.append(("sparse_local", what, "give smaller or fewer blocks, or mixer attention"))

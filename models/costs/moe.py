@@ -96,6 +96,10 @@ def _of_values(c: "ModelConfig") -> list[Problem]:
         value = getattr(c, f"moe_{name}")
         if not 0 <= value < float("inf"):
             add(name, f"{value} must be 0 or more", "give 0 to switch it off")
+    most = c.moe_experts / max(1, c.moe_top_k)
+    if most < c.moe_capacity < float("inf"):
+        what = f"with {c.moe_capacity:g} an expert has more places than there are tokens"
+        add("capacity", what, f"give at most {most:g}, or 0 to drop nothing")
     if 0 < c.moe_capacity < 1:
         what = f"{c.moe_capacity} leaves tokens without a place even where all experts are alike"
         add("capacity", what, "give 1 or more, such as 1.25, or 0 to drop nothing")

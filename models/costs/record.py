@@ -52,7 +52,7 @@ def _no_plain_form(
 
 @dataclass(frozen=True)
 class Part:
-    """A mixer or an MLP.
+    """A mixer, an MLP, or attention to an encoder (cross.py).
 
     module: the dotted name of its class, a torch.nn.Module that is made with the config alone. A
         mixer's forward takes (x_BLD, context), see mixers/context.py, and may only use tokens that
@@ -96,7 +96,8 @@ class Part:
     plain_bytes: (config, micro_batch, length, bytes_per_value, masked) -> bytes that autograd keeps
         where the mixer runs in a plain form instead of a GPU's kernels: in each layer, besides
         activation_bytes, and for a view.
-    is_routed: the MLP's forward takes (x_BLD, real_BL) and returns (y_BLD, moe.Routing).
+    is_routed: the MLP's forward takes (x_BLD, real_BL) and returns (y_BLD, Routing), see
+        experts/balance.py.
     is_gated: the MLP has three matrices; its default width is 2/3 of that of an MLP with two.
     """
 

@@ -32,9 +32,15 @@ class Routing(NamedTuple):
     counts: Tensor
 
 
-def until_last_target(targets_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor:
-    """Return (B, L) bool, True up to each row's last target: what is behind it can be padding."""
-    real_BL = targets_BL.ne(IGNORE).flip(1).cumsum(1).flip(1) > 0
+def that_count(targets_BL: Tensor, padding_mask_BL: Tensor | None, causal: bool) -> Tensor:
+    """Return (B, L) bool, True for the tokens on which a target depends: in a causal model those up
+    to a row's last target, for what is behind it can be padding; else all of a row with a target.
+    """
+    has_BL = targets_BL.ne(IGNORE)
+    if causal:
+        real_BL = has_BL.flip(1).cumsum(1).flip(1) > 0
+    else:
+        real_BL = has_BL.any(1, keepdim=True).expand_as(has_BL)
     return real_BL if padding_mask_BL is None else real_BL & padding_mask_BL.bool()
 
 

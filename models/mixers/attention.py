@@ -74,21 +74,22 @@ class Attention(nn.Module):
     def attend(self, x_BLD: Tensor, source_BSD: Tensor, context: Context) -> Tensor:
         """Return what each token of x, (B, L, D), takes from the source, (B, S, D)."""
         B, L, _ = x_BLD.shape
-        S = source_BSD.shape[1]
-        q_BLD, k_BLD = self.query(x_BLD), self.key(source_BSD)
-        v_BLGK = self.value(source_BSD).view(B, S, self.num_kv_heads, -1)
-        if self.norms_layer and self.query_norm is not None and self.key_norm is not None:
-            q_BLD, k_BLD = self.query_norm(q_BLD), self.key_norm(k_BLD)
-        q_BLHK = q_BLD.view(B, L, self.num_heads, -1)
-        k_BLGK = k_BLD.view(B, S, self.num_kv_heads, -1)
-        if not self.norms_layer and self.query_norm is not None and self.key_norm is not None:
-            q_BLHK, k_BLGK = self.query_norm(q_BLHK), self.key_norm(k_BLGK)
+        q_BLHK = self._heads(self.query(x_BLD), self.query_norm, self.num_heads)
+        k_BLGK = self._heads(self.key(source_BSD), self.key_norm, self.num_kv_heads)
+        v_BLGK = self._heads(self.value(source_BSD), None, self.num_kv_heads)
         if context.rotation is not None:
             q_BLHK, k_BLGK = rotate(q_BLHK, context.rotation), rotate(k_BLGK, context.rotation)
         y_BLHK = self._attend(q_BLHK, k_BLGK, v_BLGK, context)
         if self.gate is not None:
             y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().view(B, L, self.num_heads, -1)
         return self.output(y_BLHK.reshape(B, L, -1))
+
+    def _heads(self, x_BLD: Tensor, norm: RMSNorm | None, heads: int) -> Tensor:
+        """Return (B, L, heads, K), normed over each head or before over all of them."""
+        if norm is not None and self.norms_layer:
+            return norm(x_BLD).unflatten(-1, (heads, -1))
+        x_BLHK = x_BLD.unflatten(-1, (heads, -1))
+        return x_BLHK if norm is None else norm(x_BLHK)
 
     def _attend(self, q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, context: Context) -> Tensor:
         """Return the values, averaged by the scores of the keys that each query sees: (B, L, H, K).

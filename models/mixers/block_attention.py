@@ -3,9 +3,7 @@
 Parameters are those of full attention, and so is the result where every earlier key is seen.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +13,8 @@ from forescale.models.cache import Memory
 from forescale.models.config import ModelConfig
 from forescale.models.mixers.attention import Attention, attend
 from forescale.models.mixers.blocks import Blocks, chosen, flex, spans_of, view_of
-from forescale.models.mixers.context import Columns, Context
+from forescale.models.mixers.context import Context, Viewer
 from forescale.models.mixers.patterns import Sparse, Window
-
-Viewer = Callable[[Columns], Any]
 
 
 def window_viewer(config: ModelConfig, layer: int) -> Viewer:

@@ -9,8 +9,9 @@ tested on a CPU, in the eager form of flex_attention; it has not run on a GPU.
 
 from collections.abc import Callable
 from dataclasses import astuple
+from functools import cache
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def _rule(pattern: Window | Sparse, columns: Columns) -> Callable[[Tensor, Tenso
         return lambda query, key: (query - key < width) | (key < first)
     p, device = pattern, columns.positions.device
     rows = -(-index(columns.positions.shape[-1]) // p.size)
-    drawn = torch.tensor(_drawn(p, rows), device=device)
+    drawn = torch.tensor(_drawn(p, rows) if p.random else [], device=device)
 
     def rule(query: Tensor, key: Tensor) -> Tensor:
         b, j = query // p.size, key // p.size
@@ -97,7 +98,7 @@ def _layout(
 @torch.compiler.assume_constant_result
 def _drawn(sparse: Sparse, rows: int) -> list[list[int]]:
     """Return the random blocks of each block, (rows, random), -1 for none."""
-    return _padded([sparse.drawn(b) for b in range(rows)], sparse.random)
+    return _padded([list(row) for row in sparse.random_table(rows)], sparse.random)
 
 
 @torch.compiler.assume_constant_result
@@ -207,11 +208,16 @@ def _listed(blocks_RNN: Tensor) -> tuple[Tensor, Tensor]:
     return blocks_RNN.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
 def flex(
     q_BLHK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, view: BlockMask, scale: float | None
 ) -> Tensor:
     """Return (B, L, H, K) by flex_attention, compiled on CUDA: uncompiled it scores all pairs."""
-    kernel = torch.compile(flex_attention) if q_BLHK.is_cuda else flex_attention
+    kernel: Any = _compiled() if q_BLHK.is_cuda else flex_attention
     q_BHLK, k_BGLK, v_BGLK = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
     gqa = q_BLHK.shape[2] != k_BLGK.shape[2]
     y_BHLK = kernel(q_BHLK, k_BGLK, v_BGLK, block_mask=view, scale=scale, enable_gqa=gqa)

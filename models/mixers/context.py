@@ -5,6 +5,7 @@ uses `starts` and `real`, which say the same, or a view made of them, and needs 
 L.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,9 @@ class Columns(NamedTuple):
     drops: bool = False
 
 
+Viewer = Callable[[Columns], Any]  # makes Context.view
+
+
 def continued(x_BLD: Tensor, context: Context) -> Tensor:
     """Return (B or 1, L), 1 where the token before is visible, else 0, in x's dtype.
 
@@ -74,3 +78,8 @@ def continued(x_BLD: Tensor, context: Context) -> Tensor:
     if context.real is not None:
         follows_BS = follows_BS & context.real[:, 1:].bool() & context.real[:, :-1].bool()
     return F.pad(follows_BS, (1, 0))[:, -length:].to(x_BLD.dtype)
+
+
+def earlier(x_BLD: Tensor, by: int) -> Tensor:
+    """Return x of `by` tokens earlier, 0 before the first, (B, L, D)."""
+    return F.pad(x_BLD, (0, 0, by, 0))[:, : x_BLD.shape[1]]

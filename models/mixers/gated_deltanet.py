@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from forescale.models.config import ModelConfig
 from forescale.models.costs.gated_deltanet import widths
 from forescale.models.init import Linear
-from forescale.models.mixers.context import Context, continued
+from forescale.models.mixers.context import Context, continued, earlier
 from forescale.models.mixers.delta_rule import DeltaRule, delta_rule
 from forescale.models.norm import RMSNorm
 from forescale.models.parametrization import scales
@@ -48,7 +48,7 @@ class Convolved(torch.autograd.Function):
         d_x, d_weight = torch.zeros_like(y_BLD), []
         for lag, seen_BL1 in enumerate(_seen(keep_BL1, weight_DW.shape[1], y_BLD.dtype)):
             masked = d_y * seen_BL1
-            d_weight.append((masked * _earlier(x_BLD, lag)).sum((0, 1)))
+            d_weight.append((masked * earlier(x_BLD, lag)).sum((0, 1)))
             onward = F.pad(masked, (0, 0, 0, lag))[:, lag:]
             d_x = d_x + weight_DW[:, -1 - lag].to(y_BLD.dtype) * onward
         d_weight_DW = torch.stack(d_weight[::-1], 1)
@@ -60,7 +60,7 @@ def _sum_of_lags(x_BLD: Tensor, weight_DW: Tensor, keep_BL1: Tensor) -> Tensor:
     precise = torch.promote_types(x_BLD.dtype, torch.float32)
     y_BLD, weight_DW = torch.zeros_like(x_BLD, dtype=precise), weight_DW.to(precise)
     for lag, seen_BL1 in enumerate(_seen(keep_BL1, weight_DW.shape[1], precise)):
-        y_BLD = y_BLD + weight_DW[:, -1 - lag] * (_earlier(x_BLD, lag) * seen_BL1)
+        y_BLD = y_BLD + weight_DW[:, -1 - lag] * (earlier(x_BLD, lag) * seen_BL1)
     return y_BLD
 
 
@@ -68,13 +68,8 @@ def _seen(keep_BL1: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
     """Return, for lags from 0 to count - 1, if the token so much earlier is seen, (B, L, 1)."""
     seen = [torch.ones_like(keep_BL1, dtype=dtype)]
     for lag in range(1, count):
-        seen.append(seen[-1] * _earlier(keep_BL1, lag - 1))
+        seen.append(seen[-1] * earlier(keep_BL1, lag - 1))
     return seen
-
-
-def _earlier(x_BLD: Tensor, lag: int) -> Tensor:
-    """Return x of `lag` tokens earlier, 0 before the first."""
-    return F.pad(x_BLD, (0, 0, lag, 0))[:, : x_BLD.shape[1]]
 
 
 class ShortConvolution(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
-from forescale.models.mixers.context import Context, continued
+from forescale.models.mixers.context import Context, continued, earlier
 from forescale.models.parametrization import scales
 
 
@@ -26,16 +26,11 @@ def scan(a_BLD: Tensor, b_BLD: Tensor) -> Tensor:
     Steele 1986): after pass i, each entry holds the sum over its last 2^i tokens."""
     step = 1
     while step < b_BLD.shape[1]:
-        earlier_a, earlier_b = _shifted(a_BLD, step), _shifted(b_BLD, step)
+        earlier_a, earlier_b = earlier(a_BLD, step), earlier(b_BLD, step)
         b_BLD = b_BLD + a_BLD * earlier_b
         a_BLD = a_BLD * earlier_a
         step *= 2
     return b_BLD
-
-
-def _shifted(x_BLD: Tensor, by: int) -> Tensor:
-    """Return x of `by` tokens earlier, 0 before the first."""
-    return nn.functional.pad(x_BLD, (0, 0, by, 0))[:, : x_BLD.shape[1]]
 
 
 def states(
@@ -71,9 +66,9 @@ class Recurrence(torch.autograd.Function):
         logit_BLD, value_BLD, keep_BL1, h_BLD = ctx.saved_tensors
         z_BLD = torch.sigmoid(logit_BLD.to(h_BLD.dtype))
         # The state of token t enters token t + 1 with this weight.
-        onward_BLD = _shifted(((1 - z_BLD) * keep_BL1).flip(1), 1)
+        onward_BLD = earlier(((1 - z_BLD) * keep_BL1).flip(1), 1)
         g_BLD = scan(onward_BLD, grad[0].to(h_BLD.dtype).flip(1)).flip(1)
-        change_BLD = value_BLD.to(h_BLD.dtype) - keep_BL1 * _shifted(h_BLD, 1)
+        change_BLD = value_BLD.to(h_BLD.dtype) - keep_BL1 * earlier(h_BLD, 1)
         d_logit = g_BLD * change_BLD * z_BLD * (1 - z_BLD)
         return d_logit.to(logit_BLD.dtype), (g_BLD * z_BLD).to(value_BLD.dtype), None
 

@@ -142,6 +142,10 @@ class Sparse:
                 found.append(j)
         return found
 
+    def random_table(self, rows: int) -> tuple[tuple[int, ...], ...]:
+        """Return the random blocks of each of `rows` blocks."""
+        return _random_table(self, rows)
+
     def table(self, rows: int, spans: int = 1) -> tuple[tuple[int, ...], ...]:
         """Return for each of `rows` blocks the far blocks of it and, with spans=2, of the next."""
         return _table(self, rows, spans)
@@ -149,6 +153,11 @@ class Sparse:
     def pairs(self, length: int) -> int:
         """Return how many pairs of query and key see each other in a document of `length`."""
         return _pairs(self, length)
+
+
+@lru_cache(maxsize=64)
+def _random_table(sparse: Sparse, rows: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(sparse.drawn(b)) for b in range(rows))
 
 
 @lru_cache(maxsize=64)

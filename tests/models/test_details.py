@@ -106,9 +106,26 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
         (dict(latent_rank=8), "latent_rank", "no effect without mixer latent"),
         (dict(attention_gate="head", mixer="lstm"), "attention_gate", "without mixer attention"),
         (dict(moe_top_k=1), "moe_top_k", "no effect without mlp moe"),
+        (dict(mlp="moe", moe_capacity=50.0), "moe_capacity", "more places than there are tokens"),
+        (dict(rope_scaling="ntk", rope_factor=2.0, rope_fraction=0.125), "num_heads", "ntk"),
+        (dict(encoder_layers=1, source_length=40), "source_length", "none of 32 columns"),
+        (dict(logit_softcap=float("inf")), "logit_softcap", "number"),
+        (dict(encoder_layers=1, mixer="lstm"), "encoder_layers", "later"),
+        (
+            dict(mixer="block_sparse", sparse_pattern="bigbird", sparse_block=4, sparse_random=9),
+            "sparse_random",
+            "8 blocks",
+        ),
     ],
 )
 def test_nonsense_has_its_sentence(wrong, field, said):
     ((name, what, _),) = replace(BASE, **wrong).problems()
     assert name == field
     assert said in what
+
+
+def test_a_fraction_of_a_head_need_not_be_exact_in_binary():
+    """50 * 0.28 is 14.000000000000002."""
+    config = replace(BASE, width=200, rope_fraction=0.28)
+    assert not config.problems()
+    assert config.rotary_width == 14

@@ -256,3 +256,12 @@ def test_muon_and_mup_know_all_of_its_matrices():
     model, x = Transformer(SMALL), tokens(1)
     with pytest.raises(ValueError, match="no cache"):
         model(x, cache=model.new_cache())
+
+
+def test_each_stack_starts_by_its_own_depth():
+    """Matrices that write to the stream: 2 in a layer of the encoder, 3 in one of the decoder."""
+    torch.manual_seed(0)
+    deep = replace(SMALL, encoder_layers=8, num_layers=2, width=256, init_std=None)
+    model = Transformer(deep)
+    spread = [model.blocks[i].mixer.output.weight.std().item() for i in (0, 8)]
+    assert spread[0] / spread[1] == pytest.approx((2 * 8 / (3 * 2)) ** -0.5, rel=0.02)

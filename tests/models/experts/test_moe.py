@@ -316,8 +316,18 @@ def test_a_capacity_drops_what_has_no_place_in_training_only():
         assert routing.counts[E] == 2 * (12 - places)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_target_sees_no_token_without_an_expert_where_there_is_room_for_all(causal):
+    """Behind the last target a causal model has nothing to see; an encoder has."""
+    model, x = build(replace(BASE, causal=causal, moe_capacity=E / K)), tokens()
+    targets = torch.full_like(x, -100)
+    targets[:, 5] = x[:, 5]
+    trained, _ = model.train()(x, targets)
+    torch.testing.assert_close(trained, model.eval()(x, targets), rtol=1e-5, atol=1e-5)
+
+
 def test_enough_capacity_drops_nothing():
-    free, roomy = layer(), layer(replace(BASE, moe_capacity=float(E)))
+    free, roomy = layer(), layer(replace(BASE, moe_capacity=E / K))
     x = hidden()
     (a, first), (b, second) = free(x), roomy(x)
     torch.testing.assert_close(a, b)
