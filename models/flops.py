@@ -109,6 +109,16 @@ def flops_6n(config: ModelConfig) -> int:
     return 6 * count(config).active_blocks_and_head
 
 
+def expansion(config: ModelConfig) -> float:
+    """Return the experts of a layer over those that a token uses, the shared ones among both.
+
+    1 of a dense model; the first moe_dense_layers of a mixture don't count.
+    """
+    if config.mlp != "moe":
+        return 1.0
+    return (config.moe_experts + config.moe_shared) / (config.moe_top_k + config.moe_shared)
+
+
 def parts_of(config: ModelConfig, layer: int) -> dict[str, Part]:
     """Return the parts of a block by name, in the order of the forward pass."""
     mlp = moe.part_of(config, layer) if config.mlp == "moe" else MLPS[config.mlp]

@@ -13,6 +13,7 @@ _LAW = (
     "bootstraps", "resample", "level", "seed",
 )  # fmt: skip
 _TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")
+_OF_LAW = (*_TARGET, "target.expansion")
 
 ACTIONS = {
     "plan": Action(
@@ -57,7 +58,7 @@ ACTIONS = {
     ),
     "fit": Action(
         "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
-        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "sensitivity", "json"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "sensitivity", "json"),
         (
             "study fit study=mine",
             "study fit 'runs/*' target.flops=1e18",
@@ -67,12 +68,12 @@ ACTIONS = {
     ),
     "report": Action(
         "Write the fit, its figures and its doubts as one HTML file.",
-        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "to"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "to"),
         ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
     ),
     "predict": Action(
         "Store a forecast of a run before it is trained.",
-        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "target.branches", "target.run"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "target.branches", "target.run"),
         ("study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",),
     ),
     "compare": Action(
@@ -86,7 +87,7 @@ ACTIONS = {
     ),
     "tasks": Action(
         "Predict the accuracy of tasks in two steps: N and D to a loss, the loss to the accuracy.",
-        (*_STUDY, *_RUNS, *_LAW, *_TARGET, "tasks", "task_losses", "metric", "link", "json"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "tasks", "task_losses", "metric", "link", "json"),
         (
             "study tasks runs.csv tasks='{arc: acc}' task_losses='{arc: bpb}' target.flops=1e24",
             "study tasks runs.csv tasks='{average: err_avg}' metric=error link=exponential",

@@ -26,6 +26,11 @@ class TargetPoint:
     flops: float | None = key(
         None, "C, FLOPs of the target run; given alone, the law chooses the best N and D", gt=0
     )
+    expansion: float | None = key(
+        None,
+        "form=experts: experts of a layer over those that a token uses; 1: a dense model",
+        ge=1,
+    )
     device_hours: float | None = key(
         None, "compute of the target run in device-hours, at plan.rate FLOP/s", gt=0
     )
@@ -46,7 +51,7 @@ class TargetPoint:
 
 LawName = Literal[
     "chinchilla", "shared-exponent", "over-training", "kaplan", "frontier", "data-constrained",
-    "auto",
+    "experts", "auto",
 ]  # fmt: skip
 _DEFAULT_ARGUMENTS = ["data=bytes", "optimizer=adamw", "validation.every=100 %"]
 

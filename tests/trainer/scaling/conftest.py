@@ -29,7 +29,8 @@ def columns() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     N, D = np.exp(rng.uniform(np.log([[1e7], [1e9]]), np.log([[1e10], [1e12]]), (2, 60)))
     U = D / np.exp(rng.uniform(-0.5, np.log(40), 60))
-    return {"parameters": N, "tokens": D, "unique_tokens": U, "flops": 6 * N * D}
+    X = 2.0 ** (np.arange(60) % 6)
+    return {"parameters": N, "tokens": D, "unique_tokens": U, "expansion": X, "flops": 6 * N * D}
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,12 @@ LAWS = [
     (laws.data_constrained(BASE), BASE | {"R_D": 15.4, "R_N": 5.3}),
     (laws.FRONTIER, {"K": 1000.0, "E": 1.7, "gamma": 0.15}),
 ]
+# Ludziejewski et al. 2025, table 4 at one expert (A, B, E, alpha, beta) and table 3.
+MIXTURE = {
+    "A": 30.364, "B": 53.9838, "E": 1.3637, "alpha": 0.1817, "beta": 0.1965,
+    "delta": 0.2285, "gamma": -0.0098, "omega": -0.5529, "zeta": 0.0259,
+}  # fmt: skip
+LAWS.append((laws.FORMS["experts"], MIXTURE))
 NAMES = [f"{form.name}, {form.size}" for form, _ in LAWS]
 
 

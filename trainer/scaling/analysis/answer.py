@@ -82,7 +82,11 @@ class StudyFit:
         table = with_tokens(self.table, self.job.size)
         if table is not self.table:
             self.notes.append("The table has no tokens: D is computed as C / 6N.")
-        return points(table, self.job.size, self.job.cost, where)
+        size, form = self.job.size, laws.FORMS[self.job.form]
+        if "expansion" in form.columns and "parameters" not in table and size != "active":
+            what = f"{size} counts experts that a token doesn't use, the law {form.name} doesn't"
+            raise UserError("size", what, "write size=active")
+        return points(table, size, self.job.cost, where)
 
     def _group(self) -> None:
         """Take the budgets that the runs' C shows, if the table names none."""
@@ -101,11 +105,21 @@ class StudyFit:
         near, table = self.job.near, self.table
         if near is None or "budget" not in table:
             return np.ones(len(table), dtype=bool)
-        kept = near_best(table["loss"].to_numpy(), table["budget"].to_numpy(), near)
+        budgets = table["budget"].to_numpy()
+        if (known := self.all_points.expansion) is not None:  # each has its own optimum
+            rows = np.stack((budgets, known), axis=1)
+            budgets = np.unique(rows, axis=0, return_inverse=True)[1].ravel()
+        kept = near_best(table["loss"].to_numpy(), budgets, near)
         if not kept.all():
             what = f"within {near:.0%} of the least loss of their budget, or its best three"
             self.notes.append(f"The law is fitted to {kept.sum()} of {len(kept)} runs: {what}.")
         return kept
+
+    @property
+    def has_expansions(self) -> bool:
+        """Return True if the runs differ in their expansion."""
+        found = self.all_points.expansion
+        return found is not None and bool(np.ptp(found) > 0)
 
     @cached_property
     def backtests(self) -> list[Backtest]:
@@ -144,7 +158,18 @@ class StudyFit:
             target = Target(*prediction.run_of(self, self.job.target)[1:])
         level, columns = self.job.level, self.job.columns
         own = (self.table, self.all_points, self.replicates, self.isoflop, target, level, columns)
-        return [*doubts(*own), *self.disagreements()]
+        return [*self._other_experts(), *doubts(*own), *self.disagreements()]
+
+    def _other_experts(self) -> list[str]:
+        """Return a sentence if the runs differ in their expansion, and the law doesn't know it."""
+        known = self.all_points.expansion
+        if known is None or not self.has_expansions or "expansion" in self.form.columns:
+            return []
+        return [
+            f"The runs' expansion (experts over those that a token uses) is {known.min():.3g} to "
+            f"{known.max():.3g}, which the law {self.form.name} does not know: write form=experts "
+            "size=active, or keep runs of one expansion with rows=."
+        ]
 
     def _note_weights(self) -> None:
         if self.job.weights in ("noise", "both") and not self.noise.freedom:
@@ -213,6 +238,8 @@ class StudyFit:
         """Return the isoFLOP analysis; the error if it fails, None if the table has no budgets."""
         if "budget" not in self.table:
             return None
+        if self.has_expansions:
+            return "Runs of one budget differ in their expansion: keep one of them with rows=."
         try:
             return isoflop(self.all_points, self.table["budget"].to_numpy(), self.job.near)
         except UserError as e:

@@ -28,7 +28,7 @@ from forescale.scaling.analysis import rivals as simple
 from forescale.scaling.analysis.answer import Prediction, StudyFit
 from forescale.scaling.config import TargetPoint
 from forescale.scaling.fitting.backtest import spent
-from forescale.scaling.fitting.points import Points
+from forescale.scaling.fitting.points import COLUMNS, Points
 from forescale.storage import write_json
 
 __all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
@@ -120,7 +120,7 @@ def _refuse_known(table: pd.DataFrame, run: str, n: float, d: float, size: str) 
 def data_hash(points: Points) -> str:
     """Return the SHA-256 of everything that the fit read."""
     found = hashlib.sha256(str(points.convention).encode())
-    for name in ("loss", "parameters", "tokens", "flops", "unique_tokens"):
+    for name in COLUMNS:
         if (column := getattr(points, name)) is not None:
             found.update(name.encode() + np.ascontiguousarray(column).tobytes())
     return found.hexdigest()

@@ -160,6 +160,10 @@ def run_of(made: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, f
     """
     n, d, c = t.parameters, t.tokens, t.flops
     form, per = made.form, made.per_token()
+    held = {"expansion": t.expansion} if "expansion" in form.columns else {}
+    if held and t.expansion is None:
+        what = f"has no expansion, which the law {form.name} reads"
+        raise UserError("target", what, "write target.expansion=, 1 for a dense model")
     if form.columns == ("flops",):
         if c is None:
             what = f"has no flops, which the law {form.name} reads"
@@ -170,7 +174,7 @@ def run_of(made: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, f
             what = "does not say how often data is repeated, which the law reads"
             todo = "write target.parameters= and target.tokens= instead"
             raise UserError("target.flops", what, todo)
-        best = laws.compute_optimal(form, made.fit.vector, c, per)
+        best = laws.compute_optimal(form, made.fit.vector, c, per, **held)
         n, d = float(best[0][0]), float(best[1][0])
     elif n is None or d is None:
         if c is None:
@@ -178,7 +182,7 @@ def run_of(made: "StudyFit", t: TargetPoint) -> tuple[dict[str, float], float, f
             raise UserError("target", "does not determine a run", todo)
         n = n or c / (per * (d or 1.0))
         d = d or c / (per * n)
-    columns = {"parameters": n, "tokens": d}
+    columns = {"parameters": n, "tokens": d, **{k: v for k, v in held.items() if v}}
     if "unique_tokens" in form.columns:
         columns["unique_tokens"] = d
     return columns, n, d, c or per * n * d

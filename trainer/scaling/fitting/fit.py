@@ -342,7 +342,10 @@ def _refuse_underdetermined(task: Task, points: Points, w: Array) -> None:
         raise UserError(points.where, what, "check its column; add runs with other losses")
     for c, x in zip(form.columns, seen, strict=True):
         if np.ptp(x) == 0 and c != "unique_tokens" and free == form.size:
-            raise UserError(points.where, f"all runs have the same {c}", "add runs with others")
+            todo = "add runs with others"
+            if c == "expansion":
+                todo += ", or fit a law without it, such as form=chinchilla"
+            raise UserError(points.where, f"all runs have the same {c}", todo)
     if "unique_tokens" in form.columns and "tokens" in form.columns:
         repeats = points.log("tokens") > points.log("unique_tokens")
         if not repeats[w > 0].any():

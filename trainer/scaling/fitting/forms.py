@@ -131,8 +131,8 @@ class Form(ABC):
     def predict(self, values: Mapping[str, float] | ArrayLike, **columns: ArrayLike) -> Array:
         """Return the loss of m runs, (..., m), by published parameters, (..., p).
 
-        columns: parameters=, tokens=, flops=, unique_tokens=, as far as the law reads them. Raises
-        UserError if one is missing.
+        columns: parameters=, tokens=, flops=, unique_tokens=, expansion=, as far as the law reads
+        them. Raises UserError if one is missing.
         """
         vector = self.vector(values)
         given = {k: np.log(np.atleast_1d(np.asarray(v, dtype=float))) for k, v in columns.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from forescale.errors import UserError
+from forescale.scaling.fitting.experts import EXPERTS
 from forescale.scaling.fitting.forms import EXPONENTS, Design, Form, PowerSum, Term
 from forescale.scaling.fitting.points import Array
 
@@ -244,6 +245,7 @@ FORMS: Mapping[str, Form] = {
     "kaplan": KAPLAN,
     "frontier": FRONTIER,
     "data-constrained": data_constrained(),
+    "experts": EXPERTS,
 }
 
 
@@ -271,29 +273,33 @@ def compute_optimal(
     values: Mapping[str, float] | ArrayLike,
     flops: ArrayLike,
     per_parameter_token: float = 6.0,
-    unique_tokens: float | None = None,
+    **held: float | None,
 ) -> tuple[Array, Array]:
     """Return the compute-optimal N* and D*, (..., m) each, at m budgets of FLOPs.
 
     They have the least loss with C = per_parameter_token N D, by published parameters, (..., p).
     Found by bisection of the exact slope along the budget (a complex step): each law has one
-    minimum there. Raises UserError for a law without N and D, and if unique_tokens is missing.
+    minimum there. held: unique_tokens= and expansion=, of laws that read them. Raises UserError for
+    a law without N and D, and if a held column is missing.
     """
     if not {"parameters", "tokens"} <= set(form.columns):
         raise UserError(form.name, "the law does not read N and D", "fit a law that does")
-    if "unique_tokens" in form.columns and unique_tokens is None:
-        raise UserError(form.name, "the law reads the unique tokens", "give unique_tokens=")
+    others = [c for c in form.columns if c not in ("parameters", "tokens")]
+    for name in others:
+        if not held.get(name):
+            what = f"the law reads the {name.replace('_', ' ')}"
+            raise UserError(form.name, what, f"give {name}=")
     vector = form.vector(values)
     budget = np.log(np.atleast_1d(np.asarray(flops, dtype=float)) / per_parameter_token)
     zero = dict.fromkeys(form.columns, 0.0)
     theta = form.internal(vector.reshape(-1, form.size), zero).astype(complex)
-    unique = np.log(unique_tokens) if unique_tokens else 0.0
     low = np.zeros((len(theta), len(budget)))
+    fixed = {name: low + np.log(held[name] or 1.0) for name in others}
     high = low + budget
     for _ in range(64):
         n = (low + high) / 2
         aside = n + _STEP * 1j
-        logs = {"parameters": aside, "tokens": budget - aside, "unique_tokens": n * 0 + unique}
+        logs = {"parameters": aside, "tokens": budget - aside, **fixed}
         falls = form.evaluate(theta, Design(logs, zero))[0].imag < 0
         low, high = np.where(falls, n, low), np.where(falls, high, n)
     n = ((low + high) / 2).reshape(*vector.shape[:-1], -1)

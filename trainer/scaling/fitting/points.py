@@ -22,6 +22,7 @@ class Points:
 
     loss: held-out, in nats per token or another unit that all share; parameters: N; tokens: D, seen
     in training; flops: C of training; unique_tokens: U, in the data that D was drawn from;
+    expansion: experts of a layer over those that a token uses, 1 in a dense model;
     convention: how N, D, C and the loss are counted, one string or one per run; where: names the
     data in messages. Raises UserError for values without a logarithm, for columns of different
     lengths and for runs of different conventions.
@@ -32,6 +33,7 @@ class Points:
     tokens: Array | None = None
     flops: Array | None = None
     unique_tokens: Array | None = None
+    expansion: Array | None = None
     convention: str | Sequence[str] = ""
     where: str = "points"
 
@@ -96,4 +98,4 @@ def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
     return kept
 
 
-COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens")
+COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens", "expansion")

@@ -27,7 +27,7 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.flops import count, flops_6n, flops_per_token
+from forescale.models.flops import count, expansion, flops_6n, flops_per_token
 from forescale.monitor.status import Status
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Run
@@ -44,7 +44,8 @@ COSTS = ("causal", "full", "6nd")  # conventions of C
 HELD = ("vocab_size", "sequence_length", "tokenizer", "parametrization", "loss_definition")
 # Columns that are equal, beside N and D, in runs that differ by their seed alone.
 RECIPE = ("optimizer", "learning_rate", "weight_decay", "batch_tokens", "schedule", "warmup_steps",
-          "decay_steps", "precision", "width", "layers", "parametrization", "data")  # fmt: skip
+          "decay_steps", "precision", "width", "layers", "parametrization", "data",
+          "expansion")  # fmt: skip
 EXTRA = ("trunk", "budget", "name", "seed", "init_seed")  # further columns of a table
 _N = tuple(f"parameters_{name}" for name in SIZES)
 _C = tuple(f"flops_{name}" for name in COSTS)
@@ -59,9 +60,10 @@ def record(run: Run) -> dict[str, Any] | Refused:
     Losses are held-out, in nats per token, of the last complete evaluation, with standard errors
     over its windows (sequences). Sizes are in parameters, costs in FLOPs of training.
     `parameters_active` are all parameters but the experts that a token does not use; 6N counts the
-    blocks and head among them. `seconds` are wall-clock time over all attempts, waits between them
-    included; `device_hours` are the hours of each launch times its ranks; `mfu` is that of the
-    median step. A branch has its own seconds, but its tokens include the trunk's.
+    blocks and head among them. `expansion` is flops.expansion: 1 without experts. `seconds` are
+    wall-clock time over all attempts, waits between them included; `device_hours` are the hours of
+    each launch times its ranks; `mfu` is that of the median step. A branch has its own seconds, but
+    its tokens include the trunk's.
     """
     status = Status(run)
     job = status.job
@@ -145,6 +147,7 @@ def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
         "parametrization": model.parametrization,
         "width": sizes.width,
         "layers": sizes.num_layers,
+        "expansion": expansion(model),
     }
 
 
@@ -341,8 +344,9 @@ def points(table: pd.DataFrame, size: str, cost: str, where: str) -> Points:
     sizes = table.get("parameters", table.get(f"parameters_{size}"))
     costs = table.get("flops", table.get(f"flops_{cost}"))
     columns = {"parameters": sizes, "flops": costs, "tokens": table.get("tokens")}
-    unique = table.get("unique_tokens")
-    columns["unique_tokens"] = None if unique is None or unique.isna().any() else unique
+    for name in ("unique_tokens", "expansion"):
+        known = table.get(name)
+        columns[name] = None if known is None or known.isna().any() else known
     given = {name: column.to_numpy() for name, column in columns.items() if column is not None}
     counted = (
         "N " + ("as the table counts" if "parameters" in table else size),

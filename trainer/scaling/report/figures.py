@@ -131,10 +131,22 @@ class Figures:
         form = self.made.form
         if form.columns == ("flops",):
             return {"flops": flops}
-        fixed = {"unique_tokens": _UNREPEATED} if "unique_tokens" in form.columns else {}
+        fixed = self._held
         n, d = laws.compute_optimal(form, values, flops, self.made.per_token(), **fixed)
-        unique = {name: np.full_like(n, u) for name, u in fixed.items()}
-        return {"parameters": n, "tokens": d, **unique}
+        rest = {name: np.full_like(n, value) for name, value in fixed.items()}
+        return {"parameters": n, "tokens": d, **rest}
+
+    @cached_property
+    def _held(self) -> dict[str, float]:
+        """The columns that the law reads beside N and D, at one value: the target's expansion, or
+        that of most runs."""
+        made, found = self.made, dict[str, float]()
+        if "unique_tokens" in made.form.columns:
+            found["unique_tokens"] = _UNREPEATED
+        if "expansion" in made.form.columns and made.points.expansion is not None:
+            values, counts = np.unique(made.points.expansion, return_counts=True)
+            found["expansion"] = made.job.target.expansion or float(values[counts.argmax()])
+        return found
 
     def _band(self, values: Array) -> Array:
         tail = 50 * (1 - self.made.job.level)
@@ -264,8 +276,7 @@ class Figures:
                 end[:] = min(end[0], value), max(end[1], value)
         x, y = (np.geomspace(low / 1.6, high * 1.6, _GRID) for low, high in ends)
         at = {"parameters": np.tile(x, _GRID), "tokens": np.repeat(y, _GRID)}
-        if "unique_tokens" in made.form.columns:
-            at["unique_tokens"] = at["tokens"]
+        at |= {name: np.full(_GRID**2, value) for name, value in self._held.items()}
         z = made.fit.predict(**at).reshape(_GRID, _GRID)
         figure = axes(self.n, self.d, logarithmic(x), logarithmic(y))
         low, high = float(z.min()), max(float(made.all_points.loss.max()), float(np.median(z)))

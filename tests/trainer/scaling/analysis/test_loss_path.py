@@ -7,7 +7,8 @@ from forescale.scaling.analysis.loss_path import LossPath
 from forescale.scaling.fitting import laws
 from tests.trainer.scaling.some_laws import LAWS
 
-WITHOUT_DATA = [(form, values) for form, values in LAWS if "unique_tokens" not in form.columns]
+_PLAIN = {"parameters", "tokens", "flops"}
+WITHOUT_DATA = [(form, values) for form, values in LAWS if set(form.columns) <= _PLAIN]
 NAMES = [form.name for form, _ in WITHOUT_DATA]
 LOG_C = np.log(np.geomspace(1e17, 1e23, 7))
 

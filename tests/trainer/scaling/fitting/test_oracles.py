@@ -130,6 +130,37 @@ def test_the_law_of_gadre_predicts_its_two_larger_runs(published):
     assert plain.value == pytest.approx(found.value)
 
 
+@pytest.mark.parametrize(
+    ("table", "runs", "vpnls", "scalefit"),
+    [("chinchilla", 124, 13.1, 13.4), ("llama3", 133, 2.3, 2.4), ("marin_comma", 85, 22.9, 23.5)],
+)
+def test_the_raw_loss_objective_of_vpnls_and_scalefit(published, table, runs, vpnls, scalefit):
+    """The README of Open-Athena/vpnls prints Huber's objective (delta 1e-3, raw loss, mean over the
+    runs, in 1e-6) that it and apple/ml-scalefit reach."""
+    rows = pd.read_csv(published / "backtest" / f"{table}.csv")
+    points = Points(rows.loss, parameters=rows.parameters, tokens=rows.tokens)
+    found = fit(CHINCHILLA, points, Objective(1e-3, "loss"))
+    assert len(points) == runs
+    assert found.certificate.holds
+    assert found.value / runs * 1e6 == pytest.approx(vpnls, abs=0.05)
+    assert found.value / runs * 1e6 < scalefit - 0.04
+
+
+def test_the_raw_loss_parameters_of_vpnls(published):
+    """Printed for the Chinchilla runs, N in millions and D in billions, on a grid of exponents in
+    steps of 0.01. At its exponents the objective is lower with our coefficients, and lower still
+    between the grid's points."""
+    rows = pd.read_csv(published / "backtest" / "chinchilla.csv")
+    points = Points(rows.loss, parameters=rows.parameters / 1e6, tokens=rows.tokens / 1e9)
+    goal = Objective(1e-3, "loss")
+    printed = {"A": 4.1479, "B": 1.0546, "E": 1.8608, "alpha": 0.36, "beta": 0.40}
+    value, theirs = certify(CHINCHILLA, points, printed, goal)
+    on_grid = fit(CHINCHILLA, points, goal, fixed={"alpha": 0.36, "beta": 0.40})
+    assert on_grid.values == pytest.approx(printed, rel=3e-3)
+    assert fit(CHINCHILLA, points, goal).value < on_grid.value < value
+    assert not theirs.holds
+
+
 def test_the_isoflop_law_of_llama_3(published):
     """Grattafiori et al. 2024 (arXiv 2407.21783), section 3.2.1: D* = 0.29 C^0.53, 402B parameters
     and 16.55T tokens at 3.8e25 FLOPs. A parabola refit of the digitised points: 0.2994 C^0.5368."""

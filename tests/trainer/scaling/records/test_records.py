@@ -43,6 +43,15 @@ def test_a_record_has_every_convention(run):
     assert row["trunk"] == "small"
 
 
+def test_a_record_has_the_expansion_of_its_experts(run, small_data, tmp_path):
+    assert record(run)["expansion"] == 1
+    arguments = ["model.mlp=moe", "model.moe_experts=7", "model.moe_top_k=2", "model.moe_shared=1"]
+    row = record(make_run(small_data, tmp_path / "runs", "mixture", *arguments))
+    assert row["expansion"] == (7 + 1) / (2 + 1)
+    assert row["parameters_active"] < row["parameters_total"]
+    assert points(pd.DataFrame([row]), "active", "causal", "x").expansion == row["expansion"]
+
+
 def test_costs_are_those_of_the_formulas(run):
     """Other tests compare the formulas with torch's counter to the last FLOP."""
     from forescale.config.frozen import thaw

@@ -1,0 +1,106 @@
+"""The law of mixtures of experts, against the numbers that its paper prints."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forescale.errors import UserError
+from forescale.scaling.analysis.answer import StudyFit
+from forescale.scaling.config import StudyJob, TargetPoint
+from forescale.scaling.fitting.bootstrap import pairs
+from forescale.scaling.fitting.experts import EXPERTS
+from forescale.scaling.fitting.fit import fit
+from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
+from forescale.scaling.fitting.points import Points
+from tests.trainer.scaling.some_laws import MIXTURE
+
+DENSE = {s: MIXTURE[s] for s in CHINCHILLA.symbols}
+
+
+def runs(seed: int = 0, noise: float = 0.003, n: int = 280) -> Points:
+    """Runs of the paper's ranges: 79M to 2.7B active parameters, 0.5B to 80B tokens, E to 32."""
+    rng = np.random.default_rng(seed)
+    N, D = np.exp(rng.uniform(np.log([[79e6], [5e8]]), np.log([[2.7e9], [80e9]]), (2, n)))
+    own = {"parameters": N, "tokens": D, "expansion": 2.0 ** rng.integers(0, 6, n)}
+    loss = EXPERTS.predict(MIXTURE, **own) * np.exp(noise * rng.standard_normal(n))
+    return Points(loss, **own)
+
+
+def test_the_law_of_each_number_of_experts_is_that_of_table_4():
+    """Printed for 1, 2, 4, 8, 16 and 32 experts: A, alpha, B and beta of the Chinchilla law."""
+    table = {
+        2: (27.7982, 0.1780, 66.8401, 0.2065), 4: (24.8462, 0.1731, 87.7022, 0.2192),
+        8: (21.8330, 0.1676, 119.9126, 0.2338), 16: (19.0159, 0.1617, 167.5073, 0.2494),
+        32: (16.5424, 0.1557, 234.6726, 0.2652),
+    }  # fmt: skip
+    N, D = np.geomspace(8e7, 3e9, 9), np.geomspace(8e10, 5e8, 9)
+    for experts, (a, alpha, b, beta) in table.items():
+        found = EXPERTS.predict(MIXTURE, parameters=N, tokens=D, expansion=experts)
+        np.testing.assert_allclose(found, 1.3637 + a * N**-alpha + b * D**-beta, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flops", "experts", "n", "d"),
+    [(1e20, 1, 1.7e9, 9.7e9), (1e21, 8, 3.8e9, 44.3e9), (1e22, 32, 12.2e9, 136.9e9)],
+)
+def test_the_compute_optimal_runs_of_table_1(flops, experts, n, d):
+    found = compute_optimal(EXPERTS, MIXTURE, flops, expansion=experts)
+    assert found == (pytest.approx(n, rel=0.03), pytest.approx(d, rel=0.03))
+    with pytest.raises(UserError, match="reads the expansion; give expansion="):
+        compute_optimal(EXPERTS, MIXTURE, flops)
+
+
+def test_at_one_expert_it_is_the_dense_law():
+    own = {"parameters": np.array([1e8, 1e9]), "tokens": np.array([1e10, 3e10])}
+    found = EXPERTS.predict(MIXTURE, **own, expansion=1.0)
+    np.testing.assert_allclose(found, CHINCHILLA.predict(DENSE, **own), rtol=1e-12)
+
+
+def test_runs_without_noise_give_the_parameters_back():
+    found = fit(EXPERTS, runs(noise=0.0))
+    assert found.certificate.holds
+    assert found.values == pytest.approx(MIXTURE, rel=1e-5)
+
+
+@pytest.mark.slow  # 60 fits of 200 bootstraps
+def test_intervals_of_simulated_runs_cover_the_parameters():
+    """Nominal 90 % of 9 parameters in 60 studies: 84 %."""
+    truth, inside = EXPERTS.vector(MIXTURE), []
+    for seed in range(60):
+        made = fit(EXPERTS, runs(seed))
+        assert made.certificate.holds
+        low, high = pairs(made, 200).interval(0.9)
+        inside.append((low < truth) & (truth < high))
+    assert 0.8 <= np.mean(inside) <= 0.96
+
+
+def study(points: Points, **keys) -> StudyFit:
+    columns = {c: getattr(points, c) for c in ("loss", "parameters", "tokens", "expansion")}
+    job = StudyJob(input=["x"], bootstraps=100, **{"form": "experts"} | keys)
+    return StudyFit(pd.DataFrame(columns), job, "runs")
+
+
+def test_a_study_predicts_a_target_with_experts():
+    target = TargetPoint(parameters=4e9, tokens=1e11, expansion=16)
+    found = study(runs(n=120), target=target).predict()
+    truth = EXPERTS.predict(MIXTURE, parameters=4e9, tokens=1e11, expansion=16)[0]
+    assert found.loss == pytest.approx(truth, rel=0.01)
+    with pytest.raises(UserError, match="target: has no expansion"):
+        study(runs(n=120), target=TargetPoint(flops=1e22)).predict()
+
+
+def test_runs_of_one_expansion_are_refused():
+    points = runs()
+    one = points.take(points.expansion == 8)
+    with pytest.raises(UserError, match=r"all runs have the same expansion; .* form=chinchilla"):
+        study(one)
+
+
+def test_total_parameters_are_refused_and_other_laws_doubted():
+    points = runs(n=60)
+    table = pd.DataFrame({c: getattr(points, c) for c in ("loss", "tokens", "expansion")})
+    table = table.assign(parameters_blocks_and_head=points.parameters)
+    with pytest.raises(UserError, match=r"doesn't use.*write size=active"):
+        StudyFit(table, StudyJob(input=["x"], form="experts"), "runs")
+    said = study(points, form="chinchilla").doubts
+    assert "write form=experts" in said[0]
