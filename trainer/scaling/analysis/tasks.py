@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from forescale.errors import UserError
 from forescale.scaling.analysis.answer import Prediction, StudyFit
@@ -162,7 +162,7 @@ def _groups(outcomes: pd.DataFrame) -> Array:
 def _drawn_losses(p: Prediction, level: float, count: int, rng: np.random.Generator) -> Array:
     """Return losses of the target, (count,), whose interval at `level` is the prediction's."""
     low, high = np.log(np.array(p.outer) / p.loss)
-    z = rng.standard_t(_FREEDOM, count) / stats.t.ppf((1 + level) / 2, _FREEDOM)
+    z = rng.standard_t(_FREEDOM, count) / stdtrit(_FREEDOM, (1 + level) / 2)
     found: Array = p.loss * np.exp(np.where(z < 0, -z * low, z * high))
     return found
 

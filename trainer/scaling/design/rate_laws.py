@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
@@ -92,7 +92,7 @@ class RateLaw:
         return float(value), float(low), float(high)
 
     def _t(self, level: float) -> float:
-        return float(stats.t.ppf((1 + level) / 2, self.freedom))
+        return float(stdtrit(self.freedom, (1 + level) / 2))
 
 
 @dataclass(frozen=True)

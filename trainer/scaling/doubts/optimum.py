@@ -9,7 +9,7 @@ convention of C is no disagreement.
 """
 
 import numpy as np
-from scipy.stats import rankdata, t
+from scipy.special import stdtrit
 
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.fit import Fit
@@ -119,7 +119,7 @@ def _bend(iso: IsoFlop) -> list[str]:
     rest = y - X @ fitted
     error = np.sqrt(rest @ rest / (len(x) - 3) * np.linalg.inv(X.T @ X)[0, 0])
     first, last = (fitted[1] + 2 * fitted[0] * (end - x.mean()) for end in (x.min(), x.max()))
-    if abs(fitted[0]) < t.ppf(_SURE, len(x) - 3) * error or abs(last - first) < _TURN:
+    if abs(fitted[0]) < stdtrit(len(x) - 3, _SURE) * error or abs(last - first) < _TURN:
         return []
     return [
         f"N* of the {len(x)} vertices is no power law of C: its exponent goes from {first:.2f} at "
@@ -140,7 +140,7 @@ def order_doubts(points: Points, budgets: Array, made: Fit) -> list[str]:
     for b in np.unique(budgets):
         own = budgets == b
         if own.sum() > 3:
-            both = np.stack([rankdata(values[own]) for values in (points.loss, fitted)])
+            both = np.stack([_ranks(values[own]) for values in (points.loss, fitted)])
             ranks.append((both - both.mean(1, keepdims=True)) / own.sum())
     if not ranks:
         return []
@@ -155,3 +155,10 @@ def order_doubts(points: Points, budgets: Array, made: Fit) -> list[str]:
         "nothing. Check that N, D and loss of a row belong to the same run, and add sizes farther "
         "from N*."
     ]
+
+
+def _ranks(values: Array) -> Array:
+    """Return the rank of each value, (n,), from 1; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    found: Array = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return found

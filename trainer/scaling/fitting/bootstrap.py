@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm, t
+from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes half a second to import
 
 from forescale.errors import UserError
 from forescale.scaling.fitting.fit import Fit, polish, starts
@@ -121,7 +121,7 @@ class Replicates:
         if len(self.without):
             without = np.asarray(function(self.without)).reshape(len(self.without), -1)
         G = len(self._drawn)
-        tails = norm.cdf(np.sqrt(G / (G - 1)) * t.ppf(tails, G - 1))
+        tails = ndtr(np.sqrt(G / (G - 1)) * stdtrit(G - 1, tails))
         return _quantiles(flat, _accelerated(flat, made, without, tails)).reshape(2, *shape)
 
 
@@ -132,12 +132,12 @@ def _accelerated(found: Array, made: Array, without: Array, tails: Array) -> Arr
     """
     # Draws equal to the fit, at an end of the range, don't show bias: half of them count as below.
     below = (found < made).mean(0) + (found == made).mean(0) / 2
-    bias = norm.ppf(np.clip(below, 0.5 / len(found), 1 - 0.5 / len(found)))
+    bias = ndtri(np.clip(below, 0.5 / len(found), 1 - 0.5 / len(found)))
     pull = without.sum(0) / max(1, len(without)) - without
     size = (pull**2).sum(0) ** 1.5
     skew = (pull**3).sum(0) / np.where(size > 0, 6 * size, 1.0)
-    z = bias + norm.ppf(tails)[:, None]
-    at: Array = norm.cdf(bias + z / np.maximum(1 - skew * z, 1e-3))
+    z = bias + ndtri(tails)[:, None]
+    at: Array = ndtr(bias + z / np.maximum(1 - skew * z, 1e-3))
     return at
 
 

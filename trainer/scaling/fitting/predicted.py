@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from forescale.scaling.fitting.points import Array
 
@@ -27,7 +27,7 @@ class Predicted:
 
     def half(self, level: float) -> Array:
         """Return half of the width of the interval of log loss, (m,)."""
-        found: Array = stats.t.ppf((1 + level) / 2, self.freedom) * self.deviation
+        found: Array = stdtrit(self.freedom, (1 + level) / 2) * self.deviation
         return found
 
     def interval(self, level: float) -> Array:

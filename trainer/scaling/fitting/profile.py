@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import fdtri
 
 from forescale.errors import UserError
 from forescale.scaling.fitting.fit import Fit, fit
@@ -53,7 +53,7 @@ def profiles(made: Fit, level: float) -> list[Profile]:
     if n <= form.size:
         what = f"{n} runs leave none to tell the scatter of {form.size} parameters"
         raise UserError(made.points.where, what, "add runs")
-    limit = float(stats.f.ppf(level, 1, n - form.size)) / _scale(made)
+    limit = float(fdtri(1, n - form.size, level)) / _scale(made)
     alone = [t.coefficient for t in form.terms if not t.exponent]
     return [_profile(made, symbol, limit) for symbol in (*alone, *form.exponents)]
 
