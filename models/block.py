@@ -43,8 +43,9 @@ class Block(nn.Module):
     """(B, L, D) -> (B, L, D): mixer and MLP, each with its norms, added to the residual stream.
 
     pre: x + f(norm(x)). post: x + norm(f(x)), as OLMo 2. sandwich: x + norm(f(norm(x))), as Gemma.
+    residual: norm(x + f(x)), as Vaswani et al. 2017 and BERT: the stream itself is normed.
     In the decoder of an encoder-decoder, attention to the encoder's output comes between the two,
-    and the encoder's last block ends with a norm.
+    and the encoder's last block ends with a norm, unless the stream is normed.
 
     With experts (is_routed) it returns the Routing too: as an output, because what is computed
     again for the backward pass then counts once.
@@ -54,7 +55,7 @@ class Block(nn.Module):
         super().__init__()
         parts, is_last = parts_of(config, layer), layer == config.encoder_layers - 1
         config = config.of_block(layer)
-        before, after = (config.norm_placement != place for place in ("post", "pre"))
+        before, after = config.norms_before, config.norms_after
         self.mixer_norm = make_norm(config) if before else None
         self.mixer = named(parts["mixer"].module)(config)
         self.mixer_post_norm = make_norm(config) if after else None
@@ -67,7 +68,8 @@ class Block(nn.Module):
         self.mlp = named(parts["mlp"].module)(config)
         self.mlp_post_norm = make_norm(config) if after else None
         self.is_routed = parts["mlp"].is_routed
-        self.output_norm = make_norm(config) if is_last else None
+        self.output_norm = make_norm(config) if is_last and config.norms_stream else None
+        self.norms_sum = config.norm_placement == "residual"
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = scales(config).residual
 
@@ -77,23 +79,27 @@ class Block(nn.Module):
         Activation checkpointing tracks only tensors that are direct arguments.
         """
         own, routing = Context(*context), ()
-        y_BLD = self.mixer(_normed(self.mixer_norm, x_BLD), own)
-        x_BLD = self._add(x_BLD, _normed(self.mixer_post_norm, y_BLD))
+        y_BLD = self.mixer(normed(self.mixer_norm, x_BLD), own)
+        x_BLD = self._add(x_BLD, y_BLD, self.mixer_post_norm)
         if self.cross is not None:
-            y_BLD = self.cross(_normed(self.cross_norm, x_BLD), own)
-            x_BLD = self._add(x_BLD, _normed(self.cross_post_norm, y_BLD))
-        y_BLD = _normed(self.mlp_norm, x_BLD)
+            y_BLD = self.cross(normed(self.cross_norm, x_BLD), own)
+            x_BLD = self._add(x_BLD, y_BLD, self.cross_post_norm)
+        y_BLD = normed(self.mlp_norm, x_BLD)
         if self.is_routed:
             y_BLD, routing = self.mlp(y_BLD, own.counted)
         else:
             y_BLD = self.mlp(y_BLD)
-        x_BLD = self._add(x_BLD, _normed(self.mlp_post_norm, y_BLD))
-        x_BLD = _normed(self.output_norm, x_BLD)
+        x_BLD = self._add(x_BLD, y_BLD, self.mlp_post_norm)
+        x_BLD = normed(self.output_norm, x_BLD)
         return (x_BLD, *routing) if self.is_routed else x_BLD
 
-    def _add(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
-        return torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
+    def _add(self, x_BLD: Tensor, y_BLD: Tensor, norm: nn.Module | None) -> Tensor:
+        """Return the stream after a part's output y, with the norm that comes after, if any."""
+        y_BLD = y_BLD if self.norms_sum else normed(norm, y_BLD)
+        x_BLD = torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
+        return normed(norm, x_BLD) if self.norms_sum else x_BLD
 
 
-def _normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
+def normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
+    """Return norm(x), or x where there is no norm."""
     return x_BLD if norm is None else norm(x_BLD)

@@ -73,15 +73,20 @@ class ModelConfig:
     vocab_size: int | None = None  # None: the dataset's
     max_sequence_length: int | None = None  # of a row; None: the training's
 
-    position: str = "rotary"  # rotary | alibi | learned | sinusoidal | none
+    position: str = "rotary"  # rotary | alibi | relative (T5) | learned | sinusoidal | none
     rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
     rope_scaling: str = "none"  # none | ntk | yarn: models/positions/rope_scaling.py
     rope_factor: float = 1.0  # ntk, yarn: new length / original length
     rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
+    relative_buckets: int = 32  # relative: entries of a head's table of distances (T5: 32)
+    relative_distance: int = 128  # relative: from here on all distances share an entry (T5: 128)
     # The part of each head that rotates; the rest has no position. None: all, with latent half.
     rope_fraction: float | None = None
     norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_placement: str = "pre"  # pre | post | sandwich: before a part, after it (OLMo 2), or both
+    # pre | post | sandwich: before a part, after it (OLMo 2), or both; residual: after its sum with
+    # the residual stream (Vaswani et al. 2017, BERT), and so no norm at the end.
+    norm_placement: str = "pre"
+    embedding_norm: bool = False  # a norm after the embedding and its positions, as BERT
     norm_eps: float = 1e-6  # added to the variance in norms
     # How tokens exchange information:
     # attention | window | block_sparse | gated_deltanet | latent | lstm | mingru
@@ -104,7 +109,8 @@ class ModelConfig:
     sparse_global: int = 1  # bigbird: first blocks of a document that all its tokens see
     sparse_random: int = 2  # bigbird: random blocks that a block sees
     causal: bool = True  # a token sees no later one; false: an encoder, for objective.kind=masked
-    mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2 | moe: experts, models/experts/moe.py
+    # swiglu | geglu | gelu (tanh) | gelu_exact | relu | relu2 | moe: experts, models/experts/moe.py
+    mlp: str = "swiglu"
     moe_experts: int = 8  # moe: experts of a layer (Mixtral: 8)
     moe_top_k: int = 2  # moe: experts that a token uses (GShard, Mixtral: 2)
     moe_width: int | None = None  # of an expert; None: mlp_width / (moe_top_k + moe_shared)
@@ -123,6 +129,7 @@ class ModelConfig:
     attention_gate: str = "none"
     scale_embedding: bool = False  # multiply the embedding by sqrt(width), as Gemma
     logit_softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
+    head: str = "linear"  # linear | dense: BERT's: dense, GELU and norm first, a bias of each logit
     tie_embeddings: bool = False  # use one matrix for the token embedding and the output head
     dropout: float = 0.0  # dropout rate after the embedding, in attention and on residual branches
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
@@ -185,6 +192,21 @@ class ModelConfig:
     def has_encoder(self) -> bool:
         """True for an encoder-decoder."""
         return self.encoder_layers > 0
+
+    @property
+    def norms_before(self) -> bool:
+        """True if a part of a block reads a norm of the stream."""
+        return self.norm_placement in ("pre", "sandwich")
+
+    @property
+    def norms_after(self) -> bool:
+        """True if a norm follows a part of a block."""
+        return self.norm_placement != "pre"
+
+    @property
+    def norms_stream(self) -> bool:
+        """True if a stack of blocks ends with a norm of its own, as the stream isn't normed."""
+        return self.norm_placement != "residual"
 
     @property
     def num_blocks(self) -> int:

@@ -15,7 +15,11 @@ from math import prod
 
 from forescale.models.config import ModelConfig
 from forescale.models.costs import CROSS, MIXERS, MLPS, Part, moe
-from forescale.models.costs.record import Shapes
+from forescale.models.costs.record import Shapes, linear
+
+# The modules before the blocks.
+_BEFORE = ("embedding", "position", "encoder_relative", "relative")
+_LOGIT_BIASES = ("embedding.bias", "head.bias")
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,17 @@ class Counts:
 
     total: int  # every trainable parameter, counted once
     embedding: int  # the token table
-    position: int  # the learned position table, else 0
+    position: int  # the tables of learned or relative positions, else 0
     blocks: int  # all layers
-    non_embedding: int  # blocks and final norm: Kaplan's N
+    non_embedding: int  # blocks, norms, transform: Kaplan's N
     head: int  # the matrix that makes the logits, even if it is the token table (tied)
+    transform: int  # what model.head=dense has before and beside that matrix, else 0
     active: int  # total without the experts that a token does not use: all, but for a mixture
 
     @property
     def blocks_and_head(self) -> int:
         """The hidden matrices and the head: but for experts, what a token is multiplied by."""
-        return self.blocks + self.head
+        return self.blocks + self.transform + self.head
 
     @property
     def active_blocks_and_head(self) -> int:
@@ -46,15 +51,18 @@ def count(config: ModelConfig) -> Counts:
     outer = {name: prod(shape) for name, shape in _outer_shapes(config).items()}
     kinds = ((layer_shapes(config, i), times) for i, times in _kinds(config))
     blocks = sum(times * prod(shape) for layer, times in kinds for shape in layer.values())
-    norm = sum(size for name, size in outer.items() if name.startswith("norm."))
-    total = sum(outer.values()) + blocks
+    total, table = sum(outer.values()) + blocks, outer["embedding.weight"]
+    position = sum(size for name, size in outer.items() if "position." in name)
+    biases = sum(size for name, size in outer.items() if name in _LOGIT_BIASES)
+    transform = sum(size for name, size in outer.items() if name.startswith("transform."))
     return Counts(
         total=total,
-        embedding=outer["embedding.weight"],
-        position=outer.get("position.weight", 0),
+        embedding=table,
+        position=position,
         blocks=blocks,
-        non_embedding=blocks + norm,
-        head=outer["embedding.weight"],
+        non_embedding=total - position - table * (1 if config.tie_embeddings else 2),
+        head=table,
+        transform=transform + biases,
         active=total - _sum(config, lambda part: part.idle(config)),
     )
 
@@ -70,9 +78,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
     """
     if config.has_encoder:
         return flops_per_row(config, sequence_length, causal) / sequence_length
-    s = config.sizes
     parts = _sum(config, lambda part: part.flops(config, sequence_length, causal))
-    return 3 * (parts + 2 * s.vocab_size * s.width)
+    return 3 * (parts + _head_flops(config))
 
 
 def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> int:
@@ -81,8 +88,7 @@ def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> in
     The encoder's layers act on the first source_length columns, each of which sees them all; the
     decoder's and the head on the others.
     """
-    found = 2 * config.sizes.vocab_size * config.sizes.width
-    found *= columns_of(config, config.encoder_layers, columns)
+    found = _head_flops(config) * columns_of(config, config.encoder_layers, columns)
     source = columns_of(config, 0, columns)
     for i, parts in enumerate(layers_of(config)):
         own, length = config.of_block(i), columns_of(config, i, columns)
@@ -90,6 +96,12 @@ def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> in
             seen = source if name == "cross" else length
             found += length * part.flops(own, seen, causal) + source * part.source_flops(own)
     return 3 * found
+
+
+def _head_flops(config: ModelConfig) -> int:
+    """Return the forward FLOPs of the logits of one token."""
+    s = config.sizes
+    return 2 * s.width * (s.vocab_size + (s.width if config.head == "dense" else 0))
 
 
 def columns_of(config: ModelConfig, block: int, columns: int) -> int:
@@ -152,23 +164,22 @@ def _sum(config: ModelConfig, of: Callable[[Part], int]) -> int:
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return every parameter's name and shape, in the order of Transformer.named_parameters()."""
     outer = _outer_shapes(config)
-    before = ("embedding.weight", "position.weight")
-    found: Shapes = {name: outer[name] for name in before if name in outer}
+    found: Shapes = {name: shape for name, shape in outer.items() if name.startswith(_BEFORE)}
     for i in range(config.num_blocks):
         found |= {f"blocks.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()}
-    return found | {name: shape for name, shape in outer.items() if name not in before}
+    return found | {name: shape for name, shape in outer.items() if name not in found}
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
     """Return the parameters of one block: name inside the block -> shape."""
     found = Shapes()
     for name, part in parts_of(config, layer).items():
-        if config.norm_placement != "post":
+        if config.norms_before:
             found |= _norm(config, f"{name}_norm")
         found |= {f"{name}.{inner}": shape for inner, shape in part.shapes(config).items()}
-        if config.norm_placement != "pre":
+        if config.norms_after:
             found |= _norm(config, f"{name}_post_norm")
-    if layer == config.encoder_layers - 1:
+    if layer == config.encoder_layers - 1 and config.norms_stream:
         found |= _norm(config, "output_norm")
     return found
 
@@ -176,12 +187,28 @@ def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
 def _outer_shapes(config: ModelConfig) -> Shapes:
     """Return the parameters outside the blocks."""
     s = config.sizes
-    found: Shapes = {"embedding.weight": (s.vocab_size, s.width)}
+    table = (s.vocab_size, s.width)
+    found: Shapes = {"embedding.weight": table}
+    is_dense = config.head == "dense"
+    if is_dense and config.tie_embeddings:
+        found["embedding.bias"] = (s.vocab_size,)
     if config.position == "learned":
         found["position.weight"] = (s.max_sequence_length, s.width)
-    found |= _norm(config, "norm")
+    if config.embedding_norm:
+        found |= _norm(config, "embedding_norm")
+    if config.position == "relative":
+        table_of_scores = (config.relative_buckets, s.num_heads)
+        halves = ("encoder_", "") if config.has_encoder else ("",)
+        found |= {f"{half}relative_position.weight": table_of_scores for half in halves}
+    if config.norms_stream:
+        found |= _norm(config, "norm")
+    if is_dense:
+        found |= linear("transform.dense", s.width, s.width, config.bias)
+        found |= _norm(config, "transform.norm")
     if not config.tie_embeddings:
-        found["head.weight"] = (s.vocab_size, s.width)
+        found["head.weight"] = table
+        if is_dense:
+            found["head.bias"] = (s.vocab_size,)
     return found
 
 
@@ -192,7 +219,7 @@ def _norm(config: ModelConfig, name: str) -> Shapes:
 
 def matrices(config: ModelConfig) -> set[str]:
     """Return the names of Transformer.muon_parameters(), without building the model."""
-    found = set()
+    found = {"transform.dense.weight"} if config.head == "dense" else set()
     for i in range(config.num_blocks):
         parts = parts_of(config, i).items()
         others = {f"{name}.{inner}" for name, part in parts for inner in part.not_muon}
@@ -210,11 +237,9 @@ def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:
     (Part.recomputed) and, with activation checkpointing, the forward pass of every layer.
     """
     s = config.sizes
-    head: float = 2 * s.vocab_size * s.width
-    if config.has_encoder:
-        decoder = columns_of(config, config.encoder_layers, sequence_length)
-        head *= decoder / sequence_length
-    layers = flops_per_token(config, sequence_length) / 3 - head
+    share = columns_of(config, config.encoder_layers, sequence_length) / sequence_length
+    head = 2 * s.vocab_size * s.width * share
+    layers = flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share
     parts = _sum(config, lambda part: part.recomputed(config, sequence_length))
     again = layers * config.activation_checkpointing
     return head * bool(config.loss_chunk) + parts + again
@@ -226,7 +251,7 @@ class Activations:
 
     layers: int  # of all layers; with activation checkpointing only the layers' inputs
     again: int  # with activation checkpointing: the layer that is being recomputed
-    head: int  # the final norm's input and output
+    head: int  # input and output of the final norm, and what a dense head keeps
     logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient
     mask: int  # of documents, padding, alibi or a mixer's view, shared by layers
     kept_logits: int  # the part of `logits` kept by the forward pass, if all fit one chunk
@@ -283,15 +308,21 @@ def activations(
         for count, parts, (inside, _) in zip(columns, layers_of(config), plain, strict=True)
     ]
     kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
+    if config.embedding_norm:
+        kept += norm * s.width * micro_batch * sequence_length
     if config.has_encoder:  # its output, and the norm before it
-        kept += source * s.width * (b + (0 if config.activation_checkpointing else norm))
-    tokens = columns[-1]
+        is_kept = config.norms_stream and not config.activation_checkpointing
+        kept += source * s.width * (b + norm * is_kept)
+    tokens, dense = columns[-1], config.head == "dense"
     chunk = min(tokens, config.loss_chunk or tokens)
-    mask = b * _squares(config, sequence_length) * _masks(config, micro_batch, masked)
+    squares = _squares(config, sequence_length)
+    mask = b * squares * _masks(config, micro_batch, masked, fused_norms)
+    if config.position == "relative":  # buckets in int64, and who sees whom
+        mask += 9 * squares * (micro_batch if masked else 1)
     return Activations(
         layers=kept,
         again=max(layers) if config.activation_checkpointing else 0,
-        head=tokens * (norm + b) * s.width,
+        head=tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
         logits=chunk * s.vocab_size * (2 * b + 4),
         mask=mask + sum(view for _, view in plain),
         kept_logits=b * tokens * s.vocab_size if chunk == tokens else 0,
@@ -320,13 +351,14 @@ def _plain_forms(
     return found
 
 
-def _masks(config: ModelConfig, micro_batch: int, masked: bool) -> int:
-    """Return the number of (L, L) squares in the mask: one per row, and with alibi per head."""
+def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:
+    """Return the number of (L, L) squares in the mask: one per row, and with biases per head; none
+    where relative ones are added outside of a kernel."""
     if not any(parts["mixer"].takes_mask for parts in layers_of(config)):
         return 0
-    if config.position == "alibi":
+    if config.position == "alibi" or (config.position == "relative" and is_fused):
         return config.sizes.num_heads * (micro_batch if masked else 1)
-    return micro_batch if masked else 0
+    return micro_batch if masked and config.position != "relative" else 0
 
 
 def activation_bytes(

@@ -29,15 +29,18 @@ def window_losses(
     chunk: int = 0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    bias_V: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return each window's sum of cross-entropy over its targets: losses (B,) in nats, fp32.
 
     With z_loss > 0: (losses, penalty), where penalty is z_loss * log(Z)^2 summed over all targets,
     a scalar that belongs to the training objective only (PaLM, arXiv 2204.02311, section 5).
-    softcap: see `capped`.
+    softcap: see `capped`; bias (V,): added to the logits before.
     """
     targets_N = targets_BL.flatten()
-    losses_N, log_z_N = token_losses(hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk, softcap)
+    losses_N, log_z_N = token_losses(
+        hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk, softcap, bias_V
+    )
     losses_B = losses_N.view(targets_BL.shape).sum(-1)
     if not z_loss:
         return losses_B
@@ -45,15 +48,21 @@ def window_losses(
 
 
 def token_losses(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk: int = 0, softcap: float = 0.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cross-entropy and log-partition of each token.
 
     Args: hidden (N, D), head weight (V, D), targets (N,) int64, `chunk` tokens at once (0: all),
-    softcap of the logits (0: off).
+    softcap of the logits (0: off), their bias (V,).
     Returns: losses (N,) in nats, 0 where the target is IGNORE, and log Z (N,); both fp32.
     """
-    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, chunk or len(targets_N), softcap)
+    size = chunk or len(targets_N)
+    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, size, softcap, bias_V)
 
 
 def _index(targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,29 +82,31 @@ class _TokenLosses(torch.autograd.Function):
         targets_N: Tensor,
         chunk: int,
         softcap: float,
+        bias_V: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         losses, log_z = [], []
         for hidden_CD, targets_C in zip(
             hidden_ND.split(chunk), targets_N.split(chunk), strict=True
         ):
-            logits_CV = capped(F.linear(hidden_CD, weight_VD), softcap)
+            logits_CV = capped(F.linear(hidden_CD, weight_VD, bias_V), softcap)
             ignored_C, index_C1 = _index(targets_C)
             log_z.append(logits_CV.float().logsumexp(-1))
             target_logit_C = logits_CV.gather(1, index_C1)[:, 0].float()
             losses.append((log_z[-1] - target_logit_C).masked_fill(ignored_C, 0.0))
         log_z_N = torch.cat(log_z)
         whole = logits_CV if len(losses) == 1 else None
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_z_N, whole)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_z_N, whole, bias_V)
         ctx.chunk, ctx.softcap = chunk, softcap
         return torch.cat(losses), log_z_N
 
     @staticmethod
     def backward(ctx: Any, grad_losses_N: Tensor, grad_log_z_N: Tensor) -> Any:
-        hidden_ND, weight_VD, targets_N, log_z_N, whole = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, log_z_N, whole, bias_V = ctx.saved_tensors
         ignored_N, index_N1 = _index(targets_N)
         grad_target_N = grad_losses_N.masked_fill(ignored_N, 0.0)
         grad_all_N = grad_target_N + grad_log_z_N
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         grad_hidden = []
         rows = (hidden_ND, index_N1, log_z_N, grad_target_N, grad_all_N)
         for hidden_CD, index_C1, log_z_C, grad_target_C, grad_all_C in zip(
@@ -103,7 +114,7 @@ class _TokenLosses(torch.autograd.Function):
         ):
             logits_CV = whole
             if whole is None:
-                logits_CV = capped(F.linear(hidden_CD, weight_VD), ctx.softcap)
+                logits_CV = capped(F.linear(hidden_CD, weight_VD, bias_V), ctx.softcap)
             # d log Z / d logits = softmax; d loss / d logits = softmax - onehot
             grad_CV = (logits_CV - log_z_C[:, None]).exp_().mul_(grad_all_C[:, None])
             grad_CV.scatter_add_(1, index_C1, -grad_target_C[:, None])
@@ -112,4 +123,9 @@ class _TokenLosses(torch.autograd.Function):
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden.append(grad_CV @ weight_VD)
             grad_weight_VD += grad_CV.T @ hidden_CD
-        return torch.cat(grad_hidden), grad_weight_VD.to(weight_VD.dtype), None, None, None
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
+        if grad_bias_V is not None:
+            grad_bias_V = grad_bias_V.to(weight_VD.dtype)
+        whole_grad = grad_weight_VD.to(weight_VD.dtype)
+        return torch.cat(grad_hidden), whole_grad, None, None, None, grad_bias_V

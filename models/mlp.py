@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: SwiGLU, GEGLU, GELU or squared ReLU."""
+"""The feed-forward part of a block: SwiGLU, GEGLU, GELU, ReLU or squared ReLU."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ class MLP(nn.Module):
     swiglu: down(silu(gate(x)) * up(x)), Shazeer 2020 (arXiv 2002.05202).
     geglu:  down(gelu(gate(x)) * up(x)), the same paper; the tanh approximation, as Gemma.
     gelu:   down(gelu(up(x))) with the tanh approximation, as GPT-2 was trained.
+    gelu_exact: with the normal distribution itself (Hendrycks & Gimpel 2016, arXiv 1606.08415), as
+            BERT.
+    relu:   down(relu(up(x))), Vaswani et al. 2017, T5.
     relu2:  down(relu(up(x))^2), So et al. 2021 (Primer, arXiv 2109.08668).
     moe:    swiglu: a dense layer of a mixture, and its shared experts (models/experts/moe.py).
     """
@@ -36,4 +39,8 @@ class MLP(nn.Module):
             return self.down(F.gelu(self.gate(x_BLD), approximate="tanh") * up_BLF)
         if self.kind == "gelu":
             return self.down(F.gelu(up_BLF, approximate="tanh"))
+        if self.kind == "gelu_exact":
+            return self.down(F.gelu(up_BLF))
+        if self.kind == "relu":
+            return self.down(F.relu(up_BLF))
         return self.down(F.relu(up_BLF).square())

@@ -8,10 +8,10 @@ sqrt(2 / (5 * width)), where mup and completep take base_width for width.
 
 Initial standard deviations and the forward pass (`Scales`)
 
-1. Tables (embedding, learned positions, head): sigma. In `standard` that is the "small init" of
-   Nguyen and Salazar 2019 (arXiv 1910.05895), which GPT-NeoX-20B trained with (arXiv 2204.06745):
-   GPT-2's 0.02 at width 1000, and a scale of activations that hardly varies with width. In mup and
-   completep it is a constant (Yang & Hu et al. 2022, arXiv 2203.03466, table 8).
+1. Tables (embedding, learned and relative positions, head): sigma. In `standard` that is the "small
+   init" of Nguyen and Salazar 2019 (arXiv 1910.05895), which GPT-NeoX-20B trained with (arXiv
+   2204.06745): GPT-2's 0.02 at width 1000, and a scale of activations that hardly varies with
+   width. In mup and completep it is a constant (Yang & Hu et al. 2022, arXiv 2203.03466, table 8).
 2. Hidden matrices: sigma / sqrt(m) (table 8: variance 1 / fan-in); in `standard`, sigma. Doubt:
    the ratio of widths stands for that of fan-ins, so mlp_width / width should stay what it is.
 3. Hidden matrices that write to the residual stream (attention and MLP output): those of rule 2
@@ -40,10 +40,10 @@ The optimizer, AdamW (`Factors`), in mup and completep; all 1 in `standard`
 9. Weight decay: m for hidden matrices, 1 for the rest: AdamW multiplies it by the learning rate, so
    the decay of a step is the same at every width (2505.01618, table 1; Wang & Aitchison 2024, arXiv
    2405.13698).
-10. Epsilon, as the root mean square of the gradient: 1 / m for tables and final norm, 1 / (m n) in
-    the blocks (n in completep only; 2505.01618, table 1). Gains of QK-norm are shared by all heads,
-    whose gradients add up, so 1 / n there. Doubt: CompleteP's own code takes 1 / (m n) everywhere,
-    and says nothing of QK-norm; it matters where gradients come down to epsilon.
+10. Epsilon, as the root mean square of the gradient: 1 / m outside the blocks, 1 / (m n) inside (n
+    in completep only; 2505.01618, table 1). Gains of QK-norm are shared by all heads, whose
+    gradients add up, so 1 / n there. Doubt: CompleteP's own code takes 1 / (m n) everywhere, and
+    says nothing of QK-norm; it matters where gradients come down to epsilon.
 
 Muon
 
@@ -83,7 +83,7 @@ class Scales:
 class Factors:
     """Multipliers of AdamW's settings for one class of parameters: rules 8 to 10."""
 
-    of: str  # the class: embedding | hidden | head | block | qk_norm | norm
+    of: str  # the class: embedding | hidden | dense | head | block | qk_norm | norm
     learning_rate: float = 1.0
     weight_decay: float = 1.0
     epsilon: float = 1.0
@@ -122,6 +122,7 @@ def factors(config: ModelConfig) -> dict[str, Factors]:
     classes = (
         Factors("embedding", epsilon=1 / m),
         Factors("hidden", 1 / m, m, 1 / (m * n)),
+        Factors("dense", 1 / m, m, 1 / m),
         Factors("head", epsilon=1 / m),
         Factors("block", epsilon=1 / (m * n)),
         Factors("qk_norm", epsilon=1 / n),
@@ -146,7 +147,8 @@ def folds(config: ModelConfig) -> dict[str, float]:
     rounding of one product. Parameters that don't change are left out. Logits are linear in the
     final norm's gain and bias, which a tied table does not share. The mixer's cost record names the
     module that scores are linear in. Rule 7 goes into the embedding; the final norm undoes it where
-    the head is the same table. No exported model has sinusoidal positions.
+    the head is the same table. No exported model has sinusoidal positions, a
+    dense head or a stream that is normed.
     """
     if config.parametrization == "standard":
         return {}
@@ -184,4 +186,8 @@ def _class_of(name: str, shape: tuple[int, ...], per_head: set[str]) -> str:
         if module in per_head:
             return "qk_norm"
         return "hidden" if len(shape) == 2 else "block"
-    return "embedding" if module == "position" else module
+    if module == "dense":
+        return "dense" if len(shape) == 2 else "norm"
+    if "position" in module:
+        return "embedding"
+    return "norm" if module.endswith("norm") else module

@@ -13,10 +13,11 @@ from forescale.models.costs.record import Problem, below_1
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
-POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
+POSITIONS = ("rotary", "alibi", "relative", "learned", "sinusoidal", "none")
 ROPE_SCALINGS = ("none", "ntk", "yarn")
 NORMS = ("rmsnorm", "layernorm")
-NORM_PLACEMENTS = ("pre", "post", "sandwich")
+NORM_PLACEMENTS = ("pre", "post", "sandwich", "residual")
+HEADS = ("linear", "dense")
 QK_NORM_OVER = ("head", "layer")
 ATTENTION_GATES = ("none", "head", "channel")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
@@ -125,7 +126,7 @@ def _of_values(config: "ModelConfig") -> list[Problem]:
     choices = [("position", POSITIONS), ("norm", NORMS), ("mixer", tuple(MIXERS))]
     choices += [("mlp", tuple(MLPS)), ("rope_scaling", ROPE_SCALINGS)]
     choices += [("norm_placement", NORM_PLACEMENTS), ("qk_norm_over", QK_NORM_OVER)]
-    choices += [("attention_gate", ATTENTION_GATES)]
+    choices += [("attention_gate", ATTENTION_GATES), ("head", HEADS)]
     choices += [("mixer_pattern", tuple(MIXERS)), ("parametrization", PARAMETRIZATIONS)]
     for name, known in choices:
         given = getattr(config, name)
@@ -167,12 +168,15 @@ def _of_parts(config: "ModelConfig", full: "ModelConfig", longest: int | None) -
 def _of_positions(config: "ModelConfig") -> list[Problem]:
     """Return the broken rules of positions among values that are each allowed."""
     found = _of_encoder(config)
+    if config.parametrization == "completep" and not config.norms_stream:
+        what = "completep has no rule for a stream that is normed after each part"
+        found.append(("norm_placement", what, "choose another, or parametrization=mup or standard"))
     kind, factor = config.rope_scaling, config.rope_factor
     # The key by which tokens see later ones, if they do.
     sees_all = "encoder_layers" if config.has_encoder else "" if config.causal else "causal"
     for mixer in config.mixers_used:
-        if config.position == "alibi" and not MIXERS[mixer].takes_alibi:
-            what = f"mixer {mixer} does not add alibi's biases to scores"
+        if config.position in ("alibi", "relative") and not MIXERS[mixer].takes_biases:
+            what = f"mixer {mixer} does not add the biases of {config.position} to scores"
             found.append(("position", what, "choose another position"))
         if sees_all and not MIXERS[mixer].takes_future:
             what = f"mixer {mixer} can't let a token of an encoder see later ones"
@@ -180,6 +184,7 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
     if config.position == "alibi" and sees_all:
         todo = "choose another position"
         found.append(("position", "alibi's biases are for causal models", todo))
+    found += _of_relative(config)
     if config.rope_fraction not in (None, 1) and config.position != "rotary":
         todo = "leave it out, or choose position=rotary"
         found.append(("rope_fraction", f"{config.position} positions don't rotate", todo))
@@ -201,6 +206,25 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
         todo = "leave it out, or choose rope_scaling=yarn"
         found.append(("rope_original_length", "only yarn depends on it", todo))
     return found
+
+
+def _of_relative(config: "ModelConfig") -> list[Problem]:
+    """Return the broken rules of relative positions, and their keys where there are none."""
+    names = ("relative_buckets", "relative_distance")
+    if config.position != "relative":
+        given = [name for name in names if getattr(config, name) != getattr(type(config), name)]
+        todo = "leave it out, or choose position=relative"
+        return [(name, "has no effect without relative positions", todo) for name in given]
+    sees_all = config.has_encoder or not config.causal
+    count, least = config.relative_buckets, 4 if sees_all else 2
+    if count < least or count % least:
+        what = f"{count} entries can't be halved into near and far"
+        what += ", before and behind" if sees_all else ""
+        return [("relative_buckets", what, f"give a multiple of {least}")]
+    if config.relative_distance <= count // 2:
+        what = f"{config.relative_distance} leaves no far distances for half of {count} entries"
+        return [("relative_distance", what, f"give more than {count // 2}")]
+    return []
 
 
 def _of_encoder(config: "ModelConfig") -> list[Problem]:

@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forescale.models.block import Block, viewers
+from forescale.models.block import Block, normed, viewers
 from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
 from forescale.models.experts.balance import Routing, Tallies, penalty_of, that_count
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
+from forescale.models.head import Transform, Vocabulary
 from forescale.models.init import Linear
-from forescale.models.loss import capped, window_losses
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import additive_mask, visible_keys
 from forescale.models.norm import make_norm
@@ -34,33 +33,7 @@ from forescale.models.positions.position import (
     rotation,
     sinusoids,
 )
-
-
-class Vocabulary(nn.Module):
-    """A table (V, D) for embedding and logits, both by a call: a tied table is called twice.
-
-    tokens (B, L) int64             -> vectors (B, L, D)
-    hidden (B, L, D)                -> logits (B, L, V)
-    hidden (B, L, D), targets (B, L) -> what window_losses returns
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.chunk, self.z_loss = config.loss_chunk, config.z_loss
-        self.softcap = config.logit_softcap
-        self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
-        scale = scales(config)
-        self.multiplier = scale.logits
-        nn.init.normal_(self.weight, 0, scale.table_std)
-
-    def forward(self, x: Tensor, targets_BL: Tensor | None = None) -> Any:
-        if not x.is_floating_point():
-            return F.embedding(x, self.weight)
-        if self.multiplier != 1:
-            x = x * self.multiplier  # not the logits, which are many more
-        if targets_BL is None:
-            return capped(F.linear(x, self.weight), self.softcap)
-        return window_losses(x, self.weight, targets_BL, self.chunk, self.z_loss, self.softcap)
+from forescale.models.positions.relative import RelativePosition
 
 
 class Transformer(nn.Module):
@@ -77,13 +50,21 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config = config.resolved()
         self.sizes, self.scales = config.sizes, scales(config)
-        self.embedding = Vocabulary(config)
+        self.embedding = Vocabulary(config, makes_logits=config.tie_embeddings)
         self.position = LearnedPosition(config) if config.position == "learned" else None
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.encoder_relative_position = self.relative_position = None
+        if config.position == "relative":
+            if config.has_encoder:
+                self.encoder_relative_position = RelativePosition(config.of_block(0))
+            self.relative_position = RelativePosition(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_blocks))
         self.takes_mask = any(part["mixer"].takes_mask for part in layers_of(config))
         self.viewers = viewers(config)
-        self.norm = make_norm(config)
+        # Otherwise the stream leaves the last block normed.
+        self.norm = make_norm(config) if config.norms_stream else None
+        self.transform = Transform(config) if config.head == "dense" else None
         self.head = None if config.tie_embeddings else Vocabulary(config)
         routed = sum(parts["mlp"].is_routed for parts in layers_of(config))
         self.tallies = Tallies(routed, config.moe_experts, config.moe_top_k) if routed else None
@@ -130,6 +111,8 @@ class Transformer(nn.Module):
             x_BLD, routings = self._hidden(
                 tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL
             )
+        if self.transform is not None:
+            x_BLD = self.transform(x_BLD)
         head = self.embedding if self.head is None else self.head
         if targets_BL is None:
             return head(x_BLD)
@@ -177,7 +160,7 @@ class Transformer(nn.Module):
             turn, self._mask(seen, self.config.causal), starts, real, counted=counted_BL
         )
         x_BLD, routings = self._through(0, len(self.blocks), x_BLD, context, seen, memories)
-        return self.norm(x_BLD), routings
+        return normed(self.norm, x_BLD), routings
 
     def _through(
         self,
@@ -235,7 +218,7 @@ class Transformer(nn.Module):
             seen = additive_mask(real_BS[:, None, None], x_BLD.dtype)
         context = contexts[1]._replace(source=source, source_mask=seen)
         x_BLD, _ = self._through(first, end, x_BLD[:, parts[1]], context, columns[1])
-        return self.norm(x_BLD)
+        return normed(self.norm, x_BLD)
 
     def _embedded(self, tokens_BL: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
@@ -245,12 +228,10 @@ class Transformer(nn.Module):
         config, s, length = self.config, self.sizes, tokens_BL.shape[1]
         own = positions[..., -length:]
         x_BLD = self.embedding(tokens_BL)
-        if config.scale_embedding:
+        turn = rotation(own, config) if config.position == "rotary" else None
+        if config.scale_embedding or config.position == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
-        if config.position == "rotary":
-            return self.dropout(x_BLD), rotation(own, config)
         if config.position == "sinusoidal":
-            x_BLD = x_BLD * self.scales.embedding  # sinusoids have amplitude 1
             x_BLD = x_BLD + sinusoids(own, s.width).to(x_BLD.dtype)
         elif self.position is not None:
             if positions.shape[-1] > s.max_sequence_length:
@@ -259,7 +240,7 @@ class Transformer(nn.Module):
                     f"give at most max_sequence_length = {s.max_sequence_length}."
                 )
             x_BLD = x_BLD + self.position(own)
-        return self.dropout(x_BLD), None
+        return self.dropout(normed(self.embedding_norm, x_BLD)), turn
 
     def _mask(self, seen: Columns, causal: bool) -> Tensor | None:
         """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
@@ -273,6 +254,11 @@ class Transformer(nn.Module):
         shown = None
         if real is not None or starts is not None:
             shown = visible_keys(real, starts, length, causal)
+        relative = self.relative_position
+        if self.encoder_relative_position is not None and not causal:
+            relative = self.encoder_relative_position
+        if relative is not None:
+            return relative(positions, shown, seen.dtype, length)
         if self.config.position == "alibi":
             return biased_mask(positions, shown, self.sizes.num_heads, seen.dtype, length)
         return None if shown is None else additive_mask(shown, seen.dtype)

@@ -34,6 +34,8 @@ MLPS: dict[str, Part] = {
     "swiglu": mlp.SWIGLU,
     "geglu": mlp.GEGLU,
     "gelu": mlp.GELU,
+    "gelu_exact": mlp.GELU,
+    "relu": mlp.RELU,
     "relu2": mlp.RELU2,
     "moe": moe.MOE,
 }

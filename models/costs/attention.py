@@ -72,6 +72,20 @@ def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     return {"query_norm" if config.qk_norm else "query": scores}
 
 
+def plain_bytes(
+    config: "ModelConfig", micro_batch: int, length: int, bytes_per_value: int, masked: bool
+) -> tuple[int, int]:
+    """Return what a layer keeps where scores have biases with a gradient, which no flash kernel of
+    a CPU takes: fp32 weights, queries, keys and values of all heads in place of a kernel's."""
+    s = config.sizes
+    if config.position != "relative":
+        return 0, 0
+    kernel = bytes_per_value * (s.width + 2 * s.kv_width) + 4 * s.num_heads
+    if config.mixer == "latent":
+        kernel += 2 * bytes_per_value * (s.width - s.kv_width)  # all heads have their own
+    return micro_batch * length * (4 * (3 * s.width + s.num_heads * length) - kernel), 0
+
+
 KEYS = ("qk_norm_over", "attention_gate")
 ATTENTION = Part(
     module="forescale.models.mixers.attention.Attention",
@@ -83,6 +97,7 @@ ATTENTION = Part(
     per_head=("query_norm", "key_norm"),
     folds=_folds,
     keys=KEYS,
+    plain_bytes=plain_bytes,
     takes_future=True,
-    takes_alibi=True,
+    takes_biases=True,
 )

@@ -118,7 +118,7 @@ def _part(of: _Pattern, module: str, view: str) -> Part:
         viewer=f"{_MODULE}.{view}",
         takes_mask=False,
         takes_future=False,
-        takes_alibi=False,
+        takes_biases=False,
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.attention import scores_flops
+from forescale.models.costs.attention import plain_bytes, scores_flops
 from forescale.models.costs.record import Part, Problem, Shapes, below_1, linear, matrix_flops
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ LATENT = Part(
     folds=_folds,
     keys=_KEYS,
     problems=_problems,
+    plain_bytes=plain_bytes,
     turning=0.5,
     takes_future=True,
-    takes_alibi=True,
+    takes_biases=True,
 )

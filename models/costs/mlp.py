@@ -39,4 +39,5 @@ def _part(inner: tuple[str, ...], kept: int) -> Part:
 SWIGLU = _part(("gate", "up"), kept=4)  # gate, silu(gate), up, and the product of the last two
 GEGLU = _part(("gate", "up"), kept=4)
 GELU = _part(("up",), kept=2)  # before and after the activation function
+RELU = _part(("up",), kept=1)  # after it: the gradient needs no more
 RELU2 = _part(("up",), kept=2)

@@ -87,8 +87,8 @@ class Part:
     turning: the default of rope_fraction, the part of each head that rotates.
     takes_mask: the mixer reads context.mask; without such a mixer no mask is built.
     takes_future: the mixer lets a token see later ones where config.causal is false.
-    takes_alibi: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
-        that it may have alibi's biases (alibi.biased_mask).
+    takes_biases: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
+        that it may have the biases of alibi (alibi.biased_mask) or of relative positions.
     viewer: the dotted name of a function (config, layer) -> a function of mixers/context.Columns
         that makes context.view, for a mixer that needs one. It is called once in a forward pass for
         all layers of the mixer or, where varies(config), for each.
@@ -120,7 +120,7 @@ class Part:
     turning: float = 1.0
     takes_mask: bool = True
     takes_future: bool = False
-    takes_alibi: bool = False
+    takes_biases: bool = False
     viewer: str = ""
     varies: Callable[["ModelConfig"], bool] = _never
     plain_bytes: Callable[["ModelConfig", int, int, int, bool], tuple[int, int]] = _no_plain_form

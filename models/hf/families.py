@@ -39,6 +39,8 @@ _PLAIN = {
     "causal": True,
     "encoder_layers": 0,
     "norm_placement": "pre",
+    "embedding_norm": False,
+    "head": "linear",
     "qk_norm_over": "head",
     "attention_gate": "none",
     "rope_fraction": 1.0,

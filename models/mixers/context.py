@@ -22,14 +22,15 @@ class Context(NamedTuple):
 
     rotation: of queries and keys, with rotary positions. mask (B, 1, L, S): added to the scores, 0
     for a visible key, else -inf (masks.additive_mask); without it a token attends to itself and all
-    earlier tokens or, in a model that is not causal, to all tokens. With alibi, which only mixers
-    that take it receive, mask is (B or 1, H, L, S) and has a bias for a visible key
-    (alibi.biased_mask). starts (B, S): the column at which each token's document begins. real (B,
-    S): False at padding. memory: the layer's part of the cache, in which a mixer finds what it kept
-    of earlier columns and keeps what it needs of these. counted (B, L): the tokens that count for
-    the balance of experts; None: all. source (B, S, D): the encoder's output, in the decoder of an
-    encoder-decoder. source_mask (B, 1, 1, S): added to the scores of its tokens. view: what the
-    viewer of the mixer's cost record (Part.viewer) made of the Columns of this forward pass.
+    earlier tokens or, in a model that is not causal, to all tokens. With alibi or relative
+    positions, which only mixers that take biases receive, mask is (B or 1, H, L, S) and has a bias
+    for a visible key (alibi.biased_mask, RelativePosition). starts (B, S): the column at which each
+    token's document begins. real (B, S): False at padding. memory: the layer's part of the cache,
+    in which a mixer finds what it kept of earlier columns and keeps what it needs of these. counted
+    (B, L): the tokens that count for the balance of experts; None: all. source (B, S, D): the
+    encoder's output, in the decoder of an encoder-decoder. source_mask (B, 1, 1, S): added to the
+    scores of its tokens. view: what the viewer of the mixer's cost record (Part.viewer) made of the
+    Columns of this forward pass.
     """
 
     rotation: Rotation | None = None

@@ -20,6 +20,7 @@ from forescale.models.flops import (
     matrices,
     shapes,
 )
+from forescale.models.parametrization import factors
 from forescale.models.rules import NORMS, POSITIONS
 from tests.models.checks import kept_bytes
 
@@ -40,6 +41,14 @@ VARIANTS += [
     replace(BASE, attention_gate="head", logit_softcap=30.0, rope_fraction=0.5),
     replace(BASE, attention_gate="channel", bias=True),
 ]
+# Those whose outer parts differ from the others'.
+OUTER = [
+    replace(BASE, norm="layernorm", bias=True, head="dense", embedding_norm=True, **more)
+    for more in (
+        dict(norm_placement="residual", tie_embeddings=True, causal=False, position="learned"),
+        dict(parametrization="mup", position="relative"),
+    )
+]
 
 
 def test_parameters_of_every_variant():
@@ -52,7 +61,7 @@ def test_parameters_of_every_variant():
 
         assert counts.total == sum(sizes.values())
         assert counts.embedding == under("embedding.")
-        assert counts.position == under("position.")
+        assert counts.position == under("position.") + under("relative_position.")
         assert counts.blocks == under("blocks.")
         assert counts.non_embedding == under("blocks.") + under("norm.")
         assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
@@ -62,8 +71,11 @@ def test_parameters_of_every_variant():
 
 
 def test_shapes_are_those_of_the_model_in_its_order():
-    for config in VARIANTS:
+    for config in VARIANTS + OUTER:
         model = Transformer(config)
+        assert count(config).total == sum(p.numel() for p in model.parameters())
+        if config.parametrization != "standard":
+            assert factors(config).keys() == shapes(config).keys()
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         assert list(shapes(config).items()) == list(expected.items())
         assert matrices(config) == model.muon_parameters()
@@ -90,7 +102,7 @@ def objective(output):
 def test_flops_of_every_choice_exactly():
     """Every thirteenth variant: that meets every pair of choices."""
     B, L = 2, 16
-    for config in [*VARIANTS[:-4:13], *VARIANTS[-4:]]:
+    for config in [*VARIANTS[:-4:13], *VARIANTS[-4:], *OUTER]:
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 
@@ -148,10 +160,14 @@ CHANGES = [
     dict(mixer="lstm"),
     dict(norm_placement="post", qk_norm_over="layer"),
     dict(norm_placement="sandwich", mlp="geglu", norm="layernorm"),
+    dict(position="relative", num_kv_heads=1),
+    dict(norm_placement="residual", norm="layernorm", qk_norm=False, mlp="relu"),
+    dict(embedding_norm=True, head="dense", mlp="gelu_exact", position="learned"),
     dict(attention_gate="head"),
     dict(attention_gate="channel", logit_softcap=30.0),
     dict(mixer="gated_deltanet"),
     dict(mixer="latent"),
+    dict(mixer="latent", position="relative"),
     dict(mixer="latent", position="alibi", latent_query_rank=48),
     dict(mlp="moe"),
     dict(mlp="moe", moe_z_loss=0.0, moe_renormalise=False, moe_width=96, moe_dense_layers=1),

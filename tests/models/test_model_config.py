@@ -51,7 +51,16 @@ def test_the_datas_numbers_fill_in():
         ({"depth": 2, "width": 15, "num_heads": 3, "position": "sinusoidal"}, "width"),
         ({"depth": 2, "position": "t5"}, "position"),
         ({"depth": 2, "norm": "batch"}, "norm"),
-        ({"depth": 2, "mlp": "relu"}, "mlp"),
+        ({"depth": 2, "mlp": "mish"}, "mlp"),
+        ({"depth": 2, "head": "mlm"}, "head"),
+        ({"depth": 2, "relative_buckets": 16}, "relative_buckets"),  # of rotary positions
+        ({"depth": 2, "position": "relative", "relative_buckets": 7}, "relative_buckets"),
+        ({"depth": 2, "position": "relative", "relative_distance": 16}, "relative_distance"),
+        ({"depth": 2, "position": "relative", "mixer": "mingru"}, "position"),
+        (
+            {"depth": 2, "parametrization": "completep", "norm_placement": "residual"},
+            "norm_placement",
+        ),
         ({"depth": 2, "dropout": 1.0}, "dropout"),
         ({"depth": 2, "norm_eps": 0.0}, "norm_eps"),
         ({"depth": 2, "z_loss": -1.0}, "z_loss"),

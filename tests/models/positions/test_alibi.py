@@ -96,7 +96,7 @@ def test_attention_is_the_papers_written_out():
 
 
 def test_a_mixer_that_adds_no_biases_is_refused(monkeypatch):
-    monkeypatch.setitem(MIXERS, "other", replace(MIXERS["attention"], takes_alibi=False))
+    monkeypatch.setitem(MIXERS, "other", replace(MIXERS["attention"], takes_biases=False))
     (problem,) = ModelConfig(depth=2, position="alibi", mixer="other").problems()
     assert problem[0] == "position"
     assert ModelConfig(depth=2, position="rotary", mixer="other").problems() == []

@@ -1,0 +1,65 @@
+"""The table of token vectors, and what stands before it where it makes the logits.
+
+Invariant: the table and its bias are read only in a call of their module, which a tied model calls
+twice.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forescale.models.config import ModelConfig
+from forescale.models.init import Linear
+from forescale.models.loss import capped, window_losses
+from forescale.models.norm import make_norm
+from forescale.models.parametrization import scales
+
+
+class Vocabulary(nn.Module):
+    """A table (V, D) for embedding and logits, both by a call: a tied table is called twice.
+
+    makes_logits: False for a table that only embeds. With model.head=dense, logits have a bias (V).
+
+    tokens (B, L) int64             -> vectors (B, L, D)
+    hidden (B, L, D)                -> logits (B, L, V)
+    hidden (B, L, D), targets (B, L) -> what window_losses returns
+    """
+
+    def __init__(self, config: ModelConfig, makes_logits: bool = True):
+        super().__init__()
+        self.chunk, self.z_loss = config.loss_chunk, config.z_loss
+        self.softcap = config.logit_softcap
+        self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
+        has_bias = makes_logits and config.head == "dense"
+        self.bias = nn.Parameter(torch.zeros(config.sizes.vocab_size)) if has_bias else None
+        scale = scales(config)
+        self.multiplier = scale.logits
+        nn.init.normal_(self.weight, 0, scale.table_std)
+
+    def forward(self, x: Tensor, targets_BL: Tensor | None = None) -> Any:
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight)
+        if self.multiplier != 1:
+            x = x * self.multiplier  # not the logits, which are many more
+        if targets_BL is None:
+            return capped(F.linear(x, self.weight, self.bias), self.softcap)
+        return window_losses(
+            x, self.weight, targets_BL, self.chunk, self.z_loss, self.softcap, self.bias
+        )
+
+
+class Transform(nn.Module):
+    """(B, L, D) -> (B, L, D): norm(gelu(dense(x))), before the logits of BERT's head for masked
+    tokens (Devlin et al. 2019; BertPredictionHeadTransform of transformers), with the exact GELU.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.sizes.width
+        self.dense = Linear(width, width, config.bias, scales(config).hidden_std)
+        self.norm = make_norm(config)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(x_BLD)))
