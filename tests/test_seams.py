@@ -213,7 +213,8 @@ def test_an_objective_says_what_is_a_target(dataset):
     feed = feed_of(job, open_sources(job.data))
     alone, many = (collect(feed, (0, 3), 0, world, 8, 2) for world in (1, 2))
     for (one, micro, _), (_, same, _) in zip(alone, many, strict=True):
-        assert one.targets == 8 * 32, "collect compares it with the targets of all tensors"
+        counted = sum((m.targets != IGNORED).sum() for m in micro)
+        assert 7 * 32 < one.targets == counted <= 8 * 32, "the last window of a shard is shorter"
         assert all(torch.equal(a.targets, b.targets) for a, b in zip(micro, same, strict=True))
     micro = next(validation_windows(feed.splits[0], 64, 2, objective=feed.objective))
     assert (micro.targets[0] != IGNORED).sum() == 32

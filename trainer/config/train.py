@@ -177,7 +177,8 @@ class TrainJob(Job):
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
-        if not getattr(self.model, "causal", True) and self.objective.is_next_token:
+        writes = self.objective.is_next_token or self.objective.kind == "seq2seq"
+        if not getattr(self.model, "causal", True) and writes:
             what = "a model that sees later tokens is shown the token that it must predict"
             todo = "leave it out, or give objective.kind=masked, which hides its targets"
             found.append(("model.causal", what, todo))

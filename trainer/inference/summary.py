@@ -30,17 +30,18 @@ def summarize(started: Start) -> None:
     else:
         print(f"\nA sample, after {PROMPT!r}:\n\n{_indented(text)}")
     name = run.name
-    print(
-        f"\nNext:\n"
-        f"  forescale status {name}                       its progress and losses\n"
-        f'  forescale generate {name} prompt="import "    write text'
+    exported = (
+        [(f"export {name}", "to Hugging Face transformers")] if is_exportable(RunView(run)) else []
     )
-    if is_exportable(RunView(run)):
-        print(f"  forescale export {name}                       to Hugging Face transformers")
-    print(
-        "  forescale train bigger model.depth=4          a model of your own\n"
-        "  forescale shards TEXT output=DIR              a dataset of your own"
-    )
+    print("\nNext:")
+    for command, purpose in [
+        (f"status {name}", "its progress and losses"),
+        (f'generate {name} prompt="import "', "write text"),
+        *exported,
+        ("train bigger model=depth model.depth=4", "a model of your own"),
+        ("shards TEXT output=DIR", "a dataset of your own"),
+    ]:
+        print(f"  forescale {command:<38}  {purpose}")
 
 
 def _summarize_other(name: str, scores: list[dict], targets: str) -> None:

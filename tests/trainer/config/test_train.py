@@ -183,6 +183,7 @@ MASKED = ["objective.kind=masked", "model.causal=false"]
     [
         (["objective.kind=masked"], "model.causal", "write model.causal=false"),
         (["model.causal=false"], "model.causal", "objective.kind=masked"),
+        (["objective.kind=seq2seq", "model.causal=false"], "model.causal", "objective.kind=masked"),
         (["objective.masked_rate=0.3"], "objective.masked_rate", "no such setting"),
         ([*MASKED, "objective.masked_hidden=0.95"], "objective.masked_hidden", "at most 1"),
         ([*MASKED, "objective.masked_rate=0"], "objective.masked_rate", "more than 0"),
