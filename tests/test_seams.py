@@ -32,8 +32,9 @@ from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.errors import UserError
 from forescale.models import ModelConfig, Transformer, costs, hf
 from forescale.models.costs.record import Part, linear, matrix_flops
-from forescale.models.flops import activations, cache_bytes, count, flops_per_token, shapes
+from forescale.models.flops import count, flops_per_token, shapes
 from forescale.models.init import Linear
+from forescale.models.memory import activations, cache_bytes
 from forescale.models.mixers.context import continued
 from forescale.models.parametrization import factors, folds, scales
 from forescale.plan.memory import memory

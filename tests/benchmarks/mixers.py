@@ -21,7 +21,8 @@ from forescale.data.dataset import Dataset
 from forescale.data.stream import StepShare, stream
 from forescale.inference.lengths import Bucket, loss_by_position
 from forescale.models import ModelConfig, Transformer
-from forescale.models.flops import cache_bytes, count, flops_per_token
+from forescale.models.flops import count, flops_per_token
+from forescale.models.memory import cache_bytes
 from forescale.run.feed import feed_of
 from forescale.run.start import open_sources
 from tests.benchmarks.coordinates import optimizers

@@ -10,10 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.flops import activations, flops_per_token
+from forescale.models.flops import flops_per_token
 from forescale.models.hf import family_of, to_hf
+from forescale.models.memory import activations
 from tests.models.checks import kept_bytes
-from tests.models.test_flops import SIZES as FLOP_SIZES
+from tests.models.test_memory import SIZES
 
 L, V = 12, 37
 SMALL = ModelConfig(
@@ -98,7 +99,7 @@ def test_flops_are_counted_over_the_whole_square(config):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_activations_are_what_autograd_keeps(masked):
-    config = ModelConfig(**FLOP_SIZES[1], causal=False)
+    config = ModelConfig(**SIZES[1], causal=False)
     L = config.max_sequence_length
     model, x = Transformer(config), torch.zeros(2, L, dtype=torch.long)
     real = torch.arange(L).expand(2, L) < torch.tensor([[L], [9]])

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import (
-    activations,
     count,
     flops_per_row,
     flops_per_token,
@@ -18,6 +17,7 @@ from forescale.models.flops import (
     shapes,
 )
 from forescale.models.hf import family_of
+from forescale.models.memory import activations
 from forescale.models.parametrization import factors
 from tests.models.checks import assert_one_graph, kept_bytes
 

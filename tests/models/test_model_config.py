@@ -87,5 +87,5 @@ def test_all_problems_are_told_at_once():
 
 
 def test_reading_a_config_does_not_load_torch():
-    code = "import sys, models, forescale.models.flops; sys.exit('torch' in sys.modules)"
+    code = "import sys, models, forescale.models.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -26,7 +26,7 @@ from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
-from forescale.models.flops import Activations, activations
+from forescale.models.memory import Activations, activations
 from forescale.plan.parameters import Inventory, Parameter
 from forescale.plan.zero3 import GatherTrace, trace_gathers
 

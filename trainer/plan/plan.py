@@ -20,7 +20,8 @@ from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.trackers import check_trackers
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.flops import cache_bytes, count, flops_6n
+from forescale.models.flops import count, flops_6n
+from forescale.models.memory import cache_bytes
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import EvaluationCost, estimate_evaluation

@@ -13,14 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.costs import MIXERS
-from forescale.models.flops import (
-    cache_bytes,
-    count,
-    flops_per_token,
-    flops_recomputed,
-    matrices,
-    shapes,
-)
+from forescale.models.flops import count, flops_per_token, flops_recomputed, matrices, shapes
+from forescale.models.memory import cache_bytes
 from tests.models.checks import assert_one_graph
 
 L, V = 12, 37

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.flops import cache_bytes, flops_per_token
+from forescale.models.flops import flops_per_token
+from forescale.models.memory import cache_bytes
 from forescale.models.mixers.context import Context
 from forescale.models.mixers.gated_deltanet import GatedDeltaNet, ShortConvolution
 

@@ -7,7 +7,7 @@ import torch
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.costs.latent import ranks
-from forescale.models.flops import cache_bytes
+from forescale.models.memory import cache_bytes
 from forescale.models.mixers.context import Context
 from forescale.models.mixers.latent import LatentAttention, PerHead
 from forescale.models.positions.position import positions_of, rotation

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.flops import cache_bytes, count, flops_per_token, shapes
+from forescale.models.flops import count, flops_per_token, shapes
+from forescale.models.memory import cache_bytes
 from forescale.models.mixers.mingru import Recurrence, scan
 
 CONFIG = ModelConfig(num_layers=2, width=64, num_heads=1, vocab_size=32, max_sequence_length=64,

@@ -1,0 +1,137 @@
+"""The bytes that a model keeps beside its weights: activations in training, a cache in decoding.
+
+The only such formulas in the project; those of a mixer or MLP stand in its cost record (costs/).
+Tests compare them with what autograd keeps and what a cache allocates. Imports no torch. A config
+whose vocabulary or longest sequence is unknown raises ValueError.
+"""
+
+from dataclasses import dataclass
+
+from forescale.models.config import ModelConfig
+from forescale.models.costs import MIXERS
+from forescale.models.flops import columns_of, layers_of
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that the forward pass of a micro-batch keeps, and those that the backward pass adds."""
+
+    layers: int  # of all layers; with activation checkpointing only the layers' inputs
+    again: int  # with activation checkpointing: the layer that is being recomputed
+    head: int  # input and output of the final norm, and what a dense head keeps
+    logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient
+    mask: int  # of documents, padding, alibi or a mixer's view, shared by layers
+    kept_logits: int  # the part of `logits` kept by the forward pass, if all fit one chunk
+
+    @property
+    def total(self) -> int:
+        """Maximum of a step."""
+        return self.layers + self.again + self.head + self.logits + self.mask
+
+    @property
+    def saved(self) -> int:
+        """Bytes that autograd keeps at the end of the forward pass."""
+        return self.layers + self.head + self.kept_logits + self.mask
+
+
+def activations(
+    config: ModelConfig,
+    micro_batch: int,
+    sequence_length: int,
+    bytes_per_value: int = 2,
+    masked: bool = False,
+    fused_norms: bool = True,
+) -> Activations:
+    """Return an estimate of the activation memory of one micro-batch, by kind.
+
+    Counts the tensors that autograd keeps (as Korthikanti et al. 2022, arXiv 2205.05198, section
+    4, for this architecture with flash attention), per token and layer, in values of
+    `bytes_per_value` unless marked fp32: inputs (fp32) and outputs of both norms, and what the cost
+    records of the mixer and the MLP give (costs/). If RMSNorm is not one kernel (fused_norms=False:
+    a CPU), its input is kept a second time. The final norm and the logits of one chunk, with their
+    gradients, are added. There, mixers that have a plain form besides a GPU's kernels run in it,
+    and keep Part.plain_bytes more. Dropout adds a byte per value. A masked forward pass (documents
+    or padding) has one mask for all layers, and so has alibi, with a square for each head.
+    Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
+    Attention with dropout keeps more if no flash kernel supports dropout (CPU).
+    """
+    s, b = config.sizes, bytes_per_value
+    rms = 8 if not fused_norms else 4  # bytes of a norm's input
+    norm = rms if config.norm == "rmsnorm" else 4
+    # The part's input, which is a norm's output or the stream itself, and the input of each norm.
+    norms = b + norm * (2 if config.norm_placement == "sandwich" else 1)
+    plain = [(0, 0)] * config.num_blocks
+    if not fused_norms:
+        plain = _plain_forms(config, micro_batch, sequence_length, b, masked)
+    source = micro_batch * columns_of(config, 0, sequence_length)
+    columns = [
+        micro_batch * columns_of(config, i, sequence_length) for i in range(config.num_blocks)
+    ]
+    layers = [
+        count * sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
+        + count * (len(parts) * s.width if config.dropout else 0)
+        + source * sum(p.source_bytes(config, b, rms) for p in parts.values())
+        + inside
+        for count, parts, (inside, _) in zip(columns, layers_of(config), plain, strict=True)
+    ]
+    kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
+    if config.embedding_norm:
+        kept += norm * s.width * micro_batch * sequence_length
+    if config.has_encoder:  # its output, and the norm before it
+        is_kept = config.norms_stream and not config.activation_checkpointing
+        kept += source * s.width * (b + norm * is_kept)
+    tokens, dense = columns[-1], config.head == "dense"
+    chunk = min(tokens, config.loss_chunk or tokens)
+    squares = _squares(config, sequence_length)
+    mask = b * squares * _masks(config, micro_batch, masked, fused_norms)
+    if config.position == "relative":  # buckets in int64, and who sees whom
+        mask += 9 * squares * (micro_batch if masked else 1)
+    return Activations(
+        layers=kept,
+        again=max(layers) if config.activation_checkpointing else 0,
+        head=tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
+        logits=chunk * s.vocab_size * (2 * b + 4),
+        mask=mask + sum(view for _, view in plain),
+        kept_logits=b * tokens * s.vocab_size if chunk == tokens else 0,
+    )
+
+
+def _squares(config: ModelConfig, columns: int) -> int:
+    """Return the values of a mask: L^2, or of an encoder-decoder one for each of its parts."""
+    if not config.has_encoder:
+        return columns**2
+    source, decoder = (columns_of(config, i, columns) for i in (0, config.encoder_layers))
+    return source**2 + decoder**2 + source
+
+
+def _plain_forms(
+    config: ModelConfig, micro_batch: int, columns: int, bytes_per_value: int, masked: bool
+) -> list[tuple[int, int]]:
+    """Return Part.plain_bytes of the mixer of each block, a view only where it is made."""
+    found, made = [], set()
+    for i, name in enumerate(config.mixers):
+        part, length = MIXERS[name], columns_of(config, i, columns)
+        inside, view = part.plain_bytes(config, micro_batch, length, bytes_per_value, masked)
+        is_new = name not in made or part.varies(config)
+        found.append((inside, view if is_new else 0))
+        made.add(name)
+    return found
+
+
+def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:
+    """Return the number of (L, L) squares in the mask: one per row, and with biases per head; none
+    where relative ones are added outside of a kernel."""
+    if not any(parts["mixer"].takes_mask for parts in layers_of(config)):
+        return 0
+    if config.position == "alibi" or (config.position == "relative" and is_fused):
+        return config.sizes.num_heads * (micro_batch if masked else 1)
+    return micro_batch if masked and config.position != "relative" else 0
+
+
+def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
+    """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers; 0 of
+    an encoder-decoder, which decodes with no cache."""
+    if config.has_encoder:
+        return 0
+    mixers = (parts["mixer"] for parts in layers_of(config))
+    return sum(mixer.cache_bytes(config, length, bytes_per_value) for mixer in mixers)

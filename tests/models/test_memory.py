@@ -1,0 +1,111 @@
+"""Activation bytes against what autograd keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from forescale.models import ModelConfig, Transformer
+from forescale.models.memory import activations
+from tests.models.checks import kept_bytes
+from tests.models.test_flops import objective
+
+
+def saved(config, dtype, B=2, documents=False):
+    """Bytes that autograd keeps after a forward pass, beside the weights."""
+    L = config.max_sequence_length
+    model, x = Transformer(config).to(dtype), torch.zeros(B, L, dtype=torch.long)
+    # oneDNN's LSTM keeps a workspace of its own.
+    with torch.backends.mkldnn.flags(enabled=config.mixer != "lstm"):
+        return kept_bytes(
+            model, lambda: objective(model(x, x, documents_BL=x if documents else None))
+        )
+
+
+SIZES = [
+    dict(num_layers=4, width=256, vocab_size=512, max_sequence_length=128),
+    dict(num_layers=2, width=128, vocab_size=4096, max_sequence_length=256),
+    dict(num_layers=6, width=64, vocab_size=300, max_sequence_length=64, num_heads=4),
+]
+CHANGES = [
+    dict(),
+    dict(qk_norm=False),
+    dict(num_kv_heads=1),
+    dict(mlp="relu2", tie_embeddings=True, position="sinusoidal"),
+    dict(mlp="gelu", norm="layernorm", qk_norm=False, position="learned", bias=True),
+    dict(position="alibi", num_kv_heads=1),
+    dict(mixer="mingru"),
+    dict(mixer="lstm"),
+    dict(norm_placement="post", qk_norm_over="layer"),
+    dict(norm_placement="sandwich", mlp="geglu", norm="layernorm"),
+    dict(position="relative", num_kv_heads=1),
+    dict(norm_placement="residual", norm="layernorm", qk_norm=False, mlp="relu"),
+    dict(embedding_norm=True, head="dense", mlp="gelu_exact", position="learned"),
+    dict(attention_gate="head"),
+    dict(attention_gate="channel", logit_softcap=30.0),
+    dict(mixer="gated_deltanet"),
+    dict(mixer="latent"),
+    dict(mixer="latent", position="relative"),
+    dict(mixer="latent", position="alibi", latent_query_rank=48),
+    dict(mlp="moe"),
+    dict(mlp="moe", moe_z_loss=0.0, moe_renormalise=False, moe_width=96, moe_dense_layers=1),
+    dict(mlp="moe", moe_scores="sigmoid", moe_experts=16, moe_top_k=4, moe_shared=1, moe_width=64),
+    dict(mlp="moe", moe_capacity=1.5),
+    dict(mixer="window", window=24),
+    dict(mixer="window", window=20, global_tokens=4, num_kv_heads=1),
+    dict(mixer="block_sparse", sparse_block=8),
+    dict(mixer="block_sparse", sparse_block=16, sparse_local=2, sparse_pattern="bigbird"),
+    dict(activation_checkpointing=True),
+    dict(loss_chunk=0),
+    dict(loss_chunk=64),
+]
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_activations_are_what_autograd_keeps(change, dtype, documents):
+    """On a CPU, where RMSNorm is several kernels."""
+    # Each size with some of the changes, and all with none.
+    turn = CHANGES.index(change) + documents + dtype.itemsize // 2
+    for sizes in [SIZES[turn % len(SIZES)]] if change else SIZES:
+        config = ModelConfig(**sizes, **change)
+        length, size = config.max_sequence_length, dtype.itemsize
+        estimate = activations(config, 2, length, size, documents, fused_norms=False).saved
+        assert saved(config, dtype, documents=documents) == pytest.approx(estimate, rel=0.03)
+
+
+def test_fused_norms_keep_less():
+    config = ModelConfig(**SIZES[0])
+    fused, several = (activations(config, 2, 128, fused_norms=f) for f in (True, False))
+    assert fused.layers < several.layers
+    layered = replace(config, norm="layernorm", qk_norm=False)
+    fused, several = (activations(layered, 2, 128, fused_norms=f) for f in (True, False))
+    assert fused == several
+
+
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_the_mask_is_kept_once_for_all_layers(num_layers):
+    sizes = dict(width=8, num_heads=1, vocab_size=8, max_sequence_length=256)
+    config = ModelConfig(num_layers=num_layers, **sizes)
+    model, x = Transformer(config), torch.zeros(2, 256, dtype=torch.long)
+    squares = {}
+
+    def pack(tensor):
+        if tensor.shape[-2:] == (256, 256):
+            squares[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x, x, documents_BL=x)
+    plain, masked = (activations(config, 2, 256, 4, masked=m).total for m in (False, True))
+    assert sum(s.nbytes() for s in squares.values()) == masked - plain
+
+
+def test_activation_checkpointing_keeps_one_layer_and_the_inputs():
+    config = ModelConfig(depth=12, vocab_size=8, max_sequence_length=128, loss_chunk=1)
+    whole = activations(config, 1, 128).total
+    kept = activations(replace(config, activation_checkpointing=True), 1, 128).total
+    inputs = 12 * 128 * 768 * 2
+    assert kept - inputs < whole / 8
