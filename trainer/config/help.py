@@ -111,8 +111,9 @@ def _comments() -> dict[str, str]:
     metadata."""
     source = inspect.getsource(ModelConfig)
     beside = re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
-    above = re.findall(r"^    # (.*)\n    (\w+): [^#]*$", source, re.MULTILINE)
-    found = {**{name: text for text, name in above}, **dict(beside)}
+    above = re.findall(r"^((?:    # .*\n)+)    (\w+): [^#\n]*$", source, re.MULTILINE)
+    joined = {name: " ".join(re.findall("# (.*)", lines)) for lines, name in above}
+    found = {**joined, **dict(beside)}
     return {f"model.{name}": text.replace("None:", "null:") for name, text in found.items()}
 
 

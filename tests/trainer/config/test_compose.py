@@ -223,7 +223,9 @@ def test_the_manual_says_every_key_and_every_choice():
         rows = {words[0]: words for words in begun}
         assert not [path for path in leaves(schema) if len(rows[path]) < 3], "keys without help"
         assert all(choice in page for g in groups(schema).values() for choice in g.files)
-    assert "! optimizer.learning_rate        0.02 " in explain(TrainJob, "")
+    page = " ".join(explain(TrainJob, "").split())
+    assert "! optimizer.learning_rate 0.02 " in page
+    assert "pre pre | post | sandwich: before a part" in page, "a comment of several lines is whole"
 
 
 def test_every_file_of_the_tree_opens_with_what_it_is():
