@@ -177,31 +177,36 @@ class TrainJob(Job):
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
-        writes = self.objective.is_next_token or self.objective.kind == "seq2seq"
-        if not getattr(self.model, "causal", True) and writes:
-            what = "a model that sees later tokens is shown the token that it must predict"
-            todo = "leave it out, or give objective.kind=masked, which hides its targets"
-            found.append(("model.causal", what, todo))
-        if getattr(self.model, "causal", False) and self.objective.spec.sees_both_sides:
-            what = f"objective {self.objective.kind} is for a model that sees both sides"
-            found.append(("model.causal", what, "write model.causal=false"))
-        if getattr(self.model, "encoder_layers", 0) and self.objective.is_next_token:
-            what = "an encoder-decoder needs rows of a source and a target"
-            found.append(("model.encoder_layers", what, "write objective.kind=seq2seq"))
-        if self.data.document_mask and self.objective.kind == "seq2seq":
-            what = "source and target of seq2seq have the documents of a window, not their own"
-            found.append(("data.document_mask", what, "leave it out"))
-        if self.data.packing == "best_fit" and not self.objective.is_next_token:
-            what = (
-                f"best_fit counts next tokens, not the targets of objective {self.objective.kind}"
-            )
-            found.append(("data.packing", what, "write data.packing=windows"))
+        found += self._objective_problems()
         if not has_length:
             return found  # the train section reports it; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
             found.append(("train.tokens", what, "train longer or lower train.global_batch"))
         return found + self._length_problems()
+
+    def _objective_problems(self) -> Problems:
+        """Rules of the objective with the model that it trains and the data that it reads."""
+        kind, layers = self.objective.kind, getattr(self.model, "encoder_layers", 0)
+        found: Problems = []
+        writes = self.objective.is_next_token or (kind == "seq2seq" and not layers)
+        if not getattr(self.model, "causal", True) and writes:
+            what = "a model that sees later tokens is shown the token that it must predict"
+            todo = "leave it out, or give objective.kind=masked, which hides its targets"
+            found.append(("model.causal", what, todo))
+        if getattr(self.model, "causal", False) and self.objective.spec.sees_both_sides:
+            what = f"objective {kind} is for a model that sees both sides"
+            found.append(("model.causal", what, "write model.causal=false"))
+        if layers and self.objective.is_next_token:
+            what = "an encoder-decoder needs rows of a source and a target"
+            found.append(("model.encoder_layers", what, "write objective.kind=seq2seq"))
+        if self.data.document_mask and kind == "seq2seq":
+            what = "source and target of seq2seq have the documents of a window, not their own"
+            found.append(("data.document_mask", what, "leave it out"))
+        if self.data.packing == "best_fit" and not self.objective.is_next_token:
+            what = f"best_fit counts next tokens, not the targets of objective {kind}"
+            found.append(("data.packing", what, "write data.packing=windows"))
+        return found
 
     def _batch_problems(self, ranks: int) -> Problems:
         at_once = self.train.micro_batch * ranks
