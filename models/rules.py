@@ -7,7 +7,7 @@ what to do. What only one mixer or MLP reads has its rules beside its costs. Imp
 import math
 from typing import TYPE_CHECKING
 
-from forescale.models.costs import MIXERS, MLPS
+from forescale.models.costs import CROSS, MIXERS, MLPS
 from forescale.models.costs.record import Problem, below_1
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ def _of_values(config: "ModelConfig") -> list[Problem]:
     if config.rope_fraction is not None and not 0 < config.rope_fraction <= 1:
         found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))
     if not 0 <= config.dropout < 1:
-        found.append(("dropout", f"{config.dropout} is not a probability below 1", "give 0 to 1"))
+        found.append(
+            ("dropout", f"{config.dropout} is not a probability below 1", "give 0 or more, below 1")
+        )
     if config.init_std is not None and not 0 < config.init_std < math.inf:
         found.append(("init_std", "must be above 0", "leave it out for the rule"))
     return found
@@ -153,6 +155,7 @@ def _of_parts(config: "ModelConfig", full: "ModelConfig", longest: int | None) -
     """Return the broken rules of mixers and MLP, each of its own keys, and the keys that are given
     though no part of the model reads them. full: config.sized(); longest: sequence, if known."""
     parts = [*(MIXERS[name] for name in config.mixers_used), MLPS[config.mlp]]
+    parts += [CROSS] if config.has_encoder else []
     found = [problem for part in parts for problem in part.problems(config, full, longest)]
     read = {key for part in parts for key in part.keys}
     for kind, table in (("mixer", MIXERS), ("mlp", MLPS)):

@@ -53,4 +53,5 @@ CROSS = Part(
     writes=ATTENTION.writes,
     per_head=ATTENTION.per_head,
     folds=ATTENTION.folds,
+    keys=ATTENTION.keys,
 )

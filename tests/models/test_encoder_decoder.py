@@ -265,3 +265,13 @@ def test_each_stack_starts_by_its_own_depth():
     model = Transformer(deep)
     spread = [model.blocks[i].mixer.output.weight.std().item() for i in (0, 8)]
     assert spread[0] / spread[1] == pytest.approx((2 * 8 / (3 * 2)) ** -0.5, rel=0.02)
+
+
+def test_keys_that_attention_to_the_encoder_alone_reads_have_an_effect():
+    config = ModelConfig(
+        num_layers=1, encoder_layers=1, width=32, num_heads=4, vocab_size=40, mixer="latent",
+        max_sequence_length=24, source_length=12,
+    )  # fmt: skip
+    gated = replace(config, attention_gate="head")
+    assert not gated.problems()
+    assert set(shapes(gated)) - set(shapes(config)) == {"blocks.1.cross.gate.weight"}
