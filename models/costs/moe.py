@@ -95,7 +95,7 @@ def _of_values(c: "ModelConfig") -> list[Problem]:
     for name in ("balance_loss", "z_loss", "bias_speed", "capacity"):
         value = getattr(c, f"moe_{name}")
         if not 0 <= value < float("inf"):
-            add(name, f"{value} must be 0 or more", "give 0 to switch it off")
+            add(name, f"{value} is not 0 or more", "give 0 to switch it off")
     most = c.moe_experts / max(1, c.moe_top_k)
     if most < c.moe_capacity < float("inf"):
         what = f"with {c.moe_capacity:g} an expert has more places than there are tokens"

@@ -137,10 +137,12 @@ def plain_view(pattern: Window | Sparse, columns: Columns) -> Blocks:
     seen = see(row_R111, row_R111, own_NC1, span_N1S.clamp(0, total - 1)) & inside
     seen_RNCS, extra_RNE = seen.view(-1, *seen.shape[-3:]), None
     if layout.extra:
-        told = (positions if positions.dim() == 2 else positions[None])[:, first_N]
-        extra_RNE = _extra(pattern, told, total, length, aligned)
-        is_far = (extra_RNE >= 0) & (extra_RNE + (first_N - told)[..., None] < span_N1S[:, 0, :1])
-        extra_RNE = (extra_RNE + (first_N - told)[..., None]).clamp(0, total - 1)
+        place_RN = (positions if positions.dim() == 2 else positions[None])[:, first_N]
+        extra_RNE = _extra(pattern, place_RN, total, length, aligned)
+        is_far = (extra_RNE >= 0) & (
+            extra_RNE + (first_N - place_RN)[..., None] < span_N1S[:, 0, :1]
+        )
+        extra_RNE = (extra_RNE + (first_N - place_RN)[..., None]).clamp(0, total - 1)
         seen = see(row_R111, row_R111, own_NC1, extra_RNE[:, :, None]) & is_far[:, :, None]
         seen_RNCS = torch.cat([seen.expand(len(seen_RNCS), -1, -1, -1), seen_RNCS], -1)
     mask = additive_mask(seen_RNCS[:, :, None], columns.dtype)
