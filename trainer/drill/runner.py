@@ -125,8 +125,9 @@ class Drill:
         try:
             while process.poll() is None and time.time() < began + self.limit:
                 if signal_at is not None and self._has_made(run, signal_at):
-                    process.send_signal(signal.SIGTERM)
+                    # Before it is sent: on a busy machine the ranks may answer first.
                     self._signalled, signal_at = time.time(), None
+                    process.send_signal(signal.SIGTERM)
                 time.sleep(0.01)
             code = process.poll()
         finally:
