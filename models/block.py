@@ -48,7 +48,8 @@ class Block(nn.Module):
     and the encoder's last block ends with a norm, unless the stream is normed.
 
     With experts (is_routed) it returns the Routing too: as an output, because what is computed
-    again for the backward pass then counts once.
+    again for the backward pass then counts once. The first layer of a value residual (gives_values)
+    returns its values before that.
     """
 
     def __init__(self, config: ModelConfig, layer: int = 0):
@@ -68,6 +69,7 @@ class Block(nn.Module):
         self.mlp = named(parts["mlp"].module)(config)
         self.mlp_post_norm = make_norm(config) if after else None
         self.is_routed = parts["mlp"].is_routed
+        self.gives_values = bool(config.value_residual) and layer == 0
         self.output_norm = make_norm(config) if is_last and config.norms_stream else None
         self.norms_sum = config.norm_placement == "residual"
         self.dropout = nn.Dropout(config.dropout)
@@ -78,8 +80,10 @@ class Block(nn.Module):
 
         Activation checkpointing tracks only tensors that are direct arguments.
         """
-        own, routing = Context(*context), ()
+        own, more = Context(*context), []
         y_BLD = self.mixer(normed(self.mixer_norm, x_BLD), own)
+        if self.gives_values:
+            y_BLD, *more = y_BLD
         x_BLD = self._add(x_BLD, y_BLD, self.mixer_post_norm)
         if self.cross is not None:
             y_BLD = self.cross(normed(self.cross_norm, x_BLD), own)
@@ -87,11 +91,12 @@ class Block(nn.Module):
         y_BLD = normed(self.mlp_norm, x_BLD)
         if self.is_routed:
             y_BLD, routing = self.mlp(y_BLD, own.counted)
+            more = [*more, *routing]
         else:
             y_BLD = self.mlp(y_BLD)
         x_BLD = self._add(x_BLD, y_BLD, self.mlp_post_norm)
         x_BLD = normed(self.output_norm, x_BLD)
-        return (x_BLD, *routing) if self.is_routed else x_BLD
+        return (x_BLD, *more) if more else x_BLD
 
     def _add(self, x_BLD: Tensor, y_BLD: Tensor, norm: nn.Module | None) -> Tensor:
         """Return the stream after a part's output y, with the norm that comes after, if any."""

@@ -127,6 +127,8 @@ class ModelConfig:
     qk_norm_over: str = "head"  # head | layer: over each head alone, or over all of them (OLMo 2)
     # none | head | channel: a sigmoid of the input gates what each head (or channel) gives.
     attention_gate: str = "none"
+    # The part of each later layer's values that are the first layer's (ResFormer: 0.5); 0: none.
+    value_residual: float = 0.0
     scale_embedding: bool = False  # multiply the embedding by sqrt(width), as Gemma
     logit_softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
     head: str = "linear"  # linear | dense: BERT's: dense, GELU and norm first, a bias of each logit

@@ -75,6 +75,8 @@ def activations(
         for count, parts, (inside, _) in zip(columns, layers_of(config), plain, strict=True)
     ]
     kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
+    if config.activation_checkpointing and config.value_residual:  # an input of the later layers
+        kept += b * s.kv_width * columns[0]
     if config.embedding_norm:
         kept += norm * s.width * micro_batch * sequence_length
     if config.has_encoder:  # its output, and the norm before it

@@ -194,6 +194,8 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
     if config.scale_embedding and config.position == "sinusoidal":
         what = "sinusoidal positions scale the embedding already"
         found.append(("scale_embedding", what, "leave it out"))
+    if config.value_residual:
+        found += _of_value_residual(config)
     if kind != "none" and config.position != "rotary":
         what = f"{kind} scales rotary positions, not {config.position}"
         found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
@@ -227,6 +229,24 @@ def _of_relative(config: "ModelConfig") -> list[Problem]:
     if config.relative_distance <= count // 2:
         what = f"{config.relative_distance} leaves no far distances for half of {count} entries"
         return [("relative_distance", what, f"give more than {count // 2}")]
+    return []
+
+
+def _of_value_residual(config: "ModelConfig") -> list[Problem]:
+    """Return the broken rules of a mixture of the first layer's values into those of others."""
+    if not 0 < config.value_residual < 1:
+        what = f"{config.value_residual} is no part of a layer's values"
+        return [("value_residual", what, "give above 0 and below 1, or 0 for none")]
+    if config.encoder_layers:
+        what = "an encoder and a decoder have no first layer in common"
+        return [("value_residual", what, "leave it out, or leave out encoder_layers")]
+    if (config.num_layers or config.depth) == 1:
+        what = "the only layer has no earlier one, whose values it could take"
+        return [("value_residual", what, "leave it out, or give more layers")]
+    others = [name for name in config.mixers_used if not MIXERS[name].takes_values]
+    if others and len(others) < len(config.mixers_used):
+        what = f"mixer {others[0]} has no values of attention, and all layers need them"
+        return [("value_residual", what, "leave it out, or choose other mixers")]
     return []
 
 

@@ -185,9 +185,11 @@ class Transformer(nn.Module):
                 out = checkpoint(block, x_BLD, *context, use_reentrant=False)
             else:
                 out = block(x_BLD, *context)
-            x_BLD = out[0] if block.is_routed else out
+            x_BLD, *more = out if isinstance(out, tuple) else (out,)
+            if block.gives_values:
+                context = context._replace(values=more.pop(0))
             if block.is_routed:
-                routings.append(Routing(*out[1:]))
+                routings.append(Routing(*more))
         return x_BLD, routings
 
     def _decoded(self, tokens_BL: Tensor, real_BL: Tensor | None) -> Tensor:

@@ -86,7 +86,7 @@ def plain_bytes(
     return micro_batch * length * (4 * (3 * s.width + s.num_heads * length) - kernel), 0
 
 
-KEYS = ("qk_norm_over", "attention_gate")
+KEYS = ("qk_norm_over", "attention_gate", "value_residual")
 ATTENTION = Part(
     module="forescale.models.mixers.attention.Attention",
     shapes=_shapes,
@@ -100,4 +100,5 @@ ATTENTION = Part(
     plain_bytes=plain_bytes,
     takes_future=True,
     takes_biases=True,
+    takes_values=True,
 )

@@ -87,6 +87,8 @@ class Part:
     turning: the default of rope_fraction, the part of each head that rotates.
     takes_mask: the mixer reads context.mask; without such a mixer no mask is built.
     takes_future: the mixer lets a token see later ones where config.causal is false.
+    takes_values: with config.value_residual the mixer returns (y_BLD, its values) in the first
+        layer, and mixes those into its own in the later ones, which find them in context.values.
     takes_biases: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
         that it may have the biases of alibi (alibi.biased_mask) or of relative positions.
     viewer: the dotted name of a function (config, layer) -> a function of mixers/context.Columns
@@ -121,6 +123,7 @@ class Part:
     takes_mask: bool = True
     takes_future: bool = False
     takes_biases: bool = False
+    takes_values: bool = False
     viewer: str = ""
     varies: Callable[["ModelConfig"], bool] = _never
     plain_bytes: Callable[["ModelConfig", int, int, int, bool], tuple[int, int]] = _no_plain_form

@@ -43,6 +43,7 @@ _PLAIN = {
     "head": "linear",
     "qk_norm_over": "head",
     "attention_gate": "none",
+    "value_residual": 0.0,
     "rope_fraction": 1.0,
     "logit_softcap": 0.0,
     "scale_embedding": False,

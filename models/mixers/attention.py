@@ -1,5 +1,7 @@
 """Self-attention, multi-head or grouped-query, with QK-norm, masks and a cache."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +48,11 @@ class Attention(nn.Module):
     heads, as in Qwen3; or one norm over all heads, as in OLMo 2 (2024, arXiv 2501.00656). The gate,
     a sigmoid of the layer's input for each head or channel, multiplies the heads' outputs (Qiu et
     al. 2025, arXiv 2505.06708).
+
+    With value_residual (Zhou et al. 2024, arXiv 2410.17897, section 3, with constant coefficients)
+    the first layer returns its values too, (B, L, G, K), and a later one attends to the mean of its
+    own values and those, with weights 1 - value_residual and value_residual. A cache keeps the
+    mean. Doubt: the paper finds learned weights a little better.
     """
 
     def __init__(self, config: ModelConfig):
@@ -53,6 +60,7 @@ class Attention(nn.Module):
         s = config.sizes
         self.num_heads, self.num_kv_heads = s.num_heads, s.num_kv_heads
         self.dropout, self.causal = config.dropout, config.causal
+        self.value_residual = config.value_residual
         bias, scale = config.bias, scales(config)
         self.scale, std = scale.attention, scale.hidden_std
         self.query = Linear(s.width, s.width, bias, std)
@@ -68,21 +76,25 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(s.width if self.norms_layer else s.head_dim, config.norm_eps)
             self.key_norm = RMSNorm(s.kv_width if self.norms_layer else s.head_dim, config.norm_eps)
 
-    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+    def forward(self, x_BLD: Tensor, context: Context) -> Any:
         return self.attend(x_BLD, x_BLD, context)
 
-    def attend(self, x_BLD: Tensor, source_BSD: Tensor, context: Context) -> Tensor:
-        """Return what each token of x, (B, L, D), takes from the source, (B, S, D)."""
+    def attend(self, x_BLD: Tensor, source_BSD: Tensor, context: Context) -> Any:
+        """Return what each token of x, (B, L, D), takes from the source, (B, S, D); in the first
+        layer of a value residual, with the values."""
         B, L, _ = x_BLD.shape
         q_BLHK = self._heads(self.query(x_BLD), self.query_norm, self.num_heads)
         k_BLGK = self._heads(self.key(source_BSD), self.key_norm, self.num_kv_heads)
         v_BLGK = self._heads(self.value(source_BSD), None, self.num_kv_heads)
+        if context.values is not None:
+            v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
         if context.rotation is not None:
             q_BLHK, k_BLGK = rotate(q_BLHK, context.rotation), rotate(k_BLGK, context.rotation)
         y_BLHK = self._attend(q_BLHK, k_BLGK, v_BLGK, context)
         if self.gate is not None:
             y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().view(B, L, self.num_heads, -1)
-        return self.output(y_BLHK.reshape(B, L, -1))
+        y_BLD = self.output(y_BLHK.reshape(B, L, -1))
+        return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
 
     def _heads(self, x_BLD: Tensor, norm: RMSNorm | None, heads: int) -> Tensor:
         """Return (B, L, heads, K), normed over each head or before over all of them."""

@@ -30,7 +30,8 @@ class Context(NamedTuple):
     (B, L): the tokens that count for the balance of experts; None: all. source (B, S, D): the
     encoder's output, in the decoder of an encoder-decoder. source_mask (B, 1, 1, S): added to the
     scores of its tokens. view: what the viewer of the mixer's cost record (Part.viewer) made of the
-    Columns of this forward pass.
+    Columns of this forward pass. values (B, L, G, K): of the first layer, in the later layers with
+    value_residual.
     """
 
     rotation: Rotation | None = None
@@ -42,6 +43,7 @@ class Context(NamedTuple):
     source: Tensor | None = None
     source_mask: Tensor | None = None
     view: Any = None
+    values: Tensor | None = None
 
 
 class Columns(NamedTuple):

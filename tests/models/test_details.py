@@ -11,7 +11,7 @@ import torch
 from forescale.models import ModelConfig, Transformer
 from forescale.models.mixers.attention import Attention
 from forescale.models.mixers.context import Context
-from forescale.models.positions.position import rotation
+from forescale.models.positions.position import rotate, rotation
 
 BASE = ModelConfig(
     num_layers=2,
@@ -67,6 +67,46 @@ def test_a_gate_of_a_head_multiplies_all_of_its_channels():
     torch.testing.assert_close(gated.view(2, 12, 4, 16), expected)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_later_layers_attend_to_values_mixed_with_those_of_the_first(checkpointing):
+    """Against a loop over layers that keeps the first values in a variable, with gradients."""
+    sizes = dict(num_layers=3, value_residual=0.25)
+    model = Transformer(replace(BASE, **sizes, activation_checkpointing=checkpointing))
+    tokens, starts = (
+        torch.arange(24).view(2, 12),
+        torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]),
+    )
+    documents = starts.expand(2, 12)
+    mask_LL = (starts[:, None] == starts) & torch.ones(12, 12, dtype=torch.bool).tril()
+    turn = rotation(torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 4]), model.config)
+    x_BLD, first = model.embedding(tokens), None
+    for block in model.blocks:
+        mixer, y_BLD = block.mixer, block.mixer_norm(x_BLD)
+        heads = (
+            linear(y_BLD).unflatten(-1, (-1, 16))
+            for linear in (mixer.query, mixer.key, mixer.value)
+        )
+        q_BLHK, k_BLGK, v_BLGK = heads
+        q_BLHK, k_BLGK = mixer.query_norm(q_BLHK), mixer.key_norm(k_BLGK)
+        first = v_BLGK if first is None else first
+        v_BLGK = 0.75 * v_BLGK + 0.25 * first
+        k_BLHK, v_BLHK = (x.repeat_interleave(2, 2) for x in (rotate(k_BLGK, turn), v_BLGK))
+        scores = torch.einsum("blhk,bshk->bhls", rotate(q_BLHK, turn), k_BLHK) / 4
+        shares = scores.masked_fill(~mask_LL, -torch.inf).softmax(-1)
+        y_BLD = torch.einsum("bhls,bshk->blhk", shares, v_BLHK).flatten(2)
+        x_BLD = x_BLD + mixer.output(y_BLD)
+        x_BLD = x_BLD + block.mlp(block.mlp_norm(x_BLD))
+    expected, found = model.head(model.norm(x_BLD)), model(tokens, documents_BL=documents)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_logits_stay_within_the_cap():
     model, tokens = Transformer(replace(BASE, logit_softcap=2.0)), torch.arange(12).view(1, 12)
     plain = Transformer(BASE)
@@ -102,6 +142,15 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
         (dict(mixer_pattern=["mingru", "attention", "mingru"]), "mixer_pattern", "3 mixers for 2"),
         (dict(mixer_pattern=["mamba"]), "mixer_pattern", "unknown value 'mamba'"),
         (dict(causal=False, mixer="mingru"), "causal", "later"),
+        (dict(value_residual=1.0), "value_residual", "no part"),
+        (dict(value_residual=0.5, mixer="mingru"), "value_residual", "without mixer attention"),
+        (
+            dict(value_residual=0.5, mixer_pattern=["latent", "attention"]),
+            "value_residual",
+            "mixer latent has no values",
+        ),
+        (dict(value_residual=0.5, num_layers=1), "value_residual", "only layer"),
+        (dict(value_residual=0.5, encoder_layers=1), "value_residual", "in common"),
         (dict(delta_conv=2), "delta_conv", "no effect without mixer gated_deltanet"),
         (dict(latent_rank=8), "latent_rank", "no effect without mixer latent"),
         (dict(attention_gate="head", mixer="lstm"), "attention_gate", "without mixer attention"),

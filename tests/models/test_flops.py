@@ -37,6 +37,7 @@ VARIANTS += [
     replace(BASE, norm_placement="sandwich", mlp="geglu", scale_embedding=True, bias=True),
     replace(BASE, attention_gate="head", logit_softcap=30.0, rope_fraction=0.5),
     replace(BASE, attention_gate="channel", bias=True),
+    replace(BASE, value_residual=0.5, num_kv_heads=1, bias=True),
 ]
 # Those whose outer parts differ from the others'.
 OUTER = [
@@ -99,7 +100,7 @@ def objective(output):
 def test_flops_of_every_choice_exactly():
     """Every thirteenth variant: that meets every pair of choices."""
     B, L = 2, 16
-    for config in [*VARIANTS[:-4:13], *VARIANTS[-4:], *OUTER]:
+    for config in [*VARIANTS[:-5:13], *VARIANTS[-5:], *OUTER]:
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 

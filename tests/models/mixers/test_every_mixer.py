@@ -30,9 +30,13 @@ SPARED = {"lstm": 2 * 4 * 32 * 32}  # the gradient of the state before the first
 BREAKS = {"lstm": "torch.compile can't trace nn.LSTM, and breaks the graph around it"}
 # Patterns of several mixers; the first of each name above is tested alone.
 PATTERNS = [[name] for name in MIXERS] + [["mingru", "attention"], ["window", "attention"]]
+# Two that share the values of the first layer, by the name of what they have besides.
+RESIDUAL = [["attention", "value_residual"], ["window", "attention", "value_residual"]]
 
 
 def small(pattern: list[str], **more) -> ModelConfig:
+    if pattern[-1] == "value_residual":
+        return small(pattern[:-1], value_residual=0.5, **more)
     sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
     settings = {k: v for name in pattern for k, v in SETTINGS.get(name, {}).items()}
     # A standard deviation so large that a leak could not hide in rounding.
@@ -53,7 +57,7 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-pytestmark = pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
+pytestmark = pytest.mark.parametrize("pattern", PATTERNS + RESIDUAL, ids="-".join)
 
 
 @torch.no_grad()
