@@ -105,18 +105,14 @@ def test_activation_checkpointing_changes_no_gradient(dropout):
         assert torch.equal(gradients(plain.eval(), 1)[0], gradients(plain.eval(), 2)[0])
 
 
+@pytest.mark.slow  # seconds each
 @pytest.mark.parametrize(
     "change",
     [
         {},
-        *(
-            pytest.param(change, marks=pytest.mark.slow)  # seconds each
-            for change in (
-                {"tie_embeddings": True, "z_loss": 1e-4},
-                {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
-                {"activation_checkpointing": True, "mlp": "relu2", "position": "sinusoidal"},
-            )
-        ),
+        {"tie_embeddings": True, "z_loss": 1e-4},
+        {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
+        {"activation_checkpointing": True, "mlp": "relu2", "position": "sinusoidal"},
     ],
 )
 def test_compiles_as_one_graph(change):
