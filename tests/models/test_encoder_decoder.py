@@ -275,3 +275,10 @@ def test_keys_that_attention_to_the_encoder_alone_reads_have_an_effect():
     gated = replace(config, attention_gate="head")
     assert not gated.problems()
     assert set(shapes(gated)) - set(shapes(config)) == {"blocks.1.cross.gate.weight"}
+
+
+def test_a_normed_stream_has_no_norm_at_the_end_of_encoder_and_decoder():
+    model = build(SMALL, norm_placement="residual")
+    named = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert list(shapes(model.config).items()) == list(named.items())
+    assert not [name for name in named if name.startswith("norm") or "output_norm" in name]

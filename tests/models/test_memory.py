@@ -111,3 +111,12 @@ def test_activation_checkpointing_keeps_one_layer_and_the_inputs():
     kept = activations(replace(config, activation_checkpointing=True), 1, 128).total
     inputs = 12 * 128 * 768 * 2
     assert kept - inputs < whole / 8
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
+def test_checkpointing_keeps_the_values_of_the_first_layer_for_the_later_ones():
+    plain = ModelConfig(**SIZES[0], activation_checkpointing=True)
+    mixed = replace(plain, value_residual=0.5)
+    kept = [saved(config, torch.float32) for config in (plain, mixed)]
+    counted = [activations(c, 2, 128, 4, fused_norms=False).saved for c in (plain, mixed)]
+    assert kept[1] - kept[0] == counted[1] - counted[0] == 4 * 256 * 2 * 128

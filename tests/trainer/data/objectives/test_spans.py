@@ -136,3 +136,12 @@ def test_held_out_rows_rebuild_the_split(dataset):
         kept = size - 1 - ((size - 1) % length == 1)  # a last window of one token has no span
         text += split.read(shard, 0, kept).tolist()
     assert found == text
+
+
+def test_spans_depend_on_seed_and_number_alone():
+    text = np.repeat(np.random.default_rng(0).integers(0, V, (1, 65)).astype("<u2"), 3, 0)
+    numbers, sizes = np.array([5, 6, 5]), np.full(3, 65)
+    one, other = (Spans(V, seed, 80).examples(text, sizes, numbers) for seed in (1, 2))
+    assert np.array_equal(one[:, 0], one[:, 2])
+    assert not np.array_equal(one[:, 0], one[:, 1])
+    assert not np.array_equal(one[:, 0], other[:, 0])

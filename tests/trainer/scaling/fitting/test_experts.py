@@ -12,6 +12,7 @@ from forescale.scaling.fitting.experts import EXPERTS
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA, compute_optimal
 from forescale.scaling.fitting.points import Points
+from forescale.scaling.report.figures import Figures
 from tests.trainer.scaling.some_laws import MIXTURE
 
 DENSE = {s: MIXTURE[s] for s in CHINCHILLA.symbols}
@@ -104,3 +105,24 @@ def test_total_parameters_are_refused_and_other_laws_doubted():
         StudyFit(table, StudyJob(input=["x"], form="experts"), "runs")
     said = study(points, form="chinchilla").doubts
     assert "write form=experts" in said[0]
+
+
+def test_each_expansion_has_its_own_best_runs_of_a_budget():
+    """The dense runs, all worse than those with experts, are fitted too."""
+    n = np.tile(np.geomspace(1e8, 1e9, 7), 6)
+    budget, expansion = np.repeat([1e20, 4e20, 1.6e21], 14), np.tile(np.repeat([1.0, 32.0], 7), 3)
+    own = {"parameters": n, "tokens": budget / 6 / n, "expansion": expansion}
+    table = pd.DataFrame(own | {"loss": EXPERTS.predict(MIXTURE, **own), "budget": budget})
+    made = StudyFit(table, StudyJob(input=["x"], form="chinchilla", near=0.01), "runs")
+    kept = table[made.is_fitted].groupby(["budget", "expansion"]).size()
+    assert len(kept) == 6
+    assert kept.min() >= 3
+    assert isinstance(made.isoflop, str)
+
+
+def test_figures_are_of_the_targets_expansion():
+    target = TargetPoint(parameters=4e9, tokens=1e11, expansion=16)
+    figures = Figures(made := study(runs(n=120), target=target), "active", "6ND", "nats")
+    n, d = compute_optimal(EXPERTS, made.fit.vector, figures.grid, expansion=16)
+    best = made.fit.predict(parameters=n, tokens=d, expansion=np.full_like(n, 16))
+    np.testing.assert_allclose(figures.frontier["loss"][0], best)
