@@ -98,17 +98,19 @@ def _print(
     part = "" if job.windows is None else f", {found.windows:,} windows spread over it"
     objective = view.config.objective
     is_other, targets = not objective.spec.continues_text, objective.spec.targets
-    name = "pseudo-perplexity" if is_other else "perplexity"
+    # What a decoder writes of spans has a probability of its own; masked tokens have none together.
+    name = "pseudo-perplexity" if objective.spec.sees_both_sides else "perplexity"
+    wide = max(len("bits per byte"), len(name), len(targets))
     of = f" of {targets}; not comparable with a causal model's" if is_other else ""
     print(
         f"Run {view.name}, step {position.step:,} ({position.tokens:,} tokens), in fp32, on the "
         f"{job.split} split of {dataset.where}{part}\n"
         f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n\n"
-        f"  bits per byte  {found.bits_per_byte:.4f}{of}\n"
-        f"  loss           {found.loss:.4f} ± {found.loss_stderr:.4f} nats a token\n"
-        f"  {name:<14} {found.perplexity:.2f} (only comparable under this tokenizer)\n"
-        f"  {targets:<14} {found.targets:,}\n"
-        f"  bytes          {found.bytes:,}"
+        f"  {'bits per byte':<{wide}}  {found.bits_per_byte:.4f}{of}\n"
+        f"  {'loss':<{wide}}  {found.loss:.4f} ± {found.loss_stderr:.4f} nats a token\n"
+        f"  {name:<{wide}}  {found.perplexity:.2f} (only comparable under this tokenizer)\n"
+        f"  {targets:<{wide}}  {found.targets:,}\n"
+        f"  {'bytes':<{wide}}  {found.bytes:,}"
     )
     if is_other:
         return
