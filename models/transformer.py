@@ -18,7 +18,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.experts.balance import Routing, Tallies, penalty_of, that_count
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
-from forescale.models.head import Transform, Vocabulary
+from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import additive_mask, visible_keys

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from forescale.models.loss import IGNORE
+from forescale.models.heads.loss import IGNORE
 
 if TYPE_CHECKING:
     from forescale.models.experts.moe import MixtureOfExperts

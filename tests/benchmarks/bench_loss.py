@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from forescale.engine.build import compiler_missing
 from forescale.models.config import ModelConfig
-from forescale.models.loss import token_losses
+from forescale.models.heads.loss import token_losses
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.loss import IGNORE, window_losses
+from forescale.models.heads.loss import IGNORE, window_losses
 
 B, L, D, V = 3, 10, 8, 50
 

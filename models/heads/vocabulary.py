@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
-from forescale.models.loss import capped, window_losses
+from forescale.models.heads.loss import capped, window_losses
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import scales
 
