@@ -29,7 +29,9 @@ def run(scenario: str, size: int, timeout: float = 280, **arguments):
             "LOCAL_WORLD_SIZE": str(size),
             "OMP_NUM_THREADS": "1",
             "TORCH_COMPILE_DISABLE": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
+                os.pathsep
+            ),
         }
         command = [sys.executable, __file__, scenario, json.dumps(arguments), str(out)]
         logs = [open(Path(scratch) / f"rank-{r}.log", "w+b") for r in range(size)]  # noqa: SIM115
