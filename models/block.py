@@ -4,12 +4,14 @@ Invariant: a block knows no mixer and no MLP by name.
 """
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from forescale.models.config import ModelConfig
+from forescale.models.experts.balance import Routing
 from forescale.models.flops import layers_of, parts_of
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.norm import make_norm
@@ -103,6 +105,33 @@ class Block(nn.Module):
         y_BLD = y_BLD if self.norms_sum else normed(norm, y_BLD)
         x_BLD = torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
         return normed(norm, x_BLD) if self.norms_sum else x_BLD
+
+
+class Trunk(NamedTuple):
+    """What the blocks leave: the hidden states (B, L, D), as the head reads them, and the routing
+    of the experts; of a decoder or encoder alone also the embeddings (B, L, D), and the context of
+    the last block."""
+
+    hidden: Tensor
+    routings: list[Routing]
+    embedded: Tensor | None = None
+    context: Context | None = None
+
+
+def passed(
+    block: nn.Module, x_BLD: Tensor, context: Context, recomputes: bool
+) -> tuple[Tensor, Tensor | None, list[Routing]]:
+    """Return the output of a block, its values if it gives them, and its Routing if it has experts.
+
+    recomputes: keep only the input in training, and compute the rest again in the backward pass.
+    """
+    if recomputes and context.memory is None and torch.is_grad_enabled():
+        out = checkpoint(block, x_BLD, *context, use_reentrant=False)
+    else:
+        out = block(x_BLD, *context)
+    x_BLD, *more = out if isinstance(out, tuple) else (out,)
+    values = more.pop(0) if block.gives_values else None
+    return x_BLD, values, [Routing(*more)] if block.is_routed else []
 
 
 def normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:

@@ -134,6 +134,9 @@ class ModelConfig:
     head: str = "linear"  # linear | dense: BERT's: dense, GELU and norm first, a bias of each logit
     tie_embeddings: bool = False  # use one matrix for the token embedding and the output head
     dropout: float = 0.0  # dropout rate after the embedding, in attention and on residual branches
+    # Modules that predict the tokens after the next one, in training alone (DeepSeek-V3: 1); 0: no.
+    mtp_layers: int = 0
+    mtp_weight: float = 0.3  # of their mean loss in the objective (DeepSeek-V3: 0.3, then 0.1)
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
     loss_chunk: int = field(default=512, metadata=_NUMERICS)  # targets per loss chunk; 0: all
     # Keep only the input of each layer, and compute the rest again in the backward pass.

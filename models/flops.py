@@ -10,7 +10,7 @@ vocabulary or longest sequence is unknown raises ValueError.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from forescale.models.config import ModelConfig
@@ -24,7 +24,7 @@ _LOGIT_BIASES = ("embedding.bias", "head.bias")
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters. total = embedding + position + non_embedding + (head, unless it is tied)."""
+    """Parameters. total = embedding + position + non_embedding + mtp + (head, if it isn't tied)."""
 
     total: int  # every trainable parameter, counted once
     embedding: int  # the token table
@@ -33,7 +33,8 @@ class Counts:
     non_embedding: int  # blocks, norms, transform: Kaplan's N
     head: int  # the matrix that makes the logits, even if it is the token table (tied)
     transform: int  # what model.head=dense has before and beside that matrix, else 0
-    active: int  # total without the experts that a token does not use: all, but for a mixture
+    mtp: int  # the modules that predict later tokens, in training alone
+    active: int  # total without mtp, and without the experts that a token does not use
 
     @property
     def blocks_and_head(self) -> int:
@@ -43,12 +44,13 @@ class Counts:
     @property
     def active_blocks_and_head(self) -> int:
         """The parameters that a token is multiplied by: the N whose 6N is nearest to the FLOPs."""
-        return self.blocks_and_head - (self.total - self.active)
+        return self.blocks_and_head - (self.total - self.mtp - self.active)
 
 
 def count(config: ModelConfig) -> Counts:
     """Return the numbers of parameters of a Transformer of this config."""
     outer = {name: prod(shape) for name, shape in _outer_shapes(config).items()}
+    mtp = config.mtp_layers * sum(map(prod, _mtp_shapes(config).values()))
     kinds = ((layer_shapes(config, i), times) for i, times in _kinds(config))
     blocks = sum(times * prod(shape) for layer, times in kinds for shape in layer.values())
     total, table = sum(outer.values()) + blocks, outer["embedding.weight"]
@@ -56,13 +58,14 @@ def count(config: ModelConfig) -> Counts:
     biases = sum(size for name, size in outer.items() if name in _LOGIT_BIASES)
     transform = sum(size for name, size in outer.items() if name.startswith("transform."))
     return Counts(
-        total=total,
+        total=total + mtp,
         embedding=table,
         position=position,
         blocks=blocks,
         non_embedding=total - position - table * (1 if config.tie_embeddings else 2),
         head=table,
         transform=transform + biases,
+        mtp=mtp,
         active=total - _sum(config, lambda part: part.idle(config)),
     )
 
@@ -73,13 +76,19 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool = Fa
     causal=False counts attention over the whole square (PaLM's convention, for MFU): L keys per
     token. causal=True counts what a causal model needs, exactly: (L + 1) / 2 keys on average.
     Attention within documents needs fewer keys. This is not subtracted, so that the cost of a token
-    does not depend on the data. Evaluation and generation (forward only) cost a third. Of an
-    encoder-decoder: flops_per_row over all columns of the row; otherwise a whole number.
+    does not depend on the data. Of an encoder-decoder: flops_per_row over all
+    columns of the row; otherwise a whole number.
     """
     if config.has_encoder:
         return flops_per_row(config, sequence_length, causal) / sequence_length
     parts = _sum(config, lambda part: part.flops(config, sequence_length, causal))
-    return 3 * (parts + _head_flops(config))
+    later = config.mtp_layers * _mtp_flops(config, sequence_length, causal)
+    return 3 * (parts + _head_flops(config) + later)
+
+
+def flops_forward(config: ModelConfig, sequence_length: int) -> float:
+    """Return the FLOPs of one token in evaluation: forward alone, and no later tokens."""
+    return flops_per_token(replace(config, mtp_layers=0), sequence_length) / 3
 
 
 def flops_per_row(config: ModelConfig, columns: int, causal: bool = False) -> int:
@@ -104,6 +113,17 @@ def _head_flops(config: ModelConfig) -> int:
     return 2 * s.width * (s.vocab_size + (s.width if config.head == "dense" else 0))
 
 
+def _mtp_flops(config: ModelConfig, sequence_length: int, causal: bool) -> int:
+    """Return the forward FLOPs of one token in a module that predicts later ones."""
+    last = parts_of(config, config.num_blocks - 1).values()
+    block = sum(part.flops(config, sequence_length, causal) for part in last)
+    return block + _join_flops(config) + _head_flops(config)
+
+
+def _join_flops(config: ModelConfig) -> int:
+    return 4 * config.sizes.width**2
+
+
 def columns_of(config: ModelConfig, block: int, columns: int) -> int:
     """Return how many columns of a row a block acts on."""
     if not config.has_encoder or config.source_length is None:
@@ -113,8 +133,8 @@ def columns_of(config: ModelConfig, block: int, columns: int) -> int:
 
 
 def flops_6n(config: ModelConfig) -> int:
-    """Return 6N FLOPs of one token, N = blocks + head (Kaplan et al. 2020, 2.1): no attention, and
-    of a mixture only the experts that a token uses.
+    """Return 6N FLOPs of one token, N = blocks + head (Kaplan et al. 2020, 2.1): no attention, no
+    prediction of later tokens, and of a mixture only the experts that a token uses.
 
     In an encoder-decoder a token is multiplied by only the half that it passes: this is too much.
     """
@@ -167,7 +187,10 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     found: Shapes = {name: shape for name, shape in outer.items() if name.startswith(_BEFORE)}
     for i in range(config.num_blocks):
         found |= {f"blocks.{i}.{name}": shape for name, shape in layer_shapes(config, i).items()}
-    return found | {name: shape for name, shape in outer.items() if name not in found}
+    found |= {name: shape for name, shape in outer.items() if name not in found}
+    for k in range(config.mtp_layers):
+        found |= {f"mtp.{k}.{name}": shape for name, shape in _mtp_shapes(config).items()}
+    return found
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> Shapes:
@@ -212,6 +235,15 @@ def _outer_shapes(config: ModelConfig) -> Shapes:
     return found
 
 
+def _mtp_shapes(config: ModelConfig) -> Shapes:
+    """Return the parameters of a module that predicts later tokens: name inside it -> shape."""
+    last, width = config.num_blocks - 1, config.sizes.width
+    found = _norm(config, "embedding_norm") | _norm(config, "hidden_norm")
+    found |= linear("join", 2 * width, width, bias=False)
+    found |= {f"block.{name}": shape for name, shape in layer_shapes(config, last).items()}
+    return found | (_norm(config, "norm") if config.norms_stream else {})
+
+
 def _norm(config: ModelConfig, name: str) -> Shapes:
     has_bias = config.norm == "layernorm" and config.bias
     return {f"{name}.{kind}": (config.sizes.width,) for kind in ("weight", "bias")[: 1 + has_bias]}
@@ -227,6 +259,8 @@ def matrices(config: ModelConfig) -> set[str]:
         named = {name for name, shape in inside if len(shape) == 2 and name not in others}
         named |= {f"{name}.{inner}" for name, part in parts for inner in part.stacked}
         found |= {f"blocks.{i}.{name}" for name in named}
+    for k in range(config.mtp_layers):  # `named` is now of the last block
+        found |= {f"mtp.{k}.join.weight", *(f"mtp.{k}.block.{name}" for name in named)}
     return found
 
 
@@ -236,10 +270,13 @@ def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:
     These are the head's forward pass for a loss in chunks, what a mixer's backward pass makes again
     (Part.recomputed) and, with activation checkpointing, the forward pass of every layer.
     """
-    s = config.sizes
+    s, heads = config.sizes, 1 + config.mtp_layers
     share = columns_of(config, config.encoder_layers, sequence_length) / sequence_length
-    head = 2 * s.vocab_size * s.width * share
-    layers = flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share
+    head = 2 * s.vocab_size * s.width * share * heads
+    layers = flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
+    layers -= config.mtp_layers * _join_flops(config)
+    last = parts_of(config, config.num_blocks - 1).values()
     parts = _sum(config, lambda part: part.recomputed(config, sequence_length))
+    parts += config.mtp_layers * sum(part.recomputed(config, sequence_length) for part in last)
     again = layers * config.activation_checkpointing
     return head * bool(config.loss_chunk) + parts + again

@@ -19,7 +19,7 @@ class Activations:
     layers: int  # of all layers; with activation checkpointing only the layers' inputs
     again: int  # with activation checkpointing: the layer that is being recomputed
     head: int  # input and output of the final norm, and what a dense head keeps
-    logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient
+    logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient; kept_logits
     mask: int  # of documents, padding, alibi or a mixer's view, shared by layers
     kept_logits: int  # the part of `logits` kept by the forward pass, if all fit one chunk
 
@@ -64,15 +64,18 @@ def activations(
     if not fused_norms:
         plain = _plain_forms(config, micro_batch, sequence_length, b, masked)
     source = micro_batch * columns_of(config, 0, sequence_length)
-    columns = [
-        micro_batch * columns_of(config, i, sequence_length) for i in range(config.num_blocks)
-    ]
+    # The blocks of modules for later tokens are as the last one.
+    blocks = [*range(config.num_blocks), *[config.num_blocks - 1] * config.mtp_layers]
+    columns = [micro_batch * columns_of(config, i, sequence_length) for i in blocks]
+    every = layers_of(config)
     layers = [
         count * sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
         + count * (len(parts) * s.width if config.dropout else 0)
         + source * sum(p.source_bytes(config, b, rms) for p in parts.values())
         + inside
-        for count, parts, (inside, _) in zip(columns, layers_of(config), plain, strict=True)
+        for count, parts, (inside, _) in zip(
+            columns, [every[i] for i in blocks], [plain[i] for i in blocks], strict=True
+        )
     ]
     kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
     if config.activation_checkpointing and config.value_residual:  # an input of the later layers
@@ -82,8 +85,11 @@ def activations(
     if config.has_encoder:  # its output, and the norm before it
         is_kept = config.norms_stream and not config.activation_checkpointing
         kept += source * s.width * (b + norm * is_kept)
-    tokens, dense = columns[-1], config.head == "dense"
+    tokens, dense, heads = columns[-1], config.head == "dense", 1 + config.mtp_layers
+    # Both inputs of a module for later tokens before their norms, and joined behind them.
+    kept += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
     chunk = min(tokens, config.loss_chunk or tokens)
+    kept_logits = b * tokens * s.vocab_size if chunk == tokens else 0  # of one head
     squares = _squares(config, sequence_length)
     mask = b * squares * _masks(config, micro_batch, masked, fused_norms)
     if config.position == "relative":  # buckets in int64, and who sees whom
@@ -91,10 +97,10 @@ def activations(
     return Activations(
         layers=kept,
         again=max(layers) if config.activation_checkpointing else 0,
-        head=tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
-        logits=chunk * s.vocab_size * (2 * b + 4),
+        head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
+        logits=chunk * s.vocab_size * (2 * b + 4) + (heads - 1) * kept_logits,
         mask=mask + sum(view for _, view in plain),
-        kept_logits=b * tokens * s.vocab_size if chunk == tokens else 0,
+        kept_logits=heads * kept_logits,
     )
 
 

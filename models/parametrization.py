@@ -182,11 +182,11 @@ def _growth(config: ModelConfig) -> tuple[float, float]:
 def _class_of(name: str, shape: tuple[int, ...], per_head: set[str]) -> str:
     """Return the class of a parameter of flops.shapes. per_head: modules that all heads share."""
     module = name.split(".")[-2]
-    if name.startswith("blocks."):
+    if name.startswith("blocks.") or ".block." in name:
         if module in per_head:
             return "qk_norm"
         return "hidden" if len(shape) == 2 else "block"
-    if module == "dense":
+    if module in ("dense", "join"):
         return "dense" if len(shape) == 2 else "norm"
     if "position" in module:
         return "embedding"

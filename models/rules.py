@@ -24,6 +24,7 @@ PARAMETRIZATIONS = ("standard", "mup", "completep")
 
 HEAD_DIM = 64
 MOST_LAYERS = 2048  # of a plan that takes seconds; trained models have some hundred
+MOST_MTP = 16  # modules that predict later tokens; published models have 1 to 3
 
 
 def problems(
@@ -43,6 +44,7 @@ def problems(
         _of_heads(config, full)
         + _of_sizes(config, full)
         + _of_parts(config, full, config.max_sequence_length or sequence_length)
+        + _of_mtp(config, config.max_sequence_length or sequence_length)
         + _of_data(config, vocab_size, sequence_length)
     )
 
@@ -247,6 +249,31 @@ def _of_value_residual(config: "ModelConfig") -> list[Problem]:
     if others and len(others) < len(config.mixers_used):
         what = f"mixer {others[0]} has no values of attention, and all layers need them"
         return [("value_residual", what, "leave it out, or choose other mixers")]
+    return []
+
+
+def _of_mtp(config: "ModelConfig", longest: int | None) -> list[Problem]:
+    """Return the broken rules of modules that predict later tokens."""
+    count, field = config.mtp_layers, "mtp_layers"
+    if not count:
+        what, todo = "has no effect without mtp_layers", "leave it out, or give mtp_layers=1"
+        is_given = config.mtp_weight != type(config).mtp_weight
+        return [("mtp_weight", what, todo)] if is_given else []
+    if not 0 < count <= MOST_MTP:
+        return [(field, f"{count} is not a number of modules", f"give 0 to {MOST_MTP}")]
+    if not 0 < config.mtp_weight < math.inf:
+        todo = "give a number above 0, or mtp_layers=0"
+        return [("mtp_weight", f"{config.mtp_weight} gives them no part in the objective", todo)]
+    if longest and count >= longest:
+        what = f"in {longest} columns no token is {count + 1} later than another"
+        return [(field, what, f"give at most {longest - 1}")]
+    if config.has_encoder or not config.causal:
+        what = "later tokens are predicted by a causal decoder alone"
+        other = "encoder_layers" if config.has_encoder else "causal"
+        return [(field, what, f"leave it out, or leave out {other}")]
+    if config.value_residual:
+        what = "the modules' blocks have no values of the first layer"
+        return [(field, what, "leave it out, or leave out value_residual")]
     return []
 
 

@@ -10,14 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from forescale.models.block import Block, normed, viewers
+from forescale.models.block import Block, Trunk, normed, passed, viewers
 from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
-from forescale.models.experts.balance import Routing, Tallies, penalty_of, that_count
+from forescale.models.experts.balance import (
+    Routing,
+    load_metrics,
+    move_biases,
+    penalty_of,
+    that_count,
+)
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
+from forescale.models.heads.mtp import MtpModule, counts_of, later_losses, mtp_metrics
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Columns, Context, Viewer
@@ -34,6 +40,7 @@ from forescale.models.positions.position import (
     sinusoids,
 )
 from forescale.models.positions.relative import RelativePosition
+from forescale.models.tallies import Tallies
 
 
 class Transformer(nn.Module):
@@ -66,8 +73,8 @@ class Transformer(nn.Module):
         self.norm = make_norm(config) if config.norms_stream else None
         self.transform = Transform(config) if config.head == "dense" else None
         self.head = None if config.tie_embeddings else Vocabulary(config)
-        routed = sum(parts["mlp"].is_routed for parts in layers_of(config))
-        self.tallies = Tallies(routed, config.moe_experts, config.moe_top_k) if routed else None
+        self.mtp = nn.ModuleList(MtpModule(config) for _ in range(config.mtp_layers))
+        self.tallies = self._make_tallies()
 
     def forward(
         self,
@@ -92,8 +99,8 @@ class Transformer(nn.Module):
         Returns, without targets: logits (B, L, V), of an encoder-decoder (B, T, V), those of the
         decoder's T columns; targets of the source's are not read. With targets: losses (B,) fp32,
         each window's sum of cross-entropy in nats over its targets; with z_loss, or with experts
-        in training, (losses, penalty), where penalty is a scalar, summed over all targets, for the
-        training objective only.
+        or mtp_layers in training, (losses, penalty), where penalty is a scalar, summed over all
+        targets, for the training objective only.
         Raises ValueError if a sequence is longer than the learned position table, for a cache with
         documents or of a model that is not causal, and for both in an encoder-decoder.
         """
@@ -101,27 +108,61 @@ class Transformer(nn.Module):
         tallies = self.tallies if self.training else None
         if tallies is not None and targets_BL is not None:
             counted_BL = that_count(targets_BL, padding_mask_BL, self.config.causal)
-        routings: list[Routing] = []
         if self.config.has_encoder:
             if cache is not None or documents_BL is not None:
                 raise ValueError("an encoder-decoder takes no cache and no documents.")
-            x_BLD = self._decoded(tokens_BL, padding_mask_BL)
-            targets_BL = None if targets_BL is None else targets_BL[:, -x_BLD.shape[1] :]
+            trunk = Trunk(self._decoded(tokens_BL, padding_mask_BL), [])
+            length = trunk.hidden.shape[1]
+            targets_BL = None if targets_BL is None else targets_BL[:, -length:]
         else:
-            x_BLD, routings = self._hidden(
-                tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL
-            )
+            trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
+        found = self._head(trunk.hidden, targets_BL)
+        if tallies is None or targets_BL is None:
+            return found
+        losses_B, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        penalty += self._penalty(trunk, targets_BL, padding_mask_BL, documents_BL)
+        return losses_B, penalty
+
+    def _head(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Any:
+        """Return the logits of hidden states, or what window_losses returns."""
         if self.transform is not None:
             x_BLD = self.transform(x_BLD)
         head = self.embedding if self.head is None else self.head
-        if targets_BL is None:
-            return head(x_BLD)
-        found = head(x_BLD, targets_BL)
-        if tallies is None:
-            return found
-        tallies.add(routings)
-        losses_B, penalty = found if isinstance(found, tuple) else (found, 0.0)
-        return losses_B, penalty + penalty_of(routings, targets_BL)
+        return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
+
+    def _make_tallies(self) -> Tallies | None:
+        config = self.config
+        own = [parts["mlp"].is_routed for parts in layers_of(config)]
+        shapes: dict[str, tuple[int, ...]] = {}
+        if routed := sum(own) + own[-1] * config.mtp_layers:
+            shapes["experts"] = (routed, config.moe_experts + 2)
+        if config.mtp_layers:
+            shapes["mtp"] = (config.mtp_layers, 2)
+        return Tallies(shapes) if shapes else None
+
+    def _penalty(
+        self,
+        trunk: Trunk,
+        targets_BL: Tensor,
+        padding_mask_BL: Tensor | None,
+        documents_BL: Tensor | None,
+    ) -> Tensor | float:
+        """Count a training forward pass; return what experts and later tokens add to its loss."""
+        assert self.tallies is not None
+        penalty: Tensor | float = penalty_of(trunk.routings, targets_BL) if trunk.routings else 0.0
+        routings, losses = [*trunk.routings], []
+        given = (targets_BL, padding_mask_BL, documents_BL)
+        for found in later_losses(self.mtp, trunk, given, self._head):
+            losses.append(found)
+            penalty += self.config.mtp_weight / len(self.mtp) * found.objective
+            if found.routings:
+                penalty += penalty_of(found.routings, found.targets)
+                routings += found.routings
+        if routings:
+            self.tallies.of("experts").add_(torch.stack([r.counts for r in routings]))
+        if losses:
+            self.tallies.of("mtp").add_(counts_of(losses))
+        return penalty
 
     def new_cache(self) -> Cache:
         """Return an empty cache, for one batch of rows."""
@@ -134,8 +175,8 @@ class Transformer(nn.Module):
         documents_BL: Tensor | None,
         cache: Cache | None,
         counted_BL: Tensor | None,
-    ) -> tuple[Tensor, list[Routing]]:
-        """Return the input of the head, (B, L) -> (B, L, D), and the routing of the experts."""
+    ) -> Trunk:
+        """Return what the blocks leave, (B, L) -> (B, L, D), normed as the head reads it."""
         real, starts = padding_mask_BL, None
         memories: list[Memory | None] = []
         if cache is not None:
@@ -146,7 +187,8 @@ class Transformer(nn.Module):
             starts = document_starts(documents_BL)
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
-        x_BLD, turn = self._embedded(tokens_BL, positions)
+        embedded_BLD = self.embedding(tokens_BL)
+        x_BLD, turn = self._placed(embedded_BLD, positions)
         seen = Columns(
             positions,
             tokens_BL.shape[1],
@@ -159,8 +201,10 @@ class Transformer(nn.Module):
         context = Context(
             turn, self._mask(seen, self.config.causal), starts, real, counted=counted_BL
         )
-        x_BLD, routings = self._through(0, len(self.blocks), x_BLD, context, seen, memories)
-        return normed(self.norm, x_BLD), routings
+        x_BLD, routings, context = self._through(
+            0, len(self.blocks), x_BLD, context, seen, memories
+        )
+        return Trunk(normed(self.norm, x_BLD), routings, embedded_BLD, context)
 
     def _through(
         self,
@@ -170,9 +214,9 @@ class Transformer(nn.Module):
         context: Context,
         seen: Columns,
         memories: Sequence[Memory | None] = (),
-    ) -> tuple[Tensor, list[Routing]]:
-        """Return the output of the blocks [first, end), and the routing of their experts. seen: of
-        what tokens views are made; memories: one a block; (): no cache."""
+    ) -> tuple[Tensor, list[Routing], Context]:
+        """Return the output of the blocks [first, end), the routing of their experts, and the last
+        one's context. seen: of what tokens views are made; memories: one a block; (): no cache."""
         routings: list[Routing] = []
         views: dict[Viewer, Any] = {}
         for i in range(first, end):
@@ -181,16 +225,12 @@ class Transformer(nn.Module):
             if viewer not in views:
                 views[viewer] = viewer(seen)
             context = context._replace(memory=memory, view=views[viewer])
-            if self.config.activation_checkpointing and memory is None and torch.is_grad_enabled():
-                out = checkpoint(block, x_BLD, *context, use_reentrant=False)
-            else:
-                out = block(x_BLD, *context)
-            x_BLD, *more = out if isinstance(out, tuple) else (out,)
-            if block.gives_values:
-                context = context._replace(values=more.pop(0))
-            if block.is_routed:
-                routings.append(Routing(*more))
-        return x_BLD, routings
+            recomputes = self.config.activation_checkpointing
+            x_BLD, values, own = passed(block, x_BLD, context, recomputes)
+            if values is not None:
+                context = context._replace(values=values)
+            routings += own
+        return x_BLD, routings, context
 
     def _decoded(self, tokens_BL: Tensor, real_BL: Tensor | None) -> Tensor:
         """Return the input of the head of an encoder-decoder: (B, S + T) -> (B, T, D)."""
@@ -202,7 +242,7 @@ class Transformer(nn.Module):
             positions_of(part.stop - part.start, device, real)
             for part, real in zip(parts, reals, strict=True)
         ]
-        x_BLD, turn = self._embedded(tokens_BL, torch.cat(positions, -1))
+        x_BLD, turn = self._placed(self.embedding(tokens_BL), torch.cat(positions, -1))
         drops = self.training and config.dropout > 0
         columns: list[Columns] = []
         contexts: list[Context] = []
@@ -212,24 +252,23 @@ class Transformer(nn.Module):
             columns.append(Columns(own, length, None, real, x_BLD.dtype, drops=drops))
             contexts.append(Context(turned, self._mask(columns[-1], is_causal), None, real))
         first, end = config.encoder_layers, len(self.blocks)
-        source, _ = self._through(0, first, x_BLD[:, parts[0]], contexts[0], columns[0])
+        source, _, _ = self._through(0, first, x_BLD[:, parts[0]], contexts[0], columns[0])
         seen = None
         if reals[0] is not None:  # a source of padding alone is seen: no softmax is over nothing
             real_BS = reals[0].bool()
             real_BS = real_BS | ~real_BS.any(-1, keepdim=True)
             seen = additive_mask(real_BS[:, None, None], x_BLD.dtype)
         context = contexts[1]._replace(source=source, source_mask=seen)
-        x_BLD, _ = self._through(first, end, x_BLD[:, parts[1]], context, columns[1])
+        x_BLD, _, _ = self._through(first, end, x_BLD[:, parts[1]], context, columns[1])
         return normed(self.norm, x_BLD)
 
-    def _embedded(self, tokens_BL: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
+    def _placed(self, x_BLD: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
 
-        positions: of all columns, of which the tokens are the last L.
+        x: the tokens' embeddings. positions: of all columns, of which these are the last L.
         """
-        config, s, length = self.config, self.sizes, tokens_BL.shape[1]
+        config, s, length = self.config, self.sizes, x_BLD.shape[1]
         own = positions[..., -length:]
-        x_BLD = self.embedding(tokens_BL)
         turn = rotation(own, config) if config.position == "rotary" else None
         if config.scale_embedding or config.position == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
@@ -283,12 +322,20 @@ class Transformer(nn.Module):
     def updated(self) -> None:
         """Follow the optimizer's update: move the biases of the experts' choice."""
         if self.tallies is not None and self.config.moe_bias_speed:
-            layers = [block.mlp for block in self.blocks if block.is_routed]
-            self.tallies.move_biases(layers)  # type: ignore[arg-type]
+            blocks = [*self.blocks, *(module.block for module in self.mtp)]
+            totals = self.tallies.total("experts")
+            assert totals is not None, "the engine gives the totals before the update"
+            move_biases([block.mlp for block in blocks if block.is_routed], totals)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return the experts' load in the step; nothing without experts."""
-        return {} if self.tallies is None else self.tallies.metrics()
+        """Return the experts' load and the losses of later tokens in the step, where there are."""
+        found: dict[str, Tensor] = {}
+        if self.tallies is not None:
+            if (totals := self.tallies.total("experts")) is not None:
+                found |= load_metrics(totals, self.config.moe_top_k)
+            if (totals := self.tallies.total("mtp")) is not None:
+                found |= mtp_metrics(totals)
+        return found
 
     def optimizer_factors(self) -> dict[str, Factors]:
         """Return multipliers of AdamW's settings by parameter name; see parametrization.py."""

@@ -41,10 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
-from forescale.models.experts.balance import ENTROPY_UNIT, Routing
+from forescale.models.experts.balance import Routing
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.mlp import MLP
 from forescale.models.parametrization import scales
+from forescale.models.tallies import UNIT
 
 
 class _Dispatch(NamedTuple):
@@ -157,7 +158,7 @@ class MixtureOfExperts(nn.Module):
             z = (share_N * logits_NE.logsumexp(-1).square()).sum()
             penalty = penalty + c.moe_z_loss * z
         with torch.no_grad():
-            entropy_N = -torch.special.xlogy(p_NE, p_NE).sum(-1) / ENTROPY_UNIT
+            entropy_N = -torch.special.xlogy(p_NE, p_NE).sum(-1) / UNIT
             entropy = (entropy_N.round().long() * whole_N).sum()
             dropped = (dropped_NK.long() * pairs_NK).sum()
         return Routing(penalty, torch.cat([load_E, torch.stack([dropped, entropy])]))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
-from forescale.models.init import Linear
 from forescale.models.heads.loss import capped, window_losses
+from forescale.models.init import Linear
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import scales
 

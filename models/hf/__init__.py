@@ -2,8 +2,8 @@
 
 Works on plain dicts; transformers is needed only by whoever loads the result. Weights survive
 there and back bit for bit, and so does every architectural field of the config; what only training
-knows (z_loss, loss_chunk, activation_checkpointing, init_std; dropout but for GPT-2) does not, and
-ntk comes back as the larger rope_theta that it is.
+knows (z_loss, mtp_layers, loss_chunk, activation_checkpointing, init_std; dropout but for GPT-2)
+does not, and ntk comes back as the larger rope_theta that it is.
 Their configs have no place for the multipliers of mup and completep, which go into the weights
 (parametrization.folds): what comes back is `standard`, and computes the same.
 """
@@ -56,7 +56,7 @@ def to_hf(
     config = config.resolved()
     family = family_of(config)
     dtype = str(state[next(iter(state))].dtype).removeprefix("torch.")
-    folded = _Folded(state, folds(config))
+    folded = _Folded(state, folds(config))  # without what serves training alone
     return _hf_config(family, config) | {"dtype": dtype}, _renamed(family, config, folded)
 
 
@@ -65,16 +65,17 @@ class _Folded(Mapping[str, Tensor]):
 
     def __init__(self, state: Mapping[str, Tensor], by: dict[str, float]):
         self._state, self._by = state, by
+        self._names = [name for name in state if not name.startswith("mtp.")]
 
     def __getitem__(self, name: str) -> Tensor:
         by, tensor = self._by.get(name, 1.0), self._state[name]
         return tensor if by == 1.0 else tensor * by
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._state)
+        return len(self._names)
 
 
 def _renamed(

@@ -73,7 +73,7 @@ def trained(cases, steps):
             facts = engine.train_step(data, 1.0)
             every = [x for part in world.gather(facts.losses.tolist()) for x in part]
             found = {name: float(value) for name, value in facts.extra.items()}
-            load = engine.module.tallies.totals.tolist()
+            load = engine.module.tallies.total("experts").tolist()
             rows.append([sum(every) / data.targets, facts.grad_norm, found, load])
         biases = [block.mlp.bias_steps.tolist() for block in engine.module.blocks]
         results.append([rows, world.gather(biases)])

@@ -58,7 +58,7 @@ def plainly(kind):
                     matrix.sub_(o.learning_rate * orthogonal_update(grad, own))
         model.counted(model.counters().clone())
         model.updated()
-        rows.append([nats / data.targets, norm.item(), model.tallies.totals.tolist()])
+        rows.append([nats / data.targets, norm.item(), model.tallies.total("experts").tolist()])
         model.zero_grad()
     return rows, [block.mlp.bias_steps.tolist() for block in model.blocks]
 

@@ -26,6 +26,7 @@ def zero(*settings):
 CASES = [[stage, *kind] for stage in range(3) for kind in KINDS]
 CASES += [[3, *kind, zero(SMALL)] for kind in KINDS]
 CASES += [[1, "adamw", "bf16", "model.bias=true", "model.norm=layernorm", "model.mlp=gelu"]]
+CASES += [[1, "muon", "bf16", "model.mtp_layers=1"]]
 CASES += [[3, "adamw", "bf16"]]  # every parameter is small, and stays
 
 
@@ -76,6 +77,8 @@ TRAFFIC = [
     *[[3, "adamw", "bf16", zero(SMALL, reuse), *more]
       for reuse in (FAR, SOME) for more in ([], [CHECKPOINTING])],
     [3, "adamw", "bf16", zero(SMALL, SOME), "model.tie_embeddings=true"],
+    *[[3, "adamw", "bf16", zero(SMALL, SOME), "model.mtp_layers=2", *more]
+      for more in ([], [CHECKPOINTING, "model.tie_embeddings=true"])],
     [2, "adamw", "fp32", "model.tie_embeddings=true"],
 ]  # fmt: skip
 

@@ -38,6 +38,8 @@ VARIANTS += [
     replace(BASE, attention_gate="head", logit_softcap=30.0, rope_fraction=0.5),
     replace(BASE, attention_gate="channel", bias=True),
     replace(BASE, value_residual=0.5, num_kv_heads=1, bias=True),
+    replace(BASE, mtp_layers=2, tie_embeddings=True, norm="layernorm", bias=True),
+    replace(BASE, mtp_layers=1, mlp="moe", parametrization="completep"),
 ]
 # Those whose outer parts differ from the others'.
 OUTER = [
@@ -62,8 +64,9 @@ def test_parameters_of_every_variant():
         assert counts.position == under("position.") + under("relative_position.")
         assert counts.blocks == under("blocks.")
         assert counts.non_embedding == under("blocks.") + under("norm.")
+        assert counts.mtp == under("mtp.")
         assert counts.head == (under("embedding.") if config.tie_embeddings else under("head."))
-        idle = counts.total - counts.active
+        idle = counts.total - counts.mtp - counts.active
         assert (idle > 0) == (config.mlp == "moe")
         assert flops_6n(config) == 6 * (counts.blocks + counts.head - idle)
 
@@ -100,7 +103,7 @@ def objective(output):
 def test_flops_of_every_choice_exactly():
     """Every thirteenth variant: that meets every pair of choices."""
     B, L = 2, 16
-    for config in [*VARIANTS[:-5:13], *VARIANTS[-5:], *OUTER]:
+    for config in [*VARIANTS[:-7:13], *VARIANTS[-7:], *OUTER]:
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 

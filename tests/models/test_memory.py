@@ -56,6 +56,8 @@ CHANGES = [
     dict(mixer="block_sparse", sparse_block=8),
     dict(mixer="block_sparse", sparse_block=16, sparse_local=2, sparse_pattern="bigbird"),
     dict(activation_checkpointing=True),
+    dict(mtp_layers=2),
+    dict(mtp_layers=1, activation_checkpointing=True, loss_chunk=0),
     dict(value_residual=0.5),
     dict(value_residual=0.5, num_kv_heads=1, activation_checkpointing=True),
     dict(loss_chunk=0),

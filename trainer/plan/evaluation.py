@@ -54,8 +54,8 @@ def estimate_evaluation(
 ) -> EvaluationCost:
     """Return the cost of a job's evaluations on `world` ranks.
 
-    splits: the tokens of every shard, for the held-out split of each source. The forward is a third
-    of a step's FLOPs without recomputation, and runs at the speed of a step.
+    splits: the tokens of every shard, for the held-out split of each source. The forward runs at
+    the speed of a step.
     """
     length, limit = job.train.sequence_length, job.validation.windows
     complete = [sum(-(-max(0, n - 1) // length) for n in shards) for shards in splits]
@@ -63,7 +63,7 @@ def estimate_evaluation(
     of_step = (per_token.full + per_token.recomputed) * job.tokens_per_step
 
     def evaluation(windows: list[int]) -> Evaluation:
-        flops = per_token.full / 3 * length
+        flops = per_token.forward * length
         # All ranks make the same number of micro-batches, the last of them partly padding.
         rounds = sum(-(-n // (job.train.micro_batch * world)) for n in windows)
         rows = rounds * job.train.micro_batch * world

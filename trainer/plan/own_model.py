@@ -25,4 +25,4 @@ def own_model(job: PlanJob, vocab_size: int) -> tuple[Inventory, TokenFlops]:
     names = getattr(model, "muon_parameters", None)
     prices = prices_of(job, model)
     made = inventory(job, every, names() if names else None)
-    return made, TokenFlops(prices["full"], prices["causal"], prices["six_n"])
+    return made, TokenFlops(prices["full"], prices["causal"], prices["six_n"], prices["full"] / 3)

@@ -13,7 +13,7 @@ from statistics import median
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.flops import flops_per_token, flops_recomputed
+from forescale.models.flops import flops_forward, flops_per_token, flops_recomputed
 from forescale.monitor.status import Status
 from forescale.plan.communication import Collective, exposed
 from forescale.plan.config import MachineConfig
@@ -28,6 +28,7 @@ class TokenFlops:
     full: float  # attention over the whole square, as MFU counts
     causal: float  # attention exactly causal
     six_n: float  # 6N, without attention
+    forward: float  # of an evaluation, attention as in full
     recomputed: float = 0.0  # repeated in the backward pass; not in the others
 
 
@@ -37,6 +38,7 @@ def token_flops(config: ModelConfig, length: int, six_n: float) -> TokenFlops:
         full=flops_per_token(config, length),
         causal=flops_per_token(config, length, causal=True),
         six_n=six_n,
+        forward=flops_forward(config, length),
         recomputed=flops_recomputed(config, length),
     )
 

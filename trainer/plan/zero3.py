@@ -14,6 +14,7 @@ real ranks, tests/trainer/plan/test_communication.py also the number of collecti
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 
@@ -140,30 +141,44 @@ def _soon(calls: Sequence[_Call], sizes: dict[str, int], reuse: int) -> list[boo
 
 
 def _in_order(held: Collection[str]) -> list[str]:
-    """Return the modules in the order of the forward pass, which ends with a tied embedding."""
+    """Return the modules in the order of the forward pass, in which the blocks and each module for
+    later tokens are followed by the head: a tied embedding, if there is no other."""
     order = list(held)
-    known = [m for m in order if m.startswith("blocks.")]
-    if known and "embedding" in order and "head" not in order:
-        order.append("embedding")
-    return order
+    if not any(m.startswith("blocks.") for m in order):
+        return order  # a class of the user's own
+    head = [m for m in order if m.startswith("transform.")]
+    head.append("head" if "head" in order else "embedding")
+    trunk = [m for m in order if not m.startswith("mtp.") and m not in [*head[:-1], "head"]]
+    found = trunk + head
+    for _, module in groupby((m for m in order if m.startswith("mtp.")), key=_of_mtp):
+        found += [*module, *head]
+    return found
+
+
+def _of_mtp(module: str) -> list[str]:
+    return module.split(".")[:2]
 
 
 def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
     """Return the calls of modules, with those that hold no parameters but only other modules."""
     calls = [_Call(name) for name in ("", *_with_parents(order), "")]
+    met: set[str] = set()
     for block in reversed(_blocks(order)):
-        if recompute and block[0].startswith("blocks."):
+        if recompute and _block_of(block[0]):
             # The backward of the last module needs activations, so the other modules run again.
             calls.append(_Call(block[-1], is_kept=True))
             calls += map(_Call, _with_parents(block[:-1]))
-        calls += map(_Call, _with_parents(block[::-1]))
+        # DeepSpeed counts the calls of a module whose backward is to come from its last forward
+        # call on, and so releases it after the first backward alone.
+        calls += (_Call(module, is_kept=module in met) for module in _with_parents(block[::-1]))
+        met.update(block)
     return calls
 
 
 def _with_parents(order: Sequence[str]) -> list[str]:
     """Return the modules, each preceded by those that contain it where they are first met."""
     found: list[str] = []
-    met = {"blocks"}  # a list isn't called
+    met = {"blocks", "mtp"}  # a list isn't called
     for module in order:
         parts = module.split(".")
         parents = [".".join(parts[:n]) for n in range(1, len(parts))]
@@ -174,11 +189,11 @@ def _with_parents(order: Sequence[str]) -> list[str]:
 
 def _blocks(order: Sequence[str]) -> list[list[str]]:
     """Return the modules grouped by block; each module outside the blocks is its own group."""
-    found: list[list[str]] = []
-    for module in order:
-        key = module.split(".")[:2] if module.startswith("blocks.") else [module]
-        if found and found[-1][0].split(".")[:2] == key and module.startswith("blocks."):
-            found[-1].append(module)
-        else:
-            found.append([module])
-    return found
+    return [[*group] for _, group in groupby(order, key=lambda module: _block_of(module) or module)]
+
+
+def _block_of(module: str) -> str:
+    """Return the block that contains a module; empty outside the blocks."""
+    parts = module.split(".")
+    depth = 2 if parts[0] == "blocks" else 3 if parts[2:3] == ["block"] else 0
+    return ".".join(parts[:depth])

@@ -14,7 +14,7 @@ from forescale.plan.evaluation import estimate_evaluation
 from forescale.plan.step_time import StepTime, TokenFlops
 from forescale.train.callbacks import Every
 
-PRICE = TokenFlops(full=300.0, causal=200.0, six_n=100.0, recomputed=100.0)
+PRICE = TokenFlops(full=300.0, causal=200.0, six_n=100.0, forward=100.0, recomputed=100.0)
 SIZES = ["train.sequence_length=32", "train.global_batch=8", "train.micro_batch=2"]
 
 
