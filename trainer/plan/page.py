@@ -68,7 +68,9 @@ def _model(plan: Plan) -> list[str]:
     tied = plan.job.model.tie_embeddings if hasattr(plan.job.model, "tie_embeddings") else False
     if tied:
         parts[-1] += " (tied: counted once)"
-    has_experts = kinds.get("active", kinds["total"]) < kinds["total"]
+    if later := kinds.get("mtp"):
+        parts.append(f"later tokens {_short(later)} (in training alone)")
+    has_experts = kinds.get("active", kinds["total"]) < kinds["total"] - (later or 0)
     whole = per_token.full * plan.job.total_steps * plan.job.tokens_per_step
     lines = [
         f"{kinds['total']:,} parameters"

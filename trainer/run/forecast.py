@@ -237,7 +237,7 @@ def _refuse_other_size(job: TrainJob, forecast: Forecast, wanted: float) -> None
     ours = {name: getattr(counts, name) for name in names}
     if any(_same(n, wanted) for n in ours.values()):
         return
-    if counts.active == counts.total and len(names) > 1:
+    if counts.active == counts.total - counts.mtp and len(names) > 1:
         del ours["active"]  # as of every model without experts
     has = ", ".join(f"{n:,} ({name})" for name, n in ours.items())
     what = f"{forecast.path} is for N = {wanted:,.0f}, but this run's model has {has}"

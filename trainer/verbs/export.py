@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> int:
     step = checkpoint.position.step
     to = export(view, checkpoint, Path(job.to or f"exports/{view.name}-{step}").expanduser())
     size = sum(path.stat().st_size for path in to.iterdir())
+    if later := getattr(view.config.model, "mtp_layers", 0):
+        print(f"Left out: model.mtp_layers={later}, which predict later tokens in training alone.")
     print(
         f"Run {view.name}, step {step:,}, as {architecture}: {to} ({size / 2**20:,.1f} MiB, fp32)."
         f"\n\nNext, in Python (pip install transformers):\n"

@@ -59,8 +59,9 @@ def record(run: Run) -> dict[str, Any] | Refused:
 
     Losses are held-out, in nats per token, of the last complete evaluation, with standard errors
     over its windows (sequences). Sizes are in parameters, costs in FLOPs of training.
-    `parameters_active` are all parameters but the experts that a token does not use; 6N counts the
-    blocks and head among them. `expansion` is flops.expansion: 1 without experts. `seconds` are
+    `parameters_active` are all parameters but the experts that a token does not use, and what
+    predicts later tokens, which costs of training include; 6N counts the blocks and head among
+    them. `expansion` is flops.expansion: 1 without experts. `seconds` are
     wall-clock time over all attempts, waits between them included; `device_hours` are the hours of
     each launch times its ranks; `mfu` is that of the median step. A branch has its own seconds, but
     its tokens include the trunk's.
