@@ -166,7 +166,7 @@ def test_hidden_states_and_gradients_equal_siglip_s_text_encoder():
     theirs = siglip(ours)
     x, real = tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
     real[1, 14:] = False
-    got, _ = ours._hidden(x, real, None, None, None)
+    got = ours._hidden(x, real, None, None, None).hidden
     expected = theirs(x, attention_mask=real.long()).last_hidden_state
     torch.testing.assert_close(got[real], expected[real], rtol=1e-5, atol=1e-5)
     got[real].square().sum().backward()
