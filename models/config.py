@@ -156,6 +156,10 @@ class ModelConfig:
         """
         return rules.problems(self, vocab_size, sequence_length)
 
+    def unread(self) -> list[Problem]:
+        """Return the keys that have no effect in this model, as problems() has them."""
+        return rules.unread(self)
+
     def resolved(
         self, vocab_size: int | None = None, sequence_length: int | None = None
     ) -> "ModelConfig":
@@ -199,6 +203,11 @@ class ModelConfig:
         return self.encoder_layers > 0
 
     @property
+    def has_experts(self) -> bool:
+        """True if the MLP of some layer is a mixture of experts."""
+        return MLPS[self.mlp].is_routed
+
+    @property
     def norms_before(self) -> bool:
         """True if a part of a block reads a norm of the stream."""
         return self.norm_placement in ("pre", "sandwich")
@@ -228,6 +237,12 @@ class ModelConfig:
         # The whole has been checked; alone, it may have keys that only the decoder reads.
         found.__dict__["sizes"] = replace(self.sizes, num_layers=self.encoder_layers)
         return found
+
+    @property
+    def rotates(self) -> bool:
+        """True if some mixer rotates its queries and keys by their positions."""
+        mixers = (MIXERS[name] for name in self.mixers_used)
+        return self.position == "rotary" and any("position" in part.reads for part in mixers)
 
     @property
     def rotary_width(self) -> int:
@@ -262,5 +277,5 @@ class ModelConfig:
             num_kv_heads=self.num_kv_heads or num_heads,
             mlp_width=mlp_width,
             rope_fraction=self.rope_fraction or (turning if self.position == "rotary" else 1.0),
-            moe_width=self.moe_width or (mlp_width // active if self.mlp == "moe" else None),
+            moe_width=self.moe_width or (mlp_width // active if self.has_experts else None),
         )

@@ -146,14 +146,14 @@ def expansion(config: ModelConfig) -> float:
 
     1 of a dense model; the first moe_dense_layers of a mixture don't count.
     """
-    if config.mlp != "moe":
+    if not config.has_experts:
         return 1.0
     return (config.moe_experts + config.moe_shared) / (config.moe_top_k + config.moe_shared)
 
 
 def parts_of(config: ModelConfig, layer: int) -> dict[str, Part]:
     """Return the parts of a block by name, in the order of the forward pass."""
-    mlp = moe.part_of(config, layer) if config.mlp == "moe" else MLPS[config.mlp]
+    mlp = moe.part_of(config, layer) if config.has_experts else MLPS[config.mlp]
     is_decoder = config.has_encoder and layer >= config.encoder_layers
     cross = {"cross": CROSS} if is_decoder else {}
     return {"mixer": MIXERS[config.mixers[layer]], **cross, "mlp": mlp}

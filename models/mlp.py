@@ -24,7 +24,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, width: int | None = None):
         super().__init__()
         s, scale = config.sizes, scales(config)
-        self.kind = "swiglu" if config.mlp == "moe" else config.mlp
+        self.kind = "swiglu" if config.has_experts else config.mlp
         inner = width or s.mlp_width
         if self.kind in ("swiglu", "geglu"):
             self.gate = Linear(s.width, inner, config.bias, scale.hidden_std)

@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         """
         config, s, length = self.config, self.sizes, x_BLD.shape[1]
         own = positions[..., -length:]
-        turn = rotation(own, config) if config.position == "rotary" else None
+        turn = rotation(own, config) if config.rotates else None
         if config.scale_embedding or config.position == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
         if config.position == "sinusoidal":

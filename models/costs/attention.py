@@ -86,6 +86,15 @@ def plain_bytes(
     return micro_batch * length * (4 * (3 * s.width + s.num_heads * length) - kernel), 0
 
 
+ROTATION = (
+    "position",
+    "rope_theta",
+    "rope_scaling",
+    "rope_factor",
+    "rope_original_length",
+    "rope_fraction",
+)
+_HEADS = ("num_heads", "num_kv_heads", "qk_norm")
 KEYS = ("qk_norm_over", "attention_gate", "value_residual")
 ATTENTION = Part(
     module="forescale.models.mixers.attention.Attention",
@@ -97,6 +106,7 @@ ATTENTION = Part(
     per_head=("query_norm", "key_norm"),
     folds=_folds,
     keys=KEYS,
+    reads=(*_HEADS, *ROTATION),
     plain_bytes=plain_bytes,
     takes_future=True,
     takes_biases=True,

@@ -54,4 +54,5 @@ CROSS = Part(
     per_head=ATTENTION.per_head,
     folds=ATTENTION.folds,
     keys=ATTENTION.keys,
+    reads=ATTENTION.reads,
 )

@@ -92,7 +92,11 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
 
 
 def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
-    return below_1(c, *_KEYS)
+    found = below_1(c, *_KEYS)
+    if longest and c.delta_conv > max(longest, type(c).delta_conv):
+        what = f"{c.delta_conv} tokens are more than the context's {longest}"
+        found.append(("delta_conv", what, "give fewer"))
+    return found
 
 
 _KEYS = ("delta_value_dim", "delta_conv")
@@ -106,6 +110,7 @@ GATED_DELTANET = Part(
     writes=("output",),
     per_head=("output_norm",),
     keys=_KEYS,
+    reads=("num_heads",),
     problems=_problems,
     takes_mask=False,
 )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.attention import plain_bytes, scores_flops
+from forescale.models.costs.attention import ROTATION, plain_bytes, scores_flops
 from forescale.models.costs.record import Part, Problem, Shapes, below_1, linear, matrix_flops
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> lis
     if (c.latent_rank or 0) >= both:
         what = f"{c.latent_rank} does not compress keys and values, {both} a token"
         found.append(("latent_rank", what, "give less, or leave it out"))
+    if (c.latent_query_rank or 0) > (full.width or 0):
+        what = f"{c.latent_query_rank} does not compress queries, {full.width} a token"
+        found.append(("latent_query_rank", what, "give less, or leave it out"))
     return found
 
 
@@ -90,6 +93,7 @@ LATENT = Part(
     per_head=("latent_norm", "query_norm"),
     folds=_folds,
     keys=_KEYS,
+    reads=("num_heads", *ROTATION),
     problems=_problems,
     plain_bytes=plain_bytes,
     turning=0.5,

@@ -96,6 +96,9 @@ def _of_values(c: "ModelConfig") -> list[Problem]:
         value = getattr(c, f"moe_{name}")
         if not 0 <= value < float("inf"):
             add(name, f"{value} is not 0 or more", "give 0 to switch it off")
+    if 1 < c.moe_bias_speed < float("inf"):
+        what = f"a step of {c.moe_bias_speed:g} is wider than the scale of all scores, 0 to 1"
+        add("bias_speed", what, "give less, such as 0.001")
     most = c.moe_experts / max(1, c.moe_top_k)
     if most < c.moe_capacity < float("inf"):
         what = f"with {c.moe_capacity:g} an expert has more places than there are tokens"

@@ -82,6 +82,8 @@ class Part:
     idle: config -> the parameters that one token does not use, such as other tokens' experts.
     keys: the fields of ModelConfig that this part reads and most others don't: where no part of the
         model has them, they must be left out.
+    reads: the fields that most other parts read too, and presets set: where no part of the model
+        has them, a command must leave them out (rules.unread).
     problems: (config, full, longest) -> the broken rules of these keys, as ModelConfig.problems has
         them. full: config with its sizes set; longest: the longest sequence, if known.
     turning: the default of rope_fraction, the part of each head that rotates.
@@ -118,6 +120,7 @@ class Part:
     stacked: tuple[str, ...] = ()
     idle: Callable[["ModelConfig"], int] = _no_idle
     keys: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     problems: Callable[["ModelConfig", "ModelConfig", int | None], list[Problem]] = _no_problems
     turning: float = 1.0
     takes_mask: bool = True

@@ -31,7 +31,7 @@ KEYS = {
     "train.micro_batch": "2",
     "train.compile": "off",
     "model.width": "64",
-    "model.depth": "2",
+    "model.num_layers": "2",
     "validation.every": "100000 steps",
     "checkpoint.every": "20 steps",
     "launch.grace": "15 s",

@@ -152,6 +152,7 @@ def test_norms_after_a_part_keep_each_layer_s_share_of_the_stream(placement):
         (dict(value_residual=0.5, num_layers=1), "value_residual", "only layer"),
         (dict(value_residual=0.5, encoder_layers=1), "value_residual", "in common"),
         (dict(delta_conv=2), "delta_conv", "no effect without mixer gated_deltanet"),
+        (dict(mixer="gated_deltanet", delta_conv=1000), "delta_conv", "more than the context's"),
         (dict(latent_rank=8), "latent_rank", "no effect without mixer latent"),
         (dict(attention_gate="head", mixer="lstm"), "attention_gate", "without mixer attention"),
         (dict(moe_top_k=1), "moe_top_k", "no effect without mlp moe"),

@@ -38,6 +38,7 @@ from forescale.config.schema import (
     plain,
     shown,
     unknown_key,
+    unread,
 )
 from forescale.config.suggest import nearest_first
 from forescale.config.target import refuse_stored
@@ -111,7 +112,11 @@ def compose(
     job = job.for_machine(find)
     paths = [*known, *leaves(schema)]
     unknowns = [unknown_key(path, paths, schema.VERB) for path in unknown + more]
-    if problems := unknowns + faults + check(job, faults) + _secrets(job):
+    problems = unknowns + faults + check(job, faults) + _secrets(job)
+    if frozen is None:  # an existing run has had these keys since it began
+        refused = {problem.key for problem in problems}
+        problems += [p for p in unread(job, laid, faults) if p.key not in refused]
+    if problems:
         raise ConfigError(problems)
     if frozen is not None and run is not None:
         refuse_stored(job, run, {*chosen, *laid})

@@ -193,19 +193,30 @@ def check(job: Any, faults: Iterable[Problem] = ()) -> list[Problem]:
     A section with a wrong value (`faults`, from `build`) isn't asked: its rules would only repeat
     that value's problem.
     """
-    faults = list(faults)
+    return _reported(job, "problems", list(faults))
+
+
+def unread(job: Any, typed: Iterable[str], faults: Iterable[Problem] = ()) -> list[Problem]:
+    """Return the problems of the keys in `typed` that have no effect, as the `unread()` methods of
+    a job and its sections report them. Of a section with `faults`, as check has them, none."""
+    typed = list(typed)
+
+    def is_typed(key: str) -> bool:
+        return any(path == key or path.startswith(key + ".") for path in typed)
+
+    return [p for p in _reported(job, "unread", list(faults)) if is_typed(p.key)]
+
+
+def _reported(node: Any, method: str, faults: list[Problem], prefix: str = "") -> list[Problem]:
+    """Return what the methods of this name report, in a job and its sections, each problem once."""
     found: list[Problem] = []
-
-    def visit(node: Any, prefix: str) -> None:
-        for f in fields(node):
-            value = getattr(node, f.name)
-            if is_dataclass(value) and not isinstance(value, Duration):
-                visit(value, f"{prefix}{name_of(f)}.")
-        wrong = any(p.key.startswith(prefix) or prefix.startswith(p.key + ".") for p in faults)
-        if not wrong and hasattr(node, "problems"):
-            found.extend(Problem(prefix + k, what, todo) for k, what, todo in node.problems())
-
-    visit(job, "")
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value) and not isinstance(value, Duration):
+            found += _reported(value, method, faults, f"{prefix}{name_of(f)}.")
+    wrong = any(p.key.startswith(prefix) or prefix.startswith(p.key + ".") for p in faults)
+    if not wrong and hasattr(node, method):
+        found += [Problem(prefix + k, what, todo) for k, what, todo in getattr(node, method)()]
     return list(dict.fromkeys(found))
 
 

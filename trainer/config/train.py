@@ -200,6 +200,9 @@ class TrainJob(Job):
         if layers and self.objective.is_next_token:
             what = "an encoder-decoder needs rows of a source and a target"
             found.append(("model.encoder_layers", what, "write objective.kind=seq2seq"))
+        if (columns := self.train.sequence_length) < (least := self.objective.spec.shortest):
+            what = f"{columns} columns are too few for a row of objective {kind}"
+            found.append(("train.sequence_length", what, f"give at least {least}"))
         if self.data.document_mask and kind == "seq2seq":
             what = "source and target of seq2seq have the documents of a window, not their own"
             found.append(("data.document_mask", what, "leave it out"))

@@ -386,6 +386,7 @@ def test_it_compiles_as_one_graph(change):
         ({"moe_capacity": 0.5}, "moe_capacity", "without a place"),
         ({"moe_capacity": math.inf}, "moe_capacity", "0 or more"),
         ({"moe_bias_speed": 0.001}, "moe_bias_speed", "sigmoid"),
+        ({"moe_bias_speed": 2.0, "moe_scores": "sigmoid"}, "moe_bias_speed", "wider than"),
         ({"moe_top_k": 1}, "moe_renormalise", "learns nothing"),
         ({"bias": True}, "bias", "no biases"),
         ({"mlp": "gelu"}, "moe_experts", "no effect"),

@@ -123,6 +123,7 @@ def test_keys_and_values_start_as_large_as_attentions():
     [
         (dict(rope_fraction=1.0), r"rope_fraction: mixer latent needs .* leave it out"),
         (dict(latent_rank=128), r"latent_rank: 128 does not compress"),
+        (dict(latent_query_rank=65), r"latent_query_rank: 65 does not compress"),
         (dict(latent_query_rank=0), r"latent_query_rank: 0 is not a size"),
     ],
 )

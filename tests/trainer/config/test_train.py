@@ -198,3 +198,61 @@ def test_rules_of_encoders(overrides, key, said):
     found = problems(*overrides)
     assert list(found) == [key]
     assert said in found[key]
+
+
+UNREAD = {
+    "model.num_kv_heads=1 model.mixer=mingru": ("num_kv_heads", "mixer mingru", "mixer=attention"),
+    "model.num_kv_heads=1 model.mixer=latent": ("num_kv_heads", "mixer latent", "mixer=attention"),
+    "model.num_heads=4 model.mixer=lstm": ("num_heads", "mixer lstm", "mixer=attention"),
+    "model.qk_norm=true model.mixer_pattern=[lstm,mingru]": (
+        "qk_norm", "mixer lstm and mingru", "mixer=attention"
+    ),
+    "model.position=rotary model.mixer=gated_deltanet": ("position", "gated_deltanet", "attention"),
+    "model.rope_theta=5e5 model=gpt2-124m": ("rope_theta", "position=learned", "position=rotary"),
+    "model.rope_theta=5e5 model.mixer=mingru": ("rope_theta", "mixer mingru", "mixer=attention"),
+    "model.base_width=256": ("base_width", "parametrization=standard", "parametrization=mup"),
+    "model.base_depth=2 model.parametrization=mup": ("base_depth", "=mup", "=completep"),
+    "model.qk_norm_over=layer model.qk_norm=false": ("qk_norm_over", "=false", "qk_norm=true"),
+    "model.mixer=latent model.mixer_pattern=[attention]": ("mixer", "beside mixer_pattern", "one"),
+    "model.depth=8": ("depth", "num_layers and width", "model=depth"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", UNREAD)
+def test_a_typed_key_without_an_effect_is_refused(words):
+    key, what, todo = UNREAD[words]
+    found = problems(*words.split(), "model.widht=3")
+    assert set(found) == {f"model.{key}", "model.widht"}, "with all other problems"
+    said, _, remedy = found[f"model.{key}"].partition("; ")
+    assert said.startswith("has no effect ")
+    assert what in said
+    assert todo in remedy
+
+
+def test_arguments_are_those_of_the_users_own_objective():
+    for word in ("objective.arguments={every: 2}", "objective.arguments.every=2"):
+        found = problems(word, "objective.kind=seq2seq")
+        assert "objective.kind=own" in found["objective.arguments"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "model=llama-160m model.position=learned",  # whose file has rope_theta
+        "model.mixer=mingru model.position=none model.qk_norm=false",  # says that there are none
+        "model.mixer=mingru model.position=learned",
+        "model.mixer=mingru model.width=100",  # of no head
+        "model.num_kv_heads=1 model.mixer_pattern=[mingru,attention]",
+        "model.num_kv_heads=1 model.mixer_pattern=[latent] model.encoder_layers=2 "
+        "objective.kind=seq2seq",  # of the attention to the encoder
+        "model.base_width=128 model.parametrization=mup",
+        "model=depth model.depth=2 model.width=64",
+    ],
+)
+def test_a_typed_key_with_an_effect_is_not_refused(words):
+    compose(TrainJob, words.split())
+
+
+def test_a_row_has_room_for_a_span():
+    found = problems("objective.kind=seq2seq", "train.sequence_length=3")
+    assert "give at least 4" in found["train.sequence_length"]

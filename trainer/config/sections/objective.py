@@ -22,6 +22,7 @@ class ObjectiveSpec:
     sees_both_sides: whether its model is an encoder, with model.causal=false.
     continues_text: whether its model can continue a text, and its losses are those of a text.
     targets: what a target is, in words for people.
+    shortest: the fewest columns of a row with a target.
     settings: the keys of this section that are arguments of its class, with their names there.
     """
 
@@ -29,6 +30,7 @@ class ObjectiveSpec:
     sees_both_sides: bool = False
     continues_text: bool = True
     targets: str = "tokens"
+    shortest: int = 1
     settings: tuple[tuple[str, str], ...] = ()
 
 
@@ -49,6 +51,7 @@ OBJECTIVES = {
         "forescale.data.objectives.spans.Spans",
         continues_text=False,
         targets="tokens of spans",
+        shortest=4,  # a token, a span of one, and two sentinels
         settings=(("spans_rate", "rate"), ("spans_mean", "mean")),
     ),
 }
@@ -103,6 +106,13 @@ class ObjectiveConfig:
             todo = "give shares whose sum is at most 1"
             found.append(("masked_hidden", f"{both} are more than all targets", todo))
         return found
+
+    def unread(self) -> Problems:
+        """Return the keys that have no effect; a command must leave them out."""
+        if self.kind == "own" or not self.arguments:
+            return []
+        todo = "leave it out, or write objective.kind=own"
+        return [("arguments", f"has no effect on objective {self.kind}", todo)]
 
     def _problems_of_settings(self) -> Problems:
         """Settings of other objectives that differ from their defaults."""

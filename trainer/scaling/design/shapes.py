@@ -235,7 +235,8 @@ _SIZED = ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
 
 def overrides(model: ModelConfig) -> dict[str, int]:
     """Return the config keys, by full name, that turn the base model into this one."""
-    return {f"model.{name}": getattr(model, name) for name in _SIZED}
+    unread = {name for name, _, _ in model.unread()}  # such as heads, where no mixer has any
+    return {f"model.{name}": getattr(model, name) for name in _SIZED if name not in unread}
 
 
 @dataclass(frozen=True)

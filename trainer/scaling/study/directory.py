@@ -174,7 +174,9 @@ class Study:
         if forecast := self._forecast_of(cell.name):
             own["forecast"] = str(forecast.path)
         typed = [f"{key}={_quoted(value)}" for key, value in own.items()]
-        made = [*self.job.plan.shared, *typed]
+        # Each cell has sizes of its own, beside which a dial would have no effect.
+        shared = [t for t in self.job.plan.shared if not t.startswith("model.depth=")]
+        made = [*shared, *typed]
         for text in made:
             if not text.isprintable() or text.startswith("-"):
                 what = f"{text!r} is no argument KEY=VALUE of forescale train"

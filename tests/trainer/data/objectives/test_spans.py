@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forescale.config.sections.objective import OBJECTIVES
 from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED
 from forescale.data.objectives.spans import Spans
@@ -145,3 +146,10 @@ def test_spans_depend_on_seed_and_number_alone():
     assert np.array_equal(one[:, 0], one[:, 2])
     assert not np.array_equal(one[:, 0], one[:, 1])
     assert not np.array_equal(one[:, 0], other[:, 0])
+
+
+def test_the_shortest_row_is_that_of_its_spec():
+    shortest = OBJECTIVES["seq2seq"].shortest
+    assert Spans(100, 0, shortest).window_length == 2
+    with pytest.raises(ValueError, match="too few"):
+        Spans(100, 0, shortest - 1)

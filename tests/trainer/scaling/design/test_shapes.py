@@ -1,6 +1,7 @@
 """Wanted sizes become models of one family: near, and in the same order."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from forescale.scaling.design.shapes import (
 from forescale.scaling.records.records import SIZES
 
 PLAIN = ModelConfig(depth=12)
+HEADS = {"num_heads", "num_kv_heads"}
 TINY = ModelConfig(width=128, num_layers=3, num_heads=2)  # heads of 64, as PLAIN
 GROUPED = ModelConfig(
     mlp="gelu", num_layers=12, width=768, num_heads=12, num_kv_heads=6, mlp_width=3072, bias=True
@@ -78,6 +80,15 @@ def test_overrides_turn_the_base_model_into_the_shape():
     found = Family(TINY, 512, 256, "total").solve(3e6).model
     named = {name.removeprefix("model."): value for name, value in overrides(found).items()}
     assert ModelConfig(**named).resolved(512, 256) == found
+
+
+def test_the_sizes_of_parts_that_the_model_lacks_are_no_overrides():
+    """`train` refuses keys without an effect, and so would refuse such a cell."""
+    experts = replace(TINY, mlp="moe")
+    for base, lacks in ((TINY, set()), (experts, set()), (replace(TINY, mixer="mingru"), HEADS)):
+        model = Family(base, 512, 256, "total").solve(3e6).model
+        assert HEADS - {key.removeprefix("model.") for key in overrides(model)} == lacks
+        assert overrides(model)["model.mlp_width"] == model.mlp_width
 
 
 def test_impossible_sizes_are_refused():

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from forescale import cli
+from forescale.config.compose import compose
+from forescale.config.train import TrainJob
 from forescale.scaling.config import StudyJob
 from forescale.scaling.study.directory import Study
 
@@ -140,3 +142,14 @@ def test_a_missing_study_is_refused_with_a_sentence(tmp_path, capsys):
     assert cli.main(["study", "launch", f"studies={tmp_path}", "study=none"]) == 2
     assert "holds no plan" in capsys.readouterr().err
     assert StudyJob().folder.name == "first"
+
+
+def test_a_cell_is_a_command_that_train_takes(small_data, tmp_path, fake_training):
+    """`train` refuses keys that have no effect: a dial beside sizes, heads of what has none."""
+    where = [f"studies={tmp_path}", "study=dial", "plan.model=depth", "plan.sequence_length=32"]
+    shared = ["model.depth=2", "model.mixer=mingru", f"data.path={small_data}", "optimizer=adamw"]
+    assert cli.main(["study", "plan", *where, *LIST, "--", *shared]) == 0
+    study = Study(tmp_path / "dial")
+    cell = study.plan.cells[0]
+    model = compose(TrainJob, study.arguments(cell)).model
+    assert (model.mixer, model.width) == ("mingru", cell.keys["model.width"])
