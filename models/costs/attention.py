@@ -81,8 +81,6 @@ def plain_bytes(
     if config.position != "relative":
         return 0, 0
     kernel = bytes_per_value * (s.width + 2 * s.kv_width) + 4 * s.num_heads
-    if config.mixer == "latent":
-        kernel += 2 * bytes_per_value * (s.width - s.kv_width)  # all heads have their own
     return micro_batch * length * (4 * (3 * s.width + s.num_heads * length) - kernel), 0
 
 

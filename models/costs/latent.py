@@ -62,6 +62,16 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
     return (ranks(config)[0] + turning(config)) * length * bytes_per_value
 
 
+def _plain_bytes(
+    config: "ModelConfig", micro_batch: int, length: int, bytes_per_value: int, masked: bool
+) -> tuple[int, int]:
+    """Return what attention keeps; all heads have keys and values of their own before it too."""
+    s = config.sizes
+    inside, view = plain_bytes(config, micro_batch, length, bytes_per_value, masked)
+    own = 2 * bytes_per_value * (s.width - s.kv_width) * micro_batch * length
+    return inside - own if inside else 0, view
+
+
 def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     """Return the factor of the module that the scores are linear in."""
     return {"query": scores}
@@ -95,7 +105,7 @@ LATENT = Part(
     keys=_KEYS,
     reads=("num_heads", *ROTATION),
     problems=_problems,
-    plain_bytes=plain_bytes,
+    plain_bytes=_plain_bytes,
     turning=0.5,
     takes_future=True,
     takes_biases=True,

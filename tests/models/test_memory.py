@@ -45,7 +45,7 @@ CHANGES = [
     dict(attention_gate="channel", logit_softcap=30.0),
     dict(mixer="gated_deltanet"),
     dict(mixer="latent"),
-    dict(mixer="latent", position="relative"),
+    dict(mixer_pattern=["latent", "attention"], position="relative", num_kv_heads=1),
     dict(mixer="latent", position="alibi", latent_query_rank=48),
     dict(mlp="moe"),
     dict(mlp="moe", moe_z_loss=0.0, moe_renormalise=False, moe_width=96, moe_dense_layers=1),
