@@ -7,7 +7,7 @@ given value. Imports no torch: a plan reads this file on a login node.
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
-from forescale.models import rules
+from forescale.models import effects, rules
 from forescale.models.costs import MIXERS, MLPS
 from forescale.models.costs.record import Problem
 from forescale.models.rules import HEAD_DIM
@@ -158,7 +158,7 @@ class ModelConfig:
 
     def unread(self) -> list[Problem]:
         """Return the keys that have no effect in this model, as problems() has them."""
-        return rules.unread(self)
+        return effects.unread(self)
 
     def resolved(
         self, vocab_size: int | None = None, sequence_length: int | None = None

@@ -35,7 +35,7 @@ def problems(
     Args: `vocab_size` and `sequence_length` of the data, if known; the vocabulary with the ids
     that the objective adds.
     """
-    if found := _of_values(config) or _of_positions(config):
+    if found := of_values(config) or _of_positions(config):
         return found
     if config.depth is None and (config.num_layers is None or config.width is None):
         return [("depth", "the model has no size", "give depth, or num_layers and width")]
@@ -49,55 +49,7 @@ def problems(
     )
 
 
-_NOTHING = (None, False, "none")  # values that ask for nothing
-_READ_WITH = {  # a field that is read only where another has one of some values
-    "base_width": ("parametrization", ("mup", "completep")),
-    "base_depth": ("parametrization", ("completep",)),
-    "rope_theta": ("position", ("rotary",)),
-    "qk_norm_over": ("qk_norm", (True,)),
-}
-
-
-def unread(config: "ModelConfig") -> list[Problem]:
-    """Return the keys that have no effect in this model, as problems() has its own.
-
-    Only a command must leave them out: presets and frozen configs have them. Of a config with a
-    value that is not allowed nothing is known.
-    """
-    if _of_values(config):
-        return []
-    found: list[Problem] = []
-    for name, (other, values) in _READ_WITH.items():
-        if (given := getattr(config, other)) not in values:
-            todo = f"leave it out, or choose {other}={str(values[0]).lower()}"
-            found.append((name, f"has no effect with {other}={str(given).lower()}", todo))
-    if config.num_layers and config.width:
-        what, todo = (
-            "beside num_layers and width, which are set",
-            "set these, or choose model=depth",
-        )
-        found.append(("depth", f"has no effect {what}", todo))
-    if config.mixer_pattern:
-        found.append(("mixer", "has no effect beside mixer_pattern", "leave one of them out"))
-    found += _of_other_mixers(config)
-    return [broken for broken in found if getattr(config, broken[0]) not in _NOTHING]
-
-
-def _of_other_mixers(config: "ModelConfig") -> list[Problem]:
-    """Return the fields that most mixers read, but none of the model's."""
-    read = {name for part in _parts(config) for name in part.reads}
-    if config.position in ("learned", "sinusoidal"):
-        read.add("position")  # these are added to the embedding
-    what = f"has no effect with mixer {' and '.join(config.mixers_used)}"
-    found: list[Problem] = []
-    for mixer, part in MIXERS.items():
-        todo = f"leave it out, or choose mixer={mixer}"
-        found += [(name, what, todo) for name in part.reads if name not in read]
-        read.update(part.reads)
-    return found
-
-
-def _parts(config: "ModelConfig") -> list[Part]:
+def parts_used(config: "ModelConfig") -> list[Part]:
     """Return the parts that some layer has."""
     parts = [*(MIXERS[name] for name in config.mixers_used), MLPS[config.mlp]]
     return [*parts, CROSS] if config.has_encoder else parts
@@ -106,7 +58,7 @@ def _parts(config: "ModelConfig") -> list[Part]:
 def _of_heads(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
     """Return the broken rules of heads and what is as wide as they are. full: config.sized()."""
     found: list[Problem] = []
-    if not any("num_heads" in part.reads for part in _parts(config)):
+    if not any("num_heads" in part.reads for part in parts_used(config)):
         return found
     width, num_heads, num_kv_heads = full.width, full.num_heads, full.num_kv_heads
     assert width is not None
@@ -171,7 +123,8 @@ def _of_data(
     return found
 
 
-def _of_values(config: "ModelConfig") -> list[Problem]:
+def of_values(config: "ModelConfig") -> list[Problem]:
+    """Return the broken rules of single values."""
     found: list[Problem] = []
     sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
     bases = ("base_width", "base_depth")
@@ -212,7 +165,7 @@ def _of_values(config: "ModelConfig") -> list[Problem]:
 def _of_parts(config: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     """Return the broken rules of mixers and MLP, each of its own keys, and the keys that are given
     though no part of the model reads them. full: config.sized(); longest: sequence, if known."""
-    parts = _parts(config)
+    parts = parts_used(config)
     found = [problem for part in parts for problem in part.problems(config, full, longest)]
     read = {key for part in parts for key in part.keys}
     for kind, table in (("mixer", MIXERS), ("mlp", MLPS)):

@@ -83,7 +83,7 @@ class Part:
     keys: the fields of ModelConfig that this part reads and most others don't: where no part of the
         model has them, they must be left out.
     reads: the fields that most other parts read too, and presets set: where no part of the model
-        has them, a command must leave them out (rules.unread).
+        has them, a command must leave them out (models/effects.py).
     problems: (config, full, longest) -> the broken rules of these keys, as ModelConfig.problems has
         them. full: config with its sizes set; longest: the longest sequence, if known.
     turning: the default of rope_fraction, the part of each head that rotates.
