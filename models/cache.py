@@ -63,10 +63,15 @@ class Cache:
     """A Memory for each layer, the number of columns read, and which of them are padding.
 
     Make an empty one for a batch of rows, and give it to each call of the model with the next
-    columns. Rows of different lengths are padded on the left.
+    columns. Rows of different lengths are padded on the left. In an encoder-decoder layers and
+    columns are the decoder's, and there is a source: the encoder's output, (B, S, D), and what is
+    added to the scores of its tokens, (B, 1, 1, S), or None.
     """
 
-    def __init__(self, num_layers: int):
+    def __init__(
+        self, num_layers: int, source: Tensor | None = None, source_mask: Tensor | None = None
+    ):
+        self.source, self.source_mask = source, source_mask
         self.layers = [Memory() for _ in range(num_layers)]
         self.length = 0
         self.real: Tensor | None = None  # (B, length) bool; None: no padding so far
@@ -84,5 +89,6 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all layers have allocated."""
-        return sum(memory.num_bytes for memory in self.layers)
+        """Bytes that all layers have allocated, and those of the source."""
+        source = 0 if self.source is None else self.source.nbytes
+        return source + sum(memory.num_bytes for memory in self.layers)

@@ -2,7 +2,8 @@
 
 With a cache the model reads each token once. Once the rows are longer than the context that the
 model may see, the oldest tokens leave it and the positions of all others change, so from there on
-each step runs the model on the whole context. Models of a user's own have no cache.
+each step runs the model on the whole context. Models of a user's own have no cache. An
+encoder-decoder reads a source once, and its decoder continues the rows.
 """
 
 from collections.abc import Generator
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forescale.models.cache import Cache
 from forescale.models.transformer import Transformer
 
 
@@ -33,15 +35,20 @@ def stream(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
     max_context: int | None = None,
+    source_BS: Tensor | None = None,
+    source_mask_BS: Tensor | None = None,
 ) -> Generator[Tensor]:
-    """Yield the next token of each row, (B, 1) int64, without end.
+    """Yield the next token of each row, (B, 1) int64, without end; of an encoder-decoder, until it
+    has read max_context tokens.
 
     Args: `model` maps tokens (B, L) to logits (B, L, V); `temperature` 0 takes the most likely
     token; `top_k` samples among the k most likely; `generator` makes it repeatable; `max_context`:
-    maximum number of tokens that the model sees (default: the model's max_sequence_length, if any).
-    The model runs in eval mode; its mode is restored at the end.
-    Raises ValueError for an empty prompt, a negative temperature or a top_k below 1, and
-    FloatingPointError if no probabilities follow from the logits, such as of NaN.
+    maximum number of tokens that the model sees (default: the model's max_sequence_length, if any);
+    source (B, S): what the encoder of an encoder-decoder reads, and source_mask (B, S), False at
+    its padding, on either side. The model runs in eval mode; its mode is restored at the end.
+    Raises ValueError for an empty prompt, a negative temperature, a top_k below 1, or a source that
+    is missing or that the model doesn't take, and FloatingPointError if no probabilities follow
+    from the logits, such as of NaN.
     """
     if tokens_BL.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token.")
@@ -54,11 +61,13 @@ def stream(
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache() if isinstance(model, Transformer) else None
+        cache = _cache_of(model, source_BS, source_mask_BS)
         unread_BL = tokens_BL
         while True:
             if cache is not None and (max_context is None or tokens_BL.shape[1] <= max_context):
                 logits_BV = model(unread_BL, cache=cache)[:, -1].float()
+            elif source_BS is not None:
+                return  # a target is learned as a whole: without its start it has no meaning
             else:
                 context = tokens_BL if max_context is None else tokens_BL[:, -max_context:]
                 logits_BV = model(context)[:, -1].float()
@@ -70,6 +79,17 @@ def stream(
             yield unread_BL
     finally:
         model.train(was_training)
+
+
+def _cache_of(
+    model: nn.Module, source_BS: Tensor | None, source_mask_BS: Tensor | None
+) -> Cache | None:
+    """Return the cache of rows of which nothing is read but the source; None: there is none."""
+    if not isinstance(model, Transformer):
+        if source_BS is not None:
+            raise ValueError("only forescale's own model takes a source; give it in the tokens.")
+        return None
+    return model.new_cache() if source_BS is None else model.encode(source_BS, source_mask_BS)
 
 
 def _sample(

@@ -137,9 +137,12 @@ def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) 
 
 
 def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
-    """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers; 0 of
-    an encoder-decoder, which decodes with no cache."""
-    if config.has_encoder:
-        return 0
-    mixers = (parts["mixer"] for parts in layers_of(config))
-    return sum(mixer.cache_bytes(config, length, bytes_per_value) for mixer in mixers)
+    """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers; of
+    an encoder-decoder for a row, with the encoder's output."""
+    source = columns_of(config, 0, length) if config.has_encoder else 0
+    found = source * config.sizes.width * bytes_per_value
+    for parts in layers_of(config)[config.encoder_layers :]:
+        found += parts["mixer"].cache_bytes(config, length - source, bytes_per_value)
+        if "cross" in parts:
+            found += parts["cross"].cache_bytes(config, source, bytes_per_value)
+    return found

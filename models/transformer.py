@@ -6,6 +6,7 @@ need not know that the weights are partitioned. A tied table is one module that 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from forescale.models.heads.mtp import MtpModule, counts_of, later_losses, mtp_m
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Columns, Context, Viewer
-from forescale.models.mixers.masks import additive_mask, visible_keys
+from forescale.models.mixers.masks import mask_of, source_mask
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import Factors, factors, scales
 from forescale.models.positions.alibi import biased_mask
@@ -93,27 +94,27 @@ class Transformer(nn.Module):
         token attends only to its own document, and positions count from the document's first token
         in the row, so each document has the same outputs as if it were alone. Without documents a
         token attends to all earlier tokens. For the cost of masks see masks.additive_mask. cache:
-        what was read of these rows before, to which this call adds (new_cache makes an empty one);
-        tokens and padding mask are then those of the new columns. Padding is on the left, and there
-        are no documents.
+        what was read of these rows before, to which this call adds (new_cache makes an empty one,
+        for an encoder-decoder encode does); tokens and padding mask are then those of the new
+        columns, there the decoder's. Padding is on the left, and there are no documents.
         Returns, without targets: logits (B, L, V), of an encoder-decoder (B, T, V), those of the
         decoder's T columns; targets of the source's are not read. With targets: losses (B,) fp32,
         each window's sum of cross-entropy in nats over its targets; with z_loss, or with experts
         or mtp_layers in training, (losses, penalty), where penalty is a scalar, summed over all
         targets, for the training objective only.
         Raises ValueError if a sequence is longer than the learned position table, for a cache with
-        documents or of a model that is not causal, and for both in an encoder-decoder.
+        documents or of a model that is not causal, and in an encoder-decoder for documents and for
+        a cache without a source.
         """
         counted_BL = padding_mask_BL
         tallies = self.tallies if self.training else None
         if tallies is not None and targets_BL is not None:
             counted_BL = that_count(targets_BL, padding_mask_BL, self.config.causal)
-        if self.config.has_encoder:
-            if cache is not None or documents_BL is not None:
-                raise ValueError("an encoder-decoder takes no cache and no documents.")
+        if self.config.has_encoder and cache is None:
+            if documents_BL is not None:
+                raise ValueError("an encoder-decoder takes no documents.")
             trunk = Trunk(self._decoded(tokens_BL, padding_mask_BL), [])
-            length = trunk.hidden.shape[1]
-            targets_BL = None if targets_BL is None else targets_BL[:, -length:]
+            targets_BL = None if targets_BL is None else targets_BL[:, -trunk.hidden.shape[1] :]
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
         found = self._head(trunk.hidden, targets_BL)
@@ -165,8 +166,22 @@ class Transformer(nn.Module):
         return penalty
 
     def new_cache(self) -> Cache:
-        """Return an empty cache, for one batch of rows."""
+        """Return an empty cache, for one batch of rows; see encode for an encoder-decoder's."""
         return Cache(self.sizes.num_layers)
+
+    def encode(self, tokens_BS: Tensor, padding_mask_BS: Tensor | None = None) -> Cache:
+        """Return the cache with which the decoder reads its tokens: it has the encoder's output.
+
+        Args: tokens (B, S) int64, of any length; padding_mask (B, S), True (or 1) for a real token,
+        on either side. Raises ValueError for a model without an encoder.
+        """
+        if not self.config.has_encoder:
+            raise ValueError("the model has no encoder; give all tokens to the decoder.")
+        positions = positions_of(tokens_BS.shape[1], tokens_BS.device, padding_mask_BS)
+        x_BSD, turn = self._placed(self.embedding(tokens_BS), positions)
+        real, length = padding_mask_BS, x_BSD.shape[1]
+        seen = Columns(positions, length, None, real, x_BSD.dtype, drops=self._drops)
+        return Cache(self.sizes.num_layers, *self._source(x_BSD, turn, seen))
 
     def _hidden(
         self,
@@ -182,6 +197,8 @@ class Transformer(nn.Module):
         if cache is not None:
             if documents_BL is not None or not self.config.causal:
                 raise ValueError("a cache is for causal models, without documents.")
+            if self.config.has_encoder and cache.source is None:
+                raise ValueError("this cache has no source for the decoder; make it by encode.")
             real, memories = cache.advance(tokens_BL, padding_mask_BL), [*cache.layers]
         elif documents_BL is not None:
             starts = document_starts(documents_BL)
@@ -189,38 +206,36 @@ class Transformer(nn.Module):
         positions = positions_of(columns, tokens_BL.device, real, starts)
         embedded_BLD = self.embedding(tokens_BL)
         x_BLD, turn = self._placed(embedded_BLD, positions)
-        seen = Columns(
-            positions,
-            tokens_BL.shape[1],
-            starts,
-            real,
-            dtype=x_BLD.dtype,
-            decoding=cache is not None,
-            drops=self.training and self.config.dropout > 0,
-        )
+        decoding, length = cache is not None, tokens_BL.shape[1]
+        seen = Columns(positions, length, starts, real, x_BLD.dtype, decoding, self._drops)
         context = Context(
             turn, self._mask(seen, self.config.causal), starts, real, counted=counted_BL
         )
-        x_BLD, routings, context = self._through(
-            0, len(self.blocks), x_BLD, context, seen, memories
-        )
+        if cache is not None:
+            context = context._replace(source=cache.source, source_mask=cache.source_mask)
+        x_BLD, routings, context = self._through(x_BLD, context, seen, memories)
         return Trunk(normed(self.norm, x_BLD), routings, embedded_BLD, context)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.config.dropout > 0
 
     def _through(
         self,
-        first: int,
-        end: int,
         x_BLD: Tensor,
         context: Context,
         seen: Columns,
         memories: Sequence[Memory | None] = (),
+        encodes: bool = False,
     ) -> tuple[Tensor, list[Routing], Context]:
-        """Return the output of the blocks [first, end), the routing of their experts, and the last
-        one's context. seen: of what tokens views are made; memories: one a block; (): no cache."""
+        """Return the output of the blocks, the encoder's or all others, the routing of experts, and
+        the last context. seen: what views are made of; memories: one a block; (): no cache."""
+        layers = self.config.encoder_layers
+        first, end = (0, layers) if encodes else (layers, len(self.blocks))
         routings: list[Routing] = []
         views: dict[Viewer, Any] = {}
         for i in range(first, end):
-            block, memory = self.blocks[i], memories[i] if memories else None
+            block, memory = self.blocks[i], memories[i - first] if memories else None
             viewer = self.viewers[i]
             if viewer not in views:
                 views[viewer] = viewer(seen)
@@ -242,25 +257,28 @@ class Transformer(nn.Module):
             positions_of(part.stop - part.start, device, real)
             for part, real in zip(parts, reals, strict=True)
         ]
+        # One call of the embedding: each would have a gradient of the size of its table.
         x_BLD, turn = self._placed(self.embedding(tokens_BL), torch.cat(positions, -1))
-        drops = self.training and config.dropout > 0
-        columns: list[Columns] = []
-        contexts: list[Context] = []
+        xs, turns, columns = [], [], []
         for part, own, real in zip(parts, positions, reals, strict=True):
-            is_causal, length = bool(contexts), part.stop - part.start
-            turned = None if turn is None else (turn[0][..., part, :, :], turn[1][..., part, :, :])
-            columns.append(Columns(own, length, None, real, x_BLD.dtype, drops=drops))
-            contexts.append(Context(turned, self._mask(columns[-1], is_causal), None, real))
-        first, end = config.encoder_layers, len(self.blocks)
-        source, _, _ = self._through(0, first, x_BLD[:, parts[0]], contexts[0], columns[0])
-        seen = None
-        if reals[0] is not None:  # a source of padding alone is seen: no softmax is over nothing
-            real_BS = reals[0].bool()
-            real_BS = real_BS | ~real_BS.any(-1, keepdim=True)
-            seen = additive_mask(real_BS[:, None, None], x_BLD.dtype)
-        context = contexts[1]._replace(source=source, source_mask=seen)
-        x_BLD, _, _ = self._through(first, end, x_BLD[:, parts[1]], context, columns[1])
+            xs.append(x_BLD[:, part])
+            turns.append(turn and (turn[0][..., part, :, :], turn[1][..., part, :, :]))
+            length = part.stop - part.start
+            columns.append(Columns(own, length, None, real, x_BLD.dtype, drops=self._drops))
+        source, hidden = self._source(xs[0], turns[0], columns[0])
+        mask = self._mask(columns[1], True)
+        context = Context(turns[1], mask, real=reals[1], source=source, source_mask=hidden)
+        x_BLD, _, _ = self._through(xs[1], context, columns[1])
         return normed(self.norm, x_BLD)
+
+    def _source(
+        self, x_BSD: Tensor, turn: Rotation | None, seen: Columns
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the encoder's output for its embedded tokens, (B, S, D), and what the decoder adds
+        to their scores, (B, 1, 1, S); None: nothing."""
+        context = Context(turn, self._mask(seen, False), None, seen.real)
+        x_BSD, _, _ = self._through(x_BSD, context, seen, encodes=True)
+        return x_BSD, None if seen.real is None else source_mask(seen.real, x_BSD.dtype)
 
     def _placed(self, x_BLD: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
@@ -285,24 +303,13 @@ class Transformer(nn.Module):
 
     def _mask(self, seen: Columns, causal: bool) -> Tensor | None:
         """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
-        positions, length, starts, real = seen[:4]
-        columns = positions.shape[-1]
         if not self.takes_mask:
             return None
-        if real is None and starts is None and 1 < length < columns:
-            # A causal kernel would take the first query for the first key's.
-            real = torch.ones(1, columns, dtype=torch.bool, device=positions.device)
-        shown = None
-        if real is not None or starts is not None:
-            shown = visible_keys(real, starts, length, causal)
-        relative = self.relative_position
         if self.encoder_relative_position is not None and not causal:
-            relative = self.encoder_relative_position
-        if relative is not None:
-            return relative(positions, shown, seen.dtype, length)
+            return mask_of(seen, causal, self.encoder_relative_position)
         if self.config.position == "alibi":
-            return biased_mask(positions, shown, self.sizes.num_heads, seen.dtype, length)
-        return None if shown is None else additive_mask(shown, seen.dtype)
+            return mask_of(seen, causal, partial(biased_mask, num_heads=self.sizes.num_heads))
+        return mask_of(seen, causal, self.relative_position)
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""

@@ -50,6 +50,7 @@ CROSS = Part(
     activation_bytes=_activation_bytes,
     source_flops=_source_flops,
     source_bytes=_source_bytes,
+    cache_bytes=ATTENTION.cache_bytes,
     writes=ATTENTION.writes,
     per_head=ATTENTION.per_head,
     folds=ATTENTION.folds,

@@ -69,7 +69,8 @@ class Part:
     activation_bytes: (config, bytes_per_value, norm_bytes) -> bytes that autograd keeps of one
         token in one layer. norm_bytes: bytes per value of the input of an RMS norm.
     cache_bytes: (config, length, bytes_per_value) -> bytes that a decoding cache would keep of
-        one sequence of `length` tokens in one layer; `plan` shows it.
+        one sequence of `length` tokens in one layer, of attention to an encoder for a source of
+        that length; `plan` shows it.
     source_flops: (config) -> forward FLOPs of one token of the encoder's output in one layer.
     source_bytes: (config, bytes_per_value, norm_bytes) -> what autograd keeps of such a token.
     writes: the modules inside that write to the residual stream (parametrization, rules 3 and 4).

@@ -77,24 +77,31 @@ class Attention(nn.Module):
             self.key_norm = RMSNorm(s.kv_width if self.norms_layer else s.head_dim, config.norm_eps)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Any:
-        return self.attend(x_BLD, x_BLD, context)
-
-    def attend(self, x_BLD: Tensor, source_BSD: Tensor, context: Context) -> Any:
-        """Return what each token of x, (B, L, D), takes from the source, (B, S, D); in the first
-        layer of a value residual, with the values."""
-        B, L, _ = x_BLD.shape
-        q_BLHK = self._heads(self.query(x_BLD), self.query_norm, self.num_heads)
-        k_BLGK = self._heads(self.key(source_BSD), self.key_norm, self.num_kv_heads)
-        v_BLGK = self._heads(self.value(source_BSD), None, self.num_kv_heads)
+        """Return what each token takes from those that it sees; in the first layer of a value
+        residual, with the values."""
+        q_BLHK, (k_BLGK, v_BLGK) = self._queries(x_BLD), self._keys_and_values(x_BLD)
         if context.values is not None:
             v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
         if context.rotation is not None:
             q_BLHK, k_BLGK = rotate(q_BLHK, context.rotation), rotate(k_BLGK, context.rotation)
-        y_BLHK = self._attend(q_BLHK, k_BLGK, v_BLGK, context)
-        if self.gate is not None:
-            y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().view(B, L, self.num_heads, -1)
-        y_BLD = self.output(y_BLHK.reshape(B, L, -1))
+        y_BLD = self._written(x_BLD, self._attend(q_BLHK, k_BLGK, v_BLGK, context))
         return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
+
+    def _queries(self, x_BLD: Tensor) -> Tensor:
+        """Return the queries of tokens, (B, L, H, K), not rotated."""
+        return self._heads(self.query(x_BLD), self.query_norm, self.num_heads)
+
+    def _keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys, not rotated, and the values of tokens, (B, S, G, K) each."""
+        k_BSGK = self._heads(self.key(x_BSD), self.key_norm, self.num_kv_heads)
+        return k_BSGK, self._heads(self.value(x_BSD), None, self.num_kv_heads)
+
+    def _written(self, x_BLD: Tensor, y_BLHK: Tensor) -> Tensor:
+        """Return the output of the layer, (B, L, D), from those of its heads: gated by its input
+        x, and through the last matrix."""
+        if self.gate is not None:
+            y_BLHK = y_BLHK * self.gate(x_BLD).sigmoid().unflatten(-1, (self.num_heads, -1))
+        return self.output(y_BLHK.flatten(-2))
 
     def _heads(self, x_BLD: Tensor, norm: RMSNorm | None, heads: int) -> Tensor:
         """Return (B, L, heads, K), normed over each head or before over all of them."""

@@ -1,7 +1,11 @@
 """Which tokens a token may attend to, and the masks that attention takes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from forescale.models.mixers.context import Columns
 
 
 def visible_keys(
@@ -41,3 +45,31 @@ def additive_mask(seen_B1LS: Tensor, dtype: torch.dtype) -> Tensor:
     other documents.
     """
     return torch.zeros_like(seen_B1LS, dtype=dtype).masked_fill(~seen_B1LS, -torch.inf)
+
+
+def mask_of(
+    seen: Columns, causal: bool, biases: Callable[..., Tensor] | None = None
+) -> Tensor | None:
+    """Return the mask of Context for these columns, or None if kernels need none.
+
+    biases: alibi.biased_mask of a number of heads, or a RelativePosition; None: scores have none.
+    """
+    positions, length, starts, real = seen[:4]
+    columns = positions.shape[-1]
+    if real is None and starts is None and 1 < length < columns:
+        # A causal kernel would take the first query for the first key's.
+        real = torch.ones(1, columns, dtype=torch.bool, device=positions.device)
+    shown = None
+    if real is not None or starts is not None:
+        shown = visible_keys(real, starts, length, causal)
+    if biases is not None:
+        return biases(positions, shown, dtype=seen.dtype, num_queries=length)
+    return None if shown is None else additive_mask(shown, seen.dtype)
+
+
+def source_mask(real_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a decoder adds to its scores of an encoder's tokens, (B, 1, 1, S): 0, or -inf for
+    padding. A source of padding alone is seen: no softmax is over nothing."""
+    real_BS = real_BS.bool()
+    real_BS = real_BS | ~real_BS.any(-1, keepdim=True)
+    return additive_mask(real_BS[:, None, None], dtype)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forescale.models import ModelConfig, Transformer
+from forescale.models.generate import generate
 from forescale.models.positions.relative import buckets
 
 L, S, T, V = 20, 23, 9, 37
@@ -153,11 +154,13 @@ def in_t5(name: str) -> str:
     return f"{at}.{module}.{T5_INNER[leaf.removesuffix('.weight')]}.weight"
 
 
-def test_t5_s_logits_and_gradients():
-    """It divides no scores by the root of a head's width, and logits by the root of the width: our
-    queries and our last norm take these factors."""
+def in_transformers(ours: Transformer):
+    """T5 with our weights, the names of its parameters by ours, and the factors of `compared`.
+
+    It divides no scores by the root of a head's width, and logits by the root of the width: our
+    queries and our last norm take these factors.
+    """
     transformers = pytest.importorskip("transformers")
-    ours = scrambled(T5)
     theirs = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2,
@@ -174,6 +177,12 @@ def test_t5_s_logits_and_gradients():
     assert not unexpected
     tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
     assert set(missing) <= tied
+    return theirs, names, factors
+
+
+def test_t5_s_logits_and_gradients():
+    ours = scrambled(T5)
+    theirs, names, factors = in_transformers(ours)
     x, real = tokens(2, S + T), torch.ones(2, S, dtype=torch.long)
     real[1, 15:] = 0
     whole = torch.cat([real.bool(), torch.ones(2, T, dtype=torch.bool)], 1)
@@ -183,6 +192,21 @@ def test_t5_s_logits_and_gradients():
     got.square().mean().backward()
     expected.square().mean().backward()
     compared(ours, theirs, names, factors)
+
+
+def test_t5_writes_the_same():
+    """Its most likely tokens, for sources of different lengths, longer than in training."""
+    ours = scrambled(T5)
+    theirs, *_ = in_transformers(ours)
+    x, real = tokens(3, S + 5), torch.ones(3, S + 5, dtype=torch.long)
+    real[1, 15:] = real[2, 4:] = 0
+    how = dict(max_new_tokens=25, do_sample=False, eos_token_id=None)
+    expected = theirs.generate(x, attention_mask=real, **how)
+    start = torch.zeros(3, 1, dtype=torch.long)
+    how = dict(temperature=0, source_BS=x, source_mask_BS=real)
+    assert torch.equal(generate(ours, start, 25, **how), expected)
+    assert len({tuple(row) for row in expected.tolist()}) == 3
+    assert expected.unique().numel() > 4
 
 
 @pytest.mark.parametrize("causal", [False, True])

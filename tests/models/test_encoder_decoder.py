@@ -17,7 +17,7 @@ from forescale.models.flops import (
     shapes,
 )
 from forescale.models.hf import family_of
-from forescale.models.memory import activations
+from forescale.models.memory import activations, cache_bytes
 from forescale.models.parametrization import factors
 from tests.models.checks import assert_one_graph, kept_bytes
 
@@ -38,6 +38,12 @@ CONFIGS = {
     "post": replace(SMALL, norm_placement="post", attention_gate="head"),
 }
 each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+DECODED = CONFIGS | {
+    "latent": replace(SMALL, mixer="latent", num_kv_heads=None, qk_norm=False),
+    "relative": replace(SMALL, position="relative", qk_norm=False),
+    "residual": replace(SMALL, norm_placement="residual"),
+}
+decoding = pytest.mark.parametrize("config", DECODED.values(), ids=DECODED)
 
 
 def build(config, **more):
@@ -78,6 +84,31 @@ def test_padding_before_the_source_and_after_the_target_changes_nothing(config):
     torch.testing.assert_close(got[:1, : T - 2], alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[1:], model(x[1:]), rtol=1e-4, atol=1e-5)
     assert (model(x)[:1, : T - 2] - alone).abs().max() > 1e-3, "without a mask it would be seen"
+
+
+@torch.no_grad()
+@decoding
+@pytest.mark.parametrize("pieces", [[T], [1] * T, [3, 1, 3]])
+def test_reading_the_target_in_pieces_with_a_cache_equals_reading_the_row(config, pieces):
+    """Of rows whose sources have different lengths; what the first piece has read is kept."""
+    model, x = build(config), tokens(3)
+    real = torch.ones(3, S + T, dtype=torch.bool)
+    real[1, :4] = real[2, :1] = False
+    whole, found = model(x, padding_mask_BL=real), []
+    cache = model.encode(x[:, :S], real[:, :S])
+    for piece in x[:, S:].split(pieces, 1):
+        found.append(model(piece, cache=cache))
+        cache.source.fill_(torch.nan)
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@decoding
+def test_the_cache_takes_the_bytes_that_are_planned(config):
+    model, x = build(config), tokens(1)
+    cache = model.encode(x[:, :S])
+    model(x[:, S:], cache=cache)
+    assert cache.num_bytes == cache_bytes(config, S + T, 4)
 
 
 def test_a_row_of_padding_gives_no_nan():
@@ -254,7 +285,7 @@ def test_muon_and_mup_know_all_of_its_matrices():
     with pytest.raises(ValueError, match="encoder_layers=3"):
         family_of(LEARNED.resolved())
     model, x = Transformer(SMALL), tokens(1)
-    with pytest.raises(ValueError, match="no cache"):
+    with pytest.raises(ValueError, match="no source for the decoder; make it by encode"):
         model(x, cache=model.new_cache())
 
 

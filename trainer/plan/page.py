@@ -82,9 +82,9 @@ def _model(plan: Plan) -> list[str]:
     ]
     if plan.cache_bytes is not None:
         length = plan.job.train.sequence_length
-        lines.append(
-            f"decoding keeps {_bytes(plan.cache_bytes)} for a sequence of {length:,} tokens"
-        )
+        has_source = getattr(plan.job.model, "has_encoder", False)
+        row = "row of source and target" if has_source else "sequence"
+        lines.append(f"decoding keeps {_bytes(plan.cache_bytes)} for a {row} of {length:,} tokens")
     return lines
 
 

@@ -346,9 +346,9 @@ class Plan:
 
     @property
     def cache_bytes(self) -> int | None:
-        """Bytes that decoding keeps for one sequence; None if the model is not one of ours, or
-        doesn't decode with a cache."""
+        """Bytes that decoding keeps for one sequence, of an encoder-decoder for a row; None if the
+        model is not one of ours, or doesn't decode."""
         model, length = self.job.model, self.job.train.sequence_length
-        if not isinstance(model, ModelConfig) or not model.causal or model.has_encoder:
+        if not isinstance(model, ModelConfig) or not model.causal:
             return None
         return cache_bytes(model, length, BYTES[self.job.precision.kind])

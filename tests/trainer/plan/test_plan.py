@@ -327,14 +327,16 @@ def test_the_plan_of_a_branch_is_judged_as_train_would(own_run, forescale, small
     assert "run.from: this run would end at step 8, and small is at step 8 already" in err
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["model.causal=false", "objective.kind=masked"],
-        ["model.encoder_layers=2", "objective.kind=seq2seq"],
-    ],
-)
-def test_a_model_that_does_not_decode_with_a_cache_keeps_none(planned, words):
-    code, plan, _ = planned(*SHORT, *words)
+def test_an_encoder_does_not_decode(planned):
+    code, plan, _ = planned(*SHORT, "model.causal=false", "objective.kind=masked")
     assert code == 0
     assert plan["decoding_cache_bytes"] is None
+
+
+def test_decoding_keeps_the_source_and_its_keys_and_values(planned):
+    row, source = 512, 419  # of a window of 466 tokens 70 are noise, in 23 spans
+    words = ["model.encoder_layers=2", "objective.kind=seq2seq", f"train.sequence_length={row}"]
+    code, plan, _ = planned(*SHORT, *words, "model.num_layers=3", "model.width=128")
+    assert code == 0
+    values = source * 128 + 3 * 2 * 128 * row
+    assert plan["decoding_cache_bytes"] == values * 2
