@@ -6,6 +6,7 @@ from forescale.errors import UserError
 from forescale.inference.export import is_exportable
 from forescale.inference.sampling import pieces, prompt_ids, sampled
 from forescale.inference.view import RunView
+from forescale.models.config import ModelConfig
 from forescale.run.rows import read_rows
 from forescale.run.start import Start
 
@@ -18,7 +19,7 @@ def summarize(started: Start) -> None:
     run, objective = started.run, started.job.objective
     scores = read_rows(run.metrics, kind="validation")
     if not objective.spec.continues_text:
-        _summarize_other(run.name, scores, objective.spec.targets)
+        _summarize_other(started, scores)
         return
     if scores:
         newest = {row["dataset"]: row["bits_per_byte"] for row in scores}
@@ -33,28 +34,41 @@ def summarize(started: Start) -> None:
     exported = (
         [(f"export {name}", "to Hugging Face transformers")] if is_exportable(RunView(run)) else []
     )
-    print("\nNext:")
-    for command, purpose in [
-        (f"status {name}", "its progress and losses"),
-        (f'generate {name} prompt="import "', "write text"),
-        *exported,
-        ("train bigger model=depth model.depth=4", "a model of your own"),
-        ("shards TEXT output=DIR", "a dataset of your own"),
-    ]:
-        print(f"  forescale {command:<38}  {purpose}")
+    _next(
+        [
+            (f"status {name}", "its progress and losses"),
+            (f'generate {name} prompt="import "', "write text"),
+            *exported,
+            ("train bigger model=depth model.depth=4", "a model of your own"),
+            ("shards TEXT output=DIR", "a dataset of your own"),
+        ]
+    )
 
 
-def _summarize_other(name: str, scores: list[dict], targets: str) -> None:
+def _summarize_other(started: Start, scores: list[dict]) -> None:
     """Print the last scores of a model that continues no text: they compare with no compressor."""
+    name, spec = started.run.name, started.job.objective.spec
     for dataset, row in {row["dataset"]: row for row in scores}.items():
         print(
-            f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of {targets}."
+            f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of "
+            f"{spec.targets}."
         )
-    print(
-        f"\nNext:\n"
-        f"  forescale status {name}                       its progress and losses\n"
-        f"  forescale eval {name}                         its loss on other text"
+    fills = spec.fills_spans and isinstance(started.job.model, ModelConfig)
+    fill = [(f'generate {name} prompt="def <extra_id_0>(self):"', "fill in spans")]
+    _next(
+        [
+            (f"status {name}", "its progress and losses"),
+            (f"eval {name}", "its loss on other text"),
+            *(fill if fills else []),
+        ]
     )
+
+
+def _next(commands: list[tuple[str, str]]) -> None:
+    """Print what one may type now, and for what."""
+    print("\nNext:")
+    for command, purpose in commands:
+        print(f"  forescale {command:<38}  {purpose}")
 
 
 def _scores(bits: dict[str, float], sources: Sources) -> str:

@@ -1,4 +1,4 @@
-"""`forescale generate`: write text with a trained model, until its document ends."""
+"""`forescale generate`: write text with a trained model, until its document or its answer ends."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.console import unchanged_output
 from forescale.errors import DONE, UserError
-from forescale.inference.view import best_device, open_view
+from forescale.inference.view import RunView, best_device, open_view
 
 
 @dataclass
@@ -22,7 +22,9 @@ class GenerateJob(RunJob):
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     prompt: str = key(
-        "", "text that the model continues; empty: it begins a document; -: read standard input"
+        "",
+        "text that the model continues; empty: it begins a document; for a run of seq2seq, text "
+        "with <extra_id_0>, <extra_id_1>, ... where it lacks spans; -: read standard input",
     )
     num_tokens: int = key(200, "the most tokens to write", ge=1)
     temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)
@@ -36,6 +38,7 @@ EXAMPLES = (
     'generate first prompt="def main("',
     "generate first step=500 temperature=0",
     "generate first prompt=- < start.txt",
+    'generate seq2seq prompt="def <extra_id_0>(self):"',
 )
 _MOST = 16 << 20  # bytes of a prompt from standard input
 
@@ -45,15 +48,25 @@ def main(arguments: list[str]) -> int:
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
     text = _standard_input() if job.prompt == "-" else job.prompt
     view = open_view(job.target or "", job.run.root)
-    if not view.config.objective.spec.continues_text:
+    spec = view.config.objective.spec
+    if not (spec.continues_text or spec.fills_spans):
         what = (
             f"was trained with objective.kind={view.config.objective.kind}, and continues no text"
         )
         raise UserError(view.name, what, "score it with `forescale eval`, or name a causal model")
-    checkpoint = view.checkpoint(job.step)
+    written = _filled(job, view, text) if spec.fills_spans else _continued(job, view, text)
+    out = unchanged_output()
+    for piece in written:
+        print(piece, end="", flush=True, file=out)
+    print(file=out)
+    return DONE
+
+
+def _continued(job: GenerateJob, view: RunView, text: str) -> Iterator[str]:
+    """Yield the prompt `text`, and what the model writes after it."""
     from forescale.inference.sampling import pieces, prompt_ids, sampled
 
-    model = view.load(checkpoint, job.trust).to(best_device())
+    model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
     end = view.identity["dataset"]["end_of_text"]
     prompt = prompt_ids(view.tokenizer, text, end)
     ids = sampled(
@@ -65,12 +78,25 @@ def main(arguments: list[str]) -> int:
         seed=job.seed,
         max_context=view.config.train.sequence_length,
     )
-    out = unchanged_output()
-    print(text, end="", flush=True, file=out)
-    for piece in pieces(view.tokenizer, prompt, _document(ids, end)):
-        print(piece, end="", flush=True, file=out)
-    print(file=out)
-    return DONE
+    yield text
+    yield from pieces(view.tokenizer, prompt, _until(ids, end, "document"))
+
+
+def _filled(job: GenerateJob, view: RunView, text: str) -> Iterator[str]:
+    """Yield the spans that the model fills in for those that `text` lacks, each after its
+    sentinel."""
+    from forescale.inference.filling import Question
+    from forescale.inference.sampling import pieces
+
+    question = Question.of(view, text)
+    model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
+    ids = question.answered(
+        model, job.num_tokens, temperature=job.temperature, top_k=job.top_k, seed=job.seed
+    )
+    longest = question.most if job.num_tokens > question.most else None
+    answer = _until(ids, question.end, "answer", longest)
+    yield question.names[question.start]
+    yield from pieces(view.tokenizer, question.source, answer, question.names)
 
 
 def _standard_input() -> str:
@@ -89,10 +115,14 @@ def _standard_input() -> str:
         raise UserError("prompt", what, "convert it with iconv -t utf-8") from None
 
 
-def _document(ids: Iterable[int], end: int) -> Iterator[int]:
-    """Yield the ids up to the end of the document, and note on stderr if it ends early."""
+def _until(ids: Iterable[int], end: int, what: str, longest: int | None = None) -> Iterator[int]:
+    """Yield the ids up to the one that ends a document or an answer, and note on stderr if it ends
+    early, or has no end in the longest that the run knows."""
     for count, token in enumerate(ids):
         if token == end:
-            print(f"\n(The document ends after {count} tokens.)", file=sys.stderr)
+            print(f"\n(The {what} ends after {count} tokens.)", file=sys.stderr)
             return
         yield token
+    if longest:
+        note = f"(The {what} has no end within {longest} tokens, the most that it has in training.)"
+        print(f"\n{note}", file=sys.stderr)

@@ -21,6 +21,8 @@ class ObjectiveSpec:
     name: the dotted name of its class.
     sees_both_sides: whether its model is an encoder, with model.causal=false.
     continues_text: whether its model can continue a text, and its losses are those of a text.
+    fills_spans: whether its model answers a text with the spans that it lacks, as
+        data/objectives/spans.py has them.
     targets: what a target is, in words for people.
     shortest: the fewest columns of a row with a target.
     settings: the keys of this section that are arguments of its class, with their names there.
@@ -29,6 +31,7 @@ class ObjectiveSpec:
     name: str
     sees_both_sides: bool = False
     continues_text: bool = True
+    fills_spans: bool = False
     targets: str = "tokens"
     shortest: int = 1
     settings: tuple[tuple[str, str], ...] = ()
@@ -50,6 +53,7 @@ OBJECTIVES = {
     "seq2seq": ObjectiveSpec(
         "forescale.data.objectives.spans.Spans",
         continues_text=False,
+        fills_spans=True,
         targets="tokens of spans",
         shortest=4,  # a token, a span of one, and two sentinels
         settings=(("spans_rate", "rate"), ("spans_mean", "mean")),

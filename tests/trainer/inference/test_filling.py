@@ -1,0 +1,115 @@
+"""Spans that a text lacks, filled in by a decoder alone and by an encoder-decoder."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from forescale import open_run
+from forescale.config.schema import TargetConfig
+from forescale.data.tokenizer import byte_tokenizer
+from forescale.errors import UserError
+from forescale.inference.filling import Question
+from forescale.inference.sampling import pieces
+from forescale.models import Transformer
+from tests.trainer.small_run import LENGTH, make_run
+
+WORDS = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "objective.kind=seq2seq"]
+WORDS += ["objective.spans_mean=1", "model.init_std=0.3"]  # 4 spans a window, in 24 + 8 columns
+TEXT = "def <extra_id_0>(x):\n    return <extra_id_1>"
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["decoder", "encoder-decoder"])
+def run(request, small_data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("filling")
+    return make_run(small_data, root, "spans", *WORDS, f"model.encoder_layers={request.param}")
+
+
+@torch.no_grad()
+def test_it_writes_what_is_most_likely_after_the_source_and_the_first_sentinel(run, forescale):
+    view = open_run(run.path)
+    size = view.identity["dataset"]["vocab_size"]
+    ids = [view.tokenizer.encode(part).ids for part in ("def ", "(x):\n    return ")]
+    source = [*ids[0], size, *ids[1], size + 1]
+    model = view.model()
+    if model.config.has_encoder:  # a row in which the source has its own length
+        config = replace(model.config, source_length=len(source))
+        fitting = Transformer(config).eval()
+        fitting.load_state_dict(model.state_dict())
+        model = fitting
+    row, shown = [*source, size], "<extra_id_0>"
+    for _ in range(LENGTH - 24):
+        row.append(model(torch.tensor([row]))[0, -1].argmax().item())
+        if row[-1] == size + 2:
+            break
+        token = row[-1] - size
+        shown += f"<extra_id_{token}>" if token >= 0 else view.tokenizer.decode([row[-1]])
+    code, out, _ = forescale("generate", run.path, f"prompt='{TEXT}'", "temperature=0")
+    assert (code, out) == (0, shown + "\n")
+
+
+def test_what_comes_of_a_seed_repeats(run, forescale):
+    words = ("generate", run.path, f"prompt='{TEXT}'")
+    once = forescale(*words, "seed=1")
+    assert once[0] == 0
+    assert once == forescale(*words, "seed=1")
+    assert once[1] != forescale(*words, "seed=2")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "prompt: has no <extra_id_0>"),
+        ("a <extra_id_1> b", "has <extra_id_1> where the next one is <extra_id_0>"),
+        ("<extra_id_0><extra_id_0>", "has <extra_id_0> where the next one is <extra_id_1>"),
+        ("".join(f"<extra_id_{i}>" for i in range(5)), "has 5 spans to fill in, and in training a"),
+        ("import sys\n" * 20 + "<extra_id_0>", "tokens, and in training a source has 24"),
+    ],
+)
+def test_a_text_unlike_those_of_training_is_one_sentence(run, forescale, text, said):
+    code, out, err = forescale("generate", run.path, f"prompt='{text}'")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+class Writes(torch.nn.Module):
+    """Writes these ids, whatever it reads."""
+
+    def __init__(self, *ids: int):
+        super().__init__()
+        self.ids, self.weight = list(ids), torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens_BL):
+        logits = torch.zeros(*tokens_BL.shape, 400)
+        logits[..., self.ids.pop(0)] = 1e9
+        return logits
+
+
+def test_an_answer_ends_with_the_sentinel_after_those_of_the_text(
+    small_data, tmp_path, forescale, monkeypatch
+):
+    path = make_run(small_data, tmp_path, "spans", *WORDS).path
+    view = open_run(path)
+    (a,), size = view.tokenizer.encode("a").ids, view.identity["dataset"]["vocab_size"]
+    written = Writes(a, size + 1, a, size + 2, a)
+    monkeypatch.setattr("forescale.inference.view.RunView.load", lambda *_: written)
+    code, out, err = forescale("generate", path, f"prompt='{TEXT}'")
+    assert (code, out) == (0, "<extra_id_0>a<extra_id_1>a\n")
+    assert "The answer ends after 3 tokens" in err
+    written.ids = [a] * 9
+    code, out, err = forescale("generate", path, f"prompt='{TEXT}'")
+    assert (code, out) == (0, "<extra_id_0>aaaaaaaa\n")
+    assert "no end within 8 tokens, the most that it has in training" in err
+
+
+def test_a_model_of_a_user_s_own_is_refused(run):
+    view = open_run(run.path)
+    view.config.model = TargetConfig("mine.Model")
+    with pytest.raises(UserError, match=r"is your own class mine\.Model"):
+        Question.of(view, TEXT)
+
+
+def test_names_stand_between_whole_characters():
+    tokenizer, ids = byte_tokenizer(), [*"é".encode(), 300, *"🙂".encode()[:2], 301, *b"x"]
+    found = "".join(pieces(tokenizer, [], ids, {300: "<a>", 301: "<b>"}))
+    assert found == f"é<a>{tokenizer.decode(list('🙂'.encode()[:2]))}<b>x"
