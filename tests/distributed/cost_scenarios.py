@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from tests.distributed.cost_jobs import LENGTH, MICRO_BATCHES, VOCABULARY, job_of
 
-COUNTS = 4  # numbers: of two modules for later tokens, the most of the cases
 OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
     "all_reduce": ("all_reduce", 0, "tensor"),
     "all_gather": ("all_gather", 0, "tensor_list"),
@@ -137,6 +136,7 @@ def _kinds(engine):
             *_flat(getattr(b, "buffer", None) for b in buckets),
             *_flat(getattr(o, "_muon_allgather_buffers", {}).values()),
         ],
+        "left out": [*engine.module.buffers(), getattr(engine.module.tallies, "totals", None)],
     }
     if not buckets and base is o:
         tensors["masters"] = []
@@ -187,9 +187,9 @@ def _counted(name, function, log):
         whole = kwargs[word] if word in kwargs else args[place]
         size = sum(t.numel() * t.element_size() for t in _flat([whole]))
         groups = [x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup)]
-        # Norms, flags, and what the model counts.
-        is_scalar = name == "all_reduce" and size <= 16 + 8 * COUNTS
-        if not is_scalar:
+        # Norms, flags, and the numbers of a step in fp64.
+        is_left_out = size <= 16 or any(t.dtype == torch.float64 for t in _flat([whole]))
+        if name != "all_reduce" or not is_left_out:
             log.append((kind, size, dist.get_world_size(*groups[:1])))
         return function(*args, **kwargs)
 

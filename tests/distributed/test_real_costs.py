@@ -1,7 +1,7 @@
 """The plan's bytes against real ranks: every live tensor by kind, every collective, exactly.
 
-At 2 ranks all cases; at 1 and 4, where only the cut of the states is new, every second one.
-FORESCALE_MATRIX=full takes all.
+At 2 ranks all cases; at 1 and 4, where only the cut of the states is new, every second one of the
+plain model. FORESCALE_MATRIX=full takes all.
 """
 
 import pytest
@@ -30,20 +30,45 @@ CASES += [[1, "muon", "bf16", "model.mtp_layers=1"]]
 CASES += [[3, "adamw", "bf16"]]  # every parameter is small, and stays
 
 
-def chosen(cases, size):
-    full = size == 2 or FULL
-    return cases if full else [case for i, case in enumerate(cases) if (i + i // 4) % 2 == 0]
+# The other parts of a model, several in one.
+EXPERTS = ["model.mixer=latent", "model.latent_query_rank=14", "model.mlp=moe"]
+EXPERTS += ["model.moe_experts=5", "model.moe_width=13", "model.moe_shared=1"]
+EXPERTS += ["model.moe_scores=sigmoid", "model.moe_bias_speed=0.01"]
+BERT = ["model.causal=false", "objective.kind=masked", "model.head=dense", "model.qk_norm=false"]
+BERT += ["model.embedding_norm=true", "model.norm_placement=residual", "model.norm=layernorm"]
+BERT += ["model.bias=true", "model.mlp=gelu_exact", "model.position=learned"]
+BERT += ["model.tie_embeddings=true"]
+T5 = ["model.encoder_layers=2", "objective.kind=seq2seq", "model.source_length=9"]
+T5 += ["model.position=relative"]
+RECURRENT = ["model.num_layers=3", "model.mixer_pattern=[gated_deltanet,lstm,mingru]"]
+GATED = ["model.mixer_pattern=[window,attention]", "model.window=5", "model.value_residual=0.5"]
+GATED += ["model.attention_gate=channel", "model.norm_placement=sandwich"]
+PARTS = [
+    [0, "muon", "bf16", *RECURRENT],
+    [1, "muon", "bf16", *EXPERTS],
+    [2, "muon", "fp32", *T5],
+    [2, "adamw", "bf16", *GATED],
+    [3, "muon", "bf16", zero(SMALL), *EXPERTS],
+    [3, "adamw", "fp32", zero(SMALL), *BERT],
+    [3, "muon", "fp32", zero(SMALL), *RECURRENT],
+]
+
+
+def chosen(cases, size, parts):
+    if size == 2 or FULL:
+        return cases + parts
+    return [case for i, case in enumerate(cases) if (i + i // 4) % 2 == 0]
 
 
 def test_the_chosen_cases_have_every_stage_optimizer_and_precision():
-    found = chosen(CASES, 4)
+    found = chosen(CASES, 4, [])
     assert {case[0] for case in found} == {0, 1, 2, 3}
     assert {tuple(case[1:3]) for case in found} == {tuple(kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_states_are_the_tensors_of_real_ranks(size):
-    cases = chosen(CASES, size)
+    cases = chosen(CASES, size, PARTS)
     found = ranks.run("cost_scenarios:states", size, 580, cases=cases)
     for case, measured in zip(cases, found, strict=True):
         job = job_of(case, size)
@@ -81,11 +106,21 @@ TRAFFIC = [
       for more in ([], [CHECKPOINTING, "model.tie_embeddings=true"])],
     [2, "adamw", "fp32", "model.tie_embeddings=true"],
 ]  # fmt: skip
+PARTS_TRAFFIC = [
+    [1, "muon", "bf16", *EXPERTS],
+    [2, "adamw", "bf16", *T5],
+    [3, "adamw", "bf16", zero(SMALL, SOME), CHECKPOINTING, *EXPERTS],
+    [3, "adamw", "bf16", zero(SMALL, FAR), *BERT],
+    [3, "muon", "bf16", zero(SMALL), *T5],
+    [3, "muon", "bf16", zero(SMALL), *RECURRENT],  # the LSTM's matrix is larger than a bucket
+    [3, "adamw", "bf16", zero(SMALL, SOME), CHECKPOINTING, "model.dropout=0.1", *GATED],
+    [3, "adamw", "bf16", zero(SMALL, SOME), CHECKPOINTING, "model.dropout=0.1"],
+]
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_traffic_is_what_real_ranks_send(size):
-    cases = chosen(TRAFFIC, size)
+    cases = chosen(TRAFFIC, size, PARTS_TRAFFIC)
     if size == 4:
         near = "engine.hierarchical_partition=2"
         cases = cases + [[3, "adamw", "bf16", zero(SMALL, reuse), near] for reuse in (FAR, SOME)]

@@ -6,11 +6,11 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
   2 use an all-reduce where a reduce-scatter would be enough (use_multi_rank_bucket_allreduce), and
   all-gather the weights after the update.
 - Stage 3 all-gathers the weights in the forward and backward pass of each micro-batch and
-  reduce-scatters the gradients. With Muon it all-reduces the gradients, and also all-gathers
-  gradients, momenta and updates. stage3_max_reuse_distance decides which weights are gathered a
-  second time, see zero3.py. With a hierarchical partition only the first gather of a step uses all
-  ranks.
-A few scalars per step (norm, overflow, the StepSummary) are left out.
+  reduce-scatters the gradients. With Muon it all-reduces those that fit a bucket, and also
+  all-gathers gradients, momenta and updates. stage3_max_reuse_distance decides which weights are
+  gathered a second time, see zero.py. With a hierarchical partition only the first gather of a step
+  uses all ranks.
+A few numbers per step (norm, overflow, the StepSummary, the counts of experts) are left out.
 
 The time of a collective is latency + bytes / speed, as NCCL's own model has it (ncclTopoTuneModel
 in src/graph/tuning.cc of NCCL 2.30). For S bytes over n ranks of m nodes:
@@ -25,14 +25,15 @@ latency grows with the number of ranks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from forescale.config.train import TrainJob
 from forescale.plan.config import MachineConfig
-from forescale.plan.memory import ZeroSettings, partition, recomputes
-from forescale.plan.parameters import Inventory
+from forescale.plan.memory import partition, recomputed
+from forescale.plan.parameters import Inventory, Parameter
+from forescale.plan.zero import ZeroSettings
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
@@ -142,11 +143,10 @@ def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Col
     every = trained.parameters
     small = {p.name for p in every if p.numel <= s.persistence}
 
-    def padded(names: set[str] | None = None) -> int:
-        chosen = (p.numel for p in every if names is None or p.name in names)
-        return s.size * s.world * sum(-(-n // s.world) for n in chosen)
+    def padded(names: set[str]) -> int:
+        return s.size * _padded(s, (p for p in every if p.name in names))
 
-    trace = s.gathers(every, recomputes(job))
+    trace = s.gathers(every, recomputed(job))
     first, again = s.size * trace.first, s.size * trace.again
     beside = 1.0 if s.overlap else 0.0
     near, n = s.near, s.accumulation
@@ -167,16 +167,40 @@ def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Col
                 "weights from the nearer partition", "all_gather", close[0], near, close[1], beside
             )
         )
-    kind: Kind = "reduce_scatter" if s.zero.get("reduce_scatter", True) else "all_reduce"
-    gradients = padded() if kind == "reduce_scatter" else s.size * trained.numel
-    calls = n * _buckets(trained, s.bucket)
-    found.append(Collective("gradients", kind, n * gradients, s.world, calls, beside))
+    found += _reduced(s, trained, beside)
     if muon := [p for g in trained.groups if g.update.is_by_matrix for p in g.params]:
         calls, updates = _muon_gathers(s, muon)
         gathers = 2 * padded({p.name for p in muon}) + 2 * s.size * updates
         what = "Muon's gradients and momenta"
         found.append(Collective(what, "all_gather", gathers, s.world, calls))
     return found
+
+
+def _reduced(s: ZeroSettings, trained: Inventory, beside: float) -> list[Collective]:
+    """Return the collectives of the gradients at stage 3.
+
+    What is larger than a bucket is alone in one, and scattered whatever the settings say.
+    """
+    every, calls = trained.parameters, _buckets(trained, s.bucket)
+    large = [p for p in every if p.numel > s.bucket]
+    if s.zero.get("reduce_scatter", True):
+        elements: dict[Kind, tuple[int, int]] = {"reduce_scatter": (_padded(s, every), calls)}
+    else:
+        small = sum(p.numel for p in every if p.numel <= s.bucket)
+        elements = {
+            "all_reduce": (small, calls - len(large)),
+            "reduce_scatter": (_padded(s, large), len(large)),
+        }
+    n = s.accumulation
+    return [
+        Collective("gradients", kind, n * s.size * numel, s.world, n * calls, beside)
+        for kind, (numel, calls) in elements.items()
+    ]
+
+
+def _padded(s: ZeroSettings, params: Iterable[Parameter]) -> int:
+    """Return the elements of partitions of equal size on all ranks."""
+    return s.world * sum(-(-p.numel // s.world) for p in params)
 
 
 def _muon_gathers(s: ZeroSettings, params: Sequence) -> tuple[int, int]:

@@ -14,23 +14,20 @@ Beyond the table of the paper:
 - Stage 3 pads each parameter to a multiple of the number of ranks. It always keeps its gradient
   partition, its bucket, and all small parameters (up to stage3_param_persistence_threshold
   elements) whole in addition to their partition. It gathers others ahead of their use, and keeps
-  them whole after it if they are used again soon, see zero3.py.
+  them whole after it if they are used again soon, see zero.py.
+- Buffers, such as the counts of experts, are left out: a few numbers.
 - The update makes fp32 copies of the gradients of one group (stage 3: one sub-group) at a time.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from forescale.config.train import TrainJob
-from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
-from forescale.models.memory import Activations, activations
-from forescale.plan.parameters import Inventory, Parameter
-from forescale.plan.zero3 import GatherTrace, trace_gathers
+from forescale.models.memory import Activations, activations, wholly_recomputed
+from forescale.plan.parameters import Inventory
+from forescale.plan.zero import BYTES, ZeroSettings
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a value by precision
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
 _SUB_GROUP = 10**9  # elements: its sub_group_size
 _MOST_MUON_BUFFERS = 256 << 20  # maximum bytes of all-gather buffers that stage 3 keeps for Muon
@@ -67,66 +64,6 @@ class States:
         return self.steady + self.held + self.update
 
 
-@dataclass(frozen=True)
-class ZeroSettings:
-    """The ZeRO settings of the derived DeepSpeed config, with DeepSpeed's defaults.
-
-    zero: the section "zero_optimization".
-    """
-
-    stage: int
-    size: int  # bytes of one weight in the forward pass
-    world: int
-    accumulation: int
-    zero: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, job: TrainJob, world: int) -> "ZeroSettings":
-        """Return the settings of a job on `world` ranks."""
-        micro_batches = job.train.global_batch // (job.train.micro_batch * world)
-        zero = deepspeed_config(job, world)["zero_optimization"]
-        size = BYTES[job.precision.kind]
-        return cls(zero["stage"], size, world, max(1, micro_batches), zero)
-
-    @property
-    def bucket(self) -> int:
-        """Elements of a reduce bucket."""
-        return int(self.zero["reduce_bucket_size"])
-
-    @property
-    def overlap(self) -> bool:
-        """Whether communication overlaps with the backward pass."""
-        given = self.zero.get("overlap_comm")
-        return self.stage == 3 if given is None else bool(given)
-
-    @property
-    def near(self) -> int:
-        """Ranks of a hierarchical partition; 1: there is none."""
-        return int(self.zero.get("zero_hpz_partition_size", 1))
-
-    @property
-    def persistence(self) -> int:
-        """Elements up to which stage 3 keeps a parameter whole."""
-        return int(self.zero.get("stage3_param_persistence_threshold", 10**5))
-
-    def gathers(self, parameters: Sequence[Parameter], recompute: bool) -> GatherTrace:
-        """Return what stage 3 gathers in one micro-batch."""
-        return trace_gathers(
-            tuple(parameters),
-            frozenset(p.name for p in parameters if p.numel <= self.persistence),
-            recompute,
-            reuse=int(self.zero.get("stage3_max_reuse_distance", 10**9)),
-            prefetch=int(self.zero.get("stage3_prefetch_bucket_size", 5 * 10**7)),
-            live=int(self.zero.get("stage3_max_live_parameters", 10**9)),
-            world=self.world,
-        )
-
-    def offloads(self, what: str) -> bool:
-        """Whether `what` (offload_optimizer, offload_param) is kept outside the device."""
-        device = (self.zero.get(what) or {}).get("device", "none")
-        return device not in ("none", None)
-
-
 def states(
     job: TrainJob,
     trained: Inventory,
@@ -138,13 +75,16 @@ def states(
     if s.stage == 0:
         return _replicated(s, trained)
     if s.stage == 3:
-        return _offloaded(s, trained, _partitioned(s, trained, recomputes(job)))
+        return _offloaded(s, trained, _partitioned(s, trained, recomputed(job)))
     return _offloaded(s, trained, _sharded(s, trained, rank))
 
 
-def recomputes(job: TrainJob) -> bool:
-    """Whether the backward pass repeats the forward pass of each block."""
-    return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing
+def recomputed(job: TrainJob) -> frozenset[str] | None:
+    """Return None unless the backward pass repeats the forward pass of each block; then the blocks
+    whose last module runs again too."""
+    if isinstance(job.model, ModelConfig) and job.model.activation_checkpointing:
+        return frozenset(wholly_recomputed(job.model))
+    return None
 
 
 def _replicated(s: ZeroSettings, trained: Inventory) -> States:
@@ -218,7 +158,7 @@ def touched(group: Group, world: int) -> list[int]:
     return sums
 
 
-def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States:
+def _partitioned(s: ZeroSettings, trained: Inventory, recomputed: frozenset[str] | None) -> States:
     """Return the states of stage 3."""
     groups, every = trained.groups, trained.parameters
     parts = {g.name: sum(-(-p.numel // s.world) for p in g.params) for g in groups}
@@ -226,12 +166,12 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     resident = [p for p in every if p.numel <= s.persistence and not alone]
     # The second partition of a parameter exists from its first use in a step until the update.
     second = sum(-(-p.numel // s.world) * s.world // s.near for p in every) if s.near > 1 else 0
-    most = 0 if alone else s.gathers(every, recompute).most
+    most = 0 if alone else s.gathers(every, recomputed).most
     largest = max(min(part, max(_SUB_GROUP // s.world, 1)) for part in parts.values())
     muon = 2 * s.size * s.world * sum(parts[g.name] for g in groups if g.update.is_by_matrix)
     return States(
         weights=s.size * sum(parts.values()),
-        resident=s.size * (sum(p.numel for p in resident) + second),
+        resident=s.size * (sum(-(-p.numel // s.world) * s.world for p in resident) + second),
         gathered=s.size * most,
         gradients=s.size * sum(parts.values()),
         held=s.size * sum(parts.values()),

@@ -26,7 +26,7 @@ from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import EvaluationCost, estimate_evaluation
 from forescale.plan.failures import FailureEstimate, estimate_failures
-from forescale.plan.memory import BYTES, checkpoint_bytes
+from forescale.plan.memory import checkpoint_bytes
 from forescale.plan.options import ShardingOption, ShardingOptions, name_of, toggled
 from forescale.plan.own_model import own_model
 from forescale.plan.parameters import inventory
@@ -37,6 +37,7 @@ from forescale.plan.step_time import (
     predict_step_time,
     token_flops,
 )
+from forescale.plan.zero import BYTES
 from forescale.run.branch import check_origin
 from forescale.run.feed import epochs, feed_of, notes, resolved_model
 from forescale.run.forecast import prediction_interval_of

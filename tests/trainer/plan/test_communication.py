@@ -63,6 +63,29 @@ def test_collectives_are_those_that_were_counted_on_real_ranks(case, reduced, ga
     assert (sums(False), sums(True)) == (reduced, gathered)
 
 
+@pytest.mark.parametrize(
+    ("case", "counted"),
+    [
+        (  # the LSTM's matrix is larger than a bucket: scattered, though Muon reduces the others
+            [3, "muon", "bf16", zero(SMALL), "model.num_layers=3",
+             "model.mixer_pattern=[gated_deltanet,lstm,mingru]"],
+            {"all_gather": 256_208, "all_reduce": 109_668, "reduce_scatter": 27_648},
+        ),
+        (  # the last matrix of the experts runs again: autograd keeps what is made of its output
+            [3, "adamw", "bf16", zero(SMALL, SOME, LAZY), CHECKPOINTING, "model.mlp=moe",
+             "model.moe_experts=5", "model.moe_width=13"],
+            {"all_gather": 249_280, "reduce_scatter": 106_608},
+        ),
+    ],
+)  # fmt: skip
+def test_bytes_of_other_parts_are_those_that_were_counted_on_real_ranks(case, counted):
+    made = job_of(case, 2)
+    found: dict[str, int] = {}
+    for c in collectives(made, inventory(made), 2):
+        found[c.kind] = found.get(c.kind, 0) + c.payload
+    assert found == counted
+
+
 def test_only_the_first_gather_of_a_hierarchical_partition_uses_all_ranks():
     """Counted on four real ranks, as above."""
     near = "engine.hierarchical_partition=2"

@@ -1,12 +1,13 @@
-"""The parameters that ZeRO-3 gathers in a step, and how many exist whole at the same time.
+"""The ZeRO settings of a job, and the parameters that stage 3 gathers in a step.
 
-Follows DeepSpeed 0.19.8's coordinator (zero/partitioned_param_coordinator.py): before a module
-runs, in forward and backward, its parameters are gathered, and those of the next modules ahead of
-their use, up to stage3_prefetch_bucket_size elements at once and about stage3_max_live_parameters
-in all. They are released after the module, unless a later use of them was already passed over
-while gathering ahead, or one of the next modules, within stage3_max_reuse_distance elements, uses
-them again. DeepSpeed also gathers ahead before a module without parameters, such as a dropout. They
-are left out: of Llama 3 8B no gather changes, of the tiny models of our tests up to 6 % of them.
+The gathers follow DeepSpeed 0.19.8's coordinator (zero/partitioned_param_coordinator.py): before a
+module runs, in forward and backward, its parameters are gathered, and those of the next modules
+ahead of their use, up to stage3_prefetch_bucket_size elements at once and about
+stage3_max_live_parameters in all. They are released after the module, unless a later use of them
+was already passed over while gathering ahead, or one of the next modules, within
+stage3_max_reuse_distance elements, uses them again. DeepSpeed also gathers ahead before a module
+without parameters, such as a dropout. They are left out: of Llama 3 8B no gather changes, of the
+tiny models of our tests up to 6 % of them.
 Invariant: only counts; tests/distributed/test_real_costs.py compares the elements with those of
 real ranks, tests/trainer/plan/test_communication.py also the number of collectives.
 """
@@ -17,6 +18,74 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+from forescale.config.train import TrainJob
+from forescale.engine.deepspeed_config import deepspeed_config
+from forescale.plan.parameters import Parameter
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a value by precision
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """The ZeRO settings of the derived DeepSpeed config, with DeepSpeed's defaults.
+
+    zero: the section "zero_optimization".
+    """
+
+    stage: int
+    size: int  # bytes of one weight in the forward pass
+    world: int
+    accumulation: int
+    zero: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, job: TrainJob, world: int) -> "ZeroSettings":
+        """Return the settings of a job on `world` ranks."""
+        micro_batches = job.train.global_batch // (job.train.micro_batch * world)
+        zero = deepspeed_config(job, world)["zero_optimization"]
+        size = BYTES[job.precision.kind]
+        return cls(zero["stage"], size, world, max(1, micro_batches), zero)
+
+    @property
+    def bucket(self) -> int:
+        """Elements of a reduce bucket."""
+        return int(self.zero["reduce_bucket_size"])
+
+    @property
+    def overlap(self) -> bool:
+        """Whether communication overlaps with the backward pass."""
+        given = self.zero.get("overlap_comm")
+        return self.stage == 3 if given is None else bool(given)
+
+    @property
+    def near(self) -> int:
+        """Ranks of a hierarchical partition; 1: there is none."""
+        return int(self.zero.get("zero_hpz_partition_size", 1))
+
+    @property
+    def persistence(self) -> int:
+        """Elements up to which stage 3 keeps a parameter whole."""
+        return int(self.zero.get("stage3_param_persistence_threshold", 10**5))
+
+    def gathers(
+        self, parameters: Sequence[Parameter], recomputed: frozenset[str] | None
+    ) -> "GatherTrace":
+        """Return what stage 3 gathers in one micro-batch."""
+        return trace_gathers(
+            tuple(parameters),
+            frozenset(p.name for p in parameters if p.numel <= self.persistence),
+            recomputed,
+            reuse=int(self.zero.get("stage3_max_reuse_distance", 10**9)),
+            prefetch=int(self.zero.get("stage3_prefetch_bucket_size", 5 * 10**7)),
+            live=int(self.zero.get("stage3_max_live_parameters", 10**9)),
+            world=self.world,
+        )
+
+    def offloads(self, what: str) -> bool:
+        """Whether `what` (offload_optimizer, offload_param) is kept outside the device."""
+        device = (self.zero.get(what) or {}).get("device", "none")
+        return device not in ("none", None)
+
 
 @dataclass(frozen=True)
 class GatherTrace:
@@ -24,7 +93,7 @@ class GatherTrace:
 
     first: elements that are gathered for the first time; again: those that were released since.
     calls: number of all-gathers; calls_again: those among them with elements of `again`. most:
-    maximum of elements that exist whole at the same time.
+    maximum of elements that exist whole at the same time, with their padding.
     """
 
     first: int
@@ -44,7 +113,7 @@ class _Call:
 def trace_gathers(
     parameters: tuple[Any, ...],
     resident: frozenset[str],
-    recompute: bool,
+    recomputed: frozenset[str] | None,
     *,
     reuse: int,
     prefetch: int,
@@ -54,13 +123,14 @@ def trace_gathers(
     """Return what ZeRO-3 gathers in one micro-batch.
 
     parameters: with `name` and `numel`, in the order of the forward pass. resident: names of those
-    that are never released. recompute: with activation checkpointing. reuse, prefetch, live:
-    elements, see above. world: each gathered parameter is padded to a multiple of it.
+    that are never released. recomputed: with activation checkpointing, the blocks whose last
+    module runs again too; without it None. reuse, prefetch, live: elements, see above. world:
+    each gathered parameter is padded to a multiple of it.
     """
     held: dict[str, dict[str, int]] = {}
     for p in parameters:
         held.setdefault(p.name.rpartition(".")[0], {})[p.name] = p.numel
-    calls = _calls(_in_order(held), recompute)
+    calls = _calls(_in_order(held), recomputed)
     sizes = {module: sum(of.values()) for module, of in held.items()}
     soon = _soon(calls, sizes, reuse)
     ahead = [(at, n, k) for at, c in enumerate(calls) for n, k in held.get(c.module, {}).items()]
@@ -92,7 +162,8 @@ class _Gathered:
     """The parameters that exist whole now, and what was gathered until now."""
 
     def __init__(self, resident: Collection[str], world: int):
-        self.standing = 0
+        self.standing = 0  # elements, without padding
+        self._padded = 0
         self._resident, self._world = resident, world
         self._here: dict[str, int] = {}
         self._ever: set[str] = set()
@@ -107,17 +178,24 @@ class _Gathered:
         missing = {name: numel for name, numel in wanted.items() if not self.has(name)}
         for name, numel in missing.items():
             which = "again" if name in self._ever else "first"
-            self._elements[which] += -(-numel // self._world) * self._world
+            self._elements[which] += self._whole(numel)
+            self._padded += self._whole(numel)
         self._calls += bool(missing)
         self._calls_again += any(name in self._ever for name in missing)
         self._ever.update(missing)
         self._here.update(missing)
         self.standing += sum(missing.values())
-        self._most = max(self._most, self.standing)
+        self._most = max(self._most, self._padded)
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
-            self.standing -= self._here.pop(name, 0)
+            numel = self._here.pop(name, 0)
+            self.standing -= numel
+            self._padded -= self._whole(numel)
+
+    def _whole(self, numel: int) -> int:
+        """Return the elements of a parameter with its padding."""
+        return -(-numel // self._world) * self._world
 
     @property
     def trace(self) -> GatherTrace:
@@ -159,15 +237,18 @@ def _of_mtp(module: str) -> list[str]:
     return module.split(".")[:2]
 
 
-def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
+def _calls(order: Sequence[str], recomputed: Collection[str] | None) -> list[_Call]:
     """Return the calls of modules, with those that hold no parameters but only other modules."""
     calls = [_Call(name) for name in ("", *_with_parents(order), "")]
     met: set[str] = set()
     for block in reversed(_blocks(order)):
-        if recompute and _block_of(block[0]):
-            # The backward of the last module needs activations, so the other modules run again.
-            calls.append(_Call(block[-1], is_kept=True))
-            calls += map(_Call, _with_parents(block[:-1]))
+        if recomputed is not None and (name := _block_of(block[0])):
+            if name in recomputed:
+                calls += map(_Call, _with_parents(block))
+            else:
+                # The backward of the last module needs activations, so the others run again.
+                calls.append(_Call(block[-1], is_kept=True))
+                calls += map(_Call, _with_parents(block[:-1]))
         # DeepSpeed counts the calls of a module whose backward is to come from its last forward
         # call on, and so releases it after the first backward alone.
         calls += (_Call(module, is_kept=module in met) for module in _with_parents(block[::-1]))
