@@ -136,24 +136,6 @@ def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) 
     return micro_batch if masked and config.position != "relative" else 0
 
 
-def wholly_recomputed(config: ModelConfig) -> list[str]:
-    """Return the names of the blocks whose last module activation checkpointing computes again.
-
-    It stops at the last tensor that autograd kept, which usually is the input of that module.
-    """
-    last = config.num_blocks - 1
-    blocks = {f"blocks.{i}": i for i in range(config.num_blocks)}
-    blocks |= {f"mtp.{k}.block": last for k in range(config.mtp_layers)}
-    if config.norms_after:  # a norm is the last module
-        return []
-    if config.has_encoder and config.norms_stream:
-        del blocks[f"blocks.{config.encoder_layers - 1}"]  # as it ends with one too
-    has_dropout, every = config.dropout > 0, layers_of(config)
-    return [
-        name for name, i in blocks.items() if has_dropout or every[i]["mlp"].keeps_output(config)
-    ]
-
-
 def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:
     """Return the bytes that decoding keeps for one sequence of `length` tokens, in all layers; of
     an encoder-decoder for a row, with the encoder's output."""

@@ -317,6 +317,11 @@ class Transformer(nn.Module):
         linear = (name for name, module in self.named_modules() if isinstance(module, kinds))
         return {f"{name}.weight" for name in linear}
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """Return the modules to compile, each alone: the blocks and the head."""
+        inner = [module.block for module in self.mtp]
+        return [*self.blocks, *inner, self.embedding if self.head is None else self.head]
+
     def counters(self) -> Tensor | None:
         """Return the counts of training forward passes; see trainer/train/model.py."""
         return None if self.tallies is None else self.tallies.counts

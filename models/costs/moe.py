@@ -68,13 +68,6 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     return int(router + pairs + rows) + 4 * b * c.moe_shared * c.expert_width
 
 
-def _keeps_output(c: "ModelConfig") -> bool:
-    """Return whether autograd keeps tensors that are made after the last matrix: of the losses, of
-    sigmoid scores, or, without shared experts, each expert's output for its weight."""
-    has_losses = c.moe_balance_loss > 0 or c.moe_z_loss > 0
-    return has_losses or c.moe_scores == "sigmoid" or not c.moe_shared
-
-
 def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     """Return the broken rules of the keys moe_*: of their values, then among the sizes."""
     return _of_values(c) or _of_sizes(c, full)
@@ -158,7 +151,6 @@ MOE = Part(
     not_muon=("router.weight",),
     stacked=("gate.weight", "up.weight", "down.weight"),
     idle=_idle,
-    keeps_output=_keeps_output,
     keys=_KEYS,
     problems=_problems,
     is_gated=True,

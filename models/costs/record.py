@@ -88,8 +88,6 @@ class Part:
     problems: (config, full, longest) -> the broken rules of these keys, as ModelConfig.problems has
         them. full: config with its sizes set; longest: the longest sequence, if known.
     turning: the default of rope_fraction, the part of each head that rotates.
-    keeps_output: whether autograd keeps its output, or what is made of it; then activation
-        checkpointing computes its last module again too.
     takes_mask: the mixer reads context.mask; without such a mixer no mask is built.
     takes_future: the mixer lets a token see later ones where config.causal is false.
     takes_values: with config.value_residual the mixer returns (y_BLD, its values) in the first
@@ -126,7 +124,6 @@ class Part:
     reads: tuple[str, ...] = ()
     problems: Callable[["ModelConfig", "ModelConfig", int | None], list[Problem]] = _no_problems
     turning: float = 1.0
-    keeps_output: Callable[["ModelConfig"], bool] = _never
     takes_mask: bool = True
     takes_future: bool = False
     takes_biases: bool = False

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from forescale.config.sections.optimizer import OptimizerSpec
+from forescale.models.config import ModelConfig
+
+BLOCK = "forescale.models.block.Block"
 
 
 def deepspeed_config(job, world_size: int) -> dict[str, Any]:
@@ -21,7 +23,7 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
-        "zero_optimization": _zero(engine, job.optimizer.spec),
+        "zero_optimization": _zero(job),
     }
     if job.precision.kind == "bf16":
         # The engine checks for non-finite gradients itself, before the update.
@@ -31,7 +33,8 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
     return merged(config, engine.deepspeed)
 
 
-def _zero(engine, optimizer: OptimizerSpec) -> dict[str, Any]:
+def _zero(job) -> dict[str, Any]:
+    engine, optimizer = job.engine, job.optimizer.spec
     zero: dict[str, Any] = {
         "stage": engine.stage,
         "reduce_bucket_size": engine.bucket_bytes // 2,
@@ -42,6 +45,10 @@ def _zero(engine, optimizer: OptimizerSpec) -> dict[str, Any]:
     if engine.stage == 3:
         zero["stage3_prefetch_bucket_size"] = engine.bucket_bytes // 2
         zero["reduce_scatter"] = optimizer.reduce_scatter
+        if isinstance(job.model, ModelConfig):
+            # A block's weights are gathered together, in one collective, and by hooks that are
+            # outside of what is compiled.
+            zero["leaf_module"] = {"classes": [BLOCK]}
         if engine.hierarchical_partition > 1:
             zero["zero_hpz_partition_size"] = engine.hierarchical_partition
         if engine.offload_parameters:

@@ -71,11 +71,26 @@ class Engine:
         """The base optimizer's groups, as DeepSpeed keeps them."""
         return self.layout.base.param_groups
 
-    def compile(self) -> None:
-        """Compile the model's forward (and so its backward) in place."""
+    def compile(self, by_part: bool = True) -> None:
+        """Compile the model's forward (and so its backward) in place.
+
+        by_part: each of the model's own `compiled_parts()` alone, if it has that method. One graph
+        gives its gradients at the end of its whole backward pass: too late to be reduced beside it,
+        or to be freed by stage 2. And blocks that are alike are compiled once.
+        """
         # Also tells the compiler what be_deterministic() has told torch.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self._deepspeed.compile()
+        own = getattr(type(self.module), "compiled_parts", None)
+        if own is None or not by_part:
+            self._deepspeed.compile()
+            return
+        import torch._dynamo.config as dynamo
+
+        # One function for all: each kind of block, in training and in evaluation, is an entry.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+        for part in own(self.module):
+            # Not the call: DeepSpeed's hooks, which gather and release weights, stay outside.
+            part.forward = torch.compile(part.forward)
 
     def train_step(
         self,

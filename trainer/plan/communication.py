@@ -31,7 +31,7 @@ from typing import Literal
 
 from forescale.config.train import TrainJob
 from forescale.plan.config import MachineConfig
-from forescale.plan.memory import partition, recomputed
+from forescale.plan.memory import partition, recomputes
 from forescale.plan.parameters import Inventory, Parameter
 from forescale.plan.zero import ZeroSettings
 
@@ -146,7 +146,7 @@ def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Col
     def padded(names: set[str]) -> int:
         return s.size * _padded(s, (p for p in every if p.name in names))
 
-    trace = s.gathers(every, recomputed(job))
+    trace = s.gathers(every, recomputes(job))
     first, again = s.size * trace.first, s.size * trace.again
     beside = 1.0 if s.overlap else 0.0
     near, n = s.near, s.accumulation

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields, replace
 from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
-from forescale.models.memory import Activations, activations, wholly_recomputed
+from forescale.models.memory import Activations, activations
 from forescale.plan.parameters import Inventory
 from forescale.plan.zero import BYTES, ZeroSettings
 
@@ -75,16 +75,13 @@ def states(
     if s.stage == 0:
         return _replicated(s, trained)
     if s.stage == 3:
-        return _offloaded(s, trained, _partitioned(s, trained, recomputed(job)))
+        return _offloaded(s, trained, _partitioned(s, trained, recomputes(job)))
     return _offloaded(s, trained, _sharded(s, trained, rank))
 
 
-def recomputed(job: TrainJob) -> frozenset[str] | None:
-    """Return None unless the backward pass repeats the forward pass of each block; then the blocks
-    whose last module runs again too."""
-    if isinstance(job.model, ModelConfig) and job.model.activation_checkpointing:
-        return frozenset(wholly_recomputed(job.model))
-    return None
+def recomputes(job: TrainJob) -> bool:
+    """Whether the backward pass repeats the forward pass of each block."""
+    return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing
 
 
 def _replicated(s: ZeroSettings, trained: Inventory) -> States:
@@ -158,7 +155,7 @@ def touched(group: Group, world: int) -> list[int]:
     return sums
 
 
-def _partitioned(s: ZeroSettings, trained: Inventory, recomputed: frozenset[str] | None) -> States:
+def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States:
     """Return the states of stage 3."""
     groups, every = trained.groups, trained.parameters
     parts = {g.name: sum(-(-p.numel // s.world) for p in g.params) for g in groups}
@@ -166,7 +163,7 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recomputed: frozenset[str]
     resident = [p for p in every if p.numel <= s.persistence and not alone]
     # The second partition of a parameter exists from its first use in a step until the update.
     second = sum(-(-p.numel // s.world) * s.world // s.near for p in every) if s.near > 1 else 0
-    most = 0 if alone else s.gathers(every, recomputed).most
+    most = 0 if alone else s.gathers(every, recompute).most
     largest = max(min(part, max(_SUB_GROUP // s.world, 1)) for part in parts.values())
     muon = 2 * s.size * s.world * sum(parts[g.name] for g in groups if g.update.is_by_matrix)
     return States(

@@ -17,6 +17,8 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
     optimizer_factors() -> {name: models.parametrization.Factors}, optional: what AdamW's learning
         rate, weight decay and eps are multiplied with, and the name of the parameter's class.
     flops_per_token(sequence_length) -> int, optional: forward and backward; without it, 6N.
+    compiled_parts() -> modules, optional: those whose forward is compiled, each alone, on a GPU or
+        on several ranks; without it the model is one graph. No part may contain another.
     metrics() -> {name: float or 0-dim tensor}, optional: numbers of the step, called once per step
         after its last micro-batch. metrics.jsonl holds them as `extra.NAME`, the mean over ranks.
         The names must be the same on all ranks at every step. Return what forward has stored, not

@@ -97,7 +97,7 @@ class Trainer:
         if any(self.world.gather(bool(self.stop_request))):
             return INTERRUPTED  # during start-up: there is nothing new to save
         if self.compilation.wanted:
-            self.engine.compile()
+            self.engine.compile(self.compilation.by_part)
         if self.compilation.notice:
             self._print(self.compilation.notice)
         if self.prediction:
@@ -124,7 +124,7 @@ class Trainer:
         self.engine.mark = self.phases.mark
         if self.injector:
             self.engine.disturb = self.injector.disturb
-        self.compilation = compilation(job)
+        self.compilation = compilation(job, self.world)
         device, threads = self.world.device.type, torch.get_num_threads()
         self.numerics = numerics(job, self.world.size, device, threads, self.compilation.wanted)
         self.builder = Builder(
