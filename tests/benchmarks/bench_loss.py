@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from forescale.engine.build import compiler_missing
+from forescale.engine.compilation import compiler_missing
 from forescale.models.config import ModelConfig
 from forescale.models.heads.loss import token_losses
 from tests.benchmarks.pairing import Result, interleaved

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from forescale.engine.build import compiler_missing
+from forescale.engine.compilation import compiler_missing
 from forescale.models.costs import MIXERS
 from forescale.models.flops import count
 from tests.benchmarks import bench_loss, bench_mixers, draw_mixers, run

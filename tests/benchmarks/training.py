@@ -16,7 +16,8 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.stream import Batch, StepShare, stream
-from forescale.engine import build, world
+from forescale.engine import world
+from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config, merged
 from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.run.feed import feed_of
@@ -47,7 +48,7 @@ class Ours:
         rank._build()
         point = rank._begin(resume(rank.run, rank.job, rank.engine, rank._warn, rank.attempt))
         if rank.compilation.wanted:
-            rank.engine.compile()
+            rank.engine.compile(rank.compilation.by_part)
         self.position, self.parts = point.position, rank.builder.parts(rank.attempt, point)
         self.forget()
 
@@ -129,7 +130,7 @@ class Bare:
             zero = {"zero_optimization": {"compute_grad_norm": True}}
             config = merged(config, {"gradient_clipping": o.clip, **zero})
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        if build.compilation(job).wanted:
+        if compilation(job, 1, "cpu").wanted:
             self.engine.compile()
         self.step = 0
 

@@ -90,6 +90,7 @@ def job(stage: int, optimizer: str, precision: str, offload: bool = False) -> Si
     engine = {"stage": stage, "offload_optimizer": offload, "offload_parameters": False}
     engine |= {"bucket_bytes": 4096, "hierarchical_partition": 1, "deepspeed": extra}
     return SimpleNamespace(
+        model=None,  # a class that is not ours
         train=SimpleNamespace(micro_batch=2),
         engine=SimpleNamespace(**engine),
         precision=SimpleNamespace(kind=precision),

@@ -1,14 +1,11 @@
-"""Build the engine of a job; decide about compilation; find the peak FLOP/s of the device.
+"""Build the engine of a job; find the peak FLOP/s of the device.
 
-Invariant: without a compiler, the model trains uncompiled and the user gets a notice.
+Invariant: a job that does not fit its ranks is refused before anything is built.
 """
 
 import os
-import shutil
-import sysconfig
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +16,6 @@ from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.step import Engine
 from forescale.engine.world import World
-from forescale.errors import UserError
 
 # Dense peak FLOP/s in bf16, from the vendors' data sheets; MFU is a fraction of these.
 _KNOWN_PEAKS = {
@@ -32,15 +28,6 @@ _KNOWN_PEAKS = {
     "A10": 125e12,
     "V100": 125e12,
 }
-
-
-class Compilation(NamedTuple):
-    """Whether to compile the model, each of its parts alone or as a whole, and a notice for the
-    user."""
-
-    wanted: bool
-    by_part: bool = False
-    notice: str | None = None
 
 
 def check_world(job: TrainJob, size: int) -> None:
@@ -80,37 +67,6 @@ def be_deterministic() -> None:
     torch.set_deterministic_debug_mode("warn")
     # Only useful for debugging, and costs one pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def compiler_missing() -> str | None:
-    """Return what torch.compile lacks on this machine, or None. For a CPU it compiles C++ code."""
-    if torch.cuda.is_available():
-        return None
-    compiler = os.environ.get("CXX") or "g++"
-    if shutil.which(compiler) is None:
-        return f"a C++ compiler ({compiler})"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return None if header.exists() else f"Python's headers ({header})"
-
-
-def compilation(job: TrainJob, world: World) -> Compilation:
-    """Return whether to compile, from `train.compile` and this machine, and what.
-
-    A CPU that trains alone compiles the whole model, which makes its steps shorter by a sixth; else
-    each block is compiled alone, see Engine.compile.
-
-    Raises UserError if train.compile=on and the machine lacks a compiler.
-    """
-    missing = compiler_missing()
-    if job.train.compile == "off":
-        return Compilation(False)
-    if missing and job.train.compile == "on":
-        what = f"this machine lacks {missing}"
-        raise UserError("train.compile=on", what, "install it, or set train.compile=auto")
-    if missing:
-        notice = f"The model is not compiled, and trains slower: this machine lacks {missing}."
-        return Compilation(False, notice=notice)
-    return Compilation(True, by_part=world.size > 1 or world.device.type == "cuda")
 
 
 def device_name(world: World) -> str:

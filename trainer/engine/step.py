@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forescale.engine.compilation import compile_parts
 from forescale.engine.layout import Layout, fp32_square_sum, layout_of
 from forescale.engine.world import World
 from forescale.errors import UserError
@@ -72,25 +73,12 @@ class Engine:
         return self.layout.base.param_groups
 
     def compile(self, by_part: bool = True) -> None:
-        """Compile the model's forward (and so its backward) in place.
-
-        by_part: each of the model's own `compiled_parts()` alone, if it has that method. One graph
-        gives its gradients at the end of its whole backward pass: too late to be reduced beside it,
-        or to be freed by stage 2. And blocks that are alike are compiled once.
-        """
+        """Compile the model's forward (and so its backward) in place: each of its parts alone, or
+        the model as a whole."""
         # Also tells the compiler what be_deterministic() has told torch.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        own = getattr(type(self.module), "compiled_parts", None)
-        if own is None or not by_part:
+        if not (by_part and compile_parts(self.module)):
             self._deepspeed.compile()
-            return
-        import torch._dynamo.config as dynamo
-
-        # One function for all: each kind of block, in training and in evaluation, is an entry.
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-        for part in own(self.module):
-            # Not the call: DeepSpeed's hooks, which gather and release weights, stay outside.
-            part.forward = torch.compile(part.forward)
 
     def train_step(
         self,

@@ -100,7 +100,7 @@ def graphics() -> Finding:
 
 def compiler() -> Finding:
     """Check that torch.compile can compile."""
-    from forescale.engine.build import compiler_missing
+    from forescale.engine.compilation import compiler_missing
 
     missing = compiler_missing()
     if missing is None:

@@ -259,9 +259,12 @@ def versions() -> dict[str, str]:
 
 
 def numerics(
-    job: TrainJob, world_size: int, device: str, threads: int, compiled: bool
+    job: TrainJob, world_size: int, device: str, threads: int, compiled: bool | str
 ) -> dict[str, Any]:
-    """Return all that must stay equal for a resumed run to be bit-identical to an unbroken one."""
+    """Return all that must stay equal for a resumed run to be bit-identical to an unbroken one.
+
+    compiled: "parts" where each is compiled alone.
+    """
     kinds, rules = leaves(TrainJob), plain(job.guard)
     guard = {f"guard.{k}": str(v) for k, v in rules.items()}
     return {

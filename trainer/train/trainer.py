@@ -17,7 +17,8 @@ from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.checkpoint.restore import restore
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
-from forescale.engine.build import be_deterministic, build_engine, check_world, compilation
+from forescale.engine.build import be_deterministic, build_engine, check_world
+from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.optim import learning_rate
 from forescale.engine.step import Engine
@@ -124,9 +125,10 @@ class Trainer:
         self.engine.mark = self.phases.mark
         if self.injector:
             self.engine.disturb = self.injector.disturb
-        self.compilation = compilation(job, self.world)
         device, threads = self.world.device.type, torch.get_num_threads()
-        self.numerics = numerics(job, self.world.size, device, threads, self.compilation.wanted)
+        self.compilation = compilation(job, self.world.size, device)
+        compiled = "parts" if self.compilation.by_part else self.compilation.wanted
+        self.numerics = numerics(job, self.world.size, device, threads, compiled)
         self.builder = Builder(
             job,
             self.run,

@@ -1,0 +1,86 @@
+"""Whether a model is compiled, and what of it.
+
+Invariant: without a compiler, the model trains uncompiled and the user gets a notice.
+"""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
+
+# Of one function in torch's cache, which all blocks share: each kind of block is one, in training
+# and in evaluation, with and without a mask.
+_VERSIONS = 64
+
+
+class Compilation(NamedTuple):
+    """Whether to compile the model, each of its parts alone or as a whole, and a notice for the
+    user."""
+
+    wanted: bool
+    by_part: bool = False
+    notice: str | None = None
+
+
+def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
+    """Return whether to compile, from `train.compile` and this machine, and what.
+
+    A CPU that trains alone compiles the whole model, which makes its steps shorter; all others
+    compile each part, see compile_parts. device: "cpu" or "cuda".
+    Raises UserError if train.compile=on and the machine lacks a compiler.
+    """
+    missing = compiler_missing()
+    if job.train.compile == "off":
+        return Compilation(False)
+    if missing and job.train.compile == "on":
+        what = f"this machine lacks {missing}"
+        raise UserError("train.compile=on", what, "install it, or set train.compile=auto")
+    if missing:
+        notice = f"The model is not compiled, and trains slower: this machine lacks {missing}."
+        return Compilation(False, notice=notice)
+    return Compilation(True, by_part=world_size > 1 or device != "cpu")
+
+
+def compiler_missing() -> str | None:
+    """Return what torch.compile lacks on this machine, or None.
+
+    For a CPU it compiles C++; on a GPU Triton compiles a C file that starts its kernels. Both read
+    Python's headers.
+    """
+    if torch.cuda.is_available():
+        given, language = os.environ.get("CC"), "C"
+        known = [given] if given else ["gcc", "clang"]  # in Triton's order
+    else:
+        given, language = os.environ.get("CXX"), "C++"
+        known = [given or "g++"]
+    if not any(shutil.which(name) for name in known):
+        return f"a {language} compiler ({' or '.join(known)})"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if header.exists() else f"Python's headers ({header})"
+
+
+def compile_parts(model: nn.Module, backend: str = "inductor") -> bool:
+    """Compile the forward of each of the model's own `compiled_parts()`; return False if it has no
+    such method.
+
+    One graph of the whole model gives its gradients at the end of the whole backward pass: too late
+    to be reduced beside it, or to be freed by stage 2. Of parts, those of the last block come
+    first. Blocks that are alike are compiled once, so that the first step takes less time.
+    """
+    own = getattr(type(model), "compiled_parts", None)
+    if own is None:
+        return False
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
+    for part in own(model):
+        # Not the call: DeepSpeed's hooks, which gather and release weights, stay outside.
+        part.forward = torch.compile(part.forward, backend=backend)
+    return True
