@@ -1,5 +1,6 @@
 """Our config in DeepSpeed's words, and what may be added to it."""
 
+import importlib
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
-from forescale.engine.deepspeed_config import deepspeed_config, merged
+from forescale.engine.deepspeed_config import BLOCK, deepspeed_config, merged
 
 
 def derived(*overrides, world_size=2):
@@ -60,6 +61,20 @@ def test_the_second_partition_of_stage_3():
     made = derived("engine=zero3", "engine.hierarchical_partition=2")
     assert made["zero_optimization"]["zero_hpz_partition_size"] == 2
     assert "zero_hpz_partition_size" not in derived("engine=zero3")["zero_optimization"]
+
+
+def test_only_blocks_of_our_own_models_are_gathered_as_one():
+    found = [
+        derived(*words)["zero_optimization"].get("leaf_module")
+        for words in (
+            ["engine=zero3"],
+            ["engine=zero2"],
+            ["engine=zero3", "model=custom", "model._target_=a.B"],
+        )
+    ]
+    assert found == [{"classes": [BLOCK]}, None, None]
+    module, _, name = BLOCK.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
 
 
 def test_what_has_no_key_of_ours_is_laid_over_section_by_section():
