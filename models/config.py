@@ -98,7 +98,8 @@ class ModelConfig:
     delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
     latent_rank: int | None = None  # latent: width of what is cached; None: 4 heads, half the width
     latent_query_rank: int | None = None  # latent: width of the queries' latent; None: no latent
-    # Layers of an encoder before the num_layers of the decoder (objective.kind=seq2seq); 0: none.
+    # Layers of an encoder before the num_layers of the decoder (objective.kind=seq2seq or prefix);
+    # 0: none.
     encoder_layers: int = 0
     source_length: int | None = None  # columns that the encoder reads; None: as the objective says
     window: int | None = None  # mixer=window: tokens that a token sees, itself included

@@ -189,7 +189,8 @@ class TrainJob(Job):
         """Rules of the objective with the model that it trains and the data that it reads."""
         kind, layers = self.objective.kind, getattr(self.model, "encoder_layers", 0)
         found: Problems = []
-        writes = self.objective.is_next_token or (kind == "seq2seq" and not layers)
+        has_source = bool(self.objective.spec.source)
+        writes = self.objective.is_next_token or (has_source and not layers)
         if not getattr(self.model, "causal", True) and writes:
             what = "a model that sees later tokens is shown the token that it must predict"
             todo = "leave it out, or give objective.kind=masked, which hides its targets"
@@ -199,12 +200,12 @@ class TrainJob(Job):
             found.append(("model.causal", what, "write model.causal=false"))
         if layers and self.objective.is_next_token:
             what = "an encoder-decoder needs rows of a source and a target"
-            found.append(("model.encoder_layers", what, "write objective.kind=seq2seq"))
+            found.append(("model.encoder_layers", what, "write objective.kind=seq2seq or prefix"))
         if (columns := self.train.sequence_length) < (least := self.objective.spec.shortest):
             what = f"{columns} columns are too few for a row of objective {kind}"
             found.append(("train.sequence_length", what, f"give at least {least}"))
-        if self.data.document_mask and kind == "seq2seq":
-            what = "source and target of seq2seq have the documents of a window, not their own"
+        if self.data.document_mask and has_source:
+            what = f"source and target of {kind} have the documents of a window, not their own"
             found.append(("data.document_mask", what, "leave it out"))
         if self.data.packing == "best_fit" and not self.objective.is_next_token:
             what = f"best_fit counts next tokens, not the targets of objective {kind}"

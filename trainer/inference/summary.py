@@ -12,6 +12,7 @@ from forescale.run.start import Start
 
 SAMPLE_TOKENS = 120
 PROMPT = "def "
+_WRITE = ("import ", "write text")  # a prompt, and what it is for
 
 
 def summarize(started: Start) -> None:
@@ -37,7 +38,7 @@ def summarize(started: Start) -> None:
     _next(
         [
             (f"status {name}", "its progress and losses"),
-            (f'generate {name} prompt="import "', "write text"),
+            (f'generate {name} prompt="{_WRITE[0]}"', _WRITE[1]),
             *exported,
             ("train bigger model=depth model.depth=4", "a model of your own"),
             ("shards TEXT output=DIR", "a dataset of your own"),
@@ -53,13 +54,15 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
             f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of "
             f"{spec.targets}."
         )
-    fills = spec.fills_spans and isinstance(started.job.model, ModelConfig)
-    fill = [(f'generate {name} prompt="def <extra_id_0>(self):"', "fill in spans")]
+    prompt, purpose = {"gaps": ("def <extra_id_0>(self):", "fill in spans")}.get(
+        spec.source, _WRITE
+    )
+    writes = spec.source and isinstance(started.job.model, ModelConfig)
     _next(
         [
             (f"status {name}", "its progress and losses"),
             (f"eval {name}", "its loss on other text"),
-            *(fill if fills else []),
+            *([(f'generate {name} prompt="{prompt}"', purpose)] if writes else []),
         ]
     )
 

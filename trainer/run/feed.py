@@ -77,7 +77,9 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
         if split is None or (model.source_length or split) != split:
             what = f"the source of objective {job.objective.kind} has {split or 'no fixed'} columns"
             raise UserError(
-                "model.source_length", what, "leave it out, or take objective.kind=seq2seq"
+                "model.source_length",
+                what,
+                "leave it out, or take objective.kind=seq2seq or prefix",
             )
         model = replace(model, source_length=split)
     vocabulary = vocabulary_of(job, vocab_size)

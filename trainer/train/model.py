@@ -11,7 +11,7 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
         documents: the number of each token's document in its window, nondecreasing. A token must
         then attend to its own document alone, at positions that count from the document's first
         token in the window.
-        padding_mask_BL=None, too, only with objective.kind=masked or seq2seq, in micro-batches in
+        padding_mask_BL=None, too, with objectives other than next_token, in micro-batches in
         which a window ends early: bool, False for what no other token may see.
     muon_parameters() -> names, optional: the matrices for Muon; see engine.optim.parameter_groups.
     optimizer_factors() -> {name: models.parametrization.Factors}, optional: what AdamW's learning

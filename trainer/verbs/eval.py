@@ -38,8 +38,8 @@ def main(arguments: list[str]) -> int:
     datasets = datasets_of(view, job.data)
     trained = view.config.train.sequence_length
     length = job.sequence_length or trained
-    if length != trained and view.config.objective.kind == "seq2seq":
-        what = "rows of seq2seq have the length of the training"
+    if length != trained and view.config.objective.spec.source:
+        what = f"rows of {view.config.objective.kind} have the length of the training"
         raise UserError("sequence_length", what, "leave it out")
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
     model = model.to(best_device())

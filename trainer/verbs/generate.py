@@ -10,7 +10,7 @@ from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.console import unchanged_output
 from forescale.errors import DONE, UserError
-from forescale.inference.view import RunView, best_device, open_view
+from forescale.inference.view import best_device, open_view
 
 
 @dataclass
@@ -48,55 +48,22 @@ def main(arguments: list[str]) -> int:
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
     text = _standard_input() if job.prompt == "-" else job.prompt
     view = open_view(job.target or "", job.run.root)
-    spec = view.config.objective.spec
-    if not (spec.continues_text or spec.fills_spans):
-        what = (
-            f"was trained with objective.kind={view.config.objective.kind}, and continues no text"
-        )
-        raise UserError(view.name, what, "score it with `forescale eval`, or name a causal model")
-    written = _filled(job, view, text) if spec.fills_spans else _continued(job, view, text)
-    out = unchanged_output()
-    for piece in written:
-        print(piece, end="", flush=True, file=out)
-    print(file=out)
-    return DONE
-
-
-def _continued(job: GenerateJob, view: RunView, text: str) -> Iterator[str]:
-    """Yield the prompt `text`, and what the model writes after it."""
-    from forescale.inference.sampling import pieces, prompt_ids, sampled
-
-    model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
-    end = view.identity["dataset"]["end_of_text"]
-    prompt = prompt_ids(view.tokenizer, text, end)
-    ids = sampled(
-        model,
-        prompt,
-        job.num_tokens,
-        temperature=job.temperature,
-        top_k=job.top_k,
-        seed=job.seed,
-        max_context=view.config.train.sequence_length,
-    )
-    yield text
-    yield from pieces(view.tokenizer, prompt, _until(ids, end, "document"))
-
-
-def _filled(job: GenerateJob, view: RunView, text: str) -> Iterator[str]:
-    """Yield the spans that the model fills in for those that `text` lacks, each after its
-    sentinel."""
-    from forescale.inference.filling import Question
+    from forescale.inference.answering import question_of
     from forescale.inference.sampling import pieces
 
-    question = Question.of(view, text)
+    question = question_of(view, text)
     model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
     ids = question.answered(
         model, job.num_tokens, temperature=job.temperature, top_k=job.top_k, seed=job.seed
     )
-    longest = question.most if job.num_tokens > question.most else None
-    answer = _until(ids, question.end, "answer", longest)
-    yield question.names[question.start]
-    yield from pieces(view.tokenizer, question.source, answer, question.names)
+    longest = question.most if job.num_tokens > (question.most or job.num_tokens) else None
+    answer = _until(ids, question.end, question.ends, longest)
+    out = unchanged_output()
+    print(question.shown, end="", flush=True, file=out)
+    for piece in pieces(view.tokenizer, question.before, answer, question.names):
+        print(piece, end="", flush=True, file=out)
+    print(file=out)
+    return DONE
 
 
 def _standard_input() -> str:

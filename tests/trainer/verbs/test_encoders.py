@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from forescale import open_dataset, open_run
 from forescale.config.compose import compose
-from forescale.data.objective import IGNORED
+from forescale.data.objective import IGNORED, window_length
 from forescale.data.objectives.masked import MaskedTokens
 from forescale.errors import UserError
 from forescale.run.feed import feed_of, objective_of
@@ -172,25 +172,20 @@ def test_eval_scores_the_spans_of_the_whole_split(spans, small_data, forescale):
     assert forescale("check", spans.path)[0] == 0
 
 
-def test_a_row_too_short_for_a_span_is_said(small_data, tmp_path):
-    job = make_job(small_data, tmp_path, "short", *SPANS, "train.sequence_length=3")
-    with pytest.raises(UserError, match="too few for a span"):
-        settle(job, open_sources(job.data))
-
-
+@pytest.mark.parametrize("words", [SPANS, [*ENCODER[:3], "objective.kind=prefix"]])
 def test_an_encoder_decoder_splits_its_rows_where_the_objective_does(
-    small_data, tmp_path, forescale
+    small_data, tmp_path, forescale, words
 ):
-    run = make_run(small_data, tmp_path / "runs", "both", *SPANS, "model.encoder_layers=2")
+    run = make_run(small_data, tmp_path / "runs", "both", *words, "model.encoder_layers=2")
     view, dataset = open_run(run.path), open_dataset(small_data)
     objective = objective_of(view.config, dataset.vocab_size, held_out=True)
     assert view.config.model.source_length == objective.split
     model, split = view.model(), dataset.split("validation")
-    nats = targets = number = 0
+    length, nats, targets, number = window_length(objective, LENGTH), 0.0, 0, 0
     for shard, tokens in enumerate(split.shard_tokens):
-        for start in range(0, tokens - 1, objective.window_length):
-            size = min(objective.window_length + 1, tokens - start)
-            text = np.zeros((1, objective.window_length + 1), split.dtype)
+        for start in range(0, tokens - 1, length):
+            size = min(length + 1, tokens - start)
+            text = np.zeros((1, length + 1), split.dtype)
             text[0, :size] = split.read(shard, start, size)
             sizes, numbers = np.array([size]), np.array([number])
             inputs, wanted = torch.from_numpy(objective.examples(text, sizes, numbers))
@@ -203,6 +198,10 @@ def test_an_encoder_decoder_splits_its_rows_where_the_objective_does(
     assert code == 0
     assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)
     assert forescale("plan", run.path)[0] == 0
+    assert forescale("check", run.path)[0] == 0
+    code, _, err = forescale("eval", run.path, "sequence_length=64")
+    assert code == 2
+    assert f"rows of {view.config.objective.kind} have the length" in err
     code, _, err = forescale("export", run.path)
     assert code == 2
     assert "encoder_layers=2 (0)" in err

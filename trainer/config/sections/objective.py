@@ -21,8 +21,8 @@ class ObjectiveSpec:
     name: the dotted name of its class.
     sees_both_sides: whether its model is an encoder, with model.causal=false.
     continues_text: whether its model can continue a text, and its losses are those of a text.
-    fills_spans: whether its model answers a text with the spans that it lacks, as
-        data/objectives/spans.py has them.
+    source: what the source is, where a row is a source and a target, and the class has `split`, the
+        number of its columns: gaps, a text that lacks spans; start, that of a text.
     targets: what a target is, in words for people.
     shortest: the fewest columns of a row with a target.
     settings: the keys of this section that are arguments of its class, with their names there.
@@ -31,7 +31,7 @@ class ObjectiveSpec:
     name: str
     sees_both_sides: bool = False
     continues_text: bool = True
-    fills_spans: bool = False
+    source: str = ""
     targets: str = "tokens"
     shortest: int = 1
     settings: tuple[tuple[str, str], ...] = ()
@@ -53,10 +53,18 @@ OBJECTIVES = {
     "seq2seq": ObjectiveSpec(
         "forescale.data.objectives.spans.Spans",
         continues_text=False,
-        fills_spans=True,
+        source="gaps",
         targets="tokens of spans",
         shortest=4,  # a token, a span of one, and two sentinels
         settings=(("spans_rate", "rate"), ("spans_mean", "mean")),
+    ),
+    "prefix": ObjectiveSpec(
+        "forescale.data.objectives.prefix.Prefix",
+        continues_text=False,
+        source="start",
+        targets="tokens after the source",
+        shortest=2,
+        settings=(("prefix_share", "share"),),
     ),
 }
 
@@ -73,6 +81,7 @@ class ObjectiveConfig:
     )
     spans_rate: float = key(0.15, "seq2seq: share of the tokens that spans take out", gt=0, lt=1)
     spans_mean: float = key(3.0, "seq2seq: mean length of a span, in tokens", ge=1)
+    prefix_share: float = key(0.5, "prefix: share of the tokens that are the source", gt=0, lt=1)
     target: str | None = key(
         None,
         "own: your class, such as mypackage.MyObjective (see data/objective.py)",

@@ -1,4 +1,4 @@
-"""Spans that a text lacks, filled in by a decoder alone and by an encoder-decoder."""
+"""Spans that a text lacks, and the rest of one, by a decoder alone and by an encoder-decoder."""
 
 from dataclasses import replace
 
@@ -9,20 +9,30 @@ from forescale import open_run
 from forescale.config.schema import TargetConfig
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
-from forescale.inference.filling import Question
+from forescale.inference.answering import question_of
 from forescale.inference.sampling import pieces
 from forescale.models import Transformer
 from tests.trainer.small_run import LENGTH, make_run
 
-WORDS = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "objective.kind=seq2seq"]
-WORDS += ["objective.spans_mean=1", "model.init_std=0.3"]  # 4 spans a window, in 24 + 8 columns
+SMALL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.init_std=0.3"]
+# 4 spans a window, in 24 + 8 columns.
+WORDS = [*SMALL, "objective.kind=seq2seq", "objective.spans_mean=1"]
 TEXT = "def <extra_id_0>(x):\n    return <extra_id_1>"
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["decoder", "encoder-decoder"])
 def run(request, small_data, tmp_path_factory):
-    root = tmp_path_factory.mktemp("filling")
+    root = tmp_path_factory.mktemp("answering")
     return make_run(small_data, root, "spans", *WORDS, f"model.encoder_layers={request.param}")
+
+
+def fitting(model: Transformer, length: int) -> Transformer:
+    """The model of rows whose source has this length."""
+    if not model.config.has_encoder:
+        return model
+    found = Transformer(replace(model.config, source_length=length)).eval()
+    found.load_state_dict(model.state_dict())
+    return found
 
 
 @torch.no_grad()
@@ -31,12 +41,7 @@ def test_it_writes_what_is_most_likely_after_the_source_and_the_first_sentinel(r
     size = view.identity["dataset"]["vocab_size"]
     ids = [view.tokenizer.encode(part).ids for part in ("def ", "(x):\n    return ")]
     source = [*ids[0], size, *ids[1], size + 1]
-    model = view.model()
-    if model.config.has_encoder:  # a row in which the source has its own length
-        config = replace(model.config, source_length=len(source))
-        fitting = Transformer(config).eval()
-        fitting.load_state_dict(model.state_dict())
-        model = fitting
+    model = fitting(view.model(), len(source))
     row, shown = [*source, size], "<extra_id_0>"
     for _ in range(LENGTH - 24):
         row.append(model(torch.tensor([row]))[0, -1].argmax().item())
@@ -106,7 +111,40 @@ def test_a_model_of_a_user_s_own_is_refused(run):
     view = open_run(run.path)
     view.config.model = TargetConfig("mine.Model")
     with pytest.raises(UserError, match=r"is your own class mine\.Model"):
-        Question.of(view, TEXT)
+        question_of(view, TEXT)
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["decoder", "encoder-decoder"])
+def started(request, small_data, tmp_path_factory):
+    words = [*SMALL, "objective.kind=prefix", f"model.encoder_layers={request.param}"]
+    return make_run(small_data, tmp_path_factory.mktemp("prefix"), "prefix", *words)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["def main(arg", "d", "", "import sys\n" * 9])
+def test_it_continues_a_text_as_a_row_that_is_cut_before_its_last_token(started, forescale, text):
+    """The encoder reads at most as much as in training, and the token before a document if there
+    would be nothing else."""
+    view = open_run(started.path)
+    ids = view.tokenizer.encode(text).ids
+    has_encoder = view.config.model.has_encoder
+    row = ids if len(ids) > has_encoder else [*[0] * (1 + has_encoder - len(ids)), *ids]
+    row = row[-LENGTH // 2 - 1 :] if has_encoder else row
+    model, first = fitting(view.model(), len(row) - 1), len(row)
+    for _ in range(LENGTH // 2):
+        row.append(model(torch.tensor([row[-LENGTH:]]))[0, -1].argmax().item())
+    written = view.tokenizer.decode(row[first:], skip_special_tokens=True)
+    words = (f"prompt='{text}'", "temperature=0", f"num_tokens={LENGTH // 2}")
+    code, out, _ = forescale("generate", started.path, *words)
+    assert code == 0
+    assert out == text + written + "\n"
+
+
+def test_an_answer_is_no_longer_than_in_training(started, forescale):
+    code, _, err = forescale("generate", started.path, "prompt=def", "temperature=0")
+    assert code == 0
+    is_limited = "no end within 16 tokens" in err
+    assert is_limited == open_run(started.path).config.model.has_encoder
 
 
 def test_names_stand_between_whole_characters():

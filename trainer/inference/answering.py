@@ -1,0 +1,141 @@
+"""How a run's model reads a prompt, and what it writes then.
+
+A model of the next token continues it, and so does one of objective.kind=prefix, whose encoder
+reads it. One of objective.kind=seq2seq writes the spans that it lacks: sentinels are written as
+T5's tokenizer has them, <extra_id_0>, <extra_id_1>, ..., in the prompt and in the answer.
+Invariant: what the model reads, and where it begins to write, are those of training, see
+data/objectives/.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from forescale.data.objectives.prefix import Prefix
+from forescale.data.objectives.spans import Spans
+from forescale.errors import UserError
+from forescale.inference.sampling import prompt_ids, sampled, text_ids
+from forescale.inference.view import RunView
+from forescale.models.config import ModelConfig
+from forescale.run.feed import objective_of
+
+_SENTINEL = re.compile("<extra_id_([0-9]{1,9})>")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as a model reads it.
+
+    shown: what is printed before the answer; start: the ids after which the model writes; source:
+    those that an encoder reads, None without one; before: those after which the answer is spelled;
+    end: the id that ends it; ends: what that is, in a word; most: the most tokens that training
+    has, None where there is no such limit; names: of ids beyond the tokenizer's.
+    """
+
+    shown: str
+    start: list[int]
+    before: list[int]
+    end: int
+    ends: str
+    max_context: int
+    source: list[int] | None = None
+    most: int | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    def answered(
+        self, model: nn.Module, num_tokens: int, *, temperature: float, top_k: int | None, seed: int
+    ) -> Iterator[int]:
+        """Yield num_tokens ids that the model samples, at most `most`. Errors as of `sampled`."""
+        return sampled(
+            model,
+            self.start,
+            min(num_tokens, self.most or num_tokens),
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            max_context=self.max_context,
+            source=self.source,
+        )
+
+
+def question_of(view: RunView, text: str) -> Question:
+    """Return a prompt as the model of a run reads it.
+
+    Raises UserError if the model writes no text, or none to this prompt, or if the objective has a
+    source and the model is a class of the user's own.
+    """
+    config, identity = view.config, view.identity["dataset"]
+    spec, end = config.objective.spec, identity["end_of_text"]
+    if spec.continues_text:
+        ids = prompt_ids(view.tokenizer, text, end)
+        return Question(text, ids, ids, end, "document", config.train.sequence_length)
+    if not spec.source:
+        what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
+        raise UserError(view.name, what, "score it with `forescale eval`, or name a causal model")
+    if not isinstance(config.model, ModelConfig):
+        target = config.model.target
+        what = f"is your own class {target}, of which only you know how it reads a source"
+        raise UserError("model._target_", what, f"call forescale.open_run({view.name!r})")
+    objective = objective_of(config, identity["vocab_size"])
+    if isinstance(objective, Prefix):
+        return _of_start(view, text, objective, config.model.has_encoder)
+    assert isinstance(objective, Spans)
+    return _of_gaps(view, text, objective, config.model.has_encoder)
+
+
+def _of_start(view: RunView, text: str, prefix: Prefix, has_encoder: bool) -> Question:
+    """Return a text to continue: an encoder reads all but its last token, from which on the decoder
+    writes, and of a longer one the end, as decoders do."""
+    end, columns = view.identity["dataset"]["end_of_text"], prefix.columns
+    ids = prompt_ids(view.tokenizer, text, end)
+    if not has_encoder:
+        return Question(text, ids, ids, end, "document", columns)
+    if len(ids) < 2:  # as in training, the token before a document
+        ids = [end, *ids]
+    source = ids[:-1][-prefix.split :]
+    most = columns - prefix.split
+    return Question(text, ids[-1:], ids, end, "document", columns, source, most)
+
+
+def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Question:
+    """Return a text that lacks spans, where it has sentinels; the answer ends with the sentinel
+    after those. Raises UserError if it has others than in training, or is longer."""
+    size = spans.vocab_size
+    # Text and numbers of sentinels take turns.
+    text_or_number = _SENTINEL.split(text)
+    numbers, source = [int(n) for n in text_or_number[1::2]], list[int]()
+    _check_sentinels(numbers, spans.extra_ids - 1)
+    for i, part in enumerate(text_or_number):
+        source += [size + int(part)] if i % 2 else text_ids(view.tokenizer, part)
+    if len(source) > spans.split:
+        what = f"has {len(source):,} tokens, and in training a source has {spans.split:,}"
+        raise UserError("prompt", what, "give less text")
+    names = {size + i: f"<extra_id_{i}>" for i in range(spans.extra_ids)}
+    return Question(
+        shown=names[size],
+        start=[size] if has_encoder else [*source, size],
+        before=source,
+        end=size + len(numbers),
+        ends="answer",
+        max_context=spans.columns,
+        source=source if has_encoder else None,
+        most=int(spans.num_targets(np.array(spans.window_length + 1))),
+        names=names,
+    )
+
+
+def _check_sentinels(numbers: list[int], most: int) -> None:
+    """Raise UserError if the sentinels of a text are not the first ones in order, or too many."""
+    if not numbers:
+        what = "has no <extra_id_0>, the place of a span that the model fills in"
+        raise UserError("prompt", what, "write it into the text")
+    if numbers != [*range(len(numbers))]:
+        i = next(i for i, n in enumerate(numbers) if n != i)
+        what = f"has <extra_id_{numbers[i]}> where the next one is <extra_id_{i}>"
+        raise UserError("prompt", what, "number them from 0 on, in order")
+    if len(numbers) > most:
+        what = f"has {len(numbers):,} spans to fill in, and in training a text has {most:,}"
+        raise UserError("prompt", what, "give fewer")
