@@ -11,6 +11,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from forescale.models.config import ModelConfig
+from forescale.models.flops import layers_of
+
 UNIT = 1e-6  # nats: those are counted in whole units, whose sum has no rounding
 
 
@@ -47,3 +50,15 @@ class Tallies(nn.Module):
             return None
         place, shape = self._places[name]
         return self.totals[place].view(shape)
+
+
+def tallies_of(config: ModelConfig) -> Tallies | None:
+    """Return what a model counts: pairs of each expert, dropped ones and the entropy of each router
+    ("experts"), nats and targets of each module for later tokens ("mtp"); None: nothing."""
+    own = [parts["mlp"].is_routed for parts in layers_of(config)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if routed := sum(own) + own[-1] * config.mtp_layers:
+        shapes["experts"] = (routed, config.moe_experts + 2)
+    if config.mtp_layers:
+        shapes["mtp"] = (config.mtp_layers, 2)
+    return Tallies(shapes) if shapes else None

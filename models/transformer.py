@@ -41,7 +41,7 @@ from forescale.models.positions.position import (
     sinusoids,
 )
 from forescale.models.positions.relative import RelativePosition
-from forescale.models.tallies import Tallies
+from forescale.models.tallies import tallies_of
 
 
 class Transformer(nn.Module):
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         self.transform = Transform(config) if config.head == "dense" else None
         self.head = None if config.tie_embeddings else Vocabulary(config)
         self.mtp = nn.ModuleList(MtpModule(config) for _ in range(config.mtp_layers))
-        self.tallies = self._make_tallies()
+        self.tallies = tallies_of(config)
 
     def forward(
         self,
@@ -130,16 +130,6 @@ class Transformer(nn.Module):
             x_BLD = self.transform(x_BLD)
         head = self.embedding if self.head is None else self.head
         return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
-
-    def _make_tallies(self) -> Tallies | None:
-        config = self.config
-        own = [parts["mlp"].is_routed for parts in layers_of(config)]
-        shapes: dict[str, tuple[int, ...]] = {}
-        if routed := sum(own) + own[-1] * config.mtp_layers:
-            shapes["experts"] = (routed, config.moe_experts + 2)
-        if config.mtp_layers:
-            shapes["mtp"] = (config.mtp_layers, 2)
-        return Tallies(shapes) if shapes else None
 
     def _penalty(
         self,
