@@ -9,7 +9,7 @@ position in the data is the step that the consumer has taken, never what was pre
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,12 @@ class MicroBatch:
     # (micro_batch, L) bool, False where a row has no token; only where a window ends early, and
     # only with an objective whose model must know (its padding_mask).
     padding_mask: torch.Tensor | None = None
+
+    def pinned(self) -> "MicroBatch":
+        """Return it in pinned memory, from which a copy to a GPU does not wait."""
+        fields = ("tokens", "targets", "documents", "padding_mask")
+        given = {name: getattr(self, name) for name in fields}
+        return replace(self, **{k: t.pin_memory() for k, t in given.items() if t is not None})
 
     def arguments(self, device: torch.device) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         """Return positional and named arguments of the model, on the device."""
@@ -120,12 +126,13 @@ def stream(
     quarantine: frozenset[LostMember] = frozenset(),
     agree: Agree | None = None,
     log: Log = lambda sentence: None,
+    pin: bool = False,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's batches of `steps`, the first of which begins at sample g.
 
     workers, agree, log: see `prefetched`. quarantine: members that are known to be damaged. Errors
     of reading are raised here, at the step that they belong to. Closing the generator ends the
-    workers.
+    workers. pin: give pinned tensors, for a GPU.
     """
 
     def plan() -> Iterator[tuple[int, list[Interval]]]:
@@ -140,11 +147,12 @@ def stream(
     ) -> Batch:
         step, samples = job
         rows = feed.read(share.of(samples), known, on_read)
+        micro = _micro_batches(rows, share, feed.objective)
         return Batch(
             step=step,
             g0=samples[0][0],
             g1=samples[-1][1],
-            micro=_micro_batches(rows, share, feed.objective),
+            micro=[m.pinned() for m in micro] if pin else micro,
             shares=dict(zip(feed.names, feed.targets(samples).tolist(), strict=True)),
             window_hash=rows.hash,
             lost=rows.lost,

@@ -36,6 +36,9 @@ def set_environment() -> None:
         del os.environ[name]
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+    elif "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Segments that grow fragment less, where the sizes of activations vary.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # A process group of gloo holds a connection to every rank.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -74,9 +77,11 @@ class World(Ranks):
     def __init__(self, accelerator):
         super().__init__(accelerator.process_index, accelerator.num_processes)
         self.accelerator = accelerator
-        self.device: torch.device = accelerator.device
+        self.device = torch.device(accelerator.device)
         self._groups: dict[str, Ranks] = {}
         self._pending: deque = deque()  # all-reduces of steps whose summary nobody has read
+        self._has_cuda = self.device.type == "cuda"
+        self._reads: torch.cuda.Stream | None = None
         self._extra: tuple[str, ...] | None = None  # the names of the first step
         self._began = time.monotonic()
 
@@ -132,13 +137,51 @@ class World(Ranks):
         )
         part[first : first + len(losses)] = losses
         clock = time.monotonic() - self._began if self.is_main else 0.0
-        own = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), int(failed), clock]
+        own = [
+            tokens_hash >> 32,
+            tokens_hash & 0xFFFFFFFF,
+            int(stop),
+            int(failed),
+            clock,
+        ]
         own += [_hash_of(names)] if names else []
-        part[count : count + len(own)] = torch.tensor(own, dtype=torch.float64)
+        # From pinned memory, or the copy would wait for all that the device has to do before it.
+        host = torch.tensor(own, dtype=torch.float64, pin_memory=self._has_cuda)
+        part[count : count + len(own)].copy_(host, non_blocking=True)
         for slot, value in enumerate(extra.values(), count + len(own)):
             part[slot] = value  # a copy on the device: nothing waits for the value
         work = dist.all_reduce(part, async_op=True) if self.size > 1 else None
-        self._pending.append((step, count, part, work))
+        self._pending.append((step, count, self._late_read(part, work)))
+
+    def _late_read(self, part: torch.Tensor, work: Any) -> Callable[[], list[float]]:
+        """Return a function that waits for an all-reduce and returns its values.
+
+        On a GPU a stream of their own copies the values to the host. Asked for later, a copy would
+        come behind all kernels of the next step, and so wait for them.
+        """
+        if not self._has_cuda:
+
+            def read() -> list[float]:
+                if work is not None:
+                    work.wait()
+                return part.tolist()
+
+            return read
+        self._reads = self._reads or torch.cuda.Stream()
+        self._reads.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._reads):
+            if work is not None:
+                work.wait()  # of the stream, and not of this thread
+            host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            host.copy_(part, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+
+        def read_copy(source: torch.Tensor = part) -> list[float]:  # which lives until it is copied
+            done.synchronize()
+            return host.tolist()
+
+        return read_copy
 
     def _check_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
         if self._extra is None:
@@ -154,10 +197,8 @@ class World(Ranks):
         Raises UserError if the ranks' `extra` have different names.
         """
         while len(self._pending) > behind:
-            step, count, part, work = self._pending.popleft()
-            if work is not None:
-                work.wait()
-            values = part.tolist()
+            step, count, read = self._pending.popleft()
+            values = read()
             high, low, stop, failed, clock = values[count : count + 5]
             tokens_hash = ((int(high) << 32) + int(low)) % 2**64
             extra = self._means(values[count + 5 :])

@@ -140,6 +140,7 @@ class Builder:
             quarantine=frozenset(LostMember(*lost) for lost in position.quarantined),
             agree=world.union_in_background(LostMember) if shared else None,
             log=log,
+            pin=world.device.type == "cuda",
         )
 
     def _guard(

@@ -5,8 +5,9 @@ step late, so that nothing waits for it; and at once when a callback is due (a s
 the end), so that such a callback always sees the step that the weights are at.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from forescale.engine.step import Engine
 from forescale.resilience.phases import PhaseTimer
 from forescale.train.callbacks import Callback, Step
 from forescale.train.guard import Anomaly, Decision
+
+_COLLECT = 100  # steps from one collection of garbage to the next
 
 
 class Guard(Protocol):
@@ -57,26 +60,46 @@ def train(
     reporter = _Reporter(engine, callbacks, phases)
     phases.enter("compute")  # everything outside the other phases
     try:
-        for batch in phases.each("data", batches):
-            rate = learning_rate(batch.step)
-            phases.step = batch.step + 1
-            guard.begin(batch)
-            with phases("compute"):
-                facts = engine.train_step(batch, rate, guard.may_apply, guard.before_update)
-            guard.end()
-            position = _after(position, batch)
-            step = Step(
-                position, batch.g0, batch.shares, rate, facts, phases.take(), guard.decision
-            )
-            if reporter.report(step, batch, stop_requested()):
-                reporter.flush()
-                return position, True
+        with _garbage_held() as collect:
+            for batch in phases.each("data", batches):
+                rate = learning_rate(batch.step)
+                phases.step = batch.step + 1
+                guard.begin(batch)
+                with phases("compute"):
+                    facts = engine.train_step(batch, rate, guard.may_apply, guard.before_update)
+                guard.end()
+                position = _after(position, batch)
+                step = Step(
+                    position, batch.g0, batch.shares, rate, facts, phases.take(), guard.decision
+                )
+                if reporter.report(step, batch, stop_requested()):
+                    reporter.flush()
+                    return position, True
+                collect(position.step)
         reporter.flush()
         return position, False
     except Anomaly as anomaly:
         reporter.drain()
         anomaly.position = position
         raise
+
+
+@contextmanager
+def _garbage_held() -> Iterator[Callable[[int], None]]:
+    """Keep Python's collector out of the steps, where it stops one rank and so all that wait for
+    it. Yields a function of the step, which collects at the same steps on all ranks."""
+    gc.freeze()  # what was built at the start is not looked at again
+    gc.disable()
+
+    def collect(step: int) -> None:
+        if step % _COLLECT == 0:
+            gc.collect()
+
+    try:
+        yield collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class _Reporter:

@@ -1,5 +1,7 @@
 """What is due when, seen through the real loop with a counting engine in place of DeepSpeed."""
 
+import gc
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -132,6 +134,26 @@ def test_a_wall_time_is_due_two_steps_after_the_clock_says_so():
     """One until its summary is read, and one so that all ranks are ready for it."""
     _, (acted,), _ = run_loop(20, "5 s")
     assert [step for step, _ in acted] == [7, 14, 20]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_runs_between_steps_alone_and_every_hundred(monkeypatch, fails):
+    engine, collected, enabled = Engine(), [], set()
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(engine.made))
+    own = engine.train_step
+
+    def train_step(*arguments):
+        enabled.add(gc.isenabled())
+        if fails and engine.made == 150:
+            raise RuntimeError("a fault")
+        return own(*arguments)
+
+    engine.train_step = train_step
+    with pytest.raises(RuntimeError, match="a fault") if fails else nullcontext():
+        trained(engine, 250, [])
+    assert (enabled, collected) == ({False}, [100] if fails else [100, 200])
+    assert gc.isenabled()
+    assert not gc.get_freeze_count()
 
 
 @given(

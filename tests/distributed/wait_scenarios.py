@@ -1,0 +1,64 @@
+"""Scenarios on real ranks: what makes a rank wait for its device in a step."""
+
+import traceback
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed import small
+
+
+class _Reads(TorchDispatchMode):
+    """Counts operations that read a value, by the file that asks: on a GPU each waits for it."""
+
+    def __init__(self, found: Counter):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.found[_where()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _where() -> str:
+    frames = reversed(traceback.extract_stack())
+    inside = ("/torch/", "wait_scenarios")
+    frame = next(f for f in frames if not any(part in f.filename for part in inside))
+    return f"{frame.filename.rpartition('/')[2]}:{frame.name}"
+
+
+def waits(cases):
+    """For each case, how often one step reads from the device or waits for it, by place."""
+    from deepspeed.accelerator import get_accelerator
+
+    found: Counter = Counter()
+
+    def counted(owner, name):
+        own = getattr(owner, name)
+
+        def method(*args, **kwargs):
+            found[f"{name} in {_where()}"] += 1
+            return own(*args, **kwargs)
+
+        setattr(owner, name, method)
+
+    counted(torch.Tensor, "tolist")
+    counted(torch.Tensor, "cpu")
+    counted(torch.Tensor, "numpy")
+    counted(get_accelerator(), "synchronize")
+    results = []
+    for stage, optimizer, precision in cases:
+        engine = small.build(stage, optimizer, precision, clip=1.0)
+        world = engine.world
+        for step in range(4):
+            found.clear()
+            data = small.batch(step, world.rank, world.size, 4)
+            with _Reads(found):
+                facts = engine.train_step(data, 1.0)
+                first = data.micro[0].index
+                world.share(step, facts.losses, first, 4, 0, False)
+                list(world.summaries(behind=1))
+        results.append(dict(found))
+    return results
