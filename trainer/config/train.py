@@ -91,6 +91,13 @@ class TrainJob(Job):
         return self.train.global_batch * self.train.sequence_length
 
     @property
+    def continues_text(self) -> bool:
+        """True if the model reads a text as one row and continues it: its losses are a text's."""
+        reads_one_row = not getattr(self.model, "encoder_layers", 0)
+        sees_earlier = getattr(self.model, "causal", True)
+        return self.objective.spec.continues_text and sees_earlier and reads_one_row
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; needs train.steps or train.tokens."""
         if self.train.steps is not None:

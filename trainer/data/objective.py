@@ -23,7 +23,8 @@ class Objective(Protocol):
     if the model needn't know; needed if the model sees later tokens. window_length: the tokens of a
     window, less one, if not the run's sequence_length, which is the L of the examples. extra_ids:
     the number of ids in the examples beyond the tokenizer's vocabulary; the model has room for
-    them.
+    them. split: the first columns of a row that are its source, which an encoder-decoder's encoder
+    reads (model.encoder_layers); no target is among them.
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:

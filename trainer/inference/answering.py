@@ -69,7 +69,7 @@ def question_of(view: RunView, text: str) -> Question:
     """
     config, identity = view.config, view.identity["dataset"]
     spec, end = config.objective.spec, identity["end_of_text"]
-    if spec.continues_text:
+    if config.continues_text:
         ids = prompt_ids(view.tokenizer, text, end)
         return Question(text, ids, ids, end, "document", config.train.sequence_length)
     if not spec.source:

@@ -17,9 +17,9 @@ _WRITE = ("import ", "write text")  # a prompt, and what it is for
 
 def summarize(started: Start) -> None:
     """Print the summary of a complete run."""
-    run, objective = started.run, started.job.objective
+    run = started.run
     scores = read_rows(run.metrics, kind="validation")
-    if not objective.spec.continues_text:
+    if not started.job.continues_text:
         _summarize_other(started, scores)
         return
     if scores:

@@ -28,10 +28,10 @@ class Score:
     tokenizers: an end-of-text token costs its bits and counts no bytes. targets, bytes, windows:
     how many were scored.
 
-    With masked tokens or spans as objective all this is of the targets alone, about 15 % of the
-    text (a span's sentinel costs its bits and counts no bytes), so bits per byte are not the size
-    of a compressed text. Spans are written in order, each token after those before it and the
-    source. Masked tokens are each predicted from the tokens on both sides that the fixed masks of
+    With another objective all this is of the targets alone, a part of the text (a span's sentinel
+    costs its bits and counts no bytes), so bits per byte are not the size of a compressed text. The
+    targets of a source are written in order, each token after those before it and the source.
+    Masked tokens are each predicted from the tokens on both sides that the fixed masks of
     held-out text leave, so that their perplexity is a pseudo-perplexity (Salazar et al. 2020, arXiv
     1910.14659, who mask one token at a time). They compare models with equal keys of `objective`,
     and never with a causal model.

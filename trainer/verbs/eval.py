@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
     datasets = datasets_of(view, job.data)
     trained = view.config.train.sequence_length
     length = job.sequence_length or trained
-    if length != trained and view.config.objective.spec.source:
+    layers = getattr(view.config.model, "encoder_layers", 0)
+    if length != trained and (layers or view.config.objective.spec.source):
         what = f"rows of {view.config.objective.kind} have the length of the training"
         raise UserError("sequence_length", what, "leave it out")
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         _print(job, view, checkpoint.position, dataset, found)
         if job.sequence_length is None:
             continue
-        if not view.config.objective.spec.continues_text:
+        if not view.config.continues_text:
             print("\nNo loss by position: a target here is predicted from tokens on both sides.")
             continue
         with shown() as progress:
@@ -97,7 +98,7 @@ def _print(
 ) -> None:
     part = "" if job.windows is None else f", {found.windows:,} windows spread over it"
     objective = view.config.objective
-    is_other, targets = not objective.spec.continues_text, objective.spec.targets
+    is_other, targets = not view.config.continues_text, objective.spec.targets
     # What a decoder writes of spans has a probability of its own; masked tokens have none together.
     name = "pseudo-perplexity" if objective.spec.sees_both_sides else "perplexity"
     wide = max(len("bits per byte"), len(name), len(targets))

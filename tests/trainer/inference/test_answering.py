@@ -9,10 +9,12 @@ from forescale import open_run
 from forescale.config.schema import TargetConfig
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
+from forescale.inference import summary
 from forescale.inference.answering import question_of
 from forescale.inference.sampling import pieces
 from forescale.models import Transformer
-from tests.trainer.small_run import LENGTH, make_run
+from forescale.run.start import start
+from tests.trainer.small_run import LENGTH, make_job, make_run
 
 SMALL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.init_std=0.3"]
 # 4 spans a window, in 24 + 8 columns.
@@ -145,6 +147,24 @@ def test_an_answer_is_no_longer_than_in_training(started, forescale):
     assert code == 0
     is_limited = "no end within 16 tokens" in err
     assert is_limited == open_run(started.path).config.model.has_encoder
+
+
+def test_a_source_of_an_objective_of_a_user_s_own_is_left_to_its_user(
+    small_data, tmp_path, forescale, capsys
+):
+    """Nothing says how its model would read a prompt."""
+    own = ["objective.kind=own", "objective._target_=forescale.data.objectives.prefix.Prefix"]
+    job = make_job(small_data, tmp_path, "own", *SMALL, *own, "model.encoder_layers=1")
+    summary.summarize(start(job))
+    assert "generate" not in capsys.readouterr().out
+    path = make_run(small_data, tmp_path, "made", *SMALL, *own, "model.encoder_layers=1").path
+    code, _, err = forescale("generate", path, "prompt=def")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "was trained with objective.kind=own, and continues no text" in err
+    assert forescale("eval", path, "trust=true")[0] == 0
+    code, _, err = forescale("eval", path, "trust=true", "sequence_length=64")
+    assert code == 2
+    assert "rows of own have the length of the training" in err
 
 
 def test_names_stand_between_whole_characters():
