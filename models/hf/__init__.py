@@ -27,21 +27,31 @@ State = dict[str, Tensor]
 
 def family_of(config: ModelConfig) -> str:
     """Return the family of a resolved config. Raises ValueError with the nearest if none fits."""
-    differing: dict[str, list[str]] = {}
+    differing: dict[str, dict[str, str]] = {}
     for name, family in FAMILIES.items():
         wanted = dict(family.fits)
         if "num_kv_heads" in wanted:
             wanted["num_kv_heads"] = config.num_heads
         has = {field: getattr(config, field) for field in wanted}
         has["mixer"] = ", ".join(dict.fromkeys(config.mixers))
-        differing[name] = [f"{k}={v} ({wanted[k]})" for k, v in has.items() if v != wanted[k]]
-    nearest = min(differing, key=lambda name: len(differing[name]))
+        differing[name] = {
+            key: f"{key}={_typed(wanted[key])} (not {_typed(value)})"
+            for key, value in has.items()
+            if value != wanted[key]
+        }
+    # Of families that are equally near, one with the model's own MLP.
+    nearest = min(differing, key=lambda name: (len(differing[name]), "mlp" in differing[name]))
     if not differing[nearest]:
         return nearest
     raise ValueError(
-        f"No Hugging Face architecture fits this model; the nearest is "
-        f"{FAMILIES[nearest].architecture}, which differs in {', '.join(differing[nearest])}."
+        f"No Hugging Face architecture fits this model; the nearest, "
+        f"{FAMILIES[nearest].architecture}, has {', '.join(differing[nearest].values())}."
     )
+
+
+def _typed(value: Any) -> str:
+    """Return a value of a config as it is typed."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_hf(

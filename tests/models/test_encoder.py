@@ -198,5 +198,5 @@ def test_logits_equal_a_llama_that_is_shown_the_whole_square():
 
 
 def test_no_causal_family_takes_an_encoder():
-    with pytest.raises(ValueError, match=r"causal=False \(True\)"):
+    with pytest.raises(ValueError, match=r"causal=true \(not false\)"):
         family_of(SMALL.resolved())

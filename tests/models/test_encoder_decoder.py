@@ -34,6 +34,7 @@ CONFIGS = {
     "rotary": SMALL,
     "learned": LEARNED,
     "sinusoidal": replace(SMALL, position="sinusoidal", num_layers=3, encoder_layers=1),
+    "relative": replace(SMALL, position="relative", head="dense"),
     "sandwich": replace(SMALL, norm_placement="sandwich", position="none"),
     "post": replace(SMALL, norm_placement="post", attention_gate="head"),
 }
@@ -282,7 +283,7 @@ def test_muon_and_mup_know_all_of_its_matrices():
     found = factors(config)
     assert set(found) == set(shapes(config))
     assert found["blocks.3.cross.query.weight"].of == "hidden"
-    with pytest.raises(ValueError, match="encoder_layers=3"):
+    with pytest.raises(ValueError, match=r"encoder_layers=0 \(not 3\)"):
         family_of(LEARNED.resolved())
     model, x = Transformer(SMALL), tokens(1)
     with pytest.raises(ValueError, match="no source for the decoder; make it by encode"):

@@ -34,7 +34,7 @@ def family(view: RunView) -> str:
         return FAMILIES[family_of(model)].architecture
     except ValueError as e:
         what = str(e).rstrip(".")
-        todo = f"train with other keys, or load it with forescale.open_run({view.name!r})"
+        todo = f"train with those keys, or load it with forescale.open_run({view.name!r})"
         raise UserError("model", what[0].lower() + what[1:], todo) from None
 
 

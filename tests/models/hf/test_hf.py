@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.hf import from_hf, to_hf
+from forescale.models.hf import family_of, from_hf, to_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -205,8 +205,15 @@ def test_a_foreign_model_comes_in(family, tmp_path):
 
 def test_what_no_family_fits_is_refused():
     config = ModelConfig(**SIZES, position="sinusoidal")
-    with pytest.raises(ValueError, match=r"nearest is Qwen3.* position=sinusoidal \(rotary\)"):
+    with pytest.raises(ValueError, match=r"nearest, Qwen3.* position=rotary \(not sinusoidal\)"):
         converted(config, Transformer(config).state_dict())
+
+
+def test_the_nearest_of_equals_has_the_models_own_mlp():
+    experts = dict(mlp="moe", moe_experts=4, moe_width=16, moe_scores="sigmoid")
+    said = r"nearest, Qwen3MoeFor\w*, has moe_scores=softmax \(not sigmoid\)"
+    with pytest.raises(ValueError, match=said):
+        family_of(ModelConfig(**SIZES, **experts).resolved())
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_lengths_that_are_not_whole_are_refused():
 
 
 def test_alibi_fits_no_family_and_is_refused_in_a_sentence():
-    with pytest.raises(ValueError, match=r"nearest is .* position=alibi \(rotary\)"):
+    with pytest.raises(ValueError, match=r"nearest, .* position=rotary \(not alibi\)"):
         family_of(replace(CONFIG, position="alibi").resolved())
 
 

@@ -133,7 +133,7 @@ def test_what_fits_nowhere_is_refused_with_the_keys_in_the_way(small_data, tmp_p
     run = make_run(small_data, tmp_path / "runs", "odd", *BASE, "model.position=sinusoidal")
     code, _, err = forescale("export", run.path, f"to={tmp_path / 'hf'}")
     assert code == 2
-    assert "position=sinusoidal (rotary)" in err
+    assert "position=rotary (not sinusoidal)" in err
     assert not (tmp_path / "hf").exists()
 
 
