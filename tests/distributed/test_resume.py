@@ -32,7 +32,8 @@ def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     assert cut == whole
 
 
-# Every mixer in one model, with experts whose biases are counted. Attention is in the tests above.
+# Every mixer in one model, with experts whose biases are counted and a module that predicts later
+# tokens. Attention is in the tests above.
 ALL_PARTS = (
     "model.num_layers=7",
     "model.mixer_pattern=[lstm,mingru,gated_deltanet,latent,window,block_sparse,attention]",
@@ -42,18 +43,33 @@ ALL_PARTS = (
     "model.moe_scores=sigmoid",
     "model.moe_bias_speed=0.01",
     "model.moe_dense_layers=1",
+    "model.mtp_layers=1",
     "train.compile=off",
 )
 
 
+# What attention alone can have.
+OF_ATTENTION = (
+    "model.position=alibi",
+    "model.value_residual=0.5",
+    "model.attention_gate=channel",
+    "model.qk_norm_over=layer",
+    "model.norm_placement=sandwich",
+    "model.logit_softcap=30",
+)
+CHOICES = [(parts, *kind) for parts in (ALL_PARTS, OF_ATTENTION) for kind in KINDS]
+OFTEN = [(ALL_PARTS, 3, "muon"), (OF_ATTENTION, 2, "adamw")]
+
+
 @pytest.mark.timeout(900)  # seven kinds of layers, none of them compiled
 @pytest.mark.parametrize(
-    ("stage", "optimizer"),
-    [(3, "muon"), *(pytest.param(*k, marks=more) for k in KINDS if k != (3, "muon"))],
+    ("parts", "stage", "optimizer"),
+    [*OFTEN, *(pytest.param(*c, marks=more) for c in CHOICES if c not in OFTEN)],
+    ids=lambda value: {ALL_PARTS: "all", OF_ATTENTION: "attention"}.get(value),
 )
-def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, stage, optimizer):
+def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, parts, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
-    command += (*ALL_PARTS, "data.document_mask=true", "train.steps=12", "validation.every=12")
+    command += (*parts, "data.document_mask=true", "train.steps=12", "validation.every=12")
     command += ("checkpoint.every=5",)
     whole, cut = launching.whole_and_resumed(tmp_path, *command, step=7)
     assert len(whole) == 12
