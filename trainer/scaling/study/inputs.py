@@ -15,7 +15,8 @@ from forescale.run.directory import Run
 from forescale.scaling.analysis.judge import Finished, finished
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.exports import SUFFIXES, is_export
-from forescale.scaling.records.records import Refused, of_export, of_runs
+from forescale.scaling.records.records import Refused, of_runs
+from forescale.scaling.records.tables import of_export
 from forescale.scaling.study.directory import Study
 
 

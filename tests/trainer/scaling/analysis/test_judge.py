@@ -22,7 +22,7 @@ from forescale.scaling.analysis.judge import (
 )
 from forescale.scaling.analysis.rivals import FRONTIER, LINE
 from forescale.scaling.config import StudyJob
-from forescale.scaling.records.records import of_export
+from forescale.scaling.records.tables import of_export
 from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
 
 BUDGETS = np.geomspace(1e18, 1e20, 5)

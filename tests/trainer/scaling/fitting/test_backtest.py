@@ -15,7 +15,8 @@ from forescale.scaling.fitting.backtest import (
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import Objective
 from forescale.scaling.fitting.points import Points
-from forescale.scaling.records.records import of_export, points
+from forescale.scaling.records.records import points
+from forescale.scaling.records.tables import of_export
 from tests.trainer.scaling.iso_flop_runs import iso_flop_runs
 
 BUDGETS = np.geomspace(1e18, 1e21, 7)

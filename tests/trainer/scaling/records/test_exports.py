@@ -10,7 +10,7 @@ from forescale.config.compose import compose
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.exports import is_export, read_export
-from forescale.scaling.records.records import of_export
+from forescale.scaling.records.tables import of_export
 from forescale.scaling.study.inputs import read
 
 # The table of runs as the web page exports it: all values quoted, config and summary in one row.
