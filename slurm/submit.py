@@ -7,6 +7,7 @@ submission is left.
 import os
 import shlex
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages, pack_environment, write_code
 from forescale.slurm.script import Order, render
 from forescale.slurm.submission import Submission, in_queue, submissions, waiting_or_running
-from forescale.storage import read_text, write_file
+from forescale.storage import write_file
 
 _LARGEST = 16 << 20  # bytes of slurm.runs
 _UNDER_WAY = 600.0  # seconds that a command may take to submit
@@ -91,7 +92,7 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
     if first.slurm.runs is None:
         return [first]
     path = Path(first.slurm.runs).expanduser()
-    lines = read_text(path, _LARGEST).splitlines()
+    lines = _text_of(path).splitlines()
     found: dict[str, SubmitJob] = {}
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
@@ -116,6 +117,23 @@ def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:
             str(path), "names no run", "write one line of KEY=VALUE arguments for each run"
         )
     return list(found.values())
+
+
+def _text_of(path: Path) -> str:
+    """Return the text of slurm.runs. Raises UserError if it is missing, no regular file (a device
+    may never end), too large, or not UTF-8."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(str(path), "is not a regular file", "give a text file")
+        with open(path, "rb") as f:
+            raw = f.read(_LARGEST + 1)
+        if len(raw) > _LARGEST:
+            what = f"has more than {_LARGEST:,} bytes"
+            raise UserError(str(path), what, "give a smaller file")
+        return raw.decode()
+    except (OSError, ValueError) as e:  # ValueError: a name with a null character, or no UTF-8
+        what = f"can't be read ({(isinstance(e, OSError) and e.strerror) or e})"
+        raise UserError(str(path), what, "give a text file") from None
 
 
 def _report(made: Order, job: str) -> None:

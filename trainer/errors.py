@@ -1,4 +1,5 @@
-"""UserError, for problems that the user can fix, and the exit codes that the launcher acts on.
+"""UserError, for problems that the user can fix; Transient, for faults that may go away, and trying
+again; and the exit codes that the launcher acts on.
 
 Invariant: a problem of the user's (a wrong key, a missing file, a full disk) is raised as a
 UserError and ends the command with code 2 and one sentence, without a traceback. A fault that may
@@ -9,6 +10,9 @@ and keeps its traceback.
 
 import errno
 import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from forescale.addresses import masked
 
@@ -18,7 +22,8 @@ USER = 2  # the config or the input is wrong: never tried again
 INTERRUPTED = 75  # saved: the same command resumes
 GAVE_UP = 76  # too many crashes in a row without a new checkpoint
 
-
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds between the tries of `retried`
+T = TypeVar("T")
 _LONGEST = 1000  # characters of each part of a sentence
 
 
@@ -95,3 +100,27 @@ def unknown_storage_error(error: OSError, where: str) -> Transient:
         reason = error.strerror or (os.strerror(number) if number else str(error))
         what = f"the storage fails ({reason})"
     return Transient(str(error.filename or where), what, _AGAIN)
+
+
+def retried(
+    work: Callable[[], T], failed: Callable[[Transient, float], None] = lambda error, pause: None
+) -> T:
+    """Return the result of `work`, which is done again, after growing pauses, when the storage
+    fails in a way that may go away by itself.
+
+    failed: called with the error and the seconds of the pause before the next try. Raises the last
+    Transient if all tries fail, every other error at once.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return work()
+        except (OSError, Transient) as e:
+            error = e if isinstance(e, Transient) else storage_error(e)
+            if not isinstance(error, Transient):
+                raise
+            if pause is None:
+                what = f"{error.what} (tried {len(PAUSES) + 1} times)"
+                raise type(error)(error.where, what, error.todo) from e
+        failed(error, pause)
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")

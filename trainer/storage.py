@@ -12,26 +12,22 @@ import os
 import secrets
 import shutil
 import socket
-import stat
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from platformdirs import user_cache_path
 
-from forescale.errors import Transient, UserError, storage_error
+from forescale.errors import Transient, UserError, retried, storage_error
 
 TABLE = "files.json"
 CHECKSUM = "file_sha256"  # the key under which a JSON file carries its own checksum
 _BLOCK = 1 << 22
 _MOST_UNHASHED = 1 << 30  # bytes by which hashing in its own thread may lag behind writing
-PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds between the tries of `retried`
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,23 +130,6 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> FileEntry:
         raise
     fsync_path(path.parent)
     return entry
-
-
-def read_text(path: Path, most: int) -> str:
-    """Return the text of a file that a user names. Raises UserError if it is missing, no regular
-    file (a device may never end), larger than `most` bytes, or not UTF-8."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(str(path), "is not a regular file", "give a text file")
-        with open(path, "rb") as f:
-            raw = f.read(most + 1)
-        if len(raw) > most:
-            what = f"has more than {most:,} bytes"
-            raise UserError(str(path), what, "give a smaller file")
-        return raw.decode()
-    except (OSError, ValueError) as e:  # ValueError: a name with a null character, or no UTF-8
-        what = f"can't be read ({(isinstance(e, OSError) and e.strerror) or e})"
-        raise UserError(str(path), what, "give a text file") from None
 
 
 def write_json(path: Path, value: Any, compact: bool = False) -> FileEntry:
@@ -348,30 +327,6 @@ def _lives(process: int) -> bool:
     except (OSError, OverflowError):  # another user's, or no possible number
         return True
     return True
-
-
-def retried(
-    work: Callable[[], T], failed: Callable[[Transient, float], None] = lambda error, pause: None
-) -> T:
-    """Return the result of `work`, which is done again, after growing pauses, when the storage
-    fails in a way that may go away by itself.
-
-    failed: called with the error and the seconds of the pause before the next try. Raises the last
-    Transient if all tries fail, every other error at once.
-    """
-    for pause in (*PAUSES, None):
-        try:
-            return work()
-        except (OSError, Transient) as e:
-            error = e if isinstance(e, Transient) else storage_error(e)
-            if not isinstance(error, Transient):
-                raise
-            if pause is None:
-                what = f"{error.what} (tried {len(PAUSES) + 1} times)"
-                raise type(error)(error.where, what, error.todo) from e
-        failed(error, pause)
-        time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
 
 
 def cache_directory(cache: str | Path | None = None) -> Path:

@@ -16,8 +16,8 @@ from forescale.checkpoint.reader import Position, newest_complete
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
 from forescale.checkpoint.writer import Snapshot, write
-from forescale.engine.layout import Bare
 from forescale.engine.ranks import Ranks
+from forescale.engine.stages import Bare
 from forescale.run.directory import Parent, Run
 
 STATES = {"weight": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}  # what is added to the step

@@ -20,9 +20,8 @@ from forescale.checkpoint.writer import Snapshot, write
 from forescale.engine.ranks import Ranks
 from forescale.engine.state import HostCopy
 from forescale.engine.step import Engine
-from forescale.errors import Transient
+from forescale.errors import Transient, retried
 from forescale.run.directory import Attempt, Run
-from forescale.storage import retried
 
 T = TypeVar("T")
 

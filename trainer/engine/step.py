@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from forescale.engine.compilation import compile_parts
-from forescale.engine.layout import Layout, fp32_square_sum, layout_of
+from forescale.engine.layout import Layout, fp32_square_sum
+from forescale.engine.stages import layout_of
 from forescale.engine.world import World
 from forescale.errors import UserError
 

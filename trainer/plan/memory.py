@@ -3,7 +3,7 @@
 The model states are those that DeepSpeed 0.19.8 keeps under our engine, including its padding and
 what it keeps beyond the table of the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, section
 3). They were found by listing every tensor of real ranks; tests/distributed/test_real_costs.py
-compares the formulas with them. engine/layout.py describes the layouts.
+compares the formulas with them. engine/stages.py describes the layouts.
 Invariant: imports no torch.
 
 Beyond the table of the paper:

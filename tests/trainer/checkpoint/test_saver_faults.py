@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from forescale import storage
+from forescale import errors, storage
 from forescale.checkpoint import saver as module
 from forescale.checkpoint import writer
 from forescale.checkpoint.reader import Checkpoint
@@ -32,7 +32,7 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch):
-    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0, 0.0))
 
 
 def refuse(error):

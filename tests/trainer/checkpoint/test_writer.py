@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import forescale
-from forescale import storage
+from forescale import errors, storage
 from forescale.checkpoint import reader, writer
 from forescale.checkpoint.reader import Checkpoint, newest_complete
 from forescale.config.frozen import thaw
@@ -115,7 +115,7 @@ def test_storage_that_gives_an_error_in_place_of_bytes_is_a_damage(run, monkeypa
         return real(path, *args, **more)
 
     monkeypatch.setattr(storage, "open", failing, raising=False)
-    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    monkeypatch.setattr(errors, "PAUSES", (0.0,))
     assert chosen(run) == (10, [("checkpoint_damaged", 20)])
     (fault,) = check_table(run.checkpoint_path(20))
     assert "rank-00000.safetensors: the storage reports an I/O error (tried 2 times)" in fault

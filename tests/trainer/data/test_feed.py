@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from forescale import storage
+from forescale import errors
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import LostMember
 from forescale.data.stream import StepShare, stream
@@ -183,7 +183,7 @@ def test_a_window_reads_only_what_it_needs(tmp_path):
 
 @pytest.fixture
 def without_pauses(monkeypatch):
-    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0))
 
 
 @contextmanager

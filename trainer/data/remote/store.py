@@ -30,8 +30,7 @@ from forescale.data.remote.transfer import (
     receive,
 )
 from forescale.data.remote.web import HttpOrigin
-from forescale.errors import Transient, UserError, storage_error
-from forescale.storage import retried
+from forescale.errors import Transient, UserError, retried, storage_error
 
 CACHE_BYTES = 8 << 30
 T = TypeVar("T")

@@ -1,0 +1,266 @@
+"""Where DeepSpeed stores a parameter's master weight, moments and gradient, by optimizer class.
+
+With layout.py the only file that touches DeepSpeed's private attributes (read in 0.19.8).
+
+Facts about DeepSpeed that are worked around here:
+- DeepSpeed 0.19.8 builds four optimizers from our configs: none around the base optimizer (stage 0,
+  fp32), FP16_UnfusedOptimizer (stage 0, bf16 and fp16), DeepSpeedZeroOptimizer (1, 2) and
+  DeepSpeedZeroOptimizer_Stage3. Its tensor-fragment functions work fully for none of them: they
+  return None at stage 0, raise for every parameter group but the first at 1 and 2, and can hang on
+  Muon's momentum.
+- At stages 1 and 2 Muon orthogonalises inside `backward`, so DeepSpeed's norm and clipping
+  see the update instead of the gradient. We hold the gradient back there, and let DeepSpeed flatten
+  it in `step`.
+- At stages 1 and 2 a rank's Muon momentum is a row of complete matrices, one for each parameter of
+  which the rank holds a part; all other states are flat partitions.
+- FP16_UnfusedOptimizer makes one step with zero gradients while it is built.
+- The base optimizer (Muon) takes the gradient of a flat partition as the update; its own step
+  orthogonalises only 2-D weights (stage 0).
+"""
+
+from forescale.engine.layout import Layout, Piece, Unit
+
+
+def layout_of(engine) -> Layout:
+    """Return the layout of a DeepSpeed engine. Raises AssertionError for an unknown optimizer."""
+    optimizer = engine.optimizer
+    name = type(optimizer).__name__
+    if optimizer is engine.basic_optimizer:
+        return Bare(engine)
+    known = {
+        "FP16_UnfusedOptimizer": Unfused,
+        "DeepSpeedZeroOptimizer": Zero12,
+        "DeepSpeedZeroOptimizer_Stage3": Zero3,
+    }
+    assert name in known, f"DeepSpeed built {name}, which this version of forescale cannot save"
+    return known[name](engine)
+
+
+class Bare(Layout):
+    """Stage 0 in fp32: a unit is the parameter itself."""
+
+    def units(self):
+        for i, group in enumerate(self.base.param_groups):
+            for p in group["params"]:
+                yield Unit(i, p, [Piece(p, 0, 0, p.numel())])
+
+    def gradients(self):
+        for unit in self.units():
+            if unit.master.grad is not None:
+                yield unit.master.grad
+
+    def prepare_step(self, factor):
+        if factor != 1.0:
+            for grad in self.gradients():
+                grad.mul_(factor)
+
+
+class Unfused(Layout):
+    """Stage 0 in bf16 or fp16: a unit is the fp32 master of a parameter."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.base.state.clear()  # left by the step that DeepSpeed made while it was built
+        self.scale_in_step(lambda norm: self._master_gradients())
+
+    def units(self):
+        groups = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
+        for i, (params, masters) in enumerate(groups):
+            for p, master in zip(params, masters, strict=True):
+                yield Unit(i, master, [Piece(p, 0, 0, p.numel())])
+
+    @property
+    def backward_scale(self):
+        # DeepSpeed scales the loss only for ZeRO, but it divides the gradients here too.
+        return self.loss_scale
+
+    def gradients(self):
+        for group in self.optimizer.fp16_groups:
+            yield from (p.grad for p in group if p.grad is not None)
+
+    def _master_gradients(self):
+        for group in self.optimizer.fp32_groups:
+            yield from (p.grad for p in group if p.grad is not None)
+
+    def after_load(self):
+        for unit in self.units():
+            unit.pieces[0].param.data.copy_(unit.master.data)
+
+
+class Zero12(Layout):
+    """Stages 1 and 2: flat fp32 partitions; complete averaged gradients, held until the step."""
+
+    replicated = False
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.offload = bool(self.optimizer.cpu_offload)
+        self._held: dict[int, tuple] = {}
+        if not self.offload:
+            self._flatten = self.optimizer.get_flat_partition
+            self.optimizer.get_flat_partition = self._hold
+            self.scale_in_step(self._scaled)
+
+    def _hold(self, tensors, first_offset, partition_size, dtype, device, param_group_idx, **kw):
+        """Replace `get_flat_partition` in backward: keep what it would flatten."""
+        o, i = self.optimizer, param_group_idx
+        arguments = (tensors, first_offset, partition_size, dtype, device, i)
+        self._held[i] = (o.all_grad_tensors[i], arguments, kw)
+        return []
+
+    def _scaled(self, grads):
+        """Yield the gradient of the partition about to be unscaled, unless Muon has turned it into
+        an update (its gradient was multiplied before)."""
+        for i, master in enumerate(self.optimizer.single_partition_of_fp32_groups):
+            if master.grad is grads[0] and not self.is_muon(i):
+                yield master.grad
+
+    def units(self):
+        o = self.optimizer
+        masters = o.single_partition_of_fp32_groups
+        for i, (params, master) in enumerate(zip(o.bit16_groups, masters, strict=True)):
+            pieces = []
+            for p in params:
+                if p._hp_mapping is not None:
+                    low, high = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                    pieces.append(Piece(p, low.start, high.start, low.numel))
+            yield Unit(i, master, pieces)
+
+    def gradients(self):
+        o = self.optimizer
+        if self.offload:
+            o._wait_for_offload_copies()
+            yield from (m.grad for m in o.single_partition_of_fp32_groups if m.grad is not None)
+            return
+        for i, _ in enumerate(o.bit16_groups):
+            if i not in self._held:
+                yield from (g for g in o.averaged_gradients.get(i) or [])
+                continue
+            grads, arguments, _ = self._held[i]
+            for p, grad in zip(arguments[0], grads, strict=True):
+                if p._hp_mapping is not None:
+                    own = p._hp_mapping.lp_fragment_address
+                    yield grad.reshape(-1)[own.start : own.start + own.numel]
+
+    def prepare_step(self, factor):
+        super().prepare_step(factor)
+        o = self.optimizer
+        if self.offload:
+            if factor != 1.0:
+                for grad in self.gradients():
+                    grad.mul_(factor)
+            return
+        for i, (grads, arguments, kw) in self._held.items():
+            if factor != 1.0 and self.is_muon(i):
+                for grad in grads:
+                    grad.mul_(factor)
+            o.all_grad_tensors[i] = grads
+            o.averaged_gradients[i] = self._flatten(*arguments, **kw)
+            o.all_grad_tensors[i] = None
+        self._held.clear()
+
+    def discard(self):
+        o = self.optimizer
+        self._held.clear()
+        o.micro_step_id = -1
+        o.zero_grad(set_to_none=True)
+        if self.offload:
+            o.reset_cpu_buffers()
+            o._offload_accumulated_param_ids = set()
+        else:
+            for i in o.averaged_gradients:
+                o.averaged_gradients[i] = None
+                o.all_grad_tensors[i] = None
+
+    def momentum_slot(self, unit, piece):
+        if self.offload:
+            return None
+        at = 0
+        for p in self.optimizer.params_in_partition[unit.group]:
+            if p is piece.param:
+                return 0, at, p.numel()
+            at += p.numel()
+        raise AssertionError("a piece of a parameter outside its rank's partition")
+
+    def momentum_size(self, unit):
+        if self.offload:
+            return unit.master.numel()
+        return sum(p.numel() for p in self.optimizer.params_in_partition[unit.group])
+
+    def after_load(self):
+        o = self.optimizer
+        o._muon_pending_momentum.clear()
+        o.update_lp_params()
+
+
+class Zero3(Layout):
+    """Stage 3: flat partitions of sub-groups; every parameter is cut into one equal part a rank."""
+
+    replicated = False
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.offload = bool(self.optimizer.offload_optimizer)
+        if not self.offload:
+            self.scale_in_step(self._scaled)
+
+    def _group(self, sub_group: int) -> int:
+        return self.optimizer.sub_group_to_group_id[sub_group]
+
+    def _scaled(self, sub_group):
+        if not self.is_muon(self._group(sub_group)):
+            yield self.optimizer.fp32_partitioned_groups_flat[sub_group].grad
+
+    def units(self):
+        o = self.optimizer
+        masters = o.fp32_partitioned_groups_flat
+        for s, (params, master) in enumerate(zip(o.fp16_groups, masters, strict=True)):
+            pieces = []
+            for p in params:
+                _, at, padded = o.grad_position[o.get_param_id(p)]
+                start = o._get_param_partition_rank(p) * padded
+                size = max(
+                    0, min(padded, p.ds_numel - start)
+                )  # the last rank's part may end in padding
+                if size:
+                    pieces.append(Piece(p, start, at, size))
+            yield Unit(self._group(s), master, pieces)
+
+    def gradients(self):
+        o = self.optimizer
+        if self.offload:
+            yield from (m.grad for m in o.fp32_partitioned_groups_flat if m.grad is not None)
+            return
+        for partitions in o.averaged_gradients.values():
+            yield from partitions
+
+    def prepare_step(self, factor):
+        super().prepare_step(factor)
+        if factor == 1.0:
+            return
+        if self.offload:
+            for grad in self.gradients():
+                grad.mul_(factor)
+            return
+        for s, partitions in self.optimizer.averaged_gradients.items():
+            if self.is_muon(self._group(s)):
+                for grad in partitions:
+                    grad.mul_(factor)
+
+    def discard(self):
+        o = self.optimizer
+        o._pre_step()
+        o._overflow_clean_up(o.loss_scale)
+
+    def before_load(self):
+        self.optimizer.checkpoint_event_prologue()  # release gathered parameters
+
+    def after_load(self):
+        o = self.optimizer
+        masters = o.fp32_partitioned_groups_flat
+        flats = zip(o.fp16_partitioned_groups_flat, o.fp16_partitioned_groups, masters, strict=True)
+        for flat, parts, master in flats:
+            flat.data.copy_(master.data)
+            for part, value in zip(parts, o.unflatten(flat, parts), strict=True):
+                part.data = value.data
+        o.checkpoint_event_epilogue()  # gather the small parameters that stay on every rank
