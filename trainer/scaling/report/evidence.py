@@ -25,7 +25,8 @@ from forescale.scaling.config import StudyJob
 from forescale.scaling.design.noise import Noise, noise_of
 from forescale.scaling.design.tuning import Tuned, tuned
 from forescale.scaling.fitting.points import Array
-from forescale.scaling.study.directory import CellState, Study
+from forescale.scaling.study.directory import Study
+from forescale.scaling.study.states import CellState
 from forescale.storage import read_json
 
 _RATES = ("grid", "rate")  # roles

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from forescale.console import table
-from forescale.scaling.study.directory import CellState, Study
+from forescale.scaling.study.directory import Study
+from forescale.scaling.study.states import CellState
 
 _COLOURS = {
     "running": "green", "complete": "cyan", "interrupted": "yellow", "crashed": "red",

@@ -1,4 +1,4 @@
-"""The directory of a study: its plan, its decisions, and the state of its cells.
+"""The directory of a study: its plan, its decisions, and the runs of its cells.
 
     studies/<name>/
       study.yaml         the settings of `study plan`, frozen
@@ -20,19 +20,16 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
 from forescale.config.frozen import freeze, thaw
 from forescale.config.schema import build, plain
-from forescale.errors import DONE, GAVE_UP, INTERRUPTED, USER, UserError
-from forescale.monitor.status import Status
-from forescale.resilience.outcome import launch_of
+from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.run.forecast import Forecast, read_forecasts
 from forescale.run.rows import RowWriter, read_rows
@@ -41,39 +38,11 @@ from forescale.scaling.design import plan_file
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.design.plan import StudyPlan
 from forescale.scaling.records.records import of_runs
+from forescale.scaling.study.states import CellState, state_of
 from forescale.storage import read_json, write_file, write_json
 
-CellStatus = Literal[
-    "waiting", "ready", "running", "interrupted", "crashed", "complete", "diverged", "failed",
-    "excluded",
-]  # fmt: skip
-ENDED = ("complete", "diverged", "failed", "excluded")  # such a cell is not started again
 _UNQUOTED = re.compile(r"[\w./ %+-]*")
-MOST_CRASHES = 3  # a cell that crashed this often has failed
 TARGET = "target"  # name of the cell whose loss the study predicts
-
-
-@dataclass(frozen=True)
-class CellState:
-    """The state of a cell.
-
-    loss: validation loss of its last step, nan if it diverged; spent: FLOPs so far, including lost
-    steps (a branch: since its trunk); done: share of its steps; seconds: wall clock; why: the
-    reason if it ended without a loss.
-    """
-
-    cell: Cell
-    status: CellStatus
-    loss: float | None = None
-    spent: float = 0.0
-    done: float = 0.0
-    seconds: float = 0.0
-    why: str = ""
-
-    @property
-    def has_ended(self) -> bool:
-        """True if it will not be started again."""
-        return self.status in ENDED
 
 
 class Study:
@@ -192,7 +161,8 @@ class Study:
     def state(self, cell: Cell) -> CellState:
         """Return the state of a cell. Once it has ended, the state is kept until `retry`."""
         if cell.name not in self._ended:
-            found = self._state(cell)
+            own, cost = self._since_retry(cell.name), self.plan.common.cost
+            found = state_of(cell, self.run(cell.name), own, cost)
             if not found.has_ended:
                 return found
             self._ended[cell.name] = found
@@ -223,79 +193,11 @@ class Study:
         found = {s.cell.name: s.loss for s in self.states() if s.has_ended}
         return {name: math.nan if loss is None else loss for name, loss in found.items()}
 
-    def _state(self, cell: Cell) -> CellState:
-        run = self.run(cell.name)
-        excluded = self._latest_event("cell_excluded", cell.name)
-        status: CellStatus
-        if not run.config.is_file():
-            status, why = "waiting" if cell.waits_for else "ready", ""
-            if excluded:
-                status, why = "excluded", excluded["why"]
-            elif status == "ready":  # it may have ended before its run directory was made
-                status, why = self._given_up(cell.name, run) or (status, why)
-            return CellState(cell, status, why=why)
-        seen = Status(run)
-        total, per = seen.job.total_steps, cell.flops[self.plan.common.cost] / cell.tokens
-        steps = seen.step - (cell.trunk_step or 0) + seen.lost().steps
-        known = {
-            "spent": max(0, steps) * seen.job.tokens_per_step * per,
-            "done": seen.step / total,
-            "seconds": seen.goodput.wall,
-        }
-        scored = seen.validation
-        loss = scored["loss"] if scored and scored["step"] == total else None
-        status, why = seen.state if seen.state != "new" else "ready", ""
-        if status == "complete":
-            status, loss, why = self._judged(loss, seen)
-        elif status != "running":
-            status, why = self._given_up(cell.name, run) or (status, "")
-        if excluded:
-            status, why = "excluded", excluded["why"]
-        return CellState(cell, status, loss, why=why, **known)
-
-    @staticmethod
-    def _judged(loss: float | None, seen: Status) -> tuple[CellStatus, float | None, str]:
-        """Status, loss and reason of a run that has made all its steps."""
-        chance = math.log(getattr(seen.job.model, "vocab_size", None) or math.inf)
-        if loss is None:
-            return "failed", None, "its last step was not evaluated"
-        if not loss < chance:
-            return (
-                "diverged",
-                math.nan,
-                f"its loss is {loss:.4g}; uniform guessing has {chance:.4g}",
-            )
-        return "complete", loss, ""
-
-    def _given_up(self, name: str, run: Run) -> tuple[CellStatus, str] | None:
-        """Status and reason if another start would end the same way, else None."""
-        own = self._since_retry(name)
-        ends = [e for e in own if e["kind"] == "cell_ended"] or self._ends_in_queue(own, run)
-        if not ends:
-            return None
-        last = ends[-1]
-        crashes = sum(e["code"] not in (DONE, USER, INTERRUPTED, GAVE_UP) for e in ends)
-        if any(read_rows(a.events.path, reason="halted") for a in run.attempts()[-1:]):
-            return "diverged", last["why"]
-        if last["code"] in (USER, GAVE_UP) or crashes >= MOST_CRASHES:
-            return "failed", last["why"]
-        return None
-
-    @staticmethod
-    def _ends_in_queue(own: Sequence[Mapping[str, Any]], run: Run) -> list[dict[str, Any]]:
-        """One end for each submitted job, all with the code of the last attempt that has one."""
-        times = sum(e["kind"] == "cell_submitted" for e in own)
-        launch = next((t for a in reversed(run.attempts()) if (t := launch_of(a.path))), {})
-        code = launch.get("code")
-        return [] if code is None else [{"code": code, "why": launch.get("how", "")}] * times
-
     def _since_retry(self, name: str) -> list[dict[str, Any]]:
+        """Return the events of a cell since it was last let start again."""
         own = [e for e in self.events if e.get("cell") == name]
         retries = [i for i, e in enumerate(own) if e["kind"] == "cell_retried"]
         return own[retries[-1] :] if retries else own
-
-    def _latest_event(self, kind: str, name: str) -> dict[str, Any] | None:
-        return next((e for e in self._since_retry(name) if e["kind"] == kind), None)
 
     def retry(self, name: str) -> None:
         """Let a cell that ended without a loss start again."""

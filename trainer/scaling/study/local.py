@@ -18,7 +18,8 @@ from forescale.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.resilience.launcher import die_with_parent, stop_signals_handled_by
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.study.decisions import add_target, advance
-from forescale.scaling.study.directory import CellState, Study
+from forescale.scaling.study.directory import Study
+from forescale.scaling.study.states import CellState
 
 _POLL = 0.2  # seconds
 _TAIL = 4096  # bytes of a log file in which the last message is looked for
