@@ -80,17 +80,11 @@ def delta_rule(
     """
     c = _chunks(q_BLHK, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH, keep_BL)
     (B, L, H, K), V = q_BLHK.shape, v_BLHV.shape[-1]
-    until_k_NECK = c.k * c.until
     state = c.u.new_zeros(B * H, K, V) if state_BHKV is None else state_BHKV.flatten(0, 1)
-    states, corrections = [], []
-    for n in range(len(c.u)):
-        states.append(state)
-        corrections.append(torch.baddbmm(c.u[n], c.w[n], state, alpha=-1))
-        decayed = c.whole[n] * state
-        state = torch.baddbmm(decayed, until_k_NECK[n].mT, corrections[-1])
-    states_NEKV = torch.stack(states)
+    in_turn = _states_at_once if torch.compiler.is_compiling() else _states
+    states_NEKV, corrections_NECV, state = in_turn(c.u, c.w, c.k * c.until, c.whole, state)
     o_NECV = (c.q * c.since) @ states_NEKV
-    o_NECV = o_NECV + (c.query_scores * c.decay) @ torch.stack(corrections)
+    o_NECV = o_NECV + (c.query_scores * c.decay) @ corrections_NECV
     o_BLHV = _joined(o_NECV, B, L).to(v_BLHV.dtype)
     return o_BLHV, states_NEKV, state.reshape(B, H, K, V)
 
@@ -117,7 +111,14 @@ class DeltaRule(torch.autograd.Function):
         B, L = given[0].shape[:2]
         d_o_NECV = _chunked(grad[0], states_NEKV.dtype)
         new_NECV = c.u - c.w @ states_NEKV
-        d_new_NECV, d_after_NEKV = _backward_in_turn(c, d_o_NECV)
+        in_turn = _gradients_at_once if torch.compiler.is_compiling() else _gradients_of_states
+        d_new_NECV, d_after_NEKV = in_turn(
+            (c.query_scores * c.decay).mT @ d_o_NECV,
+            (c.q * c.since).mT @ d_o_NECV,
+            c.w,
+            c.k * c.until,
+            c.whole,
+        )
         found = _gradients(c, states_NEKV, new_NECV, d_o_NECV, d_new_NECV, d_after_NEKV)
         q, k, v, log_decay, beta = (_joined(x, B, L) for x in found)
         log_decay = log_decay[..., 0] * given[5][..., None]
@@ -171,18 +172,64 @@ def _chunks(
     )  # fmt: skip
 
 
-def _backward_in_turn(c: _Chunks, d_o_NECV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the corrections (N, E, C, V) and of the state after each chunk."""
-    d_new_NECV = (c.query_scores * c.decay).mT @ d_o_NECV
-    d_read_NEKV = (c.q * c.since).mT @ d_o_NECV
-    until_k_NECK = c.k * c.until
+def _states(
+    u_NECV: Tensor, w_NECK: Tensor, until_k_NECK: Tensor, whole_NE11: Tensor, state_EKV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states before each chunk (N, E, K, V), the corrections (N, E, C, V) and the last
+    state. until_k: keys times the decay until the chunk's end; state: before the first token."""
+    states, corrections = [], []
+    for n in range(len(u_NECV)):
+        states.append(state_EKV)
+        corrections.append(torch.baddbmm(u_NECV[n], w_NECK[n], state_EKV, alpha=-1))
+        decayed = whole_NE11[n] * state_EKV
+        state_EKV = torch.baddbmm(decayed, until_k_NECK[n].mT, corrections[-1])
+    return torch.stack(states), torch.stack(corrections), state_EKV
+
+
+def _gradients_of_states(
+    d_new_NECV: Tensor,
+    d_read_NEKV: Tensor,
+    w_NECK: Tensor,
+    until_k_NECK: Tensor,
+    whole_NE11: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the corrections (N, E, C, V) and of the state after each chunk.
+
+    d_new, d_read: the parts of corrections and states that come from outputs alone.
+    """
     d_state, new, after = torch.zeros_like(d_read_NEKV[0]), [], []
-    for n in reversed(range(len(d_o_NECV))):
+    for n in reversed(range(len(d_new_NECV))):
         after.append(d_state)
         new.append(torch.baddbmm(d_new_NECV[n], until_k_NECK[n], d_state))
-        d_kept = d_read_NEKV[n] + c.whole[n] * d_state
-        d_state = torch.baddbmm(d_kept, c.w[n].mT, new[-1], alpha=-1)
+        d_kept = d_read_NEKV[n] + whole_NE11[n] * d_state
+        d_state = torch.baddbmm(d_kept, w_NECK[n].mT, new[-1], alpha=-1)
     return torch.stack(new[::-1]), torch.stack(after[::-1])
+
+
+# Each as one operation for the compiler, which would unroll the loops: 24 nodes a chunk and layer.
+_states_at_once = torch.library.custom_op("forescale::delta_states", _states, mutates_args=())
+_gradients_at_once = torch.library.custom_op(
+    "forescale::delta_gradients", _gradients_of_states, mutates_args=()
+)
+
+
+@_states_at_once.register_fake
+def _like_states(
+    u_NECV: Tensor, w_NECK: Tensor, until_k_NECK: Tensor, whole_NE11: Tensor, state_EKV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    states_NEKV = state_EKV.new_empty(len(u_NECV), *state_EKV.shape)
+    return states_NEKV, u_NECV.new_empty(u_NECV.shape), state_EKV.new_empty(state_EKV.shape)
+
+
+@_gradients_at_once.register_fake
+def _like_gradients(
+    d_new_NECV: Tensor,
+    d_read_NEKV: Tensor,
+    w_NECK: Tensor,
+    until_k_NECK: Tensor,
+    whole_NE11: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return d_new_NECV.new_empty(d_new_NECV.shape), d_read_NEKV.new_empty(d_read_NEKV.shape)
 
 
 def _gradients(

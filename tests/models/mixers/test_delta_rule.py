@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from forescale.models.mixers.delta_rule import DeltaRule, delta_rule
 
@@ -118,3 +120,26 @@ def test_equal_keys_replace_what_was_stored():
     ones = torch.ones(1, 5, 1, dtype=torch.float64)
     _, _, state = delta_rule(k, k, v, 0 * ones, ones, ones[..., 0])
     torch.testing.assert_close(state[0, 0, :3], v[0, [2, 4, 3], 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow  # compiles
+def test_a_longer_sequence_is_no_larger_graph():
+    """Unrolled, the loop over chunks would make a first step at 16,384 tokens take for ever."""
+    sizes: dict[int, list[int]] = {}
+    for length in (128, 448):
+        given = inputs(length)
+        expected = gradients(DeltaRule.apply, given)
+        nodes = sizes.setdefault(length, [])
+
+        def counted(graph, _, nodes=nodes):
+            nodes.append(len(graph.graph.nodes))
+            return make_boxed_func(graph)
+
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=counted)  # the backward graph's too
+        compiled = torch.compile(
+            lambda *given: DeltaRule.apply(*given), backend=backend, fullgraph=True, dynamic=False
+        )
+        torch.testing.assert_close(gradients(compiled, given), expected)
+    assert sizes[128] == sizes[448]
+    assert len(sizes[128]) == 2
