@@ -58,8 +58,10 @@ def speeds(
     """Answer with the Speed at each of `lengths`, `rounds` times each, after a turn to warm up.
 
     A training step is forward and backward of as many windows as have the longest's tokens. This is
-    the function of a processes.Side, so that mixers take turns.
+    the function of a processes.Side, so that mixers take turns. It has one thread, and its seconds
+    are the processor's, without those that other work on the machine takes.
     """
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Transformer(config)
     model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()  # loads what is loaded once
@@ -75,9 +77,9 @@ def speeds(
 
 def _train(model: Transformer, tokens: torch.Tensor) -> float:
     model.train().zero_grad()
-    began = time.perf_counter()
+    began = time.process_time()
     model(tokens, tokens).sum().backward()
-    return tokens.numel() / (time.perf_counter() - began)
+    return tokens.numel() / (time.process_time() - began)
 
 
 @torch.no_grad()
@@ -86,10 +88,10 @@ def _decode(model: Transformer, tokens: torch.Tensor, steps: int = 16) -> float:
     cache = model.eval().new_cache()
     model(tokens, cache=cache)
     model(tokens[:, :1], cache=cache)  # here the cache makes room
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(steps):
         model(tokens[:, :1], cache=cache)
-    return steps / (time.perf_counter() - began)
+    return steps / (time.process_time() - began)
 
 
 def _peak(model: nn.Module, tokens: torch.Tensor) -> float:
