@@ -138,7 +138,7 @@ class StudyFit:
     def earlier(self) -> pd.DataFrame | None:
         """Return what this method and its rivals would have predicted at earlier origins; None with
         few budgets. See judge.forecasts."""
-        return judge.earlier(self.table, self.job, self.method)
+        return judge.earlier(self.table, self.job, self.method, self._forecasters)
 
     @cached_property
     def skill(self) -> list[judge.Scores]:
@@ -250,10 +250,14 @@ class StudyFit:
         """Return the law with all that is known of its errors."""
         return calibrate(self.fit, self.replicates, self.discrepancy)
 
-    @cached_property
+    @property
     def forecaster(self) -> Forecaster | None:
         """Return the forecaster of budgets beyond the runs, or None if the law predicts them."""
-        return prediction.forecaster_of(self)
+        return self._forecasters[-1] if self._forecasters else None
+
+    @cached_property
+    def _forecasters(self) -> list[Forecaster]:
+        return prediction.forecasters_of(self)
 
     def predicted(self, columns: Mapping[str, Array], flops: Array) -> Predicted:
         """Return the prediction for m runs; see prediction.py."""

@@ -11,7 +11,7 @@ Invariant: no forecast, interval or calibration at an origin reads a loss beyond
 of predicted over observed loss, which is about the relative error.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -134,9 +134,10 @@ class _Rival:
         return None
 
 
-def _levels(one: Finished) -> Iterator[tuple[int, Method]]:
-    known = one.budgets < one.budgets.max()  # what no origin knows
-    made = forecasters(one.points.take(known), one.budgets[known])
+def _levels(one: Finished, made: Iterable[Forecaster] | None) -> Iterator[tuple[int, Method]]:
+    if made is None:
+        known = one.budgets < one.budgets.max()  # the largest budget is none that an origin knows
+        made = forecasters(one.points.take(known), one.budgets[known])
     for k, found in enumerate(made, start=2):
         if k >= _LEAST:
             yield k, _Level(found)
@@ -172,11 +173,11 @@ def _constant(loss: float) -> Callable[[float], float]:
 
 
 def _methods(
-    one: Finished, job: StudyJob, chosen: Sequence[str]
+    one: Finished, job: StudyJob, chosen: Sequence[str], made: Iterable[Forecaster] | None
 ) -> Iterator[tuple[int, str, Method]]:
     """Yield the number of known budgets, the name and the method of every origin."""
     if LEVEL in chosen:
-        yield from ((k, LEVEL, method) for k, method in _levels(one))
+        yield from ((k, LEVEL, method) for k, method in _levels(one, made))
     yield from (found for found in _rivals(one) if found[1] in chosen)
     if LAW in chosen:
         yield from ((k, LAW, method) for k, method in _laws(one, job))
@@ -187,14 +188,15 @@ def forecasts(
     job: StudyJob,
     chosen: Sequence[str] = METHODS,
     progress: Progress = silent,
+    made: Iterable[Forecaster] | None = None,
 ) -> pd.DataFrame:
     """Return all forecasts, a row each.
 
     table, method; origin: its number of budgets; ahead: budgets beyond it; beyond: the budget over
     the last known one; group: "minima", or of a run "near" or "other"; observed: the loss; error:
     log of predicted over observed loss; inner, outer: half of the width of the intervals in log
-    loss. chosen: the methods. Raises UserError for a law that has no
-    forecast of a budget's minimum.
+    loss. chosen: the methods; made: the forecasters of the origins of a single study, if they are
+    there. Raises UserError for a law that has no forecast of a budget's minimum.
     """
     if job.form not in JUDGED:
         todo = f"give one of {', '.join(JUDGED)}"
@@ -203,7 +205,7 @@ def forecasts(
     total = sum(len(np.unique(one.budgets)) - _LEAST for one in studies) * len(chosen)
     done = 0
     for one in studies:
-        for k, name, method in _methods(one, job, chosen):
+        for k, name, method in _methods(one, job, chosen, made):
             rows += _rows(one, k, name, method)
             done += 1
             progress("backtest", done, total, "fits")
@@ -308,16 +310,22 @@ def _skill(means: Array) -> float:
     return float(1 - ours / theirs) if theirs else 0.0
 
 
-def earlier(table: pd.DataFrame, job: StudyJob, method: str) -> pd.DataFrame | None:
+def earlier(
+    table: pd.DataFrame, job: StudyJob, method: str, made: Sequence[Forecaster] = ()
+) -> pd.DataFrame | None:
     """Return the forecasts of one method and of the rivals at the origins of one table; None if its
-    budgets are too few, or if its law can't be judged."""
+    budgets are too few, or if its law can't be judged.
+
+    made: the forecasters of its budgets. They are made anew if they know only some budgets.
+    """
     if job.form not in JUDGED:
         return None
     try:
         one = finished(table, job, "runs")
     except UserError:
         return None
-    return forecasts([one], job, (method, *RIVALS))
+    all_known = len(made) == len(np.unique(one.budgets)) - 1  # the first knows two budgets
+    return forecasts([one], job, (method, *RIVALS), made=made[:-1] if all_known else None)
 
 
 def as_dict(found: Sequence[Scores]) -> dict[str, Any]:

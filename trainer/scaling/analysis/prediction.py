@@ -64,11 +64,12 @@ class Prediction:
     origins: int
 
 
-def forecaster_of(made: "StudyFit") -> Forecaster | None:
-    """Return the forecaster of the budgets; None if the job asks for the law, or if the runs have
-    too few budgets with enough sizes. Raises UserError if the job asks for `level` all the same."""
+def forecasters_of(made: "StudyFit") -> list[Forecaster]:
+    """Return the forecasters of the first two budgets, of the first three, and so on up to all;
+    none if the job asks for the law, or if the runs have too few budgets with enough sizes. Raises
+    UserError if the job asks for `level` all the same."""
     if made.job.method == LAW:
-        return None
+        return []
     if made.form.columns != _OF_SIZE:
         why = f"the law {made.form.name} isn't one of N and D"
     elif "budget" not in made.table:
@@ -77,12 +78,11 @@ def forecaster_of(made: "StudyFit") -> Forecaster | None:
         points, budgets = made.all_points, made.table["budget"].to_numpy(dtype=float)
         kept = continued(budgets, np.exp(points.log("parameters")))
         if kept.any():
-            *_, last = forecasters(points.take(kept), budgets[kept])
-            return last
+            return list(forecasters(points.take(kept), budgets[kept]))
         why = f"fewer than {BUDGETS} budgets have {SIZES} sizes"
     if made.job.method == LEVEL:
         raise UserError("method", f"level is not possible: {why}", "write method=law")
-    return None
+    return []
 
 
 def predicted(made: "StudyFit", columns: Mapping[str, Array], flops: Array) -> Predicted:

@@ -91,8 +91,7 @@ class TaskFit:
         groups = _groups(self.outcomes)
         count = groups.max() + 1
         rng = np.random.default_rng(self.job.seed)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=self.job.bootstraps)
-        weights = drawn[:, groups]
+        weights = bootstrap.counts(rng, count, self.job.bootstraps)[:, groups]
         if self.ideal:
             weights = np.column_stack((weights, np.ones(len(weights))))
             groups = np.append(groups, count)

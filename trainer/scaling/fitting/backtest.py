@@ -75,8 +75,15 @@ class CalibratedLaw:
 
         columns: what the law reads, (m,) each; flops: C of each run, (m,).
         """
-        form = self.fit.form
-        resampled = np.log(form.predict(self.replicates.values, **columns))  # (R, m)
+        return self.about(columns, flops, self.resampled(columns))
+
+    def resampled(self, columns: dict[str, Array]) -> Array:
+        """Return the log losses of m runs by the resampled fits, (R, m)."""
+        found: Array = np.log(self.fit.form.predict(self.replicates.values, **columns))
+        return found
+
+    def about(self, columns: dict[str, Array], flops: Array, resampled: Array) -> Predicted:
+        """Return the same as `predicted`, from the log losses by the resampled fits, (R, m)."""
         # Resampled fits scatter around the fit with long tails; half their middle 68 % is robust.
         low, high = np.percentile(resampled, [15.87, 84.13], axis=0)
         decades = np.maximum(0.0, np.log10(flops / self.greatest))
@@ -215,14 +222,11 @@ def laws_of_origins(
 
 
 def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> Backtest:
-    form, flops = law.fit.form, spent(later)
-    columns = {c: np.exp(later.log(c)) for c in form.columns}
-    low, high = law.predicted(columns, flops).interval(level)
-
-    def losses(values: Array) -> Array:
-        return form.predict(values, **columns)
-
-    resampled = law.replicates.interval(level, losses, "percentile")
+    flops = spent(later)
+    columns = {c: np.exp(later.log(c)) for c in law.fit.form.columns}
+    resampled = law.resampled(columns)
+    low, high = law.about(columns, flops, resampled).interval(level)
+    least, most = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
     errors, factors = law.errors(later)
     return Backtest(
         budgets,
@@ -230,6 +234,6 @@ def _backtest(law: CalibratedLaw, budgets: int, later: Points, level: float) -> 
         factors,
         errors,
         law.noise,
-        (resampled[0] <= later.loss) & (later.loss <= resampled[1]),
+        (least <= later.log("loss")) & (later.log("loss") <= most),
         (low <= later.loss) & (later.loss <= high),
     )

@@ -30,6 +30,9 @@ COUNT = 4000
 _MINIMA = 3  # of the fit, that replicates start from
 _WEIGHTS = 1 << 22  # runs times replicates that are in memory at once
 _REFITS = 1000  # runs, or groups of them, that are left out by a refit each
+# Scaled gradient at which a replicate is done: ten times less than is certified, and nothing beside
+# the differences of draws.
+_AIM = TOLERANCE / 10
 _SMOOTH = 1e-3  # delta of Huber's function that stands for least absolute deviations in one step
 
 
@@ -163,12 +166,21 @@ def clusters(
     if place.shape != (len(fit.points),) or len(names) < 2:
         what = f"{len(place)} runs in {len(names)} groups, for a fit of {len(fit.points)} runs"
         raise UserError("groups", what, "name the trunk of each run; there must be two or more")
-    rng, equal = np.random.default_rng(seed), np.full(len(names), 1 / len(names))
+    rng = np.random.default_rng(seed)
     parts = [
-        replicates(fit, weights=rng.multinomial(len(names), equal, size=part)[:, place])
+        replicates(fit, weights=counts(rng, len(names), part)[:, place])
         for part in _parts(fit, count)
     ]
     return replace(_joined(parts), groups=place)
+
+
+def counts(rng: np.random.Generator, groups: int, count: int) -> Array:
+    """Return how often each group is among as many drawn with replacement, (count, groups).
+
+    They have numpy's multinomial distribution, in a sixth of its time.
+    """
+    drawn = rng.integers(groups, size=(count, groups)) + groups * np.arange(count)[:, None]
+    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
 
 def residuals(fit: Fit, count: int = COUNT, seed: int = 0) -> Replicates:
@@ -268,10 +280,11 @@ def replicates(
     w, y = w * fit.weights, np.log(y)
     R = max(len(w), len(y))
     w, y = np.broadcast_to(w, (R, n)), (y if len(y) == 1 else np.broadcast_to(y, (R, n)))
-    best = polish(fit.task, y, w, fit.theta)
+    task = replace(fit.task, aim=_AIM)
+    best = polish(task, y, w, fit.theta)
     for minimum in fit.certificate.minima[1:_MINIMA]:
         theta = fit.form.internal(fit.form.vector(minimum.values)[None], fit.task.at.centre)
-        best = _lower(best, polish(fit.task, y, w, theta))
+        best = _lower(best, polish(task, y, w, theta))
     best = _from_the_grid(fit, best, y, w)
     values = fit.form.published(best.theta, fit.task.at.centre)
     return Replicates(fit, values, best.value, best.gradient, best.curvature, best.edge)

@@ -65,10 +65,10 @@ class Form(ABC):
         """Return log loss, (R, n), and its derivatives by theta, (R, p, n), at theta, (R, p)."""
 
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
-        """Return the sum over runs of pull, (R, n), times second derivatives of m, (R, p, p).
+        """Return the sum over runs of pull, (R, n), times the second derivatives of L over L.
 
-        By a complex step in the first derivatives (Squire and Trapp 1998), which is exact because
-        nothing cancels.
+        These are those of m plus J J'; the sum is (R, p, p). By a complex step in the first
+        derivatives (Squire and Trapp 1998), which is exact because nothing cancels.
         """
         found = np.empty((len(theta), self.size, self.size))
         for j in range(self.size):
@@ -76,7 +76,8 @@ class Form(ABC):
             aside[:, j] += 1j * _STEP
             turned = self.evaluate(aside, at)[1].imag / _STEP
             found[:, :, j] = (turned @ pull[:, :, None])[:, :, 0]
-        return (found + found.swapaxes(1, 2)) / 2
+        both = (jacobian * pull[:, None]) @ jacobian.swapaxes(1, 2)
+        return (found + found.swapaxes(1, 2)) / 2 + both
 
     @abstractmethod
     def bounds(self, at: Design, log_loss: Array) -> tuple[Array, Array]:
@@ -185,7 +186,8 @@ class PowerSum(Form):
         for term, (c, e) in zip(self.terms, places, strict=True):
             log = theta[:, c, None] - (theta[:, e, None] * logs[term.column] if e >= 0 else 0.0)
             jacobian[:, c] = np.exp(log)
-        total = sum(jacobian[:, c] for c, _ in places)
+        first, *rest = (jacobian[:, c] for c, _ in places)
+        total = sum(rest, first)
         share = 1 / total
         for term, (c, e) in zip(self.terms, places, strict=True):
             jacobian[:, c] *= share
@@ -196,10 +198,10 @@ class PowerSum(Form):
     def curvature(self, theta: Array, at: Design, jacobian: Array, pull: Array) -> Array:
         """Return the weighted sum of second derivatives in closed form; see Form.curvature.
 
-        The log of a term is linear in theta, with gradient u; the log of the sum of terms has the
-        Hessian sum(share * u u') - J J'.
+        The log of a term is linear in theta, with gradient u, so that L, the sum of terms, has the
+        second derivatives sum(share * u u') times L.
         """
-        found = -(jacobian * pull[:, None]) @ jacobian.swapaxes(1, 2)
+        found = np.zeros((len(theta), self.size, self.size))
         for term, (c, e) in zip(self.terms, self._places(), strict=True):
             drawn = jacobian[:, c] * pull
             found[:, c, c] += drawn.sum(-1)

@@ -77,8 +77,8 @@ class _Kink:
         if self.here.scale is not None:
             pull = pull * self.here.scale[0]
         found = task.form.curvature(theta, task.at, J, -pull[None])[0]
-        if self.here.scale is not None:
-            found = found - (J[0] * pull) @ J[0].T
+        if self.here.scale is None:  # the residual is of log L
+            found = found + (J[0] * pull) @ J[0].T
         own: Array = found[np.ix_(self.free, self.free)]
         return own
 

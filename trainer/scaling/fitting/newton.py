@@ -23,7 +23,7 @@ from forescale.scaling.fitting.objective import Local, Objective, curvatures, lo
 from forescale.scaling.fitting.points import Array
 
 TOLERANCE = 1e-8  # greatest scaled gradient that is certified
-_AIM = 1e-11  # scaled gradient at which the solver stops; it stops earlier only because of rounding
+AIM = 1e-11  # scaled gradient at which the solver stops; it stops earlier only because of rounding
 _CHUNK = 64  # replicates per batch at most, and losses: their arrays stay in the cache of a core
 _LOSSES = 1 << 15
 _STEPS = 300
@@ -63,13 +63,18 @@ def join(parts: list[Solved]) -> Solved:
 
 @dataclass(frozen=True)
 class Task:
-    """What all replicates share. low, high: ends of the box, (p,), equal for a fixed parameter."""
+    """What all replicates share.
+
+    low, high: ends of the box, (p,), equal for a fixed parameter; aim: the scaled gradient to stop
+    at.
+    """
 
     form: Form
     at: Design
     goal: Objective
     low: Array
     high: Array
+    aim: float = AIM
 
     def frozen(self, theta: Array, gradient: Array) -> Array:
         """Return True for parameters that are fixed, or at an end and pushed outwards, (R, p)."""
@@ -89,12 +94,12 @@ def solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
     log_loss, weight: (R, n) or (1, n); start: (R, p) or (1, p).
     """
     R = max(len(log_loss), len(weight), len(start))
-    start = np.broadcast_to(start, (R, start.shape[1]))
     size = min(_CHUNK, max(1, _LOSSES // log_loss.shape[1]))
     spans = [slice(i, i + size) for i in range(0, R, size)]
+    given = log_loss, weight, start
     # A step to an infinite loss is rejected, so its overflow needs no warning.
     with np.errstate(over="ignore", invalid="ignore"):
-        return join([_solve(task, _rows(log_loss, s), _rows(weight, s), start[s]) for s in spans])
+        return join([_solve(task, *(_rows(each, s) for each in given)) for s in spans])
 
 
 def _rows(given: Array, which: Array | slice) -> Array:
@@ -102,21 +107,20 @@ def _rows(given: Array, which: Array | slice) -> Array:
 
 
 def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
-    theta = np.clip(start, task.low, task.high)
-    R = len(theta)
-    ids = np.arange(R)  # replicates that are not done
-    damping, left = np.full(R, 1e-2), np.full(R, np.inf)
-    final = theta.copy()
-    steps = 0
-    y, w, t = log_loss, weight, theta
+    y, w, t = log_loss, weight, np.clip(start, task.low, task.high)
     here = local(task.form, task.at, y, w, t, task.goal)
-    left = task.left(t, here)
+    R = len(here.value)
+    t = np.broadcast_to(t, (R, t.shape[1]))
+    ids = np.arange(R)  # replicates that are not done
+    done = list[tuple[Array, Array, Local]]()  # the others: numbers, theta, what is there
+    damping, left = np.full(R, 1e-2), task.left(t, here)
+    steps = 0
     tries, linear = np.zeros(R, dtype=int), np.ones(R, dtype=bool)
-    while steps < _STEPS:
+    while len(ids):
         # After 20 rejections in a row nothing but rounding is left to gain.
-        going = (left > _AIM) & (tries < 20)
+        going = (left > task.aim) & (tries < 20) & (steps < _STEPS)
         if not going.all():
-            final[ids[~going]] = t[~going]
+            done.append((ids[~going], t[~going], here.rows(~going)))
             ids, t, here = ids[going], t[going], here.rows(going)
             y, w = _rows(y, going), _rows(w, going)
             damping, left = damping[going], left[going]
@@ -145,8 +149,10 @@ def _solve(task: Task, log_loss: Array, weight: Array, start: Array) -> Solved:
         there.put(bad, here)
         new[bad] = t[bad]
         t, here, left = new, there, np.where(good, there_left, left)
-    final[ids] = t
-    return measured(task, log_loss, weight, final, steps)
+    order = np.argsort(np.concatenate([ids for ids, _, _ in done]))
+    final = np.concatenate([t for _, t, _ in done])[order]
+    last = Local.join([here for _, _, here in done]).rows(order)
+    return _measured(task, weight, final, last, steps)
 
 
 def _step(
@@ -211,6 +217,10 @@ def _whitened(
 def measured(task: Task, log_loss: Array, weight: Array, theta: Array, steps: int = 0) -> Solved:
     """Return value, scaled gradient, curvature and edges at theta, (R, p), without a step."""
     here = local(task.form, task.at, log_loss, weight, theta, task.goal)
+    return _measured(task, weight, theta, here, steps)
+
+
+def _measured(task: Task, weight: Array, theta: Array, here: Local, steps: int) -> Solved:
     frozen = task.frozen(theta, here.gradient)
     values, _, _, stretch = _whitened(task, weight, theta, here, frozen)
     # If the runs don't determine a direction, the curvature along it is rounding of either sign.

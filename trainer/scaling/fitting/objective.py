@@ -84,6 +84,15 @@ class Local:
         kept = {k: None if v is None else v[which] for k, v in vars(self).items()}
         return Local(**kept)  # type: ignore[arg-type]
 
+    @classmethod
+    def join(cls, parts: list["Local"]) -> "Local":
+        """Return the replicates of all parts, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        names = [k for k, v in vars(parts[0]).items() if v is not None]
+        rows = {k: np.concatenate([getattr(p, k) for p in parts]) for k in names}
+        return cls(**{"scale": None} | rows)  # type: ignore[arg-type]
+
     def put(self, which: Array, other: "Local") -> None:
         """Replace the replicates of `which` by the same ones of `other`."""
         for name, own in vars(self).items():
@@ -94,8 +103,14 @@ class Local:
 def local(
     form: Form, at: Design, log_loss: Array, weight: Array, theta: Array, goal: Objective
 ) -> Local:
-    """Return the objective at theta, (R, p). log_loss, weight: (R, n) or (1, n); goal.delta > 0."""
+    """Return the objective at theta, (R, p) or (1, p), if all replicates have the same.
+
+    log_loss, weight: (R, n) or (1, n); goal.delta > 0.
+    """
     m, jacobian = form.evaluate(theta, at)
+    R = max(len(log_loss), len(weight), len(theta))
+    if len(theta) < R:
+        m, jacobian = (np.broadcast_to(x, (R, *x.shape[1:])) for x in (m, jacobian))
     if goal.on == "log":
         scale, residual = None, log_loss - m
     else:
@@ -123,14 +138,15 @@ def curvatures(
     """
     size = np.abs(here.residual)
     inside = weight * (size <= goal.delta)
-    above = weight * np.where(size <= goal.delta, 1.0, goal.delta / np.maximum(size, 1e-300))
+    above = weight * np.minimum(1.0, goal.delta / np.maximum(size, 1e-300))
     pull = -weight * here.clipped
+    bent = inside - pull  # the law's curvature below has the part J J' of the log too
     if here.scale is not None:
         inside, above = inside * here.scale**2, above * here.scale**2
         pull = pull * here.scale
-        inside = inside + pull
+        bent = inside
     J, Jt = here.jacobian, here.jacobian.swapaxes(1, 2)
-    hessian = (J * inside[:, None]) @ Jt + form.curvature(theta, at, J, pull)
+    hessian = (J * bent[:, None]) @ Jt + form.curvature(theta, at, J, pull)
     return hessian, (J * above[:, None]) @ Jt
 
 

@@ -131,8 +131,8 @@ class _Whitening:
     def __call__(self, x: Array) -> Array:
         """Return x, (n, k), whitened along its first axis."""
         y = self.scale[:, None] * x
-        along = np.zeros((len(self.shrink), y.shape[1]))
-        np.add.at(along, self.group, self.unit[:, None] * y)
+        each = (self.unit[:, None] * y).T
+        along = np.stack([np.bincount(self.group, column) for column in each], axis=1)
         return y + self.unit[:, None] * (self.shrink[:, None] * along)[self.group]
 
 

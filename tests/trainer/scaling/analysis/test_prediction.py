@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from forescale.config.compose import compose
 from forescale.errors import UserError
+from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.config import StudyJob, TargetPoint
 from tests.trainer.scaling.analysis.test_forecast import loss_of, study, table
@@ -54,6 +56,13 @@ def test_runs_that_share_no_budgets_are_predicted_by_the_law():
     few = table().groupby("budget").head(2)
     with pytest.raises(UserError, match="fewer than 3 budgets have 3 sizes"):
         study("method=level", rows=few).predict(TargetPoint(flops=3e21))
+
+
+def test_a_study_is_judged_by_the_forecasters_that_predict_its_target(made, monkeypatch):
+    """They forecast the origins as those that are made anew without the last budget."""
+    anew = judge.earlier(made.table, made.job, "level")
+    monkeypatch.setattr(judge, "forecasters", None)
+    pd.testing.assert_frame_equal(made.earlier, anew)
 
 
 def test_budgets_that_the_compute_of_the_runs_shows_are_taken(made):

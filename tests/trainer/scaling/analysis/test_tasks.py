@@ -58,7 +58,7 @@ def test_a_metric_of_errors_is_one_minus_the_accuracy():
 
 def test_the_interval_of_a_task_is_wider_than_that_of_its_loss_put_into_the_link():
     """It knows the link's own doubt and the scatter of runs around it."""
-    found = fitted(table(noise=0.01))
+    found = fitted(table(noise=0.01), bootstraps=400)
     (low, high), chained = found.chained.loss.outer, found.chained.outer
     through = [float(found.link.predict(task_loss=loss)[0]) for loss in (high, low)]
     assert chained[1] - chained[0] > through[1] - through[0]

@@ -12,7 +12,7 @@ from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.export import as_dict
 from forescale.scaling.analysis.weights import NOISE, effective, noise_of_repeats, weigh
 from forescale.scaling.config import StudyJob, TargetPoint
-from forescale.scaling.fitting.bootstrap import pairs
+from forescale.scaling.fitting.bootstrap import counts, pairs
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.fitting.objective import LEAST_ABSOLUTE, LEAST_SQUARES, Objective
@@ -94,8 +94,7 @@ def test_resampling_multiplies_the_weights():
     """A replicate is the fit with the product of the weights and the draws."""
     made = points(table(lambda c: 0.004))
     w = weigh(made.flops, None, 1e22)
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(made), np.full(len(made), 1 / len(made)), size=1)[0]
+    drawn = counts(np.random.default_rng(0), len(made), 1)[0]
     one = pairs(fit(CHINCHILLA, made, weights=w), 1, 0)
     assert one.values[0] == pytest.approx(fit(CHINCHILLA, made, weights=w * drawn).vector, rel=1e-5)
 

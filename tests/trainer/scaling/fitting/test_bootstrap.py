@@ -16,6 +16,7 @@ from forescale.scaling.fitting.bootstrap import (
     _accelerated,
     _quantiles,
     clusters,
+    counts,
     influence,
     leave_one_out,
     pairs,
@@ -40,6 +41,13 @@ def test_a_replicate_equals_the_fit_of_its_resampled_runs(goal, make):
         alone = fit(CHINCHILLA, points.take(np.repeat(np.arange(60), w[i])), goal)
         assert found.objective[i] <= alone.value * (1 + 1e-9)
         np.testing.assert_allclose(found.values[i], alone.vector, rtol=1e-6)
+
+
+def test_draws_have_the_moments_of_the_multinomial_distribution():
+    drawn = counts(np.random.default_rng(2), 5, 20_000)
+    assert (drawn.sum(1) == 5).all()
+    np.testing.assert_allclose(drawn.mean(0), 1, atol=0.03)
+    np.testing.assert_allclose(np.cov(drawn.T), np.eye(5) - 1 / 5, atol=0.03)
 
 
 def test_a_replicate_with_other_losses_equals_their_fit(make):
