@@ -249,9 +249,11 @@ class Scores:
     """The scores of a method, so many budgets ahead. table: None for all tables together.
 
     count: forecasts of a minimum; median, bias: median absolute and mean signed error of them;
-    interval_score: of their 90 % intervals in log loss, lower is better (Gneiting and Raftery 2007,
-    eq. 43), None without intervals; coverage: by group; skill: by rival, 1 - mean absolute error
-    over the rival's, at the origins that both forecast.
+    bias_error: standard error of the bias, None for one table: those of a table err alike, so it is
+    of tables as wholes (clusters: Cameron and Miller 2015); interval_score: of their 90 % intervals
+    in log loss, lower is better (Gneiting and Raftery 2007, eq. 43), None without intervals;
+    coverage: by group; skill: by rival, 1 - mean absolute error over the rival's, at the origins
+    that both forecast.
     """
 
     table: str | None
@@ -260,6 +262,7 @@ class Scores:
     count: int
     median: float
     bias: float
+    bias_error: float | None
     interval_score: float | None
     coverage: Mapping[str, Coverage]
     skill: Mapping[str, float]
@@ -291,6 +294,7 @@ def _scores(name: str | None, method: str, ahead: int, rows: pd.DataFrame) -> Sc
         len(own),
         float(own["error"].abs().median()),
         float(own["error"].mean()),
+        _error_of_mean(own["error"], own["table"]),
         None if np.isnan(mark) else mark,
         {} if np.isnan(mark) else {
             g: _coverage(each) for g in GROUPS if len(each := mine[mine["group"] == g])
@@ -298,6 +302,12 @@ def _scores(name: str | None, method: str, ahead: int, rows: pd.DataFrame) -> Sc
         {rival: _skill(errors[[method, rival]].dropna().abs().mean().to_numpy())
          for rival in RIVALS if rival in errors and rival != method},
     )  # fmt: skip
+
+
+def _error_of_mean(errors: pd.Series, tables: pd.Series) -> float | None:
+    sums = (errors - errors.mean()).groupby(tables).sum()
+    T = len(sums)
+    return float(np.sqrt(T / (T - 1) * (sums**2).sum()) / len(errors)) if T > 1 else None
 
 
 def _coverage(rows: pd.DataFrame) -> Coverage:

@@ -100,6 +100,22 @@ def test_the_scores_of_given_errors():
     assert found["t", LEVEL].median == level.median
 
 
+def test_the_error_of_the_bias_is_that_of_resampled_tables():
+    own = {"method": LEVEL, "ahead": 1, "group": MINIMA, "inner": 0.01, "outer": 0.02}
+    rng = np.random.default_rng(5)
+    each = [rng.normal(0, 0.02) + rng.normal(0, 0.005, n) for n in rng.integers(3, 8, 40)]
+    rows = [
+        {**own, "table": str(t), "origin": k, "error": e}
+        for t, errors in enumerate(each)
+        for k, e in enumerate(errors)
+    ]
+    found = {s.table: s for s in scores(pd.DataFrame(rows))}
+    drawn = [np.concatenate([each[t] for t in rng.integers(40, size=40)]) for _ in range(2000)]
+    resampled = np.std([errors.mean() for errors in drawn])
+    assert found[None].bias_error == pytest.approx(resampled, rel=0.08)
+    assert found["0"].bias_error is None
+
+
 def test_skill_compares_the_origins_that_both_methods_forecast():
     found = judged(table(), (LEVEL, FRONTIER))
     missing = (found.method == FRONTIER) & (found.origin == 3)
