@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from forescale.monitor.goodput import optimal_interval
 
 _DAY = 86_400.0
+# Seconds. Collectives, a pause of the kernels and the locking of pages: few saves stall for less.
+_LEAST_STALL = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class FailureEstimate:
     young: float
     ettr: float
     best_ettr: float
+
+
+def stall_of(copying: float, writing: float, in_background: bool) -> float:
+    """Return the seconds for which a save pauses training. copying: of the state to memory of the
+    host; writing: of the files; in_background: training goes on while they are written."""
+    copied = max(_LEAST_STALL, copying)
+    return copied if in_background else copied + writing
 
 
 def mtbf(nodes: int, failures_per_1000_node_days: float) -> float:

@@ -292,6 +292,15 @@ def checkpoint_bytes(job: TrainJob, trained: Inventory) -> int:
     return sum(p.numel * (4 + moments(g)) for g in trained.groups for p in g.params)
 
 
+def checkpoints_kept(job: TrainJob) -> int:
+    """Return the maximum number of checkpoints on disk, including one that is being written."""
+    keep = job.checkpoint
+    found = keep.keep + 1 + int(keep.keep_best) + int(job.has_decay) + len(keep.at)
+    if keep.keep_every is not None and (every := job.steps_of(keep.keep_every)):
+        found += job.total_steps // every
+    return found
+
+
 def as_dict(found: States) -> dict[str, int]:
     """Return the bytes by the name of the field."""
     return {f.name: getattr(found, f.name) for f in fields(found)}

@@ -25,8 +25,8 @@ from forescale.models.memory import cache_bytes
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import EvaluationCost, estimate_evaluation
-from forescale.plan.failures import FailureEstimate, estimate_failures
-from forescale.plan.memory import checkpoint_bytes
+from forescale.plan.failures import FailureEstimate, estimate_failures, stall_of
+from forescale.plan.memory import checkpoint_bytes, checkpoints_kept
 from forescale.plan.options import ShardingOption, ShardingOptions, name_of, toggled
 from forescale.plan.own_model import own_model
 from forescale.plan.parameters import inventory
@@ -42,9 +42,6 @@ from forescale.run.branch import check_origin
 from forescale.run.feed import epochs, feed_of, notes, resolved_model
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import open_sources, settle
-
-# Seconds. Collectives, a pause of the kernels and the locking of pages: few saves stall for less.
-_LEAST_STALL = 1.0
 
 
 @dataclass(frozen=True)
@@ -228,8 +225,8 @@ class Plan:
         return self._stall(self.world, self.save_seconds)
 
     def _stall(self, gpus: int, writing: float) -> float:
-        copied = max(_LEAST_STALL, self.checkpoint_bytes / gpus / self.machine.to_host)
-        return copied if self.job.checkpoint.background else copied + writing
+        copying = self.checkpoint_bytes / gpus / self.machine.to_host
+        return stall_of(copying, writing, self.job.checkpoint.background)
 
     @property
     def lead_seconds(self) -> float:
@@ -239,11 +236,7 @@ class Plan:
     @property
     def checkpoints_kept(self) -> int:
         """Maximum number of checkpoints on disk, including one that is being written."""
-        job, keep = self.job, self.job.checkpoint
-        found = keep.keep + 1 + int(keep.keep_best) + int(job.has_decay) + len(keep.at)
-        if keep.keep_every is not None and (every := job.steps_of(keep.keep_every)):
-            found += job.total_steps // every
-        return found
+        return checkpoints_kept(self.job)
 
     @property
     def interval(self) -> float | None:
