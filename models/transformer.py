@@ -5,7 +5,7 @@ module is used by calling it. ZeRO-3 gathers a module's parameters around its ca
 need not know that the weights are partitioned. A tied table is one module that is called twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,10 @@ from forescale.models.positions.relative import RelativePosition
 from forescale.models.tallies import tallies_of
 
 
+def _as_it_is(module: nn.Module) -> nn.Module:
+    return module
+
+
 class Transformer(nn.Module):
     """A language model of `config`, whose vocabulary and longest sequence must be known.
 
@@ -51,14 +55,17 @@ class Transformer(nn.Module):
     first source_length columns are the encoder's. Both share the embedding, and count positions
     each from their own first token; the first blocks are the encoder's.
 
+    made: called with each large part as soon as it has its initial weights, the blocks and the
+    tables, and returns it. It may take the weights away to where they are kept: no later part needs
+    them, so the whole model need not exist at once.
     Raises ValueError with one sentence if the config has problems.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, made: Callable[[nn.Module], nn.Module] = _as_it_is):
         super().__init__()
         self.config = config = config.resolved()
         self.sizes, self.scales = config.sizes, scales(config)
-        self.embedding = Vocabulary(config, makes_logits=config.tie_embeddings)
+        self.embedding = made(Vocabulary(config, makes_logits=config.tie_embeddings))
         self.position = LearnedPosition(config) if config.position == "learned" else None
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.encoder_relative_position = self.relative_position = None
@@ -67,14 +74,14 @@ class Transformer(nn.Module):
                 self.encoder_relative_position = RelativePosition(config.of_block(0))
             self.relative_position = RelativePosition(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_blocks))
+        self.blocks = nn.ModuleList(made(Block(config, i)) for i in range(config.num_blocks))
         self.takes_mask = any(part["mixer"].takes_mask for part in layers_of(config))
         self.viewers = viewers(config)
         # Otherwise the stream leaves the last block normed.
         self.norm = make_norm(config) if config.norms_stream else None
         self.transform = Transform(config) if config.head == "dense" else None
-        self.head = None if config.tie_embeddings else Vocabulary(config)
-        self.mtp = nn.ModuleList(MtpModule(config) for _ in range(config.mtp_layers))
+        self.head = None if config.tie_embeddings else made(Vocabulary(config))
+        self.mtp = nn.ModuleList(made(MtpModule(config)) for _ in range(config.mtp_layers))
         self.tallies = tallies_of(config)
 
     def forward(

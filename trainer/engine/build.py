@@ -5,6 +5,7 @@ Invariant: a job that does not fit its ranks is refused before anything is built
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
-from forescale.engine.optim import build_optimizer, parameter_groups
+from forescale.engine.deepspeed_config import deepspeed_config
+from forescale.engine.optim import build_optimizer, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.step import Engine
 from forescale.engine.world import World
@@ -37,12 +39,39 @@ def check_world(job: TrainJob, size: int) -> None:
         raise ConfigError(Problem(*p) for p in problems)
 
 
+def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module] | None:
+    """Return what divides a module with its initial weights among the ranks, and returns it; None
+    unless the stage is 3.
+
+    So no rank ever holds the whole model. All ranks draw the same weights in the same order, in
+    fp32 and on the host, so the initial model depends neither on the stage nor on the ranks.
+    """
+    if job.engine.stage != 3:
+        return None
+    from deepspeed.runtime.zero import Init
+
+    config = deepspeed_config(job, world.size)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision.kind, torch.float32)
+
+    def made(module: nn.Module) -> nn.Module:
+        # Init keeps the type that it finds, and the engine later refuses any but its own; of a
+        # divided model it moves no buffers.
+        module.to(world.device, dtype)
+        Init(module=module, config_dict_or_path=config)  # of what is not divided yet
+        return module
+
+    return made
+
+
 def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     """Return an Engine that trains `model` with the optimizer of the job."""
     muon, factors = (
         _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
     )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
+    for group in groups:
+        if group.update.is_by_matrix:  # as DeepSpeed's Muon does, which can't see divided shapes
+            group.params.sort(key=shape_of, reverse=True)
     # First, because DeepSpeed imports it for every optimizer.
     use_precision(job.precision.kind)
     optimizer = build_optimizer(job.optimizer, [g.as_dict() for g in groups])

@@ -1,7 +1,7 @@
 """The learning rate of each step, the parameter groups, and the construction of the optimizer.
 
 Invariant: these are pure functions of the config and the step. So a run that resumes, gets longer
-or branches off needs no scheduler state. Imports no torch: a parameter is anything with an `ndim`.
+or branches off needs no scheduler state. Imports no torch: a parameter is anything with a `shape`.
 """
 
 import importlib
@@ -119,14 +119,20 @@ def parameter_groups(
             group = Group("muon", spec.matrices, *rates)
         else:
             by = (factors or {}).get(name, Factors(""))
-            kind = "undecayed" if parameter.ndim < 2 or _matches(_POSITIONS, name) else "decayed"
-            decay = optimizer.weight_decay * by.weight_decay if kind == "decayed" else 0.0
+            is_decayed = len(shape_of(parameter)) > 1 and not _matches(_POSITIONS, name)
+            kind = "decayed" if is_decayed else "undecayed"
+            decay = optimizer.weight_decay * by.weight_decay if is_decayed else 0.0
             rate, eps = adam_rate * by.learning_rate, optimizer.eps * by.epsilon
             group = Group(f"{kind}_{by.of}" if by.of else kind, spec.update, rate, decay, eps)
         group = groups[kind].setdefault(group.name, group)
         group.names.append(name)
         group.params.append(parameter)
     return [group for of_kind in groups.values() for group in of_kind.values()]
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of a parameter, also of one that ZeRO-3 has divided among the ranks."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _matches(pattern: re.Pattern, name: str) -> bool:
@@ -136,10 +142,10 @@ def _matches(pattern: re.Pattern, name: str) -> bool:
 def _matrix_names(every: dict[str, Any], given: Collection[str] | None) -> set[str]:
     if given is None:
         tables = (_TABLES, _POSITIONS)
-        matrices = (n for n, p in every.items() if p.ndim == 2)
+        matrices = (n for n, p in every.items() if len(shape_of(p)) == 2)
         return {n for n in matrices if not any(_matches(pattern, n) for pattern in tables)}
     for name in sorted(given):
-        if name not in every or every[name].ndim < 2:
+        if name not in every or len(shape_of(every[name])) < 2:
             what = f"muon_parameters() returns {name!r}, which is not a matrix of the model"
             raise UserError("model", what, "return only parameters of two or more dimensions")
     return set(given)

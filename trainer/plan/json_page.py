@@ -64,6 +64,7 @@ def _option(option: ShardingOption, plan: Plan) -> dict[str, Any]:
         "states": as_dict(memory.states),
         "activations": vars(memory.activations) if memory.activations else None,
         "total_bytes": memory.total,
+        "start_bytes": memory.start,
         "fits": option.fits(plan.available),
         "largest_micro_batch": option.largest_micro_batch,
         "memory_micro_batch": option.memory_micro_batch,

@@ -26,7 +26,7 @@ from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
 from forescale.models.memory import Activations, activations
 from forescale.plan.parameters import Inventory
-from forescale.plan.zero import BYTES, ZeroSettings
+from forescale.plan.zero import BYTES, ZeroSettings, block_of
 
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
 _SUB_GROUP = 10**9  # elements: its sub_group_size
@@ -217,10 +217,12 @@ def _offloaded(s: ZeroSettings, trained: Inventory, on_device: States) -> States
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of one rank in bytes. activations: None if the model is not one of ours."""
+    """Memory of one rank in bytes. activations: None if the model is not one of ours; start: of CPU
+    memory, in which the initial weights are drawn."""
 
     states: States
     activations: Activations | None
+    start: int
     reserved: int = 0
     margin: int = 0
 
@@ -276,7 +278,19 @@ def memory(
             masked=job.data.document_mask or not job.objective.spec.continues_text,
             fused_norms=fused_norms,
         )
-    return Memory(states(job, trained, world), found, reserved, margin)
+    return Memory(states(job, trained, world), found, _start(job, trained), reserved, margin)
+
+
+def _start(job: TrainJob, trained: Inventory) -> int:
+    """Return the bytes of CPU memory in which a rank draws the initial weights, in fp32: of the
+    whole model, or at stage 3 of the largest part that the ranks divide as soon as it is drawn
+    (engine/build.py, partition_of)."""
+    parts: dict[str, int] = {}
+    divides = job.engine.stage == 3 and isinstance(job.model, ModelConfig)
+    for p in trained.parameters:
+        part = (block_of(p.name) or p.name.partition(".")[0]) if divides else ""
+        parts[part] = parts.get(part, 0) + 4 * p.numel
+    return max(parts.values())
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory) -> int:

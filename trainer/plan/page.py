@@ -137,6 +137,7 @@ def _options(plan: Plan) -> Table:
         line(name, lambda o: shown(o.toggled_activations))
     if any(option.memory.states.host for option in every):
         line("in CPU memory", lambda o: shown(o.memory.states.host))
+    line("CPU memory to start", lambda o: shown(o.memory.start))
     if plan.world > 1:
         line("sent by a rank per step, GB", lambda o: _gb(sum(t.sent for t in o.traffic)))
         line("  time inside a node, s", lambda o: f"{o.inside_seconds:,.3f}")

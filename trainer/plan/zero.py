@@ -130,11 +130,11 @@ def trace_gathers(
     """
     held: dict[str, dict[str, int]] = {}
     for p in parameters:
-        module = (whole and _block_of(p.name)) or p.name.rpartition(".")[0]
+        module = (whole and block_of(p.name)) or p.name.rpartition(".")[0]
         held.setdefault(module, {})[p.name] = p.numel
     calls = _calls(_in_order(held), recompute)
     sizes = {module: sum(of.values()) for module, of in held.items()}
-    soon = _kept_for_reuse(calls, sizes, reuse, {m for m in held if whole and _block_of(m)})
+    soon = _kept_for_reuse(calls, sizes, reuse, {m for m in held if whole and block_of(m)})
     ahead = [(at, n, k) for at, c in enumerate(calls) for n, k in held.get(c.module, {}).items()]
     counted = _Gathered(resident, world)
     seen: dict[str, int] = {}  # the last call of each parameter that the look ahead has passed
@@ -280,7 +280,7 @@ def _calls(order: Sequence[str], recompute: bool) -> list[_Call]:
     calls = [_Call(name) for name in ("", *_with_parents(order), "")]
     met: set[str] = set()
     for block in reversed(_blocks(order)):
-        if recompute and _block_of(block[0]):
+        if recompute and block_of(block[0]):
             # The forward pass runs again and stops before its end, where all that autograd keeps is
             # there, and so before the hook that would release the block.
             calls += [_Call(module, is_kept=True) for module in (*block, *block)]
@@ -305,10 +305,10 @@ def _with_parents(order: Sequence[str]) -> list[str]:
 
 def _blocks(order: Sequence[str]) -> list[list[str]]:
     """Return the modules grouped by block; each module outside the blocks is its own group."""
-    return [[*group] for _, group in groupby(order, key=lambda module: _block_of(module) or module)]
+    return [[*group] for _, group in groupby(order, key=lambda module: block_of(module) or module)]
 
 
-def _block_of(module: str) -> str:
+def block_of(module: str) -> str:
     """Return the block that contains a module; empty outside the blocks."""
     parts = module.split(".")
     depth = 2 if parts[0] == "blocks" else 3 if parts[2:3] == ["block"] else 0

@@ -31,6 +31,7 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
         persistent integer buffer, which checkpoints hold and no precision rounds.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,9 +46,12 @@ from forescale.models.flops import count, flops_6n, flops_per_token
 from forescale.run.feed import vocabulary_of
 
 
-def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
+def build_model(
+    job: TrainJob, vocab_size: int, made: Callable[[nn.Module], nn.Module] | None = None
+) -> nn.Module:
     """Return the model with its initial weights, drawn from `train.init_seed`, else `train.seed`.
 
+    made: see models.Transformer; not for a class of the user's own.
     Raises UserError if a class of the user's own can't be imported or made.
     """
     seed = job.train.init_seed
@@ -55,7 +59,7 @@ def build_model(job: TrainJob, vocab_size: int) -> nn.Module:
     if isinstance(job.model, ModelConfig):
         from forescale.models import Transformer
 
-        return Transformer(job.model)
+        return made(Transformer(job.model, made)) if made else Transformer(job.model)
     whole = vocabulary_of(job, vocab_size)
     return _build_target(job.model, whole, job.train.sequence_length)
 

@@ -17,7 +17,7 @@ from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.checkpoint.restore import restore
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
-from forescale.engine.build import be_deterministic, build_engine, check_world
+from forescale.engine.build import be_deterministic, build_engine, check_world, partition_of
 from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.optim import learning_rate
@@ -120,7 +120,7 @@ class Trainer:
         job = self.job
         for key, name in targets(job).items():
             import_target(key, name)  # a wrong name is reported before anything is built
-        model = build_model(job, self.sources.vocab_size)
+        model = build_model(job, self.sources.vocab_size, partition_of(job, self.world))
         self.engine: Engine = build_engine(self.world, model, job)
         self.engine.mark = self.phases.mark
         if self.injector:

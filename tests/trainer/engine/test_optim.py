@@ -92,7 +92,7 @@ SHAPES = {
     "norm.weight": 1,
     "head.weight": 2,
 }
-NAMED = [(name, SimpleNamespace(ndim=n)) for name, n in SHAPES.items()]
+NAMED = [(name, SimpleNamespace(shape=(2,) * n)) for name, n in SHAPES.items()]
 MUON = OptimizerConfig(
     "muon", learning_rate=0.02, adam_learning_rate=0.004, weight_decay=0.1, momentum=0.95
 )
@@ -129,7 +129,7 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest():
     "name", ["transformer.wte.weight", "lm_head.weight", "embed_tokens.weight"]
 )
 def test_other_people_s_names_of_tables(name):
-    groups = parameter_groups([(name, SimpleNamespace(ndim=2))], MUON)
+    groups = parameter_groups([(name, SimpleNamespace(shape=(2, 2)))], MUON)
     assert names(groups) == {"decayed": [name]}
 
 
@@ -184,7 +184,7 @@ def test_a_group_s_own_eps_reaches_its_optimizer(kind):
 
 
 def test_frozen_parameters_are_left_out():
-    frozen = SimpleNamespace(ndim=2, requires_grad=False)
+    frozen = SimpleNamespace(shape=(2, 2), requires_grad=False)
     groups = parameter_groups([*NAMED, ("old.weight", frozen)], MUON, {"old.weight"})
     assert all("old.weight" not in group.names for group in groups)
 
