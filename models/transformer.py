@@ -44,10 +44,6 @@ from forescale.models.positions.relative import RelativePosition
 from forescale.models.tallies import tallies_of
 
 
-def _as_it_is(module: nn.Module) -> nn.Module:
-    return module
-
-
 class Transformer(nn.Module):
     """A language model of `config`, whose vocabulary and longest sequence must be known.
 
@@ -61,7 +57,11 @@ class Transformer(nn.Module):
     Raises ValueError with one sentence if the config has problems.
     """
 
-    def __init__(self, config: ModelConfig, made: Callable[[nn.Module], nn.Module] = _as_it_is):
+    def __init__(
+        self,
+        config: ModelConfig,
+        made: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ):
         super().__init__()
         self.config = config = config.resolved()
         self.sizes, self.scales = config.sizes, scales(config)
