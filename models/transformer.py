@@ -57,12 +57,9 @@ class Transformer(nn.Module):
     Raises ValueError with one sentence if the config has problems.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        made: Callable[[nn.Module], nn.Module] = lambda module: module,
-    ):
+    def __init__(self, config: ModelConfig, made: Callable[[nn.Module], nn.Module] | None = None):
         super().__init__()
+        made = made or (lambda module: module)
         self.config = config = config.resolved()
         self.sizes, self.scales = config.sizes, scales(config)
         self.embedding = made(Vocabulary(config, makes_logits=config.tie_embeddings))
