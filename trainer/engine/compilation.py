@@ -14,6 +14,7 @@ from torch import nn
 
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
+from forescale.models.config import ModelConfig
 
 # Of one function in torch's cache, which all blocks share: each kind of block is one, in training
 # and in evaluation, with and without a mask.
@@ -45,7 +46,10 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
     if missing:
         notice = f"The model is not compiled, and trains slower: this machine lacks {missing}."
         return Compilation(False, notice=notice)
-    return Compilation(True, by_part=world_size > 1 or device != "cpu")
+    # At stage 3 the hooks inside of what is compiled break its graph; our blocks have none.
+    is_whole = job.engine.stage < 3 or isinstance(job.model, ModelConfig)
+    wanted = is_whole or job.train.compile == "on"
+    return Compilation(wanted, by_part=world_size > 1 or device != "cpu")
 
 
 def compiler_missing() -> str | None:

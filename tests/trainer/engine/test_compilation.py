@@ -22,6 +22,9 @@ def test_what_is_compiled_on_which_device(monkeypatch):
     assert compilation(job(), 2, "cpu") == compilation(job(), 1, "cuda") == (True, True, None)
     assert compilation(job("engine=zero3"), 2, "cpu") == (True, True, None)
     assert compilation(job("train.compile=off"), 2, "cpu") == (False, False, None)
+    own = ("engine=zero3", "model=custom", "model._target_=a.B")
+    assert not compilation(job(*own), 2, "cpu").wanted
+    assert compilation(job(*own, "train.compile=on"), 2, "cpu").wanted
 
 
 @pytest.mark.parametrize(
