@@ -7,14 +7,14 @@ from typing import Any
 
 from forescale.config.schema import plain
 from forescale.plan.memory import as_dict
-from forescale.plan.options import ShardingOption
+from forescale.plan.options import ShardingOption, cheapest
 from forescale.plan.page import CLUSTERS
 from forescale.plan.plan import Plan
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return the whole plan as plain values; bytes and seconds are not rounded."""
-    job = plan.job
+    job, best = plan.job, cheapest(plan.options, plan.available)
     return {
         "problems": [p._asdict() for p in plan.problems],
         "notes": plan.notes,
@@ -30,6 +30,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "sources": [vars(s) for s in plan.data],
         "available_bytes": plan.available,
         "chosen": plan.chosen.name,
+        "cheapest": best.name if best else None,
         "options": {o.name: _option(o, plan) for o in [*plan.options, plan.chosen]},
         "seconds": plan.seconds,
         "gpu_hours": plan.gpu_hours,

@@ -5,6 +5,7 @@ checkpointing or the number of GPUs. It never changes what the model learns.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
@@ -18,6 +19,7 @@ from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predic
 
 _MOST_GPUS = 16_384
 _MOST_MICRO_BATCH = 2**16
+_SAME_SPEED = 1.01  # the times are estimates: a percent says nothing
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class ShardingOption:
     def fits(self, available: float) -> bool:
         """Whether the memory of a rank fits in `available` bytes."""
         return self.memory.total <= available
+
+    def is_as_fast_as(self, other: "ShardingOption") -> bool:
+        """Whether a step takes at most a percent longer; False if a time isn't known."""
+        ours, theirs = self.step.seconds, other.step.seconds
+        return ours is not None and theirs is not None and ours <= _SAME_SPEED * theirs
 
     @property
     def is_limited_by_batch(self) -> bool:
@@ -155,6 +162,14 @@ class ShardingOptions:
                 return f"set {keys}engine=zero3 plan.gpus={gpus} train.micro_batch={micro}"
             gpus *= 2
         return None
+
+
+def cheapest(options: Sequence[ShardingOption], available: float) -> ShardingOption | None:
+    """Return the fastest of the options that fit in `available` bytes, and of equally fast ones the
+    first, which shards the least; without a known speed, the first that fits. None: none fits."""
+    fitting = [option for option in options if option.fits(available)]
+    fastest = min(fitting, key=lambda option: option.step.seconds or 0.0, default=None)
+    return next((o for o in fitting if fastest and o.is_as_fast_as(fastest)), fastest)
 
 
 def name_of(job: PlanJob) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from forescale.console import open_console, span, table
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.failures import FailureEstimate
-from forescale.plan.options import ShardingOption
+from forescale.plan.options import ShardingOption, cheapest
 from forescale.plan.plan import Plan
 
 CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also shown
@@ -38,6 +38,7 @@ def show(plan: Plan) -> None:
         _lines(console, head, lines)
     console.print()
     console.print(_options(plan))
+    console.print(_cheapest(plan), soft_wrap=True)
     console.print(_assumptions(plan), style="dim", soft_wrap=True)
     console.print()
     for head, lines in (
@@ -156,6 +157,23 @@ def _options(plan: Plan) -> Table:
         if mine.step.mfu:
             line("MFU", lambda o: f"{o.step.mfu:.1%}")
     return made
+
+
+def _cheapest(plan: Plan) -> str:
+    """Return which option that fits is the cheapest, and the keys that choose it."""
+    best = cheapest(plan.options, plan.available)
+    if best is None:
+        return "No ZeRO stage fits."
+    found = f"Cheapest that fits: {best.name}"
+    if best.step.seconds is not None:
+        found += f", {best.step.seconds:,.3g} s a step"
+    if best.name == plan.chosen.name:
+        return f"{found}, as configured."
+    if plan.chosen.fits(plan.available) and plan.chosen.is_as_fast_as(best):
+        return f"{found}; {plan.chosen.name}, as configured, is as fast."
+    new, old = vars(best.job.engine), vars(plan.job.engine)
+    keys = (f"engine.{name}={str(new[name]).lower()}" for name in new if new[name] != old[name])
+    return f"{found}: set {' '.join(keys)}"
 
 
 def _assumptions(plan: Plan) -> str:
