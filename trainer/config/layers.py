@@ -20,10 +20,11 @@ _OF_COMMAND = ("run.name", "run.root", "run.resume", "trust")
 
 
 def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -> list[str]:
-    """Return what the chosen files set: each group's section as a whole, and the keys of an
-    experiment in their order, those of the files that it is laid over first.
+    """Return what the chosen files set: each group's section as a whole, and the keys of a recipe
+    and of an experiment in their order, those of the files that they are laid over first.
 
-    picks: the choice of each group; files: all choices of each group.
+    picks: the choice of each group; files: all choices of each group, in the order in which they
+        are laid over each other.
     """
     found: list[str] = []
 
@@ -33,14 +34,21 @@ def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -
         tree = yaml.safe_load(text) or {}
         for entry in tree.pop("defaults", None) or []:
             if isinstance(entry, dict):
-                found.extend(str(name).split()[-1].lstrip("/") for name in entry)
+                for name, choice in entry.items():
+                    named = str(name).split()[-1].lstrip("/")
+                    if named in picks:  # typed, so it is visited by itself
+                        continue
+                    if choice in files.get(named, {}):
+                        visit(named, files[named][choice])
+                    else:
+                        found.append(named)
             elif entry in files[group]:
                 visit(group, files[group][entry])
         found.extend(p for p, _ in flatten(tree, "") if p) if is_global else found.append(group)
 
-    for group, choice in picks.items():
-        if choice in files[group]:
-            visit(group, files[group][choice])
+    for group, choices in files.items():
+        if picks.get(group) in choices:
+            visit(group, choices[picks[group]])
     return found
 
 

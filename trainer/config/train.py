@@ -2,7 +2,7 @@
 
 Invariant: a rule about one section is in its class (sections/), a rule about several is here;
 `problems()` returns (key, what, what to do) and never raises. A default is the value of a key that
-is not set; recipes are the files under `conf/`.
+is not set; recipes are the files of `conf/recipe/`.
 """
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)

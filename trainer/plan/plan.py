@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
+from forescale.config.published import published_notes
 from forescale.config.schema import Problem
 from forescale.console import span
 from forescale.data.dataset import Dataset, Sources
@@ -123,15 +124,13 @@ class Plan:
             return settled
         job = cast(PlanJob, job.fitted())
         if isinstance(job.model, ModelConfig):
-            vocabulary = job.model.vocab_size or VOCABULARY[job.data.embedded]
+            vocabulary = VOCABULARY[job.data.embedded]
             if not job.model.vocab_size and (job.data.path or job.data.sources):
                 self.notes.append(
                     f"The data can't be opened, so a vocabulary of {vocabulary:,} is assumed."
                 )
-            if not job.model.vocab_size:
-                return replace(job, model=resolved_model(job, vocabulary))
-            made = job.model.resolved(vocabulary, job.train.sequence_length)
-            return replace(job, model=made)
+            assumed = min(vocabulary, job.model.vocab_size or vocabulary)
+            return replace(job, model=resolved_model(job, assumed))
         return job
 
     @cached_property
@@ -276,6 +275,8 @@ class Plan:
 
     def _find_problems(self) -> None:
         _ = self.data  # also records problems of the data
+        kinds = self.parameters
+        self.notes += published_notes(self.job, kinds.get("active", kinds["total"]))
         if not self.chosen.fits(self.available):
             self.problems.append(self._memory_problem())
         elif getattr(self.job.model, "activation_checkpointing", False):

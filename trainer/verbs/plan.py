@@ -15,6 +15,7 @@ from forescale.run.start import check_changes
 
 JOB = PlanJob
 EXAMPLES = (
+    "plan recipe=llama-1b data=dataset data.path=/data/books plan.gpus=8",
     "plan model=llama-7b engine=zero3 plan.gpus=64 train.global_batch=1024   (all keys of train)",
     "plan machine=a100-80g plan.nodes=4 model=llama-1b train.global_batch=256 "
     "data=dataset data.path=/data/books",

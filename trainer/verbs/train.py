@@ -36,7 +36,7 @@ EXAMPLES = (
     "train",
     "train experiment=quick",
     "train optimizer=adamw optimizer.learning_rate=1e-3 run.name=slower",
-    "train data=dataset data.path=/data/books model=llama-160m train.tokens=3e9",
+    "train data=dataset data.path=/data/books recipe=llama-160m train.tokens=3e9",
     "train model._target_=mypackage.Model model.width=256 run.name=mine",
 )
 

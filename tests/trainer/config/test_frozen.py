@@ -19,12 +19,15 @@ NEEDS = {
     "t5-small": "objective.kind=seq2seq",
     "own": "optimizer._target_=my.Optimizer",
 }
+# They set keys of several groups: tests/conf/test_recipe.py, test_experiment.py.
+WHOLE = ("recipe", "experiment")
 
 
 def combinations():
     """Every model on every engine; of the other groups each choice with several of these."""
     known, dice = groups(TrainJob), random.Random(0)
-    del known["experiment"]  # they set keys of several groups: tests/conf/test_experiment.py
+    for name in WHOLE:
+        del known[name]
     for model, engine in itertools.product(known["model"].files, known["engine"].files):
         picks = {name: dice.choice(sorted(group.files)) for name, group in known.items()}
         picks |= {"model": model, "engine": engine}
@@ -41,7 +44,7 @@ def test_every_choice_composes_and_survives_freezing():
         assert thaw(TrainJob, text, trust=True) == job, overrides
         assert freeze(thaw(TrainJob, text, trust=True)) == text
         seen |= picks.items()
-    known = [g for g in groups(TrainJob).values() if g.name != "experiment"]
+    known = [g for g in groups(TrainJob).values() if g.name not in WHOLE]
     assert seen == {(g.name, choice) for g in known for choice in g.files}
 
 

@@ -69,6 +69,7 @@ def test_json_contains_the_whole_plan(planned):
     assert code == 0
     assert (plan["gpus"], plan["nodes"], plan["chosen"]) == (64, 8, "zero2")
     assert set(plan["options"]) == {"zero0", "zero1", "zero2", "zero3", "zero3-hpz8"}
+    assert plan["options"][plan["cheapest"]]["fits"]
     assert plan["tokens"] == plan["steps"] * 1024 * 4096
     for option in plan["options"].values():
         assert sum(option["bytes"].values()) == option["total_bytes"]
@@ -94,6 +95,28 @@ def test_the_micro_batch_is_said_to_be_limited_by_the_global_batch_or_by_memory(
     assert found(64 * room) == (room, room)
     _, out, _ = forescale("plan", *words, "train.global_batch=128")
     assert re.search(r"limited by( +(memory|global batch)){3} +global batch", out)
+
+
+def test_the_cheapest_stage_that_fits_is_named_and_can_be_chosen(forescale):
+    def said(*more):
+        page = forescale("plan", *BIG, BATCH, "plan.gpus=8", "train.micro_batch=1", *more)[1]
+        return re.search(r"Cheapest that fits: (.*)", page)[1]
+
+    keys = re.fullmatch(r"zero1, [\d.]+ s a step: set (engine\.stage=1)", said("engine=zero2"))[1]
+    assert re.fullmatch(r"zero1, [\d.]+ s a step, as configured\.", said(keys))
+    assert said("engine=zero3").endswith("; zero3, as configured, is as fast.")
+
+
+def test_numbers_far_from_published_ones_are_noted(planned):
+    _, plan, _ = planned("plan.gpus=1", "model=llama-1b")
+    assert len([note for note in plan["notes"] if "add recipe=llama-1b, or set" in note]) == 2
+
+
+def test_an_encoder_decoder_is_planned_before_its_data_exists(forescale, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path))
+    code, out, err = forescale("plan", "recipe=t5-small", "plan.gpus=8")
+    assert (code, err) == (0, "")
+    assert "60,506,624 parameters" in out
 
 
 def test_checkpointing_that_is_not_needed_is_noted_and_can_be_switched_off(planned):

@@ -186,3 +186,16 @@ def test_a_run_with_a_key_that_has_no_effect_goes_on_by_the_same_command(own_run
     job = replace(frozen(own_run), model=replace(frozen(own_run).model, base_width=128))
     own_run.config.write_bytes(frozen_file(job))
     assert typed("model.base_width=128").model == job.model
+
+
+def test_a_recipe_sets_its_keys_and_no_others(own_run):
+    made, old = typed("recipe=llama-1b"), frozen(own_run)
+    assert (made.optimizer.learning_rate, made.train.global_batch) == (4e-4, 1024)
+    assert (made.train.seed, made.data) == (old.train.seed, old.data)
+    assert made.logging == old.logging
+
+
+def test_an_experiment_sets_the_keys_of_the_recipe_that_it_chooses(own_run):
+    made = typed("experiment=gpus64", "data.path=/data/web")
+    assert (made.optimizer.learning_rate, made.train.global_batch) == (3e-4, 2048)
+    assert made.guard.loss_spike == "rollback"

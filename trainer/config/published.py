@@ -1,0 +1,173 @@
+"""The batches and learning rates that published models were trained with, by their size, and notes
+on a job that is far from them.
+
+Invariant: a note is a sentence each: what, compared with what, what to type. It never refuses, and
+a job of a recipe (conf/recipe/) has none: the table has the recipes' own numbers. Small models are
+left alone, because they are cheap to try; imports no torch.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from forescale.config.train import TrainJob
+from forescale.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """One published run: parameters, tokens of a step, peak learning rate of AdamW."""
+
+    parameters: float
+    step_tokens: float
+    learning_rate: float
+    name: str
+    recipe: str  # the nearest file of conf/recipe
+
+
+# By size. The sources of the first seven are in the recipes; the last is Grattafiori et al. 2024,
+# arXiv 2407.21783, section 3.4.1 and table 3.
+PUBLISHED = (
+    PublishedRun(124e6, 491_520, 6e-4, "nanoGPT", "gpt2-124m"),
+    PublishedRun(355e6, 524_288, 3e-4, "GPT-3 medium", "gpt2-350m"),
+    PublishedRun(1.1e9, 2_097_152, 4e-4, "TinyLlama", "llama-1b"),
+    PublishedRun(2.8e9, 4_194_304, 3.2e-4, "StableLM 3B", "llama-3b"),
+    PublishedRun(6.7e9, 4_194_304, 3e-4, "Llama 7B", "llama-7b"),
+    PublishedRun(13e9, 4_194_304, 3e-4, "Llama 13B", "llama-13b"),
+    PublishedRun(69e9, 4_194_304, 1.5e-4, "Llama 2 70B", "llama-70b"),
+    PublishedRun(405e9, 16_777_216, 8e-5, "Llama 3 405B", "llama-70b"),
+)
+
+_LEAST_PARAMETERS = 50e6
+_BATCH_FACTOR = 10  # published batches of one size differ by up to 5: Pythia 160M takes 2M tokens
+_RATE_FACTOR = 3
+_LEAST_WINDOW = 512  # BERT's; no published model of these sizes reads shorter ones
+_TOKENS_PER_PARAMETER = (1, 5_000)  # GPT-3 175B: 1.7; Llama 3 8B: 1,900; T5's baseline: 570
+# Muon's rate at 124M parameters and a width of 768 (Jordan et al. 2024). Elsewhere it goes with
+# AdamW's, and with the root of the width, as Liu et al. 2025 (arXiv 2502.16982, section 2.2) find:
+# the elements of an orthogonal matrix shrink with that root.
+_MUON_RATE, _MUON_WIDTH = 0.02, 768
+_LION_SHARE = 1 / 3  # of AdamW's rate, at most (Chen et al. 2023, arXiv 2302.06675, section 5)
+
+
+def published_notes(job: TrainJob, parameters: float) -> list[str]:
+    """Return a sentence for each number of `job` that is far from those of published models.
+
+    parameters: those that are active for a token. A run that starts from another's weights is not
+    compared in length and warm-up. The rate of the parameters that Muon leaves to AdamW is not
+    compared: published ones differ by a factor of hundreds.
+    """
+    if parameters < _LEAST_PARAMETERS:
+        return []
+    recipe = _recipe_of(job, parameters)
+    found = [*_window(job, recipe), *_batch(job, parameters, recipe)]
+    if not job.run.origin.run:
+        found += [*_length(job, parameters), *_warmup(job)]
+    return found + list(_rate(job, parameters, recipe))
+
+
+def interpolated(parameters: float, name: str) -> float:
+    """Return a field of PUBLISHED at a number of parameters: a straight line between two runs in
+    both logarithms, and beyond the smallest and the largest their own."""
+    below = [run for run in PUBLISHED if run.parameters <= parameters]
+    above = [run for run in PUBLISHED if run.parameters > parameters]
+    if not below or not above:
+        return getattr(below[-1] if below else above[0], name)
+    low, high = below[-1], above[0]
+    share = math.log(parameters / low.parameters) / math.log(high.parameters / low.parameters)
+    return getattr(low, name) ** (1 - share) * getattr(high, name) ** share
+
+
+def _nearest(parameters: float) -> PublishedRun:
+    return min(PUBLISHED, key=lambda run: abs(math.log(run.parameters / parameters)))
+
+
+def _recipe_of(job: TrainJob, parameters: float) -> str:
+    """Return "add recipe=NAME, or " for the recipe that is nearest; "" for a class of the user's
+    own, which has no keys of our model."""
+    if not isinstance(model := job.model, ModelConfig):
+        return ""
+    name = _nearest(parameters).recipe
+    if model.has_encoder:
+        name = "t5-small"
+    elif not model.causal:
+        name = "bert-base"
+    elif model.mlp == "moe":
+        name = "mixtral-8x7b"
+    return f"add recipe={name}, or "
+
+
+def _window(job: TrainJob, recipe: str) -> Iterator[str]:
+    length = job.train.sequence_length
+    if length < _LEAST_WINDOW:
+        longer = 1024 if getattr(job.model, "causal", True) else 512
+        yield (
+            f"Windows have {length:,} tokens, and those of published models of this size 512 "
+            f"(BERT) to 8,192 (Llama 3): {recipe}set train.sequence_length={longer}."
+        )
+
+
+def _batch(job: TrainJob, parameters: float, recipe: str) -> Iterator[str]:
+    ours, theirs = job.tokens_per_step, interpolated(parameters, "step_tokens")
+    if not theirs / _BATCH_FACTOR <= ours <= theirs * _BATCH_FACTOR:
+        windows = max(1, int(job.train.global_batch * 2 ** round(math.log2(theirs / ours))))
+        yield (
+            f"A step has {ours:,} tokens, and about {_rounded(theirs)} in published models of "
+            f"this size (nearest: {_nearest(parameters).name}): {recipe}set "
+            f"train.global_batch={windows}."
+        )
+
+
+def _length(job: TrainJob, parameters: float) -> Iterator[str]:
+    tokens = job.total_steps * job.tokens_per_step
+    least, most = _TOKENS_PER_PARAMETER
+    if not least <= tokens / parameters <= most:
+        yield (
+            f"The run reads {_rounded(tokens)} tokens, {_rounded(tokens / parameters)} for an "
+            "active parameter, where GPT-3 175B read 1.7 and TinyLlama 2,700; about 20 need the "
+            "least compute for their loss (Hoffmann et al. 2022): set "
+            f"train.tokens={20 * parameters:.1e}."
+        )
+
+
+def _warmup(job: TrainJob) -> Iterator[str]:
+    steps, total = job.steps_of(job.schedule.warmup) or 0, job.total_steps
+    if not 0 < steps <= total / 2:
+        what = f"takes {steps:,} of {total:,} steps" if steps else "is missing"
+        yield (
+            f"The warm-up {what}, and in published runs it takes 0.1 % (TinyLlama) to 2 % (T5) of "
+            "them: set schedule.warmup='1 %'."
+        )
+
+
+def _rate(job: TrainJob, parameters: float, recipe: str) -> Iterator[str]:
+    ours, theirs = job.optimizer.learning_rate, _published_rate(job, parameters)
+    if theirs is not None and ours > _RATE_FACTOR * theirs:
+        kind = job.optimizer.kind
+        basis = "" if kind == "adamw" else f", as {kind}'s follows from AdamW's"
+        yield (
+            f"optimizer.learning_rate={ours:g} is {ours / theirs:.2g} times that of published "
+            f"models of this size (about {theirs:.2g}; nearest: {_nearest(parameters).name}"
+            f"{basis}): {recipe}set optimizer.learning_rate={theirs:.1g}."
+        )
+
+
+def _published_rate(job: TrainJob, parameters: float) -> float | None:
+    """Return the rate of the job's optimizer that compares with AdamW's in PUBLISHED; None if there
+    is none, as for a parametrization whose rates are those of another width."""
+    model, rate = job.model, interpolated(parameters, "learning_rate")
+    if isinstance(model, ModelConfig) and model.parametrization != "standard":
+        return None
+    if job.optimizer.kind == "adamw":
+        return rate
+    if job.optimizer.kind == "lion":
+        return rate * _LION_SHARE
+    if job.optimizer.kind == "muon" and isinstance(model, ModelConfig):
+        wider = (model.sized().width or _MUON_WIDTH) / _MUON_WIDTH
+        return _MUON_RATE * math.sqrt(wider) * rate / PUBLISHED[0].learning_rate
+    return None
+
+
+def _rounded(number: float) -> str:
+    """Return a number with two significant digits: 2,100,000 or 0.0045."""
+    return f"{float(f'{number:.2g}'):,.10g}"
