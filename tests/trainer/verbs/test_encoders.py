@@ -79,7 +79,7 @@ def test_eval_at_another_length_has_no_table_by_position(encoder, forescale):
 
 @pytest.mark.parametrize(
     ("verb", "said"),
-    [("generate", "objective.kind=masked, and continues no text"), ("export", "causal=False")],
+    [("generate", "objective.kind=masked, and continues no text"), ("export", "causal=true \\(not false\\)")],
 )
 def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, said):
     code, out, err = forescale(verb, encoder.path)
@@ -204,7 +204,7 @@ def test_an_encoder_decoder_splits_its_rows_where_the_objective_does(
     assert f"rows of {view.config.objective.kind} have the length" in err
     code, _, err = forescale("export", run.path)
     assert code == 2
-    assert "encoder_layers=2 (0)" in err
+    assert "encoder_layers=0 (not 2)" in err
 
 
 def test_another_split_than_the_objective_s_is_refused(small_data, tmp_path):
