@@ -79,7 +79,10 @@ def test_eval_at_another_length_has_no_table_by_position(encoder, forescale):
 
 @pytest.mark.parametrize(
     ("verb", "said"),
-    [("generate", "objective.kind=masked, and continues no text"), ("export", "causal=true \\(not false\\)")],
+    [
+        ("generate", "objective.kind=masked, and continues no text"),
+        ("export", "causal=true \\(not false\\)"),
+    ],
 )
 def test_what_an_encoder_cannot_do_is_said(encoder, forescale, verb, said):
     code, out, err = forescale(verb, encoder.path)
