@@ -43,6 +43,7 @@ _BATCH_FACTOR = 10  # published batches of one size differ by up to 5: Pythia 16
 _RATE_FACTOR = 3
 _LEAST_WINDOW = 512  # BERT's; no published model of these sizes reads shorter ones
 _TOKENS_PER_PARAMETER = (1, 5_000)  # GPT-3 175B: 1.7; Llama 3 8B: 1,900; T5's baseline: 570
+_LONGEST_WARMUP = 0.2  # of the run; one that is cut short may need more than the published 1 %
 # Muon's rate at 124M parameters and a width of 768 (Jordan et al. 2024). Elsewhere it goes with
 # AdamW's, and with the root of the width, as Liu et al. 2025 (arXiv 2502.16982, section 2.2) find:
 # the elements of an orthogonal matrix shrink with that root.
@@ -132,11 +133,11 @@ def _length(job: TrainJob, parameters: float) -> Iterator[str]:
 
 def _warmup(job: TrainJob) -> Iterator[str]:
     steps, total = job.steps_of(job.schedule.warmup) or 0, job.total_steps
-    if not 0 < steps <= total / 2:
+    if not 0 < steps <= _LONGEST_WARMUP * total:
         what = f"takes {steps:,} of {total:,} steps" if steps else "is missing"
         yield (
-            f"The warm-up {what}, and in published runs it takes 0.1 % (TinyLlama) to 2 % (T5) of "
-            "them: set schedule.warmup='1 %'."
+            f"The warm-up {what}, and in published runs it takes 0.1 % (TinyLlama) to 1 % (BERT, "
+            "Pythia) of them: set schedule.warmup='1 %'."
         )
 
 
