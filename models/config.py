@@ -38,6 +38,7 @@ class Sizes:
         return self.num_kv_heads * self.head_dim
 
 
+_CPU_CHUNK = 512  # targets
 _NUMERICS = {"kind": "numerics"}  # may change on resume; every other field shapes the trajectory
 
 
@@ -139,7 +140,8 @@ class ModelConfig:
     mtp_layers: int = 0
     mtp_weight: float = 0.3  # of their mean loss in the objective (DeepSeek-V3: 0.3, then 0.1)
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
-    loss_chunk: int = field(default=512, metadata=_NUMERICS)  # targets per loss chunk; 0: all
+    # Targets per chunk of the loss; None: 512 on a CPU, up to 8192 on a GPU; 0: all.
+    loss_chunk: int | None = field(default=None, metadata=_NUMERICS)
     # Keep only the input of each layer, and compute the rest again in the backward pass.
     activation_checkpointing: bool = field(default=False, metadata=_NUMERICS)
     init_std: float | None = None  # None: see models/parametrization.py
@@ -222,6 +224,16 @@ class ModelConfig:
     def norms_stream(self) -> bool:
         """True if a stack of blocks ends with a norm of its own, as the stream isn't normed."""
         return self.norm_placement != "residual"
+
+    def targets_at_once(self, on_gpu: bool) -> int:
+        """Return the targets of a chunk of the loss; 0: all. Raises ValueError like resolved().
+
+        On a CPU the logits of 512 stay in the cache. A GPU wants large products, and its logits
+        shall take at most 2 GiB with their gradients: 8192 of 32,768 tokens, 2048 of 131,072.
+        """
+        if self.loss_chunk is not None or not on_gpu:
+            return _CPU_CHUNK if self.loss_chunk is None else self.loss_chunk
+        return max(_CPU_CHUNK, min(8192, 2**28 // self.sizes.vocab_size // 256 * 256))
 
     @property
     def num_blocks(self) -> int:

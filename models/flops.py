@@ -279,4 +279,4 @@ def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:
     parts = _sum(config, lambda part: part.recomputed(config, sequence_length))
     parts += config.mtp_layers * sum(part.recomputed(config, sequence_length) for part in last)
     again = layers * config.activation_checkpointing
-    return head * bool(config.loss_chunk) + parts + again
+    return head * (config.loss_chunk != 0) + parts + again

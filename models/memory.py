@@ -50,8 +50,9 @@ def activations(
     records of the mixer and the MLP give (costs/). If RMSNorm is not one kernel (fused_norms=False:
     a CPU), its input is kept a second time. The final norm and the logits of one chunk, with their
     gradients, are added. There, mixers that have a plain form besides a GPU's kernels run in it,
-    and keep Part.plain_bytes more. Dropout adds a byte per value. A masked forward pass (documents
-    or padding) has one mask for all layers, and so has alibi, with a square for each head.
+    and keep Part.plain_bytes more, and a chunk of the loss has fewer targets. Dropout adds a byte
+    per value. A masked forward pass (documents or padding) has one mask for all layers, and so has
+    alibi, with a square for each head.
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
@@ -88,7 +89,7 @@ def activations(
     tokens, dense, heads = columns[-1], config.head == "dense", 1 + config.mtp_layers
     # Both inputs of a module for later tokens before their norms, and joined behind them.
     kept += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
-    chunk = min(tokens, config.loss_chunk or tokens)
+    chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * s.vocab_size if chunk == tokens else 0  # of one head
     squares = _squares(config, sequence_length)
     mask = b * squares * _masks(config, micro_batch, masked, fused_norms)

@@ -149,7 +149,7 @@ def of_values(config: "ModelConfig") -> list[Problem]:
         if not getattr(config, name) > 0:
             found.append((name, "must be above 0", "give a positive number"))
     for name in ("z_loss", "loss_chunk", "logit_softcap"):
-        if not 0 <= getattr(config, name) < math.inf:
+        if not 0 <= (getattr(config, name) or 0) < math.inf:
             found.append((name, "must be a number, not negative", "give 0 to switch it off"))
     if config.rope_fraction is not None and not 0 < config.rope_fraction <= 1:
         found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))

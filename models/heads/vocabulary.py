@@ -29,7 +29,8 @@ class Vocabulary(nn.Module):
 
     def __init__(self, config: ModelConfig, makes_logits: bool = True):
         super().__init__()
-        self.chunk, self.z_loss = config.loss_chunk, config.z_loss
+        self.chunks = config.targets_at_once(False), config.targets_at_once(True)
+        self.z_loss = config.z_loss
         self.softcap = config.logit_softcap
         self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
         has_bias = makes_logits and config.head == "dense"
@@ -45,8 +46,9 @@ class Vocabulary(nn.Module):
             x = x * self.multiplier  # not the logits, which are many more
         if targets_BL is None:
             return capped(F.linear(x, self.weight, self.bias), self.softcap)
+        chunk = self.chunks[x.is_cuda]
         return window_losses(
-            x, self.weight, targets_BL, self.chunk, self.z_loss, self.softcap, self.bias
+            x, self.weight, targets_BL, chunk, self.z_loss, self.softcap, self.bias
         )
 
 
