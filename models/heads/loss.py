@@ -5,7 +5,7 @@ chunk of tokens at a time: the backward pass recomputes the logits of a chunk an
 gradients in place. This costs one more matrix product with the head. On a CPU a chunk stays in the
 cache, so this is still faster than the whole for a small vocabulary without compilation; with
 compilation it is 10% to 25% slower (tests/benchmarks/run.py loss). If all targets fit in one chunk,
-the logits are kept and nothing is recomputed. ModelConfig.targets_at_once says how large a chunk is.
+the logits are kept and nothing is recomputed. ModelConfig.targets_at_once is the size of a chunk.
 Softmax and sums are fp32 for every dtype.
 """
 
