@@ -107,8 +107,10 @@ def test_the_mask_is_kept_once_for_all_layers(num_layers):
     assert sum(s.nbytes() for s in squares.values()) == masked - plain
 
 
-@pytest.mark.parametrize(("vocabulary", "chunk"), [(32_000, 8192), (128_256, 2048), (10**6, 512)])
-def test_a_gpu_takes_more_targets_at_once_but_2_gib_of_logits(vocabulary, chunk):
+@pytest.mark.parametrize(
+    ("vocabulary", "chunk"), [(4096, 8192), (32_000, 4096), (128_256, 1024), (10**6, 512)]
+)
+def test_a_gpu_takes_more_targets_at_once_but_1_gib_of_logits(vocabulary, chunk):
     config = ModelConfig(depth=2, vocab_size=vocabulary, max_sequence_length=16_384)
     assert config.targets_at_once(on_gpu=True) == chunk
     assert config.targets_at_once(on_gpu=False) == 512
@@ -116,7 +118,7 @@ def test_a_gpu_takes_more_targets_at_once_but_2_gib_of_logits(vocabulary, chunk)
         activations(config, 1, 16_384, fused_norms=on_gpu).logits for on_gpu in (True, False)
     ]
     assert planned == [8 * chunk * vocabulary, 8 * 512 * vocabulary]
-    assert planned[0] <= 2**31 or chunk == 512
+    assert planned[0] <= 2**30 or chunk == 512
     given = replace(config, loss_chunk=100)
     assert given.targets_at_once(on_gpu=True) == given.targets_at_once(on_gpu=False) == 100
 

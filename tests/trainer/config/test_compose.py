@@ -99,7 +99,7 @@ VALUES = st.one_of(
 WORDS = st.builds("{}{}={}".format, st.sampled_from(["", "+", "++", "~"]), KEYS, VALUES)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.one_of(WORDS, st.text(max_size=12)), max_size=4))
 def test_whatever_is_typed_ends_in_a_job_or_in_our_words(overrides):
     found = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forescale.errors import UserError
@@ -40,6 +40,7 @@ def test_the_nearest_model_is_within_15_percent_over_five_decades(which, log_n):
     assert not found.model.problems(which[1], 256)
 
 
+@settings(max_examples=40)  # of some 10 ms for each size
 @given(st.sampled_from(list(FAMILIES)), st.lists(st.floats(11.2, 22.0), min_size=2, max_size=4))
 def test_a_larger_wanted_size_never_gives_a_smaller_model(which, logs):
     sizes = [FAMILIES[which].solve(math.exp(x)).parameters for x in sorted(logs)]
