@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.matrix import FULL
+
 # A shell that starts us in the background has this signal ignored, and so would all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -18,7 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes is the machine's affair.
-settings.register_profile("ours", deadline=None)
+# The fast tests are to take four minutes; FORESCALE_MATRIX=full draws as many as hypothesis would.
+settings.register_profile("ours", deadline=None, max_examples=100 if FULL else 60)
 settings.load_profile("ours")
 
 
