@@ -137,13 +137,7 @@ class World(Ranks):
         )
         part[first : first + len(losses)] = losses
         clock = time.monotonic() - self._began if self.is_main else 0.0
-        own = [
-            tokens_hash >> 32,
-            tokens_hash & 0xFFFFFFFF,
-            int(stop),
-            int(failed),
-            clock,
-        ]
+        own = [tokens_hash >> 32, tokens_hash & 0xFFFFFFFF, int(stop), int(failed), clock]
         own += [_hash_of(names)] if names else []
         # From pinned memory, or the copy would wait for all that the device has to do before it.
         host = torch.tensor(own, dtype=torch.float64, pin_memory=self._has_cuda)
