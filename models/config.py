@@ -231,8 +231,10 @@ class ModelConfig:
         On a CPU the logits of 512 stay in the cache. A GPU wants large products, and its logits
         shall take at most 1 GiB with their gradients: 4096 of 32,768 tokens, 1024 of 131,072.
         """
-        if self.loss_chunk is not None or not on_gpu:
-            return _CPU_CHUNK if self.loss_chunk is None else self.loss_chunk
+        if self.loss_chunk is not None:
+            return self.loss_chunk
+        if not on_gpu:
+            return _CPU_CHUNK
         return max(_CPU_CHUNK, min(8192, 2**27 // self.sizes.vocab_size // 256 * 256))
 
     @property
