@@ -93,7 +93,7 @@ def _recipe_of(job: TrainJob, parameters: float) -> str:
         name = "t5-small"
     elif not model.causal:
         name = "bert-base"
-    elif model.mlp == "moe":
+    elif model.has_experts:
         name = "mixtral-8x7b"
     return f"add recipe={name}, or "
 
