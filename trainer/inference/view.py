@@ -94,7 +94,7 @@ class RunView:
         from forescale.train.model import build_model
 
         job = thaw(TrainJob, self.run.config, trust)
-        model = build_model(job, self.identity["dataset"]["vocab_size"])
+        model = build_model(job, self.identity["dataset"]["vocab_size"], draws=False)
         set_weights(model, checkpoint)
         return model.eval()
 

@@ -32,6 +32,7 @@ The protocol for a class of the user's own, named by `model._target_=mypackage.M
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,19 +48,25 @@ from forescale.run.feed import vocabulary_of
 
 
 def build_model(
-    job: TrainJob, vocab_size: int, made: Callable[[nn.Module], nn.Module] | None = None
+    job: TrainJob,
+    vocab_size: int,
+    made: Callable[[nn.Module], nn.Module] | None = None,
+    draws: bool = True,
 ) -> nn.Module:
     """Return the model with its initial weights, drawn from `train.init_seed`, else `train.seed`.
 
-    made: see models.Transformer; not for a class of the user's own.
+    made: see models.Transformer; draws: False if all weights are read from a checkpoint next. A
+    class of the user's own draws in any case: what it makes of the draws may be more than weights.
     Raises UserError if a class of the user's own can't be imported or made.
     """
     seed = job.train.init_seed
     torch.manual_seed(job.train.seed if seed is None else seed)
     if isinstance(job.model, ModelConfig):
         from forescale.models import Transformer
+        from forescale.models.init import Undrawn
 
-        return made(Transformer(job.model, made)) if made else Transformer(job.model)
+        with nullcontext() if draws else Undrawn():
+            return made(Transformer(job.model, made)) if made else Transformer(job.model)
     whole = vocabulary_of(job, vocab_size)
     return _build_target(job.model, whole, job.train.sequence_length)
 

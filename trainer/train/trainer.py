@@ -120,7 +120,9 @@ class Trainer:
         job = self.job
         for key, name in targets(job).items():
             import_target(key, name)  # a wrong name is reported before anything is built
-        model = build_model(job, self.sources.vocab_size, partition_of(job, self.world))
+        self.reads_weights = self.world.from_main(self._has_weights, self.run.path)
+        divide = partition_of(job, self.world)
+        model = build_model(job, self.sources.vocab_size, divide, draws=not self.reads_weights)
         self.engine: Engine = build_engine(self.world, model, job)
         self.engine.mark = self.phases.mark
         if self.injector:
@@ -141,8 +143,15 @@ class Trainer:
             self.prediction,
         )
 
+    def _has_weights(self) -> bool:
+        """True if `resume` will read the weights from a checkpoint, or raise an error."""
+        return bool(self.run.checkpoint_steps()) or self.job.run.origin.run is not None
+
     def _begin(self, point: ResumePoint) -> ResumePoint:
         """Begin the attempt at `point`, and report it."""
+        if point.checkpoint is None and self.reads_weights:
+            what = "its checkpoints were deleted while the run started"
+            raise UserError(str(self.run.checkpoints), what, "restore them and start it again")
         self.reporter.move(self.attempt)
         if self.injector:
             self.injector.begin(self.attempt, point.position.step)

@@ -1,5 +1,7 @@
 """A class of the user's own: its arguments, and the message if it can't be instantiated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -139,3 +141,23 @@ def test_our_model_is_built_from_its_config(small_data, tmp_path):
     assert describe(started.job, model)["total"] == num_parameters(model)
     prices = prices_of(started.job, model)
     assert prices["causal"] < prices["full"]
+
+
+def test_a_model_whose_weights_are_read_is_built_without_draws(small_data, tmp_path):
+    words = ["model.mixer_pattern=[lstm,gated_deltanet,attention]", "model.num_layers=3"]
+    words += ["model.position=learned", "model.mlp=moe", "model.mtp_layers=1"]
+    job = make_job(small_data, tmp_path, "read", *words)
+    job = replace(job, model=job.model.resolved(300, 32))
+    drawn = build_model(job, 300).state_dict()
+    after_draws = torch.get_rng_state()
+    read = build_model(job, 300, draws=False).state_dict()
+    after_none = torch.get_rng_state()
+    torch.manual_seed(job.train.seed)
+    assert torch.equal(after_none, torch.get_rng_state())
+    assert not torch.equal(after_draws, after_none)
+    assert {n: p.shape for n, p in read.items()} == {n: p.shape for n, p in drawn.items()}
+
+
+def test_a_class_of_the_users_own_draws_even_if_its_weights_are_read(job):
+    drawn, read = (build_model(job("Model", source=MODEL), 300, draws=d) for d in (True, False))
+    assert torch.equal(drawn.embedding.weight, read.embedding.weight)
