@@ -31,8 +31,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from forescale.checkpoint.reader import STATE, Checkpoint, Position, newest_complete
 from forescale.checkpoint.writer import Snapshot, write
+from forescale.engine.portable.fragments import Fragment, FragmentReader, write_fragments
 from forescale.engine.ranks import Ranks
-from forescale.engine.state import Fragment, FragmentReader, write_fragments
 from forescale.engine.world import StepSummary, World
 from forescale.monitor.status import Status
 from forescale.resilience import outcome

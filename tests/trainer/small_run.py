@@ -17,7 +17,7 @@ from forescale.config.train import TrainJob
 from forescale.data.feed import Feed
 from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
-from forescale.engine.state import WEIGHT, Fragment, write_fragments
+from forescale.engine.portable.fragments import WEIGHT, Fragment, write_fragments
 from forescale.monitor.audit import feed_of_run
 from forescale.run.directory import Attempt, Parent, Run
 from forescale.run.rows import RowWriter, read_rows

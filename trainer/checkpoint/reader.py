@@ -1,7 +1,7 @@
 """Reads published checkpoints: their content, whether they are complete, which one is eligible.
 
     checkpoints/step-00001000/
-      rank-00000.safetensors ...   fragments of weights and moments (engine/state.py)
+      rank-00000.safetensors ...   fragments of weights and moments (engine/portable)
       state.json                   step, g, who wrote it, where each fragment is, counters
       files.json                   the table: size and sha256 of each, written last
 
@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forescale.engine.portable.strips import strip_of
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.errors import UserError
 from forescale.run.directory import Run
@@ -24,7 +25,7 @@ from forescale.storage import check_table, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from forescale.engine.state import FragmentReader
+    from forescale.engine.portable.fragments import FragmentReader
 
 Report = Callable[..., None]
 FORMAT = 2
@@ -100,7 +101,7 @@ class Checkpoint:
     @cached_property
     def reader(self) -> "FragmentReader":
         """Reader of ranges of the states; opens only the files that hold them."""
-        from forescale.engine.state import FragmentReader
+        from forescale.engine.portable.fragments import FragmentReader
 
         return FragmentReader(self.path, self.state["fragments"])
 
@@ -149,8 +150,10 @@ def coverage_faults(state: dict[str, Any]) -> list[str]:
     once, a sentence each."""
     found: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for rows in state["fragments"].values():
-        for name, kind, start, size in rows:
-            found.setdefault((name, kind), []).append((start, size))
+        for name, kind, *place in rows:
+            strip = strip_of(place)
+            runs = ((at, size) for at, _, size in strip.overlaps(strip.low, strip.high))
+            found.setdefault((name, kind), []).extend(runs)
     shapes = state["shapes"]
     stored = {name for name, kind in found if kind == "weight"}
     faults = [f"weight of {name}: no fragment" for name in sorted(shapes.keys() - stored)]

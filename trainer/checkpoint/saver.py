@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep, Retention, leftovers
 from forescale.checkpoint.writer import Snapshot, write
+from forescale.engine.portable.fragments import HostCopy
 from forescale.engine.ranks import Ranks
-from forescale.engine.state import HostCopy
 from forescale.engine.step import Engine
 from forescale.errors import Transient, retried
 from forescale.run.directory import Attempt, Run

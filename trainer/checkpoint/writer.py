@@ -22,9 +22,10 @@ from forescale.checkpoint.reader import (
     open_readable,
 )
 from forescale.checkpoint.retention import is_pinned
+from forescale.engine.portable.fragments import Fragment
+from forescale.engine.portable.fragments import write_fragments as write_rank_file
 from forescale.engine.ranks import Ranks
-from forescale.engine.state import Fragment, load_fragments, owned_fragments, scalars, shape_of
-from forescale.engine.state import write_fragments as write_rank_file
+from forescale.engine.state import load_fragments, owned_fragments, scalars, shape_of
 from forescale.engine.step import Engine
 from forescale.errors import UserError
 from forescale.run.directory import Run

@@ -1,8 +1,6 @@
-"""Parameters and moments as portable fragments: from DeepSpeed to files, and back.
+"""Parameters and moments as portable fragments (portable/): from DeepSpeed to files, and back.
 
-A fragment is one contiguous range of one parameter's row-major state: the fp32 weight, or a moment
-of the base optimizer. Its key in a safetensors file is `name|state|start`. Invariant: the fragments
-of all ranks together hold every element exactly once, at any stage and world size, so every other
+Invariant: the fragments of all ranks together hold every element exactly once, at any stage and world size, so every other
 stage and world size can read its own ranges from them. No collective moves tensor data: each rank
 writes what it owns, and reads what it needs.
 
@@ -10,43 +8,18 @@ The state is exact, with one exception: stages 1 to 3 in bf16 keep Muon's moment
 others in fp32, so moving it from fp32 to bf16 rounds it.
 """
 
-import json
 import math
-import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from forescale.engine.layout import Layout, Piece, Unit
+from forescale.engine.portable.fragments import WEIGHT, Fragment, FragmentReader
 from forescale.engine.step import Engine
-from forescale.errors import UserError
-from forescale.storage import FileEntry, HashingFile
 
-WEIGHT, MOMENTUM = "weight", "momentum_buffer"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_ALIGNMENT, _BLOCK = 64, 1 << 22  # bytes: of a fragment's copy, of a write
-_DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """`data` is the 1-D view of `state` of parameter `name` (of `shape`) from `start`."""
-
-    name: str
-    shape: tuple[int, ...]
-    state: str
-    start: int
-    data: Tensor
-
-    @property
-    def key(self) -> str:
-        """Its name in a safetensors file."""
-        return f"{self.name}|{self.state}|{self.start}"
+MOMENTUM = "momentum_buffer"
 
 
 def shape_of(param) -> tuple[int, ...]:
@@ -162,123 +135,6 @@ def _load_scaler(layout: Layout, stored: dict[str, Any]) -> None:
     own = _scaler(layout)
     for key in own.keys() & stored.keys() if _adapts(stored) else ():
         setattr(_scaler_object(layout), key, stored[key])
-
-
-class HostCopy:
-    """Host memory for one copy of what this rank writes, reused by every save.
-
-    Invariant: what `take` returned doesn't change until the next `take`, whatever the engine does.
-    """
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    @torch.no_grad()
-    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """Return the same fragments in host memory, page-locked if they come from a GPU.
-
-        Raises UserError if there isn't enough memory.
-        """
-        found, starts, end = list(fragments), [], 0
-        for f in found:
-            starts.append(end)
-            end += -(-f.data.nbytes // _ALIGNMENT) * _ALIGNMENT
-        on_gpu = any(f.data.is_cuda for f in found)
-        memory = self._room(end, on_gpu)
-        copies = []
-        for f, start in zip(found, starts, strict=True):
-            target = memory[start : start + f.data.nbytes].view(f.data.dtype)
-            copies.append(replace(f, data=target.copy_(f.data, non_blocking=True)))
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
-        return copies
-
-    def _room(self, size: int, pinned: bool) -> Tensor:
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = None  # first, so that the two are never held together
-            try:
-                self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-            except RuntimeError as e:
-                what = f"a copy of the state needs {size:,} bytes of host memory ({e})"
-                todo = "set it to false: training then waits for each save, and copies nothing"
-                raise UserError("checkpoint.background", what, todo) from None
-        return self._memory
-
-
-def write_fragments(
-    path: Path, fragments: list[Fragment], midway: Callable[[], None] = lambda: None
-) -> tuple[FileEntry, list[list[Any]]]:
-    """Write a safetensors file, one tensor at a time, hashed meanwhile and fsynced.
-
-    midway: called when half of the fragments are written. Return the file's entry for the table of
-    files, and its rows [name, state, start, size].
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for f in fragments:
-        end = offset + f.data.nbytes
-        header[f.key] = {
-            "dtype": _DTYPES[f.data.dtype],
-            "shape": [f.data.numel()],
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with HashingFile(path, beside=True) as out:
-        out.write(struct.pack("<Q", len(raw)) + raw)
-        for n, f in enumerate(fragments):
-            if n == len(fragments) // 2:
-                midway()
-            data = f.data.contiguous().cpu().view(torch.uint8).numpy().data
-            for start in range(0, len(data), _BLOCK):
-                out.write(data[start : start + _BLOCK])
-        entry = out.finish()
-    return entry, [[f.name, f.state, f.start, f.data.numel()] for f in fragments]
-
-
-class FragmentReader:
-    """Reads ranges of parameters' states from the files of one checkpoint.
-
-    rows: {file name: [[name, state, start, size], ...]}. Opens only the files that it reads, and
-    unpickles nothing. Raises UserError for a file that isn't safetensors or is outside `directory`.
-    """
-
-    def __init__(self, directory: Path, rows: dict[str, list[list[Any]]]):
-        self.directory = Path(directory)
-        self._where: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        for file, entries in rows.items():
-            if Path(file).name != file:
-                what = f"names a file outside its directory, {file!r}"
-                raise UserError(str(self.directory), what, "restore it, or choose another")
-            for name, state, start, size in entries:
-                self._where.setdefault((name, state), []).append((start, size, file))
-        self._open: dict[str, Any] = {}
-
-    def states(self, name: str) -> list[str]:
-        """Return the names of a parameter's stored states."""
-        return [state for stored, state in self._where if stored == name]
-
-    def read_into(self, name: str, state: str, start: int, out: Tensor) -> None:
-        """Fill `out` (1-D) with the range from `start`. Raises KeyError if a part is missing."""
-        filled = 0
-        for first, size, file in self._where.get((name, state), []):
-            a, b = max(start, first), min(start + out.numel(), first + size)
-            if a < b:
-                part = self._file(file).get_slice(f"{name}|{state}|{first}")
-                out[a - start : b - start].copy_(part[a - first : b - first])
-                filled += b - a
-        if filled != out.numel():
-            raise KeyError(f"{name}: {filled:,} of {out.numel():,} elements of its {state}")
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            path = self.directory / name
-            try:
-                self._open[name] = safe_open(str(path), "pt")
-            except SafetensorError as e:
-                raise UserError(str(path), f"not a safetensors file ({e})", "restore it") from None
-        return self._open[name]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.duration import Duration
-from forescale.engine.state import HostCopy
+from forescale.engine.portable.fragments import HostCopy
 from forescale.engine.world import StepSummary
 from forescale.errors import UserError
 from forescale.run.directory import Run
@@ -85,7 +85,7 @@ def test_the_event_says_what_it_cost(run):
 
 
 def test_the_copy_reuses_its_memory_and_keeps_every_kind_of_number():
-    from forescale.engine.state import Fragment
+    from forescale.engine.portable.fragments import Fragment
 
     copy, kinds = HostCopy(), (torch.float32, torch.bfloat16, torch.int64, torch.bool)
     tensors = [torch.arange(5).to(kind) for kind in kinds]
