@@ -1,8 +1,8 @@
 """Parameters and moments as portable fragments (portable/): from DeepSpeed to files, and back.
 
-Invariant: the fragments of all ranks together hold every element exactly once, at any stage and world size, so every other
-stage and world size can read its own ranges from them. No collective moves tensor data: each rank
-writes what it owns, and reads what it needs.
+Invariant: the fragments of all ranks together hold every element exactly once, at any stage and
+world size, so every other stage and world size can read its own ranges from them. No collective
+moves tensor data: each rank writes what it owns, and reads what it needs.
 
 The state is exact, with one exception: stages 1 to 3 in bf16 keep Muon's momentum in bf16, all
 others in fp32, so moving it from fp32 to bf16 rounds it.
