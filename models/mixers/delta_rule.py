@@ -160,7 +160,7 @@ def _chunks(
     q, k = q * (q_scale * q.shape[-1] ** -0.5), k * k_scale
     C = q.shape[2]
     # Entry (i, j) sums the logarithms after token j - 1 until token i: the rows below the diagonal.
-    reach = log.expand(*log.shape[:3], C + 1).tril().cumsum(-2).exp().tril(1)
+    reach = _summed(log.expand(*log.shape[:3], C + 1).tril(), -2).exp().tril(1)
     since, decay = reach[..., :1], reach[..., 1:]
     key_scores = k @ k.mT
     system = (key_scores * decay * beta).tril(-1)  # its diagonal of ones is implied below
@@ -260,11 +260,28 @@ def _gradients(
     d_reach = d_reach * c.reach
     # A sum from j until i is the difference of two sums from the start of the chunk.
     d_sums = d_reach.sum(-1) - d_reach.sum(-2)[..., 1:]
-    d_log = d_sums.flip(-1).cumsum(-1).flip(-1)[..., None]
+    d_log = _summed(d_sums.flip(-1), -1).flip(-1)[..., None]
     scale = q.shape[-1] ** -0.5
     d_q = c.q_scale * scale * (d_q - q * (_dot(q, d_q) / scale**2))
     d_k = c.k_scale * (d_k - k * _dot(k, d_k))
     return d_q, d_k, d_v * beta, d_log, d_beta
+
+
+def _summed(x: Tensor, dim: int) -> Tensor:
+    """Return the running sums of x along a dimension. torch's own of fractions add in any order on
+    CUDA, and raise an error where one order is asked for."""
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _summed_in_order(x, dim)
+    return x.cumsum(dim)
+
+
+def _summed_in_order(x: Tensor, dim: int) -> Tensor:
+    """Return the same by doubling: after pass n each place holds the sum of its last 2^n."""
+    x, step = x.movedim(dim, -1), 1
+    while step < x.shape[-1]:
+        x = x + F.pad(x[..., :-step], (step, 0))
+        step *= 2
+    return x.movedim(-1, dim)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What this machine computes in, as its kernel describes it.
+"""What this machine computes in, as its kernel describes it, and what a device repeats to the bit.
 
 Invariant: reads a few small files, and imports no torch: commands that don't train ask, too.
 """
@@ -6,7 +6,7 @@ Invariant: reads a few small files, and imports no torch: commands that don't tr
 import os
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 # x86: oneDNN, which torch multiplies matrices with, has bf16 from AVX-512 on. ARM: by its own flag.
 # Without them torch multiplies element by element, 100 times slower than in fp32 (AVX2 alone).
@@ -28,3 +28,30 @@ def native_precision(root: Path = Path("/")) -> Literal["bf16", "fp32"]:
         w for line in lines if line.lower().startswith(("flags", "features")) for w in line.split()
     }
     return "bf16" if words & _FLAGS else "fp32"
+
+
+class Exactness(NamedTuple):
+    """Whether a step that is computed again has the same bits, and a sentence that says so."""
+
+    holds: bool
+    sentence: str
+
+
+def exactness(deterministic: bool, on_gpu: bool) -> Exactness:
+    """Return what `train.deterministic` promises on a device. How it is kept, and what torch says
+    of each operation, is in engine/determinism.py."""
+    if not on_gpu:
+        too = "" if deterministic else ", with train.deterministic=false too"
+        what = "on a CPU a resumed run repeats the unbroken one bit for bit"
+        return Exactness(True, f"Exact: {what}{too}.")
+    if deterministic:
+        return Exactness(
+            True,
+            "Exact: a resumed run repeats the unbroken one bit for bit, by kernels that always add "
+            "in one order (train.deterministic=true; not yet proven on a GPU).",
+        )
+    return Exactness(
+        False,
+        "Fast: kernels add in any order, so a resumed run equals the unbroken one up to rounding "
+        "only (train.deterministic=false).",
+    )

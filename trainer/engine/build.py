@@ -3,7 +3,6 @@
 Invariant: a job that does not fit its ranks is refused before anything is built.
 """
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -82,20 +81,6 @@ def _call_optional(model: nn.Module, method: str) -> Any:
     """Return the result of an optional method of the model; None if it has no such method."""
     own = getattr(model, method, None)
     return own() if own is not None else None
-
-
-def be_deterministic() -> None:
-    """Make torch use kernels whose results don't depend on the timing of threads.
-
-    A CPU needs this too: otherwise the gradient of an embedding is compiled to atomic additions,
-    and after a few dozen steps two equal runs differ in the last bits.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # The same flag as use_deterministic_algorithms(True, warn_only=True), which imports torch's
-    # compiler to tell it too, in each rank that compiles nothing. See Engine.compile.
-    torch.set_deterministic_debug_mode("warn")
-    # Only useful for debugging, and costs one pass over every new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def device_name(world: World) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from forescale.engine.compilation import compile_parts
+from forescale.engine.determinism import tell_compiler
 from forescale.engine.layout import Layout, fp32_square_sum
 from forescale.engine.stages import layout_of
 from forescale.engine.world import World
@@ -76,8 +77,7 @@ class Engine:
     def compile(self, by_part: bool = True) -> None:
         """Compile the model's forward (and so its backward) in place: each of its parts alone, or
         the model as a whole."""
-        # Also tells the compiler what be_deterministic() has told torch.
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        tell_compiler()
         if not (by_part and compile_parts(self.module)):
             self._deepspeed.compile()
 

@@ -90,6 +90,7 @@ def check_attempts(found: Findings, run: Run) -> None:
     if attempts and len(found.faults) == before:
         what = f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}"
         found.verified.append(f"{what}: parents, launches and {rows:,} other rows, as written")
+        found.verified += promises(run)
 
 
 def _train_rows(attempt: Attempt) -> Iterator[int]:
@@ -120,6 +121,16 @@ def check_logged(found: Findings, run: Run, checkpoint: Checkpoint) -> None:
         elif hash_file(path, size=entry.size) != entry:
             at = f"{checkpoint.path.name} was saved"
             found.faults.append(f"{path}: its first {entry.size:,} bytes were changed since {at}")
+
+
+def promises(run: Run) -> list[str]:
+    """Return what the newest attempt promises of its bits, and where the run wasn't bit-exact, a
+    sentence each; none of a run that has not begun, or of an earlier version."""
+    said = [row["what"] for row in run.read_events(kind="exactness")][-1:]
+    for row in run.read_events(kind="numerics_changed"):
+        where = f"from step {row['step']:,}" if "step" in row else "from a resumption"
+        said.append(f"Not bit-exact {where}: {row['key']} was {row['old']}, then {row['new']}.")
+    return said
 
 
 def strangers(run: Run) -> list[str]:

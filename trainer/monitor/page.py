@@ -15,6 +15,7 @@ from rich.table import Table
 from forescale.config.duration import Duration
 from forescale.console import span, table
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.monitor.files import promises
 from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
 from forescale.resilience.diagnosis import OWN_WORK
@@ -84,6 +85,8 @@ def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | No
     if s.job.checkpoint.mirror and (line := _mirrored(s.run)):
         console.print(escape(line), soft_wrap=True)
     _show_attempts(s, console)
+    for line in promises(s.run):
+        console.print(escape(line), soft_wrap=True)
     _show_ranks(s, console)
     _show_time(s, console)
     _show_interval(s, console)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from forescale.config.duration import Duration
+from forescale.config.hardware import Exactness, exactness
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
 from forescale.config.train import TrainJob
@@ -118,7 +119,16 @@ class PlanJob(TrainJob):
     @property
     def native_precision(self) -> Literal["bf16", "fp32"]:
         """What precision.kind=auto means on the planned machine; for a CPU, on this one."""
-        return "bf16" if self.machine.memory_bytes is not None else super().native_precision
+        return "bf16" if self._has_gpus else super().native_precision
+
+    @property
+    def exactness(self) -> Exactness:
+        """What the run promises of its bits on the planned machine."""
+        return exactness(self.train.deterministic, self._has_gpus)
+
+    @property
+    def _has_gpus(self) -> bool:
+        return self.machine.memory_bytes is not None
 
     @property
     def world_size(self) -> int:

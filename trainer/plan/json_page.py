@@ -25,6 +25,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "flops_per_token": vars(plan.per_token),
         "decoding_cache_bytes": plan.cache_bytes,
+        "exact": job.exactness.holds,
         "steps": job.total_steps,
         "tokens": job.total_steps * job.tokens_per_step,
         "sources": [vars(s) for s in plan.data],

@@ -95,7 +95,8 @@ def _run(plan: Plan) -> list[str]:
     return [
         f"{job.total_steps:,} steps of {job.tokens_per_step:,} tokens: {train.global_batch:,} "
         f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} per rank; "
-        f"{_short(job.total_steps * job.tokens_per_step)} tokens in total"
+        f"{_short(job.total_steps * job.tokens_per_step)} tokens in total",
+        job.exactness.sentence,
     ]
 
 

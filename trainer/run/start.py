@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forescale.config.frozen import Change, diff, frozen_file, may_resume, thaw
+from forescale.config.hardware import exactness
 from forescale.config.layers import LENGTHS
 from forescale.config.schema import leaves, plain
 from forescale.config.sections.data import ONLY, CorpusConfig, DataConfig
@@ -274,6 +275,7 @@ def numerics(
         "precision": job.precision.kind,
         "micro_batch": job.train.micro_batch,
         "compiled": compiled,
+        "exact": exactness(job.train.deterministic, device != "cpu").holds,
         "threads": threads,
         "device": device,
         **versions(),

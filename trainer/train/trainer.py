@@ -13,13 +13,15 @@ import torch
 
 from forescale.checkpoint.mirror import Mirror, mirror_of
 from forescale.checkpoint.origin import hold, newest_step
-from forescale.checkpoint.reader import Checkpoint, Position
+from forescale.checkpoint.reader import Position
 from forescale.checkpoint.restore import restore
+from forescale.config.hardware import exactness
 from forescale.config.target import import_target, targets
 from forescale.config.train import TrainJob
-from forescale.engine.build import be_deterministic, build_engine, check_world, partition_of
+from forescale.engine.build import build_engine, check_world, partition_of
 from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
+from forescale.engine.determinism import as_refused, use_kernels
 from forescale.engine.optim import learning_rate
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
@@ -49,7 +51,6 @@ class Trainer:
         """Join the other ranks, start the run, and begin to write heartbeats."""
         self.phases = PhaseTimer("startup", began)
         self.stop_request = StopRequest().listen(job.launch.grace.seconds or 0.0)
-        be_deterministic()
         size = int(os.environ["WORLD_SIZE"])
         check_world(job, size)
         seconds = job.launch.timeout.seconds or 1800.0
@@ -58,6 +59,7 @@ class Trainer:
         self.mirror: Mirror | None = None
         started = self.world.main_first(lambda: self._start(job, again))
         self.run, self.job, self.sources = started.run, started.job, started.sources
+        use_kernels(self.job.train.deterministic, self._on_gpu)
         self.prediction = self.world.main_first(lambda: prediction_interval_of(self.job))
         launched = os.environ.get(ATTEMPT)  # numbered by our launcher; other launchers don't
         self.attempt = Attempt(Path(launched)) if launched else self._new_attempt()
@@ -67,6 +69,10 @@ class Trainer:
         self.reporter = HeartbeatReporter(
             self.phases, self.attempt, rank, size, self.job.heartbeat, waits
         ).start()
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.world.device.type != "cpu"
 
     @property
     def has_stepped(self) -> bool:
@@ -157,7 +163,7 @@ class Trainer:
             self.injector.begin(self.attempt, point.position.step)
         if self.world.is_main:
             self.attempt.start_from(point.parent, self.run, point.history)
-            self._report_numerics(point.checkpoint)
+            self._report_numerics(point)
             if point.checkpoint is not None:
                 step = point.position.step
                 self._print(f"Resuming from {point.checkpoint.path} (step {step:,}).")
@@ -239,12 +245,18 @@ class Trainer:
         job = self.job
         return learning_rate(job.schedule, step, job.total_steps, job.tokens_per_step)
 
-    def _report_numerics(self, checkpoint: Checkpoint | None) -> None:
-        """Report what has changed since the checkpoint that costs the last bits."""
-        old, new = (checkpoint.state.get("numerics") or {}) if checkpoint else {}, self.numerics
+    def _report_numerics(self, point: ResumePoint) -> None:
+        """Report what the run promises of its bits, and what has changed since the checkpoint that
+        costs the last ones."""
+        promise = exactness(self.job.train.deterministic, self._on_gpu)
+        self.attempt.event("exactness", exact=promise.holds, what=promise.sentence)
+        self._print(promise.sentence)
+        found = point.checkpoint
+        old, new = (found.state.get("numerics") or {}) if found else {}, self.numerics
         for key in sorted(old.keys() & new.keys()):
             if old[key] != new[key]:
-                self.attempt.event("numerics_changed", key=key, old=old[key], new=new[key])
+                changed = {"step": point.position.step, "old": old[key], "new": new[key]}
+                self.attempt.event("numerics_changed", key=key, **changed)
                 self._print(f"Not bit-exact from here: {key} was {old[key]} and is now {new[key]}.")
 
     def _warn(self, kind: str, **facts: Any) -> None:
@@ -266,6 +278,8 @@ def run_rank(job: TrainJob, began: float | None = None) -> int:
     try:
         code = trainer.train()
     except Exception as e:
+        if refused := as_refused(e):
+            raise refused from e
         users = None if trainer.has_stepped else as_users(e, targets(job).values())
         if users is None:
             raise

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import flops_per_token
 from forescale.models.memory import cache_bytes
+from forescale.models.mixers import delta_rule
 from forescale.models.mixers.context import Context
 from forescale.models.mixers.gated_deltanet import GatedDeltaNet, ShortConvolution
 
@@ -154,3 +155,22 @@ def test_it_is_no_encoder_and_takes_no_alibi():
         replace(CONFIG, causal=False).resolved()
     with pytest.raises(ValueError, match=r"model\.position: mixer gated_deltanet"):
         replace(CONFIG, position="alibi").resolved()
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_sums_in_one_order_are_running_sums(dim):
+    """What a GPU does instead of a cumsum that has no fixed order; -inf: the state starts again."""
+    x = torch.randn(2, 7, 65, dtype=torch.float64)
+    x[0, 3, 5:9] = -torch.inf
+    torch.testing.assert_close(delta_rule._summed_in_order(x, dim), x.cumsum(dim))
+
+
+def test_a_layer_with_sums_in_one_order_has_the_same_gradients(monkeypatch):
+    model, x = Transformer(CONFIG).double(), torch.randint(32, (2, 131))
+
+    def gradients():
+        return torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+
+    usual = gradients()
+    monkeypatch.setattr(delta_rule, "_summed", delta_rule._summed_in_order)
+    torch.testing.assert_close(gradients(), usual)

@@ -1,11 +1,13 @@
 """Which number format a machine multiplies matrices in, and what precision=auto becomes."""
 
+import re
+
 import pytest
 
 from forescale.config import train
 from forescale.config.compose import compose
 from forescale.config.frozen import freeze
-from forescale.config.hardware import native_precision
+from forescale.config.hardware import exactness, native_precision
 from forescale.config.schema import plain
 from forescale.config.train import TrainJob
 from forescale.plan.config import PlanJob
@@ -66,3 +68,18 @@ def test_a_run_that_goes_on_on_another_machine_keeps_its_own(monkeypatch):
         assert compose(TrainJob, words, find=lambda run: frozen).precision.kind == "bf16"
     assert compose(TrainJob, ["precision=fp16"], find=lambda run: frozen).precision.kind == "fp16"
     assert compose(TrainJob, [], find=lambda run: None).precision.kind == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "on_gpu", "holds", "says"),
+    [
+        (True, True, True, "Exact: .* not yet proven on a GPU"),
+        (False, True, False, "Fast: .* up to rounding only"),
+        (True, False, True, r"Exact: on a CPU .* bit for bit\."),
+        (False, False, True, "Exact: .* with train.deterministic=false too"),
+    ],
+)
+def test_the_promise_of_bits_depends_on_key_and_device(deterministic, on_gpu, holds, says):
+    found = exactness(deterministic, on_gpu)
+    assert found.holds == holds
+    assert re.match(says, found.sentence)

@@ -180,6 +180,17 @@ def test_the_page_of_one_run(own_run, forescale):
     assert "Events: 2 checkpoint_saved" in out
 
 
+def test_what_is_promised_of_the_bits_is_on_the_page_and_in_the_audit(unfinished, forescale):
+    first, second = unfinished.attempts()
+    first.event("exactness", exact=True, what="Exact: as promised.")
+    second.event("exactness", exact=False, what="Fast: up to rounding.")
+    second.event("numerics_changed", step=4, key="exact", old=True, new=False)
+    for out in (forescale("status", "small")[1], forescale("check", "runs/small")[1]):
+        assert "Fast: up to rounding." in out, "the newest attempt's"
+        assert "Exact: as promised." not in out
+        assert "Not bit-exact from step 4: exact was True, then False." in out
+
+
 def test_the_page_shows_where_the_time_went(own_run, forescale):
     say_how_it_went(own_run.attempts()[0], 0, spans=20.0)
     with changed_rows(own_run) as rows:

@@ -43,6 +43,7 @@ def test_page_of_a_large_job(forescale, small_data):
                  "largest micro-batch", "between nodes",
                  "decoding keeps 2.15 GB for a sequence of 4,096",
                  "GPU-hours", "16,384 ranks", "Daly",
+                 "Exact: a resumed run repeats",
                  "at 2.5 per GPU-hour", '"stage": 3', "kWh"):  # fmt: skip
         assert fact in out
     assert max(map(len, out.splitlines())) < 300
@@ -76,6 +77,8 @@ def test_json_contains_the_whole_plan(planned):
         assert option["fits"] == (option["total_bytes"] <= plan["available_bytes"])
         assert option["step"]["seconds"] > 0
     assert plan["decoding_cache_bytes"] == 2 * 4096 * 4096 * 32 * 2  # keys and values, bf16
+    assert plan["exact"]
+    assert not planned(*BIG, BATCH, "plan.gpus=8", "train.deterministic=false")[1]["exact"]
     job = compose(PlanJob, [*BIG, BATCH, "engine=zero2", "plan.nodes=8", "train.micro_batch=4"])
     assert plan["deepspeed"] == deepspeed_config(job, 64)
     assert plan["failures"]["16384"]["mtbf"] == pytest.approx(86_400_000 / 3.8 / 2048)

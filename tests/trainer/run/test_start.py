@@ -325,11 +325,13 @@ def test_numerics_change_with_what_changes_bits(job):
         return numerics(made, world, device, threads, compiled)
 
     base = of(job())
+    assert of(job("train.deterministic=false")) == base, "a CPU is exact either way"
     assert of(job("logging.every=3", "checkpoint.keep=5")) == base
     for other in (
         *(of(job("engine=zero3")), of(job("precision=fp32")), of(job("train.micro_batch=2"))),
         *(of(job(), world=2), of(job(), device="cuda"), of(job(), threads=2)),
         of(job(), compiled=True),
+        of(job("train.deterministic=false"), device="cuda") | {"device": "cpu"},
     ):
         assert sum(base[key] != other[key] for key in base) == 1
 

@@ -33,6 +33,8 @@ def test_a_run_learns_and_writes_its_rows(finished):
     assert scores[-1]["loss"] < scores[0]["loss"]
     assert scores[-1]["windows"] > scores[0]["windows"] == 8, "bytes a token differ between them"
     assert "bits per byte" in output
+    assert "Exact: on a CPU a resumed run repeats the unbroken one bit for bit." in output
+    assert "exactness" in launching.events(run)
     assert "Next:" in output
     logged = (run / "attempts/0001/rank-0.log").read_text()
     assert "step 60/60 (100.0%) | loss " in logged

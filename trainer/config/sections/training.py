@@ -77,6 +77,14 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = key(
         "auto", "torch.compile; auto: on if there is a compiler", kind="numerics"
     )
+    # On by default: exact resumption is what a run is for, and only then does the self-check see a
+    # single wrong bit. Of the speed a part of attention's backward pass is lost.
+    deterministic: bool = key(
+        True,
+        "exact: kernels that give the same bits each time, or an error; false: fast, and exact up "
+        "to rounding only. A CPU is exact either way",
+        kind="numerics",
+    )
 
     def problems(self) -> Problems:
         found: Problems = []
