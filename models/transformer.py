@@ -15,22 +15,17 @@ from torch import Tensor, nn
 from forescale.models.block import Block, Trunk, normed, passed, viewers
 from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
-from forescale.models.experts.balance import (
-    Routing,
-    load_metrics,
-    move_biases,
-    penalty_of,
-    that_count,
-)
+from forescale.models.experts.balance import Routing, move_biases, that_count
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
-from forescale.models.heads.mtp import MtpModule, counts_of, later_losses, mtp_metrics
+from forescale.models.heads.mtp import MtpModule
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import mask_of, source_mask
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import Factors, factors, scales
+from forescale.models.penalties import counted_penalty, metrics_of
 from forescale.models.positions.alibi import biased_mask
 from forescale.models.positions.position import (
     LearnedPosition,
@@ -41,6 +36,7 @@ from forescale.models.positions.position import (
     sinusoids,
 )
 from forescale.models.positions.relative import RelativePosition
+from forescale.models.sequence import SequenceGroup
 from forescale.models.tallies import tallies_of
 
 
@@ -80,6 +76,7 @@ class Transformer(nn.Module):
         self.head = None if config.tie_embeddings else made(Vocabulary(config))
         self.mtp = nn.ModuleList(made(MtpModule(config)) for _ in range(config.mtp_layers))
         self.tallies = tallies_of(config)
+        self.group: SequenceGroup | None = None
 
     def forward(
         self,
@@ -106,6 +103,7 @@ class Transformer(nn.Module):
         each window's sum of cross-entropy in nats over its targets; with z_loss, or with experts
         or mtp_layers in training, (losses, penalty), where penalty is a scalar, summed over all
         targets, for the training objective only.
+        After divide(), B rows are whole but logits and losses are of this rank's columns alone.
         Raises ValueError if a sequence is longer than the learned position table, for a cache with
         documents or of a model that is not causal, and in an encoder-decoder for documents and for
         a cache without a source.
@@ -121,11 +119,14 @@ class Transformer(nn.Module):
             targets_BL = None if targets_BL is None else targets_BL[:, -trunk.hidden.shape[1] :]
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
+            targets_BL = None if targets_BL is None else self._own(targets_BL)
         found = self._head(trunk.hidden, targets_BL)
         if tallies is None or targets_BL is None:
             return found
         losses_B, penalty = found if isinstance(found, tuple) else (found, 0.0)
-        penalty += self._penalty(trunk, targets_BL, padding_mask_BL, documents_BL)
+        given = (targets_BL, padding_mask_BL, documents_BL)
+        c = self.config
+        penalty += counted_penalty(tallies, trunk, given, self.mtp, c.mtp_weight, self._head)
         return losses_B, penalty
 
     def _head(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Any:
@@ -135,29 +136,13 @@ class Transformer(nn.Module):
         head = self.embedding if self.head is None else self.head
         return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
 
-    def _penalty(
-        self,
-        trunk: Trunk,
-        targets_BL: Tensor,
-        padding_mask_BL: Tensor | None,
-        documents_BL: Tensor | None,
-    ) -> Tensor | float:
-        """Count a training forward pass; return what experts and later tokens add to its loss."""
-        assert self.tallies is not None
-        penalty: Tensor | float = penalty_of(trunk.routings, targets_BL) if trunk.routings else 0.0
-        routings, losses = [*trunk.routings], []
-        given = (targets_BL, padding_mask_BL, documents_BL)
-        for found in later_losses(self.mtp, trunk, given, self._head):
-            losses.append(found)
-            penalty += self.config.mtp_weight / len(self.mtp) * found.objective
-            if found.routings:
-                penalty += penalty_of(found.routings, found.targets)
-                routings += found.routings
-        if routings:
-            self.tallies.of("experts").add_(torch.stack([r.counts for r in routings]))
-        if losses:
-            self.tallies.of("mtp").add_(counts_of(losses))
-        return penalty
+    def divide(self, group: SequenceGroup) -> None:
+        """From now on take this rank's columns of each row. Every rank of the group then calls
+        `forward` with the same whole rows, and receives the losses of its own columns."""
+        self.group = group
+
+    def _own(self, x_BL: Tensor) -> Tensor:
+        return x_BL if self.group is None else self.group.own(x_BL)
 
     def new_cache(self) -> Cache:
         """Return an empty cache, for one batch of rows; see encode for an encoder-decoder's."""
@@ -198,13 +183,13 @@ class Transformer(nn.Module):
             starts = document_starts(documents_BL)
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
-        embedded_BLD = self.embedding(tokens_BL)
+        embedded_BLD = self.embedding(self._own(tokens_BL))
         x_BLD, turn = self._placed(embedded_BLD, positions)
         decoding, length = cache is not None, tokens_BL.shape[1]
         seen = Columns(positions, length, starts, real, x_BLD.dtype, decoding, self._drops)
-        context = Context(
-            turn, self._mask(seen, self.config.causal), starts, real, counted=counted_BL
-        )
+        counted_BL = None if counted_BL is None else self._own(counted_BL)
+        mask = self._mask(seen, self.config.causal)
+        context = Context(turn, mask, starts, real, counted=counted_BL, group=self.group)
         if cache is not None:
             context = context._replace(source=cache.source, source_mask=cache.source_mask)
         x_BLD, routings, context = self._through(x_BLD, context, seen, memories)
@@ -277,10 +262,11 @@ class Transformer(nn.Module):
     def _placed(self, x_BLD: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
 
-        x: the tokens' embeddings. positions: of all columns, of which these are the last L.
+        x: the tokens' embeddings. positions: of all columns, of which these are the last L, or this
+        rank's.
         """
         config, s, length = self.config, self.sizes, x_BLD.shape[1]
-        own = positions[..., -length:]
+        own = positions[..., -length:] if self.group is None else self.group.own(positions)
         turn = rotation(own, config) if config.rotates else None
         if config.scale_embedding or config.position == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
@@ -299,11 +285,14 @@ class Transformer(nn.Module):
         """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
         if not self.takes_mask:
             return None
-        if self.encoder_relative_position is not None and not causal:
-            return mask_of(seen, causal, self.encoder_relative_position)
+        heads = self.sizes.num_heads
+        own = slice(None) if self.group is None else self.group.heads(heads)
         if self.config.position == "alibi":
-            return mask_of(seen, causal, partial(biased_mask, num_heads=self.sizes.num_heads))
-        return mask_of(seen, causal, self.relative_position)
+            return mask_of(seen, causal, partial(biased_mask, num_heads=heads, heads=own))
+        table = self.relative_position
+        if self.encoder_relative_position is not None and not causal:
+            table = self.encoder_relative_position
+        return mask_of(seen, causal, None if table is None else partial(table, heads=own))
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""
@@ -335,13 +324,7 @@ class Transformer(nn.Module):
 
     def metrics(self) -> dict[str, Tensor]:
         """Return the experts' load and the losses of later tokens in the step, where there are."""
-        found: dict[str, Tensor] = {}
-        if self.tallies is not None:
-            if (totals := self.tallies.total("experts")) is not None:
-                found |= load_metrics(totals, self.config.moe_top_k)
-            if (totals := self.tallies.total("mtp")) is not None:
-                found |= mtp_metrics(totals)
-        return found
+        return metrics_of(self.tallies, self.config.moe_top_k)
 
     def optimizer_factors(self) -> dict[str, Factors]:
         """Return multipliers of AdamW's settings by parameter name; see parametrization.py."""

@@ -109,4 +109,5 @@ ATTENTION = Part(
     takes_future=True,
     takes_biases=True,
     takes_values=True,
+    divides=True,
 )

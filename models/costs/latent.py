@@ -109,4 +109,5 @@ LATENT = Part(
     turning=0.5,
     takes_future=True,
     takes_biases=True,
+    divides=True,
 )

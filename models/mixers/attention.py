@@ -1,5 +1,6 @@
 """Self-attention, multi-head or grouped-query, with QK-norm, masks and a cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -39,6 +40,20 @@ def attend(
         enable_gqa=k_BSGK.shape[2] != q_BLHK.shape[2],
     )
     return y_BHLV.transpose(1, 2)
+
+
+def attended(
+    attend: Callable[[Tensor, Tensor, Tensor, Context], Tensor],
+    q_BLHK: Tensor,
+    k_BLGK: Tensor,
+    v_BLGK: Tensor,
+    context: Context,
+) -> Tensor:
+    """Return attend(q, k, v, context), (B, L, H, K); where ranks divide the columns, `attend` is
+    given all of them, of this rank's heads."""
+    if context.group is None:
+        return attend(q_BLHK, k_BLGK, v_BLGK, context)
+    return context.group.attended(lambda q, k, v: attend(q, k, v, context), q_BLHK, k_BLGK, v_BLGK)
 
 
 class Attention(nn.Module):
@@ -84,7 +99,7 @@ class Attention(nn.Module):
             v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
         if context.rotation is not None:
             q_BLHK, k_BLGK = rotate(q_BLHK, context.rotation), rotate(k_BLGK, context.rotation)
-        y_BLD = self._written(x_BLD, self._attend(q_BLHK, k_BLGK, v_BLGK, context))
+        y_BLD = self._written(x_BLD, attended(self._attend, q_BLHK, k_BLGK, v_BLGK, context))
         return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
 
     def _queries(self, x_BLD: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from forescale.models.cache import Memory
 from forescale.models.positions.position import Rotation
+from forescale.models.sequence import SequenceGroup
 
 
 class Context(NamedTuple):
@@ -31,7 +32,8 @@ class Context(NamedTuple):
     encoder's output, in the decoder of an encoder-decoder. source_mask (B, 1, 1, S): added to the
     scores of its tokens. view: what the viewer of the mixer's cost record (Part.viewer) made of the
     Columns of this forward pass. values (B, L, G, K): of the first layer, in the later layers with
-    value_residual.
+    value_residual. group: the ranks that divide the columns of the rows; then L are this rank's,
+    while mask, starts, real and view are of all columns, and a mask with heads is of this rank's.
     """
 
     rotation: Rotation | None = None
@@ -44,6 +46,7 @@ class Context(NamedTuple):
     source_mask: Tensor | None = None
     view: Any = None
     values: Tensor | None = None
+    group: SequenceGroup | None = None
 
 
 class Columns(NamedTuple):

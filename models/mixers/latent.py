@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from forescale.models.config import ModelConfig
 from forescale.models.costs.latent import ranks, turning
 from forescale.models.init import Linear
-from forescale.models.mixers.attention import attend
+from forescale.models.mixers.attention import attend, attended
 from forescale.models.mixers.context import Context
 from forescale.models.norm import RMSNorm
 from forescale.models.parametrization import scales
@@ -115,7 +115,7 @@ class LatentAttention(nn.Module):
         k_BSHK = self.key(latent_BSR)
         if turned_BS1T is not None:
             k_BSHK = torch.cat([turned_BS1T.expand(-1, -1, self.num_heads, -1), k_BSHK], -1)
-        return self._attend(q_BLHK, k_BSHK, self.value(latent_BSR), context)
+        return attended(self._attend, q_BLHK, k_BSHK, self.value(latent_BSR), context)
 
     def _absorbed(
         self, q_BLHK: Tensor, latent_BSR: Tensor, turned_BS1T: Tensor | None, context: Context

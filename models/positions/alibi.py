@@ -29,21 +29,22 @@ def biased_mask(
     num_heads: int,
     dtype: torch.dtype,
     num_queries: int | None = None,
+    heads: slice = slice(None),
 ) -> Tensor:
     """Return what is added to the scores: -slope * distance for a visible key, else -inf.
 
     Args: positions (S,) or (B, S); seen (B, 1, L, S), True for a visible key, with positions
     (B, S); None: all keys up to the query; num_queries: L, the last of the S columns; None: all of
-    them. Returns (1, H, L, S) or (B, H, L, S) in `dtype`, which is kept until the backward pass
-    ends: H times as much as masks.additive_mask, and without documents too. Products are made in
-    fp32 and rounded once: a bias is relatively exact, and zero for the query's own position. The
-    kernels that skip invisible keys (flash) can't be used.
+    them; heads: those wanted, H of num_heads. Returns (1, H, L, S) or (B, H, L, S) in `dtype`,
+    which is kept until the backward pass ends: H times as much as masks.additive_mask, and without
+    documents too. Products are made in fp32 and rounded once: a bias is relatively exact, and zero
+    for the query's own position. The kernels that skip invisible keys (flash) can't be used.
     """
     queries = positions if num_queries is None else positions[..., -num_queries:]
     distance_B1LS = (queries[..., :, None] - positions[..., None, :]).view(
         -1, 1, queries.shape[-1], positions.shape[-1]
     )
-    slopes_H11 = torch.tensor(slopes(num_heads), device=positions.device)[:, None, None]
+    slopes_H11 = torch.tensor(slopes(num_heads)[heads], device=positions.device)[:, None, None]
     bias_BHLS = (-slopes_H11 * distance_B1LS).to(dtype)
     seen = distance_B1LS >= 0 if seen_B1LS is None else seen_B1LS
     return bias_BHLS.masked_fill(~seen, -torch.inf)

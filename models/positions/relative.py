@@ -46,7 +46,12 @@ class RelativePosition(nn.Module):
         nn.init.normal_(self.weight, 0, scales(config).table_std)
 
     def forward(
-        self, positions: Tensor, seen_B1LS: Tensor | None, dtype: torch.dtype, num_queries: int
+        self,
+        positions: Tensor,
+        seen_B1LS: Tensor | None,
+        dtype: torch.dtype,
+        num_queries: int,
+        heads: slice = slice(None),
     ) -> Tensor:
         """Return the biases of visible keys, -inf for the others: (1 or B, H, L, S) in `dtype`.
 
@@ -56,7 +61,7 @@ class RelativePosition(nn.Module):
         ahead = positions[..., None, :] - positions[..., -num_queries:, None]
         ahead_BLS = ahead if ahead.dim() == 3 else ahead[None]
         index_BLS = buckets(ahead_BLS, self.count, self.longest, self.causal)
-        bias_BHLS = F.embedding(index_BLS, self.weight).permute(0, 3, 1, 2).to(dtype)
+        bias_BHLS = F.embedding(index_BLS, self.weight[:, heads]).permute(0, 3, 1, 2).to(dtype)
         if seen_B1LS is None and self.causal:
             seen_B1LS = (ahead_BLS <= 0)[:, None]
         return bias_BHLS if seen_B1LS is None else bias_BHLS.masked_fill(~seen_B1LS, -torch.inf)

@@ -16,7 +16,7 @@ from forescale.checkpoint.reader import Position, newest_complete
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
 from forescale.checkpoint.writer import Snapshot, write
-from forescale.engine.ranks import Ranks
+from forescale.engine.ranks import ALONE, Ranks
 from forescale.engine.stages import Bare
 from forescale.run.directory import Parent, Run
 
@@ -44,6 +44,7 @@ class World(Ranks):
 
     def __init__(self, rank: int = 0, size: int = 1, exchanges: list | None = None):
         super().__init__(rank, size)
+        self.data, self.sequence = self, ALONE
         self._exchanges = exchanges
         self._groups = 0
 

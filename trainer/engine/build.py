@@ -17,6 +17,7 @@ from forescale.engine.optim import build_optimizer, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.step import Engine
 from forescale.engine.world import World
+from forescale.models.sequence import SequenceGroup
 
 # Dense peak FLOP/s in bf16, from the vendors' data sheets; MFU is a fraction of these.
 _KNOWN_PEAKS = {
@@ -74,6 +75,9 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     # First, because DeepSpeed imports it for every optimizer.
     use_precision(job.precision.kind)
     optimizer = build_optimizer(job.optimizer, [g.as_dict() for g in groups])
+    if world.sequence.size > 1:
+        among = world.sequence
+        model.divide(SequenceGroup(among.rank, among.size, among.group.group_name))  # type: ignore[operator]
     return Engine(world, model, optimizer, seed=job.train.seed, clip=job.optimizer.clip)
 
 

@@ -71,6 +71,14 @@ class Ranks:
         padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         return padded.to(device), sizes
 
+    def sum(self, tensor: Any) -> Any:
+        """Sum a tensor over ranks, in place, and return it."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     def together(self, work: Callable[[], Any], where: Path | None = None) -> list[Any]:
         """Do `work` on every rank; return all results, in rank order, on all ranks. As `gather`.
 

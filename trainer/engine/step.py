@@ -5,8 +5,8 @@ Muon's orthogonalisation); then `apply` or `drop`. The stop holds at ZeRO stages
 and Muon, with and without optimizer offload.
 
 Invariant: what a micro-batch computes depends on the weights, the micro-batch and (seed, step,
-index of the micro-batch), so dropout is the same at any world size and after any restart, and no
-random state has to be saved.
+index of the micro-batch, place in the sequence group), so dropout is the same for any number of
+groups and after any restart, and no random state has to be saved.
 """
 
 import math
@@ -156,8 +156,8 @@ class Engine:
         return {name: _number(name, value) for name, value in found.items()}
 
     def seed_for(self, step: int, micro_batch: int) -> None:
-        """Set the random state for a micro-batch."""
-        _seed(_mix(self.seed, step, micro_batch))
+        """Set the random state for a micro-batch, or for this rank's columns of it."""
+        _seed(_mix(self.seed, step, micro_batch, self.world.sequence.rank))
 
     def forward(self, micro):
         """Return the model's output for a micro-batch (a data.stream.MicroBatch)."""
@@ -212,6 +212,8 @@ class Engine:
         """
         self.module.eval()
         loss, _ = checked_losses(self.forward(micro), len(micro.tokens))
+        if self.world.sequence.size > 1:  # this rank has those of its own columns
+            loss = self.world.sequence.sum(loss.double())
         return loss.float()
 
 
@@ -257,10 +259,11 @@ def _seed(value: int) -> None:
         torch.cuda.manual_seed(value)
 
 
-def _mix(seed: int, step: int, index: int) -> int:
-    """Return a 63-bit seed from three numbers (splitmix64's finaliser over their sum of odd
+def _mix(seed: int, step: int, index: int, place: int) -> int:
+    """Return a 63-bit seed from four numbers (splitmix64's finaliser over their sum of odd
     multiples)."""
-    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**64
+    x = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB
+    x = (x + place * 0xD6E8FEB86659FD93) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
     return (x ^ (x >> 31)) >> 1

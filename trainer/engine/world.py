@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from forescale.config.mesh import Mesh
 from forescale.engine.ranks import Ranks
 from forescale.errors import UserError
 from forescale.rendezvous import LOOPBACK, free_port, is_loopback, open_store, use_loopback
@@ -72,10 +73,21 @@ class StepSummary:
 
 
 class World(Ranks):
-    """All ranks of this job, and this one among them. `device`: where this rank's model lives."""
+    """All ranks of this job, and this one among them.
 
-    def __init__(self, accelerator):
+    device: where this rank's model lives. Of the mesh (config/mesh.py): `sequence`, the ranks that
+    are fed the same windows as this one and divide their columns; `data`, those that hold the same
+    columns of other windows, so that among them each window counts once.
+    """
+
+    def __init__(self, accelerator, mesh: Mesh | None = None, timeout_seconds: float = 1800.0):
         super().__init__(accelerator.process_index, accelerator.num_processes)
+        self.mesh = mesh or Mesh(self.size)
+        wait = timedelta(seconds=timeout_seconds)
+        self.sequence = self._grouped(self.mesh.sequence_peers(self.rank), wait)
+        self.data: Ranks = self
+        if self.mesh.data < self.size:
+            self.data = self._grouped(self.mesh.data_peers(self.rank), wait)
         self.accelerator = accelerator
         self.device = torch.device(accelerator.device)
         self._groups: dict[str, Ranks] = {}
@@ -84,6 +96,13 @@ class World(Ranks):
         self._reads: torch.cuda.Stream | None = None
         self._extra: tuple[str, ...] | None = None  # the names of the first step
         self._began = time.monotonic()
+
+    def _grouped(self, peers: list[int], timeout: timedelta) -> Ranks:
+        """Return this rank among some ranks, in a process group of their own."""
+        group = None
+        if len(peers) > 1:  # only these ranks meet to make it, for there may be many such groups
+            group = dist.new_group(peers, timeout=timeout, use_local_synchronization=True)
+        return Ranks(peers.index(self.rank), len(peers), group)
 
     def in_background(self, name: str, new: bool = False) -> Ranks:
         """Return the ranks over a process group of their own, for one other thread, which may use
@@ -107,12 +126,6 @@ class World(Ranks):
 
         return union
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over ranks, in place, and return it."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def share(
         self,
         step: int,
@@ -126,8 +139,10 @@ class World(Ranks):
     ) -> None:
         """Start the all-reduce of a step's summary; never waits.
 
-        losses: this rank's micro-batch sums, shape (n,), which stand at `first` of `count`. Each
-        slot has one non-zero term, so the sum is exact. The hash travels as two halves of 32 bits,
+        losses: this rank's micro-batch sums, shape (n,), which stand at `first` of `count`. A slot
+        has one non-zero term, or one of each rank that holds columns of the micro-batch, and fp64
+        adds these without an error that fp32 sees. tokens_hash: of windows that no other rank
+        names. It travels as two halves of 32 bits,
         whose sums stay exact in fp64. extra: numbers or 0-dim tensors; the names must be those of
         the first step, on all ranks (UserError).
         """
@@ -228,10 +243,11 @@ def lost_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-def join(config: dict, size: int, timeout_seconds: float) -> World:
+def join(config: dict, size: int, timeout_seconds: float, mesh: Mesh | None = None) -> World:
     """Join the ranks that the environment names, and check that there are `size` of them.
 
     config: the DeepSpeed JSON. timeout_seconds: how long a collective may wait for another rank.
+    mesh: how they are grouped; None: not at all.
     """
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
@@ -256,7 +272,7 @@ def join(config: dict, size: int, timeout_seconds: float) -> World:
     assert kind == DistributedType.DEEPSPEED, f"accelerate runs {kind} and not DeepSpeed"
     joined = dist.get_world_size() if dist.is_initialized() else 0
     assert joined == size, f"{joined} ranks have joined but {size} were requested"
-    return World(accelerator)
+    return World(accelerator, mesh, timeout_seconds)
 
 
 def _has_store() -> bool:

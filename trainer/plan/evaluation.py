@@ -65,8 +65,8 @@ def estimate_evaluation(
     def evaluation(windows: list[int]) -> Evaluation:
         flops = per_token.forward * length
         # All ranks make the same number of micro-batches, the last of them partly padding.
-        rounds = sum(-(-n // (job.train.micro_batch * world)) for n in windows)
-        rows = rounds * job.train.micro_batch * world
+        at_once = job.train.micro_batch * job.mesh(world).data
+        rows = at_once * sum(-(-n // at_once) for n in windows)
         seconds = None if step.seconds is None else step.seconds * rows * flops / of_step
         return Evaluation(sum(windows), sum(windows) * flops, seconds)
 

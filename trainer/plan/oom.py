@@ -95,7 +95,7 @@ def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int |
     most = 0.9 * present.activations.total
     for micro in range(job.train.micro_batch - 1, 0, -1):
         planned = bytes_of(job, world_size, micro)
-        divides = job.train.global_batch % (micro * world_size) == 0
+        divides = job.train.global_batch % (micro * job.mesh(world_size).data) == 0
         if not divides or planned is None or planned.activations is None:
             continue
         if planned.total <= 0.9 * available and planned.activations.total <= most:

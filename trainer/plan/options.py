@@ -51,7 +51,7 @@ class ShardingOption:
     def is_limited_by_batch(self) -> bool:
         """Whether a larger micro-batch would fit, if the global batch had more windows."""
         largest, room = self.largest_micro_batch, self.memory_micro_batch
-        is_whole = largest == self.job.train.global_batch // self.job.world_size
+        is_whole = largest == self.job.train.global_batch // _groups(self.job)
         return is_whole and room is not None and room > (largest or 0)
 
 
@@ -125,7 +125,7 @@ class ShardingOptions:
 
     def largest_micro_batch(self, job: PlanJob) -> int | None:
         """Return the largest micro-batch that divides the batch and fits; None if none does."""
-        each = job.train.global_batch // job.world_size
+        each = job.train.global_batch // _groups(job)
         for micro in range(each, 0, -1):
             if each % micro == 0 and self.fits(_with(job, micro)):
                 return micro
@@ -156,7 +156,7 @@ class ShardingOptions:
                     return f"set {keys}{engine}{less}".strip()
         keys, last = variants[-1]
         gpus = 2 * job.world_size
-        while gpus <= _MOST_GPUS and job.train.global_batch % gpus == 0:
+        while gpus <= _MOST_GPUS and job.train.global_batch % job.mesh(gpus).data == 0:
             wide = _staged(_on(last, gpus), 3)
             if (micro := self.largest_micro_batch(wide)) is not None:
                 return f"set {keys}engine=zero3 plan.gpus={gpus} train.micro_batch={micro}"
@@ -192,13 +192,18 @@ def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
     return replace(job, engine=engine)
 
 
+def _groups(job: PlanJob) -> int:
+    """Return the number of ranks, or groups of them, that are fed different windows."""
+    return job.mesh(job.world_size).data
+
+
 def _with(job: PlanJob, micro_batch: int) -> PlanJob:
     return replace(job, train=replace(job.train, micro_batch=micro_batch))
 
 
 def _alone(job: PlanJob, micro_batch: int) -> PlanJob:
     """Return the job with one micro-batch a step on each rank."""
-    batch = micro_batch * job.world_size
+    batch = micro_batch * _groups(job)
     return replace(job, train=replace(job.train, micro_batch=micro_batch, global_batch=batch))
 
 

@@ -91,10 +91,12 @@ def _model(plan: Plan) -> list[str]:
 
 def _run(plan: Plan) -> list[str]:
     job, train = plan.job, plan.job.train
-    micro = train.global_batch // (train.micro_batch * plan.world)
+    mesh = job.mesh(plan.world)
+    micro = train.global_batch // (train.micro_batch * mesh.data)
+    each = f"{mesh.sequence} ranks" if mesh.sequence > 1 else "rank"
     return [
         f"{job.total_steps:,} steps of {job.tokens_per_step:,} tokens: {train.global_batch:,} "
-        f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} per rank; "
+        f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} per {each}; "
         f"{_short(job.total_steps * job.tokens_per_step)} tokens in total",
         job.exactness.sentence,
     ]

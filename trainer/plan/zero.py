@@ -42,7 +42,7 @@ class ZeroSettings:
     @classmethod
     def of(cls, job: TrainJob, world: int) -> "ZeroSettings":
         """Return the settings of a job on `world` ranks."""
-        micro_batches = job.train.global_batch // (job.train.micro_batch * world)
+        micro_batches = job.train.global_batch // (job.train.micro_batch * job.mesh(world).data)
         zero = deepspeed_config(job, world)["zero_optimization"]
         size = BYTES[job.precision.kind]
         return cls(zero["stage"], size, world, max(1, micro_batches), zero)

@@ -271,6 +271,7 @@ def numerics(
     return {
         **{path: rule for path, rule in guard.items() if kinds[path].kind == "numerics"},
         "world_size": world_size,
+        "sequence_parallel": job.engine.sequence_parallel,
         "stage": job.engine.stage,
         "precision": job.precision.kind,
         "micro_batch": job.train.micro_batch,

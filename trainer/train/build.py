@@ -123,7 +123,8 @@ class Builder:
     def _batches(self, attempt: Attempt, position: Position) -> Generator[Batch, None, None]:
         job, world = self.job, self.engine.world
         feed = feed_of(job, self.sources, position.skipped)
-        share = StepShare(job.train.global_batch, job.train.micro_batch, world.rank, world.size)
+        fed, train = world.data, job.train
+        share = StepShare(train.global_batch, train.micro_batch, fed.rank, fed.size)
         shared = feed.substitute and world.size > 1
 
         def log(sentence: str) -> None:
@@ -224,7 +225,7 @@ class Builder:
                 windows=None if complete else job.validation.windows,
                 documents=job.data.document_mask,
                 objective=self.objective,
-                ranks=world,
+                ranks=world.data,
                 mark=self.phases.mark,
             )
         together = pooled(list(scores.values()))

@@ -54,7 +54,7 @@ class Trainer:
         size = int(os.environ["WORLD_SIZE"])
         check_world(job, size)
         seconds = job.launch.timeout.seconds or 1800.0
-        self.world: World = join(deepspeed_config(job, size), size, seconds)
+        self.world: World = join(deepspeed_config(job, size), size, seconds, job.mesh(size))
         again = ATTEMPT in os.environ or not self.world.is_main
         self.mirror: Mirror | None = None
         started = self.world.main_first(lambda: self._start(job, again))

@@ -147,6 +147,7 @@ _OURS = {
     "zero_optimization.reduce_bucket_size": "engine.bucket_bytes",
     "zero_optimization.allgather_bucket_size": "engine.bucket_bytes",
     "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
+    "sequence_parallel_size": "engine.sequence_parallel",
     "compile": "train.compile",
     "activation_checkpointing": "model.activation_checkpointing",
     "wandb": "logging.wandb",
@@ -164,6 +165,12 @@ class EngineConfig:
     bucket_bytes: int = key(500_000_000, "bytes of a communication bucket", ge=1)
     hierarchical_partition: int = key(
         1, "stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off", ge=1
+    )
+    sequence_parallel: int = key(
+        1,
+        "consecutive ranks (of a node) that are fed the same windows, each a part of the columns; "
+        "1: off",
+        ge=1,
     )
     deepspeed: dict[str, Any] = key(
         {}, "settings of DeepSpeed that have no key here, in its JSON format"

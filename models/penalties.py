@@ -1,0 +1,54 @@
+"""What experts and modules for later tokens add to a training forward pass: to its loss, to what is
+counted of it, and to the numbers of a step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forescale.models.block import Trunk
+from forescale.models.experts.balance import load_metrics, penalty_of
+from forescale.models.heads.mtp import counts_of, later_losses, mtp_metrics
+from forescale.models.tallies import Tallies
+
+Given = tuple[Tensor, Tensor | None, Tensor | None]  # targets, padding mask, documents; each (B, L)
+
+
+def counted_penalty(
+    tallies: Tallies,
+    trunk: Trunk,
+    given: Given,
+    modules: nn.ModuleList,
+    weight: float,
+    head: Callable[[Tensor, Tensor | None], Any],
+) -> Tensor | float:
+    """Count a training forward pass; return what experts and later tokens add to its loss.
+
+    modules: those for later tokens, of whose mean loss `weight` is added; head: as
+    Transformer._head.
+    """
+    penalty: Tensor | float = penalty_of(trunk.routings, given[0]) if trunk.routings else 0.0
+    routings, losses = [*trunk.routings], []
+    for found in later_losses(modules, trunk, given, head):
+        losses.append(found)
+        penalty += weight / len(modules) * found.objective
+        if found.routings:
+            penalty += penalty_of(found.routings, found.targets)
+            routings += found.routings
+    if routings:
+        tallies.of("experts").add_(torch.stack([r.counts for r in routings]))
+    if losses:
+        tallies.of("mtp").add_(counts_of(losses))
+    return penalty
+
+
+def metrics_of(tallies: Tallies | None, top_k: int) -> dict[str, Tensor]:
+    """Return the experts' load and the losses of later tokens in the step, where there are."""
+    found: dict[str, Tensor] = {}
+    if tallies is not None:
+        if (totals := tallies.total("experts")) is not None:
+            found |= load_metrics(totals, top_k)
+        if (totals := tallies.total("mtp")) is not None:
+            found |= mtp_metrics(totals)
+    return found

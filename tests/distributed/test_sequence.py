@@ -1,0 +1,100 @@
+"""A sequence divided among real ranks against the same training on one, without DeepSpeed."""
+
+import pytest
+import torch
+
+from forescale.engine.optim import build_optimizer, parameter_groups
+from forescale.models import Transformer
+from tests.distributed import ranks
+from tests.distributed import sequence_scenarios as scenario
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+CLIP = "optimizer.clip=0.5"
+GROUPED = ["model.num_kv_heads=1", CLIP]  # fewer than ranks
+STAGES = [[stage, *GROUPED] for stage in range(4)]
+MIXERS = [
+    [0, "model.num_kv_heads=2", "model.attention_gate=channel", "model.value_residual=0.5"],
+    [0, "model.mixer=window", "model.window=5", "model.num_kv_heads=2"],
+    [0, "model.mixer=window", "model.window=5", "model.global_tokens=2"],
+    [0, "model.mixer=block_sparse", "model.sparse_block=2", "model.sparse_local=2"],
+    [0, "model.mixer=latent", "model.latent_query_rank=14"],
+    [0, "model.position=alibi", "model.qk_norm_over=layer", "model.z_loss=0.001"],
+    [0, "model.position=relative", "model.num_kv_heads=1"],
+    [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
+    [0, "model.activation_checkpointing=true"],
+    [0, "model.causal=false", "objective.kind=masked", "model.head=dense"],
+]
+
+
+def plainly(case, documents):
+    """The same training in one process, without ranks: a plain loop over whole rows."""
+    job = scenario.job_of(case, 1, 1)
+    torch.manual_seed(0)
+    model = Transformer(job.model)
+    groups = parameter_groups(model.named_parameters(), job.optimizer)
+    optimizer = build_optimizer(job.optimizer, [group.as_dict() for group in groups])
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_learning_rate"]
+    rows = []
+    for step in range(STEPS):
+        data, nats = scenario.batch(step, 0, 1, documents), 0.0
+        for micro in data.micro:
+            losses = model(micro.tokens, micro.targets, documents_BL=micro.documents)
+            (losses.sum() / data.targets).backward()
+            nats += losses.sum().item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append([nats / data.targets, norm.item()])
+    with torch.no_grad():
+        held_out = [
+            model.eval()(micro.tokens, micro.targets, documents_BL=micro.documents).tolist()
+            for micro in scenario.batch(99, 0, 1, documents).micro
+        ]
+    return rows, held_out
+
+
+def plain_gradients(case):
+    job = scenario.job_of(case, 1, 1)
+    torch.manual_seed(0)
+    model, data = Transformer(job.model), scenario.batch(0, 0, 1, True)
+    for micro in data.micro:
+        found = model(micro.tokens, micro.targets, documents_BL=micro.documents)
+        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        ((losses.sum() + penalty) / data.targets).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("size", "near", "documents"), [(2, 2, False), (4, 2, True), (4, 4, False)]
+)
+def test_every_stage_trains_a_divided_sequence_as_one_rank(size, near, documents):
+    arguments = {"cases": STAGES, "near": near, "steps": STEPS, "documents": documents}
+    found = ranks.run("sequence_scenarios:trained", size, **arguments)
+    expected, held_out = plainly(STAGES[0], documents)
+    assert any(norm > 0.5 for _, norm in expected), "clipping must take part"
+    for case, (rows, scores) in zip(STAGES, found, strict=True):
+        for row, plain in zip(rows, expected, strict=True):
+            assert row == pytest.approx(plain, rel=1e-5), case
+        torch.testing.assert_close(torch.tensor(scores), torch.tensor(held_out), msg=f"{case}")
+
+
+def test_gradients_of_each_mixer_are_those_of_one_rank():
+    found = ranks.run("sequence_scenarios:gradients", 2, cases=MIXERS, near=2)
+    for case, gradients in zip(MIXERS, found, strict=True):
+        for name, plain in plain_gradients(case).items():
+            torch.testing.assert_close(
+                torch.tensor(gradients[name]), plain, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}"
+            )
+
+
+def test_a_block_with_its_exchange_is_one_graph():
+    cases = [[1, *GROUPED], [1, CLIP, "model.mixer=window", "model.window=5"]]
+    arguments = {"near": 2, "steps": 2, "documents": True, "compiled": True}
+    found = ranks.run("sequence_scenarios:trained", 2, cases=cases, **arguments)
+    for case, (rows, _) in zip(cases, found, strict=True):
+        expected, _ = plainly(case, True)
+        for row, plain in zip(rows, expected[:2], strict=True):
+            assert row == pytest.approx(plain, rel=1e-5), case
