@@ -58,6 +58,8 @@ class Block(nn.Module):
         super().__init__()
         parts, is_last = parts_of(config, layer), layer == config.encoder_layers - 1
         config = config.of_block(layer)
+        self.divided = {name: part.divided(config) for name, part in parts.items()}
+        self.heads = {name: part.heads for name, part in parts.items()}
         before, after = config.norms_before, config.norms_after
         self.mixer_norm = make_norm(config) if before else None
         self.mixer = named(parts["mixer"].module)(config)

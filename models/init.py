@@ -4,10 +4,12 @@ See models/parametrization.py. Biases start at 0, norms at 1. Each module initia
 in its constructor, because DeepSpeed's zero.Init partitions a module right after it is constructed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -15,7 +17,11 @@ class Linear(nn.Linear):
     """nn.Linear, (..., in) -> (..., out), whose initial weights have standard deviation `std`.
 
     All hidden matrices, and nothing else, use this class: muon_parameters() relies on it.
+    summed: set where ranks divide the inputs: it returns the sum of their products, to which the
+    bias is added once.
     """
+
+    summed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, num_in: int, num_out: int, bias: bool, std: float):
         self.std = std  # before nn.Linear's own constructor, which calls reset_parameters
@@ -27,6 +33,12 @@ class Linear(nn.Linear):
         self.weight.normal_(0, self.std)
         if self.bias is not None:
             self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.summed is None:
+            return super().forward(x)
+        y = self.summed(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
 
 
 # torch.nn.init's own too: while one of them is in this mode, what it calls is not.

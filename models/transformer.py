@@ -24,6 +24,7 @@ from forescale.models.init import Linear
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import mask_of, source_mask
 from forescale.models.norm import make_norm
+from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.parametrization import Factors, factors, scales
 from forescale.models.penalties import counted_penalty, metrics_of
 from forescale.models.positions.alibi import biased_mask
@@ -36,7 +37,6 @@ from forescale.models.positions.position import (
     sinusoids,
 )
 from forescale.models.positions.relative import RelativePosition
-from forescale.models.sequence import SequenceGroup
 from forescale.models.tallies import tallies_of
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.record import Part, Shapes, linear, matrix_flops
+from forescale.models.costs.record import Part, Shapes, by_output, linear, matrix_flops
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -63,6 +63,13 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
     return 2 * config.sizes.kv_width * length * bytes_per_value
 
 
+def _divided(config: "ModelConfig") -> dict[str, int]:
+    """Return the matrices of the heads. A norm over all heads can't be divided."""
+    if config.qk_norm and config.qk_norm_over == "layer":
+        return {}
+    return by_output(_shapes(config), ("query", "key", "value", "gate"), "output")
+
+
 def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     """Return the factor of the module that the scores are linear in.
 
@@ -103,6 +110,8 @@ ATTENTION = Part(
     writes=("output",),
     per_head=("query_norm", "key_norm"),
     folds=_folds,
+    divided=_divided,
+    heads=("num_heads", "num_kv_heads"),
     keys=KEYS,
     reads=(*_HEADS, *ROTATION),
     plain_bytes=plain_bytes,

@@ -3,7 +3,15 @@
 from typing import TYPE_CHECKING
 
 from forescale.models.costs.attention import ROTATION, plain_bytes, scores_flops
-from forescale.models.costs.record import Part, Problem, Shapes, below_1, linear, matrix_flops
+from forescale.models.costs.record import (
+    Part,
+    Problem,
+    Shapes,
+    below_1,
+    by_output,
+    linear,
+    matrix_flops,
+)
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -92,6 +100,11 @@ def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> lis
     return found
 
 
+def _divided(config: "ModelConfig") -> dict[str, int]:
+    """Return the matrices of the heads; latents and the keys that rotate are of all heads."""
+    return by_output(_shapes(config), ("query", "key", "value"), "output")
+
+
 _KEYS = ("latent_rank", "latent_query_rank")
 LATENT = Part(
     module="forescale.models.mixers.latent.LatentAttention",
@@ -102,6 +115,8 @@ LATENT = Part(
     writes=("output",),
     per_head=("latent_norm", "query_norm"),
     folds=_folds,
+    divided=_divided,
+    heads=("num_heads", "key.num_heads", "value.num_heads"),
     keys=_KEYS,
     reads=("num_heads", *ROTATION),
     problems=_problems,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.record import Part, Shapes, linear, matrix_flops
+from forescale.models.costs.record import Part, Shapes, by_output, linear, matrix_flops
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -26,12 +26,16 @@ def _part(inner: tuple[str, ...], kept: int) -> Part:
     def activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
         return kept * bytes_per_value * config.sizes.mlp_width
 
+    def divided(config: "ModelConfig") -> dict[str, int]:
+        return by_output(shapes(config), inner, "down")
+
     return Part(
         module="forescale.models.mlp.MLP",
         shapes=shapes,
         flops=flops,
         activation_bytes=activation_bytes,
         writes=("down",),
+        divided=divided,
         is_gated="gate" in inner,
     )
 

@@ -40,6 +40,10 @@ def _no_folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     return {}
 
 
+def _whole(config: "ModelConfig") -> dict[str, int]:
+    return {}
+
+
 def _never(config: "ModelConfig") -> bool:
     return False
 
@@ -77,6 +81,10 @@ class Part:
     per_head: the modules whose parameters all heads share (parametrization, rule 10).
     folds: (config, scores) -> the factor of each module that gives the same outputs without the
         multiplier `scores` of attention scores (parametrization, rule 6).
+    divided: config -> {parameter name: dimension}: of which each tensor-parallel rank has a part,
+        cut along the dimension: rows of the matrices that read the stream, columns of those that
+        write to it (see engine/tensor.py); {} for a part that can't be divided.
+    heads: the counts in the module, by dotted name, of which each such rank has a part.
     not_muon: the matrices inside that are not of init.Linear, by parameter name, such as the gates
         of several kinds in one matrix.
     stacked: the parameters that are a matrix for each expert, (E, out, in): Muon takes each matrix.
@@ -95,7 +103,7 @@ class Part:
     takes_biases: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
         that it may have the biases of alibi (alibi.biased_mask) or of relative positions.
     divides: the mixer attends with context.group, where ranks divide the columns of rows
-        (sequence.py).
+        (parallel/sequence.py).
     viewer: the dotted name of a function (config, layer) -> a function of mixers/context.Columns
         that makes context.view, for a mixer that needs one. It is called once in a forward pass for
         all layers of the mixer or, where varies(config), for each.
@@ -119,6 +127,8 @@ class Part:
     source_bytes: Callable[["ModelConfig", int, int], int] = _nothing
     per_head: tuple[str, ...] = ()
     folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
+    divided: Callable[["ModelConfig"], dict[str, int]] = _whole
+    heads: tuple[str, ...] = ()
     not_muon: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
     idle: Callable[["ModelConfig"], int] = _no_idle
@@ -157,3 +167,10 @@ def below_1(config: "ModelConfig", *names: str) -> list[Problem]:
         for name, value in given
         if value is not None and value < 1
     ]
+
+
+def by_output(shapes: Shapes, outputs: tuple[str, ...], inputs: str) -> dict[str, int]:
+    """Return `divided` of a part: the modules `outputs` by their outputs, biases too, and the
+    weight of the module `inputs` by its inputs."""
+    rows = {name: 0 for name in shapes if name.rpartition(".")[0] in outputs}
+    return rows | {f"{inputs}.weight": 1}

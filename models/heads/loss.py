@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forescale.models.parallel.tensor import TensorGroup
+
 IGNORE = -100  # marks a position without a target: padding, or a token that has no loss
 
 
@@ -31,16 +33,18 @@ def window_losses(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     bias_V: Tensor | None = None,
+    group: TensorGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return each window's sum of cross-entropy over its targets: losses (B,) in nats, fp32.
 
     With z_loss > 0: (losses, penalty), where penalty is z_loss * log(Z)^2 summed over all targets,
     a scalar that belongs to the training objective only (PaLM, arXiv 2204.02311, section 5).
-    softcap: see `capped`; bias (V,): added to the logits before.
+    softcap: see `capped`; bias (V,): added to the logits before. group: the ranks that divide the
+    rows of weight and bias, each of which gets the same losses.
     """
     targets_N = targets_BL.flatten()
     losses_N, log_z_N = token_losses(
-        hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk, softcap, bias_V
+        hidden_BLD.flatten(0, 1), weight_VD, targets_N, chunk, softcap, bias_V, group
     )
     losses_B = losses_N.view(targets_BL.shape).sum(-1)
     if not z_loss:
@@ -55,21 +59,27 @@ def token_losses(
     chunk: int = 0,
     softcap: float = 0.0,
     bias_V: Tensor | None = None,
+    group: TensorGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cross-entropy and log-partition of each token.
 
     Args: hidden (N, D), head weight (V, D), targets (N,) int64, `chunk` tokens at once (0: all),
-    softcap of the logits (0: off), their bias (V,).
+    softcap of the logits (0: off), their bias (V,), the ranks that divide V.
     Returns: losses (N,) in nats, 0 where the target is IGNORE, and log Z (N,); both fp32.
     """
     size = chunk or len(targets_N)
-    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, size, softcap, bias_V)
+    return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, size, softcap, bias_V, group)
 
 
-def _index(targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) -> ignored (N,) bool, index (N, 1) of the target's logit, 0 where ignored."""
-    ignored_N = targets_N == IGNORE
-    return ignored_N, targets_N.masked_fill(ignored_N, 0)[:, None]
+def _index(targets_N: Tensor, rows: int, group: TensorGroup | None) -> tuple[Tensor, Tensor]:
+    """(N,) -> absent (N,) bool, index (N, 1) of the target's logit among `rows`, 0 where that is
+    absent: ignored, or another rank's."""
+    if group is None:
+        absent_N = targets_N == IGNORE
+    else:
+        targets_N = targets_N - group.rank * rows
+        absent_N = (targets_N < 0) | (targets_N >= rows)
+    return absent_N, targets_N.masked_fill(absent_N, 0)[:, None]
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -84,28 +94,30 @@ class _TokenLosses(torch.autograd.Function):
         chunk: int,
         softcap: float,
         bias_V: Tensor | None,
+        group: TensorGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        losses, log_z = [], []
+        log_z, chosen = [], []
         for hidden_CD, targets_C in zip(
             hidden_ND.split(chunk), targets_N.split(chunk), strict=True
         ):
             logits_CV = capped(F.linear(hidden_CD, weight_VD, bias_V), softcap)
-            ignored_C, index_C1 = _index(targets_C)
+            absent_C, index_C1 = _index(targets_C, len(weight_VD), group)
             log_z.append(logits_CV.float().logsumexp(-1))
-            target_logit_C = logits_CV.gather(1, index_C1)[:, 0].float()
-            losses.append((log_z[-1] - target_logit_C).masked_fill(ignored_C, 0.0))
-        log_z_N = torch.cat(log_z)
-        whole = logits_CV if len(losses) == 1 else None
+            chosen.append(logits_CV.gather(1, index_C1)[:, 0].float().masked_fill(absent_C, 0.0))
+        log_z_N, chosen_N = torch.cat(log_z), torch.cat(chosen)
+        if group is not None:
+            log_z_N, chosen_N = group.pooled(log_z_N, chosen_N)
+        whole = logits_CV if len(log_z) == 1 else None
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_z_N, whole, bias_V)
-        ctx.chunk, ctx.softcap = chunk, softcap
-        return torch.cat(losses), log_z_N
+        ctx.chunk, ctx.softcap, ctx.group = chunk, softcap, group
+        return (log_z_N - chosen_N).masked_fill(targets_N == IGNORE, 0.0), log_z_N
 
     @staticmethod
     def backward(ctx: Any, grad_losses_N: Tensor, grad_log_z_N: Tensor) -> Any:
         hidden_ND, weight_VD, targets_N, log_z_N, whole, bias_V = ctx.saved_tensors
-        ignored_N, index_N1 = _index(targets_N)
-        grad_target_N = grad_losses_N.masked_fill(ignored_N, 0.0)
-        grad_all_N = grad_target_N + grad_log_z_N
+        absent_N, index_N1 = _index(targets_N, len(weight_VD), ctx.group)
+        grad_all_N = grad_losses_N.masked_fill(targets_N == IGNORE, 0.0) + grad_log_z_N
+        grad_target_N = grad_losses_N.masked_fill(absent_N, 0.0)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         grad_hidden = []
@@ -129,4 +141,4 @@ class _TokenLosses(torch.autograd.Function):
         if grad_bias_V is not None:
             grad_bias_V = grad_bias_V.to(weight_VD.dtype)
         whole_grad = grad_weight_VD.to(weight_VD.dtype)
-        return torch.cat(grad_hidden), whole_grad, None, None, None, grad_bias_V
+        return torch.cat(grad_hidden), whole_grad, None, None, None, grad_bias_V, None

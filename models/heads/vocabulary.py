@@ -14,6 +14,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.heads.loss import capped, window_losses
 from forescale.models.init import Linear
 from forescale.models.norm import make_norm
+from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import scales
 
 
@@ -21,6 +22,7 @@ class Vocabulary(nn.Module):
     """A table (V, D) for embedding and logits, both by a call: a tied table is called twice.
 
     makes_logits: False for a table that only embeds. With model.head=dense, logits have a bias (V).
+    group: the ranks that divide the rows, V being this rank's; None: this one has them all.
 
     tokens (B, L) int64             -> vectors (B, L, D)
     hidden (B, L, D)                -> logits (B, L, V)
@@ -32,6 +34,7 @@ class Vocabulary(nn.Module):
         self.chunks = config.targets_at_once(False), config.targets_at_once(True)
         self.z_loss = config.z_loss
         self.softcap = config.logit_softcap
+        self.group: TensorGroup | None = None
         self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
         has_bias = makes_logits and config.head == "dense"
         self.bias = nn.Parameter(torch.zeros(config.sizes.vocab_size)) if has_bias else None
@@ -39,17 +42,32 @@ class Vocabulary(nn.Module):
         self.multiplier = scale.logits
         nn.init.normal_(self.weight, 0, scale.table_std)
 
+    def divides(self, ranks: int) -> bool:
+        """True if so many ranks can divide the rows."""
+        return len(self.weight) % ranks == 0
+
     def forward(self, x: Tensor, targets_BL: Tensor | None = None) -> Any:
         if not x.is_floating_point():
-            return F.embedding(x, self.weight)
+            return self._vectors(x)
+        if self.group is not None:
+            x = self.group.copied(x)
         if self.multiplier != 1:
             x = x * self.multiplier  # not the logits, which are many more
         if targets_BL is None:
             return capped(F.linear(x, self.weight, self.bias), self.softcap)
         chunk = self.chunks[x.is_cuda]
         return window_losses(
-            x, self.weight, targets_BL, chunk, self.z_loss, self.softcap, self.bias
+            x, self.weight, targets_BL, chunk, self.z_loss, self.softcap, self.bias, self.group
         )
+
+    def _vectors(self, tokens_BL: Tensor) -> Tensor:
+        if self.group is None:
+            return F.embedding(tokens_BL, self.weight)
+        rows = len(self.weight)
+        own_BL = tokens_BL - self.group.rank * rows
+        absent_BL = (own_BL < 0) | (own_BL >= rows)
+        x_BLD = F.embedding(own_BL.masked_fill(absent_BL, 0), self.weight)
+        return self.group.summed(x_BLD.masked_fill(absent_BL[..., None], 0.0))
 
 
 class Transform(nn.Module):

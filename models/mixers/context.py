@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forescale.models.cache import Memory
+from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.positions.position import Rotation
-from forescale.models.sequence import SequenceGroup
 
 
 class Context(NamedTuple):

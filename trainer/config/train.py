@@ -39,7 +39,7 @@ from forescale.config.sections.training import (
 )
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.division import divisions
+from forescale.models.parallel.division import divisions
 
 _MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
 

@@ -17,7 +17,7 @@ from forescale.engine.optim import build_optimizer, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.step import Engine
 from forescale.engine.world import World
-from forescale.models.sequence import SequenceGroup
+from forescale.models.parallel.sequence import SequenceGroup
 
 # Dense peak FLOP/s in bf16, from the vendors' data sheets; MFU is a fraction of these.
 _KNOWN_PEAKS = {

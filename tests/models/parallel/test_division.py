@@ -2,7 +2,7 @@ from itertools import product
 
 import pytest
 
-from forescale.models.division import copies
+from forescale.models.parallel.division import copies
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Groups of ranks that compute one model together, and what they exchange inside of it."""

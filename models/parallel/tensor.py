@@ -1,0 +1,66 @@
+"""Ranks that divide matrices (engine/tensor.py), and what they exchange.
+
+Invariant: all ranks of a group have the same residual stream, and the gradient of it, to the bit.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that divide matrices, and this one's place `rank` among the `size` of them.
+
+    name: of their process group, as torch.distributed knows it.
+    """
+
+    rank: int
+    size: int
+    name: str
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over the group, the same bits on all its ranks. Has no gradient."""
+        # A functional collective, because a compiler can follow it.
+        found = collectives.all_reduce(x.contiguous(), "sum", self.name)  # type: ignore[arg-type]
+        return collectives.wait_tensor(found)
+
+    def copied(self, x: Tensor) -> Tensor:
+        """Return x, which all ranks have, for what each does with it: its gradient is the sum."""
+        return _Copied.apply(x, self)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Return the sum of the ranks' x, for what they all do alike: its gradient is that."""
+        return _Summed.apply(x, self)
+
+    def pooled(self, log_z_N: Tensor, logits_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-partition of all ranks' rows, and the sum of the ranks' logits, of which
+        all but one are 0. Has no gradient."""
+        every_T2N = log_z_N.new_zeros(self.size, 2, len(log_z_N))
+        every_T2N[self.rank] = torch.stack([log_z_N, logits_N])
+        every_T2N = self.sum(every_T2N)
+        return every_T2N[:, 0].logsumexp(0), every_T2N[:, 1].sum(0)
+
+
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.sum(gradient), None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        return group.sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -1,0 +1,72 @@
+"""Tensor parallelism: ranks that divide the matrices of each block (Shoeybi et al. 2019, Megatron,
+arXiv 1909.08053, section 3).
+
+Each rank of a group has some heads of attention and some channels of the MLP: rows of the matrices
+that read the residual stream, columns of those that write to it (Part.divided of the cost record);
+and some rows of the tables of tokens. All ranks of a group are fed the same windows and hold the
+same stream. Two all-reduces a part keep it so: of the part's output in the forward pass, of its
+input's gradient in the backward pass.
+
+Invariant: every rank draws whole matrices and keeps its part, so that the initial model depends on
+no number of ranks; and the gradients of what is not divided are the same on all ranks of a group.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from forescale.engine.portable.strips import Share
+from forescale.models.block import Block
+from forescale.models.heads.vocabulary import Vocabulary
+from forescale.models.init import Linear
+from forescale.models.parallel.tensor import TensorGroup
+
+
+def divide(model: nn.Module, group: TensorGroup) -> nn.Module:
+    """Keep this rank's part of the blocks and tables in `model`, those that are still whole; return
+    `model`.
+
+    A parameter that is divided has the attribute `share`. A table whose rows the ranks don't divide
+    stays whole.
+    """
+    for module in model.modules():
+        if isinstance(module, Block) and module.divided:
+            for name, dimensions in module.divided.items():
+                _divide_part(getattr(module, name), dimensions, module.heads[name], group)
+            module.divided = {}
+        if isinstance(module, Vocabulary) and module.group is None and module.divides(group.size):
+            module.group = group
+            for p in module.parameters():
+                _keep(p, 0, group)
+    return model
+
+
+def _keep(p: nn.Parameter, dim: int, group: TensorGroup) -> None:
+    """Keep this rank's part of a parameter."""
+    p.share = Share(tuple(p.shape), dim, group.rank, group.size)  # type: ignore[attr-defined]
+    p.data = p.data.chunk(group.size, dim)[group.rank].clone()
+
+
+def _divide_part(
+    part: nn.Module, dimensions: dict[str, int], heads: tuple[str, ...], group: TensorGroup
+) -> None:
+    for linear, name in _linears(part):
+        if dimensions.get(f"{name}.weight") == 1:
+            linear.summed = group.summed
+    for name, p in part.named_parameters():
+        writes = dimensions.get(f"{name.rpartition('.')[0]}.weight") == 1
+        if name in dimensions:
+            _keep(p, dimensions[name], group)
+        elif not writes:
+            p.register_hook(group.sum)  # each rank has the gradient of its heads alone
+    for linear, _ in _linears(part):
+        linear.out_features, linear.in_features = linear.weight.shape
+    for name in heads:
+        owner, _, count = name.rpartition(".")
+        found = part.get_submodule(owner)
+        setattr(found, count, getattr(found, count) // group.size)
+    part.register_forward_pre_hook(lambda _, inputs: (group.copied(inputs[0]), *inputs[1:]))
+
+
+def _linears(part: nn.Module) -> Iterator[tuple[Linear, str]]:
+    return ((m, name) for name, m in part.named_modules() if isinstance(m, Linear))
