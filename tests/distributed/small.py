@@ -84,7 +84,9 @@ def settings(optimizer: str) -> OptimizerConfig:
     return OptimizerConfig(optimizer, beta1=0.9, beta2=0.95, eps=1e-8, **muon)
 
 
-def job(stage: int, optimizer: str, precision: str, offload: bool = False) -> SimpleNamespace:
+def job(
+    stage: int, optimizer: str, precision: str, offload: bool = False, gradients: str | None = None
+) -> SimpleNamespace:
     """The part of a training job that the engine reads."""
     extra = {"zero_optimization": {"stage3_param_persistence_threshold": 50}} if stage == 3 else {}
     engine = {"stage": stage, "offload_optimizer": offload, "offload_parameters": False}
@@ -95,10 +97,13 @@ def job(stage: int, optimizer: str, precision: str, offload: bool = False) -> Si
         engine=SimpleNamespace(**engine),
         precision=SimpleNamespace(kind=precision),
         optimizer=settings(optimizer),
+        gradient_dtype=lambda world_size: gradients or precision,
     )
 
 
-def build(stage: int, optimizer: str, precision: str, clip=None, offload=False, seed=0):
+def build(
+    stage: int, optimizer: str, precision: str, clip=None, offload=False, seed=0, gradients=None
+):
     """An engine over all ranks of this process's environment."""
     import os
 
@@ -111,11 +116,13 @@ def build(stage: int, optimizer: str, precision: str, clip=None, offload=False, 
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])
-    world = join(deepspeed_config(job(stage, optimizer, precision, offload), size), size, 60)
+    mine = job(stage, optimizer, precision, offload, gradients)
+    world = join(deepspeed_config(mine, size), size, 60)
     torch.manual_seed(seed)
     model = Model()
     base = build_optimizer(settings(optimizer), groups(model, optimizer))
-    return Engine(world, model, base, seed=7, clip=clip)
+    fp32 = mine.gradient_dtype(size) != precision
+    return Engine(world, model, base, seed=7, clip=clip, fp32_gradients=fp32)
 
 
 def train(engine, steps, micro_batches=4, multiplier=1.0) -> list[float]:

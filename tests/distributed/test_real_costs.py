@@ -43,7 +43,10 @@ T5 += ["model.position=relative"]
 RECURRENT = ["model.num_layers=3", "model.mixer_pattern=[gated_deltanet,lstm,mingru]"]
 GATED = ["model.mixer_pattern=[window,attention]", "model.window=5", "model.value_residual=0.5"]
 GATED += ["model.attention_gate=channel", "model.norm_placement=sandwich"]
+IN_FP32 = "engine.gradient_dtype=fp32"
 PARTS = [
+    *[[stage, "muon", "bf16", IN_FP32] for stage in range(3)],
+    [3, "muon", "bf16", IN_FP32, zero(SMALL)],
     [0, "muon", "bf16", *RECURRENT],
     [1, "muon", "bf16", *EXPERTS],
     [2, "muon", "fp32", *T5],
@@ -86,8 +89,8 @@ def test_states_are_the_tensors_of_real_ranks(size):
                 assert now.get("other", 0) <= 100, where  # norms, flags
             assert found["held"].get("gradients", 0) == s.held, where
             assert found["accumulating"] == s.gradients, where
-            fp32_stage_0 = case[0] == 0 and case[2] == "fp32"  # the gradients themselves
-            assert found["updating"] == (s.held if fp32_stage_0 else s.update), where
+            as_they_are = case[0] == 0 and (case[2] == "fp32" or IN_FP32 in case)
+            assert found["updating"] == (s.held if as_they_are else s.update), where
         most = states(job, held, size)
         every = [states(job, held, size, rank) for rank in range(size)]
         assert most.backward == max(s.backward for s in every), case
@@ -107,6 +110,10 @@ TRAFFIC = [
     [2, "adamw", "fp32", "model.tie_embeddings=true"],
 ]  # fmt: skip
 PARTS_TRAFFIC = [
+    *[[stage, "adamw", "bf16", IN_FP32] for stage in range(3)],
+    [3, "muon", "bf16", IN_FP32, zero(SMALL)],
+    [3, "adamw", "bf16", IN_FP32, zero(SMALL)],
+    [2, "adamw", "bf16", IN_FP32, "engine.deepspeed={communication_data_type: bf16}"],
     [1, "muon", "bf16", *EXPERTS],
     [2, "adamw", "bf16", *T5],
     [3, "adamw", "bf16", zero(SMALL, SOME), CHECKPOINTING, *EXPERTS],

@@ -31,6 +31,7 @@ from forescale.config.sections.runtime import (
     ValidationConfig,
 )
 from forescale.config.sections.training import (
+    MOST_ROUNDED_SUMS,
     EngineConfig,
     PrecisionConfig,
     RunConfig,
@@ -124,6 +125,15 @@ class TrainJob(Job):
     def native_precision(self) -> Literal["bf16", "fp32"]:
         """What precision.kind=auto means on the machine that trains."""
         return native_precision()
+
+    def gradient_dtype(self, world_size: int) -> str:
+        """Return the number format in which so many ranks add up their gradients."""
+        wanted, lowest = self.engine.gradient_dtype, self.precision.kind
+        among = self.mesh(world_size).data
+        micro_batches = self.train.global_batch // (self.train.micro_batch * among)
+        if wanted == "auto" and micro_batches > MOST_ROUNDED_SUMS:
+            wanted = "fp32"
+        return "fp32" if wanted == "fp32" else lowest
 
     def for_machine(self, find: Find | None = None) -> Self:
         """Return the job with a precision that is settled: that of the run, if it exists, and else

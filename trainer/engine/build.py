@@ -78,7 +78,9 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     if world.sequence.size > 1:
         among = world.sequence
         model.divide(SequenceGroup(among.rank, among.size, among.group.group_name))  # type: ignore[operator]
-    return Engine(world, model, optimizer, seed=job.train.seed, clip=job.optimizer.clip)
+    fp32 = job.gradient_dtype(world.size) != job.precision.kind
+    seed, clip = job.train.seed, job.optimizer.clip
+    return Engine(world, model, optimizer, seed=seed, clip=clip, fp32_gradients=fp32)
 
 
 def _call_optional(model: nn.Module, method: str) -> Any:

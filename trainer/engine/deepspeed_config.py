@@ -25,21 +25,27 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
         # Its timer waits for the device at the begin and end of a step; ours measures whole steps.
         "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": _zero(job),
+        "zero_optimization": _zero(job, world_size),
     }
     if job.precision.kind == "bf16":
         # The engine checks for non-finite gradients itself, before the update.
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     elif job.precision.kind == "fp16":
         config["fp16"] = {"enabled": True}
+    if job.gradient_dtype(world_size) != job.precision.kind:
+        config["communication_data_type"] = "fp32"
+        if engine.stage == 3:  # the other stages refuse it, see stages.py
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     return merged(config, engine.deepspeed)
 
 
-def _zero(job) -> dict[str, Any]:
+def _zero(job, world_size: int) -> dict[str, Any]:
     engine, optimizer = job.engine, job.optimizer.spec
+    # Bytes of an element in the reduce bucket.
+    gradient = 2 if job.gradient_dtype(world_size) == job.precision.kind else 4
     zero: dict[str, Any] = {
         "stage": engine.stage,
-        "reduce_bucket_size": engine.bucket_bytes // 2,
+        "reduce_bucket_size": engine.bucket_bytes // gradient,
         "allgather_bucket_size": engine.bucket_bytes // 2,
     }
     if engine.stage in (1, 2) and not engine.offload_optimizer:

@@ -74,6 +74,16 @@ class Layout:
         """A factor that the loss must be multiplied with because DeepSpeed doesn't do it."""
         return 1.0
 
+    def add_in_fp32(self) -> None:
+        """Add up the gradients of micro-batches in fp32, though the weights have fewer digits.
+
+        torch then makes each `.grad` in fp32, from the gradient of one backward pass, which has the
+        weights' type: DeepSpeed accumulates and reduces what it finds there.
+        """
+        for param in self.engine.module.parameters():
+            if param.requires_grad:
+                param.grad_dtype = torch.float32
+
     def prepare_step(self, factor: float) -> None:
         """Multiply the gradients by `factor` (clipping), at once or inside DeepSpeed's step."""
         self.factor = factor

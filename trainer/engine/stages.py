@@ -14,15 +14,23 @@ Facts about DeepSpeed that are worked around here:
 - At stages 1 and 2 a rank's Muon momentum is a row of complete matrices, one for each parameter of
   which the rank holds a part; all other states are flat partitions.
 - FP16_UnfusedOptimizer makes one step with zero gradients while it is built.
+- Where the weights are bf16 or fp16, DeepSpeed accumulates gradients in fp32 at stage 3 alone: at 0
+  and 1 it refuses to with these optimizers, at 2 it leaves Muon's group out. At stages 0 to 2 torch
+  makes the `.grad` of each parameter in fp32, and DeepSpeed's buffers take its type.
 - The base optimizer (Muon) takes the gradient of a flat partition as the update; its own step
   orthogonalises only 2-D weights (stage 0).
 """
 
+import torch
+
 from forescale.engine.layout import Layout, Piece, Unit
 
 
-def layout_of(engine) -> Layout:
-    """Return the layout of a DeepSpeed engine. Raises AssertionError for an unknown optimizer."""
+def layout_of(engine, fp32_gradients: bool = False) -> Layout:
+    """Return the layout of a DeepSpeed engine. Raises AssertionError for an unknown optimizer.
+
+    fp32_gradients: the engine adds up gradients in fp32 from now on.
+    """
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     if optimizer is engine.basic_optimizer:
@@ -33,7 +41,10 @@ def layout_of(engine) -> Layout:
         "DeepSpeedZeroOptimizer_Stage3": Zero3,
     }
     assert name in known, f"DeepSpeed built {name}, which this version of forescale cannot save"
-    return known[name](engine)
+    layout = known[name](engine)
+    if fp32_gradients:
+        layout.add_in_fp32()
+    return layout
 
 
 class Bare(Layout):
@@ -78,6 +89,20 @@ class Unfused(Layout):
         for group in self.optimizer.fp16_groups:
             yield from (p.grad for p in group if p.grad is not None)
 
+    def add_in_fp32(self):
+        super().add_in_fp32()
+        found = self.engine._get_gradients_for_reduction
+
+        def filled():
+            # Where a parameter has no gradient, DeepSpeed would give it one of the weight's type.
+            for group in self.optimizer.fp16_groups:
+                for p in group:
+                    if p.grad is None:
+                        p.grad = torch.zeros_like(p, dtype=torch.float32)
+            return found()
+
+        self.engine._get_gradients_for_reduction = filled
+
     def _master_gradients(self):
         for group in self.optimizer.fp32_groups:
             yield from (p.grad for p in group if p.grad is not None)
@@ -107,6 +132,17 @@ class Zero12(Layout):
         arguments = (tensors, first_offset, partition_size, dtype, device, i)
         self._held[i] = (o.all_grad_tensors[i], arguments, kw)
         return []
+
+    def add_in_fp32(self):
+        super().add_in_fp32()
+        o = self.optimizer
+        o.dtype = o.gradient_accumulation_dtype = torch.float32  # of the buffers for gradients
+        if self.offload:
+            o.temp_grad_buffer_for_gpu_offload = o.temp_grad_buffer_for_gpu_offload.float()
+            for group in o.params_in_partition:
+                for p in group:
+                    held = torch.zeros(p.numel(), dtype=torch.float32, device=o.device)
+                    o.accumulated_grads_in_cpu[o.get_param_id(p)] = held
 
     def _scaled(self, grads):
         """Yield the gradient of the partition about to be unscaled, unless Muon has turned it into
@@ -197,6 +233,9 @@ class Zero3(Layout):
     """Stage 3: flat partitions of sub-groups; every parameter is cut into one equal part a rank."""
 
     replicated = False
+
+    def add_in_fp32(self):
+        """Do nothing: by its config DeepSpeed adds each reduced gradient to a partition in fp32."""
 
     def __init__(self, engine):
         super().__init__(engine)

@@ -4,8 +4,8 @@ Invariant: the fragments of all ranks together hold every element exactly once, 
 world size, so every other stage and world size can read its own ranges from them. No collective
 moves tensor data: each rank writes what it owns, and reads what it needs.
 
-The state is exact, with one exception: stages 1 to 3 in bf16 keep Muon's momentum in bf16, all
-others in fp32, so moving it from fp32 to bf16 rounds it.
+The state is exact, with one exception: stages 1 to 3 keep Muon's momentum in the number format
+of the gradients, which may be bf16, all others in fp32, so moving it from fp32 to bf16 rounds it.
 """
 
 import math

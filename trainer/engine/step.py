@@ -47,21 +47,30 @@ def is_finite(loss: float, norm: float) -> bool:
 
 class Engine:
     """`model` under ZeRO. `optimizer` holds its parameters, in groups that each have a "name" and
-    a "peak_learning_rate".
+    a "peak_learning_rate". fp32_gradients: add up gradients of a lower precision in fp32.
 
     model: `forward(tokens_BL, targets_BL)` returns each window's summed loss in nats, shape (B,),
     or that and a scalar penalty; if documents are kept apart, it receives documents_BL too.
     Attributes: `module` is the model; `layout` says where its state is stored.
     """
 
-    def __init__(self, world: World, model: nn.Module, optimizer, *, seed: int, clip: float | None):
+    def __init__(
+        self,
+        world: World,
+        model: nn.Module,
+        optimizer,
+        *,
+        seed: int,
+        clip: float | None,
+        fp32_gradients: bool = False,
+    ):
         self.world, self.seed, self.clip = world, seed, clip
         # At stage 0 in bf16, DeepSpeed makes a step while it is built; at rate 0 nothing moves.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self._deepspeed, _ = world.accelerator.prepare(model, optimizer)
         self.module: nn.Module = self._deepspeed.module
-        self.layout: Layout = layout_of(self._deepspeed)
+        self.layout: Layout = layout_of(self._deepspeed, fp32_gradients)
         self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}
         self.mark: Callable[[str], None] = lambda at: None  # receives the place inside a step
         # For injected faults: may damage the weights before a step, given its number, and returns

@@ -117,7 +117,7 @@ def _replicated(s: ZeroSettings, trained: Inventory) -> list[Collective]:
     # The backward pass takes two thirds of a micro-batch's time. Stages 0 and 1 reduce gradients
     # only in the backward pass of the last micro-batch.
     beside = (2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation) if s.stage and s.overlap else 0.0
-    gradients = s.size * trained.numel * times
+    gradients = s.sent * trained.numel * times
     calls = times * _buckets(trained, s.bucket if s.stage else _STAGE_0_BUCKET)
     found = [Collective("gradients", "all_reduce", gradients, s.world, calls, beside)]
     if s.stage:
@@ -170,7 +170,7 @@ def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Col
     found += _reduced(s, trained, beside)
     if muon := [p for g in trained.groups if g.update.is_by_matrix for p in g.params]:
         calls, updates = _muon_gathers(s, muon)
-        gathers = 2 * padded({p.name for p in muon}) + 2 * s.size * updates
+        gathers = 2 * s.sent * (_padded(s, muon) + updates)
         what = "Muon's gradients and momenta"
         found.append(Collective(what, "all_gather", gathers, s.world, calls))
     return found
@@ -193,7 +193,7 @@ def _reduced(s: ZeroSettings, trained: Inventory, beside: float) -> list[Collect
         }
     n = s.accumulation
     return [
-        Collective("gradients", kind, n * s.size * numel, s.world, n * calls, beside)
+        Collective("gradients", kind, n * s.sent * numel, s.world, n * calls, beside)
         for kind, (numel, calls) in elements.items()
     ]
 

@@ -11,6 +11,8 @@ Beyond the table of the paper:
   between two ranks cuts a parameter, both keep its whole gradient. Muon's momentum there also
   covers whole matrices, and is kept twice because the staged copy is never freed.
 - Stage 1 keeps all gradients while micro-batches are accumulated; stage 2 reduces them after each.
+- Gradients that are added up in fp32 (engine.gradient_dtype) are fp32 wherever they are kept, as
+  are the buckets and Muon's momentum. At stage 0 the update then uses them as they are.
 - Stage 3 pads each parameter to a multiple of the number of ranks. It always keeps its gradient
   partition, its bucket, and all small parameters (up to stage3_param_persistence_threshold
   elements) whole in addition to their partition. It gathers others ahead of their use, and keeps
@@ -88,11 +90,11 @@ def _replicated(s: ZeroSettings, trained: Inventory) -> States:
     n, mixed, groups = trained.numel, s.size < 4, trained.groups
     return States(
         weights=n * s.size,
-        gradients=n * s.size,
-        held=n * s.size,
+        gradients=n * s.gradient,
+        held=n * s.gradient,
         masters=4 * n if mixed else 0,
         moments=sum(_moments(g, sum(p.numel for p in g.params), len(g.params)) for g in groups),
-        update=4 * n if mixed else 0,
+        update=4 * n if s.gradient < 4 else 0,
     )
 
 
@@ -114,23 +116,23 @@ def _sharded(s: ZeroSettings, trained: Inventory, rank: int | None) -> States:
 
     if rank is None:
         rank = max(range(s.world), key=size_of)
-    held = s.size * sum(whole[g.name][rank] for g in groups)
+    held = s.gradient * sum(whole[g.name][rank] for g in groups)
     accumulates = s.stage == 1 and s.accumulation > 1
     largest = max(parts.values())
     return States(
         weights=s.size * s.world * sum(parts.values()),
-        gradients=s.size * trained.numel if accumulates else held,
+        gradients=s.gradient * trained.numel if accumulates else held,
         held=held,
         masters=4 * sum(parts.values()),
         moments=sum(
             # the current momentum, and the staged one
-            2 * s.size * whole[g.name][rank]
+            2 * s.gradient * whole[g.name][rank]
             if g.update.is_by_matrix
             else _moments(g, parts[g.name], 1)
             for g in groups
         ),
         update=4 * largest,
-        buckets=s.size * s.bucket * (2 if s.overlap else 1),
+        buckets=s.gradient * s.bucket * (2 if s.overlap else 1),
     )
 
 
@@ -165,22 +167,22 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     second = sum(-(-p.numel // s.world) * s.world // s.near for p in every) if s.near > 1 else 0
     most = 0 if alone else s.gathers(every, recompute).most
     largest = max(min(part, max(_SUB_GROUP // s.world, 1)) for part in parts.values())
-    muon = 2 * s.size * s.world * sum(parts[g.name] for g in groups if g.update.is_by_matrix)
+    muon = 2 * s.sent * s.world * sum(parts[g.name] for g in groups if g.update.is_by_matrix)
     return States(
         weights=s.size * sum(parts.values()),
         resident=s.size * (sum(-(-p.numel // s.world) * s.world for p in resident) + second),
         gathered=s.size * most,
-        gradients=s.size * sum(parts.values()),
-        held=s.size * sum(parts.values()),
+        gradients=s.gradient * sum(parts.values()),
+        held=s.gradient * sum(parts.values()),
         masters=4 * sum(parts.values()),
         moments=sum(
-            s.size * parts[g.name]
+            s.sent * parts[g.name]
             if g.update.is_by_matrix
             else _moments(g, parts[g.name], _sub_groups(g))
             for g in groups
         ),
         update=4 * largest,
-        buckets=s.size * s.bucket + min(muon, _MOST_MUON_BUFFERS),
+        buckets=s.sent * s.bucket + min(muon, _MOST_MUON_BUFFERS),
     )
 
 
@@ -204,7 +206,7 @@ def _offloaded(s: ZeroSettings, trained: Inventory, on_device: States) -> States
     """
     found = on_device
     if s.offloads("offload_optimizer"):
-        largest = s.size * max(p.numel for p in trained.parameters)
+        largest = s.gradient * max(p.numel for p in trained.parameters)
         gradients = 2 * found.masters if s.stage < 3 else found.masters
         host = found.masters + found.moments + gradients
         found = replace(
@@ -293,12 +295,13 @@ def _start(job: TrainJob, trained: Inventory) -> int:
     return max(parts.values())
 
 
-def checkpoint_bytes(job: TrainJob, trained: Inventory) -> int:
+def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
     """Return the bytes of one checkpoint of all ranks: fp32 weights and the optimizer's moments.
 
-    Muon's momentum has the precision that the ZeRO stage keeps it in.
+    Muon's momentum has the precision that the ZeRO stage keeps it in, on so many ranks.
     """
-    size = 4 if job.engine.stage == 0 else BYTES[job.precision.kind]
+    s = ZeroSettings.of(job, world)
+    size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
 
     def moments(group: Group) -> int:
         return size if group.update.is_by_matrix else 4 * group.update.moments

@@ -210,7 +210,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint."""
-        return checkpoint_bytes(self.job, self.trained)
+        return checkpoint_bytes(self.job, self.trained, self.world)
 
     @property
     def save_seconds(self) -> float:

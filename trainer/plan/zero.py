@@ -35,6 +35,8 @@ class ZeroSettings:
 
     stage: int
     size: int  # bytes of one weight in the forward pass
+    gradient: int  # bytes of one element of the gradient that micro-batches are added to
+    sent: int  # bytes of one element in a reduction of gradients
     world: int
     accumulation: int
     zero: Mapping[str, Any]
@@ -43,9 +45,11 @@ class ZeroSettings:
     def of(cls, job: TrainJob, world: int) -> "ZeroSettings":
         """Return the settings of a job on `world` ranks."""
         micro_batches = job.train.global_batch // (job.train.micro_batch * job.mesh(world).data)
-        zero = deepspeed_config(job, world)["zero_optimization"]
-        size = BYTES[job.precision.kind]
-        return cls(zero["stage"], size, world, max(1, micro_batches), zero)
+        config = deepspeed_config(job, world)
+        zero, kind = config["zero_optimization"], job.precision.kind
+        gradient = BYTES[job.gradient_dtype(world)]
+        sent = BYTES[config.get("communication_data_type") or kind]
+        return cls(zero["stage"], BYTES[kind], gradient, sent, world, max(1, micro_batches), zero)
 
     @property
     def bucket(self) -> int:

@@ -267,6 +267,7 @@ def numerics(
     compiled: "parts" where each is compiled alone.
     """
     kinds, rules = leaves(TrainJob), plain(job.guard)
+    gradients = job.gradient_dtype(world_size)
     guard = {f"guard.{k}": str(v) for k, v in rules.items()}
     return {
         **{path: rule for path, rule in guard.items() if kinds[path].kind == "numerics"},
@@ -274,6 +275,7 @@ def numerics(
         "sequence_parallel": job.engine.sequence_parallel,
         "stage": job.engine.stage,
         "precision": job.precision.kind,
+        "gradients": "precision" if gradients == job.precision.kind else gradients,
         "micro_batch": job.train.micro_batch,
         "compiled": compiled,
         "exact": exactness(job.train.deterministic, device != "cpu").holds,

@@ -57,6 +57,28 @@ def test_buckets_are_counted_in_elements_there():
     assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == 500
 
 
+@pytest.mark.parametrize(("stage", "accumulates"), [(0, None), (1, None), (2, None), (3, "fp32")])
+def test_gradients_of_many_micro_batches_are_added_up_in_fp32(stage, accumulates):
+    few, many, asked, never, fp32 = (
+        derived(f"engine=zero{stage}", "engine.bucket_bytes=1000", "train.micro_batch=1", *more)
+        for more in (
+            ["train.global_batch=128"],  # 64 of each of 2 ranks
+            ["train.global_batch=130"],
+            ["engine.gradient_dtype=fp32"],
+            ["train.global_batch=130", "engine.gradient_dtype=precision"],
+            ["train.global_batch=130", "precision=fp32"],
+        )
+    )
+    for made in (many, asked):
+        assert made["communication_data_type"] == "fp32"
+        # DeepSpeed refuses the word at the other stages, whose optimizers are made to do it.
+        assert made.get("data_types", {}).get("grad_accum_dtype") == accumulates
+        assert made["zero_optimization"]["reduce_bucket_size"] == 250  # elements of 4 bytes
+    for made in (few, never, fp32):
+        assert not made.keys() & {"communication_data_type", "data_types"}
+        assert made["zero_optimization"]["reduce_bucket_size"] == 500
+
+
 def test_the_second_partition_of_stage_3():
     made = derived("engine=zero3", "engine.hierarchical_partition=2")
     assert made["zero_optimization"]["zero_hpz_partition_size"] == 2
@@ -96,6 +118,7 @@ def test_what_has_no_key_of_ours_is_laid_over_section_by_section():
             "gradient_clipping=1",
             "optimizer.type=AdamW",
             "bf16.enabled=false",
+            "data_types.grad_accum_dtype=fp32",
         ),
         *("zero_optimization.stage=2", "zero_optimization.offload_param.device=nvme"),
     ],

@@ -57,6 +57,20 @@ def test_accumulation_keeps_all_gradients_only_at_stage_1():
         assert (often > once) == grows
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_gradients_in_fp32_take_twice_the_bytes_from_65_micro_batches_on(stage):
+    few, many = (
+        job(f"engine=zero{stage}", "train.micro_batch=1", f"train.global_batch={4 * n}")
+        for n in (64, 65)
+    )
+    held = inventory(few)
+    before, after = (states(made, held, 4) for made in (few, many))
+    assert (after.gradients, after.held) == (2 * before.gradients, 2 * before.held)
+    assert after.buckets <= before.buckets + 4 or stage == 3  # the same bytes of a bucket
+    assert after.masters == before.masters
+    assert checkpoint_bytes(many, held, 4) >= checkpoint_bytes(few, held, 4)
+
+
 def test_offload_moves_states_to_cpu_memory():
     held = inventory(job())
     here, there = (states(job(f"engine={e}"), held, 4) for e in ("zero2", "zero2-offload"))
@@ -70,4 +84,4 @@ def test_checkpoint_bytes_are_those_of_weights_and_moments(optimizer):
     made = job(f"optimizer={optimizer}", "precision=fp32")
     held = inventory(made)
     muon = sum(p.numel for g in held.groups if g.update.is_by_matrix for p in g.params)
-    assert checkpoint_bytes(made, held) == 12 * held.numel - 4 * muon
+    assert checkpoint_bytes(made, held, 1) == 12 * held.numel - 4 * muon

@@ -127,6 +127,11 @@ class ScheduleConfig:
         return found
 
 
+# Micro-batches whose gradients a rank adds up in bf16 by default. In a small model's first step the
+# sum of 64 was 0.7 % off, of 128 1.0 %, of 512 4.1 % and of 1,024 11.5 %; its norm was 0.03 % off,
+# 0.15 %, 3.1 % and 9.8 %.
+MOST_ROUNDED_SUMS = 64
+
 # Settings of DeepSpeed that our own keys control, so that engine.deepspeed must not set them.
 _OURS = {
     "train_batch_size": "train.global_batch",
@@ -140,6 +145,7 @@ _OURS = {
     "bf16": "precision",
     "fp16": "precision",
     "amp": "precision",
+    "data_types": "engine.gradient_dtype",
     "torch_autocast": "precision",
     "zero_optimization.stage": "engine.stage",
     "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
@@ -162,6 +168,11 @@ class EngineConfig:
     )
     offload_optimizer: bool = key(False, "keep the optimizer state in CPU memory (stages 1 to 3)")
     offload_parameters: bool = key(False, "keep the parameters in CPU memory (stage 3)")
+    gradient_dtype: Literal["auto", "precision", "fp32"] = key(
+        "auto",
+        "number format in which gradients are added up over micro-batches and ranks; auto: fp32 "
+        f"beyond {MOST_ROUNDED_SUMS} micro-batches of a rank a step, else that of precision",
+    )
     bucket_bytes: int = key(500_000_000, "bytes of a communication bucket", ge=1)
     hierarchical_partition: int = key(
         1, "stage 3: ranks (of a node) that hold a second partition of the parameters; 1: off", ge=1
