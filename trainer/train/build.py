@@ -150,7 +150,7 @@ class Builder:
         replay = self.job.guard.replay
         return StepGuard(
             judge,
-            SelfCheck(self.engine, socket.gethostname()),
+            SelfCheck(self.engine, socket.gethostname(), self.numerics["exact"]),
             self.job.steps_of(replay) if replay else None,
             attempt,
             self.phases,
