@@ -229,18 +229,20 @@ def exposed(
 ) -> float:
     """Return the seconds of a step in which ranks wait for communication.
 
-    This is the time of collectives that can't overlap with the computation, and the part of the
-    others that takes longer than the computation they overlap with. Overlapping collectives share
-    the links, so their times add up. computing: seconds of computation per step.
+    Collectives that can't overlap with the computation are waited for. The others cost what is
+    longer: the part of their time that exceeds the computation they overlap with, or what they take
+    from it. Their copies and sums occupy a GPU and its memory for as long as their bytes take on
+    the links of a node, and their latency is waited for; hidden is what slower links add. (So it
+    was on 8 to 512 GPUs: README.md.) Overlapping collectives share the links, so their times add
+    up. computing: seconds of forward and backward per step.
     """
-    hidden = 0.0
-    waiting = 0.0
-    room = 0.0
+    hidden = waiting = room = taken = 0.0
     for c in found:
         seconds = c.seconds(machine, per_node)
         if machine.overlap and c.beside:
             hidden += seconds
+            taken += c.latency_seconds(machine, per_node) + c.inside_seconds(machine, per_node)
             room = max(room, c.beside * computing)
         else:
             waiting += seconds
-    return waiting + max(0.0, hidden - room)
+    return waiting + max(taken, hidden - room)

@@ -32,9 +32,16 @@ class MachineConfig:
     )
     peak_fp32: float | None = key(None, "dense FLOP/s of a GPU in fp32; null: unknown", gt=0)
     efficiency: float = key(
-        0.45, "fraction of the peak that a GPU reaches while it computes, recomputation included",
+        0.7, "fraction of the peak that matrix products reach, without all that is between them",
         gt=0, le=1,
     )  # fmt: skip
+    attention_efficiency: float | None = key(
+        None, "fraction of the peak that attention to a long causal sequence reaches; null: that "
+        "of matrix products", gt=0, le=1,
+    )  # fmt: skip
+    memory_bandwidth: float | None = key(
+        None, "bytes/s between a GPU and its memory; null: not counted beside the products", gt=0
+    )
     gpus_per_node: int | None = key(None, "GPUs of a node; null: all GPUs are in one node", ge=1)
     intra_node: float = key(1e10, "bytes/s from one GPU to the others of its node", gt=0)
     inter_node: float = key(1e10, "bytes/s from one node to the others, all cards", gt=0)
@@ -64,7 +71,7 @@ class PlanConfig:
     nodes: int | None = key(None, "number of nodes; null: as many as plan.gpus need", ge=1)
     mfu: float | None = key(
         None,
-        "MFU of the whole step; null: from machine.efficiency and the links",
+        "MFU of the whole step; null: from the speeds of the machine",
         gt=0,
         le=1,
     )

@@ -204,8 +204,9 @@ def _guesses(plan: Plan) -> list[str]:
     found = []
     if plan.measured is None and p.mfu is None and plan.chosen.step.peak is not None:
         found.append(
-            f"GPUs compute at {m.efficiency:.0%} of their peak (machine.efficiency; "
-            "plan.from_run=NAME measures it)"
+            f"matrix products reach {m.efficiency:.0%} of the peak (machine.efficiency), attention "
+            f"{m.attention_efficiency or m.efficiency:.0%} (machine.attention_efficiency); "
+            "plan.from_run=NAME measures them"
         )
     if plan.world > 1:
         links = (

@@ -1,8 +1,9 @@
 """Predict the time of a step: computation from FLOPs, waiting from bytes.
 
 The speed of computation comes from the best of three sources. From the least to the most reliable:
-the device's peak times `machine.efficiency`; the MFU of the whole step in `plan.mfu`; the logged
-rows of a run on the same devices (`plan.from_run`). The last two already include the waiting.
+the work of a micro-batch (work.py) at the speeds of the machine; the MFU of the whole step in
+`plan.mfu`; the logged rows of a run on the same devices (`plan.from_run`). The last two already
+include the waiting.
 Invariant: imports no torch; without a known peak, times are None and not guessed.
 """
 
@@ -18,7 +19,11 @@ from forescale.monitor.status import Status
 from forescale.plan.communication import Collective, exposed
 from forescale.plan.config import MachineConfig
 from forescale.plan.parameters import Inventory
+from forescale.plan.work import work_of
 from forescale.run.directory import Run
+
+_UPDATE = 14  # bytes per parameter: fp32 weight, read and written; gradient; rounded weight
+_MOMENT = 8  # bytes per moment of a parameter, read and written
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,8 @@ def predict_step_time(
 ) -> StepTime:
     """Return the StepTime of a job on `world` ranks, `per_node` of them on each node.
 
-    found: the collectives of a step. `measured` has precedence over `mfu`, `mfu` over the machine's
-    efficiency.
+    found: the collectives of a step. `measured` has precedence over `mfu`, `mfu` over the speeds of
+    the machine.
     """
     tokens = job.tokens_per_step
     links = sum(c.seconds(machine, per_node) for c in found)
@@ -121,10 +126,26 @@ def predict_step_time(
         return StepTime(None, links, 0.0, tokens, flops, None)
     if mfu is not None:
         return StepTime(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
-    updating = update_flops(trained) / (world if job.engine.stage else 1)
-    computing = ((flops + recomputed) / world + updating) / (peak * machine.efficiency)
+    if (work := work_of(job, trained.numel)) is not None:
+        rounds = job.train.global_batch / (job.train.micro_batch * world)
+        computing = rounds * work.seconds(machine, peak)
+    else:
+        computing = (flops + recomputed) / world / (peak * machine.efficiency)
     waiting = exposed(found, machine, per_node, computing)
+    computing += update_seconds(trained, machine, peak) / (world if job.engine.stage else 1)
     return StepTime(computing, links, waiting, tokens, flops, all_peaks)
+
+
+def update_seconds(trained: Inventory, machine: MachineConfig, peak: float) -> float:
+    """Return the seconds in which one GPU updates every parameter once."""
+    multiplying = update_flops(trained) / (peak * machine.efficiency)
+    if machine.memory_bandwidth is None:
+        return multiplying
+    sizes = (
+        sum(p.numel for p in g.params) * (_UPDATE + _MOMENT * g.update.moments)
+        for g in trained.groups
+    )
+    return multiplying + sum(sizes) / machine.memory_bandwidth
 
 
 def update_flops(trained: Inventory) -> float:

@@ -1,0 +1,82 @@
+"""The work of a micro-batch: the roofs that bind it, by hand for a small model."""
+
+from dataclasses import replace
+
+import pytest
+
+from forescale.config.compose import compose
+from forescale.models.flops import flops_per_token
+from forescale.plan.config import PlanJob
+from forescale.plan.parameters import inventory
+from forescale.plan.work import work_of
+
+SIZES = ["model=gpt2-124m", "train.steps=10", "train.sequence_length=1024", "schedule.warmup=0"]
+SCORES = 12 * 2 * 768 * 1025  # forward FLOPs of a token: 12 layers, a causal half of the square
+TOKENS = 4 * 1024
+
+
+def job(*words):
+    made = compose(PlanJob, [*SIZES, "train.micro_batch=4", *words])
+    return replace(made, model=made.model.resolved(50257, made.train.sequence_length))
+
+
+def work(*words):
+    made = job(*words)
+    found = work_of(made, inventory(made).numel)
+    assert found is not None
+    return found
+
+
+def test_products_and_scores_are_the_flops_of_a_causal_model():
+    made = job("model.loss_chunk=0")
+    found = work("model.loss_chunk=0")
+    whole = flops_per_token(made.model, 1024, causal=True)
+    assert found.scores == TOKENS * SCORES * 3.5  # backward: 5 products where forward has 2
+    assert found.products == pytest.approx(TOKENS * (whole - 3 * SCORES))
+
+
+def test_what_is_computed_again_is_counted():
+    plain, again = work("model.loss_chunk=0"), work("model.activation_checkpointing=true")
+    matrices = 12 * 2 * 12 * 768**2  # of the blocks, forward
+    head = 2 * 768 * 50257  # of the loss in chunks
+    assert again.products - plain.products == pytest.approx(TOKENS * (matrices + head))
+    assert again.scores / plain.scores == pytest.approx(4.5 / 3.5)
+    assert again.traffic > plain.traffic
+    assert again.weights == pytest.approx(plain.weights * 4 / 3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.mlp=moe", "model.bias=false"],
+        ["model.encoder_layers=2", "objective.kind=seq2seq", "model.source_length=838"],
+        ["model.mixer=gated_deltanet"],
+        ["model.mtp_layers=1"],
+    ],
+)
+def test_products_and_scores_add_up_for_other_models(words):
+    made = job(*words, "model.loss_chunk=0")
+    found = work(*words, "model.loss_chunk=0")
+    whole = flops_per_token(made.model, 1024, causal=True)
+    scores = found.scores / 3.5
+    assert 0 < scores < found.products / 3
+    assert found.products / 3 + scores == pytest.approx(TOKENS * whole / 3, rel=0.02)
+
+
+def test_seconds_are_those_of_the_three_roofs():
+    machine = replace(
+        job().machine, efficiency=0.5, attention_efficiency=0.1, memory_bandwidth=1e12
+    )
+    found = work()
+    products, scores, traffic = found.products / 0.5e15, found.scores / 0.1e15, found.traffic / 1e12
+    scores *= 1 + 500 / 1024  # short sequences attend slowly
+    assert found.seconds(machine, 1e15) == pytest.approx(products + scores + traffic)
+    blind = replace(machine, memory_bandwidth=None, attention_efficiency=None)
+    assert found.seconds(blind, 1e15) == pytest.approx(products + scores / 5)
+    # At an endless peak, weights and activations still pass through the memory.
+    bound = (found.weights + found.traffic) / 1e12
+    assert found.seconds(machine, 1e30) == pytest.approx(bound)
+
+
+def test_compiled_code_passes_less_through_the_memory():
+    assert work("train.compile=on").traffic < 0.7 * work("train.compile=off").traffic

@@ -1,0 +1,108 @@
+"""The work of a GPU in a micro-batch, and the seconds that it takes: products, attention, traffic.
+
+A roofline with three roofs, none of which hides another:
+- Matrix products reach `machine.efficiency` of the peak. Where so few tokens meet the weights that
+  reading them takes longer, the memory sets their time.
+- Attention reaches `machine.attention_efficiency` of the peak, for the scores that a causal kernel
+  computes: half the square, in the forward pass once and in the backward pass 2.5 times, for it
+  makes the scores again (Dao et al. 2022, arXiv 2205.14135). Short sequences reach less: a kernel
+  computes whole blocks on the diagonal.
+- All else (norms, activation functions, residuals, casts, the loss) is bound by
+  `machine.memory_bandwidth`. Its traffic is a multiple of the bytes that autograd keeps: each is
+  written once, read again, and passes some more times where kernels are not fused.
+
+The two multiples and the efficiencies of conf/machine/h100-sxm and a100-80g are fitted to 73
+published speeds, and judged by 152 others (README.md; `python tests/benchmarks/run.py plan`).
+Invariant: imports no torch; a model that is a class of the user's own has no Work.
+"""
+
+from dataclasses import dataclass, replace
+
+from forescale.config.train import TrainJob
+from forescale.models.config import ModelConfig
+from forescale.models.costs.record import matrix_flops
+from forescale.models.flops import columns_of, flops_per_token, flops_recomputed, layers_of
+from forescale.models.memory import activations
+from forescale.plan.config import MachineConfig
+from forescale.plan.zero import BYTES
+
+_EAGER = 8.4  # bytes of traffic per kept byte, each operation a kernel of its own
+_COMPILED = 5.5  # the same with torch.compile, which fuses neighbours
+_BACKWARD_SCORES = 2.5  # FLOPs of attention's backward pass, per FLOP of its forward pass
+_HALF_SPEED = 500  # tokens at which attention has half its speed (FlashAttention-3's figures 5, 6:
+# FlashAttention-2 on H100, from 191 TFLOP/s at 512 tokens to 335 at 16k; arXiv 2407.08608)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one micro-batch, forward and backward, with all that is computed again.
+
+    products, scores: FLOPs of matrix products and of attention. length: tokens of a sequence, on
+    which attention's speed depends. traffic: bytes of all else. weights: bytes of the weights that
+    products read or write.
+    """
+
+    products: float
+    scores: float
+    length: int
+    traffic: float
+    weights: float
+
+    def seconds(self, machine: MachineConfig, peak: float) -> float:
+        """Return the seconds on a GPU of `peak` FLOP/s; traffic takes none where the machine's
+        memory bandwidth is not known."""
+        speed = peak * (machine.attention_efficiency or machine.efficiency)
+        attending = self.scores / speed * (1 + _HALF_SPEED / self.length)
+        multiplying = self.products / (peak * machine.efficiency)
+        if (bandwidth := machine.memory_bandwidth) is None:
+            return multiplying + attending
+        return max(multiplying, self.weights / bandwidth) + attending + self.traffic / bandwidth
+
+
+def work_of(job: TrainJob, parameters: int) -> Work | None:
+    """Return the work of a micro-batch of a job whose model has so many parameters; None for a
+    class of the user's own."""
+    config = job.model
+    if not isinstance(config, ModelConfig):
+        return None
+    length, micro = job.train.sequence_length, job.train.micro_batch
+    tokens, size = micro * length, BYTES[job.precision.kind]
+    again = config.activation_checkpointing
+    forward = flops_per_token(config, length, causal=True) / 3
+    scores = _scores(config, length)
+    # What is computed again, with attention's square as MFU counts it, less that square.
+    repeated = flops_recomputed(config, length) - again * _scores(config, length, causal=False)
+    whole = activations(
+        replace(config, activation_checkpointing=False),
+        micro,
+        length,
+        size,
+        masked=job.data.document_mask or not job.objective.spec.continues_text,
+    )
+    logits = tokens * config.sizes.vocab_size * (1 + config.mtp_layers) * (2 * size + 4)
+    passes = _EAGER if job.train.compile == "off" else _COMPILED
+    # The forward pass makes a third of the traffic, as of the FLOPs.
+    traffic = passes * (whole.layers * (1 + again / 3) + logits)
+    return Work(
+        products=tokens * (3 * (forward - scores) + max(0.0, repeated)),
+        scores=tokens * scores * (1 + _BACKWARD_SCORES + again),
+        length=length,
+        traffic=traffic,
+        weights=(3 + again) * size * parameters,
+    )
+
+
+def _scores(config: ModelConfig, length: int, causal: bool = True) -> float:
+    """Return the forward FLOPs of a token that mixers need beside their matrices, on average over
+    the columns of a row."""
+    blocks = [*enumerate(layers_of(config))]
+    blocks += [blocks[-1]] * config.mtp_layers  # the blocks of modules for later tokens
+    found = 0.0
+    for i, parts in blocks:
+        own, columns = config.of_block(i), columns_of(config, i, length)
+        source = columns_of(config, 0, length)
+        for name, seen in (("mixer", columns), ("cross", source)):
+            if part := parts.get(name):
+                matrices = matrix_flops(part.shapes(own)) - part.source_flops(own)
+                found += max(0, part.flops(own, seen, causal) - matrices) * columns / length
+    return found
