@@ -12,11 +12,13 @@ class Mesh:
     """`world` ranks in groups of `sequence` consecutive ones, so that a group lies inside a node.
 
     The ranks of a group are fed the same windows and each holds a part of their columns; different
-    groups are fed different windows. `sequence` divides `world`.
+    groups are fed different windows. `sequence` divides `world`. So does `experts`: consecutive
+    ranks that have the experts of a layer between them, whatever they are fed.
     """
 
     world: int
     sequence: int = 1
+    experts: int = 1
 
     @property
     def data(self) -> int:
@@ -39,3 +41,13 @@ class Mesh:
     def data_peers(self, rank: int) -> list[int]:
         """Return the ranks that hold the same columns of other windows, itself included."""
         return [*range(self.sequence_rank(rank), self.world, self.sequence)]
+
+    def expert_peers(self, rank: int) -> list[int]:
+        """Return the ranks that have a layer's experts between them, a rank among them, in the
+        order of the experts."""
+        first = rank - rank % self.experts
+        return [*range(first, first + self.experts)]
+
+    def expert_data_peers(self, rank: int) -> list[int]:
+        """Return the ranks that have the same experts as a rank, itself included."""
+        return [*range(rank % self.experts, self.world, self.experts)]

@@ -5,6 +5,7 @@ Invariant: a job that does not fit its ranks is refused before anything is built
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import deepspeed_config
-from forescale.engine.optim import build_optimizer, parameter_groups, shape_of
+from forescale.engine.experts import divide, join_experts
+from forescale.engine.optim import build_optimizer, divided_groups, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.step import Engine
 from forescale.engine.world import World
@@ -41,11 +43,13 @@ def check_world(job: TrainJob, size: int) -> None:
 
 def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module] | None:
     """Return what divides a module with its initial weights among the ranks, and returns it; None
-    unless the stage is 3.
+    unless the stage is 3, or experts are divided.
 
     So no rank ever holds the whole model. All ranks draw the same weights in the same order, in
     fp32 and on the host, so the initial model depends neither on the stage nor on the ranks.
     """
+    if world.experts.size > 1:
+        return partial(divide, division=join_experts(world))
     if job.engine.stage != 3:
         return None
     from deepspeed.runtime.zero import Init
@@ -69,6 +73,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
     )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
+    experts = {name for name, p in model.named_parameters() if hasattr(p, "whole")}
+    groups = divided_groups(groups, experts, job.engine.expert_parallel)
     for group in groups:
         if group.update.is_by_matrix:  # as DeepSpeed's Muon does, which can't see divided shapes
             group.params.sort(key=shape_of, reverse=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from forescale.models.parallel.experts import Whole
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -32,10 +34,17 @@ class Unit:
     pieces: list[Piece]
 
 
-class Layout:
-    """The common base. `replicated`: every rank holds every element."""
+def whole_of(param: nn.Parameter) -> Whole:
+    """Return the parameter of which this one is a part: itself, unless ranks divide experts. Its
+    shape is full, even if ZeRO-3 has partitioned it."""
+    own = getattr(param, "whole", None)
+    return own or Whole(tuple(getattr(param, "ds_shape", param.shape)), 0, 1)
 
-    replicated = True
+
+class Layout:
+    """The common base. `replicated`: no element has one owner, see Replicated."""
+
+    replicated = False
 
     def __init__(self, engine):
         self.engine = engine
@@ -54,6 +63,11 @@ class Layout:
     def gradients(self) -> Iterator[Tensor]:
         """Yield the averaged gradient of all elements that this rank owns, times `loss_scale`."""
         raise NotImplementedError
+
+    def square_sum(self, device, world_size: int) -> Tensor:
+        """Return what this rank adds to the sum of squares of the whole gradient (times
+        `loss_scale` squared): that of all elements that it owns, shape (), fp64."""
+        return fp32_square_sum(self.gradients(), device).double()
 
     def momentum_slot(self, unit: Unit, piece: Piece) -> tuple[int, int, int] | None:
         """Return (start in the parameter, offset in the buffer, size) of Muon's momentum; None if
@@ -110,6 +124,29 @@ class Layout:
             return result
 
         self.optimizer.unscale_and_clip_grads = unscale_and_clip_grads
+
+
+class Replicated(Layout):
+    """The common base at stage 0: every rank holds every element; of divided experts, every rank
+    that has the same ones."""
+
+    replicated = True
+
+    def gradients(self):
+        """Yield those of the forward weights."""
+        yield from (p.grad for p in self._params() if p.grad is not None)
+
+    def square_sum(self, device, world_size):
+        """Return an equal share of what each rank that has the same elements returns."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for parts in sorted({whole_of(p).parts for p in self._params()}):
+            grads = (p.grad for p in self._params() if whole_of(p).parts == parts)
+            found = fp32_square_sum((g for g in grads if g is not None), device).double()
+            total += found / (world_size // parts)
+        return total
+
+    def _params(self) -> Iterator[nn.Parameter]:
+        return (piece.param for unit in self.units() for piece in unit.pieces)
 
 
 def fp32_square_sum(tensors: Iterator[Tensor], device) -> Tensor:

@@ -8,7 +8,7 @@ import importlib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forescale.config.sections.optimizer import OptimizerConfig, Update
@@ -48,7 +48,8 @@ def learning_rate(
 
 @dataclass
 class Group:
-    """Parameters that the optimizer updates with the same settings. eps: of AdamW."""
+    """Parameters that the optimizer updates with the same settings. eps: of AdamW. parts: ranks
+    that have different ones of these parameters, which are experts; 1: all ranks have the same."""
 
     name: str
     update: Update
@@ -57,9 +58,11 @@ class Group:
     eps: float = 1e-8
     names: list[str] = field(default_factory=list)
     params: list[Any] = field(default_factory=list)
+    parts: int = 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the group as a dict for torch's optimizers; DeepSpeed reads the key use_muon."""
+        """Return the group as a dict for torch's optimizers; DeepSpeed reads the keys use_muon and
+        moe."""
         return {
             "name": self.name,
             "params": self.params,
@@ -67,7 +70,7 @@ class Group:
             "peak_learning_rate": self.peak_learning_rate,
             "weight_decay": self.weight_decay,
             "eps": self.eps,
-        }
+        } | ({"moe": True} if self.parts > 1 else {})
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Any:
@@ -128,6 +131,22 @@ def parameter_groups(
         group.names.append(name)
         group.params.append(parameter)
     return [group for of_kind in groups.values() for group in of_kind.values()]
+
+
+def divided_groups(groups: list[Group], experts: Collection[str], parts: int) -> list[Group]:
+    """Split off the `experts` of each group, by name, into a group of the same name behind it, in
+    the same order. parts: of Group; 1 splits nothing."""
+    if parts == 1:
+        return groups
+    found = []
+    for group in groups:
+        pairs = list(zip(group.names, group.params, strict=True))
+        for of in (1, parts):
+            own = [(name, p) for name, p in pairs if (name in experts) == (of > 1)]
+            names, params = [name for name, _ in own], [p for _, p in own]
+            if own:
+                found.append(replace(group, names=names, params=params, parts=of))
+    return found
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:

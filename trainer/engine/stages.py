@@ -23,7 +23,7 @@ Facts about DeepSpeed that are worked around here:
 
 import torch
 
-from forescale.engine.layout import Layout, Piece, Unit
+from forescale.engine.layout import Layout, Piece, Replicated, Unit
 
 
 def layout_of(engine, fp32_gradients: bool = False) -> Layout:
@@ -47,7 +47,7 @@ def layout_of(engine, fp32_gradients: bool = False) -> Layout:
     return layout
 
 
-class Bare(Layout):
+class Bare(Replicated):
     """Stage 0 in fp32: a unit is the parameter itself."""
 
     def units(self):
@@ -55,18 +55,13 @@ class Bare(Layout):
             for p in group["params"]:
                 yield Unit(i, p, [Piece(p, 0, 0, p.numel())])
 
-    def gradients(self):
-        for unit in self.units():
-            if unit.master.grad is not None:
-                yield unit.master.grad
-
     def prepare_step(self, factor):
         if factor != 1.0:
             for grad in self.gradients():
                 grad.mul_(factor)
 
 
-class Unfused(Layout):
+class Unfused(Replicated):
     """Stage 0 in bf16 or fp16: a unit is the fp32 master of a parameter."""
 
     def __init__(self, engine):
@@ -84,10 +79,6 @@ class Unfused(Layout):
     def backward_scale(self):
         # DeepSpeed scales the loss only for ZeRO, but it divides the gradients here too.
         return self.loss_scale
-
-    def gradients(self):
-        for group in self.optimizer.fp16_groups:
-            yield from (p.grad for p in group if p.grad is not None)
 
     def add_in_fp32(self):
         super().add_in_fp32()
@@ -114,8 +105,6 @@ class Unfused(Layout):
 
 class Zero12(Layout):
     """Stages 1 and 2: flat fp32 partitions; complete averaged gradients, held until the step."""
-
-    replicated = False
 
     def __init__(self, engine):
         super().__init__(engine)
@@ -231,8 +220,6 @@ class Zero12(Layout):
 
 class Zero3(Layout):
     """Stage 3: flat partitions of sub-groups; every parameter is cut into one equal part a rank."""
-
-    replicated = False
 
     def add_in_fp32(self):
         """Do nothing: by its config DeepSpeed adds each reduced gradient to a partition in fp32."""

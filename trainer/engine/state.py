@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forescale.engine.layout import Layout, Piece, Unit
+from forescale.engine.layout import Layout, Piece, Unit, whole_of
 from forescale.engine.portable.fragments import WEIGHT, Fragment, FragmentReader
 from forescale.engine.step import Engine
 
@@ -23,8 +23,8 @@ MOMENTUM = "momentum_buffer"
 
 
 def shape_of(param) -> tuple[int, ...]:
-    """Return a parameter's full shape, even if ZeRO-3 has partitioned it."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+    """Return a parameter's full shape, even if ZeRO-3 has partitioned it, or ranks divide it."""
+    return whole_of(param).shape
 
 
 def num_parameters(engine: Engine) -> int:
@@ -38,19 +38,21 @@ def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) 
     if state == MOMENTUM:
         slot = engine.layout.momentum_slot(unit, piece) or slot
     start, at, size = slot
+    whole = whole_of(piece.param)
     data = tensor.detach().view(-1)[at : at + size]
-    return Fragment(engine.names[piece.param], shape_of(piece.param), state, start, data)
+    return Fragment(engine.names[piece.param], whole.shape, state, whole.start + start, data)
 
 
 def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
     """Return the part of a held fragment that this rank writes; None if it writes nothing of it."""
-    first, end = piece.start, piece.start + piece.size
-    if engine.layout.replicated:
-        part = -(-piece.size // engine.world.size)
-        first = min(piece.size, engine.world.rank * part)
+    whole, first, end = whole_of(piece.param), piece.start, piece.start + piece.size
+    if engine.layout.replicated:  # the ranks that hold the same elements share the work
+        part = -(-piece.size // (engine.world.size // whole.parts))
+        first = min(piece.size, engine.world.rank // whole.parts * part)
         end = min(piece.size, first + part)
     if first == end:
         return None
+    first, end = whole.start + first, whole.start + end
     data = held.data[first - held.start : end - held.start]
     return Fragment(held.name, held.shape, held.state, first, data)
 
@@ -75,7 +77,7 @@ def _is_moment(value: Any) -> bool:
 
 def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
     """Yield persistent buffers and frozen parameters."""
-    main = engine.world.is_main or not writing
+    main, rank = engine.world.is_main or not writing, engine.world.rank
     kept = engine.module.state_dict(keep_vars=True)
     for name, buffer in engine.module.named_buffers():
         if main and name in kept:
@@ -90,8 +92,9 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
             if size:
                 data = param.ds_tensor.detach().view(-1)[:size]
                 yield Fragment(name, shape_of(param), WEIGHT, start, data)
-        elif main:
-            yield Fragment(name, shape_of(param), WEIGHT, 0, param.detach().view(-1))
+        elif not writing or rank < whole_of(param).parts:
+            whole = whole_of(param)
+            yield Fragment(name, whole.shape, WEIGHT, whole.start, param.detach().view(-1))
 
 
 def scalars(engine: Engine) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from forescale.engine.compilation import compile_parts
 from forescale.engine.determinism import tell_compiler
-from forescale.engine.layout import Layout, fp32_square_sum
+from forescale.engine.experts import shown_to_deepspeed
+from forescale.engine.layout import Layout
 from forescale.engine.stages import layout_of
 from forescale.engine.world import World
 from forescale.errors import UserError
@@ -68,7 +69,8 @@ class Engine:
         # At stage 0 in bf16, DeepSpeed makes a step while it is built; at rate 0 nothing moves.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        self._deepspeed, _ = world.accelerator.prepare(model, optimizer)
+        with shown_to_deepspeed(model, optimizer.param_groups):
+            self._deepspeed, _ = world.accelerator.prepare(model, optimizer)
         self.module: nn.Module = self._deepspeed.module
         self.layout: Layout = layout_of(self._deepspeed, fp32_gradients)
         self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}
@@ -186,10 +188,8 @@ class Engine:
         """
         counters = self._counters()
         with torch.no_grad():
-            square = fp32_square_sum(self.layout.gradients(), self.world.device).double()
+            square = self.layout.square_sum(self.world.device, self.world.size)
             pair = torch.stack([square, losses.sum().to(self.world.device, torch.float64)])
-        if self.layout.replicated:
-            pair[0] /= self.world.size  # every rank holds the complete gradient
         if counters is not None:  # fp64 holds integers up to 2^53
             pair = torch.cat([pair, counters.flatten().double()])
         sums = self.world.sum(pair)
@@ -217,7 +217,8 @@ class Engine:
         """Return the summed nats of each window of a micro-batch, fp32 of shape (B,), without
         dropout or gradient.
 
-        At stage 3 every rank must call it the same number of times: it gathers weights.
+        At stage 3 every rank must call it the same number of times: it gathers weights. So must the
+        ranks that divide experts: they exchange rows.
         """
         self.module.eval()
         loss, _ = checked_losses(self.forward(micro), len(micro.tokens))

@@ -77,7 +77,8 @@ class World(Ranks):
 
     device: where this rank's model lives. Of the mesh (config/mesh.py): `sequence`, the ranks that
     are fed the same windows as this one and divide their columns; `data`, those that hold the same
-    columns of other windows, so that among them each window counts once.
+    columns of other windows, so that among them each window counts once; `experts`, those that have
+    the experts of a layer between them; `expert_data`, those that have the same experts as this.
     """
 
     def __init__(self, accelerator, mesh: Mesh | None = None, timeout_seconds: float = 1800.0):
@@ -88,6 +89,11 @@ class World(Ranks):
         self.data: Ranks = self
         if self.mesh.data < self.size:
             self.data = self._grouped(self.mesh.data_peers(self.rank), wait)
+        self.experts = self._grouped(self.mesh.expert_peers(self.rank), wait)
+        self.expert_data: Ranks = self
+        if self.experts.size > 1:  # a group even of one: DeepSpeed reduces over it
+            peers = self.mesh.expert_data_peers(self.rank)
+            self.expert_data = self._grouped(peers, wait, least=1)
         self.accelerator = accelerator
         self.device = torch.device(accelerator.device)
         self._groups: dict[str, Ranks] = {}
@@ -97,10 +103,12 @@ class World(Ranks):
         self._extra: tuple[str, ...] | None = None  # the names of the first step
         self._began = time.monotonic()
 
-    def _grouped(self, peers: list[int], timeout: timedelta) -> Ranks:
-        """Return this rank among some ranks, in a process group of their own."""
+    def _grouped(self, peers: list[int], timeout: timedelta, least: int = 2) -> Ranks:
+        """Return this rank among some ranks, in a group of their own from `least` on."""
         group = None
-        if len(peers) > 1:  # only these ranks meet to make it, for there may be many such groups
+        if (
+            len(peers) >= least
+        ):  # only these ranks meet to make it, for there may be many such groups
             group = dist.new_group(peers, timeout=timeout, use_local_synchronization=True)
         return Ranks(peers.index(self.rank), len(peers), group)
 

@@ -274,6 +274,7 @@ def numerics(
         "world_size": world_size,
         "sequence_parallel": job.engine.sequence_parallel,
         "stage": job.engine.stage,
+        "expert_parallel": job.engine.expert_parallel,
         "precision": job.precision.kind,
         "gradients": "precision" if gradients == job.precision.kind else gradients,
         "micro_batch": job.train.micro_batch,

@@ -19,6 +19,20 @@ def test_each_rank_has_one_place_in_the_mesh(world, near):
         assert len(mesh.data_peers(rank)) * near == world
 
 
+@pytest.mark.parametrize(("world", "parts"), [(2, 2), (8, 2), (8, 4)])
+def test_each_part_of_the_experts_is_once_in_a_group_and_in_every_group(world, parts):
+    mesh = Mesh(world, experts=parts)
+    assert mesh.data == world  # each rank has its own windows
+    for rank in range(world):
+        near, same = mesh.expert_peers(rank), mesh.expert_data_peers(rank)
+        assert [r % parts for r in near] == [*range(parts)]
+        assert near == [*range(near[0], near[0] + parts)]  # inside of a node
+        assert {r % parts for r in same} == {rank % parts}
+        assert len(same) * parts == world
+        assert rank in near
+        assert rank in same
+
+
 def test_the_ranks_of_a_group_count_once_in_the_batch():
     command = [*TWO, "train.global_batch=16", "train.micro_batch=8", "model.num_heads=2"]
     assert compose(TrainJob, command).mesh(4).data == 2

@@ -29,6 +29,11 @@ def test_lengths_of_a_run():
     assert compose(TrainJob, ["train.steps=300"]).total_steps == 300
 
 
+EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2"]
+SCATTER = "zero_optimization.reduce_scatter"
+NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -54,6 +59,11 @@ def test_lengths_of_a_run():
         (["engine=zero0", "engine.offload_optimizer=true"], "engine.offload_optimizer"),
         (["engine=zero2", "engine.offload_parameters=true"], "engine.offload_parameters"),
         (["engine.hierarchical_partition=8"], "engine.hierarchical_partition"),
+        (["engine.expert_parallel=2"], "engine.expert_parallel"),  # a dense model
+        ([*EXPERTS, "engine=zero3"], "engine.expert_parallel"),
+        ([*EXPERTS, "model.moe_experts=7"], "engine.expert_parallel"),
+        ([*EXPERTS, "launch.processes=1"], "engine.expert_parallel"),
+        ([*EXPERTS, f"engine.deepspeed={NO_SCATTER}"], f"engine.deepspeed.{SCATTER}"),
         (["checkpoint.keep=1"], "checkpoint.keep"),
         (["checkpoint.every=0"], "checkpoint.every"),
         (["logging.every=0 min"], "logging.every"),

@@ -154,6 +154,7 @@ _OURS = {
     "zero_optimization.allgather_bucket_size": "engine.bucket_bytes",
     "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
     "sequence_parallel_size": "engine.sequence_parallel",
+    "expert_parallel": "engine.expert_parallel",
     "compile": "train.compile",
     "activation_checkpointing": "model.activation_checkpointing",
     "wandb": "logging.wandb",
@@ -183,6 +184,12 @@ class EngineConfig:
         "1: off",
         ge=1,
     )
+    expert_parallel: int = key(
+        1,
+        "consecutive ranks (of a node) that have the experts of a layer between them, and exchange "
+        "tokens; 1: off",
+        ge=1,
+    )
     deepspeed: dict[str, Any] = key(
         {}, "settings of DeepSpeed that have no key here, in its JSON format"
     )
@@ -194,6 +201,14 @@ class EngineConfig:
         for name, off in (("offload_parameters", False), ("hierarchical_partition", 1)):
             if getattr(self, name) != off and self.stage != 3:
                 found.append((name, "needs ZeRO stage 3", "choose engine.stage=3"))
+        if self.expert_parallel > 1 and self.stage == 3:
+            what = "ZeRO stage 3 divides the experts with all other parameters"
+            found.append(("expert_parallel", what, "leave it out, or choose engine.stage=1 or 2"))
+        scattered = self.deepspeed.get("zero_optimization", {}).get("reduce_scatter", True)
+        if self.expert_parallel > 1 and not scattered:
+            what = "DeepSpeed can't reduce the gradients of divided experts without it"
+            path = "deepspeed.zero_optimization.reduce_scatter"
+            found.append((path, what, "leave it out, or engine.expert_parallel"))
         for path, _ in flatten(self.deepspeed, ""):
             for taken, ours in _OURS.items():
                 if path == taken or path.startswith(taken + "."):

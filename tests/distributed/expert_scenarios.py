@@ -1,0 +1,123 @@
+"""What runs inside the ranks of test_experts.py."""
+
+import os
+
+import torch
+
+from forescale.engine.compilation import compile_parts
+from tests.distributed.moe_scenarios import LENGTH, MICRO_BATCHES, TRAIN, VOCABULARY, batch
+from tests.distributed.step_scenarios import _newton_schulz_in_fp32
+
+# So many experts that some have no token on a rank, and odd sizes, so that borders cut matrices.
+MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=3", "model.mlp=moe"]
+MODEL += ["model.moe_experts=8", "model.moe_width=13", "model.moe_shared=1"]
+MODEL += ["model.moe_scores=sigmoid", "model.moe_bias_speed=0.01", "model.moe_balance_loss=0.1"]
+
+
+def job_of(case, world):
+    """case: [stage, optimizer, ranks that divide the experts, more overrides]."""
+    from dataclasses import replace
+
+    from forescale.config.compose import compose
+    from forescale.config.train import TrainJob
+
+    stage, optimizer, parallel, *more = case
+    words = [
+        *MODEL,
+        *TRAIN,
+        f"train.sequence_length={LENGTH}",
+        f"train.global_batch={2 * MICRO_BATCHES}",
+        f"engine=zero{stage}",
+        f"engine.expert_parallel={parallel}",
+        "precision=fp32",
+        f"optimizer={optimizer}",
+        *more,
+    ]
+    job = compose(TrainJob, [*words, f"launch.processes={world}"])
+    return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
+
+
+def build(case, seed=0):
+    from accelerate.state import AcceleratorState
+
+    from forescale.engine.build import build_engine, partition_of
+    from forescale.engine.deepspeed_config import deepspeed_config
+    from forescale.engine.world import join
+    from forescale.models import Transformer
+
+    AcceleratorState._reset_state()  # several engines follow each other in one process
+    size = int(os.environ["WORLD_SIZE"])
+    job = job_of(case, size)
+    world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
+    torch.manual_seed(seed)
+    made = partition_of(job, world) or (lambda module: module)
+    return build_engine(world, made(Transformer(job.model, made)), job)
+
+
+def compiled(cases, backend):
+    """For each case: loss and norm of two steps, not compiled and with compiled parts."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.disable = False
+    results = []
+    for case in cases:
+        rows = []
+        for is_compiled in (False, True):
+            engine = build(case)
+            if is_compiled:
+                assert compile_parts(engine.module, backend)
+            for step in range(2):
+                data = batch(step, engine.world.rank, engine.world.size)
+                facts = engine.train_step(data, 1.0)
+                losses = engine.world.sum(facts.losses.sum().double()).item()
+                rows.append([losses / data.targets, facts.grad_norm])
+            rows[-1] += engine.losses(data.micro[0]).tolist()
+        results.append(rows)
+    return results
+
+
+def whole(engine):
+    """Every parameter's state, put together from the fragments of all ranks, by name and state:
+    element by element, so that one that is held twice or not at all shows."""
+    from forescale.engine.state import owned_fragments
+
+    rows = [[f.name, f.state, f.shape, f.start, f.data.tolist()] for f in owned_fragments(engine)]
+    found, held = {}, {}
+    for name, state, shape, start, values in (
+        r for part in engine.world.gather(rows) for r in part
+    ):
+        key, numel = f"{name}|{state}", int(torch.tensor(shape).prod())
+        found.setdefault(key, torch.zeros(numel, dtype=torch.float64))
+        held.setdefault(key, torch.zeros(numel, dtype=torch.int64))
+        found[key][start : start + len(values)] = torch.tensor(values, dtype=torch.float64)
+        held[key][start : start + len(values)] += 1
+    assert all(bool((times == 1).all()) for times in held.values())
+    return {key: values.tolist() for key, values in found.items()}
+
+
+def trained(cases, steps):
+    """For each case: the state before the first step, after it and at the end; of each step loss,
+    norm, metrics and experts' load; held-out losses; the biases of every rank."""
+    _newton_schulz_in_fp32()
+    return [_trained(case, steps) for case in cases]
+
+
+def _trained(case, steps):
+    engine, rows = build(case), []
+    world = engine.world
+    states = [whole(engine)]
+    for step in range(steps):
+        data = batch(step, world.rank, world.size)
+        if step == 1:  # a dropped step changes nothing
+            engine.train_step(data, 1.0, may_apply=lambda loss, norm: False)
+        facts = engine.train_step(data, 1.0)
+        every = [x for part in world.gather(facts.losses.tolist()) for x in part]
+        found = {name: float(value) for name, value in facts.extra.items()}
+        load = engine.module.tallies.total("experts").tolist()
+        rows.append([sum(every) / data.targets, facts.grad_norm, found, load])
+        if step in (0, steps - 1):
+            states.append(whole(engine))
+    held_out = [engine.losses(micro).tolist() for micro in batch(99, world.rank, world.size).micro]
+    held_out = [x for part in world.gather(held_out) for x in part]
+    biases = world.gather([block.mlp.bias_steps.tolist() for block in engine.module.blocks])
+    return {"states": states, "rows": rows, "held_out": held_out, "biases": biases}

@@ -1,0 +1,50 @@
+"""Experts divided among real ranks, against one rank that has them all."""
+
+import pytest
+import torch
+
+from tests.distributed import ranks
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+CAPACITY = "model.moe_capacity=1.25"
+KINDS = [
+    [0, "adamw"],
+    [0, "muon"],
+    [1, "adamw"],
+    [2, "adamw"],
+    [1, "muon"],
+    [2, "muon"],
+    [1, "adamw", CAPACITY],
+]
+
+
+def cases(parallel):
+    return [[stage, kind, parallel, *more] for stage, kind, *more in KINDS]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return ranks.run("expert_scenarios:trained", 1, cases=cases(1), steps=STEPS)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_divided_experts_train_as_those_of_one_rank(alone, size):
+    """2 ranks divide the experts, of 2 and of 4: there each expert is on two ranks."""
+    found = ranks.run("expert_scenarios:trained", size, cases=cases(2), steps=STEPS)
+    for case, own, one in zip(KINDS, found, alone, strict=True):
+        assert own["states"][0] == one["states"][0], case  # the initial weights, to the bit
+        for state, expected in zip(own["states"][1:], one["states"][1:], strict=True):
+            assert state.keys() == expected.keys(), case
+            for key, values in state.items():
+                own_values, wanted = torch.tensor(values), torch.tensor(expected[key])
+                assert torch.allclose(own_values, wanted, rtol=1e-4, atol=1e-5), (case, key)
+        for row, expected in zip(own["rows"], one["rows"], strict=True):
+            assert row[:2] == pytest.approx(expected[:2], rel=1e-5, abs=1e-5), case
+            assert row[2] == pytest.approx(expected[2], rel=1e-5), case
+            loads = [[layer[:-1] for layer in counts] for counts in (row[3], expected[3])]
+            assert loads[0] == loads[1], case  # all but the sums of entropies, in millionths
+        for losses, expected in zip(own["held_out"], one["held_out"], strict=True):
+            assert losses == pytest.approx(expected, rel=1e-5), case
+        assert own["biases"] == one["biases"] * size, case

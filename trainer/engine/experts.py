@@ -1,0 +1,89 @@
+"""Expert parallelism: groups of successive ranks that have the experts of a layer between them.
+
+With `engine.expert_parallel` e, ranks [k e, (k + 1) e) exchange rows (models/parallel/experts.py),
+and ranks i, i + e, i + 2 e, ... have the same experts. DeepSpeed reduces the gradients of experts
+over the latter, divides their optimizer's state among them, and divides the sum by the number of
+all ranks, as it does for all other parameters: so Engine.backward needs no other factor.
+
+Invariant: all ranks draw the experts of a layer in the same order and keep their own, so the
+initial model depends on no number of ranks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from forescale.engine.world import World
+from forescale.models.experts.moe import MixtureOfExperts
+from forescale.models.parallel.experts import Division
+
+
+def group_name(parallel: int) -> str:
+    """Return DeepSpeed's name of the ranks that have the same experts."""
+    return f"ep_size_{parallel}"
+
+
+def join_experts(world: World) -> Division:
+    """Return the ranks that exchange rows with this one; and name to DeepSpeed those that have the
+    same experts, over which it reduces."""
+    from deepspeed.utils import groups
+
+    name, rank = group_name(world.mesh.experts), world.rank
+    groups._EXPERT_PARALLEL_GROUP[name] = world.experts.group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = world.mesh.expert_peers(rank)
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = world.expert_data.group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = world.mesh.expert_data_peers(rank)
+    return Division(world.experts.group, world.experts.rank, world.experts.size)
+
+
+def divide(module: nn.Module, division: Division) -> nn.Module:
+    """Let each layer of experts inside of `module` keep this rank's; return `module`."""
+    for layer in module.modules():
+        if isinstance(layer, MixtureOfExperts) and layer.division is None:
+            layer.divide(division)
+            for p in layer.parameters():
+                if hasattr(p, "whole"):
+                    _mark_as_expert(p, group_name(division.of))
+    return module
+
+
+def _mark_as_expert(param: Any, ranks: str) -> None:
+    """Set DeepSpeed's marks of a parameter that is reduced over these ranks alone."""
+    param.allreduce, param.group_name = False, ranks
+
+
+@contextmanager
+def shown_to_deepspeed(model: nn.Module, param_groups: list[dict[str, Any]]) -> Iterator[None]:
+    """While DeepSpeed builds its engine, let it see that there are experts: it looks for modules of
+    its own class, and takes the name of a group of parameters for the name of their ranks."""
+    own = [(group, group["name"]) for group in param_groups if group.get("moe")]
+    if not own:
+        yield
+        return
+    model.add_module("_experts", _layer())
+    for group, _ in own:
+        group["name"] = group["params"][0].group_name
+    try:
+        yield
+    finally:
+        del model._modules["_experts"]
+        for group, name in own:
+            group["name"] = name
+
+
+def _layer() -> nn.Module:
+    from deepspeed.moe.layer import MoE
+
+    class Mark(MoE):
+        """A module without parameters that DeepSpeed takes for a layer of experts."""
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = 1  # DeepSpeed notes it for its own checkpoints
+
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            """Do nothing: the groups of ranks are there."""
+
+    return Mark()
