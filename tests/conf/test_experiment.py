@@ -13,6 +13,7 @@ ADDED = {
     "gpus64": (["data.path=/data/web"], ["data.path"]),
     "masked": ([], []),
     "seq2seq": ([], []),
+    "pairs": (["data.path=/data/pairs"], ["data.path"]),
     "own-model": (["model._target_=mypackage.Model"], ["model._target_"]),
     "quick": ([], []),
     "study": ([], []),

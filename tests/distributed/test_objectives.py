@@ -3,7 +3,7 @@ read the same targets at another stage, world size and micro-batch."""
 
 import pytest
 
-from tests import launching
+from tests import launching, reversed_words
 from tests.matrix import more
 
 pytestmark = pytest.mark.distributed
@@ -15,21 +15,31 @@ BERT = (*MASKED, "model.head=dense", "model.embedding_norm=true", "model.norm_pl
 BERT += ("model.position=learned", "model.tie_embeddings=true")
 T5 = (*SEQ2SEQ, "model.position=relative", "model.tie_embeddings=true")
 PREFIX = ("objective.kind=prefix", *SEQ2SEQ[1:])
+PAIRS = (*reversed_words.KIND, "model.encoder_layers=2", "train.sequence_length=12")
 
 
 @pytest.mark.parametrize(
     ("kind", "stage"),
     # T5 is seq2seq too.
-    [(MASKED, 1), (BERT, 3), pytest.param(SEQ2SEQ, 1, marks=more), (T5, 3), (PREFIX, 1)],
-    ids=["masked-1", "bert-3", "seq2seq-1", "t5-3", "prefix-1"],
+    [
+        (MASKED, 1),
+        (BERT, 3),
+        pytest.param(SEQ2SEQ, 1, marks=more),
+        (T5, 3),
+        (PREFIX, 1),
+        (PAIRS, 1),
+    ],
+    ids=["masked-1", "bert-3", "seq2seq-1", "t5-3", "prefix-1", "pairs-1"],
 )
 def test_they_resume_bit_for_bit(dataset, tmp_path, kind, stage):
+    if kind is PAIRS:
+        dataset = reversed_words.make_pairs(tmp_path / "words")
     command = (f"data.path={dataset}", *LENGTH, *kind, f"engine=zero{stage}")
     command += ("launch.processes=2",)
     whole, cut = launching.whole_and_resumed(tmp_path, *command, step=14)
     assert len(whole) == 30
     assert cut == whole
-    if kind is not MASKED:
+    if kind not in (MASKED, PAIRS):
         return
     alone = ("train.micro_batch=8", "launch.processes=1", "engine=zero0")
     launching.train(tmp_path, "run.name=alone", *command[:-2], *alone)

@@ -243,10 +243,16 @@ class TrainJob(Job):
             found.append(("model.causal", what, "write model.causal=false"))
         if layers and self.objective.is_next_token:
             what = "an encoder-decoder needs rows of a source and a target"
-            found.append(("model.encoder_layers", what, "write objective.kind=seq2seq or prefix"))
+            found.append(
+                ("model.encoder_layers", what, "write objective.kind=seq2seq, prefix or pairs")
+            )
         if (columns := self.train.sequence_length) < (least := self.objective.spec.shortest):
             what = f"{columns} columns are too few for a row of objective {kind}"
             found.append(("train.sequence_length", what, f"give at least {least}"))
+        source = self.objective.pairs_source
+        if source is not None and columns <= source:
+            what = f"{source} of {columns} columns leave none for the target"
+            found.append(("objective.pairs_source", what, f"give at most {columns - 1}"))
         if self.data.document_mask and has_source:
             what = f"source and target of {kind} have the documents of a window, not their own"
             found.append(("data.document_mask", what, "leave it out"))

@@ -5,13 +5,13 @@
 Invariant: the tokens of sample g depend only on the data, the configuration and the quarantine; not
 on ranks, workers, or where a run was resumed. With the policy `substitute` a window that touches a
 damaged member is replaced by an intact window of the same source and length, chosen by (seed, g);
-so the number of targets of a step doesn't change.
+so the number of targets of a step doesn't change. A pair is replaced by a whole pair.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +45,9 @@ class Samples:
     numbers: (n,) int64, the global index g of each; tokens: (n, L + 1) in the feed's dtype, 0
     beyond the end of a short one; sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32,
     number of each token's document in its window, or None; begins: (n, L + 1) bool, True for a
-    packed document's first token, which is not a target, or None; hash: sum mod 2^64 of the
-    windows' hashes; lost: members found damaged while reading.
+    packed document's first token, which is not a target, or None; cuts: (n,) int64, tokens of the
+    source of each pair, or None; hash: sum mod 2^64 of the windows' hashes; lost: members found
+    damaged while reading.
     """
 
     places: Places
@@ -55,6 +56,7 @@ class Samples:
     sizes: np.ndarray
     documents: np.ndarray | None
     begins: np.ndarray | None
+    cuts: np.ndarray | None
     hash: int
     lost: frozenset[LostMember]
 
@@ -99,6 +101,7 @@ class Feed:
         self.substitute, self.documents, self.seed = substitute, documents, seed
         self.objective = objective
         self.bins = [bins[name] for name in splits] if bins else None
+        self.are_pairs = bool(self.bins and self.bins[0].are_pairs)
         self._span = lru_cache(4)(self._make_span)
 
     def step(self, g: int, count: int) -> list[Interval]:
@@ -135,7 +138,9 @@ class Feed:
         tokens, short = np.empty((len(samples), length), self.dtype), places.length < length
         tokens[short] = 0
         documents = np.zeros((len(samples), length), np.int32) if self.documents else None
-        begins = np.zeros((len(samples), length), np.bool_) if self.bins else None
+        is_packed = self.bins is not None and not self.are_pairs
+        begins = np.zeros((len(samples), length), np.bool_) if is_packed else None
+        cuts = np.zeros(len(samples), np.int64) if self.are_pairs else None
         sizes, known = places.length.copy(), set(quarantine)
         one_by_one = bool(known) or self.documents or self.bins is not None
         if one_by_one or not self._read_all(places, tokens, on_read):
@@ -143,15 +148,20 @@ class Feed:
                 ends = self._read(g, place, known, tokens[i], on_read)
                 if documents is not None:
                     documents[i] = np.searchsorted(ends, np.arange(length), side="right")
-                if begins is not None:
+                if self.bins is not None:
                     sizes[i] = ends[-1]
+                if begins is not None:
                     begins[i, ends[:-1]] = True
+                if cuts is not None:
+                    cuts[i] = ends[0]
         windows: Iterable[Any] = tokens
         if short.any():
             windows = (r[:n] for r, n in zip(tokens, sizes.tolist(), strict=True))
         digest = sum(map(window_hash, samples.tolist(), windows))
         lost = frozenset(known - quarantine)
-        return Samples(places, samples, tokens, sizes, documents, begins, digest % 2**64, lost)
+        return Samples(
+            places, samples, tokens, sizes, documents, begins, cuts, digest % 2**64, lost
+        )
 
     def _places(self, intervals: Iterable[Interval]) -> Places:
         """Return where these samples lie; computed for _SPAN samples at once, because a few cost
@@ -217,9 +227,10 @@ class Feed:
     ) -> np.ndarray:
         """Read one window or its substitute into `out`. Return the ends of its pieces if it is
         packed, otherwise of its documents if requested."""
-        source, shard, start, size = place
+        source, *own, size = place
         split, name = self.splits[source], self.names[source]
-        for attempt in range(_TRIES):
+        others = self._pairs if self.are_pairs else self._windows
+        for shard, start in chain([own], others(g, source, size)):
             pieces = self._pieces(source, shard, start, size)
             if not any(self._touches(known, name, split, shard, *piece) for piece in pieces):
                 on_read(name, split.shard_name(shard))
@@ -234,12 +245,10 @@ class Feed:
                     if not self.substitute:
                         raise
                     known.add(LostMember(name, e.shard, e.member))
-            shard, start = self._candidate(g, source, size, attempt)
-        raise UserError(
-            f"source {name}",
-            f"{_TRIES} substitutes in a row touch damaged members",
-            "restore the dataset from a copy",
-        )
+        what = f"{_TRIES} substitutes in a row touch damaged members"
+        if self.are_pairs:
+            what = f"a pair is damaged, and no intact one has as many targets, {size - 1:,}"
+        raise UserError(f"source {name}", what, "restore the dataset from a copy")
 
     @staticmethod
     def _touches(
@@ -248,16 +257,33 @@ class Feed:
         hit = {lost.member for lost in known if lost.source == name and lost.shard == shard}
         return bool(hit) and ("" in hit or not hit.isdisjoint(split.members(shard, start, size)))
 
-    def _candidate(self, g: int, source: int, size: int, attempt: int) -> tuple[int, int]:
-        """Return another window of the source with size - 1 targets, drawn by (seed, g,
-        attempt)."""
+    def _windows(self, g: int, source: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield shard and start of other windows of the source with size - 1 targets, drawn by
+        (seed, g)."""
         order = self.mixture.orders[source]
-        drawn = np.array([(self.seed << 32) ^ (attempt << 48) ^ g], np.uint64)
-        while True:
-            drawn = mix64(drawn + np.uint64(0x9E3779B97F4A7C15))
-            shard, start, length = order.window(int(drawn[0]) % order.windows_per_epoch)
-            if length >= size:
-                return shard, start
+        for attempt in range(_TRIES - 1):
+            drawn = self._drawn(g, attempt)
+            while True:
+                drawn = mix64(drawn + np.uint64(0x9E3779B97F4A7C15))
+                shard, start, length = order.window(int(drawn[0]) % order.windows_per_epoch)
+                if length >= size:
+                    break
+            yield shard, start
+
+    def _pairs(self, g: int, source: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield shard and number of the source's pairs with exactly size - 1 targets, all of them:
+        of some sizes there are few. Where the first one lies is drawn by (seed, g)."""
+        order = self.mixture.orders[source]
+        first = int(mix64(self._drawn(g, 0))[0]) % order.windows_per_epoch
+        for low, high in ((first, order.windows_per_epoch), (0, first)):
+            for at in range(low, high, _SPAN):
+                found = order.windows(at, min(at + _SPAN, high))
+                for i in np.flatnonzero(found.length == size).tolist():
+                    yield int(found.shard[i]), int(found.start[i])
+
+    def _drawn(self, g: int, attempt: int) -> np.ndarray:
+        """Return the seed of a draw, uint64 of shape (1,)."""
+        return np.array([(self.seed << 32) ^ (attempt << 48) ^ g], np.uint64)
 
 
 def _by_shard(places: Places) -> Iterator[tuple[int, int, np.ndarray]]:

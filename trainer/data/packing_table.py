@@ -2,7 +2,7 @@
 
     each shard's table    offsets <i8, starts <i8, lengths <i4 (forescale.data.packing.Packing)
     head                  JSON: what was packed; for each shard bins, pieces, targets and the XXH3
-                          of its table
+                          of its table; facts of what is not in them
     end                   sha256 of the head, 32 bytes; length of the head, <u8
 
 Documents are packed within their shard. If a document continues in another shard, each part is
@@ -16,10 +16,10 @@ partly written never has its final name.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import xxhash
@@ -71,8 +71,7 @@ def open_bins(
     path = Path(cache) / "packing" / name
     made = {"version": _VERSION, "identity": identity, "split": split.name, "L": sequence_length}
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, made, _tables(split, sequence_length, progress))
+        write_tables(path, made, _tables(split, sequence_length, progress))
     return Bins(path, made, sequence_length)
 
 
@@ -81,15 +80,18 @@ class Bins:
     sequence.
 
     counts: bins of each shard; targets: number of target tokens of each shard; int64 of shape
-    (shards,). made: what the file must have been made of. Raises UserError if the file is damaged
-    or was made of something else. Reading is safe from several threads.
+    (shards,). made: what the file must have been made of; facts: what its maker added, such as
+    counts of what is in no bin. Raises UserError if the file is damaged or was made of something
+    else. Reading is safe from several threads.
     """
+
+    are_pairs: ClassVar[bool] = False  # a source and a target each, which are never shortened
 
     def __init__(self, path: Path, made: dict[str, Any], sequence_length: int):
         """Open the file and read its head."""
         self.path, self.sequence_length = path, sequence_length
         self._file = LocalFile(path)
-        self._rows = self._head(made)
+        self._rows, self.facts = self._head(made)
         self._offsets = np.cumsum([0, *(row.size for row in self._rows)]).tolist()
         self.counts = np.array([row.bins for row in self._rows], np.int64)
         self.targets = np.array([row.targets for row in self._rows], np.int64)
@@ -140,9 +142,12 @@ class Bins:
         for count, dtype in zip(row.counts, _DTYPES, strict=True):
             arrays.append(np.frombuffer(raw, dtype, count, at))
             at += arrays[-1].nbytes
+        return self._packing(*arrays)
+
+    def _packing(self, *arrays: np.ndarray) -> Packing:
         return Packing(self.sequence_length, *arrays)
 
-    def _head(self, made: dict[str, Any]) -> list[_Row]:
+    def _head(self, made: dict[str, Any]) -> tuple[list[_Row], dict[str, int]]:
         end = _SHA256 + _LENGTH
         raw = self._read(max(self._file.size - end, 0), min(end, self._file.size))
         length = int.from_bytes(raw[_SHA256:], "little")
@@ -150,17 +155,25 @@ class Bins:
             text = self._read(self._file.size - end - length, length)
             if hashlib.sha256(text).digest() == raw[:_SHA256]:
                 head = json.loads(text)
-                rows = [_Row(*row) for row in head.pop("shards")]
+                rows, facts = [_Row(*row) for row in head.pop("shards")], head.pop("facts", {})
                 if head != made:
                     raise UserError(str(self.path), "its contents don't match its name", _AGAIN)
                 if sum(row.size for row in rows) + length + end == self._file.size:
-                    return rows
+                    return rows, facts
         raise UserError(str(self.path), "damaged: it doesn't end like a packing table", _AGAIN)
 
     def _read(self, offset: int, size: int) -> bytearray:
         data = bytearray(size)
         self._file.read_at(offset, memoryview(data))
         return data
+
+
+def num_windows(split: Split, sequence_length: int, bins: Bins | None = None) -> int:
+    """Return the number of windows of held-out text, which are those of `bins` or follow each other
+    (stream.validation_windows)."""
+    if bins is not None:
+        return int(bins.counts.sum())
+    return sum(-(-max(0, tokens - 1) // sequence_length) for tokens in split.shard_tokens)
 
 
 def _tables(split: Split, sequence_length: int, progress: Progress) -> Iterator[Packing]:
@@ -174,9 +187,18 @@ def _tables(split: Split, sequence_length: int, progress: Progress) -> Iterator[
         progress("pack documents", done, total, "tokens")
 
 
-def _write(path: Path, made: dict[str, Any], tables: Iterator[Packing]) -> None:
-    """Write the file atomically. Several processes may do this at the same time: all write the same
-    bytes."""
+def write_tables(
+    path: Path,
+    made: dict[str, Any],
+    tables: Iterator[Packing],
+    facts: Callable[[], dict[str, int]] | None = None,
+) -> None:
+    """Write the file of a split's tables, atomically. Several processes may do this at the same
+    time: all write the same bytes.
+
+    made: what the tables are made of; facts: called after the last table, see Bins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows: list[_Row] = []
     try:
@@ -187,7 +209,8 @@ def _write(path: Path, made: dict[str, Any], tables: Iterator[Packing]) -> None:
                 f.write(data)
                 digest = xxhash.xxh3_64_hexdigest(data)
                 rows.append(_Row(table.num_bins, len(table.starts), table.num_targets, digest))
-            head = json.dumps({**made, "shards": rows}).encode()
+            found = {"facts": facts()} if facts else {}
+            head = json.dumps({**made, "shards": rows, **found}).encode()
             f.write(head)
             f.write(hashlib.sha256(head).digest())
             f.write(len(head).to_bytes(_LENGTH, "little"))

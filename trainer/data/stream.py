@@ -18,7 +18,8 @@ import torch
 from forescale.data.dataset import Split
 from forescale.data.feed import Feed, LostMember, OnRead, Samples
 from forescale.data.mixture import Interval
-from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
+from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, takes_pairs
+from forescale.data.packing_table import Bins
 from forescale.data.pipeline import Agree, Log, prefetched
 from forescale.errors import UserError
 
@@ -174,17 +175,15 @@ def validation_windows(
     limit: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
+    bins: Bins | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the windows of a split in their fixed order, or `limit` of them, evenly spread over it.
+    bins: the pairs of the split, if its windows are pairs.
 
     Rank r takes every world_size-th micro-batch from r on. All ranks get the same number because
     they call collectives together: missing rows and micro-batches are padding without a target.
     """
-    places = [
-        (shard, start, min(sequence_length + 1, tokens - start))
-        for shard, tokens in enumerate(split.shard_tokens)
-        for start in range(0, tokens - 1, sequence_length)
-    ]
+    places = _held_out_places(split, sequence_length, bins)
     numbers = np.arange(len(places))
     if limit is not None and limit < len(places):
         numbers = np.arange(limit) * len(places) // limit
@@ -198,10 +197,27 @@ def validation_windows(
         yield _validation_micro_batch(split, index, *chosen, shape, documents, objective)
 
 
+_Place = tuple[int, list[tuple[int, int]]]  # a shard; first token and number of tokens of each run
+
+
+def _held_out_places(split: Split, sequence_length: int, bins: Bins | None) -> list[_Place]:
+    if bins is not None:
+        return [
+            (shard, bins.pieces(shard, number))
+            for shard, count in enumerate(bins.counts.tolist())
+            for number in range(count)
+        ]
+    return [
+        (shard, [(start, min(sequence_length + 1, tokens - start))])
+        for shard, tokens in enumerate(split.shard_tokens)
+        for start in range(0, tokens - 1, sequence_length)
+    ]
+
+
 def _validation_micro_batch(
     split: Split,
     index: int,
-    places: list[tuple[int, int, int]],
+    places: list[_Place],
     windows: np.ndarray,
     shape: tuple[int, int],
     documents: bool,
@@ -209,23 +225,27 @@ def _validation_micro_batch(
 ) -> MicroBatch:
     tokens = np.zeros((shape[0], shape[1] + 1), split.dtype)
     numbers = np.zeros(tokens.shape, np.int32) if documents else None
-    lengths = np.ones(shape[0], np.int64)
-    for i, place in enumerate(places):
-        lengths[i] = place[2]
-        tokens[i, : place[2]] = split.read(*place)
+    lengths, cuts = np.ones(shape[0], np.int64), np.zeros(shape[0], np.int64)
+    for i, (shard, runs) in enumerate(places):
+        first, size = runs[0][0], sum(length for _, length in runs)  # runs follow each other
+        lengths[i] = size
+        cuts[i] = runs[0][1] if len(runs) > 1 else 0
+        tokens[i, :size] = split.read(shard, first, size)
         if numbers is not None:
-            ends = split.document_ends(*place)
+            ends = split.document_ends(shard, first, size)
             numbers[i] = np.searchsorted(ends, np.arange(shape[1] + 1), side="right")
     windows = np.pad(windows, (0, shape[0] - len(places)))  # missing rows are padding
-    pair = objective.examples(tokens, lengths, windows)
+    of_pairs = (cuts,) if takes_pairs(objective) else ()
+    pair = objective.examples(tokens, lengths, windows, *of_pairs)
     pair[1, len(places) :] = IGNORED
     inputs, targets = torch.from_numpy(pair)
-    hidden = _padding_mask(lengths, objective)
+    hidden = _padding_mask(objective, lengths, *of_pairs)
     return MicroBatch(index, inputs, targets, _document_numbers(numbers), hidden)
 
 
 def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> list[MicroBatch]:
-    pair = objective.examples(rows.tokens, rows.sizes, rows.numbers)
+    cuts = () if rows.cuts is None else (rows.cuts,)
+    pair = objective.examples(rows.tokens, rows.sizes, rows.numbers, *cuts)
     if rows.begins is not None:
         pair[1][rows.begins[:, 1:]] = IGNORED  # the first token of a packed document
     inputs, targets = torch.from_numpy(pair)
@@ -233,14 +253,15 @@ def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> lis
     for i, first in enumerate(range(0, len(inputs), share.micro_batch)):
         part = slice(first, first + share.micro_batch)
         own = None if documents is None else documents[part]
-        hidden = _padding_mask(rows.sizes[part], objective)
+        hidden = _padding_mask(objective, rows.sizes[part], *(c[part] for c in cuts))
         found.append(MicroBatch(share.first + i, inputs[part], targets[part], own, hidden))
     return found
 
 
-def _padding_mask(sizes: np.ndarray, objective: Objective) -> torch.Tensor | None:
-    """Return what MicroBatch has of windows of `sizes` tokens: (n,) -> (n, L) or None."""
-    found = own(sizes) if (own := getattr(objective, "padding_mask", None)) else None
+def _padding_mask(objective: Objective, *sizes: np.ndarray) -> torch.Tensor | None:
+    """Return what MicroBatch has of windows of so many tokens, and of pairs also so many of the
+    source: (n,) each -> (n, L) or None."""
+    found = own(*sizes) if (own := getattr(objective, "padding_mask", None)) else None
     return None if found is None else torch.from_numpy(found)
 
 

@@ -2,7 +2,8 @@
 
 A model of the next token continues it, and so does one of objective.kind=prefix, whose encoder
 reads it. One of objective.kind=seq2seq writes the spans that it lacks: sentinels are written as
-T5's tokenizer has them, <extra_id_0>, <extra_id_1>, ..., in the prompt and in the answer.
+T5's tokenizer has them, <extra_id_0>, <extra_id_1>, ..., in the prompt and in the answer. One of
+objective.kind=pairs reads the prompt as a source, and writes its target.
 Invariant: what the model reads, and where it begins to write, are those of training, see
 data/objectives/.
 """
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
+from forescale.data.objectives.pair_table import separator_id
+from forescale.data.objectives.pairs import Pairs
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
 from forescale.errors import UserError
@@ -82,6 +85,8 @@ def question_of(view: RunView, text: str) -> Question:
     objective = objective_of(config, identity["vocab_size"])
     if isinstance(objective, Prefix):
         return _of_start(view, text, objective, config.model.has_encoder)
+    if isinstance(objective, Pairs):
+        return _of_pair(view, text, objective, config.model.has_encoder)
     assert isinstance(objective, Spans)
     return _of_gaps(view, text, objective, config.model.has_encoder)
 
@@ -100,6 +105,37 @@ def _of_start(view: RunView, text: str, prefix: Prefix, has_encoder: bool) -> Qu
     return Question(text, ids[-1:], ids, end, "document", columns, source, most)
 
 
+def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Question:
+    """Return a text as the source of a pair; the answer is its target, which ends as documents do.
+    Raises UserError if no source of training is like it."""
+    end = view.identity["dataset"]["end_of_text"]
+    separator = separator_id(view.tokenizer, pairs.separator, end)
+    source = text_ids(view.tokenizer, text)
+    _check_length(source, pairs.split)
+    if not source:
+        raise UserError("prompt", "is empty, and no source of training is", "give a text")
+    if separator in source:
+        what = f"holds the separator {pairs.separator!r}, with which a source ends"
+        raise UserError("prompt", what, "take it out")
+    return Question(
+        shown="",
+        start=[separator] if has_encoder else [*source, separator],
+        before=[separator],
+        end=end,
+        ends="answer",
+        max_context=pairs.columns,
+        source=source if has_encoder else None,
+        most=pairs.columns - pairs.split,
+    )
+
+
+def _check_length(source: list[int], most: int) -> None:
+    """Raise UserError if a source is longer than in training."""
+    if len(source) > most:
+        what = f"has {len(source):,} tokens, and in training a source has {most:,}"
+        raise UserError("prompt", what, "give less text")
+
+
 def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Question:
     """Return a text that lacks spans, where it has sentinels; the answer ends with the sentinel
     after those. Raises UserError if it has others than in training, or is longer."""
@@ -110,9 +146,7 @@ def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Quest
     _check_sentinels(numbers, spans.extra_ids - 1)
     for i, part in enumerate(text_or_number):
         source += [size + int(part)] if i % 2 else text_ids(view.tokenizer, part)
-    if len(source) > spans.split:
-        what = f"has {len(source):,} tokens, and in training a source has {spans.split:,}"
-        raise UserError("prompt", what, "give less text")
+    _check_length(source, spans.split)
     names = {size + i: f"<extra_id_{i}>" for i in range(spans.extra_ids)}
     return Question(
         shown=names[size],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
+from forescale.data.packing_table import num_windows
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.errors import UserError
 from forescale.models.positions.position import document_starts, positions_of
@@ -104,7 +105,7 @@ def loss_by_position(
     """
     part = dataset.split(split)
     device = next(model.parameters()).device
-    count = sum(-(-(tokens - 1) // sequence_length) for tokens in part.shard_tokens)
+    count = num_windows(part, sequence_length)
     total, limits, rows = min(count, windows or count), torch.tensor(edges), []
     parts = validation_windows(
         part, sequence_length, 1, limit=windows, documents=documents, objective=objective

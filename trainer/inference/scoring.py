@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from forescale.config.sections.data import ONLY, CorpusConfig
 from forescale.data.dataset import Dataset
 from forescale.data.objective import NEXT_TOKEN, Objective
+from forescale.data.packing_table import Bins, num_windows
 from forescale.data.stream import MicroBatch
 from forescale.errors import UserError
 from forescale.inference.view import RunView
@@ -57,13 +58,16 @@ def score(
     windows: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
+    bins: Bins | None = None,
     progress: Progress = silent,
 ) -> Score:
-    """Return the score of a model on a split. Raises UserError if the split is empty."""
+    """Return the score of a model on a split. bins: the split's pairs. Raises UserError if the
+    split is empty, or has no pair."""
     part, done = dataset.split(split), 0
-    count = sum(-(-(tokens - 1) // sequence_length) for tokens in part.shard_tokens)
+    count = num_windows(part, sequence_length, bins)
     if not count:
-        raise UserError(dataset.where, f"its split {split} is empty", "choose another split")
+        what = f"its split {split} {'is empty' if bins is None else 'has no pair'}"
+        raise UserError(dataset.where, what, "choose another split")
     total = min(count, windows or count)
     device = next(model.parameters()).device
 
@@ -87,4 +91,5 @@ def score(
         windows=windows,
         documents=documents,
         objective=objective,
+        bins=bins,
     )

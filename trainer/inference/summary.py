@@ -54,9 +54,10 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
             f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of "
             f"{spec.targets}."
         )
-    prompt, purpose = {"gaps": ("def <extra_id_0>(self):", "fill in spans")}.get(
-        spec.source, _WRITE
-    )
+    prompt, purpose = {
+        "gaps": ("def <extra_id_0>(self):", "fill in spans"),
+        "prompt": ("SOURCE", "write its target"),
+    }.get(spec.source, _WRITE)
     writes = spec.source and isinstance(started.job.model, ModelConfig)
     _next(
         [

@@ -27,7 +27,7 @@ from forescale.monitor.files import (
     strangers,
 )
 from forescale.run.directory import Run
-from forescale.run.feed import feed_of
+from forescale.run.feed import feed_of, left_out
 from forescale.run.rows import Row, read_rows
 from forescale.run.start import open_dataset
 from forescale.storage import check_table, read_table
@@ -113,6 +113,7 @@ def _replay(
     except UserError as e:
         found.notes.append(f"the tokens were not compared: {str(e).rstrip('.')}")
         return
+    found.notes += [f"{name}: {said}" for name, said in left_out(feed).items()]
     try:
         faults = list(replay_faults(rows, feed, tick))
     except UserError as e:

@@ -5,7 +5,6 @@ data, the speed) is None and not guessed. Windows are counted and dealt to ranks
 data/stream.py, `validation_windows`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from forescale.config.train import TrainJob
@@ -47,18 +46,17 @@ class EvaluationCost:
 
 def estimate_evaluation(
     job: TrainJob,
-    splits: Iterable[list[int]],
+    complete: list[int],
     per_token: TokenFlops,
     step: StepTime,
     world: int,
 ) -> EvaluationCost:
     """Return the cost of a job's evaluations on `world` ranks.
 
-    splits: the tokens of every shard, for the held-out split of each source. The forward runs at
-    the speed of a step.
+    complete: the windows of the held-out split of each source. The forward runs at the speed of a
+    step.
     """
     length, limit = job.train.sequence_length, job.validation.windows
-    complete = [sum(-(-max(0, n - 1) // length) for n in shards) for shards in splits]
     capped = [n if limit is None else min(limit, n) for n in complete]
     of_step = (per_token.full + per_token.recomputed) * job.tokens_per_step
 

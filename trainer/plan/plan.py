@@ -8,7 +8,7 @@ class of the user's own (built on the meta device, without values). The formulas
 communication.py, step_time.py and failures.py; options.py evaluates the ways to shard.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -40,19 +40,10 @@ from forescale.plan.step_time import (
 )
 from forescale.plan.zero import BYTES
 from forescale.run.branch import check_origin
-from forescale.run.feed import epochs, feed_of, notes, resolved_model
+from forescale.run.data_use import DataUse, SourceUse, data_use
+from forescale.run.feed import resolved_model
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import open_sources, settle
-
-
-@dataclass(frozen=True)
-class SourceUse:
-    """A data source: the tokens it has, the tokens that the run reads, and the epochs."""
-
-    name: str
-    tokens: int
-    read: float
-    epochs: float
 
 
 class Plan:
@@ -134,29 +125,17 @@ class Plan:
         return job
 
     @cached_property
+    def _use(self) -> DataUse | None:
+        if self.sources is None:
+            return None
+        found = data_use(self.job, self.sources, self.check)
+        self.notes += found.notes
+        return found
+
+    @property
     def data(self) -> list[SourceUse]:
         """The use of each source; empty if the data can't be opened."""
-        if self.sources is None:
-            return []
-        splits = self.sources.split("train")
-        total = self.job.total_steps * self.job.tokens_per_step
-        times: dict[str, float] = {}
-        if self.job.data.packing == "windows":
-            feed = self.check(lambda: feed_of(self.job, self.sources))
-            if feed is not None:
-                times = epochs(self.job, feed)
-                self.notes += notes(self.job, feed)
-        if not times:
-            weights = self.job.data.weights or {n: s.num_tokens for n, s in splits.items()}
-            whole = sum(weights.values()) or 1
-            times = {
-                n: total * weights.get(n, 0) / whole / max(1, s.num_tokens)
-                for n, s in splits.items()
-            }
-        return [
-            SourceUse(name, split.num_tokens, times[name] * split.num_tokens, times[name])
-            for name, split in splits.items()
-        ]
+        return self._use.sources if self._use else []
 
     # Memory and communication
 
@@ -201,11 +180,11 @@ class Plan:
 
     @cached_property
     def evaluation(self) -> EvaluationCost | None:
-        """The cost of the evaluations; None if the data can't be opened."""
-        if self.sources is None:
+        """The cost of the evaluations; None if the data can't be opened, or is not counted."""
+        if self._use is None or self._use.held_out is None:
             return None
-        splits = [split.shard_tokens for split in self.sources.split("validation").values()]
-        return estimate_evaluation(self.job, splits, self.per_token, self.chosen.step, self.world)
+        windows, step = self._use.held_out, self.chosen.step
+        return estimate_evaluation(self.job, windows, self.per_token, step, self.world)
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -5,27 +5,50 @@ read the same windows.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
-from forescale.data.objective import NEXT_TOKEN, Objective, extra_ids, window_length
+from forescale.data.objective import (
+    NEXT_TOKEN,
+    Objective,
+    extra_ids,
+    window_length,
+)
+from forescale.data.objectives.pair_table import (
+    PairBins,
+    PairKind,
+    open_pairs,
+    said_of,
+    separator_id,
+)
+from forescale.data.objectives.pairs import Pairs
 from forescale.data.order import Order
 from forescale.data.packing_table import Bins, open_bins
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
+from forescale.progress import shown
 
 _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
 
 
-def feed_of(job: TrainJob, sources: Sources, skipped: Sequence[Interval] = ()) -> Feed:
-    """Return the training feed of a settled job. Raises UserError if a source has no window, or the
-    run would read it more often than data.max_epochs allows."""
-    bins = _bins(job, sources) if job.data.packing == "best_fit" else {}
+def feed_of(
+    job: TrainJob, sources: Sources, skipped: Sequence[Interval] = (), cache: Path | None = None
+) -> Feed:
+    """Return the training feed of a settled job.
+
+    cache: where tables of pairs are kept, if not in the job's. Raises UserError if a source has no
+    window, or the run would read it more often than data.max_epochs allows.
+    """
+    is_packed = job.data.packing == "best_fit"
+    bins = _bins(job, sources) if is_packed else pairs_of(job, sources, "train", cache)
     objective = objective_of(job, sources.vocab_size)
     length = window_length(objective, job.train.sequence_length)
     mixture = _mixture(job, sources, bins, length)
@@ -79,7 +102,7 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
             raise UserError(
                 "model.source_length",
                 what,
-                "leave it out, or take objective.kind=seq2seq or prefix",
+                "leave it out, or take objective.kind=seq2seq, prefix or pairs",
             )
         model = replace(model, source_length=split)
     vocabulary = vocabulary_of(job, vocab_size)
@@ -93,14 +116,59 @@ def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:
     return feed.mixture.epochs(job.total_steps * job.train.global_batch)
 
 
+def targets_of_a_row(job: TrainJob, feed: Feed) -> float:
+    """Return the mean number of targets of the run's windows."""
+    windows = job.total_steps * job.train.global_batch
+    if feed.are_pairs:
+        return int(feed.mixture.targets(0, windows).sum()) / windows
+    full = np.array([feed.mixture.sequence_length + 1])
+    return int(feed.objective.num_targets(full)[0])
+
+
 def notes(job: TrainJob, feed: Feed) -> list[str]:
     """Return what a user should know about the data although nothing is wrong, a sentence each."""
+    many = len(feed.names) > 1
     return [
-        f"{name if len(feed.names) > 1 else 'The data'} is read {times:.1f} times; more than "
+        f"{name if many else 'The data'} is read {times:.1f} times; more than "
         f"{_MANY_EPOCHS} times teaches little that is new."
         for name, times in epochs(job, feed).items()
         if times > _MANY_EPOCHS
-    ]
+    ] + [f"{f'{name}: ' * many}{said}." for name, said in left_out(feed).items()]
+
+
+def left_out(feed: Feed) -> dict[str, str]:
+    """Return which documents of each source are no pairs, in words; of sources that have any."""
+    if not feed.are_pairs or feed.bins is None:
+        return {}
+    found = {name: said_of(bins) for name, bins in zip(feed.names, feed.bins, strict=True)}
+    return {name: said for name, said in found.items() if said}
+
+
+def pairs_of(
+    job: TrainJob, sources: Sources, split: str, cache: Path | None = None
+) -> dict[str, PairBins]:
+    """Return the pairs of a split of each source; none if the job reads no pairs. Tables that are
+    missing from the cache are made. Raises UserError if there is no pair to train on."""
+    if (kind := pair_kind(job, sources)) is None:
+        return {}
+    cache, found = cache or job.data.cache_directory, {}
+    for name, part in sources.split(split).items():
+        dataset = sources.datasets[name]
+        with shown() as progress:
+            found[name] = open_pairs(part, kind, dataset.identity, cache, progress)
+        if split == "train":
+            _check_pairs(job, dataset.where, found[name])
+    return found
+
+
+def pair_kind(job: TrainJob, sources: Sources) -> PairKind | None:
+    """Return what a pair of a job is; None if it reads no pairs. Raises UserError if the tokenizer
+    of its data has no such separator."""
+    objective = objective_of(job, sources.vocab_size)
+    if not isinstance(objective, Pairs):
+        return None
+    separator = separator_id(sources.tokenizer, objective.separator, sources.end_of_text)
+    return PairKind(separator, objective.split, objective.columns - objective.split)
 
 
 def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
@@ -112,7 +180,21 @@ def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
     }
 
 
-def _mixture(job: TrainJob, sources: Sources, bins: dict[str, Bins], length: int) -> Mixture:
+def _check_pairs(job: TrainJob, where: str, bins: Bins) -> None:
+    """Raise UserError if no document is a pair."""
+    if bins.counts.any():
+        return
+    facts, kind = bins.facts, job.objective.pairs_separator
+    if facts["without_separator"] == facts["documents"]:
+        what = f"none of its {facts['documents']:,} documents has the separator {kind!r}"
+        todo = "give another objective.pairs_separator, or data whose documents have it"
+    else:
+        what = f"has no pair: {said_of(bins)}"
+        todo = "give more columns, with train.sequence_length and objective.pairs_source"
+    raise UserError(where, what, todo)
+
+
+def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: int) -> Mixture:
     seed, orders = job.train.seed, {}
     for name, split in sources.split("train").items():
         own = _own_seed(seed, name) if sources.is_mixture else seed

@@ -30,7 +30,7 @@ from forescale.models.config import ModelConfig
 from forescale.progress import shown
 from forescale.run.branch import NewestStep, check_origin, data_of, with_step
 from forescale.run.directory import Run
-from forescale.run.feed import feed_of, resolved_model
+from forescale.run.feed import feed_of, pairs_of, resolved_model
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.identity import code_and_id, data_fields
 from forescale.run.rows import each_row
@@ -71,6 +71,7 @@ def start(
     sources = open_sources(job.data)
     job = settle(job, sources)
     feed_of(job, sources)  # errors of the mixture are reported before anything is written
+    pairs_of(job, sources, "validation")  # made once, before there are ranks
     prediction_interval_of(job)  # likewise for a forecast that does not fit the job
     # Compared, not run: the typed job is.
     old = thaw(TrainJob, run.config, trust=True) if run.config.exists() else None

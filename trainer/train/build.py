@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -21,8 +20,9 @@ from forescale.config.schema import plain
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
-from forescale.data.feed import LostMember
+from forescale.data.feed import Feed, LostMember
 from forescale.data.objective import Objective, window_length
+from forescale.data.objectives.pair_table import PairBins
 from forescale.data.stream import Batch, StepShare, stream
 from forescale.engine.build import device_name, peak_flops
 from forescale.engine.selfcheck import SelfCheck
@@ -32,7 +32,7 @@ from forescale.engine.trackers import open_trackers
 from forescale.resilience.injector import Injector
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
-from forescale.run.feed import feed_of, objective_of
+from forescale.run.feed import feed_of, left_out, objective_of, pairs_of, targets_of_a_row
 from forescale.run.forecast import PredictionInterval
 from forescale.run.identity import complete
 from forescale.run.scores import is_evaluated
@@ -86,6 +86,10 @@ class Builder:
         """What counts as a target, of the scores and of the rows."""
         return objective_of(self.job, self.sources.vocab_size, held_out=True)
 
+    @cached_property
+    def _held_out_pairs(self) -> dict[str, PairBins]:
+        return pairs_of(self.job, self.sources, "validation")
+
     @property
     def _window_length(self) -> int:
         return window_length(self.objective, self.job.train.sequence_length)
@@ -93,15 +97,20 @@ class Builder:
     def parts(self, attempt: Attempt, point: ResumePoint) -> Parts:
         """Return the parts of an attempt that begins at `point`. Every rank calls it."""
         ranks, began = self.engine.world, point.position.step
+        feed = feed_of(self.job, self.sources, point.position.skipped)
         rollbacks = ranks.from_main(self.run.rollbacks, self.run.path)
+        tables = dict(zip(feed.names, feed.bins or (), strict=False))
+        for name, said in left_out(feed).items() if ranks.is_main else ():
+            facts = tables[name].facts
+            attempt.event("documents_left_out", source=name, what=said, **facts)
         judge = Guard(self.job.guard, rollbacks, point.guard)
-        metrics = self._metrics(attempt, point.position)
+        metrics = self._metrics(attempt, point.position, feed)
         validation = Validation(self._every(self.job.validation.every), self._score, metrics.scored)
         checkpoints = self._checkpoints(attempt, judge)
         guard = self._guard(
             judge, attempt, began, lambda: began > 0 or checkpoints.saved is not None
         )
-        batches = self._batches(attempt, point.position)
+        batches = self._batches(attempt, point.position, feed)
         own = self._own(attempt, self.job.guard.most_rollbacks - len(rollbacks))
         return Parts(batches, guard, metrics, validation, own, checkpoints)
 
@@ -120,9 +129,10 @@ class Builder:
     def _every(self, length: Duration, at: tuple[int, ...] = ()) -> Every:
         return Every(length, self.job.steps_of(length), self.job.total_steps, at)
 
-    def _batches(self, attempt: Attempt, position: Position) -> Generator[Batch, None, None]:
+    def _batches(
+        self, attempt: Attempt, position: Position, feed: Feed
+    ) -> Generator[Batch, None, None]:
         job, world = self.job, self.engine.world
-        feed = feed_of(job, self.sources, position.skipped)
         fed, train = world.data, job.train
         share = StepShare(train.global_batch, train.micro_batch, fed.rank, fed.size)
         shared = feed.substitute and world.size > 1
@@ -159,7 +169,7 @@ class Builder:
             self.engine.world.is_main,
         )
 
-    def _metrics(self, attempt: Attempt, position: Position) -> Metrics:
+    def _metrics(self, attempt: Attempt, position: Position, feed: Feed) -> Metrics:
         job, world = self.job, self.engine.world
         main, total = world.is_main, job.total_steps
         trackers = []
@@ -169,8 +179,7 @@ class Builder:
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
         prices = prices_of(job, self.model)
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
-            size = np.array([self._window_length + 1])
-            each = job.train.sequence_length / int(self.objective.num_targets(size)[0])
+            each = job.train.sequence_length / targets_of_a_row(job, feed)
             prices = {convention: each * flops for convention, flops in prices.items()}
         return Metrics(
             attempt,
@@ -225,6 +234,7 @@ class Builder:
                 windows=None if complete else job.validation.windows,
                 documents=job.data.document_mask,
                 objective=self.objective,
+                bins=self._held_out_pairs.get(name),
                 ranks=world.data,
                 mark=self.phases.mark,
             )

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 from forescale.checkpoint.reader import Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
-from forescale.data.dataset import Dataset
+from forescale.config.sections.data import ONLY
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import window_length
 from forescale.data.prepare import baselines
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
 from forescale.progress import shown
-from forescale.run.feed import objective_of
+from forescale.run.feed import objective_of, pairs_of
 
 if TYPE_CHECKING:
     from forescale.inference.lengths import Bucket
@@ -47,6 +48,8 @@ def main(arguments: list[str]) -> int:
     scored = replace(view.config, train=replace(view.config.train, sequence_length=length))
     for dataset in datasets.values():
         objective = objective_of(scored, dataset.vocab_size, held_out=True)
+        read = Sources({ONLY: dataset})
+        pairs = pairs_of(scored, read, job.split, job.data.cache_directory)
         with shown() as progress:
             found = score(
                 model,
@@ -57,6 +60,7 @@ def main(arguments: list[str]) -> int:
                 windows=job.windows,
                 documents=view.config.data.document_mask,
                 objective=objective,
+                bins=pairs.get(ONLY),
                 progress=progress,
             )
         _print(job, view, checkpoint.position, dataset, found)

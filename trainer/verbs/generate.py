@@ -24,7 +24,8 @@ class GenerateJob(RunJob):
     prompt: str = key(
         "",
         "text that the model continues; empty: it begins a document; for a run of seq2seq, text "
-        "with <extra_id_0>, <extra_id_1>, ... where it lacks spans; -: read standard input",
+        "with <extra_id_0>, <extra_id_1>, ... where it lacks spans; of pairs, a source, whose "
+        "target it writes; -: read standard input",
     )
     num_tokens: int = key(200, "the most tokens to write", ge=1)
     temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)

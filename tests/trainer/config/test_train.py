@@ -186,6 +186,7 @@ def test_a_warm_up_that_is_longer_than_the_run_is_shortened_and_said(overrides, 
 
 
 MASKED = ["objective.kind=masked", "model.causal=false"]
+PAIRS = ["objective.kind=pairs", "objective.pairs_separator=|", "train.sequence_length=256"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,13 @@ MASKED = ["objective.kind=masked", "model.causal=false"]
         (["objective.kind=prefix", "data.document_mask=true"], "data.document_mask", "of prefix"),
         (["objective.kind=prefix", "model.causal=false"], "model.causal", "objective.kind=masked"),
         (["objective.prefix_share=0.3"], "objective.prefix_share", "no such setting"),
-        (["model.encoder_layers=2"], "model.encoder_layers", "seq2seq or prefix"),
+        (["model.encoder_layers=2"], "model.encoder_layers", "seq2seq, prefix or pairs"),
+        (["objective.kind=pairs"], "objective.pairs_separator", "pairs need one"),
+        (["objective.pairs_separator=|"], "objective.pairs_separator", "no such setting"),
+        ([*PAIRS, "objective.pairs_source=256"], "objective.pairs_source", "at most 255"),
+        ([*PAIRS, "data.document_mask=true"], "data.document_mask", "of pairs"),
+        ([*PAIRS, "data.packing=best_fit"], "data.packing", "windows"),
+        ([*PAIRS, "model.causal=false"], "model.causal", "objective.kind=masked"),
         ([*MASKED, "model.mixer=mingru"], "model.causal", "later ones"),
         ([*MASKED, "data.packing=best_fit"], "data.packing", "windows"),
     ],

@@ -7,6 +7,7 @@ import torch
 
 from forescale import open_run
 from forescale.config.schema import TargetConfig
+from forescale.data.stream import StepShare, stream
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
 from forescale.inference import summary
@@ -14,7 +15,9 @@ from forescale.inference.answering import question_of
 from forescale.inference.sampling import pieces
 from forescale.models import Transformer
 from forescale.run.start import start
-from tests.trainer.small_run import LENGTH, make_job, make_run
+from forescale.train.model import build_model
+from tests.reversed_words import KIND, make_pairs
+from tests.trainer.small_run import LENGTH, feed, make_job, make_run
 
 SMALL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.init_std=0.3"]
 # 4 spans a window, in 24 + 8 columns.
@@ -147,6 +150,64 @@ def test_an_answer_is_no_longer_than_in_training(started, forescale):
     assert code == 0
     is_limited = "no end within 16 tokens" in err
     assert is_limited == open_run(started.path).config.model.has_encoder
+
+
+SHAPE = ["train.sequence_length=12", "objective.pairs_source=6", "model.encoder_layers=1"]
+
+
+@pytest.fixture(scope="module")
+def reversing(tmp_path_factory):
+    """A run of pairs, and its model after 160 steps in which it learns to write words reversed."""
+    root = tmp_path_factory.mktemp("pairs")
+    run = make_run(make_pairs(root / "words"), root / "runs", "pairs", *SMALL[:3], *KIND, *SHAPE)
+    view, steps = open_run(run.path), 160
+    torch.manual_seed(0)
+    model = build_model(view.config, view.identity["dataset"]["vocab_size"]).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, 2 - 2 * i / steps))
+    for batch in stream(feed(run.path), StepShare(32, 32), range(steps), 0, workers=0):
+        positional, named = batch.micro[0].arguments(torch.device("cpu"))
+        loss = model(*positional, **named).sum() / batch.targets
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fall.step()
+    return run, model
+
+
+@pytest.mark.parametrize("word", ["abca", "ccab"])
+def test_it_answers_a_source_with_its_target(reversing, forescale, monkeypatch, word):
+    run, model = reversing
+    monkeypatch.setattr("forescale.inference.view.RunView.load", lambda *_: model)
+    code, out, err = forescale("generate", run.path, f"prompt={word}", "temperature=0")
+    assert (code, out) == (0, word[::-1] + "\n")
+    assert f"The answer ends after {len(word)} tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty, and no source of training is"),
+        ("a\tb", r"holds the separator '\\t'"),
+        ("abcabca", "has 7 tokens, and in training a source has 6"),
+    ],
+)
+def test_what_is_no_source_is_one_sentence(reversing, forescale, text, said):
+    code, out, err = forescale("generate", reversing[0].path, f"prompt='{text}'")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+@torch.no_grad()
+def test_a_decoder_alone_reads_source_and_separator(tmp_path, forescale):
+    run = make_run(make_pairs(tmp_path / "w"), tmp_path / "runs", "p", *SMALL, *KIND, *SHAPE[:2])
+    model, row = open_run(run.path).model(), [*b"abc\t"]
+    for _ in range(6):
+        row.append(model(torch.tensor([row]))[0, -1].argmax().item())
+    written = byte_tokenizer().decode(row[4:], skip_special_tokens=True)
+    code, out, err = forescale("generate", run.path, "prompt=abc", "temperature=0")
+    assert (code, out) == (0, written + "\n")
+    assert "no end within 6 tokens" in err
 
 
 def test_a_source_of_an_objective_of_a_user_s_own_is_left_to_its_user(

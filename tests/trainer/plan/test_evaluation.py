@@ -8,6 +8,7 @@ from forescale.config.compose import compose
 from forescale.config.duration import Duration
 from forescale.data.dataset import Dataset
 from forescale.data.objective import IGNORED
+from forescale.data.packing_table import num_windows
 from forescale.data.stream import validation_windows
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import estimate_evaluation
@@ -22,8 +23,8 @@ def cost(dataset, *words, seconds=None, world=2):
     job = compose(PlanJob, [*SIZES, "schedule.warmup=0", *words])
     tokens = job.tokens_per_step
     step = StepTime(seconds, 0.0, 0.0, tokens, 300.0 * tokens, None)
-    splits = [dataset.split("validation").shard_tokens] if dataset else [[0]]
-    return estimate_evaluation(job, splits, PRICE, step, world)
+    windows = num_windows(dataset.split("validation"), 32) if dataset else 0
+    return estimate_evaluation(job, [windows], PRICE, step, world)
 
 
 @pytest.mark.parametrize("limit", [None, 5, 10_000])

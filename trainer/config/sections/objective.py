@@ -22,7 +22,8 @@ class ObjectiveSpec:
     sees_both_sides: whether its model is an encoder, with model.causal=false.
     continues_text: whether its model can continue a text, and its losses are those of a text.
     source: what the source is, where a row is a source and a target, and the class has `split`, the
-        number of its columns: gaps, a text that lacks spans; start, that of a text.
+        number of its columns: gaps, a text that lacks spans; start, that of a text; prompt, a text
+        of its own, with an answer.
     targets: what a target is, in words for people.
     shortest: the fewest columns of a row with a target.
     settings: the keys of this section that are arguments of its class, with their names there.
@@ -66,6 +67,14 @@ OBJECTIVES = {
         shortest=2,
         settings=(("prefix_share", "share"),),
     ),
+    "pairs": ObjectiveSpec(
+        "forescale.data.objectives.pairs.Pairs",
+        continues_text=False,
+        source="prompt",
+        targets="tokens of answers",
+        shortest=2,
+        settings=(("pairs_separator", "separator"), ("pairs_source", "source")),
+    ),
 }
 
 
@@ -82,6 +91,14 @@ class ObjectiveConfig:
     spans_rate: float = key(0.15, "seq2seq: share of the tokens that spans take out", gt=0, lt=1)
     spans_mean: float = key(3.0, "seq2seq: mean length of a span, in tokens", ge=1)
     prefix_share: float = key(0.5, "prefix: share of the tokens that are the source", gt=0, lt=1)
+    pairs_separator: str | None = key(
+        None,
+        r"pairs: the token between source and target of each document: its text, such as \t, or "
+        "its id",
+    )
+    pairs_source: int | None = key(
+        None, "pairs: columns of the source; null: half of train.sequence_length", ge=1
+    )
     target: str | None = key(
         None,
         "own: your class, such as mypackage.MyObjective (see data/objective.py)",
@@ -114,6 +131,11 @@ class ObjectiveConfig:
         if self.target:
             todo = "write objective.kind=own, or take it out"
             found.append(("_target_", f"{self.kind} has no such setting", todo))
+        if self.kind == "pairs" and not self.pairs_separator:
+            todo = (
+                r"name the token between source and target, such as objective.pairs_separator='\t'"
+            )
+            found.append(("pairs_separator", "pairs need one", todo))
         if self.masked_hidden + self.masked_random > 1:
             both = f"{self.masked_hidden:g} and masked_random={self.masked_random:g}"
             todo = "give shares whose sum is at most 1"

@@ -1,0 +1,187 @@
+"""Prompts with answers: a row is source and target of one document, cut at its own separator."""
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from forescale.config.sections.objective import OBJECTIVES
+from forescale.data.dataset import Damaged, Dataset
+from forescale.data.feed import Feed, LostMember
+from forescale.data.mixture import Mixture, MixtureStage
+from forescale.data.objective import IGNORED
+from forescale.data.objectives.pair_table import PairKind, open_pairs
+from forescale.data.objectives.pairs import Pairs
+from forescale.data.order import Order
+from forescale.data.stream import StepShare, stream, validation_windows
+from forescale.errors import UserError
+from forescale.models import ModelConfig, Transformer
+from tests.reversed_words import NO_PAIRS, make_pairs
+from tests.trainer.data.objectives.exact import assert_same_anywhere
+from tests.trainer.data.small_dataset import END
+from tests.trainer.data.test_stream import collect
+
+TAB, COLUMNS, SOURCE = 9, 14, 6
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return Dataset(make_pairs(tmp_path_factory.mktemp("pairs") / "words", NO_PAIRS))
+
+
+def pairs_of(dataset, split="train", cache=None):
+    kind = PairKind(TAB, SOURCE, COLUMNS - SOURCE)
+    cache = cache or dataset.path.parent
+    return open_pairs(dataset.split(split), kind, dataset.identity, cache)
+
+
+def feed_of(dataset, substitute=False, cache=None) -> Feed:
+    split, bins = dataset.split("train"), pairs_of(dataset, cache=cache)
+    order = Order(split.shard_tokens, COLUMNS, 3, 2, bins)
+    mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
+    objective = Pairs(COLUMNS, "\t", SOURCE)
+    more = {"substitute": substitute, "objective": objective, "seed": 3}
+    return Feed({"d": split}, mixture, dataset.vocab_size, bins={"d": bins}, **more)
+
+
+def texts_of(micro, split) -> list[tuple[bytes, bytes]]:
+    """Source and target of each row that has any, after the rules of a row."""
+    found = []
+    for tokens, targets, real in zip(micro.tokens, micro.targets, micro.padding_mask, strict=True):
+        tokens, targets, real = tokens.numpy(), targets.numpy(), real.numpy()
+        is_target = targets != IGNORED
+        assert not tokens[~real].any()
+        assert not is_target[:split].any()
+        assert np.array_equal(is_target[split:], real[split:])
+        if not real.any():
+            continue
+        assert real[split - 1], "the source ends at the split"
+        inputs, wanted = tokens[split:][real[split:]], targets[is_target]
+        assert inputs[0] == TAB, "the decoder begins with the separator"
+        assert inputs[1:].tolist() == wanted[:-1].tolist()
+        assert wanted[-1] == END
+        found.append((bytes(tokens[:split][real[:split]].tolist()), bytes(wanted[:-1].tolist())))
+    return found
+
+
+def documents_of(dataset, split) -> list[bytes]:
+    part, found = dataset.split(split), []
+    for shard, size in enumerate(part.shard_tokens):
+        cuts = part.document_ends(shard, 0, size)
+        found += [bytes((t[:-1]).tolist()) for t in np.split(part.read(shard, 0, size), cuts)[:-1]]
+    return found
+
+
+def wanted_of(dataset, split) -> list[tuple[bytes, bytes]]:
+    parts = [tuple(d.split(b"\t", 1)) for d in documents_of(dataset, split) if b"\t" in d]
+    return [p for p in parts if 0 < len(p[0]) <= SOURCE and len(p[1]) < COLUMNS - SOURCE]
+
+
+def test_each_pair_comes_exactly_once_an_epoch(words):
+    feed = feed_of(words)
+    order = feed.mixture.orders[0]
+    epochs = []
+    for epoch in range(2):
+        g = epoch * order.windows_per_epoch
+        ((batch, micro, _),) = collect(feed, (0, 1), g, 1, order.windows_per_epoch, 1)
+        epochs.append([text for m in micro for text in texts_of(m, SOURCE)])
+        assert Counter(epochs[-1]) == Counter(wanted_of(words, "train"))
+        assert batch.targets == order.targets_per_epoch
+    assert epochs[0] != epochs[1], "in another order"
+
+
+@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 2, 1), (4, 1, 2)])
+def test_rows_are_the_same_at_any_world_size_micro_batch_and_resume_point(
+    words, world, micro, workers
+):
+    feed = feed_of(words)
+    assert_same_anywhere(feed, world, micro, workers)
+    hashes = [[h for *_, h in collect(feed, (0, 6), 0, w, 8, 1)] for w in (1, world)]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_held_out_pairs_come_in_their_order_at_any_world_size(words, limit):
+    bins, objective = pairs_of(words, "validation"), Pairs(COLUMNS, "\t", SOURCE)
+    wanted = wanted_of(words, "validation")
+    if limit is not None:
+        wanted = [wanted[i] for i in np.arange(limit) * len(wanted) // limit]
+    for world in (1, 3):
+        given = (words.split("validation"), COLUMNS, 2)
+        more = {"limit": limit, "objective": objective, "bins": bins, "world_size": world}
+        micros = [m for r in range(world) for m in validation_windows(*given, rank=r, **more)]
+        micros.sort(key=lambda m: m.index)
+        assert [text for m in micros for text in texts_of(m, SOURCE)] == wanted
+
+
+@pytest.mark.parametrize("encoder_layers", [0, 2])
+@torch.no_grad()
+def test_a_loss_is_that_of_the_target_alone_whatever_the_padding(words, encoder_layers):
+    config = ModelConfig(num_layers=2, width=32, num_heads=2, encoder_layers=encoder_layers)
+    config = replace(config, init_std=0.3, source_length=SOURCE if encoder_layers else None)
+    model = Transformer(config.resolved(257, COLUMNS)).eval()
+    (batch,) = stream(feed_of(words), StepShare(8, 8), range(1), 0, workers=0)
+    (micro,) = batch.micro
+    positional, named = micro.arguments(torch.device("cpu"))
+    losses = model(*positional, **named)
+    for loss, (source, target) in zip(losses, texts_of(micro, SOURCE), strict=True):
+        own = replace(config, source_length=len(source) if encoder_layers else None)
+        alone = Transformer(own.resolved(257, COLUMNS)).eval()
+        alone.load_state_dict(model.state_dict())
+        row = torch.tensor([[*source, TAB, *target]])
+        logits = alone(row)[0, -len(target) - 1 :]
+        wanted = F.cross_entropy(logits, torch.tensor([*target, END]), reduction="sum")
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.fixture
+def damaged(words, tmp_path):
+    """A copy with a flipped bit in a member, and the member; its pairs were found before."""
+    pairs_of(words)
+    shutil.copytree(words.path, tmp_path / "d")
+    member = words.split("train").shard(1).members[1]
+    tar = tmp_path / "d" / "train-000001.tar"
+    raw = bytearray(tar.read_bytes())
+    raw[member.tok["offset"]] ^= 1
+    tar.write_bytes(raw)
+    return Dataset(tmp_path / "d"), LostMember("d", 1, member.key)
+
+
+def test_a_damaged_pair_is_replaced_by_a_whole_pair_of_as_many_targets(words, damaged):
+    dataset, lost = damaged
+    kept = {"cache": words.path.parent}
+    share, steps = StepShare(8, 8), range(6)
+    sound = list(stream(feed_of(words), share, steps, 0))
+    with pytest.raises(Damaged, match=f"member {lost.member}"):
+        list(stream(feed_of(dataset, **kept), share, steps, 0))
+    rows = list(stream(feed_of(dataset, True, **kept), share, steps, 0))
+    assert {member for b in rows for member in b.lost} == {lost}
+    known, changed = wanted_of(words, "train"), 0
+    for batch, before in zip(rows, sound, strict=True):
+        assert batch.targets == before.targets
+        texts, old = (texts_of(b.micro[0], SOURCE) for b in (batch, before))
+        assert set(texts) <= set(known), "whole"
+        assert [len(b) for _, b in texts] == [len(b) for _, b in old]
+        changed += texts != old
+    assert 0 < changed < 6
+    again = list(stream(feed_of(dataset, True, **kept), share, steps, 0, workers=0))
+    assert [b.window_hash for b in again] == [b.window_hash for b in rows]
+
+
+def test_without_an_intact_pair_of_as_many_targets_it_is_said(words):
+    split = words.split("train")
+    shards = range(len(split.shard_tokens))
+    lost = frozenset(LostMember("d", n, m.key) for n in shards for m in split.shard(n).members)
+    with pytest.raises(UserError, match=r"no intact one has as many targets, \d"):
+        feed_of(words, True).read([(0, 1)], lost)
+
+
+def test_the_shortest_row_is_that_of_its_spec():
+    shortest = OBJECTIVES["pairs"].shortest
+    assert Pairs(shortest, "\t").split == 1
+    with pytest.raises(ValueError, match="too few"):
+        Pairs(shortest - 1, "\t")

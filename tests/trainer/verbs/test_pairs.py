@@ -1,0 +1,115 @@
+"""What the verbs do with a run of pairs: counts, scores, and what they say of other documents."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from forescale import open_dataset, open_run
+from forescale.config.compose import compose
+from forescale.config.train import TrainJob
+from forescale.run.feed import feed_of, targets_of_a_row
+from forescale.run.start import open_sources, settle
+from tests.reversed_words import KIND, NO_PAIRS, make_pairs
+from tests.trainer.small_run import BATCH, STEPS, make_run
+
+MODEL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.encoder_layers=1"]
+SHAPE = ["train.sequence_length=14", "objective.pairs_source=6"]
+LEFT_OUT = r"(\d+) of (\d+) documents are left out, because they are no pairs: "
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_pairs(tmp_path_factory.mktemp("data") / "words", NO_PAIRS)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return make_run(data, tmp_path_factory.mktemp("runs"), "pairs", *MODEL, *KIND, *SHAPE)
+
+
+def held_out(dataset) -> list[tuple[bytes, bytes]]:
+    """Source and target of each held-out document that is a pair of this length."""
+    split, found = dataset.split("validation"), []
+    for shard, size in enumerate(split.shard_tokens):
+        raw = bytes(t % 256 for t in split.read(shard, 0, size).tolist())  # 256 ends a document
+        parts = [document.split(b"\t", 1) for document in raw.split(b"\0")[:-1]]
+        found += [tuple(p) for p in parts if len(p) == 2 and 0 < len(p[0]) <= 6 and len(p[1]) < 8]
+    return found
+
+
+@torch.no_grad()
+def test_eval_scores_each_target_of_the_split_with_its_end(run, data, forescale):
+    model, pairs = open_run(run.path).model(), held_out(open_dataset(data))
+    nats = targets = size = 0
+    for source, target in pairs:
+        row, wanted = [[0] * (6 - len(source)) + [*source, 9, *target]], [*target, 256]
+        mask = torch.arange(len(row[0])) >= 6 - len(source)
+        logits = model(torch.tensor(row), padding_mask_BL=mask[None])[0]
+        nats += F.cross_entropy(logits, torch.tensor(wanted), reduction="sum").item()
+        targets, size = targets + len(wanted), size + len(target)
+    code, out, _ = forescale("eval", run.path, "micro_batch=3")
+    assert code == 0
+    assert re.search(rf"tokens of answers +{targets}\n", out)
+    assert re.search(rf"bytes +{size}\n", out)
+    assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)
+    bits = float(re.search(r"bits per byte +([\d.]+)", out)[1])
+    assert bits == pytest.approx(nats / math.log(2) / size, abs=1e-4)
+    assert forescale("eval", run.path, "windows=3")[0] == 0
+
+
+def test_check_replays_the_pairs_and_names_what_was_left_out(run, forescale):
+    code, out, _ = forescale("check", run.path)
+    assert code == 0
+    assert "each step's tokens are those in the shards" in out
+    assert re.search("Note: data: " + LEFT_OUT, out)
+
+
+def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
+    cache = tmp_path / "cache"
+    words = [f"data.path={data}", f"data.cache={cache}", *MODEL, *KIND, *SHAPE]
+    words += ["train.steps=100", "train.global_batch=8"]
+    code, printed, _ = forescale("plan", *words, "--json")
+    assert code == 0
+    plan = json.loads(printed)
+    assert not cache.exists()
+    job = compose(TrainJob, words)
+    sources = open_sources(job.data)
+    feed = feed_of(settle(job, sources), sources)
+    pairs = feed.mixture.orders[0].windows_per_epoch
+    assert plan["sources"][0]["epochs"] == pytest.approx(100 * 8 / pairs)
+    assert plan["evaluation"]["at_end"]["windows"] == len(held_out(open_dataset(data)))
+    (note,) = [n for n in plan["notes"] if "left out" in n]
+    left, documents = map(int, re.search(LEFT_OUT, note).groups())
+    assert documents - left == pairs
+    assert cache.exists()
+    assert json.loads(forescale("plan", *words, "--json")[1])["notes"] == plan["notes"]
+
+
+def test_flops_of_the_rows_are_those_of_whole_rows(run, data):
+    """Their price is of a target, of which rows have few."""
+    feed = feed_of(open_run(run.path).config, open_sources(open_run(run.path).config.data))
+    mean = targets_of_a_row(open_run(run.path).config, feed)
+    windows = STEPS * BATCH
+    assert mean * windows == pytest.approx(feed.targets([(0, windows)]).sum())
+    assert 1 < mean < 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective.pairs_separator=z"], r"none of its \d+ documents has the separator 'z'"),
+        (["objective.pairs_separator=zz"], "'zz' is 2 tokens in this dataset's tokenizer"),
+        (["train.sequence_length=2", "objective.pairs_source=1"], r"has no pair: .* longer than"),
+    ],
+)
+def test_data_without_a_pair_is_one_sentence(data, tmp_path, forescale, words, said):
+    given = [f"data.path={data}", f"run.root={tmp_path}", *MODEL, *KIND, *SHAPE, *words]
+    for verb in (["train", "none"], ["plan"]):
+        code, out, err = forescale(*verb, *given, "train.steps=10")
+        assert code == 2
+        assert re.search(said, err + out), err
+    assert not (tmp_path / "none").exists()

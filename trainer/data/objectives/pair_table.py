@@ -1,0 +1,205 @@
+"""Which documents of a split are pairs: a table with a bin for each, of two runs of tokens, its
+source, and its separator with its target.
+
+The file is that of packing tables (data/packing_table.py), made by one scan of the split, so that
+the targets of a step are known before anything is read. A document is left out, and counted, if it
+has no separator, nothing before or after it, more tokens than its columns, or a part in another
+shard; the first separator counts.
+
+Invariant: a table depends only on the dataset's identity, the split, the separator and the columns;
+each document is in it once, or counted once as left out.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from forescale.data.dataset import Split
+from forescale.data.packing import Packing
+from forescale.data.packing_table import Bins, write_tables
+from forescale.errors import UserError
+from forescale.progress import Progress, silent
+
+_VERSION = 1  # increase it also if other documents become pairs
+_BLOCK = 1 << 22  # tokens that are scanned at a time
+_ESCAPES = {r"\t": "\t", r"\n": "\n"}
+
+
+class PairKind(NamedTuple):
+    """What makes a pair. separator: the id of the token; source: the most tokens before it; target:
+    the most tokens after it."""
+
+    separator: int
+    source: int
+    target: int
+
+
+def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
+    """Return the id of a separator: of an id, itself, and of a text, that of its one token; \\t and
+    \\n stand for a tab and the end of a line.
+
+    Raises UserError if the tokenizer has no such token, or documents end with it.
+    """
+    where = "objective.pairs_separator"
+    if separator.isdecimal():
+        found = int(separator)
+        if tokenizer.id_to_token(found) is None:
+            size = tokenizer.get_vocab_size()
+            what = f"{separator} is no id of the tokenizer, which has {size:,}"
+            raise UserError(where, what, "give the id of a token, or its text")
+    else:
+        text = separator
+        for escape, character in _ESCAPES.items():
+            text = text.replace(escape, character)
+        tokenizer.encode_special_tokens = True  # as in documents
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        known = ids[0] if len(ids) == 1 else tokenizer.token_to_id(text)
+        if known is None:
+            what = f"{separator!r} is {len(ids)} tokens in this dataset's tokenizer"
+            todo = "give a text that is one token, such as \\t, or the id of a token"
+            raise UserError(where, what, todo)
+        found = known
+    if found == end_of_text:
+        what = f"{separator!r} is the token that ends each document"
+        raise UserError(where, what, "give another one, which stands inside the documents")
+    return found
+
+
+class PairTable(Packing):
+    """The pairs of a shard. Pair b has two runs, source and separator with target, of tokens
+    [starts[2b], starts[2b] + lengths[2b]) and those that follow them."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Targets of each pair: int64 of shape (pairs,), from 1 on."""
+        return self.lengths[1::2].astype(np.int64) - 1
+
+
+class PairBins(Bins):
+    """The pairs of a split, as bins. facts: documents, and how many of them are left out and why
+    (LEFT_OUT); longest_source and longest_target, of the pairs and those that are too long."""
+
+    are_pairs = True
+
+    def pieces(self, shard: int, number: int, targets: int | None = None) -> list[tuple[int, int]]:
+        """Return (first token in the shard, tokens) of source and separator with target."""
+        found = zip(*(a.tolist() for a in self.table(shard).pieces(number)), strict=True)
+        return list(found)
+
+    def _packing(self, *arrays: np.ndarray) -> Packing:
+        return PairTable(self.sequence_length, *arrays)
+
+
+LEFT_OUT = {
+    "without_separator": "without the separator",
+    "without_source": "with nothing before it",
+    "without_target": "with nothing after it",
+    "too_long": "longer than their columns",
+    "divided": "divided between shards",
+}
+
+
+def table_path(split: Split, kind: PairKind, identity: str, cache: Path) -> Path:
+    """Return where the table of a split is kept."""
+    numbers = "-".join(map(str, kind))
+    return Path(cache) / "pairs" / f"{identity[:32]}-{split.name}-{numbers}.v{_VERSION}"
+
+
+def open_pairs(
+    split: Split, kind: PairKind, identity: str, cache: Path, progress: Progress = silent
+) -> PairBins:
+    """Return the pairs of a split; find them first if their table isn't in the cache, which reads
+    all its tokens. Errors as of packing_table.open_bins."""
+    path = table_path(split, kind, identity, cache)
+    made = {"version": _VERSION, "identity": identity, "split": split.name, **kind._asdict()}
+    if not path.exists():
+        scan = _Scan(split, kind, progress)
+        write_tables(path, made, scan.tables(), lambda: scan.facts)
+    return PairBins(path, made, kind.source + kind.target)
+
+
+def said_of(bins: Bins) -> str | None:
+    """Return how many documents are left out, and why, in words; None if none is."""
+    facts = bins.facts
+    reasons = [f"{facts[name]:,} {words}" for name, words in LEFT_OUT.items() if facts[name]]
+    if not reasons:
+        return None
+    found = f"{facts['documents'] - int(bins.counts.sum()):,} of {facts['documents']:,} documents "
+    found += f"are left out, because they are no pairs: {', '.join(reasons)}"
+    if facts["too_long"]:
+        found += f" (the longest source has {facts['longest_source']:,} tokens, the longest target "
+        found += f"{facts['longest_target']:,})"
+    return found
+
+
+class _Scan:
+    """One pass over the tokens of a split; facts are whole after the last table."""
+
+    def __init__(self, split: Split, kind: PairKind, progress: Progress):
+        self._split, self._kind, self._progress = split, kind, progress
+        self.facts = dict.fromkeys(("documents", "longest_source", "longest_target", *LEFT_OUT), 0)
+
+    def tables(self) -> Iterator[PairTable]:
+        """Yield the table of each shard."""
+        done, goes_on = 0, False
+        sizes = self._split.shard_tokens
+        for shard, tokens in enumerate(sizes):
+            if not tokens:
+                yield self._table(np.empty((3, 0), np.int64), np.empty(0, np.bool_))
+                continue
+            # Sorted and unique even for a foreign corpus.
+            ends = np.unique(self._split.document_ends(shard, 0, tokens))
+            ends = ends[ends > 0]
+            is_cut = not len(ends) or int(ends[-1]) < tokens
+            ends = np.append(ends, tokens) if is_cut else ends
+            divided = np.zeros(len(ends), np.bool_)
+            divided[0] = goes_on
+            divided[-1] |= is_cut
+            goes_on = is_cut
+            cuts = self._first_separators(shard, ends)
+            yield self._table(np.stack([np.append(0, ends[:-1]), cuts, ends]), divided)
+            done += tokens
+            self._progress("find pairs", done, sum(sizes), "tokens")
+
+    def _first_separators(self, shard: int, ends: np.ndarray) -> np.ndarray:
+        """Return the place of each document's first separator, -1 if it has none."""
+        found = np.full(len(ends), -1)
+        for first in range(0, int(ends[-1]), _BLOCK):
+            block = self._split.read(shard, first, min(_BLOCK, int(ends[-1]) - first))
+            places = first + np.flatnonzero(block == self._kind.separator)
+            document, at = np.unique(np.searchsorted(ends, places, "right"), return_index=True)
+            new = found[document] < 0
+            found[document[new]] = places[at[new]]
+        return found
+
+    def _table(self, places: np.ndarray, divided: np.ndarray) -> PairTable:
+        """Return the table of a shard's documents: places has their starts, cuts and ends."""
+        starts, cuts, ends = places
+        source, target = cuts - starts, ends - cuts - 1
+        held = self._kept(
+            divided=divided,
+            without_separator=cuts < 0,
+            without_source=source == 0,
+            without_target=target == 0,
+        )
+        for name, lengths in (("longest_source", source), ("longest_target", target)):
+            self.facts[name] = max(self.facts[name], int(lengths[held].max(initial=0)))
+        fits = (source <= self._kind.source) & (target <= self._kind.target)
+        self.facts["documents"] += len(starts)
+        self.facts["too_long"] += int((held & ~fits).sum())
+        held &= fits
+        offsets = 2 * np.arange(held.sum() + 1)
+        runs = np.stack([starts, cuts], 1)[held].ravel()
+        lengths = np.stack([source, target + 1], 1)[held].ravel().astype(np.int32)
+        return PairTable(self._kind.source + self._kind.target, offsets, runs, lengths)
+
+    def _kept(self, **reasons: np.ndarray) -> np.ndarray:
+        """Return which documents none of the reasons holds for; count each under its first one."""
+        kept = np.ones(len(next(iter(reasons.values()))), np.bool_)
+        for name, holds in reasons.items():
+            self.facts[name] += int((kept & holds).sum())
+            kept &= ~holds
+        return kept

@@ -1,0 +1,103 @@
+"""What a job reads of its data, counted before it starts.
+
+Invariant: nothing is kept: tables of pairs that are not in the cache are made in a folder that is
+deleted again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources
+from forescale.data.objective import window_length
+from forescale.data.objectives.pair_table import table_path
+from forescale.data.packing_table import num_windows
+from forescale.run.feed import epochs, feed_of, notes, objective_of, pair_kind, pairs_of
+
+Check = Callable[[Callable[[], Any]], Any]
+_SCANNED = 1 << 30  # tokens whose pairs are found in seconds
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """A data source: the tokens it has, the tokens that the run reads, and the epochs."""
+
+    name: str
+    tokens: int
+    read: float
+    epochs: float
+
+
+@dataclass(frozen=True)
+class DataUse:
+    """What a run reads. held_out: windows of the held-out split of each source, None if they are
+    pairs that are not counted yet; notes: a sentence each."""
+
+    sources: list[SourceUse]
+    held_out: list[int] | None
+    notes: list[str]
+
+
+def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
+    """Return what a settled job reads; where that takes long to count, it is estimated from sizes.
+
+    check: returns what a function returns, None if it raises UserError, which it records.
+    """
+    with TemporaryDirectory() as scratch:
+        where = check(lambda: _tables(job, sources, Path(scratch)))
+        feed, held_out, found = None, None, []
+        if where is not None:
+            if job.data.packing == "windows":
+                feed = check(lambda: feed_of(job, sources, cache=where))
+            if job.data.packing != "windows" or feed is not None:
+                held_out = check(lambda: _held_out(job, sources, where))
+        elif check(lambda: pair_kind(job, sources)) is not None:
+            found.append(
+                "The pairs of the data are not counted yet, so its epochs are an estimate, and "
+                "evaluations are not counted; `forescale train` counts them."
+            )
+        if feed is not None:
+            found += notes(job, feed)
+            times = epochs(job, feed)
+        else:
+            times = _estimated(job, sources)
+    of = [
+        SourceUse(name, split.num_tokens, times[name] * split.num_tokens, times[name])
+        for name, split in sources.split("train").items()
+    ]
+    return DataUse(of, held_out, found)
+
+
+def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:
+    """Return where tables of pairs are: in the cache if they are there, or there are no pairs, in
+    `scratch` if they are made in seconds, else nowhere."""
+    cache, kind = job.data.cache_directory, pair_kind(job, sources)
+    parts = [
+        (part, sources.datasets[name].identity)
+        for split in ("train", "validation")
+        for name, part in sources.split(split).items()
+    ]
+    if kind is None or all(table_path(p, kind, key, cache).exists() for p, key in parts):
+        return cache
+    is_long = sum(part.num_tokens for part, _ in parts) > _SCANNED
+    return None if is_long or any(part.is_remote for part, _ in parts) else scratch
+
+
+def _held_out(job: TrainJob, sources: Sources, tables: Path) -> list[int]:
+    pairs = pairs_of(job, sources, "validation", tables)
+    objective = objective_of(job, sources.vocab_size, held_out=True)
+    length = window_length(objective, job.train.sequence_length)
+    splits = sources.split("validation").items()
+    return [num_windows(split, length, pairs.get(name)) for name, split in splits]
+
+
+def _estimated(job: TrainJob, sources: Sources) -> dict[str, float]:
+    """Return the epochs of each source by its share and its tokens."""
+    splits = sources.split("train")
+    total = job.total_steps * job.tokens_per_step
+    weights = job.data.weights or {n: s.num_tokens for n, s in splits.items()}
+    whole = sum(weights.values()) or 1
+    return {n: total * weights.get(n, 0) / whole / max(1, s.num_tokens) for n, s in splits.items()}
