@@ -5,10 +5,11 @@ Tests compare them with what autograd keeps and what a cache allocates. Imports 
 whose vocabulary or longest sequence is unknown raises ValueError.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from forescale.models.config import ModelConfig
-from forescale.models.costs import MIXERS
+from forescale.models.costs import MIXERS, Part
+from forescale.models.costs.heads import copies
 from forescale.models.flops import columns_of, layers_of
 
 
@@ -41,6 +42,7 @@ def activations(
     bytes_per_value: int = 2,
     masked: bool = False,
     fused_norms: bool = True,
+    ranks: int = 1,
 ) -> Activations:
     """Return an estimate of the activation memory of one micro-batch, by kind.
 
@@ -52,7 +54,8 @@ def activations(
     gradients, are added. There, mixers that have a plain form besides a GPU's kernels run in it,
     and keep Part.plain_bytes more, and a chunk of the loss has fewer targets. Dropout adds a byte
     per value. A masked forward pass (documents or padding) has one mask for all layers, and so has
-    alibi, with a square for each head.
+    alibi, with a square for each head. ranks: that divide the columns; then a rank has its own, and
+    in attention all columns of its heads, whose output it keeps a second time, as its own columns.
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
@@ -63,16 +66,17 @@ def activations(
     norms = b + norm * (2 if config.norm_placement == "sandwich" else 1)
     plain = [(0, 0)] * config.num_blocks
     if not fused_norms:
-        plain = _plain_forms(config, micro_batch, sequence_length, b, masked)
+        plain = _plain_forms(of_rank(config, ranks), micro_batch, sequence_length, b, masked)
     source = micro_batch * columns_of(config, 0, sequence_length)
     # The blocks of modules for later tokens are as the last one.
     blocks = [*range(config.num_blocks), *[config.num_blocks - 1] * config.mtp_layers]
-    columns = [micro_batch * columns_of(config, i, sequence_length) for i in blocks]
+    columns = [micro_batch * columns_of(config, i, sequence_length) // ranks for i in blocks]
     every = layers_of(config)
     layers = [
         count * sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
         + count * (len(parts) * s.width if config.dropout else 0)
         + source * sum(p.source_bytes(config, b, rms) for p in parts.values())
+        + count * b * _exchanged(config, parts["mixer"], ranks)
         + inside
         for count, parts, (inside, _) in zip(
             columns, [every[i] for i in blocks], [plain[i] for i in blocks], strict=True
@@ -82,7 +86,7 @@ def activations(
     if config.activation_checkpointing and config.value_residual:  # an input of the later layers
         kept += b * s.kv_width * columns[0]
     if config.embedding_norm:
-        kept += norm * s.width * micro_batch * sequence_length
+        kept += norm * s.width * columns[0]
     if config.has_encoder:  # its output, and the norm before it
         is_kept = config.norms_stream and not config.activation_checkpointing
         kept += source * s.width * (b + norm * is_kept)
@@ -92,7 +96,7 @@ def activations(
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
     kept_logits = b * tokens * s.vocab_size if chunk == tokens else 0  # of one head
     squares = _squares(config, sequence_length)
-    mask = b * squares * _masks(config, micro_batch, masked, fused_norms)
+    mask = b * squares * _masks(of_rank(config, ranks), micro_batch, masked, fused_norms)
     if config.position == "relative":  # buckets in int64, and who sees whom
         mask += 9 * squares * (micro_batch if masked else 1)
     return Activations(
@@ -103,6 +107,25 @@ def activations(
         mask=mask + sum(view for _, view in plain),
         kept_logits=heads * kept_logits,
     )
+
+
+def of_rank(config: ModelConfig, ranks: int) -> ModelConfig:
+    """Return the config with the heads that one of the ranks attends with that divide rows."""
+    if ranks == 1:
+        return config
+    s, found = config.sizes, replace(config)
+    kv_heads = s.num_kv_heads * copies(s.num_heads, s.num_kv_heads, ranks) // ranks
+    heads, width = s.num_heads // ranks, s.width // ranks
+    found.__dict__["sizes"] = replace(s, width=width, num_heads=heads, num_kv_heads=kv_heads)
+    return found
+
+
+def _exchanged(config: ModelConfig, mixer: Part, ranks: int) -> int:
+    """Return the values of a token in a layer that are kept because ranks divide rows: the output
+    as it came back, and copies of keys and values."""
+    if ranks == 1 or mixer.exchanged is None:
+        return 0
+    return config.sizes.width + mixer.exchanged(config, ranks) - mixer.exchanged(config, 1)
 
 
 def _squares(config: ModelConfig, columns: int) -> int:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from forescale.models.costs.heads import copies
 from forescale.models.costs.record import Part, Shapes, by_output, linear, matrix_flops
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ def _divided(config: "ModelConfig") -> dict[str, int]:
     return by_output(_shapes(config), ("query", "key", "value", "gate"), "output")
 
 
+def _exchanged(config: "ModelConfig", ranks: int) -> int:
+    """Return the values of queries, keys and values, as often as they are sent, and output."""
+    s = config.sizes
+    return 2 * s.width + 2 * s.kv_width * copies(s.num_heads, s.num_kv_heads, ranks)
+
+
 def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
     """Return the factor of the module that the scores are linear in.
 
@@ -118,5 +125,5 @@ ATTENTION = Part(
     takes_future=True,
     takes_biases=True,
     takes_values=True,
-    divides=True,
+    exchanged=_exchanged,
 )

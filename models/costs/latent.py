@@ -70,6 +70,11 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
     return (ranks(config)[0] + turning(config)) * length * bytes_per_value
 
 
+def _exchanged(config: "ModelConfig", ranks: int) -> int:
+    """Return the values of queries, keys, values and output: all heads have their own."""
+    return 4 * config.sizes.width
+
+
 def _plain_bytes(
     config: "ModelConfig", micro_batch: int, length: int, bytes_per_value: int, masked: bool
 ) -> tuple[int, int]:
@@ -124,5 +129,5 @@ LATENT = Part(
     turning=0.5,
     takes_future=True,
     takes_biases=True,
-    divides=True,
+    exchanged=_exchanged,
 )

@@ -102,8 +102,8 @@ class Part:
         layer, and mixes those into its own in the later ones, which find them in context.values.
     takes_biases: a mixer adds context.mask to the scores of each of its config.num_heads heads, so
         that it may have the biases of alibi (alibi.biased_mask) or of relative positions.
-    divides: the mixer attends with context.group, where ranks divide the columns of rows
-        (parallel/sequence.py).
+    exchanged: (config, ranks) -> values of one token in one layer that a mixer exchanges where so
+        many ranks divide the columns of rows (context.group, parallel/sequence.py); None: it can't.
     viewer: the dotted name of a function (config, layer) -> a function of mixers/context.Columns
         that makes context.view, for a mixer that needs one. It is called once in a forward pass for
         all layers of the mixer or, where varies(config), for each.
@@ -140,7 +140,7 @@ class Part:
     takes_future: bool = False
     takes_biases: bool = False
     takes_values: bool = False
-    divides: bool = False
+    exchanged: Callable[["ModelConfig", int], int] | None = None
     viewer: str = ""
     varies: Callable[["ModelConfig"], bool] = _never
     plain_bytes: Callable[["ModelConfig", int, int, int, bool], tuple[int, int]] = _no_plain_form

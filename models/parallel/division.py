@@ -25,7 +25,7 @@ def divisions(config: "ModelConfig", ranks: int, columns: int) -> list[Division]
         what = f"{ranks} ranks don't divide the model's {heads} heads"
         found.append((what, "choose a divisor of model.num_heads"))
     for name in config.mixers_used:
-        if not MIXERS[name].divides:
+        if MIXERS[name].exchanged is None:
             what = f"mixer {name} carries a state from column to column, which no rank has whole"
             found.append((what, f"{whole}, or choose a mixer of attention"))
     if config.has_encoder:
@@ -38,10 +38,3 @@ def divisions(config: "ModelConfig", ranks: int, columns: int) -> list[Division]
         what = "the balance of experts is of all columns, and a rank has a part of them"
         found.append((what, f"{whole}, or choose another model.mlp"))
     return found
-
-
-def copies(num_heads: int, num_kv_heads: int, ranks: int) -> int:
-    """Return how often each key and value head is sent, so that each of `ranks` that divide the
-    heads has those that its own query heads share, and as many queries for each."""
-    group = num_heads // num_kv_heads
-    return next(n for n in range(1, group + 1) if group % n == 0 and num_kv_heads * n % ranks == 0)

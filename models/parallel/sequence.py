@@ -13,7 +13,7 @@ import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from forescale.models.parallel.division import copies
+from forescale.models.costs.heads import copies
 
 
 @dataclass(frozen=True)

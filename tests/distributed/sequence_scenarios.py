@@ -5,8 +5,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from forescale.data.stream import MicroBatch
+from tests.models.checks import kept_bytes
+from tests.models.test_flops import objective
 
 VOCABULARY, LENGTH, MICRO_BATCHES = 71, 16, 4  # of a step, over all ranks
 MODEL = ["model.width=32", "model.num_layers=2", "model.num_heads=4", "model.mlp_width=41"]
@@ -30,7 +33,7 @@ def job_of(case, world, near):
         SMALL,
         "precision=fp32",
         "optimizer=adamw",
-        *more,
+        *(word for word in more if word != "documents"),
     ]
     job = compose(TrainJob, [*words, f"launch.processes={world}"])
     return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
@@ -96,6 +99,33 @@ def gradients(cases, near):
         engine.backward(batch(0, engine.world.data.rank, engine.world.data.size, True))
         found.append({name: p.grad.tolist() for p, name in engine.names.items()})
     return found
+
+
+def costs(cases, near):
+    """For each case, the bytes that autograd keeps after a forward pass on rank 0, and those that a
+    rank gives to the exchanges of one step, with their number."""
+    return [_costs(build(case, near), "documents" in case) for case in cases]
+
+
+def _costs(engine, documents):
+    data = batch(0, engine.world.data.rank, engine.world.data.size, documents)
+    positional, named = data.micro[0].arguments(engine.world.device)
+    kept = kept_bytes(engine.module, lambda: objective(engine.module(*positional, **named)))
+    with Sent() as sent:
+        engine.train_step(data, 1.0)
+    return kept, sent.bytes, sent.calls
+
+
+class Sent(TorchDispatchMode):
+    """Counts what goes into all-to-alls."""
+
+    bytes = calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            self.calls += 1
+            self.bytes += args[0].numel() * args[0].element_size()
+        return func(*args, **(kwargs or {}))
 
 
 def compile_blocks(model):

@@ -5,8 +5,12 @@ import torch
 
 from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.models import Transformer
+from forescale.models.memory import activations
+from forescale.plan.communication import collectives
+from forescale.plan.parameters import inventory
 from tests.distributed import ranks
 from tests.distributed import sequence_scenarios as scenario
+from tests.matrix import FULL
 
 pytestmark = pytest.mark.distributed
 
@@ -88,6 +92,23 @@ def test_gradients_of_each_mixer_are_those_of_one_rank():
             torch.testing.assert_close(
                 torch.tensor(gradients[name]), plain, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}"
             )
+
+
+WIDE = "model.width=128"  # so that what is counted outweighs a few numbers of each token
+COSTS = [[*case, WIDE] for case in MIXERS if "model.causal=false" not in case]
+COSTS += [[1, "model.num_kv_heads=2", WIDE, "documents"]]
+
+
+@pytest.mark.parametrize("near", [2, *[4] * FULL])
+def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
+    found = ranks.run("sequence_scenarios:costs", near, cases=COSTS, near=near)
+    for case, (kept, sent, calls) in zip(COSTS, found, strict=True):
+        job = scenario.job_of(case, near, near)
+        planned = [c for c in collectives(job, inventory(job), near) if c.kind == "all_to_all"]
+        assert [(c.payload, c.ranks, c.calls) for c in planned] == [(sent, near, calls)], case
+        masked, size = "documents" in case, scenario.LENGTH
+        planned = activations(job.model, 2, size, 4, masked, fused_norms=False, ranks=near)
+        assert kept == pytest.approx(planned.saved, rel=0.07), case
 
 
 def test_a_block_with_its_exchange_is_one_graph():

@@ -5,6 +5,7 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
 - Stages 0 and 1 all-reduce the gradients once per step, stage 2 once per micro-batch. Stages 1 and
   2 use an all-reduce where a reduce-scatter would be enough (use_multi_rank_bucket_allreduce), and
   all-gather the weights after the update.
+- Ranks that divide a window (engine.sequence_parallel) exchange columns for heads around attention.
 - Stage 3 all-gathers the weights in the forward and backward pass of each micro-batch and
   reduce-scatters the gradients. With Muon it all-reduces those that fit a bucket, and also
   all-gathers gradients, momenta and updates. stage3_max_reuse_distance decides which weights are
@@ -30,12 +31,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from forescale.config.train import TrainJob
+from forescale.models.config import ModelConfig
+from forescale.models.flops import layers_of
 from forescale.plan.config import MachineConfig
 from forescale.plan.memory import partition, recomputes
 from forescale.plan.parameters import Inventory, Parameter
 from forescale.plan.zero import ZeroSettings
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
 _TREE = 0.92  # speed of NCCL's tree, as a fraction of the ring's
@@ -70,6 +73,8 @@ class Collective:
 
     def between(self, per_node: int) -> int:
         """Return the bytes that a node of `per_node` ranks sends to other nodes."""
+        if self.kind == "all_to_all":  # each rank to each other, and not along a ring
+            return per_node * self.payload * max(0, self.ranks - per_node) // self.ranks
         return self.sent if self.ranks > per_node else 0
 
     def inside_seconds(self, machine: MachineConfig, per_node: int) -> float:
@@ -99,6 +104,8 @@ class Collective:
             self.inside_seconds(machine, per_node), self.between_seconds(machine, per_node)
         )
         ring = self.calls * (_START + steps * inside + crossed * between), moving
+        if self.kind == "all_to_all":
+            return self.calls * (_START + (between if nodes > 1 else inside)), moving
         if self.kind != "all_reduce" or nodes == 1:
             return ring
         deep = 2 * ((per_node - 1) * inside + math.log2(nodes) * between)
@@ -109,7 +116,22 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
     """Return the collectives of one optimizer step, without those that send nothing."""
     s = ZeroSettings.of(job, world)
     found = _partitioned(s, job, trained) if s.stage == 3 else _replicated(s, trained)
+    found += _exchanged(s, job)
     return [c for c in found if c.payload and c.ranks > 1]
+
+
+def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
+    """Return the exchange of columns for heads where ranks divide rows: two in each layer, forward
+    and backward (models/parallel/sequence.py), and forward again where the layer is recomputed."""
+    config, near = job.model, job.engine.sequence_parallel
+    if near == 1 or not isinstance(config, ModelConfig):
+        return []
+    mixers = [parts["mixer"].exchanged for parts in layers_of(config)]
+    values = sum(exchanged(config, near) for exchanged in mixers if exchanged)
+    times = s.accumulation * (3 if recomputes(job) else 2)
+    columns = job.train.micro_batch * job.train.sequence_length // near
+    payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
+    return [Collective("heads for columns", "all_to_all", payload, near, calls)]
 
 
 def _replicated(s: ZeroSettings, trained: Inventory) -> list[Collective]:

@@ -149,6 +149,15 @@ class PlanJob(TrainJob):
     def nodes(self) -> int:
         return -(-self.world_size // self.per_node)
 
+    def notes(self) -> list[str]:
+        found, near = super().notes(), self.engine.sequence_parallel
+        if near > 1 and self.per_node % near:
+            found.append(
+                f"engine.sequence_parallel={near} doesn't divide the {self.per_node} ranks of a "
+                "node: some groups cross nodes, and every layer waits for the links between them."
+            )
+        return found
+
     @property
     def per_node(self) -> int:
         """Ranks of a full node."""

@@ -279,6 +279,7 @@ def memory(
             BYTES[job.precision.kind],
             masked=job.data.document_mask or not job.objective.spec.continues_text,
             fused_norms=fused_norms,
+            ranks=job.engine.sequence_parallel,
         )
     return Memory(states(job, trained, world), found, _start(job, trained), reserved, margin)
 

@@ -2,7 +2,7 @@ from itertools import product
 
 import pytest
 
-from forescale.models.parallel.division import copies
+from forescale.models.costs.heads import copies
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,26 @@ def test_a_hierarchical_partition_sends_less_between_nodes():
     assert between[1] < between[0]
 
 
+def test_ranks_that_divide_a_window_exchange_what_its_layers_hold():
+    """Queries, keys, values and outputs of 2 layers, forward and backward: 4 times the columns of a
+    rank; of the one key and value head each of 4 ranks gets a copy."""
+    words = ["model.num_layers=2", "model.width=256", "model.num_heads=4", "model.num_kv_heads=1"]
+    words += ["train.micro_batch=2", "train.global_batch=8", "precision=bf16", "plan.gpus=8"]
+    made = job(*words, "engine.sequence_parallel=4")
+    (found,) = (c for c in collectives(made, inventory(made), 8) if c.kind == "all_to_all")
+    columns, values = 2 * 256 // 4, 4 * 256  # each head is 64 wide
+    assert (found.ranks, found.calls) == (4, 2 * 2 * 2 * 2)
+    assert found.payload == 2 * 2 * 2 * 2 * columns * values  # layers, passes, micro-batches, bytes
+    assert found.sent == found.payload * 3 // 4
+    # In nodes of 2, each rank gives half of its values to the other node.
+    assert (found.between(4), found.between(2)) == (0, 2 * found.payload // 2)
+    again = job(*words, "engine.sequence_parallel=4", CHECKPOINTING)
+    assert collectives(again, inventory(again), 8)[-1].payload == found.payload * 3 // 2
+    crossing = job(*words, "engine.sequence_parallel=4", "machine.gpus_per_node=2")
+    assert any("some groups cross nodes" in note for note in crossing.notes())
+    assert not any("some groups cross nodes" in note for note in made.notes())
+
+
 def test_one_rank_sends_nothing():
     for stage in range(4):
         made = job(f"engine=zero{stage}")
