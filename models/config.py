@@ -142,6 +142,9 @@ class ModelConfig:
     z_loss: float = 0.0  # coefficient of the log(Z)^2 penalty (PaLM: 1e-4); 0: off
     # Targets per chunk of the loss; None: 512 on a CPU, up to 8192 on a GPU; 0: all.
     loss_chunk: int | None = field(default=None, metadata=_NUMERICS)
+    # Columns of a row that an MLP computes at once, and again in the backward pass; None: all, and
+    # nothing again.
+    mlp_chunk: int | None = field(default=None, metadata=_NUMERICS)
     # Keep only the input of each layer, and compute the rest again in the backward pass.
     activation_checkpointing: bool = field(default=False, metadata=_NUMERICS)
     init_std: float | None = None  # None: see models/parametrization.py

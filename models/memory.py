@@ -18,7 +18,7 @@ class Activations:
     """Bytes that the forward pass of a micro-batch keeps, and those that the backward pass adds."""
 
     layers: int  # of all layers; with activation checkpointing only the layers' inputs
-    again: int  # with activation checkpointing: the layer that is being recomputed
+    again: int  # what is being recomputed: a layer with activation checkpointing, a chunk of an MLP
     head: int  # input and output of the final norm, and what a dense head keeps
     logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient; kept_logits
     mask: int  # of documents, padding, alibi or a mixer's view, shared by layers
@@ -59,6 +59,8 @@ def activations(
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
+    if sequence_length // ranks <= (config.mlp_chunk or 0):
+        config = replace(config, mlp_chunk=None)  # there is one chunk, and nothing again
     s, b = config.sizes, bytes_per_value
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
     norm = rms if config.norm == "rmsnorm" else 4
@@ -99,9 +101,10 @@ def activations(
     mask = b * squares * _masks(of_rank(config, ranks), micro_batch, masked, fused_norms)
     if config.position == "relative":  # buckets in int64, and who sees whom
         mask += 9 * squares * (micro_batch if masked else 1)
+    again = max(layers) if config.activation_checkpointing else 0
     return Activations(
         layers=kept,
-        again=max(layers) if config.activation_checkpointing else 0,
+        again=again + _chunk(config, micro_batch, b),
         head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
         logits=chunk * s.vocab_size * (2 * b + 4) + (heads - 1) * kept_logits,
         mask=mask + sum(view for _, view in plain),
@@ -118,6 +121,14 @@ def of_rank(config: ModelConfig, ranks: int) -> ModelConfig:
     heads, width = s.num_heads // ranks, s.width // ranks
     found.__dict__["sizes"] = replace(s, width=width, num_heads=heads, num_kv_heads=kv_heads)
     return found
+
+
+def _chunk(config: ModelConfig, micro_batch: int, bytes_per_value: int) -> int:
+    """Return the most that the backward pass keeps of a chunk of an MLP."""
+    every = (
+        part.chunk_bytes(config, bytes_per_value) for p in layers_of(config) for part in p.values()
+    )
+    return micro_batch * (config.mlp_chunk or 0) * max(every)
 
 
 def _exchanged(config: ModelConfig, mixer: Part, ranks: int) -> int:

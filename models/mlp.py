@@ -1,7 +1,9 @@
 """The feed-forward part of a block: SwiGLU, GEGLU, GELU, ReLU or squared ReLU."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
@@ -19,6 +21,8 @@ class MLP(nn.Module):
     relu:   down(relu(up(x))), Vaswani et al. 2017, T5.
     relu2:  down(relu(up(x))^2), So et al. 2021 (Primer, arXiv 2109.08668).
     moe:    swiglu: a dense layer of a mixture, and its shared experts (models/experts/moe.py).
+
+    With mlp_chunk so many columns of (B, L, D) are computed at a time; not of shared experts.
     """
 
     def __init__(self, config: ModelConfig, width: int | None = None):
@@ -28,10 +32,22 @@ class MLP(nn.Module):
         inner = width or s.mlp_width
         if self.kind in ("swiglu", "geglu"):
             self.gate = Linear(s.width, inner, config.bias, scale.hidden_std)
+        self.chunk = config.mlp_chunk if width is None else None
         self.up = Linear(s.width, inner, config.bias, scale.hidden_std)
         self.down = Linear(inner, s.width, config.bias, scale.writing_std)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        if self.chunk is None or x_BLD.shape[1] <= self.chunk:
+            return self._computed(x_BLD)
+        # Of all columns only inputs and outputs are kept: what is inside, the widest of a block, is
+        # computed again, a chunk at a time (ALST: Bekman et al. 2025, arXiv 2506.13996, 3.1.1).
+        parts = (
+            checkpoint(self._computed, part, use_reentrant=False, preserve_rng_state=False)
+            for part in x_BLD.split(self.chunk, 1)
+        )
+        return torch.cat([*parts], 1)
+
+    def _computed(self, x_BLD: Tensor) -> Tensor:
         up_BLF = self.up(x_BLD)
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(x_BLD)) * up_BLF)

@@ -129,7 +129,7 @@ def of_values(config: "ModelConfig") -> list[Problem]:
     sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
     bases = ("base_width", "base_depth")
     lengths = ("max_sequence_length", "rope_original_length", "source_length")
-    found += below_1(config, *sizes, "vocab_size", *lengths, *bases)
+    found += below_1(config, *sizes, "vocab_size", "mlp_chunk", *lengths, *bases)
     for name in ("depth", "num_layers"):
         if (getattr(config, name) or 0) > MOST_LAYERS:
             what = f"{getattr(config, name)} layers are too many"

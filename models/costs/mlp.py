@@ -24,7 +24,14 @@ def _part(inner: tuple[str, ...], kept: int) -> Part:
         return matrix_flops(shapes(config))
 
     def activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:
-        return kept * bytes_per_value * config.sizes.mlp_width
+        return 0 if config.mlp_chunk else kept * bytes_per_value * config.sizes.mlp_width
+
+    def chunk_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
+        return kept * bytes_per_value * config.sizes.mlp_width if config.mlp_chunk else 0
+
+    def recomputed(config: "ModelConfig", sequence_length: int) -> int:
+        is_again = config.mlp_chunk is not None and sequence_length > config.mlp_chunk
+        return flops(config, sequence_length, False) if is_again else 0
 
     def divided(config: "ModelConfig") -> dict[str, int]:
         return by_output(shapes(config), inner, "down")
@@ -34,8 +41,11 @@ def _part(inner: tuple[str, ...], kept: int) -> Part:
         shapes=shapes,
         flops=flops,
         activation_bytes=activation_bytes,
+        chunk_bytes=chunk_bytes,
+        recomputed=recomputed,
         writes=("down",),
         divided=divided,
+        keys=("mlp_chunk",),
         is_gated="gate" in inner,
     )
 

@@ -20,6 +20,10 @@ def _nothing(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
     return 0
 
 
+def _no_chunk(config: "ModelConfig", bytes_per_value: int) -> int:
+    return 0
+
+
 def _none_again(config: "ModelConfig", length: int) -> int:
     return 0
 
@@ -72,6 +76,8 @@ class Part:
         makes again, beside twice the forward's: what the part does not keep.
     activation_bytes: (config, bytes_per_value, norm_bytes) -> bytes that autograd keeps of one
         token in one layer. norm_bytes: bytes per value of the input of an RMS norm.
+    chunk_bytes: (config, bytes_per_value) -> bytes that an MLP keeps of one token while a chunk of
+        config.mlp_chunk columns is computed again in the backward pass.
     cache_bytes: (config, length, bytes_per_value) -> bytes that a decoding cache would keep of
         one sequence of `length` tokens in one layer, of attention to an encoder for a source of
         that length; `plan` shows it.
@@ -121,6 +127,7 @@ class Part:
     flops: Callable[["ModelConfig", int, bool], int]
     activation_bytes: Callable[["ModelConfig", int, int], int]
     writes: tuple[str, ...]
+    chunk_bytes: Callable[["ModelConfig", int], int] = _no_chunk
     cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
     recomputed: Callable[["ModelConfig", int], int] = _none_again
     source_flops: Callable[["ModelConfig"], int] = _no_source

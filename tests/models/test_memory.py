@@ -62,6 +62,9 @@ CHANGES = [
     dict(value_residual=0.5, num_kv_heads=1, activation_checkpointing=True),
     dict(loss_chunk=0),
     dict(loss_chunk=64),
+    dict(mlp_chunk=16),
+    dict(mlp="gelu", mlp_chunk=16, mtp_layers=1),
+    dict(mlp_chunk=512),
 ]
 
 
