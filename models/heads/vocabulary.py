@@ -35,16 +35,17 @@ class Vocabulary(nn.Module):
         self.z_loss = config.z_loss
         self.softcap = config.logit_softcap
         self.group: TensorGroup | None = None
-        self.weight = nn.Parameter(torch.empty(config.sizes.vocab_size, config.sizes.width))
+        self.vocab_size = config.sizes.vocab_size
+        self.weight = nn.Parameter(torch.empty(self.vocab_size, config.sizes.width))
         has_bias = makes_logits and config.head == "dense"
-        self.bias = nn.Parameter(torch.zeros(config.sizes.vocab_size)) if has_bias else None
+        self.bias = nn.Parameter(torch.zeros(self.vocab_size)) if has_bias else None
         scale = scales(config)
         self.multiplier = scale.logits
         nn.init.normal_(self.weight, 0, scale.table_std)
 
     def divides(self, ranks: int) -> bool:
         """True if so many ranks can divide the rows."""
-        return len(self.weight) % ranks == 0
+        return self.vocab_size % ranks == 0
 
     def forward(self, x: Tensor, targets_BL: Tensor | None = None) -> Any:
         if not x.is_floating_point():

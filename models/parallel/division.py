@@ -1,4 +1,5 @@
-"""What a model must be like to divide the columns of its rows among ranks (sequence.py).
+"""What a model must be like for ranks to divide the columns of its rows (sequence.py), or its
+matrices (tensor.py).
 
 Invariant: what no rule here forbids computes the same as on one rank. Imports no torch: a plan
 reads this file on a login node.
@@ -6,7 +7,7 @@ reads this file on a login node.
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs import MIXERS
+from forescale.models.costs import MIXERS, MLPS
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
 Division = tuple[str, str]  # what is wrong, what to do
 
 
-def divisions(config: "ModelConfig", ranks: int, columns: int) -> list[Division]:
-    """Return why `ranks` can't divide rows of `columns` of this model; each (what, todo)."""
+def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1) -> list[Division]:
+    """Return why `ranks` can't divide rows of `columns` of this model; each (what, todo).
+
+    tensor: the ranks that divide the heads before.
+    """
     whole = "write engine.sequence_parallel=1"
     found: list[Division] = []
     if columns % ranks:
         what = f"{ranks} ranks don't divide train.sequence_length={columns}"
         found.append((what, "choose a divisor of it"))
-    if (heads := config.sized().num_heads or 1) % ranks:
+    if (heads := (config.sized().num_heads or 1) // tensor) % ranks:
         what = f"{ranks} ranks don't divide the model's {heads} heads"
         found.append((what, "choose a divisor of model.num_heads"))
     for name in config.mixers_used:
@@ -37,4 +41,33 @@ def divisions(config: "ModelConfig", ranks: int, columns: int) -> list[Division]
     if config.has_experts:
         what = "the balance of experts is of all columns, and a rank has a part of them"
         found.append((what, f"{whole}, or choose another model.mlp"))
+    return found
+
+
+def of_matrices(config: "ModelConfig", ranks: int) -> list[Division]:
+    """Return why `ranks` can't divide the matrices of this model; each (what, todo)."""
+    whole, sized = "write engine.tensor_parallel=1", config.sized()
+    if config.has_encoder:
+        return [("an encoder-decoder is not divided", f"{whole}, or model.encoder_layers=0")]
+    known = config.resolved(config.vocab_size or 1, config.max_sequence_length or 1)
+    found: list[Division] = []
+    grouped = sized.num_kv_heads != sized.num_heads
+    for name in ("num_heads", *["num_kv_heads"] * grouped, "mlp_width"):
+        if (size := getattr(sized, name) or 1) % ranks:
+            what = f"{ranks} ranks don't divide model.{name}={size}"
+            found.append((what, f"choose a divisor of model.{name}"))
+    for name in config.mixers_used:
+        if not MIXERS[name].divided(known):
+            over = " with qk_norm_over=layer" if MIXERS[name].heads else ""
+            what = f"the matrices of mixer {name}{over} are not divided"
+            found.append((what, f"{whole}, or choose another mixer"))
+    if not MLPS[config.mlp].divided(known):
+        what = f"the matrices of mlp {config.mlp} are not divided"
+        found.append((what, f"{whole}, or choose another model.mlp"))
+    if config.position in ("alibi", "relative"):
+        what = f"position {config.position} has a bias for every head, and a rank has some heads"
+        found.append((what, f"{whole}, or another model.position"))
+    if config.dropout:
+        what = "the heads of different ranks would drop the same weights"
+        found.append((what, f"{whole}, or model.dropout=0"))
     return found

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from forescale.models.parallel.whole import Whole
+
 
 class Division(NamedTuple):
     """The ranks that have the experts between them, and the part of this one, from 0."""
@@ -27,15 +29,6 @@ class Division(NamedTuple):
     group: Any  # a torch.distributed.ProcessGroup
     part: int
     of: int
-
-
-class Whole(NamedTuple):
-    """The parameter of which a rank holds one of `parts` equal parts: its shape, and where the
-    rank's part starts in it, in elements. An attribute `whole` of the part."""
-
-    shape: tuple[int, ...]
-    start: int
-    parts: int
 
 
 class _Route(NamedTuple):
@@ -54,7 +47,7 @@ def own_part(weight: nn.Parameter, division: Division) -> nn.Parameter:
     experts = len(weight) // division.of
     first = division.part * experts
     found = nn.Parameter(weight.detach()[first : first + experts].clone())
-    found.whole = Whole(tuple(weight.shape), first * weight[0].numel(), division.of)  # type: ignore[attr-defined]
+    found.whole = Whole(tuple(weight.shape), division.part, division.of)  # type: ignore[attr-defined]
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from forescale.config.mesh import Mesh
 from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.data.stream import MicroBatch
 
@@ -98,6 +99,7 @@ def job(
         precision=SimpleNamespace(kind=precision),
         optimizer=settings(optimizer),
         gradient_dtype=lambda world_size: gradients or precision,
+        mesh=Mesh,
     )
 
 

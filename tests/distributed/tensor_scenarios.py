@@ -14,6 +14,7 @@ def parts(cases):
     from forescale.models import Transformer
     from forescale.models.config import ModelConfig
     from forescale.models.parallel.tensor import TensorGroup
+    from forescale.models.parallel.whole import whole_of
 
     dynamo.disable = False
     dist.init_process_group("gloo")
@@ -35,9 +36,8 @@ def parts(cases):
         losses = [_backward(model, tokens, targets) for model in models]
         pairs = [(losses[0], losses[1])]
         for own, p in zip(part.parameters(), whole.parameters(), strict=True):
-            share = getattr(own, "share", None)
-            whole_grad = p.grad.chunk(share.of, share.dim)[share.index] if share else p.grad
-            pairs.append((whole_grad, own.grad))
+            whole = whole_of(own)
+            pairs.append((p.grad.chunk(whole.parts, whole.dim)[whole.part], own.grad))
         worst = max(float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in pairs)
         every = [None] * group.size
         dist.all_gather_object(every, worst)

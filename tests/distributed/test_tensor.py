@@ -1,8 +1,10 @@
 """Tensor parallelism: ranks that divide matrices compute what one rank computes."""
 
 import pytest
+import torch
 
 from tests.distributed import ranks
+from tests.distributed.test_sequence import STEPS, plainly
 
 pytestmark = pytest.mark.distributed
 
@@ -20,3 +22,19 @@ def test_losses_and_gradients_are_those_of_the_whole_model():
     found = ranks.run("tensor_scenarios:parts", 2, cases=cases)
     assert len(found) == len(cases)
     assert max(found) < 1e-5, list(zip(cases, found, strict=True))
+
+
+CLIP = "optimizer.clip=0.5"
+OWN = ["model.num_kv_heads=2", "model.mlp_width=42", CLIP]
+STAGES = [[stage, *OWN, "model.qk_norm=true"] for stage in range(4)]
+
+
+@pytest.mark.parametrize(("size", "tensor", "near"), [(2, 2, 1), (4, 2, 1), (4, 2, 2)])
+def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near):
+    cases = [[*case, f"engine.tensor_parallel={tensor}"] for case in STAGES]
+    found = ranks.run("sequence_scenarios:trained", size, cases=cases, near=near, steps=STEPS)
+    expected, held_out = plainly(STAGES[0], False)
+    for case, (rows, scores) in zip(cases, found, strict=True):
+        for row, plain in zip(rows, expected, strict=True):
+            assert row == pytest.approx(plain, rel=1e-5), case
+        torch.testing.assert_close(torch.tensor(scores), torch.tensor(held_out), msg=f"{case}")

@@ -44,7 +44,8 @@ class World(Ranks):
 
     def __init__(self, rank: int = 0, size: int = 1, exchanges: list | None = None):
         super().__init__(rank, size)
-        self.data, self.sequence = self, ALONE
+        self.data = self.states = self
+        self.sequence = self.tensor = ALONE
         self._exchanges = exchanges
         self._groups = 0
 

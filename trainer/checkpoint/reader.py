@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from forescale.engine.portable.fragments import FragmentReader
 
 Report = Callable[..., None]
-FORMAT = 2
+FORMAT = 3
 STATE = "state.json"
 _RESTORE = "restore the checkpoint, or choose another"
 _KEYS = {"position", "attempt", "world_size", "shapes", "fragments", "counters"}

@@ -1,46 +1,75 @@
 """The ranks of a job as a grid, and where a rank stands in it.
 
-The one place that says which ranks share a micro-batch. What divides the batch counts data groups
-(`data`); what divides the states (ZeRO) or counts processes counts all ranks (`world`).
+The one place that says which ranks share a micro-batch and which share a matrix. What divides the
+batch counts groups that are fed different windows (`data`); what divides the states of a parameter
+(ZeRO) counts the ranks that have the same parameters (`states`); what counts processes counts all
+ranks (`world`).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forescale.config.job import Problems
+from forescale.models.config import ModelConfig
+from forescale.models.parallel.division import of_columns, of_matrices
+
+if TYPE_CHECKING:
+    from forescale.config.train import TrainJob
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """`world` ranks in groups of `sequence` consecutive ones, so that a group lies inside a node.
+    """`world` ranks in groups of sequence * tensor consecutive ones, so that a group lies inside a
+    node; it divides `world`.
 
-    The ranks of a group are fed the same windows and each holds a part of their columns; different
-    groups are fed different windows. `sequence` divides `world`. So does `experts`: consecutive
-    ranks that have the experts of a layer between them, whatever they are fed.
+    The ranks of a group are fed the same windows, different groups different windows. Of a group,
+    `tensor` consecutive ranks hold the same columns of the windows, and each a part of the
+    matrices; `sequence` such sets hold each a part of the columns.
+
+    `experts` divides `world` too: consecutive ranks that have the experts of a layer between them,
+    whatever they are fed.
     """
 
     world: int
     sequence: int = 1
+    tensor: int = 1
     experts: int = 1
+
+    @property
+    def near(self) -> int:
+        """The number of ranks that are fed the same windows."""
+        return self.sequence * self.tensor
 
     @property
     def data(self) -> int:
         """The number of groups that are fed different windows."""
-        return self.world // self.sequence
+        return self.world // self.near
 
-    def data_rank(self, rank: int) -> int:
-        """Return the number of the group of a rank."""
-        return rank // self.sequence
-
-    def sequence_rank(self, rank: int) -> int:
-        """Return the place of a rank in its group, and so of its columns in a window."""
-        return rank % self.sequence
+    @property
+    def states(self) -> int:
+        """The number of ranks that have the same parameters."""
+        return self.world // self.tensor
 
     def sequence_peers(self, rank: int) -> list[int]:
-        """Return the ranks that share the windows of a rank, itself included, in their order."""
-        first = rank - self.sequence_rank(rank)
-        return [*range(first, first + self.sequence)]
+        """Return the ranks that divide the columns of the windows of a rank, itself included, in
+        the order of the columns."""
+        first = rank - rank % self.near + rank % self.tensor
+        return [*range(first, first + self.near, self.tensor)]
+
+    def tensor_peers(self, rank: int) -> list[int]:
+        """Return the ranks that divide the matrices with a rank, itself included, in the order of
+        the parts."""
+        first = rank - rank % self.tensor
+        return [*range(first, first + self.tensor)]
 
     def data_peers(self, rank: int) -> list[int]:
-        """Return the ranks that hold the same columns of other windows, itself included."""
-        return [*range(self.sequence_rank(rank), self.world, self.sequence)]
+        """Return the ranks that hold the same columns of other windows, and the same parts of the
+        matrices, itself included."""
+        return [*range(rank % self.near, self.world, self.near)]
+
+    def state_peers(self, rank: int) -> list[int]:
+        """Return the ranks that have the same parts of the matrices, itself included."""
+        return [*range(rank % self.tensor, self.world, self.tensor)]
 
     def expert_peers(self, rank: int) -> list[int]:
         """Return the ranks that have a layer's experts between them, a rank among them, in the
@@ -51,3 +80,43 @@ class Mesh:
     def expert_data_peers(self, rank: int) -> list[int]:
         """Return the ranks that have the same experts as a rank, itself included."""
         return [*range(rank % self.experts, self.world, self.experts)]
+
+
+def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
+    """Return the broken rules of ranks that share windows; `ranks` of the job, None if unknown."""
+    mesh = job.mesh(ranks or 1)
+    given = {"sequence": mesh.sequence, "tensor": mesh.tensor}
+    names = [f"engine.{axis}_parallel" for axis, size in given.items() if size > 1]
+    if not names:
+        return []
+    if ranks and ranks % mesh.near:
+        todo = f"start a multiple of {mesh.near}, as launch.processes says, or choose a divisor"
+        return [(names[0], f"{mesh.near} ranks don't divide the job's {ranks}", todo)]
+    if not isinstance(job.model, ModelConfig):
+        what = "a model of your own is not divided"
+        return [(name, what, f"write {name}=1, or choose a model of conf/model") for name in names]
+    length = job.train.sequence_length
+    if job.model.problems(sequence_length=length):
+        return []  # reported with the model's
+    found: Problems = []
+    if mesh.sequence > 1:
+        broken = of_columns(job.model, mesh.sequence, length, mesh.tensor)
+        found += [("engine.sequence_parallel", *problem) for problem in broken]
+    if mesh.tensor > 1:
+        broken = of_matrices(job.model, mesh.tensor) + _of_engine(job)
+        found += [("engine.tensor_parallel", *problem) for problem in broken]
+    return found
+
+
+def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
+    """Return why the engine can't divide matrices; each (what, todo)."""
+    whole, found = "write engine.tensor_parallel=1", []
+    if job.optimizer.spec.matrices:
+        what = f"{job.optimizer.kind} updates whole matrices, of which a rank has a part"
+        found.append((what, f"{whole}, or optimizer=adamw"))
+    if job.engine.offload_optimizer or job.engine.offload_parameters:
+        found.append(("offload is for whole matrices", f"{whole}, or leave offload out"))
+    if job.engine.hierarchical_partition > 1:
+        what = "a hierarchical partition is of whole matrices"
+        found.append((what, f"{whole}, or engine.hierarchical_partition=1"))
+    return found

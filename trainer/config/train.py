@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, Self
 from forescale.config.duration import Duration
 from forescale.config.hardware import native_precision
 from forescale.config.job import Find, Job, Problems
-from forescale.config.mesh import Mesh
+from forescale.config.mesh import Mesh, mesh_problems
 from forescale.config.schema import TargetConfig, key, section
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.faults import problems as faults_problems
@@ -40,7 +40,6 @@ from forescale.config.sections.training import (
 )
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.parallel.division import divisions
 
 _MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
 
@@ -95,7 +94,8 @@ class TrainJob(Job):
 
     def mesh(self, world_size: int) -> Mesh:
         """Return how so many ranks are grouped."""
-        return Mesh(world_size, self.engine.sequence_parallel, self.engine.expert_parallel)
+        near = self.engine
+        return Mesh(world_size, near.sequence_parallel, near.tensor_parallel, near.expert_parallel)
 
     @property
     def continues_text(self) -> bool:
@@ -194,11 +194,11 @@ class TrainJob(Job):
         """Rules over several sections. `world_size`: the ranks that are really there; without it,
         `launch.processes`."""
         ranks = world_size or self.launch.processes
-        if found := self._mesh_problems(ranks):
+        if found := mesh_problems(self, ranks):
             return found
         has_length = (self.train.steps is None) != (self.train.tokens is None)
         steps = self.total_steps if has_length else None
-        found = self._batch_problems(self.mesh(ranks or self.engine.sequence_parallel))
+        found = self._batch_problems(self.mesh(ranks or self.mesh(1).near))
         found += faults_problems(self.faults, ranks, steps)
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
@@ -261,22 +261,6 @@ class TrainJob(Job):
             found.append(("data.packing", what, "write data.packing=windows"))
         return found
 
-    def _mesh_problems(self, ranks: int | None) -> Problems:
-        """Rules of the ranks that share a window; None: how many there are is not known yet."""
-        near, name = self.engine.sequence_parallel, "engine.sequence_parallel"
-        if near == 1:
-            return []
-        if (ranks or near) % near:
-            todo = f"start a multiple of {near}, as launch.processes says, or choose a divisor"
-            return [(name, f"{near} ranks don't divide the job's {ranks}", todo)]
-        if not isinstance(self.model, ModelConfig):
-            what = "a model of your own is not divided"
-            return [(name, what, f"write {name}=1, or choose a model of conf/model")]
-        length = self.train.sequence_length
-        if self.model.problems(sequence_length=length):
-            return []  # reported with the model's
-        return [(name, *problem) for problem in divisions(self.model, near, length)]
-
     def _batch_problems(self, mesh: Mesh) -> Problems:
         at_once = self.train.micro_batch * mesh.data
         if (
@@ -284,7 +268,7 @@ class TrainJob(Job):
             or self.train.global_batch % self.train.micro_batch
         ):
             return []
-        each = f"groups of {mesh.sequence} ranks" if mesh.sequence > 1 else "ranks"
+        each = f"groups of {mesh.near} ranks" if mesh.near > 1 else "ranks"
         what = f"{self.train.global_batch} windows don't divide by {mesh.data} {each} that feed"
         todo = f"make it a multiple of {at_once}, or change train.micro_batch or the ranks"
         return [("train.global_batch", f"{what} {self.train.micro_batch} at once", todo)]

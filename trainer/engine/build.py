@@ -13,8 +13,8 @@ from torch import nn
 
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
+from forescale.engine import experts, tensor
 from forescale.engine.deepspeed_config import deepspeed_config
-from forescale.engine.experts import divide, join_experts
 from forescale.engine.optim import build_optimizer, divided_groups, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
 from forescale.engine.step import Engine
@@ -43,25 +43,41 @@ def check_world(job: TrainJob, size: int) -> None:
 
 def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module] | None:
     """Return what divides a module with its initial weights among the ranks, and returns it; None
-    unless the stage is 3, or experts are divided.
+    if it stays whole.
 
     So no rank ever holds the whole model. All ranks draw the same weights in the same order, in
     fp32 and on the host, so the initial model depends neither on the stage nor on the ranks.
     """
+    steps: list[Callable[[nn.Module], nn.Module]] = []
     if world.experts.size > 1:
-        return partial(divide, division=join_experts(world))
-    if job.engine.stage != 3:
-        return None
+        steps.append(partial(experts.divide, division=experts.join_experts(world)))
+    if world.tensor.size > 1:
+        steps.append(partial(tensor.divide, group=tensor.group_of(world)))
+    if job.engine.stage == 3:
+        steps.append(_shared(job, world))
+    return partial(_one_by_one, steps) if steps else None
+
+
+def _one_by_one(steps: list[Callable[[nn.Module], nn.Module]], module: nn.Module) -> nn.Module:
+    for step in steps:
+        module = step(module)
+    return module
+
+
+def _shared(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module]:
+    """Return what leaves each rank its part of every parameter, for stage 3."""
     from deepspeed.runtime.zero import Init
 
     config = deepspeed_config(job, world.size)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision.kind, torch.float32)
+    among = {"mpu": tensor.Mpu(world), "data_parallel_group": world.states.group}
 
     def made(module: nn.Module) -> nn.Module:
         # Init keeps the type that it finds, and the engine later refuses any but its own; of a
         # divided model it moves no buffers.
         module.to(world.device, dtype)
-        Init(module=module, config_dict_or_path=config)  # of what is not divided yet
+        more = among if world.tensor.size > 1 else {}
+        Init(module=module, config_dict_or_path=config, **more)  # of what is not divided yet
         return module
 
     return made
@@ -73,8 +89,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
     )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
-    experts = {name for name, p in model.named_parameters() if hasattr(p, "whole")}
-    groups = divided_groups(groups, experts, job.engine.expert_parallel)
+    divided = {name for name, p in model.named_parameters() if hasattr(p, "whole")}
+    groups = divided_groups(groups, divided, job.engine.expert_parallel)
     for group in groups:
         if group.update.is_by_matrix:  # as DeepSpeed's Muon does, which can't see divided shapes
             group.params.sort(key=shape_of, reverse=True)

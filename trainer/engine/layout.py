@@ -6,13 +6,13 @@ holds; a `Piece` gives the range to read and write. Invariant: between `backward
 layout returns the averaged gradient, not clipped and not yet orthogonalised by Muon.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from forescale.models.parallel.experts import Whole
+from forescale.models.parallel.whole import whole_of
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,6 @@ class Unit:
     pieces: list[Piece]
 
 
-def whole_of(param: nn.Parameter) -> Whole:
-    """Return the parameter of which this one is a part: itself, unless ranks divide experts. Its
-    shape is full, even if ZeRO-3 has partitioned it."""
-    own = getattr(param, "whole", None)
-    return own or Whole(tuple(getattr(param, "ds_shape", param.shape)), 0, 1)
-
-
 class Layout:
     """The common base. `replicated`: no element has one owner, see Replicated."""
 
@@ -51,6 +44,8 @@ class Layout:
         self.optimizer = engine.optimizer
         self.base = engine.basic_optimizer
         self.factor = 1.0
+        # Whether this rank counts a parameter that it holds: False for the copy of another rank's.
+        self.counts: Callable[[nn.Parameter], bool] = lambda param: True
 
     def is_muon(self, group: int) -> bool:
         """True if Muon updates the parameter group."""
@@ -61,7 +56,8 @@ class Layout:
         raise NotImplementedError
 
     def gradients(self) -> Iterator[Tensor]:
-        """Yield the averaged gradient of all elements that this rank owns, times `loss_scale`."""
+        """Yield the averaged gradient of all elements that this rank owns and counts, times
+        `loss_scale`."""
         raise NotImplementedError
 
     def square_sum(self, device, world_size: int) -> Tensor:
@@ -127,8 +123,8 @@ class Layout:
 
 
 class Replicated(Layout):
-    """The common base at stage 0: every rank holds every element; of divided experts, every rank
-    that has the same ones."""
+    """The common base at stage 0: every rank holds every element; of a divided parameter, every
+    rank that has the same part."""
 
     replicated = True
 

@@ -163,7 +163,7 @@ class Zero12(Layout):
                 continue
             grads, arguments, _ = self._held[i]
             for p, grad in zip(arguments[0], grads, strict=True):
-                if p._hp_mapping is not None:
+                if p._hp_mapping is not None and self.counts(p):
                     own = p._hp_mapping.lp_fragment_address
                     yield grad.reshape(-1)[own.start : own.start + own.numel]
 
@@ -257,8 +257,10 @@ class Zero3(Layout):
         if self.offload:
             yield from (m.grad for m in o.fp32_partitioned_groups_flat if m.grad is not None)
             return
-        for partitions in o.averaged_gradients.values():
-            yield from partitions
+        for s, partitions in o.averaged_gradients.items():
+            for p, grad in zip(o.fp16_groups[s], partitions, strict=True):
+                if self.counts(p):
+                    yield grad
 
     def prepare_step(self, factor):
         super().prepare_step(factor)

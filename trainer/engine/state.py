@@ -10,14 +10,16 @@ of the gradients, which may be bf16, all others in fp32, so moving it from fp32 
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forescale.engine.layout import Layout, Piece, Unit, whole_of
+from forescale.engine.layout import Layout, Piece, Unit
 from forescale.engine.portable.fragments import WEIGHT, Fragment, FragmentReader
 from forescale.engine.step import Engine
+from forescale.models.parallel.whole import whole_of
 
 MOMENTUM = "momentum_buffer"
 
@@ -38,9 +40,13 @@ def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) 
     if state == MOMENTUM:
         slot = engine.layout.momentum_slot(unit, piece) or slot
     start, at, size = slot
-    whole = whole_of(piece.param)
-    data = tensor.detach().view(-1)[at : at + size]
-    return Fragment(engine.names[piece.param], whole.shape, state, whole.start + start, data)
+    return _fragment(engine, piece.param, state, start, tensor.detach().view(-1)[at : at + size])
+
+
+def _fragment(engine: Engine, param: Any, state: str, start: int, data: Tensor) -> Fragment:
+    """Return `data` as a fragment of the whole parameter; `start`: in the part that is here."""
+    whole = whole_of(param)
+    return Fragment(engine.names[param], whole.shape, state, whole.start + start, data, whole.cut)
 
 
 def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
@@ -50,11 +56,12 @@ def _owned(engine: Engine, piece: Piece, held: Fragment) -> Fragment | None:
         part = -(-piece.size // (engine.world.size // whole.parts))
         first = min(piece.size, engine.world.rank // whole.parts * part)
         end = min(piece.size, first + part)
+    elif not engine.layout.counts(piece.param):
+        return None
     if first == end:
         return None
     first, end = whole.start + first, whole.start + end
-    data = held.data[first - held.start : end - held.start]
-    return Fragment(held.name, held.shape, held.state, first, data)
+    return replace(held, start=first, data=held.data[first - held.start : end - held.start])
 
 
 def owned_fragments(engine: Engine) -> Iterator[Fragment]:
@@ -82,19 +89,18 @@ def _untrained(engine: Engine, writing: bool) -> Iterator[Fragment]:
     for name, buffer in engine.module.named_buffers():
         if main and name in kept:
             yield Fragment(name, tuple(buffer.shape), WEIGHT, 0, buffer.detach().view(-1))
-    for param, name in engine.names.items():
+    for param in engine.names:
         if param.requires_grad:
             continue
         if hasattr(param, "ds_tensor"):
             part = param.ds_tensor.numel()
-            start = engine.world.rank * part
-            size = max(0, min(part, math.prod(shape_of(param)) - start))
-            if size:
+            start = engine.world.states.rank * part
+            size = max(0, min(part, param.ds_numel - start))  # type: ignore[attr-defined]
+            if size and (engine.layout.counts(param) or not writing):
                 data = param.ds_tensor.detach().view(-1)[:size]
-                yield Fragment(name, shape_of(param), WEIGHT, start, data)
+                yield _fragment(engine, param, WEIGHT, start, data)
         elif not writing or rank < whole_of(param).parts:
-            whole = whole_of(param)
-            yield Fragment(name, whole.shape, WEIGHT, whole.start, param.detach().view(-1))
+            yield _fragment(engine, param, WEIGHT, 0, param.detach().view(-1))
 
 
 def scalars(engine: Engine) -> dict[str, Any]:
@@ -155,10 +161,9 @@ def load_fragments(engine: Engine, reader: FragmentReader, stored: dict[str, Any
             tensors |= _moments(engine, unit, reader, stored["optimizer_steps"])
         for piece in unit.pieces:
             for state, tensor in tensors.items():
-                held = _held(engine, unit, piece, state, tensor)
-                reader.read_into(held.name, state, held.start, held.data)
+                reader.fill(_held(engine, unit, piece, state, tensor))
     for held in _untrained(engine, writing=False):
-        reader.read_into(held.name, held.state, held.start, held.data)
+        reader.fill(held)
     layout.after_load()
     if stored is not None:
         _load_scaler(layout, stored["loss_scaler"])

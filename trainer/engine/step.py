@@ -22,8 +22,10 @@ from forescale.engine.determinism import tell_compiler
 from forescale.engine.experts import shown_to_deepspeed
 from forescale.engine.layout import Layout
 from forescale.engine.stages import layout_of
+from forescale.engine.tensor import Mpu
 from forescale.engine.world import World
 from forescale.errors import UserError
+from forescale.models.parallel.whole import whole_of
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         with shown_to_deepspeed(model, optimizer.param_groups):
-            self._deepspeed, _ = world.accelerator.prepare(model, optimizer)
+            self._deepspeed = _under_deepspeed(world, model, optimizer)
         self.module: nn.Module = self._deepspeed.module
         self.layout: Layout = layout_of(self._deepspeed, fp32_gradients)
+        if not world.tensor.is_main:  # what is not divided, the first rank of the group has too
+            self.layout.counts = lambda param: whole_of(param).parts > 1
         self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}
         self.mark: Callable[[str], None] = lambda at: None  # receives the place inside a step
         # For injected faults: may damage the weights before a step, given its number, and returns
@@ -130,16 +134,17 @@ class Engine:
 
     def backward(self, batch) -> Tensor:
         """Accumulate the gradient of the step's mean loss per target. Return the summed loss of
-        each micro-batch, fp32 of shape (n,)."""
+        each micro-batch, fp32 of shape (n,): 0 where another rank has the same, so that all ranks'
+        sum is that of the step."""
         if not self.module.training:
             self.module.train()
         # DeepSpeed averages over ranks; the step's loss is a sum over its targets on all ranks.
-        scale = self.world.size / batch.targets * self.layout.backward_scale
+        scale = self.world.states.size / batch.targets * self.layout.backward_scale
         if self.disturb is not None:
             scale *= self.disturb(batch.step + 1, self.module)
         if (counters := self._counters()) is not None:
             counters.zero_()
-        losses = []
+        losses, counts = [], float(self.world.tensor.is_main)
         for micro in batch.micro:
             self.seed_for(batch.step, micro.index)
             last = micro is batch.micro[-1]
@@ -149,7 +154,7 @@ class Engine:
             total = loss.sum()
             self.mark("backward")
             self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
-            losses.append(total.detach().float())
+            losses.append(total.detach().float() * counts)
         return torch.stack(losses)
 
     def _counters(self) -> Tensor | None:
@@ -225,6 +230,18 @@ class Engine:
         if self.world.sequence.size > 1:  # this rank has those of its own columns
             loss = self.world.sequence.sum(loss.double())
         return loss.float()
+
+
+def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
+    """Return DeepSpeed's engine of a model."""
+    if world.tensor.size == 1:
+        return world.accelerator.prepare(model, optimizer)[0]
+    import deepspeed
+
+    # Accelerate hands over no Mpu, except for models of transformers.
+    config = world.accelerator.state.deepspeed_plugin.deepspeed_config
+    more = {"model": model, "optimizer": optimizer, "config_params": config}
+    return deepspeed.initialize(**more, mpu=Mpu(world))[0]
 
 
 def split_penalty(output) -> tuple[Tensor, Tensor | float]:

@@ -12,21 +12,69 @@ no number of ranks; and the gradients of what is not divided are the same on all
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from forescale.engine.portable.strips import Share
+from forescale.engine.world import World
 from forescale.models.block import Block
 from forescale.models.heads.vocabulary import Vocabulary
 from forescale.models.init import Linear
 from forescale.models.parallel.tensor import TensorGroup
+from forescale.models.parallel.whole import Whole
+
+
+def group_of(world: World) -> TensorGroup:
+    """Return the ranks that divide matrices with this one."""
+    return TensorGroup(world.tensor.rank, world.tensor.size, world.tensor.group.group_name)
+
+
+class Mpu:
+    """What DeepSpeed asks of the ranks that divide a model: who has the same parameters, over whom
+    it divides states and reduces gradients, and who has the others."""
+
+    def __init__(self, world: World):
+        self._world = world
+
+    def get_data_parallel_group(self) -> Any:
+        """Return the ranks that have the same parameters."""
+        return self._world.states.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Return their numbers."""
+        return self._world.mesh.state_peers(self._world.rank)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Return how many they are."""
+        return self._world.states.size
+
+    def get_data_parallel_rank(self) -> int:
+        """Return this rank's place among them."""
+        return self._world.states.rank
+
+    def get_model_parallel_group(self) -> Any:
+        """Return the ranks that have a model between them."""
+        return self._world.tensor.group
+
+    def get_model_parallel_world_size(self) -> int:
+        """Return how many they are."""
+        return self._world.tensor.size
+
+    def get_model_parallel_rank(self) -> int:
+        """Return this rank's place among them."""
+        return self._world.tensor.rank
+
+    # DeepSpeed asks by either name.
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
 
 
 def divide(model: nn.Module, group: TensorGroup) -> nn.Module:
     """Keep this rank's part of the blocks and tables in `model`, those that are still whole; return
     `model`.
 
-    A parameter that is divided has the attribute `share`. A table whose rows the ranks don't divide
+    A parameter that is divided has the attribute `whole`. A table whose rows the ranks don't divide
     stays whole.
     """
     for module in model.modules():
@@ -43,7 +91,7 @@ def divide(model: nn.Module, group: TensorGroup) -> nn.Module:
 
 def _keep(p: nn.Parameter, dim: int, group: TensorGroup) -> None:
     """Keep this rank's part of a parameter."""
-    p.share = Share(tuple(p.shape), dim, group.rank, group.size)  # type: ignore[attr-defined]
+    p.whole = Whole(tuple(p.shape), group.rank, group.size, dim)  # type: ignore[attr-defined]
     p.data = p.data.chunk(group.size, dim)[group.rank].clone()
 
 

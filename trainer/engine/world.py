@@ -76,9 +76,11 @@ class World(Ranks):
     """All ranks of this job, and this one among them.
 
     device: where this rank's model lives. Of the mesh (config/mesh.py): `sequence`, the ranks that
-    are fed the same windows as this one and divide their columns; `data`, those that hold the same
-    columns of other windows, so that among them each window counts once; `experts`, those that have
-    the experts of a layer between them; `expert_data`, those that have the same experts as this.
+    are fed the same windows as this one and divide their columns; `tensor`, those that have the
+    same columns and divide the matrices; `data`, those that have the same columns of other windows
+    and the same parts of matrices, so that among them each window counts once; `states`, those that
+    have the same parts of matrices; `experts`, those that have the experts of a layer between them;
+    `expert_data`, those that have the same experts as this.
     """
 
     def __init__(self, accelerator, mesh: Mesh | None = None, timeout_seconds: float = 1800.0):
@@ -86,12 +88,17 @@ class World(Ranks):
         self.mesh = mesh or Mesh(self.size)
         wait = timedelta(seconds=timeout_seconds)
         self.sequence = self._grouped(self.mesh.sequence_peers(self.rank), wait)
+        self.tensor = self._grouped(self.mesh.tensor_peers(self.rank), wait)
         self.data: Ranks = self
         if self.mesh.data < self.size:
             self.data = self._grouped(self.mesh.data_peers(self.rank), wait)
+        # DeepSpeed reduces over the following, even if a group has one rank.
+        self.states: Ranks = self
+        if self.tensor.size > 1:
+            self.states = self._grouped(self.mesh.state_peers(self.rank), wait, least=1)
         self.experts = self._grouped(self.mesh.expert_peers(self.rank), wait)
         self.expert_data: Ranks = self
-        if self.experts.size > 1:  # a group even of one: DeepSpeed reduces over it
+        if self.experts.size > 1:
             peers = self.mesh.expert_data_peers(self.rank)
             self.expert_data = self._grouped(peers, wait, least=1)
         self.accelerator = accelerator
@@ -104,11 +111,10 @@ class World(Ranks):
         self._began = time.monotonic()
 
     def _grouped(self, peers: list[int], timeout: timedelta, least: int = 2) -> Ranks:
-        """Return this rank among some ranks, in a group of their own from `least` on."""
+        """Return this rank among some ranks, in a process group of their own if there are at least
+        so many."""
         group = None
-        if (
-            len(peers) >= least
-        ):  # only these ranks meet to make it, for there may be many such groups
+        if len(peers) >= least:  # only these ranks meet to make it: there may be many such groups
             group = dist.new_group(peers, timeout=timeout, use_local_synchronization=True)
         return Ranks(peers.index(self.rank), len(peers), group)
 

@@ -274,6 +274,7 @@ def numerics(
         **{path: rule for path, rule in guard.items() if kinds[path].kind == "numerics"},
         "world_size": world_size,
         "sequence_parallel": job.engine.sequence_parallel,
+        "tensor_parallel": job.engine.tensor_parallel,
         "stage": job.engine.stage,
         "expert_parallel": job.engine.expert_parallel,
         "precision": job.precision.kind,

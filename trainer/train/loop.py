@@ -116,8 +116,9 @@ class _Reporter:
         self._pending[at] = step
         first, count = batch.micro[0].index, len(batch.micro) * self.world.data.size
         failed = any(callback.failed for callback in self.callbacks)
-        # The ranks of a sequence group have the same windows, which count once.
-        own_hash = batch.window_hash if self.world.sequence.is_main else 0
+        # The ranks near each other have the same windows, which count once.
+        is_first = self.world.sequence.is_main and self.world.tensor.is_main
+        own_hash = batch.window_hash if is_first else 0
         self.world.share(at, facts.losses, first, count, own_hash, stop, failed, facts.extra)
         due = any(callback.is_due(at) for callback in self.callbacks)
         return self._read(behind=0 if due else 1)

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 
 from forescale.config.compose import compose
@@ -8,15 +10,23 @@ from tests.trainer.config.test_train import problems
 TWO = ["engine.sequence_parallel=2", "launch.processes=4"]
 
 
-@pytest.mark.parametrize(("world", "near"), [(1, 1), (4, 1), (4, 2), (8, 4), (6, 6)])
-def test_each_rank_has_one_place_in_the_mesh(world, near):
-    mesh = Mesh(world, near)
-    places = [(mesh.data_rank(r), mesh.sequence_rank(r)) for r in range(world)]
-    assert places == [(d, s) for d in range(mesh.data) for s in range(near)]
-    for rank, (data, place) in enumerate(places):
-        assert mesh.sequence_peers(rank)[place] == rank
-        assert mesh.data_peers(rank)[data] == rank
-        assert len(mesh.data_peers(rank)) * near == world
+@pytest.mark.parametrize(
+    ("world", "near", "tensor"),
+    [(1, 1, 1), (4, 1, 1), (4, 2, 1), (8, 4, 1), (6, 6, 1), (4, 1, 2), (12, 2, 3), (8, 2, 4)],
+)
+def test_each_rank_has_one_place_in_the_mesh(world, near, tensor):
+    mesh = Mesh(world, near, tensor)
+    kinds = (mesh.data_peers, mesh.sequence_peers, mesh.tensor_peers)
+    places = [tuple(peers(rank).index(rank) for peers in kinds) for rank in range(world)]
+    sizes = (mesh.data, near, tensor)
+    assert places == [*product(*map(range, sizes))]
+    for rank, place in enumerate(places):
+        for axis, (peers, size) in enumerate(zip(kinds, sizes, strict=True)):
+            others = [places[peer] for peer in peers(rank)]
+            assert others == [(*place[:axis], i, *place[axis + 1 :]) for i in range(size)]
+        same = [peer for peer in range(world) if places[peer][2] == place[2]]
+        assert mesh.state_peers(rank) == same
+        assert len(same) == mesh.states
 
 
 @pytest.mark.parametrize(("world", "parts"), [(2, 2), (8, 2), (8, 4)])
@@ -57,3 +67,43 @@ def test_what_does_not_divide_is_refused(overrides, what):
     found = problems(*TWO, "train.global_batch=16", "train.micro_batch=8", *overrides)
     assert [*found] == ["engine.sequence_parallel"]
     assert found["engine.sequence_parallel"].startswith(what)
+
+
+MATRICES = ["engine.tensor_parallel=4", "launch.processes=4", "optimizer=adamw", "model.width=64"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["launch.processes=6"], "4 ranks don't divide the job's 6"),
+        (["model.num_heads=2"], "4 ranks don't divide model.num_heads=2"),
+        (["model.num_heads=4", "model.num_kv_heads=2"], "4 ranks don't divide model.num_kv_heads"),
+        (["model.num_heads=4", "model.mlp_width=70"], "4 ranks don't divide model.mlp_width=70"),
+        (["model.mixer=mingru"], "the matrices of mixer mingru are not divided"),
+        (
+            ["model.qk_norm_over=layer", "model.qk_norm=true"],
+            "the matrices of mixer attention with",
+        ),
+        (["model.mlp=moe"], "the matrices of mlp moe are not divided"),
+        (["model.position=alibi"], "position alibi has a bias for every head"),
+        (["model.encoder_layers=1", "objective.kind=seq2seq"], "an encoder-decoder is not divided"),
+        (["model.dropout=0.1"], "the heads of different ranks would drop the same weights"),
+        (["optimizer=muon"], "muon updates whole matrices, of which a rank has a part"),
+        (["engine.offload_optimizer=true"], "offload is for whole matrices"),
+        (["engine=zero3", "engine.hierarchical_partition=2"], "a hierarchical partition is of"),
+        (["model=custom", "model._target_=mine.Model"], "a model of your own is not divided"),
+    ],
+)
+def test_matrices_that_do_not_divide_are_refused(overrides, what):
+    found = problems(*MATRICES, "train.global_batch=16", *overrides)
+    assert [*found] == ["engine.tensor_parallel"]
+    assert found["engine.tensor_parallel"].startswith(what)
+
+
+def test_ranks_that_divide_matrices_are_fed_the_same_windows():
+    command = [*MATRICES, "train.global_batch=8", "train.micro_batch=8", "model.num_heads=8"]
+    assert compose(TrainJob, command).mesh(4).data == 1
+    both = [*command, "engine.sequence_parallel=2", "launch.processes=8"]
+    assert compose(TrainJob, both).mesh(8).data == 1
+    (what,) = problems(*both, "model.num_heads=4").values()
+    assert what.startswith("2 ranks don't divide the model's 1 heads")

@@ -155,6 +155,7 @@ _OURS = {
     "zero_optimization.zero_hpz_partition_size": "engine.hierarchical_partition",
     "sequence_parallel_size": "engine.sequence_parallel",
     "expert_parallel": "engine.expert_parallel",
+    "tensor_parallel": "engine.tensor_parallel",
     "compile": "train.compile",
     "activation_checkpointing": "model.activation_checkpointing",
     "wandb": "logging.wandb",
@@ -182,6 +183,12 @@ class EngineConfig:
         1,
         "consecutive ranks (of a node) that are fed the same windows, each a part of the columns; "
         "1: off",
+        ge=1,
+    )
+    tensor_parallel: int = key(
+        1,
+        "consecutive ranks (of a node) that divide the matrices of each block, and the tables of "
+        "tokens if they divide the vocabulary; 1: off",
         ge=1,
     )
     expert_parallel: int = key(

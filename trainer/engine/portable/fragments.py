@@ -164,8 +164,15 @@ class FragmentReader:
         if filled != out.numel():
             raise KeyError(f"{name}: {filled:,} of {out.numel():,} elements of its {state}")
 
-    def read_strip(self, name: str, state: str, strip: Strip, out: Tensor) -> None:
-        """Fill `out` (1-D) with the elements of a strip. Raises KeyError as `read_into`."""
+    def fill(self, fragment: Fragment) -> None:
+        """Fill the data of a fragment, of any division. Raises KeyError as `read_into`."""
+        f = fragment
+        if f.cut is None:
+            self.read_into(f.name, f.state, f.start, f.data)
+        else:
+            self._read_strip(f.name, f.state, Strip(f.start, f.data.numel(), *f.cut), f.data)
+
+    def _read_strip(self, name: str, state: str, strip: Strip, out: Tensor) -> None:
         rows = max(1, _BLOCK // strip.stride)  # at once: what is read between the runs is dropped
         for low in range(strip.low, strip.high, rows * strip.stride):
             high = min(strip.high, low + rows * strip.stride)

@@ -7,7 +7,6 @@ hold every element exactly once. Imports no torch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 
 @dataclass(frozen=True)
@@ -56,20 +55,3 @@ def strip_of(row: Sequence[int]) -> Strip:
     if more:
         return Strip(start, size, *more)
     return Strip(0, size, max(1, size), max(1, size), start)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The `index`-th of `of` equal parts, along dimension `dim`, of a parameter of `shape`."""
-
-    shape: tuple[int, ...]
-    dim: int
-    index: int
-    of: int
-
-    @property
-    def cut(self) -> tuple[int, int, int]:
-        """run, stride and first of its strips."""
-        stride = prod(self.shape[self.dim :])
-        run = stride // self.of
-        return run, stride, self.index * run

@@ -69,8 +69,7 @@ def test_a_divided_matrix_is_read_whole_and_in_every_other_division(written):
             run = 8 // parts
             for start in (0, 3):
                 got = torch.empty(own.numel() - start)
-                strip = Strip(start, got.numel(), run, 8, part * run)
-                reader.read_strip("m", "weight", strip, got)
+                reader.fill(Fragment("m", (6, 8), "weight", start, got, (run, 8, part * run)))
                 assert torch.equal(got, own.reshape(-1)[start:])
 
 

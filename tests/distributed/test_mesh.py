@@ -1,0 +1,46 @@
+"""Checkpoints of every mesh: what one saves, every other loads, element by element."""
+
+import pytest
+import torch
+
+from forescale.checkpoint.reader import Checkpoint, coverage_faults
+from tests.distributed import ranks
+from tests.distributed.mesh_scenarios import STATE
+
+pytestmark = pytest.mark.distributed
+
+MODEL = ["model.num_kv_heads=2", "model.mlp_width=42", "model.vocab_size=72", "model.qk_norm=true"]
+TENSOR = "engine.tensor_parallel=2"
+MESHES = {  # by the number of ranks: name, sequence ranks, stage, more
+    1: [["one", 1, 1]],
+    2: [["tensor-1", 1, 1, TENSOR], ["tensor-3", 1, 3, TENSOR], ["sequence-2", 2, 2]],
+    4: [["all-3", 2, 3, TENSOR], ["data-2", 1, 2, TENSOR], ["bare-0", 1, 0, TENSOR]],
+}
+
+
+def carried(size, folder, saves=True):
+    cases = [[*case, *MODEL] for case in MESHES[size]]
+    return ranks.run("mesh_scenarios:carry", size, cases=cases, folder=str(folder), saves=saves)
+
+
+def test_every_mesh_loads_every_other_and_continues_its_own_to_the_bit(tmp_path):
+    found = {}
+    for size, saves in ((4, True), (2, True), (1, True), (4, False), (2, False)):
+        found |= carried(size, tmp_path, saves)
+    names = [name for cases in MESHES.values() for name, *_ in cases]
+    first = {name: Checkpoint(tmp_path / "first" / name / STATE) for name in names}
+    assert not any(coverage_faults(checkpoint.state) for checkpoint in first.values())
+    pairs = [key.split("<") for key in found if "<" in key]
+    assert {(a, b) for a, b in pairs if a != "one"} == {(a, b) for a in names[1:] for b in names}
+    for target, source in pairs:
+        again = Checkpoint(tmp_path / "again" / f"{target}<{source}" / STATE)
+        old = first[source]
+        assert again.shapes == old.shapes
+        for name in old.shapes:
+            for state in old.reader.states(name):
+                assert torch.equal(again.tensor(name, state), old.tensor(name, state))
+        after, expected = found[f"{target}<{source}"], found[source]
+        if target == source:
+            assert after == expected
+        for row, plain in zip(after, expected, strict=True):
+            assert row == pytest.approx(plain, rel=1e-5), (target, source)
