@@ -9,7 +9,9 @@ and accept `+new.key=`.
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -110,8 +112,7 @@ def compose(
     job, more, wrong = build(schema, tree)
     faults += wrong
     job = job.for_machine(find)
-    paths = [*known, *leaves(schema)]
-    unknowns = [unknown_key(path, paths, schema.VERB) for path in unknown + more]
+    unknowns = [unknown_key(p, [*known, *leaves(schema)], schema.VERB) for p in unknown + more]
     problems = unknowns + faults + check(job, faults) + _secrets(job)
     if frozen is None:  # an existing run has had these keys since it began
         refused = {problem.key for problem in problems}
@@ -155,7 +156,7 @@ def groups(schema: type[Job], conf_dirs: Sequence[str | Path] = ()) -> dict[str,
     (Hydra would silently take one of them).
     """
     found: dict[str, Group] = {}
-    for name, default in _choices_of(_primary(schema)):
+    for name, default in _choices_of(_primary(schema)).items():
         files: dict[str, Path] = {}
         for root in (CONF, *_own(conf_dirs)):
             if not root.is_dir():
@@ -180,15 +181,13 @@ def _primary(schema: type[Job]) -> str:
     return schema.VERB.replace(" ", "-")
 
 
-def _choices_of(primary: str) -> Iterator[tuple[str, str | None]]:
-    """Yield (group, default choice) of a config's defaults list, included configs first."""
+@cache
+def _choices_of(primary: str) -> dict[str, str | None]:
+    """Return group -> default choice of a config's defaults list, included configs first."""
     path = CONF / f"{primary}.yaml"
-    tree = yaml.safe_load(path.read_text()) if path.exists() else {}
-    for entry in tree.get("defaults", []):
-        if isinstance(entry, dict):
-            yield from entry.items()
-        elif entry != "_self_":
-            yield from _choices_of(entry)
+    entries = yaml.safe_load(path.read_text()).get("defaults", []) if path.exists() else []
+    trees = [e if isinstance(e, dict) else _choices_of(e) for e in entries if e != "_self_"]
+    return {group: choice for tree in trees for group, choice in tree.items()}
 
 
 def _read(
@@ -228,15 +227,21 @@ def _read(
 
 def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | Path]) -> DictConfig:
     """Return the conf tree with the chosen files, not yet resolved; empty if the verb has none."""
-    if not (CONF / f"{_primary(schema)}.yaml").exists():
+    primary = _primary(schema)
+    if not (CONF / f"{primary}.yaml").exists():
         return OmegaConf.create()
-    chosen = [f"{group}={choice}" for group, choice in picks.items()]
-    if own := _own(conf_dirs):
+    chosen = tuple(f"{group}={choice}" for group, choice in picks.items())
+    if own := _own(conf_dirs):  # whose files may change while this process lives
         paths = ",".join(f'"file://{path.resolve()}"' for path in own)
-        chosen.append(f"hydra.searchpath=[{paths}]")
+        return _tree(primary, (*chosen, f"hydra.searchpath=[{paths}]"))
+    return deepcopy(_tree_of_ours(primary, chosen))
+
+
+def _tree(primary: str, chosen: tuple[str, ...]) -> DictConfig:
+    """Return what Hydra composes. Raises UserError if a file can't be read."""
     try:
         with initialize_config_dir(str(CONF), job_name="forescale", version_base="1.3"):
-            config = hydra_compose(_primary(schema), overrides=chosen)
+            config = hydra_compose(primary, overrides=list(chosen))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else " ".join(chosen)
@@ -244,6 +249,9 @@ def _hydra(schema: type[Job], picks: dict[str, str], conf_dirs: Sequence[str | P
         raise UserError(where, what, "correct the file named there") from e
     OmegaConf.set_struct(config, False)
     return config
+
+
+_tree_of_ours = lru_cache(maxsize=128)(_tree)  # Hydra takes 80 ms, a copy 2
 
 
 def _named(config: DictConfig, typed: Mapping[str, str]) -> Path | None:

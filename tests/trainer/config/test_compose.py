@@ -233,6 +233,13 @@ def test_every_file_of_the_tree_opens_with_what_it_is():
         assert path.read_text().startswith("# "), path
 
 
+def test_what_one_command_types_is_not_in_the_next():
+    words = ["optimizer=adamw", "schedule.warmup=7 steps", "data.skip=[[1,2]]", "train.steps=9"]
+    before = compose(TrainJob, words[:1])
+    assert compose(TrainJob, words) != before
+    assert compose(TrainJob, words[:1]) == before
+
+
 def test_files_of_the_users_own_by_the_environment(tmp_path, monkeypatch, capsys):
     from forescale.cli import main
 
