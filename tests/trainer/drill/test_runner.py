@@ -13,6 +13,7 @@ import pytest
 from forescale.config.compose import compose
 from forescale.config.sections.faults import KINDS, problems, read
 from forescale.config.train import TrainJob
+from forescale.drill import runner
 from forescale.drill.judge import Command, Evidence, Line, judge
 from forescale.drill.runner import Drill
 from forescale.drill.scenarios import BASE, BY_NAME, SCENARIOS, STEPS, Scenario
@@ -269,6 +270,7 @@ def test_a_directory_that_holds_something_is_refused(tmp_path):
 @pytest.fixture
 def stubbed(tmp_path, monkeypatch):
     """A drill whose commands are Python scripts instead of training: stubbed(script)."""
+    monkeypatch.setattr(runner, "build_dataset", lambda _, output, __: output.mkdir(parents=True))
     drill = Drill(tmp_path / "drill", 2, limit=20.0)
 
     def give(script: str) -> Drill:
