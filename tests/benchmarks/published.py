@@ -147,6 +147,7 @@ class Row:
         if self.gathers == 1:
             zero += ", stage3_max_reuse_distance: 1e13, stage3_max_live_parameters: 1e13"
         more = ["model.loss_chunk=0", f"engine.deepspeed={{zero_optimization: {{{zero}}}}}"]
+        more.append(f"engine.gradient_dtype={'fp32' if self.reduced == 4 else 'precision'}")
         made = compose(PlanJob, [*self.words(), *more, *words])
         return replace(made, model=model_of(made).resolved(None, self.length))
 
@@ -162,10 +163,7 @@ class Row:
     def _seconds(self, *words: str) -> float:
         job = self.job(*words)
         trained, world, machine = inventory(job), job.world_size, job.machine
-        traffic = [
-            replace(c, payload=c.payload * self.reduced // 2) if c.kind == "reduce_scatter" else c
-            for c in collectives(job, trained, world)
-        ]
+        traffic = collectives(job, trained, world)
         price = token_flops(model_of(job), self.length, 0.0)
         step = predict_step_time(job, trained, price, traffic, machine, world, job.per_node)
         assert step.seconds

@@ -1,12 +1,14 @@
 """The plan's speeds beside 225 published ones, and its parameters and memory of the same jobs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from forescale.config.compose import compose
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
+from tests.benchmarks import plan_table
 from tests.benchmarks.published import SOURCES, read, summary
 
 ROWS = read()
@@ -55,3 +57,21 @@ def test_a_job_that_was_trained_fits(row):
     plan = Plan(compose(PlanJob, row.words()))
     assert plan.parameters["total"] == PARAMETERS[row.model]
     assert plan.problems == []
+
+
+def test_the_table_of_answers_has_what_a_plan_says():
+    head, _, row = plan_table.table(["llama-1b"], [8]).splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    words = ["recipe=llama-1b", "plan.gpus=8", f"engine.stage={cells['ZeRO']}"]
+    words += [f"train.micro_batch={cells['micro-batch']}"]
+    chosen = Plan(compose(PlanJob, words)).chosen
+    assert cells["MFU"] == f"{chosen.step.mfu:.1%}".replace("%", " %")
+    assert cells["GiB a GPU"] == f"{chosen.memory.total / 2**30:,.0f}"
+    assert cells["tokens/s a GPU"] == f"{chosen.step.tokens_per_second / 8:,.0f}"
+    assert cells["published MFU |"] == "41.7 % |"
+
+
+@SLOW  # each of 5 models on four clusters
+def test_the_readme_has_the_table_of_answers():
+    text = (Path(__file__).parents[2] / "trainer/plan/README.md").read_text()
+    assert plan_table.table() in text, "put what python tests/benchmarks/plan_table.py prints there"
