@@ -180,13 +180,14 @@ def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
     }
 
 
-def _check_pairs(job: TrainJob, where: str, bins: Bins) -> None:
+def _check_pairs(job: TrainJob, where: str, bins: PairBins) -> None:
     """Raise UserError if no document is a pair."""
     if bins.counts.any():
         return
-    facts, kind = bins.facts, job.objective.pairs_separator
+    facts, text = bins.facts, job.objective.pairs_separator or ""
+    number = "" if text.isdecimal() else f" (token {bins.kind.separator})"
     if facts["without_separator"] == facts["documents"]:
-        what = f"none of its {facts['documents']:,} documents has the separator {kind!r}"
+        what = f"none of its {facts['documents']:,} documents has the separator {text!r}{number}"
         todo = "give another objective.pairs_separator, or data whose documents have it"
     else:
         what = f"has no pair: {said_of(bins)}"
@@ -203,7 +204,7 @@ def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: 
             orders[name] = Order(split.shard_tokens, length, own, block, bins.get(name))
         except UserError as e:
             raise UserError(sources.datasets[name].where, e.what, e.todo) from None
-    weights = job.data.weights or dict.fromkeys(orders, 1)
+    weights = job.data.weights or {n: o.windows_per_epoch for n, o in orders.items()}
     firsts = [
         0,
         *((job.steps_of(s) or 0) * job.train.global_batch for s in job.data.stage_starts()),

@@ -191,7 +191,8 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
     """Return the job with the values that depend on its data (the model's vocabulary and longest
     sequence, and the weights of a mixture), and with a warm-up that fits its length."""
     job = job.fitted()
-    if sources.is_mixture and not job.data.weights:
+    # Those of pairs are their numbers, which aren't known before their tables (run/feed.py).
+    if sources.is_mixture and not job.data.weights and job.objective.kind != "pairs":
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if not isinstance(job.model, ModelConfig):
         return job

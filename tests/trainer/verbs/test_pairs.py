@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from forescale import open_dataset, open_run
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.run import data_use
 from forescale.run.feed import feed_of, targets_of_a_row
 from forescale.run.start import open_sources, settle
 from tests.reversed_words import KIND, NO_PAIRS, make_pairs
-from tests.trainer.small_run import BATCH, STEPS, make_run
+from tests.trainer.small_run import BATCH, STEPS, make_job, make_run
 
 MODEL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.encoder_layers=1"]
 SHAPE = ["train.sequence_length=14", "objective.pairs_source=6"]
@@ -31,9 +33,9 @@ def run(data, tmp_path_factory):
     return make_run(data, tmp_path_factory.mktemp("runs"), "pairs", *MODEL, *KIND, *SHAPE)
 
 
-def held_out(dataset) -> list[tuple[bytes, bytes]]:
-    """Source and target of each held-out document that is a pair of this length."""
-    split, found = dataset.split("validation"), []
+def pairs_in(dataset, name) -> list[tuple[bytes, bytes]]:
+    """Source and target of each document of a split that is a pair of this length."""
+    split, found = dataset.split(name), []
     for shard, size in enumerate(split.shard_tokens):
         raw = bytes(t % 256 for t in split.read(shard, 0, size).tolist())  # 256 ends a document
         parts = [document.split(b"\t", 1) for document in raw.split(b"\0")[:-1]]
@@ -43,7 +45,7 @@ def held_out(dataset) -> list[tuple[bytes, bytes]]:
 
 @torch.no_grad()
 def test_eval_scores_each_target_of_the_split_with_its_end(run, data, forescale):
-    model, pairs = open_run(run.path).model(), held_out(open_dataset(data))
+    model, pairs = open_run(run.path).model(), pairs_in(open_dataset(data), "validation")
     nats = targets = size = 0
     for source, target in pairs:
         row, wanted = [[0] * (6 - len(source)) + [*source, 9, *target]], [*target, 256]
@@ -58,7 +60,9 @@ def test_eval_scores_each_target_of_the_split_with_its_end(run, data, forescale)
     assert float(re.search(r"loss +([\d.]+)", out)[1]) == pytest.approx(nats / targets, abs=1e-4)
     bits = float(re.search(r"bits per byte +([\d.]+)", out)[1])
     assert bits == pytest.approx(nats / math.log(2) / size, abs=1e-4)
-    assert forescale("eval", run.path, "windows=3")[0] == 0
+    code, out, _ = forescale("eval", run.path, "windows=3", "split=train")
+    assert code == 0
+    assert re.search("Note: " + LEFT_OUT, out)
 
 
 def test_check_replays_the_pairs_and_names_what_was_left_out(run, forescale):
@@ -81,12 +85,41 @@ def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
     feed = feed_of(settle(job, sources), sources)
     pairs = feed.mixture.orders[0].windows_per_epoch
     assert plan["sources"][0]["epochs"] == pytest.approx(100 * 8 / pairs)
-    assert plan["evaluation"]["at_end"]["windows"] == len(held_out(open_dataset(data)))
+    assert plan["evaluation"]["at_end"]["windows"] == len(
+        pairs_in(open_dataset(data), "validation")
+    )
     (note,) = [n for n in plan["notes"] if "left out" in n]
     left, documents = map(int, re.search(LEFT_OUT, note).groups())
     assert documents - left == pairs
     assert cache.exists()
     assert json.loads(forescale("plan", *words, "--json")[1])["notes"] == plan["notes"]
+
+
+def test_plan_estimates_what_takes_long_to_count(data, tmp_path, forescale, monkeypatch):
+    monkeypatch.setattr(data_use, "_SCANNED", 0)
+    words = [f"data.path={data}", f"data.cache={tmp_path}", *MODEL, *KIND, *SHAPE]
+    code, printed, _ = forescale("plan", *words, "train.steps=100", "--json")
+    plan = json.loads(printed)
+    assert code == 0
+    assert any("pairs of the data are not counted yet" in note for note in plan["notes"])
+    assert plan["evaluation"] is None
+    tokens = 100 * plan["config"]["train"]["global_batch"] * 14
+    assert plan["sources"][0]["epochs"] == pytest.approx(
+        tokens / open_dataset(data).split("train").num_tokens
+    )
+
+
+def test_each_pair_of_a_mixture_is_read_as_often(data, tmp_path):
+    """Whatever their lengths: the default shares are numbers of pairs."""
+    other = make_pairs(tmp_path / "other", tuple(f"{'a' * i}\tb" for i in (5, 6)))
+    job = make_job(data, tmp_path, "m", *MODEL, *KIND, *SHAPE, "data.path=null")
+    job = replace(job, data=replace(job.data, sources={"one": str(data), "two": str(other)}))
+    sources = open_sources(job.data)
+    feed = feed_of(settle(job, sources), sources)
+    numbers = [order.windows_per_epoch for order in feed.mixture.orders]
+    assert numbers[0] != numbers[1]
+    read = feed.mixture.samples(1024)  # a block, where shares are exact
+    assert read.tolist() == pytest.approx([1024 * n / sum(numbers) for n in numbers], abs=1)
 
 
 def test_flops_of_the_rows_are_those_of_whole_rows(run, data):

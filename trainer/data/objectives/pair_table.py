@@ -12,7 +12,7 @@ each document is in it once, or counted once as left out.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,10 +20,11 @@ from tokenizers import Tokenizer
 from forescale.data.dataset import Split
 from forescale.data.packing import Packing
 from forescale.data.packing_table import Bins, write_tables
-from forescale.errors import UserError
+from forescale.errors import UserError, shortened
 from forescale.progress import Progress, silent
 
 _VERSION = 1  # increase it also if other documents become pairs
+_SHOWN = 60  # characters of a separator in a message
 _BLOCK = 1 << 22  # tokens that are scanned at a time
 _ESCAPES = {r"\t": "\t", r"\n": "\n"}
 
@@ -43,29 +44,38 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
 
     Raises UserError if the tokenizer has no such token, or documents end with it.
     """
-    where = "objective.pairs_separator"
+    where, shown = "objective.pairs_separator", shortened(repr(separator), _SHOWN)
     if separator.isdecimal():
-        found = int(separator)
-        if tokenizer.id_to_token(found) is None:
-            size = tokenizer.get_vocab_size()
-            what = f"{separator} is no id of the tokenizer, which has {size:,}"
+        found = int(separator) if len(separator) < 10 else -1  # beyond every vocabulary
+        if found < 0 or tokenizer.id_to_token(found) is None:
+            what = f"{shown} is no id of the tokenizer, which has {tokenizer.get_vocab_size():,}"
             raise UserError(where, what, "give the id of a token, or its text")
     else:
-        text = separator
-        for escape, character in _ESCAPES.items():
-            text = text.replace(escape, character)
-        tokenizer.encode_special_tokens = True  # as in documents
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        known = ids[0] if len(ids) == 1 else tokenizer.token_to_id(text)
-        if known is None:
-            what = f"{separator!r} is {len(ids)} tokens in this dataset's tokenizer"
+        ids = _ids_of(tokenizer, separator)
+        if len(ids) != 1:
+            what = f"{shown} is {len(ids)} tokens in this dataset's tokenizer"
             todo = "give a text that is one token, such as \\t, or the id of a token"
             raise UserError(where, what, todo)
-        found = known
+        found = ids[0]
     if found == end_of_text:
-        what = f"{separator!r} is the token that ends each document"
+        what = f"{shown} is the token that ends each document"
         raise UserError(where, what, "give another one, which stands inside the documents")
     return found
+
+
+def _ids_of(tokenizer: Tokenizer, separator: str) -> list[int]:
+    """Return the tokens of a text, as it would stand in a document; of the name of a special token,
+    which no text has but a corpus of token ids may, that token."""
+    text = separator
+    for escape, character in _ESCAPES.items():
+        text = text.replace(escape, character)
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        if added.content == text:
+            return [index]
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return []  # not UTF-8
+    tokenizer.encode_special_tokens = True  # as in documents
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 class PairTable(Packing):
@@ -83,6 +93,10 @@ class PairBins(Bins):
     (LEFT_OUT); longest_source and longest_target, of the pairs and those that are too long."""
 
     are_pairs = True
+
+    def __init__(self, path: Path, made: dict[str, Any], kind: PairKind):
+        self.kind = kind
+        super().__init__(path, made, kind.source + kind.target)
 
     def pieces(self, shard: int, number: int, targets: int | None = None) -> list[tuple[int, int]]:
         """Return (first token in the shard, tokens) of source and separator with target."""
@@ -118,7 +132,7 @@ def open_pairs(
     if not path.exists():
         scan = _Scan(split, kind, progress)
         write_tables(path, made, scan.tables(), lambda: scan.facts)
-    return PairBins(path, made, kind.source + kind.target)
+    return PairBins(path, made, kind)
 
 
 def said_of(bins: Bins) -> str | None:

@@ -136,7 +136,10 @@ def test_a_token_that_no_text_has_is_a_separator_too():
     ("separator", "said"),
     [
         ("=>", "'=>' is 2 tokens"),
-        ("999", "999 is no id of the tokenizer, which has 257"),
+        ("999", "'999' is no id of the tokenizer, which has 257"),
+        ("9" * 5000, "is no id of the tokenizer"),
+        ("\u00e9", "'\u00e9' is 2 tokens"),  # though a byte is written so in the vocabulary
+        ("\udcff", "is 0 tokens"),  # not UTF-8
         (str(END), "ends each document"),
         ("<|endoftext|>", "'<|endoftext|>' is the token that ends each document"),
     ],
