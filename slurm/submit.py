@@ -41,7 +41,7 @@ from forescale.storage import write_file
 
 _LARGEST = 16 << 20  # bytes of slurm.runs
 _UNDER_WAY = 600.0  # seconds that a command may take to submit
-_HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, pinned buffers
+_HOST_MEMORY = 3 << 30  # bytes of host memory of a rank on a GPU: libraries, buffers of batches
 
 
 def submit(overrides: Sequence[str], trust: bool = True) -> None:
@@ -270,7 +270,7 @@ def _describe(plan: Plan, begun: Start, submission: Submission, made: Order) -> 
 def _host_memory(plan: Plan, job: SubmitJob) -> int:
     """Return the bytes of host memory that the ranks of a node need."""
     if job.slurm.has_gpus:
-        return _HOST_MEMORY * job.per_node
+        return _HOST_MEMORY * job.per_node + plan.copy_bytes
     return int(plan.chosen.memory.total) * job.per_node  # on CPUs all planned memory is host memory
 
 

@@ -23,41 +23,49 @@ class Evaluation:
 @dataclass(frozen=True)
 class EvaluationCost:
     """The evaluations of a run: `times` periodic ones before the last step, then one `at_end` of
-    all held-out windows. times: None if they come by the clock and no speed is known."""
+    all held-out windows. times: None if they come by the clock and no speed is known. at_end: None
+    if the data isn't known; then the sums leave it out."""
 
     periodic: Evaluation
     times: int | None
-    at_end: Evaluation
+    at_end: Evaluation | None
 
     @property
     def flops(self) -> float | None:
         """FLOPs of all evaluations."""
         if self.times is None:
             return None
-        return self.times * self.periodic.flops + self.at_end.flops
+        return self.times * self.periodic.flops + (self.at_end.flops if self.at_end else 0.0)
 
     @property
     def seconds(self) -> float | None:
         """Seconds of all evaluations."""
-        if self.times is None or self.periodic.seconds is None or self.at_end.seconds is None:
+        if self.times is None or self.periodic.seconds is None:
             return None
-        return self.times * self.periodic.seconds + self.at_end.seconds
+        last = self.at_end.seconds if self.at_end else None
+        return self.times * self.periodic.seconds + (last or 0.0)
 
 
 def estimate_evaluation(
     job: TrainJob,
-    complete: list[int],
+    complete: list[int] | None,
     per_token: TokenFlops,
     step: StepTime,
     world: int,
-) -> EvaluationCost:
+) -> EvaluationCost | None:
     """Return the cost of a job's evaluations on `world` ranks.
 
-    complete: the windows of the held-out split of each source. The forward runs at the speed of a
-    step.
+    complete: the windows of the held-out split of each source; None: not known, and a source has as
+    many as validation.windows; without that the cost isn't known. The forward runs at the speed of
+    a step.
     """
     length, limit = job.train.sequence_length, job.validation.windows
-    capped = [n if limit is None else min(limit, n) for n in complete]
+    if complete is not None:
+        capped = [n if limit is None else min(limit, n) for n in complete]
+    elif limit is not None:
+        capped = [limit] * max(1, len(job.data.sources))
+    else:
+        return None
     of_step = (per_token.full + per_token.recomputed) * job.tokens_per_step
 
     def evaluation(windows: list[int]) -> Evaluation:
@@ -68,7 +76,8 @@ def estimate_evaluation(
         seconds = None if step.seconds is None else step.seconds * rows * flops / of_step
         return Evaluation(sum(windows), sum(windows) * flops, seconds)
 
-    return EvaluationCost(evaluation(capped), _times(job, step), evaluation(complete))
+    at_end = None if complete is None else evaluation(complete)
+    return EvaluationCost(evaluation(capped), _times(job, step), at_end)
 
 
 def _times(job: TrainJob, step: StepTime) -> int | None:

@@ -39,6 +39,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "checkpoint": {
             "bytes": plan.checkpoint_bytes,
             "max_on_disk": plan.checkpoints_kept,
+            "copy_bytes_of_node": plan.copy_bytes,
             "stall_seconds": plan.stall_seconds,
             "save_seconds": plan.save_seconds,
             "signal_lead_seconds": plan.lead_seconds,
@@ -55,7 +56,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _evaluation(plan: Plan) -> dict[str, Any] | None:
     if (cost := plan.evaluation) is None:
         return None
-    every = {"periodic": vars(cost.periodic), "at_end": vars(cost.at_end)}
+    every = {"periodic": vars(cost.periodic), "at_end": cost.at_end and vars(cost.at_end)}
     return {**every, "times": cost.times, "flops": cost.flops, "seconds": cost.seconds}
 
 

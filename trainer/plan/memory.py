@@ -310,6 +310,19 @@ def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
     return sum(p.numel * (4 + moments(g)) for g in trained.groups for p in g.params)
 
 
+def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool) -> int:
+    """Return the bytes of CPU memory that a rank keeps for its copy of a checkpoint; 0 if saves are
+    not written in the background.
+
+    From a GPU it is page-locked, and torch rounds such memory up to a power of two
+    (CachingHostAllocator.h of torch 2.13, without a limit to it).
+    """
+    if not job.checkpoint.background:
+        return 0
+    size = -(-checkpoint_bytes(job, trained, world) // world)
+    return 1 << (size - 1).bit_length() if on_gpu and size else size
+
+
 def checkpoints_kept(job: TrainJob) -> int:
     """Return the maximum number of checkpoints on disk, including one that is being written."""
     keep = job.checkpoint

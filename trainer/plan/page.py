@@ -5,7 +5,7 @@ named as a guess, with the key that sets it: one who sets the key knows better.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -253,9 +253,8 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _evaluations(plan: Plan) -> list[str]:
-    cost = plan.evaluation
-    if cost is None:
-        return ["not known, because the data can't be opened"]
+    if (cost := plan.evaluation) is None:
+        return ["not known without the data, nor validation.windows"]
 
     def one(evaluation: Evaluation) -> str:
         seconds = evaluation.seconds
@@ -264,9 +263,10 @@ def _evaluations(plan: Plan) -> list[str]:
         return f"{evaluation.windows:,} window{many}, {_flops(evaluation.flops)}{took}"
 
     every = plan.job.validation.every
-    lines = [f"every {every}: {one(cost.periodic)} each; at the end all {one(cost.at_end)}"]
+    last = f"all {one(cost.at_end)}" if cost.at_end else "all, not known without the data"
+    lines = [f"every {every}: {one(cost.periodic)} each; at the end {last}"]
     if cost.flops is not None and cost.times is not None:
-        parts = [f"{cost.times + 1:,} evaluations: {_flops(cost.flops)}"]
+        parts = [f"{cost.times + bool(cost.at_end):,} evaluations: {_flops(cost.flops)}"]
         if cost.seconds is not None and plan.seconds:
             share = cost.seconds / (cost.seconds + plan.seconds)
             parts.append(f"{span(cost.seconds)}, {share:.1%} of the time with the steps")
@@ -279,9 +279,10 @@ def _saves(plan: Plan) -> list[str]:
     every, is_counted = plan.interval, plan.job.checkpoint.every.seconds is None
     often = f" (every {span(every)})" if every and is_counted else ""
     grace = plan.job.launch.grace.seconds or 0.0
+    copy = f"; its copy keeps {_bytes(plan.copy_bytes)} of a node's CPU memory"
     return [
         f"{_bytes(size)} every {plan.job.checkpoint.every}{often}; at most {kept} on disk: "
-        f"{_bytes(kept * size)}",
+        f"{_bytes(kept * size)}{copy if plan.copy_bytes else ''}",
         f"a save pauses training for {span(plan.stall_seconds)} and is written after "
         f"{span(plan.save_seconds)}; after a signal the run is saved within "
         f"{span(plan.lead_seconds)} (allowed: {span(grace)}, launch.grace)",
@@ -318,10 +319,8 @@ def _gb(size: float) -> str:
 
 
 def _bytes(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,.0f} bytes"
+    units = zip("TGMk", (1e12, 1e9, 1e6, 1e3), strict=True)
+    return _scaled(number, units) + ("B" if number >= 1e3 else "bytes")
 
 
 def _days(seconds: float) -> str:
@@ -337,14 +336,14 @@ def _work(flops: float) -> str:
 
 
 def _short(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:,.0f}"
+    return _scaled(number, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)), digits=4).rstrip()
 
 
 def _flops(number: float) -> str:
-    for unit, size in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}FLOP"
-    return f"{number:,.0f} FLOP"
+    return f"{_scaled(number, zip('ZEPTGM', (1e21, 1e18, 1e15, 1e12, 1e9, 1e6), strict=True))}FLOP"
+
+
+def _scaled(number: float, units: Iterable[tuple[str, float]], digits: int = 3) -> str:
+    """A number and the largest unit that it reaches; a smaller one has a space and no unit."""
+    unit, size = next(((u, s) for u, s in units if number >= s), ("", 0.0))
+    return f"{number / size:.{digits}g} {unit}" if size else f"{number:,.0f} "

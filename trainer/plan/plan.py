@@ -27,7 +27,7 @@ from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import EvaluationCost, estimate_evaluation
 from forescale.plan.failures import FailureEstimate, estimate_failures, stall_of
-from forescale.plan.memory import checkpoint_bytes, checkpoints_kept
+from forescale.plan.memory import checkpoint_bytes, checkpoints_kept, copy_bytes
 from forescale.plan.options import ShardingOption, ShardingOptions, name_of, toggled
 from forescale.plan.own_model import own_model
 from forescale.plan.parameters import inventory
@@ -180,16 +180,20 @@ class Plan:
 
     @cached_property
     def evaluation(self) -> EvaluationCost | None:
-        """The cost of the evaluations; None if the data can't be opened, or is not counted."""
-        if self._use is None or self._use.held_out is None:
-            return None
-        windows, step = self._use.held_out, self.chosen.step
+        """The cost of the evaluations; None if neither the data is known nor validation.windows."""
+        windows, step = self._use.held_out if self._use else None, self.chosen.step
         return estimate_evaluation(self.job, windows, self.per_token, step, self.world)
 
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint."""
         return checkpoint_bytes(self.job, self.trained, self.world)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of CPU memory of a node that its ranks keep for the copy of a checkpoint."""
+        on_gpu = self.machine.memory_bytes is not None
+        return self.per_node * copy_bytes(self.job, self.trained, self.world, on_gpu)
 
     @property
     def save_seconds(self) -> float:

@@ -23,8 +23,8 @@ def cost(dataset, *words, seconds=None, world=2):
     job = compose(PlanJob, [*SIZES, "schedule.warmup=0", *words])
     tokens = job.tokens_per_step
     step = StepTime(seconds, 0.0, 0.0, tokens, 300.0 * tokens, None)
-    windows = num_windows(dataset.split("validation"), 32) if dataset else 0
-    return estimate_evaluation(job, [windows], PRICE, step, world)
+    windows = [num_windows(dataset.split("validation"), 32)] if dataset else None
+    return estimate_evaluation(job, windows, PRICE, step, world)
 
 
 @pytest.mark.parametrize("limit", [None, 5, 10_000])
@@ -86,3 +86,20 @@ def test_an_evaluation_longer_than_the_grace_of_a_stop_is_noted(forescale, small
     assert "Lower validation.windows" in out
     _, out, _ = forescale(*words, "logging.peak_flops=1e13")
     assert "Lower validation.windows" not in out
+
+
+def test_without_data_the_windows_of_the_config_are_counted(forescale, tmp_path, monkeypatch):
+    words = ("train.steps=10", "validation.every=2", "validation.windows=6")
+    found = cost(None, *words, seconds=8.0)
+    assert (found.periodic.windows, found.times, found.at_end) == (6, 4, None)
+    rows = 2 * 2 * 2  # 6 windows on two ranks: 2 micro-batches of 2 windows each
+    assert found.seconds == pytest.approx(4 * 8.0 * rows / 8 * 100 / (300 + 100))
+    assert cost(None, "train.steps=10", "validation.windows=null") is None
+    monkeypatch.setenv("FORESCALE_CACHE", str(tmp_path))
+    code, out, _ = forescale("plan", "recipe=llama-7b", "plan.gpus=64", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    alone = plan["seconds"] * 64 / 3600
+    evaluating = plan["evaluation"]["seconds"] * 64 / 3600
+    assert evaluating > 0
+    assert plan["gpu_hours"] > alone + evaluating

@@ -303,8 +303,14 @@ def test_disk_space_and_the_time_to_save_after_a_signal(planned):
         saves["max_on_disk"] == 3 + 1 + 1 + plan["steps"] // 5000 + 1
     )  # the last: before the decay
     assert saves["save_seconds"] == pytest.approx(saves["bytes"] / 16e9)
+    # A rank's 1.26 GB in page-locked memory are 2 GiB, which eight ranks of a node have each.
+    assert saves["copy_bytes_of_node"] == 8 * 2**31
     _, plan, _ = planned(*words, "launch.grace='5 s'")
     assert any("launch.grace" in note for note in plan["notes"])
+    _, plan, _ = planned(*words, "checkpoint.background=false")
+    assert plan["checkpoint"]["copy_bytes_of_node"] == 0
+    _, plan, _ = planned(*SHORT, "machine=cpu", "plan.gpus=2", "train.micro_batch=4")
+    assert plan["checkpoint"]["copy_bytes_of_node"] == plan["checkpoint"]["bytes"]
 
 
 def test_a_model_class_of_the_user(planned, tmp_path, monkeypatch):
