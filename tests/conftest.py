@@ -37,13 +37,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -limits[item.path])  # stable: the rest stays in its order
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
-    """Some 100,000 tokens of Python, a BPE of 512 entries, two splits."""
+def built(source: Path, output: Path) -> Path:
+    """Build a dataset of Python source: a BPE of 512 entries, two splits."""
     from forescale.data.prepare.builder import BuildConfig, build_dataset
     from forescale.data.text.files import Files
 
-    source = Files([Path(__file__).parents[1] / "trainer"])
-    output = tmp_path_factory.mktemp("data") / "source"
     config = BuildConfig(vocab_size=512, validation=0.1, shard_tokens=30_000, member_tokens=10_000)
-    return build_dataset(source, output, config)
+    return build_dataset(Files([source]), output, config)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """Some 170,000 tokens of Python."""
+    source = Path(__file__).parents[1] / "trainer/data"
+    return built(source, tmp_path_factory.mktemp("data") / "source")
+
+
+@pytest.fixture(scope="session")
+def large_dataset(tmp_path_factory) -> Path:
+    """Some 900,000 tokens of Python, for runs that are to read none twice."""
+    return built(Path(__file__).parents[1] / "trainer", tmp_path_factory.mktemp("data") / "large")

@@ -33,13 +33,11 @@ OF_ALL = [
 @pytest.mark.distributed
 @pytest.mark.timeout(1800)  # a dozen trainings, beside other tests
 def test_a_study_runs_from_plan_to_score_although_its_launcher_is_killed(
-    dataset, tmp_path, monkeypatch, capsys
+    large_dataset, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    assert (
-        cli.main(["study", "plan", *PLAN, "--", "data=dataset", f"data.path={dataset}", *OF_ALL])
-        == 0
-    )
+    data = ["data=dataset", f"data.path={large_dataset}"]
+    assert cli.main(["study", "plan", *PLAN, "--", *data, *OF_ALL]) == 0
     launch = ["study", "launch", "launch.at_once=2", "launch.target=true"]
     command = [sys.executable, "-P", "-m", "forescale", *launch]
     with suppress(subprocess.TimeoutExpired):  # then it is killed
