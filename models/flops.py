@@ -264,6 +264,19 @@ def matrices(config: ModelConfig) -> set[str]:
     return found
 
 
+def stacked(config: ModelConfig) -> set[str]:
+    """Return the names of the parameters that have a matrix for each expert."""
+    last = config.num_blocks - 1
+    blocks = [(f"blocks.{i}", i) for i in range(config.num_blocks)]
+    blocks += [(f"mtp.{k}.block", last) for k in range(config.mtp_layers)]
+    return {
+        f"{block}.{name}.{inner}"
+        for block, i in blocks
+        for name, part in parts_of(config, i).items()
+        for inner in part.stacked
+    }
+
+
 def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:
     """Return the recomputed FLOPs of one token, which `flops_per_token` does not count.
 

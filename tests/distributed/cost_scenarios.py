@@ -15,13 +15,14 @@ OPERATIONS = {  # torch's name: ours, and where its whole tensors stand
     "all_gather": ("all_gather", 0, "tensor_list"),
     "all_gather_into_tensor": ("all_gather", 0, "output_tensor"),
     "reduce_scatter_tensor": ("reduce_scatter", 1, "input"),
+    "all_to_all_single": ("all_to_all", 1, "input"),
 }
 
 
 def build(case):
     from accelerate.state import AcceleratorState
 
-    from forescale.engine.build import build_engine
+    from forescale.engine.build import build_engine, partition_of
     from forescale.engine.deepspeed_config import deepspeed_config
     from forescale.engine.world import join
     from forescale.models import Transformer
@@ -29,9 +30,10 @@ def build(case):
     AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])
     job = job_of(case, size)
-    world = join(deepspeed_config(job, size), size, 60)
+    world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(0)
-    return build_engine(world, Transformer(job.model), job)
+    made = partition_of(job, world) if world.experts.size > 1 else None
+    return build_engine(world, Transformer(job.model, made), job)
 
 
 def batch(engine, step):
@@ -163,7 +165,8 @@ def _flat(values):
 
 
 def traffic(cases):
-    """For each case, bytes of the tensors of one step's collectives, by operation and ranks."""
+    """For each case, bytes of the tensors of one step's collectives, by operation and ranks: those
+    of an all-to-all on average over ranks, all others on rank 0."""
     log: list = []
     for name in OPERATIONS:
         setattr(dist, name, _counted(name, getattr(dist, name), log))
@@ -175,7 +178,12 @@ def traffic(cases):
             engine.train_step(batch(engine, step), 1.0)
         sums = defaultdict(int)
         for operation, size, ranks in log:
-            sums[f"{operation}/{ranks}"] += size
+            if ranks > 1:
+                sums[f"{operation}/{ranks}"] += size
+        every = engine.world.gather(dict(sums))
+        for name in sums:
+            if name.startswith("all_to_all"):
+                sums[name] = sum(of[name] for of in every) / len(every)
         results.append(dict(sums))
     return results
 

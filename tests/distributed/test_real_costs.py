@@ -44,6 +44,8 @@ RECURRENT = ["model.num_layers=3", "model.mixer_pattern=[gated_deltanet,lstm,min
 GATED = ["model.mixer_pattern=[window,attention]", "model.window=5", "model.value_residual=0.5"]
 GATED += ["model.attention_gate=channel", "model.norm_placement=sandwich"]
 IN_FP32 = "engine.gradient_dtype=fp32"
+DIVIDED = [*EXPERTS, "model.moe_experts=6", "engine.expert_parallel=2"]
+CAPACITY = "model.moe_capacity=1.25"
 PARTS = [
     *[[stage, "muon", "bf16", IN_FP32] for stage in range(3)],
     [3, "muon", "bf16", IN_FP32, zero(SMALL)],
@@ -54,6 +56,11 @@ PARTS = [
     [3, "muon", "bf16", zero(SMALL), *EXPERTS],
     [3, "adamw", "fp32", zero(SMALL), *BERT],
     [3, "muon", "fp32", zero(SMALL), *RECURRENT],
+]
+DIVIDED_STATES = [
+    [0, "muon", "bf16", *DIVIDED],
+    [1, "muon", "bf16", *DIVIDED],
+    [2, "adamw", "bf16", *DIVIDED, "model.mtp_layers=1"],
 ]
 
 
@@ -71,7 +78,7 @@ def test_the_chosen_cases_have_every_stage_optimizer_and_precision():
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_states_are_the_tensors_of_real_ranks(size):
-    cases = chosen(CASES, size, PARTS)
+    cases = chosen(CASES, size, PARTS) + (DIVIDED_STATES if size > 1 else [])
     found = ranks.run("cost_scenarios:states", size, 580, cases=cases)
     for case, measured in zip(cases, found, strict=True):
         job = job_of(case, size)
@@ -125,9 +132,16 @@ PARTS_TRAFFIC = [
 ]
 
 
+DIVIDED_TRAFFIC = [
+    [0, "adamw", "bf16", *DIVIDED],
+    [1, "muon", "bf16", *DIVIDED, CHECKPOINTING],
+    [2, "adamw", "bf16", *DIVIDED, CAPACITY, "model.mtp_layers=1"],
+]
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_traffic_is_what_real_ranks_send(size):
-    cases = chosen(TRAFFIC, size, PARTS_TRAFFIC)
+    cases = chosen(TRAFFIC, size, PARTS_TRAFFIC) + DIVIDED_TRAFFIC
     if size == 4:
         near = "engine.hierarchical_partition=2"
         cases = cases + [[3, "adamw", "bf16", zero(SMALL, reuse), near] for reuse in (FAR, SOME)]

@@ -11,6 +11,11 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
   all-gathers gradients, momenta and updates. stage3_max_reuse_distance decides which weights are
   gathered a second time, see zero.py. With a hierarchical partition only the first gather of a step
   uses all ranks.
+- Ranks that divide experts (engine.expert_parallel) send each row to the rank of its expert and
+  back, in the forward and in the backward pass, and before that how many rows there are, unless
+  each expert has a fixed number of places. What is said of ranks is said of a whole group of them:
+  how much one sends depends on what its tokens choose. The gradients and weights of experts go
+  between the ranks that have the same ones.
 A few numbers per step (norm, overflow, the StepSummary, the counts of experts) are left out.
 
 The time of a collective is latency + bytes / speed, as NCCL's own model has it (ncclTopoTuneModel
@@ -50,9 +55,11 @@ _STAGE_0_BUCKET = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 class Collective:
     """All collectives of one kind in a step.
 
-    payload: bytes of the whole tensors. ranks: number of ranks that take part. calls: number of
-    collectives. beside: the fraction of the step's computation that they can overlap with, on a
-    machine that overlaps.
+    payload: bytes of the whole tensors, of an all-to-all those of one rank, on average. ranks:
+    number of ranks that take part. calls: number of collectives. beside: the fraction of the step's
+    computation that they can overlap with, on a machine that overlaps. stride: from each of the
+    ranks to the next; between them are those of as many other groups that do the same at the same
+    time.
     """
 
     what: str
@@ -61,6 +68,7 @@ class Collective:
     ranks: int
     calls: int = 1
     beside: float = 0.0
+    stride: int = 1
 
     @property
     def sent(self) -> int:
@@ -73,13 +81,20 @@ class Collective:
 
     def between(self, per_node: int) -> int:
         """Return the bytes that a node of `per_node` ranks sends to other nodes."""
-        if self.kind == "all_to_all":  # each rank to each other, and not along a ring
-            return per_node * self.payload * max(0, self.ranks - per_node) // self.ranks
-        return self.sent if self.ranks > per_node else 0
+        near = self._near(per_node)
+        if self.ranks <= near:
+            return 0
+        if self.kind == "all_to_all":  # each rank sends to each
+            return per_node * (self.ranks - near) * self.payload // self.ranks
+        return min(self.stride, per_node) * self.sent
+
+    def _near(self, per_node: int) -> int:
+        """Return how many of the ranks are on one node."""
+        return max(1, per_node // self.stride)
 
     def inside_seconds(self, machine: MachineConfig, per_node: int) -> float:
         """Return the seconds on the links inside a node, without latency."""
-        inside = self.sent if per_node > 1 else 0
+        inside = self.sent if self._near(per_node) > 1 else 0
         return inside / (machine.intra_node * machine.link_efficiency)
 
     def between_seconds(self, machine: MachineConfig, per_node: int) -> float:
@@ -97,7 +112,7 @@ class Collective:
     def _fastest(self, machine: MachineConfig, per_node: int) -> tuple[float, float]:
         """Return (seconds of latency, seconds of bytes) of the faster algorithm."""
         inside, between = machine.intra_latency, machine.inter_latency
-        nodes = -(-self.ranks // per_node)
+        nodes = -(-self.ranks // self._near(per_node))
         crossed = self._rounds * (nodes - 1)
         steps = self._rounds * (self.ranks - 1) - crossed
         moving = max(
@@ -108,14 +123,17 @@ class Collective:
             return self.calls * (_START + (between if nodes > 1 else inside)), moving
         if self.kind != "all_reduce" or nodes == 1:
             return ring
-        deep = 2 * ((per_node - 1) * inside + math.log2(nodes) * between)
+        deep = 2 * ((self._near(per_node) - 1) * inside + math.log2(nodes) * between)
         return min(ring, (self.calls * (_START + deep), moving / _TREE), key=sum)
 
 
 def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collective]:
     """Return the collectives of one optimizer step, without those that send nothing."""
-    s = ZeroSettings.of(job, world)
-    found = _partitioned(s, job, trained) if s.stage == 3 else _replicated(s, trained)
+    s, parts = ZeroSettings.of(job, world), job.engine.expert_parallel
+    if s.stage == 3:
+        found = _partitioned(s, job, trained)
+    else:
+        found = _rows(s, job) + _replicated(s, trained.of_rank(parts), parts)
     found += _exchanged(s, job)
     return [c for c in found if c.payload and c.ranks > 1]
 
@@ -134,27 +152,55 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     return [Collective("heads for columns", "all_to_all", payload, near, calls)]
 
 
-def _replicated(s: ZeroSettings, trained: Inventory) -> list[Collective]:
+def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
+    """Return the exchanges of ranks that divide experts."""
+    parts, c = job.engine.expert_parallel, job.model
+    if parts == 1 or not isinstance(c, ModelConfig):
+        return []
+    routed = [part["mlp"].is_routed for part in layers_of(c)]
+    layers = (sum(routed) + routed[-1] * c.mtp_layers) * s.accumulation
+    tokens = job.train.micro_batch * job.train.sequence_length
+    rows, passes = tokens * c.moe_top_k, 1 + recomputes(job)
+    if c.moe_capacity:
+        rows = c.moe_experts * math.ceil(c.moe_capacity * rows / c.moe_experts)
+    travels = layers * 2 * (passes + 1)
+    counts = 0 if c.moe_capacity else layers * passes
+    sent = travels * rows * c.sizes.width * s.size
+    return [
+        Collective("rows of experts", "all_to_all", sent, parts, travels),
+        Collective("numbers of rows", "all_to_all", counts * 8 * c.moe_experts, parts, counts),
+    ]
+
+
+def _replicated(s: ZeroSettings, trained: Inventory, parts: int) -> list[Collective]:
+    """Return the collectives of gradients and weights. parts: of ranks that divide the experts."""
     times = s.accumulation if s.stage == 2 else 1
     # The backward pass takes two thirds of a micro-batch's time. Stages 0 and 1 reduce gradients
     # only in the backward pass of the last micro-batch.
     beside = (2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation) if s.stage and s.overlap else 0.0
-    gradients = s.sent * trained.numel * times
-    calls = times * _buckets(trained, s.bucket if s.stage else _STAGE_0_BUCKET)
-    found = [Collective("gradients", "all_reduce", gradients, s.world, calls, beside)]
-    if s.stage:
-        parts = [partition(group, s.world) for group in trained.groups]
-        weights = s.size * s.world * sum(parts)
-        found.append(
-            Collective("weights after the update", "all_gather", weights, s.world, len(parts))
-        )
+    bucket = s.bucket if s.stage else _STAGE_0_BUCKET
+    found = []
+    for of in sorted({1, parts}):  # all other parameters, then the experts
+        what, ranks = " of experts" if of > 1 else "", s.world // of
+        own = trained.parameters
+        if parts > 1:
+            own = [p for p in own if (p.name in trained.experts) == (of > 1)]
+        numel, calls = sum(p.numel for p in own), times * _buckets(own, bucket)
+        sent = s.sent * numel * times
+        kind: Kind = "all_reduce"
+        found.append(Collective(f"gradients{what}", kind, sent, ranks, calls, beside, of))
+        if s.stage:
+            each = [partition(group, s.world) for group in trained.groups if group.parts == of]
+            weights, kind = s.size * ranks * sum(each), "all_gather"
+            name = f"weights{what} after the update"
+            found.append(Collective(name, kind, weights, ranks, len(each), stride=of))
     return found
 
 
-def _buckets(trained: Inventory, most: int) -> int:
+def _buckets(parameters: Sequence[Parameter], most: int) -> int:
     """Return the number of buckets that hold all gradients in the order of the backward pass."""
     count, filled = 0, 0
-    for p in reversed(trained.parameters):
+    for p in reversed(parameters):
         if not count or filled + p.numel > most:
             count, filled = count + 1, 0
         filled += p.numel
@@ -203,7 +249,7 @@ def _reduced(s: ZeroSettings, trained: Inventory, beside: float) -> list[Collect
 
     What is larger than a bucket is alone in one, and scattered whatever the settings say.
     """
-    every, calls = trained.parameters, _buckets(trained, s.bucket)
+    every, calls = trained.parameters, _buckets(trained.parameters, s.bucket)
     large = [p for p in every if p.numel > s.bucket]
     if s.zero.get("reduce_scatter", True):
         elements: dict[Kind, tuple[int, int]] = {"reduce_scatter": (_padded(s, every), calls)}

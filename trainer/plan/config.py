@@ -150,12 +150,15 @@ class PlanJob(TrainJob):
         return -(-self.world_size // self.per_node)
 
     def notes(self) -> list[str]:
-        found, near = super().notes(), self.engine.sequence_parallel
-        if near > 1 and self.per_node % near:
-            found.append(
-                f"engine.sequence_parallel={near} doesn't divide the {self.per_node} ranks of a "
-                "node: some groups cross nodes, and every layer waits for the links between them."
-            )
+        found, engine = super().notes(), self.engine
+        for axis in ("sequence", "expert"):
+            near = getattr(engine, f"{axis}_parallel")
+            if near > 1 and self.per_node % near:
+                found.append(
+                    f"engine.{axis}_parallel={near} doesn't divide the {self.per_node} ranks of a "
+                    "node: some groups cross nodes, and every layer waits for the links between "
+                    "them."
+                )
         return found
 
     @property

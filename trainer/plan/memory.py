@@ -73,7 +73,7 @@ def states(
     rank: int | None = None,
 ) -> States:
     """Return the bytes of `rank`; without one, of the rank that holds the most."""
-    s = ZeroSettings.of(job, world)
+    s, trained = ZeroSettings.of(job, world), trained.of_rank(job.engine.expert_parallel)
     if s.stage == 0:
         return _replicated(s, trained)
     if s.stage == 3:
@@ -107,54 +107,57 @@ def _moments(group: Group, numel: int, units: int) -> int:
 def _sharded(s: ZeroSettings, trained: Inventory, rank: int | None) -> States:
     """Return the states of stages 1 and 2."""
     groups = trained.groups
-    parts = {g.name: partition(g, s.world) for g in groups}
-    whole = {g.name: touched(g, s.world) for g in groups}
-    muon = [g.name for g in groups if g.update.is_by_matrix]
+    parts = [partition(g, s.world) for g in groups]
+    whole = [touched(g, s.world) for g in groups]
 
     def size_of(r: int) -> int:
-        return sum(whole[name][r] * (3 if name in muon else 1) for name in whole)
+        each = zip(groups, whole, strict=True)
+        return sum(of[r] * (3 if g.update.is_by_matrix else 1) for g, of in each)
 
     if rank is None:
         rank = max(range(s.world), key=size_of)
-    held = s.gradient * sum(whole[g.name][rank] for g in groups)
+    held = s.gradient * sum(of[rank] for of in whole)
     accumulates = s.stage == 1 and s.accumulation > 1
-    largest = max(parts.values())
     return States(
-        weights=s.size * s.world * sum(parts.values()),
+        weights=s.size * sum(holders(g, s.world) * n for g, n in zip(groups, parts, strict=True)),
         gradients=s.gradient * trained.numel if accumulates else held,
         held=held,
-        masters=4 * sum(parts.values()),
+        masters=4 * sum(parts),
         moments=sum(
             # the current momentum, and the staged one
-            2 * s.gradient * whole[g.name][rank]
-            if g.update.is_by_matrix
-            else _moments(g, parts[g.name], 1)
-            for g in groups
+            2 * s.gradient * of[rank] if g.update.is_by_matrix else _moments(g, part, 1)
+            for g, part, of in zip(groups, parts, whole, strict=True)
         ),
-        update=4 * largest,
+        update=4 * max(parts),
         buckets=s.gradient * s.bucket * (2 if s.overlap else 1),
     )
 
 
+def holders(group: Group, world: int) -> int:
+    """Return the number of ranks that have a group's parameters and divide its states: all, or
+    those that have the same experts."""
+    return world // group.parts
+
+
 def partition(group: Group, world: int) -> int:
     """Return the elements of one rank's partition of a group at stages 1 and 2."""
-    step = _ALIGNMENT * world
+    step = _ALIGNMENT * holders(group, world)
     return -(-sum(p.numel for p in group.params) // step) * _ALIGNMENT
 
 
 def touched(group: Group, world: int) -> list[int]:
     """Return for each rank the total elements of the parameters that overlap its partition."""
-    part, start = partition(group, world), 0
-    changes = [0] * (world + 1)
+    part, start, ranks = partition(group, world), 0, holders(group, world)
+    changes = [0] * (ranks + 1)
     for p in group.params:
         changes[start // part] += p.numel
         start += p.numel
         changes[(start - 1) // part + 1] -= p.numel
     sums, total = [], 0
-    for change in changes[:world]:
+    for change in changes[:ranks]:
         total += change
         sums.append(total)
-    return sums
+    return [sums[rank // group.parts] for rank in range(world)]
 
 
 def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States:
@@ -286,14 +289,15 @@ def memory(
 
 def _start(job: TrainJob, trained: Inventory) -> int:
     """Return the bytes of CPU memory in which a rank draws the initial weights, in fp32: of the
-    whole model, or at stage 3 of the largest part that the ranks divide as soon as it is drawn
-    (engine/build.py, partition_of)."""
+    whole model; at stage 3 of the largest part that the ranks divide as soon as it is drawn
+    (engine/build.py, partition_of), and so, beside what a rank keeps, of the experts' others."""
     parts: dict[str, int] = {}
+    own = {p.name: p.numel for p in trained.of_rank(job.engine.expert_parallel).parameters}
     divides = job.engine.stage == 3 and isinstance(job.model, ModelConfig)
     for p in trained.parameters:
-        part = (block_of(p.name) or p.name.partition(".")[0]) if divides else ""
-        parts[part] = parts.get(part, 0) + 4 * p.numel
-    return max(parts.values())
+        part = block_of(p.name) or p.name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + 4 * (p.numel - own[p.name] * (not divides))
+    return max(parts.values()) + (0 if divides else 4 * sum(own.values()))
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:

@@ -152,6 +152,8 @@ class ShardingOptions:
                 staged = _staged(variant, stage)
                 if (micro := self.largest_micro_batch(staged)) is not None:
                     engine = f"engine=zero{stage} " if stage > job.engine.stage else ""
+                    if staged.engine.expert_parallel < job.engine.expert_parallel:
+                        engine += "engine.expert_parallel=1 "
                     less = f"train.micro_batch={micro}" if micro < job.train.micro_batch else ""
                     return f"set {keys}{engine}{less}".strip()
         keys, last = variants[-1]
@@ -176,7 +178,9 @@ def name_of(job: PlanJob) -> str:
     """Return the short name of the job's sharding, such as zero2-offload or zero3-hpz8."""
     near = job.engine.hierarchical_partition
     offload = "-offload" if job.engine.offload_optimizer or job.engine.offload_parameters else ""
-    return f"zero{job.engine.stage}{offload}" + (f"-hpz{near}" if near > 1 else "")
+    parts = job.engine.expert_parallel
+    more = (f"-hpz{near}" if near > 1 else "") + (f"-ep{parts}" if parts > 1 else "")
+    return f"zero{job.engine.stage}{offload}{more}"
 
 
 def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
@@ -188,6 +192,7 @@ def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
         hierarchical_partition=near,
         offload_optimizer=old.offload_optimizer and stage > 0,
         offload_parameters=old.offload_parameters and stage == 3,
+        expert_parallel=old.expert_parallel if stage < 3 else 1,
     )
     return replace(job, engine=engine)
 

@@ -126,13 +126,15 @@ def predict_step_time(
         return StepTime(None, links, 0.0, tokens, flops, None)
     if mfu is not None:
         return StepTime(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
-    if (work := work_of(job, trained.numel)) is not None:
+    of_rank = trained.of_rank(job.engine.expert_parallel)
+    if (work := work_of(job, of_rank.numel)) is not None:
         rounds = job.train.global_batch / (job.train.micro_batch * world)
         computing = rounds * work.seconds(machine, peak)
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
     waiting = exposed(found, machine, per_node, computing)
-    computing += update_seconds(trained, machine, peak) / (world if job.engine.stage else 1)
+    sharded, ranks = (trained, world) if job.engine.stage else (of_rank, 1)
+    computing += update_seconds(sharded, machine, peak) / ranks
     return StepTime(computing, links, waiting, tokens, flops, all_peaks)
 
 

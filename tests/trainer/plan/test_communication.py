@@ -147,6 +147,42 @@ def test_ranks_that_divide_a_window_exchange_what_its_layers_hold():
     assert not any("some groups cross nodes" in note for note in made.notes())
 
 
+def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_have_the_same():
+    """3 micro-batches; 2 layers: there and back, forward and backward; 2 rows of 128 for each of
+    512 tokens. Between nodes of 4 ranks go the states of 4 groups of 2 ranks, and no row."""
+    words = ["model.num_layers=2", "model.width=128", "model.num_heads=2", "model.mlp=moe"]
+    words += ["model.moe_experts=8", "model.moe_top_k=2", "train.micro_batch=2", "precision=bf16"]
+    words += ["train.global_batch=48", "engine=zero1", "plan.gpus=8", "machine.gpus_per_node=4"]
+    made = job(*words, "engine.expert_parallel=4")
+    held = inventory(made)
+    found = {c.what: c for c in collectives(made, held, 8)}
+    rows, numbers = found["rows of experts"], found["numbers of rows"]
+    assert (rows.ranks, rows.calls) == (4, 3 * 2 * 4)
+    assert rows.payload == rows.calls * 2 * 512 * 128 * 2
+    assert (numbers.calls, numbers.payload) == (3 * 2, 3 * 2 * 8 * 8)
+    assert rows.between(4) == 0
+    experts = sum(p.numel for p in held.parameters if p.name in held.experts)
+    gradients = found["gradients of experts"]
+    assert (gradients.ranks, gradients.payload) == (2, 2 * experts // 4)
+    assert gradients.inside_seconds(made.machine, 4) == 0  # the other rank is on the other node
+    assert gradients.between(4) == 4 * gradients.sent
+    rest = sum(p.numel for p in held.parameters) - experts
+    assert found["gradients"].payload == 2 * rest
+    alone = job(*words)
+    before = {c.what: c for c in collectives(alone, held, 8)}
+    assert before["gradients"].payload == 2 * (rest + experts)
+    assert "rows of experts" not in before
+
+
+def test_groups_of_experts_that_cross_nodes_are_noted():
+    words = ["model.mlp=moe", "plan.gpus=8", "train.global_batch=64", "engine.expert_parallel=4"]
+    crossing, inside = (job(*words, f"machine.gpus_per_node={n}") for n in (2, 4))
+    assert any("engine.expert_parallel=4" in note for note in crossing.notes())
+    assert not any("engine.expert_parallel" in note for note in inside.notes())
+    (rows, *_) = collectives(crossing, inventory(crossing), 8)
+    assert rows.between(2) == 2 * rows.payload * 2 // 4  # half of what each of 2 ranks has
+
+
 def test_one_rank_sends_nothing():
     for stage in range(4):
         made = job(f"engine=zero{stage}")
