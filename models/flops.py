@@ -266,15 +266,33 @@ def matrices(config: ModelConfig) -> set[str]:
 
 def stacked(config: ModelConfig) -> set[str]:
     """Return the names of the parameters that have a matrix for each expert."""
-    last = config.num_blocks - 1
-    blocks = [(f"blocks.{i}", i) for i in range(config.num_blocks)]
-    blocks += [(f"mtp.{k}.block", last) for k in range(config.mtp_layers)]
     return {
         f"{block}.{name}.{inner}"
-        for block, i in blocks
+        for block, i in _named_blocks(config)
         for name, part in parts_of(config, i).items()
         for inner in part.stacked
     }
+
+
+def _named_blocks(config: ModelConfig) -> list[tuple[str, int]]:
+    """Return the name and layer of each block; those of later tokens are as the last one."""
+    last = config.num_blocks - 1
+    blocks = [(f"blocks.{i}", i) for i in range(config.num_blocks)]
+    return blocks + [(f"mtp.{k}.block", last) for k in range(config.mtp_layers)]
+
+
+def divided(config: ModelConfig, tensor: int) -> dict[str, int]:
+    """Return the parameters of which each of `tensor` ranks that divide the matrices has a part, by
+    name, and the dimension along which they are cut (Part.divided)."""
+    if tensor == 1:
+        return {}
+    tables = (n for n in _outer_shapes(config) if n.startswith(("embedding.", "head.")))
+    found = {} if config.sizes.vocab_size % tensor else dict.fromkeys(tables, 0)
+    for block, i in _named_blocks(config):
+        for name, part in parts_of(config, i).items():
+            cut = part.divided(config.of_block(i)).items()
+            found |= {f"{block}.{name}.{inner}": dim for inner, dim in cut}
+    return found
 
 
 def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:

@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from forescale.models.config import ModelConfig
 from forescale.models.costs import MIXERS, Part
 from forescale.models.costs.heads import copies
+from forescale.models.costs.latent import ranks as latent_ranks
 from forescale.models.flops import columns_of, layers_of
+
+_DIVIDED = ("width", "num_heads", "num_kv_heads", "mlp_width")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def activations(
     masked: bool = False,
     fused_norms: bool = True,
     ranks: int = 1,
+    tensor: int = 1,
 ) -> Activations:
     """Return an estimate of the activation memory of one micro-batch, by kind.
 
@@ -56,29 +60,32 @@ def activations(
     per value. A masked forward pass (documents or padding) has one mask for all layers, and so has
     alibi, with a square for each head. ranks: that divide the columns; then a rank has its own, and
     in attention all columns of its heads, whose output it keeps a second time, as its own columns.
+    tensor: ranks that divide the matrices; then a rank has what is inside a part of its heads and
+    channels alone, and the logits of its tokens of the vocabulary.
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
     if sequence_length // ranks <= (config.mlp_chunk or 0):
         config = replace(config, mlp_chunk=None)  # there is one chunk, and nothing again
-    s, b = config.sizes, bytes_per_value
+    s, b, inner = config.sizes, bytes_per_value, of_tensor(config, tensor)
+    rows = s.vocab_size if s.vocab_size % tensor else s.vocab_size // tensor
     rms = 8 if not fused_norms else 4  # bytes of a norm's input
     norm = rms if config.norm == "rmsnorm" else 4
     # The part's input, which is a norm's output or the stream itself, and the input of each norm.
     norms = b + norm * (2 if config.norm_placement == "sandwich" else 1)
     plain = [(0, 0)] * config.num_blocks
     if not fused_norms:
-        plain = _plain_forms(of_rank(config, ranks), micro_batch, sequence_length, b, masked)
+        plain = _plain_forms(of_rank(inner, ranks), micro_batch, sequence_length, b, masked)
     source = micro_batch * columns_of(config, 0, sequence_length)
     # The blocks of modules for later tokens are as the last one.
     blocks = [*range(config.num_blocks), *[config.num_blocks - 1] * config.mtp_layers]
     columns = [micro_batch * columns_of(config, i, sequence_length) // ranks for i in blocks]
     every = layers_of(config)
     layers = [
-        count * sum(norms * s.width + p.activation_bytes(config, b, rms) for p in parts.values())
+        count * sum(norms * s.width + p.activation_bytes(inner, b, rms) for p in parts.values())
         + count * (len(parts) * s.width if config.dropout else 0)
         + source * sum(p.source_bytes(config, b, rms) for p in parts.values())
-        + count * b * _exchanged(config, parts["mixer"], ranks)
+        + count * b * _exchanged(inner, parts["mixer"], ranks)
         + inside
         for count, parts, (inside, _) in zip(
             columns, [every[i] for i in blocks], [plain[i] for i in blocks], strict=True
@@ -86,7 +93,7 @@ def activations(
     ]
     kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
     if config.activation_checkpointing and config.value_residual:  # an input of the later layers
-        kept += b * s.kv_width * columns[0]
+        kept += b * inner.sizes.kv_width * columns[0]
     if config.embedding_norm:
         kept += norm * s.width * columns[0]
     if config.has_encoder:  # its output, and the norm before it
@@ -96,17 +103,17 @@ def activations(
     # Both inputs of a module for later tokens before their norms, and joined behind them.
     kept += config.mtp_layers * tokens * s.width * (2 * norm + 2 * b)
     chunk = min(tokens, config.targets_at_once(fused_norms) or tokens)
-    kept_logits = b * tokens * s.vocab_size if chunk == tokens else 0  # of one head
+    kept_logits = b * tokens * rows if chunk == tokens else 0  # of one head
     squares = _squares(config, sequence_length)
-    mask = b * squares * _masks(of_rank(config, ranks), micro_batch, masked, fused_norms)
+    mask = b * squares * _masks(of_rank(inner, ranks), micro_batch, masked, fused_norms)
     if config.position == "relative":  # buckets in int64, and who sees whom
         mask += 9 * squares * (micro_batch if masked else 1)
     again = max(layers) if config.activation_checkpointing else 0
     return Activations(
         layers=kept,
-        again=again + _chunk(config, micro_batch, b),
+        again=again + _chunk(inner, micro_batch, b),
         head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
-        logits=chunk * s.vocab_size * (2 * b + 4) + (heads - 1) * kept_logits,
+        logits=chunk * rows * (2 * b + 4) + (heads - 1) * kept_logits,
         mask=mask + sum(view for _, view in plain),
         kept_logits=heads * kept_logits,
     )
@@ -120,6 +127,18 @@ def of_rank(config: ModelConfig, ranks: int) -> ModelConfig:
     kv_heads = s.num_kv_heads * copies(s.num_heads, s.num_kv_heads, ranks) // ranks
     heads, width = s.num_heads // ranks, s.width // ranks
     found.__dict__["sizes"] = replace(s, width=width, num_heads=heads, num_kv_heads=kv_heads)
+    return found
+
+
+def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
+    """Return the config with the heads and channels that one of the ranks has that divide the
+    matrices; what is as wide as the residual stream is not of this config."""
+    if tensor == 1:
+        return config
+    s, found = config.sizes, replace(config)
+    if "latent" in config.mixers_used:
+        found = replace(config, latent_rank=latent_ranks(config)[0])
+    found.__dict__["sizes"] = replace(s, **{name: getattr(s, name) // tensor for name in _DIVIDED})
     return found
 
 

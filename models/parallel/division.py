@@ -44,12 +44,12 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
     return found
 
 
-def of_matrices(config: "ModelConfig", ranks: int) -> list[Division]:
+def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Division]:
     """Return why `ranks` can't divide the matrices of this model; each (what, todo)."""
     whole, sized = "write engine.tensor_parallel=1", config.sized()
     if config.has_encoder:
         return [("an encoder-decoder is not divided", f"{whole}, or model.encoder_layers=0")]
-    known = config.resolved(config.vocab_size or 1, config.max_sequence_length or 1)
+    known = config.resolved(config.vocab_size or 1, columns)
     found: list[Division] = []
     grouped = sized.num_kv_heads != sized.num_heads
     for name in ("num_heads", *["num_kv_heads"] * grouped, "mlp_width"):

@@ -15,11 +15,12 @@ def job_of(case, world):
     from forescale.config.compose import compose
 
     stage, optimizer, precision, *more = case
+    fed = world // 2 if "engine.tensor_parallel=2" in more else world
     overrides = [
         *MODEL,
         *TRAIN,
         f"train.sequence_length={LENGTH}",
-        f"train.global_batch={2 * MICRO_BATCHES * world}",
+        f"train.global_batch={2 * MICRO_BATCHES * fed}",
         f"engine=zero{stage}",
         "engine.bucket_bytes=4096",
         f"precision={precision}",

@@ -32,8 +32,10 @@ def build(case):
     job = job_of(case, size)
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(0)
-    made = partition_of(job, world) if world.experts.size > 1 else None
-    return build_engine(world, Transformer(job.model, made), job)
+    divides = world.experts.size > 1 or world.tensor.size > 1
+    made = partition_of(job, world) if divides else None
+    model = Transformer(job.model, made)
+    return build_engine(world, made(model) if made else model, job)
 
 
 def batch(engine, step):

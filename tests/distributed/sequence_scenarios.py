@@ -119,12 +119,13 @@ def _costs(engine, documents):
 
 
 class Sent(TorchDispatchMode):
-    """Counts what goes into all-to-alls."""
+    """Counts what goes into the collectives inside of a model."""
 
     bytes = calls = 0
+    kinds = ("all_to_all_single", "all_reduce")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops._c10d_functional.all_to_all_single.default:
+        if func in [getattr(torch.ops._c10d_functional, kind).default for kind in self.kinds]:
             self.calls += 1
             self.bytes += args[0].numel() * args[0].element_size()
         return func(*args, **(kwargs or {}))

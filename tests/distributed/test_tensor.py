@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from forescale.models.memory import activations
+from forescale.plan.communication import collectives
+from forescale.plan.parameters import inventory
 from tests.distributed import ranks
+from tests.distributed import sequence_scenarios as scenario
 from tests.distributed.test_sequence import STEPS, plainly
 
 pytestmark = pytest.mark.distributed
@@ -13,6 +17,7 @@ MODELS = [
     {"mixer": "window", "window": 8, "attention_gate": "head", "z_loss": 1e-3, "loss_chunk": 16},
     {"mixer": "latent", "head": "dense", "qk_norm": False},
     {"activation_checkpointing": True, "value_residual": 0.5, "tie_embeddings": True},
+    {"mtp_layers": 2, "mtp_weight": 0.3},
     {"vocab_size": 97, "logit_softcap": 5.0, "norm_placement": "sandwich"},
 ]
 
@@ -38,3 +43,28 @@ def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near):
         for row, plain in zip(rows, expected, strict=True):
             assert row == pytest.approx(plain, rel=1e-5), case
         torch.testing.assert_close(torch.tensor(scores), torch.tensor(held_out), msg=f"{case}")
+
+
+WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
+COSTS = [
+    [0, "model.num_kv_heads=2", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"],
+    [1, "model.mixer=window", "model.window=5", "model.attention_gate=channel", "documents"],
+    [0, "model.mixer=latent", "model.qk_norm=false", "model.vocab_size=71"],
+    [1, "model.activation_checkpointing=true", "model.tie_embeddings=true"],
+    [0, "model.value_residual=0.5", "model.loss_chunk=8", "model.mlp_chunk=4"],
+]
+
+
+def test_the_plan_knows_what_divided_matrices_keep_and_send():
+    cases = [
+        [*case[:1], "engine.tensor_parallel=2", "model.mlp_width=84", *WIDE, *case[1:]]
+        for case in COSTS
+    ]
+    found = ranks.run("sequence_scenarios:costs", 2, cases=cases, near=1)
+    for case, (kept, sent, calls) in zip(cases, found, strict=True):
+        job, size = scenario.job_of(case, 2, 1), scenario.LENGTH
+        masked = "documents" in case
+        planned = activations(job.model, 2, size, 4, masked, fused_norms=False, tensor=2)
+        assert kept == pytest.approx(planned.saved, rel=0.03), case
+        (planned,) = (c for c in collectives(job, inventory(job), 2) if "stream" in c.what)
+        assert (planned.payload, planned.calls) == (sent, calls), case

@@ -103,7 +103,7 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
         broken = of_columns(job.model, mesh.sequence, length, mesh.tensor)
         found += [("engine.sequence_parallel", *problem) for problem in broken]
     if mesh.tensor > 1:
-        broken = of_matrices(job.model, mesh.tensor) + _of_engine(job)
+        broken = of_matrices(job.model, mesh.tensor, length) + _of_engine(job)
         found += [("engine.tensor_parallel", *problem) for problem in broken]
     return found
 

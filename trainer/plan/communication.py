@@ -32,11 +32,13 @@ latency grows with the number of ranks.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
+from forescale.models.costs import Part
 from forescale.models.flops import layers_of
 from forescale.plan.config import MachineConfig
 from forescale.plan.memory import partition, recomputes
@@ -129,12 +131,12 @@ class Collective:
 
 def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collective]:
     """Return the collectives of one optimizer step, without those that send nothing."""
-    s, parts = ZeroSettings.of(job, world), job.engine.expert_parallel
-    if s.stage == 3:
-        found = _partitioned(s, job, trained)
-    else:
-        found = _rows(s, job) + _replicated(s, trained.of_rank(parts), parts)
-    found += _exchanged(s, job)
+    s, mesh = ZeroSettings.of(job, world), job.mesh(world)
+    own = trained.of_rank(mesh)
+    zero = _partitioned(s, job, own) if s.stage == 3 else _replicated(s, own, mesh.experts)
+    # Between two ranks that have the same parameters are those that divide the matrices with one.
+    zero = [replace(c, stride=c.stride * mesh.tensor) for c in zero]
+    found = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
     return [c for c in found if c.payload and c.ranks > 1]
 
 
@@ -150,6 +152,42 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     columns = job.train.micro_batch * job.train.sequence_length // near
     payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
     return [Collective("heads for columns", "all_to_all", payload, near, calls)]
+
+
+def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
+    """Return the sums of ranks that divide the matrices (models/parallel/tensor.py): of a part's
+    output, and of its input's gradient; of the gradients of what the part has whole; and of the
+    tables of tokens, if their rows are divided."""
+    c, tensor = job.model, job.engine.tensor_parallel
+    if tensor == 1 or not isinstance(c, ModelConfig):
+        return []
+    every = layers_of(c)
+    every += every[-1:] * c.mtp_layers
+    parts = sum(map(len, every))
+    # The output of a recomputed block's last part is not needed again, if no norm follows it.
+    again = (parts - len(every) * (not c.norms_after)) * c.activation_checkpointing
+    whole = [numel for layer in every for part in layer.values() for numel in _summed(part, c)]
+    columns = job.train.micro_batch * job.train.sequence_length // job.engine.sequence_parallel
+    streams, heads = 2 * parts + again, 0
+    if c.sizes.vocab_size % tensor == 0:
+        heads = 1 + c.mtp_layers
+        streams += 1 + heads  # the vectors of tokens, and the gradient of what the heads read
+    payload = s.size * (streams * columns * c.sizes.width + sum(whole))
+    payload += heads * 8 * tensor * columns  # two fp32 numbers of each rank for each target
+    n, calls = s.accumulation, streams + len(whole) + heads
+    if c.mlp_chunk:
+        chunks = -(-job.train.sequence_length // job.engine.sequence_parallel // c.mlp_chunk)
+        calls += len(every) * (chunks - 1)
+    what = "parts of the residual stream"
+    return [Collective(what, "all_reduce", n * payload, tensor, n * calls)]
+
+
+def _summed(part: Part, config: ModelConfig) -> list[int]:
+    """Return the sizes of the parameters that every rank has whole, for its own heads alone."""
+    cut = part.divided(config)
+    written = {f"{name}.bias" for name in part.writes}
+    shapes = part.shapes(config).items()
+    return [prod(shape) for name, shape in shapes if name not in cut and name not in written]
 
 
 def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:

@@ -150,14 +150,15 @@ class PlanJob(TrainJob):
         return -(-self.world_size // self.per_node)
 
     def notes(self) -> list[str]:
-        found, engine = super().notes(), self.engine
-        for axis in ("sequence", "expert"):
-            near = getattr(engine, f"{axis}_parallel")
-            if near > 1 and self.per_node % near:
+        found, mesh = super().notes(), self.mesh(1)
+        groups = {"tensor": mesh.tensor, "sequence": mesh.sequence, "expert": mesh.experts}
+        for axis, size in groups.items():
+            ranks = mesh.near if axis == "sequence" else size
+            if size > 1 and self.per_node % ranks:
                 found.append(
-                    f"engine.{axis}_parallel={near} doesn't divide the {self.per_node} ranks of a "
-                    "node: some groups cross nodes, and every layer waits for the links between "
-                    "them."
+                    f"engine.{axis}_parallel={size}: {ranks} ranks don't divide the "
+                    f"{self.per_node} of a node: some groups cross nodes, and every layer waits "
+                    "for the links between them."
                 )
         return found
 

@@ -73,7 +73,8 @@ def states(
     rank: int | None = None,
 ) -> States:
     """Return the bytes of `rank`; without one, of the rank that holds the most."""
-    s, trained = ZeroSettings.of(job, world), trained.of_rank(job.engine.expert_parallel)
+    s, mesh = ZeroSettings.of(job, world), job.mesh(world)
+    trained, rank = trained.of_rank(mesh), None if rank is None else rank // mesh.tensor
     if s.stage == 0:
         return _replicated(s, trained)
     if s.stage == 3:
@@ -283,6 +284,7 @@ def memory(
             masked=job.data.document_mask or not job.objective.spec.continues_text,
             fused_norms=fused_norms,
             ranks=job.engine.sequence_parallel,
+            tensor=job.engine.tensor_parallel,
         )
     return Memory(states(job, trained, world), found, _start(job, trained), reserved, margin)
 
@@ -292,7 +294,7 @@ def _start(job: TrainJob, trained: Inventory) -> int:
     whole model; at stage 3 of the largest part that the ranks divide as soon as it is drawn
     (engine/build.py, partition_of), and so, beside what a rank keeps, of the experts' others."""
     parts: dict[str, int] = {}
-    own = {p.name: p.numel for p in trained.of_rank(job.engine.expert_parallel).parameters}
+    own = {p.name: p.numel for p in trained.of_rank(job.mesh(1)).parameters}
     divides = job.engine.stage == 3 and isinstance(job.model, ModelConfig)
     for p in trained.parameters:
         part = block_of(p.name) or p.name.partition(".")[0]

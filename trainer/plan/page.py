@@ -93,7 +93,7 @@ def _run(plan: Plan) -> list[str]:
     job, train = plan.job, plan.job.train
     mesh = job.mesh(plan.world)
     micro = train.global_batch // (train.micro_batch * mesh.data)
-    each = f"{mesh.sequence} ranks" if mesh.sequence > 1 else "rank"
+    each = f"{mesh.near} ranks" if mesh.near > 1 else "rank"
     return [
         f"{job.total_steps:,} steps of {job.tokens_per_step:,} tokens: {train.global_batch:,} "
         f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} per {each}; "

@@ -4,14 +4,15 @@ Invariant: `parameters` have the order of the forward pass, the parameters of `g
 the engine's memory layout. Imports no torch.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
+from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.engine.optim import Group, divided_groups, parameter_groups
 from forescale.models.config import ModelConfig
-from forescale.models.flops import matrices, shapes, stacked
+from forescale.models.flops import divided, matrices, shapes, stacked
 from forescale.models.parametrization import Factors, factors
 
 
@@ -39,31 +40,37 @@ class Inventory:
 
     parameters: in the order of the forward pass. groups: of the optimizer, each with its parameters
     in the order of the memory layout. experts: names of those that have a matrix for each expert.
+    cut: the dimension of those that ranks divide, by name (engine.tensor_parallel).
     """
 
     parameters: list[Parameter]
     groups: list[Group]
     experts: frozenset[str] = frozenset()
+    cut: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
         """Number of elements of all parameters."""
         return sum(p.numel for p in self.parameters)
 
-    def of_rank(self, parts: int) -> "Inventory":
-        """Return what one of `parts` ranks has that divide the experts."""
-        if parts == 1:
+    def of_rank(self, mesh: Mesh) -> "Inventory":
+        """Return what a rank has where ranks divide experts or matrices."""
+        if mesh.experts == mesh.tensor == 1:
             return self
+        dims = {**self.cut, **dict.fromkeys(self.experts, 0)}
+        parts = {n: mesh.experts if n in self.experts else mesh.tensor for n in dims}
 
         def own(p: Parameter) -> Parameter:
-            experts, *matrix = p.shape
-            return Parameter(p.name, (experts // parts, *matrix)) if p.name in self.experts else p
+            if p.name not in dims:
+                return p
+            shape = [n // parts[p.name] if i == dims[p.name] else n for i, n in enumerate(p.shape)]
+            return Parameter(p.name, tuple(shape))
 
         groups = [
             replace(group, params=[*map(own, group.params)])
-            for group in divided_groups(self.groups, self.experts, parts)
+            for group in divided_groups(self.groups, self.experts, mesh.experts)
         ]
-        return Inventory([*map(own, self.parameters)], groups, self.experts)
+        return Inventory([*map(own, self.parameters)], groups, self.experts, self.cut)
 
 
 def inventory(
@@ -78,15 +85,17 @@ def inventory(
     """
     by_name: dict[str, Factors] = {}
     experts: set[str] = set()
+    cut: dict[str, int] = {}
     if isinstance(job.model, ModelConfig):
         by_name = factors(job.model)
         parameters = [Parameter(name, shape) for name, shape in shapes(job.model).items()]
         muon = matrices(job.model)
         experts = stacked(job.model)
+        cut = divided(job.model, job.engine.tensor_parallel)
     assert parameters is not None
     groups = parameter_groups([(p.name, p) for p in parameters], job.optimizer, muon, by_name)
     for group in groups:
         if group.update.is_by_matrix:  # DeepSpeed's Muon class sorts them like this
             group.params.sort(key=lambda p: p.shape, reverse=True)
             group.names = [p.name for p in group.params]
-    return Inventory(list(parameters), groups, frozenset(experts))
+    return Inventory(list(parameters), groups, frozenset(experts), cut)

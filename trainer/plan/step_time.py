@@ -126,7 +126,7 @@ def predict_step_time(
         return StepTime(None, links, 0.0, tokens, flops, None)
     if mfu is not None:
         return StepTime(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
-    of_rank = trained.of_rank(job.engine.expert_parallel)
+    of_rank = trained.of_rank(job.mesh(world))
     if (work := work_of(job, of_rank.numel)) is not None:
         rounds = job.train.global_batch / (job.train.micro_batch * world)
         computing = rounds * work.seconds(machine, peak)

@@ -37,7 +37,7 @@ class ZeroSettings:
     size: int  # bytes of one weight in the forward pass
     gradient: int  # bytes of one element of the gradient that micro-batches are added to
     sent: int  # bytes of one element in a reduction of gradients
-    world: int
+    world: int  # ranks that have the same parameters
     accumulation: int
     zero: Mapping[str, Any]
 
@@ -49,7 +49,8 @@ class ZeroSettings:
         zero, kind = config["zero_optimization"], job.precision.kind
         gradient = BYTES[job.gradient_dtype(world)]
         sent = BYTES[config.get("communication_data_type") or kind]
-        return cls(zero["stage"], BYTES[kind], gradient, sent, world, max(1, micro_batches), zero)
+        ranks, rounds = job.mesh(world).states, max(1, micro_batches)
+        return cls(zero["stage"], BYTES[kind], gradient, sent, ranks, rounds, zero)
 
     @property
     def bucket(self) -> int:

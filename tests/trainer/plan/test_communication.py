@@ -183,6 +183,27 @@ def test_groups_of_experts_that_cross_nodes_are_noted():
     assert rows.between(2) == 2 * rows.payload * 2 // 4  # half of what each of 2 ranks has
 
 
+def test_ranks_that_divide_matrices_sum_streams_and_share_states_with_the_same_parts():
+    """2 layers of 2 parts, forward and backward; the vectors of tokens and what the head reads; 2
+    micro-batches of 512 tokens in bf16, 256 wide, and the head's 2 numbers of each rank."""
+    words = ["model.num_layers=2", "model.width=256", "model.num_heads=4", "model.qk_norm=false"]
+    words += ["train.micro_batch=2", "train.global_batch=8", "precision=bf16", "plan.gpus=8"]
+    words += ["engine=zero1", "optimizer=adamw", "machine.gpus_per_node=4", "model.vocab_size=512"]
+    made = job(*words, "engine.tensor_parallel=4")
+    held = inventory(made)
+    found = {c.what: c for c in collectives(made, held, 8)}
+    streams = found["parts of the residual stream"]
+    assert (streams.ranks, streams.calls) == (4, 2 * (2 * 2 * 2 + 2 + 1))
+    assert streams.payload == 2 * (10 * 512 * 256 * 2 + 512 * 4 * 8)
+    assert (streams.between(4), streams.between(2)) == (0, streams.sent)
+    own = held.of_rank(made.mesh(8)).numel
+    assert found["gradients"].ranks == 2
+    assert found["gradients"].payload == 2 * own
+    assert held.numel // 4 < own < held.numel // 4 * 1.01
+    # The rank with the same parts is on the other node: 4 groups of 2 ranks share the links.
+    assert found["gradients"].between(4) == 4 * found["gradients"].sent
+
+
 def test_one_rank_sends_nothing():
     for stage in range(4):
         made = job(f"engine=zero{stage}")
