@@ -94,7 +94,7 @@ class Block(nn.Module):
             x_BLD = self._add(x_BLD, y_BLD, self.cross_post_norm)
         y_BLD = normed(self.mlp_norm, x_BLD)
         if self.is_routed:
-            y_BLD, routing = self.mlp(y_BLD, own.counted)
+            y_BLD, routing = self.mlp(y_BLD, own.counted, own.group)
             more = [*more, *routing]
         else:
             y_BLD = self.mlp(y_BLD)

@@ -117,10 +117,11 @@ class Transformer(nn.Module):
                 raise ValueError("an encoder-decoder takes no documents.")
             trunk = Trunk(self._decoded(tokens_BL, padding_mask_BL), [])
             targets_BL = None if targets_BL is None else targets_BL[:, -trunk.hidden.shape[1] :]
+            own_BL = targets_BL
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
-            targets_BL = None if targets_BL is None else self._own(targets_BL)
-        found = self._head(trunk.hidden, targets_BL)
+        own_BL = None if targets_BL is None else self._own(targets_BL)
+        found = self._head(trunk.hidden, own_BL)
         if tallies is None or targets_BL is None:
             return found
         losses_B, penalty = found if isinstance(found, tuple) else (found, 0.0)

@@ -117,7 +117,7 @@ class Part:
     plain_bytes: (config, micro_batch, length, bytes_per_value, masked) -> bytes that autograd keeps
         where the mixer runs in a plain form instead of a GPU's kernels: in each layer, besides
         activation_bytes, and for a view.
-    is_routed: the MLP's forward takes (x_BLD, real_BL) and returns (y_BLD, Routing), see
+    is_routed: the MLP's forward takes (x_BLD, real_BL, group) and returns (y_BLD, Routing), see
         experts/balance.py.
     is_gated: the MLP has three matrices; its default width is 2/3 of that of an MLP with two.
     """

@@ -12,7 +12,8 @@ come before second ones, earlier tokens before later ones (GShard, Lepikhin et a
 2006.16668, algorithm 1), and a pair without a place adds nothing. Evaluation drops nothing.
 Invariant: without a capacity a token's output depends on that token alone.
 
-Balance, in training, over the real tokens of a micro-batch (n of them):
+Balance, in training, over the real tokens of a micro-batch (n of them, on all ranks that divide its
+rows):
 1. moe_balance_loss * E * sum over experts of f * P for each layer, added up over layers (Switch,
    equations 4 to 6). f: the expert's share of all pairs; P: mean probability (of sigmoid scores:
    their share of the token's sum, DeepSeek-V3, arXiv 2412.19437, equations 17 to 20). 1 at
@@ -45,6 +46,7 @@ from forescale.models.experts.balance import Routing
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.mlp import MLP
 from forescale.models.parallel.experts import Division, own_part, through
+from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.parametrization import scales
 from forescale.models.tallies import UNIT
 
@@ -88,7 +90,12 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("bias_steps", zeros)
         self.division: Division | None = None
 
-    def forward(self, x_BLD: Tensor, real_BL: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        real_BL: Tensor | None = None,
+        group: SequenceGroup | None = None,
+    ) -> tuple[Tensor, Routing]:
         x_ND = x_BLD.flatten(0, 1)
         real_N = None if real_BL is None else real_BL.flatten().bool()
         logits_NE = self.router(x_ND)
@@ -110,7 +117,8 @@ class MixtureOfExperts(nn.Module):
         y_ND = (each_NKD * weights_NK[..., None].to(each_NKD.dtype)).sum(1)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        routing = self._routing(logits_NE, scores_NE, chosen_NK, to.row == len(rows_MD), real_N)
+        dropped_NK = to.row == len(rows_MD)
+        routing = self._routing(logits_NE, scores_NE, chosen_NK, dropped_NK, real_N, group)
         return y_ND.view_as(x_BLD), routing
 
     def _experts(self, rows_MD: Tensor, ends_E: Tensor) -> Tensor:
@@ -153,8 +161,13 @@ class MixtureOfExperts(nn.Module):
         chosen_NK: Tensor,
         dropped_NK: Tensor,
         real_N: Tensor | None,
+        group: SequenceGroup | None,
     ) -> Routing:
-        """Return penalty and counts of a training forward pass; zeros in evaluation."""
+        """Return penalty and counts of a training forward pass; zeros in evaluation.
+
+        Where ranks of a group divide the rows, the balance is that of all their tokens, and a rank
+        has the part of the penalty that its own tokens make.
+        """
         c, (tokens, experts) = self.config, logits_NE.shape
         if not self.training:
             none = torch.zeros(experts + 2, dtype=torch.int64, device=logits_NE.device)
@@ -164,13 +177,15 @@ class MixtureOfExperts(nn.Module):
         whole_N = real_N.long()
         pairs_NK = whole_N[:, None].expand_as(chosen_NK)
         load_E = whole_N.new_zeros(experts).scatter_add_(0, chosen_NK.flatten(), pairs_NK.flatten())
-        share_N = real_N.float() / real_N.sum().clamp(min=1)  # adds up to 1
+        every_E = load_E if group is None else group.sum(load_E)
+        tokens_of_all = every_E.sum() // c.moe_top_k
+        share_N = real_N.float() / tokens_of_all.clamp(min=1)  # adds up to 1
         p_NE = scores_NE
         if c.moe_scores != "softmax":
             p_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
         penalty = logits_NE.new_zeros(())
         if c.moe_balance_loss:
-            f_E = load_E / load_E.sum().clamp(min=1)
+            f_E = every_E / every_E.sum().clamp(min=1)
             balance = (f_E * (share_N[:, None] * p_NE).sum(0)).sum() * experts
             penalty = penalty + c.moe_balance_loss * balance
         if c.moe_z_loss:

@@ -38,9 +38,9 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
     if config.mtp_layers:
         what = "modules for later tokens read the next rank's columns"
         found.append((what, f"{whole}, or model.mtp_layers=0"))
-    if config.has_experts:
-        what = "the balance of experts is of all columns, and a rank has a part of them"
-        found.append((what, f"{whole}, or choose another model.mlp"))
+    if config.has_experts and config.moe_capacity:
+        what = "the places of experts are given to tokens in their order, which no rank has whole"
+        found.append((what, f"{whole}, or model.moe_capacity=0"))
     return found
 
 

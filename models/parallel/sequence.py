@@ -36,6 +36,11 @@ class SequenceGroup:
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors. Has no gradient."""
+        found = collectives.all_reduce(x, "sum", self.name)  # type: ignore[arg-type]
+        return collectives.wait_tensor(found)
+
     def attended(
         self,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],

@@ -14,7 +14,7 @@ from tests.matrix import FULL
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 4
+STEPS, BIASED = 4, "model.moe_bias_speed=0.01"
 CLIP = "optimizer.clip=0.5"
 GROUPED = ["model.num_kv_heads=1", CLIP]  # fewer than ranks
 STAGES = [[stage, *GROUPED] for stage in range(4)]
@@ -29,6 +29,14 @@ MIXERS = [
     [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
     [0, "model.activation_checkpointing=true"],
     [0, "model.causal=false", "objective.kind=masked", "model.head=dense"],
+    [
+        0,
+        "model.mlp=moe",
+        "model.moe_width=20",
+        "model.moe_balance_loss=0.5",
+        "model.moe_z_loss=0.1",
+    ],
+    [0, "model.mlp=moe", "model.mlp_width=40", "model.moe_scores=sigmoid", BIASED],
 ]
 
 

@@ -58,7 +58,7 @@ def test_the_ranks_of_a_group_count_once_in_the_batch():
         (["model.num_heads=1"], "2 ranks don't divide the model's 1 heads"),
         (["model.mixer=mingru"], "mixer mingru carries a state from column to column"),
         (["model.mtp_layers=1"], "modules for later tokens read the next rank's columns"),
-        (["model.mlp=moe"], "the balance of experts is of all columns"),
+        (["model.mlp=moe", "model.moe_capacity=1.25"], "the places of experts are given"),
         (["model.encoder_layers=1", "objective.kind=seq2seq"], "an encoder-decoder has rows"),
         (["model=custom", "model._target_=mine.Model"], "a model of your own is not divided"),
     ],
