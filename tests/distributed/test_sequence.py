@@ -1,5 +1,7 @@
 """A sequence divided among real ranks against the same training on one, without DeepSpeed."""
 
+import signal
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from forescale.models import Transformer
 from forescale.models.memory import activations
 from forescale.plan.communication import collectives
 from forescale.plan.parameters import inventory
+from tests import launching
 from tests.distributed import ranks
 from tests.distributed import sequence_scenarios as scenario
 from tests.matrix import FULL
@@ -127,3 +130,29 @@ def test_a_block_with_its_exchange_is_one_graph():
         expected, _ = plainly(case, True)
         for row, plain in zip(rows, expected[:2], strict=True):
             assert row == pytest.approx(plain, rel=1e-5), case
+
+
+LENGTH = ("train.tokens=null", "train.steps=24", "checkpoint.every=8", "validation.every=24")
+DIVIDED = ("launch.processes=2", "engine.sequence_parallel=2")
+
+
+def test_a_divided_run_resumes_bit_for_bit(dataset, tmp_path):
+    command = (f"data.path={dataset}", *LENGTH, *DIVIDED, "engine=zero2", "optimizer=muon")
+    command += ("model.dropout=0.1", "data.document_mask=true")
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=10)
+    assert len(whole) == 24
+    assert cut == whole
+
+
+def test_a_checkpoint_of_any_mesh_loads_on_any_other(dataset, tmp_path):
+    base = (f"data.path={dataset}", *LENGTH, "optimizer=adamw", "precision=fp32")
+    launching.train(tmp_path, "run.name=still", *base, "launch.processes=1")
+    run, base = tmp_path / "moving", ("run.name=moving", *base)
+    for place, step in ((("launch.processes=1",), 6), ((*DIVIDED, "engine=zero3"), 14)):
+        launching.interrupt(launching.start(tmp_path, *base, *place), run, step, signal.SIGINT)
+    launching.train(tmp_path, *base, "launch.processes=4", "engine.sequence_parallel=2")
+    for kind, key in (("train", "tokens_hash"), ("train", "tokens"), ("validation", "targets")):
+        moving, still = (launching.rows(tmp_path / name, kind) for name in ("moving", "still"))
+        assert [row[key] for row in moving] == [row[key] for row in still]
+        assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=1e-4)
+    assert "numerics_changed" in launching.events(run)

@@ -71,6 +71,7 @@ def _option(option: ShardingOption, plan: Plan) -> dict[str, Any]:
         "fits": option.fits(plan.available),
         "largest_micro_batch": option.largest_micro_batch,
         "memory_micro_batch": option.memory_micro_batch,
+        "longest_window": option.longest_window,
         "traffic": [
             {**vars(t), "sent_by_gpu": t.sent, "sent_by_node": t.between(plan.per_node)}
             for t in option.traffic

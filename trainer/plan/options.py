@@ -19,6 +19,8 @@ from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predic
 
 _MOST_GPUS = 16_384
 _MOST_MICRO_BATCH = 2**16
+_UNIT = 256  # columns: steps in which the longest window is looked for
+_LONGEST = 2**26  # columns
 _SAME_SPEED = 1.01  # the times are estimates: a percent says nothing
 
 
@@ -32,6 +34,7 @@ class ShardingOption:
     toggled_activations: int  # bytes if activation checkpointing is switched
     largest_micro_batch: int | None  # that fits and divides the global batch; None: none does
     memory_micro_batch: int | None  # that fits with a larger global batch; None: not known
+    longest_window: int | None  # that fits, one at a time; None: not known
     traffic: list[Collective]
     inside_seconds: float  # per step, of the links inside a node
     between_seconds: float  # per step, of the links between nodes
@@ -86,6 +89,7 @@ class ShardingOptions:
             toggled_activations=other.total - other.logits if other else 0,
             largest_micro_batch=self.largest_micro_batch(job),
             memory_micro_batch=self.memory_micro_batch(job),
+            longest_window=self.longest_window(job),
             traffic=traffic,
             inside_seconds=sum(t.inside_seconds(machine, per_node) for t in traffic),
             between_seconds=sum(t.between_seconds(machine, per_node) for t in traffic),
@@ -139,6 +143,16 @@ class ShardingOptions:
         sizes = range(1, _MOST_MICRO_BATCH)
         # The first that doesn't fit, found by bisection, is one too large.
         return bisect_left(sizes, True, key=lambda n: not self.fits(_alone(job, n))) or None
+
+    def longest_window(self, job: PlanJob) -> int | None:
+        """Return the longest window that fits, one at a time, each rank with a multiple of _UNIT of
+        its columns; None if none does, or if the memory of activations is not known."""
+        if self.memory(job).activations is None:
+            return None
+        unit = _UNIT * job.engine.sequence_parallel
+        sizes = range(1, _LONGEST // unit)
+        fitting = bisect_left(sizes, True, key=lambda n: not self.fits(_long(job, n * unit)))
+        return unit * fitting or None
 
     def smallest_fix(self, job: PlanJob) -> str | None:
         """Return the config keys of the smallest change that fits; None if none was found."""
@@ -210,6 +224,11 @@ def _alone(job: PlanJob, micro_batch: int) -> PlanJob:
     """Return the job with one micro-batch a step on each rank."""
     batch = micro_batch * _groups(job)
     return replace(job, train=replace(job.train, micro_batch=micro_batch, global_batch=batch))
+
+
+def _long(job: PlanJob, length: int) -> PlanJob:
+    """Return the job with windows of `length`, one at a time."""
+    return replace(job, train=replace(job.train, sequence_length=length, micro_batch=1))
 
 
 def _on(job: PlanJob, gpus: int) -> PlanJob:

@@ -136,6 +136,7 @@ def _options(plan: Plan) -> Table:
         line("  limited by", lambda o: "global batch" if o.is_limited_by_batch else "memory")
         line("  with a larger global batch", lambda o: f"{o.memory_micro_batch or 0:,}")
     if mine.toggled_activations:
+        line("longest window, one at a time", lambda o: f"{o.longest_window or 0:,}")
         on = getattr(plan.job.model, "activation_checkpointing", False)
         name = f"activations {'without' if on else 'with'} checkpointing"
         line(name, lambda o: shown(o.toggled_activations))
@@ -145,9 +146,8 @@ def _options(plan: Plan) -> Table:
     if plan.world > 1:
         line("sent by a rank per step, GB", lambda o: _gb(sum(t.sent for t in o.traffic)))
         line("  time inside a node, s", lambda o: f"{o.inside_seconds:,.3f}")
-    if plan.nodes > 1:
-        line("  time between nodes, s", lambda o: f"{o.between_seconds:,.3f}")
-    if plan.world > 1:
+        if plan.nodes > 1:
+            line("  time between nodes, s", lambda o: f"{o.between_seconds:,.3f}")
         line("  collectives per step", lambda o: f"{sum(t.calls for t in o.traffic):,}")
         line("  their latency, s", lambda o: f"{o.latency_seconds:,.3f}")
     # A measured speed and an MFU already include the waiting.

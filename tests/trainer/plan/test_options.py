@@ -1,9 +1,13 @@
 """The cheapest way to shard: the fastest that fits, and of equally fast ones the simplest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-from forescale.plan.options import ShardingOption, cheapest
+from forescale.config.compose import compose
+from forescale.plan.config import PlanJob
+from forescale.plan.options import ShardingOption, ShardingOptions, cheapest
+from forescale.plan.parameters import inventory
+from forescale.plan.step_time import token_flops
 
 
 @dataclass
@@ -44,3 +48,32 @@ def test_of_equally_fast_ones_the_first():
 def test_without_a_speed_the_first_that_fits():
     assert best(70, None, None, None, None) == "zero2"
     assert best(10, None, None, None, None) is None
+
+
+def longest(*words):
+    """The longest window that fits, and the options and the job that say so."""
+    command = [
+        "model=llama-1b",
+        "machine=h100-sxm",
+        "plan.gpus=8",
+        "engine=zero2",
+        "precision=bf16",
+    ]
+    job = compose(PlanJob, [*command, "train.global_batch=64", *words])
+    job = replace(job, model=job.model.resolved(32_000, job.train.sequence_length))
+    per_token = token_flops(job.model, job.train.sequence_length, 0.0)
+    options = ShardingOptions(inventory(job), per_token, job.machine, job.plan, None)
+    return options.longest_window(job), options, job
+
+
+def test_the_longest_window_fits_and_a_longer_one_does_not():
+    found, options, job = longest()
+    for length, fits in ((found, True), (found + 256, False)):
+        train = replace(job.train, sequence_length=length, micro_batch=1)
+        assert options.fits(replace(job, train=train)) == fits
+    # Its activations are divided; but for outputs that came back, so is what fits.
+    divided, _, _ = longest("engine.sequence_parallel=8")
+    assert 6 * found < divided < 8 * found
+    whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=false")
+    chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp_chunk=4096")
+    assert whole < divided < chunks
