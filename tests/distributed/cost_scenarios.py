@@ -69,9 +69,9 @@ def _states(case):
 
 
 def _watch(engine, moments):
-    """Note gradients while they accumulate, and the largest fp32 ones in the update."""
+    """Note gradients while they accumulate, the largest fp32 ones in the update, and buckets."""
     backward, base, calls = engine._deepspeed.backward, engine.layout.base, [0]
-    step = base.step
+    step, o = base.step, engine.layout.optimizer
 
     def watched_backward(*args, **kwargs):
         calls[0] += 1
@@ -86,6 +86,14 @@ def _watch(engine, moments):
         return step(*args, **kwargs)
 
     engine._deepspeed.backward, base.step = watched_backward, watched_step
+    if reduce := getattr(o, "reduce_ipg_grads", None):  # stages 1 and 2 free their buckets
+
+        def watched_reduce(*args, **kwargs):
+            size = sum(t.nbytes for bucket in o.ipg_buckets.values() for t in bucket.buffer)
+            moments["buckets"] = max(moments.get("buckets", 0), size)
+            return reduce(*args, **kwargs)
+
+        o.reduce_ipg_grads = watched_reduce
 
 
 def _sorted(engine, before):

@@ -85,6 +85,19 @@ def _of_update(engine):
     return found
 
 
+def losses(cases):
+    """For each [stage, gradients, beside]: the losses and norms of four steps with Muon, with a
+    dropped gradient in between; beside: reduced during the backward pass."""
+    results = []
+    for stage, gradients, beside in cases:
+        engine = small.build(stage, "muon", "bf16", gradients=gradients, overlap_comm=beside)
+        rows = small.train(engine, range(2))
+        engine.backward(small.batch(20, engine.world.rank, engine.world.size))
+        engine.drop()
+        results.append(rows + small.train(engine, range(2, 4)))
+    return results
+
+
 def resumed(cases, folder):
     """For each case, the losses of two steps of a run; and of one that has trained on other
     weights, loads that run's checkpoint, and drops a gradient before each step."""

@@ -86,25 +86,42 @@ def settings(optimizer: str) -> OptimizerConfig:
 
 
 def job(
-    stage: int, optimizer: str, precision: str, offload: bool = False, gradients: str | None = None
+    stage: int,
+    optimizer: str,
+    precision: str,
+    offload: bool = False,
+    gradients: str | None = None,
+    **zero,
 ) -> SimpleNamespace:
     """The part of a training job that the engine reads."""
-    extra = {"zero_optimization": {"stage3_param_persistence_threshold": 50}} if stage == 3 else {}
+    zero |= {"stage3_param_persistence_threshold": 50} if stage == 3 else {}
     engine = {"stage": stage, "offload_optimizer": offload, "offload_parameters": False}
-    engine |= {"bucket_bytes": 4096, "hierarchical_partition": 1, "deepspeed": extra}
+    engine |= {
+        "bucket_bytes": 4096,
+        "hierarchical_partition": 1,
+        "deepspeed": {"zero_optimization": zero},
+    }
     return SimpleNamespace(
         model=None,  # a class that is not ours
-        train=SimpleNamespace(micro_batch=2),
+        train=SimpleNamespace(micro_batch=2, compile="off"),
         engine=SimpleNamespace(**engine),
         precision=SimpleNamespace(kind=precision),
         optimizer=settings(optimizer),
+        on_gpu=False,
         gradient_dtype=lambda world_size: gradients or precision,
         mesh=Mesh,
     )
 
 
 def build(
-    stage: int, optimizer: str, precision: str, clip=None, offload=False, seed=0, gradients=None
+    stage: int,
+    optimizer: str,
+    precision: str,
+    clip=None,
+    offload=False,
+    seed=0,
+    gradients=None,
+    **zero,
 ):
     """An engine over all ranks of this process's environment."""
     import os
@@ -118,7 +135,7 @@ def build(
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])
-    mine = job(stage, optimizer, precision, offload, gradients)
+    mine = job(stage, optimizer, precision, offload, gradients, **zero)
     world = join(deepspeed_config(mine, size), size, 60)
     torch.manual_seed(seed)
     model = Model()

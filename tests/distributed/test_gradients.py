@@ -24,6 +24,15 @@ def test_the_sum_of_64_micro_batches_is_that_of_plain_pytorch_in_fp32():
             assert error > 1e-3, case
 
 
+def test_reducing_beside_the_backward_pass_changes_no_bit():
+    kinds = [[stage, gradients] for stage in (1, 2, 3) for gradients in (None, "fp32")]
+    cases = [[*kind, beside] for kind in kinds for beside in (False, True)]
+    found = ranks.run("gradient_scenarios:losses", 2, cases=cases)
+    for kind, apart, beside in zip(kinds, found[::2], found[1::2], strict=True):
+        assert beside == apart, kind
+    assert found[2] != found[0], "the numbers of fp32 gradients are others"
+
+
 def test_a_run_resumes_to_the_bit_and_a_dropped_gradient_leaves_no_trace(tmp_path):
     found = ranks.run("gradient_scenarios:resumed", 2, cases=IN_FP32, folder=str(tmp_path))
     for case, (whole, again) in zip(IN_FP32, found, strict=True):

@@ -49,6 +49,7 @@ CAPACITY = "model.moe_capacity=1.25"
 PARTS = [
     *[[stage, "muon", "bf16", IN_FP32] for stage in range(3)],
     [3, "muon", "bf16", IN_FP32, zero(SMALL)],
+    *[[stage, "muon", "bf16", IN_FP32, zero("overlap_comm: true")] for stage in (1, 2)],
     [0, "muon", "bf16", *RECURRENT],
     [1, "muon", "bf16", *EXPERTS],
     [2, "muon", "fp32", *T5],
@@ -100,6 +101,7 @@ def test_states_are_the_tensors_of_real_ranks(size):
                 assert now.get("other", 0) <= 100, where  # norms, flags
             assert found["held"].get("gradients", 0) == s.held, where
             assert found["accumulating"] == s.gradients, where
+            assert case[0] not in (1, 2) or found["buckets"] == s.buckets, where
             as_they_are = case[0] == 0 and (case[2] == "fp32" or IN_FP32 in case)
             assert found["updating"] == (s.held if as_they_are else s.update), where
         most = states(job, held, size)

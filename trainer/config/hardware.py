@@ -14,11 +14,18 @@ _FLAGS = {"avx512bw", "amx_bf16", "bf16"}
 
 
 @cache
+def has_gpu(root: Path = Path("/")) -> bool:
+    """Return whether this machine has a GPU that ranks may use. root: replaced in tests."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    found = visible and any((root / "dev").glob("nvidia[0-9]*"))
+    return found or (root / "dev/kfd").exists()
+
+
+@cache
 def native_precision(root: Path = Path("/")) -> Literal["bf16", "fp32"]:
     """Return the number format that matrices are multiplied fast in: bf16 on a GPU that ranks may
     use, and on a CPU with instructions for it; else fp32. root: replaced in tests."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
-    if (visible and any((root / "dev").glob("nvidia[0-9]*"))) or (root / "dev/kfd").exists():
+    if has_gpu(root):
         return "bf16"
     try:
         lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()

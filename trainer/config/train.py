@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Self
 
 from forescale.config.duration import Duration
-from forescale.config.hardware import native_precision
+from forescale.config.hardware import has_gpu, native_precision
 from forescale.config.job import Find, Job, Problems
 from forescale.config.mesh import Mesh, mesh_problems
 from forescale.config.schema import TargetConfig, key, section
@@ -134,6 +134,11 @@ class TrainJob(Job):
         if wanted == "auto" and micro_batches > MOST_ROUNDED_SUMS:
             wanted = "fp32"
         return "fp32" if wanted == "fp32" else lowest
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the machine that trains has GPUs."""
+        return has_gpu()
 
     def for_machine(self, find: Find | None = None) -> Self:
         """Return the job with a precision that is settled: that of the run, if it exists, and else

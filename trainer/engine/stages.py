@@ -15,8 +15,11 @@ Facts about DeepSpeed that are worked around here:
   which the rank holds a part; all other states are flat partitions.
 - FP16_UnfusedOptimizer makes one step with zero gradients while it is built.
 - Where the weights are bf16 or fp16, DeepSpeed accumulates gradients in fp32 at stage 3 alone: at 0
-  and 1 it refuses to with these optimizers, at 2 it leaves Muon's group out. At stages 0 to 2 torch
-  makes the `.grad` of each parameter in fp32, and DeepSpeed's buffers take its type.
+  and 1 it refuses to with these optimizers, at 2 it leaves Muon's group out. At 0 to 2 torch makes
+  the `.grad` of each parameter in fp32, and DeepSpeed's buffers take its type.
+- With overlap_comm, stages 1 and 2 free a gradient that is larger than a bucket while a stream may
+  still reduce it. All others are in a bucket, and each backward pass ends with a wait for the
+  device, so what we hold is complete.
 - The base optimizer (Muon) takes the gradient of a flat partition as the update; its own step
   orthogonalises only 2-D weights (stage 0).
 """
@@ -114,6 +117,15 @@ class Zero12(Layout):
             self._flatten = self.optimizer.get_flat_partition
             self.optimizer.get_flat_partition = self._hold
             self.scale_in_step(self._scaled)
+        if self.optimizer.overlap_comm:
+            self._average = self.optimizer.average_tensor
+            self.optimizer.average_tensor = self._average_beside
+
+    def _average_beside(self, tensor, communication_data_type):
+        """Replace `average_tensor`: the gradient's memory isn't given away before it is reduced."""
+        if tensor.is_cuda:
+            tensor.record_stream(self.optimizer.reduction_stream)
+        return self._average(tensor, communication_data_type)
 
     def _hold(self, tensors, first_offset, partition_size, dtype, device, param_group_idx, **kw):
         """Replace `get_flat_partition` in backward: keep what it would flatten."""

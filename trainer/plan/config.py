@@ -126,15 +126,16 @@ class PlanJob(TrainJob):
     @property
     def native_precision(self) -> Literal["bf16", "fp32"]:
         """What precision.kind=auto means on the planned machine; for a CPU, on this one."""
-        return "bf16" if self._has_gpus else super().native_precision
+        return "bf16" if self.on_gpu else super().native_precision
 
     @property
     def exactness(self) -> Exactness:
         """What the run promises of its bits on the planned machine."""
-        return exactness(self.train.deterministic, self._has_gpus)
+        return exactness(self.train.deterministic, self.on_gpu)
 
     @property
-    def _has_gpus(self) -> bool:
+    def on_gpu(self) -> bool:
+        """Whether the planned machine has GPUs."""
         return self.machine.memory_bytes is not None
 
     @property

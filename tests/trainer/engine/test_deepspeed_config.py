@@ -9,6 +9,7 @@ from forescale.config.compose import compose
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import BLOCK, deepspeed_config, merged
+from forescale.plan.config import PlanJob
 
 
 def derived(*overrides, world_size=2):
@@ -77,6 +78,26 @@ def test_gradients_of_many_micro_batches_are_added_up_in_fp32(stage, accumulates
     for made in (few, never, fp32):
         assert not made.keys() & {"communication_data_type", "data_types"}
         assert made["zero_optimization"]["reduce_bucket_size"] == 500
+
+
+def test_only_stage_2_on_a_gpu_is_told_to_reduce_beside_the_backward_pass():
+    def found(*overrides):
+        job = compose(PlanJob, ["train.steps=10", "schedule.warmup=0", *overrides])
+        return deepspeed_config(job, 8)["zero_optimization"].get("overlap_comm")
+
+    gpu, own = "machine=h100-sxm", ["model=custom", "model._target_=a.B"]
+    assert found("engine=zero2", gpu) is True
+    assert found("engine=zero2", gpu, *own, "train.compile=off") is True
+    for others in (
+        ["engine=zero2", "machine=cpu"],
+        ["engine=zero2-offload", gpu],
+        ["engine=zero2", gpu, *own],  # compiled as a whole: all gradients come at the end
+        ["engine=zero1", gpu],
+        ["engine=zero3", gpu],  # which does it by itself
+    ):
+        assert found(*others) is None, others
+    mine = "engine.deepspeed={zero_optimization: {overlap_comm: false}}"
+    assert found("engine=zero2", gpu, mine) is False
 
 
 def test_the_second_partition_of_stage_3():

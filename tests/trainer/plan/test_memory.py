@@ -71,6 +71,14 @@ def test_gradients_in_fp32_take_twice_the_bytes_from_65_micro_batches_on(stage):
     assert checkpoint_bytes(many, held, 4) >= checkpoint_bytes(few, held, 4)
 
 
+def test_reducing_beside_the_backward_pass_takes_a_second_bucket():
+    held = inventory(job())
+    gpu, cpu = (
+        states(job("engine=zero2", f"machine={m}"), held, 4).buckets for m in ("h100-sxm", "cpu")
+    )
+    assert gpu == 2 * cpu > 0
+
+
 def test_offload_moves_states_to_cpu_memory():
     held = inventory(job())
     here, there = (states(job(f"engine={e}"), held, 4) for e in ("zero2", "zero2-offload"))
