@@ -6,7 +6,6 @@ optimizer is saved and loaded at each stage is in test_state.py, to the bit.)
 """
 
 import signal
-import time
 
 import pytest
 
@@ -26,9 +25,10 @@ CHOSEN = KINDS if FULL else [KINDS[i] for i in (1, 2, 4, 7)]
 @pytest.mark.parametrize(("stage", "optimizer"), CHOSEN)
 def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
+    command += ("train.steps=24", "checkpoint.every=5", "validation.every=24")
     command += ("model.dropout=0.1",)  # whose randomness must repeat too
-    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=24)
-    assert len(whole) == 50
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=14)
+    assert len(whole) == 24
     assert cut == whole
 
 
@@ -69,10 +69,10 @@ OFTEN = [(ALL_PARTS, 3, "muon"), (OF_ATTENTION, 2, "adamw")]
 )
 def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, parts, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
-    command += (*parts, "data.document_mask=true", "train.steps=12", "validation.every=12")
-    command += ("checkpoint.every=5",)
-    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=7)
-    assert len(whole) == 12
+    command += (*parts, "data.document_mask=true", "train.steps=8", "validation.every=8")
+    command += ("checkpoint.every=3",)
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=5)
+    assert len(whole) == 8
     assert cut == whole
 
 
@@ -90,23 +90,6 @@ def test_a_run_resumes_at_other_stages_and_world_sizes(dataset, tmp_path):
         assert [row[key] for row in moving] == [row[key] for row in still]
     assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=0.02)
     assert "numerics_changed" in launching.events(run)
-
-
-def test_a_rank_that_dies_ends_its_attempt_and_the_run_resumes(dataset, tmp_path):
-    """The other rank doesn't wait in a collective, and the launcher starts a new attempt."""
-    command = (f"data.path={dataset}", *TWO)
-    launching.train(tmp_path, "run.name=whole", *command)
-    process = launching.start(tmp_path, "run.name=cut", *command)
-    run = tmp_path / "cut"
-    while not any(row["step"] >= 24 for row in launching.rows(run)):
-        assert process.poll() is None
-        time.sleep(0.002)
-    launching.ranks_of(process)[1].kill()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "Restarting" in output
-    assert len(list((run / "attempts").iterdir())) == 2
-    assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
 
 
 def test_a_decay_branches_off_a_run(dataset, tmp_path):
