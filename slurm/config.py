@@ -23,6 +23,8 @@ _UNITS = {"K": 2**10, "": 2**20, "M": 2**20, "G": 2**30, "T": 2**40}
 # An entry of --gres: name[[:type]:count], one if it has no count.
 _GPUS = re.compile(r"(?:gres[:/])?gpu(?::(?![0-9]+(?:$|:))[^:]+)?(?::(?P<count>[0-9]+))?")
 _LATE = 10.0  # seconds until a signal has reached all ranks and the last rank has ended
+# Threads of a rank on a GPU: kernels, backward pass, the next batch, a save. A guess.
+_FEW_CPUS = 4
 
 
 @dataclass
@@ -217,6 +219,27 @@ class SlurmConfig:
             what = f"{self.tasks_per_node} ranks need one GPU each, but there are {self.gpus}"
             return [("tasks_per_node", what, f"write slurm.tasks_per_node={self.gpus}")]
         return []
+
+    def note_on_cpus(self, cpus: int) -> str | None:
+        """Return a sentence on the CPUs of a rank, for nodes of at least so many; None if they have
+        what the ranks want."""
+        ranks, where = self.ranks_per_node, f"partition {self.partition or 'by default'}"
+        most = cpus // ranks
+        nodes = f"Nodes of {where} have {cpus} CPUs for {ranks} rank{'s' * (ranks > 1)}"
+        if self.cpus_per_task and self.cpus_per_task > most:
+            todo = f"set slurm.cpus_per_task={most}" if most else "ask for another partition"
+            return f"{nodes}, which ask for {self.cpus_per_task} each: {todo}."
+        has_own = self.exclusive or any(word.startswith("--cpus-per") for word in self.options)
+        if not self.has_gpus or (has_own and most >= _FEW_CPUS):
+            return None
+        if most < _FEW_CPUS:
+            return (
+                f"{nodes}: a rank on a GPU has less than {_FEW_CPUS} for its kernels, its data and "
+                "its saves, and the GPU may wait for it."
+            )
+        if (self.cpus_per_task or 1) < _FEW_CPUS:
+            return f"{nodes}: set slurm.cpus_per_task={most}, or the GPU may wait for its rank."
+        return None
 
     def notes(self) -> list[str]:
         """Return sentences about what follows from keys that aren't set."""

@@ -195,6 +195,16 @@ def num_usable(partition: str, without: Sequence[str]) -> int:
     return len(well - set(without))
 
 
+def cpus_of_nodes(partition: str | None) -> int | None:
+    """Return the CPUs of the smallest node of a partition, by default the cluster's; None if SLURM
+    names none."""
+    command = ["sinfo", "--noheader", "--format=%P %c"]
+    lines = _run([*command, f"--partition={partition}"] if partition else command).splitlines()
+    pairs = [line.split() for line in lines if len(line.split()) == 2]
+    counts = [cpus.rstrip("+") for name, cpus in pairs if partition or name.endswith("*")]
+    return min((int(count) for count in counts if count.isdecimal()), default=None)
+
+
 def hosts(nodelist: str) -> list[str]:
     """Return the names that SLURM's short form, n[1-3], stands for."""
     if not re.search(r"[\[,]", nodelist):

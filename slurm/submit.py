@@ -59,6 +59,7 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
         jobs = _jobs(overrides)  # over the configs of the runs, as for any run
     plans = [Plan(job) for job in jobs]
     if not dry:
+        plans[0].notes += notes_on_cpus(jobs[0])
         if Run(jobs[0].run.directory).config.exists() and remembered.recall(jobs[0].run.directory):
             print(
                 "Note: keys of slurm and machine that you don't give are as you submitted it last."
@@ -81,6 +82,14 @@ def submit(overrides: Sequence[str], trust: bool = True) -> None:
         if trust:
             remember(plan.given, plan.given.run.directory)
     _report(made, job)
+
+
+def notes_on_cpus(job: SubmitJob) -> list[str]:
+    """Return a sentence if nodes have too few CPUs for the ranks; none where SLURM doesn't say."""
+    with suppress(UserError):
+        if queue.is_here() and (cpus := queue.cpus_of_nodes(job.slurm.partition)):
+            return [note] if (note := job.slurm.note_on_cpus(cpus)) else []
+    return []
 
 
 def _jobs(overrides: Sequence[str]) -> list[SubmitJob]:

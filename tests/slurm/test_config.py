@@ -36,6 +36,31 @@ def test_what_gres_gives_is_said():
 
 
 @pytest.mark.parametrize(
+    ("keys", "cpus", "said"),
+    [
+        ({"cpus_per_task": 12}, 96, None),
+        ({"cpus_per_task": 16}, 96, "which ask for 16 each: set slurm.cpus_per_task=12."),
+        ({}, 96, "set slurm.cpus_per_task=12, or the GPU may wait"),
+        ({"exclusive": True}, 96, None),
+        ({"options": ["--cpus-per-gpu=6"]}, 96, None),
+        ({"exclusive": True}, 24, "less than 4 for its kernels"),
+        ({"cpus_per_task": 2}, 4, "ask for another partition"),
+    ],
+)
+def test_too_few_cpus_for_the_gpus_of_a_node_are_noted(keys, cpus, said):
+    note = SlurmConfig(gres="gpu:h100:8", partition="big", **keys).note_on_cpus(cpus)
+    if said is None:
+        assert note is None
+    else:
+        assert f"partition big have {cpus} CPUs for 8 ranks" in note
+        assert said in note
+
+
+def test_ranks_on_cpus_choose_their_own_number():
+    assert SlurmConfig(tasks_per_node=4).note_on_cpus(4) is None
+
+
+@pytest.mark.parametrize(
     ("keys", "problem"),
     [
         (

@@ -56,6 +56,17 @@ def test_a_node_is_lost_when_slurm_took_it_from_the_job_even_if_it_came_back(com
     assert queue.lost("7", ["n1", "n2", "n3", "n4"]) == ["n2", "n3"]
 
 
+def test_the_cpus_of_the_smallest_node_of_a_partition(commands):
+    commands(
+        sinfo='case "$*" in *=gpu*) echo "gpu 96"; echo "gpu 64+" ;;'
+        ' *) echo "gpu 64"; echo "cpu* 128" ;; esac'
+    )
+    assert queue.cpus_of_nodes("gpu") == 64
+    assert queue.cpus_of_nodes(None) == 128
+    commands(sinfo="echo")
+    assert queue.cpus_of_nodes("gpu") is None
+
+
 def test_a_job_submitted_within_another_takes_over_nothing_of_it(commands, tmp_path, monkeypatch):
     of_the_other = ["SLURM_JOB_ID", "SLURM_NNODES", "SLURM_MEM_PER_CPU", "SLURMD_NODENAME", "RANK"]
     of_the_other += ["LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "PMI_RANK", "FORESCALE_ATTEMPT"]

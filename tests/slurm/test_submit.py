@@ -14,6 +14,7 @@ from forescale.errors import UserError
 from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitJob
 from forescale.slurm.login.snapshot import own_packages, pack_environment, write_code
+from forescale.slurm.submit import notes_on_cpus
 
 KEYS = ("machine=cpu", "slurm=lab", "train.micro_batch=4", "train.steps=200")
 
@@ -77,6 +78,22 @@ def test_gpus_are_asked_for_where_the_machine_has_some(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert main(["submit", "train", "x", "--dry-run"]) == 2
     assert "no GPU is requested, but machine is H100 SXM" in capsys.readouterr().err
+
+
+def test_the_plan_says_that_a_partition_has_few_cpus(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sinfo").write_text('#!/bin/sh\necho "big* 16"\n')
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).chmod(0o755)
+    job = compose(
+        SubmitJob, ["model=tiny", "slurm.gres=gpu:8", "train.global_batch=8", "train.micro_batch=1"]
+    )
+    assert notes_on_cpus(job) == []  # no SLURM here
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (note,) = notes_on_cpus(job)
+    assert "16 CPUs for 8 ranks" in note
+    (tmp_path / "sinfo").write_text("#!/bin/sh\nexit 1\n")
+    assert notes_on_cpus(job) == []
 
 
 def test_the_lead_is_at_least_the_grace_and_less_than_the_limit(submit):
