@@ -7,6 +7,7 @@ import torch
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.memory import activations
+from tests.matrix import FULL
 from tests.models.checks import kept_bytes
 from tests.models.test_flops import objective
 
@@ -68,10 +69,18 @@ CHANGES = [
 ]
 
 
+# Each change in both types, and with and without documents: in turns, and all with none.
+CASES = [
+    (change, dtype, documents)
+    for i, change in enumerate(CHANGES)
+    for dtype in (torch.float32, torch.bfloat16)
+    for documents in (False, True)
+    if FULL or not change or (i + documents + dtype.itemsize // 2) % 2
+]
+
+
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize(("change", "dtype", "documents"), CASES, ids=str)
 def test_activations_are_what_autograd_keeps(change, dtype, documents):
     """On a CPU, where RMSNorm is several kernels."""
     # Each size with some of the changes, and all with none.
