@@ -25,11 +25,11 @@ def _save(case, folder):
     return small.train(engine, range(3, 6))
 
 
-def load(cases, sources, folder):
-    """Load every source into an engine of every case, that has trained on other weights; save it
-    again; then three steps. Returns the losses by "case<source"."""
+def load(pairs, folder):
+    """Load sources into an engine of each case, that has trained on other weights; save it again;
+    then three steps. pairs: (case, its sources). Returns the losses by "case<source"."""
     results = {}
-    for case in cases:
+    for case, sources in pairs:
         engine = small.build(*case[:3], None, case[3], seed=2)
         small.train(engine, range(10, 12))
         for source in sources:
