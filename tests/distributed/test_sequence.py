@@ -15,7 +15,7 @@ from tests.distributed import ranks
 from tests.distributed import sequence_scenarios as scenario
 from tests.matrix import FULL
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 STEPS, BIASED = 4, "model.moe_bias_speed=0.01"
 CLIP = "optimizer.clip=0.5"
@@ -30,7 +30,7 @@ MIXERS = [
     [0, "model.position=alibi", "model.qk_norm_over=layer", "model.z_loss=0.001"],
     [0, "model.position=relative", "model.num_kv_heads=1"],
     [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
-    [0, "model.activation_checkpointing=true"],
+    [0, "model.activation_checkpointing=true", "model.mlp_chunk=3"],  # as for long windows
     [0, "model.causal=false", "objective.kind=masked", "model.head=dense"],
     [
         0,
@@ -87,7 +87,7 @@ def plain_gradients(case):
 )
 def test_every_stage_trains_a_divided_sequence_as_one_rank(size, near, documents):
     arguments = {"cases": STAGES, "near": near, "steps": STEPS, "documents": documents}
-    found = ranks.run("sequence_scenarios:trained", size, **arguments)
+    found = ranks.run("sequence_scenarios:trained", size, 580, **arguments)
     expected, held_out = plainly(STAGES[0], documents)
     assert any(norm > 0.5 for _, norm in expected), "clipping must take part"
     for case, (rows, scores) in zip(STAGES, found, strict=True):
@@ -97,7 +97,7 @@ def test_every_stage_trains_a_divided_sequence_as_one_rank(size, near, documents
 
 
 def test_gradients_of_each_mixer_are_those_of_one_rank():
-    found = ranks.run("sequence_scenarios:gradients", 2, cases=MIXERS, near=2)
+    found = ranks.run("sequence_scenarios:gradients", 2, 580, cases=MIXERS, near=2)
     for case, gradients in zip(MIXERS, found, strict=True):
         for name, plain in plain_gradients(case).items():
             torch.testing.assert_close(
@@ -112,7 +112,7 @@ COSTS += [[1, "model.num_kv_heads=2", WIDE, "documents"]]
 
 @pytest.mark.parametrize("near", [2, *[4] * FULL])
 def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
-    found = ranks.run("sequence_scenarios:costs", near, cases=COSTS, near=near)
+    found = ranks.run("sequence_scenarios:costs", near, 580, cases=COSTS, near=near)
     for case, (kept, sent, calls) in zip(COSTS, found, strict=True):
         job = scenario.job_of(case, near, near)
         planned = [c for c in collectives(job, inventory(job), near) if c.kind == "all_to_all"]
@@ -124,6 +124,7 @@ def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
 
 def test_a_block_with_its_exchange_is_one_graph():
     cases = [[1, *GROUPED], [1, CLIP, "model.mixer=window", "model.window=5"]]
+    cases += [[2, CLIP, "model.activation_checkpointing=true", "model.mlp_chunk=3"]]
     arguments = {"near": 2, "steps": 2, "documents": True, "compiled": True}
     found = ranks.run("sequence_scenarios:trained", 2, cases=cases, **arguments)
     for case, (rows, _) in zip(cases, found, strict=True):
