@@ -20,7 +20,7 @@ from forescale.errors import UserError
 
 # As in pyproject.toml, for a checkout that isn't installed.
 SUPPORTED = {
-    "torch": ">=2.9",
+    "torch": ">=2.10",
     "deepspeed": ">=0.19.8,<0.20",
     "accelerate": ">=1.10,<2",
 }
