@@ -102,7 +102,7 @@ def test_plan_estimates_what_takes_long_to_count(data, tmp_path, forescale, monk
     plan = json.loads(printed)
     assert code == 0
     assert any("pairs of the data are not counted yet" in note for note in plan["notes"])
-    assert plan["evaluation"] is None
+    assert plan["evaluation"]["at_end"] is None
     tokens = 100 * plan["config"]["train"]["global_batch"] * 14
     assert plan["sources"][0]["epochs"] == pytest.approx(
         tokens / open_dataset(data).split("train").num_tokens
