@@ -121,3 +121,73 @@ def _trained(case, steps):
     held_out = [x for part in world.gather(held_out) for x in part]
     biases = world.gather([block.mlp.bias_steps.tolist() for block in engine.module.blocks])
     return {"states": states, "rows": rows, "held_out": held_out, "biases": biases}
+
+
+def checked(cases):
+    """For each case: what the self-check says in two steps, and after one bit of a weight of the
+    last rank's own experts has flipped."""
+    from forescale.engine.selfcheck import SelfCheck, fault_of
+
+    results = []
+    for case in cases:
+        engine, said = build(case), []
+        check = SelfCheck(engine, "here", exact=True)
+
+        def before_update(data, losses, engine=engine, said=said, check=check):
+            if data.step == 2 and engine.world.rank == engine.world.size - 1:
+                own = engine.module.blocks[0].mlp.up.weight.detach()
+                own.view(-1).view(torch.int32)[5] ^= 1
+            said.append(fault_of(check(data, losses)))
+
+        for step in range(3):
+            data = batch(step, engine.world.rank, engine.world.size)
+            engine.train_step(data, 1.0, before_update=before_update)
+        results.append(said)
+    return results
+
+
+def saved(cases, folder):
+    """Train each case three steps and save; then two steps more. Returns those losses and norms."""
+    return [_saved(case, folder) for case in cases]
+
+
+def _saved(case, folder):
+    from pathlib import Path
+
+    from forescale.checkpoint import writer
+    from forescale.checkpoint.reader import Position
+    from forescale.run.directory import Run
+
+    engine = build(case, seed=1)
+    _steps(engine, range(3))
+    run = Run(Path(folder) / f"{case[0]}-{case[1]}-{case[2]}-w{engine.world.size}")
+    writer.write(run, 1, writer.Snapshot.of(engine, Position(3, 24, 0), {}), engine.world)
+    return _steps(engine, range(3, 5))
+
+
+def loaded(cases, folder):
+    """Load a checkpoint into an engine that has trained on other weights; its state, and two steps.
+    cases: [case, the name of the source]."""
+    return [_loaded(case, source, folder) for case, source in cases]
+
+
+def _loaded(case, source, folder):
+    from pathlib import Path
+
+    from forescale.checkpoint import writer
+    from forescale.checkpoint.reader import Checkpoint
+
+    engine = build(case, seed=2)
+    _steps(engine, range(10, 12))
+    writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
+    return [whole(engine), _steps(engine, range(3, 5))]
+
+
+def _steps(engine, steps):
+    found = []
+    for step in steps:
+        data = batch(step, engine.world.rank, engine.world.size)
+        facts = engine.train_step(data, 1.0)
+        every = [x for part in engine.world.gather(facts.losses.tolist()) for x in part]
+        found.append([sum(every) / data.targets, facts.grad_norm])
+    return found

@@ -48,3 +48,38 @@ def test_divided_experts_train_as_those_of_one_rank(alone, size):
         for losses, expected in zip(own["held_out"], one["held_out"], strict=True):
             assert losses == pytest.approx(expected, rel=1e-5), case
         assert own["biases"] == one["biases"] * size, case
+
+
+def test_any_division_reads_the_checkpoint_of_any_other_with_its_moments(tmp_path):
+    """Of 1 rank, of 2 that divide the experts, of 4 in 2 groups: the same state in each, and the
+    steps after it as without a stop, to the bit where the division is the same."""
+    kinds = [[1, "adamw"], [2, "muon"]]
+    names = {size: [f"{s}-{k}-{min(2, size)}-w{size}" for s, k in kinds] for size in (1, 2, 4)}
+    after, states = {}, {}
+    for size in (1, 2, 4):
+        own = [[*kind, min(2, size)] for kind in kinds]
+        after[size] = ranks.run("expert_scenarios:saved", size, cases=own, folder=str(tmp_path))
+    for size in (1, 2, 4):
+        own = [[*kind, min(2, size)] for kind in kinds]
+        pairs = [[c, source[i]] for source in names.values() for i, c in enumerate(own)]
+        found = ranks.run("expert_scenarios:loaded", size, cases=pairs, folder=str(tmp_path))
+        for (_, source), (state, steps) in zip(pairs, found, strict=True):
+            of, kind = int(source[-1]), names[int(source[-1])].index(source)
+            assert state == states.setdefault(source, state), (source, size)
+            if of == size:
+                assert steps == after[of][kind], (source, size)
+            for row, expected in zip(steps, after[of][kind], strict=True):
+                assert row == pytest.approx(expected, rel=1e-5), (source, size)
+
+
+def test_parts_are_compiled_around_the_exchange():
+    cases = [[1, "adamw", 2], [1, "adamw", 2, CAPACITY, "model.activation_checkpointing=true"]]
+    for rows in ranks.run("expert_scenarios:compiled", 2, cases=cases, backend="aot_eager"):
+        for plain, compiled in zip(rows[:2], rows[2:], strict=True):
+            assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_self_check_compares_experts_among_the_ranks_that_have_the_same():
+    ((first, second, third),) = ranks.run("expert_scenarios:checked", 4, cases=[[1, "adamw", 2]])
+    assert (first, second) == (None, None)
+    assert "1 on here, 3 on here" in third

@@ -95,6 +95,9 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     if not isinstance(job.model, ModelConfig):
         what = "a model of your own is not divided"
         return [(name, what, f"write {name}=1, or choose a model of conf/model") for name in names]
+    if mesh.experts > 1:
+        what = "experts are divided among ranks that are each fed windows of their own"
+        return [("engine.expert_parallel", what, f"leave it out, or {' and '.join(names)}")]
     length = job.train.sequence_length
     if job.model.problems(sequence_length=length):
         return []  # reported with the model's

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from forescale.engine.step import Engine, split_penalty
+from forescale.models.parallel.whole import whole_of
 
 REPLAYS = 8  # where bits may differ; 2 where they must not
 _FACTOR = 200.0  # times the usual deviation of a replay
@@ -50,13 +51,16 @@ _ODD = 0x9E3779B97F4A7C15  # makes the hash depend on the parameter (golden rati
 
 @dataclass(frozen=True)
 class Finding:
-    """The result on one rank. fault: a sentence, or None; weights: the hash of the weights, or None
-    at stage 3."""
+    """The result on one rank. fault: a sentence, or None; weights: the hash of the weights that all
+    ranks have, or None at stage 3; own: of those that ranks divide (experts, matrices), which the
+    ranks of the same `part` have."""
 
     rank: int
     host: str
     fault: str | None
     weights: int | None
+    own: int | None = None
+    part: int = 0
 
 
 class Noise:
@@ -137,7 +141,9 @@ class SelfCheck:
         """
         world = self.engine.world
         fault = self._fault(batch, losses[0])
-        mine = (world.rank, self.host, fault, self._weights_hash())
+        hashes = (self._weights_hash(), self._weights_hash(divided=True))
+        part = max(whole_of(p).part for p in self.engine.names)  # the same of all, else 0
+        mine = (world.rank, self.host, fault, *hashes, part)
         return [Finding(*fields) for fields in world.gather(mine)]
 
     def _fault(self, batch, loss: Tensor) -> str | None:
@@ -194,13 +200,15 @@ class SelfCheck:
         return next((p for p in trained if p.dim() == 1), trained[0])
 
     @torch.no_grad()
-    def _weights_hash(self) -> int | None:
-        """Return a hash of the bits of all parameters as the forward uses them; any flipped bit
-        changes it."""
+    def _weights_hash(self, divided: bool = False) -> int | None:
+        """Return a hash of the bits of the parameters that all ranks have, as the forward uses
+        them, or of those that ranks divide; any flipped bit changes it."""
         if self.partitioned:
             return None
         total = 0
         for i, p in enumerate(self.engine.names):
+            if (whole_of(p).parts > 1) != divided:
+                continue
             bits = p.detach().reshape(-1).view(_INTEGERS[p.element_size()])
             total += int(bits.sum(dtype=torch.int64)) * (_ODD * (i + 1) | 1)
         return total % 2**64
@@ -218,14 +226,22 @@ def _are_equal(values: list[Tensor]) -> bool:
 def fault_of(findings: list[Finding]) -> str | None:
     """Return one sentence that names the faulty rank and host, or None if nothing was found."""
     faults = [f"rank {f.rank} on {f.host}: {f.fault}" for f in findings if f.fault]
-    hashes = [f.weights for f in findings]
-    if len(set(hashes)) > 1:
-        usual = max(set(hashes), key=hashes.count)
-        if hashes.count(usual) * 2 > len(hashes):
-            odd = [f for f in findings if f.weights != usual]
-            where = [f"rank {f.rank} on {f.host}" for f in odd]
-            faults += [f"{one}: its weights differ from the others'" for one in where]
-        else:
-            names = ", ".join(f"{f.rank} on {f.host}" for f in findings)
-            faults.append(f"the weights of ranks {names} differ, where all must be equal")
+    faults += _differing_weights(findings, [f.weights for f in findings])
+    for part in sorted({f.part for f in findings}):
+        same = [f for f in findings if f.part == part]
+        faults += _differing_weights(same, [f.own for f in same])
     return "; ".join(faults) or None
+
+
+def _differing_weights(findings: list[Finding], hashes: list[int | None]) -> list[str]:
+    """Return a sentence for each rank whose hash is not that of most, or one for all; [] if all are
+    equal."""
+    if len(set(hashes)) <= 1:
+        return []
+    usual = max(set(hashes), key=hashes.count)
+    if hashes.count(usual) * 2 > len(hashes):
+        odd = [f for f, own in zip(findings, hashes, strict=True) if own != usual]
+        where = [f"rank {f.rank} on {f.host}" for f in odd]
+        return [f"{one}: its weights differ from the others'" for one in where]
+    names = ", ".join(f"{f.rank} on {f.host}" for f in findings)
+    return [f"the weights of ranks {names} differ, where all must be equal"]

@@ -107,3 +107,10 @@ def test_ranks_that_divide_matrices_are_fed_the_same_windows():
     assert compose(TrainJob, both).mesh(8).data == 1
     (what,) = problems(*both, "model.num_heads=4").values()
     assert what.startswith("2 ranks don't divide the model's 1 heads")
+
+
+@pytest.mark.parametrize("axis", ["sequence", "tensor"])
+def test_ranks_divide_experts_or_windows_and_matrices(axis):
+    command = [f"engine.{axis}_parallel=2", "engine.expert_parallel=2", "launch.processes=4"]
+    found = problems(*command, "model.mlp=moe", "optimizer=adamw", "train.global_batch=16")
+    assert [*found] == ["engine.expert_parallel"]

@@ -3,6 +3,7 @@
 Real ranks: tests/distributed/test_selfcheck.py.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,3 +153,11 @@ def test_a_rank_with_another_weight_is_named_whatever_its_kernels_promise():
         for rank, checked in enumerate(ranks)
     ]
     assert fault_of(findings) == "rank 1 on here: its weights differ from the others'"
+
+
+def test_weights_that_ranks_divide_are_compared_among_those_that_have_the_same():
+    healthy = [Finding(rank, "here", None, 5, own=7 + rank % 2, part=rank % 2) for rank in range(6)]
+    assert fault_of(healthy) is None
+    odd = replace(healthy[3], own=9)
+    findings = [*healthy[:3], odd, *healthy[4:]]
+    assert fault_of(findings) == "rank 3 on here: its weights differ from the others'"
