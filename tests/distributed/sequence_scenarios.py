@@ -125,7 +125,9 @@ class Sent(TorchDispatchMode):
     kinds = ("all_to_all_single", "all_reduce")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in [getattr(torch.ops._c10d_functional, kind).default for kind in self.kinds]:
+        counted = [getattr(torch.ops._c10d_functional, kind).default for kind in self.kinds]
+        # The counts of experts are a few integers.
+        if func in counted and args[0].is_floating_point():
             self.calls += 1
             self.bytes += args[0].numel() * args[0].element_size()
         return func(*args, **(kwargs or {}))
