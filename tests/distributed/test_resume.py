@@ -76,6 +76,16 @@ def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, parts, stag
     assert cut == whole
 
 
+def test_a_model_of_divided_experts_resumes_bit_for_bit(dataset, tmp_path):
+    """With held-out losses, for which all ranks of a group call the model equally often."""
+    command = (f"data.path={dataset}", *TWO, "engine=zero1", "engine.expert_parallel=2")
+    command += ("model.mlp=moe", "model.moe_scores=sigmoid", "model.moe_bias_speed=0.01")
+    command += ("train.steps=8", "validation.every=8", "checkpoint.every=3", "train.compile=off")
+    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=5)
+    assert len(whole) == 8
+    assert cut == whole
+
+
 def test_a_run_resumes_at_other_stages_and_world_sizes(dataset, tmp_path):
     base = ("run.name=moving", f"data.path={dataset}", *LENGTH)
     launching.train(tmp_path, "run.name=still", *base[1:], "launch.processes=1", "engine=zero1")
