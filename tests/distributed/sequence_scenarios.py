@@ -56,7 +56,6 @@ def batch(step, rank, size, documents=False):
 
 def build(case, near):
     from accelerate.state import AcceleratorState
-    from deepspeed.utils import groups
 
     from forescale.engine.build import build_engine, partition_of
     from forescale.engine.deepspeed_config import deepspeed_config
@@ -64,7 +63,6 @@ def build(case, near):
     from forescale.models import Transformer
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
-    groups.mpu = None
     size = int(os.environ["WORLD_SIZE"])
     job = job_of(case, size, near)
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))

@@ -234,10 +234,11 @@ class Engine:
 
 def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
     """Return DeepSpeed's engine of a model."""
-    if world.tensor.size == 1:
-        return world.accelerator.prepare(model, optimizer)[0]
     import deepspeed
 
+    deepspeed.utils.groups.mpu = None  # left by an earlier engine of this process
+    if world.tensor.size == 1:
+        return world.accelerator.prepare(model, optimizer)[0]
     # Accelerate hands over no Mpu, except for models of transformers.
     config = world.accelerator.state.deepspeed_plugin.deepspeed_config
     more = {"model": model, "optimizer": optimizer, "config_params": config}
