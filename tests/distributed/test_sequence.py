@@ -30,7 +30,7 @@ MIXERS = [
     [0, "model.position=alibi", "model.qk_norm_over=layer", "model.z_loss=0.001"],
     [0, "model.position=relative", "model.num_kv_heads=1"],
     [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
-    [0, "model.activation_checkpointing=true"],
+    [0, "model.activation_checkpointing=full"],
     [0, "model.causal=false", "objective.kind=masked", "model.head=dense"],
     [
         0,

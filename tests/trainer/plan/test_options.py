@@ -74,6 +74,6 @@ def test_the_longest_window_fits_and_a_longer_one_does_not():
     # Its activations are divided; but for outputs that came back, so is what fits.
     divided, _, _ = longest("engine.sequence_parallel=8")
     assert 6 * found < divided < 8 * found
-    whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=false")
+    whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=none")
     chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp_chunk=4096")
     assert whole < divided < chunks
