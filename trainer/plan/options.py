@@ -247,7 +247,10 @@ def more_checkpointing(job: TrainJob) -> list[str]:
     """Return the choices of activation checkpointing that keep less, the cheapest first."""
     if not isinstance(job.model, ModelConfig):
         return []
-    known = [*CHECKPOINTINGS]
+    mesh = job.mesh(1)
+    divides = max(mesh.sequence, mesh.tensor, mesh.experts) > 1
+    is_refused = divides or job.model.mlp_chunk is not None
+    known = [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
     return known[known.index(job.model.activation_checkpointing) + 1 :]
 
 
