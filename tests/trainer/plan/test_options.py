@@ -54,6 +54,7 @@ def longest(*words):
     """The longest window that fits, and the options and the job that say so."""
     command = [
         "model=llama-1b",
+        "model.activation_checkpointing=full",
         "machine=h100-sxm",
         "plan.gpus=8",
         "engine=zero2",
