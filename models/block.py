@@ -1,14 +1,30 @@
 """A block of the transformer, made of the modules that its cost records name, and its mixer's view.
 
 Invariant: a block knows no mixer and no MLP by name.
+
+Selective activation checkpointing keeps the results of matrices and of attention kernels, and makes
+all else (norms, activation functions, rotations, sums) again in the backward pass: most of the
+memory for little time. Products of batches, such as those inside Gated DeltaNet, are made again:
+their results are larger than what they come from. So is attention with dropout: what is not
+computed draws no random numbers, and the dropout after it would have another mask.
+
+That checkpoint is inside of what is compiled: the compiler sees a block's operations, and decides
+by the same policy. At ZeRO stage 3 it is inside of the hooks of a block, whose weights are there
+when its backward pass makes the rest again.
 """
 
 import importlib
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from forescale.models.config import ModelConfig
 from forescale.models.experts.balance import Routing
@@ -16,6 +32,15 @@ from forescale.models.flops import layers_of, parts_of
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import scales
+
+# Names, because a build of torch has the kernels of its own devices.
+_MATRICES = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "forescale::grouped_times")
+_KERNELS = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+)
 
 
 def named(dotted: str) -> Any:
@@ -78,12 +103,19 @@ class Block(nn.Module):
         self.norms_sum = config.norm_placement == "residual"
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = scales(config).residual
+        self.is_selective = config.activation_checkpointing == "selective"
+        self.drops = config.dropout > 0
 
     def forward(self, x_BLD: Tensor, *context: Any) -> Any:
         """Return the output of the block. context: the fields of a Context, as separate arguments.
 
         Activation checkpointing tracks only tensors that are direct arguments.
         """
+        if self.is_selective and Context(*context).memory is None and torch.is_grad_enabled():
+            return keeping_products(self._through, self.training and self.drops, x_BLD, *context)
+        return self._through(x_BLD, *context)
+
+    def _through(self, x_BLD: Tensor, *context: Any) -> Any:
         own, more = Context(*context), []
         y_BLD = self.mixer(normed(self.mixer_norm, x_BLD), own)
         if self.gives_values:
@@ -139,3 +171,40 @@ def passed(
 def normed(norm: nn.Module | None, x_BLD: Tensor) -> Tensor:
     """Return norm(x), or x where there is no norm."""
     return x_BLD if norm is None else norm(x_BLD)
+
+
+@cache
+def kept_operations(drops: bool) -> frozenset[Any]:
+    """Return the operations whose results are kept; drops: attention has dropout."""
+    names = _MATRICES if drops else (*_MATRICES, *_KERNELS)
+    spaces = [(getattr(torch.ops, name.split("::")[0]), name.split("::")[1]) for name in names]
+    kept = {getattr(space, name).default for space, name in spaces if hasattr(space, name)}
+    return frozenset(kept if drops else {*kept, torch.ops.higher_order.flex_attention})
+
+
+def _policy(kept: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in kept:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def contexts(drops: bool) -> tuple[Any, Any]:
+    """Return the contexts of the forward pass and of what is made again, as torch's checkpoint
+    takes them."""
+    found: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy(kept_operations(drops)))
+    return found
+
+
+def keeping_products(through: Callable[..., Any], drops: bool, *args: Any) -> Any:
+    """Return through(*args), of which the backward pass makes all again but the products.
+
+    Tensors of args count only where they are arguments themselves.
+    """
+
+    def made() -> tuple[Any, Any]:
+        return contexts(drops)
+
+    return checkpoint(through, *args, use_reentrant=False, context_fn=made)

@@ -145,8 +145,9 @@ class ModelConfig:
     # Columns of a row that an MLP computes at once, and again in the backward pass; None: all, and
     # nothing again.
     mlp_chunk: int | None = field(default=None, metadata=_NUMERICS)
-    # Keep only the input of each layer, and compute the rest again in the backward pass.
-    activation_checkpointing: bool = field(default=False, metadata=_NUMERICS)
+    # none | selective | full: what the backward pass computes again instead of keeping it: of each
+    # layer all but matrix products and attention, or all but its input.
+    activation_checkpointing: str = field(default="none", metadata=_NUMERICS)
     init_std: float | None = None  # None: see models/parametrization.py
     parametrization: str = "standard"  # standard | mup | completep
     base_width: int = 256  # mup, completep: width for which optimizer.learning_rate was tuned

@@ -299,15 +299,21 @@ def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:
     """Return the recomputed FLOPs of one token, which `flops_per_token` does not count.
 
     These are the head's forward pass for a loss in chunks, what a mixer's backward pass makes again
-    (Part.recomputed) and, with activation checkpointing, the forward pass of every layer.
+    (Part.recomputed) and, with activation checkpointing, the forward pass of every layer, or of
+    what selective checkpointing doesn't keep (Part.made_again).
     """
     s, heads = config.sizes, 1 + config.mtp_layers
     share = columns_of(config, config.encoder_layers, sequence_length) / sequence_length
     head = 2 * s.vocab_size * s.width * share * heads
-    layers = flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
-    layers -= config.mtp_layers * _join_flops(config)
+    found = head * (config.loss_chunk != 0)
+    is_selective = config.activation_checkpointing == "selective"
+    if config.activation_checkpointing == "full":
+        found += flops_per_token(config, sequence_length) / 3 - _head_flops(config) * share * heads
+        found -= config.mtp_layers * _join_flops(config)
+
+    def again(part: Part) -> int:
+        selected = part.made_again(config, sequence_length) if is_selective else 0
+        return part.recomputed(config, sequence_length) + selected
+
     last = parts_of(config, config.num_blocks - 1).values()
-    parts = _sum(config, lambda part: part.recomputed(config, sequence_length))
-    parts += config.mtp_layers * sum(part.recomputed(config, sequence_length) for part in last)
-    again = layers * config.activation_checkpointing
-    return head * (config.loss_chunk != 0) + parts + again
+    return found + _sum(config, again) + config.mtp_layers * sum(map(again, last))

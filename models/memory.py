@@ -20,8 +20,8 @@ _DIVIDED = ("width", "num_heads", "num_kv_heads", "mlp_width")
 class Activations:
     """Bytes that the forward pass of a micro-batch keeps, and those that the backward pass adds."""
 
-    layers: int  # of all layers; with activation checkpointing only the layers' inputs
-    again: int  # what is being recomputed: a layer with activation checkpointing, a chunk of an MLP
+    layers: int  # of all layers; with activation checkpointing their inputs, and kept products
+    again: int  # what is recomputed at a time: at most a layer, or a chunk of an MLP
     head: int  # input and output of the final norm, and what a dense head keeps
     logits: int  # of a chunk of the loss: logits, fp32 gradient, rounded gradient; kept_logits
     mask: int  # of documents, padding, alibi or a mixer's view, shared by layers
@@ -91,13 +91,19 @@ def activations(
             columns, [every[i] for i in blocks], [plain[i] for i in blocks], strict=True
         )
     ]
-    kept = b * s.width * sum(columns) if config.activation_checkpointing else sum(layers)
-    if config.activation_checkpointing and config.value_residual:  # an input of the later layers
+    again = config.activation_checkpointing != "none"
+    kept = b * s.width * sum(columns) if again else sum(layers)
+    if config.activation_checkpointing == "selective":
+        for count, i in zip(columns, blocks, strict=True):
+            kept += count * sum(p.selected(inner, b) for p in every[i].values())
+            kept += source * sum(p.selected_source(config, b) for p in every[i].values())
+    # An input of the later layers; as the result of a matrix it is counted already.
+    if config.activation_checkpointing == "full" and config.value_residual:
         kept += b * inner.sizes.kv_width * columns[0]
     if config.embedding_norm:
         kept += norm * s.width * columns[0]
     if config.has_encoder:  # its output, and the norm before it
-        is_kept = config.norms_stream and not config.activation_checkpointing
+        is_kept = config.norms_stream and not again
         kept += source * s.width * (b + norm * is_kept)
     tokens, dense, heads = columns[-1], config.head == "dense", 1 + config.mtp_layers
     # Both inputs of a module for later tokens before their norms, and joined behind them.
@@ -108,10 +114,9 @@ def activations(
     mask = b * squares * _masks(of_rank(inner, ranks), micro_batch, masked, fused_norms)
     if config.position == "relative":  # buckets in int64, and who sees whom
         mask += 9 * squares * (micro_batch if masked else 1)
-    again = max(layers) if config.activation_checkpointing else 0
     return Activations(
         layers=kept,
-        again=again + _chunk(inner, micro_batch, b),
+        again=(max(layers) if again else 0) + _chunk(inner, micro_batch, b),
         head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
         logits=chunk * rows * (2 * b + 4) + (heads - 1) * kept_logits,
         mask=mask + sum(view for _, view in plain),

@@ -20,6 +20,7 @@ NORM_PLACEMENTS = ("pre", "post", "sandwich", "residual")
 HEADS = ("linear", "dense")
 QK_NORM_OVER = ("head", "layer")
 ATTENTION_GATES = ("none", "head", "channel")
+CHECKPOINTINGS = ("none", "selective", "full")
 PARAMETRIZATIONS = ("standard", "mup", "completep")
 
 HEAD_DIM = 64
@@ -139,6 +140,7 @@ def of_values(config: "ModelConfig") -> list[Problem]:
     choices += [("norm_placement", NORM_PLACEMENTS), ("qk_norm_over", QK_NORM_OVER)]
     choices += [("attention_gate", ATTENTION_GATES), ("head", HEADS)]
     choices += [("mixer_pattern", tuple(MIXERS)), ("parametrization", PARAMETRIZATIONS)]
+    choices += [("activation_checkpointing", CHECKPOINTINGS)]
     for name, known in choices:
         given = getattr(config, name)
         for value in given if isinstance(given, list) else [given]:
@@ -151,6 +153,9 @@ def of_values(config: "ModelConfig") -> list[Problem]:
     for name in ("z_loss", "loss_chunk", "logit_softcap"):
         if not 0 <= (getattr(config, name) or 0) < math.inf:
             found.append((name, "must be a number, not negative", "give 0 to switch it off"))
+    if config.mlp_chunk is not None and config.activation_checkpointing == "selective":
+        what = "an MLP in chunks makes its products again, which selective checkpointing keeps"
+        found.append(("mlp_chunk", what, "leave it out, or give activation_checkpointing=full"))
     if config.rope_fraction is not None and not 0 < config.rope_fraction <= 1:
         found.append(("rope_fraction", "is not a part of a head", "give above 0 to 1"))
     if not 0 <= config.dropout < 1:

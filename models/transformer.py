@@ -220,7 +220,7 @@ class Transformer(nn.Module):
             if viewer not in views:
                 views[viewer] = viewer(seen)
             context = context._replace(memory=memory, view=views[viewer])
-            recomputes = self.config.activation_checkpointing
+            recomputes = self.config.activation_checkpointing == "full"
             x_BLD, values, own = passed(block, x_BLD, context, recomputes)
             if values is not None:
                 context = context._replace(values=values)

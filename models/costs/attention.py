@@ -59,6 +59,17 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     return kernel + (norm_bytes * heads if config.qk_norm else 0)
 
 
+def kernel_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
+    """Return the bytes of the output and its normaliser; none with dropout, where attention is made
+    again (models/selective.py)."""
+    s = config.sizes
+    return 0 if config.dropout else bytes_per_value * s.width + 4 * s.num_heads
+
+
+def _made_again(config: "ModelConfig", sequence_length: int) -> int:
+    return scores_flops(config, sequence_length, False) if config.dropout else 0
+
+
 def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
     """Return the bytes of the keys and values of all tokens."""
     return 2 * config.sizes.kv_width * length * bytes_per_value
@@ -113,6 +124,8 @@ ATTENTION = Part(
     shapes=_shapes,
     flops=_flops,
     activation_bytes=_activation_bytes,
+    kernel_bytes=kernel_bytes,
+    made_again=_made_again,
     cache_bytes=_cache_bytes,
     writes=("output",),
     per_head=("query_norm", "key_norm"),

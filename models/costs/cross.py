@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from forescale.models.costs.attention import ATTENTION, gates
-from forescale.models.costs.record import Part, Shapes, matrix_flops
+from forescale.models.costs.record import Part, Shapes, matrix_flops, outputs
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -43,6 +43,19 @@ def _source_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) 
     return config.sizes.kv_width * (2 * bytes_per_value + norm)
 
 
+def _selected_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
+    results = bytes_per_value * outputs(_split(config)[0])
+    return results + ATTENTION.kernel_bytes(config, bytes_per_value)
+
+
+def _selected_source(config: "ModelConfig", bytes_per_value: int) -> int:
+    return bytes_per_value * outputs(_split(config)[1])
+
+
+def _made_again(config: "ModelConfig", source_length: int) -> int:
+    return 4 * config.sizes.width * source_length if config.dropout else 0
+
+
 CROSS = Part(
     module="forescale.models.mixers.cross.CrossAttention",
     shapes=ATTENTION.shapes,
@@ -50,6 +63,9 @@ CROSS = Part(
     activation_bytes=_activation_bytes,
     source_flops=_source_flops,
     source_bytes=_source_bytes,
+    selected_bytes=_selected_bytes,
+    selected_source=_selected_source,
+    made_again=_made_again,
     cache_bytes=ATTENTION.cache_bytes,
     writes=ATTENTION.writes,
     per_head=ATTENTION.per_head,

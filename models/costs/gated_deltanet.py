@@ -64,6 +64,11 @@ def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
     return matrix_flops(_shapes(config)) - (-heads * of_chunks // sequence_length)
 
 
+def _made_again(config: "ModelConfig", sequence_length: int) -> int:
+    """Return the FLOPs of the chunks' products."""
+    return _flops(config, sequence_length, False) - matrix_flops(_shapes(config))
+
+
 def _recomputed(config: "ModelConfig", sequence_length: int) -> int:
     """Return the FLOPs that the backward pass makes again: all of a chunk's products that come
     before its outputs, less one that it saves because keys' scores with keys are symmetric."""
@@ -105,6 +110,7 @@ GATED_DELTANET = Part(
     shapes=_shapes,
     flops=_flops,
     recomputed=_recomputed,
+    made_again=_made_again,
     activation_bytes=_activation_bytes,
     cache_bytes=_cache_bytes,
     writes=("output",),

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.attention import ROTATION, plain_bytes, scores_flops
+from forescale.models.costs.attention import ATTENTION, ROTATION, plain_bytes, scores_flops
 from forescale.models.costs.record import (
     Part,
     Problem,
@@ -116,6 +116,8 @@ LATENT = Part(
     shapes=_shapes,
     flops=_flops,
     activation_bytes=_activation_bytes,
+    kernel_bytes=ATTENTION.kernel_bytes,
+    made_again=ATTENTION.made_again,
     cache_bytes=_cache_bytes,
     writes=("output",),
     per_head=("latent_norm", "query_norm"),

@@ -68,6 +68,16 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     return int(router + pairs + rows) + 4 * b * c.moe_shared * c.expert_width
 
 
+def _selected_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
+    """Return the bytes of the router's logits in fp32, of the results of each expert's matrices for
+    its rows, and of those of the shared ones."""
+    c, width = config, config.sizes.width
+    rows = c.moe_top_k * (c.moe_capacity or 1.0)
+    shared = (2 * c.moe_shared * c.expert_width + width) * (c.moe_shared > 0)
+    results = rows * (2 * c.expert_width + width) + shared
+    return 4 * c.moe_experts + int(bytes_per_value * results)
+
+
 def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     """Return the broken rules of the keys moe_*: of their values, then among the sizes."""
     return _of_values(c) or _of_sizes(c, full)
@@ -147,6 +157,7 @@ MOE = Part(
     shapes=_shapes,
     flops=_flops,
     activation_bytes=_activation_bytes,
+    selected_bytes=_selected_bytes,
     writes=("down", "shared.down"),
     not_muon=("router.weight",),
     stacked=("gate.weight", "up.weight", "down.weight"),

@@ -78,6 +78,12 @@ class Part:
         token in one layer. norm_bytes: bytes per value of the input of an RMS norm.
     chunk_bytes: (config, bytes_per_value) -> bytes that an MLP keeps of one token while a chunk of
         config.mlp_chunk columns is computed again in the backward pass.
+    kernel_bytes: (config, bytes_per_value) -> bytes of a token's results of an attention kernel,
+        which selective checkpointing keeps, beside those of its matrices.
+    selected_bytes: (config, bytes_per_value) -> bytes of all that it keeps of a token, where that
+        is not a result of each matrix and kernel_bytes; of a source's token, selected_source.
+    made_again: (config, sequence_length) -> forward FLOPs of one token in one layer that it makes
+        again: those of no matrix and of no kernel.
     cache_bytes: (config, length, bytes_per_value) -> bytes that a decoding cache would keep of
         one sequence of `length` tokens in one layer, of attention to an encoder for a source of
         that length; `plan` shows it.
@@ -128,6 +134,10 @@ class Part:
     activation_bytes: Callable[["ModelConfig", int, int], int]
     writes: tuple[str, ...]
     chunk_bytes: Callable[["ModelConfig", int], int] = _no_chunk
+    kernel_bytes: Callable[["ModelConfig", int], int] = _none_again
+    selected_bytes: Callable[["ModelConfig", int], int] | None = None
+    selected_source: Callable[["ModelConfig", int], int] = _none_again
+    made_again: Callable[["ModelConfig", int], int] = _none_again
     cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
     recomputed: Callable[["ModelConfig", int], int] = _none_again
     source_flops: Callable[["ModelConfig"], int] = _no_source
@@ -154,11 +164,23 @@ class Part:
     is_gated: bool = False
     is_routed: bool = False
 
+    def selected(self, config: "ModelConfig", bytes_per_value: int) -> int:
+        """Return the bytes that selective checkpointing keeps of a token in one layer."""
+        if self.selected_bytes is not None:
+            return self.selected_bytes(config, bytes_per_value)
+        results = bytes_per_value * outputs(self.shapes(config))
+        return results + self.kernel_bytes(config, bytes_per_value)
+
 
 def linear(name: str, inputs: int, outputs: int, bias: bool) -> Shapes:
     """Return the shapes of an init.Linear called `name`."""
     weight: Shapes = {f"{name}.weight": (outputs, inputs)}
     return weight | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def outputs(shapes: Shapes) -> int:
+    """Return the values that one token becomes where it is multiplied by each matrix once."""
+    return sum(shape[0] for shape in shapes.values() if len(shape) == 2)
 
 
 def matrix_flops(shapes: Shapes) -> int:

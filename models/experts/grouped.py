@@ -16,37 +16,42 @@ class GroupedLinear(nn.Module):
 
     weight (E, out, in) is drawn with standard deviation `std`, as in init.Linear. Muon
     orthogonalises each of its matrices: DeepSpeed's iterations work on the last two axes, and its
-    scale is of their sizes. No biases.
+    scale is of their sizes. No biases. as_one: the product is one operation for torch, which
+    selective activation checkpointing can keep.
     """
 
-    def __init__(self, num_groups: int, num_in: int, num_out: int, std: float):
+    def __init__(
+        self, num_groups: int, num_in: int, num_out: int, std: float, as_one: bool = False
+    ):
         super().__init__()
+        self.as_one = as_one
         self.weight = nn.Parameter(torch.empty(num_groups, num_out, num_in).normal_(0, std))
 
     def forward(self, rows_MI: Tensor, ends_E: Tensor) -> Tensor:
-        return _Grouped.apply(rows_MI, self.weight, ends_E)
+        return _Grouped.apply(rows_MI, self.weight, ends_E, self.as_one)
 
 
 class _Grouped(torch.autograd.Function):
     """Saves the parameter itself and no view of it, so that ZeRO-3 can release it meanwhile."""
 
     @staticmethod
-    def forward(ctx: Any, rows_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor, as_one: bool
+    ) -> Tensor:
         ctx.save_for_backward(rows_MI, weight_EOI, ends_E)
-        return _times(rows_MI, weight_EOI.mT, ends_E)
+        return _times(rows_MI, weight_EOI.mT, ends_E, as_one)
 
     @staticmethod
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_MI, weight_EOI, ends_E = ctx.saved_tensors
         grad_MO = grad_MO.contiguous()
-        return _times(grad_MO, weight_EOI, ends_E), _outer(grad_MO, rows_MI, ends_E), None
+        return _times(grad_MO, weight_EOI, ends_E), _outer(grad_MO, rows_MI, ends_E), None, None
 
 
-def _times(rows_MI: Tensor, matrix_EIO: Tensor, ends_E: Tensor) -> Tensor:
+def _times(rows_MI: Tensor, matrix_EIO: Tensor, ends_E: Tensor, as_one: bool = False) -> Tensor:
     """Return (M, O): each row times its group's matrix (I, O)."""
-    return (_times_op if torch.compiler.is_compiling() else _plain_times)(
-        rows_MI, matrix_EIO, ends_E
-    )
+    is_one = as_one or torch.compiler.is_compiling()
+    return (_times_op if is_one else _plain_times)(rows_MI, matrix_EIO, ends_E)
 
 
 def _outer(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor) -> Tensor:

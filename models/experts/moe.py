@@ -82,9 +82,10 @@ class MixtureOfExperts(nn.Module):
         self.config, scale = config, scales(config)
         experts, width, inner = config.moe_experts, config.sizes.width, config.expert_width
         self.router = Router(config)
-        self.gate = GroupedLinear(experts, width, inner, scale.hidden_std)
-        self.up = GroupedLinear(experts, width, inner, scale.hidden_std)
-        self.down = GroupedLinear(experts, inner, width, scale.writing_std)
+        as_one = config.activation_checkpointing == "selective"
+        self.gate = GroupedLinear(experts, width, inner, scale.hidden_std, as_one)
+        self.up = GroupedLinear(experts, width, inner, scale.hidden_std, as_one)
+        self.down = GroupedLinear(experts, inner, width, scale.writing_std, as_one)
         self.shared = MLP(config, config.moe_shared * inner) if config.moe_shared else None
         zeros = torch.zeros(experts, dtype=torch.int64) if config.moe_bias_speed else None
         self.register_buffer("bias_steps", zeros)

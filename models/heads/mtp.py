@@ -40,7 +40,7 @@ class MtpModule(nn.Module):
         self.join = Linear(2 * width, width, False, scales(config).hidden_std)
         self.block = Block(config, config.num_blocks - 1)
         self.norm = make_norm(config) if config.norms_stream else None
-        self.recomputes = config.activation_checkpointing
+        self.recomputes = config.activation_checkpointing == "full"
 
     def forward(
         self, hidden_BLD: Tensor, later_BLD: Tensor, *context: Any

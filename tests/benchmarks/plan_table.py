@@ -44,7 +44,7 @@ class Answer:
         if (o := self.best) is None:
             needs = [f"none fits: {self.least:,.0f} GiB at least", *[""] * 6]
             return [self.recipe, f"{self.gpus:,}", *needs, shown]
-        again = "yes" if getattr(o.job.model, "activation_checkpointing", False) else "no"
+        again = getattr(o.job.model, "activation_checkpointing", "none")
         speed = (o.step.tokens_per_second or 0.0) / self.gpus
         return [
             self.recipe,

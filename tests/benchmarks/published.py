@@ -156,7 +156,7 @@ class Row:
         """Tokens per second of a GPU by the step-time law."""
         seconds = self._seconds()
         if 0 < self.recomputed < 1:
-            again = self._seconds("model.activation_checkpointing=true")
+            again = self._seconds("model.activation_checkpointing=full")
             seconds += self.recomputed * (again - seconds)
         return self.batch * self.length / seconds / self.gpus
 

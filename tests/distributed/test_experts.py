@@ -73,7 +73,7 @@ def test_any_division_reads_the_checkpoint_of_any_other_with_its_moments(tmp_pat
 
 
 def test_parts_are_compiled_around_the_exchange():
-    cases = [[1, "adamw", 2], [1, "adamw", 2, CAPACITY, "model.activation_checkpointing=true"]]
+    cases = [[1, "adamw", 2], [1, "adamw", 2, CAPACITY, "model.activation_checkpointing=full"]]
     for rows in ranks.run("expert_scenarios:compiled", 2, cases=cases, backend="aot_eager"):
         for plain, compiled in zip(rows[:2], rows[2:], strict=True):
             assert compiled == pytest.approx(plain, rel=1e-5)

@@ -111,12 +111,13 @@ def test_states_are_the_tensors_of_real_ranks(size):
 
 FAR = "stage3_max_reuse_distance: 0, stage3_prefetch_bucket_size: 0"
 SOME = "stage3_max_reuse_distance: 4000, stage3_prefetch_bucket_size: 0"
-CHECKPOINTING = "model.activation_checkpointing=true"
+CHECKPOINTING = "model.activation_checkpointing=full"
+SELECTIVE = "model.activation_checkpointing=selective"
 TRAFFIC = [
     *[[stage, kind, "bf16"] for stage in range(4) for kind in ("adamw", "muon")],
     *[[3, kind, "bf16", zero(SMALL)] for kind in ("adamw", "muon")],
     *[[3, "adamw", "bf16", zero(SMALL, reuse), *more]
-      for reuse in (FAR, SOME) for more in ([], [CHECKPOINTING])],
+      for reuse in (FAR, SOME) for more in ([], [CHECKPOINTING], [SELECTIVE])],
     [3, "adamw", "bf16", zero(SMALL, SOME), "model.tie_embeddings=true"],
     *[[3, "adamw", "bf16", zero(SMALL, SOME), "model.mtp_layers=2", *more]
       for more in ([], [CHECKPOINTING, "model.tie_embeddings=true"])],

@@ -30,7 +30,7 @@ MIXERS = [
     [0, "model.position=alibi", "model.qk_norm_over=layer", "model.z_loss=0.001"],
     [0, "model.position=relative", "model.num_kv_heads=1"],
     [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
-    [0, "model.activation_checkpointing=true", "model.mlp_chunk=3"],  # as for long windows
+    [0, "model.activation_checkpointing=full", "model.mlp_chunk=3"],  # as for long windows
     [0, "model.causal=false", "objective.kind=masked", "model.head=dense"],
     [
         0,
@@ -124,7 +124,7 @@ def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
 
 def test_a_block_with_its_exchange_is_one_graph():
     cases = [[1, *GROUPED], [1, CLIP, "model.mixer=window", "model.window=5"]]
-    cases += [[2, CLIP, "model.activation_checkpointing=true", "model.mlp_chunk=3"]]
+    cases += [[2, CLIP, "model.activation_checkpointing=full", "model.mlp_chunk=3"]]
     arguments = {"near": 2, "steps": 2, "documents": True, "compiled": True}
     found = ranks.run("sequence_scenarios:trained", 2, cases=cases, **arguments)
     for case, (rows, _) in zip(cases, found, strict=True):

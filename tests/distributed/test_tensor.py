@@ -16,7 +16,7 @@ MODELS = [
     {"qk_norm": True, "bias": True, "mlp": "gelu"},
     {"mixer": "window", "window": 8, "attention_gate": "head", "z_loss": 1e-3, "loss_chunk": 16},
     {"mixer": "latent", "head": "dense", "qk_norm": False},
-    {"activation_checkpointing": True, "value_residual": 0.5, "tie_embeddings": True},
+    {"activation_checkpointing": "full", "value_residual": 0.5, "tie_embeddings": True},
     {"mtp_layers": 2, "mtp_weight": 0.3},
     {"vocab_size": 97, "logit_softcap": 5.0, "norm_placement": "sandwich"},
 ]
@@ -50,7 +50,7 @@ COSTS = [
     [0, "model.num_kv_heads=2", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"],
     [1, "model.mixer=window", "model.window=5", "model.attention_gate=channel", "documents"],
     [0, "model.mixer=latent", "model.qk_norm=false", "model.vocab_size=71"],
-    [1, "model.activation_checkpointing=true", "model.tie_embeddings=true"],
+    [1, "model.activation_checkpointing=full", "model.tie_embeddings=true"],
     [0, "model.value_residual=0.5", "model.loss_chunk=8", "model.mlp_chunk=4"],
 ]
 

@@ -67,7 +67,7 @@ def test_a_gate_of_a_head_multiplies_all_of_its_channels():
     torch.testing.assert_close(gated.view(2, 12, 4, 16), expected)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_later_layers_attend_to_values_mixed_with_those_of_the_first(checkpointing):
     """Against a loop over layers that keeps the first values in a variable, with gradients."""
     sizes = dict(num_layers=3, value_residual=0.25)

@@ -164,7 +164,7 @@ def trained_once(model, run, x):
 def test_activation_checkpointing_changes_no_gradient():
     torch.manual_seed(0)
     plain, x = Transformer(replace(SMALL, dropout=0.2)), tokens(3, L)
-    checkpointed = Transformer(replace(SMALL, dropout=0.2, activation_checkpointing=True))
+    checkpointed = Transformer(replace(SMALL, dropout=0.2, activation_checkpointing="full"))
     checkpointed.load_state_dict(plain.state_dict())
     found = []
     for model in (plain, checkpointed):
@@ -178,7 +178,7 @@ def test_activation_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize(
     "change",
     [
-        {"position": "learned", "norm": "layernorm", "activation_checkpointing": True},
+        {"position": "learned", "norm": "layernorm", "activation_checkpointing": "full"},
         pytest.param({}, marks=more),
     ],
 )

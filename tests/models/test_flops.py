@@ -127,13 +127,35 @@ def test_causal_flops_are_the_pairs_that_see_each_other():
     assert full - causal == (L * L - pairs) * a_pair
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("chunk", [0, 8])
 def test_what_is_computed_twice(checkpointing, chunk):
     config = replace(BASE, activation_checkpointing=checkpointing, loss_chunk=chunk)
     price = flops_per_token(config, 16) + flops_recomputed(config, 16)
-    if checkpointing:  # the last product of a layer isn't made again: nothing needs it
+    if checkpointing == "full":  # the last product of a layer isn't made again: nothing needs it
         price -= config.num_layers * 2 * 24 * 40
     if not chunk:
         assert flops_recomputed(replace(BASE, loss_chunk=0), 16) == 0
     assert price * 32 == counted(config, 2, 16)
+
+
+def test_selective_checkpointing_computes_no_kept_product_twice():
+    """Counted by torch with flash attention, whose results are kept, and which it doesn't count."""
+    for change, again in [
+        (dict(), 0),
+        (dict(mlp="gelu", num_kv_heads=1, bias=True), 0),
+        (dict(mixer="mingru"), 0),
+        (dict(mixer="gated_deltanet"), 1),
+    ]:
+        plain = replace(BASE, loss_chunk=0, **change)
+        config = replace(plain, activation_checkpointing="selective")
+        x = torch.zeros(2, 16, dtype=torch.long)
+        found = []
+        for one in (plain, config):
+            model = Transformer(one)
+            with FlopCounterMode(display=False) as counter:
+                objective(model(x, x)).backward()
+            found.append(counter.get_total_flops())
+        twice = flops_recomputed(config, 16) - flops_recomputed(plain, 16)
+        assert found[1] - found[0] == twice * 32
+        assert (twice > 0) == bool(again)

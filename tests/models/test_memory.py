@@ -56,11 +56,25 @@ CHANGES = [
     dict(mixer="window", window=20, global_tokens=4, num_kv_heads=1),
     dict(mixer="block_sparse", sparse_block=8),
     dict(mixer="block_sparse", sparse_block=16, sparse_local=2, sparse_pattern="bigbird"),
-    dict(activation_checkpointing=True),
+    dict(activation_checkpointing="full"),
+    *(
+        dict(more, activation_checkpointing="selective")
+        for more in (
+            dict(),
+            dict(num_kv_heads=1, qk_norm=False, mlp="gelu", bias=True),
+            dict(mixer="mingru", mtp_layers=1),
+            dict(mixer="gated_deltanet"),
+            dict(mixer="latent", latent_query_rank=48, norm_placement="post"),
+            dict(mixer="lstm"),
+            dict(mixer="window", window=24),
+            dict(mlp="moe", moe_capacity=1.5, moe_shared=1, moe_width=64),
+            dict(attention_gate="channel", value_residual=0.5),
+        )
+    ),
     dict(mtp_layers=2),
-    dict(mtp_layers=1, activation_checkpointing=True, loss_chunk=0),
+    dict(mtp_layers=1, activation_checkpointing="full", loss_chunk=0),
     dict(value_residual=0.5),
-    dict(value_residual=0.5, num_kv_heads=1, activation_checkpointing=True),
+    dict(value_residual=0.5, num_kv_heads=1, activation_checkpointing="full"),
     dict(loss_chunk=0),
     dict(loss_chunk=64),
     dict(mlp_chunk=16),
@@ -138,14 +152,14 @@ def test_a_gpu_takes_more_targets_at_once_but_1_gib_of_logits(vocabulary, chunk)
 def test_activation_checkpointing_keeps_one_layer_and_the_inputs():
     config = ModelConfig(depth=12, vocab_size=8, max_sequence_length=128, loss_chunk=1)
     whole = activations(config, 1, 128).total
-    kept = activations(replace(config, activation_checkpointing=True), 1, 128).total
+    kept = activations(replace(config, activation_checkpointing="full"), 1, 128).total
     inputs = 12 * 128 * 768 * 2
     assert kept - inputs < whole / 8
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # said when oneDNN is switched off
 def test_checkpointing_keeps_the_values_of_the_first_layer_for_the_later_ones():
-    plain = ModelConfig(**SIZES[0], activation_checkpointing=True)
+    plain = ModelConfig(**SIZES[0], activation_checkpointing="full")
     mixed = replace(plain, value_residual=0.5)
     kept = [saved(config, torch.float32) for config in (plain, mixed)]
     counted = [activations(c, 2, 128, 4, fused_norms=False).saved for c in (plain, mixed)]

@@ -92,11 +92,12 @@ def test_tied_table_is_one_parameter_that_learns_from_both_ends():
     assert grad[1:].abs().sum(-1).gt(0).all()  # as output
 
 
+@pytest.mark.parametrize("kind", ["selective", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_activation_checkpointing_changes_no_gradient(dropout):
+def test_activation_checkpointing_changes_no_gradient(dropout, kind):
     torch.manual_seed(0)
     plain = Transformer(replace(SMALL, dropout=dropout))
-    checkpointed = Transformer(replace(SMALL, dropout=dropout, activation_checkpointing=True))
+    checkpointed = Transformer(replace(SMALL, dropout=dropout, activation_checkpointing=kind))
     checkpointed.load_state_dict(plain.state_dict())
     for a, b in zip(gradients(plain), gradients(checkpointed), strict=True):
         assert torch.equal(a, b)
@@ -112,7 +113,7 @@ def test_activation_checkpointing_changes_no_gradient(dropout):
         {},
         {"tie_embeddings": True, "z_loss": 1e-4},
         {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
-        {"activation_checkpointing": True, "mlp": "relu2", "position": "sinusoidal"},
+        {"activation_checkpointing": "full", "mlp": "relu2", "position": "sinusoidal"},
     ],
 )
 def test_compiles_as_one_graph(change):

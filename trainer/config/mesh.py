@@ -87,6 +87,11 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     mesh = job.mesh(ranks or 1)
     given = {"sequence": mesh.sequence, "tensor": mesh.tensor}
     names = [f"engine.{axis}_parallel" for axis, size in given.items() if size > 1]
+    if getattr(job.model, "activation_checkpointing", "none") == "selective" and (
+        names or mesh.experts > 1
+    ):
+        what = "selective has not been tried where ranks exchange something inside of a block"
+        return [("model.activation_checkpointing", what, "choose none or full")]
     if not names:
         return []
     if ranks and ranks % mesh.near:

@@ -165,7 +165,7 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     every += every[-1:] * c.mtp_layers
     parts = sum(map(len, every))
     # The output of a recomputed block's last part is not needed again, if no norm follows it.
-    again = (parts - len(every) * (not c.norms_after)) * c.activation_checkpointing
+    again = (parts - len(every) * (not c.norms_after)) * (c.activation_checkpointing == "full")
     whole = [numel for layer in every for part in layer.values() for numel in _summed(part, c)]
     columns = job.train.micro_batch * job.train.sequence_length // job.engine.sequence_parallel
     streams, heads = 2 * parts + again, 0

@@ -83,8 +83,9 @@ def states(
 
 
 def recomputes(job: TrainJob) -> bool:
-    """Whether the backward pass repeats the forward pass of each block."""
-    return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing
+    """Whether the backward pass calls each block again, and so gathers its weights for it: with
+    selective checkpointing the block makes the rest again itself, while it has them."""
+    return isinstance(job.model, ModelConfig) and job.model.activation_checkpointing == "full"
 
 
 def _replicated(s: ZeroSettings, trained: Inventory) -> States:

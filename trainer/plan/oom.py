@@ -9,6 +9,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.plan.memory import Memory, memory
+from forescale.plan.options import more_checkpointing, with_checkpointing
 from forescale.plan.parameters import inventory
 
 
@@ -76,9 +77,14 @@ def _what(job: TrainJob) -> str:
 
 def _todo(job: TrainJob) -> str:
     fits = largest_micro_batch(job, _world_size(), _available())
+    how = cheapest_checkpointing(job, _world_size(), _available())
+    kept = f"model.activation_checkpointing={how}"
     if fits:
-        return f"set train.micro_batch={fits}"
-    more = "a higher engine stage, model.activation_checkpointing=true or engine.offload_optimizer"
+        return f"set train.micro_batch={fits}" + (f", or {kept}" if how else "")
+    if how:
+        return f"set {kept}"
+    left = ", model.activation_checkpointing=full" if more_checkpointing(job) else ""
+    more = f"a higher engine stage{left} or engine.offload_optimizer"
     return f"lower train.micro_batch, or use {more}"
 
 
@@ -89,18 +95,31 @@ def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int |
     ones: these did not fit, perhaps because of something that the plan can't know, such as other
     processes or fragmentation. None if no micro-batch fits or the model is the user's class.
     """
-    present = bytes_of(job, world_size)
-    if present is None or present.activations is None:
-        return None
-    most = 0.9 * present.activations.total
     for micro in range(job.train.micro_batch - 1, 0, -1):
-        planned = bytes_of(job, world_size, micro)
         divides = job.train.global_batch % (micro * job.mesh(world_size).data) == 0
-        if not divides or planned is None or planned.activations is None:
-            continue
-        if planned.total <= 0.9 * available and planned.activations.total <= most:
+        if divides and _should_fit(job, bytes_of(job, world_size, micro), world_size, available):
             return micro
     return None
+
+
+def cheapest_checkpointing(job: TrainJob, world_size: int, available: int) -> str | None:
+    """Return the activation checkpointing that makes least again and should fit, by the same rule;
+    None if none does."""
+    for how in more_checkpointing(job):
+        planned = bytes_of(with_checkpointing(job, how), world_size)
+        if _should_fit(job, planned, world_size, available):
+            return how
+    return None
+
+
+def _should_fit(job: TrainJob, planned: Memory | None, world_size: int, available: int) -> bool:
+    present = bytes_of(job, world_size)
+    if present is None or planned is None:
+        return False
+    if present.activations is None or planned.activations is None:
+        return False
+    is_less = planned.activations.total <= 0.9 * present.activations.total
+    return planned.total <= 0.9 * available and is_less
 
 
 def _gib(size: int) -> str:

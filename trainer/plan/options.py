@@ -8,15 +8,18 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
+from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
+from forescale.models.rules import CHECKPOINTINGS
 from forescale.plan.communication import Collective, collectives
 from forescale.plan.config import MachineConfig, PlanConfig, PlanJob
 from forescale.plan.memory import Memory, memory
 from forescale.plan.parameters import Inventory
 from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predict_step_time
 
+J = TypeVar("J", bound=TrainJob)
 _MOST_GPUS = 16_384
 _MOST_MICRO_BATCH = 2**16
 _UNIT = 256  # columns: steps in which the longest window is looked for
@@ -31,7 +34,7 @@ class ShardingOption:
     name: str
     job: PlanJob
     memory: Memory
-    toggled_activations: int  # bytes if activation checkpointing is switched
+    other_activations: dict[str, int]  # bytes with the other choices of activation checkpointing
     largest_micro_batch: int | None  # that fits and divides the global batch; None: none does
     memory_micro_batch: int | None  # that fits with a larger global batch; None: not known
     longest_window: int | None  # that fits, one at a time; None: not known
@@ -81,12 +84,11 @@ class ShardingOptions:
         world, per_node, machine = job.world_size, job.per_node, self.machine
         traffic = collectives(job, self.trained, world)
         mfu = self.plan.mfu
-        other = self.memory(toggled(job)).activations
         return ShardingOption(
             name=name_of(job),
             job=job,
             memory=self.memory(job),
-            toggled_activations=other.total - other.logits if other else 0,
+            other_activations=self._other_activations(job),
             largest_micro_batch=self.largest_micro_batch(job),
             memory_micro_batch=self.memory_micro_batch(job),
             longest_window=self.longest_window(job),
@@ -106,6 +108,11 @@ class ShardingOptions:
                 self.measured,
             ),
         )
+
+    def _other_activations(self, job: PlanJob) -> dict[str, int]:
+        jobs = {how: with_checkpointing(job, how) for how in CHECKPOINTINGS if _has_other(job, how)}
+        found = {how: self.memory(other).activations for how, other in jobs.items()}
+        return {how: each.total - each.logits for how, each in found.items() if each}
 
     def memory(self, job: PlanJob) -> Memory:
         """Return the memory of a rank, including the reserved bytes and the margin."""
@@ -159,8 +166,9 @@ class ShardingOptions:
         if (micro := self.largest_micro_batch(job)) is not None:
             return f"set train.micro_batch={micro}"
         variants = [("", job)]
-        if isinstance(job.model, ModelConfig) and not job.model.activation_checkpointing:
-            variants.append(("model.activation_checkpointing=true ", toggled(job)))
+        for how in more_checkpointing(job):
+            keys = f"model.activation_checkpointing={how} "
+            variants.append((keys, with_checkpointing(job, how)))
         for stage in range(job.engine.stage, 4):
             for keys, variant in variants:
                 staged = _staged(variant, stage)
@@ -235,9 +243,31 @@ def _on(job: PlanJob, gpus: int) -> PlanJob:
     return replace(job, plan=replace(job.plan, gpus=gpus, nodes=None))
 
 
-def toggled(job: PlanJob) -> PlanJob:
-    """Return the job with activation checkpointing switched on if it was off, and off if on."""
+def more_checkpointing(job: TrainJob) -> list[str]:
+    """Return the choices of activation checkpointing that keep less, the cheapest first."""
+    if not isinstance(job.model, ModelConfig):
+        return []
+    mesh = job.mesh(1)
+    divides = max(mesh.sequence, mesh.tensor, mesh.experts) > 1
+    is_refused = divides or job.model.mlp_chunk is not None
+    known = [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
+    return known[known.index(job.model.activation_checkpointing) + 1 :]
+
+
+def less_checkpointing(job: TrainJob) -> list[str]:
+    """Return the choices that compute less, the cheapest first."""
+    if not isinstance(job.model, ModelConfig):
+        return []
+    known = [*CHECKPOINTINGS]
+    return known[: known.index(job.model.activation_checkpointing)]
+
+
+def _has_other(job: PlanJob, how: str) -> bool:
+    return how in [*less_checkpointing(job), *more_checkpointing(job)]
+
+
+def with_checkpointing(job: J, how: str) -> J:
+    """Return the job with another choice of activation checkpointing, if the model is ours."""
     if not isinstance(job.model, ModelConfig):
         return job
-    on = not job.model.activation_checkpointing
-    return replace(job, model=replace(job.model, activation_checkpointing=on))
+    return replace(job, model=replace(job.model, activation_checkpointing=how))

@@ -135,11 +135,11 @@ def _options(plan: Plan) -> Table:
     if any(option.is_limited_by_batch for option in every):
         line("  limited by", lambda o: "global batch" if o.is_limited_by_batch else "memory")
         line("  with a larger global batch", lambda o: f"{o.memory_micro_batch or 0:,}")
-    if mine.toggled_activations:
+    if mine.other_activations:
         line("longest window, one at a time", lambda o: f"{o.longest_window or 0:,}")
-        on = getattr(plan.job.model, "activation_checkpointing", False)
-        name = f"activations {'without' if on else 'with'} checkpointing"
-        line(name, lambda o: shown(o.toggled_activations))
+    for how in mine.other_activations:
+        cells = (shown(option.other_activations[how]) for option in every)
+        made.add_row(f"activations, checkpointing {how}", *cells)
     if any(option.memory.states.host for option in every):
         line("in CPU memory", lambda o: shown(o.memory.states.host))
     line("CPU memory to start", lambda o: shown(o.memory.start))

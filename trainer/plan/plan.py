@@ -28,7 +28,13 @@ from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import EvaluationCost, estimate_evaluation
 from forescale.plan.failures import FailureEstimate, estimate_failures, stall_of
 from forescale.plan.memory import checkpoint_bytes, checkpoints_kept, copy_bytes
-from forescale.plan.options import ShardingOption, ShardingOptions, name_of, toggled
+from forescale.plan.options import (
+    ShardingOption,
+    ShardingOptions,
+    less_checkpointing,
+    name_of,
+    with_checkpointing,
+)
 from forescale.plan.own_model import own_model
 from forescale.plan.parameters import inventory
 from forescale.plan.step_time import (
@@ -262,7 +268,7 @@ class Plan:
         self.notes += published_notes(self.job, kinds.get("active", kinds["total"]))
         if not self.chosen.fits(self.available):
             self.problems.append(self._memory_problem())
-        elif getattr(self.job.model, "activation_checkpointing", False):
+        else:
             self._note_checkpointing()
         lead, grace = self.lead_seconds, self.job.launch.grace.seconds or 0.0
         if lead > grace:
@@ -286,16 +292,21 @@ class Plan:
             )
 
     def _note_checkpointing(self) -> None:
-        """Add a note if the job would also fit without activation checkpointing."""
-        without = self._options.memory(toggled(self.job))
-        if without.total <= self.available:
-            per_token = self.per_token
-            saved = per_token.recomputed / (per_token.full + per_token.recomputed)
+        """Add a note if the job would also fit with cheaper activation checkpointing."""
+        for how in less_checkpointing(self.job):
+            other = with_checkpointing(self.job, how)
+            need, model = self._options.memory(other).total, cast(ModelConfig, other.model)
+            if need > self.available:
+                continue
+            now, length = self.per_token, self.job.train.sequence_length
+            less = token_flops(model, length, now.six_n)
+            saved = 1 - (less.full + less.recomputed) / (now.full + now.recomputed)
             self.notes.append(
-                f"Activation checkpointing could be off: without it a rank needs "
-                f"{without.total / 2**30:,.1f} of {self.available / 2**30:,.1f} GiB, and computes "
-                f"{saved:.0%} less. Set model.activation_checkpointing=false."
+                f"Activation checkpointing can be {how}: a rank then needs "
+                f"{need / 2**30:,.1f} of {self.available / 2**30:,.1f} GiB, and computes "
+                f"{saved:.0%} less. Set model.activation_checkpointing={how}."
             )
+            return
 
     def _memory_problem(self) -> Problem:
         need, have = self.chosen.memory.total / 2**30, self.available / 2**30

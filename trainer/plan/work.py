@@ -67,13 +67,15 @@ def work_of(job: TrainJob, parameters: int) -> Work | None:
         return None
     length, micro = job.train.sequence_length, job.train.micro_batch
     tokens, size = micro * length, BYTES[job.precision.kind]
-    again = config.activation_checkpointing
+    how = config.activation_checkpointing
+    # Selective checkpointing makes attention again only with dropout, and all that is cheap.
+    again = how == "full" or (how == "selective" and config.dropout > 0)
     forward = flops_per_token(config, length, causal=True) / 3
     scores = _scores(config, length)
     # What is computed again, with attention's square as MFU counts it, less that square.
     repeated = flops_recomputed(config, length) - again * _scores(config, length, causal=False)
     whole = activations(
-        replace(config, activation_checkpointing=False),
+        replace(config, activation_checkpointing="none"),
         micro,
         length,
         size,
@@ -82,7 +84,7 @@ def work_of(job: TrainJob, parameters: int) -> Work | None:
     logits = tokens * config.sizes.vocab_size * (1 + config.mtp_layers) * (2 * size + 4)
     passes = _EAGER if job.train.compile == "off" else _COMPILED
     # The forward pass makes a third of the traffic, as of the FLOPs.
-    traffic = passes * (whole.layers * (1 + again / 3) + logits)
+    traffic = passes * (whole.layers * (1 + (how != "none") / 3) + logits)
     return Work(
         products=tokens * (3 * (forward - scores) + max(0.0, repeated)),
         scores=tokens * scores * (1 + _BACKWARD_SCORES + again),

@@ -207,7 +207,7 @@ def test_padding_counts_nowhere():
 
 
 def test_what_is_computed_again_counts_once():
-    plain, again = (build(replace(BASE, activation_checkpointing=c)) for c in (False, True))
+    plain, again = (build(replace(BASE, activation_checkpointing=c)) for c in ("none", "full"))
     x, found = tokens(), []
     for model in (plain, again):
         losses, penalty = model(x, x)
@@ -348,7 +348,7 @@ def test_enough_capacity_drops_nothing():
     [
         {},
         {"moe_capacity": 1.0},
-        {"activation_checkpointing": True},
+        {"activation_checkpointing": "full"},
     ],
     ids=str,
 )

@@ -152,7 +152,7 @@ def test_what_a_step_reports():
 @pytest.mark.parametrize(
     "more",
     [
-        dict(activation_checkpointing=True),
+        dict(activation_checkpointing="full"),
         dict(tie_embeddings=True, position="learned", norm="layernorm", bias=True),
         dict(norm_placement="residual", head="dense"),
         dict(mixer="window", window=4),
@@ -167,7 +167,7 @@ def test_other_choices_go_with_them(more):
     model = build(replace(BASE, **more))
     losses, penalty = model(tokens, targets)
     (losses.sum() + penalty).backward()
-    same = build(replace(BASE, **more | dict(activation_checkpointing=False)))
+    same = build(replace(BASE, **more | dict(activation_checkpointing="none")))
     others, other = same(tokens, targets)
     (others.sum() + other).backward()
     assert torch.equal(penalty, other)

@@ -105,8 +105,23 @@ def test_reading_in_pieces_with_a_cache_equals_reading_whole(pattern, pieces):
     assert cache.length == 24
 
 
-def test_a_cache_is_read_where_layers_would_be_computed_again(pattern):
-    model, x, found = build(pattern, activation_checkpointing=True), tokens(1), []
+@pytest.mark.parametrize("mlp", ["swiglu", "moe"])
+def test_selective_checkpointing_changes_no_bit(pattern, mlp):
+    plain = build(pattern, mlp=mlp)
+    again = build(pattern, mlp=mlp, activation_checkpointing="selective")
+    again.load_state_dict(plain.state_dict())
+    x, found = tokens(2), []
+    for model in (plain, again):
+        losses = model(x, x)
+        total = losses[0].sum() + losses[1] if isinstance(losses, tuple) else losses.sum()
+        found.append(torch.autograd.grad(total, [*model.parameters()], allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_a_cache_is_read_where_layers_would_be_computed_again(pattern, kind):
+    model, x, found = build(pattern, activation_checkpointing=kind), tokens(1), []
     cache = model.new_cache()
     for piece in x.split([7, 5], 1):  # with gradients
         found.append(model(piece, cache=cache))

@@ -90,7 +90,7 @@ def test_wider_gates_learn_slower_under_mup():
 
 
 @pytest.mark.slow  # seconds each
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", ["none", "selective", "full"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_it_trains_compiled_with_breaks_around_the_layer(cut, again):
     torch._dynamo.reset()

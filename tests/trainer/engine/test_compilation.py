@@ -63,7 +63,9 @@ def arrivals(model) -> list[int]:
     [
         dict(),
         dict(mtp_layers=1, tie_embeddings=True, z_loss=1e-4),
-        dict(mlp="moe", activation_checkpointing=True),
+        dict(mlp="moe", activation_checkpointing="full"),
+        dict(activation_checkpointing="selective"),
+        dict(mlp="moe", activation_checkpointing="selective"),
     ],
     ids=str,
 )

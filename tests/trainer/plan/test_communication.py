@@ -16,7 +16,7 @@ FAR = "stage3_max_reuse_distance: 0"
 SOME = "stage3_max_reuse_distance: 4000"
 LAZY = "stage3_prefetch_bucket_size: 0"
 FEW = "stage3_max_live_parameters: 5000"
-CHECKPOINTING = "model.activation_checkpointing=true"
+CHECKPOINTING = "model.activation_checkpointing=full"
 LATER = ["model.mtp_layers=2", "model.tie_embeddings=true"]
 
 

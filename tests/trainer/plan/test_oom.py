@@ -15,6 +15,7 @@ from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.flops import count
 from forescale.plan.oom import bytes_of, explained, largest_micro_batch
+from forescale.plan.options import with_checkpointing
 
 ROOT = Path(__file__).parents[3]
 
@@ -90,12 +91,18 @@ def test_out_of_memory_is_one_message_with_numbers(error):
     planned, used, of = map(float, re.findall(r"([\d.]+) GiB", message))
     assert planned == pytest.approx(bytes_of(job(), 1).total / 2**30, abs=0.01)
     assert 0 < used <= of
-    assert message.endswith("set train.micro_batch=4.")
+    fix = r"set train\.micro_batch=4, or model\.activation_checkpointing=(\w+)\.$"
+    how = re.search(fix, message)[1]
+    less = bytes_of(with_checkpointing(job(), how), 1).activations.total
+    assert less <= 0.9 * bytes_of(job(), 1).activations.total
 
 
 def test_the_message_names_other_settings_if_no_micro_batch_fits():
-    others = r"higher engine stage.*activation_checkpointing"
-    with pytest.raises(UserError, match=others), explained(job("train.micro_batch=1")):
+    one, full = "train.micro_batch=1", "model.activation_checkpointing=full"
+    with pytest.raises(UserError, match=r"set model\.\w+=selective"), explained(job(one)):
+        raise MemoryError
+    others = "use a higher engine stage or engine"
+    with pytest.raises(UserError, match=others), explained(job(one, full)):
         raise MemoryError
 
 

@@ -54,6 +54,7 @@ def longest(*words):
     """The longest window that fits, and the options and the job that say so."""
     command = [
         "model=llama-1b",
+        "model.activation_checkpointing=full",
         "machine=h100-sxm",
         "plan.gpus=8",
         "engine=zero2",
@@ -74,6 +75,6 @@ def test_the_longest_window_fits_and_a_longer_one_does_not():
     # Its activations are divided; but for outputs that came back, so is what fits.
     divided, _, _ = longest("engine.sequence_parallel=8")
     assert 6 * found < divided < 8 * found
-    whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=false")
+    whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=none")
     chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp_chunk=4096")
     assert whole < divided < chunks

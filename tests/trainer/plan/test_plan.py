@@ -125,7 +125,7 @@ def test_an_encoder_decoder_is_planned_before_its_data_exists(forescale, tmp_pat
 
 def test_checkpointing_that_is_not_needed_is_noted_and_can_be_switched_off(planned):
     words = [*BIG, BATCH, "engine=zero3", "plan.gpus=64"]
-    fix = "model.activation_checkpointing=false"
+    fix = "model.activation_checkpointing=none"
 
     def hints(*more):
         code, plan, _ = planned(*words, *more)
@@ -135,6 +135,19 @@ def test_checkpointing_that_is_not_needed_is_noted_and_can_be_switched_off(plann
     assert len(hints("train.micro_batch=1")) == 1
     assert hints("train.micro_batch=1", fix) == []
     assert hints("train.micro_batch=16") == []  # would not fit without
+    fix = "model.activation_checkpointing=selective"  # then the cheapest that fits
+    assert hints("train.micro_batch=1") == []
+    assert len(hints("train.micro_batch=4")) == 1
+
+
+def test_the_fix_keeps_what_is_expensive_where_that_is_enough(planned):
+    """And all of a layer is computed again only where it isn't."""
+    words = [*BIG, BATCH, "engine=zero1", "plan.gpus=8", "train.micro_batch=1"]
+    off = "model.activation_checkpointing=none"
+    _, _, err = planned(*words, off, "train.sequence_length=6144")
+    assert "set model.activation_checkpointing=selective" in err
+    _, _, err = planned(*words, off, "train.sequence_length=65536")
+    assert "set model.activation_checkpointing=full" in err
 
 
 def test_guesses_are_named_with_the_keys_that_set_them(forescale):
@@ -209,7 +222,7 @@ def test_problems_of_data_and_memory_are_reported_together(forescale, tmp_path):
     [
         ["plan.gpus=8", "engine=zero0", BATCH],
         ["plan.gpus=8", "engine=zero2", "train.micro_batch=128", BATCH],
-        ["plan.gpus=8", "engine=zero1", "model.activation_checkpointing=false", BATCH,
+        ["plan.gpus=8", "engine=zero1", "model.activation_checkpointing=none", BATCH,
          "train.sequence_length=16384"],
         ["machine=a100-80g", "plan.gpus=1", BATCH],
         ["machine.memory_bytes=20e9", "plan.gpus=8", "engine=zero3", BATCH],
