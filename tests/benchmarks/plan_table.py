@@ -61,8 +61,8 @@ class Answer:
 
 
 def answer(recipe: str, gpus: int) -> Answer:
-    """Return the fastest of all stages, with and without activation checkpointing; of ways that are
-    as fast the one that shards the least."""
+    """Return the fastest of all stages, with each activation checkpointing; of ways that are as
+    fast the one that shards the least."""
     every = [*ways(recipe, gpus)]
     fitting = [option for option, fits in every if fits]
     least = min(option.memory.total for option, _ in every) / 2**30
@@ -71,9 +71,9 @@ def answer(recipe: str, gpus: int) -> Answer:
 
 
 def ways(recipe: str, gpus: int) -> Iterator[tuple[ShardingOption, bool]]:
-    """Yield each stage, with and without checkpointing, at the largest micro-batch that fits, and
+    """Yield each stage, with each checkpointing, at the largest micro-batch that fits, and
     whether one does."""
-    for again in ("false", "true"):
+    for again in ("none", "selective", "full"):
         words = [f"recipe={recipe}", f"plan.gpus={gpus}", "train.micro_batch=1"]
         plan = Plan(compose(PlanJob, [*words, f"model.activation_checkpointing={again}"]))
         all_of = ShardingOptions(

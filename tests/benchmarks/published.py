@@ -132,7 +132,7 @@ class Row:
             *MODELS[self.model],
             *MACHINES[self.machine],
             f"machine.inter_node={self.node_gb}e9",
-            f"model.activation_checkpointing={str(self.recomputed == 1).lower()}",
+            f"model.activation_checkpointing={'full' if self.recomputed == 1 else 'none'}",
             f"train.compile={'on' if self.compiled else 'off'}",
             f"train.sequence_length={self.length}",
             f"train.global_batch={self.batch}",
