@@ -187,12 +187,14 @@ def _plain_forms(
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:
     """Return the number of (L, L) squares in the mask: one per row, and with biases per head; none
-    where relative ones are added outside of a kernel."""
+    where relative ones are added outside of a kernel, nor where a GPU's kernel is told which blocks
+    of pairs are seen (blocks.blocks_seen), a thousandth of a square in bf16."""
     if not any(parts["mixer"].takes_mask for parts in layers_of(config)):
         return 0
     if config.position == "alibi" or (config.position == "relative" and is_fused):
         return config.sizes.num_heads * (micro_batch if masked else 1)
-    return micro_batch if masked and config.position != "relative" else 0
+    is_dense = not is_fused or config.dropout or config.sizes.head_dim < 16
+    return micro_batch if masked and is_dense and config.position != "relative" else 0
 
 
 def cache_bytes(config: ModelConfig, length: int, bytes_per_value: int = 2) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from forescale.models.block import Block, Trunk, normed, passed, viewers
 from forescale.models.cache import Cache, Memory
@@ -21,6 +22,7 @@ from forescale.models.flops import layers_of
 from forescale.models.heads.mtp import MtpModule
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
+from forescale.models.mixers.blocks import blocks_seen
 from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import mask_of, source_mask
 from forescale.models.norm import make_norm
@@ -282,10 +284,14 @@ class Transformer(nn.Module):
             x_BLD = x_BLD + self.position(own)
         return self.dropout(normed(self.embedding_norm, x_BLD)), turn
 
-    def _mask(self, seen: Columns, causal: bool) -> Tensor | None:
+    def _mask(self, seen: Columns, causal: bool) -> Tensor | BlockMask | None:
         """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
         if not self.takes_mask:
             return None
+        # flex_attention's kernels take heads of 16 and more.
+        fits = self.config.position not in ("alibi", "relative") and self.sizes.head_dim >= 16
+        if fits and (blocks := blocks_seen(seen, causal)) is not None:
+            return blocks
         heads = self.sizes.num_heads
         own = slice(None) if self.group is None else self.group.heads(heads)
         if self.config.position == "alibi":

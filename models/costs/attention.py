@@ -61,7 +61,7 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
 
 def kernel_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
     """Return the bytes of the output and its normaliser; none with dropout, where attention is made
-    again (models/selective.py)."""
+    again (models/block.py, kept_operations)."""
     s = config.sizes
     return 0 if config.dropout else bytes_per_value * s.width + 4 * s.num_heads
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from forescale.models.config import ModelConfig
 from forescale.models.costs.attention import gates
 from forescale.models.init import Linear
+from forescale.models.mixers.blocks import flex
 from forescale.models.mixers.context import Context
 from forescale.models.norm import RMSNorm
 from forescale.models.parametrization import scales
@@ -19,7 +21,7 @@ def attend(
     q_BLHK: Tensor,
     k_BSGK: Tensor,
     v_BSGV: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | BlockMask | None,
     scale: float,
     causal: bool,
     dropout: float,
@@ -29,6 +31,8 @@ def attend(
     mask: see Context; without one, a query sees all keys or, if causal, those up to its own, and
     the last query all. G divides H.
     """
+    if isinstance(mask, BlockMask):
+        return flex(q_BLHK, k_BSGK, v_BSGV, mask, scale)
     y_BHLV = F.scaled_dot_product_attention(
         q_BLHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),

@@ -47,14 +47,32 @@ def sees(pattern: Window | Sparse, columns: Columns) -> Sees:
     padding, no later key and none of another document; padding sees itself alone, see
     masks.visible_keys.
     """
-    rule = _rule(pattern, columns)
-    positions, starts, real = columns.positions, columns.starts, columns.real
+    rule, positions = _rule(pattern, columns), columns.positions
 
     def position(row: Tensor, column: Tensor) -> Tensor:
         return positions[column] if positions.dim() == 1 else positions[row, column]
 
+    def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & rule(position(row, query), position(row, key))
+
+    return _shown(joined, columns)
+
+
+def sees_all(columns: Columns, causal: bool) -> Sees:
+    """Return the same function for full attention: who sees whom in masks.visible_keys."""
+
+    def joined(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= query if causal else key >= 0
+
+    return _shown(joined, columns)
+
+
+def _shown(joined: Callable[[Tensor, Tensor, Tensor], Tensor], columns: Columns) -> Sees:
+    """Return `joined`, of row, query and key, without padding and other documents."""
+    starts, real = columns.starts, columns.real
+
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = (key <= query) & rule(position(row, query), position(row, key))
+        seen = joined(row, query, key)
         if starts is not None:
             seen = seen & (starts[row, query] == starts[row, key])
         if real is not None:
@@ -114,9 +132,19 @@ def _padded(rows: list[list[int]], width: int) -> list[list[int]]:
 
 def view_of(pattern: Window | Sparse, columns: Columns) -> Blocks | BlockMask:
     """Return what the queries of these columns read and see."""
-    if columns.positions.is_cuda and not columns.decoding and not columns.drops:
-        return flex_view(pattern, columns)
-    return plain_view(pattern, columns)
+    return flex_view(pattern, columns) if fits_flex(columns) else plain_view(pattern, columns)
+
+
+def fits_flex(columns: Columns) -> bool:
+    """True if flex_attention takes these columns: on a GPU, whole rows, without dropout."""
+    return columns.positions.is_cuda and not columns.decoding and not columns.drops
+
+
+def blocks_seen(columns: Columns, causal: bool) -> BlockMask | None:
+    """Return who sees whom in full attention where documents or padding hide keys, for
+    flex_attention; None where nothing is hidden, or another kernel must do."""
+    hides = columns.starts is not None or columns.real is not None
+    return block_mask(sees_all(columns, causal), columns) if hides and fits_flex(columns) else None
 
 
 def plain_view(pattern: Window | Sparse, columns: Columns) -> Blocks:
@@ -177,13 +205,18 @@ def _slots(pattern: Window | Sparse, columns: Columns) -> Tensor | None:
 
 
 def flex_view(pattern: Window | Sparse, columns: Columns, block: int = FLEX_BLOCK) -> BlockMask:
-    """Return the view for flex_attention, of whole rows (no cache).
+    """Return the view for flex_attention, of whole rows (no cache)."""
+    return block_mask(sees(pattern, columns), columns, block)
+
+
+def block_mask(see: Sees, columns: Columns, block: int = FLEX_BLOCK) -> BlockMask:
+    """Return who sees whom as flex_attention takes it.
 
     Which blocks of 128 by 128 pairs are empty, full or partly seen is found a row of blocks at a
     time, so that nothing of L by L is held; inside a compiled graph the compiler sees to that.
     """
     positions, length = columns.positions, columns.length
-    see, rows = sees(pattern, columns), len(positions) if positions.dim() == 2 else 1
+    rows = len(positions) if positions.dim() == 2 else 1
     if torch.compiler.is_compiling():
         return create_block_mask(see, rows, 1, length, length, positions.device, block)
     device, N = positions.device, -(-length // block)

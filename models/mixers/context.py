@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from forescale.models.cache import Memory
 from forescale.models.parallel.sequence import SequenceGroup
@@ -25,7 +26,8 @@ class Context(NamedTuple):
     for a visible key, else -inf (masks.additive_mask); without it a token attends to itself and all
     earlier tokens or, in a model that is not causal, to all tokens. With alibi or relative
     positions, which only mixers that take biases receive, mask is (B or 1, H, L, S) and has a bias
-    for a visible key (alibi.biased_mask, RelativePosition). starts (B, S): the column at which each
+    for a visible key (alibi.biased_mask, RelativePosition). On a GPU it is a BlockMask where only
+    documents and padding hide keys (blocks.blocks_seen). starts (B, S): the column at which each
     token's document begins. real (B, S): False at padding. memory: the layer's part of the cache,
     in which a mixer finds what it kept of earlier columns and keeps what it needs of these. counted
     (B, L): the tokens that count for the balance of experts; None: all. source (B, S, D): the
@@ -37,7 +39,7 @@ class Context(NamedTuple):
     """
 
     rotation: Rotation | None = None
-    mask: Tensor | None = None
+    mask: Tensor | BlockMask | None = None
     starts: Tensor | None = None
     real: Tensor | None = None
     memory: Memory | None = None

@@ -42,7 +42,7 @@ def additive_mask(seen_B1LS: Tensor, dtype: torch.dtype) -> Tensor:
     pass, until the backward pass ends. Attention would convert a boolean mask to the same, but in
     every layer, and autograd would keep each copy. With any mask, the kernels that skip invisible
     keys (flash) can't be used: every layer scores the whole square, including later tokens and
-    other documents.
+    other documents. On a GPU a BlockMask takes its place (blocks.blocks_seen).
     """
     return torch.zeros_like(seen_B1LS, dtype=dtype).masked_fill(~seen_B1LS, -torch.inf)
 

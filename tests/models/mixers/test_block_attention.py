@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from forescale.models import ModelConfig, Transformer
 from forescale.models.flops import flops_per_token
 from forescale.models.hf import to_hf
-from forescale.models.mixers import block_attention
+from forescale.models.mixers import block_attention, blocks
 from forescale.models.mixers.attention import Attention
 from forescale.models.mixers.block_attention import BlockSparseAttention, WindowAttention
 from forescale.models.mixers.blocks import flex, flex_view, plain_view
@@ -139,6 +139,31 @@ def test_the_view_for_a_gpu_shows_the_same(name, kind):
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen[:, None], enable_gqa=True
     )
     torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "more", [{}, dict(mixer="latent"), dict(causal=False), dict(num_kv_heads=4, value_residual=0.5)]
+)
+def test_documents_and_padding_on_a_gpu_are_seen_as_by_a_dense_mask(more, monkeypatch):
+    """The kernel's eager form in place of the kernel, which has no backward pass on a CPU."""
+    model = build(**dict(width=64) | more).train()
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, V, (3, 50), generator=generator)
+    documents = (torch.rand(3, 50, generator=generator) < 0.1).cumsum(-1)
+    real = torch.ones(3, 50, dtype=torch.bool)
+    real[1, 41:] = False
+    targets = tokens.masked_fill(~real, -100)
+    found, masks = [], []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(blocks, "fits_flex", lambda columns, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(
+            model, "_mask", lambda *a: masks.append(type(model)._mask(model, *a)) or masks[-1]
+        )
+        with torch.no_grad():
+            found.append(model(tokens, targets, padding_mask_BL=real, documents_BL=documents))
+    assert [isinstance(mask, torch.Tensor) for mask in masks] == [True, False]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-4)
 
 
 def build(dtype=torch.float32, **more) -> Transformer:
