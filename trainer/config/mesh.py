@@ -90,7 +90,7 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     if getattr(job.model, "activation_checkpointing", "none") == "selective" and (
         names or mesh.experts > 1
     ):
-        what = "selective has not been tried where ranks exchange something inside of a block"
+        what = "selective doesn't keep what ranks exchange inside of a block"
         return [("model.activation_checkpointing", what, "choose none or full")]
     if not names:
         return []
@@ -127,4 +127,22 @@ def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
     if job.engine.hierarchical_partition > 1:
         what = "a hierarchical partition is of whole matrices"
         found.append((what, f"{whole}, or engine.hierarchical_partition=1"))
+    return found
+
+
+def expert_problems(job: "TrainJob", ranks: int | None) -> Problems:
+    """Return the broken rules of ranks that divide experts; `ranks` of the job, None if unknown."""
+    parallel, name = job.engine.expert_parallel, "engine.expert_parallel"
+    if parallel == 1:
+        return []
+    if not getattr(job.model, "has_experts", False):
+        return [(name, "the model has no experts", "leave it out, or choose model.mlp=moe")]
+    found: Problems = []
+    experts = getattr(job.model, "moe_experts", 0)
+    if experts % parallel:
+        what = f"{parallel} ranks can't have {experts} experts in equal parts"
+        found.append((name, what, "give a divisor of model.moe_experts"))
+    if ranks and ranks % parallel:
+        what = f"{ranks} ranks are no whole number of groups of {parallel}"
+        found.append((name, what, "give a divisor of the number of ranks"))
     return found

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, Self
 from forescale.config.duration import Duration
 from forescale.config.hardware import has_gpu, native_precision
 from forescale.config.job import Find, Job, Problems
-from forescale.config.mesh import Mesh, mesh_problems
+from forescale.config.mesh import Mesh, expert_problems, mesh_problems
 from forescale.config.schema import TargetConfig, key, section
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.faults import problems as faults_problems
@@ -208,30 +208,13 @@ class TrainJob(Job):
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
-        found += self._expert_problems(ranks) + self._objective_problems()
+        found += expert_problems(self, ranks) + self._objective_problems()
         if not has_length:
             return found  # the train section reports it; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
             found.append(("train.tokens", what, "train longer or lower train.global_batch"))
         return found + self._length_problems()
-
-    def _expert_problems(self, ranks: int | None) -> Problems:
-        """Rules of engine.expert_parallel with the model and the ranks, if those are known."""
-        parallel, key_ = self.engine.expert_parallel, "engine.expert_parallel"
-        if parallel == 1:
-            return []
-        if not getattr(self.model, "has_experts", False):
-            return [(key_, "the model has no experts", "leave it out, or choose model.mlp=moe")]
-        found: Problems = []
-        experts = getattr(self.model, "moe_experts", 0)
-        if experts % parallel:
-            what = f"{parallel} ranks can't have {experts} experts in equal parts"
-            found.append((key_, what, "give a divisor of model.moe_experts"))
-        if ranks and ranks % parallel:
-            what = f"{ranks} ranks are no whole number of groups of {parallel}"
-            found.append((key_, what, "give a divisor of the number of ranks"))
-        return found
 
     def _objective_problems(self) -> Problems:
         """Rules of the objective with the model that it trains and the data that it reads."""
