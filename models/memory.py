@@ -47,6 +47,7 @@ def activations(
     fused_norms: bool = True,
     ranks: int = 1,
     tensor: int = 1,
+    budget: float | None = None,
 ) -> Activations:
     """Return an estimate of the activation memory of one micro-batch, by kind.
 
@@ -62,6 +63,7 @@ def activations(
     in attention all columns of its heads, whose output it keeps a second time, as its own columns.
     tensor: ranks that divide the matrices; then a rank has what is inside a part of its heads and
     channels alone, and the logits of its tokens of the vocabulary.
+    budget: the part of what the layers keep beside their inputs, if a compiler chooses it.
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
@@ -100,6 +102,13 @@ def activations(
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.value_residual:
         kept += b * inner.sizes.kv_width * columns[0]
+    made_again = max(layers) if again else 0
+    if budget is not None:
+        inputs = b * s.width * sum(columns)
+        kept, made_again = (
+            inputs + round(budget * (kept - inputs)),
+            round((1 - budget) * max(layers)),
+        )
     if config.embedding_norm:
         kept += norm * s.width * columns[0]
     if config.has_encoder:  # its output, and the norm before it
@@ -116,7 +125,7 @@ def activations(
         mask += 9 * squares * (micro_batch if masked else 1)
     return Activations(
         layers=kept,
-        again=(max(layers) if again else 0) + _chunk(inner, micro_batch, b),
+        again=made_again + _chunk(inner, micro_batch, b),
         head=heads * tokens * s.width * (b + norm * config.norms_stream + (norm + 2 * b) * dense),
         logits=chunk * rows * (2 * b + 4) + (heads - 1) * kept_logits,
         mask=mask + sum(view for _, view in plain),

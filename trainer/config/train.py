@@ -205,6 +205,10 @@ class TrainJob(Job):
         steps = self.total_steps if has_length else None
         found = self._batch_problems(self.mesh(ranks or self.mesh(1).near))
         found += faults_problems(self.faults, ranks, steps)
+        again = getattr(self.model, "activation_checkpointing", "none")
+        if self.train.activation_memory_budget is not None and again != "none":
+            what = f"model.activation_checkpointing={again} has chosen what is made again"
+            found.append(("train.activation_memory_budget", what, "give one of the two"))
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]

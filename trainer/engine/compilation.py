@@ -28,6 +28,7 @@ class Compilation(NamedTuple):
     wanted: bool
     by_part: bool = False
     notice: str | None = None
+    budget: float | None = None  # train.activation_memory_budget
 
 
 def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
@@ -35,21 +36,38 @@ def compilation(job: TrainJob, world_size: int, device: str) -> Compilation:
 
     A CPU that trains alone compiles the whole model, which makes its steps shorter; all others
     compile each part, see compile_parts. device: "cpu" or "cuda".
-    Raises UserError if train.compile=on and the machine lacks a compiler.
+    Raises UserError if train.compile=on and the machine lacks a compiler, or if nothing is compiled
+    that could keep to train.activation_memory_budget.
     """
-    missing = compiler_missing()
+    missing, budget = compiler_missing(), job.train.activation_memory_budget
     if job.train.compile == "off":
         return Compilation(False)
     if missing and job.train.compile == "on":
         what = f"this machine lacks {missing}"
         raise UserError("train.compile=on", what, "install it, or set train.compile=auto")
+    if missing and budget is not None:
+        what = f"is for compiled blocks, and this machine lacks {missing}"
+        raise UserError("train.activation_memory_budget", what, "install it, or leave the key out")
     if missing:
         notice = f"The model is not compiled, and trains slower: this machine lacks {missing}."
         return Compilation(False, notice=notice)
     # At stage 3 the hooks inside of what is compiled break its graph; our blocks have none.
     is_whole = job.engine.stage < 3 or isinstance(job.model, ModelConfig)
     wanted = is_whole or job.train.compile == "on"
-    return Compilation(wanted, by_part=world_size > 1 or device != "cpu")
+    if not wanted and budget is not None:
+        what = "is for compiled blocks, and a class of your own isn't compiled at stage 3"
+        raise UserError("train.activation_memory_budget", what, "leave it out, or train.compile=on")
+    return Compilation(wanted, by_part=world_size > 1 or device != "cpu", budget=budget)
+
+
+def keep_to(budget: float | None) -> None:
+    """Let the compiler keep this part of the activations of all that it compiles from now on; None:
+    its own choice. What it makes again it chooses by a knapsack of FLOPs and bytes
+    (torch._functorch.config.activation_memory_budget).
+    """
+    import torch._functorch.config as functorch
+
+    functorch.activation_memory_budget = 1.0 if budget is None else budget
 
 
 def compiler_missing() -> str | None:

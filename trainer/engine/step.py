@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.engine.compilation import compile_parts
+from forescale.engine.compilation import compile_parts, keep_to
 from forescale.engine.determinism import tell_compiler
 from forescale.engine.experts import shown_to_deepspeed
 from forescale.engine.layout import Layout
@@ -89,10 +89,11 @@ class Engine:
         """The base optimizer's groups, as DeepSpeed keeps them."""
         return self.layout.base.param_groups
 
-    def compile(self, by_part: bool = True) -> None:
+    def compile(self, by_part: bool = True, budget: float | None = None) -> None:
         """Compile the model's forward (and so its backward) in place: each of its parts alone, or
-        the model as a whole."""
+        the model as a whole. budget: see compilation.keep_to."""
         tell_compiler()
+        keep_to(budget)
         if not (by_part and compile_parts(self.module)):
             self._deepspeed.compile()
 

@@ -286,6 +286,7 @@ def memory(
             fused_norms=fused_norms,
             ranks=job.engine.sequence_parallel,
             tensor=job.engine.tensor_parallel,
+            budget=job.train.activation_memory_budget,
         )
     return Memory(states(job, trained, world), found, _start(job, trained), reserved, margin)
 

@@ -282,6 +282,7 @@ def numerics(
         "gradients": "precision" if gradients == job.precision.kind else gradients,
         "micro_batch": job.train.micro_batch,
         "compiled": compiled,
+        "activation_memory_budget": job.train.activation_memory_budget,
         "exact": exactness(job.train.deterministic, device != "cpu").holds,
         "threads": threads,
         "device": device,

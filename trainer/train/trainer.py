@@ -104,7 +104,7 @@ class Trainer:
         if any(self.world.gather(bool(self.stop_request))):
             return INTERRUPTED  # during start-up: there is nothing new to save
         if self.compilation.wanted:
-            self.engine.compile(self.compilation.by_part)
+            self.engine.compile(self.compilation.by_part, self.compilation.budget)
         if self.compilation.notice:
             self._print(self.compilation.notice)
         if self.prediction:

@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from forescale.config.compose import compose
+from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
 from forescale.engine import compilation as module
-from forescale.engine.compilation import compilation, compile_parts, compiler_missing
+from forescale.engine.compilation import compilation, compile_parts, compiler_missing, keep_to
+from forescale.errors import UserError
 from forescale.models import ModelConfig, Transformer
+from forescale.models.memory import activations
+from tests.models.checks import kept_bytes
 
 SIZES = dict(num_layers=3, width=32, num_heads=2, vocab_size=50, max_sequence_length=16)
 
@@ -18,10 +22,10 @@ def job(*words):
 
 def test_what_is_compiled_on_which_device(monkeypatch):
     monkeypatch.setattr(module, "compiler_missing", lambda: None)
-    assert compilation(job(), 1, "cpu") == (True, False, None)
-    assert compilation(job(), 2, "cpu") == compilation(job(), 1, "cuda") == (True, True, None)
-    assert compilation(job("engine=zero3"), 2, "cpu") == (True, True, None)
-    assert compilation(job("train.compile=off"), 2, "cpu") == (False, False, None)
+    assert compilation(job(), 1, "cpu") == (True, False, None, None)
+    assert compilation(job(), 2, "cpu") == compilation(job(), 1, "cuda") == (True, True, None, None)
+    assert compilation(job("engine=zero3"), 2, "cpu") == (True, True, None, None)
+    assert compilation(job("train.compile=off"), 2, "cpu") == (False, False, None, None)
     own = ("engine=zero3", "model=custom", "model._target_=a.B")
     assert not compilation(job(*own), 2, "cpu").wanted
     assert compilation(job(*own, "train.compile=on"), 2, "cpu").wanted
@@ -88,3 +92,47 @@ def test_parts_give_gradients_early_and_equal_those_without(change):
     assert [n - found[0] for n in found] == [sum(behind[:i]) for i in range(3)]
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # seconds each
+def test_compiled_blocks_keep_the_part_that_the_budget_says():
+    config = ModelConfig(**SIZES | dict(width=64, num_heads=4, max_sequence_length=64))
+    rows = torch.randint(0, 50, (2, 65), generator=torch.Generator().manual_seed(1))
+    found = []
+    for budget in (None, 0.5, 0.1):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Transformer(config)
+        keep_to(budget)
+        assert compile_parts(model, "aot_eager_decomp_partition")
+
+        def loss(model=model):
+            return model(rows[:, :-1], rows[:, 1:]).sum()
+
+        kept = kept_bytes(model, loss)
+        loss().backward()
+        planned = activations(config, 2, 64, 4, fused_norms=False, budget=budget).saved
+        found.append((kept, planned, [p.grad for p in model.parameters()]))
+    keep_to(None)
+    assert found[0][0] > 1.5 * found[1][0] > 3 * found[2][0]
+    for kept, planned, gradients in found:
+        assert kept <= planned <= 1.5 * kept
+        for ours, plain in zip(gradients, found[0][2], strict=True):
+            torch.testing.assert_close(ours, plain)
+
+
+def test_a_budget_that_nothing_can_keep_to_is_refused(monkeypatch):
+    words = "train.activation_memory_budget=0.5"
+    monkeypatch.setattr(module, "compiler_missing", lambda: None)
+    assert compilation(job(words), 1, "cpu").budget == 0.5
+    with pytest.raises(UserError, match="a class of your own isn't compiled at stage 3"):
+        compilation(job(words, "engine=zero3", "model=custom", "model._target_=a.B"), 2, "cpu")
+    monkeypatch.setattr(module, "compiler_missing", lambda: "a compiler")
+    with pytest.raises(UserError, match="this machine lacks a compiler"):
+        compilation(job(words), 1, "cpu")
+    for more, what in [
+        ("train.compile=off", "is for blocks that are compiled"),
+        ("model.activation_checkpointing=full", "full has chosen what is made again"),
+    ]:
+        with pytest.raises(ConfigError, match=what):
+            job(words, more)

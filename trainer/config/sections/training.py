@@ -77,6 +77,14 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = key(
         "auto", "torch.compile; auto: on if there is a compiler", kind="numerics"
     )
+    activation_memory_budget: float | None = key(
+        None,
+        "part of their activations that compiled blocks keep, 0 to 1: the backward pass makes the "
+        "rest again, the cheapest first; null: torch's own choice",
+        kind="numerics",
+        ge=0,
+        le=1,
+    )
     # On by default: exact resumption is what a run is for, and only then does the self-check see a
     # single wrong bit. Of the speed a part of attention's backward pass is lost.
     deterministic: bool = key(
@@ -93,6 +101,9 @@ class TrainConfig:
         if self.steps is not None and self.tokens is not None:
             todo = "set one of them to null, such as train.tokens=null"
             found.append(("steps", "can't be combined with train.tokens", todo))
+        if self.activation_memory_budget is not None and self.compile == "off":
+            what, todo = "is for blocks that are compiled", "leave it out, or train.compile=off"
+            found.append(("activation_memory_budget", what, todo))
         if self.global_batch % self.micro_batch:
             what = f"{self.global_batch} windows are not a multiple of the micro-batch"
             todo = "change train.global_batch or train.micro_batch"
