@@ -110,7 +110,7 @@ def activations(
             round((1 - budget) * max(layers)),
         )
     if config.embedding_norm:
-        kept += norm * s.width * columns[0]
+        kept += norm * s.width * micro_batch * sequence_length // ranks
     if config.has_encoder:  # its output, and the norm before it
         is_kept = config.norms_stream and not again
         kept += source * s.width * (b + norm * is_kept)

@@ -119,7 +119,6 @@ class Transformer(nn.Module):
                 raise ValueError("an encoder-decoder takes no documents.")
             trunk = Trunk(self._decoded(tokens_BL, padding_mask_BL), [])
             targets_BL = None if targets_BL is None else targets_BL[:, -trunk.hidden.shape[1] :]
-            own_BL = targets_BL
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
         own_BL = None if targets_BL is None else self._own(targets_BL)

@@ -26,7 +26,8 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
         what = f"{ranks} ranks don't divide train.sequence_length={columns}"
         found.append((what, "choose a divisor of it"))
     if (heads := (config.sized().num_heads or 1) // tensor) % ranks:
-        what = f"{ranks} ranks don't divide the model's {heads} heads"
+        whose = "the model's" if tensor == 1 else "a tensor-parallel rank's"
+        what = f"{ranks} ranks don't divide {whose} {heads} head{'s' * (heads != 1)}"
         found.append((what, "choose a divisor of model.num_heads"))
     for name in config.mixers_used:
         if MIXERS[name].exchanged is None:

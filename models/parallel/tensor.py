@@ -29,11 +29,11 @@ class TensorGroup:
         return collectives.wait_tensor(found)
 
     def copied(self, x: Tensor) -> Tensor:
-        """Return x, which all ranks have, for what each does with it: its gradient is the sum."""
+        """Return x. Its gradient is summed over the group: each rank has computed a part of it."""
         return _Copied.apply(x, self)
 
     def summed(self, x: Tensor) -> Tensor:
-        """Return the sum of the ranks' x, for what they all do alike: its gradient is that."""
+        """Return the sum of x over the group. The gradient passes unchanged: all have the same."""
         return _Summed.apply(x, self)
 
     def pooled(self, log_z_N: Tensor, logits_N: Tensor) -> tuple[Tensor, Tensor]:

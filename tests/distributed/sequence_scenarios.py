@@ -101,6 +101,25 @@ def gradients(cases, near):
     return found
 
 
+def checked(cases, near):
+    """For each case, the fault that the self-check finds in two healthy steps."""
+    from forescale.engine.selfcheck import SelfCheck, fault_of
+
+    faults = []
+    for case in cases:
+        engine = build(case, near)
+        check, found = SelfCheck(engine, "here", exact=True), []
+
+        def look(batch, losses, check=check, found=found):
+            found.append(fault_of(check(batch, losses)))
+
+        for step in range(2):
+            data = batch(step, engine.world.data.rank, engine.world.data.size)
+            engine.train_step(data, 1.0, before_update=look)
+        faults.append(found)
+    return faults
+
+
 def costs(cases, near):
     """For each case, the bytes that autograd keeps after a forward pass on rank 0, and those that a
     rank gives to the exchanges of one step, with their number."""

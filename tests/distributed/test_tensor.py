@@ -45,6 +45,12 @@ def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near):
         torch.testing.assert_close(torch.tensor(scores), torch.tensor(held_out), msg=f"{case}")
 
 
+def test_the_self_check_finds_no_fault_in_healthy_ranks():
+    cases = [[*STAGES[stage], "engine.tensor_parallel=2"] for stage in (0, 2, 3)]
+    found = ranks.run("sequence_scenarios:checked", 4, cases=cases, near=2)
+    assert found == [[None, None]] * 3
+
+
 WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
 COSTS = [
     [0, "model.num_kv_heads=2", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"],

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """`world` ranks in groups of sequence * tensor consecutive ones, so that a group lies inside a
-    node; it divides `world`.
+    """`world` ranks in groups of sequence * tensor consecutive ones; such a group divides `world`,
+    and lies inside a node if it divides the node's ranks (PlanJob.notes reports where not).
 
     The ranks of a group are fed the same windows, different groups different windows. Of a group,
     `tensor` consecutive ranks hold the same columns of the windows, and each a part of the
@@ -39,6 +39,11 @@ class Mesh:
     def near(self) -> int:
         """The number of ranks that are fed the same windows."""
         return self.sequence * self.tensor
+
+    @property
+    def exchanges(self) -> bool:
+        """True if ranks exchange something inside of the model."""
+        return max(self.near, self.experts) > 1
 
     @property
     def data(self) -> int:
@@ -87,16 +92,15 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     mesh = job.mesh(ranks or 1)
     given = {"sequence": mesh.sequence, "tensor": mesh.tensor}
     names = [f"engine.{axis}_parallel" for axis, size in given.items() if size > 1]
-    if getattr(job.model, "activation_checkpointing", "none") == "selective" and (
-        names or mesh.experts > 1
-    ):
+    how = getattr(job.model, "activation_checkpointing", "none")
+    if how == "selective" and mesh.exchanges:
         what = "selective doesn't keep what ranks exchange inside of a block"
         return [("model.activation_checkpointing", what, "choose none or full")]
     if not names:
         return []
     if ranks and ranks % mesh.near:
-        todo = f"start a multiple of {mesh.near}, as launch.processes says, or choose a divisor"
-        return [(names[0], f"{mesh.near} ranks don't divide the job's {ranks}", todo)]
+        todo = f"start a multiple of {mesh.near} (launch.processes), or choose a smaller group"
+        return [(names[0], f"the job's {ranks} ranks are not a multiple of {mesh.near}", todo)]
     if not isinstance(job.model, ModelConfig):
         what = "a model of your own is not divided"
         return [(name, what, f"write {name}=1, or choose a model of conf/model") for name in names]

@@ -199,11 +199,12 @@ class TrainJob(Job):
         """Rules over several sections. `world_size`: the ranks that are really there; without it,
         `launch.processes`."""
         ranks = world_size or self.launch.processes
-        if found := mesh_problems(self, ranks):
-            return found
+        found = mesh_problems(self, ranks)
+        if (ranks or self.mesh(1).near) % self.mesh(1).near:
+            return found  # what follows counts groups
         has_length = (self.train.steps is None) != (self.train.tokens is None)
         steps = self.total_steps if has_length else None
-        found = self._batch_problems(self.mesh(ranks or self.mesh(1).near))
+        found += self._batch_problems(self.mesh(ranks or self.mesh(1).near))
         found += faults_problems(self.faults, ranks, steps)
         again = getattr(self.model, "activation_checkpointing", "none")
         if self.train.activation_memory_budget is not None and again != "none":
@@ -242,7 +243,7 @@ class TrainJob(Job):
             what = f"{columns} columns are too few for a row of objective {kind}"
             found.append(("train.sequence_length", what, f"give at least {least}"))
         source = self.objective.pairs_source
-        if source is not None and columns <= source:
+        if kind == "pairs" and source is not None and columns <= source:
             what = f"{source} of {columns} columns leave none for the target"
             found.append(("objective.pairs_source", what, f"give at most {columns - 1}"))
         if self.data.document_mask and has_source:

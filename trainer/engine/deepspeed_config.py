@@ -42,7 +42,7 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
 
 def _zero(job, world_size: int) -> dict[str, Any]:
     engine, optimizer = job.engine, job.optimizer.spec
-    # Bytes of an element in the reduce bucket.
+    # Bytes of an element in the reduce bucket; of fp32 weights it holds twice engine.bucket_bytes.
     gradient = 2 if job.gradient_dtype(world_size) == job.precision.kind else 4
     zero: dict[str, Any] = {
         "stage": engine.stage,

@@ -247,10 +247,7 @@ def more_checkpointing(job: TrainJob) -> list[str]:
     """Return the choices of activation checkpointing that keep less, the cheapest first."""
     if not isinstance(job.model, ModelConfig):
         return []
-    mesh = job.mesh(1)
-    divides = max(mesh.sequence, mesh.tensor, mesh.experts) > 1
-    is_refused = divides or job.model.mlp_chunk is not None
-    known = [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
+    known = _allowed(job)
     return known[known.index(job.model.activation_checkpointing) + 1 :]
 
 
@@ -258,8 +255,17 @@ def less_checkpointing(job: TrainJob) -> list[str]:
     """Return the choices that compute less, the cheapest first."""
     if not isinstance(job.model, ModelConfig):
         return []
-    known = [*CHECKPOINTINGS]
+    known = _allowed(job)
     return known[: known.index(job.model.activation_checkpointing)]
+
+
+def _allowed(job: TrainJob) -> list[str]:
+    """Return the choices of activation checkpointing that the config allows, cheapest first."""
+    assert isinstance(job.model, ModelConfig)
+    if job.train.activation_memory_budget is not None:
+        return ["none"]
+    is_refused = job.mesh(1).exchanges or job.model.mlp_chunk is not None
+    return [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
 
 
 def _has_other(job: PlanJob, how: str) -> bool:

@@ -254,7 +254,7 @@ def _time(plan: Plan) -> list[str]:
 
 def _evaluations(plan: Plan) -> list[str]:
     if (cost := plan.evaluation) is None:
-        return ["not known without the data, nor validation.windows"]
+        return ["not known: the data can't be read, and validation.windows is not set"]
 
     def one(evaluation: Evaluation) -> str:
         seconds = evaluation.seconds
@@ -266,7 +266,8 @@ def _evaluations(plan: Plan) -> list[str]:
     last = f"all {one(cost.at_end)}" if cost.at_end else "all, not known without the data"
     lines = [f"every {every}: {one(cost.periodic)} each; at the end {last}"]
     if cost.flops is not None and cost.times is not None:
-        parts = [f"{cost.times + bool(cost.at_end):,} evaluations: {_flops(cost.flops)}"]
+        n = cost.times + bool(cost.at_end)
+        parts = [f"{n:,} evaluation{'s' * (n != 1)}: {_flops(cost.flops)}"]
         if cost.seconds is not None and plan.seconds:
             share = cost.seconds / (cost.seconds + plan.seconds)
             parts.append(f"{span(cost.seconds)}, {share:.1%} of the time with the steps")

@@ -30,11 +30,11 @@ _LEAST_STEPS = 10  # over which a pace is measured
 _LEAST_SHARE = 0.05  # of a step's time: a smaller difference is noise
 
 
-def waiting_places(stage: int, expert_parallel: int = 1) -> frozenset[str]:
+def waiting_places(stage: int, exchanges: bool = False) -> frozenset[str]:
     """Return the places where ranks wait for each other at a ZeRO stage: at stage 3 also the
-    forward, which gathers weights layer by layer, and so where ranks divide experts."""
-    meets = stage == 3 or expert_parallel > 1
-    return WAITING_PLACES | {"forward"} if meets else WAITING_PLACES
+    forward, which gathers weights layer by layer, and so where ranks divide windows, matrices or
+    experts (`exchanges`)."""
+    return WAITING_PLACES | {"forward"} if stage == 3 or exchanges else WAITING_PLACES
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Trainer:
         self.attempt = Attempt(Path(launched)) if launched else self._new_attempt()
         rank = self.world.rank
         self.injector = injector_of(self.job.faults, rank, self.run, self.attempt, self.phases)
-        waits = waiting_places(self.job.engine.stage, self.job.engine.expert_parallel)
+        waits = waiting_places(self.job.engine.stage, self.world.mesh.exchanges)
         self.reporter = HeartbeatReporter(
             self.phases, self.attempt, rank, size, self.job.heartbeat, waits
         ).start()

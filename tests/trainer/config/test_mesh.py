@@ -53,9 +53,9 @@ def test_the_ranks_of_a_group_count_once_in_the_batch():
 @pytest.mark.parametrize(
     ("overrides", "what"),
     [
-        (["launch.processes=3"], "2 ranks don't divide the job's 3"),
+        (["launch.processes=3"], "the job's 3 ranks are not a multiple of 2"),
         (["train.sequence_length=255"], "2 ranks don't divide train.sequence_length=255"),
-        (["model.num_heads=1"], "2 ranks don't divide the model's 1 heads"),
+        (["model.num_heads=1"], "2 ranks don't divide the model's 1 head"),
         (["model.mixer=mingru"], "mixer mingru carries a state from column to column"),
         (["model.mtp_layers=1"], "modules for later tokens read the next rank's columns"),
         (["model.mlp=moe", "model.moe_capacity=1.25"], "the places of experts are given"),
@@ -75,7 +75,7 @@ MATRICES = ["engine.tensor_parallel=4", "launch.processes=4", "optimizer=adamw",
 @pytest.mark.parametrize(
     ("overrides", "what"),
     [
-        (["launch.processes=6"], "4 ranks don't divide the job's 6"),
+        (["launch.processes=6"], "the job's 6 ranks are not a multiple of 4"),
         (["model.num_heads=2"], "4 ranks don't divide model.num_heads=2"),
         (["model.num_heads=4", "model.num_kv_heads=2"], "4 ranks don't divide model.num_kv_heads"),
         (["model.num_heads=4", "model.mlp_width=70"], "4 ranks don't divide model.mlp_width=70"),
@@ -106,7 +106,7 @@ def test_ranks_that_divide_matrices_are_fed_the_same_windows():
     both = [*command, "engine.sequence_parallel=2", "launch.processes=8"]
     assert compose(TrainJob, both).mesh(8).data == 1
     (what,) = problems(*both, "model.num_heads=4").values()
-    assert what.startswith("2 ranks don't divide the model's 1 heads")
+    assert what.startswith("2 ranks don't divide a tensor-parallel rank's 1 head")
 
 
 @pytest.mark.parametrize("axis", ["sequence", "tensor"])

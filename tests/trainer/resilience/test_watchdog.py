@@ -82,7 +82,7 @@ def test_of_those_at_the_lowest_step_the_one_with_work_of_its_own():
 def test_at_stage_3_forward_waits_too():
     ranks = [seen(0, "forward", 12), seen(1, "data", 12, step=29)]
     assert sentence(*ranks, waits=waiting_places(3)).endswith("rank 0 waits in forward")
-    exchanging = sentence(*ranks, waits=waiting_places(1, expert_parallel=2))
+    exchanging = sentence(*ranks, waits=waiting_places(1, exchanges=True))
     assert exchanging.endswith("rank 0 waits in forward")
     assert diagnose(ranks, 2, waiting_places(2)).ranks == (0, 1), "each has work of its own"
 

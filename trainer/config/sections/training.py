@@ -192,20 +192,20 @@ class EngineConfig:
     )
     sequence_parallel: int = key(
         1,
-        "consecutive ranks (of a node) that are fed the same windows, each a part of the columns; "
+        "number of consecutive ranks that divide the tokens of each window; best within a node; "
         "1: off",
         ge=1,
     )
     tensor_parallel: int = key(
         1,
-        "consecutive ranks (of a node) that divide the matrices of each block, and the tables of "
-        "tokens if they divide the vocabulary; 1: off",
+        "number of consecutive ranks that divide the matrices of each block, and the token tables "
+        "if it divides the vocabulary; best within a node; 1: off",
         ge=1,
     )
     expert_parallel: int = key(
         1,
-        "consecutive ranks (of a node) that have the experts of a layer between them, and exchange "
-        "tokens; 1: off",
+        "number of consecutive ranks that divide the experts of each layer and exchange tokens; "
+        "best within a node; 1: off",
         ge=1,
     )
     deepspeed: dict[str, Any] = key(
