@@ -28,7 +28,8 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
     if (heads := (config.sized().num_heads or 1) // tensor) % ranks:
         whose = "the model's" if tensor == 1 else "a tensor-parallel rank's"
         what = f"{ranks} ranks don't divide {whose} {heads} head{'s' * (heads != 1)}"
-        found.append((what, "choose a divisor of model.num_heads"))
+        times = "" if tensor == 1 else "; its product with engine.tensor_parallel must divide them"
+        found.append((what, f"choose a divisor of model.num_heads{times}"))
     for name in config.mixers_used:
         if MIXERS[name].exchanged is None:
             what = f"mixer {name} carries a state from column to column, which no rank has whole"

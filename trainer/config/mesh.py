@@ -100,7 +100,9 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
         return []
     if ranks and ranks % mesh.near:
         todo = f"start a multiple of {mesh.near} (launch.processes), or choose a smaller group"
-        return [(names[0], f"the job's {ranks} ranks are not a multiple of {mesh.near}", todo)]
+        product = " x ".join(f"{name}={size}" for name, size in given.items() if size > 1)
+        group = f"{mesh.near}" if len(names) == 1 else f"{mesh.near} ({product})"
+        return [(names[0], f"the job's {ranks} ranks are not a multiple of {group}", todo)]
     if not isinstance(job.model, ModelConfig):
         what = "a model of your own is not divided"
         return [(name, what, f"write {name}=1, or choose a model of conf/model") for name in names]
@@ -123,6 +125,9 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
 def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
     """Return why the engine can't divide matrices; each (what, todo)."""
     whole, found = "write engine.tensor_parallel=1", []
+    if job.optimizer.target is not None:
+        what = "an optimizer of your own may need whole matrices, of which a rank has a part"
+        found.append((what, f"{whole}, or optimizer=adamw"))
     if job.optimizer.spec.matrices:
         what = f"{job.optimizer.kind} updates whole matrices, of which a rank has a part"
         found.append((what, f"{whole}, or optimizer=adamw"))
@@ -139,6 +144,9 @@ def expert_problems(job: "TrainJob", ranks: int | None) -> Problems:
     parallel, name = job.engine.expert_parallel, "engine.expert_parallel"
     if parallel == 1:
         return []
+    if not isinstance(job.model, ModelConfig):
+        what = "a model of your own is not divided"
+        return [(name, what, f"write {name}=1, or choose a model of conf/model")]
     if not getattr(job.model, "has_experts", False):
         return [(name, "the model has no experts", "leave it out, or choose model.mlp=moe")]
     found: Problems = []

@@ -75,7 +75,8 @@ class ShardingOptions:
         """Return the stages 0 to 3; on several nodes also 3 with a hierarchical partition."""
         jobs = [_staged(job, stage) for stage in range(4)]
         near = job.engine.hierarchical_partition
-        if job.nodes > 1 or near > 1:
+        # A hierarchical partition is of whole matrices.
+        if (job.nodes > 1 and job.engine.tensor_parallel == 1) or near > 1:
             jobs.append(_staged(job, 3, near if near > 1 else job.per_node))
         return [self.evaluate(j) for j in jobs]
 
@@ -183,7 +184,8 @@ class ShardingOptions:
         while gpus <= _MOST_GPUS and job.train.global_batch % job.mesh(gpus).data == 0:
             wide = _staged(_on(last, gpus), 3)
             if (micro := self.largest_micro_batch(wide)) is not None:
-                return f"set {keys}engine=zero3 plan.gpus={gpus} train.micro_batch={micro}"
+                whole = "engine.expert_parallel=1 " if job.engine.expert_parallel > 1 else ""
+                return f"set {keys}engine=zero3 {whole}plan.gpus={gpus} train.micro_batch={micro}"
             gpus *= 2
         return None
 

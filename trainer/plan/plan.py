@@ -301,6 +301,8 @@ class Plan:
             now, length = self.per_token, self.job.train.sequence_length
             less = token_flops(model, length, now.six_n)
             saved = 1 - (less.full + less.recomputed) / (now.full + now.recomputed)
+            if saved < 0.005:
+                continue
             self.notes.append(
                 f"Activation checkpointing can be {how}: a rank then needs "
                 f"{need / 2**30:,.1f} of {self.available / 2**30:,.1f} GiB, and computes "

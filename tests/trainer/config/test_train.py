@@ -276,3 +276,16 @@ def test_a_typed_key_with_an_effect_is_not_refused(words):
 def test_a_row_has_room_for_a_span():
     found = problems("objective.kind=seq2seq", "train.sequence_length=3")
     assert "give at least 4" in found["train.sequence_length"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "what"),
+    [
+        ("{zero_optimization: 3}", "zero_optimization", "3 is not a section of settings"),
+        ("{zero_optimization: null}", "zero_optimization", "None is not a section of settings"),
+        ("{communication_data_type: fp8}", "communication_data_type", "unknown value 'fp8'"),
+    ],
+)
+def test_settings_that_deepspeed_would_only_refuse_later_are_refused(settings, key, what):
+    found = problems(f"engine.deepspeed={settings}")
+    assert found[f"engine.deepspeed.{key}"].startswith(what)

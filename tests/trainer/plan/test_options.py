@@ -3,10 +3,13 @@
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import pytest
+
 from forescale.config.compose import compose
 from forescale.plan.config import PlanJob
 from forescale.plan.options import ShardingOption, ShardingOptions, cheapest
 from forescale.plan.parameters import inventory
+from forescale.plan.plan import Plan
 from forescale.plan.step_time import token_flops
 
 
@@ -78,3 +81,23 @@ def test_the_longest_window_fits_and_a_longer_one_does_not():
     whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=none")
     chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp_chunk=4096")
     assert whole < divided < chunks
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.mlp_chunk=64"],
+        ["engine.sequence_parallel=2"],
+        ["engine.tensor_parallel=2", "optimizer=adamw", "machine.gpus_per_node=2"],
+    ],
+)
+def test_nothing_is_proposed_that_the_config_refuses(words):
+    more = [
+        "train.steps=10",
+        "model.activation_checkpointing=full",
+        "plan.gpus=8",
+        "train.global_batch=16",
+    ]
+    plan = Plan(compose(PlanJob, [*more, "train.micro_batch=1", *words]))
+    assert not any("selective" in note for note in plan.notes)
+    assert all("hpz" not in option.name for option in plan.options) or "tensor" not in words[0]

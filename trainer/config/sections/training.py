@@ -174,6 +174,9 @@ _OURS = {
 }
 
 
+_SENT = ("fp32", "fp16", "bf16")  # what DeepSpeed can reduce gradients in
+
+
 @dataclass
 class EngineConfig:
     stage: Literal[0, 1, 2, 3] = key(
@@ -222,7 +225,18 @@ class EngineConfig:
         if self.expert_parallel > 1 and self.stage == 3:
             what = "ZeRO stage 3 divides the experts with all other parameters"
             found.append(("expert_parallel", what, "leave it out, or choose engine.stage=1 or 2"))
-        scattered = self.deepspeed.get("zero_optimization", {}).get("reduce_scatter", True)
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            path, what = "deepspeed.zero_optimization", f"{zero!r} is not a section of settings"
+            return [
+                *found,
+                (path, what, "write, for example, {zero_optimization: {overlap_comm: true}}"),
+            ]
+        sent = self.deepspeed.get("communication_data_type")
+        if sent not in (None, *_SENT):
+            path, what = "deepspeed.communication_data_type", f"unknown value {sent!r}"
+            found.append((path, what, f"choose from {', '.join(_SENT)}"))
+        scattered = zero.get("reduce_scatter", True)
         if self.expert_parallel > 1 and not scattered:
             what = "DeepSpeed can't reduce the gradients of divided experts without it"
             path = "deepspeed.zero_optimization.reduce_scatter"
