@@ -20,6 +20,7 @@ from forescale.models.experts.balance import Routing, move_biases, that_count
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
 from forescale.models.heads.mtp import MtpModule
+from forescale.models.heads.penalties import counted_penalty, metrics_of
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
 from forescale.models.mixers.blocks import blocks_seen
@@ -28,7 +29,6 @@ from forescale.models.mixers.masks import mask_of, source_mask
 from forescale.models.norm import make_norm
 from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.parametrization import Factors, factors, scales
-from forescale.models.penalties import counted_penalty, metrics_of
 from forescale.models.positions.alibi import biased_mask
 from forescale.models.positions.position import (
     LearnedPosition,

@@ -37,8 +37,8 @@ from forescale.models.init import Linear
 from forescale.models.memory import activations, cache_bytes
 from forescale.models.mixers.context import continued
 from forescale.models.parametrization import factors, folds, scales
-from forescale.plan.memory import memory
-from forescale.plan.parameters import inventory
+from forescale.plan.bytes.memory import memory
+from forescale.plan.bytes.parameters import inventory
 from forescale.run.feed import feed_of
 from forescale.run.start import open_sources
 from forescale.train.model import build_model

@@ -95,7 +95,7 @@ class Part:
         multiplier `scores` of attention scores (parametrization, rule 6).
     divided: config -> {parameter name: dimension}: of which each tensor-parallel rank has a part,
         cut along the dimension: rows of the matrices that read the stream, columns of those that
-        write to it (see engine/tensor.py); {} for a part that can't be divided.
+        write to it (see engine/parallel/tensor.py); {} for a part that can't be divided.
     heads: the counts in the module, by dotted name, of which each such rank has a part.
     not_muon: the matrices inside that are not of init.Linear, by parameter name, such as the gates
         of several kinds in one matrix.

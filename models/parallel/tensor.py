@@ -1,4 +1,4 @@
-"""Ranks that divide matrices (engine/tensor.py), and what they exchange.
+"""Ranks that divide matrices (engine/parallel/tensor.py), and what they exchange.
 
 Invariant: all ranks of a group have the same residual stream, and the gradient of it, to the bit.
 """

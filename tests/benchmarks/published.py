@@ -22,9 +22,9 @@ from statistics import median
 
 from forescale.config.compose import compose
 from forescale.models.config import ModelConfig
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
-from forescale.plan.parameters import inventory
 from forescale.plan.step_time import peak_of, predict_step_time, token_flops
 
 FILE = Path(__file__).parent / "published.csv"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from forescale.config.compose import CONF, ConfigError, compose
-from forescale.config.published import published_notes
 from forescale.config.train import TrainJob
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
+from forescale.plan.published import published_notes
 
 # By recipe: GPUs of 80 GB, the tokens of a step, and those of the run in billions, as published.
 PUBLISHED = {

@@ -10,7 +10,7 @@ def parts(cases):
     import torch._dynamo.config as dynamo
     import torch.distributed as dist
 
-    from forescale.engine.tensor import divide
+    from forescale.engine.parallel.tensor import divide
     from forescale.models import Transformer
     from forescale.models.config import ModelConfig
     from forescale.models.parallel.tensor import TensorGroup

@@ -6,9 +6,9 @@ plain model. FORESCALE_MATRIX=full takes all.
 
 import pytest
 
+from forescale.plan.bytes.memory import states
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
-from forescale.plan.memory import states
-from forescale.plan.parameters import inventory
 from tests.distributed import ranks
 from tests.distributed.cost_jobs import MICRO_BATCHES, job_of
 from tests.matrix import FULL

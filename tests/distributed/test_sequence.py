@@ -8,8 +8,8 @@ import torch
 from forescale.engine.optim import build_optimizer, parameter_groups
 from forescale.models import Transformer
 from forescale.models.memory import activations
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
-from forescale.plan.parameters import inventory
 from tests import launching
 from tests.distributed import ranks
 from tests.distributed import sequence_scenarios as scenario

@@ -2,8 +2,8 @@
 
 import pytest
 
-from forescale.plan.memory import memory
-from forescale.plan.parameters import inventory
+from forescale.plan.bytes.memory import memory
+from forescale.plan.bytes.parameters import inventory
 from tests.distributed import ranks
 from tests.distributed.startup_scenarios import job_of
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from forescale.models.memory import activations
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
-from forescale.plan.parameters import inventory
 from tests.distributed import ranks
 from tests.distributed import sequence_scenarios as scenario
 from tests.distributed.test_sequence import STEPS, plainly

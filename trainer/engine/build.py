@@ -13,10 +13,10 @@ from torch import nn
 
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
-from forescale.engine import experts, tensor
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.optim import build_optimizer, divided_groups, parameter_groups, shape_of
 from forescale.engine.optimizers.muon import use_precision
+from forescale.engine.parallel import experts, tensor
 from forescale.engine.step import Engine
 from forescale.engine.world import World
 from forescale.models.parallel.sequence import SequenceGroup

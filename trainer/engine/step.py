@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from forescale.engine.compilation import compile_parts, keep_to
 from forescale.engine.determinism import tell_compiler
-from forescale.engine.experts import shown_to_deepspeed
 from forescale.engine.layout import Layout
+from forescale.engine.parallel.experts import shown_to_deepspeed
+from forescale.engine.parallel.tensor import Mpu
 from forescale.engine.stages import layout_of
-from forescale.engine.tensor import Mpu
 from forescale.engine.world import World
 from forescale.errors import UserError
 from forescale.models.parallel.whole import whole_of

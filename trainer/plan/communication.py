@@ -1,4 +1,4 @@
-"""Communication of an optimizer step: bytes of each collective, and its time.
+"""Communication of an optimizer step: the bytes of each collective.
 
 The collectives are those that DeepSpeed 0.19.8 runs under our engine. They were counted on real
 ranks; tests/distributed/test_real_costs.py compares these formulas with them, byte for byte:
@@ -9,124 +9,32 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
 - Stage 3 all-gathers the weights in the forward and backward pass of each micro-batch and
   reduce-scatters the gradients. With Muon it all-reduces those that fit a bucket, and also
   all-gathers gradients, momenta and updates. stage3_max_reuse_distance decides which weights are
-  gathered a second time, see zero.py. With a hierarchical partition only the first gather of a step
-  uses all ranks.
+  gathered a second time, see bytes/zero.py. With a hierarchical partition only the first gather of
+  a step uses all ranks.
 - Ranks that divide experts (engine.expert_parallel) send each row to the rank of its expert and
   back, in the forward and in the backward pass, and before that how many rows there are, unless
-  each expert has a fixed number of places. What is said of ranks is said of a whole group of them:
-  how much one sends depends on what its tokens choose. The gradients and weights of experts go
-  between the ranks that have the same ones.
-A few numbers per step (norm, overflow, the StepSummary, the counts of experts) are left out.
-
-The time of a collective is latency + bytes / speed, as NCCL's own model has it (ncclTopoTuneModel
-in src/graph/tuning.cc of NCCL 2.30). For S bytes over n ranks of m nodes:
-- A ring takes n-1 steps for an all-gather or a reduce-scatter, m-1 of them between nodes, and twice
-  as many for an all-reduce. Each rank sends (n-1)/n S, or twice that (Patarasu and Yuan 2009,
-  "Bandwidth optimal all-reduce algorithms"). A ring over several nodes enters and leaves each node
-  once, so a node sends as much as one GPU, through all its network cards together.
-- An all-reduce over several nodes may be a tree instead: its latency is that of 2 (n/m - 1) steps
-  in a node and 2 log2(m) between nodes, at 0.92 of the speed. NCCL takes what is faster.
-NCCL has no tree for all-gathers and reduce-scatters over several GPUs of each node, so their
-latency grows with the number of ranks.
+  each expert has a fixed number of places. These bytes are averages over a group of ranks: how
+  much one sends depends on what its tokens choose. The gradients and weights of experts go between
+  the ranks that have the same ones.
+A few numbers per step (norm, overflow, the StepSummary, the counts of experts) are left out. The
+time of a collective is in links.py.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
-from typing import Literal
 
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
 from forescale.models.flops import layers_of
-from forescale.plan.config import MachineConfig
-from forescale.plan.memory import partition, recomputes
-from forescale.plan.parameters import Inventory, Parameter
-from forescale.plan.zero import ZeroSettings
+from forescale.plan.bytes.memory import partition, recomputes
+from forescale.plan.bytes.parameters import Inventory, Parameter
+from forescale.plan.bytes.zero import ZeroSettings
+from forescale.plan.links import Collective, Kind
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-
-
-_TREE = 0.92  # speed of NCCL's tree, as a fraction of the ring's
-_START = 14e-6  # seconds: NCCL's base latency of a collective (its protocol LL128)
 _STAGE_0_BUCKET = 500_000_000  # elements: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
-
-
-@dataclass(frozen=True)
-class Collective:
-    """All collectives of one kind in a step.
-
-    payload: bytes of the whole tensors, of an all-to-all those of one rank, on average. ranks:
-    number of ranks that take part. calls: number of collectives. beside: the fraction of the step's
-    computation that they can overlap with, on a machine that overlaps. stride: from each of the
-    ranks to the next; between them are those of as many other groups that do the same at the same
-    time.
-    """
-
-    what: str
-    kind: Kind
-    payload: int
-    ranks: int
-    calls: int = 1
-    beside: float = 0.0
-    stride: int = 1
-
-    @property
-    def sent(self) -> int:
-        """Bytes that each rank sends per step."""
-        return self._rounds * (self.ranks - 1) * self.payload // self.ranks
-
-    @property
-    def _rounds(self) -> int:
-        return 2 if self.kind == "all_reduce" else 1
-
-    def between(self, per_node: int) -> int:
-        """Return the bytes that a node of `per_node` ranks sends to other nodes."""
-        near = self._near(per_node)
-        if self.ranks <= near:
-            return 0
-        if self.kind == "all_to_all":  # each rank sends to each
-            return per_node * (self.ranks - near) * self.payload // self.ranks
-        return min(self.stride, per_node) * self.sent
-
-    def _near(self, per_node: int) -> int:
-        """Return how many of the ranks are on one node."""
-        return max(1, per_node // self.stride)
-
-    def inside_seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Return the seconds on the links inside a node, without latency."""
-        inside = self.sent if self._near(per_node) > 1 else 0
-        return inside / (machine.intra_node * machine.link_efficiency)
-
-    def between_seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Return the seconds on the links between nodes, without latency."""
-        return self.between(per_node) / (machine.inter_node * machine.link_efficiency)
-
-    def latency_seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Return the seconds of all steps from rank to rank, however few bytes are sent."""
-        return self._fastest(machine, per_node)[0]
-
-    def seconds(self, machine: MachineConfig, per_node: int) -> float:
-        """Return the seconds of all calls: their latency, and the bytes on the slowest link."""
-        return sum(self._fastest(machine, per_node))
-
-    def _fastest(self, machine: MachineConfig, per_node: int) -> tuple[float, float]:
-        """Return (seconds of latency, seconds of bytes) of the faster algorithm."""
-        inside, between = machine.intra_latency, machine.inter_latency
-        nodes = -(-self.ranks // self._near(per_node))
-        crossed = self._rounds * (nodes - 1)
-        steps = self._rounds * (self.ranks - 1) - crossed
-        moving = max(
-            self.inside_seconds(machine, per_node), self.between_seconds(machine, per_node)
-        )
-        ring = self.calls * (_START + steps * inside + crossed * between), moving
-        if self.kind == "all_to_all":
-            return self.calls * (_START + (between if nodes > 1 else inside)), moving
-        if self.kind != "all_reduce" or nodes == 1:
-            return ring
-        deep = 2 * ((self._near(per_node) - 1) * inside + math.log2(nodes) * between)
-        return min(ring, (self.calls * (_START + deep), moving / _TREE), key=sum)
 
 
 def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collective]:
@@ -143,15 +51,15 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
 def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     """Return the exchange of columns for heads where ranks divide rows: two in each layer, forward
     and backward (models/parallel/sequence.py), and forward again where the layer is recomputed."""
-    config, near = job.model, job.engine.sequence_parallel
-    if near == 1 or not isinstance(config, ModelConfig):
+    config, ranks = job.model, job.engine.sequence_parallel
+    if ranks == 1 or not isinstance(config, ModelConfig):
         return []
     mixers = [parts["mixer"].exchanged for parts in layers_of(config)]
-    values = sum(exchanged(config, near) for exchanged in mixers if exchanged)
+    values = sum(exchanged(config, ranks) for exchanged in mixers if exchanged)
     times = s.accumulation * (3 if recomputes(job) else 2)
-    columns = job.train.micro_batch * job.train.sequence_length // near
+    columns = job.train.micro_batch * job.train.sequence_length // ranks
     payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
-    return [Collective("heads for columns", "all_to_all", payload, near, calls)]
+    return [Collective("heads for columns", "all_to_all", payload, ranks, calls)]
 
 
 def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
@@ -328,27 +236,3 @@ def _muon_gathers(s: ZeroSettings, params: Sequence) -> tuple[int, int]:
             total += s.world * max(p.numel for p in params[first : min(first + s.world, end)])
         start = end
     return calls, total
-
-
-def exposed(
-    found: Sequence[Collective], machine: MachineConfig, per_node: int, computing: float
-) -> float:
-    """Return the seconds of a step in which ranks wait for communication.
-
-    Collectives that can't overlap with the computation are waited for. The others cost what is
-    longer: the part of their time that exceeds the computation they overlap with, or what they take
-    from it. Their copies and sums occupy a GPU and its memory for as long as their bytes take on
-    the links of a node, and their latency is waited for; hidden is what slower links add. (So it
-    was on 8 to 512 GPUs: README.md.) Overlapping collectives share the links, so their times add
-    up. computing: seconds of forward and backward per step.
-    """
-    hidden = waiting = room = taken = 0.0
-    for c in found:
-        seconds = c.seconds(machine, per_node)
-        if machine.overlap and c.beside:
-            hidden += seconds
-            taken += c.latency_seconds(machine, per_node) + c.inside_seconds(machine, per_node)
-            room = max(room, c.beside * computing)
-        else:
-            waiting += seconds
-    return waiting + max(taken, hidden - room)

@@ -6,7 +6,7 @@ Invariant: this file only arranges numbers that `Plan` computed.
 from typing import Any
 
 from forescale.config.schema import plain
-from forescale.plan.memory import as_dict
+from forescale.plan.bytes.memory import as_dict
 from forescale.plan.options import ShardingOption, cheapest
 from forescale.plan.page import CLUSTERS
 from forescale.plan.plan import Plan

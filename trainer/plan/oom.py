@@ -8,13 +8,13 @@ from dataclasses import replace
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.plan.memory import Memory, memory
+from forescale.plan.bytes.memory import Memory, memory
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.options import more_checkpointing, with_checkpointing
-from forescale.plan.parameters import inventory
 
 
 def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Memory | None:
-    """Return the planned memory of a rank (plan/memory.py); None if the model is the user's class.
+    """Return the planned memory of a rank (bytes/memory.py); None for a class of the user's own.
 
     The activations of such a class are not known.
     """

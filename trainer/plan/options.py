@@ -13,10 +13,11 @@ from typing import Literal, TypeVar, cast
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.rules import CHECKPOINTINGS
-from forescale.plan.communication import Collective, collectives
+from forescale.plan.bytes.memory import Memory, memory
+from forescale.plan.bytes.parameters import Inventory
+from forescale.plan.communication import collectives
 from forescale.plan.config import MachineConfig, PlanConfig, PlanJob
-from forescale.plan.memory import Memory, memory
-from forescale.plan.parameters import Inventory
+from forescale.plan.links import Collective
 from forescale.plan.step_time import MeasuredSpeed, StepTime, TokenFlops, predict_step_time
 
 J = TypeVar("J", bound=TrainJob)

@@ -3,8 +3,8 @@
 Invariant: the only file of the plan that loads torch, and only when it is called.
 """
 
+from forescale.plan.bytes.parameters import Inventory, Parameter, inventory
 from forescale.plan.config import PlanJob
-from forescale.plan.parameters import Inventory, Parameter, inventory
 from forescale.plan.step_time import TokenFlops
 
 

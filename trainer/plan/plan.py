@@ -4,7 +4,7 @@
                   ->  time, checkpoints, failures  ->  problems (what can't work), notes
 
 Invariant: a plan uses no GPU, writes and prepares nothing, and loads torch only if the model is a
-class of the user's own (built on the meta device, without values). The formulas are in memory.py,
+class of the user's own (built on the meta device, without values). The formulas are in bytes/,
 communication.py, step_time.py and failures.py; options.py evaluates the ways to shard.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
-from forescale.config.published import published_notes
 from forescale.config.schema import Problem
 from forescale.console import span
 from forescale.data.dataset import Dataset, Sources
@@ -23,11 +22,13 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count, flops_6n
 from forescale.models.memory import cache_bytes
+from forescale.plan.bytes.memory import checkpoint_bytes, checkpoints_kept, copy_bytes
+from forescale.plan.bytes.parameters import inventory
+from forescale.plan.bytes.zero import BYTES
 from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import EvaluationCost, estimate_evaluation
 from forescale.plan.failures import FailureEstimate, estimate_failures, stall_of
-from forescale.plan.memory import checkpoint_bytes, checkpoints_kept, copy_bytes
 from forescale.plan.options import (
     ShardingOption,
     ShardingOptions,
@@ -36,7 +37,7 @@ from forescale.plan.options import (
     with_checkpointing,
 )
 from forescale.plan.own_model import own_model
-from forescale.plan.parameters import inventory
+from forescale.plan.published import published_notes
 from forescale.plan.step_time import (
     MeasuredSpeed,
     StepTime,
@@ -44,7 +45,6 @@ from forescale.plan.step_time import (
     predict_step_time,
     token_flops,
 )
-from forescale.plan.zero import BYTES
 from forescale.run.branch import check_origin
 from forescale.run.data_use import DataUse, SourceUse, data_use
 from forescale.run.feed import resolved_model

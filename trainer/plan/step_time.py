@@ -16,9 +16,9 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import flops_forward, flops_per_token, flops_recomputed
 from forescale.monitor.status import Status
-from forescale.plan.communication import Collective, exposed
+from forescale.plan.bytes.parameters import Inventory
 from forescale.plan.config import MachineConfig
-from forescale.plan.parameters import Inventory
+from forescale.plan.links import Collective, exposed
 from forescale.plan.work import work_of
 from forescale.run.directory import Run
 

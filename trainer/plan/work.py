@@ -23,8 +23,8 @@ from forescale.models.config import ModelConfig
 from forescale.models.costs.record import matrix_flops
 from forescale.models.flops import columns_of, flops_per_token, flops_recomputed, layers_of
 from forescale.models.memory import activations
+from forescale.plan.bytes.zero import BYTES
 from forescale.plan.config import MachineConfig
-from forescale.plan.zero import BYTES
 
 _EAGER = 8.4  # bytes of traffic per kept byte, each operation a kernel of its own
 _COMPILED = 5.5  # the same with torch.compile, which fuses neighbours

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from forescale.config.compose import compose
-from forescale.plan.communication import Collective, collectives, exposed
+from forescale.plan.bytes.parameters import inventory
+from forescale.plan.communication import collectives
 from forescale.plan.config import PlanJob
-from forescale.plan.parameters import inventory
+from forescale.plan.links import Collective, exposed
 from forescale.plan.step_time import predict_step_time, token_flops
 from tests.distributed.cost_jobs import job_of
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from forescale.config.compose import compose
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.config import PlanJob
 from forescale.plan.options import ShardingOption, ShardingOptions, cheapest
-from forescale.plan.parameters import inventory
 from forescale.plan.plan import Plan
 from forescale.plan.step_time import token_flops
 

@@ -6,8 +6,8 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.models.flops import flops_per_token
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.config import PlanJob
-from forescale.plan.parameters import inventory
 from forescale.plan.work import work_of
 
 SIZES = ["model=gpt2-124m", "train.steps=10", "train.sequence_length=1024", "schedule.warmup=0"]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forescale.plan.zero import _Call, _soon
+from forescale.plan.bytes.zero import _Call, _soon
 
 SIZES = {"a": 0, "b": 1, "c": 5, "d": 9}
 

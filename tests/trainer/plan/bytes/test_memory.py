@@ -6,9 +6,9 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.engine.optim import Group
+from forescale.plan.bytes.memory import checkpoint_bytes, memory, partition, states, touched
+from forescale.plan.bytes.parameters import Parameter, inventory
 from forescale.plan.config import PlanJob
-from forescale.plan.memory import checkpoint_bytes, memory, partition, states, touched
-from forescale.plan.parameters import Parameter, inventory
 
 
 def job(*overrides, vocab_size=512):

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from forescale.config.compose import compose
-from forescale.config.published import PUBLISHED, interpolated, published_notes
 from forescale.config.train import TrainJob
+from forescale.plan.published import PUBLISHED, interpolated, published_notes
 
 SIZE = 1.1e9
 BATCH, WINDOW, TOKENS = "train.global_batch", "train.sequence_length", "train.tokens"

@@ -27,8 +27,8 @@ from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
 from forescale.models.memory import Activations, activations
-from forescale.plan.parameters import Inventory
-from forescale.plan.zero import BYTES, ZeroSettings, block_of
+from forescale.plan.bytes.parameters import Inventory
+from forescale.plan.bytes.zero import BYTES, ZeroSettings, block_of
 
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
 _SUB_GROUP = 10**9  # elements: its sub_group_size

@@ -21,7 +21,7 @@ from typing import Any
 
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import BLOCK, deepspeed_config
-from forescale.plan.parameters import Parameter
+from forescale.plan.bytes.parameters import Parameter
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a value by precision
 

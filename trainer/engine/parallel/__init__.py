@@ -1,0 +1,1 @@
+"""A model divided among ranks: who keeps which part, and how DeepSpeed learns of it."""
