@@ -45,7 +45,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.experts.balance import Routing
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.mlp import MLP
-from forescale.models.parallel.experts import Division, own_part, through
+from forescale.models.parallel.experts import ExpertGroup, own_part, through
 from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.parametrization import scales
 from forescale.models.tallies import UNIT
@@ -89,7 +89,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = MLP(config, config.moe_shared * inner) if config.moe_shared else None
         zeros = torch.zeros(experts, dtype=torch.int64) if config.moe_bias_speed else None
         self.register_buffer("bias_steps", zeros)
-        self.division: Division | None = None
+        self.expert_group: ExpertGroup | None = None
 
     def forward(
         self,
@@ -107,11 +107,11 @@ class MixtureOfExperts(nn.Module):
         else:
             to = _sorted_by_expert(chosen_NK, logits_NE.shape[1])
             rows_MD = x_ND.index_select(0, to.token)
-        if self.division is None:
+        if self.expert_group is None:
             out_MD = self._experts(rows_MD, to.ends)
         else:
             fixed = self.training and self.config.moe_capacity > 0
-            out_MD = through(self._experts, rows_MD, to.ends, self.division, fixed)
+            out_MD = through(self._experts, rows_MD, to.ends, self.expert_group, fixed)
         if self.training and self.config.moe_capacity:
             out_MD = F.pad(out_MD, (0, 0, 0, 1))
         each_NKD = out_MD.index_select(0, to.row.flatten()).view(*chosen_NK.shape, -1)
@@ -127,14 +127,14 @@ class MixtureOfExperts(nn.Module):
         inner_MF = F.silu(self.gate(rows_MD, ends_E)) * self.up(rows_MD, ends_E)
         return self.down(inner_MF, ends_E)
 
-    def divide(self, division: Division) -> None:
-        """Keep this rank's experts alone: from now on all ranks of the division call together.
+    def divide(self, group: ExpertGroup) -> None:
+        """Keep this rank's experts alone: from now on all ranks of the group call together.
 
         The experts must have their initial weights, those of all of them, equal on these ranks.
         """
         for module in (self.gate, self.up, self.down):
-            module.weight = own_part(module.weight, division)
-        self.division = division
+            module.weight = own_part(module.weight, group)
+        self.expert_group = group
 
     def _chosen(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return all scores (N, E), the chosen experts (N, k), and their weights (N, k); fp32."""

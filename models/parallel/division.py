@@ -12,16 +12,16 @@ from forescale.models.costs import MIXERS, MLPS
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
-Division = tuple[str, str]  # what is wrong, what to do
+Refusal = tuple[str, str]  # what is wrong, what to do
 
 
-def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1) -> list[Division]:
+def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1) -> list[Refusal]:
     """Return why `ranks` can't divide rows of `columns` of this model; each (what, todo).
 
     tensor: the ranks that divide the heads before.
     """
     whole = "write engine.sequence_parallel=1"
-    found: list[Division] = []
+    found: list[Refusal] = []
     if columns % ranks:
         what = f"{ranks} ranks don't divide train.sequence_length={columns}"
         found.append((what, "choose a divisor of it"))
@@ -46,13 +46,13 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
     return found
 
 
-def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Division]:
+def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal]:
     """Return why `ranks` can't divide the matrices of this model; each (what, todo)."""
     whole, sized = "write engine.tensor_parallel=1", config.sized()
     if config.has_encoder:
         return [("an encoder-decoder is not divided", f"{whole}, or model.encoder_layers=0")]
     known = config.resolved(config.vocab_size or 1, columns)
-    found: list[Division] = []
+    found: list[Refusal] = []
     grouped = sized.num_kv_heads != sized.num_heads
     for name in ("num_heads", *["num_kv_heads"] * grouped, "mlp_width"):
         if (size := getattr(sized, name) or 1) % ranks:

@@ -1,7 +1,7 @@
 """Experts divided among ranks: a row travels to the rank that has its expert, and its output back.
 
-`of` ranks exchange rows with each other. Each has its own tokens, all of the router, and E / of
-successive experts of each layer: the ones from part * E / of on (GShard, Lepikhin et al. 2020,
+The n ranks of a group exchange rows. Each has its own tokens, all of the router, and E / n
+successive experts of each layer: those from rank * E / n on (GShard, Lepikhin et al. 2020,
 arXiv 2006.16668, section 3.2). Invariant: an expert multiplies the rows of all these ranks at once,
 so its gradient is already their sum, and a row's output is that of an undivided layer.
 
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from forescale.models.parallel.whole import Whole
 
 
-class Division(NamedTuple):
-    """The ranks that have the experts between them, and the part of this one, from 0."""
+class ExpertGroup(NamedTuple):
+    """The ranks that divide the experts of a layer, and this one's place `rank` among them."""
 
     group: Any  # a torch.distributed.ProcessGroup
-    part: int
-    of: int
+    rank: int
+    size: int
 
 
 class _Route(NamedTuple):
@@ -42,12 +42,12 @@ class _Route(NamedTuple):
     inverse: Tensor
 
 
-def own_part(weight: nn.Parameter, division: Division) -> nn.Parameter:
-    """Return this rank's experts of a tensor of all experts, (E, ...) -> (E / of, ...)."""
-    experts = len(weight) // division.of
-    first = division.part * experts
+def own_part(weight: nn.Parameter, group: ExpertGroup) -> nn.Parameter:
+    """Return this rank's experts of a tensor of all experts, (E, ...) -> (E / n, ...)."""
+    experts = len(weight) // group.size
+    first = group.rank * experts
     found = nn.Parameter(weight.detach()[first : first + experts].clone())
-    found.whole = Whole(tuple(weight.shape), division.part, division.of)  # type: ignore[attr-defined]
+    found.whole = Whole(tuple(weight.shape), group.rank, group.size)  # type: ignore[attr-defined]
     return found
 
 
@@ -56,39 +56,39 @@ def through(
     experts: Callable[[Tensor, Tensor], Tensor],
     rows_MD: Tensor,
     ends_E: Tensor,
-    division: Division,
+    group: ExpertGroup,
     fixed: bool,
 ) -> Tensor:
     """Return the outputs of rows by experts of all ranks: rows (M, D), ends (E,) -> (M, D).
 
     Rows are sorted by expert, those of the e-th end before ends[e]. experts: this rank's, (rows
-    (R, D), ends (E / of,)) -> (R, D). fixed: all ranks have equally many rows for each expert.
+    (R, D), ends (E / n,)) -> (R, D). fixed: all ranks have equally many rows for each expert.
     """
-    route, ends = _route(rows_MD, ends_E, division, fixed)
+    route, ends = _route(rows_MD, ends_E, group, fixed)
     return _Travel.apply(experts(_Travel.apply(rows_MD, route, True), ends), route, False)
 
 
 def _route(
-    rows_MD: Tensor, ends_E: Tensor, division: Division, fixed: bool
+    rows_MD: Tensor, ends_E: Tensor, group: ExpertGroup, fixed: bool
 ) -> tuple[_Route, Tensor]:
     """Return the route of rows to this rank's experts, and the ends of the experts' rows there."""
-    of = division.of
+    n = group.size
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     if fixed:
         arriving_E = counts_E
-        sends = gets = [len(rows_MD) // of] * of
+        sends = gets = [len(rows_MD) // n] * n
     else:
         arriving_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(arriving_E, counts_E, group=division.group)
-        both = torch.stack([counts_E, arriving_E]).view(2, of, -1).sum(-1)
+        dist.all_to_all_single(arriving_E, counts_E, group=group.group)
+        both = torch.stack([counts_E, arriving_E]).view(2, n, -1).sum(-1)
         sends, gets = both.tolist()  # the one wait
-    arriving_PE = arriving_E.view(of, -1)  # rows by rank, and by expert here
-    own = torch.arange(arriving_PE.shape[1], device=rows_MD.device).repeat(of)
+    arriving_PE = arriving_E.view(n, -1)  # rows by rank, and by expert here
+    own = torch.arange(arriving_PE.shape[1], device=rows_MD.device).repeat(n)
     expert_R = own.repeat_interleave(arriving_E, output_size=sum(gets))
     order_R = expert_R.argsort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    route = _Route(division.group, sends, gets, order_R, inverse_R)
+    route = _Route(group.group, sends, gets, order_R, inverse_R)
     return route, arriving_PE.sum(0).cumsum(0)
 
 

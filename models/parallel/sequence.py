@@ -7,25 +7,17 @@ too, so that the gradients of a parameter, summed over ranks, are those of one r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from forescale.models.costs.heads import copies
+from forescale.models.parallel.group import Group
 
 
-@dataclass(frozen=True)
-class SequenceGroup:
-    """The ranks that divide a row, and this one's place `rank` among the `size` of them.
-
-    name: of their process group, as torch.distributed knows it.
-    """
-
-    rank: int
-    size: int
-    name: str
+class SequenceGroup(Group):
+    """The ranks that divide a row."""
 
     def own(self, x: Tensor) -> Tensor:
         """Return this rank's columns of rows: (..., L) -> (..., L/n)."""
@@ -35,11 +27,6 @@ class SequenceGroup:
         """Return which of `count` query heads this rank attends with."""
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of the ranks' tensors. Has no gradient."""
-        found = collectives.all_reduce(x, "sum", self.name)  # type: ignore[arg-type]
-        return collectives.wait_tensor(found)
 
     def attended(
         self,

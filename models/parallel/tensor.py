@@ -3,30 +3,16 @@
 Invariant: all ranks of a group have the same residual stream, and the gradient of it, to the bit.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
+from forescale.models.parallel.group import Group
 
-@dataclass(frozen=True)
-class TensorGroup:
-    """The ranks that divide matrices, and this one's place `rank` among the `size` of them.
 
-    name: of their process group, as torch.distributed knows it.
-    """
-
-    rank: int
-    size: int
-    name: str
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return the sum over the group, the same bits on all its ranks. Has no gradient."""
-        # A functional collective, because a compiler can follow it.
-        found = collectives.all_reduce(x.contiguous(), "sum", self.name)  # type: ignore[arg-type]
-        return collectives.wait_tensor(found)
+class TensorGroup(Group):
+    """The ranks that divide matrices."""
 
     def copied(self, x: Tensor) -> Tensor:
         """Return x. Its gradient is summed over the group: each rank has computed a part of it."""

@@ -50,7 +50,7 @@ def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module
     """
     steps: list[Callable[[nn.Module], nn.Module]] = []
     if world.experts.size > 1:
-        steps.append(partial(experts.divide, division=experts.join_experts(world)))
+        steps.append(partial(experts.divide, group=experts.join_experts(world)))
     if world.tensor.size > 1:
         steps.append(partial(tensor.divide, group=tensor.group_of(world)))
     if job.engine.stage == 3:

@@ -17,7 +17,7 @@ from torch import nn
 
 from forescale.engine.world import World
 from forescale.models.experts.moe import MixtureOfExperts
-from forescale.models.parallel.experts import Division
+from forescale.models.parallel.experts import ExpertGroup
 
 
 def group_name(parallel: int) -> str:
@@ -25,7 +25,7 @@ def group_name(parallel: int) -> str:
     return f"ep_size_{parallel}"
 
 
-def join_experts(world: World) -> Division:
+def join_experts(world: World) -> ExpertGroup:
     """Return the ranks that exchange rows with this one; and name to DeepSpeed those that have the
     same experts, over which it reduces."""
     from deepspeed.utils import groups
@@ -35,17 +35,17 @@ def join_experts(world: World) -> Division:
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = world.mesh.expert_peers(rank)
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = world.expert_data.group
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = world.mesh.expert_data_peers(rank)
-    return Division(world.experts.group, world.experts.rank, world.experts.size)
+    return ExpertGroup(world.experts.group, world.experts.rank, world.experts.size)
 
 
-def divide(module: nn.Module, division: Division) -> nn.Module:
+def divide(module: nn.Module, group: ExpertGroup) -> nn.Module:
     """Let each layer of experts inside of `module` keep this rank's; return `module`."""
     for layer in module.modules():
-        if isinstance(layer, MixtureOfExperts) and layer.division is None:
-            layer.divide(division)
+        if isinstance(layer, MixtureOfExperts) and layer.expert_group is None:
+            layer.divide(group)
             for p in layer.parameters():
                 if hasattr(p, "whole"):
-                    _mark_as_expert(p, group_name(division.of))
+                    _mark_as_expert(p, group_name(group.size))
     return module
 
 

@@ -1,1 +1,1 @@
-"""What a plan knows to the byte: parameters, the memory of a rank, how ZeRO keeps and gathers them."""
+"""What a plan knows to the byte: parameters, memory of a rank, what ZeRO keeps and gathers."""
