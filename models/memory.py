@@ -196,8 +196,8 @@ def _plain_forms(
 
 def _masks(config: ModelConfig, micro_batch: int, masked: bool, is_fused: bool) -> int:
     """Return the number of (L, L) squares in the mask: one per row, and with biases per head; none
-    where relative ones are added outside of a kernel, nor where a GPU's kernel is told which blocks
-    of pairs are seen (blocks.blocks_seen), a thousandth of a square in bf16."""
+    where relative ones are added outside of a kernel, nor on a GPU, whose kernel takes a list of
+    the blocks that are seen instead (blocks.blocks_seen), a thousandth of a square in bf16."""
     if not any(parts["mixer"].takes_mask for parts in layers_of(config)):
         return 0
     if config.position == "alibi" or (config.position == "relative" and is_fused):

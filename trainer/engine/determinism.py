@@ -75,8 +75,8 @@ def use_kernels(deterministic: bool, on_gpu: bool) -> None:
     mode = mode_of(deterministic, on_gpu)
     if mode != "default":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # The same flags as use_deterministic_algorithms, which imports torch's compiler to tell it too,
-    # in each rank that compiles nothing. See tell_compiler.
+    # The same flags as use_deterministic_algorithms, which imports torch's compiler to set it too,
+    # in each rank that compiles nothing. See set_compiler_mode.
     torch.set_deterministic_debug_mode(mode)
     # Only useful for debugging, and costs one pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -85,8 +85,8 @@ def use_kernels(deterministic: bool, on_gpu: bool) -> None:
     torch.backends.cuda.enable_cudnn_sdp(SDPBackend.CUDNN_ATTENTION in chosen)
 
 
-def tell_compiler() -> None:
-    """Tell torch's compiler too what `use_kernels` has told torch."""
+def set_compiler_mode() -> None:
+    """Set the mode that `use_kernels` has set in torch in its compiler too."""
     torch.use_deterministic_algorithms(
         torch.are_deterministic_algorithms_enabled(),
         warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from forescale.engine.compilation import compile_parts, keep_to
-from forescale.engine.determinism import tell_compiler
+from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import shown_to_deepspeed
 from forescale.engine.parallel.tensor import Mpu
@@ -92,7 +92,7 @@ class Engine:
     def compile(self, by_part: bool = True, budget: float | None = None) -> None:
         """Compile the model's forward (and so its backward) in place: each of its parts alone, or
         the model as a whole. budget: see compilation.keep_to."""
-        tell_compiler()
+        set_compiler_mode()
         keep_to(budget)
         if not (by_part and compile_parts(self.module)):
             self._deepspeed.compile()

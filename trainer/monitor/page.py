@@ -5,6 +5,7 @@ Invariant: derived, never stored.
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from forescale.errors import DONE, INTERRUPTED, USER, UserError
 from forescale.monitor.files import promises
 from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
-from forescale.resilience.diagnosis import OWN_WORK
+from forescale.resilience.diagnosis import OWN_WORK, waiting_places
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
@@ -160,7 +161,7 @@ def _show_checkpoints(s: Status, console: Console) -> None:
             f"{c.position.step:,}",
             f"{c.position.tokens:,}",
             f"{c.size / 2**20:,.1f}",
-            str(c.state["world_size"]),
+            ranks_of(c.state),
             str((c.state.get("numerics") or {}).get("stage", "-")),
             str(c.attempt),
             "yes" if s.is_eligible(c) else "no",
@@ -171,6 +172,14 @@ def _show_checkpoints(s: Status, console: Console) -> None:
     unreadable = len(s.run.checkpoint_steps()) - len(s.checkpoints)
     if unreadable:
         console.print(f"{unreadable} more can't be read: forescale check {s.run.path}")
+
+
+def ranks_of(state: Mapping[str, Any]) -> str:
+    """Return the number of ranks that saved a checkpoint, and how many of them divided what."""
+    numerics = state.get("numerics") or {}
+    sizes = {axis: numerics.get(f"{axis}_parallel", 1) for axis in ("tensor", "sequence", "expert")}
+    divided = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+    return f"{state['world_size']}" + (f" ({divided})" if divided else "")
 
 
 def _show_attempts(s: Status, console: Console) -> None:
@@ -232,7 +241,10 @@ def _show_ranks(s: Status, console: Console) -> None:
     if not (ranks := [status.heartbeat for status in s.ranks()]):
         return
     last = min(ranks, key=lambda b: (b.step, -b.here))
-    own = {b.rank: sum(b.pace.get(at, 0.0) for at in OWN_WORK) for b in ranks}
+    # Of a divided model, and at stage 3, the forward is no work of a rank alone.
+    waits = waiting_places(s.job.engine.stage, s.job.mesh(1).exchanges)
+    alone = [at for at in OWN_WORK if at not in waits]
+    own = {b.rank: sum(b.pace.get(at, 0.0) for at in alone) for b in ranks}
     slowest = max(own, key=lambda rank: own[rank])
     places = Counter(b.at for b in ranks).most_common(4)
     where = ", ".join(f"{n} in {at}" for at, n in places)

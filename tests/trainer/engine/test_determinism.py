@@ -1,6 +1,6 @@
 """Which kernels train.deterministic allows on which device, and what becomes of a refused one.
 
-No GPU runs here: what is shown is what torch is told, and what a CPU does with it.
+No GPU runs here: what is shown is which modes are set in torch, and what a CPU does with them.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from forescale.engine.determinism import (
     as_refused,
     attention_backends,
     mode_of,
-    tell_compiler,
+    set_compiler_mode,
     use_kernels,
 )
 from forescale.models import ModelConfig, Transformer
@@ -23,7 +23,7 @@ EFFICIENT, CUDNN = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch):
+def fresh_torch(monkeypatch):
     """Torch as it was before."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -50,15 +50,15 @@ def test_kernels_of_each_choice(deterministic, on_gpu, mode, backends):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_torch_and_its_compiler_are_told_the_same(deterministic, on_gpu):
+def test_torch_and_its_compiler_have_the_same_mode(deterministic, on_gpu):
     import torch._inductor.config as inductor
 
     use_kernels(deterministic, on_gpu)
     mode = mode_of(deterministic, on_gpu)
-    for _ in range(2):  # before and after the compiler is told
+    for _ in range(2):  # before and after the mode of the compiler is set
         assert torch.are_deterministic_algorithms_enabled() == (mode != "default")
         assert torch.is_deterministic_algorithms_warn_only_enabled() == (mode == "warn")
-        tell_compiler()
+        set_compiler_mode()
     assert inductor.deterministic == (mode != "default")
     found = attention_backends(deterministic, on_gpu)
     assert torch.backends.cuda.cudnn_sdp_enabled() == (CUDNN in found)

@@ -12,6 +12,7 @@ import pytest
 
 from forescale.monitor import tail
 from forescale.monitor.memory import Memory
+from forescale.monitor.page import ranks_of
 from forescale.monitor.status import Status, Statuses
 from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent
@@ -219,7 +220,7 @@ def test_injected_faults_and_pins_are_said(own_run, forescale):
     assert re.search(r"^ +8 +1,024 +\d\.\d +2 +1 +1 +yes +no", out, re.MULTILINE)
 
 
-def test_the_ranks_of_a_running_run(unfinished, forescale):
+def test_theranks_of_a_running_run(unfinished, forescale):
     facts = dict(
         pid=1, began=0.0, time=time.time(), limit=60.0, quiet=60.0, starting=False, steps=20
     )
@@ -260,3 +261,9 @@ def test_a_directory_without_runs(tmp_path, forescale):
     assert code == 0
     assert "start one with: forescale train" in out
     assert forescale("status", "nope", f"run.root={tmp_path}")[0] == 2
+
+
+def test_the_table_of_checkpoints_says_what_ranks_divided():
+    numerics = {"tensor_parallel": 2, "sequence_parallel": 4, "expert_parallel": 1}
+    assert ranks_of({"world_size": 8, "numerics": numerics}) == "8 (tensor 2, sequence 4)"
+    assert ranks_of({"world_size": 2}) == "2"
