@@ -7,7 +7,7 @@ product (see flops.py).
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -16,36 +16,16 @@ Shapes = dict[str, tuple[int, ...]]
 Problem = tuple[str, str, str]  # field, what is wrong, what to do
 
 
-def _nothing(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
+def _zero(config: "ModelConfig", *sizes: int) -> int:
     return 0
 
 
-def _no_chunk(config: "ModelConfig", bytes_per_value: int) -> int:
-    return 0
-
-
-def _none_again(config: "ModelConfig", length: int) -> int:
-    return 0
-
-
-def _no_idle(config: "ModelConfig") -> int:
-    return 0
+def _empty(config: "ModelConfig", *scores: float) -> dict[str, Any]:
+    return {}
 
 
 def _no_problems(config: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:
     return []
-
-
-def _no_source(config: "ModelConfig") -> int:
-    return 0
-
-
-def _no_folds(config: "ModelConfig", scores: float) -> dict[str, float]:
-    return {}
-
-
-def _whole(config: "ModelConfig") -> dict[str, int]:
-    return {}
 
 
 def _never(config: "ModelConfig") -> bool:
@@ -133,22 +113,22 @@ class Part:
     flops: Callable[["ModelConfig", int, bool], int]
     activation_bytes: Callable[["ModelConfig", int, int], int]
     writes: tuple[str, ...]
-    chunk_bytes: Callable[["ModelConfig", int], int] = _no_chunk
-    kernel_bytes: Callable[["ModelConfig", int], int] = _none_again
+    chunk_bytes: Callable[["ModelConfig", int], int] = _zero
+    kernel_bytes: Callable[["ModelConfig", int], int] = _zero
     selected_bytes: Callable[["ModelConfig", int], int] | None = None
-    selected_source: Callable[["ModelConfig", int], int] = _none_again
-    made_again: Callable[["ModelConfig", int], int] = _none_again
-    cache_bytes: Callable[["ModelConfig", int, int], int] = _nothing
-    recomputed: Callable[["ModelConfig", int], int] = _none_again
-    source_flops: Callable[["ModelConfig"], int] = _no_source
-    source_bytes: Callable[["ModelConfig", int, int], int] = _nothing
+    selected_source: Callable[["ModelConfig", int], int] = _zero
+    made_again: Callable[["ModelConfig", int], int] = _zero
+    cache_bytes: Callable[["ModelConfig", int, int], int] = _zero
+    recomputed: Callable[["ModelConfig", int], int] = _zero
+    source_flops: Callable[["ModelConfig"], int] = _zero
+    source_bytes: Callable[["ModelConfig", int, int], int] = _zero
     per_head: tuple[str, ...] = ()
-    folds: Callable[["ModelConfig", float], dict[str, float]] = _no_folds
-    divided: Callable[["ModelConfig"], dict[str, int]] = _whole
+    folds: Callable[["ModelConfig", float], dict[str, float]] = _empty
+    divided: Callable[["ModelConfig"], dict[str, int]] = _empty
     heads: tuple[str, ...] = ()
     not_muon: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
-    idle: Callable[["ModelConfig"], int] = _no_idle
+    idle: Callable[["ModelConfig"], int] = _zero
     keys: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     problems: Callable[["ModelConfig", "ModelConfig", int | None], list[Problem]] = _no_problems

@@ -198,8 +198,8 @@ class Plan:
     @property
     def copy_bytes(self) -> int:
         """Bytes of CPU memory of a node that its ranks keep for the copy of a checkpoint."""
-        on_gpu = self.machine.memory_bytes is not None
-        return self.per_node * copy_bytes(self.job, self.trained, self.world, on_gpu)
+        each = copy_bytes(self.job, self.trained, self.world, self.job.on_gpu)
+        return self.per_node * each
 
     @property
     def save_seconds(self) -> float:
