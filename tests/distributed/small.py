@@ -101,6 +101,7 @@ def job(
         "hierarchical_partition": 1,
         "deepspeed": {"zero_optimization": zero},
     }
+    added = gradients or precision
     return SimpleNamespace(
         model=None,  # a class that is not ours
         train=SimpleNamespace(micro_batch=2, compile="off"),
@@ -108,7 +109,8 @@ def job(
         precision=SimpleNamespace(kind=precision),
         optimizer=settings(optimizer),
         on_gpu=False,
-        gradient_dtype=lambda world_size: gradients or precision,
+        gradient_dtype=lambda world_size: added,
+        adds_in_fp32=lambda world_size: added != precision,
         mesh=Mesh,
     )
 
@@ -140,7 +142,7 @@ def build(
     torch.manual_seed(seed)
     model = Model()
     base = build_optimizer(settings(optimizer), groups(model, optimizer))
-    fp32 = mine.gradient_dtype(size) != precision
+    fp32 = mine.adds_in_fp32(size)
     return Engine(world, model, base, seed=7, clip=clip, fp32_gradients=fp32)
 
 

@@ -135,6 +135,10 @@ class TrainJob(Job):
             wanted = "fp32"
         return "fp32" if wanted == "fp32" else lowest
 
+    def adds_in_fp32(self, world_size: int) -> bool:
+        """Return whether so many ranks add up gradients in fp32 that the model makes in less."""
+        return self.gradient_dtype(world_size) != self.precision.kind
+
     @property
     def on_gpu(self) -> bool:
         """Whether the machine that trains has GPUs."""

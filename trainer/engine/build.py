@@ -100,7 +100,7 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     if world.sequence.size > 1:
         among = world.sequence
         model.divide(SequenceGroup(among.rank, among.size, among.group.group_name))  # type: ignore[operator]
-    fp32 = job.gradient_dtype(world.size) != job.precision.kind
+    fp32 = job.adds_in_fp32(world.size)
     seed, clip = job.train.seed, job.optimizer.clip
     return Engine(world, model, optimizer, seed=seed, clip=clip, fp32_gradients=fp32)
 

@@ -33,7 +33,7 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     elif job.precision.kind == "fp16":
         config["fp16"] = {"enabled": True}
-    if job.gradient_dtype(world_size) != job.precision.kind:
+    if job.adds_in_fp32(world_size):
         config["communication_data_type"] = "fp32"
         if engine.stage == 3:  # the other stages refuse it, see stages.py
             config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -43,7 +43,7 @@ def deepspeed_config(job, world_size: int) -> dict[str, Any]:
 def _zero(job, world_size: int) -> dict[str, Any]:
     engine, optimizer = job.engine, job.optimizer.spec
     # Bytes of an element in the reduce bucket; of fp32 weights it holds twice engine.bucket_bytes.
-    gradient = 2 if job.gradient_dtype(world_size) == job.precision.kind else 4
+    gradient = 4 if job.adds_in_fp32(world_size) else 2
     zero: dict[str, Any] = {
         "stage": engine.stage,
         "reduce_bucket_size": engine.bucket_bytes // gradient,

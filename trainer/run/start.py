@@ -269,7 +269,6 @@ def numerics(
     compiled: "parts" where each is compiled alone.
     """
     kinds, rules = leaves(TrainJob), plain(job.guard)
-    gradients = job.gradient_dtype(world_size)
     guard = {f"guard.{k}": str(v) for k, v in rules.items()}
     return {
         **{path: rule for path, rule in guard.items() if kinds[path].kind == "numerics"},
@@ -279,7 +278,7 @@ def numerics(
         "stage": job.engine.stage,
         "expert_parallel": job.engine.expert_parallel,
         "precision": job.precision.kind,
-        "gradients": "precision" if gradients == job.precision.kind else gradients,
+        "gradients": "fp32" if job.adds_in_fp32(world_size) else "precision",
         "micro_batch": job.train.micro_batch,
         "compiled": compiled,
         "activation_memory_budget": job.train.activation_memory_budget,
