@@ -88,9 +88,13 @@ def _until(ids: Iterable[int], end: int, what: str, longest: int | None = None) 
     early, or has no end in the longest that the run knows."""
     for count, token in enumerate(ids):
         if token == end:
-            print(f"\n(The {what} ends after {count} tokens.)", file=sys.stderr)
+            print(f"\n(The {what} ends after {_tokens(count)}.)", file=sys.stderr)
             return
         yield token
     if longest:
-        note = f"(The {what} has no end within {longest} tokens, the most that it has in training.)"
-        print(f"\n{note}", file=sys.stderr)
+        within = f"within {_tokens(longest)}, the most that it has in training"
+        print(f"\n(The {what} has no end {within}.)", file=sys.stderr)
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'s' * (count != 1)}"

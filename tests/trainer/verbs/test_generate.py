@@ -95,7 +95,7 @@ def test_it_ends_with_the_document(trained, forescale, monkeypatch):
     monkeypatch.setattr("forescale.inference.view.RunView.load", lambda *_: Once(*a, 0, *a))
     code, out, err = forescale("generate", trained.path, "prompt=>", "num_tokens=50")
     assert (code, out) == (0, ">a\n")
-    assert "ends after 1 tokens" in err
+    assert "The document ends after 1 token.)" in err
 
 
 def test_a_long_text_sees_only_the_context_that_was_trained():
