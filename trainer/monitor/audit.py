@@ -113,7 +113,7 @@ def _replay(
     except UserError as e:
         found.notes.append(f"the tokens were not compared: {str(e).rstrip('.')}")
         return
-    found.notes += [f"{name}: {said}" for name, said in left_out(feed).items()]
+    found.notes += [f"{name}: {sentence}" for name, sentence in left_out(feed).items()]
     try:
         faults = list(replay_faults(rows, feed, tick))
     except UserError as e:

@@ -126,11 +126,11 @@ def check_logged(found: Findings, run: Run, checkpoint: Checkpoint) -> None:
 def promises(run: Run) -> list[str]:
     """Return what the newest attempt promises of its bits, and where the run wasn't bit-exact, a
     sentence each; none of a run that has not begun, or of an earlier version."""
-    said = [row["what"] for row in run.read_events(kind="exactness")][-1:]
+    found = [row["what"] for row in run.read_events(kind="exactness")][-1:]
     for row in run.read_events(kind="numerics_changed"):
         where = f"from step {row['step']:,}" if "step" in row else "from a resumption"
-        said.append(f"Not bit-exact {where}: {row['key']} was {row['old']}, then {row['new']}.")
-    return said
+        found.append(f"Not bit-exact {where}: {row['key']} was {row['old']}, then {row['new']}.")
+    return found
 
 
 def strangers(run: Run) -> list[str]:

@@ -25,8 +25,8 @@ from forescale.data.objective import (
 from forescale.data.objectives.pair_table import (
     PairBins,
     PairKind,
+    left_out_sentence,
     open_pairs,
-    said_of,
     separator_id,
 )
 from forescale.data.objectives.pairs import Pairs
@@ -133,15 +133,15 @@ def notes(job: TrainJob, feed: Feed) -> list[str]:
         f"{_MANY_EPOCHS} times teaches little that is new."
         for name, times in epochs(job, feed).items()
         if times > _MANY_EPOCHS
-    ] + [f"{f'{name}: ' * many}{said}." for name, said in left_out(feed).items()]
+    ] + [f"{f'{name}: ' * many}{sentence}." for name, sentence in left_out(feed).items()]
 
 
 def left_out(feed: Feed) -> dict[str, str]:
     """Return which documents of each source are no pairs, in words; of sources that have any."""
     if not feed.are_pairs or feed.bins is None:
         return {}
-    found = {name: said_of(bins) for name, bins in zip(feed.names, feed.bins, strict=True)}
-    return {name: said for name, said in found.items() if said}
+    found = {name: left_out_sentence(bins) for name, bins in zip(feed.names, feed.bins, strict=True)}
+    return {name: sentence for name, sentence in found.items() if sentence}
 
 
 def pairs_of(
@@ -190,7 +190,7 @@ def _check_pairs(job: TrainJob, where: str, bins: PairBins) -> None:
         what = f"none of its {facts['documents']:,} documents has the separator {text!r}{number}"
         todo = "give another objective.pairs_separator, or data whose documents have it"
     else:
-        what = f"has no pair: {said_of(bins)}"
+        what = f"has no pair: {left_out_sentence(bins)}"
         todo = "give more columns, with train.sequence_length and objective.pairs_source"
     raise UserError(where, what, todo)
 

@@ -100,9 +100,9 @@ class Builder:
         feed = feed_of(self.job, self.sources, point.position.skipped)
         rollbacks = ranks.from_main(self.run.rollbacks, self.run.path)
         tables = dict(zip(feed.names, feed.bins or (), strict=False))
-        for name, said in left_out(feed).items() if ranks.is_main else ():
+        for name, sentence in left_out(feed).items() if ranks.is_main else ():
             facts = tables[name].facts
-            attempt.event("documents_left_out", source=name, what=said, **facts)
+            attempt.event("documents_left_out", source=name, what=sentence, **facts)
         judge = Guard(self.job.guard, rollbacks, point.guard)
         metrics = self._metrics(attempt, point.position, feed)
         validation = Validation(self._every(self.job.validation.every), self._score, metrics.scored)

@@ -9,7 +9,7 @@ from forescale.config.eval import EvalJob
 from forescale.config.sections.data import ONLY
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import window_length
-from forescale.data.objectives.pair_table import said_of
+from forescale.data.objectives.pair_table import left_out_sentence
 from forescale.data.prepare import baselines
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> int:
                 progress=progress,
             )
         _print(job, view, checkpoint.position, dataset, found)
-        if pairs and (said := said_of(pairs[ONLY])):
-            print(f"\nNote: {said}.")
+        if pairs and (sentence := left_out_sentence(pairs[ONLY])):
+            print(f"\nNote: {sentence}.")
         if job.sequence_length is None:
             continue
         if not view.config.continues_text:

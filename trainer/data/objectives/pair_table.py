@@ -135,7 +135,7 @@ def open_pairs(
     return PairBins(path, made, kind)
 
 
-def said_of(bins: Bins) -> str | None:
+def left_out_sentence(bins: Bins) -> str | None:
     """Return how many documents are left out, and why, in words; None if none is."""
     facts = bins.facts
     reasons = [f"{facts[name]:,} {words}" for name, words in LEFT_OUT.items() if facts[name]]
