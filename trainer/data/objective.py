@@ -25,9 +25,6 @@ class Objective(Protocol):
     the number of ids in the examples beyond the tokenizer's vocabulary; the model has room for
     them. split: the first columns of a row that are its source, which an encoder-decoder's encoder
     reads (model.encoder_layers); no target is among them.
-
-    takes_pairs: True of an objective whose windows are pairs (objectives/pairs.py): `examples` and
-    `padding_mask` then get one argument more, cuts, (n,), the tokens of each row's source.
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:
@@ -51,11 +48,6 @@ def window_length(objective: Objective, sequence_length: int) -> int:
 def extra_ids(objective: Objective) -> int:
     """Return the number of ids that an objective adds beyond the tokenizer's vocabulary."""
     return getattr(objective, "extra_ids", 0)
-
-
-def takes_pairs(objective: Objective) -> bool:
-    """Return True if the windows of an objective are pairs of a source and a target."""
-    return getattr(objective, "takes_pairs", False)
 
 
 class NextToken:

@@ -18,8 +18,8 @@ import torch
 from forescale.data.dataset import Split
 from forescale.data.feed import Feed, LostMember, OnRead, Samples
 from forescale.data.mixture import Interval
-from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, takes_pairs
-from forescale.data.packing_table import Bins
+from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
+from forescale.data.objectives.pair_table import PairBins
 from forescale.data.pipeline import Agree, Log, prefetched
 from forescale.errors import UserError
 
@@ -175,7 +175,7 @@ def validation_windows(
     limit: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
-    bins: Bins | None = None,
+    bins: PairBins | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the windows of a split in their fixed order, or `limit` of them, evenly spread over it.
     bins: the pairs of the split, if its windows are pairs.
@@ -194,13 +194,14 @@ def validation_windows(
         rows = slice(index * micro_batch, (index + 1) * micro_batch)
         chosen = places[rows], numbers[rows]
         shape = (micro_batch, sequence_length)
-        yield _validation_micro_batch(split, index, *chosen, shape, documents, objective)
+        are_pairs = bins is not None
+        yield _validation_micro_batch(split, index, *chosen, shape, documents, objective, are_pairs)
 
 
 _Place = tuple[int, list[tuple[int, int]]]  # a shard; first token and number of tokens of each run
 
 
-def _held_out_places(split: Split, sequence_length: int, bins: Bins | None) -> list[_Place]:
+def _held_out_places(split: Split, sequence_length: int, bins: PairBins | None) -> list[_Place]:
     if bins is not None:
         return [
             (shard, bins.pieces(shard, number))
@@ -222,6 +223,7 @@ def _validation_micro_batch(
     shape: tuple[int, int],
     documents: bool,
     objective: Objective,
+    are_pairs: bool,
 ) -> MicroBatch:
     tokens = np.zeros((shape[0], shape[1] + 1), split.dtype)
     numbers = np.zeros(tokens.shape, np.int32) if documents else None
@@ -235,7 +237,7 @@ def _validation_micro_batch(
             ends = split.document_ends(shard, first, size)
             numbers[i] = np.searchsorted(ends, np.arange(shape[1] + 1), side="right")
     windows = np.pad(windows, (0, shape[0] - len(places)))  # missing rows are padding
-    of_pairs = (cuts,) if takes_pairs(objective) else ()
+    of_pairs = (cuts,) if are_pairs else ()
     pair = objective.examples(tokens, lengths, windows, *of_pairs)
     pair[1, len(places) :] = IGNORED
     inputs, targets = torch.from_numpy(pair)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from forescale.config.sections.data import ONLY, CorpusConfig
 from forescale.data.dataset import Dataset
 from forescale.data.objective import NEXT_TOKEN, Objective
-from forescale.data.packing_table import Bins, num_windows
+from forescale.data.objectives.pair_table import PairBins
+from forescale.data.packing_table import num_windows
 from forescale.data.stream import MicroBatch
 from forescale.errors import UserError
 from forescale.inference.view import RunView
@@ -58,7 +59,7 @@ def score(
     windows: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
-    bins: Bins | None = None,
+    bins: PairBins | None = None,
     progress: Progress = silent,
 ) -> Score:
     """Return the score of a model on a split. bins: the split's pairs. Raises UserError if the

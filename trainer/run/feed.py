@@ -140,7 +140,9 @@ def left_out(feed: Feed) -> dict[str, str]:
     """Return which documents of each source are no pairs, in words; of sources that have any."""
     if not feed.are_pairs or feed.bins is None:
         return {}
-    found = {name: left_out_sentence(bins) for name, bins in zip(feed.names, feed.bins, strict=True)}
+    found = {
+        name: left_out_sentence(bins) for name, bins in zip(feed.names, feed.bins, strict=True)
+    }
     return {name: sentence for name, sentence in found.items() if sentence}
 
 
@@ -162,8 +164,9 @@ def pairs_of(
 
 
 def pair_kind(job: TrainJob, sources: Sources) -> PairKind | None:
-    """Return what a pair of a job is; None if it reads no pairs. Raises UserError if the tokenizer
-    of its data has no such separator."""
+    """Return what a pair of a job is; None if it reads no pairs, which is decided here alone: all
+    others ask for its tables. Raises UserError if the tokenizer of its data has no such
+    separator."""
     objective = objective_of(job, sources.vocab_size)
     if not isinstance(objective, Pairs):
         return None

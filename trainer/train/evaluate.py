@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forescale.data.dataset import Split
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
-from forescale.data.packing_table import Bins
+from forescale.data.objectives.pair_table import PairBins
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
 
@@ -61,7 +61,7 @@ def evaluate(
     windows: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
-    bins: Bins | None = None,
+    bins: PairBins | None = None,
     ranks: Ranks = ALONE,
     mark: Callable[[str], None] = lambda at: None,
 ) -> Score:

@@ -20,12 +20,10 @@ class Pairs:
     source at the end of columns [0, split)
     separator and target, less its last token, at the start of columns [split, columns)
 
-    A window is a pair (data/objectives/pair_table.py): sizes are those of its tokens, cuts those of
-    its source. The length of a window in the data order, which num_targets takes, is that of
-    separator and target.
+    A window is a pair (data/objectives/pair_table.py): sizes are those of its tokens, cuts, (n,),
+    which no other objective gets, those of its source. The length of a window in the data order,
+    which num_targets takes, is that of separator and target.
     """
-
-    takes_pairs = True
 
     def __init__(self, sequence_length: int, separator: str, source: int | None = None):
         """separator: as the config names it; source: the columns of a source, half of them if left

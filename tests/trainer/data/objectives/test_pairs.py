@@ -13,7 +13,7 @@ from forescale.config.sections.objective import OBJECTIVES
 from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
 from forescale.data.mixture import Mixture, MixtureStage
-from forescale.data.objective import IGNORED
+from forescale.data.objective import IGNORED, NextToken
 from forescale.data.objectives.pair_table import PairKind, open_pairs
 from forescale.data.objectives.pairs import Pairs
 from forescale.data.order import Order
@@ -116,6 +116,34 @@ def test_held_out_pairs_come_in_their_order_at_any_world_size(words, limit):
         micros = [m for r in range(world) for m in validation_windows(*given, rank=r, **more)]
         micros.sort(key=lambda m: m.index)
         assert [text for m in micros for text in texts_of(m, SOURCE)] == wanted
+
+
+class Recording(NextToken):
+    """Keeps how many arrays `examples` was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def examples(self, *arrays):
+        self.given.append(len(arrays))
+        return super().examples(*arrays[:3])
+
+
+def test_a_class_is_given_the_cuts_in_training_and_validation_alike(words):
+    """With tables of pairs, whatever the class; without, none."""
+    for is_with in (True, False):
+        feed = feed_of(words)
+        objective = feed.objective = Recording()
+        if not is_with:
+            split = words.split("train")
+            order = Order(split.shard_tokens, COLUMNS, 3, 2)
+            mixture = Mixture({"d": order}, [MixtureStage.of(0, [1])], 3)
+            feed = Feed({"d": split}, mixture, words.vocab_size, objective=objective)
+        next(stream(feed, StepShare(2, 2), range(1), 0, workers=0))
+        bins = pairs_of(words, "validation") if is_with else None
+        given = (words.split("validation"), COLUMNS, 2)
+        next(validation_windows(*given, objective=objective, bins=bins))
+        assert objective.given == [3 + is_with] * 2
 
 
 @pytest.mark.parametrize("encoder_layers", [0, 2])
