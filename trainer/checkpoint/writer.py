@@ -25,7 +25,7 @@ from forescale.checkpoint.retention import is_pinned
 from forescale.engine.portable.fragments import Fragment
 from forescale.engine.portable.fragments import write_fragments as write_rank_file
 from forescale.engine.ranks import Ranks
-from forescale.engine.state import load_fragments, owned_fragments, scalars, shape_of
+from forescale.engine.state import load_fragments, owned_fragments, scalars, shapes_of
 from forescale.engine.step import Engine
 from forescale.errors import UserError
 from forescale.run.directory import Run
@@ -209,7 +209,7 @@ def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> 
 
 
 def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    shapes = {name: shape_of(param) for param, name in engine.names.items()}
+    shapes = shapes_of(engine)
     kept = engine.module.state_dict(keep_vars=True)
     shapes |= {n: tuple(b.shape) for n, b in engine.module.named_buffers() if n in kept}
     return shapes

@@ -24,14 +24,15 @@ from forescale.models.parallel.whole import whole_of
 MOMENTUM = "momentum_buffer"
 
 
-def shape_of(param) -> tuple[int, ...]:
-    """Return a parameter's full shape, even if ZeRO-3 has partitioned it, or ranks divide it."""
-    return whole_of(param).shape
+def shapes_of(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, frozen ones too, by name: of the whole parameter, even if
+    ranks divide it."""
+    return {name: whole_of(param).shape for param, name in engine.names.items()}
 
 
 def num_parameters(engine: Engine) -> int:
     """Return the number of the model's parameters, frozen ones too."""
-    return sum(math.prod(shape_of(param)) for param in engine.names)
+    return sum(map(math.prod, shapes_of(engine).values()))
 
 
 def _held(engine: Engine, unit: Unit, piece: Piece, state: str, tensor: Tensor) -> Fragment:
