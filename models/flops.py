@@ -295,13 +295,20 @@ def divided(config: ModelConfig, tensor: int) -> dict[str, int]:
     return found
 
 
-def flops_recomputed(config: ModelConfig, sequence_length: int) -> float:
+def in_chunks(config: ModelConfig, columns: int) -> ModelConfig:
+    """Return the config as a rank that has so many columns of a row computes it: without mlp_chunk
+    where they are one chunk, of which nothing is made again."""
+    return replace(config, mlp_chunk=None) if columns <= (config.mlp_chunk or 0) else config
+
+
+def flops_recomputed(config: ModelConfig, sequence_length: int, ranks: int = 1) -> float:
     """Return the recomputed FLOPs of one token, which `flops_per_token` does not count.
 
     These are the head's forward pass for a loss in chunks, what a mixer's backward pass makes again
     (Part.recomputed) and, with activation checkpointing, the forward pass of every layer, or of
-    what selective checkpointing doesn't keep (Part.made_again).
+    what selective checkpointing doesn't keep (Part.made_again). ranks: that divide the columns.
     """
+    config = in_chunks(config, sequence_length // ranks)
     s, heads = config.sizes, 1 + config.mtp_layers
     share = columns_of(config, config.encoder_layers, sequence_length) / sequence_length
     head = 2 * s.vocab_size * s.width * share * heads

@@ -11,7 +11,7 @@ from forescale.models.config import ModelConfig
 from forescale.models.costs import MIXERS, Part
 from forescale.models.costs.heads import copies
 from forescale.models.costs.latent import ranks as latent_ranks
-from forescale.models.flops import columns_of, layers_of
+from forescale.models.flops import columns_of, in_chunks, layers_of
 
 _DIVIDED = ("width", "num_heads", "num_kv_heads", "mlp_width")
 
@@ -67,8 +67,7 @@ def activations(
     Not included: parameters, gradients, the allocator's fragmentation. torch.compile keeps less.
     Attention with dropout keeps more if no flash kernel supports dropout (CPU).
     """
-    if sequence_length // ranks <= (config.mlp_chunk or 0):
-        config = replace(config, mlp_chunk=None)  # there is one chunk, and nothing again
+    config = in_chunks(config, sequence_length // ranks)
     s, b, inner = config.sizes, bytes_per_value, of_tensor(config, tensor)
     rows = s.vocab_size if s.vocab_size % tensor else s.vocab_size // tensor
     rms = 8 if not fused_norms else 4  # bytes of a norm's input

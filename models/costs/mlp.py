@@ -30,8 +30,7 @@ def _part(inner: tuple[str, ...], kept: int) -> Part:
         return kept * bytes_per_value * config.sizes.mlp_width if config.mlp_chunk else 0
 
     def recomputed(config: "ModelConfig", sequence_length: int) -> int:
-        is_again = config.mlp_chunk is not None and sequence_length > config.mlp_chunk
-        return flops(config, sequence_length, False) if is_again else 0
+        return flops(config, sequence_length, False) if config.mlp_chunk is not None else 0
 
     def divided(config: "ModelConfig") -> dict[str, int]:
         return by_output(shapes(config), inner, "down")

@@ -42,6 +42,9 @@ def test_a_long_row_keeps_less_and_computes_more():
     more = flops_recomputed(chunked, 4096) - flops_recomputed(config, 4096)
     assert more == 2 * 2 * 3 * 32 * 48  # the three matrices of 2 layers, once
     assert flops_per_token(chunked, 4096) == flops_per_token(config, 4096)
+    # 512 ranks have 8 columns each, two chunks; 1,024 have 4, which are one: nothing is made again.
+    assert flops_recomputed(chunked, 4096, 512) - flops_recomputed(config, 4096, 512) == more
+    assert flops_recomputed(chunked, 4096, 1024) == flops_recomputed(config, 4096, 1024)
 
 
 def test_a_block_with_chunks_is_one_graph():

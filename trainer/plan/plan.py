@@ -76,7 +76,8 @@ class Plan:
         if isinstance(self.job.model, ModelConfig):
             self.trained = inventory(self.job)
             six_n = flops_6n(self.job.model)
-            self.per_token = token_flops(self.job.model, job.train.sequence_length, six_n)
+            length, ranks = job.train.sequence_length, job.engine.sequence_parallel
+            self.per_token = token_flops(self.job.model, length, six_n, ranks)
         else:
             self.trained, self.per_token = own_model(self.job, self.vocab_size)
             self.notes.append(
@@ -299,7 +300,7 @@ class Plan:
             if need > self.available:
                 continue
             now, length = self.per_token, self.job.train.sequence_length
-            less = token_flops(model, length, now.six_n)
+            less = token_flops(model, length, now.six_n, self.job.engine.sequence_parallel)
             saved = 1 - (less.full + less.recomputed) / (now.full + now.recomputed)
             if saved < 0.005:
                 continue

@@ -37,14 +37,14 @@ class TokenFlops:
     recomputed: float = 0.0  # repeated in the backward pass; not in the others
 
 
-def token_flops(config: ModelConfig, length: int, six_n: float) -> TokenFlops:
-    """Return the FLOPs of a token in a sequence of `length` tokens."""
+def token_flops(config: ModelConfig, length: int, six_n: float, ranks: int = 1) -> TokenFlops:
+    """Return the FLOPs of a token in a sequence of `length` tokens, whose columns `ranks` divide."""
     return TokenFlops(
         full=flops_per_token(config, length),
         causal=flops_per_token(config, length, causal=True),
         six_n=six_n,
         forward=flops_forward(config, length),
-        recomputed=flops_recomputed(config, length),
+        recomputed=flops_recomputed(config, length, ranks),
     )
 
 
@@ -178,7 +178,8 @@ def measure(target: str, root: str) -> MeasuredSpeed:
     rows = rows[max(1, len(rows) // 10) :]
     seconds = median(r["seconds"].get("compute", 0.0) + r["seconds"].get("data", 0.0) for r in rows)
     world = int(status.checkpoints[-1].state["world_size"])
-    per_token = token_flops(job.model, job.train.sequence_length, 0.0)
+    ranks = job.engine.sequence_parallel
+    per_token = token_flops(job.model, job.train.sequence_length, 0.0, ranks)
     flops = (per_token.full + per_token.recomputed) * job.tokens_per_step
     rate = flops / world / seconds
     return MeasuredSpeed(status.run.name, job, per_token, world, seconds, rate, len(rows))

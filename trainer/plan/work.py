@@ -73,7 +73,10 @@ def work_of(job: TrainJob, parameters: int) -> Work | None:
     forward = flops_per_token(config, length, causal=True) / 3
     scores = _scores(config, length)
     # What is computed again, with attention's square as MFU counts it, less that square.
-    repeated = flops_recomputed(config, length) - again * _scores(config, length, causal=False)
+    ranks = job.engine.sequence_parallel
+    repeated = flops_recomputed(config, length, ranks) - again * _scores(
+        config, length, causal=False
+    )
     whole = activations(
         replace(config, activation_checkpointing="none"),
         micro,
