@@ -38,7 +38,7 @@ class TokenFlops:
 
 
 def token_flops(config: ModelConfig, length: int, six_n: float, ranks: int = 1) -> TokenFlops:
-    """Return the FLOPs of a token in a sequence of `length` tokens, whose columns `ranks` divide."""
+    """Return the FLOPs of a token in a sequence of `length` tokens that `ranks` divide."""
     return TokenFlops(
         full=flops_per_token(config, length),
         causal=flops_per_token(config, length, causal=True),
