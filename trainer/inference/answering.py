@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from forescale.data.objectives.pair_table import separator_id
+from forescale.data.objectives.pair_table import separator_id, shown_separator
 from forescale.data.objectives.pairs import Pairs
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
@@ -115,7 +115,7 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
     if not source:
         raise UserError("prompt", "is empty, and no source of training is", "give a text")
     if separator in source:
-        what = f"holds the separator {pairs.separator!r}, with which a source ends"
+        what = f"holds the separator {shown_separator(pairs.separator)}, with which a source ends"
         raise UserError("prompt", what, "take it out")
     return Question(
         shown="",

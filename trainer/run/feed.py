@@ -28,6 +28,7 @@ from forescale.data.objectives.pair_table import (
     left_out_sentence,
     open_pairs,
     separator_id,
+    shown_separator,
 )
 from forescale.data.objectives.pairs import Pairs
 from forescale.data.order import Order
@@ -97,13 +98,13 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
     assert isinstance(model, ModelConfig)
     if model.has_encoder:
         split = getattr(objective_of(job, vocab_size), "split", None)
-        if split is None or (model.source_length or split) != split:
-            what = f"the source of objective {job.objective.kind} has {split or 'no fixed'} columns"
-            raise UserError(
-                "model.source_length",
-                what,
-                "leave it out, or take objective.kind=seq2seq, prefix or pairs",
-            )
+        what = f"the source of objective {job.objective.kind} has {split or 'no fixed'} columns"
+        if split is None:
+            todo = "write objective.kind=seq2seq, prefix or pairs, or give your class a split"
+            raise UserError("model.encoder_layers", what, todo)
+        if (model.source_length or split) != split:
+            what = f"{model.source_length} is given, and {what}"
+            raise UserError("model.source_length", what, "leave it out, it follows from those")
         model = replace(model, source_length=split)
     vocabulary = vocabulary_of(job, vocab_size)
     for name, what, todo in model.problems(vocabulary, length):
@@ -188,9 +189,13 @@ def _check_pairs(job: TrainJob, where: str, bins: PairBins) -> None:
     if bins.counts.any():
         return
     facts, text = bins.facts, job.objective.pairs_separator or ""
-    number = "" if text.isdecimal() else f" (token {bins.kind.separator})"
-    if facts["without_separator"] == facts["documents"]:
-        what = f"none of its {facts['documents']:,} documents has the separator {text!r}{number}"
+    count = facts["documents"]
+    if facts["without_separator"] == count:
+        separator = shown_separator(text)
+        if not text.isdecimal():
+            separator += f" (token {bins.kind.separator})"
+        none = "its only document lacks" if count == 1 else f"none of its {count:,} documents has"
+        what = f"{none} the separator {separator}"
         todo = "give another objective.pairs_separator, or data whose documents have it"
     else:
         what = f"has no pair: {left_out_sentence(bins)}"

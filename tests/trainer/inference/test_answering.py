@@ -188,7 +188,7 @@ def test_it_answers_a_source_with_its_target(reversing, forescale, monkeypatch, 
     ("text", "said"),
     [
         ("", "is empty, and no source of training is"),
-        ("a\tb", r"holds the separator '\\t'"),
+        ("a\tb", r"holds the separator '\t'"),
         ("abcabca", "has 7 tokens, and in training a source has 6"),
     ],
 )

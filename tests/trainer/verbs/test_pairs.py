@@ -16,6 +16,7 @@ from forescale.run import data_use
 from forescale.run.feed import feed_of, targets_of_a_row
 from forescale.run.start import open_sources, settle
 from tests.reversed_words import KIND, NO_PAIRS, make_pairs
+from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.small_run import BATCH, STEPS, make_job, make_run
 
 MODEL = ["model.num_layers=1", "model.width=32", "model.num_heads=2", "model.encoder_layers=1"]
@@ -146,3 +147,24 @@ def test_data_without_a_pair_is_one_sentence(data, tmp_path, forescale, words, s
         assert code == 2
         assert re.search(said, err + out), err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("tab", [r"\t", '"\t"'])
+def test_a_separator_that_the_only_document_lacks_is_shown_as_one_types_it(
+    tmp_path, forescale, tab
+):
+    path = write_dataset(tmp_path / "d", [[3]])
+    words = [f"data.path={path}", *MODEL, *KIND, *SHAPE, f"objective.pairs_separator={tab}"]
+    code, out, err = forescale("plan", *words)
+    assert code == 2
+    assert r"its only document lacks the separator '\t' (token 9)" in out + err
+
+
+def test_the_columns_of_a_source_that_are_not_the_objective_s_are_refused(data, forescale):
+    """The advice is no objective that the job has."""
+    words = ["plan", f"data.path={data}", *MODEL, *KIND, *SHAPE, "model.source_length=5"]
+    code, _, err = forescale(*words)
+    assert code == 2
+    found = "5 is given, and the source of objective pairs has 6 columns; leave it out"
+    assert f"model.source_length: {found}" in err
+    assert "objective.kind=" not in err

@@ -44,7 +44,7 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
 
     Raises UserError if the tokenizer has no such token, or documents end with it.
     """
-    where, shown = "objective.pairs_separator", shortened(repr(separator), _SHOWN)
+    where, shown = "objective.pairs_separator", shown_separator(separator)
     if separator.isdecimal():
         found = int(separator) if len(separator) < 10 else -1  # beyond every vocabulary
         if found < 0 or tokenizer.id_to_token(found) is None:
@@ -63,12 +63,22 @@ def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
     return found
 
 
+def shown_separator(separator: str) -> str:
+    """Return a separator as a message shows it, in quotes: a tab, however it is named, as \\t."""
+    return shortened(repr(_unescaped(separator)), _SHOWN)
+
+
+def _unescaped(separator: str) -> str:
+    """Return the text that a separator's name stands for."""
+    for escape, character in _ESCAPES.items():
+        separator = separator.replace(escape, character)
+    return separator
+
+
 def _ids_of(tokenizer: Tokenizer, separator: str) -> list[int]:
     """Return the tokens of a text, as it would stand in a document; of the name of a special token,
     which no text has but a corpus of token ids may, that token."""
-    text = separator
-    for escape, character in _ESCAPES.items():
-        text = text.replace(escape, character)
+    text = _unescaped(separator)
     for index, added in tokenizer.get_added_tokens_decoder().items():
         if added.content == text:
             return [index]

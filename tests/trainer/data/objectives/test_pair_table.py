@@ -141,6 +141,7 @@ def test_a_token_that_no_text_has_is_a_separator_too():
         ("\u00e9", "'\u00e9' is 2 tokens"),  # though a byte is written so in the vocabulary
         ("\udcff", "is 0 tokens"),  # not UTF-8
         (str(END), "ends each document"),
+        (r"\t=", r"'\t=' is 2 tokens"),
         ("<|endoftext|>", "'<|endoftext|>' is the token that ends each document"),
     ],
 )
