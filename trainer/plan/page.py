@@ -90,21 +90,21 @@ def _model(plan: Plan) -> list[str]:
 
 
 def _run(plan: Plan) -> list[str]:
-    job, train = plan.job, plan.job.train
+    job, train, unit = plan.job, plan.job.train, plan.job.objective.unit
     mesh = job.mesh(plan.world)
     micro = train.global_batch // (train.micro_batch * mesh.data)
     each = f"{mesh.near} ranks" if mesh.near > 1 else "rank"
     return [
-        f"{job.total_steps:,} steps of {job.tokens_per_step:,} tokens: {train.global_batch:,} "
+        f"{job.total_steps:,} steps of {job.tokens_per_step:,} {unit}: {train.global_batch:,} "
         f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} per {each}; "
-        f"{_short(job.total_steps * job.tokens_per_step)} tokens in total",
+        f"{_short(job.total_steps * job.tokens_per_step)} {unit} in total",
         job.exactness.sentence,
     ]
 
 
 def _data(plan: Plan) -> list[str]:
     return [
-        f"{s.name}: {_short(s.tokens)} tokens, {_short(s.read)} read, {s.epochs:,.2f} epochs"
+        f"{s.name}: {_short(s.tokens)} tokens, {_short(s.read)} tokens read, {s.epochs:,.2f} epochs"
         + (" (repeated)" if s.epochs > 1 else "")
         for s in plan.data
     ]

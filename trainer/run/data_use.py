@@ -15,7 +15,15 @@ from forescale.data.dataset import Sources
 from forescale.data.objective import window_length
 from forescale.data.objectives.pair_table import table_path
 from forescale.data.packing_table import num_windows
-from forescale.run.feed import epochs, feed_of, notes, objective_of, pair_kind, pairs_of
+from forescale.run.feed import (
+    epochs,
+    feed_of,
+    notes,
+    objective_of,
+    pair_kind,
+    pair_tokens,
+    pairs_of,
+)
 
 Check = Callable[[Callable[[], Any]], Any]
 _SCANNED = 1 << 30  # tokens whose pairs are found in seconds
@@ -23,7 +31,8 @@ _SCANNED = 1 << 30  # tokens whose pairs are found in seconds
 
 @dataclass(frozen=True)
 class SourceUse:
-    """A data source: the tokens it has, the tokens that the run reads, and the epochs."""
+    """A data source: the tokens it has, the tokens that the run reads, those of an epoch times the
+    epochs, and the epochs. Of pairs an epoch has only their tokens, and no document left out."""
 
     name: str
     tokens: int
@@ -56,7 +65,8 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
                 held_out = check(lambda: _held_out(job, sources, where))
         elif check(lambda: pair_kind(job, sources)) is not None:
             found.append(
-                "The pairs of the data are not counted yet, so its epochs are an estimate, and "
+                "The pairs of the data are not counted yet, so its epochs and the tokens read are "
+                "estimates, as if no document were left out and no column were padding, and "
                 "evaluations are not counted; `forescale train` counts them."
             )
         if feed is not None:
@@ -64,9 +74,10 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
             times = epochs(job, feed)
         else:
             times = _estimated(job, sources)
+    each = pair_tokens(feed) if feed is not None else {}
     of = [
-        SourceUse(name, split.num_tokens, times[name] * split.num_tokens, times[name])
-        for name, split in sources.split("train").items()
+        SourceUse(name, size, times[name] * each.get(name, size), times[name])
+        for name, size in ((n, s.num_tokens) for n, s in sources.split("train").items())
     ]
     return DataUse(of, held_out, found)
 

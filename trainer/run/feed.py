@@ -147,6 +147,13 @@ def left_out(feed: Feed) -> dict[str, str]:
     return {name: sentence for name, sentence in found.items() if sentence}
 
 
+def pair_tokens(feed: Feed) -> dict[str, int]:
+    """Return the tokens of each source's pairs; nothing of windows that are none."""
+    if not feed.are_pairs or feed.bins is None:
+        return {}
+    return {n: bins.facts["pair_tokens"] for n, bins in zip(feed.names, feed.bins, strict=True)}
+
+
 def pairs_of(
     job: TrainJob, sources: Sources, split: str, cache: Path | None = None
 ) -> dict[str, PairBins]:

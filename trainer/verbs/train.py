@@ -127,8 +127,8 @@ def _introduce(started: Start, processes: int) -> None:
     job, sources = started.job, started.sources
     ranks = f"{processes} rank{'s' if processes > 1 else ''}"
     print(
-        f"Run {started.run.path}: {job.total_steps:,} steps of {job.tokens_per_step:,} tokens, "
-        f"ZeRO stage {job.engine.stage}, {job.precision.kind}, {ranks}.\n"
+        f"Run {started.run.path}: {job.total_steps:,} steps of {job.tokens_per_step:,} "
+        f"{job.objective.unit}, ZeRO stage {job.engine.stage}, {job.precision.kind}, {ranks}.\n"
         f"Data {sources.where} (corpus hash {sources.corpus_hash[:16]}).",
         flush=True,
     )

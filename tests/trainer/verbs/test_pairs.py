@@ -86,6 +86,10 @@ def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
     feed = feed_of(settle(job, sources), sources)
     pairs = feed.mixture.orders[0].windows_per_epoch
     assert plan["sources"][0]["epochs"] == pytest.approx(100 * 8 / pairs)
+    train = pairs_in(open_dataset(data), "train")
+    size = sum(len(source) + len(target) + 2 for source, target in train)  # separator and end
+    assert plan["sources"][0]["read"] == pytest.approx(100 * 8 / pairs * size)
+    assert plan["sources"][0]["tokens"] > size
     assert plan["evaluation"]["at_end"]["windows"] == len(
         pairs_in(open_dataset(data), "validation")
     )
@@ -94,6 +98,20 @@ def test_plan_counts_pairs_and_keeps_no_table(data, tmp_path, forescale):
     assert documents - left == pairs
     assert cache.exists()
     assert json.loads(forescale("plan", *words, "--json")[1])["notes"] == plan["notes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "unit"),
+    [([*MODEL, *KIND, *SHAPE], "columns"), ([*MODEL[:3], SHAPE[0]], "tokens")],
+)
+def test_plan_names_columns_what_are_no_tokens_of_the_data(data, forescale, words, unit):
+    """Rows of pairs hold padding, which is not read from the data."""
+    given = [f"data.path={data}", *words, "train.steps=100", "train.global_batch=8"]
+    code, out, _ = forescale("plan", *given)
+    assert code == 0
+    assert f"100 steps of 112 {unit}: 8 windows of 14" in out
+    assert f"11.2 K {unit} in total" in out
+    assert re.search(r"data: [\d.]+ K tokens, [\d.]+ K tokens read, [\d.]+ epochs", out)
 
 
 def test_plan_estimates_what_takes_long_to_count(data, tmp_path, forescale, monkeypatch):

@@ -116,6 +116,12 @@ class ObjectiveConfig:
         return OBJECTIVES.get(self.kind) or ObjectiveSpec(self.target or "", targets="targets")
 
     @property
+    def unit(self) -> str:
+        """What train.sequence_length counts, in a word: the columns of a row of source and target,
+        of which padding may be some, are no tokens of the data."""
+        return "columns" if self.spec.source else "tokens"
+
+    @property
     def made_with(self) -> TargetConfig:
         """The class of the objective and its keyword arguments from this section."""
         own = {argument: getattr(self, name) for name, argument in self.spec.settings}

@@ -23,7 +23,7 @@ from forescale.data.packing_table import Bins, write_tables
 from forescale.errors import UserError, shortened
 from forescale.progress import Progress, silent
 
-_VERSION = 1  # increase it also if other documents become pairs
+_VERSION = 2  # increase it also if other documents become pairs, or facts change
 _SHOWN = 60  # characters of a separator in a message
 _BLOCK = 1 << 22  # tokens that are scanned at a time
 _ESCAPES = {r"\t": "\t", r"\n": "\n"}
@@ -100,7 +100,8 @@ class PairTable(Packing):
 
 class PairBins(Bins):
     """The pairs of a split, as bins. facts: documents, and how many of them are left out and why
-    (LEFT_OUT); longest_source and longest_target, of the pairs and those that are too long."""
+    (LEFT_OUT); pair_tokens, the tokens of the pairs alone; longest_source and longest_target, of
+    the pairs and those that are too long."""
 
     are_pairs = True
 
@@ -164,7 +165,8 @@ class _Scan:
 
     def __init__(self, split: Split, kind: PairKind, progress: Progress):
         self._split, self._kind, self._progress = split, kind, progress
-        self.facts = dict.fromkeys(("documents", "longest_source", "longest_target", *LEFT_OUT), 0)
+        names = ("documents", "pair_tokens", "longest_source", "longest_target", *LEFT_OUT)
+        self.facts = dict.fromkeys(names, 0)
 
     def tables(self) -> Iterator[PairTable]:
         """Yield the table of each shard."""
@@ -218,6 +220,7 @@ class _Scan:
         offsets = 2 * np.arange(held.sum() + 1)
         runs = np.stack([starts, cuts], 1)[held].ravel()
         lengths = np.stack([source, target + 1], 1)[held].ravel().astype(np.int32)
+        self.facts["pair_tokens"] += int(lengths.sum(dtype=np.int64))
         return PairTable(self._kind.source + self._kind.target, offsets, runs, lengths)
 
     def _kept(self, **reasons: np.ndarray) -> np.ndarray:

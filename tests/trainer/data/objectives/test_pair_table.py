@@ -82,6 +82,8 @@ def test_pairs_are_those_that_a_loop_over_tokens_finds(shards, source, target, b
                 assert shards[shard][first:cut] == a
                 assert shards[shard][cut : cut + after] == [7, *b]
         facts = bins.facts
+        tokens = sum(len(a) + 1 + len(b) for pairs in wanted for a, b in pairs)
+        assert facts["pair_tokens"] == tokens
         assert facts["documents"] == parts
         assert sum(facts[reason] for reason in LEFT_OUT) == parts - bins.counts.sum()
 
