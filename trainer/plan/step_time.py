@@ -8,7 +8,7 @@ Invariant: imports no torch; without a known peak, times are None and not guesse
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from forescale.config.train import TrainJob
@@ -126,15 +126,18 @@ def predict_step_time(
         return StepTime(None, links, 0.0, tokens, flops, None)
     if mfu is not None:
         return StepTime(flops / (mfu * peak * world), links, 0.0, tokens, flops, all_peaks)
-    of_rank = trained.of_rank(job.mesh(world))
-    if (work := work_of(job, of_rank.numel)) is not None:
-        rounds = job.train.global_batch / (job.train.micro_batch * world)
+    mesh = job.mesh(world)
+    of_rank = trained.of_rank(mesh)
+    if (work := work_of(job, of_rank.numel, mesh)) is not None:
+        rounds = job.train.global_batch / (job.train.micro_batch * mesh.data)
         computing = rounds * work.seconds(machine, peak)
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
     waiting = exposed(found, machine, per_node, computing)
-    sharded, ranks = (trained, world) if job.engine.stage else (of_rank, 1)
-    computing += update_seconds(sharded, machine, peak) / ranks
+    own, ranks = of_rank, 1
+    if job.engine.stage:  # the ranks with the same parts of matrices divide it, and all experts
+        own, ranks = trained.of_rank(replace(mesh, experts=1)), mesh.states
+    computing += update_seconds(own, machine, peak) / ranks
     return StepTime(computing, links, waiting, tokens, flops, all_peaks)
 
 

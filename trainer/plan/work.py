@@ -17,11 +17,21 @@ Invariant: imports no torch; a model that is a class of the user's own has no Wo
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 
+from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.costs.record import matrix_flops
-from forescale.models.flops import columns_of, flops_per_token, flops_recomputed, layers_of
+from forescale.models.flops import (
+    columns_of,
+    divided,
+    flops_per_token,
+    flops_recomputed,
+    layers_of,
+    matrices,
+    shapes,
+)
 from forescale.models.memory import activations
 from forescale.plan.bytes.zero import BYTES
 from forescale.plan.config import MachineConfig
@@ -35,7 +45,7 @@ _HALF_SPEED = 500  # tokens at which attention has half its speed (FlashAttentio
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one micro-batch, forward and backward, with all that is computed again.
+    """The work of a rank in a micro-batch, forward and backward, with all that is computed again.
 
     products, scores: FLOPs of matrix products and of attention. length: tokens of a sequence, on
     which attention's speed depends. traffic: bytes of all else. weights: bytes of the weights that
@@ -59,9 +69,13 @@ class Work:
         return max(multiplying, self.weights / bandwidth) + attending + self.traffic / bandwidth
 
 
-def work_of(job: TrainJob, parameters: int) -> Work | None:
-    """Return the work of a micro-batch of a job whose model has so many parameters; None for a
-    class of the user's own."""
+def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
+    """Return the work of one rank in a micro-batch; None for a class of the user's own.
+
+    parameters: that the rank has. Of a micro-batch that ranks share it does its part of the columns
+    and of what the matrices make, and whole what is not cut: with divided columns it reads all
+    weights, with divided matrices it has the stream and its norms.
+    """
     config = job.model
     if not isinstance(config, ModelConfig):
         return None
@@ -73,28 +87,44 @@ def work_of(job: TrainJob, parameters: int) -> Work | None:
     forward = flops_per_token(config, length, causal=True) / 3
     scores = _scores(config, length)
     # What is computed again, with attention's square as MFU counts it, less that square.
-    ranks = job.engine.sequence_parallel
-    repeated = flops_recomputed(config, length, ranks) - again * _scores(
-        config, length, causal=False
-    )
+    squares = again * _scores(config, length, causal=False)
+    repeated = max(0.0, flops_recomputed(config, length, mesh.sequence) - squares)
+    part = _part(config, mesh.tensor, forward - scores) / mesh.sequence
     whole = activations(
         replace(config, activation_checkpointing="none"),
         micro,
         length,
         size,
         masked=job.data.document_mask or not job.objective.spec.continues_text,
+        ranks=mesh.sequence,
+        tensor=mesh.tensor,
     )
-    logits = tokens * config.sizes.vocab_size * (1 + config.mtp_layers) * (2 * size + 4)
+    rows = config.sizes.vocab_size
+    rows = rows if rows % mesh.tensor else rows // mesh.tensor
+    logits = tokens // mesh.sequence * rows * (1 + config.mtp_layers) * (2 * size + 4)
     passes = _EAGER if job.train.compile == "off" else _COMPILED
     # The forward pass makes a third of the traffic, as of the FLOPs.
     traffic = passes * (whole.layers * (1 + (how != "none") / 3) + logits)
     return Work(
-        products=tokens * (3 * (forward - scores) + max(0.0, repeated)),
-        scores=tokens * scores * (1 + _BACKWARD_SCORES + again),
+        products=tokens * (3 * (forward - scores) + repeated) * part,
+        scores=tokens * scores * (1 + _BACKWARD_SCORES + again) / mesh.near,
         length=length,
         traffic=traffic,
         weights=(3 + again) * size * parameters,
     )
+
+
+def _part(config: ModelConfig, tensor: int, products: float) -> float:
+    """Return the part of a token's forward `products` that one of the ranks makes that divide
+    matrices: it multiplies by those whole that are not cut, as by a head whose rows they don't
+    divide."""
+    if tensor == 1:
+        return 1.0
+    cut, sizes, s = divided(config, tensor), shapes(config), config.sizes
+    whole = 2 * sum(prod(sizes[name]) for name in matrices(config) - cut.keys())
+    if "embedding.weight" not in cut:
+        whole += 2 * s.width * s.vocab_size * (1 + config.mtp_layers)
+    return (whole + (products - whole) / tensor) / products
 
 
 def _scores(config: ModelConfig, length: int, causal: bool = True) -> float:

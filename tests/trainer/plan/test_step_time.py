@@ -1,10 +1,51 @@
 """The time of a step where ranks divide windows or matrices: each does its part, and no less."""
 
+from dataclasses import replace
+
+import pytest
+
 from forescale.config.compose import compose
+from forescale.plan.bytes.parameters import inventory
 from forescale.plan.config import PlanJob
 from forescale.plan.plan import Plan
+from forescale.plan.step_time import predict_step_time, token_flops
 
 QUICK = ["experiment=quick", "optimizer=adamw", "train.micro_batch=2"]
+LARGE = ["model=llama-7b", "optimizer=adamw", "train.steps=10", "schedule.warmup=0",
+         "train.micro_batch=1", "train.global_batch=64", "machine=h100-sxm", "precision=bf16",
+         "model.vocab_size=32000", "model.activation_checkpointing=none"]  # fmt: skip
+DIVIDED = ["engine.sequence_parallel=2", "engine.tensor_parallel=2"]
+
+
+def computing(ranks, *words):
+    """The seconds of a step without what links take."""
+    job = compose(PlanJob, [*LARGE, f"plan.gpus={ranks}", *words])
+    length = job.train.sequence_length
+    job = replace(job, model=job.model.resolved(32_000, length))
+    price = token_flops(job.model, length, 0.0, job.engine.sequence_parallel)
+    return predict_step_time(job, inventory(job), price, [], job.machine, ranks, ranks).computing
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("length", [16, 4096])
+def test_two_ranks_are_never_more_than_twice_as_fast(stage, length):
+    """Those with windows of their own are, but for the update; those that share them are not."""
+    words = [f"engine=zero{stage}", f"train.sequence_length={length}"]
+    one = computing(1, *words)
+    assert computing(2, *words) == pytest.approx(one / 2, rel=0.1 if stage == 0 else 1e-9)
+    for way in DIVIDED:
+        assert one / 2 < computing(2, *words, way) < 1.01 * one
+
+
+def test_what_a_rank_reads_whole_takes_its_whole_time():
+    """Windows of 16 tokens: reading weights takes longest, 64 times in a step."""
+    words = ["engine=zero1", "train.sequence_length=16"]
+    one = computing(1, *words)
+    columns, matrices = (computing(2, *words, way) for way in DIVIDED)
+    reading = 64 * 3 * 2 * 6_738_415_616 / 3.35e12  # bytes in bf16, of an H100 a second
+    assert reading < one < 1.2 * reading
+    assert columns > reading
+    assert matrices > reading / 2
 
 
 def test_a_rank_whose_columns_are_one_chunk_computes_nothing_again():

@@ -13,16 +13,18 @@ from forescale.plan.work import work_of
 SIZES = ["model=gpt2-124m", "train.steps=10", "train.sequence_length=1024", "schedule.warmup=0"]
 SCORES = 12 * 2 * 768 * 1025  # forward FLOPs of a token: 12 layers, a causal half of the square
 TOKENS = 4 * 1024
+TWO = ["plan.gpus=2", "train.compile=off"]
 
 
 def job(*words):
     made = compose(PlanJob, [*SIZES, "train.micro_batch=4", *words])
-    return replace(made, model=made.model.resolved(50257, made.train.sequence_length))
+    vocabulary = made.model.vocab_size
+    return replace(made, model=made.model.resolved(vocabulary, made.train.sequence_length))
 
 
 def work(*words):
     made = job(*words)
-    found = work_of(made, inventory(made).numel)
+    found = work_of(made, inventory(made).of_rank(made.mesh(1)).numel, made.mesh(1))
     assert found is not None
     return found
 
@@ -80,3 +82,29 @@ def test_seconds_are_those_of_the_three_roofs():
 
 def test_compiled_code_passes_less_through_the_memory():
     assert work("train.compile=on").traffic < 0.7 * work("train.compile=off").traffic
+
+
+def test_ranks_that_divide_columns_each_read_all_weights():
+    one, two = (work(f"engine.sequence_parallel={n}", *TWO) for n in (1, 2))
+    assert (two.products, two.scores) == pytest.approx((one.products / 2, one.scores / 2))
+    assert two.weights == one.weights
+    # Attention's output comes back from the heads of others, and is kept once more.
+    returned = 8.4 * TOKENS / 2 * 12 * 768 * 2
+    assert two.traffic == pytest.approx(one.traffic / 2 + returned)
+
+
+@pytest.mark.parametrize(("vocabulary", "head"), [(50258, 1 / 2), (50257, 1)])
+def test_ranks_that_divide_matrices_have_the_stream_whole(vocabulary, head):
+    """And the head, where they don't divide its rows."""
+    words = ["model.loss_chunk=0", f"model.vocab_size={vocabulary}", "optimizer=adamw"]
+    words += TWO
+    one, two = (work(f"engine.tensor_parallel={n}", *words) for n in (1, 2))
+    rows = head * vocabulary
+    matrices = 12 * 12 * 768**2 / 2  # of the blocks, without biases
+    assert two.products == pytest.approx(TOKENS * 6 * (matrices + 768 * rows))
+    assert two.scores == one.scores / 2
+    # Inputs (4 bytes) and outputs (2) of two norms a layer, on each rank; of the head 8 a logit.
+    norms = 12 * 2 * 768 * (4 + 2)
+    inside = one.traffic / 8.4 / TOKENS - norms - 8 * vocabulary
+    assert two.traffic == pytest.approx(8.4 * TOKENS * (norms + inside / 2 + 8 * rows))
+    assert one.weights / 2 < two.weights < one.weights * (0.66 if head == 1 else 0.51)
