@@ -171,22 +171,20 @@ class ShardingOptions:
         for how in more_checkpointing(job):
             keys = f"model.activation_checkpointing={how} "
             variants.append((keys, with_checkpointing(job, how)))
-        for stage in range(job.engine.stage, 4):
+        own = job.engine.stage  # a small model may only fit below it, where there are no buckets
+        for stage in (*range(own, 4), *reversed(range(own))):
             for keys, variant in variants:
                 staged = _staged(variant, stage)
                 if (micro := self.largest_micro_batch(staged)) is not None:
-                    engine = f"engine=zero{stage} " if stage > job.engine.stage else ""
-                    if staged.engine.expert_parallel < job.engine.expert_parallel:
-                        engine += "engine.expert_parallel=1 "
                     less = f"train.micro_batch={micro}" if micro < job.train.micro_batch else ""
-                    return f"set {keys}{engine}{less}".strip()
+                    return f"set {keys}{engine_keys(job, staged)}{less}".strip()
         keys, last = variants[-1]
         gpus = 2 * job.world_size
         while gpus <= _MOST_GPUS and job.train.global_batch % job.mesh(gpus).data == 0:
             wide = _staged(_on(last, gpus), 3)
             if (micro := self.largest_micro_batch(wide)) is not None:
-                whole = "engine.expert_parallel=1 " if job.engine.expert_parallel > 1 else ""
-                return f"set {keys}engine=zero3 {whole}plan.gpus={gpus} train.micro_batch={micro}"
+                engine = engine_keys(job, wide)
+                return f"set {keys}{engine}plan.gpus={gpus} train.micro_batch={micro}"
             gpus *= 2
         return None
 
@@ -206,6 +204,13 @@ def name_of(job: PlanJob) -> str:
     parts = job.engine.expert_parallel
     more = (f"-hpz{near}" if near > 1 else "") + (f"-ep{parts}" if parts > 1 else "")
     return f"zero{job.engine.stage}{offload}{more}"
+
+
+def engine_keys(old: TrainJob, new: TrainJob) -> str:
+    """Return the keys that give `old` the engine of `new`, each with a space behind it."""
+    before, after = vars(old.engine), vars(new.engine)
+    changed = (name for name in after if after[name] != before[name])
+    return "".join(f"engine.{name}={str(after[name]).lower()} " for name in changed)
 
 
 def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:

@@ -14,7 +14,7 @@ from rich.table import Table
 from forescale.console import open_console, span, table
 from forescale.plan.evaluation import Evaluation
 from forescale.plan.failures import FailureEstimate
-from forescale.plan.options import ShardingOption, cheapest
+from forescale.plan.options import ShardingOption, cheapest, engine_keys
 from forescale.plan.plan import Plan
 
 CLUSTERS = (1_024, 4_096, 16_384)  # numbers of GPUs for which failures are also shown
@@ -174,9 +174,7 @@ def _cheapest(plan: Plan) -> str:
         return f"{found}, as configured."
     if plan.chosen.fits(plan.available) and plan.chosen.is_as_fast_as(best):
         return f"{found}; {plan.chosen.name}, as configured, is as fast."
-    new, old = vars(best.job.engine), vars(plan.job.engine)
-    keys = (f"engine.{name}={str(new[name]).lower()}" for name in new if new[name] != old[name])
-    return f"{found}: set {' '.join(keys)}"
+    return f"{found}: set {engine_keys(plan.job, best.job).strip()}"
 
 
 def _assumptions(plan: Plan) -> str:

@@ -387,3 +387,16 @@ def test_decoding_keeps_the_source_and_its_keys_and_values(planned):
     assert code == 0
     values = source * 128 + 3 * 2 * 128 * row
     assert plan["decoding_cache_bytes"] == values * 2
+
+
+@pytest.mark.parametrize("engine", ["engine=zero2", "engine=zero1", "engine=zero2-offload"])
+def test_the_fix_of_a_small_model_may_be_a_lower_stage(forescale, small_data, engine):
+    """Whose buckets are larger than all it has; the page names the same stage."""
+    words = [*SHORT, f"data.path={small_data}", "data=dataset", "plan.gpus=2", engine,
+             "optimizer=adamw", "train.global_batch=2", "train.micro_batch=1"]  # fmt: skip
+    small = "machine.memory_bytes=3e9"
+    code, page, err = forescale("plan", *words, small)
+    proposed = re.search(r"set (.*)\.\n", err)[1].split()
+    assert (code, proposed[0]) == (2, "engine.stage=0")
+    assert "Cheapest that fits: zero0" in page
+    assert forescale("plan", *words, small, *proposed)[0] == 0
