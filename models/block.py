@@ -5,7 +5,8 @@ Invariant: a block knows no mixer and no MLP by name.
 Selective activation checkpointing keeps the results of matrices and of attention kernels, and makes
 all else (norms, activation functions, rotations, sums) again in the backward pass: most of the
 memory for little time. Products of batches, such as those inside Gated DeltaNet, are made again:
-their results are larger than what they come from. So is attention with dropout: what is not
+their results are larger than what they come from. So are those of an LSTM's gates, which torch
+changes in place (CHANGES_PRODUCTS). So is attention with dropout: what is not
 computed draws no random numbers, and the dropout after it would have another mask.
 
 That checkpoint is inside of what is compiled: the compiler sees a block's operations, and decides
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import (
 from forescale.models.config import ModelConfig
 from forescale.models.experts.balance import Routing
 from forescale.models.flops import layers_of, parts_of
-from forescale.models.mixers.context import Columns, Context, Viewer
+from forescale.models.mixers.context import CHANGES_PRODUCTS, Columns, Context, Viewer
 from forescale.models.norm import make_norm
 from forescale.models.parametrization import scales
 
@@ -184,7 +185,7 @@ def kept_operations(drops: bool) -> frozenset[Any]:
 
 def _policy(kept: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in kept:
+        if operation in kept and not CHANGES_PRODUCTS.get():
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

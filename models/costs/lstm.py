@@ -32,6 +32,16 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     return 8 * bytes_per_value * config.sizes.width
 
 
+def _selected_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
+    """Return the bytes of the output: the gates are made again."""
+    return bytes_per_value * config.sizes.width
+
+
+def _made_again(config: "ModelConfig", sequence_length: int) -> int:
+    """Return the FLOPs of the gates' matrices."""
+    return matrix_flops({name: _shapes(config)[name] for name in _GATES})
+
+
 def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
     """Return the bytes of state and cell state, whatever the length."""
     return 2 * bytes_per_value * config.sizes.width
@@ -42,6 +52,8 @@ LSTM = Part(
     shapes=_shapes,
     flops=_flops,
     activation_bytes=_activation_bytes,
+    selected_bytes=_selected_bytes,
+    made_again=_made_again,
     cache_bytes=_cache_bytes,
     writes=("output",),
     not_muon=_GATES,

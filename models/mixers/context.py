@@ -6,6 +6,7 @@ L.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from forescale.models.cache import Memory
 from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.positions.position import Rotation
+
+# True while torch computes what changes its own products afterwards, in place: selective
+# checkpointing keeps none of them, since a kept one would be the changed one.
+CHANGES_PRODUCTS: ContextVar[bool] = ContextVar("CHANGES_PRODUCTS", default=False)
 
 
 class Context(NamedTuple):

@@ -11,13 +11,15 @@ Invariant: where the previous token isn't visible (another document, padding), t
 again from 0, exactly: no bit of another document arrives.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from forescale.models.config import ModelConfig
 from forescale.models.init import Linear
-from forescale.models.mixers.context import Context, continued
+from forescale.models.mixers.context import CHANGES_PRODUCTS, Context, continued
 from forescale.models.parametrization import scales
 
 State = tuple[Tensor, Tensor]  # h and c, (B, D) each
@@ -59,9 +61,19 @@ class Recurrence(nn.LSTM):
         if keep_BL is not None:
             before = (before[0] * keep_BL[:, :1], before[1] * keep_BL[:, :1])
         if keep_BL is None or L == 1:
-            h_BLD, (h_1BD, c_1BD) = super().forward(x_BLD, (before[0][None], before[1][None]))
+            h_BLD, (h_1BD, c_1BD) = self._states(x_BLD, (before[0][None], before[1][None]))
             return h_BLD, (h_1BD[0], c_1BD[0])
         return self._segments(x_BLD, keep_BL, before)
+
+    def _states(self, x: Any, before: State) -> tuple[Any, State]:
+        """Return what nn.LSTM returns. Its plain form adds the products of inputs to those of
+        states in place (aten/src/ATen/native/RNN.cpp)."""
+        token = CHANGES_PRODUCTS.set(True)
+        try:
+            found: tuple[Any, State] = super().forward(x, before)
+        finally:
+            CHANGES_PRODUCTS.reset(token)
+        return found
 
     def _segments(self, x_BLD: Tensor, keep_BL: Tensor, before: State) -> tuple[Tensor, State]:
         """Compute each segment as a sequence of its own; only the first of a row has a state before
@@ -81,7 +93,7 @@ class Recurrence(nn.LSTM):
         rows_BL = rank_N[number_T].view(B, L)
         h_1ND, c_1ND = (x_BLD.new_zeros(1, count, self.width) for _ in before)
         h_1ND[0, rows_BL[:, 0]], c_1ND[0, rows_BL[:, 0]] = before
-        out, (h_1ND, c_1ND) = super().forward(packed, (h_1ND, c_1ND))
+        out, (h_1ND, c_1ND) = self._states(packed, (h_1ND, c_1ND))
         last_B = rows_BL[:, -1]
         return out.data[order_T.argsort()].view_as(x_BLD), (h_1ND[0, last_B], c_1ND[0, last_B])
 

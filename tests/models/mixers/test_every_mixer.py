@@ -111,12 +111,14 @@ def test_selective_checkpointing_changes_no_bit(pattern, mlp):
     again = build(pattern, mlp=mlp, activation_checkpointing="selective")
     again.load_state_dict(plain.state_dict())
     x, found = tokens(2), []
-    for model in (plain, again):
-        losses = model(x, x)
+    numbers = torch.stack([(torch.arange(x.shape[1]) > 5).long(), torch.zeros_like(x[0])])
+    for model, cuts in ((plain, None), (again, None), (plain, numbers), (again, numbers)):
+        losses = model(x, x, documents_BL=cuts)
         total = losses[0].sum() + losses[1] if isinstance(losses, tuple) else losses.sum()
         found.append(torch.autograd.grad(total, [*model.parameters()], allow_unused=True))
-    for a, b in zip(*found, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    for pair in (found[:2], found[2:]):
+        for a, b in zip(*pair, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
