@@ -14,7 +14,7 @@ from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.rules import CHECKPOINTINGS
 from forescale.plan.bytes.memory import Memory, memory
-from forescale.plan.bytes.parameters import Inventory
+from forescale.plan.bytes.parameters import Inventory, inventory
 from forescale.plan.communication import collectives
 from forescale.plan.config import MachineConfig, PlanConfig, PlanJob
 from forescale.plan.links import Collective
@@ -64,13 +64,18 @@ class ShardingOption:
 
 @dataclass(frozen=True)
 class ShardingOptions:
-    """Evaluates the ways to shard a job; the fields are the same for all of them."""
+    """Evaluates the ways to shard a job; the fields are the same for all of them.
+
+    longest: the longest window that the config allows, model.max_sequence_length as given; None:
+    any, and a table of learned positions has a row for each of its columns.
+    """
 
     trained: Inventory
     per_token: TokenFlops
     machine: MachineConfig
     plan: PlanConfig
     measured: MeasuredSpeed | None
+    longest: int | None = None
 
     def all(self, job: PlanJob) -> list[ShardingOption]:
         """Return the stages 0 to 3; on several nodes also 3 with a hierarchical partition."""
@@ -154,14 +159,28 @@ class ShardingOptions:
         return bisect_left(sizes, True, key=lambda n: not self.fits(_alone(job, n))) or None
 
     def longest_window(self, job: PlanJob) -> int | None:
-        """Return the longest window that fits, one at a time, each rank with a multiple of _UNIT of
-        its columns; None if none does, or if the memory of activations is not known."""
+        """Return the longest window that fits, one at a time: the longest that the config allows,
+        or a multiple of _UNIT columns for each rank; None if none does, or if the memory of
+        activations is not known."""
         if self.memory(job).activations is None:
             return None
-        unit = _UNIT * job.engine.sequence_parallel
-        sizes = range(1, _LONGEST // unit)
-        fitting = bisect_left(sizes, True, key=lambda n: not self.fits(_long(job, n * unit)))
+        ranks, longest = job.engine.sequence_parallel, self.longest or _LONGEST
+        longest -= longest % ranks
+        if self._fits_window(job, longest):
+            return longest
+        unit = _UNIT * ranks
+        sizes = range(1, longest // unit + 1)
+        fitting = bisect_left(sizes, True, key=lambda n: not self._fits_window(job, n * unit))
         return unit * fitting or None
+
+    def _fits_window(self, job: PlanJob, length: int) -> bool:
+        """Whether a window of `length` fits, one at a time, with what the model needs for it."""
+        long, table = _long(job, length), "position.weight"
+        if self.longest is not None or all(p.name != table for p in self.trained.parameters):
+            return self.fits(long)
+        model = replace(cast(ModelConfig, job.model), max_sequence_length=length)
+        long = replace(long, model=model)
+        return replace(self, trained=inventory(long)).fits(long)
 
     def smallest_fix(self, job: PlanJob) -> str | None:
         """Return the config keys of the smallest change that fits; None if none was found."""

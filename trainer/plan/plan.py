@@ -84,8 +84,9 @@ class Plan:
                 "The model is a class of your own: the memory of its activations is not known and "
                 "not included."
             )
+        longest = getattr(job.model, "max_sequence_length", None)
         self._options = ShardingOptions(
-            self.trained, self.per_token, self.machine, job.plan, self.measured
+            self.trained, self.per_token, self.machine, job.plan, self.measured, longest
         )
         self._find_problems()
 

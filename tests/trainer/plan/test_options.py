@@ -1,6 +1,7 @@
 """The cheapest way to shard: the fastest that fits, and of equally fast ones the simplest."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,9 +65,10 @@ def longest(*words):
         "precision=bf16",
     ]
     job = compose(PlanJob, [*command, "train.global_batch=64", *words])
+    most = job.model.max_sequence_length
     job = replace(job, model=job.model.resolved(32_000, job.train.sequence_length))
     per_token = token_flops(job.model, job.train.sequence_length, 0.0)
-    options = ShardingOptions(inventory(job), per_token, job.machine, job.plan, None)
+    options = ShardingOptions(inventory(job), per_token, job.machine, job.plan, None, most)
     return options.longest_window(job), options, job
 
 
@@ -81,6 +83,43 @@ def test_the_longest_window_fits_and_a_longer_one_does_not():
     whole, _, _ = longest("engine.sequence_parallel=8", "model.activation_checkpointing=none")
     chunks, _, _ = longest("engine.sequence_parallel=8", "model.mlp_chunk=4096")
     assert whole < divided < chunks
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (384_512, []),
+        (2_992_128, ["engine.sequence_parallel=8"]),
+        (510_464, ["model.mlp_chunk=4096"]),
+        (3_936_256, ["model.mlp_chunk=4096", "engine.sequence_parallel=8"]),
+    ],
+)
+def test_the_longest_windows_that_the_readme_names(found, words):
+    assert longest(*words)[0] == found
+    readme = Path(__file__).parents[3] / "trainer/plan/README.md"
+    assert f"{found:,}" in readme.read_text()
+
+
+def test_a_longest_window_is_no_longer_than_the_config_allows():
+    # Of 8,187 columns each of 8 ranks has at most 1,023.
+    for ranks, most in ((1, 8_187), (8, 8_184)):
+        words = ["model.max_sequence_length=8187", f"engine.sequence_parallel={ranks}"]
+        assert longest(*words)[0] == most
+    # A limit that is too long to fit changes nothing.
+    assert longest("model.max_sequence_length=9999999")[0] == longest()[0]
+    # The length that the config leaves out is that of training, which is no limit.
+    given = Plan(compose(PlanJob, ["train.steps=10", "model.max_sequence_length=512"]))
+    assert given.chosen.longest_window == 512
+    assert Plan(compose(PlanJob, ["train.steps=10"])).chosen.longest_window > 512
+
+
+def test_a_table_of_learned_positions_grows_with_the_window():
+    found, _, _ = longest("model.position=learned")
+    for length, fits in ((found, True), (found + 256, False)):
+        words = ["model.position=learned", f"model.max_sequence_length={length}"]
+        _, options, job = longest(*words)
+        train = replace(job.train, sequence_length=length, micro_batch=1)
+        assert options.fits(replace(job, train=train)) == fits
 
 
 @pytest.mark.parametrize(
