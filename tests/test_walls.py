@@ -63,7 +63,9 @@ ALLOWED = {
         "scaling.study scaling.report"
     ),
     "cli": "config run verbs",
-    "__init__": "data inference",
+    "scaling.view": "config scaling.config scaling.analysis scaling.study",
+    "notebook": "config run resilience inference",
+    "__init__": "data inference scaling.view notebook",
     "__main__": "cli",
     "slurm.rank": "slurm cli",  # a rank of SLURM's is the command line's, by another door
 }

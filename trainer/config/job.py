@@ -104,6 +104,31 @@ def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
     return [f"{target}={_quoted(names[0])}", *rest]
 
 
+def words_of(keys: Mapping[str, Any], above: str = "") -> list[str]:
+    """Return nested keys as words of a command line: {"run": {"name": "a"}} -> ["run.name=a"]."""
+    found: list[str] = []
+    for name, value in keys.items():
+        if isinstance(value, Mapping):
+            found += words_of(value, f"{above}{name}.")
+        else:
+            found.append(f"{above}{name}={_text(value)}")
+    return found
+
+
+def _text(value: Any) -> str:
+    """Return a value as a command line has it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, Mapping):
+        inside = ",".join(f"{name}:{_text(v)}" for name, v in value.items())
+        return f"{{{inside}}}"
+    return str(value)
+
+
 def _quoted(text: str) -> str:
     """Return text in quotes, so that Hydra's grammar reads it back unchanged."""
     # In that grammar a backslash is literal, except before a quote.

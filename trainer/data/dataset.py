@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -34,6 +34,9 @@ from forescale.data.shard import FORMAT, MANIFEST, RESTORE, TOKENIZER, Damaged, 
 from forescale.data.tokenizer import token_bytes
 from forescale.errors import UserError
 from forescale.storage import TABLE
+
+if TYPE_CHECKING:
+    from forescale.data.batches import Batches
 
 __all__ = ["FORMAT", "MANIFEST", "TOKENIZER", "Damaged", "Dataset", "Sources", "Split"]
 
@@ -140,6 +143,13 @@ class Dataset:
             have = ", ".join(self.manifest["splits"])
             raise UserError(self.where, f"has no split {name!r}", f"choose one of: {have}")
         return Split(self._store, name, self.manifest["splits"][name], self.manifest["dtype"])
+
+    def stream(self, sequence_length: int, batch: int, **more: Any) -> "Batches":
+        """Return the training split as a PyTorch IterableDataset in the order of training, with
+        exact resume; see `forescale.data.batches.Batches` for the arguments."""
+        from forescale.data.batches import Batches  # with torch
+
+        return Batches(self, sequence_length, batch, **more)
 
 
 class Split:

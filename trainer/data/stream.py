@@ -1,4 +1,5 @@
-"""Batches of a step, a pure function of the feed; the only part of the data room that uses tensors.
+"""Batches of a step, a pure function of the feed. Of the data room, only this file and batches.py
+use tensors.
 
     feed -> windows of a step -> this rank's run of them -> micro-batches, numbered globally
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from forescale.config.sections.data import ONLY, CorpusConfig
-from forescale.data.dataset import Dataset
-from forescale.data.objective import NEXT_TOKEN, Objective
-from forescale.data.objectives.pair_table import PairBins
+from forescale.config.train import TrainJob
+from forescale.data.dataset import Dataset, Sources
+from forescale.data.objective import NEXT_TOKEN, Objective, window_length
+from forescale.data.objectives.pair_table import PairBins, left_out_sentence
 from forescale.data.packing_table import num_windows
 from forescale.data.stream import MicroBatch
 from forescale.errors import UserError
 from forescale.inference.view import RunView
 from forescale.progress import Progress, silent
+from forescale.run.feed import objective_of, pairs_of
 from forescale.run.start import open_dataset
 from forescale.storage import hash_file
 from forescale.train.evaluate import Score, evaluate
@@ -47,6 +49,40 @@ def _checked(view: RunView, dataset: Dataset) -> Dataset:
         todo = f"build it with `forescale shards ... tokenizer={view.run.tokenizer}`"
         raise UserError(dataset.where, "was built with another tokenizer than the run's", todo)
     return dataset
+
+
+def score_of(
+    job: TrainJob,
+    model: nn.Module,
+    dataset: Dataset,
+    split: str,
+    *,
+    micro_batch: int,
+    windows: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> tuple[Score, str | None]:
+    """Return the score of a job's model on a split, by the job's objective and windows, and the
+    documents that are no pairs, in words; None: there are none.
+
+    windows: so many, spread over the split; None: all. cache: where tables of pairs are kept.
+    Raises UserError if the split is empty, or has no pair.
+    """
+    objective = objective_of(job, dataset.vocab_size, held_out=True)
+    pairs = pairs_of(job, Sources({ONLY: dataset}), split, cache).get(ONLY)
+    found = score(
+        model,
+        dataset,
+        split,
+        sequence_length=window_length(objective, job.train.sequence_length),
+        micro_batch=micro_batch,
+        windows=windows,
+        documents=job.data.document_mask,
+        objective=objective,
+        bins=pairs,
+        progress=progress,
+    )
+    return found, left_out_sentence(pairs) if pairs else None
 
 
 def score(

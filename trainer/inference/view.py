@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
+    from forescale.train.evaluate import Score
+
 
 class RunView:
     """A run directory to read. chosen: the default checkpoint of `model`; None: the newest."""
@@ -88,6 +90,40 @@ class RunView:
         run's config names. Raises UserError if there is no such checkpoint, or it isn't complete.
         """
         return self.load(self.checkpoint(step), trust)
+
+    def evaluate(
+        self,
+        data: str | Path | None = None,
+        *,
+        split: str = "validation",
+        step: int | None = None,
+        windows: int | None = None,
+        micro_batch: int = 8,
+        trust: bool = False,
+    ) -> dict[str, "Score"]:
+        """Return the scores of a checkpoint by dataset: those of the run, or `data`, a directory or
+        address; each has loss, loss_stderr, perplexity, bits_per_byte.
+
+        windows: score so many, spread over the split; None: all. Raises UserError if there is no
+        such checkpoint, dataset or split.
+        """
+        from forescale.config.sections.data import CorpusConfig
+        from forescale.inference.scoring import datasets_of, score_of
+
+        corpus = CorpusConfig(path=None if data is None else str(data))
+        model = self.model(step, trust).to(best_device())
+        return {
+            name: score_of(
+                self.config,
+                model,
+                dataset,
+                split,
+                micro_batch=micro_batch,
+                windows=windows,
+                cache=corpus.cache_directory,
+            )[0]
+            for name, dataset in datasets_of(self, corpus).items()
+        }
 
     def load(self, checkpoint: Checkpoint, trust: bool = False) -> "nn.Module":
         """Return the model with the weights of `checkpoint`; see `model`."""

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING
 from forescale.checkpoint.reader import Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
-from forescale.config.sections.data import ONLY
-from forescale.data.dataset import Dataset, Sources
-from forescale.data.objective import window_length
-from forescale.data.objectives.pair_table import left_out_sentence
+from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
 from forescale.progress import shown
-from forescale.run.feed import objective_of, pairs_of
+from forescale.run.feed import objective_of
 
 if TYPE_CHECKING:
     from forescale.inference.lengths import Bucket
@@ -35,7 +32,7 @@ def main(arguments: list[str]) -> int:
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
     from forescale.inference.lengths import at_length, edges_of, loss_by_position
-    from forescale.inference.scoring import datasets_of, score
+    from forescale.inference.scoring import datasets_of, score_of
 
     datasets = datasets_of(view, job.data)
     trained = view.config.train.sequence_length
@@ -48,25 +45,21 @@ def main(arguments: list[str]) -> int:
     model = model.to(best_device())
     scored = replace(view.config, train=replace(view.config.train, sequence_length=length))
     for dataset in datasets.values():
-        objective = objective_of(scored, dataset.vocab_size, held_out=True)
-        read = Sources({ONLY: dataset})
-        pairs = pairs_of(scored, read, job.split, job.data.cache_directory)
+        cache, objective = job.data.cache_directory, objective_of(scored, dataset.vocab_size, True)
         with shown() as progress:
-            found = score(
+            found, left_out = score_of(
+                scored,
                 model,
                 dataset,
                 job.split,
-                sequence_length=window_length(objective, length),
                 micro_batch=job.micro_batch,
                 windows=job.windows,
-                documents=view.config.data.document_mask,
-                objective=objective,
-                bins=pairs.get(ONLY),
+                cache=cache,
                 progress=progress,
             )
         _print(job, view, checkpoint.position, dataset, found)
-        if pairs and (sentence := left_out_sentence(pairs[ONLY])):
-            print(f"\nNote: {sentence}.")
+        if left_out:
+            print(f"\nNote: {left_out}.")
         if job.sequence_length is None:
             continue
         if not view.config.continues_text:

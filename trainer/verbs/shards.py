@@ -182,7 +182,7 @@ def _summary(dataset: Dataset, was_there: bool) -> str:
 
 def _show(arguments: list[str]) -> int:
     """Run `forescale shards show DATASET [windows=N] [sequence_length=N] [seed=N]`."""
-    from forescale.data.show import show
+    from forescale.data.prepare.show import show
 
     paths = [argument for argument in arguments if "=" not in argument or "://" in argument]
     if len(paths) != 1:

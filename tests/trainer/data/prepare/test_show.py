@@ -10,7 +10,7 @@ from forescale.config.sections.data import DataConfig
 from forescale.data.dataset import Dataset
 from forescale.data.order import Order
 from forescale.data.prepare.builder import BuildConfig, build_dataset
-from forescale.data.show import SHUFFLE_SHARDS, show
+from forescale.data.prepare.show import SHUFFLE_SHARDS, show
 from tests.trainer.data.hostile_server import HostileServer
 from tests.trainer.data.small_dataset import write_dataset
 from tests.trainer.data.synthetic_text import SMALL, Texts

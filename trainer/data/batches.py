@@ -1,0 +1,112 @@
+"""A dataset as PyTorch reads it: an IterableDataset of batches in the order of training, which goes
+on exactly where its state was taken.
+
+Invariant: the windows are those that a run with the same train.sequence_length, train.global_batch
+and train.seed reads from this dataset alone; they depend neither on ranks and threads, nor on where
+the reading was interrupted. The state is a number of batches taken, never of batches prefetched.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from forescale.data.dataset import Dataset
+from forescale.data.feed import Feed
+from forescale.data.mixture import Mixture, MixtureStage
+from forescale.data.order import Order
+from forescale.data.stream import StepShare, stream
+from forescale.errors import UserError
+
+SHUFFLE_SHARDS = 8  # as in conf/data/*.yaml
+_NAME = "data"
+
+
+class Batches(IterableDataset):
+    """Batches of the training split, each a dict of tensors: tokens and targets (B, L) int64, and
+    with documents=True documents (B, L) int32; a target of -100 is none.
+
+    sequence_length: L; batch: windows of a batch over all ranks, of which rank r of world_size gets
+    the r-th run. epochs: how often all is read, rounded down to whole batches; None: without end.
+    documents: number the documents of each window. threads: that read ahead. Raises UserError if a
+    size is none, or the split has no window.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sequence_length: int,
+        batch: int,
+        *,
+        seed: int = 1337,
+        epochs: float | None = None,
+        documents: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 1,
+    ):
+        super().__init__()
+        for name, value, least in (("batch", batch, 1), ("world_size", world_size, 1)):
+            if value < least:
+                raise UserError(name, f"{value} is not a number of them", f"give at least {least}")
+        if not 0 <= rank < world_size:
+            raise UserError("rank", f"{rank} is none of {world_size} ranks", "count them from 0")
+        if batch % world_size:
+            what = f"{batch} windows can't be divided among {world_size} ranks"
+            raise UserError("batch", what, f"make it a multiple of {world_size}")
+        split = dataset.split("train")
+        order = Order(split.shard_tokens, sequence_length, seed, SHUFFLE_SHARDS)
+        mixture = Mixture({_NAME: order}, [MixtureStage.of(0, [1])], seed)
+        self._feed = Feed(
+            {_NAME: split}, mixture, dataset.vocab_size, documents=documents, seed=seed
+        )
+        self._share = StepShare(batch, batch // world_size, rank, world_size)
+        self._threads, self._taken = threads, 0
+        per_epoch = order.windows_per_epoch
+        self._count = None if epochs is None else int(epochs * per_epoch) // batch
+        self._settings = {
+            "dataset": dataset.identity,
+            "sequence_length": sequence_length,
+            "batch": batch,
+            "seed": seed,
+        }
+
+    def __len__(self) -> int:
+        """The batches of all epochs. Raises TypeError if they have no end."""
+        if self._count is None:
+            raise TypeError("epochs=None has no end")
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the batches that are left, from the one after the last that was taken."""
+        if get_worker_info() is not None:
+            what = "would be read once by each worker process of the DataLoader"
+            todo = "write DataLoader(batches, batch_size=None, num_workers=0): it has threads"
+            raise UserError("num_workers", what, todo)
+        size = self._share.global_batch
+        steps = range(self._taken, 1 << 62 if self._count is None else self._count)
+        found = stream(self._feed, self._share, steps, self._taken * size, workers=self._threads)
+        try:
+            for batch in found:
+                (micro,) = batch.micro
+                tensors = {"tokens": micro.tokens, "targets": micro.targets}
+                if micro.documents is not None:
+                    tensors["documents"] = micro.documents
+                self._taken = batch.step + 1  # before the consumer has it: it may stop there
+                yield tensors
+        finally:
+            found.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the reading is: plain values, the same on each rank."""
+        return {**self._settings, "batches": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches of a state, at any rank and number of ranks. Raises UserError if
+        it is of other data, or of another order."""
+        for name, value in self._settings.items():
+            if state.get(name) != value:
+                what = f"the state is of {state.get(name)}, these batches of {value}"
+                raise UserError(name, what, "open the data as when the state was taken")
+        self._taken = int(state["batches"])
