@@ -138,6 +138,11 @@ class Transformer(nn.Module):
         head = self.embedding if self.head is None else self.head
         return head(x_BLD) if targets_BL is None else head(x_BLD, targets_BL)
 
+    def logits_of(self, x_BLD: Tensor) -> Tensor:
+        """Return the logits that the head makes of a residual stream: (B, L, D) -> (B, L, V)."""
+        found: Tensor = self._head(normed(self.norm, x_BLD), None)
+        return found
+
     def divide(self, group: SequenceGroup) -> None:
         """From now on take this rank's columns of each row. Every rank of the group then calls
         `forward` with the same whole rows, and receives the losses of its own columns."""

@@ -35,6 +35,7 @@ ALLOWED = {
     "train": "models config data engine run resilience checkpoint",
     "drill": "config data run resilience monitor",
     "inference": "models config data run checkpoint train",
+    "inspection": "models data inference",
     "plan": "models config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
@@ -58,8 +59,8 @@ ALLOWED = {
         "monitor scaling.config scaling.fitting scaling.analysis scaling.design scaling.study"
     ),
     "verbs": (
-        "config data engine run resilience checkpoint monitor train drill inference plan slurm "
-        "scaling.actions scaling.config scaling.records scaling.analysis scaling.design "
+        "config data engine run resilience checkpoint monitor train drill inference inspection "
+        "plan slurm scaling.actions scaling.config scaling.records scaling.analysis scaling.design "
         "scaling.study scaling.report"
     ),
     "cli": "config run verbs",

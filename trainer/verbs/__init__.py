@@ -32,6 +32,7 @@ VERBS = {
     "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
     "generate": "Write text with a trained model.",
     "eval": "Score a trained model on held-out text: loss, perplexity, bits per byte.",
+    "inspect": "Draw what a model does while it reads a text: attention, layers, ablations.",
     "export": "Write a checkpoint as a Hugging Face transformers model.",
     "shards": "Turn your own text into tokenised, checksummed webdataset shards.",
     "check": "Verify a dataset, a checkpoint or a run, byte for byte.",

@@ -1,0 +1,94 @@
+"""`forescale inspect`: the page and its numbers, as a user gets them."""
+
+import json
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from forescale.inspection.heads import maps_of
+from forescale.inspection.page import page
+from forescale.inspection.reading import read
+from forescale.inspection.spelling import found_in, spelled
+from tests.trainer.inspection.test_numbers import build, text
+
+HOSTILE = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A reading by a model of attention and a recurrence, with a trace."""
+    model = build(mixer_pattern=["attention", "mingru"])
+    return model, read(model, text().tolist(), subject=(2, 4))
+
+
+def html_of(found, tokenizer):
+    pieces = [HOSTILE, *(chr(97 + i) for i in range(len(found.tokens) - 1))]
+    return page(found, pieces, tokenizer, f"run {HOSTILE}", ["inspect", "x"])
+
+
+@pytest.fixture
+def tokenizer(small_data):
+    return Tokenizer.from_file(str(small_data / "tokenizer.json"))
+
+
+def test_the_page_has_all_and_nothing_of_a_text_is_code(made, tokenizer):
+    model, found = made
+    html = html_of(found, tokenizer)
+    assert HOSTILE not in html
+    assert not re.search(r"(src|href)=[\"']?http", html)
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.S)[1])
+    assert data["tokens"][0] == HOSTILE.replace(" ", "·")
+    assert data["losses"] == found.losses
+    first = torch.tensor(list(__import__("base64").b64decode(data["layers"][0]["maps"][0])))
+    expected = maps_of(model, text())[0][0].flatten() * 255
+    assert (first - expected).abs().max() <= 0.5
+    assert [len(layer["heads"]) for layer in data["layers"]] == [4, 0]
+    assert "mingru has no heads and no weights" in html
+
+
+def test_numbers_are_those_of_the_model(made):
+    model, found = made
+    x = text()
+    loss = torch.nn.functional.cross_entropy(model(x[None])[0, :-1], x[1:])
+    assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+    numbers = found.as_dict()
+    assert json.loads(json.dumps(numbers))["layers"][1]["heads"] == []
+    assert "maps" not in numbers["layers"][0]
+    assert [len(row) for row in numbers["lens"]] == [13, 13, 13]
+
+
+def test_pieces_add_up_to_the_text_and_a_subject_is_found(tokenizer):
+    ids = [0, *tokenizer.encode("def 数据(x):").ids]
+    pieces = spelled(tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces[1:]) == "def 数据(x):"
+    first, end = found_in(pieces, "数据")
+    assert "数据" in "".join(pieces[first:end])
+    assert "数据" not in "".join(pieces[first + 1 : end])
+
+
+def test_the_command_writes_a_page(own_run, forescale):
+    code, out, _ = forescale("inspect", "small", "text=def main(x):", "subject=main")
+    assert code == 0
+    assert re.match(r"small-8-inspect\.html: \d+ tokens of the text, \d\.\d+ nats a token", out)
+    code, out, _ = forescale("inspect", "small", "tokens=9", "--json")
+    assert code == 0
+    assert len(json.loads(out)["tokens"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["text=def", "subject=class"], "subject: 'class' is not in the"),
+        (["text=def", "answer=x"], "answer: is that of a trace; give subject"),
+        (["text="], "text: has fewer than two tokens; give some words"),
+        (["tokens=2"], "tokens: must be at least 3"),
+    ],
+)
+def test_a_mistake_is_one_sentence(own_run, forescale, words, message, tmp_path):
+    code, out, err = forescale("inspect", "small", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not [*tmp_path.glob("*.html")]

@@ -1,0 +1,150 @@
+"""What the heads of attention do, from their weights alone; and the same of mixers without heads.
+
+Invariant: every number is a mean over queries that have a choice: the first token, which sees
+itself alone, counts nowhere.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forescale.inspection.edits import blocks_of, edited, has_heads, mapped, token_losses
+from forescale.models.transformer import Transformer
+
+IS_INDUCTION = 0.3  # mean weight from which a head is marked
+_REPEATED = 32  # random tokens that are read twice
+_PROBES = 8  # random directions that estimate an influence
+
+
+@dataclass(frozen=True)
+class Head:
+    """Means over queries. entropy: of the weights, in bits; distance: tokens back, by weight;
+    previous, first: weights of the token before and of the first one; induction: on random tokens
+    read twice, the weight of the token behind the earlier copy (Olsson et al. 2022, arXiv
+    2209.11895)."""
+
+    entropy: float
+    distance: float
+    previous: float
+    first: float
+    induction: float
+
+    @property
+    def is_induction(self) -> bool:
+        """True if the head looks for what followed the token before."""
+        return self.induction >= IS_INDUCTION
+
+
+@dataclass(frozen=True)
+class Copying:
+    """The mean loss of so many random tokens, in nats, as they are read first and again."""
+
+    tokens: int
+    first: float
+    again: float
+
+
+@torch.no_grad()
+def maps_of(model: Transformer, tokens_L: Tensor) -> dict[int, Tensor]:
+    """Return the weights of each layer with heads, (H, L, L)."""
+    with mapped(model) as found:
+        model(tokens_L[None])
+    return {layer: weights[0].float() for layer, weights in found.items()}
+
+
+def describe(maps: dict[int, Tensor], repeated: dict[int, Tensor]) -> dict[int, list[Head]]:
+    """Return the heads of each layer. maps, repeated: their weights on a text, and on random tokens
+    read twice after a first token (repeated_tokens)."""
+    found = {}
+    for layer, weights_HLL in maps.items():
+        length = weights_HLL.shape[1]
+        back_LL = torch.arange(length)[:, None] - torch.arange(length)
+        rows_HLL = weights_HLL[:, 1:]
+        entropy = -torch.special.xlogy(rows_HLL, rows_HLL).sum(-1).mean(-1) / torch.log(
+            torch.tensor(2.0)
+        )
+        distance = (rows_HLL * back_LL[1:].to(rows_HLL)).sum(-1).mean(-1)
+        previous = weights_HLL.diagonal(-1, 1, 2).mean(-1)
+        first = rows_HLL[:, :, 0].mean(-1)
+        induction = _induction(repeated[layer])
+        columns = (entropy, distance, previous, first, induction)
+        found[layer] = [Head(*map(float, row)) for row in zip(*columns, strict=True)]
+    return found
+
+
+def _induction(weights_HLL: Tensor) -> Tensor:
+    """Return (H,). Of the second copy of each token, the weight of the token after the first."""
+    n = (weights_HLL.shape[1] - 1) // 2
+    queries = torch.arange(1 + n, 1 + 2 * n)
+    return weights_HLL[:, queries, queries - n + 1].mean(-1)
+
+
+def repeated_tokens(model: Transformer, begin: int, most: int, seed: int = 0) -> Tensor:
+    """Return `begin` and random tokens twice, (1 + 2n,), of at most `most` tokens."""
+    n = max(2, min(_REPEATED, (most - 1) // 2))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(model.sizes.vocab_size, (n,), generator=generator)
+    return torch.cat([torch.tensor([begin]), drawn, drawn])
+
+
+@torch.no_grad()
+def copying(model: Transformer, repeated_L: Tensor) -> Copying:
+    """Return the loss of random tokens read twice: a model that copies loses less again."""
+    losses = token_losses(model(repeated_L[None]), repeated_L[None])[0]
+    half = len(losses) // 2
+    return Copying(half, float(losses[:half].mean()), float(losses[half:].mean()))
+
+
+def influences_of(model: Transformer, tokens_L: Tensor, seed: int = 0) -> dict[int, Tensor]:
+    """Return for each mixer without heads how much its output at a token depends on its input at
+    another, (L, L), each row divided by its sum.
+
+    That is the Frobenius norm of the Jacobian's block, estimated with random directions (Hutchinson
+    1989): such a mixer has no weights to show.
+    """
+    inputs: dict[int, tuple] = {}
+    blocks = blocks_of(model)
+    wanted = [i for i, block in enumerate(blocks) if not has_heads(block.mixer)]
+
+    def keep(layer: int):
+        return lambda module, given: inputs.__setitem__(layer, given)
+
+    hooks = [blocks[i].mixer.register_forward_pre_hook(keep(i)) for i in wanted]
+    with torch.no_grad():
+        model(tokens_L[None])
+    for hook in hooks:
+        hook.remove()
+    return {i: _influence(blocks[i].mixer, inputs[i], seed) for i in wanted}
+
+
+@torch.enable_grad()
+def _influence(mixer, given: tuple, seed: int) -> Tensor:
+    x_1LD = given[0].detach().requires_grad_()
+    y = mixer(x_1LD, *given[1:])
+    y_LD = (y[0] if isinstance(y, tuple) else y)[0]
+    length, width = y_LD.shape
+    generator = torch.Generator().manual_seed(seed)
+    squares_LL = torch.zeros(length, length)
+    for _ in range(_PROBES):
+        direction_D = torch.randn(width, generator=generator).to(y_LD)
+        for i in range(length):
+            (found_1LD,) = torch.autograd.grad(y_LD[i] @ direction_D, x_1LD, retain_graph=True)
+            squares_LL[i] += found_1LD[0].square().sum(-1).float().cpu()
+    sizes_LL = (squares_LL / _PROBES).sqrt()
+    return sizes_LL / sizes_LL.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def lens(model: Transformer, tokens_L: Tensor) -> Tensor:
+    """Return what the head would say of the stream after each block, (layers + 1, L, V) logits: the
+    logit lens (nostalgebraist 2020). 0 is the embedding."""
+    streams: list[Tensor] = []
+
+    def keep(layer: int, values: Tensor) -> Tensor:
+        streams.append(values)
+        return values
+
+    with edited(model, stream=keep):
+        model(tokens_L[None])
+    return torch.cat([model.logits_of(x_1LD) for x_1LD in streams]).float()

@@ -1,0 +1,154 @@
+"""All that is known of one reading of a text by a decoder, as plain values.
+
+Invariant: positions are those of `tokens`, the first of which begins the document and has no loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forescale.errors import UserError
+from forescale.inference.view import RunView
+from forescale.inspection import heads
+from forescale.inspection.ablation import Ablation, ablate
+from forescale.inspection.heads import Copying, Head
+from forescale.inspection.tracing import Trace, trace
+from forescale.models.config import ModelConfig
+from forescale.models.flops import layers_of
+from forescale.models.transformer import Transformer
+from forescale.progress import Progress, silent
+
+_BEST = 5  # of the most likely tokens, shown at each token
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block. maps: attention's weights (H, L, L), or of a mixer without heads its influence
+    (1, L, L); heads: [] without heads."""
+
+    mixer: str
+    mlp: str
+    maps: Tensor
+    heads: list[Head]
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What the head makes of a stream at one token: the most likely next one and its probability,
+    that of the token that does follow (None behind the last), and the entropy in bits."""
+
+    token: int
+    probability: float
+    of_next: float | None
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """losses: of each token, in nats, None of the first. best: for each position the most likely
+    next tokens, with their probabilities. lens: for the embedding and each block a Guess at each
+    position. trace: None if no subject was given."""
+
+    tokens: list[int]
+    losses: list[float | None]
+    best: list[list[tuple[int, float]]]
+    layers: list[Layer]
+    lens: list[list[Guess]]
+    ablation: Ablation
+    copying: Copying
+    trace: Trace | None
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the text, in nats a token."""
+        known = [loss for loss in self.losses if loss is not None]
+        return sum(known) / len(known)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all numbers but the maps, for JSON."""
+        found = asdict(self)
+        for layer, own in zip(found["layers"], self.layers, strict=True):
+            del layer["maps"]
+            for head, one in zip(layer["heads"], own.heads, strict=True):
+                head["is_induction"] = one.is_induction
+        return {"loss": self.loss, **found}
+
+
+def expect_decoder(view: RunView) -> None:
+    """Raise UserError for a model whose inside is not that of a decoder of ours."""
+    config = view.config
+    if not isinstance(config.model, ModelConfig):
+        what = "its model is a class of your own, whose parts are not known here"
+        raise UserError(view.name, what, "inspect a run with a model of conf/model")
+    if not config.continues_text or config.model.has_encoder or not config.model.causal:
+        what = f"was trained with objective.kind={config.objective.kind}, and is no decoder alone"
+        raise UserError(view.name, what, "inspect a run that continues text")
+
+
+def read(
+    model: Transformer,
+    tokens: Sequence[int],
+    subject: tuple[int, int] | None = None,
+    answer: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Reading:
+    """Return what a decoder does with a text. tokens: the first begins a document.
+
+    subject: the positions [first, end) of what is traced, see `trace`. Raises UserError for fewer
+    than 3 tokens.
+    """
+    if len(tokens) < 3:
+        raise UserError("text", "has fewer than two tokens", "give some words")
+    row_L = torch.tensor(list(tokens), device=next(model.parameters()).device)
+    lens_NLV = heads.lens(model, row_L).cpu()
+    known_LV = lens_NLV[-1].log_softmax(-1)
+    losses = -known_LV[:-1].gather(-1, row_L.cpu()[1:, None])[:, 0]
+    top = known_LV.exp().topk(_BEST)
+    best = [
+        list(zip(i.tolist(), p.tolist(), strict=True))
+        for i, p in zip(top.indices, top.values, strict=True)
+    ]
+    repeated_L = heads.repeated_tokens(model, tokens[0], model.sizes.max_sequence_length, seed)
+    repeated_L = repeated_L.to(row_L.device)
+    maps = {i: m.cpu() for i, m in heads.maps_of(model, row_L).items()}
+    described = heads.describe(
+        maps, {i: m.cpu() for i, m in heads.maps_of(model, repeated_L).items()}
+    )
+    influences = heads.influences_of(model, row_L, seed)
+    layers = [
+        Layer(
+            # The cost records' names are those of the config.
+            mixer=model.config.mixers[i],
+            mlp=model.config.mlp if not parts["mlp"].is_routed else "moe",
+            maps=maps[i] if i in maps else influences[i][None],
+            heads=described.get(i, []),
+        )
+        for i, parts in enumerate(layers_of(model.config))
+    ]
+    return Reading(
+        tokens=list(tokens),
+        losses=[None, *losses.tolist()],
+        best=best,
+        layers=layers,
+        lens=[_guesses(logits_LV, row_L.cpu()) for logits_LV in lens_NLV],
+        ablation=ablate(model, row_L, progress),
+        copying=heads.copying(model, repeated_L),
+        trace=subject and trace(model, row_L, *subject, answer, seed, progress),
+    )
+
+
+def _guesses(logits_LV: Tensor, tokens_L: Tensor) -> list[Guess]:
+    chances_LV = logits_LV.softmax(-1)
+    entropy_L = torch.special.entr(chances_LV).sum(-1) / torch.log(torch.tensor(2.0))
+    best = chances_LV.max(-1)
+    of_next = chances_LV[:-1].gather(-1, tokens_L[1:, None])[:, 0].tolist()
+    return [
+        Guess(int(token), float(p), follows, float(entropy))
+        for token, p, follows, entropy in zip(
+            best.indices, best.values, [*of_next, None], entropy_L, strict=True
+        )
+    ]

@@ -1,0 +1,119 @@
+"""`forescale inspect`: one page of what a model does while it reads a text."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
+from forescale.errors import DONE, UserError
+from forescale.inference.view import RunView, best_device, open_view
+from forescale.progress import shown
+from forescale.storage import write_file
+
+if TYPE_CHECKING:
+    from forescale.models.transformer import Transformer
+
+
+@dataclass
+class InspectJob(RunJob):
+    """A checkpoint, a text, and a fact in it to trace."""
+
+    VERB: ClassVar[str] = "inspect"
+    FLAGS: ClassVar = {"--json": "json"}
+
+    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
+    text: str | None = key(None, "what the model reads; null: the first of its held-out text")
+    tokens: int = key(64, "the most tokens that are read, from the first on", ge=3, le=512)
+    subject: str | None = key(
+        None,
+        "a part of the text, such as the name that a fact is about: traces which states carry it "
+        "to the next token",
+    )
+    answer: str | None = key(
+        None, "with subject, what should follow the text; null: what the model says"
+    )
+    to: str | None = key(None, "the HTML file to write; null: RUN-STEP-inspect.html")
+    seed: int = key(1337, "of random tokens, of the noise of a trace", ge=0)
+    json: bool = key(False, "print all numbers but the maps as JSON, and write no page")
+
+
+JOB = InspectJob
+EXAMPLES = (
+    'inspect first text="def main(argument):"',
+    "inspect first step=500 tokens=128 to=page.html",
+    'inspect first text="import numpy as" subject=numpy',
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or print the numbers."""
+    job = compose(InspectJob, overrides_of(InspectJob, arguments))
+    view = open_view(job.target or "", job.run.root)
+    from forescale.inspection.reading import expect_decoder, read
+    from forescale.inspection.spelling import found_in, spelled
+
+    expect_decoder(view)
+    checkpoint = view.checkpoint(job.step)
+    ids, text = _ids(view, job)
+    pieces = spelled(view.tokenizer, ids)
+    subject = None if job.subject is None else found_in(pieces, job.subject)
+    answer = None
+    if job.answer is not None:
+        answer = _first(view, job.answer, is_used=subject is not None)
+    model: Transformer = view.load(checkpoint).to(best_device())  # type: ignore[assignment]
+    with shown() as progress:
+        found = read(model, ids, subject, answer, job.seed, progress)
+    if job.json:
+        json.dump({"pieces": pieces, **found.as_dict()}, sys.stdout)
+        print()
+        return DONE
+    from forescale.inspection.page import page
+
+    step = checkpoint.position.step
+    to = Path(job.to or f"{view.name}-{step}-inspect.html").expanduser()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    html = page(found, pieces, view.tokenizer, f"{view.name}, step {step:,}", sys.argv[1:])
+    write_file(to, html.encode())
+    marked = sum(head.is_induction for layer in found.layers for head in layer.heads)
+    print(
+        f"{to}: {len(ids) - 1} tokens of {text}, {found.loss:.4f} nats a token, "
+        f"{marked} induction head{'s' * (marked != 1)}; open it in a browser."
+    )
+    return DONE
+
+
+def _ids(view: RunView, job: InspectJob) -> tuple[list[int], str]:
+    """Return what the model reads, from the token that begins a document on, and a name for it."""
+    from forescale.config.sections.data import CorpusConfig
+    from forescale.inference.sampling import text_ids
+    from forescale.inference.scoring import datasets_of
+
+    most = min(job.tokens, view.config.train.sequence_length)
+    begin = view.identity["dataset"]["end_of_text"]
+    if job.text is not None:
+        ids = text_ids(view.tokenizer, job.text)
+        if len(ids) >= most:
+            print(f"Note: the first {most - 1} of {len(ids):,} tokens are read.", file=sys.stderr)
+        return [begin, *ids][:most], "the text"
+    dataset = next(iter(datasets_of(view, CorpusConfig()).values()))
+    split = dataset.split("validation")
+    if not split.num_tokens:
+        raise UserError("text", "is not given, and the run has no held-out text", "write text=...")
+    first = split.read(0, 0, min(most - 1, split.shard_tokens[0]))
+    return [begin, *first.tolist()], "held-out text"
+
+
+def _first(view: RunView, answer: str, is_used: bool) -> int:
+    """Return the first token of an answer."""
+    from forescale.inference.sampling import text_ids
+
+    if not is_used:
+        raise UserError("answer", "is that of a trace", "give subject=TEXT too")
+    if not (ids := text_ids(view.tokenizer, answer)):
+        raise UserError("answer", "is empty", "write what should follow the text")
+    return ids[0]
