@@ -25,7 +25,8 @@ ALLOWED = {
     "console": "errors",
     "progress": "console",
     "rendezvous": "",
-    "config": "models conf",
+    "abilities": "",
+    "config": "models conf abilities",
     "data": "",
     "engine": "models config",
     "run": "models config data",
@@ -34,7 +35,7 @@ ALLOWED = {
     "monitor": "config data engine run resilience checkpoint",
     "train": "models config data engine run resilience checkpoint",
     "drill": "config data run resilience monitor",
-    "inference": "models config data run checkpoint train",
+    "inference": "models abilities config data run checkpoint train",
     "inspection": "models data inference",
     "plan": "models config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
@@ -59,9 +60,9 @@ ALLOWED = {
         "monitor scaling.config scaling.fitting scaling.analysis scaling.design scaling.study"
     ),
     "verbs": (
-        "config data engine run resilience checkpoint monitor train drill inference inspection "
-        "plan slurm scaling.actions scaling.config scaling.records scaling.analysis scaling.design "
-        "scaling.study scaling.report"
+        "abilities config data engine run resilience checkpoint monitor train drill inference "
+        "inspection plan slurm scaling.actions scaling.config scaling.records scaling.analysis "
+        "scaling.design scaling.study scaling.report"
     ),
     "cli": "config run verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",

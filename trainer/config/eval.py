@@ -9,9 +9,11 @@ hand does.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from forescale.config.job import RunJob
+from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
+from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key, section
 from forescale.config.sections.data import CorpusConfig
+from forescale.config.suggest import nearest_first
 
 
 @dataclass
@@ -43,3 +45,24 @@ class EvalJob(ScoreJob):
     VERB: ClassVar[str] = "eval"
 
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
+    abilities: list[str] = key(
+        [],
+        "instead of losses, the accuracy on small tasks that are made, not read: copy, reverse, "
+        "addition, recall",
+    )
+    shots: list[int] = key(
+        list(SHOTS), "abilities: numbers of solved examples before a question; each is measured"
+    )
+    questions: int = key(QUESTIONS, "abilities: questions of a task, at each number", ge=1)
+
+    def problems(self) -> Problems:
+        """Return a problem for each ability and number that there is not."""
+        found = super().problems()
+        for name in self.abilities:
+            if name not in TASKS:
+                near = ", ".join(nearest_first(name, TASKS))
+                found.append(("abilities", f"{name!r} is no task", f"choose among {near}"))
+        if any(count < 0 for count in self.shots) or not self.shots:
+            what = f"{self.shots} are no numbers of examples"
+            found.append(("shots", what, "write shots=[0,4]"))
+        return found

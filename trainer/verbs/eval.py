@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from forescale.checkpoint.reader import Position
+from forescale.abilities.tasks import TASKS
+from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
 from forescale.data.dataset import Dataset
@@ -14,6 +15,7 @@ from forescale.progress import shown
 from forescale.run.feed import objective_of
 
 if TYPE_CHECKING:
+    from forescale.abilities.few_shot import Accuracy
     from forescale.inference.lengths import Bucket
     from forescale.train.evaluate import Score
 
@@ -23,6 +25,7 @@ EXAMPLES = (
     "eval first",
     "eval first data.path=/data/books",
     "eval first sequence_length=1024 rope_scaling=yarn",
+    "eval first abilities=[copy,recall] shots=[0,4,16]",
 )
 
 
@@ -31,6 +34,8 @@ def main(arguments: list[str]) -> int:
     job = compose(EvalJob, overrides_of(EvalJob, arguments))
     view = open_view(job.target or "", job.run.root)
     checkpoint = view.checkpoint(job.step)
+    if job.abilities:
+        return _abilities(job, view, checkpoint)
     from forescale.inference.lengths import at_length, edges_of, loss_by_position
     from forescale.inference.scoring import datasets_of, score_of
 
@@ -79,6 +84,37 @@ def main(arguments: list[str]) -> int:
             )
         _print_buckets(buckets, length, trained, job.rope_scaling)
     return DONE
+
+
+def _abilities(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
+    """Print the accuracy on each task, a line each, by the number of examples."""
+    from forescale.inference.abilities import abilities_of
+
+    with shown() as progress:
+        found = abilities_of(view, view.load(checkpoint, job.trust), job, progress)
+    print(
+        f"Run {view.name}, step {checkpoint.position.step:,}: right answers of {job.questions:,}, "
+        "in percent, with 90 % intervals\n(nats: the mean loss of an answer after most examples).\n"
+    )
+    wide = max(map(len, found))
+    counts = "".join(f"{count:>16}" for count in job.shots)
+    print(f"  {'examples':<{wide}}{counts}    nats  by chance")
+    for name, row in found.items():
+        cells = "".join(f"{_share(one):>16}" for one in row)
+        known = [one for one in row if one is not None]
+        nats = f"{known[-1].nats:>8.3f}" if known else f"{'':>8}"
+        print(f"  {name:<{wide}}{cells}{nats}  {100 * TASKS[name].chance:9.3g}")
+    if any(one is None for row in found.values() for one in row):
+        length = view.config.train.sequence_length
+        print(f"\n-: so many examples don't fit into {length:,} tokens.")
+    return DONE
+
+
+def _share(one: "Accuracy | None") -> str:
+    if one is None:
+        return "-"
+    low, high = one.interval
+    return f"{100 * one.share:.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def _print_buckets(buckets: list["Bucket"], length: int, trained: int, scaling: str | None) -> None:

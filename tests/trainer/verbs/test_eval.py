@@ -112,3 +112,24 @@ def test_a_lost_tokenizer_is_said(own_run, forescale):
     assert code == 2
     assert "tokenizer.json" in err
     shutil.rmtree(own_run.path)
+
+
+def test_abilities_are_a_table_of_accuracies(trained, forescale):
+    words = ("abilities=[copy,addition]", "shots=[0,9]", "questions=8")
+    code, out, _ = forescale("eval", trained.path, *words)
+    assert code == 0
+    assert re.search(r"^  addition +\d+ \(\d+ to \d+\) +- +\d+\.\d+ +10$", out, re.MULTILINE)
+    assert "-: so many examples don't fit into 32 tokens." in out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("abilities=[copi]", "abilities: 'copi' is no task; choose among copy,"),
+        ("shots=[-1]", "shots: [-1] are no numbers of examples; write shots=[0,4]"),
+    ],
+)
+def test_wrong_abilities_are_refused(trained, forescale, word, message):
+    code, out, err = forescale("eval", trained.path, word)
+    assert (code, out) == (2, "")
+    assert message in err
