@@ -14,6 +14,7 @@ class Memory:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
         self._lengths: dict[str, int] = {}
+        self.room = 0  # tokens for which `extend` makes room at first
 
     @property
     def is_empty(self) -> bool:
@@ -31,13 +32,14 @@ class Memory:
     def extend(self, name: str, new: Tensor) -> Tensor:
         """Append `new`, (B, L, ...), to what is kept under `name`; return all, (B, S, ...).
 
-        Room is doubled when it is used up, so S tokens cost O(S) copies in all.
+        Room beyond `room` is doubled when it is used up, so S tokens cost O(S) copies in all.
         """
         before = self._lengths.get(name, 0)
         length = before + new.shape[1]
         kept = self._kept.get(name)
         if kept is None or kept.shape[1] < length:
-            room = new.new_empty(new.shape[0], max(length, 2 * before), *new.shape[2:])
+            columns = max(length, 2 * before, self.room)
+            room = new.new_empty(new.shape[0], columns, *new.shape[2:])
             if kept is not None:
                 room[:, :before] = kept[:, :before]
             self._kept[name] = kept = room
@@ -52,6 +54,10 @@ class Memory:
         whole = new if kept is None else torch.cat([kept, new], 1)
         self._kept[name] = whole[:, max(0, whole.shape[1] - count) :].clone()
         return whole
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep these rows alone, (R,) int64, in this order."""
+        self._kept = {name: kept[rows] for name, kept in self._kept.items()}
 
     @property
     def num_bytes(self) -> int:
@@ -86,6 +92,20 @@ class Cache:
             self.real = torch.cat([old, new], 1)
         self.length += tokens_BL.shape[1]
         return self.real
+
+    def reserve(self, columns: int) -> None:
+        """Let layers that keep all columns make room for so many with their first one."""
+        for memory in self.layers:
+            memory.room = columns
+
+    def keep(self, rows: Tensor) -> "Cache":
+        """Go on with these rows alone, (R,) int64, in this order; return the cache."""
+        for memory in self.layers:
+            memory.keep(rows)
+        self.real = None if self.real is None else self.real[rows]
+        self.source = None if self.source is None else self.source[rows]
+        self.source_mask = None if self.source_mask is None else self.source_mask[rows]
+        return self
 
     @property
     def num_bytes(self) -> int:

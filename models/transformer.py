@@ -87,6 +87,7 @@ class Transformer(nn.Module):
         padding_mask_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
         cache: Cache | None = None,
+        last: int | None = None,
     ) -> Any:
         """Return logits, or the loss of each window.
 
@@ -99,7 +100,8 @@ class Transformer(nn.Module):
         token attends to all earlier tokens. For the cost of masks see masks.additive_mask. cache:
         what was read of these rows before, to which this call adds (new_cache makes an empty one,
         for an encoder-decoder encode does); tokens and padding mask are then those of the new
-        columns, there the decoder's. Padding is on the left, and there are no documents.
+        columns, there the decoder's. Padding is on the left, and there are no documents. last:
+        logits are wanted of so many last columns alone; None: of all.
         Returns, without targets: logits (B, L, V), of an encoder-decoder (B, T, V), those of the
         decoder's T columns; targets of the source's are not read. With targets: losses (B,) fp32,
         each window's sum of cross-entropy in nats over its targets; with z_loss, or with experts
@@ -122,7 +124,8 @@ class Transformer(nn.Module):
         else:
             trunk = self._hidden(tokens_BL, padding_mask_BL, documents_BL, cache, counted_BL)
         own_BL = None if targets_BL is None else self._own(targets_BL)
-        found = self._head(trunk.hidden, own_BL)
+        hidden_BLD = trunk.hidden if last is None else trunk.hidden[:, -last:]
+        found = self._head(hidden_BLD, own_BL)
         if tallies is None or targets_BL is None:
             return found
         losses_B, penalty = found if isinstance(found, tuple) else (found, 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from forescale.models import ModelConfig, Transformer
 from forescale.models.generate import generate
 from forescale.models.positions.relative import buckets
+from forescale.models.sampler import Sampler
 
 L, S, T, V = 20, 23, 9, 37
 BERT = ModelConfig(
@@ -203,7 +204,7 @@ def test_t5_writes_the_same():
     how = dict(max_new_tokens=25, do_sample=False, eos_token_id=None)
     expected = theirs.generate(x, attention_mask=real, **how)
     start = torch.zeros(3, 1, dtype=torch.long)
-    how = dict(temperature=0, source_BS=x, source_mask_BS=real)
+    how = dict(sampler=Sampler(temperature=0), source_BS=x, source_mask_BS=real)
     assert torch.equal(generate(ours, start, 25, **how), expected)
     assert len({tuple(row) for row in expected.tolist()}) == 3
     assert expected.unique().numel() > 4

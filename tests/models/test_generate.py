@@ -5,12 +5,14 @@ import torch
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.generate import generate
+from forescale.models.sampler import Sampler
 
 S, T, V = 9, 12, 37
 SMALL = ModelConfig(
     num_layers=2, encoder_layers=2, width=32, num_heads=4, mlp_width=24, vocab_size=V,
     max_sequence_length=S + T, source_length=S, init_std=0.3, dropout=0.5,
 )  # fmt: skip
+LIKELIEST = Sampler(temperature=0)
 START = torch.zeros(2, 1, dtype=torch.long)
 
 
@@ -27,7 +29,7 @@ def source(rows=2):
 @torch.no_grad()
 def test_it_writes_what_whole_rows_say_is_most_likely(model):
     x = source()
-    found = generate(model, START, T - 1, temperature=0, source_BS=x)
+    found = generate(model, START, T - 1, sampler=LIKELIEST, source_BS=x)
     assert model.training  # as it came
     rows, model = torch.cat([x, START], 1), model.eval()
     for _ in range(T - 1):
@@ -40,24 +42,26 @@ def test_a_batch_with_padding_is_written_as_each_row_alone(model):
     x = source()
     real = torch.ones(2, S, dtype=torch.bool)
     real[1, :4] = False
-    found = generate(model, START, 10, temperature=0, source_BS=x, source_mask_BS=real)
-    alone = generate(model, START[:1], 10, temperature=0, source_BS=x[1:, 4:])
+    found = generate(model, START, 10, sampler=LIKELIEST, source_BS=x, source_mask_BS=real)
+    alone = generate(model, START[:1], 10, sampler=LIKELIEST, source_BS=x[1:, 4:])
     assert torch.equal(found[1:], alone)
-    shown = generate(model, START[:1], 10, temperature=0, source_BS=x[1:])
+    shown = generate(model, START[:1], 10, sampler=LIKELIEST, source_BS=x[1:])
     assert not torch.equal(shown, alone), "without a mask it would be seen"
 
 
 def test_it_samples_by_its_generator(model):
     def sample(seed):
         drawn = torch.Generator().manual_seed(seed)
-        return generate(model, START, 10, generator=drawn, top_k=5, source_BS=source())
+        return generate(
+            model, START, 10, generator=drawn, sampler=Sampler(top_k=5), source_BS=source()
+        )
 
     assert torch.equal(sample(0), sample(0))
     assert not torch.equal(sample(0), sample(1))
 
 
 def test_a_target_ends_where_the_decoder_may_read_no_more(model):
-    found = generate(model, START, 30, temperature=0, max_context=6, source_BS=source())
+    found = generate(model, START, 30, sampler=LIKELIEST, max_context=6, source_BS=source())
     assert found.shape[1] == 1 + 6
 
 

@@ -8,6 +8,7 @@ import torch
 
 from forescale.models import ModelConfig, Transformer
 from forescale.models.generate import generate
+from forescale.models.sampler import Sampler
 from tests.models.checks import assert_one_graph
 
 SMALL = ModelConfig(
@@ -163,9 +164,9 @@ class Counting(torch.nn.Module):
 
 
 def test_generation_follows_the_model():
-    out = generate(Counting(), torch.tensor([[3, 4], [8, 9]]), 4, temperature=0)
+    out = generate(Counting(), torch.tensor([[3, 4], [8, 9]]), 4, sampler=Sampler(temperature=0))
     assert out.tolist() == [[3, 4, 5, 6, 7, 8], [8, 9, 0, 1, 2, 3]]
-    out = generate(Counting(), torch.tensor([[3]]), 5, top_k=1)
+    out = generate(Counting(), torch.tensor([[3]]), 5, sampler=Sampler(top_k=1))
     assert out.tolist() == [[3, 4, 5, 6, 7, 8]]
     model = Counting()
     generate(model, torch.tensor([[1, 2, 3]]), 9, max_context=4)
@@ -188,8 +189,9 @@ def test_generation_repeats_with_its_generator_and_samples_the_distribution():
     assert abs(drawn.eq(6).float().mean() - p) < 4 * math.sqrt(p * (1 - p) / 4000)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"tokens": 0}])
-def test_generation_refuses_nonsense(wrong):
-    tokens = torch.zeros(1, wrong.pop("tokens", 2), dtype=torch.long)
+def test_generation_refuses_nonsense():
     with pytest.raises(ValueError, match="; give"):
-        generate(Counting(), tokens, 1, **wrong)
+        generate(Counting(), torch.zeros(1, 0, dtype=torch.long), 1)
+    real = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="takes padding; give"):
+        generate(Counting(), torch.zeros(1, 2, dtype=torch.long), 1, padding_mask_BL=real)

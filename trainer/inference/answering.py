@@ -9,18 +9,17 @@ data/objectives/.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import nn
 
 from forescale.data.objectives.pair_table import separator_id, shown_separator
 from forescale.data.objectives.pairs import Pairs
 from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
 from forescale.errors import UserError
-from forescale.inference.sampling import prompt_ids, sampled, text_ids
+from forescale.inference.sampling import prompt_ids, text_ids
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
 from forescale.run.feed import objective_of
@@ -32,12 +31,14 @@ _SENTINEL = re.compile("<extra_id_([0-9]{1,9})>")
 class Question:
     """A prompt as a model reads it.
 
-    shown: what is printed before the answer; start: the ids after which the model writes; source:
-    those that an encoder reads, None without one; before: those after which the answer is spelled;
-    end: the id that ends it; ends: what that is, in a word; most: the most tokens that training
-    has, None where there is no such limit; names: of ids beyond the tokenizer's.
+    prompt: its text; shown: what is printed before the answer; start: the ids after which the model
+    writes; source: those that an encoder reads, None without one; before: those after which the
+    answer is spelled; end: the id that ends it; ends: what that is, in a word; most: the most
+    tokens that training has, None where there is no such limit; names: of ids beyond the
+    tokenizer's.
     """
 
+    prompt: str
     shown: str
     start: list[int]
     before: list[int]
@@ -47,21 +48,6 @@ class Question:
     source: list[int] | None = None
     most: int | None = None
     names: Mapping[int, str] = field(default_factory=dict)
-
-    def answered(
-        self, model: nn.Module, num_tokens: int, *, temperature: float, top_k: int | None, seed: int
-    ) -> Iterator[int]:
-        """Yield num_tokens ids that the model samples, at most `most`. Errors as of `sampled`."""
-        return sampled(
-            model,
-            self.start,
-            min(num_tokens, self.most or num_tokens),
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            max_context=self.max_context,
-            source=self.source,
-        )
 
 
 def question_of(view: RunView, text: str) -> Question:
@@ -74,7 +60,7 @@ def question_of(view: RunView, text: str) -> Question:
     spec, end = config.objective.spec, identity["end_of_text"]
     if config.continues_text:
         ids = prompt_ids(view.tokenizer, text, end)
-        return Question(text, ids, ids, end, "document", config.train.sequence_length)
+        return Question(text, text, ids, ids, end, "document", config.train.sequence_length)
     if not spec.source:
         what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
         raise UserError(view.name, what, "score it with `forescale eval`, or name a causal model")
@@ -97,12 +83,12 @@ def _of_start(view: RunView, text: str, prefix: Prefix, has_encoder: bool) -> Qu
     end, columns = view.identity["dataset"]["end_of_text"], prefix.columns
     ids = prompt_ids(view.tokenizer, text, end)
     if not has_encoder:
-        return Question(text, ids, ids, end, "document", columns)
+        return Question(text, text, ids, ids, end, "document", columns)
     if len(ids) < 2:  # as in training, the token before a document
         ids = [end, *ids]
     source = ids[:-1][-prefix.split :]
     most = columns - prefix.split
-    return Question(text, ids[-1:], ids, end, "document", columns, source, most)
+    return Question(text, text, ids[-1:], ids, end, "document", columns, source, most)
 
 
 def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Question:
@@ -118,6 +104,7 @@ def _of_pair(view: RunView, text: str, pairs: Pairs, has_encoder: bool) -> Quest
         what = f"holds the separator {shown_separator(pairs.separator)}, with which a source ends"
         raise UserError("prompt", what, "take it out")
     return Question(
+        prompt=text,
         shown="",
         start=[separator] if has_encoder else [*source, separator],
         before=[separator],
@@ -149,6 +136,7 @@ def _of_gaps(view: RunView, text: str, spans: Spans, has_encoder: bool) -> Quest
     _check_length(source, spans.split)
     names = {size + i: f"<extra_id_{i}>" for i in range(spans.extra_ids)}
     return Question(
+        prompt=text,
         shown=names[size],
         start=[size] if has_encoder else [*source, size],
         before=source,

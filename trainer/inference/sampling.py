@@ -1,11 +1,9 @@
-"""Sample text from a model, piece by piece.
+"""Ids that a model samples after prompts.
 
-Invariant: the pieces add up to the text of all tokens, and none ends within a character: if the
-bytes of a character are spread over several tokens, it comes with the last of them.
+Invariant: a prompt gets the ids that it would get alone, whatever prompts are beside it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -13,10 +11,7 @@ from torch import nn
 
 from forescale.errors import UserError
 from forescale.models.generate import stream
-
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
-_NAMELESS: Mapping[int, str] = {}
-_CONTEXT = 4  # previous tokens that are decoded together with new ones
+from forescale.models.sampler import Sampler
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
@@ -35,56 +30,62 @@ def sampled(
     model: nn.Module,
     prompt: list[int],
     num_tokens: int,
+    sampler: Sampler,
     *,
-    temperature: float,
-    top_k: int | None,
     seed: int,
     max_context: int,
-    source: list[int] | None = None,
 ) -> Iterator[int]:
-    """Yield `num_tokens` ids that the model samples after `prompt`; see models/generate.py.
+    """Yield `num_tokens` ids that the model samples after `prompt`; errors as of `rows_sampled`."""
+    rows = rows_sampled(model, [prompt], num_tokens, sampler, seeds=[seed], max_context=max_context)
+    for (token,) in rows:
+        yield token
 
-    source: what the encoder reads, of an encoder-decoder. The same seed on the same device gives
-    the same ids. Raises UserError if the model's logits are not finite.
+
+def rows_sampled(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    num_tokens: int,
+    sampler: Sampler,
+    *,
+    seeds: Sequence[int],
+    max_context: int,
+    sources: Sequence[list[int]] | None = None,
+) -> Generator[list[int], list[int] | None]:
+    """Yield the next id of each prompt, at most num_tokens times; see models/generate.py.
+
+    A caller may send the numbers of the rows that go on; later ids are of those. seeds: of each
+    prompt, which gets the ids that it would get alone; sources: what an encoder reads, of an
+    encoder-decoder. Prompts and sources may differ in length. Raises UserError if the model's
+    logits are not finite.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.tensor([prompt], device=device)
-    read = None if source is None else torch.tensor([source], device=device)
-    ids = stream(model, tokens, temperature, top_k, generator, max_context, read)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on any device the same
+    tokens, real = _padded(prompts, device)
+    source, shown = (None, None) if sources is None else _padded(sources, device)
+    ids = stream(model, tokens, sampler, generators, max_context, real, source, shown, num_tokens)
+    going: torch.Tensor | None = None
     try:
-        for next_11 in islice(ids, num_tokens):
-            yield int(next_11)
+        for _ in range(num_tokens):
+            try:
+                found = ids.send(going)
+            except StopIteration:  # a decoder that may read no more
+                return
+            rows = yield found[:, 0].tolist()
+            going = None if rows is None else torch.tensor(rows, device=device)
     except FloatingPointError as e:
         todo = "use an earlier checkpoint, from before the training diverged"
         raise UserError("the model", f"can't write text ({e})", todo) from e
+    finally:
+        ids.close()
 
 
-def pieces(
-    tokenizer: Tokenizer,
-    before: list[int],
-    ids: Iterable[int],
-    names: Mapping[int, str] = _NAMELESS,
-) -> Iterator[str]:
-    """Yield the text of `ids`, which follow `before`, in pieces of complete characters.
-
-    names: of ids that the tokenizer doesn't know, as they are shown. A character ends before them.
-    """
-    # Decoding depends on previous tokens (SentencePiece drops a leading space), so each piece is
-    # the text of the last tokens with the new ones, minus their text without.
-    held, written = list(before), len(before)
-
-    def text(end: int) -> str:
-        return tokenizer.decode(held[:end])
-
-    for token in ids:
-        if token in names:
-            yield text(len(held))[len(text(written)) :] + names[token]
-            written = len(held)
-            continue
-        held.append(token)
-        if not text(len(held)).endswith(_BROKEN):
-            yield text(len(held))[len(text(written)) :]
-            held = held[-_CONTEXT:]
-            written = len(held)
-    yield text(len(held))[len(text(written)) :]
+def _padded(
+    rows: Sequence[list[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return rows of ids, (B, L), padded on the left, and which are real; None: all."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    if min(map(len, rows)) == longest:
+        return tokens, None
+    real = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
+    return tokens, torch.tensor(real, device=device)

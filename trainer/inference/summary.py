@@ -4,9 +4,11 @@ from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare import baselines
 from forescale.errors import UserError
 from forescale.inference.export import is_exportable
-from forescale.inference.sampling import pieces, prompt_ids, sampled
+from forescale.inference.sampling import prompt_ids, sampled
+from forescale.inference.spelling import pieces
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
+from forescale.models.sampler import Sampler
 from forescale.run.rows import read_rows
 from forescale.run.start import Start
 
@@ -106,8 +108,7 @@ def sample(started: Start, prompt: str, seed: int = 0) -> str:
         model,
         before,
         SAMPLE_TOKENS,
-        temperature=0.7,
-        top_k=50,
+        Sampler(temperature=0.7, top_k=50),
         seed=seed,
         max_context=started.job.train.sequence_length,
     )

@@ -1,23 +1,32 @@
 """`forescale generate`: write text with a trained model, until its document or its answer ends."""
 
+# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
+
+import json
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from forescale.config.compose import compose, overrides_of
-from forescale.config.job import RunJob
+from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
 from forescale.console import unchanged_output
 from forescale.errors import DONE, UserError
-from forescale.inference.view import best_device, open_view
+from forescale.inference.prompts import prompts_in, typed_lines, whole_input
+from forescale.inference.view import RunView, best_device, open_view
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from forescale.inference.writing import Answer
 
 
 @dataclass
 class GenerateJob(RunJob):
-    """A checkpoint, a prompt, and how to sample."""
+    """A checkpoint, prompts, and how to sample."""
 
     VERB: ClassVar[str] = "generate"
+    FLAGS: ClassVar = {"--json": "json", "--interactive": "interactive"}
 
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
@@ -27,11 +36,51 @@ class GenerateJob(RunJob):
         "with <extra_id_0>, <extra_id_1>, ... where it lacks spans; of pairs, a source, whose "
         "target it writes; -: read standard input",
     )
+    prompts: list[str] = key([], "several prompts, answered in this order")
+    input: str | None = key(
+        None,
+        "a file of prompts, one a line; .jsonl: a text, or an object with `prompt`, a line; -: "
+        "read standard input",
+    )
+    interactive: bool = key(
+        False,
+        "read a prompt a line, and answer each at once, until Ctrl-D; Ctrl-C ends an answer; "
+        "--interactive does the same",
+    )
+    samples: int = key(1, "texts for each prompt", ge=1)
     num_tokens: int = key(200, "the most tokens to write", ge=1)
+    stop: list[str] = key([], "texts before which an answer ends")
     temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)
     top_k: int | None = key(50, "sample among this number of most likely tokens; null: all", ge=1)
-    seed: int = key(1337, "seed of the sampling", ge=0)
+    top_p: float = key(
+        1.0, "sample among the most likely tokens that together are so likely", gt=0, le=1
+    )
+    min_p: float = key(
+        0.0, "sample no token less likely than this part of the most likely one", ge=0, le=1
+    )
+    repetition_penalty: float = key(
+        1.0, "above 1: tokens that the text holds already are less likely", gt=0
+    )
+    seed: int = key(1337, "seed of the sampling; each further text has the next one", ge=0)
+    batch: int = key(16, "texts that are written at once", ge=1)
+    json: bool = key(False, "print an object a text, for programs, a line each; --json does it too")
     trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
+
+    def problems(self) -> Problems:
+        """Return the problems of keys that exclude each other."""
+        found = super().problems()
+        ways = {
+            "prompt": bool(self.prompt),
+            "prompts": bool(self.prompts),
+            "input": self.input is not None,
+            "interactive": self.interactive,
+        }
+        given = [name for name, is_given in ways.items() if is_given]
+        if len(given) > 1:
+            found.append((given[1], f"{given[0]} is given too", "give one of them"))
+        if "" in self.stop:
+            found.append(("stop", "holds an empty text, which stands everywhere", "take it out"))
+        return found
 
 
 JOB = GenerateJob
@@ -39,62 +88,128 @@ EXAMPLES = (
     'generate first prompt="def main("',
     "generate first step=500 temperature=0",
     "generate first prompt=- < start.txt",
+    'generate first \'prompts=["import ", "class "]\' samples=2 top_p=0.9',
+    'generate first input=prompts.txt \'stop=["def ", "class "]\' --json',
+    "generate first --interactive",
     'generate seq2seq prompt="def <extra_id_0>(self):"',
 )
-_MOST = 16 << 20  # bytes of a prompt from standard input
 
 
 def main(arguments: list[str]) -> int:
-    """Print the prompt and the text to stdout, everything else to stderr."""
+    """Print prompts and texts to stdout, everything else to stderr."""
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
-    text = _standard_input() if job.prompt == "-" else job.prompt
     view = open_view(job.target or "", job.run.root)
-    from forescale.inference.answering import question_of
-    from forescale.inference.sampling import pieces
-
-    question = question_of(view, text)
-    model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
-    ids = question.answered(
-        model, job.num_tokens, temperature=job.temperature, top_k=job.top_k, seed=job.seed
-    )
-    longest = question.most if job.num_tokens > (question.most or job.num_tokens) else None
-    answer = _until(ids, question.end, question.ends, longest)
-    out = unchanged_output()
-    print(question.shown, end="", flush=True, file=out)
-    for piece in pieces(view.tokenizer, question.before, answer, question.names):
-        print(piece, end="", flush=True, file=out)
-    print(file=out)
+    if job.interactive:
+        _converse(job, view, _model(job, view))
+        return DONE
+    answers = _answers(job, view, _prompts(job))
+    model = _model(job, view)
+    if len(answers) == 1 and not job.json:
+        _stream(model, answers[0])
+    else:
+        _print_all(job, model, answers)
     return DONE
 
 
-def _standard_input() -> str:
-    """Return the text on standard input, without the line end that `echo` adds. Raises
-    UserError."""
-    if sys.stdin is None:
-        raise UserError("prompt", "standard input is closed", "write prompt=TEXT")
-    raw = sys.stdin.buffer.read(_MOST + 1)
-    if len(raw) > _MOST:
-        what = f"standard input has more than {_MOST:,} bytes"
-        raise UserError("prompt", what, "give its last part, such as with tail -c 100000")
-    try:
-        return raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as e:
-        what = f"standard input isn't UTF-8 (byte {e.start})"
-        raise UserError("prompt", what, "convert it with iconv -t utf-8") from None
+def _prompts(job: GenerateJob) -> list[str]:
+    """Return the prompts in their order. Raises UserError."""
+    if job.input is not None:
+        return prompts_in(job.input)
+    return job.prompts or [whole_input() if job.prompt == "-" else job.prompt]
 
 
-def _until(ids: Iterable[int], end: int, what: str, longest: int | None = None) -> Iterator[int]:
-    """Yield the ids up to the one that ends a document or an answer, and note on stderr if it ends
-    early, or has no end in the longest that the run knows."""
-    for count, token in enumerate(ids):
-        if token == end:
-            print(f"\n(The {what} ends after {_tokens(count)}.)", file=sys.stderr)
-            return
-        yield token
-    if longest:
-        within = f"within {_tokens(longest)}, the most that it has in training"
-        print(f"\n(The {what} has no end {within}.)", file=sys.stderr)
+def _model(job: GenerateJob, view: RunView) -> "nn.Module":
+    return view.load(view.checkpoint(job.step), job.trust).to(best_device())
+
+
+def _answers(job: GenerateJob, view: RunView, prompts: list[str]) -> list["Answer"]:
+    """Return the answers that are wanted, none of them begun. Raises UserError for a prompt that
+    the model can't read."""
+    from forescale.inference.answering import question_of
+    from forescale.inference.writing import Answer, Wanted
+    from forescale.models.sampler import Sampler
+
+    sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
+    wanted = Wanted(job.num_tokens, sampler, tuple(job.stop))
+    found: list[Answer] = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            question = question_of(view, prompt)
+        except UserError as e:
+            if len(prompts) == 1 or e.where != "prompt":
+                raise
+            raise UserError(f"prompt {number} of {len(prompts)}", e.what, e.todo) from None
+        for _ in range(job.samples):
+            found.append(Answer(view.tokenizer, question, wanted, job.seed + len(found)))
+    return found
+
+
+def _stream(model: "nn.Module", answer: "Answer") -> None:
+    """Print a prompt, and its text as it comes."""
+    from forescale.inference.writing import write
+
+    out = unchanged_output()
+    print(answer.question.shown, end="", flush=True, file=out)
+    for _, piece in write(model, [answer]):
+        print(piece, end="", flush=True, file=out)
+    print(file=out)
+    if note := _note(answer):
+        print(f"({note})", file=sys.stderr)
+
+
+def _note(answer: "Answer") -> str:
+    """Return why an answer is shorter than was wanted, as a sentence, or an empty text."""
+    count, what = _tokens(answer.num_tokens), answer.question.ends
+    if answer.reason == "end":
+        return f"The {what} ends after {count}."
+    if answer.reason == "stop":
+        return f"A stop text ends it after {count}."
+    if answer.num_tokens < answer.wanted.num_tokens:
+        return f"The {what} has no end within {count}, the most that it has in training."
+    return ""
 
 
 def _tokens(count: int) -> str:
     return f"{count:,} token{'s' * (count != 1)}"
+
+
+def _print_all(job: GenerateJob, model: "nn.Module", answers: list["Answer"]) -> None:
+    """Print several texts in their order, each under a line that says which it is, or as JSON."""
+    from forescale.inference.writing import written
+
+    out = unchanged_output()
+    for number, answer in enumerate(written(model, answers, job.batch), 1):
+        if job.json:
+            print(_as_json(answer), flush=True, file=out)
+            continue
+        print(f"--- {number} of {len(answers)}, seed {answer.seed}", file=out)
+        print(answer.question.shown + answer.text, flush=True, file=out)
+
+
+def _as_json(answer: "Answer") -> str:
+    """Return an answer as one line of JSON; trainer/inference/README.md has the keys."""
+    facts = {
+        "prompt": answer.question.prompt,
+        "text": answer.text,
+        "tokens": answer.num_tokens,
+        "reason": answer.reason,
+        "seed": answer.seed,
+    }
+    return json.dumps(facts, ensure_ascii=False)
+
+
+def _converse(job: GenerateJob, view: RunView, model: "nn.Module") -> None:
+    """Answer each line of standard input. What is wrong with one is said, and the next is read."""
+    seed = job.seed
+    for line in typed_lines("> "):
+        try:
+            answers = _answers(replace(job, seed=seed), view, [line])
+            if len(answers) == 1 and not job.json:
+                _stream(model, answers[0])
+            else:
+                _print_all(job, model, answers)
+        except KeyboardInterrupt:
+            print(file=unchanged_output())
+        except UserError as e:
+            print(f"forescale: {e}", file=sys.stderr)
+        seed += job.samples

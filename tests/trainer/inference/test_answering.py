@@ -12,7 +12,7 @@ from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
 from forescale.inference import summary
 from forescale.inference.answering import question_of
-from forescale.inference.sampling import pieces
+from forescale.inference.spelling import pieces
 from forescale.models import Transformer
 from forescale.run.start import start
 from forescale.train.model import build_model

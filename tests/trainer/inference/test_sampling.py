@@ -6,10 +6,11 @@ import torch
 from forescale.errors import UserError
 from forescale.inference import summary
 from forescale.inference.sampling import sampled
+from forescale.models.sampler import Sampler
 from forescale.run.start import start
 from tests.trainer.small_run import make_job
 
-OPTIONS = {"temperature": 1.0, "top_k": None, "seed": 0, "max_context": 8}
+OPTIONS = {"seed": 0, "max_context": 8}
 
 
 class Constant(torch.nn.Module):
@@ -24,14 +25,14 @@ class Constant(torch.nn.Module):
 
 
 def test_a_model_whose_logits_are_finite_is_sampled():
-    assert list(sampled(Constant([float("-inf"), 0.0]), [0], 3, **OPTIONS)) == [1, 1, 1]
+    assert list(sampled(Constant([float("-inf"), 0.0]), [0], 3, Sampler(), **OPTIONS)) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_that_has_diverged_is_refused_with_a_sentence(temperature):
     model = Constant([0.0, float("nan")])
     with pytest.raises(UserError, match=r"the model: can't write text .*; use an earlier checkp"):
-        list(sampled(model, [0], 3, **{**OPTIONS, "temperature": temperature}))
+        list(sampled(model, [0], 3, Sampler(temperature), **OPTIONS))
 
 
 def test_a_run_that_has_diverged_ends_with_its_summary(small_data, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,14 @@
 """`forescale generate`: text as it comes, whole characters only, without an engine."""
 
 import io
+import json
+import os
+import pty
+import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +17,12 @@ from hypothesis import strategies as st
 
 from forescale import open_run
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.inference.sampling import pieces, prompt_ids, sampled
+from forescale.inference.sampling import prompt_ids, sampled
+from forescale.inference.spelling import pieces
 from forescale.models.generate import generate
+from forescale.models.sampler import Sampler
 
-CHOICES = dict(temperature=0.8, top_k=50, seed=3)
+SAMPLER = Sampler(temperature=0.8, top_k=50)
 
 
 def test_it_writes_what_the_sampler_draws_after_the_prompt(trained, forescale):
@@ -26,8 +33,7 @@ def test_it_writes_what_the_sampler_draws_after_the_prompt(trained, forescale):
         view.model(),
         torch.tensor([before]),
         20,
-        temperature=0.8,
-        top_k=50,
+        sampler=SAMPLER,
         generator=generator,
         max_context=32,
     )[0].tolist()
@@ -98,6 +104,90 @@ def test_it_ends_with_the_document(trained, forescale, monkeypatch):
     assert "The document ends after 1 token.)" in err
 
 
+PROMPTS = ["def ", "", "class Model:\n    width", "数据"]
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """The prompts in a file."""
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps(text) for text in PROMPTS]
+    lines[1] = json.dumps({"prompt": PROMPTS[1]})
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("how", [["temperature=0"], ["top_p=0.9", "min_p=0.01"]], ids=" ".join)
+def test_several_prompts_are_answered_as_each_alone(trained, forescale, listed, how):
+    """Also beyond the 32 tokens of training, and where more are asked than are written at once."""
+    words = ("generate", trained.path, "num_tokens=40", "repetition_penalty=1.1", *how)
+    code, out, _ = forescale(*words, f"input={listed}", "batch=3", "--json", "seed=7")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert [row["seed"] for row in rows] == [7, 8, 9, 10]
+    for row in rows:
+        alone = forescale(*words, f"prompt={row['prompt']}", f"seed={row['seed']}")
+        assert alone[1] == row["prompt"] + row["text"] + "\n"
+        assert (row["tokens"] == 40) == (row["reason"] == "length")
+
+
+def test_prompts_of_a_list_and_of_lines_are_the_same(trained, forescale, tmp_path, monkeypatch):
+    words = ("generate", trained.path, "num_tokens=5", "samples=2")
+    want = forescale(*words, 'prompts=["def ", "class "]')
+    assert re.findall("^--- .*", want[1], re.M) == [
+        f"--- {i} of 4, seed {1336 + i}" for i in range(1, 5)
+    ]
+    (tmp_path / "lines.txt").write_text("def \nclass \r\n")
+    assert forescale(*words, f"input={tmp_path / 'lines.txt'}") == want
+    piped(monkeypatch, b"def \nclass ")
+    assert forescale(*words, "input=-") == want
+
+
+def test_it_ends_before_a_stop_text_over_several_tokens(trained, forescale, monkeypatch):
+    view = open_run(trained.path)
+    ids = view.tokenizer.encode("naïve 数据!").ids
+    assert len(view.tokenizer.encode("ïve 数").ids) > 2
+    monkeypatch.setattr("forescale.inference.view.RunView.load", lambda *_: Once(*ids))
+    code, out, err = forescale("generate", trained.path, "prompt=>", 'stop=["ïve 数", "据"]')
+    assert (code, out) == (0, ">na\n")
+    assert "A stop text ends it after" in err
+
+
+def test_lines_that_are_typed_are_answered_one_by_one(trained, forescale, monkeypatch):
+    """Here from a pipe. A line that can't be answered is one sentence, and the next is read."""
+    words = ("generate", trained.path, "num_tokens=6", "temperature=0")
+    want = "".join(forescale(*words, f"prompt={text}")[1] for text in ("def ", "naïve"))
+    piped(monkeypatch, "def \nnaïve".encode())
+    code, out, _ = forescale(*words, "--interactive")
+    assert (code, out) == (0, want)
+
+
+@pytest.mark.slow  # a process of its own
+def test_at_a_terminal_it_prompts_streams_and_ends_with_ctrl_d(trained, tmp_path):
+    code = "import sys; from forescale.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["generate", str(trained.path), "num_tokens=4", "temperature=0", "--interactive"]
+    main_end, other_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=other_end, stdout=other_end, stderr=other_end
+    )
+    os.close(other_end)
+    shown = b""
+    for typed in (b"def naive\n", b"\x04"):
+        shown += _until_prompt(main_end)
+        os.write(main_end, typed)
+    assert process.wait(60) == 0
+    os.close(main_end)
+    assert b"def naive" in shown.split(b"> ", 1)[1]
+
+
+def _until_prompt(terminal: int) -> bytes:
+    found = b""
+    while not found.endswith(b"> "):
+        found += os.read(terminal, 1)
+    return found
+
+
 def test_a_long_text_sees_only_the_context_that_was_trained():
     seen = []
 
@@ -106,7 +196,7 @@ def test_a_long_text_sees_only_the_context_that_was_trained():
             seen.append(tokens_BL.shape[1])
             return super().forward(tokens_BL)
 
-    list(sampled(Watched(*range(20)), [1, 2, 3], 20, max_context=8, **CHOICES))
+    list(sampled(Watched(*range(20)), [1, 2, 3], 20, SAMPLER, max_context=8, seed=3))
     assert max(seen) == 8
     assert len(seen) == 20
 
@@ -131,11 +221,17 @@ def test_a_character_over_several_tokens_comes_at_once():
         (["small", "step=3"], "no such checkpoint; choose one of these steps: 4, 8"),
         (["small", "temperature=-1"], "temperature: must be at least 0"),
         (["small", "top_k=0"], "top_k: must be at least 1"),
-        (["small", "prompts=x"], "did you mean prompt"),
+        (["small", "promt=x"], "did you mean prompt"),
         ([], "target: is missing"),
+        (["small", "prompt=x", "--interactive"], "interactive: prompt is given too; give one"),
+        (["small", "top_p=0"], "top_p: must be more than 0"),
+        (["small", "stop=[a,'']"], "stop: holds an empty text"),
+        (["small", "input=none.txt"], "none.txt: there is no such file"),
+        (["small", "input=wrong.jsonl"], "wrong.jsonl, line 2: is neither a text nor an object"),
     ],
 )
 def test_bad_input_is_one_sentence(own_run, forescale, words, said):
+    Path("wrong.jsonl").write_text('"a"\n{"text": "b"}\n')
     code, _, err = forescale("generate", *words)
     assert code == 2
     assert said in err
