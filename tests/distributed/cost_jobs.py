@@ -15,7 +15,8 @@ def job_of(case, world):
     from forescale.config.compose import compose
 
     stage, optimizer, precision, *more = case
-    fed = world // 2 if "engine.tensor_parallel=2" in more else world
+    near = {"engine.tensor_parallel=2", "engine.sequence_parallel=2"} & set(more)
+    fed = world // 2 ** len(near)
     overrides = [
         *MODEL,
         *TRAIN,

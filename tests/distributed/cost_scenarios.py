@@ -32,8 +32,7 @@ def build(case):
     job = job_of(case, size)
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(0)
-    divides = world.experts.size > 1 or world.tensor.size > 1
-    made = partition_of(job, world) if divides else None
+    made = partition_of(job, world) if job.mesh(size).exchanges else None
     model = Transformer(job.model, made)
     return build_engine(world, made(model) if made else model, job)
 

@@ -9,7 +9,7 @@ from tests.distributed.moe_scenarios import LENGTH, MICRO_BATCHES, TRAIN, VOCABU
 from tests.distributed.step_scenarios import _newton_schulz_in_fp32
 
 # So many experts that some have no token on a rank, and odd sizes, so that borders cut matrices.
-MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=3", "model.mlp=moe"]
+MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=4", "model.mlp=moe"]
 MODEL += ["model.moe_experts=8", "model.moe_width=13", "model.moe_shared=1"]
 MODEL += ["model.moe_scores=sigmoid", "model.moe_bias_speed=0.01", "model.moe_balance_loss=0.1"]
 
@@ -35,6 +35,11 @@ def job_of(case, world):
     ]
     job = compose(TrainJob, [*words, f"launch.processes={world}"])
     return replace(job, model=job.model.resolved(VOCABULARY, LENGTH))
+
+
+def fed(world, step):
+    """What a rank is fed in a step."""
+    return batch(step, world.data.rank, world.data.size)
 
 
 def build(case, seed=0):
@@ -67,7 +72,7 @@ def compiled(cases, backend):
             if is_compiled:
                 assert compile_parts(engine.module, backend)
             for step in range(2):
-                data = batch(step, engine.world.rank, engine.world.size)
+                data = fed(engine.world, step)
                 facts = engine.train_step(data, 1.0)
                 losses = engine.world.sum(facts.losses.sum().double()).item()
                 rows.append([losses / data.targets, facts.grad_norm])
@@ -107,7 +112,7 @@ def _trained(case, steps):
     world = engine.world
     states = [whole(engine)]
     for step in range(steps):
-        data = batch(step, world.rank, world.size)
+        data = fed(world, step)
         if step == 1:  # a dropped step changes nothing
             engine.train_step(data, 1.0, may_apply=lambda loss, norm: False)
         facts = engine.train_step(data, 1.0)
@@ -117,8 +122,8 @@ def _trained(case, steps):
         rows.append([sum(every) / data.targets, facts.grad_norm, found, load])
         if step in (0, steps - 1):
             states.append(whole(engine))
-    held_out = [engine.losses(micro).tolist() for micro in batch(99, world.rank, world.size).micro]
-    held_out = [x for part in world.gather(held_out) for x in part]
+    held_out = [engine.losses(micro).tolist() for micro in fed(world, 99).micro]
+    held_out = [x for part in world.data.gather(held_out) for x in part]
     biases = world.gather([block.mlp.bias_steps.tolist() for block in engine.module.blocks])
     return {"states": states, "rows": rows, "held_out": held_out, "biases": biases}
 
@@ -140,7 +145,7 @@ def checked(cases):
             said.append(fault_of(check(data, losses)))
 
         for step in range(3):
-            data = batch(step, engine.world.rank, engine.world.size)
+            data = fed(engine.world, step)
             engine.train_step(data, 1.0, before_update=before_update)
         results.append(said)
     return results
@@ -166,27 +171,29 @@ def _saved(case, folder):
 
 
 def loaded(cases, folder):
-    """Load a checkpoint into an engine that has trained on other weights; its state, and two steps.
-    cases: [case, the name of the source]."""
-    return [_loaded(case, source, folder) for case, source in cases]
+    """For each of the checkpoints, loaded into an engine that has trained on other weights: its
+    state, and two steps. cases: [case, the names of the sources]."""
+    return [_loaded(case, sources, folder) for case, sources in cases]
 
 
-def _loaded(case, source, folder):
+def _loaded(case, sources, folder):
     from pathlib import Path
 
     from forescale.checkpoint import writer
     from forescale.checkpoint.reader import Checkpoint
 
-    engine = build(case, seed=2)
-    _steps(engine, range(10, 12))
-    writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
-    return [whole(engine), _steps(engine, range(3, 5))]
+    engine, found = build(case, seed=2), []
+    for source in sources:
+        _steps(engine, range(10, 12))
+        writer.load(Checkpoint(Path(folder) / source / "checkpoints/step-00000003"), engine)
+        found.append([whole(engine), _steps(engine, range(3, 5))])
+    return found
 
 
 def _steps(engine, steps):
     found = []
     for step in steps:
-        data = batch(step, engine.world.rank, engine.world.size)
+        data = fed(engine.world, step)
         facts = engine.train_step(data, 1.0)
         every = [x for part in engine.world.gather(facts.losses.tolist()) for x in part]
         found.append([sum(every) / data.targets, facts.grad_norm])

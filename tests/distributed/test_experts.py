@@ -1,5 +1,7 @@
 """Experts divided among real ranks, against one rank that has them all."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -18,6 +20,11 @@ KINDS = [
     [2, "muon"],
     [1, "adamw", CAPACITY],
 ]
+COLUMNS = "engine.sequence_parallel"
+MESHES = {  # beside the 2 that divide the experts in each of KINDS; there are groups within groups
+    2: [[0, "adamw", 2, f"{COLUMNS}=2"], [2, "muon", 2, f"{COLUMNS}=2"]],
+    4: [[2, "adamw", 4, f"{COLUMNS}=2"], [1, "muon", 2, f"{COLUMNS}=4"]],
+}
 
 
 def cases(parallel):
@@ -31,9 +38,12 @@ def alone():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_divided_experts_train_as_those_of_one_rank(alone, size):
-    """2 ranks divide the experts, of 2 and of 4: there each expert is on two ranks."""
-    found = ranks.run("expert_scenarios:trained", size, cases=cases(2), steps=STEPS)
-    for case, own, one in zip(KINDS, found, alone, strict=True):
+    """2 ranks divide the experts, of 2 and of 4: there each expert is on two ranks. Then also the
+    columns of windows are divided."""
+    every = cases(2) + MESHES[size]
+    found = ranks.run("expert_scenarios:trained", size, cases=every, steps=STEPS)
+    expected = alone + [alone[KINDS.index(case[:2])] for case in MESHES[size]]
+    for case, own, one in zip(every, found, expected, strict=True):
         assert own["states"][0] == one["states"][0], case  # the initial weights, to the bit
         for state, expected in zip(own["states"][1:], one["states"][1:], strict=True):
             assert state.keys() == expected.keys(), case
@@ -51,25 +61,29 @@ def test_divided_experts_train_as_those_of_one_rank(alone, size):
 
 
 def test_any_division_reads_the_checkpoint_of_any_other_with_its_moments(tmp_path):
-    """Of 1 rank, of 2 that divide the experts, of 4 in 2 groups: the same state in each, and the
-    steps after it as without a stop, to the bit where the division is the same."""
-    kinds = [[1, "adamw"], [2, "muon"]]
-    names = {size: [f"{s}-{k}-{min(2, size)}-w{size}" for s, k in kinds] for size in (1, 2, 4)}
+    """Of 1 rank, of 2 that divide the experts, of 4 in 2 groups, and with the columns divided: the
+    same state in each, and the steps after it as without a stop, to the bit where the division is
+    the same."""
+    meshes = {
+        1: [[1, "adamw", 1], [2, "muon", 1]],
+        2: [[1, "adamw", 2], [2, "muon", 2, f"{COLUMNS}=2"]],
+        4: [[1, "adamw", 2, f"{COLUMNS}=2"], [2, "muon", 2]],
+    }
+    names = {n: [f"{s}-{k}-{e}-w{n}" for s, k, e, *_ in meshes[n]] for n in meshes}
     after, states = {}, {}
-    for size in (1, 2, 4):
-        own = [[*kind, min(2, size)] for kind in kinds]
+    for size, own in meshes.items():
         after[size] = ranks.run("expert_scenarios:saved", size, cases=own, folder=str(tmp_path))
-    for size in (1, 2, 4):
-        own = [[*kind, min(2, size)] for kind in kinds]
-        pairs = [[c, source[i]] for source in names.values() for i, c in enumerate(own)]
-        found = ranks.run("expert_scenarios:loaded", size, cases=pairs, folder=str(tmp_path))
-        for (_, source), (state, steps) in zip(pairs, found, strict=True):
-            of, kind = int(source[-1]), names[int(source[-1])].index(source)
-            assert state == states.setdefault(source, state), (source, size)
+    for size, own in meshes.items():
+        every = [[case, [names[of][i] for of in names]] for i, case in enumerate(own)]
+        found = ranks.run("expert_scenarios:loaded", size, cases=every, folder=str(tmp_path))
+        for (i, of), (state, steps) in zip(
+            product(range(2), names), [pair for pairs in found for pair in pairs], strict=True
+        ):
+            assert state == states.setdefault((i, of), state), (i, of, size)
             if of == size:
-                assert steps == after[of][kind], (source, size)
-            for row, expected in zip(steps, after[of][kind], strict=True):
-                assert row == pytest.approx(expected, rel=1e-5), (source, size)
+                assert steps == after[of][i], (i, of)
+            for row, expected in zip(steps, after[of][i], strict=True):
+                assert row == pytest.approx(expected, rel=1e-5), (i, of, size)
 
 
 def test_parts_are_compiled_around_the_exchange():

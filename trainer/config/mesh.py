@@ -26,8 +26,8 @@ class Mesh:
     `tensor` consecutive ranks hold the same columns of the windows, and each a part of the
     matrices; `sequence` such sets hold each a part of the columns.
 
-    `experts` divides `world` too: consecutive ranks that have the experts of a layer between them,
-    whatever they are fed.
+    `experts` divides `world` too: consecutive ranks that have the experts of a layer between them.
+    Each has tokens of its own, so whether they are fed the same windows makes no difference.
     """
 
     world: int
@@ -106,9 +106,9 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     if not isinstance(job.model, ModelConfig):
         what = "a model of your own is not divided"
         return [(name, what, f"write {name}=1, or choose a model of conf/model") for name in names]
-    if mesh.experts > 1:
-        what = "experts are divided among ranks that are each fed windows of their own"
-        return [("engine.expert_parallel", what, f"leave it out, or {' and '.join(names)}")]
+    if mesh.experts > 1 and mesh.tensor > 1:
+        what = "experts are not divided beside matrices"
+        return [("engine.expert_parallel", what, "leave it out, or engine.tensor_parallel")]
     length = job.train.sequence_length
     if job.model.problems(sequence_length=length):
         return []  # reported with the model's

@@ -105,7 +105,7 @@ def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
         return []
     routed = [part["mlp"].is_routed for part in layers_of(c)]
     layers = (sum(routed) + routed[-1] * c.mtp_layers) * s.accumulation
-    tokens = job.train.micro_batch * job.train.sequence_length
+    tokens = job.train.micro_batch * job.train.sequence_length // job.engine.sequence_parallel
     rows, passes = tokens * c.moe_top_k, 1 + recomputes(job)
     if c.moe_capacity:
         rows = c.moe_experts * math.ceil(c.moe_capacity * rows / c.moe_experts)

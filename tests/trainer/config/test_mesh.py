@@ -110,8 +110,9 @@ def test_ranks_that_divide_matrices_are_fed_the_same_windows():
     assert what.startswith("2 ranks don't divide a tensor-parallel rank's 1 head")
 
 
-@pytest.mark.parametrize("axis", ["sequence", "tensor"])
-def test_ranks_divide_experts_or_windows_and_matrices(axis):
-    command = [f"engine.{axis}_parallel=2", "engine.expert_parallel=2", "launch.processes=4"]
-    found = problems(*command, "model.mlp=moe", "optimizer=adamw", "train.global_batch=16")
-    assert [*found] == ["engine.expert_parallel"]
+def test_experts_are_divided_beside_windows_and_not_beside_matrices():
+    command = ["engine.expert_parallel=4", "launch.processes=4", "model.mlp=moe", "optimizer=adamw"]
+    command += ["train.global_batch=16", "model.num_heads=2"]
+    mesh = compose(TrainJob, [*command, "engine.sequence_parallel=2"]).mesh(4)
+    assert (mesh.data, mesh.experts) == (2, 4)
+    assert [*problems(*command, "engine.tensor_parallel=2")] == ["engine.expert_parallel"]
