@@ -4,6 +4,7 @@ Invariant: reading never changes a run, needs no engine, and runs code that the 
 only with trust=True.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,6 +125,39 @@ class RunView:
             )[0]
             for name, dataset in datasets_of(self, corpus).items()
         }
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] = "",
+        *,
+        num_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = 50,
+        stop: Sequence[str] = (),
+        seed: int = 1337,
+        batch: int = 16,
+        step: int | None = None,
+        trust: bool = False,
+        **more: float,
+    ) -> list[str]:
+        """Return the texts that a checkpoint writes to the prompts, in their order, as `forescale
+        generate` does with these keys.
+
+        more: top_p, min_p, repetition_penalty. Raises UserError for a prompt that the model can't
+        read, ValueError for a number that leaves no token.
+        """
+        from forescale.inference.answering import question_of
+        from forescale.inference.writing import Answer, Wanted, written
+        from forescale.models.sampler import Sampler
+
+        wanted = Wanted(num_tokens, Sampler(temperature, top_k, **more), tuple(stop))
+        asked = [prompts] if isinstance(prompts, str) else prompts
+        answers = [
+            Answer(self.tokenizer, question_of(self, prompt), wanted, seed + i)
+            for i, prompt in enumerate(asked)
+        ]
+        model = self.model(step, trust).to(best_device())
+        return [answer.text for answer in written(model, answers, batch)]
 
     def load(self, checkpoint: Checkpoint, trust: bool = False) -> "nn.Module":
         """Return the model with the weights of `checkpoint`; see `model`."""

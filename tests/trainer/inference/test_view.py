@@ -1,5 +1,6 @@
 """The Python door: what a notebook gets from a run's directory."""
 
+import json
 import subprocess
 import sys
 
@@ -59,6 +60,15 @@ def test_a_checkpoint_opens_its_run_at_that_step(trained):
     assert run.checkpoint().position.step == 4
     with pytest.raises(UserError, match="is of step 4, not 8"):
         run.model(8)
+
+
+def test_texts_are_those_of_the_command(trained, request):
+    command = request.getfixturevalue("forescale")
+    run = forescale.open_run(trained.path)
+    found = run.generate(["def ", "x"], num_tokens=5, top_p=0.9, stop=["z"])
+    words = ("num_tokens=5", "top_p=0.9", "stop=[z]", 'prompts=["def ",x]', "--json")
+    _, out, _ = command("generate", trained.path, *words)
+    assert found == [json.loads(line)["text"] for line in out.splitlines()]
 
 
 def test_a_checkpoint_of_another_model_is_refused(own_run):
