@@ -126,8 +126,8 @@ def _answers(job: GenerateJob, view: RunView, prompts: list[str]) -> list["Answe
     """Return the answers that are wanted, none of them begun. Raises UserError for a prompt that
     the model can't read."""
     from forescale.inference.answering import question_of
+    from forescale.inference.sampling import Sampler
     from forescale.inference.writing import Answer, Wanted
-    from forescale.models.sampler import Sampler
 
     sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
     wanted = Wanted(job.num_tokens, sampler, tuple(job.stop))
