@@ -292,7 +292,8 @@ def divided(config: ModelConfig, tensor: int) -> dict[str, int]:
         for name, part in parts_of(config, i).items():
             cut = part.divided(config.of_block(i)).items()
             found |= {f"{block}.{name}.{inner}": dim for inner, dim in cut}
-    return found
+    biases = (n for n in _outer_shapes(config) if n.endswith("relative_position.weight"))
+    return found | dict.fromkeys(biases, 1)
 
 
 def in_chunks(config: ModelConfig, columns: int) -> ModelConfig:

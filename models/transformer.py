@@ -79,6 +79,7 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(made(MtpModule(config)) for _ in range(config.mtp_layers))
         self.tallies = tallies_of(config)
         self.group: SequenceGroup | None = None
+        self.heads = slice(0, self.sizes.num_heads)  # those whose matrices are here
 
     def forward(
         self,
@@ -299,10 +300,10 @@ class Transformer(nn.Module):
         fits = self.config.position not in ("alibi", "relative") and self.sizes.head_dim >= 16
         if fits and (blocks := blocks_seen(seen, causal)) is not None:
             return blocks
-        heads = self.sizes.num_heads
-        own = slice(None) if self.group is None else self.group.heads(heads)
+        own = self.heads if self.group is None else self.group.heads(self.heads)
         if self.config.position == "alibi":
-            return mask_of(seen, causal, partial(biased_mask, num_heads=heads, heads=own))
+            every = self.sizes.num_heads
+            return mask_of(seen, causal, partial(biased_mask, num_heads=every, heads=own))
         table = self.relative_position
         if self.encoder_relative_position is not None and not causal:
             table = self.encoder_relative_position

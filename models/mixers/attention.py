@@ -1,6 +1,7 @@
 """Self-attention, multi-head or grouped-query, with QK-norm, masks and a cache."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from forescale.models.init import Linear
 from forescale.models.mixers.blocks import flex
 from forescale.models.mixers.context import Context
 from forescale.models.norm import RMSNorm
+from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import scales
 from forescale.models.positions.position import rotate
 
@@ -25,15 +27,20 @@ def attend(
     scale: float,
     causal: bool,
     dropout: float,
+    dividing: TensorGroup | None,
 ) -> Tensor:
     """Return the weighted means of values, (B, L, H, V), by a flash kernel if one takes these.
 
     mask: see Context; without one, a query sees all keys or, if causal, those up to its own, and
-    the last query all. G divides H.
+    the last query all. G divides H. dividing: the ranks that have the other heads, whose weights
+    are dropped by other draws; None: this rank has all.
     """
     if isinstance(mask, BlockMask):
         return flex(q_BLHK, k_BSGK, v_BSGV, mask, scale)
-    y_BHLV = F.scaled_dot_product_attention(
+    kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
+    if dropout and dividing is not None:
+        kernel = partial(dividing.drawing_apart, kernel)
+    y_BHLV = kernel(
         q_BLHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGV.transpose(1, 2),
@@ -80,6 +87,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = s.num_heads, s.num_kv_heads
         self.dropout, self.causal = config.dropout, config.causal
         self.value_residual = config.value_residual
+        self.dividing: TensorGroup | None = None  # the ranks that divide the heads
         bias, scale = config.bias, scales(config)
         self.scale, std = scale.attention, scale.hidden_std
         self.query = Linear(s.width, s.width, bias, std)
@@ -138,4 +146,5 @@ class Attention(nn.Module):
         if memory is not None:
             k_BLGK, v_BLGK = memory.extend("key", k_BLGK), memory.extend("value", v_BLGK)
         dropout = self.dropout if self.training else 0.0
-        return attend(q_BLHK, k_BLGK, v_BLGK, mask, self.scale, self.causal, dropout)
+        how = self.scale, self.causal, dropout, self.dividing
+        return attend(q_BLHK, k_BLGK, v_BLGK, mask, *how)

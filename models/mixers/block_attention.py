@@ -58,7 +58,8 @@ class BlockSparseAttention(Attention):
         """Return (B, H, L, K); mask: added to the scores."""
         q_BLHK, k_BSGK, v_BSGK = (x.transpose(1, 2) for x in (q_BHLK, k_BGSK, v_BGSK))
         dropout = self.dropout if self.training else 0.0
-        return attend(q_BLHK, k_BSGK, v_BSGK, mask, self.scale, False, dropout).transpose(1, 2)
+        how = self.scale, False, dropout, self.dividing
+        return attend(q_BLHK, k_BSGK, v_BSGK, mask, *how).transpose(1, 2)
 
     def _read(self, name: str, new_BLGK: Tensor, view: Blocks, memory: Memory | None) -> Tensor:
         """Return the keys or values that each block reads, (B, N, G, reads, K)."""

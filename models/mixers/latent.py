@@ -18,6 +18,7 @@ from forescale.models.init import Linear
 from forescale.models.mixers.attention import attend, attended
 from forescale.models.mixers.context import Context
 from forescale.models.norm import RMSNorm
+from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import scales
 from forescale.models.positions.position import rotate
 
@@ -67,6 +68,7 @@ class LatentAttention(nn.Module):
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
         self.turning, self.still = turning(config), s.head_dim - turning(config)
         self.dropout, self.causal, self.scale = config.dropout, config.causal, scale.attention
+        self.dividing: TensorGroup | None = None  # the ranks that divide the heads
         (rank, query_rank), std = ranks(config), scale.hidden_std
         self.query_latent = self.query_norm = self.rope_key = None
         if query_rank:
@@ -129,4 +131,4 @@ class LatentAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, context.mask, self.scale, self.causal, dropout)
+        return attend(q, k, v, context.mask, self.scale, self.causal, dropout, self.dividing)

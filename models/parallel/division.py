@@ -66,10 +66,4 @@ def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal
     if not MLPS[config.mlp].divided(known):
         what = f"the matrices of mlp {config.mlp} are not divided"
         found.append((what, f"{whole}, or choose another model.mlp"))
-    if config.position in ("alibi", "relative"):
-        what = f"position {config.position} has a bias for every head, and a rank has some heads"
-        found.append((what, f"{whole}, or another model.position"))
-    if config.dropout:
-        what = "the heads of different ranks would drop the same weights"
-        found.append((what, f"{whole}, or model.dropout=0"))
     return found

@@ -17,6 +17,11 @@ class Group:
     size: int
     name: str
 
+    def heads(self, of: slice) -> slice:
+        """Return which of the query heads `of` this rank has, where the group divides them."""
+        each = (of.stop - of.start) // self.size
+        return slice(of.start + self.rank * each, of.start + (self.rank + 1) * each)
+
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over the group, the same bits on all its ranks. Has no gradient."""
         # A functional collective, because a compiler can follow it.

@@ -23,11 +23,6 @@ class SequenceGroup(Group):
         """Return this rank's columns of rows: (..., L) -> (..., L/n)."""
         return x.chunk(self.size, -1)[self.rank]
 
-    def heads(self, count: int) -> slice:
-        """Return which of `count` query heads this rank attends with."""
-        each = count // self.size
-        return slice(self.rank * each, (self.rank + 1) * each)
-
     def attended(
         self,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],

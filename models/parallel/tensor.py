@@ -3,6 +3,7 @@
 Invariant: all ranks of a group have the same residual stream, and the gradient of it, to the bit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,24 @@ class TensorGroup(Group):
     def summed(self, x: Tensor) -> Tensor:
         """Return the sum of x over the group. The gradient passes unchanged: all have the same."""
         return _Summed.apply(x, self)
+
+    @torch.compiler.disable  # a compiled graph can't exchange the state of a generator
+    def drawing_apart(self, f: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return f(x, ...), whose random draws on the device of x are this rank's own; all draws
+        after it are again the same on all ranks of the group.
+
+        As Megatron's tracker of random states does, with a seed drawn on the host: where the call
+        is made again for the backward pass, from the same states, it draws the same.
+        """
+        generators = torch.cuda.default_generators if x.is_cuda else [torch.default_generator]
+        seeds = torch.randint(2**62, (self.size,), device="cpu").tolist()
+        generator = generators[x.device.index or 0]
+        state = generator.get_state()
+        generator.manual_seed(seeds[self.rank])
+        try:
+            return f(x, *args, **kwargs)
+        finally:
+            generator.set_state(state)
 
     def pooled(self, log_z_N: Tensor, logits_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-partition of all ranks' rows, and the sum of the ranks' logits, of which

@@ -36,12 +36,15 @@ def buckets(ahead: Tensor, count: int, longest: int, causal: bool) -> Tensor:
 
 
 class RelativePosition(nn.Module):
-    """The table (buckets, H), as what is added to the scores of H heads."""
+    """The table (buckets, H), as what is added to the scores of H heads.
+
+    first: the number of the first column's head, where ranks divide the heads.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.count, self.longest = config.relative_buckets, config.relative_distance
-        self.causal = config.causal
+        self.causal, self.first = config.causal, 0
         self.weight = nn.Parameter(torch.empty(self.count, config.sizes.num_heads))
         nn.init.normal_(self.weight, 0, scales(config).table_std)
 
@@ -51,7 +54,7 @@ class RelativePosition(nn.Module):
         seen_B1LS: Tensor | None,
         dtype: torch.dtype,
         num_queries: int,
-        heads: slice = slice(None),
+        heads: slice,
     ) -> Tensor:
         """Return the biases of visible keys, -inf for the others: (1 or B, H, L, S) in `dtype`.
 
@@ -61,7 +64,8 @@ class RelativePosition(nn.Module):
         ahead = positions[..., None, :] - positions[..., -num_queries:, None]
         ahead_BLS = ahead if ahead.dim() == 3 else ahead[None]
         index_BLS = buckets(ahead_BLS, self.count, self.longest, self.causal)
-        bias_BHLS = F.embedding(index_BLS, self.weight[:, heads]).permute(0, 3, 1, 2).to(dtype)
+        columns = slice(heads.start - self.first, heads.stop - self.first)
+        bias_BHLS = F.embedding(index_BLS, self.weight[:, columns]).permute(0, 3, 1, 2).to(dtype)
         if seen_B1LS is None and self.causal:
             seen_B1LS = (ahead_BLS <= 0)[:, None]
         return bias_BHLS if seen_B1LS is None else bias_BHLS.masked_fill(~seen_B1LS, -torch.inf)

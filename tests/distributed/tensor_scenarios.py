@@ -1,5 +1,7 @@
 """Scenarios on real ranks that divide the matrices of a model."""
 
+from functools import partial
+
 VOCABULARY, LENGTH = 98, 32
 
 
@@ -43,6 +45,59 @@ def parts(cases):
         dist.all_gather_object(every, worst)
         found.append(max(every))
     return found
+
+
+def everything(cases, drops):
+    """What `parts` finds for the cases, and what `dropped` finds for the words of a model."""
+    return {"parts": parts(cases), "dropped": [dropped(words) for words in drops]}
+
+
+def dropped(words):
+    """Two forward and backward passes of a model with dropout, from the same seed. The first half
+    of its heads has the same weights as the second: what ranks compute of theirs differs by
+    dropout alone.
+
+    Returns the tensors of which ranks have not the same bits, how many values of the heads' outputs
+    are the same on two ranks, without and with dropout, and whether both passes drew the same.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from forescale.engine.parallel.tensor import divide
+    from forescale.models import Transformer
+    from forescale.models.config import ModelConfig
+    from forescale.models.parallel.tensor import TensorGroup
+
+    group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
+    torch.manual_seed(0)
+    model = divide(Transformer(ModelConfig(**{**SMALL, "dropout": 0.3, **words})), group)
+    mixer, seen = model.blocks[0].mixer, {}
+    for p in mixer.parameters():  # those of the first rank on all
+        dist.broadcast(p.data, 0)
+    mixer.output.register_forward_pre_hook(lambda _, x: seen.__setitem__("heads", x[0].detach()))
+    for i, block in enumerate(model.blocks):
+        keep = partial(lambda name, _, __, y: seen.__setitem__(name, y.detach()), f"stream.{i}")
+        block.register_forward_hook(keep)
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
+    passes = []
+    for training in (True, True, False):
+        model.train(training).zero_grad()
+        torch.manual_seed(3)
+        losses = model(tokens, tokens)
+        losses.sum().backward()
+        whole = {n: p.grad for n, p in model.named_parameters() if not hasattr(p, "whole")}
+        passes.append({**seen, "losses": losses.detach(), "after": torch.rand(9), **whole})
+    differ = set()
+    for found in passes[1:]:
+        for name, tensor in found.items():
+            every = [torch.empty_like(tensor) for _ in range(group.size)]
+            dist.all_gather(every, tensor.contiguous())
+            if name != "heads" and not torch.equal(*every):
+                differ.add(name)
+            elif name == "heads":
+                passes.append(float((every[0] == every[1]).float().mean()))
+    again = all(torch.equal(passes[0][name], passes[1][name]) for name in passes[0])
+    return sorted(differ), passes[-1], passes[-2], again
 
 
 def _backward(model, tokens, targets):

@@ -13,25 +13,37 @@ from tests.distributed.test_sequence import STEPS, plainly
 pytestmark = pytest.mark.distributed
 
 MODELS = [
-    {"qk_norm": True, "bias": True, "mlp": "gelu"},
+    {"qk_norm": True, "bias": True, "mlp": "gelu", "position": "relative"},
     {"mixer": "window", "window": 8, "attention_gate": "head", "z_loss": 1e-3, "loss_chunk": 16},
     {"mixer": "latent", "head": "dense", "qk_norm": False},
     {"activation_checkpointing": "full", "value_residual": 0.5, "tie_embeddings": True},
-    {"mtp_layers": 2, "mtp_weight": 0.3},
+    {"mtp_layers": 2, "mtp_weight": 0.3, "position": "alibi"},
     {"vocab_size": 97, "logit_softcap": 5.0, "norm_placement": "sandwich"},
 ]
 
 
-def test_losses_and_gradients_are_those_of_the_whole_model():
+DROPPED = [
+    {"activation_checkpointing": "full"},
+    {"mixer": "latent", "qk_norm": False},
+]
+
+
+def test_ranks_compute_what_the_whole_model_does_and_drop_what_they_should():
     cases = [[words, compiled] for words in MODELS for compiled in (False, True)]
-    found = ranks.run("tensor_scenarios:parts", 2, cases=cases)
-    assert len(found) == len(cases)
-    assert max(found) < 1e-5, list(zip(cases, found, strict=True))
+    found = ranks.run("tensor_scenarios:everything", 2, cases=cases, drops=DROPPED)
+    parts, dropped = found["parts"], found["dropped"]
+    assert len(parts) == len(cases)
+    assert max(parts) < 1e-5, list(zip(cases, parts, strict=True))
+    for words, (differ, without, with_dropout, again) in zip(DROPPED, dropped, strict=True):
+        assert differ == [], words  # the residual stream, and the gradients of what reads it
+        assert without == 1, words  # the same weights: the heads differ by dropout alone
+        assert with_dropout < 0.1, words
+        assert again, words
 
 
 CLIP = "optimizer.clip=0.5"
 OWN = ["model.num_kv_heads=2", "model.mlp_width=42", CLIP]
-STAGES = [[stage, *OWN, "model.qk_norm=true"] for stage in range(4)]
+STAGES = [[stage, *OWN, "model.qk_norm=true", "model.position=relative"] for stage in range(4)]
 
 
 @pytest.mark.parametrize(("size", "tensor", "near"), [(2, 2, 1), (4, 2, 1), (4, 2, 2)])
@@ -52,12 +64,14 @@ def test_the_self_check_finds_no_fault_in_healthy_ranks():
 
 
 WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
+ALIBI = "model.position=alibi"
 COSTS = [
     [0, "model.num_kv_heads=2", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"],
     [1, "model.mixer=window", "model.window=5", "model.attention_gate=channel", "documents"],
     [0, "model.mixer=latent", "model.qk_norm=false", "model.vocab_size=71"],
     [1, "model.activation_checkpointing=full", "model.tie_embeddings=true"],
-    [0, "model.value_residual=0.5", "model.loss_chunk=8", "model.mlp_chunk=4"],
+    [0, "model.value_residual=0.5", "model.loss_chunk=8", "model.mlp_chunk=4", ALIBI],
+    [1, "model.position=relative", "model.qk_norm=true"],
 ]
 
 

@@ -3,9 +3,12 @@ arXiv 1909.08053, section 3).
 
 Each rank of a group has some heads of attention and some channels of the MLP: rows of the matrices
 that read the residual stream, columns of those that write to it (Part.divided of the cost record);
-and some rows of the tables of tokens. All ranks of a group are fed the same windows and hold the
-same stream. Two all-reduces a part keep it so: of the part's output in the forward pass, of its
-input's gradient in the backward pass.
+some rows of the tables of tokens; and the biases that its heads add to scores. All ranks of a group
+are fed the same windows and hold the same stream. Two all-reduces a part keep it so: of the part's
+output in the forward pass, of its input's gradient in the backward pass.
+
+Dropout of the stream draws the same on all ranks of a group, that of the weights of attention other
+numbers on each (TensorGroup.drawing_apart).
 
 Invariant: every rank draws whole matrices and keeps its part, so that the initial model depends on
 no number of ranks; and the gradients of what is not divided are the same on all ranks of a group.
@@ -22,6 +25,8 @@ from forescale.models.heads.vocabulary import Vocabulary
 from forescale.models.init import Linear
 from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parallel.whole import Whole
+from forescale.models.positions.relative import RelativePosition
+from forescale.models.transformer import Transformer
 
 
 def group_of(world: World) -> TensorGroup:
@@ -77,6 +82,8 @@ def divide(model: nn.Module, group: TensorGroup) -> nn.Module:
     A parameter that is divided has the attribute `whole`. A table whose rows the ranks don't divide
     stays whole.
     """
+    if isinstance(model, Transformer):
+        model.heads = group.heads(slice(0, model.sizes.num_heads))
     for module in model.modules():
         if isinstance(module, Block) and module.divided:
             for name, dimensions in module.divided.items():
@@ -86,6 +93,9 @@ def divide(model: nn.Module, group: TensorGroup) -> nn.Module:
             module.group = group
             for p in module.parameters():
                 _keep(p, 0, group)
+        if isinstance(module, RelativePosition) and not hasattr(module.weight, "whole"):
+            module.first = group.rank * (module.weight.shape[1] // group.size)
+            _keep(module.weight, 1, group)
     return model
 
 
@@ -109,6 +119,8 @@ def _divide_part(
             p.register_hook(group.sum)  # each rank has the gradient of its heads alone
     for linear, _ in _linears(part):
         linear.out_features, linear.in_features = linear.weight.shape
+    if heads:
+        part.dividing = group  # type: ignore[assignment]
     for name in heads:
         owner, _, count = name.rpartition(".")
         found = part.get_submodule(owner)
