@@ -36,6 +36,7 @@ ALLOWED = {
     "train": "models config data engine run resilience checkpoint",
     "drill": "config data run resilience monitor",
     "inference": "models abilities config data run checkpoint train",
+    "serving": "models inference",
     "inspection": "models data inference",
     "plan": "models config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
@@ -61,8 +62,8 @@ ALLOWED = {
     ),
     "verbs": (
         "abilities config data engine run resilience checkpoint monitor train drill inference "
-        "inspection plan slurm scaling.actions scaling.config scaling.records scaling.analysis "
-        "scaling.design scaling.study scaling.report"
+        "inspection serving plan slurm scaling.actions scaling.config scaling.records "
+        "scaling.analysis scaling.design scaling.study scaling.report"
     ),
     "cli": "config run verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",

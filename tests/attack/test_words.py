@@ -10,6 +10,7 @@ it by words that come last and so count, or by what the machine lacks; not cover
     drill, shards      beyond their keys (a scenario that doesn't exist; an output that isn't one)
     study launch       beyond the reading of the study
     generate, eval     more than two tokens or windows
+    serve              beyond its keys (a run that doesn't exist)
     status, study      `live`, which never ends; logs: `follow`, which waits for a run
     all                addresses (http, s3, hf), which would leave the machine
 
@@ -45,6 +46,7 @@ KEPT = {  # what comes last, so that nothing real starts
     "drill": ["scenarios=[none]"],
     "shards": ["output=folder"],
     "generate": ["num_tokens=2"],
+    "serve": ["target=missing"],
     "eval": ["windows=2"],
     "status": ["live=false"],
     "logs": ["follow=false"],

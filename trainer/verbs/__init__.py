@@ -31,6 +31,7 @@ VERBS = {
     "logs": "Follow the output of a run's ranks; of a failed run, the rank that failed first.",
     "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
     "generate": "Write text with a trained model.",
+    "serve": "Serve a trained model over HTTP, to OpenAI's clients.",
     "eval": "Score a trained model on held-out text: loss, perplexity, bits per byte.",
     "inspect": "Draw what a model does while it reads a text: attention, layers, ablations.",
     "export": "Write a checkpoint as a Hugging Face transformers model.",

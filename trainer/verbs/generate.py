@@ -47,7 +47,7 @@ class GenerateJob(RunJob):
         "read a prompt a line, and answer each at once, until Ctrl-D; Ctrl-C ends an answer; "
         "--interactive does the same",
     )
-    samples: int = key(1, "texts for each prompt", ge=1)
+    samples: int = key(1, "texts for each prompt", ge=1, le=1000)
     num_tokens: int = key(200, "the most tokens to write", ge=1)
     stop: list[str] = key([], "texts before which an answer ends")
     temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)

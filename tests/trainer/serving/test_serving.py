@@ -1,0 +1,267 @@
+"""`forescale serve`: OpenAI's paths and errors, limits that hold, and the official client."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from forescale.config.compose import compose
+from forescale.inference.view import RunView
+from forescale.serving.server import Server
+from forescale.verbs import serve
+
+PROMPT = "def naïve("
+LIKELIEST = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+SMALL = ["max_tokens=40", "batch=4", "queue=2", "connections=6", "body=4000", "seconds=60"]
+
+
+def served(trained, *words) -> Iterator[Server]:
+    """A server of the run, at some port."""
+    named = [f"target={trained.path.name}", f"run.root={trained.path.parent}"]
+    job = compose(serve.ServeJob, [*named, "port=0", *SMALL, *words])
+    server = serve.opened(job)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.service.desk.close()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def port(trained):
+    for server in served(trained):
+        yield server.server_address[1]
+
+
+def ask(port, path, body=None, method="POST", **headers):
+    """(status, body as JSON)"""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | headers
+    connection.request(method, path, raw, headers)
+    answer = connection.getresponse()
+    found = answer.read()
+    connection.close()
+    return answer.status, json.loads(found)
+
+
+def streamed(port, path, body):
+    """The events of a stream, without the last."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    raw = json.dumps(body | {"stream": True})
+    connection.request("POST", path, raw, {"Content-Type": "application/json"})
+    lines = [line for line in connection.getresponse().read().decode().split("\n\n") if line]
+    connection.close()
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_completion_is_the_text_that_generate_writes(port, trained, forescale):
+    words = ("generate", trained.path, "num_tokens=8", "temperature=0")
+    want = forescale(*words, f"prompt='{PROMPT}'")[1]
+    status, found = ask(port, "/v1/completions", LIKELIEST)
+    (choice,) = found["choices"]
+    assert (status, PROMPT + choice["text"] + "\n") == (200, want)
+    assert choice["finish_reason"] == "length"
+    assert found["usage"]["completion_tokens"] == 8
+    events = streamed(port, "/v1/completions", LIKELIEST | {"stream_options": {"include_usage": 1}})
+    assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_several_prompts_and_samples_are_numbered_and_repeat_with_their_seed(port):
+    body = {"prompt": ["def ", "class Model"], "n": 2, "max_tokens": 6, "seed": 5}
+    texts = [[c["text"] for c in ask(port, "/v1/completions", body)[1]["choices"]] for _ in "ab"]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 1
+    alone = ask(port, "/v1/completions", body | {"prompt": "class Model", "n": 1, "seed": 7})
+    assert alone[1]["choices"][0]["text"] == texts[0][2]
+    parts = {i: "" for i in range(4)}
+    for event in streamed(port, "/v1/completions", body):
+        for choice in event["choices"]:
+            parts[choice["index"]] += choice["text"]
+    assert [*parts.values()] == texts[0]
+
+
+def test_a_chat_is_continued_from_its_template(port, trained, tmp_path):
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    likeliest = {"max_tokens": 6, "temperature": 0}
+    chat = ask(port, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
+    prompt = "system: a\nuser: b\nassistant:"
+    plain = ask(port, "/v1/completions", {"prompt": prompt, **likeliest})[1]
+    assert chat["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+    events = streamed(port, "/v1/chat/completions", {"messages": messages, **likeliest})
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas[0]["role"] == "assistant"
+    assert "".join(d.get("content", "") for d in deltas) == plain["choices"][0]["text"]
+    path = tmp_path / "tokenizer_config.json"
+    template = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}{{ eos_token }}"
+    path.write_text(json.dumps({"chat_template": template}))
+    for server in served(trained, f"chat_template={path}"):
+        own = server.server_address[1]
+        found = ask(own, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
+        prompt = "<system>a<user>b<|endoftext|>"
+        plain = ask(own, "/v1/completions", {"prompt": prompt, **likeliest})[1]
+        assert found["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "no JSON"),
+        ([], 400, "must be a JSON object"),
+        ({"prompt": 3}, 400, "`prompt` must be"),
+        ({"max_tokens": 41}, 400, "'max_tokens' must be a whole number from 1 to 40"),
+        ({"n": 5}, 400, "'n' must be"),
+        ({"prompt": ["a"] * 5}, 400, "5 answers are asked for; at most 4"),
+        ({"temperature": "hot"}, 400, "'temperature' must be a number"),
+        ({"stop": ""}, 400, "`stop` must be"),
+        ({"stream": "yes"}, 400, "'stream' must be true or false"),
+        ({"logit_bias": {"5": 1}}, 400, "does not support 'logit_bias'"),
+        ({"promt": "a"}, 400, "Unknown parameter: 'promt'"),
+        ({"model": "gpt"}, 404, "does not exist; this server has 'small'"),
+        ({"prompt": "import sys " * 40}, 400, "tokens, and the model reads 32"),
+        ({"prompt": "a" * 4000}, 413, "more than 4,000 bytes"),
+    ],
+)
+def test_what_is_refused_has_the_form_of_openai_s_errors(port, body, status, said):
+    found = ask(port, "/v1/completions", body)
+    assert found[0] == status
+    assert said in found[1]["error"]["message"]
+    assert found[1]["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_only_known_paths_kinds_and_lengths_are_taken(port):
+    assert ask(port, "/v1/models", method="GET")[1]["data"][0]["id"] == "small"
+    assert ask(port, "/v1/models/small", method="GET")[1]["id"] == "small"
+    assert ask(port, "/health", method="GET")[0] == 200
+    assert ask(port, "/v1/none", method="GET")[0] == 404
+    assert ask(port, "/v1/none", {})[0] == 404
+    assert ask(port, "/v1/completions", LIKELIEST, **{"Content-Type": "text/plain"})[0] == 415
+    assert ask(port, "/v1/chat/completions", {"messages": [{"role": "x"}]})[0] == 400
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n\r\n")
+        assert b" 411 " in raw.recv(100)
+
+
+def test_a_key_is_asked_for_where_one_is_set(trained, monkeypatch):
+    monkeypatch.setenv(serve.KEY, "sesame")
+    for server in served(trained):
+        port = server.server_address[1]
+        assert ask(port, "/v1/models", method="GET")[0] == 401
+        assert ask(port, "/v1/models", method="GET", Authorization="Bearer sesame")[0] == 200
+
+
+class Gate(torch.nn.Module):
+    """Writes a token whenever it is let."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.open = torch.nn.Parameter(torch.zeros(1)), threading.Semaphore(0)
+        self.tokens, self.entered = 0, False
+
+    def forward(self, tokens_BL):
+        self.entered = True
+        self.open.acquire()
+        self.tokens += 1
+        logits = torch.zeros(*tokens_BL.shape, 300)
+        logits[..., 70] = 9.0
+        return logits
+
+
+def waited_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_further_requests_than_may_wait_are_refused(trained, monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in served(trained):
+        port, found = server.server_address[1], []
+
+        def one(port=port, found=found):
+            found.append(ask(port, "/v1/completions", LIKELIEST)[0])
+
+        threads = [threading.Thread(target=one) for _ in range(3)]
+        for number, thread in enumerate(threads):
+            thread.start()
+            desk = server.service.desk
+            waited_for(lambda: gate.entered and len(desk._waiting) == number)  # noqa: B023
+        assert ask(port, "/v1/completions", LIKELIEST)[0] == 429
+        for _ in range(24):
+            gate.open.release()
+        for thread in threads:
+            thread.join()
+        assert found == [200] * 3
+
+
+def test_an_answer_that_takes_too_long_is_refused_and_the_next_one_comes(trained, monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in served(trained, "seconds=0.2"):
+        port = server.server_address[1]
+        status, found = ask(port, "/v1/completions", LIKELIEST)
+        assert (status, found["error"]["code"]) == (503, "timeout")
+        for _ in range(8):
+            gate.open.release()
+        object.__setattr__(server.service, "seconds", 60)
+        for _ in range(8):
+            gate.open.release()
+        assert ask(port, "/v1/completions", LIKELIEST)[0] == 200
+        assert gate.tokens < 16, "the first one was given up"
+
+
+def test_a_client_that_goes_away_ends_its_answer(trained, monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in served(trained, "max_tokens=100000"):
+        port = server.server_address[1]
+        raw = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(raw)}\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
+            gate.open.release()
+            while b"data" not in client.recv(1000):
+                pass
+        found = []
+        body = LIKELIEST | {"max_tokens": 1}
+        second = threading.Thread(target=lambda: found.append(ask(port, "/v1/completions", body)))  # noqa: B023
+        second.start()
+        end = time.monotonic() + 60
+        while second.is_alive() and time.monotonic() < end:
+            gate.open.release()
+            time.sleep(0.01)
+        assert found[0][0] == 200
+        assert gate.tokens < 100_000
+
+
+def test_openai_s_own_client_is_served(port):
+    openai = pytest.importorskip("openai", reason="needs pip install openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
+    (model,) = client.models.list().data
+    how = dict(model=model.id, max_tokens=8, temperature=0)
+    whole = client.completions.create(prompt=PROMPT, **how)
+    parts = client.completions.create(prompt=PROMPT, stream=True, **how)
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text != ""
+    messages = [{"role": "user", "content": "hello"}]
+    chat = client.chat.completions.create(messages=messages, **how)
+    usage = {"stream_options": {"include_usage": True}, "stream": True}
+    parts = [*client.chat.completions.create(messages=messages, **how, **usage)]
+    said = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert said == chat.choices[0].message.content
+    assert parts[-1].usage == chat.usage
+    with pytest.raises(openai.BadRequestError, match="'max_tokens' must be"):
+        client.completions.create(prompt=PROMPT, **how | {"max_tokens": 9999})
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.completions.create(prompt=PROMPT, **how | {"model": "gpt"})

@@ -1,0 +1,106 @@
+"""`forescale serve`: a trained model behind HTTP, as OpenAI's clients expect it."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import RunJob
+from forescale.config.schema import key
+from forescale.errors import DONE, UserError
+from forescale.inference.view import RunView, best_device, open_view
+
+if TYPE_CHECKING:
+    from forescale.serving.server import Server
+
+KEY = "FORESCALE_API_KEY"  # environment variable: what clients must show
+
+
+@dataclass
+class ServeJob(RunJob):
+    """A checkpoint, an address, and limits."""
+
+    VERB: ClassVar[str] = "serve"
+
+    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
+    host: str = key("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine")
+    port: int = key(8000, "port to listen at; 0: any that is free", ge=0, le=65535)
+    chat_template: str | None = key(
+        None,
+        "a Jinja file, or a tokenizer_config.json with a chat_template; null: lines `role: text`",
+    )
+    max_tokens: int = key(1024, "the most tokens of an answer", ge=1)
+    batch: int = key(16, "answers that are written at once, and the most of a request", ge=1)
+    queue: int = key(64, "requests that may wait; further ones get error 429", ge=1)
+    connections: int = key(128, "connections at once; further ones get error 503", ge=1)
+    body: int = key(1 << 20, "the most bytes of a request", ge=1)
+    seconds: float = key(300.0, "the longest that a request may take", gt=0)
+    trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
+
+
+JOB = ServeJob
+EXAMPLES = (
+    "serve first",
+    "serve first port=8080 max_tokens=256",
+    "serve exported chat_template=tokenizer_config.json",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until Ctrl-C or SIGTERM; say on stdout where."""
+    job = compose(ServeJob, overrides_of(ServeJob, arguments))
+    server = opened(job)
+    host, port = server.server_address[:2]
+    where = f"[{host!s}]" if ":" in str(host) else str(host)
+    print(f"Serving {server.service.name} at http://{where}:{port}/v1 (Ctrl-C ends it).")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("Stopped.")
+    finally:
+        server.service.desk.close()
+        server.server_close()
+    return DONE
+
+
+def opened(job: ServeJob) -> "Server":
+    """Return the server of a job, which listens. Raises UserError."""
+    from forescale.inference.answering import question_of
+    from forescale.inference.writing import Answer
+    from forescale.serving.asked import Limits, Template
+    from forescale.serving.chat import plain, template_in
+    from forescale.serving.desk import Desk
+    from forescale.serving.server import Server, Service
+
+    view = open_view(job.target or "", job.run.root)
+    template: Template = plain
+    if job.chat_template:
+        template = template_in(Path(job.chat_template).expanduser(), _end(view))
+    model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
+    service = Service(
+        name=view.name,
+        desk=Desk(model, job.batch, job.queue),
+        begin=lambda question, wish, seed: Answer(view.tokenizer, question, wish.wanted, seed),
+        question=lambda prompt: question_of(view, prompt),
+        template=template,
+        limits=Limits(job.max_tokens, job.batch),
+        body=job.body,
+        seconds=job.seconds,
+        connections=job.connections,
+        key=os.environ.get(KEY) or None,
+        created=int(time.time()),
+    )
+    try:
+        return Server((job.host, job.port), service)
+    except OSError as e:
+        what = f"can't listen at {job.host}:{job.port} ({e.strerror or e})"
+        raise UserError("port", what, "choose another port or host") from None
+
+
+def _end(view: RunView) -> str:
+    return view.tokenizer.id_to_token(view.identity["dataset"]["end_of_text"]) or ""
