@@ -9,6 +9,7 @@ agree where theirs differ, the tests of whole runs show, whose launcher starts e
 """
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -98,6 +99,7 @@ def serve() -> None:
     import forescale.train.trainer  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported lives on: a collection in a rank took longer than a step
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
