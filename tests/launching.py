@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,26 @@ TRAJECTORY = ("step", "g0", "g1", "tokens", "tokens_hash", "loss", "grad_norm", 
 def trajectory(run: Path) -> list[dict]:
     """Return what an exact resume repeats: data, loss, norm and rate of every step."""
     return [{key: row[key] for key in TRAJECTORY} for row in rows(run)]
+
+
+def keep_only(run: Path, step: int) -> None:
+    """Remove what was saved after `step`: the next attempt starts there."""
+    for path in (run / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+def whole_and_repeated(folder: Path, *command: str, step: int) -> tuple[list[dict], list[dict]]:
+    """Return the trajectory of a run, and the same after it has lost what it saved after `step` and
+    was started again by the same command: a start less than `whole_and_resumed`."""
+    run, command = folder / "whole", ("run.name=whole", "checkpoint.keep=9", *command)
+    train(folder, *command)
+    whole = trajectory(run)
+    keep_only(run, step)
+    assert f"(step {step})" in train(folder, *command)
+    again = [row["step"] for row in rows(run) if row["attempt"] == 2]
+    assert again == [row["step"] for row in whole][step:]
+    return whole, trajectory(run)
 
 
 def whole_and_resumed(folder: Path, *command: str, step: int) -> tuple[list[dict], list[dict]]:

@@ -1,11 +1,9 @@
-"""The main command on two real ranks: every ZeRO stage goes on to the bit after a kill, and at
-another stage and world size with the same data.
+"""The main command on two real ranks: every ZeRO stage goes on to the bit after a kill, every part
+of a model from a checkpoint. (At another stage and world size: test_sequence.py.)
 
 Each stage with one of the optimizers, in turns; FORESCALE_MATRIX=full takes both. (What of an
 optimizer is saved and loaded at each stage is in test_state.py, to the bit.)
 """
-
-import signal
 
 import pytest
 
@@ -20,6 +18,16 @@ TWO = ("launch.processes=2", *LENGTH)
 
 KINDS = [(stage, optimizer) for stage in range(4) for optimizer in ("muon", "adamw")]
 CHOSEN = KINDS if FULL else [KINDS[i] for i in (1, 2, 4, 7)]
+# What attention alone can have.
+OF_ATTENTION = (
+    "model.position=alibi",
+    "model.value_residual=0.5",
+    "model.attention_gate=channel",
+    "model.qk_norm_over=layer",
+    "model.norm_placement=sandwich",
+    "model.logit_softcap=30",
+    "data.document_mask=true",
+)
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), CHOSEN)
@@ -27,6 +35,7 @@ def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
     command += ("train.steps=24", "checkpoint.every=5", "validation.every=24")
     command += ("model.dropout=0.1",)  # whose randomness must repeat too
+    command += OF_ATTENTION if stage == 2 else ()
     whole, cut = launching.whole_and_resumed(tmp_path, *command, step=14)
     assert len(whole) == 24
     assert cut == whole
@@ -48,58 +57,28 @@ ALL_PARTS = (
 )
 
 
-# What attention alone can have.
-OF_ATTENTION = (
-    "model.position=alibi",
-    "model.value_residual=0.5",
-    "model.attention_gate=channel",
-    "model.qk_norm_over=layer",
-    "model.norm_placement=sandwich",
-    "model.logit_softcap=30",
-)
-CHOICES = [(parts, *kind) for parts in (ALL_PARTS, OF_ATTENTION) for kind in KINDS]
-OFTEN = [(ALL_PARTS, 3, "muon"), (OF_ATTENTION, 2, "adamw")]
-
-
 @pytest.mark.timeout(900)  # seven kinds of layers, none of them compiled
 @pytest.mark.parametrize(
-    ("parts", "stage", "optimizer"),
-    [*OFTEN, *(pytest.param(*c, marks=more) for c in CHOICES if c not in OFTEN)],
-    ids=lambda value: {ALL_PARTS: "all", OF_ATTENTION: "attention"}.get(value),
+    ("stage", "optimizer"),
+    [(3, "muon"), *(pytest.param(*kind, marks=more) for kind in KINDS if kind != (3, "muon"))],
 )
-def test_a_model_of_all_parts_resumes_bit_for_bit(dataset, tmp_path, parts, stage, optimizer):
+def test_a_model_of_all_parts_repeats_its_steps_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
-    command += (*parts, "data.document_mask=true", "train.steps=8", "validation.every=8")
+    command += (*ALL_PARTS, "data.document_mask=true", "train.steps=8", "validation.every=8")
     command += ("checkpoint.every=3",)
-    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=5)
+    whole, again = launching.whole_and_repeated(tmp_path, *command, step=3)
     assert len(whole) == 8
-    assert cut == whole
+    assert again == whole
 
 
-def test_a_model_of_divided_experts_resumes_bit_for_bit(dataset, tmp_path):
+def test_a_model_of_divided_experts_repeats_its_steps_bit_for_bit(dataset, tmp_path):
     """With held-out losses, for which all ranks of a group call the model equally often."""
     command = (f"data.path={dataset}", *TWO, "engine=zero1", "engine.expert_parallel=2")
     command += ("model.mlp=moe", "model.moe_scores=sigmoid", "model.moe_bias_speed=0.01")
     command += ("train.steps=8", "validation.every=8", "checkpoint.every=3", "train.compile=off")
-    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=5)
+    whole, again = launching.whole_and_repeated(tmp_path, *command, step=3)
     assert len(whole) == 8
-    assert cut == whole
-
-
-def test_a_run_resumes_at_other_stages_and_world_sizes(dataset, tmp_path):
-    base = ("run.name=moving", f"data.path={dataset}", *LENGTH)
-    launching.train(tmp_path, "run.name=still", *base[1:], "launch.processes=1", "engine=zero1")
-    run = tmp_path / "moving"
-    places = [("launch.processes=2", "engine=zero3"), ("launch.processes=1", "engine=zero0")]
-    for place, step in zip(places, (14, 28), strict=True):
-        process = launching.start(tmp_path, *base, *place)
-        launching.interrupt(process, run, step, signal.SIGINT)
-    launching.train(tmp_path, *base, "launch.processes=4", "engine=zero2")
-    moving, still = launching.rows(run), launching.rows(tmp_path / "still")
-    for key in ("step", "g0", "g1", "tokens", "tokens_hash"):
-        assert [row[key] for row in moving] == [row[key] for row in still]
-    assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=0.02)
-    assert "numerics_changed" in launching.events(run)
+    assert again == whole
 
 
 def test_a_decay_branches_off_a_run(dataset, tmp_path):

@@ -137,23 +137,30 @@ LENGTH = ("train.tokens=null", "train.steps=24", "checkpoint.every=8", "validati
 DIVIDED = ("launch.processes=2", "engine.sequence_parallel=2")
 
 
-def test_a_divided_run_resumes_bit_for_bit(dataset, tmp_path):
+def test_a_divided_run_repeats_its_steps_bit_for_bit(dataset, tmp_path):
     command = (f"data.path={dataset}", *LENGTH, *DIVIDED, "engine=zero2", "optimizer=muon")
     command += ("model.dropout=0.1", "data.document_mask=true")
-    whole, cut = launching.whole_and_resumed(tmp_path, *command, step=10)
-    assert len(whole) == 24
-    assert cut == whole
+    command += ("train.steps=16", "validation.every=16")
+    whole, again = launching.whole_and_repeated(tmp_path, *command, step=8)
+    assert len(whole) == 16
+    assert again == whole
 
 
-def test_a_checkpoint_of_any_mesh_loads_on_any_other(dataset, tmp_path):
+def test_a_run_goes_on_with_other_ranks_divisions_and_stages(dataset, tmp_path):
+    """The same data, and nearly the same losses, as a run that stays."""
     base = (f"data.path={dataset}", *LENGTH, "optimizer=adamw", "precision=fp32")
     launching.train(tmp_path, "run.name=still", *base, "launch.processes=1")
     run, base = tmp_path / "moving", ("run.name=moving", *base)
-    for place, step in ((("launch.processes=1",), 6), ((*DIVIDED, "engine=zero3"), 14)):
+    places = (("launch.processes=1", "engine=zero0"), (*DIVIDED, "engine=zero3"))
+    for place, step in zip(places, (6, 14), strict=True):
         launching.interrupt(launching.start(tmp_path, *base, *place), run, step, signal.SIGINT)
-    launching.train(tmp_path, *base, "launch.processes=4", "engine.sequence_parallel=2")
-    for kind, key in (("train", "tokens_hash"), ("train", "tokens"), ("validation", "targets")):
-        moving, still = (launching.rows(tmp_path / name, kind) for name in ("moving", "still"))
+    last = ("launch.processes=4", "engine.sequence_parallel=2", "engine=zero2")
+    launching.train(tmp_path, *base, *last)
+    moving, still = (launching.rows(tmp_path / name) for name in ("moving", "still"))
+    for key in ("step", "g0", "g1", "tokens", "tokens_hash"):
         assert [row[key] for row in moving] == [row[key] for row in still]
-        assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=1e-4)
+    assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=1e-4)
+    moving, still = (launching.rows(tmp_path / name, "validation") for name in ("moving", "still"))
+    assert [row["targets"] for row in moving] == [row["targets"] for row in still]
+    assert moving[-1]["loss"] == pytest.approx(still[-1]["loss"], rel=1e-4)
     assert "numerics_changed" in launching.events(run)
