@@ -1,5 +1,6 @@
 """A small dataset and a small run, made once; tests that change a run take a copy."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -53,3 +54,27 @@ def clock(monkeypatch):
         now[0] += seconds
 
     return forward
+
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """An open browser. Without one the test skips, or fails if FORESCALE_NEEDS_BROWSER=1."""
+    names = (os.environ.get("FORESCALE_BROWSER", ""), *_BROWSERS)
+    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    reason = None if found else "no browser is installed (tests/browser.sh installs one)"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        reason = "playwright is not installed (it is in the dev extra)"
+    if reason:
+        if os.environ.get("FORESCALE_NEEDS_BROWSER") == "1":
+            pytest.fail(f"FORESCALE_NEEDS_BROWSER is set, but {reason}", pytrace=False)
+        pytest.skip(reason)
+    with sync_playwright() as p:
+        own = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = p.chromium.launch(executable_path=found, args=own)
+        yield opened
+        opened.close()

@@ -39,7 +39,7 @@ def summarize(started: Start) -> None:
     )
     _next(
         [
-            (f"status {name}", "its progress and losses"),
+            (f"report {name}", "a page with its curves"),
             (f'generate {name} prompt="{_WRITE[0]}"', _WRITE[1]),
             *exported,
             ("train bigger model=depth model.depth=4", "a model of your own"),
@@ -63,7 +63,7 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
     writes = spec.source and isinstance(started.job.model, ModelConfig)
     _next(
         [
-            (f"status {name}", "its progress and losses"),
+            (f"report {name}", "a page with its curves"),
             (f"eval {name}", "its loss on other text"),
             *([(f'generate {name} prompt="{prompt}"', purpose)] if writes else []),
         ]

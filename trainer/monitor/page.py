@@ -16,6 +16,7 @@ from rich.table import Table
 from forescale.config.duration import Duration
 from forescale.console import span, table
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
+from forescale.monitor import curve
 from forescale.monitor.files import promises
 from forescale.monitor.goodput import Launch
 from forescale.monitor.status import Status
@@ -37,6 +38,7 @@ _COLOURS = {
     "crashed": "red",
 }
 _LAST_LINES = 15  # of the log of a job that ended early
+_CURVE = 80  # columns of the curve, at most
 
 
 def state_of(s: Status, job: "Job | None", end: "EarlyEnd | None" = None) -> str:
@@ -60,9 +62,15 @@ def _coloured(state: str) -> str:
     return f"[{_COLOURS[state]}]{state}[/]" if state in _COLOURS else state
 
 
-def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | None" = None) -> None:
-    """Print all about one run. job: its job in the queue; end: of its job, if no rank of it
-    began."""
+def show_run(
+    s: Status,
+    console: Console,
+    job: "Job | None",
+    end: "EarlyEnd | None" = None,
+    in_ascii: bool = False,
+) -> None:
+    """Print all about one run. job: its job in the queue; end: of its job, if no rank of it began;
+    in_ascii: draw its curve with ASCII characters alone."""
     s.job_runs = runs_now(job)
     total, state = s.job.total_steps, state_of(s, job, end)
     loss = f", loss {s.last['loss']:.4f}" if s.last else ""
@@ -78,6 +86,8 @@ def show_run(s: Status, console: Console, job: "Job | None", end: "EarlyEnd | No
         )
     if line := _forecast(s):
         console.print(escape(line), soft_wrap=True)
+    for line in curve.lines(s.losses, min(console.width, _CURVE), in_ascii):
+        console.print(line, markup=False, soft_wrap=True)
     if job is not None:
         _show_job(job, console)
     if end is not None and s.state != "complete":

@@ -17,6 +17,7 @@ from forescale.checkpoint.retention import is_pinned
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.errors import INTERRUPTED
+from forescale.monitor.curve import losses_of
 from forescale.monitor.goodput import Goodput
 from forescale.monitor.memory import Mark, Memory, marks_of
 from forescale.monitor.tail import Tail
@@ -79,6 +80,11 @@ class Status:
     def recent(self) -> list[Row]:
         """The last train rows, over which the speed is taken."""
         return self._tail.steps
+
+    @cached_property
+    def losses(self) -> list[tuple[int, float]]:
+        """Steps and losses: all, or of a long run some; enough for a small curve."""
+        return losses_of(self.run.metrics)
 
     @property
     def last(self) -> Row:
@@ -243,6 +249,10 @@ class Status:
         """Return the steps that attempts made beyond the step from which a later one started."""
         lost = [self._memory.lost(attempt, self.run) for attempt in self.attempts]
         return Lost(sum(steps.count for steps in lost), sum(steps.total for steps in lost))
+
+    def rows_of_events(self, attempt: Attempt) -> list[Row]:
+        """Return the events of one attempt, as they were recorded."""
+        return self._memory.events(attempt)
 
     def events(self) -> Counter[str]:
         """Return the number of events of each kind, over all attempts."""

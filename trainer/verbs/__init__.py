@@ -28,6 +28,7 @@ VERBS = {
     "plan": "Check a training job before the queue: problems, memory, traffic, hours, price.",
     "submit": "Submit to SLURM: a job that trains until its run is complete, or evaluations.",
     "status": "Show the state, the progress and the time use of runs.",
+    "report": "Draw the curves of runs, and all about them, as one HTML file; or the loss as SVG.",
     "logs": "Follow the output of a run's ranks; of a failed run, the rank that failed first.",
     "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
     "generate": "Write text with a trained model.",

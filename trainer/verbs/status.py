@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from forescale.config.job import Job, Problems, RootConfig
 from forescale.config.schema import key, section
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
+from forescale.monitor.curve import needs_ascii
 from forescale.monitor.facts import facts
 from forescale.monitor.overview import show_runs
 from forescale.monitor.page import show_run
@@ -62,16 +64,17 @@ EXAMPLES = (
 def main(words: list[str]) -> int:
     job = compose(StatusJob, overrides_of(StatusJob, words))
     console = open_console()
+    in_ascii = needs_ascii(console.encoding, os.environ.get("TERM", ""))
     if job.json:
         print(json.dumps(_facts(job), indent=2, allow_nan=False))
         return DONE
     if not job.live:
-        console.print(page_of(job, Statuses(), console.width), soft_wrap=True)
+        console.print(page_of(job, Statuses(), console.width, in_ascii), soft_wrap=True)
         return DONE
     statuses = Statuses()
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
-            live.update(page_of(job, statuses, console.width), refresh=True)
+            live.update(page_of(job, statuses, console.width, in_ascii), refresh=True)
             time.sleep(_REDRAW)
 
 
@@ -91,8 +94,9 @@ def _runs(job: StatusJob, root: Path) -> list[Run]:
     return runs_under(root)
 
 
-def page_of(job: StatusJob, statuses: Statuses, width: int) -> Text:
-    """Return the whole page as one text, to be printed once or repeatedly."""
+def page_of(job: StatusJob, statuses: Statuses, width: int, in_ascii: bool = False) -> Text:
+    """Return the whole page as one text, to be printed once or repeatedly. in_ascii: its curve is
+    drawn with ASCII characters alone."""
     root = Path(job.run.root).expanduser()
     text = StringIO()
     page = open_console(width=width, file=text, force_terminal=True)
@@ -100,7 +104,7 @@ def page_of(job: StatusJob, statuses: Statuses, width: int) -> Text:
     jobs, ends = _jobs(runs, page)
     if job.target:
         name = runs[0].name
-        show_run(statuses.of(runs[0]), page, jobs.get(name), ends.get(name))
+        show_run(statuses.of(runs[0]), page, jobs.get(name), ends.get(name), in_ascii)
     elif runs:
         show_runs([statuses.of(run) for run in runs], page, jobs, ends)
     else:

@@ -10,12 +10,14 @@ loaded from elsewhere, the same comparison gives the same bytes.
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from forescale.monitor.report import colours
+from forescale.monitor.report.rendering import render
+from forescale.monitor.report.sections import Cell, number, span
 from forescale.scaling.analysis.compare import Comparison, Place, Side
 from forescale.scaling.analysis.ratio import Ratio
 from forescale.scaling.fitting.backtest import spent
@@ -23,10 +25,10 @@ from forescale.scaling.fitting.points import Array
 from forescale.scaling.report import style
 from forescale.scaling.report.answers import path_of, trend_of
 from forescale.scaling.report.html import beside
-from forescale.scaling.report.sections import Cell, Section, number, span
+from forescale.scaling.report.sections import Section
 from forescale.storage import write_file
 
-COLOURS = (style.OTHER, style.TARGET)  # of A and of B
+COLOURS = (colours.OTHER, colours.TARGET)  # of A and of B
 _BANDS = (style.OTHER_BAND, "rgba(194,65,12,0.18)")
 _NAME = "compare"
 _FINE = 61
@@ -50,12 +52,9 @@ def write(made: Comparison, path: Path, command: Sequence[str]) -> list[Path]:
 
 def page(made: Comparison, command: Sequence[str]) -> str:
     """Return the comparison as one HTML page. command: the command line that made it."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     title = f"{made.a.name} and {made.b.name}"
-    return environment.from_string(_TEMPLATE.read_text()).render(
-        title=title, source=made.summary, lead=[path_of(made)],
+    return render(
+        _TEMPLATE, title=title, source=made.summary, lead=[path_of(made)],
         sections=sections(made, command), plotly=Markup(get_plotlyjs()),
     )  # fmt: skip
 
@@ -130,12 +129,12 @@ def _multipliers(made: Comparison) -> go.Figure:
     figure = style.axes(
         f"C of {made.a.name} (FLOPs)", "compute multiplier", of_c, style.logarithmic(every)
     )
-    figure.add_trace(style.line(grid, np.ones(2), style.FAINT, "dash"))
+    figure.add_trace(style.line(grid, np.ones(2), colours.FAINT, "dash"))
     if made.places:
         x = np.array([p.flops[0] for p in made.places])
         low, value, high = _clipped(made.places, every)
         figure.add_trace(style.band(x, np.stack((low, high)), style.BAND))
-        figure.add_trace(style.line(x, value, style.INK, text=[_text(p) for p in made.places]))
+        figure.add_trace(style.line(x, value, colours.INK, text=[_text(p) for p in made.places]))
     if (target := made.target) is not None:
         low, value, high = _clipped([target], every)
         ends = float(low[0]), float(high[0])

@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from forescale.errors import UserError
+from forescale.monitor.report import colours
 from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import Prediction, StudyFit
 from forescale.scaling.fitting import laws
@@ -216,7 +217,7 @@ class Figures:
             figure.add_trace(style.band(self.grid, band, style.BAND))
             text = [f"by the law<br>C {c:.4g}<br>{symbol}* {x:.4g}" for c, x in
                     zip(self.grid, value, strict=True)]  # fmt: skip
-            figure.add_trace(style.line(self.grid, value, style.INK, text=text, name="law"))
+            figure.add_trace(style.line(self.grid, value, colours.INK, text=text, name="law"))
         if isinstance(self.iso, IsoFlop):
             law_of = getattr(self.iso, which)
             band = law_of.interval(self.made.job.level, self.grid)
@@ -224,7 +225,7 @@ class Figures:
                 figure.add_trace(style.band(self.grid, band, style.OTHER_BAND))
             figure.add_trace(
                 style.line(
-                    self.grid, law_of(self.grid), style.OTHER, "dash", name="line of the minima"
+                    self.grid, law_of(self.grid), colours.OTHER, "dash", name="line of the minima"
                 )
             )
             text = [f"<b>{v.budget:.3g} FLOPs</b><br>{symbol}* {getattr(v, which):.5g}"
@@ -255,10 +256,10 @@ class Figures:
         for level, colour in ((made.job.level, style.WIDE), (0.5, style.NARROW)):
             ends = ahead.interval(level)
             figure.add_trace(style.band(on, ends, colour, f"{level:.0%} prediction"))
-        figure.add_trace(style.line(on, ahead.loss, style.TARGET, "dot", name="predicted"))
+        figure.add_trace(style.line(on, ahead.loss, colours.TARGET, "dot", name="predicted"))
         figure.add_trace(style.band(self.grid, band, style.BAND))
         text = [f"L*({c:.4g}) = {x:.5g}" for c, x in zip(self.grid, value, strict=True)]
-        figure.add_trace(style.line(self.grid, value, style.INK, text=text, name="law"))
+        figure.add_trace(style.line(self.grid, value, colours.INK, text=text, name="law"))
         figure.add_trace(self._runs(self.compute, made.all_points.loss))
         if isinstance(f := self.prediction, Prediction):
             flops = f.extrapolation_factor * made.calibrated.greatest
@@ -285,16 +286,16 @@ class Figures:
         drawn = {
             "coloring": "lines",
             "showlabels": True,
-            "labelfont": {"size": 11, "color": style.INK},
+            "labelfont": {"size": 11, "color": colours.INK},
         }
         figure.add_contour(
             x=x, y=y, z=z, contours=levels | drawn, line={"width": 1}, showscale=False,
-            colorscale=[[0, style.FAINT], [1, style.FAINT]],
+            colorscale=[[0, colours.FAINT], [1, colours.FAINT]],
             hovertemplate="N %{x:.4g}<br>D %{y:.4g}<br>L(N, D) %{z:.5g}<extra></extra>",
         )  # fmt: skip
         if not isinstance(frontier := self.frontier, str):
             best = frontier["parameters"][0], frontier["tokens"][0]
-            figure.add_trace(style.line(*best, style.INK, "dash"))
+            figure.add_trace(style.line(*best, colours.INK, "dash"))
             figure.update_xaxes(range=np.log10(x[[0, -1]]).tolist())
             figure.update_yaxes(range=np.log10(y[[0, -1]]).tolist())
         figure.add_trace(self._runs(n, d))

@@ -9,17 +9,18 @@ Invariant: the same study and versions give the same bytes. Every number in a ta
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from forescale.monitor.report.rendering import render
+from forescale.monitor.report.sections import Cell, number, percent, span
 from forescale.scaling.analysis.answer import Prediction, StudyFit
 from forescale.scaling.report import study_sections, style
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.figures import Figures
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
-from forescale.scaling.report.sections import Cell, Section, flops_key, number, percent, span
+from forescale.scaling.report.sections import Section, flops_key
 from forescale.scaling.report.words import doubt_of, skill_lines
 from forescale.storage import write_file
 
@@ -61,10 +62,8 @@ def page(made: StudyFit | str, seen: StudyEvidence, where: str, command: Sequenc
 
 
 def _rendered(made: StudyFit | str, sections: Sequence[Section], where: str) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_TEMPLATE.read_text()).render(
+    return render(
+        _TEMPLATE,
         title=Path(where).name if Path(where).is_file() else where,
         source="" if isinstance(made, str) else made.form.source,
         lead=[] if isinstance(made, str) else _lead(made),

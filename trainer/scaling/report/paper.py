@@ -33,8 +33,9 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from forescale.scaling.report.sections import Cell, Section
-from forescale.scaling.report.style import FAINT, INK
+from forescale.monitor.report.colours import FAINT, INK
+from forescale.monitor.report.sections import Cell
+from forescale.scaling.report.sections import Section
 from forescale.storage import write_file
 
 MAIN = ("isoflop", "optimum", "envelope", "forecasts", "response")  # sections

@@ -18,12 +18,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from forescale.monitor.goodput import BUCKETS
+from forescale.monitor.report.colours import FAINT, INK, OTHER, TARGET
 from forescale.scaling.analysis.forecast import Forecast
 from forescale.scaling.design.noise import Level
 from forescale.scaling.fitting.points import Array
 from forescale.scaling.report import style
 from forescale.scaling.report.evidence import StageCost, SweepResponse
-from forescale.scaling.report.style import INK, OTHER, TARGET, wrapped
+from forescale.scaling.report.style import wrapped
 
 OUTER, INNER = "rgb(163,196,219)", OTHER  # intervals of a forecast: light and dark blue
 WEIGHTS, DATA = OTHER, TARGET
@@ -46,7 +47,7 @@ def forecasts(found: Sequence[Forecast]) -> go.Figure:
     found = sorted(found, key=_compute)
     names = [_short(forecast.facts["target"]["run"]) for forecast in found]
     height = _AROUND + _ROW * max(3, len(found))
-    across, down = {"zeroline": True, "zerolinecolor": style.FAINT}, style.ordinal(names, True)
+    across, down = {"zeroline": True, "zerolinecolor": FAINT}, style.ordinal(names, True)
     title = "observed loss relative to predicted loss (%)"
     figure = style.axes(title, "run, the cheapest first", across, down, height)
     rows = np.arange(len(found), dtype=float)
@@ -115,7 +116,7 @@ def sweep_responses(
     title = f"{what}, relative to the best"
     figure = style.axes(title, "loss above the least of its sweep (%)",
                           {**style.logarithmic(every), **_multiples(every)},
-                          {"zeroline": True, "zerolinecolor": style.FAINT,
+                          {"zeroline": True, "zerolinecolor": FAINT,
                            "range": [-0.07 * top, top * 1.06]})  # fmt: skip
     for c, dash in zip(found, _dashes(found), strict=True):
         colour = shades.get(c.budget, INK) if c.budget else INK
@@ -174,7 +175,7 @@ def repeats(table: pd.DataFrame, levels: Sequence[Level]) -> go.Figure:
     labels = [f"{_short(level.cell)}, {_flops(level.flops)}" for level in levels]
     figure = style.axes("cell, and C of a run (FLOPs)", "loss above the mean of the repeats (%)",
                           style.ordinal(labels), {"zeroline": True, "zerolinecolor":
-                                                    style.FAINT}, 340)  # fmt: skip
+                                                    FAINT}, 340)  # fmt: skip
     for i, level in enumerate(levels):
         own = table[(table["cell_of"] == level.cell) & table["role"].isin(("grid", "seed"))]
         y = 100 * np.log(own["loss"].to_numpy(dtype=float))

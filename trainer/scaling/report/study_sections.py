@@ -8,12 +8,13 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
+from forescale.monitor.report.sections import Cell, number, percent, span
 from forescale.scaling.analysis.forecast import Score
 from forescale.scaling.design.noise import Level, Spread
 from forescale.scaling.report import study_figures as figures
 from forescale.scaling.report.evidence import StageCost, StudyEvidence, SweepResponse
 from forescale.scaling.report.figures import Picture
-from forescale.scaling.report.sections import Cell, Section, flops_key, number, percent, span
+from forescale.scaling.report.sections import Section, flops_key
 
 Shades = Mapping[float, str]
 

@@ -13,22 +13,21 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from forescale.monitor.report.colours import FAINT, FONT, GRID, INK, TARGET
 from forescale.scaling.fitting.points import Array
 
-INK, FAINT, TARGET, OTHER = "#1f2328", "#b4bac2", "#c2410c", "#216ea0"
 BAND, OTHER_BAND = "rgba(31,35,40,0.14)", "rgba(33,110,160,0.18)"
 WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
 _DARK, _LIGHT = 0.0, 0.86  # ends of the colour scale; lighter is invisible on white
 _ROOM = 0.06  # log loss that an axis shows at least above the highest minimum of a budget
 _DECADES = 2.0  # an axis with more decades has numbers at powers of ten only
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _LINE = 34  # characters per line of hover text, so that it fits a phone
 
 
 def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int = 430):
     """Return an empty figure. x, y: titles with units; of_x, of_y: more settings of the axes."""
     plain = {
-        "gridcolor": "#eceef0", "linecolor": FAINT, "zeroline": False, "ticks": "outside",
+        "gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "ticks": "outside",
         "tickcolor": FAINT, "automargin": True, "showline": True, "ticklen": 4,
     }  # fmt: skip
     figure = go.Figure()
@@ -133,7 +132,12 @@ def marks(x: Sequence[float], y: Sequence[float], text: Sequence[str], name: str
 
 def star(x: float, y: float, text: str, ends: tuple[float, float] | None = None):
     """Return a star, for the target. ends: an interval of y."""
-    mark = {"symbol": "star", "size": 15, "color": TARGET, "line": {"width": 1, "color": "#fff"}}
+    mark = {
+        "symbol": "star",
+        "size": 15,
+        "color": TARGET,
+        "line": {"width": 1, "color": "#fff"},
+    }
     error: dict[str, Any] = {}
     if ends:
         sides = {"array": [ends[1] - y], "arrayminus": [y - ends[0]]}

@@ -2,9 +2,7 @@
 
 import base64
 import io
-import os
 import re
-import shutil
 from contextlib import contextmanager
 from html import unescape
 
@@ -18,6 +16,7 @@ from forescale.scaling.fitting.laws import CHINCHILLA
 from forescale.scaling.report import html as module
 from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.paper import FORMATS
+from tests.trainer.offline_tab import offline_tab
 from tests.trainer.scaling import simulated_study
 
 TRUTH = {"A": 400.0, "B": 2000.0, "E": 1.8, "alpha": 0.35, "beta": 0.37}
@@ -196,30 +195,6 @@ def test_the_page_contains_the_records(made, html):
     pd.testing.assert_frame_equal(kept, made.table, check_exact=True)
 
 
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """An open browser. Without one the test skips, or fails if FORESCALE_NEEDS_BROWSER=1."""
-    names = (os.environ.get("FORESCALE_BROWSER", ""), *_BROWSERS)
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    reason = None if found else "no browser is installed (tests/browser.sh installs one)"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        reason = "playwright is not installed (it is in the dev extra)"
-    if reason:
-        if os.environ.get("FORESCALE_NEEDS_BROWSER") == "1":
-            pytest.fail(f"FORESCALE_NEEDS_BROWSER is set, but {reason}", pytrace=False)
-        pytest.skip(reason)
-    with sync_playwright() as p:
-        own = ["--no-sandbox"] if os.geteuid() == 0 else []
-        opened = p.chromium.launch(executable_path=found, args=own)
-        yield opened
-        opened.close()
-
-
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_draws_it_offline(browser, made, html, tmp_path, width):
     with opened(browser, html, tmp_path, width, PICTURES) as tab:
@@ -255,27 +230,15 @@ def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
 def opened(browser, html, tmp_path, width, pictures):
     """The drawn page at this width. Checks that nothing overflows, fails or is requested from a
     network, now and until the end."""
-    path = tmp_path / "report.html"
-    path.write_text(html)
-    context = browser.new_context(viewport={"width": width, "height": 740}, offline=True)
-    tab = context.new_page()
-    printed, requested = [], []
-    tab.on("console", lambda message: printed.append(message.text))
-    tab.on("pageerror", lambda error: printed.append(str(error)))
-    tab.on("dialog", lambda dialog: (printed.append("a name was executed"), dialog.dismiss()))
-    tab.on("request", lambda request: requested.append(request.url))
-    tab.goto(path.as_uri())
-    tab.locator(f"#{pictures[-1]} .hoverlayer").first.wait_for(state="attached")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    for name in pictures:
-        box = tab.locator(f"#{name} .main-svg").first.bounding_box()
-        assert box["x"] >= 0
-        assert 300 < box["width"] <= width - box["x"]
-        assert tab.evaluate(f"document.getElementById('{name}')._fullData.length") > 0
-    yield tab
-    assert printed == []
-    assert [url for url in requested if not url.startswith("data:")] == [path.as_uri()]
-    context.close()
+    with offline_tab(browser, html, tmp_path / "report.html", width) as tab:
+        tab.locator(f"#{pictures[-1]} .hoverlayer").first.wait_for(state="attached")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        for name in pictures:
+            box = tab.locator(f"#{name} .main-svg").first.bounding_box()
+            assert box["x"] >= 0
+            assert 300 < box["width"] <= width - box["x"]
+            assert tab.evaluate(f"document.getElementById('{name}')._fullData.length") > 0
+        yield tab
 
 
 def _point_at_a_refused_run(tab) -> None:

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import pytest
 from matplotlib.image import imread
 
+from forescale.monitor.report import colours
 from forescale.scaling.report import style
 from forescale.scaling.report.paper import drawn, write_pictures
 from forescale.scaling.report.sections import Section
@@ -51,7 +52,7 @@ def test_a_key_names_all_marks():
 def test_colours_and_hollow_dots_are_those_of_the_page():
     svg = drawn([figure()])["svg"].decode()
     ElementTree.fromstring(svg)
-    for colour in ("#00fe00", "#090909", style.TARGET):
+    for colour in ("#00fe00", "#090909", colours.TARGET):
         assert colour in svg
     runs = re.findall(r'<use .*style="(fill[^;]*); stroke: #0000fe', svg)
     assert runs == ["fill-opacity: 0", "fill: #0000fe", "fill: #0000fe"]

@@ -1,0 +1,123 @@
+"""The loss of a run as a few lines of text, for the terminal.
+
+Invariant: it costs the same for a long run as for a short one, because of a long file only rows
+at even distances are read. Imports no numpy, since `forescale status` must start at once.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from forescale.run.rows import Row, each_row
+
+_READ_WHOLE = 1 << 20  # bytes of a file that is read from end to end
+_SAMPLES = 400  # rows that are read of a longer one, and those in its last bytes:
+_END = 1 << 14
+_EARLY = 0.03  # of the steps: what is higher there is drawn at the upper edge
+_WINDOW = 40  # a median is taken over this part of the points
+_LEAST = 3  # points from which on there is a curve
+# The bit of each dot of a braille character: by column, from the lowest dot up.
+_BITS = ((0x40, 0x04, 0x02, 0x01), (0x80, 0x20, 0x10, 0x08))
+_ASCII = ("_", ".", "-", "'")  # a dot at a quarter of a line, from the lowest up
+_LEVELS = 4  # of one line
+
+
+def needs_ascii(encoding: str, terminal: str) -> bool:
+    """Return True where braille can't be shown: by the encoding of the output, or because the
+    terminal ($TERM) is the bare console of Linux, whose font has none."""
+    try:
+        "⣿│".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return terminal == "linux"
+
+
+def losses_of(path: Path) -> list[tuple[int, float]]:
+    """Return steps and finite losses of a file of rows: all, or some at even distances. Raises
+    UserError for a damaged row among those that are read."""
+    found = {row["step"]: row.get("loss", math.nan) for row in _some_rows(path)}
+    return [(step, found[step]) for step in sorted(found) if math.isfinite(found[step])]
+
+
+def _some_rows(path: Path) -> Iterator[Row]:
+    size = path.stat().st_size if path.exists() else 0
+    if size <= _READ_WHOLE:
+        yield from (row for row, _ in each_row(path) if row.get("kind") == "train")
+        return
+    for i in range(_SAMPLES):
+        for row, _ in each_row(path, size * i // _SAMPLES):
+            if row.get("kind") == "train":
+                yield row
+                break
+    yield from (row for row, _ in each_row(path, size - _END) if row.get("kind") == "train")
+
+
+def lines(
+    points: Sequence[tuple[int, float]], width: int, in_ascii: bool, height: int = 6
+) -> list[str]:
+    """Return the curve of (step, loss) points as lines of text; none if the points are too few.
+
+    width: columns of the whole; in_ascii: only ASCII characters, else braille; height: lines of
+    the curve, without that of the steps.
+    """
+    left = 8  # columns of the numbers
+    columns = (width - left - 1) * (1 if in_ascii else 2)
+    if len(points) < _LEAST or columns < 10:
+        return []
+    last = points[-1][0]
+    points = _smooth(points)
+    late = [loss for step, loss in points if step >= _EARLY * last]
+    low, high = min(late), max(late)
+    heights = _heights(points, columns, low, high, height * _LEVELS)
+    drawn = (_ascii if in_ascii else _braille)(heights, height)
+    numbers = [""] * height
+    numbers[0], numbers[-1] = f"{high:.4g}", f"{low:.4g}"
+    edge = "|" if in_ascii else "│"
+    made = [f"{n:>{left - 1}} {edge}{row}".rstrip() for n, row in zip(numbers, drawn, strict=True)]
+    end = f"step {last:,}"
+    return [*made, f"{'loss':>{left - 1}}  0{end:>{len(drawn[0]) - 1}}"]
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return each loss as the median of those around it, a _WINDOW-th of the curve."""
+    reach = len(points) // _WINDOW // 2
+    losses = [loss for _, loss in points]
+    around = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
+    return [(step, median(near)) for (step, _), near in zip(points, around, strict=True)]
+
+
+def _heights(
+    points: Sequence[tuple[int, float]], columns: int, low: float, high: float, levels: int
+) -> dict[int, int]:
+    """Return the level, from 0, of the median loss in each column that has one; between columns
+    that have one by a straight line."""
+    inside: dict[int, list[float]] = {}
+    for step, loss in points:
+        inside.setdefault((columns - 1) * step // points[-1][0], []).append(loss)
+    known = {
+        column: min(high, max(low, median(losses))) for column, losses in sorted(inside.items())
+    }
+    scale = (levels - 1) / (high - low) if high > low else 0.0
+    found = {column: round((loss - low) * scale) for column, loss in known.items()}
+    for (begin, first), (end, second) in pairwise(known.items()):
+        for between in range(begin + 1, end):
+            value = first + (second - first) * (between - begin) / (end - begin)
+            found[between] = round((value - low) * scale)
+    return found
+
+
+def _braille(heights: dict[int, int], height: int) -> list[str]:
+    cells = [[0] * (max(heights) // 2 + 1) for _ in range(height)]
+    for column, level in heights.items():
+        row = height - 1 - level // _LEVELS
+        cells[row][column // 2] |= _BITS[column % 2][level % _LEVELS]
+    return ["".join(chr(0x2800 + bits) for bits in row) for row in cells]
+
+
+def _ascii(heights: dict[int, int], height: int) -> list[str]:
+    cells = [[" "] * (max(heights) + 1) for _ in range(height)]
+    for column, level in heights.items():
+        cells[height - 1 - level // _LEVELS][column] = _ASCII[level % _LEVELS]
+    return ["".join(row) for row in cells]

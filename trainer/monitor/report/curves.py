@@ -1,0 +1,169 @@
+"""The curves of a run: its rows as columns, thinned to what a picture can show.
+
+Invariant: a point stands for consecutive steps that were kept: x is that of the last of them, y
+their mean, low and high their extremes. Without thinning each step is a point. Numbers that are not
+finite are in no mean; the steps whose loss was not finite are listed.
+"""
+
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forescale.monitor.ledger import first_of
+from forescale.run.directory import Attempt, Run
+from forescale.run.rows import Row, each_row
+
+Array = NDArray[np.float64]
+X = ("step", "tokens", "flops", "time")  # what the curves can be drawn over
+_FIELDS = {"loss": "loss", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second"}
+_FIELDS |= {"mfu": "mfu", "memory": "memory_bytes"}
+_RATE, _EXTRA = "learning_rate.", "extra."
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve. x: by X, each (n,); y, low, high: (n,), NaN where nothing is known. low and high are
+    None if each point is one step."""
+
+    x: dict[str, Array]
+    y: Array
+    low: Array | None = None
+    high: Array | None = None
+
+
+@dataclass
+class Curves:
+    """What is drawn of a run.
+
+    lines: by the name of what they show, such as "loss" or "learning_rate.muon"; scores: of each
+    held-out dataset, its losses and bits per byte; dropped: losses of steps that were made but not
+    kept; broken: steps whose loss was not finite; per_point: steps that a point stands for.
+    """
+
+    lines: dict[str, Line] = field(default_factory=dict)
+    scores: dict[str, dict[str, Line]] = field(default_factory=dict)
+    dropped: list[Line] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+    per_point: int = 1
+    steps: Array = field(default_factory=lambda: np.zeros(0))
+    places: dict[str, Array] = field(default_factory=dict)
+
+    def at(self, step: float) -> dict[str, float]:
+        """Return the place of a step on each x axis; between steps by a straight line."""
+        if not len(self.steps):
+            return {"step": step}
+        found = {name: float(np.interp(step, self.steps, x)) for name, x in self.places.items()}
+        return {**found, "step": float(step)}
+
+
+class _Columns:
+    """Numbers of train rows by column. A row without a number of a column has NaN there."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._all: dict[str, array[float]] = defaultdict(self._empty)
+        self.seconds = 0.0
+
+    def _empty(self) -> "array[float]":
+        return array("d", [np.nan]) * self.count
+
+    def add(self, row: Row) -> None:
+        self.seconds += sum(row.get("seconds", {}).values())
+        found = {"step": row["step"], "tokens": row.get("tokens"), "time": self.seconds}
+        found["flops"] = row.get("flops_causal")
+        found |= {name: row.get(of) for name, of in _FIELDS.items()}
+        found |= {_RATE + name: x for name, x in row.get("learning_rate", {}).items()}
+        found |= {name: x for name, x in row.items() if name.startswith(_EXTRA)}
+        for name, value in found.items():
+            self._all[name].append(np.nan if value is None else value)
+        self.count += 1
+        for column in self._all.values():
+            if len(column) < self.count:
+                column.append(np.nan)
+
+    def arrays(self) -> dict[str, Array]:
+        return {name: np.frombuffer(x, dtype=np.float64) for name, x in self._all.items()}
+
+
+def read_curves(run: Run, most: int = 3000) -> Curves:
+    """Return the curves of a run, of at most `most` points each. Raises UserError for a damaged
+    row."""
+    columns, scores = _Columns(), dict[tuple[str, int], Row]()
+    for row, _ in each_row(run.metrics):
+        if row.get("kind") == "train":
+            columns.add(row)
+        elif row.get("kind") == "validation":
+            scores[row.get("dataset", "validation"), row["step"]] = row
+    found = columns.arrays()
+    made = Curves()
+    if not columns.count:
+        return made
+    made.steps, made.places = found["step"], {name: found[name] for name in X}
+    made.per_point = -(-columns.count // most)
+    made.broken = [int(step) for step in found["step"][~np.isfinite(found["loss"])]]
+    for name, values in found.items():
+        if name not in X and np.isfinite(values).any():
+            made.lines[name] = _thinned(made.places, values, made.per_point)
+    made.scores = _scores(scores, made)
+    made.dropped = [*_dropped(run, made, most)]
+    return made
+
+
+def _thinned(places: dict[str, Array], values: Array, per: int) -> Line:
+    """Return a line of which each point stands for `per` values."""
+    if per == 1:
+        return Line(places, np.where(np.isfinite(values), values, np.nan))
+    starts = np.arange(0, len(values), per)
+    last = np.append(starts[1:], len(values)) - 1
+    known = np.isfinite(values)
+    count = np.add.reduceat(known.astype(float), starts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.add.reduceat(np.where(known, values, 0.0), starts) / count
+    low = np.fmin.reduceat(np.where(known, values, np.nan), starts)
+    high = np.fmax.reduceat(np.where(known, values, np.nan), starts)
+    return Line({name: x[last] for name, x in places.items()}, mean, low, high)
+
+
+def _scores(rows: dict[tuple[str, int], Row], curves: Curves) -> dict[str, dict[str, Line]]:
+    """Return a line for each number of each held-out dataset."""
+    found: dict[str, dict[str, Line]] = {}
+    for dataset in dict.fromkeys(name for name, _ in rows):
+        own = [row for (name, _), row in sorted(rows.items()) if name == dataset]
+        at = [curves.at(row["step"]) for row in own]
+        x = {name: np.array([place.get(name, np.nan) for place in at]) for name in X}
+        for key in ("loss", "bits_per_byte"):
+            y = np.array([row.get(key, np.nan) for row in own], dtype=float)
+            y[~np.isfinite(y)] = np.nan
+            if np.isfinite(y).any():
+                found.setdefault(dataset, {})[key] = Line(x, y)
+    return found
+
+
+def _dropped(run: Run, curves: Curves, most: int) -> Iterable[Line]:
+    """Yield the losses of the steps that an attempt made beyond where a later one began."""
+    begun = [a for a in run.attempts() if a.has_begun]
+    for attempt, _ in pairwise(begun):
+        kept = min(_began(later) for later in begun if later.number > attempt.number)
+        path = attempt.metrics.path
+        if not path.exists():
+            continue
+        columns = _Columns()
+        for row, _ in each_row(path, first_of(path, attempt.number)):
+            if row.get("kind") == "train" and row["step"] > kept:
+                columns.add(row)
+        if not columns.count:
+            continue
+        found = columns.arrays()
+        places = {name: found[name] for name in X}
+        places["time"] = places["time"] + curves.at(kept)["time"]
+        yield _thinned(places, found["loss"], -(-columns.count // most))
+
+
+def _began(attempt: Attempt) -> int:
+    parent = attempt.parent
+    return parent.step if parent else 0

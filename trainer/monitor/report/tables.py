@@ -1,0 +1,184 @@
+"""The tables of the page: what the runs have reached, where their time went, what happened.
+
+Invariant: every number of a table is there in full (<data value=>); moments are in UTC.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from forescale.console import span
+from forescale.monitor.goodput import BUCKETS
+from forescale.monitor.page import ranks_of
+from forescale.monitor.report.events import LOOKS, Event
+from forescale.monitor.report.sections import Cell, Section, number, percent
+from forescale.monitor.status import Status
+
+# The colours of the buckets of time, in their order; what is not in it is grey.
+_SHADES = {
+    "compute": "#0b5cad", "data": "#2a8fbd", "evaluation": "#00805c", "checkpoint": "#8a6d00",
+    "logging": "#7a4b2a", "startup": "#a0478a", "recovery": "#c2410c", "lost": "#b3261e",
+    "waiting": "#8b949e", "queue": "#c3c9d0",
+}  # fmt: skip
+_MOST_ROWS = 300  # of the events
+_COLUMNS = 4  # so many runs are columns of the summary; more are its rows
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One run of the page: its status, its events, and what it is called here."""
+
+    label: str
+    status: Status
+    events: Sequence[Event]
+
+
+def summary(runs: Sequence[Shown]) -> Section:
+    """Return what the runs have reached: a column each if they are few, else a row each."""
+    facts = [_reached(run.status) for run in runs]
+    if len(runs) == 1:
+        return Section("summary", "State", rows=[[k, v] for k, v in facts[0].items()])
+    names = [run.label for run in runs]
+    if len(runs) > _COLUMNS:
+        rows = [
+            ["run", *facts[0]],
+            *([n, *of.values()] for n, of in zip(names, facts, strict=True)),
+        ]
+    else:
+        rows = [["", *names], *([name, *(of[name] for of in facts)] for name in facts[0])]
+    return Section("summary", "State", rows=rows, head=True)
+
+
+def _reached(s: Status) -> dict[str, Cell]:
+    last, scored, goodput = s.last, s.validation, s.goodput
+    missing: Cell = "-"
+    held: Cell = missing
+    if scored:
+        error = scored.get("loss_stderr")
+        held = number(scored["loss"]) + (f" ± {error:.2g}" if error else "")
+    mfu, rate = last.get("mfu"), s.tokens_per_second
+    return {
+        "state": s.state,
+        "step": Markup("{} of {}").format(_whole(s.step), _whole(s.job.total_steps)),
+        "tokens": _whole(s.tokens),
+        "training loss": number(last["loss"]) if last else missing,
+        "held-out loss": held,
+        "bits per byte": number(scored["bits_per_byte"]) if scored else missing,
+        "tokens/s": _whole(round(rate)) if rate else missing,
+        "MFU": percent(mfu, 1) if mfu else missing,
+        "ETTR": number(goodput.ettr, 3) if goodput.wall else missing,
+        "wall clock": span(goodput.wall) if goodput.wall else missing,
+        "last seen (UTC)": moment(s.last_seen),
+    }
+
+
+def _whole(value: int) -> Markup:
+    return Markup('<data value="{}">{}</data>').format(value, f"{value:,}")
+
+
+def moment(seconds: float | None) -> str:
+    """Return a moment, in seconds since the epoch, in UTC; "-" for None."""
+    if seconds is None:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+
+
+def time_use(runs: Sequence[Shown]) -> Section:
+    """Return where the wall clock of each run went."""
+    known = [run for run in runs if run.status.goodput.wall]
+    made = Section("time", "Where the time went", head=True, columns="last")
+    if not known:
+        made.absent = "No run has spent any time yet."
+        return made
+    buckets = [run.status.goodput.buckets for run in known]
+    names = [name for name in dict.fromkeys([*BUCKETS, *(n for of in buckets for n in of)])
+             if any(name in of for of in buckets)]  # fmt: skip
+    made.key = [(name, _SHADES.get(name, "#59636e")) for name in names]
+    for run in known:
+        made.pictures.append((run.label, _bar(run, names), ""))
+    made.rows = [["seconds", *(run.label for run in known), "what it is"]]
+    for name in names:
+        cells = []
+        for run, of in zip(known, buckets, strict=True):
+            spent, wall = of.get(name, 0.0), run.status.goodput.wall
+            cells.append(Markup("{} ({})").format(number(spent, 4), percent(spent / wall, 1)))
+        made.rows.append([name, *cells, BUCKETS.get(name, "a phase of this run")])
+    for run in known:
+        goodput, lost = run.status.goodput, run.status.lost()
+        fails = f"{goodput.failures} failure{'' if goodput.failures == 1 else 's'}"
+        made.after.append(
+            f"{run.label}: ETTR {goodput.ettr:.3f} (compute of kept steps / wall clock), {fails}, "
+            f"{lost.steps:,} steps made but not kept."
+        )
+    return made
+
+
+def _bar(run: Shown, names: Sequence[str]) -> Markup:
+    goodput = run.status.goodput
+    parts = Markup("").join(
+        Markup('<i style="width: {:.3f}%; background: {}" title="{}"></i>').format(
+            100 * goodput.buckets[name] / goodput.wall, _SHADES.get(name, "#59636e"),
+            f"{name}: {span(goodput.buckets[name])}",
+        )
+        for name in names
+        if name in goodput.buckets
+    )  # fmt: skip
+    return Markup('<h3>{}</h3><div class="bar">{}</div>').format(
+        f"{run.label}: {span(goodput.wall)}", parts
+    )
+
+
+def happened(runs: Sequence[Shown]) -> Section:
+    """Return all events, the oldest first."""
+    made = Section("events", "What happened", head=True, columns="last")
+    found = [(run.label, e) for run in runs for e in run.events]
+    if not found:
+        made.absent = "Nothing but steps, evaluations and saves."
+        return made
+    found.sort(key=lambda pair: pair[1].time or 0.0)
+    several = len(runs) > 1
+    made.rows = [[*["run"] * several, "step", "when (UTC)", "what"]]
+    for label, e in found[:_MOST_ROWS]:
+        sign, colour, _ = LOOKS[e.sort]
+        what = Markup('<b style="color: {}">{}</b> {}').format(colour, sign, e.what)
+        step = _whole(e.step) if e.step is not None else "-"
+        made.rows.append([*[label] * several, step, moment(e.time), what])
+    if len(found) > _MOST_ROWS:
+        made.after = [f"And {len(found) - _MOST_ROWS:,} more, in the runs' events.jsonl."]
+    return made
+
+
+def checkpoints(runs: Sequence[Shown]) -> Section:
+    """Return the checkpoints that can be read."""
+    made = Section("checkpoints", "Checkpoints", head=True)
+    several = len(runs) > 1
+    head = ["step", "tokens", "MiB", "ranks", "attempt", "eligible", "pinned", "saved (UTC)"]
+    made.rows = [[*["run"] * several, *head]]
+    for run in runs:
+        s = run.status
+        for c in s.checkpoints:
+            words = ["yes" if yes else "no" for yes in (s.is_eligible(c), s.is_pinned(c))]
+            cells = [_whole(c.position.step), _whole(c.position.tokens), number(c.size / 2**20, 4),
+                     ranks_of(c.state), str(c.attempt), *words,
+                     moment(c.path.stat().st_mtime)]  # fmt: skip
+            made.rows.append([*[run.label] * several, *cells])
+        unreadable = len(s.run.checkpoint_steps()) - len(s.checkpoints)
+        if unreadable:
+            made.after.append(
+                f"{run.label}: {unreadable} more can't be read: forescale check {s.run.path}"
+            )
+    if len(made.rows) == 1:
+        made.rows, made.absent = [], "No checkpoint was saved yet, or none is left."
+    return made
+
+
+def key_of_events(runs: Sequence[Shown]) -> list[tuple[Cell, str]]:
+    """Return the signs that the charts use, with their colours."""
+    sorts = {e.sort for run in runs for e in run.events if e.step is not None}
+    return [
+        (Markup("{} {}").format(escape(sign), what), colour)
+        for sort, (sign, colour, what) in LOOKS.items()
+        if sort in sorts
+    ]

@@ -1,0 +1,74 @@
+"""`forescale report`: the curves of runs, and all about them, as one HTML file; or a picture."""
+
+# ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import Job, Problems, RootConfig
+from forescale.config.schema import key, section
+from forescale.errors import DONE
+from forescale.monitor.report.page import distinct, page, picture
+from forescale.run.directory import Run
+from forescale.storage import write_file
+
+_KINDS = (".html", ".svg", ".png")
+
+
+@dataclass
+class ReportJob(Job):
+    VERB: ClassVar[str] = "report"
+    TARGET: ClassVar[str] = "input"
+
+    input: list[str] = key([], "runs (names or directories), drawn together")
+    output: str | None = key(
+        None, "the file to write: .html is the page, .svg or .png the loss alone; null: "
+        "report-RUN.html here"
+    )  # fmt: skip
+    x: Literal["step", "tokens", "flops", "time"] = key(
+        "tokens", "what the curves are drawn over; the page can change it"
+    )
+    run: RootConfig = section(RootConfig, "where runs are looked for")
+
+    def problems(self) -> Problems:
+        """Return the problems of the input and of the output."""
+        found: Problems = []
+        if not self.input:
+            found.append(("input", "is missing", "name a run or more: forescale report first"))
+        if self.output is not None and Path(self.output).suffix.lower() not in _KINDS:
+            todo = "end it with .html (the page), .svg or .png (the loss)"
+            found.append(("output", f"{self.output} has no ending that names a format", todo))
+        return found
+
+
+JOB = ReportJob
+EXAMPLES = (
+    "report first",
+    "report first second x=flops",
+    "report first output=loss.svg",
+)
+
+
+def main(words: list[str]) -> int:
+    """Write the file, and print where it is."""
+    job = compose(ReportJob, overrides_of(ReportJob, words))
+    root = Path(job.run.root).expanduser()
+    runs = distinct([Run.existing(Path(name).expanduser(), root) for name in job.input])
+    path = Path(job.output).expanduser() if job.output else Path(_named(runs))
+    form = path.suffix.lower()
+    if form == ".html":
+        data = page(runs, job.x, ["forescale", "report", *words]).encode()
+    else:
+        data = picture(runs, job.x, form)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, data)
+    what = "open it in a browser; it needs no network" if form == ".html" else "the loss"
+    print(f"{path}: {', '.join(run.name for run in runs)}; {what}.")
+    return DONE
+
+
+def _named(runs: list[Run]) -> str:
+    more = f"-and-{len(runs) - 1}-more" if len(runs) > 1 else ""
+    return f"report-{runs[0].path.resolve().name}{more}.html"
