@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from xml.etree import ElementTree
 
 import pytest
 
@@ -15,11 +14,9 @@ from forescale.engine.compilation import compiler_missing
 from forescale.models.costs import MIXERS
 from forescale.models.flops import count
 from tests.benchmarks import bench_loss, bench_mixers, draw_mixers, run
-from tests.benchmarks.draw_run import BLUE, RED, draw
 from tests.benchmarks.mixers import crossings, model_of
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated, peak_memory
-from tests.trainer.small_run import make_dataset, make_run
 
 
 def test_sides_take_turns_and_warm_up_first():
@@ -65,18 +62,6 @@ def test_a_process_of_its_own_answers_or_tells_why_not():
     assert isolated(peak_memory) > 1_000_000
     with pytest.raises(RuntimeError, match="could not convert string to float: 'x'"):
         isolated(float, "x")
-
-
-def test_a_picture_of_a_run_is_drawn(tmp_path):
-    made = make_run(make_dataset(tmp_path / "data"), tmp_path / "runs")
-    draw(made.path, tmp_path / "run.svg")
-    drawn = (tmp_path / "run.svg").read_text()
-    assert ElementTree.fromstring(drawn).tag.endswith("svg")
-    assert "<image" in drawn  # the steps
-    assert f"stroke: {BLUE}" in drawn  # their running median
-    assert f"stroke: {RED}" in drawn  # evaluations
-    draw(made.path, tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_text() == drawn
 
 
 @pytest.mark.parametrize("name", [*MIXERS, "mingru+attention", "window+attention"])

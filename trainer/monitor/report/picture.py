@@ -130,7 +130,7 @@ def _curves(made: Picture, run: Drawn, number: int, x: str, px, py) -> None:
     for dropped in run.curves.dropped:
         made.inside.append(Stroke(_points(dropped, x, px, py), colour, 1, "1.5 2.5"))
     if (line := run.curves.lines.get("loss")) is not None:
-        every = max(1, len(line.y) // _DOTS)
+        every = -(-len(line.y) // _DOTS)
         made.inside.append(Dots(_points(line, x, px, py)[::every], colour, 0.9, 0.35))
         middle = Line(line.x, running_median(line.y, _MEDIAN))
         made.inside.append(Stroke(_points(middle, x, px, py), colour, 1.7, dash))
@@ -151,7 +151,7 @@ def _key(made: Picture, runs: Sequence[Drawn]) -> None:
     entries = [(visible(run.label) if many else "training", i) for i, run in enumerate(runs)]
     for label, i in entries:
         text = label if len(label) <= 24 else label[:23] + "…"
-        if at + 24 + len(text) * _LETTER > WIDTH - 170:
+        if at + 24 + len(text) * _LETTER > WIDTH - 280:
             made.shapes.append(Text(at, y, f"and {len(runs) - i} more", SOFT))
             at += 90
             break
@@ -163,6 +163,15 @@ def _key(made: Picture, runs: Sequence[Drawn]) -> None:
         colour = INK if many else look(0)[0]
         made.shapes.append(Dots(np.array([[at + 4, y - 4.0]]), colour, 3.2))
         made.shapes.append(Text(at + 13, y, "held-out text"))
+        at += 13 + 13 * _LETTER + 16
+    sorts = {e.sort for run in runs for e in run.events if e.step is not None}
+    for sort in [sort for sort in LOOKS if sort in sorts and sort != "note"]:
+        _, colour, word = LOOKS[sort]
+        if at + 8 + len(word) * _LETTER > WIDTH:
+            break
+        made.shapes.append(Stroke(np.array([[at, y - 11.0], [at, y + 3.0]]), colour, 1, "3 3"))
+        made.shapes.append(Text(at + 7, y, word))
+        at += 7 + len(word) * _LETTER + 16
 
 
 def running_median(values: Array, window: int) -> Array:
