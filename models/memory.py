@@ -85,7 +85,7 @@ def activations(
     layers = [
         count * sum(norms * s.width + p.activation_bytes(inner, b, rms) for p in parts.values())
         + count * (len(parts) * s.width if config.dropout else 0)
-        + source * sum(p.source_bytes(config, b, rms) for p in parts.values())
+        + source * sum(p.source_bytes(inner, b, rms) for p in parts.values())
         + count * b * _exchanged(inner, parts["mixer"], ranks)
         + inside
         for count, parts, (inside, _) in zip(
@@ -97,7 +97,7 @@ def activations(
     if config.activation_checkpointing == "selective":
         for count, i in zip(columns, blocks, strict=True):
             kept += count * sum(p.selected(inner, b) for p in every[i].values())
-            kept += source * sum(p.selected_source(config, b) for p in every[i].values())
+            kept += source * sum(p.selected_source(inner, b) for p in every[i].values())
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.value_residual:
         kept += b * inner.sizes.kv_width * columns[0]

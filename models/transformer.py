@@ -28,6 +28,7 @@ from forescale.models.mixers.context import Columns, Context, Viewer
 from forescale.models.mixers.masks import mask_of, source_mask
 from forescale.models.norm import make_norm
 from forescale.models.parallel.sequence import SequenceGroup
+from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import Factors, factors, scales
 from forescale.models.positions.alibi import biased_mask
 from forescale.models.positions.position import (
@@ -79,7 +80,7 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(made(MtpModule(config)) for _ in range(config.mtp_layers))
         self.tallies = tallies_of(config)
         self.group: SequenceGroup | None = None
-        self.heads = slice(0, self.sizes.num_heads)  # those whose matrices are here
+        self.dividing: TensorGroup | None = None  # the ranks that divide the matrices
 
     def forward(
         self,
@@ -268,6 +269,8 @@ class Transformer(nn.Module):
         to their scores, (B, 1, 1, S); None: nothing."""
         context = Context(turn, self._mask(seen, False), None, seen.real)
         x_BSD, _, _ = self._through(x_BSD, context, seen, encodes=True)
+        if self.dividing is not None:  # once for all layers, whose heads each rank has a part of
+            x_BSD = self.dividing.copied(x_BSD)
         return x_BSD, None if seen.real is None else source_mask(seen.real, x_BSD.dtype)
 
     def _placed(self, x_BLD: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
@@ -300,7 +303,9 @@ class Transformer(nn.Module):
         fits = self.config.position not in ("alibi", "relative") and self.sizes.head_dim >= 16
         if fits and (blocks := blocks_seen(seen, causal)) is not None:
             return blocks
-        own = self.heads if self.group is None else self.group.heads(self.heads)
+        own = slice(0, self.sizes.num_heads)
+        for group in (self.dividing, self.group):
+            own = own if group is None else group.heads(own)
         if self.config.position == "alibi":
             every = self.sizes.num_heads
             return mask_of(seen, causal, partial(biased_mask, num_heads=every, heads=own))

@@ -70,6 +70,8 @@ CROSS = Part(
     writes=ATTENTION.writes,
     per_head=ATTENTION.per_head,
     folds=ATTENTION.folds,
+    divided=ATTENTION.divided,
+    heads=ATTENTION.heads,
     keys=ATTENTION.keys,
     reads=ATTENTION.reads,
 )

@@ -7,7 +7,7 @@ reads this file on a login node.
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs import MIXERS, MLPS
+from forescale.models.costs import CROSS, MIXERS, MLPS
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -49,8 +49,6 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
 def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal]:
     """Return why `ranks` can't divide the matrices of this model; each (what, todo)."""
     whole, sized = "write engine.tensor_parallel=1", config.sized()
-    if config.has_encoder:
-        return [("an encoder-decoder is not divided", f"{whole}, or model.encoder_layers=0")]
     known = config.resolved(config.vocab_size or 1, columns)
     found: list[Refusal] = []
     grouped = sized.num_kv_heads != sized.num_heads
@@ -58,9 +56,10 @@ def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal
         if (size := getattr(sized, name) or 1) % ranks:
             what = f"{ranks} ranks don't divide model.{name}={size}"
             found.append((what, f"choose a divisor of model.{name}"))
-    for name in config.mixers_used:
-        if not MIXERS[name].divided(known):
-            over = " with qk_norm_over=layer" if MIXERS[name].heads else ""
+    mixers = {name: MIXERS[name] for name in config.mixers_used}
+    for name, part in (mixers | {"attention": CROSS} if config.has_encoder else mixers).items():
+        if not part.divided(known):
+            over = " with qk_norm_over=layer" if part.heads else ""
             what = f"the matrices of mixer {name}{over} are not divided"
             found.append((what, f"{whole}, or choose another mixer"))
     if not MLPS[config.mlp].divided(known):

@@ -9,7 +9,7 @@ def parts(cases):
     """For each [words of the model, compiled]: the largest difference of this rank's losses and
     gradients from those of the whole model, relative to their norm, over all ranks."""
     import torch
-    import torch._dynamo.config as dynamo
+    import torch._dynamo as dynamo
     import torch.distributed as dist
 
     from forescale.engine.parallel.tensor import divide
@@ -18,7 +18,7 @@ def parts(cases):
     from forescale.models.parallel.tensor import TensorGroup
     from forescale.models.parallel.whole import whole_of
 
-    dynamo.disable = False
+    dynamo.config.disable = False
     dist.init_process_group("gloo")
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name)
     found = []
@@ -30,6 +30,7 @@ def parts(cases):
             models.append(Transformer(config).train())
         whole, part = models[0], divide(models[1], group)
         if compiled:
+            dynamo.reset()  # it counts how often it has compiled a block
             for module in part.compiled_parts():
                 module.forward = torch.compile(module.forward, backend="aot_eager", fullgraph=True)
         generator = torch.Generator().manual_seed(1)

@@ -64,9 +64,9 @@ DIVIDED_STATES = [
     [2, "adamw", "bf16", *DIVIDED, "model.mtp_layers=1"],
 ]
 MATRICES = ["engine.tensor_parallel=2", "model.num_heads=2", "model.mlp_width=22"]
-MATRICES += ["model.vocab_size=72", "model.bias=true"]
-DIVIDED_STATES += [[stage, "adamw", "bf16", *MATRICES] for stage in (0, 1, 2)]
-DIVIDED_STATES += [[3, "adamw", "fp32", zero(SMALL), *MATRICES]]
+MATRICES += ["model.vocab_size=72", "model.bias=true", "model.position=relative"]
+DIVIDED_STATES += [[0, "muon", "bf16", *MATRICES], [1, "muon", "bf16", *MATRICES]]
+DIVIDED_STATES += [[2, "adamw", "bf16", *MATRICES], [3, "muon", "fp32", zero(SMALL), *MATRICES]]
 
 
 def chosen(cases, size, parts):
@@ -143,8 +143,9 @@ DIVIDED_TRAFFIC = [
     [0, "adamw", "bf16", *DIVIDED],
     [1, "muon", "bf16", *DIVIDED, CHECKPOINTING, "engine.sequence_parallel=2", "model.num_heads=2"],
     [2, "adamw", "bf16", *DIVIDED, CAPACITY, "model.mtp_layers=1"],
-    [1, "adamw", "bf16", *MATRICES],
-    [3, "adamw", "bf16", zero(SMALL), *MATRICES],
+    [0, "muon", "bf16", *MATRICES],
+    [1, "muon", "bf16", *MATRICES],
+    [3, "muon", "bf16", zero(SMALL), *MATRICES],
 ]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from forescale.engine.optim import build_optimizer, parameter_groups
+from forescale.engine.optimizers.muon import use_precision
 from forescale.models import Transformer
 from forescale.models.memory import activations
 from forescale.plan.bytes.parameters import inventory
@@ -48,7 +49,8 @@ def plainly(case, documents):
     job = scenario.job_of(case, 1, 1)
     torch.manual_seed(0)
     model = Transformer(job.model)
-    groups = parameter_groups(model.named_parameters(), job.optimizer)
+    use_precision("fp32")
+    groups = parameter_groups(model.named_parameters(), job.optimizer, model.muon_parameters())
     optimizer = build_optimizer(job.optimizer, [group.as_dict() for group in groups])
     for group in optimizer.param_groups:
         group["lr"] = group["peak_learning_rate"]

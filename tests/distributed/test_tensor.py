@@ -19,6 +19,7 @@ MODELS = [
     {"activation_checkpointing": "full", "value_residual": 0.5, "tie_embeddings": True},
     {"mtp_layers": 2, "mtp_weight": 0.3, "position": "alibi"},
     {"vocab_size": 97, "logit_softcap": 5.0, "norm_placement": "sandwich"},
+    {"encoder_layers": 1, "source_length": 12, "position": "relative", "norm_placement": "post"},
 ]
 
 
@@ -46,12 +47,17 @@ OWN = ["model.num_kv_heads=2", "model.mlp_width=42", CLIP]
 STAGES = [[stage, *OWN, "model.qk_norm=true", "model.position=relative"] for stage in range(4)]
 
 
-@pytest.mark.parametrize(("size", "tensor", "near"), [(2, 2, 1), (4, 2, 1), (4, 2, 2)])
-def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near):
-    cases = [[*case, f"engine.tensor_parallel={tensor}"] for case in STAGES]
+@pytest.mark.parametrize(
+    ("size", "tensor", "near", "with_muon"),
+    [(2, 2, 1, [0]), (4, 2, 1, [1, 3]), (4, 2, 2, [2])],
+)
+def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near, with_muon):
+    parts = T5 if near == 1 else []
+    muon = [[*STAGES[stage], *parts, "optimizer=muon"] for stage in with_muon]
+    cases = [[*case, f"engine.tensor_parallel={tensor}"] for case in STAGES + muon]
     found = ranks.run("sequence_scenarios:trained", size, cases=cases, near=near, steps=STEPS)
-    expected, held_out = plainly(STAGES[0], False)
-    for case, (rows, scores) in zip(cases, found, strict=True):
+    whole = [plainly(STAGES[0], False)] * len(STAGES) + [plainly(muon[0], False)] * len(muon)
+    for case, (rows, scores), (expected, held_out) in zip(cases, found, whole, strict=True):
         for row, plain in zip(rows, expected, strict=True):
             assert row == pytest.approx(plain, rel=1e-5), case
         torch.testing.assert_close(torch.tensor(scores), torch.tensor(held_out), msg=f"{case}")
@@ -59,11 +65,13 @@ def test_every_stage_trains_divided_matrices_as_one_rank(size, tensor, near):
 
 def test_the_self_check_finds_no_fault_in_healthy_ranks():
     cases = [[*STAGES[stage], "engine.tensor_parallel=2"] for stage in (0, 2, 3)]
+    cases[1] += ["optimizer=muon"]
     found = ranks.run("sequence_scenarios:checked", 4, cases=cases, near=2)
     assert found == [[None, None]] * 3
 
 
 WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
+T5 = ["model.encoder_layers=1", "model.source_length=6", "objective.kind=seq2seq"]
 ALIBI = "model.position=alibi"
 COSTS = [
     [0, "model.num_kv_heads=2", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"],
@@ -71,7 +79,8 @@ COSTS = [
     [0, "model.mixer=latent", "model.qk_norm=false", "model.vocab_size=71"],
     [1, "model.activation_checkpointing=full", "model.tie_embeddings=true"],
     [0, "model.value_residual=0.5", "model.loss_chunk=8", "model.mlp_chunk=4", ALIBI],
-    [1, "model.position=relative", "model.qk_norm=true"],
+    [1, *T5, "model.position=relative", "model.qk_norm=true"],
+    [1, *T5, "model.activation_checkpointing=full"],
 ]
 
 

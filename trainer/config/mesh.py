@@ -128,9 +128,6 @@ def _of_engine(job: "TrainJob") -> list[tuple[str, str]]:
     if job.optimizer.target is not None:
         what = "an optimizer of your own may need whole matrices, of which a rank has a part"
         found.append((what, f"{whole}, or optimizer=adamw"))
-    if job.optimizer.spec.matrices:
-        what = f"{job.optimizer.kind} updates whole matrices, of which a rank has a part"
-        found.append((what, f"{whole}, or optimizer=adamw"))
     if job.engine.offload_optimizer or job.engine.offload_parameters:
         found.append(("offload is for whole matrices", f"{whole}, or leave offload out"))
     if job.engine.hierarchical_partition > 1:

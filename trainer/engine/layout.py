@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from forescale.engine.parallel.matrices import Part
+from forescale.engine.ranks import Ranks
 from forescale.models.parallel.whole import whole_of
 
 
@@ -46,6 +48,7 @@ class Layout:
         self.factor = 1.0
         # Whether this rank counts a parameter that it holds: False for the copy of another rank's.
         self.counts: Callable[[nn.Parameter], bool] = lambda param: True
+        self.dividing: Ranks | None = None
 
     def is_muon(self, group: int) -> bool:
         """True if Muon updates the parameter group."""
@@ -94,6 +97,16 @@ class Layout:
             if param.requires_grad:
                 param.grad_dtype = torch.float32
 
+    def divided_among(self, ranks: Ranks) -> None:
+        """Take the matrices that `ranks` divide as parts: Muon needs whole ones."""
+        self.dividing = ranks
+
+    def mark(self, param: nn.Parameter, gradient: Tensor | None) -> None:
+        """Note on a gradient that Muon is about to take of which matrix it is a part, if it is."""
+        whole = whole_of(param)
+        if self.dividing is not None and gradient is not None and whole.parts > 1:
+            gradient.part = Part(whole, self.dividing)  # type: ignore[attr-defined]
+
     def prepare_step(self, factor: float) -> None:
         """Multiply the gradients by `factor` (clipping), at once or inside DeepSpeed's step."""
         self.factor = factor
@@ -127,6 +140,15 @@ class Replicated(Layout):
     rank that has the same part."""
 
     replicated = True
+
+    def divided_among(self, ranks):
+        super().divided_among(ranks)
+        self.base.register_step_pre_hook(lambda *_: self._mark_all())
+
+    def _mark_all(self) -> None:
+        for unit in self.units():
+            if self.is_muon(unit.group):
+                self.mark(unit.pieces[0].param, unit.master.grad)
 
     def gradients(self):
         """Yield those of the forward weights."""

@@ -191,6 +191,8 @@ class Zero12(Layout):
             if factor != 1.0 and self.is_muon(i):
                 for grad in grads:
                     grad.mul_(factor)
+            for param, grad in zip(arguments[0], grads, strict=True):
+                self.mark(param, grad)
             o.all_grad_tensors[i] = grads
             o.averaged_gradients[i] = self._flatten(*arguments, **kw)
             o.all_grad_tensors[i] = None
@@ -241,6 +243,18 @@ class Zero3(Layout):
         self.offload = bool(self.optimizer.offload_optimizer)
         if not self.offload:
             self.scale_in_step(self._scaled)
+
+    def divided_among(self, ranks):
+        super().divided_among(ranks)
+        gather = self.optimizer._partitioned_buffers_all_gather
+
+        def gathered(params, *args, **kwargs):
+            found = gather(params, *args, **kwargs)
+            for param, buffer in zip(params, found, strict=True):  # gradients, or momenta
+                self.mark(param, buffer)
+            return found
+
+        self.optimizer._partitioned_buffers_all_gather = gathered
 
     def _group(self, sub_group: int) -> int:
         return self.optimizer.sub_group_to_group_id[sub_group]

@@ -76,6 +76,8 @@ class Engine:
             self._deepspeed = _under_deepspeed(world, model, optimizer)
         self.module: nn.Module = self._deepspeed.module
         self.layout: Layout = layout_of(self._deepspeed, fp32_gradients)
+        if world.tensor.size > 1:
+            self.layout.divided_among(world.tensor)
         if not world.tensor.is_main:  # what is not divided, the first rank of the group has too
             self.layout.counts = lambda param: whole_of(param).parts > 1
         self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}

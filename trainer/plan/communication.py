@@ -6,6 +6,8 @@ ranks; tests/distributed/test_real_costs.py compares these formulas with them, b
   2 use an all-reduce where a reduce-scatter would be enough (use_multi_rank_bucket_allreduce), and
   all-gather the weights after the update.
 - Ranks that divide a window (engine.sequence_parallel) exchange columns for heads around attention.
+- Ranks that divide matrices (engine.tensor_parallel) sum what their parts make, and gather those
+  that Muon updates.
 - Stage 3 all-gathers the weights in the forward and backward pass of each micro-batch and
   reduce-scatters the gradients. With Muon it all-reduces those that fit a bucket, and also
   all-gathers gradients, momenta and updates. stage3_max_reuse_distance decides which weights are
@@ -21,15 +23,15 @@ time of a collective is in links.py.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
-from forescale.models.flops import layers_of
-from forescale.plan.bytes.memory import partition, recomputes
+from forescale.models.flops import columns_of, layers_of
+from forescale.plan.bytes.memory import overlapping, partition, recomputes
 from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import ZeroSettings
 from forescale.plan.links import Collective, Kind
@@ -45,6 +47,7 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
     # Between two ranks that have the same parameters are those that divide the matrices with one.
     zero = [replace(c, stride=c.stride * mesh.tensor) for c in zero]
     found = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
+    found += _whole_matrices(s, own, mesh.tensor)
     return [c for c in found if c.payload and c.ranks > 1]
 
 
@@ -64,30 +67,73 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
 
 def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     """Return the sums of ranks that divide the matrices (models/parallel/tensor.py): of a part's
-    output, and of its input's gradient; of the gradients of what the part has whole; and of the
-    tables of tokens, if their rows are divided."""
+    output, and of its input's gradient; of the gradients of what the part has whole; of an
+    encoder's output; and of the tables of tokens, if their rows are divided."""
     c, tensor = job.model, job.engine.tensor_parallel
     if tensor == 1 or not isinstance(c, ModelConfig):
         return []
-    every = layers_of(c)
-    every += every[-1:] * c.mtp_layers
-    parts = sum(map(len, every))
-    # The output of a recomputed block's last part is not needed again, if no norm follows it.
-    again = (parts - len(every) * (not c.norms_after)) * (c.activation_checkpointing == "full")
-    whole = [numel for layer in every for part in layer.values() for numel in _summed(part, c)]
-    columns = job.train.micro_batch * job.train.sequence_length // job.engine.sequence_parallel
-    streams, heads = 2 * parts + again, 0
+    rows, length = job.train.micro_batch, job.train.sequence_length
+    own = length // job.engine.sequence_parallel
+    sums = [one for block in _blocks(c) for one in _of_block(c, *block, rows, own)]
+    if c.has_encoder:
+        sums.append(c.sizes.width * rows * columns_of(c, 0, own))
+    heads, read = 0, rows * columns_of(c, c.encoder_layers, own)
     if c.sizes.vocab_size % tensor == 0:
         heads = 1 + c.mtp_layers
-        streams += 1 + heads  # the vectors of tokens, and the gradient of what the heads read
-    payload = s.size * (streams * columns * c.sizes.width + sum(whole))
-    payload += heads * 8 * tensor * columns  # two fp32 numbers of each rank for each target
-    n, calls = s.accumulation, streams + len(whole) + heads
-    if c.mlp_chunk:
-        chunks = -(-job.train.sequence_length // job.engine.sequence_parallel // c.mlp_chunk)
-        calls += len(every) * (chunks - 1)
-    what = "parts of the residual stream"
+        # The vectors of tokens, and the gradient of what the heads read.
+        sums += [c.sizes.width * rows * own] + [c.sizes.width * read] * heads
+    # Two fp32 numbers of each rank for each target.
+    payload = s.size * sum(sums) + 8 * tensor * read * heads
+    n, calls, what = s.accumulation, len(sums) + heads, "parts of the residual stream"
     return [Collective(what, "all_reduce", n * payload, tensor, n * calls)]
+
+
+def _blocks(config: ModelConfig) -> list[tuple[int, dict[str, Part]]]:
+    """Return the number and the parts of each block; those of modules for later tokens are as the
+    last one."""
+    blocks = [*enumerate(layers_of(config))]
+    return blocks + blocks[-1:] * config.mtp_layers
+
+
+def _of_block(
+    config: ModelConfig, block: int, parts: dict[str, Part], rows: int, columns: int
+) -> list[int]:
+    """Return the values of each sum of a block in a micro-batch."""
+    c = config.of_block(block)
+    columns = columns_of(config, block, columns)
+    chunk = min(config.mlp_chunk or columns, columns)
+    chunks = [chunk] * (columns // chunk) + [columns % chunk] * (columns % chunk > 0)
+    outputs = [[columns]] * (len(parts) - 1) + [chunks]  # the MLP is the last part
+    sums = outputs + [[columns]] * len(parts)  # and the gradients of their inputs
+    if config.activation_checkpointing == "full":
+        # The last part's output is needed again only for a norm that follows it.
+        ends_normed = block == config.encoder_layers - 1 and config.norms_stream
+        sums += outputs if c.norms_after or ends_normed else outputs[:-1]
+    whole = [numel for part in parts.values() for numel in _summed(part, c)]
+    return [rows * own * config.sizes.width for each in sums for own in each] + whole
+
+
+def _whole_matrices(s: ZeroSettings, trained: Inventory, tensor: int) -> list[Collective]:
+    """Return Muon's gathers of the matrices that ranks divide (engine/parallel/matrices.py), on the
+    rank that makes the most of them: a matrix is gathered where it is orthogonalised.
+
+    trained: what a rank has of them. At stages 1 and 2 a rank orthogonalises those of which its
+    partition has a part; at stage 3 one of each round.
+    """
+    group = next((g for g in trained.groups if g.update.is_by_matrix), None)
+    if tensor == 1 or group is None:
+        return []
+    size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
+    taken: list[list[Parameter]] = [list(group.params)]
+    if s.stage in (1, 2):
+        taken = overlapping(group, s.world)
+    elif s.stage == 3:
+        every = [one for rounds in _muon_rounds(s, group.params) for one in rounds]
+        taken = [[one[rank] for one in every if rank < len(one)] for rank in range(s.world)]
+    cut = [[tensor * p.numel for p in own if p.name in trained.cut] for own in taken]
+    most = max(cut, key=sum)
+    payload = size * sum(most)
+    return [Collective("Muon's whole matrices", "all_gather", payload, tensor, len(most))]
 
 
 def _summed(part: Part, config: ModelConfig) -> list[int]:
@@ -220,19 +266,23 @@ def _padded(s: ZeroSettings, params: Iterable[Parameter]) -> int:
 def _muon_gathers(s: ZeroSettings, params: Sequence) -> tuple[int, int]:
     """Return the number of Muon's all-gathers, and the elements that those of its updates move.
 
-    The matrices are split into buckets, whose gradients and momenta are gathered. Then each
-    all-gather of updates, and of the new momenta, takes one matrix per rank, and pads each to the
-    largest of them.
+    Those of a round, and then of its new momenta, are padded to the largest of them.
     """
-    calls, total, start = 0, 0, 0
+    calls, total = 0, 0
+    for rounds in _muon_rounds(s, params):
+        calls += 2 + 2 * len(rounds)
+        total += s.world * sum(max(p.numel for p in one) for one in rounds)
+    return calls, total
+
+
+def _muon_rounds(s: ZeroSettings, params: Sequence) -> Iterator[list[Sequence]]:
+    """Yield the rounds of each bucket of matrices, whose gradients and momenta stage 3 gathers: in
+    a round each rank orthogonalises at most one."""
+    start = 0
     while start < len(params):
         end, numel = start, 0
         while end < len(params) and (end == start or numel + params[end].numel <= s.bucket):
             numel += params[end].numel
             end += 1
-        calls += 2
-        for first in range(start, end, s.world):
-            calls += 2
-            total += s.world * max(p.numel for p in params[first : min(first + s.world, end)])
+        yield [params[first : min(first + s.world, end)] for first in range(start, end, s.world)]
         start = end
-    return calls, total

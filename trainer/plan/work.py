@@ -89,7 +89,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     # What is computed again, with attention's square as MFU counts it, less that square.
     squares = again * _scores(config, length, causal=False)
     repeated = max(0.0, flops_recomputed(config, length, mesh.sequence) - squares)
-    part = _part(config, mesh.tensor, forward - scores) / mesh.sequence
+    part = _part(config, mesh.tensor, length, forward - scores) / mesh.sequence
     whole = activations(
         replace(config, activation_checkpointing="none"),
         micro,
@@ -114,16 +114,17 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     )
 
 
-def _part(config: ModelConfig, tensor: int, products: float) -> float:
+def _part(config: ModelConfig, tensor: int, length: int, products: float) -> float:
     """Return the part of a token's forward `products` that one of the ranks makes that divide
     matrices: it multiplies by those whole that are not cut, as by a head whose rows they don't
     divide."""
     if tensor == 1:
         return 1.0
     cut, sizes, s = divided(config, tensor), shapes(config), config.sizes
-    whole = 2 * sum(prod(sizes[name]) for name in matrices(config) - cut.keys())
+    whole: float = 2 * sum(prod(sizes[name]) for name in matrices(config) - cut.keys())
     if "embedding.weight" not in cut:
-        whole += 2 * s.width * s.vocab_size * (1 + config.mtp_layers)
+        share = columns_of(config, config.encoder_layers, length) / length
+        whole += 2 * s.width * s.vocab_size * share * (1 + config.mtp_layers)
     return (whole + (products - whole) / tensor) / products
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.engine.parallel.matrices import of_whole_matrices
 
 
 def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
@@ -37,8 +38,10 @@ def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
     return muon(groups, adam_optimizer=auxiliary)
 
 
+@cache
 def import_muon() -> Any:
-    """Return DeepSpeed's Muon class without compilation.
+    """Return DeepSpeed's Muon class without compilation, and let its update orthogonalise whole
+    matrices where ranks divide them.
 
     On import it wraps its iterations in torch.compile, once per shape. On a CPU this takes half a
     minute at the first step, and the compiled iterations are not faster than eager ones. To wrap
@@ -52,6 +55,11 @@ def import_muon() -> Any:
         from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
     finally:
         compiler.compile = decorator
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    # Two names: stage 0 calls it by the first, the others import it by the second at each update.
+    update = of_whole_matrices(original_muon.muon_update)
+    muon_optimizer.muon_update = original_muon.muon_update = update
     return MuonWithAuxAdam
 
 

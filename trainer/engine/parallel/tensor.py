@@ -83,7 +83,7 @@ def divide(model: nn.Module, group: TensorGroup) -> nn.Module:
     stays whole.
     """
     if isinstance(model, Transformer):
-        model.heads = group.heads(slice(0, model.sizes.num_heads))
+        model.dividing = group
     for module in model.modules():
         if isinstance(module, Block) and module.divided:
             for name, dimensions in module.divided.items():

@@ -27,7 +27,7 @@ from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
 from forescale.models.config import ModelConfig
 from forescale.models.memory import Activations, activations
-from forescale.plan.bytes.parameters import Inventory
+from forescale.plan.bytes.parameters import Inventory, Parameter
 from forescale.plan.bytes.zero import BYTES, ZeroSettings, block_of
 
 _ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor
@@ -147,19 +147,21 @@ def partition(group: Group, world: int) -> int:
     return -(-sum(p.numel for p in group.params) // step) * _ALIGNMENT
 
 
-def touched(group: Group, world: int) -> list[int]:
-    """Return for each rank the total elements of the parameters that overlap its partition."""
-    part, start, ranks = partition(group, world), 0, holders(group, world)
-    changes = [0] * (ranks + 1)
+def overlapping(group: Group, world: int) -> list[list[Parameter]]:
+    """Return for each rank the parameters that overlap its partition of a group at stages 1 and
+    2."""
+    part, start = partition(group, world), 0
+    found: list[list[Parameter]] = [[] for _ in range(holders(group, world))]
     for p in group.params:
-        changes[start // part] += p.numel
+        for rank in range(start // part, (start + p.numel - 1) // part + 1):
+            found[rank].append(p)
         start += p.numel
-        changes[(start - 1) // part + 1] -= p.numel
-    sums, total = [], 0
-    for change in changes[:ranks]:
-        total += change
-        sums.append(total)
-    return [sums[rank // group.parts] for rank in range(world)]
+    return [found[rank // group.parts] for rank in range(world)]
+
+
+def touched(group: Group, world: int) -> list[int]:
+    """Return for each rank the total elements of those parameters."""
+    return [sum(p.numel for p in own) for own in overlapping(group, world)]
 
 
 def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States:

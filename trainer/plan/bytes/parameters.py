@@ -70,6 +70,12 @@ class Inventory:
             replace(group, params=[*map(own, group.params)])
             for group in divided_groups(self.groups, self.experts, mesh.experts)
         ]
+        places = {p.name: i for i, p in enumerate(self.parameters)}
+        for group in groups:
+            if group.update.is_by_matrix:  # in the order of the parts' shapes
+                group.params.sort(key=lambda p: places[p.name])
+                group.params.sort(key=lambda p: p.shape, reverse=True)
+                group.names = [p.name for p in group.params]
         return Inventory([*map(own, self.parameters)], groups, self.experts, self.cut)
 
 
