@@ -7,7 +7,8 @@ all else (norms, activation functions, rotations, sums) again in the backward pa
 memory for little time. Products of batches, such as those inside Gated DeltaNet, are made again:
 their results are larger than what they come from. So are those of an LSTM's gates, which torch
 changes in place (CHANGES_PRODUCTS). So is attention with dropout: what is not
-computed draws no random numbers, and the dropout after it would have another mask.
+computed draws no random numbers, and the dropout after it would have another mask. What ranks
+exchange inside of a block is exchanged again: as all ranks make the same again, they meet.
 
 That checkpoint is inside of what is compiled: the compiler sees a block's operations, and decides
 by the same policy. At ZeRO stage 3 it is inside of the hooks of a block, whose weights are there

@@ -97,6 +97,9 @@ def activations(
     if config.activation_checkpointing == "selective":
         for count, i in zip(columns, blocks, strict=True):
             kept += count * sum(p.selected(inner, b) for p in every[i].values())
+            # What a part writes is as wide as the stream.
+            writes = sum(len(p.writes) for p in every[i].values())
+            kept += count * b * writes * (s.width - inner.sizes.width)
             kept += source * sum(p.selected_source(inner, b) for p in every[i].values())
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.value_residual:

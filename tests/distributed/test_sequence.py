@@ -32,6 +32,7 @@ MIXERS = [
     [0, "model.position=relative", "model.num_kv_heads=1"],
     [0, "model.position=learned", "model.tie_embeddings=true", "model.bias=true"],
     [0, "model.activation_checkpointing=full", "model.mlp_chunk=3"],  # as for long windows
+    [0, "model.activation_checkpointing=selective", "model.num_kv_heads=1"],
     [0, "model.causal=false", "objective.kind=masked", "model.head=dense"],
     [
         0,
@@ -127,6 +128,7 @@ def test_the_plan_knows_what_a_divided_sequence_keeps_and_sends(near):
 def test_a_block_with_its_exchange_is_one_graph():
     cases = [[1, *GROUPED], [1, CLIP, "model.mixer=window", "model.window=5"]]
     cases += [[2, CLIP, "model.activation_checkpointing=full", "model.mlp_chunk=3"]]
+    cases += [[3, CLIP, "model.activation_checkpointing=selective"]]
     arguments = {"near": 2, "steps": 2, "documents": True, "compiled": True}
     found = ranks.run("sequence_scenarios:trained", 2, cases=cases, **arguments)
     for case, (rows, _) in zip(cases, found, strict=True):

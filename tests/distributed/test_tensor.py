@@ -17,6 +17,7 @@ MODELS = [
     {"mixer": "window", "window": 8, "attention_gate": "head", "z_loss": 1e-3, "loss_chunk": 16},
     {"mixer": "latent", "head": "dense", "qk_norm": False},
     {"activation_checkpointing": "full", "value_residual": 0.5, "tie_embeddings": True},
+    {"activation_checkpointing": "selective", "bias": True, "mlp": "gelu"},
     {"mtp_layers": 2, "mtp_weight": 0.3, "position": "alibi"},
     {"vocab_size": 97, "logit_softcap": 5.0, "norm_placement": "sandwich"},
     {"encoder_layers": 1, "source_length": 12, "position": "relative", "norm_placement": "post"},
@@ -25,6 +26,7 @@ MODELS = [
 
 DROPPED = [
     {"activation_checkpointing": "full"},
+    {"activation_checkpointing": "selective"},
     {"mixer": "latent", "qk_norm": False},
 ]
 
@@ -79,6 +81,7 @@ COSTS = [
     [0, "model.mixer=latent", "model.qk_norm=false", "model.vocab_size=71"],
     [1, "model.activation_checkpointing=full", "model.tie_embeddings=true"],
     [0, "model.value_residual=0.5", "model.loss_chunk=8", "model.mlp_chunk=4", ALIBI],
+    [1, "model.activation_checkpointing=selective", "model.num_kv_heads=2"],
     [1, *T5, "model.position=relative", "model.qk_norm=true"],
     [1, *T5, "model.activation_checkpointing=full"],
 ]

@@ -93,8 +93,8 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     given = {"sequence": mesh.sequence, "tensor": mesh.tensor}
     names = [f"engine.{axis}_parallel" for axis, size in given.items() if size > 1]
     how = getattr(job.model, "activation_checkpointing", "none")
-    if how == "selective" and mesh.exchanges:
-        what = "selective doesn't keep what ranks exchange inside of a block"
+    if how == "selective" and mesh.experts > 1:
+        what = "selective doesn't keep the rows that ranks exchange for their experts"
         return [("model.activation_checkpointing", what, "choose none or full")]
     if not names:
         return []

@@ -59,7 +59,7 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
         return []
     mixers = [parts["mixer"].exchanged for parts in layers_of(config)]
     values = sum(exchanged(config, ranks) for exchanged in mixers if exchanged)
-    times = s.accumulation * (3 if recomputes(job) else 2)
+    times = s.accumulation * (2 if config.activation_checkpointing == "none" else 3)
     columns = job.train.micro_batch * job.train.sequence_length // ranks
     payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
     return [Collective("heads for columns", "all_to_all", payload, ranks, calls)]
@@ -105,7 +105,7 @@ def _of_block(
     chunks = [chunk] * (columns // chunk) + [columns % chunk] * (columns % chunk > 0)
     outputs = [[columns]] * (len(parts) - 1) + [chunks]  # the MLP is the last part
     sums = outputs + [[columns]] * len(parts)  # and the gradients of their inputs
-    if config.activation_checkpointing == "full":
+    if config.activation_checkpointing != "none":
         # The last part's output is needed again only for a norm that follows it.
         ends_normed = block == config.encoder_layers - 1 and config.norms_stream
         sums += outputs if c.norms_after or ends_normed else outputs[:-1]

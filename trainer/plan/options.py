@@ -291,7 +291,7 @@ def _allowed(job: TrainJob) -> list[str]:
     assert isinstance(job.model, ModelConfig)
     if job.train.activation_memory_budget is not None:
         return ["none"]
-    is_refused = job.mesh(1).exchanges or job.model.mlp_chunk is not None
+    is_refused = job.mesh(1).experts > 1 or job.model.mlp_chunk is not None
     return [how for how in CHECKPOINTINGS if how != "selective" or not is_refused]
 
 

@@ -126,8 +126,8 @@ def test_a_table_of_learned_positions_grows_with_the_window():
     "words",
     [
         ["model.mlp_chunk=64"],
-        ["engine.sequence_parallel=2"],
-        ["engine.tensor_parallel=2", "optimizer=adamw", "machine.gpus_per_node=2"],
+        ["engine.expert_parallel=2", "model.mlp=moe", "engine=zero2"],
+        ["engine.tensor_parallel=2", "model.mlp_chunk=64", "machine.gpus_per_node=2"],
     ],
 )
 def test_nothing_is_proposed_that_the_config_refuses(words):
