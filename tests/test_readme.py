@@ -123,6 +123,8 @@ def test_every_command_line_of_a_block_is_one(path):
             refuse_other_keys(action, overrides_of(job, rest))
         if verb == "submit" and rest[0] in ("train", "eval"):
             rest = rest[1:]
+        if verb == "import":
+            rest = [f"path={rest[1]}", *rest[2:]]
         if rest[:1] == ["show"]:
             rest = ["text", "output=none"]
         if verb == "study" and not any(word.endswith("*") or ".csv" in word for word in rest):

@@ -4,15 +4,13 @@ Invariant: the files have a tensor for each expert, as the published ones, which
 5 load; ours has all experts of a layer in one.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from forescale.models.config import ModelConfig
-from forescale.models.hf.positions import require
+from forescale.models.hf.positions import only, require
 
 _EXPERTS = {"mlp": "moe", "bias": False, "moe_scores": "softmax", "moe_shared": 0}
 FITS: dict[str, dict[str, Any]] = {
@@ -20,7 +18,6 @@ FITS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _EXPERTS | {"qk_norm": True},
 }
 _MATRICES = ("gate", "up", "down")
-_STACK = re.compile(r"(.*\.mlp\.(?:gate|up|down))\.(\d+)\.weight")
 
 
 def names(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
@@ -47,20 +44,6 @@ def unstacked(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         module, _, leaf = name.rpartition(".")
         for e, matrix in enumerate(tensor):
             yield f"{module}.{e}.{leaf}", matrix.clone()  # a file holds no views
-
-
-def stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of unstacked."""
-    found: dict[str, Any] = {}
-    for name, tensor in state.items():
-        if match := _STACK.fullmatch(name):
-            found.setdefault(f"{match[1]}.weight", {})[int(match[2])] = tensor
-        else:
-            found[name] = tensor
-    return {
-        name: torch.stack([value[e] for e in sorted(value)]) if isinstance(value, dict) else value
-        for name, value in found.items()
-    }
 
 
 def experts_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
@@ -96,12 +79,12 @@ def experts_from_hf(family: str, hf: dict[str, Any]) -> dict[str, Any]:
     number = hf.get("num_experts", hf.get("num_local_experts", 8 if family == "mixtral" else 128))
     found: dict[str, Any] = {"moe_experts": number, "moe_top_k": top_k}
     if family == "mixtral":
-        require(hf.get("sliding_window") is None, "sliding_window")
+        only(hf, "sliding_window")
         width = hf["intermediate_size"]
         return found | {"moe_width": width, "mlp_width": top_k * width}
     dense = list(hf.get("mlp_only_layers") or [])
-    require(hf.get("decoder_sparse_step", 1) == 1, "decoder_sparse_step")
-    require(dense == list(range(len(dense))), "mlp_only_layers")
+    only(hf, "decoder_sparse_step", 1)
+    require(dense == list(range(len(dense))), "mlp_only_layers", dense)
     return found | {
         "moe_width": hf["moe_intermediate_size"],
         "moe_renormalise": hf.get("norm_topk_prob", False),

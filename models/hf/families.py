@@ -6,6 +6,7 @@ Invariant: a config that fits a family computes what the family's model in trans
 from dataclasses import dataclass
 from typing import Any
 
+from forescale.models.config import ModelConfig
 from forescale.models.hf import experts
 
 
@@ -132,3 +133,26 @@ FAMILIES = {
 # A gain of 1 is stored as 0 in these. The difference is exact for gains from 0.5 to 2; others are
 # rounded once.
 GAINS_BESIDE_ONE = ("gemma3_text",)
+
+
+def module_names(family: str, config: ModelConfig) -> dict[str, str]:
+    """Return our name -> theirs for every module that has weights in a file of theirs. Both
+    directions read this table."""
+    f = FAMILIES[family]
+    outer = dict(f.outer)
+    if config.tie_embeddings:
+        del outer["head"]
+    return outer | {
+        f"blocks.{i}.{ours}": f"{f.layer.format(i)}.{theirs}"
+        for i in range(config.sizes.num_layers)
+        for ours, theirs in _inner(family, config, i).items()
+    }
+
+
+def _inner(family: str, config: ModelConfig, layer: int) -> dict[str, str]:
+    """Return our module within a block -> theirs, for one layer."""
+    inner = FAMILIES[family].inner
+    if family not in experts.FITS:
+        return inner
+    own = {ours: theirs for ours, theirs in inner.items() if not ours.startswith("mlp.")}
+    return own | experts.names(family, config, layer)

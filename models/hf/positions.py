@@ -3,6 +3,7 @@
 Invariant: what transformers 4 and 5 compute from the keys equals what we compute.
 """
 
+import json
 from typing import Any
 
 from forescale.models.config import ModelConfig
@@ -52,7 +53,10 @@ def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
     }
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in ("default", "yarn"), "rope_parameters")
+    require(kind in ("default", "yarn"), "rope_parameters.rope_type", kind)
+    for name, inside in (("", hf), ("rope_parameters.", rope)):
+        part = inside.get("partial_rotary_factor")
+        require(part in (None, 1), f"{name}partial_rotary_factor", part)
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or found["max_sequence_length"]
         factor = float(rope.get("factor") or found["max_sequence_length"] / original)
@@ -60,14 +64,21 @@ def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         usual |= {"mscale": None, "mscale_all_dim": None}
         usual["attention_factor"] = yarn_attention(factor)
         for name, value in usual.items():
-            require(rope.get(name) in (None, value), f"rope_parameters.{name}")
+            require(rope.get(name) in (None, value), f"rope_parameters.{name}", rope.get(name))
         found |= {"rope_scaling": "yarn", "rope_factor": factor}
         if original * factor != found["max_sequence_length"]:
             found["rope_original_length"] = original
     return found
 
 
-def require(true: bool, key: str) -> None:
-    """Raise ValueError that names `key` unless `true`."""
+def only(hf: dict[str, Any], key: str, *computed: Any) -> None:
+    """Raise ValueError that names `key` and its value, unless it is absent, null or `computed`."""
+    require(hf.get(key) in (None, *computed), key, hf.get(key))
+
+
+def require(true: bool, key: str, value: Any) -> None:
+    """Raise ValueError that names `key` and its `value` unless `true`."""
     if not true:
-        raise ValueError(f"this model's {key} is a variant that is not supported here.")
+        shown = json.dumps(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise ValueError(f"its {key} is {shown}, a variant that is not computed here.")

@@ -27,7 +27,7 @@ from forescale import conf
 from forescale.addresses import PREFIX, masked, secret_in
 from forescale.config.frozen import Change, diff, freeze, may_resume, thaw
 from forescale.config.job import Find, Job, overrides_of
-from forescale.config.layers import LENGTHS, keep_one_length, keys_of, over_frozen
+from forescale.config.layers import LENGTHS, keep_one_length, keys_of, over_frozen, over_origin
 from forescale.config.schema import (
     ConfigError,
     Leaf,
@@ -91,9 +91,9 @@ def compose(
 
     conf_dirs: the user's own directories with more choices for the groups; by default those in the
     environment variable FORESCALE_CONF. find: returns the frozen config of the run in a directory,
-    or None. If the overrides name such a run, what they don't set has the run's values and not the
-    defaults. Raises ConfigError with all problems; and UserError if a directory doesn't exist, or
-    if only the frozen config names a class of the user's own.
+    or None. What the overrides don't set has the values of the run that they name, if there is one,
+    not the defaults; so has the model in a new branch. Raises ConfigError with all problems; and
+    UserError if a directory doesn't exist, or if only the frozen config names the user's class.
     """
     known = groups(schema, conf_dirs)
     faults: list[Problem] = []
@@ -107,8 +107,9 @@ def compose(
     frozen = find(run) if find and run else None
     unknown, laid = _lay_over(config, typed, schema, faults, frozen or {})
     tree = _resolve(config, "", faults)
-    if frozen is not None:
-        tree = over_frozen(tree, frozen, {*chosen, *laid})
+    taken = {*chosen, *laid}
+    if find:
+        tree = over_frozen(tree, frozen, taken) if frozen else over_origin(tree, find, taken)
     job, more, wrong = build(schema, tree)
     faults += wrong
     job = job.for_machine(find)
@@ -120,7 +121,7 @@ def compose(
     if problems:
         raise ConfigError(problems)
     if frozen is not None and run is not None:
-        refuse_stored(job, run, {*chosen, *laid})
+        refuse_stored(job, run, taken)
     return job
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from forescale.config.job import Find
 from forescale.config.schema import flatten
 
 LENGTHS = ("train.steps", "train.tokens")  # a run has one of them
@@ -76,3 +77,22 @@ def over_frozen(tree: Any, frozen: Mapping[str, Any], taken: Iterable[str]) -> d
         else:
             there.pop(name, None)
     return made
+
+
+def over_origin(tree: dict[str, Any], find: Find, taken: Iterable[str]) -> dict[str, Any]:
+    """Return `tree` with the model of the run that it branches from, and what `taken` says of the
+    model over it. The whole model is that of `tree` if a file or `depth`, from which all sizes
+    follow, is chosen; and if the origin's is a class of the user's own, which is to be typed.
+
+    find: returns the frozen config of the run in a directory, or None.
+    """
+    run = tree.get("run") or {}
+    origin = (run.get("from") or {}).get("run")
+    typed = [path for path in taken if path.partition(".")[0] == "model"]
+    if not origin or {"model", "model.depth"} & {*typed}:
+        return tree
+    places = (Path(origin), Path(str(run.get("root"))).expanduser() / origin)
+    frozen = next((found for place in places if (found := find(place))), None)
+    if frozen is None or "_target_" in frozen["model"]:
+        return tree
+    return {**tree, "model": over_frozen(tree, {"model": frozen["model"]}, typed)["model"]}

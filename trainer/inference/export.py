@@ -13,11 +13,15 @@ from torch import Tensor
 
 from forescale.checkpoint.reader import Checkpoint
 from forescale.errors import UserError
+from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
 from forescale.models.hf import FAMILIES, family_of, to_hf
-from forescale.storage import fsync_path, staged
+from forescale.storage import fsync_path, read_json, staged
 
+# Of an imported config.json, what is no longer so of the files that are written.
+_OF_THEIR_FILES = ("dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _PART = 5_000_000_000  # approximate bytes of a weight file
 
 
@@ -60,17 +64,9 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
     model = view.config.model
     assert isinstance(model, ModelConfig)
     config, tensors = to_hf(model, checkpoint.weights())
-    end = view.identity["dataset"]["end_of_text"]
-    # In training the end-of-text token precedes every document, so it is the bos token here.
-    ends = {"bos_token_id": end, "eos_token_id": end}
     with staged(to) as stage:
-        files: dict[str, Any] = {
-            "config.json": config | ends,
-            "generation_config.json": ends | {"pad_token_id": end},
-            "tokenizer_config.json": _tokenizer_config(view, end),
-        }
-        for name, content in files.items():
-            (stage / name).write_text(json.dumps(content, indent=2) + "\n")
+        for name, content in _small_files(view, config).items():
+            (stage / name).write_text(as_text(content), "utf-8")
         (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
         _write_weights(stage, tensors)
         for path in stage.iterdir():
@@ -114,6 +110,31 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
         size += tensor.nbytes
         del tensor
     yield part
+
+
+def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what is in the files beside the weights and tokenizer.json, by file name.
+
+    Of weights that were imported, or began as imported ones, these are the files that came with
+    them, with what `config` says of the model: they know its special tokens and its chats.
+    """
+    end = view.identity["dataset"]["end_of_text"]
+    # In training the end-of-text token precedes every document, so it is the bos token here.
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    files: dict[str, Any] = {
+        CONFIG: config | ends,
+        "generation_config.json": ends | {"pad_token_id": end},
+        "tokenizer_config.json": _tokenizer_config(view, end),
+    }
+    if not view.run.imported.is_file():
+        return files
+    theirs = read_json(view.run.imported)
+    before = theirs[CONFIG]
+    if before["model_type"] != config["model_type"]:
+        return files
+    kept = {key: value for key, value in before.items() if key not in _OF_THEIR_FILES}
+    own = {key: value for key, value in config.items() if key not in _SPECIAL}
+    return {**files, **theirs, CONFIG: kept | own}
 
 
 def _tokenizer_config(view: RunView, end: int) -> dict[str, Any]:

@@ -32,8 +32,11 @@ def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
     """
     if data.path is not None:
         return {ONLY: _checked(view, open_dataset(data.path, data))}
-    found = {}
-    for name, stored in view.identity["dataset"]["sources"].items():
+    found, sources = {}, view.identity["dataset"]["sources"]
+    if not sources:
+        what = "holds imported weights, and was trained on no data that is known here"
+        raise UserError(str(view.path), what, "give data.path=DIR")
+    for name, stored in sources.items():
         path = stored["path"]
         if "://" not in path and not Path(path).exists():
             what = f"the dataset that the run was trained on is not at {path}"

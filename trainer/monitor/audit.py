@@ -214,9 +214,9 @@ def _disagreements(rows: list[dict[str, Any]], eligible: list[Position]) -> Iter
     at = {row["step"]: (row["step"], row["g1"], row["tokens"]) for row in rows}
     for position in eligible:
         row = at.get(position.step)
-        if row is None:
+        if row is None and position.step:  # the weights that a run begins with have none
             yield f"has no row for step {position.step:,}, which has a checkpoint"
-        elif row != position.counts:
+        elif row is not None and row != position.counts:
             names = "step {:,}, sample {:,}, {:,} tokens"
             yield (
                 f"is at {names.format(*row)}, the checkpoint at {names.format(*position.counts)}"

@@ -36,6 +36,8 @@ def check_identity(found: Findings, run: Run) -> tuple[TrainJob | None, dict[str
     identity = _read(found, run.identity, read_json, has_checksum)
     if identity is not None and not isinstance(identity.get("dataset"), dict):
         found.faults.append(f"{run.identity}: has no section dataset")
+    if run.imported.exists():
+        _read(found, run.imported, read_json, has_checksum)
     if not run.tokenizer.is_file():
         found.faults.append(f"{run.tokenizer}: missing")
     elif identity is not None:

@@ -91,11 +91,11 @@ def _add_ettr(s: Status, cells: dict[str, str]) -> str | None:
 
 def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, str]:
     total, last = s.job.total_steps, s.validation
+    steps = {"step": f"{s.step:,}/{total:,}", "done": f"{s.step / total:.1%}"}
     found = {
         "state": state_of(s, job, end),
         "attempt": str(s.attempts[-1].number) if s.attempts else "-",
-        "step": f"{s.step:,}/{total:,}",
-        "done": f"{s.step / total:.1%}",
+        **({} if s.state == "imported" else steps),
         "bits/byte": f"{last['bits_per_byte']:.4f}" if last else "-",
         "ETTR": "0.00",  # as wide as the number, which is added if there is room for it
         "saved": f"{span(s.now - s.saved)} ago" if s.saved else "-",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _COLOURS = {
     "running": "green",
     "complete": "cyan",
+    "imported": "cyan",
     "interrupted": "yellow",
     "queued": "yellow",
     "crashed": "red",
@@ -74,6 +75,9 @@ def show_run(
     s.job_runs = runs_now(job)
     total, state = s.job.total_steps, state_of(s, job, end)
     loss = f", loss {s.last['loss']:.4f}" if s.last else ""
+    if s.state == "imported":
+        console.print(f"[bold]{escape(str(s.run.path))}[/]: {state}; runs begin with its weights")
+        return _show_checkpoints(s, console)
     console.print(
         f"[bold]{escape(str(s.run.path))}[/]: {state}, step {s.step:,} of {total:,} "
         f"({s.step / total:.1%}), {s.tokens:,} tokens{loss}; last seen {span(s.age)} ago"

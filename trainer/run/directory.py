@@ -5,6 +5,7 @@
       tokenizer.json                a copy of the dataset's, so that the run can be used without it
       metrics.jsonl  events.jsonl   links to the newest attempt's, for people; not read here
       mirror.json                   what is copied elsewhere, see checkpoint/mirror.py
+      imported.json                 of imported weights: the other files that came with them
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
@@ -62,6 +63,7 @@ class Run:
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
         self.mirror = self.path / "mirror.json"
+        self.imported = self.path / "imported.json"
 
     @property
     def metrics(self) -> Path:
@@ -79,6 +81,12 @@ class Run:
     def has_links(self) -> bool:
         """True if an attempt has once begun to train here."""
         return os.path.lexists(self.path / _METRICS)
+
+    @property
+    def is_import(self) -> bool:
+        """True if the run holds imported weights, from which others begin: only these are of step
+        0."""
+        return self.imported.is_file() and self.checkpoint_path(0).is_dir()
 
     @property
     def name(self) -> str:

@@ -28,7 +28,7 @@ from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.progress import shown
-from forescale.run.branch import NewestStep, check_origin, data_of, with_step
+from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of, pairs_of, resolved_model
 from forescale.run.forecast import prediction_interval_of
@@ -66,6 +66,7 @@ def start(
     directory belongs to another config or dataset, or another command makes it at the same moment.
     """
     run = Run(job.run.directory)
+    expect_trainable(run)
     if not again:
         _check_resume(job, run)
     sources = open_sources(job.data)
@@ -86,6 +87,14 @@ def start(
         _make(run, job, sources)
         return Start(run, job, sources)
     return Start(run, job, sources, _correct(run, old, job, sources))
+
+
+def expect_trainable(run: Run) -> None:
+    """Raise UserError if a run holds imported weights: other runs begin with them."""
+    if run.is_import:
+        branch = f"run.name=NEW run.from.run={run.path} run.from.what=weights data.path=DIR"
+        what = "holds imported weights, which no training changes"
+        raise UserError(str(run.path), what, f"begin a run with them: forescale train {branch}")
 
 
 def has_stepped(run: Run) -> bool:
@@ -235,6 +244,8 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
             stage.chmod(job.run.mode)
             new = Run(stage)
             write_file(new.tokenizer, sources.first.tokenizer_json)
+            if (origin := origin_of(job)) is not None and origin.imported.is_file():
+                write_file(new.imported, origin.imported.read_bytes())  # `export` reads it
             write_checked_json(new.identity, identity)
             write_file(new.config, frozen_file(job))
     except OSError as e:

@@ -36,6 +36,7 @@ VERBS = {
     "eval": "Score a trained model on held-out text: loss, perplexity, bits per byte.",
     "inspect": "Draw what a model does while it reads a text: attention, layers, ablations.",
     "export": "Write a checkpoint as a Hugging Face transformers model.",
+    "import": "Make a run of a Hugging Face transformers model, for others to begin with.",
     "shards": "Turn your own text into tokenised, checksummed webdataset shards.",
     "check": "Verify a dataset, a checkpoint or a run, byte for byte.",
     "pin": "Keep a checkpoint for good; nothing deletes it.",

@@ -167,6 +167,8 @@ def _print(
 def _seen(view: RunView, dataset: Dataset, split: str) -> str:
     """Return a remark if the run was trained on this split, or not on this dataset."""
     known = view.identity["dataset"]["sources"].values()
+    if not known:
+        return ""
     if dataset.identity not in [source["identity"] for source in known]:
         return "; the run was trained on other data"
     return "; the run was trained on this split" if split == "train" else ""

@@ -11,7 +11,8 @@ from forescale.plan.json_page import as_json
 from forescale.plan.page import show
 from forescale.plan.plan import Plan
 from forescale.run.command import job_of
-from forescale.run.start import check_changes
+from forescale.run.directory import Run
+from forescale.run.start import check_changes, expect_trainable
 
 JOB = PlanJob
 EXAMPLES = (
@@ -31,6 +32,7 @@ def main(words: list[str]) -> int:
     """
     overrides = overrides_of(PlanJob, words)
     job = job_of(PlanJob, overrides)
+    expect_trainable(Run(job.run.directory))
     plan = Plan(job)
     if any(word.startswith("run.name=") for word in overrides):
         plan.check(lambda: check_changes(plan.job.training))

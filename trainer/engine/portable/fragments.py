@@ -30,7 +30,10 @@ _ALIGNMENT, _BLOCK = 64, 1 << 22  # bytes: of a fragment's copy, of a write
 @dataclass(frozen=True)
 class Fragment:
     """`data` is the 1-D view of `state` of parameter `name` (of `shape`) from `start`; with `cut`,
-    of what the strip (run, stride, first) holds of it, from its `start` (strips.py)."""
+    of what the strip (run, stride, first) holds of it, from its `start` (strips.py).
+
+    read: returns the data where `data`, on torch's meta device, only says what it is: for a state
+    that is written without being held whole."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,6 +41,7 @@ class Fragment:
     start: int
     data: Tensor
     cut: tuple[int, int, int] | None = None
+    read: Callable[[], Tensor] | None = None
 
     @property
     def key(self) -> str:
@@ -111,16 +115,24 @@ def write_fragments(
         offset = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with HashingFile(path, beside=True) as out:
+    # Hashing beside holds what was written a while longer.
+    with HashingFile(path, beside=all(f.read is None for f in fragments)) as out:
         out.write(struct.pack("<Q", len(raw)) + raw)
         for n, f in enumerate(fragments):
             if n == len(fragments) // 2:
                 midway()
-            data = f.data.contiguous().cpu().view(torch.uint8).numpy().data
+            data = _bytes_of(f)
             for start in range(0, len(data), _BLOCK):
                 out.write(data[start : start + _BLOCK])
+            del data  # before the next is read
         entry = out.finish()
     return entry, [f.row for f in fragments]
+
+
+def _bytes_of(f: Fragment) -> memoryview:
+    data = f.data if f.read is None else f.read()
+    assert (data.dtype, data.numel()) == (f.data.dtype, f.data.numel()), f.key
+    return data.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 
 
 class FragmentReader:

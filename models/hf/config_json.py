@@ -1,0 +1,155 @@
+"""The architectural keys of Hugging Face's config.json, to and from ours, for every family.
+
+Invariant: what a key may say that we don't compute is refused by its name and value.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from forescale.models.config import ModelConfig
+from forescale.models.hf import experts
+from forescale.models.hf.families import FAMILIES
+from forescale.models.hf.positions import only, positions_from_hf, positions_to_hf, require
+
+# What a key means that a config.json lacks, where it isn't the same for all families; from the
+# config classes of transformers.
+_ABSENT: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "arcee": {"rms_norm_eps": 1e-5},
+    "apertus": {"rope_theta": 12e6, "rms_norm_eps": 1e-5, "hidden_act": "xielu"},
+    "gemma3_text": {"tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": True},
+}
+
+
+def config_to_hf(family: str, c: ModelConfig) -> dict[str, Any]:
+    """Return the content of config.json. Special tokens are None, as the caller knows them."""
+    shared = {
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        "bos_token_id": None,  # each family has defaults that belong to its own tokenizer
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family == "gpt2":
+        return shared | {
+            "n_positions": c.max_sequence_length,
+            "n_embd": c.width,
+            "n_layer": c.num_layers,
+            "n_head": c.num_heads,
+            # As they write it.
+            "n_inner": None if c.mlp_width == 4 * c.sizes.width else c.mlp_width,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": c.norm_eps,
+            "resid_pdrop": c.dropout,
+            "embd_pdrop": c.dropout,
+            "attn_pdrop": c.dropout,
+        }
+    found = (
+        shared
+        | positions_to_hf(c)
+        | {
+            "hidden_size": c.width,
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+            "head_dim": c.sizes.head_dim,
+            "intermediate_size": c.mlp_width,
+            "hidden_act": _activation(c),
+            "rms_norm_eps": c.norm_eps,
+            "attention_bias": c.bias,
+            "mlp_bias": c.bias,
+        }
+        | experts.experts_to_hf(family, c)
+    )
+    return found | _gemma_config(c, found) if family == "gemma3_text" else found
+
+
+def _gemma_config(c: ModelConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that only Gemma 3 has; its positions are given for each kind of layer."""
+    kinds = ("full_attention", "sliding_attention")
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": c.sizes.head_dim,
+        "final_logit_softcapping": c.logit_softcap or None,
+        "layer_types": ["full_attention"] * c.sizes.num_layers,
+        "rope_local_base_freq": found["rope_theta"],  # transformers 4
+        "rope_parameters": {kind: found["rope_parameters"] for kind in kinds},
+    }
+
+
+def _activation(c: ModelConfig) -> str:
+    return {"relu2": "relu2", "geglu": "gelu_pytorch_tanh"}.get(c.mlp, "silu")
+
+
+def _from_gemma(base: ModelConfig, hf: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the config with what only Gemma 3 has, and theirs with the keys that Llama has."""
+    require(bool(hf.get("layer_types")), "layer_types", None)
+    only(hf, "attn_logit_softcapping", 0)
+    only(hf, "use_bidirectional_attention", False)
+    scalar = hf.get("query_pre_attn_scalar", 256)
+    require(scalar == hf["head_dim"], "query_pre_attn_scalar", scalar)
+    base = replace(base, logit_softcap=float(hf.get("final_logit_softcapping") or 0))
+    rope = (hf.get("rope_parameters") or {}).get("full_attention")
+    act = hf.get("hidden_activation", "gelu_pytorch_tanh")
+    return base, hf | {"rope_parameters": rope, "hidden_act": act}
+
+
+def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
+    """Return our config, every size set. Raises ValueError for a variant that we don't compute, and
+    KeyError for a key without which the sizes aren't known."""
+    only(hf, "quantization_config")
+    kinds = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
+    require(not kinds, "layer_types", sorted(set(kinds)))
+    fits = {k: v for k, v in FAMILIES[family].fits.items() if k != "num_kv_heads"}
+    hf = _ABSENT.get(family, {}) | hf
+    tied = hf.get("tie_word_embeddings", False)
+    base = replace(ModelConfig(**fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
+    if family == "gpt2":
+        return _from_gpt2(base, hf)
+    if family == "gemma3_text":
+        base, hf = _from_gemma(base, hf)
+    only(hf, "hidden_act", _activation(base))
+    only(hf, "use_sliding_window", False)
+    only(hf, "attention_dropout", 0)
+    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    per_head = hf.get("head_dim") or width // heads
+    require(per_head * heads == width, "head_dim", per_head)
+    bias = bool(hf.get("attention_bias", False))
+    require(bias == bool(hf.get("mlp_bias", False)), "attention_bias", bias)
+    require(not (bias and "bias" in fits), "attention_bias", bias)
+    sizes = {
+        "num_layers": hf["num_hidden_layers"],
+        "width": width,
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "mlp_width": hf["intermediate_size"],
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+    }
+    sizes |= positions_from_hf(hf) | experts.experts_from_hf(family, hf)
+    return replace(base, bias=bias, **sizes).resolved()
+
+
+def _from_gpt2(base: ModelConfig, hf: dict[str, Any]) -> ModelConfig:
+    dropout = hf.get("resid_pdrop", 0.1)
+    only(hf, "activation_function", "gelu_new")
+    only(hf, "scale_attn_by_inverse_layer_idx", False)
+    only(hf, "scale_attn_weights", True)
+    only(hf, "add_cross_attention", False)
+    for name in ("attn_pdrop", "embd_pdrop"):
+        require(hf.get(name, 0.1) == dropout, f"{name} beside resid_pdrop", hf.get(name, 0.1))
+    return replace(
+        base,
+        num_layers=hf["n_layer"],
+        width=hf["n_embd"],
+        num_heads=hf["n_head"],
+        mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
+        max_sequence_length=hf["n_positions"],
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        dropout=dropout,
+    ).resolved()

@@ -1,0 +1,129 @@
+"""Where each of our parameters is in a Hugging Face model: the names of to_hf, read backwards.
+
+Invariant: the pieces hold every element of every parameter once, in the order of the parameters,
+and each needs one tensor of theirs alone, so that a model comes in without being held whole.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forescale.models.config import ModelConfig
+from forescale.models.flops import shapes
+from forescale.models.hf.config_json import config_from_hf
+from forescale.models.hf.families import FAMILIES, GAINS_BESIDE_ONE, module_names
+
+FUSED = ("query", "key", "value")  # GPT-2 has them in one matrix, in this order
+# Constants that older files hold.
+_CONSTANT = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous part of our parameter `name`, from element `start`, of `shape`, and the tensor
+    `source` of theirs that holds it: its `part` (i, n), the i-th of n equal parts of its rows, once
+    it is turned if `is_turned`; `added` to each number."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    source: str
+    part: tuple[int, int] = (0, 1)
+    is_turned: bool = False
+    added: float = 0.0
+
+    def taken(self, source: Tensor) -> Tensor:
+        """Return the piece, contiguous, of the number format of `source`, fp32 if something is
+        added. Raises ValueError if `source` has another shape than the config says."""
+        index, count = self.part
+        expected = (count * self.shape[0], *self.shape[1:])
+        expected = expected[::-1] if self.is_turned else expected
+        if tuple(source.shape) != expected:
+            what = f"the weight {self.source} is {list(source.shape)}"
+            raise ValueError(f"{what}, and {list(expected)} by config.json.")
+        found = source.T if self.is_turned else source
+        found = found.narrow(0, index * self.shape[0], self.shape[0])
+        return (found.float() + self.added if self.added else found).contiguous()
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Return a parameter from all its pieces; of several, each is a matrix of a stack."""
+    return torch.stack(parts) if len(parts) > 1 else parts[0]
+
+
+def config_of(hf_config: dict[str, Any]) -> ModelConfig:
+    """Return our config of a Hugging Face model, from the content of its config.json.
+
+    Raises ValueError for another architecture, for a variant that we don't compute, and for a
+    config.json that lacks a key.
+    """
+    family = hf_config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"its model_type is {family!r}, not one of {', '.join(FAMILIES)}.")
+    try:
+        return config_from_hf(family, hf_config)
+    except KeyError as e:
+        raise ValueError(f"it has no {e.args[0]}.") from None
+
+
+def pieces_of(family: str, config: ModelConfig, names: Iterable[str]) -> list[Piece]:
+    """Return the pieces of all weights. Raises ValueError for unknown or missing ones.
+
+    Args: `config` as config_of returns it, and the `names` of the tensors in the files.
+    """
+    found = list(_pieces(family, config))
+    there = _there(family, config, names)
+    wanted = dict.fromkeys(piece.source for piece in found)
+    if missing := [name for name in wanted if name not in there]:
+        raise ValueError(f"the weight {missing[0]} is missing{_more(missing)}.")
+    if unknown := [name for name in there if name not in wanted]:
+        raise ValueError(f"unexpected weight {unknown[0]} in a {family} model{_more(unknown)}.")
+    return [replace(piece, source=there[piece.source]) for piece in found]
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _pieces(family: str, config: ModelConfig) -> Iterable[Piece]:
+    """Yield the pieces of all parameters under the names of to_hf."""
+    theirs = module_names(family, config)
+    for name, shape in shapes(config).items():
+        module, _, leaf = name.rpartition(".")
+        block, _, last = module.rpartition(".")
+        if len(shape) == 3:  # of all experts, each of which has a tensor of its own
+            size = math.prod(shape[1:])
+            for e in range(shape[0]):
+                source = f"{theirs[f'{module}.{e}']}.{leaf}"
+                yield Piece(name, e * size, shape[1:], source)
+        elif family == "gpt2":
+            part = (FUSED.index(last), 3) if last in FUSED else (0, 1)
+            module = f"{block}.qkv" if last in FUSED else module
+            turned = is_gpt2_matrix(name, len(shape))
+            yield Piece(name, 0, shape, f"{theirs[module]}.{leaf}", part, turned)
+        else:
+            is_gain = family in GAINS_BESIDE_ONE and module.endswith("norm")
+            yield Piece(name, 0, shape, f"{theirs[module]}.{leaf}", added=float(is_gain))
+
+
+def is_gpt2_matrix(name: str, dimensions: int) -> bool:
+    """Return True for a parameter of ours that GPT-2 keeps as (in, out)."""
+    return name.startswith("blocks.") and dimensions == 2
+
+
+def _there(family: str, config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
+    """Return the name by to_hf -> the name in the files, without what no model needs."""
+    found = {}
+    for name in names:
+        usual = name
+        if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+            usual = f"transformer.{name}"  # OpenAI's own files leave it out
+        if _CONSTANT.search(name) or (usual == "lm_head.weight" and config.tie_embeddings):
+            continue
+        found[usual] = name
+    return found

@@ -1,0 +1,288 @@
+"""`forescale import hf`: it computes what transformers computes, and goes out as it came in."""
+
+import json
+import os
+import signal
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from forescale import open_run
+from forescale.config.train import TrainJob
+from forescale.data.tokenizer import byte_tokenizer
+from forescale.errors import UserError
+from forescale.inference.hf_directory import Stored
+from forescale.models.hf.pieces import Piece
+from forescale.monitor.status import runs_under
+from forescale.run.command import job_of
+from forescale.run.start import start
+from tests.trainer.small_run import make_dataset
+
+transformers = pytest.importorskip("transformers")
+
+LLAMA_LIKE = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=8,
+    num_key_value_heads=2,
+    intermediate_size=40,
+    max_position_embeddings=64,
+)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+FAMILIES = {
+    "Llama": LLAMA_LIKE | dict(rope_theta=5e5, tie_word_embeddings=True),
+    "Qwen3": LLAMA_LIKE | dict(rms_norm_eps=1e-5),
+    "Olmo2": LLAMA_LIKE,
+    "Mixtral": LLAMA_LIKE | dict(num_local_experts=3),
+    "Qwen3Moe": LLAMA_LIKE | EXPERTS | dict(num_experts=5, mlp_only_layers=[0]),
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+TOKENS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(0))
+CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def model_of(family: str) -> torch.nn.Module:
+    """A random one of transformers', with numbers of its own in its config."""
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=261,
+        bos_token_id=255,
+        eos_token_id=256,
+        initializer_range=0.3,
+        **FAMILIES[family],
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def write(model: torch.nn.Module, folder: Path, **how) -> Path:
+    """The directory that save_pretrained makes, with a tokenizer of 257 tokens."""
+    model.save_pretrained(folder, **how)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": CHAT}))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch) -> Path:
+    """A directory of a Llama, in the directory of the test."""
+    monkeypatch.chdir(tmp_path)
+    return write(model_of("Llama"), Path("llama"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_comes_in_and_goes_out_as_it_was(family, tmp_path, forescale):
+    """In several files, as large models are."""
+    theirs = model_of(family)
+    write(theirs, tmp_path / "there", max_shard_size="50KB")
+    assert (tmp_path / "there/model.safetensors.index.json").exists()
+    root = f"run.root={tmp_path}"
+    code, out, err = forescale("import", "hf", tmp_path / "there", "it", root)
+    assert code == 0, err
+    assert type(theirs).__name__ in out
+    with torch.no_grad():
+        logits, expected = open_run(tmp_path / "it").model()(TOKENS), theirs(TOKENS).logits
+    assert expected.abs().max() > 1  # not a comparison of zeros
+    assert (logits - expected).abs().max() < 1e-5
+
+    assert forescale("check", tmp_path / "it")[0] == 0
+    assert forescale("export", tmp_path / "it", f"to={tmp_path / 'back'}")[0] == 0
+    before, after = weights(tmp_path / "there"), weights(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        one, other = (json.loads((tmp_path / d / name).read_text()) for d in ("there", "back"))
+        assert one == other
+    assert (tmp_path / "back/tokenizer.json").read_bytes() == (
+        tmp_path / "there/tokenizer.json"
+    ).read_bytes()
+    one, other = (
+        transformers.AutoConfig.from_pretrained(tmp_path / d).to_dict() for d in ("there", "back")
+    )
+    written_by = ("_name_or_path", "transformers_version", "rope_theta", "rope_scaling")
+    for key in one.keys() - {*written_by}:
+        assert one[key] == other[key], key
+
+
+def test_half_precision_stays_exact(llama, forescale):
+    theirs = {name: t.bfloat16() for name, t in weights(llama).items()}
+    save_file(theirs, llama / "model.safetensors")
+    assert forescale("import", "hf", llama, "half")[0] == 0
+    found = open_run("runs/half").checkpoint()
+    table = found.tensor("embedding.weight")
+    assert table.dtype == torch.float32
+    assert torch.equal(table, theirs["model.embed_tokens.weight"].float())
+    assert found.size < 1.2 * (llama / "model.safetensors").stat().st_size
+
+
+def test_one_tensor_is_held_at_a_time(llama, monkeypatch, forescale):
+    held, most, taken = [0], [0], Piece.taken
+
+    def counted(self, source):
+        found = taken(self, source)
+        if found.device.type != "meta":
+            held[0] += found.nbytes
+            most[0] = max(most[0], held[0])
+            weakref.finalize(found, lambda size: held.__setitem__(0, held[0] - size), found.nbytes)
+        return found
+
+    monkeypatch.setattr(Piece, "taken", counted)
+    assert forescale("import", "hf", llama, "it")[0] == 0
+    assert 0 < most[0] <= max(t.nbytes for t in weights(llama).values())
+
+
+def test_a_kill_leaves_nothing_that_looks_like_a_run(llama, monkeypatch, forescale):
+    read, count = Stored.read, [0]
+
+    def killed(self):
+        count[0] += 1
+        if count[0] == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(Stored, "read", killed)
+        forescale("import", "hf", llama, "it")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert runs_under(Path("runs")) == []
+    assert any(Path("runs").iterdir())  # what it had written so far
+    assert forescale("import", "hf", llama, "it")[0] == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["it"]
+
+
+def changed(key, value):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+
+    return change
+
+
+def without(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def weights_with(change):
+    def rewrite(folder):
+        found = weights(folder)
+        change(found)
+        save_file(found, folder / "model.safetensors")
+
+    return rewrite
+
+
+def torn(folder):
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[:-100])
+
+
+NORM = "model.norm.weight"
+ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
+REFUSED = {
+    "family": (changed("model_type", "bert"), "config.json: its model_type is 'bert', not one of"),
+    "rope": (changed("rope_parameters", ROPE), 'its rope_parameters.rope_type is "llama3"'),
+    "part": (changed("partial_rotary_factor", 0.5), "its partial_rotary_factor is 0.5"),
+    "window": (changed("layer_types", ["sliding_attention"] * 2), "its layer_types is"),
+    "biases": (changed("attention_bias", True), "its attention_bias is true"),
+    "heads": (changed("head_dim", 16), "its head_dim is 16"),
+    "quantised": (changed("quantization_config", {"bits": 4}), "its quantization_config is"),
+    "key": (changed("hidden_size", None), "config.json"),
+    "pickle": (pickled, "in pickle files, which run code"),
+    "weights": (without("model.safetensors"), "holds no model.safetensors"),
+    "torn": (torn, "not a whole safetensors file"),
+    "integers": (weights_with(lambda w: w.update({NORM: w[NORM].char()})), "is I8, not F32"),
+    "missing": (weights_with(lambda w: w.pop(NORM)), f"the weight {NORM} is missing"),
+    "unknown": (weights_with(lambda w: w.update(more=torch.ones(1))), "unexpected weight more"),
+    "shape": (
+        weights_with(lambda w: w.update({NORM: torch.ones(31)})),
+        f"the weight {NORM} is [31], and [32] by config.json",
+    ),
+    "vocabulary": (
+        weights_with(lambda w: None),
+        "tokenizer has 257 tokens, the model 200",
+    ),
+    "tokenizer": (without("tokenizer.json"), "holds no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cant_be_carried_is_named_and_nothing_is_written(case, llama, forescale):
+    change, said = REFUSED[case]
+    change(llama)
+    if case == "vocabulary":
+        changed("vocab_size", 200)(llama)
+        name = "model.embed_tokens.weight"
+        weights_with(lambda w: w.update({name: w[name][:200].clone()}))(llama)
+    code, _, err = forescale("import", "hf", llama, "it")
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert not Path("runs").exists() or not any(Path("runs").iterdir())
+
+
+def test_the_words_of_the_command(llama, forescale):
+    for words, said in (
+        (["onnx"], "onnx: is no kind of model"),
+        (["hf"], "path: is missing"),
+        (["hf", llama], "run.name: is missing"),
+        (["hf", "nowhere", "it"], "nowhere: no such directory"),
+        (["hf", llama, "it", "tokeniser=x"], "tokenizer"),
+    ):
+        code, _, err = forescale("import", *words)
+        assert code == 2
+        assert said in err
+    code, out, _ = forescale("import", "hf", llama, "elsewhere/it", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["path"] == "elsewhere/it"
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert facts["parameters"] == sum(p.numel() for p in model_of("Llama").parameters())
+    code, _, err = forescale("import", "hf", llama, "elsewhere/it")
+    assert code == 2
+    assert "elsewhere/it: exists already" in err
+
+
+def test_an_import_serves_every_verb(llama, forescale):
+    """Generate, eval, status; and train and plan say how a run begins with it."""
+    data = make_dataset(Path("data").absolute())
+    tokenizer = data / "tokenizer.json"
+    theirs = transformers.LlamaConfig(vocab_size=320, **FAMILIES["Llama"])
+    transformers.LlamaForCausalLM(theirs).save_pretrained(llama)
+    assert forescale("import", "hf", llama, "it", f"tokenizer={tokenizer}")[0] == 0
+    assert forescale("generate", "it", "prompt=ab", "num_tokens=3")[0] == 0
+    code, out, _ = forescale("eval", "it", f"data.path={data}")
+    assert code == 0
+    assert "bits per byte" in out
+    assert "give data.path=DIR" in forescale("eval", "it")[2]
+    assert "runs/it: imported" in forescale("status", "it")[1]
+    for verb in ("train", "plan"):
+        code, _, err = forescale(verb, "it")
+        assert code == 2
+        assert "run.name=NEW run.from.run=runs/it run.from.what=weights" in err
+
+    branch = ["run.name=new", "run.from.run=it", f"data.path={data}", "train.sequence_length=32"]
+    branch += ["train.steps=4", "model.dropout=0.1"]
+    with pytest.raises(UserError, match=r"write run\.from\.what=weights"):
+        start(job_of(TrainJob, branch))
+    begun = start(job_of(TrainJob, [*branch, "run.from.what=weights"]))
+    imported = open_run("runs/it").config.model
+    assert begun.job.model.width == imported.width == 32
+    assert begun.job.model.vocab_size == 320
+    assert begun.job.model.dropout == 0.1
+    assert begun.run.imported.read_bytes() == Path("runs/it/imported.json").read_bytes()

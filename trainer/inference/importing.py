@@ -1,0 +1,160 @@
+"""Imports a Hugging Face model as a run directory, whose checkpoint others begin with.
+
+Invariant: the directory appears complete, by one rename, or not at all. What can't be carried is
+refused before anything is written. One tensor is in memory at a time; weights keep their bits.
+"""
+
+import errno
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from forescale.checkpoint.weights import Part, write_weights
+from forescale.config.compose import compose
+from forescale.config.frozen import frozen_file
+from forescale.config.train import TrainJob
+from forescale.data.tokenizer import Vocabulary, given_tokenizer, vocabulary_of
+from forescale.errors import UserError
+from forescale.inference.hf_directory import HfDirectory, Stored
+from forescale.models.config import ModelConfig
+from forescale.models.flops import shapes
+from forescale.models.hf import FAMILIES
+from forescale.models.hf.pieces import Piece, config_of, pieces_of
+from forescale.progress import Meter, Progress, silent
+from forescale.run.directory import Run
+from forescale.run.identity import code_and_id
+from forescale.run.start import versions
+from forescale.storage import staged, write_checked_json, write_file
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A run that holds imported weights. parameters: their number; bytes: of the weights."""
+
+    run: Run
+    architecture: str
+    model: ModelConfig
+    parameters: int
+    bytes: int
+
+
+def import_hf(
+    source: Path,
+    run: Run,
+    tokenizer: str | None = None,
+    end_of_text: str | None = None,
+    progress: Progress = silent,
+) -> Imported:
+    """Make the run directory of a Hugging Face directory `source`, and return what it holds.
+
+    Args: `tokenizer`, a tokenizer.json or a directory with one; None: that of `source`.
+    `end_of_text`: the token that ends a document; None: as data.tokenizer.end_of_text finds it.
+    Raises UserError if the run exists, or if a part of the model can't be carried.
+    """
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise UserError(str(run.path), "exists already", "choose another name")
+    theirs = HfDirectory(source)
+    model = _model_of(theirs)
+    parts = list(_parts(theirs, model))
+    vocabulary = _vocabulary(theirs, model, tokenizer, end_of_text)
+    job = _job(run, model)
+    architecture = FAMILIES[theirs.config["model_type"]].architecture
+    numbers, size = sum(p.described.numel() for p in parts), sum(p.size for p in parts)
+    found = Imported(run, architecture, model, numbers, size)
+    meter = Meter(progress, "import weights", size, "bytes")
+    try:
+        with staged(run.path.resolve()) as stage:
+            stage.chmod(job.run.mode)
+            new = Run(stage)
+            write_weights(new, parts, lambda size: meter(size, 0))
+            write_file(new.tokenizer, vocabulary.raw)
+            write_checked_json(new.imported, theirs.small_files)
+            write_checked_json(new.identity, _identity(found, source, vocabulary))
+            write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        what = "another command has made it at the same moment"
+        raise UserError(str(run.path), what, "choose another name") from None
+    meter.end()
+    return found
+
+
+def _model_of(theirs: HfDirectory) -> ModelConfig:
+    try:
+        return config_of(theirs.config)
+    except ValueError as e:
+        where, what = str(theirs.path / "config.json"), str(e).rstrip(".")
+        raise UserError(where, what, "import another model; nothing was written") from None
+
+
+def _parts(theirs: HfDirectory, model: ModelConfig) -> Iterator[Part]:
+    """Yield the weights, each read when it is written. Raises UserError if the files hold others
+    than the model has."""
+    whole = shapes(model)
+    try:
+        for piece in pieces_of(theirs.config["model_type"], model, theirs.tensors):
+            stored = theirs.tensors[piece.source]
+            described = piece.taken(stored.described())
+            read = partial(_read, piece, stored)
+            yield Part(piece.name, whole[piece.name], piece.start, described, read)
+    except ValueError as e:
+        todo = "download it again, or import another model; nothing was written"
+        raise UserError(str(theirs.path), str(e).rstrip("."), todo) from None
+
+
+def _read(piece: Piece, stored: Stored) -> Tensor:
+    return piece.taken(stored.read())
+
+
+def _vocabulary(
+    theirs: HfDirectory, model: ModelConfig, tokenizer: str | None, end: str | None
+) -> Vocabulary:
+    """Return the model's tokenizer. Raises UserError if there is none, or if it has more tokens
+    than the model."""
+    where = tokenizer or str(theirs.path)
+    if tokenizer is None and not (theirs.path / "tokenizer.json").is_file():
+        what = "holds no tokenizer.json"
+        todo = "give tokenizer=FILE, or make one with transformers: AutoTokenizer, save_pretrained"
+        raise UserError(where, what, todo)
+    raw = given_tokenizer(where)
+    if raw is None:
+        raise UserError("tokenizer", f"{where} names no file", "give a tokenizer.json")
+    found = vocabulary_of(raw, where, end)
+    if found.size > model.sizes.vocab_size:
+        what = f"its tokenizer has {found.size:,} tokens, the model {model.sizes.vocab_size:,}"
+        raise UserError(where, what, "give the model's own with tokenizer=FILE")
+    return found
+
+
+def _identity(found: Imported, source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the content of run.json, of a run that has no data."""
+    no_data = dict.fromkeys(("path", "identity", "corpus_hash")) | {"sources": {}}
+    return {
+        "name": found.run.name,
+        "tokenizer_sha256": hashlib.sha256(vocabulary.raw).hexdigest(),
+        "dataset": {**no_data, "vocab_size": vocabulary.size, "end_of_text": vocabulary.end},
+        "imported": {"path": str(source.resolve()), "architecture": found.architecture},
+        "versions": versions(),
+        **code_and_id(),
+        "parameters": found.parameters,
+    }
+
+
+def _job(run: Run, model: ModelConfig) -> TrainJob:
+    """Return the job that is frozen: the model, and else the defaults, which nothing reads."""
+    words = [f"run.name={run.name}", f"run.root={run.path.parent}", "schedule=constant"]
+    words += [
+        "schedule.warmup=0 steps",
+        "train.steps=1",
+        "train.global_batch=1",
+        "train.micro_batch=1",
+    ]
+    job = compose(TrainJob, words)
+    length = model.sizes.max_sequence_length
+    return replace(job, model=model, train=replace(job.train, sequence_length=length))

@@ -1,0 +1,116 @@
+"""`forescale import hf`: make a run directory of a Hugging Face model."""
+
+# ruff: noqa: N999, RUF009 (the file has the name of its verb; key and section make fields)
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import Job, Problems
+from forescale.config.schema import key, section
+from forescale.config.sections.training import RunConfig
+from forescale.errors import DONE, UserError
+from forescale.progress import shown
+from forescale.run.directory import Run
+
+if TYPE_CHECKING:
+    from forescale.inference.importing import Imported
+
+_TODO = "write forescale import hf DIR NAME"
+
+
+@dataclass
+class ImportedRunConfig:
+    """The run that is made."""
+
+    name: str | None = key(None, "the run's name; the second word after hf sets it too")
+    root: str = key("runs", "the directory that holds the runs")
+
+    def problems(self) -> Problems:
+        """Return a problem if the name is missing or none of a directory."""
+        if self.name is None:
+            return [("name", "is missing", _TODO)]
+        return RunConfig(self.name).problems()
+
+
+@dataclass
+class ImportJob(Job):
+    """A model and the run to make of it."""
+
+    VERB: ClassVar[str] = "import"
+    TARGET: ClassVar[str] = "run.name"
+    FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
+
+    path: str | None = key(
+        None,
+        "the Hugging Face directory: config.json, model.safetensors (or several with an index) and "
+        "tokenizer.json; the first word after hf sets it too",
+    )
+    tokenizer: str | None = key(
+        None, "a tokenizer.json, or a directory with one; null: the one beside the weights"
+    )
+    end_of_text: str | None = key(
+        None, "the token that ends a document; null: <|endoftext|> or what its config names"
+    )
+    json: bool = key(False, "print JSON, for programs; --json does the same")
+    run: ImportedRunConfig = section(ImportedRunConfig, "the run that is made")
+
+    def problems(self) -> Problems:
+        """Return a problem if no directory is given."""
+        return [] if self.path else [("path", "is missing", _TODO)]
+
+
+FIRST = ("hf",)
+JOB = ImportJob
+EXAMPLES = (
+    "import hf Llama-2-7b llama   (the directory Llama-2-7b becomes the run runs/llama)",
+    "import hf gpt2 gpt2 tokenizer=other/tokenizer.json",
+    "import hf OLMo-2-1B olmo --json",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Make the run, and print how to go on from it."""
+    words = arguments[1:] if arguments[:1] == [*FIRST] else arguments
+    if words == arguments and words and "=" not in words[0] and not words[0].startswith("-"):
+        raise UserError(words[0], "is no kind of model that can be imported", _TODO)
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        words = [f"path={words[0]}", *words[1:]]
+    job = compose(ImportJob, overrides_of(ImportJob, words))
+    assert job.path is not None  # ImportJob.problems asks for it
+    assert job.run.name is not None
+    from forescale.inference.importing import import_hf
+
+    run = Run(Path(job.run.root).expanduser() / job.run.name)
+    source = Path(job.path).expanduser()
+    with shown() as progress:
+        found = import_hf(source, run, job.tokenizer, job.end_of_text, progress)
+    print(json.dumps(_facts(found), indent=2) if job.json else _page(found, source))
+    return DONE
+
+
+def _facts(found: "Imported") -> dict[str, Any]:
+    return {
+        "name": found.run.name,
+        "path": str(found.run.path),
+        "checkpoint": str(found.run.checkpoint_path(0)),
+        "architecture": found.architecture,
+        "parameters": found.parameters,
+        "bytes": found.bytes,
+    }
+
+
+def _page(found: "Imported", source: Path) -> str:
+    run = found.run
+    return (
+        f"{found.architecture} in {source} is the run {run.path} now: {found.parameters:,} "
+        f"parameters, {found.bytes / 2**20:,.1f} MiB.\n\n"
+        f"Next (text becomes data with forescale shards TEXT tokenizer={run.tokenizer}):\n"
+        f"  forescale generate {run.path} prompt=TEXT\n"
+        f"  forescale eval {run.path} data.path=DATA\n"
+        f"  forescale train run.name=NEW run.from.run={run.path} run.from.what=weights "
+        f"data=dataset data.path=DATA"
+    )
