@@ -3,7 +3,7 @@ and they read the same targets at another stage, world size and micro-batch."""
 
 import pytest
 
-from tests import launching, reversed_words
+from tests import launching, questions, reversed_words
 from tests.matrix import more
 
 pytestmark = pytest.mark.distributed
@@ -28,18 +28,21 @@ PAIRS = (*reversed_words.KIND, "model.encoder_layers=2", "train.sequence_length=
         (T5, 3),
         (PREFIX, 1),
         (PAIRS, 1),
+        (questions.KIND, 1),
     ],
-    ids=["masked-1", "bert-3", "seq2seq-1", "t5-3", "prefix-1", "pairs-1"],
+    ids=["masked-1", "bert-3", "seq2seq-1", "t5-3", "prefix-1", "pairs-1", "responses-1"],
 )
 def test_they_resume_bit_for_bit(dataset, tmp_path, kind, stage):
     if kind is PAIRS:
         dataset = reversed_words.make_pairs(tmp_path / "words")
+    if kind is questions.KIND:
+        dataset = questions.make_conversations(tmp_path).path
     command = (f"data.path={dataset}", *LENGTH, *kind, f"engine=zero{stage}")
     command += ("launch.processes=2",)
     whole, again = launching.whole_and_repeated(tmp_path, *command, step=5)
     assert len(whole) == 16
     assert again == whole
-    if kind not in (BERT, PAIRS):
+    if kind not in (BERT, PAIRS, questions.KIND):
         return
     alone = ("train.micro_batch=8", "launch.processes=1", "engine=zero0")
     launching.train(tmp_path, "run.name=alone", *command[:-2], *alone)

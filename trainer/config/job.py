@@ -41,12 +41,14 @@ class Job:
     choices, conf/VERB.yaml is its primary config, with - for a space.
     TARGET: the key that an argument without `=` sets; "" if the verb takes no such argument.
     FLAGS: each flag, such as --json, with the key that it sets to true.
+    TYPED: keys that are typed by another name, which is that of a section too, by that name.
     ACTIONS: the actions by name, if the verb has several; each reads some of the keys.
     """
 
     VERB: ClassVar[str] = ""
     TARGET: ClassVar[str] = ""
     FLAGS: ClassVar[Mapping[str, str]] = {}
+    TYPED: ClassVar[Mapping[str, str]] = {}
     ACTIONS: ClassVar[Mapping[str, Action]] = {}
 
     def for_machine(self, find: Find | None = None) -> Self:
@@ -85,6 +87,7 @@ def overrides_of(schema: type[Job], arguments: Sequence[str]) -> list[str]:
     """
     target, verb = schema.TARGET, schema.VERB
     arguments = [f"{schema.FLAGS[a]}=true" if a in schema.FLAGS else a for a in arguments]
+    arguments = [_by_its_key(schema, a) for a in arguments]
     names = [a for a in arguments if "=" not in a and not a.startswith(("-", "~", "+"))]
     rest = [a for a in arguments if a not in names]
     if not names:
@@ -127,6 +130,11 @@ def _text(value: Any) -> str:
         inside = ",".join(f"{name}:{_text(v)}" for name, v in value.items())
         return f"{{{inside}}}"
     return str(value)
+
+
+def _by_its_key(schema: type[Job], argument: str) -> str:
+    name, is_set, value = argument.partition("=")
+    return f"{schema.TYPED[name]}={_quoted(value)}" if is_set and name in schema.TYPED else argument
 
 
 def _quoted(text: str) -> str:

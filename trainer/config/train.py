@@ -230,7 +230,8 @@ class TrainJob(Job):
         kind, layers = self.objective.kind, getattr(self.model, "encoder_layers", 0)
         found: Problems = []
         has_source = bool(self.objective.spec.source)
-        writes = self.objective.is_next_token or (has_source and not layers)
+        has_one_row = self.objective.is_next_token or kind == "responses"
+        writes = has_one_row or (has_source and not layers)
         if not getattr(self.model, "causal", True) and writes:
             what = "a model that sees later tokens is shown the token that it must predict"
             todo = "leave it out, or give objective.kind=masked, which hides its targets"
@@ -238,7 +239,7 @@ class TrainJob(Job):
         if getattr(self.model, "causal", False) and self.objective.spec.sees_both_sides:
             what = f"objective {kind} is for a model that sees both sides"
             found.append(("model.causal", what, "write model.causal=false"))
-        if layers and self.objective.is_next_token:
+        if layers and has_one_row:
             what = "an encoder-decoder needs rows of a source and a target"
             found.append(
                 ("model.encoder_layers", what, "write objective.kind=seq2seq, prefix or pairs")
@@ -250,8 +251,8 @@ class TrainJob(Job):
         if kind == "pairs" and source is not None and columns <= source:
             what = f"{source} of {columns} columns leave none for the target"
             found.append(("objective.pairs_source", what, f"give at most {columns - 1}"))
-        if self.data.document_mask and has_source:
-            what = f"source and target of {kind} have the documents of a window, not their own"
+        if self.data.document_mask and (has_source or self.objective.spec.whole):
+            what = f"a row of {kind} has no documents of its own, as a window has"
             found.append(("data.document_mask", what, "leave it out"))
         if self.data.packing == "best_fit" and not self.objective.is_next_token:
             what = f"best_fit counts next tokens, not the targets of objective {kind}"

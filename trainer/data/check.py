@@ -52,7 +52,8 @@ def _layout(shard: Shard) -> Iterator[str]:
     want = [
         (f"{m.key}.{kind}.bin", getattr(m, kind)["offset"], getattr(m, kind)["size"])
         for m in shard.members
-        for kind in ("doc", "tok")
+        for kind in ("doc", "learned", "tok")
+        if getattr(m, kind) is not None
     ]
     with open_raw(shard.where) as f:
         members = tar_members(f, shard.where, shard.file.size)
@@ -75,6 +76,7 @@ def _contents(shard: Shard, is_ours: bool, dataset: Dataset) -> Iterator[str]:
         try:
             shard.read_into(m.first, tokens)
             ends = shard.ends(at) - m.first
+            shard.learned(at)
         except UserError as e:
             yield str(e)
             continue

@@ -7,6 +7,7 @@
       000000.tok.bin            little-endian uint16, or uint32 above 65,536 vocabulary entries
       000000.doc.bin            uint32 exclusive ends of the documents that end in this member,
                                 counted in tokens from the member's first
+      000000.learned.bin        only of conversations: a bit a token, 1 if it counts in the loss
     train-000000.index.json     offset, size and checksums of every member, cumulative tokens
     validation-000000.tar ...
 
@@ -199,6 +200,14 @@ class Split:
         """Return the document ends inside [start, start + length): exclusive, relative to start, in
         (0, length]; int64, ascending. Raises Damaged."""
         return self.shard(shard).document_ends(start, length)
+
+    def learned(self, shard: int) -> np.ndarray | None:
+        """Return which tokens of a shard count in the loss: bool of shape (tokens,); None if the
+        dataset doesn't say. Raises Damaged."""
+        opened = self.shard(shard)
+        parts = [opened.learned(at) for at in range(len(opened.members))]
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if found and len(found) == len(parts) else None
 
     def members(self, shard: int, start: int, length: int) -> list[str]:
         """Return the keys of the members that hold these tokens; reads only the index."""

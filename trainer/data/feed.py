@@ -5,7 +5,7 @@
 Invariant: the tokens of sample g depend only on the data, the configuration and the quarantine; not
 on ranks, workers, or where a run was resumed. With the policy `substitute` a window that touches a
 damaged member is replaced by an intact window of the same source and length, chosen by (seed, g);
-so the number of targets of a step doesn't change. A pair is replaced by a whole pair.
+so the number of targets of a step doesn't change. A whole bin, such as a pair, replaces another.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,9 +44,9 @@ class Samples:
 
     numbers: (n,) int64, the global index g of each; tokens: (n, L + 1) in the feed's dtype, 0
     beyond the end of a short one; sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32,
-    number of each token's document in its window, or None; begins: (n, L + 1) bool, True for a
-    packed document's first token, which is not a target, or None; cuts: (n,) int64, tokens of the
-    source of each pair, or None; hash: sum mod 2^64 of the windows' hashes; lost: members found
+    number of each token's document in its window, or None; ignored: (n, L + 1) bool, True for what
+    is no target of a bin (Bins.mark_ignored), or None; cuts: (n,) int64, tokens of the source of
+    each pair, or None; hash: sum mod 2^64 of the windows' hashes; lost: members found
     damaged while reading.
     """
 
@@ -55,7 +55,7 @@ class Samples:
     tokens: np.ndarray
     sizes: np.ndarray
     documents: np.ndarray | None
-    begins: np.ndarray | None
+    ignored: np.ndarray | None
     cuts: np.ndarray | None
     hash: int
     lost: frozenset[LostMember]
@@ -101,7 +101,8 @@ class Feed:
         self.substitute, self.documents, self.seed = substitute, documents, seed
         self.objective = objective
         self.bins = [bins[name] for name in splits] if bins else None
-        self.are_pairs = bool(self.bins and self.bins[0].are_pairs)
+        self.unit = self.bins[0].unit if self.bins else "window"
+        self.are_whole = bool(self.bins and self.bins[0].are_whole)
         self._span = lru_cache(4)(self._make_span)
 
     def step(self, g: int, count: int) -> list[Interval]:
@@ -138,9 +139,10 @@ class Feed:
         tokens, short = np.empty((len(samples), length), self.dtype), places.length < length
         tokens[short] = 0
         documents = np.zeros((len(samples), length), np.int32) if self.documents else None
-        is_packed = self.bins is not None and not self.are_pairs
-        begins = np.zeros((len(samples), length), np.bool_) if is_packed else None
-        cuts = np.zeros(len(samples), np.int64) if self.are_pairs else None
+        are_pairs = self.unit == "pair"
+        has_ignored = self.bins is not None and not are_pairs
+        ignored = np.zeros((len(samples), length), np.bool_) if has_ignored else None
+        cuts = np.zeros(len(samples), np.int64) if are_pairs else None
         sizes, known = places.length.copy(), set(quarantine)
         one_by_one = bool(known) or self.documents or self.bins is not None
         if one_by_one or not self._read_all(places, tokens, on_read):
@@ -150,8 +152,8 @@ class Feed:
                     documents[i] = np.searchsorted(ends, np.arange(length), side="right")
                 if self.bins is not None:
                     sizes[i] = ends[-1]
-                if begins is not None:
-                    begins[i, ends[:-1]] = True
+                    if ignored is not None:
+                        self.bins[place[0]].mark_ignored(ignored[i], ends)
                 if cuts is not None:
                     cuts[i] = ends[0]
         windows: Iterable[Any] = tokens
@@ -160,7 +162,7 @@ class Feed:
         digest = sum(map(window_hash, samples.tolist(), windows))
         lost = frozenset(known - quarantine)
         return Samples(
-            places, samples, tokens, sizes, documents, begins, cuts, digest % 2**64, lost
+            places, samples, tokens, sizes, documents, ignored, cuts, digest % 2**64, lost
         )
 
     def _places(self, intervals: Iterable[Interval]) -> Places:
@@ -229,7 +231,7 @@ class Feed:
         packed, otherwise of its documents if requested."""
         source, *own, size = place
         split, name = self.splits[source], self.names[source]
-        others = self._pairs if self.are_pairs else self._windows
+        others = self._whole if self.are_whole else self._windows
         for shard, start in chain([own], others(g, source, size)):
             pieces = self._pieces(source, shard, start, size)
             if not any(self._touches(known, name, split, shard, *piece) for piece in pieces):
@@ -246,8 +248,8 @@ class Feed:
                         raise
                     known.add(LostMember(name, e.shard, e.member))
         what = f"{_TRIES} substitutes in a row touch damaged members"
-        if self.are_pairs:
-            what = f"a pair is damaged, and no intact one has as many targets, {size - 1:,}"
+        if self.are_whole:
+            what = f"a {self.unit} is damaged, and no intact one has as many targets, {size - 1:,}"
         raise UserError(f"source {name}", what, "restore the dataset from a copy")
 
     @staticmethod
@@ -270,9 +272,9 @@ class Feed:
                     break
             yield shard, start
 
-    def _pairs(self, g: int, source: int, size: int) -> Iterator[tuple[int, int]]:
-        """Yield shard and number of the source's pairs with exactly size - 1 targets, all of them:
-        of some sizes there are few. Where the first one lies is drawn by (seed, g)."""
+    def _whole(self, g: int, source: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield shard and number of the source's bins with exactly size - 1 targets, all of them,
+        as of some sizes there are few. Where the first one lies is drawn by (seed, g)."""
         order = self.mixture.orders[source]
         first = int(mix64(self._drawn(g, 0))[0]) % order.windows_per_epoch
         for low, high in ((first, order.windows_per_epoch), (0, first)):

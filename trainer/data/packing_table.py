@@ -85,7 +85,7 @@ class Bins:
     else. Reading is safe from several threads.
     """
 
-    are_pairs: ClassVar[bool] = False  # a source and a target each, which are never shortened
+    unit: ClassVar[str] = "window"  # what a bin is; all others are whole, and never shortened
 
     def __init__(self, path: Path, made: dict[str, Any], sequence_length: int):
         """Open the file and read its head."""
@@ -96,6 +96,20 @@ class Bins:
         self.counts = np.array([row.bins for row in self._rows], np.int64)
         self.targets = np.array([row.targets for row in self._rows], np.int64)
         self.table = lru_cache(_OPEN)(self._table)
+
+    @property
+    def are_whole(self) -> bool:
+        """True if a bin is a pair or a conversation, the tokens of which only it has."""
+        return self.unit != "window"
+
+    def mark_ignored(self, row: np.ndarray, ends: np.ndarray) -> None:
+        """Set to True what is no target of a row, bool of shape (L + 1,), of pieces that end before
+        `ends`: the first token of each, which other documents precede."""
+        row[ends[:-1]] = True
+
+    def left_out(self) -> str | None:
+        """Return how many documents are in no bin, and why, in words; None if all are in one."""
+        return None
 
     def short(self, shards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of these shards' bins, numbered consecutively over the shards, have fewer

@@ -55,6 +55,7 @@ class Member(NamedTuple):
     documents: int
     tok: dict[str, Any]  # offset, size, xxh3 of every chunk (16 hex digits each)
     doc: dict[str, Any]  # offset, size, xxh3; file, if it isn't the shard's own
+    learned: dict[str, Any] | None = None  # offset, size, xxh3; only of conversations
 
 
 class Shard:
@@ -260,12 +261,20 @@ class Shard:
         """Return the exclusive ends of the documents that end in member `at`, counted from the
         shard's first token; int64, verified."""
         if at not in self._ends:
-            self._ends[at] = self._read_ends(at) + self.members[at].first
+            raw = self._read_whole(at, self.members[at].doc, "document ends don't")
+            self._ends[at] = np.frombuffer(raw, "<u4").astype(np.int64) + self.members[at].first
         return self._ends[at]
 
-    def _read_ends(self, at: int) -> np.ndarray:
-        member, doc = self.members[at], self.members[at].doc
-        data = memoryview(bytearray(doc["size"]))
+    def learned(self, at: int) -> np.ndarray | None:
+        """Return which tokens of member `at` count in the loss: bool (tokens,); or None."""
+        if (member := self.members[at]).learned is None:
+            return None
+        raw = self._read_whole(at, member.learned, "learned tokens don't")
+        return np.unpackbits(np.frombuffer(raw, np.uint8), count=member.tokens) > 0
+
+    def _read_whole(self, at: int, doc: dict[str, Any], what_does_not: str) -> memoryview:
+        """Return a file of member `at`, verified. what_does_not: match, in words."""
+        member, data = self.members[at], memoryview(bytearray(doc["size"]))
 
         def read() -> bool:
             file.read_at(doc["offset"], data)
@@ -275,12 +284,12 @@ class Shard:
             file = self._file_of(doc)
             good = read() or (file.forget(doc["offset"], doc["size"]) and read())
         except UserError as e:
-            raise self._unusable(e, self.members[at].key) from e
+            raise self._unusable(e, member.key) from e
         if not good:
             where = _path(self._store, doc["file"]) if "file" in doc else self.where
-            what = f"member {member.key} is damaged: its document ends don't match their checksum"
+            what = f"member {member.key} is damaged: its {what_does_not} match their checksum"
             raise self._damaged(where, what, RESTORE, member.key)
-        return np.frombuffer(data, "<u4").astype(np.int64)
+        return data
 
     def _file_of(self, doc: dict[str, Any]) -> File:
         if "file" not in doc:
@@ -327,6 +336,8 @@ def _index_fault(members: list[Member], tokens: int, documents: int, item: int) 
             return f"the number of checksums of its member {m.key} doesn't match its size"
         if m.doc["size"] != m.documents * 4:
             return f"the number of documents of its member {m.key} doesn't match its size"
+        if m.learned is not None and m.learned["size"] != -(-m.tokens // 8):
+            return f"the learned tokens of its member {m.key} don't match its size"
     if sum(m.documents for m in members) != documents:
         return "its number of documents differs from the manifest's"
     return None

@@ -20,7 +20,7 @@ from forescale.data.dataset import Split
 from forescale.data.feed import Feed, LostMember, OnRead, Samples
 from forescale.data.mixture import Interval
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
-from forescale.data.objectives.pair_table import PairBins
+from forescale.data.packing_table import Bins
 from forescale.data.pipeline import Agree, Log, prefetched
 from forescale.errors import UserError
 
@@ -176,10 +176,10 @@ def validation_windows(
     limit: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
-    bins: PairBins | None = None,
+    bins: Bins | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the windows of a split in their fixed order, or `limit` of them, evenly spread over it.
-    bins: the pairs of the split, if its windows are pairs.
+    bins: the pairs or conversations of the split, if its windows are such.
 
     Rank r takes every world_size-th micro-batch from r on. All ranks get the same number because
     they call collectives together: missing rows and micro-batches are padding without a target.
@@ -195,14 +195,13 @@ def validation_windows(
         rows = slice(index * micro_batch, (index + 1) * micro_batch)
         chosen = places[rows], numbers[rows]
         shape = (micro_batch, sequence_length)
-        are_pairs = bins is not None
-        yield _validation_micro_batch(split, index, *chosen, shape, documents, objective, are_pairs)
+        yield _validation_micro_batch(split, index, *chosen, shape, documents, objective, bins)
 
 
 _Place = tuple[int, list[tuple[int, int]]]  # a shard; first token and number of tokens of each run
 
 
-def _held_out_places(split: Split, sequence_length: int, bins: PairBins | None) -> list[_Place]:
+def _held_out_places(split: Split, sequence_length: int, bins: Bins | None) -> list[_Place]:
     if bins is not None:
         return [
             (shard, bins.pieces(shard, number))
@@ -224,15 +223,18 @@ def _validation_micro_batch(
     shape: tuple[int, int],
     documents: bool,
     objective: Objective,
-    are_pairs: bool,
+    bins: Bins | None,
 ) -> MicroBatch:
     tokens = np.zeros((shape[0], shape[1] + 1), split.dtype)
     numbers = np.zeros(tokens.shape, np.int32) if documents else None
     lengths, cuts = np.ones(shape[0], np.int64), np.zeros(shape[0], np.int64)
+    are_pairs, ignored = bins is not None and bins.unit == "pair", np.zeros(tokens.shape, np.bool_)
     for i, (shard, runs) in enumerate(places):
         first, size = runs[0][0], sum(length for _, length in runs)  # runs follow each other
         lengths[i] = size
-        cuts[i] = runs[0][1] if len(runs) > 1 else 0
+        cuts[i] = runs[0][1]
+        if bins is not None and not are_pairs:
+            bins.mark_ignored(ignored[i], np.cumsum([length for _, length in runs]))
         tokens[i, :size] = split.read(shard, first, size)
         if numbers is not None:
             ends = split.document_ends(shard, first, size)
@@ -240,6 +242,8 @@ def _validation_micro_batch(
     windows = np.pad(windows, (0, shape[0] - len(places)))  # missing rows are padding
     of_pairs = (cuts,) if are_pairs else ()
     pair = objective.examples(tokens, lengths, windows, *of_pairs)
+    if bins is not None and not are_pairs:
+        pair[1][ignored[:, 1:]] = IGNORED
     pair[1, len(places) :] = IGNORED
     inputs, targets = torch.from_numpy(pair)
     hidden = _padding_mask(objective, lengths, *of_pairs)
@@ -249,8 +253,8 @@ def _validation_micro_batch(
 def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> list[MicroBatch]:
     cuts = () if rows.cuts is None else (rows.cuts,)
     pair = objective.examples(rows.tokens, rows.sizes, rows.numbers, *cuts)
-    if rows.begins is not None:
-        pair[1][rows.begins[:, 1:]] = IGNORED  # the first token of a packed document
+    if rows.ignored is not None:
+        pair[1][rows.ignored[:, 1:]] = IGNORED
     inputs, targets = torch.from_numpy(pair)
     documents, found = _document_numbers(rows.documents), []
     for i, first in enumerate(range(0, len(inputs), share.micro_batch)):

@@ -13,13 +13,12 @@ from forescale.config.sections.data import ONLY, CorpusConfig
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import NEXT_TOKEN, Objective, window_length
-from forescale.data.objectives.pair_table import PairBins, left_out_sentence
-from forescale.data.packing_table import num_windows
+from forescale.data.packing_table import Bins, num_windows
 from forescale.data.stream import MicroBatch
 from forescale.errors import UserError
 from forescale.inference.view import RunView
 from forescale.progress import Progress, silent
-from forescale.run.feed import objective_of, pairs_of
+from forescale.run.feed import objective_of, whole_rows_of
 from forescale.run.start import open_dataset
 from forescale.storage import hash_file
 from forescale.train.evaluate import Score, evaluate
@@ -66,13 +65,13 @@ def score_of(
     progress: Progress = silent,
 ) -> tuple[Score, str | None]:
     """Return the score of a job's model on a split, by the job's objective and windows, and the
-    documents that are no pairs, in words; None: there are none.
+    documents that are no rows, in words; None: there are none.
 
-    windows: so many, spread over the split; None: all. cache: where tables of pairs are kept.
+    windows: so many, spread over the split; None: all. cache: where tables of rows are kept.
     Raises UserError if the split is empty, or has no pair.
     """
     objective = objective_of(job, dataset.vocab_size, held_out=True)
-    pairs = pairs_of(job, Sources({ONLY: dataset}), split, cache).get(ONLY)
+    rows = whole_rows_of(job, Sources({ONLY: dataset}), split, cache).get(ONLY)
     found = score(
         model,
         dataset,
@@ -82,10 +81,10 @@ def score_of(
         windows=windows,
         documents=job.data.document_mask,
         objective=objective,
-        bins=pairs,
+        bins=rows,
         progress=progress,
     )
-    return found, left_out_sentence(pairs) if pairs else None
+    return found, rows.left_out() if rows else None
 
 
 def score(
@@ -98,15 +97,15 @@ def score(
     windows: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
-    bins: PairBins | None = None,
+    bins: Bins | None = None,
     progress: Progress = silent,
 ) -> Score:
-    """Return the score of a model on a split. bins: the split's pairs. Raises UserError if the
-    split is empty, or has no pair."""
+    """Return the score of a model on a split. bins: the split's pairs or conversations. Raises
+    UserError if the split is empty, or has no such row."""
     part, done = dataset.split(split), 0
     count = num_windows(part, sequence_length, bins)
     if not count:
-        what = f"its split {split} {'is empty' if bins is None else 'has no pair'}"
+        what = f"its split {split} {'is empty' if bins is None else f'has no {bins.unit}'}"
         raise UserError(dataset.where, what, "choose another split")
     total = min(count, windows or count)
     device = next(model.parameters()).device

@@ -21,7 +21,7 @@ def summarize(started: Start) -> None:
     """Print the summary of a complete run."""
     run = started.run
     scores = read_rows(run.metrics, kind="validation")
-    if not started.job.continues_text:
+    if not started.job.continues_text or started.job.objective.spec.whole:
         _summarize_other(started, scores)
         return
     if scores:
@@ -49,7 +49,8 @@ def summarize(started: Start) -> None:
 
 
 def _summarize_other(started: Start, scores: list[dict]) -> None:
-    """Print the last scores of a model that continues no text: they compare with no compressor."""
+    """Print the last scores of a model that continues no text, or learns parts of one alone: they
+    compare with no compressor."""
     name, spec = started.run.name, started.job.objective.spec
     for dataset, row in {row["dataset"]: row for row in scores}.items():
         print(
@@ -59,8 +60,8 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
     prompt, purpose = {
         "gaps": ("def <extra_id_0>(self):", "fill in spans"),
         "prompt": ("SOURCE", "write its target"),
-    }.get(spec.source, _WRITE)
-    writes = spec.source and isinstance(started.job.model, ModelConfig)
+    }.get(spec.source, ("PROMPT", "write its response") if spec.whole else _WRITE)
+    writes = (spec.source or spec.whole) and isinstance(started.job.model, ModelConfig)
     _next(
         [
             (f"report {name}", "a page with its curves"),

@@ -13,16 +13,15 @@ from typing import Any
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.objective import window_length
-from forescale.data.objectives.pair_table import table_path
 from forescale.data.packing_table import num_windows
 from forescale.run.feed import (
     epochs,
     feed_of,
     notes,
     objective_of,
-    pair_kind,
-    pair_tokens,
-    pairs_of,
+    row_kind,
+    row_tokens,
+    whole_rows_of,
 )
 
 Check = Callable[[Callable[[], Any]], Any]
@@ -63,9 +62,9 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
                 feed = check(lambda: feed_of(job, sources, cache=where))
             if job.data.packing != "windows" or feed is not None:
                 held_out = check(lambda: _held_out(job, sources, where))
-        elif check(lambda: pair_kind(job, sources)) is not None:
+        elif check(lambda: row_kind(job, sources)) is not None:
             found.append(
-                "The pairs of the data are not counted yet, so its epochs and the tokens read are "
+                "The rows of the data are not counted yet, so its epochs and the tokens read are "
                 "estimates, as if no document were left out and no column were padding, and "
                 "evaluations are not counted; `forescale train` counts them."
             )
@@ -74,7 +73,7 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
             times = epochs(job, feed)
         else:
             times = _estimated(job, sources)
-    each = pair_tokens(feed) if feed is not None else {}
+    each = row_tokens(feed) if feed is not None else {}
     of = [
         SourceUse(name, size, times[name] * each.get(name, size), times[name])
         for name, size in ((n, s.num_tokens) for n, s in sources.split("train").items())
@@ -85,24 +84,24 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
 def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:
     """Return where tables of pairs are: in the cache if they are there, or there are no pairs, in
     `scratch` if they are made in seconds, else nowhere."""
-    cache, kind = job.data.cache_directory, pair_kind(job, sources)
+    cache, kind = job.data.cache_directory, row_kind(job, sources)
     parts = [
         (part, sources.datasets[name].identity)
         for split in ("train", "validation")
         for name, part in sources.split(split).items()
     ]
-    if kind is None or all(table_path(p, kind, key, cache).exists() for p, key in parts):
+    if kind is None or all(kind.path(p, key, cache).exists() for p, key in parts):
         return cache
     is_long = sum(part.num_tokens for part, _ in parts) > _SCANNED
     return None if is_long or any(part.is_remote for part, _ in parts) else scratch
 
 
 def _held_out(job: TrainJob, sources: Sources, tables: Path) -> list[int]:
-    pairs = pairs_of(job, sources, "validation", tables)
+    rows = whole_rows_of(job, sources, "validation", tables)
     objective = objective_of(job, sources.vocab_size, held_out=True)
     length = window_length(objective, job.train.sequence_length)
     splits = sources.split("validation").items()
-    return [num_windows(split, length, pairs.get(name)) for name, split in splits]
+    return [num_windows(split, length, rows.get(name)) for name, split in splits]
 
 
 def _estimated(job: TrainJob, sources: Sources) -> dict[str, float]:

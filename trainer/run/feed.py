@@ -22,15 +22,10 @@ from forescale.data.objective import (
     extra_ids,
     window_length,
 )
-from forescale.data.objectives.pair_table import (
-    PairBins,
-    PairKind,
-    left_out_sentence,
-    open_pairs,
-    separator_id,
-    shown_separator,
-)
+from forescale.data.objectives.conversation_table import ConversationKind
+from forescale.data.objectives.pair_table import PairBins, PairKind, separator_id, shown_separator
 from forescale.data.objectives.pairs import Pairs
+from forescale.data.objectives.responses import Responses
 from forescale.data.order import Order
 from forescale.data.packing_table import Bins, open_bins
 from forescale.errors import UserError
@@ -49,7 +44,7 @@ def feed_of(
     window, or the run would read it more often than data.max_epochs allows.
     """
     is_packed = job.data.packing == "best_fit"
-    bins = _bins(job, sources) if is_packed else pairs_of(job, sources, "train", cache)
+    bins = _bins(job, sources) if is_packed else whole_rows_of(job, sources, "train", cache)
     objective = objective_of(job, sources.vocab_size)
     length = window_length(objective, job.train.sequence_length)
     mixture = _mixture(job, sources, bins, length)
@@ -120,7 +115,7 @@ def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:
 def targets_of_a_row(job: TrainJob, feed: Feed) -> float:
     """Return the mean number of targets of the run's windows."""
     windows = job.total_steps * job.train.global_batch
-    if feed.are_pairs:
+    if feed.are_whole:
         return int(feed.mixture.targets(0, windows).sum()) / windows
     full = np.array([feed.mixture.sequence_length + 1])
     return int(feed.objective.num_targets(full)[0])
@@ -138,44 +133,45 @@ def notes(job: TrainJob, feed: Feed) -> list[str]:
 
 
 def left_out(feed: Feed) -> dict[str, str]:
-    """Return which documents of each source are no pairs, in words; of sources that have any."""
-    if not feed.are_pairs or feed.bins is None:
+    """Return which documents of each source are no rows, in words; of sources that have any."""
+    if feed.bins is None:
         return {}
-    found = {
-        name: left_out_sentence(bins) for name, bins in zip(feed.names, feed.bins, strict=True)
-    }
+    found = {name: bins.left_out() for name, bins in zip(feed.names, feed.bins, strict=True)}
     return {name: sentence for name, sentence in found.items() if sentence}
 
 
-def pair_tokens(feed: Feed) -> dict[str, int]:
-    """Return the tokens of each source's pairs; nothing of windows that are none."""
-    if not feed.are_pairs or feed.bins is None:
+def row_tokens(feed: Feed) -> dict[str, int]:
+    """Return the tokens of each source's whole rows; nothing of windows that are none."""
+    if not feed.are_whole or feed.bins is None:
         return {}
-    return {n: bins.facts["pair_tokens"] for n, bins in zip(feed.names, feed.bins, strict=True)}
+    return {n: bins.facts["row_tokens"] for n, bins in zip(feed.names, feed.bins, strict=True)}
 
 
-def pairs_of(
+def whole_rows_of(
     job: TrainJob, sources: Sources, split: str, cache: Path | None = None
-) -> dict[str, PairBins]:
-    """Return the pairs of a split of each source; none if the job reads no pairs. Tables that are
-    missing from the cache are made. Raises UserError if there is no pair to train on."""
-    if (kind := pair_kind(job, sources)) is None:
+) -> dict[str, Bins]:
+    """Return the pairs or conversations of a split of each source; none if the job reads windows.
+    Tables that are missing from the cache are made. Raises UserError if there is nothing to train
+    on."""
+    if (kind := row_kind(job, sources)) is None:
         return {}
-    cache, found = cache or job.data.cache_directory, {}
+    cache, found = cache or job.data.cache_directory, dict[str, Bins]()
     for name, part in sources.split(split).items():
         dataset = sources.datasets[name]
         with shown() as progress:
-            found[name] = open_pairs(part, kind, dataset.identity, cache, progress)
+            found[name] = kind.open(part, dataset.identity, cache, progress)
         if split == "train":
-            _check_pairs(job, dataset.where, found[name])
+            _check_rows(job, dataset.where, found[name])
     return found
 
 
-def pair_kind(job: TrainJob, sources: Sources) -> PairKind | None:
-    """Return what a pair of a job is; None if it reads no pairs, which is decided here alone: all
-    others ask for its tables. Raises UserError if the tokenizer of its data has no such
+def row_kind(job: TrainJob, sources: Sources) -> PairKind | ConversationKind | None:
+    """Return what a whole row of a job is; None if it reads windows, which is decided here alone:
+    all others ask for its tables. Raises UserError if the tokenizer of its data has no such
     separator."""
     objective = objective_of(job, sources.vocab_size)
+    if isinstance(objective, Responses):
+        return ConversationKind(job.train.sequence_length)
     if not isinstance(objective, Pairs):
         return None
     separator = separator_id(sources.tokenizer, objective.separator, sources.end_of_text)
@@ -191,10 +187,13 @@ def _bins(job: TrainJob, sources: Sources) -> dict[str, Bins]:
     }
 
 
-def _check_pairs(job: TrainJob, where: str, bins: PairBins) -> None:
-    """Raise UserError if no document is a pair."""
+def _check_rows(job: TrainJob, where: str, bins: Bins) -> None:
+    """Raise UserError if no document is a row."""
     if bins.counts.any():
         return
+    if not isinstance(bins, PairBins):
+        what = f"has no {bins.unit} to train on: {bins.left_out() or 'it is empty'}"
+        raise UserError(where, what, "give other data, or a longer train.sequence_length")
     facts, text = bins.facts, job.objective.pairs_separator or ""
     count = facts["documents"]
     if facts["without_separator"] == count:
@@ -205,7 +204,7 @@ def _check_pairs(job: TrainJob, where: str, bins: PairBins) -> None:
         what = f"{none} the separator {separator}"
         todo = "give another objective.pairs_separator, or data whose documents have it"
     else:
-        what = f"has no pair: {left_out_sentence(bins)}"
+        what = f"has no pair: {bins.left_out()}"
         todo = "give more columns, with train.sequence_length and objective.pairs_source"
     raise UserError(where, what, todo)
 

@@ -30,7 +30,7 @@ from forescale.models.config import ModelConfig
 from forescale.progress import shown
 from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
 from forescale.run.directory import Run
-from forescale.run.feed import feed_of, pairs_of, resolved_model
+from forescale.run.feed import feed_of, resolved_model, whole_rows_of
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.identity import code_and_id, data_fields
 from forescale.run.rows import each_row
@@ -72,7 +72,7 @@ def start(
     sources = open_sources(job.data)
     job = settle(job, sources)
     feed_of(job, sources)  # errors of the mixture are reported before anything is written
-    pairs_of(job, sources, "validation")  # made once, before there are ranks
+    whole_rows_of(job, sources, "validation")  # made once, before there are ranks
     prediction_interval_of(job)  # likewise for a forecast that does not fit the job
     # Compared, not run: the typed job is.
     old = thaw(TrainJob, run.config, trust=True) if run.config.exists() else None
@@ -200,8 +200,8 @@ def settle(job: TrainJob, sources: Sources) -> TrainJob:
     """Return the job with the values that depend on its data (the model's vocabulary and longest
     sequence, and the weights of a mixture), and with a warm-up that fits its length."""
     job = job.fitted()
-    # Those of pairs are their numbers, which aren't known before their tables (run/feed.py).
-    if sources.is_mixture and not job.data.weights and job.objective.kind != "pairs":
+    # Those of whole rows are their numbers, unknown before their tables (run/feed.py).
+    if sources.is_mixture and not job.data.weights and not job.objective.spec.whole:
         job = replace(job, data=replace(job.data, weights=sources.default_weights()))
     if not isinstance(job.model, ModelConfig):
         return job

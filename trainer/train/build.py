@@ -22,7 +22,7 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.feed import Feed, LostMember
 from forescale.data.objective import Objective, window_length
-from forescale.data.objectives.pair_table import PairBins
+from forescale.data.packing_table import Bins
 from forescale.data.stream import Batch, StepShare, stream
 from forescale.engine.build import device_name, peak_flops
 from forescale.engine.selfcheck import SelfCheck
@@ -32,7 +32,7 @@ from forescale.engine.trackers import open_trackers
 from forescale.resilience.injector import Injector
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
-from forescale.run.feed import feed_of, left_out, objective_of, pairs_of, targets_of_a_row
+from forescale.run.feed import feed_of, left_out, objective_of, targets_of_a_row, whole_rows_of
 from forescale.run.forecast import PredictionInterval
 from forescale.run.identity import complete
 from forescale.run.scores import is_evaluated
@@ -87,8 +87,8 @@ class Builder:
         return objective_of(self.job, self.sources.vocab_size, held_out=True)
 
     @cached_property
-    def _held_out_pairs(self) -> dict[str, PairBins]:
-        return pairs_of(self.job, self.sources, "validation")
+    def _held_out_rows(self) -> dict[str, Bins]:
+        return whole_rows_of(self.job, self.sources, "validation")
 
     @property
     def _window_length(self) -> int:
@@ -234,7 +234,7 @@ class Builder:
                 windows=None if complete else job.validation.windows,
                 documents=job.data.document_mask,
                 objective=self.objective,
-                bins=self._held_out_pairs.get(name),
+                bins=self._held_out_rows.get(name),
                 ranks=world.data,
                 mark=self.phases.mark,
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forescale.data.dataset import Split
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
-from forescale.data.objectives.pair_table import PairBins
+from forescale.data.packing_table import Bins
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
 
@@ -61,7 +61,7 @@ def evaluate(
     windows: int | None = None,
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
-    bins: PairBins | None = None,
+    bins: Bins | None = None,
     ranks: Ranks = ALONE,
     mark: Callable[[str], None] = lambda at: None,
 ) -> Score:
@@ -69,9 +69,9 @@ def evaluate(
     An empty split gives NaN over 0 windows.
 
     losses: returns the summed nats of each window of a micro-batch, (B,). token_bytes: bytes of
-    each token, by id. documents: attention stays within documents. bins: the split's pairs.
-    mark: receives the place of this rank, at every micro-batch anew, so that a long evaluation
-    doesn't look like a rank that hangs.
+    each token, by id. documents: attention stays within documents. bins: the split's pairs or
+    conversations. mark: receives the place of this rank, at every micro-batch anew, so that a long
+    evaluation doesn't look like a rank that hangs.
     """
     mine = []
     share = (micro_batch, ranks.rank, ranks.size)

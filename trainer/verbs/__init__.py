@@ -25,6 +25,7 @@ from forescale.errors import UserError
 
 VERBS = {
     "train": "Train a model. Without any key: a small one on Python source, in minutes.",
+    "finetune": "Teach a run from prompts and responses of your own.",
     "plan": "Check a training job before the queue: problems, memory, traffic, hours, price.",
     "submit": "Submit to SLURM: a job that trains until its run is complete, or evaluations.",
     "status": "Show the state, the progress and the time use of runs.",

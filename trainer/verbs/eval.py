@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> int:
     trained = view.config.train.sequence_length
     length = job.sequence_length or trained
     layers = getattr(view.config.model, "encoder_layers", 0)
-    if length != trained and (layers or view.config.objective.spec.source):
+    spec = view.config.objective.spec
+    are_fixed = layers or spec.source
+    if (length != trained and are_fixed) or (job.sequence_length and spec.whole and not are_fixed):
         what = f"rows of {view.config.objective.kind} have the length of the training"
         raise UserError("sequence_length", what, "leave it out")
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)

@@ -120,7 +120,7 @@ def test_plan_estimates_what_takes_long_to_count(data, tmp_path, forescale, monk
     code, printed, _ = forescale("plan", *words, "train.steps=100", "--json")
     plan = json.loads(printed)
     assert code == 0
-    assert any("pairs of the data are not counted yet" in note for note in plan["notes"])
+    assert any("rows of the data are not counted yet" in note for note in plan["notes"])
     assert plan["evaluation"]["at_end"] is None
     tokens = 100 * plan["config"]["train"]["global_batch"] * 14
     assert plan["sources"][0]["epochs"] == pytest.approx(

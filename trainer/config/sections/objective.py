@@ -1,4 +1,4 @@
-"""The pretraining objectives: what the project must know of each, and the config section.
+"""The objectives: what the project must know of each, and the config section.
 
 To add an objective, write a file in data/objectives/ with its class (see data/objective.py for the
 protocol) and a line in OBJECTIVES here. Invariant: imports no torch.
@@ -26,6 +26,7 @@ class ObjectiveSpec:
         of its own, with an answer.
     targets: what a target is, in words for people.
     shortest: the fewest columns of a row with a target.
+    whole: whether rows are whole documents, which a table finds, and no windows.
     settings: the keys of this section that are arguments of its class, with their names there.
     """
 
@@ -35,6 +36,7 @@ class ObjectiveSpec:
     source: str = ""
     targets: str = "tokens"
     shortest: int = 1
+    whole: bool = False
     settings: tuple[tuple[str, str], ...] = ()
 
 
@@ -73,14 +75,20 @@ OBJECTIVES = {
         source="prompt",
         targets="tokens of answers",
         shortest=2,
+        whole=True,
         settings=(("pairs_separator", "separator"), ("pairs_source", "source")),
+    ),
+    "responses": ObjectiveSpec(
+        "forescale.data.objectives.responses.Responses",
+        targets="tokens of responses",
+        whole=True,
     ),
 }
 
 
 @dataclass
 class ObjectiveConfig:
-    kind: str = key("next_token", f"the pretraining objective: {', '.join(OBJECTIVES)}, or own")
+    kind: str = key("next_token", f"what is learned: {', '.join(OBJECTIVES)}, or own")
     masked_rate: float = key(0.15, "masked: share of the tokens that are targets", gt=0, lt=1)
     masked_hidden: float = key(
         0.8, "masked: share of the targets that the mask token replaces in the inputs", ge=0, le=1
@@ -117,9 +125,9 @@ class ObjectiveConfig:
 
     @property
     def unit(self) -> str:
-        """What train.sequence_length counts, in a word: the columns of a row of source and target,
+        """What train.sequence_length counts, in a word: the columns of a row of its own,
         of which padding may be some, are no tokens of the data."""
-        return "columns" if self.spec.source else "tokens"
+        return "columns" if self.spec.source or self.spec.whole else "tokens"
 
     @property
     def made_with(self) -> TargetConfig:

@@ -23,7 +23,7 @@ from forescale.data.packing_table import Bins, write_tables
 from forescale.errors import UserError, shortened
 from forescale.progress import Progress, silent
 
-_VERSION = 2  # increase it also if other documents become pairs, or facts change
+_VERSION = 3  # increase it also if other documents become pairs, or facts change
 _SHOWN = 60  # characters of a separator in a message
 _BLOCK = 1 << 22  # tokens that are scanned at a time
 _ESCAPES = {r"\t": "\t", r"\n": "\n"}
@@ -36,6 +36,23 @@ class PairKind(NamedTuple):
     separator: int
     source: int
     target: int
+
+    def path(self, split: Split, identity: str, cache: Path) -> Path:
+        """Return where the table of a split is kept."""
+        numbers = "-".join(map(str, self))
+        return Path(cache) / "pairs" / f"{identity[:32]}-{split.name}-{numbers}.v{_VERSION}"
+
+    def open(
+        self, split: Split, identity: str, cache: Path, progress: Progress = silent
+    ) -> "PairBins":
+        """Return the pairs of a split; find them first if their table isn't in the cache, which
+        reads all its tokens. Errors as of packing_table.open_bins."""
+        path = self.path(split, identity, cache)
+        made = {"version": _VERSION, "identity": identity, "split": split.name, **self._asdict()}
+        if not path.exists():
+            scan = _Scan(split, self, progress)
+            write_tables(path, made, scan.tables(), lambda: scan.facts)
+        return PairBins(path, made, self)
 
 
 def separator_id(tokenizer: Tokenizer, separator: str, end_of_text: int) -> int:
@@ -100,10 +117,10 @@ class PairTable(Packing):
 
 class PairBins(Bins):
     """The pairs of a split, as bins. facts: documents, and how many of them are left out and why
-    (LEFT_OUT); pair_tokens, the tokens of the pairs alone; longest_source and longest_target, of
+    (LEFT_OUT); row_tokens, the tokens of the pairs alone; longest_source and longest_target, of
     the pairs and those that are too long."""
 
-    are_pairs = True
+    unit = "pair"
 
     def __init__(self, path: Path, made: dict[str, Any], kind: PairKind):
         self.kind = kind
@@ -113,6 +130,19 @@ class PairBins(Bins):
         """Return (first token in the shard, tokens) of source and separator with target."""
         found = zip(*(a.tolist() for a in self.table(shard).pieces(number)), strict=True)
         return list(found)
+
+    def left_out(self) -> str | None:
+        facts = self.facts
+        reasons = [f"{facts[name]:,} {words}" for name, words in LEFT_OUT.items() if facts[name]]
+        if not reasons:
+            return None
+        kept, documents = int(self.counts.sum()), facts["documents"]
+        found = f"{documents - kept:,} of {documents:,} documents are left out, because they are "
+        found += f"no pairs: {', '.join(reasons)}"
+        if facts["too_long"]:
+            found += f" (the longest source has {facts['longest_source']:,} tokens, the longest "
+            found += f"target {facts['longest_target']:,})"
+        return found
 
     def _packing(self, *arrays: np.ndarray) -> Packing:
         return PairTable(self.sequence_length, *arrays)
@@ -127,45 +157,12 @@ LEFT_OUT = {
 }
 
 
-def table_path(split: Split, kind: PairKind, identity: str, cache: Path) -> Path:
-    """Return where the table of a split is kept."""
-    numbers = "-".join(map(str, kind))
-    return Path(cache) / "pairs" / f"{identity[:32]}-{split.name}-{numbers}.v{_VERSION}"
-
-
-def open_pairs(
-    split: Split, kind: PairKind, identity: str, cache: Path, progress: Progress = silent
-) -> PairBins:
-    """Return the pairs of a split; find them first if their table isn't in the cache, which reads
-    all its tokens. Errors as of packing_table.open_bins."""
-    path = table_path(split, kind, identity, cache)
-    made = {"version": _VERSION, "identity": identity, "split": split.name, **kind._asdict()}
-    if not path.exists():
-        scan = _Scan(split, kind, progress)
-        write_tables(path, made, scan.tables(), lambda: scan.facts)
-    return PairBins(path, made, kind)
-
-
-def left_out_sentence(bins: Bins) -> str | None:
-    """Return how many documents are left out, and why, in words; None if none is."""
-    facts = bins.facts
-    reasons = [f"{facts[name]:,} {words}" for name, words in LEFT_OUT.items() if facts[name]]
-    if not reasons:
-        return None
-    found = f"{facts['documents'] - int(bins.counts.sum()):,} of {facts['documents']:,} documents "
-    found += f"are left out, because they are no pairs: {', '.join(reasons)}"
-    if facts["too_long"]:
-        found += f" (the longest source has {facts['longest_source']:,} tokens, the longest target "
-        found += f"{facts['longest_target']:,})"
-    return found
-
-
 class _Scan:
     """One pass over the tokens of a split; facts are whole after the last table."""
 
     def __init__(self, split: Split, kind: PairKind, progress: Progress):
         self._split, self._kind, self._progress = split, kind, progress
-        names = ("documents", "pair_tokens", "longest_source", "longest_target", *LEFT_OUT)
+        names = ("documents", "row_tokens", "longest_source", "longest_target", *LEFT_OUT)
         self.facts = dict.fromkeys(names, 0)
 
     def tables(self) -> Iterator[PairTable]:
@@ -220,7 +217,7 @@ class _Scan:
         offsets = 2 * np.arange(held.sum() + 1)
         runs = np.stack([starts, cuts], 1)[held].ravel()
         lengths = np.stack([source, target + 1], 1)[held].ravel().astype(np.int32)
-        self.facts["pair_tokens"] += int(lengths.sum(dtype=np.int64))
+        self.facts["row_tokens"] += int(lengths.sum(dtype=np.int64))
         return PairTable(self._kind.source + self._kind.target, offsets, runs, lengths)
 
     def _kept(self, **reasons: np.ndarray) -> np.ndarray:

@@ -31,13 +31,22 @@ class ShardWriter:
     next member. Holds one member in memory.
     """
 
-    def __init__(self, directory: Path, name: str, dtype: np.dtype, member_tokens: int):
-        """dtype: of the stored ids; they are written little-endian."""
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        dtype: np.dtype,
+        member_tokens: int,
+        has_learned: bool = False,
+    ):
+        """dtype: of the stored ids; they are written little-endian. has_learned: with a column that
+        says of each token whether it counts in the loss."""
         self._directory, self._name = directory, name
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._file = HashingFile(directory / f"{name}.tar")
         self._members: list[dict[str, Any]] = []
         self._member = np.empty(member_tokens, self._dtype)
+        self._learned = np.empty(member_tokens, np.bool_) if has_learned else None
         self._ends: list[int] = []  # token counts in the current member
         self._held = self._written = 0
         self.documents = 0
@@ -47,15 +56,14 @@ class ShardWriter:
         """Tokens added so far."""
         return self._written + self._held
 
-    def add(self, document: np.ndarray) -> None:
-        """Append a document's ids including its end-of-text token, shape (tokens,), not empty."""
+    def add(self, document: np.ndarray, learned: np.ndarray | None = None) -> None:
+        """Append a document's ids including its end-of-text token, shape (tokens,), not empty.
+        learned: of the same shape, which of them count in the loss, if the shard has that."""
         while (room := len(self._member) - self._held) < len(document):
-            self._member[self._held :] = document[:room]
-            self._held += room
+            self._put(document[:room], learned)
             self._flush()
-            document = document[room:]
-        self._member[self._held : self._held + len(document)] = document
-        self._held += len(document)
+            document, learned = document[room:], None if learned is None else learned[room:]
+        self._put(document, learned)
         self._ends.append(self._held)
         self.documents += 1
 
@@ -78,6 +86,14 @@ class ShardWriter:
         row = {"file": f"{self._name}.tar", "size": tar.size, "sha256": tar.sha256, **row}
         return row, {f"{self._name}.tar": tar, row["index"]: entry}
 
+    def _put(self, ids: np.ndarray, learned: np.ndarray | None) -> None:
+        end = self._held + len(ids)
+        self._member[self._held : end] = ids
+        if self._learned is not None:
+            assert learned is not None
+            self._learned[self._held : end] = learned[: len(ids)]
+        self._held = end
+
     def _flush(self) -> None:
         key = f"{len(self._members):06d}"
         member = {
@@ -87,10 +103,10 @@ class ShardWriter:
             "documents": len(self._ends),
         }
         # Sorted names; plain readers group by the part before the first dot.
-        doc = np.array(self._ends, "<u4").tobytes()
-        offset = self._append(f"{key}.doc.bin", doc)
-        digest = xxhash.xxh3_64_hexdigest(doc)
-        member["doc"] = {"offset": offset, "size": len(doc), "xxh3": digest}
+        member["doc"] = self._append_whole(f"{key}.doc.bin", np.array(self._ends, "<u4").tobytes())
+        if self._learned is not None:
+            bits = np.packbits(self._learned[: self._held]).tobytes()
+            member["learned"] = self._append_whole(f"{key}.learned.bin", bits)
         tok = self._member[: self._held].tobytes()
         offset = self._append(f"{key}.tok.bin", tok)
         member["tok"] = {"offset": offset, "size": len(tok), "xxh3": chunk_sums(tok)}
@@ -98,6 +114,11 @@ class ShardWriter:
         self._written += self._held
         self._held = 0
         self._ends.clear()
+
+    def _append_whole(self, name: str, data: bytes) -> dict[str, Any]:
+        """Append a file that has one checksum; return its part of the index."""
+        digest = xxhash.xxh3_64_hexdigest(data)
+        return {"offset": self._append(name, data), "size": len(data), "xxh3": digest}
 
     def _append(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the names empty by default

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from forescale.data.dataset import Dataset
 from forescale.data.objectives import pair_table
-from forescale.data.objectives.pair_table import LEFT_OUT, PairKind, open_pairs, separator_id
+from forescale.data.objectives.pair_table import LEFT_OUT, PairKind, separator_id
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
 from tests.reversed_words import NO_PAIRS, make_pairs
@@ -71,7 +71,7 @@ def test_pairs_are_those_that_a_loop_over_tokens_finds(shards, source, target, b
     split = Tokens(shards)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair_table, "_BLOCK", block)  # a document lies in several
-        bins = open_pairs(split, PairKind(7, source, target), "0" * 64, Path(folder))
+        bins = PairKind(7, source, target).open(split, "0" * 64, Path(folder))
         wanted, parts = expected(shards, source, target)
         assert bins.counts.tolist() == [len(pairs) for pairs in wanted]
         for shard, pairs in enumerate(wanted):
@@ -83,7 +83,7 @@ def test_pairs_are_those_that_a_loop_over_tokens_finds(shards, source, target, b
                 assert shards[shard][cut : cut + after] == [7, *b]
         facts = bins.facts
         tokens = sum(len(a) + 1 + len(b) for pairs in wanted for a, b in pairs)
-        assert facts["pair_tokens"] == tokens
+        assert facts["row_tokens"] == tokens
         assert facts["documents"] == parts
         assert sum(facts[reason] for reason in LEFT_OUT) == parts - bins.counts.sum()
 
@@ -92,8 +92,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
     dataset = Dataset(make_pairs(tmp_path / "words", NO_PAIRS))
     kind = PairKind(9, 6, 6)
     bins = [
-        open_pairs(dataset.split(s), kind, dataset.identity, tmp_path)
-        for s in ("train", "validation")
+        kind.open(dataset.split(s), dataset.identity, tmp_path) for s in ("train", "validation")
     ]
     facts = {name: sum(b.facts[name] for b in bins) for name in LEFT_OUT}
     assert facts.pop("too_long") == 2
@@ -108,16 +107,16 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
 def test_a_table_is_made_once_and_never_believed_if_it_is_damaged(tmp_path):
     dataset = Dataset(make_pairs(tmp_path / "words"))
     split, kind = dataset.split("train"), PairKind(9, 6, 6)
-    open_pairs(split, kind, dataset.identity, tmp_path)
+    kind.open(split, dataset.identity, tmp_path)
     (path,) = (tmp_path / "pairs").iterdir()
-    assert open_pairs(Tokens([[]]), kind, dataset.identity, tmp_path).counts.any(), "not scanned"
-    other = open_pairs(split, PairKind(9, 1, 6), dataset.identity, tmp_path)
+    assert kind.open(Tokens([[]]), dataset.identity, tmp_path).counts.any(), "not scanned"
+    other = PairKind(9, 1, 6).open(split, dataset.identity, tmp_path)
     assert other.facts["too_long"] > 100, "a table of its own"
     raw = bytearray(path.read_bytes())
     raw[8] ^= 1
     path.write_bytes(raw)
     with pytest.raises(UserError, match="delete the file"):
-        open_pairs(split, kind, dataset.identity, tmp_path).pieces(0, 0)
+        kind.open(split, dataset.identity, tmp_path).pieces(0, 0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from forescale.data.dataset import Damaged, Dataset
 from forescale.data.feed import Feed, LostMember
 from forescale.data.mixture import Mixture, MixtureStage
 from forescale.data.objective import IGNORED, NextToken
-from forescale.data.objectives.pair_table import PairKind, open_pairs
+from forescale.data.objectives.pair_table import PairKind
 from forescale.data.objectives.pairs import Pairs
 from forescale.data.order import Order
 from forescale.data.stream import StepShare, stream, validation_windows
@@ -36,7 +36,7 @@ def words(tmp_path_factory):
 def pairs_of(dataset, split="train", cache=None):
     kind = PairKind(TAB, SOURCE, COLUMNS - SOURCE)
     cache = cache or dataset.path.parent
-    return open_pairs(dataset.split(split), kind, dataset.identity, cache)
+    return kind.open(dataset.split(split), dataset.identity, cache)
 
 
 def feed_of(dataset, substitute=False, cache=None) -> Feed:

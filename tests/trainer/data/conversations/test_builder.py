@@ -1,0 +1,118 @@
+"""From lines to a dataset: every line is an example or a named fault, and nothing is lost."""
+
+import json
+
+import numpy as np
+import pytest
+
+from forescale.data.check import check
+from forescale.data.conversations import builder
+from forescale.data.conversations.builder import faults_sentence
+from forescale.errors import UserError
+from tests.questions import make_conversations, plain_template, rows
+
+GOOD = {"prompt": "a", "response": "b"}
+BAD = [
+    "{bad",
+    json.dumps({"prompt": "a", "response": " "}),
+    json.dumps({"prompt": "a"}),
+    json.dumps({"prompt": "a" * 80, "response": "b"}),
+    json.dumps({"messages": [{"role": "user", "content": "only asked"}]}),
+    json.dumps({"messages": [{"role": "robot", "content": "x"}]}),
+    json.dumps({"messages": [{"role": "assistant", "content": "<|endoftext|>"}]}),
+    json.dumps({"prompt": "\ud800", "response": "b"}),
+    json.dumps({"prompt": 3, "response": "b"}),
+]
+
+
+def texts(dataset, split) -> list[tuple[bytes, bytes]]:
+    """All text of each document and that of what is learned, an end of text written as $."""
+    part, found = dataset.split(split), []
+    for shard, size in enumerate(part.shard_tokens):
+        ends = part.document_ends(shard, 0, size)
+        raw, learned = part.read(shard, 0, size), part.learned(shard)
+        raw[raw == dataset.end_of_text] = ord("$")
+        for ids, is_learned in zip(
+            np.split(raw, ends)[:-1], np.split(learned, ends)[:-1], strict=True
+        ):
+            found.append((bytes(ids.tolist()), bytes(ids[is_learned].tolist())))
+    return found
+
+
+def expected(row) -> tuple[bytes, bytes]:
+    if "prompt" in row:
+        return f"{row['prompt']}{row['response']}$".encode(), f"{row['response']}$".encode()
+    pieces = plain_template().pieces(row["messages"])
+    parts = ("".join(p.text for p in pieces), "".join(p.text for p in pieces if p.learned))
+    return tuple(part.replace("<|endoftext|>", "$").encode() for part in parts)
+
+
+def test_every_example_is_there_once_with_its_responses(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "_SHARD_TOKENS", 300)
+    monkeypatch.setattr(builder, "_MEMBER_TOKENS", 50)  # examples go on in the next member
+    dataset = make_conversations(tmp_path)
+    found = [texts(dataset, split) for split in ("train", "validation")]
+    assert sorted(found[0] + found[1]) == sorted(map(expected, rows()))
+    assert len(found[1]) == 12
+    assert len(dataset.split("train").shard_tokens) > 1
+    assert check(dataset.path) == []
+    assert not set(found[0]) & set(found[1])
+
+
+def test_equal_examples_are_in_one_split(tmp_path):
+    dataset = make_conversations(tmp_path, rows(9) * 4, held_out=0.5)
+    train, held_out = (texts(dataset, split) for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 36
+    assert held_out
+    assert not set(train) & set(held_out)
+
+
+def test_an_empty_prompt_is_the_token_that_precedes_a_text(tmp_path):
+    dataset = make_conversations(tmp_path, [{"prompt": "", "response": "b"}], held_out=0)
+    assert texts(dataset, "train") == [(b"$b$", b"b$")]
+
+
+def test_what_is_no_example_is_named_by_line_and_stops(tmp_path):
+    with pytest.raises(UserError) as e:
+        make_conversations(tmp_path, [GOOD, "", *BAD])
+    for line, reason in enumerate(["no valid JSON", "an empty response", "that are not"], 3):
+        assert f"{reason}" in str(e.value)
+        assert f"(line {line})" in str(e.value)
+    assert "longer than the 65 tokens of a row (line 6, of 82 tokens)" in str(e.value)
+    assert str(e.value).startswith(f"{tmp_path}/rows.jsonl: 9 lines can't be used: ")
+    assert str(e.value).endswith("leave them out with unusable=skip.")
+    assert not list(tmp_path.glob("conversations-*")), "nothing is built"
+
+
+def test_lines_left_out_are_kept_in_the_report(tmp_path):
+    dataset = make_conversations(tmp_path, [GOOD, *BAD], unusable="skip")
+    assert dataset.manifest["splits"]["train"]["documents"] == 1
+    assert "9 lines can't be used" in faults_sentence(dataset.manifest["report"]["left_out"])
+    with pytest.raises(UserError, match="9 lines can't be used"):
+        make_conversations(tmp_path, BAD, unusable="skip")
+
+
+def test_the_same_file_and_request_are_built_once(tmp_path, monkeypatch):
+    first = make_conversations(tmp_path)
+    monkeypatch.setattr(builder, "_build", lambda *given: pytest.fail("built again"))
+    assert make_conversations(tmp_path).identity == first.identity
+
+
+def test_what_is_learned_decides_the_identity(tmp_path):
+    """The same tokens, of which others count."""
+    rows = [{"prompt": "ab", "response": "c"}], [{"prompt": "a", "response": "bc"}]
+    one, other = (make_conversations(tmp_path / str(i), r, held_out=0) for i, r in enumerate(rows))
+    assert texts(one, "train")[0][0] == texts(other, "train")[0][0]
+    assert one.identity != other.identity
+
+
+def test_a_flipped_bit_of_the_column_is_found(tmp_path):
+    dataset = make_conversations(tmp_path)
+    path = dataset.path / "train-000000.tar"
+    place = dataset.split("train").shard(0).members[0].learned["offset"]
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="member 000000 is damaged: its learned tokens"):
+        dataset.split("train").learned(0)
+    assert any("learned tokens" in fault for fault in check(dataset.path))

@@ -1,0 +1,107 @@
+"""`finetune`: a run that goes on from another's weights; all that it prints before it trains."""
+
+import math
+
+import pytest
+
+from forescale import open_dataset, open_run
+from tests.questions import rows, write_rows
+from tests.trainer.small_run import STEPS, make_dataset, make_run
+
+SMALL = ("model.num_layers=1", "model.width=32", "model.num_heads=2", "train.sequence_length=128")
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("origin")
+    return make_run(make_dataset(folder / "data"), folder / "runs", "small", *SMALL)
+
+
+@pytest.fixture
+def make(origin, tmp_path, forescale):
+    file = write_rows(tmp_path / "sums.jsonl", rows())
+
+    def run(*words, start=origin.path):
+        more = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}")
+        return forescale("finetune", start, *more, "prepare_only=true", *words)
+
+    return run
+
+
+def test_the_run_has_the_config_of_its_origin_and_the_defaults_of_fine_tuning(
+    make, origin, tmp_path
+):
+    code, out, _ = make()
+    assert code == 0
+    assert (
+        f"Fine-tunes {origin.path}, from its step {STEPS}, with 57 examples; 3 are held out" in out
+    )
+    made, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
+    assert made.model == old.model
+    assert made.run.origin.what == "weights"
+    assert made.optimizer.learning_rate == pytest.approx(old.optimizer.learning_rate / 15, rel=0.01)
+    assert made.total_steps == math.ceil(3 * 57 / old.train.global_batch)
+    assert made.steps_of(made.validation.every) == math.ceil(57 / old.train.global_batch)
+
+
+def test_what_is_typed_counts_and_the_same_command_finds_the_run(make, tmp_path):
+    typed = ("run.name=mine", "epochs=2", "optimizer.learning_rate=0.5", "train.global_batch=19")
+    typed += ("train.micro_batch=19", "held_out=0")
+    assert make(*typed)[0] == 0
+    made = open_run(tmp_path / "mine").config
+    assert (made.total_steps, made.optimizer.learning_rate) == (7, 0.5)
+    code, out, _ = make(*typed)
+    assert code == 0
+    assert "Goes on fine-tuning" in out
+    assert open_run(tmp_path / "mine").config == made
+
+
+def test_it_begins_with_a_checkpoint_that_is_named(make, origin, tmp_path):
+    code, _, _ = make("run.name=early", start=origin.checkpoint_path(4))
+    assert code == 0
+    assert open_run(tmp_path / "early").config.run.origin.step == 4
+
+
+def test_the_dataset_has_the_tokenizer_and_plan_reads_it(make, origin, tmp_path, forescale):
+    make()
+    run = open_run(tmp_path / "small-sums")
+    assert run.path.joinpath("tokenizer.json").read_bytes() == origin.tokenizer.read_bytes()
+    dataset = open_dataset(run.config.data.path)
+    assert dataset.split("train").num_documents == 57
+    code, out, _ = forescale("plan", run.path)
+    assert code == 0
+    assert "tokens read, 3.0" in out
+
+
+def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale, origin):
+    bad = write_rows(tmp_path / "bad.jsonl", [*rows(3), "{"])
+    code, out, err = make(f"data={bad}", "run.name=bad")
+    assert (code, out) == (2, "")
+    assert "bad.jsonl: 1 line can't be used: 1 that are no valid JSON (line 4)" in err
+    assert not (tmp_path / "bad").exists()
+    code, out, _ = make(f"data={bad}", "run.name=bad", "unusable=skip")
+    assert code == 0
+    assert "Note: 1 line can't be used: 1 that are no valid JSON (line 4); they are left out" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["data=none.jsonl"], "none.jsonl: no such file"),
+        (["run.from.what=everything"], "run.from.what: a fine-tuning begins at step 0"),
+        (["template=none.jinja"], "none.jinja: no such file"),
+        (["data.document_mask=true"], "data.document_mask: a row of responses has no documents"),
+        (["model.causal=false"], "model.causal: "),
+    ],
+)
+def test_what_can_not_be_is_a_sentence(make, words, what):
+    code, out, err = make(*words)
+    assert (code, out) == (2, "")
+    assert what in err
+
+
+def test_a_run_that_is_none_is_a_sentence(make, forescale):
+    assert make(start="nobody")[0] == 2
+    code, _, err = forescale("finetune")
+    assert code == 2
+    assert "write forescale finetune FROM data=FILE.jsonl" in err

@@ -1,0 +1,1 @@
+"""From lines of prompts and responses to a dataset of conversations."""

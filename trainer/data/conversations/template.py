@@ -1,0 +1,116 @@
+"""How the messages of a conversation become one text: a chat template, in the format of Hugging
+Face tokenizers (Jinja), or the plain one of this file.
+
+Invariant: a response is the text that a template adds after the prompt for generation, up to the
+token that ends it, so that a model learns to write what it is asked to write later. A template runs
+in Jinja's sandbox: it may come from a download.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from forescale.errors import UserError
+
+Message = Mapping[str, str]  # role and content
+ROLES = ("system", "user", "assistant")
+
+PLAIN = """\
+{%- for message in messages -%}
+{{ message.role | capitalize }}:
+{{ message.content }}{{ eos_token if message.role == "assistant" else "" }}
+
+{% endfor -%}
+{%- if add_generation_prompt %}Assistant:
+{% endif -%}
+"""
+
+
+class Unfit(Exception):
+    """A conversation that can't be used; the text says why, as a reason to count."""
+
+
+class Piece(NamedTuple):
+    """A part of a conversation. learned: whether it is a response."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template. source: its text; where: what a message calls it; special: the texts of the
+    tokenizer's special tokens, with which a response may end; tokens: bos_token and eos_token, as
+    the template reads them."""
+
+    source: str
+    where: str
+    special: tuple[str, ...]
+    tokens: Mapping[str, str]
+
+    def check(self) -> None:
+        """Raise UserError if it can't be read, or not even a question and an answer fit it."""
+        try:
+            self.pieces([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except (TemplateError, Unfit) as e:
+            what = f"this chat template can't write a question and its answer ({e})"
+            raise UserError(self.where, what, "give another one with template=FILE") from e
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text after which the model writes its next response."""
+        return self._rendered(messages, is_prompt=True)
+
+    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        """Return the parts of a conversation up to its last response, read and learned in turn.
+        Raises Unfit."""
+        found: list[Piece] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._rendered(messages[:i], is_prompt=True)
+            after = self._rendered(messages[: i + 1], is_prompt=False)
+            if not (before.startswith(done) and after.startswith(before)):
+                raise Unfit("of which the chat template writes a turn in two ways")
+            response = after[len(before) :]
+            ends = [response.rfind(s) + len(s) for s in self.special if s in response]
+            response = response[: max(ends)] if ends else response
+            found += [Piece(before[len(done) :], False), Piece(response, True)]
+            done = before + response
+        return found
+
+    def _rendered(self, messages: Sequence[Message], is_prompt: bool) -> str:
+        try:
+            return self._compiled.render(
+                messages=messages, add_generation_prompt=is_prompt, **self.tokens
+            )
+        except TemplateError as e:
+            raise Unfit(f"that the chat template refuses ({e})") from e
+
+    @cached_property
+    def _compiled(self) -> Template:
+        room = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        room.filters["tojson"] = _as_json
+        room.globals["raise_exception"] = _refuse
+        try:
+            return room.from_string(self.source)
+        except TemplateError as e:
+            what = f"this chat template can't be read ({e})"
+            raise UserError(self.where, what, "give another one with template=FILE") from e
+
+
+def _as_json(value: Any, indent: int | None = None, **_: Any) -> str:
+    # Unlike Jinja's own filter, which escapes for HTML.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,146 @@
+"""A run that goes on from the weights of another with examples of prompts and responses: the config
+that it begins with, its chat template, its length.
+
+Invariant: what fine-tuning changes in the config of the origin is written here, with its source;
+all other keys are those of the origin, except of what belongs to one run or one machine.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from forescale.config.duration import Duration
+from forescale.config.schema import plain
+from forescale.config.sections.data import DataConfig
+from forescale.config.sections.objective import ObjectiveConfig
+from forescale.config.sections.runtime import LaunchConfig, ProfileConfig
+from forescale.config.sections.training import OriginConfig, ScheduleConfig
+from forescale.config.train import TrainJob
+from forescale.data.conversations.template import PLAIN, ChatTemplate
+from forescale.data.dataset import Dataset
+from forescale.data.tokenizer import Vocabulary
+from forescale.errors import UserError
+from forescale.run.directory import Run
+from forescale.storage import read_json
+
+# Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca) fine-tuned LLaMA 7B, whose peak
+# was 3e-4 (Touvron et al. 2023, arXiv 2302.13971, table 2), with 2e-5: a fifteenth. Its epochs,
+# batch, warm-up and cosine are ours too.
+RATE, EPOCHS, BATCH, WARMUP = 1 / 15, 3.0, 128, Duration(3, "percent")
+
+_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
+
+def first_config(origin: TrainJob) -> dict[str, Any]:
+    """Return the config that a run begins with, as plain values. Its length and its data follow
+    from the examples (`with_examples`)."""
+    old = origin.optimizer
+    adam = old.adam_learning_rate
+    batch = math.gcd(origin.train.global_batch, BATCH) if _is_larger(origin) else None
+    return plain(
+        replace(
+            origin,
+            run=replace(origin.run, origin=OriginConfig(what="weights")),
+            train=replace(
+                origin.train,
+                steps=1,
+                tokens=None,
+                global_batch=batch or origin.train.global_batch,
+                micro_batch=math.gcd(batch or 0, origin.train.micro_batch),
+            ),
+            data=DataConfig(
+                cache=origin.data.cache, workers=origin.data.workers, damaged=origin.data.damaged
+            ),
+            objective=ObjectiveConfig("responses"),
+            optimizer=replace(
+                old,
+                learning_rate=_rounded(old.learning_rate * RATE),
+                adam_learning_rate=None if adam is None else _rounded(adam * RATE),
+            ),
+            schedule=ScheduleConfig("cosine", WARMUP),
+            launch=LaunchConfig(),
+            profile=ProfileConfig(),
+            checkpoint=replace(origin.checkpoint, at=[]),
+            callbacks=[],
+            forecast=None,
+            faults=[],
+        )
+    )
+
+
+def _is_larger(origin: TrainJob) -> bool:
+    return origin.train.global_batch > BATCH
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def with_examples(job: TrainJob, dataset: Dataset, epochs: float | None) -> TrainJob:
+    """Return the job that reads a dataset; epochs: its length, None if that is settled. A cadence
+    that is longer than an epoch becomes an epoch."""
+    job = replace(job, data=replace(job.data, path=str(dataset.path.resolve()), sources={}))
+    if epochs is None:
+        return job
+    examples = dataset.split("train").num_documents
+    each = max(1, math.ceil(examples / job.train.global_batch))
+    steps = max(1, math.ceil(epochs * examples / job.train.global_batch))
+    job = replace(job, train=replace(job.train, steps=steps, tokens=None))
+    checkpoint, validation = job.checkpoint, job.validation
+    if (job.steps_of(checkpoint.every) or 0) > each:
+        checkpoint = replace(checkpoint, every=Duration(each))
+    if (job.steps_of(validation.every) or 0) > each:
+        validation = replace(validation, every=Duration(each))
+    return replace(job, checkpoint=checkpoint, validation=validation)
+
+
+def vocabulary_of_run(run: Run) -> Vocabulary:
+    """Return the vocabulary of a run's tokenizer."""
+    described = read_json(run.identity)["dataset"]
+    raw = run.verified_tokenizer().read_bytes()
+    return Vocabulary(raw, described["vocab_size"], described["end_of_text"])
+
+
+def chat_template(run: Run, vocabulary: Vocabulary, given: str | None) -> ChatTemplate:
+    """Return the template in the file `given`, else the one that came with the run's tokenizer,
+    else the plain one. Raises UserError if it can't be read or used."""
+    tokenizer = vocabulary.load()
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = tuple(token.content for token in added if token.special)
+    stored = read_json(run.imported) if run.imported.is_file() else {}
+    config = stored.get(_CONFIG, {})
+    tokens = {"bos_token": "", "eos_token": tokenizer.id_to_token(vocabulary.end) or ""}
+    tokens |= {k: text for k, v in config.items() if k.endswith("_token") and (text := _text(v))}
+    where, source = "the plain chat template", PLAIN
+    if own := stored.get(_TEMPLATE) or _default(config.get("chat_template")):
+        where, source = f"the chat template of {run.name}", own
+    if given is not None:
+        where, source = given, _read(given)
+    template = ChatTemplate(source, where, special, tokens)
+    template.check()
+    return template
+
+
+def _text(token: Any) -> str | None:
+    """Return the text of a token as tokenizer_config.json has it."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _default(template: Any) -> str | None:
+    """Return the template of tokenizer_config.json; of several, the one named default."""
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(path, "no such file", "give the chat template's file, in Jinja") from None
+    except UnicodeDecodeError:
+        raise UserError(path, "isn't UTF-8", "give the chat template's file, in Jinja") from None

@@ -1,0 +1,181 @@
+"""`forescale finetune`: make a run that goes on from the weights of another one with examples of
+prompts and responses, and train it.
+
+Invariant: the run is an ordinary one. Its dataset is built from the file of examples and kept in
+the cache; all else that trains it is `forescale train`, which the same command again resumes.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from forescale.checkpoint.origin import newest_step
+from forescale.config.compose import compose
+from forescale.config.frozen import thaw
+from forescale.config.job import Problems, overrides_of
+from forescale.config.schema import ConfigError, Problem, key, plain
+from forescale.config.target import remember
+from forescale.config.train import TrainJob
+from forescale.data.conversations.builder import Request, faults_sentence, prepare_conversations
+from forescale.data.dataset import Dataset
+from forescale.errors import DONE, UserError
+from forescale.inference.view import RunView, open_view
+from forescale.progress import shown
+from forescale.resilience import launcher
+from forescale.run.directory import Run
+from forescale.run.feed import whole_rows_of
+from forescale.run.finetune import (
+    EPOCHS,
+    chat_template,
+    first_config,
+    vocabulary_of_run,
+    with_examples,
+)
+from forescale.run.start import Start, start
+from forescale.verbs import load
+
+
+@dataclass
+class FinetuneJob(TrainJob):
+    """The keys of `train`, which have the values of FROM where nothing is typed, and those of the
+    examples."""
+
+    VERB: ClassVar[str] = "finetune"
+    TARGET: ClassVar[str] = "run.from.run"
+    TYPED: ClassVar[Mapping[str, str]] = {"data": "file"}
+
+    file: str | None = key(
+        None,
+        'the examples, typed as data=FILE.jsonl: lines {"prompt": TEXT, "response": TEXT} or '
+        '{"messages": [{"role": "user", "content": TEXT}, ...]}',
+    )
+    epochs: float = key(EPOCHS, "how often each example is read, unless train.steps is typed", gt=0)
+    held_out: float = key(0.05, "share of the examples that only validation reads", ge=0, le=0.5)
+    unusable: Literal["fail", "skip"] = key(
+        "fail", "lines that are no examples, or longer than train.sequence_length: name them and "
+        "stop, or name them and go on without them",
+    )  # fmt: skip
+    template: str | None = key(
+        None,
+        "chat template of messages, a file in Jinja; null: that of FROM's tokenizer, else a plain "
+        "one",
+    )
+    prepare_only: bool = key(
+        False, "make the run and stop; then: forescale plan NAME, forescale submit train NAME"
+    )
+
+    def problems(self, world_size: int | None = None) -> Problems:
+        found = super().problems(world_size)
+        todo = "write forescale finetune FROM data=FILE.jsonl"
+        if not self.run.origin.run:
+            found.append(("run.from.run", "names no run to go on from", todo))
+        if not self.file:
+            found.append(("data", "names no file of examples", todo))
+        if self.run.origin.what != "weights" and self.run.origin.run:
+            what = "a fine-tuning begins at step 0, with the weights alone"
+            found.append(("run.from.what", what, "leave it out"))
+        return found
+
+
+JOB = FinetuneJob
+EXAMPLES = (
+    "finetune first data=questions.jsonl",
+    "finetune first data=chats.jsonl run.name=chat epochs=2 optimizer.learning_rate=1e-4",
+    "finetune runs/first/checkpoints/step-00002000 data=questions.jsonl unusable=skip",
+    "finetune first data=chats.jsonl template=chatml.jinja prepare_only=true",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Make the run, or find it, and train it. Returns the exit code of `train`."""
+    if launcher.started_as_rank():
+        todo = "write prepare_only=true without a launcher, then start forescale train NAME with it"
+        raise UserError("finetune", "was started as a rank", todo)
+    words, view = _named(arguments)
+    job = compose(FinetuneJob, words, find=lambda directory: _found(directory, view))
+    is_new = not Run(job.run.directory).config.exists()
+    dataset = _dataset(job, view)
+    has_length = any(word.startswith(("train.steps=", "train.tokens=")) for word in words)
+    is_settled = has_length or not (is_new or any(word.startswith("epochs=") for word in words))
+    ready = with_examples(job.training, dataset, None if is_settled else job.epochs)
+    processes = job.launch.processes or launcher.default_processes()
+    if problems := ready.problems(world_size=processes):
+        raise ConfigError(Problem(*p) for p in problems)
+    started = start(ready, newest=newest_step)
+    remember(started.job, started.run.path)
+    _introduce(started, dataset, is_new)
+    if job.prepare_only:
+        where = str(started.run.path)
+        print(f"\nNext:\n  forescale plan {where}\n  forescale train {where}")
+        return DONE
+    return load("train").main([str(started.run.path)])
+
+
+def _named(arguments: list[str]) -> tuple[list[str], RunView]:
+    """Return the arguments as overrides, with a name for the run if none is typed, and the run to
+    go on from."""
+    overrides = overrides_of(FinetuneJob, arguments)
+    name = _typed(overrides, "run.from.run")
+    if name is None:
+        compose(FinetuneJob, overrides)  # names all that is wrong, this too
+        raise AssertionError("a command without FROM was taken")
+    view = open_view(name, _typed(overrides, "run.root") or "runs")
+    if view.chosen is not None:
+        run, chosen = view.run, view.chosen.resolve()
+        (step,) = (n for n in run.checkpoint_steps() if run.checkpoint_path(n).resolve() == chosen)
+        overrides += [*overrides_of(FinetuneJob, [str(run.path)]), f"run.from.step={step}"]
+    if _typed(overrides, "run.name") is None:
+        stem = Path(_typed(overrides, "file") or "tuned").name.partition(".")[0]
+        overrides.append(f"run.name={view.name}-{re.sub(r'[^a-zA-Z0-9_-]', '-', stem)}")
+    return overrides, view
+
+
+def _typed(words: list[str], name: str) -> str | None:
+    found = [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+    return found[-1].strip("'\"") if found else None
+
+
+def _found(directory: Path, view: RunView) -> dict[str, Any]:
+    """Return the config over which the command is laid: of the run itself if it exists."""
+    run = Run(directory)
+    if run.config.exists():
+        return plain(thaw(TrainJob, run.config, trust=True))
+    return first_config(view.config)
+
+
+def _dataset(job: FinetuneJob, view: RunView) -> Dataset:
+    vocabulary = vocabulary_of_run(view.run)
+    request = Request(
+        vocabulary,
+        chat_template(view.run, vocabulary, job.template),
+        most=job.train.sequence_length + 1,
+        held_out=job.held_out,
+        unusable=job.unusable,
+    )
+    with shown() as progress:
+        return prepare_conversations(job.file or "", job.data.cache_directory, request, progress)
+
+
+def _introduce(started: Start, dataset: Dataset, is_new: bool) -> None:
+    job, parts = started.job, dataset.manifest["splits"]
+    origin = job.run.origin
+    print(
+        f"{'Fine-tunes' if is_new else 'Goes on fine-tuning'} {origin.run}, from its step "
+        f"{origin.step:,}, with {parts['train']['documents']:,} examples; "
+        f"{parts['validation']['documents']:,} are held out.\n"
+        f"Peak learning rate {job.optimizer.learning_rate:g}, {job.total_steps:,} steps of "
+        f"{job.train.global_batch:,} examples."
+    )
+    if sentence := faults_sentence(dataset.manifest["report"]["left_out"]):
+        print(f"Note: {sentence}; they are left out.")
+    (rows,) = whole_rows_of(job, started.sources, "train").values()
+    longest, columns = rows.facts["longest"], job.train.sequence_length
+    if (enough := -(-longest // 64) * 64) * 2 <= columns:
+        print(
+            f"Note: the longest example has {longest:,} tokens, and a row {columns:,} columns; "
+            f"train.sequence_length={enough} would do, in a fraction of the time."
+        )
+    sys.stdout.flush()
