@@ -18,6 +18,7 @@ from tests.trainer.small_run import make_run, train_row
 LIGHT = (
     ("status", "small"),
     ("status",),
+    ("report", "small", "output=page.html"),
     ("check", "small"),
     ("logs", "small", "follow=false"),
     ("prune", "small"),

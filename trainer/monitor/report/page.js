@@ -7,6 +7,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const NS = "http://www.w3.org/2000/svg";
 const INK = "#1f2328", SOFT = "#59636e", GRID = "#eceef0", FAINT = "#b4bac2";
 const EARLY = 0.03;  // of the x axis: what is higher there may lie above a linear y axis
+const CROWD = 4;  // runs
 const state = {x: data.x, window: 25, log: false, events: true, range: null, hidden: new Set()};
 const medians = new Map();
 
@@ -21,7 +22,7 @@ function power(v, digits) {
 function short(v, digits = 4) {
   const a = Math.abs(v);
   if (a === 0) return "0";
-  if (a >= 1e15 || a < 1e-3) return power(v, digits > 3 ? 2 : 1);
+  if (a >= 1e15 || a < 1e-4) return power(v, digits > 3 ? 2 : 1);
   for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]])
     if (a >= size * 0.99995) return Number((v / (unit === "k" ? 1e3 : size)).toPrecision(digits)) + unit;
   return Number(v.toPrecision(digits)).toLocaleString("en-US", {maximumSignificantDigits: digits});
@@ -67,7 +68,7 @@ function median(y, window) {
   const half = window >> 1;
   return y.map((v, i) => {
     if (v === null) return null;
-    const reach = Math.min(half, i, y.length - 1 - i);  // centred up to the ends
+    const reach = Math.min(half, i);  // shorter at both ends: after the beginning the loss falls fast
     const near = y.slice(i - reach, i + reach + 1).filter(u => u !== null).sort((a, b) => a - b);
     const middle = near.length >> 1;
     return near.length % 2 ? near[middle] : (near[middle - 1] + near[middle]) / 2;
@@ -120,7 +121,7 @@ function heightOf(panel, series, [low, high], isLog) {
     });
   }
   if (!all.length) return null;
-  const sorted = (isLog || !late.length ? all : late).sort((a, b) => a - b), count = sorted.length;
+  const sorted = (isLog || panel.zero || !late.length ? all : late).sort((a, b) => a - b), count = sorted.length;
   const few = isLog || panel.zero || count < 500;  // else one point of 500 may lie above
   const bottom = sorted[0], upper = sorted[few ? count - 1 : Math.floor(0.998 * (count - 1))];
   if (isLog) {
@@ -201,10 +202,12 @@ function draw(chart) {
 function drawSeries(s, into, px, py0) {
   const x = s.x[state.x], py = v => py0(v * s.factor), colour = s.colour;
   if (!x) return;
-  if (s.low) make(into, "path", {d: band(s, px, py), fill: colour, opacity: 0.18});
+  if (s.low) make(into, "path", {d: band(s, px, py), fill: colour, "fill-opacity": 0.18,
+    stroke: colour, "stroke-width": 0.6, "stroke-opacity": 0.3});  // the stroke shows a single step
   const line = {stroke: colour, "stroke-width": s.thin ? 1.1 : 1.7, "stroke-dasharray": s.dash};
   if (s.smooth && state.window > 1) {
-    if (!s.low) make(into, "path", {d: path(x, s.y, px, py), stroke: colour, opacity: 0.28});
+    const crowd = data.runs.length - state.hidden.size > CROWD;  // then medians alone
+    if (!s.low && !crowd) make(into, "path", {d: path(x, s.y, px, py), stroke: colour, opacity: 0.28});
     make(into, "path", {d: path(x, smoothed(s.key, s.y), px, py), ...line});
   } else make(into, "path", {d: path(x, s.y, px, py), ...line});
   if (s.dots || s.y.length === 1) s.y.forEach((v, i) => {

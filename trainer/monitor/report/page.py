@@ -61,7 +61,7 @@ def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
         for run in shown
     ]
     charts = panels.panels(drawn)
-    looks = [(run.label, panels.look(i)[0]) for i, run in enumerate(shown)]
+    looks = [(run.label, panels.look(i)) for i, run in enumerate(shown)]
     data = panels.payload(drawn, charts, x)
     return render(
         _HERE / "page.html.j2",
@@ -72,7 +72,7 @@ def page(runs: Sequence[Run], x: str, command: Sequence[str]) -> str:
         runs=looks,
         summary=tables.summary(shown),
         sections=[
-            *_charts(charts, drawn, shown, looks),
+            *_charts(charts, drawn, shown),
             tables.time_use(shown),
             tables.happened(shown),
             tables.checkpoints(shown),
@@ -102,7 +102,7 @@ def _json(data: object) -> str:
 
 
 def _charts(
-    charts: Sequence[Panel], drawn: Sequence[Drawn], shown: Sequence[Shown], looks
+    charts: Sequence[Panel], drawn: Sequence[Drawn], shown: Sequence[Shown]
 ) -> list[Section]:
     """The sections with charts: the loss, the held-out losses, the others."""
     loss, *rest = charts
@@ -134,9 +134,10 @@ def _strokes(panel: Panel) -> Markup:
 
 def _notes(drawn: Sequence[Drawn]) -> list[Markup | str]:
     found: list[Markup | str] = [
-        "Pale: each step; strong: the running median of so many points. Drag over a chart to zoom, "
-        "double-click for the whole range. Small ticks on the axis: checkpoints. Dotted: steps "
-        "that were made but not kept. The first steps may lie above the axis."
+        "Pale: each step, where no more than four runs are shown; strong: the running median of "
+        "so many points. Drag over a chart to zoom, double-click for the whole range. Small ticks "
+        "on the axis: checkpoints. Dotted: steps that were made but not kept. The first steps may "
+        "lie above the axis."
     ]
     for run in drawn:
         if run.curves.per_point > 1:

@@ -175,13 +175,14 @@ def _key(made: Picture, runs: Sequence[Drawn]) -> None:
 
 
 def running_median(values: Array, window: int) -> Array:
-    """Return the running median over `window` points, centred up to the ends: fewer points there.
-    NaN stays NaN, and is in no median."""
+    """Return the running median over `window` points, centred. At the beginning, where the loss
+    falls fast, over fewer points around each; at the end over those that are left. NaN stays NaN,
+    and is in no median."""
     count = len(values)
     made = np.full(count, np.nan)
     for i in range(count):
         if np.isfinite(values[i]):
-            reach = min(window // 2, i, count - 1 - i)
+            reach = min(window // 2, i)
             made[i] = np.nanmedian(values[i - reach : i + reach + 1])
     return made
 
