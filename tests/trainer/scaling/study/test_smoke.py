@@ -15,12 +15,12 @@ PLAN = [
     *(
         "plan.kind=ladder",
         "plan.ladder=[1.5e4,3e4,6e4]",
-        "plan.multiples=[0.2,0.4]",
+        "plan.multiples=[0.1,0.2]",
         "plan.cap=4e12",
     ),
     *("plan.seeds=[1,1]", "plan.sequence_length=64", "form=shared-exponent", "bootstraps=100"),
     # Given whole: the law of six runs determines no best N.
-    *("target.parameters=6e4", "target.tokens=6e5"),
+    *("target.parameters=6e4", "target.tokens=3e5"),
 ]
 OF_ALL = [
     "optimizer=adamw",
