@@ -69,6 +69,8 @@ def config_of(hf_config: dict[str, Any]) -> ModelConfig:
         return config_from_hf(family, hf_config)
     except KeyError as e:
         raise ValueError(f"it has no {e.args[0]}.") from None
+    except (AttributeError, TypeError, ZeroDivisionError) as e:
+        raise ValueError(f"one of its values is of a kind that no model has ({e}).") from None
 
 
 def pieces_of(family: str, config: ModelConfig, names: Iterable[str]) -> list[Piece]:

@@ -81,18 +81,25 @@ def over_frozen(tree: Any, frozen: Mapping[str, Any], taken: Iterable[str]) -> d
 
 def over_origin(tree: dict[str, Any], find: Find, taken: Iterable[str]) -> dict[str, Any]:
     """Return `tree` with the model of the run that it branches from, and what `taken` says of the
-    model over it. The whole model is that of `tree` if a file or `depth`, from which all sizes
-    follow, is chosen; and if the origin's is a class of the user's own, which is to be typed.
+    model over it. The whole model is that of `tree` if a file is chosen; and if the origin's is a
+    class of the user's own, which is to be typed. What followed from the length of the origin's
+    rows follows from that of the branch, if it is longer.
 
     find: returns the frozen config of the run in a directory, or None.
     """
     run = tree.get("run") or {}
     origin = (run.get("from") or {}).get("run")
     typed = [path for path in taken if path.partition(".")[0] == "model"]
-    if not origin or {"model", "model.depth"} & {*typed}:
+    if not origin or "model" in typed:
         return tree
     places = (Path(origin), Path(str(run.get("root"))).expanduser() / origin)
     frozen = next((found for place in places if (found := find(place))), None)
     if frozen is None or "_target_" in frozen["model"]:
         return tree
-    return {**tree, "model": over_frozen(tree, {"model": frozen["model"]}, typed)["model"]}
+    model = copy.deepcopy(frozen["model"])
+    model["source_length"] = None  # it always follows
+    length, longest = tree["train"]["sequence_length"], model["max_sequence_length"]
+    is_free = model["position"] != "learned" and model["rope_scaling"] == "none"
+    if is_free and longest and isinstance(length, int) and length > longest:
+        model["max_sequence_length"] = None
+    return {**tree, "model": over_frozen(tree, {"model": model}, typed)["model"]}

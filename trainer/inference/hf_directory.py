@@ -69,7 +69,11 @@ class HfDirectory:
         found: dict[str, Any] = {}
         found |= {name: _object(p) for name in _KEPT if (p := self.path / name).is_file()}
         if (template := self.path / _TEMPLATE).is_file():
-            found[_TEMPLATE] = template.read_text("utf-8")
+            try:
+                found[_TEMPLATE] = template.read_text("utf-8")
+            except UnicodeDecodeError as e:
+                what = f"isn't UTF-8 (byte {e.start})"
+                raise UserError(str(template), what, _AGAIN) from None
         return found
 
     @cached_property

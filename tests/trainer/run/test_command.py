@@ -51,6 +51,19 @@ def test_a_name_alone_is_diffed_only_in_what_is_typed(own_run, forescale):
     )
 
 
+def test_a_branch_has_the_model_of_its_origin_unless_one_is_chosen(own_run):
+    def model(*words):
+        return job_of(TrainJob, ["run.name=new", "train.sequence_length=16", *words]).model
+
+    trunk = frozen(own_run).model
+    assert model("run.from.run=small") == model("run.from.run=runs/small") == trunk
+    assert model("run.from.run=small", "model.dropout=0.5") == replace(trunk, dropout=0.5)
+    longer = model("run.from.run=small", "train.sequence_length=64")
+    assert longer == replace(trunk, max_sequence_length=None)
+    for chosen in ("model=llama-160m", "recipe=llama-160m"):
+        assert model("run.from.run=small", chosen) == model(chosen)
+
+
 def test_a_run_that_is_not_named_is_not_taken(own_run):
     """The defaults name the run `first`: who types no name means the defaults."""
     shutil.copytree(own_run.path, "runs/first", symlinks=True)
