@@ -36,7 +36,13 @@ from forescale.models.norm import make_norm
 from forescale.models.parametrization import scales
 
 # Names, because a build of torch has the kernels of its own devices.
-_MATRICES = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "forescale::grouped_times")
+_MATRICES = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_mm",  # of fp8
+    "aten::_grouped_mm",
+    "forescale::grouped_times",
+)
 _KERNELS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -17,10 +17,13 @@ class Linear(nn.Linear):
     """nn.Linear, (..., in) -> (..., out), whose initial weights have standard deviation `std`.
 
     All hidden matrices, and nothing else, use this class: muon_parameters() relies on it.
+    product: set where the product is made in another number format: it takes x and the weight, as
+    torch.nn.functional.linear does.
     summed: set where ranks divide the inputs: it returns the sum of their products, to which the
     bias is added once.
     """
 
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
     summed: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, num_in: int, num_out: int, bias: bool, std: float):
@@ -35,9 +38,11 @@ class Linear(nn.Linear):
             self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.summed is None:
+        if self.summed is None and self.product is None:
             return super().forward(x)
-        y = self.summed(F.linear(x, self.weight))
+        y = (self.product or F.linear)(x, self.weight)
+        if self.summed is not None:
+            y = self.summed(y)
         return y if self.bias is None else y + self.bias
 
 

@@ -128,6 +128,7 @@ ATTENTION = Part(
     made_again=_made_again,
     cache_bytes=_cache_bytes,
     writes=("output",),
+    gates=("gate",),
     per_head=("query_norm", "key_norm"),
     folds=_folds,
     divided=_divided,

@@ -68,6 +68,7 @@ CROSS = Part(
     made_again=_made_again,
     cache_bytes=ATTENTION.cache_bytes,
     writes=ATTENTION.writes,
+    gates=("gate",),
     per_head=ATTENTION.per_head,
     folds=ATTENTION.folds,
     divided=ATTENTION.divided,

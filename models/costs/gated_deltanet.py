@@ -114,6 +114,7 @@ GATED_DELTANET = Part(
     activation_bytes=_activation_bytes,
     cache_bytes=_cache_bytes,
     writes=("output",),
+    gates=("decay", "beta"),
     per_head=("output_norm",),
     keys=_KEYS,
     reads=("num_heads",),

@@ -79,6 +79,8 @@ class Part:
     heads: the counts in the module, by dotted name, of which each such rank has a part.
     not_muon: the matrices inside that are not of init.Linear, by parameter name, such as the gates
         of several kinds in one matrix.
+    gates: the modules that make the factors and decays of heads: where such a module makes one for
+        each head, it is not multiplied in fp8 (fp8.py).
     stacked: the parameters that are a matrix for each expert, (E, out, in): Muon takes each matrix.
     idle: config -> the parameters that one token does not use, such as other tokens' experts.
     keys: the fields of ModelConfig that this part reads and most others don't: where no part of the
@@ -127,6 +129,7 @@ class Part:
     divided: Callable[["ModelConfig"], dict[str, int]] = _empty
     heads: tuple[str, ...] = ()
     not_muon: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
     idle: Callable[["ModelConfig"], int] = _zero
     keys: tuple[str, ...] = ()

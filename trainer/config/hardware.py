@@ -3,10 +3,14 @@
 Invariant: reads a few small files, and imports no torch: commands that don't train ask, too.
 """
 
+import ctypes
 import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from forescale.errors import UserError
 
 # x86: oneDNN, which torch multiplies matrices with, has bf16 from AVX-512 on. ARM: by its own flag.
 # Without them torch multiplies element by element, 100 times slower than in fp32 (AVX2 alone).
@@ -35,6 +39,47 @@ def native_precision(root: Path = Path("/")) -> Literal["bf16", "fp32"]:
         w for line in lines if line.lower().startswith(("flags", "features")) for w in line.split()
     }
     return "bf16" if words & _FLAGS else "fp32"
+
+
+_FP8 = (8, 9)  # Ada; Hopper is 9.0
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_... of the CUDA driver API
+
+
+def capability(driver: Any = None) -> tuple[int, int] | None:
+    """Return the lowest CUDA compute capability of the GPUs that ranks may use, as (8, 9); None if
+    there is none. driver: replaced in tests.
+
+    The CUDA driver is asked, which keeps no memory of a GPU for it.
+    """
+    try:
+        driver = driver or ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return None
+    found = []
+    for i in range(count.value):
+        device, major, minor = (ctypes.c_int() for _ in range(3))
+        driver.cuDeviceGet(ctypes.byref(device), i)
+        driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+        found.append((major.value, minor.value))
+    return min(found, default=None)
+
+
+def check_fp8(recipe: str) -> None:
+    """Raise UserError if this machine can't train with precision.fp8=`recipe`."""
+    if recipe == "none":
+        return
+    where, least = f"precision.fp8={recipe}", ".".join(map(str, _FP8))
+    found = capability()
+    if found is None or found < _FP8:
+        has = "no NVIDIA GPU" if found is None else f"a GPU of {found[0]}.{found[1]}"
+        what = f"needs GPUs of CUDA capability {least} or more, and this machine has {has}"
+        raise UserError(where, what, "leave it out")
+    if find_spec("torchao") is None:
+        raise UserError(where, "torchao is not installed", 'pip install "forescale[fp8]"')
 
 
 class Exactness(NamedTuple):

@@ -151,8 +151,11 @@ class TrainJob(Job):
             return self
         with suppress(UserError):  # of a damaged config: `start` reports it
             if frozen := find(self.run.directory) if find else None:
-                return replace(self, precision=PrecisionConfig(**frozen["precision"]))
-        return replace(self, precision=PrecisionConfig(self.native_precision))
+                return self._computing_in(frozen["precision"]["kind"])
+        return self._computing_in(self.native_precision)
+
+    def _computing_in(self, kind: Literal["bf16", "fp16", "fp32"]) -> Self:
+        return replace(self, precision=replace(self.precision, kind=kind))
 
     def fitted(self) -> "TrainJob":
         """Return the job, its warm-up shortened where it and the decay are longer than the run."""
@@ -192,6 +195,8 @@ class TrainJob(Job):
         found = []
         if self.precision.kind == "fp16":
             found.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
+        if self.precision.fp8 != "none":
+            found.append("precision.fp8 has not been proven: it never ran on a GPU in our tests.")
         if (steps := self._warmup_that_fits()) is not None:
             found.append(
                 f"schedule.warmup={self.schedule.warmup} doesn't fit in a run of "
@@ -217,6 +222,9 @@ class TrainJob(Job):
         if isinstance(self.model, ModelConfig):
             broken = self.model.problems(sequence_length=self.train.sequence_length)
             found += [(f"model.{name}", what, todo) for name, what, todo in broken]
+        elif self.precision.fp8 != "none":
+            what = "multiplies the matrices of our models, and this is a class of your own"
+            found.append(("precision.fp8", what, "leave it out"))
         found += expert_problems(self, ranks) + self._objective_problems()
         if not has_length:
             return found  # the train section reports it; what follows needs the length

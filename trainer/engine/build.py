@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from forescale.config.hardware import check_fp8
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.train import TrainJob
 from forescale.engine.deepspeed_config import deepspeed_config
@@ -35,10 +36,12 @@ _KNOWN_PEAKS = {
 
 
 def check_world(job: TrainJob, size: int) -> None:
-    """Raise ConfigError if the job does not fit the number of ranks."""
+    """Raise ConfigError if the job does not fit the number of ranks, and UserError if this machine
+    can't compute what it asks for."""
     problems = job.problems(world_size=size)
     if problems:
         raise ConfigError(Problem(*p) for p in problems)
+    check_fp8(job.precision.fp8)
 
 
 def partition_of(job: TrainJob, world: World) -> Callable[[nn.Module], nn.Module] | None:
@@ -100,6 +103,10 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
     if world.sequence.size > 1:
         among = world.sequence
         model.divide(SequenceGroup(among.rank, among.size, among.group.group_name))  # type: ignore[operator]
+    if job.precision.fp8 != "none":
+        from forescale.engine.fp8 import use_fp8  # a second of torch's compiler
+
+        use_fp8(model, job.precision.fp8)
     fp32 = job.adds_in_fp32(world.size)
     seed, clip = job.train.seed, job.optimizer.clip
     return Engine(world, model, optimizer, seed=seed, clip=clip, fp32_gradients=fp32)

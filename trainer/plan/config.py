@@ -39,6 +39,7 @@ class MachineConfig:
         None, "fraction of the peak that attention to a long causal sequence reaches; null: that "
         "of matrix products", gt=0, le=1,
     )  # fmt: skip
+    fp8: bool = key(False, "a GPU multiplies fp8: CUDA capability 8.9 or more")
     memory_bandwidth: float | None = key(
         None, "bytes/s between a GPU and its memory; null: not counted beside the products", gt=0
     )
@@ -152,6 +153,11 @@ class PlanJob(TrainJob):
 
     def notes(self) -> list[str]:
         found, mesh = super().notes(), self.mesh(1)
+        if self.precision.fp8 != "none":
+            found.append(
+                "plan counts products in fp8 at the speed of bf16: a step takes less time than it "
+                "says."
+            )
         groups = {"tensor": mesh.tensor, "sequence": mesh.sequence, "expert": mesh.experts}
         for axis, size in groups.items():
             ranks = mesh.near if axis == "sequence" else size
@@ -171,6 +177,10 @@ class PlanJob(TrainJob):
     def problems(self, world_size: int | None = None) -> Problems:
         found = super().problems(world_size or self.world_size)
         plan, each = self.plan, self.machine.gpus_per_node
+        if self.precision.fp8 != "none" and not self.machine.fp8:
+            what = f"{self.machine.name} does not multiply fp8 (machine.fp8=false)"
+            todo = "choose another machine, such as machine=h100-sxm, or leave it out"
+            found.append(("precision.fp8", what, todo))
         if plan.gpus and plan.nodes and each and plan.gpus > plan.nodes * each:
             what = f"{plan.gpus} GPUs don't fit {plan.nodes} nodes of {each}"
             found.append(("plan.nodes", what, f"write plan.nodes={-(-plan.gpus // each)}"))

@@ -28,7 +28,7 @@ def show(plan: Plan) -> None:
     where += f" in {nodes:,} nodes" if nodes > 1 else ""
     console.print(
         f"[bold]{escape(str(job.run.directory))}[/] on {where}: {plan.chosen.name}, "
-        f"{job.precision.kind}, {job.optimizer.kind}"
+        f"{job.precision.label}, {job.optimizer.kind}"
     )
     for head, lines in (
         ("Model", _model(plan)),

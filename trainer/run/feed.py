@@ -30,6 +30,7 @@ from forescale.data.order import Order
 from forescale.data.packing_table import Bins, open_bins
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
+from forescale.models.costs.fp8 import rows_refused, sizes_refused
 from forescale.progress import shown
 
 _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennighoff et al. 2023)
@@ -104,7 +105,14 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
     vocabulary = vocabulary_of(job, vocab_size)
     for name, what, todo in model.problems(vocabulary, length):
         raise UserError(f"model.{name}", what, todo)
-    return model.resolved(vocabulary, length)
+    model = model.resolved(vocabulary, length)
+    if job.precision.fp8 != "none":
+        tensor, sequence = job.engine.tensor_parallel, job.engine.sequence_parallel
+        refused = sizes_refused(model, tensor)
+        refused += rows_refused(model, job.train.micro_batch, length, sequence)
+        for what, todo in refused:
+            raise UserError(f"precision.fp8={job.precision.fp8}", what, todo)
+    return model
 
 
 def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:

@@ -288,7 +288,7 @@ def numerics(
         "tensor_parallel": job.engine.tensor_parallel,
         "stage": job.engine.stage,
         "expert_parallel": job.engine.expert_parallel,
-        "precision": job.precision.kind,
+        "precision": job.precision.label,
         "gradients": "fp32" if job.adds_in_fp32(world_size) else "precision",
         "micro_batch": job.train.micro_batch,
         "compiled": compiled,

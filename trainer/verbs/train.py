@@ -14,6 +14,7 @@ from forescale.checkpoint.mirror import mirror_of
 from forescale.checkpoint.origin import hold, newest_step
 from forescale.checkpoint.restore import restore
 from forescale.config.frozen import thaw
+from forescale.config.hardware import check_fp8
 from forescale.config.job import overrides_of
 from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
@@ -55,6 +56,7 @@ def main(words: list[str]) -> int:
     processes = job.launch.processes or launcher.default_processes()
     if problems := job.problems(world_size=processes):
         raise ConfigError(Problem(*p) for p in problems)
+    check_fp8(job.precision.fp8)
     for note in job.notes():
         print(f"Note: {note}")
     if launcher.asked_of_accelerate():
@@ -128,7 +130,7 @@ def _introduce(started: Start, processes: int) -> None:
     ranks = f"{processes} rank{'s' if processes > 1 else ''}"
     print(
         f"Run {started.run.path}: {job.total_steps:,} steps of {job.tokens_per_step:,} "
-        f"{job.objective.unit}, ZeRO stage {job.engine.stage}, {job.precision.kind}, {ranks}.\n"
+        f"{job.objective.unit}, ZeRO stage {job.engine.stage}, {job.precision.label}, {ranks}.\n"
         f"Data {sources.where} (corpus hash {sources.corpus_hash[:16]}).",
         flush=True,
     )

@@ -1,15 +1,17 @@
 """Which number format a machine multiplies matrices in, and what precision=auto becomes."""
 
+import ctypes
 import re
 
 import pytest
 
-from forescale.config import train
+from forescale.config import hardware, train
 from forescale.config.compose import compose
 from forescale.config.frozen import freeze
-from forescale.config.hardware import exactness, native_precision
+from forescale.config.hardware import capability, check_fp8, exactness, native_precision
 from forescale.config.schema import plain
 from forescale.config.train import TrainJob
+from forescale.errors import UserError
 from forescale.plan.config import PlanJob
 
 
@@ -83,3 +85,64 @@ def test_the_promise_of_bits_depends_on_key_and_device(deterministic, on_gpu, ho
     found = exactness(deterministic, on_gpu)
     assert found.holds == holds
     assert re.match(says, found.sentence)
+
+
+class Driver:
+    """What is asked of libcuda.so.1, of GPUs with these capabilities."""
+
+    def __init__(self, *gpus, broken=0):
+        self.gpus, self.broken = gpus, broken
+
+    def cuInit(self, flags):  # noqa: N802
+        return self.broken
+
+    def cuDeviceGetCount(self, count):  # noqa: N802
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def cuDeviceGet(self, device, i):  # noqa: N802
+        device._obj.value = 10 + i
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, device):  # noqa: N802
+        assert isinstance(device, ctypes.c_int)
+        value._obj.value = self.gpus[device.value - 10][{75: 0, 76: 1}[attribute]]
+        return 0
+
+
+def test_the_oldest_gpu_decides():
+    assert capability(Driver((9, 0), (8, 9), (10, 0))) == (8, 9)
+    assert capability(Driver()) is None
+    assert capability(Driver((9, 0), broken=100)) is None  # a driver without a GPU
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (None, "needs GPUs of CUDA capability 8.9 or more, and this machine has no NVIDIA GPU"),
+        ((8, 6), "and this machine has a GPU of 8.6; leave it out"),
+        ((8, 9), 'torchao is not installed; pip install "forescale[fp8]"'),
+    ],
+)
+def test_fp8_needs_a_gpu_that_has_it_and_torchao(monkeypatch, found, says):
+    check_fp8("none")
+    monkeypatch.setattr(hardware, "capability", lambda: found)
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        check_fp8("rowwise")
+    assert str(caught.value).startswith("precision.fp8=rowwise: ")
+    assert says in str(caught.value)
+    monkeypatch.setattr(hardware, "find_spec", lambda name: name)
+    if found == (8, 9):
+        check_fp8("rowwise")
+
+
+def test_a_precision_that_is_found_out_keeps_fp8(monkeypatch):
+    monkeypatch.setattr(train, "native_precision", lambda: "bf16")
+    job = compose(TrainJob, ["precision.fp8=rowwise"])
+    assert (job.precision.kind, job.precision.fp8) == ("bf16", "rowwise")
+    frozen = plain(job)
+    for words, fp8 in ((["train.seed=5"], "rowwise"), (["precision.fp8=none"], "none")):
+        again = compose(TrainJob, ["run.name=x", *words], find=lambda run: frozen)
+        assert again.precision.fp8 == fp8
+    assert compose(PlanJob, ["precision.fp8=rowwise"]).precision.label == "bf16+fp8-rowwise"

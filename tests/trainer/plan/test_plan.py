@@ -400,3 +400,17 @@ def test_the_fix_of_a_small_model_may_be_a_lower_stage(forescale, small_data, en
     assert (code, proposed[0]) == (2, "engine.stage=0")
     assert "Cheapest that fits: zero0" in page
     assert forescale("plan", *words, small, *proposed)[0] == 0
+
+
+def test_fp8_is_planned_for_a_machine_that_has_it(planned, forescale):
+    fp8 = [*SHORT, "precision=bf16", "precision.fp8=tensorwise", "plan.gpus=1"]
+    code, found, err = planned(*fp8)
+    assert (code, err) == (0, "")
+    assert any("fp8 at the speed of bf16" in note for note in found["notes"])
+    for machine, name in (("a100-80g", "A100"), ("cpu", "CPU")):
+        code, _, err = forescale("plan", *fp8, f"machine={machine}")
+        assert code == 2
+        assert re.search(rf"precision.fp8: {name}.* does not multiply fp8 \(machine.fp8=false", err)
+    code, _, err = forescale("plan", *fp8, "model.mlp_width=40")
+    assert code == 2
+    assert "multiples of 16" in err

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from forescale.config import hardware
 from forescale.config.frozen import freeze, thaw
 from forescale.config.train import TrainJob
 from forescale.verbs.train import _frozen
@@ -53,3 +54,26 @@ def test_a_frozen_class_of_the_user_needs_trust(own_run, forescale):
     code, _, err = forescale("train", "runs/small", "--frozen")
     assert code == 2
     assert "add trust=true if you trust this file" in err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words", "says"),
+    [
+        (None, [], "this machine has no NVIDIA GPU; leave it out."),
+        ((8, 0), [], "this machine has a GPU of 8.0; leave it out."),
+        ((9, 0), ["model.mlp_width=40"], "multiples of 16; change model.mlp_width, or leave"),
+    ],
+)
+def test_fp8_is_refused_before_a_file_is_written(
+    gpu, words, says, forescale, small_data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hardware, "capability", lambda: gpu)
+    monkeypatch.setattr(hardware, "find_spec", lambda name: name)
+    job = ["data=dataset", f"data.path={small_data}", "train.steps=2", "precision=bf16"]
+    code, _, err = forescale("train", *job, "precision.fp8=tensorwise", *words)
+    assert code == 2
+    assert err.startswith("forescale: precision.fp8=tensorwise: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert not [*tmp_path.iterdir()]

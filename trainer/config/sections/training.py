@@ -257,3 +257,20 @@ class PrecisionConfig:
         "number format of forward and backward (master weights are fp32); auto: bf16 where the "
         "device computes in it, else fp32",
     )
+    fp8: Literal["none", "tensorwise", "rowwise"] = key(
+        "none",
+        "multiply the matrices of blocks in fp8, with one scale for each tensor (tensorwise, the "
+        "fastest) or for each row (rowwise, more accurate); for GPUs from Ada and Hopper on; has "
+        "never run on a GPU in our tests",
+    )
+
+    @property
+    def label(self) -> str:
+        """The number formats in a word, such as bf16 or bf16+fp8-rowwise."""
+        return self.kind if self.fp8 == "none" else f"{self.kind}+fp8-{self.fp8}"
+
+    def problems(self) -> Problems:
+        if self.fp8 == "none" or self.kind in ("auto", "bf16"):
+            return []
+        what = f"is for precision bf16 on GPUs that multiply fp8, and this is {self.kind}"
+        return [("fp8", what, "write precision=bf16, or leave precision.fp8 out")]

@@ -140,7 +140,7 @@ def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
         "decay_steps": job.steps_of(decay) if decay else 0,
         "seed": job.train.seed,
         "init_seed": job.train.seed if init_seed is None else init_seed,
-        "precision": job.precision.kind,
+        "precision": job.precision.label,
         "parametrization": model.parametrization,
         "width": sizes.width,
         "layers": sizes.num_layers,
