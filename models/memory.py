@@ -83,7 +83,8 @@ def activations(
     columns = [micro_batch * columns_of(config, i, sequence_length) // ranks for i in blocks]
     every = layers_of(config)
     layers = [
-        count * sum(norms * s.width + p.activation_bytes(inner, b, rms) for p in parts.values())
+        count * sum(norms * s.width for _ in parts)
+        + sum(_inside(p, count, config, tensor, b, rms) for p in parts.values())
         + count * (len(parts) * s.width if config.dropout else 0)
         + source * sum(p.source_bytes(inner, b, rms) for p in parts.values())
         + count * b * _exchanged(inner, parts["mixer"], ranks)
@@ -156,6 +157,16 @@ def of_tensor(config: ModelConfig, tensor: int) -> ModelConfig:
         found = replace(config, latent_rank=latent_ranks(config)[0])
     found.__dict__["sizes"] = replace(s, **{name: getattr(s, name) // tensor for name in _DIVIDED})
     return found
+
+
+def _inside(
+    part: Part, columns: int, config: ModelConfig, tensor: int, bytes_per_value: int, rms: int
+) -> int:
+    """Return the bytes that a part keeps of so many columns: of its heads and channels, and with
+    experts, where each rank has tokens of its own, as much of those."""
+    if part.is_routed:
+        return columns * part.activation_bytes(config, bytes_per_value, rms) // tensor
+    return columns * part.activation_bytes(of_tensor(config, tensor), bytes_per_value, rms)
 
 
 def _chunk(config: ModelConfig, micro_batch: int, bytes_per_value: int) -> int:

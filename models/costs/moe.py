@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from forescale.models.costs.mlp import SWIGLU
-from forescale.models.costs.record import Part, Problem, Shapes, linear
+from forescale.models.costs.record import Part, Problem, Shapes, by_output, linear
 
 if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
@@ -42,6 +42,14 @@ def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
     """
     active = config.moe_top_k + config.moe_shared
     return 2 * (active * _expert(config) + config.moe_experts * config.sizes.width)
+
+
+def _divided(config: "ModelConfig") -> dict[str, int]:
+    """Return the matrices of the shared experts: of the router and the others a rank has all that
+    it uses, for tokens of its own."""
+    if not config.moe_shared:
+        return {}
+    return by_output(_shapes(config), tuple(f"shared.{name}" for name in _INNER), "shared.down")
 
 
 def _idle(config: "ModelConfig") -> int:
@@ -162,6 +170,7 @@ MOE = Part(
     not_muon=("router.weight",),
     stacked=("gate.weight", "up.weight", "down.weight"),
     idle=_idle,
+    divided=_divided,
     keys=_KEYS,
     problems=_problems,
     is_gated=True,

@@ -12,8 +12,12 @@ come before second ones, earlier tokens before later ones (GShard, Lepikhin et a
 2006.16668, algorithm 1), and a pair without a place adds nothing. Evaluation drops nothing.
 Invariant: without a capacity a token's output depends on that token alone.
 
-Balance, in training, over the real tokens of a micro-batch (n of them, on all ranks that divide its
-rows):
+Ranks that divide matrices hold the same tokens. Of these each routes a part, so that a row travels
+and is computed once, by whole experts; of the shared experts each has some channels, for all
+tokens. The outputs of both add up over the ranks.
+
+Balance, in training, over the real tokens of a micro-batch (n of them, on all ranks that have some
+of them):
 1. moe_balance_loss * E * sum over experts of f * P for each layer, added up over layers (Switch,
    equations 4 to 6). f: the expert's share of all pairs; P: mean probability (of sigmoid scores:
    their share of the token's sum, DeepSeek-V3, arXiv 2412.19437, equations 17 to 20). 1 at
@@ -35,6 +39,7 @@ matrices; AdamW takes the router, which like a head makes logits.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,7 +51,9 @@ from forescale.models.experts.balance import Routing
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.mlp import MLP
 from forescale.models.parallel.experts import ExpertGroup, own_part, through
+from forescale.models.parallel.group import Group
 from forescale.models.parallel.sequence import SequenceGroup
+from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import scales
 from forescale.models.tallies import UNIT
 
@@ -90,6 +97,7 @@ class MixtureOfExperts(nn.Module):
         zeros = torch.zeros(experts, dtype=torch.int64) if config.moe_bias_speed else None
         self.register_buffer("bias_steps", zeros)
         self.expert_group: ExpertGroup | None = None
+        self.tensor_group: TensorGroup | None = None  # the ranks that hold the same tokens
 
     def forward(
         self,
@@ -97,8 +105,27 @@ class MixtureOfExperts(nn.Module):
         real_BL: Tensor | None = None,
         group: SequenceGroup | None = None,
     ) -> tuple[Tensor, Routing]:
-        x_ND = x_BLD.flatten(0, 1)
+        x_ND, same = x_BLD.flatten(0, 1), self.tensor_group
         real_N = None if real_BL is None else real_BL.flatten().bool()
+        if same is None:
+            y_ND, routing = self._routed(x_ND, real_N, [group] if group else [])
+        else:
+            own = same.share(len(x_ND))
+            among = [group, same] if group else [same]
+            own_real_N = None if real_N is None else real_N[own]
+            y_ND, routing = self._routed(x_ND[own], own_real_N, among)
+            y_ND = F.pad(y_ND, (0, 0, own.start, len(x_ND) - own.stop))
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        if same is not None:
+            y_ND = same.summed(y_ND)
+        return y_ND.view_as(x_BLD), routing
+
+    def _routed(
+        self, x_ND: Tensor, real_N: Tensor | None, groups: Sequence[Group]
+    ) -> tuple[Tensor, Routing]:
+        """Return the outputs of the chosen experts; groups: whose ranks have tokens of the same
+        micro-batch."""
         logits_NE = self.router(x_ND)
         scores_NE, chosen_NK, weights_NK = self._chosen(logits_NE)
         if self.training and self.config.moe_capacity:
@@ -116,11 +143,8 @@ class MixtureOfExperts(nn.Module):
             out_MD = F.pad(out_MD, (0, 0, 0, 1))
         each_NKD = out_MD.index_select(0, to.row.flatten()).view(*chosen_NK.shape, -1)
         y_ND = (each_NKD * weights_NK[..., None].to(each_NKD.dtype)).sum(1)
-        if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND)
         dropped_NK = to.row == len(rows_MD)
-        routing = self._routing(logits_NE, scores_NE, chosen_NK, dropped_NK, real_N, group)
-        return y_ND.view_as(x_BLD), routing
+        return y_ND, self._routing(logits_NE, scores_NE, chosen_NK, dropped_NK, real_N, groups)
 
     def _experts(self, rows_MD: Tensor, ends_E: Tensor) -> Tensor:
         """Return the outputs of the experts that this rank has, for rows sorted by expert."""
@@ -162,12 +186,12 @@ class MixtureOfExperts(nn.Module):
         chosen_NK: Tensor,
         dropped_NK: Tensor,
         real_N: Tensor | None,
-        group: SequenceGroup | None,
+        groups: Sequence[Group],
     ) -> Routing:
         """Return penalty and counts of a training forward pass; zeros in evaluation.
 
-        Where ranks of a group divide the rows, the balance is that of all their tokens, and a rank
-        has the part of the penalty that its own tokens make.
+        Where ranks of groups divide the tokens, the balance is that of all of them, and a rank has
+        the part of the penalty that its own make.
         """
         c, (tokens, experts) = self.config, logits_NE.shape
         if not self.training:
@@ -178,7 +202,9 @@ class MixtureOfExperts(nn.Module):
         whole_N = real_N.long()
         pairs_NK = whole_N[:, None].expand_as(chosen_NK)
         load_E = whole_N.new_zeros(experts).scatter_add_(0, chosen_NK.flatten(), pairs_NK.flatten())
-        every_E = load_E if group is None else group.sum(load_E)
+        every_E = load_E
+        for group in groups:
+            every_E = group.sum(every_E)
         tokens_of_all = every_E.sum() // c.moe_top_k
         share_N = real_N.float() / tokens_of_all.clamp(min=1)  # adds up to 1
         p_NE = scores_NE

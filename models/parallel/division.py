@@ -52,7 +52,8 @@ def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal
     known = config.resolved(config.vocab_size or 1, columns)
     found: list[Refusal] = []
     grouped = sized.num_kv_heads != sized.num_heads
-    for name in ("num_heads", *["num_kv_heads"] * grouped, "mlp_width"):
+    is_dense = config.moe_dense_layers > 0 or not config.has_experts
+    for name in ("num_heads", *["num_kv_heads"] * grouped, *["mlp_width"] * is_dense):
         if (size := getattr(sized, name) or 1) % ranks:
             what = f"{ranks} ranks don't divide model.{name}={size}"
             found.append((what, f"choose a divisor of model.{name}"))
@@ -62,7 +63,14 @@ def of_matrices(config: "ModelConfig", ranks: int, columns: int) -> list[Refusal
             over = " with qk_norm_over=layer" if part.heads else ""
             what = f"the matrices of mixer {name}{over} are not divided"
             found.append((what, f"{whole}, or choose another mixer"))
-    if not MLPS[config.mlp].divided(known):
+    if config.has_experts:
+        if (inner := config.moe_shared * known.expert_width) % ranks:
+            what = f"{ranks} ranks don't divide the {inner} channels of shared experts"
+            found.append((what, "choose a divisor of model.moe_shared x moe_width"))
+        if config.moe_capacity:
+            what = "the places of experts are given to tokens in their order, of which each rank"
+            found.append((f"{what} has a part", f"{whole}, or model.moe_capacity=0"))
+    elif not MLPS[config.mlp].divided(known):
         what = f"the matrices of mlp {config.mlp} are not divided"
         found.append((what, f"{whole}, or choose another model.mlp"))
     return found

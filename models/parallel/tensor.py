@@ -41,6 +41,12 @@ class TensorGroup(Group):
         finally:
             generator.set_state(state)
 
+    def share(self, tokens: int) -> slice:
+        """Return which of so many tokens are this rank's alone where each rank has some of them,
+        nearly equally many."""
+        first, end = (place * tokens // self.size for place in (self.rank, self.rank + 1))
+        return slice(first, end)
+
     def pooled(self, log_z_N: Tensor, logits_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-partition of all ranks' rows, and the sum of the ranks' logits, of which
         all but one are 0. Has no gradient."""

@@ -10,7 +10,7 @@ from tests.distributed.step_scenarios import _newton_schulz_in_fp32
 
 # So many experts that some have no token on a rank, and odd sizes, so that borders cut matrices.
 MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=4", "model.mlp=moe"]
-MODEL += ["model.moe_experts=8", "model.moe_width=13", "model.moe_shared=1"]
+MODEL += ["model.moe_experts=8", "model.moe_width=14", "model.moe_shared=1"]
 MODEL += ["model.moe_scores=sigmoid", "model.moe_bias_speed=0.01", "model.moe_balance_loss=0.1"]
 
 
@@ -84,18 +84,22 @@ def compiled(cases, backend):
 def whole(engine):
     """Every parameter's state, put together from the fragments of all ranks, by name and state:
     element by element, so that one that is held twice or not at all shows."""
+    from forescale.engine.portable.strips import strip_of
     from forescale.engine.state import owned_fragments
 
-    rows = [[f.name, f.state, f.shape, f.start, f.data.tolist()] for f in owned_fragments(engine)]
+    rows = [[f.row, f.shape, f.data.tolist()] for f in owned_fragments(engine)]
     found, held = {}, {}
-    for name, state, shape, start, values in (
+    for (name, state, *place), shape, values in (
         r for part in engine.world.gather(rows) for r in part
     ):
+        strip = strip_of(place)
         key, numel = f"{name}|{state}", int(torch.tensor(shape).prod())
         found.setdefault(key, torch.zeros(numel, dtype=torch.float64))
         held.setdefault(key, torch.zeros(numel, dtype=torch.int64))
-        found[key][start : start + len(values)] = torch.tensor(values, dtype=torch.float64)
-        held[key][start : start + len(values)] += 1
+        values = torch.tensor(values, dtype=torch.float64)
+        for first, at, size in strip.overlaps(0, numel):
+            found[key][first : first + size] = values[at : at + size]
+            held[key][first : first + size] += 1
     assert all(bool((times == 1).all()) for times in held.values())
     return {key: values.tolist() for key, values in found.items()}
 

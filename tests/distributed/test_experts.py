@@ -20,10 +20,19 @@ KINDS = [
     [2, "muon"],
     [1, "adamw", CAPACITY],
 ]
-COLUMNS = "engine.sequence_parallel"
+COLUMNS, MATRICES = "engine.sequence_parallel", "engine.tensor_parallel=2"
 MESHES = {  # beside the 2 that divide the experts in each of KINDS; there are groups within groups
-    2: [[0, "adamw", 2, f"{COLUMNS}=2"], [2, "muon", 2, f"{COLUMNS}=2"]],
-    4: [[2, "adamw", 4, f"{COLUMNS}=2"], [1, "muon", 2, f"{COLUMNS}=4"]],
+    2: [
+        [0, "adamw", 2, f"{COLUMNS}=2"],
+        [2, "muon", 2, f"{COLUMNS}=2"],
+        [1, "adamw", 2, MATRICES],
+    ],
+    4: [
+        [2, "adamw", 4, f"{COLUMNS}=2"],
+        [1, "muon", 2, f"{COLUMNS}=4"],
+        [0, "adamw", 2, MATRICES],
+        [2, "adamw", 4, MATRICES, f"{COLUMNS}=2"],
+    ],
 }
 
 
@@ -38,8 +47,8 @@ def alone():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_divided_experts_train_as_those_of_one_rank(alone, size):
-    """2 ranks divide the experts, of 2 and of 4: there each expert is on two ranks. Then also the
-    columns of windows are divided."""
+    """2 ranks divide the experts, of 2 and of 4: there each expert is on two ranks. Then also
+    columns of windows or matrices are divided."""
     every = cases(2) + MESHES[size]
     found = ranks.run("expert_scenarios:trained", size, cases=every, steps=STEPS)
     expected = alone + [alone[KINDS.index(case[:2])] for case in MESHES[size]]
@@ -49,7 +58,9 @@ def test_divided_experts_train_as_those_of_one_rank(alone, size):
             assert state.keys() == expected.keys(), case
             for key, values in state.items():
                 own_values, wanted = torch.tensor(values), torch.tensor(expected[key])
-                assert torch.allclose(own_values, wanted, rtol=1e-4, atol=1e-5), (case, key)
+                # Adam divides a gradient near 0 by its own size, and other sums round it otherwise.
+                least = 1e-4 if MATRICES in case else 1e-5
+                assert torch.allclose(own_values, wanted, rtol=1e-4, atol=least), (case, key)
         for row, expected in zip(own["rows"], one["rows"], strict=True):
             assert row[:2] == pytest.approx(expected[:2], rel=1e-5, abs=1e-5), case
             assert row[2] == pytest.approx(expected[2], rel=1e-5), case
@@ -66,7 +77,7 @@ def test_any_division_reads_the_checkpoint_of_any_other_with_its_moments(tmp_pat
     the same."""
     meshes = {
         1: [[1, "adamw", 1], [2, "muon", 1]],
-        2: [[1, "adamw", 2], [2, "muon", 2, f"{COLUMNS}=2"]],
+        2: [[1, "adamw", 2, MATRICES], [2, "muon", 2, f"{COLUMNS}=2"]],
         4: [[1, "adamw", 2, f"{COLUMNS}=2"], [2, "muon", 2]],
     }
     names = {n: [f"{s}-{k}-{e}-w{n}" for s, k, e, *_ in meshes[n]] for n in meshes}
@@ -87,13 +98,17 @@ def test_any_division_reads_the_checkpoint_of_any_other_with_its_moments(tmp_pat
 
 
 def test_parts_are_compiled_around_the_exchange():
-    cases = [[1, "adamw", 2], [1, "adamw", 2, CAPACITY, "model.activation_checkpointing=full"]]
+    cases = [
+        [1, "adamw", 2, MATRICES],
+        [1, "adamw", 2, CAPACITY, "model.activation_checkpointing=full"],
+    ]
     for rows in ranks.run("expert_scenarios:compiled", 2, cases=cases, backend="aot_eager"):
         for plain, compiled in zip(rows[:2], rows[2:], strict=True):
             assert compiled == pytest.approx(plain, rel=1e-5)
 
 
 def test_the_self_check_compares_experts_among_the_ranks_that_have_the_same():
-    ((first, second, third),) = ranks.run("expert_scenarios:checked", 4, cases=[[1, "adamw", 2]])
+    cases = [[1, "adamw", 2, MATRICES]]
+    ((first, second, third),) = ranks.run("expert_scenarios:checked", 4, cases=cases)
     assert (first, second) == (None, None)
     assert "1 on here, 3 on here" in third

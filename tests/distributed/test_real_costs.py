@@ -67,6 +67,9 @@ MATRICES = ["engine.tensor_parallel=2", "model.num_heads=2", "model.mlp_width=22
 MATRICES += ["model.vocab_size=72", "model.bias=true", "model.position=relative"]
 DIVIDED_STATES += [[0, "muon", "bf16", *MATRICES], [1, "muon", "bf16", *MATRICES]]
 DIVIDED_STATES += [[2, "adamw", "bf16", *MATRICES], [3, "muon", "fp32", zero(SMALL), *MATRICES]]
+BOTH = [*DIVIDED, "model.moe_width=14", "engine.tensor_parallel=2", "model.num_heads=2"]
+BOTH += ["model.vocab_size=72"]
+DIVIDED_STATES += [[stage, "adamw", "bf16", *BOTH] for stage in (0, 1)]
 
 
 def chosen(cases, size, parts):
@@ -146,6 +149,7 @@ DIVIDED_TRAFFIC = [
     [0, "muon", "bf16", *MATRICES],
     [1, "muon", "bf16", *MATRICES],
     [3, "muon", "bf16", zero(SMALL), *MATRICES],
+    [2, "adamw", "bf16", *BOTH, CHECKPOINTING],
 ]
 
 

@@ -75,6 +75,8 @@ def test_the_self_check_finds_no_fault_in_healthy_ranks():
 WIDE = ["model.width=128", "model.vocab_size=72", "train.micro_batch=2"]
 T5 = ["model.encoder_layers=1", "model.source_length=6", "objective.kind=seq2seq"]
 ALIBI = "model.position=alibi"
+EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2", "model.moe_width=40"]
+EXPERTS += ["model.moe_shared=1", "model.moe_scores=sigmoid"]
 COSTS = [
     [0, "model.num_kv_heads=2", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"],
     [1, "model.mixer=window", "model.window=5", "model.attention_gate=channel", "documents"],
@@ -84,6 +86,8 @@ COSTS = [
     [1, "model.activation_checkpointing=selective", "model.num_kv_heads=2"],
     [1, *T5, "model.position=relative", "model.qk_norm=true"],
     [1, *T5, "model.activation_checkpointing=full"],
+    [0, *EXPERTS],
+    [0, *EXPERTS, "model.activation_checkpointing=full", "model.moe_dense_layers=1"],
 ]
 
 

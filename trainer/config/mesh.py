@@ -106,9 +106,6 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
     if not isinstance(job.model, ModelConfig):
         what = "a model of your own is not divided"
         return [(name, what, f"write {name}=1, or choose a model of conf/model") for name in names]
-    if mesh.experts > 1 and mesh.tensor > 1:
-        what = "experts are not divided beside matrices"
-        return [("engine.expert_parallel", what, "leave it out, or engine.tensor_parallel")]
     length = job.train.sequence_length
     if job.model.problems(sequence_length=length):
         return []  # reported with the model's
@@ -118,6 +115,9 @@ def mesh_problems(job: "TrainJob", ranks: int | None) -> Problems:
         found += [("engine.sequence_parallel", *problem) for problem in broken]
     if mesh.tensor > 1:
         broken = of_matrices(job.model, mesh.tensor, length) + _of_engine(job)
+        if job.model.has_experts and mesh.experts == 1:
+            what = "ranks that divide matrices don't have all experts each"
+            broken.append((what, "divide them too, as by engine.expert_parallel=2"))
         found += [("engine.tensor_parallel", *problem) for problem in broken]
     return found
 

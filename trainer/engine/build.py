@@ -92,8 +92,8 @@ def build_engine(world: World, model: nn.Module, job: TrainJob) -> Engine:
         _call_optional(model, name) for name in ("muon_parameters", "optimizer_factors")
     )
     groups = parameter_groups(model.named_parameters(), job.optimizer, muon, factors)
-    divided = {name for name, p in model.named_parameters() if hasattr(p, "whole")}
-    groups = divided_groups(groups, divided, job.engine.expert_parallel)
+    own = {name for name, p in model.named_parameters() if experts.is_expert(p)}
+    groups = divided_groups(groups, own, job.engine.expert_parallel)
     for group in groups:
         if group.update.is_by_matrix:  # as DeepSpeed's Muon does, which can't see divided shapes
             group.params.sort(key=shape_of, reverse=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from forescale.engine.parallel.experts import is_expert
 from forescale.engine.parallel.matrices import Part
 from forescale.engine.ranks import Ranks
 from forescale.models.parallel.whole import whole_of
@@ -104,7 +105,8 @@ class Layout:
     def mark(self, param: nn.Parameter, gradient: Tensor | None) -> None:
         """Note on a gradient that Muon is about to take of which matrix it is a part, if it is."""
         whole = whole_of(param)
-        if self.dividing is not None and gradient is not None and whole.parts > 1:
+        is_part = whole.parts > 1 and not is_expert(param)  # a rank has whole matrices of experts
+        if self.dividing is not None and gradient is not None and is_part:
             gradient.part = Part(whole, self.dividing)  # type: ignore[attr-defined]
 
     def prepare_step(self, factor: float) -> None:

@@ -49,7 +49,7 @@ def learning_rate(
 @dataclass
 class Group:
     """Parameters that the optimizer updates with the same settings. eps: of AdamW. parts: ranks
-    that have different ones of these parameters, which are experts; 1: all ranks have the same."""
+    that have different ones of these parameters, if they are experts; 1: others."""
 
     name: str
     update: Update

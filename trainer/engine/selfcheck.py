@@ -52,15 +52,14 @@ _ODD = 0x9E3779B97F4A7C15  # makes the hash depend on the parameter (golden rati
 @dataclass(frozen=True)
 class Finding:
     """The result on one rank. fault: a sentence, or None; weights: the hash of the weights that all
-    ranks have, or None at stage 3; own: of those that ranks divide (experts, matrices), which the
-    ranks of the same `part` have."""
+    ranks have, or None at stage 3; own: of those that ranks divide (matrices, experts), each as
+    (parts, part, hash), where ranks with the same part of as many parts have the same."""
 
     rank: int
     host: str
     fault: str | None
     weights: int | None
-    own: int | None = None
-    part: int = 0
+    own: tuple[tuple[int, int, int | None], ...] = ()
 
 
 class Noise:
@@ -141,9 +140,9 @@ class SelfCheck:
         """
         world = self.engine.world
         fault = self._fault(batch, losses[0])
-        hashes = (self._weights_hash(), self._weights_hash(divided=True))
-        part = max(whole_of(p).part for p in self.engine.names)  # the same of all, else 0
-        mine = (world.rank, self.host, fault, *hashes, part)
+        places = {(whole_of(p).parts, whole_of(p).part) for p in self.engine.names}
+        own = [(*place, self._weights_hash(place)) for place in sorted(places) if place[0] > 1]
+        mine = (world.rank, self.host, fault, self._weights_hash(), tuple(own))
         return [Finding(*fields) for fields in world.gather(mine)]
 
     def _fault(self, batch, loss: Tensor) -> str | None:
@@ -202,14 +201,15 @@ class SelfCheck:
         return next((p for p in trained if p.dim() == 1), trained[0])
 
     @torch.no_grad()
-    def _weights_hash(self, divided: bool = False) -> int | None:
+    def _weights_hash(self, place: tuple[int, int] = (1, 0)) -> int | None:
         """Return a hash of the bits of the parameters that all ranks have, as the forward uses
-        them, or of those that ranks divide; any flipped bit changes it."""
+        them, or of those of which this one has such a part of so many, (parts, part); any flipped
+        bit changes it."""
         if self.partitioned:
             return None
         total = 0
         for i, p in enumerate(self.engine.names):
-            if (whole_of(p).parts > 1) != divided:
+            if (whole_of(p).parts, whole_of(p).part) != place:
                 continue
             bits = p.detach().reshape(-1).view(_INTEGERS[p.element_size()])
             total += int(bits.sum(dtype=torch.int64)) * (_ODD * (i + 1) | 1)
@@ -231,10 +231,11 @@ def fault_of(findings: list[Finding]) -> str | None:
     """Return one sentence that names the faulty rank and host, or None if nothing was found."""
     faults = [f"rank {f.rank} on {f.host}: {f.fault}" for f in findings if f.fault]
     faults += _differing_weights(findings, [f.weights for f in findings])
-    for part in sorted({f.part for f in findings}):
-        same = [f for f in findings if f.part == part]
-        faults += _differing_weights(same, [f.own for f in same])
-    return "; ".join(faults) or None
+    divided = [((parts, part), f, own) for f in findings for parts, part, own in f.own]
+    for place in sorted({place for place, *_ in divided}):
+        same = [(f, own) for at, f, own in divided if at == place]
+        faults += _differing_weights([f for f, _ in same], [own for _, own in same])
+    return "; ".join(dict.fromkeys(faults)) or None
 
 
 def _differing_weights(findings: list[Finding], hashes: list[int | None]) -> list[str]:

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
+from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.models.config import ModelConfig
 from forescale.models.costs import Part
@@ -43,11 +44,13 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
     """Return the collectives of one optimizer step, without those that send nothing."""
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
     own = trained.of_rank(mesh)
-    zero = _partitioned(s, job, own) if s.stage == 3 else _replicated(s, own, mesh.experts)
-    # Between two ranks that have the same parameters are those that divide the matrices with one.
-    zero = [replace(c, stride=c.stride * mesh.tensor) for c in zero]
+    if s.stage < 3:
+        zero = _replicated(s, own, mesh)
+    else:
+        # Between two ranks that have the same parameters are those that divide matrices with one.
+        zero = [replace(c, stride=mesh.tensor) for c in _partitioned(s, job, own)]
     found = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
-    found += _whole_matrices(s, own, mesh.tensor)
+    found += _whole_matrices(s, own, mesh)
     return [c for c in found if c.payload and c.ranks > 1]
 
 
@@ -113,7 +116,7 @@ def _of_block(
     return [rows * own * config.sizes.width for each in sums for own in each] + whole
 
 
-def _whole_matrices(s: ZeroSettings, trained: Inventory, tensor: int) -> list[Collective]:
+def _whole_matrices(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collective]:
     """Return Muon's gathers of the matrices that ranks divide (engine/parallel/matrices.py), on the
     rank that makes the most of them: a matrix is gathered where it is orthogonalised.
 
@@ -121,12 +124,13 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, tensor: int) -> list[Co
     partition has a part; at stage 3 one of each round.
     """
     group = next((g for g in trained.groups if g.update.is_by_matrix), None)
+    tensor = mesh.tensor
     if tensor == 1 or group is None:
         return []
     size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
     taken: list[list[Parameter]] = [list(group.params)]
     if s.stage in (1, 2):
-        taken = overlapping(group, s.world)
+        taken = overlapping(group, mesh.world)
     elif s.stage == 3:
         every = [one for rounds in _muon_rounds(s, group.params) for one in rounds]
         taken = [[one[rank] for one in every if rank < len(one)] for rank in range(s.world)]
@@ -137,8 +141,9 @@ def _whole_matrices(s: ZeroSettings, trained: Inventory, tensor: int) -> list[Co
 
 
 def _summed(part: Part, config: ModelConfig) -> list[int]:
-    """Return the sizes of the parameters that every rank has whole, for its own heads alone."""
-    cut = part.divided(config)
+    """Return the sizes of the parameters that every rank has whole, for its own heads alone, or
+    for tokens of its own."""
+    cut = {**part.divided(config), **dict.fromkeys(part.stacked)}
     written = {f"{name}.bias" for name in part.writes}
     shapes = part.shapes(config).items()
     return [prod(shape) for name, shape in shapes if name not in cut and name not in written]
@@ -151,8 +156,8 @@ def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
         return []
     routed = [part["mlp"].is_routed for part in layers_of(c)]
     layers = (sum(routed) + routed[-1] * c.mtp_layers) * s.accumulation
-    tokens = job.train.micro_batch * job.train.sequence_length // job.engine.sequence_parallel
-    rows, passes = tokens * c.moe_top_k, 1 + recomputes(job)
+    tokens = job.train.micro_batch * job.train.sequence_length
+    rows, passes = tokens * c.moe_top_k // job.mesh(parts).near, 1 + recomputes(job)
     if c.moe_capacity:
         rows = c.moe_experts * math.ceil(c.moe_capacity * rows / c.moe_experts)
     travels = layers * 2 * (passes + 1)
@@ -164,28 +169,28 @@ def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     ]
 
 
-def _replicated(s: ZeroSettings, trained: Inventory, parts: int) -> list[Collective]:
-    """Return the collectives of gradients and weights. parts: of ranks that divide the experts."""
+def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collective]:
+    """Return the collectives of gradients and weights."""
     times = s.accumulation if s.stage == 2 else 1
     # The backward pass takes two thirds of a micro-batch's time. Stages 0 and 1 reduce gradients
     # only in the backward pass of the last micro-batch.
     beside = (2 / 3 if s.stage == 2 else 2 / 3 / s.accumulation) if s.stage and s.overlap else 0.0
     bucket = s.bucket if s.stage else _STAGE_0_BUCKET
     found = []
-    for of in sorted({1, parts}):  # all other parameters, then the experts
-        what, ranks = " of experts" if of > 1 else "", s.world // of
-        own = trained.parameters
-        if parts > 1:
-            own = [p for p in own if (p.name in trained.experts) == (of > 1)]
-        numel, calls = sum(p.numel for p in own), times * _buckets(own, bucket)
-        sent = s.sent * numel * times
+    experts = trained.experts if mesh.experts > 1 else frozenset[str]()
+    # All other parameters, then the experts, each with the ranks that have different ones.
+    for what, apart in (("", mesh.tensor), (" of experts", mesh.experts)):
+        own = [p for p in trained.parameters if (p.name in experts) == bool(what)]
+        groups = [g for g in trained.groups if (g.names[0] in experts) == bool(what)]
+        ranks, calls = mesh.world // apart, times * _buckets(own, bucket)
+        sent = s.sent * sum(p.numel for p in own) * times
         kind: Kind = "all_reduce"
-        found.append(Collective(f"gradients{what}", kind, sent, ranks, calls, beside, of))
+        found.append(Collective(f"gradients{what}", kind, sent, ranks, calls, beside, apart))
         if s.stage:
-            each = [partition(group, s.world) for group in trained.groups if group.parts == of]
+            each = [partition(group, mesh.world) for group in groups]
             weights, kind = s.size * ranks * sum(each), "all_gather"
             name = f"weights{what} after the update"
-            found.append(Collective(name, kind, weights, ranks, len(each), stride=of))
+            found.append(Collective(name, kind, weights, ranks, len(each), stride=apart))
     return found
 
 

@@ -8,14 +8,16 @@ Invariant: imports no torch; without a known peak, times are None and not guesse
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from forescale.config.train import TrainJob
+from forescale.engine.optim import Group
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import flops_forward, flops_per_token, flops_recomputed
 from forescale.monitor.status import Status
+from forescale.plan.bytes.memory import holders
 from forescale.plan.bytes.parameters import Inventory
 from forescale.plan.config import MachineConfig
 from forescale.plan.links import Collective, exposed
@@ -134,28 +136,28 @@ def predict_step_time(
     else:
         computing = (flops + recomputed) / world / (peak * machine.efficiency)
     waiting = exposed(found, machine, per_node, computing)
-    own, ranks = of_rank, 1
-    if job.engine.stage:  # the ranks with the same parts of matrices divide it, and all experts
-        own, ranks = trained.of_rank(replace(mesh, experts=1)), mesh.states
-    computing += update_seconds(own, machine, peak) / ranks
+    computing += update_seconds(of_rank, machine, peak, world if job.engine.stage else None)
     return StepTime(computing, links, waiting, tokens, flops, all_peaks)
 
 
-def update_seconds(trained: Inventory, machine: MachineConfig, peak: float) -> float:
-    """Return the seconds in which one GPU updates every parameter once."""
-    multiplying = update_flops(trained) / (peak * machine.efficiency)
-    if machine.memory_bandwidth is None:
-        return multiplying
-    sizes = (
-        sum(p.numel for p in g.params) * (_UPDATE + _MOMENT * g.update.moments)
-        for g in trained.groups
-    )
-    return multiplying + sum(sizes) / machine.memory_bandwidth
+def update_seconds(
+    trained: Inventory, machine: MachineConfig, peak: float, world: int | None = None
+) -> float:
+    """Return the seconds in which one GPU updates every parameter once; with `world`, its part of
+    what it divides with those of so many that have the same parameters."""
+    found = 0.0
+    for group in trained.groups:
+        seconds = update_flops(group) / (peak * machine.efficiency)
+        if machine.memory_bandwidth is not None:
+            size = sum(p.numel for p in group.params) * (_UPDATE + _MOMENT * group.update.moments)
+            seconds += size / machine.memory_bandwidth
+        found += seconds / (holders(group, world) if world else 1)
+    return found
 
 
-def update_flops(trained: Inventory) -> float:
-    """Return the FLOPs of updating every parameter once."""
-    return sum(group.update.flops(p.shape) for group in trained.groups for p in group.params)
+def update_flops(group: Group) -> float:
+    """Return the FLOPs of updating every parameter of a group once."""
+    return sum(group.update.flops(p.shape) for p in group.params)
 
 
 def measure(target: str, root: str) -> MeasuredSpeed:

@@ -31,6 +31,7 @@ from forescale.models.flops import (
     layers_of,
     matrices,
     shapes,
+    stacked,
 )
 from forescale.models.memory import activations
 from forescale.plan.bytes.zero import BYTES
@@ -117,11 +118,12 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
 def _part(config: ModelConfig, tensor: int, length: int, products: float) -> float:
     """Return the part of a token's forward `products` that one of the ranks makes that divide
     matrices: it multiplies by those whole that are not cut, as by a head whose rows they don't
-    divide."""
+    divide. By routers and experts each multiplies tokens of its own."""
     if tensor == 1:
         return 1.0
     cut, sizes, s = divided(config, tensor), shapes(config), config.sizes
-    whole: float = 2 * sum(prod(sizes[name]) for name in matrices(config) - cut.keys())
+    others = matrices(config) - stacked(config) - cut.keys()
+    whole: float = 2 * sum(prod(sizes[name]) for name in others)
     if "embedding.weight" not in cut:
         share = columns_of(config, config.encoder_layers, length) / length
         whole += 2 * s.width * s.vocab_size * share * (1 + config.mtp_layers)

@@ -69,6 +69,7 @@ def test_what_does_not_divide_is_refused(overrides, what):
     assert found["engine.sequence_parallel"].startswith(what)
 
 
+EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2"]
 MATRICES = ["engine.tensor_parallel=4", "launch.processes=4", "optimizer=adamw", "model.width=64"]
 
 
@@ -84,7 +85,12 @@ MATRICES = ["engine.tensor_parallel=4", "launch.processes=4", "optimizer=adamw",
             ["model.qk_norm_over=layer", "model.qk_norm=true"],
             "the matrices of mixer attention with",
         ),
-        (["model.mlp=moe"], "the matrices of mlp moe are not divided"),
+        (["model.mlp=moe"], "ranks that divide matrices don't have all experts each"),
+        (
+            [*EXPERTS, "model.moe_shared=1", "model.moe_width=6"],
+            "4 ranks don't divide the 6 channels",
+        ),
+        ([*EXPERTS, "model.moe_capacity=1.25"], "the places of experts are given to tokens in"),
         (["optimizer=own", "optimizer._target_=a.B"], "an optimizer of your own may need whole"),
         (["engine.offload_optimizer=true"], "offload is for whole matrices"),
         (["engine=zero3", "engine.hierarchical_partition=2"], "a hierarchical partition is of"),
@@ -106,9 +112,9 @@ def test_ranks_that_divide_matrices_are_fed_the_same_windows():
     assert what.startswith("2 ranks don't divide a tensor-parallel rank's 1 head")
 
 
-def test_experts_are_divided_beside_windows_and_not_beside_matrices():
+@pytest.mark.parametrize("axis", ["sequence", "tensor"])
+def test_experts_are_divided_beside_windows_and_matrices(axis):
     command = ["engine.expert_parallel=4", "launch.processes=4", "model.mlp=moe", "optimizer=adamw"]
-    command += ["train.global_batch=16", "model.num_heads=2"]
-    mesh = compose(TrainJob, [*command, "engine.sequence_parallel=2"]).mesh(4)
+    command += ["train.global_batch=16", "model.num_heads=2", f"engine.{axis}_parallel=2"]
+    mesh = compose(TrainJob, command).mesh(4)
     assert (mesh.data, mesh.experts) == (2, 4)
-    assert [*problems(*command, "engine.tensor_parallel=2")] == ["engine.expert_parallel"]

@@ -155,9 +155,15 @@ def test_a_rank_with_another_weight_is_named_whatever_its_kernels_promise():
     assert fault_of(findings) == "rank 1 on here: its weights differ from the others'"
 
 
-def test_weights_that_ranks_divide_are_compared_among_those_that_have_the_same():
-    healthy = [Finding(rank, "here", None, 5, own=7 + rank % 2, part=rank % 2) for rank in range(6)]
+@pytest.mark.parametrize("kind", [0, 1])
+def test_weights_that_ranks_divide_are_compared_among_those_that_have_the_same(kind):
+    """Of 2 that divide matrices and 3 that divide experts: a place in one is none in the other."""
+    healthy = [
+        Finding(rank, "here", None, 5, ((2, rank % 2, 7 + rank % 2), (3, rank % 3, rank % 3)))
+        for rank in range(12)
+    ]
     assert fault_of(healthy) is None
-    odd = replace(healthy[3], own=9)
-    findings = [*healthy[:3], odd, *healthy[4:]]
+    own = list(healthy[3].own)
+    own[kind] = (*own[kind][:2], 90)
+    findings = [*healthy[:3], replace(healthy[3], own=tuple(own)), *healthy[4:]]
     assert fault_of(findings) == "rank 3 on here: its weights differ from the others'"

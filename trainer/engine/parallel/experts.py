@@ -54,6 +54,11 @@ def _mark_as_expert(param: Any, ranks: str) -> None:
     param.allreduce, param.group_name = False, ranks
 
 
+def is_expert(param: Any) -> bool:
+    """True for a parameter of experts that ranks divide."""
+    return not getattr(param, "allreduce", True)
+
+
 @contextmanager
 def shown_to_deepspeed(model: nn.Module, param_groups: list[dict[str, Any]]) -> Iterator[None]:
     """While DeepSpeed builds its engine, let it see that there are experts: it looks for modules of

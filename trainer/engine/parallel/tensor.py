@@ -21,10 +21,11 @@ from torch import nn
 
 from forescale.engine.world import World
 from forescale.models.block import Block
+from forescale.models.experts.moe import MixtureOfExperts
 from forescale.models.heads.vocabulary import Vocabulary
 from forescale.models.init import Linear
 from forescale.models.parallel.tensor import TensorGroup
-from forescale.models.parallel.whole import Whole
+from forescale.models.parallel.whole import Whole, whole_of
 from forescale.models.positions.relative import RelativePosition
 from forescale.models.transformer import Transformer
 
@@ -108,15 +109,19 @@ def _keep(p: nn.Parameter, dim: int, group: TensorGroup) -> None:
 def _divide_part(
     part: nn.Module, dimensions: dict[str, int], heads: tuple[str, ...], group: TensorGroup
 ) -> None:
-    for linear, name in _linears(part):
-        if dimensions.get(f"{name}.weight") == 1:
-            linear.summed = group.summed
+    if isinstance(part, MixtureOfExperts):
+        part.tensor_group = group  # it sums the outputs of shared and other experts at once
+    else:
+        for linear, name in _linears(part):
+            if dimensions.get(f"{name}.weight") == 1:
+                linear.summed = group.summed
     for name, p in part.named_parameters():
         writes = dimensions.get(f"{name.rpartition('.')[0]}.weight") == 1
         if name in dimensions:
             _keep(p, dimensions[name], group)
-        elif not writes:
-            p.register_hook(group.sum)  # each rank has the gradient of its heads alone
+        elif not writes and whole_of(p).parts == 1:
+            # Each rank has the gradient of its heads alone, or of its tokens.
+            p.register_hook(group.sum)
     for linear, _ in _linears(part):
         linear.out_features, linear.in_features = linear.weight.shape
     if heads:

@@ -74,12 +74,12 @@ def states(
 ) -> States:
     """Return the bytes of `rank`; without one, of the rank that holds the most."""
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
-    trained, rank = trained.of_rank(mesh), None if rank is None else rank // mesh.tensor
+    trained = trained.of_rank(mesh)
     if s.stage == 0:
         return _replicated(s, trained)
     if s.stage == 3:
         return _offloaded(s, trained, _partitioned(s, trained, recomputes(job)))
-    return _offloaded(s, trained, _sharded(s, trained, rank))
+    return _offloaded(s, trained, _sharded(s, trained, world, rank))
 
 
 def recomputes(job: TrainJob) -> bool:
@@ -106,22 +106,22 @@ def _moments(group: Group, numel: int, units: int) -> int:
     return 4 * update.moments * numel + (4 * units if update.has_counter else 0)
 
 
-def _sharded(s: ZeroSettings, trained: Inventory, rank: int | None) -> States:
+def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) -> States:
     """Return the states of stages 1 and 2."""
     groups = trained.groups
-    parts = [partition(g, s.world) for g in groups]
-    whole = [touched(g, s.world) for g in groups]
+    parts = [partition(g, world) for g in groups]
+    whole = [touched(g, world) for g in groups]
 
     def size_of(r: int) -> int:
         each = zip(groups, whole, strict=True)
         return sum(of[r] * (3 if g.update.is_by_matrix else 1) for g, of in each)
 
     if rank is None:
-        rank = max(range(s.world), key=size_of)
+        rank = max(range(world), key=size_of)
     held = s.gradient * sum(of[rank] for of in whole)
     accumulates = s.stage == 1 and s.accumulation > 1
     return States(
-        weights=s.size * sum(holders(g, s.world) * n for g, n in zip(groups, parts, strict=True)),
+        weights=s.size * sum(holders(g, world) * n for g, n in zip(groups, parts, strict=True)),
         gradients=s.gradient * trained.numel if accumulates else held,
         held=held,
         masters=4 * sum(parts),
@@ -136,8 +136,8 @@ def _sharded(s: ZeroSettings, trained: Inventory, rank: int | None) -> States:
 
 
 def holders(group: Group, world: int) -> int:
-    """Return the number of ranks that have a group's parameters and divide its states: all, or
-    those that have the same experts."""
+    """Return the number of ranks that have a group's parameters and divide its states, of all those
+    of the job: all, or those that have the same experts, or the same parts of matrices."""
     return world // group.parts
 
 

@@ -54,7 +54,8 @@ class Inventory:
         return sum(p.numel for p in self.parameters)
 
     def of_rank(self, mesh: Mesh) -> "Inventory":
-        """Return what a rank has where ranks divide experts or matrices."""
+        """Return what a rank has where ranks divide experts or matrices; Group.parts are then
+        those of the matrices, or of the experts."""
         if mesh.experts == mesh.tensor == 1:
             return self
         dims = {**self.cut, **dict.fromkeys(self.experts, 0)}
@@ -67,8 +68,8 @@ class Inventory:
             return Parameter(p.name, tuple(shape))
 
         groups = [
-            replace(group, params=[*map(own, group.params)])
-            for group in divided_groups(self.groups, self.experts, mesh.experts)
+            replace(g, params=[*map(own, g.params)], parts=g.parts if g.parts > 1 else mesh.tensor)
+            for g in divided_groups(self.groups, self.experts, mesh.experts)
         ]
         places = {p.name: i for i, p in enumerate(self.parameters)}
         for group in groups:
