@@ -28,6 +28,7 @@ def job_of(case, world):
         f"train.sequence_length={LENGTH}",
         f"train.global_batch={2 * MICRO_BATCHES}",
         f"engine=zero{stage}",
+        "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 50}}",
         f"engine.expert_parallel={parallel}",
         "precision=fp32",
         f"optimizer={optimizer}",

@@ -69,7 +69,7 @@ DIVIDED_STATES += [[0, "muon", "bf16", *MATRICES], [1, "muon", "bf16", *MATRICES
 DIVIDED_STATES += [[2, "adamw", "bf16", *MATRICES], [3, "muon", "fp32", zero(SMALL), *MATRICES]]
 BOTH = [*DIVIDED, "model.moe_width=14", "engine.tensor_parallel=2", "model.num_heads=2"]
 BOTH += ["model.vocab_size=72"]
-DIVIDED_STATES += [[stage, "adamw", "bf16", *BOTH] for stage in (0, 1)]
+DIVIDED_STATES += [[1, "muon", "bf16", *BOTH], [3, "muon", "bf16", zero(SMALL), *DIVIDED]]
 
 
 def chosen(cases, size, parts):
@@ -150,6 +150,8 @@ DIVIDED_TRAFFIC = [
     [1, "muon", "bf16", *MATRICES],
     [3, "muon", "bf16", zero(SMALL), *MATRICES],
     [2, "adamw", "bf16", *BOTH, CHECKPOINTING],
+    [3, "adamw", "bf16", zero(SMALL, SOME), *BOTH, CHECKPOINTING],
+    [3, "muon", "bf16", zero(SMALL), *DIVIDED],
 ]
 
 

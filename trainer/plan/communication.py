@@ -23,8 +23,9 @@ time of a collective is in links.py.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 
 from forescale.config.mesh import Mesh
@@ -47,8 +48,7 @@ def collectives(job: TrainJob, trained: Inventory, world: int) -> list[Collectiv
     if s.stage < 3:
         zero = _replicated(s, own, mesh)
     else:
-        # Between two ranks that have the same parameters are those that divide matrices with one.
-        zero = [replace(c, stride=mesh.tensor) for c in _partitioned(s, job, own)]
+        zero = [c for part in _parts(s, own, mesh) for c in _partitioned(*part, job, own)]
     found = _rows(s, job) + zero + _sums(s, job) + _exchanged(s, job)
     found += _whole_matrices(s, own, mesh)
     return [c for c in found if c.payload and c.ranks > 1]
@@ -204,14 +204,36 @@ def _buckets(parameters: Sequence[Parameter], most: int) -> int:
     return count
 
 
-def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Collective]:
-    every = trained.parameters
-    small = {p.name for p in every if p.numel <= s.persistence}
+@dataclass(frozen=True)
+class _Part:
+    """The parameters that the same ranks divide at stage 3: those of `names`. what: a word for
+    their collectives; stride: as of a Collective."""
 
-    def padded(names: set[str]) -> int:
-        return s.size * _padded(s, (p for p in every if p.name in names))
+    names: frozenset[str]
+    what: str
+    stride: int
 
-    trace = s.gathers(every, recomputes(job))
+
+def _parts(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[tuple[ZeroSettings, _Part]]:
+    """Return all other parameters, and the experts if ranks divide them, each with the settings of
+    the ranks that have the same."""
+    every = frozenset(p.name for p in trained.parameters)
+    # Between two ranks that have the same parameters are those that divide matrices with one.
+    if mesh.experts == 1:
+        return [(s, _Part(every, "", mesh.tensor))]
+    experts = replace(s, world=s.expert_world)
+    return [
+        (s, _Part(every - trained.experts, "", mesh.tensor)),
+        (experts, _Part(trained.experts, " of experts", mesh.experts)),
+    ]
+
+
+def _partitioned(
+    s: ZeroSettings, part: _Part, job: TrainJob, trained: Inventory
+) -> list[Collective]:
+    own = [p for p in trained.parameters if p.name in part.names]
+    small = [p for p in own if p.numel <= s.persistence]
+    trace = s.gathers(trained.parameters, recomputes(job), trained.experts, part.names)
     first, again = s.size * trace.first, s.size * trace.again
     beside = 1.0 if s.overlap else 0.0
     near, n = s.near, s.accumulation
@@ -222,7 +244,11 @@ def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Col
             "weights in forward and backward", "all_gather", far[0], s.world, far[1], beside
         ),
         Collective(
-            "small weights after the update", "all_gather", padded(small), s.world, len(small)
+            "small weights after the update",
+            "all_gather",
+            s.size * _padded(s, small),
+            s.world,
+            len(small),
         ),
     ]
     if near > 1:
@@ -232,21 +258,27 @@ def _partitioned(s: ZeroSettings, job: TrainJob, trained: Inventory) -> list[Col
                 "weights from the nearer partition", "all_gather", close[0], near, close[1], beside
             )
         )
-    found += _reduced(s, trained, beside)
-    if muon := [p for g in trained.groups if g.update.is_by_matrix for p in g.params]:
+    found += _reduced(s, trained, part.names, beside)
+    updated = [p for g in trained.groups if g.update.is_by_matrix for p in g.params]
+    if muon := [p for p in updated if p.name in part.names]:
         calls, updates = _muon_gathers(s, muon)
         gathers = 2 * s.sent * (_padded(s, muon) + updates)
         what = "Muon's gradients and momenta"
         found.append(Collective(what, "all_gather", gathers, s.world, calls))
-    return found
+    return [replace(c, what=c.what + part.what, stride=part.stride) for c in found]
 
 
-def _reduced(s: ZeroSettings, trained: Inventory, beside: float) -> list[Collective]:
-    """Return the collectives of the gradients at stage 3.
+def _reduced(
+    s: ZeroSettings, trained: Inventory, names: Collection[str], beside: float
+) -> list[Collective]:
+    """Return the collectives of the gradients of `names` at stage 3.
 
-    What is larger than a bucket is alone in one, and scattered whatever the settings say.
+    What is larger than a bucket is alone in one, and scattered whatever the settings say. A bucket
+    is of parameters that the same ranks divide.
     """
-    every, calls = trained.parameters, _buckets(trained.parameters, s.bucket)
+    runs = [(own, [*run]) for own, run in groupby(trained.parameters, lambda p: p.name in names)]
+    calls = sum(_buckets(run, s.bucket) for own, run in runs if own)
+    every = [p for p in trained.parameters if p.name in names]
     large = [p for p in every if p.numel > s.bucket]
     if s.zero.get("reduce_scatter", True):
         elements: dict[Kind, tuple[int, int]] = {"reduce_scatter": (_padded(s, every), calls)}

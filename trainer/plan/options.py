@@ -241,7 +241,7 @@ def _staged(job: PlanJob, stage: int, near: int = 1) -> PlanJob:
         hierarchical_partition=near,
         offload_optimizer=old.offload_optimizer and stage > 0,
         offload_parameters=old.offload_parameters and stage == 3,
-        expert_parallel=old.expert_parallel if stage < 3 else 1,
+        expert_parallel=old.expert_parallel if near == 1 else 1,
     )
     return replace(job, engine=engine)
 

@@ -60,7 +60,7 @@ NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
         (["engine=zero2", "engine.offload_parameters=true"], "engine.offload_parameters"),
         (["engine.hierarchical_partition=8"], "engine.hierarchical_partition"),
         (["engine.expert_parallel=2"], "engine.expert_parallel"),  # a dense model
-        ([*EXPERTS, "engine=zero3"], "engine.expert_parallel"),
+        ([*EXPERTS, "engine=zero3", "engine.hierarchical_partition=2"], "engine.expert_parallel"),
         ([*EXPERTS, "model.moe_experts=7"], "engine.expert_parallel"),
         ([*EXPERTS, "launch.processes=1"], "engine.expert_parallel"),
         ([*EXPERTS, f"engine.deepspeed={NO_SCATTER}"], f"engine.deepspeed.{SCATTER}"),

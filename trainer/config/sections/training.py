@@ -222,9 +222,9 @@ class EngineConfig:
         for name, off in (("offload_parameters", False), ("hierarchical_partition", 1)):
             if getattr(self, name) != off and self.stage != 3:
                 found.append((name, "needs ZeRO stage 3", "choose engine.stage=3"))
-        if self.expert_parallel > 1 and self.stage == 3:
-            what = "ZeRO stage 3 divides the experts with all other parameters"
-            found.append(("expert_parallel", what, "leave it out, or choose engine.stage=1 or 2"))
+        if self.expert_parallel > 1 and self.hierarchical_partition > 1:
+            what = "a hierarchical partition is of parameters that all ranks have"
+            found.append(("expert_parallel", what, "leave out one of the two"))
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict):
             path, what = "deepspeed.zero_optimization", f"{zero!r} is not a section of settings"

@@ -2,8 +2,8 @@
 
 With `engine.expert_parallel` e, ranks [k e, (k + 1) e) exchange rows (models/parallel/experts.py),
 and ranks i, i + e, i + 2 e, ... have the same experts. DeepSpeed reduces the gradients of experts
-over the latter, divides their optimizer's state among them, and divides the sum by the number of
-all ranks, as it does for all other parameters: so Engine.backward needs no other factor.
+over the latter, divides their states among them (at stage 3 their weights too), and divides the sum
+by as many ranks as that of all other parameters: so Engine.backward needs no other factor.
 
 Invariant: all ranks draw the experts of a layer in the same order and keep their own, so the
 initial model depends on no number of ranks.
@@ -50,8 +50,15 @@ def divide(module: nn.Module, group: ExpertGroup) -> nn.Module:
 
 
 def _mark_as_expert(param: Any, ranks: str) -> None:
-    """Set DeepSpeed's marks of a parameter that is reduced over these ranks alone."""
+    """Set DeepSpeed's marks of a parameter that is reduced over these ranks alone; and those by
+    which stage 3 divides it among them, but the sum of its gradients by as many ranks as that of
+    others (read in stage3.py of 0.19.8, which knows the experts of its own AutoEP by them)."""
+    from deepspeed.utils import groups
+
     param.allreduce, param.group_name = False, ranks
+    param.ds_zero_placement_family = "autoep_expert"
+    param.ds_zero_partition_group_name = ranks
+    param.ds_zero_partition_process_group = groups._EXPERT_DATA_PARALLEL_GROUP[ranks]
 
 
 def is_expert(param: Any) -> bool:
@@ -62,9 +69,10 @@ def is_expert(param: Any) -> bool:
 @contextmanager
 def shown_to_deepspeed(model: nn.Module, param_groups: list[dict[str, Any]]) -> Iterator[None]:
     """While DeepSpeed builds its engine, let it see that there are experts: it looks for modules of
-    its own class, and takes the name of a group of parameters for the name of their ranks."""
+    its own class, and takes the name of a group of parameters for the name of their ranks. At stage
+    3 it refuses such modules, and needs none: there the marks of a parameter say all."""
     own = [(group, group["name"]) for group in param_groups if group.get("moe")]
-    if not own:
+    if not own or hasattr(own[0][0]["params"][0], "ds_id"):
         yield
         return
     model.add_module("_experts", _layer())

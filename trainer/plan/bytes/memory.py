@@ -166,27 +166,29 @@ def touched(group: Group, world: int) -> list[int]:
 
 def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States:
     """Return the states of stage 3."""
-    groups, every = trained.groups, trained.parameters
-    parts = {g.name: sum(-(-p.numel // s.world) for p in g.params) for g in groups}
+    every, experts = trained.parameters, trained.experts
+    ranks = {p.name: s.expert_world if p.name in experts else s.world for p in every}
+    part_of = {p.name: -(-p.numel // ranks[p.name]) for p in every}
+    among = [ranks[g.params[0].name] for g in trained.groups]
+    sizes = [sum(part_of[p.name] for p in g.params) for g in trained.groups]
+    groups, own = [*zip(trained.groups, among, sizes, strict=True)], sum(part_of.values())
     alone = s.world == 1  # then the partition is the whole parameter, and nothing is copied
-    resident = [p for p in every if p.numel <= s.persistence and not alone]
+    resident = [p for p in every if p.numel <= s.persistence and ranks[p.name] > 1]
     # The second partition of a parameter exists from its first use in a step until the update.
     second = sum(-(-p.numel // s.world) * s.world // s.near for p in every) if s.near > 1 else 0
-    most = 0 if alone else s.gathers(every, recompute).most
-    largest = max(min(part, max(_SUB_GROUP // s.world, 1)) for part in parts.values())
-    muon = 2 * s.sent * s.world * sum(parts[g.name] for g in groups if g.update.is_by_matrix)
+    most = 0 if alone else s.gathers(every, recompute, experts).most
+    largest = max(min(part, max(_SUB_GROUP // n, 1)) for _, n, part in groups)
+    muon = 2 * s.sent * sum(n * part for g, n, part in groups if g.update.is_by_matrix)
     return States(
-        weights=s.size * sum(parts.values()),
-        resident=s.size * (sum(-(-p.numel // s.world) * s.world for p in resident) + second),
+        weights=s.size * own,
+        resident=s.size * (sum(part_of[p.name] * ranks[p.name] for p in resident) + second),
         gathered=s.size * most,
-        gradients=s.gradient * sum(parts.values()),
-        held=s.gradient * sum(parts.values()),
-        masters=4 * sum(parts.values()),
+        gradients=s.gradient * own,
+        held=s.gradient * own,
+        masters=4 * own,
         moments=sum(
-            s.sent * parts[g.name]
-            if g.update.is_by_matrix
-            else _moments(g, parts[g.name], _sub_groups(g))
-            for g in groups
+            s.sent * part if g.update.is_by_matrix else _moments(g, part, _sub_groups(g))
+            for g, _, part in groups
         ),
         update=4 * largest,
         buckets=s.sent * s.bucket + min(muon, _MOST_MUON_BUFFERS),

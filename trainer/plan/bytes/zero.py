@@ -38,6 +38,7 @@ class ZeroSettings:
     gradient: int  # bytes of one element of the gradient that micro-batches are added to
     sent: int  # bytes of one element in a reduction of gradients
     world: int  # ranks that have the same parameters
+    expert_world: int  # ranks that have the same experts
     accumulation: int
     zero: Mapping[str, Any]
 
@@ -49,8 +50,9 @@ class ZeroSettings:
         zero, kind = config["zero_optimization"], job.precision.kind
         gradient = BYTES[job.gradient_dtype(world)]
         sent = BYTES[config.get("communication_data_type") or kind]
-        ranks, rounds = job.mesh(world).states, max(1, micro_batches)
-        return cls(zero["stage"], BYTES[kind], gradient, sent, ranks, rounds, zero)
+        mesh, rounds = job.mesh(world), max(1, micro_batches)
+        ranks = mesh.states, world // mesh.experts
+        return cls(zero["stage"], BYTES[kind], gradient, sent, *ranks, rounds, zero)
 
     @property
     def bucket(self) -> int:
@@ -73,8 +75,15 @@ class ZeroSettings:
         """Elements up to which stage 3 keeps a parameter whole."""
         return int(self.zero.get("stage3_param_persistence_threshold", 10**5))
 
-    def gathers(self, parameters: Sequence[Parameter], recompute: bool) -> "GatherTrace":
-        """Return what stage 3 gathers in one micro-batch."""
+    def gathers(
+        self,
+        parameters: Sequence[Parameter],
+        recompute: bool,
+        experts: frozenset[str] = frozenset(),
+        counted: frozenset[str] | None = None,
+    ) -> "GatherTrace":
+        """Return what stage 3 gathers in one micro-batch. experts, counted: names; with `counted`
+        of these alone."""
         return trace_gathers(
             tuple(parameters),
             frozenset(p.name for p in parameters if p.numel <= self.persistence),
@@ -83,6 +92,9 @@ class ZeroSettings:
             prefetch=int(self.zero.get("stage3_prefetch_bucket_size", 5 * 10**7)),
             live=int(self.zero.get("stage3_max_live_parameters", 10**9)),
             world=self.world,
+            experts=experts,
+            expert_world=self.expert_world,
+            counted=counted,
             whole=BLOCK in (self.zero.get("leaf_module") or {}).get("classes", ()),
         )
 
@@ -124,15 +136,22 @@ def trace_gathers(
     prefetch: int,
     live: int,
     world: int = 1,
+    experts: frozenset[str] = frozenset(),
+    expert_world: int = 1,
+    counted: frozenset[str] | None = None,
     whole: bool = False,
 ) -> GatherTrace:
     """Return what ZeRO-3 gathers in one micro-batch.
 
     parameters: with `name` and `numel`, in the order of the forward pass. resident: names of those
     that are never released. recompute: with activation checkpointing. reuse, prefetch, live:
-    elements, see above. world: each gathered parameter is padded to a multiple of it. whole: a
-    block is a leaf module of DeepSpeed's, whose parameters are gathered together.
+    elements, see above. world: each gathered parameter is padded to a multiple of it, `experts` to
+    one of expert_world; with 1 they are there. counted: names; None: all. whole: a block is a leaf
+    module of DeepSpeed's, whose parameters are gathered together.
     """
+    ranks = {p.name: expert_world if p.name in experts else world for p in parameters}
+    if counted is None:
+        counted = frozenset(n for n in ranks if n not in experts or expert_world > 1)
     held: dict[str, dict[str, int]] = {}
     for p in parameters:
         module = (whole and block_of(p.name)) or p.name.rpartition(".")[0]
@@ -141,37 +160,39 @@ def trace_gathers(
     sizes = {module: sum(of.values()) for module, of in held.items()}
     soon = _kept_for_reuse(calls, sizes, reuse, {m for m in held if whole and block_of(m)})
     ahead = [(at, n, k) for at, c in enumerate(calls) for n, k in held.get(c.module, {}).items()]
-    counted = _Gathered(resident, world)
+    gathered = _Gathered(resident, ranks, counted)
     seen: dict[str, int] = {}  # the last call of each parameter that the look ahead has passed
     start = 0  # of the look ahead
     for at, call in enumerate(calls):
         own = held.get(call.module, {})
-        counted.gather(own)
+        gathered.gather(own)
         if any(seen.get(name, -1) < at for name in own):
             while start < len(ahead) and ahead[start][0] <= at:
                 start += 1
             seen.update((name, max(at, seen.get(name, -1))) for name in own)
-        room, chosen, size = min(live - counted.standing, prefetch), {}, 0
+        room, chosen, size = min(live - gathered.standing, prefetch), {}, 0
         while start < len(ahead) and size < room:
             used, name, numel = ahead[start]
             start += 1
             seen[name] = used
-            if not counted.has(name) and name not in chosen:
+            if not gathered.has(name) and name not in chosen:
                 chosen[name] = numel
                 size += numel
-        counted.gather(chosen)
+        gathered.gather(chosen)
         if not call.is_kept and not soon[at]:
-            counted.release(name for name in own if seen[name] <= at + 1)
-    return counted.trace
+            gathered.release(name for name in own if seen[name] <= at + 1)
+    return gathered.trace
 
 
 class _Gathered:
     """The parameters that exist whole now, and what was gathered until now."""
 
-    def __init__(self, resident: Collection[str], world: int):
+    def __init__(
+        self, resident: Collection[str], ranks: Mapping[str, int], counted: Collection[str]
+    ):
         self.standing = 0  # elements, without padding
         self._padded = 0
-        self._resident, self._world = resident, world
+        self._resident, self._ranks, self._counted = resident, ranks, counted
         self._here: dict[str, int] = {}
         self._ever: set[str] = set()
         self._elements = {"first": 0, "again": 0}
@@ -185,10 +206,11 @@ class _Gathered:
         missing = {name: numel for name, numel in wanted.items() if not self.has(name)}
         for name, numel in missing.items():
             which = "again" if name in self._ever else "first"
-            self._elements[which] += self._whole(numel)
-            self._padded += self._whole(numel)
-        self._calls += bool(missing)
-        self._calls_again += any(name in self._ever for name in missing)
+            self._elements[which] += self._whole(name, numel)
+            self._padded += self._whole(name, numel)
+        own = [name for name in missing if name in self._counted]
+        self._calls += bool(own)
+        self._calls_again += any(name in self._ever for name in own)
         self._ever.update(missing)
         self._here.update(missing)
         self.standing += sum(missing.values())
@@ -198,11 +220,12 @@ class _Gathered:
         for name in names:
             numel = self._here.pop(name, 0)
             self.standing -= numel
-            self._padded -= self._whole(numel)
+            self._padded -= self._whole(name, numel)
 
-    def _whole(self, numel: int) -> int:
-        """Return the elements of a parameter with its padding."""
-        return -(-numel // self._world) * self._world
+    def _whole(self, name: str, numel: int) -> int:
+        """Return the elements of a parameter with its padding, if they count."""
+        ranks = self._ranks[name]
+        return -(-numel // ranks) * ranks if name in self._counted else 0
 
     @property
     def trace(self) -> GatherTrace:
