@@ -175,6 +175,28 @@ def test_ranks_that_divide_experts_exchange_rows_and_reduce_among_those_that_hav
     assert "rows of experts" not in before
 
 
+def test_at_stage_3_experts_are_gathered_among_those_that_have_the_same():
+    """And ranks that divide matrices send the rows of half the tokens each."""
+    words = ["model.num_layers=2", "model.width=128", "model.num_heads=2", "model.mlp=moe"]
+    words += ["model.moe_experts=8", "model.moe_top_k=2", "train.micro_batch=2", "precision=bf16"]
+    words += ["train.global_batch=16", "engine=zero3", "plan.gpus=8", "engine.expert_parallel=4"]
+    words += ["engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"]
+    for tensor in (1, 2):
+        made = job(*words, f"engine.tensor_parallel={tensor}", "optimizer=adamw")
+        held = inventory(made)
+        found = {c.what: c for c in collectives(made, held, 8)}
+        rounds = tensor  # micro-batches of 2 windows, for the same 16
+        experts = sum(p.numel for p in held.parameters if p.name in held.experts) // 4
+        gathered = found["weights in forward and backward of experts"]
+        assert (gathered.ranks, gathered.stride) == (2, 4)
+        assert gathered.payload == 2 * experts * rounds  # kept until the backward pass
+        reduced = found["gradients of experts"]
+        assert (reduced.ranks, reduced.payload) == (2, 2 * experts * rounds)
+        assert found["gradients"].ranks == 8 // tensor
+        rows = found["rows of experts"]
+        assert rows.payload == rows.calls * 2 * 512 // tensor * 128 * 2
+
+
 def test_groups_of_experts_that_cross_nodes_are_noted():
     words = ["model.mlp=moe", "plan.gpus=8", "train.global_batch=64", "engine.expert_parallel=4"]
     crossing, inside = (job(*words, f"machine.gpus_per_node={n}") for n in (2, 4))
