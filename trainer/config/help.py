@@ -18,7 +18,7 @@ from forescale.config.job import Job
 from forescale.config.schema import Leaf, leaves, options
 from forescale.models.config import ModelConfig
 
-_TARGET = {"run.name": "RUN", "input": "INPUT", "target": "RUN|PATH"}
+_TARGET = {"run.name": "RUN", "input": "INPUT", "target": "RUN|PATH", "run.from.run": "FROM"}
 _MARK = {"identity": "!", "numerics": "~", "free": " "}
 _LEGEND = """\
 Between two starts of a run, a key marked ! must not change. If a key marked ~ changes, the run

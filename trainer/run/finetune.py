@@ -15,6 +15,7 @@ from forescale.config.duration import Duration
 from forescale.config.schema import plain
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.objective import ObjectiveConfig
+from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.config.sections.runtime import LaunchConfig, ProfileConfig
 from forescale.config.sections.training import OriginConfig, ScheduleConfig
 from forescale.config.train import TrainJob
@@ -27,38 +28,31 @@ from forescale.storage import read_json
 
 # Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca) fine-tuned LLaMA 7B, whose peak
 # was 3e-4 (Touvron et al. 2023, arXiv 2302.13971, table 2), with 2e-5: a fifteenth. Its epochs,
-# batch, warm-up and cosine are ours too.
+# batch, warm-up and cosine are ours too; and, for imported weights, which have no peak and no batch
+# of their own here, its AdamW, without weight decay.
 RATE, EPOCHS, BATCH, WARMUP = 1 / 15, 3.0, 128, Duration(3, "percent")
+IMPORTED = OptimizerConfig("adamw", learning_rate=2e-5, beta2=0.999, weight_decay=0.0)
 
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
-def first_config(origin: TrainJob) -> dict[str, Any]:
+def first_config(origin: TrainJob, is_import: bool) -> dict[str, Any]:
     """Return the config that a run begins with, as plain values. Its length and its data follow
-    from the examples (`with_examples`)."""
-    old = origin.optimizer
-    adam = old.adam_learning_rate
-    batch = math.gcd(origin.train.global_batch, BATCH) if _is_larger(origin) else None
+    from the examples (`with_examples`). is_import: of imported weights the config says nothing of
+    how they were trained."""
+    batch, each = origin.train.global_batch, origin.train.micro_batch
+    if is_import or batch > BATCH:
+        batch, each = BATCH, math.gcd(BATCH, each)
     return plain(
         replace(
             origin,
             run=replace(origin.run, origin=OriginConfig(what="weights")),
-            train=replace(
-                origin.train,
-                steps=1,
-                tokens=None,
-                global_batch=batch or origin.train.global_batch,
-                micro_batch=math.gcd(batch or 0, origin.train.micro_batch),
-            ),
+            train=replace(origin.train, steps=1, tokens=None, global_batch=batch, micro_batch=each),
             data=DataConfig(
                 cache=origin.data.cache, workers=origin.data.workers, damaged=origin.data.damaged
             ),
             objective=ObjectiveConfig("responses"),
-            optimizer=replace(
-                old,
-                learning_rate=_rounded(old.learning_rate * RATE),
-                adam_learning_rate=None if adam is None else _rounded(adam * RATE),
-            ),
+            optimizer=IMPORTED if is_import else _slower(origin.optimizer),
             schedule=ScheduleConfig("cosine", WARMUP),
             launch=LaunchConfig(),
             profile=ProfileConfig(),
@@ -70,8 +64,13 @@ def first_config(origin: TrainJob) -> dict[str, Any]:
     )
 
 
-def _is_larger(origin: TrainJob) -> bool:
-    return origin.train.global_batch > BATCH
+def _slower(old: OptimizerConfig) -> OptimizerConfig:
+    adam = old.adam_learning_rate
+    return replace(
+        old,
+        learning_rate=_rounded(old.learning_rate * RATE),
+        adam_learning_rate=None if adam is None else _rounded(adam * RATE),
+    )
 
 
 def _rounded(rate: float) -> float:

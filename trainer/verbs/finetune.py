@@ -143,7 +143,7 @@ def _found(directory: Path, view: RunView) -> dict[str, Any]:
     run = Run(directory)
     if run.config.exists():
         return plain(thaw(TrainJob, run.config, trust=True))
-    return first_config(view.config)
+    return first_config(view.config, view.run.is_import)
 
 
 def _dataset(job: FinetuneJob, view: RunView) -> Dataset:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from forescale import open_dataset, open_run
+from forescale.run.finetune import first_config
 from tests.questions import rows, write_rows
 from tests.trainer.small_run import STEPS, make_dataset, make_run
 
@@ -42,6 +43,14 @@ def test_the_run_has_the_config_of_its_origin_and_the_defaults_of_fine_tuning(
     assert made.optimizer.learning_rate == pytest.approx(old.optimizer.learning_rate / 15, rel=0.01)
     assert made.total_steps == math.ceil(3 * 57 / old.train.global_batch)
     assert made.steps_of(made.validation.every) == math.ceil(57 / old.train.global_batch)
+
+
+def test_imported_weights_have_rates_of_their_own(origin):
+    """Their config has no rate that they were trained with."""
+    config = first_config(open_run(origin.path).config, is_import=True)
+    assert config["optimizer"]["kind"] == "adamw"
+    assert config["optimizer"]["learning_rate"] == 2e-5
+    assert config["train"]["global_batch"] % config["train"]["micro_batch"] == 0
 
 
 def test_what_is_typed_counts_and_the_same_command_finds_the_run(make, tmp_path):
