@@ -33,6 +33,7 @@ from forescale.storage import read_json
 RATE, EPOCHS, BATCH, WARMUP = 1 / 15, 3.0, 128, Duration(3, "percent")
 IMPORTED = OptimizerConfig("adamw", learning_rate=2e-5, beta2=0.999, weight_decay=0.0)
 
+_OPEN = 10**9  # steps of a run before its examples are counted: no key may be beyond them yet
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -47,7 +48,9 @@ def first_config(origin: TrainJob, is_import: bool) -> dict[str, Any]:
         replace(
             origin,
             run=replace(origin.run, origin=OriginConfig(what="weights")),
-            train=replace(origin.train, steps=1, tokens=None, global_batch=batch, micro_batch=each),
+            train=replace(
+                origin.train, steps=_OPEN, tokens=None, global_batch=batch, micro_batch=each
+            ),
             data=DataConfig(
                 cache=origin.data.cache, workers=origin.data.workers, damaged=origin.data.damaged
             ),

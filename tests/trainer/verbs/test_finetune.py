@@ -55,7 +55,7 @@ def test_imported_weights_have_rates_of_their_own(origin):
 
 def test_what_is_typed_counts_and_the_same_command_finds_the_run(make, tmp_path):
     typed = ("run.name=mine", "epochs=2", "optimizer.learning_rate=0.5", "train.global_batch=19")
-    typed += ("train.micro_batch=19", "held_out=0")
+    typed += ("train.micro_batch=19", "held_out=0", "faults=[kill@5:rank0]")
     assert make(*typed)[0] == 0
     made = open_run(tmp_path / "mine").config
     assert (made.total_steps, made.optimizer.learning_rate) == (7, 0.5)
@@ -99,6 +99,7 @@ def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale,
         (["data=none.jsonl"], "none.jsonl: no such file"),
         (["run.from.what=everything"], "run.from.what: a fine-tuning begins at step 0"),
         (["template=none.jinja"], "none.jinja: no such file"),
+        (["faults=[kill@5000:rank0]"], "comes after the run's last step, "),
         (["data.document_mask=true"], "data.document_mask: a row of responses has no documents"),
         (["model.causal=false"], "model.causal: "),
     ],
