@@ -145,7 +145,8 @@ class Block(nn.Module):
     def _add(self, x_BLD: Tensor, y_BLD: Tensor, norm: nn.Module | None) -> Tensor:
         """Return the stream after a part's output y, with the norm that comes after, if any."""
         y_BLD = y_BLD if self.norms_sum else normed(norm, y_BLD)
-        x_BLD = torch.add(x_BLD, self.dropout(y_BLD), alpha=self.multiplier)
+        y_BLD = self.dropout(y_BLD) if self.drops else y_BLD
+        x_BLD = torch.add(x_BLD, y_BLD, alpha=self.multiplier)
         return normed(norm, x_BLD) if self.norms_sum else x_BLD
 
 

@@ -4,6 +4,8 @@ Invariant: a model that reads a row in pieces with a cache computes the same log
 reads the whole row, whatever the pieces. Only mixers write to a Memory, each to its own.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,7 @@ class Cache:
     ):
         self.source, self.source_mask = source, source_mask
         self.layers = [Memory() for _ in range(num_layers)]
+        self.constants: dict[str, Any] = {}  # what a model makes of its config alone, once
         self.length = 0
         self.real: Tensor | None = None  # (B, length) bool; None: no padding so far
 

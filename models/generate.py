@@ -74,8 +74,8 @@ def stream(
             logits_BV = rows.logits(cache)
             if logits_BV is None:
                 return
-            # A model may rule out single tokens by -inf.
-            if not logits_BV.logsumexp(-1).isfinite().all():
+            # A model may rule out single tokens by -inf; NaN anywhere is the largest.
+            if not logits_BV.amax(-1).isfinite().all():
                 raise FloatingPointError("the logits are not finite")
             if sampler.reads_row:
                 held_BV = _held(rows, logits_BV.shape[1]) if held_BV is None else held_BV

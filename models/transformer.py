@@ -196,7 +196,8 @@ class Transformer(nn.Module):
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
         embedded_BLD = self.embedding(self._own(tokens_BL))
-        x_BLD, turn = self._placed(embedded_BLD, positions)
+        constants = None if cache is None else cache.constants
+        x_BLD, turn = self._placed(embedded_BLD, positions, constants)
         decoding, length = cache is not None, tokens_BL.shape[1]
         seen = Columns(positions, length, starts, real, x_BLD.dtype, decoding, self._drops)
         counted_BL = None if counted_BL is None else self._own(counted_BL)
@@ -273,7 +274,9 @@ class Transformer(nn.Module):
             x_BSD = self.dividing.copied(x_BSD)
         return x_BSD, None if seen.real is None else source_mask(seen.real, x_BSD.dtype)
 
-    def _placed(self, x_BLD: Tensor, positions: Tensor) -> tuple[Tensor, Rotation | None]:
+    def _placed(
+        self, x_BLD: Tensor, positions: Tensor, constants: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Rotation | None]:
         """Return the input of the first block, (B, L, D), and the rotation, with rotary positions.
 
         x: the tokens' embeddings. positions: of all columns, of which these are the last L, or this
@@ -281,7 +284,7 @@ class Transformer(nn.Module):
         """
         config, s, length = self.config, self.sizes, x_BLD.shape[1]
         own = positions[..., -length:] if self.group is None else self.group.own(positions)
-        turn = rotation(own, config) if config.rotates else None
+        turn = rotation(own, config, constants) if config.rotates else None
         if config.scale_embedding or config.position == "sinusoidal":  # these have amplitude 1
             x_BLD = x_BLD * self.scales.embedding
         if config.position == "sinusoidal":

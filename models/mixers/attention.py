@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -110,9 +111,20 @@ class Attention(nn.Module):
         if context.values is not None:
             v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
         if context.rotation is not None:
-            q_BLHK, k_BLGK = rotate(q_BLHK, context.rotation), rotate(k_BLGK, context.rotation)
+            q_BLHK, k_BLGK = self._turned(q_BLHK, k_BLGK, context)
         y_BLD = self._written(x_BLD, attended(self._attend, q_BLHK, k_BLGK, v_BLGK, context))
         return (y_BLD, v_BLGK) if self.value_residual and context.values is None else y_BLD
+
+    def _turned(self, q_BLHK: Tensor, k_BLGK: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Return queries and keys, rotated."""
+        turn = context.rotation
+        assert turn is not None
+        if context.memory is None or q_BLHK.shape[1] > 1:
+            return rotate(q_BLHK, turn), rotate(k_BLGK, turn)
+        # Of one token, calls cost more than what they compute.
+        both = rotate(torch.cat((q_BLHK, k_BLGK), 2), turn)
+        q_BLHK, k_BLGK = both.split((q_BLHK.shape[2], k_BLGK.shape[2]), 2)
+        return q_BLHK, k_BLGK
 
     def _queries(self, x_BLD: Tensor) -> Tensor:
         """Return the queries of tokens, (B, L, H, K), not rotated."""

@@ -6,6 +6,8 @@ cost is one row per position. Positions count from the first real token of a row
 document if documents are given, so padding and earlier documents have no effect.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,10 +48,15 @@ def positions_of(
     return before_BL
 
 
-def rotation(positions: Tensor, config: ModelConfig) -> Rotation:
+def rotation(
+    positions: Tensor, config: ModelConfig, constants: dict[str, Any] | None = None
+) -> Rotation:
     """Return the rotation at each position: (...) -> cos, sin, each (..., 1, R/2), fp32, where R is
-    config.rotary_width."""
-    by, length = frequencies(config, positions.device)
+    config.rotary_width. constants: where decoding keeps the frequencies from token to token."""
+    kept = {} if constants is None else constants
+    if "frequencies" not in kept:
+        kept["frequencies"] = frequencies(config, positions.device)
+    by, length = kept["frequencies"]
     angles = (positions[..., None].float() * by)[..., None, :]
     turn = angles.cos(), angles.sin()
     return turn if length == 1 else (turn[0] * length, turn[1] * length)

@@ -30,7 +30,7 @@ from tests.benchmarks.processes import share_imports  # noqa: E402
 NAMES = (
     "loop", "memory", "loss", "compile", "peer", "startup", "build", "stream", "save", "watch",
     "ranks", "status", "plan", "fit", "recovery", "next", "coordinates",
-    "mixers",
+    "mixers", "generate",
 )  # fmt: skip
 
 

@@ -1,0 +1,122 @@
+"""Tokens a second in writing text, ours against transformers' generate on the exported model: the
+same prompts, and the same tokens, of one prompt and of several of different lengths at once.
+
+By the processor's time, in one process. Both read the same tensors: where weights lie in memory
+makes a difference of some percent.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forescale.inference.sampling import rows_sampled
+from forescale.models.config import ModelConfig
+from forescale.models.hf import from_hf, to_hf
+from forescale.models.sampler import Sampler
+from forescale.models.transformer import Transformer
+from tests.benchmarks.pairing import Result, interleaved
+from tests.benchmarks.processes import isolated
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """models by name; batches: prompts at once; tokens: of the longest prompt, and written."""
+
+    models: dict[str, ModelConfig]
+    batches: tuple[int, ...]
+    tokens: tuple[int, int]
+
+
+def _model(layers: int, width: int, vocabulary: int) -> ModelConfig:
+    # A large deviation: tokens are likely enough that rounding changes none.
+    return ModelConfig(
+        num_layers=layers, width=width, num_heads=max(2, width // 64), vocab_size=vocabulary,
+        max_sequence_length=1024, init_std=0.2,
+    )  # fmt: skip
+
+
+REAL = Sizes(
+    {"3 layers of 128": _model(3, 128, 4096), "8 layers of 512": _model(8, 512, 32_768)},
+    (1, 16),
+    (64, 192),
+)
+TOY = Sizes({"1 layer of 32": _model(1, 32, 128)}, (1, 3), (8, 6))
+
+
+def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
+    return [
+        isolated(compare, rounds, name, model, batch, *sizes.tokens)
+        for name, model in sizes.models.items()
+        for batch in sizes.batches
+    ]
+
+
+def compare(
+    rounds: int, name: str, config: ModelConfig, batch: int, prompt: int, written: int
+) -> Result:
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    drawn = torch.Generator().manual_seed(1)
+    lengths = [max(1, prompt - i) for i in range(batch)]
+    size = config.sizes.vocab_size
+    prompts = [torch.randint(1, size, (n,), generator=drawn).tolist() for n in lengths]
+    theirs = exported(model)
+    _, weights = from_hf(theirs.config.to_dict(), theirs.state_dict())
+    model.load_state_dict(weights, assign=True)
+    tokens = torch.tensor([[0] * (prompt - len(row)) + row for row in prompts])
+    real = torch.tensor([[0] * (prompt - len(row)) + [1] * len(row) for row in prompts])
+    how: dict[str, Any] = dict(do_sample=False, max_new_tokens=written, pad_token_id=0)
+    found: dict[str, list[list[int]]] = {}
+
+    def ours() -> float:
+        began = time.process_time()
+        ids = rows_sampled(
+            model,
+            prompts,
+            written,
+            Sampler(temperature=0),
+            seeds=[0] * batch,
+            max_context=config.sizes.max_sequence_length,
+        )
+        columns = list(ids)
+        spent = time.process_time() - began
+        found["ours"] = [list(row) for row in zip(*columns, strict=True)]
+        return batch * written / spent
+
+    def peer() -> float:
+        began = time.process_time()
+        rows = theirs.generate(tokens, attention_mask=real, **how)
+        spent = time.process_time() - began
+        found["theirs"] = rows[:, prompt:].tolist()
+        return batch * written / spent
+
+    rows = interleaved(rounds, ours, peer)
+    pairs = zip(found["ours"], found["theirs"], strict=True)
+    equal = sum(a == b for a, b in pairs) / batch
+    labels = ("ours", "transformers")
+    where = f"generate, {name}, {batch} at once"
+    return Result(where, "tokens/s", labels, rows, "at least 1", {"rows with equal tokens": equal})
+
+
+def exported(model: Transformer) -> Any:
+    """The model as transformers loads it."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hf_config, tensors = to_hf(model.config, model.state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "config.json").write_text(json.dumps(hf_config))
+        kept = {name: tensor.contiguous() for name, tensor in tensors}
+        save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None  # neither side may end early
+    return theirs
