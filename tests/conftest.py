@@ -1,5 +1,6 @@
 """Fixtures for all: a small real dataset, of this project's own source."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mark = item.get_closest_marker("timeout")
         limits[item.path] = max(limits.get(item.path, 0), mark.args[0] if mark else 0)
     items.sort(key=lambda item: -limits[item.path])  # stable: the rest stays in its order
+
+
+def pytest_collection_finish() -> None:
+    """Look for no garbage in what is imported and collected: it took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def built(source: Path, output: Path) -> Path:
