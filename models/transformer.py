@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from forescale.models.block import Block, Trunk, normed, passed, viewers
-from forescale.models.cache import Cache, Memory
 from forescale.models.config import ModelConfig
+from forescale.models.decoding.cache import Cache, Memory
 from forescale.models.experts.balance import Routing, move_biases, that_count
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forescale.models.cache import Memory
 from forescale.models.config import ModelConfig
+from forescale.models.decoding.cache import Memory
 from forescale.models.mixers.attention import Attention, attend
 from forescale.models.mixers.blocks import Blocks, chosen, flex, spans_of, view_of
 from forescale.models.mixers.context import Context, Viewer

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from forescale.models.cache import Memory
+from forescale.models.decoding.cache import Memory
 from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.positions.position import Rotation
 

@@ -16,8 +16,8 @@ import torch
 
 from forescale.inference.sampling import rows_sampled
 from forescale.models.config import ModelConfig
+from forescale.models.decoding.sampler import Sampler
 from forescale.models.hf import from_hf, to_hf
-from forescale.models.sampler import Sampler
 from forescale.models.transformer import Transformer
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated

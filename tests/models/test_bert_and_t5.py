@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.generate import generate
+from forescale.models.decoding.generate import generate
+from forescale.models.decoding.sampler import Sampler
 from forescale.models.positions.relative import buckets
-from forescale.models.sampler import Sampler
 
 L, S, T, V = 20, 23, 9, 37
 BERT = ModelConfig(

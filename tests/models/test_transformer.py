@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.generate import generate
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.generate import generate
+from forescale.models.decoding.sampler import Sampler
 from tests.models.checks import assert_one_graph
 
 SMALL = ModelConfig(

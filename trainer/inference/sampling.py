@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from forescale.errors import UserError
-from forescale.models.generate import stream
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.generate import stream
+from forescale.models.decoding.sampler import Sampler
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
@@ -51,7 +51,7 @@ def rows_sampled(
     max_context: int,
     sources: Sequence[list[int]] | None = None,
 ) -> Generator[list[int], list[int] | None]:
-    """Yield the next id of each prompt, at most num_tokens times; see models/generate.py.
+    """Yield the next id of each prompt, at most num_tokens times; see models/decoding/generate.py.
 
     A caller may send the numbers of the rows that go on; later ids are of those. seeds: of each
     prompt, which gets the ids that it would get alone; sources: what an encoder reads, of an

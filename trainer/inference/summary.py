@@ -8,7 +8,7 @@ from forescale.inference.sampling import prompt_ids, sampled
 from forescale.inference.spelling import pieces
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.sampler import Sampler
 from forescale.run.rows import read_rows
 from forescale.run.start import Start
 

@@ -148,7 +148,7 @@ class RunView:
         """
         from forescale.inference.answering import question_of
         from forescale.inference.writing import Answer, Wanted, written
-        from forescale.models.sampler import Sampler
+        from forescale.models.decoding.sampler import Sampler
 
         wanted = Wanted(num_tokens, Sampler(temperature, top_k, **more), tuple(stop))
         asked = [prompts] if isinstance(prompts, str) else prompts

@@ -15,7 +15,7 @@ from torch import nn
 from forescale.inference.answering import Question
 from forescale.inference.sampling import rows_sampled
 from forescale.inference.spelling import Speller, Stops
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
 
 Reason = Literal["end", "stop", "length"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forescale.inference.writing import Wanted
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.sampler import Sampler
 
 Template = Callable[[Sequence[Mapping[str, str]]], str]
 _IGNORED = {"user", "metadata", "store", "safety_identifier"}  # they don't change the answer

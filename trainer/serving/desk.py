@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from forescale.inference.writing import Answer, write
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.sampler import Sampler
 from forescale.serving.asked import Refused
 
 Event = tuple[int, str] | Exception | None  # a piece of an answer, by its number; None: the end

@@ -49,7 +49,9 @@ class GenerateJob(RunJob):
     )
     samples: int = key(1, "texts for each prompt", ge=1, le=1000)
     num_tokens: int = key(200, "the most tokens to write", ge=1)
-    stop: list[str] = key([], "texts before which an answer ends")
+    stop: list[str] = key(
+        [], "texts before which an answer ends; \\n and \\t in them are a line end and a tab"
+    )
     temperature: float = key(0.8, "of sampling; 0 always takes the most likely token", ge=0)
     top_k: int | None = key(50, "sample among this number of most likely tokens; null: all", ge=1)
     top_p: float = key(
@@ -130,7 +132,8 @@ def _answers(job: GenerateJob, view: RunView, prompts: list[str]) -> list["Answe
     from forescale.inference.writing import Answer, Wanted
 
     sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
-    wanted = Wanted(job.num_tokens, sampler, tuple(job.stop))
+    stops = [text.replace("\\n", "\n").replace("\\t", "\t") for text in job.stop]
+    wanted = Wanted(job.num_tokens, sampler, tuple(stops))
     found: list[Answer] = []
     for number, prompt in enumerate(prompts, 1):
         try:

@@ -6,7 +6,7 @@ import torch
 from forescale.errors import UserError
 from forescale.inference import summary
 from forescale.inference.sampling import sampled
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.sampler import Sampler
 from forescale.run.start import start
 from tests.trainer.small_run import make_job
 

@@ -19,8 +19,8 @@ from forescale import open_run
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.inference.sampling import prompt_ids, sampled
 from forescale.inference.spelling import pieces
-from forescale.models.generate import generate
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.generate import generate
+from forescale.models.decoding.sampler import Sampler
 
 SAMPLER = Sampler(temperature=0.8, top_k=50)
 
@@ -142,6 +142,16 @@ def test_prompts_of_a_list_and_of_lines_are_the_same(trained, forescale, tmp_pat
     assert forescale(*words, f"input={tmp_path / 'lines.txt'}") == want
     piped(monkeypatch, b"def \nclass ")
     assert forescale(*words, "input=-") == want
+
+
+def test_a_stop_text_may_be_the_end_of_a_line(trained, forescale):
+    words = ("prompt=x", "num_tokens=40", "seed=3", "--json")
+    texts = []
+    for stop in ("stop=[]", 'stop=["\\n"]'):
+        _, out, _ = forescale("generate", trained.path, *words, stop)
+        texts.append(json.loads(out)["text"])
+    assert "\n" in texts[0]
+    assert texts[1] == texts[0].partition("\n")[0]
 
 
 def test_it_ends_before_a_stop_text_over_several_tokens(trained, forescale, monkeypatch):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.models.cache import Cache
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.cache import Cache
+from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
 
 Draw = torch.Generator | Sequence[torch.Generator] | None

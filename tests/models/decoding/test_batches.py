@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.generate import generate, stream
+from forescale.models.decoding.generate import generate, stream
+from forescale.models.decoding.sampler import Sampler
 from forescale.models.rules import POSITIONS
-from forescale.models.sampler import Sampler
 from tests.models.mixers.test_every_mixer import PATTERNS, build
 
 GREEDY = Sampler(temperature=0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from forescale.models import ModelConfig, Transformer
-from forescale.models.generate import generate
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.generate import generate
+from forescale.models.decoding.sampler import Sampler
 
 S, T, V = 9, 12, 37
 SMALL = ModelConfig(

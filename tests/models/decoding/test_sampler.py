@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from forescale.models.sampler import Sampler
+from forescale.models.decoding.sampler import Sampler
 
 B, V = 6, 200
 CASES = [

@@ -1,0 +1,1 @@
+"""Writing with a model: what it keeps of the tokens that were read, and which token comes next."""
