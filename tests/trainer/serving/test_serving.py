@@ -227,13 +227,17 @@ def test_a_client_that_goes_away_ends_its_answer(trained, monkeypatch):
     monkeypatch.setattr(RunView, "load", lambda *_: gate)
     for server in served(trained, "max_tokens=100000"):
         port = server.server_address[1]
-        raw = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
+        raw = json.dumps(LIKELIEST | {"max_tokens": 100_000, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(raw)}\r\n"
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + raw)
             gate.open.release()
-            while b"data" not in client.recv(1000):
-                pass
+            client.settimeout(60)
+            seen = b""
+            while b"data" not in seen:
+                part = client.recv(1000)
+                assert part, seen
+                seen += part
         found = []
         body = LIKELIEST | {"max_tokens": 1}
         second = threading.Thread(target=lambda: found.append(ask(port, "/v1/completions", body)))  # noqa: B023
