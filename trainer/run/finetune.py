@@ -5,6 +5,7 @@ Invariant: what fine-tuning changes in the config of the origin is written here,
 all other keys are those of the origin, except of what belongs to one run or one machine.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -106,8 +107,8 @@ def vocabulary_of_run(run: Run) -> Vocabulary:
 
 
 def chat_template(run: Run, vocabulary: Vocabulary, given: str | None) -> ChatTemplate:
-    """Return the template in the file `given`, else the one that came with the run's tokenizer,
-    else the plain one. Raises UserError if it can't be read or used."""
+    """Return the template in the file `given`, Jinja or a tokenizer_config.json, else the one that
+    came with the run's tokenizer, else the plain one. Raises UserError if it can't be read."""
     tokenizer = vocabulary.load()
     added = tokenizer.get_added_tokens_decoder().values()
     special = tuple(token.content for token in added if token.special)
@@ -120,9 +121,7 @@ def chat_template(run: Run, vocabulary: Vocabulary, given: str | None) -> ChatTe
         where, source = f"the chat template of {run.name}", own
     if given is not None:
         where, source = given, _read(given)
-    template = ChatTemplate(source, where, special, tokens)
-    template.check()
-    return template
+    return ChatTemplate(source, where, special, tokens)
 
 
 def _text(token: Any) -> str | None:
@@ -140,9 +139,20 @@ def _default(template: Any) -> str | None:
 
 
 def _read(path: str) -> str:
+    todo, file = "give the chat template's file, in Jinja", Path(path).expanduser()
     try:
-        return Path(path).read_text("utf-8")
+        source = file.read_text("utf-8")
     except FileNotFoundError:
-        raise UserError(path, "no such file", "give the chat template's file, in Jinja") from None
+        raise UserError(path, "no such file", todo) from None
     except UnicodeDecodeError:
-        raise UserError(path, "isn't UTF-8", "give the chat template's file, in Jinja") from None
+        raise UserError(path, "isn't UTF-8", todo) from None
+    if file.suffix != ".json":
+        return source
+    try:
+        found = json.loads(source)
+    except ValueError:
+        raise UserError(path, "is no JSON", todo) from None
+    own = _default(found.get("chat_template")) if isinstance(found, dict) else None
+    if own is None:
+        raise UserError(path, "has no chat_template", todo)
+    return own

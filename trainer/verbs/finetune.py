@@ -148,9 +148,11 @@ def _found(directory: Path, view: RunView) -> dict[str, Any]:
 
 def _dataset(job: FinetuneJob, view: RunView) -> Dataset:
     vocabulary = vocabulary_of_run(view.run)
+    template = chat_template(view.run, vocabulary, job.template)
+    template.check()
     request = Request(
         vocabulary,
-        chat_template(view.run, vocabulary, job.template),
+        template,
         most=job.train.sequence_length + 1,
         held_out=job.held_out,
         unusable=job.unusable,

@@ -3,15 +3,18 @@
 import os
 import signal
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import RunJob
 from forescale.config.schema import key
+from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.errors import DONE, UserError
-from forescale.inference.view import RunView, best_device, open_view
+from forescale.inference.view import best_device, open_view
+from forescale.run.finetune import chat_template, vocabulary_of_run
 
 if TYPE_CHECKING:
     from forescale.serving.server import Server
@@ -29,9 +32,10 @@ class ServeJob(RunJob):
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     host: str = key("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine")
     port: int = key(8000, "port to listen at; 0: any that is free", ge=0, le=65535)
-    chat_template: str | None = key(
+    template: str | None = key(
         None,
-        "a Jinja file, or a tokenizer_config.json with a chat_template; null: lines `role: text`",
+        "chat template, a file in Jinja or a tokenizer_config.json; null: that of the run's "
+        "tokenizer, else the plain one of forescale finetune",
     )
     max_tokens: int = key(1024, "the most tokens of an answer", ge=1)
     batch: int = key(16, "answers that are written at once, and the most of a request", ge=1)
@@ -46,7 +50,7 @@ JOB = ServeJob
 EXAMPLES = (
     "serve first",
     "serve first port=8080 max_tokens=256",
-    "serve exported chat_template=tokenizer_config.json",
+    "serve first template=tokenizer_config.json",
 )
 
 
@@ -72,22 +76,21 @@ def opened(job: ServeJob) -> "Server":
     """Return the server of a job, which listens. Raises UserError."""
     from forescale.inference.answering import question_of
     from forescale.inference.writing import Answer
-    from forescale.serving.asked import Limits, Template
-    from forescale.serving.chat import plain, template_in
+    from forescale.serving.asked import Limits
     from forescale.serving.desk import Desk
     from forescale.serving.server import Server, Service
 
     view = open_view(job.target or "", job.run.root)
-    template: Template = plain
-    if job.chat_template:
-        template = template_in(Path(job.chat_template).expanduser(), _end(view))
+    template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
+    with suppress(Unfit):  # a chat of one message may not fit; a template that isn't one is refused
+        template.prompt([{"role": "user", "content": "a"}])
     model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
     service = Service(
         name=view.name,
         desk=Desk(model, job.batch, job.queue),
         begin=lambda question, wish, seed: Answer(view.tokenizer, question, wish.wanted, seed),
         question=lambda prompt: question_of(view, prompt),
-        template=template,
+        template=lambda messages: _prompt(template, messages),
         limits=Limits(job.max_tokens, job.batch),
         body=job.body,
         seconds=job.seconds,
@@ -102,5 +105,11 @@ def opened(job: ServeJob) -> "Server":
         raise UserError("port", what, "choose another port or host") from None
 
 
-def _end(view: RunView) -> str:
-    return view.tokenizer.id_to_token(view.identity["dataset"]["end_of_text"]) or ""
+def _prompt(template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return the prompt of a chat. Raises Refused."""
+    from forescale.serving.asked import Refused
+
+    try:
+        return template.prompt(messages)
+    except Unfit as e:
+        raise Refused(400, f"A chat {e}.", "messages") from None

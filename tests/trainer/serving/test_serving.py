@@ -95,7 +95,7 @@ def test_a_chat_is_continued_from_its_template(port, trained, tmp_path):
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     likeliest = {"max_tokens": 6, "temperature": 0}
     chat = ask(port, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
-    prompt = "system: a\nuser: b\nassistant:"
+    prompt = "System:\na\n\nUser:\nb\n\nAssistant:\n"  # as `finetune` trains
     plain = ask(port, "/v1/completions", {"prompt": prompt, **likeliest})[1]
     assert chat["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
     events = streamed(port, "/v1/chat/completions", {"messages": messages, **likeliest})
@@ -105,12 +105,25 @@ def test_a_chat_is_continued_from_its_template(port, trained, tmp_path):
     path = tmp_path / "tokenizer_config.json"
     template = "{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}{{ eos_token }}"
     path.write_text(json.dumps({"chat_template": template}))
-    for server in served(trained, f"chat_template={path}"):
+    for server in served(trained, f"template={path}"):
         own = server.server_address[1]
         found = ask(own, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
         prompt = "<system>a<user>b<|endoftext|>"
         plain = ask(own, "/v1/completions", {"prompt": prompt, **likeliest})[1]
         assert found["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+
+
+def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):
+    for name, text, message in (
+        ("a.json", "{}", "has no chat_template"),
+        ("b.json", "{", "is no JSON"),
+        ("c.jinja", "{% for", "this chat template can't be read"),
+    ):
+        path = tmp_path / name
+        path.write_text(text)
+        code, out, err = forescale("serve", trained.path, f"template={path}", "port=0")
+        assert (code, out) == (2, "")
+        assert message in err
 
 
 @pytest.mark.parametrize(
