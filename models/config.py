@@ -23,14 +23,16 @@ class Sizes:
     width: int
     num_heads: int
     num_kv_heads: int
+    head_dim: int  # width of one head
     mlp_width: int
     vocab_size: int
     max_sequence_length: int
 
     @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.width // self.num_heads
+    def heads_width(self) -> int:
+        """Width of all query heads of a token: num_heads * head_dim; most models choose it to be
+        `width`."""
+        return self.num_heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
@@ -55,7 +57,7 @@ class ModelConfig:
        to depth can vary by a factor of 40 with little change of the loss, so 64 is a habit, not
        an optimum; large published models are wider (Llama 7B: 128).
     3. num_heads = width / 64: heads of 64, as in Vaswani et al. 2017 and all of GPT-2. A width
-       that 64 doesn't divide needs num_heads.
+       that 64 doesn't divide needs num_heads. With head_dim, heads of this width instead.
     4. num_kv_heads = num_heads: plain multi-head attention.
     5. mlp_width = 4 * width (Vaswani et al. 2017, section 3.3); for swiglu and geglu 8/3 * width,
        which with its third matrix holds as many parameters (Shazeer 2020, arXiv 2002.05202, section
@@ -70,15 +72,17 @@ class ModelConfig:
     width: int | None = None  # None: 64 * depth
     num_heads: int | None = None  # None: width / 64
     num_kv_heads: int | None = None  # fewer than num_heads: grouped-query; None: num_heads
+    head_dim: int | None = None  # width of a head; None: width / num_heads
     mlp_width: int | None = None  # None: 4 * width, or 8/3 * width with a gate
     vocab_size: int | None = None  # None: the dataset's
     max_sequence_length: int | None = None  # of a row; None: the training's
 
     position: str = "rotary"  # rotary | alibi | relative (T5) | learned | sinusoidal | none
     rope_theta: float = 10_000.0  # Su et al. 2021, arXiv 2104.09864
-    rope_scaling: str = "none"  # none | ntk | yarn: models/positions/rope_scaling.py
-    rope_factor: float = 1.0  # ntk, yarn: new length / original length
-    rope_original_length: int | None = None  # yarn; None: max_sequence_length / rope_factor
+    rope_scaling: str = "none"  # none | ntk | yarn | llama3: models/positions/rope_scaling.py
+    rope_factor: float = 1.0  # of a scaling: new length / original length
+    # Of yarn and llama3; None: max_sequence_length / rope_factor.
+    rope_original_length: int | None = None
     relative_buckets: int = 32  # relative: entries of a head's table of distances (T5: 32)
     relative_distance: int = 128  # relative: from here on all distances share an entry (T5: 128)
     # The part of each head that rotates; the rest has no position. None: all, with latent half.
@@ -125,6 +129,7 @@ class ModelConfig:
     moe_bias_speed: float = 0.0  # loss-free balance: bias step (DeepSeek-V3: 0.001); 0: off
     moe_capacity: float = 0.0  # places of an expert / mean load (Switch: 1.25); 0: drop no token
     bias: bool = False  # use biases in linear layers and layernorm
+    qkv_bias: bool = False  # use biases of queries, keys and values alone, as Qwen2
     qk_norm: bool = True  # RMS norm of each query and key head, as in Qwen3; stabilises training
     qk_norm_over: str = "head"  # head | layer: over each head alone, or over all of them (OLMo 2)
     # none | head | channel: a sigmoid of the input gates what each head (or channel) gives.
@@ -190,7 +195,9 @@ class ModelConfig:
     def sizes(self) -> Sizes:
         """All sizes as plain numbers. Raises ValueError like resolved()."""
         full = self.resolved()
-        return Sizes(**{size.name: getattr(full, size.name) for size in fields(Sizes)})
+        given: dict[str, int] = {size.name: getattr(full, size.name) for size in fields(Sizes)}
+        # Not set by sized(): who takes a config and makes it wider would keep the old heads.
+        return Sizes(**given | {"head_dim": full.head_dim or given["width"] // given["num_heads"]})
 
     @property
     def mixers_used(self) -> list[str]:
@@ -277,13 +284,14 @@ class ModelConfig:
 
     @property
     def original_length(self) -> float:
-        """The sequence length before scaling, for yarn. Raises ValueError like resolved()."""
+        """The sequence length before scaling, for yarn and llama3. Raises ValueError like
+        resolved()."""
         return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
 
     def sized(self) -> "ModelConfig":
         """Apply the rule of the class docstring; needs depth, or num_layers and width."""
         width = self.width or WIDTH_PER_LAYER * (self.depth or 0)
-        num_heads = self.num_heads or max(1, width // HEAD_DIM)
+        num_heads = self.num_heads or max(1, width // (self.head_dim or HEAD_DIM))
         gated = -(-8 * width // (3 * 64)) * 64
         mlp_width = self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width)
         active = max(1, self.moe_top_k + self.moe_shared)

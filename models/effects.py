@@ -19,6 +19,7 @@ _READ_WITH = {  # a field that is read only where another has one of some values
     "base_depth": ("parametrization", ("completep",)),
     "rope_theta": ("position", ("rotary",)),
     "qk_norm_over": ("qk_norm", (True,)),
+    "qkv_bias": ("bias", (False,)),
 }
 
 

@@ -182,7 +182,7 @@ def _exchanged(config: ModelConfig, mixer: Part, ranks: int) -> int:
     as it came back, and copies of keys and values."""
     if ranks == 1 or mixer.exchanged is None:
         return 0
-    return config.sizes.width + mixer.exchanged(config, ranks) - mixer.exchanged(config, 1)
+    return config.sizes.heads_width + mixer.exchanged(config, ranks) - mixer.exchanged(config, 1)
 
 
 def _squares(config: ModelConfig, columns: int) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from forescale.models.config import ModelConfig
 
 POSITIONS = ("rotary", "alibi", "relative", "learned", "sinusoidal", "none")
-ROPE_SCALINGS = ("none", "ntk", "yarn")
+ROPE_SCALINGS = ("none", "ntk", "yarn", "llama3")
 NORMS = ("rmsnorm", "layernorm")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "residual")
 HEADS = ("linear", "dense")
@@ -65,16 +65,17 @@ def _of_heads(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
     assert width is not None
     assert num_heads is not None
     assert num_kv_heads is not None
-    if config.num_heads is None and width % HEAD_DIM:
-        found.append(("num_heads", f"{HEAD_DIM} does not divide width {width}", "give num_heads"))
-    elif width % num_heads:
+    head_dim, usual = full.head_dim or width // num_heads, config.head_dim or HEAD_DIM
+    if config.num_heads is None and width % usual:
+        found.append(("num_heads", f"{usual} does not divide width {width}", "give num_heads"))
+    elif width % num_heads and not config.head_dim:
         what = f"{num_heads} heads do not divide width {width}"
-        found.append(("num_heads", what, "choose a divisor of width"))
-    elif full.rotates and width // num_heads % 2:
-        what = f"rotary position needs even heads, not {width // num_heads} wide"
+        found.append(("num_heads", what, "choose a divisor of width, or give head_dim"))
+    elif full.rotates and head_dim % 2:
+        what = f"rotary position needs even heads, not {head_dim} wide"
         found.append(("num_heads", what, "choose another num_heads or position"))
     elif full.rotates:
-        found += _of_rotation(full, width // num_heads * (full.rope_fraction or 1))
+        found += _of_rotation(full, head_dim * (full.rope_fraction or 1))
     if num_heads % num_kv_heads:
         what = f"{num_kv_heads} do not divide {num_heads} heads"
         found.append(("num_kv_heads", what, "choose a divisor of num_heads"))
@@ -127,7 +128,7 @@ def _of_data(
 def of_values(config: "ModelConfig") -> list[Problem]:
     """Return the broken rules of single values."""
     found: list[Problem] = []
-    sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
+    sizes = ("depth", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
     bases = ("base_width", "base_depth")
     lengths = ("max_sequence_length", "rope_original_length", "source_length")
     found += below_1(config, *sizes, "vocab_size", "mlp_chunk", *lengths, *bases)
@@ -215,16 +216,16 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
         what = f"{kind} scales rotary positions, not {config.position}"
         found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
     elif kind == "none" and factor != 1:
-        todo = "choose rope_scaling=ntk or yarn, or leave it out"
+        todo = "choose rope_scaling=ntk, yarn or llama3, or leave it out"
         found.append(("rope_factor", "has no effect without rope_scaling", todo))
     elif kind != "none" and not 1 < factor < math.inf:
         what = f"{factor} does not lengthen the context"
         found.append(("rope_factor", what, "give new length / original length, above 1"))
     elif kind == "yarn" and config.rope_theta <= 1:
         found.append(("rope_theta", "yarn needs more than 1", "give more, such as 10000"))
-    if kind != "yarn" and config.rope_original_length:
-        todo = "leave it out, or choose rope_scaling=yarn"
-        found.append(("rope_original_length", "only yarn depends on it", todo))
+    if kind not in ("yarn", "llama3") and config.rope_original_length:
+        todo = "leave it out, or choose rope_scaling=yarn or llama3"
+        found.append(("rope_original_length", "only yarn and llama3 depend on it", todo))
     return found
 
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 def _shapes(config: "ModelConfig") -> Shapes:
     s, found = config.sizes, Shapes()
-    for name, outputs in (("query", s.width), ("key", s.kv_width), ("value", s.kv_width)):
-        found |= linear(name, s.width, outputs, config.bias)
-    found |= linear("output", s.width, s.width, config.bias)
+    for name, outputs in (("query", s.heads_width), ("key", s.kv_width), ("value", s.kv_width)):
+        found |= linear(name, s.width, outputs, config.bias or config.qkv_bias)
+    found |= linear("output", s.heads_width, s.width, config.bias)
     if config.attention_gate != "none":
         found |= linear("gate", s.width, gates(config), config.bias)
     if config.qk_norm:
         over_layer = config.qk_norm_over == "layer"
-        widths = (s.width, s.kv_width) if over_layer else (s.head_dim, s.head_dim)
+        widths = (s.heads_width, s.kv_width) if over_layer else (s.head_dim, s.head_dim)
         names = ("query_norm.weight", "key_norm.weight")
         found |= {name: (width,) for name, width in zip(names, widths, strict=True)}
     return found
@@ -26,18 +26,18 @@ def _shapes(config: "ModelConfig") -> Shapes:
 
 def gates(config: "ModelConfig") -> int:
     """Return the number of gates of a token: of its heads, or of their channels."""
-    return config.sizes.num_heads if config.attention_gate == "head" else config.sizes.width
+    return config.sizes.num_heads if config.attention_gate == "head" else config.sizes.heads_width
 
 
 def scores_flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
     """Return the FLOPs of one token's scores, and of their product with the values.
 
-    Each takes 2 * width FLOPs per key. A token attends to L keys, or in a causal model to exactly
-    (L + 1) / 2 on average.
+    Each takes 2 * heads_width FLOPs per key. A token attends to L keys, or in a causal model to
+    exactly (L + 1) / 2 on average.
     """
     is_half = causal and config.causal
     doubled_keys = sequence_length + 1 if is_half else 2 * sequence_length
-    return 2 * config.sizes.width * doubled_keys
+    return 2 * config.sizes.heads_width * doubled_keys
 
 
 def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
@@ -52,10 +52,12 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     attention keeps no scores.
     """
     s = config.sizes
-    heads = s.width + s.kv_width
-    kernel = bytes_per_value * (heads + s.kv_width + s.width) + 4 * s.num_heads
+    heads = s.heads_width + s.kv_width
+    kernel = bytes_per_value * (heads + s.kv_width + s.heads_width) + 4 * s.num_heads
     if config.attention_gate != "none":
-        kernel += bytes_per_value * (s.width + gates(config))  # the gated output, and the gates
+        kernel += bytes_per_value * (
+            s.heads_width + gates(config)
+        )  # the gated output, and the gates
     return kernel + (norm_bytes * heads if config.qk_norm else 0)
 
 
@@ -63,7 +65,7 @@ def kernel_bytes(config: "ModelConfig", bytes_per_value: int) -> int:
     """Return the bytes of the output and its normaliser; none with dropout, where attention is made
     again (models/block.py, kept_operations)."""
     s = config.sizes
-    return 0 if config.dropout else bytes_per_value * s.width + 4 * s.num_heads
+    return 0 if config.dropout else bytes_per_value * s.heads_width + 4 * s.num_heads
 
 
 def _made_again(config: "ModelConfig", sequence_length: int) -> int:
@@ -85,7 +87,7 @@ def _divided(config: "ModelConfig") -> dict[str, int]:
 def _exchanged(config: "ModelConfig", ranks: int) -> int:
     """Return the values of queries, keys and values, as often as they are sent, and output."""
     s = config.sizes
-    return 2 * s.width + 2 * s.kv_width * copies(s.num_heads, s.num_kv_heads, ranks)
+    return 2 * s.heads_width + 2 * s.kv_width * copies(s.num_heads, s.num_kv_heads, ranks)
 
 
 def _folds(config: "ModelConfig", scores: float) -> dict[str, float]:
@@ -105,8 +107,8 @@ def plain_bytes(
     s = config.sizes
     if config.position != "relative":
         return 0, 0
-    kernel = bytes_per_value * (s.width + 2 * s.kv_width) + 4 * s.num_heads
-    return micro_batch * length * (4 * (3 * s.width + s.num_heads * length) - kernel), 0
+    kernel = bytes_per_value * (s.heads_width + 2 * s.kv_width) + 4 * s.num_heads
+    return micro_batch * length * (4 * (3 * s.heads_width + s.num_heads * length) - kernel), 0
 
 
 ROTATION = (
@@ -117,7 +119,7 @@ ROTATION = (
     "rope_original_length",
     "rope_fraction",
 )
-_HEADS = ("num_heads", "num_kv_heads", "qk_norm")
+_HEADS = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "qkv_bias")
 KEYS = ("qk_norm_over", "attention_gate", "value_residual")
 ATTENTION = Part(
     module="forescale.models.mixers.attention.Attention",

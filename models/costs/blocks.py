@@ -24,13 +24,13 @@ _Pattern = Callable[["ModelConfig"], Window | Sparse]
 
 def _flops(of: _Pattern) -> Callable[["ModelConfig", int, bool], int]:
     def flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
-        """Scores and their product with the values take 2 * width FLOPs per pair each."""
+        """Scores and their product with the values take 2 * heads_width FLOPs per pair each."""
         pattern = of(config)
         pairs = pattern.pairs(sequence_length)
         if not causal:
             layout = pattern.layout(sequence_length)
             pairs = layout.num_blocks * layout.size * layout.reads
-        scored = round(4 * config.sizes.width * pairs / sequence_length)
+        scored = round(4 * config.sizes.heads_width * pairs / sequence_length)
         return matrix_flops(ATTENTION.shapes(config)) + scored
 
     return flops
@@ -49,7 +49,7 @@ def _plain_bytes(
         read = N * layout.reads if layout.extra else layout.left + padded
         queries = 2 * padded - 2 * length if N > 1 else 0  # their padding, and the output's
         output = padded if N > 1 else 0
-        values = 2 * s.kv_width * (read - length) + s.width * (queries + output)
+        values = 2 * s.kv_width * (read - length) + s.heads_width * (queries + output)
         mask = (micro_batch if masked else 1) * padded * layout.reads
         return micro_batch * bytes_per_value * values, bytes_per_value * mask
 

@@ -20,7 +20,7 @@ def _split(config: "ModelConfig") -> tuple[Shapes, Shapes]:
 
 def _flops(config: "ModelConfig", source_length: int, causal: bool) -> int:
     """Return the FLOPs of a decoder's token, which attends to all tokens of the source."""
-    return matrix_flops(_split(config)[0]) + 4 * config.sizes.width * source_length
+    return matrix_flops(_split(config)[0]) + 4 * config.sizes.heads_width * source_length
 
 
 def _source_flops(config: "ModelConfig") -> int:
@@ -31,10 +31,10 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     """Return the bytes of a decoder's token: the queries (and the input of their norm), the output
     and its normaliser."""
     s = config.sizes
-    found = 2 * bytes_per_value * s.width + 4 * s.num_heads
+    found = 2 * bytes_per_value * s.heads_width + 4 * s.num_heads
     if config.attention_gate != "none":
-        found += bytes_per_value * (s.width + gates(config))
-    return found + (norm_bytes * s.width if config.qk_norm else 0)
+        found += bytes_per_value * (s.heads_width + gates(config))
+    return found + (norm_bytes * s.heads_width if config.qk_norm else 0)
 
 
 def _source_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: int) -> int:

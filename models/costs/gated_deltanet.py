@@ -117,7 +117,7 @@ GATED_DELTANET = Part(
     gates=("decay", "beta"),
     per_head=("output_norm",),
     keys=_KEYS,
-    reads=("num_heads",),
+    reads=("num_heads", "head_dim"),
     problems=_problems,
     takes_mask=False,
 )

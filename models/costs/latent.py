@@ -39,14 +39,14 @@ def _shapes(config: "ModelConfig") -> Shapes:
     if query_rank:
         found |= linear("query_latent", s.width, query_rank, bias)
         found["query_norm.weight"] = (query_rank,)
-    found |= linear("query", query_rank or s.width, s.width, bias)
+    found |= linear("query", query_rank or s.width, s.heads_width, bias)
     found |= linear("latent", s.width, rank, bias)
     found["latent_norm.weight"] = (rank,)
     if turning(config):
         found |= linear("rope_key", s.width, turning(config), bias)
     found |= linear("key", rank, s.num_heads * (s.head_dim - turning(config)), bias)
-    found |= linear("value", rank, s.width, bias)
-    return found | linear("output", s.width, s.width, bias)
+    found |= linear("value", rank, s.heads_width, bias)
+    return found | linear("output", s.heads_width, s.width, bias)
 
 
 def _flops(config: "ModelConfig", sequence_length: int, causal: bool) -> int:
@@ -59,7 +59,7 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
     of the latents before and after their norms."""
     s = config.sizes
     return (
-        4 * bytes_per_value * s.width
+        4 * bytes_per_value * s.heads_width
         + 4 * s.num_heads
         + sum(ranks(config)) * (norm_bytes + bytes_per_value)
     )
@@ -72,7 +72,7 @@ def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> in
 
 def _exchanged(config: "ModelConfig", ranks: int) -> int:
     """Return the values of queries, keys, values and output: all heads have their own."""
-    return 4 * config.sizes.width
+    return 4 * config.sizes.heads_width
 
 
 def _plain_bytes(
@@ -81,7 +81,7 @@ def _plain_bytes(
     """Return what attention keeps; all heads have keys and values of their own before it too."""
     s = config.sizes
     inside, view = plain_bytes(config, micro_batch, length, bytes_per_value, masked)
-    own = 2 * bytes_per_value * (s.width - s.kv_width) * micro_batch * length
+    own = 2 * bytes_per_value * (s.heads_width - s.kv_width) * micro_batch * length
     return inside - own if inside else 0, view
 
 
@@ -125,7 +125,7 @@ LATENT = Part(
     divided=_divided,
     heads=("num_heads", "key.num_heads", "value.num_heads"),
     keys=_KEYS,
-    reads=("num_heads", *ROTATION),
+    reads=("num_heads", "head_dim", *ROTATION),
     problems=_problems,
     plain_bytes=_plain_bytes,
     turning=0.5,

@@ -32,6 +32,9 @@ def family_of(config: ModelConfig) -> str:
         if "num_kv_heads" in wanted:
             wanted["num_kv_heads"] = config.num_heads
         has = {field: getattr(config, field) for field in wanted}
+        if "head_dim" in wanted:
+            s = config.sizes
+            has["head_dim"], wanted["head_dim"] = s.head_dim, s.width // s.num_heads
         has["mixer"] = ", ".join(dict.fromkeys(config.mixers))
         differing[name] = {
             key: f"{key}={_typed(wanted[key])} (not {_typed(value)})"

@@ -11,6 +11,7 @@ from forescale.models.hf import experts
 from forescale.models.hf.families import FAMILIES
 from forescale.models.hf.positions import only, positions_from_hf, positions_to_hf, require
 
+_RATIOS = ("num_kv_heads", "head_dim")  # given in Family.fits as a ratio of sizes
 # What a key means that a config.json lacks, where it isn't the same for all families; from the
 # config classes of transformers.
 _ABSENT: dict[str, dict[str, Any]] = {
@@ -22,6 +23,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "apertus": {"rope_theta": 12e6, "rms_norm_eps": 1e-5, "hidden_act": "xielu"},
     "gemma3_text": {"tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True},
+    "qwen2": {"num_key_value_heads": 32},
 }
 
 
@@ -106,7 +108,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     only(hf, "quantization_config")
     kinds = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
     require(not kinds, "layer_types", sorted(set(kinds)))
-    fits = {k: v for k, v in FAMILIES[family].fits.items() if k != "num_kv_heads"}
+    fits = {k: v for k, v in FAMILIES[family].fits.items() if k not in _RATIOS}
     hf = _ABSENT.get(family, {}) | hf
     tied = hf.get("tie_word_embeddings", False)
     base = replace(ModelConfig(**fits), vocab_size=hf["vocab_size"], tie_embeddings=tied)
@@ -119,7 +121,6 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
     only(hf, "attention_dropout", 0)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     per_head = hf.get("head_dim") or width // heads
-    require(per_head * heads == width, "head_dim", per_head)
     bias = bool(hf.get("attention_bias", False))
     require(bias == bool(hf.get("mlp_bias", False)), "attention_bias", bias)
     require(not (bias and "bias" in fits), "attention_bias", bias)
@@ -130,6 +131,7 @@ def config_from_hf(family: str, hf: dict[str, Any]) -> ModelConfig:
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "mlp_width": hf["intermediate_size"],
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "head_dim": per_head if per_head * heads != width else None,
     }
     sizes |= positions_from_hf(hf) | experts.experts_from_hf(family, hf)
     return replace(base, bias=bias, **sizes).resolved()

@@ -37,6 +37,7 @@ _LLAMA_OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head":
 # The choices that all families share unless their own say otherwise.
 _PLAIN = {
     "mixer": "attention",
+    "qkv_bias": False,
     "causal": True,
     "encoder_layers": 0,
     "norm_placement": "pre",
@@ -66,6 +67,11 @@ def _llama_like(
 
 FAMILIES = {
     "llama": _llama_like("LlamaForCausalLM", {"mlp": "swiglu", "qk_norm": False}, _GATE),
+    "qwen2": _llama_like(
+        "Qwen2ForCausalLM",
+        {"mlp": "swiglu", "qk_norm": False, "bias": False, "qkv_bias": True},
+        _GATE,
+    ),
     "qwen3": _llama_like(
         "Qwen3ForCausalLM", {"mlp": "swiglu", "qk_norm": True, "bias": False}, _GATE | _QK_NORM
     ),
@@ -111,6 +117,7 @@ FAMILIES = {
             "bias": True,
             "qk_norm": False,
             "num_kv_heads": "num_heads",
+            "head_dim": "width / num_heads",
         },
         {
             "embedding": "transformer.wte",

@@ -7,7 +7,14 @@ import json
 from typing import Any
 
 from forescale.models.config import ModelConfig
-from forescale.models.positions.rope_scaling import BETA_FAST, BETA_SLOW, ntk_theta, yarn_attention
+from forescale.models.positions.rope_scaling import (
+    BETA_FAST,
+    BETA_SLOW,
+    LEAST,
+    MOST,
+    ntk_theta,
+    yarn_attention,
+)
 
 
 def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
@@ -34,6 +41,19 @@ def positions_to_hf(c: ModelConfig) -> dict[str, Any]:
             "beta_fast": float(BETA_FAST),
             "beta_slow": float(BETA_SLOW),
         }
+    if c.rope_scaling == "llama3":
+        if c.original_length % 1:
+            raise ValueError(
+                f"Hugging Face's config needs whole lengths, not llama3 from {c.original_length:g} "
+                "tokens; give model.rope_original_length."
+            )
+        scaling = {
+            "rope_type": "llama3",
+            "factor": c.rope_factor,
+            "original_max_position_embeddings": int(c.original_length),
+            "low_freq_factor": float(LEAST),
+            "high_freq_factor": float(MOST),
+        }
     return {
         "max_position_embeddings": longest,
         "rope_theta": theta,  # transformers 4 reads this and the next key, 5 the third
@@ -53,7 +73,7 @@ def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
     }
     kind = rope.get("rope_type", rope.get("type", "default"))
-    require(kind in ("default", "yarn"), "rope_parameters.rope_type", kind)
+    require(kind in ("default", "yarn", "llama3"), "rope_parameters.rope_type", kind)
     for name, inside in (("", hf), ("rope_parameters.", rope)):
         part = inside.get("partial_rotary_factor")
         require(part in (None, 1), f"{name}partial_rotary_factor", part)
@@ -68,6 +88,11 @@ def positions_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         found |= {"rope_scaling": "yarn", "rope_factor": factor}
         if original * factor != found["max_sequence_length"]:
             found["rope_original_length"] = original
+    if kind == "llama3":
+        for name, number in (("low_freq_factor", LEAST), ("high_freq_factor", MOST)):
+            require(rope.get(name) == number, f"rope_parameters.{name}", rope.get(name))
+        found |= {"rope_scaling": "llama3", "rope_factor": float(rope["factor"])}
+        found["rope_original_length"] = rope["original_max_position_embeddings"]
     return found
 
 

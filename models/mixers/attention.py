@@ -91,17 +91,20 @@ class Attention(nn.Module):
         self.dividing: TensorGroup | None = None  # the ranks that divide the heads
         bias, scale = config.bias, scales(config)
         self.scale, std = scale.attention, scale.hidden_std
-        self.query = Linear(s.width, s.width, bias, std)
-        self.key = Linear(s.width, s.kv_width, bias, std)
-        self.value = Linear(s.width, s.kv_width, bias, std)
-        self.output = Linear(s.width, s.width, bias, scale.writing_std)
+        reading = bias or config.qkv_bias
+        self.query = Linear(s.width, s.heads_width, reading, std)
+        self.key = Linear(s.width, s.kv_width, reading, std)
+        self.value = Linear(s.width, s.kv_width, reading, std)
+        self.output = Linear(s.heads_width, s.width, bias, scale.writing_std)
         self.gate = None
         if config.attention_gate != "none":
             self.gate = Linear(s.width, gates(config), bias, std)
         self.query_norm = self.key_norm = None
         self.norms_layer = config.qk_norm_over == "layer"
         if config.qk_norm:
-            self.query_norm = RMSNorm(s.width if self.norms_layer else s.head_dim, config.norm_eps)
+            self.query_norm = RMSNorm(
+                s.heads_width if self.norms_layer else s.head_dim, config.norm_eps
+            )
             self.key_norm = RMSNorm(s.kv_width if self.norms_layer else s.head_dim, config.norm_eps)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Any:

@@ -75,7 +75,7 @@ class LatentAttention(nn.Module):
             self.query_latent = Linear(s.width, query_rank, bias, std)
             self.query_norm = RMSNorm(query_rank, config.norm_eps)
         before = query_rank or s.width
-        self.query = Linear(before, s.width, bias, std * (s.width / before) ** 0.5)
+        self.query = Linear(before, s.heads_width, bias, std * (s.width / before) ** 0.5)
         self.latent = Linear(s.width, rank, bias, std)
         self.latent_norm = RMSNorm(rank, config.norm_eps)
         if self.turning:
@@ -83,7 +83,7 @@ class LatentAttention(nn.Module):
         std = std * (s.width / rank) ** 0.5
         self.key = PerHead(rank, s.num_heads, self.still, bias, std)
         self.value = PerHead(rank, s.num_heads, s.head_dim, bias, std)
-        self.output = Linear(s.width, s.width, bias, scale.writing_std)
+        self.output = Linear(s.heads_width, s.width, bias, scale.writing_std)
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         memory = context.memory

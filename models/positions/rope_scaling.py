@@ -13,6 +13,7 @@ from torch import Tensor
 from forescale.models.config import ModelConfig
 
 BETA_FAST, BETA_SLOW = 32, 1  # YaRN, section 3.2: rotations within the original length
+MOST, LEAST = 4, 1  # the same of llama3: high_freq_factor and low_freq_factor in Llama 3.1 to 3.3
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
@@ -27,11 +28,18 @@ def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, floa
     grow by (0.1 ln(factor) + 1)^2, the two factors of queries and keys (equation 22). Doubt: the
     paper blends linearly in the number of rotations; the authors' code and transformers blend
     linearly in i, between whole numbers. We do as they do, because exports must compute the same.
+    `llama3`: frequencies are divided by the factor below 1 rotation within the original length,
+    kept above 4, and blended linearly in the number of rotations in between; no factor of scores
+    (Meta's code of Llama 3.1, apply_scaling; without a paper that states it).
     """
     size, factor = config.rotary_width, config.rope_factor
     theta = ntk_theta(config) if config.rope_scaling == "ntk" else config.rope_theta
     even = torch.arange(0, size, 2, dtype=torch.float32, device=device)
     plain = 1.0 / theta ** (even / size)
+    if config.rope_scaling == "llama3":
+        rotations = config.original_length / (2 * math.pi / plain)
+        kept = ((rotations - LEAST) / (MOST - LEAST)).clamp(0, 1)
+        return (1 - kept) * plain / factor + kept * plain, 1.0
     if config.rope_scaling != "yarn":
         return plain, 1.0
     low, high = (_pair(config, rotations) for rotations in (BETA_FAST, BETA_SLOW))

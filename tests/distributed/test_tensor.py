@@ -78,7 +78,14 @@ ALIBI = "model.position=alibi"
 EXPERTS = ["model.mlp=moe", "engine.expert_parallel=2", "model.moe_width=40"]
 EXPERTS += ["model.moe_shared=1", "model.moe_scores=sigmoid"]
 COSTS = [
-    [0, "model.num_kv_heads=2", "model.qk_norm=true", "model.bias=true", "model.mlp=gelu"],
+    [
+        0,
+        "model.num_kv_heads=2",
+        "model.qk_norm=true",
+        "model.head_dim=20",
+        "model.bias=true",
+        "model.mlp=gelu",
+    ],
     [1, "model.mixer=window", "model.window=5", "model.attention_gate=channel", "documents"],
     [0, "model.mixer=latent", "model.qk_norm=false", "model.vocab_size=71"],
     [1, "model.activation_checkpointing=full", "model.tie_embeddings=true"],

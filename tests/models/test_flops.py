@@ -38,6 +38,9 @@ VARIANTS += [
     replace(BASE, norm_placement="sandwich", mlp="geglu", scale_embedding=True, bias=True),
     replace(BASE, attention_gate="head", logit_softcap=30.0, rope_fraction=0.5),
     replace(BASE, attention_gate="channel", bias=True),
+    replace(BASE, head_dim=14, num_kv_heads=1, qkv_bias=True, attention_gate="channel"),
+    replace(BASE, head_dim=12, qk_norm_over="layer", mixer_pattern=["attention", "latent"]),
+    replace(BASE, head_dim=20, mixer_pattern=["latent", "window"], window=5),
     replace(BASE, value_residual=0.5, num_kv_heads=1, bias=True),
     replace(BASE, mtp_layers=2, tie_embeddings=True, norm="layernorm", bias=True),
     replace(BASE, mtp_layers=1, mlp="moe", parametrization="completep"),
@@ -108,7 +111,7 @@ def objective(output):
 def test_flops_of_every_choice_exactly():
     """Every thirteenth variant: that meets every pair of choices."""
     B, L = 2, 16
-    for config in [*VARIANTS[:-7:13], *VARIANTS[-7:], *OUTER]:
+    for config in [*VARIANTS[:-10:13], *VARIANTS[-10:], *OUTER]:
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 

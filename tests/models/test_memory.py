@@ -32,6 +32,8 @@ CHANGES = [
     dict(),
     dict(qk_norm=False),
     dict(num_kv_heads=1),
+    dict(num_kv_heads=1, head_dim=48, qkv_bias=True, attention_gate="channel"),
+    dict(mixer_pattern=["latent", "window"], head_dim=32, window=24),
     dict(mlp="relu2", tie_embeddings=True, position="sinusoidal"),
     dict(mlp="gelu", norm="layernorm", qk_norm=False, position="learned", bias=True),
     dict(position="alibi", num_kv_heads=1),

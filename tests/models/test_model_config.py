@@ -27,6 +27,13 @@ def test_what_is_given_overrides_the_rule():
     )
 
 
+def test_heads_may_be_together_wider_or_narrower_than_the_model():
+    s = ModelConfig(depth=2, head_dim=32, vocab_size=9, max_sequence_length=8).sizes
+    assert (s.num_heads, s.heads_width, s.width) == (4, 128, 128)
+    wider = ModelConfig(depth=2, num_heads=3, head_dim=64, vocab_size=9, max_sequence_length=8)
+    assert (wider.sizes.heads_width, wider.sizes.kv_width) == (192, 192)
+
+
 def test_the_datas_numbers_fill_in():
     config = ModelConfig(depth=2).resolved(vocab_size=4096, sequence_length=256)
     assert (config.vocab_size, config.max_sequence_length) == (4096, 256)
@@ -48,6 +55,9 @@ def test_the_datas_numbers_fill_in():
         ({"depth": 2, "width": 100}, "num_heads"),
         ({"depth": 2, "width": 9, "num_heads": 3}, "num_heads"),  # rotary: heads of 3
         ({"depth": 2, "num_kv_heads": 3}, "num_kv_heads"),
+        ({"depth": 2, "head_dim": 48}, "num_heads"),  # no whole number of them
+        ({"depth": 2, "num_heads": 3, "head_dim": 7}, "num_heads"),  # rotary: heads of 7
+        ({"depth": 2, "head_dim": 0}, "head_dim"),
         ({"depth": 2, "width": 15, "num_heads": 3, "position": "sinusoidal"}, "width"),
         ({"depth": 2, "position": "t5"}, "position"),
         ({"depth": 2, "norm": "batch"}, "norm"),

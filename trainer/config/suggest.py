@@ -51,6 +51,7 @@ _SYNONYMS = {
     **dict.fromkeys(("n_layer", "n_layers", "layers", "num_hidden_layers"), "model.num_layers"),
     **dict.fromkeys(("n_head", "n_heads", "heads", "num_attention_heads"), "model.num_heads"),
     **dict.fromkeys(("n_kv_heads", "num_key_value_heads"), "model.num_kv_heads"),
+    **dict.fromkeys(("d_head", "head_size", "kv_channels"), "model.head_dim"),
     **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim"), "model.mlp_width"),
     **dict.fromkeys(("warmup_steps", "warmup_iters", "warmup_ratio"), "schedule.warmup"),
     **dict.fromkeys(("zero_stage", "zero"), "engine.stage"),

@@ -37,7 +37,12 @@ ORACLES = {
     "llama": LLAMA,
     "llama-bias-tied": replace(LLAMA, bias=True, tie_embeddings=True),
     "llama-yarn": replace(LLAMA, rope_scaling="yarn", rope_factor=3.0),
+    "llama-3.1": replace(
+        LLAMA, rope_scaling="llama3", rope_factor=3.0, rope_original_length=11, rope_theta=1e4
+    ),
+    "qwen2": replace(LLAMA, qkv_bias=True, tie_embeddings=True),
     "qwen3": QWEN3,
+    "qwen3-wide-heads": replace(QWEN3, head_dim=14),
     "qwen3-tied": replace(QWEN3, tie_embeddings=True),
     "arcee": replace(LLAMA, mlp="relu2"),
     "apertus": replace(QWEN3, mlp="relu2"),
@@ -221,7 +226,6 @@ def test_the_nearest_of_equals_has_the_models_own_mlp():
     [
         ({"model_type": "bert"}, "bert"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters"),
-        ({"head_dim": 16}, "head_dim"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
     ],

@@ -22,7 +22,7 @@ SHAPES = [
 
 def scaled(kind, factor, theta, heads, original):
     config = replace(BASE, rope_scaling=kind, rope_factor=factor, rope_theta=theta, num_heads=heads)
-    given = {"rope_original_length": original} if kind == "yarn" else {}
+    given = {"rope_original_length": original} if kind != "ntk" else {}
     return replace(config, **given).resolved()
 
 
@@ -47,6 +47,17 @@ def test_yarn_is_that_of_transformers(factor, theta, heads, original):
     expected, factor_of_theirs = of_transformers("yarn", original, config, **lengths)()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert attention == pytest.approx(factor_of_theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "theta", "heads", "original"), SHAPES)
+def test_llama3_is_that_of_transformers(factor, theta, heads, original):
+    config = scaled("llama3", factor, theta, heads, original)
+    found, attention = frequencies(config, CPU)
+    given = {"factor": factor, "original_max_position_embeddings": original}
+    given |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    expected, factor_of_theirs = of_transformers("llama3", original, config, **given)()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert attention == factor_of_theirs == 1
 
 
 @pytest.mark.parametrize(("factor", "theta", "heads", "original"), SHAPES)

@@ -32,10 +32,14 @@ LLAMA_LIKE = dict(
     intermediate_size=40,
     max_position_embeddings=64,
 )
+ROPE = {"rope_type": "llama3", "factor": 4.0, "rope_theta": 1e4}
+ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=24)
 FAMILIES = {
     "Llama": LLAMA_LIKE | dict(rope_theta=5e5, tie_word_embeddings=True),
-    "Qwen3": LLAMA_LIKE | dict(rms_norm_eps=1e-5),
+    "Llama 3.1": LLAMA_LIKE | dict(rope_parameters=ROPE | {"original_max_position_embeddings": 24}),
+    "Qwen2": LLAMA_LIKE | dict(rms_norm_eps=1e-5),
+    "Qwen3": LLAMA_LIKE | dict(rms_norm_eps=1e-5, head_dim=12),
     "Olmo2": LLAMA_LIKE,
     "Mixtral": LLAMA_LIKE | dict(num_local_experts=3),
     "Qwen3Moe": LLAMA_LIKE | EXPERTS | dict(num_experts=5, mlp_only_layers=[0]),
@@ -47,7 +51,7 @@ CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 def model_of(family: str) -> torch.nn.Module:
     """A random one of transformers', with numbers of its own in its config."""
-    config = getattr(transformers, f"{family}Config")(
+    config = getattr(transformers, f"{family.split()[0]}Config")(
         vocab_size=261,
         bos_token_id=255,
         eos_token_id=256,
@@ -55,7 +59,11 @@ def model_of(family: str) -> torch.nn.Module:
         **FAMILIES[family],
     )
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    found = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, weight in found.named_parameters():
+        if name.endswith("_proj.bias"):  # zeros, which would say nothing
+            torch.nn.init.normal_(weight)
+    return found
 
 
 def write(model: torch.nn.Module, folder: Path, **how) -> Path:
@@ -193,14 +201,17 @@ def torn(folder):
 
 
 NORM = "model.norm.weight"
-ROPE = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 1e4}
 REFUSED = {
     "family": (changed("model_type", "bert"), "config.json: its model_type is 'bert', not one of"),
-    "rope": (changed("rope_parameters", ROPE), 'its rope_parameters.rope_type is "llama3"'),
+    "rope": (changed("rope_parameters", LONG), 'its rope_parameters.rope_type is "longrope"'),
+    "blend": (
+        changed("rope_parameters", ROPE | {"low_freq_factor": 2.0}),
+        "its rope_parameters.low_freq_factor is 2.0",
+    ),
     "part": (changed("partial_rotary_factor", 0.5), "its partial_rotary_factor is 0.5"),
     "window": (changed("layer_types", ["sliding_attention"] * 2), "its layer_types is"),
     "biases": (changed("attention_bias", True), "its attention_bias is true"),
-    "heads": (changed("head_dim", 16), "its head_dim is 16"),
     "quantised": (changed("quantization_config", {"bits": 4}), "its quantization_config is"),
     "key": (lambda folder: (folder / "config.json").write_text("{}"), "its model_type is None"),
     "kind": (changed("num_hidden_layers", "2"), "config.json: one of its values is of a kind"),

@@ -113,11 +113,12 @@ class Family:
         self._data = (vocab_size, sequence_length)
         width = base.width or (WIDTH_PER_LAYER * base.depth if base.depth else None)
         self._mlp = self._ratio("mlp_width", base.mlp_width, width)
-        heads = base.num_heads or (width // HEAD_DIM if width else None)
+        usual = base.head_dim or HEAD_DIM
+        heads = base.num_heads or (width // usual if width else None)
         self._group = 1
         if base.num_kv_heads:
             self._group = self._ratio("num_kv_heads", heads, base.num_kv_heads, whole=True)[0]
-        self._head = HEAD_DIM
+        self._head = usual
         if base.num_heads:
             self._head = self._ratio("num_heads", width, base.num_heads, whole=True)[0]
 
@@ -156,6 +157,7 @@ class Family:
             width=width,
             num_heads=heads,
             num_kv_heads=heads // self._group,
+            head_dim=self._base.head_dim and self._base.head_dim * head // self._head,
             mlp_width=mlp,
         )
         try:
@@ -230,13 +232,14 @@ class Family:
         return found
 
 
-_SIZED = ("num_layers", "width", "num_heads", "num_kv_heads", "mlp_width")
+_SIZED = ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
 
 
 def overrides(model: ModelConfig) -> dict[str, int]:
     """Return the config keys, by full name, that turn the base model into this one."""
     unread = {name for name, _, _ in model.unread()}  # such as heads, where no mixer has any
-    return {f"model.{name}": getattr(model, name) for name in _SIZED if name not in unread}
+    sizes = {name: getattr(model, name) for name in _SIZED if name not in unread}
+    return {f"model.{name}": size for name, size in sizes.items() if size is not None}
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,15 @@ def test_the_ratios_of_the_base_model_are_kept():
     assert s.mlp_width == 4 * s.width
     wide = ModelConfig(width=1024, num_layers=8, num_heads=8)
     assert Family(wide, 50_304, 1024, "total").solve(1e9).model.sizes.head_dim == 128
+    twice = replace(wide, num_heads=16, head_dim=128)  # heads together twice as wide as the model
+    for size in (3e6, 1e9):
+        s = Family(twice, 512, 1024, "total").solve(size).model.sizes
+        assert s.heads_width == 2 * s.width
 
 
 def test_overrides_turn_the_base_model_into_the_shape():
     found = Family(TINY, 512, 256, "total").solve(3e6).model
+    assert "model.head_dim" not in overrides(found)
     named = {name.removeprefix("model."): value for name, value in overrides(found).items()}
     assert ModelConfig(**named).resolved(512, 256) == found
 
