@@ -9,11 +9,13 @@ data/objectives/.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from forescale.data.conversations.ids import asked_ids
+from forescale.data.conversations.template import ChatTemplate, Message
 from forescale.data.objectives.pair_table import separator_id, shown_separator
 from forescale.data.objectives.pairs import Pairs
 from forescale.data.objectives.prefix import Prefix
@@ -35,7 +37,7 @@ class Question:
     writes; source: those that an encoder reads, None without one; before: those after which the
     answer is spelled; end: the id that ends it; ends: what that is, in a word; most: the most
     tokens that training has, None where there is no such limit; names: of ids beyond the
-    tokenizer's.
+    tokenizer's; turn_end: of a chat, the id that ends a turn, which ends the answer too.
     """
 
     prompt: str
@@ -48,6 +50,7 @@ class Question:
     source: list[int] | None = None
     most: int | None = None
     names: Mapping[int, str] = field(default_factory=dict)
+    turn_end: int | None = None
 
 
 def question_of(view: RunView, text: str) -> Question:
@@ -75,6 +78,22 @@ def question_of(view: RunView, text: str) -> Question:
         return _of_pair(view, text, objective, config.model.has_encoder)
     assert isinstance(objective, Spans)
     return _of_gaps(view, text, objective, config.model.has_encoder)
+
+
+def chat_question(view: RunView, template: ChatTemplate, messages: Sequence[Message]) -> Question:
+    """Return a conversation as the model of a run reads it, which writes the next response.
+
+    Raises Unfit if the template can't write it, and UserError as `question_of`.
+    """
+    text = template.prompt(messages)
+    if not view.config.continues_text:
+        return question_of(view, text)
+    end = view.identity["dataset"]["end_of_text"]
+    ids = asked_ids(view.tokenizer, template, messages, end)
+    name = template.turn_end
+    turn_end = None if name is None else view.tokenizer.token_to_id(name)
+    most = view.config.train.sequence_length
+    return Question(text, text, ids, ids, end, "answer", most, turn_end=turn_end)
 
 
 def _of_start(view: RunView, text: str, prefix: Prefix, has_encoder: bool) -> Question:

@@ -49,7 +49,7 @@ class Answer:
 
     def add(self, token: int) -> str:
         """Take the next id; return the text that is certain now."""
-        if token == self.question.end:
+        if token in (self.question.end, self.question.turn_end):
             return self.close("end")
         self.num_tokens += 1
         piece = self._stops.add(self._speller.add(token))

@@ -5,14 +5,14 @@ refusal has the form of OpenAI's errors and names the parameter.
 """
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forescale.inference.writing import Wanted
 from forescale.models.decoding.sampler import Sampler
 
-Template = Callable[[Sequence[Mapping[str, str]]], str]
+Messages = Sequence[Mapping[str, str]]  # of a chat: role and content
 _IGNORED = {"user", "metadata", "store", "safety_identifier"}  # they don't change the answer
 # What we lack, with the value that asks for nothing.
 _NEUTRAL: dict[str, Any] = {
@@ -53,10 +53,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: prompts, `samples` answers to each, and how they are written; answer number i
-    draws with seed + i."""
+    """A request: prompts, texts or the messages of a chat, `samples` answers to each, and how they
+    are written; answer number i draws with seed + i."""
 
-    prompts: list[str]
+    prompts: Sequence[str | Messages]
     samples: int
     wanted: Wanted
     seed: int
@@ -65,9 +65,9 @@ class Asked:
     is_chat: bool
 
 
-def asked(body: Any, name: str, limits: Limits, template: Template | None = None) -> Asked:
-    """Return what the body of a request asks of the model `name`. template: makes a chat's prompt;
-    None: a completion. Raises Refused."""
+def asked(body: Any, name: str, limits: Limits, is_chat: bool = False) -> Asked:
+    """Return what the body of a request asks of the model `name`: a completion, or the next message
+    of a chat. Raises Refused."""
     if not isinstance(body, dict):
         raise Refused(400, "The body must be a JSON object.")
     found = {key: value for key, value in body.items() if value is not None}
@@ -75,12 +75,12 @@ def asked(body: Any, name: str, limits: Limits, template: Template | None = None
     if found.get("model", name) != name:
         message = f"The model {found['model']!r} does not exist; this server has {name!r}."
         raise Refused(404, message, "model", "model_not_found")
-    prompts = _prompts(found) if template is None else [template(messages_of(found))]
+    prompts = [messages_of(found)] if is_chat else _prompts(found)
     samples = _number(found, "n", 1, int, 1, limits.answers)
     if samples * len(prompts) > limits.answers:
         message = f"{samples * len(prompts)} answers are asked for; at most {limits.answers}."
         raise Refused(400, message, "n")
-    most = 16 if template is None else limits.num_tokens  # the first is OpenAI's default
+    most = limits.num_tokens if is_chat else 16  # the second is OpenAI's default
     key = "max_completion_tokens" if "max_completion_tokens" in found else "max_tokens"
     num_tokens = _number(found, key, min(most, limits.num_tokens), int, 1, limits.num_tokens)
     sampler = Sampler(
@@ -98,7 +98,7 @@ def asked(body: Any, name: str, limits: Limits, template: Template | None = None
         _number(found, "seed", secrets.randbits(31), int, -(2**62), 2**62) % 2**62,
         _truth(found, "stream"),
         isinstance(options, dict) and options.get("include_usage") is True,
-        template is not None,
+        is_chat,
     )
 
 
@@ -134,7 +134,7 @@ def _refuse_others(found: Mapping[str, Any]) -> None:
             raise Refused(400, message, key, "unsupported_parameter")
 
 
-def _prompts(found: Mapping[str, Any]) -> list[str]:
+def _prompts(found: Mapping[str, Any]) -> Sequence[str]:
     prompt = found.get("prompt", "")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     is_texts = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)

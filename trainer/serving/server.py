@@ -21,7 +21,7 @@ from typing import Any
 from forescale.errors import UserError
 from forescale.inference.answering import Question
 from forescale.inference.writing import Answer
-from forescale.serving.asked import Asked, Limits, Refused, Template, asked
+from forescale.serving.asked import Asked, Limits, Messages, Refused, asked
 from forescale.serving.desk import Desk, Ticket
 
 _IDLE = 30.0  # seconds in which a client must send, or take, the next bytes
@@ -31,14 +31,14 @@ _LEFT = 4 << 20  # bytes that are read of a body that is refused, so that its cl
 @dataclass(frozen=True)
 class Service:
     """What is served. begin: makes the answer to a prompt, with how it is wanted and its seed;
-    template: of chats; key: what a client must show; None: nothing. body: the most bytes of a
-    request; seconds: the most until an answer is complete; connections: at once."""
+    question: what the model reads of a prompt or chat; key: what a client must show; None: nothing.
+    body: the most bytes of a request; seconds: the most until an answer is complete; connections:
+    at once."""
 
     name: str
     desk: Desk
     begin: Callable[[Question, Asked, int], Answer]
-    question: Callable[[str], Question]
-    template: Template
+    question: Callable[[str | Messages], Question]
     limits: Limits
     body: int
     seconds: float
@@ -166,10 +166,9 @@ class Handler(BaseHTTPRequestHandler):
     def _post(self) -> None:
         service, path = self.server.service, self.path.partition("?")[0].rstrip("/")
         body = self._body()
-        templates = {"/v1/completions": None, "/v1/chat/completions": service.template}
-        if path not in templates:
+        if path not in ("/v1/completions", "/v1/chat/completions"):
             raise Refused(404, f"There is nothing at POST {path}.", code="not_found")
-        wish = asked(body, service.name, service.limits, templates[path])
+        wish = asked(body, service.name, service.limits, path == "/v1/chat/completions")
         count = wish.samples * len(wish.prompts)
         ticket = Ticket(wish.wanted.sampler, count, lambda: service.answers(wish))
         service.desk.submit(ticket)

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -13,10 +12,12 @@ from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.errors import DONE, UserError
-from forescale.inference.view import best_device, open_view
+from forescale.inference.view import RunView, best_device, open_view
 from forescale.run.finetune import chat_template, vocabulary_of_run
 
 if TYPE_CHECKING:
+    from forescale.inference.answering import Question
+    from forescale.serving.asked import Messages
     from forescale.serving.server import Server
 
 KEY = "FORESCALE_API_KEY"  # environment variable: what clients must show
@@ -74,7 +75,6 @@ def main(arguments: list[str]) -> int:
 
 def opened(job: ServeJob) -> "Server":
     """Return the server of a job, which listens. Raises UserError."""
-    from forescale.inference.answering import question_of
     from forescale.inference.writing import Answer
     from forescale.serving.asked import Limits
     from forescale.serving.desk import Desk
@@ -89,8 +89,7 @@ def opened(job: ServeJob) -> "Server":
         name=view.name,
         desk=Desk(model, job.batch, job.queue),
         begin=lambda question, wish, seed: Answer(view.tokenizer, question, wish.wanted, seed),
-        question=lambda prompt: question_of(view, prompt),
-        template=lambda messages: _prompt(template, messages),
+        question=lambda prompt: _question(view, template, prompt),
         limits=Limits(job.max_tokens, job.batch),
         body=job.body,
         seconds=job.seconds,
@@ -105,11 +104,14 @@ def opened(job: ServeJob) -> "Server":
         raise UserError("port", what, "choose another port or host") from None
 
 
-def _prompt(template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the prompt of a chat. Raises Refused."""
+def _question(view: RunView, template: ChatTemplate, prompt: "str | Messages") -> "Question":
+    """Return a prompt or a chat as the model reads it. Raises Refused, and UserError."""
+    from forescale.inference.answering import chat_question, question_of
     from forescale.serving.asked import Refused
 
     try:
-        return template.prompt(messages)
+        if isinstance(prompt, str):
+            return question_of(view, prompt)
+        return chat_question(view, template, prompt)
     except Unfit as e:
         raise Refused(400, f"A chat {e}.", "messages") from None

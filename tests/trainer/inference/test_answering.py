@@ -7,13 +7,16 @@ import torch
 
 from forescale import open_run
 from forescale.config.schema import TargetConfig
+from forescale.data.conversations.template import ChatTemplate
 from forescale.data.stream import StepShare, stream
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
 from forescale.inference import summary
-from forescale.inference.answering import question_of
+from forescale.inference.answering import chat_question, question_of
 from forescale.inference.spelling import pieces
+from forescale.inference.writing import Answer, Wanted
 from forescale.models import Transformer
+from forescale.models.decoding.sampler import Sampler
 from forescale.run.start import start
 from forescale.train.model import build_model
 from tests.reversed_words import KIND, make_pairs
@@ -232,3 +235,19 @@ def test_names_stand_between_whole_characters():
     tokenizer, ids = byte_tokenizer(), [*"é".encode(), 300, *"🙂".encode()[:2], 301, *b"x"]
     found = "".join(pieces(tokenizer, [], ids, {300: "<a>", 301: "<b>"}))
     assert found == f"é<a>{tokenizer.decode(list('🙂'.encode()[:2]))}<b>x"
+
+
+def test_an_answer_in_a_chat_ends_with_the_token_that_ends_turns(trained):
+    view = open_run(trained.path)
+    view.tokenizer.add_special_tokens(["<|end|>"])
+    source = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    template = ChatTemplate(source, "chat.jinja", ("<|end|>",), {})
+    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"))]
+    question = chat_question(view, template, [*turns, turns[0]])
+    last = view.tokenizer.token_to_id("<|end|>")
+    assert [i for i, token in enumerate(question.start) if token == last] == [1, 3, 5]
+    answer = Answer(view.tokenizer, question, Wanted(9, Sampler()), seed=0)
+    answer.add(question.start[0])
+    assert answer.reason is None
+    answer.add(last)
+    assert (answer.reason, answer.text) == ("end", "a")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from forescale import open_run
 from forescale.config.compose import compose
 from forescale.inference.view import RunView
 from forescale.serving.server import Server
@@ -108,9 +109,13 @@ def test_a_chat_is_continued_from_its_template(port, trained, tmp_path):
     for server in served(trained, f"template={path}"):
         own = server.server_address[1]
         found = ask(own, "/v1/chat/completions", {"messages": messages, **likeliest})[1]
-        prompt = "<system>a<user>b<|endoftext|>"
-        plain = ask(own, "/v1/completions", {"prompt": prompt, **likeliest})[1]
-        assert found["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+        tokenizer = open_run(trained.path).tokenizer  # to it a special token is one
+        want = tokenizer.encode("<system>a<user>b<|endoftext|>").ids
+        assert found["usage"]["prompt_tokens"] == len(want)
+        messages[1]["content"] = "b<|endoftext|>"
+        status, found = ask(own, "/v1/chat/completions", {"messages": messages})
+        assert (status, found["error"]["param"]) == (400, "messages")
+        assert "with a special token in a message" in found["error"]["message"]
 
 
 def test_a_template_that_is_none_is_refused(trained, forescale, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from forescale.data.conversations.ids import encoded_parts, joined, special_ids
 from forescale.data.conversations.template import ROLES, ChatTemplate, Message, Piece, Unfit
 from forescale.data.text.documents import ReadingReport
 from forescale.data.text.opening import open_stream
@@ -71,48 +72,33 @@ class Reader:
                 try:
                     row = _parsed(raw)
                     has_special = "messages" in row
-                    pieces = self._of_messages(row) if has_special else _of_texts(row)
+                    if has_special:
+                        pieces = self.template.pieces(_checked(row["messages"]))
+                    else:
+                        pieces = _of_texts(row)
                 except Unfit as e:
                     faults.add(str(e), f"{number:,}")
                     continue
                 yield _Line(number, pieces, has_special, json.dumps(row, sort_keys=True).encode())
 
-    def _of_messages(self, row: Mapping[str, Any]) -> list[Piece]:
-        messages = _checked(row["messages"])
-        for message in messages:
-            if any(token in message["content"] for token in self.template.special):
-                raise Unfit("with a special token in a message")
-        return self.template.pieces(messages)
-
     def _encoded(self, lines: Sequence[_Line]) -> list[list[list[int]]]:
         """Return the ids of each piece of each line."""
         found: list[list[list[int]]] = [[] for _ in lines]
         for has_special in (False, True):
-            self.tokenizer.encode_special_tokens = not has_special
             mine = [i for i, line in enumerate(lines) if line.has_special == has_special]
             texts = [(i, piece.text) for i in mine for piece in lines[i].pieces]
-            all_texts = [text for _, text in texts]
-            encoded = self.tokenizer.encode_batch_fast(all_texts, add_special_tokens=False)
-            for (i, _), one in zip(texts, encoded, strict=True):
-                found[i].append(one.ids)
+            encoded = encoded_parts(self.tokenizer, [text for _, text in texts], has_special)
+            for (i, _), ids in zip(texts, encoded, strict=True):
+                found[i].append(ids)
         return found
 
     def _joined(self, line: _Line, parts: list[list[int]]) -> Example:
-        ids: list[int] = []
-        learned: list[bool] = []
-        for piece, own in zip(line.pieces, parts, strict=True):
-            if piece.learned and not (own and own[-1] in self._special_ids):
-                own = [*own, self.end]
-            if not ids and not own:
-                own = [self.end]  # the token before a text, as of an empty prompt when it is asked
-            ids += own
-            learned += [piece.learned] * len(own)
+        ids, learned = joined(line.pieces, parts, self.end, self._special_ids)
         return Example(np.array(ids), np.array(learned), line.text)
 
     @cached_property
     def _special_ids(self) -> set[int]:
-        added = self.tokenizer.get_added_tokens_decoder()
-        return {index for index, token in added.items() if token.special}
+        return special_ids(self.tokenizer)
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

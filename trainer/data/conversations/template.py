@@ -31,6 +31,11 @@ PLAIN = """\
 {% endif -%}
 """
 
+_SHORT: Sequence[Message] = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+)
+
 
 class Unfit(Exception):
     """A conversation that can't be used; the text says why, as a reason to count."""
@@ -57,18 +62,44 @@ class ChatTemplate:
     def check(self) -> None:
         """Raise UserError if it can't be read, or not even a question and an answer fit it."""
         try:
-            self.pieces([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            self.pieces(_SHORT)
         except (TemplateError, Unfit) as e:
             what = f"this chat template can't write a question and its answer ({e})"
             raise UserError(self.where, what, "give another one with template=FILE") from e
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text after which the model writes its next response."""
+        """Return the text after which the model writes its next response. Raises Unfit."""
+        self._check_special(messages)
         return self._rendered(messages, is_prompt=True)
+
+    def asked(self, messages: Sequence[Message]) -> list[Piece]:
+        """Return the parts of `prompt`: those of the turns so far as `pieces` has them, and the
+        rest. One part where the template writes a turn in another way once others follow. Raises
+        Unfit."""
+        whole = self.prompt(messages)
+        try:
+            found = self.pieces(messages)
+        except Unfit:
+            return [Piece(whole, False)]
+        done = "".join(piece.text for piece in found)
+        if not whole.startswith(done):
+            return [Piece(whole, False)]
+        return [*found, Piece(whole[len(done) :], False)]
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """The special token that ends a response; None: there is none."""
+        try:
+            _, (response, _) = self.pieces(_SHORT)
+        except Unfit:
+            return None
+        ends = [token for token in self.special if token and response.endswith(token)]
+        return max(ends, key=len, default=None)
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """Return the parts of a conversation up to its last response, read and learned in turn.
         Raises Unfit."""
+        self._check_special(messages)
         found: list[Piece] = []
         done = ""
         for i, message in enumerate(messages):
@@ -84,6 +115,12 @@ class ChatTemplate:
             found += [Piece(before[len(done) :], False), Piece(response, True)]
             done = before + response
         return found
+
+    def _check_special(self, messages: Sequence[Message]) -> None:
+        """Raise Unfit where a message spells a special token: it would become that token, and a
+        user could end a turn, or write one of the assistant's."""
+        if any(token in message["content"] for token in self.special for message in messages):
+            raise Unfit("with a special token in a message")
 
     def _rendered(self, messages: Sequence[Message], is_prompt: bool) -> str:
         try:
