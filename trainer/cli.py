@@ -18,7 +18,9 @@ from forescale.verbs import VERBS, load, schema_of
 _NO_HOME = "Could not determine home directory."  # all that pathlib says of ~nobody
 _python_warning = warnings.formatwarning
 # What only some verbs import, and the extra of pyproject.toml that installs it.
-_EXTRAS = {name: "study" for name in ("pandas", "scipy", "plotly", "matplotlib")}
+_EXTRAS = {name: "study" for name in ("pandas", "scipy", "plotly", "matplotlib")} | {
+    "lm_eval": "harness"
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,10 +48,11 @@ def _run(given: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED if given[:1] == ["train"] else DONE
     except ModuleNotFoundError as e:
-        if e.name not in _EXTRAS:
+        name = (e.name or "").partition(".")[0]
+        if name not in _EXTRAS:
             raise
-        verb = f"forescale: forescale {given[0]}: needs {e.name}, which isn't installed"
-        print(f"{verb}; pip install 'forescale[{_EXTRAS[e.name]}]'.", file=sys.stderr)
+        verb = f"forescale: forescale {given[0]}: needs {name}, which isn't installed"
+        print(f"{verb}; pip install 'forescale[{_EXTRAS[name]}]'.", file=sys.stderr)
         return USER
     except RuntimeError as e:
         if str(e) != _NO_HOME:

@@ -44,10 +44,15 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """The 90 % interval of the share."""
-        n, p, z = self.questions, self.share, NormalDist().inv_cdf(0.95)
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return interval_of(self.right, self.questions)
+
+
+def interval_of(right: int, questions: int) -> tuple[float, float]:
+    """Return the 90 % interval of the share right / questions (Wilson 1927)."""
+    n, p, z = questions, right / questions, NormalDist().inv_cdf(0.95)
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @torch.no_grad()

@@ -33,27 +33,30 @@ class ScoreJob(RunJob):
     )
     micro_batch: int = key(8, "windows in one forward pass", ge=1)
     trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
-    data: CorpusConfig = section(
-        CorpusConfig, "the dataset to score on; null: the datasets of the run"
-    )
-
-
-@dataclass
-class EvalJob(ScoreJob):
-    """The same of one checkpoint."""
-
-    VERB: ClassVar[str] = "eval"
-
-    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     abilities: list[str] = key(
         [],
         "instead of losses, the accuracy on small tasks that are made, not read: copy, reverse, "
         "addition, recall",
     )
-    shots: list[int] = key(
-        list(SHOTS), "abilities: numbers of solved examples before a question; each is measured"
+    tasks: list[str] = key(
+        [],
+        "instead of losses, the scores on tasks of EleutherAI's lm-evaluation-harness: their "
+        "files (.yaml) or their names",
     )
-    questions: int = key(QUESTIONS, "abilities: questions of a task, at each number", ge=1)
+    shots: list[int] = key(
+        [],
+        "abilities, tasks: numbers of solved examples before a question; each is measured; []: "
+        f"{', '.join(map(str, SHOTS))} for abilities, and what the files of tasks say",
+    )
+    questions: int | None = key(
+        None,
+        "abilities, tasks: the first questions of each, at each number; null: "
+        f"{QUESTIONS} for abilities, all for tasks",
+        ge=1,
+    )
+    data: CorpusConfig = section(
+        CorpusConfig, "the dataset to score on; null: the datasets of the run"
+    )
 
     def problems(self) -> Problems:
         """Return a problem for each ability and number that there is not."""
@@ -62,7 +65,25 @@ class EvalJob(ScoreJob):
             if name not in TASKS:
                 near = ", ".join(nearest_first(name, TASKS))
                 found.append(("abilities", f"{name!r} is no task", f"choose among {near}"))
-        if any(count < 0 for count in self.shots) or not self.shots:
+        if any(count < 0 for count in self.shots):
             what = f"{self.shots} are no numbers of examples"
             found.append(("shots", what, "write shots=[0,4]"))
+        if self.abilities and self.tasks:
+            found.append(("tasks", "abilities is given too", "give one of them"))
         return found
+
+
+@dataclass
+class EvalJob(ScoreJob):
+    """The same of one checkpoint."""
+
+    VERB: ClassVar[str] = "eval"
+    FLAGS: ClassVar = {"--json": "json"}
+
+    step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
+    answers: str | None = key(
+        None, "tasks: a new file (.jsonl) for each question, what the model answers, and its score"
+    )
+    json: bool = key(
+        False, "print an object a score, for programs, a line each; --json does it too"
+    )

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from forescale.abilities.few_shot import Accuracy, accuracies
-from forescale.config.eval import EvalJob
+from forescale.abilities.tasks import QUESTIONS, SHOTS
+from forescale.config.eval import ScoreJob
 from forescale.errors import UserError
 from forescale.inference.sampling import text_ids
 from forescale.inference.view import RunView, best_device
@@ -11,10 +12,10 @@ from forescale.progress import Progress, silent
 
 
 def abilities_of(
-    view: RunView, model: nn.Module, job: EvalJob, progress: Progress = silent
+    view: RunView, model: nn.Module, job: ScoreJob, progress: Progress = silent
 ) -> dict[str, list[Accuracy | None]]:
-    """Return for each of job.abilities its accuracy at each of job.shots; None where the examples
-    don't fit the run's windows.
+    """Return for each of job.abilities its accuracy at each of job.shots (if there are none, of
+    SHOTS); None where the examples don't fit the run's windows.
 
     Raises UserError for a model that doesn't continue text.
     """
@@ -36,8 +37,8 @@ def abilities_of(
         view.identity["dataset"]["end_of_text"],
         config.train.sequence_length,
         [*found],
-        job.shots,
-        questions=job.questions,
+        job.shots or SHOTS,
+        questions=job.questions or QUESTIONS,
         rows=job.micro_batch,
         device=device,
         progress=progress,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
+    from forescale.inference.harness.language_model import LanguageModel
     from forescale.train.evaluate import Score
 
 
@@ -158,6 +159,18 @@ class RunView:
         ]
         model = self.model(step, trust).to(best_device())
         return [answer.text for answer in written(model, answers, batch)]
+
+    def language_model(
+        self, step: int | None = None, *, batch: int = 8, trust: bool = False
+    ) -> "LanguageModel":
+        """Return the model of a checkpoint as lm_eval takes one:
+        `lm_eval.simple_evaluate(model=run.language_model(), tasks=["mine.yaml"])`.
+
+        batch: rows of a forward pass. Raises UserError for a model that continues no text.
+        """
+        from forescale.inference.harness.language_model import LanguageModel
+
+        return LanguageModel(self, self.model(step, trust), batch=batch)
 
     def load(self, checkpoint: Checkpoint, trust: bool = False) -> "nn.Module":
         """Return the model with the weights of `checkpoint`; see `model`."""

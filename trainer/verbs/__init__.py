@@ -34,7 +34,7 @@ VERBS = {
     "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
     "generate": "Write text with a trained model.",
     "serve": "Serve a trained model over HTTP, to OpenAI's clients.",
-    "eval": "Score a trained model on held-out text: loss, perplexity, bits per byte.",
+    "eval": "Score a trained model: loss on held-out text, tasks of lm-evaluation-harness.",
     "inspect": "Draw what a model does while it reads a text: attention, layers, ablations.",
     "export": "Write a checkpoint as a Hugging Face transformers model.",
     "import": "Make a run of a Hugging Face transformers model, for others to begin with.",

@@ -1,9 +1,11 @@
-"""`forescale eval`: score a trained model on a dataset, in comparison with compressors."""
+"""`forescale eval`: score a trained model on datasets, beside compressors, or on tasks."""
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from forescale.abilities.tasks import TASKS
+from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
@@ -26,6 +28,7 @@ EXAMPLES = (
     "eval first data.path=/data/books",
     "eval first sequence_length=1024 rope_scaling=yarn",
     "eval first abilities=[copy,recall] shots=[0,4,16]",
+    "eval first tasks=[mine.yaml,arc_easy] shots=[0,5] --json",
 )
 
 
@@ -36,6 +39,13 @@ def main(arguments: list[str]) -> int:
     checkpoint = view.checkpoint(job.step)
     if job.abilities:
         return _abilities(job, view, checkpoint)
+    if job.tasks:
+        return _tasks(job, view, checkpoint)
+    return _losses(job, view, checkpoint)
+
+
+def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
+    """Print the loss on each dataset, and that by position if a length is given."""
     from forescale.inference.lengths import at_length, edges_of, loss_by_position
     from forescale.inference.scoring import datasets_of, score_of
 
@@ -64,13 +74,19 @@ def main(arguments: list[str]) -> int:
                 cache=cache,
                 progress=progress,
             )
-        _print(job, view, checkpoint.position, dataset, found)
-        if left_out:
-            print(f"\nNote: {left_out}.")
+        if job.json:
+            facts = {"dataset": dataset.where, "split": job.split, **asdict(found)}
+            more = {"perplexity": found.perplexity, "corpus_hash": dataset.corpus_hash}
+            _print_json(view, checkpoint, facts | more)
+        else:
+            _print(job, view, checkpoint.position, dataset, found)
+            if left_out:
+                print(f"\nNote: {left_out}.")
         if job.sequence_length is None:
             continue
         if not view.config.continues_text:
-            print("\nNo loss by position: a target here is predicted from tokens on both sides.")
+            if not job.json:
+                print("\nNo loss by position: a target here is predicted from both sides.")
             continue
         with shown() as progress:
             buckets = loss_by_position(
@@ -84,7 +100,50 @@ def main(arguments: list[str]) -> int:
                 objective=objective,
                 progress=progress,
             )
-        _print_buckets(buckets, length, trained, job.rope_scaling)
+        if job.json:
+            for bucket in buckets:
+                _print_json(view, checkpoint, {"dataset": dataset.where, **asdict(bucket)})
+        else:
+            _print_buckets(buckets, length, trained, job.rope_scaling)
+    return DONE
+
+
+def _print_json(view: RunView, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+    """Print a score as one line of JSON; trainer/inference/README.md has the keys."""
+    position = checkpoint.position
+    where = {"run": view.name, "step": position.step, "tokens": position.tokens}
+    print(json.dumps(where | facts, ensure_ascii=False))
+
+
+def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
+    """Print the scores on tasks of lm_eval."""
+    from forescale.inference.harness.language_model import LanguageModel
+    from forescale.inference.harness.page import as_facts, table, write_answers
+    from forescale.inference.harness.scores import lm_eval_version, scores_of
+    from forescale.inference.harness.tasks import loaded_tasks, quiet
+    from forescale.inference.lengths import at_length
+
+    if job.answers and Path(job.answers).exists():
+        raise UserError(job.answers, "exists already", "choose another file with answers=FILE")
+    with quiet():
+        tasks = loaded_tasks(job.tasks)
+    trained = view.config.train.sequence_length
+    length = job.sequence_length or trained
+    model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
+    with shown() as progress:
+        asked = LanguageModel(view, model, batch=job.micro_batch, length=length, progress=progress)
+        scores = list(scores_of(asked, tasks, job.shots, job.questions))
+    if job.answers:
+        write_answers(Path(job.answers), scores)
+    if job.json:
+        for score in scores:
+            _print_json(view, checkpoint, as_facts(score))
+        return DONE
+    print(
+        f"Run {view.name}, step {checkpoint.position.step:,}, in fp32, tasks of lm_eval "
+        f"{lm_eval_version()}\n(± standard error; in brackets 90 % intervals of shares):\n"
+    )
+    print(table(scores))
     return DONE
 
 
@@ -94,12 +153,18 @@ def _abilities(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
 
     with shown() as progress:
         found = abilities_of(view, view.load(checkpoint, job.trust), job, progress)
+    if job.json:
+        for one in (one for row in found.values() for one in row if one is not None):
+            low, high = one.interval
+            _print_json(view, checkpoint, {**asdict(one), "low": low, "high": high})
+        return DONE
+    questions, shots = job.questions or QUESTIONS, job.shots or SHOTS
     print(
-        f"Run {view.name}, step {checkpoint.position.step:,}: right answers of {job.questions:,}, "
+        f"Run {view.name}, step {checkpoint.position.step:,}: right answers of {questions:,}, "
         "in percent, with 90 % intervals\n(nats: the mean loss of an answer after most examples).\n"
     )
     wide = max(map(len, found))
-    counts = "".join(f"{count:>16}" for count in job.shots)
+    counts = "".join(f"{count:>16}" for count in shots)
     print(f"  {'examples':<{wide}}{counts}    nats  by chance")
     for name, row in found.items():
         cells = "".join(f"{_share(one):>16}" for one in row)

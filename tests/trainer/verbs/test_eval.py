@@ -114,6 +114,24 @@ def test_a_lost_tokenizer_is_said(own_run, forescale):
     shutil.rmtree(own_run.path)
 
 
+def test_scores_are_objects_for_programs(trained, forescale):
+    code, out, _ = forescale("eval", trained.path, "sequence_length=32", "--json")
+    assert code == 0
+    whole, *parts = map(json.loads, out.splitlines())
+    nats, targets, count = plain_loop(trained, "validation")
+    assert whole["loss"] == pytest.approx(nats / targets, abs=1e-4)
+    assert (whole["run"], whole["step"], whole["targets"]) == ("small", 8, targets)
+    assert whole["bytes"] == count
+    assert sum(part["targets"] for part in parts) == targets
+    words = ("abilities=[copy,recall]", "shots=[0]", "questions=4", "--json")
+    found = [json.loads(line) for line in forescale("eval", trained.path, *words)[1].splitlines()]
+    assert [(one["task"], one["shots"], one["questions"]) for one in found] == [
+        ("copy", 0, 4),
+        ("recall", 0, 4),
+    ]
+    assert all(one["low"] <= one["right"] / 4 <= one["high"] for one in found)
+
+
 def test_abilities_are_a_table_of_accuracies(trained, forescale):
     words = ("abilities=[copy,addition]", "shots=[0,9]", "questions=8")
     code, out, _ = forescale("eval", trained.path, *words)

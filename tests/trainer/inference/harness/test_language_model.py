@@ -1,0 +1,125 @@
+"""A run asked by lm_eval: what lm_eval's own HFLM gets of the exported model."""
+
+import json
+import math
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from forescale import open_run
+from forescale.errors import UserError
+from tests.trainer.inference.harness.task_files import make_tasks
+from tests.trainer.inference.test_importing import model_of, write
+from tests.trainer.small_run import make_run
+
+lm_eval = pytest.importorskip("lm_eval")
+transformers = pytest.importorskip("transformers")
+
+SIZES = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.qk_norm=false"]
+LEARNED = ["model.position=learned", "model.norm=layernorm", "model.mlp=gelu", "model.bias=true"]
+RUNS = {"rotary": ["model.mlp=swiglu"], "learned": [*LEARNED, "model.tie_embeddings=true"]}
+
+
+def evaluated(model, tasks, shots, **how):
+    """What lm_eval's evaluate finds, with lm_eval's own reading of the task files."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    loaded = TaskManager(include_defaults=False).load([*map(str, tasks)])
+    for task in loaded["tasks"].values():
+        task.set_config("num_fewshot", shots if task.get_config("num_fewshot") is None else 0)
+        task.set_fewshot_seed(1234)
+    return evaluate(model, loaded, bootstrap_iters=0, **how)
+
+
+def theirs(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), batch_size=4, device="cpu", dtype="float32")
+
+
+def answers_of(results):
+    """What the model said, a list of texts or likelihoods for each question."""
+    return {
+        name: [sample["filtered_resps"] for sample in samples]
+        for name, samples in results["samples"].items()
+    }
+
+
+def assert_alike(ours, expected):
+    """The same texts, likelihoods to 1e-4, and the metrics that follow."""
+    found, wanted = answers_of(ours), answers_of(expected)
+    assert found["answer"] == wanted["answer"]
+    for one, other in zip(found["choice"], wanted["choice"], strict=True):
+        assert [is_greedy for _, is_greedy in one] == [is_greedy for _, is_greedy in other]
+        assert [nats for nats, _ in one] == pytest.approx([n for n, _ in other], abs=1e-4)
+    for one, other in zip(found["rolling"], wanted["rolling"], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    for name, numbers in expected["results"].items():
+        for key, value in numbers.items():
+            if isinstance(value, float) and math.isfinite(value):
+                assert ours["results"][name][key] == pytest.approx(value, rel=1e-5), (name, key)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_scores_as_its_export_does_by_lm_eval_alone(kind, small_data, tmp_path, forescale):
+    """Multiple choice, an answer and a rolling likelihood, of texts that fit and that don't; also
+    of a checkpoint in the midst of the run."""
+    run = make_run(small_data, tmp_path / "runs", kind, *SIZES, *RUNS[kind])
+    assert forescale("export", run.path, "step=4", f"to={tmp_path / 'hf'}")[0] == 0
+    tasks = make_tasks(tmp_path / "tasks").values()
+    model = open_run(run.path).language_model(step=4, batch=3)
+    ours, expected = (evaluated(m, tasks, 1) for m in (model, theirs(tmp_path / "hf")))
+    assert model.cut_tokens > 0
+    assert len({nats for one in answers_of(ours)["choice"] for nats, _ in one}) > 12
+    assert_alike(ours, expected)
+
+
+def test_an_import_is_read_with_the_token_that_its_tokenizer_puts_before_a_text(
+    tmp_path, forescale
+):
+    """As HFLM reads the directory that it came from; with an empty context too."""
+    folder = write(model_of("Llama"), tmp_path / "llama")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    begin = ("<s>", tokenizer.token_to_id("<s>"))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"bos_token": "<s>"}))
+    assert forescale("import", "hf", folder, "it", f"run.root={tmp_path}")[0] == 0
+    model, hflm = open_run(tmp_path / "it").language_model(), theirs(folder)
+    assert model.tok_encode("ab") == hflm.tok_encode("ab") == [begin[1], *b"ab"]
+    assert model.tok_encode("<s>ab") == hflm.tok_encode("<s>ab") == [begin[1], *b"ab"]
+    tasks = make_tasks(tmp_path / "tasks", rows=4).values()
+    ours, expected = (evaluated(m, tasks, 0) for m in (model, hflm))
+    assert_alike(ours, expected)
+
+
+def test_what_the_model_reads_alike_is_read_once(trained, monkeypatch):
+    """Choices of one token cost one row, and are as likely as each alone."""
+    model = open_run(trained.path).language_model()
+    rows: list[int] = []
+    forward = model._model.forward
+
+    def counted(tokens, **more):
+        rows.append(len(tokens))
+        return forward(tokens, **more)
+
+    monkeypatch.setattr(model._model, "forward", counted)
+    asked = [(("", ""), [5, 6, 7], [token]) for token in (1, 2, 3)]
+    together = model._loglikelihood_tokens(asked)
+    assert rows == [1]
+    alone = [model._loglikelihood_tokens([one])[0] for one in asked]
+    assert together == alone
+    assert len({nats for nats, _ in together}) == 3
+
+
+def test_a_model_that_continues_no_text_is_refused(small_data, tmp_path):
+    words = [*SIZES, "objective.kind=masked", "model.causal=false"]
+    run = make_run(small_data, tmp_path / "runs", "masked", *words)
+    with pytest.raises(
+        UserError, match=r"^tasks: was trained with objective\.kind=masked, and continues no"
+    ):
+        open_run(run.path).language_model()

@@ -1,0 +1,114 @@
+"""`forescale eval tasks=`: what is printed, where it comes from, and what is refused."""
+
+import hashlib
+import json
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from tests.trainer.inference.harness.task_files import make_tasks
+
+
+def first_right(answers):
+    """Of the lines of answers=FILE: whether the right choice is the likeliest, by its nats."""
+    found = []
+    for one in answers:
+        nats = [float(nats) for nats, _ in one["filtered_resps"]]
+        found.append(nats.index(max(nats)) == one["target"])
+    return found
+
+
+def test_scores_come_with_their_intervals_and_their_source(trained, forescale, tmp_path):
+    file = make_tasks(tmp_path / "tasks")["choice"]
+    log = tmp_path / "answers.jsonl"
+    words = (f"tasks=[{file}]", "shots=[0,2]", "questions=5", f"answers={log}", "--json")
+    code, out, err = forescale("eval", trained.path, "step=4", *words)
+    assert code == 0, err
+    assert "choice likelihoods: 20 texts" in err
+    none, two = map(json.loads, out.splitlines())
+    assert (none["run"], none["step"], none["task"]) == ("small", 4, "choice")
+    assert (none["shots"], two["shots"], none["questions"]) == (0, 2, 5)
+    assert none["task_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert none["lm_eval"] == version("lm_eval")
+    assert none["task_version"] == "3"
+    assert none["asked_sha256"] != two["asked_sha256"]
+    assert none["cut_tokens"] < two["cut_tokens"]  # examples make texts longer than 32 tokens
+    answers = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one["shots"] for one in answers] == [0] * 5 + [2] * 5
+    for shown, part in ((none, answers[:5]), (two, answers[5:])):
+        right, acc = first_right(part), shown["metrics"]["acc"]
+        assert acc["value"] == sum(right) / 5
+        assert acc["low"] < acc["value"] < acc["high"] or acc["value"] in (acc["low"], acc["high"])
+    code, out, _ = forescale("eval", trained.path, f"tasks=[{file}]", f"answers={log}")
+    assert (code, out) == (2, "")  # nothing is written over
+
+
+def test_people_get_a_table(trained, forescale, tmp_path):
+    files = make_tasks(tmp_path / "tasks")
+    code, out, err = forescale(
+        "eval", trained.path, f"tasks=[{files['answer']},{files['rolling']}]"
+    )
+    assert code == 0, err
+    assert f"Run small, step 8, in fp32, tasks of lm_eval {version('lm_eval')}" in out
+    assert "  answer   0         6          exact_match" in out
+    assert "answers.jsonl" not in out
+    assert hashlib.sha256(files["rolling"].read_bytes()).hexdigest()[:12] in out
+    assert "answer: 1 texts were longer than the model reads, and lost 9 tokens" in out
+    assert "bootstrapping" not in out
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        (None, (), "gone.yaml: there is no such file; name the .yaml file of a task"),
+        (("task: answer\n", ""), (), "answer.yaml: is no task of lm_eval: it has neither"),
+        (("task: answer", "task: [answer"), (), "answer.yaml: can't be read as YAML"),
+        (("data.jsonl", "lost.jsonl"), (), "answer.yaml: its data can't be read (Unable to find"),
+        (("path: json", "path: some/where"), (), "answer.yaml: needs the dataset some/where of"),
+        (("generate_until", "guess"), (), "answer.yaml: lm_eval can't make a task of it"),
+        (("max_gen_toks: 8", "max_gen_toks: 32"), (), "wants answers of 32 tokens, and the model"),
+        (("max_gen_toks: 8", "num_beams: 4"), (), "answer: its generation_kwargs hold num_beams"),
+        (("{{start}}", "{{start.a.b}}"), (), "lm_eval can't make a task of it (UndefinedError"),
+        (
+            ("{{start}}", "{{start if start|length < 10 else start.a.b}}"),
+            (),
+            "a template of it fails",
+        ),
+        (("x", "x"), ("shots=[2]",), "shots: the task answer always has 0 examples"),
+        (("x", "x"), ("abilities=[copy]",), "tasks: abilities is given too; give one of them."),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_one_sentence(
+    trained, forescale, tmp_path, change, words, message
+):
+    file = make_tasks(tmp_path / "tasks")["answer"]
+    if change is None:
+        file = tmp_path / "gone.yaml"
+    else:
+        file.write_text(file.read_text().replace(*change))
+    code, out, err = forescale("eval", trained.path, f"tasks=[{file}]", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow  # lm_eval reads its list of 14,000 tasks
+def test_names_are_those_of_lm_eval(trained, forescale):
+    code, _, err = forescale("eval", trained.path, "tasks=[arc_eazy]")
+    assert code == 2
+    assert "tasks: 'arc_eazy' is neither a task of lm_eval nor a file; did you mean one of " in err
+    assert "arc_easy" in err
+    code, _, err = forescale("eval", trained.path, "tasks=[arc_easy]")
+    assert code == 2
+    assert "arc_easy: needs the dataset allenai/ai2_arc of the Hugging Face hub" in err
+
+
+def test_without_lm_eval_it_says_what_to_install(trained, forescale, monkeypatch):
+    for name in [*sys.modules]:
+        if name.startswith(("forescale.inference.harness", "lm_eval.")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, out, err = forescale("eval", trained.path, "tasks=[x.yaml]")
+    assert (code, out) == (2, "")
+    assert "needs lm_eval, which isn't installed; pip install 'forescale[harness]'." in err

@@ -1,0 +1,266 @@
+"""A run's model as lm_eval asks one: likelihoods of texts, and answers to prompts.
+
+Invariant: numbers are those that lm_eval's HFLM gets of the exported model: texts become ids by the
+same rule, rows that are too long lose their begin, and answers are the likeliest tokens unless a
+task wants others.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from forescale.data.tokenizer import load_tokenizer
+from forescale.errors import UserError
+from forescale.inference.answering import Question
+from forescale.inference.view import RunView, best_device
+from forescale.inference.writing import Answer, Wanted, written
+from forescale.models.decoding.sampler import Sampler
+from forescale.models.transformer import Transformer
+from forescale.progress import Progress, silent
+from forescale.storage import read_json
+
+_MOST_TOKENS = 256  # of an answer, where a task doesn't say: as lm_eval has it
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_READ = (*_SAMPLING, "do_sample", "until", "max_gen_toks")
+
+Row = tuple[int, ...]
+
+
+class LanguageModel(TemplateLM):
+    """A run's model as `lm_eval.simple_evaluate(model=...)` takes one.
+
+    model: of the run, with weights; batch: rows of a forward pass; length: the most tokens that it
+    reads, None: as in training. title: what progress calls the work. cut_rows, cut_tokens: how many
+    rows were too long since `restart`, and the tokens that they lost at their begin.
+    Raises UserError for a model that continues no text.
+    """
+
+    def __init__(
+        self,
+        view: RunView,
+        model: nn.Module,
+        *,
+        batch: int = 8,
+        length: int | None = None,
+        progress: Progress = silent,
+    ):
+        super().__init__()
+        config = view.config
+        if not config.continues_text:
+            what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
+            raise UserError("tasks", what, "leave it out, or name a run that continues text")
+        self._device = best_device()
+        self._model = model.to(self._device)
+        self._spelling = load_tokenizer(view.run.verified_tokenizer())
+        self._prefix, self._end = special_ids(view, self._spelling)
+        # What an imported tokenizer puts before a text, its model was trained with.
+        self._frames = view.run.imported.is_file()
+        self.max_length = length or config.train.sequence_length
+        self.batch, self._progress = batch, progress
+        self.title = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Count cut rows anew."""
+        self.cut_rows = self.cut_tokens = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a document."""
+        return self._end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id before a text that has no context."""
+        return self._prefix
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a forward pass."""
+        return self.batch
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return the ids of a text. As HFLM does, the name of a special token is that token, and
+        what the tokenizer puts before a text isn't put there twice."""
+        if add_special_tokens is None:
+            begun = string.startswith(self._text_of(self._prefix))
+            add_special_tokens = self._frames and not begun
+        return self._spelling.encode(string, add_special_tokens=add_special_tokens).ids
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Return for each (context, continuation) the nats of the continuation's probability, at
+        most 0, and whether greedy decoding writes it."""
+        for request in requests:
+            if not request.args[1]:
+                raise self._without_tokens(*request.args)
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        rows: dict[Row, list[int]] = {}  # of several requests the model reads the same
+        for i, (pair, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise self._without_tokens(*pair)
+            rows.setdefault(self._row(context, continuation), []).append(i)
+        found = [(0.0, False)] * len(requests)
+        order, done = sorted(rows, key=lambda row: (-len(row), row)), 0
+        for first in range(0, len(order), self.batch):
+            part = order[first : first + self.batch]
+            counts = [max(len(requests[i][2]) for i in rows[row]) for row in part]
+            for row, tail in zip(part, self._tails(part, counts), strict=True):
+                for i in rows[row]:
+                    pair, continuation = requests[i][0], requests[i][2]
+                    found[i] = _judged(tail[-len(continuation) :], continuation)
+                    if pair is not None:
+                        self.cache_hook.add_partial("loglikelihood", pair, found[i])
+                done += len(rows[row])
+            self._progress(f"{self.title} likelihoods", done, len(requests), "texts")
+        return found
+
+    def _row(self, context: list[int], continuation: list[int]) -> Row:
+        """Return what the model reads: all but the last token, and of too many the last ones.
+        Raises UserError if not even the continuation fits."""
+        if len(continuation) > self.max_length:
+            what = f"an answer has {len(continuation):,} tokens, and the model reads at most "
+            todo = "leave the task out, or name a model that reads more"
+            raise UserError(self.title or "tasks", f"{what}{self.max_length:,}", todo)
+        whole = context + continuation
+        self._count_cut(len(whole) - self.max_length - 1)
+        return tuple(whole[-(self.max_length + 1) :][:-1])
+
+    def _count_cut(self, tokens: int) -> None:
+        if tokens > 0:
+            self.cut_rows, self.cut_tokens = self.cut_rows + 1, self.cut_tokens + tokens
+
+    @torch.no_grad()
+    def _tails(self, rows: Sequence[Row], counts: Sequence[int]) -> Iterator[Tensor]:
+        """Yield log-probabilities of what follows the last tokens of each row, (count, V) fp32.
+        The first row is the longest."""
+        width = len(rows[0])
+        first = min(len(row) - count for row, count in zip(rows, counts, strict=True))
+        # Padding behind a row changes nothing before it: the model is causal.
+        padded = [[*row, *[0] * (width - len(row))] for row in rows]
+        tokens = torch.tensor(padded, device=self._device)
+        own = {"last": width - first} if isinstance(self._model, Transformer) else {}
+        logits = self._model(tokens, **own)[:, first - width :]
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            end = len(row) - first
+            yield logits[i, end - count : end].float().log_softmax(-1)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Return the nats of the probability of each text, read in windows of max_length, so that
+        each token is predicted once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            pieces = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self._prefix,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            own = [(None, *make_disjoint_window(piece)) for piece in pieces]
+            windows += own
+            counts.append(len(own))
+        nats = iter(self._loglikelihood_tokens(windows))
+        found = [sum(next(nats)[0] for _ in range(count)) for count in counts]
+        for request, one in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, one)
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Return the text that the model writes after each prompt, before the first of its stop
+        texts, the end of the document or the most tokens."""
+        answers = [self._answer(i, *request.args) for i, request in enumerate(requests)]
+        groups: dict[Sampler, list[Answer]] = {}
+        for answer in answers:
+            groups.setdefault(answer.wanted.sampler, []).append(answer)
+        done = 0
+        for group in groups.values():
+            group.sort(key=lambda answer: -len(answer.question.start))
+            for _ in written(self._model, group, self.batch):
+                done += 1
+                self._progress(f"{self.title} answers", done, len(answers), "texts")
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, answer.text)
+        return [answer.text for answer in answers]
+
+    def _answer(self, number: int, prompt: str, how: Mapping[str, Any]) -> Answer:
+        """Return an answer that is wanted, not begun. Raises UserError for what this model can't
+        do."""
+        wanted = normalize_gen_kwargs(dict(how), _MOST_TOKENS)
+        most = wanted["max_gen_toks"]
+        if other := [key for key in wanted if key not in _READ and wanted[key] not in (None, 1)]:
+            what = f"its generation_kwargs hold {', '.join(other)}, and this model reads only "
+            raise UserError(self.title or "tasks", what + ", ".join(_READ), "take it out")
+        if most >= self.max_length:
+            what = f"wants answers of {most:,} tokens, and the model reads {self.max_length:,}"
+            todo = "set max_gen_toks to less in generation_kwargs of its file"
+            raise UserError(self.title or "tasks", what, todo)
+        ids = self.tok_encode(prompt) or [self._prefix]
+        self._count_cut(len(ids) + most - self.max_length)
+        ids = ids[-(self.max_length - most) :]
+        # Decoded without the prompt, as HFLM does: a first space may be lost with SentencePiece.
+        question = Question(prompt, "", ids, [], self._end, "document", self.max_length)
+        stops = tuple(text for text in [*wanted["until"], self._text_of(self._end)] if text)
+        sampler = _sampler({key: wanted[key] for key in _SAMPLING if wanted.get(key) is not None})
+        return Answer(self._spelling, question, Wanted(most, sampler, stops), seed=number)
+
+    def _text_of(self, token: int) -> str:
+        return self._spelling.decode([token], skip_special_tokens=False)
+
+    def _without_tokens(self, context: str, continuation: str) -> UserError:
+        what = f"its answer {continuation!r} has no token of its own after {context[-20:]!r}"
+        return UserError(self.title or "tasks", what, 'set target_delimiter in its file to " "')
+
+
+def special_ids(view: RunView, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Return the ids that begin and end a document: those of training, or, of imported weights,
+    those that the files with them name."""
+    end = view.identity["dataset"]["end_of_text"]
+    if not view.run.imported.is_file():
+        return end, end
+    files = read_json(view.run.imported)
+    named: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        named |= files.get(file, {})
+
+    def id_of(key: str) -> int | None:
+        token = named.get(key)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        return tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+    last, first = id_of("eos_token"), id_of("bos_token")
+    last = end if last is None else last
+    return last if first is None else first, last
+
+
+def _judged(tail: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """Return the nats of a continuation, and whether each of its tokens is the likeliest; tail:
+    (len(continuation), V) log-probabilities."""
+    target = torch.tensor(continuation, device=tail.device)
+    nats = tail.gather(-1, target[:, None]).sum()
+    return float(nats), bool((tail.argmax(-1) == target).all())
+
+
+def _sampler(how: Mapping[str, Any]) -> Sampler:
+    """Return how tokens are chosen. Raises UserError for a number that leaves none."""
+    try:
+        return Sampler(**{"temperature": 0.0, **how})
+    except ValueError as e:
+        what = str(e).partition(";")[0].rstrip(".")
+        raise UserError("generation_kwargs", what, "change it in the task's file") from None

@@ -1,0 +1,190 @@
+"""The scores of a run's model on tasks of lm_eval, with what they came from."""
+
+import io
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import hash_string
+
+from forescale.abilities.few_shot import interval_of
+from forescale.errors import UserError
+from forescale.inference.harness.language_model import LanguageModel
+from forescale.inference.harness.tasks import Loaded, content_hash, leaves, quiet
+
+_RESAMPLES = 1000  # of a standard error that has no formula
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a task. stderr: its standard error; interval: its 90 % interval if it is a share
+    of the questions (Wilson 1927); None: there is none."""
+
+    value: float
+    stderr: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model has scored on a task, or on all of a group.
+
+    metrics: by name, as in acc or exact_match,strict-match, the second part a filter of the task;
+    version: of the task, as its file has it; file, sha256: its file, and the hash of that and of
+    those that it includes; asked: a hash of all questions and right answers (None for groups);
+    cut_rows, cut_tokens: how many rows were too long, and the tokens that they lost.
+    """
+
+    task: str
+    shots: int | None
+    questions: int
+    metrics: dict[str, Metric]
+    version: str | None
+    file: str | None
+    sha256: str | None
+    asked: str | None
+    cut_rows: int
+    cut_tokens: int
+    samples: list[dict[str, Any]]
+
+
+def scores_of(
+    model: LanguageModel,
+    tasks: dict[str, Loaded],
+    shots: Sequence[int] = (),
+    questions: int | None = None,
+) -> Iterator[TaskScore]:
+    """Yield the score on each task at each number of solved examples before a question.
+
+    shots: (): as the tasks say. questions: the first so many of each task; None: all. Raises
+    UserError for a task that asks what the model can't do.
+    """
+    for name, found in tasks.items():
+        own = {task.task_name: task.get_config("num_fewshot") for task in leaves(found)}
+        for count in shots or (None,):
+            _prepare(found, own, count)
+            model.title = Path(name).stem
+            model.restart()
+            yield from _scored(model, name, found, questions)
+
+
+def lm_eval_version() -> str:
+    """Return the version of lm_eval."""
+    return version("lm_eval")
+
+
+def _prepare(found: Loaded, own: dict[str, int | None], shots: int | None) -> None:
+    """Set the number of examples of these tasks, and lm_eval's seeds, by which it draws them.
+
+    own: the number of each task's file. Raises UserError for a task that takes no other.
+    """
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    for task in leaves(found):
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        given = own[task.task_name]
+        if given == 0 and shots:
+            what = f"the task {task.task_name} always has 0 examples: its file says num_fewshot: 0"
+            raise UserError("shots", what, "leave shots out, or take that line out of its file")
+        task.set_config(key="num_fewshot", value=(given or 0) if shots is None else shots)
+
+
+def _scored(
+    model: LanguageModel, name: str, found: Loaded, questions: int | None
+) -> Iterator[TaskScore]:
+    try:
+        with quiet(), _own_process():
+            # Its `simple_evaluate` would do the same, and describe this machine for a minute.
+            results = evaluate(
+                model,
+                TaskManager(include_defaults=False).load(found),
+                limit=questions,
+                bootstrap_iters=_RESAMPLES,
+            )
+    except jinja2.TemplateError as e:
+        raise UserError(name, f"a template of it fails ({e})", "correct its file") from e
+    assert results is not None  # None: on other ranks
+    for task, numbers in results["results"].items():
+        samples = results["samples"].get(task, [])
+        file = _file_of(results["configs"].get(task, {}))
+        metrics = dict(_metrics(numbers, samples))
+        if not metrics:
+            continue
+        known = results["versions"].get(task)
+        yield TaskScore(
+            task=task,
+            shots=results["n-shot"].get(task),
+            questions=numbers["sample_len"],
+            metrics=metrics,
+            version=None if known in (None, "Yaml") else str(known),
+            file=None if file is None else str(file),
+            sha256=None if file is None else content_hash(file),
+            asked=_asked(samples),
+            cut_rows=model.cut_rows,
+            cut_tokens=model.cut_tokens,
+            samples=samples,
+        )
+
+
+@contextmanager
+def _own_process() -> Iterator[None]:
+    """Let lm_eval resample in this process, and say nothing on the output, which is ours."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        del os.environ["DISABLE_MULTIPROC"]
+        if before is not None:
+            os.environ["DISABLE_MULTIPROC"] = before
+
+
+def _metrics(
+    numbers: dict[str, Any], samples: list[dict[str, Any]]
+) -> Iterator[tuple[str, Metric]]:
+    for key, value in numbers.items():
+        metric, comma, kept = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = numbers.get(f"{metric}_stderr,{kept}")
+        stderr = float(stderr) if isinstance(stderr, int | float) else None
+        own = [one[metric] for one in samples if one["filter"] == kept and metric in one]
+        yield (
+            metric if kept == "none" else key,
+            Metric(float(value), stderr, _interval(own, float(value))),
+        )
+
+
+def _interval(values: list[Any], mean: float) -> tuple[float, float] | None:
+    """Return the 90 % interval of a share; None if the values are not all 0 or 1, or are not what
+    was averaged."""
+    if not values or not all(isinstance(v, bool | int | float) and v in (0, 1) for v in values):
+        return None
+    right = int(sum(values))
+    return interval_of(right, len(values)) if math.isclose(right / len(values), mean) else None
+
+
+def _file_of(config: dict[str, Any]) -> Path | None:
+    path = Path((config.get("metadata") or {}).get("config_source", "inline"))
+    return path if path.is_file() else None
+
+
+def _asked(samples: list[dict[str, Any]]) -> str | None:
+    """Return what lm_eval calls the hash of a task."""
+    if not samples:
+        return None
+    return hash_string(
+        "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
+    )

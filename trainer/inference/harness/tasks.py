@@ -1,0 +1,156 @@
+"""Tasks of lm_eval by name or by file, ready to be asked.
+
+Invariant: what is wrong with a task is one sentence that names it, before a model is loaded.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import yaml
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from tqdm import tqdm
+
+from forescale.config.suggest import nearest_first
+from forescale.errors import UserError
+
+Loaded: TypeAlias = "Task | Group | list[Task]"  # the last: the tasks that share a tag
+_FILES = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset")
+_NEAR = 5  # names that a message offers
+
+
+def loaded_tasks(names: Sequence[str]) -> dict[str, Loaded]:
+    """Return the tasks of these names or files (.yaml), each with its data, in order.
+
+    A group in a file may hold tasks of other files beside it, and of lm_eval. Raises UserError for
+    one that there isn't, that is no task, or whose data is not here.
+    """
+    files = {name: Path(name).expanduser() for name in names if _is_file(name)}
+    contents = {name: _content(name, path) for name, path in files.items()}
+    manager = TaskManager(
+        include_path=[*dict.fromkeys(str(path.resolve().parent) for path in files.values())],
+        # Reading the list of all of them takes seconds.
+        include_defaults=len(files) < len(names) or any("group" in c for c in contents.values()),
+    )
+    found: dict[str, Loaded] = {}
+    for name in names:
+        if name not in files and name not in manager.task_index:
+            near = ", ".join(nearest_first(name, manager.all_tasks)[:_NEAR])
+            what = f"{name!r} is neither a task of lm_eval nor a file"
+            raise UserError("tasks", what, f"did you mean one of {near}?")
+        found[name] = _loaded(manager, name, contents.get(name))
+    return found
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or "/" in name
+
+
+def _content(name: str, path: Path) -> dict[str, Any]:
+    """Return what is in a task's file, its functions as their names. Raises UserError."""
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "there is no such file"
+        raise UserError(name, what, "name the .yaml file of a task, or a task of lm_eval")
+    try:
+        found = load_yaml(path, resolve_func=False)
+    except (yaml.YAMLError, ValueError, OSError) as e:
+        raise UserError(name, f"can't be read as YAML ({_line(e)})", "correct it") from None
+    if not any(isinstance(found.get(key), str) for key in ("task", "group")):
+        what = "is no task of lm_eval: it has neither the key `task` nor `group`"
+        raise UserError(name, what, "give the task a name, such as task: mine")
+    return found
+
+
+def _loaded(manager: TaskManager, name: str, content: dict[str, Any] | None) -> Loaded:
+    if content is None:
+        entry = manager.task_index[name]
+        content = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
+    try:
+        found = manager._load_spec(name)  # `load` would name tasks of two files that are alike
+    except ModuleNotFoundError as e:
+        what = f"needs the package {e.name}, which isn't installed"
+        raise UserError(name, what, f"pip install {e.name}") from None
+    except (OSError, DatasetsError) as e:
+        raise _without_data(name, content, e) from None
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, TemplateError) as e:
+        what = f"lm_eval can't make a task of it ({type(e).__name__}: {_line(e)})"
+        raise UserError(name, what, "correct its file") from e
+    for task in leaves(found):
+        if getattr(task, "UNSAFE_CODE", False):
+            what = "runs code that the model writes"
+            todo = "run it in a container, by lm_eval with forescale.open_run(...).language_model()"
+            raise UserError(name, what, todo)
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(name, "asks about pictures or sounds", "name a task of text")
+    return found
+
+
+def _without_data(name: str, content: dict[str, Any], error: Exception) -> UserError:
+    """Return the error of a task whose data is not on this machine."""
+    where = content.get("dataset_path")
+    if where in _FILES or (isinstance(where, str) and Path(where).exists()):
+        what = f"its data can't be read ({_line(error)})"
+        return UserError(name, what, "name files that exist, as seen from the current directory")
+    what = f"needs the dataset {where or 'of its tasks'} of the Hugging Face hub, which isn't here"
+    loads = f"`datasets.load_dataset({where!r})`" if where else "datasets.load_dataset"
+    todo = (
+        f"run {loads} where there is a network and copy its cache (HF_HOME), "
+        "or write a task file with dataset_path: json and data_files of your own"
+    )
+    return UserError(name, what, todo)
+
+
+def leaves(found: Loaded) -> list[Task]:
+    """Return the tasks that are asked."""
+    if isinstance(found, Group):
+        return list(found.get_all_tasks())
+    return found if isinstance(found, list) else [found]
+
+
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a task's file, and of those that it includes after it."""
+    found = hashlib.sha256()
+    for file in _with_included(path):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def _with_included(path: Path) -> Iterator[Path]:
+    yield path
+    others = load_yaml(path, resolve_func=False, recursive=False).get("include") or []
+    for other in others if isinstance(others, list) else [others]:
+        yield from _with_included(path.parent / other)  # an absolute path stays as it is
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm_eval from writing: bars of its own beside ours, and notes on each default."""
+    logger, made = logging.getLogger("lm_eval"), tqdm.__init__
+    level, had_bars = logger.level, datasets.are_progress_bars_disabled()
+
+    def without_bar(self: Any, *args: Any, **more: Any) -> None:
+        made(self, *args, **more | {"disable": True})
+
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    tqdm.__init__ = without_bar
+    try:
+        yield
+    finally:
+        tqdm.__init__ = made
+        logger.setLevel(level)
+        if not had_bars:
+            datasets.enable_progress_bars()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
