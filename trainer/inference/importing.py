@@ -6,6 +6,8 @@ refused before anything is written. One tensor is in memory at a time; weights k
 
 import errno
 import hashlib
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,11 +27,11 @@ from forescale.models.config import ModelConfig
 from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES
 from forescale.models.hf.pieces import Piece, config_of, pieces_of
-from forescale.progress import Meter, Progress, silent
+from forescale.progress import Meter, Progress, shown, silent
 from forescale.run.directory import Run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions
-from forescale.storage import staged, write_checked_json, write_file
+from forescale.storage import cache_directory, staged, write_checked_json, write_file
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,31 @@ def import_hf(
         raise UserError(str(run.path), what, "choose another name") from None
     meter.end()
     return found
+
+
+def imported(source: Path) -> Run:
+    """Return the run in the cache that holds the model of a Hugging Face directory; made on first
+    use, which stderr shows. Raises UserError like import_hf.
+
+    A file of weights counts as changed with its size or time, the others with their content.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(source.glob("*.safetensors")):
+        about = path.stat()
+        digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    for path in sorted([*source.glob("*.json"), *source.glob("*.jinja")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    name = re.sub(r"[^a-zA-Z0-9_-]", "-", source.resolve().name)
+    run = Run(cache_directory() / "imported" / digest.hexdigest()[:12] / name)
+    if not run.config.is_file():
+        try:
+            with shown() as progress:
+                import_hf(source, run, progress=progress)
+        except UserError:
+            if not run.config.is_file():  # else another command has made it at the same moment
+                raise
+        print(f"Note: the model of {source} is now the run {run.path}.", file=sys.stderr)
+    return run
 
 
 def _model_of(theirs: HfDirectory) -> ModelConfig:

@@ -13,7 +13,7 @@ from forescale.checkpoint.reader import STATE, Checkpoint, at_step, verified
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
-from forescale.run.directory import Run
+from forescale.run.directory import Run, is_hf
 from forescale.run.rows import read_rows
 from forescale.storage import read_json
 
@@ -183,11 +183,16 @@ class RunView:
 
 
 def open_view(target: str | Path, root: str | Path = "runs") -> RunView:
-    """Return the run at `target`, of that name under `root`, or that holds the checkpoint `target`.
+    """Return the run at `target`, of that name under `root`, or that holds the checkpoint `target`;
+    of a Hugging Face directory, the run in the cache that its model is imported to.
 
     Raises UserError if there is none.
     """
     path = Path(target).expanduser()
+    if is_hf(path):
+        from forescale.inference.importing import imported  # with torch
+
+        return RunView(imported(path))
     if not (path / STATE).is_file():
         return RunView(Run.existing(path, Path(root).expanduser()))
     run = Run(path.resolve().parent.parent)

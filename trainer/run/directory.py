@@ -100,6 +100,9 @@ class Run:
         for path in (Path(target), Path(root) / target):
             if (path / "config.yaml").is_file():
                 return cls(path)
+        if is_hf(Path(target)):
+            what = "holds a Hugging Face model, and no run"
+            raise UserError(str(target), what, f"make one: forescale import hf {target} NAME")
         names = sorted(p.parent.name for p in Path(root).glob("[!.]*/config.yaml"))
         known = f"the runs in {root} are: {', '.join(names)}" if names else "train one first"
         raise UserError(str(target), f"no run has this name or path (searched {root} too)", known)
@@ -199,6 +202,11 @@ class Run:
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(Path("attempts", newest.path.name, name))
                 os.replace(temporary, self.path / name)
+
+
+def is_hf(path: Path) -> bool:
+    """Return True for a directory that holds a Hugging Face model, and no run."""
+    return (path / "config.json").is_file() and not (path / "config.yaml").is_file()
 
 
 def step_named(name: str) -> int | None:

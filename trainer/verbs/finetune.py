@@ -25,7 +25,7 @@ from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view
 from forescale.progress import shown
 from forescale.resilience import launcher
-from forescale.run.directory import Run
+from forescale.run.directory import Run, is_hf
 from forescale.run.feed import whole_rows_of
 from forescale.run.finetune import (
     EPOCHS,
@@ -123,6 +123,8 @@ def _named(arguments: list[str]) -> tuple[list[str], RunView]:
         compose(FinetuneJob, overrides)  # names all that is wrong, this too
         raise AssertionError("a command without FROM was taken")
     view = open_view(name, _typed(overrides, "run.root") or "runs")
+    if is_hf(Path(name).expanduser()):
+        overrides += overrides_of(FinetuneJob, [str(view.path)])
     if view.chosen is not None:
         run, chosen = view.run, view.chosen.resolve()
         (step,) = (n for n in run.checkpoint_steps() if run.checkpoint_path(n).resolve() == chosen)

@@ -299,3 +299,23 @@ def test_an_import_serves_every_verb(llama, forescale):
     assert begun.job.model.vocab_size == 320
     assert begun.job.model.dropout == 0.1
     assert begun.run.imported.read_bytes() == Path("runs/it/imported.json").read_bytes()
+
+
+def test_a_directory_is_taken_in_place_of_a_run_and_imported_once(llama, monkeypatch, forescale):
+    monkeypatch.setenv("FORESCALE_CACHE", "cache")
+    asked = ("prompt=ab", "num_tokens=3", "temperature=0")
+    code, first, err = forescale("generate", llama, *asked)
+    assert code == 0, err
+    assert "is now the run" in err
+    (made,) = Path("cache/imported").iterdir()
+    code, again, err = forescale("generate", llama, *asked)
+    assert (code, again) == (0, first)
+    assert "is now the run" not in err
+    assert forescale("import", "hf", llama, "named")[0] == 0
+    assert forescale("generate", "named", *asked)[1] == first
+
+    weights_with(lambda w: w.update({NORM: w[NORM] * 0}))(llama)
+    assert open_run(llama).path.parent != made.absolute()
+    code, _, err = forescale("status", llama)
+    assert code == 2
+    assert f"make one: forescale import hf {llama} NAME" in err
