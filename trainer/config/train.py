@@ -90,7 +90,13 @@ class TrainJob(Job):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.train.global_batch * self.train.sequence_length
+        rows = self.train.global_batch * self.objective.spec.rows
+        return rows * self.train.sequence_length
+
+    @property
+    def rows_at_once(self) -> int:
+        """The rows that a rank computes at once: those of the windows of its micro-batch."""
+        return self.train.micro_batch * self.objective.spec.rows
 
     def mesh(self, world_size: int) -> Mesh:
         """Return how so many ranks are grouped."""
@@ -238,7 +244,7 @@ class TrainJob(Job):
         kind, layers = self.objective.kind, getattr(self.model, "encoder_layers", 0)
         found: Problems = []
         has_source = bool(self.objective.spec.source)
-        has_one_row = self.objective.is_next_token or kind == "responses"
+        has_one_row = self.objective.is_next_token or kind in ("responses", "preferences")
         writes = has_one_row or (has_source and not layers)
         if not getattr(self.model, "causal", True) and writes:
             what = "a model that sees later tokens is shown the token that it must predict"
@@ -265,6 +271,19 @@ class TrainJob(Job):
         if self.data.packing == "best_fit" and not self.objective.is_next_token:
             what = f"best_fit counts next tokens, not the targets of objective {kind}"
             found.append(("data.packing", what, "write data.packing=windows"))
+        return found + (self._preference_problems() if self.objective.are_preferences else [])
+
+    def _preference_problems(self) -> Problems:
+        found: Problems = []
+        if not self.run.origin.run:
+            what = "preferences are learned beside a reference, the weights that a run begins with"
+            found.append(("run.from.run", what, "name the run to go on from"))
+        if getattr(self.model, "mtp_layers", 0):
+            what = "modules for later tokens would learn the rejected responses too"
+            found.append(("model.mtp_layers", what, "choose a model without them"))
+        if self.engine.sequence_parallel > 1:
+            what = "the loss of a preference needs whole responses, not a rank's columns of them"
+            found.append(("engine.sequence_parallel", what, "leave it out"))
         return found
 
     def _batch_problems(self, mesh: Mesh) -> Problems:

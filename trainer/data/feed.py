@@ -45,9 +45,10 @@ class Samples:
     numbers: (n,) int64, the global index g of each; tokens: (n, L + 1) in the feed's dtype, 0
     beyond the end of a short one; sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32,
     number of each token's document in its window, or None; ignored: (n, L + 1) bool, True for what
-    is no target of a bin (Bins.mark_ignored), or None; cuts: (n,) int64, tokens of the source of
-    each pair, or None; hash: sum mod 2^64 of the windows' hashes; lost: members found
-    damaged while reading.
+    is no target of a bin (Bins.mark_ignored), or None; cuts: int64, (n,) tokens of the source of
+    each pair, (n, 4) ends of the parts of each preference, or None; references: (n, 2) float32, see
+    Feed, or None; hash: sum mod 2^64 of the windows' hashes; lost: members found damaged while
+    reading.
     """
 
     places: Places
@@ -57,6 +58,7 @@ class Samples:
     documents: np.ndarray | None
     ignored: np.ndarray | None
     cuts: np.ndarray | None
+    references: np.ndarray | None
     hash: int
     lost: frozenset[LostMember]
 
@@ -78,7 +80,8 @@ class Feed:
     splits: the training split of each source, by the mixture's names; skipped: intervals of samples
     that are skipped; substitute: replace damaged windows instead of raising; documents: number the
     documents of each window; bins: for each source, if windows are packed; objective:
-    what is a target.
+    what is a target; references: of each source the numbers that belong to its bins, float32 of
+    shape (bins, 2), which samples then have too.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Feed:
         documents: bool = False,
         bins: Mapping[str, Bins] | None = None,
         objective: Objective = NEXT_TOKEN,
+        references: Mapping[str, np.ndarray] | None = None,
         seed: int = 0,
     ):
         """Nothing is read yet."""
@@ -101,6 +105,7 @@ class Feed:
         self.substitute, self.documents, self.seed = substitute, documents, seed
         self.objective = objective
         self.bins = [bins[name] for name in splits] if bins else None
+        self.references = [references[name] for name in splits] if references else None
         self.unit = self.bins[0].unit if self.bins else "window"
         self.are_whole = bool(self.bins and self.bins[0].are_whole)
         self._span = lru_cache(4)(self._make_span)
@@ -139,10 +144,10 @@ class Feed:
         tokens, short = np.empty((len(samples), length), self.dtype), places.length < length
         tokens[short] = 0
         documents = np.zeros((len(samples), length), np.int32) if self.documents else None
-        are_pairs = self.unit == "pair"
-        has_ignored = self.bins is not None and not are_pairs
+        cuts = None if self.bins is None else cuts_of(self.bins[0], len(samples))
+        has_ignored = self.bins is not None and cuts is None
         ignored = np.zeros((len(samples), length), np.bool_) if has_ignored else None
-        cuts = np.zeros(len(samples), np.int64) if are_pairs else None
+        references = np.zeros((len(samples), 2), np.float32) if self.references else None
         sizes, known = places.length.copy(), set(quarantine)
         one_by_one = bool(known) or self.documents or self.bins is not None
         if one_by_one or not self._read_all(places, tokens, on_read):
@@ -155,15 +160,32 @@ class Feed:
                     if ignored is not None:
                         self.bins[place[0]].mark_ignored(ignored[i], ends)
                 if cuts is not None:
-                    cuts[i] = ends[0]
+                    cuts[i] = ends[: cuts[i].size].reshape(cuts[i].shape)
+                if references is not None:
+                    references[i] = self._reference(*place)
         windows: Iterable[Any] = tokens
         if short.any():
             windows = (r[:n] for r, n in zip(tokens, sizes.tolist(), strict=True))
         digest = sum(map(window_hash, samples.tolist(), windows))
         lost = frozenset(known - quarantine)
         return Samples(
-            places, samples, tokens, sizes, documents, ignored, cuts, digest % 2**64, lost
+            places,
+            samples,
+            tokens,
+            sizes,
+            documents,
+            ignored,
+            cuts,
+            references,
+            digest % 2**64,
+            lost,
         )
+
+    def _reference(self, source: int, shard: int, number: int, size: int) -> np.ndarray:
+        """Return the numbers of a bin of a source."""
+        assert self.references is not None
+        assert self.bins is not None
+        return self.references[source][int(self.bins[source].counts[:shard].sum()) + number]
 
     def _places(self, intervals: Iterable[Interval]) -> Places:
         """Return where these samples lie; computed for _SPAN samples at once, because a few cost
@@ -228,7 +250,8 @@ class Feed:
         self, g: int, place: list[int], known: set[LostMember], out: np.ndarray, on_read: OnRead
     ) -> np.ndarray:
         """Read one window or its substitute into `out`. Return the ends of its pieces if it is
-        packed, otherwise of its documents if requested."""
+        packed, otherwise of its documents if requested. place: of the window; afterwards of what
+        was read."""
         source, *own, size = place
         split, name = self.splits[source], self.names[source]
         others = self._whole if self.are_whole else self._windows
@@ -241,6 +264,7 @@ class Feed:
                     for end, (first, length) in zip(ends.tolist(), pieces, strict=True):
                         split.read_into(shard, first, out[end - length : end])
                     if self.bins is not None:
+                        place[1:3] = shard, start
                         return ends
                     return split.document_ends(shard, start, size) if self.documents else _NONE
                 except Damaged as e:
@@ -286,6 +310,13 @@ class Feed:
     def _drawn(self, g: int, attempt: int) -> np.ndarray:
         """Return the seed of a draw, uint64 of shape (1,)."""
         return np.array([(self.seed << 32) ^ (attempt << 48) ^ g], np.uint64)
+
+
+def cuts_of(bins: Bins, samples: int) -> np.ndarray | None:
+    """Return room for the ends of pieces that an objective gets of so many bins, zeros; None if it
+    gets none."""
+    shape = {0: None, 1: (samples,)}.get(bins.edges, (samples, bins.edges))
+    return None if shape is None else np.zeros(shape, np.int64)
 
 
 def _by_shard(places: Places) -> Iterator[tuple[int, int, np.ndarray]]:

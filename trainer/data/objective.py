@@ -24,7 +24,9 @@ class Objective(Protocol):
     window, less one, if not the run's sequence_length, which is the L of the examples. extra_ids:
     the number of ids in the examples beyond the tokenizer's vocabulary; the model has room for
     them. split: the first columns of a row that are its source, which an encoder-decoder's encoder
-    reads (model.encoder_layers); no target is among them.
+    reads (model.encoder_layers); no target is among them. rows: the rows that a window becomes, if
+    not 1; examples are then (2, n * rows, L), and the run must know what their losses make
+    (objective.kind=preferences).
     """
 
     def num_targets(self, sizes: np.ndarray) -> np.ndarray:
@@ -48,6 +50,11 @@ def window_length(objective: Objective, sequence_length: int) -> int:
 def extra_ids(objective: Objective) -> int:
     """Return the number of ids that an objective adds beyond the tokenizer's vocabulary."""
     return getattr(objective, "extra_ids", 0)
+
+
+def rows_of(objective: Objective) -> int:
+    """Return the number of rows that a window becomes."""
+    return getattr(objective, "rows", 1)
 
 
 class NextToken:

@@ -86,6 +86,9 @@ class Bins:
     """
 
     unit: ClassVar[str] = "window"  # what a bin is; all others are whole, and never shortened
+    # How many of the first ends of a bin's pieces the objective gets, as `cuts`; 0: it gets none,
+    # and what is no target is marked (mark_ignored).
+    edges: ClassVar[int] = 0
 
     def __init__(self, path: Path, made: dict[str, Any], sequence_length: int):
         """Open the file and read its head."""

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from forescale.data.dataset import Split
-from forescale.data.feed import Feed, LostMember, OnRead, Samples
+from forescale.data.feed import Feed, LostMember, OnRead, Samples, cuts_of
 from forescale.data.mixture import Interval
-from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
+from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective, rows_of
 from forescale.data.packing_table import Bins
 from forescale.data.pipeline import Agree, Log, prefetched
 from forescale.errors import UserError
@@ -30,16 +30,17 @@ class MicroBatch:
     """The windows that one rank processes at once."""
 
     index: int  # global inside the step
-    tokens: torch.Tensor  # (micro_batch, L) int64
+    tokens: torch.Tensor  # (micro_batch, L) int64; of preferences (2 * micro_batch, L)
     targets: torch.Tensor  # (micro_batch, L) int64, IGNORED if there is none
     documents: torch.Tensor | None = None  # (micro_batch, L) int32, with document_mask
     # (micro_batch, L) bool, False where a row has no token; only where a window ends early, and
     # only with an objective whose model must know (its padding_mask).
     padding_mask: torch.Tensor | None = None
+    references: torch.Tensor | None = None  # (micro_batch, 2) float32, see Feed; no argument
 
     def pinned(self) -> "MicroBatch":
         """Return it in pinned memory, from which a copy to a GPU does not wait."""
-        fields = ("tokens", "targets", "documents", "padding_mask")
+        fields = ("tokens", "targets", "documents", "padding_mask", "references")
         given = {name: getattr(self, name) for name in fields}
         return replace(self, **{k: t.pin_memory() for k, t in given.items() if t is not None})
 
@@ -177,9 +178,11 @@ def validation_windows(
     documents: bool = False,
     objective: Objective = NEXT_TOKEN,
     bins: Bins | None = None,
+    references: np.ndarray | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield the windows of a split in their fixed order, or `limit` of them, evenly spread over it.
-    bins: the pairs or conversations of the split, if its windows are such.
+    bins: the whole rows of the split, such as pairs, if its windows are such; references: of each
+    of them, see Feed.
 
     Rank r takes every world_size-th micro-batch from r on. All ranks get the same number because
     they call collectives together: missing rows and micro-batches are padding without a target.
@@ -195,7 +198,12 @@ def validation_windows(
         rows = slice(index * micro_batch, (index + 1) * micro_batch)
         chosen = places[rows], numbers[rows]
         shape = (micro_batch, sequence_length)
-        yield _validation_micro_batch(split, index, *chosen, shape, documents, objective, bins)
+        micro = _validation_micro_batch(split, index, *chosen, shape, documents, objective, bins)
+        if references is not None:
+            mine = references[numbers[rows]]
+            mine = np.pad(mine, ((0, micro_batch - len(mine)), (0, 0)))
+            micro = replace(micro, references=torch.from_numpy(mine))
+        yield micro
 
 
 _Place = tuple[int, list[tuple[int, int]]]  # a shard; first token and number of tokens of each run
@@ -227,26 +235,28 @@ def _validation_micro_batch(
 ) -> MicroBatch:
     tokens = np.zeros((shape[0], shape[1] + 1), split.dtype)
     numbers = np.zeros(tokens.shape, np.int32) if documents else None
-    lengths, cuts = np.ones(shape[0], np.int64), np.zeros(shape[0], np.int64)
-    are_pairs, ignored = bins is not None and bins.unit == "pair", np.zeros(tokens.shape, np.bool_)
+    lengths, ignored = np.ones(shape[0], np.int64), np.zeros(tokens.shape, np.bool_)
+    cuts = None if bins is None else cuts_of(bins, shape[0])
     for i, (shard, runs) in enumerate(places):
         first, size = runs[0][0], sum(length for _, length in runs)  # runs follow each other
         lengths[i] = size
-        cuts[i] = runs[0][1]
-        if bins is not None and not are_pairs:
-            bins.mark_ignored(ignored[i], np.cumsum([length for _, length in runs]))
+        ends = np.cumsum([length for _, length in runs])
+        if cuts is not None:
+            cuts[i] = ends[: cuts[i].size].reshape(cuts[i].shape)
+        elif bins is not None:
+            bins.mark_ignored(ignored[i], ends)
         tokens[i, :size] = split.read(shard, first, size)
         if numbers is not None:
-            ends = split.document_ends(shard, first, size)
-            numbers[i] = np.searchsorted(ends, np.arange(shape[1] + 1), side="right")
+            document_ends = split.document_ends(shard, first, size)
+            numbers[i] = np.searchsorted(document_ends, np.arange(shape[1] + 1), side="right")
     windows = np.pad(windows, (0, shape[0] - len(places)))  # missing rows are padding
-    of_pairs = (cuts,) if are_pairs else ()
-    pair = objective.examples(tokens, lengths, windows, *of_pairs)
-    if bins is not None and not are_pairs:
+    edges = () if cuts is None else (cuts,)
+    pair = objective.examples(tokens, lengths, windows, *edges)
+    if bins is not None and cuts is None:
         pair[1][ignored[:, 1:]] = IGNORED
-    pair[1, len(places) :] = IGNORED
+    pair[1, len(places) * rows_of(objective) :] = IGNORED
     inputs, targets = torch.from_numpy(pair)
-    hidden = _padding_mask(objective, lengths, *of_pairs)
+    hidden = _padding_mask(objective, lengths, *edges)
     return MicroBatch(index, inputs, targets, _document_numbers(numbers), hidden)
 
 
@@ -256,12 +266,15 @@ def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> lis
     if rows.ignored is not None:
         pair[1][rows.ignored[:, 1:]] = IGNORED
     inputs, targets = torch.from_numpy(pair)
-    documents, found = _document_numbers(rows.documents), []
-    for i, first in enumerate(range(0, len(inputs), share.micro_batch)):
+    documents, found, each = _document_numbers(rows.documents), [], rows_of(objective)
+    given = None if rows.references is None else torch.from_numpy(rows.references)
+    for i, first in enumerate(range(0, len(rows.tokens), share.micro_batch)):
         part = slice(first, first + share.micro_batch)
         own = None if documents is None else documents[part]
         hidden = _padding_mask(objective, rows.sizes[part], *(c[part] for c in cuts))
-        found.append(MicroBatch(share.first + i, inputs[part], targets[part], own, hidden))
+        of = slice(part.start * each, part.stop * each)
+        mine = None if given is None else given[part]
+        found.append(MicroBatch(share.first + i, inputs[of], targets[of], own, hidden, mine))
     return found
 
 

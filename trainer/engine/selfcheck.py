@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forescale.engine.step import Engine, split_penalty
+from forescale.engine.step import Engine
 from forescale.models.parallel.whole import whole_of
 
 REPLAYS = 8  # where bits may differ; 2 where they must not
@@ -189,7 +189,7 @@ class SelfCheck:
             return [engine.losses(micro).sum()]
         # Not through DeepSpeed's forward, whose hooks expect its own backward.
         positional, named = micro.arguments(engine.world.device)
-        loss, _ = split_penalty(engine.module(*positional, **named))
+        loss, *_ = engine.combined(engine.module(*positional, **named), micro)
         total = loss.sum()
         (gradient,) = torch.autograd.grad(total, [self._early()])
         return [total.detach().float(), gradient]

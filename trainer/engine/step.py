@@ -85,6 +85,10 @@ class Engine:
         # For injected faults: may damage the weights before a step, given its number, and returns
         # a factor for its gradient.
         self.disturb: Callable[[int, nn.Module], float] | None = None
+        # Makes of the losses of a micro-batch's rows, its penalty and itself the losses of its
+        # windows, (B,), the penalty, and numbers to log, (B,) each. None: a row is a window.
+        self.combine: Callable[..., tuple[Tensor, Any, dict[str, Tensor]]] | None = None
+        self._numbers: dict[str, list[Tensor]] = {}  # of the step's micro-batches
         self.has_stepped = False  # True once this process has made a step
 
     @property
@@ -149,17 +153,26 @@ class Engine:
         if (counters := self._counters()) is not None:
             counters.zero_()
         losses, counts = [], float(self.world.tensor.is_main)
+        self._numbers = {}
         for micro in batch.micro:
             self.seed_for(batch.step, micro.index)
             last = micro is batch.micro[-1]
             self._deepspeed.set_gradient_accumulation_boundary(last)
             self.mark("forward")
-            loss, penalty = checked_losses(self.forward(micro), len(micro.tokens))
+            loss, penalty, numbers = self.combined(self.forward(micro), micro)
             total = loss.sum()
+            for name, each in numbers.items():
+                self._numbers.setdefault(name, []).append(each.mean())
             self.mark("backward")
             self._deepspeed.backward((total + penalty) * scale, scale_wrt_gas=False)
             losses.append(total.detach().float() * counts)
         return torch.stack(losses)
+
+    def combined(self, output: Any, micro: Any) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
+        """Return the losses of a micro-batch's windows, (B,), its penalty, and numbers to log, of
+        what the model returned for it."""
+        rows, penalty = checked_losses(output, len(micro.tokens))
+        return (rows, penalty, {}) if self.combine is None else self.combine(rows, penalty, micro)
 
     def _counters(self) -> Tensor | None:
         """Return the model's own `counters()`; None without such a method."""
@@ -167,13 +180,15 @@ class Engine:
         return None if own is None else own(self.module)
 
     def metrics(self) -> dict[str, float | Tensor]:
-        """Return the numbers of the model's own `metrics()`, detached; none without such a method.
+        """Return the numbers of the model's own `metrics()`, detached, and the means of those of
+        `combine`; none where there is neither.
 
         Raises UserError if one isn't a number or a tensor of one element.
         """
         own = getattr(type(self.module), "metrics", None)
         found = {} if own is None else own(self.module)
-        return {name: _number(name, value) for name, value in found.items()}
+        means = {name: torch.stack(each).mean() for name, each in self._numbers.items()}
+        return means | {name: _number(name, value) for name, value in found.items()}
 
     def seed_for(self, step: int, micro_batch: int) -> None:
         """Set the random state for a micro-batch, or for this rank's columns of it."""
@@ -223,8 +238,8 @@ class Engine:
 
     @torch.no_grad()
     def losses(self, micro) -> Tensor:
-        """Return the summed nats of each window of a micro-batch, fp32 of shape (B,), without
-        dropout or gradient.
+        """Return the summed nats of each row of a micro-batch, fp32 of shape (B,), without dropout
+        or gradient.
 
         At stage 3 every rank must call it the same number of times: it gathers weights. So must the
         ranks that divide experts: they exchange rows.
@@ -249,16 +264,12 @@ def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
     return deepspeed.initialize(**more, mpu=Mpu(world))[0]
 
 
-def split_penalty(output) -> tuple[Tensor, Tensor | float]:
-    """Return a model's losses and its penalty (0.0 if it returns none)."""
-    return output if isinstance(output, tuple) else (output, 0.0)
-
-
 def checked_losses(
     output, windows: int, where: str = "the model's forward()"
 ) -> tuple[Tensor, Tensor | float]:
-    """Return the same for a forward pass of so many windows. Raises UserError if the losses are not
-    one number a window, or the penalty is not one number; `where` for its message."""
+    """Return a model's losses, for a forward pass of so many windows, and its penalty, 0.0 if it
+    returns none. Raises UserError if the losses are not one number a window, or the penalty is not
+    one number; `where` for its message."""
     loss, penalty = output if isinstance(output, tuple) and len(output) == 2 else (output, 0.0)
     todo = "return each window's summed loss in nats, or that and a penalty of one number"
     if not isinstance(loss, Tensor) or tuple(loss.shape) != (windows,):

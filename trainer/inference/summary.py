@@ -1,5 +1,7 @@
 """The summary of a complete run: bits per byte of model and compressors, a sample, next steps."""
 
+import math
+
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare import baselines
 from forescale.errors import UserError
@@ -53,6 +55,10 @@ def _summarize_other(started: Start, scores: list[dict]) -> None:
     compare with no compressor."""
     name, spec = started.run.name, started.job.objective.spec
     for dataset, row in {row["dataset"]: row for row in scores}.items():
+        if spec.rows > 1:
+            accuracy = row.get("rewards/accuracies", math.nan)
+            print(f"\nHeld-out {spec.targets} ({dataset}): {accuracy:.1%} accuracy.")
+            continue
         print(
             f"\nHeld-out text ({dataset}): {row['bits_per_byte']:.4f} bits per byte of "
             f"{spec.targets}."

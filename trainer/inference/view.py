@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from forescale.inference.harness.language_model import LanguageModel
     from forescale.train.evaluate import Score
+    from forescale.train.preferences import PreferenceScore
 
 
 class RunView:
@@ -102,15 +103,16 @@ class RunView:
         windows: int | None = None,
         micro_batch: int = 8,
         trust: bool = False,
-    ) -> dict[str, "Score"]:
+    ) -> "dict[str, Score | PreferenceScore]":
         """Return the scores of a checkpoint by dataset: those of the run, or `data`, a directory or
-        address; each has loss, loss_stderr, perplexity, bits_per_byte.
+        address; each has loss, loss_stderr, perplexity, bits_per_byte, of preferences loss,
+        loss_stderr, accuracy and numbers.
 
         windows: score so many, spread over the split; None: all. Raises UserError if there is no
         such checkpoint, dataset or split.
         """
         from forescale.config.sections.data import CorpusConfig
-        from forescale.inference.scoring import datasets_of, score_of
+        from forescale.inference.scoring import datasets_of, references_of, score_of
 
         corpus = CorpusConfig(path=None if data is None else str(data))
         model = self.model(step, trust).to(best_device())
@@ -123,6 +125,7 @@ class RunView:
                 micro_batch=micro_batch,
                 windows=windows,
                 cache=corpus.cache_directory,
+                references=references_of(self, dataset, split),
             )[0]
             for name, dataset in datasets_of(self, corpus).items()
         }

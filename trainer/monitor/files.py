@@ -36,8 +36,12 @@ def check_identity(found: Findings, run: Run) -> tuple[TrainJob | None, dict[str
     identity = _read(found, run.identity, read_json, has_checksum)
     if identity is not None and not isinstance(identity.get("dataset"), dict):
         found.faults.append(f"{run.identity}: has no section dataset")
-    if run.imported.exists():
-        _read(found, run.imported, read_json, has_checksum)
+    for path in (run.imported, run.references):
+        if path.exists():
+            _read(found, path, read_json, has_checksum)
+    needs_reference = job is not None and job.objective.are_preferences and run.checkpoint_steps()
+    if needs_reference and not run.references.is_file():
+        found.faults.append(f"{run.references}: missing")
     if not run.tokenizer.is_file():
         found.faults.append(f"{run.tokenizer}: missing")
     elif identity is not None:

@@ -24,6 +24,7 @@ from forescale.resilience.diagnosis import OWN_WORK, waiting_places
 from forescale.resilience.outcome import launch_of
 from forescale.run.directory import Attempt, Run
 from forescale.run.forecast import describe, prediction_interval_of
+from forescale.run.rows import Row
 from forescale.storage import read_json
 
 if TYPE_CHECKING:
@@ -78,16 +79,13 @@ def show_run(
     if s.state == "imported":
         console.print(f"[bold]{escape(str(s.run.path))}[/]: {state}; runs begin with its weights")
         return _show_checkpoints(s, console)
+    read = f"{s.tokens:,} {s.job.objective.counted}"
     console.print(
         f"[bold]{escape(str(s.run.path))}[/]: {state}, step {s.step:,} of {total:,} "
-        f"({s.step / total:.1%}), {s.tokens:,} tokens{loss}; last seen {span(s.age)} ago"
+        f"({s.step / total:.1%}), {read}{loss}; last seen {span(s.age)} ago"
     )
     if last := s.validation:
-        of = f" of {last['scored']}" if "scored" in last else ""
-        console.print(
-            f"Validation at step {last['step']:,}: {last['bits_per_byte']:.4f} bits per byte{of}, "
-            f"loss {last['loss']:.4f} ± {last['loss_stderr']:.4f} over {last['windows']:,} windows"
-        )
+        console.print(f"Validation at step {last['step']:,}: {_validation(last)}")
     if line := _forecast(s):
         console.print(escape(line), soft_wrap=True)
     for line in curve.lines(s.losses, min(console.width, _CURVE), in_ascii):
@@ -110,6 +108,15 @@ def show_run(
             "Events: " + ", ".join(f"{n} {kind}" for kind, n in events.most_common()),
             soft_wrap=True,
         )
+
+
+def _validation(row: Row) -> str:
+    """Return a row of held-out scores in words, of a text or of preferences."""
+    loss = f"loss {row['loss']:.4f} ± {row['loss_stderr']:.4f} over {row['windows']:,}"
+    if (accuracy := row.get("rewards/accuracies")) is not None:
+        return f"accuracy {accuracy:.1%}, {loss} preferences"
+    of = f" of {row['scored']}" if "scored" in row else ""
+    return f"{row['bits_per_byte']:.4f} bits per byte{of}, {loss} windows"
 
 
 def _forecast(s: Status) -> str | None:

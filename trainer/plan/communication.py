@@ -63,7 +63,7 @@ def _exchanged(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     mixers = [parts["mixer"].exchanged for parts in layers_of(config)]
     values = sum(exchanged(config, ranks) for exchanged in mixers if exchanged)
     times = s.accumulation * (2 if config.activation_checkpointing == "none" else 3)
-    columns = job.train.micro_batch * job.train.sequence_length // ranks
+    columns = job.rows_at_once * job.train.sequence_length // ranks
     payload, calls = s.size * times * columns * values, 2 * times * len(mixers)
     return [Collective("heads for columns", "all_to_all", payload, ranks, calls)]
 
@@ -75,7 +75,7 @@ def _sums(s: ZeroSettings, job: TrainJob) -> list[Collective]:
     c, tensor = job.model, job.engine.tensor_parallel
     if tensor == 1 or not isinstance(c, ModelConfig):
         return []
-    rows, length = job.train.micro_batch, job.train.sequence_length
+    rows, length = job.rows_at_once, job.train.sequence_length
     own = length // job.engine.sequence_parallel
     sums = [one for block in _blocks(c) for one in _of_block(c, *block, rows, own)]
     if c.has_encoder:
@@ -156,7 +156,7 @@ def _rows(s: ZeroSettings, job: TrainJob) -> list[Collective]:
         return []
     routed = [part["mlp"].is_routed for part in layers_of(c)]
     layers = (sum(routed) + routed[-1] * c.mtp_layers) * s.accumulation
-    tokens = job.train.micro_batch * job.train.sequence_length
+    tokens = job.rows_at_once * job.train.sequence_length
     rows, passes = tokens * c.moe_top_k // job.mesh(parts).near, 1 + recomputes(job)
     if c.moe_capacity:
         rows = c.moe_experts * math.ceil(c.moe_capacity * rows / c.moe_experts)

@@ -94,9 +94,11 @@ def _run(plan: Plan) -> list[str]:
     mesh = job.mesh(plan.world)
     micro = train.global_batch // (train.micro_batch * mesh.data)
     each = f"{mesh.near} ranks" if mesh.near > 1 else "rank"
+    rows = job.objective.spec.rows
+    size = f"{rows} x {train.sequence_length:,}" if rows > 1 else f"{train.sequence_length:,}"
     return [
         f"{job.total_steps:,} steps of {job.tokens_per_step:,} {unit}: {train.global_batch:,} "
-        f"windows of {train.sequence_length:,}, {micro} x {train.micro_batch} per {each}; "
+        f"windows of {size}, {micro} x {train.micro_batch} per {each}; "
         f"{_short(job.total_steps * job.tokens_per_step)} {unit} in total",
         job.exactness.sentence,
     ]

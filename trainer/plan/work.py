@@ -80,7 +80,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     config = job.model
     if not isinstance(config, ModelConfig):
         return None
-    length, micro = job.train.sequence_length, job.train.micro_batch
+    length, micro = job.train.sequence_length, job.rows_at_once
     tokens, size = micro * length, BYTES[job.precision.kind]
     how = config.activation_checkpointing
     # Selective checkpointing makes attention again only with dropout, and all that is cheap.

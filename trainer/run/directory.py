@@ -6,6 +6,7 @@
       metrics.jsonl  events.jsonl   links to the newest attempt's, for people; not read here
       mirror.json                   what is copied elsewhere, see checkpoint/mirror.py
       imported.json                 of imported weights: the other files that came with them
+      references.json               of preferences, see run/references.py
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
@@ -64,6 +65,7 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.mirror = self.path / "mirror.json"
         self.imported = self.path / "imported.json"
+        self.references = self.path / "references.json"
 
     @property
     def metrics(self) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 
 from forescale.config.target import make
 from forescale.config.train import TrainJob
-from forescale.data.dataset import Sources
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.feed import Feed
 from forescale.data.mixture import Interval, Mixture, MixtureStage
 from forescale.data.objective import (
@@ -25,6 +25,8 @@ from forescale.data.objective import (
 from forescale.data.objectives.conversation_table import ConversationKind
 from forescale.data.objectives.pair_table import PairBins, PairKind, separator_id, shown_separator
 from forescale.data.objectives.pairs import Pairs
+from forescale.data.objectives.preference_table import PreferenceKind
+from forescale.data.objectives.preferences import Preferences
 from forescale.data.objectives.responses import Responses
 from forescale.data.order import Order
 from forescale.data.packing_table import Bins, open_bins
@@ -37,12 +39,17 @@ _MANY_EPOCHS = 4  # up to here repeated data is nearly as good as new (Muennigho
 
 
 def feed_of(
-    job: TrainJob, sources: Sources, skipped: Sequence[Interval] = (), cache: Path | None = None
+    job: TrainJob,
+    sources: Sources,
+    skipped: Sequence[Interval] = (),
+    cache: Path | None = None,
+    references: Mapping[str, np.ndarray] | None = None,
 ) -> Feed:
     """Return the training feed of a settled job.
 
-    cache: where tables of pairs are kept, if not in the job's. Raises UserError if a source has no
-    window, or the run would read it more often than data.max_epochs allows.
+    cache: where tables of pairs are kept, if not in the job's; references: see Feed. Raises
+    UserError if a source has no window, or the run would read it more often than data.max_epochs
+    allows.
     """
     is_packed = job.data.packing == "best_fit"
     bins = _bins(job, sources) if is_packed else whole_rows_of(job, sources, "train", cache)
@@ -59,6 +66,7 @@ def feed_of(
         documents=job.data.document_mask,
         bins=bins,
         objective=objective,
+        references=references,
         seed=job.train.seed,
     )
 
@@ -109,7 +117,7 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
     if job.precision.fp8 != "none":
         tensor, sequence = job.engine.tensor_parallel, job.engine.sequence_parallel
         refused = sizes_refused(model, tensor)
-        refused += rows_refused(model, job.train.micro_batch, length, sequence)
+        refused += rows_refused(model, job.rows_at_once, length, sequence)
         for what, todo in refused:
             raise UserError(f"precision.fp8={job.precision.fp8}", what, todo)
     return model
@@ -120,7 +128,7 @@ def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:
     return feed.mixture.epochs(job.total_steps * job.train.global_batch)
 
 
-def targets_of_a_row(job: TrainJob, feed: Feed) -> float:
+def targets_of_a_window(job: TrainJob, feed: Feed) -> float:
     """Return the mean number of targets of the run's windows."""
     windows = job.total_steps * job.train.global_batch
     if feed.are_whole:
@@ -158,14 +166,15 @@ def row_tokens(feed: Feed) -> dict[str, int]:
 def whole_rows_of(
     job: TrainJob, sources: Sources, split: str, cache: Path | None = None
 ) -> dict[str, Bins]:
-    """Return the pairs or conversations of a split of each source; none if the job reads windows.
-    Tables that are missing from the cache are made. Raises UserError if there is nothing to train
-    on."""
+    """Return the whole rows of a split of each source, such as pairs; none if the job reads
+    windows. Tables that are missing from the cache are made. Raises UserError if there is nothing
+    to train on."""
     if (kind := row_kind(job, sources)) is None:
         return {}
     cache, found = cache or job.data.cache_directory, dict[str, Bins]()
     for name, part in sources.split(split).items():
         dataset = sources.datasets[name]
+        _check_examples(job, dataset)
         with shown() as progress:
             found[name] = kind.open(part, dataset.identity, cache, progress)
         if split == "train":
@@ -173,11 +182,24 @@ def whole_rows_of(
     return found
 
 
-def row_kind(job: TrainJob, sources: Sources) -> PairKind | ConversationKind | None:
+def _check_examples(job: TrainJob, dataset: Dataset) -> None:
+    """Raise UserError if a dataset of finetune's is one of examples for another objective."""
+    wanted = {"responses": "examples", "preferences": "preferences"}.get(job.objective.kind)
+    found = (dataset.manifest.get("build") or {}).get("source", {}).get("kind")
+    if wanted and found != wanted and (found in ("examples", "preferences")):
+        what = f"holds {found}, which objective.kind={job.objective.kind} doesn't read"
+        raise UserError(dataset.where, what, "give other data, or another objective.kind")
+
+
+def row_kind(
+    job: TrainJob, sources: Sources
+) -> PairKind | ConversationKind | PreferenceKind | None:
     """Return what a whole row of a job is; None if it reads windows, which is decided here alone:
     all others ask for its tables. Raises UserError if the tokenizer of its data has no such
     separator."""
     objective = objective_of(job, sources.vocab_size)
+    if isinstance(objective, Preferences):
+        return PreferenceKind(job.train.sequence_length)
     if isinstance(objective, Responses):
         return ConversationKind(job.train.sequence_length)
     if not isinstance(objective, Pairs):

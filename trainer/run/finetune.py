@@ -24,6 +24,7 @@ from forescale.data.conversations.template import PLAIN, ChatTemplate
 from forescale.data.dataset import Dataset
 from forescale.data.tokenizer import Vocabulary
 from forescale.errors import UserError
+from forescale.models.config import ModelConfig
 from forescale.run.directory import Run
 from forescale.storage import read_json
 
@@ -32,19 +33,32 @@ from forescale.storage import read_json
 # batch, warm-up and cosine are ours too; and, for imported weights, which have no peak and no batch
 # of their own here, its AdamW, without weight decay.
 RATE, EPOCHS, BATCH, WARMUP = 1 / 15, 3.0, 128, Duration(3, "percent")
+# Of preferences: Zephyr 7B (Tunstall et al. 2023, arXiv 2310.16944) learned them by DPO with 5e-7,
+# after fine-tuning with 2e-5: a fortieth. Its one epoch, warm-up and optimizer are ours too (the
+# recipe dpo/config_full.yaml of github.com/huggingface/alignment-handbook); the batch is that of
+# Rafailov et al. 2023 (arXiv 2305.18290, appendix B), and no dropout, as in TRL's DPOTrainer: it
+# would differ between the model and its reference.
+LATER_RATE, LATER_EPOCHS, LATER_BATCH, LATER_WARMUP = 1 / 40, 1.0, 64, Duration(10, "percent")
 IMPORTED = OptimizerConfig("adamw", learning_rate=2e-5, beta2=0.999, weight_decay=0.0)
 
 _OPEN = 10**9  # steps of a run before its examples are counted: no key may be beyond them yet
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
-def first_config(origin: TrainJob, is_import: bool) -> dict[str, Any]:
+def first_config(
+    origin: TrainJob, is_import: bool, are_preferences: bool = False
+) -> dict[str, Any]:
     """Return the config that a run begins with, as plain values. Its length and its data follow
     from the examples (`with_examples`). is_import: of imported weights the config says nothing of
     how they were trained."""
     batch, each = origin.train.global_batch, origin.train.micro_batch
-    if is_import or batch > BATCH:
-        batch, each = BATCH, math.gcd(BATCH, each)
+    most = LATER_BATCH if are_preferences else BATCH
+    if is_import or batch > most:
+        batch, each = most, math.gcd(most, each)
+    model = origin.model
+    if are_preferences:  # of which each is two rows
+        each = each // 2 if each % 2 == 0 else each
+        model = replace(model, dropout=0.0) if isinstance(model, ModelConfig) else model
     return plain(
         replace(
             origin,
@@ -55,9 +69,10 @@ def first_config(origin: TrainJob, is_import: bool) -> dict[str, Any]:
             data=DataConfig(
                 cache=origin.data.cache, workers=origin.data.workers, damaged=origin.data.damaged
             ),
-            objective=ObjectiveConfig("responses"),
-            optimizer=IMPORTED if is_import else _slower(origin.optimizer),
-            schedule=ScheduleConfig("cosine", WARMUP),
+            model=model,
+            objective=ObjectiveConfig("preferences" if are_preferences else "responses"),
+            optimizer=_optimizer(origin, is_import, are_preferences),
+            schedule=ScheduleConfig("cosine", LATER_WARMUP if are_preferences else WARMUP),
             launch=LaunchConfig(),
             profile=ProfileConfig(),
             checkpoint=replace(origin.checkpoint, at=[]),
@@ -68,12 +83,24 @@ def first_config(origin: TrainJob, is_import: bool) -> dict[str, Any]:
     )
 
 
-def _slower(old: OptimizerConfig) -> OptimizerConfig:
+def default_epochs(are_preferences: bool) -> float:
+    """Return how often examples are read where nothing is typed."""
+    return LATER_EPOCHS if are_preferences else EPOCHS
+
+
+def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> OptimizerConfig:
+    """Return the optimizer of a new run; preferences come after a fine-tuning, whose rate is what
+    they have a part of."""
+    factor = 1.0 if is_import else RATE
+    if are_preferences:
+        before = {"responses": 1.0, "preferences": 1 / LATER_RATE}
+        factor = before.get(origin.objective.kind, factor) * LATER_RATE
+    old = IMPORTED if is_import else origin.optimizer
     adam = old.adam_learning_rate
     return replace(
         old,
-        learning_rate=_rounded(old.learning_rate * RATE),
-        adam_learning_rate=None if adam is None else _rounded(adam * RATE),
+        learning_rate=_rounded(old.learning_rate * factor),
+        adam_learning_rate=None if adam is None else _rounded(adam * factor),
     )
 
 

@@ -246,6 +246,8 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
             write_file(new.tokenizer, sources.first.tokenizer_json)
             if (origin := origin_of(job)) is not None and origin.imported.is_file():
                 write_file(new.imported, origin.imported.read_bytes())  # `export` reads it
+            if origin is not None and job.objective.are_preferences and _goes_on(job, origin):
+                write_file(new.references, origin.references.read_bytes())
             write_checked_json(new.identity, identity)
             write_file(new.config, frozen_file(job))
     except OSError as e:
@@ -254,6 +256,11 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
         what = "another command has made this run at the same moment, and trains it"
         todo = "give the same command again to resume it later, or choose another run.name"
         raise UserError(str(run.path), what, todo) from None
+
+
+def _goes_on(job: TrainJob, origin: Run) -> bool:
+    """True if a run of preferences goes on from another one, and so with its reference."""
+    return job.run.origin.what != "weights" and origin.references.is_file()
 
 
 def _of_data(sources: Sources) -> dict[str, Any]:

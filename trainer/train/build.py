@@ -5,14 +5,14 @@ Invariant: nothing here trains or decides; each attempt gets parts of its own.
 
 import socket
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
@@ -23,7 +23,7 @@ from forescale.data.dataset import Sources
 from forescale.data.feed import Feed, LostMember
 from forescale.data.objective import Objective, window_length
 from forescale.data.packing_table import Bins
-from forescale.data.stream import Batch, StepShare, stream
+from forescale.data.stream import Batch, MicroBatch, StepShare, stream, validation_windows
 from forescale.engine.build import device_name, peak_flops
 from forescale.engine.selfcheck import SelfCheck
 from forescale.engine.state import num_parameters
@@ -32,16 +32,20 @@ from forescale.engine.trackers import open_trackers
 from forescale.resilience.injector import Injector
 from forescale.resilience.phases import PhaseTimer
 from forescale.run.directory import Attempt, Run
-from forescale.run.feed import feed_of, left_out, objective_of, targets_of_a_row, whole_rows_of
+from forescale.run.feed import feed_of, left_out, objective_of, targets_of_a_window, whole_rows_of
 from forescale.run.forecast import PredictionInterval
 from forescale.run.identity import complete
+from forescale.run.references import References
 from forescale.run.scores import is_evaluated
 from forescale.train.callbacks import Callback, Checkpoints, Every, Own, Validation
-from forescale.train.evaluate import Score, evaluate, pooled
+from forescale.train.evaluate import Score, Scored, evaluate, pooled
 from forescale.train.guard import Guard, StepGuard
 from forescale.train.metrics import Metrics, Prices, ProgressLine
 from forescale.train.model import prices_of
+from forescale.train.preferences import PreferenceScore, evaluate_preferences, pooled_preferences
 from forescale.train.resume import ResumePoint
+
+S = TypeVar("S")
 
 
 @dataclass
@@ -80,6 +84,7 @@ class Builder:
     numerics: dict[str, Any]
     injector: Injector | None
     prediction: PredictionInterval | None
+    references: References | None = None  # of preferences
 
     @cached_property
     def objective(self) -> Objective:
@@ -97,7 +102,8 @@ class Builder:
     def parts(self, attempt: Attempt, point: ResumePoint) -> Parts:
         """Return the parts of an attempt that begins at `point`. Every rank calls it."""
         ranks, began = self.engine.world, point.position.step
-        feed = feed_of(self.job, self.sources, point.position.skipped)
+        given = self.references.values["train"] if self.references else None
+        feed = feed_of(self.job, self.sources, point.position.skipped, references=given)
         rollbacks = ranks.from_main(self.run.rollbacks, self.run.path)
         tables = dict(zip(feed.names, feed.bins or (), strict=False))
         for name, sentence in left_out(feed).items() if ranks.is_main else ():
@@ -179,13 +185,16 @@ class Builder:
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
         prices = prices_of(job, self.model)
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
-            each = job.train.sequence_length / targets_of_a_row(job, feed)
+            columns = job.train.sequence_length * job.objective.spec.rows
+            each = columns / targets_of_a_window(job, feed)
             prices = {convention: each * flops for convention, flops in prices.items()}
         return Metrics(
             attempt,
             Prices(**prices, peak=peak * world.size),
             {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups},
-            ProgressLine(self._every(job.logging.every), total, position.step, main),
+            ProgressLine(
+                self._every(job.logging.every), total, position.step, main, job.objective.counted
+            ),
             trackers,
             _memory_of(world.device),
             main,
@@ -221,9 +230,12 @@ class Builder:
             **({"midway": self.injector.writing} if self.injector else {}),
         )
 
-    def _score(self, complete: bool) -> dict[str, Score]:
+    def _score(self, complete: bool) -> Mapping[str, Scored]:
         """Scores of the held-out split of each source of a mixture, and of all together."""
-        job, world, scores = self.job, self.engine.world, {}
+        job, world = self.job, self.engine.world
+        if self.references is not None:
+            return self._preference_scores(None if complete else job.validation.windows)
+        scores: dict[str, Score] = {}
         for name, split in self.sources.split("validation").items():
             scores[name] = evaluate(
                 self.engine.losses,
@@ -238,8 +250,35 @@ class Builder:
                 ranks=world.data,
                 mark=self.phases.mark,
             )
-        together = pooled(list(scores.values()))
-        return {**(scores if len(scores) > 1 else {}), "validation": together}
+        return with_pooled(scores, pooled)
+
+    def _preference_scores(self, windows: int | None) -> Mapping[str, PreferenceScore]:
+        assert self.references is not None
+        ranks, found = self.engine.world.data, {}
+        for name, split in self.sources.split("validation").items():
+            micros = validation_windows(
+                split,
+                self._window_length,
+                self.job.train.micro_batch,
+                ranks.rank,
+                ranks.size,
+                windows,
+                objective=self.objective,
+                bins=self._held_out_rows[name],
+                references=self.references.values["validation"][name],
+            )
+            found[name] = evaluate_preferences(self._nats, micros, self.job.objective.beta, ranks)
+        return with_pooled(found, pooled_preferences)
+
+    def _nats(self, micro: MicroBatch) -> Tensor:
+        self.phases.mark("evaluation")
+        return self.engine.losses(micro)
+
+
+def with_pooled(scores: dict[str, S], pooled: Callable[[list[S]], S]) -> dict[str, S]:
+    """Return the scores of the sources of a mixture, and of all together as "validation"."""
+    together = pooled(list(scores.values()))
+    return {**(scores if len(scores) > 1 else {}), "validation": together}
 
 
 def _memory_of(device: torch.device) -> Callable[[], int]:

@@ -13,7 +13,7 @@ A callback of the user's own is any class with one method, named in the config b
 Invariant: a callback decides from the step and its summary alone, so every rank decides alike.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from forescale.config.duration import Duration
 from forescale.engine.step import Engine, Facts
 from forescale.engine.world import StepSummary
 from forescale.run.directory import Attempt, Run
-from forescale.train.evaluate import Score
+from forescale.train.evaluate import Scored
 from forescale.train.guard import HEALTHY, Anomaly, Decision, Halt, Rollback
 
 
@@ -129,8 +129,8 @@ class Validation(Callback):
     def __init__(
         self,
         due: Every,
-        score: Callable[[bool], dict[str, Score]],
-        log: Callable[[Position, dict[str, Score]], None],
+        score: Callable[[bool], Mapping[str, Scored]],
+        log: Callable[[Position, Mapping[str, Scored]], None],
     ):
         self._due, self._score, self._log = due, score, log
 

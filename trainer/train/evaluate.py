@@ -8,6 +8,7 @@ but a shard's first is a target.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,20 @@ from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
 from forescale.data.packing_table import Bins
 from forescale.data.stream import MicroBatch, validation_windows
 from forescale.engine.ranks import ALONE, Ranks
+
+
+class Scored(Protocol):
+    """A score as it is logged: of a text, or of preferences (train/preferences.py)."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def windows(self) -> int: ...
+
+    def row(self) -> dict[str, Any]: ...
+
+    def text(self, of: str = "") -> str: ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,17 @@ class Score:
     targets: int
     bytes: int
     windows: int
+
+    def row(self) -> dict[str, Any]:
+        """Return it as the fields of a row of metrics."""
+        return vars(self)
+
+    def text(self, of: str = "") -> str:
+        """Return it as a part of a sentence. of: of what targets, if not of tokens."""
+        return (
+            f"loss {self.loss:.4f} ± {self.loss_stderr:.4f}, {self.bits_per_byte:.4f} bits per byte"
+            f"{of} over {self.windows:,} windows"
+        )
 
     @property
     def perplexity(self) -> float:

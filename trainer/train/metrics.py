@@ -6,7 +6,7 @@ Invariant: metrics.jsonl holds one `train` row per step, with all digits, whatev
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from forescale.resilience.phases import training_seconds
 from forescale.run.directory import Attempt
 from forescale.run.forecast import PredictionInterval, describe
 from forescale.train.callbacks import Callback, Every, Step
-from forescale.train.evaluate import Score
+from forescale.train.evaluate import Scored
 
 
 class Tracker(Protocol):
@@ -131,14 +131,14 @@ class Metrics(Callback):
                     f"windows replace its own from step {step.position.step:,} on."
                 )
 
-    def scored(self, position: Position, scores: dict[str, Score]) -> None:
+    def scored(self, position: Position, scores: Mapping[str, Scored]) -> None:
         """Log the scores of held-out splits by their names; "validation" is all of them pooled."""
         for dataset, score in scores.items() if self.is_main else ():
             self._scored(position, dataset, score)
             if dataset == "validation" and position.step == self.line.total:
                 self._compare_with_forecast(position, score)
 
-    def _compare_with_forecast(self, position: Position, score: Score) -> None:
+    def _compare_with_forecast(self, position: Position, score: Scored) -> None:
         """Compare the final validation loss with the forecast; earlier losses have none."""
         if self.prediction is None or not score.windows:
             return
@@ -151,7 +151,7 @@ class Metrics(Callback):
             path = self.prediction.forecast
             self.line.print(f"Warning: the loss is outside the prediction interval of {path}.")
 
-    def _scored(self, position: Position, dataset: str, score: Score) -> None:
+    def _scored(self, position: Position, dataset: str, score: Scored) -> None:
         if not score.windows:
             self.attempt.event("nothing_to_validate", step=position.step, dataset=dataset)
             self.line.print(f"No validation loss: {dataset} has no held-out text.")
@@ -162,16 +162,13 @@ class Metrics(Callback):
             "attempt": self.attempt.number,
             "tokens": position.tokens,
             "dataset": dataset,
-            **vars(score),
+            **score.row(),
         }
         of = ""
         if self.targets != "tokens":
             row["scored"], of = self.targets, f" of {self.targets}"
         self.attempt.metrics.add(row)
-        self.line.print(
-            f"step {row['step']:,}: {dataset} loss {score.loss:.4f} ± {score.loss_stderr:.4f}, "
-            f"{score.bits_per_byte:.4f} bits per byte{of} over {score.windows:,} windows"
-        )
+        self.line.print(f"step {row['step']:,}: {dataset} {score.text(of)}")
         self._send(row)
 
     def _send(self, row: dict[str, Any]) -> None:
@@ -198,11 +195,12 @@ class ProgressLine:
     """The progress line: live on a terminal, else printed whenever `due`.
 
     Speed and time left are of the steps alone, the last 50, without evaluation and saving. total:
-    steps of the run; done: steps before this attempt; active: False on ranks that print nothing.
+    steps of the run; done: steps before this attempt; active: False on ranks that print nothing;
+    counted: what targets are, in a word.
     """
 
-    def __init__(self, due: Every, total: int, done: int, active: bool):
-        self.due, self.total = due, total
+    def __init__(self, due: Every, total: int, done: int, active: bool, counted: str = "tokens"):
+        self.due, self.total, self.counted = due, total, counted
         self._recent: deque[float] = deque(maxlen=50)  # seconds of steps
         self._is_first = True  # a step that compiles says nothing of the others
         self._live = None
@@ -234,14 +232,14 @@ class ProgressLine:
             "loss": f"loss {row['loss']:.4f}",
             "lr": f"lr {max(row['learning_rate'].values(), default=0.0):.1e}",
             "norm": f"norm {row['grad_norm']:.3g}",
-            "rate": f"{rate:,.0f} tokens/s",
+            "rate": f"{rate:,.0f} {self.counted}/s",
             "mfu": f"mfu {rate * mfu_per_rate:.1%}",
             "eta": f"eta {eta}",
         }
         shorter = (
             {"mfu": ""},
             {"step": f"step {step}"},
-            {"rate": f"{short(rate)} tokens/s"},
+            {"rate": f"{short(rate)} {self.counted}/s"},
             {"norm": f"norm {row['grad_norm']:.2g}"},
             {"step": step},
             {"loss": f"loss {row['loss']:.3f}"},

@@ -107,7 +107,7 @@ def examine_model(job: TrainJob, vocab_size: int) -> None:
         raise UserError(
             where, f"can't be built ({described(e, named)})", "correct the class"
         ) from e
-    shape = (job.train.micro_batch, job.train.sequence_length)
+    shape = (job.rows_at_once, job.train.sequence_length)
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")
     more = {"documents_BL": ids.int()} if job.data.document_mask else {}
     if not job.objective.spec.continues_text:

@@ -6,6 +6,7 @@ decides, and the others receive it.
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from forescale.engine.optim import learning_rate
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
 from forescale.errors import DONE, INTERRUPTED, UserError
+from forescale.progress import shown, silent
 from forescale.resilience.diagnosis import waiting_places
 from forescale.resilience.injector import injector_of
 from forescale.resilience.launcher import ATTEMPT, StopRequest
@@ -39,6 +41,7 @@ from forescale.train.guard import Anomaly, Halt, Rollback
 from forescale.train.loop import train
 from forescale.train.model import build_model
 from forescale.train.own_code import as_users
+from forescale.train.preferences import Comparison, Reference
 from forescale.train.probe import examine
 from forescale.train.profiler import traced
 from forescale.train.resume import ResumePoint, resume, roll_back
@@ -96,6 +99,8 @@ class Trainer:
     def train(self) -> int:
         """Train to the end, or until a signal requests a stop. Return DONE or INTERRUPTED."""
         self._build()
+        if self.job.objective.are_preferences and not self._has_reference():
+            return INTERRUPTED
         point = self._begin(resume(self.run, self.job, self.engine, self._warn, self.attempt))
         position, total = point.position, self.job.total_steps
         if position.step >= total and not self.builder.lacks_score(point):
@@ -148,6 +153,17 @@ class Trainer:
             self.injector,
             self.prediction,
         )
+
+    def _has_reference(self) -> bool:
+        """Find or compute what preferences are compared with. Return False if a rank was asked to
+        stop before it was."""
+        reference = Reference(self.run, self.job, self.sources, self.engine)
+        main = self.world.is_main
+        with shown() if main else nullcontext(silent) as progress, self.phases("evaluation"):
+            found = reference.find(self.stop_request.__bool__, self.phases.mark, progress)
+        self.builder.references = found
+        self.engine.combine = Comparison(self.job.objective.beta)
+        return found is not None
 
     def _has_weights(self) -> bool:
         """True if `resume` will read the weights from a checkpoint, or raise an error."""

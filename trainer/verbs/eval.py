@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
 from forescale.checkpoint.reader import Checkpoint, Position
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from forescale.abilities.few_shot import Accuracy
     from forescale.inference.lengths import Bucket
     from forescale.train.evaluate import Score
+    from forescale.train.preferences import PreferenceScore
 
 
 JOB = EvalJob
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
 def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     """Print the loss on each dataset, and that by position if a length is given."""
     from forescale.inference.lengths import at_length, edges_of, loss_by_position
-    from forescale.inference.scoring import datasets_of, score_of
+    from forescale.inference.scoring import datasets_of, references_of, score_of
 
     datasets = datasets_of(view, job.data)
     trained = view.config.train.sequence_length
@@ -72,12 +73,15 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
                 micro_batch=job.micro_batch,
                 windows=job.windows,
                 cache=cache,
+                references=references_of(view, dataset, job.split),
                 progress=progress,
             )
         if job.json:
-            facts = {"dataset": dataset.where, "split": job.split, **asdict(found)}
-            more = {"perplexity": found.perplexity, "corpus_hash": dataset.corpus_hash}
-            _print_json(view, checkpoint, facts | more)
+            facts = {"dataset": dataset.where, "split": job.split, **found.row()}
+            if spec.rows == 1:
+                facts["perplexity"] = cast("Score", found).perplexity
+            facts["corpus_hash"] = dataset.corpus_hash
+            _print_json(view, checkpoint, facts)
         else:
             _print(job, view, checkpoint.position, dataset, found)
             if left_out:
@@ -197,19 +201,29 @@ def _print_buckets(buckets: list["Bucket"], length: int, trained: int, scaling: 
 
 
 def _print(
-    job: EvalJob, view: RunView, position: Position, dataset: Dataset, found: "Score"
+    job: EvalJob,
+    view: RunView,
+    position: Position,
+    dataset: Dataset,
+    found: "Score | PreferenceScore",
 ) -> None:
     part = "" if job.windows is None else f", {found.windows:,} windows spread over it"
     objective = view.config.objective
+    head = (
+        f"Run {view.name}, step {position.step:,} ({position.tokens:,} {objective.counted}), in "
+        f"fp32, on the {job.split} split of {dataset.where}{part}\n"
+        f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n"
+    )
+    print(head)
+    if objective.are_preferences:
+        return _print_preferences(cast("PreferenceScore", found), objective.beta)
+    found = cast("Score", found)
     is_other, targets = not view.config.continues_text, objective.spec.targets
     # What a decoder writes of spans has a probability of its own; masked tokens have none together.
     name = "pseudo-perplexity" if objective.spec.sees_both_sides else "perplexity"
     wide = max(len("bits per byte"), len(name), len(targets))
     of = f" of {targets}; not comparable with a causal model's" if is_other else ""
     print(
-        f"Run {view.name}, step {position.step:,} ({position.tokens:,} tokens), in fp32, on the "
-        f"{job.split} split of {dataset.where}{part}\n"
-        f"(corpus hash {dataset.corpus_hash[:16]}{_seen(view, dataset, job.split)}):\n\n"
         f"  {'bits per byte':<{wide}}  {found.bits_per_byte:.4f}{of}\n"
         f"  {'loss':<{wide}}  {found.loss:.4f} ± {found.loss_stderr:.4f} nats a token\n"
         f"  {name:<{wide}}  {found.perplexity:.2f} (only comparable under this tokenizer)\n"
@@ -229,6 +243,21 @@ def _print(
                 else ""
             )
             print(f"  {name:<{widest}}  {bits:.4f}{ratio}")
+
+
+def _print_preferences(found: "PreferenceScore", beta: float) -> None:
+    from forescale.abilities.few_shot import interval_of
+
+    numbers, n = found.numbers, found.windows
+    low, high = interval_of(round(found.accuracy * n), n)
+    print(
+        f"  accuracy     {found.accuracy:.4f} (90 % interval {low:.4f} to {high:.4f}): the chosen "
+        "response has the higher reward\n"
+        f"  margin       {numbers['rewards/margins']:.4f}: chosen {numbers['rewards/chosen']:.4f}, "
+        f"rejected {numbers['rewards/rejected']:.4f}, at beta {beta:g}\n"
+        f"  loss         {found.loss:.4f} ± {found.loss_stderr:.4f} (0.6931 for the reference)\n"
+        f"  preferences  {n:,}"
+    )
 
 
 def _seen(view: RunView, dataset: Dataset, split: str) -> str:

@@ -20,6 +20,7 @@ from forescale.config.schema import ConfigError, Problem, key, plain
 from forescale.config.target import remember
 from forescale.config.train import TrainJob
 from forescale.data.conversations.builder import Request, faults_sentence, prepare_conversations
+from forescale.data.conversations.lines import has_preferences
 from forescale.data.dataset import Dataset
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, open_view
@@ -29,7 +30,9 @@ from forescale.run.directory import Run, is_hf
 from forescale.run.feed import whole_rows_of
 from forescale.run.finetune import (
     EPOCHS,
+    LATER_EPOCHS,
     chat_template,
+    default_epochs,
     first_config,
     vocabulary_of_run,
     with_examples,
@@ -50,9 +53,15 @@ class FinetuneJob(TrainJob):
     file: str | None = key(
         None,
         'the examples, typed as data=FILE.jsonl: lines {"prompt": TEXT, "response": TEXT} or '
-        '{"messages": [{"role": "user", "content": TEXT}, ...]}',
+        '{"messages": [{"role": "user", "content": TEXT}, ...]}, or preferences, lines '
+        '{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}',
     )
-    epochs: float = key(EPOCHS, "how often each example is read, unless train.steps is typed", gt=0)
+    epochs: float | None = key(
+        None,
+        f"how often each example is read, unless train.steps is typed; null: {EPOCHS:g} times, "
+        f"preferences {LATER_EPOCHS:g}",
+        gt=0,
+    )
     held_out: float = key(0.05, "share of the examples that only validation reads", ge=0, le=0.5)
     unusable: Literal["fail", "skip"] = key(
         "fail", "lines that are no examples, or longer than train.sequence_length: name them and "
@@ -86,6 +95,7 @@ EXAMPLES = (
     "finetune first data=chats.jsonl run.name=chat epochs=2 optimizer.learning_rate=1e-4",
     "finetune runs/first/checkpoints/step-00002000 data=questions.jsonl unusable=skip",
     "finetune first data=chats.jsonl template=chatml.jinja prepare_only=true",
+    "finetune first-chats data=preferences.jsonl objective.beta=0.2",
 )
 
 
@@ -95,12 +105,13 @@ def main(arguments: list[str]) -> int:
         todo = "write prepare_only=true without a launcher, then start forescale train NAME with it"
         raise UserError("finetune", "was started as a rank", todo)
     words, view = _named(arguments)
-    job = compose(FinetuneJob, words, find=lambda directory: _found(directory, view))
+    job = compose(FinetuneJob, words, find=lambda directory: _found(directory, view, words))
     is_new = not Run(job.run.directory).config.exists()
     dataset = _dataset(job, view)
     has_length = any(word.startswith(("train.steps=", "train.tokens=")) for word in words)
     is_settled = has_length or not (is_new or any(word.startswith("epochs=") for word in words))
-    ready = with_examples(job.training, dataset, None if is_settled else job.epochs)
+    epochs = job.epochs or default_epochs(job.objective.are_preferences)
+    ready = with_examples(job.training, dataset, None if is_settled else epochs)
     processes = job.launch.processes or launcher.default_processes()
     if problems := ready.problems(world_size=processes):
         raise ConfigError(Problem(*p) for p in problems)
@@ -140,12 +151,15 @@ def _typed(words: list[str], name: str) -> str | None:
     return found[-1].strip("'\"") if found else None
 
 
-def _found(directory: Path, view: RunView) -> dict[str, Any]:
-    """Return the config over which the command is laid: of the run itself if it exists."""
+def _found(directory: Path, view: RunView, words: list[str]) -> dict[str, Any]:
+    """Return the config over which the command is laid: of the run itself if it exists. Whether
+    examples are preferences their file says, unless the objective is typed."""
     run = Run(directory)
     if run.config.exists():
         return plain(thaw(TrainJob, run.config, trust=True))
-    return first_config(view.config, view.run.is_import)
+    kind, file = _typed(words, "objective.kind"), _typed(words, "file")
+    are_preferences = kind == "preferences" if kind else bool(file and has_preferences(file))
+    return first_config(view.config, view.run.is_import, are_preferences)
 
 
 def _dataset(job: FinetuneJob, view: RunView) -> Dataset:
@@ -158,6 +172,7 @@ def _dataset(job: FinetuneJob, view: RunView) -> Dataset:
         most=job.train.sequence_length + 1,
         held_out=job.held_out,
         unusable=job.unusable,
+        are_preferences=job.objective.are_preferences,
     )
     with shown() as progress:
         return prepare_conversations(job.file or "", job.data.cache_directory, request, progress)

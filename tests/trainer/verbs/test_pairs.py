@@ -13,7 +13,7 @@ from forescale import open_dataset, open_run
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.run import data_use
-from forescale.run.feed import feed_of, targets_of_a_row
+from forescale.run.feed import feed_of, targets_of_a_window
 from forescale.run.start import open_sources, settle
 from tests.reversed_words import KIND, NO_PAIRS, make_pairs
 from tests.trainer.data.small_dataset import write_dataset
@@ -144,7 +144,7 @@ def test_each_pair_of_a_mixture_is_read_as_often(data, tmp_path):
 def test_flops_of_the_rows_are_those_of_whole_rows(run, data):
     """Their price is of a target, of which rows have few."""
     feed = feed_of(open_run(run.path).config, open_sources(open_run(run.path).config.data))
-    mean = targets_of_a_row(open_run(run.path).config, feed)
+    mean = targets_of_a_window(open_run(run.path).config, feed)
     windows = STEPS * BATCH
     assert mean * windows == pytest.approx(feed.targets([(0, windows)]).sum())
     assert 1 < mean < 8

@@ -27,6 +27,7 @@ class ObjectiveSpec:
     targets: what a target is, in words for people.
     shortest: the fewest columns of a row with a target.
     whole: whether rows are whole documents, which a table finds, and no windows.
+    rows: how many rows a window becomes.
     settings: the keys of this section that are arguments of its class, with their names there.
     """
 
@@ -37,6 +38,7 @@ class ObjectiveSpec:
     targets: str = "tokens"
     shortest: int = 1
     whole: bool = False
+    rows: int = 1
     settings: tuple[tuple[str, str], ...] = ()
 
 
@@ -83,6 +85,13 @@ OBJECTIVES = {
         targets="tokens of responses",
         whole=True,
     ),
+    "preferences": ObjectiveSpec(
+        "forescale.data.objectives.preferences.Preferences",
+        targets="preferences",
+        whole=True,
+        rows=2,
+        settings=(("beta", "beta"),),
+    ),
 }
 
 
@@ -107,12 +116,22 @@ class ObjectiveConfig:
     pairs_source: int | None = key(
         None, "pairs: columns of the source; null: half of train.sequence_length", ge=1
     )
+    beta: float = key(
+        0.1,
+        "preferences: how much a change of a response's log-probability from that of the "
+        "reference counts",
+        gt=0,
+    )
     target: str | None = key(
         None,
         "own: your class, such as mypackage.MyObjective (see data/objective.py)",
         name="_target_",
     )
     arguments: dict[str, Any] = key({}, "own: keyword arguments of your class")
+
+    @property
+    def are_preferences(self) -> bool:
+        return self.kind == "preferences"
 
     @property
     def is_next_token(self) -> bool:
@@ -128,6 +147,11 @@ class ObjectiveConfig:
         """What train.sequence_length counts, in a word: the columns of a row of its own,
         of which padding may be some, are no tokens of the data."""
         return "columns" if self.spec.source or self.spec.whole else "tokens"
+
+    @property
+    def counted(self) -> str:
+        """What rows of metrics count as `tokens`, in a word."""
+        return "preferences" if self.are_preferences else "tokens"
 
     @property
     def made_with(self) -> TargetConfig:

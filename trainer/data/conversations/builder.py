@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from forescale.data.conversations.lines import Example, Reader
+from forescale.data.conversations.lines import FORMS, Example, Reader
+from forescale.data.conversations.preferences import FORMS as PREFERENCES
 from forescale.data.conversations.template import ChatTemplate
 from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER, Dataset
 from forescale.data.prepare.selection import SPLITS
@@ -35,14 +36,20 @@ _NAMED = 5  # lines that a message names for each reason
 @dataclass(frozen=True)
 class Request:
     """What decides a dataset beside its file. most: tokens of the longest example; held_out: share
-    of the examples, chosen by the hash of their text, so that equal ones are in one split;
-    unusable: fail, or skip a line that is no example."""
+    of the examples, chosen by the hash of their text, so that equal ones are in one split, or of
+    their prompt, of preferences; unusable: fail, or skip a line that is no example."""
 
     vocabulary: Vocabulary
     template: ChatTemplate
     most: int
     held_out: float
     unusable: str
+    are_preferences: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the manifest calls the examples."""
+        return "preferences" if self.are_preferences else "examples"
 
 
 def prepare_conversations(
@@ -84,7 +91,7 @@ def faults_sentence(report: dict[str, Any]) -> str | None:
 def _described(path: str, request: Request) -> dict[str, Any]:
     file = Path(path)
     return {
-        "source": {"kind": "examples", "name": file.name, "sha256": hash_file(file).sha256},
+        "source": {"kind": request.kind, "name": file.name, "sha256": hash_file(file).sha256},
         "recipe": _RECIPE,
         "tokenizer": hashlib.sha256(request.vocabulary.raw).hexdigest(),
         "end_of_text": request.vocabulary.end,
@@ -100,7 +107,13 @@ def _build(
     path: str, output: Path, request: Request, described: dict[str, Any], progress: Progress
 ) -> None:
     vocabulary, faults = request.vocabulary, ReadingReport()
-    reader = Reader(vocabulary.load(), request.template, vocabulary.end, request.most)
+    reader = Reader(
+        vocabulary.load(),
+        request.template,
+        vocabulary.end,
+        request.most,
+        request.are_preferences,
+    )
     examples: list[Example] = []
     for example in reader.examples(path, faults):
         examples.append(example._replace(ids=example.ids.astype(vocabulary.dtype)))
@@ -112,7 +125,8 @@ def _build(
         todo = "correct them, or leave them out with unusable=skip"
         raise UserError(path, sentence, todo if examples else "correct them")
     if not examples:
-        raise UserError(path, "holds no example", 'write lines {"prompt": ..., "response": ...}')
+        forms = PREFERENCES if request.are_preferences else FORMS
+        raise UserError(path, "holds no example", f"write lines {forms}")
     parts = dict(zip(SPLITS, _divided(examples, request.held_out), strict=True))
     with staged(output) as stage:
         _write(stage, parts, vocabulary, described, left_out)

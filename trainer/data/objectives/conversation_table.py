@@ -12,7 +12,7 @@ each document is in it once, or counted once as left out.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class ConversationBins(Bins):
         reasons = [f"{facts[name]:,} {words}" for name, words in LEFT_OUT.items() if facts[name]]
         if not reasons:
             return None
-        found = f"{facts['documents'] - kept:,} of {facts['documents']:,} conversations are left "
+        found = f"{facts['documents'] - kept:,} of {facts['documents']:,} {self.unit}s are left "
         found += f"out: {', '.join(reasons)}"
         return found + (f" (the longest has {facts['longest']:,} tokens)" * bool(facts["too_long"]))
 
@@ -90,19 +90,21 @@ class ConversationKind(NamedTuple):
         path = self.path(split, identity, cache)
         made = {"version": _VERSION, "identity": identity, "split": split.name, **self._asdict()}
         if not path.exists():
-            scan = _Scan(split, self.sequence_length + 1, progress)
+            scan = Scan(split, self.sequence_length + 1, progress)
             write_tables(path, made, scan.tables(), lambda: scan.facts)
         return ConversationBins(path, made, self.sequence_length)
 
 
-class _Scan:
-    """One pass over a split; facts are whole after the last table."""
+class Scan:
+    """One pass over a split; facts are whole after the last table. most: tokens of a row."""
+
+    unit: ClassVar[str] = "conversations"
 
     def __init__(self, split: Split, most: int, progress: Progress):
         self._split, self._most, self._progress = split, most, progress
         self.facts = dict.fromkeys(("documents", "row_tokens", "longest", *LEFT_OUT), 0)
 
-    def tables(self) -> Iterator[ConversationTable]:
+    def tables(self) -> Iterator[Packing]:
         """Yield the table of each shard."""
         done, total = 0, sum(self._split.shard_tokens)
         goes_on = False
@@ -115,7 +117,7 @@ class _Scan:
             ends = self._split.document_ends(shard, 0, tokens).tolist()
             runs: list[np.ndarray] = []
             for first, end in zip([0, *ends], ends, strict=False):
-                runs += self._conversation(first, learned[first:end], divided=goes_on)
+                runs += self._runs(first, learned[first:end], divided=goes_on)
                 goes_on = False
             goes_on = bool(tokens) and (not ends or ends[-1] < tokens)
             self.facts["documents"] += goes_on
@@ -123,11 +125,11 @@ class _Scan:
             offsets = np.cumsum([0, *(len(run) - 1 for run in runs)])
             starts = np.concatenate([np.empty(0, np.int64), *(run[:-1] for run in runs)])
             lengths = np.concatenate([np.empty(0, np.int64), *map(np.diff, runs)])
-            yield ConversationTable(self._most - 1, offsets, starts, lengths.astype(np.int32))
+            yield self._table(offsets, starts, lengths.astype(np.int32))
             done += tokens
-            self._progress("find conversations", done, total, "tokens")
+            self._progress(f"find {self.unit}", done, total, "tokens")
 
-    def _conversation(self, first: int, learned: np.ndarray, divided: bool) -> list[np.ndarray]:
+    def _runs(self, first: int, learned: np.ndarray, divided: bool) -> list[np.ndarray]:
         """Return the edges of a document's runs, its end included, counted in the shard; nothing if
         it is left out."""
         learned = learned.copy()
@@ -135,13 +137,20 @@ class _Scan:
         edges = np.flatnonzero(learned[1:] != learned[:-1]) + 1
         if len(edges) % 2:  # the last run is learned, to the document's end
             edges = np.append(edges, len(learned))
-        size = int(edges[-1]) if len(edges) else 0
+        sizes = self._sizes(edges)
         self.facts["documents"] += not divided
-        self.facts["longest"] = max(self.facts["longest"], size)
+        self.facts["longest"] = max(self.facts["longest"], *sizes, 0)
         if divided:
             return []  # counted in the shard where it begins
-        if not size or size > self._most:
-            self.facts["too_long" if size else "without_response"] += 1
+        if not sizes or max(sizes) > self._most:
+            self.facts["too_long" if sizes else "without_response"] += 1
             return []
-        self.facts["row_tokens"] += size
+        self.facts["row_tokens"] += sum(sizes)
         return [first + np.append(0, edges)]
+
+    def _sizes(self, edges: np.ndarray) -> list[int]:
+        """Return the tokens of each row that a document becomes; none if it becomes none."""
+        return [int(edges[-1])] if len(edges) else []
+
+    def _table(self, *arrays: np.ndarray) -> Packing:
+        return ConversationTable(self._most - 1, *arrays)

@@ -121,6 +121,7 @@ class PairBins(Bins):
     the pairs and those that are too long."""
 
     unit = "pair"
+    edges = 1
 
     def __init__(self, path: Path, made: dict[str, Any], kind: PairKind):
         self.kind = kind

@@ -59,13 +59,14 @@ def _reached(s: Status) -> dict[str, Cell]:
         error = scored.get("loss_stderr")
         held = number(scored["loss"]) + (f" ± {error:.2g}" if error else "")
     mfu, rate = last.get("mfu"), s.tokens_per_second
+    bits = scored.get("bits_per_byte") if scored else None  # preferences have none
     return {
         "state": s.state,
         "step": Markup("{} of {}").format(_whole(s.step), _whole(s.job.total_steps)),
         "tokens": _whole(s.tokens),
         "training loss": number(last["loss"]) if last else missing,
         "held-out loss": held,
-        "bits per byte": number(scored["bits_per_byte"]) if scored else missing,
+        "bits per byte": number(bits) if bits is not None else missing,
         "tokens/s": _whole(round(rate)) if rate else missing,
         "MFU": percent(mfu, 1) if mfu else missing,
         "ETTR": number(goodput.ettr, 3) if goodput.wall else missing,

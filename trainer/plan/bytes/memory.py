@@ -283,7 +283,7 @@ def memory(
     if isinstance(job.model, ModelConfig):
         found = activations(
             job.model,
-            job.train.micro_batch,
+            job.rows_at_once,
             job.train.sequence_length,
             BYTES[job.precision.kind],
             masked=job.data.document_mask or not job.objective.spec.continues_text,

@@ -1,0 +1,130 @@
+"""`finetune` with preferences: the run that it makes, and one that is trained, scored, gone on with
+and branched, on one rank in this process."""
+
+import json
+import math
+
+import pytest
+
+from forescale import open_run
+from forescale.run.finetune import first_config
+from forescale.run.references import read_references
+from tests.preferences import preferences
+from tests.questions import rows, write_rows
+from tests.trainer.small_run import make_dataset, make_run
+
+SMALL = ("model.num_layers=1", "model.width=32", "model.num_heads=2", "train.sequence_length=128")
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("origin")
+    return make_run(make_dataset(folder / "data"), folder / "runs", "small", *SMALL)
+
+
+@pytest.fixture
+def make(origin, tmp_path, forescale):
+    file = write_rows(tmp_path / "sums.jsonl", preferences())
+
+    def run(*words, start=origin.path):
+        more = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}")
+        return forescale("finetune", start, *more, "prepare_only=true", *words)
+
+    return run
+
+
+def test_the_lines_say_that_they_are_preferences_and_the_run_has_their_defaults(
+    make, origin, tmp_path
+):
+    code, out, _ = make()
+    assert code == 0
+    assert "with 57 examples; 3 are held out" in out
+    made, old = open_run(tmp_path / "small-sums").config, open_run(origin.path).config
+    assert (made.objective.kind, made.objective.beta) == ("preferences", 0.1)
+    assert made.total_steps == math.ceil(57 / old.train.global_batch), "one epoch"
+    rate = old.optimizer.learning_rate / 15 / 40
+    assert made.optimizer.learning_rate == pytest.approx(rate, rel=0.01)
+
+
+def test_after_a_fine_tuning_the_rate_is_a_fortieth_of_its_own(origin):
+    config = open_run(origin.path).config
+    config.objective.kind = "responses"
+    rate = config.optimizer.learning_rate
+    found = first_config(config, is_import=False, are_preferences=True)
+    assert found["optimizer"]["learning_rate"] == pytest.approx(rate / 40, rel=0.01)
+    found = first_config(config, is_import=True, are_preferences=True)
+    assert found["optimizer"]["learning_rate"] == 5e-7
+    assert found["train"]["global_batch"] == 64
+
+
+def test_two_rows_a_preference_are_planned(make, tmp_path, forescale):
+    make("run.name=planned", "train.micro_batch=2", "train.global_batch=4")
+    code, out, _ = forescale("plan", tmp_path / "planned")
+    assert code == 0
+    assert "15 steps of 1,024 columns: 4 windows of 2 x 128, 2 x 2 per rank" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["objective.kind=responses"], "60 that are not {"),
+        (["objective.beta=0"], "objective.beta"),
+        (["model.mtp_layers=1"], "would learn the rejected responses"),
+        (["engine.sequence_parallel=2"], "needs whole responses"),
+        (["run.from.what=everything"], "run.from.what: a fine-tuning begins at step 0"),
+    ],
+)
+def test_what_can_not_be_is_a_sentence(make, words, what):
+    code, _, err = make(*words)
+    assert code == 2
+    assert what in err
+
+
+def test_a_mixed_file_is_a_sentence(make, tmp_path):
+    mixed = write_rows(tmp_path / "mixed.jsonl", [*preferences(2), *rows(2)])
+    code, _, err = make(f"data={mixed}", "run.name=mixed")
+    assert code == 2
+    assert "mixed.jsonl: 2 lines can't be used: 2 that are not" in err
+    assert "(line 3, 4)" in err
+
+
+def test_a_dataset_of_examples_is_no_dataset_of_preferences(make, tmp_path, forescale, origin):
+    examples = write_rows(tmp_path / "examples.jsonl", rows())
+    assert make(f"data={examples}", "run.name=examples")[0] == 0
+    path = open_run(tmp_path / "examples").config.data.path
+    words = (f"run.from.run={origin.path}", "run.from.what=weights", f"data.path={path}")
+    more = (f"run.root={tmp_path}", f"data.cache={tmp_path}", "objective.kind=preferences")
+    code, _, err = forescale("plan", "train", *words, *more)
+    assert code == 2
+    assert "holds examples, which objective.kind=preferences doesn't read" in err
+
+
+def test_without_a_run_to_go_on_from_there_is_no_reference(forescale, tmp_path):
+    code, _, err = forescale("train", "objective.kind=preferences", f"run.root={tmp_path}")
+    assert code == 2
+    assert "run.from.run: preferences are learned beside a reference" in err
+
+
+@pytest.mark.distributed
+def test_a_run_begins_with_log_2_and_learns_to_prefer(make, tmp_path, forescale):
+    typed = ("run.name=learned", "train.global_batch=19", "train.micro_batch=19", "epochs=8")
+    typed += ("optimizer.learning_rate=0.003", "optimizer.adam_learning_rate=0.003")
+    typed += ("train.compile=off", "precision=fp32", "held_out=0", "schedule.warmup=0")
+    assert make(*typed)[0] == 0
+    run = open_run(tmp_path / "learned")
+    assert forescale("train", run.path)[0] == 0
+    found = [json.loads(x) for x in (run.path / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [row for row in found if row["kind"] == "train"]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["extra.rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert last["extra.rewards/accuracies"] == 1
+    assert last["loss"] < 0.5
+    references = read_references(run.run)
+    assert references.values["train"]["data"].shape == (60, 2)
+    (score,) = run.evaluate(split="train").values()
+    assert score.accuracy == 1
+    assert score.loss < 0.5
+    code, out, _ = forescale("eval", run.path, "split=train")
+    assert code == 0
+    assert "accuracy     1.0000 (90 % interval 0.95" in out
+    assert "preferences  60" in out

@@ -1,0 +1,48 @@
+"""Preferences: of two responses to a prompt the model learns to favour the chosen one, beside a
+reference that doesn't change (DPO, Rafailov et al. 2023, arXiv 2305.18290).
+
+Invariant: a window is a preference, and becomes two rows, the chosen conversation and after it the
+rejected one; nothing is drawn.
+"""
+
+import numpy as np
+
+from forescale.data.objective import IGNORED
+
+
+class Preferences:
+    """Two rows a window, each [prompt | response], padded on the right, whose targets are the
+    tokens of the response and the one that ends it.
+
+    A window has the tokens of both conversations, one after the other
+    (data/objectives/preference_table.py): at most 2 * (columns + 1). In the data order it has one
+    target, as the loss of a preference is one number, so that a step's loss is the mean over its
+    preferences. What the loss makes of the rows is in models/heads/preferences.py.
+    """
+
+    rows = 2
+
+    def __init__(self, sequence_length: int, beta: float):
+        """beta: how much a response's log-probability ratio to the reference counts."""
+        self.columns, self.beta = sequence_length, beta
+        self.window_length = 2 * sequence_length + 1
+
+    def num_targets(self, sizes: np.ndarray) -> np.ndarray:
+        return np.ones_like(np.asarray(sizes, np.int64))
+
+    def examples(
+        self, tokens: np.ndarray, sizes: np.ndarray, numbers: np.ndarray, cuts: np.ndarray
+    ) -> np.ndarray:
+        """As an objective does (data/objective.py), but (2, 2n, columns). cuts: (n, 4), where the
+        chosen prompt and response and the rejected ones end in a window; 0 for a row of padding."""
+        pair = np.zeros((2, 2 * len(tokens), self.columns), np.int64)
+        pair[1] = IGNORED
+        for i, (prompt, chosen, other, rejected) in enumerate(cuts.tolist()):
+            for row, (first, cut, end) in enumerate(
+                ((0, prompt, chosen), (chosen, other, rejected))
+            ):
+                if end > first:
+                    size = end - first
+                    pair[0, 2 * i + row, : size - 1] = tokens[i, first : end - 1]
+                    pair[1, 2 * i + row, cut - first - 1 : size - 1] = tokens[i, cut:end]
+        return pair

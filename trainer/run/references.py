@@ -1,0 +1,74 @@
+"""What the reference of a run of preferences says of its data: minus the log-probability of each
+response, computed once with the weights that the run begins with (train/preferences.py).
+
+    references.json    made: of which data, columns and checkpoint; values: split -> source -> the
+                       preferences in the order of the split, float32 of (n, 2), base64
+
+So no second model is held while the run is trained, and the run needs its origin no more.
+Invariant: the file is written whole, with its checksum, before the first step, and never changed
+after it.
+"""
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from forescale.run.directory import Run
+from forescale.storage import read_json, write_checked_json
+
+_DTYPE = np.dtype("<f4")
+
+
+@dataclass(frozen=True)
+class References:
+    """Nats of each preference's chosen and rejected response: of each split and source float32 of
+    shape (preferences, 2). made: what they were computed of."""
+
+    made: dict[str, Any]
+    values: dict[str, dict[str, np.ndarray]]
+
+    def of(self, identity: str, split: str) -> np.ndarray | None:
+        """Return those of the dataset with an identity; None if it is none of the run's."""
+        for name, known in self.made["data"].items():
+            if known == identity and name in self.values.get(split, {}):
+                return self.values[split][name]
+        return None
+
+    def write(self, run: Run) -> None:
+        """Keep them in a run's directory."""
+        encoded = {
+            split: {name: _encoded(array) for name, array in sources.items()}
+            for split, sources in self.values.items()
+        }
+        write_checked_json(run.references, {"made": self.made, "values": encoded})
+
+    @classmethod
+    def from_stored(cls, stored: dict[str, Any]) -> "References":
+        """Return the references of what `stored_references` returns."""
+        values = {
+            split: {name: _decoded(text) for name, text in sources.items()}
+            for split, sources in stored["values"].items()
+        }
+        return cls(stored["made"], values)
+
+
+def stored_references(run: Run) -> dict[str, Any] | None:
+    """Return the content of a run's references.json, JSON alone, which rank 0 sends to the others;
+    None if there is none. Raises UserError if it is damaged."""
+    return read_json(run.references) if run.references.is_file() else None
+
+
+def read_references(run: Run) -> References | None:
+    """Return the references of a run; None if they are not computed yet. Errors as above."""
+    stored = stored_references(run)
+    return None if stored is None else References.from_stored(stored)
+
+
+def _encoded(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, _DTYPE).tobytes()).decode()
+
+
+def _decoded(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), _DTYPE).reshape(-1, 2)

@@ -1,0 +1,238 @@
+"""Training and scoring on preferences: what the rows of a window become, and the reference.
+
+The reference is the model that the run begins with. It never changes, so what it says of each
+response is computed once, before the first step, with the engine, the precision and the
+micro-batch of the training, and kept with the run (run/references.py).
+
+Invariant: the values of a preference depend on the weights and its two rows alone, so that any
+order, number of ranks and resume point gives the same losses.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forescale.checkpoint import reader, writer
+from forescale.checkpoint.reader import Checkpoint
+from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources, Split
+from forescale.data.objective import IGNORED, Objective, window_length
+from forescale.data.packing_table import Bins
+from forescale.data.stream import MicroBatch, validation_windows
+from forescale.engine.ranks import ALONE, Ranks
+from forescale.engine.step import Engine
+from forescale.errors import UserError
+from forescale.models.heads.preferences import preference_losses, preference_numbers, rewards
+from forescale.progress import Progress, silent
+from forescale.run.directory import Run
+from forescale.run.feed import objective_of, whole_rows_of
+from forescale.run.references import References, stored_references
+from forescale.storage import TABLE, hash_file
+
+SPLITS = ("train", "validation")
+_EVERY = 32  # micro-batches of the reference between two looks at whether to stop
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the engine makes of the rows of a micro-batch (engine.step.Engine.combine)."""
+
+    beta: float
+
+    def __call__(
+        self, nats: Tensor, penalty: Tensor | float, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
+        """Return the losses of the preferences, (B,), of their rows' nats, (2B,); the penalty, of
+        which a preference counts as much as a target does elsewhere: it is a sum over targets; and
+        the numbers to log, (B,) each."""
+        assert micro.references is not None
+        nats_B2 = nats.view(-1, 2)
+        rewards_B2 = rewards(nats_B2, micro.references.to(nats.device), self.beta)
+        share = len(nats_B2) / max(1, int((micro.targets != IGNORED).sum()))
+        numbers = preference_numbers(nats_B2.detach(), rewards_B2.detach())
+        return preference_losses(rewards_B2), penalty * share, numbers
+
+
+@dataclass(frozen=True)
+class PreferenceScore:
+    """The score of held-out preferences. loss: the mean, in nats, with its standard error; numbers:
+    means by TRL's names; targets, windows: how many were scored."""
+
+    loss: float
+    loss_stderr: float
+    numbers: Mapping[str, float]
+    windows: int
+
+    @property
+    def targets(self) -> int:
+        return self.windows
+
+    @property
+    def accuracy(self) -> float:
+        """The share of preferences whose chosen response has the higher reward."""
+        return self.numbers["rewards/accuracies"]
+
+    def row(self) -> dict[str, Any]:
+        """Return it as the fields of a row of metrics."""
+        kept = {"loss": self.loss, "loss_stderr": self.loss_stderr}
+        return {**kept, **self.numbers, "targets": self.targets, "windows": self.windows}
+
+    def text(self, of: str = "") -> str:
+        """Return it as a part of a sentence."""
+        return (
+            f"loss {self.loss:.4f} ± {self.loss_stderr:.4f}, accuracy {self.accuracy:.1%}, margin "
+            f"{self.numbers['rewards/margins']:.4f} over {self.windows:,} preferences"
+        )
+
+
+def evaluate_preferences(
+    nats: Callable[[MicroBatch], Tensor],
+    micros: Iterable[MicroBatch],
+    beta: float,
+    ranks: Ranks = ALONE,
+) -> PreferenceScore:
+    """Score preferences with references. All of `ranks` call it together. Without any: NaN.
+
+    nats: returns the summed nats of each row of a micro-batch, (2B,).
+    """
+    mine = []
+    for micro in micros:
+        assert micro.references is not None
+        is_real = (micro.targets != IGNORED).any(1).view(-1, 2).all(1).tolist()
+        both = torch.cat([nats(micro).double().cpu().view(-1, 2), micro.references.double()], 1)
+        rows = zip(is_real, both.tolist(), strict=True)
+        mine += [(micro.index, i, *row) for i, (real, row) in enumerate(rows) if real]
+    every = sorted(row for part in ranks.gather(mine) for row in part)
+    if not every:
+        return PreferenceScore(math.nan, math.nan, {}, 0)
+    values = torch.tensor([row[2:] for row in every], dtype=torch.float64)
+    found = beta * (values[:, 2:] - values[:, :2])
+    losses = -torch.nn.functional.logsigmoid(found[:, 0] - found[:, 1])
+    numbers = preference_numbers(values[:, :2], found)
+    means = {name: math.fsum(each.tolist()) / len(every) for name, each in numbers.items()}
+    spread = float(losses.std()) if len(every) > 1 else math.nan
+    error = spread / math.sqrt(len(every))
+    return PreferenceScore(math.fsum(losses.tolist()) / len(every), error, means, len(every))
+
+
+def pooled_preferences(scores: Sequence[PreferenceScore]) -> PreferenceScore:
+    """Return the score of several splits together; each is a stratum (see evaluate.pooled)."""
+    full = [score for score in scores if score.windows]
+    if not full:
+        return PreferenceScore(math.nan, math.nan, {}, 0)
+    total = sum(score.windows for score in full)
+
+    def mean(of: Callable[[PreferenceScore], float]) -> float:
+        return math.fsum(of(score) * score.windows for score in full) / total
+
+    numbers = {name: mean(partial(_number, name)) for name in full[0].numbers}
+    error = math.sqrt(math.fsum((s.loss_stderr * s.windows) ** 2 for s in full)) / total
+    return PreferenceScore(mean(lambda s: s.loss), error, numbers, total)
+
+
+def _number(name: str, score: PreferenceScore) -> float:
+    return score.numbers[name]
+
+
+class Reference:
+    """Finds or computes the references of a run, with all ranks of an engine together."""
+
+    def __init__(self, run: Run, job: TrainJob, sources: Sources, engine: Engine):
+        self.run, self.job, self.sources, self.engine = run, job, sources, engine
+
+    def find(
+        self, stops: Callable[[], bool], mark: Callable[[str], None], progress: Progress = silent
+    ) -> References | None:
+        """Return the references; compute and keep them first if they are missing, which loads the
+        weights of the run's origin into the engine. None if a rank was asked to stop (`stops`).
+
+        mark: receives the place of this rank at every micro-batch. Raises UserError if they are
+        missing, and the origin is gone.
+        """
+        world, origin = self.engine.world, self.job.run.origin
+        has_begun = bool(world.from_main(self.run.checkpoint_steps, self.run.checkpoints))
+        stored = world.from_main(lambda: stored_references(self.run), self.run.path)
+        found = None if stored is None else References.from_stored(stored)
+        if origin.what != "weights" or (has_begun and found is not None):
+            return self._checked(found)
+        old = Run.existing(origin.run or "", self.job.run.root)
+        start = reader.at_step(old, origin.step, world)
+        made = world.from_main(lambda: self._made(start), start.path)
+        if found is not None and found.made == made:
+            return found
+        writer.load(start, self.engine, weights_only=True)
+        values = self._computed(stops, mark, progress)
+        if values is None:
+            return None
+        fresh = References(made, values)
+        world.from_main(lambda: fresh.write(self.run), self.run.path)
+        return fresh
+
+    def _checked(self, found: References | None) -> References:
+        """Return references of the job's data. Raises UserError."""
+        where, known = str(self.run.references), self._data
+        if found is None:
+            what = "no such file, and the run has begun: the reference is not known any more"
+            raise UserError(where, what, "restore it from a copy")
+        if found.made["data"] != known or found.made["columns"] != self._columns:
+            raise UserError(where, "is of other data", "restore it from a copy")
+        return found
+
+    @property
+    def _data(self) -> dict[str, str]:
+        return {name: dataset.identity for name, dataset in self.sources.datasets.items()}
+
+    @property
+    def _columns(self) -> int:
+        return self.job.train.sequence_length
+
+    def _made(self, start: Checkpoint) -> dict[str, Any]:
+        """Return what references are made of; the checkpoint's table has a hash of each file."""
+        origin = {"run": self.job.run.origin.run, "step": start.position.step}
+        origin["table"] = hash_file(start.path / TABLE).sha256
+        return {"data": self._data, "columns": self._columns, "origin": origin}
+
+    def _computed(
+        self, stops: Callable[[], bool], mark: Callable[[str], None], progress: Progress
+    ) -> dict[str, dict[str, np.ndarray]] | None:
+        objective = objective_of(self.job, self.sources.vocab_size, held_out=True)
+        values: dict[str, dict[str, np.ndarray]] = {}
+        for split in SPLITS:
+            values[split] = {}
+            bins = whole_rows_of(self.job, self.sources, split)
+            for name, part in self.sources.split(split).items():
+                found = self._of_split(part, bins[name], objective, (stops, mark, progress))
+                if found is None:
+                    return None
+                values[split][name] = found
+        return values
+
+    def _of_split(
+        self, split: Split, bins: Bins, objective: Objective, watching: tuple[Any, Any, Any]
+    ) -> np.ndarray | None:
+        """Return the nats of both responses of each preference of a split, (n, 2); None if a rank
+        was asked to stop."""
+        stops, mark, progress = watching
+        world, batch = self.engine.world, self.job.train.micro_batch
+        fed, total = world.data, int(bins.counts.sum())
+        length = window_length(objective, self._columns)
+        micros = validation_windows(
+            split, length, batch, fed.rank, fed.size, objective=objective, bins=bins
+        )
+        mine: list[tuple[int, list[float]]] = []
+        for i, micro in enumerate(micros):
+            mark("evaluation")
+            if i % _EVERY == 0 and any(world.gather(bool(stops()))):
+                return None
+            mine.append((micro.index, self.engine.losses(micro).cpu().tolist()))
+            progress("read preferences", min(total, (i + 1) * batch * fed.size), total, "of them")
+        mark("summary")
+        every = sorted(part for parts in fed.gather(mine) for part in parts)
+        nats = [value for _, values in every for value in values]
+        return np.array(nats[: 2 * total], np.float32).reshape(-1, 2)
