@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import astuple
 from functools import cache
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from forescale.models.mixers.masks import additive_mask
 from forescale.models.mixers.patterns import Layout, Sparse, Window
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # row, head, query, key -> bool
+_F = TypeVar("_F", bound=Callable[..., Any])
 FLEX_BLOCK = 128  # queries and keys of a block of flex_attention's kernels
 
 
@@ -105,21 +106,28 @@ def _rule(pattern: Window | Sparse, columns: Columns) -> Callable[[Tensor, Tenso
     return rule
 
 
+def _constant(function: _F) -> _F:
+    """Mark a function as torch.compiler.assume_constant_result does, which imports the whole
+    compiler to do it: a second of every process."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # The compiler takes what these return as it is, and doesn't trace how they draw and count blocks.
-@torch.compiler.assume_constant_result
+@_constant
 def _layout(
     pattern: Window | Sparse, length: int, total: int, aligned: bool
 ) -> tuple[int, int, int, int]:
     return astuple(pattern.layout(length, total, aligned))
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _drawn(sparse: Sparse, rows: int) -> list[list[int]]:
     """Return the random blocks of each block, (rows, random), -1 for none."""
     return _padded([list(row) for row in sparse.random_table(rows)], sparse.random)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _far(sparse: Sparse, rows: int, spans: int) -> list[list[int]]:
     """Return Sparse.table in rows of the same length, -1 for none."""
     table = sparse.table(rows, spans)

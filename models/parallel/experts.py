@@ -51,7 +51,7 @@ def own_part(weight: nn.Parameter, group: ExpertGroup) -> nn.Parameter:
     return found
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # imports no compiler before it is called; see tensor.py
 def through(
     experts: Callable[[Tensor, Tensor], Tensor],
     rows_MD: Tensor,

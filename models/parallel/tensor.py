@@ -23,7 +23,9 @@ class TensorGroup(Group):
         """Return the sum of x over the group. The gradient passes unchanged: all have the same."""
         return _Summed.apply(x, self)
 
-    @torch.compiler.disable  # a compiled graph can't exchange the state of a generator
+    # A compiled graph can't exchange the state of a generator. torch.compiler.disable would import
+    # the whole compiler here, a second of every process; torch's own name for it does when called.
+    @torch._disable_dynamo
     def drawing_apart(self, f: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return f(x, ...), whose random draws on the device of x are this rank's own; all draws
         after it are again the same on all ranks of the group.

@@ -95,9 +95,15 @@ def serve() -> None:
     import accelerate  # noqa: F401
     import deepspeed  # noqa: F401
     import torch
+    import torch._dynamo  # any optimizer imports it: a second of each rank
 
     import forescale.train.trainer  # noqa: F401
+    from forescale.config.compose import compose
+    from forescale.config.train import TrainJob
+    from forescale.engine.optimizers.muon import import_muon
 
+    import_muon()
+    compose(TrainJob, [])  # what composes configurations imports its parts when it is first called
     torch.set_num_threads(1)
     gc.freeze()  # what is imported lives on: a collection in a rank took longer than a step
     answers = os.fdopen(os.dup(1), "w")

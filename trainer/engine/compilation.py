@@ -70,6 +70,16 @@ def keep_to(budget: float | None) -> None:
     functorch.activation_memory_budget = 1.0 if budget is None else budget
 
 
+def reuse_graphs() -> None:
+    """Let the compiler take from its cache on disk graphs that have an autograd.Function, as our
+    loss is one; left alone, torch divides them into forward and backward again in each process, 2 s
+    of a start. The cache's key holds the code of both passes, and all constants in it.
+    """
+    import torch._functorch.config as functorch
+
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
 def compiler_missing() -> str | None:
     """Return what torch.compile lacks on this machine, or None.
 

@@ -20,6 +20,7 @@ from forescale.config.schema import ConfigError, Problem
 from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.errors import DONE, INTERRUPTED, UserError
+from forescale.imports import first_imports
 from forescale.resilience import alerts, launcher
 from forescale.resilience.outcome import report_error
 from forescale.run.command import job_of
@@ -78,7 +79,8 @@ def main(words: list[str]) -> int:
         mirror.close(finish=code != INTERRUPTED)
     alerts.tell(started.run, code, launcher.last_end(started.run), print)
     if code == DONE:
-        from forescale.inference.summary import summarize
+        with first_imports():
+            from forescale.inference.summary import summarize
 
         summarize(started)
     return code
@@ -101,11 +103,12 @@ def _frozen(arguments: list[str]) -> TrainJob:
 
 
 def _rank(job: TrainJob, began: float) -> int:
-    from forescale.engine.world import lost_peer, set_environment
+    with first_imports():
+        from forescale.engine.world import lost_peer, set_environment
 
-    set_environment()
-    from forescale.plan.oom import explained
-    from forescale.train.trainer import run_rank
+        set_environment()
+        from forescale.plan.oom import explained
+        from forescale.train.trainer import run_rank
 
     try:
         with explained(job):

@@ -1,5 +1,7 @@
 """Parts compiled alone give the same gradients, block after block; a missing compiler is named."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,9 +9,16 @@ from forescale.config.compose import compose
 from forescale.config.schema import ConfigError
 from forescale.config.train import TrainJob
 from forescale.engine import compilation as module
-from forescale.engine.compilation import compilation, compile_parts, compiler_missing, keep_to
+from forescale.engine.compilation import (
+    compilation,
+    compile_parts,
+    compiler_missing,
+    keep_to,
+    reuse_graphs,
+)
 from forescale.errors import UserError
 from forescale.models import ModelConfig, Transformer
+from forescale.models.heads.loss import window_losses
 from forescale.models.memory import activations
 from tests.models.checks import kept_bytes
 
@@ -136,3 +145,36 @@ def test_a_budget_that_nothing_can_keep_to_is_refused(monkeypatch):
     ]:
         with pytest.raises(ConfigError, match=what):
             job(words, more)
+
+
+@pytest.mark.slow  # the compiler compiles C++
+@pytest.mark.timeout(600)
+def test_a_later_start_finds_the_graphs_of_the_loss_on_disk():
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 6, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 8, generator=generator, requires_grad=True)
+    targets = torch.randint(11, (2, 6), generator=generator)
+
+    def started(softcap):
+        """Gradients in a process that begins to compile, and what its cache has found."""
+        torch._dynamo.reset()
+        counters.clear()
+        total = torch.compile(partial(window_losses, softcap=softcap))(
+            hidden, weight, targets
+        ).sum()
+        found = torch.autograd.grad(total, [hidden, weight])
+        return found, counters["aot_autograd"]["autograd_cache_hit"]
+
+    reuse_graphs()
+    with fresh_cache():
+        first, hits = started(1.0)
+        assert hits == 0
+        again, hits = started(1.0)
+        assert hits == 1
+        other, hits = started(2.0)
+        assert hits == 0
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], other[0])
