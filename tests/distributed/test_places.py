@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 
@@ -14,10 +15,23 @@ from tests.matrix import FULL, more
 LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=10", "validation.every=30")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    """A function of the number of ranks: the trajectory of a run that nothing happens to."""
+
+    @cache
+    def trained(ranks):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        command = (f"data.path={dataset}", *LENGTH, f"launch.processes={ranks}")
+        launching.train(folder, "run.name=ours", *command)
+        return launching.trajectory(folder / "ours")
+
+    return trained
+
+
 @pytest.mark.distributed
-def test_torchrun_starts_the_same_run_as_our_launcher(dataset, tmp_path):
+def test_torchrun_starts_the_same_run_as_our_launcher(dataset, undisturbed, tmp_path):
     command = (f"data.path={dataset}", *LENGTH)
-    launching.train(tmp_path, "run.name=ours", *command, "launch.processes=2")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = [*launching.SHORT, *launching.TINY, f"run.root={tmp_path}", "run.name=theirs", *command]
     process = subprocess.run(
@@ -28,9 +42,9 @@ def test_torchrun_starts_the_same_run_as_our_launcher(dataset, tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    ours, theirs = (launching.trajectory(tmp_path / name) for name in ("ours", "theirs"))
+    ours = undisturbed(2)
     assert len(ours) == 60
-    assert theirs == ours
+    assert launching.trajectory(tmp_path / "theirs") == ours
     assert (tmp_path / "theirs" / "attempts" / "0001").is_dir()
 
 
@@ -40,12 +54,11 @@ def checkpoints(run):
 
 @pytest.mark.slow  # runs on several disks
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=more), 2])
-def test_a_disk_that_fills_up_during_a_save(dataset, tmp_path, ranks):
+def test_a_disk_that_fills_up_during_a_save(dataset, undisturbed, tmp_path, ranks):
     """One sentence and code 2; the last checkpoint is complete, and with room the run resumes."""
     from forescale.storage import check_table
 
     command = (f"data.path={dataset}", *LENGTH, f"launch.processes={ranks}")
-    launching.train(tmp_path, "run.name=whole", *command)
     with disks.small_disk(tmp_path / "disk", "4m") as disk:
         run = disk / "cut"
         process = launching.start(tmp_path, f"run.root={disk}", "run.name=cut", *command)
@@ -64,7 +77,7 @@ def test_a_disk_that_fills_up_during_a_save(dataset, tmp_path, ranks):
         filling.unlink()
         output = launching.train(tmp_path, f"run.root={disk}", "run.name=cut", *command)
         assert "(step 10)" in output
-        assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
+        assert launching.trajectory(run) == undisturbed(ranks)
 
 
 @pytest.mark.slow  # a start for each moment
