@@ -54,17 +54,19 @@ ALLOWED = {
     "scaling.design": (
         "models config run scaling.config scaling.fitting scaling.records scaling.analysis"
     ),
+    "scaling.tasks": "scaling.config scaling.fitting scaling.records scaling.analysis",
     "scaling.study": (
         "config run resilience monitor slurm scaling.config scaling.fitting scaling.records "
-        "scaling.analysis scaling.design"
+        "scaling.analysis scaling.design scaling.tasks"
     ),
     "scaling.report": (
-        "monitor scaling.config scaling.fitting scaling.analysis scaling.design scaling.study"
+        "monitor scaling.config scaling.fitting scaling.analysis scaling.design scaling.tasks "
+        "scaling.study"
     ),
     "verbs": (
         "abilities config data engine run resilience checkpoint monitor train drill inference "
         "inspection serving plan slurm scaling.actions scaling.config scaling.records "
-        "scaling.analysis scaling.design scaling.study scaling.report"
+        "scaling.analysis scaling.design scaling.tasks scaling.study scaling.report"
     ),
     "cli": "config run verbs",
     "scaling.view": "config scaling.config scaling.analysis scaling.study",

@@ -14,6 +14,8 @@ _LAW = (
 )  # fmt: skip
 _TARGET = ("target.parameters", "target.tokens", "target.flops", "target.far")
 _OF_LAW = (*_TARGET, "target.expansion")
+_LINK = ("metric", "link", "chance")
+_TASK = ("task", *_LINK)
 
 ACTIONS = {
     "plan": Action(
@@ -58,22 +60,23 @@ ACTIONS = {
     ),
     "fit": Action(
         "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
-        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "sensitivity", "json"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, *_TASK, "sensitivity", "json"),
         (
             "study fit study=mine",
             "study fit 'runs/*' target.flops=1e18",
             "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
             "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12",
+            "study fit study=mine task=ability/copy/4 chance=0 target.flops=1e18",
         ),
     ),
     "report": Action(
         "Write the fit, its figures and its doubts as one HTML file.",
-        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "to"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, *_TASK, "to"),
         ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
     ),
     "predict": Action(
         "Store a forecast of a run before it is trained.",
-        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "target.branches", "target.run"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, *_TASK, "target.branches", "target.run"),
         ("study predict 'runs/small-*' target.run=big target.parameters=1e8 target.tokens=2e9",),
     ),
     "compare": Action(
@@ -87,7 +90,7 @@ ACTIONS = {
     ),
     "tasks": Action(
         "Predict the accuracy of tasks in two steps: N and D to a loss, the loss to the accuracy.",
-        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "tasks", "task_losses", "metric", "link", "json"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, "tasks", "task_losses", *_LINK, "json"),
         (
             "study tasks runs.csv tasks='{arc: acc}' task_losses='{arc: bpb}' target.flops=1e24",
             "study tasks runs.csv tasks='{average: err_avg}' metric=error link=exponential",
@@ -109,11 +112,14 @@ ACTIONS = {
     ),
     "backtest": Action(
         "Judge forecasts by finished studies: what each method would have said, and how far off.",
-        (*_STUDY, *_RUNS, "form", "size", "cost", "delta", "residual", "near", "json"),
+        (
+            *_STUDY, *_RUNS, "form", "size", "cost", "delta", "residual", "near", *_TASK, "json",
+        ),
         (
             "study backtest study=mine",
             "study backtest points.csv columns='{parameters: Model Size, budget: C}'",
             "study backtest 'tables/*.csv' --json   (of every table, and of all together)",
+            "study backtest runs.csv task=acc_arc   (the metric of a task, by two steps)",
         ),
     ),
     "score": Action(

@@ -170,10 +170,23 @@ class StudyJob(Job):
     task_losses: dict[str, str] = key(
         {}, "the columns with each task's own loss, as {TASK: COLUMN}; without it, the loss"
     )
-    metric: Literal["accuracy", "error"] = key("accuracy", "what the columns of `tasks` hold")
-    link: Literal["sigmoid", "exponential"] = key(
-        "sigmoid",
-        "the law from a loss to the accuracy; exponential: Err = epsilon - k exp(-gamma L)",
+    task: str | None = key(
+        None,
+        "the column with the metric of a task, of the table or of the records; predicted too",
+    )
+    metric: Literal["accuracy", "error", "loss"] = key(
+        "accuracy",
+        "what the columns of `task` and `tasks` hold; accuracy, error: shares from 0 to 1; loss: "
+        "positive numbers without an upper end",
+    )
+    link: Literal["auto", "sigmoid-to-1", "sigmoid", "exponential", "power"] = key(
+        "auto",
+        "the law from a loss to the metric; sigmoid-to-1: an accuracy from a floor to 1; sigmoid: "
+        "OLMo's; exponential: Err = epsilon - k exp(-gamma L); power: M = E + K L^kappa, for "
+        "metric=loss; auto: power for a loss, else sigmoid-to-1",
+    )
+    chance: float | None = key(
+        None, "the accuracy of guessing, the floor of the link; null: it is fitted", ge=0, lt=1
     )
     against: list[Literal["parameters", "tokens", "flops"]] = key(
         [], "what the laws of `rates` depend on; []: N and D, as far as the sweeps tell them apart"

@@ -34,6 +34,8 @@ from forescale.scaling.design.next_runs import candidates_of, recommend
 from forescale.scaling.design.next_runs import show as show_next_runs
 from forescale.scaling.design.simulate import Target
 from forescale.scaling.report import questions
+from forescale.scaling.report.tasks.terminal import show_task, show_task_forecasts
+from forescale.scaling.report.tasks.words import prediction_of
 from forescale.scaling.report.terminal import show, show_score, show_scores
 from forescale.scaling.study.board import board
 from forescale.scaling.study.decisions import add_runs, advance
@@ -41,6 +43,9 @@ from forescale.scaling.study.directory import Study, must_be_free, settings
 from forescale.scaling.study.inputs import read, read_finished
 from forescale.scaling.study.local import Launcher
 from forescale.scaling.study.queue import Queue
+from forescale.scaling.study.tasks import with_columns, with_outcome
+from forescale.scaling.tasks.answer import TaskAnswer, answer_as_dict, task_of
+from forescale.scaling.tasks.forecast import columns_of, facts_of, score_tasks
 
 _REDRAW = 2.0  # seconds between two drawings of the live table
 
@@ -71,7 +76,8 @@ def main(arguments: list[str]) -> int:
         return _OF_INPUT[action](job)
     if action in _OF_STUDY:
         return _OF_STUDY[action](job)
-    return _OF_RECORDS[action](job, *read(job))
+    table, where = read(job)
+    return _OF_RECORDS[action](job, with_outcome(table, job, where), where)
 
 
 def refuse_other_keys(action: str, overrides: Sequence[str]) -> None:
@@ -228,11 +234,15 @@ def _next(job: StudyJob, table: pd.DataFrame, where: str) -> int:
 def _fit(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     made = law_of(table, job, where)
     made.predict()  # raises UserError for a bad target before anything is printed
+    task = task_of(made, where)
     if job.json:
-        json.dump(as_dict(made), sys.stdout, indent=2)
+        more = {} if task is None else {"task": answer_as_dict(task)}
+        json.dump(as_dict(made) | more, sys.stdout, indent=2)
         print()
         return DONE
     show(made, open_console(), where)
+    if task is not None:
+        show_task(task, open_console())
     return DONE
 
 
@@ -250,8 +260,16 @@ def _report(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         made = str(e)
     if isinstance(made, StudyFit) and not seen.stages:
         made.predict()  # raises UserError; in a planned study's report a page says it instead
+    task: TaskAnswer | str | None = None
+    if isinstance(made, StudyFit):
+        try:
+            task = task_of(made, where)
+        except UserError as e:
+            if not seen.stages:
+                raise
+            task = str(e)
     job.report.parent.mkdir(parents=True, exist_ok=True)
-    write(made, seen, job.report, where, ["forescale", *sys.argv[1:]])
+    write(made, seen, job.report, where, ["forescale", *sys.argv[1:]], task)
     runs = "no law yet" if isinstance(made, str) else f"{len(made.points)} runs"
     print(f"{job.report}: {runs}; open it in a browser. Figures for papers: {beside(job.report)}/")
     return DONE
@@ -261,7 +279,10 @@ def _predict(job: StudyJob, table: pd.DataFrame, where: str) -> int:
     if job.target.run is None:
         todo = "write target.run=NAME, the name that the run will have"
         raise UserError("target.run", "is not given", todo)
-    made = write_forecast(law_of(table, job, where), job.forecasts, job.target.run)
+    law = law_of(table, job, where)
+    task = task_of(law, where)
+    more = {} if task is None else {"task": facts_of(task.fit)}
+    made = write_forecast(law, job.forecasts, job.target.run, more=more)
     facts = made.facts
     print(
         f"{made.path}: loss {facts['loss']:.4f}, 50% interval {facts['interval_50'][0]:.4f} to "
@@ -270,6 +291,8 @@ def _predict(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         f"{facts['backtests']} earlier forecasts. When {job.target.run} "
         "is trained: forescale study score RUNS"
     )
+    if task is not None:
+        print(f"{job.task}: {prediction_of(task.fit)}")
     return DONE
 
 
@@ -279,16 +302,20 @@ def _score(job: StudyJob, table: pd.DataFrame, where: str) -> int:
         todo = "make one with forescale study predict"
         raise UserError(str(job.forecasts), "holds no forecasts", todo)
     made = score(found, table)
+    tasks = score_tasks(found, with_columns(table, job, columns_of(found)))
     if job.json:
-        json.dump(vars(made), sys.stdout, indent=2)
+        json.dump(vars(made) | {"tasks": [asdict(one) for one in tasks]}, sys.stdout, indent=2)
         print()
         return DONE
     show_score(found, made, open_console())
+    show_task_forecasts(tasks, open_console())
     return DONE
 
 
 def _backtest(job: StudyJob) -> int:
     """Judge what each method would have forecast; of several tables, apart and together."""
+    if job.task is not None:
+        return questions.backtest_task(job)
     studies = read_finished(job)
     with shown() as progress:
         found = judge.scores(judge.forecasts(studies, job, progress=progress))

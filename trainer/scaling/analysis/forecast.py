@@ -14,7 +14,7 @@ names the place. A forecast whose target has no record counts as abandoned; a sc
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,17 @@ __all__ = ["GENESIS", "Forecast", "hash_of", "read_forecasts"]
 
 
 def write_forecast(
-    made: StudyFit, folder: Path, run: str, target: TargetPoint | None = None
+    made: StudyFit,
+    folder: Path,
+    run: str,
+    target: TargetPoint | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Forecast:
     """Write the forecast of `run`, with a prediction for its end and for each branch.
 
-    target: that of the fit unless given. Raises UserError if no target is given, if the run or a
-    branch has a record already, if the run has a forecast already, or if a branch is not shorter
-    than the run.
+    target: that of the fit unless given; more: further facts of it. Raises UserError if no target
+    is given, if the run or a branch has a record already, if the run has a forecast already, or if
+    a branch is not shorter than the run.
     """
     predicted = made.predict(target)
     if predicted is None:
@@ -77,6 +81,7 @@ def write_forecast(
         "data": data_hash(made.points),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "previous_hash": earlier[-1].facts["hash"] if earlier else GENESIS,
+        **(more or {}),
     }
     facts["hash"] = hash_of(facts)
     folder.mkdir(parents=True, exist_ok=True)

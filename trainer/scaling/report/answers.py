@@ -1,4 +1,4 @@
-"""Prints the answers of `study compare`, `tasks`, `rates` and `profile` in the terminal.
+"""Prints the answers of `study compare`, `rates` and `profile` in the terminal.
 
 Invariant: everything that makes the numbers doubtful is printed with them.
 """
@@ -13,7 +13,6 @@ from forescale.console import table
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.compare import Comparison, Place
 from forescale.scaling.analysis.ratio import Ratio
-from forescale.scaling.analysis.tasks import TaskFit
 from forescale.scaling.design.rate_laws import BATCH, SYMBOLS, RateLaw, RateLaws
 from forescale.scaling.fitting.profile import Profile
 
@@ -103,51 +102,6 @@ def _cells(place: Place) -> list[str]:
 def _ratio(ratio: Ratio) -> list[str]:
     high = f"{ratio.high:.3g}" if ratio.high < float("inf") else "-"
     return [f"{ratio.value:.3g}", f"{ratio.low:.3g}" if ratio.low > 0 else "-", high]
-
-
-def show_tasks(found: Sequence[TaskFit], console: Console) -> None:
-    """Print the link of each task, its prediction, and what makes them doubtful."""
-    job, form = found[0].job, found[0].link.form
-    level = f"{job.level:.0%}"
-    console.print(escape(form.source) + "\n", soft_wrap=True)
-    ends = [column for symbol in form.symbols for column in (symbol, f"{level} interval")]
-    links = table("task", "rows", *ends, "scatter", left=("task",))
-    for one in found:
-        low, high = one.replicates.interval(job.level)
-        cells = [
-            cell
-            for i, value in enumerate(one.link.values.values())
-            for cell in (f"{value:.4g}", f"{low[i]:.4g} to {high[i]:.4g}")
-        ]
-        links.add_row(escape(one.task.name), str(len(one.outcomes)), *cells,
-                      f"{one.residuals.std():.2%}")  # fmt: skip
-    console.print(links)
-    if job.target.is_given:
-        console.print()
-        console.print(_predicted_tasks(found, level))
-        console.print(
-            "The intervals are for one new run: they have the doubt of its loss, that of the link, "
-            "and the scatter of runs around the link.",
-            soft_wrap=True,
-        )
-    for one in found:
-        for note in one.doubts:
-            console.print(f"[yellow]Note:[/] {escape(one.task.name)}: {escape(note)}",
-                          soft_wrap=True)  # fmt: skip
-
-
-def _predicted_tasks(found: Sequence[TaskFit], level: str) -> Table:
-    """Return a row for each task: its predicted loss, and the metric that follows."""
-    metric = found[0].job.metric
-    made = table("task", "loss", f"{level} interval", metric, "50% interval", f"{level} interval",
-                 left=("task",))  # fmt: skip
-    for one in found:
-        if (p := one.chained) is not None:
-            low, high = p.loss.outer
-            spans = (f"{a:.1%} to {b:.1%}" for a, b in (p.inner, p.outer))
-            loss = (f"{p.loss.loss:.4f}", f"{low:.4f} to {high:.4f}")
-            made.add_row(escape(one.task.name), *loss, f"{p.value:.1%}", *spans)
-    return made
 
 
 def show_rates(made: RateLaws, console: Console, where: str) -> None:

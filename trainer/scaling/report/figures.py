@@ -118,7 +118,7 @@ class Figures:
         ways = []
         for values in (made.fit.vector[None], made.replicates.values):
             try:
-                columns = self._best(values, self.grid)
+                columns = self.best(values, self.grid)
             except UserError as e:
                 return str(e)
             ways.append(columns | {"loss": made.form.predict(values, **columns)})
@@ -126,7 +126,7 @@ class Figures:
         wanted = [name for name in ("parameters", "tokens", "loss") if name in one]
         return {name: (one[name][0], self._band(many[name])) for name in wanted}
 
-    def _best(self, values: Array, flops: Array) -> dict[str, Array]:
+    def best(self, values: Array, flops: Array) -> dict[str, Array]:
         """The columns that the law reads, for the best run of each C. values: (..., p),
         parameters."""
         form = self.made.form
@@ -251,7 +251,7 @@ class Figures:
         value, band = frontier["loss"]
         greatest = made.calibrated.greatest
         on = np.append(greatest, self.grid[self.grid > greatest])
-        at = self._best(made.fit.vector, on)
+        at = self.best(made.fit.vector, on)
         ahead = made.predicted(at, on)
         for level, colour in ((made.job.level, style.WIDE), (0.5, style.NARROW)):
             ends = ahead.interval(level)
@@ -354,7 +354,7 @@ class Figures:
         """Today's interval divided by the predicted loss, (2, m), along the best runs, at these
         multiples of the most expensive run."""
         flops = factors * self.made.calibrated.greatest
-        found = self.made.predicted(self._best(self.made.fit.vector, flops), flops)
+        found = self.made.predicted(self.best(self.made.fit.vector, flops), flops)
         return found.interval(level) / found.loss
 
     def _star(self, x: float, y: float, f: Prediction, ends: tuple[float, float] | None = None):

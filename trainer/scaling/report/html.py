@@ -21,7 +21,9 @@ from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.figures import Figures
 from forescale.scaling.report.provenance import RECORDS, as_csv, counted, provenance
 from forescale.scaling.report.sections import Section, flops_key
+from forescale.scaling.report.tasks.section import task_section
 from forescale.scaling.report.words import doubt_of, skill_lines
+from forescale.scaling.tasks.answer import TaskAnswer
 from forescale.storage import write_file
 
 _SYMBOLS = (
@@ -32,14 +34,19 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write(
-    made: StudyFit | str, seen: StudyEvidence, path: Path, where: str, command: Sequence[str]
+    made: StudyFit | str,
+    seen: StudyEvidence,
+    path: Path,
+    where: str,
+    command: Sequence[str],
+    task: TaskAnswer | str | None = None,
 ) -> None:
     """Write the report, each file atomically: the page, and in the folder `beside(path)` the main
     figures for papers and the records. For the arguments see `page`."""
     # matplotlib is slow to import.
     from forescale.scaling.report.paper import write_pictures
 
-    sections = _sections(made, seen, where, command)
+    sections = _sections(made, seen, where, command, task)
     folder = beside(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(path, _rendered(made, sections, where).encode())
@@ -52,13 +59,19 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}-files")
 
 
-def page(made: StudyFit | str, seen: StudyEvidence, where: str, command: Sequence[str]) -> str:
+def page(
+    made: StudyFit | str,
+    seen: StudyEvidence,
+    where: str,
+    command: Sequence[str],
+    task: TaskAnswer | str | None = None,
+) -> str:
     """Return the report as HTML.
 
     made: the fit, or why there is none yet; where: the file, or how to call the runs; command: the
-    command line that made the report.
+    command line that made the report; task: the answer about a metric, or why there is none.
     """
-    return _rendered(made, _sections(made, seen, where, command), where)
+    return _rendered(made, _sections(made, seen, where, command, task), where)
 
 
 def _rendered(made: StudyFit | str, sections: Sequence[Section], where: str) -> str:
@@ -73,7 +86,11 @@ def _rendered(made: StudyFit | str, sections: Sequence[Section], where: str) -> 
 
 
 def _sections(
-    made: StudyFit | str, seen: StudyEvidence, where: str, command: Sequence[str]
+    made: StudyFit | str,
+    seen: StudyEvidence,
+    where: str,
+    command: Sequence[str],
+    task: TaskAnswer | str | None,
 ) -> list[Section]:
     """In the order of the page: the law's figures, the study's, the law's tables, provenance."""
     origin = provenance(made, seen, where, command)
@@ -86,6 +103,7 @@ def _sections(
         _answer(made, figures),
         _doubts(made),
         *_pictures(made, figures),
+        *([] if task is None else [task_section(task, figures)]),
         _parameters(made),
         _certificate(made),
         _backtests(made),

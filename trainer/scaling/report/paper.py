@@ -38,7 +38,7 @@ from forescale.monitor.report.sections import Cell
 from forescale.scaling.report.sections import Section
 from forescale.storage import write_file
 
-MAIN = ("isoflop", "optimum", "envelope", "forecasts", "response")  # sections
+MAIN = ("isoflop", "optimum", "envelope", "task", "forecasts", "response")  # sections
 FORMATS = ("png", "svg")
 _WIDTH, _HEIGHT = 3.4, 2.5  # inches: one of two columns; height of a panel
 _DPI = 300

@@ -13,14 +13,17 @@ import pandas as pd
 
 from forescale.console import open_console
 from forescale.errors import DONE
-from forescale.scaling.analysis import compare, tasks
+from forescale.progress import shown
+from forescale.scaling.analysis import compare
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design import rate_laws
 from forescale.scaling.fitting.profile import profiles
-from forescale.scaling.report.answers import show_comparison, show_profiles, show_rates, show_tasks
+from forescale.scaling.report.answers import show_comparison, show_profiles, show_rates
+from forescale.scaling.report.tasks.terminal import show_task_scores, show_tasks
 from forescale.scaling.study.groups import read_groups
-from forescale.scaling.study.tasks import read_tasks
+from forescale.scaling.study.tasks import read_ladders, read_tasks
+from forescale.scaling.tasks import answer, judge
 
 
 def compare_groups(job: StudyJob) -> int:
@@ -41,10 +44,22 @@ def compare_groups(job: StudyJob) -> int:
 
 def predict_tasks(job: StudyJob) -> int:
     """Fit the link from loss to accuracy of each task, and predict the target's metrics."""
-    found = tasks.fit_tasks(read_tasks(job), job)
+    found = answer.fit_tasks(read_tasks(job), job)
     if job.json:
-        return _print(tasks.as_dict(found))
+        return _print(answer.as_dict(found))
     show_tasks(found, open_console())
+    return DONE
+
+
+def backtest_task(job: StudyJob) -> int:
+    """Judge what the two steps would have predicted of a metric; of several tables together."""
+    with shown() as progress:
+        found = judge.scores(
+            pd.concat([judge.forecasts(one, job, progress) for one in read_ladders(job)])
+        )
+    if job.json:
+        return _print(judge.as_dict(found))
+    show_task_scores(found, job, open_console())
     return DONE
 
 

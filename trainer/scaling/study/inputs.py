@@ -5,8 +5,10 @@ Notes about what gives no record go to standard error.
 
 import glob
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
@@ -18,6 +20,9 @@ from forescale.scaling.records.exports import SUFFIXES, is_export
 from forescale.scaling.records.records import Refused, of_runs
 from forescale.scaling.records.tables import of_export
 from forescale.scaling.study.directory import Study
+from forescale.scaling.tasks.judge import Ladder
+
+Judged = TypeVar("Judged", Finished, Ladder)
 
 
 def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
@@ -45,21 +50,31 @@ def read(job: StudyJob) -> tuple[pd.DataFrame, str]:
 
 
 def read_finished(job: StudyJob) -> list[Finished]:
-    """Return a finished study for each table of the input; one for runs or the study's own cells.
+    """Return a finished study for each table of the input; see read_each."""
+    return read_each(job, lambda table, own, where: finished(table, own, where))
+
+
+def read_each(
+    job: StudyJob, judged: Callable[[pd.DataFrame, StudyJob, str], Judged]
+) -> list[Judged]:
+    """Return what `judged` makes of each table of the input: of its records, the job of this table
+    alone, and its name; one for runs or the study's own cells.
 
     Names may be glob patterns of tables. Of several tables, one that can't be judged is left out
     with a note. Raises UserError if none is left.
     """
     paths = _tables(job.input)
     if len(paths) < 2:
-        table, where = read(replace(job, input=list(map(str, paths)) or job.input))
-        return [finished(table, job, where)]
+        own = replace(job, input=list(map(str, paths)) or job.input)
+        table, where = read(own)
+        return [judged(table, own, where)]
     stems = [path.stem for path in paths]
-    found, errors = list[Finished](), list[UserError]()
+    found, errors = list[Judged](), list[UserError]()
     for path, stem in zip(paths, stems, strict=True):
         try:
-            table, where = read(replace(job, input=[str(path)]))
-            made = finished(table, job, where)
+            own = replace(job, input=[str(path)])
+            table, where = read(own)
+            made = judged(table, own, where)
         except UserError as e:
             errors.append(e)
             print(f"Note: {path} is left out: {e.what}.", file=sys.stderr)

@@ -1,19 +1,24 @@
-"""What `study tasks` reads: one table of runs, or one of runs and one of their checkpoints.
+"""What is read of tasks: for `study tasks` one table of runs, or one of runs and one of their
+checkpoints; for `task=` the metric of each record.
 
-Invariant: the loss and the metric are of the same row. A metric is a share, never a percentage.
+Invariant: the loss and the metric are of the same row. A metric is a share, never a percentage, or
+a loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from forescale.config.suggest import nearest_first
 from forescale.errors import UserError
-from forescale.scaling.analysis.tasks import ACCURACY, Task
 from forescale.scaling.config import StudyJob
 from forescale.scaling.records.exports import is_export, read_export
-from forescale.scaling.study.inputs import read
+from forescale.scaling.study.inputs import read, read_each
+from forescale.scaling.tasks.chained import OUTCOME, Task
+from forescale.scaling.tasks.judge import Ladder, ladder
 
 
 def read_tasks(job: StudyJob) -> list[Task]:
@@ -34,9 +39,40 @@ def read_tasks(job: StudyJob) -> list[Task]:
         loss = job.task_losses.get(name)
         outcomes = _with_loss(rows, raw, loss, where_of_rows)
         cells = _column(raw, column, where_of_rows).loc[rows.index]
-        outcomes = outcomes.assign(**{ACCURACY: _accuracies(cells, job, where_of_rows)})
+        outcomes = outcomes.assign(**{OUTCOME: _outcomes(cells, job, where_of_rows)})
         tasks.append(Task(name, _with_loss(runs, raw_of_runs, loss, where), outcomes, where))
     return tasks
+
+
+def with_outcome(table: pd.DataFrame, job: StudyJob, where: str) -> pd.DataFrame:
+    """Return records with the column `task` of the job as `outcome`; unchanged if it names none.
+
+    Raises UserError if there is no such column, or if it doesn't hold the job's metric.
+    """
+    if job.task is None:
+        return table
+    cells = _column(_raw(table, job), job.task, where).loc[table.index]
+    return table.assign(**{OUTCOME: _outcomes(cells, job, where)})
+
+
+def with_columns(table: pd.DataFrame, job: StudyJob, names: Sequence[str]) -> pd.DataFrame:
+    """Return records with further columns of their table, as far as it has them."""
+    raw = _raw(table, job)
+    return table.assign(**{name: raw[name].loc[table.index] for name in names if name in raw})
+
+
+def _raw(table: pd.DataFrame, job: StudyJob) -> pd.DataFrame:
+    """Return the table that records are from, with all its columns, or the records themselves."""
+    if len(job.input) == 1 and is_export(path := Path(job.input[0]).expanduser()):
+        return read_export(path).table
+    return table
+
+
+def read_ladders(job: StudyJob) -> list[Ladder]:
+    """Return the runs of each table of the input with their metric; see inputs.read_each."""
+    return read_each(
+        job, lambda table, own, where: ladder(with_outcome(table, own, where), own, where)
+    )
 
 
 def _read(job: StudyJob, name: str) -> tuple[pd.DataFrame, pd.DataFrame, str]:
@@ -76,14 +112,17 @@ def _numbers(cells: pd.Series, where: str) -> pd.Series:
     return numbers
 
 
-def _accuracies(cells: pd.Series, job: StudyJob, where: str) -> pd.Series:
-    """Return accuracies of the job's metric. Raises UserError unless all are shares."""
-    shares = _numbers(cells, where)
-    if (bad := (shares < 0) | (shares > 1)).any():
-        what = f"{shares[bad].iloc[0]:g} of column {cells.name!r} is not between 0 and 1"
-        raise UserError(where, what, "give shares, not percentages or losses")
-    found = 1 - shares if job.metric == "error" else shares
-    if (found <= 0).any():
-        what = f"column {cells.name!r} has an accuracy of 0, which has no logarithm"
-        raise UserError(where, what, "leave such rows out")
-    return found
+def _outcomes(cells: pd.Series, job: StudyJob, where: str) -> pd.Series:
+    """Return the cells as links read them: accuracies, or losses. Raises UserError for other
+    values."""
+    values = _numbers(cells, where)
+    if job.metric == "loss":
+        if (bad := (values <= 0) | np.isinf(values)).any():
+            what = f"{values[bad].iloc[0]:g} of column {cells.name!r} is not a positive number"
+            raise UserError(where, what, "a metric without an upper end is positive, as a loss is")
+        return values
+    if (bad := (values < 0) | (values > 1)).any():
+        what = f"{values[bad].iloc[0]:g} of column {cells.name!r} is not between 0 and 1"
+        todo = "give shares, not percentages; of a task's loss, write metric=loss"
+        raise UserError(where, what, todo)
+    return 1 - values if job.metric == "error" else values

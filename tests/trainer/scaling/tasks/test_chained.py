@@ -5,20 +5,22 @@ import pandas as pd
 import pytest
 
 from forescale.errors import UserError
-from forescale.scaling.analysis.tasks import Task, TaskFit, as_dict, fit_tasks
 from forescale.scaling.config import StudyJob, TargetPoint
 from forescale.scaling.fitting.laws import CHINCHILLA
-from forescale.scaling.fitting.links import LINKS
+from forescale.scaling.tasks.answer import as_dict, fit_tasks
+from forescale.scaling.tasks.chained import Task, TaskFit
+from forescale.scaling.tasks.links import LINKS
 from tests.matrix import FULL
 from tests.trainer.scaling.iso_flop_runs import TRUTH
 
 SIGMOID = {"a": -0.72, "L_0": 2.9, "k": 3.0, "b": 1.0}
+TO_ONE = {"c": 0.24, "L_0": 2.5, "k": 3.0}
 EXPONENTIAL = {"epsilon": 0.86, "k": 2.2, "gamma": 0.71}
-TRUTHS = {"sigmoid": SIGMOID, "exponential": EXPONENTIAL}
+TRUTHS = {"sigmoid-to-1": TO_ONE, "sigmoid": SIGMOID, "exponential": EXPONENTIAL}
 TARGET = TargetPoint(parameters=4e9, tokens=2e11)
 
 
-def table(link="sigmoid", noise=0.0, seed=0) -> pd.DataFrame:
+def table(link="sigmoid-to-1", noise=0.0, seed=0) -> pd.DataFrame:
     """A ladder of 16 runs with their loss and accuracy. noise: of log loss and of accuracy."""
     rng = np.random.default_rng(seed)
     n = np.repeat(np.geomspace(1e8, 1e9, 4), 4)
@@ -26,7 +28,7 @@ def table(link="sigmoid", noise=0.0, seed=0) -> pd.DataFrame:
     loss = CHINCHILLA.predict(TRUTH, parameters=n, tokens=d)
     loss *= np.exp(noise * rng.standard_normal(16))
     accuracy = LINKS[link].predict(TRUTHS[link], task_loss=loss) + noise * rng.standard_normal(16)
-    return pd.DataFrame({"parameters": n, "tokens": d, "loss": loss, "accuracy": accuracy})
+    return pd.DataFrame({"parameters": n, "tokens": d, "loss": loss, "outcome": accuracy})
 
 
 def fitted(rows, outcomes=None, **keys) -> TaskFit:
@@ -34,7 +36,7 @@ def fitted(rows, outcomes=None, **keys) -> TaskFit:
     return TaskFit(Task("arc", rows, rows if outcomes is None else outcomes, "mine"), job)
 
 
-def truth(link="sigmoid") -> tuple[float, float]:
+def truth(link="sigmoid-to-1") -> tuple[float, float]:
     """The target's loss and accuracy."""
     loss = CHINCHILLA.predict(TRUTH, parameters=TARGET.parameters, tokens=TARGET.tokens)
     return float(loss[0]), float(LINKS[link].predict(TRUTHS[link], task_loss=loss)[0])
@@ -87,7 +89,7 @@ def test_a_link_beyond_the_losses_it_has_seen_is_a_doubt():
 
 def test_rows_without_the_metric_count_for_the_loss_alone():
     rows = table(noise=0.001)
-    rows.loc[:3, "accuracy"] = np.nan
+    rows.loc[:3, "outcome"] = np.nan
     found = fitted(rows)
     assert (len(found.outcomes), len(found.law.points)) == (12, 16)
     assert "4 rows without a finite loss or without the metric are left out." in found.doubts
@@ -95,18 +97,18 @@ def test_rows_without_the_metric_count_for_the_loss_alone():
 
 def test_without_a_target_only_links_are_fitted():
     """The table needs no N and D then."""
-    rows = table(noise=1e-4)[["loss", "accuracy"]]
+    rows = table(noise=1e-4)[["loss", "outcome"]]
     (found,) = fit_tasks([Task("arc", rows, rows, "mine")], StudyJob(input=["x"], bootstraps=100))
     assert found.chained is None
     made = as_dict([found])
     assert made["tasks"][0]["prediction"] is None
-    assert made["tasks"][0]["values"] == pytest.approx(SIGMOID, rel=0.01)
+    assert made["tasks"][0]["values"] == pytest.approx(TO_ONE, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.assign(accuracy=np.nan), "mine: no row has a loss and arc"),
+        (lambda t: t.assign(outcome=np.nan), "mine: no row has a loss and arc"),
         (lambda t: t.head(2), "2 different runs don't determine the"),
         (lambda t: t.drop(columns="tokens"), "there is no column 'tokens'"),
     ],

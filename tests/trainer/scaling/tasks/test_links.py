@@ -9,11 +9,26 @@ from forescale.errors import UserError
 from forescale.scaling.fitting.bootstrap import pairs
 from forescale.scaling.fitting.fit import fit
 from forescale.scaling.fitting.forms import design
-from forescale.scaling.fitting.links import COLUMN, GOAL, LINKS, NO_LOSS, Outcomes
+from forescale.scaling.tasks.links import (
+    COLUMN,
+    GOAL,
+    LINKS,
+    NO_LOSS,
+    Outcomes,
+    from_chance,
+    goal_of,
+)
 
 SIGMOID = {"a": -0.72, "L_0": 0.8, "k": 6.0, "b": 0.97}
 EXPONENTIAL = {"epsilon": 0.86, "k": 2.2, "gamma": 0.71}
-KNOWN = [("sigmoid", SIGMOID, (0.4, 1.4)), ("exponential", EXPONENTIAL, (2.2, 5.0))]
+TO_ONE = {"c": 0.24, "L_0": 2.9, "k": 3.3}
+POWER = {"E": 0.6, "K": 0.3, "kappa": 1.7}
+KNOWN = [
+    ("sigmoid-to-1", TO_ONE, (2.2, 4.0)),
+    ("sigmoid", SIGMOID, (0.4, 1.4)),
+    ("exponential", EXPONENTIAL, (2.2, 5.0)),
+    ("power", POWER, (2.2, 5.0)),
+]
 
 
 def outcomes(link, values, ends, noise=0.0, count=40) -> Outcomes:
@@ -27,6 +42,10 @@ def outcomes(link, values, ends, noise=0.0, count=40) -> Outcomes:
 def formula(link, values, loss):
     """The accuracy as the source prints it."""
     v = values
+    if link == "power":
+        return v["E"] + v["K"] * loss ** v["kappa"]
+    if link == "sigmoid-to-1":
+        return v["c"] + (1 - v["c"]) / (1 + np.exp(v["k"] * (loss - v["L_0"])))
     if link == "sigmoid":
         return v["a"] / (1 + np.exp(-v["k"] * (loss - v["L_0"]))) + v["b"]
     return 1 - (v["epsilon"] - v["k"] * np.exp(-v["gamma"] * loss))
@@ -54,17 +73,26 @@ def test_derivatives_are_those_of_a_complex_step(link, values, ends):
 
 @pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
 def test_runs_without_noise_give_their_link_back(link, values, ends):
-    found = fit(LINKS[link], outcomes(link, values, ends), GOAL)
+    found = fit(LINKS[link], outcomes(link, values, ends), goal_of(LINKS[link]))
     assert found.certificate.holds
     assert found.values == pytest.approx(values, rel=1e-5)
 
 
 @pytest.mark.parametrize(("link", "values", "ends"), KNOWN)
 def test_intervals_of_noisy_runs_have_the_truth(link, values, ends):
-    found = fit(LINKS[link], outcomes(link, values, ends, noise=0.005), GOAL)
+    found = fit(LINKS[link], outcomes(link, values, ends, noise=0.005), goal_of(LINKS[link]))
     low, high = pairs(found, 200).interval(0.99)
     truth = found.form.vector(values)
     assert ((low < truth) & (truth < high)).all()
+
+
+def test_a_held_chance_is_the_floor_and_the_rest_is_fitted():
+    own = outcomes("sigmoid-to-1", TO_ONE, (2.2, 4.0))
+    found = fit(from_chance(0.24), own, GOAL)
+    assert found.certificate.holds
+    assert found.values == pytest.approx({k: TO_ONE[k] for k in ("L_0", "k")}, rel=1e-5)
+    assert found.predict(task_loss=50.0) == pytest.approx(0.24)
+    assert from_chance(0).predict(found.values, task_loss=50.0) == pytest.approx(0, abs=1e-8)
 
 
 def test_the_fit_is_no_worse_than_curve_fit():

@@ -1,0 +1,1 @@
+"""Shows metrics of tasks: in the terminal, and as a section of the report."""

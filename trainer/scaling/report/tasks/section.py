@@ -1,0 +1,126 @@
+"""The section of a report about a task: the metric over the loss, and over compute.
+
+Invariant: figures show the numbers of the TaskFit; a run without the metric has no dot.
+"""
+
+import numpy as np
+
+from forescale.monitor.report import colours
+from forescale.monitor.report.sections import Cell, number, span
+from forescale.scaling.fitting.backtest import spent
+from forescale.scaling.fitting.points import Array
+from forescale.scaling.report import style
+from forescale.scaling.report.figures import Figures, Picture
+from forescale.scaling.report.sections import Section
+from forescale.scaling.report.tasks.words import KINDS, prediction_of, skill_lines
+from forescale.scaling.tasks.answer import TaskAnswer
+from forescale.scaling.tasks.chained import OUTCOME, TaskFit
+
+_GRID = 61
+
+
+def task_section(answer: TaskAnswer | str, figures: Figures) -> Section:
+    """Return the section of a task. answer: its fit, or why there is none."""
+    section = Section("task", "Metric of the task")
+    if isinstance(answer, str):
+        section.absent = f"The metric can't be fitted: {answer}"
+        return section
+    one = answer.fit
+    level = f"{one.job.level:.0%}"
+    section.title = f"Metric of the task: {one.task.name}"
+    section.pictures = [
+        ("metric-by-loss", _by_loss(one, figures),
+         "Each dot is a run. The line is the link from its loss to the metric; grey: the "
+         f"{level} band of its resampled fits. Star: the target."),
+        ("metric-by-compute", _by_compute(one, figures),
+         "Dotted line: the metric that the law's loss and the link predict for the best N and D of "
+         f"each compute. Shaded: the 50% and {level} intervals of one new run, with the doubt "
+         "of its loss, of the link, and the scatter of runs. Runs off the best N and D are worse "
+         "than the line. Star: the target."),
+    ]  # fmt: skip
+    section.rows = _rows(one)
+    section.after = [*skill_lines(answer.skill, one.job), *one.doubts]
+    return section
+
+
+def _rows(one: TaskFit) -> list[list[Cell]]:
+    low, high = one.replicates.interval(one.job.level)
+    p = one.chained
+    rows: list[list[Cell]] = [["Prediction", prediction_of(one)]]
+    if p is not None:
+        rows += [
+            ["Value", number(p.value)],
+            ["50% interval", span(p.inner)],
+            [f"{one.job.level:.0%} interval", span(p.outer)],
+        ]
+    rows.append(["Link", one.link.form.source])
+    for i, (symbol, value) in enumerate(one.link.values.items()):
+        rows.append([symbol, number(value, 4) + " (" + span((low[i], high[i]), 4) + ")"])
+    return rows
+
+
+def _name(one: TaskFit) -> str:
+    return f"{one.task.name} ({KINDS[one.job.metric]})"
+
+
+def _by_loss(one: TaskFit, figures: Figures) -> Picture:
+    """The metric of runs over their loss, with the link."""
+    least = float(one.loss.min())
+    if one.chained is not None:
+        least = min(least, one.chained.loss.loss)
+    x = np.geomspace(0.98 * least, float(one.loss.max()), _GRID)
+    figure = style.axes(figures.loss, _name(one), style.logarithmic(x), _of_metric(one))
+    tail = (1 - one.job.level) / 2
+    many = one.shown(one.link.form.predict(one.replicates.values, task_loss=x))
+    figure.add_trace(style.band(x, np.quantile(many, [tail, 1 - tail], axis=0), style.BAND))
+    value = one.shown(one.link.predict(task_loss=x))
+    figure.add_trace(style.line(x, value, colours.INK, name="link"))
+    figure.add_trace(_dots(one, one.loss, figures))
+    if (p := one.chained) is not None:
+        figure.add_trace(style.star(p.loss.loss, p.value, "<b>target</b>", p.outer))
+    return figure
+
+
+def _by_compute(one: TaskFit, figures: Figures) -> Picture:
+    """The metric of runs over their compute, with the prediction of the best runs."""
+    if isinstance(figures.frontier, str):
+        return figures.frontier
+    if one.unseen:
+        return one.unseen
+    law, x = one.law, figures.grid
+    made = one.curve(law.predicted(figures.best(law.fit.vector, x), x))
+    of_c = style.logarithmic(x, power=True)
+    figure = style.axes(figures.c, _name(one), of_c, _of_metric(one))
+    level = f"{one.job.level:.0%}"
+    figure.add_trace(style.band(x, made.outer, style.WIDE, f"{level} prediction"))
+    figure.add_trace(style.band(x, made.inner, style.NARROW, "50% prediction"))
+    figure.add_trace(style.line(x, made.value, colours.TARGET, "dot", name="predicted"))
+    figure.add_trace(_dots(one, spent(law.all_points)[_with_metric(one)], figures))
+    if (p := one.chained) is not None:
+        figure.add_trace(style.star(p.loss.flops, p.value, "<b>target</b>", p.outer))
+    return figure
+
+
+def _of_metric(one: TaskFit) -> dict[str, str]:
+    return {"type": "log"} if one.job.metric == "loss" else {"tickformat": ".0%"}
+
+
+def _with_metric(one: TaskFit) -> Array:
+    """Return the mask of the law's runs that have the metric, (n,)."""
+    found: Array = one.law.table[OUTCOME].notna().to_numpy()
+    return found
+
+
+def _dots(one: TaskFit, x: Array, figures: Figures):
+    """Return a dot for each run with the metric, in the colour of its budget."""
+    rows = one.law.table[_with_metric(one)]
+    y = one.shown(one.metric)
+    shades = figures.shades
+    plain = colours.INK
+    shown = [shades[float(b)] for b in rows["budget"]] if shades else [plain] * len(rows)
+    names = rows["name"].astype(str) if "name" in rows else [f"run {i}" for i in rows.index]
+    text = [
+        f"<b>{style.wrapped(name)}</b><br>loss {loss:.5g}<br>metric {metric:.5g}"
+        for name, loss, metric in zip(names, one.loss, y, strict=True)
+    ]
+    return style.dots(x, y, shown, np.zeros(len(rows), dtype=bool), text)

@@ -1,0 +1,158 @@
+"""Prints the metrics of tasks: links, predictions, and the scores of backtests.
+
+Invariant: everything that makes the numbers doubtful is printed with them.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from forescale.console import table
+from forescale.scaling.config import StudyJob
+from forescale.scaling.report.tasks.words import (
+    KINDS,
+    change,
+    prediction_of,
+    skill_lines,
+    span,
+    value,
+)
+from forescale.scaling.tasks.answer import TaskAnswer
+from forescale.scaling.tasks.chained import TaskFit
+from forescale.scaling.tasks.forecast import TaskScore
+from forescale.scaling.tasks.judge import BEST, LAST, LINE, OTHER, Scores
+
+_AHEAD = {1: "One budget ahead", 2: "Two budgets ahead"}
+_INTERVAL = (
+    "The intervals are for one new run: they have the doubt of its loss, that of the link, and the "
+    "scatter of runs around the link."
+)
+
+
+def show_task(made: TaskAnswer, console: Console) -> None:
+    """Print one metric beside its law: the link, the prediction, and what makes them doubtful."""
+    one = made.fit
+    console.print(
+        f"\n[bold]Task {escape(one.task.name)}[/]: {KINDS[one.job.metric]}. Its link to the loss: "
+        f"{escape(one.link.form.source)}",
+        soft_wrap=True,
+    )
+    console.print(escape(prediction_of(one)), soft_wrap=True)
+    if one.chained is not None:
+        console.print(_INTERVAL, soft_wrap=True)
+    for line in skill_lines(made.skill, one.job):
+        console.print(escape(line), soft_wrap=True)
+    console.print(_links([one]))
+    for note in one.doubts:
+        console.print(f"[yellow]Doubt:[/] {escape(note)}", soft_wrap=True)
+
+
+def show_tasks(found: Sequence[TaskFit], console: Console) -> None:
+    """Print the link of each task, its prediction, and what makes them doubtful."""
+    job, form = found[0].job, found[0].link.form
+    console.print(escape(form.source) + "\n", soft_wrap=True)
+    console.print(_links(found))
+    if job.target.is_given:
+        console.print()
+        console.print(_predicted_tasks(found, f"{job.level:.0%}"))
+        console.print(_INTERVAL, soft_wrap=True)
+    for one in found:
+        for note in [*one.doubts, *_of_law(one)]:
+            console.print(f"[yellow]Note:[/] {escape(one.task.name)}: {escape(note)}",
+                          soft_wrap=True)  # fmt: skip
+
+
+def _of_law(one: TaskFit) -> list[str]:
+    """Return what makes the law of a task's loss doubtful, if a prediction needs it."""
+    return [*one.law.doubts, *one.law.notes] if one.chained is not None else []
+
+
+def _links(found: Sequence[TaskFit]) -> Table:
+    """Return a row for each task: the parameters of its link with their intervals."""
+    job, form = found[0].job, found[0].link.form
+    level = f"{job.level:.0%}"
+    ends = [column for symbol in form.symbols for column in (symbol, f"{level} interval")]
+    links = table("task", "rows", *ends, "scatter", left=("task",))
+    for one in found:
+        low, high = one.replicates.interval(job.level)
+        cells = [
+            cell
+            for i, each in enumerate(one.link.values.values())
+            for cell in (f"{each:.4g}", f"{low[i]:.4g} to {high[i]:.4g}")
+        ]
+        links.add_row(escape(one.task.name), str(len(one.outcomes)), *cells,
+                      f"{one.residuals.std():.2%}")  # fmt: skip
+    return links
+
+
+def _predicted_tasks(found: Sequence[TaskFit], level: str) -> Table:
+    """Return a row for each task: its predicted loss, and the metric that follows."""
+    job = found[0].job
+    made = table("task", "loss", f"{level} interval", job.metric, "50% interval",
+                 f"{level} interval", left=("task",))  # fmt: skip
+    for one in found:
+        if (p := one.chained) is not None:
+            low, high = p.loss.outer
+            spans = (span(ends, job.metric) for ends in (p.inner, p.outer))
+            loss = (f"{p.loss.loss:.4f}", f"{low:.4f} to {high:.4f}")
+            made.add_row(escape(one.task.name), *loss, value(p.value, job.metric), *spans)
+    return made
+
+
+def show_task_forecasts(found: Sequence[TaskScore], console: Console) -> None:
+    """Print the predicted metrics beside those observed since, if forecasts have any."""
+    if not found:
+        return
+    made = table("forecast", "run", "task", "predicted", "interval", "observed", "inside",
+                 left=("run", "task"))  # fmt: skip
+    for one in found:
+        own = value(one.predicted, one.metric), span(one.interval, one.metric)
+        came = "-" if one.observed is None else value(one.observed, one.metric)
+        inside = {None: "-", True: "yes", False: "no"}[one.inside]
+        made.add_row(one.forecast, escape(one.run), escape(one.column), *own, came, inside)
+    console.print(made)
+
+
+def show_task_scores(found: Sequence[Scores], job: StudyJob, console: Console) -> None:
+    """Print the scores of the two steps and of their rivals over all tables, then of each apart."""
+    names = list(dict.fromkeys(one.table for one in found if one.table is not None))
+    console.print(
+        f"The {KINDS[job.metric]} {escape(job.task or '')} at every origin of {len(names)} "
+        f"table{'s' * (len(names) > 1)}. An origin knows the runs of its budgets, three or more, "
+        "and nothing beyond them.",
+        soft_wrap=True,
+    )
+    for name in [None, *names] if len(names) > 1 else [None]:
+        for ahead, words in _AHEAD.items():
+            if own := [one for one in found if one.table == name and one.ahead == ahead]:
+                console.print(f"\n[bold]{words}[/]{'' if name is None else f', {escape(name)}'}")
+                console.print(_scored(own, job))
+    console.print(
+        "\nerror: median size of predicted minus observed metric (of a loss: of the log of their "
+        "ratio) at the run with the lowest loss of each budget; mean: its mean size; bias: its "
+        "mean with sign; best, other: shares inside the 50 % and the 90 % interval, of these runs "
+        "and of the others; vs: skill, 1 - mean error over that of the rival. two steps: the loss "
+        "by the law, the metric by the link; line: straight in log C through the best runs of the "
+        "last three budgets; last value: that of the last budget's best run.",
+        soft_wrap=True,
+    )
+
+
+def _scored(found: Sequence[Scores], job: StudyJob) -> Table:
+    made = table("method", "forecasts", "error", "mean", "bias", BEST, OTHER, f"vs {LINE}",
+                 f"vs {LAST}", left=("method",))  # fmt: skip
+    for one in found:
+        inside = (
+            f"{c.inner:.0%} {c.outer:.0%}" if (c := one.coverage.get(g)) else "-"
+            for g in (BEST, OTHER)
+        )
+        skill = (f"{one.skill[r]:+.2f}" if r in one.skill else "-" for r in (LINE, LAST))
+        sizes = (
+            change(one.median, job.metric),
+            change(one.mean, job.metric),
+            change(one.bias, job.metric, "+"),
+        )
+        made.add_row(one.method, str(one.count), *sizes, *inside, *skill)
+    return made
