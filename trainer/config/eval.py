@@ -20,7 +20,9 @@ from forescale.config.suggest import nearest_first
 class ScoreJob(RunJob):
     """A run and the windows to score it on."""
 
-    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    target: str | None = key(
+        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
+    )
     split: Literal["train", "validation"] = key("validation", "part of the dataset")
     windows: int | None = key(
         None, "number of windows, evenly spread over the split; null: all", ge=1

@@ -28,7 +28,9 @@ class GenerateJob(RunJob):
     VERB: ClassVar[str] = "generate"
     FLAGS: ClassVar = {"--json": "json", "--interactive": "interactive"}
 
-    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    target: str | None = key(
+        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
+    )
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     prompt: str = key(
         "",

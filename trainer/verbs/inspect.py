@@ -25,7 +25,9 @@ class InspectJob(RunJob):
     VERB: ClassVar[str] = "inspect"
     FLAGS: ClassVar = {"--json": "json"}
 
-    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    target: str | None = key(
+        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
+    )
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     text: str | None = key(None, "what the model reads; null: the first of its held-out text")
     tokens: int = key(64, "the most tokens that are read, from the first on", ge=3, le=512)

@@ -29,7 +29,9 @@ class ServeJob(RunJob):
 
     VERB: ClassVar[str] = "serve"
 
-    target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
+    target: str | None = key(
+        None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
+    )
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     host: str = key("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine")
     port: int = key(8000, "port to listen at; 0: any that is free", ge=0, le=65535)
