@@ -3,9 +3,12 @@
 import difflib
 from collections.abc import Iterable
 
+# Characters of a word that are compared: of a pasted page, each name took a tenth of a second.
+_COMPARED = 300
+
 
 def _likeness(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
+    return difflib.SequenceMatcher(None, a[:_COMPARED], b[:_COMPARED]).ratio()
 
 
 def nearest_first(word: str, names: Iterable[str]) -> list[str]:
