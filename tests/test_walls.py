@@ -32,7 +32,7 @@ ALLOWED = {
     "engine": "models config",
     "run": "models config data",
     "resilience": "config run",
-    "checkpoint": "config data engine run",
+    "checkpoint": "config data engine models run",
     "monitor": "config data engine run resilience checkpoint",
     "train": "models config data engine run resilience checkpoint",
     "drill": "config data run resilience monitor",

@@ -42,10 +42,12 @@ class _Grouped(torch.autograd.Function):
         return _times(rows_MI, weight_EOI.mT, ends_E, as_one)
 
     @staticmethod
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows_MI, weight_EOI, ends_E = ctx.saved_tensors
         grad_MO = grad_MO.contiguous()
-        return _times(grad_MO, weight_EOI, ends_E), _outer(grad_MO, rows_MI, ends_E), None, None
+        is_trained = ctx.needs_input_grad[1]
+        own_EOI = _outer(grad_MO, rows_MI, ends_E) if is_trained else None
+        return _times(grad_MO, weight_EOI, ends_E), own_EOI, None, None
 
 
 def _times(rows_MI: Tensor, matrix_EIO: Tensor, ends_E: Tensor, as_one: bool = False) -> Tensor:

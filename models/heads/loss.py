@@ -118,7 +118,9 @@ class _TokenLosses(torch.autograd.Function):
         absent_N, index_N1 = _index(targets_N, len(weight_VD), ctx.group)
         grad_all_N = grad_losses_N.masked_fill(targets_N == IGNORE, 0.0) + grad_log_z_N
         grad_target_N = grad_losses_N.masked_fill(absent_N, 0.0)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_VD = None
+        if ctx.needs_input_grad[1]:  # else it is frozen
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         grad_hidden = []
         rows = (hidden_ND, index_N1, log_z_N, grad_target_N, grad_all_N)
@@ -135,10 +137,11 @@ class _TokenLosses(torch.autograd.Function):
                 grad_CV.mul_(1 - (logits_CV / ctx.softcap).square())
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden.append(grad_CV @ weight_VD)
-            grad_weight_VD += grad_CV.T @ hidden_CD
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.T @ hidden_CD
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
         if grad_bias_V is not None:
             grad_bias_V = grad_bias_V.to(weight_VD.dtype)
-        whole_grad = grad_weight_VD.to(weight_VD.dtype)
+        whole_grad = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
         return torch.cat(grad_hidden), whole_grad, None, None, None, grad_bias_V, None

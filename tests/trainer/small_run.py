@@ -127,7 +127,9 @@ def validation_row(attempt: Attempt, step: int) -> dict:
     return {**row, "tokens": tokens(attempt, step), **score}
 
 
-def save(run: Run, attempt: Attempt, step: int, module: torch.nn.Module) -> Path:
+def save(
+    run: Run, attempt: Attempt, step: int, module: torch.nn.Module, facts: dict | None = None
+) -> Path:
     """A checkpoint as two ranks would write it: each parameter cut at a third."""
     path = run.checkpoint_path(step)
     path.mkdir(parents=True)
@@ -147,6 +149,7 @@ def save(run: Run, attempt: Attempt, step: int, module: torch.nn.Module) -> Path
         "counters": {},
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "fragments": fragments,
+        **(facts or {}),
     }
     table["state.json"] = write_json(path / "state.json", state)
     write_table(path, table)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from forescale.engine.portable.strips import strip_of
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.errors import UserError
+from forescale.models.adapters import adapter_of, is_adapter
 from forescale.run.directory import Run
 from forescale.storage import check_table, read_json
 
@@ -113,36 +114,46 @@ class Checkpoint:
         self.reader.read_into(name, state, 0, out.view(-1))
         return out
 
+    def merged(self, name: str) -> "Tensor":
+        """Return a full parameter as `tensor` does, with what its adapter adds to it, if any."""
+        found, (down, up) = self.tensor(name), adapter_of(name)
+        if down in self.shapes:
+            found.addmm_(self.tensor(up), self.tensor(down), alpha=self.state["adapter_scale"])
+        return found
+
     def weights(self) -> "Weights":
-        """Return all parameters and buffers by name, fp32; each is read on access."""
+        """Return all parameters and buffers by name, fp32, adapters merged into what they stand
+        beside; each is read on access."""
         return Weights(self)
 
-    def expect_shapes(self, model: Mapping[str, Sequence[int]]) -> None:
+    def expect_shapes(self, model: Mapping[str, Sequence[int]], merged: bool = False) -> None:
         """Raise UserError unless the parameters and persistent buffers of `model` (shape by name)
-        are those of the checkpoint."""
-        for name in sorted(model.keys() | self.shapes.keys()):
+        are those of the checkpoint; merged: of its `weights`."""
+        stored_shapes = self.weights().shapes if merged else self.shapes
+        for name in sorted(model.keys() | stored_shapes.keys()):
             ours = list(model[name]) if name in model else None
-            if ours != (stored := self.shapes.get(name)):
+            if ours != (stored := stored_shapes.get(name)):
                 what = f"parameter {name} is {stored} there and {ours} in this model"
                 raise UserError(str(self.path), what, "use the model of the run that saved it")
 
 
 class Weights(Mapping[str, "Tensor"]):
-    """A checkpoint's weights by name, read on access and not kept."""
+    """A checkpoint's weights by name, adapters merged, read on access and not kept."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
+        self.shapes = {k: v for k, v in checkpoint.shapes.items() if not is_adapter(k)}
 
     def __getitem__(self, name: str) -> "Tensor":
-        if name not in self._checkpoint.shapes:
+        if name not in self.shapes:
             raise KeyError(name)
-        return self._checkpoint.tensor(name)
+        return self._checkpoint.merged(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.shapes)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._checkpoint.shapes)
+        return len(self.shapes)
 
 
 def coverage_faults(state: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from forescale.checkpoint.merged import MergedReader
 from forescale.checkpoint.reader import (
     FORMAT,
     STATE,
@@ -28,6 +29,7 @@ from forescale.engine.ranks import Ranks
 from forescale.engine.state import load_fragments, owned_fragments, scalars, shapes_of
 from forescale.engine.step import Engine
 from forescale.errors import UserError
+from forescale.models.adapters import is_adapter
 from forescale.run.directory import Run
 from forescale.storage import FileEntry, fsync_path, publish, write_json, write_table
 
@@ -201,11 +203,17 @@ def _merged_counters(parts: list[dict]) -> dict:
 def load(checkpoint: Checkpoint, engine: Engine, weights_only: bool = False) -> None:
     """Load a checkpoint into every rank's part of an engine of any world size, stage and precision.
 
-    Raises UserError if the checkpoint is of another model.
+    weights_only: its weights, adapters merged; those of the engine stay as they were drawn. Raises
+    UserError if the checkpoint is of another model.
     """
-    checkpoint.expect_shapes(_model_shapes(engine))
-    counters = None if weights_only else checkpoint.state["counters"]
-    load_fragments(engine, checkpoint.reader, counters)
+    shapes = _model_shapes(engine)
+    if not weights_only:
+        checkpoint.expect_shapes(shapes)
+        load_fragments(engine, checkpoint.reader, checkpoint.state["counters"])
+        return
+    plain = {name: shape for name, shape in shapes.items() if not is_adapter(name)}
+    checkpoint.expect_shapes(plain, merged=True)
+    load_fragments(engine, MergedReader(checkpoint), None)
 
 
 def _model_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,8 @@ from forescale.config.mesh import Mesh, expert_problems, mesh_problems
 from forescale.config.schema import TargetConfig, key, section
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.faults import problems as faults_problems
+from forescale.config.sections.lora import LoraConfig
+from forescale.config.sections.lora import problems as lora_problems
 from forescale.config.sections.objective import ObjectiveConfig
 from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.config.sections.runtime import (
@@ -58,6 +60,7 @@ class TrainJob(Job):
     objective: ObjectiveConfig = section(
         ObjectiveConfig, "what the model learns to predict", "identity"
     )
+    lora: LoraConfig = section(LoraConfig, "adapters beside frozen weights", "identity")
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer", "identity")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time", "identity")
     engine: EngineConfig = section(EngineConfig, "DeepSpeed", "numerics")
@@ -231,7 +234,7 @@ class TrainJob(Job):
         elif self.precision.fp8 != "none":
             what = "multiplies the matrices of our models, and this is a class of your own"
             found.append(("precision.fp8", what, "leave it out"))
-        found += expert_problems(self, ranks) + self._objective_problems()
+        found += expert_problems(self, ranks) + self._objective_problems() + lora_problems(self)
         if not has_length:
             return found  # the train section reports it; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:

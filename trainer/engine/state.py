@@ -11,17 +11,25 @@ of the gradients, which may be bf16, all others in fp32, so moving it from fp32 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from forescale.engine.layout import Layout, Piece, Unit
-from forescale.engine.portable.fragments import WEIGHT, Fragment, FragmentReader
+from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.engine.step import Engine
 from forescale.models.parallel.whole import whole_of
 
 MOMENTUM = "momentum_buffer"
+
+
+class Fills(Protocol):
+    """What reads a checkpoint; see FragmentReader."""
+
+    def states(self, name: str) -> list[str]: ...
+
+    def fill(self, fragment: Fragment) -> None: ...
 
 
 def shapes_of(engine: Engine) -> dict[str, tuple[int, ...]]:
@@ -148,7 +156,7 @@ def _load_scaler(layout: Layout, stored: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def load_fragments(engine: Engine, reader: FragmentReader, stored: dict[str, Any] | None) -> None:
+def load_fragments(engine: Engine, reader: Fills, stored: dict[str, Any] | None) -> None:
     """Set this rank's part of weights and buffers; and of moments, if `stored` is given.
 
     stored: what `scalars` returned. With None the optimizer starts anew, as in a branch that takes
@@ -170,7 +178,7 @@ def load_fragments(engine: Engine, reader: FragmentReader, stored: dict[str, Any
         _load_scaler(layout, stored["loss_scaler"])
 
 
-def _moments(engine: Engine, unit: Unit, reader: FragmentReader, steps: dict) -> dict[str, Tensor]:
+def _moments(engine: Engine, unit: Unit, reader: Fills, steps: dict) -> dict[str, Tensor]:
     """Return the unit's moments by state, for the states that the checkpoint holds; those that the
     engine doesn't have yet are created as zeros."""
     layout = engine.layout

@@ -26,6 +26,7 @@ from forescale.engine.parallel.tensor import Mpu
 from forescale.engine.stages import layout_of
 from forescale.engine.world import World
 from forescale.errors import UserError
+from forescale.models.adapters import stored_name
 from forescale.models.parallel.whole import whole_of
 
 
@@ -80,7 +81,8 @@ class Engine:
             self.layout.divided_among(world.tensor)
         if not world.tensor.is_main:  # what is not divided, the first rank of the group has too
             self.layout.counts = lambda param: whole_of(param).parts > 1
-        self.names: dict[nn.Parameter, str] = {p: n for n, p in self.module.named_parameters()}
+        named = self.module.named_parameters()
+        self.names: dict[nn.Parameter, str] = {p: stored_name(n) for n, p in named}
         self.mark: Callable[[str], None] = lambda at: None  # receives the place inside a step
         # For injected faults: may damage the weights before a step, given its number, and returns
         # a factor for its gradient.

@@ -213,7 +213,7 @@ def best_device() -> "torch.device":
 
 
 def set_weights(model: "nn.Module", checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model, one tensor at a time.
+    """Copy a checkpoint's weights into a model, one tensor at a time, adapters merged.
 
     Raises UserError if the checkpoint is of another model.
     """
@@ -224,10 +224,10 @@ def set_weights(model: "nn.Module", checkpoint: Checkpoint) -> None:
         model.named_parameters()
     )  # without repeats of tied parameters
     own |= {name: b for name, b in model.named_buffers() if name in kept}
-    checkpoint.expect_shapes({name: tensor.shape for name, tensor in own.items()})
+    checkpoint.expect_shapes({name: tensor.shape for name, tensor in own.items()}, merged=True)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(checkpoint.tensor(name))
+            tensor.copy_(checkpoint.merged(name))
 
 
 def _frame(rows: list[dict]) -> "pd.DataFrame":

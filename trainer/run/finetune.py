@@ -15,6 +15,7 @@ from typing import Any
 from forescale.config.duration import Duration
 from forescale.config.schema import plain
 from forescale.config.sections.data import DataConfig
+from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.objective import ObjectiveConfig
 from forescale.config.sections.optimizer import OptimizerConfig
 from forescale.config.sections.runtime import LaunchConfig, ProfileConfig
@@ -40,17 +41,22 @@ RATE, EPOCHS, BATCH, WARMUP = 1 / 15, 3.0, 128, Duration(3, "percent")
 # would differ between the model and its reference.
 LATER_RATE, LATER_EPOCHS, LATER_BATCH, LATER_WARMUP = 1 / 40, 1.0, 64, Duration(10, "percent")
 IMPORTED = OptimizerConfig("adamw", learning_rate=2e-5, beta2=0.999, weight_decay=0.0)
+# Adapters learn best at ten times the rate of all weights (Schulman 2025,
+# thinkingmachines.ai/blog/lora); of imported weights that is the 2e-4 of QLoRA (Dettmers et al.
+# 2023, arXiv 2305.14314, table 9), which has no weight decay either.
+LORA = 10.0
 
 _OPEN = 10**9  # steps of a run before its examples are counted: no key may be beyond them yet
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def first_config(
-    origin: TrainJob, is_import: bool, are_preferences: bool = False
+    origin: TrainJob, is_import: bool, are_preferences: bool = False, has_adapters: bool = False
 ) -> dict[str, Any]:
     """Return the config that a run begins with, as plain values. Its length and its data follow
     from the examples (`with_examples`). is_import: of imported weights the config says nothing of
-    how they were trained."""
+    how they were trained. has_adapters: these alone are trained."""
+    optimizer = _optimizer(origin, is_import, are_preferences)
     batch, each = origin.train.global_batch, origin.train.micro_batch
     most = LATER_BATCH if are_preferences else BATCH
     if is_import or batch > most:
@@ -71,7 +77,8 @@ def first_config(
             ),
             model=model,
             objective=ObjectiveConfig("preferences" if are_preferences else "responses"),
-            optimizer=_optimizer(origin, is_import, are_preferences),
+            lora=LoraConfig(),  # of FROM, adapters are merged
+            optimizer=_of_adapters(optimizer) if has_adapters else optimizer,
             schedule=ScheduleConfig("cosine", LATER_WARMUP if are_preferences else WARMUP),
             launch=LaunchConfig(),
             profile=ProfileConfig(),
@@ -102,6 +109,12 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
         learning_rate=_rounded(old.learning_rate * factor),
         adam_learning_rate=None if adam is None else _rounded(adam * factor),
     )
+
+
+def _of_adapters(old: OptimizerConfig) -> OptimizerConfig:
+    rate = LORA * (old.adam_learning_rate or old.learning_rate)
+    settings = {"beta1": old.beta1, "beta2": old.beta2} if old.kind == "adamw" else {}
+    return OptimizerConfig("adamw", learning_rate=_rounded(rate), weight_decay=0.0, **settings)
 
 
 def _rounded(rate: float) -> float:

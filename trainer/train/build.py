@@ -215,13 +215,14 @@ class Builder:
 
     def _checkpoints(self, attempt: Attempt, judge: Guard) -> Checkpoints:
         job, rules = self.job, self.job.checkpoint
+        scale = {"adapter_scale": job.lora.scale} if job.lora.rank else {}
         return Checkpoints(
             self._every(rules.every, tuple(rules.at)),
             rules.keep,
             self.run,
             attempt,
             self.engine,
-            lambda: {"numerics": self.numerics, "guard": judge.state},
+            lambda: {"numerics": self.numerics, "guard": judge.state, **scale},
             keep_every=job.steps_of(rules.keep_every) if rules.keep_every else None,
             at=rules.at,
             keep_best=rules.keep_best,

@@ -36,6 +36,7 @@ from forescale.resilience.reporter import HeartbeatReporter
 from forescale.run.directory import Attempt
 from forescale.run.forecast import prediction_interval_of
 from forescale.run.start import Start, numerics, start
+from forescale.train.adapters import adapting, freeze
 from forescale.train.build import Builder
 from forescale.train.guard import Anomaly, Halt, Rollback
 from forescale.train.loop import train
@@ -132,8 +133,9 @@ class Trainer:
         for key, name in targets(job).items():
             import_target(key, name)  # a wrong name is reported before anything is built
         self.reads_weights = self.world.from_main(self._has_weights, self.run.path)
-        divide = partition_of(job, self.world)
-        model = build_model(job, self.sources.vocab_size, divide, draws=not self.reads_weights)
+        made = adapting(job, partition_of(job, self.world))
+        model = build_model(job, self.sources.vocab_size, made, draws=not self.reads_weights)
+        freeze(job, model)
         self.engine: Engine = build_engine(self.world, model, job)
         self.engine.mark = self.phases.mark
         if self.injector:

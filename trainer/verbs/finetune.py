@@ -94,6 +94,7 @@ EXAMPLES = (
     "finetune first data=questions.jsonl",
     "finetune first data=chats.jsonl run.name=chat epochs=2 optimizer.learning_rate=1e-4",
     "finetune runs/first/checkpoints/step-00002000 data=questions.jsonl unusable=skip",
+    "finetune first data=questions.jsonl lora.rank=16",
     "finetune first data=chats.jsonl template=chatml.jinja prepare_only=true",
     "finetune first-chats data=preferences.jsonl objective.beta=0.2",
 )
@@ -159,7 +160,8 @@ def _found(directory: Path, view: RunView, words: list[str]) -> dict[str, Any]:
         return plain(thaw(TrainJob, run.config, trust=True))
     kind, file = _typed(words, "objective.kind"), _typed(words, "file")
     are_preferences = kind == "preferences" if kind else bool(file and has_preferences(file))
-    return first_config(view.config, view.run.is_import, are_preferences)
+    has_adapters = (_typed(words, "lora.rank") or "0") != "0"
+    return first_config(view.config, view.run.is_import, are_preferences, has_adapters)
 
 
 def _dataset(job: FinetuneJob, view: RunView) -> Dataset:

@@ -1,0 +1,97 @@
+"""Names, sizes and FLOPs of adapters against models that have them, and against torch's counter."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from forescale.config.sections.lora import LoraConfig
+from forescale.models import ModelConfig, Transformer
+from forescale.models.adapters import (
+    candidates,
+    flops_with_adapters,
+    is_adapter,
+    is_target,
+    num_adapters,
+    stored_name,
+    with_adapters,
+)
+from forescale.train.adapters import adapting, freeze
+
+BASE = ModelConfig(
+    num_layers=2, width=24, num_heads=3, mlp_width=40, vocab_size=70, max_sequence_length=16
+)
+MIXERS = ["attention", "window", "latent", "gated_deltanet", "lstm", "mingru"]
+VARIANTS = [
+    replace(BASE, bias=True, norm="layernorm", attention_gate="channel"),
+    replace(BASE, mlp="moe", moe_width=13, moe_shared=1, mtp_layers=1, tie_embeddings=True),
+    replace(BASE, num_layers=6, mixer_pattern=MIXERS, window=5),
+    replace(BASE, encoder_layers=2, source_length=8),
+]
+RANK = 3
+
+
+def made(config, *targets, stage=1, rank=RANK):
+    lora = LoraConfig(rank, targets=list(targets))
+    train, engine = SimpleNamespace(seed=1, init_seed=None), SimpleNamespace(stage=stage)
+    job = SimpleNamespace(lora=lora, train=train, engine=engine)
+    model = Transformer(config, adapting(job, None))
+    freeze(job, model)
+    return model
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=["biases", "experts", "mixers", "encoder"])
+@pytest.mark.parametrize("targets", [(), ("query", "mlp.up")], ids=["all", "some"])
+def test_parameters_are_those_of_the_model_in_its_order(config, targets):
+    found = {stored_name(n): p for n, p in made(config, *targets).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in found.items()}
+    assert list(with_adapters(config, RANK, targets).items()) == list(shapes.items())
+    trained = {name: p for name, p in found.items() if p.requires_grad}
+    assert trained.keys() == {name for name in found if is_adapter(name)}
+    assert sum(p.numel() for p in trained.values()) == num_adapters(config, RANK, targets)
+
+
+def test_targets_are_named_by_a_whole_name_a_last_part_or_a_part_of_the_block():
+    names = candidates(replace(BASE, attention_gate="head"))
+    assert names[:2] == ["mixer.query", "mixer.key"]
+    assert [n for n in names if is_target(n, ["gate"])] == ["mixer.gate", "mlp.gate"]
+    assert [n for n in names if is_target(n, ["mlp.gate", "key"])] == ["mixer.key", "mlp.gate"]
+    assert [n for n in names if is_target(n, ["mlp"])] == ["mlp.gate", "mlp.up", "mlp.down"]
+    assert [n for n in names if is_target(n, [])] == names
+
+
+@pytest.mark.parametrize("config", [BASE, *VARIANTS[:2]], ids=["plain", "biases", "experts"])
+def test_flops_are_those_that_torch_counts(config):
+    """Where the first block's input has a gradient, as at stage 3."""
+    model, length = made(config, stage=3), 16
+    tokens = torch.randint(0, 70, (2, length))
+    targets = tokens if config.mtp_layers == 0 else tokens.clone()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        found = model(tokens, targets)
+        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        (losses.sum() + penalty).backward()
+    counted = counter.get_total_flops() / tokens.numel()
+    expected = flops_with_adapters(config, length, RANK, [])
+    assert counted == expected
+
+
+def test_they_begin_with_the_model_as_it_was_and_depend_on_the_seed_alone():
+    torch.manual_seed(0)
+    plain = Transformer(BASE)
+    torch.manual_seed(0)
+    model = made(BASE)
+    tokens = torch.randint(0, 70, (2, 16))
+    assert torch.equal(model(tokens), plain(tokens))
+    from forescale.models.init import Undrawn
+
+    with Undrawn():
+        other = made(BASE)
+    mine = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    theirs = dict(other.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in mine.items())
+    downs = [p for n, p in mine.items() if ".lora_A." in n]
+    assert all(0.5 < p.abs().max() * p.shape[1] ** 0.5 <= 1 for p in downs)
+    assert not torch.equal(downs[0], downs[1])

@@ -1,0 +1,87 @@
+"""Checkpoints with adapters: read merged, as a model without adapters."""
+
+import pytest
+import torch
+
+from forescale import open_run
+from forescale.checkpoint.merged import MergedReader
+from forescale.checkpoint.reader import Checkpoint
+from forescale.config.frozen import thaw
+from forescale.config.train import TrainJob
+from forescale.engine.portable.fragments import WEIGHT, Fragment
+from forescale.errors import UserError
+from forescale.models.adapters import adapter_of, stored_name
+from forescale.run.directory import Parent
+from forescale.run.start import start
+from forescale.train.adapters import adapting, freeze
+from forescale.train.model import build_model
+from tests.trainer.small_run import make_dataset, make_job, make_run, save
+
+WIDTH = ("model.num_layers=2", "model.width=32", "model.num_heads=2")
+LORA = ("lora.rank=3", "lora.alpha=6", "optimizer=adamw", "run.from.what=weights")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """(a run of a checkpoint with adapters that changed, its model with them)"""
+    folder = tmp_path_factory.mktemp("adapted")
+    data = make_dataset(folder / "data")
+    origin = make_run(data, folder / "runs", "small", *WIDTH)
+    words = (*WIDTH, *LORA, f"run.from.run={origin.path}", "run.from.step=8")
+    started = start(make_job(data, folder / "runs", "lora", *words))
+    job = thaw(TrainJob, started.run.config, False)
+    model = build_model(job, started.sources.vocab_size, adapting(job, None))
+    freeze(job, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    attempt = started.run.new_attempt()
+    attempt.start_from(Parent(0), started.run)
+    named = {stored_name(n): p for n, p in model.named_parameters()}
+    save(started.run, attempt, 4, Stored(named), {"adapter_scale": job.lora.scale})
+    return started.run, model.eval()
+
+
+class Stored:
+    def __init__(self, named):
+        self.named = named
+
+    def named_parameters(self):
+        return self.named.items()
+
+
+def test_the_merged_model_computes_what_the_model_with_adapters_does(adapted):
+    run, model = adapted
+    merged = open_run(run.path).model()
+    tokens = torch.randint(0, 300, (2, 16))
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [None, (10, 32, 10)], ids=["range", "columns"])
+def test_any_range_of_a_matrix_is_read_merged(adapted, cut):
+    run, _ = adapted
+    found = Checkpoint(run.checkpoint_path(4))
+    name = "blocks.1.mixer.key.weight"
+    down, up = (found.tensor(part) for part in adapter_of(name))
+    whole = found.tensor(name) + 2 * up @ down
+    data = torch.empty(57)
+    MergedReader(found).fill(Fragment(name, (32, 32), WEIGHT, 13, data, cut))
+    flat = whole.flatten() if cut is None else whole[:, 10:20].flatten()
+    torch.testing.assert_close(data, flat[13:70])
+
+
+def test_adapters_of_an_engine_are_left_as_they_are(adapted):
+    name, data = "blocks.0.mlp.up.lora_A.weight", torch.full((8,), 7.0)
+    reader = MergedReader(Checkpoint(adapted[0].checkpoint_path(4)))
+    reader.fill(Fragment(name, (3, 32), WEIGHT, 0, data))
+    assert data.tolist() == [7.0] * 8
+
+
+def test_another_model_is_refused_by_its_merged_shapes(adapted):
+    found = Checkpoint(adapted[0].checkpoint_path(4))
+    plain = dict(found.weights().shapes)
+    found.expect_shapes(plain, merged=True)
+    with pytest.raises(UserError, match=r"lora_A\.weight is .* there and None"):
+        found.expect_shapes(plain)

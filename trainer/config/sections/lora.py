@@ -1,0 +1,70 @@
+"""Config section `lora`: adapters that are trained beside frozen weights.
+
+Invariant: imports no torch.
+"""
+
+# ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forescale.config.job import Problems
+from forescale.config.schema import key
+from forescale.models.adapters import candidates, is_target
+from forescale.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from forescale.config.train import TrainJob
+
+
+@dataclass
+class LoraConfig:
+    # 32 with a product that is divided by the rank: then the best learning rate hardly depends on
+    # the rank (Schulman 2025, thinkingmachines.ai/blog/lora).
+    rank: int = key(
+        0, "rank of the adapters beside frozen weights; 0: none, all weights are trained", ge=0
+    )
+    alpha: float = key(32.0, "what an adapter adds is multiplied by alpha / rank", gt=0)
+    targets: list[str] = key(
+        [],
+        "matrices that have an adapter: their names, such as query or mlp.up, or mixer or mlp for "
+        "all in it; []: all of the blocks",
+    )
+    dropout: float = key(0.0, "dropout of what an adapter reads", ge=0, lt=1)
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's matrices is multiplied by."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+def problems(job: "TrainJob") -> Problems:
+    """Return the rules of adapters with the other sections, in words of the whole job."""
+    lora, model, found = job.lora, job.model, Problems()
+    if not lora.rank:
+        return found
+    if not job.run.origin.run:
+        what = "adapters stand beside the weights of a trained run, and run.from names none"
+        found.append(("lora.rank", what, "write forescale finetune FROM, or run.from.run=NAME"))
+    if not isinstance(model, ModelConfig):
+        what = "adapters are for our models, and this is a class of your own"
+        return [*found, ("lora.rank", what, "make them in your class")]
+    for name in ("tensor_parallel", "expert_parallel"):
+        if (ranks := getattr(job.engine, name)) > 1:
+            what = f"{name}={ranks} divides the matrices that adapters stand beside"
+            found.append((f"engine.{name}", what, "leave it out, and take engine=zero3"))
+    if job.optimizer.spec.matrices:
+        what = "updates whole matrices, of which an adapter has two halves"
+        found.append(("optimizer.kind", what, "write optimizer=adamw"))
+    if job.precision.fp8 != "none":
+        what = "multiplies our matrices itself, without their adapters"
+        found.append(("precision.fp8", what, "leave it out"))
+    length = job.train.sequence_length
+    if model.problems(sequence_length=length):
+        return found
+    names = candidates(model.resolved(model.vocab_size or 1 << 16, length))
+    for target in lora.targets:
+        if not any(is_target(name, [target]) for name in names):
+            todo = f"choose from {', '.join(names)}"
+            found.append(("lora.targets", f"no matrix of the model is {target!r}", todo))
+    return found
