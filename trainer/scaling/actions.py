@@ -60,18 +60,19 @@ ACTIONS = {
     ),
     "fit": Action(
         "Fit the scaling law to a study, to other runs or to a table, and predict the target.",
-        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, *_TASK, "sensitivity", "json"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, *_TASK, "sensitivity", "reference", "json"),
         (
             "study fit study=mine",
             "study fit 'runs/*' target.flops=1e18",
             "study fit points.csv columns='{parameters: Model Size, flops: Training FLOP}'",
             "study fit points.csv form=over-training target.parameters=7e9 target.tokens=1e12",
             "study fit study=mine task=ability/copy/4 chance=0 target.flops=1e18",
+            "study fit recipes.csv reference=adamw   (columns recipe, flops, learning_rate, loss)",
         ),
     ),
     "report": Action(
         "Write the fit, its figures and its doubts as one HTML file.",
-        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, *_TASK, "to"),
+        (*_STUDY, *_RUNS, *_LAW, *_OF_LAW, *_TASK, "reference", "to"),
         ("study report study=mine", "study report 'runs/*' target.flops=1e18 to=report.html"),
     ),
     "predict": Action(

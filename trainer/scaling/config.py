@@ -164,6 +164,7 @@ class StudyJob(Job):
     groups: list[str] = key(
         [], "the two values of `by` to compare; the first is the reference; []: the only two"
     )
+    reference: str = key("base", "of recipes: the one that the others are compared with")
     tasks: dict[str, str] = key(
         {}, "the columns with the metric of each task, as {TASK: COLUMN}; shares from 0 to 1"
     )

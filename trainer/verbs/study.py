@@ -27,6 +27,7 @@ from forescale.scaling.analysis import judge
 from forescale.scaling.analysis.answer import StudyFit
 from forescale.scaling.analysis.export import as_dict
 from forescale.scaling.analysis.forecast import read_forecasts, score, write_forecast
+from forescale.scaling.analysis.recipes.table import has_recipes
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design import planning
@@ -77,7 +78,18 @@ def main(arguments: list[str]) -> int:
     if action in _OF_STUDY:
         return _OF_STUDY[action](job)
     table, where = read(job)
+    if has_recipes(table):
+        return _of_recipes(action, job, table, where)
     return _OF_RECORDS[action](job, with_outcome(table, job, where), where)
+
+
+def _of_recipes(action: str, job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """Run an action on records of several recipes, to which no single law can be fitted."""
+    if action in _OF_RECIPES:
+        return _OF_RECIPES[action](job, table, where)
+    what = f"has several recipes, and study {action} is for one"
+    todo = "compare them with study fit; of a table, keep one with rows={recipe: NAME}"
+    raise UserError(where, what, todo)
 
 
 def refuse_other_keys(action: str, overrides: Sequence[str]) -> None:
@@ -342,4 +354,7 @@ _OF_INPUT: dict[str, Callable[[StudyJob], int]] = {
 _OF_RECORDS: dict[str, Callable[[StudyJob, pd.DataFrame, str], int]] = {
     "next": _next, "fit": _fit, "report": _report, "predict": _predict, "score": _score,
     "records": _records, "rates": questions.fit_rates, "profile": questions.profile_law,
+}  # fmt: skip
+_OF_RECIPES: dict[str, Callable[[StudyJob, pd.DataFrame, str], int]] = {
+    "fit": questions.compare_recipes, "report": questions.report_recipes, "records": _records,
 }  # fmt: skip

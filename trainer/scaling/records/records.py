@@ -42,7 +42,7 @@ HELD = ("vocab_size", "sequence_length", "tokenizer", "parametrization", "loss_d
 RECIPE = ("optimizer", "learning_rate", "weight_decay", "batch_tokens", "schedule", "warmup_steps",
           "decay_steps", "precision", "width", "layers", "parametrization", "data",
           "expansion")  # fmt: skip
-EXTRA = ("trunk", "budget", "name", "seed", "init_seed")  # further columns of a table
+EXTRA = ("trunk", "budget", "name", "seed", "init_seed", "recipe")  # further columns of a table
 _N = tuple(f"parameters_{name}" for name in SIZES)
 _C = tuple(f"flops_{name}" for name in COSTS)
 # Columns of numbers that a fit reads.

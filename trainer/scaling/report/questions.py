@@ -15,11 +15,13 @@ from forescale.console import open_console
 from forescale.errors import DONE
 from forescale.progress import shown
 from forescale.scaling.analysis import compare
+from forescale.scaling.analysis.recipes import multipliers
 from forescale.scaling.analysis.selection import law_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design import rate_laws
 from forescale.scaling.fitting.profile import profiles
 from forescale.scaling.report.answers import show_comparison, show_profiles, show_rates
+from forescale.scaling.report.recipes.terminal import show_recipes
 from forescale.scaling.report.tasks.terminal import show_task_scores, show_tasks
 from forescale.scaling.study.groups import read_groups
 from forescale.scaling.study.tasks import read_ladders, read_tasks
@@ -39,6 +41,26 @@ def compare_groups(job: StudyJob) -> int:
     if job.json:
         return _print(compare.as_dict(made))
     show_comparison(made, open_console())
+    return DONE
+
+
+def compare_recipes(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """Give the compute multiplier of each recipe against the base."""
+    made = multipliers.Multipliers(table, job, where)
+    if job.json:
+        return _print(multipliers.as_dict(made))
+    show_recipes(made, open_console())
+    return DONE
+
+
+def report_recipes(job: StudyJob, table: pd.DataFrame, where: str) -> int:
+    """Write the page of the compute multipliers, with its pictures."""
+    from forescale.scaling.report.recipes.page import write  # plotly and matplotlib are slow
+
+    made = multipliers.Multipliers(table, job, where)
+    job.report.parent.mkdir(parents=True, exist_ok=True)
+    page, *_ = write(made, table, job.report, ["forescale", *sys.argv[1:]])
+    print(f"{page}: {len(made.candidates)} recipes against {made.base}; open it in a browser.")
     return DONE
 
 

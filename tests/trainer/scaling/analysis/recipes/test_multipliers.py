@@ -1,0 +1,141 @@
+"""Compute multipliers of simulated recipes, whose truth is known."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from forescale import cli
+from forescale.config.compose import compose
+from forescale.errors import UserError
+from forescale.scaling.analysis.recipes.multipliers import Multipliers, as_dict
+from forescale.scaling.config import StudyJob
+from tests.trainer.scaling.simulated_recipes import BUDGETS, runs
+
+JOB = compose(StudyJob, ["input=[none]"])
+TRUE = {"good": 1.4, "bad": 0.7}
+
+
+def made(table, job=JOB) -> Multipliers:
+    return Multipliers(table, job, "here")
+
+
+def by_name(table) -> dict:
+    return {c.name: c for c in made(table).candidates}
+
+
+def test_without_noise_each_multiplier_is_the_true_one():
+    found = by_name(runs(np.random.default_rng(0), TRUE, noise=0.0))
+    for name, m in TRUE.items():
+        values = [p.multiplier.value for p in found[name].places]
+        assert values == pytest.approx([m] * 3, rel=4e-3)
+        assert found[name].mean.value == pytest.approx(m, rel=4e-3)
+        assert found[name].trend.value == pytest.approx(1.0, abs=5e-3)
+
+
+def test_a_multiplier_that_grows_has_its_trend():
+    """1.2 at the lowest budget, and 1.3 times more in each decade."""
+    table = runs(np.random.default_rng(0), {"new": lambda c: 1.2 * 1.3 ** np.log10(c / 1e11)}, 0.0)
+    assert by_name(table)["new"].trend.value == pytest.approx(1.3, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.001, 0.003])
+def test_nominal_90_percent_intervals_cover_within_binomial_error(noise):
+    """120 simulated studies of three budgets and three seeds."""
+    rng, hits, logs, studies = np.random.default_rng(1), [], [], 120
+    for _ in range(studies):
+        for name, one in by_name(runs(rng, TRUE, noise)).items():
+            ratios = [*(p.multiplier for p in one.places), one.mean]
+            hits.append([r.low <= TRUE[name] <= r.high for r in ratios])
+            hits[-1].append(one.trend.low <= 1 <= one.trend.high)
+            logs.append(np.log([r.value / TRUE[name] for r in ratios]))
+    error = np.sqrt(0.9 * 0.1 / studies)  # of two recipes; they share a base, so count one
+    assert np.mean(hits, axis=0) == pytest.approx(0.9, abs=3 * error)
+    assert np.mean(hits) == pytest.approx(0.9, abs=2 * error)
+    spread = np.std(logs, axis=0)
+    assert (np.abs(np.mean(logs, axis=0)) < 3 * spread / np.sqrt(studies) + 0.004).all()
+
+
+def test_a_loss_beyond_the_base_gives_a_bound_and_no_number():
+    found = made(runs(np.random.default_rng(0), {"giant": 4.0}))
+    top = found.candidates[0].top
+    assert top.multiplier.value == np.inf
+    assert top.multiplier.low == pytest.approx(2.5)
+    assert as_dict(found)["candidates"][0]["budgets"][-1]["multiplier"]["value"] is None
+    assert any("never has" in doubt for doubt in found.doubts)
+
+
+def test_equal_recipes_are_rarely_told_apart_and_the_doubts_name_what_is_not_tuned():
+    table = runs(np.random.default_rng(0), {"same": 1.0})
+    at_edge = table[(table["recipe"] != "same") | (table["learning_rate"] >= 0.01)]
+    found = made(at_edge)
+    assert found.candidates[0].mean.includes_one
+    assert not found.candidates[0].is_winner
+    assert any("fewer than three learning rates" in doubt for doubt in found.doubts)
+
+
+def test_a_diverged_run_brackets_the_rates_below_it():
+    table = runs(np.random.default_rng(0), {"new": 1.2}, noise=0.0)
+    table.loc[table["learning_rate"] == 0.02, "loss"] = np.inf
+    assert all(c.is_bracketed for c in made(table).cells)
+
+
+def test_the_rate_with_most_seeds_counts_and_not_the_luckiest_run():
+    table = runs(np.random.default_rng(0), {"new": 1.0}, noise=0.0)
+    lucky = (table["recipe"] == "new") & (table["learning_rate"] == 0.02)
+    table.loc[lucky, "loss"] *= 0.9
+    assert by_name(table)["new"].mean.value == pytest.approx(1.0, abs=5e-3)
+
+
+def test_without_repeated_runs_nothing_is_shown():
+    found = made(runs(np.random.default_rng(0), {"new": 1.4}, seeds=1))
+    assert all(p.multiplier.includes_one for p in found.candidates[0].places)
+    assert any("intervals, are unknown" in doubt for doubt in found.doubts)
+
+
+def test_a_budget_whose_seeds_scatter_far_more_is_named():
+    rng = np.random.default_rng(0)
+    table, loud = runs(rng, {"new": 1.2}, noise=0.001), runs(rng, {"new": 1.2}, noise=0.02)
+    lowest = table["flops"] == BUDGETS[0]
+    said = made(pd.concat((table[~lowest], loud[lowest]))).doubts
+    assert any("At 1e+11 FLOPs runs scatter by" in doubt for doubt in said)
+    assert not any("scatter" in doubt for doubt in made(table).doubts)
+
+
+def test_fresh_seeds_confirm_a_winner_apart_from_the_runs_that_chose_it():
+    rng = np.random.default_rng(0)
+    table = runs(rng, {"new": 1.5}).assign(role="seed")
+    fresh = runs(rng, {"new": 1.1}).assign(role="confirm")
+    is_top = (fresh["flops"] == BUDGETS[-1]) & (fresh["learning_rate"] == 0.01)
+    top = by_name(pd.concat((table, fresh[is_top & (fresh["recipe"] == "new")])))["new"].top
+    assert top.multiplier.value == pytest.approx(1.5, rel=0.1)
+    assert top.confirmed.value == pytest.approx(1.1, rel=0.1)
+
+
+def test_a_comparison_without_a_base_or_with_other_data_is_refused():
+    table = runs(np.random.default_rng(0), {"new": 1.2})
+    with pytest.raises(UserError, match="reference=NAME, one of base, new"):
+        made(table, compose(StudyJob, ["input=[none]", "reference=gone"]))
+    with pytest.raises(UserError, match="not comparable: tokenizer is a and b"):
+        made(table.assign(tokenizer=np.where(table["recipe"] == "new", "b", "a")))
+    with pytest.raises(UserError, match="no curve"):
+        made(table[(table["recipe"] == "new") | (table["flops"] == BUDGETS[0])])
+
+
+def test_a_csv_is_enough(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = runs(np.random.default_rng(0), TRUE).rename(columns={"flops": "compute"})
+    table.to_csv("recipes.csv", index=False)
+    fit = ["study", "fit", "recipes.csv", "columns={flops: compute}"]
+    assert cli.main([*fit, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [c["name"] for c in facts["candidates"]] == ["good", "bad"]
+    assert facts["candidates"][0]["multiplier"]["low"] > 1.2
+    assert cli.main(fit) == 0
+    said = capsys.readouterr().out
+    assert "good: needs less compute than base" in said
+    assert "bad: needs more compute than base" in said
+    assert cli.main(["study", "profile", *fit[2:]]) == 2
+    assert "has several recipes" in capsys.readouterr().err

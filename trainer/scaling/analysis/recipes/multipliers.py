@@ -1,0 +1,289 @@
+"""The compute multiplier of each recipe: the base's compute for its loss, over its own compute.
+
+    multiplier   m = C_base(L) / C: above 1, the recipe needs less compute than the base. C_base is
+                 the base's own curve read backwards (curve.py), never extrapolated
+    interval     from drawn studies: each mean loss anew, with the noise of repeated runs (pooled
+                 over all recipes and budgets, so Student's t); the base's curve is drawn with it
+    trend        the factor by which m changes in a decade of compute: least squares of log m
+    confirmed    m of a winner from fresh seeds alone, which no choice has seen
+
+Invariant: all recipes are treated alike; a multiplier below 1 is as much a result as one above.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from forescale.errors import UserError
+from forescale.scaling.analysis.ratio import Ratio
+from forescale.scaling.analysis.recipes.curve import BaseCurve
+from forescale.scaling.analysis.recipes.table import RecipeCell, cells_of
+from forescale.scaling.config import StudyJob
+from forescale.scaling.fitting.points import Array
+
+_DRAWS = 2000
+_BUDGETS = 2  # of the base: fewer are no curve
+_DECADE = np.log(10.0)
+_UNEVEN = 3.0  # times the noise of the other budgets that is worth a note
+_UNKNOWN = (0.0, np.inf)  # ends of an interval without a measured noise
+
+
+@dataclass(frozen=True)
+class Place:
+    """A recipe at one budget. multiplier: 0 or infinite where the base never has its loss, which
+    is then outside `reach`: the multipliers that the base's budgets can show. confirmed: that of
+    fresh seeds alone."""
+
+    cell: RecipeCell
+    multiplier: Ratio
+    reach: tuple[float, float]
+    confirmed: Ratio | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe compared with the base. places: by budget; mean: the geometric mean of its
+    multipliers; trend: the factor a decade of compute, None with fewer than two budgets."""
+
+    name: str
+    places: tuple[Place, ...]
+    mean: Ratio | None
+    trend: Ratio | None
+
+    @property
+    def top(self) -> Place:
+        """Return the place at its highest budget."""
+        return self.places[-1]
+
+    @property
+    def is_winner(self) -> bool:
+        """True if it is shown to need less compute at its highest budget."""
+        return self.top.multiplier.low > 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The standard deviation of log loss of a run by its seed, and its degrees of freedom; nan and
+    0 without repeated runs."""
+
+    sd: float
+    free: int
+
+
+class Multipliers:
+    """All recipes of a table, compared with the base. Raises UserError if the table has too few
+    budgets of the base, or no recipe beside it."""
+
+    def __init__(self, table: pd.DataFrame, job: StudyJob, where: str):
+        self.job, self.where, self.base = job, where, job.reference
+        self.cells = cells_of(table, job, where)
+        names = sorted({c.recipe for c in self.cells})
+        if self.base not in names:
+            what = f"has no recipe {self.base!r} to compare with"
+            raise UserError(where, what, f"write reference=NAME, one of {', '.join(names)}")
+        if len(names) < 2:
+            raise UserError(where, f"has no recipe beside {self.base}", "train the others first")
+        own = self.of(self.base)
+        if len(own) < _BUDGETS:
+            what = f"has {len(own)} budgets of {self.base}, which are no curve"
+            raise UserError(where, what, f"train {self.base} at {_BUDGETS} or more")
+        self.noise = _noise(self.cells)
+        self.curve = BaseCurve(
+            np.log([c.flops for c in own]), np.array([_pooled(c).mean() for c in own])
+        )
+
+    def of(self, name: str) -> list[RecipeCell]:
+        """Return the cells of a recipe, by compute."""
+        return sorted((c for c in self.cells if c.recipe == name), key=lambda c: c.flops)
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """Return all recipes but the base, the best mean first."""
+        names = {c.recipe for c in self.cells} - {self.base}
+        found = [self._candidate(name) for name in sorted(names)]
+        return sorted(found, key=lambda c: -(c.mean or c.top.multiplier).value)
+
+    def _candidate(self, name: str) -> Candidate:
+        cells = self.of(name)
+        at, draws = self._logs(cells, [c.logs for c in cells])
+        again = [i for i, c in enumerate(cells) if c.fresh.size]
+        fresh = dict(zip(again, self._confirmed([cells[i] for i in again]), strict=True))
+        places = tuple(
+            Place(c, _within(ratio, self._reach(c)), self._reach(c), fresh.get(i))
+            for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True))
+        )
+        is_inside = np.isfinite(at)
+        if not is_inside.any():
+            return Candidate(name, places, None, None)
+        # A drawn loss that the base never has counts as the nearest one that it has.
+        low, high = np.log([p.reach for p in places]).T
+        at, draws = at[is_inside], np.clip(draws, low, high)[:, is_inside]
+        (mean,) = self._ratios(at.mean(keepdims=True), draws.mean(axis=1, keepdims=True))
+        return Candidate(name, places, mean, self._trend(cells, is_inside, at, draws))
+
+    def _trend(
+        self, cells: Sequence[RecipeCell], is_inside: Array, at: Array, draws: Array
+    ) -> Ratio | None:
+        x = np.log([c.flops for c in cells])[is_inside]
+        if len(x) < _BUDGETS:
+            return None
+        weights = (x - x.mean()) / np.square(x - x.mean()).sum() * _DECADE
+        return self._ratios((at @ weights)[None], (draws @ weights)[:, None])[0]
+
+    def _confirmed(self, cells: Sequence[RecipeCell]) -> list[Ratio]:
+        found = self._ratios(*self._logs(cells, [c.fresh for c in cells])) if cells else []
+        return [_within(r, self._reach(c)) for r, c in zip(found, cells, strict=True)]
+
+    def _reach(self, cell: RecipeCell) -> tuple[float, float]:
+        ends = np.exp(self.curve.log_flops[[0, -1]]) / cell.flops
+        return float(ends[0]), float(ends[1])
+
+    def _logs(self, cells: Sequence[RecipeCell], logs: Sequence[Array]) -> tuple[Array, Array]:
+        """Return log m of each cell, (m,), and of drawn studies, (draws, m). logs: the log losses
+        of the runs to take for each."""
+        own, means = np.log([c.flops for c in cells]), np.array([y.mean() for y in logs])
+        at = self.curve.log_compute(means) - own
+        if not self.noise.free:
+            return at, np.broadcast_to(at, (_DRAWS, len(at)))
+        rng = np.random.default_rng(self.job.seed)
+        errors = self.noise.sd * np.sqrt(
+            self.noise.free / rng.chisquare(self.noise.free, size=(_DRAWS, 1))
+        )
+        nodes = self.curve.log_losses + errors * self._scatter(
+            rng, [_pooled(c) for c in self.of(self.base)]
+        )
+        moved = means + errors * self._scatter(rng, logs)
+        return at, self.curve.log_compute(moved, nodes) - own
+
+    @staticmethod
+    def _scatter(rng: np.random.Generator, logs: Sequence[Array]) -> Array:
+        """Return standard normal errors of the means of these runs, in units of a run's noise."""
+        counts = np.array([len(y) for y in logs])
+        found: Array = rng.standard_normal((_DRAWS, len(counts))) / np.sqrt(counts)
+        return found
+
+    def _ratios(self, at: Array, draws: Array) -> list[Ratio]:
+        """Return exp of the values with intervals. at: (m,); draws: (draws, m)."""
+        if not self.noise.free:
+            return [Ratio(float(v), *_UNKNOWN) for v in np.exp(at)]
+        tail = (1 - self.job.level) / 2
+        # By ranks: between a finite draw and an infinite one there is nothing to interpolate.
+        low, high = np.quantile(draws, (tail, 1 - tail), axis=0, method="inverted_cdf")
+        return [Ratio(*map(float, row)) for row in np.exp(np.stack((at, low, high), axis=1))]
+
+    @property
+    def doubts(self) -> list[str]:
+        """Return what makes the numbers doubtful, as sentences."""
+        found = []
+        if not self.noise.free:
+            found.append("No run was repeated with another seed: the noise of the losses, and so "
+                         "the intervals, are unknown.")  # fmt: skip
+        elif self.noise.free < 6:
+            found.append(f"The noise of seeds has {self.noise.free} degrees of freedom: the "
+                         "intervals are wide because it is hardly known.")  # fmt: skip
+        if not self.curve.is_falling:
+            found.append(f"The loss of {self.base} does not fall from each budget to the next: "
+                         "there it tells little about compute.")  # fmt: skip
+        found += _uneven(self.cells) + _untuned(self.cells)
+        for c in self.candidates:
+            beyond = [p for p in c.places if not 0 < p.multiplier.value < np.inf]
+            if beyond:
+                found.append(f"{c.name} has a loss that {self.base} never has at {len(beyond)} of "
+                             f"{len(c.places)} budgets: there the multiplier is only bounded, and "
+                             "mean and trend leave it out.")  # fmt: skip
+        winners = [c.name for c in self.candidates if c.is_winner and c.top.confirmed is None]
+        if winners and len(self.candidates) > 1:
+            found.append(
+                f"{', '.join(winners)} won among {len(self.candidates)} recipes: the best of "
+                "several looks better than it is until fresh seeds confirm it."
+            )
+        return found
+
+
+def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
+    """Return the ratio with the ends that the base's budgets show: a multiplier that is beyond
+    them all is shown to be above (or below) `reach`, and no more."""
+    low = reach[1] if ratio.low == np.inf else ratio.low
+    return Ratio(ratio.value, low, reach[0] if ratio.high == 0 else ratio.high)
+
+
+def _pooled(cell: RecipeCell) -> Array:
+    """Return all log losses at the cell's rate. For the base alone: it is not chosen by them."""
+    return np.concatenate((cell.logs, cell.fresh))
+
+
+def _noise(cells: Sequence[RecipeCell]) -> Noise:
+    groups = [y for c in cells for y in (c.logs, c.fresh) if len(y) > 1]
+    free = sum(len(y) - 1 for y in groups)
+    squares = sum(float(np.square(y - y.mean()).sum()) for y in groups)
+    return Noise(float(np.sqrt(squares / free)) if free else float("nan"), free)
+
+
+def _uneven(cells: Sequence[RecipeCell]) -> list[str]:
+    """Return a sentence for each budget at which seeds scatter far more than at the others."""
+    found = []
+    for budget in sorted({c.budget for c in cells}):
+        own = _noise([c for c in cells if c.budget == budget])
+        rest = _noise([c for c in cells if c.budget != budget])
+        if min(own.free, rest.free) >= 2 and own.sd > _UNEVEN * rest.sd:
+            found.append(
+                f"At {budget:.2g} FLOPs runs scatter by {own.sd:.2%} by their seed, and elsewhere "
+                f"by {rest.sd:.2%}: intervals know the mean of both, and are too narrow there and "
+                "too wide elsewhere."
+            )
+    return found
+
+
+def _untuned(cells: Sequence[RecipeCell]) -> list[str]:
+    """Return a sentence for each way in which learning rates are not tuned."""
+    found = []
+    for is_so, what in (
+        (False, "the best learning rate is at the edge of those that were tried, so that its loss "
+                "may be too high"),
+        (None, "fewer than three learning rates were tried, so that its loss may be too high"),
+    ):  # fmt: skip
+        at = [f"{c.recipe} at {c.budget:.2g}" for c in cells if c.is_bracketed is is_so]
+        if at:
+            more = f" and {len(at) - 4} more" if len(at) > 4 else ""
+            found.append(f"Of {', '.join(at[:4])}{more} {what}.")
+    return found
+
+
+def as_dict(made: Multipliers) -> dict[str, Any]:
+    """Return the comparison as plain values, for JSON; what is 0 or unbounded is None."""
+
+    def ratio(r: Ratio | None) -> dict[str, Any] | None:
+        if r is None:
+            return None
+        value, low, high = (x if 0 < x < np.inf else None for x in (r.value, r.low, r.high))
+        return {"value": value, "low": low, "high": high, "includes_one": r.includes_one}
+
+    def place(p: Place) -> dict[str, Any]:
+        return {**_cell(p.cell), "multiplier": ratio(p.multiplier), "reach": list(p.reach),
+                "confirmed": ratio(p.confirmed)}  # fmt: skip
+
+    return {
+        "base": made.base,
+        "level": made.job.level,
+        "noise": {"sd": made.noise.sd if made.noise.free else None, "free": made.noise.free},
+        "curve": {"floor": made.curve.floor, "budgets": [_cell(c) for c in made.of(made.base)]},
+        "candidates": [
+            {"name": c.name, "multiplier": ratio(c.mean), "trend_per_decade": ratio(c.trend),
+             "is_winner": c.is_winner, "budgets": [place(p) for p in c.places]}
+            for c in made.candidates
+        ],
+        "doubts": made.doubts,
+    }  # fmt: skip
+
+
+def _cell(c: RecipeCell) -> Mapping[str, Any]:
+    return {
+        "budget": c.budget, "flops": c.flops, "loss": float(np.exp(c.log_loss)),
+        "learning_rate": c.learning_rate, "learning_rates": list(c.rates),
+        "is_bracketed": c.is_bracketed, "runs": len(c.logs), "fresh_runs": len(c.fresh),
+        "diverged": c.diverged,
+    }  # fmt: skip

@@ -1,0 +1,111 @@
+"""From records to the tuned loss of each recipe at each budget.
+
+    a cell      a recipe at a budget, all learning rates and seeds
+    its rate    the learning rate with the most runs, which in a study are those with other seeds;
+                of several such rates, the one with the lowest mean loss
+    its loss    the mean log loss of the runs at this rate
+    bracketed   worse learning rates were tried on both sides of the best one
+
+Invariant: runs that confirm a winner (role confirm) are never among those that made it one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from forescale.errors import UserError
+from forescale.scaling.config import StudyJob
+from forescale.scaling.fitting.points import Array
+from forescale.scaling.records.records import HELD
+
+RECIPE = "recipe"
+_NEAR = 1.15  # costs of one budget are at most this factor apart, by rounding to whole steps
+_RATES = 3  # learning rates that bracket one
+_FREE = ("parametrization",)  # of HELD, what a recipe may change: the losses stay comparable
+
+
+@dataclass(frozen=True)
+class RecipeCell:
+    """A recipe at one budget.
+
+    flops: mean C of its runs; logs: (n,), log losses of the runs at its learning rate; fresh: log
+    losses of the runs that confirm it; rates: all tried learning rates, by value; is_bracketed:
+    None if fewer than three were tried; diverged: number of runs without a finite loss.
+    """
+
+    recipe: str
+    budget: float
+    flops: float
+    learning_rate: float
+    logs: Array
+    fresh: Array
+    rates: tuple[float, ...]
+    is_bracketed: bool | None
+    diverged: int
+
+    @property
+    def log_loss(self) -> float:
+        """The mean log loss of its runs."""
+        return float(self.logs.mean())
+
+
+def has_recipes(table: pd.DataFrame) -> bool:
+    """True if the records name two recipes or more."""
+    return RECIPE in table and table[RECIPE].nunique() > 1
+
+
+def cells_of(table: pd.DataFrame, job: StudyJob, where: str) -> list[RecipeCell]:
+    """Return the cells, by recipe and budget. Raises UserError if a column is missing, or if the
+    losses can't be compared."""
+    table = table.reset_index(drop=True)
+    cost = "flops" if "flops" in table else f"flops_{job.cost}"
+    for column in (RECIPE, cost, "loss"):
+        if column not in table or table[column].isna().any():
+            todo = "give each run its recipe, flops, loss, and learning_rate where it was tuned"
+            raise UserError(where, f"has no {column} of each run", todo)
+    for name in set(HELD) - set(_FREE):
+        if name in table and len(kinds := sorted(map(str, table[name].dropna().unique()))) > 1:
+            what = f"losses are not comparable: {name} is {' and '.join(kinds[:2])}"
+            raise UserError(where, what, "compare recipes that share it")
+    # A table may say nothing of rates and roles.
+    rates = table.get("learning_rate", pd.Series(1.0, table.index)).fillna(1.0).astype(float)
+    roles = table.get("role", pd.Series("", table.index))
+    budgets = _budgets(table[cost]) if "budget" not in table else table["budget"]
+    made = table.assign(_cost=table[cost], _rate=rates, _role=roles, _budget=budgets)
+    return list(_cells(made))
+
+
+def _budgets(costs: pd.Series) -> pd.Series:
+    """Return the budget of each run: costs without a gap between them are of one budget."""
+    ordered = costs.astype(float).sort_values()
+    numbers = (ordered / ordered.shift() > _NEAR).cumsum()
+    return ordered.groupby(numbers).transform("mean").reindex(costs.index)
+
+
+def _cells(table: pd.DataFrame) -> Iterator[RecipeCell]:
+    for (recipe, budget), own in table.groupby([RECIPE, "_budget"], sort=True):
+        is_fresh = own["_role"] == "confirm"
+        is_finite = np.isfinite(own["loss"].astype(float))
+        runs = own[~is_fresh & is_finite]
+        if runs.empty:
+            continue
+        logs = np.log(runs["loss"].astype(float))
+        by_rate = logs.groupby(runs["_rate"]).agg(["size", "mean"])
+        rate = by_rate.sort_values(["size", "mean"], ascending=[False, True]).index[0]
+        fresh = np.log(own[is_fresh & is_finite]["loss"].astype(float).to_numpy())
+        yield RecipeCell(
+            str(recipe), float(budget), float(runs["_cost"].mean()), float(rate),
+            logs[runs["_rate"] == rate].to_numpy(), fresh, tuple(sorted(own["_rate"].unique())),
+            _is_bracketed(own[~is_fresh]), int((~is_finite).sum()),
+        )  # fmt: skip
+
+
+def _is_bracketed(runs: pd.DataFrame) -> bool | None:
+    """True if worse learning rates are on both sides of the best one, a diverged run's too."""
+    losses = runs["loss"].astype(float).fillna(np.inf).groupby(runs["_rate"]).mean()
+    if len(losses) < _RATES:
+        return None
+    best = int(np.argmin(losses.to_numpy()))
+    return 0 < best < len(losses) - 1

@@ -1,0 +1,1 @@
+"""Shows recipes that were compared: in the terminal, and as a page with pictures."""

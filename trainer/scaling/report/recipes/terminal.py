@@ -1,0 +1,118 @@
+"""Prints the compute multipliers of recipes in the terminal.
+
+Invariant: everything that makes the numbers doubtful is printed with them.
+"""
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from forescale.console import table
+from forescale.scaling.analysis.ratio import Ratio
+from forescale.scaling.analysis.recipes.multipliers import Candidate, Multipliers, Place
+from forescale.scaling.analysis.recipes.table import RecipeCell
+
+
+def show_recipes(made: Multipliers, console: Console) -> None:
+    """Print the multiplier of each recipe at each budget, its mean and trend, and the doubts."""
+    console.print(head_of(made) + "\n", soft_wrap=True)
+    console.print(_table(made))
+    console.print("\n" + read_as(made), soft_wrap=True)
+    for one in made.candidates:
+        console.print(f"[bold]{escape(one.name)}[/]: {escape(verdict(one, made))}", soft_wrap=True)
+    for doubt in made.doubts:
+        console.print(f"[yellow]Note:[/] {escape(doubt)}", soft_wrap=True)
+
+
+def head_of(made: Multipliers) -> str:
+    """Return what was compared with what, as a sentence."""
+    own = made.of(made.base)
+    runs = sum(len(c.logs) + len(c.fresh) for c in made.cells)
+    noise = f"{made.noise.sd:.2%}" if made.noise.free else "unknown"
+    return (
+        f"{len(made.candidates)} recipes against {made.base}, which has {len(own)} budgets from "
+        f"{own[0].flops:.3g} to {own[-1].flops:.3g} FLOPs; {runs} runs at tuned learning rates; "
+        f"noise of a run by its seed {noise}."
+    )
+
+
+def read_as(made: Multipliers) -> str:
+    """Return what a multiplier means, and how far these reach."""
+    low, high = (x.flops for x in (made.of(made.base)[0], made.of(made.base)[-1]))
+    return (
+        f"Multiplier: the compute that {made.base} needs for the recipe's loss, over the recipe's "
+        f"own; above 1 the recipe needs less. Shown for small models, {low:.2g} to {high:.2g} "
+        "FLOPs: what a recipe gives beyond them, its trend may hint at and doesn't show."
+    )
+
+
+def verdict(one: Candidate, made: Multipliers) -> str:
+    """Return in a sentence what is shown about a recipe at its highest budget."""
+    top, level = one.top, f"{made.job.level:.0%}"
+    at = f"at {top.cell.budget:.3g} FLOPs"
+    if not made.noise.free:
+        said = f"{number_of(top)} times {at}; without repeated runs nothing is shown."
+    elif top.multiplier.includes_one:
+        said = f"no difference from {made.base} is shown {at} ({level}: {span_of(top)})."
+    else:
+        less = "less" if top.multiplier.low > 1 else "more"
+        said = f"needs {less} compute than {made.base} {at}: {number_of(top)} ({level}: "
+        said += f"{span_of(top)})."
+    if (fresh := top.confirmed) is not None:
+        holds = "confirm it" if fresh.low > 1 else "do not confirm it"
+        said += f" Fresh seeds {holds}: {fresh.value:.3g} ({interval(fresh)})."
+    return f"{said} {trend_of(one, made)}".strip()
+
+
+def trend_of(one: Candidate, made: Multipliers) -> str:
+    """Return whether the multiplier changes with compute, as a sentence; empty if unknown."""
+    if one.trend is None or not made.noise.free:
+        return ""
+    by = f"{one.trend.value:.3g} times a decade ({interval(one.trend)})"
+    if one.trend.includes_one:
+        return f"No trend is shown: {by}."
+    return f"It {'grows' if one.trend.value > 1 else 'shrinks'} with compute: {by}."
+
+
+def number_of(place: Place) -> str:
+    """Return a multiplier, or the bound that the base's budgets give it."""
+    if place.multiplier.value == np.inf:
+        return f"> {place.reach[1]:.3g}"
+    return f"{place.multiplier.value:.3g}" if place.multiplier.value else f"< {place.reach[0]:.3g}"
+
+
+def span_of(place: Place) -> str:
+    """Return the interval of a multiplier; an end that the base's budgets don't show is open."""
+    return interval(place.multiplier)
+
+
+def interval(ratio: Ratio) -> str:
+    """Return an interval as text."""
+    if not ratio.low and ratio.high == np.inf:
+        return "unknown"
+    low = f"{ratio.low:.3g}" if ratio.low else "no lower end"
+    return f"{low} to {ratio.high:.3g}" if ratio.high < np.inf else f"{low} to no upper end"
+
+
+def _table(made: Multipliers) -> Table:
+    names = ("recipe", "C", "loss", "rate", "runs", "multiplier", f"{made.job.level:.0%}", "fresh")
+    found = table(*names, left=("recipe",))
+    for c in made.of(made.base):
+        found.add_row(escape(c.recipe), *_cells(c), "", "", "")
+    for one in made.candidates:
+        for p in one.places:
+            fresh = "" if p.confirmed is None else f"{p.confirmed.value:.3g}"
+            numbers = (number_of(p), span_of(p), fresh)
+            found.add_row(escape(one.name), *_cells(p.cell), *numbers)
+        if one.mean is not None:
+            found.add_row("", "", "", "", "mean", f"{one.mean.value:.3g}", interval(one.mean), "")
+    return found
+
+
+def _cells(c: RecipeCell) -> tuple[str, str, str, str]:
+    mark = "" if c.is_bracketed else "?"
+    return (
+        f"{c.flops:.3g}", f"{np.exp(c.log_loss):.4f}", f"{c.learning_rate:.2g}{mark}",
+        f"{len(c.logs)}",
+    )  # fmt: skip
