@@ -63,17 +63,27 @@ class PlanKeys:
     cap: float | None = key(
         None, "FLOPs that the whole study may spend, counted as `cost` says", gt=0
     )
-    kind: Literal["isoflop", "ladder", "list"] = key(
+    kind: Literal["isoflop", "ladder", "list", "recipes"] = key(
         "isoflop",
         "isoflop: sizes within each compute budget; ladder: sizes times multiples of 20 N tokens; "
-        "list: the runs in plan.runs",
+        "list: the runs in plan.runs; recipes: a base and candidates at equal compute",
     )
+    candidates: list[str] = key(
+        [], "recipes: names of the file's recipes to compare with the base; A+B: both at once"
+    )
+    base: list[str] = key([], "recipes: names of the file's recipes that make up the base")
+    recipes: str | None = key(
+        None,
+        "recipes: YAML file with the arguments of each recipe, as NAME: [KEY=VALUE, ...]; null: "
+        "conf/candidates.yaml",
+    )
+    fresh: int = key(3, "recipes: fresh seeds that confirm a winner; 0: none", ge=0)
     arguments: list[str] = key(
         [],
         "arguments of `forescale train` that all runs share; better written after `--`, as in "
         "-- data.path=DIR; without any: the embedded corpus as bytes, AdamW, evaluation at the end",
     )
-    budgets: int = key(5, "isoflop: number of compute budgets", ge=3)
+    budgets: int = key(5, "isoflop, recipes: number of compute budgets", ge=3)
     sizes: int = key(5, "isoflop: number of model sizes in each budget", ge=3)
     ladder: list[float] = key([1e5, 2e5, 4e5, 8e5], "ladder: the model sizes N")
     multiples: list[float] = key([1, 2, 4], "ladder: training tokens D in multiples of 20 N")
@@ -91,7 +101,11 @@ class PlanKeys:
     rate: float | None = key(
         None, "FLOP/s that one device reaches; null: device-hours are not shown", gt=0
     )
-    seeds: list[int] = key([5, 3], "number of seeds of the cheapest cell, and of an expensive one")
+    seeds: list[int] = key(
+        [5, 3],
+        "number of seeds of the cheapest cell, and of an expensive one; recipes: of each recipe at "
+        "its best rate, below the highest budget, and there",
+    )
     joint_sweep: bool = key(
         False,
         "isoflop: at the lowest and the highest budget, try three batch sizes at three learning "
@@ -100,8 +114,10 @@ class PlanKeys:
     unique: float | None = key(
         None, "unique training tokens; runs with more are flagged; null: the data's", gt=0
     )
-    step: float = key(10**0.5, "isoflop: factor from one budget to the next", gt=1)
-    ratio: float = key(20, "isoflop: D/N in the middle of the first budget", gt=0)
+    step: float = key(10**0.5, "isoflop, recipes: factor from one budget to the next", gt=1)
+    ratio: float = key(
+        20, "isoflop: D/N in the middle of the first budget; recipes: D/N of the base", gt=0
+    )
     spread: float = key(
         2.5, "isoflop: sizes of a budget reach from N*/spread to N* times spread", gt=1
     )

@@ -159,7 +159,9 @@ def _expect_no_code(study: Study) -> None:
                 what = f"the stored argument {text} reads more than the study's own files"
                 todo = "give launch.trust=true if you trust the study"
                 raise UserError(str(study.folder), what, todo)
-    if named := targets(compose(TrainJob, study.job.plan.shared)):
+    each = [r.arguments for r in study.plan.recipes] or [()]
+    jobs = [compose(TrainJob, [*study.job.plan.shared, *own]) for own in each]
+    if named := {k: v for job in jobs for k, v in targets(job).items()}:
         key, target = next(iter(named.items()))
         what = f"plan.arguments names code to run, {key}={target}"
         todo = "give launch.trust=true if you trust the study"

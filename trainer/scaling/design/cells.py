@@ -22,7 +22,7 @@ FACTOR = 2.0  # between the learning rates of a sweep, and between its batches
 # Limits of the flags: fewest steps, shortest warm-up, its largest share of the run, and the largest
 # relative change of D by rounding to whole steps.
 _STEPS, _WARMUP, _LONG, _ROUNDED = 500, 20, 0.1, 0.02
-Role = Literal["grid", "rate", "batch", "rate-batch", "seed", "target"]
+Role = Literal["grid", "rate", "batch", "rate-batch", "seed", "target", "confirm"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cell:
     """A planned run.
 
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
-    (a repeat), or target.
+    (a repeat), target, or confirm (a winning recipe, with fresh seeds).
     tokens = steps x batch; global_batch: windows; seconds: on one device, if its rate is known.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
     waits_for: the cells whose losses determine its learning rate; until then it has the rule's.
@@ -39,6 +39,7 @@ class Cell:
     cell_of: the grid cell that it repeats or varies (its own name for a grid cell).
     seed: of the data order, and of the weights unless init_seed is given.
     rate_factor: its learning rate divided by that of its size; adam_share: see Common.
+    recipe: its recipe's name in a study that compares several.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Cell:
     branches: tuple[int, ...] = ()
     rate_factor: float = 1.0
     adam_share: float | None = None
+    recipe: str = ""
 
     @property
     def trajectory(self) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@
                    has given its optimum
     ladder         sizes times multiples of 20 tokens per parameter; one trunk per size
     list           the (N, D) that are given
+    recipes        see recipe_plan.py
 
 Invariant: the highest cost of a plan is within its cap, or there is no plan.
 """
@@ -27,13 +28,14 @@ from forescale.scaling.design.cells import (
     share_trunks,
     with_rate_sweeps,
 )
+from forescale.scaling.design.recipe import Recipe, RecipeGrid
 from forescale.scaling.design.shapes import RATIO, SEEDS, Common, Rule
 from forescale.scaling.design.tuning import Tuned, best_rates, interpolated_rate
 
 _BUDGETS, _SIZES = 3, 3  # fewer determine no law, and no parabola
 _RATES, _EXTRA_RATES = 3, 2  # of a learning-rate sweep; and more if the best is at an edge
 _DRIFT = 2.0  # factor by which the best N may differ from its guess, for the range of costs
-Kind = Literal["isoflop", "ladder", "list"]
+Kind = Literal["isoflop", "ladder", "list", "recipes"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class StudyStage:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All stages of a study. cap, low, high: FLOPs, counted by common.cost. grid: the layout that
-    later stages of an isoFLOP plan are made from."""
+    """All stages of a study. cap, low, high: FLOPs, counted by common.cost. grid, recipe_grid: the
+    layout that later stages of an isoFLOP plan, or of one of recipes, are made from."""
 
     kind: Kind
     common: Common
@@ -72,6 +74,8 @@ class StudyPlan:
     cap: float
     grid: "Grid | None" = None
     notes: tuple[str, ...] = ()
+    recipes: tuple[Recipe, ...] = ()
+    recipe_grid: RecipeGrid | None = None
 
     @property
     def low(self) -> float:

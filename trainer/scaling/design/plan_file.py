@@ -12,6 +12,7 @@ from typing import Any
 from forescale.models.config import ModelConfig
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.design.plan import Grid, StudyPlan, StudyStage
+from forescale.scaling.design.recipe import Recipe, RecipeGrid
 from forescale.scaling.design.shapes import Aspect, Common, Rule, Shape
 from forescale.scaling.design.tuning import Tuned
 
@@ -32,8 +33,15 @@ def load(facts: Mapping[str, Any]) -> StudyPlan:
     }
     grid = _made(Grid, facts["grid"]) if facts["grid"] else None
     stages = tuple(map(_stage, facts["stages"]))
-    more = {"common": _made(Common, common), "grid": grid, "stages": stages}
+    recipes = tuple(map(_recipe, facts.get("recipes", [])))
+    layout = facts.get("recipe_grid")
+    more = {"common": _made(Common, common), "grid": grid, "stages": stages, "recipes": recipes,
+            "recipe_grid": _made(RecipeGrid, layout) if layout else None}  # fmt: skip
     return _made(StudyPlan, {**facts, **more})
+
+
+def _recipe(facts: Mapping[str, Any]) -> Recipe:
+    return _made(Recipe, {**facts, "model": ModelConfig(**facts["model"])})
 
 
 def _stage(facts: Mapping[str, Any]) -> StudyStage:

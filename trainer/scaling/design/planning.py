@@ -16,6 +16,9 @@ from forescale.models.config import ModelConfig
 from forescale.run.start import embedded_vocabulary, open_sources
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.plan import Grid, StudyPlan, explicit, isoflop_grid, ladder
+from forescale.scaling.design.recipe import RecipeGrid, recipes_of
+from forescale.scaling.design.recipe_file import read_recipes
+from forescale.scaling.design.recipe_plan import recipe_plan
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.design.simulate import Expected, RunSet, Target, expected
 
@@ -36,6 +39,8 @@ def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
         todo = "write plan.cap=1e16, the FLOPs that the study may spend"
         raise UserError("plan.cap", "is not given", todo)
     common = common_of(job, opened=True)
+    if keys.kind == "recipes":
+        return _of_recipes(job, common), None
     if keys.kind == "ladder":
         made = ladder(common, keys.ladder, keys.multiples, keys.cap)
     elif keys.kind == "list":
@@ -49,6 +54,19 @@ def plan(job: StudyJob) -> tuple[StudyPlan, Expected | None]:
         return made, None
     target = Target.of(common, t.flops, t.parameters, t.tokens, t.device_hours)
     return made, expected(RunSet.of(made), target, seed=job.seed, near=job.near)
+
+
+def _of_recipes(job: StudyJob, common: Common) -> StudyPlan:
+    keys, cap = job.plan, job.plan.cap or 0.0
+    if job.target.is_given:
+        todo = "leave target.* out; study fit gives the multipliers at each budget, and their trend"
+        raise UserError("target", "is predicted by a law of one recipe", todo)
+    named = read_recipes(keys.recipes, keys.base, keys.candidates)
+    recipes = recipes_of(keys.shared, named, frozenset(_STUDY_OWNED))
+    grid = RecipeGrid.within_cap(
+        cap, len(recipes), keys.budgets, keys.step, keys.ratio, common.seeds, keys.fresh
+    )
+    return recipe_plan(common, grid, recipes, cap)
 
 
 def common_of(job: StudyJob, opened: bool = False) -> Common:

@@ -31,6 +31,7 @@ from forescale.scaling.design.simulate import RunSet, Target, expected
 from forescale.scaling.design.tuning import rate_batch_response, updated_rule
 from forescale.scaling.fitting.isoflop import Vertex, vertex
 from forescale.scaling.study.directory import TARGET, Study
+from forescale.scaling.study.recipes import advance_recipes
 
 _SLOPE, _SLOPES = 0.5, (0.3, 0.7)  # exponent of N*(C): before two budgets give one; its limits
 _BUDGETS = 2  # fewer budgets determine no law
@@ -41,6 +42,9 @@ Log = Callable[[str], None]
 def advance(study: Study, log: Log) -> None:
     """Make all decisions that are due. Raises UserError if the next stage doesn't fit under the
     cap, or if no learning rate of a size gave a loss."""
+    if study.plan.recipes:
+        advance_recipes(study, log)
+        return
     losses = study.losses()
     for number in [s.number for s in study.plan.stages]:
         stage = next(s for s in study.plan.stages if s.number == number)

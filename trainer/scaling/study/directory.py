@@ -142,9 +142,10 @@ class Study:
             own["logging.wandb.group"] = self.folder.name
         if forecast := self._forecast_of(cell.name):
             own["forecast"] = str(forecast.path)
-        typed = [f"{key}={_quoted(value)}" for key, value in own.items()]
+        recipe = self._recipe_of(cell)
+        typed = [f"{k}={_quoted(v)}" for k, v in own.items() if not _is_set_by(recipe, k)]
         # Each cell has sizes of its own, beside which a dial would have no effect.
-        shared = [t for t in self.job.plan.shared if not t.startswith("model.depth=")]
+        shared = [t for t in self.job.plan.shared if not t.startswith("model.depth=")] + recipe
         made = [*shared, *typed]
         for text in made:
             if not text.isprintable() or text.startswith("-"):
@@ -152,6 +153,12 @@ class Study:
                 todo = "restore the files of the study, or plan it again"
                 raise UserError(str(self.folder), what, todo)
         return made
+
+    def _recipe_of(self, cell: Cell) -> list[str]:
+        """Return the arguments of the cell's recipe, without the rate that each cell has."""
+        own = next((r.arguments for r in self.plan.recipes if r.name == cell.recipe), ())
+        rates = ("optimizer.learning_rate=", "optimizer.adam_learning_rate=")
+        return [text for text in own if not text.startswith(rates)]
 
     def _forecast_of(self, name: str) -> Forecast | None:
         return next(
@@ -221,10 +228,28 @@ class Study:
             cell_of=[c.cell_of for c in own],
             batch=[c.global_batch for c in own],
         )
+        if self.plan.recipes:
+            table["recipe"] = [c.recipe for c in own]
+            table["budget"] = [c.budget for c in own]
+            table = pd.concat((table, self._diverged()), ignore_index=True)
         if self.plan.grid is not None:
             table["budget"] = [c.budget or c.cost for c in own]
         best = table[table["role"].isin(("grid", "rate"))].groupby("cell_of")["loss"].idxmin()
         return table.assign(fitted=table.index.isin(best))
+
+    def _diverged(self) -> pd.DataFrame:
+        """Return rows of the cells that diverged, which bracket the learning rates below them."""
+        cost = f"flops_{self.plan.common.cost}"
+        cells = [s.cell for s in self.states() if s.status == "diverged"]
+        return pd.DataFrame(
+            [
+                {"name": c.name, "recipe": c.recipe, "role": c.role, "cell_of": c.cell_of,
+                 "stage": c.stage, "budget": c.budget, "batch": c.global_batch,
+                 "learning_rate": c.learning_rate, cost: c.cost, "tokens": c.tokens,
+                 "loss": math.inf}
+                for c in cells
+            ]
+        )  # fmt: skip
 
 
 def must_be_free(folder: Path) -> None:
@@ -232,6 +257,12 @@ def must_be_free(folder: Path) -> None:
     if any((folder / "cells").glob("*/config.yaml")):
         what = "has been launched, so its plan can't be replaced"
         raise UserError(str(folder), what, "choose another study=NAME")
+
+
+def _is_set_by(recipe: Sequence[str], key: str) -> bool:
+    """True if a recipe sets this key of a cell's schedule itself."""
+    given = {text.partition("=")[0] for text in recipe}
+    return key in given or ("schedule" in given and key in ("schedule.kind", "schedule.decay"))
 
 
 def _quoted(value: Any) -> str:

@@ -1,0 +1,149 @@
+"""A study of recipes from its plan to its multipliers, with a fake training: the base needs 1.5
+times the compute of muon, and 0.8 times that of no-decay; lion always diverges."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from forescale import cli
+from forescale.scaling.analysis.recipes.multipliers import Multipliers
+from forescale.scaling.design.plan_file import dump, load
+from forescale.scaling.study.directory import Study
+from tests.trainer.scaling import fake_training as fakes
+from tests.trainer.scaling.simulated_recipes import law
+
+pytestmark = pytest.mark.slow  # plans a whole study, and makes 70 runs
+
+PLAN = [
+    *("plan.kind=recipes", "plan.budgets=3", "plan.step=2", "plan.cap=8e12", "plan.seeds=[2,2]"),
+    *("plan.fresh=2", "plan.sequence_length=64", "plan.candidates=[muon,no-decay,lion]"),
+]
+TRUE = {"muon": 1.5, "no-decay": 0.8}
+BEST = {"muon": 0.02, "adamw": 0.05}  # the rule's rate is 0.01, so that AdamW's sweep is too low
+
+
+def loss_of(row) -> float:
+    kind = row["optimizer"]
+    if kind == "lion":
+        return 99.0
+    m = TRUE["muon"] if kind == "muon" else 1.0 if row["weight_decay"] else TRUE["no-decay"]
+    off = 0.01 * math.log(row["learning_rate"] / BEST[kind]) ** 2
+    seeds = [row["seed"], row["init_seed"], int(row["flops_causal"])]
+    noise = 5e-4 * np.random.default_rng(seeds).standard_normal()
+    return float(law(row["flops_causal"] * 10, m) * math.exp(off + noise))
+
+
+@pytest.fixture(scope="module")
+def whole(small_data, tmp_path_factory, fake_training):
+    """The study, launched to its end."""
+    root = tmp_path_factory.mktemp("recipes")
+    where = [f"studies={root}", "study=whole"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fakes, "simulated_loss", loss_of)
+        shared = ["--", f"data.path={small_data}", "optimizer=adamw", "validation.every=100 %"]
+        assert cli.main(["study", "plan", *where, *PLAN, *shared]) == 0
+        assert cli.main(["study", "launch", *where, "launch.at_once=2"]) == 0
+    return Study(root / "whole")
+
+
+def of(study, recipe, *roles):
+    return [c for c in study.plan.cells if c.recipe == recipe and c.role in roles]
+
+
+def test_all_recipes_spend_the_same_compute_and_the_base_goes_beyond_both_ends(whole):
+    budgets = whole.plan.recipe_grid.budgets
+    assert budgets[0] == pytest.approx(0.4 * budgets[1])
+    assert budgets[-1] == pytest.approx(2.5 * budgets[-2])
+    spent = {name: {c.stage: c.cost for c in of(whole, name, "grid")} for name in ("base", "muon")}
+    assert set(spent["base"]) == {1, 2, 3, 4, 5}
+    assert set(spent["muon"]) == {2, 3, 4}
+    for stage, cost in spent["muon"].items():
+        assert cost == pytest.approx(budgets[stage - 1], rel=0.02)
+        assert cost == pytest.approx(spent["base"][stage], rel=0.02)
+    assert whole.spent <= whole.plan.cap
+    assert {s.status for s in whole.states()} == {"complete", "diverged"}
+
+
+def test_every_recipe_is_tuned_until_its_best_rate_has_worse_ones_on_both_sides(whole):
+    first = [c.learning_rate for c in of(whole, "base", "grid", "rate") if c.stage == 1]
+    assert len(first) > 3, "0.02 was at the edge"
+    made = Multipliers(whole.table(), whole.job, "here")
+    assert all(c.is_bracketed for c in made.cells if c.recipe != "lion")
+    for cell in of(whole, "base", "seed") + of(whole, "no-decay", "seed"):
+        assert cell.learning_rate == pytest.approx(BEST["adamw"], rel=0.2)
+    later = [c.learning_rate for c in of(whole, "base", "grid") if c.stage > 2]
+    assert later == pytest.approx([BEST["adamw"]] * len(later), rel=0.3), "begins at rates so far"
+
+
+def test_a_recipe_that_always_diverges_is_left_out_and_said_so(whole):
+    assert {c.stage for c in of(whole, "lion", "grid", "rate", "seed")} == {2}
+    (event,) = (e for e in whole.events if e["kind"] == "recipe_dropped")
+    assert event["recipe"] == "lion"
+
+
+def test_only_winners_get_fresh_seeds_beside_the_base(whole):
+    (event,) = (e for e in whole.events if e["kind"] == "winners_chosen")
+    assert event["winners"] == ["muon"]
+    fresh = [c for c in whole.plan.cells if c.role == "confirm"]
+    assert [c.recipe for c in fresh] == ["base", "base", "muon", "muon"]
+    others = {c.seed for c in whole.plan.cells if c.role != "confirm"}
+    assert not others & {c.seed for c in fresh}
+
+
+def test_fit_gives_the_true_multipliers(whole, capsys):
+    where = [f"studies={whole.folder.parent}", "study=whole"]
+    assert cli.main(["study", "fit", *where, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    found = {c["name"]: c for c in facts["candidates"]}
+    assert set(found) == set(TRUE)
+    for name, m in TRUE.items():
+        assert found[name]["multiplier"]["value"] == pytest.approx(m, rel=0.06)
+    confirmed = found["muon"]["budgets"][-1]["confirmed"]
+    assert confirmed["low"] < TRUE["muon"] < confirmed["high"]
+    assert confirmed["low"] > 1
+    assert cli.main(["study", "fit", *where]) == 0
+    assert "Fresh seeds confirm it" in capsys.readouterr().out
+
+
+def test_the_same_command_again_changes_nothing_and_the_plan_is_read_back(whole):
+    before = (whole.folder / "plan.json").read_bytes(), len(whole.events)
+    where = [f"studies={whole.folder.parent}", "study=whole"]
+    assert cli.main(["study", "launch", *where]) == 0
+    again = Study(whole.folder)
+    assert before == ((whole.folder / "plan.json").read_bytes(), len(again.events))
+    assert load(json.loads(json.dumps(dump(whole.plan)))) == whole.plan
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["plan.candidates=[]"], "names no recipe to compare"),
+        (["plan.candidates=[mun]"], "has no recipe 'mun'"),
+        (["plan.candidates=[muon,muon]"], "names muon twice"),
+        (["plan.cap=1e9"], "no budget can be as low"),
+        (["plan.recipes=gone.yaml"], "can't be read as YAML"),
+        (["target.flops=1e20"], "is predicted by a law of one recipe"),
+    ],
+)
+def test_a_plan_that_compares_nothing_is_refused(given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["study", "plan", *PLAN, *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_key_of_the_study_is_refused_in_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("short: [train.steps=5]\nlate: ['schedule.decay=50 %']\n")
+    own = ["plan.recipes=own.yaml", "plan.candidates=[short]"]
+    assert cli.main(["study", "plan", *PLAN, *own]) == 2
+    assert "train.steps is set by the study itself" in capsys.readouterr().err
+    assert cli.main(["study", "plan", *PLAN, *own[:1], "plan.candidates=[late]"]) == 0
+    study = Study(tmp_path / "studies/first")
+    cell = of(study, "late", "grid")[0]
+    given = [a for a in study.arguments(cell) if a.startswith("schedule.")]
+    assert sorted(a.partition("=")[0] for a in given) == [
+        "schedule.decay", "schedule.kind", "schedule.warmup",
+    ]  # fmt: skip
+    assert "schedule.decay=50 %" in given
