@@ -5,7 +5,6 @@ refused.
 """
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +13,8 @@ from dataclasses import asdict, replace
 import pandas as pd
 from rich.live import Live
 
-from forescale.addresses import PREFIX
 from forescale.config.compose import compose, overrides_of
 from forescale.config.schema import leaves
-from forescale.config.target import targets
-from forescale.config.train import TrainJob
 from forescale.console import open_console
 from forescale.errors import DONE, UserError
 from forescale.progress import shown
@@ -45,6 +41,7 @@ from forescale.scaling.study.inputs import read, read_finished
 from forescale.scaling.study.local import Launcher
 from forescale.scaling.study.queue import Queue
 from forescale.scaling.study.tasks import with_columns, with_outcome
+from forescale.scaling.study.trust import expect_no_code
 from forescale.scaling.tasks.answer import TaskAnswer, answer_as_dict, task_of
 from forescale.scaling.tasks.forecast import columns_of, facts_of, score_tasks
 
@@ -132,7 +129,7 @@ def _plan(job: StudyJob) -> int:
 def _launch(job: StudyJob) -> int:
     study = Study(job.folder)
     if not job.launch.trust:
-        _expect_no_code(study)
+        expect_no_code(study)
     with study.deciding():
         if job.launch.retry:
             for state in study.states():
@@ -147,25 +144,6 @@ def _launch(job: StudyJob) -> int:
     if code == DONE:
         _conclude(study, is_waiting=bool(job.launch.slurm and not job.launch.follow))
     return code
-
-
-def _expect_no_code(study: Study) -> None:
-    """Raise UserError if the study's files name classes of the user's own, or read the environment
-    by a resolver such as ${oc.env:NAME}, or a secret by its name: launching would do what a file
-    says, and not the command. The job of each cell is judged again where it is composed."""
-    for cell in study.plan.cells:
-        for text in study.arguments(cell):
-            if re.search(r"\$\{.*:", text) or f"${PREFIX}" in text:
-                what = f"the stored argument {text} reads more than the study's own files"
-                todo = "give launch.trust=true if you trust the study"
-                raise UserError(str(study.folder), what, todo)
-    each = [r.arguments for r in study.plan.recipes] or [()]
-    jobs = [compose(TrainJob, [*study.job.plan.shared, *own]) for own in each]
-    if named := {k: v for job in jobs for k, v in targets(job).items()}:
-        key, target = next(iter(named.items()))
-        what = f"plan.arguments names code to run, {key}={target}"
-        todo = "give launch.trust=true if you trust the study"
-        raise UserError(str(study.folder / "study.yaml"), what, todo)
 
 
 def _conclude(study: Study, is_waiting: bool) -> None:
