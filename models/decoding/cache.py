@@ -7,6 +7,7 @@ reads the whole row, whatever the pieces. Only mixers write to a Memory, each to
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -61,6 +62,25 @@ class Memory:
         """Keep these rows alone, (R,) int64, in this order."""
         self._kept = {name: kept[rows] for name, kept in self._kept.items()}
 
+    def drop_first(self, count: int) -> None:
+        """Drop the first columns of what grows."""
+        for name, length in self._lengths.items():
+            self._kept[name] = self._kept[name][:, count:]
+            self._lengths[name] = length - count
+
+    def join(self, other: "Memory") -> None:
+        """Add the rows of another, of the same layer. Where one has fewer columns, of what grows or
+        in a window, it gets zeros on the left: they must count as padding."""
+        for name, mine in [*self._kept.items()]:
+            theirs, length = other._kept[name], None
+            if name in self._lengths:
+                lengths = self._lengths[name], other._lengths[name]
+                mine, theirs = mine[:, : lengths[0]], theirs[:, : lengths[1]]
+                length = max(lengths)
+            self._kept[name] = _joined(mine, theirs, 0 if length is None else self.room)
+            if length is not None:
+                self._lengths[name] = length
+
     @property
     def num_bytes(self) -> int:
         """Bytes that are allocated."""
@@ -110,8 +130,41 @@ class Cache:
         self.source_mask = None if self.source_mask is None else self.source_mask[rows]
         return self
 
+    def drop_first(self, count: int) -> None:
+        """Drop the first columns, which are padding in all rows."""
+        for memory in self.layers:
+            memory.drop_first(count)
+        self.length -= count
+        self.real = None if self.real is None else self.real[:, count:]
+
+    def join(self, other: "Cache", real_BS: Tensor | None) -> None:
+        """Add the rows of another of the same model, after these. The shorter one, and the shorter
+        source, is padded on the left. real: of the joined rows, see `real`."""
+        for memory, more in zip(self.layers, other.layers, strict=True):
+            memory.join(more)
+        self.length, self.real = max(self.length, other.length), real_BS
+        if self.source is not None and other.source is not None:
+            masks = [
+                source.new_zeros(len(source), 1, 1, source.shape[1]) if mask is None else mask
+                for source, mask in ((c.source, c.source_mask) for c in (self, other))
+                if source is not None
+            ]
+            longest = max(mask.shape[-1] for mask in masks)
+            padded = [F.pad(m, (longest - m.shape[-1], 0), value=-torch.inf) for m in masks]
+            self.source, self.source_mask = _joined(self.source, other.source), torch.cat(padded)
+
     @property
     def num_bytes(self) -> int:
         """Bytes that all layers have allocated, and those of the source."""
         source = 0 if self.source is None else self.source.nbytes
         return source + sum(memory.num_bytes for memory in self.layers)
+
+
+def _joined(a: Tensor, b: Tensor, columns: int = 0) -> Tensor:
+    """Return the rows of both, (A + B, S or more, ...). The one with fewer columns gets zeros on
+    the left; up to `columns` both get room on the right."""
+    length = max(a.shape[1], b.shape[1])
+    found = a.new_zeros(len(a) + len(b), max(length, columns), *a.shape[2:])
+    found[: len(a), length - a.shape[1] : length] = a
+    found[len(a) :, length - b.shape[1] : length] = b
+    return found

@@ -4,6 +4,7 @@ Invariant: the table and its bias are read only in a call of their module, which
 twice.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +24,18 @@ class Vocabulary(nn.Module):
 
     makes_logits: False for a table that only embeds. With model.head=dense, logits have a bias (V).
     group: the ranks that divide the rows, V being this rank's; None: this one has them all.
+    product: as in Linear, of logits.
 
     tokens (B, L) int64             -> vectors (B, L, D)
     hidden (B, L, D)                -> logits (B, L, V)
     hidden (B, L, D), targets (B, L) -> what window_losses returns
     """
 
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
+
     def __init__(self, config: ModelConfig, makes_logits: bool = True):
         super().__init__()
+        self.makes_logits = makes_logits
         self.chunks = config.targets_at_once(False), config.targets_at_once(True)
         self.z_loss = config.z_loss
         self.softcap = config.logit_softcap
@@ -55,11 +60,17 @@ class Vocabulary(nn.Module):
         if self.multiplier != 1:
             x = x * self.multiplier  # not the logits, which are many more
         if targets_BL is None:
-            return capped(F.linear(x, self.weight, self.bias), self.softcap)
+            return capped(self._logits(x), self.softcap)
         chunk = self.chunks[x.is_cuda]
         return window_losses(
             x, self.weight, targets_BL, chunk, self.z_loss, self.softcap, self.bias, self.group
         )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.product is None:
+            return F.linear(x, self.weight, self.bias)
+        logits = self.product(x, self.weight)
+        return logits if self.bias is None else logits + self.bias
 
     def _vectors(self, tokens_BL: Tensor) -> Tensor:
         if self.group is None:

@@ -1,8 +1,7 @@
 """Tokens a second in writing text, ours against transformers' generate on the exported model: the
 same prompts, and the same tokens, of one prompt and of several of different lengths at once.
 
-By the processor's time, in one process. Both read the same tensors: where weights lie in memory
-makes a difference of some percent.
+By the processor's time, in one process. Ours is prepared as `forescale generate` prepares it.
 """
 
 import json
@@ -16,8 +15,9 @@ import torch
 
 from forescale.inference.sampling import rows_sampled
 from forescale.models.config import ModelConfig
+from forescale.models.decoding.products import prepare
 from forescale.models.decoding.sampler import Sampler
-from forescale.models.hf import from_hf, to_hf
+from forescale.models.hf import to_hf
 from forescale.models.transformer import Transformer
 from tests.benchmarks.pairing import Result, interleaved
 from tests.benchmarks.processes import isolated
@@ -66,8 +66,7 @@ def compare(
     size = config.sizes.vocab_size
     prompts = [torch.randint(1, size, (n,), generator=drawn).tolist() for n in lengths]
     theirs = exported(model)
-    _, weights = from_hf(theirs.config.to_dict(), theirs.state_dict())
-    model.load_state_dict(weights, assign=True)
+    prepare(model)
     tokens = torch.tensor([[0] * (prompt - len(row)) + row for row in prompts])
     real = torch.tensor([[0] * (prompt - len(row)) + [1] * len(row) for row in prompts])
     how: dict[str, Any] = dict(do_sample=False, max_new_tokens=written, pad_token_id=0)

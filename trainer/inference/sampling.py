@@ -60,8 +60,8 @@ def rows_sampled(
     """
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on any device the same
-    tokens, real = _padded(prompts, device)
-    source, shown = (None, None) if sources is None else _padded(sources, device)
+    tokens, real = padded(prompts, device)
+    source, shown = (None, None) if sources is None else padded(sources, device)
     ids = stream(model, tokens, sampler, generators, max_context, real, source, shown, num_tokens)
     going: torch.Tensor | None = None
     try:
@@ -79,7 +79,7 @@ def rows_sampled(
         ids.close()
 
 
-def _padded(
+def padded(
     rows: Sequence[list[int]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return rows of ids, (B, L), padded on the left, and which are real; None: all."""

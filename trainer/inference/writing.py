@@ -4,17 +4,21 @@ Invariant: an answer is the same alone and beside others, up to the rounding of 
 whose answer has ended costs nothing more.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from forescale.errors import UserError
 from forescale.inference.answering import Question
-from forescale.inference.sampling import rows_sampled
+from forescale.inference.sampling import padded
 from forescale.inference.spelling import Speller, Stops
+from forescale.models.decoding.batch import Batch
+from forescale.models.decoding.choice import Choice
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
 
@@ -69,49 +73,113 @@ class Answer:
         return piece
 
 
-def write(model: nn.Module, answers: Sequence[Answer]) -> Iterator[tuple[Answer, str]]:
-    """Write these answers at once, all of one model and one Sampler; yield each piece of their
-    texts, and each answer with its last piece when it ends.
+class Writing:
+    """Answers of one model that are written at once, a token each a step. Others may be added
+    between steps; one that has its `reason`, also by the caller's hand, leaves."""
 
-    Raises UserError if the model's logits are not finite.
-    """
-    going, first = list(answers), answers[0]
-    rows = rows_sampled(
-        model,
-        [answer.question.start for answer in going],
-        max(answer.most for answer in going),
-        first.wanted.sampler,
-        seeds=[answer.seed for answer in going],
-        max_context=first.question.max_context,
-        sources=None
-        if first.question.source is None
-        else [answer.question.source or [] for answer in going],
-    )
-    kept: list[int] | None = None
-    with closing(rows):
-        while going:
-            try:
-                ids = rows.send(kept)
-            except StopIteration:  # the decoder may read no more
-                for answer in going:
-                    yield answer, answer.close("length")
-                return
-            for answer, token in zip(going, ids, strict=True):
+    def __init__(self, model: nn.Module):
+        self.model = model.eval()
+        self._new: list[Answer] = []
+        self._batches: list[tuple[Batch, list[Answer]]] = []  # the first one is that which grows
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Those that are being written."""
+        return [*self._new, *(answer for _, answers in self._batches for answer in answers)]
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Write these too, from the next step on."""
+        self._new += answers
+
+    def step(self) -> list[tuple[Answer, str]]:
+        """Write a token of each answer; return the pieces of text that are certain now, and each
+        answer that ends now with its last piece. Raises UserError if logits are not finite: nothing
+        is left to write then."""
+        batches, self._batches = [*self._batches, *self._begun()], []
+        found: list[tuple[Answer, str]] = []
+        try:
+            for batch, answers in batches:
+                found += self._stepped(batch, answers)
+        except FloatingPointError as e:
+            self._batches = []
+            todo = "use an earlier checkpoint, from before the training diverged"
+            raise UserError("the model", f"can't write text ({e})", todo) from e
+        return found
+
+    def _begun(self) -> list[tuple[Batch, list[Answer]]]:
+        """Return the new answers in batches of which nothing is read."""
+        new = [answer for answer in self._new if answer.reason is None]
+        self._new = []
+        groups = [[answer] for answer in new]
+        if isinstance(self.model, Transformer):  # others take no padding
+            longer = [a for a in new if len(a.question.start) > a.question.max_context]
+            groups = [longer, [answer for answer in new if answer not in longer]]
+        return [(_batch_of(self.model, group), group) for group in groups if group]
+
+    def _stepped(self, batch: Batch, answers: list[Answer]) -> list[tuple[Answer, str]]:
+        """Write a token of each answer of a batch; those that go on are kept."""
+        found: list[tuple[Answer, str]] = []
+        ids = batch.step()
+        assert ids is not None, "a decoder that may read no more was left behind before"
+        for answer, token in zip(answers, ids[:, 0].tolist(), strict=True):
+            if answer.reason is None:  # else nobody waits for it any more
                 piece = answer.add(token)
                 if piece or answer.reason:
-                    yield answer, piece
-            still = [i for i, answer in enumerate(going) if answer.reason is None]
-            kept = still if len(still) < len(going) else None
-            going = [going[i] for i in still]
+                    found.append((answer, piece))
+        beyond = [i for i in batch.beyond() if answers[i].reason is None]
+        if batch.has_source:
+            found += [(answers[i], answers[i].close("length")) for i in beyond]
+        elif beyond:
+            apart = [answers[i] for i in beyond]
+            self._batches.append((batch.apart(beyond), apart))
+        still = [i for i, a in enumerate(answers) if a.reason is None and i not in beyond]
+        if still:
+            if len(still) < len(answers):
+                batch.keep(still)
+            self._keep(batch, [answers[i] for i in still])
+        return found
+
+    def _keep(self, batch: Batch, answers: list[Answer]) -> None:
+        """Let a batch go on, in another one if it can."""
+        for other, more in self._batches:
+            if other.can_join(batch):
+                other.join(batch)
+                more += answers
+                return
+        self._batches.append((batch, answers))
+
+
+def _batch_of(model: nn.Module, answers: Sequence[Answer]) -> Batch:
+    """Return the batch of these answers, of which nothing is read."""
+    device = next(model.parameters()).device
+    # On any device the same.
+    generators = [torch.Generator().manual_seed(answer.seed) for answer in answers]
+    choice = Choice([answer.wanted.sampler for answer in answers], generators)
+    questions = [answer.question for answer in answers]
+    sources = [question.source for question in questions if question.source is not None]
+    source, shown = padded(sources, device) if sources else (None, None)
+    tokens, real = padded([question.start for question in questions], device)
+    most = max(answer.most for answer in answers)
+    context = questions[0].max_context
+    return Batch(model, tokens, choice, context, real, source, shown, most)
+
+
+def write(model: nn.Module, answers: Sequence[Answer]) -> Iterator[tuple[Answer, str]]:
+    """Write these answers at once, all of one model; yield each piece of their texts, and each
+    answer with its last piece when it ends. Errors as of `Writing.step`."""
+    writing = Writing(model)
+    writing.add(answers)
+    while writing.answers:
+        yield from writing.step()
 
 
 def written(model: nn.Module, answers: Sequence[Answer], at_once: int) -> Iterator[Answer]:
-    """Yield the answers in order, each complete; at most so many are written at once. Errors as of
-    `write`."""
-    if not isinstance(model, Transformer):  # it takes no padding
-        at_once = 1
-    for first in range(0, len(answers), at_once):
-        batch = answers[first : first + at_once]
-        for _ in write(model, batch):
-            pass
-        yield from batch
+    """Yield the answers in order, each complete; at most so many are written at once, and the next
+    begins when one ends. Errors as of `Writing.step`."""
+    writing, waiting = Writing(model), deque(answers)
+    for answer in answers:
+        while answer.reason is None:
+            while waiting and len(writing.answers) < at_once:
+                writing.add([waiting.popleft()])
+            writing.step()
+        yield answer

@@ -1,6 +1,7 @@
-"""The desk: requests wait in order, and one thread answers several of them at once.
+"""The desk: requests wait in order, and one thread writes the answers of several at once.
 
-Those that wait together and sample alike share a batch; a later one waits until that is written.
+A request joins between two tokens as soon as there is room for its answers, and leaves when they
+are complete; none overtakes another.
 Invariant: only this thread uses the model and the tokenizer, and no request is left without an end.
 """
 
@@ -9,22 +10,22 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import nn
 
-from forescale.inference.writing import Answer, write
-from forescale.models.decoding.sampler import Sampler
+from forescale.inference.writing import Answer, Writing
 from forescale.serving.asked import Refused
 
 Event = tuple[int, str] | Exception | None  # a piece of an answer, by its number; None: the end
 
 
 class Ticket:
-    """A request at the desk. begin: makes its answers, in the desk's thread; events: what comes."""
+    """A request at the desk. count: its answers; begin: makes them, in the desk's thread; events:
+    what comes."""
 
-    def __init__(self, sampler: Sampler, count: int, begin: Callable[[], list[Answer]]):
-        self.sampler, self.count, self.begin = sampler, count, begin
+    def __init__(self, count: int, begin: Callable[[], list[Answer]]):
+        self.count, self.begin = count, begin
         self.answers: list[Answer] = []
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.is_cancelled = False
@@ -39,8 +40,10 @@ class Desk:
     requests that wait."""
 
     def __init__(self, model: nn.Module, batch: int, most: int):
-        self.model, self.batch, self.most = model, batch, most
+        self.batch, self.most = batch, most
+        self._writing = Writing(model)
         self._waiting: deque[Ticket] = deque()
+        self._open: list[Ticket] = []  # those whose answers are being written
         self._changed = threading.Condition()
         self._is_open = True
         self._thread = threading.Thread(target=self._work, name="desk", daemon=True)
@@ -56,48 +59,53 @@ class Desk:
             self._changed.notify()
 
     def close(self) -> None:
-        """Take no more from the queue."""
+        """Take no more from the queue, and write no more."""
         with self._changed:
             self._is_open = False
             self._changed.notify()
 
     def _work(self) -> None:
-        while tickets := self._next():
+        while self._is_open:
+            for ticket in self._joining():
+                if _is_begun(ticket):
+                    self._open.append(ticket)
+                    self._writing.add(ticket.answers)
             try:
-                self._answer([ticket for ticket in tickets if _is_begun(ticket)])
+                self._write()
             except Exception as e:
                 traceback.print_exc(file=sys.stderr)
-                for ticket in tickets:
+                for ticket in self._open:
                     ticket.events.put(e)
+                self._open, self._writing = [], Writing(self._writing.model)
+        for ticket in (*self._open, *self._waiting):
+            ticket.events.put(Refused(503, "The server stops.", code="stopping"))
 
-    def _next(self) -> list[Ticket]:
-        """Return the next request and those that can be answered with it; none: closed."""
+    def _joining(self) -> list[Ticket]:
+        """Return the next requests for whose answers there is room, all of them taken from the
+        queue; where nothing is written, wait for one."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or not self._is_open)
-            if not self._is_open:
-                return []
-            first = self._waiting.popleft()
-            found, rest, count = [first], deque[Ticket](), first.count
-            for ticket in self._waiting:
-                fits = ticket.sampler == first.sampler and count + ticket.count <= self.batch
-                (found if fits else rest).append(ticket)
-                count += ticket.count if fits else 0
-            self._waiting = rest
+            if not self._open:
+                self._changed.wait_for(lambda: self._waiting or not self._is_open)
+            room, found = self.batch - len(self._writing.answers), list[Ticket]()
+            while self._is_open and self._waiting and self._waiting[0].count <= room:
+                found.append(self._waiting.popleft())
+                room -= found[-1].count
             return found
 
-    def _answer(self, tickets: Sequence[Ticket]) -> None:
-        owners = {id(a): (ticket, i) for ticket in tickets for i, a in enumerate(ticket.answers)}
-        answers = [answer for ticket in tickets for answer in ticket.answers]
-        if not answers:
-            return
-        for answer, piece in write(self.model, answers):
+    def _write(self) -> None:
+        """Write a token of each answer, and let go the requests whose answers are complete."""
+        owners = {id(a): (t, i) for t in self._open for i, a in enumerate(t.answers)}
+        for ticket in self._open:
+            if ticket.is_cancelled:
+                for answer in ticket.answers:
+                    answer.reason = answer.reason or "length"
+        for answer, piece in self._writing.step():
             ticket, number = owners[id(answer)]
             ticket.events.put((number, piece))
-            if ticket.is_cancelled:
-                for other in ticket.answers:
-                    other.reason = other.reason or "length"
-            if all(other.reason for other in ticket.answers):
-                ticket.events.put(None)
+        ended = [t for t in self._open if all(answer.reason for answer in t.answers)]
+        for ticket in ended:
+            ticket.events.put(None)
+        self._open = [ticket for ticket in self._open if ticket not in ended]
 
 
 def _is_begun(ticket: Ticket) -> bool:

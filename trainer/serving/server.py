@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, f"There is nothing at POST {path}.", code="not_found")
         wish = asked(body, service.name, service.limits, path == "/v1/chat/completions")
         count = wish.samples * len(wish.prompts)
-        ticket = Ticket(wish.wanted.sampler, count, lambda: service.answers(wish))
+        ticket = Ticket(count, lambda: service.answers(wish))
         service.desk.submit(ticket)
         try:
             self._reply(wish, ticket, _Form(wish, service.name))

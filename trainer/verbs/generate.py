@@ -13,7 +13,7 @@ from forescale.config.schema import key
 from forescale.console import unchanged_output
 from forescale.errors import DONE, UserError
 from forescale.inference.prompts import prompts_in, typed_lines, whole_input
-from forescale.inference.view import RunView, best_device, open_view
+from forescale.inference.view import RunView, open_view, ready_to_write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -123,7 +123,7 @@ def _prompts(job: GenerateJob) -> list[str]:
 
 
 def _model(job: GenerateJob, view: RunView) -> "nn.Module":
-    return view.load(view.checkpoint(job.step), job.trust).to(best_device())
+    return ready_to_write(view.load(view.checkpoint(job.step), job.trust))
 
 
 def _answers(job: GenerateJob, view: RunView, prompts: list[str]) -> list["Answer"]:

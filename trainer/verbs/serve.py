@@ -12,7 +12,7 @@ from forescale.config.job import RunJob
 from forescale.config.schema import key
 from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.errors import DONE, UserError
-from forescale.inference.view import RunView, best_device, open_view
+from forescale.inference.view import RunView, open_view, ready_to_write
 from forescale.run.finetune import chat_template, vocabulary_of_run
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def opened(job: ServeJob) -> "Server":
     template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
     with suppress(Unfit):  # a chat of one message may not fit; a template that isn't one is refused
         template.prompt([{"role": "user", "content": "a"}])
-    model = view.load(view.checkpoint(job.step), job.trust).to(best_device())
+    model = ready_to_write(view.load(view.checkpoint(job.step), job.trust))
     service = Service(
         name=view.name,
         desk=Desk(model, job.batch, job.queue),

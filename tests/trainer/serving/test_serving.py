@@ -287,3 +287,48 @@ def test_openai_s_own_client_is_served(port):
         client.completions.create(prompt=PROMPT, **how | {"max_tokens": 9999})
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(prompt=PROMPT, **how | {"model": "gpt"})
+
+
+def test_a_short_request_is_answered_while_a_longer_one_is_written(trained, monkeypatch):
+    gate = Gate()
+    monkeypatch.setattr(RunView, "load", lambda *_: gate)
+    for server in served(trained):
+        port, found = server.server_address[1], []
+        asked = [LIKELIEST | {"max_tokens": count} for count in (40, 2)]
+        threads = [
+            threading.Thread(target=lambda b=body: found.append(ask(port, "/v1/completions", b)))  # noqa: B023
+            for body in asked
+        ]
+        threads[0].start()
+        waited_for(lambda: gate.entered)
+        threads[1].start()
+        waited_for(lambda: server.service.desk._waiting)  # noqa: B023
+        while threads[1].is_alive():
+            gate.open.release()
+            time.sleep(0.01)
+        assert [body["usage"]["completion_tokens"] for _, body in found] == [2]
+        gate.open.release(100)
+        threads[0].join()
+        assert found[1][1]["usage"]["completion_tokens"] == 40
+
+
+def test_clients_at_once_get_the_answers_that_each_gets_alone(port):
+    openai = pytest.importorskip("openai", reason="needs pip install openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
+    prompts = ("def ", "class Model:", "import os, ", "    return x")
+
+    def text(number: int) -> str:
+        how = dict(max_tokens=6 + 5 * number, temperature=0.9 * (number % 2), seed=number)
+        made = client.completions.create(model="small", prompt=prompts[number], **how)
+        return made.choices[0].text
+
+    alone = [text(number) for number in range(2)]
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: found.update({i: text(i % 2)})) for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(3)] == [*alone, alone[0]]

@@ -1,0 +1,66 @@
+"""Products of few rows with large matrices, as decoding needs them: on a CPU, in another layout.
+
+What a step of decoding costs there is to read the matrices. MKL, with which torch multiplies in
+fp32, reads a matrix with more rows than columns about twice as fast by columns where there is one
+row of inputs, and oneDNN's packed form is 1.5 to 3 times as fast for several (AMD EPYC, one
+thread; tests/benchmarks/bench_generate.py measures the whole).
+
+Invariant: outputs are those of torch.nn.functional.linear but for rounding.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forescale.models.heads.vocabulary import Vocabulary
+from forescale.models.init import Linear
+
+_LEAST = 1 << 16  # numbers of a matrix; for a smaller one the calls cost more than they spare
+# torch.compile freezes models with these two; torch has no public name for a packed matrix.
+_PACK, _TIMES = "_reorder_linear_weight", "_linear_pointwise"
+
+
+class PackedProduct:
+    """x (..., in), weight (out, in) -> (..., out), without gradients: the weight is that of which
+    it holds a packed copy."""
+
+    def __init__(self, weight: Tensor):
+        self._packed = getattr(torch.ops.mkldnn, _PACK)(weight.detach(), None)
+        self._times: Any = getattr(torch.ops.mkldnn, _TIMES)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the product."""
+        if x.numel() == x.shape[-1]:  # of one row the plain form is as fast or faster
+            return F.linear(x, weight)
+        y: Tensor = self._times(x, self._packed, None, "none", [], "")
+        return y
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Return the model, from now on for decoding alone: large matrices of a CPU are packed beside
+    their weights, which doubles their memory. Elsewhere nothing changes."""
+    for module in model.modules():
+        # Not subclasses: they multiply in ways of their own.
+        if type(module) in (Linear, Vocabulary):
+            _lay_out(module)
+    return model
+
+
+@torch.no_grad()
+def _lay_out(module: Any) -> None:
+    weight = module.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or module.product is not None:
+        return
+    if not getattr(module, "makes_logits", True):  # a table that only embeds is not multiplied
+        return
+    if weight.numel() >= _LEAST and _can_pack():
+        module.product = PackedProduct(weight)
+    if weight.shape[0] > weight.shape[1]:
+        weight.data = weight.t().contiguous().t()
+
+
+def _can_pack() -> bool:
+    has_both = all(hasattr(torch.ops.mkldnn, name) for name in (_PACK, _TIMES))
+    return has_both and torch.backends.mkldnn.is_available()
