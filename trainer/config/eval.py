@@ -56,6 +56,9 @@ class ScoreJob(RunJob):
         f"{QUESTIONS} for abilities, all for tasks",
         ge=1,
     )
+    chat: bool = key(
+        False, "tasks: ask through the run's chat template, with solved examples as earlier turns"
+    )
     data: CorpusConfig = section(
         CorpusConfig, "the dataset to score on; null: the datasets of the run"
     )

@@ -136,12 +136,12 @@ def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
     with shown() as progress:
         asked = LanguageModel(view, model, batch=job.micro_batch, length=length, progress=progress)
-        scores = list(scores_of(asked, tasks, job.shots, job.questions))
+        scores = list(scores_of(asked, tasks, job.shots, job.questions, job.chat))
     if job.answers:
         write_answers(Path(job.answers), scores)
     if job.json:
         for score in scores:
-            _print_json(view, checkpoint, as_facts(score))
+            _print_json(view, checkpoint, {**as_facts(score), "chat": job.chat})
         return DONE
     print(
         f"Run {view.name}, step {checkpoint.position.step:,}, in fp32, tasks of lm_eval "

@@ -6,16 +6,18 @@ task wants others.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, hash_string, make_disjoint_window
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from forescale.data.conversations.template import ChatTemplate, Unfit
 from forescale.data.tokenizer import load_tokenizer
 from forescale.errors import UserError
 from forescale.inference.answering import Question
@@ -24,6 +26,7 @@ from forescale.inference.writing import Answer, Wanted, written
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.transformer import Transformer
 from forescale.progress import Progress, silent
+from forescale.run.finetune import chat_template, vocabulary_of_run
 from forescale.storage import read_json
 
 _MOST_TOKENS = 256  # of an answer, where a task doesn't say: as lm_eval has it
@@ -56,6 +59,7 @@ class LanguageModel(TemplateLM):
         if not config.continues_text:
             what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
             raise UserError("tasks", what, "leave it out, or name a run that continues text")
+        self._view = view
         self._device = best_device()
         self._model = model.to(self._device)
         self._spelling = load_tokenizer(view.run.verified_tokenizer())
@@ -85,6 +89,33 @@ class LanguageModel(TemplateLM):
     def batch_size(self) -> int:
         """Rows of a forward pass."""
         return self.batch
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm_eval keeps questions under, when it is asked to keep them."""
+        return f"{self._view.name}-{hash_string(self._template.source)[:12]}"
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return chat_template(self._view.run, vocabulary_of_run(self._view.run), None)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the text of the run's chat template: what came with its weights, or the plain
+        one."""
+        return self._template.source
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as the text after which the model writes its next response. Raises
+        UserError for one that the template can't write."""
+        if not add_generation_prompt:
+            what = "begins the response itself (gen_prefix), which isn't done in chats"
+            raise UserError(self.title or "tasks", what, "ask without chat")
+        try:
+            return self._template.prompt(chat_history)
+        except Unfit as e:
+            raise UserError(self.title or "tasks", f"has a question {e}", "ask without chat") from e
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

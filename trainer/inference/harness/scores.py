@@ -64,11 +64,13 @@ def scores_of(
     tasks: dict[str, Loaded],
     shots: Sequence[int] = (),
     questions: int | None = None,
+    chat: bool = False,
 ) -> Iterator[TaskScore]:
     """Yield the score on each task at each number of solved examples before a question.
 
-    shots: (): as the tasks say. questions: the first so many of each task; None: all. Raises
-    UserError for a task that asks what the model can't do.
+    shots: (): as the tasks say. questions: the first so many of each task; None: all. chat: ask
+    through the run's chat template, with examples as earlier turns. Raises UserError for a task
+    that asks what the model can't do.
     """
     for name, found in tasks.items():
         own = {task.task_name: task.get_config("num_fewshot") for task in leaves(found)}
@@ -76,7 +78,7 @@ def scores_of(
             _prepare(found, own, count)
             model.title = Path(name).stem
             model.restart()
-            yield from _scored(model, name, found, questions)
+            yield from _scored(model, name, found, questions, chat)
 
 
 def lm_eval_version() -> str:
@@ -101,7 +103,7 @@ def _prepare(found: Loaded, own: dict[str, int | None], shots: int | None) -> No
 
 
 def _scored(
-    model: LanguageModel, name: str, found: Loaded, questions: int | None
+    model: LanguageModel, name: str, found: Loaded, questions: int | None, chat: bool
 ) -> Iterator[TaskScore]:
     try:
         with quiet(), _own_process():
@@ -110,6 +112,8 @@ def _scored(
                 model,
                 TaskManager(include_defaults=False).load(found),
                 limit=questions,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
                 bootstrap_iters=_RESAMPLES,
             )
     except jinja2.TemplateError as e:

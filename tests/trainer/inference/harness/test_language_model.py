@@ -18,6 +18,10 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.qk_norm=false"]
 LEARNED = ["model.position=learned", "model.norm=layernorm", "model.mlp=gelu", "model.bias=true"]
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 RUNS = {"rotary": ["model.mlp=swiglu"], "learned": [*LEARNED, "model.tie_embeddings=true"]}
 
 
@@ -76,9 +80,7 @@ def test_a_run_scores_as_its_export_does_by_lm_eval_alone(kind, small_data, tmp_
     assert_alike(ours, expected)
 
 
-def test_an_import_is_read_with_the_token_that_its_tokenizer_puts_before_a_text(
-    tmp_path, forescale
-):
+def test_an_import_is_read_with_its_own_first_token_and_chat_template(tmp_path, forescale):
     """As HFLM reads the directory that it came from; with an empty context too."""
     folder = write(model_of("Llama"), tmp_path / "llama")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -87,14 +89,19 @@ def test_an_import_is_read_with_the_token_that_its_tokenizer_puts_before_a_text(
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
     tokenizer.save(str(folder / "tokenizer.json"))
     names = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"bos_token": "<s>"}))
+    names |= {"bos_token": "<s>", "chat_template": TURNS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
     assert forescale("import", "hf", folder, "it", f"run.root={tmp_path}")[0] == 0
     model, hflm = open_run(tmp_path / "it").language_model(), theirs(folder)
     assert model.tok_encode("ab") == hflm.tok_encode("ab") == [begin[1], *b"ab"]
     assert model.tok_encode("<s>ab") == hflm.tok_encode("<s>ab") == [begin[1], *b"ab"]
     tasks = make_tasks(tmp_path / "tasks", rows=4).values()
-    ours, expected = (evaluated(m, tasks, 0) for m in (model, hflm))
-    assert_alike(ours, expected)
+    for shots, how in ((0, {}), (1, dict(apply_chat_template=True, fewshot_as_multiturn=True))):
+        ours, expected = (evaluated(m, tasks, shots, **how) for m in (model, hflm))
+        assert_alike(ours, expected)
+    (asked, _), *_ = ours["samples"]["choice"][0]["arguments"]
+    assert asked.startswith("<s>[user]")  # and [assistant], and the question after the example
+    assert asked.count("[user]") == 2
 
 
 def test_what_the_model_reads_alike_is_read_once(trained, monkeypatch):

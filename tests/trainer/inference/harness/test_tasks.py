@@ -40,6 +40,10 @@ def test_scores_come_with_their_intervals_and_their_source(trained, forescale, t
         right, acc = first_right(part), shown["metrics"]["acc"]
         assert acc["value"] == sum(right) / 5
         assert acc["low"] < acc["value"] < acc["high"] or acc["value"] in (acc["low"], acc["high"])
+    words = (f"tasks=[{file}]", "questions=5", "chat=true", "--json")
+    asked_in_chat = json.loads(forescale("eval", trained.path, *words)[1])
+    assert [one["chat"] for one in (none, asked_in_chat)] == [False, True]
+    assert asked_in_chat["asked_sha256"] != none["asked_sha256"]
     code, out, _ = forescale("eval", trained.path, f"tasks=[{file}]", f"answers={log}")
     assert (code, out) == (2, "")  # nothing is written over
 
