@@ -23,7 +23,7 @@ print([name for name in ("torch._dynamo", "sympy", "deepspeed") if name in sys.m
 
 
 def test_no_process_imports_what_it_may_never_need(tmp_path):
-    """torch's compiler is a second of each process, and only a rank that compiles needs it."""
+    """torch's compiler is a second of each process, and only ranks need it."""
     command = [sys.executable, "-P", "-c", _PROCESS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
