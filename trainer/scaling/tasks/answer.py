@@ -52,8 +52,15 @@ def as_dict(made: Sequence[TaskFit]) -> dict[str, Any]:
     job, form = made[0].job, made[0].link.form
     return {
         "link": form.name, "source": form.source, "metric": job.metric, "level": job.level,
-        "tasks": [one_as_dict(one) for one in made],
+        "tasks": [
+            one_as_dict(one) | {"notes": [*one.doubts, *doubts_of_law(one)]} for one in made
+        ],
     }  # fmt: skip
+
+
+def doubts_of_law(one: TaskFit) -> list[str]:
+    """Return what makes the law of a task's loss doubtful, if a prediction needs it."""
+    return [*one.law.doubts, *one.law.notes] if one.chained is not None else []
 
 
 def answer_as_dict(one: TaskAnswer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from forescale.scaling.report.tasks.words import (
     span,
     value,
 )
-from forescale.scaling.tasks.answer import TaskAnswer
+from forescale.scaling.tasks.answer import TaskAnswer, doubts_of_law
 from forescale.scaling.tasks.chained import TaskFit
 from forescale.scaling.tasks.forecast import TaskScore
 from forescale.scaling.tasks.judge import BEST, LAST, LINE, OTHER, Scores
@@ -59,14 +59,9 @@ def show_tasks(found: Sequence[TaskFit], console: Console) -> None:
         console.print(_predicted_tasks(found, f"{job.level:.0%}"))
         console.print(_INTERVAL, soft_wrap=True)
     for one in found:
-        for note in [*one.doubts, *_of_law(one)]:
+        for note in [*one.doubts, *doubts_of_law(one)]:
             console.print(f"[yellow]Note:[/] {escape(one.task.name)}: {escape(note)}",
                           soft_wrap=True)  # fmt: skip
-
-
-def _of_law(one: TaskFit) -> list[str]:
-    """Return what makes the law of a task's loss doubtful, if a prediction needs it."""
-    return [*one.law.doubts, *one.law.notes] if one.chained is not None else []
 
 
 def _links(found: Sequence[TaskFit]) -> Table:
