@@ -24,26 +24,29 @@ class Evaluation:
 class EvaluationCost:
     """The evaluations of a run: `times` periodic ones before the last step, then one `at_end` of
     all held-out windows. times: None if they come by the clock and no speed is known. at_end: None
-    if the data isn't known; then the sums leave it out."""
+    if the data isn't known; then the sums leave it out. reference: what reads all preferences
+    before the first step, None of other objectives."""
 
     periodic: Evaluation
     times: int | None
     at_end: Evaluation | None
+    reference: Evaluation | None = None
 
     @property
     def flops(self) -> float | None:
         """FLOPs of all evaluations."""
         if self.times is None:
             return None
-        return self.times * self.periodic.flops + (self.at_end.flops if self.at_end else 0.0)
+        once = (self.at_end, self.reference)
+        return self.times * self.periodic.flops + sum(one.flops for one in once if one)
 
     @property
     def seconds(self) -> float | None:
         """Seconds of all evaluations."""
         if self.times is None or self.periodic.seconds is None:
             return None
-        last = self.at_end.seconds if self.at_end else None
-        return self.times * self.periodic.seconds + (last or 0.0)
+        once = (self.at_end, self.reference)
+        return self.times * self.periodic.seconds + sum(one.seconds or 0.0 for one in once if one)
 
 
 def estimate_evaluation(
@@ -52,11 +55,13 @@ def estimate_evaluation(
     per_token: TokenFlops,
     step: StepTime,
     world: int,
+    compared: list[int] | None = None,
 ) -> EvaluationCost | None:
     """Return the cost of a job's evaluations on `world` ranks.
 
     complete: the windows of the held-out split of each source; None: not known, and a source has as
-    many as validation.windows; without that the cost isn't known. The forward runs at the speed of
+    many as validation.windows; without that the cost isn't known. compared: the windows that a
+    reference reads, of each split and source. The forward runs at the speed of
     a step.
     """
     length, limit = job.train.sequence_length, job.validation.windows
@@ -77,7 +82,8 @@ def estimate_evaluation(
         return Evaluation(sum(windows), sum(windows) * flops, seconds)
 
     at_end = None if complete is None else evaluation(complete)
-    return EvaluationCost(evaluation(capped), _times(job, step), at_end)
+    reference = evaluation(compared) if compared else None
+    return EvaluationCost(evaluation(capped), _times(job, step), at_end, reference)
 
 
 def _times(job: TrainJob, step: StepTime) -> int | None:

@@ -57,6 +57,7 @@ def _evaluation(plan: Plan) -> dict[str, Any] | None:
     if (cost := plan.evaluation) is None:
         return None
     every = {"periodic": vars(cost.periodic), "at_end": cost.at_end and vars(cost.at_end)}
+    every["reference"] = cost.reference and vars(cost.reference)
     return {**every, "times": cost.times, "flops": cost.flops, "seconds": cost.seconds}
 
 

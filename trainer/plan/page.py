@@ -91,11 +91,10 @@ def _model(plan: Plan) -> list[str]:
 
 def _run(plan: Plan) -> list[str]:
     job, train, unit = plan.job, plan.job.train, plan.job.objective.unit
-    mesh = job.mesh(plan.world)
+    mesh, rows = job.mesh(plan.world), job.objective.spec.rows
     micro = train.global_batch // (train.micro_batch * mesh.data)
     each = f"{mesh.near} ranks" if mesh.near > 1 else "rank"
-    rows = job.objective.spec.rows
-    size = f"{rows} x {train.sequence_length:,}" if rows > 1 else f"{train.sequence_length:,}"
+    size = f"{train.sequence_length:,}" if rows == 1 else f"{rows} x {train.sequence_length:,}"
     return [
         f"{job.total_steps:,} steps of {job.tokens_per_step:,} {unit}: {train.global_batch:,} "
         f"windows of {size}, {micro} x {train.micro_batch} per {each}; "
@@ -257,16 +256,17 @@ def _evaluations(plan: Plan) -> list[str]:
         return ["not known: the data can't be read, and validation.windows is not set"]
 
     def one(evaluation: Evaluation) -> str:
-        seconds = evaluation.seconds
+        seconds, n = evaluation.seconds, evaluation.windows
         took = "" if seconds is None else f", {span(seconds)}"
-        many = "" if evaluation.windows == 1 else "s"
-        return f"{evaluation.windows:,} window{many}, {_flops(evaluation.flops)}{took}"
+        return f"{n:,} window{'s' * (n != 1)}, {_flops(evaluation.flops)}{took}"
 
     every = plan.job.validation.every
     last = f"all {one(cost.at_end)}" if cost.at_end else "all, not known without the data"
     lines = [f"every {every}: {one(cost.periodic)} each; at the end {last}"]
+    if cost.reference:
+        lines.append(f"the reference reads before the first step {one(cost.reference)}")
     if cost.flops is not None and cost.times is not None:
-        n = cost.times + bool(cost.at_end)
+        n = cost.times + bool(cost.at_end) + bool(cost.reference)
         parts = [f"{n:,} evaluation{'s' * (n != 1)}: {_flops(cost.flops)}"]
         if cost.seconds is not None and plan.seconds:
             share = cost.seconds / (cost.seconds + plan.seconds)

@@ -189,8 +189,10 @@ class Plan:
     @cached_property
     def evaluation(self) -> EvaluationCost | None:
         """The cost of the evaluations; None if neither the data is known nor validation.windows."""
-        windows, step = self._use.held_out if self._use else None, self.chosen.step
-        return estimate_evaluation(self.job, windows, self.per_token, step, self.world)
+        use, step = self._use or DataUse([], None, []), self.chosen.step
+        return estimate_evaluation(
+            self.job, use.held_out, self.per_token, step, self.world, use.compared
+        )
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -42,11 +42,13 @@ class SourceUse:
 @dataclass(frozen=True)
 class DataUse:
     """What a run reads. held_out: windows of the held-out split of each source, None if they are
-    pairs that are not counted yet; notes: a sentence each."""
+    pairs that are not counted yet; compared: the same of both splits, of preferences, which a
+    reference reads first; notes: a sentence each."""
 
     sources: list[SourceUse]
     held_out: list[int] | None
     notes: list[str]
+    compared: list[int] | None = None
 
 
 def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
@@ -78,7 +80,10 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
         SourceUse(name, size, times[name] * each.get(name, size), times[name])
         for name, size in ((n, s.num_tokens) for n, s in sources.split("train").items())
     ]
-    return DataUse(of, held_out, found)
+    compared = None
+    if job.objective.are_preferences and feed is not None and held_out is not None:
+        compared = [*(int(bins.counts.sum()) for bins in feed.bins or ()), *held_out]
+    return DataUse(of, held_out, found, compared)
 
 
 def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:

@@ -62,6 +62,7 @@ def test_two_rows_a_preference_are_planned(make, tmp_path, forescale):
     code, out, _ = forescale("plan", tmp_path / "planned")
     assert code == 0
     assert "15 steps of 1,024 columns: 4 windows of 2 x 128, 2 x 2 per rank" in out
+    assert "the reference reads before the first step 60 windows" in out
 
 
 @pytest.mark.parametrize(
