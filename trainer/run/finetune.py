@@ -102,6 +102,8 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
     if are_preferences:
         before = {"responses": 1.0, "preferences": 1 / LATER_RATE}
         factor = before.get(origin.objective.kind, factor) * LATER_RATE
+    if origin.lora.rank:  # its rate is one of adapters
+        factor /= LORA
     old = IMPORTED if is_import else origin.optimizer
     adam = old.adam_learning_rate
     return replace(
@@ -113,8 +115,8 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
 
 def _of_adapters(old: OptimizerConfig) -> OptimizerConfig:
     rate = LORA * (old.adam_learning_rate or old.learning_rate)
-    settings = {"beta1": old.beta1, "beta2": old.beta2} if old.kind == "adamw" else {}
-    return OptimizerConfig("adamw", learning_rate=_rounded(rate), weight_decay=0.0, **settings)
+    made = OptimizerConfig("adamw", learning_rate=_rounded(rate), weight_decay=0.0)
+    return replace(made, beta1=old.beta1, beta2=old.beta2) if old.kind == "adamw" else made
 
 
 def _rounded(rate: float) -> float:

@@ -52,6 +52,10 @@ def test_after_a_fine_tuning_the_rate_is_a_fortieth_of_its_own(origin):
     rate = config.optimizer.learning_rate
     found = first_config(config, is_import=False, are_preferences=True)
     assert found["optimizer"]["learning_rate"] == pytest.approx(rate / 40, rel=0.01)
+    config.lora.rank = 8
+    found = first_config(config, is_import=False, are_preferences=True)
+    assert found["optimizer"]["learning_rate"] == pytest.approx(rate / 400, rel=0.01), "adapters'"
+    config.lora.rank = 0
     found = first_config(config, is_import=True, are_preferences=True)
     assert found["optimizer"]["learning_rate"] == 5e-7
     assert found["train"]["global_batch"] == 64
