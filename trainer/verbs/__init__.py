@@ -25,14 +25,14 @@ from forescale.errors import UserError
 
 VERBS = {
     "train": "Train a model. Without any key: a small one on Python source, in minutes.",
-    "finetune": "Teach a run from prompts and responses of your own.",
+    "finetune": "Teach a run from prompts and responses, or preferences; all weights or LoRA.",
     "plan": "Check a training job before the queue: problems, memory, traffic, hours, price.",
     "submit": "Submit to SLURM: a job that trains until its run is complete, or evaluations.",
     "status": "Show the state, the progress and the time use of runs.",
     "report": "Draw the curves of runs, and all about them, as one HTML file; or the loss as SVG.",
     "logs": "Follow the output of a run's ranks; of a failed run, the rank that failed first.",
     "stop": "Let a run save and end, wherever it runs; SLURM does not start it again.",
-    "generate": "Write text with a trained model.",
+    "generate": "Write text with a trained model, or chat with it.",
     "serve": "Serve a trained model over HTTP, to OpenAI's clients.",
     "eval": "Score a trained model: loss on held-out text, tasks of lm-evaluation-harness.",
     "inspect": "Draw what a model does while it reads a text: attention, layers, ablations.",
