@@ -27,7 +27,7 @@ class Vocabulary(nn.Module):
     product: as in Linear, of logits.
 
     tokens (B, L) int64             -> vectors (B, L, D)
-    hidden (B, L, D)                -> logits (B, L, V)
+    hidden (B, L, D)                -> logits (B, L, V), of all ranks' rows
     hidden (B, L, D), targets (B, L) -> what window_losses returns
     """
 
@@ -60,7 +60,8 @@ class Vocabulary(nn.Module):
         if self.multiplier != 1:
             x = x * self.multiplier  # not the logits, which are many more
         if targets_BL is None:
-            return capped(self._logits(x), self.softcap)
+            logits = capped(self._logits(x), self.softcap)
+            return logits if self.group is None else self.group.joined(logits)
         chunk = self.chunks[x.is_cuda]
         return window_losses(
             x, self.weight, targets_BL, chunk, self.z_loss, self.softcap, self.bias, self.group

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from forescale.models.parallel.group import Group
@@ -22,6 +23,12 @@ class TensorGroup(Group):
     def summed(self, x: Tensor) -> Tensor:
         """Return the sum of x over the group. The gradient passes unchanged: all have the same."""
         return _Summed.apply(x, self)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Return the last dimension of all ranks, side by side: (..., N / n) -> (..., N). Has no
+        gradient."""
+        found = collectives.all_gather_tensor(x.contiguous(), x.dim() - 1, self.name)  # type: ignore[arg-type]
+        return collectives.wait_tensor(found)
 
     # A compiled graph can't exchange the state of a generator. torch.compiler.disable would import
     # the whole compiler here, a second of every process; torch's own name for it does when called.

@@ -1,40 +1,41 @@
 """The accuracy of a model on a task, after so many solved examples in its context.
 
-    <begin> question -> answer \\n ... question -> | answer \\n
-
 Invariant: an answer counts if each of its tokens, the line end included, is the most likely one
-after the tokens before it: exactly when greedy decoding would write it. Question i of a task is the
-same for all models and numbers of examples, so that accuracies compare in pairs.
+after the tokens before it: exactly when greedy decoding would write it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import NormalDist
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
+from forescale.abilities.questions import Questions
+from forescale.abilities.tasks import COLUMN
 from forescale.progress import Progress, silent
 
-Logits = Callable[[Tensor], Tensor]  # (B, L) int64 -> (B, L, V)
-Encode = Callable[[str], list[int]]
-_ARROW = " ->"
+# tokens (B, L) and targets (B, L) int64, IGNORED but at answers -> what `judged` returns
+Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Gather = Callable[[list], list[list]]  # a rank's values -> those of all ranks, in their order
+IGNORED = -100  # a target that is none, as in the losses of models
+_Z = NormalDist().inv_cdf(0.95)
 
 
 @dataclass(frozen=True)
 class Accuracy:
     """right: of `questions`; low, high: the 90 % interval of the share (Wilson 1927); nats: the
-    mean loss of an answer, summed over its tokens, which moves long before the accuracy does.
-    None in place of this: the examples don't fit the model's context."""
+    mean loss of an answer, summed over its tokens, which moves long before the accuracy does, and
+    its standard error. None in place of this: the examples don't fit the model's context."""
 
     task: str
     shots: int
     right: int
     questions: int
     nats: float
+    nats_stderr: float = math.nan
 
     @property
     def share(self) -> float:
@@ -46,80 +47,110 @@ class Accuracy:
         """The 90 % interval of the share."""
         return interval_of(self.right, self.questions)
 
+    @property
+    def stderr(self) -> float:
+        """The standard error of the share: half its interval before it is cut to [0, 1], over the
+        normal quantile. Unlike the plain one it isn't 0 where none or all of the answers are
+        right."""
+        return _spread_of(self.right, self.questions)[1] / _Z
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What rows and records call these numbers: `ability/copy/4` is the share, `_stderr` its
+        standard error; `_nats` the mean loss of an answer, `_nats_stderr` its standard error."""
+        name = COLUMN.format(task=self.task, shots=self.shots)
+        found = {"": self.share, "_stderr": self.stderr, "_nats": self.nats}
+        return {name + end: x for end, x in (found | {"_nats_stderr": self.nats_stderr}).items()}
+
 
 def interval_of(right: int, questions: int) -> tuple[float, float]:
     """Return the 90 % interval of the share right / questions (Wilson 1927)."""
-    n, p, z = questions, right / questions, NormalDist().inv_cdf(0.95)
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    middle, half = _spread_of(right, questions)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _spread_of(right: int, questions: int) -> tuple[float, float]:
+    """Return the middle of that interval, and half its length."""
+    n, p = questions, right / questions
+    middle = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
+    return middle, _Z / (1 + _Z * _Z / n) * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
+
+
+def in_words(found: Sequence[Accuracy]) -> str:
+    """Return the shares of right answers in a line."""
+    shots = ", ".join(map(str, dict.fromkeys(one.shots for one in found)))
+    shares = [
+        f"{task} {', '.join(f'{100 * one.share:.0f} %' for one in own)}"
+        for task, own in groupby(found, key=lambda one: one.task)
+    ]
+    return f"right answers after {shots} examples: {'; '.join(shares)}"
 
 
 @torch.no_grad()
 def accuracies(
-    logits: Logits,
-    encode: Encode,
-    begin: int,
-    length: int,
-    tasks: Sequence[str],
-    shots: Sequence[int] = SHOTS,
+    judge: Judge,
+    found: Sequence[Questions],
     *,
-    questions: int = QUESTIONS,
     rows: int = 8,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    multiple: int = 1,
+    share: tuple[int, int] = (0, 1),
+    gather: Gather = lambda own: [own],
     progress: Progress = silent,
-) -> Iterator[tuple[str, int, Accuracy | None]]:
-    """Yield the accuracy of each task and number of examples.
+) -> list[Accuracy]:
+    """Return the accuracies of a model on questions.
 
-    encode: text to ids; begin: the id that begins a document; length: the most tokens of a row;
-    rows: of a forward pass.
+    rows: of a forward pass; multiple: what its columns are a multiple of; share: (rank, number of
+    ranks) that answer together, for `gather`. All passes have the same shape and composition at any
+    number of ranks, and every rank makes as many, because they may be collectives.
     """
-    total, done = len(tasks) * len(shots) * questions, 0
-    for task in tasks:
-        for count in shots:
-            made = [_row(task, i, count, encode, begin, seed) for i in range(questions)]
-            if max(len(ids) for ids, _ in made) > length:
-                done += questions
-                yield task, count, None
-                continue
-            right, nats = 0, 0.0
-            for first in range(0, questions, rows):
-                part = made[first : first + rows]
-                own, lost = _judged(logits, part, device)
-                right, nats, done = right + own, nats + lost, done + len(part)
-                progress("abilities", done, total, "questions")
-            yield task, count, Accuracy(task, count, right, questions, nats / questions)
+    all_rows = [row for each in found for row in each.rows]
+    width = -(-max(each.longest for each in found) // multiple) * multiple
+    count, (rank, size) = -(-len(all_rows) // rows), share
+    mine: list[tuple[int, int, float]] = []
+    for index in range(rank, -(-count // size) * size, size):
+        # Beyond the last questions a rank answers the first ones, which nobody counts.
+        first = index * rows if index < count else 0
+        wrong_B, nats_B = judge(*_padded(all_rows[first : first + rows], rows, width))
+        if index < count:
+            got = zip(wrong_B.tolist(), nats_B.tolist(), strict=True)
+            mine += [(first + i, int(w), x) for i, (w, x) in enumerate(got)]
+        progress("abilities", min((index + 1) * rows, len(all_rows)), len(all_rows), "questions")
+    judged_rows = sorted(tuple(row) for part in gather(mine) for row in part)
+    answers = iter(judged_rows)  # padding has the highest numbers
+    return [_accuracy(each, [next(answers) for _ in each.rows]) for each in found]
 
 
-def _row(
-    task: str, number: int, shots: int, encode: Encode, begin: int, seed: int
-) -> tuple[list[int], int]:
-    """Return a row of tokens, and how many of its last are the answer."""
-    make = TASKS[task].make
-    which = [*TASKS].index(task)
-    ids, answer_ids = [begin], list[int]()
-    # The question first: it doesn't depend on the number of examples.
-    asked = make(np.random.default_rng([seed, which, number]))
-    examples = np.random.default_rng([seed, which, number, 1])
-    for question, answer in [*(make(examples) for _ in range(shots)), asked]:
-        answer_ids = encode(f" {answer}\n")
-        ids += encode(question + _ARROW) + answer_ids
-    return ids, len(answer_ids)
+def _accuracy(of: Questions, answers: list[tuple[int, int, float]]) -> Accuracy:
+    right = sum(not wrong for _, wrong, _ in answers)
+    nats, n = [x for _, _, x in answers], len(answers)
+    mean = math.fsum(nats) / n
+    square = math.fsum((x - mean) ** 2 for x in nats)
+    stderr = math.sqrt(square / (n - 1) / n) if n > 1 else math.nan
+    return Accuracy(of.task, of.shots, right, n, mean, stderr)
 
 
-def _judged(
-    logits: Logits, made: list[tuple[list[int], int]], device: torch.device | str
-) -> tuple[int, float]:
-    """Return how many answers are right, and the nats of all."""
-    width = max(len(ids) for ids, _ in made)
+def _padded(made: Sequence[tuple[list[int], int]], rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and targets, (rows, width) int64: the target of a column is the next token."""
+    tokens = torch.zeros(rows, width, dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORED)
     # Padding behind a row changes nothing before it: the model is causal.
-    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in made], device=device)
-    found, right, nats = logits(tokens), 0, 0.0
     for row, (ids, count) in enumerate(made):
-        at = slice(len(ids) - count - 1, len(ids) - 1)
-        known = found[row, at].float().log_softmax(-1)
-        target = tokens[row, len(ids) - count : len(ids)]
-        right += bool((known.argmax(-1) == target).all())
-        nats -= float(known.gather(-1, target[:, None]).sum())
-    return right, nats
+        known = torch.tensor(ids)
+        tokens[row, : len(ids)] = known
+        targets[row, len(ids) - count - 1 : len(ids) - 1] = known[len(ids) - count :]
+    return tokens, targets
+
+
+def judged(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return of each row how many targets are not the most likely token, and the nats of all its
+    targets, (B,) fp64 each, on the CPU."""
+    targets_BL = targets_BL.to(logits_BLV.device)
+    is_target_BL = targets_BL != IGNORED
+    target_K = targets_BL[is_target_BL]
+    known_KV = logits_BLV[is_target_BL].float().log_softmax(-1)
+    wrong_K = known_KV.argmax(-1) != target_K
+    nats_K = -known_KV.gather(-1, target_K[:, None])[:, 0]
+    row_K = is_target_BL.nonzero()[:, 0].cpu()
+    empty_B = torch.zeros(len(targets_BL), dtype=torch.float64)
+    wrong_B = empty_B.index_add(0, row_K, wrong_K.double().cpu())
+    return wrong_B, empty_B.index_add(0, row_K, nats_K.double().cpu())

@@ -246,6 +246,11 @@ class TrainJob(Job):
         """Rules of the objective with the model that it trains and the data that it reads."""
         kind, layers = self.objective.kind, getattr(self.model, "encoder_layers", 0)
         found: Problems = []
+        if self.validation.abilities and not self.continues_text:
+            what = f"a model of objective.kind={kind} continues no text"
+            if self.objective.spec.continues_text:
+                what = "are for a model that reads a text as one row and sees no later token"
+            found.append(("validation.abilities", what, "leave it out"))
         has_source = bool(self.objective.spec.source)
         has_one_row = self.objective.is_next_token or kind in ("responses", "preferences")
         writes = has_one_row or (has_source and not layers)

@@ -65,6 +65,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return _parsed(_raw(Path(path)), str(path))
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text, as it would stand in a document."""
+    # As in training, the text "<|endoftext|>" in a document is not a special token.
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def given_tokenizer(name: str) -> bytes | None:
     """Return the bytes of the tokenizer.json that a name stands for: "bytes", a file, or a Hugging
     Face directory with one; None for "bpe", which has to be trained. Raises UserError if there is

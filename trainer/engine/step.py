@@ -253,6 +253,19 @@ class Engine:
             loss = self.world.sequence.sum(loss.double())
         return loss.float()
 
+    @torch.no_grad()
+    def logits(self, tokens_BL: Tensor) -> Tensor:
+        """Return the logits of rows of tokens, (B, L, V), without dropout; where ranks divide a
+        row, those of this rank's columns. Every rank calls it as often as `losses`.
+
+        It isn't compiled: rows of another length would make the compiler give up the fixed sizes
+        of the training's graphs, and so change their last bits.
+        """
+        self.module.eval()
+        with torch.compiler.set_stance("force_eager"):
+            found: Tensor = self._deepspeed(tokens_BL.to(self.world.device))
+        return found
+
 
 def _under_deepspeed(world: World, model: nn.Module, optimizer: Any) -> Any:
     """Return DeepSpeed's engine of a model."""

@@ -2,11 +2,12 @@
 
 from torch import Tensor, nn
 
-from forescale.abilities.few_shot import Accuracy, accuracies
+from forescale.abilities.few_shot import Accuracy, accuracies, judged
+from forescale.abilities.questions import questions_of
 from forescale.abilities.tasks import QUESTIONS, SHOTS
 from forescale.config.eval import ScoreJob
+from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
-from forescale.inference.sampling import text_ids
 from forescale.inference.view import RunView, best_device
 from forescale.progress import Progress, silent
 
@@ -26,22 +27,23 @@ def abilities_of(
     device = best_device()
     model = model.to(device)
 
-    def logits(tokens_BL: Tensor) -> Tensor:
-        found: Tensor = model(tokens_BL)
-        return found
+    def judge(tokens_BL: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return judged(model(tokens_BL.to(device)), targets_BL)
 
     found: dict[str, list[Accuracy | None]] = {name: [] for name in job.abilities}
-    for name, _, one in accuracies(
-        logits,
+    every = questions_of(
         lambda text: text_ids(view.tokenizer, text),
         view.identity["dataset"]["end_of_text"],
-        config.train.sequence_length,
         [*found],
         job.shots or SHOTS,
         questions=job.questions or QUESTIONS,
-        rows=job.micro_batch,
-        device=device,
-        progress=progress,
-    ):
-        found[name].append(one)
+    )
+    total, done = sum(len(each.rows) for each in every), 0
+    for each in every:
+        if each.longest > config.train.sequence_length:
+            found[each.task].append(None)
+        else:
+            found[each.task] += accuracies(judge, [each], rows=job.micro_batch)
+        done += len(each.rows)
+        progress("abilities", done, total, "questions")
     return found

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
 from forescale.models.decoding.generate import stream
 from forescale.models.decoding.sampler import Sampler
@@ -17,13 +18,6 @@ from forescale.models.decoding.sampler import Sampler
 def prompt_ids(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
     """Return the ids of a prompt; of an empty one, the token that precedes every document."""
     return text_ids(tokenizer, prompt) or [end_of_text]
-
-
-def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text, as it would stand in a document."""
-    # As in training, the text "<|endoftext|>" in a document is not a special token.
-    tokenizer.encode_special_tokens = True
-    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def sampled(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from forescale.checkpoint.reader import Checkpoint
 from forescale.errors import UserError
 from forescale.monitor.status import Status
+from forescale.run.rows import Row
 
 if TYPE_CHECKING:
     from forescale.slurm.asked import EarlyEnd
@@ -51,7 +52,7 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
         "total_steps": s.job.total_steps,
         "tokens": s.tokens,
         "loss": last.get("loss"),
-        "validation": scored and {key: _finite(scored.get(key)) for key in _VALIDATION},
+        "validation": scored and _validation(scored),
         "tokens_per_second": s.tokens_per_second,
         "seconds_per_step": s.step_seconds,
         "seconds_left": s.seconds_left,
@@ -65,6 +66,12 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
         "failures": goodput.failures,
         "lost_steps": s.lost().steps,
     }
+
+
+def _validation(scored: Row) -> dict[str, Any]:
+    """The last evaluation: what each has, and the abilities if they are measured."""
+    names = [*_VALIDATION, *(name for name in scored if name.startswith("ability/"))]
+    return {name: _finite(scored.get(name)) for name in names}
 
 
 def _checkpoint(s: Status, checkpoint: Checkpoint) -> dict[str, Any]:

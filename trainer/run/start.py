@@ -28,6 +28,7 @@ from forescale.data.prepare.corpus import VOCABULARY, prepare_embedded
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.progress import shown
+from forescale.run.abilities import questions_of_job
 from forescale.run.branch import NewestStep, check_origin, data_of, origin_of, with_step
 from forescale.run.directory import Run
 from forescale.run.feed import feed_of, resolved_model, whole_rows_of
@@ -73,6 +74,7 @@ def start(
     job = settle(job, sources)
     feed_of(job, sources)  # errors of the mixture are reported before anything is written
     whole_rows_of(job, sources, "validation")  # made once, before there are ranks
+    questions_of_job(job, sources)  # that can't be asked are reported here
     prediction_interval_of(job)  # likewise for a forecast that does not fit the job
     # Compared, not run: the typed job is.
     old = thaw(TrainJob, run.config, trust=True) if run.config.exists() else None

@@ -31,6 +31,7 @@ from forescale.engine.step import Engine
 from forescale.engine.trackers import open_trackers
 from forescale.resilience.injector import Injector
 from forescale.resilience.phases import PhaseTimer
+from forescale.run.abilities import questions_of_job
 from forescale.run.directory import Attempt, Run
 from forescale.run.feed import feed_of, left_out, objective_of, targets_of_a_window, whole_rows_of
 from forescale.run.forecast import PredictionInterval
@@ -38,7 +39,7 @@ from forescale.run.identity import complete
 from forescale.run.references import References
 from forescale.run.scores import is_evaluated
 from forescale.train.callbacks import Callback, Checkpoints, Every, Own, Validation
-from forescale.train.evaluate import Score, Scored, evaluate, pooled
+from forescale.train.evaluate import Abilities, Score, Scored, evaluate, pooled
 from forescale.train.guard import Guard, StepGuard
 from forescale.train.metrics import Metrics, Prices, ProgressLine
 from forescale.train.model import prices_of
@@ -95,6 +96,11 @@ class Builder:
     def _held_out_rows(self) -> dict[str, Bins]:
         return whole_rows_of(self.job, self.sources, "validation")
 
+    @cached_property
+    def _abilities(self) -> Abilities | None:
+        asked = questions_of_job(self.job, self.sources)
+        return Abilities(asked, self.engine, self.phases.mark) if asked else None
+
     @property
     def _window_length(self) -> int:
         return window_length(self.objective, self.job.train.sequence_length)
@@ -111,7 +117,8 @@ class Builder:
             attempt.event("documents_left_out", source=name, what=sentence, **facts)
         judge = Guard(self.job.guard, rollbacks, point.guard)
         metrics = self._metrics(attempt, point.position, feed)
-        validation = Validation(self._every(self.job.validation.every), self._score, metrics.scored)
+        due = self._every(self.job.validation.every)
+        validation = Validation(due, self._score, metrics.scored, self._abilities)
         checkpoints = self._checkpoints(attempt, judge)
         guard = self._guard(
             judge, attempt, began, lambda: began > 0 or checkpoints.saved is not None

@@ -13,11 +13,12 @@ A callback of the user's own is any class with one method, named in the config b
 Invariant: a callback decides from the step and its summary alone, so every rank decides alike.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
@@ -121,8 +122,8 @@ class Every:
 
 
 class Validation(Callback):
-    """Scores the held-out splits when due. `log` receives the position after the step, and the
-    scores by the splits' names."""
+    """Scores the held-out splits when due. `log` receives the position after the step, the scores
+    by the splits' names, and what `abilities` returns (None: nothing more is measured)."""
 
     phase = "evaluation"
 
@@ -130,9 +131,10 @@ class Validation(Callback):
         self,
         due: Every,
         score: Callable[[bool], Mapping[str, Scored]],
-        log: Callable[[Position, Mapping[str, Scored]], None],
+        log: Callable[[Position, Mapping[str, Scored], Sequence[Accuracy]], None],
+        abilities: Callable[[], Sequence[Accuracy]] | None = None,
     ):
-        self._due, self._score, self._log = due, score, log
+        self._due, self._score, self._log, self._abilities = due, score, log, abilities
 
     def is_due(self, step: int) -> bool:
         """True if the step is to be scored."""
@@ -145,7 +147,8 @@ class Validation(Callback):
 
     def score(self, position: Position) -> None:
         """Score now. Every rank calls it together."""
-        self._log(position, self._score(position.step == self._due.last))
+        scores = self._score(position.step == self._due.last)
+        self._log(position, scores, self._abilities() if self._abilities else ())
 
 
 class Checkpoints(Callback):

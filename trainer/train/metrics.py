@@ -6,10 +6,11 @@ Invariant: metrics.jsonl holds one `train` row per step, with all digits, whatev
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from forescale.abilities.few_shot import Accuracy, in_words
 from forescale.checkpoint.reader import Position
 from forescale.console import is_terminal, open_console
 from forescale.engine.world import StepSummary
@@ -131,10 +132,16 @@ class Metrics(Callback):
                     f"windows replace its own from step {step.position.step:,} on."
                 )
 
-    def scored(self, position: Position, scores: Mapping[str, Scored]) -> None:
-        """Log the scores of held-out splits by their names; "validation" is all of them pooled."""
+    def scored(
+        self,
+        position: Position,
+        scores: Mapping[str, Scored],
+        abilities: Sequence[Accuracy] = (),
+    ) -> None:
+        """Log the scores of held-out splits by their names; "validation" is all of them pooled, in
+        whose row the abilities stand, so that a step has both or none."""
         for dataset, score in scores.items() if self.is_main else ():
-            self._scored(position, dataset, score)
+            self._scored(position, dataset, score, abilities if dataset == "validation" else ())
             if dataset == "validation" and position.step == self.line.total:
                 self._compare_with_forecast(position, score)
 
@@ -151,7 +158,9 @@ class Metrics(Callback):
             path = self.prediction.forecast
             self.line.print(f"Warning: the loss is outside the prediction interval of {path}.")
 
-    def _scored(self, position: Position, dataset: str, score: Scored) -> None:
+    def _scored(
+        self, position: Position, dataset: str, score: Scored, abilities: Sequence[Accuracy]
+    ) -> None:
         if not score.windows:
             self.attempt.event("nothing_to_validate", step=position.step, dataset=dataset)
             self.line.print(f"No validation loss: {dataset} has no held-out text.")
@@ -163,12 +172,15 @@ class Metrics(Callback):
             "tokens": position.tokens,
             "dataset": dataset,
             **score.row(),
+            **{name: x for one in abilities for name, x in one.columns.items()},
         }
         of = ""
         if self.targets != "tokens":
             row["scored"], of = self.targets, f" of {self.targets}"
         self.attempt.metrics.add(row)
         self.line.print(f"step {row['step']:,}: {dataset} {score.text(of)}")
+        if abilities:
+            self.line.print(f"step {row['step']:,}: {in_words(abilities)}")
         self._send(row)
 
     def _send(self, row: dict[str, Any]) -> None:

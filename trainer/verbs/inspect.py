@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
 def _ids(view: RunView, job: InspectJob) -> tuple[list[int], str]:
     """Return what the model reads, from the token that begins a document on, and a name for it."""
     from forescale.config.sections.data import CorpusConfig
-    from forescale.inference.sampling import text_ids
+    from forescale.data.tokenizer import text_ids
     from forescale.inference.scoring import datasets_of
 
     most = min(job.tokens, view.config.train.sequence_length)
@@ -112,7 +112,7 @@ def _ids(view: RunView, job: InspectJob) -> tuple[list[int], str]:
 
 def _first(view: RunView, answer: str, is_used: bool) -> int:
     """Return the first token of an answer."""
-    from forescale.inference.sampling import text_ids
+    from forescale.data.tokenizer import text_ids
 
     if not is_used:
         raise UserError("answer", "is that of a trace", "give subject=TEXT too")

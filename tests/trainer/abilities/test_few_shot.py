@@ -5,12 +5,19 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from forescale.abilities.few_shot import Accuracy, _row, accuracies
+from forescale.abilities.few_shot import IGNORED, Accuracy, accuracies, in_words, judged
+from forescale.abilities.questions import _row, expect_fitting, questions_of
 from forescale.abilities.tasks import TASKS
+from forescale.errors import UserError
 
 
 def encode(text):
     return [ord(c) for c in text]
+
+
+def measured(logits, tasks, shots, questions):
+    found = questions_of(encode, 1, tasks, shots, questions=questions)
+    return accuracies(lambda tokens, targets: judged(logits(tokens), targets), found)
 
 
 class Solver:
@@ -22,7 +29,8 @@ class Solver:
     def __call__(self, tokens_BL):
         logits = torch.zeros(*tokens_BL.shape, 128)
         for b, row in enumerate(tokens_BL.tolist()):
-            text = "".join(map(chr, row)).rstrip("\0")
+            if not (text := "".join(map(chr, row)).rstrip("\0")):
+                continue  # padding
             question = text[: text.rindex(" ->")].rpartition("\n")[2].removeprefix("\1")
             start = text.rindex(" ->") + 2
             for i, c in enumerate(f" {self.rule(question)}\n"):
@@ -41,9 +49,9 @@ RULES = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_who_knows_the_rule_answers_all(task):
-    found = list(accuracies(Solver(RULES[task]), encode, 1, 512, [task], [0, 3], questions=32))
-    assert [(name, shots, a.right) for name, shots, a in found] == [(task, 0, 32), (task, 3, 32)]
-    assert found[0][2].nats < 1e-6
+    found = measured(Solver(RULES[task]), [task], [0, 3], questions=32)
+    assert [(a.task, a.shots, a.right) for a in found] == [(task, 0, 32), (task, 3, 32)]
+    assert found[0].nats < 1e-6
 
 
 @pytest.mark.parametrize("task", ["addition", "recall"])
@@ -53,7 +61,7 @@ def test_who_guesses_is_at_chance(task):
         "addition": lambda q: str(rng.integers(10)),
         "recall": lambda q: rng.choice([p.split(" ")[1] for p in q.split("; ")[0].split(", ")]),
     }[task]
-    (_, _, found), *_ = accuracies(Solver(guess), encode, 1, 512, [task], [1], questions=400)
+    (found,) = measured(Solver(guess), [task], [1], questions=400)
     assert binomtest(found.right, 400, TASKS[task].chance).pvalue > 0.01
 
 
@@ -67,9 +75,59 @@ def chr_count(ids):
     return sum(i == ord("\n") for i in ids)
 
 
-def test_examples_that_do_not_fit_are_not_judged():
-    found = list(accuracies(Solver(RULES["copy"]), encode, 1, 60, ["copy"], [0, 16], questions=4))
-    assert [a is None for *_, a in found] == [False, True]
+def test_examples_that_do_not_fit_are_refused_with_the_length_that_they_need():
+    found = questions_of(encode, 1, ["copy"], [0, 16], questions=4)
+    longest = found[1].longest
+    expect_fitting(found, longest, "shots", "length")
+    with pytest.raises(UserError, match=f"shots: 16 examples of copy .* at least {longest}"):
+        expect_fitting(found, longest - 1, "shots", "length")
+
+
+def test_ranks_that_share_the_questions_find_the_same_as_one():
+    """Each makes as many passes, all of one shape, because at ZeRO stage 3 they are collectives."""
+    model, shapes = Solver(lambda question: question[:1]), [[] for _ in range(4)]
+    found = questions_of(encode, 1, ["recall", "addition"], [0, 2], questions=5)
+    parts = []
+
+    def answer(rank, gather):
+        def judge(tokens, targets):
+            shapes[rank].append(tuple(tokens.shape))
+            return judged(model(tokens), targets)
+
+        return accuracies(judge, found, rows=4, multiple=7, share=(rank, 4), gather=gather)
+
+    for rank in range(4):
+        with pytest.raises(StopIteration):  # its part alone is not all
+            answer(rank, lambda own: [parts.append(own) or []])
+    assert all(of == shapes[0] for of in shapes)
+    assert len(set(shapes[0])) == 1
+    assert shapes[0][0][1] % 7 == 0
+    alone = measured(model, ["recall", "addition"], [0, 2], questions=5)
+    assert answer(0, lambda own: parts) == alone
+
+
+def test_who_is_nearly_right_is_wrong_and_the_nats_are_those_of_the_answer_alone():
+    targets = torch.tensor([[IGNORED, 3, 1, IGNORED], [IGNORED, 2, IGNORED, IGNORED]])
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    logits[0, 1, 3] = logits[1, 1, 2] = 9.0
+    logits[0, 2, 4] = 9.0
+    wrong, nats = judged(logits, targets)
+    assert wrong.tolist() == [1, 0]
+    sums = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").sum(1)
+    assert nats.tolist() == pytest.approx(sums.tolist(), rel=1e-5)
+
+
+def test_columns_are_named_by_task_and_examples():
+    found = Accuracy("copy", 4, 3, 40, 1.5, 0.1)
+    named = found.columns
+    assert [*named] == [f"ability/copy/4{end}" for end in ("", "_stderr", "_nats", "_nats_stderr")]
+    assert named["ability/copy/4"] == 3 / 40
+    low, high = found.interval
+    assert named["ability/copy/4_stderr"] == pytest.approx((high - low) / 2 / 1.6448536)
+    assert Accuracy("copy", 4, 0, 40, 1.5).stderr > 0
+    assert in_words([found, Accuracy("copy", 8, 20, 40, 1.0)]) == (
+        "right answers after 4, 8 examples: copy 8 %, 50 %"
+    )
 
 
 def test_intervals_are_wilsons():

@@ -199,11 +199,12 @@ def test_the_periodic_score_is_capped_and_the_last_is_complete():
     callback = Validation(
         Every(Duration(4), 4, 10),
         lambda complete: asked.append(complete) or score,
-        lambda position, found: logged.append((position.step, found)),
+        lambda position, found, able: logged.append((position.step, found, able)),
+        lambda: [engine.made],
     )
     trained(engine, 10, [callback])
     assert asked == [False, False, True]
-    assert logged == [(4, score), (8, score), (10, score)]
+    assert logged == [(4, score, [4]), (8, score, [8]), (10, score, [10])]
 
 
 def test_a_step_is_saved_before_it_is_scored_and_after_all_else_has_seen_it():

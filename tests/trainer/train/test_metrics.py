@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
 from forescale.engine.step import Facts
@@ -141,6 +142,18 @@ def test_a_validation_row_and_its_line(metrics, capsys):
     assert (row["loss"], row["loss_stderr"], row["bits_per_byte"]) == (2.5, 0.125, 1.75)
     line = "step 7: validation loss 2.5000 ± 0.1250, 1.7500 bits per byte over 1,234 windows\n"
     assert capsys.readouterr().out == line
+
+
+def test_abilities_stand_in_the_row_of_all_held_out_text(metrics, capsys):
+    made, score = metrics(), Score(2.5, 0.125, 1.75, 1000, 2000, 1234)
+    able = [Accuracy("copy", 0, 4, 8, 1.5, 0.25), Accuracy("copy", 4, 6, 8, 0.5, 0.125)]
+    made.scored(step(7).position, {"web": score, "validation": score}, able)
+    web, together = read_rows(made.attempt.metrics.path)
+    assert not [name for name in web if "/" in name]
+    assert (together["ability/copy/4"], together["ability/copy/4_nats"]) == (0.75, 0.5)
+    line = "step 7: right answers after 0, 4 examples: copy 50 %, 75 %\n"
+    assert capsys.readouterr().out.endswith(line)
+    assert made.trackers[0].rows[1][1]["validation/ability/copy/0"] == 0.5
 
 
 def test_an_empty_split_is_printed_and_an_event(metrics, capsys):

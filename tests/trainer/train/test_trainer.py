@@ -9,8 +9,10 @@ import signal
 
 import pytest
 
+from forescale import open_run
 from tests import launching
 
+ABLE = ("validation.abilities=[copy,recall]", "validation.shots=[0]", "validation.questions=9")
 LENGTH = ("train.tokens=null", "train.steps=60", "checkpoint.every=20", "validation.every=20")
 
 
@@ -54,9 +56,16 @@ def test_the_same_command_on_a_complete_run_changes_nothing(finished, dataset):
 
 @pytest.fixture(scope="module")
 def killed(dataset, tmp_path_factory):
-    """(run directory, the command) of a run whose launcher was killed -9 after step 45."""
+    """(run directory, the command) of a run whose launcher was killed -9 after step 45; other than
+    the finished one, it measures abilities."""
     folder = tmp_path_factory.mktemp("killed")
-    command = ("run.name=cut", f"data.path={dataset}", *LENGTH, "checkpoint.background=false")
+    command = (
+        "run.name=cut",
+        f"data.path={dataset}",
+        *LENGTH,
+        "checkpoint.background=false",
+        *ABLE,
+    )
     run = folder / "cut"
     launching.interrupt(launching.start(folder, *command), run, 45, signal.SIGKILL)
     assert not launching.processes(folder), "ranks outlive their launcher"
@@ -78,6 +87,18 @@ def test_a_killed_run_resumes_bit_for_bit(finished, cut):
     assert "(step 40)" in output
     assert launching.trajectory(run) == launching.trajectory(finished[0])
     assert "numerics_changed" not in launching.events(run)
+    assert weights(run) == weights(finished[0]), "what it measures beside must not change a bit"
+    scores = launching.rows(run, "validation")
+    assert [row["step"] for row in scores] == [20, 40, 60]
+    for name in ("copy", "recall"):
+        nats = [row[f"ability/{name}/0_nats"] for row in scores]
+        assert nats[-1] < nats[0]
+
+
+def weights(run):
+    """The weights of the last checkpoint, by name."""
+    found = open_run(run).checkpoint(60)
+    return {name: found.tensor(name).tolist() for name in found.shapes}
 
 
 @pytest.mark.slow  # one more run in two parts; SIGTERM is in tests/distributed

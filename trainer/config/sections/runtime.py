@@ -7,12 +7,15 @@ so they are of kind "numerics" (a change is recorded as an event); all others ar
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from forescale.abilities.tasks import QUESTIONS, TASKS
 from forescale.config.duration import Duration
 from forescale.config.schema import key, section
 from forescale.config.sections.data import Problems
+from forescale.config.suggest import nearest_first
 
 
 def _positive(**lengths: Duration | None) -> Problems:
@@ -29,6 +32,23 @@ def _wall_times(prefix: str = "", **lengths: Duration) -> Problems:
         for name, length in lengths.items()
         if length.unit != "seconds" or not length.amount
     ]
+
+
+def ability_problems(abilities: Sequence[str], shots: Sequence[int]) -> Problems:
+    """Return a problem for each ability and number of examples that there is not, by the keys
+    `abilities` and `shots`."""
+    found: Problems = []
+    for name in abilities:
+        if name not in TASKS:
+            near = ", ".join(nearest_first(name, TASKS))
+            found.append(("abilities", f"{name!r} is no task", f"choose among {near}"))
+    if any(count < 0 for count in shots):
+        what = f"{shots} are no numbers of examples"
+        found.append(("shots", what, "write shots=[0,4]"))
+    for name, given in (("abilities", abilities), ("shots", shots)):
+        if len(set(given)) < len(given):
+            found.append((name, f"{[*given]} names one twice", "leave it out once"))
+    return found
 
 
 @dataclass
@@ -168,8 +188,21 @@ class ValidationConfig:
         ge=1,
     )
 
+    abilities: list[str] = key(
+        [],
+        "small tasks, the accuracy on which each evaluation measures too (objectives that continue "
+        f"text): {', '.join(TASKS)}",
+    )
+    shots: list[int] = key(
+        [0, 4], "abilities: numbers of solved examples before a question; each is measured"
+    )
+    questions: int = key(QUESTIONS, "abilities: questions of a task, at each number", ge=1)
+
     def problems(self) -> Problems:
-        return _positive(every=self.every)
+        found = _positive(every=self.every) + ability_problems(self.abilities, self.shots)
+        if self.abilities and not self.shots:
+            found.append(("shots", "names no number of examples", "write shots=[0,4]"))
+        return found
 
 
 @dataclass

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 X = ("step", "tokens", "flops", "time")  # what the curves can be drawn over
 _FIELDS = {"loss": "loss", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second"}
 _FIELDS |= {"mfu": "mfu", "memory": "memory_bytes"}
-_RATE, _EXTRA = "learning_rate.", "extra."
+_RATE, _EXTRA, ABILITY = "learning_rate.", "extra.", "ability/"
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Curves:
     """What is drawn of a run.
 
     lines: by the name of what they show, such as "loss" or "learning_rate.muon"; scores: of each
-    held-out dataset, its losses and bits per byte; dropped: losses of steps that were made but not
-    kept; broken: steps whose loss was not finite; per_point: steps that a point stands for.
+    held-out dataset, its losses and bits per byte, and abilities; dropped: losses of steps that
+    were made but not kept; broken: steps whose loss was not finite; per_point: steps that a point
+    stands for.
     """
 
     lines: dict[str, Line] = field(default_factory=dict)
@@ -136,7 +137,9 @@ def _scores(rows: dict[tuple[str, int], Row], curves: Curves) -> dict[str, dict[
         own = [row for (name, _), row in sorted(rows.items()) if name == dataset]
         at = [curves.at(row["step"]) for row in own]
         x = {name: np.array([place.get(name, np.nan) for place in at]) for name in X}
-        for key in ("loss", "bits_per_byte"):
+        measured = dict.fromkeys(k for row in own for k in row if k.startswith(ABILITY))
+        abilities = (key for key in measured if not key.endswith("_stderr"))
+        for key in ("loss", "bits_per_byte", *abilities):
             y = np.array([row.get(key, np.nan) for row in own], dtype=float)
             y[~np.isfinite(y)] = np.nan
             if np.isfinite(y).any():

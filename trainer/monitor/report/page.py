@@ -104,14 +104,18 @@ def _json(data: object) -> str:
 def _charts(
     charts: Sequence[Panel], drawn: Sequence[Drawn], shown: Sequence[Shown]
 ) -> list[Section]:
-    """The sections with charts: the loss, the held-out losses, the others."""
+    """The sections with charts: the loss, the held-out losses, abilities if they were measured, the
+    others."""
     loss, *rest = charts
     main = Section("loss", loss.title, key=tables.key_of_events(shown))
     main.pictures = [_chart(loss, drawn, heading=False)]
     main.after = _notes(drawn)
     held = Section("held-out", "Held-out text", pictures=[_chart(p, drawn) for p in rest[:2]])
-    more = Section("training", "How it trained", pictures=[_chart(p, drawn) for p in rest[2:]])
-    return [main, held, more]
+    known = [p for p in rest[2:] if p.held]
+    able = Section("abilities", "What it can do", pictures=[_chart(p, drawn) for p in known])
+    others = [_chart(p, drawn) for p in rest[2:] if not p.held]
+    more = Section("training", "How it trained", pictures=others)
+    return [main, held, *([able] if known else []), more]
 
 
 def _chart(panel: Panel, drawn: Sequence[Drawn], heading: bool = True) -> tuple[str, Markup, str]:

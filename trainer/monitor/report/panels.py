@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from forescale.monitor.report.colours import LINES
-from forescale.monitor.report.curves import Array, Curves, Line
+from forescale.monitor.report.curves import ABILITY, Array, Curves, Line
 from forescale.monitor.report.events import LOOKS, Event
 
 _DIGITS = 6
@@ -79,7 +79,30 @@ def panels(runs: Sequence[Drawn]) -> list[Panel]:
         Panel(f"extra-{i}", name.removeprefix(_EXTRA).replace("_", " "), (name,), smooth=True)
         for i, name in enumerate(n for n in names if n.startswith(_EXTRA))
     ]
-    return [*_MAIN[:3], rate, *_MAIN[3:], *more]
+    return [*_MAIN[:3], rate, *_MAIN[3:], *more, *_of_abilities(runs)]
+
+
+def _of_abilities(runs: Sequence[Drawn]) -> list[Panel]:
+    """Return the charts of what the runs can do (validation.abilities): of each task and number of
+    examples the accuracy, and the loss of an answer. None if nothing was measured."""
+    found = dict.fromkeys(
+        name
+        for run in runs
+        for of in run.curves.scores.values()
+        for name in of
+        if name.startswith(ABILITY)
+    )
+    made = []
+    for name in found:
+        _, task, rest = name.split("/")
+        shots = rest.removesuffix("_nats")
+        after = f"{task} after {shots} example{'s' * (shots != '1')}"
+        if name.endswith("_nats"):
+            made.append(Panel(name.replace("/", "-"), f"{after}: nats an answer", held=name))
+        else:
+            title = f"{after}: right answers (%)"
+            made.append(Panel(name.replace("/", "-"), title, held=name, zero=True, factor=100))
+    return made
 
 
 def has_numbers(panel: Panel, runs: Sequence[Drawn]) -> bool:

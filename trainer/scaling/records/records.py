@@ -54,7 +54,8 @@ def record(run: Run) -> dict[str, Any] | Refused:
     """Return the record of a run, or the refusal.
 
     Losses are held-out, in nats per token, of the last complete evaluation, with standard errors
-    over its windows (sequences). Sizes are in parameters, costs in FLOPs of training.
+    over its windows (sequences); abilities are named as in the rows (`ability/copy/4`). Sizes are
+    in parameters, costs in FLOPs of training.
     `parameters_active` are all parameters but the experts that a token does not use, and what
     predicts later tokens, which costs of training include; 6N counts the blocks and head among
     them. `expansion` is flops.expansion: 1 without experts. `seconds` are
@@ -91,6 +92,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "loss": scored["loss"],
         "loss_stderr": scored["loss_stderr"],
         "bits_per_byte": scored["bits_per_byte"],
+        **{name: x for name, x in scored.items() if name.startswith("ability/")},
         **(_by_source(run, status.step) if len(dataset["sources"]) > 1 else {}),
         "loss_definition": _definition(job, scored, dataset["identity"]),
         "train_loss": last["loss"],

@@ -44,6 +44,30 @@ def test_the_page_of_a_run_has_its_rows_its_state_and_its_config(own_run, foresc
     assert "sequence_length: 32" in html
 
 
+def test_abilities_have_a_section_with_a_chart_for_each_number(own_run, forescale):
+    measured = {"ability/copy/4": 0.25, "ability/copy/4_stderr": 0.04, "ability/copy/4_nats": 3.5}
+    change_rows(
+        own_run.metrics,
+        lambda rows: [{**r, **measured} if r["kind"] == "validation" else r for r in rows],
+    )
+    assert forescale("report", "small")[0] == 0
+    html = (own_run.path.parent.parent / "report-small.html").read_text()
+    words = section(html, "abilities")
+    assert "copy after 4 examples: right answers (%)" in words
+    assert "copy after 4 examples: nats an answer" in words
+    data = data_of(html)
+    shown = {panel["held"]: panel["factor"] for panel in data["panels"] if panel["held"]}
+    assert shown["ability/copy/4"] == 100
+    scores = data["runs"][0]["scores"]["validation"]
+    assert {name: line["y"] for name, line in scores.items() if "/" in name} == {
+        "ability/copy/4": [0.25],
+        "ability/copy/4_nats": [3.5],
+    }
+    code, out, _ = forescale("status", "small")
+    assert code == 0
+    assert "Right answers after so many examples: copy/4 25 %" in out
+
+
 def test_runs_side_by_side_show_what_differs(own_run, forescale):
     shutil.copytree(own_run.path, "elsewhere/small", symlinks=True)
     text = Run("elsewhere/small").config.read_text().partition("\n")[2]

@@ -44,6 +44,13 @@ def test_a_record_has_every_convention(run):
     assert row["trunk"] == "small"
 
 
+def test_a_record_has_the_abilities_under_the_names_of_the_rows(run):
+    assert not [name for name in record(run) if name.startswith("ability/")]
+    measured = {"ability/copy/4": 0.25, "ability/copy/4_stderr": 0.04, "ability/copy/4_nats": 3.5}
+    change(run, "validation", **measured)
+    assert measured.items() <= record(run).items()
+
+
 def test_a_record_has_the_expansion_of_its_experts(run, small_data, tmp_path):
     assert record(run)["expansion"] == 1
     arguments = ["model.mlp=moe", "model.moe_experts=7", "model.moe_top_k=2", "model.moe_shared=1"]

@@ -1,0 +1,79 @@
+"""Questions of the tasks as rows of tokens, each after so many solved examples.
+
+    <begin> question -> answer \\n ... question -> | answer \\n
+
+Invariant: question i of a task is the same for all models and numbers of examples, so that
+accuracies compare in pairs. Imports no torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from forescale.abilities.tasks import QUESTIONS, TASKS
+from forescale.errors import UserError
+
+Encode = Callable[[str], list[int]]
+_ARROW = " ->"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of one task after so many examples: rows of tokens, each with the number of its
+    last ones that are the answer."""
+
+    task: str
+    shots: int
+    rows: list[tuple[list[int], int]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(ids) for ids, _ in self.rows)
+
+
+def questions_of(
+    encode: Encode,
+    begin: int,
+    tasks: Sequence[str],
+    shots: Sequence[int],
+    *,
+    questions: int = QUESTIONS,
+    seed: int = 0,
+) -> list[Questions]:
+    """Return the questions of each task at each number of examples.
+
+    encode: text to ids; begin: the id that begins a document.
+    """
+    return [
+        Questions(task, n, [_row(task, i, n, encode, begin, seed) for i in range(questions)])
+        for task in tasks
+        for n in shots
+    ]
+
+
+def expect_fitting(found: Sequence[Questions], length: int, key: str, limit: str) -> None:
+    """Raise UserError if rows of `length` tokens are too short for some questions. key, limit: the
+    config's keys of the examples and of the length, for the sentence."""
+    for each in found:
+        if each.longest > length:
+            what = f"{each.shots} examples of {each.task} and a question need {each.longest} tokens"
+            todo = f"give fewer examples, or {limit} of at least {each.longest}"
+            raise UserError(key, f"{what}, and {limit} is {length}", todo)
+
+
+def _row(
+    task: str, number: int, shots: int, encode: Encode, begin: int, seed: int
+) -> tuple[list[int], int]:
+    """Return a row of tokens, and how many of its last are the answer."""
+    make = TASKS[task].make
+    which = [*TASKS].index(task)
+    ids, answer_ids = [begin], list[int]()
+    # The question first: it doesn't depend on the number of examples.
+    asked = make(np.random.default_rng([seed, which, number]))
+    examples = np.random.default_rng([seed, which, number, 1])
+    for question, answer in [*(make(examples) for _ in range(shots)), asked]:
+        answer_ids = encode(f" {answer}\n")
+        ids += encode(question + _ARROW) + answer_ids
+    return ids, len(answer_ids)
