@@ -39,8 +39,9 @@ from forescale.storage import TABLE
 if TYPE_CHECKING:
     from forescale.data.batches import Batches
 
-__all__ = ["FORMAT", "MANIFEST", "TOKENIZER", "Damaged", "Dataset", "Sources", "Split"]
+__all__ = ["FORMAT", "MANIFEST", "ORIGINS", "TOKENIZER", "Damaged", "Dataset", "Sources", "Split"]
 
+ORIGINS = "origins.json"
 _OPEN = 64  # shards of a split that are kept open at a time
 
 
@@ -89,6 +90,13 @@ class Dataset:
         if len(raw) != entry.get("size") or _sha256(raw) != entry.get("sha256"):
             raise UserError(where, f"damaged: its size or sha256 differs from {TABLE}", RESTORE)
         return raw
+
+    @property
+    def origins(self) -> dict[str, Any] | None:
+        """Where the held-out documents come from, in their order: `source` and `kind` are numbers
+        of `sources`, the inputs' names, and of `kinds`, file types such as ".py" ("" for none).
+        None if the dataset doesn't say."""
+        return self._json(ORIGINS, self._verified(ORIGINS)) if ORIGINS in self._table else None
 
     @cached_property
     def identity(self) -> str:

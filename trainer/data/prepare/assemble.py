@@ -11,7 +11,7 @@ the runs of all units, about 100 MB with uint16, however large the shards are; a
 (one document can) is gathered at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import xxhash
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.encode import TokenRun
 from forescale.data.prepare.pool import Tick
+from forescale.data.prepare.selection import VALIDATION
 from forescale.data.prepare.writer import ShardWriter
 from forescale.storage import FileEntry, hash_file
 
@@ -43,7 +44,7 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Return the shards of a split, all of about `shard_tokens` tokens."""
     histogram = np.zeros(1 << _BITS, np.int64)
-    for path, run in _runs(directory, units, split):
+    for path, run in _runs(directory, dict(enumerate(units)), split):
         with UnitFile(path) as file:
             keys = run.column(file, "key", 0, run.documents)
             ends = run.column(file, "end", 0, run.documents).astype(np.int64)
@@ -80,12 +81,34 @@ def _edges(first: int, tokens: np.ndarray) -> list[int]:
 
 
 def _runs(
-    directory: Path, units: list[list[TokenRun]], split: str
+    directory: Path, units: Mapping[int, list[TokenRun]], split: str
 ) -> Iterator[tuple[Path, TokenRun]]:
-    for number, runs in enumerate(units):
+    for number, runs in units.items():
         for run in runs:
             if run.split == split:
                 yield directory / f"{number:06d}", run
+
+
+def origins(
+    directory: Path, units: list[list[TokenRun]], sources: Sequence[int], names: list[str]
+) -> dict[str, Any]:
+    """Return where each held-out document comes from, in the order of the shards, as
+    dataset.Origins has it. sources: of each unit, its input; names: of the inputs."""
+    keys, found = [np.empty(0, np.uint64)], list[tuple[int, str]]()
+    for number, (runs, source) in enumerate(zip(units, sources, strict=True)):
+        for path, run in _runs(directory, {number: runs}, VALIDATION):
+            with UnitFile(path) as file:
+                keys.append(run.column(file, "key", 0, run.documents))
+            found += [(source, kind) for kind in run.kinds]
+    order = np.argsort(np.concatenate(keys), kind="stable")  # runs come in source order
+    kinds = sorted({kind for _, kind in found})
+    place = {kind: i for i, kind in enumerate(kinds)}
+    return {
+        "sources": names,
+        "kinds": kinds,
+        "source": [found[i][0] for i in order.tolist()],
+        "kind": [place[found[i][1]] for i in order.tolist()],
+    }
 
 
 @dataclass(frozen=True)
@@ -127,7 +150,7 @@ class AssembleJob:
         checksum."""
         found = [
             piece
-            for path, run in _runs(self.directory, self.units, split)
+            for path, run in _runs(self.directory, dict(enumerate(self.units)), split)
             if (piece := self._slice(path, run, low, high)) is not None
         ]
         if not found:

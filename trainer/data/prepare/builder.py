@@ -27,8 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from forescale.data.dataset import FORMAT, MANIFEST, TOKENIZER
-from forescale.data.prepare.assemble import AssembleJob, plan_shards
+from forescale.data.dataset import FORMAT, MANIFEST, ORIGINS, TOKENIZER
+from forescale.data.prepare.assemble import AssembleJob, origins, plan_shards
 from forescale.data.prepare.columns import UnitWriter, facts, finished
 from forescale.data.prepare.dedupe import HashJob, HashRun, RangeJob, range_edges
 from forescale.data.prepare.encode import EncodeJob, TokenRun
@@ -36,7 +36,14 @@ from forescale.data.prepare.pool import Pool, Task
 from forescale.data.prepare.report import Totals
 from forescale.data.prepare.sample import TOKENIZER as TOKENIZER_SAMPLE
 from forescale.data.prepare.sample import BaselinesJob, SampleJob, texts
-from forescale.data.prepare.selection import SPLITS, ChangedError, NoTextError, Selection, choose
+from forescale.data.prepare.selection import (
+    SPLITS,
+    VALIDATION,
+    ChangedError,
+    NoTextError,
+    Selection,
+    choose,
+)
 from forescale.data.prepare.work import Work, build_lock, expect_same, work_path, work_request
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit
 from forescale.data.tokenizer import Vocabulary, given_tokenizer, train_bpe, vocabulary_of
@@ -155,6 +162,7 @@ class _Build:
         vocabulary = vocabulary_of(raw, self.config.tokenizer, self.config.end_of_text)
         self._encode(selection, vocabulary, sizes)
         rows, entries = self._assemble(vocabulary)
+        entries |= self._write_origins()
         self._finish(selection, vocabulary, rows, entries)
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
@@ -253,6 +261,17 @@ class _Build:
             rows[split] = [f["row"] for f in found]
             entries |= {n: FileEntry(**e) for f in found for n, e in f["files"].items()}
         return rows, entries
+
+    def _write_origins(self) -> dict[str, FileEntry]:
+        """Write where each held-out document comes from; return the entry of the file."""
+        runs = [
+            [TokenRun(*run) for run in found["runs"]] for found in self._facts(self.work.tokens)
+        ]
+        if any(r.split == VALIDATION and len(r.kinds) != r.documents for of in runs for r in of):
+            return {}  # made by an earlier version that was interrupted
+        known = [unit.source for unit in self.units]
+        found = origins(self.work.tokens, runs, known, self.source.sources)
+        return {ORIGINS: write_json(self.work.stage / ORIGINS, found, compact=True)}
 
     def _finish(
         self,

@@ -12,7 +12,8 @@ document beyond a megabyte.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -26,24 +27,29 @@ from tokenizers import Tokenizer
 from forescale.data.order import mix64
 from forescale.data.prepare.columns import UnitFile, UnitWriter, finished
 from forescale.data.prepare.pool import Tick
-from forescale.data.prepare.selection import SPLITS, Part, Selection
+from forescale.data.prepare.selection import SPLITS, VALIDATION, Part, Selection
 from forescale.data.text.documents import DocumentSource, ReadingReport, Unit, pieces
+from forescale.data.text.opening import bare
 from forescale.data.tokenizer import Vocabulary, token_bytes
 
 _BATCH = 1 << 20  # bytes of text that are encoded at a time
 _PIECE = 1 << 20  # bytes; a longer document is encoded in pieces
 _RUN = 1 << 23  # tokens
 _RUN_DOCUMENTS = 1 << 17
+_ROW = re.compile(r"[@:][0-9]+$")  # behind the name of a file: which row of it
+_SUFFIX = re.compile(r"(?<=[^/])\.[a-z0-9_+-]{1,12}$")
 NOT_LOSSLESS = "not lossless in this tokenizer"
 
 
 class TokenRun(NamedTuple):
-    """A run in a unit's file: its split, offset in bytes, number of documents and of tokens."""
+    """A run in a unit's file: its split, offset in bytes, number of documents and of tokens; of
+    held-out documents also the file type of each."""
 
     split: str
     offset: int
     documents: int
     tokens: int
+    kinds: Sequence[str] = ()
 
     def column(self, file: UnitFile, name: str, start: int, stop: int) -> np.ndarray:
         """Return entries [start, stop) of `key`, `end` or `sum`."""
@@ -53,6 +59,13 @@ class TokenRun(NamedTuple):
     def tokens_of(self, file: UnitFile, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
         """Return tokens [start, stop) of the run."""
         return file.column(self.offset + 24 * self.documents, stop - start, dtype, start)
+
+
+def kind_of(name: str) -> str:
+    """Return the file type of a document by its name, such as `.py`; "" if it has none. That of a
+    row is the type of its file."""
+    path = bare(_ROW.sub("", name))
+    return path[found.start() :] if (found := _SUFFIX.search(path)) else ""
 
 
 def shuffle_keys(keys: np.ndarray, seed: int) -> np.ndarray:
@@ -189,11 +202,11 @@ class _Pending:
 
     def __init__(self, out: UnitWriter, dtype: np.dtype, seed: int):
         self._out, self._dtype, self._seed = out, dtype, seed
-        self._held: dict[str, list[tuple[int, np.ndarray]]] = {split: [] for split in SPLITS}
+        self._held: dict[str, list[tuple[int, np.ndarray, str]]] = {s: [] for s in SPLITS}
         self._tokens = self._documents = 0
 
     def add(self, part: Part, ids: np.ndarray) -> list[TokenRun]:
-        self._held[part.split].append((part.key, ids))
+        self._held[part.split].append((part.key, ids, kind_of(part.name)))
         self._tokens += len(ids)
         self._documents += 1
         is_full = self._tokens >= _RUN or self._documents >= _RUN_DOCUMENTS
@@ -206,8 +219,8 @@ class _Pending:
         self._tokens = self._documents = 0
         return runs
 
-    def _write(self, split: str, held: list[tuple[int, np.ndarray]]) -> TokenRun:
-        keys = shuffle_keys(np.array([key for key, _ in held], np.uint64), self._seed)
+    def _write(self, split: str, held: list[tuple[int, np.ndarray, str]]) -> TokenRun:
+        keys = shuffle_keys(np.array([key for key, *_ in held], np.uint64), self._seed)
         order = np.argsort(keys, kind="stable")
         documents = [held[i][1] for i in order.tolist()]
         ends = np.cumsum([len(ids) for ids in documents]).astype("<u8")
@@ -217,4 +230,5 @@ class _Pending:
         self._out.add(sums)
         for ids in documents:
             self._out.add(ids)
-        return TokenRun(split, offset, len(documents), int(ends[-1]))
+        kinds = [held[i][2] for i in order.tolist()] if split == VALIDATION else []
+        return TokenRun(split, offset, len(documents), int(ends[-1]), kinds)

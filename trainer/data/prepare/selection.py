@@ -20,6 +20,7 @@ from forescale.data.text.documents import Document, DocumentSource, ReadingRepor
 from forescale.errors import UserError
 
 SPLITS = ("train", "validation")
+VALIDATION = SPLITS[1]
 COMPARED = (
     16_000_000  # maximum bytes of held-out text, and of the sample, for comparison with compressors
 )
