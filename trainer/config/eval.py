@@ -13,7 +13,7 @@ from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key, section
 from forescale.config.sections.data import CorpusConfig
-from forescale.config.suggest import nearest_first
+from forescale.config.sections.runtime import ability_problems
 
 
 @dataclass
@@ -37,8 +37,8 @@ class ScoreJob(RunJob):
     trust: bool = key(False, "allow running the model class (_target_) that the run's config names")
     abilities: list[str] = key(
         [],
-        "instead of losses, the accuracy on small tasks that are made, not read: copy, reverse, "
-        "addition, recall",
+        "instead of losses, the accuracy on small tasks that are made, not read: "
+        f"{', '.join(TASKS)}",
     )
     tasks: list[str] = key(
         [],
@@ -65,14 +65,7 @@ class ScoreJob(RunJob):
 
     def problems(self) -> Problems:
         """Return a problem for each ability and number that there is not."""
-        found = super().problems()
-        for name in self.abilities:
-            if name not in TASKS:
-                near = ", ".join(nearest_first(name, TASKS))
-                found.append(("abilities", f"{name!r} is no task", f"choose among {near}"))
-        if any(count < 0 for count in self.shots):
-            what = f"{self.shots} are no numbers of examples"
-            found.append(("shots", what, "write shots=[0,4]"))
+        found = super().problems() + ability_problems(self.abilities, self.shots)
         if self.abilities and self.tasks:
             found.append(("tasks", "abilities is given too", "give one of them"))
         return found
@@ -83,12 +76,25 @@ class EvalJob(ScoreJob):
     """The same of one checkpoint."""
 
     VERB: ClassVar[str] = "eval"
-    FLAGS: ClassVar = {"--json": "json"}
+    FLAGS: ClassVar = {"--json": "json", "--details": "details"}
 
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     answers: str | None = key(
         None, "tasks: a new file (.jsonl) for each question, what the model answers, and its score"
     )
+    details: bool = key(
+        False,
+        "also bits per byte by file type and by input, the in-context-learning score, and copying "
+        "of random tokens (of models that continue text); --details does it too",
+    )
     json: bool = key(
         False, "print an object a score, for programs, a line each; --json does it too"
     )
+
+    def problems(self) -> Problems:
+        """Return a problem for details of something else than losses, and those of ScoreJob."""
+        found = super().problems()
+        if self.details and (self.abilities or self.tasks):
+            what = "are of losses, instead of which abilities or tasks are measured"
+            found.append(("details", what, "leave it out"))
+        return found

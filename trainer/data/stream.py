@@ -187,11 +187,9 @@ def validation_windows(
     Rank r takes every world_size-th micro-batch from r on. All ranks get the same number because
     they call collectives together: missing rows and micro-batches are padding without a target.
     """
-    places = _held_out_places(split, sequence_length, bins)
-    numbers = np.arange(len(places))
-    if limit is not None and limit < len(places):
-        numbers = np.arange(limit) * len(places) // limit
-        places = [places[i] for i in numbers.tolist()]
+    places = held_out_places(split, sequence_length, bins)
+    numbers = np.array(spread(len(places), limit), np.int64)
+    places = [places[i] for i in numbers.tolist()]
     micro_batch = min(micro_batch, max(1, len(places)))  # nor more rows than there are windows
     count = -(-len(places) // micro_batch)
     for index in range(rank, -(-count // world_size) * world_size, world_size):
@@ -209,7 +207,17 @@ def validation_windows(
 _Place = tuple[int, list[tuple[int, int]]]  # a shard; first token and number of tokens of each run
 
 
-def _held_out_places(split: Split, sequence_length: int, bins: Bins | None) -> list[_Place]:
+def spread(count: int, limit: int | None) -> list[int]:
+    """Return the numbers of `limit` of so many windows, evenly spread; of all if there are fewer,
+    or without a limit."""
+    if limit is None or limit >= count:
+        return [*range(count)]
+    return (np.arange(limit) * count // limit).tolist()
+
+
+def held_out_places(split: Split, sequence_length: int, bins: Bins | None) -> list[_Place]:
+    """Return where the windows of a split lie, in their fixed order: a shard, and the runs of its
+    tokens, (first, number), that make the window."""
     if bins is not None:
         return [
             (shard, bins.pieces(shard, number))

@@ -13,7 +13,6 @@ from forescale.inspection.edits import blocks_of, edited, has_heads, mapped, tok
 from forescale.models.transformer import Transformer
 
 IS_INDUCTION = 0.3  # mean weight from which a head is marked
-_REPEATED = 32  # random tokens that are read twice
 _PROBES = 8  # random directions that estimate an influence
 
 
@@ -78,14 +77,6 @@ def _induction(weights_HLL: Tensor) -> Tensor:
     n = (weights_HLL.shape[1] - 1) // 2
     queries = torch.arange(1 + n, 1 + 2 * n)
     return weights_HLL[:, queries, queries - n + 1].mean(-1)
-
-
-def repeated_tokens(model: Transformer, begin: int, most: int, seed: int = 0) -> Tensor:
-    """Return `begin` and random tokens twice, (1 + 2n,), of at most `most` tokens."""
-    n = max(2, min(_REPEATED, (most - 1) // 2))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(model.sizes.vocab_size, (n,), generator=generator)
-    return torch.cat([torch.tensor([begin]), drawn, drawn])
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forescale.errors import UserError
+from forescale.inference.details.induction import repeated_tokens
 from forescale.inference.view import RunView
 from forescale.inspection import heads
 from forescale.inspection.ablation import Ablation, ablate
@@ -112,7 +113,8 @@ def read(
         list(zip(i.tolist(), p.tolist(), strict=True))
         for i, p in zip(top.indices, top.values, strict=True)
     ]
-    repeated_L = heads.repeated_tokens(model, tokens[0], model.sizes.max_sequence_length, seed)
+    sizes = model.sizes
+    repeated_L = repeated_tokens(sizes.vocab_size, tokens[0], sizes.max_sequence_length, seed)
     repeated_L = repeated_L.to(row_L.device)
     maps = {i: m.cpu() for i, m in heads.maps_of(model, row_L).items()}
     described = heads.describe(

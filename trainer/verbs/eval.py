@@ -1,6 +1,5 @@
 """`forescale eval`: score a trained model on datasets, beside compressors, or on tasks."""
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,14 +8,18 @@ from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
 from forescale.checkpoint.reader import Checkpoint, Position
 from forescale.config.compose import compose, overrides_of
 from forescale.config.eval import EvalJob
+from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.data.prepare import baselines
 from forescale.errors import DONE, UserError
 from forescale.inference.view import RunView, best_device, open_view
 from forescale.progress import shown
 from forescale.run.feed import objective_of
+from forescale.run.rows import to_json
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from forescale.abilities.few_shot import Accuracy
     from forescale.inference.lengths import Bucket
     from forescale.train.evaluate import Score
@@ -27,6 +30,7 @@ JOB = EvalJob
 EXAMPLES = (
     "eval first",
     "eval first data.path=/data/books",
+    "eval first --details",
     "eval first sequence_length=1024 rope_scaling=yarn",
     "eval first abilities=[copy,recall] shots=[0,4,16]",
     "eval first tasks=[mine.yaml,arc_easy] shots=[0,5] --json",
@@ -46,24 +50,23 @@ def main(arguments: list[str]) -> int:
 
 
 def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
-    """Print the loss on each dataset, and that by position if a length is given."""
-    from forescale.inference.lengths import at_length, edges_of, loss_by_position
+    """Print the loss on each dataset, that by position if a length is given, and the details if
+    they are wanted."""
+    from forescale.inference.details.induction import induction
+    from forescale.inference.details.measure import expect_continuing
+    from forescale.inference.details.page import induction_text
+    from forescale.inference.lengths import at_length
     from forescale.inference.scoring import datasets_of, references_of, score_of
 
+    if job.details:
+        expect_continuing(view.config)
     datasets = datasets_of(view, job.data)
     trained = view.config.train.sequence_length
-    length = job.sequence_length or trained
-    layers = getattr(view.config.model, "encoder_layers", 0)
-    spec = view.config.objective.spec
-    are_fixed = layers or spec.source
-    if (length != trained and are_fixed) or (job.sequence_length and spec.whole and not are_fixed):
-        what = f"rows of {view.config.objective.kind} have the length of the training"
-        raise UserError("sequence_length", what, "leave it out")
+    length = _length(job, view.config)
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
     model = model.to(best_device())
     scored = replace(view.config, train=replace(view.config.train, sequence_length=length))
     for dataset in datasets.values():
-        cache, objective = job.data.cache_directory, objective_of(scored, dataset.vocab_size, True)
         with shown() as progress:
             found, left_out = score_of(
                 scored,
@@ -72,13 +75,13 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
                 job.split,
                 micro_batch=job.micro_batch,
                 windows=job.windows,
-                cache=cache,
+                cache=job.data.cache_directory,
                 references=references_of(view, dataset, job.split),
                 progress=progress,
             )
         if job.json:
             facts = {"dataset": dataset.where, "split": job.split, **found.row()}
-            if spec.rows == 1:
+            if view.config.objective.spec.rows == 1:
                 facts["perplexity"] = cast("Score", found).perplexity
             facts["corpus_hash"] = dataset.corpus_hash
             _print_json(view, checkpoint, facts)
@@ -86,37 +89,103 @@ def _losses(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
             _print(job, view, checkpoint.position, dataset, found)
             if left_out:
                 print(f"\nNote: {left_out}.")
-        if job.sequence_length is None:
-            continue
-        if not view.config.continues_text:
-            if not job.json:
-                print("\nNo loss by position: a target here is predicted from both sides.")
-            continue
-        with shown() as progress:
-            buckets = loss_by_position(
-                model,
-                dataset,
-                job.split,
-                sequence_length=length,
-                edges=edges_of(length, trained),
-                windows=job.windows,
-                documents=view.config.data.document_mask,
-                objective=objective,
-                progress=progress,
-            )
+        if job.sequence_length is not None:
+            _positions(job, view, checkpoint, scored, model, dataset)
+        if job.details:
+            _details(job, view, checkpoint, scored, model, dataset)
+    if job.details:
+        of_data = view.identity["dataset"]
+        copied = induction(model, of_data["vocab_size"], of_data["end_of_text"], length)
         if job.json:
-            for bucket in buckets:
-                _print_json(view, checkpoint, {"dataset": dataset.where, **asdict(bucket)})
+            _print_json(view, checkpoint, {"of": "induction", **asdict(copied)})
         else:
-            _print_buckets(buckets, length, trained, job.rope_scaling)
+            print(induction_text(copied))
     return DONE
+
+
+def _length(job: EvalJob, config: TrainJob) -> int:
+    """Return the targets of a window. Raises UserError if they can't be chosen."""
+    trained = config.train.sequence_length
+    length = job.sequence_length or trained
+    layers, spec = getattr(config.model, "encoder_layers", 0), config.objective.spec
+    are_fixed = layers or spec.source
+    if (length != trained and are_fixed) or (job.sequence_length and spec.whole and not are_fixed):
+        what = f"rows of {config.objective.kind} have the length of the training"
+        raise UserError("sequence_length", what, "leave it out")
+    return length
+
+
+def _positions(
+    job: EvalJob,
+    view: RunView,
+    checkpoint: Checkpoint,
+    scored: TrainJob,
+    model: "nn.Module",
+    dataset: Dataset,
+) -> None:
+    """Print the loss by position. scored: the run's job with the windows' length."""
+    from forescale.inference.lengths import edges_of, loss_by_position
+
+    length, trained = scored.train.sequence_length, view.config.train.sequence_length
+    if not scored.continues_text:
+        if not job.json:
+            print("\nNo loss by position: a target here is predicted from both sides.")
+        return
+    with shown() as progress:
+        buckets = loss_by_position(
+            model,
+            dataset,
+            job.split,
+            sequence_length=length,
+            edges=edges_of(length, trained),
+            windows=job.windows,
+            documents=scored.data.document_mask,
+            objective=objective_of(scored, dataset.vocab_size, True),
+            progress=progress,
+        )
+    if job.json:
+        for bucket in buckets:
+            _print_json(view, checkpoint, {"dataset": dataset.where, **asdict(bucket)})
+    else:
+        _print_buckets(buckets, length, trained, job.rope_scaling)
+
+
+def _details(
+    job: EvalJob,
+    view: RunView,
+    checkpoint: Checkpoint,
+    scored: TrainJob,
+    model: "nn.Module",
+    dataset: Dataset,
+) -> None:
+    """Print the details of a score. scored: the run's job with the windows' length."""
+    from forescale.inference.details.measure import measure
+    from forescale.inference.details.page import details_text
+
+    with shown() as progress:
+        found = measure(
+            scored,
+            model,
+            dataset,
+            job.split,
+            sequence_length=scored.train.sequence_length,
+            windows=job.windows,
+            progress=progress,
+        )
+    if not job.json:
+        return print(details_text(found))
+    for by, parts in found.parts.items():
+        for part in parts:
+            _print_json(view, checkpoint, {"dataset": dataset.where, "of": by, **asdict(part)})
+    facts = {"dataset": dataset.where, "of": "in_context", **asdict(found.in_context)}
+    _print_json(view, checkpoint, facts)
 
 
 def _print_json(view: RunView, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     """Print a score as one line of JSON; trainer/inference/README.md has the keys."""
     position = checkpoint.position
     where = {"run": view.name, "step": position.step, "tokens": position.tokens}
-    print(json.dumps(where | facts, ensure_ascii=False))
+    print(to_json(where | facts))
 
 
 def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
