@@ -58,6 +58,24 @@ def test_a_metric_of_errors_is_one_minus_the_accuracy():
     assert other.chained.outer == pytest.approx((1 - high, 1 - low))
 
 
+def test_a_metric_that_is_a_loss_follows_a_power_law_without_an_upper_end():
+    rows = table(noise=1e-4)
+    found = fitted(rows.assign(outcome=0.6 + 0.3 * rows.loss**1.7), metric="loss")
+    assert found.link.values == pytest.approx({"E": 0.6, "K": 0.3, "kappa": 1.7}, rel=1e-3)
+    assert found.chained.value == pytest.approx(0.6 + 0.3 * truth()[0] ** 1.7, rel=1e-3)
+    low, high = found.chained.outer
+    assert 0 < low < found.chained.value < high
+    assert not any("gets worse" in doubt for doubt in found.doubts)
+
+
+def test_an_accuracy_of_0_counts_as_any_other():
+    rows = table(noise=1e-4)
+    found = fitted(rows.assign(outcome=np.maximum(0.0, rows.outcome - 0.45)))
+    assert (found.metric == 0).any()
+    assert found.link.certificate.holds
+    assert 0 <= found.chained.outer[0] < found.chained.outer[1] <= 1
+
+
 def test_the_interval_of_a_task_is_wider_than_that_of_its_loss_put_into_the_link():
     """It knows the link's own doubt and the scatter of runs around it."""
     found = fitted(table(noise=0.01), bootstraps=400)
