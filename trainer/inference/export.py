@@ -15,13 +15,17 @@ from forescale.checkpoint.reader import Checkpoint
 from forescale.errors import UserError
 from forescale.inference.hf_directory import CONFIG, as_text
 from forescale.inference.view import RunView
+from forescale.models.adapters import is_adapter
 from forescale.models.config import ModelConfig
 from forescale.models.hf import FAMILIES, family_of, to_hf
+from forescale.models.hf.adapters import adapters_to_hf
+from forescale.run.finetune import kept_template
 from forescale.storage import fsync_path, read_json, staged
 
 # Of an imported config.json, what is no longer so of the files that are written.
 _OF_THEIR_FILES = ("dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TEMPLATE = "chat_template.jinja"
 _PART = 5_000_000_000  # approximate bytes of a weight file
 
 
@@ -69,6 +73,33 @@ def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
             (stage / name).write_text(as_text(content), "utf-8")
         (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
         _write_weights(stage, tensors)
+        for path in stage.iterdir():
+            fsync_path(path)
+    return to
+
+
+def export_adapters(view: RunView, checkpoint: Checkpoint, to: Path, base: str) -> Path:
+    """Write the directory `to`, of which peft.PeftModel.from_pretrained puts the adapters beside
+    the model of the directory `base`, an export of the run that this one began with; return it.
+
+    Raises UserError if the checkpoint has no adapters, no family fits or `to` exists.
+    """
+    family(view)
+    job = view.config
+    assert isinstance(job.model, ModelConfig)
+    if not any(map(is_adapter, checkpoint.shapes)):
+        todo = "leave adapter out: export then writes the whole model"
+        raise UserError("adapter", f"{view.name} was trained without adapters", todo)
+    if to.exists():
+        raise UserError(str(to), "already exists", "choose another directory with to=DIR")
+    state = {name: checkpoint.tensor(name) for name in checkpoint.shapes if is_adapter(name)}
+    kind = family_of(job.model)
+    settings, weights = adapters_to_hf(kind, job.model, state, job.lora.rank, job.lora.alpha)
+    known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    more = {"lora_dropout": job.lora.dropout, "inference_mode": True}
+    with staged(to) as stage:
+        (stage / "adapter_config.json").write_text(as_text({**known, **settings, **more}), "utf-8")
+        save_file(weights, stage / "adapter_model.safetensors", metadata={"format": "pt"})
         for path in stage.iterdir():
             fsync_path(path)
     return to
@@ -126,6 +157,8 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
         "generation_config.json": ends | {"pad_token_id": end},
         "tokenizer_config.json": _tokenizer_config(view, end),
     }
+    if template := kept_template(view.run):
+        files[_TEMPLATE] = template
     if not view.run.imported.is_file():
         return files
     theirs = read_json(view.run.imported)
@@ -134,6 +167,8 @@ def _small_files(view: RunView, config: dict[str, Any]) -> dict[str, Any]:
         return files
     kept = {key: value for key, value in before.items() if key not in _OF_THEIR_FILES}
     own = {key: value for key, value in config.items() if key not in _SPECIAL}
+    if template:
+        theirs[_TEMPLATE] = template
     return {**files, **theirs, CONFIG: kept | own}
 
 

@@ -7,6 +7,7 @@
       mirror.json                   what is copied elsewhere, see checkpoint/mirror.py
       imported.json                 of imported weights: the other files that came with them
       references.json               of preferences, see run/references.py
+      chat.json                     the chat template of the conversations that it learns
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
       attempts/0003/                parent.json, metrics.jsonl, events.jsonl, rank-0.log, trace/
       jobs/0001/                    one for each submission to SLURM, see slurm/submission.py
@@ -66,6 +67,7 @@ class Run:
         self.mirror = self.path / "mirror.json"
         self.imported = self.path / "imported.json"
         self.references = self.path / "references.json"
+        self.chat = self.path / "chat.json"
 
     @property
     def metrics(self) -> Path:

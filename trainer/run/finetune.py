@@ -150,7 +150,8 @@ def vocabulary_of_run(run: Run) -> Vocabulary:
 
 def chat_template(run: Run, vocabulary: Vocabulary, given: str | None) -> ChatTemplate:
     """Return the template in the file `given`, Jinja or a tokenizer_config.json, else the one that
-    came with the run's tokenizer, else the plain one. Raises UserError if it can't be read."""
+    the run was trained with, else the one that came with its tokenizer, else the plain one. Raises
+    UserError if it can't be read."""
     tokenizer = vocabulary.load()
     added = tokenizer.get_added_tokens_decoder().values()
     special = tuple(token.content for token in added if token.special)
@@ -159,11 +160,19 @@ def chat_template(run: Run, vocabulary: Vocabulary, given: str | None) -> ChatTe
     tokens = {"bos_token": "", "eos_token": tokenizer.id_to_token(vocabulary.end) or ""}
     tokens |= {k: text for k, v in config.items() if k.endswith("_token") and (text := _text(v))}
     where, source = "the plain chat template", PLAIN
-    if own := stored.get(_TEMPLATE) or _default(config.get("chat_template")):
+    if own := kept_template(run) or stored.get(_TEMPLATE) or _default(config.get("chat_template")):
         where, source = f"the chat template of {run.name}", own
     if given is not None:
         where, source = given, _read(given)
     return ChatTemplate(source, where, special, tokens)
+
+
+def kept_template(run: Run) -> str | None:
+    """Return the chat template that a run was trained with; None if with no conversations."""
+    if not run.chat.is_file():
+        return None
+    found: str = read_json(run.chat)["chat_template"]
+    return found
 
 
 def _text(token: Any) -> str | None:

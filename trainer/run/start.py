@@ -149,6 +149,15 @@ def _freeze(run: Run, job: TrainJob, changed: list[str]) -> None:
         run.path.chmod(job.run.mode)
 
 
+def _keep_template(run: Run, origin: Run | None, sources: Sources) -> None:
+    """Write the chat template of the conversations that the run learns, else that of its origin."""
+    build = sources.first.manifest.get("build") or {}
+    if template := build.get("template"):
+        write_checked_json(run.chat, {"chat_template": template})
+    elif origin is not None and origin.chat.is_file():
+        write_file(run.chat, origin.chat.read_bytes())
+
+
 def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[str, ...]:
     """Replace the config, and where it differs the data, of a run that has made no step. Return a
     sentence for what that changes, if anything does."""
@@ -161,6 +170,7 @@ def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[
     if not run.tokenizer.exists() or run.tokenizer.read_bytes() != tokenizer:
         write_file(run.tokenizer, tokenizer)
     if told:
+        _keep_template(run, origin_of(job), sources)
         measured = ("parameters", "device")  # of the old config; the next attempt adds them
         kept = {k: v for k, v in read_json(run.identity).items() if k not in measured}
         write_checked_json(run.identity, kept | _of_data(sources) | {"versions": versions()})
@@ -250,6 +260,7 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
                 write_file(new.imported, origin.imported.read_bytes())  # `export` reads it
             if origin is not None and job.objective.are_preferences and _goes_on(job, origin):
                 write_file(new.references, origin.references.read_bytes())
+            _keep_template(new, origin, sources)
             write_checked_json(new.identity, identity)
             write_file(new.config, frozen_file(job))
     except OSError as e:

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from forescale.config.compose import compose, overrides_of
-from forescale.config.job import RunJob
+from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
 from forescale.errors import DONE
-from forescale.inference.view import open_view
+from forescale.inference.view import RunView, open_view
+
+if TYPE_CHECKING:
+    from forescale.checkpoint.reader import Checkpoint
 
 
 @dataclass
@@ -20,10 +23,25 @@ class ExportJob(RunJob):
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     to: str | None = key(None, "the directory to write; null: exports/RUN-STEP")
+    adapter: bool = key(
+        False,
+        "of a run with lora.rank: write the adapters alone, for peft; else they are merged",
+    )
+    base: str | None = key(
+        None,
+        "adapter=true: where they find the model that they stand beside; null: exports/FROM-STEP",
+    )
+
+    def problems(self) -> Problems:
+        """Return the problems of keys that need each other."""
+        found = super().problems()
+        if self.base is not None and not self.adapter:
+            found.append(("base", "is where adapters find a model", "add adapter=true"))
+        return found
 
 
 JOB = ExportJob
-EXAMPLES = ("export first to=exports/first",)
+EXAMPLES = ("export first to=exports/first", "export first-questions adapter=true")
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +53,9 @@ def main(arguments: list[str]) -> int:
     architecture = family(view)  # refuse here, before gigabytes are read
     checkpoint = view.checkpoint(job.step)
     step = checkpoint.position.step
+    if job.adapter:
+        _export_adapters(job, view, checkpoint)
+        return DONE
     to = export(view, checkpoint, Path(job.to or f"exports/{view.name}-{step}").expanduser())
     size = sum(path.stat().st_size for path in to.iterdir())
     if later := getattr(view.config.model, "mtp_layers", 0):
@@ -47,3 +68,24 @@ def main(arguments: list[str]) -> int:
         f"  tokenizer = AutoTokenizer.from_pretrained({str(to)!r})"
     )
     return DONE
+
+
+def _export_adapters(job: ExportJob, view: RunView, checkpoint: "Checkpoint") -> None:
+    from forescale.inference.export import export_adapters
+
+    step, origin = checkpoint.position.step, view.config.run.origin
+    name = Path(origin.run or "").name
+    base = job.base or f"exports/{name}-{origin.step}"
+    to = Path(job.to or f"exports/{view.name}-{step}-adapter").expanduser()
+    export_adapters(view, checkpoint, to, base)
+    size = sum(path.stat().st_size for path in to.iterdir())
+    print(
+        f"Adapters of run {view.name}, step {step:,}: {to} ({size / 2**20:,.1f} MiB, fp32).\n\n"
+        f"Next:\n"
+        f"  forescale export {origin.run} step={origin.step} to={base}\n"
+        f"and in Python (pip install transformers peft):\n"
+        f"  from peft import PeftModel\n"
+        f"  from transformers import AutoModelForCausalLM\n"
+        f"  base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"  model = PeftModel.from_pretrained(base, {str(to)!r})"
+    )

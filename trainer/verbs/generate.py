@@ -4,20 +4,25 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
 from forescale.console import unchanged_output
+from forescale.data.conversations.template import Message, Unfit
 from forescale.errors import DONE, UserError
 from forescale.inference.prompts import prompts_in, typed_lines, whole_input
 from forescale.inference.view import RunView, open_view, ready_to_write
+from forescale.run.finetune import chat_template, vocabulary_of_run
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from forescale.inference.answering import Question
     from forescale.inference.writing import Answer
 
 
@@ -26,7 +31,7 @@ class GenerateJob(RunJob):
     """A checkpoint, prompts, and how to sample."""
 
     VERB: ClassVar[str] = "generate"
-    FLAGS: ClassVar = {"--json": "json", "--interactive": "interactive"}
+    FLAGS: ClassVar = {"--json": "json", "--interactive": "interactive", "--chat": "chat"}
 
     target: str | None = key(
         None, "a run (its name or its directory), a checkpoint or a Hugging Face directory"
@@ -48,6 +53,16 @@ class GenerateJob(RunJob):
         False,
         "read a prompt a line, and answer each at once, until Ctrl-D; Ctrl-C ends an answer; "
         "--interactive does the same",
+    )
+    chat: bool = key(
+        False,
+        "a prompt is a message of a user, which the model answers by the run's chat template; "
+        "interactive: a conversation, until an empty line begins a new one; --chat does the same",
+    )
+    template: str | None = key(
+        None,
+        "chat template, a file in Jinja or a tokenizer_config.json; null: that of the run, else "
+        "the plain one of forescale finetune",
     )
     samples: int = key(1, "texts for each prompt", ge=1, le=1000)
     num_tokens: int = key(200, "the most tokens to write", ge=1)
@@ -82,6 +97,8 @@ class GenerateJob(RunJob):
         given = [name for name, is_given in ways.items() if is_given]
         if len(given) > 1:
             found.append((given[1], f"{given[0]} is given too", "give one of them"))
+        if self.template is not None and not self.chat:
+            found.append(("template", "writes conversations, and chat is false", "add --chat"))
         if "" in self.stop:
             found.append(("stop", "holds an empty text, which stands everywhere", "take it out"))
         return found
@@ -95,6 +112,7 @@ EXAMPLES = (
     'generate first \'prompts=["import ", "class "]\' samples=2 top_p=0.9',
     'generate first input=prompts.txt \'stop=["def ", "class "]\' --json',
     "generate first --interactive",
+    "generate chat --chat --interactive",
     'generate seq2seq prompt="def <extra_id_0>(self):"',
 )
 
@@ -126,9 +144,11 @@ def _model(job: GenerateJob, view: RunView) -> "nn.Module":
     return ready_to_write(view.load(view.checkpoint(job.step), job.trust))
 
 
-def _answers(job: GenerateJob, view: RunView, prompts: list[str]) -> list["Answer"]:
-    """Return the answers that are wanted, none of them begun. Raises UserError for a prompt that
-    the model can't read."""
+def _answers(
+    job: GenerateJob, view: RunView, prompts: list[str], before: Sequence[Message] = ()
+) -> list["Answer"]:
+    """Return the answers that are wanted, none of them begun. before: the turns of a conversation
+    until now. Raises UserError for a prompt that the model can't read."""
     from forescale.inference.answering import question_of
     from forescale.inference.sampling import Sampler
     from forescale.inference.writing import Answer, Wanted
@@ -137,9 +157,10 @@ def _answers(job: GenerateJob, view: RunView, prompts: list[str]) -> list["Answe
     stops = [text.replace("\\n", "\n").replace("\\t", "\t") for text in job.stop]
     wanted = Wanted(job.num_tokens, sampler, tuple(stops))
     found: list[Answer] = []
+    asked = _chat(job, view, before) if job.chat else partial(question_of, view)
     for number, prompt in enumerate(prompts, 1):
         try:
-            question = question_of(view, prompt)
+            question = asked(prompt)
         except UserError as e:
             if len(prompts) == 1 or e.where != "prompt":
                 raise
@@ -147,6 +168,26 @@ def _answers(job: GenerateJob, view: RunView, prompts: list[str]) -> list["Answe
         for _ in range(job.samples):
             found.append(Answer(view.tokenizer, question, wanted, job.seed + len(found)))
     return found
+
+
+def _chat(
+    job: GenerateJob, view: RunView, before: Sequence[Message]
+) -> Callable[[str], "Question"]:
+    """Return what makes the next message of a conversation a question. Raises UserError."""
+    from forescale.inference.answering import chat_question
+
+    template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
+    template.check()
+
+    def asked(prompt: str) -> "Question":
+        messages = [*before, {"role": "user", "content": prompt}]
+        try:
+            found = chat_question(view, template, messages)
+        except Unfit as e:
+            raise UserError("prompt", f"is a message {e}", "write another one") from None
+        return replace(found, prompt=prompt, shown="")
+
+    return asked
 
 
 def _stream(model: "nn.Module", answer: "Answer") -> None:
@@ -205,14 +246,19 @@ def _as_json(answer: "Answer") -> str:
 
 def _converse(job: GenerateJob, view: RunView, model: "nn.Module") -> None:
     """Answer each line of standard input. What is wrong with one is said, and the next is read."""
-    seed = job.seed
+    seed, turns = job.seed, list[Message]()
     for line in typed_lines("> "):
+        if job.chat and not line:
+            turns = []
+            continue
         try:
-            answers = _answers(replace(job, seed=seed), view, [line])
+            answers = _answers(replace(job, seed=seed), view, [line], turns)
             if len(answers) == 1 and not job.json:
                 _stream(model, answers[0])
             else:
                 _print_all(job, model, answers)
+            said = ("user", line), ("assistant", answers[0].text)
+            turns += [{"role": role, "content": text} for role, text in said if job.chat]
         except KeyboardInterrupt:
             print(file=unchanged_output())
         except UserError as e:

@@ -37,8 +37,8 @@ class ServeJob(RunJob):
     port: int = key(8000, "port to listen at; 0: any that is free", ge=0, le=65535)
     template: str | None = key(
         None,
-        "chat template, a file in Jinja or a tokenizer_config.json; null: that of the run's "
-        "tokenizer, else the plain one of forescale finetune",
+        "chat template, a file in Jinja or a tokenizer_config.json; null: that of the run "
+        "or its tokenizer, else the plain one of forescale finetune",
     )
     max_tokens: int = key(1024, "the most tokens of an answer", ge=1)
     batch: int = key(16, "answers that are written at once, and the most of a request", ge=1)

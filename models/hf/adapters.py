@@ -1,0 +1,70 @@
+"""Adapters of our matrices as the library peft has them beside a Hugging Face model's.
+
+Invariant: beside the weights of to_hf they compute what ours do beside ours. Where several of our
+matrices are one of theirs (GPT-2), so are their adapters: A one under another, and B with a block
+for each, at the sum of their ranks.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forescale.models.adapters import adapter_of, is_adapter
+from forescale.models.config import ModelConfig
+from forescale.models.flops import shapes
+from forescale.models.hf.families import module_names
+from forescale.models.hf.pieces import FUSED
+from forescale.models.parametrization import folds
+
+
+def adapters_to_hf(
+    family: str, config: ModelConfig, state: Mapping[str, Tensor], rank: int, alpha: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what adapter_config.json says of the adapters, and their weights under peft's names.
+
+    state: A and B by their names in a checkpoint; rank, alpha: of the run.
+    """
+    config = config.resolved()
+    names, ranks = module_names(family, config), dict[str, int]()
+    weights: dict[str, Tensor] = {}
+    for module, down, up in _pairs(family, config, state):
+        name = names[module]
+        weights[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
+        weights[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
+        ranks[name] = len(down)
+    more = {name: own for name, own in ranks.items() if own != rank}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": [*ranks],
+        "rank_pattern": more,
+        "alpha_pattern": {name: alpha * own / rank for name, own in more.items()},
+        "fan_in_fan_out": family == "gpt2",
+        "bias": "none",
+    }, weights
+
+
+def _pairs(
+    family: str, config: ModelConfig, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield our name of each of their modules that has an adapter, with A and B."""
+    sizes, by, done = shapes(config), folds(config), set[str]()
+    for name in state:
+        module = name.removesuffix(".lora_A.weight")
+        if not is_adapter(name) or module == name or module in done:
+            continue
+        block, _, last = module.rpartition(".")
+        if family != "gpt2" or last not in FUSED:
+            down, up = adapter_of(f"{module}.weight")
+            yield module, state[down], state[up] * by.get(f"{module}.weight", 1.0)
+            continue
+        done |= {f"{block}.{part}" for part in FUSED}
+        downs, ups = [], []
+        for part in FUSED:
+            weight = f"{block}.{part}.weight"
+            (down, up), (rows, columns) = adapter_of(weight), sizes[weight]
+            downs.append(state.get(down, torch.zeros(0, columns)))
+            ups.append(state.get(up, torch.zeros(rows, 0)) * by.get(weight, 1.0))
+        yield f"{block}.qkv", torch.cat(downs), torch.block_diag(*ups)

@@ -1,0 +1,89 @@
+"""Exports of a run with adapters: merged for transformers, and alone for peft; both compute what
+the run's model does."""
+
+import pytest
+import torch
+
+from forescale import open_run
+from forescale.config.frozen import thaw
+from forescale.config.train import TrainJob
+from forescale.models.adapters import stored_name
+from forescale.run.directory import Parent
+from forescale.run.start import start
+from forescale.train.adapters import adapting, freeze
+from forescale.train.model import build_model
+from tests.trainer.small_run import make_dataset, make_job, make_run, save
+
+LLAMA = ("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.num_kv_heads=1")
+LLAMA += ("model.qk_norm=false",)
+MUP = (*LLAMA, "model.parametrization=mup", "model.base_width=16")
+GPT2 = ("model.num_layers=2", "model.width=32", "model.num_heads=2", "model.position=learned")
+GPT2 += ("model.norm=layernorm", "model.bias=true", "model.mlp=gelu", "model.tie_embeddings=true")
+GPT2 += ("model.qk_norm=false",)
+
+
+class Stored:
+    def __init__(self, named):
+        self.named = named
+
+    def named_parameters(self):
+        return self.named.items()
+
+
+def make(folder, model, *lora):
+    """Return (the run with adapters, its model with them, the run that it began with)."""
+    data = make_dataset(folder / "data")
+    origin = make_run(data, folder / "runs", "base", *model)
+    words = (*model, *lora, "optimizer=adamw", "run.from.what=weights", "run.from.step=8")
+    job = make_job(data, folder / "runs", "lora", *words, f"run.from.run={origin.path}")
+    started = start(job)
+    job = thaw(TrainJob, started.run.config, False)
+    module = build_model(job, started.sources.vocab_size, adapting(job, None))
+    freeze(job, module)
+    base, draws = dict(open_run(origin.path).model().named_parameters()), torch.Generator()
+    named = {stored_name(n): p for n, p in module.named_parameters()}
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(base[name] if name in base else 0.1 * torch.randn(p.shape, generator=draws))
+    attempt = started.run.new_attempt()
+    attempt.start_from(Parent(0), started.run)
+    save(started.run, attempt, 4, Stored(named), {"adapter_scale": job.lora.scale})
+    return started.run, module.eval(), origin
+
+
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        (LLAMA, ("lora.rank=3",)),
+        (MUP, ("lora.rank=2", "lora.alpha=4")),
+        (GPT2, ("lora.rank=3", "lora.targets=[query,value,mlp]")),
+        (GPT2, ("lora.rank=2", "lora.targets=[query,key]")),
+    ],
+    ids=["llama", "mup", "gpt2-some", "gpt2-attention"],
+)
+def test_transformers_and_peft_compute_what_the_run_does(tmp_path, forescale, model, lora):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    run, ours, origin = make(tmp_path, model, *lora)
+    whole, base, alone = (tmp_path / name for name in ("whole", "base", "alone"))
+    assert forescale("export", run.path, f"to={whole}")[0] == 0
+    assert forescale("export", origin.path, f"to={base}")[0] == 0
+    words = ("export", run.path, "adapter=true", f"to={alone}", f"base={base}")
+    code, out, _ = forescale(*words)
+    assert code == 0
+    assert f"forescale export {origin.path} step=8 to={base}" in out
+    tokens, auto = torch.arange(3, 27)[None], transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        expected = ours(tokens)
+        assert (auto.from_pretrained(base)(tokens).logits - expected).abs().max() > 0.01
+        merged = auto.from_pretrained(whole)(tokens).logits
+        torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
+        beside = peft.PeftModel.from_pretrained(auto.from_pretrained(base), alone)
+        torch.testing.assert_close(beside(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_has_no_adapters_is_a_sentence(tmp_path, forescale):
+    run = make_run(make_dataset(tmp_path / "data"), tmp_path / "runs", "base", *LLAMA)
+    code, _, err = forescale("export", run.path, "adapter=true", f"to={tmp_path / 'there'}")
+    assert code == 2
+    assert "adapter: base was trained without adapters; leave adapter out" in err
+    assert forescale("export", run.path, "base=there")[0] == 2

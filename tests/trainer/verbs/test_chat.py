@@ -1,0 +1,91 @@
+"""`generate --chat`: messages that are answered by the template that a run was fine-tuned with."""
+
+import io
+import json
+import sys
+import tempfile
+
+import pytest
+
+from forescale import open_run
+from forescale.inference.answering import chat_question
+from forescale.inference.writing import Answer, Wanted, written
+from forescale.models.decoding.sampler import Sampler
+from forescale.storage import read_json
+from tests.questions import KIND, make_conversations, plain_template, rows, write_rows
+from tests.trainer.small_run import make_run
+
+WORDS = ("num_tokens=6", "temperature=0")
+OTHER = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+OTHER += "{% if add_generation_prompt %}<assistant>{% endif %}"
+MODEL = ("model.num_layers=1", "model.width=32", "model.num_heads=2")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    return make_run(
+        make_conversations(folder / "data").path, folder / "runs", "chat", *KIND, *MODEL
+    )
+
+
+def messages(*texts):
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+
+def test_a_message_is_answered_after_the_prompt_of_the_template(chat, forescale):
+    prompt = plain_template().prompt(messages("1?"))
+    code, whole, _ = forescale("generate", chat.path, f"prompt='{prompt}'", *WORDS)
+    assert code == 0
+    assert forescale("generate", chat.path, "prompt=1?", "--chat", *WORDS)[:2] == (
+        0,
+        whole.removeprefix(prompt),
+    )
+
+
+def test_lines_are_a_conversation_until_an_empty_one(chat, forescale, monkeypatch):
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the test's end
+    file.write(b"1?\nsure?\n\n1?\n")
+    file.seek(0)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+    words = ("generate", chat.path, *WORDS, "--json")
+    lines = forescale(*words, "--chat", "--interactive")[1].splitlines()
+    first, second, third = (json.loads(line) for line in lines)
+    assert first["text"] == third["text"]
+    view = open_run(chat.path)
+    asked = chat_question(view, plain_template(), messages("1?", first["text"], "sure?"))
+    answer = Answer(view.tokenizer, asked, Wanted(6, Sampler(0.0, None)), 1)
+    assert second["text"] == next(iter(written(view.model(), [answer], 1))).text
+    assert second["prompt"] == "sure?"
+
+
+def test_the_template_that_finetune_is_given_stays_with_the_run(chat, forescale, tmp_path):
+    template, file = tmp_path / "other.jinja", write_rows(tmp_path / "sums.jsonl", rows())
+    template.write_text(OTHER)
+    more = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}", "prepare_only=true")
+    words = ("finetune", chat.path, *more, "run.name=other")
+    assert forescale(*words)[0] == 0
+    kept = tmp_path / "other" / "chat.json"
+    assert read_json(kept)["chat_template"] == plain_template().source
+    assert forescale(*words, f"template={template}")[0] == 0  # corrected before a step
+    assert read_json(kept)["chat_template"] == OTHER
+    again = tmp_path / "other"
+    assert forescale("finetune", again, *more, "run.name=again")[0] == 2  # has no checkpoint
+
+
+def test_export_writes_it_for_transformers(chat, forescale, tmp_path):
+    assert forescale("export", chat.path, f"to={tmp_path / 'there'}")[0] == 0
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    shown = theirs.apply_chat_template(messages("1?"), tokenize=False, add_generation_prompt=True)
+    assert shown == plain_template().prompt(messages("1?"))
+
+
+def test_a_template_without_a_chat_is_a_sentence(chat, forescale):
+    code, _, err = forescale("generate", chat.path, "template=none.jinja")
+    assert code == 2
+    assert "template: writes conversations, and chat is false; add --chat" in err
+    code, _, err = forescale("generate", chat.path, "template=none.jinja", "--chat")
+    assert code == 2
+    assert "none.jinja: no such file" in err
