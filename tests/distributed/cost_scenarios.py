@@ -26,6 +26,7 @@ def build(case):
     from forescale.engine.deepspeed_config import deepspeed_config
     from forescale.engine.world import join
     from forescale.models import Transformer
+    from forescale.train.adapters import adapting, freeze
 
     AcceleratorState._reset_state()  # several engines follow each other in one process
     size = int(os.environ["WORLD_SIZE"])
@@ -33,7 +34,8 @@ def build(case):
     world = join(deepspeed_config(job, size), size, 60, job.mesh(size))
     torch.manual_seed(0)
     made = partition_of(job, world) if job.mesh(size).exchanges else None
-    model = Transformer(job.model, made)
+    model = Transformer(job.model, adapting(job, made))
+    freeze(job, model)
     return build_engine(world, made(model) if made else model, job)
 
 

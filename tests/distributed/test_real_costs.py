@@ -58,6 +58,13 @@ PARTS = [
     [3, "adamw", "fp32", zero(SMALL), *BERT],
     [3, "muon", "fp32", zero(SMALL), *RECURRENT],
 ]
+LORA = ["lora.rank=3", "run.from.run=base", "run.from.what=weights"]
+PARTS += [
+    [0, "adamw", "bf16", *LORA],
+    [1, "adamw", "bf16", *LORA],
+    [2, "adamw", "fp32", *LORA],
+    [3, "adamw", "bf16", zero(SMALL), *LORA],
+]
 DIVIDED_STATES = [
     [0, "muon", "bf16", *DIVIDED],
     [1, "muon", "bf16", *DIVIDED],
@@ -142,6 +149,7 @@ PARTS_TRAFFIC = [
 ]
 
 
+PARTS_TRAFFIC += [[2, "adamw", "fp32", *LORA], [3, "adamw", "bf16", zero(SMALL), *LORA]]
 DIVIDED_TRAFFIC = [
     [0, "adamw", "bf16", *DIVIDED],
     [1, "muon", "bf16", *DIVIDED, CHECKPOINTING, "engine.sequence_parallel=2", "model.num_heads=2"],

@@ -180,7 +180,7 @@ def _replicated(s: ZeroSettings, trained: Inventory, mesh: Mesh) -> list[Collect
     experts = trained.experts if mesh.experts > 1 else frozenset[str]()
     # All other parameters, then the experts, each with the ranks that have different ones.
     for what, apart in (("", mesh.tensor), (" of experts", mesh.experts)):
-        own = [p for p in trained.parameters if (p.name in experts) == bool(what)]
+        own = [p for p in trained.trained if (p.name in experts) == bool(what)]
         groups = [g for g in trained.groups if (g.names[0] in experts) == bool(what)]
         ranks, calls = mesh.world // apart, times * _buckets(own, bucket)
         sent = s.sent * sum(p.numel for p in own) * times
@@ -276,9 +276,9 @@ def _reduced(
     What is larger than a bucket is alone in one, and scattered whatever the settings say. A bucket
     is of parameters that the same ranks divide.
     """
-    runs = [(own, [*run]) for own, run in groupby(trained.parameters, lambda p: p.name in names)]
+    runs = [(own, [*run]) for own, run in groupby(trained.trained, lambda p: p.name in names)]
     calls = sum(_buckets(run, s.bucket) for own, run in runs if own)
-    every = [p for p in trained.parameters if p.name in names]
+    every = [p for p in trained.trained if p.name in names]
     large = [p for p in every if p.numel > s.bucket]
     if s.zero.get("reduce_scatter", True):
         elements: dict[Kind, tuple[int, int]] = {"reduce_scatter": (_padded(s, every), calls)}

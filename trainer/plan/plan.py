@@ -20,7 +20,6 @@ from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.trackers import check_trackers
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.flops import count, flops_6n
 from forescale.models.memory import cache_bytes
 from forescale.plan.bytes.memory import checkpoint_bytes, checkpoints_kept, copy_bytes
 from forescale.plan.bytes.parameters import inventory
@@ -75,9 +74,9 @@ class Plan:
             self.measured = self.check(lambda: measure(str(job.plan.from_run), job.run.root))
         if isinstance(self.job.model, ModelConfig):
             self.trained = inventory(self.job)
-            six_n = flops_6n(self.job.model)
+            six_n = job.lora.flops_6n(self.job.model)
             length, ranks = job.train.sequence_length, job.engine.sequence_parallel
-            self.per_token = token_flops(self.job.model, length, six_n, ranks)
+            self.per_token = token_flops(self.job.model, length, six_n, ranks, job.lora)
         else:
             self.trained, self.per_token = own_model(self.job, self.vocab_size)
             self.notes.append(
@@ -303,7 +302,8 @@ class Plan:
             if need > self.available:
                 continue
             now, length = self.per_token, self.job.train.sequence_length
-            less = token_flops(model, length, now.six_n, self.job.engine.sequence_parallel)
+            ranks, lora = self.job.engine.sequence_parallel, self.job.lora
+            less = token_flops(model, length, now.six_n, ranks, lora)
             saved = 1 - (less.full + less.recomputed) / (now.full + now.recomputed)
             if saved < 0.005:
                 continue
@@ -336,7 +336,7 @@ class Plan:
     def parameters(self) -> dict[str, int]:
         """Number of parameters by kind, with the key "total"."""
         if isinstance(self.job.model, ModelConfig):
-            return vars(count(self.job.model))
+            return self.job.lora.counts(self.job.model)
         return {"total": self.trained.numel}
 
     @property

@@ -87,6 +87,8 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     again = how == "full" or (how == "selective" and config.dropout > 0)
     forward = flops_per_token(config, length, causal=True) / 3
     scores = _scores(config, length)
+    # Of frozen matrices less than three times the forward pass.
+    multiplied = job.lora.flops_per_token(config, length, causal=True) - 3 * scores
     # What is computed again, with attention's square as MFU counts it, less that square.
     squares = again * _scores(config, length, causal=False)
     repeated = max(0.0, flops_recomputed(config, length, mesh.sequence) - squares)
@@ -107,7 +109,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     # The forward pass makes a third of the traffic, as of the FLOPs.
     traffic = passes * (whole.layers * (1 + (how != "none") / 3) + logits)
     return Work(
-        products=tokens * (3 * (forward - scores) + repeated) * part,
+        products=tokens * (multiplied + repeated) * part,
         scores=tokens * scores * (1 + _BACKWARD_SCORES + again) / mesh.near,
         length=length,
         traffic=traffic,

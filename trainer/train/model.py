@@ -42,9 +42,8 @@ from forescale.config.schema import TargetConfig
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
-from forescale.models.adapters import flops_6n_with_adapters, flops_with_adapters
 from forescale.models.config import ModelConfig
-from forescale.models.flops import count, flops_6n, flops_per_token
+from forescale.models.flops import count
 from forescale.run.feed import vocabulary_of
 
 
@@ -85,16 +84,9 @@ def prices_of(job: TrainJob, model: nn.Module) -> dict[str, float]:
     length = job.train.sequence_length
     if isinstance(job.model, ModelConfig):
         config, lora = job.model, job.lora
-        if lora.rank:
-            full, causal = (
-                flops_with_adapters(config, length, lora.rank, lora.targets, causal=causal)
-                for causal in (False, True)
-            )
-            six_n = flops_6n_with_adapters(config, lora.rank, lora.targets)
-            return {"full": full, "causal": causal, "six_n": six_n}
-        full = flops_per_token(config, length)
-        causal = flops_per_token(config, length, causal=True)
-        return {"full": full, "causal": causal, "six_n": flops_6n(config)}
+        full = lora.flops_per_token(config, length)
+        causal = lora.flops_per_token(config, length, causal=True)
+        return {"full": full, "causal": causal, "six_n": lora.flops_6n(config)}
     six_n = 6 * num_parameters(model)
     own = getattr(model, "flops_per_token", None)
     full = own(length) if own else six_n

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from forescale import open_dataset, open_run
+from forescale.models.adapters import num_adapters
 from forescale.run.finetune import first_config
 from tests.questions import rows, write_rows
 from tests.trainer.small_run import STEPS, make_dataset, make_run
@@ -51,6 +52,19 @@ def test_imported_weights_have_rates_of_their_own(origin):
     assert config["optimizer"]["kind"] == "adamw"
     assert config["optimizer"]["learning_rate"] == 2e-5
     assert config["train"]["global_batch"] % config["train"]["micro_batch"] == 0
+
+
+def test_adapters_have_a_rate_and_an_optimizer_of_their_own(make, origin, tmp_path, forescale):
+    assert make("lora.rank=4", "run.name=lora")[0] == 0
+    made, old = open_run(tmp_path / "lora").config, open_run(origin.path).config.optimizer
+    rate = old.adam_learning_rate or old.learning_rate
+    assert made.optimizer.kind == "adamw"
+    assert made.optimizer.weight_decay == 0
+    assert made.optimizer.learning_rate == pytest.approx(rate / 1.5, rel=0.01)
+    code, out, _ = forescale("plan", tmp_path / "lora")
+    assert code == 0
+    inside = num_adapters(made.model, 4, [])
+    assert f"trained adapters {inside / 1000:.4g}" in out
 
 
 def test_what_is_typed_counts_and_the_same_command_finds_the_run(make, tmp_path):
@@ -102,6 +116,12 @@ def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale,
         (["faults=[kill@5000:rank0]"], "comes after the run's last step, "),
         (["data.document_mask=true"], "data.document_mask: a row of responses has no documents"),
         (["model.causal=false"], "model.causal: "),
+        (
+            ["lora.rank=4", "lora.targets=[key,keys]"],
+            "lora.targets: no matrix of the model is 'keys'",
+        ),
+        (["lora.rank=4", "optimizer=muon"], "optimizer.kind: updates whole matrices"),
+        (["lora.rank=4", "precision.fp8=rowwise"], "precision.fp8: "),
     ],
 )
 def test_what_can_not_be_is_a_sentence(make, words, what):

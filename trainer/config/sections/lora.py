@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 
 from forescale.config.job import Problems
 from forescale.config.schema import key
-from forescale.models.adapters import candidates, is_target
+from forescale.models.adapters import (
+    candidates,
+    flops_6n_with_adapters,
+    flops_with_adapters,
+    is_target,
+    num_adapters,
+)
 from forescale.models.config import ModelConfig
+from forescale.models.flops import count, flops_6n, flops_per_token
 
 if TYPE_CHECKING:
     from forescale.config.train import TrainJob
@@ -36,6 +43,28 @@ class LoraConfig:
     def scale(self) -> float:
         """What the product of an adapter's matrices is multiplied by."""
         return self.alpha / self.rank if self.rank else 0.0
+
+    def counts(self, model: ModelConfig) -> dict[str, int]:
+        """Return the numbers of parameters by kind, as models.flops.Counts, with those of adapters
+        among total, active, blocks and non_embedding, and alone as `trained adapters`."""
+        found = vars(count(model))
+        if not self.rank:
+            return found
+        own = num_adapters(model, self.rank, self.targets)
+        among = ("total", "active", "blocks", "non_embedding")
+        return found | {kind: found[kind] + own for kind in among} | {"trained adapters": own}
+
+    def flops_per_token(self, model: ModelConfig, length: int, causal: bool = False) -> float:
+        """Return what models.flops.flops_per_token does, with what adapters add and spare."""
+        if not self.rank:
+            return flops_per_token(model, length, causal)
+        return flops_with_adapters(model, length, self.rank, self.targets, causal)
+
+    def flops_6n(self, model: ModelConfig) -> int:
+        """Return what models.flops.flops_6n does, with what adapters add and spare."""
+        if not self.rank:
+            return flops_6n(model)
+        return flops_6n_with_adapters(model, self.rank, self.targets)
 
 
 def problems(job: "TrainJob") -> Problems:

@@ -66,12 +66,7 @@ class States:
         return self.steady + self.held + self.update
 
 
-def states(
-    job: TrainJob,
-    trained: Inventory,
-    world: int,
-    rank: int | None = None,
-) -> States:
+def states(job: TrainJob, trained: Inventory, world: int, rank: int | None = None) -> States:
     """Return the bytes of `rank`; without one, of the rank that holds the most."""
     s, mesh = ZeroSettings.of(job, world), job.mesh(world)
     trained = trained.of_rank(mesh)
@@ -89,9 +84,9 @@ def recomputes(job: TrainJob) -> bool:
 
 
 def _replicated(s: ZeroSettings, trained: Inventory) -> States:
-    n, mixed, groups = trained.numel, s.size < 4, trained.groups
+    n, mixed, groups = trained.num_trained, s.size < 4, trained.groups
     return States(
-        weights=n * s.size,
+        weights=trained.numel * s.size,
         gradients=n * s.gradient,
         held=n * s.gradient,
         masters=4 * n if mixed else 0,
@@ -120,9 +115,10 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
         rank = max(range(world), key=size_of)
     held = s.gradient * sum(of[rank] for of in whole)
     accumulates = s.stage == 1 and s.accumulation > 1
+    padded = sum(holders(g, world) * n for g, n in zip(groups, parts, strict=True))
     return States(
-        weights=s.size * sum(holders(g, world) * n for g, n in zip(groups, parts, strict=True)),
-        gradients=s.gradient * trained.numel if accumulates else held,
+        weights=s.size * (padded + trained.num_frozen),
+        gradients=s.gradient * trained.num_trained if accumulates else held,
         held=held,
         masters=4 * sum(parts),
         moments=sum(
@@ -171,7 +167,7 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     part_of = {p.name: -(-p.numel // ranks[p.name]) for p in every}
     among = [ranks[g.params[0].name] for g in trained.groups]
     sizes = [sum(part_of[p.name] for p in g.params) for g in trained.groups]
-    groups, own = [*zip(trained.groups, among, sizes, strict=True)], sum(part_of.values())
+    groups, own = [*zip(trained.groups, among, sizes, strict=True)], sum(sizes)
     alone = s.world == 1  # then the partition is the whole parameter, and nothing is copied
     resident = [p for p in every if p.numel <= s.persistence and ranks[p.name] > 1]
     # The second partition of a parameter exists from its first use in a step until the update.
@@ -180,7 +176,7 @@ def _partitioned(s: ZeroSettings, trained: Inventory, recompute: bool) -> States
     largest = max(min(part, max(_SUB_GROUP // n, 1)) for _, n, part in groups)
     muon = 2 * s.sent * sum(n * part for g, n, part in groups if g.update.is_by_matrix)
     return States(
-        weights=s.size * own,
+        weights=s.size * sum(part_of.values()),
         resident=s.size * (sum(part_of[p.name] * ranks[p.name] for p in resident) + second),
         gathered=s.size * most,
         gradients=s.gradient * own,
@@ -215,7 +211,7 @@ def _offloaded(s: ZeroSettings, trained: Inventory, on_device: States) -> States
     """
     found = on_device
     if s.offloads("offload_optimizer"):
-        largest = s.gradient * max(p.numel for p in trained.parameters)
+        largest = s.gradient * max(p.numel for p in trained.trained)
         gradients = 2 * found.masters if s.stage < 3 else found.masters
         host = found.masters + found.moments + gradients
         found = replace(
@@ -309,17 +305,18 @@ def _start(job: TrainJob, trained: Inventory) -> int:
 
 
 def checkpoint_bytes(job: TrainJob, trained: Inventory, world: int) -> int:
-    """Return the bytes of one checkpoint of all ranks: fp32 weights and the optimizer's moments.
-
-    Muon's momentum has the precision that the ZeRO stage keeps it in, on so many ranks.
+    """Return the bytes of one checkpoint of all ranks: fp32 weights and the optimizer's moments,
+    and frozen weights as the forward pass has them. Muon's momentum has the precision that the ZeRO
+    stage keeps it in, on so many ranks.
     """
     s = ZeroSettings.of(job, world)
     size = 4 if s.stage == 0 else s.sent if s.stage == 3 else s.gradient
 
-    def moments(group: Group) -> int:
-        return size if group.update.is_by_matrix else 4 * group.update.moments
+    def each(group: Group) -> int:
+        return 4 + (size if group.update.is_by_matrix else 4 * group.update.moments)
 
-    return sum(p.numel * (4 + moments(g)) for g in trained.groups for p in g.params)
+    found = sum(p.numel * each(g) for g in trained.groups for p in g.params)
+    return found + s.size * trained.num_frozen
 
 
 def copy_bytes(job: TrainJob, trained: Inventory, world: int, on_gpu: bool) -> int:

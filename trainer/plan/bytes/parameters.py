@@ -1,4 +1,4 @@
-"""The trained parameters of a job without their values: names, shapes, optimizer groups.
+"""The parameters of a job without their values: names, shapes, optimizer groups.
 
 Invariant: `parameters` have the order of the forward pass, the parameters of `groups` the order of
 the engine's memory layout. Imports no torch.
@@ -11,8 +11,9 @@ from math import prod
 from forescale.config.mesh import Mesh
 from forescale.config.train import TrainJob
 from forescale.engine.optim import Group, divided_groups, parameter_groups
+from forescale.models.adapters import is_adapter, with_adapters
 from forescale.models.config import ModelConfig
-from forescale.models.flops import divided, matrices, shapes, stacked
+from forescale.models.flops import divided, matrices, stacked
 from forescale.models.parametrization import Factors, factors
 
 
@@ -22,6 +23,7 @@ class Parameter:
 
     name: str
     shape: tuple[int, ...]
+    requires_grad: bool = True  # False: it is frozen
 
     @property
     def ndim(self) -> int:
@@ -36,11 +38,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The trained parameters of a job.
+    """The parameters of a job, with adapters those that are frozen too.
 
-    parameters: in the order of the forward pass. groups: of the optimizer, each with its parameters
-    in the order of the memory layout. experts: names of those that have a matrix for each expert.
-    cut: the dimension of those that ranks divide, by name (engine.tensor_parallel).
+    parameters: in the order of the forward pass. groups: of the optimizer, each with its trained
+    parameters in the order of the memory layout. experts: names of those that have a matrix for
+    each expert. cut: the dimension of those that ranks divide, by name (engine.tensor_parallel).
     """
 
     parameters: list[Parameter]
@@ -52,6 +54,21 @@ class Inventory:
     def numel(self) -> int:
         """Number of elements of all parameters."""
         return sum(p.numel for p in self.parameters)
+
+    @property
+    def trained(self) -> list[Parameter]:
+        """Those that have a gradient."""
+        return [p for p in self.parameters if p.requires_grad]
+
+    @property
+    def num_trained(self) -> int:
+        """Number of elements of those."""
+        return sum(p.numel for p in self.trained)
+
+    @property
+    def num_frozen(self) -> int:
+        """Number of elements of the others."""
+        return self.numel - self.num_trained
 
     def of_rank(self, mesh: Mesh) -> "Inventory":
         """Return what a rank has where ranks divide experts or matrices; Group.parts are then
@@ -65,7 +82,7 @@ class Inventory:
             if p.name not in dims:
                 return p
             shape = [n // parts[p.name] if i == dims[p.name] else n for i, n in enumerate(p.shape)]
-            return Parameter(p.name, tuple(shape))
+            return replace(p, shape=tuple(shape))
 
         groups = [
             replace(g, params=[*map(own, g.params)], parts=g.parts if g.parts > 1 else mesh.tensor)
@@ -95,7 +112,9 @@ def inventory(
     cut: dict[str, int] = {}
     if isinstance(job.model, ModelConfig):
         by_name = factors(job.model)
-        parameters = [Parameter(name, shape) for name, shape in shapes(job.model).items()]
+        rank = job.lora.rank
+        every = with_adapters(job.model, rank, job.lora.targets).items()
+        parameters = [Parameter(n, shape, not rank or is_adapter(n)) for n, shape in every]
         muon = matrices(job.model)
         experts = stacked(job.model)
         cut = divided(job.model, job.engine.tensor_parallel)
