@@ -137,12 +137,12 @@ def _rates(plan: StudyPlan, recipe: str) -> Sequence[tuple[float, float, float]]
 
 def _confirm(study: Study, stage: StudyStage, log: Log) -> None:
     """Plan fresh seeds for the winners, once all else has ended."""
+    none, winners = "no recipe is shown to need less compute than the base", list[str]()
     try:
         made = Multipliers(study.table(), study.job, str(study.folder))
         winners = [c.name for c in made.candidates if c.is_winner]
     except UserError as e:
-        winners = []
-        log(f"No winners: {e}")
+        none = str(e)
     top = len(study.plan.recipe_grid.budgets) - 1 if study.plan.recipe_grid else 0
     winners = [
         w for w in winners if any(c.stage == top and c.recipe == w for c in study.plan.cells)
@@ -154,4 +154,4 @@ def _confirm(study: Study, stage: StudyStage, log: Log) -> None:
     if winners:
         log(f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow.")
     else:
-        log("No recipe is shown to need less compute than the base; no fresh seeds are needed.")
+        log(f"No fresh seeds are needed: {none.rstrip('.')}.")

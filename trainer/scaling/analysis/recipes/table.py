@@ -1,8 +1,9 @@
 """From records to the tuned loss of each recipe at each budget.
 
     a cell      a recipe at a budget, all learning rates and seeds
-    its rate    the learning rate with the most runs, which in a study are those with other seeds;
-                of several such rates, the one with the lowest mean loss
+    its runs    in a study those with other seeds, not the sweep that chose their rate; else all
+    its rate    the learning rate with the most of its runs; of several such rates, the one with
+                the lowest mean loss
     its loss    the mean log loss of the runs at this rate
     bracketed   worse learning rates were tried on both sides of the best one
 
@@ -88,7 +89,9 @@ def _cells(table: pd.DataFrame) -> Iterator[RecipeCell]:
     for (recipe, budget), own in table.groupby([RECIPE, "_budget"], sort=True):
         is_fresh = own["_role"] == "confirm"
         is_finite = np.isfinite(own["loss"].astype(float))
-        runs = own[~is_fresh & is_finite]
+        is_seed = own["_role"] == "seed"
+        is_swept = own["_role"].isin(("grid", "rate")) if is_seed.any() else ~is_fresh
+        runs = own[(is_seed if is_seed.any() else ~is_fresh) & is_finite]
         if runs.empty:
             continue
         logs = np.log(runs["loss"].astype(float))
@@ -98,7 +101,7 @@ def _cells(table: pd.DataFrame) -> Iterator[RecipeCell]:
         yield RecipeCell(
             str(recipe), float(budget), float(runs["_cost"].mean()), float(rate),
             logs[runs["_rate"] == rate].to_numpy(), fresh, tuple(sorted(own["_rate"].unique())),
-            _is_bracketed(own[~is_fresh]), int((~is_finite).sum()),
+            _is_bracketed(own[is_swept]), int((~is_finite).sum()),
         )  # fmt: skip
 
 

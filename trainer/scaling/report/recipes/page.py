@@ -28,6 +28,7 @@ from forescale.scaling.report.evidence import StudyEvidence
 from forescale.scaling.report.html import beside
 from forescale.scaling.report.provenance import RECORDS, as_csv, provenance
 from forescale.scaling.report.recipes.terminal import (
+    fresh_of,
     head_of,
     interval,
     number_of,
@@ -189,6 +190,8 @@ def _numbers(made: Multipliers) -> list[list[Cell]]:
         for p in one.places:
             own = [number(p.cell.flops, 4), number(np.exp(p.cell.log_loss))]
             fresh = ["", ""] if p.confirmed is None else _ratio(p.confirmed)
+            if p.confirmed is not None and not 0 < p.confirmed.value < np.inf:
+                fresh[0] = fresh_of(p)
             value = _ratio(p.multiplier)
             if not 0 < p.multiplier.value < np.inf:
                 value[0] = number_of(p)

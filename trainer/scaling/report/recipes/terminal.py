@@ -61,7 +61,7 @@ def verdict(one: Candidate, made: Multipliers) -> str:
         said += f"{span_of(top)})."
     if (fresh := top.confirmed) is not None:
         holds = "confirm it" if fresh.low > 1 else "do not confirm it"
-        said += f" Fresh seeds {holds}: {fresh.value:.3g} ({interval(fresh)})."
+        said += f" Fresh seeds {holds}: {fresh_of(top)} ({interval(fresh)})."
     return f"{said} {trend_of(one, made)}".strip()
 
 
@@ -77,9 +77,18 @@ def trend_of(one: Candidate, made: Multipliers) -> str:
 
 def number_of(place: Place) -> str:
     """Return a multiplier, or the bound that the base's budgets give it."""
-    if place.multiplier.value == np.inf:
-        return f"> {place.reach[1]:.3g}"
-    return f"{place.multiplier.value:.3g}" if place.multiplier.value else f"< {place.reach[0]:.3g}"
+    return _bounded(place.multiplier, place.reach)
+
+
+def fresh_of(place: Place) -> str:
+    """Return the multiplier of fresh seeds alone, or its bound; empty without fresh seeds."""
+    return "" if place.confirmed is None else _bounded(place.confirmed, place.reach)
+
+
+def _bounded(ratio: Ratio, reach: tuple[float, float]) -> str:
+    if ratio.value == np.inf:
+        return f"> {reach[1]:.3g}"
+    return f"{ratio.value:.3g}" if ratio.value else f"< {reach[0]:.3g}"
 
 
 def span_of(place: Place) -> str:
@@ -102,8 +111,7 @@ def _table(made: Multipliers) -> Table:
         found.add_row(escape(c.recipe), *_cells(c), "", "", "")
     for one in made.candidates:
         for p in one.places:
-            fresh = "" if p.confirmed is None else f"{p.confirmed.value:.3g}"
-            numbers = (number_of(p), span_of(p), fresh)
+            numbers = (number_of(p), span_of(p), fresh_of(p))
             found.add_row(escape(one.name), *_cells(p.cell), *numbers)
         if one.mean is not None:
             found.add_row("", "", "", "", "mean", f"{one.mean.value:.3g}", interval(one.mean), "")

@@ -89,6 +89,16 @@ def test_the_rate_with_most_seeds_counts_and_not_the_luckiest_run():
     assert by_name(table)["new"].mean.value == pytest.approx(1.0, abs=5e-3)
 
 
+def test_a_sweep_that_was_lucky_at_its_edge_does_not_count_beside_its_seeds():
+    table = runs(np.random.default_rng(0), {"new": 1.0}, noise=0.0)
+    is_swept = table["seed"] == 0
+    table["role"] = np.where(is_swept, "rate", "seed")
+    table.loc[is_swept & (table["recipe"] == "new"), "loss"] *= 0.9
+    found = by_name(table)["new"]
+    assert found.mean.value == pytest.approx(1.0, abs=5e-3)
+    assert {len(p.cell.logs) for p in found.places} == {2}
+
+
 def test_without_repeated_runs_nothing_is_shown():
     found = made(runs(np.random.default_rng(0), {"new": 1.4}, seeds=1))
     assert all(p.multiplier.includes_one for p in found.candidates[0].places)
@@ -106,7 +116,8 @@ def test_a_budget_whose_seeds_scatter_far_more_is_named():
 
 def test_fresh_seeds_confirm_a_winner_apart_from_the_runs_that_chose_it():
     rng = np.random.default_rng(0)
-    table = runs(rng, {"new": 1.5}).assign(role="seed")
+    table = runs(rng, {"new": 1.5})
+    table["role"] = np.where(table["seed"] == 0, "rate", "seed")
     fresh = runs(rng, {"new": 1.1}).assign(role="confirm")
     is_top = (fresh["flops"] == BUDGETS[-1]) & (fresh["learning_rate"] == 0.01)
     top = by_name(pd.concat((table, fresh[is_top & (fresh["recipe"] == "new")])))["new"].top
