@@ -32,16 +32,20 @@ class Sizes:
     tokens: tuple[int, int]
 
 
-def _model(layers: int, width: int, vocabulary: int) -> ModelConfig:
+def _model(layers: int, width: int, vocabulary: int, kv_heads: int | None = None) -> ModelConfig:
     # A large deviation: tokens are likely enough that rounding changes none.
     return ModelConfig(
-        num_layers=layers, width=width, num_heads=max(2, width // 64), vocab_size=vocabulary,
-        max_sequence_length=1024, init_std=0.2,
+        num_layers=layers, width=width, num_heads=max(2, width // 64), num_kv_heads=kv_heads,
+        vocab_size=vocabulary, max_sequence_length=1024, init_std=0.2,
     )  # fmt: skip
 
 
 REAL = Sizes(
-    {"3 layers of 128": _model(3, 128, 4096), "8 layers of 512": _model(8, 512, 32_768)},
+    {
+        "3 layers of 128": _model(3, 128, 4096),
+        "8 layers of 512": _model(8, 512, 32_768),
+        "8 layers of 512, grouped-query": _model(8, 512, 8192, kv_heads=2),
+    },
     (1, 16),
     (64, 192),
 )
