@@ -129,6 +129,8 @@ def test_every_command_line_of_a_block_is_one(path):
             rest = ["text", "output=none"]
         if verb == "study" and not any(word.endswith("*") or ".csv" in word for word in rest):
             rest.append("input=[none]")  # its runs, where the study is planned
+        if verb == "finetune" and any(word.startswith("lora.") for word in rest):
+            rest.append("optimizer=adamw")  # which the config of a fine-tuning has
         compose(job, overrides_of(job, rest))
         known = SubmitJob if any(w.startswith("launch.slurm") for w in rest) else TrainJob
         for word in more:

@@ -132,7 +132,13 @@ class _TokenLosses(torch.autograd.Function):
                 logits_CV = capped(F.linear(hidden_CD, weight_VD, bias_V), ctx.softcap)
             # d log Z / d logits = softmax; d loss / d logits = softmax - onehot
             grad_CV = (logits_CV - log_z_C[:, None]).exp_().mul_(grad_all_C[:, None])
-            grad_CV.scatter_add_(1, index_C1, -grad_target_C[:, None])
+            if torch.compiler.is_compiling():
+                # One loop with the line above. The compiler's own scatter_add gives wrong gradients
+                # on a CPU where chunks differ in size and kernels are deterministic (torch 2.13).
+                own_CV = torch.arange(len(weight_VD), device=index_C1.device) == index_C1
+                grad_CV = grad_CV - own_CV * grad_target_C[:, None]
+            else:
+                grad_CV.scatter_add_(1, index_C1, -grad_target_C[:, None])
             if ctx.softcap:  # d capped / d logits = 1 - tanh^2
                 grad_CV.mul_(1 - (logits_CV / ctx.softcap).square())
             grad_CV = grad_CV.to(weight_VD.dtype)

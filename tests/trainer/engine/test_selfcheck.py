@@ -77,7 +77,11 @@ class Checked:
         self.model.register_forward_hook(self._forward)
         names = {p: name for name, p in self.model.named_parameters()}
         engine = SimpleNamespace(
-            world=World(), module=self.model, names=names, seed_for=lambda *_: None
+            world=World(),
+            module=self.model,
+            names=names,
+            seed_for=lambda *_: None,
+            combined=lambda losses, micro: (losses, 0.0, {}),
         )
         self.check = SelfCheck(engine, "here", exact)
         tokens = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(1))
