@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from forescale.data.conversations.ids import asked_ids
 from forescale.data.conversations.template import ChatTemplate, Message
@@ -64,6 +65,8 @@ def question_of(view: RunView, text: str) -> Question:
     spec, end = config.objective.spec, identity["end_of_text"]
     if config.continues_text:
         ids = prompt_ids(view.tokenizer, text, end)
+        if view.run.is_import and (first := _first_ids(view.tokenizer)):
+            ids = first + text_ids(view.tokenizer, text)
         return Question(text, text, ids, ids, end, "document", config.train.sequence_length)
     if not spec.source:
         what = f"was trained with objective.kind={config.objective.kind}, and continues no text"
@@ -79,6 +82,16 @@ def question_of(view: RunView, text: str) -> Question:
         return _of_pair(view, text, objective, config.model.has_encoder)
     assert isinstance(objective, Spans)
     return _of_gaps(view, text, objective, config.model.has_encoder)
+
+
+def _first_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that a tokenizer puts before each text, such as Llama's of the beginning:
+    imported weights were trained on texts that begin with them."""
+    plain, whole = (
+        tokenizer.encode("a", add_special_tokens=framed).ids for framed in (False, True)
+    )
+    at = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(at, 0)]
 
 
 def chat_question(view: RunView, template: ChatTemplate, messages: Sequence[Message]) -> Question:

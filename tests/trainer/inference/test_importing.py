@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from forescale import open_run
 from forescale.config.train import TrainJob
 from forescale.data.tokenizer import byte_tokenizer
 from forescale.errors import UserError
+from forescale.inference.answering import question_of
 from forescale.inference.hf_directory import Stored
 from forescale.models.hf.pieces import Piece
 from forescale.monitor.status import runs_under
@@ -121,6 +123,19 @@ def test_a_model_comes_in_and_goes_out_as_it_was(family, tmp_path, forescale):
     written_by = ("_name_or_path", "transformers_version", "rope_theta", "rope_scaling")
     for key in one.keys() - {*written_by}:
         assert one[key] == other[key], key
+
+
+def test_a_prompt_begins_as_the_tokenizer_of_the_weights_begins_texts(llama, forescale):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    first = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    tokenizer.save(str(llama / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(llama)
+    assert forescale("import", "hf", llama, "it")[0] == 0
+    for text in ("ab c", ""):
+        assert question_of(open_run("runs/it"), text).start == theirs(text).input_ids, text
+    assert theirs("").input_ids == [first]
 
 
 def test_half_precision_stays_exact(llama, forescale):
