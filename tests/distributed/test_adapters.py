@@ -38,6 +38,8 @@ def test_they_resume_bit_for_bit_and_freeze_all_else(dataset, tmp_path, stage, p
     data = (f"data.path={dataset}", *LENGTH, f"precision={precision}")
     launching.train(tmp_path, "run.name=base", *data)
     lora = (*data, *LORA, f"run.from.run={tmp_path / 'base'}", f"engine=zero{stage}")
+    if stage == 3:  # is compared with one rank, which would drop others
+        lora += ("lora.dropout=0",)
     whole, again = launching.whole_and_repeated(tmp_path, *lora, *TWO, step=4)
     assert len(whole) == 8
     assert again == whole

@@ -170,7 +170,7 @@ def test_only_damaged_units_are_made_again(expect_same, tmp_path):
     rows = [line.split() for line in out.splitlines()]
     kinds = {damaged.partition("/")[0] for damaged, *_ in rows}
     assert kinds >= {"hashes", "ranges", "samples", "tokens", "rows", "tokenizer", "baselines"}
-    always = {f"dataset/{name}.json" for name in ("manifest", "tokenizer", "files")}
+    always = {f"dataset/{name}.json" for name in ("manifest", "tokenizer", "files", "origins")}
     for damaged, *others in rows:
         if damaged != "request.json":  # without it the other files can't be used
             kind, _, shard = damaged.partition(".")[0].partition("/")
