@@ -21,7 +21,7 @@ def job(lab: Lab, tmp_path: Path, dataset: Path) -> Job:
 
 @contextmanager
 def nodes_taken(job):
-    """All nodes are another job's: what is submitted meanwhile can't have ended before one looks."""
+    """All nodes are another job's: nothing that is submitted meanwhile ends before one looks."""
     words = ("--parsable", "-N4", "--exclusive", "--wrap", "sleep 300")
     id = job.lab.run("sbatch", *words, cwd=job.root.parent).strip()
     yield
