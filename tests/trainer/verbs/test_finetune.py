@@ -8,26 +8,7 @@ from forescale import open_dataset, open_run
 from forescale.models.adapters import num_adapters
 from forescale.run.finetune import first_config
 from tests.questions import rows, write_rows
-from tests.trainer.small_run import STEPS, make_dataset, make_run
-
-SMALL = ("model.num_layers=1", "model.width=32", "model.num_heads=2", "train.sequence_length=128")
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("origin")
-    return make_run(make_dataset(folder / "data"), folder / "runs", "small", *SMALL)
-
-
-@pytest.fixture
-def make(origin, tmp_path, forescale):
-    file = write_rows(tmp_path / "sums.jsonl", rows())
-
-    def run(*words, start=origin.path):
-        more = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}")
-        return forescale("finetune", start, *more, "prepare_only=true", *words)
-
-    return run
+from tests.trainer.small_run import STEPS
 
 
 def test_the_run_has_the_config_of_its_origin_and_the_defaults_of_fine_tuning(

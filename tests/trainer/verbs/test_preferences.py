@@ -11,26 +11,11 @@ from forescale.run.finetune import first_config
 from forescale.run.references import read_references
 from tests.preferences import preferences
 from tests.questions import rows, write_rows
-from tests.trainer.small_run import make_dataset, make_run
-
-SMALL = ("model.num_layers=1", "model.width=32", "model.num_heads=2", "train.sequence_length=128")
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("origin")
-    return make_run(make_dataset(folder / "data"), folder / "runs", "small", *SMALL)
 
 
 @pytest.fixture
-def make(origin, tmp_path, forescale):
-    file = write_rows(tmp_path / "sums.jsonl", preferences())
-
-    def run(*words, start=origin.path):
-        more = (f"data={file}", f"run.root={tmp_path}", f"data.cache={tmp_path}")
-        return forescale("finetune", start, *more, "prepare_only=true", *words)
-
-    return run
+def lines():
+    return preferences()
 
 
 def test_the_lines_say_that_they_are_preferences_and_the_run_has_their_defaults(
