@@ -1,7 +1,6 @@
 """`forescale eval`: score a trained model on datasets, beside compressors, or on tasks."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from forescale.abilities.tasks import QUESTIONS, SHOTS, TASKS
@@ -191,32 +190,31 @@ def _print_json(view: RunView, checkpoint: Checkpoint, facts: dict[str, Any]) ->
 def _tasks(job: EvalJob, view: RunView, checkpoint: Checkpoint) -> int:
     """Print the scores on tasks of lm_eval."""
     from forescale.inference.harness.language_model import LanguageModel
-    from forescale.inference.harness.page import as_facts, table, write_answers
+    from forescale.inference.harness.page import as_facts, new_file, table, write_answers
     from forescale.inference.harness.scores import lm_eval_version, scores_of
     from forescale.inference.harness.tasks import loaded_tasks, quiet
     from forescale.inference.lengths import at_length
 
-    if job.answers and Path(job.answers).exists():
-        raise UserError(job.answers, "exists already", "choose another file with answers=FILE")
     with quiet():
         tasks = loaded_tasks(job.tasks)
+    answers = None if job.answers is None else new_file(job.answers)
     trained = view.config.train.sequence_length
     length = job.sequence_length or trained
     model = at_length(view.load(checkpoint, job.trust), length, trained, job.rope_scaling)
     with shown() as progress:
         asked = LanguageModel(view, model, batch=job.micro_batch, length=length, progress=progress)
         scores = list(scores_of(asked, tasks, job.shots, job.questions, job.chat))
-    if job.answers:
-        write_answers(Path(job.answers), scores)
     if job.json:
         for score in scores:
             _print_json(view, checkpoint, {**as_facts(score), "chat": job.chat})
-        return DONE
-    print(
-        f"Run {view.name}, step {checkpoint.position.step:,}, in fp32, tasks of lm_eval "
-        f"{lm_eval_version()}\n(± standard error; in brackets 90 % intervals of shares):\n"
-    )
-    print(table(scores))
+    else:
+        print(
+            f"Run {view.name}, step {checkpoint.position.step:,}, in fp32, tasks of lm_eval "
+            f"{lm_eval_version()}\n(± standard error; in brackets 90 % intervals of shares):\n"
+        )
+        print(table(scores))
+    if answers is not None:  # last: a full disk takes no scores away
+        write_answers(answers, scores)
     return DONE
 
 

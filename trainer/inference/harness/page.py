@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval.utils import handle_non_serializable
 
+from forescale.errors import UserError
 from forescale.inference.harness.scores import Metric, TaskScore, lm_eval_version
 from forescale.storage import write_file
 
@@ -70,6 +71,19 @@ def as_facts(score: TaskScore) -> dict[str, Any]:
         "asked_sha256": score.asked,
         "lm_eval": lm_eval_version(),
     }
+
+
+def new_file(name: str) -> Path:
+    """Return the file of answers, in a folder that exists from now on. Raises UserError for one
+    that exists, or can't: before the questions, which may take hours."""
+    file, todo = Path(name).expanduser(), "choose another file with answers=FILE"
+    if file.exists():
+        raise UserError(name, "exists already", todo)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(name, f"its folder can't be made ({e.strerror})", todo) from None
+    return file
 
 
 def write_answers(path: Path, scores: Sequence[TaskScore]) -> None:

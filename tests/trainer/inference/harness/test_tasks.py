@@ -1,5 +1,6 @@
 """`forescale eval tasks=`: what is printed, where it comes from, and what is refused."""
 
+import errno
 import hashlib
 import json
 import sys
@@ -21,7 +22,7 @@ def first_right(answers):
 
 def test_scores_come_with_their_intervals_and_their_source(trained, forescale, tmp_path):
     file = make_tasks(tmp_path / "tasks")["choice"]
-    log = tmp_path / "answers.jsonl"
+    log = tmp_path / "missing" / "answers.jsonl"
     words = (f"tasks=[{file}]", "shots=[0,2]", "questions=5", f"answers={log}", "--json")
     code, out, err = forescale("eval", trained.path, "step=4", *words)
     assert code == 0, err
@@ -46,6 +47,30 @@ def test_scores_come_with_their_intervals_and_their_source(trained, forescale, t
     assert asked_in_chat["asked_sha256"] != none["asked_sha256"]
     code, out, _ = forescale("eval", trained.path, f"tasks=[{file}]", f"answers={log}")
     assert (code, out) == (2, "")  # nothing is written over
+
+
+def test_answers_that_have_no_place_are_refused_before_a_question(trained, forescale, tmp_path):
+    file = make_tasks(tmp_path / "tasks")["choice"]
+    words = (f"tasks=[{file}]", f"answers={file}/answers.jsonl")
+    code, out, err = forescale("eval", trained.path, *words)
+    assert (code, out) == (2, "")
+    assert "answers.jsonl: its folder can't be made (" in err
+    assert "likelihoods" not in err
+
+
+def test_scores_are_printed_before_answers_are_written(trained, forescale, tmp_path, monkeypatch):
+    file = make_tasks(tmp_path / "tasks")["rolling"]
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("forescale.inference.harness.page.write_file", full)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = (f"tasks=[{file}]", "questions=1", "answers=~/there/answers.jsonl")
+    code, out, err = forescale("eval", trained.path, *words)
+    assert code != 0
+    assert "bits_per_byte" in out
+    assert str(tmp_path / "there" / "answers.jsonl") in err
 
 
 def test_people_get_a_table(trained, forescale, tmp_path):
