@@ -149,13 +149,26 @@ def _freeze(run: Run, job: TrainJob, changed: list[str]) -> None:
         run.path.chmod(job.run.mode)
 
 
-def _keep_template(run: Run, origin: Run | None, sources: Sources) -> None:
-    """Write the chat template of the conversations that the run learns, else that of its origin."""
-    build = sources.first.manifest.get("build") or {}
+def _keep(run: Run, job: TrainJob, sources: Sources) -> None:
+    """Write what a run keeps of its origin and of its data, and delete what it has of former ones:
+    the chat template of the conversations that it learns, else that of its origin; the files that
+    came with imported weights; and the references, if it goes on from a run of preferences."""
+    origin, build = origin_of(job), sources.first.manifest.get("build") or {}
     if template := build.get("template"):
         write_checked_json(run.chat, {"chat_template": template})
     elif origin is not None and origin.chat.is_file():
         write_file(run.chat, origin.chat.read_bytes())
+    _copy(origin.imported if origin else None, run.imported)  # `export` reads it
+    goes_on = job.objective.are_preferences and job.run.origin.what != "weights"
+    _copy(origin.references if origin and goes_on else None, run.references)
+
+
+def _copy(old: Path | None, new: Path) -> None:
+    """Make one file like another, and delete it where there is no other."""
+    if old is not None and old.is_file():
+        write_file(new, old.read_bytes())
+    else:
+        new.unlink(missing_ok=True)
 
 
 def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[str, ...]:
@@ -170,7 +183,7 @@ def _correct(run: Run, old: TrainJob, job: TrainJob, sources: Sources) -> tuple[
     if not run.tokenizer.exists() or run.tokenizer.read_bytes() != tokenizer:
         write_file(run.tokenizer, tokenizer)
     if told:
-        _keep_template(run, origin_of(job), sources)
+        _keep(run, job, sources)
         measured = ("parameters", "device")  # of the old config; the next attempt adds them
         kept = {k: v for k, v in read_json(run.identity).items() if k not in measured}
         write_checked_json(run.identity, kept | _of_data(sources) | {"versions": versions()})
@@ -256,11 +269,7 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
             stage.chmod(job.run.mode)
             new = Run(stage)
             write_file(new.tokenizer, sources.first.tokenizer_json)
-            if (origin := origin_of(job)) is not None and origin.imported.is_file():
-                write_file(new.imported, origin.imported.read_bytes())  # `export` reads it
-            if origin is not None and job.objective.are_preferences and _goes_on(job, origin):
-                write_file(new.references, origin.references.read_bytes())
-            _keep_template(new, origin, sources)
+            _keep(new, job, sources)
             write_checked_json(new.identity, identity)
             write_file(new.config, frozen_file(job))
     except OSError as e:
@@ -269,11 +278,6 @@ def _make(run: Run, job: TrainJob, sources: Sources) -> None:
         what = "another command has made this run at the same moment, and trains it"
         todo = "give the same command again to resume it later, or choose another run.name"
         raise UserError(str(run.path), what, todo) from None
-
-
-def _goes_on(job: TrainJob, origin: Run) -> bool:
-    """True if a run of preferences goes on from another one, and so with its reference."""
-    return job.run.origin.what != "weights" and origin.references.is_file()
 
 
 def _of_data(sources: Sources) -> dict[str, Any]:

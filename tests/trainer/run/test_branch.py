@@ -1,5 +1,6 @@
 """A branch begins at one step of its origin, with the data and the tokenizer of the origin."""
 
+import numpy as np
 import pytest
 
 from forescale.config.frozen import thaw
@@ -8,8 +9,11 @@ from forescale.data.prepare.builder import BuildConfig, build_dataset
 from forescale.data.text.files import Files
 from forescale.errors import UserError
 from forescale.run.directory import Run
+from forescale.run.references import References
 from forescale.run.start import start
-from tests.trainer.small_run import make_dataset, train_a_step
+from tests.preferences import make_preferences
+from tests.questions import KIND, make_conversations
+from tests.trainer.small_run import make_dataset, make_job, train_a_step
 
 
 @pytest.fixture
@@ -61,3 +65,40 @@ def test_a_branch_freezes_the_step_that_it_came_from(branch, small_data):
     named = branch(f"data.path={small_data}", "train.steps=20", "run.from.step=4")
     with pytest.raises(UserError, match=r"run\.from\.step: 8 -> 4"):
         start(named)
+
+
+SIZES = ("model.num_layers=1", "model.width=32", "model.num_heads=2")
+
+
+@pytest.fixture
+def preferring(tmp_path):
+    """Make the job of a run of preferences: preferring(name, origin, "key=value", ...). The runs
+    `a` and `b` have made a step, each with references of its own, the numbers 1 and 2."""
+    dataset, root = make_preferences(tmp_path / "preferences"), tmp_path / "runs"
+    examples = make_conversations(tmp_path / "examples")
+    train_a_step(start(make_job(examples.path, root, "base", *SIZES, *KIND)).run)
+
+    def make(name, origin, *overrides):
+        words = (*SIZES, *KIND, "objective.kind=preferences", f"run.from.run={origin}", *overrides)
+        return make_job(dataset.path, root, name, *words)
+
+    for number, name in enumerate("ab", 1):
+        run = start(make(name, "base", "run.from.what=weights")).run
+        train_a_step(run)
+        made = {"data": {"data": dataset.identity}, "columns": 64, "origin": {"run": "base"}}
+        count = {"train": 48, "validation": 12}
+        values = {s: {"data": np.full((n, 2), number, np.float32)} for s, n in count.items()}
+        References(made, values).write(run)
+    return make
+
+
+def test_a_corrected_branch_has_the_references_of_its_new_origin(preferring, tmp_path):
+    run = start(preferring("branch", "a")).run
+    kept = {name: Run(tmp_path / "runs" / name).references.read_bytes() for name in "ab"}
+    assert run.references.read_bytes() == kept["a"] != kept["b"]
+    assert start(preferring("branch", "b")).notes
+    assert run.references.read_bytes() == kept["b"]
+    start(preferring("branch", "b", "run.from.what=weights"))
+    assert not run.references.exists(), "they are computed with the weights of b"
+    start(preferring("branch", "a"))
+    assert run.references.read_bytes() == kept["a"]
