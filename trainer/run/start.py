@@ -156,8 +156,8 @@ def _keep(run: Run, job: TrainJob, sources: Sources) -> None:
     origin, build = origin_of(job), sources.first.manifest.get("build") or {}
     if template := build.get("template"):
         write_checked_json(run.chat, {"chat_template": template})
-    elif origin is not None and origin.chat.is_file():
-        write_file(run.chat, origin.chat.read_bytes())
+    else:
+        _copy(origin.chat if origin else None, run.chat)
     _copy(origin.imported if origin else None, run.imported)  # `export` reads it
     goes_on = job.objective.are_preferences and job.run.origin.what != "weights"
     _copy(origin.references if origin and goes_on else None, run.references)

@@ -102,3 +102,11 @@ def test_a_corrected_branch_has_the_references_of_its_new_origin(preferring, tmp
     assert not run.references.exists(), "they are computed with the weights of b"
     start(preferring("branch", "a"))
     assert run.references.read_bytes() == kept["a"]
+
+
+def test_a_run_that_learns_conversations_no_more_has_no_chat_template(small_data, tmp_path):
+    examples, root = make_conversations(tmp_path / "examples"), tmp_path / "runs"
+    run = start(make_job(examples.path, root, "first", *SIZES, *KIND)).run
+    assert run.chat.is_file()
+    start(make_job(small_data, root, "first"))
+    assert not run.chat.exists()
