@@ -101,7 +101,7 @@ class ModelConfig:
     mixer_pattern: list[str] = field(default_factory=list)
     delta_value_dim: int | None = None  # gated_deltanet: width of a value head; None: head width
     delta_conv: int = 4  # gated_deltanet: tokens that its short convolution reads
-    latent_rank: int | None = None  # latent: width of what is cached; None: 4 heads, half the width
+    latent_rank: int | None = None  # latent: width of what is cached; None: 4 heads, half of all
     latent_query_rank: int | None = None  # latent: width of the queries' latent; None: no latent
     # Layers of an encoder before the num_layers of the decoder (objective.kind=seq2seq or prefix);
     # 0: none.

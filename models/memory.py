@@ -142,8 +142,8 @@ def of_rank(config: ModelConfig, ranks: int) -> ModelConfig:
         return config
     s, found = config.sizes, replace(config)
     kv_heads = s.num_kv_heads * copies(s.num_heads, s.num_kv_heads, ranks) // ranks
-    heads, width = s.num_heads // ranks, s.width // ranks
-    found.__dict__["sizes"] = replace(s, width=width, num_heads=heads, num_kv_heads=kv_heads)
+    heads = s.num_heads // ranks
+    found.__dict__["sizes"] = replace(s, num_heads=heads, num_kv_heads=kv_heads)
     return found
 
 

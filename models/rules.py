@@ -72,8 +72,8 @@ def _of_heads(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:
         what = f"{num_heads} heads do not divide width {width}"
         found.append(("num_heads", what, "choose a divisor of width, or give head_dim"))
     elif full.rotates and head_dim % 2:
-        what = f"rotary position needs even heads, not {head_dim} wide"
-        found.append(("num_heads", what, "choose another num_heads or position"))
+        what, key = f"rotary position needs even heads, not {head_dim} wide", _of_width(full)
+        found.append((key, what, f"choose another {key} or position"))
     elif full.rotates:
         found += _of_rotation(full, head_dim * (full.rope_fraction or 1))
     if num_heads % num_kv_heads:
@@ -90,8 +90,14 @@ def _of_rotation(full: "ModelConfig", turning: float) -> list[Problem]:
         return [("rope_fraction", what, "choose one that gives an even part of a head")]
     if full.rope_scaling == "ntk" and even < 4:
         what = f"ntk needs at least 4 of a head that rotate, not {even}"
-        return [("num_heads", what, "choose fewer heads, or a larger rope_fraction")]
+        wider = "choose wider heads" if full.head_dim else "choose fewer heads"
+        return [(_of_width(full), what, f"{wider}, or a larger rope_fraction")]
     return []
+
+
+def _of_width(config: "ModelConfig") -> str:
+    """Return the key that decides how wide a head is."""
+    return "head_dim" if config.head_dim else "num_heads"
 
 
 def _of_sizes(config: "ModelConfig", full: "ModelConfig") -> list[Problem]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.attention import ATTENTION, gates
+from forescale.models.costs.attention import ATTENTION, gates, scores_flops
 from forescale.models.costs.record import Part, Shapes, matrix_flops, outputs
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def _split(config: "ModelConfig") -> tuple[Shapes, Shapes]:
 
 def _flops(config: "ModelConfig", source_length: int, causal: bool) -> int:
     """Return the FLOPs of a decoder's token, which attends to all tokens of the source."""
-    return matrix_flops(_split(config)[0]) + 4 * config.sizes.heads_width * source_length
+    return matrix_flops(_split(config)[0]) + scores_flops(config, source_length, False)
 
 
 def _source_flops(config: "ModelConfig") -> int:
@@ -53,7 +53,7 @@ def _selected_source(config: "ModelConfig", bytes_per_value: int) -> int:
 
 
 def _made_again(config: "ModelConfig", source_length: int) -> int:
-    return 4 * config.sizes.width * source_length if config.dropout else 0
+    return scores_flops(config, source_length, False) if config.dropout else 0
 
 
 CROSS = Part(

@@ -59,7 +59,8 @@ def sizes_refused(config: "ModelConfig", tensor: int = 1) -> list[Refusal]:
             what = f"{whose} is {shape[0]} x {shape[1]}, and fp8 takes multiples of {PIECE}"
             whole = (size, size * tensor)
             keys = [f"model.{key}" for key in _SIZES if getattr(config, key) in whole]
-            todo = " or ".join(keys) or "model.width, model.num_heads or model.num_kv_heads"
+            wide = "model.head_dim" if config.head_dim else "model.width"
+            todo = " or ".join(keys) or f"{wide}, model.num_heads or model.num_kv_heads"
             found[size] = (what, f"change {todo}, {_OFF}")
     return [*found.values()]
 

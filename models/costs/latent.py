@@ -21,11 +21,11 @@ def ranks(config: "ModelConfig") -> tuple[int, int]:
     """Return the widths of the latent of keys and values, and of that of queries (0: none).
 
     Rule for the first: 4 * head_dim (DeepSeek-V2, arXiv 2405.04434, section 2.1.4: d_c = 4 d_h),
-    but at most half of the width. Doubt: that is for 128 heads; the second part, for models of
+    but at most half of all heads. Doubt: that is for 128 heads; the second part, for models of
     fewer than 8 heads, where 4 * head_dim would hardly compress, is ours.
     """
     s = config.sizes
-    rank = config.latent_rank or max(1, min(4 * s.head_dim, s.width // 2))
+    rank = config.latent_rank or max(1, min(4 * s.head_dim, s.heads_width // 2))
     return rank, config.latent_query_rank or 0
 
 
@@ -95,12 +95,13 @@ def _problems(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> lis
     if c.position == "rotary" and c.rope_fraction == 1:
         what = "mixer latent needs a part of each head that does not rotate"
         found.append(("rope_fraction", what, "give less than 1, or leave it out"))
-    both = 2 * (full.width or 0)
-    if (c.latent_rank or 0) >= both:
-        what = f"{c.latent_rank} does not compress keys and values, {both} a token"
+    heads = full.num_heads or 1
+    queries = heads * (full.head_dim or (full.width or 0) // heads)
+    if (c.latent_rank or 0) >= 2 * queries:
+        what = f"{c.latent_rank} does not compress keys and values, {2 * queries} a token"
         found.append(("latent_rank", what, "give less, or leave it out"))
-    if (c.latent_query_rank or 0) > (full.width or 0):
-        what = f"{c.latent_query_rank} does not compress queries, {full.width} a token"
+    if (c.latent_query_rank or 0) > queries:
+        what = f"{c.latent_query_rank} does not compress queries, {queries} a token"
         found.append(("latent_query_rank", what, "give less, or leave it out"))
     return found
 

@@ -56,7 +56,7 @@ def test_the_datas_numbers_fill_in():
         ({"depth": 2, "width": 9, "num_heads": 3}, "num_heads"),  # rotary: heads of 3
         ({"depth": 2, "num_kv_heads": 3}, "num_kv_heads"),
         ({"depth": 2, "head_dim": 48}, "num_heads"),  # no whole number of them
-        ({"depth": 2, "num_heads": 3, "head_dim": 7}, "num_heads"),  # rotary: heads of 7
+        ({"depth": 2, "num_heads": 3, "head_dim": 7}, "head_dim"),  # rotary: heads of 7
         ({"depth": 2, "head_dim": 0}, "head_dim"),
         ({"depth": 2, "width": 15, "num_heads": 3, "position": "sinusoidal"}, "width"),
         ({"depth": 2, "position": "t5"}, "position"),

@@ -102,7 +102,7 @@ def test_the_cache_holds_the_latent_and_one_key_alone():
     assert cache_bytes(published, 10) == (512 + 64) * 10 * 2
     plain = replace(published, mixer="attention")
     assert cache_bytes(plain, 10) / cache_bytes(published, 10) > 28
-    assert ranks(replace(CONFIG, latent_rank=None))[0] == 32, "half of the width, for few heads"
+    assert ranks(replace(CONFIG, latent_rank=None))[0] == 32, "half of all heads, for few"
 
 
 def test_keys_and_values_start_as_large_as_attentions():
@@ -124,6 +124,8 @@ def test_keys_and_values_start_as_large_as_attentions():
         (dict(rope_fraction=1.0), r"rope_fraction: mixer latent needs .* leave it out"),
         (dict(latent_rank=128), r"latent_rank: 128 does not compress"),
         (dict(latent_query_rank=65), r"latent_query_rank: 65 does not compress"),
+        (dict(latent_rank=64, head_dim=8), r"latent_rank: 64 .* keys and values, 64 a token"),
+        (dict(latent_query_rank=33, head_dim=8), r"latent_query_rank: 33 .* queries, 32 a token"),
         (dict(latent_query_rank=0), r"latent_query_rank: 0 is not a size"),
     ],
 )
