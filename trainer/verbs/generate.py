@@ -13,7 +13,7 @@ from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RunJob
 from forescale.config.schema import key
 from forescale.console import unchanged_output
-from forescale.data.conversations.template import Message, Unfit
+from forescale.data.conversations.template import ChatTemplate, Message, Unfit
 from forescale.errors import DONE, UserError
 from forescale.inference.prompts import prompts_in, typed_lines, whole_input
 from forescale.inference.view import RunView, open_view, ready_to_write
@@ -121,10 +121,11 @@ def main(arguments: list[str]) -> int:
     """Print prompts and texts to stdout, everything else to stderr."""
     job = compose(GenerateJob, overrides_of(GenerateJob, arguments))
     view = open_view(job.target or "", job.run.root)
+    template = _template(job, view)
     if job.interactive:
-        _converse(job, view, _model(job, view))
+        _converse(job, view, template, _model(job, view))
         return DONE
-    answers = _answers(job, view, _prompts(job))
+    answers = _answers(job, view, template, _prompts(job))
     model = _model(job, view)
     if len(answers) == 1 and not job.json:
         _stream(model, answers[0])
@@ -140,15 +141,29 @@ def _prompts(job: GenerateJob) -> list[str]:
     return job.prompts or [whole_input() if job.prompt == "-" else job.prompt]
 
 
+def _template(job: GenerateJob, view: RunView) -> ChatTemplate | None:
+    """Return the template of a chat, None if there is no chat. Raises UserError for one that can't
+    be read, or that no chat fits."""
+    if not job.chat:
+        return None
+    template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
+    template.check()
+    return template
+
+
 def _model(job: GenerateJob, view: RunView) -> "nn.Module":
     return ready_to_write(view.load(view.checkpoint(job.step), job.trust))
 
 
 def _answers(
-    job: GenerateJob, view: RunView, prompts: list[str], before: Sequence[Message] = ()
+    job: GenerateJob,
+    view: RunView,
+    template: ChatTemplate | None,
+    prompts: list[str],
+    before: Sequence[Message] = (),
 ) -> list["Answer"]:
-    """Return the answers that are wanted, none of them begun. before: the turns of a conversation
-    until now. Raises UserError for a prompt that the model can't read."""
+    """Return the answers that are wanted, none of them begun. template: of a chat; before: the
+    turns of it until now. Raises UserError for a prompt that the model can't read."""
     from forescale.inference.answering import question_of
     from forescale.inference.sampling import Sampler
     from forescale.inference.writing import Answer, Wanted
@@ -157,7 +172,7 @@ def _answers(
     stops = [text.replace("\\n", "\n").replace("\\t", "\t") for text in job.stop]
     wanted = Wanted(job.num_tokens, sampler, tuple(stops))
     found: list[Answer] = []
-    asked = _chat(job, view, before) if job.chat else partial(question_of, view)
+    asked = partial(question_of, view) if template is None else _chat(view, template, before)
     for number, prompt in enumerate(prompts, 1):
         try:
             question = asked(prompt)
@@ -171,13 +186,10 @@ def _answers(
 
 
 def _chat(
-    job: GenerateJob, view: RunView, before: Sequence[Message]
+    view: RunView, template: ChatTemplate, before: Sequence[Message]
 ) -> Callable[[str], "Question"]:
-    """Return what makes the next message of a conversation a question. Raises UserError."""
+    """Return what makes the next message of a conversation a question. It raises UserError."""
     from forescale.inference.answering import chat_question
-
-    template = chat_template(view.run, vocabulary_of_run(view.run), job.template)
-    template.check()
 
     def asked(prompt: str) -> "Question":
         messages = [*before, {"role": "user", "content": prompt}]
@@ -244,7 +256,9 @@ def _as_json(answer: "Answer") -> str:
     return json.dumps(facts, ensure_ascii=False)
 
 
-def _converse(job: GenerateJob, view: RunView, model: "nn.Module") -> None:
+def _converse(
+    job: GenerateJob, view: RunView, template: ChatTemplate | None, model: "nn.Module"
+) -> None:
     """Answer each line of standard input. What is wrong with one is said, and the next is read."""
     seed, turns = job.seed, list[Message]()
     for line in typed_lines("> "):
@@ -252,7 +266,7 @@ def _converse(job: GenerateJob, view: RunView, model: "nn.Module") -> None:
             turns = []
             continue
         try:
-            answers = _answers(replace(job, seed=seed), view, [line], turns)
+            answers = _answers(replace(job, seed=seed), view, template, [line], turns)
             if len(answers) == 1 and not job.json:
                 _stream(model, answers[0])
             else:

@@ -4,11 +4,13 @@ import io
 import json
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from forescale import open_run
 from forescale.inference.answering import chat_question
+from forescale.inference.view import RunView
 from forescale.inference.writing import Answer, Wanted, written
 from forescale.models.decoding.sampler import Sampler
 from forescale.storage import read_json
@@ -34,6 +36,14 @@ def messages(*texts):
     return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
 
 
+def typed(monkeypatch, raw: bytes) -> None:
+    """Let standard input be these lines."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the test's end
+    file.write(raw)
+    file.seek(0)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+
+
 def test_a_message_is_answered_after_the_prompt_of_the_template(chat, forescale):
     prompt = plain_template().prompt(messages("1?"))
     code, whole, _ = forescale("generate", chat.path, f"prompt='{prompt}'", *WORDS)
@@ -45,10 +55,7 @@ def test_a_message_is_answered_after_the_prompt_of_the_template(chat, forescale)
 
 
 def test_lines_are_a_conversation_until_an_empty_one(chat, forescale, monkeypatch):
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the test's end
-    file.write(b"1?\nsure?\n\n1?\n")
-    file.seek(0)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+    typed(monkeypatch, b"1?\nsure?\n\n1?\n")
     words = ("generate", chat.path, *WORDS, "--json")
     lines = forescale(*words, "--chat", "--interactive")[1].splitlines()
     first, second, third = (json.loads(line) for line in lines)
@@ -89,3 +96,33 @@ def test_a_template_without_a_chat_is_a_sentence(chat, forescale):
     code, _, err = forescale("generate", chat.path, "template=none.jinja", "--chat")
     assert code == 2
     assert "none.jinja: no such file" in err
+
+
+@pytest.mark.parametrize("text", [None, "{% for m in %}", "{{ raise_exception(1) }}"])
+def test_a_template_that_cant_be_used_ends_a_conversation_before_it_begins(
+    chat, forescale, monkeypatch, tmp_path, text
+):
+    file = tmp_path / "own.jinja"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(RunView, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    words = ("generate", chat.path, f"template={file}", "--chat", "--interactive")
+    code, out, err = forescale(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "own.jinja: " in err
+
+
+def test_a_conversation_reads_its_template_once(chat, forescale, monkeypatch, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text(OTHER)
+    words = ("generate", chat.path, f"template={file}", "--chat", "--interactive", *WORDS)
+    read, texts = Path.read_text, []
+
+    def counted(path, *how, **more):
+        texts.append(path)
+        return read(path, *how, **more)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    typed(monkeypatch, b"1?\nsure?\n")
+    assert forescale(*words)[0] == 0
+    assert texts.count(file) == 1
