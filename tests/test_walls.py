@@ -33,7 +33,7 @@ ALLOWED = {
     "run": "models abilities config data",
     "resilience": "config run",
     "checkpoint": "config data engine models run",
-    "monitor": "config data engine run resilience checkpoint",
+    "monitor": "abilities config data engine run resilience checkpoint",
     "train": "models abilities config data engine run resilience checkpoint",
     "drill": "config data run resilience monitor",
     "inference": "models abilities config data run checkpoint train",
@@ -45,7 +45,7 @@ ALLOWED = {
     "scaling.actions": "config",
     "scaling.config": "config scaling.actions",
     "scaling.fitting": "",
-    "scaling.records": "models config data run resilience monitor scaling.fitting",
+    "scaling.records": "models abilities config data run resilience monitor scaling.fitting",
     "scaling.forecasting": "scaling.fitting",
     "scaling.doubts": "scaling.fitting",
     "scaling.analysis": (

@@ -7,14 +7,13 @@ after the tokens before it: exactly when greedy decoding would write it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
+from forescale.abilities.columns import KINDS, Column
 from forescale.abilities.questions import Questions
-from forescale.abilities.tasks import COLUMN
 from forescale.progress import Progress, silent
 
 # tokens (B, L) and targets (B, L) int64, IGNORED but at answers -> what `judged` returns
@@ -58,9 +57,7 @@ class Accuracy:
     def columns(self) -> dict[str, float]:
         """What rows and records call these numbers: `ability/copy/4` is the share, `_stderr` its
         standard error; `_nats` the mean loss of an answer, `_nats_stderr` its standard error."""
-        name = COLUMN.format(task=self.task, shots=self.shots)
-        found = {"": self.share, "_stderr": self.stderr, "_nats": self.nats}
-        return {name + end: x for end, x in (found | {"_nats_stderr": self.nats_stderr}).items()}
+        return {Column(self.task, self.shots, kind).name: getattr(self, kind) for kind in KINDS}
 
 
 def interval_of(right: int, questions: int) -> tuple[float, float]:
@@ -74,16 +71,6 @@ def _spread_of(right: int, questions: int) -> tuple[float, float]:
     n, p = questions, right / questions
     middle = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
     return middle, _Z / (1 + _Z * _Z / n) * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
-
-
-def in_words(found: Sequence[Accuracy]) -> str:
-    """Return the shares of right answers in a line."""
-    shots = ", ".join(map(str, dict.fromkeys(one.shots for one in found)))
-    shares = [
-        f"{task} {', '.join(f'{100 * one.share:.0f} %' for one in own)}"
-        for task, own in groupby(found, key=lambda one: one.task)
-    ]
-    return f"right answers after {shots} examples: {'; '.join(shares)}"
 
 
 @torch.no_grad()

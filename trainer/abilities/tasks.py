@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 SHOTS = (0, 1, 2, 4, 8, 16)  # solved examples before a question
 QUESTIONS = 128
-COLUMN = "ability/{task}/{shots}"  # of rows and records
 
 _LETTERS = list(ascii_lowercase)
 _LENGTH = 5  # letters of a word

@@ -7,6 +7,7 @@ value; seconds, bytes and fractions are not rounded. A key is never renamed, and
 import math
 from typing import TYPE_CHECKING, Any
 
+from forescale.abilities.columns import parsed
 from forescale.checkpoint.reader import Checkpoint
 from forescale.errors import UserError
 from forescale.monitor.status import Status
@@ -70,7 +71,7 @@ def _facts(s: Status, job: "Job | None") -> dict[str, Any]:
 
 def _validation(scored: Row) -> dict[str, Any]:
     """The last evaluation: what each has, and the abilities if they are measured."""
-    names = [*_VALIDATION, *(name for name in scored if name.startswith("ability/"))]
+    names = [*_VALIDATION, *filter(parsed, scored)]
     return {name: _finite(scored.get(name)) for name in names}
 
 

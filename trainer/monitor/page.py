@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from forescale.abilities.columns import in_words
 from forescale.config.duration import Duration
 from forescale.console import span, table
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
@@ -86,8 +87,8 @@ def show_run(
     )
     if last := s.validation:
         console.print(f"Validation at step {last['step']:,}: {_validation(last)}")
-        if shares := _shares(last):
-            console.print(f"Right answers after so many examples: {shares}", soft_wrap=True)
+        if shares := in_words(last):
+            console.print(escape(shares[0].upper() + shares[1:]), soft_wrap=True)
     if line := _forecast(s):
         console.print(escape(line), soft_wrap=True)
     for line in curve.lines(s.losses, min(console.width, _CURVE), in_ascii):
@@ -119,13 +120,6 @@ def _validation(row: Row) -> str:
         return f"accuracy {accuracy:.1%}, {loss} preferences"
     of = f" of {row['scored']}" if "scored" in row else ""
     return f"{row['bits_per_byte']:.4f} bits per byte{of}, {loss} windows"
-
-
-def _shares(scored: Row) -> str:
-    """Return the shares of right answers of an evaluation; empty without validation.abilities."""
-    ends = ("_stderr", "_nats")
-    found = {k: x for k, x in scored.items() if k.startswith("ability/") and not k.endswith(ends)}
-    return ", ".join(f"{k.removeprefix('ability/')} {100 * x:.0f} %" for k, x in found.items())
 
 
 def _forecast(s: Status) -> str | None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from forescale.abilities.few_shot import Accuracy, in_words
+from forescale.abilities.columns import in_words
+from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.console import is_terminal, open_console
 from forescale.engine.world import StepSummary
@@ -179,8 +180,8 @@ class Metrics(Callback):
             row["scored"], of = self.targets, f" of {self.targets}"
         self.attempt.metrics.add(row)
         self.line.print(f"step {row['step']:,}: {dataset} {score.text(of)}")
-        if abilities:
-            self.line.print(f"step {row['step']:,}: {in_words(abilities)}")
+        if shares := in_words(row):
+            self.line.print(f"step {row['step']:,}: {shares}")
         self._send(row)
 
     def _send(self, row: dict[str, Any]) -> None:

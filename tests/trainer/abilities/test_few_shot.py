@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from forescale.abilities.few_shot import IGNORED, Accuracy, accuracies, in_words, judged
+from forescale.abilities.few_shot import IGNORED, Accuracy, accuracies, judged
 from forescale.abilities.questions import _row, expect_fitting, questions_of
 from forescale.abilities.tasks import TASKS
 from forescale.errors import UserError
@@ -125,9 +125,6 @@ def test_columns_are_named_by_task_and_examples():
     low, high = found.interval
     assert named["ability/copy/4_stderr"] == pytest.approx((high - low) / 2 / 1.6448536)
     assert Accuracy("copy", 4, 0, 40, 1.5).stderr > 0
-    assert in_words([found, Accuracy("copy", 8, 20, 40, 1.0)]) == (
-        "right answers after 4, 8 examples: copy 8 %, 50 %"
-    )
 
 
 def test_intervals_are_wilsons():

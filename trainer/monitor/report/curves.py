@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from forescale.abilities.columns import parsed
 from forescale.monitor.ledger import first_of
 from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, each_row
@@ -22,7 +23,7 @@ Array = NDArray[np.float64]
 X = ("step", "tokens", "flops", "time")  # what the curves can be drawn over
 _FIELDS = {"loss": "loss", "grad_norm": "grad_norm", "tokens_per_second": "tokens_per_second"}
 _FIELDS |= {"mfu": "mfu", "memory": "memory_bytes"}
-_RATE, _EXTRA, ABILITY = "learning_rate.", "extra.", "ability/"
+_RATE, _EXTRA = "learning_rate.", "extra."
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ def _scores(rows: dict[tuple[str, int], Row], curves: Curves) -> dict[str, dict[
         own = [row for (name, _), row in sorted(rows.items()) if name == dataset]
         at = [curves.at(row["step"]) for row in own]
         x = {name: np.array([place.get(name, np.nan) for place in at]) for name in X}
-        measured = dict.fromkeys(k for row in own for k in row if k.startswith(ABILITY))
-        abilities = (key for key in measured if not key.endswith("_stderr"))
+        measured = dict.fromkeys(key for row in own for key in row)
+        abilities = (k for k in measured if (c := parsed(k)) and c.kind in ("share", "nats"))
         for key in ("loss", "bits_per_byte", *abilities):
             y = np.array([row.get(key, np.nan) for row in own], dtype=float)
             y[~np.isfinite(y)] = np.nan

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from forescale.abilities.columns import parsed
 from forescale.monitor.report.colours import LINES
-from forescale.monitor.report.curves import ABILITY, Array, Curves, Line
+from forescale.monitor.report.curves import Array, Curves, Line
 from forescale.monitor.report.events import LOOKS, Event
 
 _DIGITS = 6
@@ -85,19 +86,13 @@ def panels(runs: Sequence[Drawn]) -> list[Panel]:
 def _of_abilities(runs: Sequence[Drawn]) -> list[Panel]:
     """Return the charts of what the runs can do (validation.abilities): of each task and number of
     examples the accuracy, and the loss of an answer. None if nothing was measured."""
-    found = dict.fromkeys(
-        name
-        for run in runs
-        for of in run.curves.scores.values()
-        for name in of
-        if name.startswith(ABILITY)
-    )
+    names = dict.fromkeys(n for run in runs for of in run.curves.scores.values() for n in of)
     made = []
-    for name in found:
-        _, task, rest = name.split("/")
-        shots = rest.removesuffix("_nats")
-        after = f"{task} after {shots} example{'s' * (shots != '1')}"
-        if name.endswith("_nats"):
+    for name in names:
+        if (column := parsed(name)) is None:
+            continue
+        after = f"{column.task} after {column.shots} example{'s' * (column.shots != 1)}"
+        if column.kind == "nats":
             made.append(Panel(name.replace("/", "-"), f"{after}: nats an answer", held=name))
         else:
             title = f"{after}: right answers (%)"

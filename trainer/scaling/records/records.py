@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from forescale.abilities.columns import parsed
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.errors import UserError
@@ -92,7 +93,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "loss": scored["loss"],
         "loss_stderr": scored["loss_stderr"],
         "bits_per_byte": scored["bits_per_byte"],
-        **{name: x for name, x in scored.items() if name.startswith("ability/")},
+        **{name: x for name, x in scored.items() if parsed(name)},
         **(_by_source(run, status.step) if len(dataset["sources"]) > 1 else {}),
         "loss_definition": _definition(job, scored, dataset["identity"]),
         "train_loss": last["loss"],

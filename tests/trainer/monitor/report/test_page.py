@@ -46,6 +46,7 @@ def test_the_page_of_a_run_has_its_rows_its_state_and_its_config(own_run, foresc
 
 def test_abilities_have_a_section_with_a_chart_for_each_number(own_run, forescale):
     measured = {"ability/copy/4": 0.25, "ability/copy/4_stderr": 0.04, "ability/copy/4_nats": 3.5}
+    measured["ability/copy/4_nats_stderr"] = 0.2
     change_rows(
         own_run.metrics,
         lambda rows: [{**r, **measured} if r["kind"] == "validation" else r for r in rows],
@@ -65,7 +66,7 @@ def test_abilities_have_a_section_with_a_chart_for_each_number(own_run, forescal
     }
     code, out, _ = forescale("status", "small")
     assert code == 0
-    assert "Right answers after so many examples: copy/4 25 %" in out
+    assert "Right answers after 4 examples: copy 25 %\n" in out
 
 
 def test_runs_side_by_side_show_what_differs(own_run, forescale):
