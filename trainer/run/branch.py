@@ -13,6 +13,7 @@ from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.errors import UserError
 from forescale.run.directory import Run
+from forescale.run.references import misfit, stored_references
 from forescale.storage import hash_file, read_json
 
 NewestStep = Callable[[Run], int]
@@ -42,7 +43,8 @@ def with_step(job: TrainJob, frozen: TrainJob | None, newest: NewestStep | None)
 
 def check_origin(job: TrainJob, sources: Sources) -> None:
     """Raise UserError if a branch can't begin with its origin's state: it has another tokenizer, it
-    keeps its position in the data and has other data, or it ends before it begins."""
+    keeps its position in the data and has other data, or it ends before it begins; or it goes on
+    with a reference that its origin doesn't have, or has for other rows."""
     run, origin = origin_of(job), job.run.origin
     if run is None:
         return
@@ -68,6 +70,21 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
         longer = step + max(1, total - job.decay_begins)
         todo = f"write train.steps={longer} or more, or run.from.what=weights to begin at step 0"
         raise UserError("run.from", what, todo)
+    if job.objective.are_preferences:
+        _check_references(run, job, sources)
+
+
+def _check_references(origin: Run, job: TrainJob, sources: Sources) -> None:
+    name, stored = job.run.origin.run, stored_references(origin)
+    begin = "run.from.what=weights to begin at step 0 with its weights as the reference"
+    if stored is None:
+        what = f"{name} has no {origin.references.name}, so there is no reference to go on with"
+        raise UserError("run.from", what, f"write {begin}")
+    if differs := misfit(stored["made"], job, sources):
+        what = f"the {origin.references.name} of {name} {differs}"
+        raise UserError(
+            "run.from", what, f"give the data and the length of {name}, or write {begin}"
+        )
 
 
 def data_of(run: Run) -> dict[str, str]:

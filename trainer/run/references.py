@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from forescale.config.train import TrainJob
+from forescale.data.dataset import Sources
 from forescale.run.directory import Run
 from forescale.storage import read_json, write_checked_json
 
@@ -64,6 +66,25 @@ def read_references(run: Run) -> References | None:
     """Return the references of a run; None if they are not computed yet. Errors as above."""
     stored = stored_references(run)
     return None if stored is None else References.from_stored(stored)
+
+
+def identities(sources: Sources) -> dict[str, str]:
+    """Return the data that references are of: the identity of each source."""
+    return {name: dataset.identity for name, dataset in sources.datasets.items()}
+
+
+def misfit(made: dict[str, Any], job: TrainJob, sources: Sources) -> str | None:
+    """Return in what references, made of `made`, are not those of a job, as the rest of a sentence;
+    None if they are."""
+    old, new = made["data"], identities(sources)
+    if sorted(old.values()) != sorted(new.values()):
+        return f"is of other data than {sources.where}"
+    if old != new:
+        return f"is of data.sources {', '.join(old)}, and this job names the same {', '.join(new)}"
+    columns, wanted = made["columns"], job.train.sequence_length
+    if columns != wanted:
+        return f"is of rows of {columns:,} columns, and train.sequence_length is {wanted:,}"
+    return None
 
 
 def _encoded(array: np.ndarray) -> str:

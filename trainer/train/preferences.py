@@ -32,7 +32,7 @@ from forescale.models.heads.preferences import preference_losses, preference_num
 from forescale.progress import Progress, silent
 from forescale.run.directory import Run
 from forescale.run.feed import objective_of, whole_rows_of
-from forescale.run.references import References, stored_references
+from forescale.run.references import References, identities, misfit, stored_references
 from forescale.storage import TABLE, hash_file
 
 SPLITS = ("train", "validation")
@@ -176,17 +176,15 @@ class Reference:
 
     def _checked(self, found: References | None) -> References:
         """Return references of the job's data. Raises UserError."""
-        where, known = str(self.run.references), self._data
+        where, origin = str(self.run.references), self.job.run.origin
+        todo = "restore it from a copy"
+        if origin.what != "weights":
+            todo += f", or copy that of {origin.run}, with which this run goes on"
         if found is None:
-            what = "no such file, and the run has begun: the reference is not known any more"
-            raise UserError(where, what, "restore it from a copy")
-        if found.made["data"] != known or found.made["columns"] != self._columns:
-            raise UserError(where, "is of other data", "restore it from a copy")
+            raise UserError(where, "no such file", todo)
+        if what := misfit(found.made, self.job, self.sources):
+            raise UserError(where, what, todo)
         return found
-
-    @property
-    def _data(self) -> dict[str, str]:
-        return {name: dataset.identity for name, dataset in self.sources.datasets.items()}
 
     @property
     def _columns(self) -> int:
@@ -196,7 +194,7 @@ class Reference:
         """Return what references are made of; the checkpoint's table has a hash of each file."""
         origin = {"run": self.job.run.origin.run, "step": start.position.step}
         origin["table"] = hash_file(start.path / TABLE).sha256
-        return {"data": self._data, "columns": self._columns, "origin": origin}
+        return {"data": identities(self.sources), "columns": self._columns, "origin": origin}
 
     def _computed(
         self, stops: Callable[[], bool], mark: Callable[[str], None], progress: Progress

@@ -104,6 +104,18 @@ def test_a_corrected_branch_has_the_references_of_its_new_origin(preferring, tmp
     assert run.references.read_bytes() == kept["a"]
 
 
+def test_without_the_references_of_its_rows_a_branch_is_refused(preferring, tmp_path):
+    with pytest.raises(UserError) as caught:
+        start(preferring("branch", "a", "train.sequence_length=128"))
+    said = "of a is of rows of 64 columns, and train.sequence_length is 128; "
+    assert said in str(caught.value)
+    Run(tmp_path / "runs" / "a").references.unlink()
+    with pytest.raises(UserError, match=r"a has no references\.json, .*run\.from\.what=weights to"):
+        start(preferring("branch", "a"))
+    assert not Run(tmp_path / "runs" / "branch").path.exists()
+    start(preferring("branch", "a", "run.from.what=weights", "train.sequence_length=128"))
+
+
 def test_a_run_that_learns_conversations_no_more_has_no_chat_template(small_data, tmp_path):
     examples, root = make_conversations(tmp_path / "examples"), tmp_path / "runs"
     run = start(make_job(examples.path, root, "first", *SIZES, *KIND)).run

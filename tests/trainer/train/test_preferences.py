@@ -27,6 +27,7 @@ from forescale.train.preferences import (
     pooled_preferences,
 )
 from tests.preferences import make_preferences
+from tests.preferences import preferences as some_preferences
 from tests.trainer.data.objectives.test_preferences import bins_of
 from tests.trainer.plain_engine import World
 
@@ -178,5 +179,20 @@ def test_a_damaged_file_and_one_that_is_gone_are_sentences(reference, monkeypatc
         find(reference)
     path.unlink()
     reference.job.run.origin.what = "everything"
-    with pytest.raises(UserError, match=r"references\.json: no such file"):
+    with pytest.raises(UserError, match=r"references\.json: no such file; .*copy that of origin"):
+        find(reference)
+
+
+def test_references_of_other_rows_or_data_are_refused(reference, dataset, tmp_path):
+    find(reference)
+    reference.job.run.origin.what = "everything"
+    reference.job.train.sequence_length = 128
+    with pytest.raises(UserError, match=r"is of rows of 64 columns, and train\.sequence_length is"):
+        find(reference)
+    reference.job.train.sequence_length = 64
+    reference.sources = Sources({"sums": dataset})
+    with pytest.raises(UserError, match=r"sources data, and this job names the same sums"):
+        find(reference)
+    reference.sources = Sources({"data": make_preferences(tmp_path / "other", some_preferences(6))})
+    with pytest.raises(UserError, match="is of other data than"):
         find(reference)
