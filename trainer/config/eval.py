@@ -15,6 +15,12 @@ from forescale.config.schema import key, section
 from forescale.config.sections.data import CorpusConfig
 from forescale.config.sections.runtime import ability_problems
 
+_NO_TASKS = ("is of tasks, and none is named", "name some with tasks=[...], or leave it out")
+_NEITHER = (
+    "is of abilities and tasks, and none is named",
+    "name some with abilities=[...] or tasks=[...], or leave it out",
+)
+
 
 @dataclass
 class ScoreJob(RunJob):
@@ -64,10 +70,16 @@ class ScoreJob(RunJob):
     )
 
     def problems(self) -> Problems:
-        """Return a problem for each ability and number that there is not."""
+        """Return a problem for each ability and number that there is not, and for each key without
+        what it is of."""
         found = super().problems() + ability_problems(self.abilities, self.shots)
         if self.abilities and self.tasks:
             found.append(("tasks", "abilities is given too", "give one of them"))
+        if self.chat and not self.tasks:
+            found.append(("chat", *_NO_TASKS))
+        if not self.tasks and not self.abilities:
+            given = {"shots": self.shots != [], "questions": self.questions is not None}
+            found += [(name, *_NEITHER) for name, is_given in given.items() if is_given]
         return found
 
 
@@ -92,9 +104,12 @@ class EvalJob(ScoreJob):
     )
 
     def problems(self) -> Problems:
-        """Return a problem for details of something else than losses, and those of ScoreJob."""
+        """Return a problem for details of something else than losses, one for answers without
+        tasks, and those of ScoreJob."""
         found = super().problems()
         if self.details and (self.abilities or self.tasks):
             what = "are of losses, instead of which abilities or tasks are measured"
             found.append(("details", what, "leave it out"))
+        if self.answers is not None and not self.tasks:
+            found.append(("answers", *_NO_TASKS))
         return found

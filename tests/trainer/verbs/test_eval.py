@@ -145,6 +145,10 @@ def test_abilities_are_a_table_of_accuracies(trained, forescale):
     [
         ("abilities=[copi]", "abilities: 'copi' is no task; choose among copy,"),
         ("shots=[-1]", "shots: [-1] are no numbers of examples; write shots=[0,4]"),
+        ("shots=[0]", "shots: is of abilities and tasks, and none is named; name some with abil"),
+        ("questions=9", "questions: is of abilities and tasks, and none is named; name some"),
+        ("answers=x.jsonl", "answers: is of tasks, and none is named; name some with tasks=[...],"),
+        ("chat=true", "chat: is of tasks, and none is named; name some with tasks=[...], or leave"),
     ],
 )
 def test_wrong_abilities_are_refused(trained, forescale, word, message):
