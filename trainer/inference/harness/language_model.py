@@ -5,6 +5,7 @@ same rule, rows that are too long lose their begin, and answers are the likelies
 task wants others.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -40,8 +41,9 @@ class LanguageModel(TemplateLM):
     """A run's model as `lm_eval.simple_evaluate(model=...)` takes one.
 
     model: of the run, with weights; batch: rows of a forward pass; length: the most tokens that it
-    reads, None: as in training. title: what progress calls the work. cut_rows, cut_tokens: how many
-    rows were too long since `restart`, and the tokens that they lost at their begin.
+    reads, None: as in training. title: what progress calls the work. cut_rows, cut_tokens: by the
+    name of a task, how many of its rows were too long since `restart`, and the tokens that they
+    lost at their begin.
     Raises UserError for a model that continues no text.
     """
 
@@ -69,11 +71,12 @@ class LanguageModel(TemplateLM):
         self.max_length = length or config.train.sequence_length
         self.batch, self._progress = batch, progress
         self.title = ""
+        self._lost: list[int] = []  # tokens of the rows that were read last; below 1: none
         self.restart()
 
     def restart(self) -> None:
         """Count cut rows anew."""
-        self.cut_rows = self.cut_tokens = 0
+        self.cut_rows, self.cut_tokens = Counter[str](), Counter[str]()
 
     @property
     def eot_token_id(self) -> int:
@@ -135,11 +138,15 @@ class LanguageModel(TemplateLM):
         for request in requests:
             if not request.args[1]:
                 raise self._without_tokens(*request.args)
-        return super().loglikelihood(requests, disable_tqdm=True)
+        found = super().loglikelihood(requests, disable_tqdm=True)
+        for request, lost in zip(requests, self._lost, strict=True):
+            self._count_cut(request, lost)
+        return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        self._lost = [len(a) + len(b) - self.max_length - 1 for _, a, b in requests]
         rows: dict[Row, list[int]] = {}  # of several requests the model reads the same
         for i, (pair, context, continuation) in enumerate(requests):
             if not continuation:
@@ -167,13 +174,13 @@ class LanguageModel(TemplateLM):
             what = f"an answer has {len(continuation):,} tokens, and the model reads at most "
             todo = "leave the task out, or name a model that reads more"
             raise UserError(self.title or "tasks", f"{what}{self.max_length:,}", todo)
-        whole = context + continuation
-        self._count_cut(len(whole) - self.max_length - 1)
-        return tuple(whole[-(self.max_length + 1) :][:-1])
+        return tuple((context + continuation)[-(self.max_length + 1) :][:-1])
 
-    def _count_cut(self, tokens: int) -> None:
+    def _count_cut(self, request: Instance, tokens: int) -> None:
         if tokens > 0:
-            self.cut_rows, self.cut_tokens = self.cut_rows + 1, self.cut_tokens + tokens
+            task = request.task_name or ""
+            self.cut_rows[task] += 1
+            self.cut_tokens[task] += tokens
 
     @torch.no_grad()
     def _tails(self, rows: Sequence[Row], counts: Sequence[int]) -> Iterator[Tensor]:
@@ -216,7 +223,7 @@ class LanguageModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that the model writes after each prompt, before the first of its stop
         texts, the end of the document or the most tokens."""
-        answers = [self._answer(i, *request.args) for i, request in enumerate(requests)]
+        answers = [self._answer(i, request) for i, request in enumerate(requests)]
         groups: dict[Sampler, list[Answer]] = {}
         for answer in answers:
             groups.setdefault(answer.wanted.sampler, []).append(answer)
@@ -230,9 +237,10 @@ class LanguageModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, answer.text)
         return [answer.text for answer in answers]
 
-    def _answer(self, number: int, prompt: str, how: Mapping[str, Any]) -> Answer:
+    def _answer(self, number: int, request: Instance) -> Answer:
         """Return an answer that is wanted, not begun. Raises UserError for what this model can't
         do."""
+        prompt, how = request.args
         wanted = normalize_gen_kwargs(dict(how), _MOST_TOKENS)
         most = wanted["max_gen_toks"]
         if other := [key for key in wanted if key not in _READ and wanted[key] not in (None, 1)]:
@@ -243,7 +251,7 @@ class LanguageModel(TemplateLM):
             todo = "set max_gen_toks to less in generation_kwargs of its file"
             raise UserError(self.title or "tasks", what, todo)
         ids = self.tok_encode(prompt) or [self._prefix]
-        self._count_cut(len(ids) + most - self.max_length)
+        self._count_cut(request, len(ids) + most - self.max_length)
         ids = ids[-(self.max_length - most) :]
         # Decoded without the prompt, as HFLM does: a first space may be lost with SentencePiece.
         question = Question(prompt, "", ids, [], self._end, "document", self.max_length)

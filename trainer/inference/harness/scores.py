@@ -4,7 +4,7 @@ import io
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -126,6 +126,7 @@ def _scored(
         if not metrics:
             continue
         known = results["versions"].get(task)
+        parts = [*_parts(task, results["group_subtasks"])]
         yield TaskScore(
             task=task,
             shots=results["n-shot"].get(task),
@@ -135,10 +136,18 @@ def _scored(
             file=None if file is None else str(file),
             sha256=None if file is None else content_hash(file),
             asked=_asked(samples),
-            cut_rows=model.cut_rows,
-            cut_tokens=model.cut_tokens,
+            cut_rows=sum(model.cut_rows[part] for part in parts),
+            cut_tokens=sum(model.cut_tokens[part] for part in parts),
             samples=samples,
         )
+
+
+def _parts(name: str, groups: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the tasks of a group, also of groups in it; of a task, its own name."""
+    for part in groups.get(name, ()):
+        yield from _parts(part, groups)
+    if name not in groups:
+        yield name
 
 
 @contextmanager

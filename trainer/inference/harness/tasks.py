@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
@@ -47,7 +48,7 @@ def loaded_tasks(names: Sequence[str]) -> dict[str, Loaded]:
             near = ", ".join(nearest_first(name, manager.all_tasks)[:_NEAR])
             what = f"{name!r} is neither a task of lm_eval nor a file"
             raise UserError("tasks", what, f"did you mean one of {near}?")
-        found[name] = _loaded(manager, name, contents.get(name))
+        found[name] = _loaded(manager, name, files.get(name), contents.get(name))
     return found
 
 
@@ -70,12 +71,16 @@ def _content(name: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def _loaded(manager: TaskManager, name: str, content: dict[str, Any] | None) -> Loaded:
+def _loaded(
+    manager: TaskManager, name: str, file: Path | None, content: dict[str, Any] | None
+) -> Loaded:
+    """Return a task with its data. file: of one that is named by its file, with this content."""
     if content is None:
         entry = manager.task_index[name]
         content = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else {}
     try:
-        found = manager._load_spec(name)  # `load` would name tasks of two files that are alike
+        # `load` would name tasks of two files that are alike.
+        found = _group_of(manager, file, content) or manager._load_spec(name)
     except ModuleNotFoundError as e:
         what = f"needs the package {e.name}, which isn't installed"
         raise UserError(name, what, f"pip install {e.name}") from None
@@ -92,6 +97,15 @@ def _loaded(manager: TaskManager, name: str, content: dict[str, Any] | None) -> 
         if getattr(task, "MULTIMODAL", False):
             raise UserError(name, "asks about pictures or sounds", "name a task of text")
     return found
+
+
+def _group_of(manager: TaskManager, file: Path | None, content: dict[str, Any]) -> Group | None:
+    """Return the group in a file, None if it holds none: by its path, lm_eval takes the list of
+    tasks in it for its name."""
+    if file is None or not isinstance(content.get("group"), str):
+        return None
+    entry = Entry(name=content["group"], kind=Kind.GROUP, yaml_path=file.resolve())
+    return manager._factory.build(entry, registry=manager._index)
 
 
 def _without_data(name: str, content: dict[str, Any], error: Exception) -> UserError:

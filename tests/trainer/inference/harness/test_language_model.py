@@ -75,7 +75,7 @@ def test_a_run_scores_as_its_export_does_by_lm_eval_alone(kind, small_data, tmp_
     tasks = make_tasks(tmp_path / "tasks").values()
     model = open_run(run.path).language_model(step=4, batch=3)
     ours, expected = (evaluated(m, tasks, 1) for m in (model, theirs(tmp_path / "hf")))
-    assert model.cut_tokens > 0
+    assert set(model.cut_tokens) == {"choice", "answer"}  # windows of the third always fit
     assert len({nats for one in answers_of(ours)["choice"] for nats, _ in one}) > 12
     assert_alike(ours, expected)
 

@@ -10,6 +10,14 @@ import pytest
 
 from tests.trainer.inference.harness.task_files import make_tasks
 
+GROUP = """\
+group: all
+task:
+- choice
+- {group: inner, task: [answer, rolling]}
+aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+"""
+
 
 def first_right(answers):
     """Of the lines of answers=FILE: whether the right choice is the likeliest, by its nats."""
@@ -47,6 +55,36 @@ def test_scores_come_with_their_intervals_and_their_source(trained, forescale, t
     assert asked_in_chat["asked_sha256"] != none["asked_sha256"]
     code, out, _ = forescale("eval", trained.path, f"tasks=[{file}]", f"answers={log}")
     assert (code, out) == (2, "")  # nothing is written over
+
+
+def test_each_task_of_a_group_says_what_it_lost_and_the_group_their_sum(
+    trained, forescale, tmp_path, monkeypatch
+):
+    # Reading the list of lm_eval's own tasks, which a group may hold, takes ten seconds.
+    from lm_eval.tasks import TaskManager
+
+    made = TaskManager.__init__
+
+    def without(manager, **how):
+        made(manager, **how | {"include_defaults": False})
+
+    monkeypatch.setattr(TaskManager, "__init__", without)
+    files = make_tasks(tmp_path / "tasks")
+    names = ("choice", "answer", "rolling")
+    alone = [
+        json.loads(forescale("eval", trained.path, f"tasks=[{files[name]}]", "--json")[1])
+        for name in names
+    ]
+    group = files["choice"].with_name("all.yaml")
+    group.write_text(GROUP)
+    code, out, err = forescale("eval", trained.path, f"tasks=[{group}]", "--json")
+    assert code == 0, err
+    found = {one["task"]: one for one in map(json.loads, out.splitlines())}
+    for key in ("cut_texts", "cut_tokens"):
+        wanted = {one["task"]: one[key] for one in alone}
+        assert {name: found[name][key] for name in names} == wanted
+        assert found["all"][key] == sum(wanted.values())
+    assert sum(one["cut_tokens"] > 0 for one in alone) > 1, "each has its own"
 
 
 def test_answers_that_have_no_place_are_refused_before_a_question(trained, forescale, tmp_path):
