@@ -240,8 +240,8 @@ class LanguageModel(TemplateLM):
     def _answer(self, number: int, request: Instance) -> Answer:
         """Return an answer that is wanted, not begun. Raises UserError for what this model can't
         do."""
-        prompt, how = request.args
-        wanted = normalize_gen_kwargs(dict(how), _MOST_TOKENS)
+        prompt, given = request.args
+        wanted = normalize_gen_kwargs(dict(given), _MOST_TOKENS)
         most = wanted["max_gen_toks"]
         if other := [key for key in wanted if key not in _READ and wanted[key] not in (None, 1)]:
             what = f"its generation_kwargs hold {', '.join(other)}, and this model reads only "
@@ -256,8 +256,8 @@ class LanguageModel(TemplateLM):
         # Decoded without the prompt, as HFLM does: a first space may be lost with SentencePiece.
         question = Question(prompt, "", ids, [], self._end, "document", self.max_length)
         stops = tuple(text for text in [*wanted["until"], self._text_of(self._end)] if text)
-        sampler = _sampler({key: wanted[key] for key in _SAMPLING if wanted.get(key) is not None})
-        return Answer(self._spelling, question, Wanted(most, sampler, stops), seed=number)
+        how = Wanted(most, _sampler(wanted), stops)
+        return Answer(self._spelling, question, how, seed=number)
 
     def _text_of(self, token: int) -> str:
         return self._spelling.decode([token], skip_special_tokens=False)
@@ -296,8 +296,14 @@ def _judged(tail: Tensor, continuation: list[int]) -> tuple[float, bool]:
     return float(nats), bool((tail.argmax(-1) == target).all())
 
 
-def _sampler(how: Mapping[str, Any]) -> Sampler:
-    """Return how tokens are chosen. Raises UserError for a number that leaves none."""
+def _sampler(wanted: Mapping[str, Any]) -> Sampler:
+    """Return how tokens are chosen. Raises UserError for a number that leaves none, and where to
+    sample is wanted without a temperature: HFLM refuses that too."""
+    how = {key: wanted[key] for key in _SAMPLING if wanted.get(key) is not None}
+    if wanted.get("do_sample") and not how.get("temperature"):
+        what = "do_sample is true, without a temperature above 0"
+        todo = "set temperature in the task's file, such as temperature: 1.0, or take do_sample out"
+        raise UserError("generation_kwargs", what, todo)
     try:
         return Sampler(**{"temperature": 0.0, **how})
     except ValueError as e:

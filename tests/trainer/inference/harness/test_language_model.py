@@ -130,3 +130,19 @@ def test_a_model_that_continues_no_text_is_refused(small_data, tmp_path):
         UserError, match=r"^tasks: was trained with objective\.kind=masked, and continues no"
     ):
         open_run(run.path).language_model()
+
+
+def test_an_answer_is_drawn_where_its_task_says_so(trained):
+    model, greedy = open_run(trained.path).language_model(), {"max_gen_toks": 12, "until": []}
+
+    def answer(**how):
+        from lm_eval.api.instance import Instance
+
+        asked = ("generate_until", {}, ("def main(", greedy | how), 0)
+        return model.generate_until([Instance(*asked)])
+
+    drawn = answer(do_sample=True, temperature=1.0)
+    assert drawn == answer(temperature=1.0) != answer()
+    assert answer(do_sample=False, temperature=1.0) == answer()
+    with pytest.raises(UserError, match=r"do_sample is true, without a temperature above 0"):
+        answer(do_sample=True)

@@ -136,6 +136,11 @@ def test_people_get_a_table(trained, forescale, tmp_path):
         (("generate_until", "guess"), (), "answer.yaml: lm_eval can't make a task of it"),
         (("max_gen_toks: 8", "max_gen_toks: 32"), (), "wants answers of 32 tokens, and the model"),
         (("max_gen_toks: 8", "num_beams: 4"), (), "answer: its generation_kwargs hold num_beams"),
+        (
+            ("max_gen_toks: 8", "max_gen_toks: 8, do_sample: true"),
+            (),
+            "generation_kwargs: do_sample is true, without a temperature above 0; set temperature",
+        ),
         (("{{start}}", "{{start.a.b}}"), (), "lm_eval can't make a task of it (UndefinedError"),
         (
             ("{{start}}", "{{start if start|length < 10 else start.a.b}}"),
