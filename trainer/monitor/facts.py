@@ -22,7 +22,9 @@ KEYS = (
     "validation", "tokens_per_second", "seconds_per_step", "seconds_left", "mfu", "checkpoints",
     "seen", "last_event", "wall_seconds", "seconds", "ettr", "failures", "lost_steps",
 )  # fmt: skip
-_VALIDATION = ("step", "tokens", "loss", "loss_stderr", "bits_per_byte", "windows")
+_VALIDATION = (
+    "step", "tokens", "loss", "loss_stderr", "bits_per_byte", "rewards/accuracies", "windows",
+)  # fmt: skip
 
 
 def facts(

@@ -18,7 +18,7 @@ from forescale.resilience.heartbeat import Heartbeat, RankStatus, write_node
 from forescale.run.directory import Parent
 from forescale.run.rows import RowWriter
 from tests.trainer.monitor.changed_run import age_by, changed_rows, say_how_it_went
-from tests.trainer.small_run import STEPS, make_run, train_row
+from tests.trainer.small_run import STEPS, change_rows, make_run, train_row
 
 
 def test_it_starts_without_torch(trained):
@@ -267,3 +267,34 @@ def test_the_table_of_checkpoints_says_what_ranks_divided():
     numerics = {"tensor_parallel": 2, "sequence_parallel": 4, "expert_parallel": 1}
     assert ranks_of({"world_size": 8, "numerics": numerics}) == "8 (tensor 2, sequence 4)"
     assert ranks_of({"world_size": 2}) == "2"
+
+
+def preferred(row):
+    """A row of held-out scores as a run of preferences has it."""
+    if row["kind"] != "validation":
+        return row
+    return {k: x for k, x in row.items() if k != "bits_per_byte"} | {"rewards/accuracies": 0.625}
+
+
+def test_a_run_of_preferences_has_its_accuracy_wherever_its_score_is_shown(
+    own_run, forescale, small_data
+):
+    change_rows(own_run.metrics, lambda rows: [*map(preferred, rows)])
+    make_run(small_data, "runs", "text")
+    assert "accuracy 62.5%, loss 3.0000" in forescale("status", "small")[1]
+    found = json.loads(forescale("status", "--json")[1])["runs"]
+    scored = {run["name"]: run["validation"] for run in found}
+    assert (scored["small"]["rewards/accuracies"], scored["small"]["bits_per_byte"]) == (
+        0.625,
+        None,
+    )
+    assert (scored["text"]["rewards/accuracies"], scored["text"]["bits_per_byte"]) == (None, 2.25)
+    shown = {}
+    for names in (["small"], ["small", "text"], ["text"]):
+        assert forescale("report", *names, "output=shown.html")[0] == 0
+        html = Path("shown.html").read_text()
+        table = html.split('<section id="summary">')[1].split("</section>")[0]
+        shown[len(names), names[0]] = re.sub(r"<[^>]*>|\s+", " ", table)
+    assert re.search(r"held-out accuracy +62.5%", shown[1, "small"])
+    assert re.search(r"held-out accuracy +62.5% +- ", shown[2, "small"])
+    assert "accuracy" not in shown[1, "text"]

@@ -23,6 +23,8 @@ _SHADES = {
     "waiting": "#8b949e", "queue": "#c3c9d0",
 }  # fmt: skip
 _MOST_ROWS = 300  # of the events
+_MISSING: Cell = "-"
+_ACCURACY = "held-out accuracy"  # of preferences
 _COLUMNS = 4  # so many runs are columns of the summary; more are its rows
 
 
@@ -38,6 +40,8 @@ class Shown:
 def summary(runs: Sequence[Shown]) -> Section:
     """Return what the runs have reached: a column each if they are few, else a row each."""
     facts = [_reached(run.status) for run in runs]
+    if all(of[_ACCURACY] == _MISSING for of in facts):
+        facts = [{k: v for k, v in of.items() if k != _ACCURACY} for of in facts]
     if len(runs) == 1:
         return Section("summary", "State", rows=[[k, v] for k, v in facts[0].items()])
     names = [run.label for run in runs]
@@ -53,24 +57,25 @@ def summary(runs: Sequence[Shown]) -> Section:
 
 def _reached(s: Status) -> dict[str, Cell]:
     last, scored, goodput = s.last, s.validation, s.goodput
-    missing: Cell = "-"
-    held: Cell = missing
+    held: Cell = _MISSING
     if scored:
         error = scored.get("loss_stderr")
         held = number(scored["loss"]) + (f" ± {error:.2g}" if error else "")
     mfu, rate = last.get("mfu"), s.tokens_per_second
-    bits = scored.get("bits_per_byte") if scored else None  # preferences have none
+    # Preferences have an accuracy in place of bits per byte.
+    bits, accuracy = ((scored or {}).get(k) for k in ("bits_per_byte", "rewards/accuracies"))
     return {
         "state": s.state,
         "step": Markup("{} of {}").format(_whole(s.step), _whole(s.job.total_steps)),
         "tokens": _whole(s.tokens),
-        "training loss": number(last["loss"]) if last else missing,
+        "training loss": number(last["loss"]) if last else _MISSING,
         "held-out loss": held,
-        "bits per byte": number(bits) if bits is not None else missing,
-        "tokens/s": _whole(round(rate)) if rate else missing,
-        "MFU": percent(mfu, 1) if mfu else missing,
-        "ETTR": number(goodput.ettr, 3) if goodput.wall else missing,
-        "wall clock": span(goodput.wall) if goodput.wall else missing,
+        "bits per byte": number(bits) if bits is not None else _MISSING,
+        _ACCURACY: percent(accuracy, 1) if accuracy is not None else _MISSING,
+        "tokens/s": _whole(round(rate)) if rate else _MISSING,
+        "MFU": percent(mfu, 1) if mfu else _MISSING,
+        "ETTR": number(goodput.ettr, 3) if goodput.wall else _MISSING,
+        "wall clock": span(goodput.wall) if goodput.wall else _MISSING,
         "last seen (UTC)": moment(s.last_seen),
     }
 
