@@ -34,6 +34,7 @@ from forescale.run.directory import Run
 from forescale.run.feed import objective_of, whole_rows_of
 from forescale.run.references import References, identities, misfit, stored_references
 from forescale.storage import TABLE, hash_file
+from forescale.train.evaluate import ratio_stderr
 
 SPLITS = ("train", "validation")
 _EVERY = 32  # micro-batches of the reference between two looks at whether to stop
@@ -105,20 +106,20 @@ def evaluate_preferences(
     for micro in micros:
         assert micro.references is not None
         is_real = (micro.targets != IGNORED).any(1).view(-1, 2).all(1).tolist()
-        both = torch.cat([nats(micro).double().cpu().view(-1, 2), micro.references.double()], 1)
+        both = torch.cat([nats(micro).float().cpu().view(-1, 2), micro.references.float()], 1)
         rows = zip(is_real, both.tolist(), strict=True)
         mine += [(micro.index, i, *row) for i, (real, row) in enumerate(rows) if real]
     every = sorted(row for part in ranks.gather(mine) for row in part)
     if not every:
         return PreferenceScore(math.nan, math.nan, {}, 0)
-    values = torch.tensor([row[2:] for row in every], dtype=torch.float64)
-    found = beta * (values[:, 2:] - values[:, :2])
-    losses = -torch.nn.functional.logsigmoid(found[:, 0] - found[:, 1])
-    numbers = preference_numbers(values[:, :2], found)
+    nats_B2, references_B2 = torch.tensor([row[2:] for row in every]).split(2, 1)
+    rewards_B2 = rewards(nats_B2, references_B2, beta)
+    losses = preference_losses(rewards_B2).double().numpy()
+    loss = math.fsum(losses) / len(every)
+    error = ratio_stderr(losses, np.ones(len(every)), loss)
+    numbers = preference_numbers(nats_B2, rewards_B2)
     means = {name: math.fsum(each.tolist()) / len(every) for name, each in numbers.items()}
-    spread = float(losses.std()) if len(every) > 1 else math.nan
-    error = spread / math.sqrt(len(every))
-    return PreferenceScore(math.fsum(losses.tolist()) / len(every), error, means, len(every))
+    return PreferenceScore(loss, error, means, len(every))
 
 
 def pooled_preferences(scores: Sequence[PreferenceScore]) -> PreferenceScore:
