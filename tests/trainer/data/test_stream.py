@@ -48,8 +48,11 @@ def collect(feed, steps, g, world, batch, micro, workers=1):
         assert len({(x.step, x.g0, x.g1, x.targets) for x in batches}) == 1
         found = [m for x in batches for m in x.micro]
         assert [m.index for m in found] == list(range(batch // micro))
-        real = sum(int((m.targets != IGNORED).sum()) for m in found)
-        assert feed.unit == "preference" or real == batches[0].targets
+        real = [m.targets != IGNORED for m in found]
+        if feed.unit == "preference":
+            assert sum(int(rows.any(1).sum()) for rows in real) == 2 * batches[0].targets
+        else:
+            assert sum(int(rows.sum()) for rows in real) == batches[0].targets
         rows.append((batches[0], found, sum(x.window_hash for x in batches) % 2**64))
     return rows
 
