@@ -256,7 +256,8 @@ class Engine:
     @torch.no_grad()
     def logits(self, tokens_BL: Tensor) -> Tensor:
         """Return the logits of rows of tokens, (B, L, V), without dropout; where ranks divide a
-        row, those of this rank's columns. Every rank calls it as often as `losses`.
+        row, those of this rank's columns. All ranks must call it the same number of times, as with
+        `losses`.
 
         It isn't compiled: rows of another length would make the compiler give up the fixed sizes
         of the training's graphs, and so change their last bits.

@@ -42,8 +42,9 @@ class SourceUse:
 @dataclass(frozen=True)
 class DataUse:
     """What a run reads. held_out: windows of the held-out split of each source, None if they are
-    pairs that are not counted yet; compared: the same of both splits, of preferences, which a
-    reference reads first; notes: a sentence each."""
+    pairs that are not counted yet; notes: a sentence each; compared: the windows that the
+    reference of preferences reads before the first step, those of each source's training split and
+    then those of each held-out split; None without preferences, or if they are not counted yet."""
 
     sources: list[SourceUse]
     held_out: list[int] | None

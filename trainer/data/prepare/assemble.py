@@ -93,7 +93,7 @@ def origins(
     directory: Path, units: list[list[TokenRun]], sources: Sequence[int], names: list[str]
 ) -> dict[str, Any]:
     """Return where each held-out document comes from, in the order of the shards, as
-    dataset.Origins has it. sources: of each unit, its input; names: of the inputs."""
+    `Dataset.origins` returns it. sources: of each unit, its input; names: of the inputs."""
     keys, found = [np.empty(0, np.uint64)], list[tuple[int, str]]()
     for number, (runs, source) in enumerate(zip(units, sources, strict=True)):
         for path, run in _runs(directory, {number: runs}, VALIDATION):
