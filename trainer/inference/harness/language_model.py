@@ -224,15 +224,10 @@ class LanguageModel(TemplateLM):
         """Return the text that the model writes after each prompt, before the first of its stop
         texts, the end of the document or the most tokens."""
         answers = [self._answer(i, request) for i, request in enumerate(requests)]
-        groups: dict[Sampler, list[Answer]] = {}
-        for answer in answers:
-            groups.setdefault(answer.wanted.sampler, []).append(answer)
-        done = 0
-        for group in groups.values():
-            group.sort(key=lambda answer: -len(answer.question.start))
-            for _ in written(self._model, group, self.batch):
-                done += 1
-                self._progress(f"{self.title} answers", done, len(answers), "texts")
+        # The longest first: memory that lacks is missed at once.
+        order = sorted(answers, key=lambda answer: -len(answer.question.start))
+        for done, _ in enumerate(written(self._model, order, self.batch), 1):
+            self._progress(f"{self.title} answers", done, len(answers), "texts")
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer.text)
         return [answer.text for answer in answers]

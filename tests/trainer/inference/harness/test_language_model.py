@@ -104,9 +104,8 @@ def test_an_import_is_read_with_its_own_first_token_and_chat_template(tmp_path, 
     assert asked.count("[user]") == 2
 
 
-def test_what_the_model_reads_alike_is_read_once(trained, monkeypatch):
-    """Choices of one token cost one row, and are as likely as each alone."""
-    model = open_run(trained.path).language_model()
+def rows_of_forwards(model, monkeypatch) -> list[int]:
+    """The rows of each forward pass from now on."""
     rows: list[int] = []
     forward = model._model.forward
 
@@ -115,6 +114,13 @@ def test_what_the_model_reads_alike_is_read_once(trained, monkeypatch):
         return forward(tokens, **more)
 
     monkeypatch.setattr(model._model, "forward", counted)
+    return rows
+
+
+def test_what_the_model_reads_alike_is_read_once(trained, monkeypatch):
+    """Choices of one token cost one row, and are as likely as each alone."""
+    model = open_run(trained.path).language_model()
+    rows = rows_of_forwards(model, monkeypatch)
     asked = [(("", ""), [5, 6, 7], [token]) for token in (1, 2, 3)]
     together = model._loglikelihood_tokens(asked)
     assert rows == [1]
@@ -146,3 +152,21 @@ def test_an_answer_is_drawn_where_its_task_says_so(trained):
     assert answer(do_sample=False, temperature=1.0) == answer()
     with pytest.raises(UserError, match=r"do_sample is true, without a temperature above 0"):
         answer(do_sample=True)
+
+
+def test_answers_of_different_rules_are_written_at_once_as_each_alone(trained, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    model = open_run(trained.path).language_model(batch=3)
+    rules = [{}, {"repetition_penalty": 1.5}, {"max_gen_toks": 2}]
+    asked = [
+        Instance(
+            "generate_until", {}, (f"def {'m' * i}(", {"max_gen_toks": 9, "until": []} | how), 0
+        )
+        for i, how in enumerate(rules)
+    ]
+    alone = [model.generate_until([one])[0] for one in asked]
+    rows = rows_of_forwards(model, monkeypatch)
+    assert model.generate_until(asked) == alone
+    assert len(set(alone)) == 3
+    assert rows == [3] * 2 + [2] * 7
