@@ -25,6 +25,7 @@ _MORE = (4, 2)  # extra rates that the first stages pay for, of each recipe; a l
 _ROUNDING = 0.97  # of the cap: budgets round to whole steps
 _RATE = "optimizer.learning_rate"
 _DIALS = ("batch", "aspect")
+_SIZES = ("model.width", "model.num_layers", "model.depth")  # of a cell, by its budget
 Found = Sequence[tuple[float, float, float]]  # (non-embedding N, D, best rate) of sweeps
 
 
@@ -61,8 +62,9 @@ def recipes_of(
     """Return the recipes, the base first.
 
     shared: arguments of all; named: of each recipe beside those, the base's under BASE; batch=X and
-    aspect=X are factors, not keys of `train`; owned: keys that the study itself sets. Raises
-    UserError (ConfigError is one) if `train` would refuse them.
+    aspect=X are factors, not keys of `train`; owned: keys that the study itself sets, as it does
+    width and layers. Heads and MLP widths are kept as ratios, see Family. Raises UserError
+    (ConfigError is one) if `train` would refuse them.
     """
     base = None
     found = list[Recipe]()
@@ -75,8 +77,9 @@ def recipes_of(
             )
         own = tuple(a for a in given if a.partition("=")[0] not in dials)
         for argument in own:
-            key = argument.partition("=")[0]
-            if key in owned and not (key.startswith("schedule.") or key == _RATE):
+            key = argument.partition("=")[0].lstrip("+")
+            is_free = key.startswith("schedule.") or key == _RATE
+            if key in _SIZES or (key in owned and not is_free):
                 todo = (
                     "leave it out; batch=2 doubles a recipe's batch, aspect=2 its layers by width"
                 )

@@ -91,6 +91,11 @@ def recipe_plan(
         todo = "name some: plan.candidates=[swiglu,muon]"
         raise UserError("plan.candidates", "names no recipe to compare with the base", todo)
     common = recipes[0].common(common)
+    for recipe in recipes:
+        try:
+            recipe.common(common).family  # noqa: B018 - raises UserError for sizes without a ratio
+        except UserError as e:
+            raise UserError(f"recipe {recipe.name}", f"{e.where} {e.what}", e.todo) from None
     try:
         stages = [recipe_stage(common, grid, recipes, i + 1) for i in range(len(grid.budgets))]
     except UserError as e:
@@ -108,17 +113,23 @@ def recipe_plan(
 
 
 def _without_effect(stage: StudyStage, recipes: Sequence[Recipe]) -> list[str]:
-    """Return a note for each recipe whose factors give it the shape and batch of the base."""
+    """Return a note for each recipe whose factors and sizes give it the model of the base."""
     first = {c.recipe: c for c in reversed(stage.cells)}
     base = first[BASE]
     return [
-        f"at {stage.budget:.2g} FLOPs {r.name} has the layers, width and batch of the base: models "
-        "and batches of that size come in larger steps"
+        f"at {stage.budget:.2g} FLOPs {r.name} has the sizes and batch of the base: models and "
+        "batches of that size come in larger steps"
         for r in recipes
-        if (r.batch, r.aspect) != (1.0, 1.0)
+        if ((r.batch, r.aspect) != (1.0, 1.0) or _sizes(r) != _sizes(recipes[0]))
         and first[r.name].shape.model.sizes == base.shape.model.sizes
         and first[r.name].global_batch == base.global_batch
     ]
+
+
+def _sizes(recipe: Recipe) -> set[str]:
+    """Return the arguments of a recipe that set sizes, of which it keeps the ratios."""
+    keys = {"model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_width"}
+    return {text for text in recipe.arguments if text.partition("=")[0] in keys}
 
 
 def fresh_cells(plan: StudyPlan, names: Sequence[str], stage: StudyStage) -> tuple[Cell, ...]:

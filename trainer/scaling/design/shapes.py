@@ -143,8 +143,12 @@ class Family:
         return head
 
     def model(self, width: int, layers: int) -> ModelConfig:
-        """Return the resolved model of this width (one of `_widths`) and number of layers."""
+        """Return the resolved model of this width and number of layers. Raises UserError if its
+        heads make no whole groups, which those of `_widths` do."""
         head = self.head_dim(width)
+        if width % (self._group * head):
+            what = f"of width {width} has no whole groups of {self._group} heads"
+            raise UserError("model", what, "change the base model")
         over, under = self._mlp
         if not over:
             over, under = (8, 3) if MLPS[self._base.mlp].is_gated else (4, 1)

@@ -145,7 +145,7 @@ class Study:
         recipe = self._recipe_of(cell)
         typed = [f"{k}={_quoted(v)}" for k, v in own.items() if not _is_set_by(recipe, k)]
         # Each cell has sizes of its own, beside which a dial would have no effect.
-        shared = [t for t in self.job.plan.shared if not t.startswith("model.depth=")] + recipe
+        shared = [t for t in self.job.plan.shared + recipe if not t.startswith("model.depth=")]
         made = [*shared, *typed]
         for text in made:
             if not text.isprintable() or text.startswith("-"):
@@ -260,9 +260,13 @@ def must_be_free(folder: Path) -> None:
 
 
 def _is_set_by(recipe: Sequence[str], key: str) -> bool:
-    """True if a recipe sets this key of a cell's schedule itself."""
-    given = {text.partition("=")[0] for text in recipe}
-    return key in given or ("schedule" in given and key in ("schedule.kind", "schedule.decay"))
+    """True if a recipe sets this key of a cell's schedule itself. All other keys are the cell's: it
+    was planned and priced with them."""
+    if not key.startswith("schedule."):
+        return False
+    given = dict(text.lstrip("+").split("=", 1) for text in recipe)
+    is_other = "schedule" in given or given.get("schedule.kind", "wsd") != "wsd"
+    return key in given or (is_other and key in ("schedule.kind", "schedule.decay"))
 
 
 def _quoted(value: Any) -> str:

@@ -7,10 +7,15 @@ import pytest
 from forescale import cli
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
-from forescale.scaling.config import StudyJob
+from forescale.scaling.config import PlanKeys, StudyJob
+from forescale.scaling.design.plan import StudyPlan, StudyStage
+from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
+from forescale.scaling.design.recipe_plan import recipe_cells
+from forescale.scaling.design.shapes import Common
 from forescale.scaling.study.directory import Study
 
 LIST = ["plan.kind=list", "plan.runs=[[1e4,1e5],[2e4,1e5],[4e4,1e5]]", "plan.cap=1e13"]
+GRID = RecipeGrid((1e12,), 20.0, (2, 2), 0)
 
 
 @pytest.fixture
@@ -153,3 +158,35 @@ def test_a_cell_is_a_command_that_train_takes(small_data, tmp_path, fake_trainin
     cell = study.plan.cells[0]
     model = compose(TrainJob, study.arguments(cell)).model
     assert (model.mixer, model.width) == ("mingru", cell.keys["model.width"])
+
+
+SIZES = {"model.num_kv_heads", "model.num_heads", "model.width", "model.num_layers"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "own", "kind"),
+    [
+        ("wsd", ["model.num_kv_heads=1"], "wsd"),
+        ("wsd", ["schedule=cosine"], "cosine"),
+        ("constant", ["schedule.kind=cosine"], "cosine"),
+        ("wsd", ["schedule.kind=wsd"], "wsd"),
+    ],
+)
+def test_a_recipe_changes_the_schedule_of_its_cells_and_never_their_sizes(
+    tmp_path, schedule, own, kind
+):
+    shared = ["data=bytes", "optimizer=adamw", f"schedule={schedule}"]
+    job = StudyJob(studies=str(tmp_path), study="own", plan=PlanKeys(arguments=shared))
+    common = Common(compose(TrainJob, job.plan.shared).model, 257, 64)
+    made = recipes_of(job.plan.shared, {BASE: [], "new": own}, frozenset())
+    stage = StudyStage(1, 1e12, tuple(recipe_cells(common, GRID, made[1], 1)), 0.0, 0.0, True)
+    study = Study.make(
+        job.folder, job, StudyPlan("recipes", common, (stage,), 8e12, recipes=made), {}
+    )
+    cell = study.plan.cells[0]
+    run = compose(TrainJob, study.arguments(cell))
+    planned = {name: cell.keys[name] for name in SIZES}
+    assert {name: getattr(run.model, name.partition(".")[2]) for name in SIZES} == planned
+    assert run.schedule.kind == kind
+    decay = f"{cell.decay_steps} steps" if kind == "wsd" else None
+    assert (run.schedule.decay and str(run.schedule.decay)) == decay

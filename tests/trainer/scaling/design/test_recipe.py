@@ -1,0 +1,64 @@
+"""Recipes: each of the project's own is one that `train` takes, and none sets what a cell sets."""
+
+from functools import cache
+
+import pytest
+import yaml
+
+from forescale.config.compose import CONF, compose
+from forescale.config.train import TrainJob
+from forescale.errors import UserError
+from forescale.scaling.config import PlanKeys
+from forescale.scaling.design.planning import _STUDY_OWNED
+from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
+from forescale.scaling.design.recipe_file import read_recipes
+from forescale.scaling.design.recipe_plan import recipe_plan
+from forescale.scaling.design.shapes import Common
+
+SHARED = PlanKeys().shared
+OURS = [name for name in yaml.safe_load((CONF / "candidates.yaml").read_text()) if name != "gpt2"]
+
+
+def recipes(**named):
+    return recipes_of(SHARED, {BASE: [], **named}, frozenset(_STUDY_OWNED))
+
+
+@cache
+def planned(*own):
+    """The plan of the base and a recipe `new`."""
+    made = recipes(new=own)
+    common = Common(compose(TrainJob, SHARED).model, 257, 64)
+    grid = RecipeGrid.within_cap(8e12, len(made), 3, 2.0, 20.0, (2, 2), 1)
+    return recipe_plan(common, grid, made, 8e12)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_of_our_candidates_is_a_recipe_over_gpt2(name):
+    named = read_recipes(None, ["gpt2"], [name])
+    base, one = recipes_of(SHARED, named, frozenset(_STUDY_OWNED))
+    assert one.arguments[: len(base.arguments)] == base.arguments
+    assert one != base
+
+
+@pytest.mark.parametrize(
+    "text", ["model.width=64", "model.num_layers=2", "model.depth=2", "+model.width=64"]
+)
+def test_layers_and_width_of_a_recipe_are_refused(text):
+    with pytest.raises(UserError, match=r"recipe new: model\.\w+ is set by the study itself"):
+        recipes(new=[text])
+
+
+def test_groups_of_heads_are_kept_at_every_budget():
+    """One of two heads has keys and values, so half of them at any size."""
+    models = [c.shape.model for c in planned("model.num_kv_heads=1").cells if c.recipe == "new"]
+    assert {m.num_heads / m.num_kv_heads for m in models} == {2.0}
+
+
+def test_a_recipe_whose_sizes_come_out_as_the_bases_is_named():
+    assert any("new has the sizes" in note for note in planned("model.num_heads=4").notes)
+    assert not any("new" in note for note in planned("model.num_kv_heads=1").notes)
+
+
+def test_sizes_without_a_ratio_are_refused_by_the_name_of_their_recipe():
+    with pytest.raises(UserError, match=r"recipe new: model\.num_heads of the base model has no"):
+        planned("model.num_heads=6", "model.head_dim=64")
