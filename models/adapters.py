@@ -12,7 +12,17 @@ from math import prod
 
 from forescale.models.config import ModelConfig
 from forescale.models.costs.record import Shapes
-from forescale.models.flops import count, flops_per_token, matrices, parts_of, shapes, stacked
+from forescale.models.flops import (
+    count,
+    flops_forward,
+    flops_per_token,
+    flops_recomputed,
+    in_chunks,
+    matrices,
+    parts_of,
+    shapes,
+    stacked,
+)
 
 _INSIDE = ("blocks.", "transform.", "mtp.")
 _WEIGHT, _DOWN, _UP = ".weight", ".lora_A.weight", ".lora_B.weight"
@@ -65,8 +75,13 @@ def with_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> Sha
 
 def num_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:
     """Return the number of parameters that are trained."""
-    found = with_adapters(config, rank, targets)
-    return sum(prod(shape) for name, shape in found.items() if is_adapter(name))
+    return sum(_sizes(config, rank, targets).values())
+
+
+def _sizes(config: ModelConfig, rank: int, targets: Sequence[str]) -> dict[str, int]:
+    """Return the numbers of parameters of the adapters by name."""
+    found = with_adapters(config, rank, targets).items()
+    return {name: prod(shape) for name, shape in found if is_adapter(name)}
 
 
 def flops_with_adapters(
@@ -86,6 +101,27 @@ def flops_with_adapters(
     frozen = 2 * _multiplied(config)
     own = 6 * num_adapters(config, rank, targets)
     return flops_per_token(config, sequence_length, causal) - frozen + own
+
+
+def flops_forward_with_adapters(
+    config: ModelConfig, sequence_length: int, rank: int, targets: Sequence[str]
+) -> float:
+    """Return the FLOPs of one token in evaluation as flops_forward does, with those of adapters."""
+    return flops_forward(config, sequence_length) + 2 * num_adapters(config, rank, targets)
+
+
+def flops_recomputed_with_adapters(
+    config: ModelConfig, sequence_length: int, rank: int, targets: Sequence[str], ranks: int = 1
+) -> float:
+    """Return the recomputed FLOPs of one token as flops_recomputed does, with those of adapters:
+    full checkpointing makes their products again, and an MLP in chunks those of its own. Selective
+    checkpointing keeps the results of all matrices."""
+    config, again = in_chunks(config, sequence_length // ranks), 0
+    for name, size in _sizes(config, rank, targets).items():
+        layer, part = name.split(".")[1:3]
+        is_in_chunks = part == "mlp" and parts_of(config, int(layer))[part].recomputed(config, 1)
+        again += size * ((config.activation_checkpointing == "full") + bool(is_in_chunks))
+    return flops_recomputed(config, sequence_length, ranks) + 2 * again
 
 
 def flops_6n_with_adapters(config: ModelConfig, rank: int, targets: Sequence[str]) -> int:

@@ -164,7 +164,7 @@ class Row:
         job = self.job(*words)
         trained, world, machine = inventory(job), job.world_size, job.machine
         traffic = collectives(job, trained, world)
-        price = token_flops(model_of(job), self.length, 0.0)
+        price = token_flops(model_of(job), job.lora, self.length, 0.0)
         step = predict_step_time(job, trained, price, traffic, machine, world, job.per_node)
         assert step.seconds
         return step.seconds
@@ -173,7 +173,7 @@ class Row:
     def mfu_of_speed(self) -> float:
         """MFU of one token a second; FLOPs as the plan counts them."""
         job = self.job()
-        price = token_flops(model_of(job), self.length, 0.0)
+        price = token_flops(model_of(job), job.lora, self.length, 0.0)
         return price.full / (peak_of(job, job.machine) or 1.0)
 
     @property

@@ -12,6 +12,8 @@ from forescale.config.sections.lora import LoraConfig
 from forescale.models import ModelConfig, Transformer
 from forescale.models.adapters import (
     candidates,
+    flops_forward_with_adapters,
+    flops_recomputed_with_adapters,
     flops_with_adapters,
     is_adapter,
     is_target,
@@ -63,19 +65,56 @@ def test_targets_are_named_by_a_whole_name_a_last_part_or_a_part_of_the_block():
     assert [n for n in names if is_target(n, [])] == names
 
 
+def counted(config, length, *targets, kernel=SDPBackend.MATH):
+    """Forward and backward FLOPs of a token as torch counts them, with a gradient of the first
+    block's input."""
+    model, tokens = made(config, *targets, stage=3), torch.randint(0, 70, (2, length))
+    with sdpa_kernel(kernel), FlopCounterMode(display=False) as counter:
+        found = model(tokens, tokens)
+        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
+        (losses.sum() + penalty).backward()
+    return counter.get_total_flops() / tokens.numel()
+
+
 @pytest.mark.parametrize("config", [BASE, *VARIANTS[:2]], ids=["plain", "biases", "experts"])
 def test_flops_are_those_that_torch_counts(config):
     """Where the first block's input has a gradient, as at stage 3."""
-    model, length = made(config, stage=3), 16
-    tokens = torch.randint(0, 70, (2, length))
-    targets = tokens if config.mtp_layers == 0 else tokens.clone()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        found = model(tokens, targets)
-        losses, penalty = found if isinstance(found, tuple) else (found, 0.0)
-        (losses.sum() + penalty).backward()
-    counted = counter.get_total_flops() / tokens.numel()
-    expected = flops_with_adapters(config, length, RANK, [])
-    assert counted == expected
+    length = 16
+    assert counted(config, length) == flops_with_adapters(config, length, RANK, [])
+    model = made(config).eval()
+    tokens, kernel = torch.randint(0, 70, (2, length)), sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), kernel, FlopCounterMode(display=False) as counter:
+        model(tokens)
+    forward = flops_forward_with_adapters(config, length, RANK, [])
+    assert counter.get_total_flops() / tokens.numel() == forward
+
+
+@pytest.mark.parametrize("targets", [(), ("query", "mlp.up")], ids=["all", "some"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_flops_of_what_is_computed_twice_are_those_that_torch_counts(checkpointing, chunk, targets):
+    """But for what nothing needs: the last product of what is made again, and of an MLP in chunks
+    in a layer that is made again the last chunk."""
+    plain = replace(BASE, loss_chunk=0)
+    config = replace(plain, activation_checkpointing=checkpointing, mlp_chunk=chunk)
+    price = flops_with_adapters(config, 16, RANK, targets)
+    price += flops_recomputed_with_adapters(config, 16, RANK, targets)
+    last = 2 * 24 * (40 if targets else RANK)  # of mlp.down, or of its adapter
+    mlp = 2 * (3 * 24 * 40 + RANK * (24 + 40) * (1 if targets else 3))
+    if chunk is not None:
+        price -= config.num_layers * last
+    if checkpointing == "full":
+        price -= config.num_layers * (last if chunk is None else mlp * chunk / 16)
+    assert counted(config, 16, *targets) == price
+
+
+def test_selective_checkpointing_makes_no_product_of_adapters_again():
+    """With flash attention, whose results are kept, and which torch doesn't count."""
+    plain = replace(BASE, loss_chunk=0)
+    config = replace(plain, activation_checkpointing="selective")
+    flash = SDPBackend.FLASH_ATTENTION
+    assert counted(config, 16, kernel=flash) == counted(plain, 16, kernel=flash)
+    assert flops_recomputed_with_adapters(config, 16, RANK, []) == 0
 
 
 def test_they_begin_with_the_model_as_it_was_and_depend_on_the_seed_alone():

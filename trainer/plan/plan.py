@@ -76,7 +76,7 @@ class Plan:
             self.trained = inventory(self.job)
             six_n = job.lora.flops_6n(self.job.model)
             length, ranks = job.train.sequence_length, job.engine.sequence_parallel
-            self.per_token = token_flops(self.job.model, length, six_n, ranks, job.lora)
+            self.per_token = token_flops(self.job.model, job.lora, length, six_n, ranks)
         else:
             self.trained, self.per_token = own_model(self.job, self.vocab_size)
             self.notes.append(
@@ -303,7 +303,7 @@ class Plan:
                 continue
             now, length = self.per_token, self.job.train.sequence_length
             ranks, lora = self.job.engine.sequence_parallel, self.job.lora
-            less = token_flops(model, length, now.six_n, ranks, lora)
+            less = token_flops(model, lora, length, now.six_n, ranks)
             saved = 1 - (less.full + less.recomputed) / (now.full + now.recomputed)
             if saved < 0.005:
                 continue

@@ -16,7 +16,6 @@ from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
-from forescale.models.flops import flops_forward, flops_recomputed
 from forescale.monitor.status import Status
 from forescale.plan.bytes.memory import holders
 from forescale.plan.bytes.parameters import Inventory
@@ -41,20 +40,16 @@ class TokenFlops:
 
 
 def token_flops(
-    config: ModelConfig,
-    length: int,
-    six_n: float,
-    ranks: int = 1,
-    lora: LoraConfig = LoraConfig(),  # noqa: B008 - it has no adapters, and is only read
+    config: ModelConfig, lora: LoraConfig, length: int, six_n: float, ranks: int = 1
 ) -> TokenFlops:
     """Return the FLOPs of a token in a sequence of `length` tokens that `ranks` divide. lora: the
-    adapters that are trained alone, if any."""
+    adapters that are trained alone, if its rank is not 0."""
     return TokenFlops(
         full=lora.flops_per_token(config, length),
         causal=lora.flops_per_token(config, length, causal=True),
         six_n=six_n,
-        forward=flops_forward(config, length),
-        recomputed=flops_recomputed(config, length, ranks),
+        forward=lora.flops_forward(config, length),
+        recomputed=lora.flops_recomputed(config, length, ranks),
     )
 
 
@@ -192,7 +187,7 @@ def measure(target: str, root: str) -> MeasuredSpeed:
     seconds = median(r["seconds"].get("compute", 0.0) + r["seconds"].get("data", 0.0) for r in rows)
     world = int(status.checkpoints[-1].state["world_size"])
     ranks = job.engine.sequence_parallel
-    per_token = token_flops(job.model, job.train.sequence_length, 0.0, ranks, job.lora)
+    per_token = token_flops(job.model, job.lora, job.train.sequence_length, 0.0, ranks)
     flops = (per_token.full + per_token.recomputed) * job.tokens_per_step
     rate = flops / world / seconds
     return MeasuredSpeed(status.run.name, job, per_token, world, seconds, rate, len(rows))

@@ -27,7 +27,6 @@ from forescale.models.flops import (
     columns_of,
     divided,
     flops_per_token,
-    flops_recomputed,
     layers_of,
     matrices,
     shapes,
@@ -91,7 +90,7 @@ def work_of(job: TrainJob, parameters: int, mesh: Mesh) -> Work | None:
     multiplied = job.lora.flops_per_token(config, length, causal=True) - 3 * scores
     # What is computed again, with attention's square as MFU counts it, less that square.
     squares = again * _scores(config, length, causal=False)
-    repeated = max(0.0, flops_recomputed(config, length, mesh.sequence) - squares)
+    repeated = max(0.0, job.lora.flops_recomputed(config, length, mesh.sequence) - squares)
     part = _part(config, mesh.tensor, length, forward - scores) / mesh.sequence
     whole = activations(
         replace(config, activation_checkpointing="none"),

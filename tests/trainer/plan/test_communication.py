@@ -271,7 +271,7 @@ def test_zero1_becomes_faster_than_zero3_on_many_nodes():
              "model.vocab_size=128256", "optimizer=adamw", "train.sequence_length=8192",
              "train.micro_batch=1"]  # fmt: skip
     made = job(*words, vocab_size=128_256)
-    held, price = inventory(made), token_flops(made.model, 8192, 0.0)
+    held, price = inventory(made), token_flops(made.model, made.lora, 8192, 0.0)
 
     def seconds(stage, nodes, **machine):
         staged = replace(

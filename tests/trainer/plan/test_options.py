@@ -67,7 +67,7 @@ def longest(*words):
     job = compose(PlanJob, [*command, "train.global_batch=64", *words])
     most = job.model.max_sequence_length
     job = replace(job, model=job.model.resolved(32_000, job.train.sequence_length))
-    per_token = token_flops(job.model, job.train.sequence_length, 0.0)
+    per_token = token_flops(job.model, job.lora, job.train.sequence_length, 0.0)
     options = ShardingOptions(inventory(job), per_token, job.machine, job.plan, None, most)
     return options.longest_window(job), options, job
 

@@ -22,7 +22,7 @@ def computing(ranks, *words):
     job = compose(PlanJob, [*LARGE, f"plan.gpus={ranks}", *words])
     length = job.train.sequence_length
     job = replace(job, model=job.model.resolved(32_000, length))
-    price = token_flops(job.model, length, 0.0, job.engine.sequence_parallel)
+    price = token_flops(job.model, job.lora, length, 0.0, job.engine.sequence_parallel)
     return predict_step_time(job, inventory(job), price, [], job.machine, ranks, ranks).computing
 
 

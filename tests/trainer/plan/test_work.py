@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from forescale.config.compose import compose
+from forescale.config.sections.lora import LoraConfig
 from forescale.models.flops import flops_per_token
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.config import PlanJob
@@ -13,6 +14,7 @@ from forescale.plan.work import work_of
 SIZES = ["model=gpt2-124m", "train.steps=10", "train.sequence_length=1024", "schedule.warmup=0"]
 SCORES = 12 * 2 * 768 * 1025  # forward FLOPs of a token: 12 layers, a causal half of the square
 TOKENS = 4 * 1024
+ADAPTERS = LoraConfig(rank=8)
 TWO = ["plan.gpus=2", "train.compile=off"]
 
 
@@ -45,6 +47,17 @@ def test_what_is_computed_again_is_counted():
     assert again.scores / plain.scores == pytest.approx(4.5 / 3.5)
     assert again.traffic > plain.traffic
     assert again.weights == pytest.approx(plain.weights * 4 / 3)
+
+
+def test_adapters_are_computed_again_too():
+    made = [
+        replace(job("model.loss_chunk=0", f"model.activation_checkpointing={how}"), lora=ADAPTERS)
+        for how in ("none", "full")
+    ]
+    plain, again = (work_of(one, 0, one.mesh(1)) for one in made)
+    sides = 4 * (768 + 768) + 2 * (768 + 4 * 768)  # inputs and outputs of a block's matrices
+    matrices = 12 * 2 * (12 * 768**2 + 8 * sides)
+    assert again.products - plain.products == pytest.approx(TOKENS * matrices, rel=1e-12)
 
 
 @pytest.mark.parametrize(

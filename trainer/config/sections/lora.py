@@ -13,12 +13,14 @@ from forescale.config.schema import key
 from forescale.models.adapters import (
     candidates,
     flops_6n_with_adapters,
+    flops_forward_with_adapters,
+    flops_recomputed_with_adapters,
     flops_with_adapters,
     is_target,
     num_adapters,
 )
 from forescale.models.config import ModelConfig
-from forescale.models.flops import count, flops_6n, flops_per_token
+from forescale.models.flops import count, flops_6n, flops_forward, flops_per_token, flops_recomputed
 
 if TYPE_CHECKING:
     from forescale.config.train import TrainJob
@@ -59,6 +61,18 @@ class LoraConfig:
         if not self.rank:
             return flops_per_token(model, length, causal)
         return flops_with_adapters(model, length, self.rank, self.targets, causal)
+
+    def flops_forward(self, model: ModelConfig, length: int) -> float:
+        """Return what models.flops.flops_forward does, with what adapters add."""
+        if not self.rank:
+            return flops_forward(model, length)
+        return flops_forward_with_adapters(model, length, self.rank, self.targets)
+
+    def flops_recomputed(self, model: ModelConfig, length: int, ranks: int = 1) -> float:
+        """Return what models.flops.flops_recomputed does, with what adapters add."""
+        if not self.rank:
+            return flops_recomputed(model, length, ranks)
+        return flops_recomputed_with_adapters(model, length, self.rank, self.targets, ranks)
 
     def flops_6n(self, model: ModelConfig) -> int:
         """Return what models.flops.flops_6n does, with what adapters add and spare."""
