@@ -132,14 +132,23 @@ def _sizes(recipe: Recipe) -> set[str]:
     return {text for text in recipe.arguments if text.partition("=")[0] in keys}
 
 
-def fresh_cells(plan: StudyPlan, names: Sequence[str], stage: StudyStage) -> tuple[Cell, ...]:
-    """Return the runs that confirm these recipes, and those of the base: copies of their seeds at
-    the highest budget, with seeds that no other run has."""
+def highest_seeds(plan: StudyPlan) -> dict[str, Cell]:
+    """Return a run with another seed at the highest budget, of each recipe that has one there; one
+    that always diverged has none."""
     grid = plan.recipe_grid
     assert grid is not None, "a study of recipes has a layout"
-    top, found = len(grid.budgets) - 1, list[Cell]()
+    top = len(grid.budgets) - 1
+    return {c.recipe: c for c in plan.cells if (c.stage, c.role) == (top, "seed")}
+
+
+def fresh_cells(plan: StudyPlan, names: Sequence[str], stage: StudyStage) -> tuple[Cell, ...]:
+    """Return the runs that confirm these recipes, and those of the base: copies of their seeds at
+    the highest budget, with seeds that no other run has. names: of `highest_seeds`."""
+    grid, likes = plan.recipe_grid, highest_seeds(plan)
+    assert grid is not None, "a study of recipes has a layout"
+    found = list[Cell]()
     for name in (BASE, *names):
-        like = next(c for c in plan.cells if (c.stage, c.recipe, c.role) == (top, name, "seed"))
+        like = likes[name]
         for i in range(grid.fresh):
             seed = plan.common.seed + _FRESH + i
             found.append(replace(like, name=f"fresh-{name}-seed{i + 1}", stage=stage.number,

@@ -19,7 +19,7 @@ from forescale.scaling.analysis.recipes.multipliers import Multipliers
 from forescale.scaling.design.cells import FACTOR, Cell, extra_rate
 from forescale.scaling.design.plan import StudyPlan, StudyStage
 from forescale.scaling.design.recipe import BASE, RATES
-from forescale.scaling.design.recipe_plan import fresh_cells, recipe_stage
+from forescale.scaling.design.recipe_plan import fresh_cells, highest_seeds, recipe_stage
 from forescale.scaling.design.tuning import Tuned, tuned
 from forescale.scaling.study.directory import Study
 
@@ -143,10 +143,8 @@ def _confirm(study: Study, stage: StudyStage, log: Log) -> None:
         winners = [c.name for c in made.candidates if c.is_winner]
     except UserError as e:
         none = str(e)
-    top = len(study.plan.recipe_grid.budgets) - 1 if study.plan.recipe_grid else 0
-    winners = [
-        w for w in winners if any(c.stage == top and c.recipe == w for c in study.plan.cells)
-    ]
+    tuned_there = highest_seeds(study.plan)  # one that diverged there is no winner there
+    winners = [name for name in winners if name in tuned_there]
     cells = fresh_cells(study.plan, winners, stage) if winners else ()
     cost = sum(c.cost for c in cells)
     done = replace(stage, cells=cells, low=cost, high=cost, exact=True)

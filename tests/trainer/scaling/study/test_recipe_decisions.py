@@ -1,0 +1,52 @@
+"""What a study of recipes decides, of given losses: nothing is planned by a command or trained."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from forescale.config.compose import compose
+from forescale.config.train import TrainJob
+from forescale.scaling.config import StudyJob
+from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
+from forescale.scaling.design.recipe_plan import recipe_plan
+from forescale.scaling.design.shapes import Common
+from forescale.scaling.study.directory import Study
+from forescale.scaling.study.recipes import advance_recipes
+from tests.trainer.scaling.simulated_recipes import BUDGETS, runs
+
+CAP = 8e12
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study of the base and one recipe, `new`, at two budgets; nothing has run."""
+    job = StudyJob(studies=str(tmp_path), study="own")
+    common = Common(compose(TrainJob, job.plan.shared).model, 257, 64)
+    recipes = recipes_of(job.plan.shared, {BASE: [], "new": ["model.norm=layernorm"]}, frozenset())
+    grid = RecipeGrid.within_cap(CAP, 2, 2, 2.0, 20.0, (2, 2), 2)
+    return Study.make(job.folder, job, recipe_plan(common, grid, recipes, CAP), {})
+
+
+@pytest.mark.parametrize("diverged", [False, True])
+def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
+    study, monkeypatch, diverged
+):
+    """It needs less compute at the lower ones; there its sweep is left, without other seeds."""
+    stages = [
+        replace(s, exact=bool(s.cells), cells=tuple(
+            replace(c, waits_for=()) for c in s.cells
+            if not (diverged and (c.stage, c.recipe, c.role) == (3, "new", "seed"))
+        ))
+        for s in study.plan.stages
+    ]  # fmt: skip
+    study.revise(replace(study.plan, stages=tuple(stages)), "rates_chosen")
+    table = runs(np.random.default_rng(0), {"new": 1.5})
+    is_gone = (table["recipe"] == "new") & (table["flops"] == BUDGETS[-1])
+    monkeypatch.setattr(study, "table", lambda: table[~is_gone] if diverged else table)
+    monkeypatch.setattr(study, "states", list)
+    advance_recipes(study, lambda line: None)
+    fresh = [(c.recipe, c.seed) for c in study.plan.stages[-1].cells]
+    assert study.plan.stages[-1].exact
+    assert [name for name, _ in fresh] == ([] if diverged else ["base", "base", "new", "new"])
+    assert len(set(fresh)) == len(fresh)
