@@ -45,10 +45,9 @@ class Samples:
     numbers: (n,) int64, the global index g of each; tokens: (n, L + 1) in the feed's dtype, 0
     beyond the end of a short one; sizes: (n,) int64, tokens of each; documents: (n, L + 1) int32,
     number of each token's document in its window, or None; ignored: (n, L + 1) bool, True for what
-    is no target of a bin (Bins.mark_ignored), or None; cuts: int64, (n,) tokens of the source of
-    each pair, (n, 4) ends of the parts of each preference, or None; references: (n, 2) float32, see
-    Feed, or None; hash: sum mod 2^64 of the windows' hashes; lost: members found damaged while
-    reading.
+    is no target of a bin (Bins.mark_ignored), or None; cuts: (n, Bins.edges) int64, the ends of the
+    first pieces of each bin, or None; references: (n, 2) float32, see Feed, or None; hash: sum mod
+    2^64 of the windows' hashes; lost: members found damaged while reading.
     """
 
     places: Places
@@ -160,7 +159,7 @@ class Feed:
                     if ignored is not None:
                         self.bins[place[0]].mark_ignored(ignored[i], ends)
                 if cuts is not None:
-                    cuts[i] = ends[: cuts[i].size].reshape(cuts[i].shape)
+                    cuts[i] = ends[: cuts.shape[1]]
                 if references is not None:
                     references[i] = self._reference(*place)
         windows: Iterable[Any] = tokens
@@ -313,10 +312,9 @@ class Feed:
 
 
 def cuts_of(bins: Bins, samples: int) -> np.ndarray | None:
-    """Return room for the ends of pieces that an objective gets of so many bins, zeros; None if it
-    gets none."""
-    shape = {0: None, 1: (samples,)}.get(bins.edges, (samples, bins.edges))
-    return None if shape is None else np.zeros(shape, np.int64)
+    """Return room for the ends of pieces that an objective gets of so many bins, zeros of
+    (samples, bins.edges); None if it gets none."""
+    return np.zeros((samples, bins.edges), np.int64) if bins.edges else None
 
 
 def _by_shard(places: Places) -> Iterator[tuple[int, int, np.ndarray]]:

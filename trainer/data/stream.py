@@ -250,7 +250,7 @@ def _validation_micro_batch(
         lengths[i] = size
         ends = np.cumsum([length for _, length in runs])
         if cuts is not None:
-            cuts[i] = ends[: cuts[i].size].reshape(cuts[i].shape)
+            cuts[i] = ends[: cuts.shape[1]]
         elif bins is not None:
             bins.mark_ignored(ignored[i], ends)
         tokens[i, :size] = split.read(shard, first, size)
@@ -287,8 +287,8 @@ def _micro_batches(rows: Samples, share: StepShare, objective: Objective) -> lis
 
 
 def _padding_mask(objective: Objective, *sizes: np.ndarray) -> torch.Tensor | None:
-    """Return what MicroBatch has of windows of so many tokens, and of pairs also so many of the
-    source: (n,) each -> (n, L) or None."""
+    """Return what MicroBatch has of windows of so many tokens, (n,), and of such cuts, if there
+    are any, (n, edges): (n, L) or None."""
     found = own(*sizes) if (own := getattr(objective, "padding_mask", None)) else None
     return None if found is None else torch.from_numpy(found)
 

@@ -20,9 +20,9 @@ class Pairs:
     source at the end of columns [0, split)
     separator and target, less its last token, at the start of columns [split, columns)
 
-    A window is a pair (data/objectives/pair_table.py): sizes are those of its tokens, cuts, (n,),
-    which no other objective gets, those of its source. The length of a window in the data order,
-    which num_targets takes, is that of separator and target.
+    A window is a pair (data/objectives/pair_table.py): sizes are those of its tokens, cuts, (n, 1),
+    those of its source, 0 for a row of padding. The length of a window in the data order, which
+    num_targets takes, is that of separator and target.
     """
 
     def __init__(self, sequence_length: int, separator: str, source: int | None = None):
@@ -41,7 +41,7 @@ class Pairs:
     ) -> np.ndarray:
         split, pair = self.split, np.zeros((2, len(tokens), self.columns), np.int64)
         pair[1] = IGNORED
-        for i, (cut, size) in enumerate(zip(cuts.tolist(), sizes.tolist(), strict=True)):
+        for i, (cut, size) in enumerate(zip(cuts[:, 0].tolist(), sizes.tolist(), strict=True)):
             if cut:  # else a row of padding
                 end = split + size - 1 - cut
                 pair[0, i, split - cut : end] = tokens[i, : size - 1]
@@ -50,6 +50,6 @@ class Pairs:
 
     def padding_mask(self, sizes: np.ndarray, cuts: np.ndarray) -> np.ndarray:
         """Return (n, columns), False before the source and beyond the target."""
-        columns, cuts = np.arange(self.columns), cuts[:, None]
+        columns = np.arange(self.columns)  # beside cuts, (n, 1)
         first, end = self.split - cuts, self.split + sizes[:, None] - 1 - cuts
         return (columns >= first) & (columns < end) & (cuts > 0)

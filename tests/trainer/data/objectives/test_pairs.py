@@ -125,12 +125,12 @@ class Recording(NextToken):
         self.given = []
 
     def examples(self, *arrays):
-        self.given.append(len(arrays))
+        self.given.append([cuts.shape for cuts in arrays[3:]])
         return super().examples(*arrays[:3])
 
 
 def test_a_class_is_given_the_cuts_in_training_and_validation_alike(words):
-    """With tables of pairs, whatever the class; without, none."""
+    """With tables of pairs, whatever the class, one for each window; without, none."""
     for is_with in (True, False):
         feed = feed_of(words)
         objective = feed.objective = Recording()
@@ -143,7 +143,7 @@ def test_a_class_is_given_the_cuts_in_training_and_validation_alike(words):
         bins = pairs_of(words, "validation") if is_with else None
         given = (words.split("validation"), COLUMNS, 2)
         next(validation_windows(*given, objective=objective, bins=bins))
-        assert objective.given == [3 + is_with] * 2
+        assert objective.given == [[(2, 1)] * is_with] * 2
 
 
 @pytest.mark.parametrize("encoder_layers", [0, 2])
