@@ -212,7 +212,8 @@ class Study:
         self._ended.pop(name, None)
 
     def table(self) -> pd.DataFrame:
-        """Return the record of each complete cell, with columns of the plan.
+        """Return the record of each complete cell, with columns of the plan; in a study of recipes
+        also a row of each cell that diverged, with an infinite loss.
 
         stage, role, budget, batch; cell_of: the grid cell that it repeats or varies; fitted: True
         for the runs that a law is fitted to, the best learning rate of each size of a budget.
@@ -239,14 +240,13 @@ class Study:
 
     def _diverged(self) -> pd.DataFrame:
         """Return rows of the cells that diverged, which bracket the learning rates below them."""
-        cost = f"flops_{self.plan.common.cost}"
         cells = [s.cell for s in self.states() if s.status == "diverged"]
         return pd.DataFrame(
             [
                 {"name": c.name, "recipe": c.recipe, "role": c.role, "cell_of": c.cell_of,
                  "stage": c.stage, "budget": c.budget, "batch": c.global_batch,
-                 "learning_rate": c.learning_rate, cost: c.cost, "tokens": c.tokens,
-                 "loss": math.inf}
+                 "learning_rate": c.learning_rate, "tokens": c.tokens, "loss": math.inf,
+                 **{f"flops_{convention}": flops for convention, flops in c.flops.items()}}
                 for c in cells
             ]
         )  # fmt: skip

@@ -1,18 +1,22 @@
-"""What a study of recipes decides, of given losses: nothing is planned by a command or trained."""
+"""What a study of recipes decides and tabulates, of given losses: nothing is trained."""
 
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.scaling.analysis.recipes.table import cells_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
 from forescale.scaling.design.recipe_plan import recipe_plan
 from forescale.scaling.design.shapes import Common
+from forescale.scaling.study import directory
 from forescale.scaling.study.directory import Study
 from forescale.scaling.study.recipes import advance_recipes
+from forescale.scaling.study.states import CellState
 from tests.trainer.scaling.simulated_recipes import BUDGETS, runs
 
 CAP = 8e12
@@ -50,3 +54,23 @@ def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
     assert study.plan.stages[-1].exact
     assert [name for name, _ in fresh] == ([] if diverged else ["base", "base", "new", "new"])
     assert len(set(fresh)) == len(fresh)
+
+
+@pytest.mark.parametrize("cost", ["causal", "full", "6nd"])
+def test_a_run_that_diverged_counts_its_compute_by_every_convention(study, monkeypatch, cost):
+    cells = [c for c in study.plan.cells if c.stage == 2]
+    states = [
+        CellState(c, "diverged" if c.name.endswith("-lr-high") else "complete", 3.0) for c in cells
+    ]
+    records = [
+        {"name": c.name, "loss": 3.0, "learning_rate": c.learning_rate,
+         **{f"flops_{convention}": flops for convention, flops in c.flops.items()}}
+        for c in cells if not c.name.endswith("-lr-high")
+    ]  # fmt: skip
+    monkeypatch.setattr(study, "states", lambda: states)
+    monkeypatch.setattr(directory, "of_runs", lambda runs: (pd.DataFrame(records), []))
+    found = cells_of(study.table(), replace(study.job, cost=cost), "here")
+    assert {c.recipe: c.diverged for c in found} == {"base": 1, "new": 1}
+    for c in cells:
+        own = study.table().set_index("name").loc[c.name]
+        assert own[f"flops_{cost}"] == c.flops[cost]
