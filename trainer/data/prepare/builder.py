@@ -161,8 +161,9 @@ class _Build:
         raw = self._tokenizer()
         vocabulary = vocabulary_of(raw, self.config.tokenizer, self.config.end_of_text)
         self._encode(selection, vocabulary, sizes)
-        rows, entries = self._assemble(vocabulary)
-        entries |= self._write_origins()
+        encoded = [[TokenRun(*r) for r in found["runs"]] for found in self._facts(self.work.tokens)]
+        rows, entries = self._assemble(encoded, vocabulary)
+        entries |= self._write_origins(encoded)
         self._finish(selection, vocabulary, rows, entries)
 
     def _phase(self, name: str, unit: str, total: int, tasks: Sequence[Task]) -> None:
@@ -245,11 +246,14 @@ class _Build:
             tasks.append(Task("compressors", compare, work.baselines, 1 << 60))
         self._phase("tokenise", "bytes", sum(sizes), tasks)
 
-    def _assemble(self, vocabulary: Vocabulary) -> tuple[dict[str, Any], dict[str, FileEntry]]:
+    def _assemble(
+        self, runs: list[list[TokenRun]], vocabulary: Vocabulary
+    ) -> tuple[dict[str, Any], dict[str, FileEntry]]:
         """Return the manifest's rows of every split, and the entries of the files that were
-        written."""
+        written. runs: of every unit."""
         work, dtype, members = self.work, vocabulary.dtype, self.config.member_tokens
-        runs = [[TokenRun(*run) for run in found["runs"]] for found in self._facts(work.tokens)]
+        # A worker gets them with each shard, and needs no file types.
+        runs = [[run._replace(kinds=()) for run in of] for of in runs]
         shards = {s: plan_shards(work.tokens, runs, s, self.config.shard_tokens) for s in SPLITS}
         job = AssembleJob(work.tokens, runs, work.rows, work.stage, dtype, members)
         tasks = [Task(s.name, job, (split, s), s.tokens) for split in SPLITS for s in shards[split]]
@@ -262,11 +266,9 @@ class _Build:
             entries |= {n: FileEntry(**e) for f in found for n, e in f["files"].items()}
         return rows, entries
 
-    def _write_origins(self) -> dict[str, FileEntry]:
-        """Write where each held-out document comes from; return the entry of the file."""
-        runs = [
-            [TokenRun(*run) for run in found["runs"]] for found in self._facts(self.work.tokens)
-        ]
+    def _write_origins(self, runs: list[list[TokenRun]]) -> dict[str, FileEntry]:
+        """Write where each held-out document comes from; return the entry of the file. runs: of
+        every unit."""
         if any(r.split == VALIDATION and len(r.kinds) != r.documents for of in runs for r in of):
             return {}  # made by an earlier version that was interrupted
         known = [unit.source for unit in self.units]
