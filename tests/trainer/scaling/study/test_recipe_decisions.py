@@ -69,7 +69,7 @@ def test_a_run_that_diverged_counts_its_compute_by_every_convention(study, monke
     ]  # fmt: skip
     monkeypatch.setattr(study, "states", lambda: states)
     monkeypatch.setattr(directory, "of_runs", lambda runs: (pd.DataFrame(records), []))
-    found = cells_of(study.table(), replace(study.job, cost=cost), "here")
+    found, _ = cells_of(study.table(), replace(study.job, cost=cost), "here")
     assert {c.recipe: c.diverged for c in found} == {"base": 1, "new": 1}
     for c in cells:
         own = study.table().set_index("name").loc[c.name]

@@ -98,6 +98,7 @@ def test_fit_gives_the_true_multipliers(whole, capsys):
     facts = json.loads(capsys.readouterr().out)
     found = {c["name"]: c for c in facts["candidates"]}
     assert set(found) == set(TRUE)
+    assert {lost["name"] for lost in facts["without_loss"]} == {"lion"}
     for name, m in TRUE.items():
         assert found[name]["multiplier"]["value"] == pytest.approx(m, rel=0.06)
     confirmed = found["muon"]["budgets"][-1]["confirmed"]

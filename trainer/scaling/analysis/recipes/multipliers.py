@@ -47,22 +47,24 @@ class Place:
 @dataclass(frozen=True)
 class Candidate:
     """A recipe compared with the base. places: by budget; mean: the geometric mean of its
-    multipliers; trend: the factor a decade of compute, None with fewer than two budgets."""
+    multipliers; trend: the factor a decade of compute, None with fewer than two budgets; lost:
+    its budgets without a loss."""
 
     name: str
     places: tuple[Place, ...]
     mean: Ratio | None
     trend: Ratio | None
+    lost: tuple[float, ...] = ()
 
     @property
     def top(self) -> Place:
-        """Return the place at its highest budget."""
+        """Return the place at its highest budget with a loss."""
         return self.places[-1]
 
     @property
     def is_winner(self) -> bool:
-        """True if it is shown to need less compute at its highest budget."""
-        return self.top.multiplier.low > 1
+        """True if it is shown to need less compute at its highest budget, where it has a loss."""
+        return self.top.multiplier.low > 1 and self.top.cell.budget > max(self.lost, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,15 @@ class Multipliers:
 
     def __init__(self, table: pd.DataFrame, job: StudyJob, where: str):
         self.job, self.where, self.base = job, where, job.reference
-        self.cells = cells_of(table, job, where)
+        self.cells, self.lost = cells_of(table, job, where)
         names = sorted({c.recipe for c in self.cells})
         if self.base not in names:
             what = f"has no recipe {self.base!r} to compare with"
             raise UserError(where, what, f"write reference=NAME, one of {', '.join(names)}")
         if len(names) < 2:
-            raise UserError(where, f"has no recipe beside {self.base}", "train the others first")
+            gone = "".join(f"; {lost}".rstrip(".") for lost in self.lost)
+            what = f"has no recipe beside {self.base}{' with a loss' * bool(gone)}{gone}"
+            raise UserError(where, what, "train the others first")
         own = self.of(self.base)
         if len(own) < _BUDGETS:
             what = f"has {len(own)} budgets of {self.base}, which are no curve"
@@ -116,14 +120,15 @@ class Multipliers:
             Place(c, _within(ratio, self._reach(c)), self._reach(c), fresh.get(i))
             for i, (c, ratio) in enumerate(zip(cells, self._ratios(at, draws), strict=True))
         )
+        lost = tuple(c.budget for c in self.lost if c.recipe == name)
         is_inside = np.isfinite(at)
         if not is_inside.any():
-            return Candidate(name, places, None, None)
+            return Candidate(name, places, None, None, lost)
         # A drawn loss that the base never has counts as the nearest one that it has.
         low, high = np.log([p.reach for p in places]).T
         at, draws = at[is_inside], np.clip(draws, low, high)[:, is_inside]
         (mean,) = self._ratios(at.mean(keepdims=True), draws.mean(axis=1, keepdims=True))
-        return Candidate(name, places, mean, self._trend(cells, is_inside, at, draws))
+        return Candidate(name, places, mean, self._trend(cells, is_inside, at, draws), lost)
 
     def _trend(
         self, cells: Sequence[RecipeCell], is_inside: Array, at: Array, draws: Array
@@ -188,7 +193,7 @@ class Multipliers:
         if not self.curve.is_falling:
             found.append(f"The loss of {self.base} does not fall from each budget to the next: "
                          "there it tells little about compute.")  # fmt: skip
-        found += _uneven(self.cells) + _untuned(self.cells)
+        found += [*map(str, self.lost), *_uneven(self.cells), *_untuned(self.cells)]
         for c in self.candidates:
             beyond = [p for p in c.places if not 0 < p.multiplier.value < np.inf]
             if beyond:
@@ -275,6 +280,9 @@ def as_dict(made: Multipliers) -> dict[str, Any]:
             {"name": c.name, "multiplier": ratio(c.mean), "trend_per_decade": ratio(c.trend),
              "is_winner": c.is_winner, "budgets": [place(p) for p in c.places]}
             for c in made.candidates
+        ],
+        "without_loss": [
+            {"name": c.recipe, "budget": c.budget, "diverged": c.runs} for c in made.lost
         ],
         "doubts": made.doubts,
     }  # fmt: skip

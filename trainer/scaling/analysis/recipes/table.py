@@ -52,14 +52,33 @@ class RecipeCell:
         return float(self.logs.mean())
 
 
+@dataclass(frozen=True)
+class LostCell:
+    """A recipe at one budget where it has no loss, since all `runs` that would count diverged. are:
+    what messages call these."""
+
+    recipe: str
+    budget: float
+    runs: int
+    are: str = "runs"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recipe} has no loss at {self.budget:.3g} FLOPs: all {self.runs} {self.are} "
+            "diverged."
+        )
+
+
 def has_recipes(table: pd.DataFrame) -> bool:
     """True if the records name two recipes or more."""
     return RECIPE in table and table[RECIPE].nunique() > 1
 
 
-def cells_of(table: pd.DataFrame, job: StudyJob, where: str) -> list[RecipeCell]:
-    """Return the cells, by recipe and budget. Raises UserError if a column is missing, or if the
-    losses can't be compared."""
+def cells_of(
+    table: pd.DataFrame, job: StudyJob, where: str
+) -> tuple[list[RecipeCell], list[LostCell]]:
+    """Return the cells, by recipe and budget, and those without a loss. Raises UserError if a
+    column is missing, or if the losses can't be compared."""
     table = table.reset_index(drop=True)
     cost = "flops" if "flops" in table else f"flops_{job.cost}"
     for column in (RECIPE, cost, "loss"):
@@ -75,7 +94,9 @@ def cells_of(table: pd.DataFrame, job: StudyJob, where: str) -> list[RecipeCell]
     roles = table.get("role", pd.Series("", table.index))
     budgets = _budgets(table[cost]) if "budget" not in table else table["budget"]
     made = table.assign(_cost=table[cost], _rate=rates, _role=roles, _budget=budgets)
-    return list(_cells(made))
+    found = list(_cells(made))
+    cells = [c for c in found if isinstance(c, RecipeCell)]
+    return cells, [c for c in found if isinstance(c, LostCell)]
 
 
 def _budgets(costs: pd.Series) -> pd.Series:
@@ -85,14 +106,20 @@ def _budgets(costs: pd.Series) -> pd.Series:
     return ordered.groupby(numbers).transform("mean").reindex(costs.index)
 
 
-def _cells(table: pd.DataFrame) -> Iterator[RecipeCell]:
+def _cells(table: pd.DataFrame) -> Iterator[RecipeCell | LostCell]:
     for (recipe, budget), own in table.groupby([RECIPE, "_budget"], sort=True):
         is_fresh = own["_role"] == "confirm"
         is_finite = np.isfinite(own["loss"].astype(float))
         is_seed = own["_role"] == "seed"
         is_swept = own["_role"].isin(("grid", "rate")) if is_seed.any() else ~is_fresh
-        runs = own[(is_seed if is_seed.any() else ~is_fresh) & is_finite]
+        is_counted = is_seed if is_seed.any() else ~is_fresh
+        runs = own[is_counted & is_finite]
         if runs.empty:
+            is_swept_well = (is_swept & is_finite).any()  # so that other seeds alone diverged
+            gone = is_counted if is_swept_well else ~is_fresh
+            if gone.any():
+                are = "runs with other seeds" if is_swept_well else "runs"
+                yield LostCell(str(recipe), float(budget), int(gone.sum()), are)
             continue
         logs = np.log(runs["loss"].astype(float))
         by_rate = logs.groupby(runs["_rate"]).agg(["size", "mean"])

@@ -82,6 +82,28 @@ def test_a_diverged_run_brackets_the_rates_below_it():
     assert all(c.is_bracketed for c in made(table).cells)
 
 
+def test_a_recipe_without_a_loss_is_named_and_wins_nothing_there():
+    """`new` diverged at the highest budget, `never` at all; of `late` only the other seeds did."""
+    table = runs(np.random.default_rng(0), {"new": 1.5, "never": 1.5, "late": 1.5})
+    table["role"] = np.where(table["seed"] == 0, "rate", "seed")
+    recipe, is_top = table["recipe"], table["flops"] == BUDGETS[-1]
+    is_late = (recipe == "late") & (table["role"] == "seed")
+    table.loc[((recipe == "new") | is_late) & is_top | (recipe == "never"), "loss"] = np.inf
+    found = made(table)
+    assert [c.name for c in found.candidates if c.is_winner] == []
+    assert {c.name: len(c.places) for c in found.candidates} == {"new": 2, "late": 2}
+    assert {
+        "new has no loss at 1e+12 FLOPs: all 5 runs diverged.",
+        "never has no loss at 1e+11 FLOPs: all 5 runs diverged.",
+        "late has no loss at 1e+12 FLOPs: all 2 runs with other seeds diverged.",
+    } <= set(found.doubts)
+    lost = as_dict(found)["without_loss"]
+    assert {"name": "new", "budget": BUDGETS[-1], "diverged": 5} in lost
+    assert len(lost) == 5
+    with pytest.raises(UserError, match=r"beside base with a loss; never has no loss at 1e\+11"):
+        made(table[recipe.isin(["base", "never"])])
+
+
 def test_the_rate_with_most_seeds_counts_and_not_the_luckiest_run():
     table = runs(np.random.default_rng(0), {"new": 1.0}, noise=0.0)
     lucky = (table["recipe"] == "new") & (table["learning_rate"] == 0.02)
@@ -137,16 +159,21 @@ def test_a_comparison_without_a_base_or_with_other_data_is_refused():
 
 def test_a_csv_is_enough(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    table = runs(np.random.default_rng(0), TRUE).rename(columns={"flops": "compute"})
+    table = runs(np.random.default_rng(0), {**TRUE, "gone": 1.2}).rename(
+        columns={"flops": "compute"}
+    )
+    table.loc[table["recipe"] == "gone", "loss"] = np.inf
     table.to_csv("recipes.csv", index=False)
     fit = ["study", "fit", "recipes.csv", "columns={flops: compute}"]
     assert cli.main([*fit, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [c["name"] for c in facts["candidates"]] == ["good", "bad"]
     assert facts["candidates"][0]["multiplier"]["low"] > 1.2
+    assert [lost["name"] for lost in facts["without_loss"]] == ["gone"] * 3
     assert cli.main(fit) == 0
     said = capsys.readouterr().out
     assert "good: needs less compute than base" in said
     assert "bad: needs more compute than base" in said
+    assert "gone has no loss at 1e+12 FLOPs: all 5 runs diverged." in said
     assert cli.main(["study", "profile", *fit[2:]]) == 2
     assert "has several recipes" in capsys.readouterr().err
