@@ -97,6 +97,16 @@ class StudyPlan:
         stages = (stage if s.number == stage.number else s for s in self.stages)
         return replace(self, stages=tuple(stages))
 
+    def with_exact(self, stage: StudyStage, around: str = "") -> "StudyPlan":
+        """Return the plan with this stage in place of its draft. around: what messages say of it.
+        Raises UserError if the plan would cost more than its cap."""
+        found = self.with_stage(stage)
+        if found.high > self.cap:
+            what = f"stage {stage.number}{around} raises the plan's cost to {found.high:.3g} FLOPs,"
+            what += f" more than the cap of {self.cap:.3g}"
+            raise UserError("cap", what, "plan a new study with more, or end this one here")
+        return found
+
     def centre_next_stage(
         self, best: Callable[[float], float], rule: Rule | None = None
     ) -> "StudyPlan":
@@ -116,12 +126,7 @@ class StudyPlan:
         cells = self.grid.cells(common, stage.number, centre)
         cost = sum(c.cost for c in cells)
         made = replace(stage, cells=cells, low=cost, high=cost + _reserve(cells), exact=True)
-        found = self.with_stage(made)
-        if found.high > self.cap:
-            what = f"stage {stage.number} around {centre:.3g} parameters raises the plan's cost to "
-            what += f"{found.high:.3g} FLOPs, more than the cap of {self.cap:.3g}"
-            raise UserError("cap", what, "plan a new study with more, or end this one here")
-        return found
+        return self.with_exact(made, f" around {centre:.3g} parameters")
 
 
 @dataclass(frozen=True)

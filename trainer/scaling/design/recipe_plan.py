@@ -86,7 +86,8 @@ def recipe_plan(
     common: Common, grid: RecipeGrid, recipes: Sequence[Recipe], cap: float
 ) -> StudyPlan:
     """Return the plan. cap: FLOPs, counted by common.cost. Raises UserError if there is no model
-    of a budget, or no candidate."""
+    of a budget, or no candidate, or if the runs cost more than their budgets and so than the cap.
+    """
     if len(recipes) < 2:
         todo = "name some: plan.candidates=[swiglu,muon]"
         raise UserError("plan.candidates", "names no recipe to compare with the base", todo)
@@ -102,14 +103,29 @@ def recipe_plan(
         what = f"no budget can be as low as {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.what})"
         raise UserError("plan.cap", what, "raise it, or plan fewer recipes or budgets") from None
     number, top = len(stages) + 1, grid.budgets[-2]
-    fresh = StudyStage(number, top, (), 0.0, grid.fresh * len(recipes) * top, exact=False)
+    each = {c.recipe: c.cost for c in stages[-2].cells}
+    fresh = StudyStage(number, top, (), 0.0, grid.fresh * sum(each.values()), exact=False)
     notes = [f"the last stage has {grid.fresh} fresh seeds of each winner and of the base, if "
              "there is a winner"]  # fmt: skip
     notes += [note for stage in stages[1:-1] for note in _without_effect(stage, recipes)]
-    return StudyPlan(
+    made = StudyPlan(
         "recipes", common, (*stages, *[fresh] * bool(grid.fresh)), cap, None, tuple(notes),
         tuple(recipes), grid,
     )  # fmt: skip
+    _expect_within_cap(made)
+    return made
+
+
+def _expect_within_cap(plan: StudyPlan) -> None:
+    """Raise UserError if runs cost more than their budgets, by rounding to whole steps, and so all
+    of them more than the cap."""
+    if plan.high <= plan.cap:
+        return
+    over = max(plan.cells, key=lambda c: c.cost - (c.budget or 0.0))
+    what = f"the plan costs up to {plan.high:.3g} FLOPs, more than the cap of {plan.cap:.3g}: "
+    what += f"{over.name} costs {over.cost:.3g}, and its budget is {over.budget:.3g}"
+    todo = "raise it, or plan fewer budgets or recipes with smaller batches"
+    raise UserError("plan.cap", what, todo)
 
 
 def _without_effect(stage: StudyStage, recipes: Sequence[Recipe]) -> list[str]:

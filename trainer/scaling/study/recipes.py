@@ -29,7 +29,7 @@ Log = Callable[[str], None]
 
 def advance_recipes(study: Study, log: Log) -> None:
     """Make all decisions that are due. Raises UserError if no learning rate of the base gives a
-    loss."""
+    loss, or if the next stage doesn't fit under the cap."""
     for number in [s.number for s in study.plan.stages]:
         stage = _stage(study.plan, number)
         if not stage.exact:
@@ -115,7 +115,8 @@ def _drop(study: Study, recipe: str, number: int, log: Log) -> None:
 
 
 def _centre(study: Study, stage: StudyStage, log: Log) -> None:
-    """Make a draft stage exact: sweeps around the learning rates that each recipe had so far."""
+    """Make a draft stage exact: sweeps around the learning rates that each recipe had so far.
+    Raises UserError if it doesn't fit under the cap."""
     plan = study.plan
     assert plan.recipe_grid is not None, "a study of recipes has a layout"
     left = {c.recipe for c in stage.cells}  # without those that were dropped
@@ -123,7 +124,7 @@ def _centre(study: Study, stage: StudyStage, log: Log) -> None:
     found = {r.name: _rates(plan, r.name) for r in recipes}
     made = recipe_stage(plan.common, plan.recipe_grid, recipes, stage.number, found)
     made = replace(made, high=max(made.cost, stage.high))
-    study.revise(plan.with_stage(made), "stage_centred", stage=stage.number)
+    study.revise(plan.with_exact(made), "stage_centred", stage=stage.number)
     log(f"Stage {stage.number}: {stage.budget:.3g} FLOPs, sweeps around the rates found so far.")
 
 
@@ -136,7 +137,8 @@ def _rates(plan: StudyPlan, recipe: str) -> Sequence[tuple[float, float, float]]
 
 
 def _confirm(study: Study, stage: StudyStage, log: Log) -> None:
-    """Plan fresh seeds for the winners, once all else has ended."""
+    """Plan fresh seeds for the winners, once all else has ended. Raises UserError if they don't fit
+    under the cap."""
     none, winners = "no recipe is shown to need less compute than the base", list[str]()
     try:
         made = Multipliers(study.table(), study.job, str(study.folder))
@@ -148,7 +150,7 @@ def _confirm(study: Study, stage: StudyStage, log: Log) -> None:
     cells = fresh_cells(study.plan, winners, stage) if winners else ()
     cost = sum(c.cost for c in cells)
     done = replace(stage, cells=cells, low=cost, high=cost, exact=True)
-    study.revise(study.plan.with_stage(done), "winners_chosen", stage=stage.number, winners=winners)
+    study.revise(study.plan.with_exact(done), "winners_chosen", stage=stage.number, winners=winners)
     if winners:
         log(f"Needs less compute than the base so far: {', '.join(winners)}. Fresh seeds follow.")
     else:

@@ -62,3 +62,12 @@ def test_a_recipe_whose_sizes_come_out_as_the_bases_is_named():
 def test_sizes_without_a_ratio_are_refused_by_the_name_of_their_recipe():
     with pytest.raises(UserError, match=r"recipe new: model\.num_heads of the base model has no"):
         planned("model.num_heads=6", "model.head_dim=64")
+
+
+def test_a_plan_whose_runs_cost_more_than_their_budgets_is_refused_above_the_cap():
+    """A run has one step at least: that of a huge batch is far more than its budget pays for."""
+    with pytest.raises(UserError, match=r"plan\.cap: the plan costs up to .*: b4-new.* costs "):
+        planned("batch=10000")
+    fresh = planned().stages[-1].high
+    assert fresh == sum(c.cost for c in planned().stages[-3].cells if c.role == "grid")
+    assert planned().high <= planned().cap

@@ -8,6 +8,7 @@ import pytest
 
 from forescale.config.compose import compose
 from forescale.config.train import TrainJob
+from forescale.errors import UserError
 from forescale.scaling.analysis.recipes.table import cells_of
 from forescale.scaling.config import StudyJob
 from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
@@ -54,6 +55,21 @@ def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
     assert study.plan.stages[-1].exact
     assert [name for name, _ in fresh] == ([] if diverged else ["base", "base", "new", "new"])
     assert len(set(fresh)) == len(fresh)
+
+
+def test_a_next_budget_above_the_cap_is_refused_before_it_begins(study, monkeypatch):
+    first = study.plan.stages[0]
+    done = replace(first, cells=tuple(replace(c, waits_for=()) for c in first.cells))
+    study.revise(study.plan.with_stage(done), "rates_chosen")
+    monkeypatch.setattr(study, "states", list)
+    plan = study.plan
+    study.plan = replace(plan, cap=plan.high * 0.99)
+    with pytest.raises(UserError, match=r"cap: stage 2 raises the plan's cost to .*end this one"):
+        advance_recipes(study, lambda line: None)
+    assert not study.plan.stages[1].exact
+    study.plan = plan
+    advance_recipes(study, lambda line: None)
+    assert study.plan.stages[1].exact
 
 
 @pytest.mark.parametrize("cost", ["causal", "full", "6nd"])
