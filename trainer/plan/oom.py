@@ -4,6 +4,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
@@ -11,6 +12,9 @@ from forescale.models.config import ModelConfig
 from forescale.plan.bytes.memory import Memory, memory
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.options import more_checkpointing, with_checkpointing
+
+_LARGE_VOCABULARY = 65_536
+_IMPORTS = 2**30  # bytes
 
 
 def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> Memory | None:
@@ -23,6 +27,26 @@ def bytes_of(job: TrainJob, world_size: int, micro_batch: int | None = None) -> 
     if micro_batch is not None:
         job = replace(job, train=replace(job.train, micro_batch=micro_batch))
     return memory(job, inventory(job), world_size)
+
+
+def fits_here(job: TrainJob, ranks: int) -> bool:
+    """Return True if so many ranks fit in the memory that is free here, each with a GiB for what
+    it imports; False for a class of the user's own, whose memory is not known.
+
+    What is not known before the data is opened is guessed, the vocabulary as a large one.
+    """
+    import psutil
+
+    if not isinstance(job.model, ModelConfig):
+        return False
+    length = job.train.sequence_length
+    guesses: dict[str, Any] = {"vocab_size": _LARGE_VOCABULARY, "max_sequence_length": length}
+    if job.model.has_encoder:
+        guesses["source_length"] = length // 2
+    unknown = {name: by for name, by in guesses.items() if getattr(job.model, name) is None}
+    found = bytes_of(replace(job, model=replace(job.model, **unknown)), ranks)
+    assert found is not None, "of our own model with a vocabulary"
+    return ranks * (found.total + _IMPORTS) < psutil.virtual_memory().available
 
 
 @contextmanager

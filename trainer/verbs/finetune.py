@@ -39,6 +39,7 @@ from forescale.run.finetune import (
 )
 from forescale.run.start import Start, start
 from forescale.verbs import load
+from forescale.verbs.train import local_ranks
 
 
 @dataclass
@@ -113,8 +114,7 @@ def main(arguments: list[str]) -> int:
     is_settled = has_length or not (is_new or any(word.startswith("epochs=") for word in words))
     epochs = job.epochs or default_epochs(job.objective.are_preferences)
     ready = with_examples(job.training, dataset, None if is_settled else epochs)
-    processes = job.launch.processes or launcher.default_processes()
-    if problems := ready.problems(world_size=processes):
+    if problems := ready.problems(world_size=local_ranks(ready)):
         raise ConfigError(Problem(*p) for p in problems)
     started = start(ready, newest=newest_step)
     remember(started.job, started.run.path)

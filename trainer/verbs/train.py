@@ -21,6 +21,7 @@ from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.errors import DONE, INTERRUPTED, UserError
 from forescale.imports import first_imports
+from forescale.plan.oom import fits_here
 from forescale.resilience import alerts, launcher
 from forescale.resilience.outcome import report_error
 from forescale.run.command import job_of
@@ -54,7 +55,7 @@ def main(words: list[str]) -> int:
         return _rank(job, began)
     if restore(job, print):
         job = job_of(TrainJob, overrides_of(TrainJob, words))  # over its config, as for any run
-    processes = job.launch.processes or launcher.default_processes()
+    processes = local_ranks(job)
     if problems := job.problems(world_size=processes):
         raise ConfigError(Problem(*p) for p in problems)
     check_fp8(job.precision.fp8)
@@ -126,6 +127,15 @@ def _rank(job: TrainJob, began: float) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def local_ranks(job: TrainJob) -> int:
+    """Return how many ranks a plain start of the job begins with on this machine."""
+
+    def can(ranks: int) -> bool:
+        return not job.problems(world_size=ranks) and fits_here(job, ranks)
+
+    return job.launch.processes or launcher.default_processes(can)
 
 
 def _introduce(started: Start, processes: int) -> None:

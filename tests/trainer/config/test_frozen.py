@@ -127,7 +127,7 @@ def test_kinds_of_changes():
         "optimizer.learning_rate",
     ]
     assert changed(
-        "train.micro_batch=4", "engine.stage=2", "precision=fp32", "model.loss_chunk=0"
+        "train.micro_batch=2", "engine.stage=2", "precision=fp32", "model.loss_chunk=0"
     ) == [
         [],
         ["train.micro_batch", "model.loss_chunk", "engine.stage", "precision.kind"],

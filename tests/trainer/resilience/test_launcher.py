@@ -318,7 +318,11 @@ def test_a_rank_is_recognised_by_its_environment(monkeypatch):
     assert module.started_as_rank()
 
 
-@pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("", 1), ("-1", 1), ("GPU-a", 1)])
-def test_one_rank_per_visible_gpu(monkeypatch, visible, count):
+@pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("", 2), ("-1", 2), ("GPU-a", 1)])
+def test_one_rank_per_visible_gpu_or_as_many_as_can_share_the_cores(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert module.default_processes() == count
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert module.default_processes(lambda ranks: ranks <= 2) == count
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert module.default_processes(lambda ranks: True) == (1 if count == 2 else count)

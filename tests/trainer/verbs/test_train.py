@@ -1,13 +1,19 @@
-"""`forescale train RUN --frozen`: the job of a rank is the one in its run's directory."""
+"""`forescale train`: how many ranks it starts, and the job of a rank, which is the one in its run's
+directory."""
 
+import os
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from forescale.config import hardware
 from forescale.config.frozen import freeze, thaw
+from forescale.config.job import overrides_of
 from forescale.config.train import TrainJob
-from forescale.verbs.train import _frozen
+from forescale.run.command import job_of
+from forescale.verbs.train import _frozen, local_ranks
 
 
 def test_a_frozen_job_is_read_from_the_runs_directory(own_run, tmp_path):
@@ -77,3 +83,23 @@ def test_fp8_is_refused_before_a_file_is_written(
     assert says in err
     assert err.count("\n") == 1
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("words", "gib", "ranks"),
+    [
+        ((), 16, 2),
+        (("train.micro_batch=8",), 16, 1),
+        (("train.micro_batch=1",), 16, 4),
+        (("train.micro_batch=1",), 4.5, 2),  # the largest that divides the batch and fits
+        (("launch.processes=1",), 16, 1),
+        (("engine.sequence_parallel=2", "train.micro_batch=8"), 16, 2),
+    ],
+)
+def test_cores_are_ranks_as_far_as_batch_and_memory_go(words, gib, ranks, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)))
+    memory = SimpleNamespace(available=gib * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert local_ranks(job_of(TrainJob, overrides_of(TrainJob, [*words]))) == ranks

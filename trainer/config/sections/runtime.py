@@ -236,7 +236,11 @@ class LoggingConfig:
 
 @dataclass
 class LaunchConfig:
-    processes: int | None = key(None, "local ranks; null: one per GPU, or one without GPUs", ge=1)
+    processes: int | None = key(
+        None,
+        "local ranks; null: one per GPU; on CPUs one per core, or fewer by batch and memory",
+        ge=1,
+    )
     timeout: Duration = key(
         Duration(1800, "seconds"), "longest time that a rank waits for the others in a collective"
     )

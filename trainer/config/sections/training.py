@@ -67,7 +67,7 @@ class TrainConfig:
     sequence_length: int = key(256, "targets per window; a window has one token more", ge=1)
     global_batch: int = key(8, "windows per optimizer step, over all ranks", ge=1)
     micro_batch: int = key(
-        8,
+        4,
         "windows per rank and forward pass; gradient accumulation follows from it",
         kind="numerics",
         ge=1,
