@@ -1,8 +1,7 @@
 """What a process imports, and how it does so in less time.
 
 Invariant: `forescale VERB --help`, `status` and, until its run is complete, the launcher of ranks
-import no torch, and only ranks import torch's compiler, a second of each: torch's optimizers need
-it, compiled or not. A model that writes or is scored does without.
+import no torch, and only ranks that compile their model import torch's compiler, a second of each.
 """
 
 import gc

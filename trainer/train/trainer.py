@@ -24,6 +24,7 @@ from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.determinism import as_refused, use_kernels
 from forescale.engine.optim import learning_rate
+from forescale.engine.optimizers.uncompiled import without_compiler
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
 from forescale.errors import DONE, INTERRUPTED, UserError
@@ -136,12 +137,14 @@ class Trainer:
         made = adapting(job, partition_of(job, self.world))
         model = build_model(job, self.sources.vocab_size, made, draws=not self.reads_weights)
         freeze(job, model)
+        device, threads = self.world.device.type, torch.get_num_threads()
+        self.compilation = compilation(job, self.world.size, device)
+        if not self.compilation.wanted:
+            without_compiler()
         self.engine: Engine = build_engine(self.world, model, job)
         self.engine.mark = self.phases.mark
         if self.injector:
             self.engine.disturb = self.injector.disturb
-        device, threads = self.world.device.type, torch.get_num_threads()
-        self.compilation = compilation(job, self.world.size, device)
         compiled = "parts" if self.compilation.by_part else self.compilation.wanted
         self.numerics = numerics(job, self.world.size, device, threads, compiled)
         self.builder = Builder(

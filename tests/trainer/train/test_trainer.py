@@ -120,7 +120,7 @@ def test_a_run_killed_in_an_evaluation_resumes_from_the_same_step_and_evaluates_
 ):
     """A step is saved first; so nothing is lost, and no evaluation is missing at the end."""
     (tmp_path / "mypackage.py").write_text(
-        "import os\n"
+        "import os, sys\n"
         "from pathlib import Path\n"
         "from torch import nn\n"
         "class Bigram(nn.Module):\n"
@@ -130,6 +130,7 @@ def test_a_run_killed_in_an_evaluation_resumes_from_the_same_step_and_evaluates_
         "        self.head = nn.Linear(16, vocab_size)\n"
         "        self.folder, self.evaluated = Path(folder), 0\n"
         "    def forward(self, tokens, targets=None):\n"
+        "        assert 'torch._dynamo' not in sys.modules, 'nothing is compiled'\n"
         "        self.evaluated += not self.training\n"
         "        kills = self.folder / str(self.evaluated)\n"
         "        if not self.training and kills.exists():\n"
