@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from forescale.models.heads.vocabulary import Vocabulary
 from forescale.models.init import Linear
 
-_LEAST = 1 << 16  # numbers of a matrix; for a smaller one the calls cost more than they spare
+_LEAST = 1 << 16  # numbers of a matrix; with smaller ones laid out, a step is no faster
 # torch.compile freezes models with these two; torch has no public name for a packed matrix.
 _PACK, _TIMES = "_reorder_linear_weight", "_linear_pointwise"
 
@@ -39,8 +39,8 @@ class PackedProduct:
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Return the model, from now on for decoding alone: large matrices of a CPU are packed beside
-    their weights, which doubles their memory. Elsewhere nothing changes."""
+    """Return the model, from now on for decoding alone: large matrices of a CPU are laid out anew,
+    and packed beside their weights, which doubles their memory. Nothing else changes."""
     for module in model.modules():
         # Not subclasses: they multiply in ways of their own.
         if type(module) in (Linear, Vocabulary):
@@ -51,11 +51,13 @@ def prepare(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _lay_out(module: Any) -> None:
     weight = module.weight
+    if weight.numel() < _LEAST:
+        return
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or module.product is not None:
         return
     if not getattr(module, "makes_logits", True):  # a table that only embeds is not multiplied
         return
-    if weight.numel() >= _LEAST and _can_pack():
+    if _can_pack():
         module.product = PackedProduct(weight)
     if weight.shape[0] > weight.shape[1]:
         weight.data = weight.t().contiguous().t()

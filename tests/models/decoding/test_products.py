@@ -37,6 +37,15 @@ def test_logits_and_tokens_are_those_of_the_plain_model(kind):
 
 
 def test_small_matrices_and_other_formats_stay_as_they_are():
-    small, half = Linear(64, 64, False, 1.0), Linear(256, 256, False, 1.0).bfloat16()
+    small, half = Linear(64, 128, False, 1.0), Linear(256, 512, False, 1.0).bfloat16()
+    assert small.weight.shape == (128, 64)
     prepare(torch.nn.ModuleList([small, half]))
-    assert small.product is half.product is None
+    for one in (small, half):
+        assert one.product is None
+        assert one.weight.is_contiguous()
+
+
+def test_a_large_matrix_is_laid_out_by_columns_if_it_has_more_rows():
+    tall, wide = Linear(256, 512, False, 1.0), Linear(512, 256, False, 1.0)
+    prepare(torch.nn.ModuleList([tall, wide]))
+    assert [one.weight.t().is_contiguous() for one in (tall, wide)] == [True, False]
