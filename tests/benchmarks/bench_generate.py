@@ -1,7 +1,8 @@
 """Tokens a second in writing text, ours against transformers' generate on the exported model: the
 same prompts, and the same tokens, of one prompt and of several of different lengths at once.
 
-By the processor's time, in one process. Ours is prepared as `forescale generate` prepares it.
+By the processor's time, in one process. Ours is written as `forescale generate` writes it, also as
+text; transformers' ids stay ids.
 """
 
 import json
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from forescale.inference.sampling import rows_sampled
+from forescale.inference.answering import Question
+from forescale.inference.writing import Answer, Wanted, written
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.products import prepare
 from forescale.models.decoding.sampler import Sampler
@@ -61,7 +65,7 @@ def measure(rounds: int, sizes: Sizes = REAL) -> list[Result]:
 
 
 def compare(
-    rounds: int, name: str, config: ModelConfig, batch: int, prompt: int, written: int
+    rounds: int, name: str, config: ModelConfig, batch: int, prompt: int, num_tokens: int
 ) -> Result:
     torch.manual_seed(0)
     model = Transformer(config).eval()
@@ -73,30 +77,26 @@ def compare(
     prepare(model)
     tokens = torch.tensor([[0] * (prompt - len(row)) + row for row in prompts])
     real = torch.tensor([[0] * (prompt - len(row)) + [1] * len(row) for row in prompts])
-    how: dict[str, Any] = dict(do_sample=False, max_new_tokens=written, pad_token_id=0)
-    found: dict[str, list[list[int]]] = {}
+    how: dict[str, Any] = dict(do_sample=False, max_new_tokens=num_tokens, pad_token_id=0)
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(size)}, "0"))
+    wanted = Wanted(num_tokens, Sampler(temperature=0))
+    found: dict[str, list[str]] = {}
 
     def ours() -> float:
+        context = config.sizes.max_sequence_length
         began = time.process_time()
-        ids = rows_sampled(
-            model,
-            prompts,
-            written,
-            Sampler(temperature=0),
-            seeds=[0] * batch,
-            max_context=config.sizes.max_sequence_length,
-        )
-        columns = list(ids)
+        questions = [Question("", "", row, row, -1, "document", context) for row in prompts]
+        answers = [Answer(tokenizer, question, wanted, 0) for question in questions]
+        found["ours"] = [answer.text for answer in written(model, answers, batch)]
         spent = time.process_time() - began
-        found["ours"] = [list(row) for row in zip(*columns, strict=True)]
-        return batch * written / spent
+        return batch * num_tokens / spent
 
     def peer() -> float:
         began = time.process_time()
         rows = theirs.generate(tokens, attention_mask=real, **how)
         spent = time.process_time() - began
-        found["theirs"] = rows[:, prompt:].tolist()
-        return batch * written / spent
+        found["theirs"] = ["".join(f" {i}" for i in row) for row in rows[:, prompt:].tolist()]
+        return batch * num_tokens / spent
 
     rows = interleaved(rounds, ours, peer)
     pairs = zip(found["ours"], found["theirs"], strict=True)
