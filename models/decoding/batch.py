@@ -24,7 +24,8 @@ from forescale.models.transformer import Transformer
 class Batch:
     """The tokens of all rows (B, S), which of them are real, and what the model keeps of them.
 
-    Arguments and errors: see generate.stream. The model is in eval mode.
+    Arguments and errors: see generate.py; num_tokens: for so many a cache makes room at once. The
+    model is in eval mode.
     """
 
     def __init__(

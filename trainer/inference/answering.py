@@ -23,7 +23,6 @@ from forescale.data.objectives.prefix import Prefix
 from forescale.data.objectives.spans import Spans
 from forescale.data.tokenizer import text_ids
 from forescale.errors import UserError
-from forescale.inference.sampling import prompt_ids
 from forescale.inference.view import RunView
 from forescale.models.config import ModelConfig
 from forescale.run.feed import objective_of
@@ -53,6 +52,11 @@ class Question:
     most: int | None = None
     names: Mapping[int, str] = field(default_factory=dict)
     turn_end: int | None = None
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
+    """Return the ids of a prompt; of an empty one, the token that precedes every document."""
+    return text_ids(tokenizer, prompt) or [end_of_text]
 
 
 def question_of(view: RunView, text: str) -> Question:

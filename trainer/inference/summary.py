@@ -5,10 +5,10 @@ import math
 from forescale.data.dataset import Dataset, Sources
 from forescale.data.prepare import baselines
 from forescale.errors import UserError
+from forescale.inference.answering import question_of
 from forescale.inference.export import is_exportable
-from forescale.inference.sampling import prompt_ids, sampled
-from forescale.inference.spelling import pieces
 from forescale.inference.view import RunView
+from forescale.inference.writing import Answer, Wanted, write
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.sampler import Sampler
 from forescale.run.rows import read_rows
@@ -107,19 +107,13 @@ def _score(title: str, bits: float, dataset: Dataset) -> str:
 
 
 def sample(started: Start, prompt: str, seed: int = 0) -> str:
-    """Return `prompt` and the text that the newest checkpoint continues it with."""
+    """Return `prompt` and the text that the newest checkpoint continues it with, up to the end of a
+    document. Raises UserError if its logits are not finite."""
     view = RunView(started.run)
     model = view.model(trust=True)  # the user's command has just trained this class
-    before = prompt_ids(view.tokenizer, prompt, started.sources.end_of_text)
-    ids = sampled(
-        model,
-        before,
-        SAMPLE_TOKENS,
-        Sampler(temperature=0.7, top_k=50),
-        seed=seed,
-        max_context=started.job.train.sequence_length,
-    )
-    return prompt + "".join(pieces(view.tokenizer, before, ids))
+    wanted = Wanted(SAMPLE_TOKENS, Sampler(temperature=0.7, top_k=50))
+    answer = Answer(view.tokenizer, question_of(view, prompt), wanted, seed)
+    return prompt + "".join(piece for _, piece in write(model, [answer]))
 
 
 def _indented(text: str) -> str:

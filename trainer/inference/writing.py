@@ -11,11 +11,10 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from forescale.errors import UserError
 from forescale.inference.answering import Question
-from forescale.inference.sampling import padded
 from forescale.inference.spelling import Speller, Stops
 from forescale.models.decoding.batch import Batch
 from forescale.models.decoding.choice import Choice
@@ -157,11 +156,21 @@ def _batch_of(model: nn.Module, answers: Sequence[Answer]) -> Batch:
     choice = Choice([answer.wanted.sampler for answer in answers], generators)
     questions = [answer.question for answer in answers]
     sources = [question.source for question in questions if question.source is not None]
-    source, shown = padded(sources, device) if sources else (None, None)
-    tokens, real = padded([question.start for question in questions], device)
+    source, shown = _padded(sources, device) if sources else (None, None)
+    tokens, real = _padded([question.start for question in questions], device)
     most = max(answer.most for answer in answers)
     context = questions[0].max_context
     return Batch(model, tokens, choice, context, real, source, shown, most)
+
+
+def _padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return rows of ids, (B, L), padded on the left, and which are real; None: all."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    if min(map(len, rows)) == longest:
+        return tokens, None
+    real = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
+    return tokens, torch.tensor(real, device=device)
 
 
 def write(model: nn.Module, answers: Sequence[Answer]) -> Iterator[tuple[Answer, str]]:

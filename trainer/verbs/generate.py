@@ -165,8 +165,7 @@ def _answers(
     """Return the answers that are wanted, none of them begun. template: of a chat; before: the
     turns of it until now. Raises UserError for a prompt that the model can't read."""
     from forescale.inference.answering import question_of
-    from forescale.inference.sampling import Sampler
-    from forescale.inference.writing import Answer, Wanted
+    from forescale.inference.writing import Answer, Sampler, Wanted
 
     sampler = Sampler(job.temperature, job.top_k, job.top_p, job.min_p, job.repetition_penalty)
     stops = [text.replace("\\n", "\n").replace("\\t", "\t") for text in job.stop]

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from forescale.models import Transformer
-from forescale.models.decoding.generate import generate, stream
+from forescale.models.decoding.batch import Batch
+from forescale.models.decoding.choice import Choice
+from forescale.models.decoding.generate import generate
 from forescale.models.decoding.sampler import Sampler
 from forescale.models.rules import POSITIONS
 from tests.models.mixers.test_every_mixer import PATTERNS, build
@@ -53,8 +55,10 @@ def test_each_row_is_continued_as_it_is_alone(model):
 def test_rows_that_are_dropped_change_nothing_for_the_others(model):
     rows = prompts(model)
     tokens, real = padded(rows)
-    ids = stream(model, tokens, GREEDY, padding_mask_BL=real, num_tokens=12)
-    found = [next(ids), ids.send(torch.tensor([2, 1])), *(next(ids) for _ in range(10))]
+    batch = Batch(model, tokens, Choice([GREEDY] * len(rows)), None, real)
+    found = [batch.step()]
+    batch.keep([2, 1])
+    found += [batch.step() for _ in range(11)]
     kept = torch.cat([found[0][[2, 1]], *found[1:]], 1)
     for i, row in enumerate((rows[2], rows[1])):
         alone = generate(model, row, 12, sampler=GREEDY)

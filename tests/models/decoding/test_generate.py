@@ -73,3 +73,11 @@ def test_a_source_is_for_encoder_decoders_and_they_need_one(model):
         generate(decoder, START, 1, source_BS=source())
     with pytest.raises(ValueError, match="only forescale's own model takes a source"):
         generate(torch.nn.Identity(), START, 1, source_BS=source())
+
+
+def test_what_was_written_can_be_trained_on():
+    decoder = Transformer(ModelConfig(depth=1, vocab_size=V, max_sequence_length=S))
+    found = generate(decoder, START, 4)
+    assert found.shape == (2, 5)
+    decoder(found).sum().backward()
+    assert all(p.grad is not None for p in decoder.parameters())

@@ -5,6 +5,7 @@ import torch
 from tokenizers import Tokenizer
 
 from forescale.data.tokenizer import byte_tokenizer
+from forescale.errors import UserError
 from forescale.inference.answering import Question
 from forescale.inference.writing import Answer, Wanted, Writing, write, written
 from forescale.models import ModelConfig, Transformer
@@ -74,3 +75,31 @@ def test_an_answer_that_nobody_waits_for_leaves(model):
     writing.step()
     assert writing.answers == [second]
     assert first.num_tokens == 1
+
+
+class Constant(torch.nn.Module):
+    """A model with the same logits everywhere."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self, tokens):
+        return self.logits.expand(*tokens.shape, -1)
+
+
+def of_constant(logits: list[float], temperature: float) -> str:
+    question = Question("", "", [0], [], -1, "document", 8)
+    asked = Answer(byte_tokenizer(), question, Wanted(3, Sampler(temperature)), 0)
+    return "".join(piece for _, piece in write(Constant(logits), [asked]))
+
+
+def test_a_model_whose_logits_are_finite_is_sampled():
+    expected = byte_tokenizer().decode([1, 1, 1])
+    assert of_constant([float("-inf"), 0.0], 1.0) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_refused_with_a_sentence(temperature):
+    with pytest.raises(UserError, match=r"the model: can't write text .*; use an earlier checkp"):
+        of_constant([0.0, float("nan")], temperature)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from forescale import open_run
 from forescale.data.tokenizer import byte_tokenizer
-from forescale.inference.sampling import prompt_ids, sampled
+from forescale.inference.answering import Question, prompt_ids
 from forescale.inference.spelling import pieces
+from forescale.inference.writing import Answer, Wanted, write
 from forescale.models.decoding.generate import generate
 from forescale.models.decoding.sampler import Sampler
 
@@ -206,7 +207,9 @@ def test_a_long_text_sees_only_the_context_that_was_trained():
             seen.append(tokens_BL.shape[1])
             return super().forward(tokens_BL)
 
-    list(sampled(Watched(*range(20)), [1, 2, 3], 20, SAMPLER, max_context=8, seed=3))
+    question = Question("", "", [1, 2, 3], [], -1, "document", max_context=8)
+    answer = Answer(byte_tokenizer(), question, Wanted(20, SAMPLER), seed=3)
+    assert "".join(piece for _, piece in write(Watched(*range(20)), [answer])) == answer.text
     assert max(seen) == 8
     assert len(seen) == 20
 

@@ -1,38 +1,11 @@
-"""Sampling from a model that has diverged ends with a sentence, also at the end of a run."""
+"""What a complete run ends with: a sample, also of a model that has diverged, and next steps."""
 
 import pytest
-import torch
 
-from forescale.errors import UserError
 from forescale.inference import summary
-from forescale.inference.sampling import sampled
-from forescale.models.decoding.sampler import Sampler
 from forescale.run.start import start
+from tests.trainer.inference.test_writing import Constant
 from tests.trainer.small_run import make_job
-
-OPTIONS = {"seed": 0, "max_context": 8}
-
-
-class Constant(torch.nn.Module):
-    """A model with the same logits everywhere."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = torch.nn.Parameter(torch.tensor(logits))
-
-    def forward(self, tokens):
-        return self.logits.expand(*tokens.shape, -1)
-
-
-def test_a_model_whose_logits_are_finite_is_sampled():
-    assert list(sampled(Constant([float("-inf"), 0.0]), [0], 3, Sampler(), **OPTIONS)) == [1, 1, 1]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_that_has_diverged_is_refused_with_a_sentence(temperature):
-    model = Constant([0.0, float("nan")])
-    with pytest.raises(UserError, match=r"the model: can't write text .*; use an earlier checkp"):
-        list(sampled(model, [0], 3, Sampler(temperature), **OPTIONS))
 
 
 def test_a_run_that_has_diverged_ends_with_its_summary(small_data, tmp_path, monkeypatch, capsys):
@@ -44,6 +17,14 @@ def test_a_run_that_has_diverged_ends_with_its_summary(small_data, tmp_path, mon
     out = capsys.readouterr().out
     assert "No sample: the model: can't write text" in out
     assert "Next:" in out
+
+
+def test_a_sample_ends_with_its_document(small_data, tmp_path, monkeypatch):
+    started = start(make_job(small_data, tmp_path / "runs", "first"))
+    logits = [float("-inf")] * started.sources.vocab_size
+    logits[started.sources.end_of_text] = 0.0
+    monkeypatch.setattr(summary.RunView, "model", lambda *_, **__: Constant(logits))
+    assert summary.sample(started, "def ") == "def "
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mingru"])
