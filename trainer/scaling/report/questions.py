@@ -74,11 +74,13 @@ def predict_tasks(job: StudyJob) -> int:
 
 
 def backtest_task(job: StudyJob) -> int:
-    """Judge what the two steps would have predicted of a metric; of several tables together."""
+    """Judge what the two steps would have predicted of a metric; of several tables together. One
+    that can't be judged is left out with a note."""
     with shown() as progress:
-        found = judge.scores(
-            pd.concat([judge.forecasts(one, job, progress) for one in read_ladders(job)])
-        )
+        rows, refused = judge.forecasts_of(read_ladders(job), job, progress)
+    for one in refused:
+        print(f"Note: {one.where} is left out: {one.what}.", file=sys.stderr)
+    found = judge.scores(rows)
     if job.json:
         return _print(judge.as_dict(found))
     show_task_scores(found, job, open_console())

@@ -117,6 +117,11 @@ class TaskFit:
         self.loss, self.metric = (self.outcomes[c].to_numpy(dtype=float) for c in ("loss", OUTCOME))
         loss, metric = self.loss, np.maximum(self.metric, LEAST)
         self.ideal = form.name == SIGMOID
+        if not self.ideal and np.ptp(self.metric) == 0:
+            value, count = self.shown(self.metric[0]), len(self.metric)
+            what = f"the metric is {value:.4g} in all {count} rows: the data can't tell how it "
+            what += "changes with the loss"
+            raise UserError(f"{task.where}, {task.name}", what, "add runs whose metric differs")
         if self.ideal:  # as its source: no loss is an accuracy of 1
             loss, metric = np.append(loss, NO_LOSS), np.append(metric, 1.0)
         self.points = Outcomes(metric, task_loss=loss, where=f"{task.where}, {task.name}")

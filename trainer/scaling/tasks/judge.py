@@ -66,28 +66,52 @@ def forecasts(one: Ladder, job: StudyJob, progress: Progress = silent) -> pd.Dat
 
     table, method; origin: its number of budgets; ahead: budgets beyond it; group: "best" or
     "other"; observed, predicted: the metric; error; inside_50, inside_90: None without intervals.
-    Origins that determine no law or link, or whose data can't tell, have no row.
+    Origins that determine no law or link, or whose data can't tell, have no row. Raises UserError,
+    with the reason of the last origin, if none has one.
     """
     own = replace(job, bootstraps=_RESAMPLED, target=TargetPoint(), sensitivity=False, level=0.9)
-    distinct, rows = np.unique(one.budgets), list[pd.DataFrame]()
+    distinct, rows, why = np.unique(one.budgets), list[pd.DataFrame](), ""
     for k in range(FEWEST - 1, len(distinct)):
-        if (made := _task(one, own, one.budgets <= distinct[k - 1])) is not None:
+        made = _task(one, own, one.budgets <= distinct[k - 1])
+        if isinstance(made, TaskFit):
             rows += _rows(one, made, distinct, k)
+        else:
+            why = made
         progress("backtest", k - FEWEST + 2, len(distinct) - FEWEST + 1, "fits")
     if not rows:
-        what = "at no origin do the runs determine a law and a link"
+        what = f"at no origin do the runs determine a law and a link ({why[:1].lower()}{why[1:]})"
         raise UserError(one.name, what, "add budgets, or runs whose metric differs")
     return pd.concat(rows, ignore_index=True)
 
 
-def _task(one: Ladder, job: StudyJob, known: Array) -> TaskFit | None:
+def forecasts_of(
+    each: Sequence[Ladder], job: StudyJob, progress: Progress = silent
+) -> tuple[pd.DataFrame, list[UserError]]:
+    """Return the forecasts of all tables, and why the others have none. Raises UserError if no
+    table has any."""
+    found, refused = list[pd.DataFrame](), list[UserError]()
+    for one in each:
+        try:
+            found.append(forecasts(one, job, progress))
+        except UserError as e:
+            refused.append(e)
+    if len(each) == 1 and refused:
+        raise refused[0]
+    if not found:
+        what = f"none of {len(each)} tables can be judged; the first: {refused[0].what}"
+        raise UserError("input", what, refused[0].todo)
+    return pd.concat(found), refused
+
+
+def _task(one: Ladder, job: StudyJob, known: Array) -> TaskFit | str:
+    """Return the fit of the known runs, or why there is none."""
     runs = one.runs[known]
     try:
         law = law_of(runs, job, one.name)
         made = TaskFit(Task(OUTCOME, runs, law.table, one.name), job, law)
-    except UserError:
-        return None
-    return None if made.unseen else made
+    except UserError as e:
+        return e.what
+    return made.unseen.rstrip(".") if made.unseen else made
 
 
 def _rows(one: Ladder, made: TaskFit, distinct: Array, k: int) -> Iterator[pd.DataFrame]:

@@ -1,12 +1,23 @@
 """Backtests of a task's metric: what an origin knows, the rivals, and the scores."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from forescale.errors import UserError
 from forescale.scaling.config import StudyJob
-from forescale.scaling.tasks.judge import LAST, LINE, TWO_STEPS, forecasts, ladder, scores
+from forescale.scaling.tasks.judge import (
+    LAST,
+    LINE,
+    TWO_STEPS,
+    as_dict,
+    forecasts,
+    forecasts_of,
+    ladder,
+    scores,
+)
 from tests.trainer.scaling.tasks.test_chained import table
 
 JOB = StudyJob(input=["none"])
@@ -80,9 +91,39 @@ def test_what_cannot_be_judged_is_refused_with_a_sentence(runs, change, message)
 
 def test_a_metric_without_a_tie_to_the_loss_has_no_backtest(runs):
     rng = np.random.default_rng(0)
-    flat = runs.assign(outcome=0.25 + 0.01 * rng.standard_normal(len(runs)))
+    noisy = runs.assign(outcome=0.25 + 0.01 * rng.standard_normal(len(runs)))
     with pytest.raises(UserError, match="at no origin do the runs determine a law and a link"):
-        forecasts(ladder(flat, JOB, "mine"), JOB)
+        forecasts(ladder(noisy, JOB, "mine"), JOB)
+
+
+def flat(runs):
+    """The runs of four budgets, so of one origin, with one metric."""
+    budgets = ladder(runs, JOB, "mine").budgets
+    return runs[budgets <= np.unique(budgets)[3]].assign(outcome=0.25)
+
+
+def test_a_table_whose_metric_is_flat_is_named_and_the_others_are_scored(
+    runs, rows, tmp_path, monkeypatch, forescale
+):
+    monkeypatch.chdir(tmp_path)
+    runs.to_csv("good.csv", index=False)
+    flat(runs).to_csv("flat.csv", index=False)
+    own = ("study", "backtest", "flat.csv", "good.csv", "task=outcome")
+    code, out, err = forescale(*own, "--json")
+    assert code == 0
+    assert "Note: flat is left out: at no origin do the runs determine a law and a link" in err
+    assert "(the metric is 0.25 in all 6 rows: the data can't tell how it changes " in err
+    found = json.loads(out)["scores"]
+    assert {one["table"] for one in found} == {None, "good"}
+    assert found == as_dict(scores(rows.assign(table="good")))["scores"]
+
+
+def test_if_no_table_can_be_judged_the_reason_of_the_first_is_said(runs):
+    few = ladder(flat(runs), JOB, "few")
+    with pytest.raises(UserError, match="input: none of 2 tables can be judged; the first: at no"):
+        forecasts_of([few, few], JOB)
+    with pytest.raises(UserError, match="few: at no origin"):
+        forecasts_of([few], JOB)
 
 
 @pytest.mark.slow  # a law at each of 25 origins
