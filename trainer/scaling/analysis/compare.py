@@ -313,14 +313,10 @@ def _expect_comparable(tables: Sequence[pd.DataFrame]) -> None:
 def as_dict(made: Comparison) -> dict[str, Any]:
     """Return the comparison as plain values, for JSON; what is 0 or unbounded is None."""
 
-    def ratio(r: Ratio) -> dict[str, Any]:
-        value, low, high = (x if 0 < x < np.inf else None for x in (r.value, r.low, r.high))
-        return {"value": value, "low": low, "high": high, "includes_one": r.includes_one}
-
     def place(p: Place) -> dict[str, Any]:
         return {
             "loss": p.loss, "flops": [c if c < np.inf else None for c in p.flops],
-            "multiplier": ratio(p.multiplier), "loss_ratio": ratio(p.loss_ratio),
+            "multiplier": p.multiplier.as_dict(), "loss_ratio": p.loss_ratio.as_dict(),
         }  # fmt: skip
 
     return {
@@ -331,10 +327,10 @@ def as_dict(made: Comparison) -> dict[str, Any]:
         ],
         "level": made.level,
         "tokens_per_parameter": made.a.path.ratio,
-        "multiplier": ratio(made.headline),
+        "multiplier": made.headline.as_dict(),
         "crossing": made.crossing,
-        "mean": None if made.mean is None else ratio(made.mean),
-        "trend": None if made.trend is None else ratio(made.trend),
+        "mean": made.mean and made.mean.as_dict(),
+        "trend": made.trend and made.trend.as_dict(),
         "range": [place(p) for p in made.places],
         "target": None if made.target is None else place(made.target),
         "predictions": None if made.predictions is None else [vars(p) for p in made.predictions],

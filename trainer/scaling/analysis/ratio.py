@@ -7,6 +7,7 @@ Invariant: exchanging the two gives exactly the inverse, with the inverse ends.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,13 @@ class Ratio:
     def includes_one(self) -> bool:
         """Return True if its interval includes 1, so that no difference is shown."""
         return self.low <= 1 <= self.high
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON; what is 0 or unbounded is None."""
+        value, low, high = (
+            x if 0 < x < np.inf else None for x in (self.value, self.low, self.high)
+        )
+        return {"value": value, "low": low, "high": high, "includes_one": self.includes_one}
 
 
 def inverse(ratio: Ratio) -> Ratio:

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 from forescale.scaling.fitting.bootstrap import Replicates
 from forescale.scaling.fitting.fit import Fit
 from forescale.scaling.fitting.isoflop import IsoFlop, Law
-from forescale.scaling.fitting.points import Array, Points
+from forescale.scaling.fitting.points import Array, Points, ranks
 
 # Differences of the exponent and of N* that matter to nobody, however sure they are.
 _SLIGHT = (0.02, np.log(1.1))
@@ -136,29 +136,22 @@ def order_doubts(points: Points, budgets: Array, made: Fit) -> list[str]:
     if not {"parameters", "tokens"} >= set(made.form.columns):
         return []
     fitted = made.predict(**{c: getattr(points, c) for c in made.form.columns})
-    ranks = []
+    found = []
     for b in np.unique(budgets):
         own = budgets == b
         if own.sum() > 3:
-            both = np.stack([_ranks(values[own]) for values in (points.loss, fitted)])
-            ranks.append((both - both.mean(1, keepdims=True)) / own.sum())
-    if not ranks:
+            both = np.stack([ranks(values[own]) for values in (points.loss, fitted)])
+            found.append((both - both.mean(1, keepdims=True)) / own.sum())
+    if not found:
         return []
-    observed, expected = np.concatenate(ranks, axis=1)
+    observed, expected = np.concatenate(found, axis=1)
     scale = np.sqrt((observed @ observed) * (expected @ expected))
-    found = float(observed @ expected / scale) if scale else 0.0
-    if found >= _ORDERED:
+    alike = float(observed @ expected / scale) if scale else 0.0
+    if alike >= _ORDERED:
         return []
     return [
-        f"Within the {len(ranks)} budgets, losses don't follow the law: the correlation of "
-        f"observed and fitted ranks is {found:.2f}, where 1 is perfect, so that N* and D* mean "
+        f"Within the {len(found)} budgets, losses don't follow the law: the correlation of "
+        f"observed and fitted ranks is {alike:.2f}, where 1 is perfect, so that N* and D* mean "
         "nothing. Check that N, D and loss of a row belong to the same run, and add sizes farther "
         "from N*."
     ]
-
-
-def _ranks(values: Array) -> Array:
-    """Return the rank of each value, (n,), from 1; equal values share their mean rank."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    found: Array = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return found

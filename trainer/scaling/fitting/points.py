@@ -98,4 +98,11 @@ def near_best(loss: Array, budgets: Array, near: float | None) -> Array:
     return kept
 
 
+def ranks(values: Array) -> Array:
+    """Return the rank of each value, (n,), from 1; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    found: Array = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return found
+
+
 COLUMNS = ("loss", "parameters", "tokens", "flops", "unique_tokens", "expansion")

@@ -9,7 +9,7 @@ Invariant: these functions read losses and metrics alone, and change neither.
 import numpy as np
 from scipy.special import fdtrc, stdtr
 
-from forescale.scaling.fitting.points import Array
+from forescale.scaling.fitting.points import Array, ranks
 
 FEWEST = 4  # budgets with which a prediction can be checked: some to fit, one to predict
 _CHANCE = 0.05  # chance of a link at least as good between numbers that have nothing in common
@@ -74,15 +74,7 @@ def _direction(loss: Array, good: Array) -> int:
     n = len(loss)
     if n < _SIDE or np.ptp(good) == 0 or np.ptp(loss) == 0:
         return 0
-    r = float(np.corrcoef(_ranks(loss), _ranks(good))[0, 1])
+    r = float(np.corrcoef(ranks(loss), ranks(good))[0, 1])
     t = abs(r) * np.sqrt((n - 2) / max(1e-12, 1 - r * r))
     clear = abs(r) >= _CLEAR and 2 * stdtr(n - 2, -t) <= _CHANCE
     return int(np.sign(r)) if clear else 0
-
-
-def _ranks(values: Array) -> Array:
-    """Return the ranks, (n,); equal values share their mean rank."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    found: Array = (last - (count - 1) / 2)[place]
-    return found

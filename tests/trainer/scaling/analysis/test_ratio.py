@@ -22,6 +22,11 @@ def test_each_end_is_that_of_the_sides_that_move_it_there():
     assert np.log([found.low, found.high]) == pytest.approx([-0.5, 0.0])
 
 
+def test_as_plain_values_what_is_0_or_unbounded_is_none():
+    made = Ratio(1.2, 0.0, np.inf).as_dict()
+    assert made == {"value": 1.2, "low": None, "high": None, "includes_one": True}
+
+
 def test_exchanging_the_two_gives_the_inverse():
     one, other = column(0.3, 0.1, 0.9), column(-0.2, -0.4, 0.1)
     (there,), (back,) = ratios(one, other), ratios(other, one)

@@ -261,15 +261,9 @@ def _untuned(cells: Sequence[RecipeCell]) -> list[str]:
 def as_dict(made: Multipliers) -> dict[str, Any]:
     """Return the comparison as plain values, for JSON; what is 0 or unbounded is None."""
 
-    def ratio(r: Ratio | None) -> dict[str, Any] | None:
-        if r is None:
-            return None
-        value, low, high = (x if 0 < x < np.inf else None for x in (r.value, r.low, r.high))
-        return {"value": value, "low": low, "high": high, "includes_one": r.includes_one}
-
     def place(p: Place) -> dict[str, Any]:
-        return {**_cell(p.cell), "multiplier": ratio(p.multiplier), "reach": list(p.reach),
-                "confirmed": ratio(p.confirmed)}  # fmt: skip
+        return {**_cell(p.cell), "multiplier": p.multiplier.as_dict(), "reach": list(p.reach),
+                "confirmed": p.confirmed and p.confirmed.as_dict()}  # fmt: skip
 
     return {
         "base": made.base,
@@ -277,8 +271,9 @@ def as_dict(made: Multipliers) -> dict[str, Any]:
         "noise": {"sd": made.noise.sd if made.noise.free else None, "free": made.noise.free},
         "curve": {"floor": made.curve.floor, "budgets": [_cell(c) for c in made.of(made.base)]},
         "candidates": [
-            {"name": c.name, "multiplier": ratio(c.mean), "trend_per_decade": ratio(c.trend),
-             "is_winner": c.is_winner, "budgets": [place(p) for p in c.places]}
+            {"name": c.name, "multiplier": c.mean and c.mean.as_dict(), "is_winner": c.is_winner,
+             "trend_per_decade": c.trend and c.trend.as_dict(),
+             "budgets": [place(p) for p in c.places]}
             for c in made.candidates
         ],
         "without_loss": [
