@@ -45,20 +45,22 @@ def tuned(rates: Sequence[float], losses: Sequence[float]) -> Tuned:
     """Return the best value of a sweep of three or more runs.
 
     It is the minimum of the parabola through the best run and its neighbours, or the best run if
-    the minimum is not between them. A loss that is not finite counts as worse than all others.
+    it is at the edge or a neighbour diverged. A parabola through an edge is none: its minimum may
+    be just inside by the noise of the runs alone. A loss that is not finite counts as worse than
+    all others.
     """
     order = np.argsort(rates)
     x, y = np.log(np.asarray(rates, dtype=float)[order]), np.asarray(losses, dtype=float)[order]
     y = np.log(np.where(np.isfinite(y), y, np.inf))
     best, sorted_rates = int(np.argmin(y)), sorted(map(float, rates))
     own, tried = sorted_rates[best], (sorted_rates[0], sorted_rates[-1])
-    near = slice(first := min(max(best - 1, 0), len(x) - 3), first + 3)
-    if not np.isfinite(y[near]).all():
-        return Tuned(own, 0.0, 0 < best < len(x) - 1, tried)
+    is_inside, near = 0 < best < len(x) - 1, slice(max(best - 1, 0), best + 2)
+    if not is_inside or not np.isfinite(y[near]).all():
+        return Tuned(own, 0.0, is_inside, tried)
     bend, slope, _ = np.polyfit(x[near] - x[best], y[near], 2)
     at = -slope / (2 * bend) if bend > 0 else np.inf
-    if not x[near][0] < x[best] + at < x[near][-1]:
-        return Tuned(own, 0.0, False, tried)
+    if not x[near][0] < x[best] + at < x[near][-1]:  # by rounding, of losses all but equal
+        return Tuned(own, 0.0, True, tried)
     ends = sorted_rates[near.start], sorted_rates[near.stop - 1]
     gap = float(bend * at**2)
     return Tuned(float(np.exp(x[best] + at)), gap, True, tried, float(bend), ends)

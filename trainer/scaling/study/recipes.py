@@ -1,7 +1,8 @@
 """Decides in a study of recipes: learning rates, seeds, the next budget, fresh seeds for winners.
 
-    a sweep ended    best rate at an edge -> one more rate on that side, as far as the stage's cost
-                     allows (rates_added); else the rate of the runs with other seeds (rates_chosen)
+    a sweep ended    best rate at an edge -> one more rate on that side, at most four and as far as
+                     the stage's cost allows (rates_added); else the rate of the runs with other
+                     seeds (rates_chosen), which is a doubt of `study fit` if it is at an edge
     all swept        the sweeps of the next budget, centred on the rates so far (stage_centred)
     all seeds ended  fresh seeds for recipes whose multiplier is shown to be above 1 at the highest
                      budget (winners_chosen)

@@ -41,6 +41,13 @@ def test_a_best_rate_at_an_edge_gives_the_rate_to_try_next():
     assert tuned([1e-3, 2e-3, 4e-3], [2.9, 2.8, 2.9]).next_rate(2.0) is None
 
 
+def test_a_parabola_with_its_minimum_beside_an_edge_is_no_optimum():
+    """Seen in a study of recipes: the true optimum was far below the lowest rate."""
+    found = tuned([0.014, 0.028, 0.055], [2.5515, 2.5559, 2.5823])
+    assert (found.learning_rate, found.inside, found.gap) == (0.014, False, 0.0)
+    assert found.next_rate(2.0) == 0.007
+
+
 def test_the_parabola_uses_only_the_best_rate_and_its_neighbours():
     """Far from the optimum the loss is no parabola."""
     found = tuned([4e-3, 1e-3, 2e-3, 64e-3], [2.8, 2.9, 2.8, 9.0])

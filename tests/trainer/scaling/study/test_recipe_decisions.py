@@ -23,14 +23,21 @@ from tests.trainer.scaling.simulated_recipes import BUDGETS, runs
 CAP = 8e12
 
 
-@pytest.fixture
-def study(tmp_path):
-    """A study of the base and one recipe, `new`, at two budgets; nothing has run."""
-    job = StudyJob(studies=str(tmp_path), study="own")
-    common = Common(compose(TrainJob, job.plan.shared).model, 257, 64)
-    recipes = recipes_of(job.plan.shared, {BASE: [], "new": ["model.norm=layernorm"]}, frozenset())
+@pytest.fixture(scope="module")
+def planned():
+    """The plan of the base and one recipe, `new`, at two budgets."""
+    shared = StudyJob().plan.shared
+    common = Common(compose(TrainJob, shared).model, 257, 64)
+    recipes = recipes_of(shared, {BASE: [], "new": ["model.norm=layernorm"]}, frozenset())
     grid = RecipeGrid.within_cap(CAP, 2, 2, 2.0, 20.0, (2, 2), 2)
-    return Study.make(job.folder, job, recipe_plan(common, grid, recipes, CAP), {})
+    return recipe_plan(common, grid, recipes, CAP)
+
+
+@pytest.fixture
+def study(tmp_path, planned):
+    """A study of that plan, of which nothing has run."""
+    job = StudyJob(studies=str(tmp_path), study="own")
+    return Study.make(job.folder, job, planned, {})
 
 
 @pytest.mark.parametrize("diverged", [False, True])
@@ -55,6 +62,34 @@ def test_a_winner_that_diverged_at_the_highest_budget_gets_no_fresh_seeds(
     assert study.plan.stages[-1].exact
     assert [name for name, _ in fresh] == ([] if diverged else ["base", "base", "new", "new"])
     assert len(set(fresh)) == len(fresh)
+
+
+@pytest.mark.parametrize(
+    ("best", "rates", "is_inside"),
+    [(1.3, 3, True), (1.6, 4, True), (0.65, 4, True), (8.1, 6, True), (1e9, 7, False)],
+)
+def test_a_sweep_goes_on_beyond_its_edge_until_it_is_bracketed_or_the_limit(
+    study, monkeypatch, best, rates, is_inside
+):
+    """best: in units of the first rate, with rates of 1/2, 1 and 2 times it to begin with."""
+    first = study.plan.cells[0].learning_rate
+
+    def losses():
+        return {c.name: 3 * np.exp(0.01 * np.log(c.learning_rate / first / best) ** 2)
+                for c in study.plan.stages[0].cells if not c.waits_for}  # fmt: skip
+
+    said = list[str]()
+    monkeypatch.setattr(study, "losses", losses)
+    for _ in range(8):
+        advance_recipes(study, said.append)
+    own = study.plan.stages[0]
+    tried = [c.learning_rate / first for c in own.cells if c.role in ("grid", "rate")]
+    assert len(tried) == rates
+    assert (min(tried) < best < max(tried)) == is_inside
+    (event,) = (e for e in study.events if e["kind"] == "rates_chosen")
+    assert event["inside"] == is_inside
+    assert any("not an optimum" in line for line in said) != is_inside
+    assert own.cost <= own.high
 
 
 def test_a_next_budget_above_the_cap_is_refused_before_it_begins(study, monkeypatch):
