@@ -5,7 +5,9 @@
     interval     from drawn studies: each mean loss anew, with the noise of repeated runs (pooled
                  over all recipes and budgets, so Student's t); the base's curve is drawn with it
     trend        the factor by which m changes in a decade of compute: least squares of log m
-    confirmed    m of a winner from fresh seeds alone, which no choice has seen
+    confirmed    m of a winner from fresh seeds alone, which no choice has seen: its own, and the
+                 base's at that budget, since its earlier bad luck makes winners too. Its other
+                 budgets have no fresh seeds, and count as for m
 
 Invariant: all recipes are treated alike; a multiplier below 1 is as much a result as one above.
 """
@@ -36,7 +38,7 @@ _UNKNOWN = (0.0, np.inf)  # ends of an interval without a measured noise
 class Place:
     """A recipe at one budget. multiplier: 0 or infinite where the base never has its loss, which
     is then outside `reach`: the multipliers that the base's budgets can show. confirmed: that of
-    fresh seeds alone."""
+    fresh seeds alone, of both."""
 
     cell: RecipeCell
     multiplier: Ratio
@@ -96,9 +98,8 @@ class Multipliers:
             what = f"has {len(own)} budgets of {self.base}, which are no curve"
             raise UserError(where, what, f"train {self.base} at {_BUDGETS} or more")
         self.noise = _noise(self.cells)
-        self.curve = BaseCurve(
-            np.log([c.flops for c in own]), np.array([_pooled(c).mean() for c in own])
-        )
+        self._of_base = [_pooled(c) for c in own]
+        self.curve = _curve(own, self._of_base)
 
     def of(self, name: str) -> list[RecipeCell]:
         """Return the cells of a recipe, by compute."""
@@ -113,7 +114,7 @@ class Multipliers:
 
     def _candidate(self, name: str) -> Candidate:
         cells = self.of(name)
-        at, draws = self._logs(cells, [c.logs for c in cells])
+        at, draws = self._logs(cells, [c.logs for c in cells], self._of_base)
         again = [i for i, c in enumerate(cells) if c.fresh.size]
         fresh = dict(zip(again, self._confirmed([cells[i] for i in again]), strict=True))
         places = tuple(
@@ -140,29 +141,33 @@ class Multipliers:
         return self._ratios((at @ weights)[None], (draws @ weights)[:, None])[0]
 
     def _confirmed(self, cells: Sequence[RecipeCell]) -> list[Ratio]:
-        found = self._ratios(*self._logs(cells, [c.fresh for c in cells])) if cells else []
+        if not cells:
+            return []
+        base = [c.fresh if c.fresh.size else c.logs for c in self.of(self.base)]
+        found = self._ratios(*self._logs(cells, [c.fresh for c in cells], base))
         return [_within(r, self._reach(c)) for r, c in zip(found, cells, strict=True)]
 
     def _reach(self, cell: RecipeCell) -> tuple[float, float]:
         ends = np.exp(self.curve.log_flops[[0, -1]]) / cell.flops
         return float(ends[0]), float(ends[1])
 
-    def _logs(self, cells: Sequence[RecipeCell], logs: Sequence[Array]) -> tuple[Array, Array]:
-        """Return log m of each cell, (m,), and of drawn studies, (draws, m). logs: the log losses
-        of the runs to take for each."""
+    def _logs(
+        self, cells: Sequence[RecipeCell], logs: Sequence[Array], base: Sequence[Array]
+    ) -> tuple[Array, Array]:
+        """Return log m of each cell, (m,), and of drawn studies, (draws, m). logs, base: the log
+        losses of the runs to take for each cell, and for each budget of the base."""
         own, means = np.log([c.flops for c in cells]), np.array([y.mean() for y in logs])
-        at = self.curve.log_compute(means) - own
+        curve = _curve(self.of(self.base), base)
+        at = curve.log_compute(means) - own
         if not self.noise.free:
             return at, np.broadcast_to(at, (_DRAWS, len(at)))
         rng = np.random.default_rng(self.job.seed)
         errors = self.noise.sd * np.sqrt(
             self.noise.free / rng.chisquare(self.noise.free, size=(_DRAWS, 1))
         )
-        nodes = self.curve.log_losses + errors * self._scatter(
-            rng, [_pooled(c) for c in self.of(self.base)]
-        )
+        nodes = curve.log_losses + errors * self._scatter(rng, base)
         moved = means + errors * self._scatter(rng, logs)
-        return at, self.curve.log_compute(moved, nodes) - own
+        return at, curve.log_compute(moved, nodes) - own
 
     @staticmethod
     def _scatter(rng: np.random.Generator, logs: Sequence[Array]) -> Array:
@@ -200,6 +205,13 @@ class Multipliers:
                 found.append(f"{c.name} has a loss that {self.base} never has at {len(beyond)} of "
                              f"{len(c.places)} budgets: there the multiplier is only bounded, and "
                              "mean and trend leave it out.")  # fmt: skip
+        with_fresh = {c.budget for c in self.of(self.base) if c.fresh.size}
+        for one in self.candidates:
+            if one.top.confirmed is not None and one.top.cell.budget not in with_fresh:
+                found.append(
+                    f"Fresh seeds of {one.name} are compared with runs of {self.base} that chose "
+                    f"it: train {self.base} with fresh seeds there too."
+                )
         winners = [c.name for c in self.candidates if c.is_winner and c.top.confirmed is None]
         if winners and len(self.candidates) > 1:
             found.append(
@@ -217,8 +229,14 @@ def _within(ratio: Ratio, reach: tuple[float, float]) -> Ratio:
 
 
 def _pooled(cell: RecipeCell) -> Array:
-    """Return all log losses at the cell's rate. For the base alone: it is not chosen by them."""
+    """Return all log losses at the cell's rate. For the base alone, and not beside fresh seeds of
+    another: those confirm what its earlier runs chose."""
     return np.concatenate((cell.logs, cell.fresh))
+
+
+def _curve(cells: Sequence[RecipeCell], logs: Sequence[Array]) -> BaseCurve:
+    """Return the curve of the base's cells. logs: the log losses of the runs to take for each."""
+    return BaseCurve(np.log([c.flops for c in cells]), np.array([y.mean() for y in logs]))
 
 
 def _noise(cells: Sequence[RecipeCell]) -> Noise:

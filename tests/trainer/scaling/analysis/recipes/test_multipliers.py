@@ -147,6 +147,25 @@ def test_fresh_seeds_confirm_a_winner_apart_from_the_runs_that_chose_it():
     assert top.confirmed.value == pytest.approx(1.1, rel=0.1)
 
 
+def test_a_recipe_that_won_by_the_bases_bad_luck_is_not_confirmed_by_it():
+    """Nothing is better than the base, whose first seeds were unlucky at the highest budget."""
+    rng = np.random.default_rng(0)
+    table = runs(rng, {"new": 1.0}, noise=0.0005)
+    table["role"] = np.where(table["seed"] == 0, "rate", "seed")
+    is_top = (table["flops"] == BUDGETS[-1]) & (table["learning_rate"] == 0.01)
+    table.loc[is_top & (table["recipe"] == "base"), "loss"] *= 1.02
+    fresh = runs(rng, {"new": 1.0}, noise=0.0005)[is_top & (table["role"] == "seed")]
+    found = made(pd.concat((table, fresh.assign(role="confirm"))))
+    top = found.candidates[0].top
+    assert top.multiplier.low > 1
+    assert top.confirmed.value == pytest.approx(1.0, abs=0.03)
+    assert top.confirmed.low < 1
+    assert not any("that chose it" in doubt for doubt in found.doubts)
+    alone = made(pd.concat((table, fresh[fresh["recipe"] == "new"].assign(role="confirm"))))
+    assert any("fresh seeds of new are compared with runs of base that chose it" in doubt.lower()
+               for doubt in alone.doubts)  # fmt: skip
+
+
 def test_a_comparison_without_a_base_or_with_other_data_is_refused():
     table = runs(np.random.default_rng(0), {"new": 1.2})
     with pytest.raises(UserError, match="reference=NAME, one of base, new"):
