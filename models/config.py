@@ -134,8 +134,15 @@ class ModelConfig:
     qk_norm_over: str = "head"  # head | layer: over each head alone, or over all of them (OLMo 2)
     # none | head | channel: a sigmoid of the input gates what each head (or channel) gives.
     attention_gate: str = "none"
+    token_shift: bool = False  # queries, keys and values have a part of the token's before
     # The part of each later layer's values that are the first layer's (ResFormer: 0.5); 0: none.
     value_residual: float = 0.0
+    # 1: each layer adds a vector of the token itself to its values, 2: every second layer, counted
+    # from the last, and so on; 0: none (models/embeddings/values.py).
+    value_embedding: int = 0
+    # Rows of a table of pairs of tokens, which is added to the embedding; 0: none
+    # (models/embeddings/bigrams.py).
+    bigram_rows: int = 0
     scale_embedding: bool = False  # multiply the embedding by sqrt(width), as Gemma
     logit_softcap: float = 0.0  # logits = cap * tanh(logits / cap), as Gemma 2 (30); 0: off
     head: str = "linear"  # linear | dense: BERT's: dense, GELU and norm first, a bias of each logit
@@ -210,6 +217,12 @@ class ModelConfig:
         the decoder. Raises ValueError like resolved()."""
         pattern = self.mixer_pattern or [self.mixer]
         return tuple(pattern[i % len(pattern)] for i in range(self.num_blocks))
+
+    @property
+    def value_layers(self) -> list[int]:
+        """The layers that have a value embedding. Raises ValueError like resolved()."""
+        every, last = self.value_embedding, self.num_blocks - 1
+        return [i for i in range(last + 1) if every and (last - i) % every == 0]
 
     @property
     def has_encoder(self) -> bool:

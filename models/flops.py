@@ -18,16 +18,19 @@ from forescale.models.costs import CROSS, MIXERS, MLPS, Part, moe
 from forescale.models.costs.record import Shapes, linear
 
 # The modules before the blocks.
-_BEFORE = ("embedding", "position", "encoder_relative", "relative")
+_TABLES = ("bigrams.", "value_embeddings.")
+_BEFORE = ("embedding", *_TABLES, "position", "encoder_relative", "relative")
 _LOGIT_BIASES = ("embedding.bias", "head.bias")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters. total = embedding + position + non_embedding + mtp + (head, if it isn't tied)."""
+    """Parameters. total = embedding + tables + position + non_embedding + mtp + (head, if it isn't
+    tied)."""
 
     total: int  # every trainable parameter, counted once
     embedding: int  # the token table
+    tables: int  # further tables: of pairs of tokens, and of values
     position: int  # the tables of learned or relative positions, else 0
     blocks: int  # all layers
     non_embedding: int  # blocks, norms, transform: Kaplan's N
@@ -55,14 +58,16 @@ def count(config: ModelConfig) -> Counts:
     blocks = sum(times * prod(shape) for layer, times in kinds for shape in layer.values())
     total, table = sum(outer.values()) + blocks, outer["embedding.weight"]
     position = sum(size for name, size in outer.items() if "position." in name)
+    tables = sum(size for name, size in outer.items() if name.startswith(_TABLES))
     biases = sum(size for name, size in outer.items() if name in _LOGIT_BIASES)
     transform = sum(size for name, size in outer.items() if name.startswith("transform."))
     return Counts(
         total=total + mtp,
         embedding=table,
+        tables=tables,
         position=position,
         blocks=blocks,
-        non_embedding=total - position - table * (1 if config.tie_embeddings else 2),
+        non_embedding=total - position - tables - table * (1 if config.tie_embeddings else 2),
         head=table,
         transform=transform + biases,
         mtp=mtp,
@@ -215,6 +220,10 @@ def _outer_shapes(config: ModelConfig) -> Shapes:
     is_dense = config.head == "dense"
     if is_dense and config.tie_embeddings:
         found["embedding.bias"] = (s.vocab_size,)
+    if config.bigram_rows:
+        found["bigrams.weight"] = (config.bigram_rows, s.width)
+    values = (s.vocab_size, s.kv_width)
+    found |= {f"value_embeddings.{i}.weight": values for i in config.value_layers}
     if config.position == "learned":
         found["position.weight"] = (s.max_sequence_length, s.width)
     if config.embedding_norm:
@@ -293,7 +302,8 @@ def divided(config: ModelConfig, tensor: int) -> dict[str, int]:
             cut = part.divided(config.of_block(i)).items()
             found |= {f"{block}.{name}.{inner}": dim for inner, dim in cut}
     biases = (n for n in _outer_shapes(config) if n.endswith("relative_position.weight"))
-    return found | dict.fromkeys(biases, 1)
+    values = (n for n in _outer_shapes(config) if n.startswith("value_embeddings."))
+    return found | dict.fromkeys([*biases, *values], 1)
 
 
 def in_chunks(config: ModelConfig, columns: int) -> ModelConfig:

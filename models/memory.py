@@ -105,6 +105,8 @@ def activations(
     # An input of the later layers; as the result of a matrix it is counted already.
     if config.activation_checkpointing == "full" and config.value_residual:
         kept += b * inner.sizes.kv_width * columns[0]
+    if again:  # an input of the layers that have them
+        kept += sum(b * inner.sizes.kv_width * columns[i] for i in config.value_layers)
     made_again = max(layers) if again else 0
     if budget is not None:
         inputs = b * s.width * sum(columns)

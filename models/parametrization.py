@@ -8,7 +8,8 @@ sqrt(2 / (5 * width)), where mup and completep take base_width for width.
 
 Initial standard deviations and the forward pass (`Scales`)
 
-1. Tables (embedding, learned and relative positions, head): sigma. In `standard` that is the "small
+1. Tables (embedding, learned and relative positions, head): sigma; those of pairs of tokens and of
+   values start at 0. In `standard` that is the "small
    init" of Nguyen and Salazar 2019 (arXiv 1910.05895), which GPT-NeoX-20B trained with (arXiv
    2204.06745): GPT-2's 0.02 at width 1000, and a scale of activations that hardly varies with
    width. In mup and completep it is a constant (Yang & Hu et al. 2022, arXiv 2203.03466, table 8).
@@ -188,6 +189,6 @@ def _class_of(name: str, shape: tuple[int, ...], per_head: set[str]) -> str:
         return "hidden" if len(shape) == 2 else "block"
     if module in ("dense", "join"):
         return "dense" if len(shape) == 2 else "norm"
-    if "position" in module:
+    if "position" in module or name.startswith(("bigrams.", "value_embeddings.")):
         return "embedding"
     return "norm" if module.endswith("norm") else module

@@ -218,6 +218,7 @@ def _of_positions(config: "ModelConfig") -> list[Problem]:
         found.append(("scale_embedding", what, "leave it out"))
     if config.value_residual:
         found += _of_value_residual(config)
+    found += _of_tokens(config)
     if kind != "none" and config.position != "rotary":
         what = f"{kind} scales rotary positions, not {config.position}"
         found.append(("rope_scaling", what, "leave it out, or choose position=rotary"))
@@ -270,6 +271,27 @@ def _of_value_residual(config: "ModelConfig") -> list[Problem]:
         what = f"mixer {others[0]} has no values of attention, and all layers need them"
         return [("value_residual", what, "leave it out, or choose other mixers")]
     return []
+
+
+def _of_tokens(config: "ModelConfig") -> list[Problem]:
+    """Return the broken rules of what else is learned of a token and the one before it."""
+    found: list[Problem] = []
+    for name in ("bigram_rows", "value_embedding", "token_shift"):
+        if (given := getattr(config, name)) < 0:
+            found.append((name, f"{given} must not be negative", "give 0 for none"))
+        elif given and config.encoder_layers:
+            what = "is for a decoder or an encoder alone"
+            found.append((name, what, "leave it out, or leave out encoder_layers"))
+    if not config.value_embedding or found:
+        return found
+    if config.mtp_layers:
+        what = "the modules for later tokens have no value embedding"
+        found.append(("value_embedding", what, "leave it out, or leave out mtp_layers"))
+    others = [name for name in config.mixers_used if not MIXERS[name].takes_values]
+    if others and len(others) < len(config.mixers_used):
+        what = f"mixer {others[0]} has no values of attention, and each layer may be one of those"
+        found.append(("value_embedding", what, "leave it out, or choose other mixers"))
+    return found
 
 
 def _of_mtp(config: "ModelConfig", longest: int | None) -> list[Problem]:

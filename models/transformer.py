@@ -6,7 +6,6 @@ need not know that the weights are partitioned. A tied table is one module that 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from forescale.models.block import Block, Trunk, normed, passed, viewers
 from forescale.models.config import ModelConfig
 from forescale.models.decoding.cache import Cache, Memory
+from forescale.models.embeddings.bigrams import BigramEmbedding, before
+from forescale.models.embeddings.values import ValueEmbedding
 from forescale.models.experts.balance import Routing, move_biases, that_count
 from forescale.models.experts.grouped import GroupedLinear
 from forescale.models.flops import layers_of
@@ -23,14 +24,13 @@ from forescale.models.heads.mtp import MtpModule
 from forescale.models.heads.penalties import counted_penalty, metrics_of
 from forescale.models.heads.vocabulary import Transform, Vocabulary
 from forescale.models.init import Linear
-from forescale.models.mixers.blocks import blocks_seen
+from forescale.models.mixers.chosen_mask import chosen_mask
 from forescale.models.mixers.context import Columns, Context, Viewer
-from forescale.models.mixers.masks import mask_of, source_mask
+from forescale.models.mixers.masks import source_mask
 from forescale.models.norm import make_norm
 from forescale.models.parallel.sequence import SequenceGroup
 from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import Factors, factors, scales
-from forescale.models.positions.alibi import biased_mask
 from forescale.models.positions.position import (
     LearnedPosition,
     Rotation,
@@ -62,6 +62,10 @@ class Transformer(nn.Module):
         self.config = config = config.resolved()
         self.sizes, self.scales = config.sizes, scales(config)
         self.embedding = made(Vocabulary(config, makes_logits=config.tie_embeddings))
+        self.bigrams = made(BigramEmbedding(config)) if config.bigram_rows else None
+        self.value_embeddings = nn.ModuleDict(
+            {str(i): made(ValueEmbedding(config)) for i in config.value_layers}
+        )
         self.position = LearnedPosition(config) if config.position == "learned" else None
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.encoder_relative_position = self.relative_position = None
@@ -183,7 +187,7 @@ class Transformer(nn.Module):
         counted_BL: Tensor | None,
     ) -> Trunk:
         """Return what the blocks leave, (B, L) -> (B, L, D), normed as the head reads it."""
-        real, starts = padding_mask_BL, None
+        real, starts, last = padding_mask_BL, None, None if cache is None else cache.last
         memories: list[Memory | None] = []
         if cache is not None:
             if documents_BL is not None or not self.config.causal:
@@ -195,7 +199,11 @@ class Transformer(nn.Module):
             starts = document_starts(documents_BL)
         columns = tokens_BL.shape[1] if cache is None else cache.length
         positions = positions_of(columns, tokens_BL.device, real, starts)
-        embedded_BLD = self.embedding(self._own(tokens_BL))
+        own_BL = self._own(tokens_BL)
+        embedded_BLD = self.embedding(own_BL)
+        if self.bigrams is not None:
+            before_BL = self._own(before(tokens_BL, last, starts, real))
+            embedded_BLD = embedded_BLD + self.bigrams(own_BL, before_BL)
         constants = None if cache is None else cache.constants
         x_BLD, turn = self._placed(embedded_BLD, positions, constants)
         decoding, length = cache is not None, tokens_BL.shape[1]
@@ -205,7 +213,7 @@ class Transformer(nn.Module):
         context = Context(turn, mask, starts, real, counted=counted_BL, group=self.group)
         if cache is not None:
             context = context._replace(source=cache.source, source_mask=cache.source_mask)
-        x_BLD, routings, context = self._through(x_BLD, context, seen, memories)
+        x_BLD, routings, context = self._through(x_BLD, context, seen, memories, tokens_BL=own_BL)
         return Trunk(normed(self.norm, x_BLD), routings, embedded_BLD, context)
 
     @property
@@ -219,9 +227,11 @@ class Transformer(nn.Module):
         seen: Columns,
         memories: Sequence[Memory | None] = (),
         encodes: bool = False,
+        tokens_BL: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing], Context]:
         """Return the output of the blocks, the encoder's or all others, the routing of experts, and
-        the last context. seen: what views are made of; memories: one a block; (): no cache."""
+        the last context. seen: what views are made of; memories: one a block; (): no cache; tokens:
+        of these columns, for value embeddings."""
         layers = self.config.encoder_layers
         first, end = (0, layers) if encodes else (layers, len(self.blocks))
         routings: list[Routing] = []
@@ -231,12 +241,15 @@ class Transformer(nn.Module):
             viewer = self.viewers[i]
             if viewer not in views:
                 views[viewer] = viewer(seen)
-            context = context._replace(memory=memory, view=views[viewer])
+            own = None
+            if str(i) in self.value_embeddings:
+                own = self.value_embeddings[str(i)](tokens_BL)
+            context = context._replace(memory=memory, view=views[viewer], token_values=own)
             recomputes = self.config.activation_checkpointing == "full"
-            x_BLD, values, own = passed(block, x_BLD, context, recomputes)
+            x_BLD, values, routing = passed(block, x_BLD, context, recomputes)
             if values is not None:
                 context = context._replace(values=values)
-            routings += own
+            routings += routing
         return x_BLD, routings, context
 
     def _decoded(self, tokens_BL: Tensor, real_BL: Tensor | None) -> Tensor:
@@ -299,23 +312,13 @@ class Transformer(nn.Module):
         return self.dropout(normed(self.embedding_norm, x_BLD)), turn
 
     def _mask(self, seen: Columns, causal: bool) -> Tensor | BlockMask | None:
-        """Return the mask of Context, or None if no mixer takes one or the kernels need none."""
+        """Return the mask of Context; None: no mixer takes one, or the kernels need none."""
         if not self.takes_mask:
             return None
-        # flex_attention's kernels take heads of 16 and more.
-        fits = self.config.position not in ("alibi", "relative") and self.sizes.head_dim >= 16
-        if fits and (blocks := blocks_seen(seen, causal)) is not None:
-            return blocks
-        own = slice(0, self.sizes.num_heads)
-        for group in (self.dividing, self.group):
-            own = own if group is None else group.heads(own)
-        if self.config.position == "alibi":
-            every = self.sizes.num_heads
-            return mask_of(seen, causal, partial(biased_mask, num_heads=every, heads=own))
         table = self.relative_position
         if self.encoder_relative_position is not None and not causal:
             table = self.encoder_relative_position
-        return mask_of(seen, causal, None if table is None else partial(table, heads=own))
+        return chosen_mask(self.config, seen, causal, table, (self.dividing, self.group))
 
     def muon_parameters(self) -> set[str]:
         """Return the names of the hidden matrices: all but embedding, positions and head."""

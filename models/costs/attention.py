@@ -14,6 +14,9 @@ def _shapes(config: "ModelConfig") -> Shapes:
     for name, outputs in (("query", s.heads_width), ("key", s.kv_width), ("value", s.kv_width)):
         found |= linear(name, s.width, outputs, config.bias or config.qkv_bias)
     found |= linear("output", s.heads_width, s.width, config.bias)
+    if config.token_shift:
+        found["query_shift.weight"] = (s.heads_width,)
+        found |= {f"{name}_shift.weight": (s.kv_width,) for name in ("key", "value")}
     if config.attention_gate != "none":
         found |= linear("gate", s.width, gates(config), config.bias)
     if config.qk_norm:
@@ -58,6 +61,8 @@ def _activation_bytes(config: "ModelConfig", bytes_per_value: int, norm_bytes: i
         kernel += bytes_per_value * (
             s.heads_width + gates(config)
         )  # the gated output, and the gates
+    if config.token_shift:
+        kernel += bytes_per_value * (heads + s.kv_width)  # those of the token before
     return kernel + (norm_bytes * heads if config.qk_norm else 0)
 
 
@@ -73,15 +78,24 @@ def _made_again(config: "ModelConfig", sequence_length: int) -> int:
 
 
 def _cache_bytes(config: "ModelConfig", length: int, bytes_per_value: int) -> int:
-    """Return the bytes of the keys and values of all tokens."""
-    return 2 * config.sizes.kv_width * length * bytes_per_value
+    """Return the bytes of the keys and values of all tokens, and of a shift's last token."""
+    kept = 2 * config.sizes.kv_width * length + shift_values(config)
+    return kept * bytes_per_value
+
+
+def shift_values(config: "ModelConfig") -> int:
+    """Return the values of the last token that a cache keeps for a shift of tokens."""
+    s = config.sizes
+    return s.heads_width + 2 * s.kv_width if config.token_shift else 0
 
 
 def _divided(config: "ModelConfig") -> dict[str, int]:
     """Return the matrices of the heads. A norm over all heads can't be divided."""
     if config.qk_norm and config.qk_norm_over == "layer":
         return {}
-    return by_output(_shapes(config), ("query", "key", "value", "gate"), "output")
+    reading = ("query", "key", "value")
+    shifts = (f"{name}_shift" for name in reading)
+    return by_output(_shapes(config), (*reading, *shifts, "gate"), "output")
 
 
 def _exchanged(config: "ModelConfig", ranks: int) -> int:
@@ -120,7 +134,7 @@ ROTATION = (
     "rope_fraction",
 )
 _HEADS = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "qkv_bias")
-KEYS = ("qk_norm_over", "attention_gate", "value_residual")
+KEYS = ("qk_norm_over", "attention_gate", "value_residual", "value_embedding", "token_shift")
 ATTENTION = Part(
     module="forescale.models.mixers.attention.Attention",
     shapes=_shapes,

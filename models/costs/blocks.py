@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from forescale.models.costs.attention import ATTENTION
+from forescale.models.costs.attention import ATTENTION, shift_values
 from forescale.models.costs.record import Part, Problem, matrix_flops
 from forescale.models.mixers.patterns import Sparse, Window
 
@@ -60,7 +60,7 @@ def _window_cache(config: "ModelConfig", length: int, bytes_per_value: int) -> i
     """Return the bytes of the keys and values that later queries can see."""
     pattern = Window.of(config)
     tokens = min(length, pattern.tokens - 1) + pattern.first
-    return 2 * config.sizes.kv_width * tokens * bytes_per_value
+    return (2 * config.sizes.kv_width * tokens + shift_values(config)) * bytes_per_value
 
 
 def _of_window(c: "ModelConfig", full: "ModelConfig", longest: int | None) -> list[Problem]:

@@ -104,6 +104,7 @@ class Cache:
         self.constants: dict[str, Any] = {}  # what a model makes of its config alone, once
         self.length = 0
         self.real: Tensor | None = None  # (B, length) bool; None: no padding so far
+        self.last: Tensor | None = None  # (B, 1) int64, the tokens of the last column
 
     def advance(self, tokens_BL: Tensor, padding_mask_BL: Tensor | None) -> Tensor | None:
         """Count the new columns; return which of all columns are real, (B, S), or None for all."""
@@ -114,6 +115,7 @@ class Cache:
             new = ones[:, self.length :] if padding_mask_BL is None else padding_mask_BL.bool()
             self.real = torch.cat([old, new], 1)
         self.length += tokens_BL.shape[1]
+        self.last = tokens_BL[:, -1:]
         return self.real
 
     def reserve(self, columns: int) -> None:
@@ -126,6 +128,7 @@ class Cache:
         for memory in self.layers:
             memory.keep(rows)
         self.real = None if self.real is None else self.real[rows]
+        self.last = None if self.last is None else self.last[rows]
         self.source = None if self.source is None else self.source[rows]
         self.source_mask = None if self.source_mask is None else self.source_mask[rows]
         return self
@@ -143,6 +146,8 @@ class Cache:
         for memory, more in zip(self.layers, other.layers, strict=True):
             memory.join(more)
         self.length, self.real = max(self.length, other.length), real_BS
+        if self.last is not None and other.last is not None:
+            self.last = torch.cat((self.last, other.last))
         if self.source is not None and other.source is not None:
             masks = [
                 source.new_zeros(len(source), 1, 1, source.shape[1]) if mask is None else mask

@@ -14,6 +14,7 @@ from forescale.models.costs.attention import gates
 from forescale.models.init import Linear
 from forescale.models.mixers.blocks import flex
 from forescale.models.mixers.context import Context
+from forescale.models.mixers.shift import TokenShift, shifted
 from forescale.models.norm import RMSNorm
 from forescale.models.parallel.tensor import TensorGroup
 from forescale.models.parametrization import scales
@@ -74,12 +75,14 @@ class Attention(nn.Module):
     QK-norm (Henry et al. 2020, arXiv 2010.04245) comes before the rotation, one weight for all
     heads, as in Qwen3; or one norm over all heads, as in OLMo 2 (2024, arXiv 2501.00656). The gate,
     a sigmoid of the layer's input for each head or channel, multiplies the heads' outputs (Qiu et
-    al. 2025, arXiv 2505.06708).
+    al. 2025, arXiv 2505.06708). With token_shift queries, keys and values have a learned part of
+    those of the token before (shift.py).
 
     With value_residual (Zhou et al. 2024, arXiv 2410.17897, section 3, with constant coefficients)
     the first layer returns its values too, (B, L, G, K), and a later one attends to the mean of its
     own values and those, with weights 1 - value_residual and value_residual. A cache keeps the
-    mean. Doubt: the paper finds learned weights a little better.
+    mean. Doubt: the paper finds learned weights a little better. With value_embedding the values
+    have what each token adds to them (embeddings/values.py) before that.
     """
 
     def __init__(self, config: ModelConfig):
@@ -96,6 +99,11 @@ class Attention(nn.Module):
         self.key = Linear(s.width, s.kv_width, reading, std)
         self.value = Linear(s.width, s.kv_width, reading, std)
         self.output = Linear(s.heads_width, s.width, bias, scale.writing_std)
+        self.query_shift = self.key_shift = self.value_shift = None
+        if config.token_shift:
+            self.query_shift = TokenShift(s.heads_width, "query")
+            self.key_shift = TokenShift(s.kv_width, "key")
+            self.value_shift = TokenShift(s.kv_width, "value")
         self.gate = None
         if config.attention_gate != "none":
             self.gate = Linear(s.width, gates(config), bias, std)
@@ -110,7 +118,10 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, context: Context) -> Any:
         """Return what each token takes from those that it sees; in the first layer of a value
         residual, with the values."""
-        q_BLHK, (k_BLGK, v_BLGK) = self._queries(x_BLD), self._keys_and_values(x_BLD)
+        q_BLHK = self._queries(x_BLD, context)
+        k_BLGK, v_BLGK = self._keys_and_values(x_BLD, context)
+        if context.token_values is not None:
+            v_BLGK = v_BLGK + context.token_values.unflatten(-1, (self.num_kv_heads, -1))
         if context.values is not None:
             v_BLGK = v_BLGK.lerp(context.values, self.value_residual)
         if context.rotation is not None:
@@ -129,14 +140,17 @@ class Attention(nn.Module):
         q_BLHK, k_BLGK = both.split((q_BLHK.shape[2], k_BLGK.shape[2]), 2)
         return q_BLHK, k_BLGK
 
-    def _queries(self, x_BLD: Tensor) -> Tensor:
+    def _queries(self, x_BLD: Tensor, context: Context) -> Tensor:
         """Return the queries of tokens, (B, L, H, K), not rotated."""
-        return self._heads(self.query(x_BLD), self.query_norm, self.num_heads)
+        q_BLD = shifted(self.query_shift, self.query(x_BLD), context)
+        return self._heads(q_BLD, self.query_norm, self.num_heads)
 
-    def _keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Return the keys, not rotated, and the values of tokens, (B, S, G, K) each."""
-        k_BSGK = self._heads(self.key(x_BSD), self.key_norm, self.num_kv_heads)
-        return k_BSGK, self._heads(self.value(x_BSD), None, self.num_kv_heads)
+        k_BSD = shifted(self.key_shift, self.key(x_BSD), context)
+        v_BSD = shifted(self.value_shift, self.value(x_BSD), context)
+        k_BSGK = self._heads(k_BSD, self.key_norm, self.num_kv_heads)
+        return k_BSGK, self._heads(v_BSD, None, self.num_kv_heads)
 
     def _written(self, x_BLD: Tensor, y_BLHK: Tensor) -> Tensor:
         """Return the output of the layer, (B, L, D), from those of its heads: gated by its input

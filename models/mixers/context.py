@@ -39,8 +39,9 @@ class Context(NamedTuple):
     encoder's output, in the decoder of an encoder-decoder. source_mask (B, 1, 1, S): added to the
     scores of its tokens. view: what the viewer of the mixer's cost record (Part.viewer) made of the
     Columns of this forward pass. values (B, L, G, K): of the first layer, in the later layers with
-    value_residual. group: the ranks that divide the columns of the rows; then L are this rank's,
-    while mask, starts, real and view are of all columns, and a mask with heads is of this rank's.
+    value_residual. token_values (B, L, G * K): what a layer with a value embedding adds to its
+    values. group: the ranks that divide the columns of the rows; then L are this rank's, while
+    mask, starts, real and view are of all columns, and a mask with heads is of this rank's.
     """
 
     rotation: Rotation | None = None
@@ -53,6 +54,7 @@ class Context(NamedTuple):
     source_mask: Tensor | None = None
     view: Any = None
     values: Tensor | None = None
+    token_values: Tensor | None = None
     group: SequenceGroup | None = None
 
 

@@ -22,7 +22,9 @@ class CrossAttention(Attention):
         k_BSGK, v_BSGK = self._of_source(context)
         # The source is whole: no column of the decoder's adds to its keys.
         seen = Context(mask=context.source_mask)
-        return self._written(x_BLD, self._attend(self._queries(x_BLD), k_BSGK, v_BSGK, seen))
+        return self._written(
+            x_BLD, self._attend(self._queries(x_BLD, context), k_BSGK, v_BSGK, seen)
+        )
 
     def _of_source(self, context: Context) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the source, (B, S, G, K) each."""
@@ -32,7 +34,7 @@ class CrossAttention(Attention):
             if kept[0] is not None and kept[1] is not None:
                 return kept[0], kept[1]
         assert context.source is not None
-        found = self._keys_and_values(context.source)
+        found = self._keys_and_values(context.source, context)
         if memory is not None:
             memory["source_key"], memory["source_value"] = found
         return found

@@ -34,6 +34,9 @@ def of_columns(config: "ModelConfig", ranks: int, columns: int, tensor: int = 1)
         if MIXERS[name].exchanged is None:
             what = f"mixer {name} carries a state from column to column, which no rank has whole"
             found.append((what, f"{whole}, or choose a mixer of attention"))
+    if config.token_shift:
+        what = "the token before a rank's first column is another rank's"
+        found.append((what, f"{whole}, or model.token_shift=false"))
     if config.has_encoder:
         what = "an encoder-decoder has rows of two parts, which are not divided"
         found.append((what, f"{whole}, or model.encoder_layers=0"))

@@ -43,6 +43,7 @@ T5 += ["model.position=relative"]
 RECURRENT = ["model.num_layers=3", "model.mixer_pattern=[gated_deltanet,lstm,mingru]"]
 GATED = ["model.mixer_pattern=[window,attention]", "model.window=5", "model.value_residual=0.5"]
 GATED += ["model.attention_gate=channel", "model.norm_placement=sandwich"]
+TOKENS = ["model.value_embedding=1", "model.bigram_rows=31", "model.token_shift=true"]
 IN_FP32 = "engine.gradient_dtype=fp32"
 DIVIDED = [*EXPERTS, "model.moe_experts=6", "engine.expert_parallel=2"]
 CAPACITY = "model.moe_capacity=1.25"
@@ -54,6 +55,8 @@ PARTS = [
     [1, "muon", "bf16", *EXPERTS],
     [2, "muon", "fp32", *T5],
     [2, "adamw", "bf16", *GATED],
+    [1, "muon", "bf16", *TOKENS],
+    [3, "muon", "fp32", zero(SMALL), *TOKENS],
     [3, "muon", "bf16", zero(SMALL), *EXPERTS],
     [3, "adamw", "fp32", zero(SMALL), *BERT],
     [3, "muon", "fp32", zero(SMALL), *RECURRENT],
@@ -71,7 +74,7 @@ DIVIDED_STATES = [
     [2, "adamw", "bf16", *DIVIDED, "model.mtp_layers=1"],
 ]
 MATRICES = ["engine.tensor_parallel=2", "model.num_heads=2", "model.mlp_width=22"]
-MATRICES += ["model.vocab_size=72", "model.bias=true", "model.position=relative"]
+MATRICES += ["model.vocab_size=72", "model.bias=true", "model.position=relative", *TOKENS]
 DIVIDED_STATES += [[0, "muon", "bf16", *MATRICES], [1, "muon", "bf16", *MATRICES]]
 DIVIDED_STATES += [[2, "adamw", "bf16", *MATRICES], [3, "muon", "fp32", zero(SMALL), *MATRICES]]
 BOTH = [*DIVIDED, "model.moe_width=14", "engine.tensor_parallel=2", "model.num_heads=2"]
@@ -129,6 +132,8 @@ TRAFFIC = [
     *[[3, "adamw", "bf16", zero(SMALL, reuse), *more]
       for reuse in (FAR, SOME) for more in ([], [CHECKPOINTING], [SELECTIVE])],
     [3, "adamw", "bf16", zero(SMALL, SOME), "model.tie_embeddings=true"],
+    [3, "adamw", "bf16", zero(SMALL, SOME), *TOKENS],
+    [3, "adamw", "bf16", zero(SMALL), *TOKENS, CHECKPOINTING],
     *[[3, "adamw", "bf16", zero(SMALL, SOME), "model.mtp_layers=2", *more]
       for more in ([], [CHECKPOINTING, "model.tie_embeddings=true"])],
     [2, "adamw", "fp32", "model.tie_embeddings=true"],

@@ -19,6 +19,12 @@ MODELS = [
     {"activation_checkpointing": "full", "value_residual": 0.5, "tie_embeddings": True},
     {"activation_checkpointing": "selective", "bias": True, "mlp": "gelu"},
     {"mtp_layers": 2, "mtp_weight": 0.3, "position": "alibi"},
+    {
+        "value_embedding": 1,
+        "bigram_rows": 31,
+        "token_shift": True,
+        "activation_checkpointing": "full",
+    },
     {"vocab_size": 97, "logit_softcap": 5.0, "norm_placement": "sandwich"},
     {"encoder_layers": 1, "source_length": 12, "position": "relative", "norm_placement": "post"},
 ]

@@ -42,7 +42,15 @@ VARIANTS += [
     replace(BASE, head_dim=12, qk_norm_over="layer", mixer_pattern=["attention", "latent"]),
     replace(BASE, head_dim=20, mixer_pattern=["latent", "window"], window=5),
     replace(BASE, value_residual=0.5, num_kv_heads=1, bias=True),
-    replace(BASE, mtp_layers=2, tie_embeddings=True, norm="layernorm", bias=True),
+    replace(
+        BASE,
+        num_layers=3,
+        token_shift=True,
+        value_embedding=2,
+        num_kv_heads=1,
+        parametrization="mup",
+    ),
+    replace(BASE, mtp_layers=2, bigram_rows=31, tie_embeddings=True, norm="layernorm", bias=True),
     replace(BASE, mtp_layers=1, mlp="moe", parametrization="completep"),
 ]
 # Those whose outer parts differ from the others'.
@@ -56,7 +64,7 @@ OUTER = [
 
 
 # Every third variant meets every pair of choices.
-SOME = VARIANTS if FULL else [*VARIANTS[:-7:3], *VARIANTS[-7:]]
+SOME = VARIANTS if FULL else [*VARIANTS[:-8:3], *VARIANTS[-8:]]
 
 
 def test_parameters_of_every_variant():
@@ -69,6 +77,7 @@ def test_parameters_of_every_variant():
 
         assert counts.total == sum(sizes.values())
         assert counts.embedding == under("embedding.")
+        assert counts.tables == under("bigrams.") + under("value_embeddings.")
         assert counts.position == under("position.") + under("relative_position.")
         assert counts.blocks == under("blocks.")
         assert counts.non_embedding == under("blocks.") + under("norm.")
@@ -111,7 +120,7 @@ def objective(output):
 def test_flops_of_every_choice_exactly():
     """Every thirteenth variant: that meets every pair of choices."""
     B, L = 2, 16
-    for config in [*VARIANTS[:-10:13], *VARIANTS[-10:], *OUTER]:
+    for config in [*VARIANTS[:-11:13], *VARIANTS[-11:], *OUTER]:
         assert flops_per_token(config, L) * B * L == counted(config, B, L)
 
 

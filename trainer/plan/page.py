@@ -64,7 +64,7 @@ def _lines(console: Console, head: str, lines: Sequence[str]) -> None:
 
 def _model(plan: Plan) -> list[str]:
     kinds, per_token = plan.parameters, plan.per_token
-    shown = ("embedding", "position", "blocks", "trained adapters", "head")
+    shown = ("embedding", "tables", "position", "blocks", "trained adapters", "head")
     parts = [f"{k} {_short(kinds[k])}" for k in shown if kinds.get(k)]
     tied = plan.job.model.tie_embeddings if hasattr(plan.job.model, "tie_embeddings") else False
     if tied:

@@ -32,9 +32,18 @@ BREAKS = {"lstm": "torch.compile can't trace nn.LSTM, and breaks the graph aroun
 PATTERNS = [[name] for name in MIXERS] + [["mingru", "attention"], ["window", "attention"]]
 # Two that share the values of the first layer, by the name of what they have besides.
 RESIDUAL = [["attention", "value_residual"], ["window", "attention", "value_residual"]]
+# And some with tables of pairs of tokens and of values.
+RESIDUAL += [["attention", "tables"], ["window", "attention", "value_residual", "tables"]]
+RESIDUAL += [["mingru", "attention", "pairs"]]
 
 
 def small(pattern: list[str], **more) -> ModelConfig:
+    if pattern[-1] == "tables":
+        return small(
+            pattern[:-1], **dict(value_embedding=1, bigram_rows=31, token_shift=True) | more
+        )
+    if pattern[-1] == "pairs":
+        return small(pattern[:-1], bigram_rows=31, **more)
     if pattern[-1] == "value_residual":
         return small(pattern[:-1], value_residual=0.5, **more)
     sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
@@ -46,7 +55,11 @@ def small(pattern: list[str], **more) -> ModelConfig:
 
 def build(pattern: list[str], **more) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(small(pattern, **more)).eval()
+    model = Transformer(small(pattern, **more)).eval()
+    for name, table in model.named_parameters():
+        if name.startswith(("bigrams.", "value_embeddings.")) or "_shift." in name:
+            torch.nn.init.normal_(table, 0, 0.3)  # they begin at 0, and would hide a leak
+    return model
 
 
 def tokens(rows: int, length: int = L) -> Tensor:

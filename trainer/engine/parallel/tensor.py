@@ -3,9 +3,10 @@ arXiv 1909.08053, section 3).
 
 Each rank of a group has some heads of attention and some channels of the MLP: rows of the matrices
 that read the residual stream, columns of those that write to it (Part.divided of the cost record);
-some rows of the tables of tokens; and the biases that its heads add to scores. All ranks of a group
-are fed the same windows and hold the same stream. Two all-reduces a part keep it so: of the part's
-output in the forward pass, of its input's gradient in the backward pass.
+some rows of the tables of tokens; the columns of its heads of value embeddings; and the biases that
+its heads add to scores. All ranks of a group are fed the same windows and hold the same stream. Two
+all-reduces a part keep it so: of the part's output in the forward pass, of its input's gradient in
+the backward pass.
 
 Dropout of the stream draws the same on all ranks of a group, that of the weights of attention other
 numbers on each (TensorGroup.drawing_apart).
@@ -21,6 +22,7 @@ from torch import nn
 
 from forescale.engine.world import World
 from forescale.models.block import Block
+from forescale.models.embeddings.values import ValueEmbedding
 from forescale.models.experts.moe import MixtureOfExperts
 from forescale.models.heads.vocabulary import Vocabulary
 from forescale.models.init import Linear
@@ -94,6 +96,8 @@ def divide(model: nn.Module, group: TensorGroup) -> nn.Module:
             module.group = group
             for p in module.parameters():
                 _keep(p, 0, group)
+        if isinstance(module, ValueEmbedding) and not hasattr(module.weight, "whole"):
+            _keep(module.weight, 1, group)
         if isinstance(module, RelativePosition) and not hasattr(module.weight, "whole"):
             module.first = group.rank * (module.weight.shape[1] // group.size)
             _keep(module.weight, 1, group)

@@ -106,15 +106,17 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     groups = trained.groups
     parts = [partition(g, world) for g in groups]
     whole = [touched(g, world) for g in groups]
+    accumulates = s.stage == 1 and s.accumulation > 1
 
     def size_of(r: int) -> int:
+        """What differs between ranks: two momenta of matrices, and gradients, unless all are kept
+        anyway."""
         each = zip(groups, whole, strict=True)
-        return sum(of[r] * (3 if g.update.is_by_matrix else 1) for g, of in each)
+        return sum(of[r] * (2 * g.update.is_by_matrix + (not accumulates)) for g, of in each)
 
     if rank is None:
         rank = max(range(world), key=size_of)
     held = s.gradient * sum(of[rank] for of in whole)
-    accumulates = s.stage == 1 and s.accumulation > 1
     padded = sum(holders(g, world) * n for g, n in zip(groups, parts, strict=True))
     return States(
         weights=s.size * (padded + trained.num_frozen),

@@ -291,7 +291,14 @@ def _in_order(held: Collection[str]) -> list[str]:
     head = [m for m in order if m.startswith("transform.")]
     head.append("head" if "head" in order else "embedding")
     trunk = [m for m in order if not m.startswith("mtp.") and m not in [*head[:-1], "head"]]
-    inner = ("blocks.", "encoder_relative", "relative")
+    # A block's value embedding is read right before it.
+    values = [m for m in trunk if m.startswith("value_embeddings.")]
+    trunk = [m for m in trunk if m not in values]
+    for table in values:
+        block = f"blocks.{table.split('.')[1]}."
+        at = next(i for i, m in enumerate(trunk) if f"{m}.".startswith(block))
+        trunk.insert(at, table)
+    inner = ("blocks.", "value_embeddings.", "encoder_relative", "relative")
     first = next(i for i, m in enumerate(trunk) if m.startswith(inner))
     found = [*trunk[:first], "dropout", *trunk[first:], *head]  # it looks ahead too
     for _, module in groupby((m for m in order if m.startswith("mtp.")), key=_of_mtp):

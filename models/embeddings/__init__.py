@@ -1,0 +1,1 @@
+"""Tables of vectors beside the vocabulary's: of pairs of tokens, and of each layer's values."""
