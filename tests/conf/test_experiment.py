@@ -16,6 +16,7 @@ ADDED = {
     "pairs": (["data.path=/data/pairs"], ["data.path"]),
     "own-model": (["model._target_=mypackage.Model"], ["model._target_"]),
     "quick": ([], []),
+    "first": ([], []),
     "study": ([], []),
 }
 

@@ -45,6 +45,9 @@ IMPORTED = OptimizerConfig("adamw", learning_rate=2e-5, beta2=0.999, weight_deca
 # thinkingmachines.ai/blog/lora); of imported weights that is the 2e-4 of QLoRA (Dettmers et al.
 # 2023, arXiv 2305.14314, table 9), which has no weight decay either.
 LORA = 10.0
+# Muon's rate is one of orthogonal updates. AdamW's for the same matrices is about a fifth: the ratio
+# of conf/optimizer/muon.yaml. That of tables may be far above it.
+_OF_MUON = 0.2
 
 _OPEN = 10**9  # steps of a run before its examples are counted: no key may be beyond them yet
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -114,7 +117,7 @@ def _optimizer(origin: TrainJob, is_import: bool, are_preferences: bool) -> Opti
 
 
 def _of_adapters(old: OptimizerConfig) -> OptimizerConfig:
-    rate = LORA * (old.adam_learning_rate or old.learning_rate)
+    rate = LORA * old.learning_rate * (_OF_MUON if old.spec.matrices else 1.0)
     made = OptimizerConfig("adamw", learning_rate=_rounded(rate), weight_decay=0.0)
     return replace(made, beta1=old.beta1, beta2=old.beta2) if old.kind == "adamw" else made
 

@@ -38,7 +38,7 @@ def test_imported_weights_have_rates_of_their_own(origin):
 def test_adapters_have_a_rate_and_an_optimizer_of_their_own(make, origin, tmp_path, forescale):
     assert make("lora.rank=4", "run.name=lora")[0] == 0
     made, old = open_run(tmp_path / "lora").config, open_run(origin.path).config.optimizer
-    rate = old.adam_learning_rate or old.learning_rate
+    rate = 0.2 * old.learning_rate  # Muon's, of matrices; that of its tables is another
     assert made.optimizer.kind == "adamw"
     assert made.optimizer.weight_decay == 0
     assert made.optimizer.learning_rate == pytest.approx(rate / 1.5, rel=0.01)
