@@ -70,11 +70,15 @@ class ScoreJob(RunJob):
     )
 
     def problems(self) -> Problems:
-        """Return a problem for each ability and number that there is not, and for each key without
-        what it is of."""
+        """Return a problem for each ability and number that there is not, for what can be no task's
+        name, and for each key without what it is of."""
         found = super().problems() + ability_problems(self.abilities, self.shots)
         if self.abilities and self.tasks:
             found.append(("tasks", "abilities is given too", "give one of them"))
+        for name in self.tasks:  # to look for it would read the list of lm_eval, 12 s
+            if "/" not in name and not any(map(str.isalpha, name)):
+                what = f"{name!r} is neither the name of a task nor a file"
+                found.append(("tasks", what, "write names, such as [arc_easy,mine.yaml]"))
         if self.chat and not self.tasks:
             found.append(("chat", *_NO_TASKS))
         if not self.tasks and not self.abilities:

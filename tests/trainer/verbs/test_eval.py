@@ -148,6 +148,7 @@ def test_abilities_are_a_table_of_accuracies(trained, forescale):
         ("shots=[0]", "shots: is of abilities and tasks, and none is named; name some with abil"),
         ("questions=9", "questions: is of abilities and tasks, and none is named; name some"),
         ("answers=x.jsonl", "answers: is of tasks, and none is named; name some with tasks=[...],"),
+        ("tasks=[x/7,8]", "tasks: '8' is neither the name of a task nor a file; write names, such"),
         ("chat=true", "chat: is of tasks, and none is named; name some with tasks=[...], or leave"),
     ],
 )

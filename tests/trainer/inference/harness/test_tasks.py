@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import sys
+from functools import cache
 from importlib.metadata import version
 
 import pytest
@@ -166,7 +167,14 @@ def test_what_is_wrong_with_a_task_is_one_sentence(
 
 
 @pytest.mark.slow  # lm_eval reads its list of 14,000 tasks
-def test_names_are_those_of_lm_eval(trained, forescale):
+def test_names_are_those_of_lm_eval(trained, forescale, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    read_once = cache(TaskManager)  # each command would take 12 s to read it
+    monkeypatch.setattr(
+        "forescale.inference.harness.tasks.TaskManager",
+        lambda include_path, include_defaults: read_once(include_defaults=include_defaults),
+    )
     code, _, err = forescale("eval", trained.path, "tasks=[arc_eazy]")
     assert code == 2
     assert "tasks: 'arc_eazy' is neither a task of lm_eval nor a file; did you mean one of " in err
