@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 SHORT = [
     *("train.sequence_length=32", "train.global_batch=8", "train.micro_batch=2"),
     *("train.compile=off", "schedule.warmup=2", "schedule.decay=20%", "validation.windows=8"),
+    "logging.peak_flops=1e11",  # each rank would measure it
 ]
 TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "model.mlp_width=64"]
 
