@@ -111,7 +111,7 @@ def sample(started: Start, prompt: str, seed: int = 0) -> str:
     document. Raises UserError if its logits are not finite."""
     view = RunView(started.run)
     model = view.model(trust=True)  # the user's command has just trained this class
-    wanted = Wanted(SAMPLE_TOKENS, Sampler(temperature=0.7, top_k=50))
+    wanted = Wanted(SAMPLE_TOKENS, Sampler(temperature=1.0, top_k=50))
     answer = Answer(view.tokenizer, question_of(view, prompt), wanted, seed)
     return prompt + "".join(piece for _, piece in write(model, [answer]))
 

@@ -45,8 +45,8 @@ IMPORTED = OptimizerConfig("adamw", learning_rate=2e-5, beta2=0.999, weight_deca
 # thinkingmachines.ai/blog/lora); of imported weights that is the 2e-4 of QLoRA (Dettmers et al.
 # 2023, arXiv 2305.14314, table 9), which has no weight decay either.
 LORA = 10.0
-# Muon's rate is one of orthogonal updates. AdamW's for the same matrices is about a fifth: the ratio
-# of conf/optimizer/muon.yaml. That of tables may be far above it.
+# Muon updates are orthogonal. The rate of AdamW for the same matrices is about a fifth, the ratio
+# of conf/optimizer/muon.yaml. That of tables may be far above.
 _OF_MUON = 0.2
 
 _OPEN = 10**9  # steps of a run before its examples are counted: no key may be beyond them yet

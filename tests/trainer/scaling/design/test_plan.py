@@ -256,7 +256,7 @@ def test_a_list_has_the_given_runs():
 def test_learning_rates_are_chosen_by_the_losses_of_the_sweeps(grid):
     stage = grid.stages[0]
     sizes = of(stage.cells, "grid")
-    best = {c.shape.parameters: 8e-3 * (sizes[0].shape.parameters / c.shape.parameters) ** 0.2
+    best = {c.shape.parameters: 12e-3 * (sizes[0].shape.parameters / c.shape.parameters) ** 0.2
             for c in sizes}  # fmt: skip
     losses = {
         c.name: 3 * np.exp(0.01 * np.log(c.learning_rate / best[c.shape.parameters]) ** 2)
