@@ -32,9 +32,8 @@ BREAKS = {"lstm": "torch.compile can't trace nn.LSTM, and breaks the graph aroun
 PATTERNS = [[name] for name in MIXERS] + [["mingru", "attention"], ["window", "attention"]]
 # Two that share the values of the first layer, by the name of what they have besides.
 RESIDUAL = [["attention", "value_residual"], ["window", "attention", "value_residual"]]
-# And some with tables of pairs of tokens and of values.
-RESIDUAL += [["attention", "tables"], ["window", "attention", "value_residual", "tables"]]
-RESIDUAL += [["mingru", "attention", "pairs"]]
+# And one with all that is learned of a token and the one before it.
+RESIDUAL += [["window", "attention", "value_residual", "tables"]]
 
 
 def small(pattern: list[str], **more) -> ModelConfig:
@@ -42,8 +41,6 @@ def small(pattern: list[str], **more) -> ModelConfig:
         return small(
             pattern[:-1], **dict(value_embedding=1, bigram_rows=31, token_shift=True) | more
         )
-    if pattern[-1] == "pairs":
-        return small(pattern[:-1], bigram_rows=31, **more)
     if pattern[-1] == "value_residual":
         return small(pattern[:-1], value_residual=0.5, **more)
     sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=24, vocab_size=V)
