@@ -47,6 +47,7 @@ def test_a_long_row_keeps_less_and_computes_more():
     assert flops_recomputed(chunked, 4096, 1024) == flops_recomputed(config, 4096, 1024)
 
 
+@pytest.mark.slow  # seconds
 def test_a_block_with_chunks_is_one_graph():
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, mlp_chunk=5))

@@ -22,6 +22,7 @@ Beyond the table of the paper:
 """
 
 from dataclasses import dataclass, fields, replace
+from operator import mul
 
 from forescale.config.train import TrainJob
 from forescale.engine.optim import Group
@@ -107,15 +108,11 @@ def _sharded(s: ZeroSettings, trained: Inventory, world: int, rank: int | None) 
     parts = [partition(g, world) for g in groups]
     whole = [touched(g, world) for g in groups]
     accumulates = s.stage == 1 and s.accumulation > 1
-
-    def size_of(r: int) -> int:
-        """What differs between ranks: two momenta of matrices, and gradients, unless all are kept
-        anyway."""
-        each = zip(groups, whole, strict=True)
-        return sum(of[r] * (2 * g.update.is_by_matrix + (not accumulates)) for g, of in each)
-
     if rank is None:
-        rank = max(range(world), key=size_of)
+        # What differs between ranks: two momenta of matrices, and gradients, unless all are kept.
+        times = [2 * g.update.is_by_matrix + (not accumulates) for g in groups]
+        sizes = [sum(map(mul, times, each)) for each in zip(*whole, strict=True)]
+        rank = max(range(world), key=sizes.__getitem__)
     held = s.gradient * sum(of[rank] for of in whole)
     padded = sum(holders(g, world) * n for g, n in zip(groups, parts, strict=True))
     return States(

@@ -145,6 +145,7 @@ def test_the_keys_of_a_cell_compose_into_a_job_of_its_length(rungs):
         assert job.run.origin.run == c.trunk
 
 
+@pytest.mark.slow  # seconds
 def test_doubtful_cells_are_flagged():
     few = replace(COMMON, unique=1e6, micro_batch=128)
     flags = {f for c in isoflop_grid(few, GRID, CAP).cells for f in c.flags}

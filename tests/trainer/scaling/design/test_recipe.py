@@ -64,6 +64,7 @@ def test_sizes_without_a_ratio_are_refused_by_the_name_of_their_recipe():
         planned("model.num_heads=6", "model.head_dim=64")
 
 
+@pytest.mark.slow  # seconds
 def test_a_plan_whose_runs_cost_more_than_their_budgets_is_refused_above_the_cap():
     """A run has one step at least: that of a huge batch is far more than its budget pays for."""
     with pytest.raises(UserError, match=r"plan\.cap: the plan costs up to .*: b4-new.* costs "):

@@ -47,6 +47,7 @@ def test_names_are_escaped(made):
     assert "<b>$x" not in pictures.page(evil, ["x"])
 
 
+@pytest.mark.slow  # seconds
 def test_the_command_prints_the_multiplier_and_writes_the_picture(tmp_path, monkeypatch, forescale):
     monkeypatch.chdir(tmp_path)
     for name, gain, seed in (("old", 1.0, 1), ("new", 2.0, 2)):

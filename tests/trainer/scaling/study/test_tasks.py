@@ -122,6 +122,7 @@ def test_a_metric_that_cannot_be_read_is_refused_with_a_sentence(folder, keys, m
     assert message in str(refused.value)
 
 
+@pytest.mark.slow  # seconds
 def test_fit_and_backtest_print_a_metric(folder, forescale):
     """Of a ladder of four budgets, so that its backtest has one origin."""
     few = pd.read_csv("runs.csv")

@@ -45,6 +45,7 @@ def test_the_page_has_every_number_and_what_it_is_of(made):
     assert text == page(made, TABLE, ["forescale", "study", "report"])
 
 
+@pytest.mark.slow  # seconds
 def test_report_writes_the_page_the_pictures_and_the_records(tmp_path, monkeypatch, forescale):
     monkeypatch.chdir(tmp_path)
     TABLE.to_csv("recipes.csv", index=False)
