@@ -21,7 +21,6 @@ from forescale.config.target import STORED, refuse_targets, remember, targets
 from forescale.config.train import TrainJob
 from forescale.errors import DONE, INTERRUPTED, UserError
 from forescale.imports import first_imports
-from forescale.plan.oom import fits_here
 from forescale.resilience import alerts, launcher
 from forescale.resilience.outcome import report_error
 from forescale.run.command import job_of
@@ -133,6 +132,8 @@ def local_ranks(job: TrainJob) -> int:
     """Return how many ranks a plain start of the job begins with on this machine."""
 
     def can(ranks: int) -> bool:
+        from forescale.plan.oom import fits_here  # most starts need no plan
+
         return not job.problems(world_size=ranks) and fits_here(job, ranks)
 
     return job.launch.processes or launcher.default_processes(can)
