@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forescale.models.config import ModelConfig
+from forescale.models.mixers.context import Context, continued
 
 NONE = -1  # stands for the token before, where there is none
 
@@ -47,13 +48,9 @@ def before(
     last: the token before the first column, if a cache has read one; starts and real: as in
     mixers.context.Context, of S >= L columns, the last of which are these.
     """
-    length = tokens_BL.shape[1]
     first_B1 = tokens_BL.new_full((len(tokens_BL), 1), NONE) if last_B1 is None else last_B1
     found = torch.cat((first_B1, tokens_BL[:, :-1]), 1)
-    if starts_BS is not None:
-        columns = torch.arange(starts_BS.shape[-1], device=tokens_BL.device)[-length:]
-        found = found.masked_fill(starts_BS[..., -length:] == columns, NONE)
-    if real_BS is not None:
-        is_hidden = ~F.pad(real_BS.bool(), (1, 0))[:, -length - 1 : -1]
-        found = found.masked_fill(is_hidden, NONE)
-    return found
+    if starts_BS is None and real_BS is None:
+        return found
+    seen_BL = continued(tokens_BL, Context(starts=starts_BS, real=real_BS))
+    return found.masked_fill(seen_BL == 0, NONE)

@@ -77,22 +77,23 @@ class Columns(NamedTuple):
 Viewer = Callable[[Columns], Any]  # makes Context.view
 
 
-def continued(x_BLD: Tensor, context: Context) -> Tensor:
-    """Return (B or 1, L), 1 where the token before is visible, else 0, in x's dtype.
+def continued(x_BL: Tensor, context: Context) -> Tensor:
+    """Return (B or 1, L), 1 where the token before is visible, else 0, in the dtype of x, which may
+    have more dimensions.
 
     A recurrence starts again at each 0: at a new document, after padding, at the first token.
     """
-    length = x_BLD.shape[1]
+    length = x_BL.shape[1]
     given = context.starts if context.starts is not None else context.real
     if given is None:
         is_first = context.memory is None or context.memory.is_empty
-        return F.pad(x_BLD.new_ones(1, length - is_first), (int(is_first), 0))
+        return F.pad(x_BL.new_ones(1, length - is_first), (int(is_first), 0))
     follows_BS = given.new_ones(given.shape[0], given.shape[1] - 1).bool()
     if context.starts is not None:
         follows_BS = context.starts[:, 1:] == context.starts[:, :-1]
     if context.real is not None:
         follows_BS = follows_BS & context.real[:, 1:].bool() & context.real[:, :-1].bool()
-    return F.pad(follows_BS, (1, 0))[:, -length:].to(x_BLD.dtype)
+    return F.pad(follows_BS, (1, 0))[:, -length:].to(x_BL.dtype)
 
 
 def earlier(x_BLD: Tensor, by: int) -> Tensor:

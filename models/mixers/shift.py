@@ -24,16 +24,12 @@ class TokenShift(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
-        before_BLD = self._before(x_BLD, context)
+        memory, length = context.memory, x_BLD.shape[1]
+        read_BLD = x_BLD if memory is None else memory.keep_last(self.name, x_BLD, 1)
+        before_BLD = earlier(read_BLD, 1)[:, -length:]
         if context.starts is not None or context.real is not None:
             before_BLD = before_BLD * continued(x_BLD, context)[..., None]
         return torch.addcmul(x_BLD, self.weight, before_BLD)
-
-    def _before(self, x_BLD: Tensor, context: Context) -> Tensor:
-        if context.memory is None:
-            return earlier(x_BLD, 1)
-        read_BLD = context.memory.keep_last(self.name, x_BLD, 1)
-        return read_BLD[:, :-1] if read_BLD.shape[1] > x_BLD.shape[1] else earlier(x_BLD, 1)
 
 
 def shifted(shift: nn.Module | None, x_BLD: Tensor, context: Context) -> Tensor:
