@@ -266,11 +266,17 @@ def _of_value_residual(config: "ModelConfig") -> list[Problem]:
     if (config.num_layers or config.depth) == 1:
         what = "the only layer has no earlier one, whose values it could take"
         return [("value_residual", what, "leave it out, or give more layers")]
+    return _without_values(config, "value_residual")
+
+
+def _without_values(config: "ModelConfig", field: str) -> list[Problem]:
+    """Return the problem of a field that needs values of attention in all layers, where some, but
+    not all, have none."""
     others = [name for name in config.mixers_used if not MIXERS[name].takes_values]
-    if others and len(others) < len(config.mixers_used):
-        what = f"mixer {others[0]} has no values of attention, and all layers need them"
-        return [("value_residual", what, "leave it out, or choose other mixers")]
-    return []
+    if not 0 < len(others) < len(config.mixers_used):
+        return []
+    what = f"mixer {others[0]} has no values of attention, and all layers need them"
+    return [(field, what, "leave it out, or choose other mixers")]
 
 
 def _of_tokens(config: "ModelConfig") -> list[Problem]:
@@ -287,11 +293,7 @@ def _of_tokens(config: "ModelConfig") -> list[Problem]:
     if config.mtp_layers:
         what = "the modules for later tokens have no value embedding"
         found.append(("value_embedding", what, "leave it out, or leave out mtp_layers"))
-    others = [name for name in config.mixers_used if not MIXERS[name].takes_values]
-    if others and len(others) < len(config.mixers_used):
-        what = f"mixer {others[0]} has no values of attention, and each layer may be one of those"
-        found.append(("value_embedding", what, "leave it out, or choose other mixers"))
-    return found
+    return found + _without_values(config, "value_embedding")
 
 
 def _of_mtp(config: "ModelConfig", longest: int | None) -> list[Problem]:
