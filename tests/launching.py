@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -41,16 +43,23 @@ def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environmen
     return output
 
 
+def wait_until(process: subprocess.Popen, condition: Callable[[], object], what: str) -> None:
+    """Return as soon as `condition` is true of a run that goes on. Fails with the run's output if
+    it ends before, or after four minutes (a machine with other work takes half of one)."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"{what} didn't come, and the run printed:\n{process.communicate()[0]}")
+        time.sleep(0.002)
+
+
 def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> str:
     """Send a signal as soon as the run's rows have reached `step`; return the output.
 
     SIGKILL is sent to the launcher alone: its ranks must not outlive it.
     """
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in rows(run)):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.002)
+    wait_until(process, lambda: any(row["step"] >= step for row in rows(run)), f"step {step}")
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode in (75, -signal.SIGKILL), output

@@ -7,16 +7,33 @@ node. torch itself would listen on all interfaces, and nothing in its protocol a
 
 import errno
 import os
+import secrets
 import socket
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
 _ROUTE = "192.0.2.1"  # reserved for documentation: the default route leads there
 
 
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST, _TRIES = 10_000, 100  # below 10,000 are the ports of many services
+
+
 def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on at this moment."""
+    """Return a TCP port of this host that nobody listens on at this moment.
+
+    Rank 0 listens there seconds later, when it has imported torch. A port that the system itself
+    chooses may by then belong to any connection that was opened meanwhile: so it is one of those
+    that outgoing connections don't get, where there are any.
+    """
+    below = int(_OUTGOING.read_text().split()[0]) if _OUTGOING.exists() else 0
+    for _ in range(_TRIES if below > _LOWEST else 0):
+        port = _LOWEST + secrets.randbelow(below - _LOWEST)
+        with socket.socket() as s, suppress(OSError):  # someone listens there: try another
+            s.bind(("", port))
+            return port
     with socket.socket() as s:
         s.bind(("", 0))
         return s.getsockname()[1]

@@ -37,14 +37,6 @@ def struck(run):
     return read_rows(path)[0]["time"]
 
 
-def wait_for_the_fault(run, process):
-    deadline = time.monotonic() + 120
-    while not list(run.glob("attempts/0001/faults-rank-*.jsonl")):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -96,7 +88,8 @@ def test_a_rank_that_waits_for_data_ends_when_the_grace_time_is_over(dataset, tm
     command = ("run.name=cut", f"data.path={dataset}", *TWO, "launch.grace='3 s'")
     run = tmp_path / "cut"
     process = launching.start(tmp_path, *command, "faults=[hang@25:rank1:data]")
-    wait_for_the_fault(run, process)
+    came = lambda: list(run.glob("attempts/0001/faults-rank-*.jsonl"))  # noqa: E731
+    launching.wait_until(process, came, "the fault")
     time.sleep(0.5)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)

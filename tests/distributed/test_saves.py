@@ -30,14 +30,6 @@ def newest_attempt(run):
     return max((row["attempt"] for row in launching.rows(run)), default=0)
 
 
-def wait_for(process, holds, what):
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"in vain: {what}"
-        time.sleep(0.002)
-
-
 def await_attempt(process, trains):
     """The launcher, when its new attempt trains; or None where there is none any more: it was
     killed, or it gave up (76), as it must when three kills in a row come before a checkpoint."""
@@ -109,14 +101,14 @@ def test_an_old_attempt_that_wakes_up_changes_nothing(dataset, tmp_path):
     launching.train(tmp_path, "run.name=whole", *command)
     old = launching.start(tmp_path, "run.name=cut", *command)
     run = tmp_path / "cut"
-    wait_for(old, lambda: any(r["step"] >= 12 for r in launching.rows(run)), "step 12")
+    launching.wait_until(old, lambda: any(r["step"] >= 12 for r in launching.rows(run)), "step 12")
     asleep = [psutil.Process(old.pid), *launching.ranks_of(old).values()]
     assert len(asleep) == 3
     for process in asleep:
         process.suspend()
     new = launching.start(tmp_path, "run.name=cut", *command)
     try:
-        wait_for(
+        launching.wait_until(
             new,
             lambda: any(r["attempt"] == 2 and r["step"] >= 22 for r in launching.rows(run)),
             "step 22 of the second attempt",
@@ -165,7 +157,7 @@ def test_a_chain_over_worlds_of_4_2_1_and_2_ranks(dataset, tmp_path, precision, 
         else:
             process = launching.start(tmp_path, *command)
             published = run / "checkpoints" / f"step-{end:08d}"
-            wait_for(process, published.exists, f"the checkpoint at {end}")
+            launching.wait_until(process, published.exists, f"the checkpoint at {end}")
             process.kill()
             process.communicate(timeout=60)
             while launching.processes(tmp_path):

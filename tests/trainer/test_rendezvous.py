@@ -20,6 +20,22 @@ def test_a_store_of_local_ranks_refuses_all_other_addresses():
             socket.create_connection((address, port), 5)
 
 
+def test_a_free_port_is_none_that_another_connection_may_get_before_rank_0_listens(
+    monkeypatch, tmp_path
+):
+    """Outgoing connections get ports from 32768 on, unless the machine is told otherwise."""
+    told = tmp_path / "range"
+    monkeypatch.setattr(rendezvous, "_OUTGOING", told)
+    told.write_text("32768\t60999\n")
+    assert all(10_000 <= free_port() < 32_768 for _ in range(200))
+    told.write_text("10002\t60999\n")
+    with socket.socket() as taken:
+        taken.bind(("", 10_000))
+        assert {free_port() for _ in range(30)} == {10_001}
+    told.write_text("1024\t65535\n")
+    assert free_port() >= 1024
+
+
 def test_ranks_of_several_nodes_meet_at_the_address_of_the_node(monkeypatch):
     """Debian's own name of a machine is 127.0.1.1 there, and another address from everywhere."""
     own = "192.0.2.7"
