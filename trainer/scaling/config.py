@@ -78,6 +78,12 @@ class PlanKeys:
         "conf/candidates.yaml",
     )
     fresh: int = key(3, "recipes: fresh seeds that confirm a winner; 0: none", ge=0)
+    beyond: int = key(
+        1,
+        "recipes: budgets of the base alone above the highest, each 2.5 times the one before: the "
+        "largest multiplier that can be measured is 2.5, or 6.25 with 2 of them",
+        ge=1,
+    )
     arguments: list[str] = key(
         [],
         "arguments of `forescale train` that all runs share; better written after `--`, as in "

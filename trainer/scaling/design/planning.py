@@ -64,7 +64,14 @@ def _of_recipes(job: StudyJob, common: Common) -> StudyPlan:
     named = read_recipes(keys.recipes, keys.base, keys.candidates)
     recipes = recipes_of(keys.shared, named, frozenset(_STUDY_OWNED))
     grid = RecipeGrid.within_cap(
-        cap, len(recipes), keys.budgets, keys.step, keys.ratio, common.seeds, keys.fresh
+        cap,
+        len(recipes),
+        keys.budgets,
+        keys.step,
+        keys.ratio,
+        common.seeds,
+        keys.fresh,
+        keys.beyond,
     )
     return recipe_plan(common, grid, recipes, cap)
 

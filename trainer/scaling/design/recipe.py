@@ -2,8 +2,9 @@
 
     a recipe     a name and arguments of `forescale train`, laid over those of the base; with the
                  factors batch=X and aspect=X, which are no keys of `train`
-    the layout   budgets of all recipes, and one of the base alone at both ends, so that no
-                 multiplier is extrapolated: at 2/5 of the lowest, and at 5/2 of the highest
+    the layout   budgets of all recipes, and some of the base alone at both ends, so that no
+                 multiplier is extrapolated: one at 2/5 of the lowest, and `beyond` above the
+                 highest, each 5/2 of the one before
 
 Invariant: all recipes have the same number of learning rates and of seeds.
 """
@@ -20,7 +21,7 @@ from forescale.scaling.design.tuning import updated_rule
 
 BASE = "base"
 RATES = 3  # learning rates of a sweep
-_BELOW, _ABOVE = 0.4, 2.5  # the base's further budgets, in units of the lowest and the highest
+_BELOW, _ABOVE = 0.4, 2.5  # from the lowest budget, and from the highest, to one of the base alone
 _MORE = (4, 2)  # extra rates that the first stages pay for, of each recipe; a later one pays for 1
 _ROUNDING = 0.97  # of the cap: budgets round to whole steps
 _RATE = "optimizer.learning_rate"
@@ -119,32 +120,40 @@ def _factor(name: str, key: str, arguments: Sequence[str]) -> float:
 class RecipeGrid:
     """The layout of a study of recipes. budgets: FLOPs, increasing, those of the base alone at both
     ends; seeds: runs of a recipe at its best rate, below the highest budget and from there on;
-    fresh: runs that confirm a winner."""
+    fresh: runs that confirm a winner; beyond: number of budgets of the base alone at the upper
+    end."""
 
     budgets: tuple[float, ...]
     ratio: float
     seeds: tuple[int, int]
     fresh: int
+    beyond: int = 1
 
     @classmethod
     def within_cap(
         cls, cap: float, recipes: int, budgets: int, step: float, ratio: float,
-        seeds: tuple[int, int], fresh: int,
+        seeds: tuple[int, int], fresh: int, beyond: int = 1,
     ) -> "RecipeGrid":  # fmt: skip
         """Return the grid with the most expensive budgets, a factor of `step` apart, that the cap
         (FLOPs) pays for, whichever rates and winners turn out. recipes: with the base."""
         shares = [step ** (i + 1 - budgets) for i in range(budgets)]
-        every = (shares[0] * _BELOW, *shares, _ABOVE)
-        made = cls(every, ratio, seeds, fresh)
+        above = [_ABOVE ** (i + 1) for i in range(beyond)]
+        every = (shares[0] * _BELOW, *shares, *above)
+        made = cls(every, ratio, seeds, fresh, beyond)
         runs = [made.runs(i + 1) + made.extra(i + 1) for i in range(len(every))]
-        counts = [1, *[recipes] * budgets, 1]
+        counts = [1, *[recipes] * budgets, *[1] * beyond]
         cost = sum(n * k * s for n, k, s in zip(runs, counts, every, strict=True))
         top = _ROUNDING * cap / (cost + fresh * recipes)
         return replace(made, budgets=tuple(top * s for s in every))
 
+    @property
+    def top(self) -> int:
+        """The stage of the highest budget that all recipes have."""
+        return len(self.budgets) - self.beyond
+
     def is_high(self, stage: int) -> bool:
-        """True for the highest budget of all recipes, and that of the base above it."""
-        return stage >= len(self.budgets) - 1
+        """True for the highest budget of all recipes, and those of the base above it."""
+        return stage >= self.top
 
     def runs(self, stage: int) -> int:
         """Return the number of runs of a recipe in stage 1, 2, ..."""
@@ -156,4 +165,4 @@ class RecipeGrid:
 
     def has_candidates(self, stage: int) -> bool:
         """True if the stage has all recipes, and not the base alone."""
-        return 1 < stage < len(self.budgets)
+        return 1 < stage <= self.top

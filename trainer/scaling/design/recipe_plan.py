@@ -102,12 +102,12 @@ def recipe_plan(
     except UserError as e:
         what = f"no budget can be as low as {grid.budgets[0]:.3g} FLOPs ({e.where}: {e.what})"
         raise UserError("plan.cap", what, "raise it, or plan fewer recipes or budgets") from None
-    number, top = len(stages) + 1, grid.budgets[-2]
-    each = {c.recipe: c.cost for c in stages[-2].cells}
-    fresh = StudyStage(number, top, (), 0.0, grid.fresh * sum(each.values()), exact=False)
+    number, highest = len(stages) + 1, stages[grid.top - 1]
+    once = sum({c.recipe: c.cost for c in highest.cells}.values())
+    fresh = StudyStage(number, highest.budget, (), 0.0, grid.fresh * once, exact=False)
     notes = [f"the last stage has {grid.fresh} fresh seeds of each winner and of the base, if "
              "there is a winner"]  # fmt: skip
-    notes += [note for stage in stages[1:-1] for note in _without_effect(stage, recipes)]
+    notes += [note for stage in stages[1 : grid.top] for note in _without_effect(stage, recipes)]
     made = StudyPlan(
         "recipes", common, (*stages, *[fresh] * bool(grid.fresh)), cap, None, tuple(notes),
         tuple(recipes), grid,
@@ -153,8 +153,7 @@ def highest_seeds(plan: StudyPlan) -> dict[str, Cell]:
     that always diverged has none."""
     grid = plan.recipe_grid
     assert grid is not None, "a study of recipes has a layout"
-    top = len(grid.budgets) - 1
-    return {c.recipe: c for c in plan.cells if (c.stage, c.role) == (top, "seed")}
+    return {c.recipe: c for c in plan.cells if (c.stage, c.role) == (grid.top, "seed")}
 
 
 def fresh_cells(plan: StudyPlan, names: Sequence[str], stage: StudyStage) -> tuple[Cell, ...]:

@@ -12,7 +12,7 @@ from forescale.scaling.config import PlanKeys
 from forescale.scaling.design.planning import _STUDY_OWNED
 from forescale.scaling.design.recipe import BASE, RecipeGrid, recipes_of
 from forescale.scaling.design.recipe_file import read_recipes
-from forescale.scaling.design.recipe_plan import recipe_plan
+from forescale.scaling.design.recipe_plan import highest_seeds, recipe_plan
 from forescale.scaling.design.shapes import Common
 
 SHARED = PlanKeys().shared
@@ -24,11 +24,11 @@ def recipes(**named):
 
 
 @cache
-def planned(*own):
-    """The plan of the base and a recipe `new`."""
+def planned(*own, beyond=1):
+    """The plan of the base and a recipe `new`. beyond: budgets of the base alone at the top."""
     made = recipes(new=own)
     common = Common(compose(TrainJob, SHARED).model, 257, 64)
-    grid = RecipeGrid.within_cap(8e12, len(made), 3, 2.0, 20.0, (2, 2), 1)
+    grid = RecipeGrid.within_cap(8e12, len(made), 3, 2.0, 20.0, (2, 2), 1, beyond)
     return recipe_plan(common, grid, made, 8e12)
 
 
@@ -62,6 +62,17 @@ def test_a_recipe_whose_sizes_come_out_as_the_bases_is_named():
 def test_sizes_without_a_ratio_are_refused_by_the_name_of_their_recipe():
     with pytest.raises(UserError, match=r"recipe new: model\.num_heads of the base model has no"):
         planned("model.num_heads=6", "model.head_dim=64")
+
+
+def test_more_budgets_of_the_base_alone_are_within_the_same_cap():
+    """Each is 2.5 times the one before; what wins at the highest budget of all is confirmed."""
+    far = planned(beyond=2)
+    alone = [s for s in far.stages[:-1] if {c.recipe for c in s.cells} == {BASE}]
+    assert [s.number for s in alone] == [1, 5, 6]
+    assert alone[2].budget == pytest.approx(2.5 * alone[1].budget)
+    assert alone[1].budget == pytest.approx(2.5 * far.stages[3].budget)
+    assert {c.stage for c in highest_seeds(far).values()} == {4}
+    assert far.high <= far.cap == planned().cap
 
 
 @pytest.mark.slow  # seconds
