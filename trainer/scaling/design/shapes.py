@@ -111,6 +111,7 @@ class Family:
         self.convention, self.aspect = convention, aspect
         self._base = replace(base, depth=None, mlp_width=None, num_heads=None, num_kv_heads=None)
         self._data = (vocab_size, sequence_length)
+        self._sizes: dict[tuple[int, int], int] = {}  # N by width and layers
         width = base.width or (WIDTH_PER_LAYER * base.depth if base.depth else None)
         self._mlp = self._ratio("mlp_width", base.mlp_width, width)
         usual = base.head_dim or HEAD_DIM
@@ -144,7 +145,7 @@ class Family:
 
     def model(self, width: int, layers: int) -> ModelConfig:
         """Return the resolved model of this width and number of layers. Raises UserError if its
-        heads make no whole groups, which those of `_widths` do."""
+        heads make no whole groups, which those of `widths` do."""
         head = self.head_dim(width)
         if width % (self._group * head):
             what = f"of width {width} has no whole groups of {self._group} heads"
@@ -169,7 +170,12 @@ class Family:
         except ValueError as e:
             raise UserError("model", str(e).rstrip("."), "change the base model") from None
 
-    def _widths(self) -> Iterator[int]:
+    @cached_property
+    def widths(self) -> list[int]:
+        """All widths that a model may have, increasing."""
+        return list(self._made_widths())
+
+    def _made_widths(self) -> Iterator[int]:
         width = self._group * min(self._head, self.head_dim(1))
         while width <= _WIDEST:
             yield width
@@ -181,14 +187,19 @@ class Family:
         trend = max(_SHALLOWEST, round(self.aspect.at(width)))
         return range(max(_SHALLOWEST, trend - _ASIDE), trend + _ASIDE + 1)
 
-    def _size(self, model: ModelConfig) -> int:
-        return int(getattr(count(model), self.convention))
+    def _size(self, width: int, layers: int) -> int:
+        """Return N by the convention. A plan asks for the same sizes a hundred times, and each takes
+        half a millisecond: so they are kept."""
+        if (width, layers) not in self._sizes:
+            counts = count(self.model(width, layers))
+            self._sizes[width, layers] = int(getattr(counts, self.convention))
+        return self._sizes[width, layers]
 
     @cached_property
     def smallest(self) -> int:
         """Return N of the smallest model."""
-        width = next(self._widths())
-        return min(self._size(self.model(width, layers)) for layers in self._layers(width))
+        width = self.widths[0]
+        return min(self._size(width, layers) for layers in self._layers(width))
 
     def solve(self, wanted: float, most: float = _OFF) -> Shape:
         """Return the model with the nearest N.
@@ -199,17 +210,17 @@ class Family:
         """
         if not 0 < wanted < math.inf:
             raise UserError("N", f"{wanted} is no size of a model", "give a positive number")
-        widths = list(self._widths())
+        widths = self.widths
 
         def size(which: Callable[[range], int]) -> Callable[[int], int]:
-            return lambda w: self._size(self.model(w, which(self._layers(w))))
+            return lambda w: self._size(w, which(self._layers(w)))
 
         # N grows with the width along both edges of the trend; the nearest lie between the two.
         first = bisect_left(widths, wanted, key=size(max))
         last = bisect_left(widths, wanted, key=size(min))
         near = widths[max(0, first - 1) : last + 1]
-        models = [self.model(w, layers) for w in near for layers in self._layers(w)]
-        best = min(models, key=lambda m: abs(math.log(self._size(m) / wanted)))
+        sizes = [(w, layers) for w in near for layers in self._layers(w)]
+        best = self.model(*min(sizes, key=lambda s: abs(math.log(self._size(*s) / wanted))))
         found = Shape(float(wanted), self.convention, best)
         if abs(found.error) > most:
             what = f"no model has about {wanted:.3g} parameters ({self.convention}); the nearest "
