@@ -94,6 +94,7 @@ def test_a_mistake_is_one_sentence(own_run, forescale, words, message, tmp_path)
     assert not [*tmp_path.glob("*.html")]
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_draws_it(browser, made, tokenizer, tmp_path, width):
     """Nothing overflows, fails, or is asked of a network; pointing at a map says what it shows."""

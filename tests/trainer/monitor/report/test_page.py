@@ -147,6 +147,7 @@ def test_what_is_damaged_or_no_run_is_one_sentence(own_run, forescale):
         assert err.count("\n") == 1
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_draws_it_offline_over_any_axis(browser, unfinished, tmp_path, width):
     first = unfinished.attempts()[0]

@@ -195,6 +195,7 @@ def test_the_page_contains_the_records(made, html):
     pd.testing.assert_frame_equal(kept, made.table, check_exact=True)
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_draws_it_offline(browser, made, html, tmp_path, width):
     with opened(browser, html, tmp_path, width, PICTURES) as tab:
@@ -206,6 +207,7 @@ def test_a_browser_draws_it_offline(browser, made, html, tmp_path, width):
         _point_at_a_refused_run(tab)
 
 
+@pytest.mark.browser
 def test_a_browser_draws_a_study_and_saves_its_records(browser, tmp_path):
     seen = simulated_study.known(tmp_path / "forecasts", "s")
     made = StudyFit(seen.fitted, simulated_study.job(), "x")
