@@ -188,8 +188,8 @@ class Family:
         return range(max(_SHALLOWEST, trend - _ASIDE), trend + _ASIDE + 1)
 
     def _size(self, width: int, layers: int) -> int:
-        """Return N by the convention. A plan asks for the same sizes a hundred times, and each takes
-        half a millisecond: so they are kept."""
+        """Return N by the convention. A plan asks for the same sizes a hundred times, which takes
+        half a millisecond each: so they are kept."""
         if (width, layers) not in self._sizes:
             counts = count(self.model(width, layers))
             self._sizes[width, layers] = int(getattr(counts, self.convention))
