@@ -41,7 +41,7 @@ from forescale.config.sections.training import (
     TrainConfig,
 )
 from forescale.errors import UserError
-from forescale.models.config import ModelConfig
+from forescale.models.config import WIDTH_PER_LAYER, ModelConfig
 
 _MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
 
@@ -155,13 +155,25 @@ class TrainJob(Job):
 
     def for_machine(self, find: Find | None = None) -> Self:
         """Return the job with a precision that is settled: that of the run, if it exists, and else
-        of the machine. A run that goes on elsewhere doesn't change it by itself."""
+        of the machine. A run that goes on elsewhere doesn't change it by itself. So is the rate
+        that follows from the model's width."""
+        job = replace(self, optimizer=self.optimizer.for_width(self._tuned_width))
         if self.precision.kind != "auto":
-            return self
+            return job
         with suppress(UserError):  # of a damaged config: `start` reports it
             if frozen := find(self.run.directory) if find else None:
-                return self._computing_in(frozen["precision"]["kind"])
-        return self._computing_in(self.native_precision)
+                return job._computing_in(frozen["precision"]["kind"])
+        return job._computing_in(self.native_precision)
+
+    @property
+    def _tuned_width(self) -> int | None:
+        """The width for which learning rates are meant; None for a class of the user's own."""
+        model = self.model
+        if not isinstance(model, ModelConfig):
+            return None
+        if model.parametrization != "standard":
+            return model.base_width
+        return model.width or (WIDTH_PER_LAYER * model.depth if model.depth else None)
 
     def _computing_in(self, kind: Literal["bf16", "fp16", "fp32"]) -> Self:
         return replace(self, precision=replace(self.precision, kind=kind))

@@ -53,7 +53,6 @@ NO_SCATTER = "{zero_optimization: {reduce_scatter: false}}"
         (["schedule=cosine", "schedule.decay=10 %"], "schedule.decay"),
         (["schedule.final=1.5"], "schedule.final"),
         (["optimizer.momentum=null"], "optimizer.momentum"),
-        (["optimizer.adam_learning_rate=null"], "optimizer.adam_learning_rate"),
         (["optimizer=adamw", "optimizer.momentum=0.9"], "optimizer.momentum"),
         (["optimizer.learning_rate=0"], "optimizer.learning_rate"),
         (["engine=zero0", "engine.offload_optimizer=true"], "engine.offload_optimizer"),

@@ -9,14 +9,16 @@ plans run on login nodes.
 # ruff: noqa: RUF009 (key makes fields, as dataclasses.field does)
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from forescale.config.job import Problems
 from forescale.config.schema import TargetConfig, key
 from forescale.config.suggest import nearest_first
 
 _NEWTON_SCHULZ = 5  # iterations of Muon
+_TABLE_RATE, _TABLE_WIDTH = 0.04, 128  # see OptimizerConfig.for_width
+_ANY_RATE = 0.004  # of a model of any width
 
 
 def _no_flops(shape: Sequence[int]) -> float:
@@ -81,7 +83,7 @@ OPTIMIZERS = {
         "forescale.engine.optimizers.muon.build",
         ADAM,
         matrices=Update(1, is_by_matrix=True, flops=_orthogonalisation),
-        needs=(("adam_learning_rate", 0.004), ("momentum", 0.95)),
+        needs=(("adam_learning_rate", _ANY_RATE), ("momentum", 0.95)),
         reduce_scatter=False,  # DeepSpeed refuses Muon with it
     ),
     # A plan assumes that a class of the user's own has the same state as AdamW.
@@ -103,7 +105,10 @@ class OptimizerConfig:
     arguments: dict[str, Any] = key({}, "own: keyword arguments of your class")
     learning_rate: float = key(3e-4, "peak learning rate; muon: of the hidden matrices", gt=0)
     adam_learning_rate: float | None = key(
-        None, "muon: peak learning rate of the parameters that AdamW updates", gt=0
+        None,
+        "muon: peak learning rate of the parameters that AdamW updates, those of tables, head and "
+        "norms; null: by the model's width, 0.04 up to 128, from there on 5.12 / width",
+        gt=0,
     )
     beta1: float = key(0.9, "decay of the mean of the gradients (AdamW, Lion)", ge=0, lt=1)
     beta2: float = key(
@@ -116,6 +121,20 @@ class OptimizerConfig:
     weight_decay: float = key(0.1, "decoupled weight decay, of matrices only", ge=0)
     momentum: float | None = key(None, "muon: decay of the momentum", ge=0, lt=1)
     clip: float | None = key(1.0, "maximum norm of the gradient; null: no clipping", gt=0)
+
+    def for_width(self, width: int | None) -> Self:
+        """Return it with Muon's adam_learning_rate, if that is to follow from the model's width.
+        width: None for a model whose width isn't known.
+
+        Sweeps at widths of 48 to 128 have their optimum at 0.04 (models/README.md). The steps of a
+        head's output grow with the width, so that its rate must fall as 1 / width (Yang et al.
+        2022, arXiv 2203.03466, table 8); at 768 that is 0.0067, and nanochat's head has 0.004.
+        Doubt: an embedding could learn faster there; nanochat's does, at 0.2.
+        """
+        if self.adam_learning_rate is not None or not self.spec.matrices:
+            return self
+        rate = _TABLE_RATE * min(1.0, _TABLE_WIDTH / width) if width else _ANY_RATE
+        return replace(self, adam_learning_rate=float(f"{rate:.3g}"))
 
     @property
     def spec(self) -> OptimizerSpec:

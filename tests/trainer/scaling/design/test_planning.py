@@ -72,7 +72,7 @@ def test_arguments_after_two_dashes_are_shared_by_all_runs(plan, tmp_path):
     job = compose(TrainJob, study.arguments(study.plan.cells[0]))
     assert (job.optimizer.kind, job.model.mlp) == ("muon", "gelu")
     share = job.optimizer.adam_learning_rate / job.optimizer.learning_rate
-    assert share == pytest.approx(0.004 / 0.02), "both rates keep their ratio"
+    assert share == pytest.approx(0.04 / 0.02), "both rates keep their ratio"
     code, _, err = plan("plan.cap=1e15", "--", "train.steps=5")
     assert (code, "is set by the study itself" in err) == (2, True)
     code, _, err = plan("plan.cap=1e15", "--", "modl=tiny")
