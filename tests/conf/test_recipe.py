@@ -32,7 +32,8 @@ OF_NO_PAPER = {"tiny", "fast-learner", "depth", "custom"}
 
 def test_every_published_model_has_a_recipe_of_its_name():
     models = {path.stem for path in (CONF / "model").glob("*.yaml")} - OF_NO_PAPER
-    assert PUBLISHED.keys() == {path.stem for path in (CONF / "recipe").glob("*.yaml")} == models
+    recipes = {path.stem for path in (CONF / "recipe").glob("*.yaml")} - OF_NO_PAPER
+    assert PUBLISHED.keys() == recipes == models
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

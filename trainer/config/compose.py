@@ -279,8 +279,8 @@ def _lay_over(
     unknown: list[str] = []
     laid: list[str] = []
     if len(given := [name for name in LENGTHS if typed.get(name, "null") != "null"]) == 1:
-        (other,) = set(LENGTHS) - set(given)
-        OmegaConf.update(config, other, None, force_add=True)  # giving one length unsets the other
+        for other in {*LENGTHS} - {*given}:  # giving one length unsets the others
+            OmegaConf.update(config, other, None, force_add=True)
     for name, text in typed.items():
         is_section = any(path.startswith(name + ".") for path in known)
         if not (name in known or is_section or any(name.startswith(f + ".") for f in free)):

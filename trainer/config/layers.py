@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from forescale.config.job import Find
 from forescale.config.schema import flatten
 
-LENGTHS = ("train.steps", "train.tokens")  # a run has one of them
+LENGTHS = ("train.steps", "train.tokens", "train.tokens_per_parameter")  # a run has one of them
 _OF_COMMAND = ("run.name", "run.root", "run.resume", "trust")
 
 
@@ -54,11 +54,11 @@ def keys_of(picks: Mapping[str, str], files: Mapping[str, Mapping[str, Path]]) -
 
 
 def keep_one_length(config: DictConfig, chosen: Sequence[str]) -> None:
-    """Unset the length that a file below an experiment gives, if the experiment gives the other."""
+    """Unset the length that a file below an experiment gives, if the experiment gives another."""
     lengths = {name: OmegaConf.select(config, name) for name in chosen if name in LENGTHS}
     if given := [name for name, value in lengths.items() if value is not None]:
-        (other,) = set(LENGTHS) - {given[-1]}
-        OmegaConf.update(config, other, None, force_add=True)
+        for other in {*LENGTHS} - {given[-1]}:
+            OmegaConf.update(config, other, None, force_add=True)
 
 
 def over_frozen(tree: Any, frozen: Mapping[str, Any], taken: Iterable[str]) -> dict[str, Any]:

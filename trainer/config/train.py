@@ -42,6 +42,7 @@ from forescale.config.sections.training import (
 )
 from forescale.errors import UserError
 from forescale.models.config import WIDTH_PER_LAYER, ModelConfig
+from forescale.models.flops import count
 
 _MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
 
@@ -155,9 +156,11 @@ class TrainJob(Job):
 
     def for_machine(self, find: Find | None = None) -> Self:
         """Return the job with a precision that is settled: that of the run, if it exists, and else
-        of the machine. A run that goes on elsewhere doesn't change it by itself. So is the rate
-        that follows from the model's width."""
-        job = replace(self, optimizer=self.optimizer.for_width(self._tuned_width))
+        of the machine. A run that goes on elsewhere doesn't change it by itself. So are a rate, a
+        length and a batch that follow from the model's size."""
+        optimizer = self.optimizer.for_width(self._tuned_width)
+        train = self.train.by_rule(self._layer_parameters)
+        job = replace(self, optimizer=optimizer, train=train)
         if self.precision.kind != "auto":
             return job
         with suppress(UserError):  # of a damaged config: `start` reports it
@@ -174,6 +177,16 @@ class TrainJob(Job):
         if model.parametrization != "standard":
             return model.base_width
         return model.width or (WIDTH_PER_LAYER * model.depth if model.depth else None)
+
+    @property
+    def _layer_parameters(self) -> int | None:
+        """The parameters of the layers, which no vocabulary changes; None for a class of the user's
+        own, or for sizes that are refused."""
+        if not isinstance(self.model, ModelConfig) or self.train.tokens_per_parameter is None:
+            return None
+        with suppress(ValueError):  # problems() reports it
+            return count(self.model.resolved(2, self.train.sequence_length)).blocks
+        return None
 
     def _computing_in(self, kind: Literal["bf16", "fp16", "fp32"]) -> Self:
         return replace(self, precision=replace(self.precision, kind=kind))
@@ -232,7 +245,7 @@ class TrainJob(Job):
         found = mesh_problems(self, ranks)
         if (ranks or self.mesh(1).near) % self.mesh(1).near:
             return found  # what follows counts groups
-        has_length = (self.train.steps is None) != (self.train.tokens is None)
+        has_length = self.train.has_length
         steps = self.total_steps if has_length else None
         found += self._batch_problems(self.mesh(ranks or self.mesh(1).near))
         found += faults_problems(self.faults, ranks, steps)

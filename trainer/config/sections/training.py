@@ -6,14 +6,19 @@ Invariant: a rule about one section is in its class.
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
 from forescale.config.schema import flatten, key, section
+
+# The best batch for D tokens, in tokens: 0.58 D^0.571 (Li et al. 2025, "Step Law", arXiv
+# 2503.04715, from runs of 60M to 1B parameters and 2B to 100B tokens).
+STEP_LAW_BATCH = (0.58, 0.571)
 
 
 @dataclass
@@ -64,8 +69,13 @@ class TrainConfig:
     tokens: int | None = key(
         None, "length in tokens, rounded up to whole steps, instead of train.steps", ge=1
     )
+    tokens_per_parameter: float | None = key(
+        None, "length in tokens for each parameter of the layers, instead of train.tokens", gt=0
+    )
     sequence_length: int = key(256, "targets per window; a window has one token more", ge=1)
-    global_batch: int = key(8, "windows per optimizer step, over all ranks", ge=1)
+    global_batch: int = key(
+        8, "windows per optimizer step, over all ranks; 0: by the length in tokens", ge=0
+    )
     micro_batch: int = key(
         4,
         "windows per rank and forward pass; gradient accumulation follows from it",
@@ -94,11 +104,47 @@ class TrainConfig:
         kind="numerics",
     )
 
+    @property
+    def _lengths(self) -> list[str]:
+        given = {"train.steps": self.steps, "train.tokens": self.tokens}
+        return [name for name, value in given.items() if value is not None]
+
+    @property
+    def has_length(self) -> bool:
+        """Whether steps and their tokens can be counted."""
+        return len(self._lengths) == 1 and self.global_batch > 0
+
+    def by_rule(self, parameters: int | None) -> Self:
+        """Return it with the length and the batch that are to follow from others.
+
+        parameters: of the model's layers, None if they aren't known. A batch is a power of two in
+        windows, so that micro-batches and ranks divide it, and a micro-batch at least.
+        """
+        made = self
+        if made.tokens_per_parameter is not None and parameters and not made._lengths:
+            tokens = round(made.tokens_per_parameter * parameters)
+            made = replace(made, tokens=tokens, tokens_per_parameter=None)
+        if made.global_batch == 0 and made.tokens:
+            scale, power = STEP_LAW_BATCH
+            windows = scale * made.tokens**power / made.sequence_length
+            batch = 2 ** max(0, round(math.log2(windows)))
+            made = replace(made, global_batch=max(batch, made.micro_batch))
+        return made
+
     def problems(self) -> Problems:
         found: Problems = []
-        if self.steps is None and self.tokens is None:
+        if self.tokens_per_parameter is not None:
+            what, todo = "needs a model of ours, whose layers are known", "give train.tokens"
+            if self._lengths:
+                what = f"can't be combined with {' and '.join(self._lengths)}"
+                todo = "give one of them"
+            found.append(("tokens_per_parameter", what, todo))
+        elif not self._lengths:
             found.append(("steps", "the run has no length", "give train.steps or train.tokens"))
-        if self.steps is not None and self.tokens is not None:
+        if self.global_batch == 0:
+            what, todo = "follows from a length in tokens", "give train.tokens, or the windows"
+            found.append(("global_batch", what, todo))
+        if len(self._lengths) == 2:
             todo = "set one of them to null, such as train.tokens=null"
             found.append(("steps", "can't be combined with train.tokens", todo))
         if self.activation_memory_budget is not None and self.compile == "off":

@@ -25,9 +25,9 @@ from forescale.scaling.design.simulate import Expected, RunSet, Target, expected
 _SECONDS_AN_HOUR = 3600.0
 _STUDY_OWNED = {
     *("run.name", "run.root", "run.from.run", "run.from.step", "model", "train.steps"),
-    *("train.tokens", "train.global_batch", "train.micro_batch", "train.sequence_length"),
-    *("train.seed", "train.init_seed", "optimizer.learning_rate", "schedule.kind"),
-    *("schedule.warmup", "schedule.decay", "checkpoint.at"),
+    *("train.tokens", "train.tokens_per_parameter", "train.global_batch", "train.micro_batch"),
+    *("train.sequence_length", "train.seed", "train.init_seed", "optimizer.learning_rate"),
+    *("schedule.kind", "schedule.warmup", "schedule.decay", "checkpoint.at"),
 }  # config keys of a run that its cell sets
 
 

@@ -21,6 +21,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
+from forescale.config.sections.training import STEP_LAW_BATCH
 from forescale.errors import UserError
 from forescale.models.config import HEAD_DIM, WIDTH_PER_LAYER, ModelConfig
 from forescale.models.costs import MLPS
@@ -267,8 +268,8 @@ class Rule:
     2503.04715), from runs of 60M to 1B parameters and 2B to 100B tokens. The bounds are ours.
     """
 
-    scale: float = 0.58
-    power: float = 0.571
+    scale: float = STEP_LAW_BATCH[0]
+    power: float = STEP_LAW_BATCH[1]
     bounds: tuple[float, float] = (1024.0, 8e6)
     rate: tuple[float, float, float] = (1.79, -0.713, 0.307)
     highest: float = 1e-2
