@@ -42,6 +42,7 @@ MAIN = ("isoflop", "optimum", "envelope", "task", "forecasts", "response")  # se
 FORMATS = ("png", "svg")
 _WIDTH, _HEIGHT = 3.4, 2.5  # inches: one of two columns; height of a panel
 _DPI = 300
+_LETTERS, _MARK = 60, 5  # of the font in a line of a key; as wide as a mark and its gap
 _POINTS = 0.6  # points per pixel of the page
 _PIXELS = 100.0  # of the page, per inch, for figures whose height is their number of rows
 _STYLE: dict[Any, Any] = {
@@ -74,19 +75,26 @@ def drawn(panels: Sequence[go.Figure], key: Sequence[tuple[Cell, str]] = ()) -> 
     """Return the drawn panels by format. key: labels (HTML) and their colours."""
     with matplotlib.rc_context(_STYLE):
         heights = [_height(p) for p in panels]
-        marked = _marked(panels)
-        rows = math.ceil((len(key) + len(marked)) / 3)
+        handles = [*_key(key), *_marked(panels).values()]
+        columns = _columns([str(h.get_label()) for h in handles])
+        rows = math.ceil(len(handles) / columns)
         size = (_WIDTH, sum(heights) + 0.16 * rows)
         figure = Figure(size, layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
         for axes, panel in zip(grid[:, 0], panels, strict=True):
             _panel(axes, panel)
-        handles = [*_key(key), *marked.values()]
         if handles:
-            figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)),
+            figure.legend(handles=handles, loc="outside lower center", ncols=columns,
                           handletextpad=0.4, columnspacing=1.0)  # fmt: skip
         return {form: _saved(figure, form) for form in FORMATS}
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Return how many columns of entries fit below a figure: three at most, and one for names as
+    long as those of several recipes at once."""
+    longest = max(map(len, labels), default=0) + _MARK
+    return max(1, min(3, len(labels), _LETTERS // longest))
 
 
 def _key(key: Sequence[tuple[Cell, str]]) -> list[Line2D]:

@@ -44,6 +44,14 @@ def test_a_png_of_a_column_at_300_dots_an_inch():
     assert two.shape[1] == width
 
 
+@pytest.mark.parametrize("letters", [3, 12, 17, 26, 40])
+def test_a_key_of_long_names_is_not_cut_at_the_sides(letters):
+    """The outermost pixels on both sides are white."""
+    key = [(f"{i} {'llama+muon+' * 4}"[:letters], BLUE) for i in range(5)]
+    picture = imread(BytesIO(drawn([figure()], key)["png"]))
+    assert picture[:, :6].min() == picture[:, -6:].min() == 1
+
+
 def test_a_key_names_all_marks():
     svg = drawn([figure()])["svg"].decode()
     assert {"<!-- target -->", "<!-- not used -->"} <= set(re.findall("<!-- .* -->", svg))
