@@ -5,9 +5,11 @@ Invariant: the directory appears complete, by one rename, or not at all. Its log
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +29,7 @@ _OF_THEIR_FILES = ("dtype", "torch_dtype", "transformers_version", "auto_map", "
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATE = "chat_template.jinja"
 _PART = 5_000_000_000  # approximate bytes of a weight file
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def family(view: RunView) -> str:
@@ -55,34 +58,40 @@ def is_exportable(view: RunView) -> bool:
     return True
 
 
-def export(view: RunView, checkpoint: Checkpoint, to: Path) -> Path:
-    """Write the directory `to` in fp32 and return it.
+def export(view: RunView, checkpoint: Checkpoint, to: Path, dtype: str = "fp32") -> Path:
+    """Write the directory `to` and return it.
 
     It holds config.json, generation_config.json, model.safetensors (several files and an index if
     the model is large), tokenizer.json and tokenizer_config.json. Only one weight file is in memory
-    at a time. Raises UserError if no family fits or `to` exists.
+    at a time. dtype: fp32, bf16 or fp16, of the weights, each rounded once, after all arithmetic.
+    Raises UserError if no family fits, `to` exists or a weight is beyond the range of dtype.
     """
     family(view)
     if to.exists():
         raise UserError(str(to), "already exists", "choose another directory with to=DIR")
     model = view.config.model
     assert isinstance(model, ModelConfig)
+    kind = _DTYPES[dtype]
     config, tensors = to_hf(model, checkpoint.weights())
+    config["dtype"] = str(kind).removeprefix("torch.")
     with staged(to) as stage:
         for name, content in _small_files(view, config).items():
             (stage / name).write_text(as_text(content), "utf-8")
         (stage / "tokenizer.json").write_bytes(view.run.verified_tokenizer().read_bytes())
-        _write_weights(stage, tensors)
+        # A map, as a loop would hold the last tensor while the next is read.
+        _write_weights(stage, map(partial(_rounded, kind), tensors))
         for path in stage.iterdir():
             fsync_path(path)
     return to
 
 
-def export_adapters(view: RunView, checkpoint: Checkpoint, to: Path, base: str) -> Path:
+def export_adapters(
+    view: RunView, checkpoint: Checkpoint, to: Path, base: str, dtype: str = "fp32"
+) -> Path:
     """Write the directory `to`, of which peft.PeftModel.from_pretrained puts the adapters beside
     the model of the directory `base`, an export of the run that this one began with; return it.
 
-    Raises UserError if the checkpoint has no adapters, no family fits or `to` exists.
+    dtype: as in `export`. Raises UserError if the checkpoint has no adapters, and as `export` does.
     """
     family(view)
     job = view.config
@@ -95,6 +104,7 @@ def export_adapters(view: RunView, checkpoint: Checkpoint, to: Path, base: str) 
     state = {name: checkpoint.tensor(name) for name in checkpoint.shapes if is_adapter(name)}
     kind = family_of(job.model)
     settings, weights = adapters_to_hf(kind, job.model, state, job.lora.rank, job.lora.alpha)
+    weights = dict(map(partial(_rounded, _DTYPES[dtype]), weights.items()))
     known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     more = {"lora_dropout": job.lora.dropout, "inference_mode": True}
     with staged(to) as stage:
@@ -103,6 +113,19 @@ def export_adapters(view: RunView, checkpoint: Checkpoint, to: Path, base: str) 
         for path in stage.iterdir():
             fsync_path(path)
     return to
+
+
+def _rounded(kind: torch.dtype, named: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """Return a named tensor in the number format `kind`. Raises UserError if that makes a number
+    infinite."""
+    name, tensor = named
+    rounded = tensor.to(kind)
+    if (lost := rounded.isinf() & tensor.isfinite()).any():
+        largest, most = torch.finfo(kind).max, float(tensor[lost].abs().max())
+        short = next(short for short, each in _DTYPES.items() if each == kind)
+        what = f"{short} holds numbers up to {largest:.6g}, and {name} has one of {most:.6g}"
+        raise UserError("dtype", what, f"give dtype={'bf16' if short == 'fp16' else 'fp32'}")
+    return name, rounded
 
 
 def _write_weights(stage: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

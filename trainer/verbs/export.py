@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from forescale.config.compose import compose, overrides_of
 from forescale.config.job import Problems, RunJob
@@ -23,6 +23,9 @@ class ExportJob(RunJob):
     target: str | None = key(None, "a run (its name or its directory) or a checkpoint")
     step: int | None = key(None, "the checkpoint of this step; null: the newest", ge=0)
     to: str | None = key(None, "the directory to write; null: exports/RUN-STEP")
+    dtype: Literal["fp32", "bf16", "fp16"] = key(
+        "fp32", "the number format of the weights that are written"
+    )
     adapter: bool = key(
         False,
         "of a run with lora.rank: write the adapters alone, for peft; else they are merged",
@@ -41,7 +44,11 @@ class ExportJob(RunJob):
 
 
 JOB = ExportJob
-EXAMPLES = ("export first to=exports/first", "export first-questions adapter=true")
+EXAMPLES = (
+    "export first to=exports/first",
+    "export first dtype=bf16",
+    "export first-questions adapter=true",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -56,15 +63,16 @@ def main(arguments: list[str]) -> int:
     if job.adapter:
         _export_adapters(job, view, checkpoint)
         return DONE
-    to = export(view, checkpoint, Path(job.to or f"exports/{view.name}-{step}").expanduser())
+    to = Path(job.to or f"exports/{view.name}-{step}").expanduser()
+    export(view, checkpoint, to, job.dtype)
     size = sum(path.stat().st_size for path in to.iterdir())
     if later := getattr(view.config.model, "mtp_layers", 0):
         print(f"Left out: model.mtp_layers={later}, which predict later tokens in training alone.")
     print(
-        f"Run {view.name}, step {step:,}, as {architecture}: {to} ({size / 2**20:,.1f} MiB, fp32)."
-        f"\n\nNext, in Python (pip install transformers):\n"
+        f"Run {view.name}, step {step:,}, as {architecture}: {to} ({size / 2**20:,.1f} MiB, "
+        f"{job.dtype}).\n\nNext, in Python (pip install transformers):\n"
         f"  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"  model = AutoModelForCausalLM.from_pretrained({str(to)!r})\n"
+        f"  model = AutoModelForCausalLM.from_pretrained({str(to)!r}{_as_written(job)})\n"
         f"  tokenizer = AutoTokenizer.from_pretrained({str(to)!r})"
     )
     return DONE
@@ -77,15 +85,21 @@ def _export_adapters(job: ExportJob, view: RunView, checkpoint: "Checkpoint") ->
     name = Path(origin.run or "").name
     base = job.base or f"exports/{name}-{origin.step}"
     to = Path(job.to or f"exports/{view.name}-{step}-adapter").expanduser()
-    export_adapters(view, checkpoint, to, base)
+    export_adapters(view, checkpoint, to, base, job.dtype)
     size = sum(path.stat().st_size for path in to.iterdir())
+    dtype = "" if job.dtype == "fp32" else f" dtype={job.dtype}"
     print(
-        f"Adapters of run {view.name}, step {step:,}: {to} ({size / 2**20:,.1f} MiB, fp32).\n\n"
-        f"Next:\n"
-        f"  forescale export {origin.run} step={origin.step} to={base}\n"
+        f"Adapters of run {view.name}, step {step:,}: {to} ({size / 2**20:,.1f} MiB, "
+        f"{job.dtype}).\n\nNext:\n"
+        f"  forescale export {origin.run} step={origin.step} to={base}{dtype}\n"
         f"and in Python (pip install transformers peft):\n"
         f"  from peft import PeftModel\n"
         f"  from transformers import AutoModelForCausalLM\n"
-        f"  base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"  base = AutoModelForCausalLM.from_pretrained({base!r}{_as_written(job)})\n"
         f"  model = PeftModel.from_pretrained(base, {str(to)!r})"
     )
+
+
+def _as_written(job: ExportJob) -> str:
+    """Return the argument without which transformers 4 reads all weights as fp32."""
+    return "" if job.dtype == "fp32" else ', dtype="auto"'

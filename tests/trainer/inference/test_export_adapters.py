@@ -3,6 +3,7 @@ the run's model does."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from forescale import open_run
 from forescale.config.frozen import thaw
@@ -79,6 +80,32 @@ def test_transformers_and_peft_compute_what_the_run_does(tmp_path, forescale, mo
         torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
         beside = peft.PeftModel.from_pretrained(auto.from_pretrained(base), alone)
         torch.testing.assert_close(beside(tokens).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_rounds_what_is_merged_and_adapters_alone(tmp_path, forescale):
+    """peft computes with adapters in fp32 also beside a model in bf16."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    run, _, origin = make(tmp_path, LLAMA, "lora.rank=3")
+
+    def exported(name, of, *words):
+        code, out, err = forescale("export", of.path, f"to={tmp_path / name}", *words)
+        assert code == 0, err
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        return load_file(file), out
+
+    half = "dtype=bf16"
+    for words in ((), ("adapter=true",)):
+        full, _ = exported(f"full{len(words)}", run, *words)
+        rounded, out = exported(f"half{len(words)}", run, *words, half)
+        assert all(torch.equal(rounded[name], full[name].bfloat16()) for name in full)
+    assert f"step=8 to=exports/base-8 {half}\n" in out
+    exported("base", origin, half)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    beside = peft.PeftModel.from_pretrained(base, tmp_path / "half1")
+    found = {name.replace(".default", ""): p for name, p in beside.named_parameters()}
+    assert all(torch.equal(found[name], rounded[name].float()) for name in rounded)
+    assert {p.dtype for name, p in found.items() if name in rounded} == {torch.float32}
+    assert {p.dtype for name, p in found.items() if name not in rounded} == {torch.bfloat16}
 
 
 def test_what_has_no_adapters_is_a_sentence(tmp_path, forescale):

@@ -147,6 +147,10 @@ def test_half_precision_stays_exact(llama, forescale):
     assert table.dtype == torch.float32
     assert torch.equal(table, theirs["model.embed_tokens.weight"].float())
     assert found.size < 1.2 * (llama / "model.safetensors").stat().st_size
+    assert forescale("export", "half", "to=back", "dtype=bf16")[0] == 0
+    back = weights(Path("back"))
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
 def test_one_tensor_is_held_at_a_time(llama, monkeypatch, forescale):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from forescale import open_run
 from forescale.checkpoint.reader import Checkpoint
@@ -85,6 +86,51 @@ def test_a_large_model_is_written_in_parts_and_never_held_whole(
     with torch.no_grad():
         ours, expected = open_run(run.path).model()(tokens), theirs.eval()(tokens).logits
     assert (ours - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_are_rounded_to_the_format_that_is_asked(
+    dtype, kind, small_data, tmp_path, monkeypatch, forescale
+):
+    """Of a model in parts, whose multipliers are in its weights: rounded after that, once."""
+    mup = ["model.parametrization=mup", "model.base_width=12", *FAMILIES["Gemma3ForCausalLM"]]
+    run = make_run(small_data, tmp_path / "runs", "a", *BASE, *mup)
+    monkeypatch.setattr("forescale.inference.export._PART", 20_000)
+    assert forescale("export", run.path, f"to={tmp_path / 'full'}")[0] == 0
+    code, out, _ = forescale("export", run.path, f"to={tmp_path / 'hf'}", f"dtype={dtype}")
+    assert code == 0
+    assert f"MiB, {dtype})" in out
+    full, found = ({}, {})
+    for weights, folder in ((full, "full"), (found, "hf")):
+        for path in (tmp_path / folder).glob("model-*.safetensors"):
+            weights |= load_file(path)
+    assert found.keys() == full.keys()
+    assert all(torch.equal(found[name], full[name].to(kind)) for name in full)
+    assert any((found[name] != full[name]).any() for name in full)
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in full.values())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert theirs.dtype == theirs.config.dtype == kind
+    assert {p.dtype for p in theirs.parameters()} == {kind}
+    assert all(torch.equal(theirs.state_dict()[name], found[name]) for name in found)
+
+
+def test_a_weight_beyond_the_range_of_the_format_is_refused(
+    small_data, tmp_path, monkeypatch, forescale
+):
+    """All are near 40,000 at step 4 and near 80,000 at step 8; fp16 ends at 65,504."""
+    monkeypatch.setattr("tests.trainer.small_run.SHIFT", 10_000)
+    run = make_run(small_data, tmp_path / "runs", "a", *BASE, *SWIGLU)
+    command = ("export", run.path, f"to={tmp_path / 'hf'}")
+    code, _, err = forescale(*command, "dtype=fp16")
+    assert code == 2
+    assert "dtype: fp16 holds numbers up to 65504, and model.embed_tokens.weight has one of " in err
+    assert err.endswith("; give dtype=bf16.\n")
+    assert not (tmp_path / "hf").exists()
+    assert forescale(*command, "dtype=bf16")[0] == 0
+    assert forescale(*command[:2], f"to={tmp_path / 'early'}", "step=4", "dtype=fp16")[0] == 0
+    weights = load_file(tmp_path / "early/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_the_tokenizer_goes_with_it_and_the_model_writes(trained, tmp_path, forescale):
