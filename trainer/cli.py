@@ -4,6 +4,11 @@ Invariant: a problem of the user's ends with one sentence and code 2, without a 
 this project keeps its traceback and ends with code 1.
 """
 
+if __name__ == "__main__":  # `python -m forescale.cli` is `python -m forescale`, which ends here
+    import runpy
+
+    runpy.run_module("forescale", run_name="__main__")
+
 import io
 import os
 import sys

@@ -244,3 +244,16 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
         "forescale: forescale study: needs pandas, which isn't installed; "
         "pip install 'forescale[study]'.\n"
     )
+
+
+@pytest.mark.parametrize("module", ["forescale", "forescale.cli"])
+def test_the_file_of_the_command_line_runs_as_the_package_does(module, tmp_path):
+    """Also where the working directory has a file of the name of one of Python's."""
+    (tmp_path / "random.py").write_text('raise SystemExit("replaced")\n')
+    command = [sys.executable, "-m", module]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    assert "forescale VERB [TARGET]" in subprocess.run([*command, "--help"], **how).stdout
+    done = subprocess.run([*command, "trian"], **how)
+    assert done.returncode == USER
+    assert "no such verb; did you mean forescale train?" in done.stderr
