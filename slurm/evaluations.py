@@ -1,6 +1,5 @@
 """Evaluations of a run's checkpoints as jobs of SLURM: one array, whose tasks are `forescale eval`
-of one checkpoint each. Run as a program, `python -P -m forescale.slurm.evaluations JOB STEP
-ARGUMENTS`, this is such a task.
+of one checkpoint each (evaluation_task.py).
 
     runs/<name>/evaluations/0001/
       submission.json, job.sbatch, code.tar, job.json    as in jobs/, see submission.py
@@ -17,7 +16,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -33,12 +31,11 @@ from forescale.config.frozen import thaw
 from forescale.config.job import Problems
 from forescale.config.schema import ConfigError, Problem, build, key, plain, section
 from forescale.config.train import TrainJob
-from forescale.errors import INTERRUPTED, UserError
-from forescale.monitor.status import Status
+from forescale.errors import UserError
 from forescale.run.directory import Run
-from forescale.run.identity import version_of_checkout
+from forescale.run.identity import expect_data, version_of_checkout
 from forescale.run.start import versions
-from forescale.slurm import containers, queue, steps
+from forescale.slurm import queue
 from forescale.slurm.config import SlurmConfig, SubmitConfig
 from forescale.slurm.login import remembered
 from forescale.slurm.login.snapshot import described, own_packages, write_code
@@ -46,7 +43,6 @@ from forescale.slurm.script import escaped, in_lines, rendered, resources
 from forescale.slurm.submission import Submission, expect_own, waiting_or_running
 from forescale.storage import read_json, write_file
 
-_SOONEST = 60.0  # seconds until a task looks again for its checkpoint
 _GPUS = re.compile(r"(\bgpu(?::[^,:]*[^0-9,:][^,:]*)?):[0-9]+")  # of --gres, without their number
 # Keys of slurm that say how many ranks there are, or how a job of many ranks starts and goes on.
 _OF_RANKS = (
@@ -137,6 +133,8 @@ def submit(arguments: Sequence[str]) -> None:
     job = compose(EvaluationsJob, words)
     run = Run.existing(Path(job.target or "").expanduser(), Path(job.run.root).expanduser())
     trained = thaw(TrainJob, run.config, job.trust)
+    if not (job.data.path or job.abilities or job.tasks):
+        expect_data(run)
     here, to_come = _divided(run, trained, job.steps)
     settings = _settings(job, words, run)
     if not job.submit.dry_run:
@@ -294,60 +292,3 @@ def _report(groups: Sequence[Evaluations], ids: Sequence[str]) -> None:
     if settings.mem == "0":
         print("Note: each takes all memory of a node (slurm.mem=0), unless you give slurm.mem.")
     print(f"Follow them: squeue --jobs={','.join(ids)}. Stop them: scancel {' '.join(ids)}")
-
-
-def _look_again(run: Run, step: int) -> int:
-    """Requeue this task until half of the time has passed that the run needs up to `step`, by its
-    present pace. Return the code with which the task ends, if SLURM doesn't end it first."""
-    status = Status(run)
-    pause = max(_SOONEST, (step - status.step) * (status.step_seconds or 0.0) / 2)
-    print(
-        f"{time.strftime('%H:%M:%S')} The run is at step {status.step:,} and has not saved step "
-        f"{step:,} yet; this task looks again in {pause / 60:.0f} min.",
-        flush=True,
-    )
-    shutil.rmtree(os.environ["FORESCALE_NODE"], ignore_errors=True)  # the next start has its own
-    ended: list[int] = []  # SLURM may end this process as soon as the task is requeued
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    queue.requeue(queue.own_job(), pause=pause)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not ended:
-        time.sleep(300)
-    return INTERRUPTED
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Become `forescale eval` of the checkpoint; or be requeued, if the run has yet to make it.
-
-    Raises UserError if it never will.
-    """
-    submission, step, words = Submission(Path(arguments[0])), int(arguments[1]), arguments[2:]
-    run = submission.run
-    if step not in run.checkpoint_steps():
-        goes_on = waiting_or_running(run) is not None
-        known = run.checkpoint_steps()  # only now: the job may have ended with this checkpoint
-        if step not in known and goes_on and step > max(known, default=0):
-            return _look_again(run, step)
-        if step not in known:
-            what = "no such checkpoint, and no job of the run that will make it"
-            again = f"forescale submit train {run.name}, and forescale submit eval {run.name}"
-            raise UserError(str(run.checkpoint_path(step)), what, f"give {again} steps=[{step}]")
-    command = _command(submission, words)
-    os.execvp(command[0], command)
-
-
-def _command(submission: Submission, words: Sequence[str]) -> list[str]:
-    """Return the command of the evaluation, in the container if there is one."""
-    settings = submission.settings
-    score = [*containers.python(settings), "-P", "-m", "forescale", "eval", *words]
-    inside = [*containers.prefix(submission), *score]
-    of_pyxis = containers.options(submission)  # of srun
-    return [*steps.srun(settings, 1, *of_pyxis), *inside] if of_pyxis else inside
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        print(f"forescale: {e}", file=sys.stderr, flush=True)
-        sys.exit(e.code)

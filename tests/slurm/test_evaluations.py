@@ -15,10 +15,11 @@ from forescale.config.schema import plain
 from forescale.errors import UserError
 from forescale.run.directory import Parent, Run
 from forescale.run.start import start
-from forescale.slurm import evaluations
+from forescale.slurm import evaluation_task
 from forescale.slurm.config import SlurmConfig
 from forescale.slurm.login import remembered
 from forescale.slurm.submission import Submission
+from forescale.storage import read_json, write_checked_json
 from tests.trainer.small_run import make_job
 
 
@@ -95,7 +96,7 @@ def test_each_checkpoint_that_exists_is_a_task_and_a_dry_run_writes_nothing(subm
     body = script.replace("tar -xf", "true")
     done = subprocess.run(["bash", "-c", body], env=environment, capture_output=True, text=True)
     folder = run.path / "evaluations/NNNN"
-    said = f"-P -m forescale.slurm.evaluations {folder} 4 {run.path} windows=4 step=4\n"
+    said = f"-P -m forescale.slurm.evaluation_task {folder} 4 {run.path} windows=4 step=4\n"
     assert done.stdout == said, done.stderr
 
 
@@ -117,6 +118,22 @@ def test_without_a_job_that_trains_there_is_a_sentence(submit):
         in err
     )
     assert "forescale submit train small" in err
+
+
+def test_a_run_without_data_of_its_own_is_refused_before_it_waits_in_the_queue(submit, run):
+    """As one of imported weights is, unless the command says what to score it on."""
+    identity = read_json(run.identity)
+    identity["dataset"]["sources"] = {}
+    write_checked_json(run.identity, identity)
+    before = files(run)
+    for words in ((), ("--dry-run",)):
+        code, out, err = submit(*words)
+        assert (code, out) == (2, "")
+        assert "small: holds imported weights, and was trained on no data that is known" in err
+        assert err.endswith("; give data.path=DIR.\n")
+    assert files(run) == before
+    for words in ("data.path=books", "abilities=[copy]", "tasks=[mine.yaml]"):
+        assert submit("--dry-run", words)[0] == 0
 
 
 def test_a_job_of_somebody_else_is_not_waited_for(submit, in_queue, commands):
@@ -197,7 +214,7 @@ def task(run, commands, tmp_path):
     environment |= {"SLURM_JOB_ID": "43", "FORESCALE_NODE": str(tmp_path / "node")}
 
     def start(step: int) -> tuple[int, str]:
-        command = [sys.executable, "-P", "-m", "forescale.slurm.evaluations"]
+        command = [sys.executable, "-P", "-m", "forescale.slurm.evaluation_task"]
         done = subprocess.run(
             [*command, str(submission.path), str(step), "small", f"step={step}"],
             env=environment, capture_output=True, text=True,
@@ -220,7 +237,7 @@ def test_a_task_scores_in_the_container_of_the_run(run, monkeypatch, tmp_path, i
     submission = Submission(run.new_evaluations())
     settings = SlurmConfig(container=image, tasks_per_node=1)
     submission.write(slurm=plain(settings), data=["/data/books"])
-    command = evaluations._command(submission, ["small", "step=4"])
+    command = evaluation_task._command(submission, ["small", "step=4"])
     assert command[: len(begin)] == begin
     assert command[-7:] == ["python3", "-P", "-m", "forescale", "eval", "small", "step=4"]
     assert "/data/books:/data/books" in " ".join(command)
@@ -245,8 +262,8 @@ def test_a_task_whose_checkpoint_is_to_come_is_requeued_by_the_pace_of_the_run(
 def test_a_task_whose_checkpoint_never_comes_ends_with_a_sentence(run, in_queue, commands):
     folder = str(Submission(run.new_evaluations()).path)
     with pytest.raises(UserError, match="no such checkpoint, and no job of the run that will make"):
-        evaluations.main([folder, "3", "small"])  # the run is past it
+        evaluation_task.main([folder, "3", "small"])  # the run is past it
     commands(squeue="true", sbatch="true")
     again = r"give forescale submit train small, and forescale submit eval small steps=\[8\]"
     with pytest.raises(UserError, match=again):
-        evaluations.main([folder, "8", "small"])
+        evaluation_task.main([folder, "8", "small"])

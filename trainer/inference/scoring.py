@@ -21,6 +21,7 @@ from forescale.errors import UserError
 from forescale.inference.view import RunView
 from forescale.progress import Progress, silent
 from forescale.run.feed import objective_of, whole_rows_of
+from forescale.run.identity import expect_data
 from forescale.run.references import read_references
 from forescale.run.start import open_dataset
 from forescale.storage import hash_file
@@ -35,11 +36,9 @@ def datasets_of(view: RunView, data: CorpusConfig) -> dict[str, Dataset]:
     """
     if data.path is not None:
         return {ONLY: _checked(view, open_dataset(data.path, data))}
-    found, sources = {}, view.identity["dataset"]["sources"]
-    if not sources:
-        what = "holds imported weights, and was trained on no data that is known here"
-        raise UserError(str(view.path), what, "give data.path=DIR")
-    for name, stored in sources.items():
+    expect_data(view.run)
+    found = {}
+    for name, stored in view.identity["dataset"]["sources"].items():
         path = stored["path"]
         if "://" not in path and not Path(path).exists():
             what = f"the dataset that the run was trained on is not at {path}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import forescale
 from forescale.data.dataset import Sources
+from forescale.errors import UserError
 from forescale.run.directory import Run
 from forescale.storage import read_json, write_checked_json
 
@@ -29,6 +30,13 @@ def code_and_id() -> dict[str, Any]:
     here = _git(Path.cwd(), "rev-parse", "HEAD")
     git = {**version_of_checkout(), **({"directory": here} if here else {})}
     return {"git": git, "wandb_id": secrets.token_hex(8)}
+
+
+def expect_data(run: Run) -> None:
+    """Raise UserError if a run has no data of its own, as one that holds imported weights."""
+    if not read_json(run.identity)["dataset"]["sources"]:
+        what = "holds imported weights, and was trained on no data that is known here"
+        raise UserError(str(run.path), what, "give data.path=DIR")
 
 
 def data_fields(sources: Sources) -> dict[str, Any]:
