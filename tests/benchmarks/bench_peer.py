@@ -5,10 +5,9 @@ Each is in a process of its own (both claim Accelerate's global state); they sti
 """
 
 import tempfile
-import time
 from pathlib import Path
 
-from tests.benchmarks.pairing import Result, interleaved
+from tests.benchmarks.pairing import Clocks, Result, by_both_clocks, interleaved
 from tests.benchmarks.processes import Side
 from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
 
@@ -17,19 +16,23 @@ SAME = ("optimizer=adamw",)
 
 
 def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
-    with Side(ours, sizes) as a, Side(theirs, sizes, (rounds + 1) * sizes.steps) as b:
+    with Side(ours, sizes, *SAME) as a, Side(theirs, sizes, (rounds + 1) * sizes.steps) as b:
         rows = interleaved(rounds, a, b)
-    return [Result("peer, adamw", "tokens/s", ("ours", "HF Trainer"), rows)]
+    return by_both_clocks("peer, adamw", ("ours", "HF Trainer"), rows, "at least 1.3")
 
 
-def ours(turn, sizes: TrainingSizes) -> None:
+def ours(turn, sizes: TrainingSizes, *overrides: str) -> None:
+    """Our loop over the job with these overrides, in turns."""
     from tests.benchmarks.training import Ours, make_job
 
     with tempfile.TemporaryDirectory() as folder:
-        loop = Ours(make_job(Path(folder), sizes, *SAME))
+        loop = Ours(make_job(Path(folder), sizes, *overrides))
         turn()
+        clocks, tokens = Clocks(), sizes.steps * loop.rank.job.tokens_per_step
         while True:
-            turn(loop(sizes.steps))
+            clocks.begin()
+            loop(sizes.steps)
+            turn(clocks.rates(tokens))
 
 
 def theirs(turn, sizes: TrainingSizes, steps: int) -> None:
@@ -93,11 +96,11 @@ def _taking_turns(turn, steps: int, tokens: int):
 
         def on_train_begin(self, *_, **__):
             turn()
-            self.began = time.perf_counter()
+            self.clocks = Clocks()
 
         def on_step_end(self, args, state, control, **_):
             if state.global_step % steps == 0:
-                turn(steps * tokens / (time.perf_counter() - self.began))
-                self.began = time.perf_counter()
+                turn(self.clocks.rates(steps * tokens))
+                self.clocks.begin()
 
     return TakingTurns()

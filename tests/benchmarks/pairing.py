@@ -4,10 +4,13 @@ Invariant: a ratio is of two neighbours in time on one machine in one run, so wh
 machine does meets both. Absolute numbers are told beside it, and prove nothing elsewhere.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -63,9 +66,45 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def interleaved(
-    rounds: int, a: Callable[[], float], b: Callable[[], float], after_warm_up=lambda: None
-) -> list[tuple[float, float]]:
+    rounds: int, a: Callable[[], T], b: Callable[[], T], after_warm_up=lambda: None
+) -> list[tuple[T, T]]:
     """What `a` and `b` return, called in turns; the first turn of each warms up and isn't kept."""
     a(), b()
     after_warm_up()
     return [(a(), b()) for _ in range(rounds)]
+
+
+class Clocks:
+    """The wall's clock and this process's processor time, both since the last `rates`."""
+
+    def __init__(self) -> None:
+        self._began = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    def begin(self) -> None:
+        """Count from now on."""
+        self._began = self._read()
+
+    def rates(self, amount: float) -> tuple[float, float]:
+        """Return `amount` by a second of each clock, and count from now on."""
+        before, self._began = self._began, self._read()
+        wall, processor = (now - then for now, then in zip(self._began, before, strict=True))
+        return amount / wall, amount / processor
+
+
+Rates = tuple[float, float]  # of Clocks
+
+
+def by_both_clocks(
+    name: str, labels: tuple[str, str], rows: Sequence[tuple[Rates, Rates]], asked: str = ""
+) -> list[Result]:
+    """Return tokens/s, and tokens per second of processor time: what others do on the machine
+    counts in the first alone, and so does waiting."""
+    walls, processors = ([(a[i], b[i]) for a, b in rows] for i in (0, 1))
+    return [
+        Result(name, "tokens/s", labels, walls, asked),
+        Result(f"{name}, by processor time", "tokens/s", labels, processors, asked),
+    ]

@@ -95,7 +95,7 @@ def test_each_measured_ratio_names_the_commit_at_which_it_was_measured():
         assert re.fullmatch("[0-9a-f]{7,}", commit), name
 
 
-@pytest.mark.slow  # 19 benchmarks, most of which train a model
+@pytest.mark.slow  # 20 benchmarks, most of which train a model
 @pytest.mark.timeout(900)
 def test_each_benchmark_runs_and_prints_finite_numbers(tmp_path):
     names = [name for name in run.NAMES if name != "compile" or compiler_missing() is None]

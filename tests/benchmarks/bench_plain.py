@@ -1,0 +1,43 @@
+"""Our loop's tokens/s against a loop of torch alone, as nanoGPT's, on the default job: the same
+model, batches in memory, fused AdamW or torch's Muon, clipping, torch.compile (plain.py).
+
+Ours writes its rows, guards each step and takes batches from the prepared corpus. Each side is in a
+process of its own, because what one compiles would bind the other's compiler; they take turns.
+"""
+
+import tempfile
+from pathlib import Path
+
+from tests.benchmarks.bench_peer import ours
+from tests.benchmarks.pairing import Clocks, Result, by_both_clocks, interleaved
+from tests.benchmarks.processes import Side
+from tests.benchmarks.sizes import TOY_TRAINING, TrainingSizes
+
+REAL, TOY = TrainingSizes(), TOY_TRAINING
+RIVALS = (("adamw", "autocast"), ("adamw", "masters"), ("muon", "masters"))
+
+
+def measure(rounds: int, sizes: TrainingSizes = REAL) -> list[Result]:
+    return [result for rival in RIVALS for result in compare(*rival, rounds, sizes)]
+
+
+def compare(optimizer: str, way: str, rounds: int, sizes: TrainingSizes) -> list[Result]:
+    words = f"optimizer={optimizer}", "precision=bf16"
+    with Side(ours, sizes, *words) as a, Side(theirs, sizes, way, *words) as b:
+        rows = interleaved(rounds, a, b)
+    labels = ("ours", f"plain PyTorch, {way}")
+    return by_both_clocks(f"plain, {optimizer}, {way}", labels, rows, "at least 0.95")
+
+
+def theirs(turn, sizes: TrainingSizes, way: str, *overrides: str) -> None:
+    """The plain loop over the job with these overrides, in turns."""
+    from tests.benchmarks.plain import Plain
+    from tests.benchmarks.training import make_job
+
+    with tempfile.TemporaryDirectory() as folder:
+        loop = Plain(make_job(Path(folder), sizes, *overrides), way)
+        turn()
+        clocks = Clocks()
+        while True:
+            clocks.begin()
+            turn(clocks.rates(loop(sizes.steps)))
