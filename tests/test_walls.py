@@ -39,7 +39,7 @@ ALLOWED = {
     "inference": "models abilities config data run checkpoint train",
     "serving": "models inference",
     "inspection": "models data inference",
-    "plan": "models config data engine run monitor train",
+    "plan": "models abilities config data engine run monitor train",
     "slurm": "config run resilience checkpoint monitor plan",
     "scaling": "",
     "scaling.actions": "config",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forescale.abilities.columns import KINDS, Column
-from forescale.abilities.questions import Questions
+from forescale.abilities.questions import Questions, passes_of
 from forescale.progress import Progress, silent
 
 # tokens (B, L) and targets (B, L) int64, IGNORED but at answers -> what `judged` returns
@@ -91,10 +91,10 @@ def accuracies(
     number of ranks, and every rank makes as many, because they may be collectives.
     """
     all_rows = [row for each in found for row in each.rows]
-    width = -(-max(each.longest for each in found) // multiple) * multiple
-    count, (rank, size) = -(-len(all_rows) // rows), share
+    passes, (rank, size) = passes_of(found, rows, multiple), share
+    count, width = passes.count, passes.width
     mine: list[tuple[int, int, float]] = []
-    for index in range(rank, -(-count // size) * size, size):
+    for index in range(rank, passes.of_each(size) * size, size):
         # Beyond the last questions a rank answers the first ones, which nobody counts.
         first = index * rows if index < count else 0
         wrong_B, nats_B = judge(*_padded(all_rows[first : first + rows], rows, width))

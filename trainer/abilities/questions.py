@@ -16,6 +16,7 @@ from forescale.errors import UserError
 
 Encode = Callable[[str], list[int]]
 _ARROW = " ->"
+ROWS = 8  # of a forward pass in training
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,32 @@ class Questions:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(ids) for ids, _ in self.rows)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The forward passes that answer questions: `count` of them, all with `rows` rows of `width`
+    tokens, padding included."""
+
+    count: int
+    rows: int
+    width: int
+
+    def of_each(self, ranks: int) -> int:
+        """Return the passes of each of `ranks` ranks, which answer together: all make as many,
+        because a pass may be a collective."""
+        return -(-self.count // ranks)
+
+    def tokens(self, ranks: int) -> int:
+        """Return the tokens that all ranks compute."""
+        return self.of_each(ranks) * ranks * self.rows * self.width
+
+
+def passes_of(found: Sequence[Questions], rows: int, multiple: int = 1) -> Passes:
+    """Return the passes of `rows` rows that answer the questions; multiple: what their columns are
+    a multiple of."""
+    longest, total = max(each.longest for each in found), sum(len(each.rows) for each in found)
+    return Passes(-(-total // rows), rows, -(-longest // multiple) * multiple)
 
 
 def questions_of(

@@ -5,9 +5,12 @@ data, the speed) is None and not guessed. Windows are counted and dealt to ranks
 data/stream.py, `validation_windows`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from forescale.abilities.questions import ROWS, Questions, passes_of
 from forescale.config.train import TrainJob
+from forescale.console import span
 from forescale.plan.step_time import StepTime, TokenFlops
 
 
@@ -21,16 +24,31 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The questions of validation.abilities in one evaluation. tokens: that all ranks compute,
+    padding included; flops: of their forward, a token as in whole windows, so the attention of
+    shorter rows counts too much; seconds: None without a known speed."""
+
+    questions: int
+    tokens: int
+    flops: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
 class EvaluationCost:
     """The evaluations of a run: `times` periodic ones before the last step, then one `at_end` of
     all held-out windows. times: None if they come by the clock and no speed is known. at_end: None
     if the data isn't known; then the sums leave it out. reference: what reads all preferences
-    before the first step, None of other objectives."""
+    before the first step, None of other objectives. asks: whether each evaluation asks questions
+    too; asked: these, None if they aren't known."""
 
     periodic: Evaluation
     times: int | None
     at_end: Evaluation | None
     reference: Evaluation | None = None
+    asks: bool = False
+    asked: Asked | None = None
 
     @property
     def flops(self) -> float | None:
@@ -38,7 +56,8 @@ class EvaluationCost:
         if self.times is None:
             return None
         once = (self.at_end, self.reference)
-        return self.times * self.periodic.flops + sum(one.flops for one in once if one)
+        asking = (self.times + 1) * self.asked.flops if self.asked else 0.0
+        return self.times * self.periodic.flops + sum(one.flops for one in once if one) + asking
 
     @property
     def seconds(self) -> float | None:
@@ -46,7 +65,28 @@ class EvaluationCost:
         if self.times is None or self.periodic.seconds is None:
             return None
         once = (self.at_end, self.reference)
-        return self.times * self.periodic.seconds + sum(one.seconds or 0.0 for one in once if one)
+        found = self.times * (self.periodic_seconds or 0.0) + self._asking
+        return found + sum(one.seconds or 0.0 for one in once if one)
+
+    @property
+    def periodic_seconds(self) -> float | None:
+        """Seconds of one periodic evaluation with its questions."""
+        found = self.periodic.seconds
+        return None if found is None else found + self._asking
+
+    @property
+    def _asking(self) -> float:
+        return (self.asked.seconds if self.asked else None) or 0.0
+
+    @property
+    def asked_lines(self) -> list[str]:
+        """What a page says of the questions; nothing if none are asked."""
+        if self.asked is None:
+            return ["abilities: not known without the data"] if self.asks else []
+        a = self.asked
+        took = "" if a.seconds is None else f", {span(a.seconds)}"
+        what = f"{a.questions:,} questions, {a.tokens:,} tokens with padding"
+        return [f"abilities, each time: {what}{took}"]
 
 
 def estimate_evaluation(
@@ -56,13 +96,14 @@ def estimate_evaluation(
     step: StepTime,
     world: int,
     compared: list[int] | None = None,
+    questions: Sequence[Questions] | None = None,
 ) -> EvaluationCost | None:
     """Return the cost of a job's evaluations on `world` ranks.
 
     complete: the windows of the held-out split of each source; None: not known, and a source has as
     many as validation.windows; without that the cost isn't known. compared: the windows that a
-    reference reads, of each split and source. The forward runs at the speed of
-    a step.
+    reference reads, of each split and source. questions: of validation.abilities; None: not known.
+    The forward runs at the speed of a step.
     """
     length, limit = job.train.sequence_length, job.validation.windows
     if complete is not None:
@@ -83,7 +124,15 @@ def estimate_evaluation(
 
     at_end = None if complete is None else evaluation(complete)
     reference = evaluation(compared) if compared else None
-    return EvaluationCost(evaluation(capped), _times(job, step), at_end, reference)
+    asks, asked = bool(job.validation.abilities), None
+    if asks and questions:
+        mesh = job.mesh(world)
+        tokens = passes_of(questions, ROWS, mesh.sequence).tokens(mesh.data)
+        flops = per_token.forward * tokens
+        seconds = None if step.seconds is None else step.seconds * flops / of_step
+        asked = Asked(sum(len(each.rows) for each in questions), tokens, flops, seconds)
+    times = _times(job, step)
+    return EvaluationCost(evaluation(capped), times, at_end, reference, asks, asked)
 
 
 def _times(job: TrainJob, step: StepTime) -> int | None:

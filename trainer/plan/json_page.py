@@ -56,7 +56,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _evaluation(plan: Plan) -> dict[str, Any] | None:
     if (cost := plan.evaluation) is None:
         return None
-    every = {"periodic": vars(cost.periodic), "at_end": cost.at_end and vars(cost.at_end)}
+    every: dict[str, Any] = {
+        "periodic": vars(cost.periodic),
+        "at_end": cost.at_end and vars(cost.at_end),
+    }
+    every["abilities"] = cost.asked and vars(cost.asked)
     every["reference"] = cost.reference and vars(cost.reference)
     return {**every, "times": cost.times, "flops": cost.flops, "seconds": cost.seconds}
 

@@ -262,7 +262,7 @@ def _evaluations(plan: Plan) -> list[str]:
 
     every = plan.job.validation.every
     last = f"all {one(cost.at_end)}" if cost.at_end else "all, not known without the data"
-    lines = [f"every {every}: {one(cost.periodic)} each; at the end {last}"]
+    lines = [f"every {every}: {one(cost.periodic)} each; at the end {last}", *cost.asked_lines]
     if cost.reference:
         lines.append(f"the reference reads before the first step {one(cost.reference)}")
     if cost.flops is not None and cost.times is not None:

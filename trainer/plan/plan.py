@@ -190,7 +190,7 @@ class Plan:
         """The cost of the evaluations; None if neither the data is known nor validation.windows."""
         use, step = self._use or DataUse([], None, []), self.chosen.step
         return estimate_evaluation(
-            self.job, use.held_out, self.per_token, step, self.world, use.compared
+            self.job, use.held_out, self.per_token, step, self.world, use.compared, use.questions
         )
 
     @property
@@ -280,7 +280,7 @@ class Plan:
                 f"predicted to take {lead:,.0f} s. Raise launch.grace and the lead time of the "
                 "signal, or write to faster storage."
             )
-        evaluating = (self.evaluation.periodic.seconds if self.evaluation else None) or 0.0
+        evaluating = (self.evaluation.periodic_seconds if self.evaluation else None) or 0.0
         if evaluating > grace:
             self.notes.append(
                 f"A periodic evaluation is predicted to take {span(evaluating)}: after a stop "

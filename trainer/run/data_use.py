@@ -10,10 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from forescale.abilities.questions import Questions
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.data.objective import window_length
 from forescale.data.packing_table import num_windows
+from forescale.run.abilities import questions_of_job
 from forescale.run.feed import (
     epochs,
     feed_of,
@@ -44,12 +46,14 @@ class DataUse:
     """What a run reads. held_out: windows of the held-out split of each source, None if they are
     pairs that are not counted yet; notes: a sentence each; compared: the windows that the
     reference of preferences reads before the first step, those of each source's training split and
-    then those of each held-out split; None without preferences, or if they are not counted yet."""
+    then those of each held-out split; None without preferences, or if they are not counted yet.
+    questions: what an evaluation asks (validation.abilities); None if that can't be asked."""
 
     sources: list[SourceUse]
     held_out: list[int] | None
     notes: list[str]
     compared: list[int] | None = None
+    questions: list[Questions] | None = None
 
 
 def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
@@ -84,7 +88,8 @@ def data_use(job: TrainJob, sources: Sources, check: Check) -> DataUse:
     compared = None
     if job.objective.are_preferences and feed is not None and held_out is not None:
         compared = [*(int(bins.counts.sum()) for bins in feed.bins or ()), *held_out]
-    return DataUse(of, held_out, found, compared)
+    questions = check(lambda: questions_of_job(job, sources))
+    return DataUse(of, held_out, found, compared, questions)
 
 
 def _tables(job: TrainJob, sources: Sources, scratch: Path) -> Path | None:

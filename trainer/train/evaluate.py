@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from forescale.abilities.few_shot import Accuracy, accuracies, judged
-from forescale.abilities.questions import Questions
+from forescale.abilities.questions import ROWS, Questions
 from forescale.data.dataset import Split
 from forescale.data.objective import IGNORED, NEXT_TOKEN, Objective
 from forescale.data.packing_table import Bins
@@ -39,9 +39,6 @@ class Scored(Protocol):
     def row(self) -> dict[str, Any]: ...
 
     def text(self, of: str = "") -> str: ...
-
-
-_ROWS = 8  # of a forward pass
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ class Abilities:
         return accuracies(
             self._judge,
             self._questions,
-            rows=_ROWS,
+            rows=ROWS,
             multiple=world.sequence.size,
             share=(world.data.rank, world.data.size),
             gather=world.data.gather,

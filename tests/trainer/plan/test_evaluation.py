@@ -3,16 +3,20 @@
 import json
 
 import pytest
+import torch
 
+from forescale.abilities.few_shot import accuracies
+from forescale.abilities.questions import ROWS
 from forescale.config.compose import compose
 from forescale.config.duration import Duration
-from forescale.data.dataset import Dataset
+from forescale.data.dataset import Dataset, Sources
 from forescale.data.objective import IGNORED
 from forescale.data.packing_table import num_windows
 from forescale.data.stream import validation_windows
 from forescale.plan.config import PlanJob
 from forescale.plan.evaluation import estimate_evaluation
 from forescale.plan.step_time import StepTime, TokenFlops
+from forescale.run.abilities import questions_of_job
 from forescale.train.callbacks import Every
 
 PRICE = TokenFlops(full=300.0, causal=200.0, six_n=100.0, forward=100.0, recomputed=100.0)
@@ -86,6 +90,67 @@ def test_an_evaluation_longer_than_the_grace_of_a_stop_is_noted(forescale, small
     assert "Lower validation.windows" in out
     _, out, _ = forescale(*words, "logging.peak_flops=1e13")
     assert "Lower validation.windows" not in out
+
+
+ABILITIES = ("validation.abilities=[copy,recall]", "validation.questions=9")
+
+
+@pytest.mark.parametrize(("world", "sequence"), [(1, 1), (2, 1), (3, 1), (4, 2)])
+def test_questions_cost_the_tokens_that_ranks_really_compute(small_data, world, sequence):
+    words = [*SIZES, *ABILITIES, "schedule.warmup=0", "train.steps=10", "validation.every=2"]
+    words += [
+        "train.sequence_length=192",
+        f"engine.sequence_parallel={sequence}",
+        f"launch.processes={sequence}",
+    ]
+    job, dataset = compose(PlanJob, words), Dataset(small_data)
+    questions = questions_of_job(job, Sources({"data": dataset}))
+    tokens = 0
+
+    def judge(tokens_BL, targets_BL):
+        nonlocal tokens
+        tokens += tokens_BL.numel()
+        zeros = torch.zeros(len(tokens_BL))
+        return zeros, zeros
+
+    ranks = world // sequence
+    for rank in range(ranks):
+        # What the others answer is of no interest, but each needs all answers.
+        def gather(own):
+            return [[(i, 0, 0.0) for i in range(sum(len(q.rows) for q in questions))]]
+
+        accuracies(
+            judge, questions, rows=ROWS, multiple=sequence, share=(rank, ranks), gather=gather
+        )
+    step = StepTime(8.0, 0.0, 0.0, job.tokens_per_step, 300.0 * job.tokens_per_step, None)
+    found = estimate_evaluation(job, [10], PRICE, step, world, questions=questions)
+    alone = estimate_evaluation(job, [10], PRICE, step, world)
+    assert found.asked.questions == 2 * 2 * 9  # two tasks after 0 and 4 examples
+    assert found.asked.tokens == tokens > 0
+    assert found.asked.flops == tokens * 100.0
+    took = 8.0 * tokens * 100 / (400 * job.tokens_per_step)
+    assert found.asked.seconds == pytest.approx(took)
+    assert found.periodic_seconds == pytest.approx(alone.periodic.seconds + took)
+    assert found.seconds == pytest.approx(alone.seconds + 5 * took)  # steps 2, 4, 6, 8 and 10
+    assert found.flops == pytest.approx(alone.flops + 5 * tokens * 100)
+
+
+def test_the_plan_shows_what_questions_cost_or_that_it_is_not_known(forescale, small_data):
+    words = ["plan", "model=tiny", "train.steps=100", "train.sequence_length=192", *ABILITIES,
+             "schedule.warmup=0", "machine=cpu", "plan.mfu=0.5", "validation.windows=1",
+             "logging.peak_flops=1e11"]  # fmt: skip
+    known = [*words, "data=dataset", f"data.path={small_data}"]
+    code, out, _ = forescale(*known)
+    assert code == 0
+    assert "abilities, each time: 36 questions, " in out
+    asked = json.loads(forescale(*known, "--json")[1])["evaluation"]["abilities"]
+    assert asked["questions"] == 36
+    assert asked["seconds"] > 0
+    none = json.loads(forescale(*known, "validation.abilities=[]", "--json")[1])
+    assert none["evaluation"]["abilities"] is None
+    code, _, err = forescale(*known, "train.sequence_length=32")
+    assert code == 2
+    assert "validation.shots: 4 examples of copy and a question need " in err
 
 
 def test_without_data_the_windows_of_the_config_are_counted(forescale, tmp_path, monkeypatch):
