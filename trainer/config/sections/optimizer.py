@@ -132,7 +132,8 @@ class OptimizerConfig:
         0.004. Doubt: an embedding could learn faster there, and nanochat's does, at 0.2; at 256 a
         short run (0.5M tokens) loses 0.4 % by 0.02 instead of 0.08, within its error.
         """
-        if self.adam_learning_rate is not None or not self.spec.matrices:
+        spec = OPTIMIZERS.get(self.kind)  # problems() reports one that doesn't exist
+        if self.adam_learning_rate is not None or not (spec and spec.matrices):
             return self
         rate = _TABLE_RATE * min(1.0, _TABLE_WIDTH / width) if width else _ANY_RATE
         return replace(self, adam_learning_rate=float(f"{rate:.3g}"))

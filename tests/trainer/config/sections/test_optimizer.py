@@ -2,7 +2,7 @@
 
 import pytest
 
-from forescale.config.compose import compose
+from forescale.config.compose import ConfigError, compose
 from forescale.config.frozen import plain
 from forescale.config.train import TrainJob
 
@@ -28,6 +28,11 @@ def rate(*words, find=None):
 )
 def test_the_rate_of_tables_falls_with_the_width_of_larger_models(words, expected):
     assert rate(*words) == expected
+
+
+def test_an_optimizer_that_does_not_exist_is_a_problem_of_its_key():
+    with pytest.raises(ConfigError, match=r"^optimizer\.kind: '' is not an optimizer"):
+        rate("optimizer.kind=")
 
 
 def test_a_branch_has_the_rate_of_its_origins_width():
