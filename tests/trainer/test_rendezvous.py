@@ -23,16 +23,16 @@ def test_a_store_of_local_ranks_refuses_all_other_addresses():
 def test_a_free_port_is_none_that_another_connection_may_get_before_rank_0_listens(
     monkeypatch, tmp_path
 ):
-    """Outgoing connections get ports from 32768 on, unless the machine is told otherwise."""
-    told = tmp_path / "range"
-    monkeypatch.setattr(rendezvous, "_OUTGOING", told)
-    told.write_text("32768\t60999\n")
+    """Outgoing connections get ports from 32768 on, unless this machine has another range."""
+    ports = tmp_path / "range"
+    monkeypatch.setattr(rendezvous, "_OUTGOING", ports)
+    ports.write_text("32768\t60999\n")
     assert all(10_000 <= free_port() < 32_768 for _ in range(200))
-    told.write_text("10002\t60999\n")
+    ports.write_text("10002\t60999\n")
     with socket.socket() as taken:
         taken.bind(("", 10_000))
         assert {free_port() for _ in range(30)} == {10_001}
-    told.write_text("1024\t65535\n")
+    ports.write_text("1024\t65535\n")
     assert free_port() >= 1024
 
 

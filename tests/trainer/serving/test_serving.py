@@ -313,8 +313,8 @@ def test_a_short_request_is_answered_while_a_longer_one_is_written(trained, monk
 
 
 def test_clients_at_once_get_the_answers_that_each_gets_alone(port):
-    """Two may wait. Where all three come before the first is taken, one is told to try again, as
-    clients do."""
+    """Two may wait. Where all three come before the first is taken, one gets code 429 and tries
+    again, as clients do."""
     openai = pytest.importorskip("openai", reason="needs pip install openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=9)
     prompts = ("def ", "class Model:", "import os, ", "    return x")
