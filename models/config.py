@@ -12,7 +12,7 @@ from forescale.models.costs import MIXERS, MLPS
 from forescale.models.costs.record import Problem
 from forescale.models.rules import HEAD_DIM
 
-WIDTH_PER_LAYER = 64
+_WIDTH_PER_LAYER = 64
 
 
 @dataclass(frozen=True)
@@ -301,9 +301,15 @@ class ModelConfig:
         resolved()."""
         return self.rope_original_length or self.sizes.max_sequence_length / self.rope_factor
 
+    @property
+    def ruled_width(self) -> int | None:
+        """The width, by rule 2 of the class docstring where only depth is given; None with
+        neither."""
+        return self.width or (_WIDTH_PER_LAYER * self.depth if self.depth else None)
+
     def sized(self) -> "ModelConfig":
         """Apply the rule of the class docstring; needs depth, or num_layers and width."""
-        width = self.width or WIDTH_PER_LAYER * (self.depth or 0)
+        width = self.ruled_width or 0
         num_heads = self.num_heads or max(1, width // (self.head_dim or HEAD_DIM))
         gated = -(-8 * width // (3 * 64)) * 64
         mlp_width = self.mlp_width or (gated if MLPS[self.mlp].is_gated else 4 * width)

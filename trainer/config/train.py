@@ -41,7 +41,7 @@ from forescale.config.sections.training import (
     TrainConfig,
 )
 from forescale.errors import UserError
-from forescale.models.config import WIDTH_PER_LAYER, ModelConfig
+from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 
 _MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
@@ -176,7 +176,7 @@ class TrainJob(Job):
             return None
         if model.parametrization != "standard":
             return model.base_width
-        return model.width or (WIDTH_PER_LAYER * model.depth if model.depth else None)
+        return model.ruled_width
 
     @property
     def _layer_parameters(self) -> int | None:

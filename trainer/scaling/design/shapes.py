@@ -23,7 +23,7 @@ from typing import Literal
 
 from forescale.config.sections.training import STEP_LAW_BATCH
 from forescale.errors import UserError
-from forescale.models.config import HEAD_DIM, WIDTH_PER_LAYER, ModelConfig
+from forescale.models.config import HEAD_DIM, ModelConfig
 from forescale.models.costs import MLPS
 from forescale.models.flops import Counts, count, flops_6n, flops_per_token
 from forescale.scaling.records.records import SIZES
@@ -113,7 +113,7 @@ class Family:
         self._base = replace(base, depth=None, mlp_width=None, num_heads=None, num_kv_heads=None)
         self._data = (vocab_size, sequence_length)
         self._sizes: dict[tuple[int, int], int] = {}  # N by width and layers
-        width = base.width or (WIDTH_PER_LAYER * base.depth if base.depth else None)
+        width = base.ruled_width
         self._mlp = self._ratio("mlp_width", base.mlp_width, width)
         usual = base.head_dim or HEAD_DIM
         heads = base.num_heads or (width // usual if width else None)
