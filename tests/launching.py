@@ -36,22 +36,30 @@ def start(folder: Path, *overrides: str, model=TINY, **environment: str) -> subp
 
 
 def train(folder: Path, *overrides: str, code: int = 0, model=TINY, **environment: str) -> str:
-    """Run it to its end and return its output. Fails unless it exits with `code`."""
+    """Run it to its end and return its output. Fails with it unless it exits with `code`, within
+    four minutes."""
     process = start(folder, *overrides, model=model, **environment)
-    output, _ = process.communicate(timeout=240)
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"it didn't end, and it printed:\n{process.communicate()[0]}")
     assert process.returncode == code, output
     return output
 
 
-def wait_until(process: subprocess.Popen, condition: Callable[[], object], what: str) -> None:
-    """Return as soon as `condition` is true of a run that goes on. Fails with the run's output if
-    it ends before, or after four minutes (a machine with other work takes half of one)."""
+def wait_until(
+    process: subprocess.Popen, condition: Callable[[], object], what: str, every: float = 0.002
+) -> None:
+    """Return as soon as `condition` is true of a run that goes on; look `every` so many seconds.
+    Fails with the run's output if it ends before, or after four minutes (a machine with other work
+    takes half of one)."""
     deadline = time.monotonic() + 240
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             pytest.fail(f"{what} didn't come, and the run printed:\n{process.communicate()[0]}")
-        time.sleep(0.002)
+        time.sleep(every)
 
 
 def interrupt(process: subprocess.Popen, run: Path, step: int, number: int) -> str:

@@ -1,10 +1,11 @@
-"""The jobs that test_cost.py prices, the same inside the ranks and outside."""
+"""The jobs that test_real_costs.py prices, the same inside the ranks and outside."""
 
 from dataclasses import replace
 
 from forescale.config.train import TrainJob
 
 VOCABULARY, LENGTH, MICRO_BATCHES = 71, 16, 3
+FLAGS = 100  # bytes: most of norms and flags, which are of no kind
 # Odd sizes: partition borders cut parameters, and nothing divides by the ranks.
 MODEL = ["model.width=24", "model.num_layers=2", "model.num_heads=3", "model.mlp_width=41"]
 TRAIN = ["train.steps=4", "schedule.warmup=0", "schedule.decay=1", "train.micro_batch=2"]

@@ -10,7 +10,7 @@ from forescale.plan.bytes.memory import states
 from forescale.plan.bytes.parameters import inventory
 from forescale.plan.communication import collectives
 from tests.distributed import ranks
-from tests.distributed.cost_jobs import MICRO_BATCHES, job_of
+from tests.distributed.cost_jobs import FLAGS, MICRO_BATCHES, job_of
 from tests.matrix import FULL
 
 pytestmark = pytest.mark.distributed
@@ -111,7 +111,7 @@ def test_states_are_the_tensors_of_real_ranks(size):
                 assert now.get("masters", 0) == s.masters, where
                 assert now.get("moments", 0) == s.moments, where
                 assert now.get("buckets", 0) <= s.buckets, where
-                assert now.get("other", 0) <= 100, where  # norms, flags
+                assert now.get("other", 0) <= FLAGS, where
             assert found["held"].get("gradients", 0) == s.held, where
             assert found["accumulating"] == s.gradients, where
             assert case[0] not in (1, 2) or found["buckets"] == s.buckets, where

@@ -9,7 +9,8 @@ from forescale.data.remote.folder import Folder
 from tests import launching
 from tests.trainer.data.remote.test_s3 import bucket, endpoint  # noqa: F401
 
-pytestmark = pytest.mark.slow  # an S3 server of its own, and three short trainings
+# An S3 server of its own, whose environment may have to be made, and three short trainings.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_run_that_lost_its_directory_goes_on_from_a_bucket(small_data, tmp_path, bucket):  # noqa: F811
@@ -20,8 +21,8 @@ def test_a_run_that_lost_its_directory_goes_on_from_a_bucket(small_data, tmp_pat
     process = launching.start(tmp_path, *mirrored, "faults=[freeze@21]")
     there, run = Folder("s3://books/runs/cut"), tmp_path / "cut"
     try:
-        while "checkpoints/step-00000015/files.json" not in there.list():
-            assert process.poll() is None, process.stdout.read()
+        what = "checkpoints/step-00000015/files.json"
+        launching.wait_until(process, lambda: what in there.list(), what, every=0.5)
     finally:
         process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
@@ -33,4 +34,4 @@ def test_a_run_that_lost_its_directory_goes_on_from_a_bucket(small_data, tmp_pat
     assert f"Restored {run} from s3://books/runs/cut: step" in output
     assert "Mirrored to s3://books/runs/cut up to step 60." in output
     assert launching.trajectory(run) == launching.trajectory(tmp_path / "whole")
-    assert "checkpoints/step-00000015/files.json" not in there.list()  # pruned as in the run
+    assert what not in there.list()  # pruned as in the run

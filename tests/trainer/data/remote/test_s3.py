@@ -21,7 +21,8 @@ from forescale.errors import UserError
 from tests.trainer.data.remote_files import DATA, QUICK, SMALL, read, sentence
 from tests.trainer.data.small_dataset import write_dataset
 
-pytestmark = pytest.mark.slow  # makes an environment for the server
+# The first makes an environment for the server.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[4]
 SERVES = """
 import sys
