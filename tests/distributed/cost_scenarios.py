@@ -1,4 +1,4 @@
-"""What runs inside the ranks of test_real_costs.py: every live tensor, and every collective, counted."""
+"""What runs inside the ranks of test_real_costs.py: live tensors and collectives, all counted."""
 
 import gc
 import os
