@@ -55,7 +55,7 @@ class Ours:
     def __call__(self, steps: int) -> float:
         began, rank, tokens = time.perf_counter(), self.rank, self.position.tokens
         parts, batches = self.parts, islice(self.parts.batches, steps)
-        arguments = (rank._learning_rate, parts.callbacks, self.position, rank.phases)
+        arguments = (rank._multipliers, parts.callbacks, self.position, rank.phases)
         self.position, _ = train(rank.engine, batches, *arguments, lambda: False, parts.guard)
         return (self.position.tokens - tokens) / (time.perf_counter() - began)
 

@@ -146,12 +146,13 @@ def build(
     return Engine(world, model, base, seed=7, clip=clip, fp32_gradients=fp32)
 
 
-def train(engine, steps, micro_batches=4, multiplier=1.0) -> list[float]:
-    """Mean losses over all ranks' micro-batches, added in global order, and the norms."""
+def train(engine, steps, micro_batches=4, multiplier=1.0, decay=lambda step: 1.0) -> list[float]:
+    """Mean losses over all ranks' micro-batches, added in global order, and the norms. decay: of
+    the weight decay, by step."""
     world, losses = engine.world, []
     for step in steps:
         data = batch(step, world.rank, world.size, micro_batches)
-        facts = engine.train_step(data, multiplier)
+        facts = engine.train_step(data, multiplier, decay=decay(step))
         every = [x for part in world.gather(facts.losses.tolist()) for x in part]
         losses.append([sum(every) / data.targets, facts.grad_norm])
     return losses

@@ -19,14 +19,15 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
     model = small.Model()
     groups = small.groups(model, kind)
     elementwise = Lion if kind == "lion" else torch.optim.AdamW
-    rest = elementwise(
-        [{**g, "lr": g["peak_learning_rate"]} for g in groups if not g["use_muon"]],
-        betas=(0.9, 0.95),
-    )
+    own = [g | {"lr": g["peak_learning_rate"]} for g in groups if not g["use_muon"]]
+    rest = elementwise([g | {"of_all": g["weight_decay"]} for g in own], betas=(0.9, 0.95))
     muon = [p for g in groups if g["use_muon"] for p in g["params"]]
     momenta = [torch.zeros_like(p) for p in muon]
     rows = []
     for step in range(STEPS):
+        left = 1 - step / STEPS
+        for group in rest.param_groups:
+            group["weight_decay"] = group["of_all"] * left
         batch = small.batch(step, 0, 1)
         tokens = torch.cat([m.tokens for m in batch.micro])
         targets = torch.cat([m.targets for m in batch.micro])
@@ -37,7 +38,7 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
         rest.step()
         with torch.no_grad():
             for p, momentum in zip(muon, momenta, strict=True):
-                p.mul_(1 - 0.02 * 0.1).sub_(0.02 * orthogonal_update(p.grad, momentum))
+                p.mul_(1 - 0.02 * 0.1 * left).sub_(0.02 * orthogonal_update(p.grad, momentum))
         model.zero_grad()
         rows.append([loss.item(), norm.item()])
     return rows
@@ -48,12 +49,13 @@ class Lion:
 
     def __init__(self, groups, betas):
         self.betas = betas
-        self.groups = [(g, [torch.zeros_like(p) for p in g["params"]]) for g in groups]
+        self.param_groups = groups
+        self.moments = [[torch.zeros_like(p) for p in g["params"]] for g in groups]
 
     @torch.no_grad()
     def step(self):
         b1, b2 = self.betas
-        for group, moments in self.groups:
+        for group, moments in zip(self.param_groups, self.moments, strict=True):
             for p, m in zip(group["params"], moments, strict=True):
                 update = torch.sign(b1 * m + (1 - b1) * p.grad)
                 p -= group["lr"] * (update + group["weight_decay"] * p)

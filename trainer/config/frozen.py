@@ -142,10 +142,12 @@ def may_resume(
 
 
 def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
-    """True if `new` is only longer: the warm-up is the same, and neither decay has begun."""
+    """True if `new` is only longer: the warm-up is the same, neither decay has begun, and weight
+    decay doesn't follow from the length."""
     return (
         old.schedule == new.schedule
         and new.schedule.kind in ("wsd", "constant")
+        and new.optimizer.final_weight_decay == 1
         and new.total_steps >= old.total_steps
         and old.steps_of(old.schedule.warmup) == new.steps_of(new.schedule.warmup)
         and at_step <= min(old.decay_begins, new.decay_begins)

@@ -46,6 +46,18 @@ def learning_rate(
     return schedule.final + (1 - schedule.final) * left
 
 
+def decay_multiplier(optimizer: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Return the weight decay of update `step` (from 0) as a fraction of optimizer.weight_decay:
+    linear from 1 to `final_weight_decay`, which belongs to step `total_steps`, as the rate's
+    `final` does.
+
+    Each update multiplies a weight by 1 - rate * decay, so that a rate that falls lowers what decay
+    does by itself. nanochat (Karpathy 2025, scripts/base_train.py) lets Muon's decay fall to 0.
+    """
+    final = optimizer.final_weight_decay
+    return 1 - (1 - final) * min(1.0, step / total_steps)
+
+
 @dataclass
 class Group:
     """Parameters that the optimizer updates with the same settings. eps: of AdamW. parts: ranks

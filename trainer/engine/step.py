@@ -73,6 +73,7 @@ class Engine:
         # At stage 0 in bf16, DeepSpeed makes a step while it is built; at rate 0 nothing moves.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
+            group["peak_weight_decay"] = group.get("weight_decay", 0.0)
         with shown_to_deepspeed(model, optimizer.param_groups):
             self._deepspeed = _under_deepspeed(world, model, optimizer)
         self.module: nn.Module = self._deepspeed.module
@@ -113,12 +114,14 @@ class Engine:
         multiplier: float,
         may_apply: Callable[[float, float], bool] = is_finite,
         before_update: Callable[[Any, Tensor], None] | None = None,
+        decay: float = 1.0,
     ) -> Facts:
         """Make one optimizer step over this rank's micro-batches of `batch` (a data.stream.Batch).
 
-        multiplier: of every group's peak learning rate. may_apply: called on every rank with the
-        step's mean loss and gradient norm; the weights are updated if it returns True, as it must
-        on all ranks alike. before_update: receives the batch and the losses before the update.
+        multiplier: of every group's peak learning rate; decay: of its weight decay. may_apply:
+        called on every rank with the step's mean loss and gradient norm; the weights are updated if
+        it returns True, as it must on all ranks alike. before_update: receives the batch and the
+        losses before the update.
         """
         losses = self.backward(batch)
         self.mark("norm")
@@ -133,7 +136,7 @@ class Engine:
             return Facts(losses, norm, False, extra)
         clipped = self.clip is not None and norm > self.clip
         self.mark("update")
-        applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0)
+        applied = self.apply(multiplier, self.clip / norm if clipped and self.clip else 1.0, decay)
         if applied and self._counters() is not None:
             self.module.updated()  # type: ignore[operator]
         self.has_stepped = True
@@ -225,11 +228,12 @@ class Engine:
         square_sum, loss_sum = sums[:2].tolist()
         return loss_sum / targets, math.sqrt(square_sum) / self.layout.loss_scale
 
-    def apply(self, multiplier: float, factor: float = 1.0) -> bool:
+    def apply(self, multiplier: float, factor: float = 1.0, decay: float = 1.0) -> bool:
         """Update the weights. factor: multiplies the gradient (clipping). Return False if
         DeepSpeed's fp16 loss scaler skipped the update."""
         for group in self.param_groups:
             group["lr"] = group["peak_learning_rate"] * multiplier
+            group["weight_decay"] = group["peak_weight_decay"] * decay
         with torch.no_grad():
             self.layout.prepare_step(factor)
         self._deepspeed.step()

@@ -44,7 +44,7 @@ class Guard(Protocol):
 def train(
     engine: Engine,
     batches: Iterable[Batch],
-    learning_rate: Callable[[int], float],
+    multipliers: Callable[[int], tuple[float, float]],
     callbacks: Sequence[Callback],
     position: Position,
     phases: PhaseTimer,
@@ -52,7 +52,7 @@ def train(
     guard: Guard,
 ) -> tuple[Position, bool]:
     """Train over `batches` from `position`. Return the position at the end, and True if some rank
-    was asked to stop.
+    was asked to stop. multipliers: of peak learning rates and of weight decay, by step.
 
     Raises Rollback or Halt if the guard or a callback does. Earlier steps are logged first;
     `exc.position` is the last good one.
@@ -62,11 +62,13 @@ def train(
     try:
         with _garbage_held() as collect:
             for batch in phases.each("data", batches):
-                rate = learning_rate(batch.step)
+                rate, decay = multipliers(batch.step)
                 phases.step = batch.step + 1
                 guard.begin(batch)
                 with phases("compute"):
-                    facts = engine.train_step(batch, rate, guard.may_apply, guard.before_update)
+                    facts = engine.train_step(
+                        batch, rate, guard.may_apply, guard.before_update, decay
+                    )
                 guard.end()
                 position = _after(position, batch)
                 step = Step(

@@ -23,7 +23,7 @@ from forescale.engine.build import build_engine, check_world, partition_of
 from forescale.engine.compilation import compilation
 from forescale.engine.deepspeed_config import deepspeed_config
 from forescale.engine.determinism import as_refused, use_kernels
-from forescale.engine.optim import learning_rate
+from forescale.engine.optim import decay_multiplier, learning_rate
 from forescale.engine.optimizers.uncompiled import without_compiler
 from forescale.engine.step import Engine
 from forescale.engine.world import World, join
@@ -209,7 +209,7 @@ class Trainer:
                 position, stopped = train(
                     self.engine,
                     batches,
-                    self._learning_rate,
+                    self._multipliers,
                     parts.callbacks,
                     position,
                     self.phases,
@@ -262,9 +262,10 @@ class Trainer:
     def _new_attempt(self) -> Attempt:
         return Attempt(Path(self.world.from_main(lambda: str(self.run.new_attempt().path))))
 
-    def _learning_rate(self, step: int) -> float:
-        job = self.job
-        return learning_rate(job.schedule, step, job.total_steps, job.tokens_per_step)
+    def _multipliers(self, step: int) -> tuple[float, float]:
+        job, total = self.job, self.job.total_steps
+        rate = learning_rate(job.schedule, step, total, job.tokens_per_step)
+        return rate, decay_multiplier(job.optimizer, step, total)
 
     def _report_numerics(self, point: ResumePoint) -> None:
         """Report what the run promises of its bits, and what has changed since the checkpoint that

@@ -171,6 +171,8 @@ def test_no_growth_where_the_past_would_differ():
     assert changed("train.steps=2000", base=cosine)[0] == ["train.steps"]
     longer_decay = changed("train.steps=2000", "schedule.decay=90 %", base=["train.steps=1000"])
     assert longer_decay[0] == ["train.steps", "schedule.decay"]
+    decaying = ["train.steps=1000", "optimizer.final_weight_decay=0"]
+    assert changed("train.steps=2000", base=decaying)[0] == ["train.steps"]
     constant = ["train.steps=1000", "schedule=constant"]
     assert changed("train.steps=2000", base=constant, at_step=1000)[0] == []
 

@@ -10,6 +10,7 @@ from forescale.config.sections.optimizer import OPTIMIZERS, OptimizerConfig
 from forescale.config.sections.training import ScheduleConfig
 from forescale.engine.optim import (
     build_optimizer,
+    decay_multiplier,
     learning_rate,
     parameter_groups,
 )
@@ -68,6 +69,13 @@ def test_a_longer_wsd_has_the_same_past(warmup, percent, total, more):
     for step in range(max(0, stable) + 1):
         before = learning_rate(schedule, step, total, TOKENS)
         assert before == learning_rate(schedule, step, total + more, TOKENS) or step < warmup
+
+
+def test_weight_decay_falls_in_a_line_or_stays():
+    falls = OptimizerConfig("adamw", final_weight_decay=0.2)
+    found = [decay_multiplier(falls, t, 100) for t in (0, 50, 99, 100, 120)]
+    assert found == pytest.approx([1, 0.6, 0.208, 0.2, 0.2])
+    assert {decay_multiplier(OptimizerConfig("adamw"), t, 100) for t in range(100)} == {1.0}
 
 
 def test_the_shapes():

@@ -43,7 +43,7 @@ class Engine:
     world: World = field(default_factory=Clock)
     made: int = 0
 
-    def train_step(self, batch, rate, may_apply, before_update):
+    def train_step(self, batch, rate, may_apply, before_update, decay):
         before_update(batch, torch.tensor([1.0]))
         applied = may_apply(1.0, 1.0)
         self.made += applied
@@ -98,7 +98,7 @@ def trained(engine, total, callbacks, asked=lambda: False):
     """What the loop returns after `total` healthy steps at a rate of 1 with these callbacks."""
     timer = PhaseTimer("startup")
     return train(
-        engine, batches(total), lambda t: 1.0, callbacks, Position(), timer, asked, Healthy()
+        engine, batches(total), lambda t: (1.0, 1.0), callbacks, Position(), timer, asked, Healthy()
     )
 
 

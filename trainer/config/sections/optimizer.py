@@ -119,6 +119,12 @@ class OptimizerConfig:
     )
     eps: float = key(1e-8, "AdamW: added to the root of the mean square", gt=0)
     weight_decay: float = key(0.1, "decoupled weight decay, of matrices only", ge=0)
+    final_weight_decay: float = key(
+        1.0,
+        "weight decay at the end, as a fraction of weight_decay, which changes linearly from the "
+        "first step on; 1: it stays",
+        ge=0,
+    )
     momentum: float | None = key(None, "muon: decay of the momentum", ge=0, lt=1)
     clip: float | None = key(1.0, "maximum norm of the gradient; null: no clipping", gt=0)
 
