@@ -18,6 +18,7 @@ from forescale.config.job import Find, Job, Problems
 from forescale.config.mesh import Mesh, expert_problems, mesh_problems
 from forescale.config.schema import TargetConfig, key, section
 from forescale.config.sections.data import DataConfig
+from forescale.config.sections.engine import MOST_ROUNDED_SUMS, EngineConfig, PrecisionConfig
 from forescale.config.sections.faults import problems as faults_problems
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.lora import problems as lora_problems
@@ -32,14 +33,7 @@ from forescale.config.sections.runtime import (
     ProfileConfig,
     ValidationConfig,
 )
-from forescale.config.sections.training import (
-    MOST_ROUNDED_SUMS,
-    EngineConfig,
-    PrecisionConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from forescale.config.sections.training import RunConfig, ScheduleConfig, TrainConfig
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
