@@ -139,7 +139,7 @@ def _rows(attempt, count: int) -> float:
     prices = Prices(full=6e6, causal=5e6, six_n=4e6, peak=1e12)
     rates = {"muon": 0.02, "decayed": 0.004, "undecayed": 0.004}
     memory = lambda: process.memory_info().rss  # noqa: E731
-    metrics = Metrics(attempt, prices, rates, line, [], memory, True)
+    metrics = Metrics(attempt, lambda step: (prices, prices), rates, line, [], memory, True)
     facts = Facts(torch.tensor([4.0]), 1.0, True)
     spent = {"data": 0.001, "compute": 0.06, "logging": 0.0002}
 

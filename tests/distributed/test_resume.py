@@ -81,6 +81,18 @@ def test_a_model_of_divided_experts_repeats_its_steps_bit_for_bit(dataset, tmp_p
     assert again == whole
 
 
+def test_a_run_whose_rows_grow_repeats_its_steps_bit_for_bit(dataset, tmp_path):
+    """Compiled, and resumed where rows are whole: it never met the shorter ones."""
+    command = (f"data.path={dataset}", *TWO, "engine=zero2", "train.compile=on", "train.steps=8")
+    command += ("train.first_length=8", "train.length_ramp=4", "data.document_mask=true")
+    command += ("checkpoint.every=5", "validation.every=8")
+    whole, again = launching.whole_and_repeated(tmp_path, *command, step=5)
+    assert again == whole
+    per_token = [row["flops_causal"] / row["tokens"] for row in launching.rows(tmp_path / "whole")]
+    assert sorted(per_token) == per_token
+    assert len({*per_token[:2]}) == 1 < len({*per_token[:4]})  # of shorter rows fewer FLOPs
+
+
 def test_a_decay_branches_off_a_run(dataset, tmp_path):
     """run.from: the branch keeps g, and repeats the trunk until its own decay begins."""
     trunk = ("run.name=trunk", f"data.path={dataset}", *LENGTH, "schedule=constant")

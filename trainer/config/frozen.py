@@ -24,6 +24,7 @@ from forescale.config.schema import (
     shown,
     unknown_key,
 )
+from forescale.config.sections.ramp import length_ramp
 from forescale.config.target import targets
 from forescale.config.train import TrainJob
 from forescale.config.yaml_text import read_yaml
@@ -142,13 +143,14 @@ def may_resume(
 
 
 def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
-    """True if `new` is only longer: the warm-up is the same, neither decay has begun, and weight
-    decay doesn't follow from the length."""
+    """True if `new` is only longer: warm-up and ramp are the same, neither decay has begun, and
+    weight decay doesn't follow from the length."""
     return (
         old.schedule == new.schedule
         and new.schedule.kind in ("wsd", "constant")
         and new.optimizer.final_weight_decay == 1
         and new.total_steps >= old.total_steps
         and old.steps_of(old.schedule.warmup) == new.steps_of(new.schedule.warmup)
+        and length_ramp(old) == length_ramp(new)
         and at_step <= min(old.decay_begins, new.decay_begins)
     )

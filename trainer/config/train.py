@@ -22,8 +22,9 @@ from forescale.config.sections.engine import MOST_ROUNDED_SUMS, EngineConfig, Pr
 from forescale.config.sections.faults import problems as faults_problems
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.lora import problems as lora_problems
-from forescale.config.sections.objective import ObjectiveConfig
+from forescale.config.sections.objective import ObjectiveConfig, objective_problems
 from forescale.config.sections.optimizer import OptimizerConfig
+from forescale.config.sections.ramp import length_ramp_notes, length_ramp_problems
 from forescale.config.sections.runtime import (
     CheckpointConfig,
     GuardConfig,
@@ -220,7 +221,7 @@ class TrainJob(Job):
 
     def notes(self) -> list[str]:
         """What a user should know although nothing is wrong; a sentence each."""
-        found = []
+        found = length_ramp_notes(self)
         if self.precision.kind == "fp16":
             found.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
         if self.precision.fp8 != "none":
@@ -253,65 +254,14 @@ class TrainJob(Job):
         elif self.precision.fp8 != "none":
             what = "multiplies the matrices of our models, and this is a class of your own"
             found.append(("precision.fp8", what, "leave it out"))
-        found += expert_problems(self, ranks) + self._objective_problems() + lora_problems(self)
+        found += expert_problems(self, ranks) + objective_problems(self) + lora_problems(self)
+        found += length_ramp_problems(self)
         if not has_length:
             return found  # the train section reports it; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
             found.append(("train.tokens", what, "train longer or lower train.global_batch"))
         return found + self._length_problems()
-
-    def _objective_problems(self) -> Problems:
-        """Rules of the objective with the model that it trains and the data that it reads."""
-        kind, layers = self.objective.kind, getattr(self.model, "encoder_layers", 0)
-        found: Problems = []
-        if self.validation.abilities and not self.continues_text:
-            what = f"a model of objective.kind={kind} continues no text"
-            if self.objective.spec.continues_text:
-                what = "are for a model that reads a text as one row and sees no later token"
-            found.append(("validation.abilities", what, "leave it out"))
-        has_source = bool(self.objective.spec.source)
-        has_one_row = self.objective.is_next_token or kind in ("responses", "preferences")
-        writes = has_one_row or (has_source and not layers)
-        if not getattr(self.model, "causal", True) and writes:
-            what = "a model that sees later tokens is shown the token that it must predict"
-            todo = "leave it out, or give objective.kind=masked, which hides its targets"
-            found.append(("model.causal", what, todo))
-        if getattr(self.model, "causal", False) and self.objective.spec.sees_both_sides:
-            what = f"objective {kind} is for a model that sees both sides"
-            found.append(("model.causal", what, "write model.causal=false"))
-        if layers and has_one_row:
-            what = "an encoder-decoder needs rows of a source and a target"
-            found.append(
-                ("model.encoder_layers", what, "write objective.kind=seq2seq, prefix or pairs")
-            )
-        if (columns := self.train.sequence_length) < (least := self.objective.spec.shortest):
-            what = f"{columns} columns are too few for a row of objective {kind}"
-            found.append(("train.sequence_length", what, f"give at least {least}"))
-        source = self.objective.pairs_source
-        if kind == "pairs" and source is not None and columns <= source:
-            what = f"{source} of {columns} columns leave none for the target"
-            found.append(("objective.pairs_source", what, f"give at most {columns - 1}"))
-        if self.data.document_mask and (has_source or self.objective.spec.whole):
-            what = f"a row of {kind} has no documents of its own, as a window has"
-            found.append(("data.document_mask", what, "leave it out"))
-        if self.data.packing == "best_fit" and not self.objective.is_next_token:
-            what = f"best_fit counts next tokens, not the targets of objective {kind}"
-            found.append(("data.packing", what, "write data.packing=windows"))
-        return found + (self._preference_problems() if self.objective.are_preferences else [])
-
-    def _preference_problems(self) -> Problems:
-        found: Problems = []
-        if not self.run.origin.run:
-            what = "preferences are learned beside a reference, the weights that a run begins with"
-            found.append(("run.from.run", what, "name the run to go on from"))
-        if getattr(self.model, "mtp_layers", 0):
-            what = "modules for later tokens would learn the rejected responses too"
-            found.append(("model.mtp_layers", what, "choose a model without them"))
-        if self.engine.sequence_parallel > 1:
-            what = "the loss of a preference needs whole responses, not a rank's columns of them"
-            found.append(("engine.sequence_parallel", what, "leave it out"))
-        return found
 
     def _batch_problems(self, mesh: Mesh) -> Problems:
         at_once = self.train.micro_batch * mesh.data

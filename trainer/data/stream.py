@@ -9,7 +9,7 @@ position in the data is the step that the consumer has taken, never what was pre
 (forescale.data.pipeline).
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from forescale.errors import UserError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The windows that one rank processes at once."""
+    """The windows that one rank processes at once, each a row, or cut into several (`cut`)."""
 
     index: int  # global inside the step
     tokens: torch.Tensor  # (micro_batch, L) int64; of preferences (2 * micro_batch, L)
@@ -37,6 +37,15 @@ class MicroBatch:
     # only with an objective whose model must know (its padding_mask).
     padding_mask: torch.Tensor | None = None
     references: torch.Tensor | None = None  # (micro_batch, 2) float32, see Feed; no argument
+
+    def cut(self, length: int) -> "MicroBatch":
+        """Return it with each window, of which it has nothing but tokens and targets and perhaps
+        documents, cut into rows of `length` targets: (micro_batch * L / length, length)."""
+        if length == self.tokens.shape[1]:
+            return self
+        documents = None if self.documents is None else self.documents.reshape(-1, length)
+        tokens, targets = self.tokens.reshape(-1, length), self.targets.reshape(-1, length)
+        return replace(self, tokens=tokens, targets=targets, documents=documents)
 
     def pinned(self) -> "MicroBatch":
         """Return it in pinned memory, from which a copy to a GPU does not wait."""
@@ -130,12 +139,14 @@ def stream(
     agree: Agree | None = None,
     log: Log = lambda sentence: None,
     pin: bool = False,
+    length: Callable[[int], int] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's batches of `steps`, the first of which begins at sample g.
 
     workers, agree, log: see `prefetched`. quarantine: members that are known to be damaged. Errors
     of reading are raised here, at the step that they belong to. Closing the generator ends the
-    workers. pin: give pinned tensors, for a GPU.
+    workers. pin: give pinned tensors, for a GPU. length: targets of a row by step, into which
+    windows are cut; None: a row is a window.
     """
 
     def plan() -> Iterator[tuple[int, list[Interval]]]:
@@ -151,6 +162,8 @@ def stream(
         step, samples = job
         rows = feed.read(share.of(samples), known, on_read)
         micro = _micro_batches(rows, share, feed.objective)
+        if length is not None:
+            micro = [m.cut(length(step)) for m in micro]
         return Batch(
             step=step,
             g0=samples[0][0],

@@ -17,7 +17,7 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 
 # Of one function in torch's cache, which all blocks share: each kind of block is one, in training
-# and in evaluation, with and without a mask.
+# and in evaluation, with and without a mask, at each length of rows.
 _VERSIONS = 64
 
 
@@ -70,6 +70,17 @@ def keep_to(budget: float | None) -> None:
     functorch.activation_memory_budget = 1.0 if budget is None else budget
 
 
+def fix_sizes() -> None:
+    """Let the compiler make graphs of fixed sizes alone, for each size of rows its own. Left alone,
+    it makes one for all sizes when it meets a second; a run that was resumed after it has met but
+    one, and would compute other last bits.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.automatic_dynamic_shapes = False
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
+
+
 def reuse_graphs() -> None:
     """Let the compiler take from its cache on disk graphs that have an autograd.Function, as our
     loss is one; left alone, torch divides them into forward and backward again in each process, 2 s
@@ -109,9 +120,6 @@ def compile_parts(model: nn.Module, backend: str = "inductor") -> bool:
     own = getattr(type(model), "compiled_parts", None)
     if own is None:
         return False
-    import torch._dynamo.config as dynamo
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
     for part in own(model):
         # Not the call: DeepSpeed's hooks, which gather and release weights, stay outside.
         part.forward = torch.compile(part.forward, backend=backend)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.engine.compilation import compile_parts, keep_to, reuse_graphs
+from forescale.engine.compilation import compile_parts, fix_sizes, keep_to, reuse_graphs
 from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import shown_to_deepspeed
@@ -103,6 +103,7 @@ class Engine:
         """Compile the model's forward (and so its backward) in place: each of its parts alone, or
         the model as a whole. budget: see compilation.keep_to."""
         set_compiler_mode()
+        fix_sizes()
         keep_to(budget)
         reuse_graphs()
         if not (by_part and compile_parts(self.module)):

@@ -73,7 +73,13 @@ def first_config(
             origin,
             run=replace(origin.run, origin=OriginConfig(what="weights")),
             train=replace(
-                origin.train, steps=_OPEN, tokens=None, global_batch=batch, micro_batch=each
+                origin.train,
+                steps=_OPEN,
+                tokens=None,
+                first_length=None,
+                length_ramp=None,
+                global_batch=batch,
+                micro_batch=each,
             ),
             data=DataConfig(
                 cache=origin.data.cache, workers=origin.data.workers, damaged=origin.data.damaged

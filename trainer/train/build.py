@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import psutil
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
 from forescale.config.schema import plain
+from forescale.config.sections.ramp import length_ramp
 from forescale.config.target import make
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
@@ -165,6 +166,7 @@ class Builder:
             agree=world.union_in_background(LostMember) if shared else None,
             log=log,
             pin=world.device.type == "cuda",
+            length=length_ramp(job).length,
         )
 
     def _guard(
@@ -190,14 +192,13 @@ class Builder:
             known = complete(self.run, num_parameters(self.engine), device_name(world))
             trackers = open_trackers(job.logging, self.run.path, known, plain(job), position.step)
         peak = peak_flops(world, job.logging.peak_flops, job.precision.kind)
-        prices = prices_of(job, self.model)
+        each = 1.0
         if not job.objective.is_next_token:  # rows count targets, of which a window then has fewer
             columns = job.train.sequence_length * job.objective.spec.rows
             each = columns / targets_of_a_window(job, feed)
-            prices = {convention: each * flops for convention, flops in prices.items()}
         return Metrics(
             attempt,
-            Prices(**prices, peak=peak * world.size),
+            self._prices(each, peak * world.size),
             {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups},
             ProgressLine(
                 self._every(job.logging.every), total, position.step, main, job.objective.counted
@@ -209,6 +210,25 @@ class Builder:
             self.prediction,
             job.objective.spec.targets,
         )
+
+    def _prices(self, each: float, peak: float) -> Callable[[int], tuple[Prices, Prices]]:
+        """Return what Metrics takes as `prices`. each: tokens of a target; peak: see Prices."""
+        ramp = length_ramp(self.job)
+
+        @cache
+        def of(length: int) -> Prices:
+            found = prices_of(self.job, self.model, length)
+            return Prices(**{name: each * flops for name, flops in found.items()}, peak=peak)
+
+        def prices(step: int) -> tuple[Prices, Prices]:
+            shares = ramp.shares(step)
+            full, causal, six_n = (
+                sum(share * getattr(of(length), name) for length, share in shares)
+                for name in ("full", "causal", "six_n")
+            )
+            return of(ramp.length(step - 1)), Prices(full, causal, six_n, peak)
+
+        return prices
 
     def _own(self, attempt: Attempt, rollbacks_left: int) -> list[Own]:
         """The callbacks of the user's own."""

@@ -49,6 +49,7 @@ class Prices:
 class Metrics(Callback):
     """Writes the rows of this attempt and shows progress, on rank 0; on the others it does nothing.
 
+    prices: returns those of the targets of a step (from 1), and the mean of all up to it.
     peak_rates: peak learning rate of each parameter group; memory: returns bytes; lost: the members
     already reported as damaged; prediction: what the final validation loss is compared with;
     targets: what validation losses are of, if not of tokens: the rows name it as `scored`.
@@ -57,7 +58,7 @@ class Metrics(Callback):
     def __init__(
         self,
         attempt: Attempt,
-        prices: Prices,
+        prices: Callable[[int], tuple[Prices, Prices]],
         peak_rates: dict[str, float],
         line: "ProgressLine",
         trackers: list[Tracker],
@@ -87,6 +88,7 @@ class Metrics(Callback):
         p, tokens, seconds = step.position, step.targets, step.seconds
         busy = seconds.get("compute", 0.0) + seconds.get("data", 0.0)
         rate = tokens / busy if busy else 0.0
+        now, mean = self.prices(p.step)
         return {
             "kind": "train",
             "step": p.step,
@@ -96,15 +98,15 @@ class Metrics(Callback):
             "tokens": p.tokens,
             "shares": step.shares,
             "tokens_hash": summary.tokens_hash,
-            "flops_causal": self.prices.causal * p.tokens,
-            "flops_full": self.prices.full * p.tokens,
-            "flops_6nd": self.prices.six_n * p.tokens,
+            "flops_causal": mean.causal * p.tokens,
+            "flops_full": mean.full * p.tokens,
+            "flops_6nd": mean.six_n * p.tokens,
             "loss": sum(summary.losses) / tokens,  # added in the global order of micro-batches
             "grad_norm": step.facts.grad_norm,
             "applied": step.facts.applied,
             "learning_rate": {k: v * step.learning_rate for k, v in self.peak_rates.items()},
             "tokens_per_second": rate,
-            "mfu": self.prices.full * rate / self.prices.peak,
+            "mfu": now.full * rate / now.peak,
             "memory_bytes": self.memory(),
             "seconds": {k: round(v, 6) for k, v in seconds.items()},
             **({"quarantined": p.quarantined} if p.quarantined else {}),

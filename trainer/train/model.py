@@ -79,9 +79,10 @@ def _build_target(config: TargetConfig, vocab_size: int, sequence_length: int) -
     return model
 
 
-def prices_of(job: TrainJob, model: nn.Module) -> dict[str, float]:
-    """Return the FLOPs per token, forward and backward, by each convention of metrics.Prices."""
-    length = job.train.sequence_length
+def prices_of(job: TrainJob, model: nn.Module, length: int | None = None) -> dict[str, float]:
+    """Return the FLOPs per token, forward and backward, by each convention of metrics.Prices.
+    length: targets of a row; None: of a window."""
+    length = length or job.train.sequence_length
     if isinstance(job.model, ModelConfig):
         config, lora = job.model, job.lora
         full = lora.flops_per_token(config, length)

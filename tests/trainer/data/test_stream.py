@@ -282,3 +282,19 @@ def test_validation_windows_cover_the_split_evenly(dataset, world, limit):
     chosen = places if limit is None else [places[i * len(places) // limit] for i in range(limit)]
     found = [w for w in _windows(every) if len(w) > 1]
     assert found == [split.read(*place).tolist() for place in chosen]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_shorter_rows_hold_the_windows_of_whole_ones(split, documents):
+    feed, share = make_feed({"data": split}, 64, 3, 2, documents=documents), StepShare(4, 2)
+    (whole,) = stream(feed, share, range(1), 0)
+    (cut,) = stream(feed, share, range(1), 0, length=lambda step: 16)
+    assert (cut.g1, cut.targets, cut.window_hash) == (whole.g1, whole.targets, whole.window_hash)
+    for ours, theirs in zip(cut.micro, whole.micro, strict=True):
+        for name in ("tokens", "targets", "documents"):
+            rows, windows = getattr(ours, name), getattr(theirs, name)
+            if windows is None:
+                assert rows is None
+                continue
+            assert rows.shape == (8, 16)
+            assert torch.equal(rows.view(2, 64), windows)

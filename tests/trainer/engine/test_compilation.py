@@ -13,6 +13,7 @@ from forescale.engine.compilation import (
     compilation,
     compile_parts,
     compiler_missing,
+    fix_sizes,
     keep_to,
     reuse_graphs,
 )
@@ -101,6 +102,22 @@ def test_parts_give_gradients_early_and_equal_those_without(change):
     assert [n - found[0] for n in found] == [sum(behind[:i]) for i in range(3)]
     for p, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_another_length_have_graphs_of_their_own():
+    torch._dynamo.reset()
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)][-1])
+        return graph
+
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+        fix_sizes()
+        double = torch.compile(lambda rows: rows + rows, backend=backend)
+        for length in (4, 8, 16, 8):
+            double(torch.ones(2, length))
+    assert sizes == [(2, 4), (2, 8), (2, 16)]
 
 
 @pytest.mark.slow  # seconds each

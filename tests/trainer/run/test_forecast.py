@@ -184,7 +184,16 @@ def metrics(tmp_path):
         prices = Prices(full=6.0, causal=5.0, six_n=4.0, peak=1.0)
         attempt = Run(tmp_path / "run").new_attempt()
         predicted = prediction_interval_of(job(write(tmp_path / "f")))
-        return Metrics(attempt, prices, {}, line, [], lambda: 1, is_main, prediction=predicted)
+        return Metrics(
+            attempt,
+            lambda step: (prices, prices),
+            {},
+            line,
+            [],
+            lambda: 1,
+            is_main,
+            prediction=predicted,
+        )
 
     return make
 

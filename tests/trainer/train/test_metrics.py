@@ -43,7 +43,9 @@ def metrics(tmp_path):
         line = ProgressLine(Every(length, length.steps(20, TOTAL), TOTAL), TOTAL, 0, is_main)
         prices = Prices(full=600.0, causal=500.0, six_n=400.0, peak=1e6)
         rates = {"muon": 0.02, "decayed": 0.004}
-        return Metrics(attempt, prices, rates, line, [Tracker()], lambda: 4096, is_main)
+        return Metrics(
+            attempt, lambda step: (prices, prices), rates, line, [Tracker()], lambda: 4096, is_main
+        )
 
     return make
 

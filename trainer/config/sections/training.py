@@ -73,6 +73,15 @@ class TrainConfig:
         None, "length in tokens for each parameter of the layers, instead of train.tokens", gt=0
     )
     sequence_length: int = key(256, "targets per window; a window has one token more", ge=1)
+    first_length: int | None = key(
+        None,
+        "targets per row at first: windows are cut into rows of so many, which double up to "
+        "sequence_length over length_ramp; null: windows are never cut",
+        ge=1,
+    )
+    length_ramp: Duration | None = key(
+        None, "length of the run over which rows grow from first_length; each length as long"
+    )
     global_batch: int = key(
         8, "windows per optimizer step, over all ranks; 0: by the length in tokens", ge=0
     )
@@ -150,10 +159,31 @@ class TrainConfig:
         if self.activation_memory_budget is not None and self.compile == "off":
             what, todo = "is for blocks that are compiled", "leave it out, or train.compile=off"
             found.append(("activation_memory_budget", what, todo))
+        found += self._ramp_problems()
         if self.global_batch % self.micro_batch:
             what = f"{self.global_batch} windows are not a multiple of the micro-batch"
             todo = "change train.global_batch or train.micro_batch"
             found.append(("global_batch", f"{what}, {self.micro_batch}", todo))
+        return found
+
+    def _ramp_problems(self) -> Problems:
+        first, last, ramp = self.first_length, self.sequence_length, self.length_ramp
+        if (first is None) != (ramp is None):
+            missing = "first_length" if first is None else "length_ramp"
+            like = str(max(1, last // 4)) if first is None else "'20 %'"
+            todo = f"set train.{missing}, such as {like}, or leave the other out"
+            return [(missing, "rows that grow need a first length and a ramp", todo)]
+        if first is None or ramp is None:
+            return []
+        found: Problems = []
+        if last % first or (last // first).bit_count() != 1:
+            what = f"rows of {first} targets can't be doubled to train.sequence_length={last}"
+            near = [last // 2**n for n in (3, 2, 1) if last % 2**n == 0]
+            found.append(("first_length", what, f"choose one of {', '.join(map(str, near))}"))
+        if ramp.unit == "seconds":
+            todo = "write it in steps, tokens or percent"
+            what = "must not be a wall time, on which the trajectory would depend"
+            found.append(("length_ramp", what, todo))
         return found
 
 

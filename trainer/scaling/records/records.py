@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from forescale.abilities.columns import parsed
+from forescale.config.sections.ramp import length_ramp
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Dataset
 from forescale.errors import UserError
@@ -85,8 +86,8 @@ def record(run: Run) -> dict[str, Any] | Refused:
     return {
         "name": run.name,
         **{f"parameters_{n}": getattr(sizes, n) for n in SIZES},
-        "flops_causal": last["tokens"] * flops_per_token(job.model, length, causal=True),
-        "flops_full": last["tokens"] * flops_per_token(job.model, length),
+        "flops_causal": last["tokens"] * _flops(job, last["step"], causal=True),
+        "flops_full": last["tokens"] * _flops(job, last["step"], causal=False),
         "flops_6nd": last["tokens"] * flops_6n(job.model),
         "tokens": last["tokens"],
         **_read(status, dataset["sources"]),
@@ -106,6 +107,13 @@ def record(run: Run) -> dict[str, Any] | Refused:
         "trunk": job.run.origin.run or run.name,
         **_made_by(status, identity.get("versions", {})),
     }
+
+
+def _flops(job: TrainJob, steps: int, causal: bool) -> float:
+    """Return the FLOPs of a token, on average over the first `steps` steps."""
+    assert isinstance(job.model, ModelConfig)
+    shares = length_ramp(job).shares(steps)
+    return sum(share * flops_per_token(job.model, length, causal) for length, share in shares)
 
 
 def _definition(job: TrainJob, scored: Mapping[str, Any], data: str) -> str:

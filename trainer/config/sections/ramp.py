@@ -1,0 +1,86 @@
+"""How long the rows are that a model reads at each step: windows may be cut into shorter ones at
+first (`train.first_length`, `train.length_ramp`).
+
+Invariant: a pure function of the config and the step. The windows of a step stay those of a run
+without a ramp, and so do their tokens; only what a token sees of the ones before it changes.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from forescale.config.job import Problems
+from forescale.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from forescale.config.train import TrainJob
+
+
+@dataclass(frozen=True)
+class LengthRamp:
+    """Rows of `first` targets that double up to `last` in the course of `steps` steps, each length
+    for equally many. `last` is `first` times a power of two."""
+
+    first: int
+    last: int
+    steps: int
+
+    def length(self, step: int) -> int:
+        """Return the targets of a row at `step` (from 0)."""
+        if step >= self.steps:
+            return self.last
+        return self.first << self._doublings * step // self.steps
+
+    @property
+    def _doublings(self) -> int:
+        return (self.last // self.first).bit_length() - 1
+
+    def shares(self, steps: int) -> list[tuple[int, float]]:
+        """Return the lengths of the first `steps` steps, each with its share of them; of no step,
+        the first length."""
+        if not self.steps or not steps:
+            return [(self.length(0), 1.0)]
+        n = self._doublings
+        ends = [-(-self.steps * i // n) for i in range(1, n + 1)]
+        bounds = [min(steps, end) for end in (0, *ends, steps)]
+        counts = [(self.first << i, b - a) for i, (a, b) in enumerate(pairwise(bounds)) if b > a]
+        return [(length, count / steps) for length, count in counts]
+
+
+def length_ramp(job: "TrainJob") -> LengthRamp:
+    """Return the job's ramp, whose `steps` are 0 if it has none."""
+    last, first, ramp = job.train.sequence_length, job.train.first_length, job.train.length_ramp
+    if first is None or ramp is None:
+        return LengthRamp(last, last, 0)
+    return LengthRamp(first, last, job.steps_of(ramp) or 0)
+
+
+def length_ramp_problems(job: "TrainJob") -> Problems:
+    """Return what is wrong with a job's ramp, which is in order by itself (see TrainConfig)."""
+    train, found = job.train, []
+    if train.first_length is None:
+        return []
+    name, kind = "train.first_length", job.objective.kind
+    if not job.objective.is_next_token:
+        found.append((name, f"objective {kind} can't cut its rows", "leave it out"))
+    if job.data.packing == "best_fit":
+        what = "best_fit packs whole documents, which shorter rows would cut"
+        found.append((name, what, "leave it out, or write data.packing=windows"))
+    if job.engine.sequence_parallel > 1:
+        what = "ranks that divide a window's tokens divide them at one length alone"
+        found.append((name, what, "leave it out, or engine.sequence_parallel"))
+    if isinstance(job.model, ModelConfig):
+        for key, what, todo in job.model.problems(sequence_length=train.first_length):
+            found.append((f"model.{key}", f"at train.first_length: {what}", todo))
+    return found
+
+
+def length_ramp_notes(job: "TrainJob") -> list[str]:
+    """Return what a user should know of a job's ramp, in no or one sentence."""
+    ramp = length_ramp(job) if job.train.first_length and job.train.has_length else None
+    if ramp is None or not ramp.steps:
+        return []
+    return [
+        f"Windows of {ramp.last:,} tokens are cut into rows of {ramp.first:,} at first, and are "
+        f"whole from step {ramp.steps + 1:,} on; a plan prices whole ones."
+    ]
