@@ -15,6 +15,7 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.run.start import embedded_vocabulary, open_sources
 from forescale.scaling.config import StudyJob
+from forescale.scaling.design.cells import Cell
 from forescale.scaling.design.plan import Grid, StudyPlan, explicit, isoflop_grid, ladder
 from forescale.scaling.design.recipe import RecipeGrid, recipes_of
 from forescale.scaling.design.recipe_file import read_recipes
@@ -175,23 +176,37 @@ def _stages(made: StudyPlan) -> Table:
 
 
 def _cells(made: StudyPlan) -> Table:
-    """Every run; those of a draft stage with ~ before what may still change."""
-    names = ("run", "role", "N", "layers x width", "tokens", "D/N", "steps", "batch", "rate")
+    """Every run, or of recipes, which have the same runs at each budget, a row a recipe and budget;
+    those of a draft stage with ~ before what may still change."""
+    are_recipes = made.kind == "recipes"
+    second = "runs" if are_recipes else "role"
+    names = ("run", second, "N", "layers x width", "tokens", "D/N", "steps", "batch", "rate")
     rows = table(*names, "FLOPs", left=("run", "role"))
     for stage in made.stages:
         about = "" if stage.exact else "~"
         for c in stage.cells:
+            if are_recipes and c.role != "grid":
+                continue
+            alike = [other for other in stage.cells if other.cell_of == c.name]
             s = c.shape.model.sizes
             rows.add_row(
                 c.name,
-                c.role,
+                str(len(alike)) if are_recipes else c.role,
                 f"{about}{c.shape.parameters:,}",
                 f"{s.num_layers} x {s.width}",
                 f"{about}{c.tokens:,}",
                 f"{c.tokens / c.shape.parameters:.0f}",
                 f"{c.steps:,}",
                 str(c.global_batch),
-                "pending" if c.waits_for else f"{about}{c.learning_rate:.2g}",
+                _rates(alike if are_recipes else [c], about),
                 f"{about}{c.cost:.2e}",
             )
     return rows
+
+
+def _rates(cells: list[Cell], about: str) -> str:
+    """Return the learning rates of cells, as far as they are known."""
+    known = sorted({c.learning_rate for c in cells if not c.waits_for})
+    if len(known) > 1:
+        return f"{about}{known[0]:.2g} to {known[-1]:.2g}"
+    return f"{about}{known[0]:.2g}" if known else "pending"

@@ -148,3 +148,12 @@ def test_a_key_of_the_study_is_refused_in_a_recipe(tmp_path, monkeypatch, capsys
         "schedule.decay", "schedule.kind", "schedule.warmup",
     ]  # fmt: skip
     assert "schedule.decay=50 %" in given
+
+
+def test_a_printed_plan_has_a_row_for_each_recipe_and_budget(small_data, tmp_path, capsys):
+    shared = ["--", f"data.path={small_data}", "optimizer=adamw"]
+    assert cli.main(["study", "plan", f"studies={tmp_path}", "study=printed", *PLAN, *shared]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = {words[0]: words[1] for words in rows if words and words[0][:2] in ("b1", "b2", "b5")}
+    of_two = {f"b2-{name}": "5" for name in ("base", "muon", "no-decay", "lion")}
+    assert found == {"b1-base": "5", **of_two, "b5-base": "5"}
