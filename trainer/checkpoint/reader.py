@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from forescale.engine.portable.fragments import FragmentReader
 
 Report = Callable[..., None]
+Tick = Callable[[int], None]
 FORMAT = 3
 STATE = "state.json"
 _RESTORE = "restore the checkpoint, or choose another"
@@ -259,10 +260,12 @@ def _first_look(run: Run, step: int) -> tuple[list[str], bool]:
     return [], run.is_eligible(checkpoint.attempt, step)
 
 
-def find_faults(path: Path, ranks: Ranks, afresh: bool = False) -> list[str]:
+def find_faults(
+    path: Path, ranks: Ranks, afresh: bool = False, tick: Tick = lambda n: None
+) -> list[str]:
     """Check every byte of a published directory against its table, each rank a share of the files;
-    return the faults of all ranks on every rank. afresh: as in storage.hash_file."""
-    mine = partial(check_table, path, part=(ranks.rank, ranks.size), afresh=afresh)
+    return the faults of all ranks on every rank. afresh, tick: as in storage.hash_file."""
+    mine = partial(check_table, path, tick, part=(ranks.rank, ranks.size), afresh=afresh)
     found = ranks.together(mine, path)
     return list(dict.fromkeys(fault for faults in found for fault in faults))
 
@@ -292,9 +295,9 @@ def open_readable(path: Path) -> Checkpoint | None:
         return None
 
 
-def verified(path: Path | str, ranks: Ranks = ALONE) -> Checkpoint:
-    """Return the checkpoint at a path, every byte verified. Called as `newest_complete`. Raises
-    UserError if it is damaged."""
-    if faults := find_faults(Path(path), ranks):
+def verified(path: Path | str, ranks: Ranks = ALONE, tick: Tick = lambda n: None) -> Checkpoint:
+    """Return the checkpoint at a path, every byte verified. Called as `newest_complete`. tick: as
+    in storage.hash_file, from several threads. Raises UserError if it is damaged."""
+    if faults := find_faults(Path(path), ranks, tick=tick):
         raise UserError(str(path), f"damaged ({faults[0]})", "choose another step")
     return Checkpoint(path)

@@ -4,7 +4,6 @@ Invariant: the directory appears complete, by one rename, or not at all. What ca
 refused before anything is written. One tensor is in memory at a time; weights keep their bits.
 """
 
-import errno
 import hashlib
 import re
 import sys
@@ -28,10 +27,10 @@ from forescale.models.flops import shapes
 from forescale.models.hf import FAMILIES
 from forescale.models.hf.pieces import Piece, config_of, pieces_of
 from forescale.progress import Meter, Progress, shown, silent
-from forescale.run.directory import Run
+from forescale.run.directory import Run, expect_free, new_run
 from forescale.run.identity import code_and_id
 from forescale.run.start import versions
-from forescale.storage import cache_directory, staged, write_checked_json, write_file
+from forescale.storage import cache_directory, write_checked_json, write_file
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def import_hf(
     `end_of_text`: the token that ends a document; None: as data.tokenizer.end_of_text finds it.
     Raises UserError if the run exists, or if a part of the model can't be carried.
     """
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise UserError(str(run.path), "exists already", "choose another name")
+    expect_free(run)
     theirs = HfDirectory(source)
     model = _model_of(theirs)
     parts = list(_parts(theirs, model))
@@ -69,20 +67,12 @@ def import_hf(
     numbers, size = sum(p.described.numel() for p in parts), sum(p.size for p in parts)
     found = Imported(run, architecture, model, numbers, size)
     meter = Meter(progress, "import weights", size, "bytes")
-    try:
-        with staged(run.path.resolve()) as stage:
-            stage.chmod(job.run.mode)
-            new = Run(stage)
-            write_weights(new, parts, lambda size: meter(size, 0))
-            write_file(new.tokenizer, vocabulary.raw)
-            write_checked_json(new.imported, theirs.small_files)
-            write_checked_json(new.identity, _identity(found, source, vocabulary))
-            write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
-    except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        what = "another command has made it at the same moment"
-        raise UserError(str(run.path), what, "choose another name") from None
+    with new_run(run, job.run.mode) as new:
+        write_weights(new, parts, lambda size: meter(size, 0))
+        write_file(new.tokenizer, vocabulary.raw)
+        write_checked_json(new.imported, theirs.small_files)
+        write_checked_json(new.identity, _identity(found, source, vocabulary))
+        write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
     meter.end()
     return found
 

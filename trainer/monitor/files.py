@@ -36,7 +36,7 @@ def check_identity(found: Findings, run: Run) -> tuple[TrainJob | None, dict[str
     identity = _read(found, run.identity, read_json, has_checksum)
     if identity is not None and not isinstance(identity.get("dataset"), dict):
         found.faults.append(f"{run.identity}: has no section dataset")
-    for path in (run.imported, run.chat, run.references):
+    for path in (run.imported, run.averaged, run.chat, run.references):
         if path.exists():
             _read(found, path, read_json, has_checksum)
     needs_reference = job is not None and job.objective.are_preferences and run.checkpoint_steps()

@@ -95,7 +95,7 @@ def _cells(s: Status, job: "Job | None", end: "EarlyEnd | None") -> dict[str, st
     found = {
         "state": state_of(s, job, end),
         "attempt": str(s.attempts[-1].number) if s.attempts else "-",
-        **({} if s.state == "imported" else steps),
+        **({} if s.run.weights_alone else steps),
         "bits/byte": f"{last['bits_per_byte']:.4f}" if last and "bits_per_byte" in last else "-",
         "ETTR": "0.00",  # as wide as the number, which is added if there is room for it
         "saved": f"{span(s.now - s.saved)} ago" if s.saved else "-",

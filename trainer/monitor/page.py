@@ -36,6 +36,7 @@ _COLOURS = {
     "running": "green",
     "complete": "cyan",
     "imported": "cyan",
+    "averaged": "cyan",
     "interrupted": "yellow",
     "queued": "yellow",
     "crashed": "red",
@@ -65,6 +66,13 @@ def _coloured(state: str) -> str:
     return f"[{_COLOURS[state]}]{state}[/]" if state in _COLOURS else state
 
 
+def _averaged(run: Run) -> str:
+    """Return of which run and steps the averaged weights of a run are."""
+    stored = read_json(run.averaged)
+    steps = ", ".join(str(each["step"]) for each in stored["checkpoints"])
+    return f", the mean of {stored['run']} at steps {steps}"
+
+
 def show_run(
     s: Status,
     console: Console,
@@ -77,8 +85,10 @@ def show_run(
     s.job_runs = runs_now(job)
     total, state = s.job.total_steps, state_of(s, job, end)
     loss = f", loss {s.last['loss']:.4f}" if s.last else ""
-    if s.state == "imported":
-        console.print(f"[bold]{escape(str(s.run.path))}[/]: {state}; runs begin with its weights")
+    if s.run.weights_alone:
+        source = escape(_averaged(s.run)) if s.state == "averaged" else ""
+        name = escape(str(s.run.path))
+        console.print(f"[bold]{name}[/]: {state}{source}; runs begin with its weights")
         return _show_checkpoints(s, console)
     read = f"{s.tokens:,} {s.job.objective.counted}"
     console.print(

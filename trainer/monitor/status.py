@@ -30,7 +30,7 @@ from forescale.run.directory import Attempt, Run
 from forescale.run.rows import Row, read_rows, select
 from forescale.run.scores import is_evaluated
 
-State = Literal["new", "imported", "running", "interrupted", "crashed", "complete"]
+State = Literal["new", "imported", "averaged", "running", "interrupted", "crashed", "complete"]
 _PATIENCE = 60.0  # seconds, besides twice the longest step with its evaluation and save
 
 
@@ -174,13 +174,13 @@ class Status:
         return self._state[1]
 
     def _judge(self) -> State:
-        """new: no attempt yet. imported: it holds imported weights, for others to begin with.
+        """new: no attempt yet. imported, averaged: it holds such weights, for others to begin with.
         complete: the last step is saved and evaluated. interrupted: the newest attempt recorded its
         end, or saved its last step. running: its files grew lately, by its own pace. crashed: none
         of these, and steps are lost.
         """
-        if self.run.is_import:
-            return "imported"
+        if how := self.run.weights_alone:
+            return how
         saved = max((c.position.step for c in self.checkpoints if self.is_eligible(c)), default=0)
         if saved >= self.job.total_steps and self._is_evaluated(self.job.total_steps):
             return "complete"

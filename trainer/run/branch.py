@@ -54,8 +54,8 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
         raise UserError("run.from", what, todo)
     if origin.what == "weights":
         return
-    if run.is_import:
-        what = f"{origin.run} holds imported weights alone, no optimizer state and no place in data"
+    if how := run.weights_alone:
+        what = f"{origin.run} holds {how} weights alone, no optimizer state and no place in data"
         raise UserError("run.from", what, "write run.from.what=weights")
     stored = data_of(run)
     if stored["identity"] != sources.identity:

@@ -6,6 +6,7 @@
       metrics.jsonl  events.jsonl   links to the newest attempt's, for people; not read here
       mirror.json                   what is copied elsewhere, see checkpoint/mirror.py
       imported.json                 of imported weights: the other files that came with them
+      averaged.json                 of averaged weights: the run and the checkpoints they are of
       references.json               of preferences, see run/references.py
       chat.json                     the chat template of the conversations that it learns
       checkpoints/step-00001000/    published whole, see checkpoint/writer.py
@@ -18,17 +19,27 @@ an old attempt that wakes up while a newer one runs can't damage it. Which check
 and which attempt holds the history, is decided by lineage when they are read.
 """
 
+import errno
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from forescale.errors import UserError
 from forescale.run.rows import Prefix, Row, RowWriter, prefix_until, read_rows
-from forescale.storage import blocks_of, hash_file, read_json, write_checked_json, write_file
+from forescale.storage import (
+    blocks_of,
+    hash_file,
+    read_json,
+    staged,
+    write_checked_json,
+    write_file,
+)
 
 _PREFIX = "step-"
 _STEP = re.compile(r"step-[0-9]{8,18}")
@@ -66,6 +77,7 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.mirror = self.path / "mirror.json"
         self.imported = self.path / "imported.json"
+        self.averaged = self.path / "averaged.json"
         self.references = self.path / "references.json"
         self.chat = self.path / "chat.json"
 
@@ -87,10 +99,19 @@ class Run:
         return os.path.lexists(self.path / _METRICS)
 
     @property
+    def weights_alone(self) -> Literal["imported", "averaged"] | None:
+        """How the run came by its weights if it holds nothing else, for others to begin with; None
+        if it is one that is trained. Only a run of weights alone has a checkpoint of step 0."""
+        if not self.checkpoint_path(0).is_dir():
+            return None
+        if self.averaged.is_file():  # first: the average of a run that began with imported weights
+            return "averaged"
+        return "imported" if self.imported.is_file() else None
+
+    @property
     def is_import(self) -> bool:
-        """True if the run holds imported weights, from which others begin: only these are of step
-        0."""
-        return self.imported.is_file() and self.checkpoint_path(0).is_dir()
+        """True if the run holds imported weights, of whose training nothing is known here."""
+        return self.weights_alone == "imported"
 
     @property
     def name(self) -> str:
@@ -206,6 +227,27 @@ class Run:
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(Path("attempts", newest.path.name, name))
                 os.replace(temporary, self.path / name)
+
+
+def expect_free(run: Run) -> None:
+    """Raise UserError if there is something at the path of a run that is to be made."""
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise UserError(str(run.path), "exists already", "choose another name")
+
+
+@contextmanager
+def new_run(run: Run, mode: int) -> Iterator[Run]:
+    """Yield a run in a stage directory, to be filled; after the block it appears as `run`, whole,
+    by one rename. mode: of the directory. Raises UserError if something is there by then."""
+    try:
+        with staged(run.path.resolve()) as stage:
+            stage.chmod(mode)
+            yield Run(stage)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        what = "another command has made it at the same moment"
+        raise UserError(str(run.path), what, "choose another name") from None
 
 
 def is_hf(path: Path) -> bool:

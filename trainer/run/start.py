@@ -92,10 +92,11 @@ def start(
 
 
 def expect_trainable(run: Run) -> None:
-    """Raise UserError if a run holds imported weights: other runs begin with them."""
-    if run.is_import:
-        branch = f"run.name=NEW run.from.run={run.path} run.from.what=weights data.path=DIR"
-        what = "holds imported weights, which no training changes"
+    """Raise UserError if a run holds weights alone: other runs begin with them."""
+    if how := run.weights_alone:
+        branch = f"run.name=NEW run.from.run={run.path} run.from.what=weights"
+        branch += " data.path=DIR" if how == "imported" else ""
+        what = f"holds {how} weights, which no training changes"
         raise UserError(str(run.path), what, f"begin a run with them: forescale train {branch}")
 
 

@@ -38,6 +38,7 @@ VERBS = {
     "inspect": "Draw what a model does while it reads a text: attention, layers, ablations.",
     "export": "Write a checkpoint as a Hugging Face transformers model.",
     "import": "Make a run of a Hugging Face transformers model, for others to begin with.",
+    "average": "Average the weights of a run's checkpoints, as a new run.",
     "shards": "Turn your own text into tokenised, checksummed webdataset shards.",
     "check": "Verify a dataset, a checkpoint or a run, byte for byte.",
     "pin": "Keep a checkpoint for good; nothing deletes it.",

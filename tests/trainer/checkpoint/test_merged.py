@@ -1,23 +1,28 @@
 """Checkpoints with adapters: read merged, as a model without adapters."""
 
+import shutil
+from copy import deepcopy
+
 import pytest
 import torch
 
 from forescale import open_run
+from forescale.checkpoint.average import average
 from forescale.checkpoint.merged import MergedReader
 from forescale.checkpoint.reader import Checkpoint
 from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.engine.portable.fragments import WEIGHT, Fragment
 from forescale.errors import UserError
-from forescale.models.adapters import adapter_of, stored_name
-from forescale.run.directory import Parent
+from forescale.models.adapters import adapter_of, is_adapter, stored_name
+from forescale.run.directory import Parent, Run
 from forescale.run.start import start
 from forescale.train.adapters import adapting, freeze
 from forescale.train.model import build_model
 from tests.trainer.small_run import make_dataset, make_job, make_run, save
 
 WIDTH = ("model.num_layers=2", "model.width=32", "model.num_heads=2")
+OF_EACH = (("lora", 4), ("lora", 7), ("mean", 0))
 LORA = ("lora.rank=3", "lora.alpha=6", "optimizer=adamw", "run.from.what=weights")
 
 
@@ -70,6 +75,24 @@ def test_any_range_of_a_matrix_is_read_merged(adapted, cut):
     MergedReader(found).fill(Fragment(name, (32, 32), WEIGHT, 13, data, cut))
     flat = whole.flatten() if cut is None else whole[:, 10:20].flatten()
     torch.testing.assert_close(data, flat[13:70])
+
+
+def test_an_average_is_of_merged_weights(adapted, tmp_path):
+    """The mean of products isn't the product of means."""
+    run, model = adapted
+    own, changed = Run(shutil.copytree(run.path, tmp_path / "lora")), deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    named = {stored_name(n): p for n, p in changed.named_parameters()}
+    save(own, own.attempts()[0], 7, Stored(named), {"adapter_scale": 2.0})
+    average(own, [4, 7], Run(tmp_path / "mean"))
+    before, after, mean = (open_run(tmp_path / at).model(step) for at, step in OF_EACH)
+    weights = dict(after.named_parameters())
+    for name, weight in before.named_parameters():
+        expected = (weight.double() + weights[name]) / 2
+        assert torch.equal(dict(mean.named_parameters())[name], expected.float()), name
+    assert not any(map(is_adapter, Checkpoint(tmp_path / "mean/checkpoints/step-00000000").shapes))
 
 
 def test_adapters_of_an_engine_are_left_as_they_are(adapted):

@@ -159,6 +159,12 @@ class FragmentReader:
         """Return the names of a parameter's stored states."""
         return [state for stored, state in self._where if stored == name]
 
+    def dtype(self, name: str, state: str) -> torch.dtype:
+        """Return the number format in which a state is stored. Raises KeyError if there is none."""
+        _, key, file = self._where[name, state][0]
+        stored = self._file(file).get_slice(key).get_dtype()
+        return next(kind for kind, label in _DTYPES.items() if label == stored)
+
     def read_into(self, name: str, state: str, start: int, out: Tensor) -> None:
         """Fill `out` (1-D) with the range from `start`. Raises KeyError if a part is missing."""
         filled, end = 0, start + out.numel()

@@ -69,7 +69,7 @@ def state_of(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: st
     scored = seen.validation
     loss = scored["loss"] if scored and scored["step"] == total else None
     state, why = seen.state, ""
-    status = "ready" if state == "new" or state == "imported" else state
+    status = "ready" if state == "new" or state == "imported" or state == "averaged" else state
     if status == "complete":
         status, loss, why = _judged(loss, seen)
     elif status != "running":

@@ -1,0 +1,239 @@
+"""Averages the weights of several checkpoints of a run, as a new run that others begin with.
+
+With a constant learning rate the mean of late checkpoints is often better than the last one, as
+after a decay (LAWA: Kaddour 2022, arXiv 2209.14981; SWA: Hägele et al. 2024, arXiv 2405.18392).
+
+Invariant: the new run appears complete, by one rename, or not at all. Each weight is the mean of
+the fp32 weights, summed in fp64 and rounded once; of one checkpoint it is that weight, bit for bit.
+Adapters are merged first, as the mean of products isn't the product of means. One tensor is in
+memory at a time, in fp64, beside the fp32 one that is added to it.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forescale.checkpoint.reader import Checkpoint, open_readable, verified
+from forescale.checkpoint.weights import Part, write_weights
+from forescale.config.frozen import frozen_file, thaw
+from forescale.config.train import TrainJob
+from forescale.engine.portable.fragments import WEIGHT
+from forescale.errors import UserError
+from forescale.progress import Meter, Progress, silent
+from forescale.run.directory import Run, expect_free, new_run
+from forescale.run.identity import code_and_id
+from forescale.run.start import versions
+from forescale.storage import (
+    TABLE,
+    hash_file,
+    read_json,
+    read_table,
+    write_checked_json,
+    write_file,
+)
+
+MOST = 5  # checkpoints that are averaged where nothing is asked; LAWA took 6
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """A run that holds averaged weights. steps: of the checkpoints, ascending; parameters: their
+    number; bytes: of the weights; kept: names of what is no mean, but as at the last of the steps:
+    whole numbers, such as the steps of the bias of experts."""
+
+    run: Run
+    steps: list[int]
+    parameters: int
+    bytes: int
+    kept: list[str]
+
+
+def chosen_steps(run: Run, last: int | None = None, steps: Sequence[int] = ()) -> list[int]:
+    """Return the steps of the checkpoints to average, ascending: `steps`, or the `last` ones of the
+    run's history; without either the last MOST, or all that there are, of which one is too few.
+
+    Raises UserError if the run doesn't have them.
+    """
+    if steps:
+        return _existing(run, steps)
+    known = [step for step in run.checkpoint_steps() if _is_of_history(run, step)]
+    found = known[-(last or MOST) :]
+    more = "keep more with checkpoint.keep"
+    if not found:
+        todo = f"train it: forescale train run.name={run.name}"
+        raise UserError(str(run.path), "this run has no checkpoint yet", todo)
+    if last is not None and len(found) < last:
+        what = f"is {last:,}, and {run.path} has checkpoints at steps {_listed(known)} alone"
+        raise UserError("last", what, f"write last={len(found)}, or {more}")
+    if last is None and len(found) == 1:
+        what = f"has one checkpoint, of step {found[0]:,}, and an average needs two"
+        raise UserError(str(run.path), what, f"{more}, or write last=1 for its weights alone")
+    return found
+
+
+def _existing(run: Run, steps: Sequence[int]) -> list[int]:
+    known = run.checkpoint_steps()
+    for step in steps:
+        if step not in known:
+            what, todo = "no such checkpoint", f"choose of these steps: {_listed(known)}"
+            raise UserError(str(run.checkpoint_path(step)), what, todo)
+    if len(set(steps)) < len(steps):
+        raise UserError("steps", f"{_listed(steps)} has a step twice", "name each once")
+    return sorted(steps)
+
+
+def _is_of_history(run: Run, step: int) -> bool:
+    """True unless a later attempt started before a checkpoint. (A damaged one is met later.)"""
+    found = open_readable(run.checkpoint_path(step))
+    return found is None or run.is_eligible(found.attempt, step)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
+
+
+def average(origin: Run, steps: Sequence[int], run: Run, progress: Progress = silent) -> Averaged:
+    """Make `run` of the mean of the weights of `origin` at `steps`, and return what it holds.
+
+    It has the config, the data and the tokenizer of `origin`. Every byte of the checkpoints is
+    verified first. Raises UserError if `run` exists, or if a checkpoint can't be read.
+    """
+    expect_free(run)
+    job = thaw(TrainJob, origin.config, trust=True)  # read, not run: nothing of it is imported
+    job = replace(job, run=replace(job.run, name=run.name, root=str(run.path.parent)))
+    tokenizer = origin.verified_tokenizer().read_bytes()
+    checkpoints = _opened(origin, steps, progress)
+    parts, kept = _parts(checkpoints)
+    means = [part for part in parts if part.name not in kept]
+    numbers = sum(part.described.numel() for part in means)
+    found = Averaged(run, [*steps], numbers, sum(part.size for part in parts), kept)
+    source = _source(origin, checkpoints, kept)
+    meter = Meter(progress, "average weights", found.bytes, "bytes")
+    with new_run(run, job.run.mode) as new:
+        write_weights(new, parts, lambda size: meter(size, 0))
+        write_file(new.tokenizer, tokenizer)
+        _keep(origin, new)
+        write_checked_json(new.averaged, source)
+        write_checked_json(new.identity, _identity(origin, found, tokenizer))
+        write_file(new.config, frozen_file(job))  # the last: with it a directory is a run
+    meter.end()
+    return found
+
+
+def _opened(run: Run, steps: Sequence[int], progress: Progress) -> list[Checkpoint]:
+    """Return the checkpoints, every byte verified. Raises UserError if one is damaged, or of
+    another model than the last."""
+    paths, lock = [run.checkpoint_path(step) for step in steps], Lock()
+    size = sum(entry.size for path in paths for entry in read_table(path).values())
+    meter = Meter(progress, "verify checkpoints", size, "bytes")
+
+    def tick(read: int) -> None:  # files are hashed by several threads
+        with lock:
+            meter(read, 0)
+
+    found = [verified(path, tick=tick) for path in paths]
+    meter.end()
+    for checkpoint in found:
+        checkpoint.expect_shapes(found[-1].weights().shapes, merged=True)
+    return found
+
+
+def _parts(checkpoints: Sequence[Checkpoint]) -> tuple[list[Part], list[str]]:
+    """Return the averaged tensors, each made when it is written, and the names of those that are
+    the last checkpoint's."""
+    last, parts, kept = checkpoints[-1], [], []
+    for name, shape in last.weights().shapes.items():
+        dtype, read = last.reader.dtype(name, WEIGHT), partial(_mean, checkpoints, name)
+        if dtype.is_floating_point:
+            dtype = torch.float32
+        else:
+            kept.append(name)
+            read = partial(_as_stored, last, name, dtype)
+        described = torch.empty(math.prod(shape), dtype=dtype, device="meta")
+        parts.append(Part(name, tuple(shape), 0, described, read))
+    return parts, kept
+
+
+def _mean(checkpoints: Sequence[Checkpoint], name: str) -> Tensor:
+    with _still_there(checkpoints[0]):
+        total = checkpoints[0].merged(name).double()
+    for checkpoint in checkpoints[1:]:
+        with _still_there(checkpoint):
+            total += checkpoint.merged(name)
+    return total.div_(len(checkpoints)).float()
+
+
+def _as_stored(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    found = torch.empty(checkpoint.shapes[name], dtype=dtype)
+    with _still_there(checkpoint):
+        checkpoint.reader.read_into(name, WEIGHT, 0, found.view(-1))
+    return found
+
+
+@contextmanager
+def _still_there(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise UserError if the checkpoint is deleted before all of it is read: a run that trains on
+    deletes its old ones."""
+    try:
+        yield
+    except FileNotFoundError:
+        run = checkpoint.path.parents[1]
+        todo = f"keep it first: forescale pin {run} step={checkpoint.position.step}; or name others"
+        raise UserError(str(checkpoint.path), "was deleted meanwhile", todo) from None
+
+
+def _keep(origin: Run, new: Run) -> None:
+    """Copy what verbs read of a run beside its weights, if it has them: the chat template, the
+    references of preferences, and the files that came with imported weights."""
+    pairs = (
+        (origin.chat, new.chat),
+        (origin.references, new.references),
+        (origin.imported, new.imported),
+    )
+    for old, path in pairs:
+        if old.is_file():
+            read_json(old)  # raises UserError if it was changed
+            write_file(path, old.read_bytes())
+
+
+def _source(origin: Run, checkpoints: Sequence[Checkpoint], kept: list[str]) -> dict[str, Any]:
+    """Return the content of averaged.json. table: the sha256 of the checkpoint's files.json, which
+    has those of all its files."""
+    return {
+        "run": str(origin.path.resolve()),
+        "wandb_id": read_json(origin.identity).get("wandb_id"),  # an early version wrote none
+        "checkpoints": [
+            {
+                "step": checkpoint.position.step,
+                "attempt": checkpoint.attempt,
+                "table": _table_of(checkpoint),
+            }
+            for checkpoint in checkpoints
+        ],
+        "kept": kept,
+    }
+
+
+def _table_of(checkpoint: Checkpoint) -> str:
+    with _still_there(checkpoint):
+        return hash_file(checkpoint.path / TABLE).sha256
+
+
+def _identity(origin: Run, found: Averaged, tokenizer: bytes) -> dict[str, Any]:
+    """Return the content of run.json: the data is that of the origin."""
+    return {
+        "name": found.run.name,
+        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "dataset": read_json(origin.identity)["dataset"],
+        "versions": versions(),
+        **code_and_id(),
+        "parameters": found.parameters,
+    }

@@ -1,0 +1,114 @@
+"""`forescale average`: make a run of the mean of the weights of a run's checkpoints."""
+
+# ruff: noqa: RUF009 (key and section make fields)
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from forescale.config.compose import compose, overrides_of
+from forescale.config.job import Problems, RootConfig, RunJob
+from forescale.config.schema import key, section
+from forescale.config.sections.training import RunConfig
+from forescale.errors import DONE
+from forescale.progress import shown
+from forescale.run.directory import Run
+
+if TYPE_CHECKING:
+    from forescale.checkpoint.average import Averaged
+
+
+@dataclass
+class AveragedRunConfig(RootConfig):
+    """The run that is made, and where runs are looked for."""
+
+    name: str | None = key(None, "the name of the run that is made; null: RUN-average")
+
+    def problems(self) -> Problems:
+        """Return a problem if the name is none of a directory."""
+        return [] if self.name is None else RunConfig(self.name).problems()
+
+
+@dataclass
+class AverageJob(RunJob):
+    """A run and which of its checkpoints."""
+
+    VERB: ClassVar[str] = "average"
+    FLAGS: ClassVar[Mapping[str, str]] = {"--json": "json"}
+
+    last: int | None = key(
+        None,
+        "average so many of the newest checkpoints; null: five, or all if there are fewer",
+        ge=1,
+    )
+    steps: list[int] = key([], "average the checkpoints of these steps instead")
+    json: bool = key(False, "print JSON, for programs; --json does the same")
+    run: AveragedRunConfig = section(
+        AveragedRunConfig, "the run that is made, and where runs are looked for"
+    )
+
+    def problems(self) -> Problems:
+        """Return the problems of keys that exclude each other."""
+        found = super().problems()
+        if self.last is not None and self.steps:
+            found.append(
+                ("last", "says which checkpoints, and steps does too", "write one of them")
+            )
+        return found
+
+
+JOB = AverageJob
+EXAMPLES = (
+    "average first   (the newest five checkpoints; the run first-average)",
+    "average first last=3 run.name=mean",
+    "average first 'steps=[800, 900, 1000]'",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Make the run, and print how to go on from it."""
+    job = compose(AverageJob, overrides_of(AverageJob, arguments))
+    root = Path(job.run.root).expanduser()
+    origin = Run.existing(Path(job.target or "").expanduser(), root)
+    run = Run(root / (job.run.name or f"{origin.path.resolve().name}-average"))
+    from forescale.checkpoint.average import average, chosen_steps
+
+    steps = chosen_steps(origin, job.last, job.steps)
+    with shown() as progress:
+        found = average(origin, steps, run, progress)
+    print(json.dumps(_facts(found), indent=2) if job.json else _page(found, origin))
+    return DONE
+
+
+def _facts(found: "Averaged") -> dict[str, Any]:
+    return {
+        "name": found.run.name,
+        "path": str(found.run.path),
+        "checkpoint": str(found.run.checkpoint_path(0)),
+        "steps": found.steps,
+        "kept": found.kept,
+        "parameters": found.parameters,
+        "bytes": found.bytes,
+    }
+
+
+def _page(found: "Averaged", origin: Run) -> str:
+    run, steps = found.run, found.steps
+    of = f"the mean of the weights of {origin.path} at steps {', '.join(map(str, steps))}"
+    if len(steps) == 1:
+        of = f"the weights of {origin.path} at step {steps[0]}"
+    kept = ""
+    if found.kept:
+        more = f" and {len(found.kept) - 1} more" if len(found.kept) > 1 else ""
+        whole = f"whole numbers ({found.kept[0]}{more})"
+        kept = f"Not averaged, but as at step {steps[-1]}: {whole}.\n"
+    return (
+        f"The run {run.path} is {of}: {found.parameters:,} parameters, "
+        f"{found.bytes / 2**20:,.1f} MiB.\n{kept}\n"
+        f"Next:\n"
+        f"  forescale eval {run.path}\n"
+        f"  forescale generate {run.path} prompt=TEXT\n"
+        f"  forescale train run.name=NEW run.from.run={run.path} run.from.what=weights"
+    )
