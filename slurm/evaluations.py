@@ -165,7 +165,7 @@ def _divided(run: Run, trained: TrainJob, wanted: Sequence[int]) -> tuple[list[i
         raise UserError(str(run.path), "this run has no checkpoint yet", todo)
     here = sorted({*wanted} & {*known}) if wanted else known
     to_come = sorted({*wanted} - {*known})
-    newest, every = max(known, default=0), trained.steps_of(trained.checkpoint.every)
+    newest, every = max(known, default=0), trained.cadence(trained.checkpoint.every)
     sure = {total, *trained.checkpoint.at}
     problems = []
     for step in to_come:
@@ -174,7 +174,7 @@ def _divided(run: Run, trained: TrainJob, wanted: Sequence[int]) -> tuple[list[i
         elif step <= newest:
             what = f"the run is past step {step:,}, and has no checkpoint of it"
             todo = f"choose of these: {', '.join(map(str, known)) or 'those to come'}"
-        elif step not in sure and (every is None or step % every):
+        elif step not in sure and (every is None or step not in every):
             what = f"no checkpoint is planned for step {step:,}"
             todo = f"choose another, or give checkpoint.at=[{step}] to forescale submit train"
         else:

@@ -128,14 +128,14 @@ def _rows(attempt, count: int) -> float:
     import torch
 
     from forescale.checkpoint.reader import Position
-    from forescale.config.duration import Duration
+    from forescale.config.sections.batch import Cadence
     from forescale.engine.step import Facts
     from forescale.engine.world import StepSummary
     from forescale.train.callbacks import Every, Step
     from forescale.train.metrics import Metrics, Prices, ProgressLine
 
     process = psutil.Process()
-    line = ProgressLine(Every(Duration(10**6), 10**6, 10**6), 10**6, 0, True)
+    line = ProgressLine(Every(Cadence(10**6), 10**6), 10**6, 0, True)
     prices = Prices(full=6e6, causal=5e6, six_n=4e6, peak=1e12)
     rates = {"muon": 0.02, "decayed": 0.004, "undecayed": 0.004}
     memory = lambda: process.memory_info().rss  # noqa: E731

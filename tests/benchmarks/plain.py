@@ -100,7 +100,9 @@ class Plain:
                 master.grad = weight.grad.float()  # type: ignore[union-attr]
         if job.optimizer.clip:
             nn.utils.clip_grad_norm_(self.masters, job.optimizer.clip)
-        rate = learning_rate(job.schedule, self.step, job.total_steps, job.tokens_per_step)
+        rate = learning_rate(
+            job.schedule, self.step, job.total_steps, job.warmup_steps, job.decay_steps
+        )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate

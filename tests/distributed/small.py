@@ -146,12 +146,19 @@ def build(
     return Engine(world, model, base, seed=7, clip=clip, fp32_gradients=fp32)
 
 
-def train(engine, steps, micro_batches=4, multiplier=1.0, decay=lambda step: 1.0) -> list[float]:
+def grown(step: int) -> int:
+    """The micro-batches of a step whose batch grows: 2, then 4, then 8."""
+    return 2 << min(2, step // 6)
+
+
+def train(
+    engine, steps, micro_batches=lambda step: 4, multiplier=1.0, decay=lambda step: 1.0
+) -> list[float]:
     """Mean losses over all ranks' micro-batches, added in global order, and the norms. decay: of
     the weight decay, by step."""
     world, losses = engine.world, []
     for step in steps:
-        data = batch(step, world.rank, world.size, micro_batches)
+        data = batch(step, world.rank, world.size, micro_batches(step))
         facts = engine.train_step(data, multiplier, decay=decay(step))
         every = [x for part in world.gather(facts.losses.tolist()) for x in part]
         losses.append([sum(every) / data.targets, facts.grad_norm])

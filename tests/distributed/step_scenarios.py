@@ -5,10 +5,11 @@ from tests.distributed import small
 
 def losses(cases, steps):
     """For each [stage, optimizer, precision, clip, offload]: [loss, norm] of every step, while
-    weight decay falls to 0."""
+    weight decay falls to 0 and the batch grows."""
     _newton_schulz_in_fp32()
     engines = (small.build(*case) for case in cases)
-    return [small.train(e, range(steps), decay=lambda step: 1 - step / steps) for e in engines]
+    over = {"micro_batches": small.grown, "decay": lambda step: 1 - step / steps}
+    return [small.train(engine, range(steps), **over) for engine in engines]
 
 
 def dropped(cases):

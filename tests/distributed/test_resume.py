@@ -35,9 +35,10 @@ def test_two_ranks_resume_bit_for_bit(dataset, tmp_path, stage, optimizer):
     command = (f"data.path={dataset}", *TWO, f"engine=zero{stage}", f"optimizer={optimizer}")
     command += ("train.steps=24", "checkpoint.every=5", "validation.every=24")
     command += ("model.dropout=0.1",)  # whose randomness must repeat too
+    command += ("train.first_batch=4", "train.batch_ramp='16 steps'")  # the kill is before its end
     command += OF_ATTENTION if stage == 2 else ()
     whole, cut = launching.whole_and_resumed(tmp_path, *command, step=14)
-    assert len(whole) == 24
+    assert [row["g1"] for row in whole] == [*range(4, 65, 4), *range(72, 129, 8)]
     assert cut == whole
 
 

@@ -28,7 +28,7 @@ def plain_losses(kind: str, clip: float) -> list[list[float]]:
         left = 1 - step / STEPS
         for group in rest.param_groups:
             group["weight_decay"] = group["of_all"] * left
-        batch = small.batch(step, 0, 1)
+        batch = small.batch(step, 0, 1, small.grown(step))
         tokens = torch.cat([m.tokens for m in batch.micro])
         targets = torch.cat([m.targets for m in batch.micro])
         loss = model(tokens, targets).sum() / batch.targets

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forescale.checkpoint.reader import find_faults, open_readable
+from forescale.config.sections.batch import Cadence
 from forescale.config.train import TrainJob
 from forescale.engine.ranks import ALONE, Ranks
 from forescale.errors import UserError
@@ -28,12 +29,12 @@ _LEFTOVER = re.compile(r"\.step-\d+\.(attempt-(\d+)\.(stage|replaced)|replaced|d
 
 @dataclass(frozen=True)
 class Keep:
-    """What to keep. newest: number of newest eligible checkpoints; every: all at multiples of this
-    step; best: the one with the lowest validation loss; at: these steps; decay: the newest one up
-    to this step, where the decay begins: a longer run can only go on from there."""
+    """What to keep. newest: number of newest eligible checkpoints; every: all at the steps of
+    this cadence; best: the one with the lowest validation loss; at: these steps; decay: the newest
+    one up to this step, where the decay begins: a longer run can only go on from there."""
 
     newest: int = 2
-    every: int | None = None
+    every: Cadence | None = None
     best: bool = False
     at: frozenset[int] = frozenset()
     decay: int | None = None
@@ -56,7 +57,7 @@ def keep_of(job: TrainJob, newest: int | None = None) -> Keep:
     rules = job.checkpoint
     return Keep(
         newest=rules.keep if newest is None else newest,
-        every=job.steps_of(rules.keep_every) if rules.keep_every else None,
+        every=job.cadence(rules.keep_every) if rules.keep_every else None,
         best=rules.keep_best,
         at=frozenset(rules.at),
         decay=job.decay_begins if job.has_decay else None,
@@ -72,8 +73,8 @@ def reasons(found: Sequence[CheckpointFacts], keep: Keep) -> dict[int, str]:
     for f in good[-keep.newest :]:
         stay[f.step] = f"one of the newest {keep.newest}"
     for f in good if keep.every else []:
-        if f.step % keep.every == 0:  # type: ignore[operator]
-            stay.setdefault(f.step, f"a multiple of {keep.every:,} steps")
+        if f.step in keep.every:  # type: ignore[operator]
+            stay.setdefault(f.step, f"a multiple of {keep.every}")
     for f in good:
         if f.step in keep.at:
             stay.setdefault(f.step, "named in checkpoint.at")

@@ -133,24 +133,27 @@ def may_resume(
 
     Refused are identity keys, which would change the trajectory. Numerics keys change the last bits
     from this step on. Free keys change nothing. A run may become longer if no completed step would
-    have had another learning rate.
+    have had another learning rate, or another batch.
     """
     changes = diff(old, new)
-    free_lengths = ("train.steps", "train.tokens") if _grows(old, new, at_step) else ()
+    free_lengths = (
+        ("train.steps", "train.tokens", "train.batch_ramp") if _grows(old, new, at_step) else ()
+    )
     refusals = [c for c in changes if c.kind == "identity" and c.key not in free_lengths]
     numerics = [c for c in changes if c.kind == "numerics"]
     return refusals, numerics, [c for c in changes if c not in refusals + numerics]
 
 
 def _grows(old: TrainJob, new: TrainJob, at_step: int) -> bool:
-    """True if `new` is only longer: warm-up and ramp are the same, neither decay has begun, and
+    """True if `new` is only longer: warm-up and ramps are the same, neither decay has begun, and
     weight decay doesn't follow from the length."""
     return (
         old.schedule == new.schedule
         and new.schedule.kind in ("wsd", "constant")
         and new.optimizer.final_weight_decay == 1
         and new.total_steps >= old.total_steps
-        and old.steps_of(old.schedule.warmup) == new.steps_of(new.schedule.warmup)
+        and old.warmup_steps == new.warmup_steps
+        and old.batch_ramp == new.batch_ramp
         and length_ramp(old) == length_ramp(new)
         and at_step <= min(old.decay_begins, new.decay_begins)
     )

@@ -7,7 +7,6 @@ is not set; recipes are the files of `conf/recipe/`.
 
 # ruff: noqa: RUF009 (key and section make fields, as dataclasses.field does)
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Self
@@ -17,9 +16,11 @@ from forescale.config.hardware import has_gpu, native_precision
 from forescale.config.job import Find, Job, Problems
 from forescale.config.mesh import Mesh, expert_problems, mesh_problems
 from forescale.config.schema import TargetConfig, key, section
+from forescale.config.sections.batch import ranks_problems
 from forescale.config.sections.data import DataConfig
 from forescale.config.sections.engine import MOST_ROUNDED_SUMS, EngineConfig, PrecisionConfig
 from forescale.config.sections.faults import problems as faults_problems
+from forescale.config.sections.lengths import Lengths
 from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.lora import problems as lora_problems
 from forescale.config.sections.objective import ObjectiveConfig, objective_problems
@@ -39,11 +40,9 @@ from forescale.errors import UserError
 from forescale.models.config import ModelConfig
 from forescale.models.flops import count
 
-_MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
-
 
 @dataclass
-class TrainJob(Job):
+class TrainJob(Lengths, Job):
     """A complete training job. Batches are counted in windows."""
 
     VERB: ClassVar[str] = "train"
@@ -87,16 +86,6 @@ class TrainJob(Job):
         kind="free",
     )
 
-    @property
-    def tokens_per_step(self) -> int:
-        rows = self.train.global_batch * self.objective.spec.rows
-        return rows * self.train.sequence_length
-
-    @property
-    def rows_at_once(self) -> int:
-        """The rows that a rank computes at once: those of the windows of its micro-batch."""
-        return self.train.micro_batch * self.objective.spec.rows
-
     def mesh(self, world_size: int) -> Mesh:
         """Return how so many ranks are grouped."""
         near = self.engine
@@ -108,18 +97,6 @@ class TrainJob(Job):
         reads_one_row = not getattr(self.model, "encoder_layers", 0)
         sees_earlier = getattr(self.model, "causal", True)
         return self.objective.spec.continues_text and sees_earlier and reads_one_row
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run; needs train.steps or train.tokens."""
-        if self.train.steps is not None:
-            return self.train.steps
-        assert self.train.tokens is not None
-        return math.ceil(self.train.tokens / self.tokens_per_step)
-
-    def steps_of(self, length: Duration) -> int | None:
-        """A length in optimizer steps, rounded up; None for a wall time (`length.seconds`)."""
-        return length.steps(self.tokens_per_step, self.total_steps)
 
     @property
     def training(self) -> "TrainJob":
@@ -186,39 +163,6 @@ class TrainJob(Job):
     def _computing_in(self, kind: Literal["bf16", "fp16", "fp32"]) -> Self:
         return replace(self, precision=replace(self.precision, kind=kind))
 
-    def fitted(self) -> "TrainJob":
-        """Return the job, its warm-up shortened where it and the decay are longer than the run."""
-        if (steps := self._warmup_that_fits()) is None:
-            return self
-        return replace(self, schedule=replace(self.schedule, warmup=Duration(steps)))
-
-    def _warmup_that_fits(self) -> int | None:
-        """Return the steps of a warm-up that was written for a longer run; None if it fits.
-
-        A tenth of the run, but no more than the decay leaves.
-        """
-        warmup, total = self.schedule.warmup, self.total_steps
-        left = total - self._decay_steps
-        if warmup.unit == "percent" or left < 0 or (self.steps_of(warmup) or 0) <= left:
-            return None
-        return min(max(1, total // 10), left)
-
-    @property
-    def _decay_steps(self) -> int:
-        decay = self.schedule.decay
-        return self.steps_of(decay) or 0 if decay else 0
-
-    @property
-    def has_decay(self) -> bool:
-        """True if the learning rate stays at its peak and decays at the end."""
-        return self._decay_steps > 0
-
-    @property
-    def decay_begins(self) -> int:
-        """The last step before the decay of the learning rate: until there, a longer run would have
-        had the same rates. The last step of all if there is no decay."""
-        return self.total_steps - self._decay_steps
-
     def notes(self) -> list[str]:
         """What a user should know although nothing is wrong; a sentence each."""
         found = length_ramp_notes(self)
@@ -226,7 +170,7 @@ class TrainJob(Job):
             found.append("precision fp16 has not been proven: its loss scaling never ran on a GPU.")
         if self.precision.fp8 != "none":
             found.append("precision.fp8 has not been proven: it never ran on a GPU in our tests.")
-        if (steps := self._warmup_that_fits()) is not None:
+        if (steps := self.warmup_that_fits()) is not None:
             found.append(
                 f"schedule.warmup={self.schedule.warmup} doesn't fit in a run of "
                 f"{self.total_steps:,} steps; its warm-up is {Duration(steps)}."
@@ -242,7 +186,7 @@ class TrainJob(Job):
             return found  # what follows counts groups
         has_length = self.train.has_length
         steps = self.total_steps if has_length else None
-        found += self._batch_problems(self.mesh(ranks or self.mesh(1).near))
+        found += ranks_problems(self.train, self.mesh(ranks or self.mesh(1).near))
         found += faults_problems(self.faults, ranks, steps)
         again = getattr(self.model, "activation_checkpointing", "none")
         if self.train.activation_memory_budget is not None and again != "none":
@@ -261,35 +205,11 @@ class TrainJob(Job):
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:
             what = f"{self.train.tokens} don't fill one step of {self.tokens_per_step} tokens"
             found.append(("train.tokens", what, "train longer or lower train.global_batch"))
-        return found + self._length_problems()
+        return found + self._place_problems()
 
-    def _batch_problems(self, mesh: Mesh) -> Problems:
-        at_once = self.train.micro_batch * mesh.data
-        if (
-            self.train.global_batch % at_once == 0
-            or self.train.global_batch % self.train.micro_batch
-        ):
-            return []
-        each = f"groups of {mesh.near} ranks" if mesh.near > 1 else "ranks"
-        what = f"{self.train.global_batch} windows don't divide by {mesh.data} {each} that feed"
-        todo = f"make it a multiple of {at_once}, or change train.micro_batch or the ranks"
-        return [("train.global_batch", f"{what} {self.train.micro_batch} at once", todo)]
-
-    def _length_problems(self) -> Problems:
-        found: Problems = []
-        if self.total_steps * self.tokens_per_step > _MOST_TOKENS:
-            name = "train.steps" if self.train.steps is not None else "train.tokens"
-            what = f"the run reads {self.total_steps * self.tokens_per_step:.3g} tokens"
-            return [(name, what, f"train on at most {_MOST_TOKENS:.0e}")]
-        total, warmup = self.total_steps, self.steps_of(self.schedule.warmup) or 0
-        if self._decay_steps > total:
-            what = f"the decay takes {self._decay_steps:,} steps of a run of {total:,}"
-            found.append(("schedule.decay", what, "shorten schedule.decay, or train longer"))
-        elif warmup + self._decay_steps > total and self._warmup_that_fits() is None:
-            ramps = f"{warmup + self._decay_steps:,} steps of a run of {total:,}"
-            what = f"warm-up and decay take {ramps}"
-            todo = "shorten schedule.warmup or schedule.decay"
-            found.append(("schedule.warmup", what, todo))
+    def _place_problems(self) -> Problems:
+        """Rules of what lies at certain steps of a run, whose length is known."""
+        found, total = self.length_problems(), self.total_steps
         if self.profile.interval and self.profile.interval[1] > total:
             what = f"{self.profile.steps} reaches beyond the run's {total} steps"
             found.append(("profile.steps", what, "choose earlier steps"))

@@ -128,6 +128,9 @@ class StepShare:
         return found
 
 
+_Planned = tuple[int, list[Interval], StepShare]  # a step, its samples, its share
+
+
 def stream(
     feed: Feed,
     share: StepShare,
@@ -140,28 +143,28 @@ def stream(
     log: Log = lambda sentence: None,
     pin: bool = False,
     length: Callable[[int], int] | None = None,
+    windows: Callable[[int], int] | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's batches of `steps`, the first of which begins at sample g.
 
     workers, agree, log: see `prefetched`. quarantine: members that are known to be damaged. Errors
     of reading are raised here, at the step that they belong to. Closing the generator ends the
     workers. pin: give pinned tensors, for a GPU. length: targets of a row by step, into which
-    windows are cut; None: a row is a window.
+    windows are cut; None: a row is a window. windows: by step; None: always those of `share`.
     """
 
-    def plan() -> Iterator[tuple[int, list[Interval]]]:
+    def plan() -> Iterator[_Planned]:
         nonlocal g
         for step in steps:
-            samples = feed.step(g, share.global_batch)
-            yield step, samples
+            own = replace(share, global_batch=windows(step)) if windows else share
+            samples = feed.step(g, own.global_batch)
+            yield step, samples, own
             g = samples[-1][1]
 
-    def make(
-        job: tuple[int, list[Interval]], known: frozenset[LostMember], on_read: OnRead
-    ) -> Batch:
-        step, samples = job
-        rows = feed.read(share.of(samples), known, on_read)
-        micro = _micro_batches(rows, share, feed.objective)
+    def make(job: _Planned, known: frozenset[LostMember], on_read: OnRead) -> Batch:
+        step, samples, own = job
+        rows = feed.read(own.of(samples), known, on_read)
+        micro = _micro_batches(rows, own, feed.objective)
         if length is not None:
             micro = [m.cut(length(step)) for m in micro]
         return Batch(
@@ -175,8 +178,9 @@ def stream(
             quarantine=known | rows.lost,
         )
 
-    def fetch(job: tuple[int, list[Interval]]) -> None:
-        feed.will_read(share.of(job[1]))
+    def fetch(job: _Planned) -> None:
+        _, samples, own = job
+        feed.will_read(own.of(samples))
 
     return prefetched(plan(), make, fetch, quarantine, workers, agree, log)
 

@@ -18,9 +18,10 @@ from forescale.models.parametrization import Factors
 
 
 def learning_rate(
-    schedule: ScheduleConfig, step: int, total_steps: int, tokens_per_step: int
+    schedule: ScheduleConfig, step: int, total_steps: int, warmup: int, decay: int = 0
 ) -> float:
     """Return the learning rate of update `step` (from 0) as a fraction of the peak, in [0, 1].
+    warmup, decay: in steps.
 
     1. Warm-up over W steps: linear, (step + 1) / W, so that the first rate is above 0 (Goyal
        et al. 2017, arXiv 1706.02677, section 2.2).
@@ -32,7 +33,6 @@ def learning_rate(
 
     `final` belongs to step `total_steps`, which is never run; so the last update has a higher rate.
     """
-    warmup = schedule.warmup.steps(tokens_per_step, total_steps) or 0
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "constant":
@@ -40,8 +40,6 @@ def learning_rate(
     if schedule.kind == "cosine":
         done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * done)) / 2
-    assert schedule.decay is not None  # a rule of ScheduleConfig
-    decay = schedule.decay.steps(tokens_per_step, total_steps) or 0
     left = min(1.0, max(0, total_steps - step) / decay) if decay else 1.0
     return schedule.final + (1 - schedule.final) * left
 

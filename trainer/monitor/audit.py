@@ -179,13 +179,13 @@ def row_faults(
 
     origin: negative numbers in it are unknown; skipped: samples that no row may have.
     """
-    reported: set[str] = set()
+    reported, ramp = set[str](), job.batch_ramp if job else None
     step, g, tokens = origin.step, origin.g, origin.tokens
     for row in rows:
         here = f"step {row['step']:,}"
         targets = sum(row["shares"].values())
         expected = g if g < 0 else unskipped(skipped, g, 1)[0][0]
-        size = job.train.global_batch if job else row["g1"] - row["g0"]
+        size = ramp.windows(row["step"] - 1) if ramp else row["g1"] - row["g0"]
         end = unskipped(skipped, row["g0"], size)[-1][1]
         checks = {
             "steps": (row["step"] == step + 1, f"{here} follows step {step:,}"),
@@ -199,7 +199,8 @@ def row_faults(
             ),
             "batch": (
                 row["g1"] == end,
-                f"{here} ends at sample {row['g1']:,}; train.global_batch makes it {end:,}",
+                f"{here} ends at sample {row['g1']:,}; its batch of {size:,} windows makes it "
+                f"{end:,}",
             ),
         }
         for kind, (holds, fault) in checks.items():

@@ -111,14 +111,24 @@ class Status:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second of these steps."""
-        return self.job.tokens_per_step / self.step_seconds if self.step_seconds else None
+        if (seconds := self._window_seconds) is None:
+            return None
+        return self.job.tokens_per_window / seconds
+
+    @property
+    def _window_seconds(self) -> float | None:
+        """Seconds that these steps took for a window, of which the first steps may have fewer."""
+        ramp, steps = self.job.batch_ramp, [row["step"] for row in self.recent]
+        if self.step_seconds is None:
+            return None
+        return self.step_seconds * len(steps) / sum(ramp.windows(step - 1) for step in steps)
 
     @property
     def seconds_left(self) -> float | None:
         """Seconds of the steps that are left, without evaluations and saves; None after the last
         step and before the first."""
-        left = self.job.total_steps - self.step
-        return self.step_seconds * left if self.step_seconds and left > 0 else None
+        left, seconds = self.job.windows_after(self.step), self._window_seconds
+        return seconds * left if seconds and left > 0 else None
 
     @property
     def last_event(self) -> str | None:

@@ -138,8 +138,9 @@ def estimate_evaluation(
 def _times(job: TrainJob, step: StepTime) -> int | None:
     """Return the number of evaluations before the last step."""
     every = job.validation.every
-    if steps := job.steps_of(every):
-        return (job.total_steps - 1) // steps
+    if (cadence := job.cadence(every)) is not None:
+        return cadence.times(job.total_steps - 1)
     if step.seconds is None or not every.seconds:
         return None
-    return int((job.total_steps - 1) * step.seconds / every.seconds)
+    steps = job.total_windows / job.train.global_batch  # of the full batch
+    return int((steps - 1) * step.seconds / every.seconds)

@@ -27,7 +27,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "decoding_cache_bytes": plan.cache_bytes,
         "exact": job.exactness.holds,
         "steps": job.total_steps,
-        "tokens": job.total_steps * job.tokens_per_step,
+        "tokens": job.total_tokens,
         "sources": [vars(s) for s in plan.data],
         "available_bytes": plan.available,
         "chosen": plan.chosen.name,

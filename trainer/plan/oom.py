@@ -120,7 +120,7 @@ def largest_micro_batch(job: TrainJob, world_size: int, available: int) -> int |
     processes or fragmentation. None if no micro-batch fits or the model is the user's class.
     """
     for micro in range(job.train.micro_batch - 1, 0, -1):
-        divides = job.train.global_batch % (micro * job.mesh(world_size).data) == 0
+        divides = job.batch_ramp.first % (micro * job.mesh(world_size).data) == 0
         if divides and _should_fit(job, bytes_of(job, world_size, micro), world_size, available):
             return micro
     return None

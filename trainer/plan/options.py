@@ -58,7 +58,7 @@ class ShardingOption:
     def is_limited_by_batch(self) -> bool:
         """Whether a larger micro-batch would fit, if the global batch had more windows."""
         largest, room = self.largest_micro_batch, self.memory_micro_batch
-        is_whole = largest == self.job.train.global_batch // _groups(self.job)
+        is_whole = largest == self.job.batch_ramp.first // _groups(self.job)
         return is_whole and room is not None and room > (largest or 0)
 
 
@@ -88,9 +88,8 @@ class ShardingOptions:
 
     def evaluate(self, job: PlanJob) -> ShardingOption:
         """Return memory, communication and time of `job` as it is configured."""
-        world, per_node, machine = job.world_size, job.per_node, self.machine
-        traffic = collectives(job, self.trained, world)
-        mfu = self.plan.mfu
+        per_node, machine = job.per_node, self.machine
+        traffic = collectives(job, self.trained, job.world_size)
         return ShardingOption(
             name=name_of(job),
             job=job,
@@ -103,18 +102,34 @@ class ShardingOptions:
             inside_seconds=sum(t.inside_seconds(machine, per_node) for t in traffic),
             between_seconds=sum(t.between_seconds(machine, per_node) for t in traffic),
             latency_seconds=sum(t.latency_seconds(machine, per_node) for t in traffic),
-            step=predict_step_time(
-                job,
-                self.trained,
-                self.per_token,
-                traffic,
-                machine,
-                world,
-                per_node,
-                mfu,
-                self.measured,
-            ),
+            step=self._step(job, traffic),
         )
+
+    def _step(self, job: PlanJob, traffic: Sequence[Collective]) -> StepTime:
+        return predict_step_time(
+            job,
+            self.trained,
+            self.per_token,
+            traffic,
+            self.machine,
+            job.world_size,
+            job.per_node,
+            self.plan.mfu,
+            self.measured,
+        )
+
+    def run_seconds(self, option: ShardingOption) -> float | None:
+        """Return the seconds of all steps of a run, those of a batch that still grows by their own
+        windows; None without a known speed."""
+        if option.step.seconds is None:
+            return None
+        job, ramp = option.job, option.job.batch_ramp
+        found = option.step.seconds * (job.total_steps - ramp.steps)
+        for windows, steps in ramp.stages():
+            one = _of_batch(job, windows)
+            step = self._step(one, collectives(one, self.trained, one.world_size))
+            found += steps * (step.seconds or 0.0)
+        return found
 
     def _other_activations(self, job: PlanJob) -> dict[str, int]:
         jobs = {how: with_checkpointing(job, how) for how in CHECKPOINTINGS if _has_other(job, how)}
@@ -143,7 +158,7 @@ class ShardingOptions:
 
     def largest_micro_batch(self, job: PlanJob) -> int | None:
         """Return the largest micro-batch that divides the batch and fits; None if none does."""
-        each = job.train.global_batch // _groups(job)
+        each = job.batch_ramp.first // _groups(job)
         for micro in range(each, 0, -1):
             if each % micro == 0 and self.fits(_with(job, micro)):
                 return micro
@@ -199,7 +214,7 @@ class ShardingOptions:
                     return f"set {keys}{engine_keys(job, staged)}{less}".strip()
         keys, last = variants[-1]
         gpus = 2 * job.world_size
-        while gpus <= _MOST_GPUS and job.train.global_batch % job.mesh(gpus).data == 0:
+        while gpus <= _MOST_GPUS and job.batch_ramp.first % job.mesh(gpus).data == 0:
             wide = _staged(_on(last, gpus), 3)
             if (micro := self.largest_micro_batch(wide)) is not None:
                 engine = engine_keys(job, wide)
@@ -253,6 +268,13 @@ def _groups(job: PlanJob) -> int:
 
 def _with(job: PlanJob, micro_batch: int) -> PlanJob:
     return replace(job, train=replace(job.train, micro_batch=micro_batch))
+
+
+def _of_batch(job: PlanJob, windows: int) -> PlanJob:
+    """Return the job with so many windows in every step."""
+    return replace(
+        job, train=replace(job.train, global_batch=windows, first_batch=None, batch_ramp=None)
+    )
 
 
 def _alone(job: PlanJob, micro_batch: int) -> PlanJob:

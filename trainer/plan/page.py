@@ -72,7 +72,7 @@ def _model(plan: Plan) -> list[str]:
     if later := kinds.get("mtp"):
         parts.append(f"later tokens {_short(later)} (in training alone)")
     has_experts = kinds.get("active", kinds["total"]) < kinds["total"] - (later or 0)
-    whole = per_token.full * plan.job.total_steps * plan.job.tokens_per_step
+    whole = per_token.full * plan.job.total_tokens
     lines = [
         f"{kinds['total']:,} parameters"
         + (f", {kinds['active']:,} active for a token" if has_experts else "")
@@ -94,11 +94,12 @@ def _run(plan: Plan) -> list[str]:
     mesh, rows = job.mesh(plan.world), job.objective.spec.rows
     micro = train.global_batch // (train.micro_batch * mesh.data)
     each = f"{mesh.near} ranks" if mesh.near > 1 else "rank"
+    grows = f"; {job.batch_ramp}, the batch of the table below" if job.batch_ramp.lengths else ""
     size = f"{train.sequence_length:,}" if rows == 1 else f"{rows} x {train.sequence_length:,}"
     return [
         f"{job.total_steps:,} steps of {job.tokens_per_step:,} {unit}: {train.global_batch:,} "
         f"windows of {size}, {micro} x {train.micro_batch} per {each}; "
-        f"{_short(job.total_steps * job.tokens_per_step)} {unit} in total",
+        f"{_short(job.total_tokens)} {unit} in total{grows}",
         job.exactness.sentence,
     ]
 

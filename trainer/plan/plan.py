@@ -120,7 +120,7 @@ class Plan:
         settled: Any = self.check(lambda: settle(job, self.sources)) if self.sources else None
         if settled is not None:
             return settled
-        job = cast(PlanJob, job.fitted())
+        job = job.fitted()
         if isinstance(job.model, ModelConfig):
             vocabulary = VOCABULARY[job.data.embedded]
             if not job.model.vocab_size and (job.data.path or job.data.sources):
@@ -182,8 +182,7 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Seconds of all steps of the run, without start, evaluation, saves and failures."""
-        step = self.chosen.step.seconds
-        return None if step is None else step * self.job.total_steps
+        return self._options.run_seconds(self.chosen)
 
     @cached_property
     def evaluation(self) -> EvaluationCost | None:
@@ -235,8 +234,8 @@ class Plan:
         every = self.job.checkpoint.every
         if every.seconds is not None:
             return every.seconds
-        step, steps = self.chosen.step.seconds, self.job.steps_of(every)
-        return step * steps if step and steps else None
+        step, cadence = self.chosen.step.seconds, self.job.cadence(every)
+        return step * cadence.steps if step and cadence else None
 
     def failures(self, gpus: int) -> FailureEstimate:
         """Return the cost of failures and saves if the job ran on `gpus` GPUs."""

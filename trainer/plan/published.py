@@ -120,7 +120,7 @@ def _batch(job: TrainJob, parameters: float, recipe: str) -> Iterator[str]:
 
 
 def _length(job: TrainJob, parameters: float) -> Iterator[str]:
-    tokens = job.total_steps * job.tokens_per_step
+    tokens = job.total_tokens
     least, most = _TOKENS_PER_PARAMETER
     if not least <= tokens / parameters <= most:
         yield (
@@ -132,7 +132,7 @@ def _length(job: TrainJob, parameters: float) -> Iterator[str]:
 
 
 def _warmup(job: TrainJob) -> Iterator[str]:
-    steps, total = job.steps_of(job.schedule.warmup) or 0, job.total_steps
+    steps, total = job.warmup_steps, job.total_steps
     if not 0 < steps <= _LONGEST_WARMUP * total:
         what = f"takes {steps:,} of {total:,} steps" if steps else "is missing"
         yield (

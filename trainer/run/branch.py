@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
+from forescale.config.frozen import thaw
 from forescale.config.train import TrainJob
 from forescale.data.dataset import Sources
 from forescale.errors import UserError
@@ -70,8 +71,29 @@ def check_origin(job: TrainJob, sources: Sources) -> None:
         longer = step + max(1, total - job.decay_begins)
         todo = f"write train.steps={longer} or more, or run.from.what=weights to begin at step 0"
         raise UserError("run.from", what, todo)
+    if step is not None:
+        _check_ramp(run, job, step)
     if job.objective.are_preferences:
         _check_references(run, job, sources)
+
+
+def _check_ramp(origin: Run, job: TrainJob, step: int) -> None:
+    """Raise UserError if a batch that grows, of the branch or of its origin, would have given the
+    branch another number of windows than its origin has read: its length would not be what it
+    reads."""
+    theirs = thaw(TrainJob, origin.config, trust=True)  # looked at, not run
+    read, counted = theirs.batch_ramp.samples(step), job.batch_ramp.samples(step)
+    if read == counted or not (theirs.batch_ramp.lengths or job.batch_ramp.lengths):
+        return
+    what = f"{job.run.origin.run} has read {read:,} windows at step {step:,}, where the batch of "
+    what += f"this run would have read {counted:,}"
+    todo = "give the batches of its steps"
+    if (same := job.with_ramp_of(theirs)) is not None:
+        first, length = same.train.first_batch, same.train.batch_ramp
+        todo = "leave train.first_batch and train.batch_ramp out, as it does"
+        if first is not None:
+            todo = f"write train.first_batch={first} train.batch_ramp='{length}', as it does"
+    raise UserError("run.from", what, f"{todo}, or run.from.what=weights to begin at step 0")
 
 
 def _check_references(origin: Run, job: TrainJob, sources: Sources) -> None:

@@ -118,7 +118,7 @@ def _held_out(job: TrainJob, sources: Sources, tables: Path) -> list[int]:
 def _estimated(job: TrainJob, sources: Sources) -> dict[str, float]:
     """Return the epochs of each source by its share and its tokens."""
     splits = sources.split("train")
-    total = job.total_steps * job.tokens_per_step
+    total = job.total_tokens
     weights = job.data.weights or {n: s.num_tokens for n, s in splits.items()}
     whole = sum(weights.values()) or 1
     return {n: total * weights.get(n, 0) / whole / max(1, s.num_tokens) for n, s in splits.items()}

@@ -125,12 +125,12 @@ def resolved_model(job: TrainJob, vocab_size: int) -> ModelConfig:
 
 def epochs(job: TrainJob, feed: Feed) -> dict[str, float]:
     """Return how often the whole run reads each source, without skipped samples."""
-    return feed.mixture.epochs(job.total_steps * job.train.global_batch)
+    return feed.mixture.epochs(job.total_windows)
 
 
 def targets_of_a_window(job: TrainJob, feed: Feed) -> float:
     """Return the mean number of targets of the run's windows."""
-    windows = job.total_steps * job.train.global_batch
+    windows = job.total_windows
     if feed.are_whole:
         return int(feed.mixture.targets(0, windows).sum()) / windows
     full = np.array([feed.mixture.sequence_length + 1])
@@ -251,7 +251,7 @@ def _mixture(job: TrainJob, sources: Sources, bins: Mapping[str, Bins], length: 
     weights = job.data.weights or {n: o.windows_per_epoch for n, o in orders.items()}
     firsts = [
         0,
-        *((job.steps_of(s) or 0) * job.train.global_batch for s in job.data.stage_starts()),
+        *(job.batch_ramp.samples(job.steps_of(s) or 0) for s in job.data.stage_starts()),
     ]
     shares = [weights, *(stage["weights"] for stage in job.data.stages)]
     stages = [
@@ -268,7 +268,7 @@ def _own_seed(seed: int, name: str) -> int:
 
 
 def _check_epochs(job: TrainJob, mixture: Mixture) -> None:
-    times = mixture.epochs(job.total_steps * job.train.global_batch)
+    times = mixture.epochs(job.total_windows)
     for name, limit in job.data.max_epochs.items():
         if times[name] > limit:
             raise UserError(

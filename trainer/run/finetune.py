@@ -79,6 +79,8 @@ def first_config(
                 first_length=None,
                 length_ramp=None,
                 global_batch=batch,
+                first_batch=None,
+                batch_ramp=None,
                 micro_batch=each,
             ),
             data=DataConfig(

@@ -165,7 +165,7 @@ def prediction_interval_of(job: TrainJob) -> PredictionInterval | None:
         what = "predicts no loss with intervals at an N and a D"
         raise UserError(str(forecast.path), what, "make a forecast with forescale study predict")
     _refuse_other_size(job, forecast, intervals[0].parameters)
-    tokens = job.total_steps * job.tokens_per_step
+    tokens = job.total_tokens
     near = min(intervals, key=lambda i: abs(math.log(i.tokens / tokens)))
     if not _same(near.tokens, tokens):
         theirs = " and ".join(f"{i.tokens:,.0f}" for i in intervals)
@@ -249,8 +249,7 @@ def _same(a: float, b: float) -> bool:
 
 
 def _decays(job: TrainJob) -> bool:
-    decay = job.schedule.decay
-    return job.schedule.kind == "cosine" or bool(decay and job.steps_of(decay))
+    return job.schedule.kind == "cosine" or job.has_decay
 
 
 def _ends(interval: Any) -> tuple[float, float]:

@@ -136,7 +136,13 @@ def _allowed(run: Run, old: TrainJob, job: TrainJob) -> list[Change]:
     what = "the run was started with another config: " + "; ".join(map(str, refusals))
     todo = "undo these changes, or choose another run.name"
     before = [step for step in run.checkpoint_steps() if step <= old.decay_begins]
-    if {change.key for change in refusals} <= {*LENGTHS} and job.total_steps > old.total_steps:
+    is_longer = {change.key for change in refusals} <= {*LENGTHS}
+    if is_longer and old.batch_ramp != job.batch_ramp:
+        what += f"; and its steps would be of {job.batch_ramp}, where they are of {old.batch_ramp}"
+        todo = "undo these changes, or write train.batch_ramp in steps or tokens next time"
+        if (same := job.with_ramp_of(old)) is not None:
+            todo = f"write train.batch_ramp='{same.train.batch_ramp}' too, or undo these changes"
+    elif is_longer and job.total_steps > old.total_steps:
         what += "; and its learning rate has begun to decay"
         if before:  # a longer run branches off there
             branch = f"run.name=NEW run.from.run={run.name} run.from.step={before[-1]}"

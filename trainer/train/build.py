@@ -141,7 +141,7 @@ class Builder:
         )
 
     def _every(self, length: Duration, at: tuple[int, ...] = ()) -> Every:
-        return Every(length, self.job.steps_of(length), self.job.total_steps, at)
+        return Every(self.job.cadence(length), self.job.total_steps, at, length.seconds)
 
     def _batches(
         self, attempt: Attempt, position: Position, feed: Feed
@@ -167,6 +167,7 @@ class Builder:
             log=log,
             pin=world.device.type == "cuda",
             length=length_ramp(job).length,
+            windows=job.batch_ramp.windows,
         )
 
     def _guard(
@@ -176,7 +177,7 @@ class Builder:
         return StepGuard(
             judge,
             SelfCheck(self.engine, socket.gethostname(), self.numerics["exact"]),
-            self.job.steps_of(replay) if replay else None,
+            self.job.cadence(replay) if replay else None,
             attempt,
             self.phases,
             began,
@@ -201,7 +202,12 @@ class Builder:
             self._prices(each, peak * world.size),
             {g["name"]: g["peak_learning_rate"] for g in self.engine.param_groups},
             ProgressLine(
-                self._every(job.logging.every), total, position.step, main, job.objective.counted
+                self._every(job.logging.every),
+                total,
+                position.step,
+                main,
+                job.objective.counted,
+                job.batch_ramp.samples,
             ),
             trackers,
             _memory_of(world.device),
@@ -213,7 +219,7 @@ class Builder:
 
     def _prices(self, each: float, peak: float) -> Callable[[int], tuple[Prices, Prices]]:
         """Return what Metrics takes as `prices`. each: tokens of a target; peak: see Prices."""
-        ramp = length_ramp(self.job)
+        ramp, samples = length_ramp(self.job), self.job.batch_ramp.samples
 
         @cache
         def of(length: int) -> Prices:
@@ -221,7 +227,7 @@ class Builder:
             return Prices(**{name: each * flops for name, flops in found.items()}, peak=peak)
 
         def prices(step: int) -> tuple[Prices, Prices]:
-            shares = ramp.shares(step)
+            shares = ramp.shares(step, samples)
             full, causal, six_n = (
                 sum(share * getattr(of(length), name) for length, share in shares)
                 for name in ("full", "causal", "six_n")
@@ -250,7 +256,7 @@ class Builder:
             attempt,
             self.engine,
             lambda: {"numerics": self.numerics, "guard": judge.state, **scale},
-            keep_every=job.steps_of(rules.keep_every) if rules.keep_every else None,
+            keep_every=job.cadence(rules.keep_every) if rules.keep_every else None,
             at=rules.at,
             keep_best=rules.keep_best,
             decay=job.decay_begins if job.has_decay else None,

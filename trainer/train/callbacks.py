@@ -22,7 +22,7 @@ from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.checkpoint.retention import Keep
 from forescale.checkpoint.saver import Saver
-from forescale.config.duration import Duration
+from forescale.config.sections.batch import Cadence
 from forescale.engine.step import Engine, Facts
 from forescale.engine.world import StepSummary
 from forescale.run.directory import Attempt, Run
@@ -95,11 +95,17 @@ class Own(Callback):
 
 
 class Every:
-    """True at every n-th step (or each time an interval of rank 0's clock has passed), at the steps
-    `at`, and at the last step."""
+    """True at the steps of a cadence (or each time an interval of `seconds` of rank 0's clock has
+    passed), at the steps `at`, and at the last step."""
 
-    def __init__(self, length: Duration, steps: int | None, last: int, at: Collection[int] = ()):
-        self.steps, self.seconds, self.last = steps, length.seconds, last
+    def __init__(
+        self,
+        cadence: Cadence | None,
+        last: int,
+        at: Collection[int] = (),
+        seconds: float | None = None,
+    ):
+        self.cadence, self.seconds, self.last = cadence, seconds, last
         self._at = frozenset(at)
         self._since = 0.0
         self._next: int | None = None
@@ -107,7 +113,7 @@ class Every:
     def __call__(self, step: int) -> bool:
         if step in (self.last, self._next) or step in self._at:
             return True
-        return self.steps is not None and step % self.steps == 0
+        return self.cadence is not None and step in self.cadence
 
     def update(self, step: int, summary: StepSummary) -> bool:
         """True if `step` is due. With a time interval, also schedules the next due step from rank
@@ -171,7 +177,7 @@ class Checkpoints(Callback):
         engine: Engine,
         facts: Callable[[], dict[str, Any]],
         *,
-        keep_every: int | None = None,
+        keep_every: Cadence | None = None,
         at: Collection[int] = (),
         keep_best: bool = False,
         decay: int | None = None,

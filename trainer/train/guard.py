@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from forescale.config.sections.batch import Cadence
 from forescale.config.sections.runtime import GuardConfig
 from forescale.data.stream import Batch
 from forescale.engine.selfcheck import SelfCheck, fault_of
@@ -173,7 +174,7 @@ class StepGuard:
     """Acts on the decisions of one attempt, and runs the self-check when it is due. The loop and
     the engine call begin, before_update, may_apply and end, in this order, at every step.
 
-    replay: steps between two self-checks, None for none. began: the step that the attempt begins
+    replay: the steps of a self-check, None for none. began: the step that the attempt begins
     at, whose weights are trusted. has_checkpoint: True if there is a checkpoint to roll back to;
     the same on all ranks.
     """
@@ -182,7 +183,7 @@ class StepGuard:
         self,
         guard: Guard,
         check: SelfCheck,
-        replay: int | None,
+        replay: Cadence | None,
         attempt: Attempt,
         phases: PhaseTimer,
         began: int,
@@ -204,7 +205,7 @@ class StepGuard:
 
     def before_update(self, batch: Batch, losses: Tensor) -> None:
         """Run the self-check if it is due, with the weights that the gradient was computed with."""
-        if self._replay is None or self._step % self._replay:
+        if self._replay is None or self._step not in self._replay:
             return
         self.phases.mark("selfcheck")
         measured = self._check.tolerance is not None

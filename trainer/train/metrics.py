@@ -211,12 +211,21 @@ class ProgressLine:
 
     Speed and time left are of the steps alone, the last 50, without evaluation and saving. total:
     steps of the run; done: steps before this attempt; active: False on ranks that print nothing;
-    counted: what targets are, in a word.
+    counted: what targets are, in a word; samples: the windows of so many steps, with which time is
+    counted where they differ.
     """
 
-    def __init__(self, due: Every, total: int, done: int, active: bool, counted: str = "tokens"):
-        self.due, self.total, self.counted = due, total, counted
-        self._recent: deque[float] = deque(maxlen=50)  # seconds of steps
+    def __init__(
+        self,
+        due: Every,
+        total: int,
+        done: int,
+        active: bool,
+        counted: str = "tokens",
+        samples: Callable[[int], int] = lambda steps: steps,
+    ):
+        self.due, self.total, self.counted, self._samples = due, total, counted, samples
+        self._recent: deque[float] = deque(maxlen=50)  # seconds a window, of steps
         self._is_first = True  # a step that compiles says nothing of the others
         self._live = None
         if active and is_terminal(sys.stdout):
@@ -226,7 +235,8 @@ class ProgressLine:
         """Show a train row."""
         mfu_per_rate = row["tokens_per_second"] and row["mfu"] / row["tokens_per_second"]
         if not self._is_first:
-            self._recent.append(training_seconds(row["seconds"]))
+            windows = self._samples(row["step"]) - self._samples(row["step"] - 1)
+            self._recent.append(training_seconds(row["seconds"]) / windows)
         self._is_first = False
         due = self.due.update(row["step"], summary)
         if self._live:
@@ -238,9 +248,9 @@ class ProgressLine:
     def _text(self, row: dict[str, Any], mfu_per_rate: float, width: int | None = None) -> str:
         """Return the line; shorter where `width` columns are too few for all of it."""
         pace = sum(self._recent) / len(self._recent) if self._recent else 0.0
-        tokens = row["tokens"] / row["step"]
-        rate = tokens / pace if pace else row["tokens_per_second"]
-        eta = clock((self.total - row["step"]) * pace) if pace else "--:--"
+        read = self._samples(row["step"])
+        rate = row["tokens"] / read / pace if pace else row["tokens_per_second"]
+        eta = clock((self._samples(self.total) - read) * pace) if pace else "--:--"
         step = f"{row['step']:>{len(str(self.total))}}/{self.total}"
         parts = {
             "step": f"step {step} ({row['step'] / self.total:6.1%})",

@@ -264,7 +264,7 @@ class Trainer:
 
     def _multipliers(self, step: int) -> tuple[float, float]:
         job, total = self.job, self.job.total_steps
-        rate = learning_rate(job.schedule, step, total, job.tokens_per_step)
+        rate = learning_rate(job.schedule, step, total, job.warmup_steps, job.decay_steps)
         return rate, decay_multiplier(job.optimizer, step, total)
 
     def _report_numerics(self, point: ResumePoint) -> None:

@@ -82,6 +82,9 @@ class FinetuneJob(TrainJob):
         todo = "write forescale finetune FROM data=FILE.jsonl"
         if not self.run.origin.run:
             found.append(("run.from.run", "names no run to go on from", todo))
+        if self.train.first_batch is not None:
+            what = "a fine-tuning counts epochs of examples, with one batch in all steps"
+            found.append(("train.first_batch", what, "leave it out, and train.batch_ramp"))
         if not self.file:
             found.append(("data", "names no file of examples", todo))
         if self.run.origin.what != "weights" and self.run.origin.run:

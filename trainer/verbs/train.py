@@ -142,9 +142,11 @@ def local_ranks(job: TrainJob) -> int:
 def _introduce(started: Start, processes: int) -> None:
     job, sources = started.job, started.sources
     ranks = f"{processes} rank{'s' if processes > 1 else ''}"
+    grows = f" ({job.batch_ramp})" if job.batch_ramp.lengths else ""
     print(
         f"Run {started.run.path}: {job.total_steps:,} steps of {job.tokens_per_step:,} "
-        f"{job.objective.unit}, ZeRO stage {job.engine.stage}, {job.precision.label}, {ranks}.\n"
+        f"{job.objective.unit}{grows}, ZeRO stage {job.engine.stage}, {job.precision.label}, "
+        f"{ranks}.\n"
         f"Data {sources.where} (corpus hash {sources.corpus_hash[:16]}).",
         flush=True,
     )

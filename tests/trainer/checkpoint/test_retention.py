@@ -18,7 +18,7 @@ from forescale.checkpoint.retention import (
     reasons,
     steps_to_verify,
 )
-from forescale.config.duration import Duration
+from forescale.config.sections.batch import Cadence
 from forescale.engine.ranks import ALONE
 from forescale.errors import UserError
 from forescale.monitor.status import Status
@@ -38,14 +38,14 @@ def kept(found, **keep):
 def test_the_newest_the_multiples_the_best_and_the_pinned_stay():
     assert kept(FOUND) == [50, 60]
     assert kept(FOUND, newest=3) == [40, 50, 60]
-    assert kept(FOUND, every=20) == [20, 40, 50, 60]
+    assert kept(FOUND, every=Cadence(20)) == [20, 40, 50, 60]
     assert kept(FOUND, at=frozenset({10, 15, 40})) == [10, 40, 50, 60]
     losses = {10: 3.0, 20: 2.5, 30: 2.25, 40: 2.75}
     scored = [CheckpointFacts(f.step, 1, True, loss=losses.get(f.step)) for f in FOUND]
     assert kept(scored, best=True) == [30, 50, 60]
     assert kept(scored) == [50, 60]
     assert kept([CheckpointFacts(10, 1, True, pinned=True), *FOUND[1:]]) == [10, 50, 60]
-    assert reasons(scored, Keep(2, 20, True)) == {
+    assert reasons(scored, Keep(2, Cadence(20), True)) == {
         20: "a multiple of 20 steps",
         30: "the lowest validation loss",
         40: "a multiple of 20 steps",
@@ -96,7 +96,10 @@ facts = st.builds(
     loss=st.none() | st.floats(1, 9),
 )
 keeps = st.builds(
-    Keep, newest=st.integers(2, 4), every=st.none() | st.integers(1, 9), best=st.booleans()
+    Keep,
+    newest=st.integers(2, 4),
+    every=st.none() | st.builds(Cadence, st.integers(1, 9)),
+    best=st.booleans(),
 )
 
 
@@ -239,13 +242,13 @@ def test_losses_are_read_on_from_where_they_ended(tmp_path):
 def test_the_part_keeps_multiples_the_best_and_the_pinned(run):
     attempt, engine = plain.begin(run), plain.engine()
     part = Checkpoints(
-        Every(Duration(10), 10, 100),
+        Every(Cadence(10), 100),
         2,
         run,
         attempt,
         engine,
         dict,
-        keep_every=40,
+        keep_every=Cadence(40),
         keep_best=True,
     )
     for step in range(10, 100, 10):

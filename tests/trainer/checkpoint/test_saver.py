@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forescale.checkpoint.reader import Checkpoint
-from forescale.config.duration import Duration
+from forescale.config.sections.batch import Cadence
 from forescale.engine.portable.fragments import HostCopy
 from forescale.engine.world import StepSummary
 from forescale.errors import UserError
@@ -143,7 +143,7 @@ def test_a_fault_surfaces_at_the_next_word_or_save(run):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     part = Checkpoints(
-        Every(Duration(2), 2, 100), 2, run, plain.begin(run), engine, dict, midway=midway
+        Every(Cadence(2), 100), 2, run, plain.begin(run), engine, dict, midway=midway
     )
 
     class Step:
@@ -167,7 +167,7 @@ def test_a_fault_surfaces_at_the_next_word_or_save(run):
 
 def test_the_same_step_is_saved_once_unless_the_run_went_another_way_to_it(run):
     engine = plain.engine()
-    part = Checkpoints(Every(Duration(2), 2, 100), 2, run, plain.begin(run), engine, dict)
+    part = Checkpoints(Every(Cadence(2), 100), 2, run, plain.begin(run), engine, dict)
     for _ in range(3):
         part.save(plain.position(2))
     assert len(events(run, "checkpoint_saved")) == 1

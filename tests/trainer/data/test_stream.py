@@ -37,17 +37,19 @@ def feed(split):
     return make_feed({"data": split}, 64, 3, 2)
 
 
-def collect(feed, steps, g, world, batch, micro, workers=1):
+def collect(feed, steps, g, world, batch, micro, workers=1, windows=None):
     """Return for steps [a, b) on all ranks: the first rank's batch, the micro-batches, the hash."""
+    more = {"workers": workers, "windows": windows}
     ranks = [
-        list(stream(feed, StepShare(batch, micro, r, world), range(*steps), g, workers=workers))
+        list(stream(feed, StepShare(batch, micro, r, world), range(*steps), g, **more))
         for r in range(world)
     ]
     rows = []
     for batches in zip(*ranks, strict=True):
         assert len({(x.step, x.g0, x.g1, x.targets) for x in batches}) == 1
         found = [m for x in batches for m in x.micro]
-        assert [m.index for m in found] == list(range(batch // micro))
+        size = windows(batches[0].step) if windows else batch
+        assert [m.index for m in found] == list(range(size // micro))
         real = [m.targets != IGNORED for m in found]
         if feed.unit == "preference":
             assert sum(int(rows.any(1).sum()) for rows in real) == 2 * batches[0].targets
@@ -112,6 +114,30 @@ def test_any_chain_of_restarts_reads_one_sequence(
             for x, y in zip(found_a, found_b, strict=True):
                 assert torch.equal(x.tokens, y.tokens)
                 assert torch.equal(x.targets, y.targets)
+
+
+@given(
+    splits=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), min_size=2, max_size=4),
+    skip=st.integers(0, 60),
+)
+@settings(max_examples=8, deadline=None)
+def test_a_growing_batch_is_one_sequence_at_any_ranks_and_restarts(split, splits, skip):
+    skipped = [(skip, skip + 5)]
+    feed = make_feed({"data": split}, 16, 3, 2, skipped=skipped)
+    sizes = [12, 12, 24, 24, 24, *[48] * 8]
+    total = sum(steps for _, steps in splits)
+    share = (1, 48, 2, 0, sizes.__getitem__)
+    whole = collect(feed, (0, total), 0, *share)
+    read = [s for s in range(whole[-1][0].g1 if whole else 0) if not _in(skipped, s)]
+    assert len(read) == sum(sizes[:total])
+    parts, step = [], 0
+    for world, steps in splits:
+        g = parts[-1][0].g1 if parts else 0
+        parts += collect(feed, (step, step + steps), g, world, *share[1:])
+        step += steps
+    for (a, found_a, hash_a), (b, found_b, hash_b) in zip(whole, parts, strict=True):
+        assert (a.step, a.g0, a.g1, a.shares, hash_a) == (b.step, b.g0, b.g1, b.shares, hash_b)
+        assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(found_a, found_b, strict=True))
 
 
 def _in(intervals, sample) -> bool:

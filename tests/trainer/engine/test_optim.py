@@ -32,7 +32,14 @@ def schedules(draw):
 
 
 def curve(schedule, total):
-    return [learning_rate(schedule, t, total, TOKENS) for t in range(total)]
+    return [rate(schedule, t, total) for t in range(total)]
+
+
+def rate(schedule, step, total):
+    lengths = [
+        length.steps(TOKENS, total) for length in (schedule.warmup, schedule.decay) if length
+    ]
+    return learning_rate(schedule, step, total, *lengths)
 
 
 def test_muon_orthogonalises_the_matrix_of_each_expert():
@@ -67,8 +74,8 @@ def test_a_longer_wsd_has_the_same_past(warmup, percent, total, more):
     schedule = ScheduleConfig("wsd", Duration(warmup), Duration(percent, "percent"))
     stable = total - schedule.decay.steps(TOKENS, total)
     for step in range(max(0, stable) + 1):
-        before = learning_rate(schedule, step, total, TOKENS)
-        assert before == learning_rate(schedule, step, total + more, TOKENS) or step < warmup
+        before = rate(schedule, step, total)
+        assert before == rate(schedule, step, total + more) or step < warmup
 
 
 def test_weight_decay_falls_in_a_line_or_stays():
@@ -83,11 +90,11 @@ def test_the_shapes():
     assert curve(wsd, 100)[:11] == [(t + 1) / 10 for t in range(10)] + [1.0]
     assert curve(wsd, 100)[50:52] == [1.0, 0.98]
     assert curve(wsd, 100)[99] == pytest.approx(0.02)
-    assert learning_rate(wsd, 100, 100, TOKENS) == 0
+    assert rate(wsd, 100, 100) == 0
     cosine = ScheduleConfig("cosine", Duration(10 * TOKENS, "tokens"), final=0.1)
-    assert learning_rate(cosine, 55, 100, TOKENS) == pytest.approx(0.55)
-    assert learning_rate(cosine, 100, 100, TOKENS) == pytest.approx(0.1)
-    assert learning_rate(cosine, 120, 100, TOKENS) == pytest.approx(0.1)
+    assert rate(cosine, 55, 100) == pytest.approx(0.55)
+    assert rate(cosine, 100, 100) == pytest.approx(0.1)
+    assert rate(cosine, 120, 100) == pytest.approx(0.1)
 
 
 SHAPES = {

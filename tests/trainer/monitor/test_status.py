@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from forescale.config.duration import Duration
 from forescale.monitor import tail
 from forescale.monitor.memory import Memory
 from forescale.monitor.page import ranks_of
@@ -117,6 +119,18 @@ def test_speed_and_time_left_are_without_evaluations_and_saves(unfinished):
     after = Status(unfinished)
     assert (after.step_seconds, after.seconds_left) == (2.0, 4.0)
     assert after.tokens_per_second == before.tokens_per_second > 0
+
+
+def test_time_left_is_of_the_windows_that_are_left(unfinished):
+    status = Status(unfinished)
+    job, step = status.job, status.step
+    whole = status.tokens_per_second
+    ramp = {"global_batch": 16, "first_batch": 4, "batch_ramp": Duration(step)}
+    job.train = replace(job.train, **ramp)
+    windows = sum(job.batch_ramp.windows(s) for s in range(step)) / step
+    assert status.tokens_per_second == pytest.approx(whole * windows / 4)
+    left = sum(job.batch_ramp.windows(s) for s in range(step, job.total_steps))
+    assert status.seconds_left == pytest.approx(2.0 * left / windows)
 
 
 def test_json_has_every_documented_key(unfinished, forescale, small_data):

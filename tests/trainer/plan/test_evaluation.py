@@ -51,7 +51,7 @@ def test_windows_and_work_are_those_that_ranks_really_evaluate(small_data, limit
 def test_evaluations_are_counted_as_they_are_due(every):
     length = Duration.parse(every)
     job = compose(PlanJob, [*SIZES, "train.steps=20", "schedule.warmup=0"])
-    due = Every(length, job.steps_of(length), 20)
+    due = Every(job.cadence(length), 20)
     found = cost(None, "train.steps=20", f"validation.every='{every}'")
     assert found.times + 1 == sum(due(step) for step in range(1, 21))
     assert found.seconds is None

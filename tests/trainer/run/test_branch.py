@@ -54,6 +54,21 @@ def test_a_branch_that_would_end_before_it_begins_is_refused(branch, small_data)
     assert start(branch(here, "train.steps=12"), newest=lambda run: 8).job.run.origin.step == 8
 
 
+def test_a_branch_counts_the_windows_that_its_trunk_has_read(job, small_data):
+    sizes = ("train.global_batch=8", "train.micro_batch=2", f"data.path={small_data}")
+    ramp = ("train.first_batch=4", "train.batch_ramp='6 steps'")
+    train_a_step(start(job(*sizes, *ramp)).run)
+    off = (*sizes, "run.name=branch", "run.from.run=first", "train.steps=20")
+    with pytest.raises(UserError) as caught:
+        start(job(*off), newest=lambda run: 8)
+    assert "first has read 40 windows at step 8, where the batch of this run would" in str(
+        caught.value
+    )
+    assert "have read 64; write train.first_batch=4 train.batch_ramp='6 steps'" in str(caught.value)
+    start(job(*off, "run.from.what=weights"))
+    assert start(job(*off, *ramp, "run.name=other"), newest=lambda run: 8).job.total_windows == 136
+
+
 def test_a_branch_freezes_the_step_that_it_came_from(branch, small_data):
     """And keeps it, whatever its origin saves later and whether the command names it or not."""
     made = branch(f"data.path={small_data}", "train.steps=20")

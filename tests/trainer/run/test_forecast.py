@@ -14,6 +14,7 @@ from forescale.config.compose import compose
 from forescale.config.duration import Duration
 from forescale.config.frozen import freeze, may_resume, thaw
 from forescale.config.schema import TargetConfig
+from forescale.config.sections.batch import Cadence
 from forescale.config.train import TrainJob
 from forescale.engine.step import Facts
 from forescale.errors import UserError
@@ -180,7 +181,7 @@ def metrics(tmp_path):
     """Metrics of a run with a forecast; is_main: those of rank 0."""
 
     def make(is_main=True):
-        line = ProgressLine(Every(Duration(10), 10, STEPS), STEPS, 0, is_main)
+        line = ProgressLine(Every(Cadence(10), STEPS), STEPS, 0, is_main)
         prices = Prices(full=6.0, causal=5.0, six_n=4.0, peak=1.0)
         attempt = Run(tmp_path / "run").new_attempt()
         predicted = prediction_interval_of(job(write(tmp_path / "f")))

@@ -95,6 +95,21 @@ def test_a_schedule_without_decay_may_grow(job):
         start(job("schedule=constant"))
 
 
+def test_a_longer_run_may_not_change_the_batches_of_its_past(job):
+    ramp = ("schedule=constant", "train.global_batch=8", "train.micro_batch=2")
+    ramp += ("train.first_batch=4", "train.steps=null")
+    run = start(job(*ramp, "train.tokens=2560", "train.batch_ramp='40 %'")).run
+    train_a_step(run)
+    longer = (*ramp, "train.tokens=5120")
+    with pytest.raises(UserError) as caught:
+        start(job(*longer, "train.batch_ramp='40 %'"))
+    message = "would be of 4 windows at first, and 8 after step 16, where they are of 4 windows at"
+    assert message in str(caught.value)
+    assert "write train.batch_ramp='1024 tokens' too" in str(caught.value)
+    grown = start(job(*longer, "train.batch_ramp='1024 tokens'")).job
+    assert (grown.batch_ramp.lengths, grown.total_tokens) == ((8,), 5120)
+
+
 def test_a_run_that_decays_is_told_where_a_longer_one_goes_on(job):
     wsd = ("schedule=wsd", "schedule.decay=4")
     run = start(job(*wsd)).run

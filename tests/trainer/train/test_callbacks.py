@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
+from forescale.config.sections.batch import Cadence
 from forescale.engine.step import Facts
 from forescale.engine.world import StepSummary, World
 from forescale.errors import UserError
@@ -106,7 +107,8 @@ def run_loop(total, *lengths, stop_at=None, per_step=1.0):
     engine = Engine(Clock(per_step))
     callbacks = []
     for length in map(Duration.parse, lengths):
-        every = Every(length, length.steps(10, total), total)
+        steps = length.steps(10, total)
+        every = Every(Cadence(steps) if steps else None, total, seconds=length.seconds)
         callbacks.append(Recorder(every, engine))
     asked = (lambda: engine.made >= stop_at) if stop_at else (lambda: False)
     where = trained(engine, total, callbacks, asked)
@@ -197,7 +199,7 @@ def test_the_periodic_score_is_capped_and_the_last_is_complete():
     engine = Engine()
     score = Score(1.0, 0.1, 2.0, 10, 20, 3)
     callback = Validation(
-        Every(Duration(4), 4, 10),
+        Every(Cadence(4), 10),
         lambda complete: asked.append(complete) or score,
         lambda position, found, able: logged.append((position.step, found, able)),
         lambda: [engine.made],
@@ -217,7 +219,7 @@ def test_a_step_is_saved_before_it_is_scored_and_after_all_else_has_seen_it():
                 acted.append((self.phase, step.position.step))
 
     def each(name):
-        return Noted(Every(Duration(2), 2, 4), engine, name)
+        return Noted(Every(Cadence(2), 4), engine, name)
 
     parts = Parts(None, None, each("row"), each("score"), [each("own")], each("save"))
     trained(engine, 4, parts.callbacks)
@@ -244,7 +246,7 @@ def save_along(tmp_path, monkeypatch, total, saves):
     """Train `total` steps with a callback that saves every 4."""
     run, engine = Run(tmp_path), Engine()
     monkeypatch.setattr("forescale.train.callbacks.Saver", lambda *_: saves)
-    callback = Checkpoints(Every(Duration(4), 4, total), 2, run, run.new_attempt(), engine, dict)
+    callback = Checkpoints(Every(Cadence(4), total), 2, run, run.new_attempt(), engine, dict)
     trained(engine, total, [callback])
     return callback
 
@@ -270,7 +272,7 @@ def test_a_save_that_fails_in_the_background_ends_training_at_the_next_summary(
 
 
 def test_named_steps_are_due_too():
-    every = Every(Duration(4), 4, 10, at=(3, 7))
+    every = Every(Cadence(4), 10, at=(3, 7))
     assert [step for step in range(1, 11) if every(step)] == [3, 4, 7, 8, 10]
 
 

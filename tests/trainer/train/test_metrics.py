@@ -12,6 +12,7 @@ import torch
 from forescale.abilities.few_shot import Accuracy
 from forescale.checkpoint.reader import Position
 from forescale.config.duration import Duration
+from forescale.config.sections.batch import Cadence
 from forescale.engine.step import Facts
 from forescale.engine.world import StepSummary
 from forescale.run.directory import Run
@@ -40,7 +41,8 @@ def metrics(tmp_path):
         run = Run(tmp_path / "first")
         attempt = run.new_attempt()
         length = Duration.parse(every)
-        line = ProgressLine(Every(length, length.steps(20, TOTAL), TOTAL), TOTAL, 0, is_main)
+        due = Every(Cadence(length.steps(20, TOTAL)), TOTAL)
+        line = ProgressLine(due, TOTAL, 0, is_main)
         prices = Prices(full=600.0, causal=500.0, six_n=400.0, peak=1e6)
         rates = {"muon": 0.02, "decayed": 0.004}
         return Metrics(

@@ -129,7 +129,7 @@ ROWS = {
     "tokens": (lambda rows: [*rows[:3], rows[3] | {"tokens": 7}, *rows[4:]], "but counts 7 in"),
     "a batch": (
         lambda rows: [*rows[:7], rows[7] | {"g1": 30}],
-        "ends at sample 30; train.global_batch makes it 32",
+        "ends at sample 30; its batch of 4 windows makes it 32",
     ),
     "a lost tail": (lambda rows: rows[:7], "no row for step 8"),
     "another step": (lambda rows: [*rows[:7], rows[7] | {"tokens": 1020}], "checkpoint at step 8"),

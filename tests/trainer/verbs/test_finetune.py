@@ -93,6 +93,7 @@ def test_bad_lines_are_a_sentence_and_nothing_is_made(make, tmp_path, forescale,
     [
         (["data=none.jsonl"], "none.jsonl: no such file"),
         (["run.from.what=everything"], "run.from.what: a fine-tuning begins at step 0"),
+        (["train.first_batch=1", "train.batch_ramp=1"], "first_batch: a fine-tuning counts epochs"),
         (["template=none.jinja"], "none.jinja: no such file"),
         (["faults=[kill@5000:rank0]"], "comes after the run's last step, "),
         (["data.document_mask=true"], "data.document_mask: a row of responses has no documents"),

@@ -5,6 +5,7 @@ Invariant: a pure function of the config and the step. The windows of a step sta
 without a ramp, and so do their tokens; only what a token sees of the ones before it changes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -35,16 +36,18 @@ class LengthRamp:
     def _doublings(self) -> int:
         return (self.last // self.first).bit_length() - 1
 
-    def shares(self, steps: int) -> list[tuple[int, float]]:
-        """Return the lengths of the first `steps` steps, each with its share of them; of no step,
-        the first length."""
+    def shares(
+        self, steps: int, samples: Callable[[int], int] = lambda steps: steps
+    ) -> list[tuple[int, float]]:
+        """Return the lengths of the first `steps` steps, each with its share of their windows; of
+        no step, the first length. samples: the windows of so many steps, if their batch grows."""
         if not self.steps or not steps:
             return [(self.length(0), 1.0)]
         n = self._doublings
         ends = [-(-self.steps * i // n) for i in range(1, n + 1)]
         bounds = [min(steps, end) for end in (0, *ends, steps)]
-        counts = [(self.first << i, b - a) for i, (a, b) in enumerate(pairwise(bounds)) if b > a]
-        return [(length, count / steps) for length, count in counts]
+        parts = [(self.first << i, a, b) for i, (a, b) in enumerate(pairwise(bounds)) if b > a]
+        return [(n, (samples(b) - samples(a)) / samples(steps)) for n, a, b in parts]
 
 
 def length_ramp(job: "TrainJob") -> LengthRamp:

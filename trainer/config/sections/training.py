@@ -15,6 +15,7 @@ from typing import Literal, Self
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
+from forescale.config.sections.batch import ramp_problems
 
 # The best batch for D tokens, in tokens: 0.58 D^0.571 (Li et al. 2025, "Step Law", arXiv
 # 2503.04715, from runs of 60M to 1B parameters and 2B to 100B tokens).
@@ -84,6 +85,14 @@ class TrainConfig:
     )
     global_batch: int = key(
         8, "windows per optimizer step, over all ranks; 0: by the length in tokens", ge=0
+    )
+    first_batch: int | None = key(
+        None, "windows of the first steps, which double to global_batch; null: global_batch", ge=1
+    )
+    batch_ramp: Duration | None = key(
+        None,
+        "with first_batch: length until the batch is global_batch; each doubling takes as many "
+        "steps, or tokens; percent are of train.tokens",
     )
     micro_batch: int = key(
         4,
@@ -164,7 +173,7 @@ class TrainConfig:
             what = f"{self.global_batch} windows are not a multiple of the micro-batch"
             todo = "change train.global_batch or train.micro_batch"
             found.append(("global_batch", f"{what}, {self.micro_batch}", todo))
-        return found
+        return found + ramp_problems(self)
 
     def _ramp_problems(self) -> Problems:
         first, last, ramp = self.first_length, self.sequence_length, self.length_ramp

@@ -344,8 +344,8 @@ def checkpoints_kept(job: TrainJob) -> int:
     """Return the maximum number of checkpoints on disk, including one that is being written."""
     keep = job.checkpoint
     found = keep.keep + 1 + int(keep.keep_best) + int(job.has_decay) + len(keep.at)
-    if keep.keep_every is not None and (every := job.steps_of(keep.keep_every)):
-        found += job.total_steps // every
+    if keep.keep_every is not None and (every := job.cadence(keep.keep_every)):
+        found += every.times(job.total_steps)
     return found
 
 

@@ -112,7 +112,7 @@ def record(run: Run) -> dict[str, Any] | Refused:
 def _flops(job: TrainJob, steps: int, causal: bool) -> float:
     """Return the FLOPs of a token, on average over the first `steps` steps."""
     assert isinstance(job.model, ModelConfig)
-    shares = length_ramp(job).shares(steps)
+    shares = length_ramp(job).shares(steps, job.batch_ramp.samples)
     return sum(share * flops_per_token(job.model, length, causal) for length, share in shares)
 
 
@@ -139,7 +139,6 @@ def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
     """Return hyperparameters and seeds: `seed` of the data order, `init_seed` of the weights."""
     sizes = model.sizes
     init_seed = job.train.init_seed
-    decay = job.schedule.decay
     return {
         "optimizer": job.optimizer.kind,
         "learning_rate": job.optimizer.learning_rate,
@@ -147,8 +146,8 @@ def _chosen(job: TrainJob, model: ModelConfig) -> dict[str, Any]:
         "batch_tokens": job.tokens_per_step,
         "steps": job.total_steps,
         "schedule": job.schedule.kind,
-        "warmup_steps": job.steps_of(job.schedule.warmup),
-        "decay_steps": job.steps_of(decay) if decay else 0,
+        "warmup_steps": job.warmup_steps,
+        "decay_steps": job.decay_steps,
         "seed": job.train.seed,
         "init_seed": job.train.seed if init_seed is None else init_seed,
         "precision": job.precision.label,

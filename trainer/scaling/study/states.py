@@ -60,9 +60,10 @@ def state_of(cell: Cell, run: Run, events: Sequence[Mapping[str, Any]], cost: st
         return CellState(cell, status, why=why)
     seen = Status(run)
     total, per = seen.job.total_steps, cell.flops[cost] / cell.tokens
-    steps = seen.step - (cell.trunk_step or 0) + seen.lost().steps
+    first, last = cell.trunk_step or 0, seen.step + seen.lost().steps
+    windows = seen.job.batch_ramp.samples(last) - seen.job.batch_ramp.samples(first)
     known = {
-        "spent": max(0, steps) * seen.job.tokens_per_step * per,
+        "spent": max(0, windows) * seen.job.tokens_per_window * per,
         "done": seen.step / total,
         "seconds": seen.goodput.wall,
     }

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from forescale.config.compose import ConfigError, compose
 from forescale.config.frozen import may_resume
+from forescale.config.sections.batch import BatchRamp
 from forescale.config.sections.ramp import LengthRamp, length_ramp
 from forescale.config.train import TrainJob
 
@@ -66,3 +67,13 @@ def test_a_user_is_told_when_rows_are_whole():
 def test_what_does_not_fit_a_ramp_is_one_sentence(words, message):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         compose(TrainJob, [*GROWS, *words])
+
+
+def test_where_the_batch_grows_too_lengths_have_shares_of_windows():
+    batch, ramp = BatchRamp(8, (3, 2)), LengthRamp(16, 64, 6)
+    sizes = [2, 2, 2, 4, 4, 8, 8, 8]
+    counted = Counter()
+    for step, windows in enumerate(sizes):
+        counted[ramp.length(step)] += windows
+    found = dict(ramp.shares(len(sizes), batch.samples))
+    assert found == {n: count / sum(sizes) for n, count in counted.items()}

@@ -1,0 +1,161 @@
+"""How long a job is: in steps, in windows and in tokens; and what its durations are in steps.
+
+Invariant: only here is a length turned into steps, so that all that counts them agrees, also where
+the batch grows (batch.py).
+"""
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from typing import Self
+
+from forescale.config.duration import Duration
+from forescale.config.job import Problems
+from forescale.config.sections.batch import BatchRamp, Cadence
+from forescale.config.sections.objective import ObjectiveConfig
+from forescale.config.sections.training import ScheduleConfig, TrainConfig
+
+_MOST_TOKENS = 10**18  # of a run: every position in it fits 64 bits
+
+
+class Lengths:
+    """The lengths of a job with these sections. Batches are counted in windows."""
+
+    train: TrainConfig
+    objective: ObjectiveConfig
+    schedule: ScheduleConfig
+
+    @property
+    def tokens_per_window(self) -> int:
+        """The targets of a full window, in all its rows."""
+        return self.train.sequence_length * self.objective.spec.rows
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The tokens of a step of the full batch."""
+        return self.train.global_batch * self.tokens_per_window
+
+    @property
+    def rows_at_once(self) -> int:
+        """The rows that a rank computes at once: those of the windows of its micro-batch."""
+        return self.train.micro_batch * self.objective.spec.rows
+
+    @property
+    def batch_ramp(self) -> BatchRamp:
+        """The windows of each step."""
+        return BatchRamp.of(self.train, self.tokens_per_window)
+
+    def with_ramp_of(self, other: "Lengths") -> Self | None:
+        """Return the job with the ramp of another, whose percent are written in tokens: so they are
+        the same in a longer run. None if it is another ramp in this one."""
+        first, length = other.train.first_batch, other.train.batch_ramp
+        if length is not None and length.unit == "percent":
+            tokens = Fraction(repr(float(length.amount))) * (other.train.tokens or 0) / 100
+            length = Duration(math.ceil(tokens), "tokens")
+        train = replace(self.train, first_batch=first, batch_ramp=length)
+        made: Self = replace(self, train=train)  # type: ignore[type-var]
+        return made if made.batch_ramp == other.batch_ramp else None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; needs train.steps or train.tokens."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        return self.batch_ramp.steps_for(math.ceil(self.train.tokens / self.tokens_per_window))
+
+    @property
+    def total_windows(self) -> int:
+        """The windows of the whole run."""
+        return self.batch_ramp.samples(self.total_steps)
+
+    def windows_after(self, step: int) -> int:
+        """Return the windows that are left of the run after so many steps; negative beyond it."""
+        ramp = self.batch_ramp
+        return ramp.samples(self.total_steps) - ramp.samples(step)
+
+    @property
+    def total_tokens(self) -> int:
+        """The tokens of the whole run: train.tokens, rounded up to whole steps."""
+        return self.total_windows * self.tokens_per_window
+
+    def steps_of(self, length: Duration) -> int | None:
+        """A length from the first step on in optimizer steps, rounded up; None for a wall time
+        (`length.seconds`)."""
+        if length.unit == "tokens":
+            return self.batch_ramp.steps_for(self._windows_of(length))
+        return length.steps(self.tokens_per_step, self.total_steps)
+
+    def cadence(self, length: Duration) -> Cadence | None:
+        """The steps at which a length comes again and again; None for a wall time."""
+        steps = length.steps(self.tokens_per_step, self.total_steps)
+        if not steps:
+            return None
+        grows = length.unit == "tokens" and self.batch_ramp.lengths
+        return Cadence(steps, self.batch_ramp if grows else None)
+
+    def _windows_of(self, length: Duration) -> int:
+        return -(-int(length.amount) // self.tokens_per_window)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up."""
+        return self.steps_of(self.schedule.warmup) or 0
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the decay, the last ones of the run; 0 without one."""
+        decay, total = self.schedule.decay, self.total_steps
+        if decay is not None and decay.unit == "tokens":
+            return self.batch_ramp.last_steps_for(self._windows_of(decay), total)
+        return self.steps_of(decay) or 0 if decay else 0
+
+    @property
+    def has_decay(self) -> bool:
+        """True if the learning rate stays at its peak and decays at the end."""
+        return self.decay_steps > 0
+
+    @property
+    def decay_begins(self) -> int:
+        """The last step before the decay of the learning rate: until there, a longer run would have
+        had the same rates. The last step of all if there is no decay."""
+        return self.total_steps - self.decay_steps
+
+    def fitted(self) -> Self:
+        """Return the job, its warm-up shortened where it and the decay are longer than the run."""
+        if (steps := self.warmup_that_fits()) is None:
+            return self
+        schedule = replace(self.schedule, warmup=Duration(steps))
+        return replace(self, schedule=schedule)  # type: ignore[type-var]
+
+    def warmup_that_fits(self) -> int | None:
+        """Return the steps of a warm-up that was written for a longer run; None if it fits.
+
+        A tenth of the run, but no more than the decay leaves.
+        """
+        total = self.total_steps
+        left = total - self.decay_steps
+        if self.schedule.warmup.unit == "percent" or left < 0 or self.warmup_steps <= left:
+            return None
+        return min(max(1, total // 10), left)
+
+    def length_problems(self) -> Problems:
+        """Return the broken rules of what begins and ends in the run's length, which is known."""
+        found: Problems = []
+        total, tokens = self.total_steps, self.total_tokens
+        if tokens > _MOST_TOKENS:
+            name = "train.steps" if self.train.steps is not None else "train.tokens"
+            what = f"the run reads {tokens:.3g} tokens"
+            return [(name, what, f"train on at most {_MOST_TOKENS:.0e}")]
+        if self.batch_ramp.steps >= total and self.batch_ramp.lengths:
+            what = f"the batch grows for {self.batch_ramp.steps:,} steps of a run of {total:,}"
+            found.append(("train.batch_ramp", what, "shorten it, or train longer"))
+        if self.decay_steps > total:
+            what = f"the decay takes {self.decay_steps:,} steps of a run of {total:,}"
+            found.append(("schedule.decay", what, "shorten schedule.decay, or train longer"))
+        elif self.warmup_steps + self.decay_steps > total and self.warmup_that_fits() is None:
+            ramps = f"{self.warmup_steps + self.decay_steps:,} steps of a run of {total:,}"
+            what = f"warm-up and decay take {ramps}"
+            todo = "shorten schedule.warmup or schedule.decay"
+            found.append(("schedule.warmup", what, todo))
+        return found
