@@ -35,6 +35,16 @@ def test_imported_weights_have_rates_of_their_own(origin):
     assert config["train"]["global_batch"] % config["train"]["micro_batch"] == 0
 
 
+def test_an_average_is_gone_on_from_as_its_run_is(make, origin, tmp_path, forescale):
+    """Its rate is known, unlike that of imported weights."""
+    assert forescale("average", origin.path, f"run.root={tmp_path}", "run.name=mean")[0] == 0
+    code, out, err = make("run.name=tuned", start=tmp_path / "mean")
+    assert code == 0, err
+    assert f"Fine-tunes {tmp_path / 'mean'}, from its step 0, with 57 examples" in out
+    made, old = open_run(tmp_path / "tuned").config, open_run(origin.path).config
+    assert made.optimizer.learning_rate == pytest.approx(old.optimizer.learning_rate / 15, rel=0.01)
+
+
 def test_adapters_have_a_rate_and_an_optimizer_of_their_own(make, origin, tmp_path, forescale):
     assert make("lora.rank=4", "run.name=lora")[0] == 0
     made, old = open_run(tmp_path / "lora").config, open_run(origin.path).config.optimizer
