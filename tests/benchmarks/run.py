@@ -28,8 +28,8 @@ from tests.benchmarks.pairing import Result  # noqa: E402
 from tests.benchmarks.processes import share_imports  # noqa: E402
 
 NAMES = (
-    "loop", "memory", "loss", "compile", "plain", "peer", "startup", "build", "stream", "save",
-    "watch", "ranks", "status", "plan", "fit", "recovery", "next", "coordinates",
+    "loop", "memory", "loss", "compile", "plain", "muon", "peer", "startup", "build", "stream",
+    "save", "watch", "ranks", "status", "plan", "fit", "recovery", "next", "coordinates",
     "mixers", "generate",
 )  # fmt: skip
 

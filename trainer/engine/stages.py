@@ -24,9 +24,12 @@ Facts about DeepSpeed that are worked around here:
   orthogonalises only 2-D weights (stage 0).
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from forescale.engine.layout import Layout, Piece, Replicated, Unit
+from forescale.engine.optimizers.muon import together
 
 
 def layout_of(engine, fp32_gradients: bool = False) -> Layout:
@@ -194,7 +197,9 @@ class Zero12(Layout):
             for param, grad in zip(arguments[0], grads, strict=True):
                 self.mark(param, grad)
             o.all_grad_tensors[i] = grads
-            o.averaged_gradients[i] = self._flatten(*arguments, **kw)
+            # It returns views of what Muon returns to it, as backward asked for a list.
+            with together() if self.is_muon(i) else nullcontext():
+                o.averaged_gradients[i] = self._flatten(*arguments, **kw)
             o.all_grad_tensors[i] = None
         self._held.clear()
 

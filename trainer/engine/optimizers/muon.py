@@ -4,13 +4,14 @@ It updates the hidden matrices; torch's fused AdamW updates all other parameters
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
 
 from forescale.config.sections.optimizer import OptimizerConfig
-from forescale.engine.parallel.matrices import of_whole_matrices
+from forescale.engine.optimizers.orthogonal import MuonUpdate
 
 
 def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
@@ -40,8 +41,7 @@ def build(config: OptimizerConfig, groups: list[dict]) -> torch.optim.Optimizer:
 
 @cache
 def import_muon() -> Any:
-    """Return DeepSpeed's Muon class without compilation, and let its update orthogonalise whole
-    matrices where ranks divide them.
+    """Return DeepSpeed's Muon class without compilation, and with our update (orthogonal.py).
 
     On import it wraps its iterations in torch.compile, once per shape. On a CPU this takes half a
     minute at the first step, and the compiled iterations are not faster than eager ones. To wrap
@@ -58,9 +58,23 @@ def import_muon() -> Any:
     from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 
     # Two names: stage 0 calls it by the first, the others import it by the second at each update.
-    update = of_whole_matrices(original_muon.muon_update)
-    muon_optimizer.muon_update = original_muon.muon_update = update
+    muon_optimizer.muon_update = original_muon.muon_update = _update()
     return MuonWithAuxAdam
+
+
+@cache
+def _update() -> MuonUpdate:
+    """Return what replaces DeepSpeed's own update, which it is made with."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    return MuonUpdate(original_muon.muon_update)
+
+
+def together() -> AbstractContextManager[None]:
+    """Return a context in which Muon's updates of one shape are computed together; their values are
+    there after it."""
+    import_muon()
+    return _update().together()
 
 
 def use_precision(kind: str) -> None:
