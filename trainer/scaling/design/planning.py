@@ -93,6 +93,9 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
             )
             raise UserError("plan.arguments", f"{key} is set by the study itself", todo)
     train = compose(TrainJob, keys.shared)
+    if train.train.first_batch is not None:
+        what = "would make runs shorter than their cells, whose steps have one batch each"
+        raise UserError("train.first_batch", what, "leave it out, and train.batch_ramp")
     if not isinstance(train.model, ModelConfig):
         todo = "choose a model=CHOICE whose width and layers forescale sets"
         raise UserError("plan.model", f"{keys.model} is a class of your own, without sizes", todo)

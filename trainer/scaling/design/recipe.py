@@ -91,6 +91,9 @@ def recipes_of(
                 "has a model or an objective whose compute and loss the base's can't be compared to"
             )
             raise UserError(f"recipe {name}", what, "leave it out")
+        if job.train.first_batch is not None:
+            what = "train.first_batch would make its runs shorter than its budgets pay for"
+            raise UserError(f"recipe {name}", what, "leave it out, and train.batch_ramp")
         base = base or job
         optimizer = job.optimizer
         is_typed = any(a.startswith(f"{_RATE}=") for a in own)

@@ -75,6 +75,9 @@ def test_arguments_after_two_dashes_are_shared_by_all_runs(plan, tmp_path):
     assert share == pytest.approx(0.04 / 0.02), "both rates keep their ratio"
     code, _, err = plan("plan.cap=1e15", "--", "train.steps=5")
     assert (code, "is set by the study itself" in err) == (2, True)
+    ramp = ("train.first_batch=4", "train.batch_ramp='9 steps'")
+    code, _, err = plan("plan.cap=1e15", "--", *ramp)
+    assert (code, "would make runs shorter than their cells" in err) == (2, True)
     code, _, err = plan("plan.cap=1e15", "--", "modl=tiny")
     assert (code, "modl" in err) == (2, True)
 

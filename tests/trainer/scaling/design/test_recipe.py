@@ -48,6 +48,11 @@ def test_layers_and_width_of_a_recipe_are_refused(text):
         recipes(new=[text])
 
 
+def test_a_recipe_whose_batch_grows_is_refused():
+    with pytest.raises(UserError, match=r"recipe new: train\.first_batch would make its runs"):
+        recipes(new=["train.first_batch=4", "train.batch_ramp='9 steps'"])
+
+
 def test_groups_of_heads_are_kept_at_every_budget():
     """One of two heads has keys and values, so half of them at any size."""
     models = [c.shape.model for c in planned("model.num_kv_heads=1").cells if c.recipe == "new"]
