@@ -224,7 +224,7 @@ def _logarithmic(axis: Any, given: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
     if given.dtick is None:  # a narrow range, such as of losses
         axis.set_major_locator(MaxNLocator(6))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _rounded(value)))
         axis.set_minor_locator(NullLocator())
         return
     low, high = axis.get_view_interval()

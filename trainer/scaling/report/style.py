@@ -21,6 +21,7 @@ WIDE, NARROW = "rgba(194,65,12,0.10)", "rgba(194,65,12,0.16)"
 _DARK, _LIGHT = 0.0, 0.86  # ends of the colour scale; lighter is invisible on white
 _ROOM = 0.06  # log loss that an axis shows at least above the highest minimum of a budget
 _DECADES = 2.0  # an axis with more decades has numbers at powers of ten only
+_NARROW = 5.0  # an axis of less than this ratio may have one number of 1, 2, 5, 10 ... or none
 _LINE = 34  # characters per line of hover text, so that it fits a phone
 
 
@@ -47,10 +48,12 @@ def axes(x: str, y: str, of_x: dict[str, Any], of_y: dict[str, Any], height: int
 def logarithmic(*values: Array | Sequence[float], power: bool = False) -> dict[str, Any]:
     """Return a logarithmic axis for these values. power: write 10^21, not 7B."""
     every = np.concatenate([np.ravel(v) for v in values])
-    many = np.log10(np.nanmax(every) / np.nanmin(every)) > _DECADES
+    ratio = np.nanmax(every) / np.nanmin(every)
     minor = {"minor": {"ticks": "outside", "ticklen": 2, "dtick": "D1", "tickcolor": FAINT}}
     form = {"type": "log", "exponentformat": "power" if power else "B"}
-    return form | ({"dtick": 1} | minor if many else {"dtick": "D2"})
+    if ratio < _NARROW and not power:
+        return form  # round numbers, wherever they lie
+    return form | ({"dtick": 1} | minor if np.log10(ratio) > _DECADES else {"dtick": "D2"})
 
 
 def clipped(losses: Array, lowest: Array) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_names_are_literal_and_powers_are_raised():
 
 
 @pytest.mark.parametrize("power", [True, False])
-@pytest.mark.parametrize("decades", [0.5, 1.5, 6])
+@pytest.mark.parametrize("decades", [0.25, 0.5, 1.5, 6])
 def test_logarithmic_axes_have_numbers(power, decades):
     x = np.geomspace(2e10, 2e10 * 10**decades, 5)
     made = style.axes("C", "loss", style.logarithmic(x, power=power), {"type": "log"})
