@@ -68,7 +68,7 @@ class Ours:
         metrics, *others = self.parts.callbacks
         engine: Any = self.rank.engine
         ranks: Any = self.rank.world
-        self._time(self.rank, "_learning_rate", "learning rate")
+        self._time(self.rank, "_multipliers", "learning rate")
         self._time(torch, "manual_seed", "seeding")
         self._time(engine, "gradient_norm", "gradient norm")
         self._time(engine.layout, "prepare_step", "flattening, and Muon's iterations")
