@@ -25,7 +25,7 @@ from forescale.config.sections.lora import LoraConfig
 from forescale.config.sections.lora import problems as lora_problems
 from forescale.config.sections.objective import ObjectiveConfig, objective_problems
 from forescale.config.sections.optimizer import OptimizerConfig
-from forescale.config.sections.ramp import length_ramp_notes, length_ramp_problems
+from forescale.config.sections.ramp import length_ramp_conflicts, length_ramp_notes
 from forescale.config.sections.runtime import (
     CheckpointConfig,
     GuardConfig,
@@ -199,7 +199,7 @@ class TrainJob(Lengths, Job):
             what = "multiplies the matrices of our models, and this is a class of your own"
             found.append(("precision.fp8", what, "leave it out"))
         found += expert_problems(self, ranks) + objective_problems(self) + lora_problems(self)
-        found += length_ramp_problems(self)
+        found += length_ramp_conflicts(self)
         if not has_length:
             return found  # the train section reports it; what follows needs the length
         if (self.train.tokens or self.tokens_per_step) < self.tokens_per_step:

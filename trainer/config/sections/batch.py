@@ -34,7 +34,7 @@ class BatchRamp:
 
     @classmethod
     def of(cls, train: "TrainConfig", tokens_per_window: int) -> "BatchRamp":
-        """Return the ramp of a config; none where its keys are refused (`ramp_problems`).
+        """Return the ramp of a config; none where its keys are refused (`batch_ramp_problems`).
 
         Steps are divided among the stages, the later ones get what is left over; tokens likewise,
         each stage's rounded up to whole steps.
@@ -133,16 +133,19 @@ class Cadence:
         return self.times(step) > self.times(step - 1)
 
 
-def _stages(train: "TrainConfig") -> int | None:
-    """Return the number of stages before the full batch; None if no doubling leads to it."""
-    full, first = train.global_batch, train.first_batch
-    if first is None:
-        return 0
-    factor, rest = divmod(full, first)
+def doublings(first: int, last: int) -> int | None:
+    """Return how often `first` is doubled to become `last`; None if that never gives it."""
+    factor, rest = divmod(last, first)
     return None if rest or factor.bit_count() != 1 else factor.bit_length() - 1
 
 
-def ramp_problems(train: "TrainConfig") -> Problems:
+def _stages(train: "TrainConfig") -> int | None:
+    """Return the number of stages before the full batch; None if no doubling leads to it."""
+    first = train.first_batch
+    return 0 if first is None else doublings(first, train.global_batch)
+
+
+def batch_ramp_problems(train: "TrainConfig") -> Problems:
     """Return the broken rules of the keys of a ramp, relative to the section."""
     first, length, full = train.first_batch, train.batch_ramp, train.global_batch
     if first is None:

@@ -11,9 +11,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from forescale.config.job import Problems
+from forescale.config.sections.batch import doublings
 from forescale.models.config import ModelConfig
 
 if TYPE_CHECKING:
+    from forescale.config.sections.training import TrainConfig
     from forescale.config.train import TrainJob
 
 
@@ -34,7 +36,7 @@ class LengthRamp:
 
     @property
     def _doublings(self) -> int:
-        return (self.last // self.first).bit_length() - 1
+        return doublings(self.first, self.last) or 0
 
     def shares(
         self, steps: int, samples: Callable[[int], int] = lambda steps: steps
@@ -58,9 +60,34 @@ def length_ramp(job: "TrainJob") -> LengthRamp:
     return LengthRamp(first, last, job.steps_of(ramp) or 0)
 
 
-def length_ramp_problems(job: "TrainJob") -> Problems:
-    """Return what is wrong with a job's ramp, which is in order by itself (see TrainConfig)."""
-    train, found = job.train, []
+def length_ramp_problems(train: "TrainConfig") -> Problems:
+    """Return the broken rules of the keys of a ramp, relative to the section."""
+    first, last, ramp = train.first_length, train.sequence_length, train.length_ramp
+    if (first is None) != (ramp is None):
+        missing = "first_length" if first is None else "length_ramp"
+        like = str(max(1, last // 4)) if first is None else "'20 %'"
+        todo = f"set train.{missing}, such as {like}, or leave the other out"
+        return [(missing, "rows that grow need a first length and a ramp", todo)]
+    if first is None or ramp is None:
+        return []
+    found: Problems = []
+    if doublings(first, last) is None:
+        what = f"rows of {first} targets can't be doubled to train.sequence_length={last}"
+        near = [last // 2**n for n in (3, 2, 1) if last % 2**n == 0]
+        todo = f"choose one of {', '.join(map(str, near))}" if near else "leave it out"
+        found.append(("first_length", what, todo))
+    if ramp.unit == "seconds":
+        what = "must not be a wall time, on which the trajectory would depend"
+        found.append(("length_ramp", what, "write it in steps, tokens or percent"))
+    elif not ramp.amount:
+        what = "is 0, so that rows would never have their first length"
+        found.append(("length_ramp", what, "write more, such as '20 %', or leave both keys out"))
+    return found
+
+
+def length_ramp_conflicts(job: "TrainJob") -> Problems:
+    """Return what a job's ramp, which is in order by itself, can't go with."""
+    train, found = job.train, Problems()
     if train.first_length is None:
         return []
     name, kind = "train.first_length", job.objective.kind

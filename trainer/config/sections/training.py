@@ -15,7 +15,8 @@ from typing import Literal, Self
 from forescale.config.duration import Duration
 from forescale.config.job import Problems
 from forescale.config.schema import key, section
-from forescale.config.sections.batch import ramp_problems
+from forescale.config.sections.batch import batch_ramp_problems
+from forescale.config.sections.ramp import length_ramp_problems
 
 # The best batch for D tokens, in tokens: 0.58 D^0.571 (Li et al. 2025, "Step Law", arXiv
 # 2503.04715, from runs of 60M to 1B parameters and 2B to 100B tokens).
@@ -168,32 +169,11 @@ class TrainConfig:
         if self.activation_memory_budget is not None and self.compile == "off":
             what, todo = "is for blocks that are compiled", "leave it out, or train.compile=off"
             found.append(("activation_memory_budget", what, todo))
-        found += self._ramp_problems()
         if self.global_batch % self.micro_batch:
             what = f"{self.global_batch} windows are not a multiple of the micro-batch"
             todo = "change train.global_batch or train.micro_batch"
             found.append(("global_batch", f"{what}, {self.micro_batch}", todo))
-        return found + ramp_problems(self)
-
-    def _ramp_problems(self) -> Problems:
-        first, last, ramp = self.first_length, self.sequence_length, self.length_ramp
-        if (first is None) != (ramp is None):
-            missing = "first_length" if first is None else "length_ramp"
-            like = str(max(1, last // 4)) if first is None else "'20 %'"
-            todo = f"set train.{missing}, such as {like}, or leave the other out"
-            return [(missing, "rows that grow need a first length and a ramp", todo)]
-        if first is None or ramp is None:
-            return []
-        found: Problems = []
-        if last % first or (last // first).bit_count() != 1:
-            what = f"rows of {first} targets can't be doubled to train.sequence_length={last}"
-            near = [last // 2**n for n in (3, 2, 1) if last % 2**n == 0]
-            found.append(("first_length", what, f"choose one of {', '.join(map(str, near))}"))
-        if ramp.unit == "seconds":
-            todo = "write it in steps, tokens or percent"
-            what = "must not be a wall time, on which the trajectory would depend"
-            found.append(("length_ramp", what, todo))
-        return found
+        return found + length_ramp_problems(self) + batch_ramp_problems(self)
 
 
 @dataclass

@@ -47,7 +47,7 @@ def test_a_longer_run_keeps_its_ramp():
     assert may_resume(compose(TrainJob, in_steps), longer, 10)[0] == []
 
 
-def test_a_user_is_told_when_rows_are_whole():
+def test_a_note_says_when_rows_are_whole():
     (note,) = compose(TrainJob, GROWS).notes()
     assert note.startswith("Windows of 256 tokens are cut into rows of 64 at first, and are whole")
     assert "from step 41 on" in note
@@ -59,6 +59,8 @@ def test_a_user_is_told_when_rows_are_whole():
         (["train.first_length=100"], "first_length: rows of 100 .* choose one of 32, 64, 128"),
         (["train.first_length=null"], "first_length: .* set train.first_length, such as 64"),
         (["train.length_ramp=5 min"], "length_ramp: must not be a wall time"),
+        (["train.length_ramp=0 %"], "length_ramp: is 0, so that rows would never"),
+        (["train.sequence_length=99"], "rows of 64 .* train.sequence_length=99; leave it out"),
         (["objective.kind=infill"], "objective infill can't cut its rows"),
         (["data.packing=best_fit"], "best_fit packs whole documents"),
         (["engine.sequence_parallel=2"], "at one length alone"),
