@@ -102,7 +102,7 @@ class PlanKeys:
     )
     sequence_length: int = key(256, "sequence length of all runs", ge=1)
     micro_batch: int = key(
-        8, "windows that all ranks feed at once; batch sizes are multiples of it", ge=1
+        8, "windows that all ranks feed at once; larger batches are multiples of it", ge=1
     )
     rate: float | None = key(
         None, "FLOP/s that one device reaches; null: device-hours are not shown", gt=0

@@ -16,9 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from forescale.config.sections.batch import BatchRamp
 from forescale.scaling.design.shapes import Common, Shape, overrides
 
 FACTOR = 2.0  # between the learning rates of a sweep, and between its batches
+GROWS = 0.2  # the share of a run's tokens over which a batch that is smaller at first grows
 # Limits of the flags: fewest steps, shortest warm-up, its largest share of the run, and the largest
 # relative change of D by rounding to whole steps.
 _STEPS, _WARMUP, _LONG, _ROUNDED = 500, 20, 0.1, 0.02
@@ -32,6 +34,7 @@ class Cell:
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
     (a repeat), target, or confirm (a winning recipe, with fresh seeds).
     tokens = steps x batch; global_batch: windows; seconds: on one device, if its rate is known.
+    first_batch: windows of the first step, if the batch grows, which it does for ramp_steps.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
     waits_for: the cells whose losses determine its learning rate; until then it has the rule's.
     trunk, trunk_step: the run that it branches off, and where; branches: steps at which other
@@ -69,6 +72,8 @@ class Cell:
     rate_factor: float = 1.0
     adam_share: float | None = None
     recipe: str = ""
+    first_batch: int | None = None
+    ramp_steps: int = 0
 
     @property
     def trajectory(self) -> tuple[Any, ...]:
@@ -86,6 +91,7 @@ class Cell:
             "train.steps": self.steps,
             "train.tokens": None,
             "train.global_batch": self.global_batch,
+            **self._batch_ramp,
             "train.sequence_length": self.sequence_length,
             "train.micro_batch": self.micro_batch,
             "train.seed": self.seed,
@@ -101,6 +107,14 @@ class Cell:
         }
 
     @property
+    def _batch_ramp(self) -> dict[str, Any]:
+        """The keys of a batch that grows."""
+        if self.first_batch is None:
+            return {}
+        length = f"{self.ramp_steps} steps"
+        return {"train.first_batch": self.first_batch, "train.batch_ramp": length}
+
+    @property
     def _adam_rate(self) -> dict[str, float]:
         """The Adam learning rate beside Muon's, in a fixed ratio to it."""
         share = self.adam_share
@@ -110,40 +124,66 @@ class Cell:
 def make_cell(
     common: Common, name: str, stage: int, shape: Shape, budget: float | None = None,
     tokens: float | None = None, recipe_of: float | None = None, role: Role = "grid",
-    rate_factor: float = 1.0, batch_factor: float = 1.0, suffix: str = "",
+    rate_factor: float = 1.0, batch_factor: float = 1.0, first_batch: float = 1.0,
+    suffix: str = "",
 ) -> Cell:  # fmt: skip
     """Return the cell of this shape with `budget` FLOPs or `tokens`.
 
     recipe_of: the D that batch and learning rate are chosen for, None for its own; rate_factor,
-    batch_factor: multiply the learning rate and batch of the rule.
+    batch_factor: multiply the learning rate and batch of the rule; first_batch: the first batch
+    divided by the later one, a power of a half.
     """
     length, rule, n = common.sequence_length, common.rule, shape.counts.non_embedding
     per = common.per_token(shape.model)
     wanted = tokens or (budget or 0) / per[common.cost]
-    aim, at_once = recipe_of or wanted, common.micro_batch * length
-    batch = max(1, round(rule.batch(aim) * batch_factor / at_once)) * at_once
-    steps = max(1, round(wanted / batch))
+    aim = recipe_of or wanted
+    windows, at_once = _batch(common, aim, batch_factor)
+    full = max(1, round(wanted / (windows * length)))
+    ramp = _ramp(full, windows, first_batch)
+    steps = ramp.steps_for(full * ramp.full)
+    tokens = ramp.samples(steps) * length
     # Warm-up over N tokens: a constant one is too long for small models (Porian et al. 2024, arXiv
     # 2406.19146). Our bound to a tenth of the run: with D a few times N, N tokens are too long too.
-    warmup = math.ceil(min(shape.parameters, _LONG * aim) / batch)
-    off = abs(steps * batch / wanted - 1)
+    warmup = ramp.steps_for(math.ceil(min(shape.parameters, _LONG * aim) / length))
+    off = abs(tokens / wanted - 1)
     flags = {
         f"fewer than {_STEPS} steps": steps < _STEPS,
-        f"warm-up over {_LONG:.0%}": warmup > math.ceil(_LONG * steps),
+        f"warm-up over {_LONG:.0%}": warmup > ramp.steps_for(math.ceil(_LONG * full * ramp.full)),
         f"warm-up of fewer than {_WARMUP} steps": warmup < _WARMUP,
-        "D beyond one epoch": common.unique is not None and steps * batch > common.unique,
+        "D beyond one epoch": common.unique is not None and tokens > common.unique,
         f"rounding to whole steps changes D by {off:.0%}": off > _ROUNDED,
         "batch and learning rate outside the range of their rule": not rule.covers(n, wanted),
     }
-    flops = {convention: float(steps * batch * each) for convention, each in per.items()}
-    decay, cost = math.ceil(common.decay * steps), flops[common.cost]
+    flops = {convention: float(tokens * each) for convention, each in per.items()}
+    decay, cost = math.ceil(common.decay * full), flops[common.cost]
     return Cell(
-        name + suffix, stage, role, budget, shape, steps * batch, steps, batch // length, length,
-        common.micro_batch, rule.learning_rate(n, aim) * rate_factor, min(warmup, steps - decay),
-        decay, common.seed, flops, cost, cost / common.rate if common.rate else None,
+        name + suffix, stage, role, budget, shape, tokens, steps, windows, length,
+        math.gcd(at_once, ramp.first), rule.learning_rate(n, aim) * rate_factor,
+        min(warmup, steps - decay), decay, common.seed, flops, cost,
+        cost / common.rate if common.rate else None,
         tuple(what for what, is_so in flags.items() if is_so), cell_of=name,
         rate_factor=rate_factor, adam_share=common.adam_share,
+        first_batch=ramp.first if ramp.lengths else None, ramp_steps=ramp.steps,
     )  # fmt: skip
+
+
+def _batch(common: Common, tokens: float, factor: float) -> tuple[int, int]:
+    """Return the windows of a step, and those fed at once: the batch of the rule in whole parts of
+    the study's micro-batch, times a factor. A smaller batch has smaller parts, if those are whole.
+    """
+    unit = common.micro_batch
+    usual = max(1, round(common.rule.batch(tokens) / (unit * common.sequence_length))) * unit
+    at_once = int(least) if (least := unit * min(1.0, factor)).is_integer() else unit
+    return max(1, round(usual * factor / at_once)) * at_once, at_once
+
+
+def _ramp(steps: int, windows: int, first: float) -> BatchRamp:
+    """Return the batches of a run of as many tokens as so many full steps have: the first ones of
+    the share `first` of the `windows`, doubled after equally many steps until they are full, after
+    GROWS of the tokens."""
+    stages = round(-math.log2(first))
+    each = max(1, round(GROWS * steps / (1 - first))) if stages else 0  # a power series
+    return BatchRamp(windows, (each,) * stages)
 
 
 def with_rate_sweeps(drafts: Sequence[Callable[..., Cell]]) -> list[Cell]:

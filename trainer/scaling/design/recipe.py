@@ -1,7 +1,7 @@
 """A recipe of a study, and the layout of a study that compares several.
 
     a recipe     a name and arguments of `forescale train`, laid over those of the base; with the
-                 factors batch=X and aspect=X, which are no keys of `train`
+                 factors batch=X, first_batch=X and aspect=X, which are no keys of `train`
     the layout   budgets of all recipes, and some of the base alone at both ends, so that no
                  multiplier is extrapolated: one at 2/5 of the lowest, and `beyond` above the
                  highest, each 5/2 of the one before
@@ -9,6 +9,7 @@
 Invariant: all recipes have the same number of learning rates and of seeds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from forescale.config.compose import compose
 from forescale.config.train import TrainJob
 from forescale.errors import UserError
 from forescale.models.config import ModelConfig
+from forescale.scaling.design.cells import GROWS
 from forescale.scaling.design.shapes import Common
 from forescale.scaling.design.tuning import updated_rule
 
@@ -25,7 +27,7 @@ _BELOW, _ABOVE = 0.4, 2.5  # from the lowest budget, and from the highest, to on
 _MORE = (4, 2)  # extra rates that the first stages pay for, of each recipe; a later one pays for 1
 _ROUNDING = 0.97  # of the cap: budgets round to whole steps
 _RATE = "optimizer.learning_rate"
-_DIALS = ("batch", "aspect")
+_DIALS = ("batch", "first_batch", "aspect")
 _SIZES = ("model.width", "model.num_layers", "model.depth")  # of a cell, by its budget
 Found = Sequence[tuple[float, float, float]]  # (non-embedding N, D, best rate) of sweeps
 
@@ -34,7 +36,8 @@ Found = Sequence[tuple[float, float, float]]  # (non-embedding N, D, best rate) 
 class Recipe:
     """A recipe. arguments: of `forescale train`, those of the base first; model: its kind of
     layers; rate: the learning rate at which its first sweep is centred, None by the rule;
-    adam_share: see Common; batch: factor of the batch; aspect: factor of layers over width."""
+    adam_share: see Common; batch: factor of the batch; first_batch: the first batch divided by the
+    later one, 1 or a half of it so many times; aspect: factor of layers over width."""
 
     name: str
     arguments: tuple[str, ...]
@@ -43,10 +46,12 @@ class Recipe:
     adam_share: float | None = None
     batch: float = 1.0
     aspect: float = 1.0
+    first_batch: float = 1.0
 
     def common(self, common: Common, found: Found = ()) -> Common:
         """Return what its cells have in common. found: (non-embedding N, D, best rate) of its
-        sweeps so far."""
+        sweeps so far. Raises UserError for a batch of no whole windows."""
+        self._expect_windows(common.micro_batch)
         rule = common.rule
         if self.rate is not None:
             rule = replace(rule, rate=(self.rate, 0.0, 0.0), highest=max(self.rate, rule.highest))
@@ -56,26 +61,31 @@ class Recipe:
             aspect=replace(common.aspect, layers=layers),
         )  # fmt: skip
 
+    def _expect_windows(self, unit: int) -> None:
+        share = min(1.0, self.batch)
+        if not ((unit * share).is_integer() and (unit * share * self.first_batch).is_integer()):
+            what = f"= {unit} windows make no whole ones of batch={self.batch:g}"
+            what += f" first_batch={self.first_batch:g}" if self.first_batch < 1 else ""
+            raise UserError("plan.micro_batch", what, "write another factor, or plan.micro_batch=8")
+
 
 def recipes_of(
     shared: Sequence[str], named: Mapping[str, Sequence[str]], owned: frozenset[str]
 ) -> tuple[Recipe, ...]:
     """Return the recipes, the base first.
 
-    shared: arguments of all; named: of each recipe beside those, the base's under BASE; batch=X and
-    aspect=X are factors, not keys of `train`; owned: keys that the study itself sets, as it does
-    width and layers. Heads and MLP widths are kept as ratios, see Family. Raises UserError
-    (ConfigError is one) if `train` would refuse them.
+    shared: arguments of all; named: of each recipe beside those, the base's under BASE; batch=X,
+    first_batch=X and aspect=X are factors, not keys of `train`; owned: keys that the study itself
+    sets, as it does width and layers. Heads and MLP widths are kept as ratios, see Family. Raises
+    UserError (ConfigError is one) if `train` would refuse them.
     """
     base = None
     found = list[Recipe]()
     for name, given in named.items():
         dials = {k: _factor(name, k, given) for k in _DIALS}
         if name == BASE and set(dials.values()) != {1.0}:
-            todo = "give them to a candidate"
-            raise UserError(
-                "plan.base", "has batch= or aspect=, which are factors of its own", todo
-            )
+            what = "has batch=, first_batch= or aspect=, which are factors of its own"
+            raise UserError("plan.base", what, "give them to a candidate")
         own = tuple(a for a in given if a.partition("=")[0] not in dials)
         for argument in own:
             key = argument.partition("=")[0].lstrip("+")
@@ -92,8 +102,9 @@ def recipes_of(
             )
             raise UserError(f"recipe {name}", what, "leave it out")
         if job.train.first_batch is not None:
-            what = "train.first_batch would make its runs shorter than its budgets pay for"
-            raise UserError(f"recipe {name}", what, "leave it out, and train.batch_ramp")
+            what = "train.first_batch is a number of windows, for batches of any size"
+            todo = f"write first_batch=0.25: a quarter at first, over {GROWS:.0%} of the tokens"
+            raise UserError(f"recipe {name}", what, todo)
         base = base or job
         optimizer = job.optimizer
         is_typed = any(a.startswith(f"{_RATE}=") for a in own)
@@ -106,15 +117,19 @@ def recipes_of(
 
 
 def _factor(name: str, key: str, arguments: Sequence[str]) -> float:
-    """Return the factor that a recipe gives as batch=X or aspect=X; 1 if it gives none."""
+    """Return the factor that a recipe gives as KEY=X; 1 if it gives none. Raises UserError for
+    what is none."""
     for text in reversed(arguments):
         if text.partition("=")[0] == key:
             try:
                 value = float(text.partition("=")[2])
             except ValueError:
                 value = 0.0
-            if value <= 0:
-                raise UserError(f"recipe {name}", f"{text} is no factor", f"write {key}=2")
+            if not 0 < value < math.inf:
+                raise UserError(f"recipe {name}", f"{text} is no factor", f"write {key}=0.5")
+            if key == "first_batch" and not (value < 1 and math.log2(value).is_integer()):
+                todo = "write first_batch=0.5, 0.25, 0.125 or so on"
+                raise UserError(f"recipe {name}", f"{text} is not doubled to 1", todo)
             return value
     return 1.0
 

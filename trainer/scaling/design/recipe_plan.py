@@ -50,7 +50,7 @@ def recipe_cells(
     def made(suffix: str, factor: float, role: Role) -> Cell:
         cell = make_cell(
             own, name, stage, shape, budget, role="grid", rate_factor=factor,
-            batch_factor=recipe.batch, suffix=suffix,
+            batch_factor=recipe.batch, first_batch=recipe.first_batch, suffix=suffix,
         )  # fmt: skip
         return replace(cell, role=role, recipe=recipe.name)
 

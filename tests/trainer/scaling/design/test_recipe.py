@@ -48,9 +48,51 @@ def test_layers_and_width_of_a_recipe_are_refused(text):
         recipes(new=[text])
 
 
-def test_a_recipe_whose_batch_grows_is_refused():
-    with pytest.raises(UserError, match=r"recipe new: train\.first_batch would make its runs"):
+def test_a_recipe_with_a_first_batch_in_windows_is_refused():
+    with pytest.raises(UserError, match=r"recipe new: train\.first_batch is a number of windows"):
         recipes(new=["train.first_batch=4", "train.batch_ramp='9 steps'"])
+    for wrong in ("0.3", "2", "0", "one"):
+        with pytest.raises(UserError, match=r"recipe new: first_batch=.* is n"):
+            recipes(new=[f"first_batch={wrong}"])
+
+
+def cells_of(recipe, *own):
+    """The planned runs of a recipe by what tells them apart."""
+    cells = [c for c in planned(*own).cells if c.recipe == recipe]
+    return {(c.stage, c.role, c.seed, c.rate_factor): c for c in cells}
+
+
+def test_a_batch_that_grows_pays_for_as_many_tokens_and_decays_over_as_many():
+    """What `train` makes of its cells' keys has their steps, tokens and batches: a quarter at
+    first, full after a fifth of the tokens."""
+    base, growing = cells_of(BASE), cells_of("new", "first_batch=0.25")
+    assert len({c.steps for c in growing.values()}) == 3
+    for run, cell in growing.items():
+        like, step = base[run], cell.global_batch * cell.sequence_length
+        assert like.tokens <= cell.tokens < like.tokens + step
+        assert (cell.global_batch, cell.decay_steps) == (like.global_batch, like.decay_steps)
+        keys = {k: "null" if v is None else v for k, v in cell.keys.items()}
+        job = compose(TrainJob, [*SHARED, *(f"{k}={v}" for k, v in keys.items())])
+        assert not [key for key, _, _ in job.problems() if key.startswith("train.")]
+        assert (job.total_steps, job.total_tokens) == (cell.steps, cell.tokens)
+        ramp = job.batch_ramp
+        assert (ramp.first, ramp.full) == (cell.global_batch // 4, cell.global_batch)
+        assert ramp.samples(ramp.steps) / job.total_windows == pytest.approx(0.2, abs=0.02)
+        warm = like.warmup_steps * like.global_batch
+        assert ramp.samples(cell.warmup_steps) == pytest.approx(warm, abs=ramp.full)
+
+
+def test_a_small_batch_is_fed_in_smaller_parts():
+    """The base's batch is what is fed at once: half of it is a batch too, and one of eight windows
+    the least."""
+    base = cells_of(BASE)
+    for factor, windows in ((0.5, 4), (0.125, 1)):
+        cells = cells_of("new", f"batch={factor}")
+        assert {c.micro_batch for c in cells.values()} == {windows}
+        shares = {cells[run].global_batch / base[run].global_batch for run in cells}
+        assert shares == {factor}
+    with pytest.raises(UserError, match=r"recipe new: plan\.micro_batch = 8 windows make no whole"):
+        planned("batch=0.0625")
 
 
 def test_groups_of_heads_are_kept_at_every_budget():
