@@ -32,13 +32,18 @@ def drawn(dtype, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["standard", "gram"])
-def test_updates_and_momenta_are_deepspeeds_own_to_the_bit(monkeypatch, update, method, dtype):
+def test_updates_are_the_same_to_the_bit_in_any_stack(monkeypatch, update, method, dtype):
+    """Momenta, and the updates of gram, are DeepSpeed's own."""
     monkeypatch.setattr(orthogonal, "_MOST", MOST)
-    own, ours = ([torch.zeros_like(x) for x in drawn(dtype)] for _ in range(2))
+    own, ours, alone = ([torch.zeros_like(x) for x in drawn(dtype)] for _ in range(3))
     for step in range(2):
-        one_by_one = [
+        deepspeeds = [
             update.own(x, m, 0.9, ns_method=method, is_expert_group=x.ndim == 3)
             for x, m in zip(drawn(dtype, step), own, strict=True)
+        ]
+        one_by_one = [
+            update(x, m, 0.9, ns_method=method)
+            for x, m in zip(drawn(dtype, step), alone, strict=True)
         ]
         with together():
             at_once = [
@@ -47,13 +52,34 @@ def test_updates_and_momenta_are_deepspeeds_own_to_the_bit(monkeypatch, update, 
             ]
         for i, shape in enumerate(SHAPES):
             assert torch.equal(at_once[i], one_by_one[i]), shape
+            assert torch.equal(at_once[i], deepspeeds[i]) or method == "standard", shape
             assert torch.equal(ours[i], own[i]), shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_standard_iterations_are_deepspeeds_but_for_less_rounding(monkeypatch, update, dtype):
+    from deepspeed.runtime.zero.muon import original_muon
+
+    def iterated(function, kind, given):
+        monkeypatch.setattr(original_muon, "ns_compute_dtype", lambda method: kind)
+        return function(given, steps=5).double()
+
+    deepspeeds = original_muon.zeropower_via_newtonschulz5
+    exact = [iterated(deepspeeds, torch.float64, x) for x in drawn(dtype)]
+    off = [
+        sum(
+            (iterated(function, dtype, x) - true).square().sum().item()
+            for x, true in zip(drawn(dtype), exact, strict=True)
+        )
+        for function in (orthogonal._standard, deepspeeds)
+    ]
+    assert off[0] < (1e-8 if dtype is torch.float32 else 0.5 * off[1]), off
 
 
 def test_an_update_outside_and_what_we_leave_to_deepspeed(update):
     for more in ({}, {"num_heads": 3}):
         gradient = torch.randn(24, 8)
-        wanted = update.own(gradient.clone(), torch.zeros(24, 8), **more)
+        wanted = update.own(gradient.clone(), torch.zeros(24, 8), **more)  # of method gram
         assert torch.equal(update(gradient.clone(), torch.zeros(24, 8), **more), wanted)
 
 
