@@ -310,16 +310,16 @@ def default_processes(can: Callable[[int], bool]) -> int:
     """
     if (asked := asked_of_accelerate()) is not None:
         return asked
-    if gpus := _gpus():
-        return gpus
+    if found := gpus():
+        return len(found)
     if "OMP_NUM_THREADS" in os.environ:
         return 1
     return next((n for n in range(len(os.sched_getaffinity(0)), 1, -1) if can(n)), 1)
 
 
-def _gpus() -> int:
-    """Return the number of GPUs that this process may use."""
+def gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+        return [name for d in visible.split(",") if (name := d.strip()) not in ("", "-1")]
+    return [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]

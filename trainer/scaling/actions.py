@@ -54,7 +54,7 @@ ACTIONS = {
         (
             *_STUDY, *_RUNS, *_LAW, *_TARGET, "target.device_hours", "cap", "add",
             "plan.arguments", "plan.model", "plan.vocab_size", "plan.sequence_length",
-            "plan.micro_batch", "plan.rate", "plan.unique",
+            "plan.micro_batch", "plan.ranks", "plan.rate", "plan.unique",
         ),
         ("study next study=mine cap=1e15 add=true",),
     ),

@@ -104,6 +104,11 @@ class PlanKeys:
     micro_batch: int = key(
         8, "windows that all ranks feed at once; larger batches are multiples of it", ge=1
     )
+    ranks: int = key(
+        1,
+        "ranks of each run, such as one a GPU: each feeds an equal part of plan.micro_batch",
+        ge=1,
+    )
     rate: float | None = key(
         None, "FLOP/s that one device reaches; null: device-hours are not shown", gt=0
     )

@@ -50,7 +50,7 @@ def make(columns):
 def fake_training():
     """FakeTraining, which replaces the training of cells in a test module."""
     patch = pytest.MonkeyPatch()
-    for name, value in (("started", []), ("codes", {}), ("losses", {})):
+    for name, value in (("started", []), ("devices", []), ("codes", {}), ("losses", {})):
         patch.setattr(FakeTraining, name, value)
 
     class FakeSubprocess:

@@ -30,17 +30,20 @@ def best_rate(n: float) -> float:
 
 
 class FakeTraining:
-    """Replaces subprocess.Popen. started: the arguments of all started cells; codes: by name, the
-    exit code of a cell that makes no run; losses: by name, in place of the simulated loss."""
+    """Replaces subprocess.Popen. started: the arguments of all started cells; devices: the GPUs
+    that each may use; codes: by name, the exit code of a cell that makes no run; losses: by name,
+    in place of the simulated loss."""
 
     started: ClassVar[list[list[str]]] = []
+    devices: ClassVar[list[str | None]] = []
     codes: ClassVar[dict[str, int]] = {}
     losses: ClassVar[dict[str, float]] = {}
     pid = 1
 
-    def __init__(self, argv, stdout=None, **more):
+    def __init__(self, argv, stdout, env, **more):
         arguments = argv[argv.index("train") + 1 :]
         self.started.append(arguments)
+        self.devices.append(env.get("CUDA_VISIBLE_DEVICES"))
         name = next(w.partition("=")[2] for w in arguments if w.startswith("run.name="))
         self._code = self.codes.get(name, 0)
         if self._code:

@@ -33,7 +33,8 @@ class Cell:
 
     role: grid (the law is fitted to these), rate or batch (sweeps), rate-batch (both differ), seed
     (a repeat), target, or confirm (a winning recipe, with fresh seeds).
-    tokens = steps x batch; global_batch: windows; seconds: on one device, if its rate is known.
+    tokens = steps x batch; global_batch: windows; micro_batch: those that a rank feeds at once;
+    seconds: on one device, if its rate is known.
     first_batch: windows of the first step, if the batch grows, which it does for ramp_steps.
     flops: of the whole run, by convention; cost: FLOPs that it adds (a branch: its decay alone).
     waits_for: the cells whose losses determine its learning rate; until then it has the rule's.
@@ -158,7 +159,7 @@ def make_cell(
     decay, cost = math.ceil(common.decay * full), flops[common.cost]
     return Cell(
         name + suffix, stage, role, budget, shape, tokens, steps, windows, length,
-        math.gcd(at_once, ramp.first), rule.learning_rate(n, aim) * rate_factor,
+        math.gcd(at_once, ramp.first) // common.ranks, rule.learning_rate(n, aim) * rate_factor,
         min(warmup, steps - decay), decay, common.seed, flops, cost,
         cost / common.rate if common.rate else None,
         tuple(what for what, is_so in flags.items() if is_so), cell_of=name,
@@ -169,11 +170,13 @@ def make_cell(
 
 def _batch(common: Common, tokens: float, factor: float) -> tuple[int, int]:
     """Return the windows of a step, and those fed at once: the batch of the rule in whole parts of
-    the study's micro-batch, times a factor. A smaller batch has smaller parts, if those are whole.
+    the study's micro-batch, times a factor. A smaller batch has smaller parts, if those are whole
+    for each rank.
     """
-    unit = common.micro_batch
+    unit, ranks = common.micro_batch, common.ranks
     usual = max(1, round(common.rule.batch(tokens) / (unit * common.sequence_length))) * unit
-    at_once = int(least) if (least := unit * min(1.0, factor)).is_integer() else unit
+    least = unit * min(1.0, factor)
+    at_once = int(least) if least % ranks == 0 and least else unit
     return max(1, round(usual * factor / at_once)) * at_once, at_once
 
 

@@ -28,7 +28,7 @@ _STUDY_OWNED = {
     *("run.name", "run.root", "run.from.run", "run.from.step", "model", "train.steps"),
     *("train.tokens", "train.tokens_per_parameter", "train.global_batch", "train.micro_batch"),
     *("train.sequence_length", "train.seed", "train.init_seed", "optimizer.learning_rate"),
-    *("schedule.kind", "schedule.warmup", "schedule.decay", "checkpoint.at"),
+    *("schedule.kind", "schedule.warmup", "schedule.decay", "checkpoint.at", "launch.processes"),
 }  # config keys of a run that its cell sets
 
 
@@ -104,6 +104,9 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         what += "C and the laws of a study count"
         todo = "take it out, and compare runs of it by `forescale eval`"
         raise UserError("plan.arguments", what, todo)
+    if keys.micro_batch % keys.ranks:
+        what = f"= {keys.micro_batch} windows don't divide by plan.ranks={keys.ranks}"
+        raise UserError("plan.micro_batch", what, f"make it a multiple of {keys.ranks}")
     vocabulary, unique = keys.vocab_size, keys.unique
     adam = train.optimizer.adam_learning_rate
     embedded = embedded_vocabulary(train.data)
@@ -121,6 +124,7 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         size=job.size,
         cost=job.cost,
         micro_batch=keys.micro_batch,
+        ranks=keys.ranks,
         seed=job.seed or train.train.seed,
         rate=keys.rate,
         unique=unique,

@@ -51,7 +51,7 @@ class Recipe:
     def common(self, common: Common, found: Found = ()) -> Common:
         """Return what its cells have in common. found: (non-embedding N, D, best rate) of its
         sweeps so far. Raises UserError for a batch of no whole windows."""
-        self._expect_windows(common.micro_batch)
+        self._expect_windows(common.micro_batch, common.ranks)
         rule = common.rule
         if self.rate is not None:
             rule = replace(rule, rate=(self.rate, 0.0, 0.0), highest=max(self.rate, rule.highest))
@@ -61,12 +61,13 @@ class Recipe:
             aspect=replace(common.aspect, layers=layers),
         )  # fmt: skip
 
-    def _expect_windows(self, unit: int) -> None:
-        share = min(1.0, self.batch)
-        if not ((unit * share).is_integer() and (unit * share * self.first_batch).is_integer()):
-            what = f"= {unit} windows make no whole ones of batch={self.batch:g}"
+    def _expect_windows(self, unit: int, ranks: int) -> None:
+        least = unit * min(1.0, self.batch)
+        if least % ranks or least * self.first_batch % ranks:
+            what = f"= {unit} windows make no whole ones a rank of batch={self.batch:g}"
             what += f" first_batch={self.first_batch:g}" if self.first_batch < 1 else ""
-            raise UserError("plan.micro_batch", what, "write another factor, or plan.micro_batch=8")
+            todo = f"write another factor, or plan.micro_batch={8 * ranks}"
+            raise UserError("plan.micro_batch", what, todo)
 
 
 def recipes_of(

@@ -295,7 +295,8 @@ class Rule:
 class Common:
     """What all cells of a study have in common.
 
-    size, cost: conventions of N and C; micro_batch: windows that all ranks feed at once.
+    size, cost: conventions of N and C; micro_batch: windows that all ranks feed at once; ranks: of
+    a run, each of which feeds an equal part of them.
     decay: share of the run (WSD; Hägele et al. 2024, arXiv 2405.18392: 20 % do as well as a
     cosine schedule).
     rate: FLOP/s that a device reaches, counted by `cost`; unique: unique training tokens.
@@ -312,6 +313,7 @@ class Common:
     aspect: Aspect = GPT3
     rule: Rule = Rule()
     micro_batch: int = 8
+    ranks: int = 1
     decay: float = 0.2
     seed: int = 1337
     seeds: tuple[int, int] = SEEDS

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from forescale.config.target import STORED
 from forescale.errors import DONE, INTERRUPTED, USER, UserError
-from forescale.resilience.launcher import die_with_parent, stop_signals_handled_by
+from forescale.resilience.launcher import die_with_parent, gpus, stop_signals_handled_by
 from forescale.scaling.design.cells import Cell
 from forescale.scaling.study.decisions import add_target, advance
 from forescale.scaling.study.directory import Study
@@ -60,7 +60,10 @@ def expect_within_cap(study: Study, cell: Cell, under_way: Collection[str]) -> N
 class Launcher:
     """Runs one study on this machine. at_once: cells at the same time; log: gets a line when a cell
     ends and at each decision; target: whether to train the target after all others; trust: whether
-    cells may run classes that the study's files name."""
+    cells may run classes that the study's files name.
+
+    On a machine with GPUs a cell has one for each of its ranks, and no other has those meanwhile.
+    """
 
     def __init__(
         self,
@@ -73,12 +76,17 @@ class Launcher:
         self.study, self.at_once, self.log, self._target = study, at_once, log, target
         self._stored = [] if trust else [STORED]
         self._running: dict[str, subprocess.Popen] = {}
+        self._gpus, ranks = gpus(), study.plan.common.ranks
+        groups = [self._gpus[i : i + ranks] for i in range(0, len(self._gpus), ranks)]
+        self._free = [",".join(group) for group in groups if len(group) == ranks]
+        self._used: dict[str, str] = {}  # GPUs by cell
         self._stop_signal: int | None = None
         self._fault: str | None = None
 
     def go(self) -> int:
         """Run until nothing is left and return 0; 75 after a stop signal; 2 if a cell reported an
-        error of the user's."""
+        error of the user's. Raises UserError if the cells need more GPUs than there are."""
+        _expect_gpus(len(self._gpus), self.at_once, self.study.plan.common.ranks)
         with stop_signals_handled_by(self._on_signal):
             self._go_on()
             while self._running:
@@ -122,15 +130,19 @@ class Launcher:
         path = self.study.folder / "logs" / f"{cell.name}.log"
         path.parent.mkdir(exist_ok=True)
         alone = cell.role == "target"
-        threads = max(1, len(os.sched_getaffinity(0)) // (1 if alone else self.at_once))
-        words = [*self.study.arguments(cell), *self._stored]
+        ranks = self.study.plan.common.ranks
+        threads = max(1, len(os.sched_getaffinity(0)) // (1 if alone else self.at_once) // ranks)
+        words = [*self.study.arguments(cell), f"launch.processes={ranks}", *self._stored]
+        own: dict[str, str] = {}
+        if self._gpus:
+            self._used[cell.name] = own["CUDA_VISIBLE_DEVICES"] = self._free.pop(0)
         with open(path, "ab") as f:
             self._running[cell.name] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "forescale", "train", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=f,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                env={"OMP_NUM_THREADS": str(threads), **os.environ, **own},
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
@@ -143,6 +155,8 @@ class Launcher:
             if (code := process.poll()) is None:
                 continue
             del self._running[name]
+            if name in self._used:
+                self._free.insert(0, self._used.pop(name))
             path = self.study.folder / "logs" / f"{name}.log"
             why = "" if code in (DONE, INTERRUPTED) else last_message(path)
             self.study.event("cell_ended", cell=name, code=code, why=why)
@@ -151,6 +165,14 @@ class Launcher:
             if code == USER and state.status != "diverged":
                 self._fault = f"{name}: {why or f'see {path}'}"
         return len(self._running) < before
+
+
+def _expect_gpus(found: int, at_once: int, ranks: int) -> None:
+    if not found or at_once * ranks <= found:
+        return
+    what = f"{at_once} cells of {ranks} ranks need {at_once * ranks} GPUs, and this machine has "
+    todo = f"write launch.at_once={found // ranks}" if ranks <= found else "run it on more"
+    raise UserError("launch.at_once", f"{what}{found}", todo)
 
 
 def summary(study: Study, s: CellState) -> str:

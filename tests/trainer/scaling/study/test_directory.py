@@ -6,6 +6,7 @@ import pytest
 
 from forescale import cli
 from forescale.config.compose import compose
+from forescale.config.target import STORED
 from forescale.config.train import TrainJob
 from forescale.scaling.config import PlanKeys, StudyJob
 from forescale.scaling.design.plan import StudyPlan, StudyStage
@@ -25,6 +26,7 @@ def little(small_data, tmp_path, fake_training):
     fake_training.codes.clear()
     fake_training.losses.clear()
     fake_training.started.clear()
+    fake_training.devices.clear()
     where = [f"studies={tmp_path}", "study=little"]
     shared = ["plan.sequence_length=32", "--", f"data.path={small_data}", "optimizer=adamw"]
     assert cli.main(["study", "plan", *where, *LIST, *shared]) == 0
@@ -35,6 +37,25 @@ def little(small_data, tmp_path, fake_training):
 
 def state(folder, name):
     return next(s for s in Study(folder).states() if s.cell.name == name)
+
+
+@pytest.mark.slow  # launches
+def test_cells_of_several_ranks_have_gpus_of_their_own(little, fake_training, monkeypatch, capsys):
+    _, folder = little
+    (data, *_) = Study(folder).job.plan.arguments
+    where = [f"studies={folder.parent}", "study=wide"]
+    keys = ["plan.sequence_length=32", "plan.ranks=2"]
+    assert cli.main(["study", "plan", *where, *LIST, *keys, "--", data, "optimizer=adamw"]) == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,8,9")
+    launch = ["study", "launch", *where]
+    assert cli.main([*launch, "launch.at_once=3"]) == 2
+    assert "3 cells of 2 ranks need 6 GPUs, and this machine has 5" in capsys.readouterr().err
+    assert cli.main([*launch, "launch.at_once=2"]) == 0
+    assert set(fake_training.devices) == {"3,5", "7,8"}
+    for words in fake_training.started:
+        assert "launch.processes=2" in words
+        job = compose(TrainJob, [word for word in words if word != STORED])
+        assert not [key for key, _, _ in job.problems(world_size=2) if key.startswith("train.")]
 
 
 @pytest.mark.slow  # launches
