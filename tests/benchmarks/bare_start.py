@@ -27,7 +27,7 @@ def main(config: str) -> None:
         import deepspeed
         import torch
 
-        from forescale.engine.compilation import compiler_missing, reuse_graphs
+        from forescale.engine.compilation import compiler_missing, probe_here, reuse_graphs
         from forescale.engine.deepspeed_config import deepspeed_config
         from forescale.engine.optim import build_optimizer, parameter_groups
         from forescale.engine.world import _quiet_deepspeed
@@ -43,6 +43,7 @@ def main(config: str) -> None:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of_engine)
     if job.train.compile != "off" and compiler_missing() is None:
         reuse_graphs()
+        probe_here()
         engine.compile()
     clock.append(time.monotonic())
     tokens = torch.zeros(job.train.micro_batch, job.train.sequence_length, dtype=torch.long)

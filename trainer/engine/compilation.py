@@ -3,11 +3,12 @@
 Invariant: without a compiler, the model trains uncompiled and the user gets a notice.
 """
 
+import ctypes
 import os
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -89,6 +90,26 @@ def reuse_graphs() -> None:
     import torch._functorch.config as functorch
 
     functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
+def probe_here() -> None:
+    """Let the compiler try in this process whether the libraries load that it has built, one for
+    each set of the processor's vector instructions. Left alone it starts a Python for each, at
+    every start, 0.9 s in all. Loading runs none of their code: either torch has the symbols that
+    they need, or there is an OSError, here as there (torch 2.13, _inductor/cpu_vec_isa.py).
+    """
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    if hasattr(VecISA, "_probe_load"):  # where torch no longer has it, it probes as it likes
+        VecISA._probe_load = _loads  # type: ignore[method-assign, assignment]
+
+
+def _loads(isa: Any, path: str) -> bool:
+    try:
+        ctypes.CDLL(path)
+    except OSError:
+        return False
+    return True
 
 
 def compiler_missing() -> str | None:

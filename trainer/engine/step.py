@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forescale.engine.compilation import compile_parts, fix_sizes, keep_to, reuse_graphs
+from forescale.engine.compilation import (
+    compile_parts,
+    fix_sizes,
+    keep_to,
+    probe_here,
+    reuse_graphs,
+)
 from forescale.engine.determinism import set_compiler_mode
 from forescale.engine.layout import Layout
 from forescale.engine.parallel.experts import shown_to_deepspeed
@@ -106,6 +112,7 @@ class Engine:
         fix_sizes()
         keep_to(budget)
         reuse_graphs()
+        probe_here()
         if not (by_part and compile_parts(self.module)):
             self._deepspeed.compile()
 

@@ -15,6 +15,7 @@ from forescale.engine.compilation import (
     compiler_missing,
     fix_sizes,
     keep_to,
+    probe_here,
     reuse_graphs,
 )
 from forescale.errors import UserError
@@ -195,3 +196,23 @@ def test_a_later_start_finds_the_graphs_of_the_loss_on_disk():
         assert hits == 0
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.slow  # builds a library for each set of the processor's vector instructions
+@pytest.mark.skipif(compiler_missing() is not None, reason="the machine lacks a compiler")
+def test_the_compiler_finds_the_same_vector_instructions_in_this_process(monkeypatch, tmp_path):
+    from torch._inductor import cpu_vec_isa
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    own, code = VecISA._probe_load, VecISA._avx_code
+    names = cpu_vec_isa.x86_isa_checker()
+    known = [isa for isa in cpu_vec_isa.supported_vec_isa_list if {*str(isa).split()} <= {*names}]
+    theirs = [isa.check_build(code) for isa in known]
+    monkeypatch.setattr(VecISA, "_probe_load", own)  # what it is again afterwards
+    probe_here()
+    monkeypatch.setattr(cpu_vec_isa.subprocess, "run", None)  # no process is started
+    assert [isa.check_build(code) for isa in known] == theirs
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    assert not any(isa._probe_load(str(tmp_path / "broken.so")) for isa in known)
+    lacks = "extern void no_such(); void* there = (void*)no_such;"
+    assert not any(isa.check_build(f'extern "C" {{ {lacks} }}') for isa in known[:1])
