@@ -105,7 +105,7 @@ def common_of(job: StudyJob, opened: bool = False) -> Common:
         todo = "take it out, and compare runs of it by `forescale eval`"
         raise UserError("plan.arguments", what, todo)
     if keys.micro_batch % keys.ranks:
-        what = f"= {keys.micro_batch} windows don't divide by plan.ranks={keys.ranks}"
+        what = f"{keys.micro_batch} windows don't divide by plan.ranks={keys.ranks}"
         raise UserError("plan.micro_batch", what, f"make it a multiple of {keys.ranks}")
     vocabulary, unique = keys.vocab_size, keys.unique
     adam = train.optimizer.adam_learning_rate

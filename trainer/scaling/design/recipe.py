@@ -64,7 +64,7 @@ class Recipe:
     def _expect_windows(self, unit: int, ranks: int) -> None:
         least = unit * min(1.0, self.batch)
         if least % ranks or least * self.first_batch % ranks:
-            what = f"= {unit} windows make no whole ones a rank of batch={self.batch:g}"
+            what = f"of {unit} windows makes no whole ones a rank of batch={self.batch:g}"
             what += f" first_batch={self.first_batch:g}" if self.first_batch < 1 else ""
             todo = f"write another factor, or plan.micro_batch={8 * ranks}"
             raise UserError("plan.micro_batch", what, todo)

@@ -170,9 +170,9 @@ class Launcher:
 def _expect_gpus(found: int, at_once: int, ranks: int) -> None:
     if not found or at_once * ranks <= found:
         return
-    what = f"{at_once} cells of {ranks} ranks need {at_once * ranks} GPUs, and this machine has "
-    todo = f"write launch.at_once={found // ranks}" if ranks <= found else "run it on more"
-    raise UserError("launch.at_once", f"{what}{found}", todo)
+    what = f"{at_once} at once, {ranks} ranks each, need {at_once * ranks} GPUs; here are {found}"
+    todo = f"write launch.at_once={found // ranks}" if ranks <= found else "use a larger machine"
+    raise UserError("launch.at_once", what, todo)
 
 
 def summary(study: Study, s: CellState) -> str:

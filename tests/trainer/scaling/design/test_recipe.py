@@ -91,7 +91,7 @@ def test_a_small_batch_is_fed_in_smaller_parts():
         assert {c.micro_batch for c in cells.values()} == {windows}
         shares = {cells[run].global_batch / base[run].global_batch for run in cells}
         assert shares == {factor}
-    with pytest.raises(UserError, match=r"recipe new: plan\.micro_batch = 8 windows make no whole"):
+    with pytest.raises(UserError, match=r"recipe new: plan\.micro_batch of 8 windows makes no"):
         planned("batch=0.0625")
 
 

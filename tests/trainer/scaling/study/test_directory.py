@@ -49,7 +49,7 @@ def test_cells_of_several_ranks_have_gpus_of_their_own(little, fake_training, mo
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,8,9")
     launch = ["study", "launch", *where]
     assert cli.main([*launch, "launch.at_once=3"]) == 2
-    assert "3 cells of 2 ranks need 6 GPUs, and this machine has 5" in capsys.readouterr().err
+    assert "3 at once, 2 ranks each, need 6 GPUs; here are 5" in capsys.readouterr().err
     assert cli.main([*launch, "launch.at_once=2"]) == 0
     assert set(fake_training.devices) == {"3,5", "7,8"}
     for words in fake_training.started:
