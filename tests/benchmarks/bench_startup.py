@@ -1,6 +1,6 @@
 """Seconds from the command to the end of the first step: the default job, with a prepared corpus
 and what torch.compile had cached; and those of one process that does nothing but that step
-(bare_start.py), which no launcher of ranks can be faster than.
+(bare_start.py), less than any run with DeepSpeed has to do.
 """
 
 import json
