@@ -61,12 +61,17 @@ def _sweep(stage: StudyStage, recipe: str) -> list[Cell]:
 def _tune(study: Study, number: int, recipe: str, losses: dict[str, float], log: Log) -> None:
     """Add a learning rate to the sweep of a recipe, or set that of its runs with other seeds."""
     stage = _stage(study.plan, number)
-    own = _sweep(stage, recipe)
-    if not {c.name for c in own} <= set(losses):
+    swept = _sweep(stage, recipe)
+    if not {c.name for c in swept} <= set(losses):
+        return
+    left_out = {s.cell.name for s in study.states() if s.status == "excluded"}
+    own = [c for c in swept if c.name not in left_out]
+    if not own:
+        _drop(study, recipe, number, "each of its learning rates is excluded", log)
         return
     best = tuned([c.learning_rate for c in own], [losses[c.name] for c in own])
     rate, room = best.next_rate(FACTOR), stage.high - stage.cost
-    if rate is not None and len(own) < RATES + _MOST and own[0].cost <= room:
+    if rate is not None and len(swept) < RATES + _MOST and own[0].cost <= room:
         more = extra_rate(own, rate)
         cells = [
             replace(c, waits_for=(*c.waits_for, more.name)) if _waits(c, recipe) else c
@@ -76,7 +81,7 @@ def _tune(study: Study, number: int, recipe: str, losses: dict[str, float], log:
         study.revise(study.plan.with_stage(made), "rates_added", stage=number, cells=[more.name])
         log(f"{own[0].name}: the best learning rate is at the edge; added {more.name}.")
     elif all(math.isnan(losses[c.name]) for c in own):
-        _drop(study, recipe, number, log)
+        _drop(study, recipe, number, "no learning rate gave a loss", log)
     else:
         _choose(study, stage, recipe, best, log)
 
@@ -98,10 +103,10 @@ def _choose(study: Study, stage: StudyStage, recipe: str, best: Tuned, log: Log)
     log(f"Stage {stage.number}, {recipe}: best learning rate {rate:.2g}{edge}.")
 
 
-def _drop(study: Study, recipe: str, number: int, log: Log) -> None:
-    """Take a recipe that always diverges out of the runs that have not begun."""
+def _drop(study: Study, recipe: str, number: int, why: str, log: Log) -> None:
+    """Take a recipe without a loss out of the runs that have not begun."""
     if recipe == BASE:
-        what = f"no learning rate of the base gave a loss in stage {number}"
+        what = f"has no rate of the base in stage {number}: {why}"
         raise UserError(str(study.folder), what, "see forescale study status; then plan anew")
     stages = [
         replace(s, cells=tuple(
@@ -112,7 +117,7 @@ def _drop(study: Study, recipe: str, number: int, log: Log) -> None:
     ]  # fmt: skip
     made = replace(study.plan, stages=tuple(stages))
     study.revise(made, "recipe_dropped", stage=number, recipe=recipe)
-    log(f"{recipe}: no learning rate gave a loss in stage {number}; it is left out from here on.")
+    log(f"{recipe}: {why} in stage {number}; it is left out from here on.")
 
 
 def _centre(study: Study, stage: StudyStage, log: Log) -> None:
