@@ -92,6 +92,24 @@ def test_a_sweep_goes_on_beyond_its_edge_until_it_is_bracketed_or_the_limit(
     assert own.cost <= own.high
 
 
+def test_a_sweep_that_is_excluded_gets_no_more_rates_and_its_recipe_ends_there(study):
+    stages = [
+        replace(s, exact=bool(s.cells), cells=tuple(
+            replace(c, waits_for=()) if s.number == 1 else c for c in s.cells
+        ))
+        for s in study.plan.stages
+    ]  # fmt: skip
+    study.revise(replace(study.plan, stages=tuple(stages)), "rates_chosen")
+    swept = [c for c in study.plan.stages[1].cells if c.recipe == "new" and not c.waits_for]
+    for cell in swept:
+        study.event("cell_excluded", cell=cell.name, why="no time")
+    said = list[str]()
+    advance_recipes(study, said.append)
+    assert [c for s in study.plan.stages for c in s.cells if c.recipe == "new"] == swept
+    assert said == ["new: each of its learning rates is excluded in stage 2; it is left out from "
+                    "here on."]  # fmt: skip
+
+
 def test_a_next_budget_above_the_cap_is_refused_before_it_begins(study, monkeypatch):
     first = study.plan.stages[0]
     done = replace(first, cells=tuple(replace(c, waits_for=()) for c in first.cells))
